@@ -1,0 +1,255 @@
+"""The schema of a run: one frozen model per YAML section. Every key a user may write is a field here.
+
+Values that follow from others (`head_dim`, `num_kv_heads`, ...) are filled in before validation, so that code which
+reads a config never meets None where a number is meant. Nothing assigns to a config.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}  # activation -> function applied to the gate
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, populate_by_name=True, protected_namespaces=())
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the length they were trained for."""
+
+    type: Literal["linear", "ntk", "yarn", "llama3"] = Field(description="linear (position interpolation), ntk (dynamic NTK base), yarn (arXiv 2309.00071), llama3")
+    factor: PositiveFloat = Field(description="extension factor: new length / original length")
+    original_max_position_embeddings: Positive | None = Field(None, description="length of the original training, tokens; needed by yarn and llama3")
+    low_freq_factor: PositiveFloat = Field(1.0, description="llama3: wavelengths above original / low_freq_factor are scaled fully")
+    high_freq_factor: PositiveFloat = Field(4.0, description="llama3: wavelengths below original / high_freq_factor are kept")
+    beta_fast: PositiveFloat = Field(32.0, description="yarn: rotations above which a channel is kept")
+    beta_slow: PositiveFloat = Field(1.0, description="yarn: rotations below which a channel is interpolated")
+    attention_factor: PositiveFloat | None = Field(None, description="yarn: factor on cos and sin; None: 0.1 ln(factor) + 1")
+
+
+class ModelConfig(Section):
+    """The architecture."""
+
+    num_layers: Positive = Field(12, description="transformer blocks")
+    hidden_size: Positive = Field(768, description="width of the residual stream")
+    num_attention_heads: Positive = Field(12, description="query heads")
+    num_kv_heads: Positive = Field(description="key/value heads; default num_attention_heads, 1 is multi-query attention")
+    head_dim: Positive = Field(description="channels of a head; default hidden_size / num_attention_heads")
+    intermediate_size: Positive = Field(description="width of the MLP (of each half where it is gated); default 4 x hidden_size")
+    max_position_embeddings: Positive = Field(2048, description="longest sequence the model is meant for, tokens")
+    vocab_size: Positive = Field(description="token ids 0 .. vocab_size - 1; default: the largest id of tokenizer.file + 1")
+    vocab_multiple: Positive = Field(128, description="embedding rows are padded to a multiple of this x parallel.tensor; checkpoints don't see the padding")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation of the blocks and of the output")
+    norm_eps: PositiveFloat = Field(1e-5, description="added to the variance (layernorm) or mean square (rmsnorm)")
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"] = Field("gelu", description="gelu is the erf form; swiglu, geglu, reglu are gated")
+    position_embedding: Literal["rotary", "learned", "alibi", "none"] = Field("rotary", description="how positions enter the model")
+    rotary_pct: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of head_dim that is rotated, from the first channel on")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="stretching of the rotary frequencies; null: none")
+    parallel_residual: bool = Field(False, description="x + attention(norm1(x)) + mlp(norm2(x)) instead of two steps")
+    shared_residual_norm: bool = Field(False, description="parallel residual: one norm feeds both branches (GPT-J)")
+    tie_embeddings: bool = Field(False, description="output projection shares the word embedding")
+    qkv_bias: bool = Field(True, description="bias on the query, key and value projection")
+    attention_out_bias: bool = Field(True, description="bias on the output projection of the attention")
+    mlp_bias: bool = Field(True, description="biases in the MLP")
+    qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys before the rotation (Qwen3)")
+    sliding_window: Positive | None = Field(None, description="keys a query sees, itself included; null: all")
+    attention_softcap: PositiveFloat | None = Field(None, description="scores become cap x tanh(score / cap); null: off")
+    attention_dropout: Probability = Field(0.0, description="dropout on the attention probabilities")
+    hidden_dropout: Probability = Field(0.0, description="dropout on the embedding and on what a branch adds to the residual stream")
+    init: Literal["normal", "scaled_normal", "small_init", "wang_init"] = Field("normal", description="initialisation of weights; scaled_normal: std / sqrt(2 num_layers)")
+    output_init: Literal["normal", "scaled_normal", "small_init", "wang_init"] = Field("scaled_normal", description="initialisation of the projections that write to the residual stream")
+    init_std: PositiveFloat = Field(0.02, description="standard deviation of normal and scaled_normal")
+    attention_backend: Literal["auto", "native", "sdpa"] = Field("auto", description="native: our kernels; sdpa: torch; auto: the faster by the table in neox/ops/attention.py")
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_derived(cls, values: Any) -> Any:
+        """Fill in what follows from other keys; leaves values of a wrong type for the field checks to report."""
+        if not isinstance(values, dict):
+            return values
+        out = dict(values)
+        hidden = out.get("hidden_size", 768)
+        heads = out.get("num_attention_heads", 12)
+        if out.get("num_kv_heads") is None:
+            out["num_kv_heads"] = heads
+        if out.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            out["head_dim"] = hidden // heads
+        if out.get("intermediate_size") is None and isinstance(hidden, int):
+            out["intermediate_size"] = 4 * hidden
+        return out
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies by a gate."""
+        return self.activation in GATED
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated channels of a head, even."""
+        if self.position_embedding != "rotary":
+            return 0
+        return int(self.head_dim * self.rotary_pct) // 2 * 2
+
+    def padded_vocab_size(self, tp: int = 1) -> int:
+        """Rows of the embedding in memory: vocab_size rounded up to a multiple of vocab_multiple x tp."""
+        multiple = self.vocab_multiple * tp
+        return (self.vocab_size + multiple - 1) // multiple * multiple
+
+
+class DataSource(Section):
+    """One indexed dataset of a blend."""
+
+    path: str = Field(description="prefix of PREFIX.bin and PREFIX.idx")
+    weight: NonNegativeFloat = Field(1.0, description="share of the samples; weights are normalised")
+
+
+class DataConfig(Section):
+    """What is trained on: either train/validation/test lists, or one path that `split` cuts."""
+
+    train: tuple[DataSource, ...] = Field((), description="datasets of the training set: prefixes, or {path, weight}")
+    validation: tuple[DataSource, ...] = Field((), description="datasets of the validation set")
+    test: tuple[DataSource, ...] = Field((), description="datasets of the test set")
+    path: str | None = Field(None, description="prefix of one dataset, cut into train, validation and test by `split`")
+    split: str = Field("969,30,1", description="shares of train, validation, test when data.path is used")
+    seq_length: Positive = Field(2048, description="tokens of a sample that the model reads (one more is read as last target)")
+    order: Literal["epoch", "neox"] = Field("epoch", description="epoch: pure function of seed and sample index; neox: GPT-NeoX's shuffle, bit for bit")
+    document_mask: bool = Field(False, description="attention and positions stop at document borders")
+    prefetch: NonNegative = Field(2, description="batches read ahead by a background thread; 0: none")
+    index_cache: str | None = Field(None, description="folder for the index arrays of order: neox; null: beside the data, else in run.dir")
+
+    @model_validator(mode="before")
+    @classmethod
+    def accept_bare_prefixes(cls, values: Any) -> Any:
+        """`train: a` and `train: [a, {path: b, weight: 2}]` mean lists of sources."""
+        if not isinstance(values, dict):
+            return values
+        out = dict(values)
+        for key in ("train", "validation", "test"):
+            if isinstance(out.get(key), str):
+                out[key] = [out[key]]
+            if isinstance(out.get(key), (list, tuple)):
+                out[key] = tuple({"path": item} if isinstance(item, str) else item for item in out[key])
+        return out
+
+
+class TokenizerConfig(Section):
+    """The tokenizer that made the data."""
+
+    file: str | None = Field(None, description="path of a `tokenizers` JSON file; needed for generation from text, evaluation and vocab_size's default")
+    eod_token: str | None = Field(None, description="end-of-document token; null: found by name (<|endoftext|>, </s>, <|end_of_text|>, <eos>)")
+
+
+class OptimizerConfig(Section):
+    """The optimizer. Biases, norms and other one-dimensional parameters are never decayed."""
+
+    type: Literal["adamw", "lion", "sgd", "muon"] = Field("adamw", description="adamw (fused), lion (arXiv 2302.06675), sgd, muon (matrices; adamw for the rest)")
+    lr: PositiveFloat = Field(6e-4, description="peak learning rate")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.95), description="decay of the first and second moment")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd: momentum; muon: momentum of the matrices")
+    gradient_clipping: NonNegativeFloat = Field(1.0, description="largest global L2 norm of the gradient; 0: no clipping")
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the iterations; after decay_iters it stays at min_lr."""
+
+    type: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field("cosine", description="wsd: warm-up, stable, decay over the last cooldown_iters")
+    warmup_iters: NonNegative = Field(0, description="iterations of linear warm-up from 0")
+    decay_iters: Positive | None = Field(None, description="iteration at which min_lr is reached; null: train.train_iters")
+    cooldown_iters: NonNegative = Field(0, description="wsd: iterations of the final decay")
+    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at and after decay_iters")
+
+
+class PrecisionConfig(Section):
+    """Number formats. Master weights, moments, gradient accumulation and statistics are fp32 in every case."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="dtype of weights and activations in forward and backward")
+    initial_scale_power: NonNegative = Field(16, description="fp16: the loss scale starts at 2 to this power")
+    loss_scale_window: Positive = Field(1000, description="fp16: good steps after which the loss scale doubles")
+    min_loss_scale: PositiveFloat = Field(1.0, description="fp16: smallest loss scale")
+
+
+class ParallelConfig(Section):
+    """How a model is cut over processes; data parallelism takes the processes that are left."""
+
+    tensor: Positive = Field(1, description="processes that share each layer")
+    pipeline: Positive = Field(1, description="stages that the layers are cut into")
+    sequence: bool = Field(False, description="sequence parallelism: norms and residual stream cut over the tensor group")
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO: what data-parallel processes cut instead of copying."""
+
+    stage: Literal[0, 1, 2, 3] = Field(1, description="0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters")
+
+
+class TrainConfig(Section):
+    """Length and batch of a run. global_batch_size = micro_batch_size x gradient_accumulation x data-parallel size; any one may be left out."""
+
+    train_iters: Positive = Field(1000, description="optimizer steps")
+    micro_batch_size: Positive | None = Field(None, description="samples of one forward pass of one process")
+    gradient_accumulation: Positive | None = Field(None, description="forward passes of one process per optimizer step")
+    global_batch_size: Positive | None = Field(None, description="samples per optimizer step over all processes")
+    seed: NonNegative = Field(1234, description="seed of initialisation, data order and dropout")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field("none", description="recompute in the backward: nothing, the MLP's inner activations, whole blocks")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming, in run.dir/checkpoints."""
+
+    save_interval: NonNegative = Field(1000, description="iterations between checkpoints; the last iteration is always saved; 0: only the last")
+    keep: NonNegative = Field(0, description="newest checkpoints to keep; 0: all")
+    resume: str = Field("auto", description="auto: newest complete checkpoint of the run, else start; must: error if there is none; never: start anew, error if the run has any; PATH: that checkpoint")
+    on_save_error: Literal["stop", "continue"] = Field("stop", description="what a failed save does to the run")
+
+
+class EvaluateConfig(Section):
+    """Validation during training."""
+
+    interval: NonNegative = Field(0, description="iterations between evaluations; 0: none")
+    iters: Positive = Field(10, description="batches of one evaluation")
+
+
+class LoggingConfig(Section):
+    """What a run prints and records; metrics.jsonl always gets every step."""
+
+    interval: Positive = Field(10, description="iterations between lines on the terminal and in log.txt")
+    tensorboard: bool = Field(True, description="write run.dir/tensorboard")
+
+
+class RunConfig(Section):
+    """Where a run leaves its files."""
+
+    dir: str = Field("runs/default", description="folder of the run")
+
+
+class Config(Section):
+    """The whole of a run."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    logging: LoggingConfig = LoggingConfig()
+    run: RunConfig = RunConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="keys handed to DeepSpeed as they are, checked against the keys it knows")

@@ -1,0 +1,94 @@
+"""The error hierarchy: one line per failure, one exit code per kind (docs/troubleshooting.md)."""
+
+from __future__ import annotations
+
+
+class NeoxError(Exception):
+    """A failure that the user can act on.
+
+    Printed as one line: `error[CODE] what; where=...; got=...; want=...; do=...`, parts that are not given are left out.
+
+    Args:
+        what: what went wrong, in a few words.
+        where: file and line, config key, `rank:step`, or byte offset.
+        got: the value found.
+        want: the rule it breaks, or the value expected.
+        do: the next action to take.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = None, got: object = None, want: object = None, do: object = None):
+        self.what = what
+        self.where = where
+        self.got = got
+        self.want = want
+        self.do = do
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        """The whole message on one line."""
+        parts = [f"error[{self.exit_code}] {self.what}"]
+        named = (("where", self.where), ("got", self.got), ("want", self.want), ("do", self.do))
+        parts += [f"{name}={value}" for name, value in named if value is not None]
+        return "; ".join(" ".join(part.split()) for part in parts)
+
+
+class ConfigError(NeoxError):
+    """A config that cannot be loaded, or that contradicts itself or the machine."""
+
+    exit_code = 2
+
+
+class DataError(NeoxError):
+    """Data that is missing, damaged, or does not fit the config."""
+
+    exit_code = 3
+
+
+class CheckpointError(NeoxError):
+    """A checkpoint that is missing, damaged, or does not fit the model."""
+
+    exit_code = 4
+
+
+class DiskError(NeoxError):
+    """A write that failed: disk full, read-only, folder gone."""
+
+    exit_code = 5
+
+
+class MemoryExhausted(NeoxError):
+    """Not enough memory on host or device."""
+
+    exit_code = 6
+
+
+class StoppedBySignal(NeoxError):
+    """Stopped by a signal after a checkpoint was saved: start again to go on."""
+
+    exit_code = 10
+
+
+class NonFinite(NeoxError):
+    """A loss, gradient or parameter became NaN or infinite."""
+
+    exit_code = 11
+
+
+class HangError(NeoxError):
+    """A rank made no progress within its time limit."""
+
+    exit_code = 12
+
+
+class PeerLost(NeoxError):
+    """Another rank died."""
+
+    exit_code = 13
+
+
+class EnvironmentProblem(NeoxError):
+    """The machine or installation lacks something: an extension, a package, a variable, a device."""
+
+    exit_code = 14

@@ -1,0 +1,79 @@
+"""Builds the native parts: neox._ops.<isa> (torch operators on the libtorch stable ABI) and neox._data (no torch).
+
+One operator library is built per CPU instruction set and one is loaded at run time, so that a build travels between
+machines of a cluster. NEOX_BUILD_ISA="avx2" (a comma-separated list) builds fewer, for development.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+INSTALL = "pip install torch==2.13.0 && pip install --no-build-isolation -e ."
+STABLE_ABI = "0x020b000000000000"  # libtorch stable ABI of torch 2.11: one binary for that and every later torch
+
+CPU_ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "portable": [],
+}
+
+try:
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as missing:
+    sys.exit(f"error[14] building neox needs {missing.name}; where=setup.py; do={INSTALL}")
+
+
+def sources(pattern: str) -> list[str]:
+    """Files below the repository root that match, sorted, relative as setuptools wants them."""
+    return sorted(str(Path(found).relative_to(ROOT)) for found in glob(str(ROOT / pattern)))
+
+
+def cpu_isas() -> list[str]:
+    """Instruction sets to build for."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    default = "avx2,avx512,avx512_bf16" if x86 else "portable"
+    chosen = os.environ.get("NEOX_BUILD_ISA", default).split(",")
+    unknown = [isa for isa in chosen if isa not in CPU_ISA_FLAGS]
+    if unknown:
+        sys.exit(f"error[14] unknown instruction set; where=NEOX_BUILD_ISA; got={unknown[0]}; want=one of {', '.join(CPU_ISA_FLAGS)}")
+    return chosen
+
+
+def cpu_ops(isa: str) -> CppExtension:
+    """The operator library for one CPU instruction set."""
+    return CppExtension(
+        f"neox._ops.{isa}",
+        sources("csrc/ops/*/*.cpp") + sources("csrc/common/*.cpp"),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("NEOX_OP_DEVICE", "CPU"), ("NEOX_ISA", f'"{isa}"'), ("TORCH_TARGET_VERSION", STABLE_ABI)],
+        extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", *CPU_ISA_FLAGS[isa]],
+    )
+
+
+def data_core() -> CppExtension:
+    """The dataset core; links no torch."""
+    from setuptools import Extension
+
+    return Extension(
+        "neox._data",
+        sources("csrc/data/*.cpp"),
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        language="c++",
+    )
+
+
+setup(
+    ext_modules=[*(cpu_ops(isa) for isa in cpu_isas()), data_core()],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True, no_python_abi_suffix=True)},
+)
