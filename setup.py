@@ -27,7 +27,6 @@ CPU_ISA_FLAGS = {
 
 try:
     import pybind11
-    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as missing:
     sys.exit(f"error[14] building neox needs {missing.name}; where=setup.py; do={INSTALL}")

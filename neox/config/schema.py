@@ -28,7 +28,9 @@ class Section(BaseModel):
 class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the length they were trained for."""
 
-    type: Literal["linear", "ntk", "yarn", "llama3"] = Field(description="linear (position interpolation), ntk (dynamic NTK base), yarn (arXiv 2309.00071), llama3")
+    type: Literal["linear", "ntk", "yarn", "llama3"] = Field(
+        description="linear (position interpolation), ntk (dynamic NTK base), yarn (arXiv 2309.00071), llama3"
+    )
     factor: PositiveFloat = Field(description="extension factor: new length / original length")
     original_max_position_embeddings: Positive | None = Field(None, description="length of the original training, tokens; needed by yarn and llama3")
     low_freq_factor: PositiveFloat = Field(1.0, description="llama3: wavelengths above original / low_freq_factor are scaled fully")
@@ -52,7 +54,9 @@ class ModelConfig(Section):
     vocab_multiple: Positive = Field(128, description="embedding rows are padded to a multiple of this x parallel.tensor; checkpoints don't see the padding")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation of the blocks and of the output")
     norm_eps: PositiveFloat = Field(1e-5, description="added to the variance (layernorm) or mean square (rmsnorm)")
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"] = Field("gelu", description="gelu is the erf form; swiglu, geglu, reglu are gated")
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"] = Field(
+        "gelu", description="gelu is the erf form; swiglu, geglu, reglu are gated"
+    )
     position_embedding: Literal["rotary", "learned", "alibi", "none"] = Field("rotary", description="how positions enter the model")
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of head_dim that is rotated, from the first channel on")
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
@@ -68,10 +72,16 @@ class ModelConfig(Section):
     attention_softcap: PositiveFloat | None = Field(None, description="scores become cap x tanh(score / cap); null: off")
     attention_dropout: Probability = Field(0.0, description="dropout on the attention probabilities")
     hidden_dropout: Probability = Field(0.0, description="dropout on the embedding and on what a branch adds to the residual stream")
-    init: Literal["normal", "scaled_normal", "small_init", "wang_init"] = Field("normal", description="initialisation of weights; scaled_normal: std / sqrt(2 num_layers)")
-    output_init: Literal["normal", "scaled_normal", "small_init", "wang_init"] = Field("scaled_normal", description="initialisation of the projections that write to the residual stream")
+    init: Literal["normal", "scaled_normal", "small_init", "wang_init"] = Field(
+        "normal", description="initialisation of weights; scaled_normal: std / sqrt(2 num_layers)"
+    )
+    output_init: Literal["normal", "scaled_normal", "small_init", "wang_init"] = Field(
+        "scaled_normal", description="initialisation of the projections that write to the residual stream"
+    )
     init_std: PositiveFloat = Field(0.02, description="standard deviation of normal and scaled_normal")
-    attention_backend: Literal["auto", "native", "sdpa"] = Field("auto", description="native: our kernels; sdpa: torch; auto: the faster by the table in neox/ops/attention.py")
+    attention_backend: Literal["auto", "native", "sdpa"] = Field(
+        "auto", description="native: our kernels; sdpa: torch; auto: the faster by the table in neox/ops/attention.py"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -154,9 +164,13 @@ class TokenizerConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer. Biases, norms and other one-dimensional parameters are never decayed."""
 
-    type: Literal["adamw", "lion", "sgd", "muon"] = Field("adamw", description="adamw (fused), lion (arXiv 2302.06675), sgd, muon (matrices; adamw for the rest)")
+    type: Literal["adamw", "lion", "sgd", "muon"] = Field(
+        "adamw", description="adamw (fused), lion (arXiv 2302.06675), sgd, muon (matrices; adamw for the rest)"
+    )
     lr: PositiveFloat = Field(6e-4, description="peak learning rate")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.95), description="decay of the first and second moment")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="decay of the first and second moment"
+    )
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd: momentum; muon: momentum of the matrices")
@@ -166,7 +180,9 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate over the iterations; after decay_iters it stays at min_lr."""
 
-    type: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field("cosine", description="wsd: warm-up, stable, decay over the last cooldown_iters")
+    type: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="wsd: warm-up, stable, decay over the last cooldown_iters"
+    )
     warmup_iters: NonNegative = Field(0, description="iterations of linear warm-up from 0")
     decay_iters: Positive | None = Field(None, description="iteration at which min_lr is reached; null: train.train_iters")
     cooldown_iters: NonNegative = Field(0, description="wsd: iterations of the final decay")
@@ -204,7 +220,9 @@ class TrainConfig(Section):
     gradient_accumulation: Positive | None = Field(None, description="forward passes of one process per optimizer step")
     global_batch_size: Positive | None = Field(None, description="samples per optimizer step over all processes")
     seed: NonNegative = Field(1234, description="seed of initialisation, data order and dropout")
-    activation_checkpointing: Literal["none", "selective", "full"] = Field("none", description="recompute in the backward: nothing, the MLP's inner activations, whole blocks")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="recompute in the backward: nothing, the MLP's inner activations, whole blocks"
+    )
 
 
 class CheckpointConfig(Section):
@@ -212,7 +230,11 @@ class CheckpointConfig(Section):
 
     save_interval: NonNegative = Field(1000, description="iterations between checkpoints; the last iteration is always saved; 0: only the last")
     keep: NonNegative = Field(0, description="newest checkpoints to keep; 0: all")
-    resume: str = Field("auto", description="auto: newest complete checkpoint of the run, else start; must: error if there is none; never: start anew, error if the run has any; PATH: that checkpoint")
+    resume: str = Field(
+        "auto",
+        description="auto: newest complete checkpoint of the run, else start; must: error if there is none; "
+        "never: start anew, error if the run has any; PATH: that checkpoint",
+    )
     on_save_error: Literal["stop", "continue"] = Field("stop", description="what a failed save does to the run")
 
 

@@ -1,0 +1,73 @@
+# Targets: setup demo test native-test fuzz bench lint clean. Everything is installed into .venv, or into the virtual
+# environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PY := $(VENV)/bin/python
+JOBS ?= 2
+export PATH := $(VENV)/bin:$(PATH)
+export DS_BUILD_OPS := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MAX_JOBS ?= $(JOBS)
+
+# Stamps: torch in the environment (named after the torch asked for), the install in this checkout (after the environment).
+TORCH_STAMP := $(VENV)/.neox-$(subst /,-,$(TORCH))
+INSTALLED := build/.installed$(subst /,-,$(VENV))
+NATIVE := $(shell find csrc -type f -name '*.[ch]*' 2>/dev/null)
+
+.PHONY: help setup demo test native-test fuzz bench lint format clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(INSTALLED)  ## virtual environment, pinned packages, native extensions
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error[14] Python is too old; where=PYTHON; got=%d.%d; want=3.10 or later" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the packages after it are built against the torch that is there, without build isolation.
+$(TORCH_STAMP): | $(VENV)/bin/python
+	$(PY) -m pip install -q -c constraints.txt pip setuptools wheel pybind11 ninja packaging
+	$(PY) -m pip install -q -c constraints.txt "$(TORCH)"
+	touch "$@"
+
+$(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	mkdir -p $(@D) && touch "$@"
+
+demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
+	$(PY) demo/demo.py
+
+test: lint setup  ## lint and the whole test suite except fuzz
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz"
+
+native-test:  ## the C++ tests: plain, and under address and undefined-behaviour sanitizers
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/native --parallel $(JOBS)
+	ctest --test-dir build/native --output-on-failure
+
+fuzz: setup  ## random sweeps
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz
+
+bench: setup  ## every benchmark in its quick setting
+	for script in $$(find benchmarks -name 'bench_*.py' | sort); do $(PY) "$$script" --quick; done
+
+lint: setup  ## ruff and clang-format, both as checks
+	ruff check .
+	ruff format --check .
+	$(if $(NATIVE),clang-format --dry-run -Werror $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE)))
+
+format: setup  ## let ruff and clang-format rewrite the sources
+	ruff check --fix .
+	ruff format .
+	$(if $(NATIVE),clang-format -i $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE)))
+
+clean:  ## remove what was built here; .venv and runs stay
+	rm -rf build dist *.egg-info neox/_ops neox/_data*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

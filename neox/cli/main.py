@@ -1,0 +1,97 @@
+"""`neox COMMAND ...`: picks the command's module, runs it, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+
+from neox import __version__
+from neox.errors import ConfigError, EnvironmentProblem, NeoxError
+
+# command -> (module with add_arguments(parser) and run(args) -> exit code, one-line summary)
+COMMANDS = {
+    "tokenizer": ("neox.cli.tokenizer", "train a tokenizer"),
+    "preprocess": ("neox.cli.preprocess", "turn text into an indexed dataset (.bin, .idx)"),
+    "data": ("neox.cli.data", "inspect, verify or merge indexed datasets"),
+    "config": ("neox.cli.config", "show, explain or compare configs"),
+    "train": ("neox.cli.train", "train a model (what train.py and the launchers run)"),
+    "generate": ("neox.cli.generate", "continue prompts with a trained model"),
+    "evaluate": ("neox.cli.evaluate", "loss and bits per byte of a trained model on held-out data"),
+    "export": ("neox.cli.export", "write a checkpoint as a Hugging Face model"),
+    "checkpoint": ("neox.cli.checkpoint", "inspect, verify or hash checkpoints"),
+    "doctor": ("neox.cli.doctor", "say what this machine and installation have and lack"),
+}
+
+
+def usage() -> str:
+    """The overview that `neox --help` prints."""
+    lines = ["usage: neox [--debug] [--version] COMMAND ...", "", "Pre-training of GPT-style language models.", "", "commands:"]
+    lines += [f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "`neox COMMAND --help` says more. --debug prints the traceback of a failure.", "example: neox config show 1-3B.yml --set train.seed=7"]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> tuple[str, argparse.ArgumentParser, list[str]]:
+    """Pick the command and build its parser; the module of no other command is imported.
+
+    Raises:
+        ConfigError: no such command.
+    """
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ConfigError("unknown command", where="argv", got=name, want=f"one of {', '.join(COMMANDS)}", do="neox --help")
+    module, summary = COMMANDS[name]
+    command = importlib.import_module(module)
+    parser = argparse.ArgumentParser(prog=f"neox {name}", description=command.__doc__ or summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="print the traceback of a failure")
+    command.add_arguments(parser)
+    parser.set_defaults(neox_run=command.run)
+    return name, parser, rest
+
+
+def report(error: NeoxError, debug: bool) -> int:
+    """Print an error the way every command does; returns the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    print(error.line(), file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, or that of the error (docs/troubleshooting.md).
+
+    A failure the user can act on prints one line. Anything else is our own bug and keeps its traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    if argv and argv[0] == "--debug":
+        argv = argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"neox {__version__}")
+        return 0
+    try:
+        _, parser, rest = parse(argv)
+        args = parser.parse_args(rest)
+        return args.neox_run(args)
+    except NeoxError as error:
+        return report(error, debug)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe went away (`| head`): nobody is left to tell
+        return 0
+    except ModuleNotFoundError as missing:
+        if missing.name and missing.name.startswith("neox"):
+            raise
+        problem = EnvironmentProblem("a package is missing", where=f"neox {argv[0]}", got=missing.name, do="make setup")
+        return report(problem, debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""`neox`: choice of the command, and what failures look like from outside."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from neox.cli import main as cli
+from neox.errors import DataError
+
+
+def install_command(monkeypatch, run) -> None:
+    """Register a command `probe` whose run is the given function."""
+    module = types.ModuleType("neox_probe_command", "A command for tests.")
+    module.add_arguments = lambda parser: parser.add_argument("--number", type=int, default=3)
+    module.run = run
+    monkeypatch.setitem(sys.modules, "neox_probe_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "probe", ("neox_probe_command", "a command for tests"))
+
+
+def test_runs_the_command_and_returns_its_code(monkeypatch):
+    install_command(monkeypatch, lambda args: args.number)
+    assert cli.main(["probe", "--number", "7"]) == 7
+
+
+def test_an_error_is_one_line_and_its_code(monkeypatch, capsys):
+    def run(args):
+        raise DataError("no such dataset", where="a.idx")
+
+    install_command(monkeypatch, run)
+    assert cli.main(["probe"]) == 3
+    assert capsys.readouterr().err == "error[3] no such dataset; where=a.idx\n"
+
+
+@pytest.mark.parametrize("argv", [["--debug", "probe"], ["probe", "--debug"]])
+def test_debug_adds_the_traceback(monkeypatch, capsys, argv):
+    def run(args):
+        raise DataError("no such dataset", where="a.idx")
+
+    install_command(monkeypatch, run)
+    assert cli.main(argv) == 3
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("error[3] no such dataset; where=a.idx\n")
+
+
+def test_our_own_bug_keeps_its_traceback(monkeypatch):
+    def run(args):
+        raise ZeroDivisionError("ours")
+
+    install_command(monkeypatch, run)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["probe"])
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["trian"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error[2] unknown command") and "got=trian" in err and "train" in err
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+
+
+def test_no_arguments_is_a_usage_error(capsys):
+    assert cli.main([]) == 2
+    assert "usage" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_an_environment_error(monkeypatch, capsys):
+    def run(args):
+        raise ModuleNotFoundError("No module named 'gone'", name="gone")
+
+    install_command(monkeypatch, run)
+    assert cli.main(["probe"]) == 14
+    assert "got=gone" in capsys.readouterr().err
