@@ -1,0 +1,79 @@
+// Checks of the bindings. Each failure throws std::invalid_argument (ValueError in Python) of the form
+//     <op>: <argument> <rule>; got <what it was>
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/dtype.h"
+
+namespace neox {
+
+using torch::stable::Tensor;
+
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+    std::ostringstream text;
+    (text << ... << parts);
+    return text.str();
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+    std::ostringstream text;
+    text << "[";
+    for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+    text << "]";
+    return text.str();
+}
+
+// check("bias_gelu", ok, "bias", "must have the size of x's last dimension", shape_text(bias))
+template <class Got>
+void check(const char* op, bool ok, const char* argument, const std::string& rule, const Got& got) {
+    if (!ok) throw std::invalid_argument(concat(op, ": ", argument, " ", rule, "; got ", got));
+}
+
+inline void check_cpu(const char* op, const Tensor& tensor, const char* argument) {
+    check(op, tensor.is_cpu(), argument, "must be on the CPU", tensor.is_cuda() ? "a CUDA tensor" : "a tensor of another device");
+}
+
+// float32 or bfloat16, on the CPU.
+inline void check_float(const char* op, const Tensor& tensor, const char* argument) {
+    check_cpu(op, tensor, argument);
+    const auto type = tensor.scalar_type();
+    const bool ok = type == torch::headeronly::ScalarType::Float || type == torch::headeronly::ScalarType::BFloat16;
+    check(op, ok, argument, "must be float32 or bfloat16", torch::headeronly::toString(type));
+}
+
+inline void check_rank(const char* op, const Tensor& tensor, const char* argument, int64_t least, int64_t most) {
+    const bool ok = tensor.dim() >= least && tensor.dim() <= most;
+    const std::string rule =
+        least == most ? concat("must have ", least, least == 1 ? " dimension" : " dimensions") : concat("must have ", least, " to ", most, " dimensions");
+    check(op, ok, argument, rule, concat(tensor.dim(), " in shape ", shape_text(tensor)));
+}
+
+// Same device and dtype as `like`.
+inline void check_same_type(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
+    check_cpu(op, tensor, argument);
+    check(op, tensor.scalar_type() == like.scalar_type(), argument,
+          concat("must have the dtype of ", like_name, ", ", torch::headeronly::toString(like.scalar_type())),
+          torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void check_same_shape(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
+    bool ok = tensor.dim() == like.dim();
+    for (int64_t i = 0; ok && i < like.dim(); ++i) ok = tensor.size(i) == like.size(i);
+    check(op, ok, argument, concat("must have the shape of ", like_name, ", ", shape_text(like)), shape_text(tensor));
+}
+
+// A vector as long as the last dimension of `like`.
+inline void check_last_dim(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
+    check_rank(op, tensor, argument, 1, 1);
+    const int64_t size = like.size(like.dim() - 1);
+    check(op, tensor.size(0) == size, argument, concat("must have as many elements as the last dimension of ", like_name, ", ", size), tensor.size(0));
+}
+
+}  // namespace neox

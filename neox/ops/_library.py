@@ -1,0 +1,71 @@
+"""Loads the native operators: the best of neox/_ops/*.so for this CPU. Importing this module registers torch.ops.neox."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from neox.errors import EnvironmentProblem
+
+FOLDER = Path(__file__).parent.parent / "_ops"
+INSTALL = "pip install --no-build-isolation -e ."
+
+# best first: library name -> CPU flags (as /proc/cpuinfo spells them) that its code needs
+REQUIREMENTS = {
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set extensions of this CPU as Linux on x86 reports them; empty elsewhere, where only "portable" is built."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def choose(built: set[str], flags: set[str]) -> str:
+    """The best library among those built whose instructions the CPU has.
+
+    Raises:
+        EnvironmentProblem: none was built, or the CPU can run none of them.
+    """
+    fit = next((isa for isa, needed in REQUIREMENTS.items() if isa in built and needed <= flags), None)
+    if fit is not None:
+        return fit
+    if not built:
+        raise EnvironmentProblem("the native operators are not built", where=FOLDER, got="no library", want=f"one of {', '.join(REQUIREMENTS)}", do=INSTALL)
+    raise EnvironmentProblem(
+        "this CPU cannot run the native operators that are built",
+        where=FOLDER,
+        got=f"libraries {', '.join(sorted(built))} on {platform.machine()}",
+        want="a library for this CPU",
+        do=f"build on this machine: {INSTALL}",
+    )
+
+
+def load() -> str:
+    """Loads the library and returns its name.
+
+    Raises:
+        EnvironmentProblem: nothing fits, or the file does not load into this torch.
+    """
+    isa = choose({path.stem for path in FOLDER.glob("*.so")} & set(REQUIREMENTS), cpu_flags())
+    path = FOLDER / f"{isa}.so"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as problem:
+        raise EnvironmentProblem(
+            "the native operators do not load", where=path, got=str(problem), want="a build for torch 2.11 or later", do=f"rebuild: {INSTALL}"
+        ) from problem
+    return isa
+
+
+ISA = load()
+native = torch.ops.neox

@@ -1,0 +1,45 @@
+"""Which native library is chosen, and what is said when there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+import neox.ops
+from neox.errors import EnvironmentProblem
+from neox.ops import _library
+
+ZEN3 = {"avx2", "fma", "f16c"}
+SKYLAKE = ZEN3 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+def test_best_library_that_the_cpu_can_run():
+    built = {"avx2", "avx512", "avx512_bf16", "portable"}
+    assert _library.choose(built, SKYLAKE | {"avx512_bf16"}) == "avx512_bf16"
+    assert _library.choose(built, SKYLAKE) == "avx512"
+    assert _library.choose(built, ZEN3) == "avx2"
+    assert _library.choose(built, set()) == "portable"
+    assert _library.choose({"avx2", "portable"}, SKYLAKE) == "avx2"
+
+
+def test_nothing_built():
+    with pytest.raises(EnvironmentProblem, match=r"not built; where=.*_ops; got=no library; .*; do=pip install"):
+        _library.choose(set(), ZEN3)
+
+
+def test_nothing_fits():
+    with pytest.raises(EnvironmentProblem, match=r"cannot run the native operators that are built; .*got=libraries avx512 on "):
+        _library.choose({"avx512"}, ZEN3)
+
+
+def test_a_damaged_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "FOLDER", tmp_path)
+    for isa in _library.REQUIREMENTS:
+        (tmp_path / f"{isa}.so").write_bytes(b"not a library")
+    with pytest.raises(EnvironmentProblem, match=r"do not load; where=.*\.so; got=.*; do=rebuild"):
+        _library.load()
+
+
+def test_backend():
+    assert neox.ops.backend("bias_gelu").startswith(f"native {neox.ops.ISA}: ")
+    with pytest.raises(ValueError, match=r"unknown operator 'gelu'; known: .*bias_gelu"):
+        neox.ops.backend("gelu")

@@ -1,0 +1,88 @@
+"""References in fp64, written out with torch's elementary functions, and the tolerances the operators are held to.
+
+A reference takes tensors of any float type, computes in float64 and is differentiated by torch, so that it shares no formula of a gradient
+with the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# largest error allowed, relative to the largest magnitude in the reference
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
+
+SIZES = (1, 17, 819)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal random tensor of its own generator."""
+    generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None, what: str = "") -> None:
+    """Fails unless max |got - want| <= TOLERANCE[dtype] * max |want|, and shapes agree. NaN and infinity never pass."""
+    assert got.shape == want.shape, f"{what} shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    scale = want.abs().max().item()
+    error = (got.double() - want.double()).abs().max().item()
+    limit = TOLERANCE[dtype or got.dtype] * scale
+    assert error <= limit, f"{what} error {error:.3g} over {limit:.3g} (scale {scale:.3g})"
+
+
+def check_against(op, reference, inputs: dict[str, torch.Tensor], *, seed: int = 1) -> None:
+    """Compares an operator with its reference, forward and backward.
+
+    Args:
+        op: called with the values of `inputs` by name; returns a tensor or a tuple of tensors, each differentiable.
+        reference: called with the same in float64.
+        inputs: name -> leaf tensor; gradients are compared for those of float type.
+    """
+    ours = {name: value.detach().clone().requires_grad_(value.is_floating_point()) for name, value in inputs.items()}
+    theirs = {
+        name: value.detach().to(torch.float64 if value.is_floating_point() else value.dtype).requires_grad_(value.is_floating_point())
+        for name, value in inputs.items()
+    }
+    got, want = op(**ours), reference(**theirs)
+    got, want = (got, want) if isinstance(got, tuple) else ((got,), (want,))
+    assert len(got) == len(want)
+    for index, (mine, other) in enumerate(zip(got, want, strict=True)):
+        assert_near(mine.detach(), other.detach(), what=f"output {index}")
+    douts = [random(*mine.shape, dtype=mine.dtype, seed=seed + index) for index, mine in enumerate(got)]
+    names = [name for name, value in ours.items() if value.requires_grad]
+    dgot = torch.autograd.grad(got, [ours[name] for name in names], douts)
+    dwant = torch.autograd.grad(want, [theirs[name] for name in names], [dout.double() for dout in douts])
+    for name, mine, other in zip(names, dgot, dwant, strict=True):
+        assert_near(mine, other, what=f"d{name}")
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, one element off any vector boundary."""
+    buffer = tensor.new_zeros(tensor.numel() + 1)
+    view = buffer[1:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+def layouts(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same values [..., rows, h] in other memory layouts: misaligned, as a slice of a wider buffer, and with a strided last dimension."""
+    wide = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 3)
+    wide[..., : tensor.shape[-1]] = tensor
+    turned = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return {"misaligned": misaligned(tensor), "slice": wide[..., : tensor.shape[-1]], "transposed": turned}
+
+
+def gelu(u: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """u P(u), or its tanh form."""
+    u = u.double()
+    if approximate == "none":
+        return u * 0.5 * (1 + torch.special.erf(u / math.sqrt(2)))
+    return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:
+    """gelu(x + bias)."""
+    return gelu(x.double() if bias is None else x.double() + bias.double(), approximate)
