@@ -20,9 +20,9 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}  # activation -> fu
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys."""
+    """A frozen section that refuses unknown keys and values of another type: "3" is no number, 1 is no boolean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 class RopeScaling(Section):
@@ -169,7 +169,7 @@ class OptimizerConfig(Section):
     )
     lr: PositiveFloat = Field(6e-4, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="decay of the first and second moment"
+        (0.9, 0.95), strict=False, description="decay of the first and second moment"
     )
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
@@ -209,7 +209,7 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO: what data-parallel processes cut instead of copying."""
 
-    stage: Literal[0, 1, 2, 3] = Field(1, description="0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters")
+    stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters")
 
 
 class TrainConfig(Section):

@@ -1,0 +1,69 @@
+"""Several config problems as one error: everything that is wrong is said at once, a line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from neox.errors import ConfigError
+
+SHOWN = 50  # lines of one report; the rest is counted
+
+
+class ConfigErrors(ConfigError):
+    """More than one problem. `line()` has a line for each.
+
+    Args:
+        problems: the single errors, in the order they are printed.
+    """
+
+    def __init__(self, problems: Sequence[ConfigError]):
+        self.problems = tuple(problems)
+        first = self.problems[0]
+        super().__init__(first.what, where=first.where, got=first.got, want=first.want, do=first.do)
+
+    def line(self) -> str:
+        """One `error[2] ...` line per problem."""
+        lines = [problem.line() for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"error[{self.exit_code}] and {len(self.problems) - SHOWN} more problems like these")
+        return "\n".join(lines)
+
+
+def raise_problems(problems: Iterable[ConfigError]) -> None:
+    """Raise what was collected, each distinct line once; does nothing when there is nothing.
+
+    Raises:
+        ConfigError: the only problem, or a ConfigErrors of all of them.
+    """
+    distinct = list({problem.line(): problem for problem in problems}.values())
+    if len(distinct) == 1:
+        raise distinct[0]
+    if distinct:
+        raise ConfigErrors(distinct)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known dotted key that a wrong one most likely means, or None.
+
+    The same last part in another section (wrong nesting) wins over a typo in the same section, which wins over a typo elsewhere.
+    """
+    candidates = sorted(known)
+    section, _, name = word.rpartition(".")
+    name = name.replace("-", "_")
+    same_name = [key for key in candidates if key.rpartition(".")[2] == name]
+    if same_name:
+        return same_name[0]
+    inside = {key.rpartition(".")[2]: key for key in candidates if key.rpartition(".")[0] == section}
+    anywhere = {key.rpartition(".")[2]: key for key in reversed(candidates)}
+    for pool, cutoff in ((inside, 0.6), (anywhere, 0.75)):
+        match = difflib.get_close_matches(name, list(pool), n=1, cutoff=cutoff)
+        if match:
+            return pool[match[0]]
+    return None
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """A value as one short piece of text for `got=`."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
