@@ -1,0 +1,135 @@
+"""Optimizers, built here rather than by DeepSpeed: we choose the groups, and every ZeRO stage steps the same code.
+
+Weight decay is decoupled for all of them and touches matrices only: parameters of one dimension (biases, norms) are in a group of
+their own without decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from neox.config.schema import OptimizerConfig
+
+# Per-element state of each optimizer: what a checkpoint holds beside the fp32 weights. `step` counters are not per element.
+STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
+MUON_MATRIX_KEYS = ("momentum_buffer",)
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (arXiv 2302.06675, algorithm 2): p <- p - lr (sign(b1 m + (1 - b1) g) + wd p), m <- b2 m + (1 - b2) g."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient. `closure` is not supported."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            averages = [self.state[p]["exp_avg"] for p in params]
+            beta1, beta2 = group["betas"]
+            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+            update = torch._foreach_lerp(averages, grads, 1.0 - beta1)
+            torch._foreach_sign_(update)
+            torch._foreach_add_(params, update, alpha=-group["lr"])
+            torch._foreach_lerp_(averages, grads, 1.0 - beta2)
+
+
+class SGD(torch.optim.Optimizer):
+    """SGD with heavy-ball momentum and decoupled decay: m <- mu m + g, p <- p - lr (m + wd p)."""
+
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient. `closure` is not supported."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, [p.grad for p in params])
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon takes this parameter: matrices inside the blocks. Embeddings and the output head are left to AdamW (Muon's own advice)."""
+    return parameter.ndim == 2 and name.startswith("layers.")
+
+
+def groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict]:
+    """Parameter groups: decayed matrices, then one-dimensional parameters without decay; Muon's matrices come first in a group of their own."""
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    muon = [p for name, p in named if config.type == "muon" and is_hidden_matrix(name, p)]
+    taken = {id(p) for p in muon}
+    rest = [p for _, p in named if id(p) not in taken]
+    out = [
+        {"params": muon, "weight_decay": config.weight_decay, "use_muon": True},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay, "use_muon": False},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "use_muon": False},
+    ]
+    return [group for group in out if group["params"]]
+
+
+def build_muon(param_groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon (it knows how ZeRO cuts matrices) with AdamW for the parameters that are no hidden matrices."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: this import alone takes two seconds
+
+    for group in param_groups:
+        group["lr"] = config.lr
+        if group["use_muon"]:
+            group["momentum"] = config.momentum
+        else:
+            group.update(betas=config.betas, eps=config.eps)
+        for p in group["params"]:
+            p.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(param_groups)
+
+
+def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run over the parameters of one process.
+
+    Args:
+        named_parameters: logical names and parameters; the names decide what Muon takes.
+        config: the `optimizer` section.
+    """
+    param_groups = groups(named_parameters, config)
+    if config.type == "muon":
+        return build_muon(param_groups, config)
+    for group in param_groups:
+        del group["use_muon"]
+    if config.type == "adamw":
+        return torch.optim.AdamW(param_groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    if config.type == "lion":
+        return Lion(param_groups, config.lr, config.betas, config.weight_decay)
+    return SGD(param_groups, config.lr, config.momentum, config.weight_decay)
+
+
+def state_keys(group: dict, type: str) -> tuple[str, ...]:
+    """Names of the per-element state that the optimizer of this type keeps for the parameters of one of its groups."""
+    if type == "muon":
+        return MUON_MATRIX_KEYS if group["use_muon"] else STATE_KEYS["adamw"]
+    return STATE_KEYS[type]
+
+
+def counter(group: dict, type: str, device: torch.device, updates: int) -> dict:
+    """The `step` entry of a parameter's state after `updates` updates, in the form in which the optimizer keeps it; empty where it has none."""
+    if type == "adamw":
+        return {"step": torch.tensor(float(updates), device=device)}
+    if type == "muon" and not group["use_muon"]:
+        return {"step": updates}
+    return {}

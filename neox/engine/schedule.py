@@ -1,0 +1,80 @@
+"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no schedule state.
+
+Steps count from 1: `learning_rate(n)` is the rate of the n-th optimizer step. With w = warmup_iters, d = decay_iters,
+c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1]:
+
+    n < w          peak n / w
+    constant       peak
+    linear         min + (peak - min) (1 - p)
+    cosine         min + (peak - min) (1 + cos(pi p)) / 2            (arXiv 1608.03983, no restarts)
+    wsd            peak until d - c, then linear to min at d         (arXiv 2404.06395)
+    inverse_sqrt   peak sqrt(max(w, 1) / n), never below min         (arXiv 1706.03762)
+
+Nothing moves after step d: the rate of step d is kept. DeepSpeed's schedulers are not used; their cosine rises again after its end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from neox.config.schema import OptimizerConfig, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate over the optimizer steps."""
+
+    type: str
+    peak: float
+    min_lr: float
+    warmup_iters: int
+    decay_iters: int
+    cooldown_iters: int = 0
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step` (1 is the first)."""
+        if step < self.warmup_iters:
+            return self.peak * step / self.warmup_iters
+        step = min(step, max(self.decay_iters, self.warmup_iters))
+        return FORMULAS[self.type](self, step)
+
+    def progress(self, step: int, begin: int) -> float:
+        """Share of the way from step `begin` to decay_iters, in [0, 1]."""
+        if self.decay_iters <= begin:
+            return 0.0 if step < self.decay_iters else 1.0
+        return min(max((step - begin) / (self.decay_iters - begin), 0.0), 1.0)
+
+
+def constant(schedule: Schedule, step: int) -> float:
+    """The peak."""
+    return schedule.peak
+
+
+def linear(schedule: Schedule, step: int) -> float:
+    """A straight line from the peak to min_lr."""
+    return schedule.min_lr + (schedule.peak - schedule.min_lr) * (1.0 - schedule.progress(step, schedule.warmup_iters))
+
+
+def cosine(schedule: Schedule, step: int) -> float:
+    """Half a cosine from the peak to min_lr."""
+    return schedule.min_lr + (schedule.peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * schedule.progress(step, schedule.warmup_iters)))
+
+
+def wsd(schedule: Schedule, step: int) -> float:
+    """The peak, then a straight line to min_lr over the last cooldown_iters."""
+    begin = max(schedule.decay_iters - schedule.cooldown_iters, schedule.warmup_iters)
+    return schedule.min_lr + (schedule.peak - schedule.min_lr) * (1.0 - schedule.progress(step, begin))
+
+
+def inverse_sqrt(schedule: Schedule, step: int) -> float:
+    """Falls with the root of the step; min_lr is a floor."""
+    return max(schedule.min_lr, schedule.peak * math.sqrt(max(schedule.warmup_iters, 1) / max(step, 1)))
+
+
+FORMULAS = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd, "inverse_sqrt": inverse_sqrt}
+
+
+def build_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, train_iters: int) -> Schedule:
+    """The schedule of a run; `decay_iters` left out means the end of the run."""
+    return Schedule(config.type, optimizer.lr, config.min_lr, config.warmup_iters, config.decay_iters or train_iters, config.cooldown_iters)

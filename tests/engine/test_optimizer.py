@@ -1,0 +1,115 @@
+"""Optimizers: groups, decay, and updates against the formulas written out."""
+
+import pytest
+import torch
+
+from neox.config.schema import OptimizerConfig
+from neox.engine.optimizer import build_optimizer, counter, groups, is_hidden_matrix, state_keys
+
+NAMES = {
+    "embedding.word.weight": (16, 8),
+    "layers.0.norm1.weight": (8,),
+    "layers.0.norm1.bias": (8,),
+    "layers.0.attention.qkv.weight": (24, 8),
+    "layers.0.attention.qkv.bias": (24,),
+    "norm.weight": (8,),
+    "head.weight": (16, 8),
+}
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in NAMES.items()}
+
+
+def config(kind, **keys):
+    return OptimizerConfig(type=kind, lr=0.1, weight_decay=0.25, betas=(0.8, 0.9), momentum=0.7, **keys)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
+def test_only_matrices_decay(kind):
+    named = parameters()
+    before = {name: p.detach().clone() for name, p in named.items()}
+    optimizer = build_optimizer(named.items(), config(kind))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decays[id(p)] for name, p in named.items()} == {name: 0.25 if len(shape) > 1 else 0.0 for name, shape in NAMES.items()}
+    if kind == "muon":  # needs real gradients for its matrices
+        return
+    for p in named.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in named.items():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.25) if p.ndim > 1 else before[name], rtol=1e-6, atol=0)
+
+
+def steps(kind, count=3):
+    named = parameters()
+    name = "layers.0.attention.qkv.weight"
+    p = named[name]
+    grads = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    before = p.detach().double().clone()
+    optimizer = build_optimizer([(name, p)], config(kind))
+    for grad in grads:
+        p.grad = grad.clone()
+        optimizer.step()
+    return before, [g.double() for g in grads], p.detach().double(), optimizer.state[p]
+
+
+def test_adamw_follows_the_paper():
+    p, grads, got, state = steps("adamw")
+    m = v = torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        m = 0.8 * m + 0.2 * g
+        v = 0.9 * v + 0.1 * g * g
+        p = p * (1 - 0.1 * 0.25) - 0.1 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
+    torch.testing.assert_close(got, p, rtol=1e-5, atol=1e-6)
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_lion_follows_the_paper():
+    p, grads, got, state = steps("lion")
+    m = torch.zeros_like(p)
+    for g in grads:
+        p = p - 0.1 * (torch.sign(0.8 * m + 0.2 * g) + 0.25 * p)
+        m = 0.9 * m + 0.1 * g
+    torch.testing.assert_close(got, p, rtol=1e-5, atol=1e-6)
+    assert set(state) == {"exp_avg"}
+
+
+def test_sgd_has_heavy_ball_momentum():
+    p, grads, got, state = steps("sgd")
+    m = torch.zeros_like(p)
+    for g in grads:
+        m = 0.7 * m + g
+        p = p * (1 - 0.1 * 0.25) - 0.1 * m
+    torch.testing.assert_close(got, p, rtol=1e-5, atol=1e-6)
+    assert set(state) == {"momentum_buffer"}
+
+
+def test_adamw_is_the_fused_one():
+    assert build_optimizer(parameters().items(), config("adamw")).defaults["fused"] is True
+
+
+def test_muon_takes_hidden_matrices_only():
+    named = parameters()
+    first, *rest = groups(named.items(), config("muon"))
+    assert first["use_muon"]
+    assert [id(p) for p in first["params"]] == [id(named["layers.0.attention.qkv.weight"])]
+    assert not any(group["use_muon"] for group in rest)
+    assert not is_hidden_matrix("embedding.word.weight", named["embedding.word.weight"])
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    named = parameters()
+    named["head.weight"].requires_grad_(False)
+    assert sum(len(group["params"]) for group in groups(named.items(), config("adamw"))) == len(NAMES) - 1
+    assert len(groups([("norm.weight", named["norm.weight"])], config("adamw"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd"])
+def test_state_keys_and_counter_are_what_a_step_leaves(kind):
+    _, _, p, state = steps(kind)
+    made = {key: torch.zeros_like(p) for key in state_keys({}, kind)} | counter({}, kind, torch.device("cpu"), 3)
+    assert set(made) == set(state)
+    if "step" in state:
+        torch.testing.assert_close(made["step"], state["step"])
