@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from neox.ops._library import ISA, native
 from neox.ops.bias_gelu import bias_gelu
+from neox.ops.linear import LINEAR_BACKEND, linear
+from neox.ops.rotary import rotary, rotary_frequencies, rotary_qkv, rotary_tables
 
-__all__ = ["backend", "bias_gelu"]
+__all__ = ["backend", "bias_gelu", "linear", "rotary", "rotary_frequencies", "rotary_qkv", "rotary_tables"]
 
 
 def backend(op: str) -> str:
@@ -14,8 +16,9 @@ def backend(op: str) -> str:
     Raises:
         ValueError: no operator has this name.
     """
-    if op not in __all__ or op == "backend":
-        raise ValueError(f"unknown operator {op!r}; known: {', '.join(name for name in __all__ if name != 'backend')}")
-    if not hasattr(native, op):
-        return "torch: a matrix product of torch"
+    known = [name for name in __all__ if name == "linear" or hasattr(native, name) or hasattr(native, f"{name}_")]
+    if op not in known:
+        raise ValueError(f"unknown operator {op!r}; known: {', '.join(known)}")
+    if op == "linear":
+        return LINEAR_BACKEND
     return f"native {ISA}: the best library in neox/_ops for this CPU"

@@ -1,0 +1,98 @@
+"""x W^T + b: torch's matrix product, and for bfloat16 the one of torch's two that is faster on this CPU (csrc/ops/linear)."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from neox.ops._library import cpu_flags, native
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b, with fp32 accumulation.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], dtype of x.
+        bias: [out], dtype of x, or None.
+
+    Returns:
+        [..., out], dtype of x.
+
+    Raises:
+        ValueError: a wrong dtype or shape, named.
+    """
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(f"linear: weight and bias must have the dtype of x, {x.dtype}; got {weight.dtype}, {None if bias is None else bias.dtype}")
+    if x.dtype == torch.bfloat16 and WIDENS and x.device.type == "cpu":
+        return native.linear_bf16(x, weight, bias)
+    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"linear: weight must be [out, in] with in = x's channels; got x {list(x.shape)}, weight {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: bias must have as many elements as weight has rows, {weight.shape[0]}; got {list(bias.shape)}")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def widens(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]:
+    """Whether bfloat16 products run as fp32 products of widened operands, and why.
+
+    Decided by what the CPU is, not by a clock, so that every run on a machine gives the same bits.
+
+    Args:
+        flags: instruction set extensions as /proc/cpuinfo spells them.
+        vendor: vendor_id of /proc/cpuinfo.
+        machine: platform.machine().
+    """
+    if machine not in ("x86_64", "AMD64"):
+        return False, f"torch: its bf16 product on {machine}"
+    if "amx_bf16" in flags:
+        return False, "torch: its bf16 product, on AMX tiles"
+    if "avx512_bf16" not in flags:
+        return True, "fp32 product of widened operands: this CPU has no bf16 dot products, torch's bf16 product emulates them"
+    if vendor == "AuthenticAMD":
+        return False, "torch: its bf16 product, with dot products at twice the fp32 rate"
+    return True, "fp32 product of widened operands: bf16 dot products of this CPU are no faster than fp32 ones, torch's bf16 product is slower"
+
+
+def cpu_vendor() -> str:
+    """vendor_id of /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+WIDENS, LINEAR_BACKEND = widens(cpu_flags(), cpu_vendor(), platform.machine())
+
+
+@torch.library.register_fake("neox::linear_bf16")
+def _(x, weight, bias):
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+@torch.library.register_fake("neox::linear_bf16_backward")
+def _(dy, x, weight, need_dx, need_dweight, need_dbias):
+    return (
+        x.new_empty(x.shape if need_dx else [0]),
+        weight.new_empty(weight.shape if need_dweight else [0]),
+        x.new_empty([weight.shape[0] if need_dbias else 0]),
+    )
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.need_dbias = bias is not None and bias.requires_grad
+
+
+def _backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    need_dx, need_dweight, _ = ctx.needs_input_grad
+    dx, dweight, dbias = native.linear_bf16_backward(dy, x, weight, need_dx, need_dweight, ctx.need_dbias)
+    return dx if need_dx else None, dweight if need_dweight else None, dbias if ctx.need_dbias else None
+
+
+torch.library.register_autograd("neox::linear_bf16", _backward, setup_context=_save)

@@ -1,0 +1,198 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): the tables of cos and sin, and the rotation of queries and keys.
+
+Half-split layout (GPT-NeoX, Llama): of a head's first r channels, channel i turns together with channel i + r/2; the
+other d - r channels pass through.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from neox.config.schema import RopeScaling
+from neox.errors import ConfigError
+from neox.ops._library import native
+
+
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys turned by their positions.
+
+    Args:
+        q: [b, s, n, d], float32 or bfloat16, any strides.
+        k: [b, s, g, d], dtype of q.
+        cos, sin: [s, r], or [b, s, r] where positions differ between sequences; float32, r even, r <= d; no gradient flows into them.
+
+    Returns:
+        (q, k) rotated, new and contiguous; channels from r on are copies.
+
+    Raises:
+        ValueError: a wrong dtype, device or shape, named.
+    """
+    return native.rotary(q, k, cos, sin, False)
+
+
+def rotary_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_kv_heads: int | None = None, head_dim: int | None = None) -> torch.Tensor:
+    """Queries and keys of the packed projection turned in place: only the rotated channels are read and written.
+
+    Args:
+        qkv: [b, s, g, m + 2, d] (m queries, then a key, then a value per kv head), contiguous in d; or the projection itself,
+            [b, s, g (m + 2) d], with num_kv_heads and head_dim given. The second spares autograd the copies that an in-place change
+            of a view costs it. Overwritten; must not be a leaf that requires a gradient.
+        cos, sin: as for `rotary`.
+        num_kv_heads: g, for the second form.
+        head_dim: d, for the second form.
+
+    Returns:
+        The same memory as [b, s, g, m + 2, d].
+
+    Raises:
+        ValueError: a wrong dtype, device, shape or stride, named.
+    """
+    if num_kv_heads is None or head_dim is None:
+        return _RotaryQkv.apply(qkv, cos, sin)
+    if qkv.dim() != 3 or qkv.shape[2] % (num_kv_heads * head_dim) or qkv.stride(2) != 1:
+        raise ValueError(f"rotary_qkv: qkv must be [b, s, g (m + 2) d] with g {num_kv_heads} and d {head_dim}, contiguous in the last; got {list(qkv.shape)}")
+    return _packed(_RotaryQkv.apply(qkv, cos, sin, num_kv_heads, head_dim), num_kv_heads, head_dim)
+
+
+def _packed(qkv: torch.Tensor, num_kv_heads: int | None, head_dim: int | None) -> torch.Tensor:
+    """[b, s, g (m + 2) d] seen as [b, s, g, m + 2, d]; the latter as it is."""
+    return qkv if num_kv_heads is None else qkv.unflatten(2, (num_kv_heads, -1, head_dim))
+
+
+class _RotaryQkv(torch.autograd.Function):
+    """In place on its first input, which the graph from then on knows in its rotated state."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, num_kv_heads=None, head_dim=None):
+        native.rotary_qkv_(_packed(qkv, num_kv_heads, head_dim), cos, sin, False)
+        ctx.mark_dirty(qkv)
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = (num_kv_heads, head_dim)
+        return qkv
+
+    @staticmethod
+    def backward(ctx, dqkv):
+        cos, sin = ctx.saved_tensors
+        dqkv = dqkv.clone(memory_format=torch.contiguous_format)  # others may hold the incoming gradient
+        native.rotary_qkv_(_packed(dqkv, *ctx.heads), cos, sin, True)
+        return dqkv, None, None, None, None
+
+
+@torch.library.register_fake("neox::rotary")
+def _(q, k, cos, sin, transposed):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.register_fake("neox::rotary_qkv_")
+def _(qkv, cos, sin, transposed):
+    return None
+
+
+def _save(ctx, inputs, output):
+    _, _, cos, sin, ctx.transposed = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dq, dk):
+    cos, sin = ctx.saved_tensors
+    dq, dk = native.rotary(dq, dk, cos, sin, not ctx.transposed)
+    return dq, dk, None, None, None
+
+
+torch.library.register_autograd("neox::rotary", _backward, setup_context=_save)
+
+
+def rotary_tables(rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position below `length`.
+
+    Args:
+        rotary_dim: r, rotated channels of a head; even.
+        length: positions, tokens. For `ntk` scaling also the length that the base is stretched for.
+        theta: base of the frequencies.
+        scaling: stretching beyond the trained length; the arithmetic, its order included, gives the values of `transformers`.
+
+    Returns:
+        cos, sin: [length, r] fp32; the two halves of a row are equal. YaRN's attention factor is multiplied in.
+
+    Raises:
+        ConfigError: odd or non-positive rotary_dim; a scaling that lacks original_max_position_embeddings.
+    """
+    frequencies, factor = rotary_frequencies(rotary_dim, length, theta, scaling)
+    positions = torch.arange(length, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)  # [length, r]
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotary_frequencies(rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> tuple[torch.Tensor, float]:
+    """Radians per token of each channel pair, [r/2] fp32, and the factor on cos and sin. Arguments as for rotary_tables."""
+    if rotary_dim <= 0 or rotary_dim % 2:
+        raise ConfigError("rotary_dim must be even and positive", where="rotary_tables", got=rotary_dim, want="an even number of channels")
+    if scaling is None:
+        return 1.0 / _wavelengths(rotary_dim, theta), 1.0
+    if scaling.type == "linear":
+        return 1.0 / _wavelengths(rotary_dim, theta) / scaling.factor, 1.0
+    if scaling.type == "ntk":
+        return 1.0 / _wavelengths(rotary_dim, _ntk_base(rotary_dim, length, theta, scaling)), 1.0
+    if scaling.type == "yarn":
+        return _yarn(rotary_dim, theta, scaling)
+    return _llama3(1.0 / _wavelengths(rotary_dim, theta), scaling), 1.0
+
+
+def _wavelengths(rotary_dim: int, theta: float) -> torch.Tensor:
+    """theta ** (2i / r): tokens per radian of channel pair i, [r/2] fp32."""
+    return theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim)
+
+
+def _ntk_base(rotary_dim: int, length: int, theta: float, scaling: RopeScaling) -> float:
+    """The base stretched so that the slowest pair covers the longer text ("NTK-aware"; dynamic where the trained length is known)."""
+    if rotary_dim == 2:
+        raise ConfigError("ntk scaling needs more than one channel pair", where="rotary_tables", got="rotary_dim 2", want="rotary_dim >= 4")
+    stretch = scaling.factor
+    if scaling.original_max_position_embeddings is not None:
+        stretch = scaling.factor * max(length, scaling.original_max_position_embeddings) / scaling.original_max_position_embeddings - (scaling.factor - 1)
+    return theta * stretch ** (rotary_dim / (rotary_dim - 2))
+
+
+def _yarn(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Tensor, float]:
+    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often are kept, slow ones interpolated, a ramp in between."""
+    original = _trained_length(scaling)
+
+    def pair_turning(rotations: float) -> float:
+        """Index of the channel pair that makes so many full turns within the trained length."""
+        return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(scaling.beta_slow)), rotary_dim - 1)
+    width = high - low if high != low else 0.001
+    kept = 1 - ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    wavelengths = _wavelengths(rotary_dim, theta)
+    frequencies = 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return frequencies, factor
+
+
+def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Llama 3.1: wavelengths beyond the trained length / low_freq_factor are divided by factor, short ones kept, blended in between."""
+    original = _trained_length(scaling)
+    turns = original / (2 * math.pi / frequencies)  # full turns within the trained length
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    wavelengths = 2 * math.pi / frequencies
+    out = torch.where(wavelengths < original / scaling.high_freq_factor, frequencies, blended)
+    return torch.where(wavelengths > original / scaling.low_freq_factor, frequencies / scaling.factor, out)
+
+
+def _trained_length(scaling: RopeScaling) -> int:
+    """original_max_position_embeddings, which yarn and llama3 need."""
+    if scaling.original_max_position_embeddings is None:
+        raise ConfigError(
+            f"{scaling.type} scaling needs the trained length",
+            where="model.rope_scaling.original_max_position_embeddings",
+            got="null",
+            want="tokens of the original training",
+        )
+    return scaling.original_max_position_embeddings
