@@ -85,7 +85,7 @@ def test_odd_rotary_dim_is_refused(rotary_dim):
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 def test_missing_trained_length_is_refused(kind):
-    with pytest.raises(ConfigError, match="needs the trained length.*original_max_position_embeddings"):
+    with pytest.raises(ConfigError, match=r"needs the trained length.*original_max_position_embeddings"):
         rotary_tables(8, 4, scaling=RopeScaling(type=kind, factor=2.0))
 
 
