@@ -10,6 +10,18 @@
 
 #include "common/dtype.h"
 
+#if defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // _mm512_undefined_ps of GCC 11 and 12
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#endif
+
 #ifndef NEOX_VEC_WIDTH
 #if defined(__AVX512F__)
 #define NEOX_VEC_WIDTH 16
@@ -56,9 +68,16 @@ NEOX_INLINE Vec load(const float* p) {
 }
 
 NEOX_INLINE Vec load(const bf16* p) {
+#if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
+    const VecUint words = reinterpret_cast<VecUint>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && NEOX_VEC_WIDTH == 8
+    const VecUint words = reinterpret_cast<VecUint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
     VecHalf half;
     std::memcpy(&half, p, sizeof(half));
-    return reinterpret_cast<Vec>(__builtin_convertvector(half, VecUint) << 16);
+    const VecUint words = __builtin_convertvector(half, VecUint);
+#endif
+    return reinterpret_cast<Vec>(words << 16);
 }
 
 template <class T>
@@ -70,11 +89,23 @@ NEOX_INLINE Vec load(const T* p, int64_t count) {
 
 NEOX_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
-// Rounds as from_float<bf16>.
+// Rounds as from_float<bf16>, but for denormals, which the instruction of AVX512_BF16 turns into zero.
 NEOX_INLINE void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__) && NEOX_VEC_WIDTH == 16
+    const auto half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+#else
     const VecUint word = reinterpret_cast<VecUint>(v);
-    const VecUint rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-    const VecHalf half = __builtin_convertvector(v != v ? VecUint{} + 0x7fc0u : rounded, VecHalf);
+    const VecUint sum = word + 0x7fffu + ((word >> 16) & 1u);
+    const VecUint rounded = (v != v ? VecUint{} + 0x7fc00000u : sum) >> 16;
+#if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
+    const auto half = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded));
+#elif defined(__AVX2__) && NEOX_VEC_WIDTH == 8
+    const auto packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(rounded), reinterpret_cast<__m256i>(rounded));
+    const auto half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+    const auto half = __builtin_convertvector(rounded, VecHalf);
+#endif
+#endif
     std::memcpy(p, &half, sizeof(half));
 }
 
@@ -105,46 +136,95 @@ NEOX_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 NEOX_INLINE Vec abs(Vec v) { return from_bits(bits(v) & 0x7fffffff); }
 NEOX_INLINE Vec copysign(Vec magnitude, Vec sign) { return from_bits((bits(magnitude) & 0x7fffffff) | (bits(sign) & splat_int(INT32_MIN))); }
 
-// Lanes are added pairwise: the order is fixed by the width alone.
-NEOX_INLINE float sum(Vec v) {
-    float lanes[kVecWidth];
-    store(lanes, v);
-    for (int step = kVecWidth / 2; step > 0; step /= 2) {
-        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+typedef float Quad __attribute__((vector_size(16)));
+
+// Folds quarters of the vector with `join`, then the lanes of what is left: the order is fixed by the width alone.
+template <class Join>
+NEOX_INLINE float fold(Vec v, const Join& join) {
+    constexpr int kQuads = kVecWidth / 4;
+    Quad quads[kQuads];
+    std::memcpy(quads, &v, sizeof(v));
+    for (int step = kQuads / 2; step > 0; step /= 2) {
+        for (int i = 0; i < step; ++i) quads[i] = join(quads[i], quads[i + step]);
     }
-    return lanes[0];
+    const Quad q = quads[0];
+    const Quad pairs = join(q, Quad{q[2], q[3], q[0], q[1]});
+    return join(pairs, Quad{pairs[1], pairs[0], pairs[3], pairs[2]})[0];
+}
+
+NEOX_INLINE float sum(Vec v) {
+    return fold(v, [](Quad a, Quad b) { return a + b; });
 }
 
 NEOX_INLINE float max_lane(Vec v) {
-    float lanes[kVecWidth];
-    store(lanes, v);
-    float best = lanes[0];
-    for (int i = 1; i < kVecWidth; ++i) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+    return fold(v, [](Quad a, Quad b) { return a > b ? a : b; });
 }
 
-// e^v, error <= 1.5 ulp, denormal results, infinities and NaN included.
-// v = n ln 2 + r with |r| <= ln 2 / 2, in two parts of ln 2; e^r by a polynomial (minimax, weighted by e^-r); 2^n in two factors, since
-// n runs from -150 to 128 and one exponent field holds neither end.
-NEOX_INLINE Vec exp(Vec v) {
-    const Vec x = v > 89.0f ? splat(89.0f) : (v < -104.0f ? splat(-104.0f) : v);
-    const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low mantissa bits are the rounded integer
+// 1 / v for 2^-100 < v < 2^100, error <= 1 ulp.
+NEOX_INLINE Vec reciprocal(Vec v) {
+#if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
+    const Vec y = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));  // 14 bits, doubled by a Newton step
+    return y + y * (1.0f - v * y);
+#else
+    return 1.0f / v;
+#endif
+}
+
+// v = n ln 2 + r with |r| <= ln 2 / 2, in two parts of ln 2: e^r by a polynomial (minimax, weighted by e^-r), and n.
+struct Exponential {
+    Vec fraction;   // e^r
+    Vec n;          // whole
+    VecInt biased;  // n + 0x4b400000
+};
+
+NEOX_INLINE Exponential exponential(Vec x) {
+    const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits of the sum's mantissa are the rounded integer
     const Vec n = shifted - 12582912.0f;
     const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     Vec p = r * 1.38146085e-3f + 8.36871156e-3f;
     p = p * r + 4.16683875e-2f;
     p = p * r + 1.66665207e-1f;
     p = p * r + 4.99999934e-1f;
-    p = (p * r) * r + r + 1.0f;
-    const VecInt exponent = bits(shifted) - 0x4b400000;
-    const VecInt half = exponent >> 1;
-    return (p * from_bits((half + 127) << 23)) * from_bits((exponent - half + 127) << 23);
+    return {(p * r) * r + r + 1.0f, n, bits(shifted)};
 }
 
-// 1 / (1 + e^-v), error <= 3 ulp.
-NEOX_INLINE Vec sigmoid(Vec v) { return 1.0f / (1.0f + exp(-v)); }
+// e^v, error <= 1.5 ulp, denormal results, infinities and NaN included.
+NEOX_INLINE Vec exp(Vec v) {
+    const Vec x = max(splat(-104.0f), min(splat(89.0f), v));  // this order of the operands lets NaN through
+    const Exponential e = exponential(x);
+#if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
+    return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(e.fraction), reinterpret_cast<__m512>(e.n)));
+#else
+    // 2^n in two factors: n runs from -150 to 128 and one exponent field holds neither end.
+    const VecInt n = e.biased - 0x4b400000;
+    const VecInt half = n >> 1;
+    return (e.fraction * from_bits((half + 127) << 23)) * from_bits((n - half + 127) << 23);
+#endif
+}
 
-// tanh v, error <= 3 ulp: an odd polynomial below 0.625, 1 - 2 / (e^2|v| + 1) above it.
+// e^v for v <= 0, cheaper: error <= 1.5 ulp, 0 below -87.33 (where the result would be denormal), NaN for NaN.
+NEOX_INLINE Vec exp_nonpositive(Vec v) {
+    const Exponential e = exponential(max(splat(-88.0f), v));
+    const Vec scale = from_bits((e.biased << 23) + (127 << 23));  // the shift drops the offset of biased
+    return v < -87.33f ? Vec{} : e.fraction * scale;
+}
+
+struct Logistic {
+    Vec value;  // 1 / (1 + e^-v)
+    Vec slope;  // value (1 - value), without its cancellation
+};
+
+// Error <= 3 ulp each.
+NEOX_INLINE Logistic logistic(Vec v) {
+    const Vec e = exp_nonpositive(-abs(v));
+    const Vec inverse = reciprocal(1.0f + e);
+    const Vec other = e * inverse;
+    return {v < 0.0f ? other : inverse, other * inverse};
+}
+
+NEOX_INLINE Vec sigmoid(Vec v) { return logistic(v).value; }
+
+// tanh v, error <= 3 ulp: an odd polynomial below 0.625, (1 - e^-2|v|) / (1 + e^-2|v|) above it.
 NEOX_INLINE Vec tanh(Vec v) {
     const Vec a = abs(v);
     const Vec z = v * v;
@@ -153,7 +233,8 @@ NEOX_INLINE Vec tanh(Vec v) {
     p = p * z + 1.33314912e-1f;
     p = p * z - 3.33332839e-1f;
     const Vec small = v + v * z * p;
-    const Vec large = copysign(1.0f - 2.0f / (exp(2.0f * a) + 1.0f), v);
+    const Vec e = exp_nonpositive(-2.0f * a);
+    const Vec large = copysign((1.0f - e) * reciprocal(1.0f + e), v);
     return a < 0.625f ? small : large;
 }
 
@@ -165,9 +246,9 @@ struct Normal {
 // Both from one exponential. The cdf keeps its relative accuracy in the lower tail (<= 2e-6 for v >= -9), where (1 + erf) / 2 would
 // cancel: cdf(-a) = e^(-a^2/2) t Q(t), t = 1 / (1 + 0.3 a), with Q a minimax polynomial of erfcx(a / sqrt 2) / 2t on [0, 14].
 NEOX_INLINE Normal normal(Vec v) {
-    const Vec a = min(abs(v), splat(14.5f));
-    const Vec gauss = exp(a * a * -0.5f);
-    const Vec t = 1.0f / (1.0f + 0.3f * a);
+    const Vec a = min(splat(14.5f), abs(v));
+    const Vec gauss = exp_nonpositive(a * a * -0.5f);
+    const Vec t = reciprocal(1.0f + 0.3f * a);
     Vec q = t * -2.06129293e-2f + 1.12376332e-1f;
     q = q * t - 2.28068840e-1f;
     q = q * t + 1.91583494e-1f;
@@ -179,7 +260,7 @@ NEOX_INLINE Normal normal(Vec v) {
     q = q * t + 1.19686634e-1f;
     const Vec tail = gauss * (t * q);
     const Vec cdf = v < 0.0f ? tail : 1.0f - tail;
-    return Normal{v != v ? v : cdf, v != v ? v : gauss * 0.398942280f};
+    return Normal{cdf, gauss * 0.398942280f};
 }
 
 // erf v, absolute error <= 2e-7.

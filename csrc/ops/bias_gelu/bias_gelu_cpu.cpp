@@ -17,11 +17,9 @@ NEOX_INLINE ValueAndSlope gelu(Vec u) {
         const Vec square = u * u;
         const Vec z = u * (square * 0.0713548163f + 1.59576912f);  // 2c(u + a u^3)
         const Vec dz = square * 0.214064449f + 1.59576912f;        // 2c(1 + 3a u^2)
-        const Vec e = exp(-abs(z));
-        const Vec inverse = 1.0f / (1.0f + e);
-        const Vec s = z < 0.0f ? e * inverse : inverse;
-        const Vec bend = u * dz * (e * inverse * inverse);  // u s'(z) dz; s' by e, since s (1 - s) cancels where s is near 1
-        return {u * s, s + (e > 0.0f ? bend : Vec{})};      // where e is 0, u dz may be infinite
+        const Logistic s = logistic(z);
+        const Vec bend = u * dz * s.slope;
+        return {u * s.value, s.value + (s.slope > 0.0f ? bend : Vec{})};  // where the slope is 0, u dz may be infinite
     } else {
         const Normal normal_u = normal(u);
         return {u * normal_u.cdf, normal_u.cdf + u * normal_u.pdf};

@@ -1,0 +1,37 @@
+"""bias_gelu against torch, eager and compiled: forward, and backward alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Options, Row, compare_op, parse, show, with_compiled
+
+from neox.ops import bias_gelu
+
+
+def theirs(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """What a model writes without us."""
+    return functional.gelu(x + bias)
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """The MLP of Pythia-160M at 4 x 512 tokens."""
+    tokens, hidden = (256, 3072) if options.quick else (2048, 3072)
+    peers = with_compiled(theirs, options)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, bias = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden).to(dtype)
+        setting = f"{tokens}x{hidden} {str(dtype).removeprefix('torch.')}"
+        size = x.numel() * x.element_size()
+        yield from compare_op("bias_gelu", setting, bias_gelu, peers, (x, bias), options, forward_bytes=2 * size, backward_bytes=3 * size)
+
+
+if __name__ == "__main__":
+    chosen = parse(__doc__)
+    show(rows(chosen), chosen)

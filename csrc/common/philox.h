@@ -1,0 +1,42 @@
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): random bits as a pure function of (key, counter),
+// the same on host and device. Dropout draws the word of an element by the element's index, so forward and backward see the same mask for
+// any split of the work.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define NEOX_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define NEOX_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace neox {
+
+struct PhiloxWords {
+    uint32_t word[4];
+};
+
+NEOX_HOST_DEVICE PhiloxWords philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    uint32_t c0 = static_cast<uint32_t>(counter_low), c1 = static_cast<uint32_t>(counter_low >> 32);
+    uint32_t c2 = static_cast<uint32_t>(counter_high), c3 = static_cast<uint32_t>(counter_high >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t product0 = 0xd2511f53ull * c0, product1 = 0xcd9e8d57ull * c2;
+        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+        c1 = static_cast<uint32_t>(product1);
+        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+        c3 = static_cast<uint32_t>(product0);
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// Dropout of probability p: element i survives where word (i mod 4) of philox(seed, i / 4, offset) is at least this. p = 1 drops all
+// (dropout_keeps below), p = 0 nothing.
+NEOX_HOST_DEVICE uint64_t dropout_threshold(double p) { return static_cast<uint64_t>(p * 4294967296.0); }
+
+NEOX_HOST_DEVICE bool dropout_keeps(uint32_t word, uint64_t threshold) { return word >= threshold; }
+
+}  // namespace neox
