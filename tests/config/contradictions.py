@@ -1,0 +1,207 @@
+"""Pairs of keys that are right alone and wrong together: the list that test_rules.py sweeps, printable on its own.
+
+`python -m tests.config.contradictions` prints what each gets, one block per case; test_rules.py compares that under
+`python -O`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS, REMOVED_KEYS
+from neox.config.load import load_config
+from neox.config.validate import validate
+from neox.errors import ConfigError
+
+BASE = (
+    "model.vocab_size=100",
+    "model.hidden_size=96",
+    "model.num_attention_heads=12",
+    "model.num_layers=2",
+    "model.max_position_embeddings=64",
+    "data.seq_length=64",
+    "data.train=[corpus]",
+    "train.micro_batch_size=1",
+    "train.train_iters=100",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Overrides that contradict each other, and the keys that the report has to name."""
+
+    overrides: tuple[str, ...]
+    keys: tuple[str, ...]
+    world_size: int = 1
+    device: str = "cpu"
+
+
+def model_cases() -> list[Case]:
+    """Contradictions inside the model."""
+    cases = [
+        Case((f"model.hidden_size={hidden}", f"model.num_attention_heads={heads}"), ("model.hidden_size", "model.num_attention_heads"))
+        for hidden in (96, 100, 128, 130)
+        for heads in (3, 5, 6, 7, 9, 11, 12)
+        if hidden % heads
+    ]
+    cases += [
+        Case((f"model.num_attention_heads={heads}", f"model.num_kv_heads={kv}"), ("model.num_attention_heads", "model.num_kv_heads"))
+        for heads in (2, 4, 6, 8, 12)
+        for kv in (3, 5, 8, 24)
+        if heads % kv
+    ]
+    cases += [
+        Case((f"model.head_dim={width}", f"model.attention_backend={backend}"), ("model.head_dim", "model.attention_backend"))
+        for width in (258, 512)
+        for backend in ("auto", "native")
+    ]
+    cases += [
+        Case((f"model.head_dim={width}", f"model.rotary_pct={share}"), ("model.head_dim", "model.rotary_pct"))
+        for width, share in ((9, 1.0), (20, 0.25), (8, 0.1), (4, 0.4))
+    ]
+    for position in ("learned", "alibi", "none"):
+        for option in ("rotary_pct=0.5", "rope_theta=500000", "rope_scaling={type: linear, factor: 2}"):
+            cases.append(Case((f"model.position_embedding={position}", f"model.{option}"), (f"model.{option.partition('=')[0]}", "model.position_embedding")))
+    for position in ("rotary", "learned"):
+        for length in (65, 128, 100000):
+            cases.append(Case((f"model.position_embedding={position}", f"data.seq_length={length}"), ("data.seq_length", "model.max_position_embeddings")))
+    cases += [
+        Case(("model.attention_softcap=30", "model.attention_backend=sdpa"), ("model.attention_softcap", "model.attention_backend")),
+        Case(("model.shared_residual_norm=true",), ("model.shared_residual_norm", "model.parallel_residual")),
+        Case(("model.rope_scaling={type: yarn, factor: 4}",), ("model.rope_scaling.type", "model.rope_scaling.original_max_position_embeddings")),
+        Case(("model.rope_scaling={type: llama3, factor: 4}",), ("model.rope_scaling.type", "model.rope_scaling.original_max_position_embeddings")),
+        Case(("model.rope_scaling={type: ntk, factor: 0.5}",), ("model.rope_scaling.factor",)),
+        Case(
+            ("model.rope_scaling={type: llama3, factor: 4, original_max_position_embeddings: 64, low_freq_factor: 4}",),
+            ("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor"),
+        ),
+        Case(
+            ("model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 64, beta_slow: 32}",),
+            ("model.rope_scaling.beta_slow", "model.rope_scaling.beta_fast"),
+        ),
+        Case(("tokenizer.file=no-such-tokenizer.json",), ("tokenizer.file",)),
+    ]
+    return cases
+
+
+def data_cases() -> list[Case]:
+    """Contradictions about data and evaluation."""
+    cases = [
+        Case(("data.path=x", f"data.{part}=[y]", "data.train=[]") if part != "train" else ("data.path=x",), ("data.path", f"data.{part}"))
+        for part in ("train", "validation", "test")
+    ]
+    cases += [Case((f"data.{part}=[{{path: a, weight: 0}}, {{path: b, weight: 0}}]",), (f"data.{part}",)) for part in ("train", "validation", "test")]
+    cases += [Case((f"data.split='{split}'",), ("data.split",)) for split in ("", "a,b", "0,1,1", "-1,1,1", "1,2,3,4", "1,nan,1", "inf,1,1", "1;2;3")]
+    cases += [
+        Case(("data.train=[]", f"data.path={path}", f"data.split='{split}'", "evaluate.interval=5"), ("evaluate.interval", "data.validation", "data.split"))
+        for path in "xy"
+        for split in ("1", "99,0,1")
+    ]
+    cases += [
+        Case(("data.train=[]",), ("data.train", "data.path")),
+        Case(("data.train=['']",), ("data.train",)),
+        Case(("evaluate.interval=5",), ("evaluate.interval", "data.validation")),
+        Case(("run.dir=' '",), ("run.dir",)),
+        Case(("checkpoint.resume=''",), ("checkpoint.resume",)),
+        Case(("run.dir=pyproject.toml",), ("run.dir",)),
+    ]
+    return cases
+
+
+def schedule_cases() -> list[Case]:
+    """Contradictions of learning rates, lengths and number formats."""
+    cases = [
+        Case((f"schedule.warmup_iters={warmup}", f"train.train_iters={length}"), ("schedule.warmup_iters", "train.train_iters"))
+        for warmup in (11, 200)
+        for length in (1, 10)
+    ]
+    cases += [
+        Case((f"schedule.warmup_iters={warmup}", f"schedule.decay_iters={length}"), ("schedule.warmup_iters", "schedule.decay_iters"))
+        for warmup in (11, 200)
+        for length in (1, 10)
+    ]
+    cases += [
+        Case((f"schedule.min_lr={low}", f"optimizer.lr={high}"), ("schedule.min_lr", "optimizer.lr")) for low, high in ((1e-3, 1e-4), (1, 0.5), (6.1e-4, 6e-4))
+    ]
+    cases += [
+        Case((f"schedule.type={kind}", "schedule.cooldown_iters=5"), ("schedule.cooldown_iters", "schedule.type"))
+        for kind in ("constant", "linear", "cosine", "inverse_sqrt")
+    ]
+    cases += [
+        Case(("schedule.type=wsd",), ("schedule.type", "schedule.cooldown_iters")),
+        Case(
+            ("schedule.type=wsd", "schedule.warmup_iters=60", "schedule.cooldown_iters=60"),
+            ("schedule.warmup_iters", "schedule.cooldown_iters", "train.train_iters"),
+        ),
+        Case(("schedule.type=constant", "schedule.min_lr=1e-5"), ("schedule.min_lr", "schedule.type")),
+        Case(("precision.dtype=fp16",), ("precision.dtype",)),
+        Case(("precision.min_loss_scale=4", "precision.initial_scale_power=1"), ("precision.min_loss_scale", "precision.initial_scale_power"), device="cuda"),
+    ]
+    return cases
+
+
+def batch_cases() -> list[Case]:
+    """Batch sizes that do not multiply up."""
+    keys = ("train.micro_batch_size", "train.gradient_accumulation", "train.global_batch_size")
+    cases = [
+        Case((f"train.micro_batch_size={micro}", f"train.gradient_accumulation={steps}", f"train.global_batch_size={total}"), keys, world_size=world)
+        for micro in (1, 2, 3)
+        for steps in (1, 4)
+        for total in (5, 7, 25)
+        for world in (1, 2)
+        if micro * steps * world != total
+    ]
+    cases += [Case(("train.micro_batch_size=4", f"train.global_batch_size={total}"), (keys[0], keys[2]), world_size=2) for total in (4, 9, 12)]
+    cases.append(Case(("train.micro_batch_size=null",), (keys[0], keys[2])))
+    return cases
+
+
+def parallel_cases() -> list[Case]:
+    """Layouts that fit neither the model nor the processes."""
+    cases = [
+        Case((f"parallel.tensor={tensor}", f"parallel.pipeline={stages}"), ("parallel.tensor", "parallel.pipeline"), world_size=3)
+        for tensor, stages in ((2, 1), (1, 2), (2, 2))
+    ]
+    cases += [Case((f"parallel.tensor={tensor}",), ("model.num_attention_heads", "parallel.tensor"), world_size=tensor) for tensor in (5, 7, 8)]
+    cases += [Case(("parallel.tensor=4", f"model.num_kv_heads={kv}"), ("model.num_kv_heads", "parallel.tensor"), world_size=4) for kv in (1, 2, 3, 6)]
+    cases += [Case(("parallel.tensor=2", "model.intermediate_size=33"), ("model.intermediate_size", "parallel.tensor"), world_size=2)]
+    cases += [Case((f"parallel.pipeline={stages}",), ("parallel.pipeline", "model.num_layers"), world_size=stages) for stages in (3, 4)]
+    cases += [Case((f"zero.stage={stage}", "parallel.pipeline=2"), ("zero.stage", "parallel.pipeline"), world_size=2) for stage in (2, 3)]
+    cases += [
+        Case(("parallel.sequence=true",), ("parallel.sequence", "parallel.tensor")),
+        Case(("parallel.sequence=true", "parallel.tensor=2", "data.seq_length=63"), ("data.seq_length", "parallel.tensor"), world_size=2),
+        Case(("parallel.tensor=2",), ("parallel.tensor",), world_size=2),
+        Case(("parallel.pipeline=2",), ("parallel.pipeline",), world_size=2),
+    ]
+    return cases
+
+
+def deepspeed_cases() -> list[Case]:
+    """Raw DeepSpeed keys that are ours, gone, misspelt, or of no use with the stage."""
+    cases = [Case((f"deepspeed.{key}=1",), (f"deepspeed.{key}", owner)) for key, owner in OWNED_KEYS.items()]
+    cases += [Case((f"deepspeed.{key}=1",), (f"deepspeed.{key}",)) for key in REMOVED_KEYS]
+    cases += [Case((f"deepspeed.{key}_x=1",), (f"deepspeed.{key}_x",)) for key in DEEPSPEED_KEYS]
+    cases += [Case((f"deepspeed.{key}=1",), (f"deepspeed.{key}",)) for key, inner in DEEPSPEED_KEYS.items() if inner and key not in OWNED_KEYS]
+    for name, needed in (("offload_optimizer", 1), ("offload_param", 3)):
+        for stage in range(needed):
+            cases.append(Case((f"deepspeed.zero_optimization.{name}.device=cpu", f"zero.stage={stage}"), (f"deepspeed.zero_optimization.{name}", "zero.stage")))
+    cases.append(Case(("deepspeed.comet.api_key=s3cret",), ("deepspeed.comet.api_key",)))
+    return cases
+
+
+CASES = tuple(model_cases() + data_cases() + schedule_cases() + batch_cases() + parallel_cases() + deepspeed_cases())
+
+
+def report(case: Case) -> str:
+    """The lines of the error that a case gets; empty when it gets none."""
+    config = load_config(overrides=[*BASE, *case.overrides])
+    try:
+        validate(config, case.world_size, case.device)
+    except ConfigError as error:
+        return error.line()
+    return ""
+
+
+if __name__ == "__main__":
+    for each in CASES:
+        print(each.overrides, report(each), sep="\n")

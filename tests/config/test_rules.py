@@ -1,0 +1,97 @@
+"""Every rule between keys: contradictions named with both keys and both values, sound neighbours accepted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from neox.config import rules
+from neox.config.load import flatten, load_config
+from neox.config.rules import parse_split
+from neox.config.validate import validate
+from neox.errors import ConfigError
+from tests.config.contradictions import BASE, CASES, Case, report
+
+
+def test_there_are_enough_of_them_and_none_twice():
+    assert len({(case.overrides, case.world_size) for case in CASES}) == len(CASES) > 200
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case.overrides)[:80] + f" x{case.world_size}")
+def test_a_contradiction_names_its_keys_their_values_and_the_rule(case: Case):
+    lines = report(case).splitlines()
+    naming = [line for line in lines if all(key in line for key in case.keys)]
+    assert naming, lines
+    values = {key: value for key, value in flatten(load_config(overrides=[*BASE, *case.overrides])) if "api_key" not in key}
+    for key in case.keys:
+        if key in values:
+            assert any(f"{key} = {values[key]!r}" in line for line in naming), (key, naming)
+    assert all(line.startswith("error[2] ") and "; want=" in line for line in lines)
+
+
+def test_optimised_python_says_the_same(repository):
+    run = [sys.executable, "-m", "tests.config.contradictions"]
+    plain, optimised = (subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=repository) for command in (run, [run[0], "-O", *run[1:]]))
+    assert plain.returncode == optimised.returncode == 0, plain.stderr + optimised.stderr
+    assert plain.stdout == optimised.stdout
+    assert plain.stdout.count("error[2] ") >= len(CASES)
+
+
+def test_a_secret_is_not_repeated():
+    assert "s3cret" not in report(Case(("deepspeed.comet.api_key=s3cret",), ()))
+
+
+SOUND = [
+    ("model.hidden_size=100", "model.num_attention_heads=12", "model.head_dim=16"),
+    ("model.num_kv_heads=1",),
+    ("model.num_kv_heads=4",),
+    ("model.head_dim=256",),
+    ("model.head_dim=320", "model.attention_backend=sdpa"),
+    ("model.rotary_pct=0.25",),
+    ("model.position_embedding=alibi", "data.seq_length=4096"),
+    ("model.position_embedding=none", "data.seq_length=4096"),
+    ("model.rope_scaling={type: linear, factor: 2}",),
+    ("model.rope_scaling={type: yarn, factor: 2, original_max_position_embeddings: 32}",),
+    ("model.parallel_residual=true", "model.shared_residual_norm=true"),
+    ("data.train=[]", "data.path=x", "evaluate.interval=5"),
+    ("data.validation=[v]", "evaluate.interval=5"),
+    ("data.train=[{path: a, weight: 0}, b]",),
+    ("schedule.warmup_iters=100",),
+    ("schedule.type=wsd", "schedule.warmup_iters=40", "schedule.cooldown_iters=60"),
+    ("schedule.decay_iters=1000",),
+    ("schedule.min_lr=6e-4",),
+    ("schedule.type=constant",),
+    ("zero.stage=3", "deepspeed.zero_optimization.offload_param.device=cpu"),
+    ("deepspeed.zero_optimization.overlap_comm=true", "deepspeed.wall_clock_breakdown=true"),
+    ("deepspeed.wandb={enabled: true, project: x}",),
+    ("train.gradient_accumulation=4", "train.global_batch_size=4"),
+    ("checkpoint.resume=some/where", "run.dir='a b; rm -rf $HOME'"),
+]
+
+
+@pytest.mark.parametrize("overrides", SOUND, ids=" ".join)
+def test_sound_neighbours_pass(overrides):
+    validate(load_config(overrides=[*BASE, *overrides]), 1, "cpu")
+
+
+def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 100}}}))
+    config = load_config(overrides=[*BASE, f"tokenizer.file={file}"])
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 100, tokenizer.file = .*ids = 101; want=vocab_size at least 101"):
+        validate(config, 1, "cpu")
+    validate(load_config(overrides=[*BASE, f"tokenizer.file={file}", "model.vocab_size=101"]), 1, "cpu")
+
+
+def test_split_is_normalised():
+    assert parse_split("969,30,1") == (0.969, 0.03, 0.001)
+    assert parse_split("1") == (1.0, 0.0, 0.0)
+    assert parse_split(" 3, 1 ") == (0.75, 0.25, 0.0)
+
+
+def test_every_rule_is_listed():
+    named = {name for name, value in vars(rules).items() if getattr(value, "__annotations__", {}).get("return") == "Iterator[Conflict]"}
+    assert named - {"deepspeed_key", "offload"} == {rule.__name__ for rule in rules.RULES}

@@ -1,0 +1,91 @@
+"""The batch triangle and the shape of a report; the rules themselves are in test_rules.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.config.load import load, load_config
+from neox.config.validate import BatchSizes, batch_sizes, validate
+from neox.errors import ConfigError
+
+BASE = ["model.vocab_size=100", "data.train=[corpus]", "train.micro_batch_size=1"]
+
+
+def config_of(*overrides: str):
+    return load_config(overrides=[*BASE, *overrides])
+
+
+def lines_of(config, world_size=1, device="cpu", origins=None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size, device, origins)
+    return caught.value.line().splitlines()
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+@pytest.mark.parametrize("accumulation", [None, 4])
+@pytest.mark.parametrize("total", [None, 24])
+def test_any_one_of_the_batch_sizes_may_be_left_out(micro, accumulation, total):
+    given = {"micro_batch_size": micro, "gradient_accumulation": accumulation, "global_batch_size": total}
+    overrides = ["model.vocab_size=100", *(f"train.{key}={value}" for key, value in given.items() if value)]
+    config = load_config(overrides=overrides)
+    if micro is None and total is None:
+        with pytest.raises(ConfigError, match="batch size is not given"):
+            batch_sizes(config, 2)
+        return
+    sizes = batch_sizes(config, 2)
+    assert sizes.global_batch_size == sizes.micro_batch_size * sizes.gradient_accumulation * sizes.dp
+    for key, value in given.items():
+        assert value is None or dict(vars(sizes))[key] == value
+    expected = {(None, None): (12, 1), (3, None): (3, 4 if total else 1), (None, 4): (3, 4), (3, 4): (3, 4)}[(micro, accumulation)]
+    assert (sizes.micro_batch_size, sizes.gradient_accumulation) == expected
+
+
+def test_batch_sizes_are_checked():
+    config = config_of("train.gradient_accumulation=2", "train.global_batch_size=5")
+    with pytest.raises(ConfigError) as caught:
+        batch_sizes(config, 2)
+    line = caught.value.line()
+    for part in (
+        "train.micro_batch_size = 1",
+        "train.gradient_accumulation = 2",
+        "train.global_batch_size = 5",
+        "data-parallel size = 2",
+        "global_batch_size: 4",
+    ):
+        assert part in line
+    with pytest.raises(ConfigError, match="a multiple of 2"):
+        batch_sizes(config_of("train.global_batch_size=5"), 2)
+
+
+def test_data_parallel_size_is_what_tensor_and_pipeline_leave():
+    assert batch_sizes(config_of("parallel.tensor=2", "parallel.pipeline=2"), 8) == BatchSizes(1, 1, 2, 2)
+
+
+def test_a_sound_config_passes():
+    validate(config_of(), 1, "cpu")
+    validate(config_of("precision.dtype=fp16"), 8, "cuda")
+
+
+def test_everything_is_reported_at_once():
+    config = config_of(
+        "model.num_attention_heads=10", "schedule.warmup_iters=2000", "precision.dtype=fp16", "train.global_batch_size=3", "deepspeed.fp16.enabled=true"
+    )
+    lines = lines_of(config, world_size=2)
+    assert len(lines) == 5
+    assert all(line.startswith("error[2] ") for line in lines)
+
+
+def test_a_report_names_files_lines_values_and_the_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yml").write_text("model:\n  vocab_size: 9\n  num_attention_heads: 7\ndata: {train: [x]}\ntrain: {micro_batch_size: 1}\n")
+    loaded = load(["a.yml"], ["model.hidden_size=100"])
+    assert lines_of(loaded.config, origins=loaded.origins) == [
+        "error[2] the heads do not divide the hidden size; where=--set model.hidden_size, a.yml:3 model.num_attention_heads; "
+        "got=model.hidden_size = 100, model.num_attention_heads = 7; want=hidden_size a multiple of num_attention_heads; do=change one, or set model.head_dim"
+    ]
+
+
+@pytest.mark.parametrize(("world_size", "device"), [(0, "cpu"), (1, "tpu")])
+def test_a_caller_that_does_not_know_its_machine_is_a_bug(world_size, device):
+    with pytest.raises(ValueError, match="world_size"):
+        validate(config_of(), world_size, device)
