@@ -1,0 +1,427 @@
+"""Loading: find the checkpoint to resume from, check it, and read any slice of any tensor from whatever pieces are stored.
+
+Nothing is believed before it is checked: the manifest's checksum and structure when it is opened, a shard's header when
+it is first touched, a block's checksum before its bytes are used. Files are mapped, so only what is asked for is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neox.checkpoint.manifest import ITEM_BYTES, MANIFEST, RNG_KIND, SHARD_NAME, Entry, Manifest, ShardFile, TensorInfo, read_manifest, stored_shape
+from neox.checkpoint.peers import Peers
+from neox.checkpoint.reshard import Slices, check_address, overlaps, placed_boxes, whole
+from neox.checkpoint.retention import Found, folder_name, folder_step, read_latest, scan
+from neox.checkpoint.shard import DTYPES, check_header, sha256
+from neox.checkpoint.storage import LOCAL, TEMPORARY, Storage, map_file, unreadable
+from neox.errors import CheckpointError
+
+LOG = logging.getLogger(__name__)
+HASH_THREADS = 2
+DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a time
+
+
+class Checkpoint:
+    """An opened checkpoint. Tensors are addressed as logical tensors, whatever layout wrote them.
+
+    Args:
+        path: folder of the checkpoint.
+        storage: system calls.
+
+    Raises CheckpointError where the manifest is damaged, or files are missing, of another size, links, or not of this checkpoint.
+    """
+
+    def __init__(self, path: str | Path, *, storage: Storage = LOCAL):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path, storage=storage)
+        check_folder(self.path, self.manifest)
+        self._storage = storage
+        self._pieces: dict[tuple[str, str], list[tuple[ShardFile, Entry]]] = {key: [] for key in self.manifest.tensors}
+        for file, entry in self.manifest.entries():
+            self._pieces[entry.kind, entry.name].append((file, entry))
+        self._maps: dict[str, mmap.mmap] = {}
+        self._good: set[tuple[str, int, int]] = set()
+        self._threads = ThreadPoolExecutor(HASH_THREADS)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.step
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Counters and the data cursor, as they were given to save()."""
+        return self.manifest.state
+
+    @property
+    def config_lock(self) -> str:
+        """Text of the run's config.lock.yml."""
+        return self.manifest.config_lock
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """The model section."""
+        return self.manifest.model_config
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that wrote it, so the ranks that `rng` knows."""
+        return self.manifest.world_size
+
+    def names(self) -> list[str]:
+        """Names of all logical tensors, sorted."""
+        return sorted({name for kind, name in self.manifest.tensors if kind != RNG_KIND})
+
+    def kinds(self, name: str) -> list[str]:
+        """Kinds stored for a tensor, sorted; empty if it is not there."""
+        return sorted(kind for kind, other in self.manifest.tensors if other == name and kind != RNG_KIND)
+
+    def info(self, name: str, kind: str = "weight") -> TensorInfo:
+        """dtype and logical shape. Raises CheckpointError if there is no such tensor."""
+        found = self.manifest.tensors.get((kind, name))
+        if found is None:
+            have = self.kinds(name) or f"{len(self.names())} tensors, {self.names()[:3]} ..."
+            raise CheckpointError("tensor is not in the checkpoint", where=f"{self.path}: {kind}/{name}", got=have)
+        return found
+
+    def check(self, wanted: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+        """Raises one CheckpointError that lists every difference between the tensors stored and the ones wanted.
+
+        Args:
+            wanted: (name, kind, logical shape). Tensors that are stored and not wanted count as differences where their
+                kind is wanted for any tensor: a model with fewer layers does not load silently.
+        """
+        want = {(kind, name): tuple(shape) for name, kind, shape in wanted}
+        kinds = {kind for kind, _ in want}
+        have = {key: info.shape for key, info in self.manifest.tensors.items() if key[0] in kinds and key[0] != RNG_KIND}
+        wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
+        if wrong:
+            lines = [f"{kind}/{name}: have {_shape(have.get((kind, name)))} want {_shape(want.get((kind, name)))}" for kind, name in wrong[:50]]
+            more = [f"and {len(wrong) - 50} more"] if len(wrong) > 50 else []
+            raise CheckpointError(
+                f"{len(wrong)} tensors do not fit the model", where=self.path, got=", ".join(lines + more), do="use the model section of the checkpoint"
+            )
+
+    def read(self, name: str, kind: str = "weight", slices: Slices | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Reads the flat range [start, stop) of a slice of a logical tensor.
+
+        Args:
+            name, kind: which tensor.
+            slices: (low, high) per dimension; None: the whole tensor.
+            start, stop: row-major range within the slice; stop None: to its end.
+
+        Returns: a new flat tensor of stop - start elements, on the CPU, in the stored dtype.
+
+        Raises CheckpointError: no such tensor, an address outside it, a damaged shard (file, tensor and checksums named).
+        """
+        info = self.info(name, kind)
+        slices = whole(info.shape) if slices is None else tuple((low, high) for low, high in slices)
+        stop = math.prod(high - low for low, high in slices) if stop is None else stop
+        check_address(name, kind, info.shape, slices, start, stop)
+        out = torch.empty(stop - start, dtype=DTYPES[info.dtype])
+        targets = placed_boxes(slices, start, stop)
+        copied = 0
+        for file, entry in self._pieces[kind, name]:
+            for shared in overlaps(placed_boxes(entry.slices, entry.start, entry.stop), targets):
+                shared.copy(self._data(file, entry, shared.source_span()), out)
+                copied += shared.size
+        if copied != stop - start:
+            raise CheckpointError("tensor is not covered", where=f"{self.path}: {kind}/{name}", got=f"{copied} elements", want=f"{stop - start} elements")
+        return out
+
+    def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
+        """A whole logical tensor in its shape. Raises CheckpointError as `read` does."""
+        return self.read(name, kind).view(self.info(name, kind).shape)
+
+    def rng(self, rank: int) -> dict[str, torch.Tensor]:
+        """Generator states of a rank of the saving run. Raises CheckpointError for a rank that it did not have."""
+        if not 0 <= rank < self.world_size:
+            raise CheckpointError("no generator states of this rank", where=self.path, got=f"rank {rank}", want=f"0 to {self.world_size - 1}")
+        prefix = f"{rank}/"
+        names = [name for kind, name in self.manifest.tensors if kind == RNG_KIND and name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.tensor(name, RNG_KIND) for name in names}
+
+    def close(self) -> None:
+        """Lets go of the mapped files."""
+        self._maps.clear()
+        self._threads.shutdown()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _data(self, file: ShardFile, entry: Entry, span: tuple[int, int]) -> torch.Tensor:
+        """The stored piece as a flat tensor on the mapped file; the blocks under the element range `span` are verified."""
+        mapped = self._map(file)
+        dtype = self.manifest.tensors[entry.kind, entry.name].dtype
+        width = ITEM_BYTES[dtype]
+        block = self.manifest.block
+        todo = [index for index in range(span[0] * width // block, (span[1] * width - 1) // block + 1) if (file.name, entry.offset, index) not in self._good]
+        for problem in check_blocks(self.path, file, entry, mapped, self.manifest, todo, self._threads):
+            raise problem
+        self._good.update((file.name, entry.offset, index) for index in todo)
+        return torch.frombuffer(mapped, dtype=DTYPES[dtype], count=entry.stop - entry.start, offset=file.header + entry.offset)
+
+    def _map(self, file: ShardFile) -> mmap.mmap:
+        if file.name not in self._maps:
+            mapped = map_file(self.path / file.name, file.size, storage=self._storage)
+            check_shard_header(self.path, file, mapped, self.manifest)
+            self._maps[file.name] = mapped
+        return self._maps[file.name]
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else str(list(shape))
+
+
+def check_folder(path: Path, manifest: Manifest) -> None:
+    """Raises CheckpointError where the folder does not hold exactly what the manifest lists; names every file at fault.
+
+    Shards of another save of the same step and temporary files are no fault: a save that was cut short leaves them.
+    """
+    step = folder_step(path.name)
+    if step is not None and step != manifest.step:
+        raise CheckpointError("folder holds another step", where=path, got=f"step {manifest.step}", want=folder_name(manifest.step))
+    want = {file.name: file.size for file in manifest.files}
+    faults = []
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        have = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+        plain_files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+    except OSError as error:
+        raise unreadable(error, path) from error
+    for name, size in want.items():
+        if name not in have:
+            faults.append(f"{name}: missing")
+        elif name not in plain_files:
+            faults.append(f"{name}: not a regular file")
+        elif have[name] != size:
+            faults.append(f"{name}: {have[name]} bytes, want {size}")
+    for name in have:
+        shard = SHARD_NAME.fullmatch(name.removesuffix(TEMPORARY))
+        leftover = name == MANIFEST + TEMPORARY or (shard and (shard[1] != manifest.save_id or name.endswith(TEMPORARY)))
+        if name not in want and name != MANIFEST and not leftover:
+            faults.append(f"{name}: not part of the checkpoint")
+    if faults:
+        raise CheckpointError("checkpoint is damaged", where=path, got=", ".join(faults[:20]), want=f"{len(want)} shards and {MANIFEST}")
+
+
+def check_shard_header(folder: Path, file: ShardFile, mapped: mmap.mmap, manifest: Manifest) -> None:
+    """Raises CheckpointError unless a shard's header has its checksum and says what the manifest says."""
+    path = folder / file.name
+    if file.header > file.size:
+        raise CheckpointError("header is longer than the file", where=path, got=file.header, want=f"at most {file.size}")
+    actual = sha256(memoryview(mapped)[: file.header])
+    if actual != file.header_sha256:
+        raise CheckpointError("shard is damaged", where=f"{path}: header", got=f"sha256 {actual}", want=f"sha256 {file.header_sha256}")
+    found = check_header(memoryview(mapped), file.size, path)
+    want = {}
+    for entry in file.entries:
+        dtype = manifest.tensors[entry.kind, entry.name].dtype
+        want[entry.key] = (TensorInfo(dtype, stored_shape(entry.slices, entry.start, entry.stop)), entry.offset)
+    if found != want:
+        key = next(key for key in found.keys() | want.keys() if found.get(key) != want.get(key))
+        raise CheckpointError("shard contradicts the manifest", where=f"{path}: {key}", got=found.get(key), want=want.get(key))
+
+
+def check_blocks(
+    folder: Path, file: ShardFile, entry: Entry, mapped: mmap.mmap, manifest: Manifest, blocks: Iterable[int], threads: ThreadPoolExecutor
+) -> Iterator[CheckpointError]:
+    """Yields an error for each of the numbered blocks of a piece whose checksum is wrong."""
+    size = (entry.stop - entry.start) * ITEM_BYTES[manifest.tensors[entry.kind, entry.name].dtype]
+    data = memoryview(mapped)[file.header + entry.offset : file.header + entry.offset + size]
+    numbers = list(blocks)
+    parts = [data[index * manifest.block : (index + 1) * manifest.block] for index in numbers]
+    digests = threads.map(sha256, parts) if len(parts) > 1 else map(sha256, parts)
+    for index, actual in zip(numbers, digests, strict=True):
+        if actual != entry.blocks[index]:
+            place = f"{folder / file.name}: {entry.key}, bytes {index * manifest.block} on"
+            raise_hint = "resume from an older checkpoint"
+            yield CheckpointError("shard is damaged", where=place, got=f"sha256 {actual}", want=f"sha256 {entry.blocks[index]}", do=raise_hint)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` went through."""
+
+    path: Path
+    step: int
+    num_files: int
+    num_bytes: int
+    num_tensors: int
+
+
+def verify(path: str | Path, *, storage: Storage = LOCAL) -> Report:
+    """Checks everything: manifest, coverage, files, headers, every checksum. Raises CheckpointError with the first problem and their number."""
+    folder = Path(path)
+    found = problems(folder, storage=storage)
+    if found:
+        first = found[0]
+        what = first.what if len(found) == 1 else f"{first.what} (and {len(found) - 1} more problems)"
+        raise CheckpointError(what, where=first.where, got=first.got, want=first.want, do=first.do)
+    manifest = read_manifest(folder, storage=storage)
+    return Report(folder, manifest.step, len(manifest.files), sum(file.size for file in manifest.files), len(manifest.tensors))
+
+
+def problems(path: Path, *, part: int = 0, parts: int = 1, storage: Storage = LOCAL) -> list[CheckpointError]:
+    """Every problem of a checkpoint; the bytes of every parts-th file only, so that ranks can share the work."""
+    try:
+        manifest = read_manifest(path, storage=storage)
+        check_folder(path, manifest)
+    except CheckpointError as error:
+        return [error]
+    found: list[CheckpointError] = []
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        for file in manifest.files[part::parts]:
+            try:
+                mapped = map_file(path / file.name, file.size, storage=storage)
+                check_shard_header(path, file, mapped, manifest)
+            except CheckpointError as error:
+                found.append(error)
+                continue
+            for entry in file.entries:
+                found += check_blocks(path, file, entry, mapped, manifest, range(len(entry.blocks)), threads)
+    return found
+
+
+def digest(path: str | Path) -> dict[str, str]:
+    """SHA-256 of every logical tensor, by "kind/name": of its dtype, shape and row-major bytes, so independent of the layout that wrote it.
+
+    Raises CheckpointError where the checkpoint is damaged.
+    """
+    out = {}
+    with Checkpoint(path) as checkpoint:
+        for name in checkpoint.names():
+            for kind in checkpoint.kinds(name):
+                out[f"{kind}/{name}"] = _digest_tensor(checkpoint, name, kind)
+    return dict(sorted(out.items()))
+
+
+def _digest_tensor(checkpoint: Checkpoint, name: str, kind: str) -> str:
+    info = checkpoint.info(name, kind)
+    result = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
+    size, step = math.prod(info.shape), DIGEST_BYTES // ITEM_BYTES[info.dtype]
+    for start in range(0, size, step):
+        part = checkpoint.read(name, kind, None, start, min(start + step, size))
+        result.update(part.view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
+def find(root: str | Path, resume: str, *, rank: int = 0, world_size: int = 1, group: Any = None) -> Path | None:
+    """The checkpoint to resume from, fully verified; None: start at step 0.
+
+    Collective where world_size > 1: ranks share the verification and all get the same answer or the same error.
+
+    Args:
+        root: folder of the run's checkpoints.
+        resume: "auto": the newest good one, with a warning for each damaged one passed over; None where there never was one.
+            "must": as auto, but an error where there is none. "never": None, but an error where the folder has any.
+            Anything else: a path, of a checkpoint or of a folder with checkpoints (its newest); damaged is an error.
+
+    Raises CheckpointError; it lists what is there.
+    """
+    peers = Peers(rank, world_size, group)
+    root = Path(root)
+    if resume == "never":
+        peers.together(lambda: _refuse_existing(root))
+        return None
+    if resume in ("auto", "must"):
+        return _newest_good(root, peers, resume == "must")
+    path = Path(peers.together(lambda: str(resolve(resume)))[0])
+    problem = _first_problem(path, peers)
+    if problem is not None:
+        raise problem
+    return path
+
+
+def _refuse_existing(root: Path) -> None:
+    there = [one.path.name for one in scan(root) if one.started]
+    if there:
+        raise CheckpointError(
+            "run has checkpoints, and checkpoint.resume is never", where=root, got=", ".join(there), do="choose another run.dir, or checkpoint.resume: auto"
+        )
+
+
+def _newest_good(root: Path, peers: Peers, required: bool) -> Path | None:
+    lists = peers.together(lambda: [[str(one.path) for one in reversed(scan(root)) if one.manifest], [str(one.problem) for one in _damaged(root)]])
+    candidates, bad = lists[0]
+    for name in candidates:
+        problem = _first_problem(Path(name), peers)
+        if problem is None:
+            for line in bad:
+                LOG.warning("checkpoint passed over: %s", line)
+            return Path(name)
+        bad.append(str(problem))
+    peers.together(lambda: _refuse_silence(root, bad, required))
+    return None
+
+
+def _damaged(root: Path) -> list[Found]:
+    """Folders that were published once and have no manifest that can be believed."""
+    hint = read_latest(root)
+    return [one for one in scan(root) if one.problem and (one.started or hint == one.path.name)]
+
+
+def _refuse_silence(root: Path, bad: list[str], required: bool) -> None:
+    """Raises CheckpointError where training must not start at step 0 by silence."""
+    again = "restore it, or choose another run.dir"
+    if bad:
+        raise CheckpointError("no checkpoint of the run is good", where=root, got=" | ".join(bad), do=again)
+    hint = read_latest(root)
+    if hint is not None:
+        raise CheckpointError("the run's checkpoints are gone", where=root, got=f"latest names {hint!r}; {listing(root)}", do=again)
+    if required:
+        raise CheckpointError("no checkpoint to resume from", where=root, got=listing(root), do="checkpoint.resume: auto starts at step 0")
+
+
+def _first_problem(path: Path, peers: Peers) -> CheckpointError | None:
+    """The first problem that any rank finds in its share of a checkpoint."""
+
+    def work() -> dict[str, Any] | None:
+        found = problems(path, part=peers.rank, parts=peers.world_size)
+        return {key: None if value is None else str(value) for key, value in vars(found[0]).items()} if found else None
+
+    first = next((answer for answer in peers.together(work) if answer), None)
+    if first is None:
+        return None
+    others = [one.path.name for one in scan(path.parent) if one.manifest and one.path.name != path.name]
+    do = f"good by their manifests: {', '.join(others)}" if others else first["do"]
+    return CheckpointError(first["what"], where=first["where"], got=first["got"], want=first["want"], do=do)
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest below a folder of checkpoints or of a run.
+
+    Raises CheckpointError that lists what is there.
+    """
+    path = Path(path)
+    if os.path.lexists(path / MANIFEST) or (folder_step(path.name) is not None and path.is_dir()):
+        return path
+    for root in (path, path / "checkpoints"):
+        there = [one for one in scan(root) if one.started]
+        if there:
+            return max(there, key=lambda one: one.order).path
+    parent = path if path.is_dir() else next(place for place in path.parents if place.is_dir())
+    raise CheckpointError("no checkpoint here", where=path, got=listing(parent), want="a folder with manifest.json, or a folder of such folders")
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, for an error message."""
+    if not folder.is_dir():
+        return f"{folder} does not exist"
+    names = sorted(os.listdir(folder))
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"{folder} holds {', '.join(names[:20]) or 'nothing'}{more}"

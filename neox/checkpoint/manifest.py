@@ -1,0 +1,354 @@
+"""The manifest of a checkpoint: what is stored where, written last, checked before anything it says is believed.
+
+`manifest.json` is one line of JSON with a fixed frame around its body, so that the checksum covers exact bytes:
+
+    {"format":"neox-checkpoint","version":1,"sha256":"<64 hex digits of the body>","body":<body>}\n
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neox.checkpoint.reshard import Slices, check_coverage, slice_shape
+from neox.checkpoint.storage import LOCAL, Storage, read_file
+from neox.errors import CheckpointError
+
+FORMAT = "neox-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 1 << 30  # bytes; 100,000 tensors in 1,024 shards need a tenth of it
+BLOCK = 16 << 20  # bytes under one checksum
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+RNG_KIND = "rng"
+
+SHARD_NAME = re.compile(r"shard_([0-9a-f]{16})_(\d{5,})_(\d{4,})\.safetensors")
+_FRAME = re.compile(rb'\{"format":"([a-z-]+)","version":(\d{1,9}),"sha256":"([0-9a-f]{64})","body":')
+_TAIL = b"}\n"
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def shard_name(save_id: str, rank: int, index: int) -> str:
+    """File name of the index-th shard of a rank; unique to the save, so that saving a step anew never touches the old files."""
+    return f"shard_{save_id}_{rank:05d}_{index:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Which run, and which stretch of it, wrote a checkpoint.
+
+    Args:
+        id: 32 hex digits, new at every start of training.
+        generation: number of this start in its checkpoint folder: larger than that of every checkpoint found there.
+        ancestors: (lineage id, step) of the checkpoint this start resumed from, then of the one that one's start resumed from, ...
+    """
+
+    id: str
+    generation: int
+    ancestors: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def parent(self) -> tuple[str, int] | None:
+        """(lineage id, step) of the checkpoint that this start resumed from."""
+        return self.ancestors[0] if self.ancestors else None
+
+    def includes(self, other: Lineage, step: int) -> bool:
+        """Whether a checkpoint of `other` at `step` lies on the way that led here."""
+        return other.id == self.id or any(other.id == name and step <= last for name, last in self.ancestors)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a logical tensor is: dtype in safetensors spelling, shape without padding."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored piece: flat range [start, stop) of a slice of tensor kind/name, at byte `offset` of its file's data.
+
+    `blocks` are the SHA-256 digests of its bytes, one per BLOCK bytes.
+    """
+
+    kind: str
+    name: str
+    slices: Slices
+    start: int
+    stop: int
+    offset: int
+    blocks: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Its key in the safetensors header."""
+        return entry_key(self.kind, self.name, self.slices, self.start, self.stop)
+
+
+def entry_key(kind: str, name: str, slices: Slices, start: int, stop: int) -> str:
+    """The key of a piece in the safetensors header, such as `weight/norm.bias[0:64]0:32`: unique among the pieces of a checkpoint."""
+    box = ",".join(f"{low}:{high}" for low, high in slices)
+    return f"{kind}/{name}[{box}]{start}:{stop}"
+
+
+def stored_shape(slices: Slices, start: int, stop: int) -> tuple[int, ...]:
+    """Shape under which a piece stands in a shard: its slice's where it is all of it, else flat."""
+    shape = slice_shape(slices)
+    return shape if (start, stop) == (0, math.prod(shape)) else (stop - start,)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard: its size, the length and SHA-256 of its first `header` bytes (length field included), its pieces in file order."""
+
+    name: str
+    size: int
+    header: int
+    header_sha256: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a checkpoint says about itself. `tensors` maps (kind, name) to what is stored; kind "rng" holds (rank/key)."""
+
+    step: int
+    save_id: str
+    lineage: Lineage
+    world_size: int
+    layout: dict[str, Any]
+    state: dict[str, Any]
+    config_lock: str
+    model_config: dict[str, Any]
+    tensors: dict[tuple[str, str], TensorInfo]
+    files: tuple[ShardFile, ...]
+    block: int = BLOCK
+
+    def entries(self) -> Iterator[tuple[ShardFile, Entry]]:
+        """Every piece with its file."""
+        for file in self.files:
+            for entry in file.entries:
+                yield file, entry
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json. Raises CheckpointError where the caller's state or config is not plain JSON."""
+    body = {
+        "step": manifest.step,
+        "save": manifest.save_id,
+        "lineage": {"id": manifest.lineage.id, "generation": manifest.lineage.generation, "ancestors": [list(item) for item in manifest.lineage.ancestors]},
+        "world_size": manifest.world_size,
+        "layout": plain(manifest.layout, "layout"),
+        "state": plain(manifest.state, "state"),
+        "model": plain(manifest.model_config, "model"),
+        "config": manifest.config_lock,
+        "block": manifest.block,
+        "tensors": [[kind, name, info.dtype, list(info.shape)] for (kind, name), info in sorted(manifest.tensors.items())],
+        "files": [encode_file(file) for file in manifest.files],
+    }
+    raw = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    digest = hashlib.sha256(raw).hexdigest()
+    return f'{{"format":"{FORMAT}","version":{VERSION},"sha256":"{digest}","body":'.encode() + raw + _TAIL
+
+
+def plain(value: Any, where: str) -> Any:
+    """The value as JSON gives it back, tuples as lists. Raises CheckpointError for what JSON would change or refuse."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise CheckpointError("keys of a checkpoint's state must be strings", where=where, got=list(value)[:10])
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    finite = isinstance(value, float) and math.isfinite(value)
+    if value is None or finite or type(value) in (str, bool, int):
+        return value
+    raise CheckpointError(
+        "not plain JSON", where=where, got=f"{type(value).__name__} {str(value)[:60]}", want="dict, list, str, int, finite float, bool or None"
+    )
+
+
+def encode_file(file: ShardFile) -> dict[str, Any]:
+    """A shard's record as plain JSON."""
+    entries = [[e.kind, e.name, [list(pair) for pair in e.slices], e.start, e.stop, e.offset, list(e.blocks)] for e in file.entries]
+    return {"name": file.name, "size": file.size, "header": file.header, "header_sha256": file.header_sha256, "entries": entries}
+
+
+def read_manifest(folder: Path, *, storage: Storage = LOCAL) -> Manifest:
+    """Reads and checks folder/manifest.json. Raises CheckpointError."""
+    path = folder / MANIFEST
+    return decode(read_file(path, MANIFEST_LIMIT, storage=storage), path)
+
+
+def decode(raw: bytes, where: Path | str = MANIFEST) -> Manifest:
+    """Parses and checks a manifest: frame, checksum, types, file names, and that every tensor is covered exactly once. Raises CheckpointError."""
+    frame = _FRAME.match(raw)
+    if frame is None or not raw.endswith(_TAIL) or frame[1].decode() != FORMAT:
+        raise CheckpointError("not a manifest", where=where, got=f"{len(raw)} bytes: {raw[:40]!r}", want=f"the frame of format {FORMAT}")
+    if int(frame[2]) != VERSION:
+        raise CheckpointError("unknown checkpoint version", where=where, got=int(frame[2]), want=VERSION, do="use the release of neox that wrote it")
+    body = raw[frame.end() : -len(_TAIL)]
+    actual = hashlib.sha256(body).hexdigest()
+    if actual != frame[3].decode():
+        raise CheckpointError("manifest is damaged", where=where, got=f"sha256 {actual}", want=f"sha256 {frame[3].decode()}")
+    try:
+        return _decode_body(_Reader(parse_json(body), "body"))
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=f"{where} {error.where}", got=error.got, want=error.want) from error
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON from an untrusted file: no duplicate keys, no NaN, no nesting that exhausts the stack. Raises CheckpointError."""
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("not valid JSON", where="", got=str(error)[:200]) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice!r} stands twice")
+    return out
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number")
+
+
+class _Reader:
+    """A parsed JSON value with its place, whose typed access raises CheckpointError."""
+
+    def __init__(self, value: Any, where: str):
+        self.value = value
+        self.where = where
+
+    def fail(self, want: str) -> CheckpointError:
+        return CheckpointError("manifest is malformed", where=self.where, got=repr(self.value)[:80], want=want)
+
+    def get(self, key: str | int) -> _Reader:
+        if isinstance(self.value, dict) and key in self.value:
+            return _Reader(self.value[key], f"{self.where}.{key}")
+        raise self.fail(f"an object with key {key!r}")
+
+    def items(self, count: int | None = None) -> list[_Reader]:
+        if not isinstance(self.value, list) or (count is not None and len(self.value) != count):
+            raise self.fail("a list" if count is None else f"a list of {count}")
+        return [_Reader(value, f"{self.where}[{index}]") for index, value in enumerate(self.value)]
+
+    def number(self) -> int:
+        if type(self.value) is not int or not 0 <= self.value < 1 << 62:
+            raise self.fail("a whole number from 0 on")
+        return self.value
+
+    def text(self) -> str:
+        if not isinstance(self.value, str):
+            raise self.fail("a string")
+        return self.value
+
+    def table(self) -> dict[str, Any]:
+        if not isinstance(self.value, dict):
+            raise self.fail("an object")
+        return self.value
+
+    def match(self, rule: Callable[[str], object], want: str) -> str:
+        if not rule(self.text()):
+            raise self.fail(want)
+        return self.text()
+
+
+def decode_file(value: Any, tensors: dict[tuple[str, str], TensorInfo], block: int = BLOCK) -> ShardFile:
+    """A shard's record from plain JSON. Raises CheckpointError where it is malformed."""
+    return _decode_file(_Reader(value, "file"), tensors, block)
+
+
+def _decode_body(body: _Reader) -> Manifest:
+    lineage = body.get("lineage")
+    ancestors = tuple((one.text(), step.number()) for one, step in (item.items(2) for item in lineage.get("ancestors").items()))
+    tensors = dict(_decode_tensor(item) for item in body.get("tensors").items())
+    block = body.get("block").number()
+    if not block:
+        raise body.get("block").fail("bytes per checksum, above 0")
+    manifest = Manifest(
+        step=body.get("step").number(),
+        save_id=body.get("save").text(),
+        lineage=Lineage(lineage.get("id").text(), lineage.get("generation").number(), ancestors),
+        world_size=body.get("world_size").number(),
+        layout=body.get("layout").table(),
+        state=body.get("state").table(),
+        config_lock=body.get("config").text(),
+        model_config=body.get("model").table(),
+        tensors=tensors,
+        files=tuple(_decode_file(item, tensors, block) for item in body.get("files").items()),
+        block=block,
+    )
+    check_manifest(manifest)
+    return manifest
+
+
+def _decode_tensor(item: _Reader) -> tuple[tuple[str, str], TensorInfo]:
+    kind, name, dtype, shape = item.items(4)
+    info = TensorInfo(dtype.match(ITEM_BYTES.__contains__, f"one of {list(ITEM_BYTES)}"), tuple(size.number() for size in shape.items()))
+    return (kind.text(), name.text()), info
+
+
+def _decode_file(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int) -> ShardFile:
+    name = item.get("name").match(SHARD_NAME.fullmatch, "shard_<save>_<rank>_<index>.safetensors")
+    digest = item.get("header_sha256").match(_HEX.fullmatch, "64 hex digits")
+    entries = tuple(_decode_entry(entry, tensors, block) for entry in item.get("entries").items())
+    return ShardFile(name, item.get("size").number(), item.get("header").number(), digest, entries)
+
+
+def _decode_entry(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int) -> Entry:
+    kind, name, slices, start, stop, offset, blocks = item.items(7)
+    if (kind.text(), name.text()) not in tensors:
+        raise item.fail("a tensor of the table")
+    box = tuple((low.number(), high.number()) for low, high in (pair.items(2) for pair in slices.items()))
+    digests = tuple(one.match(_HEX.fullmatch, "64 hex digits") for one in blocks.items())
+    entry = Entry(kind.text(), name.text(), box, start.number(), stop.number(), offset.number(), digests)
+    size = (entry.stop - entry.start) * ITEM_BYTES[tensors[kind.text(), name.text()].dtype]
+    if size <= 0 or len(digests) != -(-size // block):
+        raise item.fail(f"a range that is not empty and one checksum per {block} bytes")
+    return entry
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raises CheckpointError unless files have names of their own, their pieces lie end to end, and every tensor is covered exactly once."""
+    names = [file.name for file in manifest.files]
+    if len(set(names)) != len(names):
+        raise CheckpointError("a file is listed twice", where=MANIFEST, got=max(names, key=names.count))
+    pieces: dict[tuple[str, str], list[tuple[Slices, int, int]]] = {key: [] for key in manifest.tensors}
+    for file in manifest.files:
+        end = 0
+        for entry in file.entries:
+            if entry.offset != end:
+                raise CheckpointError("pieces do not lie end to end", where=f"{file.name}: {entry.key}", got=f"offset {entry.offset}", want=f"offset {end}")
+            end += (entry.stop - entry.start) * ITEM_BYTES[manifest.tensors[entry.kind, entry.name].dtype]
+            pieces[entry.kind, entry.name].append((entry.slices, entry.start, entry.stop))
+        if file.header < 8 or file.header + end != file.size:
+            raise CheckpointError("sizes contradict each other", where=file.name, got=f"{file.size} bytes", want=f"{file.header} + {end} bytes")
+    check_pieces(manifest.tensors, pieces)
+
+
+def check_pieces(table: dict[tuple[str, str], TensorInfo], pieces: dict[tuple[str, str], list[tuple[Slices, int, int]]]) -> None:
+    """Raises one CheckpointError that lists every tensor that its pieces do not cover exactly once."""
+    problems = []
+    for (kind, name), info in table.items():
+        try:
+            check_coverage(name, kind, info.shape, pieces[kind, name])
+        except CheckpointError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        shown = ", ".join(f"{error.where}: {error.what}, have {error.got}, want {error.want}" for error in problems[:50])
+        more = f", and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise CheckpointError(f"{len(problems)} tensors are not covered exactly once", got=shown + more)

@@ -1,0 +1,81 @@
+"""Agreement among the ranks that write one checkpoint: small JSON messages, and errors that every rank learns of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from neox import errors
+from neox.errors import NeoxError, PeerLost
+
+
+class Peers:
+    """The ranks of a collective call. With a world of one, or before torch.distributed is initialised, it is this process alone.
+
+    Args:
+        rank, world_size: of this process.
+        group: process group whose members take part; None: all.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, group: Any = None):
+        self.rank = rank
+        self.world_size = world_size
+        self._group = group
+        if world_size > 1 and not dist.is_initialized():
+            raise errors.CheckpointError("torch.distributed is not initialised", got=f"world size {world_size}", do="initialise the process group first")
+
+    def exchange(self, message: Any) -> list[Any]:
+        """Every rank's message (plain JSON), by rank. Raises PeerLost where a rank is gone."""
+        if self.world_size == 1:
+            return [message]
+        raw = json.dumps(message).encode()
+        try:
+            return [json.loads(part) for part in self._gather(raw)]
+        except RuntimeError as error:
+            raise PeerLost("a rank was lost during a checkpoint", where=f"rank {self.rank}", got=str(error)[:200]) from error
+
+    def _gather(self, raw: bytes) -> list[bytes]:
+        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
+        lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([len(raw)], device=device), group=self._group)
+        longest = max(int(length) for length in lengths)
+        mine = torch.zeros(longest, dtype=torch.uint8, device=device)
+        mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine, group=self._group)
+        return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """Runs `work` on every rank and returns every rank's result (plain JSON); where one fails, all raise that rank's error."""
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:
+            if self.world_size == 1:
+                raise
+            problem = error
+        answers = self.exchange({"result": result} if problem is None else {"error": describe(problem, self.rank)})
+        first = next((answer["error"] for answer in answers if "error" in answer), None)
+        if first is not None:
+            raise revive(first) from problem
+        return [answer["result"] for answer in answers]
+
+
+def describe(error: Exception, rank: int) -> dict[str, Any]:
+    """An error as plain JSON, with the rank where it began."""
+    if isinstance(error, NeoxError):
+        parts = {key: None if value is None else str(value) for key, value in vars(error).items() if key in ("what", "where", "got", "want", "do")}
+        where = f"rank {rank}" if parts["where"] is None else f"rank {rank}: {parts['where']}"
+        return {"class": type(error).__name__, **parts, "where": where}
+    return {"class": "NeoxError", "what": f"{type(error).__name__}: {error}", "where": f"rank {rank}", "got": None, "want": None, "do": None}
+
+
+def revive(parts: dict[str, Any]) -> NeoxError:
+    """The error that `describe` described."""
+    kinds = {kind.__name__: kind for kind in (NeoxError, *NeoxError.__subclasses__())}
+    kind = kinds.get(parts["class"], NeoxError)
+    return kind(parts["what"], where=parts["where"], got=parts["got"], want=parts["want"], do=parts["do"])

@@ -1,0 +1,205 @@
+"""The folder of a run's checkpoints: what is there, which is newest, what may go.
+
+Order is by lineage and step number, never by string or clock: every start of training takes a generation above all found
+in the folder, so (generation, step) orders checkpoints as training wrote them, also after a rollback to an older one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox.checkpoint.manifest import MANIFEST, MANIFEST_LIMIT, SHARD_NAME, Lineage, Manifest, read_manifest
+from neox.checkpoint.storage import LOCAL, TEMPORARY, Storage, guarded, read_file, sync_dir, write_file
+from neox.errors import CheckpointError
+
+LATEST = "latest"
+_FOLDER = re.compile(r"step_(\d{8,18})")
+_PROBE = re.compile(r"\.probe-\d+(\.tmp)?")
+
+
+def folder_name(step: int) -> str:
+    """Name of a step's folder."""
+    return f"step_{step:08d}"
+
+
+def folder_step(name: str) -> int | None:
+    """Step of a folder name; None if it is not one of ours."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match and folder_name(int(match[1])) == name else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder named like a checkpoint. `manifest` is None where there is none that can be believed; `problem` then says why."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    problem: CheckpointError | None
+
+    @property
+    def started(self) -> bool:
+        """Whether it was published once, as far as the folder shows: a save that was cut short has no manifest."""
+        return os.path.lexists(self.path / MANIFEST)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts by age: generation, then step; folders without a manifest come first."""
+        return (-1 if self.manifest is None else self.manifest.lineage.generation, self.step)
+
+
+def scan(root: Path) -> list[Found]:
+    """Every checkpoint folder in `root`, complete or not, oldest first. Foreign entries are skipped. Reads manifests only."""
+    if not root.is_dir():
+        return []
+    found = []
+    for entry in sorted(os.scandir(root), key=lambda one: one.name):
+        step = folder_step(entry.name)
+        if step is None or not entry.is_dir():
+            continue
+        path = root / entry.name
+        try:
+            found.append(Found(path, step, _named(path, step), None))
+        except CheckpointError as error:
+            found.append(Found(path, step, None, error))
+    return sorted(found, key=lambda one: one.order)
+
+
+def _named(path: Path, step: int) -> Manifest:
+    manifest = read_manifest(path)
+    if manifest.step != step:
+        raise CheckpointError("folder holds another step", where=path, got=f"step {manifest.step}", want=f"step {step}")
+    return manifest
+
+
+def start_lineage(root: str | Path, resumed: str | Path | None = None) -> Lineage:
+    """The lineage of a start of training.
+
+    Args:
+        root: folder of the run's checkpoints.
+        resumed: the checkpoint that is resumed from; None: training starts at step 0.
+
+    Raises CheckpointError where `resumed` cannot be read.
+    """
+    generations = [one.manifest.lineage.generation for one in scan(Path(root)) if one.manifest]
+    ancestors: tuple[tuple[str, int], ...] = ()
+    if resumed is not None:
+        parent = read_manifest(Path(resumed))
+        ancestors = ((parent.lineage.id, parent.step), *parent.lineage.ancestors)
+        generations.append(parent.lineage.generation)
+    return Lineage(secrets.token_hex(16), max(generations, default=-1) + 1, ancestors)
+
+
+def write_latest(root: Path, name: str, *, storage: Storage = LOCAL) -> None:
+    """Notes the newest checkpoint's name. Only a hint for people, and a witness that a checkpoint once was here."""
+    write_file(root / LATEST, f"{name}\n".encode(), storage=storage)
+
+
+def read_latest(root: Path) -> str | None:
+    """The hint's text, at most 200 characters; None if there is no hint."""
+    if not os.path.lexists(root / LATEST):
+        return None
+    try:
+        return read_file(root / LATEST, MANIFEST_LIMIT)[:200].decode(errors="replace").strip()
+    except CheckpointError:
+        return ""
+
+
+def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Storage = LOCAL) -> list[Path]:
+    """Removes the oldest complete checkpoints on the way that led to `lineage`, down to `keep`; returns what went.
+
+    Never removed: the checkpoint just written (`lineage`, `step`), the one resumed from, other branches (after a
+    rollback), damaged ones, links, and anything not named like a checkpoint. keep = 0 removes nothing. Raises DiskError.
+    """
+    if keep <= 0:
+        return []
+    ours = [one for one in scan(root) if one.manifest and lineage.includes(one.manifest.lineage, one.step) and complete(one)]
+    protected = {(lineage.id, step), lineage.parent}
+    victims = [one for one in ours[:-keep] if (one.manifest.lineage.id, one.step) not in protected and not one.path.is_symlink()]
+    for one in victims:
+        remove_checkpoint(one.path, storage=storage)
+    return [one.path for one in victims]
+
+
+def complete(found: Found) -> bool:
+    """Whether the manifest is good and every file it names is there with its size."""
+    try:
+        return found.manifest is not None and all(os.lstat(found.path / file.name).st_size == file.size for file in found.manifest.files)
+    except OSError:
+        return False
+
+
+def remove_checkpoint(folder: Path, *, storage: Storage = LOCAL) -> None:
+    """Removes a checkpoint: its manifest first and durably, so that a crash leaves no damaged one; foreign files stay. Raises DiskError."""
+    if os.path.lexists(folder / MANIFEST):
+        guarded(storage.unlink, folder / MANIFEST)
+        sync_dir(folder, storage=storage)
+    _remove_own(folder, lambda _: True, storage)
+    if not os.listdir(folder):
+        guarded(storage.remove_dir, folder)
+        sync_dir(folder.parent, storage=storage)
+
+
+def remove_superseded(folder: Path, save_id: str, *, storage: Storage = LOCAL) -> None:
+    """Removes the shards of earlier saves of the same step. Raises DiskError."""
+    _remove_own(folder, lambda owner: owner != save_id, storage)
+
+
+def _remove_own(folder: Path, choose, storage: Storage) -> None:
+    for name, owner in own_files(folder):
+        if choose(owner):
+            guarded(storage.unlink, folder / name)
+
+
+def own_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """(name, save id) of the files that a save leaves beside its manifest: shards, and temporary files (id "" for the manifest's)."""
+    for entry in sorted(os.scandir(folder), key=lambda one: one.name):
+        name = entry.name.removesuffix(TEMPORARY)
+        shard = SHARD_NAME.fullmatch(name)
+        if not entry.is_file(follow_symlinks=False):
+            continue
+        if shard:
+            yield entry.name, shard[1]
+        elif entry.name == MANIFEST + TEMPORARY:
+            yield entry.name, ""
+
+
+def collect_leftovers(root: str | Path, *, storage: Storage = LOCAL) -> list[Path]:
+    """Removes what crashed saves left, to be called at the start of a run by the one process that holds the lock; returns what went.
+
+    Only files with names that a save gives, in folders without a manifest or beside a good manifest that does not name
+    them. A folder that `latest` names, or whose manifest is damaged, is evidence and stays. Raises DiskError.
+    """
+    root = Path(root)
+    removed = [root / name for name in _stray(root)]
+    for path in removed:
+        guarded(storage.unlink, path)
+    hint = read_latest(root)
+    for one in scan(root):
+        if one.path.is_symlink() or (one.manifest is None and (one.started or hint == one.path.name)):
+            continue
+        before = {name for name, _ in own_files(one.path)}
+        if one.manifest is None:
+            remove_checkpoint(one.path, storage=storage)
+        else:
+            remove_superseded(one.path, one.manifest.save_id, storage=storage)
+            _remove_temporary(one.path, storage)
+        removed += [one.path / name for name in sorted(before) if not os.path.lexists(one.path / name)]
+    return removed
+
+
+def _remove_temporary(folder: Path, storage: Storage) -> None:
+    for name, _ in own_files(folder):
+        if name.endswith(TEMPORARY):
+            guarded(storage.unlink, folder / name)
+
+
+def _stray(root: Path) -> list[str]:
+    if not root.is_dir():
+        return []
+    return sorted(name for name in os.listdir(root) if _PROBE.fullmatch(name) or name == LATEST + TEMPORARY)

@@ -1,0 +1,70 @@
+"""What the checkpoint tests build: a small model's state, cut in any layout, and a one-process save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from neox.checkpoint.manifest import Lineage
+from neox.checkpoint.reshard import Fragment, slice_shape, whole
+from neox.checkpoint.save import save
+
+LINEAGE = Lineage("ab" * 16, 0)
+
+
+def make_state(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:
+    """(name, kind) -> logical tensor: odd sizes, a scalar, several dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embedding.word.weight": (19, 6), "layers.0.attention.qkv.weight": (12, 5), "layers.0.norm1.bias": (7,), "scale": ()}
+    state = {}
+    for name, shape in shapes.items():
+        for kind in ("weight", "exp_avg"):
+            state[name, kind] = torch.randn(shape, generator=generator)
+    state["layers.0.norm1.bias", "exp_avg_sq"] = torch.randn(7, generator=generator).bfloat16()
+    state["layers.0.norm1.bias", "count"] = torch.arange(7)
+    return state
+
+
+def whole_fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
+    """Each tensor in one piece."""
+    return [Fragment(name, kind, tuple(value.shape), whole(value.shape), 0, value.numel(), value.reshape(-1)) for (name, kind), value in state.items()]
+
+
+def tp_slices(shape: tuple[int, ...], tp: int, rank: int, dim: int = 0):
+    """Slices of a tensor cut `tp` ways along `dim`; vectors and scalars are replicated."""
+    if len(shape) < 2:
+        return whole(shape)
+    bounds = [shape[dim] * part // tp for part in range(tp + 1)]
+    return tuple((bounds[rank], bounds[rank + 1]) if axis == dim else (0, size) for axis, size in enumerate(shape))
+
+
+def cut_fragments(state: dict[tuple[str, str], torch.Tensor], *, tp: int, tp_rank: int, dp: int, dp_rank: int, zero: bool) -> list[Fragment]:
+    """What rank (tp_rank, dp_rank) holds: a slice of the matrices (qkv by columns), of which ZeRO keeps a flat range cut anywhere."""
+    held = []
+    for (name, kind), value in state.items():
+        slices = tp_slices(tuple(value.shape), tp, tp_rank, dim=1 if "qkv" in name else 0)
+        local = value[tuple(slice(low, high) for low, high in slices)].contiguous().reshape(-1)
+        size = local.numel()
+        start, stop = (size * dp_rank // dp, size * (dp_rank + 1) // dp) if zero else (0, size)
+        assert size == torch.Size(slice_shape(slices)).numel()
+        held.append(Fragment(name, kind, tuple(value.shape), slices, start, stop, local[start:stop]))
+    return held
+
+
+def save_one(root: Path, step: int = 100, state=None, **changes) -> Path:
+    """Saves from one process."""
+    state = make_state() if state is None else state
+    settings = {
+        "step": step,
+        "fragments": whole_fragments(state),
+        "state": {"step": step, "consumed": 8 * step},
+        "rng": {"cpu": torch.arange(33, dtype=torch.uint8)},
+        "config_lock": "train: {seed: 1}\n",
+        "model_config": {"num_layers": 1},
+        "rank": 0,
+        "world_size": 1,
+        "keep": 0,
+        "lineage": LINEAGE,
+    }
+    return save(root, **{**settings, **changes})

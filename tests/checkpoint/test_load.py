@@ -1,0 +1,241 @@
+"""Reading: any layout into any other, damage refused with file and tensor named, and the choice of where to resume."""
+
+import itertools
+import logging
+import os
+import random
+import shutil
+
+import pytest
+import torch
+
+from neox.checkpoint.load import Checkpoint, digest, find, problems, resolve, verify
+from neox.checkpoint.manifest import BLOCK, Lineage
+from neox.checkpoint.reshard import slice_shape
+from neox.checkpoint.retention import start_lineage
+from neox.errors import CheckpointError
+from tests.checkpoint.builders import cut_fragments, make_state, save_one, tp_slices
+
+
+def test_everything_comes_back(tmp_path):
+    state = make_state()
+    with Checkpoint(save_one(tmp_path, 7, state)) as checkpoint:
+        assert checkpoint.step == 7
+        assert checkpoint.state == {"step": 7, "consumed": 56}
+        assert checkpoint.config_lock == "train: {seed: 1}\n"
+        assert checkpoint.model_config == {"num_layers": 1}
+        assert checkpoint.names() == sorted({name for name, _ in state})
+        assert checkpoint.kinds("layers.0.norm1.bias") == ["count", "exp_avg", "exp_avg_sq", "weight"]
+        for (name, kind), value in state.items():
+            found = checkpoint.tensor(name, kind)
+            assert found.dtype == value.dtype
+            assert torch.equal(found, value)
+        assert torch.equal(checkpoint.rng(0)["cpu"], torch.arange(33, dtype=torch.uint8))
+        with pytest.raises(CheckpointError, match="no generator states"):
+            checkpoint.rng(1)
+
+
+@pytest.mark.parametrize(("tp", "dp", "zero"), [(1, 1, True), (1, 3, True), (2, 1, False), (3, 2, True)])
+def test_reads_serve_any_layout(tmp_path, tp, dp, zero):
+    state = make_state()
+    checkpoint = Checkpoint(save_one(tmp_path, state=state))
+    for tp_rank, dp_rank in itertools.product(range(tp), range(dp)):
+        for want in cut_fragments(state, tp=tp, tp_rank=tp_rank, dp=dp, dp_rank=dp_rank, zero=zero):
+            assert torch.equal(checkpoint.read(want.name, want.kind, want.slices, want.start, want.stop), want.data)
+
+
+def test_a_read_verifies_the_blocks_it_touches_and_no_other(tmp_path):
+    value = torch.arange(BLOCK // 4 * 2 + 10, dtype=torch.float32)
+    path = save_one(tmp_path, state={("w", "weight"): value}, rng={})
+    (shard,) = path.glob("*.safetensors")
+    flip_bit(shard, (os.path.getsize(shard) - 4) * 8)
+    checkpoint = Checkpoint(path)
+    assert torch.equal(checkpoint.read("w", start=5, stop=1000), value[5:1000])
+    with pytest.raises(CheckpointError, match="shard is damaged.*shard_.*weight/w.*got=sha256 [0-9a-f]{64}; want=sha256 [0-9a-f]{64}"):
+        checkpoint.read("w", start=5)
+
+
+def test_missing_tensors_and_addresses(tmp_path):
+    checkpoint = Checkpoint(save_one(tmp_path))
+    with pytest.raises(CheckpointError, match="not in the checkpoint.*momentum/scale"):
+        checkpoint.read("scale", "momentum")
+    with pytest.raises(CheckpointError, match="slice outside the tensor"):
+        checkpoint.read("embedding.word.weight", "weight", ((0, 20), (0, 6)))
+
+
+def test_check_lists_every_difference(tmp_path):
+    checkpoint = Checkpoint(save_one(tmp_path))
+    good = [(name, "weight", checkpoint.info(name).shape) for name in checkpoint.names()]
+    checkpoint.check(good)
+    changed = [("embedding.word.weight", "weight", (20, 6)), ("extra", "weight", (1,)), *good[1:-1]]
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.check(changed)
+    line = caught.value.line()
+    assert "3 tensors do not fit" in line
+    assert "weight/embedding.word.weight: have [19, 6] want [20, 6]" in line
+    assert "weight/extra: have nothing want [1]" in line
+    assert "weight/scale: have [] want nothing" in line
+
+
+def flip_bit(path, bit):
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def _load_all(path):
+    with Checkpoint(path) as checkpoint:
+        for kind, name in checkpoint.manifest.tensors:
+            checkpoint.tensor(name, kind)
+
+
+def test_any_flipped_bit_is_refused_by_load_and_by_verify(tmp_path):
+    """One bit in each of 300 places over all files, and every bit of the shard's length field and the manifest's frame."""
+    path = save_one(tmp_path)
+    generator = random.Random(1)
+    for file in sorted(path.iterdir()):
+        size = 8 * file.stat().st_size
+        for bit in [*range(64), *range(size - 16, size), *(generator.randrange(size) for _ in range(150))]:
+            flip_bit(file, bit)
+            with pytest.raises(CheckpointError, match=file.name):
+                verify(path)
+            with pytest.raises(CheckpointError, match=file.name):
+                _load_all(path)
+            flip_bit(file, bit)
+    assert verify(path).num_files == 1
+
+
+def test_damage_names_the_tensor(tmp_path):
+    path = save_one(tmp_path)
+    (shard,) = path.glob("*.safetensors")
+    offset = next(file.header + entry.offset for file, entry in Checkpoint(path).manifest.entries() if entry.name == "scale" and entry.kind == "exp_avg")
+    flip_bit(shard, 8 * offset)
+    (problem,) = problems(path)
+    assert "exp_avg/scale[]0:1" in problem.line()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "grow", "empty", "delete", "link", "folder", "pipe"])
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = save_one(tmp_path)
+    for file in sorted(path.iterdir()):
+        shutil.copytree(path, tmp_path / "spare")
+        raw = file.read_bytes()
+        file.unlink()
+        if damage in ("truncate", "grow", "empty"):
+            file.write_bytes({"truncate": raw[:-1], "grow": raw + b"\0", "empty": b""}[damage])
+        elif damage == "link":
+            file.symlink_to(tmp_path / "spare" / file.name)
+        elif damage == "folder":
+            file.mkdir()
+        elif damage == "pipe":
+            os.mkfifo(file)
+        with pytest.raises(CheckpointError, match=file.name):
+            verify(path)
+        with pytest.raises(CheckpointError, match=file.name):
+            Checkpoint(path)
+        shutil.rmtree(path)
+        (tmp_path / "spare").rename(path)
+    verify(path)
+
+
+def test_foreign_file_in_a_checkpoint_is_refused(tmp_path):
+    path = save_one(tmp_path)
+    (shard,) = path.glob("*.safetensors")
+    shutil.copy(shard, path / "copy.safetensors")
+    with pytest.raises(CheckpointError, match="copy.safetensors: not part of the checkpoint"):
+        Checkpoint(path)
+
+
+def test_digests_do_not_depend_on_the_layout(tmp_path):
+    state = make_state()
+    one = digest(save_one(tmp_path / "a", state=state))
+    fragments = [
+        piece
+        for tp_rank, dp_rank in itertools.product(range(2), range(3))
+        for piece in cut_fragments(state, tp=2, tp_rank=tp_rank, dp=3, dp_rank=dp_rank, zero=True)
+    ]
+    cut = save_one(tmp_path / "b", fragments=fragments, shard_bytes=64)
+    assert len(list(cut.glob("*.safetensors"))) > 10
+    assert digest(cut) == one
+    state["scale", "weight"] = state["scale", "weight"] + 1
+    changed = digest(save_one(tmp_path / "c", state=state))
+    assert {key for key in one if one[key] != changed[key]} == {"weight/scale"}
+
+
+def test_find_auto_takes_the_newest_good_one(tmp_path, caplog):
+    assert find(tmp_path / "nothing", "auto") is None
+    old, new = save_one(tmp_path, 99999), save_one(tmp_path, 100000)
+    assert find(tmp_path, "auto") == new
+    (shard,) = new.glob("*.safetensors")
+    flip_bit(shard, 8 * os.path.getsize(shard) - 1)
+    with caplog.at_level(logging.WARNING):
+        assert find(tmp_path, "auto") == old
+    assert "passed over" in caplog.text
+    assert shard.name in caplog.text
+    with pytest.raises(CheckpointError, match="good by their manifests: step_00099999"):
+        find(tmp_path, str(new))
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+@pytest.mark.parametrize("damage", ["no manifest", "garbage manifest", "no shard", "no folder"])
+def test_a_lost_checkpoint_never_means_step_0(tmp_path, resume, damage):
+    path = save_one(tmp_path)
+    if damage == "no manifest":
+        (path / "manifest.json").unlink()
+    elif damage == "garbage manifest":
+        (path / "manifest.json").write_bytes(b"\x00" * 100)
+    elif damage == "no shard":
+        next(path.glob("*.safetensors")).unlink()
+    else:
+        shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="step_00000100"):
+        find(tmp_path, resume)
+
+
+@pytest.mark.parametrize("hint", [b"", b"garbage\xff", b"step_00000777\n"])
+def test_the_hint_decides_nothing(tmp_path, hint):
+    path = save_one(tmp_path)
+    (tmp_path / "latest").write_bytes(hint)
+    assert find(tmp_path, "auto") == path
+
+
+def test_find_must_and_never(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from.*does not exist"):
+        find(tmp_path / "nothing", "must")
+    assert find(tmp_path, "never") is None
+    path = save_one(tmp_path)
+    assert find(tmp_path, "must") == path
+    with pytest.raises(CheckpointError, match="never.*step_00000100"):
+        find(tmp_path, "never")
+
+
+def test_find_explicit_path(tmp_path):
+    path = save_one(tmp_path / "run dir é" / "checkpoints", 9)
+    newer = save_one(tmp_path / "run dir é" / "checkpoints", 10)
+    (tmp_path / "link").symlink_to(tmp_path / "run dir é")
+    assert find(tmp_path, str(path) + "/") == path
+    assert find(tmp_path, str(newer.parent)) == newer
+    assert resolve(newer.parent.parent) == newer
+    assert resolve(tmp_path / "link").name == newer.name
+    with pytest.raises(CheckpointError, match=r"no checkpoint here.*run dir é"):
+        find(tmp_path, str(tmp_path / "wrong" / "path"))
+
+
+def test_newest_is_by_lineage_not_by_step(tmp_path):
+    first = Lineage("aa" * 16, 0)
+    for step in (10, 20, 30):
+        save_one(tmp_path, step, lineage=first)
+    second = start_lineage(tmp_path, tmp_path / "step_00000010")
+    assert second.generation == 1
+    assert second.parent == (first.id, 10)
+    path = save_one(tmp_path, 15, lineage=second)
+    os.utime(path / "manifest.json", (0, 0))
+    assert find(tmp_path, "auto") == path
+
+
+def test_tp_slices_of_the_builder_cover(tmp_path):
+    """The builder's cut is a partition: else the layout tests would prove nothing."""
+    parts = [tp_slices((19, 6), 3, rank) for rank in range(3)]
+    assert sum(torch.Size(slice_shape(part)).numel() for part in parts) == 19 * 6
