@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from neox.ops._library import ISA, native
 from neox.ops.bias_gelu import bias_gelu
+from neox.ops.cross_entropy import cross_entropy
 from neox.ops.linear import LINEAR_BACKEND, linear
 from neox.ops.rotary import rotary, rotary_frequencies, rotary_qkv, rotary_tables
 
-__all__ = ["backend", "bias_gelu", "linear", "rotary", "rotary_frequencies", "rotary_qkv", "rotary_tables"]
+__all__ = ["backend", "bias_gelu", "cross_entropy", "linear", "rotary", "rotary_frequencies", "rotary_qkv", "rotary_tables"]
 
 
 def backend(op: str) -> str:

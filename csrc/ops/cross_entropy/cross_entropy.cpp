@@ -1,0 +1,140 @@
+#include "ops/cross_entropy/cross_entropy.h"
+
+#include "common/binding.h"
+
+namespace neox {
+namespace {
+
+constexpr const char* kOp = "cross_entropy";
+
+// Which of the vocabulary's columns a tensor of logits holds.
+struct Columns {
+    int64_t first, count, vocab_size, ignore_index;
+};
+
+void check_targets(const Tensor& targets, const Columns& columns) {
+    const int64_t* const ids = static_cast<const int64_t*>(targets.const_data_ptr());
+    for (int64_t row = 0; row < targets.size(0); ++row) {
+        const bool ok = ids[row] == columns.ignore_index || (ids[row] >= 0 && ids[row] < columns.vocab_size);
+        check(kOp, ok, "targets", concat("must be below vocab_size ", columns.vocab_size, " and not negative, or ignore_index ", columns.ignore_index),
+              concat(ids[row], " in row ", row));
+    }
+}
+
+void check_cross_entropy(const Tensor& logits, const Tensor& targets, const Columns& columns) {
+    check_float(kOp, logits, "logits");
+    check_rank(kOp, logits, "logits", 2, 2);
+    check_cpu(kOp, targets, "targets");
+    check(kOp, targets.scalar_type() == ScalarType::Long, "targets", "must be int64", torch::headeronly::toString(targets.scalar_type()));
+    check_rank(kOp, targets, "targets", 1, 1);
+    check(kOp, targets.size(0) == logits.size(0), "targets", concat("must have an id for each of the ", logits.size(0), " rows of logits"), targets.size(0));
+    const bool fits = columns.first >= 0 && columns.count >= 0 && columns.count <= logits.size(1) &&
+                      (columns.count == 0 || columns.first + columns.count <= columns.vocab_size);
+    check(kOp, fits, "num_columns", concat("must lie within the ", logits.size(1), " columns of logits and vocab_size ", columns.vocab_size), columns.count);
+}
+
+void check_statistics(const Tensor& statistics, const Tensor& targets) {
+    check_cpu(kOp, statistics, "statistics");
+    const bool ok = statistics.scalar_type() == ScalarType::Float && statistics.dim() == 2 && statistics.size(0) == 4 && statistics.size(1) == targets.size(0);
+    check(kOp, ok && statistics.is_contiguous(), "statistics", "must be float32 [4, rows], contiguous", shape_text(statistics));
+}
+
+Logits describe(const Rows& logits, const Tensor& targets, const Columns& columns) {
+    return Logits{dtype_of(logits.tensor),
+                  logits.count,
+                  logits.size,
+                  columns.count,
+                  columns.first,
+                  logits.tensor.const_data_ptr(),
+                  logits.stride,
+                  static_cast<const int64_t*>(targets.const_data_ptr()),
+                  columns.ignore_index};
+}
+
+RowStatistics rows_of(const Tensor& statistics) {
+    float* const data = static_cast<float*>(statistics.mutable_data_ptr());
+    const int64_t rows = statistics.size(1);
+    return RowStatistics{data, data + rows, data + 2 * rows, data + 3 * rows};
+}
+
+Tensor cross_entropy_statistics(Tensor logits, Tensor targets, int64_t first_column, int64_t num_columns, int64_t vocab_size, int64_t ignore_index,
+                                bool need_total) {
+    const Columns columns{first_column, num_columns, vocab_size, ignore_index};
+    check_cross_entropy(logits, targets, columns);
+    targets = neox::contiguous(targets);
+    check_targets(targets, columns);
+    const Rows rows(logits);
+    Tensor statistics = empty(logits, {4, rows.count}, ScalarType::Float);
+    cross_entropy_statistics_cpu(describe(rows, targets, columns), rows_of(statistics), need_total, torch_parallel());
+    return statistics;
+}
+
+// The loss follows from the statistics; logits are what its gradient is taken of, and `inplace` whether that overwrites them.
+Tensor cross_entropy(Tensor logits, Tensor targets, Tensor statistics, int64_t first_column, int64_t num_columns, int64_t vocab_size, int64_t ignore_index,
+                     double z_loss, double label_smoothing, bool) {
+    check_cross_entropy(logits, targets, Columns{first_column, num_columns, vocab_size, ignore_index});
+    check_statistics(statistics, targets);
+    targets = neox::contiguous(targets);
+    Tensor loss = empty(statistics, {targets.size(0)});
+    cross_entropy_loss_cpu(targets.size(0), static_cast<const int64_t*>(targets.const_data_ptr()), ignore_index, LossTerms{vocab_size, z_loss, label_smoothing},
+                           rows_of(statistics), static_cast<float*>(loss.mutable_data_ptr()), torch_parallel());
+    return loss;
+}
+
+void backward_into(void* dlogits, int64_t dstride, const Rows& logits, Tensor dloss, Tensor targets, const Tensor& statistics, const Columns& columns,
+                   const LossTerms& terms) {
+    check_cross_entropy(logits.tensor, targets, columns);
+    check_statistics(statistics, targets);
+    check_cpu(kOp, dloss, "dloss");
+    check(kOp, dloss.scalar_type() == ScalarType::Float, "dloss", "must be float32", torch::headeronly::toString(dloss.scalar_type()));
+    check_same_shape(kOp, dloss, "dloss", targets, "targets");
+    dloss = neox::contiguous(dloss);
+    targets = neox::contiguous(targets);
+    check_targets(targets, columns);
+    cross_entropy_backward_cpu(describe(logits, targets, columns), terms, rows_of(statistics), static_cast<const float*>(dloss.const_data_ptr()), dlogits,
+                               dstride, torch_parallel());
+}
+
+Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor statistics, int64_t first_column, int64_t num_columns, int64_t vocab_size,
+                              int64_t ignore_index, double z_loss, double label_smoothing) {
+    Tensor dlogits = empty(logits, shape_of(logits));
+    const Columns columns{first_column, num_columns, vocab_size, ignore_index};
+    backward_into(dlogits.mutable_data_ptr(), logits.size(logits.dim() - 1), Rows(logits), dloss, targets, statistics, columns,
+                  LossTerms{vocab_size, z_loss, label_smoothing});
+    return dlogits;
+}
+
+// Logits become their gradient.
+void cross_entropy_backward_(Tensor logits, Tensor dloss, Tensor targets, Tensor statistics, int64_t first_column, int64_t num_columns, int64_t vocab_size,
+                             int64_t ignore_index, double z_loss, double label_smoothing) {
+    const Rows rows(logits);
+    check(kOp, rows.tensor.mutable_data_ptr() == logits.mutable_data_ptr(), "logits", "must be contiguous in its last dimension to be overwritten",
+          shape_text(logits));
+    const Columns columns{first_column, num_columns, vocab_size, ignore_index};
+    backward_into(logits.mutable_data_ptr(), rows.stride, rows, dloss, targets, statistics, columns, LossTerms{vocab_size, z_loss, label_smoothing});
+}
+
+}  // namespace
+}  // namespace neox
+
+STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+    m.def(
+        "cross_entropy_statistics(Tensor logits, Tensor targets, int first_column, int num_columns, int vocab_size, int ignore_index, bool need_total) -> "
+        "Tensor");
+    m.def(
+        "cross_entropy(Tensor logits, Tensor targets, Tensor statistics, int first_column, int num_columns, int vocab_size, int ignore_index, float z_loss, "
+        "float label_smoothing, bool inplace) -> Tensor");
+    m.def(
+        "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor statistics, int first_column, int num_columns, int vocab_size, int "
+        "ignore_index, float z_loss, float label_smoothing) -> Tensor");
+    m.def(
+        "cross_entropy_backward_(Tensor(a!) logits, Tensor dloss, Tensor targets, Tensor statistics, int first_column, int num_columns, int vocab_size, int "
+        "ignore_index, float z_loss, float label_smoothing) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+    m.impl("cross_entropy_statistics", TORCH_BOX(&neox::cross_entropy_statistics));
+    m.impl("cross_entropy", TORCH_BOX(&neox::cross_entropy));
+    m.impl("cross_entropy_backward", TORCH_BOX(&neox::cross_entropy_backward));
+    m.impl("cross_entropy_backward_", TORCH_BOX(&neox::cross_entropy_backward_));
+}

@@ -1,0 +1,107 @@
+"""Cross entropy over a vocabulary that may be spread over a process group (csrc/ops/cross_entropy)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from neox.ops._library import native
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Loss of each token, with statistics and result in float32.
+
+    (1 - a) (L - x[t]) + a (L - mean x) + z L^2 with L = log sum e^x, a = label_smoothing, z = z_loss (arXiv:2204.02311, section 5).
+
+    Args:
+        logits: [tokens, v/tp], float32 or bfloat16: the columns of this rank of `group`, ranks in order.
+        targets: [tokens] int64, ids in the whole vocabulary; the same on every rank.
+        ignore_index: target of tokens that count nothing: loss 0, gradient 0.
+        z_loss: weight of L^2.
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
+        group: processes that share the vocabulary; None: this one has it all.
+        vocab_size: real columns of the whole vocabulary; those beyond are padding, out of the softmax and without gradient. None: all.
+        inplace: the gradient overwrites the logits in the backward; whoever else saved them for a backward then gets torch's error.
+
+    Returns:
+        [tokens] float32.
+
+    Raises:
+        ValueError: a wrong dtype, device or shape, a target outside the vocabulary (its row is named).
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"cross_entropy: logits must have 2 dimensions; got {logits.dim()} in shape {list(logits.shape)}")
+    if z_loss < 0 or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy: z_loss must be >= 0 and label_smoothing in [0, 1]; got {z_loss} and {label_smoothing}")
+    shard = logits.shape[1]
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    if vocab_size is None:
+        vocab_size = shard * ranks
+    if not 0 < vocab_size <= shard * ranks:
+        raise ValueError(f"cross_entropy: vocab_size must be positive and at most the {shard * ranks} columns of all ranks; got {vocab_size}")
+    first_column = rank * shard
+    num_columns = min(max(vocab_size - first_column, 0), shard)
+    columns = (first_column, num_columns, vocab_size, ignore_index)
+    statistics = native.cross_entropy_statistics(logits.detach(), targets, *columns, label_smoothing > 0)
+    if group is not None:
+        statistics = _combine(statistics, group)
+    return native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace)
+
+
+def _combine(statistics: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Statistics [4, tokens] of the whole vocabulary from those of each rank's columns: max, sum e^(x - max), x[t], sum x."""
+    largest = statistics[0].clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    rest = statistics[1:].clone()
+    rest[0] *= torch.exp(statistics[0] - largest)
+    dist.all_reduce(rest, dist.ReduceOp.SUM, group)
+    return torch.cat((largest[None], rest))
+
+
+@torch.library.register_fake("neox::cross_entropy_statistics")
+def _(logits, targets, first_column, num_columns, vocab_size, ignore_index, need_total):
+    return logits.new_empty([4, logits.shape[0]], dtype=torch.float32)
+
+
+@torch.library.register_fake("neox::cross_entropy")
+def _(logits, targets, statistics, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing, inplace):
+    return statistics.new_empty([targets.shape[0]])
+
+
+@torch.library.register_fake("neox::cross_entropy_backward")
+def _(dloss, logits, targets, statistics, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("neox::cross_entropy_backward_")
+def _(logits, dloss, targets, statistics, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing):
+    return None
+
+
+def _save(ctx, inputs, output):
+    logits, targets, statistics, *ctx.options, ctx.inplace = inputs
+    ctx.save_for_backward(logits, targets, statistics)
+
+
+def _backward(ctx, dloss):
+    logits, targets, statistics = ctx.saved_tensors
+    if ctx.inplace:
+        dlogits = logits.detach()
+        native.cross_entropy_backward_(dlogits, dloss, targets, statistics, *ctx.options)
+        torch.autograd.graph.increment_version(dlogits)  # the logits are gone: a second backward must fail
+    else:
+        dlogits = native.cross_entropy_backward(dloss, logits, targets, statistics, *ctx.options)
+    return dlogits, *[None] * 9
+
+
+torch.library.register_autograd("neox::cross_entropy", _backward, setup_context=_save)
