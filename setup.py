@@ -67,7 +67,7 @@ def data_core() -> CppExtension:
         "neox._data",
         sources("csrc/data/*.cpp"),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"],  # blend.cpp: no fused multiply-add
         language="c++",
     )
 

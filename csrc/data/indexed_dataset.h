@@ -1,0 +1,121 @@
+// Reader of the indexed dataset of GPT-NeoX and Megatron-LM: PREFIX.idx (structure) and PREFIX.bin (tokens).
+//
+// PREFIX.idx, little endian: 0 magic "MMIDIDX\0\0" | 9 u64 version 1 | 17 u8 token type | 18 u64 N sequences | 26 u64 D document borders |
+// 34 i32 size[N] | i64 byte offset in .bin [N] | i64 document[D]: sequence at which each document starts, last entry N.
+// Opening checks all of it against itself and against the size of .bin; a file that passes cannot make a read go out of bounds.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "data/file.h"
+
+namespace neox::data {
+
+constexpr char kIndexMagic[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', '\0', '\0'};
+constexpr uint64_t kIndexVersion = 1;
+constexpr uint64_t kIndexHeader = 34;
+
+struct TokenType {
+    uint8_t code;
+    uint32_t bytes;
+    const char* name;
+    int64_t lowest, highest;
+};
+
+// Types 1-5 (u8 i8 i16 i32 i64) and 8 (u16). Throws Fault for the rest: 6 and 7 mean floats to some writers and u16, u32 to others.
+const TokenType& token_type(uint8_t code);
+const TokenType& token_type(const std::string& name);
+
+// The checked content of an .idx, which stays where it is in memory (unaligned: every load copies).
+class Index {
+  public:
+    // `name` is what messages call the file. Throws Fault when the bytes are not an index or contradict themselves.
+    Index(const uint8_t* bytes, uint64_t count, std::string name);
+
+    const TokenType& type() const { return *type_; }
+    uint64_t num_sequences() const { return num_sequences_; }
+    uint64_t num_documents() const { return num_borders_ - 1; }
+    uint64_t num_tokens() const { return num_tokens_; }
+    uint64_t bin_bytes() const { return num_tokens_ * type_->bytes; }
+
+    int32_t size(uint64_t sequence) const { return load<int32_t>(kIndexHeader + 4 * sequence); }
+    // First token of a sequence, counted over the whole dataset; num_tokens() for sequence == num_sequences().
+    uint64_t first_token(uint64_t sequence) const {
+        if (sequence >= num_sequences_) return num_tokens_;
+        return load<uint64_t>(kIndexHeader + 4 * num_sequences_ + 8 * sequence) / type_->bytes;
+    }
+    // First sequence of a document; num_sequences() for document == num_documents().
+    uint64_t first_sequence(uint64_t document) const { return load<uint64_t>(kIndexHeader + 12 * num_sequences_ + 8 * document); }
+    uint64_t first_token_of_document(uint64_t document) const { return first_token(first_sequence(document)); }
+
+    // The sequence or document that holds a token. Precondition: token < num_tokens().
+    uint64_t sequence_of_token(uint64_t token) const;
+    uint64_t document_of_token(uint64_t token) const;
+    uint64_t document_of_sequence(uint64_t sequence) const;
+
+    const uint8_t* sizes() const { return bytes_ + kIndexHeader; }
+    const uint8_t* documents() const { return bytes_ + kIndexHeader + 12 * num_sequences_; }
+
+  private:
+    template <typename T>
+    T load(uint64_t at) const {
+        T value;
+        std::memcpy(&value, bytes_ + at, sizeof value);
+        return value;
+    }
+    void check_header(uint64_t count);
+    void check_sequences();
+    void check_documents() const;
+
+    const uint8_t* bytes_;
+    std::string name_;
+    const TokenType* type_ = nullptr;
+    uint64_t num_sequences_ = 0, num_borders_ = 0, num_tokens_ = 0;
+};
+
+class IndexedDataset {
+  public:
+    explicit IndexedDataset(const std::string& prefix);
+
+    const Index& index() const { return index_; }
+    const std::string& bin_path() const { return bin_.path(); }
+    const std::string& idx_path() const { return idx_.path(); }
+    const uint8_t* mapped_tokens() const { return tokens_.bytes(); }
+    uint64_t idx_checksum() const;
+    void check_unchanged() const;
+
+    // From here on each block is compared with its checksum when a read first touches it.
+    void guard(uint64_t block_bytes, std::vector<uint64_t> sums);
+    // Compares every block; returns the numbers of those that differ.
+    std::vector<uint64_t> damaged_blocks() const;
+
+    // Tokens [first, first + count) of the dataset, widened. `segments` may be null: else the running number of each token's document.
+    void read(uint64_t first, uint64_t count, int64_t* out, int32_t* segments) const;
+
+    // `count` tokens from a concatenation of sequences: order[position] from token `offset` on, order[position + 1], ...
+    // T is int32_t or int64_t. Throws Fault when the order ends before the count is reached or names a sequence that is not there.
+    template <typename T>
+    void read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const;
+
+    // First token id outside [0, vocab_size); num_tokens() if there is none.
+    uint64_t find_bad_token(int64_t vocab_size) const;
+
+  private:
+    void read_tokens(uint64_t first, uint64_t count, int64_t* out) const;
+    void check_blocks(uint64_t first_byte, uint64_t last_byte) const;
+    bool block_is_good(uint64_t block) const;
+
+    InputFile idx_, bin_;
+    Mapping map_, tokens_;
+    Index index_;
+    uint64_t block_bytes_ = 0;
+    std::vector<uint64_t> sums_;
+    std::unique_ptr<std::atomic<bool>[]> verified_;
+};
+
+}  // namespace neox::data

@@ -1,0 +1,272 @@
+// neox._data: the dataset core for Python. Arrays go in and out as numpy; long work runs without the interpreter lock.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <functional>
+
+#include "data/blend.h"
+#include "data/checksum.h"
+#include "data/fault.h"
+#include "data/indexed_dataset.h"
+#include "data/indexed_writer.h"
+#include "data/sample_index.h"
+
+namespace py = pybind11;
+
+namespace neox::data {
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+// Raises neox.errors.DataError or DiskError with the parts of the fault.
+void raise_fault(const Fault& fault) {
+    const auto errors = py::module_::import("neox.errors");
+    const auto type = errors.attr(fault.kind == FaultKind::disk ? "DiskError" : "DataError");
+    py::dict parts;
+    const auto add = [&](const char* name, const std::string& value) {
+        // Paths are bytes to us; undecodable ones show as Python shows them.
+        if (!value.empty())
+            parts[name] = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<Py_ssize_t>(value.size())));
+    };
+    add("where", fault.where);
+    add("got", fault.got);
+    add("want", fault.want);
+    add("do", fault.action);
+    const py::object error = type(fault.what(), **parts);
+    PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+uint64_t check_below(int64_t value, uint64_t bound, const char* what) {
+    if (value < 0 || static_cast<uint64_t>(value) > bound)
+        throw py::index_error(std::string(what) + " " + std::to_string(value) + " is out of range, have " + std::to_string(bound));
+    return static_cast<uint64_t>(value);
+}
+
+// A numpy view of mapped memory (unaligned for most dtypes), read-only, which keeps `owner` alive.
+py::array view(const py::dtype& dtype, uint64_t count, const uint8_t* bytes, const py::object& owner) {
+    py::array array(dtype, {static_cast<py::ssize_t>(count)}, {dtype.itemsize()}, bytes, owner);
+    py::detail::array_proxy(array.ptr())->flags &= ~(py::detail::npy_api::NPY_ARRAY_WRITEABLE_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_);
+    if (reinterpret_cast<uintptr_t>(bytes) % static_cast<uintptr_t>(dtype.itemsize()) == 0)
+        py::detail::array_proxy(array.ptr())->flags |= py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    return array;
+}
+
+py::tuple with_segments(uint64_t count, bool want_segments, const std::function<void(int64_t*, int32_t*)>& fill) {
+    py::array_t<int64_t> tokens(static_cast<py::ssize_t>(count));
+    py::object segments = py::none();
+    int32_t* segment_data = nullptr;
+    if (want_segments) {
+        py::array_t<int32_t> made(static_cast<py::ssize_t>(count));
+        segment_data = made.mutable_data();
+        segments = std::move(made);
+    }
+    int64_t* token_data = tokens.mutable_data();
+    {
+        py::gil_scoped_release released;
+        fill(token_data, segment_data);
+    }
+    return py::make_tuple(tokens, segments);
+}
+
+py::tuple read(const IndexedDataset& self, int64_t first, int64_t count, bool segments) {
+    const uint64_t from = check_below(first, self.index().num_tokens(), "token");
+    const uint64_t tokens = check_below(count, self.index().num_tokens() - from, "token count");
+    return with_segments(tokens, segments, [&](int64_t* out, int32_t* marks) { self.read(from, tokens, out, marks); });
+}
+
+template <typename T>
+py::tuple read_ordered(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, int64_t position, int64_t offset, int64_t count,
+                       bool segments) {
+    const auto length = static_cast<uint64_t>(order.size());
+    check_below(position, length, "position");
+    check_below(offset, INT32_MAX, "offset");
+    check_below(count, INT64_MAX / 8, "token count");
+    const T* data = order.data();
+    return with_segments(static_cast<uint64_t>(count), segments, [&](int64_t* out, int32_t* marks) {
+        self.read_ordered(data, length, static_cast<uint64_t>(position), static_cast<uint64_t>(offset), static_cast<uint64_t>(count), out, marks);
+    });
+}
+
+template <typename Doc, typename Row>
+py::array sample_index_as(const uint8_t* sizes, int64_t num_sizes, const Array<Doc>& order, int64_t seq_length, int64_t rows) {
+    py::array_t<Row> out({static_cast<py::ssize_t>(rows), py::ssize_t{2}});
+    const Doc* data = order.data();
+    Row* to = out.mutable_data();
+    const int64_t length = order.size();
+    {
+        py::gil_scoped_release released;
+        fill_sample_index(sizes, num_sizes, data, length, seq_length, to, rows);
+    }
+    return out;
+}
+
+// `sizes` may be an unaligned view of a mapped index: numpy would copy it to align it, the core need not.
+py::array sample_index(const py::array& sizes, const py::array& order, int64_t seq_length, int64_t rows, bool wide) {
+    if (!sizes.dtype().equal(py::dtype::of<int32_t>()) || sizes.ndim() != 1 || (sizes.size() > 1 && sizes.strides(0) != 4))
+        throw py::type_error("sizes must be a contiguous int32 array");
+    if (rows < 0) throw py::value_error("rows must not be negative");
+    const auto* data = static_cast<const uint8_t*>(sizes.data());
+    if (order.dtype().itemsize() == 4) {
+        const Array<int32_t> docs(order);
+        return wide ? sample_index_as<int32_t, int64_t>(data, sizes.size(), docs, seq_length, rows)
+                    : sample_index_as<int32_t, int32_t>(data, sizes.size(), docs, seq_length, rows);
+    }
+    const Array<int64_t> docs(order);
+    return wide ? sample_index_as<int64_t, int64_t>(data, sizes.size(), docs, seq_length, rows)
+                : sample_index_as<int64_t, int32_t>(data, sizes.size(), docs, seq_length, rows);
+}
+
+py::tuple blend_block(const Array<double>& weights, int64_t first, int64_t count, const Array<int64_t>& taken) {
+    if (taken.size() != weights.size()) throw py::value_error("weights and taken must have the same length");
+    if (count < 0 || first < 0) throw py::value_error("first and count must not be negative");
+    py::array_t<int64_t> after(taken.size());
+    std::copy(taken.data(), taken.data() + taken.size(), after.mutable_data());
+    py::array_t<int32_t> dataset(count);
+    py::array_t<int64_t> sample(count);
+    {
+        const double* weight_data = weights.data();
+        const int64_t num_datasets = weights.size();
+        int64_t* after_data = after.mutable_data();
+        int32_t* dataset_data = dataset.mutable_data();
+        int64_t* sample_data = sample.mutable_data();
+        py::gil_scoped_release released;
+        blend(weight_data, num_datasets, first, count, after_data, dataset_data, sample_data);
+    }
+    return py::make_tuple(dataset, sample, after);
+}
+
+void add_documents(IndexedWriter& writer, const py::array& tokens, const Array<int32_t>& sizes) {
+    const bool fits = tokens.dtype().equal(py::dtype(writer.type().name)) && (tokens.flags() & py::array::c_style) != 0;
+    if (!fits) throw py::type_error(std::string("tokens must be a contiguous array of ") + writer.type().name);
+    const void* data = tokens.data();
+    const auto count = static_cast<uint64_t>(tokens.size());
+    const int32_t* size_data = sizes.data();
+    const auto documents = static_cast<uint64_t>(sizes.size());
+    py::gil_scoped_release released;
+    writer.add_documents(data, count, size_data, documents);
+}
+
+// Index of the first token outside [0, vocab_size), or -1.
+int64_t first_outside(const Array<int64_t>& tokens, int64_t vocab_size) {
+    const int64_t* data = tokens.data();
+    const int64_t count = tokens.size();
+    py::gil_scoped_release released;
+    bool bad = false;
+    for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(data[i]) >= static_cast<uint64_t>(vocab_size);
+    for (int64_t i = 0; bad && i < count; ++i)
+        if (data[i] < 0 || data[i] >= vocab_size) return i;
+    return -1;
+}
+
+void bind_dataset(py::module_& module) {
+    py::class_<IndexedDataset>(module, "Dataset", "PREFIX.bin and PREFIX.idx, checked and mapped")
+        .def(py::init<const std::string&>(), py::arg("prefix"), NoGil())
+        .def_property_readonly("dtype", [](const IndexedDataset& self) { return std::string(self.index().type().name); })
+        .def_property_readonly("num_sequences", [](const IndexedDataset& self) { return self.index().num_sequences(); })
+        .def_property_readonly("num_documents", [](const IndexedDataset& self) { return self.index().num_documents(); })
+        .def_property_readonly("num_tokens", [](const IndexedDataset& self) { return self.index().num_tokens(); })
+        .def_property_readonly("sizes",
+                               [](const py::object& self) {
+                                   const auto& index = self.cast<const IndexedDataset&>().index();
+                                   return view(py::dtype::of<int32_t>(), index.num_sequences(), index.sizes(), self);
+                               })
+        .def_property_readonly("documents",
+                               [](const py::object& self) {
+                                   const auto& index = self.cast<const IndexedDataset&>().index();
+                                   return view(py::dtype::of<int64_t>(), index.num_documents() + 1, index.documents(), self);
+                               })
+        .def("sequence",
+             [](const py::object& object, int64_t i) {
+                 const auto& self = object.cast<const IndexedDataset&>();
+                 const auto& index = self.index();
+                 if (i < 0 || static_cast<uint64_t>(i) >= index.num_sequences())
+                     throw py::index_error("sequence " + std::to_string(i) + " is out of range, have " + std::to_string(index.num_sequences()));
+                 self.check_unchanged();
+                 const auto size = static_cast<uint64_t>(index.size(static_cast<uint64_t>(i)));
+                 const py::dtype dtype(index.type().name);
+                 if (size == 0) return py::array(dtype, {py::ssize_t{0}}, {});
+                 return view(dtype, size, self.mapped_tokens() + index.first_token(static_cast<uint64_t>(i)) * index.type().bytes, object);
+             })
+        .def("first_token", [](const IndexedDataset& self,
+                               int64_t sequence) { return self.index().first_token(check_below(sequence, self.index().num_sequences(), "sequence")); })
+        .def("first_token_of_document",
+             [](const IndexedDataset& self, int64_t document) {
+                 return self.index().first_token_of_document(check_below(document, self.index().num_documents(), "document"));
+             })
+        .def("first_sequence", [](const IndexedDataset& self,
+                                  int64_t document) { return self.index().first_sequence(check_below(document, self.index().num_documents(), "document")); })
+        .def("document_of_token",
+             [](const IndexedDataset& self, int64_t token) {
+                 if (token < 0 || static_cast<uint64_t>(token) >= self.index().num_tokens())
+                     throw py::index_error("token " + std::to_string(token) + " is out of range");
+                 return self.index().document_of_token(static_cast<uint64_t>(token));
+             })
+        .def("idx_checksum", &IndexedDataset::idx_checksum, NoGil())
+        .def("check_unchanged", &IndexedDataset::check_unchanged)
+        .def("guard", &IndexedDataset::guard, py::arg("block_bytes"), py::arg("sums"))
+        .def("damaged_blocks", &IndexedDataset::damaged_blocks, NoGil())
+        .def("find_bad_token", &IndexedDataset::find_bad_token, py::arg("vocab_size"), NoGil())
+        .def("read", &read, py::arg("first"), py::arg("count"), py::arg("segments") = false)
+        .def("read_ordered", &read_ordered<int32_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
+             py::arg("segments") = false)
+        .def("read_ordered", &read_ordered<int64_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
+             py::arg("segments") = false);
+}
+
+void bind_writer(py::module_& module) {
+    py::class_<IndexedWriter>(module, "Writer", "Builder of PREFIX.bin and PREFIX.idx")
+        .def(py::init<std::string, const std::string&, uint64_t>(), py::arg("prefix"), py::arg("dtype"), py::arg("block_bytes"))
+        .def("add_sequence", [](IndexedWriter& self, const Array<int64_t>& tokens) { self.add_sequence(tokens.data(), static_cast<uint64_t>(tokens.size())); })
+        .def("end_document", &IndexedWriter::end_document)
+        .def("add_documents", &add_documents, py::arg("tokens"), py::arg("sizes"))
+        .def("add_dataset", &IndexedWriter::add_dataset, NoGil())
+        .def("finish", &IndexedWriter::finish, NoGil())
+        .def("abandon", &IndexedWriter::abandon)
+        .def_property_readonly("dtype", [](const IndexedWriter& self) { return std::string(self.type().name); })
+        .def_property_readonly("num_sequences", &IndexedWriter::num_sequences)
+        .def_property_readonly("num_documents", &IndexedWriter::num_documents)
+        .def_property_readonly("num_tokens", &IndexedWriter::num_tokens)
+        .def_property_readonly("largest_id", &IndexedWriter::largest_id)
+        .def_property_readonly("block_sums", &IndexedWriter::block_sums);
+}
+
+}  // namespace
+}  // namespace neox::data
+
+PYBIND11_MODULE(_data, module) {
+    using namespace neox::data;
+    module.doc() = "Dataset core: indexed datasets, sample order, blending, checksums";
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const Fault& fault) {
+            raise_fault(fault);
+        }
+    });
+    bind_dataset(module);
+    bind_writer(module);
+    module.def("sample_index", &sample_index, py::arg("sizes"), py::arg("order"), py::arg("seq_length"), py::arg("rows"), py::arg("wide"));
+    module.def("epochs_needed", &epochs_needed, py::arg("tokens_per_epoch"), py::arg("seq_length"), py::arg("num_samples"));
+    module.def("blend", &blend_block, py::arg("weights"), py::arg("first"), py::arg("count"), py::arg("taken"));
+    module.def("permute", &permute, py::arg("key"), py::arg("size"), py::arg("value"));
+    module.def("mix", &mix, py::arg("key"), py::arg("value"));
+    module.def("first_outside", &first_outside, py::arg("tokens"), py::arg("vocab_size"));
+    module.def("checksum", [](const py::buffer& buffer) {
+        const py::buffer_info info = buffer.request();
+        py::gil_scoped_release released;
+        return checksum(info.ptr, static_cast<uint64_t>(info.size * info.itemsize));
+    });
+    module.def("file_checksum", &file_checksum, py::arg("path"), NoGil());
+    module.def("file_block_checksums", &file_block_checksums, py::arg("path"), py::arg("block_bytes"), NoGil());
+    py::class_<EpochOrder>(module, "EpochOrder", "Sample order over unbounded epochs: a pure function of key and sample number")
+        .def(py::init([](uint64_t key, uint64_t num_tokens, uint64_t seq_length) {
+                 if (seq_length == 0 || num_tokens <= seq_length) throw py::value_error("fewer tokens than one sample needs");
+                 return EpochOrder{key, num_tokens, seq_length};
+             }),
+             py::arg("key"), py::arg("num_tokens"), py::arg("seq_length"))
+        .def_property_readonly("samples_per_epoch", &EpochOrder::samples_per_epoch)
+        .def("first_token", &EpochOrder::first_token, py::arg("sample"));
+}

@@ -1,0 +1,193 @@
+"""Batches for one data-parallel rank, read ahead by a background thread. Its whole state is one integer, `consumed`."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from neox.data._native import core
+from neox.data.sampling import Dataset
+from neox.errors import DataError
+
+POLL_SECONDS = 0.2  # how often a waiting side looks whether the other is still there
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    tokens, targets: int64 [b, s]; a target of -100 is ignored. sample_ids: int64 [b], numbers of the samples in the run's order.
+    segment_ids int32 [b, s] and position_ids int64 [b, s] (counted from each document's start): None without document_mask.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    segment_ids: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    sample_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which samples of an optimizer step a rank reads: micro-batch m, row j reads c + (m x dp_size + dp_rank) x micro_batch_size + j."""
+
+    micro_batch_size: int
+    gradient_accumulation: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of an optimizer step over all ranks."""
+        return self.micro_batch_size * self.gradient_accumulation * self.dp_size
+
+    def sample_ids(self, consumed: int, micro_batch: int) -> list[int]:
+        """The samples of one micro-batch of this rank."""
+        first = consumed + (micro_batch * self.dp_size + self.dp_rank) * self.micro_batch_size
+        return list(range(first, first + self.micro_batch_size))
+
+
+class Loader:
+    """Iterates over optimizer steps: each item is a list of gradient_accumulation batches. It never ends by itself.
+
+    Args:
+        dataset: `dataset[i]` for every sample number of the run.
+        start: samples consumed before (0, or `consumed` of a checkpoint).
+        prefetch: steps read ahead; 0 reads in the caller's thread.
+        vocab_size: ids must be below; None checks nothing.
+
+    Raises:
+        DataError: while iterating, at the step it belongs to: an id outside the vocabulary (file, document, offset, id), damaged data,
+            or a sample beyond the dataset.
+        ValueError: sizes that are not positive, or a rank outside the group.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        gradient_accumulation: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start: int = 0,
+        prefetch: int = 2,
+        vocab_size: int | None = None,
+    ):
+        if min(micro_batch_size, gradient_accumulation, dp_size) < 1 or not 0 <= dp_rank < dp_size or min(start, prefetch) < 0:
+            raise ValueError(f"loader sizes out of range: {micro_batch_size=} {gradient_accumulation=} {dp_rank=} {dp_size=} {start=} {prefetch=}")
+        self.consumed = start  # samples handed out over all ranks
+        self._layout = Layout(micro_batch_size, gradient_accumulation, dp_rank, dp_size)
+        self._read = StepReader(dataset, self._layout, vocab_size)
+        self._ready: queue.Queue | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        if prefetch > 0:
+            self._ready = queue.Queue(maxsize=prefetch)
+            # The thread holds no reference to the loader, so that dropping the loader ends the thread.
+            self._thread = threading.Thread(target=read_ahead, args=(self._read, start, self._layout.global_batch_size, self._ready, self._stop), daemon=True)
+            self._thread.start()
+            weakref.finalize(self, self._stop.set)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._stop.is_set():
+            raise ValueError("loader is closed")
+        step = self._read(self.consumed) if self._ready is None else self._take()
+        if isinstance(step, BaseException):
+            self.close()
+            raise step
+        self.consumed += self._layout.global_batch_size
+        return step
+
+    def _take(self) -> list[Batch] | BaseException:
+        while True:
+            try:
+                return self._ready.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    return RuntimeError("the loader's thread died")
+
+    def close(self) -> None:
+        """Stop the background thread and wait for it."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_ahead(read: StepReader, consumed: int, stride: int, ready: queue.Queue, stop: threading.Event) -> None:
+    """Fill the queue step by step until told to stop; an exception takes the place of its step and ends the thread."""
+    while not stop.is_set():
+        try:
+            step: list[Batch] | BaseException = read(consumed)
+        except BaseException as error:  # handed to the thread that asks for this step
+            step = error
+        while not stop.is_set():
+            try:
+                ready.put(step, timeout=POLL_SECONDS)
+                break
+            except queue.Full:
+                continue
+        if isinstance(step, BaseException):
+            return
+        consumed += stride
+
+
+class StepReader:
+    """Reads the batches of one optimizer step: a pure function of the samples consumed before it."""
+
+    def __init__(self, dataset: Dataset, layout: Layout, vocab_size: int | None):
+        self._dataset = dataset
+        self._layout = layout
+        self._vocab_size = vocab_size
+
+    def __call__(self, consumed: int) -> list[Batch]:
+        return [self._batch(self._layout.sample_ids(consumed, m)) for m in range(self._layout.gradient_accumulation)]
+
+    def _batch(self, sample_ids: list[int]) -> Batch:
+        samples = [self._dataset[sample] for sample in sample_ids]
+        tokens = np.stack([sample.tokens for sample in samples])  # [b, s + 1]
+        self._check_vocabulary(tokens, sample_ids)
+        both = torch.from_numpy(tokens)
+        segment_ids = position_ids = None
+        if samples[0].segment_ids is not None:
+            segments = np.stack([sample.segment_ids for sample in samples])
+            segment_ids = torch.from_numpy(segments)
+            position_ids = torch.from_numpy(positions_in_documents(segments))
+        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous(), segment_ids, position_ids, torch.tensor(sample_ids, dtype=torch.int64))
+
+    def _check_vocabulary(self, tokens: np.ndarray, sample_ids: list[int]) -> None:
+        if self._vocab_size is None:
+            return
+        bad = core.first_outside(tokens, self._vocab_size)
+        if bad < 0:
+            return
+        row, column = divmod(bad, tokens.shape[1])
+        raise DataError(
+            "token id is outside the vocabulary",
+            where=self._dataset.describe(sample_ids[row], column),
+            got=f"id {tokens[row, column]}",
+            want=f"0 to {self._vocab_size - 1}",
+            do="use the tokenizer that made the data, or raise model.vocab_size",
+        )
+
+
+def positions_in_documents(segments: np.ndarray) -> np.ndarray:
+    """Position of each token in its document's part of the sample: int64 [b, s], 0 where the segment id [b, s] changes."""
+    index = np.arange(segments.shape[1], dtype=np.int64)
+    starts = np.zeros(segments.shape, dtype=np.int64)
+    starts[:, 1:] = np.where(segments[:, 1:] != segments[:, :-1], index[1:], 0)
+    return index - np.maximum.accumulate(starts, axis=1)

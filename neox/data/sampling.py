@@ -1,0 +1,215 @@
+"""Which tokens make up sample i: GPT-NeoX's shuffle (`order: neox`), or a keyed permutation (`order: epoch`). See docs/data.md."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from neox.data._native import core
+from neox.data.blend import Blend
+from neox.data.indexed import IndexedDataset
+from neox.errors import ConfigError, DataError
+
+MASK64 = 2**64 - 1
+
+
+class Sample(NamedTuple):
+    """tokens int64 [s + 1]: inputs and, one further, targets. segment_ids int32 [s]: running number of each input's document, or None."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray | None
+
+
+class Dataset(Protocol):
+    """What the loader reads: `dataset[i]` for any i >= 0 it has; `describe(i, j)` names where token j of sample i lies."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def describe(self, index: int, token: int) -> str: ...
+
+
+def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
+    """Cut `count` documents into train, validation and test by shares such as "969,30,1", rounded as GPT-NeoX rounds.
+
+    Returns:
+        [first, last) of each part; parts may be empty.
+
+    Raises:
+        ConfigError: not one to three non-negative numbers with a sum above 0.
+    """
+    try:
+        shares = [float(part) for part in split.replace("/", ",").split(",")]
+    except ValueError:
+        shares = []
+    total = sum(shares)
+    if not 1 <= len(shares) <= 3 or any(not share >= 0 for share in shares) or not 0 < total < math.inf:
+        raise ConfigError("bad split", where="data.split", got=split, want="one to three non-negative numbers, such as 969,30,1")
+    shares += [0.0] * (3 - len(shares))
+    cuts = [0]
+    for share in shares:
+        cuts.append(cuts[-1] + round(share / total * count))
+    excess = cuts[-1] - count
+    # Upstream shifts every cut but the first by the rounding excess; where that makes one negative, it is 0 here.
+    cuts = [0] + [max(cut - excess, 0) for cut in cuts[1:]]
+    return [(cuts[part], cuts[part + 1]) for part in range(3)]
+
+
+def neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """GPT-NeoX's packed order, bit for bit.
+
+    Args:
+        sizes: tokens of each document of the dataset, int32.
+        documents: numbers of the documents to use, in order.
+        seq_length: tokens a sample feeds; it spans one more.
+        num_samples: samples needed; whole epochs are made until there are that many.
+        seed: of numpy's RandomState, below 2^32.
+
+    Returns:
+        doc_idx [epochs x documents]: shuffled documents of all epochs. sample_idx [S + 1, 2]: (position in doc_idx, token offset)
+        where each sample starts. shuffle_idx [S]: the row of sample_idx that sample i reads. int32, int32 and uint32; 64-bit each
+        where numbers need it.
+
+    Raises:
+        DataError: no tokens, a document number out of range, or a negative size.
+        ConfigError: seed out of range.
+    """
+    sizes = np.asarray(sizes) if np.asarray(sizes).dtype == np.int32 else np.ascontiguousarray(sizes, dtype=np.int32)
+    documents = np.asarray(documents)
+    if documents.size and (documents.min() < 0 or documents.max() >= sizes.size):
+        raise DataError("document number out of range", got=f"{documents.min()} to {documents.max()}", want=f"0 to {sizes.size - 1}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError("seed is out of range for order: neox", where="train.seed", got=seed, want="0 to 4294967295")
+    tokens_per_epoch = int(sizes[documents].sum(dtype=np.int64)) if documents.size else 0
+    epochs = core.epochs_needed(tokens_per_epoch, seq_length, num_samples)
+    random = np.random.RandomState(seed)
+    doc_idx = np.tile(documents.astype(np.int32 if sizes.size < 2**31 else np.int64), epochs)
+    random.shuffle(doc_idx)
+    samples = (epochs * tokens_per_epoch - 1) // seq_length
+    wide = 2 * (samples + 1) >= 2**31 or doc_idx.size >= 2**31
+    sample_idx = core.sample_index(sizes, doc_idx, seq_length, samples + 1, wide)
+    shuffle_idx = np.arange(samples, dtype=np.uint32 if samples < 2**32 - 2 else np.int64)
+    random.shuffle(shuffle_idx)
+    return doc_idx, sample_idx, shuffle_idx
+
+
+def order_key(seed: int, *content: int) -> int:
+    """64-bit key of a permutation: a hash of the seed and of what tells this data from other data."""
+    key = core.mix(seed & MASK64, seed >> 64 & MASK64)
+    for value in content:
+        key = core.mix(key, value & MASK64)
+    return key
+
+
+class EpochDataset:
+    """Documents [first, last) of a dataset in `order: epoch`: sample i is a pure function of (seed, data, i), for every i >= 0.
+
+    `len` is the samples of one epoch. Sample i belongs to epoch i // len; each epoch visits each of its samples once, in an order
+    and with a phase of its own.
+
+    Args:
+        document_mask: give segment ids.
+
+    Raises:
+        DataError: fewer tokens than one sample needs.
+    """
+
+    def __init__(self, dataset: IndexedDataset, documents: tuple[int, int], seq_length: int, seed: int, document_mask: bool = False):
+        first, last = documents
+        self._dataset = dataset
+        self._seq_length = seq_length
+        self._document_mask = document_mask
+        self._start = dataset.first_token_of_document(first)
+        tokens = dataset.first_token_of_document(last) - self._start
+        check_tokens(dataset, documents, tokens, seq_length)
+        self._order = core.EpochOrder(order_key(seed, dataset.checksum(), first, last), tokens, seq_length)
+
+    def __len__(self) -> int:
+        return self._order.samples_per_epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        tokens, segments = self._dataset.read(self._first_token(index), self._seq_length + 1, self._document_mask)
+        return Sample(tokens, None if segments is None else segments[:-1])
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        document, offset = self._dataset.locate(self._first_token(index) + token)
+        return f"{self._dataset.bin_path} document {document} offset {offset}"
+
+    def _first_token(self, index: int) -> int:
+        if index < 0:
+            raise IndexError(f"sample {index} is negative")
+        return self._start + self._order.first_token(index)
+
+
+class NeoxDataset:
+    """Sequences of a dataset in `order: neox`, by the three arrays of `neox_order`. `len` is the samples of all epochs made."""
+
+    def __init__(self, dataset: IndexedDataset, order: tuple[np.ndarray, np.ndarray, np.ndarray], seq_length: int, document_mask: bool = False):
+        self._dataset = dataset
+        self._documents, self._samples, self._shuffle = order
+        self._seq_length = seq_length
+        self._document_mask = document_mask
+
+    def __len__(self) -> int:
+        return self._shuffle.shape[0]
+
+    def __getitem__(self, index: int) -> Sample:
+        position, offset = self._row(index)
+        tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self._seq_length + 1, self._document_mask)
+        return Sample(tokens, None if segments is None else segments[:-1])
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        position, offset = self._row(index)
+        offset += token
+        while offset >= (size := int(self._dataset.sizes[self._documents[position]])):
+            offset -= size
+            position += 1
+        document, offset = self._dataset.locate(self._dataset.first_token(int(self._documents[position])) + offset)
+        return f"{self._dataset.bin_path} document {document} offset {offset}"
+
+    def _row(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise DataError(
+                "sample is beyond the order", where=self._dataset.bin_path, got=index, want=f"below {len(self)}", do="raise train.train_iters to make more"
+            )
+        position, offset = self._samples[self._shuffle[index]]
+        return int(position), int(offset)
+
+
+class BlendedDataset:
+    """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other."""
+
+    def __init__(self, datasets: list[Dataset], weights: list[float]):
+        self._datasets = datasets
+        self._blend = Blend(weights)
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self._datasets)
+
+    def __getitem__(self, index: int) -> Sample:
+        dataset, inner = self._blend[index]
+        return self._datasets[dataset][inner]
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        dataset, inner = self._blend[index]
+        return self._datasets[dataset].describe(inner, token)
+
+
+def check_tokens(dataset: IndexedDataset, documents: tuple[int, int], tokens: int, seq_length: int) -> None:
+    """Raise DataError unless a range of documents has the tokens of one sample."""
+    if tokens > seq_length:
+        return
+    first, last = documents
+    raise DataError(
+        "corpus is shorter than one sample",
+        where=f"{dataset.bin_path} documents {first} to {last}",
+        got=f"{tokens} tokens in {last - first} documents",
+        want=f"at least {seq_length + 1} (data.seq_length + 1)",
+        do="use more text, a smaller data.seq_length, or another data.split",
+    )

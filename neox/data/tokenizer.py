@@ -1,0 +1,126 @@
+"""Tokenizers in the `tokenizers` JSON format: load, encode, train."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import orjson
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from neox.data.files import write_durably
+from neox.errors import ConfigError, DataError
+
+EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # looked for in this order
+SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
+
+
+class Tokenizer:
+    """A tokenizer and what neox needs to know of it.
+
+    Text is encoded without the special tokens that a template would add around it (`<s>`, ...). Special tokens that occur *in* the text
+    become their ids, as upstream does it; with `specials_as_text` they are encoded like any other text.
+
+    Args:
+        file: `tokenizers` JSON file.
+        eod_token: end-of-document token; None: the first of `<|endoftext|>`, `</s>`, `<|end_of_text|>`, `<eos>` that exists.
+
+    Raises:
+        DataError: the file is missing or not a tokenizer.
+        ConfigError: eod_token is not in the vocabulary.
+    """
+
+    def __init__(self, file: str | Path, eod_token: str | None = None, *, specials_as_text: bool = False):
+        self.file = str(file)
+        self.hash = file_hash(self.file)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(self.file)
+        except Exception as error:  # the library raises bare Exception for every kind of bad file
+            raise DataError("not a tokenizer file", where=self.file, got=error, want="a `tokenizers` JSON file") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = specials_as_text
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eod_token, self.eod_id = self._find_eod(eod_token)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; uses the threads that TOKENIZERS_PARALLELISM allows."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of token ids. Ids beyond the vocabulary (padding rows of a model) give no text."""
+        known = [int(token) for token in np.asarray(list(ids), dtype=np.int64) if 0 <= token < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def _find_eod(self, name: str | None) -> tuple[str | None, int | None]:
+        if name is not None:
+            found = self._tokenizer.token_to_id(name)
+            if found is None:
+                raise ConfigError("end-of-document token is not in the vocabulary", where=f"tokenizer.eod_token, {self.file}", got=name)
+            return name, found
+        for candidate in EOD_NAMES:
+            found = self._tokenizer.token_to_id(candidate)
+            if found is not None:
+                return candidate, found
+        return None, None
+
+
+def file_hash(file: str | Path) -> str:
+    """SHA-256 of a tokenizer's content: the same for the same JSON values, however the file is laid out.
+
+    Raises:
+        DataError: the file cannot be read or is not JSON.
+    """
+    try:
+        content = orjson.loads(Path(file).read_bytes())
+    except OSError as error:
+        raise DataError("cannot read tokenizer", where=file, got=error.strerror) from error
+    except orjson.JSONDecodeError as error:
+        raise DataError("not a tokenizer file", where=file, got=error, want="a `tokenizers` JSON file") from error
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path, *, eod_token: str = EOD_NAMES[0], show_progress: bool = False) -> Tokenizer:
+    """Train a byte-level BPE tokenizer (every byte string can be encoded) and write it.
+
+    Args:
+        texts: the corpus, read once.
+        vocab_size: ids wanted, bytes and end-of-document token included; a small corpus may give fewer.
+        out: JSON file to write.
+
+    Raises:
+        ConfigError: vocab_size below 257.
+        DataError: no text.
+        DiskError: the file cannot be written.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError("vocabulary is too small for byte-level BPE", where="--vocab-size", got=vocab_size, want=f"at least {SMALLEST_VOCABULARY}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eod_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    seen = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for text in texts:
+            seen += len(text)
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if seen == 0:
+        raise DataError("no text to train a tokenizer on", got="0 characters")
+    write_durably(Path(out), tokenizer.to_str(pretty=True).encode())
+    return Tokenizer(out, eod_token)

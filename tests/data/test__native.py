@@ -1,0 +1,58 @@
+"""The binding of the dataset core: checksums against the published vectors, memory that views keep alive."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+from neox.data._native import core
+from neox.data.indexed import IndexedDataset
+from neox.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"", 0xEF46DB3751D8E999),
+        (b"a", 0xD24EC4F1A98C6E5B),
+        (b"abc", 0x44BC2CF5AD770999),
+        (b"Nobody inspects the spammish repetition", 0xFBCEA83C8A378BF1),
+    ],
+)
+def test_checksum_is_xxh64(content, wanted):
+    assert core.checksum(content) == wanted
+
+
+def test_file_checksums(tmp_path):
+    content = np.random.default_rng(0).bytes(1000)
+    path = tmp_path / "f"
+    path.write_bytes(content)
+    assert core.file_checksum(bytes(path)) == core.checksum(content)
+    assert core.file_block_checksums(bytes(path), 300) == [core.checksum(content[i : i + 300]) for i in range(0, 1000, 300)]
+    with pytest.raises(DataError, match="block_bytes must be positive"):
+        core.file_block_checksums(bytes(path), 0)
+
+
+def test_views_keep_the_map_alive(corpus):
+    prefix = corpus.prefix
+    wanted = [corpus[d].tolist() for d in range(101)], corpus.sizes.tolist()
+    other = IndexedDataset(prefix)
+    views, sizes = [other[d] for d in range(101)], other.sizes
+    del other
+    gc.collect()
+    assert ([view.tolist() for view in views], sizes.tolist()) == wanted
+    assert not sizes.flags.writeable
+
+
+def test_undecodable_paths_work(tmp_path):
+    path = bytes(tmp_path) + b"/\xff\xfe"
+    with pytest.raises(DataError, match=r"cannot open data file; where=.*\.idx"):
+        core.Dataset(path)
+
+
+def test_first_outside():
+    tokens = np.array([[1, 2], [3, 4]])
+    assert core.first_outside(tokens, 5) == -1 and core.first_outside(tokens, 3) == 2
+    assert core.first_outside(np.array([0, -1]), 5) == 1 and core.first_outside(np.zeros(0, dtype=np.int64), 5) == -1
