@@ -22,24 +22,26 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
-def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None, what: str = "") -> None:
-    """Fails unless max |got - want| <= TOLERANCE[dtype] * max |want|, and shapes agree. NaN and infinity never pass."""
+def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None, what: str = "", floor: float = 0.0) -> None:
+    """Fails unless max |got - want| <= TOLERANCE[dtype] * max(max |want|, floor), and shapes agree. NaN and infinity never pass."""
     assert got.shape == want.shape, f"{what} shape {tuple(got.shape)}, want {tuple(want.shape)}"
     if want.numel() == 0:
         return
-    scale = want.abs().max().item()
+    scale = max(want.abs().max().item(), floor)
     error = (got.double() - want.double()).abs().max().item()
     limit = TOLERANCE[dtype or got.dtype] * scale
     assert error <= limit, f"{what} error {error:.3g} over {limit:.3g} (scale {scale:.3g})"
 
 
-def check_against(op, reference, inputs: dict[str, torch.Tensor], *, seed: int = 1) -> None:
+def check_against(op, reference, inputs: dict[str, torch.Tensor], *, seed: int = 1, floor: float = 0.0) -> None:
     """Compares an operator with its reference, forward and backward.
 
     Args:
         op: called with the values of `inputs` by name; returns a tensor or a tuple of tensors, each differentiable.
         reference: called with the same in float64.
         inputs: name -> leaf tensor; gradients are compared for those of float type.
+        seed: of the gradients that flow in.
+        floor: least scale that errors of gradients are held to, for gradients that are zero but for rounding.
     """
     ours = {name: value.detach().clone().requires_grad_(value.is_floating_point()) for name, value in inputs.items()}
     theirs = {
@@ -53,10 +55,11 @@ def check_against(op, reference, inputs: dict[str, torch.Tensor], *, seed: int =
         assert_near(mine.detach(), other.detach(), what=f"output {index}")
     douts = [random(*mine.shape, dtype=mine.dtype, seed=seed + index) for index, mine in enumerate(got)]
     names = [name for name, value in ours.items() if value.requires_grad]
-    dgot = torch.autograd.grad(got, [ours[name] for name in names], douts)
-    dwant = torch.autograd.grad(want, [theirs[name] for name in names], [dout.double() for dout in douts])
+    dgot = torch.autograd.grad(got, [ours[name] for name in names], douts, allow_unused=True, materialize_grads=True)
+    doubles = [dout.double() for dout in douts]
+    dwant = torch.autograd.grad(want, [theirs[name] for name in names], doubles, allow_unused=True, materialize_grads=True)
     for name, mine, other in zip(names, dgot, dwant, strict=True):
-        assert_near(mine, other, what=f"d{name}")
+        assert_near(mine, other, what=f"d{name}", floor=floor)
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,3 +89,17 @@ def gelu(u: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:
     """gelu(x + bias)."""
     return gelu(x.double() if bias is None else x.double() + bias.double(), approximate)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5) -> torch.Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, var without Bessel's correction."""
+    x = x.double()
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps) * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """x / sqrt(mean x^2 + eps) * weight."""
+    x = x.double()
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight.double()

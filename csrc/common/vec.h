@@ -160,6 +160,31 @@ NEOX_INLINE float max_lane(Vec v) {
     return fold(v, [](Quad a, Quad b) { return a > b ? a : b; });
 }
 
+// Sum over a row of what body(i, load, keep) returns, a Vec or a struct with +=, as four interleaved partial sums: an addition takes four
+// cycles and two can start in each. The order depends on the size alone. Beyond the row's end load gives zeros; a body that makes anything
+// else of them passes its vector through keep, which clears those lanes.
+template <class Sum, class Body>
+NEOX_INLINE Sum accumulate(int64_t size, const Body& body) {
+    const auto load_all = [](const auto* p) { return neox::load(p); };
+    const auto keep_all = [](Vec v) { return v; };
+    Sum a = {}, b = {}, c = {}, d = {};
+    int64_t i = 0;
+    for (; i + 4 * kVecWidth <= size; i += 4 * kVecWidth) {
+        a += body(i, load_all, keep_all);
+        b += body(i + kVecWidth, load_all, keep_all);
+        c += body(i + 2 * kVecWidth, load_all, keep_all);
+        d += body(i + 3 * kVecWidth, load_all, keep_all);
+    }
+    for (; i + kVecWidth <= size; i += kVecWidth) a += body(i, load_all, keep_all);
+    if (const int64_t rest = size - i; rest > 0) {
+        b += body(i, [rest](const auto* p) { return neox::load(p, rest); }, [rest](Vec v) { return lane_index() < static_cast<int32_t>(rest) ? v : Vec{}; });
+    }
+    a += b;
+    c += d;
+    a += c;
+    return a;
+}
+
 // 1 / v for 2^-100 < v < 2^100, error <= 1 ulp.
 NEOX_INLINE Vec reciprocal(Vec v) {
 #if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16

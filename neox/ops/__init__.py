@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from neox.ops._library import ISA, native
+from neox.ops._library import ISA
 from neox.ops.bias_gelu import bias_gelu
 from neox.ops.cross_entropy import cross_entropy
 from neox.ops.linear import LINEAR_BACKEND, linear
+from neox.ops.norm import dual_layer_norm, dual_rms_norm, layer_norm, rms_norm
 from neox.ops.rotary import rotary, rotary_frequencies, rotary_qkv, rotary_tables
 
-__all__ = ["backend", "bias_gelu", "cross_entropy", "linear", "rotary", "rotary_frequencies", "rotary_qkv", "rotary_tables"]
+__all__ = [
+    "backend",
+    "bias_gelu",
+    "cross_entropy",
+    "dual_layer_norm",
+    "dual_rms_norm",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rotary",
+    "rotary_frequencies",
+    "rotary_qkv",
+    "rotary_tables",
+]
+
+HELPERS = frozenset({"backend", "rotary_frequencies", "rotary_tables"})  # run no kernel
 
 
 def backend(op: str) -> str:
@@ -17,7 +33,7 @@ def backend(op: str) -> str:
     Raises:
         ValueError: no operator has this name.
     """
-    known = [name for name in __all__ if name == "linear" or hasattr(native, name) or hasattr(native, f"{name}_")]
+    known = [name for name in __all__ if name not in HELPERS]
     if op not in known:
         raise ValueError(f"unknown operator {op!r}; known: {', '.join(known)}")
     if op == "linear":

@@ -1,0 +1,63 @@
+"""layer_norm, rms_norm and dual_layer_norm against torch, eager and compiled: forward, and backward alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Options, Row, compare_op, parse, show, with_compiled
+
+from neox.ops import dual_layer_norm, layer_norm, rms_norm
+
+EPS = 1e-5
+
+
+def torch_layer_norm(x, weight, bias):
+    """torch's fused layer norm."""
+    return functional.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def torch_residual(x, residual, weight, bias):
+    """An addition and a layer norm."""
+    s = x + residual
+    return functional.layer_norm(s, weight.shape, weight, bias, EPS), s
+
+
+def torch_dual(x, w1, b1, w2, b2):
+    """Two layer norms of one x."""
+    return functional.layer_norm(x, w1.shape, w1, b1, EPS), functional.layer_norm(x, w2.shape, w2, b2, EPS)
+
+
+def torch_rms_norm(x, weight):
+    """torch's RMS norm."""
+    return functional.rms_norm(x, weight.shape, weight, EPS)
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Pythia-160M and Pythia-1.4B widths."""
+    for tokens, hidden in ((256, 768),) if options.quick else ((2048, 768), (2048, 2048)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, residual = torch.randn(2, tokens, hidden).to(dtype)
+            w1, b1, w2, b2 = torch.randn(4, hidden).to(dtype)
+            setting = f"{tokens}x{hidden} {str(dtype).removeprefix('torch.')}"
+            size = x.numel() * x.element_size()
+            cases = (  # name, ours, theirs, leaves, forward and backward traffic in tensors
+                ("layer_norm", lambda x, w, b: layer_norm(x, w, b, EPS), torch_layer_norm, (x, w1, b1), 2, 3),
+                ("layer_norm+residual", lambda x, r, w, b: layer_norm(x, w, b, EPS, r), torch_residual, (x, residual, w1, b1), 4, 4),
+                ("dual_layer_norm", lambda x, w1, b1, w2, b2: dual_layer_norm(x, w1, b1, w2, b2, EPS), torch_dual, (x, w1, b1, w2, b2), 3, 4),
+                ("rms_norm", lambda x, w: rms_norm(x, w, EPS), torch_rms_norm, (x, w1), 2, 3),
+            )
+            for name, ours, theirs, leaves, forward, backward in cases:
+                peers = with_compiled(theirs, options)
+                yield from compare_op(name, setting, ours, peers, leaves, options, forward_bytes=forward * size, backward_bytes=backward * size)
+
+
+if __name__ == "__main__":
+    chosen = parse(__doc__)
+    show(rows(chosen), chosen)

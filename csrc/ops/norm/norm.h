@@ -1,0 +1,67 @@
+// Layer norm (Ba et al., arXiv:1607.06450) and RMS norm (Zhang & Sennrich, arXiv:1910.07467) over the last dimension, with one or two sets of
+// parameters on the same normalised rows (the parallel residual of GPT-NeoX norms one x for attention and for the MLP).
+//
+//   s = x + residual, or x                       rounded to the element type, as a caller who adds first would see it
+//   layer  n = (s - mean s) r,  r = 1 / sqrt(mean (s - mean s)^2 + eps)          rms  n = s r,  r = 1 / sqrt(mean s^2 + eps)
+//   y_k = n w_k + b_k
+//
+//   g = sum_k dy_k w_k,   ds = dsum + r (g - mean g - n mean(g n))               rms: without mean g
+//   dw_k = sum over rows of dy_k n,   db_k = sum over rows of dy_k
+//
+// Bytes moved per element, times its size: forward 2 (read x, write y), +2 with a residual (read it, write s), +1 per second output;
+// backward 3 (read dy, s; write ds), +1 with dsum, +1 per second output. Rows are read from memory once, then from the nearest cache.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/parallel.h"
+
+namespace neox {
+
+struct NormParameters {
+    const void* weight;  // [cols]
+    const void* bias;    // [cols], or null
+};
+
+struct NormForward {
+    DType dtype;
+    bool rms;
+    int outputs;  // 1 or 2
+    int64_t rows, cols;
+    float eps;
+    const void* x;  // [rows, cols], rows x_stride apart
+    int64_t x_stride;
+    const void* residual;  // as x, rows residual_stride apart; or null
+    int64_t residual_stride;
+    NormParameters parameters[2];
+    void* y[2];   // [rows, cols]
+    void* sum;    // [rows, cols] where there is a residual
+    float* mean;  // [rows]; not written by rms
+    float* rstd;  // [rows]
+};
+
+struct NormBackward {
+    DType dtype;
+    bool rms;
+    int outputs;
+    int64_t rows, cols;
+    const void* s;  // [rows, cols], rows s_stride apart: x, or the sum where there was a residual
+    int64_t s_stride;
+    const float* mean;  // [rows]
+    const float* rstd;  // [rows]
+    const void* weight[2];
+    const void* dy[2];  // [rows, cols], rows dy_stride apart
+    int64_t dy_stride[2];
+    const void* dsum;  // as dy, or null
+    int64_t dsum_stride;
+    void* ds;          // [rows, cols]
+    void* dweight[2];  // [cols]
+    void* dbias[2];    // [cols], or null
+    float* partial;    // [dweight and dbias of each output][Blocks(rows).count, cols] scratch
+};
+
+void norm_forward_cpu(const NormForward& op, const Parallel& parallel);
+void norm_backward_cpu(const NormBackward& op, const Parallel& parallel);
+
+}  // namespace neox
