@@ -51,13 +51,13 @@ def test_a_read_verifies_the_blocks_it_touches_and_no_other(tmp_path):
     flip_bit(shard, (os.path.getsize(shard) - 4) * 8)
     checkpoint = Checkpoint(path)
     assert torch.equal(checkpoint.read("w", start=5, stop=1000), value[5:1000])
-    with pytest.raises(CheckpointError, match="shard is damaged.*shard_.*weight/w.*got=sha256 [0-9a-f]{64}; want=sha256 [0-9a-f]{64}"):
+    with pytest.raises(CheckpointError, match=r"shard is damaged.*shard_.*weight/w.*got=sha256 [0-9a-f]{64}; want=sha256 [0-9a-f]{64}"):
         checkpoint.read("w", start=5)
 
 
 def test_missing_tensors_and_addresses(tmp_path):
     checkpoint = Checkpoint(save_one(tmp_path))
-    with pytest.raises(CheckpointError, match="not in the checkpoint.*momentum/scale"):
+    with pytest.raises(CheckpointError, match=r"not in the checkpoint.*momentum/scale"):
         checkpoint.read("scale", "momentum")
     with pytest.raises(CheckpointError, match="slice outside the tensor"):
         checkpoint.read("embedding.word.weight", "weight", ((0, 20), (0, 6)))
@@ -144,7 +144,7 @@ def test_foreign_file_in_a_checkpoint_is_refused(tmp_path):
     path = save_one(tmp_path)
     (shard,) = path.glob("*.safetensors")
     shutil.copy(shard, path / "copy.safetensors")
-    with pytest.raises(CheckpointError, match="copy.safetensors: not part of the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"copy.safetensors: not part of the checkpoint"):
         Checkpoint(path)
 
 
@@ -202,12 +202,12 @@ def test_the_hint_decides_nothing(tmp_path, hint):
 
 
 def test_find_must_and_never(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint to resume from.*does not exist"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint to resume from.*does not exist"):
         find(tmp_path / "nothing", "must")
     assert find(tmp_path, "never") is None
     path = save_one(tmp_path)
     assert find(tmp_path, "must") == path
-    with pytest.raises(CheckpointError, match="never.*step_00000100"):
+    with pytest.raises(CheckpointError, match=r"never.*step_00000100"):
         find(tmp_path, "never")
 
 

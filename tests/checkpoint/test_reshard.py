@@ -62,7 +62,7 @@ def test_coverage_accepts_exact_cuts_only():
     shape = (4, 6)
     left, right = ((0, 4), (0, 3)), ((0, 4), (3, 6))
     check_coverage("w", "weight", shape, [(left, 0, 5), (left, 5, 12), (right, 0, 12)])
-    with pytest.raises(CheckpointError, match="not covered.*got=23 elements; want=24"):
+    with pytest.raises(CheckpointError, match=r"not covered.*got=23 elements; want=24"):
         check_coverage("w", "weight", shape, [(left, 0, 5), (left, 6, 12), (right, 0, 12)])
     with pytest.raises(CheckpointError, match="pieces overlap"):
         check_coverage("w", "weight", shape, [(left, 0, 6), (left, 5, 12), (right, 0, 12)])

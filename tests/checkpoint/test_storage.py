@@ -1,0 +1,256 @@
+"""Durable bytes: every crash point of a save, every failing system call, real full and read-only disks."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox.checkpoint.load import digest, find, verify
+from neox.checkpoint.retention import collect_leftovers
+from neox.checkpoint.storage import FileWriter, make_dirs, map_file, probe, read_file, write_file
+from neox.errors import CheckpointError, DiskError
+from tests.checkpoint.builders import make_state, save_one
+from tests.checkpoint.faults import Disk, FailingStorage, RecordingStorage, ShortStorage, fingerprint, materialise
+
+ROOT = Path(__file__).resolve().parents[2]
+NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+
+
+def _tiny_state(seed: int):
+    value = torch.arange(400.0) + seed
+    return {("w", "weight"): value, ("w", "exp_avg"): -value}
+
+
+def _scenario(root, name, storage=None):
+    """Old state, then the save under test: returns the digest of the old checkpoint (None: there was none)."""
+    old = None
+    if name != "first":
+        old = digest(save_one(root, 1, _tiny_state(1)))
+    step = {"first": 1, "next": 2, "keep 1": 2, "again": 1}[name]
+    changes = {"keep": 1 if name == "keep 1" else 0, "shard_bytes": 1024}
+    if storage is not None:
+        changes["storage"] = storage
+    return old, lambda: save_one(root, step, _tiny_state(2), **changes)
+
+
+@pytest.mark.parametrize("name", ["first", "next", "keep 1", "again"])
+def test_after_a_crash_at_any_point_the_loader_sees_the_old_or_the_new_checkpoint(tmp_path, name):
+    """Every prefix of the recorded calls, each with names and bytes that were not synced kept, lost, torn, zeroed or reordered."""
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    storage = RecordingStorage()
+    old, run = _scenario(root, name, storage)
+    disk = Disk(root)
+    new = digest(run())
+    assert new != old
+    published = next(index for index, call in enumerate(storage.trace) if call[0] == "rename" and call[2].name == "manifest.json")
+    crash, done = tmp_path / "crash", set()
+    for count in range(len(storage.trace) + 1):
+        if count:
+            disk.apply(storage.trace[count - 1])
+        for text, tree in disk.crashes():
+            state = (count > published, count > published + 1, fingerprint(tree))
+            if state in done:
+                continue
+            done.add(state)
+            materialise(tree, crash)
+            found = find(crash, "auto")
+            seen = None if found is None else digest(found)
+            where = f"after {count} calls ({storage.trace[count - 1][:2] if count else 'none'}), {text}"
+            assert seen in (old, new), where
+            assert count > published or seen == old, where
+            assert count < published + 2 or seen == new, where
+            _goes_on(crash, seen, new)
+            shutil.rmtree(crash)
+    assert len(done) > 50
+
+
+def _goes_on(root, seen, new):
+    """What a next start does: collect, find the same state again, save, and leave nothing behind."""
+    collect_leftovers(root)
+    found = find(root, "auto")
+    assert (None if found is None else digest(found)) == seen
+    path = save_one(root, 3, _tiny_state(2))
+    assert digest(path) == new
+    assert find(root, "must") == path
+    for folder in root.glob("step_*"):
+        verify(folder)
+        assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["first", "next", "keep 1", "again"])
+@pytest.mark.parametrize("forever", [False, True])
+def test_every_failing_call_is_a_disk_error_and_loses_nothing(tmp_path, name, forever):
+    new = digest(_scenario(tmp_path / "whole", name)[1]())
+    count = 0
+    while True:
+        root = tmp_path / f"{count}"
+        storage = FailingStorage("any", count, NUMBERS[count % len(NUMBERS)], forever)
+        old, run = _scenario(root, name, storage)
+        before = _listing(root)
+        if not _fails(run, storage):
+            break
+        found = find(root, "auto")
+        seen = None if found is None else digest(found)
+        assert seen in (old, new)
+        if seen == old and not forever:
+            assert _listing(root) == before
+        collect_leftovers(root)
+        _scenario(root, name)[1]()
+        verify(find(root, "must"))
+        count += 1
+    assert count > 20
+
+
+def _fails(run, storage) -> bool:
+    """Runs a save; True if the planted fault was hit, which must have raised a DiskError that names the errno."""
+    try:
+        run()
+    except DiskError as error:
+        assert errno.errorcode[storage.number] in error.line()
+        assert error.exit_code == 5
+        assert "bytes free" in error.line()
+        return True
+    assert not storage.failed, "a failed call was swallowed"
+    return False
+
+
+def _listing(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+def test_no_space_says_need_and_free(tmp_path):
+    with pytest.raises(DiskError, match=r"No space left on device \(ENOSPC\), \d+ bytes free; want=\d+ bytes written; do=free space"):
+        save_one(tmp_path, storage=FailingStorage("write", 1, errno.ENOSPC))
+
+
+def test_short_writes_are_completed(tmp_path):
+    verify(save_one(tmp_path, storage=ShortStorage()))
+
+
+def test_a_torn_writer_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError), FileWriter(tmp_path / "a") as writer:
+        writer.write(b"half")
+        raise RuntimeError("stop")
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_file_replaces_whole_files(tmp_path):
+    path = tmp_path / "a"
+    write_file(path, b"one")
+    (tmp_path / "a.tmp").write_bytes(b"left by a crash")
+    write_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    for call in ("create", "write", "sync", "close", "rename"):
+        with pytest.raises(DiskError):
+            write_file(path, b"three", storage=FailingStorage(call, 0, errno.EIO))
+        assert path.read_bytes() == b"two"
+        assert os.listdir(tmp_path) == ["a"]
+
+
+def test_files_are_never_written_through_links(tmp_path):
+    (tmp_path / "a.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(DiskError), FileWriter(tmp_path / "a"):
+        pass
+    assert not (tmp_path / "victim").exists()
+
+
+def test_make_dirs_makes_each_level_durable(tmp_path):
+    storage = RecordingStorage()
+    make_dirs(tmp_path / "a" / "b", storage=storage)
+    assert storage.trace == [("make_dir", tmp_path / "a"), ("sync_dir", tmp_path), ("make_dir", tmp_path / "a/b"), ("sync_dir", tmp_path / "a")]
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DiskError):
+        make_dirs(tmp_path / "file")
+
+
+def test_probe_leaves_nothing_and_finds_a_read_only_folder(tmp_path):
+    probe(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path / "new" / "folder") == []
+    for number in (errno.EROFS, errno.EACCES, errno.ENOSPC):
+        for call in ("create", "write", "sync", "rename"):
+            with pytest.raises(DiskError, match=errno.errorcode[number]):
+                probe(tmp_path, storage=FailingStorage(call, 0, number))
+
+
+def test_reading_refuses_what_is_no_plain_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_file(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(CheckpointError, match="too large"):
+        read_file(tmp_path / "a", 4)
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        read_file(tmp_path / "link", 10)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        map_file(tmp_path / "pipe", 5)
+    with pytest.raises(CheckpointError, match="wrong size"):
+        map_file(tmp_path / "a", 6)
+    with pytest.raises(CheckpointError, match="missing"):
+        read_file(tmp_path / "none", 6)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_really_full_disk(small_disk):
+    root = small_disk / "checkpoints"
+    good = save_one(root, 1, {("w", "weight"): torch.ones(100_000)})
+    with pytest.raises(DiskError, match=r"ENOSPC.*bytes free; want=8\d+ bytes written"):
+        save_one(root, 2, {("w", "weight"): torch.ones(200_000)})
+    assert find(root, "auto") == good
+    verify(good)
+    assert sorted(os.listdir(root)) == ["latest", good.name]
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(DiskError, match="EROFS"):
+        probe(root)
+    with pytest.raises(DiskError, match="EROFS"):
+        save_one(root, 3, {("w", "weight"): torch.ones(10)})
+    assert find(root, "auto") == good
+
+
+def test_a_folder_without_write_permission():
+    """In a process that is not root: root may write anywhere."""
+    user = 65534 if os.geteuid() == 0 else os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o555)
+        command = [sys.executable, "-c", _PROBE_AS_USER, name, str(user)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT)
+    assert "EACCES" in done.stdout, done.stderr
+
+
+_PROBE_AS_USER = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from neox.checkpoint.storage import probe
+from neox.errors import DiskError
+if os.geteuid() == 0:
+    os.setuid(int(sys.argv[2]))
+try:
+    probe(sys.argv[1])
+except DiskError as error:
+    print(error.line())
+"""
+
+
+def test_a_folder_deleted_mid_run_is_made_again(tmp_path):
+    """The run goes on saving; nothing older was left to lose."""
+    root = tmp_path / "run" / "checkpoints"
+    save_one(root, 1)
+    shutil.rmtree(tmp_path / "run")
+    verify(save_one(root, 2, make_state()))

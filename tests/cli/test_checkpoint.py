@@ -1,0 +1,64 @@
+"""`neox checkpoint` from outside: output, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from neox.cli.main import main
+from tests.checkpoint.builders import make_state, save_one
+
+
+def test_inspect_says_what_is_there(tmp_path, capsys):
+    path = save_one(tmp_path / "checkpoints", 9)
+    save_one(tmp_path / "checkpoints", 10, layout={"tp": 1})
+    assert main(["checkpoint", "inspect", str(path), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["step"] == 9
+    assert about["state"] == {"step": 9, "consumed": 72}
+    assert about["parameters"] == 19 * 6 + 12 * 5 + 7 + 1
+    assert about["tensors"]["layers.0.norm1.bias"]["exp_avg_sq"] == {"dtype": "BF16", "shape": [7], "bytes": 14}
+    assert main(["checkpoint", "inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "step_00000009" in text
+    assert "generation 0  complete" in text
+    assert '{"tp": 1}' in text
+
+
+def test_verify_lists_every_problem_and_exits_4(tmp_path, capsys):
+    path = save_one(tmp_path)
+    assert main(["checkpoint", "verify", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("good: ")
+    (shard,) = path.glob("*.safetensors")
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    raw[-70] ^= 1
+    shard.write_bytes(raw)
+    assert main(["checkpoint", "verify", str(path)]) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(shard.name in line and line.startswith("error[4]") for line in lines)
+    assert main(["checkpoint", "verify", "--json", str(path)]) == 4
+    assert json.loads(capsys.readouterr().out)["good"] is False
+
+
+def test_hash_tells_equal_from_different(tmp_path, capsys):
+    state = make_state()
+    one, same = save_one(tmp_path / "a", 1, state), save_one(tmp_path / "b", 2, state, shard_bytes=64)
+    state["scale", "exp_avg"] = state["scale", "exp_avg"] * 2
+    other = save_one(tmp_path / "c", 3, state)
+    outputs = []
+    for path in (one, same, other):
+        assert main(["checkpoint", "hash", str(path)]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    changed = set(outputs[0].splitlines()) ^ set(outputs[2].splitlines())
+    assert {line.split()[1] for line in changed} == {"exp_avg/scale"}
+
+
+@pytest.mark.parametrize("action", ["inspect", "verify", "hash"])
+def test_a_wrong_path_is_error_4_and_lists_what_is_there(tmp_path, capsys, action):
+    save_one(tmp_path / "checkpoints")
+    assert main(["checkpoint", action, str(tmp_path / "checkpoint")]) == 4
+    assert "holds checkpoints" in capsys.readouterr().err
