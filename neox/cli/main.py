@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import traceback
+from typing import NoReturn
 
 from neox import __version__
 from neox.errors import ConfigError, EnvironmentProblem, NeoxError
@@ -23,6 +24,18 @@ COMMANDS = {
     "checkpoint": ("neox.cli.checkpoint", "inspect, verify or hash checkpoints"),
     "doctor": ("neox.cli.doctor", "say what this machine and installation have and lack"),
 }
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(message, where=self.prog, do=f"{self.prog} --help")
 
 
 def usage() -> str:
@@ -44,7 +57,7 @@ def parse(argv: list[str]) -> tuple[str, argparse.ArgumentParser, list[str]]:
         raise ConfigError("unknown command", where="argv", got=name, want=f"one of {', '.join(COMMANDS)}", do="neox --help")
     module, summary = COMMANDS[name]
     command = importlib.import_module(module)
-    parser = argparse.ArgumentParser(prog=f"neox {name}", description=command.__doc__ or summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog=f"neox {name}", description=command.__doc__ or summary, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="print the traceback of a failure")
     command.add_arguments(parser)
     parser.set_defaults(neox_run=command.run)

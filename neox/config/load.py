@@ -359,8 +359,10 @@ def build(layers: Layers) -> Loaded:
     try:
         config = Config.model_validate(nest(layers.settings))
     except ValidationError as error:
-        raise_problems([*problems, *schema_problems(error, layers.settings)])
-        raise
+        refused = schema_problems(error, layers.settings)
+        if problems:  # what a damaged or absent file would have given is not missing as well
+            refused = [problem for problem in refused if problem.what != "key is missing"]
+        raise_problems([*problems, *refused])
     raise_problems(problems)
     return Loaded(config, effective_origins(config, layers.settings))
 

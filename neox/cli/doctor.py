@@ -1,0 +1,185 @@
+"""Say what this machine and installation have and lack, a line each; exit code 14 when something needed is missing.
+
+example: neox doctor
+         neox doctor --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import neox
+from neox.errors import NeoxError
+
+PYTHON = (3, 10)
+TORCH = (2, 11)
+PACKAGES = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "orjson", "zstandard", "rich", "tensorboard", "psutil")
+PACKAGE_OF = {"yaml": "PyYAML"}  # import name -> distribution, where they differ
+VARIABLES = {  # documented variables that must be numbers -> smallest value
+    "OMP_NUM_THREADS": 1,
+    "WORLD_SIZE": 1,
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "MASTER_PORT": 1,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        ok: whether it is as it should be.
+        text: what was found.
+        needed: whether training needs it.
+        do: what mends it.
+    """
+
+    name: str
+    ok: bool
+    text: str
+    needed: bool = True
+    do: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `neox doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; returns 14 when something needed is missing, else 0."""
+    findings = [finding for look in CHECKS for finding in look()]
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            print(line(finding, width))
+    return 14 if any(finding.needed and not finding.ok for finding in findings) else 0
+
+
+def line(finding: Finding, width: int) -> str:
+    """`ok`, `--` (absent, not needed) or `FAIL`, the name, what was found."""
+    mark = "ok" if finding.ok else "FAIL" if finding.needed else "--"
+    return f"{mark:<5}{finding.name:<{width}}  {' '.join(finding.text.split())}" + (f"; do={finding.do}" if finding.do and not finding.ok else "")
+
+
+def attempt(name: str, action: Callable[[], str], needed: bool = True, do: str | None = None) -> Finding:
+    """A finding from an action that returns what it found or raises; what it prints is swallowed."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return Finding(name, True, action(), needed)
+    except NeoxError as error:
+        return Finding(name, False, f"{error.what}; where={error.where}; got={error.got}", needed, do or error.do)
+    except Exception as error:  # a broken package may raise anything on import; the doctor reports it and goes on
+        return Finding(name, False, f"{type(error).__name__}: {error}", needed, do)
+
+
+def python() -> Iterator[Finding]:
+    """The interpreter and our own version."""
+    want = ".".join(map(str, PYTHON))
+    yield Finding(
+        "python", sys.version_info >= PYTHON, f"{platform.python_version()} ({sys.executable}), want {want} or later", do=f"use Python {want} or later"
+    )
+    yield Finding("neox", True, f"{neox.__version__} ({Path(neox.__file__).parent})")
+
+
+def torch_version() -> Iterator[Finding]:
+    """torch, new enough for the native operators."""
+
+    def look() -> str:
+        torch = importlib.import_module("torch")
+        found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        if found < TORCH:
+            raise ImportError(f"{torch.__version__} is older than {'.'.join(map(str, TORCH))}")
+        return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+    yield attempt("torch", look, do="make setup")
+
+
+def packages() -> Iterator[Finding]:
+    """Packages that training imports, each by importing it."""
+    for name in PACKAGES:
+
+        def look(name: str = name) -> str:
+            importlib.import_module(name)
+            return importlib.metadata.version(PACKAGE_OF.get(name, name))
+
+        yield attempt(name, look, do="make setup")
+
+
+def native() -> Iterator[Finding]:
+    """Our own libraries."""
+
+    def operators() -> str:
+        library = importlib.import_module("neox.ops._library")
+        return f"{library.ISA} (built: {', '.join(sorted(path.stem for path in library.FOLDER.glob('*.so')))})"
+
+    yield attempt("native operators", operators, do="make setup")
+    yield attempt("native data core", lambda: str(importlib.import_module("neox._data").__file__), do="make setup")
+
+
+def machine() -> Iterator[Finding]:
+    """CPU, memory, disk."""
+    yield Finding("cpu", True, f"{cpu_name()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores")
+
+    def memory() -> str:
+        state = importlib.import_module("psutil").virtual_memory()
+        return f"{state.available / 2**30:.1f} of {state.total / 2**30:.1f} GiB available"
+
+    yield attempt("memory", memory, needed=False)
+    yield attempt("disk", lambda: f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in {Path.cwd()}", needed=False)
+
+
+def cpu_name() -> str:
+    """Model of the CPU as Linux tells it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+
+def accelerators() -> Iterator[Finding]:
+    """GPUs that torch sees, and the compilers for building."""
+
+    def gpus() -> str:
+        cuda = importlib.import_module("torch").cuda
+        if not cuda.is_available():
+            raise LookupError("none that torch can use: training runs on the CPU")
+        rows = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
+        return ", ".join(f"{row.name} ({row.total_memory / 2**30:.0f} GiB, sm_{row.major}{row.minor})" for row in rows)
+
+    found = attempt("gpu", gpus, needed=False)
+    yield Finding("gpu", found.ok, found.text.removeprefix("LookupError: "), needed=False)
+    for name in ("g++", "nvcc"):
+        path = shutil.which(name)
+        yield Finding(name, path is not None, path or "not found (needed only to build)", needed=False)
+
+
+def environment() -> Iterator[Finding]:
+    """Variables that we read: a value that cannot be meant is named."""
+    for name, smallest in VARIABLES.items():
+        text = os.environ.get(name)
+        if text is None:
+            continue
+        good = text.isdecimal() and int(text) >= smallest
+        yield Finding(name, good, f"{text!r}" + ("" if good else f", want a number of at least {smallest}"), do=f"unset {name}, or give it a number")
+
+
+CHECKS = (python, torch_version, packages, native, machine, accelerators, environment)

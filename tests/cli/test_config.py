@@ -1,0 +1,69 @@
+"""`neox config` from its command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from neox.cli.main import main
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Two configs a.yml and b.yml in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yml").write_text("model: {vocab_size: 100}\ntrain:\n  seed: 3\n")
+    (tmp_path / "b.yml").write_text("model: {vocab_size: 200}\n")
+
+
+def output(capsys, *argv: str) -> str:
+    assert main(["config", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_show(files, capsys):
+    text = output(capsys, "show", "a.yml", "--set", "train.train_iters=5")
+    assert "seed: 3" in text and "# a.yml:3" in text and "train_iters: 5" in text
+    content = json.loads(output(capsys, "show", "a.yml", "b.yml", "--json"))
+    assert content["config"]["model"]["vocab_size"] == 200
+    assert content["origins"]["model.vocab_size"] == "b.yml:1" and content["origins"]["optimizer.lr"] == "default"
+
+
+def test_explain(files, capsys):
+    assert output(capsys, "explain", "model.rotary_pct").splitlines()[1:] == ["  type: number > 0, <= 1", "  default: 1.0"]
+    assert "  value: 9, from --set\n  overridden: 3, from a.yml:3\n" in output(capsys, "explain", "train.seed", "a.yml", "--set", "train.seed=9")
+    content = json.loads(output(capsys, "explain", "train.seed", "a.yml", "--json"))
+    assert (content["value"], content["origin"], content["overridden"]) == (3, "a.yml:3", [])
+    assert "optimizer.lr: peak learning rate" in output(capsys, "explain", "optimizer")
+
+
+def test_diff(files, capsys):
+    assert output(capsys, "diff", "a.yml", "a.yml") == "no difference\n"
+    lines = output(capsys, "diff", "a.yml", "b.yml").splitlines()
+    assert lines == ["model.vocab_size  100 (a.yml:1)  ->  200 (b.yml:1)", "train.seed        3 (a.yml:3)  ->  1234 (default)"]
+    assert [row["key"] for row in json.loads(output(capsys, "diff", "a.yml", "b.yml", "--json"))] == ["model.vocab_size", "train.seed"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["show", "gone.yml"], "no such config file"),
+        (["show"], "the following arguments are required: FILE; where=neox config show"),
+        (["explain", "model.layers"], "did you mean model.num_layers?"),
+        (["diff", "a.yml"], "the following arguments are required: B"),
+        (["frobnicate"], "invalid choice"),
+        (["show", "a.yml", "--set", "train.seed=x"], "--set train.seed"),
+    ],
+)
+def test_wrong_use_is_one_line_with_code_2(files, capsys, argv, part):
+    assert main(["config", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error[2] ") and part in err and err.count("\n") == 1
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["config", "--help"])
+    assert stopped.value.code == 0
+    assert "example: neox config show" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""show, explain and diff as functions."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.config.explain import diff, explain, inline, show
+from neox.config.load import known_keys, load, loads
+from neox.errors import ConfigError
+
+TINY = ["model.vocab_size=100", "data.train=[a, {path: b, weight: 2}]"]
+
+
+def test_show_is_yaml_that_loads_as_the_same_config():
+    loaded = load([], [*TINY, "model.rope_scaling={type: linear, factor: 2}", "run.dir='1e-4'", "deepspeed.zero_optimization.overlap_comm=true"])
+    assert loads(show(loaded)) == loaded.config
+
+
+def test_show_names_the_origin_of_what_is_no_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yml").write_text("model:\n  vocab_size: 100\n")
+    lines = show(load(["a.yml"], ["train.seed=7"])).splitlines()
+    named = {line.split(":")[0].strip(): line.partition("# ")[2] for line in lines}
+    assert (named["vocab_size"], named["seed"], named["head_dim"], named["norm_eps"]) == ("a.yml:2", "--set", "derived", "")
+
+
+def test_every_key_can_be_explained():
+    for key in known_keys():
+        found = explain(key)
+        assert found.meaning and found.type, key
+    assert set(explain("model").keys) >= {"model.num_layers", "model.rotary_pct"}
+
+
+@pytest.mark.parametrize(
+    ("key", "type_", "default"),
+    [
+        ("model.rotary_pct", "number > 0, <= 1", "1.0"),
+        ("zero.stage", "integer >= 0, <= 3", "1"),
+        ("model.norm", "one of layernorm, rmsnorm", "layernorm"),
+        ("optimizer.betas", "list of 2 numbers", "[0.9, 0.95]"),
+        ("model.sliding_window", "integer > 0 or null", "null"),
+        ("data.document-mask", "boolean", "false"),
+        ("model.vocab_size", "integer > 0", "derived (see the meaning), or required"),
+        ("model.rope_scaling.factor", "number > 0", "derived (see the meaning), or required"),
+    ],
+)
+def test_type_and_default(key, type_, default):
+    found = explain(key)
+    assert (found.type, found.default) == (type_, default)
+
+
+def test_explain_with_a_config_tells_value_origin_and_history(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yml").write_text("model: {vocab_size: 100}\ntrain:\n  seed: 3\n")
+    found = explain("train.seed", load(["a.yml"], ["train.seed=7"]))
+    assert (found.value, str(found.origin)) == (7, "--set")
+    assert [(str(origin), value) for origin, value in found.origin.overridden] == [("a.yml:3", 3)]
+
+
+@pytest.mark.parametrize(("key", "close"), [("train.lr", "optimizer.lr"), ("model.num_layer", "model.num_layers"), ("zzz", "sections are model, data")])
+def test_an_unknown_key_names_the_nearest(key, close):
+    with pytest.raises(ConfigError, match=close):
+        explain(key)
+
+
+def test_diff_lists_what_differs_in_order():
+    left, right = load([], [*TINY, "train.seed=1", "deepspeed.wall_clock_breakdown=true"]), load([], [*TINY, "train.seed=2", "model.num_layers=3"])
+    rows = [(row.key, row.left, row.right) for row in diff(left, right)]
+    assert rows == [("model.num_layers", 12, 3), ("train.seed", 1, 2), ("deepspeed.wall_clock_breakdown", True, "(absent)")]
+    assert diff(left, left) == []
+
+
+@pytest.mark.parametrize("value", ["no", "1e-4", "", "a: b # c", ["x", {"path": "y"}], None, 1e-5, True, "x" * 300])
+def test_inline_is_one_line_that_reads_back(value):
+    text = inline(value)
+    assert "\n" not in text
+    assert loads(f"model: {{vocab_size: 1}}\ndeepspeed: {{key: {text}}}").deepspeed == {"key": value}
