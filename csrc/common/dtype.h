@@ -6,7 +6,7 @@
 
 namespace neox {
 
-enum class DType { kFloat32, kBFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16 };  // kFloat16: CUDA only
 
 // The upper half of an IEEE-754 binary32.
 struct bf16 {

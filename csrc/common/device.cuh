@@ -1,0 +1,78 @@
+// What every kernel file includes: the CUDA toolkit, or the SIMT emulator in the test build (-DSIMT_EMU, tests/emu).
+//
+// Three spellings are ours because the emulator cannot redefine the language's: STATIC_SMEM and DYNAMIC_SMEM for shared memory, and
+// launch() for <<<>>>. Inline PTX lives in ptx.cuh alone.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(SIMT_EMU)
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "common/dtype.h"
+
+#define NEOX_DEVICE static __device__ __forceinline__
+
+#if defined(SIMT_EMU)
+#define STATIC_SMEM(T, name, dims)    \
+    static const char name##_key = 0; \
+    using name##_array = T dims;      \
+    name##_array& name = *static_cast<name##_array*>(simt::static_shared(&name##_key, sizeof(name##_array), #name))
+#define DYNAMIC_SMEM(name) unsigned char* const name = static_cast<unsigned char*>(simt::dynamic_shared())
+#else
+#define STATIC_SMEM(T, name, dims) __shared__ T name dims
+#define DYNAMIC_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
+namespace neox {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with the opt-in that more than 48 KiB of shared memory needs.
+template <class... Parameters, class... Arguments>
+inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+#if defined(SIMT_EMU)
+    (void)stream;
+    const std::tuple<Parameters...> fixed(static_cast<Parameters>(arguments)...);
+    simt::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, fixed); });
+    return cudaSuccess;
+#else
+    if (shared_bytes > 48 * 1024) {
+        const auto* const address = reinterpret_cast<const void*>(kernel);
+        const cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
+    kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(arguments)...);
+    return cudaGetLastError();
+#endif
+}
+
+// Streaming multiprocessors of the current device.
+inline int multiprocessors() {
+    int device = 0, count = 1;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+    return count;
+}
+
+// Calls body with a value of the device type that belongs to dtype, and returns its cudaError_t.
+template <class Body>
+cudaError_t dispatch_device(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::kFloat32:
+            return body(float{});
+        case DType::kBFloat16:
+            return body(__nv_bfloat16{});
+        case DType::kFloat16:
+            return body(__half{});
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace neox

@@ -1,0 +1,259 @@
+// Vector clocks behind the callbacks of -fsanitize=thread. See check.h.
+#include "check.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace simt {
+void abandon_launch(const std::string& message);
+int running_thread();
+
+namespace check {
+namespace {
+
+constexpr size_t kCellBytes = 2;  // the smallest element that kernels share between threads
+constexpr int kNobody = -1;
+
+struct Access {
+    int16_t thread = kNobody;
+    bool atomic = false;
+    uint32_t clock = 0, block = 0;
+};
+
+struct Cell {
+    Access writer, readers[2];
+    bool written = false, in_flight = false;
+};
+
+struct Region {
+    uintptr_t begin, end;
+    bool shared;
+    Traffic traffic;
+    std::vector<Cell> cells;
+    std::vector<bool> touched;
+};
+
+// What a thread has synchronised with: a clock per thread, common to all that met in the last barrier, and the thread's own.
+struct Clock {
+    std::shared_ptr<const std::vector<uint32_t>> others;
+    uint32_t own = 1;
+};
+
+std::vector<Region> shared_regions, global_regions;
+std::vector<Clock> clocks;
+std::vector<int> arrived[16];
+uint32_t block_number = 0;
+bool active = false;
+
+bool happened_before(const Access& access, int thread) {
+    if (access.thread == kNobody || (access.thread == thread && access.block == block_number)) return true;
+    if (access.block != block_number) return false;  // nothing orders blocks of a launch
+    return (*clocks[static_cast<size_t>(thread)].others)[static_cast<size_t>(access.thread)] >= access.clock;
+}
+
+Region* find(uintptr_t address) {
+    for (Region& region : shared_regions) {
+        if (address >= region.begin && address < region.end) return &region;
+    }
+    for (Region& region : global_regions) {
+        if (address >= region.begin && address < region.end) return &region;
+    }
+    return nullptr;
+}
+
+std::string source_line(void* code) {
+    Dl_info info;
+    if (!code || !dladdr(code, &info) || !info.dli_fname) return "";
+    char command[768], line[512] = "";
+    const auto offset = static_cast<size_t>(static_cast<char*>(code) - static_cast<char*>(info.dli_fbase)) - 1;
+    std::snprintf(command, sizeof(command), "addr2line -Cpe '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
+    if (FILE* pipe = popen(command, "r")) {
+        if (!std::fgets(line, sizeof(line), pipe)) line[0] = 0;
+        pclose(pipe);
+    }
+    line[std::strcspn(line, "\n")] = 0;
+    return std::string(" at ") + line;
+}
+
+void report(const char* kind, const Region& region, uintptr_t address, int thread, const Access& other, void* code) {
+    active = false;
+    std::string text = std::string(kind) + ": thread " + std::to_string(thread) + ", " + (region.shared ? "shared " : "global ") + region.traffic.name + " + " +
+                       std::to_string(address - region.begin);
+    if (other.thread != kNobody) {
+        text += ", against thread " + std::to_string(other.thread) + (other.block != block_number ? " of another block" : "");
+    }
+    abandon_launch(text + source_line(code));
+}
+
+enum class Kind { kRead, kWrite, kAtomic, kAsync };
+
+void count(Region& region, uintptr_t address, size_t bytes, Kind kind) {
+    if (kind != Kind::kWrite) region.traffic.read += bytes;
+    if (kind == Kind::kWrite || kind == Kind::kAtomic) region.traffic.written += bytes;
+    for (size_t i = address - region.begin; i < address - region.begin + bytes; ++i) {
+        if (region.touched[i]) continue;
+        region.touched[i] = true;
+        ++region.traffic.touched;
+    }
+}
+
+void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code) {
+    if (!active || thread < 0) return;
+    const auto address = reinterpret_cast<uintptr_t>(pointer);
+    Region* const region = find(address);
+    if (!region) return;
+    if (address + bytes > region->end) return report("out of bounds", *region, address, thread, {}, code);
+    if (!region->shared) count(*region, address, bytes, kind);
+    const Access now{static_cast<int16_t>(thread), kind == Kind::kAtomic, clocks[static_cast<size_t>(thread)].own, block_number};
+    const size_t first = (address - region->begin) / kCellBytes, last = (address + bytes - 1 - region->begin) / kCellBytes;
+    for (size_t i = first; i <= last; ++i) {
+        Cell& cell = region->cells[i];
+        const uintptr_t at = region->begin + i * kCellBytes;
+        if (cell.in_flight && kind != Kind::kAsync) return report("cp.async data used before its wait", *region, at, thread, {}, code);
+        if (kind == Kind::kRead && region->shared && !cell.written)
+            return report("read of shared memory that was never written", *region, at, thread, {}, code);
+        const bool both_atomic = kind == Kind::kAtomic && cell.writer.atomic;
+        if (!both_atomic && !happened_before(cell.writer, thread)) {
+            return report(kind == Kind::kRead ? "race (read after write)" : "race (write after write)", *region, at, thread, cell.writer, code);
+        }
+        if (kind == Kind::kRead) {
+            // Two readers are remembered: a later writer is unordered with one of them if it is with any but one.
+            const bool replace_first = cell.readers[0].thread == kNobody || happened_before(cell.readers[0], thread);
+            cell.readers[replace_first ? 0 : 1] = now;
+            continue;
+        }
+        for (const Access& reader : cell.readers) {
+            if (!happened_before(reader, thread)) return report("race (write after read)", *region, at, thread, reader, code);
+        }
+        cell.writer = now;
+        cell.written = true;
+        cell.readers[0] = cell.readers[1] = Access{};
+    }
+}
+
+// All of `threads` have seen what any of them has seen.
+void join(const std::vector<int>& threads) {
+    auto merged = std::make_shared<std::vector<uint32_t>>(clocks.size(), 0);
+    const std::vector<uint32_t>* last = nullptr;
+    for (const int thread : threads) {
+        const Clock& clock = clocks[static_cast<size_t>(thread)];
+        if (clock.others.get() == last) continue;  // as after a barrier of the whole block: the same vector in all
+        last = clock.others.get();
+        for (size_t i = 0; i < merged->size(); ++i) (*merged)[i] = std::max((*merged)[i], (*last)[i]);
+    }
+    for (const int thread : threads) {
+        uint32_t& entry = (*merged)[static_cast<size_t>(thread)];
+        entry = std::max(entry, clocks[static_cast<size_t>(thread)].own);
+    }
+    for (const int thread : threads) {
+        Clock& clock = clocks[static_cast<size_t>(thread)];
+        clock.others = merged;
+        ++clock.own;
+    }
+}
+
+Region make_region(const void* address, size_t bytes, const char* name, bool shared) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    Region region{begin, begin + bytes, shared, {}, std::vector<Cell>((bytes + kCellBytes - 1) / kCellBytes), {}};
+    region.traffic.name = name;
+    if (!shared) region.touched.assign(bytes, false);
+    return region;
+}
+
+}  // namespace
+
+void begin_launch() {
+    for (Region& region : global_regions) std::fill(region.cells.begin(), region.cells.end(), Cell{});
+}
+
+void begin_block(int num_threads) {
+    shared_regions.clear();
+    ++block_number;
+    const auto nothing = std::make_shared<std::vector<uint32_t>>(static_cast<size_t>(num_threads), 0);
+    clocks.assign(static_cast<size_t>(num_threads), Clock{nothing, 1});
+    for (auto& threads : arrived) threads.clear();
+    active = true;
+}
+
+void end_block() {
+    active = false;
+    shared_regions.clear();
+}
+
+void add_shared(const void* address, size_t bytes, const char* name) { shared_regions.push_back(make_region(address, bytes, name, true)); }
+void track(const void* address, size_t bytes, const char* name) { global_regions.push_back(make_region(address, bytes, name, false)); }
+void untrack_all() { global_regions.clear(); }
+
+Traffic traffic(const void* address) {
+    const Region* const region = find(reinterpret_cast<uintptr_t>(address));
+    return region ? region->traffic : Traffic{};
+}
+
+void read(int thread, const void* address, size_t bytes) { touch(thread, address, bytes, Kind::kRead, __builtin_return_address(0)); }
+void atomic(const void* address, size_t bytes) { touch(running_thread(), address, bytes, Kind::kAtomic, __builtin_return_address(0)); }
+void async_write(int thread, const void* address, size_t bytes) { touch(thread, address, bytes, Kind::kAsync, nullptr); }
+
+void in_flight(const void* address, size_t bytes, bool on) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    Region* const region = find(begin);
+    if (!region) return;
+    for (size_t i = 0; i < bytes; i += kCellBytes) region->cells[(begin + i - region->begin) / kCellBytes].in_flight = on;
+}
+
+void barrier_arrive(int thread, int id) { arrived[id].push_back(thread); }
+
+void barrier_complete(int id) {
+    join(arrived[id]);
+    arrived[id].clear();
+}
+
+void warp_sync(int warp, uint32_t mask) {
+    std::vector<int> threads;
+    for (uint32_t left = mask; left; left &= left - 1) threads.push_back(warp * 32 + __builtin_ctz(left));
+    join(threads);
+}
+
+void instrumented(void* address, size_t bytes, bool write, void* code) { touch(running_thread(), address, bytes, write ? Kind::kWrite : Kind::kRead, code); }
+
+}  // namespace check
+}  // namespace simt
+
+#define SIMT_CALLBACK(name, bytes, write) \
+    extern "C" void name(void* address) { simt::check::instrumented(address, bytes, write, __builtin_return_address(0)); }
+#define SIMT_CALLBACKS(bytes)                                 \
+    SIMT_CALLBACK(__tsan_read##bytes, bytes, false)           \
+    SIMT_CALLBACK(__tsan_write##bytes, bytes, true)           \
+    SIMT_CALLBACK(__tsan_unaligned_read##bytes, bytes, false) \
+    SIMT_CALLBACK(__tsan_unaligned_write##bytes, bytes, true)
+SIMT_CALLBACKS(1)
+SIMT_CALLBACKS(2)
+SIMT_CALLBACKS(4)
+SIMT_CALLBACKS(8)
+SIMT_CALLBACKS(16)
+
+extern "C" {
+void __tsan_read_range(void* address, size_t bytes) { simt::check::instrumented(address, bytes, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* address, size_t bytes) { simt::check::instrumented(address, bytes, true, __builtin_return_address(0)); }
+void* __tsan_memset(void* target, int value, size_t bytes) {
+    __tsan_write_range(target, bytes);
+    return std::memset(target, value, bytes);
+}
+void* __tsan_memcpy(void* target, const void* source, size_t bytes) {
+    __tsan_read_range(const_cast<void*>(source), bytes);
+    __tsan_write_range(target, bytes);
+    return std::memcpy(target, source, bytes);
+}
+void* __tsan_memmove(void* target, const void* source, size_t bytes) {
+    __tsan_read_range(const_cast<void*>(source), bytes);
+    __tsan_write_range(target, bytes);
+    return std::memmove(target, source, bytes);
+}
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit(void*) {}
+}

@@ -1,0 +1,46 @@
+// Counts checks of a test executable and prints "N passed, N failed" at the end.
+#pragma once
+
+#include <cstdio>
+#include <string>
+
+#include "simt.h"
+
+// A launch that ends with an error leaves its threads where they are, with what they own.
+extern "C" inline __attribute__((used, visibility("default"))) const char* __asan_default_options() { return "detect_leaks=0"; }
+
+namespace emu_test {
+
+struct Tally {
+    int passed = 0, failed = 0;
+    void check(bool holds, const char* text, const char* file, int line, const std::string& detail = "") {
+        ++(holds ? passed : failed);
+        if (!holds) std::printf("FAIL %s:%d %s%s%s\n", file, line, text, detail.empty() ? "" : " -- ", detail.c_str());
+    }
+    int finish() const {
+        std::printf("%d passed, %d failed\n", passed, failed);
+        return failed != 0;
+    }
+};
+
+inline Tally tally;
+
+// The message with which a launch ends, empty if it succeeds.
+template <class Launch>
+std::string error_of(const Launch& run) {
+    try {
+        run();
+    } catch (const simt::Error& error) {
+        return error.what();
+    }
+    return "";
+}
+
+}  // namespace emu_test
+
+#define EXPECT(condition) emu_test::tally.check((condition), #condition, __FILE__, __LINE__)
+#define EXPECT_ERROR(run, word)                                                                                                  \
+    do {                                                                                                                         \
+        const std::string message = emu_test::error_of(run);                                                                     \
+        emu_test::tally.check(message.find(word) != std::string::npos, "error names \"" word "\"", __FILE__, __LINE__, message); \
+    } while (0)

@@ -1,0 +1,152 @@
+// Small kernels with one bug each: every class of bug must be found, and the same kernel without the bug must pass.
+//
+//   test_planted_bugs           runs all that the build can find: the race checker (SIMT_CHECK), or wrong results over several schedules
+//   test_planted_bugs NAME      runs one; under AddressSanitizer the out-of-range and misaligned ones end the process, as they should
+#include <cstring>
+#include <vector>
+
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+#include "expect.h"
+
+namespace {
+
+using neox::kFullWarp;
+
+enum class Bug {
+    kNone,
+    kMissingBarrierAfterWrite,
+    kMissingBarrierBeforeReuse,
+    kMissingWarpBarrier,
+    kUnwrittenShared,
+    kMissingCopyWait,
+    kSharedOverrun,
+    kGlobalOverrun,
+    kMisalignedLoad,
+    kDivergentShuffle,
+    kWrongMask,
+    kDivergentBarrier,
+    kPlainStoreFromTwoBlocks,
+};
+
+constexpr int kThreads = 128;
+
+// y[block] = sum of a row of 4 kThreads elements, twice, staged through shared memory. Each bug is one line less or one line wrong.
+__global__ void staged_sum(const float* x, float* y, int bug_code) {
+    const Bug bug = static_cast<Bug>(bug_code);
+    STATIC_SMEM(float, tile, [4 * kThreads]);
+    STATIC_SMEM(float, parts, [kThreads / 32]);
+    STATIC_SMEM(float, neighbours, [kThreads]);
+    const int t = static_cast<int>(threadIdx.x), warp = t / 32, lane = t % 32;
+    const float* const row = x + static_cast<int64_t>(blockIdx.x) * 4 * kThreads;
+    float total = 0.0f;
+    for (int pass = 0; pass < 2; ++pass) {
+        if (bug != Bug::kUnwrittenShared || t != 5) neox::cp_async_16(tile + 4 * t, row + 4 * t);
+        neox::cp_async_commit();
+        if (bug != Bug::kMissingCopyWait) neox::cp_async_wait<0>();
+        if (bug != Bug::kMissingBarrierAfterWrite && (bug != Bug::kDivergentBarrier || warp)) __syncthreads();
+        const int from = kThreads - 1 - t;  // another thread's part of the tile
+        float value = tile[4 * from] + tile[4 * from + 1] + tile[4 * from + 2] + tile[4 * from + 3];
+        if (bug == Bug::kMissingCopyWait) neox::cp_async_wait<0>();
+
+        neighbours[t] = value;  // the value of the lane next door, through shared memory
+        if (bug != Bug::kMissingWarpBarrier) __syncwarp();
+        value = neighbours[t ^ 1];
+
+        const uint32_t mask = bug == Bug::kWrongMask && lane >= 16 ? 0xffff0000u : kFullWarp;
+        if (bug == Bug::kDivergentShuffle && lane == 7) {
+            value += 0.0f * static_cast<float>(__ballot_sync(kFullWarp, 1));
+        } else {
+            for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(mask, value, offset);
+        }
+        if (lane == 0) parts[warp] = value;
+        __syncthreads();
+        const int overrun = bug == Bug::kSharedOverrun ? 1 : 0;
+        for (int i = 0; i < kThreads / 32 + overrun; ++i) total += parts[i];
+        if (bug != Bug::kMissingBarrierBeforeReuse) __syncthreads();
+        if (lane == 0) parts[warp] = 0.0f;  // the scratch is used again
+    }
+    if (bug == Bug::kGlobalOverrun && t == 0) total += row[4 * kThreads * (gridDim.x - blockIdx.x)];
+    if (bug == Bug::kMisalignedLoad) total += 0.0f * __uint_as_float(__ldg(reinterpret_cast<const uint4*>(row + 1)).x);
+    if (t == 0) y[bug == Bug::kPlainStoreFromTwoBlocks ? 0 : blockIdx.x] = total;
+}
+
+struct Outcome {
+    std::string error;
+    bool right = true;
+};
+
+Outcome run(Bug bug) {
+    constexpr int kBlocks = 3;
+    std::vector<float> x(kBlocks * 4 * kThreads), y(kBlocks, -1.0f);
+    std::vector<double> expected(kBlocks, 0.0);
+    for (size_t i = 0; i < x.size(); ++i) {
+        x[i] = static_cast<float>(i % 13) + 0.25f;
+        expected[i / (4 * kThreads)] += 2.0 * x[i];
+    }
+    simt::check::untrack_all();
+    simt::check::track(x.data(), x.size() * sizeof(float), "x");
+    simt::check::track(y.data(), y.size() * sizeof(float), "y");
+    Outcome outcome;
+    outcome.error = emu_test::error_of([&] { neox::launch(staged_sum, dim3(kBlocks), dim3(kThreads), 0, nullptr, x.data(), y.data(), static_cast<int>(bug)); });
+    for (int i = 0; i < kBlocks; ++i) outcome.right = outcome.right && y[i] == static_cast<float>(expected[i]);
+    simt::check::untrack_all();
+    return outcome;
+}
+
+struct Planted {
+    Bug bug;
+    const char* name;
+    const char* error;   // what the race checker, or the emulator itself, must say
+    bool needs_checker;  // else the emulator reports it, or results are wrong in some schedule
+    bool needs_sanitizer;
+};
+
+const Planted kPlanted[] = {
+    {Bug::kMissingBarrierAfterWrite, "missing_barrier_after_write", "", false, false},
+    {Bug::kMissingBarrierBeforeReuse, "missing_barrier_before_reuse", "race", true, false},
+    {Bug::kMissingWarpBarrier, "missing_warp_barrier", "neighbours", true, false},
+    {Bug::kUnwrittenShared, "unwritten_shared", "never written", false, false},
+    {Bug::kMissingCopyWait, "missing_copy_wait", "cp.async", false, false},
+    {Bug::kSharedOverrun, "shared_overrun", "", true, true},
+    {Bug::kGlobalOverrun, "global_overrun", "", false, true},
+    {Bug::kMisalignedLoad, "misaligned_load", "", false, true},
+    {Bug::kDivergentShuffle, "divergent_shuffle", "divergent", false, false},
+    {Bug::kWrongMask, "wrong_mask", "divergent", false, false},
+    {Bug::kDivergentBarrier, "divergent_barrier", "", false, false},
+    {Bug::kPlainStoreFromTwoBlocks, "plain_store_from_two_blocks", "another block", true, false},
+};
+
+// The checker needs one schedule; without it a bug must show in the result of one of several.
+bool found(const Planted& planted, std::string* message) {
+    using simt::Order;
+    for (int schedule = 0; schedule < 8; ++schedule) {
+        simt::config().order = schedule == 0 ? Order::kRoundRobin : schedule == 1 ? Order::kReverse : Order::kRandom;
+        simt::config().seed = static_cast<uint64_t>(schedule);
+        const Outcome outcome = run(planted.bug);
+        *message = outcome.error;
+        if (!outcome.error.empty()) return !simt::check::kEnabled || outcome.error.find(planted.error) != std::string::npos;
+        if (simt::check::kEnabled) return false;
+        if (!outcome.right) return true;
+    }
+    return false;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    for (const Planted& planted : kPlanted) {
+        if (argc > 1 && std::strcmp(argv[1], planted.name)) continue;
+        const bool findable = simt::check::kEnabled ? !planted.needs_sanitizer : !planted.needs_checker && !planted.needs_sanitizer;
+        if (argc == 1 && !findable) continue;
+        std::string message;
+        emu_test::tally.check(found(planted, &message), planted.name, __FILE__, __LINE__, message);
+    }
+    for (const auto order : {simt::Order::kRoundRobin, simt::Order::kReverse, simt::Order::kRandom}) {
+        simt::config().order = order;
+        const Outcome clean = run(Bug::kNone);
+        emu_test::tally.check(clean.error.empty() && clean.right, "the kernel without a bug passes", __FILE__, __LINE__, clean.error);
+    }
+    return emu_test::tally.finish();
+}
