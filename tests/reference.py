@@ -103,3 +103,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.
     """x / sqrt(mean x^2 + eps) * weight."""
     x = x.double()
     return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight.double()
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """act(x) * gate."""
+    x, gate = x.double(), gate.double()
+    act = {"silu": lambda u: u / (1 + torch.exp(-u)), "gelu": gelu, "relu": lambda u: u.clamp(min=0)}[activation]
+    return act(x) * gate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from neox.ops._library import ISA
 from neox.ops.bias_gelu import bias_gelu
 from neox.ops.cross_entropy import cross_entropy
+from neox.ops.gated import gated
 from neox.ops.linear import LINEAR_BACKEND, linear
 from neox.ops.norm import dual_layer_norm, dual_rms_norm, layer_norm, rms_norm
 from neox.ops.rotary import rotary, rotary_frequencies, rotary_qkv, rotary_tables
@@ -15,6 +16,7 @@ __all__ = [
     "cross_entropy",
     "dual_layer_norm",
     "dual_rms_norm",
+    "gated",
     "layer_norm",
     "linear",
     "rms_norm",

@@ -1,0 +1,40 @@
+"""Gated activations against torch, eager and compiled: forward, and backward alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Options, Row, compare_op, parse, show, with_compiled
+
+from neox.ops import gated
+
+
+def theirs(x: torch.Tensor, gate: torch.Tensor, act) -> torch.Tensor:
+    """What a model writes without us."""
+    return act(x) * gate
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """A feed-forward width of 2,048."""
+    tokens, ffn = (256, 2048) if options.quick else (2048, 2048)
+    for activation, act in (("silu", functional.silu), ("gelu", functional.gelu)):
+        peers = with_compiled(partial(theirs, act=act), options)
+        for dtype in (torch.float32, torch.bfloat16):
+            x, gate = torch.randn(2, tokens, ffn).to(dtype)
+            setting = f"{tokens}x{ffn} {str(dtype).removeprefix('torch.')}"
+            size = x.numel() * x.element_size()
+            ours = partial(gated, activation=activation)
+            yield from compare_op(f"gated {activation}", setting, ours, peers, (x, gate), options, forward_bytes=3 * size, backward_bytes=5 * size)
+
+
+if __name__ == "__main__":
+    chosen = parse(__doc__)
+    show(rows(chosen), chosen)

@@ -1,0 +1,33 @@
+// y = act(x) gate, act one of silu, gelu (exact), relu: the gated units of Shazeer, arXiv:2002.05202.
+//
+//   dx = dy gate act'(x),   dgate = dy act(x)
+//
+// Bytes moved per element, times its size: forward 3 (read x, gate; write y), backward 5 (read dy, x, gate; write dx, dgate).
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/parallel.h"
+
+namespace neox {
+
+enum class Activation { kSilu, kGelu, kRelu };
+
+struct Gated {
+    DType dtype;
+    Activation activation;
+    int64_t rows, cols;
+    const void* x;  // [rows, cols], rows x_stride apart
+    int64_t x_stride;
+    const void* gate;  // [rows, cols], rows gate_stride apart
+    int64_t gate_stride;
+};
+
+// y [rows, cols] contiguous.
+void gated_forward_cpu(const Gated& in, void* y, const Parallel& parallel);
+
+// dy [rows, cols], rows dy_stride apart; dx, dgate [rows, cols] contiguous.
+void gated_backward_cpu(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate, const Parallel& parallel);
+
+}  // namespace neox
