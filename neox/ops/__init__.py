@@ -9,6 +9,7 @@ from neox.ops.gated import gated
 from neox.ops.linear import LINEAR_BACKEND, linear
 from neox.ops.norm import dual_layer_norm, dual_rms_norm, layer_norm, rms_norm
 from neox.ops.rotary import rotary, rotary_frequencies, rotary_qkv, rotary_tables
+from neox.ops.scaled_masked_softmax import scaled_causal_softmax, scaled_masked_softmax
 
 __all__ = [
     "backend",
@@ -24,6 +25,8 @@ __all__ = [
     "rotary_frequencies",
     "rotary_qkv",
     "rotary_tables",
+    "scaled_causal_softmax",
+    "scaled_masked_softmax",
 ]
 
 HELPERS = frozenset({"backend", "rotary_frequencies", "rotary_tables"})  # run no kernel
