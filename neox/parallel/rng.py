@@ -1,0 +1,50 @@
+"""Random streams: seeds derived by name, and dropout that is alike or different over the tensor group, as it must be.
+
+Dropout on tensors that every member of the tensor group holds must be the same on all of them; dropout inside a
+tensor-parallel region (attention heads) must differ. The first comes from torch's default generator, which is seeded alike
+over the group; the second from `tensor_parallel_stream`. It keeps no state of its own: a checkpoint of the default
+generator is a checkpoint of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from neox.parallel.mesh import Mesh
+
+
+def derive_seed(seed: int, *path: object) -> int:
+    """A 63-bit seed that is a pure function of a seed and a path of names or numbers (SHA-256)."""
+    text = "/".join([str(seed), *(str(part) for part in path)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def seed_default_generators(seed: int, mesh: Mesh) -> None:
+    """Seed torch's default generators: alike over the tensor group, different over data and pipeline ranks."""
+    torch.manual_seed(derive_seed(seed, "dropout", mesh.pp_rank, mesh.dp_rank))
+
+
+def tensor_parallel_stream(mesh: Mesh, device: torch.device):
+    """A context in which random numbers differ over the tensor group; without tensor parallelism nothing changes.
+
+    The default generator advances by one draw, the same on every member, whatever happens inside.
+    """
+    return nullcontext() if mesh.tp == 1 else _forked(mesh.tp_rank, device)
+
+
+@contextmanager
+def _forked(tp_rank: int, device: torch.device) -> Iterator[None]:
+    drawn = int(torch.randint(2**62, (1,)))  # from the CPU generator: no synchronisation with a GPU
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    torch.manual_seed(derive_seed(drawn, "tensor", tp_rank))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from neox.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, project_to_vocabulary
+from neox.parallel.mesh import Mesh
+
+
+def test_lookup_and_projection_share_a_table_when_tied():
+    table = VocabParallelEmbedding(5, 8, 3, Mesh.single(), dtype=torch.float32)
+    torch.nn.init.normal_(table.weight)
+    tokens = torch.tensor([[4, 0, 4]])
+    assert torch.equal(table(tokens), table.weight[tokens])
+    x = torch.randn(2, 3)
+    head = VocabParallelHead(5, 8, 3, Mesh.single(), dtype=torch.float32)
+    head.weight = table.weight
+    assert torch.equal(project_to_vocabulary(x, table), head(x))
+    assert head(x).shape == (2, 8)
+
+
+def test_padding_lies_outside_the_layout():
+    mesh = dataclasses.replace(Mesh.single("meta"), tp=2, tp_rank=1)
+    table = VocabParallelEmbedding(13, 16, 3, mesh, dtype=torch.float32)
+    assert (table.low, table.high) == (8, 16)
+    assert table.weight.shape == (8, 3)
+    assert table.layouts["weight"].slices == ((8, 13), (0, 3))

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from neox.parallel.mesh import Mesh
+from neox.parallel.rng import derive_seed, seed_default_generators, tensor_parallel_stream
+
+
+def member(**coordinates) -> Mesh:
+    return dataclasses.replace(Mesh.single(), tp=2, dp=2, pp=2, **coordinates)
+
+
+def test_seeds_depend_on_every_part_of_the_path_and_never_change():
+    assert derive_seed(1234, "init", "norm.weight") == 5054581300190458121
+    seeds = {derive_seed(seed, *path) for seed in (1, 2) for path in (("a", 1), ("a", 11), ("a", "1", 1), ("b", 1))}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def first_draw(mesh: Mesh) -> float:
+    seed_default_generators(7, mesh)
+    return torch.rand(()).item()
+
+
+def test_dropout_is_alike_over_the_tensor_group_only():
+    assert first_draw(member(tp_rank=0)) == first_draw(member(tp_rank=1))
+    assert len({first_draw(member(dp_rank=dp, pp_rank=pp)) for dp in (0, 1) for pp in (0, 1)}) == 4
+
+
+def draws(tp_rank: int, inside: int = 1) -> tuple[float, float]:
+    mesh = member(tp_rank=tp_rank)
+    seed_default_generators(7, mesh)
+    with tensor_parallel_stream(mesh, torch.device("cpu")):
+        within = torch.rand(inside)[0].item()
+    return within, torch.rand(()).item()
+
+
+def test_stream_differs_over_the_tensor_group_and_leaves_the_default_alike():
+    (within0, after0), (within1, after1) = draws(0), draws(1, inside=1000)
+    assert within0 != within1
+    assert after0 == after1
+    assert draws(0) == (within0, after0)
+
+
+def test_one_process_draws_from_the_default_generator():
+    torch.manual_seed(3)
+    want = torch.rand(())
+    torch.manual_seed(3)
+    with tensor_parallel_stream(Mesh.single(), torch.device("cpu")):
+        assert torch.rand(()) == want
