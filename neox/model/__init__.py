@@ -1,0 +1,1 @@
+"""The architecture: one GPT whose layers are plain modules."""

@@ -1,0 +1,58 @@
+"""Initial weights: a pure function of the seed and the parameter's name.
+
+Each logical tensor is drawn as a whole from its own generator and then cut, so that it does not depend on the layout over
+processes, on other parameters, or on the order they are made in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.parallel.mesh import Layout
+from neox.parallel.rng import derive_seed
+
+RESIDUAL_OUTPUTS = (".attention.out.weight", ".mlp.down.weight")
+
+
+def standard_deviation(config: ModelConfig, name: str) -> float:
+    """Standard deviation of a weight matrix by its parameter name.
+
+    normal: init_std. scaled_normal: init_std / sqrt(2 num_layers) (GPT-2). small_init: sqrt(2 / 5h) (arXiv 1910.05895).
+    wang_init: 2 / (num_layers sqrt(h)) (GPT-J). Projections that write to the residual stream use config.output_init.
+    """
+    method = config.output_init if name.endswith(RESIDUAL_OUTPUTS) else config.init
+    if method == "normal":
+        return config.init_std
+    if method == "scaled_normal":
+        return config.init_std / math.sqrt(2.0 * config.num_layers)
+    if method == "small_init":
+        return math.sqrt(2.0 / (5.0 * config.hidden_size))
+    return 2.0 / (config.num_layers * math.sqrt(config.hidden_size))
+
+
+def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The logical initial tensor, fp32 on the CPU: biases 0, norm weights 1, matrices normal with mean 0.
+
+    Args:
+        config: gives the methods and sizes.
+        name: parameter name, such as layers.0.mlp.up.weight.
+        shape: logical shape.
+        seed: train.seed.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
+    return torch.empty(shape).normal_(0.0, standard_deviation(config, name), generator=generator)
+
+
+@torch.no_grad()
+def fill(parameter: torch.Tensor, layout: Layout, logical: torch.Tensor) -> None:
+    """Copy this process's slice of a logical tensor into a parameter; rows of padding become zero."""
+    real = layout.unpad(parameter)
+    real.copy_(layout.take(logical))
+    parameter[real.shape[0] :] = 0

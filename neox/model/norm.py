@@ -1,0 +1,73 @@
+"""Norms that also carry the residual stream: the sum that a norm reads is formed inside the norm's kernel.
+
+Every norm takes what the last branch wrote (`delta`) and the residual stream it is still to be added to, and returns the
+normed sum together with the sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from neox import ops
+from neox.config.schema import ModelConfig
+from neox.parallel.collectives import copy_to
+from neox.parallel.mesh import Layout, Mesh
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, eps: float, mesh: Mesh, *, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
+        self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
+        self.layouts = {"weight": Layout.whole(size), "bias": Layout.whole(size)}
+
+    def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
+        if stream is None:
+            return ops.layer_norm(delta, self.weight, self.bias, self.eps), delta
+        return ops.layer_norm(delta, self.weight, self.bias, self.eps, residual=stream)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+    `inside` says that the norm stands within a tensor-parallel region (per head): every member then sees other rows, and the
+    gradient of the weight is summed over the tensor group.
+    """
+
+    def __init__(self, size: int, eps: float, mesh: Mesh, *, dtype: torch.dtype, inside: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.group = mesh.tp_group if inside else None
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
+        self.layouts = {"weight": Layout.whole(size)}
+
+    def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
+        weight = copy_to(self.weight, self.group)
+        if stream is None:
+            return ops.rms_norm(delta, weight, self.eps), delta
+        return ops.rms_norm(delta, weight, self.eps, residual=stream)
+
+
+def make_norm(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> LayerNorm | RMSNorm:
+    """The norm that config.norm names, over hidden_size."""
+    kind = LayerNorm if config.norm == "layernorm" else RMSNorm
+    return kind(config.hidden_size, config.norm_eps, mesh, dtype=dtype)
+
+
+def dual_norm(
+    first: LayerNorm | RMSNorm, second: LayerNorm | RMSNorm, delta: torch.Tensor, stream: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum), the statistics computed once."""
+    if isinstance(first, LayerNorm):
+        weights, run = (first.weight, first.bias, second.weight, second.bias), ops.dual_layer_norm
+    else:
+        weights, run = (first.weight, second.weight), ops.dual_rms_norm
+    if stream is None:
+        return *run(delta, *weights, first.eps), delta
+    return run(delta, *weights, first.eps, residual=stream)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.errors import ConfigError
+from neox.model.positional import PositionEmbedding, RotaryTable, alibi_slopes
+from neox.parallel.mesh import Mesh
+
+SIZES = {"num_layers": 1, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 10, "max_position_embeddings": 100}
+CPU = torch.device("cpu")
+
+
+def angle(position: int, channel: int, channels: int, theta: float = 10000.0) -> float:
+    return position * theta ** (-2 * (channel % (channels // 2)) / channels)
+
+
+def test_table_is_cos_and_sin_of_position_times_frequency():
+    cos, sin = RotaryTable(ModelConfig(**SIZES, rotary_pct=0.5)).rows(3, 5, None, 8, CPU)
+    want = torch.tensor([[angle(position, channel, 6) for channel in range(6)] for position in range(3, 8)], dtype=torch.float64)
+    assert cos.dtype == torch.float32
+    assert torch.allclose(cos.double(), want.cos(), atol=1e-6)
+    assert torch.allclose(sin.double(), want.sin(), atol=1e-6)
+
+
+def test_rows_by_position_ids_and_growth():
+    table = RotaryTable(ModelConfig(**SIZES))
+    short, _ = table.rows(0, 4, None, 4, CPU)
+    long, _ = table.rows(0, 100, None, 100, CPU)
+    assert torch.equal(short, long[:4])
+    ids = torch.tensor([[5, 0, 99], [1, 1, 2]])
+    cos, _ = table.rows(0, 3, ids, 100, CPU)
+    assert torch.equal(cos, long[ids])
+
+
+def test_table_is_kept():
+    table = RotaryTable(ModelConfig(**SIZES))
+    first, _ = table.rows(0, 70, None, 70, CPU)
+    assert table.rows(0, 60, None, 60, CPU)[0].data_ptr() == first.data_ptr()
+
+
+def test_dynamic_ntk_depends_on_the_length_at_hand():
+    config = ModelConfig(**SIZES, rope_scaling={"type": "ntk", "factor": 2.0, "original_max_position_embeddings": 50})
+    table, plain = RotaryTable(config), RotaryTable(ModelConfig(**SIZES))
+    assert torch.allclose(table.rows(0, 40, None, 40, CPU)[0], plain.rows(0, 40, None, 40, CPU)[0], atol=1e-6)
+    assert (table.rows(0, 80, None, 80, CPU)[0][:40] - plain.rows(0, 40, None, 40, CPU)[0]).abs().max() > 0.1
+    assert torch.allclose(table.rows(0, 40, None, 40, CPU)[0], plain.rows(0, 40, None, 40, CPU)[0], atol=1e-6)
+
+
+def test_too_few_channels():
+    with pytest.raises(ConfigError, match=r"model\.rotary_pct"):
+        RotaryTable(ModelConfig(**SIZES, rotary_pct=0.1))
+
+
+def test_learned_positions():
+    table = PositionEmbedding(9, 4, Mesh.single(), dtype=torch.float32)
+    torch.nn.init.normal_(table.weight)
+    assert torch.equal(table(2, 3, None), table.weight[2:5])
+    assert torch.equal(table(0, 2, torch.tensor([[8, 1]])), table.weight[[8, 1]][None])
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(1) == [2.0**-8]
+    assert alibi_slopes(6) == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
