@@ -1,0 +1,490 @@
+"""The Hugging Face architectures we read and write: how their configs and weight names correspond to ours.
+
+A family maps configs both ways and gives one rule per parameter of ours, so that weights stream tensor by tensor in either
+direction. Facts are from the architectures' published configs and weight names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from neox.config.schema import GATED, ModelConfig, RopeScaling
+from neox.errors import ConfigError
+
+Json = dict[str, Any]
+
+PLAIN_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}  # ours -> theirs
+THEIR_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+THEIR_GATES = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter of ours is held by them.
+
+    Attributes:
+        names: their tensor names.
+        split: our tensor -> theirs, in the order of names.
+        join: theirs -> ours.
+    """
+
+    names: tuple[str, ...]
+    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    join: Callable[..., torch.Tensor]
+
+
+def same(name: str) -> Rule:
+    """The same tensor under another name."""
+    return Rule((name,), lambda x: (x,), lambda x: x)
+
+
+def transposed(name: str) -> Rule:
+    """A matrix stored [in, out]."""
+    return Rule((name,), lambda x: (x.t(),), lambda x: x.t())
+
+
+def split_qkv(packed: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Our packed rows [g (m + 2) d, ...] -> q [n d, ...], k [g d, ...], v [g d, ...]."""
+    heads = packed.unflatten(0, (config.num_kv_heads, -1, config.head_dim))
+    return heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
+
+
+def join_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """The inverse of split_qkv."""
+    parts = [x.unflatten(0, (config.num_kv_heads, -1, config.head_dim)) for x in (q, k, v)]
+    return torch.cat(parts, dim=1).flatten(0, 2)
+
+
+def separate_qkv(prefix: str, kind: str, config: ModelConfig) -> Rule:
+    """Three tensors q_proj, k_proj, v_proj."""
+    names = tuple(f"{prefix}.{part}_proj.{kind}" for part in "qkv")
+    return Rule(names, lambda x: split_qkv(x, config), lambda q, k, v: join_qkv(q, k, v, config))
+
+
+def contiguous_qkv(name: str, config: ModelConfig, *, transpose: bool) -> Rule:
+    """One tensor with all queries, then all keys, then all values; stored [in, out] where `transpose`."""
+    turn = torch.t if transpose else (lambda x: x)
+    sizes = [config.num_attention_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
+    return Rule((name,), lambda x: (turn(torch.cat(split_qkv(x, config))),), lambda x: join_qkv(*turn(x).split(sizes), config))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of theirs.
+
+    Attributes:
+        model_type, architecture: as in config.json.
+        defaults: what their config class assumes for keys that a config.json leaves out.
+        misfits: our config -> what it has that the architecture has not; empty: it fits.
+        to_json: our config -> the architecture's own keys of config.json.
+        from_json: config.json with defaults filled in -> fields of our config.
+        rules: our config -> our parameter name -> Rule.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Json
+    misfits: Callable[[ModelConfig], list[str]]
+    to_json: Callable[[ModelConfig], Json]
+    from_json: Callable[[Json], Json]
+    rules: Callable[[ModelConfig], dict[str, Rule]]
+
+
+def _unlike(config: ModelConfig, **wanted: Any) -> list[str]:
+    """Keys of our config whose value is not the wanted one (or one of a tuple of wanted ones)."""
+    fields = config.model_dump()
+    return [f"{key}={fields[key]}" for key, want in wanted.items() if fields[key] not in (want if isinstance(want, tuple) else (want,))]
+
+
+def _lookup(table: dict[str, str], value: str, where: str) -> str:
+    if value not in table:
+        raise ConfigError("activation is not supported", where=where, got=value, want=", ".join(table))
+    return table[value]
+
+
+# rotary embeddings
+
+
+def rope_to_json(config: ModelConfig) -> Json:
+    """`rope_parameters` of config.json (and `rope_scaling`, `rope_theta` for versions before 5)."""
+    rope: Json = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rope_scaling
+    if scaling is not None:
+        rope |= {"rope_type": "dynamic" if scaling.type == "ntk" else scaling.type, "factor": scaling.factor}
+        original = scaling.original_max_position_embeddings or config.max_position_embeddings
+        if scaling.type in ("yarn", "llama3"):
+            rope["original_max_position_embeddings"] = original
+        if scaling.type == "llama3":
+            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        if scaling.type == "yarn":
+            rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+            if scaling.attention_factor is not None:
+                rope["attention_factor"] = scaling.attention_factor
+    return {"rope_parameters": rope, "rope_theta": config.rope_theta}
+
+
+def _rope_misfits(config: ModelConfig) -> list[str]:
+    """Theirs knows NTK scaling by the length at hand (dynamic) only, for which the trained length is needed."""
+    scaling = config.rope_scaling
+    static = scaling is not None and scaling.type == "ntk" and scaling.original_max_position_embeddings is None
+    return ["rope_scaling.type=ntk without original_max_position_embeddings"] if static else []
+
+
+def _positions_to_json(config: ModelConfig) -> int:
+    """Their max_position_embeddings: under dynamic NTK the length that was trained, else the longest."""
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.type == "ntk" and scaling.original_max_position_embeddings is not None:
+        return scaling.original_max_position_embeddings
+    return config.max_position_embeddings
+
+
+def rope_from_json(theirs: Json) -> Json:
+    """rope_theta, rotary_pct, rope_scaling and max_position_embeddings of our config.
+
+    Raises:
+        ConfigError: a scaling we don't have.
+    """
+    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    positions = theirs["max_position_embeddings"]
+    out = {
+        "rope_theta": float(rope.get("rope_theta") or theirs.get("rope_theta") or theirs.get("rotary_emb_base") or 10000.0),
+        "rotary_pct": float(rope.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or theirs.get("rotary_pct") or 1.0),
+        "max_position_embeddings": positions,
+    }
+    if kind == "default":
+        return out
+    if kind not in ("linear", "dynamic", "yarn", "llama3"):
+        raise ConfigError("rope scaling is not supported", where="config.json: rope_type", got=kind, want="default, linear, dynamic, yarn or llama3")
+    unsupported = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)] + (["truncate=false"] if rope.get("truncate") is False else [])
+    if kind == "yarn" and unsupported:
+        raise ConfigError("yarn option is not supported", where="config.json: rope_parameters", got=", ".join(unsupported))
+    scaling: Json = {"type": "ntk" if kind == "dynamic" else kind, "factor": rope["factor"]}
+    keys = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "attention_factor")}.get(kind, ())
+    scaling |= {key: rope[key] for key in keys if rope.get(key) is not None}
+    if kind in ("yarn", "llama3"):
+        scaling["original_max_position_embeddings"] = rope.get("original_max_position_embeddings") or positions
+    if kind == "dynamic":
+        scaling["original_max_position_embeddings"] = positions
+        out["max_position_embeddings"] = int(positions * rope["factor"])
+    return out | {"rope_scaling": RopeScaling(**scaling)}
+
+
+# GPT-NeoX, Pythia
+
+
+def _rotates_evenly(head_dim: int, rotary_pct: float) -> bool:
+    """Whether head_dim x rotary_pct is even: for odd numbers theirs rotates one channel more, ours one less."""
+    return int(head_dim * rotary_pct) % 2 == 0
+
+
+def _neox_misfits(config: ModelConfig) -> list[str]:
+    fixed = _rope_misfits(config) + _unlike(
+        config, norm="layernorm", position_embedding="rotary", mlp_bias=True, qk_norm=False, sliding_window=None, attention_softcap=None
+    )
+    fixed += _unlike(config, activation=tuple(PLAIN_ACTIVATIONS), num_kv_heads=config.num_attention_heads, attention_out_bias=config.qkv_bias)
+    fixed += _unlike(config, head_dim=config.hidden_size // config.num_attention_heads)
+    fixed += _unlike(config, rotary_pct=config.rotary_pct if _rotates_evenly(config.head_dim, config.rotary_pct) else None)
+    return fixed + (_unlike(config, shared_residual_norm=False) if config.parallel_residual else [])
+
+
+def _neox_to_json(config: ModelConfig) -> Json:
+    rope = rope_to_json(config)
+    rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_pct
+    return rope | {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": PLAIN_ACTIVATIONS[config.activation],
+        "max_position_embeddings": _positions_to_json(config),
+        "layer_norm_eps": config.norm_eps,
+        "use_parallel_residual": config.parallel_residual,
+        "attention_bias": config.qkv_bias,
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": config.rope_theta,
+        "attention_dropout": config.attention_dropout,
+        "hidden_dropout": config.hidden_dropout,
+    }
+
+
+def _neox_from_json(theirs: Json) -> Json:
+    rope, head_dim = rope_from_json(theirs), theirs["hidden_size"] // theirs["num_attention_heads"]
+    if not _rotates_evenly(head_dim, rope["rotary_pct"]):
+        raise ConfigError("odd number of rotary channels", where="config.json: rotary_pct", got=f"{head_dim} x {rope['rotary_pct']}", want="an even number")
+    return rope | {
+        "num_layers": theirs["num_hidden_layers"],
+        "norm_eps": theirs["layer_norm_eps"],
+        "activation": _lookup(THEIR_ACTIVATIONS, theirs["hidden_act"], "config.json: hidden_act"),
+        "parallel_residual": theirs["use_parallel_residual"],
+        "qkv_bias": theirs["attention_bias"],
+        "attention_out_bias": theirs["attention_bias"],
+        "hidden_dropout": theirs["hidden_dropout"],
+    }
+
+
+def _with_biases(ours: str, theirs: str, bias: bool = True) -> Iterator[tuple[str, Rule]]:
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield f"{ours}.{kind}", same(f"{theirs}.{kind}")
+
+
+def _neox_rules(config: ModelConfig) -> dict[str, Rule]:
+    rules = {"embedding.word.weight": same("gpt_neox.embed_in.weight")}
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"gpt_neox.layers.{i}"
+        rules.update(_with_biases(f"{ours}.norm1", f"{theirs}.input_layernorm"))
+        rules.update(_with_biases(f"{ours}.norm2", f"{theirs}.post_attention_layernorm"))
+        rules.update(_with_biases(f"{ours}.attention.qkv", f"{theirs}.attention.query_key_value", config.qkv_bias))
+        rules.update(_with_biases(f"{ours}.attention.out", f"{theirs}.attention.dense", config.attention_out_bias))
+        rules.update(_with_biases(f"{ours}.mlp.up", f"{theirs}.mlp.dense_h_to_4h"))
+        rules.update(_with_biases(f"{ours}.mlp.down", f"{theirs}.mlp.dense_4h_to_h"))
+    rules.update(_with_biases("norm", "gpt_neox.final_layer_norm"))
+    return rules | ({} if config.tie_embeddings else {"head.weight": same("embed_out.weight")})
+
+
+# GPT-2
+
+
+def _gpt2_misfits(config: ModelConfig) -> list[str]:
+    fixed = _unlike(config, norm="layernorm", position_embedding="learned", parallel_residual=False, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
+    fixed += _unlike(config, qk_norm=False, sliding_window=None, attention_softcap=None, num_kv_heads=config.num_attention_heads)
+    return fixed + _unlike(config, activation=tuple(PLAIN_ACTIVATIONS), head_dim=config.hidden_size // config.num_attention_heads)
+
+
+def _gpt2_to_json(config: ModelConfig) -> Json:
+    return {
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_attention_heads,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_position_embeddings,
+        "n_ctx": config.max_position_embeddings,
+        "activation_function": PLAIN_ACTIVATIONS[config.activation],
+        "layer_norm_epsilon": config.norm_eps,
+        "attn_pdrop": config.attention_dropout,
+        "resid_pdrop": config.hidden_dropout,
+        "embd_pdrop": config.hidden_dropout,
+    }
+
+
+def _gpt2_from_json(theirs: Json) -> Json:
+    for key, want in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
+        if theirs[key] is not want:
+            raise ConfigError("GPT-2 option is not supported", where=f"config.json: {key}", got=theirs[key], want=want)
+    return {
+        "hidden_size": theirs["n_embd"],
+        "num_layers": theirs["n_layer"],
+        "num_attention_heads": theirs["n_head"],
+        "intermediate_size": theirs["n_inner"] or 4 * theirs["n_embd"],
+        "max_position_embeddings": theirs["n_positions"],
+        "position_embedding": "learned",
+        "activation": _lookup(THEIR_ACTIVATIONS, theirs["activation_function"], "config.json: activation_function"),
+        "norm_eps": theirs["layer_norm_epsilon"],
+        "attention_dropout": theirs["attn_pdrop"],
+        "hidden_dropout": theirs["resid_pdrop"],
+    }
+
+
+def _gpt2_rules(config: ModelConfig) -> dict[str, Rule]:
+    rules = {"embedding.word.weight": same("transformer.wte.weight"), "embedding.position.weight": same("transformer.wpe.weight")}
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"transformer.h.{i}"
+        rules.update(_with_biases(f"{ours}.norm1", f"{theirs}.ln_1"))
+        rules.update(_with_biases(f"{ours}.norm2", f"{theirs}.ln_2"))
+        rules[f"{ours}.attention.qkv.weight"] = contiguous_qkv(f"{theirs}.attn.c_attn.weight", config, transpose=True)
+        rules[f"{ours}.attention.qkv.bias"] = contiguous_qkv(f"{theirs}.attn.c_attn.bias", config, transpose=False)
+        for mine, name in (("attention.out", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+            rules[f"{ours}.{mine}.weight"] = transposed(f"{theirs}.{name}.weight")
+            rules[f"{ours}.{mine}.bias"] = same(f"{theirs}.{name}.bias")
+    rules.update(_with_biases("norm", "transformer.ln_f"))
+    return rules | ({} if config.tie_embeddings else {"head.weight": same("lm_head.weight")})
+
+
+# Llama and its descendants
+
+
+def _llama_misfits(config: ModelConfig, **more: Any) -> list[str]:
+    fixed = _rope_misfits(config) + _unlike(
+        config, norm="rmsnorm", position_embedding="rotary", rotary_pct=1.0, parallel_residual=False, attention_softcap=None, hidden_dropout=0.0
+    )
+    return fixed + _unlike(config, activation=tuple(GATED), **more)
+
+
+def _llama_to_json(config: ModelConfig) -> Json:
+    return rope_to_json(config) | {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": GATED[config.activation],
+        "max_position_embeddings": _positions_to_json(config),
+        "rms_norm_eps": config.norm_eps,
+        "attention_dropout": config.attention_dropout,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+def _mistral_to_json(config: ModelConfig) -> Json:
+    return _llama_to_json(config) | {"sliding_window": config.sliding_window}
+
+
+def _qwen_to_json(config: ModelConfig) -> Json:
+    windowed = config.sliding_window is not None
+    return _llama_to_json(config) | {
+        "use_sliding_window": windowed,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": 0 if windowed else config.num_layers,
+        "layer_types": ["sliding_attention" if windowed else "full_attention"] * config.num_layers,
+    }
+
+
+def _llama_from_json(theirs: Json) -> Json:
+    bias = bool(theirs.get("attention_bias"))
+    heads = theirs["num_attention_heads"]
+    return rope_from_json(theirs) | {
+        "num_layers": theirs["num_hidden_layers"],
+        "num_kv_heads": theirs.get("num_key_value_heads") or heads,
+        "head_dim": theirs.get("head_dim") or theirs["hidden_size"] // heads,
+        "norm": "rmsnorm",
+        "norm_eps": theirs["rms_norm_eps"],
+        "activation": _lookup(THEIR_GATES, theirs["hidden_act"], "config.json: hidden_act"),
+        "qkv_bias": bias,
+        "attention_out_bias": bias,
+        "mlp_bias": bool(theirs.get("mlp_bias")),
+    }
+
+
+def _mistral_from_json(theirs: Json) -> Json:
+    return _llama_from_json(theirs) | {"sliding_window": theirs["sliding_window"]}
+
+
+def _qwen_window(theirs: Json) -> int | None:
+    """The window where every layer has it, None where no layer has.
+
+    Raises:
+        ConfigError: some layers have a window and some have not.
+    """
+    window = theirs["sliding_window"] if theirs["use_sliding_window"] else None
+    layers = theirs["num_hidden_layers"]
+    kinds = theirs.get("layer_types") or [
+        "sliding_attention" if window is not None and i >= theirs["max_window_layers"] else "full_attention" for i in range(layers)
+    ]
+    sliding = sum(kind == "sliding_attention" for kind in kinds)
+    if sliding not in (0, layers):
+        raise ConfigError("layers differ in their attention window", where="config.json: layer_types", got=f"{sliding} of {layers} slide", want="all or none")
+    return window if sliding else None
+
+
+def _qwen2_from_json(theirs: Json) -> Json:
+    return _llama_from_json(theirs) | {"sliding_window": _qwen_window(theirs), "qkv_bias": True, "attention_out_bias": False, "mlp_bias": False}
+
+
+def _qwen3_from_json(theirs: Json) -> Json:
+    return _llama_from_json(theirs) | {"sliding_window": _qwen_window(theirs), "qk_norm": True, "mlp_bias": False}
+
+
+def _llama_rules(config: ModelConfig) -> dict[str, Rule]:
+    rules = {"embedding.word.weight": same("model.embed_tokens.weight")}
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        rules[f"{ours}.norm1.weight"] = same(f"{theirs}.input_layernorm.weight")
+        rules[f"{ours}.norm2.weight"] = same(f"{theirs}.post_attention_layernorm.weight")
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            rules[f"{ours}.attention.qkv.{kind}"] = separate_qkv(f"{theirs}.self_attn", kind, config)
+        rules.update(_with_biases(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", config.attention_out_bias))
+        if config.qk_norm:
+            rules[f"{ours}.attention.query_norm.weight"] = same(f"{theirs}.self_attn.q_norm.weight")
+            rules[f"{ours}.attention.key_norm.weight"] = same(f"{theirs}.self_attn.k_norm.weight")
+        for part in ("up", "gate", "down"):
+            rules.update(_with_biases(f"{ours}.mlp.{part}", f"{theirs}.mlp.{part}_proj", config.mlp_bias))
+    rules["norm.weight"] = same("model.norm.weight")
+    return rules | ({} if config.tie_embeddings else {"head.weight": same("lm_head.weight")})
+
+
+_NEOX_DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True, "attention_bias": True, "rotary_pct": 0.25}
+_NEOX_DEFAULTS |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "tie_word_embeddings": False, "max_position_embeddings": 2048}
+_GPT2_DEFAULTS = {"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False}
+_GPT2_DEFAULTS |= {"scale_attn_by_inverse_layer_idx": False, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "tie_word_embeddings": True}
+_LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_dropout": 0.0, "tie_word_embeddings": False, "max_position_embeddings": 2048}
+_MISTRAL_DEFAULTS = _LLAMA_DEFAULTS | {"sliding_window": 4096, "max_position_embeddings": 131072}
+_QWEN_DEFAULTS = _LLAMA_DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
+
+_LLAMA_PLAIN = {"qk_norm": False, "sliding_window": None}
+_QWEN2_FIXED = {"qk_norm": False, "qkv_bias": True, "attention_out_bias": False, "mlp_bias": False}
+
+FAMILIES = (
+    Family("gpt_neox", "GPTNeoXForCausalLM", _NEOX_DEFAULTS, _neox_misfits, _neox_to_json, _neox_from_json, _neox_rules),
+    Family("gpt2", "GPT2LMHeadModel", _GPT2_DEFAULTS, _gpt2_misfits, _gpt2_to_json, _gpt2_from_json, _gpt2_rules),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        _LLAMA_DEFAULTS,
+        lambda config: _llama_misfits(config, **_LLAMA_PLAIN, attention_out_bias=config.qkv_bias),
+        _llama_to_json,
+        _llama_from_json,
+        _llama_rules,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        _MISTRAL_DEFAULTS,
+        lambda config: _llama_misfits(config, qk_norm=False, qkv_bias=False, attention_out_bias=False, mlp_bias=False),
+        _mistral_to_json,
+        _mistral_from_json,
+        _llama_rules,
+    ),
+    Family("qwen2", "Qwen2ForCausalLM", _QWEN_DEFAULTS, lambda config: _llama_misfits(config, **_QWEN2_FIXED), _qwen_to_json, _qwen2_from_json, _llama_rules),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        _QWEN_DEFAULTS | {"head_dim": 128},
+        lambda config: _llama_misfits(config, qk_norm=True, attention_out_bias=config.qkv_bias, mlp_bias=False),
+        _qwen_to_json,
+        _qwen3_from_json,
+        _llama_rules,
+    ),
+)
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The architecture that holds this config exactly.
+
+    Raises:
+        ConfigError: there is none; says what stands in the way of the nearest.
+    """
+    ranked = sorted(FAMILIES, key=lambda family: len(family.misfits(config)))
+    misfits = ranked[0].misfits(config)
+    if misfits:
+        raise ConfigError(
+            "no Hugging Face architecture holds this model", where="model", got=", ".join(misfits), want=f"what {ranked[0].architecture}, the nearest, has"
+        )
+    return ranked[0]
+
+
+def family_named(model_type: object) -> Family:
+    """The architecture that config.json names.
+
+    Raises:
+        ConfigError: one we don't read.
+    """
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    raise ConfigError(
+        "architecture is not supported", where="config.json: model_type", got=model_type, want=", ".join(family.model_type for family in FAMILIES)
+    )

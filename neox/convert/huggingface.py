@@ -1,0 +1,315 @@
+"""Models to and from the Hugging Face format: config.json, safetensors, tokenizer files. Reading and writing need no transformers.
+
+`compare` does need it: it runs both models on the same tokens, and is what an export must pass before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from neox.config.schema import ModelConfig
+from neox.convert.families import Family, Json, family_for, family_named
+from neox.data.tokenizer import Tokenizer
+from neox.errors import CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem
+from neox.model.gpt import GPT
+
+MAX_SHARD_BYTES = 4 << 30
+LOGIT_TOLERANCE = 1e-4
+NOT_WEIGHTS = (".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # masks and tables of old versions
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+Weights = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+# writing
+
+
+def to_huggingface(
+    config: ModelConfig,
+    weights: Weights,
+    out: str | Path,
+    *,
+    tokenizer_file: str | Path | None = None,
+    eod_token: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+
+    Args:
+        config: the architecture.
+        weights: every logical parameter by name, in any order; taken one at a time, at most `max_shard_bytes` are held.
+        out: folder to make; it must be absent or empty.
+        tokenizer_file: `tokenizers` JSON to put beside the model; its end-of-document id becomes eos_token_id.
+        eod_token: as tokenizer.eod_token of the config; None: found by name.
+        dtype: of the written weights: float32, bfloat16 or float16.
+        max_shard_bytes: a weights file is closed when it would grow beyond this.
+
+    Raises:
+        ConfigError: no architecture of theirs holds this config.
+        CheckpointError: weights are missing, unknown, or of another shape; or `out` holds files.
+        DataError: the tokenizer has ids the model has not.
+        DiskError: the folder cannot be written.
+    """
+    family, folder = family_for(config), Path(out)
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError("dtype cannot be exported", where="dtype", got=dtype, want=", ".join(DTYPE_NAMES.values()))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError("export would overwrite files", where=folder, want="a folder that is absent or empty", do="choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        eos = None if tokenizer_file is None else _write_tokenizer(folder, Path(tokenizer_file), eod_token, config)
+        _write_weights(folder, _their_tensors(config, family, weights, dtype), max_shard_bytes)
+        _write_json(folder / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
+        _write_json(folder / "config.json", config_json(config, family, dtype, eos))  # last: a folder cut short does not load
+    except OSError as error:
+        raise DiskError("export cannot be written", where=folder, got=error, do="free space or choose another --out") from error
+
+
+def config_json(config: ModelConfig, family: Family, dtype: torch.dtype, eos: int | None) -> Json:
+    """The contents of config.json, readable by transformers 4 and 5."""
+    shared = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": eos,
+        "eos_token_id": eos,
+        "dtype": DTYPE_NAMES[dtype],
+        "torch_dtype": DTYPE_NAMES[dtype],
+        "use_cache": True,
+    }
+    return shared | family.to_json(config)
+
+
+def _their_tensors(config: ModelConfig, family: Family, weights: Weights, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(their name, tensor) for every parameter of ours, as they come; complete or an error."""
+    rules = family.rules(config)
+    total = len(rules)
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        rule = rules.pop(name, None)
+        if rule is None:
+            raise CheckpointError("weight does not belong to the model", where=name, do="check that the weights belong to this model config")
+        for their_name, part in zip(rule.names, rule.split(tensor), strict=True):
+            yield their_name, part.to(dtype=dtype, device="cpu").contiguous()
+    if rules:
+        raise CheckpointError("weights are missing", where=", ".join(sorted(rules)[:4]), got=f"{total - len(rules)} of {total}")
+
+
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
+    """Files of at most max_shard_bytes (a larger tensor gets its own), and the index where there is more than one."""
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    held = total = 0
+
+    def close() -> None:
+        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        size = tensor.nbytes
+        if shard and held + size > max_shard_bytes:
+            close()
+            held = 0
+        shard[name] = tensor
+        held += size
+        total += size
+    close()
+    if len(shards) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (folder / f"part-{i}").rename(folder / name)
+    places = {tensor: names[i] for i, held_names in enumerate(shards) for tensor in held_names}
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_tokenizer(folder: Path, file: Path, eod_token: str | None, config: ModelConfig) -> int | None:
+    """Tokenizer files; returns the end-of-document id."""
+    tokenizer = Tokenizer(str(file), eod_token)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            "tokenizer does not fit the model", where=file, got=f"ids up to {tokenizer.vocab_size - 1}", want=f"ids below model.vocab_size {config.vocab_size}"
+        )
+    shutil.copyfile(file, folder / "tokenizer.json")
+    names = {} if tokenizer.eod_token is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eod_token)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings, "clean_up_tokenization_spaces": False}
+    _write_json(folder / "tokenizer_config.json", settings | names)
+    _write_json(folder / "special_tokens_map.json", names)
+    return tokenizer.eod_id
+
+
+def _write_json(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+# reading
+
+
+def from_huggingface(source: Any) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Our config and logical weights of a model of theirs.
+
+    Args:
+        source: a model folder (str or Path), a transformers model, or a transformers config (then there are no weights).
+
+    Returns:
+        (config, weights by our parameter names, in the dtype they were stored in).
+
+    Raises:
+        ConfigError: an architecture or option we don't have.
+        CheckpointError: files or weights are missing, damaged, unknown, or of another shape.
+    """
+    if isinstance(source, (str, Path)):
+        theirs = _read_json(Path(source) / "config.json")
+        config = config_from_json(theirs)
+        return config, _our_weights(config, family_named(theirs["model_type"]), _read_weights(Path(source)))
+    if not isinstance(source, torch.nn.Module):
+        return config_from_json(source.to_dict()), {}
+    theirs = source.config.to_dict()
+    config = config_from_json(theirs)
+    return config, _our_weights(config, family_named(theirs["model_type"]), {name: tensor.detach() for name, tensor in source.state_dict().items()})
+
+
+def config_from_json(theirs: Json) -> ModelConfig:
+    """Our config for the contents of a config.json.
+
+    Raises:
+        ConfigError: an architecture or option we don't have, or a key is missing.
+    """
+    family = family_named(theirs.get("model_type"))
+    full = family.defaults | {key: value for key, value in theirs.items() if value is not None or key not in family.defaults}
+    try:
+        fields = {key: full[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size", "attention_dropout") if key in full}
+        fields |= {"vocab_size": full["vocab_size"], "tie_embeddings": full["tie_word_embeddings"], "init_std": full.get("initializer_range") or 0.02}
+        return ModelConfig(**(fields | family.from_json(full)))
+    except KeyError as error:
+        raise ConfigError("config.json lacks a key", where=f"config.json of {family.model_type}", want=error.args[0]) from error
+
+
+def _our_weights(config: ModelConfig, family: Family, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our tensors from theirs, every one of theirs used; consumes `theirs`."""
+    if family.model_type == "gpt2" and "wte.weight" in theirs:  # the published gpt2 files lack the prefix
+        theirs = {f"transformer.{name}": tensor for name, tensor in theirs.items()}
+    if family.model_type == "gpt_neox" and "lm_head.weight" in theirs:  # the module's name in transformers 5; files keep embed_out
+        theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
+    ours = {}
+    for name, rule in family.rules(config).items():
+        missing = [their_name for their_name in rule.names if their_name not in theirs]
+        if missing:
+            raise CheckpointError("weight is missing", where=", ".join(missing), want=f"the weights of {family.architecture}")
+        parts = [theirs.pop(their_name) for their_name in rule.names]
+        try:
+            ours[name] = rule.join(*parts).contiguous()
+        except RuntimeError as error:
+            raise CheckpointError(
+                "weight has another shape", where=rule.names[0], got=[tuple(part.shape) for part in parts], want="what config.json says"
+            ) from error
+    tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()
+    left = [name for name in theirs if name not in tied and not name.endswith(NOT_WEIGHTS)]
+    if left:
+        raise CheckpointError("weights are unknown", where=", ".join(left[:4]), got=f"{len(left)} tensors", want=f"the weights of {family.architecture}")
+    return ours
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError("file cannot be read", where=path, got=error, want="a JSON object") from error
+    if not isinstance(value, dict):
+        raise CheckpointError("file cannot be read", where=path, got=type(value).__name__, want="a JSON object")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        CheckpointError: there are none, or the index names something else than files of the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not (folder / "model.safetensors").exists():
+            raise CheckpointError(
+                "no safetensors weights", where=folder, want="model.safetensors", do="convert pickled .bin weights with transformers' save_pretrained"
+            )
+        return [folder / "model.safetensors"]
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if strange or not names:
+        raise CheckpointError("index is damaged", where=index, got=strange or "no weights", want="names of .safetensors files in the folder")
+    return [folder / name for name in names]
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, a safe_open is no mapping
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError("weights cannot be read", where=path, got=error, do="copy the file again") from error
+    return tensors
+
+
+# comparing
+
+
+def compare(out: str | Path, model: GPT, *, tokens: torch.Tensor | None = None) -> float:
+    """Run an exported folder and our model on the same tokens, in fp32.
+
+    Args:
+        out: the folder, loaded as any user would, by `AutoModelForCausalLM.from_pretrained`.
+        model: ours, in fp32 with the values that were exported.
+        tokens: int64 [b, s]; default two sequences drawn from the vocabulary, longer than the attention window where there is one.
+
+    Returns:
+        The largest absolute difference of logits; NaN where either side has one, so test `not difference <= bound`.
+
+    Raises:
+        CheckpointError: the folder does not load as a whole: weights missing, unused or of another shape.
+        EnvironmentProblem: transformers is not installed.
+    """
+    theirs = _load_theirs(out)
+    if tokens is None:
+        config = model.config
+        length = min(config.max_position_embeddings, 32 + (config.sliding_window or 32))
+        tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            difference = theirs(tokens).logits[..., : model.config.vocab_size].float() - model(tokens.to(model.mesh.device)).float().cpu()
+    finally:
+        model.train(training)
+    return float(difference.abs().max())
+
+
+def _load_theirs(out: str | Path) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM  # an optional package, only here
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "transformers is not installed", got=error, want="transformers >= 5", do="pip install transformers, or export without --check"
+        ) from error
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError("export does not load in transformers", where=out, got=error) from error
+    problems = {kind: sorted(map(str, names))[:4] for kind, names in report.items() if names}
+    if problems:
+        raise CheckpointError("export does not load completely in transformers", where=out, got=problems, want="every weight found and used")
+    return model.eval()

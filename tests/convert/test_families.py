@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.convert.families import family_for, family_named, join_qkv, rope_from_json, split_qkv
+from neox.convert.huggingface import config_from_json
+from neox.errors import ConfigError
+
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+
+
+def config(**options) -> ModelConfig:
+    return ModelConfig(**({"num_layers": 2, "hidden_size": 48, "num_attention_heads": 6, "vocab_size": 50} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "model_type"),
+    [
+        ({"parallel_residual": True, "rotary_pct": 0.5}, "gpt_neox"),
+        ({}, "gpt_neox"),
+        ({"position_embedding": "learned", "tie_embeddings": True}, "gpt2"),
+        (LLAMA | {"num_kv_heads": 2}, "llama"),
+        (LLAMA | {"sliding_window": 9}, "mistral"),
+        (LLAMA | {"qkv_bias": True}, "qwen2"),
+        (LLAMA | {"qk_norm": True}, "qwen3"),
+    ],
+)
+def test_family_is_chosen_by_what_the_model_has(options, model_type):
+    assert family_for(config(**options)).model_type == model_type
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"position_embedding": "alibi"}, "position_embedding=alibi"),
+        ({"parallel_residual": True, "shared_residual_norm": True}, "shared_residual_norm=True"),
+        ({"attention_softcap": 30.0}, "attention_softcap=30.0"),
+        ({"rotary_pct": 0.4}, "rotary_pct=0.4"),
+        (LLAMA | {"rotary_pct": 0.5}, "rotary_pct=0.5"),
+    ],
+)
+def test_a_model_that_no_family_holds_is_refused_with_the_reason(options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        family_for(config(**options))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_rules_cover_exactly_the_parameters(groups):
+    from neox.model.gpt import GPT
+    from neox.parallel.mesh import Mesh
+
+    for options in (
+        {},
+        {"position_embedding": "learned", "tie_embeddings": True},
+        LLAMA | {"num_kv_heads": groups},
+        LLAMA | {"qk_norm": True},
+        LLAMA | {"qkv_bias": True},
+    ):
+        model = config(**options)
+        assert family_for(model).rules(model).keys() == GPT(model, Mesh.single("meta")).layouts().keys()
+
+
+def test_qkv_rows_are_grouped_by_key_head():
+    model = config(num_kv_heads=2, head_dim=4)
+    packed = torch.arange(2 * 5 * 4)
+    q, k, v = split_qkv(packed, model)
+    assert q.view(6, 4)[:, 0].tolist() == [0, 4, 8, 20, 24, 28]
+    assert k.view(2, 4)[:, 0].tolist() == [12, 32]
+    assert v.view(2, 4)[:, 0].tolist() == [16, 36]
+    assert torch.equal(join_qkv(q, k, v, model), packed)
+
+
+def test_unknown_architecture():
+    with pytest.raises(ConfigError, match="got=bert"):
+        family_named("bert")
+
+
+@pytest.mark.parametrize(
+    ("rope", "match"),
+    [
+        ({"rope_type": "longrope", "factor": 2.0}, "got=longrope"),
+        ({"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "got=mscale"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate=false"),
+    ],
+)
+def test_unsupported_scalings(rope, match):
+    with pytest.raises(ConfigError, match=match):
+        rope_from_json({"max_position_embeddings": 64, "rope_parameters": rope})
+
+
+def test_scaling_of_old_files():
+    old = {"max_position_embeddings": 64, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    fields = rope_from_json(old)
+    assert (fields["rope_theta"], fields["rope_scaling"].type, fields["rope_scaling"].factor) == (500.0, "linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "match"),
+    [
+        ({"model_type": "llama"}, "lacks a key"),
+        ({"model_type": "gpt2", "vocab_size": 5, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8, "scale_attn_weights": False}, "scale_attn_weights"),
+        ({"model_type": "gpt2", "vocab_size": 5, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8, "activation_function": "mish"}, "got=mish"),
+        (
+            {
+                "model_type": "qwen3",
+                "vocab_size": 5,
+                "hidden_size": 8,
+                "num_attention_heads": 2,
+                "intermediate_size": 8,
+                "num_hidden_layers": 4,
+                "use_sliding_window": True,
+                "max_window_layers": 2,
+            },
+            "2 of 4 slide",
+        ),
+    ],
+)
+def test_configs_that_are_refused(theirs, match):
+    with pytest.raises(ConfigError, match=match):
+        config_from_json(theirs)
