@@ -72,6 +72,7 @@ def data_core() -> CppExtension:
     )
 
 
+(ROOT / "neox" / "_ops").mkdir(exist_ok=True)  # an in-place build copies into it and does not create it
 setup(
     ext_modules=[*(cpu_ops(isa) for isa in cpu_isas()), data_core()],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True, no_python_abi_suffix=True)},

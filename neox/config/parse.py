@@ -98,8 +98,8 @@ class Reader:
         dotted = ".".join(map(str, path))
         return f"{self.source}:{node.start_mark.line + 1}" + (f" {dotted}" if dotted else "")
 
-    def _problem(self, what: str, node: yaml.Node, path: tuple = (), **parts: object) -> None:
-        self.problems.append(ConfigError(what, where=self._where(node, path), got=parts.get("got"), want=parts.get("want"), do=parts.get("do")))
+    def _problem(self, what: str, node: yaml.Node, path: tuple = (), *, got: object = None, want: object = None, do: object = None) -> None:
+        self.problems.append(ConfigError(what, where=self._where(node, path), got=got, want=want, do=do))
 
     def _syntax_problem(self, error: yaml.YAMLError) -> ConfigError:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None

@@ -155,14 +155,14 @@ def parse_split(text: str) -> tuple[float, float, float]:
     """Shares of train, validation and test, normalised to a sum of 1.
 
     Args:
-        text: up to three numbers separated by commas; those left out are 0.
+        text: up to three numbers separated by commas or slashes; those left out are 0.
 
     Raises:
         ValueError: not that, or nothing is left for training.
     """
     want = "one to three shares such as 969,30,1, none negative, the first above 0"
     try:
-        shares = [float(part) for part in text.split(",")]
+        shares = [float(part) for part in text.replace("/", ",").split(",")]
     except ValueError:
         raise ValueError(want) from None
     shares += [0.0] * (3 - len(shares))

@@ -89,7 +89,7 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path):
 def test_split_is_normalised():
     assert parse_split("969,30,1") == (0.969, 0.03, 0.001)
     assert parse_split("1") == (1.0, 0.0, 0.0)
-    assert parse_split(" 3, 1 ") == (0.75, 0.25, 0.0)
+    assert parse_split("3/1") == parse_split(" 3, 1 ") == (0.75, 0.25, 0.0)
 
 
 def test_every_rule_is_listed():

@@ -1,0 +1,218 @@
+"""The layout and the house style of the repository, checked by parsing it; each rule is shown to catch a violation first."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import source_rules as rules
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted((ROOT / "neox").glob("**/*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+# Exceptions to the sizes, each with its reason; keep it short.
+LONG: set[str] = set()
+
+
+def found(rule, *modules: str) -> list[str]:
+    """`file:line what` of a rule over all modules (or those given)."""
+    rows = []
+    for name in modules or MODULES:
+        path = MODULES[name].relative_to(ROOT)
+        rows += [f"{path}:{line} {what}" for line, what in rule(name)]
+    return rows
+
+
+def test_every_package_has_a_floor():
+    packages = {rules.package_of(name) for name in MODULES if name != "neox"}
+    assert packages <= set(rules.FLOORS)
+
+
+def test_packages_import_lower_floors_only():
+    assert found(lambda name: rules.floor_violations(TREES[name], name)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("neox.config.load", "import torch"),
+        ("neox.config.load", "from neox.data import IndexedDataset"),
+        ("neox.data.indexed", "import torch"),
+        ("neox.data.indexed", "from neox import ops"),
+        ("neox.model.gpt", "from ..checkpoint import save"),
+        ("neox.model.gpt", "def f():\n    import neox.engine.engine"),
+        ("neox.train.loop", "import deepspeed"),
+        ("neox.errors", "import neox.config"),
+    ],
+)
+def test_a_wrong_floor_is_seen(module, source):
+    assert list(rules.floor_violations(ast.parse(source), module))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("neox.data.loader", "import torch"),
+        ("neox.config.load", "from neox.errors import ConfigError\nfrom neox.config.schema import Config"),
+        ("neox.engine.engine", "import deepspeed\nfrom neox.model.gpt import GPT"),
+    ],
+)
+def test_a_right_floor_passes(module, source):
+    assert list(rules.floor_violations(ast.parse(source), module)) == []
+
+
+def test_no_import_cycles():
+    graph = {
+        name: {
+            target
+            for _, target in rules.imported_modules(tree, name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0])
+            if target in MODULES and target != name
+        }
+        for name, tree in TREES.items()
+    }
+    assert rules.cycles(graph) == []
+
+
+def test_a_cycle_is_seen():
+    assert rules.cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert rules.cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+SHIPPED = [path for pattern in ("neox/**/*.py", "benchmarks/**/*.py", "demo/*.py", "*.py") for path in sorted(ROOT.glob(pattern))]
+
+
+@pytest.mark.parametrize("rule", [rules.forbidden_calls, rules.forbidden_statements], ids=lambda rule: rule.__name__)
+def test_nothing_forbidden_is_shipped(rule):
+    rows = [f"{path.relative_to(ROOT)}:{line} {what}" for path in SHIPPED for line, what in rule(ast.parse(path.read_text(encoding="utf-8")))]
+    assert rows == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "exec(text)",
+        "import os\nos.system('ls')",
+        "subprocess.run(x, shell=True)",
+        "subprocess.run(x, shell=flag)",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "torch.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "archive.extractall(path)",
+        "getattr(config.model, 'x', None)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+    ],
+)
+def test_a_forbidden_call_is_seen(source):
+    assert list(rules.forbidden_calls(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    global x",
+        "from a import *",
+        "try:\n    f()\nexcept:\n    g()",
+        "def f(**kwargs):\n    g(**kwargs)",
+    ],
+)
+def test_a_forbidden_statement_is_seen(source):
+    assert list(rules.forbidden_statements(ast.parse(source)))
+
+
+def test_only_the_command_line_reads_argv_and_the_environment():
+    assert found(lambda name: () if name.startswith("neox.cli") else rules.environment_reads(TREES[name])) == []
+    assert list(rules.environment_reads(ast.parse("import os\nos.environ['A']")))
+    assert list(rules.environment_reads(ast.parse("from os import environ")))
+
+
+def test_no_function_imports_our_own_modules():
+    assert found(lambda name: rules.local_imports(TREES[name])) == []
+    assert list(rules.local_imports(ast.parse("def f():\n    from neox.model import gpt")))
+
+
+def test_no_module_level_state_is_changed():
+    assert found(lambda name: rules.mutable_state(TREES[name])) == []
+    assert list(rules.mutable_state(ast.parse("CACHE = {}\ndef f(x):\n    CACHE[x] = 1")))
+    assert list(rules.mutable_state(ast.parse("SEEN = []\ndef f(x):\n    SEEN.append(x)")))
+    assert not list(rules.mutable_state(ast.parse("SEEN = []\ndef f(SEEN):\n    SEEN.append(1)")))
+
+
+def test_everything_public_has_a_docstring():
+    assert found(lambda name: rules.missing_docstrings(TREES[name])) == []
+    assert len(list(rules.missing_docstrings(ast.parse("def f():\n    pass\nclass A:\n    def g(self):\n        pass")))) == 4
+
+
+def test_functions_and_files_are_of_readable_size():
+    rows = [row for row in found(lambda name: rules.sizes(TREES[name], MODULES[name].read_text(encoding="utf-8"))) if row.split(":")[0] not in LONG]
+    native = [path for pattern in ("csrc/**/*.[ch]*", "tests/cpp/**/*.[ch]*") for path in sorted(ROOT.glob(pattern)) if path.is_file()]
+    for path in native:
+        count = path.read_text(encoding="utf-8").count("\n")
+        if count > rules.FILE_LINES and str(path.relative_to(ROOT)) not in LONG:
+            rows.append(f"{path.relative_to(ROOT)}:1 file of {count} lines")
+    assert rows == []
+    assert list(rules.sizes(ast.parse("def f():\n" + "    pass\n" * 60), ""))
+
+
+def test_no_code_in_comments():
+    rows = [f"{path.relative_to(ROOT)}:{line} {what}" for path in SHIPPED for line, what in rules.code_in_comments(path.read_text(encoding="utf-8"))]
+    assert rows == []
+    assert list(rules.code_in_comments("# x = f(1)\n"))
+
+
+def test_no_vague_file_names():
+    names = [
+        path.relative_to(ROOT)
+        for folder in ("neox", "csrc", "tests", "benchmarks")
+        for path in (ROOT / folder).glob("**/*")
+        if path.stem in rules.VAGUE_NAMES and path.is_file()
+    ]
+    assert names == []
+
+
+def test_operator_kernels_and_headers_know_no_torch():
+    native = [path for path in (ROOT / "csrc").glob("ops/*/*") if path.name != f"{path.parent.name}.cpp"] + list((ROOT / "csrc" / "data").glob("*"))
+    rows = [str(path.relative_to(ROOT)) for path in native if path.is_file() and ("<torch/" in path.read_text() or "ATen" in path.read_text())]
+    assert rows == []
+
+
+HEAVY = ("torch", "deepspeed", "pydantic", "numpy", "yaml", "transformers", "safetensors")
+
+
+def test_import_is_light():
+    """`import neox` brings in none of the slow packages: well below 0.3 s on any machine."""
+    probe = f"import neox, sys; print([name for name in {HEAVY} if name in sys.modules], len(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[] "), done.stdout
+
+
+def test_the_config_imports_no_torch():
+    probe = (
+        "import neox.config.load, neox.config.validate, neox.config.explain, neox.cli.config, sys; print('torch' in sys.modules, 'deepspeed' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "False False\n", done.stderr
+
+
+def test_everything_imports_without_network_or_compiler():
+    """All modules of the package, in a process whose sockets raise and whose PATH is empty; deepspeed's engine is imported too."""
+    probe = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise OSError('network used at import')\n"
+        "socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse\n"
+        "import importlib\n"
+        f"for name in {sorted(MODULES)!r}: importlib.import_module(name)\n"
+        "print('imported')"
+    )
+    environment = {"PATH": "", "HOME": "/nonexistent", "CUDA_HOME": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=180, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("imported")
