@@ -1,0 +1,133 @@
+"""What a run records of every step: metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neox.checkpoint.storage import write_file
+from neox.errors import DiskError
+
+METRICS = "metrics.jsonl"
+DROPPED = "metrics.dropped.jsonl"
+
+# Dense peak of one device in FLOP/s by the start of its name: bf16 and fp16, then fp32 (vendors' data sheets).
+PEAKS = {
+    "NVIDIA H200": (989e12, 67e12),
+    "NVIDIA H100": (989e12, 67e12),
+    "NVIDIA B200": (2250e12, 80e12),
+    "NVIDIA A100": (312e12, 19.5e12),
+    "NVIDIA L40S": (362e12, 91.6e12),
+    "NVIDIA GeForce RTX 4090": (165e12, 82.6e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What MFU is a share of: the data sheet's dense peak of a known GPU, else the speed of a matrix product measured here, FLOP/s."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for start, (half, single) in PEAKS.items():
+            if name.startswith(start):
+                return single if dtype == torch.float32 else half
+    return measured_flops(device, torch.float32 if device.type == "cpu" else dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 768, rounds: int = 5) -> float:
+    """Speed of a size^3 matrix product, best of `rounds`, FLOP/s; the random streams are untouched."""
+    a = torch.linspace(-1, 1, size * size, device=device, dtype=torch.float32).view(size, size).to(dtype)
+    best = math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process so far, 10^9 bytes: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def drop_after(folder: Path, step: int) -> int:
+    """Move the records of steps after `step` to metrics.dropped.jsonl: a run that resumes there will record them anew.
+
+    A last line that a crash cut short goes with them. The file is replaced in one move.
+
+    Returns:
+        Number of lines moved.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    keep = [line for line in lines if step_of(line) <= step]
+    drop = [line for line in lines if step_of(line) > step]
+    if not drop:
+        return 0
+    with (folder / DROPPED).open("ab") as side:
+        side.writelines(line.rstrip(b"\n") + b"\n" for line in drop)
+        side.flush()
+        os.fsync(side.fileno())
+    write_file(path, b"".join(keep))
+    return len(drop)
+
+
+def step_of(line: bytes) -> float:
+    """The step of a record; infinity for a line that is not one."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class MetricsLog:
+    """Appends one JSON object per step to metrics.jsonl, and the same numbers to TensorBoard.
+
+    Args:
+        folder: of the run.
+        step: last step that is done; records of later steps are moved aside.
+        tensorboard: whether to write events.
+
+    Raises:
+        DiskError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool):
+        self.path = folder / METRICS
+        self.board = None
+        try:
+            self.dropped = drop_after(folder, step)
+            self.file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space or change run.dir") from error
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # here: it is slow to import, and optional
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one step. Raises DiskError where the disk refuses."""
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume") from error
+        if self.board is not None:
+            for key, value in record.items():
+                if key != "step" and math.isfinite(value):
+                    self.board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()

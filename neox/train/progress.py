@@ -1,0 +1,73 @@
+"""The line that a run prints: loss, speed, memory, time left."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TextIO
+
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short(value: float) -> str:
+    """A count in four characters or so: 950, 12.3k, 4.56M."""
+    for size, unit in UNITS:
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, with days where there are any."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def progress_line(record: dict, total_steps: int, seconds_per_step: float) -> str:
+    """One step as a person reads it.
+
+    Args:
+        record: what metrics.jsonl gets (neox.train.metrics).
+        total_steps: length of the run.
+        seconds_per_step: smoothed time of a step, for the time left.
+    """
+    parts = [f"step {record['step']}/{total_steps}", f"loss {record['loss']:.4f}"]
+    if "validation_loss" in record:
+        parts.append(f"validation {record['validation_loss']:.4f}")
+    parts += [f"lr {record['lr']:.3g}", f"grad {record['grad_norm']:.3g}", f"{short(record['tokens_per_s'])} tok/s", f"{record['tflops']:.3g} TFLOP/s"]
+    parts += [f"MFU {100 * record['mfu']:.1f}%", f"{record['memory_gb']:.2f} GB", f"ETA {duration((total_steps - record['step']) * seconds_per_step)}"]
+    return " | ".join(parts)
+
+
+class Progress:
+    """Prints lines to the terminal and log.txt.
+
+    Args:
+        terminal: stream for people; None on processes that do not speak.
+        log: stream of log.txt, or None.
+        total_steps: length of the run.
+        interval: steps between lines.
+    """
+
+    SMOOTHING = 0.9  # weight of the past in the time of a step
+
+    def __init__(self, terminal: TextIO | None, log: TextIO | None, total_steps: int, interval: int):
+        self.streams = [stream for stream in (terminal, log) if stream is not None]
+        self.total_steps = total_steps
+        self.interval = interval
+        self.seconds: float | None = None
+        self.steps = 0
+
+    def say(self, text: str) -> None:
+        """Print a line to every stream."""
+        for stream in self.streams:
+            stream.write(text + "\n")
+            stream.flush()
+
+    def step(self, record: dict, *, first: bool) -> None:
+        """Take note of a step, and print it where it is due: the first, the last, every `interval`-th, and those with an evaluation."""
+        time = record["step_time"]
+        self.steps += 1
+        warming = self.steps <= 2  # the first step is slow: nothing is warm yet
+        self.seconds = time if warming else self.SMOOTHING * self.seconds + (1 - self.SMOOTHING) * time
+        due = record["step"] % self.interval == 0 or record["step"] == self.total_steps
+        if self.streams and (first or due or "validation_loss" in record):
+            self.say(progress_line(record, self.total_steps, self.seconds))

@@ -1,0 +1,77 @@
+"""metrics.jsonl: full precision, nothing twice after a resume, and what the numbers are measured against."""
+
+import json
+
+import pytest
+import torch
+
+from neox.errors import DiskError
+from neox.train.metrics import MetricsLog, drop_after, measured_flops, memory_gb, peak_flops
+
+
+def write(folder, steps):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": n / 3}) + "\n" for n in steps))
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_records_keep_full_precision(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log.write({"step": 1, "loss": 1 / 3, "lr": 1e-4 / 7})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1 / 3, "lr": 1e-4 / 7}
+
+
+def test_resuming_moves_later_records_aside(tmp_path):
+    write(tmp_path, range(1, 11))
+    log = MetricsLog(tmp_path, 6, tensorboard=False)
+    assert log.dropped == 4
+    log.write({"step": 7})
+    log.close()
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+    assert steps(tmp_path / "metrics.dropped.jsonl") == [7, 8, 9, 10]
+    assert drop_after(tmp_path, 5) == 2
+    assert steps(tmp_path / "metrics.dropped.jsonl") == [7, 8, 9, 10, 6, 7]
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_nothing_to_move_leaves_the_file_alone(tmp_path):
+    assert drop_after(tmp_path, 3) == 0
+    write(tmp_path, [1, 2, 3])
+    before = (tmp_path / "metrics.jsonl").stat()
+    assert drop_after(tmp_path, 3) == 0
+    assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+    assert not (tmp_path / "metrics.dropped.jsonl").exists()
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 3}', b"\xff\xfe\n", b"[]\n", b"\n"])
+def test_a_line_cut_short_by_a_crash_goes_too(tmp_path, tail):
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
+    drop_after(tmp_path, 5)
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+    assert (tmp_path / "metrics.dropped.jsonl").exists()
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write({"step": 1, "loss": 2.5})
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    with pytest.raises(DiskError, match=r"cannot be written.*metrics\.jsonl"):
+        MetricsLog(tmp_path / "gone", 0, tensorboard=False)
+
+
+def test_peak_and_memory_are_positive_and_leave_the_random_stream_alone():
+    before = torch.get_rng_state()
+    assert measured_flops(torch.device("cpu"), torch.float32, size=64, rounds=1) > 1e6
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) > 1e6
+    assert 0.01 < memory_gb(torch.device("cpu")) < 1000
+    assert torch.equal(before, torch.get_rng_state())
