@@ -1,0 +1,80 @@
+"""Turn text into an indexed dataset: OUT.bin (tokens), OUT.idx (documents), OUT.json (what made it, checksums).
+
+--input takes files and folders. .jsonl, .ndjson and .json files hold one JSON object per line; any other file is one document.
+Each may be compressed (.gz, .zst). From folders, files that end in .jsonl or .txt are taken unless --suffix says otherwise.
+
+example: neox preprocess --input corpus/ more.jsonl.zst --tokenizer tokenizer.json --out data/corpus --workers 8 --bad-lines skip
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+
+import orjson
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from neox.data.preprocess import BAD_LINES, Encoding, Summary, preprocess
+from neox.data.text import FOLDER_SUFFIXES, find_files
+from neox.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files and folders to read, in this order")
+    parser.add_argument("--suffix", action="append", metavar="S", help="files to take from folders, such as .py; may be repeated (default: .jsonl and .txt)")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="`tokenizers` JSON file")
+    parser.add_argument("--out", required=True, metavar="PREFIX", help="path of the dataset, without suffix")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
+    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end each document with the end-of-document token")
+    parser.add_argument("--eod-token", metavar="TOKEN", help="end-of-document token (default: found by name)")
+    parser.add_argument(
+        "--special-tokens",
+        choices=("match", "text"),
+        default="match",
+        help="special tokens that occur in the text: match gives their ids, as upstream does; text encodes them as plain text (default: match)",
+    )
+    parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes that encode; 0: none but this one (default: one per CPU)")
+    help_bad = "a line that gives no document: fail stops, skip counts it, quarantine also keeps it in PREFIX.quarantine.jsonl (default: fail)"
+    parser.add_argument("--bad-lines", choices=BAD_LINES, default="fail", help=help_bad)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Preprocess and print the summary."""
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    if workers < 0:
+        raise ConfigError("bad number of workers", where="--workers", got=workers, want="0 or more")
+    files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
+    encoding = Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key, args.special_tokens == "text")
+    with Live(console=Console(stderr=True), transient=True, auto_refresh=False) as live:
+        progress = (lambda summary: live.update(Text(progress_line(summary)), refresh=True)) if sys.stderr.isatty() else None
+        summary = preprocess(files, args.out, encoding, workers=workers, bad_lines=args.bad_lines, overwrite=args.overwrite, progress=progress)
+    print(orjson.dumps(asdict(summary)).decode() if args.json else report(summary))
+    return 0
+
+
+def progress_line(summary: Summary) -> str:
+    """What a terminal shows while it runs."""
+    rate = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
+    bad = f", {summary.bad_lines:,} bad" if summary.bad_lines else ""
+    return f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.text_bytes / 1e6:,.0f} MB ({rate:.1f} MB/s){bad}"
+
+
+def report(summary: Summary) -> str:
+    """The summary as text."""
+    lines = [
+        f"{summary.out}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype}) from {summary.files:,} files",
+        f"{summary.text_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s: {summary.text_bytes / 1e6 / max(summary.seconds, 1e-9):.1f} MB/s",
+        f"left out: {summary.bad_lines:,} bad, {summary.blank_lines:,} blank, {summary.empty_documents:,} empty",
+    ]
+    lines += [f"  {count:,} x {reason}" for reason, count in sorted(summary.bad_reasons.items())]
+    lines += [f"  {example['where']}: {example['reason']}" for example in summary.bad_examples]
+    if summary.quarantine:
+        lines.append(f"bad lines are kept in {summary.quarantine}")
+    return "\n".join(lines)

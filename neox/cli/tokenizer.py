@@ -1,0 +1,61 @@
+"""Train a byte-level BPE tokenizer on your own text.
+
+It encodes every text without loss and knows the end-of-document token <|endoftext|>.
+
+example: neox tokenizer train --input corpus/ --suffix .py --vocab-size 8192 --out tokenizer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import orjson
+
+from neox.data.text import FOLDER_SUFFIXES, Bad, find_files, parse, read_blocks
+from neox.data.tokenizer import EOD_NAMES, train_tokenizer
+from neox.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = actions.add_parser("train", help="train a tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files and folders to read (as in neox preprocess)")
+    train.add_argument("--suffix", action="append", metavar="S", help="files to take from folders; may be repeated (default: .jsonl and .txt)")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids wanted, the 256 bytes and end-of-document token included")
+    train.add_argument("--out", required=True, metavar="FILE", help="tokenizer to write, a `tokenizers` JSON file")
+    train.add_argument("--eod-token", default=EOD_NAMES[0], metavar="TOKEN", help="end-of-document token (default: <|endoftext|>)")
+    train.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
+    train.add_argument("--bad-lines", choices=("fail", "skip"), default="fail", help="a line that gives no document: stop, or pass over it (default: fail)")
+    train.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print what was made."""
+    files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
+    texts = documents(files, args.json_key, args.bad_lines)
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.out, eod_token=args.eod_token, show_progress=sys.stderr.isatty())
+    result = {"out": args.out, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "hash": tokenizer.hash, "files": len(files)}
+    if args.json:
+        print(orjson.dumps(result).decode())
+    else:
+        print(f"{args.out}: {tokenizer.vocab_size:,} tokens from {len(files):,} files, {tokenizer.eod_token} is {tokenizer.eod_id}")
+        if tokenizer.vocab_size < args.vocab_size:
+            print(f"the text gave no more than {tokenizer.vocab_size:,} of the {args.vocab_size:,} tokens asked for")
+    return 0
+
+
+def documents(files: Sequence[str], key: str, bad_lines: str) -> Iterator[str]:
+    """The documents of the files. Raises DataError at a bad line under "fail"."""
+    for block in read_blocks(files):
+        for item in block:
+            bad = [item] if isinstance(item, Bad) else []
+            if not bad:
+                parsed = parse(item, key)
+                yield from parsed.texts
+                bad = parsed.bad
+            if bad and bad_lines == "fail":
+                do = "mend the input, or pass --bad-lines skip"
+                raise DataError("bad line" if bad[0].line else "bad file", where=bad[0].where, got=bad[0].reason, do=do)

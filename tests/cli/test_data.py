@@ -1,0 +1,90 @@
+"""neox data inspect, verify and merge, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from neox.cli.main import main
+from neox.data.indexed import IndexedDataset, IndexedWriter
+from neox.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def prefix(tmp_path) -> str:
+    tokenizer = train_tokenizer(["hello world " * 20], 300, tmp_path / "t.json")
+    with IndexedWriter(tmp_path / "d", "uint16", tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size, eod_id=0) as writer:
+        for text in ("hello world", "world", "hello"):
+            writer.add_document([*tokenizer.encode(text), 0])
+    return str(tmp_path / "d")
+
+
+def test_inspect(prefix, tmp_path, capsys):
+    assert main(["data", "inspect", prefix, "--tokenizer", str(tmp_path / "t.json"), "--samples", "2", "--scan", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["documents"], result["dtype"], result["eod_tokens"], result["eod_per_document"], result["smallest_id_found"]) == (3, "uint16", 3, 1.0, 0)
+    assert result["largest_id"] == result["largest_id_found"]
+    assert "hello world" in result["samples"][0] and len(result["samples"]) == 2
+    assert main(["data", "inspect", prefix, "--samples", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "documents: 3" in printed and "document_tokens: shortest" in printed
+
+
+def test_inspect_of_an_empty_dataset(tmp_path, capsys):
+    with IndexedWriter(tmp_path / "e", "uint16"):
+        pass
+    assert main(["data", "inspect", str(tmp_path / "e"), "--samples", "3", "--scan"]) == 0
+    assert "documents: 0" in capsys.readouterr().out
+
+
+def test_verify(prefix, capsys):
+    assert main(["data", "verify", prefix]) == 0
+    assert capsys.readouterr().out == f"{prefix}: whole\n"
+    with open(f"{prefix}.bin", "r+b") as file:
+        file.write(b"\xfe")
+    assert main(["data", "verify", prefix, "--json"]) == 3
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)[0]["damaged"] == [[0, IndexedDataset(prefix).num_tokens * 2]]
+    assert printed.err.startswith("error[3] dataset is damaged")
+
+
+def test_verify_ids_and_missing_files(prefix, capsys):
+    assert main(["data", "verify", prefix, "--vocab-size", "256"]) == 3
+    assert "is outside a vocabulary of 256" in capsys.readouterr().out
+    assert main(["data", "verify", prefix, f"{prefix}-none"]) == 3
+    printed = capsys.readouterr()
+    assert f"{prefix}: whole" in printed.out and "cannot open data file" in printed.out
+
+
+def test_merge(prefix, tmp_path, capsys):
+    out = str(tmp_path / "m")
+    assert main(["data", "merge", prefix, prefix, "--out", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 6
+    merged, source = IndexedDataset(out), IndexedDataset(prefix)
+    assert all(np.array_equal(merged[i], source[i % 3]) for i in range(6))
+    assert merged.sidecar.tokenizer_hash == source.sidecar.tokenizer_hash and merged.verify() == []
+    assert main(["data", "merge", prefix, "--out", out]) == 3
+    assert "is there already" in capsys.readouterr().err
+    assert main(["data", "merge", prefix, "--out", prefix, "--overwrite"]) == 2
+    assert "cannot be merged into itself" in capsys.readouterr().err
+
+
+def test_merge_refuses_other_tokenizers_and_types(prefix, tmp_path, capsys):
+    with IndexedWriter(tmp_path / "o", "uint16", tokenizer_hash="0" * 64) as writer:
+        writer.add_document([1])
+    assert main(["data", "merge", prefix, str(tmp_path / "o"), "--out", str(tmp_path / "m")]) == 3
+    assert "different tokenizers" in capsys.readouterr().err
+    with IndexedWriter(tmp_path / "w", "int32") as writer:
+        writer.add_document([1])
+    assert main(["data", "merge", prefix, str(tmp_path / "w"), "--out", str(tmp_path / "m")]) == 3
+    assert "different token types" in capsys.readouterr().err
+    assert not (tmp_path / "m.bin").exists()
+
+
+@pytest.mark.parametrize("action", ["inspect", "verify", "merge"])
+def test_help(action, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", action, "--help"])
+    assert stopped.value.code == 0 and "PREFIX" in capsys.readouterr().out

@@ -1,0 +1,187 @@
+"""Text to datasets: the same bytes for any number of workers, bad lines by policy, nothing left after a failure or a kill."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import tokenizers
+
+from neox.data.indexed import IndexedDataset
+from neox.data.preprocess import Encoding, preprocess
+from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.errors import ConfigError, DataError, DiskError, MemoryExhausted
+
+TEXTS = [f"document {i} says {'word ' * (i * 31 % 97)}and é日😀" for i in range(300)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> Tokenizer:
+    return train_tokenizer(TEXTS, 400, tmp_path / "t.json")
+
+
+@pytest.fixture
+def lines(tmp_path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS))
+    return path
+
+
+def test_documents_are_the_tokenizers_ids_and_eod(tokenizer, lines, tmp_path):
+    summary = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
+    dataset = IndexedDataset(tmp_path / "out")
+    reference = tokenizers.Tokenizer.from_file(tokenizer.file)
+    assert len(dataset) == summary.documents == 300 and dataset.num_tokens == summary.tokens
+    for i, text in enumerate(TEXTS):
+        assert dataset[i].tolist() == [*reference.encode(text).ids, tokenizer.eod_id]
+    sidecar = dataset.sidecar
+    assert (sidecar.tokenizer_hash, sidecar.vocab_size, sidecar.eod_id, sidecar.largest_id) == (tokenizer.hash, 400, 0, max(map(max, dataset)))
+    assert summary.text_bytes == lines.stat().st_size and summary.dtype == "uint16"
+
+
+def test_output_is_the_same_for_any_number_of_workers(tokenizer, lines, tmp_path):
+    content = lines.read_bytes().splitlines(keepends=True)
+    content[100] = b"{bad}\n"
+    files = [lines, tmp_path / "b.jsonl.gz", tmp_path / "c.txt"]
+    lines.write_bytes(b"".join(content))
+    files[1].write_bytes(gzip.compress(b"".join(content[:50])))
+    files[2].write_text(TEXTS[0] * 300)
+    results = []
+    for workers in (0, 1, 3):
+        summary = preprocess(
+            [str(file) for file in files], tmp_path / f"out{workers}", Encoding(tokenizer.file), workers=workers, bad_lines="quarantine", block_bytes=3000
+        )
+        suffixes = (".bin", ".idx", ".json", ".quarantine.jsonl")
+        results.append([(tmp_path / f"out{workers}{suffix}").read_bytes() for suffix in suffixes])
+        assert (summary.documents, summary.bad_lines) == (350, 1)
+    assert results[0] == results[1] == results[2]
+
+
+def test_bad_lines_by_policy(tokenizer, lines, tmp_path):
+    content = lines.read_bytes().splitlines(keepends=True)
+    content[4:5] = [b'{"text": "\xff"}\n', b"\n", b'{"text": 3}\n', b'{"text": ""}\n']
+    lines.write_bytes(b"".join(content))
+    with pytest.raises(DataError, match=r"bad line; where=.*in\.jsonl:5; got=not JSON: str is not valid UTF-8.*do=mend"):
+        preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
+    assert not list(tmp_path.glob("out*"))
+    skipped = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="skip")
+    assert (skipped.documents, skipped.bad_lines, skipped.blank_lines, skipped.empty_documents) == (299, 2, 1, 1)
+    assert [example["where"] for example in skipped.bad_examples] == [f"{lines}:5", f"{lines}:7"] and skipped.quarantine is None
+    assert dict(skipped.bad_reasons) == {"not JSON": 1, "key 'text' is a int and not a string": 1}
+    kept = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="quarantine", overwrite=True)
+    records = [orjson.loads(line) for line in Path(kept.quarantine).read_bytes().splitlines()]
+    assert [base64.b64decode(record["content_base64"]) for record in records] == [b'{"text": "\xff"}', b'{"text": 3}']
+    assert [record["line"] for record in records] == [5, 7]
+    with pytest.raises(ConfigError, match="unknown policy"):
+        preprocess([str(lines)], tmp_path / "x", Encoding(tokenizer.file), bad_lines="ignore")
+
+
+def test_quarantine_leaves_no_file_without_bad_lines(tokenizer, lines, tmp_path):
+    summary = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="quarantine")
+    assert summary.quarantine is None and sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.json"]
+
+
+def test_options(tokenizer, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"body": "a<|endoftext|>b"}\n')
+    preprocess([str(path)], tmp_path / "a", Encoding(tokenizer.file, append_eod=False, json_key="body"))
+    assert IndexedDataset(tmp_path / "a")[0].tolist() == tokenizer.encode("a<|endoftext|>b")
+    preprocess([str(path)], tmp_path / "b", Encoding(tokenizer.file, json_key="body", specials_as_text=True))
+    tokens = IndexedDataset(tmp_path / "b")[0].tolist()
+    assert tokens[-1] == tokenizer.eod_id and tokenizer.eod_id not in tokens[:-1]
+
+
+def test_widest_id_decides_the_dtype(tmp_path):
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 65_543, "</s>": 1}, unk_token="a"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    plain.save(str(tmp_path / "gap.json"))
+    (tmp_path / "in.txt").write_text("b a b")
+    summary = preprocess([str(tmp_path / "in.txt")], tmp_path / "out", Encoding(str(tmp_path / "gap.json")))
+    assert summary.dtype == "int32" and IndexedDataset(tmp_path / "out")[0].tolist() == [65_543, 0, 65_543, 1]
+
+
+def test_nothing_to_write_is_an_error(tokenizer, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('\n{"text": ""}\n')
+    with pytest.raises(DataError, match=r"input has no documents; where=.*in\.jsonl; got=0 bad, 1 blank, 1 empty in 1 files"):
+        preprocess([str(path)], tmp_path / "out", Encoding(tokenizer.file))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_existing_output_and_missing_eod(tokenizer, lines, tmp_path):
+    (tmp_path / "out.idx").write_text("mine")
+    with pytest.raises(DataError, match=r"is there already; where=.*out\.idx"):
+        preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
+    assert (tmp_path / "out.idx").read_text() == "mine"
+    with pytest.raises(DiskError, match="cannot create file"):
+        preprocess([str(lines)], tmp_path / "nowhere" / "out", Encoding(tokenizer.file))
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    plain.save(str(tmp_path / "plain.json"))
+    with pytest.raises(ConfigError, match="no end-of-document token"):
+        preprocess([str(lines)], tmp_path / "new", Encoding(str(tmp_path / "plain.json")))
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(tokenizer, lines, tmp_path):
+    lines.write_bytes(lines.read_bytes() * 20)
+
+    def kill_one(_: object) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for child in children:
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("needs /proc/self/task/PID/children")
+    with pytest.raises(MemoryExhausted, match="a worker process died"):
+        preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), workers=1, progress=kill_one, block_bytes=500)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_kill_9_leaves_nothing_that_opens_and_a_rerun_is_whole(tokenizer, lines, tmp_path, repository):
+    lines.write_bytes(lines.read_bytes() * 30)
+    command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--input", str(lines), "--tokenizer", tokenizer.file, "--out", str(tmp_path / "out")]
+    for workers in ("0", "2"):
+        process = subprocess.Popen([*command, "--workers", workers], cwd=repository, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out.bin.partial").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "out.idx").exists() and not (tmp_path / "out.json").exists()
+        with pytest.raises(DataError):
+            IndexedDataset(tmp_path / "out")
+        deadline = time.monotonic() + 30
+        while _group_lives(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _group_lives(process.pid), "workers outlive their parent"
+    summary = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
+    assert summary.documents == 9_000 and IndexedDataset(tmp_path / "out").verify() == []
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_huge_word_takes_linear_time(tokenizer, tmp_path):
+    seconds = []
+    for size in (100_000, 400_000):
+        (tmp_path / "in.txt").write_text("a" * size)
+        started = time.process_time()
+        preprocess([str(tmp_path / "in.txt")], tmp_path / "out", Encoding(tokenizer.file), overwrite=True)
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 8 * seconds[0] + 0.5
+    assert np.all(IndexedDataset(tmp_path / "out")[0][:-1] > 0)
