@@ -110,3 +110,40 @@ def gated(x: torch.Tensor, gate: torch.Tensor, activation: str = "silu") -> torc
     x, gate = x.double(), gate.double()
     act = {"silu": lambda u: u / (1 + torch.exp(-u)), "gelu": gelu, "relu": lambda u: u.clamp(min=0)}[activation]
     return act(x) * gate
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention with all probabilities written out; keep [b, n, s, t] multiplies them as dropout does. A row without keys gives zeros."""
+    q, k, v = q.double(), k.double(), v.double()
+    s, t, heads = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(heads, dim=2), v.repeat_interleave(heads, dim=2)
+    scores = torch.einsum("bsnd,btnd->bnst", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(s)[:, None] + (t - s)
+    key = torch.arange(t)[None, :]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.double()[:, None, None] * (position - key).abs()
+    visible = torch.ones(q.shape[0], 1, s, t, dtype=torch.bool)
+    if causal:
+        visible = visible & ~(key > position)
+    if window is not None:
+        visible = visible & (position - key < window)
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, t - s :, None] == segment_ids[:, None, :])[:, None]
+    weights = torch.where(visible, scores, -1e300).softmax(-1) * visible
+    if keep is not None:
+        weights = weights * keep.double()
+    return torch.einsum("bnst,btnd->bsnd", weights, v)

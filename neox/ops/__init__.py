@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from neox.ops._library import ISA
+from neox.ops.attention import attention, attention_qkv
 from neox.ops.bias_gelu import bias_gelu
 from neox.ops.cross_entropy import cross_entropy
 from neox.ops.gated import gated
@@ -12,6 +13,8 @@ from neox.ops.rotary import rotary, rotary_frequencies, rotary_qkv, rotary_table
 from neox.ops.scaled_masked_softmax import scaled_causal_softmax, scaled_masked_softmax
 
 __all__ = [
+    "attention",
+    "attention_qkv",
     "backend",
     "bias_gelu",
     "cross_entropy",

@@ -1,0 +1,252 @@
+"""Exact softmax attention in tiles, O(s) memory, forward and backward (csrc/ops/attention, docs/attention.md)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+
+import torch
+
+from neox.ops._library import native
+from neox.ops._seed import draw_seed
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "native", "sdpa")
+
+# The faster backend per device and dtype (benchmarks/ops/bench_attention.py measures it; docs/attention.md has the numbers). On other devices
+# there is no native kernel yet.
+FASTER = {
+    ("cpu", torch.float32): "native",
+    ("cpu", torch.bfloat16): "native",
+}
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """softmax(mask(softcap(scale q k^T) + alibi)) v, differentiable in q, k and v.
+
+    Query i stands at position i + t - s: the last query is aligned with the last key, so that s < t is decoding with a cache. A query that sees
+    no key gives zeros and takes no gradient. Arithmetic is in float32. Method: arXiv:1805.02867, arXiv:2205.14135.
+
+    Args:
+        q: [b, s, n, d], float32 or bfloat16; any strides with a contiguous last dimension, d of any size.
+        k: [b, t, g, d], dtype of q; n is a multiple of g, and query heads i n/g ... share kv head i.
+        v: [b, t, g, d].
+        causal: hide keys after the query's position.
+        scale: of the scores; 1 / sqrt(d) by default.
+        window: number of keys a query sees, the one at its own position included; needs causal.
+        segment_ids: [b, t] int32; keys of another id than the one at the query's position are hidden.
+        alibi_slopes: [n] float32, not differentiated; slope * |position - j| is subtracted from the scores (arXiv:2108.12409).
+        softcap: scores become softcap * tanh(scores / softcap) before the bias and the masks.
+        dropout_p: probability of zeroing an attention weight, the others are divided by 1 - p; the mask is Philox's, from torch's CPU generator.
+        backend: "native" for our kernel, "sdpa" for torch's scaled_dot_product_attention, "auto" for the faster by the table in this file.
+
+    Returns:
+        [b, s, n, d], contiguous, dtype of q.
+
+    Raises:
+        ValueError: a wrong dtype, shape, stride or option, named.
+    """
+    check_options(window, softcap, alibi_slopes)
+    if choose_backend(backend, q.device.type, q.dtype, softcap) == "sdpa":
+        return sdpa_attention(q, k, v, causal, scale, window, segment_ids, alibi_slopes, dropout_p)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    seed = draw_seed() if dropout_p else None
+    return native.attention(q, k, v, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p)[0]
+
+
+def attention_qkv(
+    qkv: torch.Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention on the output of a fused projection, read in place; the backward writes one gradient of the same layout.
+
+    Args:
+        qkv: [b, s, g, m + 2, d]: per kv head the m = n / g query heads that share it, then its key, then its value.
+        causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend: as in `attention`.
+
+    Returns:
+        [b, s, n, d], contiguous, dtype of qkv.
+
+    Raises:
+        ValueError: a wrong dtype, shape, stride or option, named.
+    """
+    check_options(window, softcap, alibi_slopes)
+    if choose_backend(backend, qkv.device.type, qkv.dtype, softcap) == "sdpa":
+        q = qkv[:, :, :, :-2].flatten(2, 3)  # [b, s, n, d]
+        return sdpa_attention(q, qkv[:, :, :, -2], qkv[:, :, :, -1], causal, scale, window, segment_ids, alibi_slopes, dropout_p)
+    scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
+    seed = draw_seed() if dropout_p else None
+    return native.attention_qkv(qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p)[0]
+
+
+def check_options(window: int | None, softcap: float | None, alibi_slopes: torch.Tensor | None) -> None:
+    """The rules the kernel cannot see, where None has become a number.
+
+    Raises:
+        ValueError: a window below 1, a softcap that is not positive, or slopes that ask for a gradient.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window must be at least 1; got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap must be positive; got {softcap}")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("attention: alibi_slopes has no gradient; got a tensor that requires one")
+
+
+def choose_backend(backend: str, device: str, dtype: torch.dtype, softcap: float | None = None) -> str:
+    """The backend that will run: "native" or "sdpa". Logs each choice that "auto" makes once.
+
+    Args:
+        backend: as configured.
+        device: "cpu", "cuda", ...
+        dtype: of the queries.
+        softcap: as given to `attention`.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot do what is asked.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    chosen = backend
+    if backend == "auto":
+        chosen = FASTER.get((device, dtype), "native" if device in ("cpu", "meta") else "sdpa")
+        if not torch.compiler.is_compiling():
+            log_choice(chosen, device, dtype)
+    if chosen == "sdpa" and softcap is not None:
+        raise ValueError(f"attention: softcap needs the native backend, which runs on the CPU; got backend {backend!r} on {device}")
+    return chosen
+
+
+@cache
+def log_choice(chosen: str, device: str, dtype: torch.dtype) -> None:
+    """One line per choice and process."""
+    why = "measured faster" if (device, dtype) in FASTER else "the only one there"
+    logger.info("attention runs %s on %s, %s: %s (neox/ops/attention.py)", chosen, device, dtype, why)
+
+
+def visible_keys(s: int, t: int, causal: bool, window: int | None, segment_ids: torch.Tensor | None, device: torch.device | None = None) -> torch.Tensor | None:
+    """The mask in full, True where a query sees a key: [s, t], [b, 1, s, t] with segments, or None where everything is seen."""
+    position = torch.arange(t - s, t, device=device)[:, None]  # [s, 1]
+    key = torch.arange(t, device=device)[None, :]  # [1, t]
+    mask = None
+    if causal:
+        mask = key <= position
+    if window is not None:
+        mask = mask & (key > position - window)
+    if segment_ids is not None:
+        same = segment_ids[:, None, t - s :, None] == segment_ids[:, None, None, :]  # [b, 1, s, t]
+        mask = same if mask is None else same & mask
+    return mask
+
+
+def sdpa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    segment_ids: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """The same through torch.nn.functional.scaled_dot_product_attention, which takes every mask but the plain causal one in full, O(s t).
+
+    Raises:
+        ValueError: a window without causal.
+    """
+    if window is not None and not causal:
+        raise ValueError(f"attention: window needs causal=True; got {window}")
+    s, t = q.shape[1], k.shape[1]
+    plain = s == t and window is None and segment_ids is None and alibi_slopes is None
+    mask = None if plain else visible_keys(s, t, causal, window, segment_ids, q.device)
+    if alibi_slopes is not None:
+        distance = (torch.arange(t - s, t, device=q.device)[:, None] - torch.arange(t, device=q.device)).abs()
+        bias = -alibi_slopes[:, None, None] * distance  # [n, s, t]
+        mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+        mask = mask.to(q.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=plain and causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+@torch.library.register_fake("neox::attention")
+def _(q, k, v, *options):
+    b, s, n, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty([b, n, s], dtype=torch.float32)
+
+
+@torch.library.register_fake("neox::attention_backward")
+def _(dout, q, k, v, out, lse, *options):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("neox::attention_qkv")
+def _(qkv, *options):
+    b, s, g, parts, d = qkv.shape
+    n = g * (parts - 2)
+    return qkv.new_empty([b, s, n, d]), qkv.new_empty([b, n, s], dtype=torch.float32)
+
+
+@torch.library.register_fake("neox::attention_qkv_backward")
+def _(dout, qkv, out, lse, *options):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, *tensors = inputs[:6]
+    ctx.options = inputs[6:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, *tensors)
+
+
+def _backward(ctx, dout, dlse):
+    grads = native.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *grads, *[None] * (3 + len(ctx.options))
+
+
+def _save_qkv(ctx, inputs, output):
+    qkv, *tensors = inputs[:4]
+    ctx.options = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, *tensors)
+
+
+def _backward_qkv(ctx, dout, dlse):
+    dqkv = native.attention_qkv_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return dqkv, *[None] * (3 + len(ctx.options))
+
+
+torch.library.register_autograd("neox::attention", _backward, setup_context=_save)
+torch.library.register_autograd("neox::attention_qkv", _backward_qkv, setup_context=_save_qkv)
