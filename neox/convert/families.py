@@ -315,11 +315,11 @@ def _gpt2_rules(config: ModelConfig) -> dict[str, Rule]:
 # Llama and its descendants
 
 
-def _llama_misfits(config: ModelConfig, **more: Any) -> list[str]:
+def _llama_misfits(config: ModelConfig, wanted: Json) -> list[str]:
     fixed = _rope_misfits(config) + _unlike(
         config, norm="rmsnorm", position_embedding="rotary", rotary_pct=1.0, parallel_residual=False, attention_softcap=None, hidden_dropout=0.0
     )
-    return fixed + _unlike(config, activation=tuple(GATED), **more)
+    return fixed + _unlike(config, activation=tuple(GATED), **wanted)
 
 
 def _llama_to_json(config: ModelConfig) -> Json:
@@ -434,7 +434,7 @@ FAMILIES = (
         "llama",
         "LlamaForCausalLM",
         _LLAMA_DEFAULTS,
-        lambda config: _llama_misfits(config, **_LLAMA_PLAIN, attention_out_bias=config.qkv_bias),
+        lambda config: _llama_misfits(config, _LLAMA_PLAIN | {"attention_out_bias": config.qkv_bias}),
         _llama_to_json,
         _llama_from_json,
         _llama_rules,
@@ -443,17 +443,17 @@ FAMILIES = (
         "mistral",
         "MistralForCausalLM",
         _MISTRAL_DEFAULTS,
-        lambda config: _llama_misfits(config, qk_norm=False, qkv_bias=False, attention_out_bias=False, mlp_bias=False),
+        lambda config: _llama_misfits(config, {"qk_norm": False, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}),
         _mistral_to_json,
         _mistral_from_json,
         _llama_rules,
     ),
-    Family("qwen2", "Qwen2ForCausalLM", _QWEN_DEFAULTS, lambda config: _llama_misfits(config, **_QWEN2_FIXED), _qwen_to_json, _qwen2_from_json, _llama_rules),
+    Family("qwen2", "Qwen2ForCausalLM", _QWEN_DEFAULTS, lambda config: _llama_misfits(config, _QWEN2_FIXED), _qwen_to_json, _qwen2_from_json, _llama_rules),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         _QWEN_DEFAULTS | {"head_dim": 128},
-        lambda config: _llama_misfits(config, qk_norm=True, attention_out_bias=config.qkv_bias, mlp_bias=False),
+        lambda config: _llama_misfits(config, {"qk_norm": True, "attention_out_bias": config.qkv_bias, "mlp_bias": False}),
         _qwen_to_json,
         _qwen3_from_json,
         _llama_rules,

@@ -10,6 +10,8 @@ import yaml
 from neox.config.load import PRESETS, dump, load, loads
 from neox.config.schema import ModelConfig
 from neox.config.validate import validate
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
 
 # Published counts, embeddings included (Pythia: arXiv 2304.01373, table 1 and the model cards; the others: the model cards'
 # weights). GPT-3's are printed as rounded in the paper: computed from its shapes.
@@ -76,6 +78,11 @@ def test_loads_by_its_bare_name_validates_and_round_trips(name, tmp_path, monkey
 @pytest.mark.parametrize("name", WITH_A_COUNT)
 def test_parameter_count_is_the_published_one(name):
     assert count_parameters(load([name]).config.model) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", WITH_A_COUNT)
+def test_the_model_is_built_with_that_count(name):
+    assert GPT(load([name]).config.model, Mesh.single("meta")).num_parameters() == PARAMETERS[name]
 
 
 PYTHIA = {name: name.split("/")[1].replace("-", ".") for name in WITH_A_COUNT if name.startswith("pythia/")}
