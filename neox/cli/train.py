@@ -13,30 +13,18 @@ Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 disk, 6 memory, 10 stopped
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
-import sys
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from neox.config.load import load
 from neox.config.validate import validate
 from neox.errors import EnvironmentProblem, NeoxError
+from neox.train.place import Place
 
 AFTER_YOU = 3.0  # seconds that other processes leave to the first to report what all of them found
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a launcher tells a process."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    address: str = "127.0.0.1"
-    port: int = 29500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,48 +83,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def start(args: argparse.Namespace, place: Place) -> int:
-    """Check the config, join the other processes, train."""
+    """Check the config, then hand over to neox.train."""
     loaded = load(args.conf, args.set)
-
-    # torch and deepspeed only now: a wrong config is reported within a second.
-    import torch
+    import torch  # only now: a wrong config is reported within a second
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     validate(loaded.config, place.world_size, device, loaded.origins)
     os.environ.setdefault("DS_ACCELERATOR", device)  # else DeepSpeed probes for hardware and warns that it found none
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists on it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    from neox.train.control import connect, join
-    from neox.train.loop import train
-    from neox.train.signals import StopSignals
-
-    with StopSignals() as signals:
-        mesh = join(loaded.config, place.rank, place.local_rank, place.world_size, device)
-        control = connect(place.rank, place.world_size, place.address, place.port)
-        try:
-            train(loaded.config, mesh, signals)
-            control.finish()
-            return 0
-        except BaseException as error:  # whatever it is, the other processes must learn of it
-            code, origin = control.fail(error)
-            return end(error, code, origin, args.debug, alone=place.world_size == 1)
-
-
-def end(error: BaseException, code: int, origin: bool, debug: bool, *, alone: bool) -> int:
-    """Report an error where it began, and leave: with others around at once, because a collective that never returns may be pending."""
-    from neox.train.control import as_neox_error
-
-    ours = as_neox_error(error)
-    if origin:
-        line = (
-            ours.line()
-            if ours is not None
-            else NeoxError(f"{type(error).__name__}: {error}", do="this is a bug of neox: please report it with the lines below").line()
-        )
-        print(line, file=sys.stderr, flush=True)
-        if debug or ours is None:
-            traceback.print_exception(error)
-    if not alone:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return importlib.import_module("neox.train.start").start(loaded.config, place, device, debug=args.debug)

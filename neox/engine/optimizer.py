@@ -119,17 +119,17 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
     return SGD(param_groups, config.lr, config.momentum, config.weight_decay)
 
 
-def state_keys(group: dict, type: str) -> tuple[str, ...]:
-    """Names of the per-element state that the optimizer of this type keeps for the parameters of one of its groups."""
-    if type == "muon":
-        return MUON_MATRIX_KEYS if group["use_muon"] else STATE_KEYS["adamw"]
-    return STATE_KEYS[type]
+def kept(optimizer: torch.optim.Optimizer, config: OptimizerConfig, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, tuple[str, ...]]:
+    """Names of the per-element state that the optimizer keeps, by parameter name. To be asked before DeepSpeed replaces the parameters in the groups."""
+    muon = {id(p) for group in optimizer.param_groups if group.get("use_muon") for p in group["params"]}
+    plain = STATE_KEYS["adamw" if config.type == "muon" else config.type]
+    return {name: MUON_MATRIX_KEYS if id(p) in muon else plain for name, p in named_parameters}
 
 
-def counter(group: dict, type: str, device: torch.device, updates: int) -> dict:
+def counter(optimizer: torch.optim.Optimizer, group: dict, device: torch.device, updates: int) -> dict:
     """The `step` entry of a parameter's state after `updates` updates, in the form in which the optimizer keeps it; empty where it has none."""
-    if type == "adamw":
+    if isinstance(optimizer, torch.optim.AdamW):
         return {"step": torch.tensor(float(updates), device=device)}
-    if type == "muon" and not group["use_muon"]:
+    if group.get("use_muon") is False:
         return {"step": updates}
     return {}

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from neox.cli.train import Place, read_place
+from neox.cli.train import read_place
 from neox.errors import EnvironmentProblem
+from neox.train.place import Place
 from tests.distributed import ROOT, environment
 
 GOOD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
@@ -38,7 +39,7 @@ def test_from_a_launcher():
         ("MASTER_PORT", "99999"),
         ("MASTER_PORT", None),
         ("OMP_NUM_THREADS", "0"),
-        ("RANK", "١"),
+        ("RANK", "\u0661"),
     ],
 )
 def test_a_wrong_variable_is_named(name, value):

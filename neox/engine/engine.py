@@ -1,0 +1,275 @@
+"""The engine: one optimizer step over a global batch, on DeepSpeed's data-parallel machinery.
+
+What is ours and what is DeepSpeed's:
+- DeepSpeed reduces, cuts and gathers (ZeRO 0-3), keeps the fp32 master weights and accumulators, scales the loss for fp16.
+- The optimizer instance, its groups, the learning rate, and the weight of every token are ours. The loss of a step is
+  sum(loss of tokens) / (number of targets in the GLOBAL batch); micro-batches with fewer targets weigh less.
+- A loss or gradient that is not finite is found before the update, from numbers that all processes share, so that all decide alike.
+
+Stage 0 with bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from neox.checkpoint.reshard import Fragment
+from neox.config.schema import Config
+from neox.engine.optimizer import build_optimizer, kept
+from neox.engine.schedule import build_schedule
+from neox.engine.wrap import start_deepspeed
+from neox.engine.zero import State
+from neox.errors import CheckpointError, NonFinite
+from neox.parallel.mesh import Layout, Mesh
+
+IGNORED = -100  # target that has no loss
+
+
+class Batch(Protocol):
+    """One micro-batch (neox.data.loader.Batch): int64 [b, s] tokens and targets, int32 segment_ids, int64 position_ids or None, int64 [b] sample_ids."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    segment_ids: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    sample_ids: torch.Tensor
+
+
+class BatchSizes(Protocol):
+    """The batch triangle (neox.config.validate.BatchSizes)."""
+
+    micro_batch_size: int
+    gradient_accumulation: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every process.
+
+    Attributes:
+        step: number of this step, 1 is the first.
+        loss: mean loss per target of the global batch.
+        grad_norm: L2 norm of its gradient before clipping.
+        lr: learning rate of the update.
+        tokens: targets that counted.
+        skipped: no update was made: an fp16 gradient overflowed and the loss scale was lowered.
+        stop: some process asked to stop before the update.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    skipped: bool
+    stop: bool
+
+
+class SummedLoss(torch.nn.Module):
+    """What DeepSpeed wraps: the model, ending in the sum of its per-token losses."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Sum of the batch's token losses, fp32 scalar."""
+        return self.model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids).sum()
+
+
+class Engine:
+    """Trains a model on global batches. Every process makes the same calls in the same order.
+
+    Args:
+        config: the run.
+        mesh: place of this process.
+        model: GPT with fp32 parameters on mesh.device. It belongs to the engine from now on.
+        batch_sizes: the resolved batch triangle.
+        total_steps: length of the run, where the schedule ends unless the config says otherwise.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, model: torch.nn.Module, batch_sizes: BatchSizes, total_steps: int):
+        self.config = config
+        self.mesh = mesh
+        self.model = model
+        self.schedule = build_schedule(config.schedule, config.optimizer, total_steps)
+        self.clip = config.optimizer.gradient_clipping
+        self.step = 0
+        self.updates = 0
+        layouts: dict[str, Layout] = model.layouts()
+        named = [(name, p, layouts[name]) for name, p in model.named_parameters() if p.requires_grad]
+        parameters = [(name, p) for name, p, _ in named]
+        self.optimizer = build_optimizer(parameters, config.optimizer)
+        kinds = kept(self.optimizer, config.optimizer, parameters)
+        rounded = config.precision.dtype != "fp32"
+        initial = {name: p.detach().clone() for name, p, _ in named} if rounded else {}
+        self.deepspeed = start_deepspeed(config, SummedLoss(model), self.optimizer, (batch_sizes.micro_batch_size, batch_sizes.gradient_accumulation), mesh)
+        self.wrapper = self.deepspeed.optimizer
+        self.plain = self.wrapper is self.optimizer
+        self.state = State(named, self.wrapper, self.optimizer, kinds, mesh.dp_rank, mesh.dp)
+        if rounded:
+            self.state.write_weights(initial)  # DeepSpeed made its masters from weights that were already rounded
+
+    def train_step(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
+        """One optimizer step over this process's micro-batches of one global batch.
+
+        Args:
+            batches: gradient_accumulation micro-batches, on the CPU or on the device.
+            stop: this process asks to stop; the answer of all is in the result.
+
+        Raises:
+            NonFinite: loss or gradient is NaN or infinite; nothing was updated, on any process.
+        """
+        step = self.step + 1
+        total = int(self.sum_over_data([sum(count_targets(batch) for batch in batches)])[0])
+        weight = self.mesh.dp / max(total, 1)  # DeepSpeed averages gradients over dp
+        loss = torch.zeros((), device=self.mesh.device)
+        last = len(batches) - 1
+        for i, batch in enumerate(batches):
+            self.deepspeed.set_gradient_accumulation_boundary(i == last)
+            part = self.deepspeed(to_device(batch, self.mesh.device))
+            # Always weighted outside: DeepSpeed divides the gradient by gradient_accumulation after all where backward() gets the very tensor
+            # that forward() returned (its hook on the output then runs before the one that marks the graph as scaled).
+            self.deepspeed.backward(part * weight, scale_wrt_gas=False)
+            loss += part.detach()
+        loss_sum, stops = self.sum_over_data([float(loss), float(stop)])
+        mean = loss_sum / max(total, 1)
+        if not math.isfinite(mean):
+            raise self.not_finite("loss", mean, step, batches)
+        learning_rate = self.schedule.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm, skipped = self.update(step, batches)
+        self.step = step
+        self.updates += not skipped
+        return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0)
+
+    def update(self, step: int, batches: Sequence[Batch]) -> tuple[float, bool]:
+        """Clip, and step the optimizer. Returns the gradient's norm and whether the update was skipped (fp16 overflow)."""
+        if self.plain:
+            norm = self.clip_plain()
+            if not math.isfinite(norm):
+                raise self.not_finite("gradient", norm, step, batches)
+            self.step_optimizer()
+            return norm, False
+        self.step_optimizer()
+        if not self.wrapper.overflow:
+            return float(self.deepspeed.get_global_grad_norm()), False
+        if self.config.precision.dtype == "fp16" and self.wrapper.loss_scale > self.config.precision.min_loss_scale:
+            return math.inf, True
+        raise self.not_finite("gradient", "NaN or infinity", step, batches)
+
+    def step_optimizer(self) -> None:
+        """DeepSpeed's step. Its Muon is torch.compiled: on a CPU that would start a C++ compiler in the middle of a run, so it stays eager there."""
+        if self.config.optimizer.type == "muon" and self.mesh.device.type == "cpu":
+            with torch.compiler.set_stance("force_eager"):
+                self.deepspeed.step()
+        else:
+            self.deepspeed.step()
+
+    def clip_plain(self) -> float:
+        """Stage 0: the norm of the reduced gradients, which are then scaled to at most the clipping norm."""
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        value = float(norm)
+        if 0.0 < self.clip < value < math.inf:
+            torch._foreach_mul_(grads, self.clip / (value + 1e-6))
+        return value
+
+    def sum_over_data(self, values: Sequence[float]) -> list[float]:
+        """Sum numbers over the data-parallel processes, in double precision."""
+        if self.mesh.dp_group is None:
+            return list(values)
+        out = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
+        dist.all_reduce(out, group=self.mesh.dp_group)
+        return out.tolist()
+
+    def not_finite(self, what: str, got: object, step: int, batches: Sequence[Batch]) -> NonFinite:
+        """The error for a loss or gradient that is NaN or infinite, with the samples of the global batch. All processes call it together."""
+        samples = torch.cat([batch.sample_ids for batch in batches]).to(self.mesh.device)
+        everyone = [samples]
+        if self.mesh.dp_group is not None:
+            everyone = [torch.empty_like(samples) for _ in range(self.mesh.dp)]
+            dist.all_gather(everyone, samples, group=self.mesh.dp_group)
+        return NonFinite(
+            f"the {what} is not finite",
+            where=f"rank {self.mesh.rank}: step {step}",
+            got=f"{got}, samples {sorted(torch.cat(everyone).tolist())}",
+            want="a finite number",
+            do="nothing was updated; lower the learning rate, or look at these samples (neox data inspect)",
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss per target over the batches of all processes; the training state and the random streams are untouched."""
+        self.deepspeed.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        count = 0
+        for batch in batches:
+            loss += self.deepspeed(to_device(batch, self.mesh.device))
+            count += count_targets(batch)
+        self.deepspeed.train()
+        total, targets = self.sum_over_data([float(loss), float(count)])
+        return total / max(targets, 1.0)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The fp32 weights and optimizer state that this process writes to a checkpoint (views, not copies)."""
+        return self.state.fragments()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rest of the state: JSON numbers."""
+        out: dict[str, Any] = {"step": self.step, "updates": self.updates, "optimizer": self.config.optimizer.type}
+        if self.config.precision.dtype == "fp16":
+            scaler = self.wrapper.loss_scaler
+            out["loss_scale"] = {key: getattr(scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+        return out
+
+    def restore(self, checkpoint: Any) -> None:
+        """Take up the state of a neox.checkpoint.load.Checkpoint, whatever layout wrote it.
+
+        Raises:
+            CheckpointError: its tensors are not those of this model, or its optimizer is another.
+        """
+        saved = checkpoint.state
+        if saved["optimizer"] != self.config.optimizer.type:
+            raise CheckpointError(
+                "the checkpoint is of another optimizer", where=f"{checkpoint.path}: optimizer.type", got=saved["optimizer"], want=self.config.optimizer.type
+            )
+        checkpoint.check(self.state.tensors())
+        self.step, self.updates = saved["step"], saved["updates"]
+        self.state.prepare(self.updates)
+        self.state.write(checkpoint.read)
+        self.deepspeed.global_steps = self.step
+        if "loss_scale" in saved and self.config.precision.dtype == "fp16":
+            for key, value in saved["loss_scale"].items():
+                setattr(self.wrapper.loss_scaler, key, value)
+
+
+def count_targets(batch: Batch) -> int:
+    """Number of targets that have a loss."""
+    return int((batch.targets != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A micro-batch on the device of the model."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    segment_ids: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; itself where it is there already."""
+    if batch.tokens.device == device:
+        return batch
+    move = [None if t is None else t.to(device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.segment_ids, batch.position_ids)]
+    return DeviceBatch(*move)

@@ -1,0 +1,168 @@
+"""Where DeepSpeed keeps what a checkpoint stores: for every parameter, the part of its fp32 weight and optimizer state that this process holds.
+
+Each ZeRO stage has its own place for them; a `Piece` hides which. Reading and writing both go through the views of a piece, so
+that what is saved and what is restored cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from neox.checkpoint.reshard import Fragment
+from neox.engine.optimizer import counter
+from neox.parallel.mesh import Layout
+
+Named = Iterable[tuple[str, torch.nn.Parameter, Layout]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Flat range [start, stop) of a local parameter, as the optimizer sees it.
+
+    Attributes:
+        name: logical name of the parameter.
+        layout: where the local parameter lies in the logical tensor.
+        flat: the tensor that the optimizer steps (the parameter itself, or a flat partition of many).
+        offset: where in `flat` the range begins.
+        start, stop: range of the local parameter, padding of the vocabulary included.
+        group: index of the optimizer's parameter group.
+        owned: part of [start, stop) that this process writes to a checkpoint (ranges that others hold too are shared out).
+    """
+
+    name: str
+    layout: Layout
+    flat: torch.Tensor
+    offset: int
+    start: int
+    stop: int
+    group: int
+    owned: tuple[int, int]
+
+    def view(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the local parameter in `tensor`, which is shaped like `flat`."""
+        return tensor.detach().view(-1)[self.offset + start - self.start : self.offset + stop - self.start]
+
+
+def plain_pieces(named: Named, optimizer: torch.optim.Optimizer, rank: int, size: int) -> Iterator[Piece]:
+    """Stage 0: every process holds everything; each writes its share."""
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for name, p, layout in named:
+        count = p.numel()
+        yield Piece(name, layout, p, 0, 0, count, group_of[id(p)], (count * rank // size, count * (rank + 1) // size))
+
+
+def mapped_pieces(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_Optimizer) -> Iterator[Piece]:
+    """Stages 1 and 2: DeepSpeed's fragment map gives the address of a parameter's part in the flat fp32 partition."""
+    for name, p, layout in named:
+        fragment = p._hp_mapping
+        if fragment is None:
+            continue
+        flat = wrapper.optimizer.param_groups[fragment.param_group_index]["params"][0]
+        start = fragment.lp_fragment_address.start
+        stop = start + fragment.lp_fragment_address.numel
+        yield Piece(name, layout, flat, fragment.hp_fragment_address.start, start, stop, fragment.param_group_index, (start, stop))
+
+
+def partitioned_pieces(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, rank: int) -> Iterator[Piece]:
+    """Stage 3: every parameter is cut evenly over the processes; the last cuts are padded."""
+    for name, p, layout in named:
+        sub_group, offset, share = wrapper.grad_position[wrapper.get_param_id(p)]
+        start = min(rank * share, p.ds_numel)
+        stop = min(start + share, p.ds_numel)
+        if start < stop:
+            flat = wrapper.fp32_partitioned_groups_flat[sub_group]
+            yield Piece(name, layout, flat, offset, start, stop, wrapper.sub_group_to_group_id[sub_group], (start, stop))
+
+
+class State:
+    """The fp32 weights and the optimizer state of one process under any ZeRO stage.
+
+    Args:
+        named: logical name, parameter and layout of all that is trained.
+        wrapper: DeepSpeed's optimizer, or ours where stage 0 leaves it bare.
+        optimizer: our optimizer inside.
+        kinds: what the optimizer keeps for the elements of a parameter beside the weight, by name.
+        rank, size: this process's place among the data-parallel processes.
+    """
+
+    def __init__(self, named: Named, wrapper: object, optimizer: torch.optim.Optimizer, kinds: dict[str, tuple[str, ...]], rank: int, size: int):
+        self.wrapper = wrapper
+        self.optimizer = optimizer
+        self.kinds = kinds
+        self.shapes = {name: layout.shape for name, _, layout in named}
+        if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            self.pieces = list(partitioned_pieces(named, wrapper, rank))
+        elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+            self.pieces = list(mapped_pieces(named, wrapper))
+        else:
+            self.pieces = list(plain_pieces(named, optimizer, rank, size))
+
+    def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(name, kind, logical shape) of all that a checkpoint of this training holds."""
+        for name, shape in self.shapes.items():
+            for kind in ("weight", *self.kinds[name]):
+                yield name, kind, shape
+
+    def tensor(self, piece: Piece, kind: str) -> torch.Tensor | None:
+        """The tensor, shaped like piece.flat, that holds a kind; None before the first update."""
+        return piece.flat if kind == "weight" else self.optimizer.state.get(piece.flat, {}).get(kind)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this process writes to a checkpoint, without padding. Data are views: they change with the next update."""
+        for piece in self.pieces:
+            layout = piece.layout
+            start, stop = piece.owned[0], min(piece.owned[1], layout.numel)
+            if start >= stop:
+                continue
+            for kind in ("weight", *self.kinds[piece.name]):
+                held = self.tensor(piece, kind)
+                data = torch.zeros(stop - start) if held is None else piece.view(held, start, stop)
+                yield Fragment(piece.name, kind, layout.shape, layout.slices, start, stop, data)
+
+    def prepare(self, updates: int) -> None:
+        """Create the optimizer state as after `updates` updates, zero where it is per element."""
+        for piece in self.pieces:
+            state = self.optimizer.state[piece.flat]
+            for kind in self.kinds[piece.name]:
+                state[kind] = torch.zeros_like(piece.flat)
+            state.update(counter(self.optimizer, self.optimizer.param_groups[piece.group], piece.flat.device, updates))
+
+    @torch.no_grad()
+    def write(self, read) -> None:
+        """Overwrite weights and optimizer state; `prepare` must have run.
+
+        Args:
+            read: (name, kind, slices, start, stop) -> flat tensor of these elements of the logical tensor.
+        """
+        for piece in self.pieces:
+            layout = piece.layout
+            start, stop = piece.start, min(piece.stop, layout.numel)
+            if start >= stop:
+                continue
+            for kind in ("weight", *self.kinds[piece.name]):
+                piece.view(self.tensor(piece, kind), start, stop).copy_(read(piece.name, kind, layout.slices, start, stop))
+        self.publish()
+
+    @torch.no_grad()
+    def write_weights(self, values: dict[str, torch.Tensor]) -> None:
+        """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before they were rounded."""
+        for piece in self.pieces:
+            piece.view(piece.flat, piece.start, piece.stop).copy_(values[piece.name].view(-1)[piece.start : piece.stop])
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the fp32 weights into the parameters that the forward pass uses, on every process."""
+        wrapper = self.wrapper
+        if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            for sub_group in range(len(wrapper.fp16_groups)):
+                wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if wrapper.persistent_parameters:
+                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+        elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+            wrapper.update_lp_params()

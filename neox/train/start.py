@@ -1,0 +1,70 @@
+"""From a checked config to a running training, and from whatever it ends with to one exit code for all processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from neox.config.schema import Config
+from neox.errors import NeoxError
+from neox.parallel.mesh import Mesh, create_mesh
+from neox.train.control import as_neox_error, connect
+from neox.train.loop import train
+from neox.train.place import Place
+from neox.train.signals import StopSignals
+
+
+def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
+    """Join the other processes and train. Returns the exit code; with other processes around it ends this one itself after an error.
+
+    Args:
+        config: a validated config.
+        place: of this process.
+        device: "cpu" or "cuda".
+        debug: print the traceback of any error.
+    """
+    with StopSignals() as signals:
+        mesh = join(config, place, device)
+        control = connect(place)
+        try:
+            train(config, mesh, signals)
+            control.finish()
+            return 0
+        except BaseException as error:  # whatever it is, the other processes must learn of it
+            code, origin = control.fail(error)
+            if origin:
+                report(error, debug)
+            if place.world_size > 1:
+                leave(code)
+            return code
+
+
+def join(config: Config, place: Place, device: str) -> Mesh:
+    """Join the process group that the launcher's variables name, and arrange the processes."""
+    here = torch.device(device, place.local_rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    if place.world_size > 1:
+        backend, bound = ("nccl", here) if device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, device_id=bound)
+    return create_mesh(config.parallel.tensor, config.parallel.pipeline, here)
+
+
+def report(error: BaseException, debug: bool) -> None:
+    """Print the one line; the traceback too where it is asked for, or where the bug is ours."""
+    ours = as_neox_error(error)
+    line = ours or NeoxError(f"{type(error).__name__}: {error}", do="this is a bug of neox: please report it with the lines below")
+    print(line.line(), file=sys.stderr, flush=True)
+    if debug or ours is None:
+        traceback.print_exception(error)
+
+
+def leave(code: int) -> None:
+    """End the process at once: a collective that never returns may be pending, and would hold up an orderly exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

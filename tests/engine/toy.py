@@ -1,0 +1,213 @@
+"""A model small enough to train in milliseconds, with the face of GPT that the engine uses, and runs of it for several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from neox.config.schema import Config
+from neox.engine.engine import Engine
+from neox.errors import CheckpointError, NonFinite
+from neox.parallel.mesh import Layout, Mesh, create_mesh
+
+os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; launchers and `neox train` set it
+
+VOCAB, HIDDEN, ROWS, LENGTH = 60, 16, 64, 12  # ROWS: vocabulary with its padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    sample_ids: torch.Tensor
+    segment_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+
+class Toy(torch.nn.Module):
+    """Tied embedding, two tanh layers with a norm between: matrices, biases, norm weights, vocabulary padding."""
+
+    def __init__(self, seed: int = 5, dropout: float = 0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.2)  # noqa: E731
+        self.embedding = torch.nn.ParameterDict({"word": draw(ROWS, HIDDEN)})
+        self.embedding["word"].data[VOCAB:] = 0
+        self.layers = torch.nn.ModuleList([torch.nn.ParameterDict({"weight": draw(HIDDEN, HIDDEN), "bias": draw(HIDDEN)}) for _ in range(2)])
+        self.norm = torch.nn.ParameterDict({"weight": draw(HIDDEN)})
+        self.dropout = dropout
+        self.poison = None  # (rank, "loss" or "gradient", value): what goes wrong where
+
+    def layouts(self) -> dict[str, Layout]:
+        out = {name: Layout.whole(*p.shape) for name, p in self.named_parameters()}
+        return out | {"embedding.word": Layout.cut((VOCAB, HIDDEN), 0, 0, ROWS)}
+
+    def loss(self, tokens, targets, *, segment_ids=None, position_ids=None):
+        x = F.embedding(tokens, self.embedding["word"])
+        for layer in self.layers:
+            x = x + torch.tanh(F.linear(x, layer["weight"], layer["bias"])) * self.norm["weight"]
+            x = F.dropout(x, self.dropout, self.training)
+        logits = F.linear(x, self.embedding["word"])[..., :VOCAB].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        if self.poison is not None and self.poison[0] == (dist.get_rank() if dist.is_initialized() else 0):
+            loss = Poison.apply(loss, *self.poison[1:])
+        return loss
+
+
+class Poison(torch.autograd.Function):
+    """Makes one loss, or one gradient only, NaN or infinite."""
+
+    @staticmethod
+    def forward(ctx, loss, where, value):
+        ctx.value = value if where == "gradient" else 0.0
+        loss = loss.clone()
+        if where == "loss":
+            loss[-1] = value
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[-1] += ctx.value
+        return grad, None, None
+
+
+def make_config(**sections) -> Config:
+    base = {
+        "model": {"vocab_size": VOCAB},
+        "optimizer": {"lr": 0.01, "gradient_clipping": 0.5},
+        "schedule": {"type": "cosine", "warmup_iters": 3, "min_lr": 1e-4},
+        "precision": {"dtype": "fp32"},
+        "zero": {"stage": 0},
+    }
+    base |= {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 20}}}
+    return Config.model_validate({**base, **sections})
+
+
+def global_batch(step: int, samples: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets of a step's whole batch; a varying number of targets per sample is ignored."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(0, VOCAB, (samples, LENGTH + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    for row in range(samples):
+        targets[row, : int(torch.randint(0, LENGTH, (1,), generator=generator))] = -100
+    return tokens[:, :-1], targets
+
+
+def micro_batches(step: int, mesh: Mesh, accumulation: int, samples: int = 8) -> list[Batch]:
+    """This process's micro-batches of a step, in the sample order of the loader."""
+    tokens, targets = global_batch(step, samples)
+    size = samples // (mesh.dp * accumulation)
+    rows = [range((m * mesh.dp + mesh.dp_rank) * size, (m * mesh.dp + mesh.dp_rank + 1) * size) for m in range(accumulation)]
+    return [Batch(tokens[list(r)], targets[list(r)], torch.tensor(list(r)) + step * samples) for r in rows]
+
+
+def make_engine(config: Config, mesh: Mesh, accumulation: int = 1, total_steps: int = 20, samples: int = 8, dropout: float = 0.0) -> Engine:
+    sizes = SimpleNamespace(micro_batch_size=samples // (mesh.dp * accumulation), gradient_accumulation=accumulation, global_batch_size=samples)
+    return Engine(config, mesh, Toy(dropout=dropout), sizes, total_steps)
+
+
+def run(engine: Engine, accumulation: int, steps: int) -> list[dict]:
+    """Train on and return loss, norm and rate of every step."""
+    out = []
+    for _ in range(steps):
+        result = engine.train_step(micro_batches(engine.step, engine.mesh, accumulation))
+        out.append({"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens": result.tokens})
+    return out
+
+
+def gathered(engine: Engine) -> dict[str, torch.Tensor]:
+    """All logical tensors (kind/name) put together from the fragments of every process, on every process."""
+    out = {}
+    for f in engine.fragments():
+        flat = out.setdefault(f"{f.kind}/{f.name}", torch.zeros(f.shape).view(-1))
+        flat[f.start : f.stop] = f.data.float()
+    if engine.mesh.dp > 1:
+        for name, kind, shape in engine.state.tensors():
+            dist.all_reduce(out.setdefault(f"{kind}/{name}", torch.zeros(shape).view(-1)))
+    return out
+
+
+class Stored:
+    """A checkpoint in memory, with the face of neox.checkpoint.load.Checkpoint."""
+
+    path = "memory"
+
+    def __init__(self, tensors: dict[str, torch.Tensor], state: dict):
+        self.tensors = tensors
+        self.state = json.loads(json.dumps(state))
+
+    def check(self, wanted) -> None:
+        if set(self.tensors) != {f"{kind}/{name}" for name, kind, _ in wanted}:
+            raise CheckpointError("tensors do not fit")
+
+    def read(self, name, kind, slices, start, stop) -> torch.Tensor:
+        return self.tensors[f"{kind}/{name}"][start:stop].clone()
+
+
+def train_ranks(settings: str, out: str) -> None:
+    """Entry of a process: trains under every stage named in `settings` (JSON) and writes what rank 0 saw to `out`."""
+    dist.init_process_group("gloo")
+    given = json.loads(settings)
+    mesh = create_mesh()
+    answers = {}
+    for stage in given["stages"]:
+        config = make_config(**given.get("sections", {}), zero={"stage": stage})
+        engine = make_engine(config, mesh, given["accumulation"])
+        history = run(engine, given["accumulation"], given["steps"])
+        tensors = gathered(engine)
+        answers[stage] = {
+            "history": history,
+            "tensors": {key: value.tolist() for key, value in tensors.items()},
+            "state": engine.state_dict(),
+            "padding": engine_padding(engine),
+            "validation": engine.evaluate(micro_batches(777, mesh, 2)),
+        }
+    if mesh.rank == 0:
+        Path(out).write_text(json.dumps(answers))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def engine_padding(engine: Engine) -> float:
+    """Largest value among the rows of vocabulary padding that this process holds."""
+    largest = 0.0
+    for piece in engine.state.pieces:
+        if piece.stop > piece.layout.numel:
+            for kind in ("weight", *engine.state.kinds[piece.name]):
+                held = engine.state.tensor(piece, kind)
+                if held is not None:
+                    largest = max(largest, float(piece.view(held, max(piece.start, piece.layout.numel), piece.stop).abs().max()))
+    return largest
+
+
+def poison_ranks(settings: str, out: str) -> None:
+    """Entry of a process: one good step, then a poisoned one on one rank, under every stage; writes what this rank saw."""
+    dist.init_process_group("gloo")
+    given = json.loads(settings)
+    mesh = create_mesh()
+    answers = []
+    for stage in given["stages"]:
+        for dtype in given["dtypes"]:
+            for where in ("loss", "gradient"):
+                engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": dtype}), mesh)
+                run(engine, 1, 1)
+                before = {f"{f.kind}/{f.name}": f.data.clone() for f in engine.fragments()}
+                engine.model.poison = (1, where, float("nan"))
+                try:
+                    engine.train_step(micro_batches(1, mesh, 1))
+                    error = None
+                except NonFinite as problem:
+                    error = problem.line()
+                same = all(torch.equal(before[f"{f.kind}/{f.name}"], f.data) for f in engine.fragments())
+                answers.append({"stage": stage, "dtype": dtype, "where": where, "error": error, "unchanged": same, "step": engine.step})
+    Path(f"{out}.{mesh.rank}").write_text(json.dumps(answers))
+    dist.barrier()
+    dist.destroy_process_group()
