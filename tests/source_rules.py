@@ -131,16 +131,17 @@ def passes_keywords_through(function: ast.FunctionDef | ast.AsyncFunctionDef) ->
 
 
 def environment_reads(tree: ast.AST) -> Iterator[Finding]:
-    """Reads of argv and the environment."""
+    """Reads of argv and the environment; setting a variable for a library is no read."""
+    written = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and dotted(node) in ENVIRONMENT:
+        if isinstance(node, ast.Attribute) and dotted(node) in ENVIRONMENT and id(node) not in written:
             yield node.lineno, dotted(node)
         elif isinstance(node, ast.ImportFrom) and any(f"{node.module}.{alias.name}" in ENVIRONMENT for alias in node.names):
             yield node.lineno, f"from {node.module} import ..."
 
 
 def local_imports(tree: ast.AST) -> Iterator[Finding]:
-    """Imports of our own modules inside functions: they hide a cycle."""
+    """Imports of our own modules inside functions: below the command line, which delays torch, they hide a cycle."""
     for function in ast.walk(tree):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for node in ast.walk(function):

@@ -131,10 +131,11 @@ def test_only_the_command_line_reads_argv_and_the_environment():
     assert found(lambda name: () if name.startswith("neox.cli") else rules.environment_reads(TREES[name])) == []
     assert list(rules.environment_reads(ast.parse("import os\nos.environ['A']")))
     assert list(rules.environment_reads(ast.parse("from os import environ")))
+    assert not list(rules.environment_reads(ast.parse("import os\nos.environ['A'] = '1'")))
 
 
 def test_no_function_imports_our_own_modules():
-    assert found(lambda name: rules.local_imports(TREES[name])) == []
+    assert found(lambda name: () if name.startswith("neox.cli.") else rules.local_imports(TREES[name])) == []
     assert list(rules.local_imports(ast.parse("def f():\n    from neox.model import gpt")))
 
 

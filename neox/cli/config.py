@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     differ.add_argument("left", metavar="A")
     differ.add_argument("right", metavar="B")
     for each in (shower, explainer, differ):
-        each.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key; may be repeated")
+        each.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="single values, as section.key=value")
         each.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -178,7 +178,7 @@ def environment() -> Iterator[Finding]:
         text = os.environ.get(name)
         if text is None:
             continue
-        good = text.isdecimal() and int(text) >= smallest
+        good = text.isascii() and text.isdecimal() and int(text) >= smallest
         yield Finding(name, good, f"{text!r}" + ("" if good else f", want a number of at least {smallest}"), do=f"unset {name}, or give it a number")
 
 

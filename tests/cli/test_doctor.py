@@ -49,7 +49,9 @@ def test_json_is_one_list(monkeypatch, capsys):
     assert all(set(row) == {"name", "ok", "text", "needed", "do"} for row in rows)
 
 
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "abc"), ("OMP_NUM_THREADS", "0"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", ""), ("RANK", "1.0")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "abc"), ("OMP_NUM_THREADS", "0"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", ""), ("RANK", "1.0"), ("RANK", "\u0661")]
+)
 def test_a_bad_variable_is_named_with_its_value(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     found = {finding.name: finding for finding in doctor.environment()}[name]
