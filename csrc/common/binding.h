@@ -7,13 +7,38 @@
 
 #include <vector>
 
+#if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+// Lives in torch's CUDA library alone: weak, so that the operators also load into a CPU-only torch.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream) __attribute__((weak));
+#endif
+
 #include "common/check.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
 using torch::headeronly::ScalarType;
+
+// A binding is compiled once per library: with the kernels of <op>_cpu.cpp, or (NEOX_CUDA_KERNELS) with those of <op>_cuda.cu, for a GPU or
+// for the emulator. NEOX_KERNEL(f) is the library's own f_cpu or f_cuda; NEOX_RUN(f, like, arguments...) calls it with the threads, or the
+// current stream of the GPU that holds `like`. Schemas are defined once, by the library that is loaded first.
+#if defined(NEOX_CUDA_KERNELS)
+#define NEOX_KERNEL(name) name##_cuda
+#define NEOX_RUN(name, like, ...) neox::run_on_device(#name, like, [&](neox::Stream stream) { return name##_cuda(__VA_ARGS__, stream); })
+#else
+#define NEOX_KERNEL(name) name##_cpu
+#define NEOX_RUN(name, like, ...) name##_cpu(__VA_ARGS__, neox::torch_parallel())
+#endif
+#if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
+#define NEOX_SCHEMAS(m) [[maybe_unused]] static void neox_schemas_of_the_cpu_library(torch::stable::detail::StableLibrary& m)
+#else
+#define NEOX_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(neox, m)
+#endif
+#define NEOX_IMPLEMENTATIONS(m) STABLE_TORCH_LIBRARY_IMPL(neox, NEOX_OP_DEVICE, m)
 
 // torch's intra-op threads, as set by torch.set_num_threads.
 inline Parallel torch_parallel() {
@@ -22,7 +47,26 @@ inline Parallel torch_parallel() {
     }};
 }
 
-inline DType dtype_of(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32; }
+#if defined(NEOX_CUDA_KERNELS)
+// Calls launcher(stream) with the GPU of `like` current; it returns null, or what CUDA said.
+template <class Launcher>
+void run_on_device(const char* name, [[maybe_unused]] const Tensor& like, const Launcher& launcher) {
+#if defined(SIMT_EMU)
+    const char* const error = launcher(nullptr);
+#else
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
+    const char* const error = launcher(stream);
+#endif
+    if (error) throw std::runtime_error(concat(name, ": the kernel could not be launched: ", error));
+}
+#endif
+
+inline DType dtype_of(const Tensor& tensor) {
+    const auto type = tensor.scalar_type();
+    return type == ScalarType::BFloat16 ? DType::kBFloat16 : type == ScalarType::Half ? DType::kFloat16 : DType::kFloat32;
+}
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {
     const auto sizes = tensor.sizes();

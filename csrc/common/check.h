@@ -36,16 +36,26 @@ void check(const char* op, bool ok, const char* argument, const std::string& rul
     if (!ok) throw std::invalid_argument(concat(op, ": ", argument, " ", rule, "; got ", got));
 }
 
-inline void check_cpu(const char* op, const Tensor& tensor, const char* argument) {
+// The library's own device: a GPU for the CUDA library, else the CPU (emulated CUDA kernels read CPU tensors).
+inline void check_device(const char* op, const Tensor& tensor, const char* argument) {
+#if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
+    check(op, tensor.is_cuda(), argument, "must be on the GPU", tensor.is_cpu() ? "a CPU tensor" : "a tensor of another device");
+#else
     check(op, tensor.is_cpu(), argument, "must be on the CPU", tensor.is_cuda() ? "a CUDA tensor" : "a tensor of another device");
+#endif
 }
 
-// float32 or bfloat16, on the CPU.
+// float32 or bfloat16, and float16 where CUDA kernels run; on the library's device.
 inline void check_float(const char* op, const Tensor& tensor, const char* argument) {
-    check_cpu(op, tensor, argument);
+    using torch::headeronly::ScalarType;
+    check_device(op, tensor, argument);
     const auto type = tensor.scalar_type();
-    const bool ok = type == torch::headeronly::ScalarType::Float || type == torch::headeronly::ScalarType::BFloat16;
+    const bool ok = type == ScalarType::Float || type == ScalarType::BFloat16;
+#if defined(NEOX_CUDA_KERNELS)
+    check(op, ok || type == ScalarType::Half, argument, "must be float32, bfloat16 or float16", torch::headeronly::toString(type));
+#else
     check(op, ok, argument, "must be float32 or bfloat16", torch::headeronly::toString(type));
+#endif
 }
 
 inline void check_rank(const char* op, const Tensor& tensor, const char* argument, int64_t least, int64_t most) {
@@ -57,7 +67,7 @@ inline void check_rank(const char* op, const Tensor& tensor, const char* argumen
 
 // Same device and dtype as `like`.
 inline void check_same_type(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
-    check_cpu(op, tensor, argument);
+    check_device(op, tensor, argument);
     check(op, tensor.scalar_type() == like.scalar_type(), argument,
           concat("must have the dtype of ", like_name, ", ", torch::headeronly::toString(like.scalar_type())),
           torch::headeronly::toString(tensor.scalar_type()));

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <utility>
 
 #if defined(SIMT_EMU)
@@ -16,6 +17,7 @@
 #endif
 
 #include "common/dtype.h"
+#include "common/stream.h"
 
 #define NEOX_DEVICE static __device__ __forceinline__
 
@@ -37,20 +39,23 @@ constexpr int kWarpSize = 32;
 
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with the opt-in that more than 48 KiB of shared memory needs.
 template <class... Parameters, class... Arguments>
-inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream, Arguments&&... arguments) {
+    std::tuple<Parameters...> fixed(static_cast<Parameters>(arguments)...);
 #if defined(SIMT_EMU)
-    (void)stream;
-    const std::tuple<Parameters...> fixed(static_cast<Parameters>(arguments)...);
     simt::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, fixed); });
     return cudaSuccess;
 #else
+    const void* const address = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
-        const auto* const address = reinterpret_cast<const void*>(kernel);
         const cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
         if (error != cudaSuccess) return error;
     }
-    kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(arguments)...);
-    return cudaGetLastError();
+    return std::apply(
+        [&](auto&... values) {
+            void* pointers[] = {static_cast<void*>(&values)...};
+            return cudaLaunchKernel(address, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+        },
+        fixed);
 #endif
 }
 
@@ -60,6 +65,9 @@ inline int multiprocessors() {
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
     return count;
 }
+
+// What a launcher returns: null, or what CUDA said.
+inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // Calls body with a value of the device type that belongs to dtype, and returns its cudaError_t.
 template <class Body>

@@ -28,7 +28,7 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
     bias = contiguous(bias);
     const Rows rows(x);
     Tensor y = empty(x, shape_of(x));
-    bias_gelu_forward_cpu(describe(rows, bias, approximate), y.mutable_data_ptr(), torch_parallel());
+    NEOX_RUN(bias_gelu_forward, x, describe(rows, bias, approximate), y.mutable_data_ptr());
     return y;
 }
 
@@ -41,21 +41,21 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, Tensor x, std::optional
     const Rows rows(x), dy_rows(dy);
     Tensor dx = empty(x, shape_of(x));
     Tensor dbias = empty(x, {bias ? rows.size : 0});
-    Tensor partial = empty(x, {bias ? Blocks(rows.count).count : 0, rows.size}, ScalarType::Float);
-    bias_gelu_backward_cpu(describe(rows, bias, approximate), dy_rows.tensor.const_data_ptr(), dy_rows.stride, dx.mutable_data_ptr(), dbias.mutable_data_ptr(),
-                           static_cast<float*>(partial.mutable_data_ptr()), torch_parallel());
+    Tensor partial = empty(x, {bias ? NEOX_KERNEL(bias_gelu_partials)(rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
+    NEOX_RUN(bias_gelu_backward, x, describe(rows, bias, approximate), dy_rows.tensor.const_data_ptr(), dy_rows.stride, dx.mutable_data_ptr(),
+             dbias.mutable_data_ptr(), static_cast<float*>(partial.mutable_data_ptr()));
     return {dx, dbias};
 }
 
 }  // namespace
 }  // namespace neox
 
-STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+NEOX_SCHEMAS(m) {
     m.def("bias_gelu(Tensor x, Tensor? bias, str approximate) -> Tensor");
     m.def("bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+NEOX_IMPLEMENTATIONS(m) {
     m.impl("bias_gelu", TORCH_BOX(&neox::bias_gelu));
     m.impl("bias_gelu_backward", TORCH_BOX(&neox::bias_gelu_backward));
 }

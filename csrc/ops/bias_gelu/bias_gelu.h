@@ -11,6 +11,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
@@ -23,11 +24,16 @@ struct BiasGelu {
     const void* bias;  // [cols], or null
 };
 
-// y [rows, cols] contiguous.
+// y [rows, cols] contiguous. The CUDA forms return null, or what CUDA said.
 void bias_gelu_forward_cpu(const BiasGelu& in, void* y, const Parallel& parallel);
+const char* bias_gelu_forward_cuda(const BiasGelu& in, void* y, Stream stream);
 
 // dy [rows, cols], rows dy_stride apart; dx [rows, cols] contiguous; dbias [cols] where there is a bias;
-// partial [Blocks(rows).count, cols] fp32 scratch where there is a bias.
+// partial [bias_gelu_partials(rows, cols), cols] fp32 scratch where there is a bias.
 void bias_gelu_backward_cpu(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, const Parallel& parallel);
+const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, Stream stream);
+
+inline int64_t bias_gelu_partials_cpu(int64_t rows, int64_t) { return Blocks(rows).count; }
+int64_t bias_gelu_partials_cuda(int64_t rows, int64_t cols);
 
 }  // namespace neox

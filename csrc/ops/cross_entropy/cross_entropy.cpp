@@ -24,7 +24,7 @@ void check_targets(const Tensor& targets, const Columns& columns) {
 void check_cross_entropy(const Tensor& logits, const Tensor& targets, const Columns& columns) {
     check_float(kOp, logits, "logits");
     check_rank(kOp, logits, "logits", 2, 2);
-    check_cpu(kOp, targets, "targets");
+    check_device(kOp, targets, "targets");
     check(kOp, targets.scalar_type() == ScalarType::Long, "targets", "must be int64", torch::headeronly::toString(targets.scalar_type()));
     check_rank(kOp, targets, "targets", 1, 1);
     check(kOp, targets.size(0) == logits.size(0), "targets", concat("must have an id for each of the ", logits.size(0), " rows of logits"), targets.size(0));
@@ -34,7 +34,7 @@ void check_cross_entropy(const Tensor& logits, const Tensor& targets, const Colu
 }
 
 void check_statistics(const Tensor& statistics, const Tensor& targets) {
-    check_cpu(kOp, statistics, "statistics");
+    check_device(kOp, statistics, "statistics");
     const bool ok = statistics.scalar_type() == ScalarType::Float && statistics.dim() == 2 && statistics.size(0) == 4 && statistics.size(1) == targets.size(0);
     check(kOp, ok && statistics.is_contiguous(), "statistics", "must be float32 [4, rows], contiguous", shape_text(statistics));
 }
@@ -85,7 +85,7 @@ void backward_into(void* dlogits, int64_t dstride, const Rows& logits, Tensor dl
                    const LossTerms& terms) {
     check_cross_entropy(logits.tensor, targets, columns);
     check_statistics(statistics, targets);
-    check_cpu(kOp, dloss, "dloss");
+    check_device(kOp, dloss, "dloss");
     check(kOp, dloss.scalar_type() == ScalarType::Float, "dloss", "must be float32", torch::headeronly::toString(dloss.scalar_type()));
     check_same_shape(kOp, dloss, "dloss", targets, "targets");
     dloss = neox::contiguous(dloss);

@@ -12,7 +12,7 @@ constexpr int64_t kSliceElements = 2 << 20;  // of the fp32 output side: 8 MiB
 constexpr int64_t kDotRows = 8;              // up to here a product is bound by reading the weight
 
 void check_bfloat16(const Tensor& tensor, const char* argument) {
-    check_cpu(kOp, tensor, argument);
+    check_device(kOp, tensor, argument);
     check(kOp, tensor.scalar_type() == ScalarType::BFloat16, argument, "must be bfloat16", torch::headeronly::toString(tensor.scalar_type()));
 }
 

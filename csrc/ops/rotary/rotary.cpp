@@ -12,7 +12,7 @@ void check_tables(const char* op, const Tensor& cos, const Tensor& sin, int64_t 
         const char* name;
     } tables[] = {{cos, "cos"}, {sin, "sin"}};
     for (const auto& [table, name] : tables) {
-        check_cpu(op, table, name);
+        check_device(op, table, name);
         check(op, table.scalar_type() == ScalarType::Float, name, "must be float32", torch::headeronly::toString(table.scalar_type()));
         check_rank(op, table, name, 2, 3);
         const int64_t dims = table.dim();

@@ -25,7 +25,7 @@ Tensor scaled_masked_softmax(Tensor x, Tensor mask, double scale) {
     const char* const op = "scaled_masked_softmax";
     check_float(op, x, "x");
     check_rank(op, x, "x", 4, 4);
-    check_cpu(op, mask, "mask");
+    check_device(op, mask, "mask");
     check(op, mask.scalar_type() == ScalarType::Bool, "mask", "must be bool, True hides", torch::headeronly::toString(mask.scalar_type()));
     check_rank(op, mask, "mask", 4, 4);
     const bool fits = (mask.size(0) == 1 || mask.size(0) == x.size(0)) && mask.size(1) == 1 && mask.size(2) == x.size(2) && mask.size(3) == x.size(3);

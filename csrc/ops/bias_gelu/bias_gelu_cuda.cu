@@ -1,0 +1,135 @@
+#include "common/columns.cuh"
+#include "ops/bias_gelu/bias_gelu.h"
+
+namespace neox {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWaves = 16;  // blocks per multiprocessor at most; each thread then takes several packs
+
+struct Gelu {
+    float value, slope;
+};
+
+template <bool kTanh>
+NEOX_DEVICE Gelu gelu(float u) {
+    if constexpr (kTanh) {
+        const float square = u * u;
+        const float z = u * (square * 0.0713548163f + 1.59576912f);  // 2c(u + a u^3)
+        const float dz = square * 0.214064449f + 1.59576912f;        // 2c(1 + 3a u^2)
+        const float e = expf(-fabsf(z));
+        const float inverse = 1.0f / (1.0f + e);
+        const float s = z < 0.0f ? e * inverse : inverse;
+        const float bend = e > 0.0f ? u * dz * (e * inverse * inverse) : 0.0f;  // s' by e: s (1 - s) cancels where s is near 1
+        return {u * s, s + bend};
+    } else {
+        const float cdf = normcdff(u);
+        const float density = 0.398942280f * expf(-0.5f * u * u);
+        return {u * cdf, cdf + u * density};
+    }
+}
+
+template <class T, bool kTanh, int kPack>
+__global__ void __launch_bounds__(kThreads) forward(const T* x, int64_t x_stride, const T* bias, T* y, int64_t rows, int64_t cols) {
+    for (PackWalk at(rows, cols / kPack); at.inside(); at.next()) {
+        float u[kPack];
+        load(x + at.row * x_stride + at.col * kPack, u);
+        if (bias) {
+            float b[kPack];
+            load(bias + at.col * kPack, b);
+#pragma unroll
+            for (int k = 0; k < kPack; ++k) u[k] += b[k];
+        }
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) u[k] = gelu<kTanh>(u[k]).value;
+        store(y + at.row * cols + at.col * kPack, u);
+    }
+}
+
+template <class T>
+struct Backward {
+    const T *dy, *x, *bias;
+    int64_t dy_stride, x_stride;
+    T* dx;
+    float* partial;  // [gridDim.y, cols], or null
+    int64_t rows, cols;
+};
+
+// A ColumnSums block: dx for its columns and its stripe of rows, and their column sums for the gradient of the bias.
+template <class T, bool kTanh, int kPack>
+__global__ void __launch_bounds__(ColumnSums::kThreads) backward(Backward<T> in) {
+    const int lane = threadIdx.x % ColumnSums::kLanes, first = threadIdx.x / ColumnSums::kLanes;
+    const int64_t column = (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + lane) * kPack;
+    const bool inside = column < in.cols;
+    float sums[kPack] = {}, b[kPack] = {};
+    if (inside && in.bias) load(in.bias + column, b);
+    const Stripe stripe(in.rows);
+    for (int64_t row = stripe.begin + first; inside && row < stripe.end; row += ColumnSums::kRows) {
+        float u[kPack], dz[kPack];
+        load(in.x + row * in.x_stride + column, u);
+        load(in.dy + row * in.dy_stride + column, dz);
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) {
+            dz[k] *= gelu<kTanh>(u[k] + b[k]).slope;
+            sums[k] += dz[k];
+        }
+        store(in.dx + row * in.cols + column, dz);
+    }
+    if (in.partial) write_stripe_sum(sums, in.partial, column, in.cols);
+}
+
+template <class T, bool kTanh, int kPack>
+cudaError_t launch_forward(const BiasGelu& in, void* y, Stream stream) {
+    const unsigned blocks = blocks_for(in.rows * (in.cols / kPack), kThreads, kWaves);
+    return launch(forward<T, kTanh, kPack>, dim3(blocks), dim3(kThreads), 0, stream, static_cast<const T*>(in.x), in.x_stride, static_cast<const T*>(in.bias),
+                  static_cast<T*>(y), in.rows, in.cols);
+}
+
+template <class T, bool kTanh, int kPack>
+cudaError_t launch_backward(const Backward<T>& in, Stream stream) {
+    const int64_t tile = ColumnSums::kLanes * kPack;
+    const dim3 grid(static_cast<unsigned>((in.cols + tile - 1) / tile), static_cast<unsigned>(ColumnSums::stripes(in.rows, in.cols)));
+    return launch(backward<T, kTanh, kPack>, grid, dim3(ColumnSums::kThreads), 0, stream, in);
+}
+
+}  // namespace
+
+int64_t bias_gelu_partials_cuda(int64_t rows, int64_t cols) { return ColumnSums::stripes(rows, cols); }
+
+const char* bias_gelu_forward_cuda(const BiasGelu& in, void* y, Stream stream) {
+    if (in.rows == 0 || in.cols == 0) return nullptr;
+    return message(dispatch_device(in.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        constexpr int kPack = Pack<T>::kSize;
+        const bool packs = packs_fit<T>(in.x, in.x_stride, in.cols) && packs_fit<T>(y, in.cols, in.cols) && packs_fit<T>(in.bias, 0, 0);
+        if (in.tanh) return packs ? launch_forward<T, true, kPack>(in, y, stream) : launch_forward<T, true, 1>(in, y, stream);
+        return packs ? launch_forward<T, false, kPack>(in, y, stream) : launch_forward<T, false, 1>(in, y, stream);
+    }));
+}
+
+const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, Stream stream) {
+    if (in.cols == 0) return nullptr;
+    return message(dispatch_device(in.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        constexpr int kPack = Pack<T>::kSize;
+        const Backward<T> task{static_cast<const T*>(dy),
+                               static_cast<const T*>(in.x),
+                               static_cast<const T*>(in.bias),
+                               dy_stride,
+                               in.x_stride,
+                               static_cast<T*>(dx),
+                               in.bias ? partial : nullptr,
+                               in.rows,
+                               in.cols};
+        const bool packs = packs_fit<T>(in.x, in.x_stride, in.cols) && packs_fit<T>(dy, dy_stride, in.cols) && packs_fit<T>(dx, in.cols, in.cols) &&
+                           packs_fit<T>(in.bias, 0, 0);
+        const auto run = in.tanh ? (packs ? launch_backward<T, true, kPack> : launch_backward<T, true, 1>)
+                                 : (packs ? launch_backward<T, false, kPack> : launch_backward<T, false, 1>);
+        const cudaError_t error = run(task, stream);
+        if (error != cudaSuccess || !in.bias) return error;
+        const auto blocks = static_cast<unsigned>((in.cols + 255) / 256);
+        return launch(add_stripes<T>, dim3(blocks), dim3(256), 0, stream, partial, static_cast<T*>(dbias), ColumnSums::stripes(in.rows, in.cols), in.cols);
+    }));
+}
+
+}  // namespace neox
