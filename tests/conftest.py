@@ -28,3 +28,17 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the test data folder {SHARED_DATA}, which is not part of the repository")
     return SHARED_DATA
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--ops-library: run the operators' tests on another build, such as the emulated CUDA kernels."""
+    parser.addoption("--ops-library", help="library that defines torch.ops.neox, instead of the one that neox would choose")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the library that was asked for, before neox.ops looks for one."""
+    library = config.getoption("--ops-library")
+    if library is not None:
+        import torch
+
+        torch.ops.load_library(str(Path(library).resolve()))

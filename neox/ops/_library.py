@@ -10,6 +10,7 @@ import torch
 from neox.errors import EnvironmentProblem
 
 FOLDER = Path(__file__).parent.parent / "_ops"
+LOADED = "loaded by the process"
 INSTALL = "pip install --no-build-isolation -e ."
 
 # best first: library name -> CPU flags (as /proc/cpuinfo spells them) that its code needs
@@ -51,11 +52,13 @@ def choose(built: set[str], flags: set[str]) -> str:
 
 
 def load() -> str:
-    """Loads the library and returns its name.
+    """Loads the library and returns its name; one that the process has loaded already (tests of the emulated kernels) is used as it is.
 
     Raises:
         EnvironmentProblem: nothing fits, or the file does not load into this torch.
     """
+    if hasattr(torch.ops.neox, "bias_gelu"):
+        return LOADED
     isa = choose({path.stem for path in FOLDER.glob("*.so")} & set(REQUIREMENTS), cpu_flags())
     path = FOLDER / f"{isa}.so"
     try:
