@@ -52,13 +52,11 @@ def choose(built: set[str], flags: set[str]) -> str:
 
 
 def load() -> str:
-    """Loads the library and returns its name; one that the process has loaded already (tests of the emulated kernels) is used as it is.
+    """Loads the library and returns its name.
 
     Raises:
         EnvironmentProblem: nothing fits, or the file does not load into this torch.
     """
-    if hasattr(torch.ops.neox, "bias_gelu"):
-        return LOADED
     isa = choose({path.stem for path in FOLDER.glob("*.so")} & set(REQUIREMENTS), cpu_flags())
     path = FOLDER / f"{isa}.so"
     try:
@@ -70,5 +68,6 @@ def load() -> str:
     return isa
 
 
-ISA = load()
+# A library that the process has loaded already, such as the emulated CUDA kernels of the tests, is used as it is.
+ISA = LOADED if hasattr(torch.ops.neox, "bias_gelu") else load()
 native = torch.ops.neox

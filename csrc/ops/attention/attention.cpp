@@ -49,14 +49,14 @@ void check_packed(const Tensor& qkv) {
 }
 
 void check_vector(const Tensor& tensor, const char* argument, ScalarType type, int64_t size) {
-    check_cpu(kOp, tensor, argument);
+    check_device(kOp, tensor, argument);
     check(kOp, tensor.scalar_type() == type, argument, concat("must be ", torch::headeronly::toString(type)),
           torch::headeronly::toString(tensor.scalar_type()));
     check(kOp, tensor.dim() == 1 && tensor.size(0) == size, argument, concat("must have shape [", size, "]"), shape_text(tensor));
 }
 
 void check_segments(const Tensor& segments, int64_t batch, int64_t queries, int64_t keys) {
-    check_cpu(kOp, segments, "segment_ids");
+    check_device(kOp, segments, "segment_ids");
     check(kOp, segments.scalar_type() == ScalarType::Int, "segment_ids", "must be Int (int32)", torch::headeronly::toString(segments.scalar_type()));
     check(kOp, queries <= keys, "segment_ids", concat("needs at least as many keys as queries, ", queries), keys);
     const bool ok = segments.dim() == 2 && segments.size(0) == batch && segments.size(1) == keys;
