@@ -12,7 +12,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 INSTALL = "pip install torch==2.13.0 && pip install --no-build-isolation -e ."
@@ -61,8 +61,6 @@ def cpu_ops(isa: str) -> CppExtension:
 
 def data_core() -> CppExtension:
     """The dataset core; links no torch."""
-    from setuptools import Extension
-
     return Extension(
         "neox._data",
         sources("csrc/data/*.cpp"),
@@ -72,8 +70,18 @@ def data_core() -> CppExtension:
     )
 
 
+class BuildNative(BuildExtension):
+    """Keeps the objects of each library in a folder of its own under build/, so that a second build compiles only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one library."""
+        temporary, self.build_temp = self.build_temp, str(ROOT / "build" / "objects" / ext.name)
+        super().build_extension(ext)
+        self.build_temp = temporary
+
+
 (ROOT / "neox" / "_ops").mkdir(exist_ok=True)  # an in-place build copies into it and does not create it
 setup(
     ext_modules=[*(cpu_ops(isa) for isa in cpu_isas()), data_core()],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True, no_python_abi_suffix=True)},
+    cmdclass={"build_ext": BuildNative.with_options(use_ninja=True, no_python_abi_suffix=True)},
 )
