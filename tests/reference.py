@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 # largest error allowed, relative to the largest magnitude in the reference
@@ -147,3 +148,23 @@ def attention(
     if keep is not None:
         weights = weights * keep.double()
     return torch.einsum("bnst,btnd->bsnd", weights, v)
+
+
+def philox(key: int, counter_low: np.ndarray, counter_high: int) -> np.ndarray:
+    """Philox-4x32-10 words (Salmon et al., SC 2011), uint32 [counters, 4], by whole-number arithmetic."""
+    low = counter_low.astype(np.uint64)
+    mask = np.uint64(0xFFFFFFFF)
+    c = [low & mask, low >> np.uint64(32), np.full_like(low, counter_high & 0xFFFFFFFF), np.full_like(low, counter_high >> 32)]
+    k = [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]), b & mask, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]), a & mask]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(c, -1).astype(np.uint32)
+
+
+def dropout_mask(rows: int, cols: int, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """[rows, cols] bool, True = kept: word of element (r, c) at r * ceil4(cols) + c must be at least p 2^32."""
+    quads = (cols + 3) // 4
+    words = philox(int(seed[0]), np.arange(rows * quads), int(seed[1])).reshape(rows, 4 * quads)[:, :cols]
+    return torch.from_numpy(words >= np.uint64(p * 2**32))

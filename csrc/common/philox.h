@@ -33,8 +33,7 @@ NEOX_HOST_DEVICE PhiloxWords philox(uint64_t key, uint64_t counter_low, uint64_t
     return {{c0, c1, c2, c3}};
 }
 
-// Dropout of probability p: element i survives where word (i mod 4) of philox(seed, i / 4, offset) is at least this. p = 1 drops all
-// (dropout_keeps below), p = 0 nothing.
+// Dropout of probability p keeps what draws a word of at least this; 2^32, which no word reaches, for p = 1.
 NEOX_HOST_DEVICE uint64_t dropout_threshold(double p) { return static_cast<uint64_t>(p * 4294967296.0); }
 
 NEOX_HOST_DEVICE bool dropout_keeps(uint32_t word, uint64_t threshold) { return word >= threshold; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from neox.ops._library import ISA
 from neox.ops.attention import attention, attention_qkv
+from neox.ops.bias_dropout_add import bias_dropout_add
 from neox.ops.bias_gelu import bias_gelu
 from neox.ops.cross_entropy import cross_entropy
 from neox.ops.gated import gated
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_qkv",
     "backend",
+    "bias_dropout_add",
     "bias_gelu",
     "cross_entropy",
     "dual_layer_norm",

@@ -1,0 +1,49 @@
+// y = residual + dropout(x + bias), dropout (Srivastava et al., JMLR 15, 2014) scaled by 1 / (1 - p) at training time.
+//
+//   dx = dropout(dy) by the same mask,   dbias = sum over rows of dx,   dresidual = dy
+//
+// Element (row, column) draws word w mod 4 of philox(seed[0], w / 4, seed[1]), w = row * (cols rounded up to a multiple of 4) + column: a pure
+// function of seed and place, so that no mask is stored and the backward draws the forward's.
+//
+// Bytes moved per element, times its size: forward 3 (read x, residual; write y), backward 2 (read dy, write dx), or 1 without dropout.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/parallel.h"
+
+namespace neox {
+
+struct Dropout {
+    const int64_t* seed;  // [2], or null for no dropout
+    double p;             // 0 <= p <= 1
+};
+
+struct BiasDropoutAdd {
+    DType dtype;
+    int64_t rows, cols;
+    const void* x;  // [rows, cols], rows x_stride apart
+    int64_t x_stride;
+    const void* bias;      // [cols], or null
+    const void* residual;  // [rows, cols], rows residual_stride apart
+    int64_t residual_stride;
+    Dropout dropout;
+};
+
+struct BiasDropoutAddBackward {
+    DType dtype;
+    int64_t rows, cols;
+    const void* dy;  // [rows, cols], rows dy_stride apart
+    int64_t dy_stride;
+    Dropout dropout;
+    void* dx;        // [rows, cols] contiguous; null without dropout, where dx is dy
+    void* dbias;     // [cols], or null
+    float* partial;  // [Blocks(rows).count, cols] scratch where there is dbias
+};
+
+// y [rows, cols] contiguous.
+void bias_dropout_add_forward_cpu(const BiasDropoutAdd& op, void* y, const Parallel& parallel);
+void bias_dropout_add_backward_cpu(const BiasDropoutAddBackward& op, const Parallel& parallel);
+
+}  // namespace neox
