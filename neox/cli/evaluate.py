@@ -1,0 +1,66 @@
+"""`neox evaluate`: loss, perplexity and bits per byte of a trained model on held-out documents."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+import torch
+
+from neox.checkpoint.load import Checkpoint, resolve
+from neox.cli.generate import DTYPES, run_tokenizer
+from neox.config.load import loads
+from neox.data.indexed import IndexedDataset
+from neox.errors import ConfigError
+from neox.evaluate.perplexity import evaluate
+from neox.generate.generate import load_model
+
+EXAMPLE = """example:
+  neox evaluate --checkpoint runs/demo --data data/heldout
+  neox evaluate --checkpoint runs/demo/checkpoints/step_00000300 --data data/heldout --max-documents 100 --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `neox evaluate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
+    parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder")
+    parser.add_argument("--data", required=True, help="prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)")
+    parser.add_argument("--tokenizer", help="tokenizer file; default: tokenizer.file of the run")
+    parser.add_argument("--seq-length", type=int, help="tokens of a window (default: data.seq_length of the run)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass (default 8)")
+    parser.add_argument("--max-documents", type=int, help="read only so many documents")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of the weights (default fp32)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def show_progress(done: int, total: int) -> None:
+    """One line that counts windows, on a terminal only."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done}/{total} windows" + ("\n" if done == total else ""))
+        sys.stderr.flush()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print; returns the exit code."""
+    for key in ("seq_length", "batch_size", "max_documents"):
+        value = vars(args)[key]
+        if value is not None and value <= 0:
+            raise ConfigError("option out of range", where=f"--{key.replace('_', '-')}", got=value, want="> 0")
+    checkpoint = resolve(args.checkpoint)
+    tokenizer = run_tokenizer(checkpoint, args.tokenizer)
+    dataset = IndexedDataset(args.data)
+    seq_length = args.seq_length or loads(Checkpoint(checkpoint).config_lock).data.seq_length
+    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=args.device)
+    result = evaluate(
+        model, dataset, seq_length=seq_length, tokenizer=tokenizer, batch_size=args.batch_size, max_documents=args.max_documents, on_batch=show_progress
+    )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return 0
+    print(f"{checkpoint} on {args.data}: {result.documents} documents, {result.tokens} tokens, {result.bytes} bytes")
+    print(f"loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  bits per byte {result.bits_per_byte:.4f}")
+    return 0

@@ -1,0 +1,91 @@
+"""Loss and bits per byte: every token predicted once, independent of batch and window where it must be."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from neox.data.indexed import IndexedDataset, IndexedWriter
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+from neox.config.schema import ModelConfig
+from neox.errors import ConfigError, DataError
+from neox.evaluate.perplexity import IGNORED, evaluate, windows
+
+DOCUMENTS = [[5, 6, 7, 0], [0], [9, 9, 3, 4, 1, 1, 2, 8, 30, 0], [11, 0]]
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 17])
+@pytest.mark.parametrize("seq_length", [1, 4, 16, 100])
+def test_windows_predict_every_token_once(length, seq_length):
+    tokens = np.arange(1, length + 1)
+    pairs = list(windows(tokens, seq_length, first_context=0))
+    targets = np.concatenate([target for _, target in pairs])
+    inputs = np.concatenate([source for source, _ in pairs])
+    assert targets[targets != IGNORED].tolist() == tokens.tolist()
+    assert inputs[targets != IGNORED].tolist() == [0, *tokens[:-1].tolist()]
+    assert all(len(target) == seq_length for _, target in pairs)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    with IndexedWriter(tmp_path / "text", "uint16") as writer:
+        for document in DOCUMENTS:
+            writer.add_document(document)
+    return IndexedDataset(tmp_path / "text")
+
+
+@pytest.fixture
+def model():
+    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=31, max_position_embeddings=32, init_std=0.3)
+    return GPT(config, Mesh.single()).eval()
+
+
+class Letters:
+    """A tokenizer of one two-byte character per token; id 0 ends a document."""
+
+    eod_id = 0
+
+    def decode(self, tokens: list[int]) -> str:
+        return "é" * len(tokens)
+
+
+def test_loss_equals_a_plain_computation(model, dataset):
+    stream = [token for document in DOCUMENTS for token in document]
+    with torch.no_grad():
+        logits = model(torch.tensor([[0, *stream[:-1]]])).double().log_softmax(-1)[0]
+    nll = -sum(logits[position, token].item() for position, token in enumerate(stream))
+    result = evaluate(model, dataset, seq_length=32, tokenizer=Letters())
+    letters = sum(token != 0 for token in stream)
+    assert result.tokens == len(stream) and result.documents == 4 and result.bytes == 2 * letters
+    assert result.loss == pytest.approx(nll / len(stream), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nll / len(stream)), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(nll / math.log(2) / (2 * letters), rel=1e-6)
+
+
+def test_batch_size_changes_nothing(model, dataset):
+    losses = [evaluate(model, dataset, seq_length=3, batch_size=size).loss for size in (1, 2, 50)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_document_limit(model, dataset):
+    result = evaluate(model, dataset, seq_length=8, max_documents=2)
+    assert (result.documents, result.tokens, result.bytes, result.bits_per_byte) == (2, 5, None, None)
+
+
+def test_wrong_data_is_named(model, tmp_path):
+    with IndexedWriter(tmp_path / "wide", "uint16") as writer:
+        writer.add_document([1, 40, 0])
+    with pytest.raises(DataError, match=r"token beyond the model's vocabulary.*got=40; want=0 <= id < 31"):
+        evaluate(model, IndexedDataset(tmp_path / "wide"), seq_length=8)
+    with IndexedWriter(tmp_path / "none", "uint16") as writer:
+        writer.add_document([])
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate(model, IndexedDataset(tmp_path / "none"), seq_length=8)
+
+
+def test_windows_longer_than_the_positions_are_refused(dataset):
+    config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=31, max_position_embeddings=16, position_embedding="learned")
+    with pytest.raises(ConfigError, match="window longer than the model has positions"):
+        evaluate(GPT(config, Mesh.single()), dataset, seq_length=17)

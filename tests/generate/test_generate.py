@@ -1,0 +1,121 @@
+"""Decoding: with and without the cache, alone and in a batch, against transformers; loading a checkpoint."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from neox.checkpoint.load import Checkpoint
+from neox.config.load import dump
+from neox.convert.huggingface import from_huggingface
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+from neox.config.schema import Config, ModelConfig
+from neox.errors import CheckpointError, ConfigError
+from neox.generate.generate import generate, load_model
+from neox.generate.sampling import SamplingParams
+from tests.generate.checkpoints import save_model
+
+SHAPE = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 97, "max_position_embeddings": 64}
+ARCHITECTURES = {
+    "neox": {"rotary_pct": 0.25, "parallel_residual": True},
+    "gpt2": {"position_embedding": "learned", "tie_embeddings": True},
+    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False},
+    "window": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 1, "sliding_window": 5, "qk_norm": True},
+    "alibi": {"position_embedding": "alibi"},
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [42], [3, 1, 4, 1, 5]]
+
+
+def tiny(name: str, seed: int = 1) -> GPT:
+    """A small random model whose logits differ enough that greedy ties don't happen."""
+    return GPT(ModelConfig(**SHAPE, **ARCHITECTURES[name], init_std=0.2), Mesh.single(), seed=seed).eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("params", [SamplingParams(20, 0), SamplingParams(20, 0.9, top_k=20, top_p=0.9, seed=3)], ids=["greedy", "sampled"])
+def test_cache_and_batching_change_nothing(name, params):
+    model = tiny(name)
+    together = generate(model, PROMPTS, params)
+    assert together == generate(model, PROMPTS, params, use_cache=False)
+    assert [len(tokens) for tokens in together] == [20, 20, 20]
+    if params.greedy:
+        assert together == [generate(model, [prompt], params)[0] for prompt in PROMPTS]
+
+
+def test_greedy_equals_transformers():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.3
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    model_config, weights = from_huggingface(theirs)
+    ours = GPT(model_config, Mesh.single()).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in ours.named_parameters():
+            parameter[: weights[parameter_name].shape[0]].copy_(weights[parameter_name])
+    for prompt in PROMPTS:
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert generate(ours, [prompt], SamplingParams(30, 0))[0] == expected[0, len(prompt) :].tolist()
+
+
+def test_trained_llama_writes_what_transformers_writes(shared_data):
+    path = shared_data / "llama-260k"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model_config, weights = from_huggingface(path)
+    ours = GPT(model_config, Mesh.single()).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in ours.named_parameters():
+            parameter[: weights[parameter_name].shape[0]].copy_(weights[parameter_name])
+    prompt = [1, 403, 407]
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert generate(ours, [prompt], SamplingParams(60, 0))[0] == expected[0, len(prompt) :].tolist()
+
+
+def test_stops_at_end_of_document_and_streams():
+    model = tiny("neox")
+    free = generate(model, PROMPTS, SamplingParams(20, 0))
+    eod = free[1][4]
+    seen: list[tuple[int, int]] = []
+    stopped = generate(model, PROMPTS, SamplingParams(20, 0), eod_id=eod, on_token=lambda row, token: seen.append((row, token)))
+    for row in range(3):
+        until = free[row].index(eod) if eod in free[row] else 20
+        assert stopped[row] == free[row][:until]
+        assert [token for r, token in seen if r == row] == stopped[row]
+
+
+def test_wrong_prompts_are_named():
+    model = tiny("gpt2")
+    with pytest.raises(ConfigError, match="empty prompt; where=prompt 1"):
+        generate(model, [[1], []], SamplingParams(1))
+    with pytest.raises(ConfigError, match="token beyond the vocabulary; where=prompt 0; got=97; want=0 <= id < 97"):
+        generate(model, [[1, 97]], SamplingParams(1))
+    with pytest.raises(ConfigError, match="more tokens than the model has positions; where=prompt 0; got=65; want=<= 64"):
+        generate(model, [[1] * 60], SamplingParams(5))
+    assert generate(model, [], SamplingParams(1)) == []
+
+
+@pytest.mark.parametrize("name", ["neox", "gpt2", "llama"])
+def test_load_model_gives_the_saved_model(tmp_path, name):
+    model = tiny(name)
+    path = save_model(tmp_path / "run", model)
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        expected = model(tokens)
+        for place in (tmp_path / "run", tmp_path / "run" / "checkpoints", path):
+            loaded = load_model(place)
+            assert not loaded.training
+            assert torch.equal(loaded(tokens), expected)
+    assert dump(Config(model=model.config)) == Checkpoint(path).config_lock
+
+
+def test_load_model_names_what_is_wrong(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_model(tmp_path / "nothing")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_model(tmp_path / "run")
+    path = save_model(tmp_path / "other", tiny("neox"), model_config=json.loads(tiny("llama").config.model_dump_json()))
+    with pytest.raises(CheckpointError, match="does not hold the tensors of its model"):
+        load_model(path)

@@ -1,0 +1,83 @@
+"""Sampling: ranges, greedy, top-k, top-p against brute force, and independence of the batch."""
+
+import math
+
+import pytest
+import torch
+
+from neox.errors import ConfigError
+from neox.generate.sampling import SamplingParams, choose, filter_logits, prompt_generator
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_values_out_of_range_are_named(change, key):
+    with pytest.raises(ConfigError, match=f"where={key}"):
+        SamplingParams(**change)
+
+
+def test_greedy_takes_the_largest_logit_and_draws_nothing():
+    logits = torch.randn(5, 31, generator=torch.Generator().manual_seed(0))
+    generator = prompt_generator(1, 0)
+    before = generator.get_state()
+    assert torch.equal(choose(logits, SamplingParams(temperature=0), [generator] * 5), logits.argmax(-1))
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 31, 100])
+def test_top_k_keeps_the_k_largest(top_k):
+    logits = torch.randn(4, 31, generator=torch.Generator().manual_seed(1))
+    kept = filter_logits(logits, top_k, None).isfinite()
+    for row in range(4):
+        expected = set(sorted(range(31), key=lambda v: -logits[row, v].item())[:top_k])
+        assert set(kept[row].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 1.0])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
+    logits = torch.randn(6, 17, generator=torch.Generator().manual_seed(2))
+    kept = filter_logits(logits, None, top_p).isfinite()
+    probability = logits.double().softmax(-1)
+    for row in range(6):
+        expected, mass = set(), 0.0
+        for token in sorted(range(17), key=lambda v: -probability[row, v].item()):
+            expected.add(token)
+            mass += probability[row, token].item()
+            if mass >= top_p:
+                break
+        assert set(kept[row].nonzero().flatten().tolist()) == expected
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[0.0, math.log(3.0), -math.inf]]).repeat(4000, 1)
+    generator = prompt_generator(7, 0)
+    share = choose(logits, SamplingParams(), [generator] * 4000).bincount(minlength=3) / 4000
+    assert share[2] == 0
+    assert abs(share[1].item() - 0.75) < 0.03
+
+
+def test_temperature_sharpens():
+    logits = torch.tensor([[0.0, 1.0]]).repeat(4000, 1)
+    generator = prompt_generator(7, 0)
+    share = choose(logits, SamplingParams(temperature=0.25), [generator] * 4000).float().mean().item()
+    assert abs(share - 1 / (1 + math.exp(-4))) < 0.02
+
+
+def test_a_prompt_draws_the_same_alone_and_in_a_batch():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
+    params = SamplingParams(seed=11)
+    together = choose(logits, params, [prompt_generator(11, row) for row in range(3)])
+    alone = torch.cat([choose(logits[row : row + 1], params, [prompt_generator(11, row)]) for row in range(3)])
+    assert torch.equal(together, alone)
+    assert not torch.equal(prompt_generator(11, 0).get_state(), prompt_generator(11, 1).get_state())
