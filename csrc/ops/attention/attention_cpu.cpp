@@ -2,6 +2,7 @@
 
 #include "ops/attention/attention.h"
 #include "ops/attention/block.h"
+#include "ops/attention/decode.h"
 
 namespace neox {
 namespace {
@@ -137,6 +138,7 @@ void forward_block(const Attention& in, const QueryBlock& block, const Forward& 
 }  // namespace
 
 void attention_forward_cpu(const Attention& in, void* out, float* lse, const Parallel& parallel) {
+    if (attention_decodes(in)) return attention_decode_cpu(in, out, lse, parallel);
     const int64_t blocks = num_query_blocks(in);
     parallel(in.batch * in.groups * blocks, 1, [&](int64_t begin, int64_t end) {
         const Forward work(round_up(in.head_dim), in.dropout > 0);
