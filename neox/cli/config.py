@@ -12,6 +12,7 @@ import json
 
 from neox.config.explain import diff, explain, inline, show
 from neox.config.load import Loaded, load, plain
+from neox.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shower = actions.add_parser("show", help="the whole resolved config, with the origin of each value", description="Print the whole resolved config.")
     shower.add_argument("files", nargs="+", metavar="FILE", help="config files, later ones win; bare names are looked for under configs/")
     explainer = actions.add_parser("explain", help="meaning, type and default of a key", description="Explain a key, or list the keys of a section.")
-    explainer.add_argument("key", metavar="KEY", help="such as model.rotary_pct, or a section such as model")
+    explainer.add_argument("key", nargs="?", metavar="KEY", help="such as model.rotary_pct, or a section such as model; none: list the sections")
     explainer.add_argument("files", nargs="*", metavar="FILE", help="also tell the value in these configs, and where it comes from")
     differ = actions.add_parser("diff", help="keys in which two configs differ", description="Print the keys in which two configs differ.")
     differ.add_argument("left", metavar="A")
@@ -49,8 +50,11 @@ def show_text(loaded: Loaded, as_json: bool) -> str:
     return json.dumps({"config": plain(loaded.config), "origins": origins}, indent=2)
 
 
-def explain_text(key: str, loaded: Loaded | None, as_json: bool) -> str:
-    """What explain() found, as lines or JSON."""
+def explain_text(key: str | None, loaded: Loaded | None, as_json: bool) -> str:
+    """What explain() found, as lines or JSON; without a key, the sections."""
+    if key is None:
+        sections = {name: explain(name).meaning for name in Config.model_fields}
+        return json.dumps(sections, indent=2) if as_json else "\n".join(f"{name}: {meaning}" for name, meaning in sections.items())
     found = explain(key, loaded)
     history = [] if found.origin is None else [{"origin": str(origin), "value": value} for origin, value in found.origin.overridden]
     if as_json:
@@ -61,7 +65,7 @@ def explain_text(key: str, loaded: Loaded | None, as_json: bool) -> str:
     lines = [f"{found.key}: {found.meaning}", f"  type: {found.type}"]
     if found.default is not None:
         lines.append(f"  default: {found.default}")
-    lines += [f"  {name}: {explain(name).meaning}" for name in found.keys]
+    lines += [f"  {name}" if name.startswith("deepspeed.") else f"  {name}: {explain(name).meaning}" for name in found.keys]
     if found.origin is not None:
         lines.append(f"  value: {inline(found.value)}, from {found.origin}")
         lines += [f"  overridden: {inline(row['value'])}, from {row['origin']}" for row in history]

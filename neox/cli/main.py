@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from typing import NoReturn
@@ -90,11 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _, parser, rest = parse(argv)
         args = parser.parse_args(rest)
-        return args.neox_run(args)
+        code = args.neox_run(args)
+        sys.stdout.flush()
+        return code
     except NeoxError as error:
         return report(error, debug)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe went away (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe went away (`| head`): nobody is left to tell
         return 0
     except ModuleNotFoundError as missing:
         if missing.name and missing.name.startswith("neox"):

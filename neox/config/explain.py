@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
+from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
 from neox.config.load import Loaded, LockDumper, Origin, flatten, known_keys, nested_model, suggestions
 from neox.config.problems import nearest
-from neox.config.schema import Config
+from neox.config.schema import Config, DataSource
 from neox.errors import ConfigError
 
 ABSENT = "(absent)"  # a key that only the other config has, such as one below `deepspeed`
@@ -83,6 +84,8 @@ def explain(key: str, loaded: Loaded | None = None) -> KeyHelp:
     """
     key = key.replace("-", "_")
     fields = known_keys()
+    if key not in fields and key in suggestions():
+        return explain_foreign(key)
     if key not in fields:
         close = nearest(key, suggestions())
         raise ConfigError("unknown key", got=key, do=f"did you mean {close}?" if close else f"sections are {', '.join(Config.model_fields)}")
@@ -92,12 +95,26 @@ def explain(key: str, loaded: Loaded | None = None) -> KeyHelp:
     below = tuple(name for name in fields if name.startswith(f"{key}.") and "." not in name[len(key) + 1 :])
     if below and key in Config.model_fields:
         return KeyHelp(key, (model.__doc__ or "").strip().splitlines()[0], "section", None, below)
+    if key == "deepspeed":
+        return KeyHelp(key, field.description, "section", None, tuple(f"deepspeed.{name}" for name in DEEPSPEED_KEYS if name not in OWNED_KEYS))
     default = "derived (see the meaning), or required" if field.is_required() else inline(schema.get("default"))
     value = origin = None
     if loaded is not None:
         value = dict(flatten(loaded.config)).get(key)
         origin = loaded.origins.get(key)
     return KeyHelp(key, field.description or "", type_text(schema), default, below, value, origin)
+
+
+def explain_foreign(key: str) -> KeyHelp:
+    """A key that is no field of its own: of a data source, or of DeepSpeed."""
+    name = key.rpartition(".")[2]
+    if not key.startswith("deepspeed."):
+        field = DataSource.model_fields[name]
+        schema = DataSource.model_json_schema()["properties"][name]
+        return KeyHelp(key, f"in each item of the list: {field.description}", type_text(schema), None if field.is_required() else inline(schema["default"]))
+    owner = OWNED_KEYS.get(name)
+    meaning = f"decided by {owner}: set that" if owner else "key of DeepSpeed's own config, handed on as it is"
+    return KeyHelp(key, meaning, "what DeepSpeed takes", None, tuple(f"{key}.{inner}" for inner in DEEPSPEED_KEYS[name] or () if not owner))
 
 
 def property_schema(key: str) -> dict[str, Any]:

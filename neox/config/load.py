@@ -5,6 +5,7 @@ Layers, later wins: schema defaults < `include:` of a file < the file < files to
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -195,17 +196,13 @@ def shown(path: Path) -> str:
 
 
 def not_found(name: str, asked_by: str | None) -> ConfigError:
-    """The error for a config file that is nowhere, with the shipped names that come close."""
-    shipped = [str(path.relative_to(PRESETS)) for path in sorted(PRESETS.glob("**/*.yml"))] if PRESETS.is_dir() else []
-    same_name = [preset for preset in shipped if Path(preset).stem == Path(name).stem]
-    close = same_name[0] if same_name else nearest(name, shipped)
-    return ConfigError(
-        "no such config file",
-        where=asked_by or "--conf",
-        got=name,
-        want="a file, or a name under configs/",
-        do=f"did you mean {close}?" if close else None,
-    )
+    """The error for a config file that is nowhere, with the shipped name that comes closest."""
+    shipped = {str(path.relative_to(PRESETS).with_suffix("")).lower(): str(path.relative_to(PRESETS)) for path in sorted(PRESETS.glob("**/*.yml"))}
+    wanted = name.lower().removesuffix(".yml").removeprefix("configs/")
+    same_file = [key for key in shipped if key.rpartition("/")[2] == wanted.rpartition("/")[2]]
+    close = difflib.get_close_matches(wanted, shipped, n=1, cutoff=0.8) or same_file[:1]
+    do = f"did you mean {shipped[close[0]]}?" if close else None
+    return ConfigError("no such config file", where=asked_by, got=name, want="a file, or a name under configs/", do=do)
 
 
 def known_keys() -> dict[str, Any]:
@@ -284,7 +281,7 @@ def schema_problem(detail: dict[str, Any], key: str, place: str) -> ConfigError:
     """One refusal of the schema as our own error."""
     if detail["type"] == "extra_forbidden":
         close = nearest(".".join(part for part in key.split(".") if not part.isdigit()), suggestions())
-        return ConfigError("unknown key", where=place, got=brief(detail["input"]), do=f"did you mean {close}?" if close else "see `neox config explain`")
+        return ConfigError("unknown key", where=place, got=brief(detail["input"]), do=f"did you mean {close}?" if close else "neox config explain")
     if detail["type"] == "missing" and key in ("model", "model.vocab_size"):
         return ConfigError("key is missing", where="model.vocab_size", want="the number of token ids", do="set model.vocab_size or tokenizer.file")
     if detail["type"] == "missing":
@@ -394,7 +391,7 @@ def flatten(config: Config) -> list[tuple[str, Any]]:
         if isinstance(value, BaseModel):
             for name in type(value).model_fields:
                 visit(getattr(value, name), f"{key}.{name}" if key else name)
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and (value or "." not in key):
             for name, inner in value.items():
                 visit(inner, f"{key}.{name}")
         else:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import neox
 from neox.cli.main import main
 
 
@@ -36,6 +41,8 @@ def test_explain(files, capsys):
     content = json.loads(output(capsys, "explain", "train.seed", "a.yml", "--json"))
     assert (content["value"], content["origin"], content["overridden"]) == (3, "a.yml:3", [])
     assert "optimizer.lr: peak learning rate" in output(capsys, "explain", "optimizer")
+    assert "model: The architecture." in output(capsys, "explain")
+    assert json.loads(output(capsys, "explain", "--json"))["run"] == "Where a run leaves its files."
 
 
 def test_diff(files, capsys):
@@ -60,6 +67,16 @@ def test_wrong_use_is_one_line_with_code_2(files, capsys, argv, part):
     assert main(["config", *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error[2] ") and part in err and err.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_failure(files):
+    command = [sys.executable, "-m", "neox.cli.main", "config", "show", "a.yml"]
+    environment = {"PYTHONPATH": str(Path(neox.__file__).parent.parent), "PATH": os.environ["PATH"]}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_has_an_example(capsys):

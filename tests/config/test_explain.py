@@ -63,6 +63,13 @@ def test_an_unknown_key_names_the_nearest(key, close):
         explain(key)
 
 
+def test_keys_of_a_source_and_of_deepspeed():
+    assert (explain("data.train.weight").type, explain("data.train.weight").default) == ("number >= 0", "1.0")
+    assert explain("data.test.path").default is None
+    assert "deepspeed.zero_optimization.overlap_comm" in explain("deepspeed.zero_optimization").keys
+    assert "precision.dtype" in explain("deepspeed.fp16").meaning
+
+
 def test_diff_lists_what_differs_in_order():
     left, right = load([], [*TINY, "train.seed=1", "deepspeed.wall_clock_breakdown=true"]), load([], [*TINY, "train.seed=2", "model.num_layers=3"])
     rows = [(row.key, row.left, row.right) for row in diff(left, right)]

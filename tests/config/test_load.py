@@ -226,6 +226,15 @@ def test_circular_includes(write):
     assert "circle" in line and "b.yml:1" in line and "a.yml -> b.yml -> a.yml" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("1-3b", "1-3B.yml"), ("pythia/160m.yml", "pythia/160M.yml"), ("pytha/160M.yml", "pythia/160M.yml"), ("configs/2-7B.yml", "gpt3/2-7B.yml")],
+)
+def test_a_missing_file_names_the_nearest_preset(name, close, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"did you mean {close}?" in refusal(name)[0]
+
+
 def test_an_include_is_found_beside_its_file(write):
     write("deep/a.yml", "include: sub/b.yml\n")
     write("deep/sub/b.yml", "train: {seed: 77}\n")
