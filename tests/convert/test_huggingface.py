@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neox.config.schema import ModelConfig
+from neox.convert.huggingface import compare, from_huggingface, to_huggingface
+from neox.errors import CheckpointError, ConfigError, DataError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+from tests.convert.models import MODELS
+
+TOLERANCE = 2e-5  # fp32, absolute, on logits of order 1
+
+
+def ours(model) -> GPT:
+    config, weights = from_huggingface(model)
+    gpt = GPT(config, Mesh.single("meta")).materialize("cpu", initialize=False)
+    gpt.load_weights(weights)
+    return gpt.eval()
+
+
+def tokens(vocab_size: int, shape=(2, 37)) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def theirs(request):
+    return MODELS[request.param]()
+
+
+def test_logits_equal_transformers(theirs):
+    ids = tokens(101)
+    with torch.no_grad():
+        want = theirs(ids).logits
+        got = ours(theirs)(ids)
+    assert want.abs().max() > 0.5
+    assert (got - want).abs().max() <= TOLERANCE
+
+
+def test_export_loads_and_import_gives_the_same_bits(theirs, tmp_path):
+    config, weights = from_huggingface(theirs)
+    to_huggingface(config, weights, tmp_path / "out", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert compare(tmp_path / "out", ours(theirs)) <= TOLERANCE
+    again, read = from_huggingface(tmp_path / "out")
+    assert again == config
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", ["neox-parallel-25", "neox-sequential-100", "gpt2", "llama-mqa-biases-geglu", "qwen3-window-bias", "mistral-window"])
+def test_gradients_equal_transformers(name):
+    model = MODELS[name]()
+    config, _ = from_huggingface(model)
+    gpt = ours(model)
+    ids = tokens(101)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = -100
+    torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum").backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad  # so that the weight mapping carries the gradients over
+    gpt.loss(ids, targets).sum().backward()
+    _, want = from_huggingface(model)
+    got = {name: layout.unpad(parameter.grad) for (name, parameter), layout in zip(gpt.named_parameters(), gpt.layouts().values(), strict=True)}
+    assert got.keys() == want.keys()
+    for key, gradient in got.items():
+        scale = want[key].abs().max().item()
+        assert scale > 0, key
+        assert (gradient - want[key]).abs().max().item() <= 2e-5 * max(scale, 1.0), key
+    assert config.num_layers == 3
+
+
+def test_trained_llama(shared_data):
+    from transformers import AutoModelForCausalLM
+
+    folder = shared_data / "llama-260k"
+    model = ours(folder)
+    assert model.num_parameters() == 260_032
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    ids = tokens(512, (3, 101))
+    with torch.no_grad():
+        assert (model(ids) - theirs(ids).logits).abs().max() <= TOLERANCE
+
+
+def test_bf16_export_holds_rounded_weights(tmp_path):
+    config, weights = from_huggingface(MODELS["neox-parallel-25"]())
+    to_huggingface(config, weights.items(), tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    _, read = from_huggingface(tmp_path)
+    assert all(torch.equal(read[name], weights[name].bfloat16()) for name in weights)
+
+
+def test_tokenizer_and_end_of_document_id(tmp_path, shared_data):
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=50304, vocab_multiple=1)
+    gpt = GPT(config, Mesh.single())
+    to_huggingface(config, gpt.logical_weights(), tmp_path, tokenizer_file=shared_data / "tokenizers" / "gpt-neox-20b.json")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer("Hello  world\n")["input_ids"]) == "Hello  world\n"
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == AutoConfig.from_pretrained(tmp_path).eos_token_id == 0
+
+
+def test_compare_sees_a_wrong_weight(tmp_path):
+    model = MODELS["gpt2"]()
+    config, weights = from_huggingface(model)
+    weights["layers.1.attention.qkv.bias"] = weights["layers.1.attention.qkv.bias"] + 0.01
+    to_huggingface(config, weights, tmp_path)
+    assert compare(tmp_path, ours(model)) > 1e-4
+
+
+def test_compare_refuses_a_folder_that_lacks_a_weight(tmp_path):
+    model = MODELS["llama"]()
+    to_huggingface(*from_huggingface(model), tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if name != "model.norm.weight"}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not load completely"):
+        compare(tmp_path, ours(model))
+
+
+def test_compare_of_nan_is_not_below_any_bound(tmp_path):
+    model = MODELS["llama"]()
+    config, weights = from_huggingface(model)
+    weights["norm.weight"] = weights["norm.weight"] * float("nan")
+    to_huggingface(config, weights, tmp_path)
+    assert not compare(tmp_path, ours(model)) <= 1e9
+
+
+def test_old_config_keys_are_read(tmp_path):
+    config, weights = from_huggingface(MODELS["neox-parallel-50"]())
+    to_huggingface(config, weights, tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert from_huggingface(tmp_path)[0] == config
+
+
+def test_config_without_weights():
+    config, weights = from_huggingface(MODELS["qwen3"]().config)
+    assert config.qk_norm and config.head_dim == 14 and weights == {}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    to_huggingface(*from_huggingface(MODELS["llama"]()), tmp_path)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_missing_weight(folder):
+    edit(folder, num_hidden_layers=4)
+    with pytest.raises(CheckpointError, match=re.escape("weight is missing; where=model.layers.3.input_layernorm.weight")):
+        from_huggingface(folder)
+
+
+def test_unknown_weight(folder):
+    edit(folder, num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"weights are unknown; where=model.layers.2"):
+        from_huggingface(folder)
+
+
+def test_wrong_shape_is_found_when_loading(folder):
+    edit(folder, intermediate_size=93)
+    with pytest.raises(CheckpointError, match=r"another shape; where=layers.0.mlp"):
+        ours(folder)
+
+
+def test_truncated_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        from_huggingface(folder)
+
+
+def test_index_that_points_outside(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    with pytest.raises(CheckpointError, match="index is damaged"):
+        from_huggingface(folder)
+
+
+def test_pickled_weights_are_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
+        from_huggingface(folder)
+
+
+def test_config_that_is_no_json(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        from_huggingface(folder)
+
+
+def test_export_refuses_to_overwrite(folder):
+    with pytest.raises(CheckpointError, match="would overwrite"):
+        to_huggingface(*from_huggingface(MODELS["llama"]()), folder)
+
+
+def test_export_refuses_incomplete_weights(tmp_path):
+    config, weights = from_huggingface(MODELS["llama"]())
+    del weights["norm.weight"]
+    with pytest.raises(CheckpointError, match=r"weights are missing; where=norm\.weight"):
+        to_huggingface(config, weights, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_export_refuses_unknown_weights(tmp_path):
+    config, weights = from_huggingface(MODELS["llama"]())
+    with pytest.raises(CheckpointError, match="does not belong"):
+        to_huggingface(config, weights | {"extra": torch.ones(1)}, tmp_path)
+
+
+def test_export_refuses_a_tokenizer_with_more_ids(tmp_path, shared_data):
+    config, weights = from_huggingface(MODELS["llama"]())
+    with pytest.raises(DataError, match="tokenizer does not fit"):
+        to_huggingface(config, weights, tmp_path, tokenizer_file=shared_data / "tokenizers" / "gpt2.json")
+
+
+def test_export_refuses_a_dtype(tmp_path):
+    config, weights = from_huggingface(MODELS["llama"]())
+    with pytest.raises(ConfigError, match="dtype"):
+        to_huggingface(config, weights, tmp_path, dtype=torch.float64)
+
+
+def test_odd_rotary_channels_are_refused():
+    with pytest.raises(ConfigError, match="odd number of rotary channels"):
+        from_huggingface(MODELS["neox-parallel-25"]().config.__class__(hidden_size=60, num_attention_heads=5))
