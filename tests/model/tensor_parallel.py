@@ -1,0 +1,55 @@
+"""What each of two processes runs for the tensor-parallel tests: the cut modules against whole ones made by the same seed."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from neox.config.schema import ModelConfig
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh, create_mesh
+
+COMMON = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 77, "vocab_multiple": 8, "max_position_embeddings": 32, "init_std": 0.3}
+MODELS = {
+    "neox": {"parallel_residual": True, "rotary_pct": 0.5},
+    "gpt2": {"position_embedding": "learned", "tie_embeddings": True},
+    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False},
+    "alibi": {"position_embedding": "alibi", "parallel_residual": True, "shared_residual_norm": True, "qk_norm": True},
+}
+
+
+def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    error = (got - want).abs().max().item()
+    scale = max(want.abs().max().item(), 1e-3)
+    if not error <= 1e-5 * scale:
+        raise AssertionError(f"{what}: error {error} at scale {scale}")
+
+
+def models() -> None:
+    """Initial weights, logits, losses and gradients of cut models equal those of whole ones."""
+    dist.init_process_group("gloo")
+    mesh = create_mesh(tensor=2)
+    tokens = torch.randint(77, (2, 19), generator=torch.Generator().manual_seed(1))
+    targets = tokens.roll(-1, 1)
+    targets[0, 3] = -100
+    for name, options in MODELS.items():
+        config = ModelConfig(**COMMON, **options)
+        whole, cut = GPT(config, Mesh.single()), GPT(config, mesh)
+        if cut.num_parameters() != whole.num_parameters() or cut.flops_per_token(19) != whole.flops_per_token(19):
+            raise AssertionError(f"{name}: counts depend on the layout")
+        for (key, want), (_, got) in zip(whole.logical_weights(), cut.logical_weights(), strict=True):
+            if not torch.equal(got, want):
+                raise AssertionError(f"{name}: initial {key} depends on the layout")
+        weights = {key: weight + 0.1 if key.endswith("bias") else weight.clone() for key, weight in whole.logical_weights()}
+        for model in (whole, cut):  # biases that are added twice or not at all must show
+            model.load_weights(weights)
+        close(cut(tokens), whole(tokens), f"{name}: logits")
+        losses = [model.loss(tokens, targets) for model in (whole, cut)]
+        close(losses[1], losses[0], f"{name}: losses")
+        for loss in losses:
+            loss.sum().backward()
+        gradients = {key: parameter.grad for key, parameter in whole.named_parameters()}
+        layouts = cut.layouts()
+        for key, parameter in cut.named_parameters():
+            close(layouts[key].unpad(parameter.grad), layouts[key].take(gradients[key]), f"{name}: gradient of {key}")
+    dist.destroy_process_group()

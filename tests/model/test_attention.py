@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.errors import ConfigError
+from neox.model.attention import Attention, Context
+from neox.parallel.mesh import Mesh
+
+
+def build(**options) -> Attention:
+    config = ModelConfig(**({"num_layers": 1, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 5, "position_embedding": "none"} | options))
+    attention = Attention(config, Mesh.single(), 0, dtype=torch.float32)
+    for i, parameter in enumerate(attention.parameters()):
+        with torch.no_grad():
+            parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(i))
+    return attention
+
+
+def reference(attention: Attention, x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Softmax attention in fp64 from the documented row layout [g, m + 2, d]."""
+    qkv = (x.double() @ attention.qkv.weight.double().T + attention.qkv.bias.double()).unflatten(-1, (groups, -1, 4))
+    queries = 6 // groups
+    heads = []
+    s = x.shape[1]
+    hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
+    for head in range(6):
+        group = head // queries
+        q, k, v = qkv[:, :, group, head % queries], qkv[:, :, group, queries], qkv[:, :, group, queries + 1]
+        heads.append((q @ k.transpose(1, 2) / 2).masked_fill(hidden, float("-inf")).softmax(-1) @ v)
+    return torch.cat(heads, -1) @ attention.out.weight.double().T + attention.out.bias.double()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_rows_are_queries_then_key_then_value_of_each_group(groups):
+    attention, x = build(num_kv_heads=groups), torch.randn(2, 9, 24)
+    assert attention.qkv.weight.shape == (groups * (6 // groups + 2) * 4, 24)
+    assert torch.allclose(attention(x, Context()).double(), reference(attention, x, groups), atol=5e-5)
+
+
+def test_partial_leaves_the_bias_out():
+    attention, x = build(), torch.randn(2, 9, 24)
+    assert torch.allclose(attention(x, Context(), partial=True) + attention.out.bias, attention(x, Context()), atol=1e-5)
+
+
+def test_query_and_key_norms_act_per_head():
+    attention, x = build(qk_norm=True, num_kv_heads=2), torch.randn(1, 5, 24)
+    before = attention(x, Context())
+    with torch.no_grad():
+        rows = attention.qkv.weight.view(2, 5, 4, 24)
+        rows[1, 0] *= 7.0  # one head's query: its norm takes the factor out again
+        rows[0, 3] *= 0.5  # one group's key
+        bias = attention.qkv.bias.view(2, 5, 4)
+        bias[1, 0] *= 7.0
+        bias[0, 3] *= 0.5
+    assert torch.allclose(attention(x, Context()), before, atol=1e-3)
+
+
+def test_alibi_prefers_near_keys():
+    near, far = build(position_embedding="alibi"), build()
+    x = torch.randn(1, 9, 24)
+    assert torch.allclose(near.alibi, torch.tensor([0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]))
+    assert (near(x, Context()) - far(x, Context())).abs().max() > 1e-3
+
+
+def test_heads_that_cannot_be_shared_out():
+    with pytest.raises(ConfigError, match=r"model\.num_kv_heads.*6 heads, 4 kv heads"):
+        build(num_kv_heads=4)

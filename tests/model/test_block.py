@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.model.attention import Context
+from neox.model.block import Block
+from neox.parallel.mesh import Mesh
+
+FORMS = {"sequential": {}, "parallel": {"parallel_residual": True}, "shared": {"parallel_residual": True, "shared_residual_norm": True}}
+
+
+def build(form: str, **options) -> Block:
+    sizes = {"num_layers": 1, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 5, "position_embedding": "none"}
+    block = Block(ModelConfig(**(sizes | FORMS[form] | options)), Mesh.single(), 0, dtype=torch.float32)
+    for i, parameter in enumerate(block.parameters()):
+        with torch.no_grad():
+            parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(i))
+    return block
+
+
+def formula(block: Block, form: str, x: torch.Tensor) -> torch.Tensor:
+    attended = block.attention(block.norm1(x)[0], Context())
+    if form == "sequential":
+        middle = x + attended
+        return middle + block.mlp(block.norm2(middle)[0])
+    norm = block.norm1 if form == "shared" else block.norm2
+    return x + attended + block.mlp(norm(x)[0])
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("biases", ["qkv_bias", "attention_out_bias", "mlp_bias"])
+@pytest.mark.parametrize("form", FORMS)
+def test_residual_forms(form, biases, norm):
+    block = build(form, norm=norm, **{biases: False})
+    x, delta = torch.randn(2, 7, 24), torch.randn(2, 7, 24)
+    with torch.no_grad():
+        stream, rest = block(x, delta, Context())
+        assert torch.allclose(stream + rest, formula(block, form, x + delta), atol=1e-4)
+        stream, rest = block(x, None, Context())
+        assert torch.allclose(stream + rest, formula(block, form, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_is_unbiased_and_off_in_evaluation(form):
+    block = build(form, hidden_dropout=0.5)
+    x = torch.randn(1, 3, 24)
+    with torch.no_grad():
+        want = formula(block.eval(), form, x)
+        stream, rest = block(x, None, Context())
+        assert torch.allclose(stream + rest, want, atol=1e-4)
+        if form == "sequential":
+            return
+        block.train()
+        torch.manual_seed(0)
+        outs = torch.stack([block(x, None, Context())[0] for _ in range(2000)])
+        assert block(x, None, Context())[1] is None
+    assert (outs.mean(0) - want).abs().max() <= 6 * (outs.std(0) / 2000**0.5).max()

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.errors import CheckpointError, ConfigError, DataError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 32,
+    "init_std": 0.3,
+    "output_init": "normal",
+}
+NO_BIAS = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+FORMS = {
+    "neox": {"parallel_residual": True, "rotary_pct": 0.5},
+    "neox-sequential": {},
+    "gpt2": {"position_embedding": "learned", "tie_embeddings": True, "activation": "gelu_tanh"},
+    "gptj": {"parallel_residual": True, "shared_residual_norm": True, "qkv_bias": False, "attention_out_bias": False},
+    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2} | NO_BIAS,
+    "rms-parallel": {"norm": "rmsnorm", "activation": "geglu", "parallel_residual": True},
+    "qwen3-window": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 1, "qk_norm": True, "sliding_window": 5} | NO_BIAS,
+    "alibi": {"position_embedding": "alibi", "activation": "relu"},
+    "no-positions-softcap": {"position_embedding": "none", "attention_softcap": 5.0, "activation": "silu"},
+}
+
+
+def build(form: str, seed: int = 1234, **options) -> GPT:
+    model = GPT(ModelConfig(**(SIZES | FORMS[form] | options)), Mesh.single(), seed=seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: GPT, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.loss(tokens, tokens.roll(-1, 1)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_is_the_cross_entropy_of_the_logits(form):
+    model, tokens = build(form), draw(2, 19)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100
+    loss = model.loss(tokens, targets)
+    want = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1).double(), targets.flatten(), reduction="none")
+    assert (loss.shape, loss.dtype) == ((38,), torch.float32)
+    assert torch.allclose(loss.double(), want, atol=1e-5)
+    assert loss.view(2, 19)[:, -1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_gets_a_gradient(form):
+    for name, gradient in gradients(build(form), draw(2, 19)).items():
+        assert gradient is not None and gradient.abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_later_token_changes_no_earlier_logits(form):
+    model, tokens = build(form).eval(), draw(1, 19)
+    changed = tokens.clone()
+    changed[0, 11] = (changed[0, 11] + 1) % 97
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    assert difference[:11].max() == 0
+    assert difference[11:16].min() > 1e-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_documents_give_the_logits_of_separate_ones(form):
+    model = build(form).eval()
+    first, second = draw(1, 8), draw(1, 11, seed=1)
+    segments = torch.tensor([[0] * 8 + [1] * 11], dtype=torch.int32)
+    positions = torch.tensor([[*range(8), *range(11)]])
+    with torch.no_grad():
+        packed = model(torch.cat((first, second), 1), segment_ids=segments, position_ids=positions)
+        apart = torch.cat((model(first), model(second)), 1)
+    assert torch.allclose(packed, apart, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["neox", "gpt2", "llama"])
+def test_position_ids_move_positions(form):
+    model, tokens = build(form).eval(), draw(1, 9)
+    with torch.no_grad():
+        plain = model(tokens)
+        assert torch.allclose(model(tokens, position_ids=torch.arange(9)[None]), plain, atol=2e-6)
+        assert (model(tokens, position_ids=2 * torch.arange(9)[None]) - plain).abs().max() > 1e-3
+
+
+class Cache:
+    """The cache protocol with plain concatenation."""
+
+    def __init__(self):
+        self.length = 0
+        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(self, index, k, v):
+        old = self.stored.get(index)
+        self.stored[index] = (k, v) if old is None else (torch.cat((old[0], k), 1), torch.cat((old[1], v), 1))
+        return self.stored[index]
+
+    def advance(self, count):
+        self.length += count
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cached_decoding_gives_the_logits_of_the_whole(form):
+    model, tokens, cache = build(form).eval(), draw(2, 17), Cache()
+    with torch.no_grad():
+        want = model(tokens)
+        parts = [model(tokens[:, start:stop], cache=cache) for start, stop in itertools.pairwise([0, 7, 8, 12, 17])]
+    assert cache.length == 17
+    assert torch.allclose(torch.cat(parts, 1), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_left_padded_batch_decodes_like_single_prompts(form):
+    model = build(form).eval()
+    prompts, total = [draw(1, 4, seed=4), draw(1, 9, seed=5)], 12
+    rest = draw(2, 3, seed=6)
+    padding = torch.tensor([5, 0])
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, 9 - prompt.shape[1] :] = prompt
+    columns = torch.arange(total)
+    segments = (columns >= padding[:, None]).to(torch.int32)
+    positions = (columns - padding[:, None]).clamp(min=0)
+    cache = Cache()
+    with torch.no_grad():
+        parts = [model(tokens, cache=cache, segment_ids=segments[:, :9], position_ids=positions[:, :9])]
+        for i in range(3):
+            stop = 10 + i
+            parts.append(model(rest[:, i : i + 1], cache=cache, segment_ids=segments[:, :stop], position_ids=positions[:, stop - 1 : stop]))
+        got = torch.cat(parts, 1)
+        for row, prompt in enumerate(prompts):
+            want = model(torch.cat((prompt, rest[row : row + 1]), 1))[0]
+            assert torch.allclose(got[row, -want.shape[0] :], want, atol=2e-5), row
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["neox", "neox-sequential", "gpt2", "qwen3-window"])
+def test_activation_checkpointing_changes_no_gradient(form, mode, dropout):
+    config = ModelConfig(**(SIZES | FORMS[form] | {"hidden_dropout": dropout, "attention_dropout": dropout}))
+    results = []
+    for choice in ("none", mode):
+        torch.manual_seed(11)
+        results.append(gradients(GPT(config, Mesh.single(), activation_checkpointing=choice), draw(2, 19)))
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient, results[1][name]), name
+
+
+@pytest.mark.parametrize("key", ["hidden_dropout", "attention_dropout"])
+@pytest.mark.parametrize("form", ["neox", "gpt2"])
+def test_dropout_acts_in_training_only_and_follows_the_seed(form, key):
+    tokens = draw(2, 19)
+    plain, model = build(form), build(form, **{key: 0.5})
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model.loss(tokens, tokens)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.allclose(run(1), run(2), atol=1e-2)
+    model.eval()
+    assert torch.allclose(run(1), plain.loss(tokens, tokens), atol=1e-5)
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    deep = dict(build("neox", num_layers=3).logical_weights())
+    flat = dict(build("neox").logical_weights())
+    assert all(torch.equal(weight, deep[name]) for name, weight in flat.items())
+    assert not torch.equal(flat["layers.0.mlp.up.weight"], flat["layers.1.mlp.up.weight"])
+    other = dict(build("neox", seed=5).logical_weights())
+    assert not torch.equal(flat["head.weight"], other["head.weight"])
+    padded = dict(build("neox", vocab_multiple=1).logical_weights())
+    assert all(torch.equal(weight, padded[name]) for name, weight in flat.items())
+
+
+def test_meta_then_materialize_equals_direct():
+    config = ModelConfig(**(SIZES | FORMS["gpt2"]))
+    late = GPT(config, Mesh.single("meta"))
+    assert all(parameter.is_meta for parameter in late.parameters())
+    late.materialize("cpu")
+    direct = GPT(config, Mesh.single())
+    assert all(torch.equal(a, b) for a, b in zip(late.parameters(), direct.parameters(), strict=True))
+    assert torch.equal(late(draw(1, 5)), direct(draw(1, 5)))
+
+
+@pytest.mark.parametrize("form", ["neox", "gpt2"])
+def test_padding_rows_stay_zero(form):
+    model = build(form, vocab_multiple=64)
+    table = model.embedding.word.weight
+    assert table.shape[0] == 128
+    gradient = gradients(model, draw(2, 19))["embedding.word.weight"]
+    assert torch.equal(table[97:], torch.zeros(31, 48))
+    assert torch.equal(gradient[97:], torch.zeros(31, 48))
+    assert model(draw(1, 3)).shape == (1, 3, 97)
+    assert dict(model.logical_weights())["embedding.word.weight"].shape == (97, 48)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_counts(form):
+    model = build(form)
+    logical = sum(weight.numel() for _, weight in model.logical_weights())
+    assert model.num_parameters() == logical
+    matrices = sum(w.numel() for name, w in model.logical_weights() if w.dim() == 2 and not name.startswith("embedding")) + (
+        97 * 48 if model.head is None else 0
+    )
+    keys = 5 if form == "qwen3-window" else 19
+    assert model.flops_per_token(19) == 6 * matrices + 12 * 2 * 4 * 12 * keys
+
+
+def test_flops_equal_the_published_formula():
+    layers, hidden, sequence, vocab = 3, 64, 40, 100
+    model = GPT(ModelConfig(num_layers=layers, hidden_size=hidden, num_attention_heads=4, vocab_size=vocab), Mesh.single("meta"))
+    assert model.flops_per_token(sequence) == 72 * layers * hidden**2 * (1 + sequence / (6 * hidden) + vocab / (12 * layers * hidden))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_follows_fp32(form):
+    model, tokens = build(form).eval(), draw(2, 19)
+    with torch.no_grad():
+        want = model(tokens)
+        got = model.to(torch.bfloat16)(tokens)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() <= 0.03 * want.norm()
+
+
+def test_weights_go_out_and_in():
+    source, target = build("llama", seed=1), build("llama", seed=2)
+    target.load_weights(source.logical_weights())
+    assert torch.equal(source(draw(1, 5)), target(draw(1, 5)))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda w: w.pop("norm.weight"), r"weights are missing; where=norm\.weight"),
+        (lambda w: w.update(extra=torch.ones(1)), "no such parameter; where=extra"),
+        (lambda w: w.update({"norm.weight": torch.ones(47)}), r"another shape; where=norm\.weight; got=\(47,\); want=\(48,\)"),
+    ],
+)
+def test_weights_that_do_not_fit(change, match):
+    model = build("neox")
+    weights = dict(model.logical_weights())
+    change(weights)
+    with pytest.raises(CheckpointError, match=match):
+        model.load_weights(weights)
+
+
+def test_weight_given_twice():
+    model = build("neox")
+    with pytest.raises(CheckpointError, match="given twice"):
+        model.load_weights([*model.logical_weights(), ("norm.weight", torch.ones(48))])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        (torch.tensor([[1, 97]]), r"token id outside the vocabulary.*got=97; want=0 \.\. 96"),
+        (torch.tensor([[-1, 3]]), "got=-1"),
+        (torch.zeros(1, 4, dtype=torch.int32), "wrong form.*torch.int32"),
+        (torch.zeros(4, dtype=torch.int64), "wrong form"),
+        (torch.zeros(1, 0, dtype=torch.int64), "wrong form"),
+    ],
+)
+def test_wrong_tokens(tokens, match):
+    with pytest.raises(DataError, match=match):
+        build("neox")(tokens)
+
+
+@pytest.mark.parametrize("target", [97, -1])
+def test_wrong_targets(target):
+    with pytest.raises(DataError, match=f"target id outside the vocabulary.*got={target}"):
+        build("neox").loss(draw(1, 3), torch.tensor([[1, target, -100]]))
+
+
+def test_targets_of_another_shape():
+    with pytest.raises(DataError, match="targets do not fit"):
+        build("neox").loss(draw(1, 3), draw(1, 4))
+
+
+@pytest.mark.parametrize("form", ["neox", "gpt2"])
+def test_positions_beyond_the_table(form):
+    model = build(form)
+    model(draw(1, 32))
+    with pytest.raises(DataError, match=r"longer than the model's positions; where=model\.max_position_embeddings; got=position 32; want=0 \.\. 31"):
+        model(draw(1, 33))
+    with pytest.raises(DataError, match="got=position 40"):
+        model(draw(1, 2), position_ids=torch.tensor([[0, 40]]))
+    cache = Cache()
+    cache.length = 30
+    with pytest.raises(DataError, match="got=position 32"):
+        model(draw(1, 3), cache=cache)
+
+
+def test_alibi_has_no_longest_sequence():
+    assert build("alibi")(draw(1, 50)).shape == (1, 50, 97)
+
+
+def test_unknown_activation_checkpointing():
+    with pytest.raises(ConfigError, match="activation checkpointing"):
+        GPT(ModelConfig(**SIZES), Mesh.single("meta"), activation_checkpointing="some")
+
+
+def test_pipeline_layers_are_all_of_the_model():
+    for form in ("neox", "gpt2"):
+        model = build(form)
+        parts = [parameter for layer in model.pipeline_layers() for parameter in layer.parameters()]
+        assert [id(p) for p in parts] == [id(p) for p in model.parameters()]
