@@ -1,0 +1,130 @@
+"""Write a checkpoint as a Hugging Face model: config.json, safetensors, tokenizer files.
+
+OUT appears only when it is complete, and with --check only when transformers computes the same logits from it.
+
+example: neox export --checkpoint runs/default --out exported --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from neox.checkpoint.load import Checkpoint, resolve
+from neox.config.load import loads
+from neox.config.schema import Config, ModelConfig
+from neox.convert.huggingface import LOGIT_TOLERANCE, compare, to_huggingface
+from neox.errors import CheckpointError, ConfigError, DiskError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `neox export`."""
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint, or a folder of checkpoints or of a run (its newest is taken)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must be absent or empty")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the written weights; default: precision.dtype of the run")
+    parser.add_argument("--tokenizer", metavar="FILE", help="`tokenizers` JSON file; default: tokenizer.file of the run")
+    parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    parser.add_argument("--check", action="store_true", help=f"compare logits with transformers; exit code 4 when they differ by more than {LOGIT_TOLERANCE}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports; returns 0. Raises CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem."""
+    out = Path(args.out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError("export would overwrite files", where=out, want="a folder that is absent or empty", do="choose another --out")
+    with Checkpoint(resolve(args.checkpoint)) as checkpoint:
+        config = loads(checkpoint.config_lock)
+        dtype = DTYPES[args.dtype or config.precision.dtype]
+        stage = _make_stage(out)
+        try:
+            difference = _export(checkpoint, config, stage, dtype, tokenizer_file(args, config), args.check)
+            _publish(stage, out)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    if args.json:
+        print(json.dumps({"out": args.out, "max_logit_difference": difference}))
+    else:
+        print(f"wrote {args.out}" + ("" if difference is None else f"; logits differ from transformers' by at most {difference:.2g}"))
+    return 0
+
+
+def tokenizer_file(args: argparse.Namespace, config: Config) -> Path | None:
+    """The tokenizer to put beside the model; None without one.
+
+    Raises:
+        ConfigError: the run had none and none is given, or the file is gone.
+    """
+    if args.no_tokenizer:
+        return None
+    name = args.tokenizer or config.tokenizer.file
+    if name is None:
+        raise ConfigError("no tokenizer to export", where="tokenizer.file of the run", do="give --tokenizer FILE, or --no-tokenizer")
+    if not Path(name).is_file():
+        raise ConfigError("tokenizer file is not there", where=name, do="start in the folder of the run, give --tokenizer FILE, or --no-tokenizer")
+    return Path(name)
+
+
+def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dtype, tokenizer: Path | None, check: bool) -> float | None:
+    """Write the model into `stage`; the largest difference of logits where that is to be checked.
+
+    Raises:
+        CheckpointError: the checkpoint lacks weights, or the logits differ by more than LOGIT_TOLERANCE or are not finite.
+    """
+    model_config = ModelConfig(**checkpoint.model_config)
+    model = GPT(model_config, Mesh.single("meta"))
+    layouts = model.layouts()
+    checkpoint.check((name, "weight", layout.shape) for name, layout in layouts.items())
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, checkpoint.tensor(name)) for name in layouts)
+
+    to_huggingface(model_config, weights(), stage, tokenizer_file=tokenizer, eod_token=config.tokenizer.eod_token, dtype=dtype)
+    if not check:
+        return None
+    model.materialize("cpu", initialize=False).load_weights((name, tensor.to(dtype)) for name, tensor in weights())
+    difference = compare(stage, model)
+    if not difference <= LOGIT_TOLERANCE:
+        raise CheckpointError(
+            "exported model computes other logits",
+            where=checkpoint.path,
+            got=difference,
+            want=f"a difference of at most {LOGIT_TOLERANCE}",
+            do="report this as a bug",
+        )
+    return difference
+
+
+def _make_stage(out: Path) -> Path:
+    """A new folder beside `out`, on the same file system."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise DiskError("export cannot be written", where=out.parent, got=error, do="choose another --out") from error
+
+
+def _publish(stage: Path, out: Path) -> None:
+    """Give the finished folder its name, once its bytes are on the disk."""
+    try:
+        for path in [*stage.iterdir(), stage]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        stage.chmod(0o755)
+        stage.rename(out)
+    except OSError as error:
+        raise DiskError("export cannot be written", where=out, got=error, do="free space or choose another --out") from error

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from neox.checkpoint.reshard import Fragment
+from neox.checkpoint.retention import start_lineage
+from neox.checkpoint.save import save
+from neox.cli import export
+from neox.cli.main import main
+from neox.config.load import dump
+from neox.config.schema import Config
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+MODEL = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.2, "vocab_multiple": 64}
+
+
+def write_checkpoint(root, tokenizer_file: str | None, vocab_size: int, dtype: str = "fp32", **options) -> None:
+    """A checkpoint of one process with random weights, as a run leaves it."""
+    config = Config(model={**MODEL, "vocab_size": vocab_size, **options}, tokenizer={"file": tokenizer_file}, precision={"dtype": dtype})
+    fragments = []
+    for name, weight in GPT(config.model, Mesh.single()).logical_weights():
+        slices = tuple((0, size) for size in weight.shape)
+        fragments.append(Fragment(name, "weight", tuple(weight.shape), slices, 0, weight.numel(), weight.flatten()))
+    save(
+        root / "checkpoints",
+        step=3,
+        fragments=fragments,
+        state={"step": 3},
+        rng={"cpu": torch.get_rng_state()},
+        config_lock=dump(config),
+        model_config=config.model.model_dump(mode="json"),
+        rank=0,
+        world_size=1,
+        keep=0,
+        lineage=start_lineage(root / "checkpoints"),
+    )
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    write_checkpoint(tmp_path / "run", None, 101)
+    return tmp_path / "run"
+
+
+def call(*arguments) -> int:
+    return main(["export", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", None])
+def test_export_checked(run_folder, tmp_path, capsys, dtype):
+    out = tmp_path / "deep" / "out"
+    arguments = ["--checkpoint", run_folder, "--out", out, "--no-tokenizer", "--check", "--json"]
+    assert call(*arguments, *([] if dtype is None else ["--dtype", dtype])) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["out"] == str(out)
+    assert 0 < report["max_logit_difference"] <= 1e-4
+    assert json.loads((out / "config.json").read_text())["dtype"] == {"bf16": "bfloat16"}.get(dtype, "float32")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_dtype_is_that_of_the_run(tmp_path):
+    write_checkpoint(tmp_path / "run", None, 101, dtype="bf16", norm="rmsnorm", activation="swiglu", qkv_bias=False, attention_out_bias=False, mlp_bias=False)
+    assert call("--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--no-tokenizer") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == ("llama", "bfloat16")
+
+
+def test_tokenizer_of_the_run_is_exported(tmp_path, shared_data):
+    from transformers import AutoTokenizer
+
+    write_checkpoint(tmp_path / "run", str(shared_data / "tokenizers" / "gpt-neox-20b.json"), 50277)
+    assert call("--checkpoint", tmp_path / "run", "--out", tmp_path / "out") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_differing_logits_leave_nothing_and_exit_4(run_folder, tmp_path, capsys, monkeypatch):
+    for difference in (2e-4, float("nan")):
+        monkeypatch.setattr(export, "compare", lambda out, model, difference=difference: difference)
+        assert call("--checkpoint", run_folder, "--out", tmp_path / "out", "--no-tokenizer", "--check") == 4
+        assert "error[4] exported model computes other logits" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_damaged_weight_is_found(run_folder, tmp_path, capsys):
+    shard = next((run_folder / "checkpoints").glob("*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1  # within the largest weights
+    shard.write_bytes(data)
+    assert call("--checkpoint", run_folder, "--out", tmp_path / "out", "--no-tokenizer") == 4
+    assert "error[4]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_never_overwritten(run_folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    assert call("--checkpoint", run_folder, "--out", tmp_path / "out", "--no-tokenizer") == 4
+    assert "would overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "no tokenizer to export"),
+        (["--tokenizer", "nowhere.json"], 2, "tokenizer file is not there"),
+    ],
+)
+def test_tokenizer_must_be_found_or_declined(run_folder, tmp_path, capsys, arguments, code, message):
+    assert call("--checkpoint", run_folder, "--out", tmp_path / "out", *arguments) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    assert call("--checkpoint", tmp_path, "--out", tmp_path / "out") == 4
+    assert "no checkpoint here" in capsys.readouterr().err
+
+
+def test_unwritable_place(run_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert call("--checkpoint", run_folder, "--out", tmp_path / "file" / "out", "--no-tokenizer") == 5
+    assert "error[5]" in capsys.readouterr().err
+
+
+def test_model_that_no_architecture_holds(tmp_path, capsys):
+    write_checkpoint(tmp_path / "run", None, 101, position_embedding="alibi")
+    assert call("--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--no-tokenizer") == 2
+    assert "position_embedding=alibi" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
