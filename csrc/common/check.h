@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "common/dtype.h"
 
@@ -15,24 +16,44 @@ namespace neox {
 
 using torch::stable::Tensor;
 
+// Pieces of a message, written out only when a check fails: an operator makes some twenty checks per call, and a string costs half a
+// microsecond. They hold references and live no longer than the call of check() that they are written in.
 template <class... Parts>
-std::string concat(const Parts&... parts) {
-    std::ostringstream text;
-    (text << ... << parts);
-    return text.str();
+struct Concat {
+    std::tuple<const Parts&...> parts;
+
+    operator std::string() const {
+        std::ostringstream text;
+        text << *this;
+        return text.str();
+    }
+
+    friend std::ostream& operator<<(std::ostream& out, const Concat& self) {
+        std::apply([&](const Parts&... part) { (out << ... << part); }, self.parts);
+        return out;
+    }
+};
+
+template <class... Parts>
+Concat<Parts...> concat(const Parts&... parts) {
+    return {std::tie(parts...)};
 }
 
-inline std::string shape_text(const Tensor& tensor) {
-    std::ostringstream text;
-    text << "[";
-    for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-    text << "]";
-    return text.str();
-}
+struct ShapeText {
+    const Tensor& tensor;
+
+    friend std::ostream& operator<<(std::ostream& out, const ShapeText& self) {
+        out << "[";
+        for (int64_t i = 0; i < self.tensor.dim(); ++i) out << (i ? ", " : "") << self.tensor.size(i);
+        return out << "]";
+    }
+};
+
+inline ShapeText shape_text(const Tensor& tensor) { return {tensor}; }
 
 // check("bias_gelu", ok, "bias", "must have the size of x's last dimension", shape_text(bias))
-template <class Got>
-void check(const char* op, bool ok, const char* argument, const std::string& rule, const Got& got) {
+template <class Rule, class Got>
+void check(const char* op, bool ok, const char* argument, const Rule& rule, const Got& got) {
     if (!ok) throw std::invalid_argument(concat(op, ": ", argument, " ", rule, "; got ", got));
 }
 
@@ -60,9 +81,12 @@ inline void check_float(const char* op, const Tensor& tensor, const char* argume
 
 inline void check_rank(const char* op, const Tensor& tensor, const char* argument, int64_t least, int64_t most) {
     const bool ok = tensor.dim() >= least && tensor.dim() <= most;
-    const std::string rule =
-        least == most ? concat("must have ", least, least == 1 ? " dimension" : " dimensions") : concat("must have ", least, " to ", most, " dimensions");
-    check(op, ok, argument, rule, concat(tensor.dim(), " in shape ", shape_text(tensor)));
+    const char* const dimensions = most == 1 ? " dimension" : " dimensions";
+    if (least == most) {
+        check(op, ok, argument, concat("must have ", least, dimensions), concat(tensor.dim(), " in shape ", shape_text(tensor)));
+    } else {
+        check(op, ok, argument, concat("must have ", least, " to ", most, dimensions), concat(tensor.dim(), " in shape ", shape_text(tensor)));
+    }
 }
 
 // Same device and dtype as `like`.
