@@ -13,19 +13,22 @@ import json
 from neox.config.explain import diff, explain, inline, show
 from neox.config.load import Loaded, load, plain
 from neox.config.schema import Config
+from neox.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `neox config`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|explain|diff")
     shower = actions.add_parser("show", help="the whole resolved config, with the origin of each value", description="Print the whole resolved config.")
-    shower.add_argument("files", nargs="+", metavar="FILE", help="config files, later ones win; bare names are looked for under configs/")
+    shower.add_argument("files", nargs="*", metavar="FILE", help="config files, later ones win; bare names are looked for under configs/")
     explainer = actions.add_parser("explain", help="meaning, type and default of a key", description="Explain a key, or list the keys of a section.")
     explainer.add_argument("key", nargs="?", metavar="KEY", help="such as model.rotary_pct, or a section such as model; none: list the sections")
     explainer.add_argument("files", nargs="*", metavar="FILE", help="also tell the value in these configs, and where it comes from")
     differ = actions.add_parser("diff", help="keys in which two configs differ", description="Print the keys in which two configs differ.")
     differ.add_argument("left", metavar="A")
     differ.add_argument("right", metavar="B")
+    for each in (shower, explainer):
+        each.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="the same as FILE, spelt as for train.py")
     for each in (shower, explainer, differ):
         each.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="single values, as section.key=value")
         each.add_argument("--json", action="store_true", help="print one JSON object")
@@ -33,12 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `neox config`; returns 0. A config that does not load raises ConfigError."""
-    if args.action == "show":
-        print(show_text(load(args.files, args.overrides), args.json))
-    elif args.action == "explain":
-        print(explain_text(args.key, load(args.files, args.overrides) if args.files or args.overrides else None, args.json))
-    else:
+    if args.action == "diff":
         print(diff_text(load([args.left], args.overrides), load([args.right], args.overrides), args))
+        return 0
+    files = [*args.files, *args.conf]
+    given = bool(files or args.overrides)
+    if args.action == "explain":
+        print(explain_text(args.key, load(files, args.overrides) if given else None, args.json))
+        return 0
+    if not given:
+        raise ConfigError("no config to show", where="neox config show", want="at least one FILE", do="neox config show --help")
+    print(show_text(load(files, args.overrides), args.json))
     return 0
 
 

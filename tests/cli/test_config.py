@@ -38,7 +38,7 @@ def test_show(files, capsys):
 def test_explain(files, capsys):
     assert output(capsys, "explain", "model.rotary_pct").splitlines()[1:] == ["  type: number > 0, <= 1", "  default: 1.0"]
     assert "  value: 9, from --set\n  overridden: 3, from a.yml:3\n" in output(capsys, "explain", "train.seed", "a.yml", "--set", "train.seed=9")
-    content = json.loads(output(capsys, "explain", "train.seed", "a.yml", "--json"))
+    content = json.loads(output(capsys, "explain", "train.seed", "--conf", "a.yml", "--json"))
     assert (content["value"], content["origin"], content["overridden"]) == (3, "a.yml:3", [])
     assert "optimizer.lr: peak learning rate" in output(capsys, "explain", "optimizer")
     assert "model: The architecture." in output(capsys, "explain")
@@ -56,7 +56,7 @@ def test_diff(files, capsys):
     ("argv", "part"),
     [
         (["show", "gone.yml"], "no such config file"),
-        (["show"], "the following arguments are required: FILE; where=neox config show"),
+        (["show"], "no config to show"),
         (["explain", "model.layers"], "did you mean model.num_layers?"),
         (["diff", "a.yml"], "the following arguments are required: B"),
         (["frobnicate"], "invalid choice"),

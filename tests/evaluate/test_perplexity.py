@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from neox.data.indexed import IndexedDataset, IndexedWriter
-from neox.model.gpt import GPT
-from neox.parallel.mesh import Mesh
 
 from neox.config.schema import ModelConfig
+from neox.data.indexed import IndexedDataset, IndexedWriter
 from neox.errors import ConfigError, DataError
 from neox.evaluate.perplexity import IGNORED, evaluate, windows
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
 
 DOCUMENTS = [[5, 6, 7, 0], [0], [9, 9, 3, 4, 1, 1, 2, 8, 30, 0], [11, 0]]
 

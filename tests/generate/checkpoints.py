@@ -9,9 +9,8 @@ from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
 from neox.config.load import dump
-from neox.model.gpt import GPT
-
 from neox.config.schema import Config, DataConfig, TokenizerConfig
+from neox.model.gpt import GPT
 
 
 def save_model(run_dir: Path, model: GPT, *, tokenizer: str | None = None, model_config: dict | None = None) -> Path:

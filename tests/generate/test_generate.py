@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 import transformers
+
 from neox.checkpoint.load import Checkpoint
 from neox.config.load import dump
-from neox.convert.huggingface import from_huggingface
-from neox.model.gpt import GPT
-from neox.parallel.mesh import Mesh
-
 from neox.config.schema import Config, ModelConfig
+from neox.convert.huggingface import from_huggingface
 from neox.errors import CheckpointError, ConfigError
 from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
 from tests.generate.checkpoints import save_model
 
 SHAPE = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 97, "max_position_embeddings": 64}
