@@ -18,7 +18,8 @@ export MAX_JOBS ?= $(JOBS)
 # Stamps: torch in the environment (named after the torch asked for), the install in this checkout (after the environment).
 TORCH_STAMP := $(VENV)/.neox-$(subst /,-,$(TORCH))
 INSTALLED := build/.installed$(subst /,-,$(VENV))
-NATIVE := $(shell find csrc -type f -name '*.[ch]*' 2>/dev/null)
+NATIVE := $(shell find csrc -type f)
+C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test native-test fuzz bench lint format clean
 
@@ -47,7 +48,7 @@ demo: setup  ## train, stop, resume, evaluate, generate and export a small model
 test: lint setup  ## lint and the whole test suite except fuzz
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz"
 
-native-test:  ## the C++ tests: plain, and under address and undefined-behaviour sanitizers
+native-test: setup  ## the C++ tests: plain, and under address and undefined-behaviour sanitizers
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/native --parallel $(JOBS)
 	ctest --test-dir build/native --output-on-failure
@@ -61,12 +62,12 @@ bench: setup  ## every benchmark in its quick setting
 lint: setup  ## ruff and clang-format, both as checks
 	ruff check .
 	ruff format --check .
-	$(if $(NATIVE),clang-format --dry-run -Werror $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE)))
+	clang-format --dry-run -Werror $(C_SOURCES)
 
 format: setup  ## let ruff and clang-format rewrite the sources
 	ruff check --fix .
 	ruff format .
-	$(if $(NATIVE),clang-format -i $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE)))
+	clang-format -i $(C_SOURCES)
 
 clean:  ## remove what was built here; .venv and runs stay
 	rm -rf build dist *.egg-info neox/_ops neox/_data*.so .pytest_cache .ruff_cache
