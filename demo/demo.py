@@ -205,7 +205,7 @@ def train(work: Path, report: Report) -> None:
     """Train, be killed, resume, finish."""
     print("\n[3] train, killed half way")
     run_dir = work / "run"
-    settings = json.loads(run(neox("config", "show", CONFIG, "--json"), capture=True))
+    settings = json.loads(run(neox("config", "show", CONFIG, "--json"), capture=True))["config"]
     save_interval, train_iters = settings["checkpoint"]["save_interval"], settings["train"]["train_iters"]
     checkpoint_step = train_iters // 2 // save_interval * save_interval
     before = train_until_killed(run_dir, checkpoint_step, checkpoint_step + OVERLAP)

@@ -25,6 +25,18 @@ def token_dtype(largest_id: int) -> str:
     return "uint16" if largest_id < SMALL_VOCABULARY else "int32"
 
 
+def make_folder(folder: str) -> None:
+    """Make the folder of a dataset and those above it; "" is the current one.
+
+    Raises:
+        DiskError: it cannot be made.
+    """
+    try:
+        os.makedirs(folder or os.curdir, exist_ok=True)
+    except OSError as problem:
+        raise DiskError("cannot make the folder of a dataset", where=folder, got=problem.strerror, do="choose another --out") from problem
+
+
 class IndexedDataset:
     """A tokenized corpus, mapped. `len(dataset)` sequences; `dataset[i]` is a read-only numpy view of the tokens of sequence i.
 
@@ -160,6 +172,7 @@ class IndexedWriter:
         existing = [path for path in (f"{self.prefix}.idx", f"{self.prefix}.bin") if os.path.lexists(path)]
         if existing and not overwrite:
             raise DataError("dataset is there already", where=existing[0], do="choose another --out, or pass --overwrite")
+        make_folder(os.path.dirname(self.prefix))
         self._core = core.Writer(os.fsencode(self.prefix), dtype, BLOCK_BYTES)
         self._tokenizer = {"tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size, "eod_id": eod_id}
         self._open = True

@@ -130,11 +130,6 @@ def test_unfinished_document_and_use_after_finish_are_refused(tmp_path):
         writer.add([1])
 
 
-def test_missing_folder_is_a_disk_error(tmp_path):
-    with pytest.raises(DiskError, match=r"cannot create file; where=.*nowhere/d\.bin"):
-        IndexedWriter(tmp_path / "nowhere" / "d", "uint16")
-
-
 def test_a_write_that_fails_is_a_disk_error_and_leaves_nothing(tmp_path):
     """The limit on a file's size stands for a full disk: the write itself fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -294,3 +289,12 @@ def test_ids_beyond_a_vocabulary_are_located(make_dataset):
     dataset = make_dataset([[1, 2], [3, 9, 4]])
     assert dataset.find_bad_token(9) == 3 and dataset.locate(3) == (1, 1)
     assert dataset.find_bad_token(10) is None
+
+
+def test_the_folder_of_a_dataset_is_made(tmp_path):
+    with IndexedWriter(tmp_path / "new" / "folder" / "text", "uint16") as writer:
+        writer.add_document(np.array([1, 2]))
+    assert IndexedDataset(tmp_path / "new" / "folder" / "text")[0].tolist() == [1, 2]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot make the folder of a dataset"):
+        IndexedWriter(tmp_path / "file" / "text", "uint16")
