@@ -65,7 +65,7 @@ class Control:
     def fail(self, error: BaseException) -> tuple[int, bool]:
         """Report this process's failure to all. Returns the exit code of all, and whether this process is the origin (and prints)."""
         self.closed.set()
-        mine = as_neox_error(error)
+        mine = as_neox_error(error, self.rank)
         code = mine.exit_code if mine is not None else 1
         if self.store is None:
             return code, True
@@ -113,16 +113,19 @@ def connect(place: Place) -> Control:
     return Control(dist.PrefixStore("neox-control", client), place.rank, place.world_size)
 
 
-def as_neox_error(error: BaseException) -> NeoxError | None:
+def as_neox_error(error: BaseException, rank: int = 0) -> NeoxError | None:
     """The error as one of ours where it is one in substance: out of memory, or a connection that a lost process broke."""
     if isinstance(error, NeoxError):
         return error
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return MemoryExhausted(
-            "not enough memory", got=text[:200], do="smaller train.micro_batch_size, train.activation_checkpointing: full, or a higher zero.stage"
+            "not enough memory",
+            where=f"rank {rank}",
+            got=text[:200],
+            do="smaller train.micro_batch_size, train.activation_checkpointing: full, or a higher zero.stage",
         )
     lost = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "remote process exited", "socket timeout")
     if isinstance(error, RuntimeError) and any(word in text.lower() for word in lost):
-        return PeerLost("another process was lost", got=text[:200], do="look at its log; start again to resume")
+        return PeerLost("another process was lost", where=f"rank {rank}", got=text[:200], do="look at its log; start again to resume")
     return None

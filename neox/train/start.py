@@ -37,7 +37,7 @@ def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
         except BaseException as error:  # whatever it is, the other processes must learn of it
             code, origin = control.fail(error)
             if origin:
-                report(error, debug)
+                report(error, place.rank, debug)
             if place.world_size > 1:
                 leave(code)
             return code
@@ -54,10 +54,10 @@ def join(config: Config, place: Place, device: str) -> Mesh:
     return create_mesh(config.parallel.tensor, config.parallel.pipeline, here)
 
 
-def report(error: BaseException, debug: bool) -> None:
+def report(error: BaseException, rank: int, debug: bool) -> None:
     """Print the one line; the traceback too where it is asked for, or where the bug is ours."""
-    ours = as_neox_error(error)
-    line = ours or NeoxError(f"{type(error).__name__}: {error}", do="this is a bug of neox: please report it with the lines below")
+    ours = as_neox_error(error, rank)
+    line = ours or NeoxError(f"{type(error).__name__}: {error}", where=f"rank {rank}", do="this is a bug of neox: please report it with the lines below")
     print(line.line(), file=sys.stderr, flush=True)
     if debug or ours is None:
         traceback.print_exception(error)

@@ -1,0 +1,66 @@
+"""The config that DeepSpeed gets."""
+
+import pytest
+import torch
+
+from neox.engine.wrap import BUCKET, PlainCPU, deepspeed_config, effective_stage, merge
+from neox.errors import ConfigError
+from neox.parallel.mesh import Mesh
+from tests.engine.toy import make_config, make_engine
+
+
+def settings(**sections):
+    return deepspeed_config(make_config(**sections), 2, 4, 3, 1000)
+
+
+def test_batch_precision_and_clipping():
+    got = settings(zero={"stage": 2}, precision={"dtype": "bf16"})
+    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (24, 2, 4)
+    assert got["bf16"]["enabled"] and got["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert got["gradient_clipping"] == 0.5
+    assert "fp16" not in got
+    assert settings(zero={"stage": 0})["gradient_clipping"] == 0.0
+
+
+def test_fp16_scales_dynamically():
+    got = settings(precision={"dtype": "fp16", "initial_scale_power": 12, "loss_scale_window": 7})
+    assert got["fp16"]["loss_scale"] == 0
+    assert (got["fp16"]["initial_scale_power"], got["fp16"]["loss_scale_window"]) == (12, 7)
+    assert not got["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize(("dtype", "stage", "runs"), [("fp32", 0, 0), ("bf16", 0, 1), ("fp16", 0, 1), ("bf16", 3, 3), ("fp32", 2, 2)])
+def test_the_stage_that_runs(dtype, stage, runs):
+    assert effective_stage(make_config(zero={"stage": stage}, precision={"dtype": dtype})) == runs
+
+
+def test_buckets_follow_the_model_and_stay_even():
+    assert settings()["zero_optimization"]["reduce_bucket_size"] == 1024
+    huge = deepspeed_config(make_config(), 1, 1, 1, 10**12)["zero_optimization"]
+    assert huge["reduce_bucket_size"] == huge["allgather_bucket_size"] == BUCKET
+    assert deepspeed_config(make_config(), 1, 1, 1, 4097)["zero_optimization"]["allgather_bucket_size"] % 2 == 0
+
+
+def test_raw_keys_are_merged_in():
+    got = settings(deepspeed={"zero_optimization": {"sub_group_size": 5}, "communication_data_type": "fp32"}, zero={"stage": 3})
+    assert got["zero_optimization"]["sub_group_size"] == 5
+    assert got["zero_optimization"]["stage"] == 3
+    assert got["communication_data_type"] == "fp32"
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [{"train_batch_size": 8}, {"gradient_clipping": 1.0}, {"zero_optimization": {"stage": 1}}, {"optimizer": {"type": "Adam"}}, {"bf16": {"enabled": True}}],
+)
+def test_what_has_a_key_of_its_own_is_refused(raw):
+    with pytest.raises(ConfigError, match=r"error\[2\].*deepspeed\."):
+        settings(deepspeed=raw)
+
+
+def test_nothing_is_compiled_and_nothing_is_printed(capfd):
+    make_engine(make_config(zero={"stage": 1}, precision={"dtype": "bf16"}), Mesh.single())
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert PlainCPU().create_op_builder("ShareMemCommBuilder") is None
+    assert torch.distributed.is_initialized()

@@ -1,0 +1,118 @@
+"""One process's failure ends all, with its code: over real processes, also while the others are stuck."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neox.errors import ConfigError, DataError, MemoryExhausted, PeerLost
+from neox.train.control import Control, as_neox_error, connect
+from neox.train.place import Place
+from tests.distributed import start_ranks
+
+
+def join() -> Control:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
+    return connect(Place(rank, rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+
+
+def fail_on(rank: str, how: str) -> None:
+    """Entry of a process: one rank fails, the others are in a collective, in a loop, or fail differently a moment later."""
+    control = join()
+    try:
+        if dist.get_rank() == int(rank):
+            raise DataError("bad batch", where="file x")
+        if how == "collective":
+            dist.all_reduce(torch.zeros(1))
+        elif how == "loop":
+            time.sleep(60)
+        else:
+            time.sleep(0.3)
+            raise ConfigError("something in its wake")
+    except BaseException as error:
+        code, origin = control.fail(error)
+        if origin:
+            print(as_neox_error(error).line(), file=sys.stderr, flush=True)
+        control.leave(code)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("rank", "how"), [(0, "collective"), (1, "collective"), (2, "loop"), (0, "wake")])
+def test_all_end_with_the_code_and_the_line_of_the_origin(tmp_path, rank, how):
+    begin = time.monotonic()
+    results = start_ranks("tests.train.test_control:fail_on", 3, tmp_path, [rank, how]).wait(60)
+    assert [result.returncode for result in results] == [3, 3, 3], results
+    assert [result.output.count("error[") for result in results] == [int(i == rank) for i in range(3)]
+    assert "error[3] bad batch; where=file x" in results[rank].output
+    assert time.monotonic() - begin < 45
+
+
+def wait_forever(path: str) -> None:
+    """Entry of a process: the second waits outside, the first in a collective."""
+    control = join()
+    if dist.get_rank() == 1:
+        open(path, "w").close()
+        time.sleep(60)
+    try:
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        code, origin = control.fail(error)
+        if origin:
+            print(as_neox_error(error).line(), file=sys.stderr, flush=True)
+        control.leave(code)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_a_lost_peer(tmp_path, victim):
+    path = tmp_path / "up"
+    running = start_ranks("tests.train.test_control:wait_forever", 2, tmp_path, [path])
+    running.wait_for(path.exists, 60)
+    time.sleep(0.5)
+    running.signal(signal.SIGKILL, victim)
+    results = running.wait(40)
+    assert results[1 - victim].returncode == PeerLost.exit_code, results
+    assert "error[13]" in results[1 - victim].output
+
+
+def end_well() -> None:
+    """Entry of a process that ends well, the first one later than the others."""
+    control = join()
+    if dist.get_rank() == 0:
+        time.sleep(1.0)
+    control.finish()
+
+
+@pytest.mark.distributed
+def test_a_good_end_is_no_error(tmp_path):
+    results = start_ranks("tests.train.test_control:end_well", 2, tmp_path).wait(60)
+    assert [(result.returncode, "error" in result.output) for result in results] == [(0, False), (0, False)]
+
+
+def test_alone_there_is_no_channel():
+    control = connect(Place())
+    assert control.fail(DataError("x")) == (3, True)
+    assert control.fail(KeyError("x")) == (1, True)
+    control.finish()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), MemoryExhausted),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), MemoryExhausted),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryExhausted),
+        (RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:2"), PeerLost),
+        (DataError("x"), DataError),
+        (ValueError("x"), None),
+        (RuntimeError("shapes differ"), None),
+    ],
+)
+def test_what_an_error_is_in_substance(error, kind):
+    found = as_neox_error(error)
+    assert found is None if kind is None else isinstance(found, kind)

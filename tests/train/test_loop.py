@@ -1,0 +1,344 @@
+"""The whole path: config, data, model, engine, checkpoints; in this process, and over real processes."""
+
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neox.checkpoint.load import Checkpoint, digest
+from neox.config.load import loads
+from neox.engine.engine import Engine
+from neox.errors import CheckpointError, DataError, DiskError, NonFinite, StoppedBySignal
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh, create_mesh
+from neox.train.loop import Run, train
+from neox.train.signals import StopSignals
+from tests.distributed import run_ranks, start_training
+from tests.distributed import train as launch
+from tests.train.corpus import DROPOUT, config_text, curve, make_config, make_corpus, records
+
+os.environ.setdefault("LOCAL_RANK", "0")
+
+
+class StopAfter(StopSignals):
+    """Stands for a signal that arrives during a step: asked once per step, says yes at the n-th."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.left = steps
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    """20 uninterrupted steps of one process with dropout, stage 0."""
+    run = tmp_path_factory.mktemp("straight")
+    train(make_config(corpus, run, *DROPOUT), Mesh.single(), StopSignals())
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory):
+    """20 steps of one process without dropout, stage 0: what every layout must give."""
+    run = tmp_path_factory.mktemp("plain")
+    train(make_config(corpus, run), Mesh.single(), StopSignals())
+    return run
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step_*"))
+
+
+def assert_same_curve(got: Path, want: Path, begin: int = 0):
+    a, b = records(got), records(want)[begin:]
+    assert [r["step"] for r in a[-len(b) :]] == [r["step"] for r in b]
+    for x, y in zip(a[-len(b) :], b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+        assert (x["lr"], x["tokens"], x["samples"]) == (y["lr"], y["tokens"], y["samples"])
+        assert x.get("validation_loss", 0.0) == pytest.approx(y.get("validation_loss", 0.0), rel=1e-5)
+
+
+def test_a_run_leaves_its_folder(straight, corpus):
+    rows = records(straight)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "samples", "tokens_per_s", "tflops", "mfu", "memory_gb", "step_time"}
+    assert all(keys <= set(row) for row in rows)
+    assert [row["step"] for row in rows if "validation_loss" in row] == [10, 20]
+    assert [row["samples"] for row in rows] == [8 * n for n in range(1, 21)]
+    assert [row["tokens"] for row in rows] == [256 * n for n in range(1, 21)]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert loads((straight / "config.lock.yml").read_text()) == make_config(corpus, straight, *DROPOUT)
+    assert [path.name for path in sorted((straight / "checkpoints").glob("step_*"))] == ["step_00000010", "step_00000020"]
+    assert "step 20/20" in (straight / "log.txt").read_text()
+
+
+def test_the_checkpoint_knows_the_data_cursor_and_no_padding(straight):
+    with Checkpoint(newest(straight)) as checkpoint:
+        assert checkpoint.state["consumed"] == 160
+        assert checkpoint.state["tokens"] == 5120
+        assert checkpoint.state["step"] == checkpoint.step == 20
+        assert checkpoint.info("embedding.word.weight").shape == (120, 32)
+        assert set(checkpoint.kinds("norm.weight")) == {"weight", "exp_avg", "exp_avg_sq"}
+        assert checkpoint.info("norm.weight").dtype == "F32"
+
+
+@pytest.mark.parametrize("stops", [(7,), (3, 4, 9)])
+def test_a_stopped_and_resumed_run_is_bitwise_the_same(straight, corpus, tmp_path, stops):
+    config = make_config(corpus, tmp_path, *DROPOUT)
+    for steps in stops:
+        with pytest.raises(StoppedBySignal, match=r"error\[10\] stopped"):
+            train(config, Mesh.single(), StopAfter(steps))
+        torch.manual_seed(999)  # what ran in between must not matter
+    train(config, Mesh.single(), StopSignals())
+    assert curve(tmp_path) == curve(straight)
+    assert digest(newest(tmp_path)) == digest(newest(straight))
+    a, b = Checkpoint(newest(tmp_path)), Checkpoint(newest(straight))
+    assert torch.equal(a.rng(0)["torch"], b.rng(0)["torch"])
+    assert a.state == b.state
+
+
+def test_records_of_steps_made_again_move_aside(straight, corpus, tmp_path):
+    config = make_config(corpus, tmp_path, *DROPOUT)
+    with pytest.raises(StoppedBySignal):
+        train(config, Mesh.single(), StopAfter(4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # a crash after steps that no checkpoint holds
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    train(config, Mesh.single(), StopSignals())
+    assert curve(tmp_path) == curve(straight)
+    assert (tmp_path / "metrics.dropped.jsonl").read_text().splitlines() == ['{"step": 5, "loss": 1.0}', '{"step": 6, "lo']
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_trains_and_resumes_bitwise(corpus, tmp_path, stage):
+    settings = ("precision.dtype=bf16", f"zero.stage={stage}", "train.train_iters=6", *DROPOUT)
+    train(make_config(corpus, tmp_path / "a", *settings), Mesh.single(), StopSignals())
+    config = make_config(corpus, tmp_path / "b", *settings)
+    with pytest.raises(StoppedBySignal):
+        train(config, Mesh.single(), StopAfter(3))
+    train(config, Mesh.single(), StopSignals())
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert digest(newest(tmp_path / "a")) == digest(newest(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_in_one_process(plain, corpus, tmp_path, stage):
+    threshold = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"
+    train(make_config(corpus, tmp_path, f"zero.stage={stage}", threshold), Mesh.single(), StopSignals())
+    assert_same_curve(tmp_path, plain)
+
+
+def test_accumulation_and_micro_batch_do_not_matter(plain, corpus, tmp_path):
+    train(make_config(corpus, tmp_path, "train.micro_batch_size=8"), Mesh.single(), StopSignals())
+    assert_same_curve(tmp_path, plain)
+
+
+def test_tied_weights_under_stage_3(corpus, tmp_path):
+    tied = ("model.tie_embeddings=true", "train.train_iters=6", "deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
+    train(make_config(corpus, tmp_path / "a", *tied), Mesh.single(), StopSignals())
+    train(make_config(corpus, tmp_path / "b", *tied, "zero.stage=3"), Mesh.single(), StopSignals())
+    assert_same_curve(tmp_path / "b", tmp_path / "a")
+
+
+def train_ranks(corpus: str, folder: str, *overrides: str) -> None:
+    """Entry of a process: trains under each ZeRO stage, one after the other; folders stage0, stage1, ..."""
+    dist.init_process_group("gloo")
+    mesh = create_mesh()
+    for stage in (0, 1, 2, 3):
+        threshold = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"
+        train(make_config(Path(corpus), Path(folder) / f"stage{stage}", f"zero.stage={stage}", threshold, *overrides), mesh, StopSignals())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_every_stage_over_two_processes_and_back_to_one(plain, corpus, tmp_path):
+    run_ranks("tests.train.test_loop:train_ranks", 2, tmp_path, [corpus, tmp_path], timeout=240)
+    for stage in (0, 1, 2, 3):
+        assert_same_curve(tmp_path / f"stage{stage}", plain)
+    # saved by two processes under stage 1, resumed by one under stage 3
+    middle = tmp_path / "stage1" / "checkpoints" / "step_00000010"
+    train(make_config(corpus, tmp_path / "one", "zero.stage=3", f"checkpoint.resume={middle}"), Mesh.single(), StopSignals())
+    assert_same_curve(tmp_path / "one", plain, begin=10)
+    # the digests of the checkpoints are over logical tensors, whatever wrote them: same names, nothing of the padding
+    assert digest(newest(tmp_path / "stage3")).keys() == digest(newest(plain)).keys()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "stage"), [("deepspeed", 2), ("torchrun", 1), ("python", 0)])
+def test_every_launcher_trains_alike(plain, corpus, tmp_path, launcher, stage):
+    conf = tmp_path / "tiny.yml"
+    conf.write_text(config_text(corpus, tmp_path / "run"))
+    result = launch(launcher, 1 if launcher == "python" else 2, tmp_path, ["--conf", conf, "--set", f"zero.stage={stage}"])
+    result.check()
+    assert "step 20/20" in result.output
+    assert "bf16_optimizer" not in result.output
+    assert_same_curve(tmp_path / "run", plain)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_ends_all_with_code_10(corpus, tmp_path, number):
+    conf = tmp_path / "tiny.yml"
+    conf.write_text(config_text(corpus, tmp_path / "run"))
+    running = start_training("deepspeed", 2, tmp_path, ["--conf", conf, "--set", "train.train_iters=100000", "checkpoint.save_interval=0"])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    running.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, 120)
+    launcher = running.processes[0].pid
+    ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{conf}"], capture_output=True, text=True, check=True).stdout.split()
+    family = subprocess.run(["ps", "-o", "pid=", "--sid", str(launcher)], capture_output=True, text=True, check=True).stdout.split()
+    (target,) = set(ranks) & set(family) - {str(launcher)} - set(children_that_launch(family))
+    os.kill(int(target), number)
+    result = running.wait(60)[0]
+    assert result.returncode == 10, result.output
+    assert result.output.count("error[10]") == 1
+    steps = [row["step"] for row in records(tmp_path / "run")]
+    assert newest(tmp_path / "run").name == f"step_{steps[-1]:08d}"
+    assert "Traceback" not in result.output
+
+
+def children_that_launch(pids) -> list[str]:
+    """Those of the processes that are a launcher, not a rank."""
+    return [pid for pid in pids if b"deepspeed" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_all_with_its_message_and_code(corpus, tmp_path):
+    conf = tmp_path / "tiny.yml"
+    conf.write_text(config_text(corpus, tmp_path / "run"))
+    running = start_training("deepspeed", 2, tmp_path, ["--conf", conf, "--set", "train.train_iters=100000", "checkpoint.save_interval=1"])
+    root = tmp_path / "run" / "checkpoints"
+    running.wait_for(lambda: root.exists() and len(list(root.glob("step_*"))) > 2, 120)
+    blocked = root / f"step_{max(int(path.name[5:]) for path in root.glob('step_*')) + 30:08d}"
+    blocked.write_text("a file where the folder of a checkpoint should be")
+    result = running.wait(120)[0]
+    assert result.returncode == 5, result.output
+    assert result.output.count("error[5]") == 1
+    assert blocked.name in result.output
+    assert "Traceback" not in result.output
+
+
+def test_resume_policies(straight, corpus, tmp_path):
+    quick = ("train.train_iters=2", "evaluate.interval=0")
+    with pytest.raises(CheckpointError, match=r"error\[4\].*no checkpoint"):
+        train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=must"), Mesh.single(), StopSignals())
+    with pytest.raises(CheckpointError, match=r"error\[4\].*nowhere"):
+        train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=/nowhere/at/all"), Mesh.single(), StopSignals())
+    assert not (tmp_path / "a" / "metrics.jsonl").exists()
+    train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=never"), Mesh.single(), StopSignals())
+    with pytest.raises(CheckpointError, match="never"):
+        train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=never"), Mesh.single(), StopSignals())
+    train(
+        make_config(corpus, tmp_path / "a", "train.train_iters=4", "evaluate.interval=0", "checkpoint.resume=must", "optimizer.lr=0.001"),
+        Mesh.single(),
+        StopSignals(),
+    )
+    assert [row["step"] for row in records(tmp_path / "a")] == [1, 2, 3, 4]
+    assert "optimizer.lr: 0.003 -> 0.001" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_resuming_a_finished_run_does_nothing(corpus, tmp_path):
+    config = make_config(corpus, tmp_path, "train.train_iters=2", "evaluate.interval=0")
+    train(config, Mesh.single(), StopSignals())
+    before = digest(newest(tmp_path))
+    train(config, Mesh.single(), StopSignals())
+    assert [row["step"] for row in records(tmp_path)] == [1, 2]
+    assert digest(newest(tmp_path)) == before
+
+
+def test_a_full_disk_at_save_time(corpus, tmp_path):
+    quick = ("train.train_iters=4", "evaluate.interval=0", "checkpoint.save_interval=2")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(DiskError, match=r"error\[5\]"):
+            train(make_config(corpus, tmp_path / "stop", *quick), Mesh.single(), StopSignals())
+        train_on = make_config(corpus, tmp_path / "on", *quick, "checkpoint.on_save_error=continue")
+        with pytest.raises(DiskError):
+            train(train_on, Mesh.single(), StopAfter(4))  # asked to stop: a checkpoint that cannot be written must not look like success
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(records(tmp_path / "stop")) == 2
+    assert len(records(tmp_path / "on")) == 4
+    assert "training goes on without this checkpoint" in (tmp_path / "on" / "log.txt").read_text()
+    assert not list((tmp_path / "stop" / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_a_run_folder_that_cannot_be_made(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"error\[5\]"):
+        train(make_config(corpus, tmp_path / "file" / "run"), Mesh.single(), StopSignals())
+
+
+def test_evaluation_without_validation_data(corpus, tmp_path):
+    with pytest.raises(DataError, match=r"error\[3\] no validation data"):
+        train(make_config(corpus, tmp_path, "data.validation=[]"), Mesh.single(), StopSignals())
+
+
+def test_not_finite_stops_before_the_update_and_names_the_samples(corpus, tmp_path, monkeypatch):
+    loss = GPT.loss
+    calls = []
+
+    def poisoned(self, *args, **keys):
+        calls.append(1)
+        return loss(self, *args, **keys) * (float("nan") if len(calls) == 10 else 1.0)
+
+    monkeypatch.setattr(GPT, "loss", poisoned)
+    with pytest.raises(NonFinite, match=r"error\[11\] the loss is not finite.*step 3.*samples \[16, 17, 18, 19, 20, 21, 22, 23\]"):
+        train(make_config(corpus, tmp_path, "evaluate.interval=0"), Mesh.single(), StopSignals())
+    assert [row["step"] for row in records(tmp_path)] == [1, 2]
+
+
+def test_another_model_is_refused(straight, corpus, tmp_path):
+    with pytest.raises(CheckpointError, match=r"error\[4\].*layers\.2"):
+        train(make_config(corpus, tmp_path, "model.num_layers=3", f"checkpoint.resume={newest(straight)}"), Mesh.single(), StopSignals())
+
+
+def test_a_second_job_in_the_same_folder_is_refused(corpus, tmp_path, monkeypatch):
+    config = make_config(corpus, tmp_path, "train.train_iters=2", "evaluate.interval=0")
+    seen = []
+
+    def intrude(self, signals):
+        with pytest.raises(CheckpointError, match=r"error\[4\]") as problem:
+            train(config, Mesh.single(), StopSignals())
+        seen.append(str(problem.value))
+
+    monkeypatch.setattr(Run, "go", intrude)
+    train(config, Mesh.single(), StopSignals())
+    assert str(os.getpid()) in seen[0]
+
+
+def test_sample_ids_go_on_where_the_checkpoint_stopped(corpus, tmp_path, monkeypatch):
+    seen = []
+    step = Engine.train_step
+
+    def watched(self, batches, **keys):
+        seen.extend(int(i) for batch in batches for i in batch.sample_ids)
+        return step(self, batches, **keys)
+
+    monkeypatch.setattr(Engine, "train_step", watched)
+    config = make_config(corpus, tmp_path, "train.train_iters=5", "evaluate.interval=0")
+    with pytest.raises(StoppedBySignal):
+        train(config, Mesh.single(), StopAfter(2))
+    train(make_config(corpus, tmp_path, "train.train_iters=5", "evaluate.interval=0", "train.micro_batch_size=4"), Mesh.single(), StopSignals())
+    assert sorted(seen) == list(range(40))
