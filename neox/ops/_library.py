@@ -21,6 +21,19 @@ REQUIREMENTS = {
     "portable": set(),
 }
 
+# one operator of each folder of csrc/ops: a library that lacks one was built from older sources
+OPERATORS = (
+    "attention",
+    "bias_dropout_add",
+    "bias_gelu",
+    "cross_entropy",
+    "gated",
+    "linear_bf16",
+    "norm",
+    "rotary",
+    "scaled_masked_softmax",
+)
+
 
 def cpu_flags() -> set[str]:
     """Instruction set extensions of this CPU as Linux on x86 reports them; empty elsewhere, where only "portable" is built."""
@@ -55,7 +68,7 @@ def load() -> str:
     """Loads the library and returns its name.
 
     Raises:
-        EnvironmentProblem: nothing fits, or the file does not load into this torch.
+        EnvironmentProblem: nothing fits, the file does not load into this torch, or it lacks operators.
     """
     isa = choose({path.stem for path in FOLDER.glob("*.so")} & set(REQUIREMENTS), cpu_flags())
     path = FOLDER / f"{isa}.so"
@@ -65,6 +78,9 @@ def load() -> str:
         raise EnvironmentProblem(
             "the native operators do not load", where=path, got=str(problem), want="a build for torch 2.11 or later", do=f"rebuild: {INSTALL}"
         ) from problem
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.neox, name)]
+    if missing:
+        raise EnvironmentProblem("the native operators are older than the Python sources", where=path, got=f"no {', '.join(missing)}", do=f"rebuild: {INSTALL}")
     return isa
 
 

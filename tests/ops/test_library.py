@@ -43,3 +43,14 @@ def test_backend():
     assert neox.ops.backend("bias_gelu").startswith(f"native {neox.ops.ISA}: ")
     with pytest.raises(ValueError, match=r"unknown operator 'gelu'; known: .*bias_gelu"):
         neox.ops.backend("gelu")
+
+
+def test_a_library_of_older_sources_is_named(monkeypatch):
+    monkeypatch.setattr(_library, "OPERATORS", (*_library.OPERATORS, "invented_yesterday"))
+    with pytest.raises(EnvironmentProblem, match="older than the Python sources; .*got=no invented_yesterday; do=rebuild"):
+        _library.load()
+
+
+def test_every_folder_of_operators_is_looked_for(repository):
+    folders = sorted(path.name for path in (repository / "csrc" / "ops").iterdir())
+    assert [next(folder for folder in reversed(folders) if name.startswith(folder)) for name in _library.OPERATORS] == folders
