@@ -16,7 +16,8 @@
 namespace neox::attention {
 
 constexpr int64_t kQueries = 64;  // rows of a block: (query, head of the group) pairs, heads innermost
-constexpr int64_t kKeys = 96;     // keys of a tile, a multiple of the 6 rows of a product
+constexpr int64_t kKeys = 48;     // keys of a tile, a multiple of the 6 rows of a product; tiles begin at multiples of it
+constexpr int64_t kShared = 4;    // blocks that use a tile once it is loaded
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -36,6 +37,9 @@ struct QueryBlock {
 };
 
 inline int64_t num_query_blocks(const Attention& in) { return (in.queries * in.heads + kQueries - 1) / kQueries; }
+
+// Units of work: groups of up to kShared neighbouring blocks.
+inline int64_t num_block_groups(const Attention& in) { return (num_query_blocks(in) + kShared - 1) / kShared; }
 
 inline QueryBlock query_block(const Attention& in, int64_t batch, int64_t group, int64_t index) {
     QueryBlock block{};
@@ -78,6 +82,8 @@ inline KeyRange visible_keys(const Attention& in, const QueryBlock& block) {
     }
     return range;
 }
+
+inline KeyRange intersection(const KeyRange& a, const KeyRange& b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 enum class Visible { kNone, kSome, kAll };
 
@@ -224,12 +230,16 @@ inline void store_queries(const Attention& in, const QueryBlock& block, const fl
     }
 }
 
-// Keys (or values) [begin, end) of one batch and group as fp32 rows.
+// Keys and values [range.begin, range.end) of one batch and group as fp32 rows.
 template <class T>
-inline void load_keys(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, const T* data, const AttentionStrides& strides, float* rows) {
+inline void load_tile(const Attention& in, const QueryBlock& block, KeyRange range, float* keys, float* values) {
     const int64_t padded = round_up(in.head_dim);
-    const T* const base = data + block.batch * strides.batch + block.group * strides.group;
-    for (int64_t j = begin; j < end; ++j) load_row(base + j * strides.sequence, in.head_dim, padded, rows + (j - begin) * padded);
+    const T* const k = static_cast<const T*>(in.k) + block.batch * in.k_strides.batch + block.group * in.k_strides.group;
+    const T* const v = static_cast<const T*>(in.v) + block.batch * in.v_strides.batch + block.group * in.v_strides.group;
+    for (int64_t j = range.begin; j < range.end; ++j) {
+        load_row(k + j * in.k_strides.sequence, in.head_dim, padded, keys + (j - range.begin) * padded);
+        load_row(v + j * in.v_strides.sequence, in.head_dim, padded, values + (j - range.begin) * padded);
+    }
 }
 
 // columns [head_dim][query] = factor * transpose of rows [query][head_dim].
