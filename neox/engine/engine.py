@@ -162,6 +162,7 @@ class Engine:
         self.step_optimizer()
         if not self.wrapper.overflow:
             return float(self.deepspeed.get_global_grad_norm()), False
+        self.state.gather_persistent()
         if self.config.precision.dtype == "fp16" and self.wrapper.loss_scale > self.config.precision.min_loss_scale:
             return math.inf, True
         raise self.not_finite("gradient", "NaN or infinity", step, batches)

@@ -162,7 +162,11 @@ class State:
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             for sub_group in range(len(wrapper.fp16_groups)):
                 wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
-            if wrapper.persistent_parameters:
-                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+            self.gather_persistent()
         elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
             wrapper.update_lp_params()
+
+    def gather_persistent(self) -> None:
+        """Stage 3: make whole the small parameters that every process keeps; DeepSpeed's step leaves them cut where it skips the update."""
+        if isinstance(self.wrapper, DeepSpeedZeroOptimizer_Stage3) and self.wrapper.persistent_parameters:
+            self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)

@@ -232,7 +232,7 @@ class Run:
             "step": result.step,
             "loss": result.loss,
             "lr": result.lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": None if result.skipped else result.grad_norm,  # skipped: fp16 overflow, no update
             "tokens": self.tokens,
             "samples": self.loader.consumed,
             "tokens_per_s": self.sizes.global_batch_size * self.config.data.seq_length / seconds,

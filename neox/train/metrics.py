@@ -117,13 +117,13 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one step. Raises DiskError where the disk refuses."""
         try:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:
             raise DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume") from error
         if self.board is not None:
             for key, value in record.items():
-                if key != "step" and math.isfinite(value):
+                if key != "step" and value is not None:
                     self.board.add_scalar(key, value, record["step"])
 
     def close(self) -> None:

@@ -60,8 +60,12 @@ def test_saved_by_two_processes_at_stage_1_resumed_by_one_at_stage_3(reference, 
     assert_same_history(run(engine, 2, STEPS - 8), reference["history"][8:])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
+LAYOUTS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 2)]
+RESUMED = [("adamw", *layout) for layout in LAYOUTS] + [(kind, *layout) for kind in ("lion", "sgd") for layout in LAYOUTS[::3]]
+RESUMED += [("muon", "fp32", 0), ("muon", "bf16", 1), ("muon", "fp32", 3)]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "stage"), RESUMED)
 def test_resume_is_bitwise(kind, dtype, stage):
     config = make_config(zero={"stage": stage}, precision={"dtype": dtype}, optimizer={"type": kind, "lr": 0.01, "gradient_clipping": 0.1})
     straight = make_engine(config, Mesh.single(), 2)
@@ -120,6 +124,34 @@ def test_bf16_follows_fp32(reference, stage):
     for got, want in zip(run(engine, 2, STEPS), reference["history"], strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=2e-3)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=3e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_scales_the_loss_and_clips_what_is_unscaled(reference, stage):
+    """The toy runs in fp16 on a CPU; the model's own kernels need a GPU for it."""
+    for power in (4, 10, 15):
+        engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": "fp16", "initial_scale_power": power}), Mesh.single(), 2)
+        for got, want in zip(run(engine, 2, STEPS), reference["history"], strict=True):
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
+            assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=2e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_skips_what_overflows_and_lowers_the_scale(stage):
+    engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": "fp16", "initial_scale_power": 30}), Mesh.single())
+    before = gathered(engine)["weight/norm.weight"].clone()
+    first = engine.train_step(micro_batches(0, engine.mesh, 1))
+    assert first.skipped
+    assert torch.equal(before, gathered(engine)["weight/norm.weight"])
+    assert (engine.step, engine.updates, engine.wrapper.loss_scale) == (1, 0, 2.0**29)
+    while first.skipped:
+        first = engine.train_step(micro_batches(engine.step, engine.mesh, 1))
+    assert engine.updates == 1
+    assert not torch.equal(before, gathered(engine)["weight/norm.weight"])
+    engine.model.poison = (0, "gradient", math.nan)
+    with pytest.raises(NonFinite, match="gradient is not finite"):  # at the smallest scale it is no overflow any more
+        for _ in range(40):
+            engine.train_step(micro_batches(1, engine.mesh, 1))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

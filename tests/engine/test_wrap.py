@@ -17,7 +17,7 @@ def test_batch_precision_and_clipping():
     got = settings(zero={"stage": 2}, precision={"dtype": "bf16"})
     assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (24, 2, 4)
     assert got["bf16"]["enabled"] and got["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert got["gradient_clipping"] == 0.5
+    assert got["gradient_clipping"] == 0.1
     assert "fp16" not in got
     assert settings(zero={"stage": 0})["gradient_clipping"] == 0.0
 

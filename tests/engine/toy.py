@@ -82,7 +82,7 @@ class Poison(torch.autograd.Function):
 def make_config(**sections) -> Config:
     base = {
         "model": {"vocab_size": VOCAB},
-        "optimizer": {"lr": 0.01, "gradient_clipping": 0.5},
+        "optimizer": {"lr": 0.01, "gradient_clipping": 0.1},
         "schedule": {"type": "cosine", "warmup_iters": 3, "min_lr": 1e-4},
         "precision": {"dtype": "fp32"},
         "zero": {"stage": 0},

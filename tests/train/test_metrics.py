@@ -58,7 +58,7 @@ def test_a_line_cut_short_by_a_crash_goes_too(tmp_path, tail):
 
 def test_tensorboard_gets_the_numbers(tmp_path):
     log = MetricsLog(tmp_path, 0, tensorboard=True)
-    log.write({"step": 1, "loss": 2.5})
+    log.write({"step": 1, "loss": 2.5, "grad_norm": None})
     log.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes()
