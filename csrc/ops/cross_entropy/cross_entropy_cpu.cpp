@@ -37,7 +37,7 @@ float row_max(const T* x, int64_t size) {
 template <class T>
 float row_sum_exp(const T* x, int64_t size, float shift) {
     Vec sums[kChains] = {};
-    fold_row(x, size, -kInfinity, sums, [shift](Vec a, Vec v) { return a + exp(v - shift); });
+    fold_row(x, size, -kInfinity, sums, [shift](Vec a, Vec v) { return a + exp_nonpositive(v - shift); });
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
@@ -72,7 +72,7 @@ void statistics(const Logits& in, const RowStatistics& out, bool need_total, con
 
 template <class T>
 void backward_row(const T* x, T* dx, int64_t size, float shift, float factor, float offset) {
-    for_each_vec(size, [&](int64_t i, auto load, auto store) { store(dx + i, exp(load(x + i) - shift) * factor - offset); });
+    for_each_vec(size, [&](int64_t i, auto load, auto store) { store(dx + i, exp_nonpositive(load(x + i) - shift) * factor - offset); });
 }
 
 template <class T>

@@ -14,14 +14,24 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef uint8_t VecByte __attribute__((vector_size(NEOX_VEC_WIDTH)));
 
-// Lanes from `count` on, and those that the mask hides (mask may be null), become minus infinity.
+// Lanes that the mask hides become minus infinity.
+NEOX_INLINE Vec hide(Vec v, const uint8_t* mask) {
+    VecByte hidden;
+    std::memcpy(&hidden, mask, sizeof(hidden));
+#if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
+    const VecInt wide = reinterpret_cast<VecInt>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(hidden)));
+#else
+    const VecInt wide = __builtin_convertvector(hidden, VecInt);
+#endif
+    return wide != 0 ? splat(-kInfinity) : v;
+}
+
+// The same for the last `count` < kVecWidth elements of a row; lanes beyond them are hidden too.
 NEOX_INLINE Vec hide(Vec v, const uint8_t* mask, int64_t count) {
-    if (mask) {
-        VecByte hidden = {};
-        std::memcpy(&hidden, mask, count < kVecWidth ? count : kVecWidth);
-        v = __builtin_convertvector(hidden, VecInt) != 0 ? splat(-kInfinity) : v;
-    }
-    return lane_index() < static_cast<int32_t>(std::min<int64_t>(count, kVecWidth)) ? v : splat(-kInfinity);
+    uint8_t lanes[kVecWidth];
+    std::memset(lanes, 1, sizeof(lanes));
+    for (int64_t i = 0; i < count; ++i) lanes[i] = mask ? mask[i] : 0;
+    return hide(v, lanes);
 }
 
 // scores: scratch of `size` fp32, rounded up to whole vectors, so that x is read and rounded once.
@@ -29,7 +39,12 @@ template <class T>
 void forward_row(const T* x, const uint8_t* mask, int64_t size, float scale, float* scores, T* y) {
     Vec best = splat(-kInfinity);
     for_each_vec(size, [&](int64_t i, auto load, auto) {
-        const Vec v = hide(load(x + i) * scale, mask ? mask + i : nullptr, size - i);
+        Vec v = load(x + i) * scale;
+        if (size - i < kVecWidth) {
+            v = hide(v, mask ? mask + i : nullptr, size - i);
+        } else if (mask) {
+            v = hide(v, mask + i);
+        }
         neox::store(scores + i, v);
         best = max(best, v);
     });
@@ -40,7 +55,7 @@ void forward_row(const T* x, const uint8_t* mask, int64_t size, float scale, flo
     }
     Vec sums = {};
     for (int64_t i = 0; i < size; i += kVecWidth) {
-        const Vec e = exp(load(scores + i) - shift);
+        const Vec e = exp_nonpositive(load(scores + i) - shift);
         neox::store(scores + i, e);
         sums += e;
     }

@@ -1,0 +1,54 @@
+"""linear against torch.nn.functional.linear: forward, and backward alone, at the shapes of Pythia-160M."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Options, Row, compare, parse, show
+
+from neox.ops import linear
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Projections of the attention, of the MLP, and of the output; one token, as in decoding."""
+    tokens = 256 if options.quick else 2048
+    shapes = (
+        ((tokens, 768, 3072), (1, 768, 3072))
+        if options.quick
+        else ((tokens, 768, 2304), (tokens, 768, 3072), (tokens, 3072, 768), (tokens, 768, 50304), (1, 768, 3072))
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for count, size, out in shapes:
+            leaves = tuple(torch.randn(*shape).to(dtype).requires_grad_() for shape in ((count, size), (out, size), (out,)))
+            dy = torch.randn(count, out).to(dtype)
+            setting = f"{count}x{size}x{out} {str(dtype).removeprefix('torch.')}"
+            yield from both_ways(setting, leaves, dy, options)
+
+
+def both_ways(setting: str, leaves: tuple[torch.Tensor, ...], dy: torch.Tensor, options: Options) -> Iterator[Row]:
+    """Forward without autograd, and the backward with all three gradients, in GFLOP/s."""
+    inputs = tuple(leaf.detach() for leaf in leaves)
+    work = 2.0 * dy.numel() * leaves[0].shape[1]
+
+    def forward(op):
+        return lambda: op(*inputs)
+
+    def backward(op):
+        y = op(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+    for part, run, factor in (("forward", forward, 1), ("backward", backward, 2)):
+        peers = {"F.linear": run(functional.linear)}
+        yield from compare(f"linear {part}", setting, run(linear), peers, options, work=factor * work, unit="GFLOP/s")
+
+
+if __name__ == "__main__":
+    chosen = parse(__doc__)
+    show(rows(chosen), chosen)

@@ -1,0 +1,43 @@
+"""Masked and causal softmax against torch, eager and compiled: forward, and backward alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Options, Row, compare_op, parse, show, with_compiled
+
+from neox.ops import scaled_causal_softmax, scaled_masked_softmax
+
+
+def theirs(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """What a model writes without us."""
+    return torch.softmax((x * scale).masked_fill(mask, -torch.inf).float(), dim=-1).to(x.dtype)
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Scores of 12 heads over 512 and 2,048 keys."""
+    for keys in (512,) if options.quick else (512, 2048):
+        mask = torch.ones(1, 1, keys, keys, dtype=torch.bool).triu(1)
+        peers = {name: partial(op, mask=mask, scale=0.125) for name, op in with_compiled(theirs, options).items()}
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(1, 12 if keys == 512 else 2, keys, keys).to(dtype)
+            setting = f"{x.shape[1]}x{keys}x{keys} {str(dtype).removeprefix('torch.')}"
+            size = x.numel() * x.element_size()
+            ours = {
+                "scaled_masked_softmax": partial(scaled_masked_softmax, mask=mask, scale=0.125),
+                "scaled_causal_softmax": partial(scaled_causal_softmax, scale=0.125),
+            }
+            for name, op in ours.items():
+                yield from compare_op(name, setting, op, peers, (x,), options, forward_bytes=2 * size, backward_bytes=3 * size)
+
+
+if __name__ == "__main__":
+    chosen = parse(__doc__)
+    show(rows(chosen), chosen)
