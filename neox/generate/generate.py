@@ -9,7 +9,7 @@ import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
 from neox.config.schema import ModelConfig
-from neox.errors import CheckpointError, ConfigError
+from neox.errors import ConfigError
 from neox.generate.cache import KVCache
 from neox.generate.sampling import SamplingParams, choose, prompt_generator
 from neox.model.gpt import GPT
@@ -33,27 +33,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
         CheckpointError: no checkpoint there, a damaged one, or one whose tensors are not those of its own config.
     """
     checkpoint = Checkpoint(resolve(path))
-    config = ModelConfig(**checkpoint.model_config)
-    model = GPT(config, Mesh.single(device), dtype=dtype)
-    stored = set(checkpoint.names())
-    own = dict(model.named_parameters())
-    if stored != set(own):
-        missing, extra = sorted(set(own) - stored), sorted(stored - set(own))
-        raise CheckpointError("checkpoint does not hold the tensors of its model", where=checkpoint.path, got=f"missing {missing[:3]}, unknown {extra[:3]}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            _fill(parameter, checkpoint.tensor(name), name, checkpoint.path)
+    model = GPT(ModelConfig(**checkpoint.model_config), Mesh.single("meta"), dtype=dtype).materialize(device, initialize=False)
+    model.load_weights((name, checkpoint.tensor(name)) for name in checkpoint.names())
     return model.eval()
-
-
-def _fill(parameter: torch.Tensor, weight: torch.Tensor, name: str, where: Path) -> None:
-    """Copy a stored tensor into a parameter, whose vocabulary rows may be padded."""
-    rows = weight.shape[0]
-    fits = parameter.shape[1:] == weight.shape[1:] and rows <= parameter.shape[0]
-    if not fits:
-        raise CheckpointError("tensor has another shape than the model", where=f"{where}: {name}", got=tuple(weight.shape), want=tuple(parameter.shape))
-    parameter[:rows].copy_(weight)
-    parameter[rows:].zero_()
 
 
 def generate(

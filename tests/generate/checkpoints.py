@@ -17,11 +17,9 @@ def save_model(run_dir: Path, model: GPT, *, tokenizer: str | None = None, model
     """Save the weights of a model as step 1 of a run and return the checkpoint folder."""
     config = Config(model=model.config, tokenizer=TokenizerConfig(file=tokenizer), data=DataConfig(seq_length=32) if tokenizer else DataConfig())
     fragments = []
-    for name, parameter in model.named_parameters():
-        rows = min(parameter.shape[0], model.config.vocab_size) if name in ("embedding.word.weight", "head.weight") else parameter.shape[0]
-        shape = (rows, *parameter.shape[1:])
-        data = parameter.detach()[:rows].flatten()
-        fragments.append(Fragment(name, "weight", shape, tuple((0, size) for size in shape), 0, data.numel(), data))
+    for name, weight in model.logical_weights():
+        slices = tuple((0, size) for size in weight.shape)
+        fragments.append(Fragment(name, "weight", tuple(weight.shape), slices, 0, weight.numel(), weight.flatten()))
     return save(
         run_dir / "checkpoints",
         step=1,

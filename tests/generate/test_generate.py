@@ -52,9 +52,7 @@ def test_greedy_equals_transformers():
     theirs = transformers.LlamaForCausalLM(config).eval()
     model_config, weights = from_huggingface(theirs)
     ours = GPT(model_config, Mesh.single()).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in ours.named_parameters():
-            parameter[: weights[parameter_name].shape[0]].copy_(weights[parameter_name])
+    ours.load_weights(weights)
     for prompt in PROMPTS:
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert generate(ours, [prompt], SamplingParams(30, 0))[0] == expected[0, len(prompt) :].tolist()
@@ -65,9 +63,7 @@ def test_trained_llama_writes_what_transformers_writes(shared_data):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     model_config, weights = from_huggingface(path)
     ours = GPT(model_config, Mesh.single()).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in ours.named_parameters():
-            parameter[: weights[parameter_name].shape[0]].copy_(weights[parameter_name])
+    ours.load_weights(weights)
     prompt = [1, 403, 407]
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert generate(ours, [prompt], SamplingParams(60, 0))[0] == expected[0, len(prompt) :].tolist()
@@ -117,5 +113,5 @@ def test_load_model_names_what_is_wrong(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         load_model(tmp_path / "run")
     path = save_model(tmp_path / "other", tiny("neox"), model_config=json.loads(tiny("llama").config.model_dump_json()))
-    with pytest.raises(CheckpointError, match="does not hold the tensors of its model"):
+    with pytest.raises(CheckpointError, match="no such parameter"):
         load_model(path)

@@ -1,0 +1,60 @@
+"""`neox evaluate`: the figures it prints are those of neox.evaluate, and what a wrong command line gets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from neox.cli.main import main
+from neox.config.schema import ModelConfig
+from neox.data.indexed import IndexedDataset, IndexedWriter
+from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.evaluate.perplexity import evaluate
+from neox.generate.generate import load_model
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+from tests.generate.checkpoints import save_model
+
+DOCUMENTS = ["the quick brown fox", "jumps over the lazy dog", "naïve café"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """run/ with a small random model, and the dataset `text`."""
+    root = tmp_path_factory.mktemp("evaluate")
+    train_tokenizer(DOCUMENTS * 30, 300, root / "tokenizer.json")
+    tokenizer = Tokenizer(root / "tokenizer.json")
+    model = GPT(ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=tokenizer.vocab_size, max_position_embeddings=64), Mesh.single())
+    save_model(root / "run", model, tokenizer=str(root / "tokenizer.json"))
+    with IndexedWriter(root / "text", "uint16") as writer:
+        for document in DOCUMENTS:
+            writer.add_document([*tokenizer.encode(document), tokenizer.eod_id])
+    return root
+
+
+def call(*arguments: object) -> int:
+    return main(["evaluate", *map(str, arguments)])
+
+
+def test_json_and_text_agree_with_the_function(place, capsys):
+    assert call("--checkpoint", place / "run", "--data", place / "text", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    tokenizer = Tokenizer(place / "tokenizer.json")
+    expected = evaluate(load_model(place / "run"), IndexedDataset(place / "text"), seq_length=32, tokenizer=tokenizer)
+    assert report["loss"] == expected.loss and report["bits_per_byte"] == expected.bits_per_byte
+    assert report["documents"] == 3 and report["bytes"] == sum(len(document.encode()) for document in DOCUMENTS)
+    assert call("--checkpoint", place / "run", "--data", place / "text") == 0
+    printed = capsys.readouterr().out
+    assert f"loss {expected.loss:.4f}" in printed and f"bits per byte {expected.bits_per_byte:.4f}" in printed
+
+
+@pytest.mark.parametrize("option", ["--seq-length", "--batch-size", "--max-documents"])
+def test_counts_below_one_are_refused(place, capsys, option):
+    assert call("--checkpoint", place / "run", "--data", place / "text", option, 0) == 2
+    assert f"option out of range; where={option}; got=0" in capsys.readouterr().err
+
+
+def test_missing_data_is_named(place, capsys):
+    assert call("--checkpoint", place / "run", "--data", place / "nothing") == 3
+    assert "nothing" in capsys.readouterr().err

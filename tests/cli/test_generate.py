@@ -1,0 +1,92 @@
+"""`neox generate`: what it prints, from which tokenizer, and what a wrong command line gets."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from neox.cli.main import main
+from neox.config.schema import ModelConfig
+from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.generate.generate import generate, load_model
+from neox.generate.sampling import SamplingParams
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+from tests.generate.checkpoints import save_model
+
+TEXT = "the quick brown fox jumps over the lazy dog, naïve café, 東京 " * 40
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run with a small random model and a tokenizer of its own."""
+    root = tmp_path_factory.mktemp("generate")
+    train_tokenizer([TEXT], 300, root / "tokenizer.json")
+    vocab_size = Tokenizer(root / "tokenizer.json").vocab_size
+    model = GPT(
+        ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=vocab_size, max_position_embeddings=64, init_std=0.3), Mesh.single()
+    )
+    save_model(root / "run", model, tokenizer=str(root / "tokenizer.json"))
+    return root / "run"
+
+
+def call(*arguments: object) -> int:
+    return main(["generate", *map(str, arguments)])
+
+
+def test_json_holds_prompt_text_and_tokens(run_folder, capsys):
+    assert call("--checkpoint", run_folder, "--prompt", "the fox", "--prompt", "café", "--max-new-tokens", 9, "--temperature", 0, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    tokenizer = Tokenizer(run_folder.parent / "tokenizer.json")
+    prompts = [tokenizer.encode("the fox"), tokenizer.encode("café")]
+    expected = generate(load_model(run_folder), prompts, SamplingParams(9, 0), eod_id=tokenizer.eod_id)
+    assert [entry["tokens"] for entry in report] == expected
+    assert [entry["prompt"] for entry in report] == ["the fox", "café"]
+    assert [entry["text"] for entry in report] == [tokenizer.decode(tokens) for tokens in expected]
+
+
+def test_one_prompt_is_streamed_and_is_the_whole_text(run_folder, capsys):
+    options = ["--checkpoint", run_folder, "--prompt", "東京", "--max-new-tokens", 25, "--seed", 5]
+    assert call(*options, "--json") == 0
+    expected = json.loads(capsys.readouterr().out)[0]["text"]
+    assert call(*options) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("東京" + expected.rstrip("\ufffd"))
+
+
+def test_prompts_from_a_file(run_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("the\n\nfox\n", encoding="utf-8")
+    assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 3, "--temperature", 0) == 0
+    lines = capsys.readouterr().out
+    assert lines.count("--- the") == 1 and lines.count("--- fox") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt"),
+        (["--prompt", "a", "--temperature", "-1"], "sampling parameter out of range; where=temperature"),
+        (["--prompt", "a", "--tokenizer", "nowhere.json"], r"nowhere\.json"),
+        (["--prompt-file", "nowhere.txt"], "cannot read the prompts"),
+        (["--prompt", ""], "empty prompt"),
+    ],
+)
+def test_wrong_options_get_one_line(run_folder, capsys, arguments, message):
+    assert call("--checkpoint", run_folder, *arguments) != 0
+    error = capsys.readouterr().err
+    assert error.startswith("error[") and error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
+    assert call("--checkpoint", tmp_path / "nowhere", "--prompt", "a") == 4
+    assert "no checkpoint here" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_moved_is_named(run_folder, tmp_path, capsys):
+    model = load_model(run_folder)
+    save_model(tmp_path / "run", model, tokenizer=str(tmp_path / "gone.json"))
+    assert call("--checkpoint", tmp_path / "run", "--prompt", "a") == 2
+    assert "gone.json; do=give --tokenizer FILE" in capsys.readouterr().err
