@@ -249,8 +249,9 @@ def check_blocks(
     for index, actual in zip(numbers, digests, strict=True):
         if actual != entry.blocks[index]:
             place = f"{folder / file.name}: {entry.key}, bytes {index * manifest.block} on"
-            raise_hint = "resume from an older checkpoint"
-            yield CheckpointError("shard is damaged", where=place, got=f"sha256 {actual}", want=f"sha256 {entry.blocks[index]}", do=raise_hint)
+            yield CheckpointError(
+                "shard is damaged", where=place, got=f"sha256 {actual}", want=f"sha256 {entry.blocks[index]}", do="resume from an older checkpoint"
+            )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 1 << 30  # bytes; 100,000 tensors in 1,024 shards need a tenth of it
 BLOCK = 16 << 20  # bytes under one checksum
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_DIMENSIONS = 32
 RNG_KIND = "rng"
 
 SHARD_NAME = re.compile(r"shard_([0-9a-f]{16})_(\d{5,})_(\d{4,})\.safetensors")
@@ -296,6 +297,8 @@ def _decode_body(body: _Reader) -> Manifest:
 
 def _decode_tensor(item: _Reader) -> tuple[tuple[str, str], TensorInfo]:
     kind, name, dtype, shape = item.items(4)
+    if len(shape.items()) > MAX_DIMENSIONS:
+        raise shape.fail(f"at most {MAX_DIMENSIONS} dimensions")
     info = TensorInfo(dtype.match(ITEM_BYTES.__contains__, f"one of {list(ITEM_BYTES)}"), tuple(size.number() for size in shape.items()))
     return (kind.text(), name.text()), info
 

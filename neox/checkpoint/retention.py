@@ -184,8 +184,10 @@ def collect_leftovers(root: str | Path, *, storage: Storage = LOCAL) -> list[Pat
         if one.path.is_symlink() or (one.manifest is None and (one.started or hint == one.path.name)):
             continue
         before = {name for name, _ in own_files(one.path)}
-        if one.manifest is None:
-            remove_checkpoint(one.path, storage=storage)
+        if one.manifest is None:  # nothing here needs to be durable: what comes back is collected again
+            _remove_own(one.path, lambda _: True, storage)
+            if not os.listdir(one.path):
+                guarded(storage.remove_dir, one.path)
         else:
             remove_superseded(one.path, one.manifest.save_id, storage=storage)
             _remove_temporary(one.path, storage)

@@ -52,13 +52,13 @@ def cut_fragments(state: dict[tuple[str, str], torch.Tensor], *, tp: int, tp_ran
     return held
 
 
-def save_one(root: Path, step: int = 100, state=None, **changes) -> Path:
-    """Saves from one process."""
+def save_one(root: Path, step: int = 100, state=None, content=None, **changes) -> Path:
+    """Saves tensors `state` and counters `content` from one process; `changes` are other arguments of save()."""
     state = make_state() if state is None else state
     settings = {
         "step": step,
         "fragments": whole_fragments(state),
-        "state": {"step": step, "consumed": 8 * step},
+        "state": {"step": step, "consumed": 8 * step} if content is None else content,
         "rng": {"cpu": torch.arange(33, dtype=torch.uint8)},
         "config_lock": "train: {seed: 1}\n",
         "model_config": {"num_layers": 1},

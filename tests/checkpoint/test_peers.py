@@ -1,0 +1,37 @@
+"""Errors over the wire. (The exchange between real processes is tested in test_save.py.)"""
+
+import json
+
+import pytest
+
+from neox import errors
+from neox.checkpoint.peers import Peers, describe, revive
+
+
+@pytest.mark.parametrize("kind", [*errors.NeoxError.__subclasses__(), errors.NeoxError])
+def test_errors_keep_class_and_text(tmp_path, kind):
+    error = kind("what", where=tmp_path, got=3, do="this")
+    back = revive(json.loads(json.dumps(describe(error, 5))))
+    assert type(back) is kind
+    assert back.line() == error.line().replace("where=", "where=rank 5: ")
+
+
+def test_an_error_without_a_place_gets_its_rank():
+    assert revive(describe(errors.DataError("x"), 2)).line() == "error[3] x; where=rank 2"
+
+
+def test_bugs_of_our_own_keep_their_name():
+    assert revive(describe(KeyError("k"), 0)).line() == "error[1] KeyError: 'k'; where=rank 0"
+
+
+def test_alone_there_is_nobody_to_ask():
+    peers = Peers()
+    assert peers.exchange({"a": 1}) == [{"a": 1}]
+    assert peers.together(lambda: 7) == [7]
+    with pytest.raises(ZeroDivisionError):
+        peers.together(lambda: 1 // 0)
+
+
+def test_a_world_needs_a_process_group():
+    with pytest.raises(errors.CheckpointError, match=r"torch\.distributed is not initialised"):
+        Peers(0, 2)

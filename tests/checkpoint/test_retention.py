@@ -1,0 +1,143 @@
+"""What may be removed: by lineage and number, ours only, never what resume would need."""
+
+import os
+import shutil
+
+import pytest
+
+from neox.checkpoint.load import find, verify
+from neox.checkpoint.manifest import Lineage
+from neox.checkpoint.retention import collect_leftovers, folder_name, folder_step, read_latest, scan, start_lineage
+from neox.errors import CheckpointError
+from tests.checkpoint.builders import save_one
+from tests.checkpoint.faults import RecordingStorage
+
+
+def steps(root):
+    return sorted(one.step for one in scan(root) if one.manifest)
+
+
+def test_folder_names():
+    assert folder_name(100) == "step_00000100"
+    assert folder_step("step_00000100") == 100
+    assert folder_step(folder_name(10**9)) == 10**9
+    for foreign in ("step_100", "step_00000100.bak", "xstep_00000100", "step_000000100", "step_0000010a", "global_step100", "latest"):
+        assert folder_step(foreign) is None
+
+
+def test_the_newest_are_kept_by_number(tmp_path):
+    for step in (9, 10, 99999, 100000, 99_999_999, 100_000_000):
+        path = save_one(tmp_path, step, keep=3)
+        os.utime(path, (0, 0))
+    assert steps(tmp_path) == [100000, 99_999_999, 100_000_000]
+
+
+def test_keep_0_keeps_all(tmp_path):
+    for step in (1, 2, 3):
+        save_one(tmp_path, step)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_after_a_rollback_the_checkpoint_just_written_survives(tmp_path):
+    for step in (10, 20, 30):
+        save_one(tmp_path, step, lineage=Lineage("aa" * 16, 0))
+    lineage = start_lineage(tmp_path, tmp_path / folder_name(10))
+    save_one(tmp_path, 15, keep=2, lineage=lineage)
+    assert steps(tmp_path) == [10, 15, 20, 30]
+    assert find(tmp_path, "auto") == tmp_path / folder_name(15)
+    save_one(tmp_path, 20, keep=2, lineage=lineage)
+    assert find(tmp_path, "auto") == tmp_path / folder_name(20)
+    for step in (25, 30, 35):
+        save_one(tmp_path, step, keep=2, lineage=lineage)
+    assert steps(tmp_path) == [10, 30, 35], "the one resumed from stays, and the newest two"
+
+
+def test_the_next_start_frees_the_old_parent(tmp_path):
+    save_one(tmp_path, 10, lineage=start_lineage(tmp_path))
+    for step in (20, 30, 40):
+        save_one(tmp_path, step, keep=1, lineage=start_lineage(tmp_path, find(tmp_path, "auto")))
+        assert steps(tmp_path) == [step - 10, step]
+    found = scan(tmp_path)[-1].manifest.lineage
+    assert [step for _, step in found.ancestors] == [30, 20, 10]
+    assert found.generation == 3
+
+
+def test_only_complete_checkpoints_count_and_only_ours_go(tmp_path):
+    for step in (1, 2, 3):
+        save_one(tmp_path, step)
+    next((tmp_path / folder_name(3)).glob("*.safetensors")).unlink()
+    os.symlink(save_one(tmp_path / "elsewhere", 0), tmp_path / folder_name(0))
+    (tmp_path / "step_00000001.bak").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / folder_name(2) / "notes.txt").write_text("mine")
+    save_one(tmp_path, 4, keep=2)
+    assert (tmp_path / folder_name(3) / "manifest.json").exists(), "damaged: evidence, not counted, not removed"
+    assert not (tmp_path / folder_name(1)).exists()
+    save_one(tmp_path, 5, keep=1)
+    assert os.listdir(tmp_path / folder_name(2)) == ["notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["elsewhere", "latest", "notes.txt", "step_00000001.bak", folder_name(0), folder_name(2), folder_name(3), folder_name(5)]
+    )
+    verify(tmp_path / folder_name(0))
+
+
+def test_names_with_spaces_and_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2, 3):
+        save_one("run ö/step_00000007/", step, keep=2)
+    assert steps(tmp_path / "run ö" / "step_00000007") == [2, 3]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    first = {file.name for file in save_one(tmp_path, 5).iterdir()}
+    path = save_one(tmp_path, 5, content={"again": 1})
+    assert {file.name for file in path.iterdir()} & first == {"manifest.json"}
+    assert len(os.listdir(path)) == 2
+    verify(path)
+
+
+def test_leftovers_are_collected_and_evidence_is_not(tmp_path):
+    good = save_one(tmp_path, 2)
+    shard = next(good.glob("*.safetensors"))
+    unfinished = tmp_path / folder_name(3)
+    unfinished.mkdir()
+    shutil.copy(shard, unfinished / shard.name)
+    (unfinished / (shard.name + ".tmp")).write_bytes(b"half")
+    shutil.copy(shard, good / ("shard_" + "0" * 16 + "_00000_0000.safetensors"))
+    (good / "manifest.json.tmp").write_bytes(b"half")
+    lost = save_one(tmp_path, 9)
+    (tmp_path / "latest.tmp").write_bytes(b"")
+    (tmp_path / ".probe-123").write_bytes(b"")
+    (lost / "manifest.json").write_bytes(b"garbage")
+    removed = {path.name for path in collect_leftovers(tmp_path)}
+    assert len(removed) == 6
+    assert sorted(os.listdir(tmp_path)) == ["latest", good.name, lost.name]
+    assert len(os.listdir(good)) == 2
+    assert len(os.listdir(lost)) == 2
+    verify(good)
+    assert collect_leftovers(tmp_path) == []
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_not_a_leftover(tmp_path):
+    path = save_one(tmp_path)
+    (path / "manifest.json").unlink()
+    assert read_latest(tmp_path) == path.name
+    assert collect_leftovers(tmp_path) == []
+    assert len(os.listdir(path)) == 1
+
+
+def test_a_thousand_leftovers_are_collected_without_waiting_for_the_disk(tmp_path):
+    for step in range(1000):
+        (tmp_path / folder_name(step)).mkdir()
+        (tmp_path / folder_name(step) / ("shard_" + "0" * 16 + "_00000_0000.safetensors.tmp")).write_bytes(b"half")
+    storage = RecordingStorage()
+    assert len(collect_leftovers(tmp_path, storage=storage)) == 1000
+    assert os.listdir(tmp_path) == []
+    assert {call[0] for call in storage.trace} == {"unlink", "remove_dir"}
+
+
+def test_lineage_of_a_damaged_parent_is_an_error(tmp_path):
+    path = save_one(tmp_path)
+    (path / "manifest.json").write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="not a manifest"):
+        start_lineage(tmp_path, path)
