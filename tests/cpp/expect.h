@@ -1,0 +1,96 @@
+// Counts checks of a test executable and prints "N passed, N failed" at the end; files of a test live in a folder of its own.
+#pragma once
+
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "data/fault.h"
+
+namespace data_test {
+
+struct Tally {
+    int passed = 0, failed = 0;
+    void check(bool holds, const char* text, const char* file, int line, const std::string& detail = "") {
+        ++(holds ? passed : failed);
+        if (!holds) std::printf("FAIL %s:%d %s%s%s\n", file, line, text, detail.empty() ? "" : " -- ", detail.c_str());
+    }
+    int finish() const {
+        std::printf("%d passed, %d failed\n", passed, failed);
+        return failed != 0;
+    }
+};
+
+inline Tally tally;
+
+template <class T>
+std::string show(const T& value) {
+    if constexpr (std::is_arithmetic_v<T>)
+        return std::to_string(value);
+    else if constexpr (std::is_convertible_v<T, std::string>)
+        return value;
+    else
+        return "?";
+}
+
+// The parts of the Fault with which a call ends, empty if it succeeds.
+template <class Call>
+std::string fault_of(const Call& call) {
+    try {
+        call();
+    } catch (const neox::data::Fault& fault) {
+        return std::string(fault.what()) + "; where=" + fault.where + "; got=" + fault.got + "; want=" + fault.want + "; do=" + fault.action +
+               (fault.kind == neox::data::FaultKind::disk ? "; disk" : "");
+    }
+    return "";
+}
+
+// A new folder, removed with everything in it.
+class Folder {
+  public:
+    Folder() {
+        std::string name = (std::filesystem::temp_directory_path() / "neox_data_XXXXXX").string();
+        if (::mkdtemp(name.data()) == nullptr) std::perror("mkdtemp"), std::exit(2);
+        path_ = name;
+    }
+    ~Folder() { std::filesystem::remove_all(path_); }
+    Folder(const Folder&) = delete;
+    Folder& operator=(const Folder&) = delete;
+    std::string operator/(const std::string& name) const { return path_ + "/" + name; }
+    size_t num_files() const { return static_cast<size_t>(std::distance(std::filesystem::directory_iterator(path_), std::filesystem::directory_iterator())); }
+
+  private:
+    std::string path_;
+};
+
+inline std::vector<uint8_t> content_of(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+inline void put(const std::string& path, const std::vector<uint8_t>& content) {
+    std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(content.data()), static_cast<std::streamsize>(content.size()));
+}
+
+}  // namespace data_test
+
+#define EXPECT(condition) data_test::tally.check((condition), #condition, __FILE__, __LINE__)
+#define EXPECT_EQ(got, want)                                                                                                                        \
+    do {                                                                                                                                            \
+        const auto got_ = (got);                                                                                                                    \
+        const decltype(got_) want_ = (want);                                                                                                        \
+        data_test::tally.check(got_ == want_, #got " == " #want, __FILE__, __LINE__, data_test::show(got_) + " and not " + data_test::show(want_)); \
+    } while (0)
+#define EXPECT_FAULT(call, word)                                                                                                                \
+    do {                                                                                                                                        \
+        const std::string message_ = data_test::fault_of([&] { call; });                                                                        \
+        data_test::tally.check(message_.find(word) != std::string::npos, "the fault names " #word, __FILE__, __LINE__, "\"" + message_ + "\""); \
+    } while (0)
