@@ -22,11 +22,7 @@ class Mask {
     void draw(int64_t row, int64_t first) {
         if (!dropout_.seed) return;
         const uint64_t start = static_cast<uint64_t>(row) * static_cast<uint64_t>(quads_) + static_cast<uint64_t>(first / 4);
-        for (int64_t quad = 0; quad < kChunk / 4; ++quad) {
-            const PhiloxWords drawn =
-                philox(static_cast<uint64_t>(dropout_.seed[0]), start + static_cast<uint64_t>(quad), static_cast<uint64_t>(dropout_.seed[1]));
-            for (int k = 0; k < 4; ++k) words_[4 * quad + k] = drawn.word[k];
-        }
+        philox_block<kChunk / 4>(static_cast<uint64_t>(dropout_.seed[0]), start, static_cast<uint64_t>(dropout_.seed[1]), words_);
     }
 
     // v scaled where kept, zero elsewhere; i counts from the chunk's first column.
