@@ -168,7 +168,7 @@ def preprocess(
     read = read_blocks(files, block_bytes)
     blocks = encoded_blocks(read, encoding, workers) if workers > 0 else map(encoder, read)
     kept = f"{summary.out}.quarantine.jsonl"
-    with quarantine(kept, bad_lines == "quarantine") as keep, IndexedWriter(out, encoder.dtype, overwrite=overwrite, **made_by) as writer:
+    with IndexedWriter(out, encoder.dtype, overwrite=overwrite, **made_by) as writer, quarantine(kept, bad_lines == "quarantine") as keep:
         for block in blocks:
             for bad in block.bad:
                 if bad_lines == "fail":

@@ -122,12 +122,19 @@ def test_existing_output_and_missing_eod(tokenizer, lines, tmp_path):
     with pytest.raises(DataError, match=r"is there already; where=.*out\.idx"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
     assert (tmp_path / "out.idx").read_text() == "mine"
-    with pytest.raises(DiskError, match="cannot create file"):
-        preprocess([str(lines)], tmp_path / "nowhere" / "out", Encoding(tokenizer.file))
+    with pytest.raises(DiskError, match=r"cannot make the folder of a dataset; where=.*in\.jsonl; got=File exists"):
+        preprocess([str(lines)], lines / "out", Encoding(tokenizer.file))
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     plain.save(str(tmp_path / "plain.json"))
     with pytest.raises(ConfigError, match="no end-of-document token"):
         preprocess([str(lines)], tmp_path / "new", Encoding(str(tmp_path / "plain.json")))
+
+
+def test_the_folder_is_made_before_anything_is_kept_in_it(tokenizer, lines, tmp_path):
+    lines.write_bytes(b"{bad\n" + lines.read_bytes())
+    summary = preprocess([str(lines)], tmp_path / "new" / "folder" / "out", Encoding(tokenizer.file), bad_lines="quarantine")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["out.bin", "out.idx", "out.json", "out.quarantine.jsonl"]
+    assert summary.documents == len(TEXTS)
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(tokenizer, lines, tmp_path):
