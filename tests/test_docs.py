@@ -1,0 +1,80 @@
+"""The README and docs/: links lead somewhere, commands parse, keys exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from neox.cli.main import COMMANDS, parse
+from neox.config.load import known_keys
+from neox.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+KEY = re.compile(r"`((?:[a-z]+)\.[a-z_]+(?:\.[a-z_]+)?)(?::[^`]*)?`")
+SECTIONS = {key.split(".")[0] for key in known_keys()}
+FILE_ENDINGS = (".json", ".jsonl", ".yml", ".txt", ".md", ".py")  # `tokenizer.json` is a file
+
+
+def links(text: str) -> list[str]:
+    """Targets of the relative links of a page."""
+    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+://|#", target)]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `neox ...` lines of a page's code blocks, as words."""
+    inside, out = False, []
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif (inside or line.startswith("    ")) and line.strip().startswith("neox "):
+            out.append(shlex.split(line.strip(), comments=True)[1:])
+    return out
+
+
+def keys(text: str) -> list[str]:
+    """What looks like a config key in backquotes: section.key, with or without a value."""
+    return [key for key in KEY.findall(text) if key.split(".")[0] in SECTIONS and not key.endswith(FILE_ENDINGS)]
+
+
+def unparsed(words: list[str]) -> str | None:
+    """Why a command line is refused; None if its command takes it."""
+    try:
+        _, parser, rest = parse(words)
+        parser.parse_args(rest)
+    except ConfigError as error:
+        return error.line()
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert [target for target in links(page.read_text(encoding="utf-8")) if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse(page):
+    refused = {" ".join(words): unparsed(words) for words in commands(page.read_text(encoding="utf-8"))}
+    assert {line: why for line, why in refused.items() if why} == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_exist(page):
+    known = set(known_keys()) | SECTIONS
+    assert [key for key in keys(page.read_text(encoding="utf-8")) if key not in known] == []
+
+
+def test_what_is_wrong_is_seen():
+    assert links("[a](docs/nowhere.md#part) [b](https://x.y) [c](#d)") == ["docs/nowhere.md"]
+    assert commands("```\nneox data inspect A  # what\n```\n    neox frob\nneox text\n") == [["data", "inspect", "A"], ["frob"]]
+    assert "unknown command" in unparsed(["frob"])
+    assert "unrecognized arguments: --nope" in unparsed(["data", "verify", "A", "--nope"])
+    assert keys("`train.seed` `train.sead: 3` `other.key`") == ["train.seed", "train.sead"]
+
+
+def test_every_command_is_described_somewhere():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in COMMANDS if not re.search(rf"\bneox {name}\b", text) and name != "train"] == []
