@@ -31,14 +31,20 @@ def shared_data() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--ops-library: run the operators' tests on another build, such as the emulated CUDA kernels."""
-    parser.addoption("--ops-library", help="library that defines torch.ops.neox, instead of the one that neox would choose")
+    """Which kernels the operators' tests run: those that neox chooses, another build of them, or a GPU's."""
+    parser.addoption("--ops-library", help="library that defines torch.ops.neox instead, such as the emulated CUDA kernels")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where tests make their tensors, and so whose kernels run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the library that was asked for, before neox.ops looks for one."""
-    library = config.getoption("--ops-library")
-    if library is not None:
-        import torch
+    """Load the library that was asked for before neox.ops looks for one, and choose the device before any tensor is made."""
+    library, device = config.getoption("--ops-library"), config.getoption("--device")
+    if library is None and device == "cpu":
+        return
+    import torch
 
+    if library is not None:
         torch.ops.load_library(str(Path(library).resolve()))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU")
+    torch.set_default_device(device)

@@ -7,20 +7,43 @@ with the kernels.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
-# largest error allowed, relative to the largest magnitude in the reference
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
+from neox.ops._library import ISA, LOADED
+
+OPERATORS = Path(__file__).parents[1] / "csrc" / "ops"
+
+# Where tests make their tensors (pytest --device), and whether the kernels under test are CUDA's: on a GPU, or emulated (--ops-library).
+DEVICE = torch.get_default_device()
+CUDA_KERNELS = DEVICE.type == "cuda" or ISA == LOADED
+
+# largest error allowed, relative to the largest magnitude in the reference: four units in the last place of the 16-bit types
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+# what the checks of all operators say of a dtype that their kernels do not have
+FLOAT_RULE = r"must be float32(?: or bfloat16|, bfloat16 or float16)"
 
 SIZES = (1, 17, 819)
 
 
+def dtypes(op: str) -> tuple[torch.dtype, ...]:
+    """What the kernels under test of csrc/ops/<op> take: float16 is for CUDA kernels alone."""
+    cuda = CUDA_KERNELS and any((OPERATORS / op).glob("*_cuda.cu"))
+    return (torch.float32, torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    """Normal random tensor of its own generator."""
-    generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(shape))
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+    """Normal random tensor of its own generator, the same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed + 7919 * len(shape) + sum(shape))
+    return (torch.randn(*shape, generator=generator, device="cpu") * scale).to(DEVICE, dtype)
+
+
+def integers(high: int, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Random int64 tensor below `high`, the same numbers on every device."""
+    return torch.randint(high, shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
 
 
 def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None, what: str = "", floor: float = 0.0) -> None:
@@ -167,4 +190,4 @@ def dropout_mask(rows: int, cols: int, seed: torch.Tensor, p: float) -> torch.Te
     """[rows, cols] bool, True = kept: word of element (r, c) at r * ceil4(cols) + c must be at least p 2^32."""
     quads = (cols + 3) // 4
     words = philox(int(seed[0]), np.arange(rows * quads), int(seed[1])).reshape(rows, 4 * quads)[:, :cols]
-    return torch.from_numpy(words >= np.uint64(p * 2**32))
+    return torch.from_numpy(words >= np.uint64(p * 2**32)).to(DEVICE)

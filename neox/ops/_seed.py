@@ -10,4 +10,4 @@ def draw_seed() -> torch.Tensor:
 
     It is a tensor and not two integers so that torch.compile and CUDA graphs see an input that changes from call to call.
     """
-    return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64)
+    return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device="cpu")

@@ -14,7 +14,7 @@ from neox.ops import attention, attention_qkv
 from neox.ops.attention import choose_backend, log_choice
 from tests import reference
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = reference.dtypes("attention")
 native = torch.ops.neox
 
 
@@ -345,7 +345,7 @@ def test_dropout_follows_torch_seed():
 def test_opcheck(dtype):
     q, k, v = qkv_of(17, 20, 4, 2, 16, dtype).values()
     qkv = reference.random(2, 17, 2, 4, 16, dtype=dtype)
-    masks = documents(2, 20, 5), torch.tensor([0.5, 0.25, 0.1, 0.1]), torch.tensor([5, 6])
+    masks = documents(2, 20, 5), torch.tensor([0.5, 0.25, 0.1, 0.1]), torch.tensor([5, 6], device="cpu")
     options = True, 0.25, 9, 2.0, 0.1
     out, lse = native.attention(q, k, v, *masks, *options)
     torch.library.opcheck(native.attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *masks, *options))
@@ -417,7 +417,7 @@ GOOD = {"q": torch.ones(2, 3, 4, 8), "k": torch.ones(2, 5, 2, 8), "v": torch.one
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.ones(2, 3, 4, 8, dtype=torch.float64)}, r"attention: q must be float32 or bfloat16; got Double"),
+        ({"q": torch.ones(2, 3, 4, 8, dtype=torch.float64)}, rf"attention: q {reference.FLOAT_RULE}; got Double"),
         ({"q": torch.ones(3, 4, 8)}, r"q must have 4 dimensions; got 3 in shape \[3, 4, 8\]"),
         ({"k": torch.ones(2, 5, 2, 8).bfloat16()}, r"k must have the dtype of q, Float; got BFloat16"),
         ({"k": torch.ones(5, 2, 8)}, r"k must have 4 dimensions; got 3"),
@@ -457,7 +457,7 @@ def test_errors(change, message):
 @pytest.mark.parametrize(
     ("qkv", "message"),
     [
-        (torch.ones(2, 3, 2, 4, 8).half(), r"qkv must be float32 or bfloat16; got Half"),
+        (torch.ones(2, 3, 2, 4, 8).double(), rf"qkv {reference.FLOAT_RULE}; got Double"),
         (torch.ones(2, 3, 2, 4), r"qkv must have 5 dimensions; got 4"),
         (torch.ones(2, 3, 2, 2, 8), r"qkv must hold at least one query, one key and one value per group in dimension 3; got \[2, 3, 2, 2, 8\]"),
         (torch.ones(2, 3, 2, 8, 4).transpose(3, 4), r"qkv must have a contiguous last dimension; got stride 4"),

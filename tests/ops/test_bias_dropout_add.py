@@ -9,8 +9,8 @@ import torch
 from neox.ops import bias_dropout_add
 from tests import reference
 
-DTYPES = (torch.float32, torch.bfloat16)
-SEED = torch.tensor([0x123456789ABCDEF, 0x7EDCBA987654321])
+DTYPES = reference.dtypes("bias_dropout_add")
+SEED = torch.tensor([0x123456789ABCDEF, 0x7EDCBA987654321], device="cpu")
 
 
 def inputs_of(size, dtype=torch.float32, bias=True, rows=(3, 13)):
@@ -154,7 +154,7 @@ X = torch.ones(2, 4)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((X.double(), None, X.double(), 0.1), r"^bias_dropout_add: x must be float32 or bfloat16; got Double"),
+        ((X.double(), None, X.double(), 0.1), rf"^bias_dropout_add: x {reference.FLOAT_RULE}; got Double"),
         ((torch.ones(()), None, torch.ones(()), 0.1), r"x must have 1 to 64 dimensions; got 0 in shape \[\]"),
         ((X, torch.ones(4).bfloat16(), X, 0.1), r"bias must have the dtype of x, Float; got BFloat16"),
         ((X, torch.ones(3), X, 0.1), r"bias must have as many elements as the last dimension of x, 4; got 3"),
@@ -170,8 +170,8 @@ def test_errors(args, message):
 
 
 def test_seed_errors():
-    for seed in (torch.zeros(3, dtype=torch.int64), torch.zeros(2)):
+    for seed in (torch.zeros(3, dtype=torch.int64, device="cpu"), torch.zeros(2, device="cpu")):
         with pytest.raises(ValueError, match=r"seed must be int64 \[2\]; got (Long \[3\]|Float \[2\])"):
             torch.ops.neox.bias_dropout_add(X, None, X, seed, 0.5)
-    with pytest.raises(ValueError, match=r"dy must be float32 or bfloat16; got Double"):
+    with pytest.raises(ValueError, match=rf"dy {reference.FLOAT_RULE}; got Double"):
         torch.ops.neox.bias_dropout_add_backward(X.double(), None, 0.5, True)

@@ -10,10 +10,11 @@ import torch
 from neox.ops import gated
 from tests import reference
 
+DTYPES = reference.dtypes("gated")
 ACTIVATIONS = ("silu", "gelu", "relu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", reference.SIZES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward(activation, size, dtype):
@@ -85,7 +86,7 @@ def test_same_bits_for_any_number_of_threads(threads):
         assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_opcheck(activation, dtype):
     x, gate = reference.random(2, 3, 17, dtype=dtype), reference.random(2, 3, 17, dtype=dtype, seed=1)
@@ -108,7 +109,7 @@ def test_compile():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ((torch.ones(2, 4).half(), torch.ones(2, 4).half()), r"^gated: x must be float32 or bfloat16; got Half"),
+        ((torch.ones(2, 4).double(), torch.ones(2, 4).double()), rf"^gated: x {reference.FLOAT_RULE}; got Double"),
         ((torch.ones(()), torch.ones(())), r"x must have 1 to 64 dimensions; got 0 in shape \[\]"),
         ((torch.ones(2, 4), torch.ones(2, 4).bfloat16()), r"gate must have the dtype of x, Float; got BFloat16"),
         ((torch.ones(2, 4), torch.ones(4)), r"gate must have the shape of x, \[2, 4\]; got \[4\]"),

@@ -10,7 +10,7 @@ from tests import reference
 
 EPS = 1e-3  # large enough that a misplaced eps shows
 KINDS = ("layer", "layer without bias", "rms", "dual layer", "dual rms")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = reference.dtypes("norm")
 
 
 def inputs_of(kind, size, dtype, residual, rows=(3, 13)):
@@ -160,7 +160,7 @@ W = torch.ones(4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: layer_norm(X.double(), W, W, 1e-5), r"^layer_norm: x must be float32 or bfloat16; got Double"),
+        (lambda: layer_norm(X.double(), W, W, 1e-5), rf"^layer_norm: x {reference.FLOAT_RULE}; got Double"),
         (lambda: layer_norm(torch.ones(()), W, W, 1e-5), r"x must have 1 to 64 dimensions; got 0 in shape \[\]"),
         (lambda: layer_norm(torch.ones(2, 0), torch.ones(0), None, 1e-5), r"x must not have an empty last dimension; got \[2, 0\]"),
         (lambda: layer_norm(X, W.bfloat16(), W, 1e-5), r"weight must have the dtype of x, Float; got BFloat16"),

@@ -12,6 +12,7 @@ from neox.errors import ConfigError
 from neox.ops.rotary import rotary, rotary_frequencies, rotary_qkv, rotary_tables
 from tests import reference
 
+DTYPES = reference.dtypes("rotary")
 HEAD_DIM, LENGTH, TRAINED = 64, 1000, 256
 
 
@@ -22,7 +23,7 @@ def transformers_frequencies(rope_type: str, seq_len: int | None = None, **param
         max_position_embeddings=TRAINED,
         rope_parameters={"rope_type": rope_type, "rope_theta": 10000.0, **parameters},
     )
-    return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=seq_len)
+    return ROPE_INIT_FUNCTIONS[rope_type](config, reference.DEVICE, seq_len=seq_len)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def tables(shape: tuple[int, ...], rotary_dim: int) -> dict[str, torch.Tensor]:
     return {"cos": reference.random(*shape, rotary_dim, seed=11), "sin": reference.random(*shape, rotary_dim, seed=12)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(2, 2), (17, 2), (64, 16), (80, 80), (819, 818)])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_rotation_forward_and_backward(head_dim, rotary_dim, per_sequence, dtype):
@@ -161,7 +162,7 @@ def turned_packed(qkv, cos, sin):
     return torch.cat((heads, qkv[:, :, :, -1:].double()), dim=3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["packed", "projection"])
 def test_packed_rotation_forward_and_backward(form, dtype):
     qkv, table = packed_inputs(dtype)
@@ -215,7 +216,7 @@ def test_empty():
     assert k.shape == (2, 0, 1, 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     table = tables((5,), 8)
     q, k = reference.random(2, 5, 3, 20, dtype=dtype).requires_grad_(), reference.random(2, 5, 1, 20, dtype=dtype).requires_grad_()
@@ -244,7 +245,7 @@ Q, K, TABLE = torch.ones(2, 5, 3, 8), torch.ones(2, 5, 1, 8), torch.ones(5, 4)
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ((Q.double(), K, TABLE, TABLE), "rotary: q must be float32 or bfloat16; got Double"),
+        ((Q.double(), K, TABLE, TABLE), rf"rotary: q {reference.FLOAT_RULE}; got Double"),
         ((Q[0], K, TABLE, TABLE), r"q must have 4 dimensions; got 3 in shape \[5, 3, 8\]"),
         ((Q, K.bfloat16(), TABLE, TABLE), "k must have the dtype of q, Float; got BFloat16"),
         ((Q, K[:, :4], TABLE, TABLE), r"k must have batch, seq and head_dim of q, \[2, 5, 3, 8\]; got \[2, 4, 1, 8\]"),

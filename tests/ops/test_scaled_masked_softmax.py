@@ -10,6 +10,7 @@ import torch
 from neox.ops import scaled_causal_softmax, scaled_masked_softmax
 from tests import reference
 
+DTYPES = reference.dtypes("scaled_masked_softmax")
 native = torch.ops.neox
 
 
@@ -35,7 +36,7 @@ def random_mask(*shape: int) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", reference.SIZES)
 @pytest.mark.parametrize("mask_batch", [1, 2])
 def test_masked_forward_and_backward(mask_batch, keys, dtype):
@@ -44,7 +45,7 @@ def test_masked_forward_and_backward(mask_batch, keys, dtype):
     reference.check_against(partial(scaled_masked_softmax, mask=mask, scale=0.7), partial(masked_by_definition, mask=mask, scale=0.7), {"x": x})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (1, 819), (5, 819), (40, 17), (5, 9000)])
 def test_causal_forward_and_backward(queries, keys, dtype):
     x = reference.random(2, 3, queries, keys, dtype=dtype, scale=3)
@@ -106,7 +107,7 @@ def test_empty():
     assert scaled_causal_softmax(torch.empty(2, 3, 5, 0), 1.0).shape == (2, 3, 5, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     x, mask = reference.random(2, 3, 5, 17, dtype=dtype), random_mask(2, 1, 5, 17)
     torch.library.opcheck(native.scaled_softmax_backward.default, (x, x.clone(), 0.5, True))
@@ -132,13 +133,13 @@ X, M = torch.ones(2, 3, 4, 5), torch.ones(2, 1, 4, 5, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: scaled_masked_softmax(X.double(), M, 1.0), "scaled_masked_softmax: x must be float32 or bfloat16; got Double"),
+        (lambda: scaled_masked_softmax(X.double(), M, 1.0), rf"scaled_masked_softmax: x {reference.FLOAT_RULE}; got Double"),
         (lambda: scaled_masked_softmax(X[0], M, 1.0), "x must have 4 dimensions; got 3"),
         (lambda: scaled_masked_softmax(X, M.float(), 1.0), "mask must be bool, True hides; got Float"),
         (lambda: scaled_masked_softmax(X, M[0], 1.0), "mask must have 4 dimensions; got 3"),
         (lambda: scaled_masked_softmax(X, M.expand(2, 3, 4, 5), 1.0), r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 3, 4, 5\]"),
         (lambda: scaled_masked_softmax(X, M[..., :4], 1.0), r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 1, 4, 4\]"),
-        (lambda: scaled_causal_softmax(X.half(), 1.0), "scaled_causal_softmax: x must be float32 or bfloat16; got Half"),
+        (lambda: scaled_causal_softmax(X.double(), 1.0), rf"scaled_causal_softmax: x {reference.FLOAT_RULE}; got Double"),
         (lambda: scaled_causal_softmax(X[0, 0, 0], 1.0), "x must have 2 to 64 dimensions; got 1"),
         (lambda: native.scaled_softmax_backward(X[0], X, 1.0, True), r"dy must have the shape of y, \[2, 3, 4, 5\]; got \[3, 4, 5\]"),
         (lambda: native.scaled_softmax_backward(X.bfloat16(), X, 1.0, True), "dy must have the dtype of y, Float; got BFloat16"),
