@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from neox.cli.main import COMMANDS, parse
+from neox.config.deepspeed_keys import DEEPSPEED_KEYS
 from neox.config.load import known_keys
 from neox.errors import ConfigError
 
@@ -63,7 +64,7 @@ def test_commands_parse(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_exist(page):
-    known = set(known_keys()) | SECTIONS
+    known = set(known_keys()) | SECTIONS | {f"deepspeed.{name}" for name in DEEPSPEED_KEYS}
     assert [key for key in keys(page.read_text(encoding="utf-8")) if key not in known] == []
 
 

@@ -1,8 +1,9 @@
-"""Show a config with the origin of every value, explain a key, or compare two configs.
+"""Show a config with the origin of every value, explain a key, compare two configs, or write GPT-NeoX's files in our form.
 
 example: neox config show 1-3B.yml --set train.seed=7
          neox config explain model.rotary_pct
          neox config diff pythia/160M.yml pythia/410M.yml
+         neox config convert 125M.yml local_setup.yml -o mine.yml
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 
-from neox.config.explain import diff, explain, inline, show
+from neox.config.explain import converted, diff, explain, inline, show
 from neox.config.load import Loaded, load, plain
+from neox.config.reference import config_reference, upstream_reference
 from neox.config.schema import Config
-from neox.errors import ConfigError
+from neox.errors import ConfigError, DiskError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `neox config`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="show|explain|diff")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="show|explain|diff|convert|reference")
     shower = actions.add_parser("show", help="the whole resolved config, with the origin of each value", description="Print the whole resolved config.")
     shower.add_argument("files", nargs="*", metavar="FILE", help="config files, later ones win; bare names are looked for under configs/")
     explainer = actions.add_parser("explain", help="meaning, type and default of a key", description="Explain a key, or list the keys of a section.")
@@ -27,9 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     differ = actions.add_parser("diff", help="keys in which two configs differ", description="Print the keys in which two configs differ.")
     differ.add_argument("left", metavar="A")
     differ.add_argument("right", metavar="B")
+    converter = actions.add_parser("convert", help="write GPT-NeoX's files in our form", description="Write config files, GPT-NeoX's or ours, as one of ours.")
+    converter.add_argument("files", nargs="+", metavar="OLD", help="files as they are given to --conf")
+    converter.add_argument("-o", "--out", metavar="NEW.yml", help="file to make; default: print it")
+    referrer = actions.add_parser("reference", help="print the reference page of all keys", description="Print a reference page, in Markdown.")
+    referrer.add_argument("--gpt-neox", action="store_true", help="of GPT-NeoX's keys and what is done with them")
     for each in (shower, explainer):
         each.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="the same as FILE, spelt as for train.py")
-    for each in (shower, explainer, differ):
+    for each in (shower, explainer, differ, converter):
         each.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="single values, as section.key=value")
         each.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -39,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "diff":
         print(diff_text(load([args.left], args.overrides), load([args.right], args.overrides), args))
         return 0
+    if args.action == "reference":
+        print(upstream_reference() if args.gpt_neox else config_reference(), end="")
+        return 0
+    if args.action == "convert":
+        return convert(args)
     files = [*args.files, *args.conf]
     given = bool(files or args.overrides)
     if args.action == "explain":
@@ -50,12 +62,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert(args: argparse.Namespace) -> int:
+    """Write, or print, the native form of some files; the notes go into it, and to the terminal where a file is written."""
+    loaded = load(args.files, args.overrides)
+    text = converted(loaded)
+    if args.out is None:
+        print(json.dumps({"config": text, "notes": list(loaded.notes)}) if args.json else text, end="\n" if args.json else "")
+        return 0
+    try:
+        with open(args.out, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError("would overwrite a file", where=args.out, do="choose another --out, or remove it") from None
+    except OSError as error:
+        raise DiskError("cannot write the config", where=args.out, got=error.strerror) from error
+    print(json.dumps({"out": args.out, "notes": list(loaded.notes)}) if args.json else "\n".join([f"wrote {args.out}", *loaded.notes]))
+    return 0
+
+
 def show_text(loaded: Loaded, as_json: bool) -> str:
     """The config as YAML with comments, or as JSON with the origins beside it."""
     if not as_json:
         return show(loaded)
     origins = {key: str(origin) for key, origin in loaded.origins.items()}
-    return json.dumps({"config": plain(loaded.config), "origins": origins}, indent=2)
+    return json.dumps({"config": plain(loaded.config), "origins": origins, "notes": list(loaded.notes)}, indent=2)
 
 
 def explain_text(key: str | None, loaded: Loaded | None, as_json: bool) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -85,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
 def start(args: argparse.Namespace, place: Place) -> int:
     """Check the config, then hand over to neox.train."""
     loaded = load(args.conf, args.set)
+    if place.rank == 0:
+        for note in loaded.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
     import torch  # only now: a wrong config is reported within a second
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ import yaml
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
 from neox.config.load import Loaded, LockDumper, Origin, flatten, known_keys, nested_model, suggestions
+from neox.config.neox_keys import NEOX_KEYS
 from neox.config.problems import nearest
 from neox.config.schema import Config, DataSource
 from neox.errors import ConfigError
@@ -62,8 +63,28 @@ def show(loaded: Loaded) -> str:
         path = names[:-1]
         origin = loaded.origins[key]
         lines.append((f"{'  ' * len(path)}{names[-1]}: {inline(value)}", "" if origin.source == "default" else str(origin)))
+    notes = [f"# note: {note}" for note in loaded.notes]
     width = min(max((len(text) for text, _ in lines), default=0), 60)
-    return "\n".join(f"{text:<{width}}  # {origin}" if origin else text for text, origin in lines)
+    return "\n".join([*notes, *(f"{text:<{width}}  # {origin}" if origin else text for text, origin in lines)])
+
+
+def converted(loaded: Loaded) -> str:
+    """What files and `--set` say, in the native form: every key that is no default, by section, with the notes as comments.
+
+    Loading it gives the same config.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in flatten(loaded.config):
+        if loaded.origins[key].source in ("default", "derived"):
+            continue
+        inner = tree
+        *sections, name = key.split(".")
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    notes = "".join(f"# {note}\n" for note in loaded.notes)
+    parts = [yaml.dump({name: section}, Dumper=LockDumper, sort_keys=False, allow_unicode=True, width=150) for name, section in tree.items()]
+    return notes + ("\n" if notes else "") + "\n".join(parts)
 
 
 def inline(value: Any) -> str:
@@ -86,6 +107,8 @@ def explain(key: str, loaded: Loaded | None = None) -> KeyHelp:
     fields = known_keys()
     if key not in fields and key in suggestions():
         return explain_foreign(key)
+    if key not in fields and key in NEOX_KEYS:
+        return explain_upstream(key)
     if key not in fields:
         close = nearest(key, suggestions())
         raise ConfigError("unknown key", got=key, do=f"did you mean {close}?" if close else f"sections are {', '.join(Config.model_fields)}")
@@ -115,6 +138,15 @@ def explain_foreign(key: str) -> KeyHelp:
     owner = OWNED_KEYS.get(name)
     meaning = f"decided by {owner}: set that" if owner else "key of DeepSpeed's own config, handed on as it is"
     return KeyHelp(key, meaning, "what DeepSpeed takes", None, tuple(f"{key}.{inner}" for inner in DEEPSPEED_KEYS[name] or () if not owner))
+
+
+def explain_upstream(key: str) -> KeyHelp:
+    """A key of GPT-NeoX's files."""
+    row = NEOX_KEYS[key]
+    meaning = {"renamed": f"is {row.to[0]}" if row.to else "", "translated": row.text, "ignored": f"ignored: {row.text}", "unsupported": row.text}[row.kind]
+    to = f" -> {', '.join(row.to)}" if row.kind == "translated" else ""
+    default = None if row.default is None else inline(row.default)
+    return KeyHelp(key, f"key of GPT-NeoX{to}: {meaning}", f"{row.kind}, GPT-NeoX's own type", default)
 
 
 def property_schema(key: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Layers, later wins: schema defaults < `include:` of a file < the file < files to
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
+from neox.config.neox_files import Given, collect, is_upstream, translate
 from neox.config.parse import MAX_BYTES, CoreLoader, Leaf, Reader, plain_scalar
 from neox.config.problems import brief, nearest, raise_problems
 from neox.config.schema import Config, DataSource
+from neox.config.vocabulary import tokenizer_vocab_size
 from neox.errors import ConfigError
 
 PRESETS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -46,10 +47,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config and, for each dotted key, the origin of its value."""
+    """A config, for each dotted key the origin of its value, and what reading GPT-NeoX's files has to tell, a line each."""
 
     config: Config
     origins: dict[str, Origin]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Layers:
 
     def __init__(self) -> None:
         self.settings: dict[tuple[str, ...], Setting] = {}
+        self.upstream: dict[str, Given] = {}
         self.problems: list[ConfigError] = []
+        self.notes: tuple[str, ...] = ()
         self._files = 0
 
     def add_file(self, name: str, base: Path | None = None, chain: tuple[Path, ...] = (), asked_by: str | None = None) -> None:
@@ -99,6 +103,9 @@ class Layers:
         reader = Reader(source)
         leaves = reader.read(text)
         self.problems += reader.problems
+        if is_upstream(leaves):
+            self.add_upstream(leaves, source)
+            return
         own = []
         for leaf in leaves:
             if leaf.path == ("include",):
@@ -107,6 +114,24 @@ class Layers:
                 own.append(leaf)
         for leaf in own:
             self.put(leaf, Origin(source, leaf.line))
+
+    def add_upstream(self, leaves: list[Leaf], source: str) -> None:
+        """Add a file of GPT-NeoX; all of them lie below the native ones."""
+        if self.settings and not self.upstream:
+            got = f"a GPT-NeoX file after {next(iter(self.settings.values())).origin.source}"
+            self.problems.append(ConfigError("files out of order", where=source, got=got, want="GPT-NeoX files before native ones"))
+        self.upstream.update(collect(leaves, source))
+
+    def put_upstream(self) -> None:
+        """Translate the files of GPT-NeoX and put what they say below everything else."""
+        native, self.settings = self.settings, {}
+        settings, notes, problems = translate(self.upstream, {path: setting.value for path, setting in native.items()})
+        self.notes = tuple(notes)
+        self.problems += problems
+        for item in settings:
+            self.put(Leaf(item.path, item.value, item.line, {}), Origin(item.source, item.line))
+        for path, setting in native.items():
+            self.put(Leaf(path, setting.value, setting.origin.line, setting.lines), setting.origin)
 
     def _include(self, leaf: Leaf, source: str, base: Path | None, chain: tuple[Path, ...]) -> None:
         names = [leaf.value] if isinstance(leaf.value, str) else leaf.value
@@ -150,7 +175,7 @@ class Layers:
             old = self.settings.pop(path)
             if path == leaf.path:
                 history = [(Origin(old.origin.source, old.origin.line), old.value), *old.origin.overridden]
-        self.settings[leaf.path] = Setting(leaf.value, Origin(origin.source, origin.line, tuple(history)), leaf.lines)
+        self.settings[leaf.path] = Setting(leaf.value, Origin(origin.source, origin.line, (*origin.overridden, *history)), leaf.lines)
 
     def _text(self, path: Path) -> str | None:
         """Text of a file, or None with a problem."""
@@ -303,30 +328,6 @@ def rule(detail: dict[str, Any]) -> str:
     return text
 
 
-def tokenizer_vocab_size(file: str) -> int:
-    """Largest id + 1 of a `tokenizers` JSON file, added tokens included.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no tokenizer.
-    """
-    with open(file, encoding="utf-8") as handle:
-        content = json.load(handle)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError("no `model` in it")
-    vocabulary = content["model"].get("vocab")
-    if isinstance(vocabulary, dict):
-        ids = list(vocabulary.values())
-    elif isinstance(vocabulary, list):
-        ids = list(range(len(vocabulary)))
-    else:
-        raise ValueError("no `model.vocab` in it")
-    ids += [token.get("id") for token in content.get("added_tokens") or [] if isinstance(token, dict)]
-    if not ids or not all(type(number) is int and number >= 0 for number in ids):
-        raise ValueError("its ids are no numbers")
-    return max(ids) + 1
-
-
 def derive_vocab_size(layers: Layers) -> None:
     """Set model.vocab_size from tokenizer.file where only the latter is given."""
     given = layers.settings.get(("model", "vocab_size"))
@@ -351,6 +352,8 @@ def build(layers: Layers) -> Loaded:
     Raises:
         ConfigError: everything that is wrong with the sources and the values, at once.
     """
+    if layers.upstream:
+        layers.put_upstream()
     derive_vocab_size(layers)
     problems = list(layers.problems)
     try:
@@ -361,7 +364,7 @@ def build(layers: Layers) -> Loaded:
             refused = [problem for problem in refused if problem.what != "key is missing"]
         raise_problems([*problems, *refused])
     raise_problems(problems)
-    return Loaded(config, effective_origins(config, layers.settings))
+    return Loaded(config, effective_origins(config, layers.settings), layers.notes)
 
 
 def effective_origins(config: Config, settings: dict[tuple[str, ...], Setting]) -> dict[str, Origin]:

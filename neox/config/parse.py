@@ -106,6 +106,8 @@ class Reader:
         where = self.source if mark is None else f"{self.source}:{mark.line + 1}"
         detail = error.problem if isinstance(error, yaml.MarkedYAMLError) and error.problem else str(error)
         do = "indent with spaces: YAML allows no tabs there" if "'\\t'" in detail else None
+        if detail.startswith("expected ',' or"):
+            do = "end the line before with a comma"
         return ConfigError("not YAML", where=where, got=detail, do=do)
 
     def _too_large(self, node: yaml.Node, path: tuple) -> bool:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS, REMOVED_KEYS
-from neox.config.load import tokenizer_vocab_size
 from neox.config.problems import nearest
 from neox.config.schema import Config
+from neox.config.vocabulary import tokenizer_vocab_size
 
 MAX_HEAD_DIM = 256  # of the attention kernels
 

@@ -229,11 +229,15 @@ class CheckpointConfig(Section):
     """Saving and resuming, in run.dir/checkpoints."""
 
     save_interval: NonNegative = Field(1000, description="iterations between checkpoints; the last iteration is always saved; 0: only the last")
+    save_iters: tuple[NonNegative, ...] = Field((), strict=False, description="further iterations after which a checkpoint is saved; 0: the initial weights")
     keep: NonNegative = Field(0, description="newest checkpoints to keep; 0: all")
     resume: str = Field(
         "auto",
         description="auto: newest complete checkpoint of the run, else start; must: error if there is none; "
         "never: start anew, error if the run has any; PATH: that checkpoint",
+    )
+    init_from: str | None = Field(
+        None, description="checkpoint whose weights, and nothing else, a new run starts from; ignored where the run resumes one of its own"
     )
     on_save_error: Literal["stop", "continue"] = Field("stop", description="what a failed save does to the run")
 

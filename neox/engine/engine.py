@@ -252,6 +252,15 @@ class Engine:
             for key, value in saved["loss_scale"].items():
                 setattr(self.wrapper.loss_scaler, key, value)
 
+    def take_weights(self, checkpoint: Any) -> None:
+        """Start from the weights of a checkpoint, the fp32 ones included; step, optimizer and schedule stay at their beginning.
+
+        Raises:
+            CheckpointError: its tensors are not those of this model.
+        """
+        checkpoint.check((name, "weight", shape) for name, shape in self.state.shapes.items())
+        self.state.write(checkpoint.read, weights_only=True)
+
 
 def count_targets(batch: Batch) -> int:
     """Number of targets that have a loss."""

@@ -134,18 +134,19 @@ class State:
             state.update(counter(self.optimizer, self.optimizer.param_groups[piece.group], piece.flat.device, updates))
 
     @torch.no_grad()
-    def write(self, read) -> None:
-        """Overwrite weights and optimizer state; `prepare` must have run.
+    def write(self, read, *, weights_only: bool = False) -> None:
+        """Overwrite weights and optimizer state (for which `prepare` must have run), or the weights alone.
 
         Args:
             read: (name, kind, slices, start, stop) -> flat tensor of these elements of the logical tensor.
+            weights_only: leave the optimizer as it is.
         """
         for piece in self.pieces:
             layout = piece.layout
             start, stop = piece.start, min(piece.stop, layout.numel)
             if start >= stop:
                 continue
-            for kind in ("weight", *self.kinds[piece.name]):
+            for kind in ("weight",) if weights_only else ("weight", *self.kinds[piece.name]):
                 piece.view(self.tensor(piece, kind), start, stop).copy_(read(piece.name, kind, layout.slices, start, stop))
         self.publish()
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.load import Checkpoint, find
+from neox.checkpoint.load import Checkpoint, find, resolve
 from neox.checkpoint.lock import FolderLock
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.retention import collect_leftovers, start_lineage
@@ -157,6 +157,8 @@ class Run:
                 rng = checkpoint.rng(self.mesh.rank) if checkpoint.world_size == self.mesh.world_size else None
                 self.tell_resumed(checkpoint)
             self.saved_step = self.engine.step
+        elif self.config.checkpoint.init_from is not None:
+            self.take_weights(resolve(self.config.checkpoint.init_from))
         if self.mesh.rank == 0:
             self.metrics = MetricsLog(self.folders.run, self.engine.step, tensorboard=self.config.logging.tensorboard)
         self.loader = self.make_loader("train", consumed, self.config.data.prefetch)
@@ -164,6 +166,15 @@ class Run:
             set_generators(rng, self.mesh.device)
         else:
             seed_default_generators(self.config.train.seed + self.engine.step, self.mesh)
+
+    def take_weights(self, path: Path) -> None:
+        """Start from the weights of another run's checkpoint, and say where the two models differ beside their shapes."""
+        with Checkpoint(path) as checkpoint:
+            self.engine.take_weights(checkpoint)
+            self.progress.say(f"weights of {checkpoint.path}, step {checkpoint.step}")
+            for key, value in plain(self.config.model).items():
+                if key in checkpoint.model_config and checkpoint.model_config[key] != value:
+                    self.progress.say(f"model.{key}: {checkpoint.model_config[key]} -> {value}")
 
     def tell_resumed(self, checkpoint: Checkpoint) -> None:
         """Say where the run goes on, and what has changed in the config since."""
@@ -199,6 +210,8 @@ class Run:
             f"{config.precision.dtype} | batch {sizes.global_batch_size} = {sizes.micro_batch_size} x {sizes.gradient_accumulation} x {sizes.dp}"
         )
         first = True
+        if self.engine.step == 0 and 0 in config.checkpoint.save_iters and self.saved_step != 0:
+            self.save(must=False)
         while self.engine.step < config.train.train_iters:
             begin = time.perf_counter()
             result = self.engine.train_step(next(self.loader), stop=signals.requested)
@@ -212,7 +225,7 @@ class Run:
                 self.metrics.write(record)
             self.progress.step(record, first=first)
             first = False
-            if result.stop or last or (config.checkpoint.save_interval and result.step % config.checkpoint.save_interval == 0):
+            if result.stop or last or self.is_due(result.step):
                 self.save(must=result.stop)
             if result.stop and not last:
                 raise StoppedBySignal(
@@ -224,6 +237,11 @@ class Run:
         if self.saved_step != self.engine.step:  # resumed at the very end
             self.save(must=True)
         self.progress.say(f"done: step {self.engine.step} of {config.train.train_iters}")
+
+    def is_due(self, step: int) -> bool:
+        """Whether the config asks for a checkpoint of this step."""
+        every = self.config.checkpoint.save_interval
+        return bool(every and step % every == 0) or step in self.config.checkpoint.save_iters
 
     def record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """What metrics.jsonl gets of a step."""

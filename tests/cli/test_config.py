@@ -12,6 +12,8 @@ import pytest
 
 import neox
 from neox.cli.main import main
+from neox.config.load import load
+from tests.config.upstream import BASE, flow_text
 
 
 @pytest.fixture
@@ -84,3 +86,22 @@ def test_help_has_an_example(capsys):
         main(["config", "--help"])
     assert stopped.value.code == 0
     assert "example: neox config show" in capsys.readouterr().out
+
+
+def test_reference(files, capsys):
+    assert output(capsys, "reference").startswith("# Config reference")
+    assert "| `gpt_j_residual` | `model.parallel_residual` | `False` |" in output(capsys, "reference", "--gpt-neox")
+
+
+def test_convert_writes_gpt_neox_files_in_our_form(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yml").write_text(flow_text(BASE | {"bias_gelu_fusion": True}))
+    text = output(capsys, "convert", "old.yml", "-o", "new.yml")
+    assert "gelu_tanh" in text
+    assert load(["new.yml"]).config == load(["old.yml"]).config
+    assert "# old.yml:" in (tmp_path / "new.yml").read_text()
+    assert main(["config", "convert", "old.yml", "-o", "new.yml"]) == 2
+    assert "would overwrite a file" in capsys.readouterr().err
+    assert "activation: gelu_tanh" in output(capsys, "convert", "old.yml", "--set", "train.seed=5")
+    assert "50277 ids" in output(capsys, "show", "old.yml")
+    assert len(json.loads(output(capsys, "show", "old.yml", "--json"))["notes"]) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neox.config.explain import diff, explain, inline, show
+from neox.config.explain import converted, diff, explain, inline, show
 from neox.config.load import known_keys, load, loads
 from neox.errors import ConfigError
 
@@ -82,3 +82,18 @@ def test_inline_is_one_line_that_reads_back(value):
     text = inline(value)
     assert "\n" not in text
     assert loads(f"model: {{vocab_size: 1}}\ndeepspeed: {{key: {text}}}").deepspeed == {"key": value}
+
+
+def test_the_native_form_loads_to_the_same_config_and_holds_no_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load([], [*TINY, "optimizer.betas=[0.8, 0.9]", "deepspeed.zero_optimization.overlap_comm=true"])
+    text = converted(loaded)
+    assert loads(text) == loaded.config
+    assert "norm_eps" not in text and "head_dim" not in text
+
+
+def test_a_key_of_gpt_neox_is_explained():
+    assert "model.parallel_residual" in explain("gpt-j-residual").meaning
+    assert "tanh" in explain("bias_gelu_fusion").meaning and explain("bias_gelu_fusion").default == "false"
+    assert explain("moe_num_experts").type.startswith("unsupported")
+    assert explain("rope_fusion").meaning.startswith("key of GPT-NeoX: ignored: our kernels")

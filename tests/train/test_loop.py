@@ -1,5 +1,6 @@
 """The whole path: config, data, model, engine, checkpoints; in this process, and over real processes."""
 
+import json
 import os
 import resource
 import signal
@@ -342,3 +343,31 @@ def test_sample_ids_go_on_where_the_checkpoint_stopped(corpus, tmp_path, monkeyp
         train(config, Mesh.single(), StopAfter(2))
     train(make_config(corpus, tmp_path, "train.train_iters=5", "evaluate.interval=0", "train.micro_batch_size=4"), Mesh.single(), StopSignals())
     assert sorted(seen) == list(range(40))
+
+
+def test_extra_checkpoints_the_initial_weights_among_them(corpus, tmp_path):
+    train(make_config(corpus, tmp_path, "train.train_iters=5", "checkpoint.save_interval=0", "checkpoint.save_iters=[0, 1, 3]"), Mesh.single(), StopSignals())
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))] == [f"step_{n:08}" for n in (0, 1, 3, 5)]
+    with Checkpoint(tmp_path / "checkpoints" / "step_00000000") as checkpoint:
+        initial = GPT(make_config(corpus, tmp_path).model, Mesh.single("cpu"), seed=1234)
+        for name, tensor in initial.logical_weights():
+            assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_from_the_weights_of_another(straight, corpus, tmp_path, stage):
+    """Loss of the first steps: that of the weights, from a fresh optimizer and schedule; stale masters would show at step 2."""
+    begin = f"checkpoint.init_from={json.dumps(str(straight))}"
+    train(make_config(corpus, tmp_path, begin, f"zero.stage={stage}", "train.train_iters=4", "evaluate.interval=1"), Mesh.single(), StopSignals())
+    got = records(tmp_path)
+    assert [row["step"] for row in got] == [1, 2, 3, 4]
+    trained = records(straight)
+    last = [row["validation_loss"] for row in trained if "validation_loss" in row][-1]
+    assert all(row["validation_loss"] == pytest.approx(last, rel=0.05) for row in got)
+    assert got[0]["lr"] == trained[0]["lr"]
+    assert "weights of" in (tmp_path / "log.txt").read_text()
+
+
+def test_weights_of_another_shape_are_refused(straight, corpus, tmp_path):
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        train(make_config(corpus, tmp_path, f"checkpoint.init_from={json.dumps(str(straight))}", "model.hidden_size=64"), Mesh.single(), StopSignals())

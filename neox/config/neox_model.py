@@ -1,0 +1,214 @@
+"""GPT-NeoX's description of a model as ours, every quirk of upstream spelt out as a value.
+
+Facts: EleutherAI/gpt-neox, `megatron/neox_arguments` and `megatron/model/transformer.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from neox.config.neox_keys import NEOX_KEYS
+from neox.config.neox_translation import Translation
+from neox.config.schema import GATED
+from neox.config.vocabulary import tokenizer_vocab_size
+
+GPT2_IDS, NEOX_20B_IDS = 50257, 50277
+ACTIVATIONS = {"relu": "relu", "silu": "silu", "swish": "silu", "geglu": "geglu", "reglu": "reglu", "swiglu": "swiglu"}
+INITS = ("normal", "scaled_normal", "small_init", "wang_init")
+# (hidden_size, num_layers, num_kv_heads) of published models -> name, real width: some of upstream's files build another one
+PUBLISHED_WIDTHS = {
+    (4096, 32, 32): ("Llama 7B, Code Llama 7B and Llemma 7B", 11008),
+    (4096, 32, 8): ("Mistral 7B and Llama 3 8B", 14336),
+    (8192, 48, 8): ("Code Llama 34B and Llemma 34B", 22016),
+    (8192, 80, 8): ("Llama 2 70B", 28672),
+}
+
+
+def renamed(work: Translation) -> None:
+    """Values that stand under another key, upstream's defaults included."""
+    for name, row in NEOX_KEYS.items():
+        value = work.given[name].value if name in work.given else row.default
+        if row.kind == "renamed" and value is not None:
+            work.set(row.to[0], value, name)
+
+
+def residual(work: Translation) -> None:
+    """One norm for both branches, and the embeddings tied or not."""
+    shared = work.value("gpt_j_tied")
+    if shared and not work.value("gpt_j_residual"):
+        work.note("no effect without gpt_j_residual, as upstream", "gpt_j_tied")
+        shared = False
+    work.set("model.shared_residual_norm", shared, "gpt_j_tied")
+    work.set("model.tie_embeddings", not work.value("no_weight_tying"), "no_weight_tying")
+
+
+def initialisation(work: Translation) -> None:
+    """Methods that both have."""
+    for name, key in (("init_method", "model.init"), ("output_layer_init_method", "model.output_init")):
+        if work.value(name) in INITS:
+            work.set(key, work.value(name), name)
+        else:
+            work.refuse(name, "initialisation is not supported", want=", ".join(INITS), do=f"--set {key}=...", decides=key)
+
+
+def norm(work: Translation) -> None:
+    """Kind, eps, bias."""
+    kind = str(work.value("norm")).lower().removeprefix("te_")
+    if kind not in ("layernorm", "rmsnorm"):
+        work.refuse("norm", "norm is not supported", want="layernorm or rmsnorm")
+        return
+    eps = "layernorm_epsilon" if kind == "layernorm" else "rms_norm_epsilon"
+    work.set("model.norm", kind, "norm")
+    work.set("model.norm_eps", work.value(eps), eps)
+    if kind == "layernorm" and not work.value("use_bias_in_norms"):
+        work.refuse("use_bias_in_norms", "layernorm without a bias is not supported", want="true, or norm: rmsnorm")
+
+
+def activation(work: Translation) -> None:
+    """Upstream's fused bias-GeLU is the tanh form, its unfused gelu the erf form."""
+    name = str(work.value("activation")).lower()
+    if name == "gelu":
+        fused = bool(work.value("bias_gelu_fusion")) and not work.value("onnx_safe")
+        work.set("model.activation", "gelu_tanh" if fused else "gelu", "bias_gelu_fusion" if fused else "activation")
+        if fused:
+            work.note("upstream's fused kernel computes the tanh form of gelu: model.activation: gelu_tanh", "bias_gelu_fusion")
+    elif name in ACTIVATIONS:
+        work.set("model.activation", ACTIVATIONS[name], "activation")
+    else:
+        work.refuse("activation", "activation is not supported", want=", ".join(("gelu", *ACTIVATIONS)))
+
+
+def width(work: Translation) -> None:
+    """Width of the MLP. Upstream cuts that of a gated one to a third: int(x 2/3), rounded up to 2 multiples, of which half is the width."""
+    name = work.first("intermediate_size", "expansion_factor")
+    if "intermediate_size" in work.given and "expansion_factor" in work.given:
+        work.refuse("expansion_factor", "the MLP's width is given twice", want="intermediate_size or expansion_factor", decides="model.intermediate_size")
+    hidden, multiple, given = work.number("hidden_size"), work.number("mlp_multiple_of"), work.number(name)
+    if not hidden or not multiple:
+        return
+    size = 4 * hidden if given is None else int(given * hidden) if name == "expansion_factor" else int(given)
+    if ACTIVATIONS.get(str(work.value("activation")).lower()) not in GATED:
+        inner, outer = -(-size // (2 * multiple)) * 2 * multiple, -(-size // multiple) * multiple
+        _set_width(work, name, inner, outer, size)
+        return
+    both = int(size * 2 / 3)
+    inner, outer = -(-both // (2 * multiple)) * multiple, -(-(both // 2) // multiple) * multiple
+    _set_width(work, name, inner, outer, size)
+    if inner == outer:
+        work.note(f"gated: upstream makes {size} a width of {outer} (a third, rounded up to mlp_multiple_of {multiple})", name)
+        heads = work.number("num_kv_heads") or work.number("num_attention_heads")
+        real_name, real = PUBLISHED_WIDTHS.get((hidden, work.number("num_layers"), heads), ("", outer))
+        if real != outer:
+            work.note(f"this file describes another model than {real_name}, whose width is {real}: for that, intermediate_size: {3 * real}", name)
+
+
+def _set_width(work: Translation, name: str, inner: int, outer: int, size: int) -> None:
+    if inner == outer:
+        work.set("model.intermediate_size", outer, name)
+        return
+    what = f"the file is wrong: upstream makes the MLP's matrices {inner} and {outer} wide, which do not fit"
+    if name not in work.given:
+        name = "hidden_size"
+    do = f"intermediate_size: {3 * size} for a gated width of {size}, or --set model.intermediate_size={size}"
+    work.refuse(name, what, want="a width both can have", do=do, decides="model.intermediate_size")
+
+
+def positions(work: Translation) -> None:
+    """Rotary options only with rotary positions."""
+    kind = work.value("pos_emb")
+    if kind not in ("rotary", "learned", "alibi", "none"):
+        work.refuse("pos_emb", "positions are not supported", want="rotary, learned, alibi or none", decides="model.position_embedding")
+        return
+    work.set("model.position_embedding", kind, "pos_emb")
+    if kind == "rotary":
+        work.set("model.rotary_pct", work.value("rotary_pct"), "rotary_pct")
+        work.set("model.rope_theta", work.value("rotary_emb_base"), "rotary_emb_base")
+
+
+def attention(work: Translation) -> None:
+    """Dense attention in every layer; a window of upstream sees one key more than its width says."""
+    layers = work.value("num_layers")
+    kinds: list[Any] = ["global"] * layers if isinstance(layers, int) else []
+    if "attention_config" in work.given:
+        try:
+            kinds = expand(work.value("attention_config"), layers)
+        except ValueError as reason:
+            work.refuse("attention_config", "cannot read the attention types", want=str(reason))
+    other = sorted({str(kind) for kind in kinds} - {"global", "flash"})
+    if other:
+        work.refuse("attention_config", f"attention is not supported: {', '.join(other)}", want="global or flash in every layer")
+    elif isinstance(layers, int) and len(kinds) != layers:
+        work.refuse(
+            "attention_config",
+            "the file is wrong: attention types do not match the layers",
+            want=f"{layers} of them, got {len(kinds)}",
+            decides="model.num_layers",
+        )
+    for bias in ("qkv_bias", "attention_out_bias"):
+        work.set(f"model.{bias}", work.value("use_bias_in_attn_linear"), "use_bias_in_attn_linear")
+    window = work.number("sliding_window_width")
+    if window is not None:
+        work.set("model.sliding_window", window + 1, "sliding_window_width")
+        work.note(f"upstream's window of {window} sees {window + 1} keys, the query's own included: model.sliding_window: {window + 1}", "sliding_window_width")
+
+
+def expand(config: Any, layers: Any) -> list[str]:
+    """[[["local", "global"], 6], ...] -> one type per layer; "all" repeats to the end.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    want = "[[[type, ...], times], ...], times a number or all"
+    kinds: list[str] = []
+    if not isinstance(config, list):
+        raise ValueError(want)
+    for item in config:
+        if isinstance(item, str):
+            kinds.append(item)
+            continue
+        if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], list) or not item[0]:
+            raise ValueError(want)
+        names, times = item
+        if times == "all":
+            times = max(layers - len(kinds), 0) // len(names) if isinstance(layers, int) else 0
+        if not isinstance(times, int):
+            raise ValueError(want)
+        kinds += names * times
+    return kinds
+
+
+def vocabulary(work: Translation) -> None:
+    """Upstream's embedding has the tokenizer's ids padded to a multiple of make_vocab_size_divisible_by x model_parallel_size."""
+    kind = str(work.value("tokenizer_type")).lower()
+    file = work.value("vocab_file")
+    if ("tokenizer", "file") in work.native or ("model", "vocab_size") in work.native:
+        return
+    ids = None
+    if kind == "hftokenizer" and file is not None:
+        try:
+            ids = tokenizer_vocab_size(str(file))
+            work.set("tokenizer.file", file, "vocab_file")
+        except (OSError, ValueError):
+            if Path(str(file)).name == "20B_tokenizer.json":
+                ids = NEOX_20B_IDS
+                work.note("is not here; taken for GPT-NeoX-20B's tokenizer. Generation from text needs tokenizer.file", "vocab_file")
+    elif kind in ("gpt2bpetokenizer", "hfgpt2tokenizer"):
+        ids = GPT2_IDS
+        given = "is" if "tokenizer_type" in work.given else "is by default"
+        work.note(f"tokenizer_type {given} {work.value('tokenizer_type')}: {ids} ids; set tokenizer.file to generate from text, or for another tokenizer")
+    multiple, tensor = work.number("make_vocab_size_divisible_by"), work.number("model_parallel_size")
+    if ids is None or not multiple:
+        name = work.first("vocab_file", "tokenizer_type")
+        work.refuse(
+            name, "the vocabulary's size is unknown", want="vocab_file: a `tokenizers` JSON file", do="--set model.vocab_size=... or tokenizer.file=..."
+        )
+        return
+    multiple *= max(tensor or 1, 1)
+    padded = -(-ids // multiple) * multiple
+    work.set("model.vocab_size", padded, work.first("vocab_file", "tokenizer_type"))
+    if padded != ids:
+        work.note(f"model.vocab_size: {padded}: the {ids} ids padded to a multiple of {multiple}, as in upstream's weights")
+
+
+STEPS = (renamed, residual, initialisation, norm, activation, width, positions, attention, vocabulary)

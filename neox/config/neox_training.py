@@ -1,0 +1,189 @@
+"""GPT-NeoX's description of a run as ours: optimizer, schedule, precision, batch, layout, data, checkpoints."""
+
+from __future__ import annotations
+
+from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
+from neox.config.neox_keys import NEOX_KEYS
+from neox.config.neox_translation import Translation
+
+
+def optimizer(work: Translation) -> None:
+    """Type and parameters; upstream's Adam is AdamW (weight decay decoupled, none on biases and norms)."""
+    section = work.value("optimizer")
+    parameters = section.get("params", {}) if isinstance(section, dict) else None
+    if not isinstance(parameters, dict):
+        work.refuse("optimizer", "bad value", want="{type: ..., params: {...}}")
+        return
+    kind = str(section.get("type", "Adam")).lower().replace("_", "")
+    ours = {"adam": "adamw", "adamw": "adamw", "cpuadam": "adamw", "cputorchadam": "adamw", "lion": "lion"}.get(kind)
+    if ours is None:
+        work.refuse("optimizer", f"optimizer is not supported: {section.get('type')}", want="Adam or Lion", decides="optimizer.type")
+        return
+    work.set("optimizer.type", ours, "optimizer")
+    work.set("optimizer.lr", parameters.get("lr", 0.001), "optimizer")
+    work.set("optimizer.betas", parameters.get("betas", [0.9, 0.999]), "optimizer")
+    work.set("optimizer.eps", parameters.get("eps", 1e-8), "optimizer")
+    unread = sorted(set(parameters) - {"lr", "betas", "eps", "weight_decay", "freeze_step", "momentum"})
+    if unread:
+        work.note(f"params not used: {', '.join(unread)}", "optimizer")
+    inner = parameters.get("weight_decay")
+    if inner is not None and "weight_decay" in work.given and inner != work.value("weight_decay"):
+        work.refuse("weight_decay", f"the weight decay is given twice, {inner} in optimizer.params", want="one of them")
+    decay = "optimizer" if inner is not None else "weight_decay"
+    work.set("optimizer.weight_decay", work.value("weight_decay") if inner is None else inner, decay)
+    clip = work.first("gradient_clipping", "clip_grad")
+    work.set("optimizer.gradient_clipping", work.value(clip), clip)
+
+
+def schedule(work: Translation) -> None:
+    """Warm-up is a share of the decay's length; a linear decay heads for 0 and stops at min_lr."""
+    style = work.value("lr_decay_style")
+    if style not in ("constant", "linear", "cosine"):
+        work.refuse("lr_decay_style", "learning rate decay is not supported", want="constant, linear or cosine", decides="schedule.type")
+        return
+    iterations, share = work.number("train_iters"), work.number("lr_decay_fraction")
+    end = round(share * iterations) if share and iterations else work.number("lr_decay_iters")
+    source = "lr_decay_fraction" if share else "lr_decay_iters"
+    length = end or iterations
+    warmup = round((work.number("warmup") or 0) * length) if length else 0
+    low = 0.0 if style == "constant" else work.number("min_lr")
+    peak = next((setting.value for setting in work.settings if setting.path == ("optimizer", "lr")), None)
+    work.set("schedule.type", style, "lr_decay_style")
+    if length:
+        work.set("schedule.warmup_iters", warmup, "warmup")
+    if style == "linear" and low and length and isinstance(peak, (int, float)) and peak > low:
+        meets = round(length - (length - warmup) * low / peak)
+        work.note(f"upstream's line goes to 0 at {length} and stops at min_lr: schedule.decay_iters: {meets}", "lr_decay_style")
+        end = meets
+    if end:
+        work.set("schedule.decay_iters", end, source)
+    if low is not None:
+        work.set("schedule.min_lr", low, "min_lr")
+
+
+def precision(work: Translation) -> None:
+    """`precision`, or what fp16 and bf16 enable; fp32 where nothing does."""
+    fp16, bf16 = (work.value(name) if isinstance(work.value(name), dict) else {} for name in ("fp16", "bf16"))
+    said: dict[str, str] = {}
+    if fp16.get("enabled"):
+        said["bf16" if fp16.get("type") == "bfloat16" else "fp16"] = "fp16"
+    if bf16.get("enabled"):
+        said["bf16"] = "bf16"
+    named = {"bfloat16": "bf16", "fp16": "fp16", "fp32": "fp32"}.get(work.value("precision") or "")
+    if work.value("precision") is not None and named is None:
+        work.refuse("precision", "bad value", want="fp32, fp16 or bfloat16", decides="precision.dtype")
+    if named is not None:
+        said.setdefault(named, "precision")
+    if len(said) > 1:
+        first = work.first("precision", *said.values())
+        work.refuse(first, "number formats contradict each other", want=f"one of {', '.join(sorted(said))}", decides="precision.dtype")
+        return
+    dtype, source = next(iter(said.items()), ("fp32", ""))
+    work.set("precision.dtype", dtype, source)
+    if dtype != "fp16":
+        return
+    for theirs, ours in (("initial_scale_power", "initial_scale_power"), ("loss_scale_window", "loss_scale_window"), ("min_loss_scale", "min_loss_scale")):
+        if theirs in fp16:
+            work.set(f"precision.{ours}", fp16[theirs], "fp16")
+    if fp16.get("loss_scale"):
+        work.refuse("fp16", "a static loss scale is not supported", want="loss_scale: 0, the dynamic one")
+
+
+def zero(work: Translation) -> None:
+    """The stage is ours, the rest DeepSpeed's."""
+    section = work.value("zero_optimization")
+    if not isinstance(section, dict):
+        work.refuse("zero_optimization", "bad value", want="a mapping with stage")
+        return
+    work.set("zero.stage", section.get("stage", 0), "zero_optimization")
+    known = DEEPSPEED_KEYS["zero_optimization"] or ()
+    for name, value in section.items():
+        if name == "stage":
+            continue
+        if name in ("cpu_offload", "cpu_offload_param"):
+            if value:
+                place = "offload_optimizer" if name == "cpu_offload" else "offload_param"
+                work.set(f"deepspeed.zero_optimization.{place}", {"device": "cpu"}, "zero_optimization")
+        elif name in known:
+            work.set(f"deepspeed.zero_optimization.{name}", value, "zero_optimization")
+        else:
+            work.note(f"{name} is no key of this DeepSpeed: left out", "zero_optimization")
+
+
+def batch(work: Translation) -> None:
+    """The batch triangle under its old and new names."""
+    triangle = (
+        ("micro_batch_size", ("train_micro_batch_size_per_gpu", "batch_size")),
+        ("gradient_accumulation", ("gradient_accumulation_steps", "gas")),
+    )
+    for ours, names in triangle:
+        name = work.first(*names)
+        if work.value(name) is not None:
+            work.set(f"train.{ours}", work.value(name), name)
+    work.set("train.activation_checkpointing", "full" if work.value("checkpoint_activations") else "none", "checkpoint_activations")
+
+
+def parallel(work: Translation) -> None:
+    """0 and 1 are both one process."""
+    tensor, pipeline = work.number("model_parallel_size"), work.number("pipe_parallel_size")
+    work.set("parallel.tensor", max(tensor or 0, 1), "model_parallel_size")
+    work.set("parallel.pipeline", max(pipeline or 0, 1), "pipe_parallel_size")
+    work.set("parallel.sequence", bool(work.value("sequence_parallel")) and (tensor or 0) > 1, "sequence_parallel")
+
+
+def checkpoints(work: Translation) -> None:
+    """When, where, how many; and what to start from."""
+    name = work.first("checkpoint_factor", "save_interval")
+    factor, kept = work.number(name), work.number("keep_last_n_checkpoints")
+    extra = work.value("extra_save_iters") or []
+    if work.value("checkpoint_scale") == "log" and factor and factor > 1 and work.number("train_iters"):
+        step = 1.0
+        while step <= work.number("train_iters"):
+            extra, step = [*extra, int(step)], step * factor
+        factor = 0
+    work.set("checkpoint.save_interval", 0 if factor is None else int(factor), name)
+    work.set("checkpoint.keep", kept or 0, "keep_last_n_checkpoints")
+    if extra:
+        work.set("checkpoint.save_iters", sorted(set(extra)), "extra_save_iters")
+    save, load = work.value("save"), work.value("load")
+    if save is not None:
+        work.set("run.dir", save, "save")
+    if load is not None and work.value("finetune"):
+        work.set("checkpoint.init_from", load, "load")
+        work.note("weights start from this checkpoint of ours; make it from an upstream one by `neox import`", "load")
+    elif load is not None and load != save:
+        work.set("checkpoint.resume", load, "load")
+        work.note("resumes this checkpoint of ours; make it from an upstream one by `neox import`", "load")
+
+
+def data(work: Translation) -> None:
+    """Prefixes with their weights, in upstream's order of samples."""
+    work.set("data.order", "neox", work.first("train_data_paths", "data_path"))
+    if "data_path" in work.given:
+        work.set("data.split", str(work.value("split")).replace(" ", ""), "split")
+    for part, ours in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        paths, weights = work.value(f"{part}_data_paths"), work.value(f"{part}_data_weights")
+        if not paths:
+            continue
+        if weights is not None and (not isinstance(weights, list) or not isinstance(paths, list) or len(weights) != len(paths)):
+            work.refuse(f"{part}_data_weights", "weights do not match the datasets", want="a number for each path", decides=f"data.{ours}")
+            continue
+        blend = paths if weights is None else [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
+        work.set(f"data.{ours}", blend, f"{part}_data_paths")
+
+
+def deepspeed(work: Translation) -> None:
+    """Keys of DeepSpeed's own config are handed on, those that ours decide are not."""
+    raw = {name: name for name, row in NEOX_KEYS.items() if row.to == (f"deepspeed.{name}",) and name in work.given}
+    values = {name: work.value(name) for name in raw}
+    extra = work.value("deepspeed_extra_args")
+    for name, value in extra.items() if isinstance(extra, dict) else ():
+        raw[name], values[name] = "deepspeed_extra_args", value
+    for name, value in values.items():
+        if name in OWNED_KEYS:
+            work.note(f"{name} is decided by {OWNED_KEYS[name]}", raw[name])
+        elif value not in ({}, {"enabled": False}):
+            work.set(f"deepspeed.{name}", value, raw[name])
+
+
+STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, data, deepspeed)

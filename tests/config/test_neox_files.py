@@ -1,0 +1,183 @@
+"""GPT-NeoX's files through the same door as ours: detection, merging, layers, errors; and every file that upstream ships."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from neox.config.load import Loaded, load
+from neox.config.neox_files import collect, is_upstream
+from neox.config.parse import Reader
+from neox.errors import ConfigError, NeoxError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+from tests.config.upstream import BASE, flow_text, upstream_shapes
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def _write(name: str, values: dict, dash: bool = False) -> str:
+        (tmp_path / name).write_text(flow_text(values, dash))
+        return name
+
+    return _write
+
+
+def leaves(text: str):
+    return Reader("x").read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "upstream"),
+    [
+        ('{"num-layers": 2, "hidden-size": 8}', True),
+        ("num_layers: 2", True),
+        ("{optimizer: {type: Adam, params: {lr: 1e-3}}}", True),
+        ("precision: bfloat16", True),
+        ("{precision: bfloat16, seed: 3}", True),
+        ("model: {num_layers: 2}", False),
+        ("model: {vocab_size: 8}\nnum_layers: 3", False),
+        ("optimizer: {type: adamw, lr: 1e-3}", False),
+        ("precision: {dtype: fp32}", False),
+        ("include: other.yml", False),
+        ("lern_rate: 3", False),
+    ],
+)
+def test_which_files_are_upstream(text, upstream):
+    assert is_upstream(leaves(text)) is upstream
+
+
+def test_values_below_a_key_are_nested_again():
+    given = collect(leaves('a: 1\n"fp16": {"enabled": True, "loss_scale": 0}\n'), "f.yml")
+    assert given["fp16"].value == {"enabled": True, "loss_scale": 0}
+    assert (given["fp16"].source, given["fp16"].line) == ("f.yml", 2)
+
+
+@pytest.mark.parametrize("dash", [False, True])
+def test_flow_style_hyphens_comments_and_booleans(write, dash):
+    config = load([write("a.yml", BASE, dash)]).config
+    assert (config.model.num_layers, config.model.hidden_size, config.model.tie_embeddings) == (2, 48, False)
+    assert config.data.order == "neox"
+    assert config.train.micro_batch_size == 4
+
+
+def test_files_are_merged_and_the_later_one_wins(write):
+    write("a.yml", BASE)
+    write("b.yml", {"seq-length": 32, "data-path": "corpus", "hidden_size": 96})
+    config = load(["a.yml", "b.yml"]).config
+    assert (config.data.seq_length, config.data.path, config.model.hidden_size) == (32, "corpus", 96)
+    assert config.model.intermediate_size == 4 * 96  # what follows from several keys is worked out once all files are read
+
+
+def test_native_files_and_settings_win_over_upstream_ones(write, tmp_path):
+    write("a.yml", BASE)
+    (tmp_path / "mine.yml").write_text("train: {train_iters: 7}\nrun: {dir: here}\n")
+    loaded = load(["a.yml", "mine.yml"], ["model.num_layers=3"])
+    assert (loaded.config.train.train_iters, loaded.config.run.dir, loaded.config.model.num_layers) == (7, "here", 3)
+    assert str(loaded.origins["model.num_layers"]) == "--set"
+    assert [str(origin) for origin, _ in loaded.origins["model.num_layers"].overridden] == ["a.yml:3"]
+    assert str(loaded.origins["model.hidden_size"]) == "a.yml:4"
+    assert str(loaded.origins["optimizer.lr"]) == "GPT-NeoX default"
+
+
+def refusal(*files: str, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(files, overrides)
+    return caught.value.line()
+
+
+def test_an_upstream_file_after_a_native_one_is_refused(write, tmp_path):
+    write("a.yml", BASE)
+    (tmp_path / "mine.yml").write_text("train: {train_iters: 7}\n")
+    assert "files out of order; where=a.yml; got=a GPT-NeoX file after mine.yml" in refusal("mine.yml", "a.yml")
+
+
+def test_a_part_of_a_config_says_what_is_missing(write):
+    text = refusal(write("a.yml", {"data_path": "x", "hidden_size": 8}))
+    assert "not a whole GPT-NeoX config; where=a.yml; want=num_layers, num_attention_heads, max_position_embeddings" in text
+
+
+def test_all_problems_at_once_each_with_its_line(write):
+    text = refusal(write("a.yml", BASE | {"atention_dropout": 0.1, "moe_num_experts": 8, "use_mup": True, "hidden_dropout": "x"}))
+    lines = text.splitlines()
+    assert len(lines) == 4
+    assert "unknown key of GPT-NeoX; where=a.yml:15 atention_dropout; got=0.1; do=did you mean attention_dropout?" in text
+    assert "where=a.yml:16 moe_num_experts; got=8" in text and "where=a.yml:17 use_mup" in text
+    assert "where=a.yml:18 model.hidden_dropout" in text
+
+
+def test_a_missing_comma_is_named():
+    reader = Reader("a.yml")
+    reader.read('{"a": 1\n "b": 2}')
+    assert "a.yml:2" in reader.problems[0].line() and "comma" in reader.problems[0].line()
+
+
+UPSTREAM_PARTS = [
+    "cpu_mock_config",
+    "docker/pythia-paths",
+    "eleutherai_cluster",
+    "llama/train_config",
+    "local_setup",
+    "local_setup_comet",
+    "local_setup_wandb",
+    "prof",
+    "slurm_local",
+    "sparse",
+    "text_generation",
+]
+UPSTREAM_REFUSED = {  # file -> key that the sentence names
+    "configs/125M-dmoe": "moe_num_experts",
+    "configs/gmlp_small": "attention_config",
+    "configs/rwkv/170M": "attention_config",
+    "configs/mistral/7B": "intermediate_size",
+    "configs/llemma/7B": "decay_lr_to",
+    "configs/llemma/34B": "attention_type",
+    "post-training/configs/llama3-8b-sft": "train_label_data_paths",
+    "models/12B/pythia-12b-deduped": "attention_config",
+    "models/12B/pythia-12b": "not YAML",
+    **{f"configs/mamba/mamba-{size}": "attention_config" for size in ("130M", "370M", "790M", "1.4B", "2.8B")},
+    **{f"post-training/configs/llama3-8b-{kind}": "train_impl" for kind in ("dpo", "kto", "reinforce", "rm")},
+    **{f"post-training/configs/benchmarking/{name}-dpo": "train_impl" for name in ("llama-13b", "mistral")},
+    **{f"configs/{name}": "not a whole GPT-NeoX config" for name in UPSTREAM_PARTS},
+}
+WRONG_FILES = ("configs/mistral/7B", "configs/llemma/7B", "configs/llemma/34B", "models/12B/pythia-12b-deduped")
+
+
+def load_shipped(path) -> Loaded:
+    """A shipped file; where it leaves the vocabulary open, with a size given."""
+    try:
+        return load([path])
+    except NeoxError as error:
+        if "the vocabulary's size is unknown" not in error.line():
+            raise
+        return load([path], ["model.vocab_size=50304"])
+
+
+def test_every_file_that_upstream_ships_loads_to_its_model_or_is_refused_by_name(shared_data):
+    folder = shared_data / "upstream-configs"
+    paths = {str(path.relative_to(folder).with_suffix("")).partition("/")[2]: path for path in sorted(folder.glob("**/*.yml"))}
+    assert len(paths) == 84
+    loaded_count = 0
+    for name, path in paths.items():
+        if name in UPSTREAM_REFUSED:
+            with pytest.raises(ConfigError) as caught:
+                load_shipped(path)
+            assert UPSTREAM_REFUSED[name] in caught.value.line(), name
+            assert ("the file is wrong" in caught.value.line()) == (name in WRONG_FILES), name
+            continue
+        config = load_shipped(path).config
+        values = {key.replace("-", "_"): value for key, value in yaml.safe_load(path.read_text()).items()}
+        model = GPT(config.model, Mesh.single("meta"))
+        assert sorted(tuple(layout.shape) for layout in model.layouts().values()) == upstream_shapes(values, config.model.vocab_size), name
+        loaded_count += 1
+    assert loaded_count == 84 - len(UPSTREAM_REFUSED)
+
+
+@pytest.mark.parametrize(("name", "real"), [("codellama_34B", 22016), ("codellama_7B", 11008)])
+def test_upstream_files_that_describe_another_model_say_so(shared_data, name, real):
+    loaded = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"])
+    assert any(f"whose width is {real}" in note for note in loaded.notes)
+    right = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"], [f"model.intermediate_size={real}"])
+    assert right.config.model.intermediate_size == real

@@ -1,0 +1,33 @@
+"""The reference pages in docs/ are what the schema and the table say."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.config.load import known_keys
+from neox.config.neox_keys import NEOX_KEYS
+from neox.config.reference import config_reference, upstream_reference
+
+
+@pytest.mark.parametrize(
+    ("page", "write", "command"),
+    [
+        ("config-reference.md", config_reference, "neox config reference"),
+        ("gpt-neox-keys.md", upstream_reference, "neox config reference --gpt-neox"),
+    ],
+)
+def test_the_page_is_up_to_date(repository, page, write, command):
+    assert (repository / "docs" / page).read_text(encoding="utf-8") == write(), f"{command} > docs/{page}"
+
+
+def test_no_key_is_left_out():
+    page = config_reference()
+    assert all(f"| `{key}` |" in page for key in known_keys() if "." in key)
+    assert all(f"| `{name}` |" in upstream_reference() for name in NEOX_KEYS)
+
+
+def test_a_line_has_type_default_meaning_and_upstreams_name():
+    assert (
+        "| `model.parallel_residual` | boolean | `false` | x + attention(norm1(x)) + mlp(norm2(x)) instead of two steps | `gpt_j_residual` |"
+        in config_reference()
+    )
