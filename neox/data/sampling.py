@@ -85,15 +85,30 @@ def neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_sa
         raise ConfigError("seed is out of range for order: neox", where="train.seed", got=seed, want="0 to 4294967295")
     tokens_per_epoch = int(sizes[documents].sum(dtype=np.int64)) if documents.size else 0
     epochs = core.epochs_needed(tokens_per_epoch, seq_length, num_samples)
-    random = np.random.RandomState(seed)
-    doc_idx = np.tile(documents.astype(np.int32 if sizes.size < 2**31 else np.int64), epochs)
-    random.shuffle(doc_idx)
     samples = (epochs * tokens_per_epoch - 1) // seq_length
-    wide = 2 * (samples + 1) >= 2**31 or doc_idx.size >= 2**31
-    sample_idx = core.sample_index(sizes, doc_idx, seq_length, samples + 1, wide)
-    shuffle_idx = np.arange(samples, dtype=np.uint32 if samples < 2**32 - 2 else np.int64)
+    document_type, row_type, sample_type = order_types(sizes.size, epochs * documents.size, samples)
+    random = np.random.RandomState(seed)
+    doc_idx = np.tile(documents.astype(document_type), epochs)
+    random.shuffle(doc_idx)
+    sample_idx = core.sample_index(sizes, doc_idx, seq_length, samples + 1, row_type == np.int64)
+    shuffle_idx = np.arange(samples, dtype=sample_type)
     random.shuffle(shuffle_idx)
     return doc_idx, sample_idx, shuffle_idx
+
+
+def order_types(documents: int, positions: int, samples: int) -> tuple[type, type, type]:
+    """dtypes of doc_idx, sample_idx and shuffle_idx: upstream's, and 64 bits where 32 would not hold the numbers.
+
+    Args:
+        documents: of the dataset, so document numbers are below it.
+        positions: length of doc_idx, which sample_idx points into.
+        samples: length of shuffle_idx.
+    """
+    return (
+        np.int32 if documents < 2**31 else np.int64,
+        np.int32 if 2 * (samples + 1) < 2**31 and positions < 2**31 else np.int64,
+        np.uint32 if samples < 2**32 - 2 else np.int64,
+    )
 
 
 def order_key(seed: int, *content: int) -> int:

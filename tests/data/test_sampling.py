@@ -9,7 +9,7 @@ import pytest
 
 from neox.data._native import core
 from neox.data.indexed import IndexedDataset
-from neox.data.sampling import BlendedDataset, EpochDataset, NeoxDataset, neox_order, split_ranges
+from neox.data.sampling import BlendedDataset, EpochDataset, NeoxDataset, neox_order, order_types, split_ranges
 from neox.errors import ConfigError, DataError
 
 BEYOND = [2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1]
@@ -76,6 +76,18 @@ def test_rows_become_64_bit_when_they_must():
     assert core.sample_index(sizes, order, 3, 4, False).dtype == np.int32
     wide = core.sample_index(sizes, order, 3, 4, True)
     assert wide.dtype == np.int64 and wide.tolist() == [[0, 0], [0, 3], [1, 0], [1, 3]]
+
+
+@pytest.mark.parametrize("count", BEYOND)
+def test_order_types_hold_their_numbers(count):
+    """Arrays of this size cannot be made in a test; that each one's type holds its largest number can be told without."""
+    document, row, sample = order_types(count, count, count)
+    assert np.iinfo(document).max >= count - 1
+    assert np.iinfo(row).max >= count
+    assert np.iinfo(sample).max >= count - 1
+    assert order_types(1, count, 1)[1] == (np.int32 if count < 2**31 else np.int64)
+    assert order_types(1, 1, count)[1] == np.int64  # upstream widens by the elements of the array
+    assert order_types(1000, 1000, 1000) == (np.int32, np.int32, np.uint32)
 
 
 def test_hostile_calls_are_errors():
