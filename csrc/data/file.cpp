@@ -61,7 +61,12 @@ bool read_fully(int fd, const std::string& path, uint8_t* out, uint64_t bytes, u
 InputFile::InputFile(std::string path) : path_(std::move(path)) {
     // O_NONBLOCK: opening a FIFO without a writer must not hang; regular files ignore it.
     fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd_ < 0) throw Fault("cannot open data file").at(path_).found(reason(errno)).expected("a readable file");
+    if (fd_ < 0)
+        throw Fault("cannot open data file")
+            .at(path_)
+            .found(reason(errno))
+            .expected("a readable file")
+            .advise("name the prefix that neox preprocess wrote, without .bin or .idx");
     struct stat info{};
     if (::fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) {
         const std::string kind = kind_of(info.st_mode);

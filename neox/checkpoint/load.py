@@ -357,7 +357,7 @@ def _refuse_existing(root: Path) -> None:
 
 
 def _newest_good(root: Path, peers: Peers, required: bool) -> Path | None:
-    lists = peers.together(lambda: [[str(one.path) for one in reversed(scan(root)) if one.manifest], [str(one.problem) for one in _damaged(root)]])
+    lists = peers.together(lambda: [[str(one.path) for one in reversed(scan(root)) if one.manifest], [str(one.problem) for one in damaged(root)]])
     candidates, bad = lists[0]
     for name in candidates:
         problem = _first_problem(Path(name), peers)
@@ -370,7 +370,7 @@ def _newest_good(root: Path, peers: Peers, required: bool) -> Path | None:
     return None
 
 
-def _damaged(root: Path) -> list[Found]:
+def damaged(root: Path) -> list[Found]:
     """Folders that were published once and have no manifest that can be believed."""
     hint = read_latest(root)
     return [one for one in scan(root) if one.problem and (one.started or hint == one.path.name)]
@@ -406,17 +406,24 @@ def _first_problem(path: Path, peers: Peers) -> CheckpointError | None:
 def resolve(path: str | Path) -> Path:
     """The checkpoint that a path means: itself, or the newest below a folder of checkpoints or of a run.
 
-    Raises CheckpointError that lists what is there.
+    Raises CheckpointError: there is none (it lists what is there), or the newest is damaged, so that no older one takes its place unseen.
     """
     path = Path(path)
     if os.path.lexists(path / MANIFEST) or (folder_step(path.name) is not None and path.is_dir()):
         return path
     for root in (path, path / "checkpoints"):
-        there = [one for one in scan(root) if one.started]
-        if there:
-            return max(there, key=lambda one: one.order).path
+        good = [one for one in scan(root) if one.manifest]
+        hint = read_latest(root)
+        for one in damaged(root):
+            if not good or one.path.name == hint or one.step > good[-1].step:
+                older = ", ".join(found.path.name for found in good)
+                do = f"good by their manifests: {older}; name one of them" if older else "restore it"
+                raise CheckpointError(one.problem.what, where=one.problem.where, got=one.problem.got, want=one.problem.want, do=do)
+        if good:
+            return good[-1].path
     parent = path if path.is_dir() else next(place for place in path.parents if place.is_dir())
-    raise CheckpointError("no checkpoint here", where=path, got=listing(parent), want="a folder with manifest.json, or a folder of such folders")
+    want, do = "a folder with manifest.json, or a folder of such folders", "name the folder of a run, or one step_... folder"
+    raise CheckpointError("no checkpoint here", where=path, got=listing(parent), want=want, do=do)
 
 
 def listing(folder: Path) -> str:

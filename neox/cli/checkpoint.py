@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.load import digest, problems, resolve
+from neox.checkpoint.load import damaged, digest, problems, resolve
 from neox.checkpoint.manifest import ITEM_BYTES, RNG_KIND, Manifest, read_manifest
 from neox.checkpoint.retention import complete, scan
 from neox.errors import CheckpointError
@@ -87,9 +87,9 @@ def _summary(one) -> dict[str, Any]:
 
 
 def verify_all(path: Path, as_json: bool) -> int:
-    """Checks every byte of a checkpoint; prints each problem. Returns 0 or 4."""
+    """Checks every byte of a checkpoint, and the manifests of those beside it where `path` is a folder of several; prints each problem. Returns 0 or 4."""
     chosen = resolve(path)
-    found = problems(chosen)
+    found = problems(chosen) + ([one.problem for one in damaged(chosen.parent)] if chosen != path else [])
     if as_json:
         parts = [{key: None if value is None else str(value) for key, value in vars(problem).items()} for problem in found]
         print(json.dumps({"path": str(chosen), "good": not found, "problems": parts}))

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
-from neox.cli.generate import DTYPES, run_tokenizer
+from neox.cli.generate import DTYPES, run_tokenizer, usable_device
 from neox.config.load import loads
 from neox.data.indexed import IndexedDataset
 from neox.errors import ConfigError
@@ -50,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
         value = vars(args)[key]
         if value is not None and value <= 0:
             raise ConfigError("option out of range", where=f"--{key.replace('_', '-')}", got=value, want="> 0")
+    device = usable_device(args.device)
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
     dataset = IndexedDataset(args.data)
     seq_length = args.seq_length or loads(Checkpoint(checkpoint).config_lock).data.seq_length
-    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=args.device)
+    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=device)
     result = evaluate(
         model, dataset, seq_length=seq_length, tokenizer=tokenizer, batch_size=args.batch_size, max_documents=args.max_documents, on_batch=show_progress
     )

@@ -43,6 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list of {prompt, text, tokens}")
 
 
+def usable_device(name: str) -> str:
+    """The device, once a number was read from it.
+
+    Raises:
+        ConfigError: torch does not know it, or this machine has none.
+    """
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("device cannot be used", where="--device", got=f"{name}: {reason}", want="cpu, or cuda on a machine with a GPU") from error
+    return name
+
+
 def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
     """The tokenizer a checkpoint was trained with, or the one named instead.
 
@@ -99,9 +113,10 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print; returns the exit code."""
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = read_prompts(args)
+    device = usable_device(args.device)
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
-    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=args.device)
+    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=device)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     streams = len(prompts) == 1 and not args.json
     if streams:

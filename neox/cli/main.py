@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"neox {__version__}")
         return 0
+    code = 0
     try:
         _, parser, rest = parse(argv)
         args = parser.parse_args(rest)
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         return report(error, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe went away (`| head`): nobody is left to tell
-        return 0
+        return code
     except ModuleNotFoundError as missing:
         if missing.name and missing.name.startswith("neox"):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -34,5 +35,6 @@ def write_durably(path: Path, content: bytes) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too
+            partial.unlink(missing_ok=True)
         raise DiskError("cannot write file", where=path, got=error.strerror, do="check free space and permissions of the folder") from error

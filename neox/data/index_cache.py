@@ -17,7 +17,7 @@ import orjson
 
 from neox.data._native import core
 from neox.data.files import sync_folder, write_durably
-from neox.errors import DataError
+from neox.errors import DataError, DiskError
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -48,8 +48,8 @@ def cached_order(folders: Sequence[Path], key: str, build: Callable[[], Arrays])
             with locked(folder / f"{key}.lock"):
                 arrays = load(folder / key)
                 return store(folder / key, build()) if arrays is None else arrays
-        except OSError as error:
-            log.warning("cannot keep the sample order in %s (%s)", folder, error.strerror)
+        except (OSError, DiskError) as error:
+            log.warning("cannot keep the sample order in %s (%s)", folder, error)
     log.warning("the sample order is kept in memory by every process; set data.index_cache to a folder that can be written")
     return build()
 

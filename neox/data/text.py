@@ -75,7 +75,7 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES)
         elif path.exists():
             raise DataError("input is neither a file nor a folder", where=name)
         else:
-            raise DataError("no such input", where=name, got="a dangling link" if path.is_symlink() else None)
+            raise DataError("no such input", where=name, got="a dangling link" if path.is_symlink() else None, want="a file or a folder", do="check --input")
     return files
 
 

@@ -81,7 +81,7 @@ def file_hash(file: str | Path) -> str:
     try:
         content = orjson.loads(Path(file).read_bytes())
     except OSError as error:
-        raise DataError("cannot read tokenizer", where=file, got=error.strerror) from error
+        raise DataError("cannot read tokenizer", where=file, got=error.strerror, do="name a file that neox tokenizer train wrote") from error
     except orjson.JSONDecodeError as error:
         raise DataError("not a tokenizer file", where=file, got=error, want="a `tokenizers` JSON file") from error
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()

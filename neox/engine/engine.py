@@ -241,7 +241,11 @@ class Engine:
         saved = checkpoint.state
         if saved["optimizer"] != self.config.optimizer.type:
             raise CheckpointError(
-                "the checkpoint is of another optimizer", where=f"{checkpoint.path}: optimizer.type", got=saved["optimizer"], want=self.config.optimizer.type
+                "the checkpoint is of another optimizer",
+                where=f"{checkpoint.path}: optimizer.type",
+                got=saved["optimizer"],
+                want=self.config.optimizer.type,
+                do=f"optimizer.type: {saved['optimizer']}, or another run.dir to start anew",
             )
         checkpoint.check(self.state.tensors())
         self.step, self.updates = saved["step"], saved["updates"]

@@ -7,6 +7,7 @@ what breaks in its wake (lost connections) is not reported.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -100,8 +101,9 @@ class Control:
 
     def leave(self, code: int) -> None:
         """End the process now; its main thread may be stuck in a collective."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the reader may be gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

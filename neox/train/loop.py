@@ -30,7 +30,7 @@ from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
 from neox.train.metrics import MetricsLog, memory_gb, peak_flops
-from neox.train.progress import Progress
+from neox.train.progress import Progress, close_log
 from neox.train.signals import StopSignals
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,9 +83,11 @@ def prepare_folder(config: Config, folders: Folders, stack: contextlib.ExitStack
     collect_leftovers(folders.checkpoints)
     write_file(folders.run / "config.lock.yml", dump(config).encode())
     try:
-        return stack.enter_context((folders.run / "log.txt").open("a", encoding="utf-8"))
+        log = (folders.run / "log.txt").open("a", encoding="utf-8")
     except OSError as error:
         raise DiskError("the log cannot be written", where=folders.run / "log.txt", got=error.strerror, do="change run.dir") from error
+    stack.callback(close_log, log)
+    return log
 
 
 class Run:

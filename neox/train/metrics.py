@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 
 from neox.checkpoint.storage import write_file
 from neox.errors import DiskError
+from neox.train.events import EventFile
 
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"
@@ -107,27 +109,25 @@ class MetricsLog:
         try:
             self.dropped = drop_after(folder, step)
             self.file = self.path.open("a", encoding="utf-8")
+            if tensorboard:
+                self.board = EventFile(folder / "tensorboard", step + 1)
         except OSError as error:
-            raise DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space or change run.dir") from error
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # here: it is slow to import, and optional
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            where = error.filename or self.path
+            raise DiskError("the run's records cannot be written", where=where, got=error.strerror, do="free space or change run.dir") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step. Raises DiskError where the disk refuses."""
         try:
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
             self.file.flush()
+            if self.board is not None:
+                self.board.add(record["step"], {key: value for key, value in record.items() if key != "step" and value is not None})
         except OSError as error:
             raise DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume") from error
-        if self.board is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self.board.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         """Close the files."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # it tries once more to write what `write` has reported as not written
+            self.file.close()
         if self.board is not None:
             self.board.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from typing import TextIO
+
+from neox.errors import DiskError
 
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -38,6 +41,22 @@ def progress_line(record: dict, total_steps: int, seconds_per_step: float) -> st
     return " | ".join(parts)
 
 
+def tell(stream: TextIO, text: str) -> TextIO | None:
+    """Print a line. Returns the stream; None where its reader is gone (`| head`): no reason to stop training."""
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        return None
+    return stream
+
+
+def close_log(log: TextIO) -> None:
+    """Close log.txt; a line that the disk refused was reported when it was written."""
+    with contextlib.suppress(OSError):
+        log.close()
+
+
 class Progress:
     """Prints lines to the terminal and log.txt.
 
@@ -51,17 +70,26 @@ class Progress:
     SMOOTHING = 0.9  # weight of the past in the time of a step
 
     def __init__(self, terminal: TextIO | None, log: TextIO | None, total_steps: int, interval: int):
-        self.streams = [stream for stream in (terminal, log) if stream is not None]
+        self.terminal = terminal
+        self.log = log
         self.total_steps = total_steps
         self.interval = interval
         self.seconds: float | None = None
         self.steps = 0
 
     def say(self, text: str) -> None:
-        """Print a line to every stream."""
-        for stream in self.streams:
-            stream.write(text + "\n")
-            stream.flush()
+        """Print a line to the terminal and to the log.
+
+        Raises:
+            DiskError: the log cannot be written.
+        """
+        self.terminal = self.terminal and tell(self.terminal, text)
+        try:
+            if self.log is not None:
+                self.log.write(text + "\n")
+                self.log.flush()
+        except OSError as error:
+            raise DiskError("the log cannot be written", where=self.log.name, got=error.strerror, do="free space and resume") from error
 
     def step(self, record: dict, *, first: bool) -> None:
         """Take note of a step, and print it where it is due: the first, the last, every `interval`-th, and those with an evaluation."""
@@ -70,5 +98,5 @@ class Progress:
         warming = self.steps <= 2  # the first step is slow: nothing is warm yet
         self.seconds = time if warming else self.SMOOTHING * self.seconds + (1 - self.SMOOTHING) * time
         due = record["step"] % self.interval == 0 or record["step"] == self.total_steps
-        if self.streams and (first or due or "validation_loss" in record):
+        if (self.terminal or self.log) and (first or due or "validation_loss" in record):
             self.say(progress_line(record, self.total_steps, self.seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -65,6 +66,7 @@ def report(error: BaseException, rank: int, debug: bool) -> None:
 
 def leave(code: int) -> None:
     """End the process at once: a collective that never returns may be pending, and would hold up an orderly exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the reader may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -223,6 +223,28 @@ def test_find_explicit_path(tmp_path):
         find(tmp_path, str(tmp_path / "wrong" / "path"))
 
 
+@pytest.mark.parametrize("hint", [True, False])
+def test_a_damaged_newest_is_no_older_one(tmp_path, hint):
+    """Its manifest does not say its generation: that it is the newest is told by the hint, or by its step."""
+    old, new = save_one(tmp_path / "checkpoints", 9), save_one(tmp_path / "checkpoints", 10)
+    raw = (new / "manifest.json").read_bytes()
+    (new / "manifest.json").write_bytes(raw[: len(raw) // 2])
+    if not hint:
+        (tmp_path / "checkpoints" / "latest").unlink()
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"not a manifest; where=.*step_00000010.*good by their manifests: step_00000009; name one of them"):
+            resolve(path)
+        with pytest.raises(CheckpointError, match="not a manifest"):
+            find(tmp_path / "other", str(path))
+    assert resolve(old) == old
+
+
+def test_a_damaged_older_one_is_in_nobodys_way(tmp_path):
+    old, new = save_one(tmp_path, 9), save_one(tmp_path, 10)
+    (old / "manifest.json").write_bytes(b"{")
+    assert resolve(tmp_path) == new
+
+
 def test_newest_is_by_lineage_not_by_step(tmp_path):
     first = Lineage("aa" * 16, 0)
     for step in (10, 20, 30):

@@ -43,6 +43,15 @@ def test_verify_lists_every_problem_and_exits_4(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["good"] is False
 
 
+def test_verify_of_a_run_sees_a_damaged_manifest_beside_the_newest(tmp_path, capsys):
+    old = save_one(tmp_path / "checkpoints", 9)
+    save_one(tmp_path / "checkpoints", 10)
+    (old / "manifest.json").write_bytes(b"{}")
+    assert main(["checkpoint", "verify", str(tmp_path / "checkpoints" / "step_00000010")]) == 0
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 4
+    assert "not a manifest; where=" + str(old) in capsys.readouterr().err
+
+
 def test_hash_tells_equal_from_different(tmp_path, capsys):
     state = make_state()
     one, same = save_one(tmp_path / "a", 1, state), save_one(tmp_path / "b", 2, state, shard_bytes=64)

@@ -55,6 +55,11 @@ def test_counts_below_one_are_refused(place, capsys, option):
     assert f"option out of range; where={option}; got=0" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_is_named(place, capsys):
+    assert call("--checkpoint", place / "run", "--data", place / "text", "--device", "abacus") == 2
+    assert capsys.readouterr().err.startswith("error[2] device cannot be used; where=--device; got=abacus")
+
+
 def test_missing_data_is_named(place, capsys):
     assert call("--checkpoint", place / "run", "--data", place / "nothing") == 3
     assert "nothing" in capsys.readouterr().err

@@ -71,6 +71,8 @@ def test_prompts_from_a_file(run_folder, tmp_path, capsys):
         (["--prompt", "a", "--tokenizer", "nowhere.json"], r"nowhere\.json"),
         (["--prompt-file", "nowhere.txt"], "cannot read the prompts"),
         (["--prompt", ""], "empty prompt"),
+        (["--prompt", "a", "--device", "abacus"], "device cannot be used; where=--device; got=abacus"),
+        (["--prompt", "a", "--device", "meta"], "device cannot be used; where=--device; got=meta"),
     ],
 )
 def test_wrong_options_get_one_line(run_folder, capsys, arguments, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 
@@ -43,6 +44,19 @@ def test_debug_adds_the_traceback(monkeypatch, capsys, argv):
     assert cli.main(argv) == 3
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("error[3] no such dataset; where=a.idx\n")
+
+
+@pytest.mark.parametrize("code", [0, 4])
+def test_a_reader_that_went_away_hides_no_failure(monkeypatch, code):
+    def run(args):
+        print("a line nobody reads")
+        return code
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    install_command(monkeypatch, run)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    assert cli.main(["probe"]) == code
 
 
 def test_our_own_bug_keeps_its_traceback(monkeypatch):

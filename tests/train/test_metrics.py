@@ -1,6 +1,7 @@
 """metrics.jsonl: full precision, nothing twice after a resume, and what the numbers are measured against."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(DiskError, match=r"cannot be written.*metrics\.jsonl"):
         MetricsLog(tmp_path / "gone", 0, tensorboard=False)
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_disk_that_fills_up_is_an_error_and_not_a_hang(tmp_path, tensorboard):
+    log = MetricsLog(tmp_path, 0, tensorboard=tensorboard)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"records cannot be written.*metrics\.jsonl; got=File too large"):
+            for step in range(1, 100):
+                log.write({"step": step, "loss": 1 / step})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.file.closed and step > 1
 
 
 def test_peak_and_memory_are_positive_and_leave_the_random_stream_alone():

@@ -1,8 +1,12 @@
 """The progress line and when it is printed."""
 
 import io
+import os
 
-from neox.train.progress import Progress, duration, progress_line, short
+import pytest
+
+from neox.errors import DiskError
+from neox.train.progress import Progress, close_log, duration, progress_line, short
 
 RECORD = {
     "step": 20,
@@ -42,6 +46,24 @@ def test_printed_at_the_interval_the_first_and_the_last():
     assert lines(10, range(1, 26), 25) == [1, 10, 20, 25]
     assert lines(10, range(7, 12), 25) == [7, 10]
     assert lines(10, [3, 4], 25, validation_loss=1.0) == [3, 4]
+
+
+def test_a_log_that_cannot_be_written_is_a_disk_error():
+    log = open("/dev/full", "w")  # noqa: SIM115, closing it fails too
+    with pytest.raises(DiskError, match=r"log cannot be written; where=/dev/full; got=No space left"):
+        Progress(None, log, 10, 1).say("line")
+    close_log(log)
+    assert log.closed
+
+
+def test_a_terminal_whose_reader_is_gone_is_left_alone():
+    reader, writer = os.pipe()
+    os.close(reader)
+    log = io.StringIO()
+    progress = Progress(os.fdopen(writer, "w"), log, 10, 1)
+    progress.say("one")
+    progress.say("two")
+    assert progress.terminal is None and log.getvalue() == "one\ntwo\n"
 
 
 def test_other_processes_are_silent():
