@@ -103,6 +103,7 @@ def test_nothing_forbidden_is_shipped(rule):
         "subprocess.run(x, shell=flag)",
         "yaml.load(text, Loader=yaml.SafeLoader)",
         "torch.load(path)",
+        "torch.load(path, weights_only=flag)",
         "np.load(path, allow_pickle=True)",
         "archive.extractall(path)",
         "getattr(config.model, 'x', None)",
@@ -126,6 +127,10 @@ def test_a_forbidden_call_is_seen(source):
 )
 def test_a_forbidden_statement_is_seen(source):
     assert list(rules.forbidden_statements(ast.parse(source)))
+
+
+def test_pickles_are_read_by_the_import_of_old_checkpoints_alone():
+    assert [row.split(":")[0] for row in found(lambda name: rules.torch_loads(TREES[name]))] == ["neox/convert/neox.py"]
 
 
 def test_only_the_command_line_reads_argv_and_the_environment():

@@ -152,6 +152,11 @@ class Checkpoint:
         names = [name for kind, name in self.manifest.tensors if kind == RNG_KIND and name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name, RNG_KIND) for name in names}
 
+    def release(self) -> None:
+        """Give the pages read so far back to the system, so that reading a whole checkpoint takes the memory of one tensor."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Lets go of the mapped files."""
         self._maps.clear()

@@ -1,8 +1,8 @@
 """Write a checkpoint as a Hugging Face model: config.json, safetensors, tokenizer files.
 
-OUT appears only when it is complete, and with --check only when transformers computes the same logits from it.
+OUT appears only when it is complete and, unless --no-check is given, transformers computes the same logits from it.
 
-example: neox export --checkpoint runs/default --out exported --check
+example: neox export --checkpoint runs/default --out exported
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the written weights; default: precision.dtype of the run")
     parser.add_argument("--tokenizer", metavar="FILE", help="`tokenizers` JSON file; default: tokenizer.file of the run")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
-    parser.add_argument("--check", action="store_true", help=f"compare logits with transformers; exit code 4 when they differ by more than {LOGIT_TOLERANCE}")
+    help_check = f"compare logits with transformers' on real text; exit code 4 when they differ by more than {LOGIT_TOLERANCE} (default: do)"
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help=help_check)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -50,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
     with Checkpoint(resolve(args.checkpoint)) as checkpoint:
         config = loads(checkpoint.config_lock)
         dtype = DTYPES[args.dtype or config.precision.dtype]
-        stage = _make_stage(out)
+        stage = make_stage(out)
         try:
             difference = _export(checkpoint, config, stage, dtype, tokenizer_file(args, config), args.check)
-            _publish(stage, out)
+            publish(stage, out)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
     if args.json:
@@ -91,7 +92,9 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
     checkpoint.check((name, "weight", layout.shape) for name, layout in layouts.items())
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, checkpoint.tensor(name)) for name in layouts)
+        for name in layouts:
+            yield name, checkpoint.tensor(name)
+            checkpoint.release()
 
     to_huggingface(model_config, weights(), stage, tokenizer_file=tokenizer, eod_token=config.tokenizer.eod_token, dtype=dtype)
     if not check:
@@ -109,7 +112,7 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
     return difference
 
 
-def _make_stage(out: Path) -> Path:
+def make_stage(out: Path) -> Path:
     """A new folder beside `out`, on the same file system."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,7 @@ def _make_stage(out: Path) -> Path:
         raise DiskError("export cannot be written", where=out.parent, got=error, do="choose another --out") from error
 
 
-def _publish(stage: Path, out: Path) -> None:
+def publish(stage: Path, out: Path) -> None:
     """Give the finished folder its name, once its bytes are on the disk."""
     try:
         for path in [*stage.iterdir(), stage]:

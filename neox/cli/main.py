@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("neox.cli.generate", "continue prompts with a trained model"),
     "evaluate": ("neox.cli.evaluate", "loss and bits per byte of a trained model on held-out data"),
     "export": ("neox.cli.export", "write a checkpoint as a Hugging Face model"),
+    "import": ("neox.cli.importer", "make a checkpoint from a Hugging Face model or a checkpoint of GPT-NeoX"),
     "checkpoint": ("neox.cli.checkpoint", "inspect, verify or hash checkpoints"),
     "doctor": ("neox.cli.doctor", "say what this machine and installation have and lack"),
 }

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from neox.config.schema import ModelConfig
-from neox.convert.families import Family, Json, family_for, family_named
+from neox.convert.families import Family, Json, Rule, family_for, family_named
+from neox.convert.source import Held, Source
+from neox.convert.tensor_files import TensorFiles, TensorFileWriter
 from neox.data.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem
 from neox.model.gpt import GPT
@@ -24,6 +25,11 @@ from neox.model.gpt import GPT
 MAX_SHARD_BYTES = 4 << 30
 LOGIT_TOLERANCE = 1e-4
 NOT_WEIGHTS = (".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # masks and tables of old versions
+PROBES = (
+    'It was a bright cold morning, and nobody in the street knew that 3,142 letters had gone astray. "Where to?" asked the driver; she shrugged. ',
+    'def area(radius):\n    """Area of a circle."""\n    if radius < 0:\n        raise ValueError(f\'negative: {radius!r}\')\n    return 3.14159 * radius**2\n',
+)
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 Weights = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
@@ -46,7 +52,7 @@ def to_huggingface(
 
     Args:
         config: the architecture.
-        weights: every logical parameter by name, in any order; taken one at a time, at most `max_shard_bytes` are held.
+        weights: every logical parameter by name, in any order; taken and held one at a time.
         out: folder to make; it must be absent or empty.
         tokenizer_file: `tokenizers` JSON to put beside the model; its end-of-document id becomes eos_token_id.
         eod_token: as tokenizer.eod_token of the config; None: found by name.
@@ -67,8 +73,10 @@ def to_huggingface(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         eos = None if tokenizer_file is None else _write_tokenizer(folder, Path(tokenizer_file), eod_token, config)
-        _write_weights(folder, _their_tensors(config, family, weights, dtype), max_shard_bytes)
-        _write_json(folder / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
+        names = [name for rule in family.rules(config).values() for name in rule.names]
+        _write_weights(folder, _their_tensors(config, family, weights, dtype), names, max_shard_bytes)
+        if not (folder / "generation_config.json").exists():
+            _write_json(folder / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
         _write_json(folder / "config.json", config_json(config, family, dtype, eos))  # last: a folder cut short does not load
     except OSError as error:
         raise DiskError("export cannot be written", where=folder, got=error, do="free space or choose another --out") from error
@@ -105,44 +113,48 @@ def _their_tensors(config: ModelConfig, family: Family, weights: Weights, dtype:
         raise CheckpointError("weights are missing", where=", ".join(sorted(rules)[:4]), got=f"{total - len(rules)} of {total}")
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
-    """Files of at most max_shard_bytes (a larger tensor gets its own), and the index where there is more than one."""
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], names: list[str], max_shard_bytes: int) -> None:
+    """Files of at most max_shard_bytes (a larger tensor gets its own), and the index where there is more than one; one tensor is held at a time."""
     shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    held = total = 0
-
-    def close() -> None:
-        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        size = tensor.nbytes
-        if shard and held + size > max_shard_bytes:
-            close()
-            held = 0
-        shard[name] = tensor
-        held += size
-        total += size
-    close()
+    writer: TensorFileWriter | None = None
+    total = 0
+    try:
+        for name, tensor in tensors:
+            if writer is not None and writer.size and writer.size + tensor.nbytes > max_shard_bytes:
+                writer.close()
+                writer = None
+            if writer is None:
+                writer = TensorFileWriter(folder / f"part-{len(shards)}", names)
+                shards.append([])
+            writer.add(name, tensor)
+            shards[-1].append(name)
+            total += tensor.nbytes
+    finally:
+        if writer is not None:
+            writer.close()
     if len(shards) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
         return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, name in enumerate(names):
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(files):
         (folder / f"part-{i}").rename(folder / name)
-    places = {tensor: names[i] for i, held_names in enumerate(shards) for tensor in held_names}
+    places = {tensor: files[i] for i, held in enumerate(shards) for tensor in held}
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _write_tokenizer(folder: Path, file: Path, eod_token: str | None, config: ModelConfig) -> int | None:
-    """Tokenizer files; returns the end-of-document id."""
+    """Tokenizer files, those that lie beside the tokenizer as they are (an import leaves them there); returns the end-of-document id."""
     tokenizer = Tokenizer(str(file), eod_token)
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
             "tokenizer does not fit the model", where=file, got=f"ids up to {tokenizer.vocab_size - 1}", want=f"ids below model.vocab_size {config.vocab_size}"
         )
     shutil.copyfile(file, folder / "tokenizer.json")
+    beside = [name for name in SETTINGS_FILES if (file.parent / name).is_file()]
+    for name in beside:
+        shutil.copyfile(file.parent / name, folder / name)
+    if "tokenizer_config.json" in beside:
+        return tokenizer.eod_id
     names = {} if tokenizer.eod_token is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eod_token)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings, "clean_up_tokenization_spaces": False}
     _write_json(folder / "tokenizer_config.json", settings | names)
@@ -171,14 +183,27 @@ def from_huggingface(source: Any) -> tuple[ModelConfig, dict[str, torch.Tensor]]
         CheckpointError: files or weights are missing, damaged, unknown, or of another shape.
     """
     if isinstance(source, (str, Path)):
-        theirs = _read_json(Path(source) / "config.json")
-        config = config_from_json(theirs)
-        return config, _our_weights(config, family_named(theirs["model_type"]), _read_weights(Path(source)))
+        config, weights = open_huggingface(source)
+        return config, {name: make() for name, make in weights.items()}
     if not isinstance(source, torch.nn.Module):
         return config_from_json(source.to_dict()), {}
     theirs = source.config.to_dict()
     config = config_from_json(theirs)
-    return config, _our_weights(config, family_named(theirs["model_type"]), {name: tensor.detach() for name, tensor in source.state_dict().items()})
+    tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
+    return config, {name: make() for name, make in _sources(config, family_named(theirs["model_type"]), Held(tensors)).items()}
+
+
+def open_huggingface(folder: str | Path) -> tuple[ModelConfig, dict[str, Source]]:
+    """Our config of a model folder of theirs and, for each parameter of ours, a function that reads and converts it.
+
+    Raises:
+        ConfigError: an architecture or option we don't have.
+        CheckpointError: files or weights are missing, damaged or unknown; the functions raise it for another shape.
+    """
+    theirs = read_json(Path(folder) / "config.json")
+    config = config_from_json(theirs)
+    files = TensorFiles(_weight_files(Path(folder)))
+    return config, _sources(config, family_named(theirs["model_type"]), files)
 
 
 def config_from_json(theirs: Json) -> ModelConfig:
@@ -197,32 +222,42 @@ def config_from_json(theirs: Json) -> ModelConfig:
         raise ConfigError("config.json lacks a key", where=f"config.json of {family.model_type}", want=error.args[0]) from error
 
 
-def _our_weights(config: ModelConfig, family: Family, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our tensors from theirs, every one of theirs used; consumes `theirs`."""
-    if family.model_type == "gpt2" and "wte.weight" in theirs:  # the published gpt2 files lack the prefix
-        theirs = {f"transformer.{name}": tensor for name, tensor in theirs.items()}
-    if family.model_type == "gpt_neox" and "lm_head.weight" in theirs:  # the module's name in transformers 5; files keep embed_out
-        theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
-    ours = {}
+def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | Held) -> dict[str, Source]:
+    """For each parameter of ours, a function that makes it from theirs. Every tensor of theirs is used, or it is an error."""
+    stored = {name: name for name in theirs.names()}
+    if family.model_type == "gpt2" and "wte.weight" in stored:  # the published gpt2 files lack the prefix
+        stored = {f"transformer.{name}": name for name in stored}
+    if family.model_type == "gpt_neox" and "lm_head.weight" in stored:  # the module's name in transformers 5; files keep embed_out
+        stored["embed_out.weight"] = stored.pop("lm_head.weight")
+    sources: dict[str, Source] = {}
     for name, rule in family.rules(config).items():
-        missing = [their_name for their_name in rule.names if their_name not in theirs]
+        missing = [their_name for their_name in rule.names if their_name not in stored]
         if missing:
             raise CheckpointError("weight is missing", where=", ".join(missing), want=f"the weights of {family.architecture}")
-        parts = [theirs.pop(their_name) for their_name in rule.names]
-        try:
-            ours[name] = rule.join(*parts).contiguous()
-        except RuntimeError as error:
-            raise CheckpointError(
-                "weight has another shape", where=rule.names[0], got=[tuple(part.shape) for part in parts], want="what config.json says"
-            ) from error
+        parts = [stored.pop(their_name) for their_name in rule.names]
+        sources[name] = Source(partial(_join, rule, parts, theirs.tensor), theirs.dtype(parts[0]))
     tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()
-    left = [name for name in theirs if name not in tied and not name.endswith(NOT_WEIGHTS)]
+    left = [name for name in stored if name not in tied and not name.endswith(NOT_WEIGHTS)]
     if left:
         raise CheckpointError("weights are unknown", where=", ".join(left[:4]), got=f"{len(left)} tensors", want=f"the weights of {family.architecture}")
-    return ours
+    return sources
 
 
-def _read_json(path: Path) -> Json:
+def _join(rule: Rule, names: list[str], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """One tensor of ours."""
+    parts = [read(name) for name in names]
+    try:
+        return rule.join(*parts).contiguous()
+    except RuntimeError as error:
+        raise CheckpointError("weight has another shape", where=names[0], got=[tuple(part.shape) for part in parts], want="what config.json says") from error
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -245,22 +280,11 @@ def _weight_files(folder: Path) -> list[Path]:
                 "no safetensors weights", where=folder, want="model.safetensors", do="convert pickled .bin weights with transformers' save_pretrained"
             )
         return [folder / "model.safetensors"]
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
     strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if strange or not names:
         raise CheckpointError("index is damaged", where=index, got=strange or "no weights", want="names of .safetensors files in the folder")
     return [folder / name for name in names]
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, a safe_open is no mapping
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError("weights cannot be read", where=path, got=error, do="copy the file again") from error
-    return tensors
 
 
 # comparing
@@ -272,7 +296,7 @@ def compare(out: str | Path, model: GPT, *, tokens: torch.Tensor | None = None) 
     Args:
         out: the folder, loaded as any user would, by `AutoModelForCausalLM.from_pretrained`.
         model: ours, in fp32 with the values that were exported.
-        tokens: int64 [b, s]; default two sequences drawn from the vocabulary, longer than the attention window where there is one.
+        tokens: int64 [b, s]; default two sequences, of real text where the folder has a tokenizer, else drawn from the vocabulary.
 
     Returns:
         The largest absolute difference of logits; NaN where either side has one, so test `not difference <= bound`.
@@ -283,9 +307,7 @@ def compare(out: str | Path, model: GPT, *, tokens: torch.Tensor | None = None) 
     """
     theirs = _load_theirs(out)
     if tokens is None:
-        config = model.config
-        length = min(config.max_position_embeddings, 32 + (config.sliding_window or 32))
-        tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+        tokens = probe_tokens(model.config, Path(out) / "tokenizer.json")
     training = model.training
     model.eval()
     try:
@@ -294,6 +316,20 @@ def compare(out: str | Path, model: GPT, *, tokens: torch.Tensor | None = None) 
     finally:
         model.train(training)
     return float(difference.abs().max())
+
+
+def probe_tokens(config: ModelConfig, tokenizer_file: Path) -> torch.Tensor:
+    """int64 [2, s]: a piece of prose and of code in the tokenizer's ids, or random ids without one; longer than the attention window where there is one."""
+    length = min(config.max_position_embeddings, 32 + (config.sliding_window or 96))
+    drawn = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    if not tokenizer_file.is_file():
+        return drawn
+    tokenizer = Tokenizer(tokenizer_file)
+    for row, text in enumerate(PROBES):
+        ids = [token for token in tokenizer.encode(text) if token < config.vocab_size]
+        if ids:
+            drawn[row] = torch.tensor((ids * (length // len(ids) + 1))[:length])
+    return drawn
 
 
 def _load_theirs(out: str | Path) -> Any:

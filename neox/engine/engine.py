@@ -239,6 +239,9 @@ class Engine:
             CheckpointError: its tensors are not those of this model, or its optimizer is another.
         """
         saved = checkpoint.state
+        if "optimizer" not in saved:
+            do = f"checkpoint.init_from: {checkpoint.path}, to start at step 0 from it"
+            raise CheckpointError("the checkpoint holds weights only: nothing to resume", where=checkpoint.path, do=do)
         if saved["optimizer"] != self.config.optimizer.type:
             raise CheckpointError(
                 "the checkpoint is of another optimizer",

@@ -1,0 +1,160 @@
+"""Make a checkpoint of a model from elsewhere: a Hugging Face folder, or a checkpoint of GPT-NeoX.
+
+OUT becomes the folder of a run at step 0 that holds weights only: generate, evaluate and export from it, or train on from it with
+--set checkpoint.init_from=OUT. It appears only when it is complete and, for a Hugging Face model, transformers computes the same
+logits on real text (--no-check leaves that out).
+
+example: neox import --from EleutherAI/pythia-160m --out pythia
+         neox import --from checkpoints/global_step143000 --conf 160M.yml --out pythia
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from neox.checkpoint.load import Checkpoint, resolve
+from neox.cli.export import make_stage, publish
+from neox.config.load import dump, load
+from neox.config.schema import Config, ModelConfig
+from neox.convert.huggingface import LOGIT_TOLERANCE, SETTINGS_FILES, compare, open_huggingface, probe_tokens
+from neox.convert.neox import is_old_checkpoint, open_old_checkpoint, step_folder
+from neox.convert.source import Source, save_weights
+from neox.data.tokenizer import Tokenizer
+from neox.errors import CheckpointError, ConfigError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `neox import`."""
+    parser.add_argument("--from", required=True, metavar="DIR", dest="source", help="Hugging Face model folder (safetensors), or checkpoint of GPT-NeoX")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must be absent or empty")
+    parser.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="checkpoint of GPT-NeoX: its config; default: configs/*.yml in it")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="single values for --conf")
+    parser.add_argument("--tokenizer", metavar="FILE", help="`tokenizers` JSON file; default: tokenizer.json of DIR, or tokenizer.file of --conf")
+    parser.add_argument(
+        "--check", action=argparse.BooleanOptionalAction, default=True, help="compare logits with transformers', or try the model (default: do)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Imports; returns 0. Raises CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem."""
+    source, out = Path(args.source), Path(args.out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError("import would overwrite files", where=out, want="a folder that is absent or empty", do="choose another --out")
+    old = is_old_checkpoint(source)
+    if not old and not (source / "config.json").is_file():
+        raise CheckpointError(
+            "no model here", where=source, want="a folder with config.json, or a checkpoint of GPT-NeoX", do="download the model's files first"
+        )
+    config, weights = read_old(source, args, out) if old else read_huggingface(source, args, out)
+    stage = make_stage(out)
+    try:
+        save_weights(config, weights, stage / "checkpoints")
+        (stage / "config.lock.yml").write_text(dump(config), encoding="utf-8")
+        copy_tokenizer(args, source, config, stage)
+        report = check(stage, None if old else source) if args.check else {}
+        publish(stage, out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    parameters = GPT(config.model, Mesh.single("meta")).num_parameters()
+    if args.json:
+        print(json.dumps({"out": args.out, "parameters": parameters, **report}))
+    else:
+        print(f"wrote {args.out}: {parameters:,} parameters" + "".join(f"; {name.replace('_', ' ')} {value:.2g}" for name, value in report.items()))
+    return 0
+
+
+def whole_config(model: ModelConfig, weights: Mapping[str, Source], tokenizer: str | None, out: Path) -> Config:
+    """The config of a run that would train this model on."""
+    dtype = next(iter(weights.values())).dtype
+    return Config(
+        model=model,
+        tokenizer={"file": tokenizer},
+        data={"seq_length": min(model.max_position_embeddings, 2048)},
+        precision={"dtype": PRECISIONS.get(dtype, "fp32")},
+        train={"micro_batch_size": 1},
+        run={"dir": str(out)},
+    )
+
+
+def read_huggingface(source: Path, args: argparse.Namespace, out: Path) -> tuple[Config, dict[str, Source]]:
+    """Config and weights of a Hugging Face folder."""
+    if args.conf or args.overrides:
+        raise ConfigError("a Hugging Face model has its own config", where="--conf, --set", do="leave them out; change the run with --set when training on")
+    model, weights = open_huggingface(source)
+    return whole_config(model, weights, str(out / "tokenizer.json") if tokenizer_of(args, source) else None, out), weights
+
+
+def read_old(source: Path, args: argparse.Namespace, out: Path) -> tuple[Config, dict[str, Source]]:
+    """Config and weights of a checkpoint of GPT-NeoX."""
+    folder = step_folder(source) or source
+    files = args.conf or sorted(map(str, (folder / "configs").glob("*.yml")))
+    if not files:
+        raise ConfigError("the checkpoint does not say what model it is", where=folder, want="configs/*.yml in it", do="give its YAML files with --conf")
+    loaded = load(files, args.overrides)
+    for note in loaded.notes:
+        print(f"note: {note}")
+    if args.tokenizer is None and loaded.config.tokenizer.file is not None and Path(loaded.config.tokenizer.file).is_file():
+        args.tokenizer = loaded.config.tokenizer.file
+    weights = open_old_checkpoint(folder, loaded.config.model)
+    return whole_config(loaded.config.model, weights, str(out / "tokenizer.json") if args.tokenizer else None, out), weights
+
+
+def tokenizer_of(args: argparse.Namespace, source: Path) -> Path | None:
+    """The tokenizer to take along; None where there is none.
+
+    Raises:
+        ConfigError: one is named and not there.
+    """
+    if args.tokenizer is not None and not Path(args.tokenizer).is_file():
+        raise ConfigError("tokenizer file is not there", where="--tokenizer", got=args.tokenizer)
+    file = Path(args.tokenizer) if args.tokenizer is not None else source / "tokenizer.json"
+    return file if file.is_file() else None
+
+
+def copy_tokenizer(args: argparse.Namespace, source: Path, config: Config, stage: Path) -> None:
+    """Take the tokenizer along, and the settings beside it, so that an export has them again."""
+    file = tokenizer_of(args, source)
+    if file is None or config.tokenizer.file is None:
+        return
+    size = Tokenizer(file).vocab_size
+    if size > config.model.vocab_size:
+        raise ConfigError("the tokenizer has ids beyond the vocabulary", where=file, got=size, want=f"at most {config.model.vocab_size}")
+    shutil.copyfile(file, stage / "tokenizer.json")
+    for name in SETTINGS_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, stage / name)
+
+
+def check(stage: Path, theirs: Path | None) -> dict[str, float]:
+    """Run what was written: against transformers on the folder it came from, else on real text.
+
+    Raises:
+        CheckpointError: logits differ by more than LOGIT_TOLERANCE, or are not finite.
+    """
+    with Checkpoint(resolve(stage)) as checkpoint:
+        model = GPT(ModelConfig(**checkpoint.model_config), Mesh.single("meta")).materialize("cpu", initialize=False)
+        model.load_weights((name, checkpoint.tensor(name)) for name in checkpoint.names())
+    model.eval()
+    tokens = probe_tokens(model.config, stage / "tokenizer.json")
+    if theirs is None:
+        with torch.inference_mode():
+            loss = float(model.loss(tokens[:, :-1], tokens[:, 1:]).mean())
+        if not math.isfinite(loss):
+            raise CheckpointError("imported model computes no finite loss", got=loss, do="check the checkpoint and its config")
+        return {"loss_on_probe": loss, "loss_of_uniform_guess": math.log(model.config.vocab_size)}
+    difference = compare(theirs, model, tokens=tokens)
+    if not difference <= LOGIT_TOLERANCE:
+        raise CheckpointError("imported model computes other logits", where=theirs, got=difference, want=f"a difference of at most {LOGIT_TOLERANCE}")
+    return {"max_logit_difference": difference}

@@ -1,0 +1,254 @@
+"""Checkpoints of GPT-NeoX itself, at any tensor-parallel size, in either of its layouts.
+
+`layer_LL-model_TT-model_states.pt`: one file per layer and tensor rank (0 embedding, 2.. blocks, then final norm and output);
+`mp_rank_TT_model_states.pt`: everything of a rank, keys `sequential.LL.*`. Both are pickles, read with weights_only, here and nowhere
+else. Column-parallel matrices are cut along rows, row-parallel ones along columns, whose biases every rank holds whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.convert.families import join_qkv
+from neox.convert.source import Source
+from neox.errors import CheckpointError
+
+LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
+RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
+STEP_FOLDER = re.compile(r"global_step(\d+)$")
+NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$|_extra_state$")
+FIRST_BLOCK = 2  # layer 1 has no parameters
+
+State = dict[str, torch.Tensor]
+
+
+def is_old_checkpoint(folder: Path) -> bool:
+    """Whether a folder, or a step below it, holds a checkpoint of GPT-NeoX."""
+    return step_folder(folder) is not None
+
+
+def step_folder(folder: Path) -> Path | None:
+    """The folder with the files: itself, the step that `latest` names, or the newest step below it."""
+    if not folder.is_dir():
+        return None
+    if any(LAYER_FILE.match(path.name) or RANK_FILE.match(path.name) for path in folder.iterdir()):
+        return folder
+    latest = folder / "latest"
+    name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    if STEP_FOLDER.match(name) and (folder / name).is_dir():
+        return folder / name
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_FOLDER.match(path.name)) and path.is_dir()]
+    return max(steps)[1] if steps else None
+
+
+def read_state(path: Path) -> Any:
+    """The content of a pickle that may hold tensors and plain values only.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch lets the unpickler's own errors through
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError("file cannot be read", where=path, got=first, want="tensors and plain values", do="copy it again, or save it anew") from error
+
+
+class Layers:
+    """The parameters of each layer on each tensor rank, read when they are asked for; the last layer is kept."""
+
+    def __init__(self, folder: Path):
+        self._files: dict[tuple[int, int], Path] = {}
+        self._ranks: dict[int, Path] = {}
+        for path in sorted(folder.iterdir()):
+            if match := LAYER_FILE.match(path.name):
+                self._files[int(match[1]), int(match[2])] = path
+            elif match := RANK_FILE.match(path.name):
+                self._ranks[int(match[1])] = path
+        if self._files:  # mp_rank files then hold no weights
+            self._ranks = {}
+        ranks = {rank for _, rank in self._files} | set(self._ranks)
+        self.tp = len(ranks)
+        if ranks != set(range(self.tp)) or len(self._files) % max(self.tp, 1):
+            raise CheckpointError("files of a tensor rank are missing", where=folder, got=f"ranks {sorted(ranks)}, {len(self._files)} layer files")
+        self._kept: tuple[int, list[State]] | None = None
+        self._whole: list[dict[int, State]] | None = None
+
+    def numbers(self) -> list[int]:
+        """Numbers of the layers that have parameters."""
+        return sorted({layer for layer, _ in self._files}) if self._files else sorted(self._by_rank()[0])
+
+    def states(self, layer: int) -> list[State]:
+        """Parameters of a layer, by tensor rank.
+
+        Raises:
+            CheckpointError: there is no such layer.
+        """
+        if not self._files:
+            if layer not in self._by_rank()[0]:
+                raise CheckpointError("layer is missing", where=f"sequential.{layer}", got=f"layers {self.numbers()}")
+            return [state[layer] for state in self._by_rank()]
+        if self._kept is None or self._kept[0] != layer:
+            paths = [self._files.get((layer, rank)) for rank in range(self.tp)]
+            if None in paths:
+                raise CheckpointError("layer is missing", where=f"layer_{layer:02d}", got=f"layers {self.numbers()}")
+            self._kept = (layer, [_parameters(read_state(path)) for path in paths])
+        return self._kept[1]
+
+    def _by_rank(self) -> list[dict[int, State]]:
+        if self._whole is None:
+            self._whole = []
+            for rank in range(self.tp):
+                layers: dict[int, State] = {}
+                module = read_state(self._ranks[rank])
+                for name, tensor in _parameters(module.get("module") or {} if isinstance(module, dict) else {}).items():
+                    match = re.match(r"(?:module\.)?sequential\.(\d+)\.(.*)$", name)
+                    if match:
+                        layers.setdefault(int(match[1]), {})[match[2]] = tensor
+                self._whole.append(layers)
+            if not self._whole[0]:
+                raise CheckpointError(
+                    "no weights in the file", where=self._ranks[0], want="module: sequential.*", do="give the folder that has layer_* files too"
+                )
+        return self._whole
+
+
+def _parameters(content: Any) -> State:
+    """Tensors by name, without tables that are no parameters."""
+    if not isinstance(content, dict):
+        raise CheckpointError("not a checkpoint of GPT-NeoX", got=type(content).__name__, want="tensors by name")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor) and not NO_WEIGHTS.search(name)}
+
+
+def open_old_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Source]:
+    """For each parameter of ours, a function that makes it from a checkpoint of GPT-NeoX.
+
+    Args:
+        folder: a step's folder, or the one above (its `latest` is taken).
+        config: the model that it is of; rows of the vocabulary beyond vocab_size are padding and left out.
+
+    Raises:
+        CheckpointError: files, layers or parameters are missing, or some are of no use to this model.
+    """
+    found = step_folder(Path(folder))
+    if found is None:
+        raise CheckpointError("no checkpoint of GPT-NeoX", where=folder, want="layer_*-model_*-model_states.pt or mp_rank_*_model_states.pt")
+    layers = Layers(found)
+    rules = Rules(layers, config)
+    rules.check_used()
+    return rules.sources
+
+
+class Rules:
+    """What each parameter of ours is made of."""
+
+    def __init__(self, layers: Layers, config: ModelConfig):
+        self.layers = layers
+        self.config = config
+        self.sources: dict[str, Source] = {}
+        self.used: set[tuple[int, str]] = set()
+        self._embedding()
+        for i in range(config.num_layers):
+            self._block(i)
+        final = config.num_layers + FIRST_BLOCK
+        number = next((n for n in layers.numbers() if n >= final), final)
+        self._norm("norm", number, "norm")
+        if not config.tie_embeddings:
+            number = next((n for n in layers.numbers() if n > number), number + 1)
+            self._add("head.weight", number, ("final_linear.weight",), self._vocabulary)
+
+    def _add(self, ours: str, layer: int, names: tuple[str, ...], make: Callable[[list[State], str], torch.Tensor], needed: bool = True) -> str | None:
+        """Make `ours` of the first of some names that the layer has; returns that name."""
+        state = self.layers.states(layer)[0]
+        name = next((name for name in names if name in state), None)
+        if name is None:
+            if needed:
+                raise CheckpointError("weight is missing", where=f"layer {layer}: {' or '.join(names)}", got=", ".join(sorted(state)[:8]))
+            return None
+        self.used.add((layer, name))
+        self.sources[ours] = Source(lambda: make(self.layers.states(layer), name).contiguous(), state[name].dtype)
+        return name
+
+    def check_used(self) -> None:
+        """Raise CheckpointError where a parameter of theirs was not used."""
+        left = []
+        for layer in self.layers.numbers():
+            for name in self.layers.states(layer)[0]:
+                tied = self.config.tie_embeddings and layer > self.config.num_layers and ("word_embeddings" in name or "embed" in name)
+                if (layer, name) not in self.used and not tied:
+                    left.append(f"layer {layer}: {name}")
+        if left:
+            raise CheckpointError("weights are of no use to this model", where=", ".join(left[:4]), got=f"{len(left)} tensors", do="check the model section")
+
+    def _embedding(self) -> None:
+        self._add("embedding.word.weight", 0, ("word_embeddings.weight",), self._vocabulary)
+        if self.config.position_embedding == "learned":
+            self._add("embedding.position.weight", 0, ("position_embeddings.weight",), replicated)
+
+    def _block(self, i: int) -> None:
+        config, layer, ours = self.config, i + FIRST_BLOCK, f"layers.{i}"
+        self._norm(f"{ours}.norm1", layer, "input_layernorm")
+        if not (config.parallel_residual and config.shared_residual_norm):
+            self._norm(f"{ours}.norm2", layer, "post_attention_layernorm")
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            self._add(f"{ours}.attention.qkv.{kind}", layer, (f"attention.query_key_value.{kind}",), self._qkv)
+        self._add(f"{ours}.attention.out.weight", layer, ("attention.dense.weight",), partial(concatenated, dim=1))
+        if config.attention_out_bias:
+            self._add(f"{ours}.attention.out.bias", layer, ("attention.dense.bias",), replicated)
+        for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
+            into = (f"mlp.linear1.{kind}", f"mlp.dense_h_to_4h.{kind}")
+            if config.gated:
+                self._add(f"{ours}.mlp.up.{kind}", layer, into, partial(half, index=0))
+                self._add(f"{ours}.mlp.gate.{kind}", layer, into, partial(half, index=1))
+            else:
+                self._add(f"{ours}.mlp.up.{kind}", layer, into, partial(concatenated, dim=0))
+            out = (f"mlp.linear2.{kind}", f"mlp.dense_4h_to_h.{kind}")
+            self._add(f"{ours}.mlp.down.{kind}", layer, out, partial(concatenated, dim=1) if kind == "weight" else replicated)
+
+    def _norm(self, ours: str, layer: int, theirs: str) -> None:
+        self._add(f"{ours}.weight", layer, (f"{theirs}.weight", f"{theirs}.scale"), replicated)
+        if self.config.norm == "layernorm":
+            self._add(f"{ours}.bias", layer, (f"{theirs}.bias",), replicated)
+
+    def _vocabulary(self, states: list[State], name: str) -> torch.Tensor:
+        """Rows over the ranks; an output projection of old checkpoints may be cut along its columns."""
+        across = 1 if states[0][name].shape[1] * len(states) == self.config.hidden_size and len(states) > 1 else 0
+        rows = concatenated(states, name, dim=across)
+        if rows.shape[0] < self.config.vocab_size:
+            raise CheckpointError("vocabulary is smaller than the model's", where=name, got=rows.shape[0], want=f"at least {self.config.vocab_size} rows")
+        return rows[: self.config.vocab_size].clone() if rows.shape[0] > self.config.vocab_size else rows
+
+    def _qkv(self, states: list[State], name: str) -> torch.Tensor:
+        """Without groups each head has its query, key and value together, as ours; with groups each rank has all queries, then keys, then values."""
+        config = self.config
+        if config.num_kv_heads == config.num_attention_heads:
+            return concatenated(states, name, dim=0)
+        sizes = [count // len(states) * config.head_dim for count in (config.num_attention_heads, config.num_kv_heads, config.num_kv_heads)]
+        try:
+            q, k, v = (torch.cat(parts) for parts in zip(*(state[name].split(sizes) for state in states), strict=True))
+        except RuntimeError as error:
+            got = [tuple(state[name].shape) for state in states]
+            raise CheckpointError("weight has another shape", where=name, got=got, want=f"{sum(sizes)} rows on each rank") from error
+        return join_qkv(q, k, v, config)
+
+
+def concatenated(states: list[State], name: str, *, dim: int) -> torch.Tensor:
+    """The shards of all ranks side by side."""
+    return states[0][name] if len(states) == 1 else torch.cat([state[name] for state in states], dim=dim)
+
+
+def replicated(states: list[State], name: str) -> torch.Tensor:
+    """What every rank holds whole: that of the first. A sum would count it once per rank."""
+    return states[0][name]
+
+
+def half(states: list[State], name: str, *, index: int) -> torch.Tensor:
+    """Upstream's gated MLP has both halves in one matrix, on each rank: first the one that is multiplied, then the gate."""
+    return torch.cat([state[name].chunk(2, dim=0)[index] for state in states])

@@ -1,0 +1,122 @@
+"""Safetensors files of other programs, one tensor at a time in either direction: never more than one is held.
+
+Files are read, not mapped: mapped pages would count as memory of the process as they are touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from neox.checkpoint.manifest import ITEM_BYTES, TensorInfo
+from neox.checkpoint.shard import DTYPE_NAMES, DTYPES, HEADER_LIMIT, check_header, tensor_bytes
+from neox.errors import CheckpointError
+
+ENTRY_BYTES = 160  # room of one tensor in a header, beside its name
+ALIGNMENT = 64
+
+
+class TensorFiles:
+    """Tensors by name over several files; headers are checked at once, data are read when they are asked for.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or a name is in two files.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self._places: dict[str, tuple[Path, TensorInfo, int]] = {}
+        for path in paths:
+            try:
+                size = path.stat().st_size
+                with path.open("rb") as file:
+                    length = int.from_bytes(file.read(8), "little")
+                    file.seek(0)
+                    raw = file.read(8 + min(length, HEADER_LIMIT, size))
+                table = check_header(raw, size, path)
+            except (OSError, CheckpointError) as error:
+                raise CheckpointError("weights cannot be read", where=path, got=error, do="copy the file again") from error
+            for name, (info, offset) in table.items():
+                if name in self._places:
+                    raise CheckpointError("weight is in two files", where=name, got=f"{self._places[name][0].name}, {path.name}")
+                self._places[name] = (path, info, 8 + length + offset)
+
+    def names(self) -> list[str]:
+        """All tensors, in the order of the files."""
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._places[name][1].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return DTYPES[self._places[name][1].dtype]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        path, info, offset = self._places[name]
+        count = torch.Size(info.shape).numel()
+        data = bytearray(count * ITEM_BYTES[info.dtype])
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                view, done = memoryview(data), 0
+                while done < len(data):
+                    read = file.readinto(view[done:])
+                    if not read:
+                        raise OSError("the file is shorter than its header says")
+                    done += read
+        except OSError as error:
+            raise CheckpointError("weights cannot be read", where=f"{path}: {name}", got=error, do="copy the file again") from error
+        if count == 0:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
+
+
+class TensorFileWriter:
+    """Writes one file whose tensors come one by one: the header, which must come first, gets its room in advance.
+
+    Args:
+        path: file to make.
+        names: every name that may be added; they decide the room.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]):
+        room = 8 + ENTRY_BYTES + sum(len(json.dumps(name)) + ENTRY_BYTES for name in names)
+        self._begin = -(-room // ALIGNMENT) * ALIGNMENT
+        self._table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._file = path.open("wb")
+        self._file.seek(self._begin)
+        self.size = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor."""
+        view = tensor_bytes(tensor)
+        self._table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self.size, self.size + len(view)]}
+        self._file.write(view)
+        self.size += len(view)
+
+    def close(self) -> None:
+        """Write the header; the file is complete after this."""
+        text = json.dumps(self._table, separators=(",", ":")).encode()
+        text += b" " * (self._begin - 8 - len(text))
+        self._file.seek(0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.close()
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()

@@ -1,0 +1,118 @@
+"""`neox import` from its command line: Hugging Face folders and checkpoints of GPT-NeoX, checked or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from neox.checkpoint.load import Checkpoint, resolve
+from neox.cli import importer
+from neox.cli.main import main
+from neox.config.load import loads
+from neox.convert.huggingface import from_huggingface, to_huggingface
+from neox.generate.generate import generate, load_model
+from neox.generate.sampling import SamplingParams
+from tests.config.upstream import BASE, flow_text
+from tests.convert.models import MODELS
+from tests.convert.old_checkpoints import write_old
+from tests.convert.test_neox import make
+
+
+def call(*arguments) -> int:
+    return main(["import", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    to_huggingface(*from_huggingface(MODELS["llama-gqa-tied"]()), tmp_path / "theirs", max_shard_bytes=20_000)
+    return tmp_path / "theirs"
+
+
+def test_import_checked_and_export_give_the_same_bits(folder, tmp_path, capsys):
+    assert call("--from", folder, "--out", tmp_path / "ours", "--json") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= report["max_logit_difference"] <= 2e-5
+    assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "again"), "--no-tokenizer"]) == 0
+    (config, weights), (config2, weights2) = from_huggingface(folder), from_huggingface(tmp_path / "again")
+    assert config2 == config
+    assert all(torch.equal(weights2[name], weights[name]) for name in weights)
+    assert loads((tmp_path / "ours" / "config.lock.yml").read_text()).model == config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "ours", "theirs"]
+
+
+def test_a_trained_llama_makes_the_same_tokens_there_and_back(shared_data, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert call("--from", shared_data / "llama-260k", "--out", tmp_path / "ours") == 0
+    assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--no-tokenizer"]) == 0
+    prompt = [1, 403, 407, 261, 378]
+    with torch.no_grad():
+        want = [
+            AutoModelForCausalLM.from_pretrained(path).eval().generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0].tolist()
+            for path in (shared_data / "llama-260k", tmp_path / "back")
+        ]
+    assert want[0] == want[1]
+    got = generate(load_model(tmp_path / "ours"), [prompt], SamplingParams(max_new_tokens=40, temperature=0.0))[0]
+    assert prompt + got == want[0][: len(prompt) + len(got)] and len(got) >= 30
+
+
+def test_tokenizer_and_settings_go_there_and_back(shared_data, tmp_path, folder):
+    config = json.loads((folder / "config.json").read_text())
+    shutil.copyfile(shared_data / "tokenizers" / "gpt2.json", folder / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages }}", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    assert config["vocab_size"] == 101
+    assert call("--from", folder, "--out", tmp_path / "ours", "--no-check") == 2  # 50,257 ids for 101 rows
+    small = json.loads((folder / "tokenizer.json").read_text())
+    small["model"] |= {"vocab": {token: number for token, number in small["model"]["vocab"].items() if number < 100}, "merges": []}
+    small["added_tokens"] = [small["added_tokens"][0] | {"id": 100}]
+    (folder / "tokenizer.json").write_text(json.dumps(small))
+    assert call("--from", folder, "--out", tmp_path / "ours", "--no-check") == 0
+    assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--no-check"]) == 0
+    assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text()) == settings
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_differing_logits_leave_nothing_and_exit_4(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importer, "compare", lambda out, model, tokens: float("nan"))
+    assert call("--from", folder, "--out", tmp_path / "ours") == 4
+    assert "imported model computes other logits" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_a_checkpoint_of_gpt_neox_with_its_yaml(tmp_path, capsys, by_layer):
+    config, weights = make("neox")
+    write_old(tmp_path / "old", weights, config, 2, by_layer=by_layer, padded_rows=50, old_names=True)
+    values = BASE | {"hidden_size": 24, "max_position_embeddings": 16, "seq_length": 16, "gpt_j_residual": True, "rotary_pct": 0.5}
+    (tmp_path / "old" / "global_step7" / "configs").mkdir()
+    (tmp_path / "old" / "global_step7" / "configs" / "model.yml").write_text(flow_text(values))
+    assert call("--from", tmp_path / "old", "--out", tmp_path / "ours") == 4  # the file speaks of 50,304 ids
+    assert "vocabulary is smaller" in capsys.readouterr().err
+    assert call("--from", tmp_path / "old", "--out", tmp_path / "ours", "--set", "model.vocab_size=50", "--json") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["loss_on_probe"] > 0
+    with Checkpoint(resolve(tmp_path / "ours")) as checkpoint:
+        assert all(torch.equal(checkpoint.tensor(name), weights[name]) for name in weights)
+
+
+def test_what_cannot_be_imported_says_why(folder, tmp_path, capsys):
+    assert call("--from", tmp_path / "nowhere", "--out", tmp_path / "ours") == 4
+    assert call("--from", folder, "--out", tmp_path / "ours", "--conf", "x.yml") == 2
+    assert call("--from", folder, "--out", tmp_path / "ours", "--tokenizer", "nowhere.json") == 2
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    assert call("--from", folder, "--out", tmp_path / "full") == 4
+    config, weights = make("neox")
+    write_old(tmp_path / "old", weights, config, 1, by_layer=True, padded_rows=50, old_names=True)
+    assert call("--from", tmp_path / "old", "--out", tmp_path / "ours") == 2
+    lines = capsys.readouterr().err.splitlines()
+    for line, said in zip(
+        lines, ["no model here", "has its own config", "tokenizer file is not there", "would overwrite", "does not say what model it is"], strict=True
+    ):
+        assert said in line
+    assert not (tmp_path / "ours").exists()

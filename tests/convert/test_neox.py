@@ -1,0 +1,98 @@
+"""Checkpoints of GPT-NeoX at several tensor sizes, in both layouts, against the weights they were cut from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.convert.neox import is_old_checkpoint, open_old_checkpoint, step_folder
+from neox.errors import CheckpointError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+from tests.convert.old_checkpoints import write_old
+
+SIZES = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 16}
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "intermediate_size": 40}
+MODELS = {
+    "neox": {"parallel_residual": True, "rotary_pct": 0.5},
+    "tied-learned": {"position_embedding": "learned", "tie_embeddings": True},
+    "llama-gqa": LLAMA | {"num_kv_heads": 2},
+    "llama-biases": LLAMA | {"mlp_bias": True, "qkv_bias": True, "num_kv_heads": 2},
+}
+
+
+def make(kind: str) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    config = ModelConfig(**(SIZES | MODELS[kind]))
+    generator = torch.Generator().manual_seed(5)
+    layouts = GPT(config, Mesh.single("meta")).layouts()
+    return config, {name: torch.randn(layout.shape, generator=generator).half() for name, layout in layouts.items()}
+
+
+@pytest.mark.parametrize("by_layer", [True, False], ids=["layer files", "rank files"])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_parameter_comes_back(tmp_path, kind, tp, by_layer):
+    config, weights = make(kind)
+    write_old(tmp_path, weights, config, tp, by_layer=by_layer, padded_rows=64, old_names=kind == "neox")
+    sources = open_old_checkpoint(tmp_path, config)
+    assert sources.keys() == weights.keys()
+    for name, source in sources.items():
+        assert source.dtype == torch.float16
+        assert torch.equal(source(), weights[name]), name
+
+
+def test_heads_of_four_ranks(tmp_path):
+    config, weights = make("neox")
+    write_old(tmp_path, weights, config, 4, by_layer=True, padded_rows=52, old_names=False)
+    assert all(torch.equal(source(), weights[name]) for name, source in open_old_checkpoint(tmp_path / "global_step7", config).items())
+
+
+@pytest.fixture
+def old(tmp_path):
+    config, weights = make("neox")
+    write_old(tmp_path, weights, config, 2, by_layer=True, padded_rows=50, old_names=False)
+    return tmp_path, config
+
+
+def test_the_folder_is_found(old, tmp_path):
+    folder, _ = old
+    assert is_old_checkpoint(folder) and step_folder(folder) == folder / "global_step7"
+    (folder / "latest").unlink()
+    (folder / "global_step10").mkdir()
+    assert step_folder(folder) == folder / "global_step10"
+    assert not is_old_checkpoint(folder / "nowhere")
+
+
+def test_what_is_missing_is_named(old):
+    folder, config = old
+    (folder / "global_step7" / "layer_03-model_01-model_states.pt").rename(folder / "gone")
+    with pytest.raises(CheckpointError, match="tensor rank are missing"):
+        open_old_checkpoint(folder, config)
+    (folder / "global_step7" / "layer_03-model_00-model_states.pt").rename(folder / "gone too")
+    with pytest.raises(CheckpointError, match="layer_03"):
+        open_old_checkpoint(folder, config)
+
+
+def test_another_model_is_refused(old):
+    folder, config = old
+    with pytest.raises(CheckpointError, match=r"of no use to this model.*attention.dense.bias"):
+        open_old_checkpoint(folder, config.model_copy(update={"attention_out_bias": False}))
+    with pytest.raises(CheckpointError, match=r"mlp|layer 3"):
+        open_old_checkpoint(folder, config.model_copy(update={"num_layers": 1}))
+    with pytest.raises(CheckpointError, match="vocabulary is smaller"):
+        open_old_checkpoint(folder, config.model_copy(update={"vocab_size": 51}))["embedding.word.weight"]()
+
+
+class Foreign:
+    """A class that a pickle could name."""
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_not_run(old):
+    folder, config = old
+    torch.save({"norm1": Foreign()}, folder / "global_step7" / "layer_00-model_00-model_states.pt")
+    with pytest.raises(CheckpointError, match=r"file cannot be read.*layer_00"):
+        open_old_checkpoint(folder, config)
+    (folder / "global_step7" / "layer_00-model_00-model_states.pt").write_bytes(b"no pickle")
+    with pytest.raises(CheckpointError, match="file cannot be read"):
+        open_old_checkpoint(folder, config)

@@ -1,0 +1,43 @@
+"""Converted weights as a checkpoint of step 0."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.checkpoint.load import Checkpoint
+from neox.config.schema import Config
+from neox.convert.source import Held, Source, save_weights
+from neox.errors import CheckpointError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+CONFIG = Config(model={"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 30})
+
+
+def sources(dtype: torch.dtype = torch.float32) -> dict[str, Source]:
+    weights = dict(GPT(CONFIG.model, Mesh.single()).logical_weights())
+    return {name: Source(lambda tensor=tensor: tensor.to(dtype), dtype) for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_keep_their_dtype_and_bits(tmp_path, dtype):
+    wanted = sources(dtype)
+    with Checkpoint(save_weights(CONFIG, wanted, tmp_path)) as checkpoint:
+        assert checkpoint.state == {"step": 0, "weights_only": True}
+        for name, source in wanted.items():
+            assert torch.equal(checkpoint.tensor(name), source())
+            checkpoint.release()
+
+
+def test_missing_and_unknown_weights_are_named(tmp_path):
+    wanted = sources()
+    wanted["more"] = wanted.pop("norm.weight")
+    with pytest.raises(CheckpointError, match=r"more, norm\.weight"):
+        save_weights(CONFIG, wanted, tmp_path)
+
+
+def test_held_tensors_have_the_face_of_files():
+    held = Held({"a": torch.ones(2, dtype=torch.float16)})
+    assert (held.names(), held.dtype("a")) == (["a"], torch.float16)
+    assert torch.equal(held.tensor("a"), torch.ones(2, dtype=torch.float16))
