@@ -32,7 +32,7 @@ struct Cell {
 
 struct Region {
     uintptr_t begin, end;
-    bool shared;
+    bool shared, cached;
     Traffic traffic;
     std::vector<Cell> cells;
     std::vector<bool> touched;
@@ -157,9 +157,9 @@ void join(const std::vector<int>& threads) {
     }
 }
 
-Region make_region(const void* address, size_t bytes, const char* name, bool shared) {
+Region make_region(const void* address, size_t bytes, const char* name, bool shared, bool cached = false) {
     const auto begin = reinterpret_cast<uintptr_t>(address);
-    Region region{begin, begin + bytes, shared, {}, std::vector<Cell>((bytes + kCellBytes - 1) / kCellBytes), {}};
+    Region region{begin, begin + bytes, shared, cached, {}, std::vector<Cell>((bytes + kCellBytes - 1) / kCellBytes), {}};
     region.traffic.name = name;
     if (!shared) region.touched.assign(bytes, false);
     return region;
@@ -186,12 +186,30 @@ void end_block() {
 }
 
 void add_shared(const void* address, size_t bytes, const char* name) { shared_regions.push_back(make_region(address, bytes, name, true)); }
-void track(const void* address, size_t bytes, const char* name) { global_regions.push_back(make_region(address, bytes, name, false)); }
+void track(const void* address, size_t bytes, const char* name, bool cached) { global_regions.push_back(make_region(address, bytes, name, false, cached)); }
+void untrack(const void* address) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    global_regions.erase(std::remove_if(global_regions.begin(), global_regions.end(), [&](const Region& region) { return region.begin == begin; }),
+                         global_regions.end());
+}
 void untrack_all() { global_regions.clear(); }
 
 Traffic traffic(const void* address) {
     const Region* const region = find(reinterpret_cast<uintptr_t>(address));
     return region ? region->traffic : Traffic{};
+}
+
+void reset_traffic() {
+    for (Region& region : global_regions) {
+        region.traffic = Traffic{region.traffic.name};
+        std::fill(region.touched.begin(), region.touched.end(), false);
+    }
+}
+
+uint64_t moved() {
+    uint64_t bytes = 0;
+    for (const Region& region : global_regions) bytes += region.cached ? region.traffic.touched : region.traffic.read + region.traffic.written;
+    return bytes;
 }
 
 void read(int thread, const void* address, size_t bytes) { touch(thread, address, bytes, Kind::kRead, __builtin_return_address(0)); }

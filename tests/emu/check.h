@@ -12,7 +12,7 @@
 
 namespace simt::check {
 
-// Bytes that threads asked for in one tracked buffer; `touched` counts each byte once.
+// Bytes that threads asked for in one tracked buffer since it was tracked or reset; `touched` counts each byte once.
 struct Traffic {
     std::string name;
     uint64_t read = 0, written = 0, touched = 0;
@@ -31,9 +31,13 @@ void barrier_arrive(int thread, int id);
 void barrier_complete(int id);
 void warp_sync(int warp, uint32_t mask);
 void atomic(const void* address, size_t bytes);
-void track(const void* address, size_t bytes, const char* name);  // tests register device buffers
+// Tests register device buffers. `cached`: of parameters and tables that every row reads, only the first read goes to memory.
+void track(const void* address, size_t bytes, const char* name, bool cached = false);
+void untrack(const void* address);
 void untrack_all();
-Traffic traffic(const void* address);  // since track()
+Traffic traffic(const void* address);
+void reset_traffic();
+uint64_t moved();  // bytes that go to memory: all that was read and written, of cached buffers what was touched
 #else
 constexpr bool kEnabled = false;
 inline void begin_launch() {}
@@ -47,9 +51,12 @@ inline void barrier_arrive(int, int) {}
 inline void barrier_complete(int) {}
 inline void warp_sync(int, uint32_t) {}
 inline void atomic(const void*, size_t) {}
-inline void track(const void*, size_t, const char*) {}
+inline void track(const void*, size_t, const char*, bool = false) {}
+inline void untrack(const void*) {}
 inline void untrack_all() {}
 inline Traffic traffic(const void*) { return {}; }
+inline void reset_traffic() {}
+inline uint64_t moved() { return 0; }
 #endif
 
 }  // namespace simt::check

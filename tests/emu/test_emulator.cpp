@@ -170,6 +170,31 @@ void test_16_bit_floats() {
     EXPECT(simt::encode_bfloat16(1.01171875f) == 0x3f82);
 }
 
+void test_bytes_moved() {
+    if (!simt::check::kEnabled) return;
+    std::vector<uint4> in(64), out(64), table(1);
+    simt::check::track(in.data(), 64 * sizeof(uint4), "in");
+    simt::check::track(out.data(), 64 * sizeof(uint4), "out");
+    simt::check::track(table.data(), sizeof(uint4), "table", true);
+    const auto copy = [&](int reads) {
+        simt::check::reset_traffic();
+        run(2, 32, 0, [&] {
+            const unsigned at = blockIdx.x * 32 + threadIdx.x;
+            const volatile unsigned* const source = &in[at].x;  // volatile: every read stays in the program
+            unsigned keep = 0;
+            for (int i = 0; i < reads; ++i) keep += *source;
+            out[at] = uint4{keep + table[0].x, 0, 0, 0};
+        });
+        return simt::check::moved();
+    };
+    EXPECT(copy(1) == 64 * 4 + 64 * 16 + 4);  // one member of each element read, all of it written, the table once
+    EXPECT(copy(3) == 3 * 64 * 4 + 64 * 16 + 4);
+    EXPECT(simt::check::traffic(in.data()).touched == 64 * 4);
+    simt::check::untrack(table.data());
+    EXPECT(copy(1) == 64 * 4 + 64 * 16);
+    simt::check::untrack_all();
+}
+
 void test_misuse() {
     EXPECT_ERROR([] { run(1, 32, 0, [] { threadIdx.x < 16 ? (void)__shfl_xor_sync(~0u, 1, 1) : __syncthreads(); }); }, "waits in");
     EXPECT_ERROR(
@@ -247,6 +272,7 @@ int main() {
         test_mma_layout();
         test_ldmatrix_layout();
         test_cp_async();
+        test_bytes_moved();
         test_misuse();
     }
     return emu_test::tally.finish();
