@@ -107,6 +107,21 @@ def test_any_flipped_bit_is_refused_by_load_and_by_verify(tmp_path):
     assert verify(path).num_files == 1
 
 
+def test_a_header_that_only_means_the_same_is_damage(tmp_path):
+    """Its padding says nothing, and JSON allows a line feed where a space was: the checksum alone tells."""
+    path = save_one(tmp_path)
+    (shard,) = path.glob("*.safetensors")
+    (file,) = Checkpoint(path).manifest.files
+    raw = bytearray(shard.read_bytes())
+    assert raw[file.header - 1] == ord(" ")
+    raw[file.header - 1] = ord("\n")
+    shard.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"shard is damaged; where=.*{shard.name}: header"):
+        verify(path)
+    with pytest.raises(CheckpointError, match=f"shard is damaged; where=.*{shard.name}: header"):
+        _load_all(path)
+
+
 def test_damage_names_the_tensor(tmp_path):
     path = save_one(tmp_path)
     (shard,) = path.glob("*.safetensors")

@@ -42,26 +42,27 @@ def test_only_matrices_decay(kind):
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.25) if p.ndim > 1 else before[name], rtol=1e-6, atol=0)
 
 
-def steps(kind, count=3):
+def steps(kind, count=3, **keys):
     named = parameters()
     name = "layers.0.attention.qkv.weight"
     p = named[name]
     grads = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
     before = p.detach().double().clone()
-    optimizer = build_optimizer([(name, p)], config(kind))
+    optimizer = build_optimizer([(name, p)], config(kind, **keys))
     for grad in grads:
         p.grad = grad.clone()
         optimizer.step()
     return before, [g.double() for g in grads], p.detach().double(), optimizer.state[p]
 
 
-def test_adamw_follows_the_paper():
-    p, grads, got, state = steps("adamw")
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_adamw_follows_the_paper(eps):
+    p, grads, got, state = steps("adamw", eps=eps)
     m = v = torch.zeros_like(p)
     for t, g in enumerate(grads, 1):
         m = 0.8 * m + 0.2 * g
         v = 0.9 * v + 0.1 * g * g
-        p = p * (1 - 0.1 * 0.25) - 0.1 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
+        p = p * (1 - 0.1 * 0.25) - 0.1 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + eps)
     torch.testing.assert_close(got, p, rtol=1e-5, atol=1e-6)
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
 

@@ -59,6 +59,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
         assert set(kept[row].nonzero().flatten().tolist()) == expected
 
 
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_top_p_stops_where_p_is_reached_exactly(top_p, count):
+    assert filter_logits(torch.zeros(1, 4), None, top_p).isfinite().sum() == count
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, math.log(3.0), -math.inf]]).repeat(4000, 1)
     generator = prompt_generator(7, 0)

@@ -71,6 +71,7 @@ CASES = {
     "documents long": (819, 819, 1, 1, 32, {"segment_ids": documents(2, 819, 17, 300, 64, 200)}),
     "documents full": (129, 129, 2, 1, 64, {"causal": False, "segment_ids": documents(2, 129, 40, 60)}),
     "documents out of order": (300, 300, 2, 1, 64, {"segment_ids": (documents(2, 300, 100, 100) * 7) % 3 - 1}),
+    "documents with cache": (4, 129, 2, 1, 64, {"segment_ids": documents(2, 129, 40, 87)}),
     "left padding": (3, 129, 2, 1, 64, {"segment_ids": left_padding(2, 129)}),
     "left padding, one query": (1, 300, 4, 2, 64, {"segment_ids": left_padding(2, 300)}),
     "all together": (
