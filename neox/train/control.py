@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -63,21 +64,31 @@ class Control:
             dist.barrier()
             dist.destroy_process_group()
 
-    def fail(self, error: BaseException) -> tuple[int, bool]:
-        """Report this process's failure to all. Returns the exit code of all, and whether this process is the origin (and prints)."""
+    def fail(self, error: BaseException, report: Callable[[], None]) -> int:
+        """Report this process's failure to all; returns the exit code of all.
+
+        Args:
+            error: what ended this process.
+            report: prints it. Called where this process is the origin, before the others end: a launcher that sees them go says so at once,
+                and ends the rest.
+        """
         self.closed.set()
         mine = as_neox_error(error, self.rank)
         code = mine.exit_code if mine is not None else 1
         if self.store is None:
-            return code, True
+            report()
+            return code
         if isinstance(mine, PeerLost):
             self.wait_for_origin()
         try:
             posted = json.loads(self.store.compare_set(ERROR, "", json.dumps({"rank": self.rank, "code": code, "id": os.getpid()})))
         except RuntimeError:
-            return code, True
+            report()
+            return code
+        if (posted["rank"], posted["id"]) == (self.rank, os.getpid()):
+            report()
         self.part()
-        return posted["code"], (posted["rank"], posted["id"]) == (self.rank, os.getpid())
+        return posted["code"]
 
     def wait_for_origin(self) -> None:
         """A connection broke: whoever broke it may be about to say why."""

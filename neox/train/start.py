@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -36,9 +37,7 @@ def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
             control.finish()
             return 0
         except BaseException as error:  # whatever it is, the other processes must learn of it
-            code, origin = control.fail(error)
-            if origin:
-                report(error, place.rank, debug)
+            code = control.fail(error, partial(report, error, place.rank, debug))
             if place.world_size > 1:
                 leave(code)
             return code

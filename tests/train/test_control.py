@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from neox.errors import ConfigError, DataError, MemoryExhausted, PeerLost
-from neox.train.control import Control, as_neox_error, connect
+from neox.train.control import SEEN, Control, as_neox_error, connect
 from neox.train.place import Place
 from tests.distributed import start_ranks
 
@@ -19,6 +20,10 @@ def join() -> Control:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     return connect(Place(rank, rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+
+
+def show(error: BaseException) -> None:
+    print(as_neox_error(error).line(), file=sys.stderr, flush=True)
 
 
 def fail_on(rank: str, how: str) -> None:
@@ -35,10 +40,7 @@ def fail_on(rank: str, how: str) -> None:
             time.sleep(0.3)
             raise ConfigError("something in its wake")
     except BaseException as error:
-        code, origin = control.fail(error)
-        if origin:
-            print(as_neox_error(error).line(), file=sys.stderr, flush=True)
-        control.leave(code)
+        control.leave(control.fail(error, partial(show, error)))
 
 
 @pytest.mark.distributed
@@ -61,10 +63,7 @@ def wait_forever(path: str) -> None:
     try:
         dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
-        code, origin = control.fail(error)
-        if origin:
-            print(as_neox_error(error).line(), file=sys.stderr, flush=True)
-        control.leave(code)
+        control.leave(control.fail(error, partial(show, error)))
 
 
 @pytest.mark.distributed
@@ -96,9 +95,19 @@ def test_a_good_end_is_no_error(tmp_path):
 
 def test_alone_there_is_no_channel():
     control = connect(Place())
-    assert control.fail(DataError("x")) == (3, True)
-    assert control.fail(KeyError("x")) == (1, True)
+    told = []
+    assert control.fail(DataError("x"), lambda: told.append(3)) == 3
+    assert control.fail(KeyError("x"), lambda: told.append(1)) == 1
+    assert told == [3, 1]
     control.finish()
+
+
+def test_the_origin_speaks_before_anybody_leaves(monkeypatch):
+    monkeypatch.setattr("neox.train.control.FAREWELL", 0.1)
+    store, parted = dist.HashStore(), []
+    control = Control(store, 0, 2)
+    assert control.fail(DataError("x"), lambda: parted.append(store.add(SEEN, 0))) == 3
+    assert parted == [0] and store.add(SEEN, 0) == 1
 
 
 @pytest.mark.parametrize(
