@@ -1,4 +1,4 @@
-"""`neox evaluate`: loss, perplexity and bits per byte of a trained model on held-out documents."""
+"""`neox evaluate`: loss, perplexity and bits per byte of a trained model on held-out documents, or its answers to tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from neox.cli.generate import DTYPES, run_tokenizer, usable_device
 from neox.config.load import loads
 from neox.data.indexed import IndexedDataset
 from neox.errors import ConfigError
+from neox.evaluate.harness import run_tasks
 from neox.evaluate.perplexity import evaluate
 from neox.generate.generate import load_model
 
 EXAMPLE = """example:
   neox evaluate --checkpoint runs/demo --data data/heldout
-  neox evaluate --checkpoint runs/demo/checkpoints/step_00000300 --data data/heldout --max-documents 100 --json"""
+  neox evaluate --checkpoint runs/demo/checkpoints/step_00000300 --data data/heldout --max-documents 100 --json
+  neox evaluate --checkpoint pythia --tasks lambada_openai,blimp --batch-size 16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
     parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder")
-    parser.add_argument("--data", required=True, help="prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)")
+    parser.add_argument("--data", help="prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)")
+    parser.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-evaluation-harness (pip install neox[eval])")
+    parser.add_argument("--task-files", metavar="DIR", help="folder of further task YAML files; tasks that are in it need no network")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: as the task says)")
+    parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
     parser.add_argument("--tokenizer", help="tokenizer file; default: tokenizer.file of the run")
     parser.add_argument("--seq-length", type=int, help="tokens of a window (default: data.seq_length of the run)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass (default 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows or texts of one forward pass (default 8)")
     parser.add_argument("--max-documents", type=int, help="read only so many documents")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of the weights (default fp32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
@@ -46,11 +52,15 @@ def show_progress(done: int, total: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print; returns the exit code."""
-    for key in ("seq_length", "batch_size", "max_documents"):
+    for key in ("seq_length", "batch_size", "max_documents", "limit"):
         value = vars(args)[key]
         if value is not None and value <= 0:
             raise ConfigError("option out of range", where=f"--{key.replace('_', '-')}", got=value, want="> 0")
     device = usable_device(args.device)
+    if (args.data is None) == (args.tasks is None):
+        raise ConfigError("what to evaluate on?", where="neox evaluate", want="--data PREFIX or --tasks A,B, one of them")
+    if args.tasks is not None:
+        return run_on_tasks(args)
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
     dataset = IndexedDataset(args.data)
@@ -65,3 +75,32 @@ def run(args: argparse.Namespace) -> int:
     print(f"{checkpoint} on {args.data}: {result.documents} documents, {result.tokens} tokens, {result.bytes} bytes")
     print(f"loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  bits per byte {result.bits_per_byte:.4f}")
     return 0
+
+
+def run_on_tasks(args: argparse.Namespace) -> int:
+    """Evaluate on tasks of lm-evaluation-harness, and print its results as a table or as JSON."""
+    checkpoint = resolve(args.checkpoint)
+    tokenizer = run_tokenizer(checkpoint, args.tokenizer)
+    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=args.device)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    found = run_tasks(model, tokenizer, names, task_files=args.task_files, num_fewshot=args.num_fewshot, limit=args.limit, batch_size=args.batch_size)
+    if args.json:
+        print(json.dumps(found, default=str))
+        return 0
+    print(table(found["results"], found.get("n-samples", {})))
+    return 0
+
+
+def table(results: dict, counts: dict) -> str:
+    """Results of tasks as lines: task, metric, value, standard error, questions."""
+    rows = [("task", "metric", "value", "stderr", "questions")]
+    for task, values in results.items():
+        for name, value in values.items():
+            metric, _, kind = name.partition(",")
+            if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not kind:
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            shown = f"{error:.4f}" if isinstance(error, (int, float)) else ""
+            rows.append((task, metric, f"{value:.4f}", shown, str(counts.get(task, {}).get("effective", ""))))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

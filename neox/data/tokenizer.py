@@ -46,9 +46,13 @@ class Tokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod_token, self.eod_id = self._find_eod(eod_token)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, template: bool = False) -> list[int]:
+        """Token ids of a text; with `template`, inside the special tokens that the tokenizer's file puts around a text."""
+        return self._tokenizer.encode(text, add_special_tokens=template).ids
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its text; None: there is no such token."""
+        return self._tokenizer.token_to_id(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; uses the threads that TOKENIZERS_PARALLELISM allows."""

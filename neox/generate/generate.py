@@ -46,6 +46,7 @@ def generate(
     eod_id: int | None = None,
     use_cache: bool = True,
     on_token: OnToken | None = None,
+    is_done: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -58,6 +59,7 @@ def generate(
         params: how to draw, and how many tokens at most.
         eod_id: a prompt stops when it is drawn (it is not returned); None: never.
         use_cache: keep keys and values; False recomputes every token at every step (a slow check).
+        is_done: asked with a prompt's new tokens after each; true ends it.
         on_token: called with (number of the prompt, token) as soon as a token is known.
 
     Returns:
@@ -87,6 +89,7 @@ def generate(
                         generated[row].append(token)
                         if on_token is not None:
                             on_token(row, token)
+                        done[row] = is_done is not None and is_done(generated[row])
                 if all(done):
                     break
                 batch.append(chosen)

@@ -63,3 +63,36 @@ def test_a_device_that_is_not_there_is_named(place, capsys):
 def test_missing_data_is_named(place, capsys):
     assert call("--checkpoint", place / "run", "--data", place / "nothing") == 3
     assert "nothing" in capsys.readouterr().err
+
+
+TASK = """
+task: local_pairs
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/pairs.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{{{[good, bad]}}}}"
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def test_tasks_of_the_harness(place, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra eval)")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"good": text, "bad": text[::-1]}) for text in DOCUMENTS))
+    (tmp_path / "pairs.yaml").write_text(TASK.format(folder=tmp_path))
+    assert call("--checkpoint", place / "run", "--tasks", "local_pairs", "--task-files", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["n-samples"]["local_pairs"]["effective"] == 3
+    assert call("--checkpoint", place / "run", "--tasks", "local_pairs", "--task-files", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split()[:3] == ["local_pairs", "acc", f"{found['results']['local_pairs']['acc,none']:.4f}"]
+    assert lines[-1].split()[-1] == "3"
+
+
+def test_data_or_tasks(place, capsys):
+    assert call("--checkpoint", place / "run") == 2
+    assert call("--checkpoint", place / "run", "--data", place / "text", "--tasks", "x") == 2
+    assert "--data PREFIX or --tasks A,B" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""Batches, windows, log-likelihoods against one text at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.evaluate.scoring import batches, complete, cut, log_likelihoods, rolling_windows
+from neox.generate.sampling import SamplingParams
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=50, max_position_embeddings=16, init_std=0.3)
+    return GPT(config, Mesh.single("cpu")).eval()
+
+
+PAIRS = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9, 10]), ([11, 12], [13, 14]), ([1] * 20, [2, 3]), ([7], [7])]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_log_likelihoods_do_not_depend_on_the_batch(model, batch_size):
+    seen = []
+    got = log_likelihoods(model, PAIRS, max_length=16, batch_size=batch_size, on_done=seen.append)
+    assert sum(seen) == len(PAIRS)
+    for (context, continuation), (value, greedy) in zip(PAIRS, got, strict=True):
+        row = (context + continuation)[-17:]
+        with torch.no_grad():
+            scores = torch.log_softmax(model(torch.tensor([row[:-1]]))[0].double(), -1)[-len(continuation) :]
+        assert value == pytest.approx(float(scores[range(len(continuation)), continuation].sum()), abs=1e-5)
+        assert greedy == (scores.argmax(-1).tolist() == continuation)
+
+
+def test_greedy_is_what_greedy_decoding_says(model):
+    with torch.no_grad():
+        best = int(model(torch.tensor([[3, 4]]))[0, -1].argmax())
+    assert log_likelihoods(model, [([3, 4], [best]), ([3, 4], [(best + 1) % 50])], max_length=16, batch_size=2)[0][1] is True
+    assert log_likelihoods(model, [([3, 4], [(best + 1) % 50])], max_length=16, batch_size=2)[0][1] is False
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 8, 11, 13])
+def test_rolling_windows_are_those_of_the_harness(length):
+    utils = pytest.importorskip("lm_eval.utils", reason="needs lm-evaluation-harness (the extra eval)")
+    tokens = list(range(10, 10 + length))
+    theirs = [utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=4, context_len=1)]
+    ours = rolling_windows(tokens, 0, 4)
+    assert ours == [(list(context), list(continuation)) for context, continuation in theirs]
+    assert [token for _, continuation in ours for token in continuation] == tokens
+
+
+def test_batches_go_from_long_to_short():
+    assert list(batches([3, 9, 5], 2)) == [[1, 2], [0]]
+
+
+def test_texts_end_before_the_first_stop(model):
+    assert cut("ab\ncd.", [".", "\n"]) == ("ab", True)
+    assert cut("ab", ["x", ""]) == ("ab", False)
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(chr(97 + token % 26) for token in tokens)
+
+    whole = complete(model, [[1], [2, 3]], SamplingParams(12, 0.0), decode=decode, stops=[], eod_id=None, batch_size=2)
+    stop = whole[0][4]
+    stopped = complete(model, [[1], [2, 3]], SamplingParams(12, 0.0), decode=decode, stops=[stop], eod_id=None, batch_size=1)
+    assert [len(text) for text in whole] == [12, 12]
+    assert stopped == [text.split(stop)[0] for text in whole]
