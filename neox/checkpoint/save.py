@@ -87,15 +87,7 @@ def save(
     """
     content = Content(step, state, config_lock, model_config, lineage, layout or {})
     job = Job(Path(root), Peers(rank, world_size, group), content, storage)
-    try:
-        held, tensors = job.plan(lambda: [*map(checked, fragments), *(rng_fragment(rank, *item) for item in sorted(rng.items()))])
-        files = job.write(cut(held, shard_bytes), tensors)
-        job.publish(files, tensors)
-    except BaseException:
-        job.clean_up()
-        raise
-    job.finish(keep)
-    return job.folder
+    return job.complete(*job.prepare(fragments, rng), keep=keep, shard_bytes=shard_bytes)
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class Content:
 
 
 class Job:
-    """One save on one rank. Its methods are collective, but for clean_up, and run in the order plan, write, publish, finish."""
+    """One save on one rank: `prepare` agrees on what each rank stores, `complete` writes it. Both are collective; either cleans up where it fails."""
 
     def __init__(self, root: Path, peers: Peers, content: Content, storage: Storage):
         self.root = root
@@ -120,6 +112,24 @@ class Job:
         self._content = content
         self._storage = storage
         self._save_id = ""
+
+    def prepare(self, fragments: Iterable[Fragment], rng: dict[str, torch.Tensor]) -> tuple[list[Fragment], dict[tuple[str, str], TensorInfo]]:
+        """Makes the folder and agrees on the shares. Returns what this rank stores, as views, and the table of all tensors."""
+        try:
+            return self.plan(lambda: [*map(checked, fragments), *(rng_fragment(self._peers.rank, *item) for item in sorted(rng.items()))])
+        except BaseException:
+            self.clean_up()
+            raise
+
+    def complete(self, held: Iterable[Fragment], tensors: dict[tuple[str, str], TensorInfo], *, keep: int, shard_bytes: int = SHARD_BYTES) -> Path:
+        """Writes the shares, publishes, applies the retention; returns the checkpoint's folder."""
+        try:
+            self.publish(self.write(cut(held, shard_bytes), tensors), tensors)
+        except BaseException:
+            self.clean_up()
+            raise
+        self.finish(keep)
+        return self.folder
 
     def plan(self, collect) -> tuple[list[Fragment], dict[tuple[str, str], TensorInfo]]:
         """Makes the folder and agrees on what each rank stores.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -225,7 +225,7 @@ class TrainConfig(Section):
     )
 
 
-class CheckpointConfig(Section):
+class SavingConfig(Section):
     """Saving and resuming, in run.dir/checkpoints."""
 
     save_interval: NonNegative = Field(1000, description="iterations between checkpoints; the last iteration is always saved; 0: only the last")
@@ -240,6 +240,19 @@ class CheckpointConfig(Section):
         None, description="checkpoint whose weights, and nothing else, a new run starts from; ignored where the run resumes one of its own"
     )
     on_save_error: Literal["stop", "continue"] = Field("stop", description="what a failed save does to the run")
+
+    @property
+    def in_background(self) -> bool:
+        """The key `async`, which Python cannot spell as an attribute."""
+        return self.__dict__["async"]
+
+
+CheckpointConfig = create_model(
+    "CheckpointConfig",
+    __base__=SavingConfig,
+    __doc__=SavingConfig.__doc__,
+    **{"async": (bool, Field(True, description="write checkpoints in the background, from a copy in host memory; false: training waits"))},
+)
 
 
 class EvaluateConfig(Section):

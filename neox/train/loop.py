@@ -12,11 +12,11 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.background import Saver
 from neox.checkpoint.load import Checkpoint, find, resolve
 from neox.checkpoint.lock import FolderLock
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.retention import collect_leftovers, start_lineage
-from neox.checkpoint.save import save
 from neox.checkpoint.storage import make_dirs, probe, write_file
 from neox.config.load import dump, flatten, loads, plain
 from neox.config.schema import Config
@@ -33,6 +33,7 @@ from neox.train.metrics import MetricsLog, memory_gb, peak_flops
 from neox.train.progress import Progress, close_log
 from neox.train.signals import StopSignals
 
+PATIENCE = 5.0  # seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,7 +107,14 @@ class Run:
         self.mesh = mesh
         self.folders = folders
         self.progress = progress
-        self.lineage = lineage
+        self.saver = Saver(
+            folders.checkpoints,
+            keep=config.checkpoint.keep,
+            lineage=lineage,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            background=config.checkpoint.in_background,
+        )
         self.config_lock = dump(config)
         self.sizes: BatchSizes = batch_sizes(config, mesh.world_size)
         self.datasets = self.open_datasets()
@@ -215,6 +223,7 @@ class Run:
         if self.engine.step == 0 and 0 in config.checkpoint.save_iters and self.saved_step != 0:
             self.save(must=False)
         while self.engine.step < config.train.train_iters:
+            self.settle(must=False)
             begin = time.perf_counter()
             result = self.engine.train_step(next(self.loader), stop=signals.requested)
             self.tokens += self.sizes.global_batch_size * config.data.seq_length
@@ -228,7 +237,7 @@ class Run:
             self.progress.step(record, first=first)
             first = False
             if result.stop or last or self.is_due(result.step):
-                self.save(must=result.stop)
+                self.save(must=result.stop or last)
             if result.stop and not last:
                 raise StoppedBySignal(
                     "stopped by a signal after saving",
@@ -269,36 +278,47 @@ class Run:
             return self.engine.evaluate(batch for _ in range(self.config.evaluate.iters) for batch in next(loader))
 
     def save(self, *, must: bool) -> None:
-        """Write a checkpoint of the last step.
+        """Begin a checkpoint of the last step; with `must` also wait until it is complete.
 
         Raises:
-            DiskError: it could not be written, and `must` or checkpoint.on_save_error: stop.
+            DiskError: it, or the one before it, could not be written, and `must` or checkpoint.on_save_error: stop.
         """
+        self.saver.join()
+        self.settle(must=False)
         try:
-            path = save(
-                self.folders.checkpoints,
-                step=self.engine.step,
-                fragments=self.engine.fragments(),
+            self.saver.save(
+                self.engine.step,
+                self.engine.fragments(),
                 state={**self.engine.state_dict(), "consumed": self.loader.consumed, "tokens": self.tokens},
                 rng=get_generators(self.mesh.device),
                 config_lock=self.config_lock,
                 model_config=plain(self.config.model),
-                rank=self.mesh.rank,
-                world_size=self.mesh.world_size,
-                keep=self.config.checkpoint.keep,
-                lineage=self.lineage,
                 layout={"tp": self.mesh.tp, "pp": self.mesh.pp, "dp": self.mesh.dp, "zero": self.config.zero.stage},
             )
         except DiskError as error:
-            if must or self.config.checkpoint.on_save_error == "stop":
-                raise
-            self.progress.say(f"training goes on without this checkpoint: {error.line()}")
-            return
-        self.saved_step = self.engine.step
-        self.progress.say(f"saved {path}")
+            self.save_failed(error, must=must)
+        if must:
+            self.saver.join()
+        self.settle(must=must)
+
+    def settle(self, *, must: bool) -> None:
+        """Take note of the checkpoints that became complete, or did not, since the last call. Raises as `save`."""
+        for outcome in self.saver.outcomes():
+            if outcome.error is not None:
+                self.save_failed(outcome.error, must=must)
+            else:
+                self.saved_step = outcome.step
+                self.progress.say(f"saved {outcome.folder}")
+
+    def save_failed(self, error: BaseException, *, must: bool) -> None:
+        """What a failed save does: the policy of checkpoint.on_save_error, which is about disks only."""
+        if must or self.config.checkpoint.on_save_error == "stop" or not isinstance(error, DiskError):
+            raise error
+        self.progress.say(f"training goes on without this checkpoint: {error.line()}")
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close what is open. After an error a checkpoint that is being written gets PATIENCE seconds: the other processes may be gone."""
+        self.saver.join(PATIENCE)
         if self.loader is not None:
             self.loader.close()
         if self.metrics is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.background import Saver
 from neox.checkpoint.load import Checkpoint, find
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
@@ -127,4 +128,26 @@ def find_newest(root: str) -> None:
         print("FOUND", find(root, "auto", rank=rank, world_size=world_size))
     except NeoxError as error:
         print("ERROR", error.line())
+    dist.destroy_process_group()
+
+
+def save_beside_collectives(root: str) -> None:
+    """Three saves under a stream of collectives of the default group; the second fails on rank 1."""
+    rank, world_size = _start()
+    storage = FailingStorage("write", 10_000, errno.ENOSPC)
+    saver = Saver(Path(root), keep=0, lineage=start_lineage(root), rank=rank, world_size=world_size, storage=storage)
+    for step in (100, 200, 300):
+        if step == 200 and rank == 1:
+            storage.left = 0
+        state = make_state()
+        held = cut_fragments(state, tp=1, tp_rank=0, dp=world_size, dp_rank=rank, zero=True)
+        saver.save(step, held, state={"step": step}, rng={"cpu": torch.arange(9, dtype=torch.uint8)}, config_lock="", model_config={}, layout={})
+        for fragment in held:
+            fragment.data.zero_()
+        busy = torch.ones(1000)
+        for _ in range(50):
+            dist.all_reduce(busy)
+        saver.join()
+        for outcome in saver.outcomes():
+            print(f"done {outcome.step}" if outcome.error is None else f"failed {outcome.error.line()}", flush=True)
     dist.destroy_process_group()

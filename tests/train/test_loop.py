@@ -279,7 +279,7 @@ def test_a_full_disk_at_save_time(corpus, tmp_path):
             train(train_on, Mesh.single(), StopAfter(4))  # asked to stop: a checkpoint that cannot be written must not look like success
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(records(tmp_path / "stop")) == 2
+    assert 2 <= len(records(tmp_path / "stop")) <= 4  # the disk refuses in the background, while step 3 may be under way
     assert len(records(tmp_path / "on")) == 4
     assert "training goes on without this checkpoint" in (tmp_path / "on" / "log.txt").read_text()
     assert not list((tmp_path / "stop" / "checkpoints").glob("step_*/manifest.json"))

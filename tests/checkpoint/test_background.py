@@ -1,0 +1,151 @@
+"""Saving in a thread: the bytes of the call, one writer, failures handed on, nothing lost at the end."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+
+import pytest
+import torch
+
+from neox.checkpoint.background import Saver, Snapshot
+from neox.checkpoint.load import digest, find, verify
+from neox.checkpoint.reshard import Fragment
+from neox.errors import CheckpointError, DiskError
+from tests.checkpoint.builders import LINEAGE, make_state, save_one, whole_fragments
+from tests.checkpoint.faults import CountingStorage, FailingStorage
+from tests.distributed import run_ranks
+
+REST = {"config_lock": "", "model_config": {}, "layout": {}}
+
+
+class HeldStorage(CountingStorage):
+    """A disk that takes nothing until `go` is set, and records which thread writes what."""
+
+    def __init__(self):
+        self.go = threading.Event()
+        self.writers: list[tuple[str, str]] = []
+
+    def before(self, name):
+        if name in ("create", "write") and threading.current_thread() is not threading.main_thread():
+            assert self.go.wait(20)
+            self.writers.append((threading.current_thread().name, name))
+
+
+def saver(root, storage, **changes):
+    return Saver(root, keep=0, lineage=LINEAGE, storage=storage, **changes)
+
+
+def begin(saver, step, state):
+    return saver.save(step, whole_fragments(state), state={"step": step}, rng={"cpu": torch.arange(5, dtype=torch.uint8)}, **REST)
+
+
+def test_the_bytes_are_those_of_the_call_whatever_training_does_meanwhile(tmp_path):
+    storage = HeldStorage()
+    saves = saver(tmp_path / "a", storage)
+    state = make_state()
+    begin(saves, 7, state)
+    for value in state.values():
+        value.zero_()
+    assert saves.outcomes() == []
+    storage.go.set()
+    assert saves.join(20)
+    (outcome,) = saves.outcomes()
+    assert (outcome.step, outcome.folder, outcome.error) == (7, tmp_path / "a" / "step_00000007", None)
+    assert digest(outcome.folder) == digest(save_one(tmp_path / "b", 7))
+    assert {name for name, _ in storage.writers} == {"neox-checkpoint"}
+
+
+def test_in_the_foreground_it_is_complete_at_the_return(tmp_path):
+    saves = saver(tmp_path, CountingStorage(), background=False)
+    begin(saves, 7, make_state())
+    (outcome,) = saves.outcomes()
+    verify(outcome.folder)
+
+
+def test_a_save_that_is_due_waits_for_the_one_before(tmp_path):
+    storage = HeldStorage()
+    saves = saver(tmp_path, storage)
+    begin(saves, 1, make_state(1))
+    threading.Timer(0.5, storage.go.set).start()
+    waited = begin(saves, 2, make_state(2))
+    assert waited > 0.4
+    saves.join()
+    assert [outcome.step for outcome in saves.outcomes()] == [1, 2]
+    assert digest(tmp_path / "step_00000001") == digest(save_one(tmp_path / "one", 1, make_state(1)))
+    assert digest(tmp_path / "step_00000002") == digest(save_one(tmp_path / "two", 2, make_state(2)))
+
+
+@pytest.mark.parametrize("call", ["create", "write", "sync", "rename"])
+def test_what_the_thread_meets_is_handed_on_and_the_next_save_works(tmp_path, call):
+    storage = FailingStorage(call, 0, errno.ENOSPC)
+    saves = saver(tmp_path, storage)
+    begin(saves, 1, make_state(1))
+    assert saves.join(20)
+    (outcome,) = saves.outcomes()
+    assert outcome.folder is None
+    assert isinstance(outcome.error, DiskError)
+    assert "ENOSPC" in outcome.error.line()
+    assert find(tmp_path, "auto") is None
+    begin(saves, 2, make_state(2))
+    saves.join()
+    assert [one.error for one in saves.outcomes()] == [None]
+    verify(find(tmp_path, "must"))
+
+
+def test_a_thread_that_dies_of_anything_is_an_outcome(tmp_path):
+    class Dying(CountingStorage):
+        def before(self, name):
+            if name == "write":
+                raise SystemExit(3)
+
+    saves = saver(tmp_path, Dying())
+    begin(saves, 1, make_state())
+    saves.join()
+    assert isinstance(saves.outcomes()[0].error, SystemExit)
+
+
+def test_what_does_not_fit_together_is_raised_at_the_call(tmp_path):
+    saves = saver(tmp_path, CountingStorage())
+    twice = whole_fragments(make_state())
+    with pytest.raises(CheckpointError, match="slices overlap"):
+        half = Fragment("embedding.word.weight", "weight", (19, 6), ((0, 3), (0, 6)), 0, 18, torch.ones(18))
+        saves.save(1, [*twice, half], state={}, rng={}, **REST)
+    assert saves.outcomes() == []
+
+
+def test_leaving_does_not_wait_longer_than_asked(tmp_path):
+    storage = HeldStorage()
+    saves = saver(tmp_path, storage)
+    begin(saves, 1, make_state())
+    start = time.monotonic()
+    assert not saves.join(0.2)
+    assert time.monotonic() - start < 5
+    storage.go.set()
+    assert saves.join(20)
+
+
+def test_a_snapshot_reuses_its_memory_and_follows_changed_fragments():
+    snapshot = Snapshot()
+    state = make_state()
+    first = snapshot.take(whole_fragments(state))
+    places = {(one.kind, one.name): one.data.data_ptr() for one in first}
+    for value in state.values():
+        value.add_(1)
+    second = snapshot.take(whole_fragments(state))
+    assert {(one.kind, one.name): one.data.data_ptr() for one in second} == places
+    assert all(torch.equal(one.data, state[one.name, one.kind].reshape(-1)) for one in second)
+    fewer = snapshot.take(whole_fragments({("new", "weight"): torch.ones(3)}))
+    assert torch.equal(fewer[0].data, torch.ones(3))
+
+
+@pytest.mark.distributed
+def test_two_processes_save_in_the_background_while_they_train(tmp_path):
+    results = run_ranks("tests.checkpoint.workers:save_beside_collectives", 2, tmp_path, [tmp_path / "checkpoints"])
+    lines = [[line for line in result.output.splitlines() if line.startswith(("done", "failed"))] for result in results]
+    assert lines[0] == lines[1]
+    assert lines[0][0] == "done 100"
+    assert lines[0][1].startswith("failed error[5] cannot write; where=rank 1: ")
+    assert lines[0][2] == "done 300"
+    assert digest(find(tmp_path / "checkpoints", "must")) == digest(save_one(tmp_path / "one"))
