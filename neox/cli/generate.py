@@ -1,27 +1,34 @@
-"""`neox generate`: continue prompts with a trained model."""
+"""`neox generate`: continue prompts with a trained model: from the command line, from a file, from nothing, or in a dialogue."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
 from neox.config.load import loads
 from neox.data.tokenizer import Tokenizer
-from neox.errors import ConfigError
-from neox.generate.generate import generate, load_model
+from neox.errors import ConfigError, DiskError
+from neox.evaluate.scoring import cut
+from neox.generate.generate import for_decoding, generate, load_model
 from neox.generate.sampling import SamplingParams
+from neox.generate.session import Session, TextStream
+from neox.model.gpt import GPT
 
 EXAMPLE = """example:
   neox generate --checkpoint runs/demo --prompt "def main():" --max-new-tokens 100 --temperature 0.8 --top-p 0.95
-  neox generate --checkpoint runs/demo --prompt-file prompts.txt --temperature 0 --json"""
+  neox generate --checkpoint runs/demo --prompt-file prompts.txt --temperature 0 --jsonl --out answers.jsonl
+  neox generate --checkpoint runs/demo --unconditional 10
+  neox generate --checkpoint runs/demo --interactive --stop "\\n" """
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-UNDECODED = "\ufffd"  # what a tokenizer shows for a character whose last bytes are not there yet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     parser.add_argument("--prompt-file", help="file with one prompt per line")
+    parser.add_argument("--unconditional", type=int, metavar="N", help="N texts that begin after the end-of-document token")
+    parser.add_argument("--interactive", action="store_true", help="read lines and answer each, with everything said before; /reset forgets, /quit ends")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text ends before this (\\n is a line's end); may be given several times")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts continued at a time (default 8)")
     parser.add_argument("--tokenizer", help="tokenizer file; default: tokenizer.file of the run")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens generated at most per prompt (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1)")
@@ -41,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--no-cache", action="store_true", help="recompute all tokens at every step (slow; to check the cache)")
     parser.add_argument("--json", action="store_true", help="print one JSON list of {prompt, text, tokens}")
+    parser.add_argument("--jsonl", action="store_true", help="print one such object per line, each batch as it is ready")
+    parser.add_argument("--out", metavar="FILE", help="write there instead of to the terminal")
 
 
 def usable_device(name: str) -> str:
@@ -91,44 +104,100 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-class _Printer:
-    """Prints the text of a single prompt while it is generated, whole characters only."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0
-
-    def __call__(self, prompt: int, token: int) -> None:
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        if text.endswith(UNDECODED):
-            return
-        sys.stdout.write(text[self._shown :])
-        sys.stdout.flush()
-        self._shown = len(text)
-
-
 def run(args: argparse.Namespace) -> int:
     """Generate and print; returns the exit code."""
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    prompts = read_prompts(args)
+    for name in ("unconditional", "batch_size"):
+        if vars(args)[name] is not None and vars(args)[name] <= 0:
+            raise ConfigError("option out of range", where=f"--{name.replace('_', '-')}", got=vars(args)[name], want="> 0")
+    asked = [bool(args.prompt or args.prompt_file), args.unconditional is not None, args.interactive]
+    if sum(asked) > 1:
+        raise ConfigError("what to continue?", where="neox generate", want="prompts, --unconditional or --interactive, one of them")
+    prompts = [] if args.interactive else [""] * args.unconditional if args.unconditional else read_prompts(args)
     device = usable_device(args.device)
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
-    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=device)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    streams = len(prompts) == 1 and not args.json
-    if streams:
-        sys.stdout.write(prompts[0])
-    printer = _Printer(tokenizer) if streams else None
-    results = generate(model, encoded, params, eod_id=tokenizer.eod_id, use_cache=not args.no_cache, on_token=printer)
-    texts = [tokenizer.decode(tokens) for tokens in results]
-    if args.json:
-        print(json.dumps([{"prompt": p, "text": t, "tokens": r} for p, t, r in zip(prompts, texts, results, strict=True)], ensure_ascii=False))
-    elif streams:
-        print()
-    else:
-        for prompt, text in zip(prompts, texts, strict=True):
-            print(f"--- {prompt}{text}")
+    model = for_decoding(load_model(checkpoint, dtype=DTYPES[args.dtype], device=device))
+    stops = [stop.replace("\\n", "\n") for stop in args.stop]
+    if args.interactive:
+        return converse(Session(model, tokenizer, params, stops))
+    encoded = [first_tokens(tokenizer) if args.unconditional else tokenizer.encode(prompt) for prompt in prompts]
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout if args.out is None else stack.enter_context(open_output(args.out))
+        if len(prompts) == 1 and not (args.json or args.jsonl):
+            stream(model, tokenizer, (prompts[0], encoded[0]), params, args, out)
+        else:
+            write_all(answers(model, tokenizer, (prompts, encoded), params, stops, args), args, out)
     return 0
+
+
+def first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What a text without a prompt begins after.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-document token.
+    """
+    if tokenizer.eod_id is None:
+        raise ConfigError("nothing to begin from", where=tokenizer.file, want="an end-of-document token", do="give --prompt, or set tokenizer.eod_token")
+    return [tokenizer.eod_id]
+
+
+def open_output(name: str) -> TextIO:
+    """A file to write to.
+
+    Raises:
+        DiskError: it cannot be made.
+    """
+    try:
+        return open(name, "w", encoding="utf-8")
+    except OSError as error:
+        raise DiskError("cannot write the texts", where=name, got=error.strerror, do="choose another --out") from error
+
+
+def answers(model: GPT, tokenizer: Tokenizer, prompts: tuple[list[str], list[list[int]]], params: SamplingParams, stops: list[str], args) -> Iterator[dict]:
+    """{prompt, text, tokens} of each prompt, in order, batch by batch; a prompt draws the same tokens in any batch."""
+    texts, encoded = prompts
+    for start in range(0, len(texts), args.batch_size):
+        batch = encoded[start : start + args.batch_size]
+        is_done = (lambda tokens: cut(tokenizer.decode(tokens), stops)[1]) if stops else None
+        rows = generate(model, batch, params, eod_id=tokenizer.eod_id, use_cache=not args.no_cache, is_done=is_done, first_stream=start)
+        for prompt, tokens in zip(texts[start:], rows, strict=False):
+            yield {"prompt": prompt, "text": cut(tokenizer.decode(tokens), stops)[0], "tokens": tokens}
+
+
+def write_all(rows: Iterator[dict], args: argparse.Namespace, out: TextIO) -> None:
+    """Texts, a JSON list, or JSON lines."""
+    if args.json:
+        print(json.dumps(list(rows), ensure_ascii=False), file=out)
+        return
+    for row in rows:
+        line = json.dumps(row, ensure_ascii=False) if args.jsonl else f"--- {row['prompt']}{row['text']}"
+        print(line, file=out, flush=args.jsonl)
+
+
+def stream(model: GPT, tokenizer: Tokenizer, prompt: tuple[str, list[int]], params: SamplingParams, args: argparse.Namespace, out: TextIO) -> None:
+    """One text, printed while it is generated; with a stop text only when it is known where it ends."""
+    stops = [stop.replace("\\n", "\n") for stop in args.stop]
+    out.write(prompt[0])
+    if stops:
+        out.write(next(answers(model, tokenizer, ([prompt[0]], [prompt[1]]), params, stops, args))["text"])
+    else:
+        printer = TextStream(tokenizer, lambda text: (out.write(text), out.flush()))
+        generate(model, [prompt[1]], params, eod_id=tokenizer.eod_id, use_cache=not args.no_cache, on_token=lambda _, token: printer.add(token))
+    print(file=out)
+
+
+def converse(session: Session) -> int:
+    """Answer lines until /quit or the end of the input."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return 0
+        if line.strip() == "/reset":
+            session.reset()
+            continue
+        session.say(line, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+        print(flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
@@ -92,3 +93,53 @@ def test_a_tokenizer_that_moved_is_named(run_folder, tmp_path, capsys):
     save_model(tmp_path / "run", model, tokenizer=str(tmp_path / "gone.json"))
     assert call("--checkpoint", tmp_path / "run", "--prompt", "a") == 2
     assert "gone.json; do=give --tokenizer FILE" in capsys.readouterr().err
+
+
+def test_json_lines_in_any_batch_size_to_a_file(run_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the\nfox\nlazy dog\n", encoding="utf-8")
+    options = ["--checkpoint", run_folder, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 6, "--jsonl"]
+    for size in (1, 2, 3):
+        assert call(*options, "--batch-size", size, "--out", tmp_path / f"{size}.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "1.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == ["the", "fox", "lazy dog"]
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text() == (tmp_path / "3.jsonl").read_text()
+    assert call(*options, "--out", tmp_path / "nowhere" / "x") == 5
+
+
+def test_unconditional_texts_begin_after_the_end_of_document(run_folder, capsys):
+    assert call("--checkpoint", run_folder, "--unconditional", 3, "--max-new-tokens", 5, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    tokenizer = Tokenizer(run_folder.parent / "tokenizer.json")
+    expected = generate(load_model(run_folder), [[tokenizer.eod_id]] * 3, SamplingParams(5), eod_id=tokenizer.eod_id)
+    assert [row["tokens"] for row in rows] == expected
+    assert len({row["text"] for row in rows}) > 1
+
+
+def test_a_stop_text_ends_before_it(run_folder, capsys):
+    options = ["--checkpoint", run_folder, "--prompt", "the", "--max-new-tokens", 30, "--temperature", 0]
+    assert call(*options, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)[0]["text"]
+    stop = whole[len(whole) // 2]
+    assert call(*options, "--stop", stop, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["text"] == whole.split(stop)[0]
+    assert call(*options, "--stop", stop) == 0
+    assert capsys.readouterr().out == f"the{whole.split(stop)[0]}\n"
+
+
+def test_a_dialogue_remembers_and_forgets(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the fox\nthe fox\n/reset\nthe fox\n/quit\nnever read\n"))
+    assert call("--checkpoint", run_folder, "--interactive", "--max-new-tokens", 8, "--temperature", 0) == 0
+    text = capsys.readouterr().out
+    tokenizer = Tokenizer(run_folder.parent / "tokenizer.json")
+    first = generate(load_model(run_folder), [tokenizer.encode("the fox\n")], SamplingParams(8, 0), eod_id=tokenizer.eod_id)[0]
+    second = generate(
+        load_model(run_folder), [tokenizer.encode("the fox\n") + first + tokenizer.encode("the fox\n")], SamplingParams(8, 0), eod_id=tokenizer.eod_id
+    )[0]
+    answers = [tokenizer.decode(tokens) for tokens in (first, second, first)]
+    assert text == "".join(f"{answer}\n" for answer in answers)
+
+
+def test_one_kind_of_prompt(run_folder, capsys):
+    assert call("--checkpoint", run_folder, "--prompt", "a", "--interactive") == 2
+    assert call("--checkpoint", run_folder, "--unconditional", 0) == 2
+    assert "one of them" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""A dialogue: history, its end, streaming, stop texts."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.config.schema import ModelConfig
+from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.generate.generate import generate
+from neox.generate.sampling import SamplingParams
+from neox.generate.session import Session, TextStream
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> tuple[GPT, Tokenizer]:
+    tokenizer = train_tokenizer(["naïve café 東京 and so on "] * 30, 290, tmp_path_factory.mktemp("session") / "tokenizer.json")
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 32, "init_std": 0.4}
+    return GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes), Mesh.single("cpu")), tokenizer
+
+
+def test_pieces_make_the_text_and_no_character_is_torn(parts):
+    _, tokenizer = parts
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    for token in tokenizer.encode("naïve 東京"):
+        stream.add(token)
+        assert "\ufffd" not in "".join(pieces)
+    stream.finish()
+    assert "".join(pieces) == "naïve 東京"
+
+
+def test_a_turn_continues_all_that_was_said(parts):
+    model, tokenizer = parts
+    session = Session(model, tokenizer, SamplingParams(5, 0.0))
+    pieces: list[str] = []
+    first = session.say("so on", pieces.append)
+    assert "".join(pieces) == first
+    assert session.history[: len(tokenizer.encode("so on"))] == tokenizer.encode("so on")
+    before = list(session.history)
+    second = session.say("café", pieces.append)
+    expected = generate(model, [before + tokenizer.encode("café")], SamplingParams(5, 0.0), eod_id=tokenizer.eod_id)[0]
+    assert second == tokenizer.decode(expected)
+    session.reset()
+    assert session.say("so on", pieces.append) == first
+
+
+def test_a_long_history_loses_its_beginning(parts):
+    model, tokenizer = parts
+    session = Session(model, tokenizer, SamplingParams(8, 0.0))
+    for _ in range(12):
+        session.say("and so on and so on ", lambda text: None)
+    assert len(session.history) > 32
+
+
+def test_draws_differ_from_turn_to_turn_and_not_from_run_to_run(parts):
+    model, tokenizer = parts
+
+    def talk() -> list[str]:
+        session = Session(model, tokenizer, SamplingParams(12, 1.0))
+        answers = []
+        for _ in range(3):
+            session.reset()
+            answers.append(session.say("so", lambda text: None))
+        return answers
+
+    assert talk() == talk() and len(set(talk())) > 1
+
+
+def test_nothing_said_begins_after_the_end_of_document(parts):
+    model, tokenizer = parts
+    session = Session(model, tokenizer, SamplingParams(3, 0.0), stops=[""])
+    session.say("", lambda text: None)
+    assert session.history[0] == tokenizer.eod_id
