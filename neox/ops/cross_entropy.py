@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -41,8 +43,8 @@ def cross_entropy(
     """
     if logits.dim() != 2:
         raise ValueError(f"cross_entropy: logits must have 2 dimensions; got {logits.dim()} in shape {list(logits.shape)}")
-    if z_loss < 0 or not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: z_loss must be >= 0 and label_smoothing in [0, 1]; got {z_loss} and {label_smoothing}")
+    if not 0 <= z_loss < math.inf or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy: z_loss must be finite and >= 0 and label_smoothing in [0, 1]; got {z_loss} and {label_smoothing}")
     shard = logits.shape[1]
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     if vocab_size is None:

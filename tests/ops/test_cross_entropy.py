@@ -226,7 +226,10 @@ X, T = torch.ones(2, 5), torch.tensor([1, 4])
         ((X, torch.tensor([-1, 0])), {}, "got -1 in row 0"),
         ((X, T), {"vocab_size": 4}, "targets must be below vocab_size 4 .* got 4 in row 1"),
         ((X, T), {"vocab_size": 6}, "vocab_size must be positive and at most the 5 columns of all ranks; got 6"),
-        ((X, T), {"z_loss": -1.0}, "z_loss must be >= 0"),
+        ((X, T), {"z_loss": -1.0}, "z_loss must be finite and >= 0"),
+        ((X, T), {"z_loss": float("nan")}, "z_loss must be finite and >= 0 .* got nan"),
+        ((X, T), {"z_loss": float("inf")}, "z_loss must be finite and >= 0 .* got inf"),
+        ((X, T), {"label_smoothing": float("nan")}, r"label_smoothing in \[0, 1\]; got 0.0 and nan"),
         ((X, T), {"label_smoothing": 1.5}, r"label_smoothing in \[0, 1\]; got 0.0 and 1.5"),
     ],
 )
