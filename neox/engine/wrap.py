@@ -46,6 +46,10 @@ class PlainCPU(CPU_Accelerator):
         """No builder for any operator."""
         return
 
+    def is_fp16_supported(self):
+        """True: torch computes in fp16 on every CPU; DeepSpeed asks whether the CPU does so by itself, which few do. A run refuses fp16 here anyway."""
+        return True
+
 
 def effective_stage(config: Config) -> int:
     """The ZeRO stage that DeepSpeed runs: its stage 0 cannot accumulate 16-bit gradients in fp32, its stage 1 can."""
