@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("neox.cli.export", "write a checkpoint as a Hugging Face model"),
     "import": ("neox.cli.importer", "make a checkpoint from a Hugging Face model or a checkpoint of GPT-NeoX"),
     "checkpoint": ("neox.cli.checkpoint", "inspect, verify or hash checkpoints"),
+    "report": ("neox.cli.report", "write an HTML page about runs"),
     "doctor": ("neox.cli.doctor", "say what this machine and installation have and lack"),
 }
 

@@ -1,0 +1,105 @@
+"""A run as its folder tells it: metrics, config, log."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neox.config.load import flatten, loads
+from neox.config.schema import Config
+from neox.errors import DataError
+
+INCIDENTS = ("resumed from", "training goes on without", "stopped", "error[", " -> ", "weights of")
+SPIKE = 1.5  # times the median of the losses before it
+WINDOW = 50  # steps of that median
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: its folder, as given.
+        config: of its last start.
+        rows: metrics.jsonl, one mapping per step.
+        events: lines of log.txt that tell of more than a step.
+    """
+
+    name: str
+    config: Config
+    rows: list[dict[str, Any]]
+    events: list[str]
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of every step that has a value."""
+        return [(float(row["step"]), float(row[key])) for row in self.rows if isinstance(row.get(key), (int, float))]
+
+    def incidents(self) -> list[str]:
+        """What a person should look at: skipped updates, loss spikes, and what the log tells."""
+        found = [f"step {row['step']}: no update, the gradient overflowed" for row in self.rows if "grad_norm" in row and row["grad_norm"] is None]
+        losses = self.series("loss")
+        for i in range(WINDOW, len(losses)):
+            middle = statistics.median(value for _, value in losses[i - WINDOW : i])
+            if losses[i][1] > SPIKE * middle:
+                found.append(f"step {losses[i][0]:.0f}: loss {losses[i][1]:.4g}, {losses[i][1] / middle:.2g} times the median of the {WINDOW} steps before")
+        return [*found, *self.events]
+
+    def summary(self) -> dict[str, str]:
+        """The run in a few numbers."""
+        last, validation, speed = self.rows[-1], self.series("validation_loss"), self.series("tokens_per_s")
+        out = {"steps": f"{last['step']:,} of {self.config.train.train_iters:,}", "tokens": f"{last.get('tokens', 0):,}", "last loss": f"{last['loss']:.4f}"}
+        if validation:
+            best = min(validation, key=lambda point: point[1])
+            out |= {"last validation loss": f"{validation[-1][1]:.4f}", "best validation loss": f"{best[1]:.4f} at step {best[0]:.0f}"}
+        if speed:
+            out["tokens/s, median"] = f"{statistics.median(value for _, value in speed):,.0f}"
+        out["time of the steps"] = f"{sum(value for _, value in self.series('step_time')) / 3600:.2f} h"
+        memory = self.series("memory_gb")
+        if memory:
+            out["peak memory of a process"] = f"{max(value for _, value in memory):.2f} GB"
+        model = self.config.model
+        out["model"] = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, vocabulary {model.vocab_size:,}"
+        return out
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run's folder.
+
+    Raises:
+        DataError: it has no metrics or no config, or they cannot be read.
+    """
+    path = Path(folder)
+    try:
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        config = loads((path / "config.lock.yml").read_text(encoding="utf-8"), str(path / "config.lock.yml"))
+        log = path / "log.txt"
+        text = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    except OSError as error:
+        raise DataError(
+            "no run here", where=error.filename or path, got=error.strerror, want="metrics.jsonl and config.lock.yml", do="give the folder run.dir"
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            float(row["step"]), float(row["loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # a line being written
+                break
+            raise DataError("metrics cannot be read", where=f"{path / 'metrics.jsonl'}:{number}", got=error) from error
+        rows.append(row)
+    if not rows:
+        raise DataError("no step was recorded", where=path / "metrics.jsonl", do="wait for the first step")
+    events = [line for line in text if any(word in line for word in INCIDENTS)]
+    return RunRecord(str(folder), config, rows, events)
+
+
+def differences(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Keys of the configs that are not the same in all runs, with the value of each."""
+    flat = [dict(flatten(run.config)) for run in runs]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    rows = [(key, [str(each.get(key, "")) for each in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]

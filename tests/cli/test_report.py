@@ -1,0 +1,24 @@
+"""`neox report` from its command line."""
+
+from __future__ import annotations
+
+import json
+
+from neox.cli.main import main
+from tests.report.records import write_run
+
+
+def test_report_of_two_runs(tmp_path, capsys):
+    write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    out = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [run["steps"] for run in found["runs"]] == ["120 of 120"] * 2 and len(found["runs"][0]["incidents"]) == 3
+    assert out.read_text().startswith("<!doctype html>")
+
+
+def test_what_is_no_run_and_where_nothing_can_be_written(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 3
+    write_run(tmp_path / "a")
+    assert main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "nowhere" / "x.html")]) == 5
+    assert "no run here" in capsys.readouterr().err

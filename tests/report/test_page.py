@@ -1,0 +1,34 @@
+"""The page: self-contained, complete, safe against what runs are named."""
+
+from __future__ import annotations
+
+import re
+
+from neox.report.page import page
+from neox.report.runs import read_run
+from tests.report.records import write_run
+
+
+def test_one_run(tmp_path):
+    text = page([read_run(write_run(tmp_path / "run"))])
+    for title in ("loss", "learning rate", "gradient norm, logarithmic", "tokens per second", "model FLOPs utilisation", "peak memory of a process, GB"):
+        assert f"<figcaption>{title}</figcaption>" in text
+    assert "validation" in text and "step 80" in text and "75.00 %" in text and "optimizer.lr: 0.001" in text
+
+
+def test_two_runs_are_compared(tmp_path):
+    text = page([read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", lr=2e-3))])
+    assert "Differences of the configs" in text and "<td>optimizer.lr</td><td>0.001</td><td>0.002</td>" in text
+    assert text.count("<polyline") >= 14
+
+
+def test_nothing_is_fetched_and_nothing_is_run(tmp_path):
+    text = page([read_run(write_run(tmp_path / "run"))])
+    assert not re.search(r"<(script|img|iframe|link|object)\b|@import|url\(|\bsrc=|\bhref=|https?://", text)
+    assert "default-src 'none'" in text
+
+
+def test_names_are_text_and_not_markup(tmp_path):
+    record = read_run(write_run(tmp_path / "<script>alert(1)<"))
+    text = page([record])
+    assert "<script>" not in text and "&lt;script&gt;" in text and "&lt;a&gt;" in text

@@ -1,0 +1,41 @@
+"""Reading runs: numbers, incidents, differences, damage."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.errors import DataError
+from neox.report.runs import differences, read_run
+from tests.report.records import write_run
+
+
+def test_numbers_and_incidents(tmp_path):
+    record = read_run(write_run(tmp_path / "run"))
+    assert len(record.rows) == 120 and record.series("validation_loss")[0] == (40.0, pytest.approx(4.0 - 40 / 120 + 0.1))
+    found = record.incidents()
+    assert any("step 30: no update" in text for text in found)
+    assert next(text for text in found if "times the median" in text).startswith("step 80: loss 9.33")
+    assert "resumed from runs/x at step 60" in found and len(found) == 3
+    summary = record.summary()
+    assert summary["steps"] == "120 of 120" and summary["best validation loss"].endswith("at step 120") and summary["tokens/s, median"] in ("1,060", "1,061")
+    assert len(record.series("grad_norm")) == 119
+
+
+def test_differences_of_configs(tmp_path):
+    runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", lr=2e-3, steps=60, spike=None))]
+    assert dict(differences(runs)) == {"optimizer.lr": ["0.001", "0.002"], "train.train_iters": ["120", "60"]}
+
+
+def test_a_line_being_written_is_left_out_a_damaged_one_is_named(tmp_path):
+    metrics = write_run(tmp_path / "run") / "metrics.jsonl"
+    text = metrics.read_text()
+    metrics.write_text(text + '{"step": 121, "lo')
+    assert len(read_run(tmp_path / "run").rows) == 120
+    metrics.write_text("{}\n" + text)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1"):
+        read_run(tmp_path / "run")
+    metrics.write_text("")
+    with pytest.raises(DataError, match="no step was recorded"):
+        read_run(tmp_path / "run")
+    with pytest.raises(DataError, match="no run here"):
+        read_run(tmp_path)
