@@ -1,13 +1,16 @@
 """Builds the native parts: neox._ops.<isa> (torch operators on the libtorch stable ABI) and neox._data (no torch).
 
 One operator library is built per CPU instruction set and one is loaded at run time, so that a build travels between
-machines of a cluster. NEOX_BUILD_ISA="avx2" (a comma-separated list) builds fewer, for development.
+machines of a cluster. NEOX_BUILD_ISA="avx2" (a comma-separated list) builds fewer, for development. Where there are nvcc and
+a torch with CUDA, neox._ops.cuda holds the CUDA kernels, for the architectures of TORCH_CUDA_ARCH_LIST, else sm_80, sm_90a,
+sm_100 and PTX as far as the nvcc knows them. NEOX_BUILD_CUDA=0 leaves it out.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -27,7 +30,8 @@ CPU_ISA_FLAGS = {
 
 try:
     import pybind11
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 except ImportError as missing:
     sys.exit(f"error[14] building neox needs {missing.name}; where=setup.py; do={INSTALL}")
 
@@ -59,6 +63,41 @@ def cpu_ops(isa: str) -> CppExtension:
     )
 
 
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """nvcc's -gencode flags; none when TORCH_CUDA_ARCH_LIST says them, which torch's build reads itself."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    chosen = [code for code in ("sm_80", "sm_90a", "sm_100") if code in known]
+    numbers = [code.removeprefix("sm_") for code in chosen]
+    newest = next(number for number in reversed(numbers) if number.isdigit())  # code for one chip alone, as 90a, has no PTX for later ones
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers] + [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def cuda_ops() -> list[CppExtension]:
+    """The library of CUDA kernels, where it can be built: the operators that have one, with their bindings."""
+    nvcc = Path(CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
+    if torch.version.cuda is None or not nvcc.exists() or os.environ.get("NEOX_BUILD_CUDA") == "0":
+        return []
+    kernels = sources("csrc/ops/*/*_cuda.cu")
+    bindings = [f"{folder}/{folder.name}.cpp" for folder in sorted({Path(kernel).parent for kernel in kernels})]
+    libraries = next((folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib") if glob(f"{CUDA_HOME}/{folder}/libcudart*")), "lib64")
+    static = bool(glob(f"{CUDA_HOME}/{libraries}/libcudart_static.a"))
+    host = ["-std=c++17", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    return [
+        CppExtension(
+            "neox._ops.cuda",
+            bindings + kernels,
+            include_dirs=[str(ROOT / "csrc")],
+            define_macros=[("NEOX_OP_DEVICE", "CUDA"), ("NEOX_CUDA_KERNELS", None), ("TORCH_TARGET_VERSION", STABLE_ABI)],
+            library_dirs=[f"{CUDA_HOME}/{libraries}"],
+            libraries=["cudart_static", "dl", "rt", "pthread"] if static else ["cudart"],
+            extra_compile_args={"cxx": host, "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "--threads=2", *cuda_architectures(nvcc)]},
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch"],  # keeps libtorch, which brings torch's own CUDA library into the symbols' scope
+        )
+    ]
+
+
 def data_core() -> CppExtension:
     """The dataset core; links no torch."""
     return Extension(
@@ -82,6 +121,6 @@ class BuildNative(BuildExtension):
 
 (ROOT / "neox" / "_ops").mkdir(exist_ok=True)  # an in-place build copies into it and does not create it
 setup(
-    ext_modules=[*(cpu_ops(isa) for isa in cpu_isas()), data_core()],
+    ext_modules=[*(cpu_ops(isa) for isa in cpu_isas()), *cuda_ops(), data_core()],
     cmdclass={"build_ext": BuildNative.with_options(use_ninja=True, no_python_abi_suffix=True)},
 )

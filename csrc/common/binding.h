@@ -56,6 +56,7 @@ void run_on_device(const char* name, [[maybe_unused]] const Tensor& like, const 
 #else
     const torch::stable::accelerator::DeviceGuard guard(like.get_device());
     void* stream = nullptr;
+    if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error(concat(name, ": this torch has no CUDA"));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
     const char* const error = launcher(stream);
 #endif

@@ -130,6 +130,15 @@ def native() -> Iterator[Finding]:
         return f"{library.ISA} (built: {', '.join(sorted(path.stem for path in library.FOLDER.glob('*.so')))})"
 
     yield attempt("native operators", operators, do="make setup")
+
+    def cuda() -> str:
+        state = importlib.import_module("neox.ops._library").CUDA
+        if state != "loaded":
+            raise LookupError(state)
+        return state
+
+    found = attempt("cuda operators", cuda, needed=False)
+    yield Finding(found.name, found.ok, found.text.removeprefix("LookupError: "), needed=False)
     yield attempt("native data core", lambda: str(importlib.import_module("neox._data").__file__), do="make setup")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from neox.ops._library import ISA
+from neox.ops._library import CUDA, ISA, runs_on_cuda
 from neox.ops.attention import attention, attention_qkv
 from neox.ops.bias_dropout_add import bias_dropout_add
 from neox.ops.bias_gelu import bias_gelu
@@ -34,11 +34,13 @@ __all__ = [
     "scaled_masked_softmax",
 ]
 
+# public name -> native operator, where they differ
+NATIVE = {"dual_layer_norm": "norm", "dual_rms_norm": "norm", "layer_norm": "norm", "rms_norm": "norm", "rotary_qkv": "rotary_qkv_"}
 HELPERS = frozenset({"backend", "rotary_frequencies", "rotary_tables"})  # run no kernel
 
 
 def backend(op: str) -> str:
-    """What runs for an operator, and why: `backend("bias_gelu")` -> "native avx2: ...".
+    """What runs for an operator, and why: `backend("bias_gelu")` -> "native avx2: ...; on CUDA tensors: ...".
 
     Raises:
         ValueError: no operator has this name.
@@ -48,4 +50,8 @@ def backend(op: str) -> str:
         raise ValueError(f"unknown operator {op!r}; known: {', '.join(known)}")
     if op == "linear":
         return LINEAR_BACKEND
-    return f"native {ISA}: the best library in neox/_ops for this CPU"
+    if CUDA == "loaded":
+        cuda = "native CUDA kernel" if runs_on_cuda(NATIVE.get(op, op)) else "no kernel in neox/_ops/cuda.so"
+    else:
+        cuda = f"no kernel, {CUDA}"
+    return f"native {ISA}: the best library in neox/_ops for this CPU; on CUDA tensors: {cuda}"

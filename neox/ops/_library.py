@@ -1,4 +1,7 @@
-"""Loads the native operators: the best of neox/_ops/*.so for this CPU. Importing this module registers torch.ops.neox."""
+"""Loads the native operators: the best of neox/_ops/*.so for this CPU, and cuda.so where there is a GPU.
+
+Importing this module registers torch.ops.neox.
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,35 @@ def load() -> str:
     return isa
 
 
+def load_cuda(gpu: bool) -> str:
+    """Loads the CUDA kernels, which add themselves to the operators that `load` defined; says why not where there are none.
+
+    Args:
+        gpu: whether torch sees one.
+
+    Raises:
+        EnvironmentProblem: the file does not load into this torch.
+    """
+    path = FOLDER / "cuda.so"
+    if not gpu:
+        return "not loaded: torch sees no GPU"
+    if not path.exists():
+        return f"not built: needs nvcc and a torch with CUDA, then {INSTALL}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as problem:
+        raise EnvironmentProblem(
+            "the CUDA kernels do not load", where=path, got=str(problem), want="a build for torch 2.11 or later", do=f"rebuild: {INSTALL}"
+        ) from problem
+    return "loaded"
+
+
+def runs_on_cuda(op: str) -> bool:
+    """Whether the native operator has a kernel for CUDA tensors in this process."""
+    return hasattr(torch.ops.neox, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"neox::{op}", "CUDA")
+
+
 # A library that the process has loaded already, such as the emulated CUDA kernels of the tests, is used as it is.
 ISA = LOADED if hasattr(torch.ops.neox, "bias_gelu") else load()
+CUDA = load_cuda(torch.cuda.is_available())
 native = torch.ops.neox

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import neox.ops
 from neox.errors import EnvironmentProblem
@@ -43,6 +44,30 @@ def test_backend():
     assert neox.ops.backend("bias_gelu").startswith(f"native {neox.ops.ISA}: ")
     with pytest.raises(ValueError, match=r"unknown operator 'gelu'; known: .*bias_gelu"):
         neox.ops.backend("gelu")
+
+
+def test_cuda_library_says_why_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "FOLDER", tmp_path)
+    assert _library.load_cuda(gpu=False) == "not loaded: torch sees no GPU"
+    assert _library.load_cuda(gpu=True).startswith("not built: needs nvcc and a torch with CUDA, then pip install")
+    (tmp_path / "cuda.so").write_bytes(b"not a library")
+    with pytest.raises(EnvironmentProblem, match=r"the CUDA kernels do not load; where=.*cuda\.so; got=.*; do=rebuild"):
+        _library.load_cuda(gpu=True)
+
+
+def test_backend_tells_of_cuda(monkeypatch):
+    monkeypatch.setattr(neox.ops, "CUDA", "loaded")
+    assert neox.ops.backend("gated").endswith("on CUDA tensors: no kernel in neox/_ops/cuda.so")
+    monkeypatch.setattr(neox.ops, "runs_on_cuda", {"gated": False, "norm": True, "rotary_qkv_": True}.__getitem__)
+    assert neox.ops.backend("gated").endswith("on CUDA tensors: no kernel in neox/_ops/cuda.so")
+    assert neox.ops.backend("dual_rms_norm").endswith("on CUDA tensors: native CUDA kernel")
+    monkeypatch.setattr(neox.ops, "CUDA", "not loaded: torch sees no GPU")
+    assert neox.ops.backend("gated").endswith("on CUDA tensors: no kernel, not loaded: torch sees no GPU")
+
+
+@pytest.mark.parametrize("name", [name for name in neox.ops.__all__ if name not in neox.ops.HELPERS | {"linear"}])
+def test_every_public_operator_names_a_native_one(name):
+    assert hasattr(torch.ops.neox, neox.ops.NATIVE.get(name, name))
 
 
 def test_a_library_of_older_sources_is_named(monkeypatch):
