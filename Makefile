@@ -1,4 +1,4 @@
-# Targets: setup demo test native-test fuzz bench lint clean. Everything is installed into .venv, or into the virtual
+# Targets: setup demo test native-test emulated-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
 # environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
 
 SHELL := bash
@@ -21,7 +21,7 @@ INSTALLED := build/.installed$(subst /,-,$(VENV))
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test fuzz bench lint format clean
+.PHONY: help setup demo test native-test emulated-test cuda-check fuzz bench lint format clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -45,13 +45,23 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
-test: lint setup  ## lint and the whole test suite except fuzz
+test: lint setup native-test cuda-check emulated-test  ## lint and the whole test suite except fuzz
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz"
 
-native-test: setup  ## the C++ tests: plain, and under address and undefined-behaviour sanitizers
-	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
+build/native/CMakeCache.txt: | $(INSTALLED)
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
+
+native-test: setup build/native/CMakeCache.txt  ## the C++ tests: plain, sanitizers; CUDA kernels emulated, with races and bytes checked
 	cmake --build build/native --parallel $(JOBS)
-	ctest --test-dir build/native --output-on-failure
+	ctest --test-dir build/native --output-on-failure --parallel $(JOBS)
+	build/native/tests/emu/test_ops_check --bytes
+
+emulated-test: setup build/native/CMakeCache.txt  ## the operators' tests on the emulated CUDA kernels
+	cmake --build build/native --parallel $(JOBS) --target neox_emulated
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not fuzz" tests/ops --ops-library build/native/tests/emu/neox_emulated.so
+
+cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library where there is nvcc; registers and spills
+	cmake --build build/native --parallel $(JOBS) --target cuda_check
 
 fuzz: setup  ## random sweeps
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz

@@ -68,8 +68,7 @@ def cuda_architectures(nvcc: Path) -> list[str]:
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    chosen = [code for code in ("sm_80", "sm_90a", "sm_100") if code in known]
-    numbers = [code.removeprefix("sm_") for code in chosen]
+    numbers = [number for number in ("80", "90a", "100") if f"sm_{number.rstrip('a')}" in known]  # the list leaves out the variants "a"
     newest = next(number for number in reversed(numbers) if number.isdigit())  # code for one chip alone, as 90a, has no PTX for later ones
     return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers] + [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 

@@ -1,0 +1,43 @@
+"""The table of cuda_check: ptxas's words are read, a spill and a missing kernel are found."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda import check_library
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z3addPf' for 'sm_80'
+ptxas info    : Function properties for _Z3addPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 1056 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z3addPf' for 'sm_90a'
+ptxas info    : Function properties for _Z3addPf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, 400 bytes cmem[0]
+"""
+
+
+def test_kernels_are_read():
+    first, second = check_library.kernels_of(LOG)
+    assert first == check_library.Kernel("_Z3addPf", "sm_80", registers=32, shared=1056, stack=0, spilled=0)
+    assert second == check_library.Kernel("_Z3addPf", "sm_90a", registers=255, shared=0, stack=16, spilled=20)
+
+
+def test_another_form_of_output_is_refused():
+    with pytest.raises(ValueError, match="another form"):
+        list(check_library.kernels_of(LOG.replace("bytes spill stores", "spilled")))
+
+
+def test_spills_and_empty_logs_are_problems(tmp_path, capsys):
+    (tmp_path / "sum_cuda.cu.o.log").write_text(LOG)
+    (tmp_path / "none_cuda.cu.o.log").write_text("ptxas info    : 0 bytes gmem\n")
+    problems = check_library.report(sorted(tmp_path.glob("*.cu.o.log")))
+    assert any("no kernel in it" in problem for problem in problems)
+    assert any(problem.startswith("sum add") and "spills 20 bytes on sm_90a" in problem for problem in problems)
+    assert len(problems) == 2
+    assert "      255    1056     16      20  sum add" in capsys.readouterr().out
+
+
+def test_registrations_of_an_operator_are_found():
+    assert check_library.implementations("bias_gelu") == ["bias_gelu", "bias_gelu_backward"]
