@@ -27,6 +27,11 @@ PYTHON = (3, 10)
 TORCH = (2, 11)
 PACKAGES = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "orjson", "zstandard", "rich", "tensorboard", "psutil")
 PACKAGE_OF = {"yaml": "PyYAML"}  # import name -> distribution, where they differ
+EXTRAS = {  # distribution, never needed for training -> (what it is for, how to get it)
+    "transformers": ("compares exports and imports", "pip install transformers"),
+    "lm_eval": ("neox evaluate --tasks", "pip install lm-eval==0.4.13 -c constraints.txt"),
+    "gigatoken": ("faster neox preprocess", "pip install gigatoken"),
+}
 VARIABLES = {  # documented variables that must be numbers -> smallest value
     "OMP_NUM_THREADS": 1,
     "WORLD_SIZE": 1,
@@ -122,6 +127,15 @@ def packages() -> Iterator[Finding]:
         yield attempt(name, look, do="make setup")
 
 
+def extras() -> Iterator[Finding]:
+    """Packages that single commands use; looked up, not imported, because some take seconds."""
+    for name, (purpose, do) in EXTRAS.items():
+        try:
+            yield Finding(name, True, f"{importlib.metadata.version(name)} ({purpose})", needed=False)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, False, f"not installed ({purpose})", needed=False, do=do)
+
+
 def native() -> Iterator[Finding]:
     """Our own libraries."""
 
@@ -146,12 +160,27 @@ def machine() -> Iterator[Finding]:
     """CPU, memory, disk."""
     yield Finding("cpu", True, f"{cpu_name()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores")
 
+    flags = cpu_flags()
+    if flags:
+        fast = "avx2" in flags and "fma" in flags
+        text = "AVX2" + (" and AVX-512" if "avx512f" in flags else "") if fast else "no AVX2: the portable kernels run, several times slower"
+        yield Finding("vector instructions", fast, text, needed=False, do="use a CPU with AVX2 (x86-64 since 2013)")
+
     def memory() -> str:
         state = importlib.import_module("psutil").virtual_memory()
         return f"{state.available / 2**30:.1f} of {state.total / 2**30:.1f} GiB available"
 
     yield attempt("memory", memory, needed=False)
     yield attempt("disk", lambda: f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in {Path.cwd()}", needed=False)
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set extensions as Linux on x86 tells them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def cpu_name() -> str:
@@ -191,4 +220,4 @@ def environment() -> Iterator[Finding]:
         yield Finding(name, good, f"{text!r}" + ("" if good else f", want a number of at least {smallest}"), do=f"unset {name}, or give it a number")
 
 
-CHECKS = (python, torch_version, packages, native, machine, accelerators, environment)
+CHECKS = (python, torch_version, packages, extras, native, machine, accelerators, environment)

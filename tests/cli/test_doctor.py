@@ -75,3 +75,20 @@ def test_an_old_torch_fails(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     (finding,) = doctor.torch_version()
     assert not finding.ok and "2.9.1+cpu is older than 2.11" in finding.text
+
+
+def test_missing_extras_say_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", {"pytest": ("tests", "x"), "no-such-package": ("nothing", "pip install it")})
+    here, absent = doctor.extras()
+    assert here.ok and "tests" in here.text
+    assert not absent.ok and not absent.needed and absent.do == "pip install it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "ok", "text"), [({"avx2", "fma"}, True, "AVX2"), ({"sse4_2"}, False, "no AVX2: the portable kernels run"), (set(), None, "")]
+)
+def test_a_cpu_without_avx2_is_told(monkeypatch, flags, ok, text):
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)
+    found = [finding for finding in doctor.machine() if finding.name == "vector instructions"]
+    assert [finding.ok for finding in found] == ([] if ok is None else [ok])
+    assert all(finding.text.startswith(text) and not finding.needed for finding in found)
