@@ -1,14 +1,18 @@
 """`neox train`: what a launcher says, and the errors that come before any process group."""
 
+import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from neox.cli.train import read_place
 from neox.errors import EnvironmentProblem
 from neox.train.place import Place
+from tests.config.upstream import flow_text
 from tests.distributed import ROOT, environment
+from tests.train.corpus import VOCAB, make_corpus
 
 GOOD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
 
@@ -79,3 +83,54 @@ def test_help_has_an_example():
     assert result.returncode == 0
     assert "example:" in result.stdout
     assert "local_rank" not in result.stdout
+
+
+def test_files_of_gpt_neox_train_as_they_are(tmp_path):
+    """Two of its flat files, merged: a model in hyphens and flow style, and paths; trained, then started again with nothing left to do."""
+    make_corpus(tmp_path)
+    model = {
+        "pipe-parallel-size": 1,
+        "model-parallel-size": 1,
+        "num-layers": 2,
+        "hidden-size": 32,
+        "num-attention-heads": 4,
+        "seq-length": 32,
+        "max-position-embeddings": 32,
+        "pos-emb": "rotary",
+        "rotary-pct": 0.25,
+        "no-weight-tying": True,
+        "gpt-j-residual": True,
+        "attention-config": [[["flash"], 2]],
+        "bias-gelu-fusion": True,
+        "optimizer": {"type": "Adam", "params": {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8}},
+        "zero_optimization": {"stage": 1, "allgather_bucket_size": 500000000, "overlap_comm": True, "contiguous_gradients": True, "cpu_offload": False},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "checkpoint-activations": True,
+        "precision": "fp32",
+        "train-iters": 6,
+        "lr-decay-iters": 6,
+        "lr-decay-style": "cosine",
+        "checkpoint-factor": 3,
+        "extra-save-iters": [0, 1],
+        "eval-interval": 3,
+        "eval-iters": 2,
+        "wall_clock_breakdown": True,
+        "launcher": "slurm",
+    }
+    paths = {f"{part}-data-paths": [str(tmp_path / ("train" if part == "train" else "valid"))] for part in ("train", "valid", "test")}
+    paths |= {"tokenizer-type": "HFTokenizer", "vocab-file": "gone.json", "save": str(tmp_path / "run"), "load": str(tmp_path / "run")}
+    (tmp_path / "model.yml").write_text(flow_text(model))
+    (tmp_path / "paths.yml").write_text(flow_text(paths))
+    command = [sys.executable, str(ROOT / "train.py"), "--conf", "model.yml", "paths.yml"]
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=300)
+    assert "where=paths.yml:7 vocab_file; got='gone.json'" in run(command).stderr
+    done = run([*command, "--set", f"model.vocab_size={VOCAB}"])
+    assert done.returncode == 0, done.stderr
+    assert "gelu_tanh" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 7)) and rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == [f"step_{n:08}" for n in (0, 1, 3, 6)]
+    again = run([*command, "--set", f"model.vocab_size={VOCAB}"])
+    assert again.returncode == 0 and "resumed from" in again.stdout
