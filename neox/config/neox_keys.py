@@ -116,6 +116,10 @@ TRAINING = {
     "save_interval": _translated("checkpoint.save_interval", "old name of checkpoint_factor"),
     "checkpoint_scale": _translated("checkpoint.save_iters", "log: powers of checkpoint_factor", "linear"),
     "extra_save_iters": _translated("checkpoint.save_iters", "same"),
+    "profile": _translated("profile.start", "true: at profile_step_start", False),
+    "profile_step_start": _translated("profile.start", "with profile: true", 10),
+    "profile_step_stop": _translated("profile.steps", "- profile_step_start", 12),
+    "memory_profiling": _translated("profile.memory", "same", False),
     "save": _translated("run.dir", "the run's folder; checkpoints lie in run.dir/checkpoints"),
     "load": _translated("checkpoint.resume checkpoint.init_from", "as save: resume auto; with finetune: init_from; else resume PATH"),
     "finetune": _translated("checkpoint.init_from", "starts at step 0 from the weights that load names", False),
@@ -223,7 +227,7 @@ IGNORED_BECAUSE = {
         use_wandb wandb_group wandb_team wandb_project wandb_host wandb_init_all_ranks use_comet comet_workspace comet_project
         comet_experiment_name comet_tags comet_others
     """,
-    "profiling is not part of a config": "profile profile_step_start profile_step_stop memory_profiling memory_profiling_path",
+    "traces lie in run.dir/profile": "memory_profiling_path",
 }
 IGNORED = {name: Row("ignored", text=why) for why, names in IGNORED_BECAUSE.items() for name in names.split()}
 

@@ -156,6 +156,15 @@ def checkpoints(work: Translation) -> None:
         work.note("resumes this checkpoint of ours; make it from an upstream one by `neox import`", "load")
 
 
+def profile(work: Translation) -> None:
+    """A window of steps, the last one not included."""
+    start, stop = work.number("profile_step_start"), work.number("profile_step_stop")
+    if work.value("profile") and start is not None and stop is not None and stop > start:
+        work.set("profile.start", max(int(start), 1), "profile_step_start")
+        work.set("profile.steps", int(stop - start), "profile_step_stop")
+        work.set("profile.memory", bool(work.value("memory_profiling")), "memory_profiling")
+
+
 def data(work: Translation) -> None:
     """Prefixes with their weights, in upstream's order of samples."""
     work.set("data.order", "neox", work.first("train_data_paths", "data_path"))
@@ -186,4 +195,4 @@ def deepspeed(work: Translation) -> None:
             work.set(f"deepspeed.{name}", value, raw[name])
 
 
-STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, data, deepspeed)
+STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, profile, data, deepspeed)

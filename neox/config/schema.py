@@ -269,6 +269,14 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(True, description="write run.dir/tensorboard")
 
 
+class ProfileConfig(Section):
+    """A trace of torch's profiler, in run.dir/profile."""
+
+    start: NonNegative = Field(0, description="first step of the window; 0: none")
+    steps: Positive = Field(3, description="steps of the window")
+    memory: bool = Field(False, description="record allocations too")
+
+
 class RunConfig(Section):
     """Where a run leaves its files."""
 
@@ -290,5 +298,6 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     run: RunConfig = RunConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="keys handed to DeepSpeed as they are, checked against the keys it knows")

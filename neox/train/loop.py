@@ -30,6 +30,7 @@ from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
 from neox.train.metrics import MetricsLog, memory_gb, peak_flops
+from neox.train.profile import StepProfiler
 from neox.train.progress import Progress, close_log
 from neox.train.signals import StopSignals
 
@@ -125,6 +126,7 @@ class Run:
         self.tokens = 0
         self.loader: Loader | None = None
         self.metrics: MetricsLog | None = None
+        self.profiler = StepProfiler(config.profile, folders.run, mesh)
         self.peak = peak_flops(mesh.device, DTYPES[config.precision.dtype]) if mesh.rank == 0 else 1.0
         self.saved_step = -1
 
@@ -224,10 +226,12 @@ class Run:
             self.save(must=False)
         while self.engine.step < config.train.train_iters:
             self.settle(must=False)
+            self.profiler.before(self.engine.step + 1)
             begin = time.perf_counter()
             result = self.engine.train_step(next(self.loader), stop=signals.requested)
             self.tokens += self.sizes.global_batch_size * config.data.seq_length
             record = self.record(result, time.perf_counter() - begin)
+            self.tell_profile(self.profiler.after(result.step))
             last = result.step == config.train.train_iters
             every = config.evaluate.interval
             if every and (result.step % every == 0 or last):
@@ -248,6 +252,11 @@ class Run:
         if self.saved_step != self.engine.step:  # resumed at the very end
             self.save(must=True)
         self.progress.say(f"done: step {self.engine.step} of {config.train.train_iters}")
+
+    def tell_profile(self, path: Path | None) -> None:
+        """Say where a profile is, once there is one."""
+        if path is not None:
+            self.progress.say(f"profile in {path}")
 
     def is_due(self, step: int) -> bool:
         """Whether the config asks for a checkpoint of this step."""
@@ -319,6 +328,7 @@ class Run:
     def close(self) -> None:
         """Close what is open. After an error a checkpoint that is being written gets PATIENCE seconds: the other processes may be gone."""
         self.saver.join(PATIENCE)
+        self.tell_profile(self.profiler.close())
         if self.loader is not None:
             self.loader.close()
         if self.metrics is not None:
