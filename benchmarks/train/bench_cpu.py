@@ -1,16 +1,20 @@
 """One training step of Pythia-160M on a CPU, ours against transformers' GPTNeoXForCausalLM with sdpa: forward, loss, backward, fused AdamW.
 
-Both models have the same weights and see the same tokens, and their losses are compared before anything is timed. bf16 means bf16 weights
-and activations for both. torch's own bf16 product, which the peer uses, is slower than its fp32 one on CPUs without fast bf16 dot products
-(10 to 100 times where it is emulated), so bf16 gets few rounds; `neox.ops.backend("linear")` says what ours runs. --quick takes 1 x 128
-tokens instead of 4 x 512.
+Every contestant is a process of its own, so that its peak memory is its own too, and a round lets each make one step. All start from the same
+weights and see the same tokens; their losses are compared before anything is timed. Peers: transformers as it is, and with freed memory kept in the
+process as `neox train` keeps it (neox/train/memory.py), which no script of theirs does; in bf16 also autocast over fp32 weights. bf16 is otherwise bf16
+weights and activations for both. The peer's own bf16 product is far slower than its fp32 one on CPUs without fast bf16 dot products, so bf16 gets few
+rounds; `neox.ops.backend("linear")` says what ours runs. The last row sets our arithmetic against torch's fp32 product of 2048^3 in the same
+round. --quick takes 1 x 128 tokens instead of 4 x 512.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,11 +30,15 @@ from measure import Options, Row, seconds_per_call, show
 from neox.convert.huggingface import from_huggingface
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from neox.train.memory import keep_freed_memory
 
 VOCAB = 50304
-LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative
-ROUNDS = {torch.float32: 5, torch.bfloat16: 3}
-PEER = "transformers sdpa"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative
+ROUNDS = {"fp32": 5, "bf16": 3}
+OURS = "neox"
+PEERS = {"fp32": ("transformers", "transformers kept"), "bf16": ("transformers", "transformers kept", "transformers autocast")}
+PRODUCT = 2048  # side of the matrices of the fp32 product
 
 
 def their_model(dtype: torch.dtype) -> GPTNeoXForCausalLM:
@@ -73,39 +81,92 @@ def step_of(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
     return step
 
 
-def contestants(dtype: torch.dtype, batch: int, seq: int) -> dict[str, Callable[[], float]]:
-    """A step of ours ("") and of the peer.
+def contestant(name: str, dtype: str, batch: int, seq: int) -> Callable[[], float]:
+    """The step of one contestant."""
+    if name in (OURS, "transformers kept"):
+        keep_freed_memory()
+    autocast = name == "transformers autocast"
+    torch.manual_seed(0)
+    theirs = their_model(torch.float32 if autocast else DTYPES[dtype])
+    tokens, targets = torch.randint(VOCAB, (2, batch, seq), generator=torch.Generator().manual_seed(0))
+    if name == OURS:
+        ours = our_model(theirs, DTYPES[dtype])
+        return step_of(ours, lambda: ours.loss(tokens, targets).mean())
+
+    def their_loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = theirs(input_ids=tokens).logits
+        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    return step_of(theirs, their_loss)
+
+
+def compete(args: argparse.Namespace) -> None:
+    """The life of a contestant's process: a line in, a step made, a line out: its seconds, its loss, peak resident bytes, GFLOP/s of a product."""
+    step = contestant(args.contestant, args.dtype[0], *args.shape)
+    losses: list[float] = []
+    a, b = torch.randn(2, PRODUCT, PRODUCT)
+    for _ in sys.stdin:
+        seconds = seconds_per_call(lambda: losses.append(step()), 1)
+        product = 2 * PRODUCT**3 / seconds_per_call(lambda: a @ b, 2) / 1e9 if args.contestant == OURS else 0.0
+        print(seconds, losses[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, product, flush=True)
+
+
+class Process:
+    """A contestant in a process of its own, started with the CPUs that this one has."""
+
+    def __init__(self, name: str, dtype: str, threads: int, shape: tuple[int, int]):
+        options = ["--contestant", name, "--dtype", dtype, "--threads", str(threads), "--shape", *map(str, shape)]
+        self.child = subprocess.Popen([sys.executable, __file__, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> tuple[float, ...]:
+        """(seconds, loss, peak resident bytes, GFLOP/s of the product) of one step.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
+        self.child.stdin.write("step\n")
+        self.child.stdin.flush()
+        line = self.child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.child.args)} ended with {self.child.wait()}")
+        return tuple(map(float, line.split()))
+
+    def close(self) -> None:
+        """End the process."""
+        self.child.communicate()
+
+
+def compare(dtype: str, threads: int, shape: tuple[int, int], rounds: int) -> Iterator[Row]:
+    """Speed and peak memory against each peer, and our share of torch's own product.
 
     Raises:
-        RuntimeError: their first losses differ: the comparison would be of two different things.
+        RuntimeError: first losses differ: the comparison would be of two different things.
     """
-    theirs = their_model(dtype)
-    ours = our_model(theirs, dtype)
-    tokens, targets = torch.randint(VOCAB, (2, batch, seq))
-    steps = {
-        "": step_of(ours, lambda: ours.loss(tokens, targets).mean()),
-        PEER: step_of(theirs, lambda: functional.cross_entropy(theirs(input_ids=tokens).logits.float().flatten(0, 1), targets.flatten())),
-    }
-    losses = {name: step() for name, step in steps.items()}
-    if not abs(losses[""] - losses[PEER]) <= LOSS_TOLERANCE[dtype] * losses[PEER]:
-        raise RuntimeError(f"the two models are not the same: first losses {losses['']} and {losses[PEER]}")
-    return steps
-
-
-def rows(thread_counts: list[int], quick: bool) -> Iterator[Row]:
-    """fp32 and bf16 at each number of threads: medians of tokens/s over interleaved rounds."""
-    batch, seq = (1, 128) if quick else (4, 512)
-    cpus = sorted(os.sched_getaffinity(0))
-    for threads in thread_counts:
-        os.sched_setaffinity(0, cpus[:threads])
-        torch.set_num_threads(threads)
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            steps = contestants(dtype, batch, seq)
-            rounds = [{name: seconds_per_call(step, 1) for name, step in steps.items()} for _ in range(2 if quick else ROUNDS[dtype])]
-            ours, peer = (statistics.median(times[name] for times in rounds) for name in ("", PEER))
-            setting = f"Pythia-160M {batch}x{seq} {str(dtype).removeprefix('torch.')}, {threads} thread{'s' if threads > 1 else ''}"
-            yield Row("training step", setting, batch * seq / ours, batch * seq / peer, PEER, peer / ours, "tokens/s")
+    processes = {name: Process(name, dtype, threads, shape) for name in (OURS, *PEERS[dtype])}
+    try:
+        first = {name: process.step()[1] for name, process in processes.items()}
+        for name, loss in first.items():
+            if not abs(loss - first[OURS]) <= LOSS_TOLERANCE[dtype] * first[OURS]:
+                raise RuntimeError(f"the models are not the same: first losses {first[OURS]} and, of {name}, {loss}")
+        results = [{name: process.step() for name, process in processes.items()} for _ in range(rounds)]
+    finally:
+        for process in processes.values():
+            process.close()
+    seconds = {name: statistics.median(result[name][0] for result in results) for name in processes}
+    memory = {name: results[-1][name][2] / 1e9 for name in processes}
+    tokens = shape[0] * shape[1]
+    setting = f"Pythia-160M {shape[0]}x{shape[1]} {dtype}, {threads} thread{'s' if threads > 1 else ''}"
+    for peer in PEERS[dtype]:
+        yield Row("training step", setting, tokens / seconds[OURS], tokens / seconds[peer], peer, seconds[peer] / seconds[OURS], "tokens/s")
+        yield Row("training step, peak memory", setting, memory[OURS], memory[peer], peer, memory[peer] / memory[OURS], "GB")
+    with torch.device("meta"):
+        config = from_huggingface(their_model(torch.float32))[0]
+        flops = GPT(config, Mesh.single(torch.device("meta"))).flops_per_token(shape[1]) * tokens
+    product = statistics.median(result[OURS][3] for result in results)
+    yield Row(
+        "training step, arithmetic", setting, flops / seconds[OURS] / 1e9, product, "torch fp32 product", flops / seconds[OURS] / 1e9 / product, "GFLOP/s"
+    )
 
 
 def main() -> None:
@@ -114,12 +175,22 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="1 x 128 tokens and fewer rounds: under a minute")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, each of ours and of the peer")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and activations")
+    parser.add_argument("--contestant", choices=(OURS, *PEERS["bf16"]), help=argparse.SUPPRESS)  # the processes that this one starts
+    parser.add_argument("--shape", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    available = len(os.sched_getaffinity(0))
-    counts = sorted(count for count in args.threads if 1 <= count <= available)
+    cpus = sorted(os.sched_getaffinity(0))
+    counts = sorted(count for count in args.threads if 1 <= count <= len(cpus))
+    if args.contestant:
+        os.sched_setaffinity(0, cpus[: counts[0]])
+        torch.set_num_threads(counts[0])
+        return compete(args)
     if len(counts) < len(args.threads):
-        print(f"this process has {available} CPUs: thread counts beyond it are left out", file=sys.stderr)
-    show(rows(counts, args.quick), Options(json=args.json, quick=args.quick, threads=max(counts, default=1)))
+        print(f"this process has {len(cpus)} CPUs: thread counts beyond it are left out", file=sys.stderr)
+    shape = (1, 128) if args.quick else (4, 512)
+    rows = (row for n in counts for dtype in args.dtype for row in compare(dtype, n, shape, 2 if args.quick else ROUNDS[dtype]))
+    show(rows, Options(json=args.json, quick=args.quick, threads=max(counts, default=1)))
+    return None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from neox.errors import NeoxError
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.train.control import as_neox_error, connect
 from neox.train.loop import train
+from neox.train.memory import keep_freed_memory
 from neox.train.place import Place
 from neox.train.signals import StopSignals
 
@@ -29,6 +30,7 @@ def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
         device: "cpu" or "cuda".
         debug: print the traceback of any error.
     """
+    keep_freed_memory()
     with StopSignals() as signals:
         mesh = join(config, place, device)
         control = connect(place)

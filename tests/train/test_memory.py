@@ -1,0 +1,32 @@
+"""Freed memory stays with the process: seen by counting page faults in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# Ten times: 64 MiB are allocated, written and freed. Prints the page faults of the last five.
+PROGRAM = """
+import resource, sys, torch
+{prepare}
+for i in range(10):
+    if i == 5:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(prepare: str) -> int:
+    result = subprocess.run([sys.executable, "-c", PROGRAM.format(prepare=prepare)], capture_output=True, text=True, check=True)
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are counted on Linux")
+def test_freed_memory_is_used_again_without_page_faults():
+    kept = faults("from neox.train.memory import keep_freed_memory; assert keep_freed_memory()")
+    given_back = faults("")
+    assert given_back >= 5 * (64 << 20) // (2 << 20)  # at least one per 2 MiB page, where those are in use
+    assert kept < given_back / 10
