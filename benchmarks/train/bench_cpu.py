@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 x 128 tokens and fewer rounds: under a minute")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, each of ours and of the peer")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and activations")
+    parser.add_argument("--rounds", type=int, help="timed steps of each contestant; 5 in fp32, 3 in bf16, 2 with --quick")
     parser.add_argument("--contestant", choices=(OURS, *PEERS["bf16"]), help=argparse.SUPPRESS)  # the processes that this one starts
     parser.add_argument("--shape", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -188,7 +189,7 @@ def main() -> None:
     if len(counts) < len(args.threads):
         print(f"this process has {len(cpus)} CPUs: thread counts beyond it are left out", file=sys.stderr)
     shape = (1, 128) if args.quick else (4, 512)
-    rows = (row for n in counts for dtype in args.dtype for row in compare(dtype, n, shape, 2 if args.quick else ROUNDS[dtype]))
+    rows = (row for n in counts for dtype in args.dtype for row in compare(dtype, n, shape, args.rounds or (2 if args.quick else ROUNDS[dtype])))
     show(rows, Options(json=args.json, quick=args.quick, threads=max(counts, default=1)))
     return None
 
