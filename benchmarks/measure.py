@@ -2,6 +2,10 @@
 
 A round times each contestant once, one after another, so that a change of clock or a busy neighbour meets all of them; the figure of a
 contestant is its median over the rounds. Inputs are random: zeros run faster than data.
+
+On a GPU (--device cuda) a call is timed by events around it, after a write that is far larger than the caches has gone before it: the
+caches are cold, and while the GPU writes the host gets ahead, so that launch gaps are not part of the figure. A row in GB/s has the peer
+"device copy", the same number of bytes copied in the same rounds: its ratio is the share of the copy bandwidth that ours reaches.
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+
+FLUSH_BYTES = 1 << 30
+COPY = "device copy"
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,26 @@ class Options:
     json: bool
     quick: bool
     threads: int
+    device: str = "cpu"
 
     @property
     def rounds(self) -> int:
         """Rounds per comparison."""
-        return 5 if self.quick else 15
+        return 5 if self.quick or self.device == "cuda" else 15
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What is measured: on a GPU the type that models are trained in."""
+        return (torch.bfloat16,) if self.device == "cuda" else (torch.float32, torch.bfloat16)
+
+    @property
+    def place(self) -> str:
+        """Where it ran, for the setting of a row."""
+        return torch.cuda.get_device_name() if self.device == "cuda" else f"{self.threads} thread" + ("s" if self.threads > 1 else "")
+
+    def shapes(self, quick: Sequence, cpu: Sequence, cuda: Sequence) -> Sequence:
+        """The shapes for this machine and this time."""
+        return cuda if self.device == "cuda" else quick if self.quick else cpu
 
     @property
     def seconds(self) -> float:
@@ -58,13 +80,28 @@ def seconds_per_call(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def gpu_seconds_per_call(call: Callable[[], object], calls: int) -> float:
+    """Median GPU time of one call, its launches queued and the caches cold."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
 def medians(contestants: dict[str, Callable[[], object]], options: Options) -> dict[str, float]:
     """Median seconds per call of each contestant over interleaved rounds, after a warm-up that also fixes the calls per round."""
+    clock = gpu_seconds_per_call if options.device == "cuda" else seconds_per_call
     calls = {}
     for name, call in contestants.items():
         call()
-        calls[name] = max(1, round(options.seconds / max(seconds_per_call(call, 1), 1e-7)))
-    rounds = [{name: seconds_per_call(call, calls[name]) for name, call in contestants.items()} for _ in range(options.rounds)]
+        least, most = (3, 20) if options.device == "cuda" else (1, sys.maxsize)
+        calls[name] = min(max(least, round(options.seconds / max(clock(call, 1), 1e-7))), most)
+    rounds = [{name: clock(call, calls[name]) for name, call in contestants.items()} for _ in range(options.rounds)]
     return {name: statistics.median(times[name] for times in rounds) for name in contestants}
 
 
@@ -90,10 +127,18 @@ def compare(
             figures are microseconds.
         unit: "us", or what `work` makes of it.
     """
+    if options.device == "cuda" and unit == "GB/s" and work:
+        peers = {**peers, COPY: device_copy(int(work))}
     times = medians({"": ours, **peers}, options)
     figure = {key: seconds * 1e6 if work is None else work / seconds / 1e9 for key, seconds in times.items()}
-    threads = f"{options.threads} thread" + ("s" if options.threads > 1 else "")
-    return [Row(name, f"{setting}, {threads}", figure[""], figure[peer], peer, times[peer] / times[""], unit) for peer in peers]
+    return [Row(name, f"{setting}, {options.place}", figure[""], figure[peer], peer, times[peer] / times[""], unit) for peer in peers]
+
+
+def device_copy(moved: int) -> Callable[[], object]:
+    """A copy that reads and writes `moved` bytes together."""
+    source = torch.randint(256, (moved // 2,), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def compare_op(
@@ -148,21 +193,31 @@ def parse(description: str) -> Options:
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="smaller inputs and fewer rounds: under a minute")
     parser.add_argument("--threads", type=int, default=1, help="threads of ours and of the peers")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU, at the shapes of Pythia-1.4B and 160M")
     args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no GPU")
+        torch.set_default_device("cuda")
+        return Options(json=args.json, quick=args.quick, threads=args.threads, device="cuda")
     cpus = sorted(os.sched_getaffinity(0))
     if not 1 <= args.threads <= len(cpus):
         parser.error(f"--threads must be 1 to {len(cpus)}, the CPUs of this process; got {args.threads}")
     os.sched_setaffinity(0, cpus[: args.threads])
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     return Options(json=args.json, quick=args.quick, threads=args.threads)
 
 
 def show(rows: Iterable[Row], options: Options) -> None:
-    """Prints the rows: as they come in a table, or all at the end as JSON."""
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows]))
-        return
+    """Prints the rows as they come, with --json on the error stream, and then the JSON: of the rows that there are, should one raise."""
+    table, done = sys.stderr if options.json else sys.stdout, []
     print(f"torch {torch.__version__}, {os.uname().machine}; ratio > 1: ours is better", file=sys.stderr)
-    for row in rows:
-        print(f"{row.name:32} {row.setting:40} ours {row.ours:10.4g}  {row.peer_name:20} {row.peer:10.4g} {row.unit:8} ratio {row.ratio:5.2f}", flush=True)
+    try:
+        for row in rows:
+            done.append(row)
+            figures = f"ours {row.ours:10.4g}  {row.peer_name:20} {row.peer:10.4g} {row.unit:8} ratio {row.ratio:5.2f}"
+            print(f"{row.name:32} {row.setting:40} {figures}", file=table, flush=True)
+    finally:
+        if options.json:
+            print(json.dumps([asdict(row) for row in done]), flush=True)

@@ -24,10 +24,10 @@ def theirs(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, p: float
 
 def rows(options: Options) -> Iterator[Row]:
     """The residual stream of Pythia-160M at 4 x 512 tokens, with dropout and without."""
-    tokens, hidden = (256, 768) if options.quick else (2048, 768)
+    tokens, hidden = options.shapes((256, 768), (2048, 768), (32768, 768))
     for p in (0.0, 0.1):
         peers = with_compiled(partial(theirs, p=p), options)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in options.dtypes:
             x, residual = torch.randn(2, tokens, hidden).to(dtype)
             bias = torch.randn(hidden).to(dtype)
             setting = f"{tokens}x{hidden} p={p} {str(dtype).removeprefix('torch.')}"

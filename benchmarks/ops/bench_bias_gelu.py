@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,10 +23,10 @@ def theirs(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """The MLP of Pythia-160M at 4 x 512 tokens."""
-    tokens, hidden = (256, 3072) if options.quick else (2048, 3072)
+    """The MLP of Pythia-160M, on a GPU also of Pythia-1.4B."""
     peers = with_compiled(theirs, options)
-    for dtype in (torch.float32, torch.bfloat16):
+    shapes = options.shapes([(256, 3072)], [(2048, 3072)], [(32768, 3072), (16384, 8192)])
+    for (tokens, hidden), dtype in product(shapes, options.dtypes):
         x, bias = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden).to(dtype)
         setting = f"{tokens}x{hidden} {str(dtype).removeprefix('torch.')}"
         size = x.numel() * x.element_size()

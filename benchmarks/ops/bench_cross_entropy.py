@@ -30,9 +30,9 @@ def step(loss, logits: torch.Tensor) -> None:
 
 def rows(options: Options) -> Iterator[Row]:
     """The vocabulary of Pythia, padded to 50,304."""
-    tokens, vocab = (64, 50304) if options.quick else (512, 50304)
+    tokens, vocab = options.shapes((64, 50304), (512, 50304), (16384, 50304))
     targets = torch.randint(vocab, (tokens,))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in options.dtypes:
         logits = (2 * torch.randn(tokens, vocab)).to(dtype)
         setting = f"{tokens}x{vocab} {str(dtype).removeprefix('torch.')}"
         peers = {name: partial(op, targets=targets) for name, op in with_compiled(theirs, options).items()}

@@ -24,10 +24,10 @@ def theirs(x: torch.Tensor, gate: torch.Tensor, act) -> torch.Tensor:
 
 def rows(options: Options) -> Iterator[Row]:
     """A feed-forward width of 2,048."""
-    tokens, ffn = (256, 2048) if options.quick else (2048, 2048)
+    tokens, ffn = options.shapes((256, 2048), (2048, 2048), (16384, 8192))
     for activation, act in (("silu", functional.silu), ("gelu", functional.gelu)):
         peers = with_compiled(partial(theirs, act=act), options)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in options.dtypes:
             x, gate = torch.randn(2, tokens, ffn).to(dtype)
             setting = f"{tokens}x{ffn} {str(dtype).removeprefix('torch.')}"
             size = x.numel() * x.element_size()

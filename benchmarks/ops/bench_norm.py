@@ -41,8 +41,8 @@ def torch_rms_norm(x, weight):
 
 def rows(options: Options) -> Iterator[Row]:
     """Pythia-160M and Pythia-1.4B widths."""
-    for tokens, hidden in ((256, 768),) if options.quick else ((2048, 768), (2048, 2048)):
-        for dtype in (torch.float32, torch.bfloat16):
+    for tokens, hidden in options.shapes([(256, 768)], [(2048, 768), (2048, 2048)], [(32768, 768), (16384, 2048)]):
+        for dtype in options.dtypes:
             x, residual = torch.randn(2, tokens, hidden).to(dtype)
             w1, b1, w2, b2 = torch.randn(4, hidden).to(dtype)
             setting = f"{tokens}x{hidden} {str(dtype).removeprefix('torch.')}"

@@ -28,10 +28,10 @@ def theirs(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
 def rows(options: Options) -> Iterator[Row]:
     """The attention of Pythia-160M (a quarter of the channels) and of a Llama (all of them) at 4 x 512 tokens."""
-    batch, seq, heads, head_dim = (1, 256, 12, 64) if options.quick else (4, 512, 12, 64)
+    batch, seq, heads, head_dim = options.shapes((1, 256, 12, 64), (4, 512, 12, 64), (16, 2048, 12, 64))
     for rotary_dim in (16, 64):
         cos, sin = rotary_tables(rotary_dim, seq)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in options.dtypes:
             q, k = (torch.randn(batch, seq, heads, head_dim).to(dtype) for _ in range(2))
             wide = cos[:, None].to(dtype), sin[:, None].to(dtype)
             setting = f"{batch}x{seq}x{heads}x{head_dim} r{rotary_dim} {str(dtype).removeprefix('torch.')}"

@@ -23,12 +23,12 @@ def theirs(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
 
 def rows(options: Options) -> Iterator[Row]:
     """Scores of 12 heads over 512 and 2,048 keys."""
-    for keys in (512,) if options.quick else (512, 2048):
+    for batch, heads, keys in options.shapes([(1, 12, 512)], [(1, 12, 512), (1, 2, 2048)], [(8, 16, 2048)]):
         mask = torch.ones(1, 1, keys, keys, dtype=torch.bool).triu(1)
         peers = {name: partial(op, mask=mask, scale=0.125) for name, op in with_compiled(theirs, options).items()}
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(1, 12 if keys == 512 else 2, keys, keys).to(dtype)
-            setting = f"{x.shape[1]}x{keys}x{keys} {str(dtype).removeprefix('torch.')}"
+        for dtype in options.dtypes:
+            x = torch.randn(batch, heads, keys, keys, dtype=dtype)
+            setting = f"{batch}x{heads}x{keys}x{keys} {str(dtype).removeprefix('torch.')}"
             size = x.numel() * x.element_size()
             ours = {
                 "scaled_masked_softmax": partial(scaled_masked_softmax, mask=mask, scale=0.125),
