@@ -31,9 +31,30 @@ struct PackWalk {
     }
 };
 
-// Blocks of `threads` for `items`, one each, but no more than fill the GPU `waves` times.
-inline unsigned blocks_for(int64_t items, int threads, int waves) {
-    const int64_t needed = (items + threads - 1) / threads, most = static_cast<int64_t>(multiprocessors()) * waves;
+// Calls read(row, col) for kDepth packs at a time and then write(row, col, what it returned) for each of them: a thread has that many times
+// the loads of one pack in flight before it uses any. Pass raw packs, not fp32: a conversion would wait for its load.
+template <int kDepth, class Read, class Write>
+NEOX_DEVICE void for_packs(int64_t rows, int64_t packs_per_row, const Read& read, const Write& write) {
+    for (PackWalk at(rows, packs_per_row); at.inside();) {
+        decltype(read(at.row, at.col)) item[kDepth];
+        int64_t row[kDepth], col[kDepth];
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            row[i] = at.row;
+            col[i] = at.col;
+            if (at.inside()) item[i] = read(row[i], col[i]);
+            at.next();
+        }
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            if (row[i] < rows) write(row[i], col[i], item[i]);
+        }
+    }
+}
+
+// Blocks that take `each` of the items, but no more than `waves` per multiprocessor.
+inline unsigned blocks_for(int64_t items, int each, int waves) {
+    const int64_t needed = (items + each - 1) / each, most = static_cast<int64_t>(multiprocessors()) * waves;
     return static_cast<unsigned>(needed < 1 ? 1 : needed < most ? needed : most);
 }
 
@@ -42,12 +63,13 @@ inline unsigned blocks_for(int64_t items, int threads, int waves) {
 // Stage two adds the stripes in order. Both orders depend on the shape alone, so sums repeat bit for bit.
 struct ColumnSums {
     static constexpr int kLanes = 32, kRows = 8, kThreads = kLanes * kRows;
+    static constexpr int kBlocks = 4;  // per multiprocessor: 64 registers a thread, and stripes() makes two full waves of them
 
     // Stripes of rows: enough blocks to fill the GPU, at least 4 rows for each thread. Independent of dtype, so that the scratch can be
     // sized without knowing whether packs fit.
     static int64_t stripes(int64_t rows, int64_t cols) {
         const int64_t tiles = (cols + kLanes * 8 - 1) / (kLanes * 8);
-        const int64_t wanted = (static_cast<int64_t>(multiprocessors()) * 8 + tiles - 1) / tiles;
+        const int64_t wanted = (static_cast<int64_t>(multiprocessors()) * 2 * kBlocks + tiles - 1) / tiles;
         const int64_t most = (rows + kRows * 4 - 1) / (kRows * 4);
         const int64_t count = wanted < most ? wanted : most;
         return count < 1 ? 1 : count > 65535 ? 65535 : count;
@@ -63,6 +85,22 @@ struct Stripe {
         end = begin + size < rows ? begin + size : rows;
     }
 };
+
+// Calls read(row) and then write(row, what it returned) for this thread's rows of the stripe, kDepth rows at a time as in for_packs.
+template <int kDepth, class Read, class Write>
+NEOX_DEVICE void for_stripe_rows(const Stripe& stripe, const Read& read, const Write& write) {
+    for (int64_t row = stripe.begin + threadIdx.x / ColumnSums::kLanes; row < stripe.end; row += kDepth * ColumnSums::kRows) {
+        decltype(read(row)) item[kDepth];
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            if (row + i * ColumnSums::kRows < stripe.end) item[i] = read(row + i * ColumnSums::kRows);
+        }
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            if (row + i * ColumnSums::kRows < stripe.end) write(row + i * ColumnSums::kRows, item[i]);
+        }
+    }
+}
 
 // Adds the threads' parts of a ColumnSums block and writes them to partial[stripe][column .. column + kPack). All threads call it.
 template <int kPack>

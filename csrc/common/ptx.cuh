@@ -93,6 +93,40 @@ NEOX_DEVICE void named_barrier(int id, int count) {
 #endif
 }
 
+// One access of 4, 8 or 16 bytes to global memory: nvcc splits an assignment of such a value when it sees its parts.
+template <class Word>
+NEOX_DEVICE void store_global(Word* pointer, const Word& word) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(Word) == 16) {
+        asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
+    } else if constexpr (sizeof(Word) == 8) {
+        asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(pointer), "r"(word.x), "r"(word.y) : "memory");
+    } else {
+        *pointer = word;
+    }
+#else
+    *pointer = word;
+#endif
+}
+
+// Unlike __ldg also right for memory that the same launch writes.
+template <class Word>
+NEOX_DEVICE Word load_global(const Word* pointer) {
+#if defined(__CUDA_ARCH__)
+    Word word;
+    if constexpr (sizeof(Word) == 16) {
+        asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(pointer) : "memory");
+    } else if constexpr (sizeof(Word) == 8) {
+        asm volatile("ld.global.v2.b32 {%0,%1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(pointer) : "memory");
+    } else {
+        word = *pointer;
+    }
+    return word;
+#else
+    return *pointer;
+#endif
+}
+
 // 2^x, a few ulp, flushes subnormal results.
 NEOX_DEVICE float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)
@@ -101,6 +135,17 @@ NEOX_DEVICE float fast_exp2(float x) {
     return y;
 #else
     return exp2f(x);
+#endif
+}
+
+// 1 / x, 1 ulp, for normal x and results.
+NEOX_DEVICE float fast_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
 #endif
 }
 

@@ -1,9 +1,9 @@
-// 128-bit access: Pack<T> is 16 bytes of T, held as fp32 while it is worked on.
+// Wide access: a Pack is a few consecutive elements as they lie in memory, moved by accesses of up to 128 bits, held as fp32 while worked on.
 #pragma once
 
 #include <type_traits>
 
-#include "common/device.cuh"
+#include "common/ptx.cuh"
 
 namespace neox {
 
@@ -22,42 +22,112 @@ NEOX_DEVICE T from_fp32(float value) {
     }
 }
 
-template <class T>
-struct alignas(16) Pack {
-    static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-    T value[kSize];
+// kCount elements, a power of two: 16 bytes unless said otherwise.
+template <class T, int kCount = 16 / static_cast<int>(sizeof(T))>
+struct Pack {
+    static constexpr int kSize = kCount;
+    static constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
+    // The widest access that divides the pack.
+    using Narrow = std::conditional_t<kBytes % 2 == 0, unsigned short, unsigned char>;
+    using Word = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes % 8 == 0, uint2, std::conditional_t<kBytes % 4 == 0, unsigned, Narrow>>>;
+    static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+    Word word[kWords];
+
+    __device__ __forceinline__ T get(int k) const { return reinterpret_cast<const T*>(word)[k]; }
+    __device__ __forceinline__ void set(int k, T value) { reinterpret_cast<T*>(word)[k] = value; }
 };
 
-// Whether rows that start at `pointer` and are `stride` elements apart, `size` long, can be read in packs.
-template <class T>
+// Whether rows that start at `pointer` and are `stride` elements apart, `size` long, can be moved in packs of kCount.
+template <class T, int kCount = Pack<T>::kSize>
 inline bool packs_fit(const void* pointer, int64_t stride, int64_t size) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % Pack<T>::kSize == 0 && size % Pack<T>::kSize == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % alignof(typename Pack<T, kCount>::Word) == 0 && stride % kCount == 0 && size % kCount == 0;
 }
 
-// kPack consecutive elements as fp32: one 16-byte access when kPack fills it, else element by element.
-template <int kPack, class T>
-NEOX_DEVICE void load(const T* pointer, float (&out)[kPack]) {
-    if constexpr (kPack == Pack<T>::kSize) {
-        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(pointer));
-        const Pack<T>& pack = *reinterpret_cast<const Pack<T>*>(&raw);
+// A pack of data that no thread of the launch writes.
+template <int kCount, class T>
+NEOX_DEVICE Pack<T, kCount> fetch(const T* pointer) {
+    Pack<T, kCount> pack;
+    const auto* const words = reinterpret_cast<const typename Pack<T, kCount>::Word*>(pointer);
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) out[k] = to_fp32(pack.value[k]);
-    } else {
+    for (int i = 0; i < pack.kWords; ++i) pack.word[i] = __ldg(words + i);
+    return pack;
+}
+
+// The same where the launch writes too: __ldg may read a cache that stores do not reach.
+template <int kCount, class T>
+NEOX_DEVICE Pack<T, kCount> fetch_mutable(const T* pointer) {
+    Pack<T, kCount> pack;
+    const auto* const words = reinterpret_cast<const typename Pack<T, kCount>::Word*>(pointer);
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) out[k] = to_fp32(pointer[k]);
+    for (int i = 0; i < pack.kWords; ++i) pack.word[i] = load_global(words + i);
+    return pack;
+}
+
+// The first `count` elements one by one, for rows that packs do not fit; zeros beyond.
+template <int kCount, class T>
+NEOX_DEVICE Pack<T, kCount> fetch_first(const T* pointer, int64_t count) {
+    Pack<T, kCount> pack = {};
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        if (k < count) pack.set(k, pointer[k]);
     }
+    return pack;
 }
 
-template <int kPack, class T>
-NEOX_DEVICE void store(T* pointer, const float (&in)[kPack]) {
-    if constexpr (kPack == Pack<T>::kSize) {
-        Pack<T> pack;
+template <class T, int kCount>
+NEOX_DEVICE void unpack(const Pack<T, kCount>& pack, float (&out)[kCount]) {
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) pack.value[k] = from_fp32<T>(in[k]);
-        *reinterpret_cast<uint4*>(pointer) = *reinterpret_cast<const uint4*>(&pack);
+    for (int k = 0; k < kCount; ++k) out[k] = to_fp32(pack.get(k));
+}
+
+template <int kCount, class T>
+NEOX_DEVICE void load(const T* pointer, float (&out)[kCount]) {
+    unpack(fetch<kCount>(pointer), out);
+}
+
+template <class T, int kCount>
+NEOX_DEVICE Pack<T, kCount> pack_of(const float (&in)[kCount]) {
+    using P = Pack<T, kCount>;
+    P pack;
+    if constexpr (P::kBytes < 4) {
+        pack.set(0, from_fp32<T>(in[0]));
     } else {
+        unsigned bits[P::kBytes / 4];
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) pointer[k] = from_fp32<T>(in[k]);
+        for (int i = 0; i < P::kBytes / 4; ++i) {
+            if constexpr (sizeof(T) == 4) {
+                bits[i] = __float_as_uint(in[i]);
+            } else {
+                bits[i] = pack_pair<T>(in[2 * i], in[2 * i + 1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < P::kWords; ++i) {
+            if constexpr (P::kBytes % 16 == 0) {
+                pack.word[i] = make_uint4(bits[4 * i], bits[4 * i + 1], bits[4 * i + 2], bits[4 * i + 3]);
+            } else if constexpr (P::kBytes % 8 == 0) {
+                pack.word[i] = make_uint2(bits[2 * i], bits[2 * i + 1]);
+            } else {
+                pack.word[i] = bits[i];
+            }
+        }
+    }
+    return pack;
+}
+
+template <int kCount, class T>
+NEOX_DEVICE void store(T* pointer, const float (&in)[kCount]) {
+    const auto pack = pack_of<T>(in);
+    auto* const words = reinterpret_cast<typename Pack<T, kCount>::Word*>(pointer);
+#pragma unroll
+    for (int i = 0; i < pack.kWords; ++i) store_global(words + i, pack.word[i]);
+}
+
+template <int kCount, class T>
+NEOX_DEVICE void store_first(T* pointer, int64_t count, const float (&in)[kCount]) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        if (k < count) pointer[k] = from_fp32<T>(in[k]);
     }
 }
 

@@ -58,7 +58,7 @@ def rotary_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_kv_h
 
 def _packed(qkv: torch.Tensor, num_kv_heads: int | None, head_dim: int | None) -> torch.Tensor:
     """[b, s, g (m + 2) d] seen as [b, s, g, m + 2, d]; the latter as it is."""
-    return qkv if num_kv_heads is None else qkv.unflatten(2, (num_kv_heads, -1, head_dim))
+    return qkv if num_kv_heads is None else qkv.view(*qkv.shape[:2], num_kv_heads, qkv.shape[2] // (num_kv_heads * head_dim), head_dim)
 
 
 class _RotaryQkv(torch.autograd.Function):

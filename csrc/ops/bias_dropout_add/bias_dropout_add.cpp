@@ -10,7 +10,7 @@ constexpr const char* kOp = "bias_dropout_add";
 void check_dropout(const std::optional<Tensor>& seed, double p) {
     check(kOp, p >= 0 && p <= 1, "p", "must be from 0 to 1", p);
     if (!seed) return;
-    check_device(kOp, *seed, "seed");
+    check(kOp, seed->is_cpu(), "seed", "must be on the CPU", "a tensor of another device");
     const bool ok = seed->scalar_type() == ScalarType::Long && seed->dim() == 1 && seed->size(0) == 2;
     check(kOp, ok, "seed", "must be int64 [2]", concat(torch::headeronly::toString(seed->scalar_type()), " ", shape_text(*seed)));
 }
@@ -46,7 +46,7 @@ Tensor bias_dropout_add(Tensor x, std::optional<Tensor> bias, Tensor residual, s
                                residual_rows.tensor.const_data_ptr(),
                                residual_rows.stride,
                                describe(seed, p)};
-    bias_dropout_add_forward_cpu(op, y.mutable_data_ptr(), torch_parallel());
+    NEOX_RUN(bias_dropout_add_forward, x, op, y.mutable_data_ptr());
     return y;
 }
 
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(Tensor dy, std::optional<Te
     const Rows rows(dy);
     const Tensor dx = empty(dy, seed ? shape_of(dy) : std::vector<int64_t>{0});
     const Tensor dbias = empty(dy, {has_bias ? rows.size : 0});
-    const Tensor partial = empty(dy, {has_bias ? Blocks(rows.count).count : 0, rows.size}, ScalarType::Float);
+    const Tensor partial = empty(dy, {has_bias ? NEOX_KERNEL(bias_dropout_add_partials)(rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
     const BiasDropoutAddBackward op = {dtype_of(dy),
                                        rows.count,
                                        rows.size,
@@ -69,19 +69,19 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(Tensor dy, std::optional<Te
                                        seed ? dx.mutable_data_ptr() : nullptr,
                                        has_bias ? dbias.mutable_data_ptr() : nullptr,
                                        static_cast<float*>(partial.mutable_data_ptr())};
-    bias_dropout_add_backward_cpu(op, torch_parallel());
+    NEOX_RUN(bias_dropout_add_backward, dy, op);
     return {dx, dbias};
 }
 
 }  // namespace
 }  // namespace neox
 
-STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+NEOX_SCHEMAS(m) {
     m.def("bias_dropout_add(Tensor x, Tensor? bias, Tensor residual, Tensor? seed, float p) -> Tensor");
     m.def("bias_dropout_add_backward(Tensor dy, Tensor? seed, float p, bool has_bias) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+NEOX_IMPLEMENTATIONS(m) {
     m.impl("bias_dropout_add", TORCH_BOX(&neox::bias_dropout_add));
     m.impl("bias_dropout_add_backward", TORCH_BOX(&neox::bias_dropout_add_backward));
 }

@@ -12,11 +12,12 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
 struct Dropout {
-    const int64_t* seed;  // [2], or null for no dropout
+    const int64_t* seed;  // [2] in the host's memory for both devices, or null for no dropout
     double p;             // 0 <= p <= 1
 };
 
@@ -39,11 +40,17 @@ struct BiasDropoutAddBackward {
     Dropout dropout;
     void* dx;        // [rows, cols] contiguous; null without dropout, where dx is dy
     void* dbias;     // [cols], or null
-    float* partial;  // [Blocks(rows).count, cols] scratch where there is dbias
+    float* partial;  // [bias_dropout_add_partials(rows, cols), cols] scratch where there is dbias
 };
 
-// y [rows, cols] contiguous.
+// y [rows, cols] contiguous. The CUDA forms return null, or what CUDA said.
 void bias_dropout_add_forward_cpu(const BiasDropoutAdd& op, void* y, const Parallel& parallel);
+const char* bias_dropout_add_forward_cuda(const BiasDropoutAdd& op, void* y, Stream stream);
+
 void bias_dropout_add_backward_cpu(const BiasDropoutAddBackward& op, const Parallel& parallel);
+const char* bias_dropout_add_backward_cuda(const BiasDropoutAddBackward& op, Stream stream);
+
+inline int64_t bias_dropout_add_partials_cpu(int64_t rows, int64_t) { return Blocks(rows).count; }
+int64_t bias_dropout_add_partials_cuda(int64_t rows, int64_t cols);
 
 }  // namespace neox

@@ -1,3 +1,4 @@
+#include "common/activation.cuh"
 #include "common/columns.cuh"
 #include "ops/bias_gelu/bias_gelu.h"
 
@@ -5,45 +6,26 @@ namespace neox {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWaves = 16;  // blocks per multiprocessor at most; each thread then takes several packs
+constexpr int kWaves = 64;  // blocks per multiprocessor at most: so many that a last, half-empty wave costs little
+constexpr int kDepth = 2;   // packs in flight per thread and input
 
-struct Gelu {
-    float value, slope;
-};
-
-template <bool kTanh>
-NEOX_DEVICE Gelu gelu(float u) {
-    if constexpr (kTanh) {
-        const float square = u * u;
-        const float z = u * (square * 0.0713548163f + 1.59576912f);  // 2c(u + a u^3)
-        const float dz = square * 0.214064449f + 1.59576912f;        // 2c(1 + 3a u^2)
-        const float e = expf(-fabsf(z));
-        const float inverse = 1.0f / (1.0f + e);
-        const float s = z < 0.0f ? e * inverse : inverse;
-        const float bend = e > 0.0f ? u * dz * (e * inverse * inverse) : 0.0f;  // s' by e: s (1 - s) cancels where s is near 1
-        return {u * s, s + bend};
-    } else {
-        const float cdf = normcdff(u);
-        const float density = 0.398942280f * expf(-0.5f * u * u);
-        return {u * cdf, cdf + u * density};
-    }
+template <class T, bool kTanh>
+NEOX_DEVICE ValueAndSlope activate(float u) {
+    return kTanh ? gelu_tanh<T>(u) : gelu<T>(u);
 }
 
 template <class T, bool kTanh, int kPack>
 __global__ void __launch_bounds__(kThreads) forward(const T* x, int64_t x_stride, const T* bias, T* y, int64_t rows, int64_t cols) {
-    for (PackWalk at(rows, cols / kPack); at.inside(); at.next()) {
-        float u[kPack];
-        load(x + at.row * x_stride + at.col * kPack, u);
-        if (bias) {
-            float b[kPack];
-            load(bias + at.col * kPack, b);
+    for_packs<kDepth>(
+        rows, cols / kPack, [&](int64_t row, int64_t col) { return fetch<kPack>(x + row * x_stride + col * kPack); },
+        [&](int64_t row, int64_t col, const Pack<T, kPack>& item) {
+            float u[kPack], b[kPack] = {};
+            unpack(item, u);
+            if (bias) load(bias + col * kPack, b);
 #pragma unroll
-            for (int k = 0; k < kPack; ++k) u[k] += b[k];
-        }
-#pragma unroll
-        for (int k = 0; k < kPack; ++k) u[k] = gelu<kTanh>(u[k]).value;
-        store(y + at.row * cols + at.col * kPack, u);
-    }
+            for (int k = 0; k < kPack; ++k) u[k] = activate<T, kTanh>(u[k] + b[k]).value;
+            store(y + row * cols + col * kPack, u);
+        });
 }
 
 template <class T>
@@ -55,32 +37,42 @@ struct Backward {
     int64_t rows, cols;
 };
 
+template <class T, int kPack>
+struct BackwardItem {
+    Pack<T, kPack> x, dy;
+};
+
 // A ColumnSums block: dx for its columns and its stripe of rows, and their column sums for the gradient of the bias.
 template <class T, bool kTanh, int kPack>
-__global__ void __launch_bounds__(ColumnSums::kThreads) backward(Backward<T> in) {
-    const int lane = threadIdx.x % ColumnSums::kLanes, first = threadIdx.x / ColumnSums::kLanes;
-    const int64_t column = (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + lane) * kPack;
-    const bool inside = column < in.cols;
-    float sums[kPack] = {}, b[kPack] = {};
-    if (inside && in.bias) load(in.bias + column, b);
-    const Stripe stripe(in.rows);
-    for (int64_t row = stripe.begin + first; inside && row < stripe.end; row += ColumnSums::kRows) {
-        float u[kPack], dz[kPack];
-        load(in.x + row * in.x_stride + column, u);
-        load(in.dy + row * in.dy_stride + column, dz);
+__global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kBlocks) backward(Backward<T> in) {
+    const int64_t column = (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + threadIdx.x % ColumnSums::kLanes) * kPack;
+    float sums[kPack] = {};
+    if (column < in.cols) {
+        const Pack<T, kPack> bias = in.bias ? fetch<kPack>(in.bias + column) : Pack<T, kPack>{};
+        for_stripe_rows<kDepth>(
+            Stripe(in.rows),
+            [&](int64_t row) {
+                return BackwardItem<T, kPack>{fetch<kPack>(in.x + row * in.x_stride + column), fetch<kPack>(in.dy + row * in.dy_stride + column)};
+            },
+            [&](int64_t row, const BackwardItem<T, kPack>& item) {
+                float u[kPack], b[kPack], dz[kPack];
+                unpack(bias, b);
+                unpack(item.x, u);
+                unpack(item.dy, dz);
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) {
-            dz[k] *= gelu<kTanh>(u[k] + b[k]).slope;
-            sums[k] += dz[k];
-        }
-        store(in.dx + row * in.cols + column, dz);
+                for (int k = 0; k < kPack; ++k) {
+                    dz[k] *= activate<T, kTanh>(u[k] + b[k]).slope;
+                    sums[k] += dz[k];
+                }
+                store(in.dx + row * in.cols + column, dz);
+            });
     }
     if (in.partial) write_stripe_sum(sums, in.partial, column, in.cols);
 }
 
 template <class T, bool kTanh, int kPack>
 cudaError_t launch_forward(const BiasGelu& in, void* y, Stream stream) {
-    const unsigned blocks = blocks_for(in.rows * (in.cols / kPack), kThreads, kWaves);
+    const unsigned blocks = blocks_for(in.rows * (in.cols / kPack), kThreads * kDepth, kWaves);
     return launch(forward<T, kTanh, kPack>, dim3(blocks), dim3(kThreads), 0, stream, static_cast<const T*>(in.x), in.x_stride, static_cast<const T*>(in.bias),
                   static_cast<T*>(y), in.rows, in.cols);
 }

@@ -27,7 +27,7 @@ Tensor gated(Tensor x, Tensor gate, std::string activation) {
     check_gated(x, gate);
     const Rows x_rows(x), gate_rows(gate);
     const Tensor y = empty(x, shape_of(x));
-    gated_forward_cpu(describe(x_rows, gate_rows, activation_of(activation)), y.mutable_data_ptr(), torch_parallel());
+    NEOX_RUN(gated_forward, x, describe(x_rows, gate_rows, activation_of(activation)), y.mutable_data_ptr());
     return y;
 }
 
@@ -38,20 +38,20 @@ std::tuple<Tensor, Tensor> gated_backward(Tensor dy, Tensor x, Tensor gate, std:
     check_same_shape(kOp, dy, "dy", x, "x");
     const Rows dy_rows(dy), x_rows(x), gate_rows(gate);
     const Tensor dx = empty(x, shape_of(x)), dgate = empty(x, shape_of(x));
-    gated_backward_cpu(describe(x_rows, gate_rows, activation_of(activation)), dy_rows.tensor.const_data_ptr(), dy_rows.stride, dx.mutable_data_ptr(),
-                       dgate.mutable_data_ptr(), torch_parallel());
+    NEOX_RUN(gated_backward, x, describe(x_rows, gate_rows, activation_of(activation)), dy_rows.tensor.const_data_ptr(), dy_rows.stride, dx.mutable_data_ptr(),
+             dgate.mutable_data_ptr());
     return {dx, dgate};
 }
 
 }  // namespace
 }  // namespace neox
 
-STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+NEOX_SCHEMAS(m) {
     m.def("gated(Tensor x, Tensor gate, str activation) -> Tensor");
     m.def("gated_backward(Tensor dy, Tensor x, Tensor gate, str activation) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+NEOX_IMPLEMENTATIONS(m) {
     m.impl("gated", TORCH_BOX(&neox::gated));
     m.impl("gated_backward", TORCH_BOX(&neox::gated_backward));
 }

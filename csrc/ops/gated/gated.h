@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
@@ -24,10 +25,12 @@ struct Gated {
     int64_t gate_stride;
 };
 
-// y [rows, cols] contiguous.
+// y [rows, cols] contiguous. The CUDA forms return null, or what CUDA said.
 void gated_forward_cpu(const Gated& in, void* y, const Parallel& parallel);
+const char* gated_forward_cuda(const Gated& in, void* y, Stream stream);
 
 // dy [rows, cols], rows dy_stride apart; dx, dgate [rows, cols] contiguous.
 void gated_backward_cpu(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate, const Parallel& parallel);
+const char* gated_backward_cuda(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate, Stream stream);
 
 }  // namespace neox

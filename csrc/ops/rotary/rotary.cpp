@@ -39,7 +39,7 @@ Tensor rotated(const Tensor& x, const RotaryTables& tables) {
     const Tensor source = usable ? x : torch::stable::contiguous(x);
     Tensor y = empty(x, shape_of(x));
     const RotarySize size{x.size(0), x.size(1), x.size(3)};
-    rotary_cpu(dtype_of(x), size, tables, source.const_data_ptr(), plain_heads(source), y.mutable_data_ptr(), plain_heads(y), torch_parallel());
+    NEOX_RUN(rotary, x, dtype_of(x), size, tables, source.const_data_ptr(), plain_heads(source), y.mutable_data_ptr(), plain_heads(y));
     return y;
 }
 
@@ -73,18 +73,18 @@ void rotary_qkv_(Tensor qkv, Tensor cos, Tensor sin, bool transposed) {
     const Heads heads{qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3), qkv.size(2), qkv.size(3) - 1};
     const RotarySize size{qkv.size(0), qkv.size(1), qkv.size(4)};
     void* const data = qkv.mutable_data_ptr();
-    rotary_cpu(dtype_of(qkv), size, describe_tables(cos, sin, transposed), data, heads, data, heads, torch_parallel());
+    NEOX_RUN(rotary, qkv, dtype_of(qkv), size, describe_tables(cos, sin, transposed), data, heads, data, heads);
 }
 
 }  // namespace
 }  // namespace neox
 
-STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+NEOX_SCHEMAS(m) {
     m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor, Tensor)");
     m.def("rotary_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, bool transposed) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+NEOX_IMPLEMENTATIONS(m) {
     m.impl("rotary", TORCH_BOX(&neox::rotary));
     m.impl("rotary_qkv_", TORCH_BOX(&neox::rotary_qkv_));
 }

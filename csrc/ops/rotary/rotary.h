@@ -13,6 +13,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
@@ -35,8 +36,11 @@ struct RotarySize {
     int64_t batch, seq, head_dim;
 };
 
-// x and y may be the same memory with the same strides: then only the rotated channels are touched.
+// x and y may be the same memory with the same strides: then only the rotated channels are touched. The CUDA form returns null, or what
+// CUDA said.
 void rotary_cpu(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads, void* y, const Heads& y_heads,
                 const Parallel& parallel);
+const char* rotary_cuda(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads, void* y, const Heads& y_heads,
+                        Stream stream);
 
 }  // namespace neox

@@ -17,7 +17,7 @@ ScoreRows describe(const Tensor& x, double scale) {
 Tensor run_forward(const ScoreRows& scores, const Tensor& x) {
     const Rows rows(x);
     Tensor y = empty(x, shape_of(x));
-    scaled_masked_softmax_forward_cpu(scores, rows.tensor.const_data_ptr(), rows.stride, y.mutable_data_ptr(), torch_parallel());
+    NEOX_RUN(scaled_masked_softmax_forward, x, scores, rows.tensor.const_data_ptr(), rows.stride, y.mutable_data_ptr());
     return y;
 }
 
@@ -57,21 +57,21 @@ Tensor scaled_softmax_backward(Tensor dy, Tensor y, double scale, bool causal) {
     ScoreRows scores = describe(y, scale);
     scores.causal = causal;
     Tensor dx = empty(y, shape_of(y));
-    scaled_masked_softmax_backward_cpu(scores, dy_rows.tensor.const_data_ptr(), dy_rows.stride, y_rows.tensor.const_data_ptr(), y_rows.stride,
-                                       dx.mutable_data_ptr(), torch_parallel());
+    NEOX_RUN(scaled_masked_softmax_backward, y, scores, dy_rows.tensor.const_data_ptr(), dy_rows.stride, y_rows.tensor.const_data_ptr(), y_rows.stride,
+             dx.mutable_data_ptr());
     return dx;
 }
 
 }  // namespace
 }  // namespace neox
 
-STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+NEOX_SCHEMAS(m) {
     m.def("scaled_masked_softmax(Tensor x, Tensor mask, float scale) -> Tensor");
     m.def("scaled_causal_softmax(Tensor x, float scale) -> Tensor");
     m.def("scaled_softmax_backward(Tensor dy, Tensor y, float scale, bool causal) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+NEOX_IMPLEMENTATIONS(m) {
     m.impl("scaled_masked_softmax", TORCH_BOX(&neox::scaled_masked_softmax));
     m.impl("scaled_causal_softmax", TORCH_BOX(&neox::scaled_causal_softmax));
     m.impl("scaled_softmax_backward", TORCH_BOX(&neox::scaled_softmax_backward));
