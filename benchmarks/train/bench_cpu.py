@@ -4,8 +4,8 @@ Every contestant is a process of its own, so that its peak memory is its own too
 weights and see the same tokens; their losses are compared before anything is timed. Peers: transformers as it is, and with freed memory kept in the
 process as `neox train` keeps it (neox/train/memory.py), which no script of theirs does; in bf16 also autocast over fp32 weights. bf16 is otherwise bf16
 weights and activations for both. The peer's own bf16 product is far slower than its fp32 one on CPUs without fast bf16 dot products, so bf16 gets few
-rounds; `neox.ops.backend("linear")` says what ours runs. The last row sets our arithmetic (GPT.flops_per_token: attention in full) against torch's fp32 product of 2048^3 in the same
-round. --quick takes 1 x 128 tokens instead of 4 x 512.
+rounds; `neox.ops.backend("linear")` says what ours runs. The last row sets our arithmetic (GPT.flops_per_token:
+attention in full) against torch's fp32 product of 2048^3 in the same round. --quick takes 1 x 128 tokens instead of 4 x 512.
 """
 
 from __future__ import annotations
