@@ -1,4 +1,4 @@
-# Targets: setup demo test native-test emulated-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
+# Targets: setup demo test native-test emulated-test parallel-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
 # environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
 
 SHELL := bash
@@ -21,7 +21,7 @@ INSTALLED := build/.installed$(subst /,-,$(VENV))
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test cuda-check fuzz bench lint format clean
+.PHONY: help setup demo test native-test emulated-test parallel-test cuda-check fuzz bench lint format clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -45,8 +45,8 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
-test: lint setup native-test cuda-check emulated-test  ## lint and the whole test suite except fuzz
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz"
+test: lint setup native-test cuda-check emulated-test  ## lint and the whole test suite except fuzz and the matrix of layouts
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
@@ -62,6 +62,9 @@ emulated-test: setup build/native/CMakeCache.txt  ## the operators' tests on the
 
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library where there is nvcc; registers and spills
 	cmake --build build/native --parallel $(JOBS) --target cuda_check
+
+parallel-test: setup  ## every layout of up to four processes against one process, with a table
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/engine/test_parallel.py -q -m parallel
 
 fuzz: setup  ## random sweeps
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz

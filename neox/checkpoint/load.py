@@ -75,6 +75,11 @@ class Checkpoint:
         return self.manifest.model_config
 
     @property
+    def layout(self) -> dict[str, Any]:
+        """Sizes of the layout over processes that wrote it."""
+        return self.manifest.layout
+
+    @property
     def world_size(self) -> int:
         """Number of processes that wrote it, so the ranks that `rng` knows."""
         return self.manifest.world_size

@@ -11,7 +11,9 @@ import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
 from neox.cli.generate import DTYPES, run_tokenizer, usable_device
+from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads
+from neox.config.schema import ModelConfig
 from neox.data.indexed import IndexedDataset
 from neox.errors import ConfigError
 from neox.evaluate.harness import run_tasks
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-documents", type=int, help="read only so many documents")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of the weights (default fp32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    add_layout_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         value = vars(args)[key]
         if value is not None and value <= 0:
             raise ConfigError("option out of range", where=f"--{key.replace('_', '-')}", got=value, want="> 0")
-    device = usable_device(args.device)
+    usable_device(args.device)
     if (args.data is None) == (args.tasks is None):
         raise ConfigError("what to evaluate on?", where="neox evaluate", want="--data PREFIX or --tasks A,B, one of them")
     if args.tasks is not None:
@@ -65,10 +68,14 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
     dataset = IndexedDataset(args.data)
     seq_length = args.seq_length or loads(Checkpoint(checkpoint).config_lock).data.seq_length
-    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=device)
+    mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
+    model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
+    progress = show_progress if mesh.rank == 0 else None
     result = evaluate(
-        model, dataset, seq_length=seq_length, tokenizer=tokenizer, batch_size=args.batch_size, max_documents=args.max_documents, on_batch=show_progress
+        model, dataset, seq_length=seq_length, tokenizer=tokenizer, batch_size=args.batch_size, max_documents=args.max_documents, on_batch=progress
     )
+    if mesh.rank > 0:
+        return 0
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import TextIO
 import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
+from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads
+from neox.config.schema import ModelConfig
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DiskError
 from neox.evaluate.scoring import cut
@@ -26,7 +29,8 @@ EXAMPLE = """example:
   neox generate --checkpoint runs/demo --prompt "def main():" --max-new-tokens 100 --temperature 0.8 --top-p 0.95
   neox generate --checkpoint runs/demo --prompt-file prompts.txt --temperature 0 --jsonl --out answers.jsonl
   neox generate --checkpoint runs/demo --unconditional 10
-  neox generate --checkpoint runs/demo --interactive --stop "\\n" """
+  neox generate --checkpoint runs/demo --interactive --stop "\\n"
+  torchrun --nproc-per-node 4 -m neox.cli.main generate --checkpoint runs/big --prompt "Once" --tensor 2 --pipeline 2"""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1234, help="seed of the draws (default 1234)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of the weights (default fp32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    add_layout_arguments(parser)
     parser.add_argument("--no-cache", action="store_true", help="recompute all tokens at every step (slow; to check the cache)")
     parser.add_argument("--json", action="store_true", help="print one JSON list of {prompt, text, tokens}")
     parser.add_argument("--jsonl", action="store_true", help="print one such object per line, each batch as it is ready")
@@ -114,16 +119,22 @@ def run(args: argparse.Namespace) -> int:
     if sum(asked) > 1:
         raise ConfigError("what to continue?", where="neox generate", want="prompts, --unconditional or --interactive, one of them")
     prompts = [] if args.interactive else [""] * args.unconditional if args.unconditional else read_prompts(args)
-    device = usable_device(args.device)
+    usable_device(args.device)
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
-    model = for_decoding(load_model(checkpoint, dtype=DTYPES[args.dtype], device=device))
+    mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
+    model = for_decoding(load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh))
     stops = [stop.replace("\\n", "\n") for stop in args.stop]
+    if args.interactive and mesh.world_size > 1:
+        raise ConfigError(
+            "a dialogue over several processes", where="--interactive, --tensor, --pipeline", got=f"{mesh.world_size} processes", want="one process"
+        )
     if args.interactive:
         return converse(Session(model, tokenizer, params, stops))
     encoded = [first_tokens(tokenizer) if args.unconditional else tokenizer.encode(prompt) for prompt in prompts]
     with contextlib.ExitStack() as stack:
-        out = sys.stdout if args.out is None else stack.enter_context(open_output(args.out))
+        name = args.out if mesh.rank == 0 else os.devnull  # every process knows the texts; one writes them
+        out = sys.stdout if name is None else stack.enter_context(open_output(name))
         if len(prompts) == 1 and not (args.json or args.jsonl):
             stream(model, tokenizer, (prompts[0], encoded[0]), params, args, out)
         else:

@@ -206,9 +206,10 @@ def parallel(config: Config, situation: Situation) -> Iterator[Conflict]:
     """The layout fits the processes and the model."""
     model, layout = config.model, config.parallel
     world = (("world size", situation.world_size),)
-    if situation.world_size % (layout.tensor * layout.pipeline):
-        keys = ("parallel.tensor", "parallel.pipeline")
-        yield Conflict("the processes cannot be divided", keys, "the number of processes a multiple of tensor x pipeline", facts=world)
+    if situation.world_size % (layout.tensor * layout.pipeline * layout.context):
+        keys = ("parallel.tensor", "parallel.pipeline", *(("parallel.context",) if layout.context > 1 else ()))
+        rule = "the number of processes a multiple of tensor x pipeline" + (" x context" if layout.context > 1 else "")
+        yield Conflict("the processes cannot be divided", keys, rule, facts=world)
     for name, count in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_kv_heads", model.num_kv_heads),
@@ -216,18 +217,39 @@ def parallel(config: Config, situation: Situation) -> Iterator[Conflict]:
     ):
         if count % layout.tensor:
             yield Conflict("the tensor group does not divide the model", (f"model.{name}", "parallel.tensor"), f"{name} a multiple of parallel.tensor")
-    if layout.pipeline > model.num_layers:
-        yield Conflict("more stages than layers", ("parallel.pipeline", "model.num_layers"), "pipeline at most num_layers")
     if layout.sequence and layout.tensor == 1:
         yield Conflict("sequence parallelism without a tensor group", ("parallel.sequence", "parallel.tensor"), "tensor above 1 with sequence: true")
-    if layout.sequence and config.data.seq_length % layout.tensor:
-        yield Conflict("the tensor group does not divide the sequence", ("data.seq_length", "parallel.tensor"), "seq_length a multiple of parallel.tensor")
+    if layout.sequence and config.data.seq_length % (layout.tensor * layout.context):
+        yield Conflict("the tensor group does not divide the sequence", ("data.seq_length", "parallel.tensor"), "seq_length a multiple of tensor x context")
+    for axis in ("tensor", "pipeline", "context"):
+        if config.optimizer.type == "muon" and dict(layout)[axis] > 1:
+            yield Conflict("DeepSpeed's Muon works on whole models only", ("optimizer.type", f"parallel.{axis}"), f"{axis}: 1 with muon", "another optimizer")
+
+
+def stages(config: Config, _: Situation) -> Iterator[Conflict]:
+    """Pipeline stages: there are layers for each, and a ZeRO stage that does not reduce at every micro-batch."""
+    model, layout = config.model, config.parallel
+    if layout.pipeline > model.num_layers:
+        yield Conflict("more stages than layers", ("parallel.pipeline", "model.num_layers"), "pipeline at most num_layers")
     if layout.pipeline > 1 and config.zero.stage > 1:
         keys = ("zero.stage", "parallel.pipeline")
         yield Conflict("ZeRO stage and pipeline exclude each other", keys, "zero.stage 0 or 1 with pipeline above 1")
-    for name, off in (("tensor", 1), ("pipeline", 1), ("sequence", False)):
-        if dict(layout)[name] != off:
-            yield Conflict("not supported yet", (f"parallel.{name}",), f"{name}: {str(off).lower()}")
+    if isinstance(layout.partition, tuple):
+        if len(layout.partition) != layout.pipeline:
+            yield Conflict("the list does not name every stage", ("parallel.partition", "parallel.pipeline"), "one number per stage")
+        if sum(layout.partition) != model.num_layers:
+            yield Conflict("the list does not share out the layers", ("parallel.partition", "model.num_layers"), "numbers that add up to num_layers")
+
+
+def context(config: Config, _: Situation) -> Iterator[Conflict]:
+    """Context parallelism: members exchange parts of the sequence for parts of the heads."""
+    model, layout = config.model, config.parallel
+    if layout.context == 1:
+        return
+    if model.num_kv_heads % (layout.tensor * layout.context):
+        yield Conflict("too few key/value heads to share", ("model.num_kv_heads", "parallel.context"), "num_kv_heads a multiple of tensor x context")
+    if config.data.seq_length % layout.context:
+        yield Conflict("the context group does not divide the sequence", ("data.seq_length", "parallel.context"), "seq_length a multiple of context")
 
 
 def folders(config: Config, _: Situation) -> Iterator[Conflict]:
@@ -278,4 +300,4 @@ def offload(config: Config) -> Iterator[Conflict]:
             yield Conflict("offloading what is not cut", (f"deepspeed.zero_optimization.{name}", "zero.stage"), f"zero.stage at least {stage}")
 
 
-RULES = (heads, positions, rope_scaling, residual, vocabulary, sources, schedule, precision, parallel, folders, deepspeed)
+RULES = (heads, positions, rope_scaling, residual, vocabulary, sources, schedule, precision, parallel, stages, context, folders, deepspeed)

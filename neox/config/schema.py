@@ -204,6 +204,10 @@ class ParallelConfig(Section):
     tensor: Positive = Field(1, description="processes that share each layer")
     pipeline: Positive = Field(1, description="stages that the layers are cut into")
     sequence: bool = Field(False, description="sequence parallelism: norms and residual stream cut over the tensor group")
+    context: Positive = Field(1, description="context parallelism: processes that share the sequence of each sample; each attends with a part of the heads")
+    partition: Literal["parameters", "time"] | Annotated[tuple[Positive, ...], Field(strict=False)] = Field(
+        "parameters", description="blocks per stage: so that parameters or time of the largest stage are small, or a list of numbers"
+    )
 
 
 class ZeroConfig(Section):

@@ -77,7 +77,8 @@ def batch_sizes(config: Config, world_size: int) -> BatchSizes:
 
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Processes that see different data: those that the tensor and pipeline layout leaves."""
-    return max(world_size // (config.parallel.tensor * config.parallel.pipeline), 1)
+    layout = config.parallel
+    return max(world_size // (layout.tensor * layout.pipeline * layout.context), 1)
 
 
 def batch_conflicts(config: Config, world_size: int) -> Iterator[Conflict]:

@@ -1,9 +1,10 @@
-"""The engine: one optimizer step over a global batch, on DeepSpeed's data-parallel machinery.
+"""The engine: one optimizer step over a global batch, on DeepSpeed's data-parallel machinery, over any layout of processes.
 
 What is ours and what is DeepSpeed's:
 - DeepSpeed reduces, cuts and gathers (ZeRO 0-3), keeps the fp32 master weights and accumulators, scales the loss for fp16.
 - The optimizer instance, its groups, the learning rate, and the weight of every token are ours. The loss of a step is
   sum(loss of tokens) / (number of targets in the GLOBAL batch); micro-batches with fewer targets weigh less.
+- Tensor and context parallelism are in the model; pipeline stages each run this engine over their layers (neox.engine.pipeline).
 - A loss or gradient that is not finite is found before the update, from numbers that all processes share, so that all decide alike.
 
 Stage 0 with bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 accumulation.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
 from neox.engine.optimizer import build_optimizer, kept
+from neox.engine.pipeline import Schedule, TiedExchange, hand_over
 from neox.engine.schedule import build_schedule
 from neox.engine.wrap import start_deepspeed
 from neox.engine.zero import State
@@ -29,6 +31,7 @@ from neox.errors import CheckpointError, NonFinite
 from neox.parallel.mesh import Layout, Mesh
 
 IGNORED = -100  # target that has no loss
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batch(Protocol):
@@ -73,15 +76,17 @@ class StepResult:
 
 
 class SummedLoss(torch.nn.Module):
-    """What DeepSpeed wraps: the model, ending in the sum of its per-token losses."""
+    """What DeepSpeed wraps: the model, ending in the sum of its per-token losses, or in what the next stage receives."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Sum of the batch's token losses, fp32 scalar."""
-        return self.model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids).sum()
+    def forward(self, batch: Batch, received: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of the batch's token losses, fp32 scalar; on a stage that is not the last, the residual stream [b, s, h]."""
+        stage = {} if received is None else {"received": received}
+        out = self.model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids, **stage)
+        return out.sum() if out.ndim == 1 else out
 
 
 class Engine:
@@ -107,15 +112,22 @@ class Engine:
         named = [(name, p, layouts[name]) for name, p in model.named_parameters() if p.requires_grad]
         parameters = [(name, p) for name, p, _ in named]
         self.optimizer = build_optimizer(parameters, config.optimizer)
-        kinds = kept(self.optimizer, config.optimizer, parameters)
+        shapes = model.logical_shapes()
+        kinds = {name: kept(config.optimizer, name, len(shape)) for name, shape in shapes.items()}
+        for _, p, layout in named:
+            p.tensor_model_parallel = layout.dim is not None and mesh.tp > 1  # DeepSpeed's norm counts others on one member of the tensor group only
         rounded = config.precision.dtype != "fp32"
         initial = {name: p.detach().clone() for name, p, _ in named} if rounded else {}
         self.deepspeed = start_deepspeed(config, SummedLoss(model), self.optimizer, (batch_sizes.micro_batch_size, batch_sizes.gradient_accumulation), mesh)
         self.wrapper = self.deepspeed.optimizer
         self.plain = self.wrapper is self.optimizer
-        self.state = State(named, self.wrapper, self.optimizer, kinds, mesh.dp_rank, mesh.dp)
+        self.state = State(named, self.wrapper, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas))
         if rounded:
             self.state.write_weights(initial)  # DeepSpeed made its masters from weights that were already rounded
+        self.dtype = DTYPES[config.precision.dtype]
+        self.weight = 1.0  # of a token's loss in the gradient of this step
+        self.tied = tie(model, mesh, self.dtype)
+        self.schedule_of_stages = Schedule(mesh, self.forward, self.backward, lambda batch: model.boundary_shape(batch.tokens), self.dtype)
 
     def train_step(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
         """One optimizer step over this process's micro-batches of one global batch.
@@ -128,18 +140,14 @@ class Engine:
             NonFinite: loss or gradient is NaN or infinite; nothing was updated, on any process.
         """
         step = self.step + 1
-        total = int(self.sum_over_data([sum(count_targets(batch) for batch in batches)])[0])
-        weight = self.mesh.dp / max(total, 1)  # DeepSpeed averages gradients over dp
-        loss = torch.zeros((), device=self.mesh.device)
-        last = len(batches) - 1
-        for i, batch in enumerate(batches):
-            self.deepspeed.set_gradient_accumulation_boundary(i == last)
-            part = self.deepspeed(to_device(batch, self.mesh.device))
-            # Always weighted outside: DeepSpeed divides the gradient by gradient_accumulation after all where backward() gets the very tensor
-            # that forward() returned (its hook on the output then runs before the one that marks the graph as scaled).
-            self.deepspeed.backward(part * weight, scale_wrt_gas=False)
-            loss += part.detach()
-        loss_sum, stops = self.sum_over_data([float(loss), float(stop)])
+        local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
+        total = int(self.sum_over([sum(count_targets(batch) for batch in local)], self.mesh.replica_group)[0])
+        self.weight = self.mesh.replicas / max(total, 1)  # DeepSpeed averages gradients over the replicas
+        loss = float(self.schedule_of_stages.train(local))
+        if self.tied is not None:
+            self.tied.send_gradient()
+        speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
+        loss_sum, stops = self.sum_over([loss if speaks else 0.0, float(stop)], self.everyone)
         mean = loss_sum / max(total, 1)
         if not math.isfinite(mean):
             raise self.not_finite("loss", mean, step, batches)
@@ -147,9 +155,25 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm, skipped = self.update(step, batches)
+        if self.tied is not None:
+            self.tied.publish()
         self.step = step
         self.updates += not skipped
         return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0)
+
+    def forward(self, batch: Batch, received: torch.Tensor | None) -> torch.Tensor:
+        """One micro-batch through this stage."""
+        return self.deepspeed(batch, received)
+
+    def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, last: bool) -> None:
+        """Backward of one micro-batch through this stage; after the last one gradients are reduced over the replicas."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        if self.tied is not None:
+            self.tied.last_backward = last
+        # Always weighted outside: DeepSpeed divides the gradient by gradient_accumulation after all where backward() gets the very tensor
+        # that forward() returned (its hook on the output then runs before the one that marks the graph as scaled).
+        root = output * self.weight if gradient is None else hand_over(output, gradient)
+        self.deepspeed.backward(root, scale_wrt_gas=False)
 
     def update(self, step: int, batches: Sequence[Batch]) -> tuple[float, bool]:
         """Clip, and step the optimizer. Returns the gradient's norm and whether the update was skipped (fp16 overflow)."""
@@ -177,19 +201,25 @@ class Engine:
 
     def clip_plain(self) -> float:
         """Stage 0: the norm of the reduced gradients, which are then scaled to at most the clipping norm."""
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        value = float(norm)
+        held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        counted = [p.grad for p in held if p.tensor_model_parallel or self.mesh.tp_rank == 0]
+        square = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted)))) ** 2 if counted else 0.0
+        value = math.sqrt(self.sum_over([square], self.mesh.model_group)[0])
         if 0.0 < self.clip < value < math.inf:
-            torch._foreach_mul_(grads, self.clip / (value + 1e-6))
+            torch._foreach_mul_([p.grad for p in held], self.clip / (value + 1e-6))
         return value
 
-    def sum_over_data(self, values: Sequence[float]) -> list[float]:
-        """Sum numbers over the data-parallel processes, in double precision."""
-        if self.mesh.dp_group is None:
+    @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """The group of all processes; None where there is one."""
+        return dist.group.WORLD if self.mesh.world_size > 1 else None
+
+    def sum_over(self, values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+        """Sum numbers over a group, in double precision."""
+        if group is None:
             return list(values)
         out = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
-        dist.all_reduce(out, group=self.mesh.dp_group)
+        dist.all_reduce(out, group=group)
         return out.tolist()
 
     def not_finite(self, what: str, got: object, step: int, batches: Sequence[Batch]) -> NonFinite:
@@ -211,13 +241,13 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss per target over the batches of all processes; the training state and the random streams are untouched."""
         self.deepspeed.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        count = 0
-        for batch in batches:
-            loss += self.deepspeed(to_device(batch, self.mesh.device))
-            count += count_targets(batch)
+        local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
+        loss = float(self.schedule_of_stages.evaluate(local))
         self.deepspeed.train()
-        total, targets = self.sum_over_data([float(loss), float(count)])
+        speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
+        counted = self.mesh.first_stage and self.mesh.tp_rank == 0
+        count = sum(count_targets(batch) for batch in local) if counted else 0
+        total, targets = self.sum_over([loss if speaks else 0.0, float(count)], self.everyone)
         return total / max(targets, 1.0)
 
     def fragments(self) -> Iterator[Fragment]:
@@ -254,6 +284,8 @@ class Engine:
         self.step, self.updates = saved["step"], saved["updates"]
         self.state.prepare(self.updates)
         self.state.write(checkpoint.read)
+        if self.tied is not None:
+            self.tied.publish()
         self.deepspeed.global_steps = self.step
         if "loss_scale" in saved and self.config.precision.dtype == "fp16":
             for key, value in saved["loss_scale"].items():
@@ -267,6 +299,18 @@ class Engine:
         """
         checkpoint.check((name, "weight", shape) for name, shape in self.state.shapes.items())
         self.state.write(checkpoint.read, weights_only=True)
+        if self.tied is not None:
+            self.tied.publish()
+
+
+def tie(model: torch.nn.Module, mesh: Mesh, dtype: torch.dtype) -> TiedExchange | None:
+    """The exchange of a tied embedding between the first and the last stage; None where it is not needed."""
+    owner = model.embedding.word.weight if mesh.first_stage and mesh.pp > 1 and model.config.tie_embeddings else None
+    if owner is None and (mesh.pp == 1 or model.tied is None):
+        return None
+    if owner is None and model.tied.weight.dtype != dtype:
+        model.tied.replace(model.tied.weight.to(dtype))
+    return TiedExchange(mesh, owner, model.tied)
 
 
 def count_targets(batch: Batch) -> int:
@@ -275,8 +319,8 @@ def count_targets(batch: Batch) -> int:
 
 
 @dataclass(frozen=True)
-class DeviceBatch:
-    """A micro-batch on the device of the model."""
+class LocalBatch:
+    """A micro-batch as the model of this process reads it."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -284,9 +328,17 @@ class DeviceBatch:
     position_ids: torch.Tensor | None
 
 
+def context_part(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch with the own part of the sequence of tokens, targets and positions; segment ids stay whole, for the attention."""
+    if mesh.cp == 1:
+        return batch
+    cut = [None if t is None else t.chunk(mesh.cp, dim=1)[mesh.cp_rank].contiguous() for t in (batch.tokens, batch.targets, batch.position_ids)]
+    return LocalBatch(cut[0], cut[1], batch.segment_ids, cut[2])
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; itself where it is there already."""
     if batch.tokens.device == device:
         return batch
     move = [None if t is None else t.to(device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.segment_ids, batch.position_ids)]
-    return DeviceBatch(*move)
+    return LocalBatch(*move)

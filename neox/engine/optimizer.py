@@ -66,15 +66,15 @@ class SGD(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
+def is_hidden_matrix(name: str, dimensions: int) -> bool:
     """Whether Muon takes this parameter: matrices inside the blocks. Embeddings and the output head are left to AdamW (Muon's own advice)."""
-    return parameter.ndim == 2 and name.startswith("layers.")
+    return dimensions == 2 and name.startswith("layers.")
 
 
 def groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict]:
     """Parameter groups: decayed matrices, then one-dimensional parameters without decay; Muon's matrices come first in a group of their own."""
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    muon = [p for name, p in named if config.type == "muon" and is_hidden_matrix(name, p)]
+    muon = [p for name, p in named if config.type == "muon" and is_hidden_matrix(name, p.ndim)]
     taken = {id(p) for p in muon}
     rest = [p for _, p in named if id(p) not in taken]
     out = [
@@ -119,11 +119,11 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
     return SGD(param_groups, config.lr, config.momentum, config.weight_decay)
 
 
-def kept(optimizer: torch.optim.Optimizer, config: OptimizerConfig, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, tuple[str, ...]]:
-    """Names of the per-element state that the optimizer keeps, by parameter name. To be asked before DeepSpeed replaces the parameters in the groups."""
-    muon = {id(p) for group in optimizer.param_groups if group.get("use_muon") for p in group["params"]}
-    plain = STATE_KEYS["adamw" if config.type == "muon" else config.type]
-    return {name: MUON_MATRIX_KEYS if id(p) in muon else plain for name, p in named_parameters}
+def kept(config: OptimizerConfig, name: str, dimensions: int) -> tuple[str, ...]:
+    """Names of the per-element state that the optimizer keeps for a parameter of this name and number of dimensions."""
+    if config.type == "muon" and is_hidden_matrix(name, dimensions):
+        return MUON_MATRIX_KEYS
+    return STATE_KEYS["adamw" if config.type == "muon" else config.type]
 
 
 def counter(optimizer: torch.optim.Optimizer, group: dict, device: torch.device, updates: int) -> dict:

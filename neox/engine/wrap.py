@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.utils import groups
 
 from neox.config.schema import Config
+from neox.engine.grid import Grid
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 
@@ -41,6 +43,10 @@ class PlainCPU(CPU_Accelerator):
     def create_op_builder(self, class_name):
         """No builder for any operator."""
         return
+
+    def is_fp16_supported(self):
+        """Whether the CPU has fast fp16 is not asked: users' configs cannot ask for it there, and the loss scaling is tested there."""
+        return True
 
     def get_op_builder(self, class_name):
         """No builder for any operator."""
@@ -77,13 +83,13 @@ def check_passed_through(raw: dict[str, Any]) -> None:
             raise ConfigError("a DeepSpeed key that has a key of its own", where=f"deepspeed.{path}", got=value, want=f"set here: {ours}", do="remove it")
 
 
-def deepspeed_config(config: Config, micro_batch_size: int, gradient_accumulation: int, dp: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, micro_batch_size: int, gradient_accumulation: int, replicas: int, num_parameters: int) -> dict[str, Any]:
     """The config that DeepSpeed gets, the user's `deepspeed:` section merged in last.
 
     Args:
         config: the run.
         micro_batch_size, gradient_accumulation: resolved sizes of one process.
-        dp: data-parallel processes.
+        replicas: processes that hold the same parameters.
         num_parameters: of this process; buckets need not be larger.
 
     Raises:
@@ -95,7 +101,7 @@ def deepspeed_config(config: Config, micro_batch_size: int, gradient_accumulatio
     precision = config.precision
     stage = effective_stage(config)
     base: dict[str, Any] = {
-        "train_batch_size": micro_batch_size * gradient_accumulation * dp,
+        "train_batch_size": micro_batch_size * gradient_accumulation * replicas,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,  # stage 0: Engine.clip_plain
@@ -141,7 +147,10 @@ def start_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.op
         set_accelerator(PlainCPU())
     join_alone(mesh.device)
     count = sum(p.numel() for p in module.parameters())
-    settings = deepspeed_config(config, *sizes, mesh.dp, count)
+    settings = deepspeed_config(config, *sizes, mesh.replicas, count)
+    # Data parallelism alone goes without a grid: DeepSpeed has features (Muon in bf16) that refuse one, whatever it says.
+    grid = Grid(mesh) if mesh.tp * mesh.pp * mesh.cp > 1 else None
+    groups.mpu = grid  # else an engine without a grid would find that of the one before it in this process
     with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics whatever its log level
-        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False)
     return engine

@@ -84,18 +84,28 @@ class State:
     """The fp32 weights and the optimizer state of one process under any ZeRO stage.
 
     Args:
-        named: logical name, parameter and layout of all that is trained.
+        named: logical name, parameter and layout of all that this process trains.
         wrapper: DeepSpeed's optimizer, or ours where stage 0 leaves it bare.
         optimizer: our optimizer inside.
         kinds: what the optimizer keeps for the elements of a parameter beside the weight, by name.
-        rank, size: this process's place among the data-parallel processes.
+        shapes: logical shape of every parameter of the whole model, those of other stages too.
+        place: this process's number among its replicas, and their number.
     """
 
-    def __init__(self, named: Named, wrapper: object, optimizer: torch.optim.Optimizer, kinds: dict[str, tuple[str, ...]], rank: int, size: int):
+    def __init__(
+        self,
+        named: Named,
+        wrapper: object,
+        optimizer: torch.optim.Optimizer,
+        kinds: dict[str, tuple[str, ...]],
+        shapes: dict[str, tuple[int, ...]],
+        place: tuple[int, int],
+    ):
         self.wrapper = wrapper
         self.optimizer = optimizer
         self.kinds = kinds
-        self.shapes = {name: layout.shape for name, _, layout in named}
+        self.shapes = shapes
+        rank, size = place
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             self.pieces = list(partitioned_pieces(named, wrapper, rank))
         elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):

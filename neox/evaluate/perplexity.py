@@ -142,7 +142,7 @@ def _total_loss(model: GPT, tokens: np.ndarray, seq_length: int, eod: int, batch
                 rows = [next(pairs) for _ in range(min(batch_size, num_windows - done))]
                 inputs = torch.from_numpy(np.stack([row[0] for row in rows])).to(device)  # [b, s]
                 targets = torch.from_numpy(np.stack([row[1] for row in rows])).to(device)  # [b, s]
-                total += model.loss(inputs, targets).double().sum().item()
+                total += model.token_losses(inputs, targets).double().sum().item()
                 done += len(rows)
                 if on_batch is not None:
                     on_batch(done, num_windows)

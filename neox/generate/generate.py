@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from neox.parallel.mesh import Mesh
 OnToken = Callable[[int, int], None]
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GPT:
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", mesh: Mesh | None = None) -> GPT:
     """The model of a checkpoint, in evaluation mode.
 
     Args:
         path: a run folder (its newest complete checkpoint is taken), or one checkpoint folder.
         dtype: dtype of the weights; checkpoints hold fp32.
         device: torch device.
+        mesh: layout over processes that load it together, whatever layout wrote it; its device is taken then. None: this process alone.
 
     Returns:
         GPT: `model(tokens [b, s]) -> logits [b, s, v]`.
@@ -33,7 +35,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
         CheckpointError: no checkpoint there, a damaged one, or one whose tensors are not those of its own config.
     """
     checkpoint = Checkpoint(resolve(path))
-    model = GPT(ModelConfig(**checkpoint.model_config), Mesh.single("meta"), dtype=dtype).materialize(device, initialize=False)
+    device = device if mesh is None else mesh.device
+    mesh = Mesh.single("meta") if mesh is None else replace(mesh, device=torch.device("meta"))
+    model = GPT(ModelConfig(**checkpoint.model_config), mesh, dtype=dtype).materialize(device, initialize=False)
     model.load_weights((name, checkpoint.tensor(name)) for name in checkpoint.names())
     return model.eval()
 

@@ -2,6 +2,9 @@
 
 Rows of the fused projection are [g, m + 2, d]: for each of g key/value groups its m = n/g query heads, then its key, then
 its value. With g = n that is GPT-NeoX's [n, 3, d]. Groups are cut over the tensor group, so a shard has the same form.
+
+With context parallelism (DeepSpeed-Ulysses, arXiv 2309.14509) a process has a part of the sequence. Around the attention alone the
+members of the context group exchange it for the whole sequence of a part of the groups, so that every mask stays what it is.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.norm import RMSNorm
 from neox.model.positional import alibi_slopes
+from neox.parallel.collectives import SEQUENCE, exchange
 from neox.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from neox.parallel.mesh import Mesh, split_evenly
 from neox.parallel.rng import tensor_parallel_stream
 
 GROUPS = "model.num_kv_heads"
+HEADS = 2  # dimension of [b, s, n, d] and [b, s, g, m + 2, d]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Context:
 
     Attributes:
         cos, sin: rotary table rows, fp32 [s, r] or [b, s, r]; None without rotation.
-        segment_ids: int32 [b, t], attention only between equal ids; None: no borders.
+        segment_ids: int32 [b, t] over the whole sequence, attention only between equal ids; None: no borders.
         cache: keys and values of earlier tokens (neox.generate.cache); None: none.
     """
 
@@ -65,6 +70,8 @@ class Attention(nn.Module):
         self.alibi: torch.Tensor | None = None
         if config.position_embedding == "alibi":
             low, high = (group * self.queries for group in split_evenly(groups, mesh, GROUPS))
+            share = (high - low) // mesh.cp
+            low, high = low + mesh.cp_rank * share, low + (mesh.cp_rank + 1) * share
             self.alibi = torch.tensor(alibi_slopes(heads)[low:high], dtype=torch.float32)  # fp32, no buffer: casting the model must not round it
 
     def forward(self, x: torch.Tensor, context: Context, partial: bool = False) -> torch.Tensor:
@@ -73,13 +80,12 @@ class Attention(nn.Module):
 
     def mix(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """[b, s, h] -> the heads' outputs side by side [b, s, n d/tp], before the output projection."""
-        b, s, _ = x.shape
         qkv = self.qkv(x)  # [b, s, g(m+2)d/tp]
         if self.query_norm is None and context.cache is None:
             mixed = self._attend(ops.attention_qkv, (self._packed(qkv, context),), context)
         else:
             mixed = self._attend(ops.attention, self._split(self._grouped(qkv), context), context)
-        return mixed.reshape(b, s, -1)
+        return mixed.flatten(2)
 
     def _grouped(self, qkv: torch.Tensor) -> torch.Tensor:
         """[b, s, g(m+2)d/tp] -> [b, s, g/tp, m + 2, d]."""
@@ -107,8 +113,10 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.alibi is not None and self.alibi.device != operands[0].device:
             self.alibi = self.alibi.to(operands[0].device)
+        group = self.mesh.cp_group
+        operands = tuple(exchange(x, HEADS, SEQUENCE, group) for x in operands)
         with tensor_parallel_stream(self.mesh, operands[0].device):
-            return attention(
+            mixed = attention(
                 *operands,
                 causal=True,
                 window=self.window,
@@ -118,3 +126,4 @@ class Attention(nn.Module):
                 dropout_p=dropout,
                 backend=self.backend,
             )
+        return exchange(mixed, SEQUENCE, HEADS, group)

@@ -11,8 +11,9 @@ from neox.config.schema import ModelConfig
 from neox.model.attention import Attention, Context
 from neox.model.mlp import MLP
 from neox.model.norm import dual_norm, make_norm
-from neox.parallel.collectives import reduce_from
+from neox.parallel.linear import reduce_partial
 from neox.parallel.mesh import Mesh
+from neox.parallel.rng import tensor_parallel_stream
 
 Residual = tuple[torch.Tensor, torch.Tensor | None]  # (stream, delta), each [b, s, h]
 
@@ -31,7 +32,7 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = config.parallel_residual
         self.dropout = config.hidden_dropout
-        self.group = mesh.tp_group
+        self.mesh = mesh
         self.recompute = activation_checkpointing == "full"
         self.norm1 = make_norm(config, mesh, dtype)
         self.attention = Attention(config, mesh, index, dtype=dtype)
@@ -71,9 +72,9 @@ class Block(nn.Module):
         if self._drops():
             return self._drop(fed, bias2, self._drop(attended, bias1, stream)), None
         bias = bias1 + bias2 if bias1 is not None and bias2 is not None else bias1 if bias2 is None else bias2
-        if self.group is None:
+        if self.mesh.tp == 1:
             return stream, ops.bias_dropout_add(attended, bias, fed, 0.0, False)
-        total = reduce_from(attended + fed, self.group)
+        total = reduce_partial(attended + fed, self.mesh)
         return stream, total if bias is None else total + bias
 
     @staticmethod
@@ -85,4 +86,6 @@ class Block(nn.Module):
 
     def _drop(self, partial: torch.Tensor, bias: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor:
         """stream + dropout(sum over the tensor group of partial + bias)."""
-        return ops.bias_dropout_add(reduce_from(partial, self.group), bias, stream, self.dropout, True)
+        branch = reduce_partial(partial, self.mesh)
+        with tensor_parallel_stream(self.mesh if self.mesh.sequence else None, stream.device):  # members see other tokens: their masks must differ
+            return ops.bias_dropout_add(branch, bias, stream, self.dropout, True)

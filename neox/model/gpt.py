@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,10 +16,16 @@ from neox.model.block import Block
 from neox.model.init import fill, initial_value
 from neox.model.norm import make_norm
 from neox.model.positional import PositionEmbedding, RotaryTable
-from neox.parallel.collectives import all_gather, gather_from
+from neox.model.stages import flops_per_token, logical_shapes, num_parameters, partition_layers
+from neox.parallel.collectives import SEQUENCE, all_gather, gather_from, own_slice
 from neox.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
-from neox.parallel.embedding import VocabParallelEmbedding, VocabParallelHead, project_to_vocabulary
+from neox.parallel.embedding import TiedCopy, VocabParallelEmbedding, VocabParallelHead, project_to_vocabulary
+from neox.parallel.gradients import sum_partial_gradients
 from neox.parallel.mesh import Layout, Mesh
+from neox.parallel.rng import tensor_parallel_stream
+from neox.parallel.stages import broadcast_from_last, receive, send
+
+TIED = "embedding.word.weight"
 
 
 class Embedding(nn.Module):
@@ -28,21 +33,32 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype):
         super().__init__()
+        self.mesh = mesh
         self.dropout = config.hidden_dropout
         self.word = VocabParallelEmbedding(config.vocab_size, config.padded_vocab_size(mesh.tp), config.hidden_size, mesh, dtype=dtype)
         learned = config.position_embedding == "learned"
         self.position = PositionEmbedding(config.max_position_embeddings, config.hidden_size, mesh, dtype=dtype) if learned else None
 
     def forward(self, tokens: torch.Tensor, start: int, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """tokens int64 [b, s], positions from `start` on or position_ids [b, s] -> [b, s, h]."""
+        """tokens int64 [b, s], positions from `start` on or position_ids [b, s] -> [b, s, h]; with sequence parallelism the own [b, s/tp, h]."""
         x = self.word(tokens)
         if self.position is not None:
-            x = x + self.position(start, tokens.shape[1], position_ids)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+            length = x.shape[1]
+            if self.mesh.sequence:
+                start += self.mesh.tp_rank * length
+                position_ids = None if position_ids is None else own_slice(position_ids, SEQUENCE, self.mesh.tp_group)
+            x = x + self.position(start, length, position_ids)
+        if not self.dropout:
+            return x
+        with tensor_parallel_stream(self.mesh if self.mesh.sequence else None, x.device):
+            return F.dropout(x, self.dropout, self.training)
 
 
 class GPT(nn.Module):
     """A GPT-style language model. `forward` gives logits, `loss` the loss per token without keeping logits of all processes.
+
+    Under pipeline parallelism this is one stage of it: the first has the embedding, the last the final norm and the head. Parameters
+    keep the names that they have in the whole model.
 
     Args:
         config: the architecture.
@@ -50,12 +66,22 @@ class GPT(nn.Module):
         dtype: dtype of parameters and activations.
         seed: seed of the initial weights.
         activation_checkpointing: "none"; "selective": the MLP's activation is computed again in the backward; "full": every block is.
+        partition: how blocks are shared out over stages (`partition_layers`).
 
     Raises:
         ConfigError: sizes that contradict each other or cannot be cut over the mesh.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype = torch.float32, seed: int = 1234, activation_checkpointing: str = "none"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 1234,
+        activation_checkpointing: str = "none",
+        partition: str | Sequence[int] = "parameters",
+    ):
         super().__init__()
         if activation_checkpointing not in ("none", "selective", "full"):
             raise ConfigError(
@@ -65,15 +91,21 @@ class GPT(nn.Module):
         self.mesh = mesh
         self.seed = seed
         self.rotary = RotaryTable(config) if config.position_embedding == "rotary" else None
-        self.embedding = Embedding(config, mesh, dtype=dtype)
-        blocks = [Block(config, mesh, i, dtype=dtype, activation_checkpointing=activation_checkpointing) for i in range(config.num_layers)]
-        self.layers = nn.ModuleList(blocks)
-        self.norm = make_norm(config, mesh, dtype)
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = VocabParallelHead(config.vocab_size, config.padded_vocab_size(mesh.tp), config.hidden_size, mesh, dtype=dtype)
+        self.embedding = Embedding(config, mesh, dtype=dtype) if mesh.first_stage else None
+        first, behind = partition_layers(config, mesh.pp, partition)[mesh.pp_rank] if mesh.pp > 1 else (0, config.num_layers)
+        blocks = {str(i): Block(config, mesh, i, dtype=dtype, activation_checkpointing=activation_checkpointing) for i in range(first, behind)}
+        self.layers = nn.ModuleDict(blocks)
+        self.norm = make_norm(config, mesh, dtype) if mesh.last_stage else None
+        self.head: VocabParallelHead | None = None
+        self.tied: TiedCopy | None = None
+        table = (config.vocab_size, config.padded_vocab_size(mesh.tp), config.hidden_size, mesh)
+        if mesh.last_stage and not config.tie_embeddings:
+            self.head = VocabParallelHead(*table, dtype=dtype)
+        elif mesh.last_stage and not mesh.first_stage:
+            self.tied = TiedCopy(*table, dtype=dtype)
         if mesh.device.type != "meta":
             self.initialize()
+            sum_partial_gradients(self, self.layouts(), mesh)
 
     def forward(self, tokens: torch.Tensor, *, segment_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None, cache=None) -> torch.Tensor:
         """Logits of the next token.
@@ -90,13 +122,29 @@ class GPT(nn.Module):
         Raises:
             DataError: token ids outside the vocabulary, or positions outside max_position_embeddings.
         """
-        logits = self._logits(self._hidden(tokens, segment_ids, position_ids, cache))
-        return gather_from(logits, self.mesh.tp_group)[..., : self.config.vocab_size]
+        dtype = next(self.parameters()).dtype
+        received = receive((*tokens.shape, self.config.hidden_size), dtype, self.mesh)
+        hidden = self._hidden(tokens, segment_ids, position_ids, cache, received)
+        logits = None
+        if self.mesh.last_stage:
+            logits = gather_from(self._logits(hidden), -1, self.mesh.tp_group)[..., : self.config.vocab_size]
+        else:
+            send(hidden, self.mesh)
+        return broadcast_from_last(logits, (*tokens.shape, self.config.vocab_size), dtype, self.mesh)
 
     def loss(
-        self, tokens: torch.Tensor, targets: torch.Tensor, *, segment_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        segment_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        received: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy per token: fp32 [b * s], 0 where the target is -100. Arguments as in `forward`; targets int64 [b, s].
+
+        A stage takes what the stage before it gave as `received` ([b, s, h], `boundary_shape`), and one that is not the last returns what
+        the next is to receive. With context parallelism tokens, targets and position_ids are the own part of the sequence, segment_ids the whole.
 
         Raises:
             DataError: as `forward`, and targets outside the vocabulary.
@@ -104,27 +152,49 @@ class GPT(nn.Module):
         if targets.shape != tokens.shape:
             raise DataError("targets do not fit the tokens", where="GPT.loss", got=tuple(targets.shape), want=tuple(tokens.shape))
         self._check_ids("target", targets.masked_fill(targets == IGNORED, 0))
-        logits = self._logits(self._hidden(tokens, segment_ids, position_ids, None))
-        return vocab_parallel_cross_entropy(logits, targets, self.mesh, vocab_size=self.config.vocab_size)
+        hidden = self._hidden(tokens, segment_ids, position_ids, None, received)
+        if not self.mesh.last_stage:
+            return hidden
+        return vocab_parallel_cross_entropy(self._logits(hidden), targets, self.mesh, vocab_size=self.config.vocab_size)
 
-    def _hidden(self, tokens: torch.Tensor, segment_ids: torch.Tensor | None, position_ids: torch.Tensor | None, cache) -> torch.Tensor:
-        """Normed output of the last block, [b, s, h]."""
+    def token_losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`loss` of the whole model, on every process of the layout: all of them call it with the same tokens and targets [b, s]."""
+        dtype = next(self.parameters()).dtype
+        out = self.loss(tokens, targets, received=receive(self.boundary_shape(tokens), dtype, self.mesh))
+        if not self.mesh.last_stage:
+            send(out, self.mesh)
+            out = None
+        return broadcast_from_last(out, (tokens.numel(),), torch.float32, self.mesh)
+
+    def boundary_shape(self, tokens: torch.Tensor) -> tuple[int, int, int]:
+        """Shape of what crosses from stage to stage for these tokens."""
+        b, s = tokens.shape
+        return b, s // self.mesh.tp if self.mesh.sequence else s, self.config.hidden_size
+
+    def _hidden(
+        self, tokens: torch.Tensor, segment_ids: torch.Tensor | None, position_ids: torch.Tensor | None, cache, received: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Normed output of the last block, [b, s, h] (with sequence parallelism [b, s/tp, h]); the residual stream on a stage that is not the last."""
         self._check_ids("token", tokens)
-        start = 0 if cache is None else cache.length
         length = tokens.shape[1]
+        start = self.mesh.cp_rank * length if cache is None else cache.length
         reach = self._check_positions(start, length, position_ids)
         cos, sin = (None, None) if self.rotary is None else self.rotary.rows(start, length, position_ids, reach, tokens.device)
         context = Context(cos, sin, segment_ids, cache)
-        stream, delta = self.embedding(tokens, start, position_ids), None
-        for layer in self.layers:
+        stream, delta = received if self.embedding is None else self.embedding(tokens, start, position_ids), None
+        for layer in self.layers.values():
             stream, delta = layer(stream, delta, context)
         if cache is not None:
             cache.advance(length)
+        if self.norm is None:
+            return stream if delta is None else stream + delta
         return (self.norm(stream) if delta is None else self.norm(delta, stream))[0]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, h] -> [b, s, v_padded/tp]."""
-        return project_to_vocabulary(hidden, self.embedding.word) if self.head is None else self.head(hidden)
+        if self.tied is not None:
+            return self.tied(hidden)
+        return project_to_vocabulary(hidden, self.embedding.word.weight, self.mesh) if self.head is None else self.head(hidden)
 
     def _check_ids(self, what: str, ids: torch.Tensor) -> None:
         """Checked on the CPU, and on a GPU outside training: there it would wait for the GPU, and the loader has checked."""
@@ -159,81 +229,82 @@ class GPT(nn.Module):
         return high + 1
 
     def layouts(self) -> dict[str, Layout]:
-        """The place of every parameter within its logical tensor, by name."""
+        """The place of every parameter of this process within its logical tensor, by name."""
         found = {}
         for prefix, module in self.named_modules():
             for name, _ in module.named_parameters(recurse=False):
                 found[f"{prefix}.{name}"] = module.layouts[name]
         return found
 
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shape of every parameter of the whole model, by name, whatever this process holds."""
+        return logical_shapes(self.config)
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Set every parameter to its initial value, which depends on the seed and its name only."""
+        for name, parameter, layout in self._places():
+            fill(parameter, layout, initial_value(self.config, name, layout.shape, self.seed))
+
+    def _places(self) -> Iterator[tuple[str, torch.Tensor, Layout]]:
+        """Name, tensor and layout of all that holds weights here: the parameters, and the last stage's copy of a tied embedding."""
         layouts = self.layouts()
         for name, parameter in self.named_parameters():
-            layout = layouts[name]
-            fill(parameter, layout, initial_value(self.config, name, layout.shape, self.seed))
+            yield name, parameter, layouts[name]
+        if self.tied is not None:
+            yield TIED, self.tied.weight, self.tied.layout
 
     def materialize(self, device: str | torch.device, *, initialize: bool = True) -> GPT:
         """Give a model built on "meta" its memory on `device`, with initial values unless weights are to be loaded; returns self."""
         self.to_empty(device=device)
+        if self.tied is not None:
+            self.tied.replace(torch.empty_like(self.tied.weight, device=device))
         self.mesh = replace(self.mesh, device=torch.device(device))
         if initialize:
             self.initialize()
+        sum_partial_gradients(self, self.layouts(), self.mesh)
         return self
 
     @torch.no_grad()
     def logical_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, logical tensor without padding) of every parameter; with tensor parallelism every member must iterate."""
+        """(name, logical tensor without padding) of every parameter of this stage; with tensor parallelism every member must iterate."""
         layouts = self.layouts()
         for name, parameter in self.named_parameters():
-            layout = layouts[name]
-            yield name, _gather_logical(parameter.detach(), layout, self.mesh)
+            yield name, _gather_logical(parameter.detach(), layouts[name], self.mesh)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take logical tensors by parameter name, cast to the model's dtype and cut to this process's slices.
+        """Take logical tensors of the whole model by parameter name, cast to the model's dtype and cut to this process's slices.
 
         Raises:
             CheckpointError: a name is missing, unknown or given twice, or a shape differs. The model is then partly loaded.
         """
-        layouts, parameters = self.layouts(), dict(self.named_parameters())
+        shapes = logical_shapes(self.config)
+        missing = dict(shapes)
+        places = {name: (tensor, layout) for name, tensor, layout in self._places()}
         for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
-            if name not in parameters:
-                why = "given twice" if name in layouts else "no such parameter"
+            if missing.pop(name, None) is None:
+                why = "given twice" if name in shapes else "no such parameter"
                 raise CheckpointError(f"weight does not fit the model: {why}", where=name, do="check that the weights belong to this model config")
-            layout = layouts[name]
-            if tuple(tensor.shape) != layout.shape:
-                raise CheckpointError("weight has another shape", where=name, got=tuple(tensor.shape), want=layout.shape)
-            fill(parameters.pop(name), layout, tensor)
-        if parameters:
-            raise CheckpointError("weights are missing", where=", ".join(sorted(parameters)[:4]), got=f"{len(layouts) - len(parameters)} of {len(layouts)}")
+            if tuple(tensor.shape) != shapes[name]:
+                raise CheckpointError("weight has another shape", where=name, got=tuple(tensor.shape), want=shapes[name])
+            if name in places:
+                target, layout = places[name]
+                fill(target, layout, tensor)
+        if missing:
+            raise CheckpointError("weights are missing", where=", ".join(sorted(missing)[:4]), got=f"{len(shapes) - len(missing)} of {len(shapes)}")
 
     def num_parameters(self) -> int:
         """Parameters of the logical model: without vocabulary padding, tied weights once, over all processes."""
-        return sum(math.prod(layout.shape) for layout in self.layouts().values())
+        return num_parameters(self.config)
 
     def flops_per_token(self, seq_length: int) -> int:
-        """FLOPs of forward and backward per token: 2 per multiply-add, backward twice the forward, recomputation not counted.
-
-        Matrix products and attention only. Attention is counted in full, as in Megatron-LM's and llm-foundry's tables: every
-        query against all seq_length keys (sliding_window keys where that is fewer), though the causal mask hides half.
-        """
-        matrices = sum(math.prod(layout.shape) for name, layout in self.layouts().items() if len(layout.shape) == 2 and not name.startswith("embedding."))
-        if self.head is None:
-            matrices += self.config.vocab_size * self.config.hidden_size
-        keys = min(seq_length, self.config.sliding_window or seq_length)
-        attention = 2 * self.config.num_layers * self.config.num_attention_heads * self.config.head_dim * keys
-        return 6 * (matrices + attention)
-
-    def pipeline_layers(self) -> list[nn.Module]:
-        """The model as a sequence, in order: embedding, blocks, final norm and, where it is not tied, the head."""
-        return [self.embedding, *self.layers, self.norm, *([] if self.head is None else [self.head])]
+        """FLOPs of forward and backward of the logical model per token (`neox.model.stages.flops_per_token`)."""
+        return flops_per_token(self.config, seq_length)
 
 
 def _gather_logical(parameter: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
     """The logical tensor of a parameter that may be cut along one dimension over the tensor group."""
-    cut = [dim for dim, size in enumerate(layout.shape) if parameter.shape[dim] != size or layout.slices[dim] != (0, size)]
-    if mesh.tp_group is not None and cut:
-        parameter = all_gather(parameter, cut[0], mesh.tp_group)
+    if mesh.tp_group is not None and layout.dim is not None:
+        parameter = all_gather(parameter, layout.dim, mesh.tp_group)
     return parameter[: layout.shape[0]]

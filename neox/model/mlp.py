@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neox import ops
 from neox.config.schema import GATED, ModelConfig
-from neox.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from neox.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_products
 from neox.parallel.mesh import Mesh
 
 WIDTH = "model.intermediate_size"
@@ -33,6 +33,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype, recompute: bool = False):
         super().__init__()
         hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.mesh = mesh
         self.activation = config.activation
         self.recompute = recompute
         self.up = ColumnParallelLinear(hidden, width, mesh, units=width, what=WIDTH, bias=bias, dtype=dtype)
@@ -41,10 +42,18 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, partial: bool = False) -> torch.Tensor:
         """[b, s, h] -> [b, s, h]; with `partial`, without the sum over the tensor group and without down's bias."""
-        inner = (self.up(x, add_bias=False),) if self.gate is None else (self.gate(x), self.up(x))  # [b, s, f/tp]
+        inner = self._widen(x)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(lambda *inner: self.down(self._activate(*inner), partial), *inner, use_reentrant=False)
         return self.down(self._activate(*inner), partial)
+
+    def _widen(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Up, or gate and up, each [b, s, f/tp]; gate and up share one gathering of x and one reduction of its gradient."""
+        if self.gate is None:
+            return (self.up(x, add_bias=False),)
+        if self.mesh.tp == 1:
+            return self.gate(x), self.up(x)
+        return column_products(x, self.mesh, (self.gate.weight, self.up.weight), (self.gate.bias, self.up.bias))
 
     def _activate(self, *inner: torch.Tensor) -> torch.Tensor:
         if self.gate is None:

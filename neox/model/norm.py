@@ -11,7 +11,6 @@ from torch import nn
 
 from neox import ops
 from neox.config.schema import ModelConfig
-from neox.parallel.collectives import copy_to
 from neox.parallel.mesh import Layout, Mesh
 
 
@@ -23,7 +22,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
         self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.whole(size), "bias": Layout.whole(size)}
+        self.layouts = {"weight": Layout.whole(size, partial=mesh.sequence), "bias": Layout.whole(size, partial=mesh.sequence)}
 
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
@@ -35,23 +34,20 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
 
-    `inside` says that the norm stands within a tensor-parallel region (per head): every member then sees other rows, and the
-    gradient of the weight is summed over the tensor group.
+    `inside` says that the norm stands within a tensor-parallel region (per head): every member then sees other rows.
     """
 
     def __init__(self, size: int, eps: float, mesh: Mesh, *, dtype: torch.dtype, inside: bool = False):
         super().__init__()
         self.eps = eps
-        self.group = mesh.tp_group if inside else None
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.whole(size)}
+        self.layouts = {"weight": Layout.whole(size, partial=mesh.tp > 1 and (inside or mesh.sequence))}
 
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
-        weight = copy_to(self.weight, self.group)
         if stream is None:
-            return ops.rms_norm(delta, weight, self.eps), delta
-        return ops.rms_norm(delta, weight, self.eps, residual=stream)
+            return ops.rms_norm(delta, self.weight, self.eps), delta
+        return ops.rms_norm(delta, self.weight, self.eps, residual=stream)
 
 
 def make_norm(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> LayerNorm | RMSNorm:

@@ -54,7 +54,7 @@ class PositionEmbedding(nn.Module):
     def __init__(self, positions: int, hidden_size: int, mesh: Mesh, *, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(positions, hidden_size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.whole(positions, hidden_size)}
+        self.layouts = {"weight": Layout.whole(positions, hidden_size, partial=mesh.sequence)}
 
     def forward(self, start: int, length: int, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Rows start .. start + length - 1 ([s, h]), or those of position_ids ([b, s, h])."""

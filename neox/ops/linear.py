@@ -35,6 +35,26 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def linear_input_gradient(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """dx = dy W: [..., out], [out, in] -> [..., in]. For layers that overlap it with communication; others leave it to autograd."""
+    if dy.dtype == torch.bfloat16 and WIDENS and dy.device.type == "cpu":
+        like_x = dy.new_empty((*dy.shape[:-1], weight.shape[1]))  # only its shape is used
+        return native.linear_bf16_backward(dy, like_x, weight, True, False, False)[0]
+    return dy @ weight
+
+
+def linear_weight_gradient(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_dweight: bool = True, need_dbias: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dW = dy^T x [out, in] and db = sum dy [out], over all rows of dy [..., out] and x [..., in]; None for what is not needed."""
+    if dy.dtype == torch.bfloat16 and WIDENS and dy.device.type == "cpu":
+        _, dweight, dbias = native.linear_bf16_backward(dy, x, weight, False, need_dweight, need_dbias)
+        return dweight if need_dweight else None, dbias if need_dbias else None
+    rows = dy.reshape(-1, dy.shape[-1])
+    dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need_dweight else None
+    return dweight, rows.sum(0) if need_dbias else None
+
+
 def widens(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]:
     """Whether bfloat16 products run as fp32 products of widened operands, and why.
 

@@ -1,32 +1,80 @@
 """Collectives over a process group with their gradients. A group of None (size 1) makes each of them the identity.
 
-Forward and backward are conjugate (Megatron-LM, arXiv 1909.08053, section 3): what a column-parallel layer copies, its
-backward must sum; what a row-parallel layer sums, its backward copies.
+Forward and backward are conjugate (Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism: arXiv 2205.05198, section 4.2):
+what one side copies, its other side sums; what one side gathers, its other side sums and scatters.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+
+SEQUENCE = 1  # dimension of [b, s, ...] that sequence and context parallelism cut
+
+
+class Pending(NamedTuple):
+    """A collective that runs while this process computes; `wait` gives its result."""
+
+    work: dist.Work | None
+    buffer: torch.Tensor
+    dim: int | None  # dimension along which the buffer's first one is to be put, or None
+
+    def wait(self) -> torch.Tensor:
+        """The result, once it is there."""
+        if self.work is not None:
+            self.work.wait()
+        return self.buffer if self.dim is None else self.buffer.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
+
+
+def start_all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begin to sum over the group, in place where x is contiguous: x must not be read again."""
+    x = x.detach().contiguous()
+    return Pending(dist.all_reduce(x, group=group, async_op=True), x, None)
+
+
+def start_all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
+    """Begin to put the members' tensors, all of one shape, together along `dim`."""
+    x = x.detach().contiguous()
+    out = x.new_empty((dist.get_world_size(group), *x.shape))
+    return Pending(dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=True), out, dim % x.dim())
+
+
+def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
+    """Begin to sum over the group and keep the own share of `dim`."""
+    parts = x.detach().unflatten(dim, (dist.get_world_size(group), -1)).movedim(dim, 0).contiguous()
+    out = parts.new_empty(parts.shape[1:])
+    return Pending(dist.reduce_scatter_tensor(out.view(-1), parts.view(-1), group=group, async_op=True), out, None)
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the group, in new memory."""
-    out = x.detach().contiguous().clone()
-    dist.all_reduce(out, group=group)
-    return out
+    return start_all_reduce(x.detach().clone(memory_format=torch.contiguous_format), group).wait()
 
 
 def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """The members' tensors, all of one shape, put together along `dim`, in new memory."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.detach().contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
+    return start_all_gather(x, dim, group).wait()
 
 
-def own_slice(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """This member's share of the last dimension, in new memory."""
-    return x.chunk(dist.get_world_size(group), dim=-1)[dist.get_rank(group)].contiguous()
+def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """This member's share, along `dim`, of the sum over the group, in new memory."""
+    return start_reduce_scatter(x, dim, group).wait()
+
+
+def all_to_all(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Member i sends its j-th share of dimension `split` to member j and puts what it gets together along `join`, in new memory."""
+    size = dist.get_world_size(group)
+    parts = x.detach().unflatten(split, (size, -1)).movedim(split, 0).contiguous()
+    out = torch.empty_like(parts)
+    dist.all_to_all_single(out.view(-1), parts.view(-1), group=group)
+    return out.movedim(0, join).flatten(join, join + 1)
+
+
+def own_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """This member's share of a dimension, in new memory."""
+    return x.chunk(dist.get_world_size(group), dim=dim)[dist.get_rank(group)].contiguous()
 
 
 class _Copy(torch.autograd.Function):
@@ -52,24 +100,35 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return all_gather(x, -1, group)
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx, dy):
-        return own_slice(dy, ctx.group), None
+        return own_slice(dy, ctx.dim, ctx.group), None, None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return own_slice(x, group)
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return reduce_scatter(x, dim, group)
 
     @staticmethod
     def backward(ctx, dy):
-        return all_gather(dy, -1, ctx.group), None
+        return all_gather(dy, ctx.dim, ctx.group), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, split, join, group):
+        ctx.split, ctx.join, ctx.group = split, join, group
+        return all_to_all(x, split, join, group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_to_all(dy, ctx.join, ctx.split, ctx.group), None, None, None
 
 
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -82,11 +141,16 @@ def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tenso
     return x if group is None else _Reduce.apply(x, group)
 
 
-def gather_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: shares of the last dimension put together. Backward: the own share of the gradient."""
-    return x if group is None else _Gather.apply(x, group)
+def gather_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Forward: shares of a dimension put together, for a use that is alike on every member. Backward: the own share of the gradient."""
+    return x if group is None else _Gather.apply(x, dim, group)
 
 
-def scatter_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: the own share of the last dimension. Backward: the shares of the gradient put together."""
-    return x if group is None else _Scatter.apply(x, group)
+def reduce_scatter_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Forward: the own share of the sum over the group. Backward: the shares of the gradient put together."""
+    return x if group is None else _ReduceScatter.apply(x, dim, group)
+
+
+def exchange(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Forward: `all_to_all`. Backward: the way back."""
+    return x if group is None else _AllToAll.apply(x, split, join, group)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neox import ops
-from neox.parallel.collectives import copy_to, reduce_from
+from neox.parallel.linear import column_products, reduce_partial
 from neox.parallel.mesh import Layout, Mesh, split_evenly
 
 
@@ -16,7 +15,7 @@ class VocabParallelWeight(nn.Module):
 
     def __init__(self, vocab_size: int, padded_vocab_size: int, hidden_size: int, mesh: Mesh, *, dtype: torch.dtype):
         super().__init__()
-        self.group = mesh.tp_group
+        self.mesh = mesh
         self.vocab_size = vocab_size
         self.low, self.high = split_evenly(padded_vocab_size, mesh, "the padded vocabulary")
         self.weight = nn.Parameter(torch.empty(self.high - self.low, hidden_size, dtype=dtype, device=mesh.device))
@@ -27,12 +26,12 @@ class VocabParallelEmbedding(VocabParallelWeight):
     """tokens [b, s] -> [b, s, h]: each member looks up its own rows, the sum over the group puts them together."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [b, s] -> [b, s, h]."""
-        if self.group is None:
+        """tokens int64 [b, s] -> [b, s, h]; with sequence parallelism the own [b, s/tp, h]."""
+        if self.mesh.tp_group is None:
             return F.embedding(tokens, self.weight)
         elsewhere = (tokens < self.low) | (tokens >= self.high)
         rows = F.embedding((tokens - self.low).masked_fill(elsewhere, 0), self.weight)
-        return reduce_from(rows.masked_fill(elsewhere[..., None], 0.0), self.group)
+        return reduce_partial(rows.masked_fill(elsewhere[..., None], 0.0), self.mesh)
 
 
 class VocabParallelHead(VocabParallelWeight):
@@ -40,9 +39,51 @@ class VocabParallelHead(VocabParallelWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., v_padded/tp]; columns of padding hold zero."""
-        return project_to_vocabulary(x, self)
+        return project_to_vocabulary(x, self.weight, self.mesh)
 
 
-def project_to_vocabulary(x: torch.Tensor, table: VocabParallelWeight) -> torch.Tensor:
+class TiedCopy:
+    """The last stage's copy of a word embedding that the first stage owns: the output projection of a tied model under pipeline parallelism.
+
+    It is no parameter: no optimizer steps it, no checkpoint stores it, no norm counts it. Its gradient is collected in fp32 over
+    the micro-batches and handed to the owner, whose updated weight comes back (neox.engine.pipeline).
+
+    Attributes:
+        weight: [v_padded/tp, h], leaf that requires a gradient.
+        layout: of the weight.
+        gradient: fp32 sum over the micro-batches since it was taken last; None: nothing yet.
+    """
+
+    def __init__(self, vocab_size: int, padded_vocab_size: int, hidden_size: int, mesh: Mesh, *, dtype: torch.dtype):
+        low, high = split_evenly(padded_vocab_size, mesh, "the padded vocabulary")
+        self.layout = Layout.cut((vocab_size, hidden_size), 0, low, high)
+        self.mesh = mesh
+        self.gradient: torch.Tensor | None = None
+        self.weight = torch.empty(0)
+        self.replace(torch.empty(high - low, hidden_size, dtype=dtype, device=mesh.device))
+
+    def replace(self, weight: torch.Tensor) -> None:
+        """Take another tensor as the weight: another device or dtype."""
+        self.weight = weight.detach().requires_grad_()
+        self.weight.register_post_accumulate_grad_hook(self._collect)
+
+    def _collect(self, weight: torch.Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if self.gradient is None:
+            self.gradient = gradient.float()
+        else:
+            self.gradient += gradient
+
+    def take_gradient(self) -> torch.Tensor:
+        """The gradient collected so far; the next one starts from zero."""
+        gradient, self.gradient = self.gradient, None
+        return torch.zeros_like(self.weight, dtype=torch.float32, requires_grad=False) if gradient is None else gradient
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., h] -> [..., v_padded/tp]."""
+        return project_to_vocabulary(x, self.weight, self.mesh)
+
+
+def project_to_vocabulary(x: torch.Tensor, weight: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """Logits of hidden states under a table that may be the word embedding (tied): [..., h] -> [..., v_padded/tp]."""
-    return ops.linear(copy_to(x, table.group), table.weight)
+    return column_products(x, mesh, (weight,), (None,))[0]

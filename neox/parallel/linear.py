@@ -1,13 +1,74 @@
-"""Linear layers cut over the tensor group, by output rows (column parallel) or by input columns (row parallel)."""
+"""Linear layers cut over the tensor group, by output rows (column parallel) or by input columns (row parallel).
+
+The residual stream outside is whole on every member, or, with sequence parallelism, cut over the group along the sequence
+(arXiv 2205.05198). A column-parallel layer takes it in, a row-parallel layer gives it back.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from neox import ops
-from neox.parallel.collectives import copy_to, reduce_from
+from neox.ops.linear import linear_input_gradient, linear_weight_gradient
+from neox.parallel.collectives import SEQUENCE, all_gather, reduce_from, reduce_scatter_from, start_all_gather, start_all_reduce, start_reduce_scatter
 from neox.parallel.mesh import Layout, Mesh, split_evenly
+
+
+class _ColumnProducts(torch.autograd.Function):
+    """x W_i^T + b_i for several cut weights of one input [b, s, i]; the products are [b s, o_i], no views, so that they may be changed in place.
+
+    In the backward the gradients of x are summed over the group once for all weights, while the gradients of the weights are
+    computed. With sequence parallelism the gathered input is not kept: it is gathered again while dx is computed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mesh, *tensors):
+        ctx.mesh = mesh
+        count = len(tensors) // 2
+        weights, biases = tensors[:count], tensors[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.biased = tuple(bias is not None for bias in biases)
+        whole = all_gather(x, SEQUENCE, mesh.tp_group) if mesh.sequence else x
+        ctx.shape = whole.shape
+        return tuple(ops.linear(whole.flatten(0, -2), weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        mesh = ctx.mesh
+        needs = ctx.needs_input_grad[2:]
+        gathering = start_all_gather(x, SEQUENCE, mesh.tp_group) if mesh.sequence and any(needs) else None
+        reducing = None
+        if ctx.needs_input_grad[0]:
+            dx = linear_input_gradient(dys[0], weights[0])
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx += linear_input_gradient(dy, weight)
+            dx = dx.view(ctx.shape)
+            reducing = start_reduce_scatter(dx, SEQUENCE, mesh.tp_group) if mesh.sequence else start_all_reduce(dx, mesh.tp_group)
+        whole = (x if gathering is None else gathering.wait()).flatten(0, -2)
+        dweights, dbiases = [], []
+        for i, dy in enumerate(dys):
+            needs_bias = ctx.biased[i] and needs[len(dys) + i]
+            dweight, dbias = linear_weight_gradient(dy, whole, weights[i], needs[i], needs_bias)
+            dweights.append(dweight)
+            dbiases.append(dbias)
+        return None if reducing is None else reducing.wait(), None, *dweights, *dbiases
+
+
+def column_products(x: torch.Tensor, mesh: Mesh, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """x W_i^T + b_i for weights cut by rows over the tensor group: x [b, s, i] or, with sequence parallelism, [b, s/tp, i] -> each [b, s, o_i/tp]."""
+    if mesh.tp_group is None:
+        return tuple(ops.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    b, s = x.shape[:2]
+    return tuple(y.view(b, s * mesh.tp if mesh.sequence else s, -1) for y in _ColumnProducts.apply(x, mesh, *weights, *biases))
+
+
+def reduce_partial(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The sum of the members' parts [b, s, h]: whole, or the own [b, s/tp, h] with sequence parallelism."""
+    return reduce_scatter_from(x, SEQUENCE, mesh.tp_group) if mesh.sequence else reduce_from(x, mesh.tp_group)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -22,7 +83,7 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, mesh: Mesh, *, units: int, what: str, bias: bool, dtype: torch.dtype):
         super().__init__()
-        self.group = mesh.tp_group
+        self.mesh = mesh
         low, high = (unit * (out_features // units) for unit in split_evenly(units, mesh, what))
         self.weight = nn.Parameter(torch.empty(high - low, in_features, dtype=dtype, device=mesh.device))
         self.layouts = {"weight": Layout.cut((out_features, in_features), 0, low, high)}
@@ -33,7 +94,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, add_bias: bool = True) -> torch.Tensor:
         """[..., i] -> [..., o/tp]; without the bias where the activation that follows fuses it."""
-        return ops.linear(copy_to(x, self.group), self.weight, self.bias if add_bias else None)
+        return column_products(x, self.mesh, (self.weight,), (self.bias if add_bias else None,))[0]
 
 
 class RowParallelLinear(nn.Module):
@@ -41,23 +102,23 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, mesh: Mesh, *, units: int, what: str, bias: bool, dtype: torch.dtype):
         super().__init__()
-        self.group = mesh.tp_group
+        self.mesh = mesh
         low, high = (unit * (in_features // units) for unit in split_evenly(units, mesh, what))
         self.weight = nn.Parameter(torch.empty(out_features, high - low, dtype=dtype, device=mesh.device))
         self.layouts = {"weight": Layout.cut((out_features, in_features), 1, low, high)}
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=mesh.device))
-            self.layouts["bias"] = Layout.whole(out_features)
+            self.layouts["bias"] = Layout.whole(out_features, partial=mesh.sequence)
 
     def forward(self, x: torch.Tensor, partial: bool = False) -> torch.Tensor:
         """[..., i/tp] -> [..., o], summed over the group; the bias is added once, after the sum.
 
-        With `partial`, this member's part of the sum without bias, so that several layers can share one reduction.
+        With `partial`, this member's part of the sum without bias, so that several layers can share one reduction (`reduce_partial`).
         """
         if partial:
             return ops.linear(x, self.weight)
-        if self.group is None:
+        if self.mesh.tp_group is None:
             return ops.linear(x, self.weight, self.bias)
-        y = reduce_from(ops.linear(x, self.weight), self.group)
+        y = reduce_partial(ops.linear(x, self.weight), self.mesh)
         return y if self.bias is None else y + self.bias

@@ -1,11 +1,12 @@
 """The layout of processes as a value, and the place of a local tensor within its logical tensor.
 
-Ranks are numbered with the tensor group innermost, then data, then pipeline: rank = (pp_rank * dp + dp_rank) * tp + tp_rank,
-so that the processes which talk most sit on one node.
+Ranks are numbered with the tensor group innermost, then context, data and pipeline:
+rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank, so that the processes which talk most sit on one node.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,17 @@ from neox.errors import ConfigError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes, own coordinates and process groups of one process. A group of size 1 is None: its collectives are no-ops."""
+    """Sizes, own coordinates and process groups of one process. A group of size 1 is None: its collectives are no-ops.
+
+    Attributes:
+        tp, pp, dp, cp: processes that share each layer, stages, processes that read other samples, processes that share each sample's sequence.
+        rank, tp_rank, pp_rank, dp_rank, cp_rank: own number among all and along each axis.
+        tp_group, pp_group, dp_group, cp_group: the processes along one axis.
+        replica_group: dp x cp, the processes that hold the same parameters: gradients are summed over them, ZeRO cuts over them.
+        model_group: pp x tp, the processes that hold one whole model together.
+        sequence: sequence parallelism: between the layers the sequence is cut over the tensor group.
+        device: where this process computes.
+    """
 
     tp: int
     pp: int
@@ -29,6 +40,12 @@ class Mesh:
     pp_group: dist.ProcessGroup | None
     dp_group: dist.ProcessGroup | None
     device: torch.device
+    cp: int = 1
+    cp_rank: int = 0
+    cp_group: dist.ProcessGroup | None = None
+    replica_group: dist.ProcessGroup | None = None
+    model_group: dist.ProcessGroup | None = None
+    sequence: bool = False
 
     @classmethod
     def single(cls, device: str | torch.device = "cpu") -> Mesh:
@@ -38,7 +55,31 @@ class Mesh:
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def replicas(self) -> int:
+        """Number of processes that hold the same parameters."""
+        return self.dp * self.cp
+
+    @property
+    def replica_rank(self) -> int:
+        """Own number among them."""
+        return self.dp_rank * self.cp + self.cp_rank
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this process holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this process computes logits and loss."""
+        return self.pp_rank == self.pp - 1
+
+    def stage_peer(self, pp_rank: int) -> int:
+        """Global rank of the process with the same coordinates on another stage."""
+        return self.rank + (pp_rank - self.pp_rank) * (self.world_size // self.pp)
 
 
 @dataclass(frozen=True)
@@ -49,22 +90,27 @@ class Layout:
         shape: shape of the logical tensor, without vocabulary padding.
         slices: (low, high) per dimension that the local parameter holds. The local parameter may have further rows after
             these (vocabulary padding); its first prod(high - low) elements in row-major order are the slice.
+        dim: dimension that is cut over the tensor group; None: every member holds the whole.
+        partial: each member computes only a part of the gradient of this whole parameter, because it sees other tokens or heads;
+            the parts are summed over the tensor group (`neox.parallel.gradients`).
     """
 
     shape: tuple[int, ...]
     slices: tuple[tuple[int, int], ...]
+    dim: int | None = None
+    partial: bool = False
 
     @classmethod
-    def whole(cls, *shape: int) -> Layout:
+    def whole(cls, *shape: int, partial: bool = False) -> Layout:
         """The layout of a tensor that every process of the tensor group holds as a whole."""
-        return cls(tuple(shape), tuple((0, size) for size in shape))
+        return cls(tuple(shape), tuple((0, size) for size in shape), partial=partial)
 
     @classmethod
     def cut(cls, shape: tuple[int, ...], dim: int, low: int, high: int) -> Layout:
         """The layout of rows `low` to `high` along `dim`; bounds beyond the logical size (padding) are clipped."""
         size = shape[dim]
         slices = tuple((min(low, size), min(high, size)) if i == dim else (0, length) for i, length in enumerate(shape))
-        return cls(tuple(shape), slices)
+        return cls(tuple(shape), slices, dim)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -102,7 +148,7 @@ def split_evenly(size: int, mesh: Mesh, what: str) -> tuple[int, int]:
     return mesh.tp_rank * share, (mesh.tp_rank + 1) * share
 
 
-def create_mesh(tensor: int = 1, pipeline: int = 1, device: str | torch.device = "cpu") -> Mesh:
+def create_mesh(tensor: int = 1, pipeline: int = 1, device: str | torch.device = "cpu", *, context: int = 1, sequence: bool = False) -> Mesh:
     """Build the mesh over the processes of torch.distributed (one process where that is not initialised).
 
     Every process must call it, with the same sizes: it creates groups.
@@ -111,36 +157,66 @@ def create_mesh(tensor: int = 1, pipeline: int = 1, device: str | torch.device =
         tensor: processes that share each layer.
         pipeline: stages the layers are cut into.
         device: where this process computes.
+        context: processes that share the sequence of each sample.
+        sequence: cut the residual stream over the tensor group.
 
     Raises:
-        ConfigError: the world size is no multiple of tensor x pipeline.
+        ConfigError: the world size is no multiple of tensor x pipeline x context.
     """
     alone = not (dist.is_available() and dist.is_initialized())
     world, rank = (1, 0) if alone else (dist.get_world_size(), dist.get_rank())
-    if tensor < 1 or pipeline < 1 or world % (tensor * pipeline):
+    model = tensor * pipeline * context
+    if min(tensor, pipeline, context) < 1 or world % model:
         raise ConfigError(
             "processes cannot be arranged",
             where="parallel",
-            got=f"{world} processes, tensor={tensor}, pipeline={pipeline}",
-            want="a world size that is a multiple of parallel.tensor x parallel.pipeline",
-            do="start another number of processes or change parallel.tensor and parallel.pipeline",
+            got=f"{world} processes, tensor={tensor}, pipeline={pipeline}" + (f", context={context}" if context > 1 else ""),
+            want="a world size that is a multiple of parallel.tensor x parallel.pipeline x parallel.context",
+            do="start another number of processes or change the sizes under parallel",
         )
-    data = world // (tensor * pipeline)
-    grid = torch.arange(world).view(pipeline, data, tensor)
-    pp_rank, dp_rank, tp_rank = (int(i) for i in (grid == rank).nonzero()[0])
-    groups = {dim: _group_along(grid, dim, rank) for dim in range(3)}
-    return Mesh(tensor, pipeline, data, rank, tp_rank, pp_rank, dp_rank, groups[2], groups[0], groups[1], torch.device(device))
+    data = world // model
+    grid = torch.arange(world).view(pipeline, data, context, tensor)
+    pp_rank, dp_rank, cp_rank, tp_rank = (int(i) for i in (grid == rank).nonzero()[0])
+    along = {axes: _group_along(grid, axes, rank) for axes in ((0,), (1,), (2,), (3,))}
+    return Mesh(
+        tp=tensor,
+        pp=pipeline,
+        dp=data,
+        rank=rank,
+        tp_rank=tp_rank,
+        pp_rank=pp_rank,
+        dp_rank=dp_rank,
+        tp_group=along[(3,)],
+        pp_group=along[(0,)],
+        dp_group=along[(1,)],
+        device=torch.device(device),
+        cp=context,
+        cp_rank=cp_rank,
+        cp_group=along[(2,)],
+        replica_group=_group_over(grid, (1, 2), rank, along),
+        model_group=_group_over(grid, (0, 3), rank, along),
+        sequence=sequence and tensor > 1,
+    )
 
 
-def _group_along(grid: torch.Tensor, dim: int, rank: int) -> dist.ProcessGroup | None:
-    """The group of this rank along one axis of the grid; every process creates every group, in the same order."""
-    size = grid.shape[dim]
+def _group_over(grid: torch.Tensor, axes: tuple[int, int], rank: int, along: dict) -> dist.ProcessGroup | None:
+    """The group over two axes; that of one of them where the other has size 1."""
+    for one, other in (axes, axes[::-1]):
+        if grid.shape[other] == 1:
+            return along[(one,)]
+    return _group_along(grid, axes, rank)
+
+
+def _group_along(grid: torch.Tensor, axes: tuple[int, ...], rank: int) -> dist.ProcessGroup | None:
+    """The group of this rank over some axes of the grid; every process creates every group, in the same order."""
+    size = math.prod(grid.shape[axis] for axis in axes)
     if size == 1:
         return None
     if size == grid.numel():
         return dist.group.WORLD
     mine = None
-    for ranks in grid.movedim(dim, -1).reshape(-1, size).tolist():
+    last = tuple(range(-len(axes), 0))
+    for ranks in grid.movedim(axes, last).reshape(-1, size).tolist():
         group = dist.new_group(ranks)
         if rank in ranks:
             mine = group

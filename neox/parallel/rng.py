@@ -1,9 +1,9 @@
 """Random streams: seeds derived by name, and dropout that is alike or different over the tensor group, as it must be.
 
 Dropout on tensors that every member of the tensor group holds must be the same on all of them; dropout inside a
-tensor-parallel region (attention heads) must differ. The first comes from torch's default generator, which is seeded alike
-over the group; the second from `tensor_parallel_stream`. It keeps no state of its own: a checkpoint of the default
-generator is a checkpoint of both.
+tensor-parallel region (attention heads), or on a residual stream that is cut along the sequence, must differ. The first comes
+from torch's default generator, which is seeded alike over the group; the second from `tensor_parallel_stream`. It keeps no
+state of its own: a checkpoint of the default generator is a checkpoint of both.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ def derive_seed(seed: int, *path: object) -> int:
 
 
 def seed_default_generators(seed: int, mesh: Mesh) -> None:
-    """Seed torch's default generators: alike over the tensor group, different over data and pipeline ranks."""
-    torch.manual_seed(derive_seed(seed, "dropout", mesh.pp_rank, mesh.dp_rank))
+    """Seed torch's default generators: alike over the tensor group, different over data, context and pipeline ranks."""
+    context = (mesh.cp_rank,) if mesh.cp > 1 else ()
+    torch.manual_seed(derive_seed(seed, "dropout", mesh.pp_rank, mesh.dp_rank, *context))
 
 
-def tensor_parallel_stream(mesh: Mesh, device: torch.device):
-    """A context in which random numbers differ over the tensor group; without tensor parallelism nothing changes.
+def tensor_parallel_stream(mesh: Mesh | None, device: torch.device):
+    """A context in which random numbers differ over the tensor group; without tensor parallelism, or a mesh, nothing changes.
 
     The default generator advances by one draw, the same on every member, whatever happens inside.
     """
-    return nullcontext() if mesh.tp == 1 else _forked(mesh.tp_rank, device)
+    return nullcontext() if mesh is None or mesh.tp == 1 else _forked(mesh.tp_rank, device)
 
 
 @contextmanager

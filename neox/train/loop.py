@@ -119,7 +119,9 @@ class Run:
         self.config_lock = dump(config)
         self.sizes: BatchSizes = batch_sizes(config, mesh.world_size)
         self.datasets = self.open_datasets()
-        model = GPT(config.model, mesh, seed=config.train.seed, activation_checkpointing=config.train.activation_checkpointing)
+        self.layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "cp": mesh.cp, "zero": config.zero.stage}
+        train = config.train
+        model = GPT(config.model, mesh, seed=train.seed, activation_checkpointing=train.activation_checkpointing, partition=config.parallel.partition)
         self.parameters = model.num_parameters()
         self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.sizes.global_batch_size * config.data.seq_length
         self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters)
@@ -166,7 +168,8 @@ class Run:
             with Checkpoint(found) as checkpoint:
                 self.engine.restore(checkpoint)
                 consumed, self.tokens = checkpoint.state["consumed"], checkpoint.state["tokens"]
-                rng = checkpoint.rng(self.mesh.rank) if checkpoint.world_size == self.mesh.world_size else None
+                # A state belongs to a place in the layout: in another one, rank 1 may have to agree with rank 0 that it differed from before.
+                rng = checkpoint.rng(self.mesh.rank) if place_of(checkpoint.layout) == place_of(self.layout) else None
                 self.tell_resumed(checkpoint)
             self.saved_step = self.engine.step
         elif self.config.checkpoint.init_from is not None:
@@ -218,7 +221,7 @@ class Run:
         config = self.config
         sizes = self.sizes
         self.progress.say(
-            f"{self.parameters:,} parameters | {self.mesh.world_size} processes on {self.mesh.device.type} | ZeRO {config.zero.stage} | "
+            f"{self.parameters:,} parameters | {self.mesh.world_size} processes on {self.mesh.device.type}{describe(self.mesh)} | ZeRO {config.zero.stage} | "
             f"{config.precision.dtype} | batch {sizes.global_batch_size} = {sizes.micro_batch_size} x {sizes.gradient_accumulation} x {sizes.dp}"
         )
         first = True
@@ -302,7 +305,7 @@ class Run:
                 rng=get_generators(self.mesh.device),
                 config_lock=self.config_lock,
                 model_config=plain(self.config.model),
-                layout={"tp": self.mesh.tp, "pp": self.mesh.pp, "dp": self.mesh.dp, "zero": self.config.zero.stage},
+                layout=self.layout,
             )
         except DiskError as error:
             self.save_failed(error, must=must)
@@ -333,6 +336,17 @@ class Run:
             self.loader.close()
         if self.metrics is not None:
             self.metrics.close()
+
+
+def place_of(layout: dict[str, int]) -> tuple[int, ...]:
+    """The sizes that say which place a rank has."""
+    return tuple(layout.get(axis, 1) for axis in ("tp", "pp", "dp", "cp"))
+
+
+def describe(mesh: Mesh) -> str:
+    """The layout of several processes, for people; nothing where there is one, or data parallelism alone."""
+    sizes = [f"{name} {size}" for name, size in (("tensor", mesh.tp), ("pipeline", mesh.pp), ("context", mesh.cp)) if size > 1]
+    return f" ({', '.join([*sizes, f'data {mesh.dp}'])}{', sequence parallel' if mesh.sequence else ''})" if sizes else ""
 
 
 def get_generators(device: torch.device) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from neox.config.schema import Config
+from neox.config.schema import Config, ParallelConfig
 from neox.errors import NeoxError
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.train.control import as_neox_error, connect
@@ -32,7 +32,7 @@ def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
     """
     keep_freed_memory()
     with StopSignals() as signals:
-        mesh = join(config, place, device)
+        mesh = join(config.parallel, place, device)
         control = connect(place)
         try:
             train(config, mesh, signals)
@@ -45,7 +45,7 @@ def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
             return code
 
 
-def join(config: Config, place: Place, device: str) -> Mesh:
+def join(layout: ParallelConfig, place: Place, device: str) -> Mesh:
     """Join the process group that the launcher's variables name, and arrange the processes."""
     here = torch.device(device, place.local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
@@ -53,7 +53,7 @@ def join(config: Config, place: Place, device: str) -> Mesh:
     if place.world_size > 1:
         backend, bound = ("nccl", here) if device == "cuda" else ("gloo", None)
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, device_id=bound)
-    return create_mesh(config.parallel.tensor, config.parallel.pipeline, here)
+    return create_mesh(layout.tensor, layout.pipeline, here, context=layout.context, sequence=layout.sequence)
 
 
 def report(error: BaseException, rank: int, debug: bool) -> None:

@@ -170,8 +170,12 @@ def parallel_cases() -> list[Case]:
     cases += [
         Case(("parallel.sequence=true",), ("parallel.sequence", "parallel.tensor")),
         Case(("parallel.sequence=true", "parallel.tensor=2", "data.seq_length=63"), ("data.seq_length", "parallel.tensor"), world_size=2),
-        Case(("parallel.tensor=2",), ("parallel.tensor",), world_size=2),
-        Case(("parallel.pipeline=2",), ("parallel.pipeline",), world_size=2),
+        Case(("parallel.pipeline=2", "parallel.partition=[2]"), ("parallel.partition", "parallel.pipeline"), world_size=2),
+        Case(("parallel.pipeline=2", "parallel.partition=[2, 1]"), ("parallel.partition", "model.num_layers"), world_size=2),
+        Case(("parallel.context=2", "model.num_kv_heads=1"), ("model.num_kv_heads", "parallel.context"), world_size=2),
+        Case(("parallel.context=2", "data.seq_length=63"), ("data.seq_length", "parallel.context"), world_size=2),
+        Case(("parallel.context=2",), ("parallel.tensor", "parallel.pipeline", "parallel.context"), world_size=3),
+        Case(("optimizer.type=muon", "parallel.tensor=2"), ("optimizer.type", "parallel.tensor"), world_size=2),
     ]
     return cases
 

@@ -49,6 +49,12 @@ class Toy(torch.nn.Module):
         out = {name: Layout.whole(*p.shape) for name, p in self.named_parameters()}
         return out | {"embedding.word": Layout.cut((VOCAB, HIDDEN), 0, 0, ROWS)}
 
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: layout.shape for name, layout in self.layouts().items()}
+
+    def boundary_shape(self, tokens) -> tuple[int, ...]:
+        return (*tokens.shape, HIDDEN)
+
     def loss(self, tokens, targets, *, segment_ids=None, position_ids=None):
         x = F.embedding(tokens, self.embedding["word"])
         for layer in self.layers:

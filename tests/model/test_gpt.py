@@ -317,10 +317,3 @@ def test_alibi_has_no_longest_sequence():
 def test_unknown_activation_checkpointing():
     with pytest.raises(ConfigError, match="activation checkpointing"):
         GPT(ModelConfig(**SIZES), Mesh.single("meta"), activation_checkpointing="some")
-
-
-def test_pipeline_layers_are_all_of_the_model():
-    for form in ("neox", "gpt2"):
-        model = build(form)
-        parts = [parameter for layer in model.pipeline_layers() for parameter in layer.parameters()]
-        assert [id(p) for p in parts] == [id(p) for p in model.parameters()]

@@ -16,8 +16,8 @@ def test_lookup_and_projection_share_a_table_when_tied():
     x = torch.randn(2, 3)
     head = VocabParallelHead(5, 8, 3, Mesh.single(), dtype=torch.float32)
     head.weight = table.weight
-    assert torch.equal(project_to_vocabulary(x, table), head(x))
-    assert head(x).shape == (2, 8)
+    assert torch.equal(project_to_vocabulary(x[None], table.weight, table.mesh), head(x[None]))
+    assert head(x[None]).shape == (1, 2, 8)
 
 
 def test_padding_lies_outside_the_layout():

@@ -1,0 +1,95 @@
+"""The same model in every layout: a covering subset here, the whole matrix by `make parallel-test`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.engine.layouts import MATRIX_FORMS, Cell, matrix, write_cells, write_references
+from tests.engine.mutations import MUTATIONS
+
+LIMIT = 1e-5  # relative: losses of every step, gradient against the reference's norm, norm before clipping
+BF16_LIMITS = {"loss": 5e-3, "gradient": 3e-2, "norm": 2e-2}  # rounding to 8 bits in another order of summation; measured 4e-4, 8e-3, 2e-3
+SUBSET_STEPS = 6
+
+SUBSET = {
+    2: (
+        Cell("neox", tp=2, zero=3, sequence=True),
+        Cell("llama-tied", pp=2, zero=1),
+        Cell("gpt2", tp=2, zero=1, sequence=True, checkpointing="full"),
+        Cell("gptj", cp=2, zero=2, documents=True),
+        Cell("llama", pp=2, zero=0, documents=True, checkpointing="selective"),
+    ),
+    4: (
+        Cell("llama-tied", tp=2, pp=2, zero=1, sequence=True, documents=True),
+        Cell("neox-tied", pp=2, dp=2, zero=0),
+        Cell("neox", tp=2, dp=2, zero=2),
+        Cell("gpt2", pp=4, zero=1, partition=(1, 1, 1, 1)),
+        Cell("llama", tp=4, zero=0, sequence=True),
+        Cell("llama-tied", tp=2, cp=2, zero=1, sequence=True),
+    ),
+}
+BF16 = (Cell("neox", tp=2, pp=2, zero=1, dtype="bf16"), Cell("llama-tied", pp=4, zero=0, dtype="bf16"), Cell("llama", tp=2, dp=2, zero=2, dtype="bf16"))
+CAUGHT_BY = {  # mutation -> a layout in which it matters
+    "column input gradient not summed over the tensor group": Cell("llama", tp=2),
+    "norm gradients not summed under sequence parallelism": Cell("llama", tp=2, sequence=True),
+    "tied embedding gradient not added": Cell("gpt2", pp=2),
+    "tied embedding not published": Cell("gpt2", pp=2),
+    "norm of one stage only": Cell("llama", pp=2, zero=1),
+    "loss weighted by micro-batches": Cell("llama", tp=2),
+}
+
+
+def run(cells: list[Cell], folder: Path, steps: int, timeout: float = 420.0) -> list[dict]:
+    """Run cells that need the same number of processes; how far each is from one process."""
+    write_references(cells, folder / "references", steps)
+    write_cells(cells, folder / "cells.json")
+    run_ranks("tests.engine.layouts:run_cells", cells[0].world_size, folder, [folder / "cells.json", folder / "references", folder / "out.json"], timeout)
+    return json.loads((folder / "out.json").read_text())
+
+
+def far(answer: dict, limit: float = LIMIT) -> list[str]:
+    """What is further from the reference than it may be; a NaN is."""
+    return [f"{answer['name']}: {key} {answer[key]:.2g}" for key in ("initial", "loss", "norm", "gradient", "validation") if not answer[key] <= limit]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_covering_subset_is_the_same_model(processes, tmp_path):
+    answers = run(list(SUBSET[processes]), tmp_path, SUBSET_STEPS)
+    assert len(answers) == len(SUBSET[processes])
+    assert [line for answer in answers for line in far(answer)] == []
+
+
+@pytest.mark.distributed
+def test_bf16_stays_within_its_bound(tmp_path):
+    answers = run(list(BF16), tmp_path, SUBSET_STEPS)
+    assert [a["name"] for a in answers if any(not a[key] <= limit for key, limit in BF16_LIMITS.items())] == []
+    assert all(answer["initial"] == 0 for answer in answers)
+
+
+@pytest.mark.distributed
+def test_every_broken_reduction_is_seen(tmp_path):
+    assert set(CAUGHT_BY) == set(MUTATIONS)
+    cells = [Cell(**{**vars(cell), "mutation": name}) for name, cell in CAUGHT_BY.items()]
+    answers = run(cells, tmp_path, 3)
+    assert [answer["name"] for answer in answers if not far(answer, 1e-4)] == []
+
+
+@pytest.mark.parallel
+@pytest.mark.distributed
+@pytest.mark.parametrize("form", MATRIX_FORMS)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_whole_matrix(processes, form, tmp_path, capsys):
+    answers = run(list(matrix(processes, [form])), tmp_path, 20, timeout=3000.0)
+    with capsys.disabled():
+        print()
+        for answer in answers:
+            figures = "  ".join(f"{key} {answer[key]:.1e}" for key in ("loss", "gradient", "norm", "validation", "weights"))
+            print(f"{answer['name']:<34} {figures}  {'initial equal' if answer['initial'] == 0 else 'INITIAL DIFFERS'}  {'FAIL' if far(answer) else 'ok'}")
+    assert not any(math.isnan(answer["loss"]) for answer in answers)
+    assert [line for answer in answers for line in far(answer)] == []

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.errors import ConfigError
+from neox.model.gpt import GPT
+from neox.model.stages import flops_per_token, logical_shapes, num_parameters, partition_layers, stage_costs
+from neox.parallel.mesh import Mesh
+
+SIZES = {"num_layers": 6, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50, "vocab_multiple": 8, "max_position_embeddings": 16}
+FORMS = {
+    "neox": {"parallel_residual": True},
+    "shared norm": {"parallel_residual": True, "shared_residual_norm": True},
+    "gpt2": {"position_embedding": "learned", "tie_embeddings": True},
+    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_are_those_of_the_modules_and_stages_share_them_out(form):
+    config = ModelConfig(**SIZES, **FORMS[form])
+    want = {name: layout.shape for name, layout in GPT(config, Mesh.single("meta")).layouts().items()}
+    assert logical_shapes(config) == want
+    found = {}
+    for rank in range(3):
+        stage = GPT(config, dataclasses.replace(Mesh.single("meta"), pp=3, pp_rank=rank))
+        for name, layout in stage.layouts().items():
+            assert name not in found
+            found[name] = layout.shape
+    assert found == want
+
+
+def test_counts_of_a_published_model():
+    pythia = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50304, parallel_residual=True)
+    assert num_parameters(pythia) == 162_322_944
+    assert flops_per_token(pythia, 2048) == 6 * (12 * 12 * 768**2 + 50304 * 768 + 2 * 12 * 768 * 2048)
+
+
+def test_a_large_embedding_takes_blocks_off_the_ends():
+    config = ModelConfig(**{**SIZES, "num_layers": 12, "vocab_size": 4 * 12 * 32})  # each table weighs as much as 4 blocks
+    assert stage_costs(config, "parameters") == pytest.approx((4.0, 1.0, 4.0))
+    assert [b - a for a, b in partition_layers(config, 4)] == [1, 5, 5, 1]
+    assert [b - a for a, b in partition_layers(config, 4, "time")] == [4, 4, 3, 1]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 6])
+def test_every_stage_has_a_block_and_all_are_shared_out(stages):
+    cuts = partition_layers(ModelConfig(**SIZES), stages)
+    assert [i for low, high in cuts for i in range(low, high)] == list(range(6))
+    assert all(low < high for low, high in cuts)
+
+
+def test_a_list_is_taken_as_it_is():
+    assert partition_layers(ModelConfig(**SIZES), 3, [1, 2, 3]) == [(0, 1), (1, 3), (3, 6)]
+    for wrong in ([1, 2], [1, 2, 4], [6, 0, 0]):
+        with pytest.raises(ConfigError, match=r"parallel\.partition"):
+            partition_layers(ModelConfig(**SIZES), 3, wrong)
+    with pytest.raises(ConfigError, match="more stages than layers"):
+        partition_layers(ModelConfig(**SIZES), 7)
+
+
+def test_the_last_stage_of_a_tied_model_copies_the_table():
+    config = ModelConfig(**SIZES, tie_embeddings=True)
+    meshes = [dataclasses.replace(Mesh.single(), pp=2, pp_rank=rank) for rank in range(2)]
+    first, last = (GPT(config, mesh) for mesh in meshes)
+    assert "embedding.word.weight" not in dict(last.named_parameters())
+    assert torch.equal(first.embedding.word.weight, last.tied.weight)
+    whole = {name: torch.rand(shape) for name, shape in logical_shapes(config).items()}
+    last.load_weights(whole)
+    assert torch.equal(last.tied.weight[:50].detach(), whole["embedding.word.weight"])
+    last.tied(torch.ones(1, 2, 32, requires_grad=True)).sum().backward()
+    last.tied(torch.ones(1, 2, 32, requires_grad=True)).sum().backward()
+    assert torch.equal(last.tied.take_gradient(), torch.full((56, 32), 4.0)) and last.tied.weight.grad is None
+    assert not last.tied.take_gradient().any()
