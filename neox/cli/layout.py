@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from neox.cli.train import read_place
+from neox.cli.launcher import read_place
 from neox.config.schema import ModelConfig, ParallelConfig
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh

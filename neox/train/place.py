@@ -14,6 +14,7 @@ class Place:
         local_rank: among those of this machine; the GPU it takes.
         world_size: number of processes.
         address, port: of the first process.
+        source: the launcher and its variables that said so, for people.
     """
 
     rank: int = 0
@@ -21,3 +22,4 @@ class Place:
     world_size: int = 1
     address: str = "127.0.0.1"
     port: int = 29500
+    source: str = ""

@@ -11,9 +11,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.peers import Peers
 from neox.config.schema import Config, ParallelConfig
-from neox.errors import NeoxError
+from neox.errors import EnvironmentProblem, NeoxError
 from neox.parallel.mesh import Mesh, create_mesh
+from neox.train.agreement import check_agreement, facts
 from neox.train.control import as_neox_error, connect
 from neox.train.loop import train
 from neox.train.memory import keep_freed_memory
@@ -35,6 +37,10 @@ def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
         mesh = join(config.parallel, place, device)
         control = connect(place)
         try:
+            if place.world_size > 1:
+                if place.rank == 0:
+                    print(f"{place.world_size} processes by {place.source}; rank 0 at {place.address}:{place.port}", flush=True)
+                check_agreement(facts(config), Peers(place.rank, place.world_size))
             train(config, mesh, signals)
             control.finish()
             return 0
@@ -52,8 +58,23 @@ def join(layout: ParallelConfig, place: Place, device: str) -> Mesh:
         torch.cuda.set_device(here)
     if place.world_size > 1:
         backend, bound = ("nccl", here) if device == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, device_id=bound)
+        store = dist.PrefixStore("neox-join", register(place))
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=bound)
     return create_mesh(layout.tensor, layout.pipeline, here, context=layout.context, sequence=layout.sequence)
+
+
+def register(place: Place) -> dist.Store:
+    """The rendezvous store, with this process's rank taken in it.
+
+    Raises:
+        EnvironmentProblem: another process has this rank already.
+    """
+    store, _, _ = next(dist.rendezvous(f"tcp://{place.address}:{place.port}?rank={place.rank}&world_size={place.world_size}"))
+    if store.add(f"neox-rank/{place.rank}", 1) > 1:
+        raise EnvironmentProblem(
+            "two processes have the same rank", where=place.source, got=f"rank {place.rank} twice", want=f"ranks 0 to {place.world_size - 1}, each once"
+        )
+    return store
 
 
 def report(error: BaseException, rank: int, debug: bool) -> None:

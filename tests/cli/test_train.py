@@ -5,52 +5,9 @@ import subprocess
 import sys
 from functools import partial
 
-import pytest
-
-from neox.cli.train import read_place
-from neox.errors import EnvironmentProblem
-from neox.train.place import Place
 from tests.config.upstream import flow_text
 from tests.distributed import ROOT, environment
 from tests.train.corpus import VOCAB, make_corpus
-
-GOOD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
-
-
-def test_alone_without_a_launcher():
-    assert read_place({}) == Place(0, 0, 1, "127.0.0.1", 29500)
-    assert read_place({"LOCAL_RANK": "3"}) == Place()
-
-
-def test_from_a_launcher():
-    assert read_place(GOOD) == Place(1, 1, 2, "host", 1234)
-    assert read_place({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}) == Place()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("WORLD_SIZE", "abc"),
-        ("WORLD_SIZE", "0"),
-        ("WORLD_SIZE", None),
-        ("RANK", "2"),
-        ("RANK", "-1"),
-        ("RANK", None),
-        ("LOCAL_RANK", "1.0"),
-        ("LOCAL_RANK", None),
-        ("MASTER_ADDR", ""),
-        ("MASTER_ADDR", None),
-        ("MASTER_PORT", "99999"),
-        ("MASTER_PORT", None),
-        ("OMP_NUM_THREADS", "0"),
-        ("RANK", "\u0661"),
-    ],
-)
-def test_a_wrong_variable_is_named(name, value):
-    broken = {key: text for key, text in {**GOOD, name: value}.items() if text is not None}
-    with pytest.raises(EnvironmentProblem, match=rf"error\[14\].*where={name}") as problem:
-        read_place(broken)
-    assert problem.value.exit_code == 14
 
 
 def run(*arguments, **variables):

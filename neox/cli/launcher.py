@@ -1,0 +1,82 @@
+"""What the environment says about this process's place: deepspeed and torchrun, Slurm's srun, mpirun, or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from neox.errors import EnvironmentProblem
+from neox.train.place import Place
+
+MOST_PROCESSES = 1 << 20
+DEFAULT_PORT = "29500"
+
+# Launcher -> the names of its variables for RANK, LOCAL_RANK and WORLD_SIZE. The first whose last one is set is taken. SLURM_STEP_NUM_TASKS is set by srun
+# alone: SLURM_NTASKS is there too in a batch script or a shell of salloc, where this process has no siblings.
+LAUNCHERS = {
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "mpirun (MPICH, Intel MPI)": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+}
+
+
+def read_number(environment: Mapping[str, str], name: str, low: int, high: int) -> int:
+    """An integer variable of the launcher.
+
+    Raises:
+        EnvironmentProblem: it is absent or no number from low to high.
+    """
+    text = environment.get(name)
+    if text is None or not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise EnvironmentProblem(
+            "a launcher's variable is wrong",
+            where=name,
+            got=text,
+            want=f"a number from {low} to {high}",
+            do="start with deepspeed, torchrun, srun, mpirun, or plain python",
+        )
+    return int(text)
+
+
+def read_place(environment: Mapping[str, str]) -> Place:
+    """This process's place from the variables of a launcher; alone where there are none.
+
+    RANK or WORLD_SIZE, which torchrun and deepspeed set, come before those of Slurm and MPI, under which they may run.
+
+    Raises:
+        EnvironmentProblem: names the variable that is absent or wrong.
+    """
+    if "OMP_NUM_THREADS" in environment:
+        read_number(environment, "OMP_NUM_THREADS", 1, 1 << 16)
+    names, launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed, or variables set by hand"
+    if "WORLD_SIZE" not in environment and "RANK" not in environment:
+        found = next((name for name, variables in LAUNCHERS.items() if variables[2] in environment), None)
+        if found is None:
+            return Place()
+        names, launcher = LAUNCHERS[found], found
+    world_size = read_number(environment, names[2], 1, MOST_PROCESSES)
+    rank = read_number(environment, names[0], 0, world_size - 1)
+    local_rank = read_number(environment, names[1], 0, world_size - 1)
+    if world_size == 1:
+        return Place(rank, local_rank, world_size)
+    source = f"{launcher}: {names[0]}, {names[1]}, {names[2]}"
+    address = environment.get("MASTER_ADDR")
+    if not address and launcher == "srun":
+        address = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "")
+        source += ", first of SLURM_STEP_NODELIST"
+    if not address:
+        raise EnvironmentProblem(
+            "a launcher's variable is wrong",
+            where="MASTER_ADDR",
+            got=environment.get("MASTER_ADDR"),
+            want="host name of the first process",
+            do=f"export MASTER_ADDR; {launcher} does not say it",
+        )
+    port = environment if "MASTER_PORT" in environment or launcher not in LAUNCHERS else {"MASTER_PORT": DEFAULT_PORT}
+    return Place(rank, local_rank, world_size, address, read_number(port, "MASTER_PORT", 1, 65535), source)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: `node[03-05,9],login` -> node03; empty for an empty list."""
+    head = re.match(r"([^,\[\]]+)(?:\[([^,\]-]+))?", nodes)
+    return "" if head is None else head[1] + (head[2] or "")

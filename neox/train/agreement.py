@@ -1,0 +1,69 @@
+"""Whether all processes of a run were given the same: config, data, versions. A difference is refused before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+import neox
+from neox.checkpoint.peers import Peers
+from neox.config.load import flatten
+from neox.config.schema import Config
+from neox.errors import ConfigError
+
+EDGE = 1 << 16  # bytes at either end of an index that are looked at
+SHOWN = 5  # differing keys that an error names
+
+
+def fingerprint(path: Path) -> str:
+    """What tells two versions of a file apart at little cost: its size, and a digest of its first and last 64 KiB."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256(file.read(EDGE))
+            file.seek(max(size - EDGE, 0))
+            digest.update(file.read(EDGE))
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
+
+
+def facts(config: Config) -> dict[str, str]:
+    """All that has to be alike on every process, as text by name."""
+    known = {key: json.dumps(value, default=str) for key, value in flatten(config)}
+    data = config.data
+    prefixes = [source.path for part in (data.train, data.validation, data.test) for source in part] + ([data.path] if data.path is not None else [])
+    known |= {f"{prefix}{suffix}": fingerprint(Path(prefix + suffix)) for prefix in prefixes for suffix in (".idx", ".bin")}
+    if config.tokenizer.file is not None:
+        known[config.tokenizer.file] = fingerprint(Path(config.tokenizer.file))
+    return known | {"version of neox": neox.__version__, "version of torch": torch.__version__}
+
+
+def check_agreement(known: Mapping[str, str], peers: Peers) -> None:
+    """Compare with the other processes; all call it. One digest each travels, and the whole only where digests differ.
+
+    Raises:
+        ConfigError: on every process, with the keys that differ, their values and whose they are.
+    """
+    digest = hashlib.sha256(json.dumps(dict(known), sort_keys=True).encode()).hexdigest()
+    digests = peers.exchange(digest)
+    if len(set(digests)) == 1:
+        return
+    everyone = peers.exchange(dict(known))
+    keys = [key for key in sorted({key for one in everyone for key in one}) if len({one.get(key) for one in everyone}) > 1]
+    lines = []
+    for key in keys[:SHOWN]:
+        other = next(rank for rank, one in enumerate(everyone) if one.get(key) != everyone[0].get(key))
+        lines.append(f"{key}: {everyone[0].get(key)} on rank 0, {everyone[other].get(key)} on rank {other}")
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    raise ConfigError(
+        "the processes were given different things",
+        where=", ".join(keys[:SHOWN]) + more,
+        got="; ".join(lines).replace(";", ","),
+        want="the same config, data and versions everywhere",
+        do="start every host with the same files",
+    )

@@ -1,0 +1,70 @@
+"""Processes that were given different things are stopped, each saying which key differs."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.errors import ConfigError
+from neox.train.agreement import check_agreement, facts, fingerprint
+from tests.distributed import Processes, environment, free_port, launch_command
+from tests.train.corpus import config_text, make_config, make_corpus
+
+
+class Told:
+    """The other processes, as `Peers.exchange` gives them: each answers in its turn."""
+
+    def __init__(self, *others: dict):
+        self.others = others
+
+    def exchange(self, message):
+        if isinstance(message, dict):
+            return [message, *self.others]
+        return [message, *(str(i) for i in range(len(self.others)))]
+
+
+def test_the_differing_key_is_named_with_its_values_and_ranks():
+    with pytest.raises(ConfigError) as problem:
+        check_agreement({"optimizer.lr": "0.1", "a": "1"}, Told({"optimizer.lr": "0.1", "a": "1"}, {"optimizer.lr": "0.2", "a": "1"}))
+    assert problem.value.where == "optimizer.lr"
+    assert problem.value.got == "optimizer.lr: 0.1 on rank 0, 0.2 on rank 2"
+
+
+def test_facts_hold_config_data_and_versions(tmp_path):
+    make_corpus(tmp_path)
+    known = facts(make_config(tmp_path, tmp_path / "run"))
+    assert known["optimizer.lr"] == "0.003"
+    assert {f"{tmp_path}/train.idx", f"{tmp_path}/valid.bin", "version of torch"} <= set(known)
+    before = fingerprint(tmp_path / "train.bin")
+    raw = bytearray((tmp_path / "train.bin").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "train.bin").write_bytes(raw)
+    assert fingerprint(tmp_path / "train.bin") != before
+    assert fingerprint(tmp_path / "none").startswith("unreadable")
+
+
+def ranks(folder, confs, numbers) -> Processes:
+    shared = {"WORLD_SIZE": len(confs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    commands = [launch_command("python", 1, ["--conf", conf]) for conf in confs]
+    return Processes(commands, [environment(RANK=r, LOCAL_RANK=r, **shared) for r in numbers], folder)
+
+
+@pytest.mark.distributed
+def test_a_run_with_two_configs_is_refused(tmp_path):
+    make_corpus(tmp_path / "data")
+    text = config_text(tmp_path / "data", tmp_path / "run")
+    for name, content in (("a.yml", text), ("b.yml", text.replace('"lr": 0.003', '"lr": 0.004'))):
+        (tmp_path / name).write_text(content)
+    results = ranks(tmp_path, [tmp_path / "a.yml", tmp_path / "b.yml"], (0, 1)).wait(90.0)
+    assert [result.returncode for result in results] == [2, 2]
+    both = "".join(result.output for result in results)
+    assert "where=optimizer.lr; got=optimizer.lr: 0.003 on rank 0, 0.004 on rank 1" in both
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_is_there_twice_is_refused(tmp_path):
+    make_corpus(tmp_path / "data")
+    (tmp_path / "a.yml").write_text(config_text(tmp_path / "data", tmp_path / "run"))
+    processes = ranks(tmp_path, [tmp_path / "a.yml"] * 4, (0, 1, 1, 3))
+    processes.wait_for(lambda: "rank 1 twice" in processes.output(1) + processes.output(2), 90.0)
+    processes.kill()
