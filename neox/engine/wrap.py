@@ -44,10 +44,6 @@ class PlainCPU(CPU_Accelerator):
         """No builder for any operator."""
         return
 
-    def is_fp16_supported(self):
-        """Whether the CPU has fast fp16 is not asked: users' configs cannot ask for it there, and the loss scaling is tested there."""
-        return True
-
     def get_op_builder(self, class_name):
         """No builder for any operator."""
         return
