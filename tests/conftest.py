@@ -33,6 +33,8 @@ def shared_data() -> Path:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Which kernels the operators' tests run: those that neox chooses, another build of them, or a GPU's."""
     parser.addoption("--ops-library", help="library that defines torch.ops.neox instead, such as the emulated CUDA kernels")
+    parser.addoption("--fuzz-base", type=int, default=0, help="first seed of the fuzz suite (-m fuzz)")
+    parser.addoption("--fuzz-case", help="OP:SEED, the one case of the fuzz suite to run")
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where tests make their tensors, and so whose kernels run")
 
 

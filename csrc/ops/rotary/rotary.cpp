@@ -66,7 +66,8 @@ void rotary_qkv_(Tensor qkv, Tensor cos, Tensor sin, bool transposed) {
     check(op, qkv.size(3) >= 3, "qkv", "must hold at least one query, one key and one value per group, [b, s, g, m + 2, d]", shape_text(qkv));
     check(op, qkv.size(4) == 1 || qkv.stride(4) == 1, "qkv", "must be contiguous in its last dimension", concat("stride ", qkv.stride(4)));
     for (int64_t i = 0; i < 4; ++i)
-        check(op, qkv.size(i) == 1 || qkv.stride(i) != 0, "qkv", "must not be expanded: it is written in place", concat("stride 0 in dimension ", i));
+        check(op, qkv.size(i) == 1 || qkv.stride(i) != 0 || qkv.numel() == 0, "qkv", "must not be expanded: it is written in place",
+              concat("stride 0 in dimension ", i));
     check_tables(op, cos, sin, qkv.size(0), qkv.size(1), qkv.size(4));
     cos = neox::contiguous(cos);
     sin = neox::contiguous(sin);
