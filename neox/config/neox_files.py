@@ -17,7 +17,7 @@ from neox.config.parse import Leaf
 from neox.config.schema import Config
 from neox.errors import ConfigError
 
-SHARED_NAMES = ("optimizer", "precision", "checkpoint", "deepspeed", "tokenizer", "include")  # top-level keys of both kinds of file
+SHARED_NAMES = ("optimizer", "precision", "profile", "checkpoint", "deepspeed", "tokenizer", "include")  # top-level keys of both kinds of file
 
 
 def is_upstream(leaves: list[Leaf]) -> bool:
@@ -25,7 +25,10 @@ def is_upstream(leaves: list[Leaf]) -> bool:
     shared = {leaf.path[0] for leaf in leaves if leaf.path[0] in SHARED_NAMES}
     upstream = {leaf.path[0] for leaf in leaves if leaf.path[0] in NEOX_KEYS} - shared
     native = {leaf.path[0] for leaf in leaves if leaf.path[0] in Config.model_fields} - shared
-    if any(leaf.path[:2] == ("optimizer", "params") or (leaf.path in (("precision",), ("deepspeed",)) and leaf.value not in (None, {})) for leaf in leaves):
+    if any(
+        leaf.path[:2] == ("optimizer", "params") or (leaf.path in (("precision",), ("profile",), ("deepspeed",)) and leaf.value not in (None, {}))
+        for leaf in leaves
+    ):
         upstream |= shared
     return bool(upstream) and not native
 
