@@ -1,0 +1,74 @@
+// gated's CUDA kernels: every activation, odd sizes, strided, misaligned and joined rows; and the bytes they move.
+#include "op_test.h"
+#include "ops/gated/gated.h"
+
+namespace {
+
+using emu_test::Buffer;
+using emu_test::Role;
+using neox::Activation;
+
+double act(double u, Activation activation) {
+    if (activation == Activation::kSilu) return u / (1 + std::exp(-u));
+    return activation == Activation::kGelu ? u * 0.5 * std::erfc(-u * M_SQRT1_2) : std::max(u, 0.0);
+}
+
+double slope(double u, Activation activation) {
+    constexpr double kStep = 1e-5;
+    if (activation == Activation::kRelu) return u > 0;
+    return (act(u + kStep, activation) - act(u - kStep, activation)) / (2 * kStep);
+}
+
+template <class T>
+void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, size_t offset) {
+    const auto count = static_cast<size_t>(rows * cols), spread = static_cast<size_t>(rows ? (rows - 1) * (cols + gap) + cols : 0);
+    Buffer<T> x("x", spread, Role::kStream, offset), gate("gate", spread, Role::kStream, offset), dy("dy", spread, Role::kStream, offset);
+    Buffer<T> y("y", count), dx("dx", count), dgate("dgate", count);
+    x.random(1, 2.0f), gate.random(2), dy.random(3);
+    const neox::Gated in{emu_test::dtype_of<T>(), activation, rows, cols, x.data(), cols + gap, gate.data(), cols + gap};
+    EXPECT(!neox::gated_forward_cuda(in, y.data(), nullptr));
+    EXPECT(!neox::gated_backward_cuda(in, dy.data(), cols + gap, dx.data(), dgate.data(), nullptr));
+    std::vector<double> expected_y(count), expected_dx(count), expected_dgate(count);
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t col = 0; col < cols; ++col) {
+            const auto at = static_cast<size_t>(row * cols + col), from = static_cast<size_t>(row * (cols + gap) + col);
+            const double u = static_cast<float>(x[from]), g = static_cast<float>(gate[from]), d = static_cast<float>(dy[from]);
+            expected_y[at] = act(u, activation) * g;
+            expected_dx[at] = d * g * slope(u, activation);
+            expected_dgate[at] = d * act(u, activation);
+        }
+    }
+    EXPECT_NEAR(y, expected_y, "y");
+    EXPECT_NEAR(dx, expected_dx, "dx");
+    EXPECT_NEAR(dgate, expected_dgate, "dgate");
+}
+
+void values() {
+    emu_test::for_each_type([](auto zero) {
+        using T = decltype(zero);
+        check<T>(Activation::kSilu, 1, 1, 0, 0);
+        check<T>(Activation::kGelu, 5, 17, 3, 1);
+        check<T>(Activation::kRelu, 5, 819, 0, 1);
+        check<T>(Activation::kSilu, 37, 264, 8, 0);  // whole packs, strided rows
+        check<T>(Activation::kGelu, 8, 819, 0, 0);   // whole packs once the rows are joined
+        check<T>(Activation::kRelu, 0, 16, 0, 0);
+    });
+}
+
+// The feed-forward of a Llama, few tokens; x and gate are halves of one buffer.
+void bytes() {
+    using T = __nv_bfloat16;
+    const int64_t rows = 32, cols = 5632;
+    const auto count = static_cast<size_t>(rows * cols);
+    Buffer<T> both("x and gate", 2 * count), dy("dy", count), y("y", count), dx("dx", count), dgate("dgate", count);
+    both.random(1), dy.random(2);
+    const neox::Gated in{emu_test::dtype_of<T>(), Activation::kSilu, rows, cols, both.data(), 2 * cols, both.data() + cols, 2 * cols};
+    const double size = static_cast<double>(count * sizeof(T));
+    emu_test::expect_bytes("gated forward", "32x5632 bf16", 3 * size, [&] { neox::gated_forward_cuda(in, y.data(), nullptr); });
+    emu_test::expect_bytes("gated backward", "32x5632 bf16", 5 * size,
+                           [&] { neox::gated_backward_cuda(in, dy.data(), cols, dx.data(), dgate.data(), nullptr); });
+}
+
+const emu_test::Operator registered{"gated", values, bytes};
+
+}  // namespace
