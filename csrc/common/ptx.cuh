@@ -93,13 +93,37 @@ NEOX_DEVICE void named_barrier(int id, int count) {
 #endif
 }
 
-// to[0] += x, to[1] += y in global memory, each atomically; `to` is aligned to 8 bytes.
-NEOX_DEVICE void atomic_add_pair(float* to, float x, float y) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+// One access of 4, 8 or 16 bytes to global memory: nvcc splits an assignment of such a value when it sees its parts.
+template <class Word>
+NEOX_DEVICE void store_global(Word* pointer, const Word& word) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(Word) == 16) {
+        asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
+    } else if constexpr (sizeof(Word) == 8) {
+        asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(pointer), "r"(word.x), "r"(word.y) : "memory");
+    } else {
+        *pointer = word;
+    }
 #else
-    atomicAdd(to, x);
-    atomicAdd(to + 1, y);
+    *pointer = word;
+#endif
+}
+
+// Unlike __ldg also right for memory that the same launch writes.
+template <class Word>
+NEOX_DEVICE Word load_global(const Word* pointer) {
+#if defined(__CUDA_ARCH__)
+    Word word;
+    if constexpr (sizeof(Word) == 16) {
+        asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(pointer) : "memory");
+    } else if constexpr (sizeof(Word) == 8) {
+        asm volatile("ld.global.v2.b32 {%0,%1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(pointer) : "memory");
+    } else {
+        word = *pointer;
+    }
+    return word;
+#else
+    return *pointer;
 #endif
 }
 

@@ -232,7 +232,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, dlse):
-    grads = native.attention_backward(dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled())
+    grads = native.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
     return *grads, *[None] * (3 + len(ctx.options))
 
 
@@ -244,7 +244,7 @@ def _save_qkv(ctx, inputs, output):
 
 
 def _backward_qkv(ctx, dout, dlse):
-    dqkv = native.attention_qkv_backward(dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled())
+    dqkv = native.attention_qkv_backward(dout, *ctx.saved_tensors, *ctx.options)
     return dqkv, *[None] * (3 + len(ctx.options))
 
 
