@@ -11,13 +11,15 @@ from tests.distributed import start_ranks
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted(number):
+def test_a_signal_is_noted_and_the_handler_before_comes_back(number):
+    before = signal.getsignal(number)
     with StopSignals() as signals:
         assert not signals.requested
         os.kill(os.getpid(), number)
         assert signals.requested
         assert signals.received == number
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) == signals.handle
+    assert signal.getsignal(number) == before
 
 
 def test_the_same_wish_may_arrive_as_two_signals():
