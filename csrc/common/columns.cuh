@@ -64,6 +64,11 @@ inline unsigned blocks_for(int64_t items, int each, int waves) {
 struct ColumnSums {
     static constexpr int kLanes = 32, kRows = 8, kThreads = kLanes * kRows;
     static constexpr int kBlocks = 4;  // per multiprocessor: 64 registers a thread, and stripes() makes two full waves of them
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    static constexpr int kResident = 2;  // code for sm_100 needs more registers: held to 64 or 80 it spills
+#else
+    static constexpr int kResident = kBlocks;
+#endif
 
     // Stripes of rows: enough blocks to fill the GPU, at least 4 rows for each thread. Independent of dtype, so that the scratch can be
     // sized without knowing whether packs fit.

@@ -44,7 +44,7 @@ struct BackwardItem {
 
 // A ColumnSums block: dx for its columns and its stripe of rows, and their column sums for the gradient of the bias.
 template <class T, bool kTanh, int kPack>
-__global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kBlocks) backward(Backward<T> in) {
+__global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kResident) backward(Backward<T> in) {
     const int64_t column = (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + threadIdx.x % ColumnSums::kLanes) * kPack;
     float sums[kPack] = {};
     if (column < in.cols) {

@@ -5,7 +5,7 @@
 //   dx = scale y (dy - sum_j y[j] dy[j])
 //
 // Any number of columns. Elements moved per element: forward 2 (x, y) and a byte of mask, backward 3 (dy, y, dx); causal rows read and
-// compute only what they see. Rows longer than what the CUDA kernels hold in registers (16,384 columns, or 8,192 misaligned ones) are read twice.
+// compute only what they see. Rows longer than what the CUDA kernels hold in registers (16,384 columns, or 4,096 misaligned ones) are read twice.
 #pragma once
 
 #include <cstdint>

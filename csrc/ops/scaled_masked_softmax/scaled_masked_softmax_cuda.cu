@@ -284,7 +284,7 @@ cudaError_t with_cut(int64_t cols, const Body& body) {
     if (cols <= Cut<8, 1>::kColumns) return body(Cut<8, 1>{});
     if constexpr (kPack == 1) {  // half as much per lane: single loads take more registers
         if (cols <= Cut<16, 4>::kColumns) return body(Cut<16, 4>{});
-        if (cols <= Cut<16, 16>::kColumns) return body(Cut<16, 16>{});
+        if (cols <= Cut<16, 8>::kColumns) return body(Cut<16, 8>{});
     } else {
         if (cols <= Cut<32, 1>::kColumns) return body(Cut<32, 1>{});
         if (cols <= Cut<32, 2>::kColumns) return body(Cut<32, 2>{});
