@@ -229,6 +229,13 @@ def test_the_config_imports_no_torch():
     assert done.stdout == "False False\n", done.stderr
 
 
+def test_commands_that_print_json_import_no_deepspeed():
+    """DeepSpeed writes to the standard output when it is imported, ahead of the JSON."""
+    probe = "import neox.cli.evaluate, neox.cli.generate, neox.cli.export, sys; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
 def test_everything_imports_without_network_or_compiler():
     """All modules of the package, in a process whose sockets raise and whose PATH is empty; deepspeed's engine is imported too."""
     probe = (
