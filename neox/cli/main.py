@@ -18,6 +18,7 @@ COMMANDS = {
     "preprocess": ("neox.cli.preprocess", "turn text into an indexed dataset (.bin, .idx)"),
     "data": ("neox.cli.data", "inspect, verify or merge indexed datasets"),
     "config": ("neox.cli.config", "show, explain, compare or convert configs"),
+    "plan": ("neox.cli.plan", "say what a run will need, and whether it fits, before it starts"),
     "train": ("neox.cli.train", "train a model (what train.py and the launchers run)"),
     "generate": ("neox.cli.generate", "continue prompts with a trained model"),
     "evaluate": ("neox.cli.evaluate", "loss and bits per byte of a trained model on held-out data"),

@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
-from neox.engine.optimizer import build_optimizer, kept
+from neox.engine.footprint import kept
+from neox.engine.optimizer import build_optimizer
 from neox.engine.pipeline import Schedule, TiedExchange, hand_over
 from neox.engine.schedule import build_schedule
 from neox.engine.wrap import start_deepspeed

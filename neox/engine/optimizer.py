@@ -11,10 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from neox.config.schema import OptimizerConfig
-
-# Per-element state of each optimizer: what a checkpoint holds beside the fp32 weights. `step` counters are not per element.
-STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
-MUON_MATRIX_KEYS = ("momentum_buffer",)
+from neox.engine.footprint import is_hidden_matrix
 
 
 class Lion(torch.optim.Optimizer):
@@ -66,11 +63,6 @@ class SGD(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def is_hidden_matrix(name: str, dimensions: int) -> bool:
-    """Whether Muon takes this parameter: matrices inside the blocks. Embeddings and the output head are left to AdamW (Muon's own advice)."""
-    return dimensions == 2 and name.startswith("layers.")
-
-
 def groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict]:
     """Parameter groups: decayed matrices, then one-dimensional parameters without decay; Muon's matrices come first in a group of their own."""
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -117,13 +109,6 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
     if config.type == "lion":
         return Lion(param_groups, config.lr, config.betas, config.weight_decay)
     return SGD(param_groups, config.lr, config.momentum, config.weight_decay)
-
-
-def kept(config: OptimizerConfig, name: str, dimensions: int) -> tuple[str, ...]:
-    """Names of the per-element state that the optimizer keeps for a parameter of this name and number of dimensions."""
-    if config.type == "muon" and is_hidden_matrix(name, dimensions):
-        return MUON_MATRIX_KEYS
-    return STATE_KEYS["adamw" if config.type == "muon" else config.type]
 
 
 def counter(optimizer: torch.optim.Optimizer, group: dict, device: torch.device, updates: int) -> dict:

@@ -15,6 +15,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.utils import groups
 
 from neox.config.schema import Config
+from neox.engine.footprint import bucket_elements, effective_stage
 from neox.engine.grid import Grid
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
@@ -34,7 +35,6 @@ OURS = {
     "managed_gradient_accumulation": "none: the engine owns it",
     "data_types.grad_accum_dtype": "none: gradients accumulate in fp32",
 }
-BUCKET = 200_000_000  # elements that DeepSpeed reduces or gathers at a time
 
 
 class PlainCPU(CPU_Accelerator):
@@ -51,11 +51,6 @@ class PlainCPU(CPU_Accelerator):
     def is_fp16_supported(self):
         """True: torch computes in fp16 on every CPU; DeepSpeed asks whether the CPU does so by itself, which few do. A run refuses fp16 here anyway."""
         return True
-
-
-def effective_stage(config: Config) -> int:
-    """The ZeRO stage that DeepSpeed runs: its stage 0 cannot accumulate 16-bit gradients in fp32, its stage 1 can."""
-    return max(config.zero.stage, 1) if config.precision.dtype != "fp32" else config.zero.stage
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +87,7 @@ def deepspeed_config(config: Config, micro_batch_size: int, gradient_accumulatio
         ConfigError: `deepspeed:` sets what has a key of its own.
     """
     check_passed_through(config.deepspeed)
-    bucket = max(min(BUCKET, num_parameters), 1024)
-    bucket += bucket % 2
+    bucket = bucket_elements(num_parameters)
     precision = config.precision
     stage = effective_stage(config)
     base: dict[str, Any] = {

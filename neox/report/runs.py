@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ class RunRecord:
         config: of its last start.
         rows: metrics.jsonl, one mapping per step.
         events: lines of log.txt that tell of more than a step.
+        plan: what plan.json has of a run that came to its end: planned and measured bytes and seconds.
     """
 
     name: str
     config: Config
     rows: list[dict[str, Any]]
     events: list[str]
+    plan: dict[str, Any] = field(default_factory=dict)
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of every step that has a value."""
@@ -60,6 +62,10 @@ class RunRecord:
         memory = self.series("memory_gb")
         if memory:
             out["peak memory of a process"] = f"{max(value for _, value in memory):.2f} GB"
+        for key, name, size, unit in (("memory_bytes", "memory", 1e9, "GB"), ("step_seconds", "time of a step", 1.0, "s")):
+            planned, measured = (self.plan.get(key, {}).get(which) for which in ("planned", "measured"))
+            if planned and measured:
+                out[f"{name}, planned and measured"] = f"{planned / size:.3g} and {measured / size:.3g} {unit} ({100 * (planned / measured - 1):+.0f} %)"
         model = self.config.model
         out["model"] = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, vocabulary {model.vocab_size:,}"
         return out
@@ -94,7 +100,22 @@ def read_run(folder: str | Path) -> RunRecord:
     if not rows:
         raise DataError("no step was recorded", where=path / "metrics.jsonl", do="wait for the first step")
     events = [line for line in text if any(word in line for word in INCIDENTS)]
-    return RunRecord(str(folder), config, rows, events)
+    return RunRecord(str(folder), config, rows, events, read_plan(path / "plan.json"))
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """What a run left of its plan; empty where it has not come to its end.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: {which: content[key][which] for which in ("planned", "measured")} for key in ("memory_bytes", "step_seconds")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError("the plan's file cannot be read", where=path, got=error, do="remove it") from error
 
 
 def differences(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -29,7 +29,9 @@ from neox.errors import DataError, DiskError, StoppedBySignal
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
+from neox.train.memory import keep_freed_memory
 from neox.train.metrics import MetricsLog, memory_gb, peak_flops
+from neox.train.planned import PlanCheck
 from neox.train.profile import StepProfiler
 from neox.train.progress import Progress, close_log
 from neox.train.signals import StopSignals
@@ -121,6 +123,7 @@ class Run:
         self.datasets = self.open_datasets()
         self.layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "cp": mesh.cp, "zero": config.zero.stage}
         train = config.train
+        self.check = PlanCheck(config, mesh)
         model = GPT(config.model, mesh, seed=train.seed, activation_checkpointing=train.activation_checkpointing, partition=config.parallel.partition)
         self.parameters = model.num_parameters()
         self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.sizes.global_batch_size * config.data.seq_length
@@ -234,6 +237,7 @@ class Run:
             result = self.engine.train_step(next(self.loader), stop=signals.requested)
             self.tokens += self.sizes.global_batch_size * config.data.seq_length
             record = self.record(result, time.perf_counter() - begin)
+            self.check.step(record["step_time"])
             self.tell_profile(self.profiler.after(result.step))
             last = result.step == config.train.train_iters
             every = config.evaluate.interval
@@ -242,6 +246,8 @@ class Run:
             if self.metrics is not None:
                 self.metrics.write(record)
             self.progress.step(record, first=first)
+            if first:
+                keep_freed_memory()  # only now: what stays, the optimizer's state included, lies outside of what steps use again
             first = False
             if result.stop or last or self.is_due(result.step):
                 self.save(must=result.stop or last)
@@ -254,7 +260,16 @@ class Run:
                 )
         if self.saved_step != self.engine.step:  # resumed at the very end
             self.save(must=True)
+        self.tell_plan()
         self.progress.say(f"done: step {self.engine.step} of {config.train.train_iters}")
+
+    def tell_plan(self) -> None:
+        """Say how the plan of the run (`neox plan`) compares with what was measured, and leave it in plan.json."""
+        comparison = self.check.compare(self.peak)
+        for line in comparison.lines():
+            self.progress.say(line)
+        if self.mesh.rank == 0:
+            comparison.write(self.folders.run)
 
     def tell_profile(self, path: Path | None) -> None:
         """Say where a profile is, once there is one."""

@@ -15,29 +15,19 @@ import torch
 
 from neox.checkpoint.storage import write_file
 from neox.errors import DiskError
+from neox.plan.devices import of_cuda_name
 from neox.train.events import EventFile
 
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"
 
-# Dense peak of one device in FLOP/s by the start of its name: bf16 and fp16, then fp32 (vendors' data sheets).
-PEAKS = {
-    "NVIDIA H200": (989e12, 67e12),
-    "NVIDIA H100": (989e12, 67e12),
-    "NVIDIA B200": (2250e12, 80e12),
-    "NVIDIA A100": (312e12, 19.5e12),
-    "NVIDIA L40S": (362e12, 91.6e12),
-    "NVIDIA GeForce RTX 4090": (165e12, 82.6e12),
-}
-
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What MFU is a share of: the data sheet's dense peak of a known GPU, else the speed of a matrix product measured here, FLOP/s."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for start, (half, single) in PEAKS.items():
-            if name.startswith(start):
-                return single if dtype == torch.float32 else half
+        known = of_cuda_name(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.peak("fp32" if dtype == torch.float32 else "bf16")
     return measured_flops(device, torch.float32 if device.type == "cpu" else dtype)
 
 

@@ -18,7 +18,6 @@ from neox.parallel.mesh import Mesh, create_mesh
 from neox.train.agreement import check_agreement, facts
 from neox.train.control import as_neox_error, connect
 from neox.train.loop import train
-from neox.train.memory import keep_freed_memory
 from neox.train.place import Place
 from neox.train.signals import StopSignals
 
@@ -32,7 +31,6 @@ def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
         device: "cpu" or "cuda".
         debug: print the traceback of any error.
     """
-    keep_freed_memory()
     with StopSignals() as signals:
         mesh = join(config.parallel, place, device)
         control = connect(place)

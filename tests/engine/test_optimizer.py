@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from neox.config.schema import OptimizerConfig
-from neox.engine.optimizer import build_optimizer, counter, groups, is_hidden_matrix, kept
+from neox.engine.footprint import is_hidden_matrix, kept
+from neox.engine.optimizer import build_optimizer, counter, groups
 
 NAMES = {
     "embedding.word.weight": (16, 8),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from neox.engine.wrap import BUCKET, PlainCPU, deepspeed_config, effective_stage, merge
+from neox.engine.footprint import BUCKET, effective_stage
+from neox.engine.wrap import PlainCPU, deepspeed_config, merge
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import make_config, make_engine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from neox.errors import DataError
@@ -39,3 +41,15 @@ def test_a_line_being_written_is_left_out_a_damaged_one_is_named(tmp_path):
         read_run(tmp_path / "run")
     with pytest.raises(DataError, match="no run here"):
         read_run(tmp_path)
+
+
+def test_planned_and_measured_are_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert not any("planned" in key for key in read_run(folder).summary())
+    content = {"memory_bytes": {"planned": 1.1e9, "measured": 1e9}, "step_seconds": {"planned": None, "measured": 2.0}, "rank": 0, "stage": 0}
+    (folder / "plan.json").write_text(json.dumps(content))
+    summary = read_run(folder).summary()
+    assert summary["memory, planned and measured"] == "1.1 and 1 GB (+10 %)" and "time of a step, planned and measured" not in summary
+    (folder / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match="plan's file cannot be read"):
+        read_run(folder)

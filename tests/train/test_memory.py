@@ -30,3 +30,21 @@ def test_freed_memory_is_used_again_without_page_faults():
     given_back = faults("")
     assert given_back >= 5 * (64 << 20) // (2 << 20)  # at least one per 2 MiB page, where those are in use
     assert kept < given_back / 4
+
+
+GROWTH = """
+import torch
+from neox.train.memory import PeakMemory
+torch.ones(64 << 20)  # 256 MB before the measurement, given back
+peak = PeakMemory(torch.device("cpu"))
+held = torch.ones(16 << 20)
+passing = torch.ones(8 << 20)
+del passing
+print(peak.taken())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_the_peak_is_counted_from_its_start():
+    result = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert int(result.stdout) == pytest.approx(96 << 20, abs=4 << 20)

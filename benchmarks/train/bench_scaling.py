@@ -1,0 +1,275 @@
+"""Bytes that a process sends in one training step under each layout, counted, against the least that the layout's algorithm allows.
+
+Counted: every collective and message that torch.distributed is asked for in one step of a real engine (fp32, gloo, up to four processes), each
+weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S of a whole tensor of S bytes, a message S,
+a broadcast or reduce S (n - 1)/n. The least: neox.plan.communication, whose formula stands in the row's setting. Rows with "stage" are of one pipeline
+stage. A ratio of 1 says that nothing beyond the least is sent; small sums (loss, norm, stop flag, clipping) are counted too. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from measure import Options, Row, show
+
+from neox.config.schema import Config
+from neox.config.validate import batch_sizes
+from neox.engine.engine import Engine
+from neox.model.gpt import GPT
+from neox.parallel.mesh import create_mesh
+from neox.plan.communication import Traffic, traffic
+from neox.plan.sizes import resolve
+
+MODEL = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 8, "vocab_size": 1000, "max_position_embeddings": 64, "parallel_residual": True}
+LENGTH, MICRO, ACCUMULATION = 64, 2, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout: sizes of the axes, ZeRO stage, sequence parallelism; what is left of the processes is data-parallel."""
+
+    name: str
+    processes: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+    zero: int = 0
+
+    def config(self) -> Config:
+        """The run."""
+        return Config.model_validate(
+            {
+                "model": MODEL,
+                "data": {"seq_length": LENGTH},
+                "precision": {"dtype": "fp32"},
+                "parallel": {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "sequence": self.sequence},
+                "zero": {"stage": self.zero},
+                "train": {"micro_batch_size": MICRO, "gradient_accumulation": ACCUMULATION, "train_iters": 2},
+                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+            }
+        )
+
+
+CASES = (
+    *(Case(f"data parallel, ZeRO {zero}", 2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Case(f"data parallel, ZeRO {zero}", 4, zero=zero) for zero in (0, 1, 2, 3)),
+    Case("tensor parallel", 2, tensor=2),
+    Case("tensor parallel", 4, tensor=4),
+    Case("sequence parallel", 2, tensor=2, sequence=True),
+    Case("sequence parallel", 4, tensor=4, sequence=True),
+    Case("pipeline parallel", 2, pipeline=2),
+    Case("pipeline parallel", 4, pipeline=4),
+    Case("context parallel", 2, context=2),
+    Case("context parallel", 4, context=4),
+    Case("tensor x pipeline", 4, tensor=2, pipeline=2),
+)
+QUICK = tuple(case for case in CASES if case.processes == 2)
+
+
+# function -> (weight times (n - 1)/n, position of the tensor that says how much, factor for a tensor that is one member's share)
+COLLECTIVES = {
+    "all_reduce": (2.0, 0, False),
+    "broadcast": (1.0, 0, False),
+    "reduce": (1.0, 0, False),
+    "all_gather_into_tensor": (1.0, 0, False),
+    "_all_gather_base": (1.0, 0, False),
+    "reduce_scatter_tensor": (1.0, 1, False),
+    "_reduce_scatter_base": (1.0, 1, False),
+    "all_to_all_single": (1.0, 1, False),
+    "all_gather": (1.0, 1, True),
+    "gather": (1.0, 0, True),
+}
+
+
+class Counter:
+    """Counts what one process asks torch.distributed for while it is entered; every function does its work as before."""
+
+    def __init__(self):
+        self.sent: dict[str, float] = {}
+        self.inside = False
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Counter:
+        for name, rule in COLLECTIVES.items():
+            if hasattr(dist, name):
+                self.replace(name, self.collective(name, rule))
+        self.replace("batch_isend_irecv", self.messages)
+        self.replace("reduce_scatter", self.scattered)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def replace(self, name: str, make) -> None:
+        """Put a counting function in the place of torch.distributed's, in its package and in the module that DeepSpeed imports from."""
+        original = getattr(dist, name)
+        counting = make(original)
+        for module in (dist, dist.distributed_c10d):
+            if getattr(module, name, None) is original:
+                self.stack.enter_context(mock.patch.object(module, name, counting))
+
+    def add(self, kind: str, count: float) -> None:
+        """Take note of bytes."""
+        self.sent[kind] = self.sent.get(kind, 0.0) + count
+
+    def collective(self, name: str, rule: tuple[float, int, bool]):
+        """A maker of counting functions for one collective; what it calls of the others is part of it and not counted again."""
+        weight, position, share = rule
+        names = {"reduce_scatter_tensor": ("output", "input"), "all_to_all_single": ("output", "input"), "all_gather": ("tensor_list", "tensor")}
+        names |= {"all_gather_into_tensor": ("output_tensor", "input_tensor")}
+
+        def make(original):
+            def counting(*arguments, **options):
+                if self.inside:
+                    return original(*arguments, **options)
+                keyword = names.get(name, ("tensor", "tensor"))[position]
+                tensor = arguments[position] if len(arguments) > position else options[keyword]
+                members = dist.get_world_size(options.get("group") or next((a for a in arguments if isinstance(a, dist.ProcessGroup)), None))
+                size = tensor.numel() * tensor.element_size() * (members if share else 1)
+                self.add(name, weight * (members - 1) / members * size)
+                self.inside = True
+                try:
+                    return original(*arguments, **options)
+                finally:
+                    self.inside = False
+
+            return counting
+
+        return make
+
+    def messages(self, original):
+        """Counts what is sent; what is received another counts."""
+
+        def counting(operations):
+            for operation in operations:
+                if operation.op is dist.isend:
+                    self.add("send", operation.tensor.numel() * operation.tensor.element_size())
+            return original(operations)
+
+        return counting
+
+    def scattered(self, original):
+        """reduce_scatter of a list of tensors."""
+
+        def counting(output, input_list, *arguments, **options):
+            if not self.inside:
+                members = len(input_list)
+                self.add("reduce_scatter", (members - 1) / members * sum(t.numel() * t.element_size() for t in input_list))
+            return original(output, input_list, *arguments, **options)
+
+        return counting
+
+
+def run_case(case: Case) -> dict:
+    """One process: two steps of a layout, of which the second is counted."""
+    config = case.config()
+    mesh = create_mesh(case.tensor, case.pipeline, context=case.context, sequence=case.sequence)
+    sizes = batch_sizes(config, case.processes)
+    engine = Engine(config, mesh, GPT(config.model, mesh), sizes, 2)
+    generator = torch.Generator().manual_seed(mesh.dp_rank)
+
+    def micro_batch() -> SimpleNamespace:
+        tokens, targets = torch.randint(0, MODEL["vocab_size"], (2, MICRO, LENGTH), generator=generator)
+        return SimpleNamespace(tokens=tokens, targets=targets, segment_ids=None, position_ids=None, sample_ids=torch.arange(MICRO))
+
+    engine.train_step([micro_batch() for _ in range(ACCUMULATION)])
+    with Counter() as counter:
+        engine.train_step([micro_batch() for _ in range(ACCUMULATION)])
+    return {"stage": mesh.pp_rank, "sent": counter.sent}
+
+
+def child(number: int, out: str) -> None:
+    """The life of a process of a case; its launcher's variables say which."""
+    dist.init_process_group("gloo")
+    answers: list = [None] * dist.get_world_size()
+    answer = run_case(CASES[number])
+    dist.all_gather_object(answers, answer)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(answers))
+    dist.destroy_process_group()
+
+
+def count(case: Case) -> list[dict]:
+    """What every process of a case sent, from processes of their own.
+
+    Raises:
+        RuntimeError: a process failed; its output is in the message.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "answers.json"
+        command = [sys.executable, __file__, "--child", str(CASES.index(case)), str(out)]
+        shared = {"WORLD_SIZE": str(case.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        logs = [(Path(folder) / f"{rank}.txt").open("w+") for rank in range(case.processes)]
+        children = [
+            subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(300) for process in children]
+        finally:
+            for process in children:
+                process.kill()
+        if any(codes):
+            texts = [log.seek(0) or log.read() for log in logs]
+            raise RuntimeError(f"{case.name}: exit codes {codes}\n" + "\n".join(texts))
+        return json.loads(out.read_text())
+
+
+def formula(rows: list[Traffic]) -> str:
+    """What the least consists of, as count x kind(size in bytes)."""
+    return " + ".join(f"{row.count} x {row.kind}({row.size:.0f})" for row in rows) or "nothing"
+
+
+def compare(cases: tuple[Case, ...]) -> Iterator[Row]:
+    """A row per layout and pipeline stage: the process that sent most."""
+    for case in cases:
+        answers = count(case)
+        config = case.config()
+        layout = resolve(config, case.processes)
+        for stage in layout.stages:
+            most = max((sum(each["sent"].values()), each) for each in answers if each["stage"] == stage.number)[1]["sent"]
+            parts = traffic(config, layout, stage)
+            least, sent = sum(row.sent for row in parts), sum(most.values())
+            where = f", stage {stage.number}" if case.pipeline > 1 else ""
+            kinds = ", ".join(f"{kind} {size / 1e3:.1f}" for kind, size in sorted(most.items()))
+            setting = f"{case.processes} processes{where}: {formula(parts)}; counted, kB: {kinds}"
+            yield Row(case.name, setting, sent / 1e3, least / 1e3, "least", least / sent if sent else 1.0, "kB/step")
+
+
+def main() -> None:
+    """Reads the command line, prints the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
+    parser.add_argument("--quick", action="store_true", help="two processes alone: under a minute on an idle machine")
+    parser.add_argument("--child", nargs=2, metavar=("CASE", "OUT"), help=argparse.SUPPRESS)  # the processes that this one starts
+    args = parser.parse_args()
+    if args.child:
+        child(int(args.child[0]), args.child[1])
+        return
+    show(compare(QUICK if args.quick else CASES), Options(json=args.json, quick=args.quick, threads=1))
+
+
+if __name__ == "__main__":
+    main()

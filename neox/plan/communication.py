@@ -1,0 +1,134 @@
+"""Bytes that a process must send in one step under a layout: the least that the algorithm allows, collective by collective.
+
+On the wire a ring (Patarasuk and Yuan, 2009) sends, per member of n: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S for
+a whole tensor of S bytes; a message S. benchmarks/train/bench_scaling.py counts what is really sent and sets it beside these sums.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from neox.config.schema import Config
+from neox.engine.footprint import effective_stage
+from neox.plan.sizes import ELEMENT, Layout, Stage, micro_batch
+
+WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}  # times (n - 1)/n
+
+
+def wire_bytes(kind: str, size: float, members: int) -> float:
+    """Bytes that a member of a ring sends for one collective over a whole tensor of `size` bytes; "send" is a message."""
+    return size if kind == "send" else WIRE[kind] * (members - 1) / members * size
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of collective of a step.
+
+    Attributes:
+        axis: "tensor", "context", "pipeline" or "data".
+        what: for people.
+        kind: of the collective, or "send".
+        size: bytes of the whole tensor.
+        count: in one step.
+        members: of the group.
+    """
+
+    axis: str
+    what: str
+    kind: str
+    size: float
+    count: int
+    members: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a process sends in a step."""
+        return self.count * wire_bytes(self.kind, self.size, self.members)
+
+
+def tensor_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Sums of the row-parallel layers, gradients of the inputs of the column-parallel ones; with sequence parallelism their two halves."""
+    model, micro, count = config.model, micro_batch(config, layout), layout.batch.gradient_accumulation
+    first, last = stage.number == 0, stage.number == layout.pp - 1
+    outputs = 1 if model.parallel_residual and not model.hidden_dropout else 2  # sums per block in the forward
+    again = 0 if config.train.activation_checkpointing != "full" else outputs - 1 + (1 if model.hidden_dropout else 0)
+    partial = ("norm", "attention.out.bias", "mlp.down.bias", "embedding.position")  # each member sees a part of the sequence
+    vectors = [stage.blocks * math.prod(shape) for name, shape in stage.block.items() if any(part in name for part in partial)]
+    vectors += [math.prod(shape) for name, shape in stage.ends.items() if any(part in name for part in partial)]
+    rows = []
+
+    def add(what: str, kind: str, times: int, size: float = micro.whole) -> None:
+        if times:
+            rows.append(Traffic("tensor", what, kind, size, times * count, layout.tp))
+
+    if layout.sequence:
+        inputs = 2 * stage.blocks + last
+        add("outputs of the blocks, embedding", "reduce_scatter", (outputs + again) * stage.blocks + first)
+        add("inputs of the blocks, head", "all_gather", inputs + (2 * stage.blocks if config.train.activation_checkpointing == "full" else 0))
+        add("gradients of the inputs", "reduce_scatter", inputs)
+        add("inputs for the weights' gradients", "all_gather", inputs)
+        add("gradients of the outputs", "all_gather", outputs * stage.blocks + first)
+        add("gradients of norms and output biases", "all_reduce", 1, sum(vectors) * micro.element)
+    else:
+        add("outputs of the blocks, embedding", "all_reduce", (outputs + again) * stage.blocks + first)
+        add("gradients of the inputs", "all_reduce", 2 * stage.blocks + last)
+        if model.qk_norm:
+            add("gradients of the heads' norms", "all_reduce", 2 * stage.blocks, model.head_dim * micro.element)
+    if last:
+        add("statistics of the loss", "all_reduce", 1, 16 * micro.tokens)
+    return rows
+
+
+def context_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Projections and outputs of the heads, exchanged forward and backward, and again where blocks are recomputed."""
+    micro = micro_batch(config, layout)
+    passes = 3 if config.train.activation_checkpointing == "full" else 2
+    count = passes * stage.blocks * layout.batch.gradient_accumulation
+    return [
+        Traffic("context", "queries, keys, values", "all_to_all", micro.qkv, count, layout.cp),
+        Traffic("context", "outputs of the heads", "all_to_all", micro.heads, count, layout.cp),
+    ]
+
+
+def pipeline_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
+    """The residual stream to the next stage, its gradient to the one before; the gradient of a tied embedding and the new table."""
+    micro, count = micro_batch(config, layout), layout.batch.gradient_accumulation
+    first, last = stage.number == 0, stage.number == layout.pp - 1
+    rows = []
+    if not last:
+        rows.append(Traffic("pipeline", "residual stream", "send", micro.stream, count, layout.pp))
+    if not first:
+        rows.append(Traffic("pipeline", "its gradient", "send", micro.stream, count, layout.pp))
+    if config.model.tie_embeddings and layout.pp > 1:
+        table = config.model.padded_vocab_size(layout.tp) // layout.tp * config.model.hidden_size
+        if first:
+            rows.append(Traffic("pipeline", "tied embedding", "send", table * micro.element, 1, layout.pp))
+        if last:
+            rows.append(Traffic("pipeline", "gradient of the tied embedding", "send", table * 4, 1, layout.pp))
+    return rows
+
+
+def data_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Gradients and weights over the replicas.
+
+    Stage 0: one all-reduce of the fp32 gradients. 1: their reduce-scatter and the all-gather of the weights. 2: a reduce-scatter per micro-batch. 3:
+    also two all-gathers of the weights per micro-batch, before forward and backward, and none at the end.
+    """
+    zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
+    count, members, repeats = stage.parameters, layout.replicas, layout.batch.gradient_accumulation
+    if zero == 0:
+        return [Traffic("data", "gradients", "all_reduce", 4 * count, 1, members)]
+    if zero == 1:
+        return [Traffic("data", "gradients", "reduce_scatter", 4 * count, 1, members), Traffic("data", "weights", "all_gather", element * count, 1, members)]
+    gradients = Traffic("data", "gradients", "reduce_scatter", element * count, repeats, members)
+    weights = Traffic("data", "weights", "all_gather", element * count, 1 if zero == 2 else 2 * repeats, members)
+    return [gradients, weights]
+
+
+def traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
+    """All that one process of a stage sends in a step."""
+    rows = tensor_traffic(config, layout, stage) if layout.tp > 1 else []
+    rows += context_traffic(config, layout, stage) if layout.cp > 1 else []
+    rows += pipeline_traffic(config, layout, stage) if layout.pp > 1 else []
+    return rows + (data_traffic(config, layout, stage) if layout.replicas > 1 else [])

@@ -1,0 +1,197 @@
+"""The plan of a run as a value, as lines for people, and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from neox.config.load import flatten
+from neox.config.problems import raise_problems
+from neox.config.schema import Config
+from neox.config.validate import problem
+from neox.errors import ConfigError
+from neox.model.stages import num_parameters
+from neox.plan.communication import traffic
+from neox.plan.devices import Device
+from neox.plan.fit import Change, Estimate, conflicts, estimate, smallest_change
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    Attributes:
+        config: of the run.
+        world_size: number of devices.
+        device: each of them.
+        estimate: of the config as it is; None where rules keep it from running.
+        refused: these rules, a line each.
+        change: the smallest one that makes it run and fit; None where it does as it is, or where there is none.
+    """
+
+    config: Config
+    world_size: int
+    device: Device
+    estimate: Estimate | None
+    refused: tuple[ConfigError, ...]
+    change: Change | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs as it is."""
+        return self.estimate is not None and self.estimate.peak <= self.device.usable
+
+
+def make_plan(config: Config, world_size: int, device: Device) -> Plan:
+    """The plan of a config over some devices. No tensor is made, and no data need be there.
+
+    Raises:
+        ConfigError: rules are broken that no change of layout or batch mends.
+    """
+    if world_size < 1:
+        raise ConfigError("wrong number of devices", where="--world-size", got=world_size, want="at least 1")
+    broken = conflicts(config, world_size, device.kind)
+    values = dict(flatten(config)) if broken else {}
+    refused = tuple(problem(conflict, values, {}) for conflict in broken)
+    found = None if broken else estimate(config, world_size, device)
+    fits = found is not None and found.peak <= device.usable
+    change = None if fits else smallest_change(config, world_size, device)
+    if refused and change is None:
+        raise_problems(refused)
+    return Plan(config, world_size, device, found, refused, change)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def headline(plan: Plan) -> str:
+    """Model and devices."""
+    model, device = plan.config.model, plan.device
+    usable = f"{device.usable / GB:.4g} of {device.memory / GB:.4g} GB usable"
+    return f"{num_parameters(model):,} parameters, {model.num_layers} layers | {plan.world_size} x {device.name} ({usable})"
+
+
+def layout_line(found: Estimate) -> str:
+    """How the model is laid out."""
+    layout, batch, config = found.layout, found.layout.batch, found.config
+    axes = [f"{name} {size}" for name, size in (("tensor", layout.tp), ("pipeline", layout.pp), ("context", layout.cp)) if size > 1]
+    parts = [", ".join([*axes, f"data {layout.dp}"]) + (", sequence parallel" if layout.sequence else ""), f"ZeRO {config.zero.stage}", config.precision.dtype]
+    parts.append(f"checkpointing {config.train.activation_checkpointing}")
+    parts.append(f"batch {batch.global_batch_size} = {batch.micro_batch_size} x {batch.gradient_accumulation} x {batch.dp}, {config.data.seq_length} tokens")
+    return " | ".join(parts)
+
+
+COLUMNS = ("weights", "gradients", "optimizer", "buffers", "activations", "uncheckpointed", "logits", "peak", "at", "checkpoint")
+
+
+def memory_lines(found: Estimate) -> list[str]:
+    """A table: one process of every stage, GB. Neighbours with the same parameters share a row, which shows the first: it holds most."""
+    rows = [["stage", "blocks", "parameters", *COLUMNS]]
+    for stage, memory in zip(found.layout.stages, found.memories, strict=True):
+        act = memory.activations
+        same = [str(stage.blocks), f"{stage.parameters:,}"]
+        if rows[-1][1:3] == same and not act.logits:
+            rows[-1][0] = f"{rows[-1][0].split('-')[0]}-{stage.number}"
+            continue
+        sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.buffers, act.resident, act.whole * act.in_flight, act.logits, memory.peak)
+        rows.append([str(stage.number), *same, *(f"{size / GB:.3f}" for size in sizes), memory.moment, f"{memory.checkpoint / GB:.3f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def time_lines(found: Estimate, device: Device) -> list[str]:
+    """Arithmetic, time of a step and of the run."""
+    time, batch, config = found.time, found.layout.batch, found.config
+    tokens = batch.global_batch_size * config.data.seq_length
+    processes = found.layout.replicas * found.layout.tp * found.layout.pp
+    mfu = time.flops / time.total / processes / device.peak(config.precision.dtype)
+    names = ("products", "elementwise", "messages", "bubble", "reduction", "update")
+    parts = ", ".join(f"{name} {duration(vars(time)[name])}" for name in names if vars(time)[name] > 0)
+    sent = max(sum(row.sent for row in traffic(config, found.layout, stage)) for stage in found.layout.stages)
+    return [
+        f"step: {time.flops:.4g} FLOP, {time.flops / tokens:.4g} a token; a process sends {sent / GB:.4g} GB",
+        f"estimated time: {duration(time.total)} a step ({parts}); {tokens / time.total:,.0f} tokens/s, MFU {100 * mfu:.0f} %",
+        f"{config.train.train_iters:,} steps: {duration(time.total * config.train.train_iters)}, {time.flops * config.train.train_iters:.3g} FLOP",
+    ]
+
+
+def describe(found: Estimate, device: Device) -> list[str]:
+    """One estimate, whole."""
+    host = max(memory.host for memory in found.memories)
+    lines = [layout_line(found), "", "one process, GB (10^9 bytes):", *memory_lines(found)]
+    if host:
+        lines.append(f"host memory beside it: {host / GB:.3f} GB a process")
+    return [*lines, "", *time_lines(found, device)]
+
+
+def verdict(plan: Plan) -> list[str]:
+    """Whether it fits, and what would make it."""
+    device = plan.device
+    if plan.fits:
+        return [f"FITS: {plan.estimate.peak / GB:.2f} of {device.usable / GB:.2f} GB"]
+    if plan.estimate is None:
+        lines = ["DOES NOT FIT: refused as it is", *(f"  {error.line()}" for error in plan.refused)]
+    else:
+        lines = [f"DOES NOT FIT: {plan.estimate.peak / GB:.2f} GB needed, {device.usable / GB:.2f} GB usable"]
+    if plan.change is None:
+        return [*lines, "no change of layout, micro-batch, checkpointing or ZeRO stage makes it fit: more devices, or larger ones"]
+    keys = " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in plan.change.keys.items())
+    found = plan.change.estimate
+    return [*lines, f"smallest change that fits: --set {keys}", f"  then {found.peak / GB:.2f} GB and {duration(found.time.total)} a step:"]
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan for people."""
+    out = [headline(plan)]
+    if plan.estimate is not None:
+        out += describe(plan.estimate, plan.device)
+    out += ["", *verdict(plan)]
+    if plan.change is not None:
+        out += ["", *describe(plan.change.estimate, plan.device)]
+    return [*out, "", f"device: {plan.device.source}", "Sizes of tensors are computed, times are a first-order estimate (docs/plan.md)."]
+
+
+def estimate_json(found: Estimate) -> dict[str, Any]:
+    """One estimate as JSON values; sizes are bytes, times seconds."""
+    layout, batch = found.layout, found.layout.batch
+    stages = []
+    for stage, memory in zip(layout.stages, found.memories, strict=True):
+        row = {"stage": stage.number, "blocks": [stage.first, stage.behind], "parameters": stage.parameters, **asdict(memory)}
+        row["activations"] |= {"resident": memory.activations.resident}
+        row["sent_per_step"] = dict.fromkeys(("tensor", "context", "pipeline", "data"), 0.0)
+        for each in traffic(found.config, layout, stage):
+            row["sent_per_step"][each.axis] += each.sent
+        stages.append({**row, "peak": memory.peak, "moment": memory.moment})
+    axes = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp, "data": layout.dp, "sequence": layout.sequence}
+    steps = found.config.train.train_iters
+    return {
+        "layout": axes,
+        "batch": asdict(batch),
+        "stages": stages,
+        "peak": found.peak,
+        "time": asdict(found.time),
+        "flops_per_token": found.time.flops / batch.global_batch_size / found.config.data.seq_length,
+        "total_seconds": found.time.total * steps,
+        "total_flops": found.time.flops * steps,
+    }
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values."""
+    change = plan.change
+    return {
+        "parameters": num_parameters(plan.config.model),
+        "world_size": plan.world_size,
+        "device": asdict(plan.device),
+        "fits": plan.fits,
+        "refused": [error.line() for error in plan.refused],
+        "estimate": None if plan.estimate is None else estimate_json(plan.estimate),
+        "change": None if change is None else {"keys": change.keys, "estimate": estimate_json(change.estimate)},
+    }

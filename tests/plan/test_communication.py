@@ -1,0 +1,53 @@
+"""Sums of traffic, by hand; the bytes that runs really send are counted in tests/plan/test_counted.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.config.load import load_config
+from neox.plan.communication import traffic, wire_bytes
+from neox.plan.sizes import resolve
+
+STREAM = 2048 * 768 * 2  # bytes of [1, s, h] in bf16
+
+
+def sent(*overrides: str, world: int, stage: int = 0) -> dict[str, float]:
+    config = load_config("pythia/160M.yml", overrides=["train.micro_batch_size=1", "train.global_batch_size=null", *overrides])
+    layout = resolve(config, world)
+    out: dict[str, float] = {}
+    for row in traffic(config, layout, layout.stages[stage]):
+        out[row.axis] = out.get(row.axis, 0.0) + row.sent
+    return out
+
+
+def test_a_ring_sends_its_share():
+    assert wire_bytes("all_reduce", 100.0, 4) == 150.0
+    assert wire_bytes("all_gather", 100.0, 4) == wire_bytes("reduce_scatter", 100.0, 4) == 75.0
+    assert wire_bytes("send", 100.0, 4) == 100.0
+
+
+def test_one_process_sends_nothing():
+    assert sent(world=1) == {}
+
+
+def test_tensor_parallelism_sums_streams():
+    """Parallel residual: one sum forward and two backward per block, one each for embedding and head; the loss sums 16 bytes a token."""
+    assert sent("parallel.tensor=2", world=2)["tensor"] == (12 * 3 + 2) * STREAM + 16 * 2048
+
+
+def test_sequence_parallelism_adds_only_the_regathering_of_inputs():
+    plain, cut = sent("parallel.tensor=4", world=4)["tensor"], sent("parallel.tensor=4", "parallel.sequence=true", world=4)["tensor"]
+    again = 0.75 * (12 * 2 + 1) * STREAM
+    vectors = 1.5 * 2 * (12 * 6 + 2) * 768
+    assert cut == pytest.approx(plain + again + vectors)
+
+
+def test_a_stage_sends_the_stream_forward_and_its_gradient_back():
+    pipeline = ("parallel.pipeline=3", "train.gradient_accumulation=5")
+    assert [sent(*pipeline, world=3, stage=i)["pipeline"] for i in range(3)] == [5 * STREAM, 10 * STREAM, 5 * STREAM]
+
+
+@pytest.mark.parametrize(("zero", "per_parameter"), [(1, 4 + 2), (2, 3 * 2 + 2), (3, 3 * (2 + 2 * 2))])
+def test_replicas_send_gradients_and_weights(zero, per_parameter):
+    total = sent(f"zero.stage={zero}", "train.gradient_accumulation=3", world=4)["data"]
+    assert total == pytest.approx(0.75 * per_parameter * 162_322_944)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from neox.errors import ConfigError
+from neox.plan.devices import DEVICES, cpu, find, of_cuda_name
+
+
+def test_every_device_is_complete_and_found_by_its_name():
+    for device in DEVICES:
+        assert find(device.name) is device
+        assert device.source and device.usable < device.memory and device.peak("bf16") >= device.peak("fp32") > 0
+
+
+@pytest.mark.parametrize(
+    ("cuda", "name"),
+    [("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200")],
+)
+def test_cuda_names_are_known(cuda, name):
+    assert of_cuda_name(cuda).name == name
+    assert of_cuda_name("Quadro") is None
+
+
+def test_processes_share_the_cpu():
+    assert cpu(4).memory == pytest.approx(cpu(1).memory / 4)
+    assert find("cpu", 2).flops == pytest.approx(find("cpu").flops / 2)
+
+
+def test_a_file_gives_a_device(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text("memory: 24e9\nflops: 1e14\nflops_fp32: 2e13\nbandwidth: 1e12\nlink: 1e10\nnetwork: 1e9\nper_node: 2\n")
+    device = find(str(path))
+    assert (device.name, device.memory, device.per_node, device.kind) == ("mine", 24e9, 2, "cuda")
+    path.write_text("base: h100\nmemory: 94e9\nname: h100-nvl\n")
+    assert (find(str(path)).name, find(str(path)).memory, find(str(path)).flops) == ("h100-nvl", 94e9, 989e12)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: h1000", "unknown device.*did you mean h100"),
+        ("base: h100\nmemry: 1e9", "unknown key of a device.*did you mean memory"),
+        ("base: h100\nmemory: lots", "wrong value.*lots"),
+        ("base: h100\nmemory: 0", "wrong value"),
+        ("base: h100\nkind: tpu", "wrong value.*tpu"),
+        ("memory: 1e9", "not complete.*flops"),
+        ("base: h100\nbase: h200", "twice"),
+    ],
+)
+def test_a_wrong_file_is_refused(text, message, tmp_path):
+    path = tmp_path / "device.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        find(str(path))
+
+
+def test_unknown_names_and_absent_files_are_refused():
+    with pytest.raises(ConfigError, match="did you mean a100-40gb"):
+        find("a100-40g")
+    with pytest.raises(ConfigError, match="cannot read the device"):
+        find("absent.yml")

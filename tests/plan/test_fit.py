@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from neox.config.load import load_config
+from neox.plan.devices import find
+from neox.plan.fit import changed, combinations, conflicts, estimate, options, smallest_change
+
+A100 = find("a100-40gb")
+
+
+def small(*overrides: str):
+    return load_config("pythia/160M.yml", overrides=["train.micro_batch_size=32", "train.global_batch_size=256", *overrides])
+
+
+def test_one_key_is_enough_where_it_is():
+    config = small()
+    there = estimate(config, 8, A100)
+    full = estimate(changed(config, 8, {"train.activation_checkpointing": "full"})[0], 8, A100)
+    assert full.peak < there.peak
+    device = replace(A100, memory=(full.peak + there.peak) / 2 + A100.reserve)
+    change = smallest_change(config, 8, device)
+    assert len(change.keys) == 1 and change.estimate.peak <= device.usable < there.peak
+
+
+def test_the_change_is_the_fastest_of_its_size_and_nothing_smaller_fits():
+    config = small()
+    device = replace(A100, memory=4e9 + A100.reserve)
+    change = smallest_change(config, 8, device)
+    choices = options(config, 8, device)
+    fitting = {}
+    for count in (1, 2, 3):
+        for keys in combinations(choices, count):
+            candidate, _ = changed(config, 8, keys)
+            if not conflicts(candidate, 8, "cuda"):
+                found = estimate(candidate, 8, device)
+                if found.peak <= device.usable:
+                    fitting.setdefault(count, []).append(found.time.total)
+    assert len(change.keys) == min(fitting)
+    assert change.estimate.time.total == min(fitting[len(change.keys)])
+
+
+def test_nothing_fits_in_no_memory():
+    assert smallest_change(small(), 8, replace(A100, memory=A100.reserve + 1)) is None
+
+
+def test_the_global_batch_stays():
+    config = load_config("pythia/160M.yml", overrides=["train.micro_batch_size=8", "train.global_batch_size=null", "train.gradient_accumulation=2"])
+    other, keys = changed(config, 4, {"train.micro_batch_size": 2, "parallel.tensor": 2})
+    assert keys == {"train.micro_batch_size": 2, "parallel.tensor": 2, "train.gradient_accumulation": 16}
+    assert estimate(other, 4, A100).layout.batch.global_batch_size == 8 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "what"),
+    [
+        (["parallel.tensor=5"], 5, "the tensor group does not divide the model"),
+        (["parallel.pipeline=2", "zero.stage=2"], 2, "ZeRO stage and pipeline exclude each other"),
+        (["train.global_batch_size=100"], 8, "the global batch cannot be divided"),
+        (["parallel.tensor=2"], 3, "the processes cannot be divided"),
+    ],
+)
+def test_conflicts_are_found_without_data(overrides, world, what):
+    assert what in [conflict.what for conflict in conflicts(small(*overrides), world, "cuda")]
+    assert conflicts(small(), 8, "cuda") == []

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from neox.config.load import load_config
+from neox.errors import ConfigError
+from neox.plan.devices import find
+from neox.plan.plan import as_json, duration, lines, make_plan
+from tests.plan.test_sizes import SHIPPED, shipped
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_has_a_plan(name):
+    config = shipped(name)
+    plan = make_plan(config, 64, find("h100"))
+    text = "\n".join(lines(plan))
+    assert plan.fits == ("FITS:" in text.replace("DOES NOT FIT:", ""))
+    assert plan.fits or (plan.change is not None and plan.change.estimate.peak <= 78e9)
+    content = json.loads(json.dumps(as_json(plan)))
+    estimate = content["estimate"] or content["change"]["estimate"]
+    assert {"parameters", "gradients", "optimizer", "activations", "buffers", "checkpoint", "peak", "sent_per_step"} <= estimate["stages"][0].keys()
+    assert estimate["time"]["total"] * config.train.train_iters == pytest.approx(estimate["total_seconds"])
+
+
+def test_a_large_model_does_not_fit_as_it_is_and_is_told_how_it_does():
+    plan = make_plan(load_config("pythia/12B.yml"), 8, find("a100-40gb"))
+    text = lines(plan)
+    assert not plan.fits and any(line.startswith("DOES NOT FIT: 1") for line in text)
+    assert any(line.startswith("smallest change that fits: --set ") for line in text)
+    assert plan.change.estimate.layout.batch.global_batch_size == 1024
+
+
+def test_a_config_that_is_refused_is_planned_with_what_mends_it():
+    plan = make_plan(load_config("gpt3/175B.yml"), 1024, find("h100"))
+    assert plan.estimate is None and "the global batch cannot be divided" in plan.refused[0].line()
+    assert plan.change is not None and "DOES NOT FIT: refused as it is" in lines(plan)
+
+
+def test_what_no_change_mends_is_an_error():
+    config = load_config("pythia/70M.yml", overrides=["model.num_kv_heads=3"])
+    with pytest.raises(ConfigError, match="query heads cannot share"):
+        make_plan(config, 2, find("h100"))
+    with pytest.raises(ConfigError, match="--world-size"):
+        make_plan(config, 0, find("h100"))
+
+
+def test_too_small_a_device_says_so():
+    text = lines(make_plan(load_config("pythia/12B.yml"), 1, replace(find("h100"), memory=3e9)))
+    assert any("more devices, or larger ones" in line for line in text)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (1.5, "1.5 s"), (130, "2.17 min"), (8000, "2.22 h"), (1e6, "11.6 days")])
+def test_durations_are_read_easily(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from neox.config.load import load_config
+from neox.plan.devices import find
+from neox.plan.fit import estimate
+from neox.plan.time import bandwidth_of, stage_flops
+
+H100 = find("h100")
+
+
+def made(*overrides: str, world: int = 1, device=H100):
+    config = load_config("pythia/160M.yml", overrides=["train.micro_batch_size=4", "train.global_batch_size=null", *overrides])
+    return estimate(config, world, device)
+
+
+def test_executed_arithmetic_is_the_models_less_masked_attention():
+    found = made()
+    (stage,) = found.layout.stages
+    tokens = 4 * 2048
+    attention = 6 * 2 * 12 * 768 * 2048 * tokens  # as counted in full
+    assert stage_flops(found.config, found.layout, stage) == pytest.approx(found.time.flops - attention / 2)
+
+
+def test_full_checkpointing_runs_the_blocks_again():
+    plain, again = made().time, made("train.activation_checkpointing=full").time
+    head = 6 * 50304 * 768 * 4 * 2048
+    assert again.executed - head == pytest.approx((plain.executed - head) * 4 / 3)
+    assert again.flops == plain.flops and again.total > plain.total
+
+
+def test_the_parts_add_up():
+    time = made("parallel.tensor=2", "parallel.pipeline=2", "train.gradient_accumulation=4", world=8).time
+    parts = time.products + time.elementwise + time.messages + time.bubble + time.reduction + time.update
+    assert time.total == pytest.approx(parts) and min(time.messages, time.bubble, time.reduction, time.update) > 0
+
+
+def test_the_bubble_shrinks_with_micro_batches():
+    few = made("parallel.pipeline=4", "train.gradient_accumulation=4", world=4).time
+    many = made("parallel.pipeline=4", "train.gradient_accumulation=16", world=4).time
+    assert few.bubble == pytest.approx(0.75 * (few.products + few.elementwise + few.messages))
+    assert many.bubble / many.total < few.bubble / few.total
+
+
+def test_a_faster_device_is_faster():
+    assert made(device=replace(H100, flops=2e15)).time.products == pytest.approx(made().time.products * 989 / 2000)
+
+
+def test_groups_beyond_a_node_go_over_the_network():
+    layout = made("parallel.tensor=8", "parallel.pipeline=2", world=32, device=H100).layout
+    assert bandwidth_of("tensor", layout, H100) == H100.link
+    assert bandwidth_of("data", layout, H100) == bandwidth_of("pipeline", layout, H100) == H100.network
