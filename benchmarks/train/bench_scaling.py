@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -85,98 +84,62 @@ CASES = (
 QUICK = tuple(case for case in CASES if case.processes == 2)
 
 
-# function -> (weight times (n - 1)/n, position of the tensor that says how much, factor for a tensor that is one member's share)
+# c10d operator -> (weight times (n - 1)/n, position of the argument that holds the tensors, whether they are one member's share of the whole)
 COLLECTIVES = {
-    "all_reduce": (2.0, 0, False),
-    "broadcast": (1.0, 0, False),
-    "reduce": (1.0, 0, False),
-    "all_gather_into_tensor": (1.0, 0, False),
-    "_all_gather_base": (1.0, 0, False),
-    "reduce_scatter_tensor": (1.0, 1, False),
-    "_reduce_scatter_base": (1.0, 1, False),
-    "all_to_all_single": (1.0, 1, False),
-    "all_gather": (1.0, 1, True),
-    "gather": (1.0, 0, True),
+    "allreduce_": (2.0, 0, False),
+    "allreduce_coalesced_": (2.0, 0, False),
+    "broadcast_": (1.0, 0, False),
+    "reduce_": (1.0, 0, False),
+    "_allgather_base_": (1.0, 0, False),
+    "allgather_": (1.0, 1, True),
+    "allgather_into_tensor_coalesced_": (1.0, 0, False),
+    "_reduce_scatter_base_": (1.0, 1, False),
+    "reduce_scatter_": (1.0, 1, False),
+    "reduce_scatter_tensor_coalesced_": (1.0, 1, False),
+    "alltoall_base_": (1.0, 1, False),
+    "alltoall_": (1.0, 1, False),
+    "gather_": (1.0, 1, True),
 }
+SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
 
 
-class Counter:
-    """Counts what one process asks torch.distributed for while it is entered; every function does its work as before."""
+class Counter(TorchDispatchMode):
+    """Counts what this process asks of its process groups, whoever asks: they all go through torch's dispatcher."""
 
     def __init__(self):
+        super().__init__()
         self.sent: dict[str, float] = {}
-        self.inside = False
-        self.stack = ExitStack()
 
-    def __enter__(self) -> Counter:
-        for name, rule in COLLECTIVES.items():
-            if hasattr(dist, name):
-                self.replace(name, self.collective(name, rule))
-        self.replace("batch_isend_irecv", self.messages)
-        self.replace("reduce_scatter", self.scattered)
-        return self
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "c10d":
+            self.note(operator.overloadpacket.__name__, args)
+        return operator(*args, **(kwargs or {}))
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
+    def note(self, name: str, args: tuple) -> None:
+        """Take note of one operator.
 
-    def replace(self, name: str, make) -> None:
-        """Put a counting function in the place of torch.distributed's, in its package and in the module that DeepSpeed imports from."""
-        original = getattr(dist, name)
-        counting = make(original)
-        for module in (dist, dist.distributed_c10d):
-            if getattr(module, name, None) is original:
-                self.stack.enter_context(mock.patch.object(module, name, counting))
+        Raises:
+            RuntimeError: one that this table does not know: nothing is left uncounted.
+        """
+        if name in SILENT:
+            return
+        if name == "send":
+            count = size_of(args[0])
+        elif name in COLLECTIVES:
+            weight, position, share = COLLECTIVES[name]
+            group = next(argument for argument in args if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()))
+            members = dist.ProcessGroup.unbox(group).size()
+            count = weight * (members - 1) / members * size_of(args[position]) * (members if share else 1)
+        else:
+            raise RuntimeError(f"an operator that is not counted: c10d.{name}")
+        self.sent[name] = self.sent.get(name, 0.0) + count
 
-    def add(self, kind: str, count: float) -> None:
-        """Take note of bytes."""
-        self.sent[kind] = self.sent.get(kind, 0.0) + count
 
-    def collective(self, name: str, rule: tuple[float, int, bool]):
-        """A maker of counting functions for one collective; what it calls of the others is part of it and not counted again."""
-        weight, position, share = rule
-        names = {"reduce_scatter_tensor": ("output", "input"), "all_to_all_single": ("output", "input"), "all_gather": ("tensor_list", "tensor")}
-        names |= {"all_gather_into_tensor": ("output_tensor", "input_tensor")}
-
-        def make(original):
-            def counting(*arguments, **options):
-                if self.inside:
-                    return original(*arguments, **options)
-                keyword = names.get(name, ("tensor", "tensor"))[position]
-                tensor = arguments[position] if len(arguments) > position else options[keyword]
-                members = dist.get_world_size(options.get("group") or next((a for a in arguments if isinstance(a, dist.ProcessGroup)), None))
-                size = tensor.numel() * tensor.element_size() * (members if share else 1)
-                self.add(name, weight * (members - 1) / members * size)
-                self.inside = True
-                try:
-                    return original(*arguments, **options)
-                finally:
-                    self.inside = False
-
-            return counting
-
-        return make
-
-    def messages(self, original):
-        """Counts what is sent; what is received another counts."""
-
-        def counting(operations):
-            for operation in operations:
-                if operation.op is dist.isend:
-                    self.add("send", operation.tensor.numel() * operation.tensor.element_size())
-            return original(operations)
-
-        return counting
-
-    def scattered(self, original):
-        """reduce_scatter of a list of tensors."""
-
-        def counting(output, input_list, *arguments, **options):
-            if not self.inside:
-                members = len(input_list)
-                self.add("reduce_scatter", (members - 1) / members * sum(t.numel() * t.element_size() for t in input_list))
-            return original(output, input_list, *arguments, **options)
-
-        return counting
+def size_of(tensors: object) -> int:
+    """Bytes of a tensor, or of the tensors in nested lists."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(size_of(each) for each in tensors)
 
 
 def run_case(case: Case) -> dict:
