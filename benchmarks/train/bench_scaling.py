@@ -81,7 +81,6 @@ CASES = (
     Case("context parallel", 4, context=4),
     Case("tensor x pipeline", 4, tensor=2, pipeline=2),
 )
-QUICK = tuple(case for case in CASES if case.processes == 2)
 
 
 # c10d operator -> (weight times (n - 1)/n, position of the argument that holds the tensors, whether they are one member's share of the whole)
@@ -160,19 +159,23 @@ def run_case(case: Case) -> dict:
     return {"stage": mesh.pp_rank, "sent": counter.sent}
 
 
-def child(number: int, out: str) -> None:
-    """The life of a process of a case; its launcher's variables say which."""
+def child(processes: int, out: str) -> None:
+    """The life of one of so many processes: all their cases; its launcher's variables say which one it is."""
     dist.init_process_group("gloo")
-    answers: list = [None] * dist.get_world_size()
-    answer = run_case(CASES[number])
-    dist.all_gather_object(answers, answer)
+    answers = []
+    for case in CASES:
+        if case.processes == processes:
+            gathered: list = [None] * processes
+            dist.all_gather_object(gathered, run_case(case))
+            answers.append(gathered)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(answers))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def count(case: Case) -> list[dict]:
-    """What every process of a case sent, from processes of their own.
+def count(processes: int) -> list[list[dict]]:
+    """What every process sent, for each case of so many processes, from processes of their own.
 
     Raises:
         RuntimeError: a process failed; its output is in the message.
@@ -182,21 +185,21 @@ def count(case: Case) -> list[dict]:
         port = str(probe.getsockname()[1])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.json"
-        command = [sys.executable, __file__, "--child", str(CASES.index(case)), str(out)]
-        shared = {"WORLD_SIZE": str(case.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        logs = [(Path(folder) / f"{rank}.txt").open("w+") for rank in range(case.processes)]
+        command = [sys.executable, __file__, "--child", str(processes), str(out)]
+        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        logs = [(Path(folder) / f"{rank}.txt").open("w+") for rank in range(processes)]
         children = [
             subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
             for rank, log in enumerate(logs)
         ]
         try:
-            codes = [process.wait(300) for process in children]
+            codes = [process.wait(900) for process in children]
         finally:
             for process in children:
                 process.kill()
         if any(codes):
             texts = [log.seek(0) or log.read() for log in logs]
-            raise RuntimeError(f"{case.name}: exit codes {codes}\n" + "\n".join(texts))
+            raise RuntimeError(f"{processes} processes: exit codes {codes}\n" + "\n".join(texts))
         return json.loads(out.read_text())
 
 
@@ -205,20 +208,20 @@ def formula(rows: list[Traffic]) -> str:
     return " + ".join(f"{row.count} x {row.kind}({row.size:.0f})" for row in rows) or "nothing"
 
 
-def compare(cases: tuple[Case, ...]) -> Iterator[Row]:
+def compare(processes: tuple[int, ...]) -> Iterator[Row]:
     """A row per layout and pipeline stage: the process that sent most."""
-    for case in cases:
-        answers = count(case)
-        config = case.config()
-        layout = resolve(config, case.processes)
-        for stage in layout.stages:
-            most = max((sum(each["sent"].values()), each) for each in answers if each["stage"] == stage.number)[1]["sent"]
-            parts = traffic(config, layout, stage)
-            least, sent = sum(row.sent for row in parts), sum(most.values())
-            where = f", stage {stage.number}" if case.pipeline > 1 else ""
-            kinds = ", ".join(f"{kind} {size / 1e3:.1f}" for kind, size in sorted(most.items()))
-            setting = f"{case.processes} processes{where}: {formula(parts)}; counted, kB: {kinds}"
-            yield Row(case.name, setting, sent / 1e3, least / 1e3, "least", least / sent if sent else 1.0, "kB/step")
+    for number in processes:
+        cases = [case for case in CASES if case.processes == number]
+        for case, answers in zip(cases, count(number), strict=True):
+            layout = resolve(case.config(), number)
+            for stage in layout.stages:
+                most = max((each["sent"] for each in answers if each["stage"] == stage.number), key=lambda sent: sum(sent.values()))
+                parts = traffic(case.config(), layout, stage)
+                least, sent = sum(row.sent for row in parts), sum(most.values())
+                where = f", stage {stage.number}" if case.pipeline > 1 else ""
+                kinds = ", ".join(f"{kind} {size / 1e3:.1f}" for kind, size in sorted(most.items()))
+                setting = f"{number} processes{where}: {formula(parts)}; counted, kB: {kinds}"
+                yield Row(case.name, setting, sent / 1e3, least / 1e3, "least", least / sent if sent else 1.0, "kB/step")
 
 
 def main() -> None:
@@ -226,12 +229,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="two processes alone: under a minute on an idle machine")
-    parser.add_argument("--child", nargs=2, metavar=("CASE", "OUT"), help=argparse.SUPPRESS)  # the processes that this one starts
+    parser.add_argument("--child", nargs=2, metavar=("PROCESSES", "OUT"), help=argparse.SUPPRESS)  # the processes that this one starts
     args = parser.parse_args()
     if args.child:
         child(int(args.child[0]), args.child[1])
         return
-    show(compare(QUICK if args.quick else CASES), Options(json=args.json, quick=args.quick, threads=1))
+    show(compare((2,) if args.quick else (2, 4)), Options(json=args.json, quick=args.quick, threads=1))
 
 
 if __name__ == "__main__":

@@ -345,6 +345,7 @@ class Run:
 
     def close(self) -> None:
         """Close what is open. After an error a checkpoint that is being written gets PATIENCE seconds: the other processes may be gone."""
+        self.check.memory.rest()
         self.saver.join(PATIENCE)
         self.tell_profile(self.profiler.close())
         if self.loader is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import os
+import resource
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -33,41 +35,78 @@ def keep_freed_memory() -> bool:
     return all(mallopt(parameter, value) == 1 for parameter, value in wanted)
 
 
-class PeakMemory:
-    """The most memory that this process took from its making on.
+class MallInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33 and later."""
 
-    On a GPU: torch's allocations. On a CPU: resident anonymous memory, that is without mapped files (libraries as their code is first run, datasets); the
-    kernel's mark of the resident peak is set back at the start, where it lets us, and pages of files are taken off at the end.
+    _fields_ = tuple(
+        (name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    )
+
+
+def in_use() -> int | None:
+    """Bytes that this process has asked of the C library and not given back, tensors among them; None where the library does not tell."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):  # another C library, or an old one
+        return None
+    mallinfo.restype = MallInfo
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
+class PeakMemory:
+    """The most memory that was in use at a time, beyond what was in use when this was made.
+
+    On a GPU: torch's allocations. On a CPU: what the C library has handed out, looked at a hundred times a second until `rest` and whenever `look` is
+    called. Resident memory is larger on both: free blocks between those in use stay with the process.
 
     Args:
         device: where training computes.
     """
 
+    INTERVAL = 0.01  # seconds
+
     def __init__(self, device: torch.device):
         self.device = device
+        self.resting = threading.Event()
+        self.resident_before = resident_bytes()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
-        else:
-            with contextlib.suppress(OSError):  # no Linux, or a kernel without it: the mark is then that of the whole life
-                Path("/proc/self/clear_refs").write_text("5\n")
-            self.before = resident().get("RssAnon", 0)
+            return
+        self.before = self.peak = in_use()
+        if self.before is not None:
+            threading.Thread(target=self._watch, name="neox-memory", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self.resting.wait(self.INTERVAL):
+            self.look()
+
+    def look(self) -> None:
+        """Take note of what is in use now."""
+        if self.device.type != "cuda" and self.before is not None:
+            self.peak = max(self.peak, in_use())
+
+    def rest(self) -> None:
+        """Look by itself no more: steps are alike."""
+        self.resting.set()
 
     def taken(self) -> int | None:
-        """Bytes at the peak so far beyond those at the start; None where this system does not tell."""
+        """Bytes at the peak so far beyond those at the start; None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        now = resident()
-        if "VmHWM" not in now or "RssFile" not in now:
-            return None
-        return now["VmHWM"] - now["RssFile"] - now["RssShmem"] - self.before
+        return None if self.before is None else self.peak - self.before
+
+    def resident(self) -> int:
+        """Bytes by which the resident peak of this process (on a GPU: what torch's allocator has reserved) is above what was resident at the start."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.resident_before, 0)
 
 
-def resident() -> dict[str, int]:
-    """Bytes of /proc/self/status, by name; empty on systems without it."""
+def resident_bytes() -> int:
+    """Resident memory of this process now; 0 where /proc does not tell."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return {}
-    rows = (line.split() for line in lines)
-    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3 and row[2] == "kB"}
+        return 0

@@ -20,6 +20,7 @@ from neox.train.memory import PeakMemory
 
 FILE = "plan.json"
 WARM_UP = 2  # steps whose time is not looked at
+WATCHED = 5  # steps in which memory is looked at all the time
 WINDOW = 1000  # steps whose median is
 
 
@@ -30,13 +31,15 @@ class Comparison:
     Attributes:
         rank: of the process with the largest measured peak.
         stage: its pipeline stage.
-        memory: (planned, measured) peak of that process.
+        memory: (planned, measured) peak of what is in use in that process.
+        resident: bytes that were resident at most, free blocks among them.
         step_time: (planned, measured) seconds; measured is the median.
     """
 
     rank: int
     stage: int
     memory: tuple[float, float | None]
+    resident: float
     step_time: tuple[float | None, float | None]
 
     def lines(self) -> list[str]:
@@ -45,7 +48,8 @@ class Comparison:
         planned, measured = self.memory
         if measured:
             where = f"rank {self.rank}, stage {self.stage}"
-            out.append(f"memory: {planned / 1e9:.3f} GB planned, {measured / 1e9:.3f} GB measured ({100 * (planned / measured - 1):+.1f} %) on {where}")
+            share = f"{100 * (planned / measured - 1):+.1f} %"
+            out.append(f"memory: {planned / 1e9:.3f} GB planned, {measured / 1e9:.3f} GB measured ({share}), {self.resident / 1e9:.3f} GB resident, on {where}")
         planned, measured = self.step_time
         if planned and measured:
             out.append(f"step: {planned:.4g} s planned, {measured:.4g} s measured, median ({100 * (planned / measured - 1):+.1f} %)")
@@ -54,7 +58,10 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """Leave plan.json in the run's folder. Raises DiskError."""
         memory, seconds = (dict(zip(("planned", "measured"), pair, strict=True)) for pair in (self.memory, self.step_time))
-        write_file(folder / FILE, json.dumps({"memory_bytes": memory, "step_seconds": seconds, "rank": self.rank, "stage": self.stage}).encode())
+        write_file(
+            folder / FILE,
+            json.dumps({"memory_bytes": memory | {"resident": self.resident}, "step_seconds": seconds, "rank": self.rank, "stage": self.stage}).encode(),
+        )
 
 
 class PlanCheck:
@@ -77,6 +84,8 @@ class PlanCheck:
         self.steps += 1
         if self.steps > WARM_UP:
             self.times.append(seconds)
+        if self.steps == WATCHED:
+            self.memory.rest()
 
     def device(self, peak: float) -> Device | None:
         """The device that the run is on, with its measured speed where it is a CPU; None for a GPU that is not in the table."""
@@ -91,8 +100,10 @@ class PlanCheck:
             peak: FLOP/s of a product, measured on the first process.
         """
         mesh = self.mesh
-        taken = self.memory.taken()
-        rows = torch.tensor([[float(taken or 0), float(mesh.pp_rank), peak]], dtype=torch.float64, device=mesh.device)
+        self.memory.look()
+        self.memory.rest()
+        facts = [float(self.memory.taken() or 0), float(mesh.pp_rank), peak, float(self.memory.resident())]
+        rows = torch.tensor([facts], dtype=torch.float64, device=mesh.device)
         if mesh.world_size > 1:
             gathered = [torch.empty_like(rows) for _ in range(mesh.world_size)]
             dist.all_gather(gathered, rows)
@@ -104,4 +115,4 @@ class PlanCheck:
         planned = found.memories[stage].peak + (device.reserve if device is not None and device.kind == "cpu" else 0)
         median = statistics.median(self.times) if self.times else None
         measured = float(rows[fullest, 0]) or None
-        return Comparison(fullest, stage, (planned, measured), (None if device is None else found.time.total, median))
+        return Comparison(fullest, stage, (planned, measured), float(rows[fullest, 3]), (None if device is None else found.time.total, median))

@@ -63,6 +63,8 @@ class Cell:
     checkpointing: str = "none"
     partition: str | tuple[int, ...] = "parameters"
     mutation: str = ""
+    length: int = LENGTH  # tokens of a sample
+    samples: int = SAMPLES  # of a global batch
 
     @property
     def world_size(self) -> int:
@@ -72,12 +74,13 @@ class Cell:
     def name(self) -> str:
         parts = [self.form, *(f"{key}{value}" for key, value in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("cp", self.cp)) if value > 1)]
         parts += [f"zero{self.zero}", *(["sp"] if self.sequence else []), *([self.dtype] if self.dtype != "fp32" else [])]
+        parts += [*([f"{self.samples}x{self.length}"] if self.length != LENGTH else [])]
         parts += [*(["documents"] if self.documents else []), *([self.checkpointing] if self.checkpointing != "none" else [])]
         return " ".join(parts + ([str(self.partition)] if self.partition != "parameters" else []) + ([f"broken: {self.mutation}"] if self.mutation else []))
 
     def reference(self) -> Cell:
         """The same model and data in one process."""
-        return Cell(self.form, dtype=self.dtype, documents=self.documents)
+        return Cell(self.form, dtype=self.dtype, documents=self.documents, length=self.length, samples=self.samples)
 
 
 def matrix(processes: int, forms: Sequence[str] = MATRIX_FORMS) -> Iterator[Cell]:
@@ -104,7 +107,7 @@ class Batch:
 def make_config(cell: Cell, steps: int) -> Config:
     return Config.model_validate(
         {
-            "model": {**COMMON, **FORMS[cell.form]},
+            "model": {**COMMON, "max_position_embeddings": max(cell.length, 32), **FORMS[cell.form]},
             "optimizer": {"lr": 0.003, "gradient_clipping": 0.5, "eps": 1e-6},
             "schedule": {"type": "cosine", "warmup_iters": 3, "min_lr": 1e-4},
             "precision": {"dtype": cell.dtype},
@@ -116,21 +119,22 @@ def make_config(cell: Cell, steps: int) -> Config:
     )
 
 
-def global_batch(step: int, documents: bool) -> Batch:
+def global_batch(step: int, cell: Cell) -> Batch:
     """Tokens that repeat with noise (there is something to learn), targets of which a varying number is ignored, two documents per sample."""
+    samples, length = cell.samples, cell.length
     generator = torch.Generator().manual_seed(1000 + step)
-    tokens = torch.randint(0, VOCAB, (SAMPLES, 1), generator=generator) + 3 * torch.arange(LENGTH + 1)
+    tokens = torch.randint(0, VOCAB, (samples, 1), generator=generator) + 3 * torch.arange(length + 1)
     noise = torch.randint(0, VOCAB, tokens.shape, generator=generator)
     tokens = torch.where(torch.rand(tokens.shape, generator=generator) < 0.2, noise, tokens % VOCAB)
     targets = tokens[:, 1:].clone()
-    segments, positions = torch.zeros(SAMPLES, LENGTH, dtype=torch.int32), torch.arange(LENGTH).repeat(SAMPLES, 1)
-    for row in range(SAMPLES):
-        targets[row, : int(torch.randint(0, LENGTH, (1,), generator=generator))] = -100
-        border = 3 + row
+    segments, positions = torch.zeros(samples, length, dtype=torch.int32), torch.arange(length).repeat(samples, 1)
+    for row in range(samples):
+        targets[row, : int(torch.randint(0, length, (1,), generator=generator))] = -100
+        border = (3 + row) * length // LENGTH
         segments[row, border:] = 1
         positions[row, border:] -= border
-    extra = (segments, positions) if documents else (None, None)
-    return Batch(tokens[:, :-1].contiguous(), targets, torch.arange(SAMPLES), *extra)
+    extra = (segments, positions) if cell.documents else (None, None)
+    return Batch(tokens[:, :-1].contiguous(), targets, torch.arange(samples), *extra)
 
 
 def accumulation(mesh: Mesh) -> int:
@@ -138,10 +142,10 @@ def accumulation(mesh: Mesh) -> int:
     return max(2, mesh.pp)
 
 
-def micro_batches(step: int, mesh: Mesh, documents: bool) -> list[Batch]:
+def micro_batches(step: int, mesh: Mesh, cell: Cell) -> list[Batch]:
     """This process's micro-batches of a step, in the sample order of the loader."""
-    whole = global_batch(step, documents)
-    size = SAMPLES // (mesh.dp * accumulation(mesh))
+    whole = global_batch(step, cell)
+    size = cell.samples // (mesh.dp * accumulation(mesh))
     out = []
     for m in range(accumulation(mesh)):
         first = (m * mesh.dp + mesh.dp_rank) * size
@@ -173,17 +177,17 @@ def run_cell(cell: Cell, mesh: Mesh, steps: int = STEPS) -> dict:
     model = GPT(config.model, mesh, seed=7, activation_checkpointing=cell.checkpointing, partition=cell.partition)
     with mutations.applied(cell.mutation):
         count = accumulation(mesh)
-        sizes = SimpleNamespace(micro_batch_size=SAMPLES // (mesh.dp * count), gradient_accumulation=count, global_batch_size=SAMPLES)
+        sizes = SimpleNamespace(micro_batch_size=cell.samples // (mesh.dp * count), gradient_accumulation=count, global_batch_size=cell.samples)
         engine = Engine(config, mesh, model, sizes, steps)
         initial = logical(engine, ["weight"])
         losses, norms, gradient = [], [], {}
         for step in range(steps):
-            result = engine.train_step(micro_batches(step, mesh, cell.documents))
+            result = engine.train_step(micro_batches(step, mesh, cell))
             losses.append(result.loss)
             norms.append(result.grad_norm)
             if step == 0:
                 gradient = logical(engine, ["exp_avg"])
-        validation = engine.evaluate(micro_batches(999, mesh, cell.documents))
+        validation = engine.evaluate(micro_batches(999, mesh, cell))
     return {"initial": initial, "gradient": gradient, "losses": losses, "norms": norms, "validation": validation, "weights": logical(engine, ["weight"])}
 
 

@@ -1,4 +1,4 @@
-"""Sums of traffic, by hand; the bytes that runs really send are counted in tests/plan/test_counted.py."""
+"""Sums of traffic, by hand; and against the bytes that a benchmark counts in real steps."""
 
 from __future__ import annotations
 
