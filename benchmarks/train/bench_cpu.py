@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+CPUS = sorted(os.sched_getaffinity(0))  # before torch: with OMP_PROC_BIND its threads, the first too, are bound to one CPU each
+
 import torch
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -137,13 +139,13 @@ class Process:
         self.child.communicate()
 
 
-def compare(dtype: str, threads: int, shape: tuple[int, int], rounds: int) -> Iterator[Row]:
+def compare(dtype: str, threads: int, shape: tuple[int, int], rounds: int, peers: tuple[str, ...]) -> Iterator[Row]:
     """Speed and peak memory against each peer, and our share of torch's own product.
 
     Raises:
         RuntimeError: first losses differ: the comparison would be of two different things.
     """
-    processes = {name: Process(name, dtype, threads, shape) for name in (OURS, *PEERS[dtype])}
+    processes = {name: Process(name, dtype, threads, shape) for name in (OURS, *peers)}
     try:
         first = {name: process.step()[1] for name, process in processes.items()}
         for name, loss in first.items():
@@ -157,7 +159,7 @@ def compare(dtype: str, threads: int, shape: tuple[int, int], rounds: int) -> It
     memory = {name: results[-1][name][2] / 1e9 for name in processes}
     tokens = shape[0] * shape[1]
     setting = f"Pythia-160M {shape[0]}x{shape[1]} {dtype}, {threads} thread{'s' if threads > 1 else ''}"
-    for peer in PEERS[dtype]:
+    for peer in peers:
         yield Row("training step", setting, tokens / seconds[OURS], tokens / seconds[peer], peer, seconds[peer] / seconds[OURS], "tokens/s")
         yield Row("training step, peak memory", setting, memory[OURS], memory[peer], peer, memory[peer] / memory[OURS], "GB")
     with torch.device("meta"):
@@ -176,20 +178,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 x 128 tokens and fewer rounds: under a minute")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, each of ours and of the peer")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and activations")
+    parser.add_argument("--peers", nargs="+", choices=PEERS["bf16"], default=list(PEERS["bf16"]), help="of these, those that the dtype has")
     parser.add_argument("--rounds", type=int, help="timed steps of each contestant; 5 in fp32, 3 in bf16, 2 with --quick")
     parser.add_argument("--contestant", choices=(OURS, *PEERS["bf16"]), help=argparse.SUPPRESS)  # the processes that this one starts
     parser.add_argument("--shape", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cpus = sorted(os.sched_getaffinity(0))
-    counts = sorted(count for count in args.threads if 1 <= count <= len(cpus))
+    counts = sorted(count for count in args.threads if 1 <= count <= len(CPUS))
     if args.contestant:
-        os.sched_setaffinity(0, cpus[: counts[0]])
+        os.sched_setaffinity(0, CPUS[: counts[0]])
         torch.set_num_threads(counts[0])
         return compete(args)
+    os.sched_setaffinity(0, CPUS)  # for the processes that it starts
     if len(counts) < len(args.threads):
-        print(f"this process has {len(cpus)} CPUs: thread counts beyond it are left out", file=sys.stderr)
+        print(f"this process has {len(CPUS)} CPUs: thread counts beyond it are left out", file=sys.stderr)
     shape = (1, 128) if args.quick else (4, 512)
-    rows = (row for n in counts for dtype in args.dtype for row in compare(dtype, n, shape, args.rounds or (2 if args.quick else ROUNDS[dtype])))
+    settings = ((n, dtype, tuple(peer for peer in PEERS[dtype] if peer in args.peers)) for n in counts for dtype in args.dtype)
+    rows = (row for n, dtype, peers in settings for row in compare(dtype, n, shape, args.rounds or (2 if args.quick else ROUNDS[dtype]), peers))
     show(rows, Options(json=args.json, quick=args.quick, threads=max(counts, default=1)))
     return None
 
