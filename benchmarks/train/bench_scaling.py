@@ -216,7 +216,7 @@ def compare(processes: tuple[int, ...]) -> Iterator[Row]:
             layout = resolve(case.config(), number)
             for stage in layout.stages:
                 most = max((each["sent"] for each in answers if each["stage"] == stage.number), key=lambda sent: sum(sent.values()))
-                parts = traffic(case.config(), layout, stage)
+                parts = traffic(case.config(), layout, stage, least=True)
                 least, sent = sum(row.sent for row in parts), sum(most.values())
                 where = f", stage {stage.number}" if case.pipeline > 1 else ""
                 kinds = ", ".join(f"{kind} {size / 1e3:.1f}" for kind, size in sorted(most.items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from neox.config.schema import Config, OptimizerConfig
 
 BUCKET = 200_000_000  # elements that DeepSpeed reduces or gathers at a time
+LIVE = 1_000_000_000  # elements of parameters that its stage 3 keeps gathered at most
 
 # Per-element state of each optimizer: what a checkpoint holds beside the fp32 weights. `step` counters are not per element.
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}

@@ -1,4 +1,4 @@
-"""Bytes that a process must send in one step under a layout: the least that the algorithm allows, collective by collective.
+"""Bytes that a process sends in one step under a layout, collective by collective, and the least that the layout's algorithm allows.
 
 On the wire a ring (Patarasuk and Yuan, 2009) sends, per member of n: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S for
 a whole tensor of S bytes; a message S. benchmarks/train/bench_scaling.py counts what is really sent and sets it beside these sums.
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from neox.config.schema import Config
-from neox.engine.footprint import effective_stage
+from neox.engine.footprint import LIVE, effective_stage
 from neox.plan.sizes import ELEMENT, Layout, Stage, micro_batch
 
 WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}  # times (n - 1)/n
@@ -109,26 +109,28 @@ def pipeline_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traff
     return rows
 
 
-def data_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
+def data_traffic(config: Config, layout: Layout, stage: Stage, least: bool) -> list[Traffic]:
     """Gradients and weights over the replicas.
 
     Stage 0: one all-reduce of the fp32 gradients. 1: their reduce-scatter and the all-gather of the weights. 2: a reduce-scatter per micro-batch. 3:
-    also two all-gathers of the weights per micro-batch, before forward and backward, and none at the end.
+    also all-gathers of the weights per micro-batch, before forward and backward or, where all may stay gathered in between, once; and none at the end.
+    DeepSpeed's stages 1 and 2 all-reduce where a reduce-scatter would do; `least` leaves that out.
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
     count, members, repeats = stage.parameters, layout.replicas, layout.batch.gradient_accumulation
     if zero == 0:
         return [Traffic("data", "gradients", "all_reduce", 4 * count, 1, members)]
+    reduction = "reduce_scatter" if least or zero == 3 else "all_reduce"
     if zero == 1:
-        return [Traffic("data", "gradients", "reduce_scatter", 4 * count, 1, members), Traffic("data", "weights", "all_gather", element * count, 1, members)]
-    gradients = Traffic("data", "gradients", "reduce_scatter", element * count, repeats, members)
-    weights = Traffic("data", "weights", "all_gather", element * count, 1 if zero == 2 else 2 * repeats, members)
-    return [gradients, weights]
+        return [Traffic("data", "gradients", reduction, 4 * count, 1, members), Traffic("data", "weights", "all_gather", element * count, 1, members)]
+    gathers = 1 if zero == 2 else repeats * (1 if count <= LIVE else 2)
+    gradients = Traffic("data", "gradients", reduction, element * count, repeats, members)
+    return [gradients, Traffic("data", "weights", "all_gather", element * count, gathers, members)]
 
 
-def traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
-    """All that one process of a stage sends in a step."""
+def traffic(config: Config, layout: Layout, stage: Stage, *, least: bool = False) -> list[Traffic]:
+    """All that one process of a stage sends in a step; with `least`, what it would have to."""
     rows = tensor_traffic(config, layout, stage) if layout.tp > 1 else []
     rows += context_traffic(config, layout, stage) if layout.cp > 1 else []
     rows += pipeline_traffic(config, layout, stage) if layout.pp > 1 else []
-    return rows + (data_traffic(config, layout, stage) if layout.replicas > 1 else [])
+    return rows + (data_traffic(config, layout, stage, least) if layout.replicas > 1 else [])

@@ -1,4 +1,4 @@
-"""The smallest change of keys with which a run fits: every combination of one key, then of two, ..., the fastest of the first that fit."""
+"""The smallest change of keys with which a run fits, and the fastest: every combination of one key, then of two, ..., is looked at."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from neox.plan.time import StepTime, step_time
 
 RULES = (heads, positions, residual, precision, parallel, stages, context)  # of validate(), those that a plan depends on: data need not be there
 MOST_KEYS = 4
+FREE_KEYS = 3  # of the change that is the fastest
 MOST_STAGES = 32
 
 
@@ -99,18 +100,24 @@ def combinations(choices: Mapping[str, list[Any]], count: int) -> Iterator[dict[
             yield dict(zip(names, values, strict=True))
 
 
-def smallest_change(config: Config, world_size: int, device: Device) -> Change | None:
-    """The fewest keys that make the config run and fit, and of the combinations of so many the fastest; None where MOST_KEYS are not enough."""
+def changes(config: Config, world_size: int, device: Device) -> tuple[Change | None, Change | None]:
+    """The fewest keys that make the config run and fit (of the combinations of so many the fastest), and the fastest of up to FREE_KEYS keys.
+
+    Returns:
+        None for both where MOST_KEYS are not enough.
+    """
     choices = options(config, world_size, device)
+    smallest: Change | None = None
+    fastest: Change | None = None
     for count in range(1, MOST_KEYS + 1):
-        best: Change | None = None
+        if count > FREE_KEYS and smallest is not None:
+            break
         for chosen in combinations(choices, count):
             candidate, keys = changed(config, world_size, chosen)
             if conflicts(candidate, world_size, device.kind):
                 continue
             found = estimate(candidate, world_size, device)
-            if found.peak <= device.usable and (best is None or found.time.total < best.estimate.time.total):
-                best = Change(keys, found)
-        if best is not None:
-            return best
-    return None
+            if found.peak <= device.usable and (fastest is None or found.time.total < fastest.estimate.time.total):
+                fastest = Change(keys, found)
+        smallest = smallest or fastest
+    return smallest, fastest

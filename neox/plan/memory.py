@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from neox.config.schema import Config
-from neox.engine.footprint import bucket_elements, effective_stage
+from neox.engine.footprint import LIVE, bucket_elements, effective_stage
 from neox.plan.activations import Activations, activations
 from neox.plan.sizes import ELEMENT, Layout, Stage, optimizer_elements
 
 FP32 = 4  # bytes
-LIVE = 1_000_000_000  # elements of parameters that DeepSpeed's stage 3 keeps gathered at most
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,8 @@ def phases(config: Config, layout: Layout, stage: Stage, have: Held, act: Activa
     backward = resident + during + bucket + act.resident + act.recomputed + act.working + messages + (have.fresh if repeated else 0)
     # Gradients move into the bucket; where it is smaller than they are, the reduced share grows beside it.
     moved = max(have.gradients + bucket, max(have.gradients - bucket, 0) + bucket + have.share) if zero == 1 else have.gradients + have.bucket
+    if zero in (1, 2) and layout.replicas > 1:
+        moved += have.bucket  # the parts of several owners are reduced in a copy
     update = resident + (have.gradients if zero == 0 else have.share) + have.flat
     if zero == 1 and layout.replicas > 1:
         update += have.bucket  # small gradients of others lie in it until they are let go

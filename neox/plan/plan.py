@@ -13,7 +13,7 @@ from neox.errors import ConfigError
 from neox.model.stages import num_parameters
 from neox.plan.communication import traffic
 from neox.plan.devices import Device
-from neox.plan.fit import Change, Estimate, conflicts, estimate, smallest_change
+from neox.plan.fit import Change, Estimate, changes, conflicts, estimate
 
 GB = 1e9
 
@@ -29,6 +29,7 @@ class Plan:
         estimate: of the config as it is; None where rules keep it from running.
         refused: these rules, a line each.
         change: the smallest one that makes it run and fit; None where it does as it is, or where there is none.
+        fastest: the fastest one of a few keys; None where there is none, or the smallest is as fast.
     """
 
     config: Config
@@ -37,6 +38,7 @@ class Plan:
     estimate: Estimate | None
     refused: tuple[ConfigError, ...]
     change: Change | None
+    fastest: Change | None = None
 
     @property
     def fits(self) -> bool:
@@ -57,10 +59,10 @@ def make_plan(config: Config, world_size: int, device: Device) -> Plan:
     refused = tuple(problem(conflict, values, {}) for conflict in broken)
     found = None if broken else estimate(config, world_size, device)
     fits = found is not None and found.peak <= device.usable
-    change = None if fits else smallest_change(config, world_size, device)
+    change, fastest = (None, None) if fits else changes(config, world_size, device)
     if refused and change is None:
         raise_problems(refused)
-    return Plan(config, world_size, device, found, refused, change)
+    return Plan(config, world_size, device, found, refused, change, None if fastest is change else fastest)
 
 
 def duration(seconds: float) -> str:
@@ -142,9 +144,16 @@ def verdict(plan: Plan) -> list[str]:
         lines = [f"DOES NOT FIT: {plan.estimate.peak / GB:.2f} GB needed, {device.usable / GB:.2f} GB usable"]
     if plan.change is None:
         return [*lines, "no change of layout, micro-batch, checkpointing or ZeRO stage makes it fit: more devices, or larger ones"]
-    keys = " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in plan.change.keys.items())
-    found = plan.change.estimate
-    return [*lines, f"smallest change that fits: --set {keys}", f"  then {found.peak / GB:.2f} GB and {duration(found.time.total)} a step:"]
+    lines += [f"smallest change that fits: {change_text(plan.change)}"]
+    if plan.fastest is not None:
+        lines += [f"fastest change that fits: {change_text(plan.fastest)}"]
+    return [*lines, "with the smallest:"]
+
+
+def change_text(change: Change) -> str:
+    """The options that make a change, and what comes of it."""
+    keys = " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in change.keys.items())
+    return f"--set {keys} ({change.estimate.peak / GB:.2f} GB, {duration(change.estimate.time.total)} a step)"
 
 
 def lines(plan: Plan) -> list[str]:
@@ -185,7 +194,6 @@ def estimate_json(found: Estimate) -> dict[str, Any]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values."""
-    change = plan.change
     return {
         "parameters": num_parameters(plan.config.model),
         "world_size": plan.world_size,
@@ -193,5 +201,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "refused": [error.line() for error in plan.refused],
         "estimate": None if plan.estimate is None else estimate_json(plan.estimate),
-        "change": None if change is None else {"keys": change.keys, "estimate": estimate_json(change.estimate)},
+        "change": change_json(plan.change),
+        "fastest": change_json(plan.fastest),
     }
+
+
+def change_json(change: Change | None) -> dict[str, Any] | None:
+    """A change as JSON values."""
+    return None if change is None else {"keys": change.keys, "estimate": estimate_json(change.estimate)}

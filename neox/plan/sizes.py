@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from neox.config.schema import Config, ModelConfig
 from neox.config.validate import BatchSizes, batch_sizes
@@ -120,10 +120,16 @@ def make_stages(model: ModelConfig, tp: int, cuts: list[tuple[int, int]]) -> tup
     return tuple(stages)
 
 
+@cache
+def partition(model: ModelConfig, stages: int, how: str | tuple[int, ...]) -> list[tuple[int, int]]:
+    """`partition_layers`, once for each model and number of stages: a search asks again and again."""
+    return partition_layers(model, stages, how)
+
+
 def resolve(config: Config, world_size: int) -> Layout:
     """The layout of a config that has been checked against the world size."""
     parallel = config.parallel
-    cuts = partition_layers(config.model, parallel.pipeline, parallel.partition) if parallel.pipeline > 1 else [(0, config.model.num_layers)]
+    cuts = partition(config.model, parallel.pipeline, parallel.partition) if parallel.pipeline > 1 else [(0, config.model.num_layers)]
     batch = batch_sizes(config, world_size)
     stages = make_stages(config.model, parallel.tensor, cuts)
     return Layout(parallel.tensor, parallel.pipeline, parallel.context, batch.dp, parallel.sequence and parallel.tensor > 1, batch, stages)

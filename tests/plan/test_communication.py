@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from neox.config.load import load_config
@@ -11,11 +16,11 @@ from neox.plan.sizes import resolve
 STREAM = 2048 * 768 * 2  # bytes of [1, s, h] in bf16
 
 
-def sent(*overrides: str, world: int, stage: int = 0) -> dict[str, float]:
+def sent(*overrides: str, world: int, stage: int = 0, least: bool = False) -> dict[str, float]:
     config = load_config("pythia/160M.yml", overrides=["train.micro_batch_size=1", "train.global_batch_size=null", *overrides])
     layout = resolve(config, world)
     out: dict[str, float] = {}
-    for row in traffic(config, layout, layout.stages[stage]):
+    for row in traffic(config, layout, layout.stages[stage], least=least):
         out[row.axis] = out.get(row.axis, 0.0) + row.sent
     return out
 
@@ -47,7 +52,32 @@ def test_a_stage_sends_the_stream_forward_and_its_gradient_back():
     assert [sent(*pipeline, world=3, stage=i)["pipeline"] for i in range(3)] == [5 * STREAM, 10 * STREAM, 5 * STREAM]
 
 
-@pytest.mark.parametrize(("zero", "per_parameter"), [(1, 4 + 2), (2, 3 * 2 + 2), (3, 3 * (2 + 2 * 2))])
+@pytest.mark.parametrize(("zero", "per_parameter"), [(1, 2 * 4 + 2), (2, 2 * 3 * 2 + 2), (3, 3 * (2 + 2))])
 def test_replicas_send_gradients_and_weights(zero, per_parameter):
     total = sent(f"zero.stage={zero}", "train.gradient_accumulation=3", world=4)["data"]
     assert total == pytest.approx(0.75 * per_parameter * 162_322_944)
+
+
+@pytest.mark.parametrize(("zero", "per_parameter"), [(1, 4 + 2), (2, 3 * 2 + 2), (3, 3 * (2 + 2))])
+def test_the_least_scatters_what_it_reduces(zero, per_parameter):
+    total = sent(f"zero.stage={zero}", "train.gradient_accumulation=3", world=4, least=True)["data"]
+    assert total == pytest.approx(0.75 * per_parameter * 162_322_944)
+
+
+def test_what_cannot_stay_gathered_is_gathered_twice():
+    small, large = (sent("zero.stage=3", f"model.num_layers={layers}", world=4)["data"] for layers in (12, 200))
+    count = 162_322_944 + 188 * (162_322_944 - 2 * 50304 * 768 - 2 * 768) / 12
+    assert small == pytest.approx(0.75 * (2 + 2) * 162_322_944) and large == pytest.approx(0.75 * (2 + 2 * 2) * count)
+
+
+@pytest.mark.distributed
+def test_what_two_processes_send_is_what_is_planned():
+    """Counted at torch's dispatcher; ZeRO 1 and 2 of DeepSpeed all-reduce, so that they send more than the least."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "bench_scaling.py"
+    done = subprocess.run([sys.executable, str(script), "--quick", "--json"], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    over = {"data parallel, ZeRO 1": 6 / 4, "data parallel, ZeRO 2": 9 / 5}
+    assert len(rows) == 9 and {row["name"] for row in rows} > set(over)
+    for row in rows:
+        assert row["ours"] == pytest.approx(row["peer"] * over.get(row["name"], 1.0), rel=0.01), row["name"]

@@ -6,7 +6,7 @@ import pytest
 
 from neox.config.load import load_config
 from neox.plan.devices import find
-from neox.plan.fit import changed, combinations, conflicts, estimate, options, smallest_change
+from neox.plan.fit import changed, changes, combinations, conflicts, estimate, options
 
 A100 = find("a100-40gb")
 
@@ -21,14 +21,15 @@ def test_one_key_is_enough_where_it_is():
     full = estimate(changed(config, 8, {"train.activation_checkpointing": "full"})[0], 8, A100)
     assert full.peak < there.peak
     device = replace(A100, memory=(full.peak + there.peak) / 2 + A100.reserve)
-    change = smallest_change(config, 8, device)
+    change, fastest = changes(config, 8, device)
+    assert fastest.estimate.time.total <= change.estimate.time.total
     assert len(change.keys) == 1 and change.estimate.peak <= device.usable < there.peak
 
 
 def test_the_change_is_the_fastest_of_its_size_and_nothing_smaller_fits():
     config = small()
     device = replace(A100, memory=4e9 + A100.reserve)
-    change = smallest_change(config, 8, device)
+    change, fastest = changes(config, 8, device)
     choices = options(config, 8, device)
     fitting = {}
     for count in (1, 2, 3):
@@ -40,10 +41,11 @@ def test_the_change_is_the_fastest_of_its_size_and_nothing_smaller_fits():
                     fitting.setdefault(count, []).append(found.time.total)
     assert len(change.keys) == min(fitting)
     assert change.estimate.time.total == min(fitting[len(change.keys)])
+    assert fastest.estimate.time.total == min(min(times) for times in fitting.values())
 
 
 def test_nothing_fits_in_no_memory():
-    assert smallest_change(small(), 8, replace(A100, memory=A100.reserve + 1)) is None
+    assert changes(small(), 8, replace(A100, memory=A100.reserve + 1)) == (None, None)
 
 
 def test_the_global_batch_stays():
