@@ -109,15 +109,29 @@ Mapping::~Mapping() {
     if (bytes_ != nullptr) ::munmap(const_cast<uint8_t*>(bytes_), size_);
 }
 
-OutputFile::OutputFile(std::string path, uint64_t buffer_bytes) : path_(std::move(path)), capacity_(buffer_bytes) {
-    fd_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
-    if (fd_ < 0) throw write_fault(path_, "create file", errno);
+OutputFile::OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_at) : path_(std::move(path)), capacity_(buffer_bytes) {
+    const int mode = resume_at == 0 ? O_CREAT | O_TRUNC : 0;
+    fd_ = ::open(path_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | mode, 0666);
+    if (fd_ < 0) throw write_fault(path_, resume_at == 0 ? "create file" : "go on with file", errno);
+    if (resume_at != 0) {
+        struct stat info{};
+        const bool whole = ::fstat(fd_, &info) == 0 && static_cast<uint64_t>(info.st_size) >= resume_at;
+        if (!whole || ::ftruncate(fd_, static_cast<off_t>(resume_at)) != 0) {
+            ::close(fd_);
+            throw Fault("unfinished file is shorter than its progress says")
+                .at(path_)
+                .found(std::to_string(info.st_size) + " bytes")
+                .expected("at least " + std::to_string(resume_at))
+                .advise("start again without --resume");
+        }
+    }
+    resume_at_ = resume_at;
     buffer_.reserve(capacity_);
 }
 
 OutputFile::~OutputFile() {
     ::close(fd_);
-    if (!published_) ::unlink(path_.c_str());
+    if (!keep_) ::unlink(path_.c_str());
 }
 
 void OutputFile::write(const void* bytes, uint64_t count) {
@@ -139,6 +153,23 @@ void OutputFile::flush() {
     buffer_.clear();
 }
 
+void OutputFile::sync() {
+    if (!buffer_.empty()) write_fully(fd_, path_, buffer_.data(), buffer_.size(), written_);
+    if (::fdatasync(fd_) != 0) throw write_fault(path_, "sync", errno);
+}
+
+void OutputFile::reread() {
+    for (uint64_t at = 0; at < resume_at_;) {
+        buffer_.resize(std::min(capacity_, resume_at_ - at));
+        read_at(buffer_.data(), buffer_.size(), at);
+        at += buffer_.size();
+        if (buffer_.size() < capacity_) break;
+        on_buffer_written(buffer_.data(), buffer_.size());
+        written_ += buffer_.size();
+        buffer_.clear();
+    }
+}
+
 void OutputFile::write_at(const void* bytes, uint64_t count, uint64_t offset) { write_fully(fd_, path_, static_cast<const uint8_t*>(bytes), count, offset); }
 
 void OutputFile::read_at(void* out, uint64_t bytes, uint64_t offset) {
@@ -149,7 +180,7 @@ void OutputFile::publish(const std::string& final_path) {
     flush();
     if (::fsync(fd_) != 0) throw write_fault(path_, "sync", errno);
     if (::rename(path_.c_str(), final_path.c_str()) != 0) throw write_fault(final_path, "rename into place", errno);
-    published_ = true;
+    keep_ = true;
     sync_folder_of(final_path);
 }
 

@@ -45,10 +45,12 @@ class Mapping {
     uint64_t size_ = 0;
 };
 
-// A new file, written front to back through a buffer of `buffer_bytes`. Removed by the destructor unless publish() was reached.
+// A file, written front to back through a buffer of `buffer_bytes`. Removed by the destructor unless publish() or keep() was reached.
 class OutputFile {
   public:
-    OutputFile(std::string path, uint64_t buffer_bytes);
+    // Starts a new file or, where `resume_at` is not 0, goes on behind the first `resume_at` bytes of the one that is there; what it holds after
+    // them is cut off. Call reread() before anything is written then. Throws Fault when the file is shorter.
+    OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_at = 0);
     virtual ~OutputFile();
     OutputFile(const OutputFile&) = delete;
     OutputFile& operator=(const OutputFile&) = delete;
@@ -57,6 +59,11 @@ class OutputFile {
     void write_at(const void* bytes, uint64_t count, uint64_t offset);  // leaves the end of the file where it is; flush() first
     void read_at(void* out, uint64_t bytes, uint64_t offset);
     void flush();
+    // Makes all that was written so far durable under the temporary name. Later writes start where they would have started without it.
+    void sync();
+    // Reads what is there back, buffer by buffer, as if it had just been written: full ones go to on_buffer_written, the rest stays in the buffer.
+    void reread();
+    void keep(bool stays = true) { keep_ = stays; }
     uint64_t size() const { return written_ + buffer_.size(); }
     // flush, fsync, rename to `final_path`, fsync of the folder: afterwards the file survives a power cut under its final name.
     void publish(const std::string& final_path);
@@ -68,9 +75,9 @@ class OutputFile {
     std::string path_;
     int fd_ = -1;
     uint64_t capacity_;
-    uint64_t written_ = 0;
+    uint64_t written_ = 0, resume_at_ = 0;
     std::vector<uint8_t> buffer_;
-    bool published_ = false;
+    bool keep_ = false;
 };
 
 void sync_folder_of(const std::string& path);

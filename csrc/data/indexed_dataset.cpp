@@ -14,6 +14,8 @@ constexpr TokenType kTypes[] = {
     {4, 4, "int32", INT32_MIN, INT32_MAX}, {5, 8, "int64", INT64_MIN, INT64_MAX}, {8, 2, "uint16", 0, UINT16_MAX},
 };
 
+constexpr uint64_t kKeptBytes = 1 << 20;  // of a buffer between two reads
+
 std::string number(uint64_t value) { return std::to_string(value); }
 
 // Largest i in [0, count) with value(i) <= target, for a non-decreasing value(0) <= target.
@@ -207,9 +209,11 @@ void IndexedDataset::read_tokens(uint64_t first, uint64_t count, int64_t* out) c
     const uint64_t size = index_.type().bytes;
     check_blocks(first * size, (first + count) * size - 1);
     // pread and not the map: a file cut short under us is then a Fault and not a SIGBUS.
-    std::vector<uint8_t> raw(count * size);
+    thread_local std::vector<uint8_t> raw;  // a loader reads many samples of one size
+    raw.resize(count * size);
     bin_.read_at(raw.data(), raw.size(), first * size);
     widen(index_.type(), raw.data(), count, out);
+    if (raw.size() > kKeptBytes) std::vector<uint8_t>().swap(raw);
 }
 
 void IndexedDataset::read(uint64_t first, uint64_t count, int64_t* out, int32_t* segments) const {
@@ -256,6 +260,35 @@ void IndexedDataset::read_ordered(const T* order, uint64_t length, uint64_t posi
 
 template void IndexedDataset::read_ordered(const int32_t*, uint64_t, uint64_t, uint64_t, uint64_t, int64_t*, int32_t*) const;
 template void IndexedDataset::read_ordered(const int64_t*, uint64_t, uint64_t, uint64_t, uint64_t, int64_t*, int32_t*) const;
+
+template <typename Read>
+void IndexedDataset::fill_rows(const Rows& to, const Read& read) const {
+    const uint64_t s = to.seq_length;
+    std::vector<int64_t> tokens(s + 1);
+    std::vector<int32_t> segments(to.segments == nullptr ? 0 : s + 1);
+    for (uint64_t i = 0; i < to.count; ++i) {
+        read(i, tokens.data(), to.segments == nullptr ? nullptr : segments.data());
+        const auto row = static_cast<uint64_t>(to.rows[i]) * s;
+        std::memcpy(to.inputs + row, tokens.data(), s * sizeof(int64_t));
+        std::memcpy(to.targets + row, tokens.data() + 1, s * sizeof(int64_t));
+        if (to.segments != nullptr) std::memcpy(to.segments + row, segments.data(), s * sizeof(int32_t));
+    }
+}
+
+void IndexedDataset::read_rows(const int64_t* firsts, const Rows& to) const {
+    fill_rows(to, [&](uint64_t i, int64_t* tokens, int32_t* segments) { read(static_cast<uint64_t>(firsts[i]), to.seq_length + 1, tokens, segments); });
+}
+
+template <typename T>
+void IndexedDataset::read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const {
+    fill_rows(to, [&](uint64_t i, int64_t* tokens, int32_t* segments) {
+        const auto position = static_cast<uint64_t>(positions[i]), offset = static_cast<uint64_t>(offsets[i]);
+        read_ordered(order, length, position, offset, to.seq_length + 1, tokens, segments);
+    });
+}
+
+template void IndexedDataset::read_ordered_rows(const int32_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
+template void IndexedDataset::read_ordered_rows(const int64_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
 
 uint64_t IndexedDataset::find_bad_token(int64_t vocab_size) const {
     constexpr uint64_t kChunk = 1 << 16;

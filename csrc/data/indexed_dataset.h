@@ -102,10 +102,26 @@ class IndexedDataset {
     template <typename T>
     void read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const;
 
+    // Samples of seq_length + 1 tokens, each into a row of its own: inputs (all but the last token) and targets (all but the first), both
+    // [rows, seq_length], and segments likewise, which may be null. Sample i goes to row rows[i].
+    struct Rows {
+        const int64_t* rows;
+        uint64_t count, seq_length;
+        int64_t *inputs, *targets;
+        int32_t* segments;
+    };
+    // Sample i starts at token firsts[i] of the dataset.
+    void read_rows(const int64_t* firsts, const Rows& to) const;
+    // Sample i starts at token offsets[i] of sequence order[positions[i]]; see `read_ordered`.
+    template <typename T>
+    void read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const;
+
     // First token id outside [0, vocab_size); num_tokens() if there is none.
     uint64_t find_bad_token(int64_t vocab_size) const;
 
   private:
+    template <typename Read>
+    void fill_rows(const Rows& to, const Read& read) const;
     void read_tokens(uint64_t first, uint64_t count, int64_t* out) const;
     void check_blocks(uint64_t first_byte, uint64_t last_byte) const;
     bool block_is_good(uint64_t block) const;

@@ -54,7 +54,8 @@ int64_t largest(const TokenType& type, const uint8_t* bytes, uint64_t count, int
 // PREFIX.bin: its buffer is one block, so that each flush is the block to sum.
 class IndexedWriter::BlockFile : public OutputFile {
   public:
-    BlockFile(const std::string& path, uint64_t block_bytes, std::vector<uint64_t>& sums) : OutputFile(path, block_bytes), sums_(sums) {}
+    BlockFile(const std::string& path, uint64_t block_bytes, std::vector<uint64_t>& sums, uint64_t resume_at = 0)
+        : OutputFile(path, block_bytes, resume_at), sums_(sums) {}
 
   protected:
     void on_buffer_written(const uint8_t* bytes, uint64_t count) override { sums_.push_back(checksum(bytes, count)); }
@@ -72,7 +73,38 @@ IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, u
     idx_->write(header.data(), header.size());
 }
 
+IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes, const WriterProgress& progress)
+    : prefix_(std::move(prefix)),
+      type_(&token_type(type_name)),
+      num_sequences_(progress.num_documents),
+      num_documents_(progress.num_documents),
+      num_tokens_(progress.num_tokens),
+      largest_id_(progress.largest_id) {
+    if (block_bytes == 0 || progress.num_tokens == 0) throw Fault("there is nothing to go on with").at(prefix_);
+    bin_ = std::make_unique<BlockFile>(prefix_ + ".bin" + kPartial, block_bytes, block_sums_, num_tokens_ * type_->bytes);
+    bin_->keep();  // until it is known that both can be used
+    idx_ = std::make_unique<OutputFile>(prefix_ + ".idx" + kPartial, kBuffer, kIndexHeader + 4 * num_sequences_);
+    idx_->keep();
+    bin_->reread();
+    idx_->reread();
+    bin_->keep(false);
+    idx_->keep(false);
+}
+
 IndexedWriter::~IndexedWriter() = default;
+
+WriterProgress IndexedWriter::sync() {
+    check_open();
+    if (!borders_.empty() || num_sequences_ != num_documents_) throw Fault("only documents of one sequence can be gone on with").at(prefix_);
+    bin_->sync();
+    idx_->sync();
+    sync_folder_of(prefix_);
+    return {num_documents_, num_tokens_, largest_id_};
+}
+
+void IndexedWriter::keep() {
+    if (bin_ != nullptr) bin_->keep(), idx_->keep();
+}
 
 void IndexedWriter::check_open() const {
     if (bin_ == nullptr) throw Fault("dataset writer is already finished").at(prefix_);

@@ -15,10 +15,18 @@
 
 namespace neox::data {
 
+// How far an unfinished dataset of one sequence per document has come.
+struct WriterProgress {
+    uint64_t num_documents = 0, num_tokens = 0;
+    int64_t largest_id = -1;
+};
+
 class IndexedWriter {
   public:
     // Blocks of `block_bytes` get a checksum each. Throws Fault when PREFIX.bin or PREFIX.idx cannot be created.
     IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes);
+    // Goes on with the partial files that `sync` left, cut back to what it returned.
+    IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes, const WriterProgress& progress);
     ~IndexedWriter();
 
     const TokenType& type() const { return *type_; }
@@ -33,6 +41,10 @@ class IndexedWriter {
     // Publishes .bin, then .idx. The writer takes nothing afterwards.
     void finish();
     void abandon();  // removes what was written
+    // Makes the partial files durable; a writer can go on from what is returned, in this process or after it. Throws Fault for a document of
+    // several sequences, or none, or one that was not ended.
+    WriterProgress sync();
+    void keep();  // the partial files stay when the writer goes
 
     uint64_t num_sequences() const { return num_sequences_; }
     uint64_t num_documents() const { return num_documents_; }

@@ -5,6 +5,7 @@
 
 #include <functional>
 
+#include "data/bindings.h"
 #include "data/blend.h"
 #include "data/checksum.h"
 #include "data/fault.h"
@@ -19,6 +20,8 @@ namespace {
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+template <typename T>
+using Exact = py::array_t<T, py::array::c_style>;  // as it is, not a copy of the wanted kind
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 // Raises neox.errors.DataError or DiskError with the parts of the fault.
@@ -90,33 +93,78 @@ py::tuple read_ordered(const IndexedDataset& self, const py::array_t<T, py::arra
     });
 }
 
+// The arrays that rows of samples go to, checked.
+IndexedDataset::Rows rows_of(const Array<int64_t>& rows, Exact<int64_t>& inputs, Exact<int64_t>& targets, const py::object& segments) {
+    if (inputs.ndim() != 2 || targets.ndim() != 2 || inputs.shape(0) != targets.shape(0) || inputs.shape(1) != targets.shape(1))
+        throw py::value_error("inputs and targets must be [rows, seq_length]");
+    IndexedDataset::Rows to{
+        rows.data(), static_cast<uint64_t>(rows.size()), static_cast<uint64_t>(inputs.shape(1)), inputs.mutable_data(), targets.mutable_data(), nullptr};
+    if (!segments.is_none()) {
+        if (!py::isinstance<Exact<int32_t>>(segments)) throw py::type_error("segments must be a contiguous int32 array");
+        auto marks = segments.cast<Exact<int32_t>>();
+        if (marks.ndim() != 2 || marks.shape(0) != inputs.shape(0) || marks.shape(1) != inputs.shape(1))
+            throw py::value_error("segments must be [rows, seq_length]");
+        to.segments = marks.mutable_data();
+    }
+    for (uint64_t i = 0; i < to.count; ++i)
+        if (to.rows[i] < 0 || to.rows[i] >= inputs.shape(0)) throw py::index_error("row " + std::to_string(to.rows[i]) + " is out of range");
+    return to;
+}
+
+void check_starts(const Array<int64_t>& starts, const IndexedDataset::Rows& to) {
+    if (static_cast<uint64_t>(starts.size()) != to.count) throw py::value_error("one start per row");
+    for (py::ssize_t i = 0; i < starts.size(); ++i) check_below(starts.data()[i], INT64_MAX / 2, "start");
+}
+
+void read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, Exact<int64_t> targets,
+               const py::object& segments) {
+    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments);
+    check_starts(firsts, to);
+    const int64_t* from = firsts.data();
+    py::gil_scoped_release released;
+    self.read_rows(from, to);
+}
+
+template <typename T>
+void read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, const Array<int64_t>& positions,
+                       const Array<int64_t>& offsets, const Array<int64_t>& rows, Exact<int64_t> inputs, Exact<int64_t> targets, const py::object& segments) {
+    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments);
+    check_starts(positions, to);
+    check_starts(offsets, to);
+    const T* data = order.data();
+    const auto length = static_cast<uint64_t>(order.size());
+    const int64_t *at = positions.data(), *skip = offsets.data();
+    py::gil_scoped_release released;
+    self.read_ordered_rows(data, length, at, skip, to);
+}
+
 template <typename Doc, typename Row>
-py::array sample_index_as(const uint8_t* sizes, int64_t num_sizes, const Array<Doc>& order, int64_t seq_length, int64_t rows) {
+py::array sample_index_as(const uint8_t* sizes, int64_t num_sizes, const Array<Doc>& order, int64_t seq_length, int64_t rows, int threads) {
     py::array_t<Row> out({static_cast<py::ssize_t>(rows), py::ssize_t{2}});
     const Doc* data = order.data();
     Row* to = out.mutable_data();
     const int64_t length = order.size();
     {
         py::gil_scoped_release released;
-        fill_sample_index(sizes, num_sizes, data, length, seq_length, to, rows);
+        fill_sample_index(sizes, num_sizes, data, length, seq_length, to, rows, threads);
     }
     return out;
 }
 
 // `sizes` may be an unaligned view of a mapped index: numpy would copy it to align it, the core need not.
-py::array sample_index(const py::array& sizes, const py::array& order, int64_t seq_length, int64_t rows, bool wide) {
+py::array sample_index(const py::array& sizes, const py::array& order, int64_t seq_length, int64_t rows, bool wide, int threads) {
     if (!sizes.dtype().equal(py::dtype::of<int32_t>()) || sizes.ndim() != 1 || (sizes.size() > 1 && sizes.strides(0) != 4))
         throw py::type_error("sizes must be a contiguous int32 array");
     if (rows < 0) throw py::value_error("rows must not be negative");
     const auto* data = static_cast<const uint8_t*>(sizes.data());
     if (order.dtype().itemsize() == 4) {
         const Array<int32_t> docs(order);
-        return wide ? sample_index_as<int32_t, int64_t>(data, sizes.size(), docs, seq_length, rows)
-                    : sample_index_as<int32_t, int32_t>(data, sizes.size(), docs, seq_length, rows);
+        return wide ? sample_index_as<int32_t, int64_t>(data, sizes.size(), docs, seq_length, rows, threads)
+                    : sample_index_as<int32_t, int32_t>(data, sizes.size(), docs, seq_length, rows, threads);
     }
     const Array<int64_t> docs(order);
-    return wide ? sample_index_as<int64_t, int64_t>(data, sizes.size(), docs, seq_length, rows)
-                : sample_index_as<int64_t, int32_t>(data, sizes.size(), docs, seq_length, rows);
+    return wide ? sample_index_as<int64_t, int64_t>(data, sizes.size(), docs, seq_length, rows, threads)
+                : sample_index_as<int64_t, int32_t>(data, sizes.size(), docs, seq_length, rows, threads);
 }
 
 py::tuple blend_block(const Array<double>& weights, int64_t first, int64_t count, const Array<int64_t>& taken) {
@@ -210,6 +258,11 @@ void bind_dataset(py::module_& module) {
         .def("damaged_blocks", &IndexedDataset::damaged_blocks, NoGil())
         .def("find_bad_token", &IndexedDataset::find_bad_token, py::arg("vocab_size"), NoGil())
         .def("read", &read, py::arg("first"), py::arg("count"), py::arg("segments") = false)
+        .def("read_rows", &read_rows, py::arg("firsts"), py::arg("rows"), py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("segments"))
+        .def("read_ordered_rows", &read_ordered_rows<int32_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
+             py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("segments"))
+        .def("read_ordered_rows", &read_ordered_rows<int64_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
+             py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("segments"))
         .def("read_ordered", &read_ordered<int32_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
              py::arg("segments") = false)
         .def("read_ordered", &read_ordered<int64_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
@@ -219,11 +272,24 @@ void bind_dataset(py::module_& module) {
 void bind_writer(py::module_& module) {
     py::class_<IndexedWriter>(module, "Writer", "Builder of PREFIX.bin and PREFIX.idx")
         .def(py::init<std::string, const std::string&, uint64_t>(), py::arg("prefix"), py::arg("dtype"), py::arg("block_bytes"))
+        .def(py::init([](std::string prefix, const std::string& dtype, uint64_t block_bytes, const std::tuple<uint64_t, uint64_t, int64_t>& resume) {
+                 const auto [documents, tokens, largest] = resume;
+                 return std::make_unique<IndexedWriter>(std::move(prefix), dtype, block_bytes, WriterProgress{documents, tokens, largest});
+             }),
+             py::arg("prefix"), py::arg("dtype"), py::arg("block_bytes"), py::arg("resume"))
         .def("add_sequence", [](IndexedWriter& self, const Array<int64_t>& tokens) { self.add_sequence(tokens.data(), static_cast<uint64_t>(tokens.size())); })
         .def("end_document", &IndexedWriter::end_document)
         .def("add_documents", &add_documents, py::arg("tokens"), py::arg("sizes"))
         .def("add_dataset", &IndexedWriter::add_dataset, NoGil())
         .def("finish", &IndexedWriter::finish, NoGil())
+        .def(
+            "sync",
+            [](IndexedWriter& self) {
+                const WriterProgress progress = self.sync();
+                return py::make_tuple(progress.num_documents, progress.num_tokens, progress.largest_id);
+            },
+            "Make the partial files durable; the result is what `resume` takes")
+        .def("keep", &IndexedWriter::keep)
         .def("abandon", &IndexedWriter::abandon)
         .def_property_readonly("dtype", [](const IndexedWriter& self) { return std::string(self.type().name); })
         .def_property_readonly("num_sequences", &IndexedWriter::num_sequences)
@@ -248,7 +314,9 @@ PYBIND11_MODULE(_data, module) {
     });
     bind_dataset(module);
     bind_writer(module);
-    module.def("sample_index", &sample_index, py::arg("sizes"), py::arg("order"), py::arg("seq_length"), py::arg("rows"), py::arg("wide"));
+    bind_text(module);
+    module.def("sample_index", &sample_index, py::arg("sizes"), py::arg("order"), py::arg("seq_length"), py::arg("rows"), py::arg("wide"),
+               py::arg("threads") = 1);
     module.def("epochs_needed", &epochs_needed, py::arg("tokens_per_epoch"), py::arg("seq_length"), py::arg("num_samples"));
     module.def("blend", &blend_block, py::arg("weights"), py::arg("first"), py::arg("count"), py::arg("taken"));
     module.def("permute", &permute, py::arg("key"), py::arg("size"), py::arg("value"));
@@ -268,5 +336,14 @@ PYBIND11_MODULE(_data, module) {
              }),
              py::arg("key"), py::arg("num_tokens"), py::arg("seq_length"))
         .def_property_readonly("samples_per_epoch", &EpochOrder::samples_per_epoch)
-        .def("first_token", &EpochOrder::first_token, py::arg("sample"));
+        .def("first_token", &EpochOrder::first_token, py::arg("sample"))
+        .def(
+            "first_tokens",
+            [](const EpochOrder& self, const Array<int64_t>& samples) {
+                py::array_t<int64_t> out(samples.size());
+                for (py::ssize_t i = 0; i < samples.size(); ++i)
+                    out.mutable_data()[i] = static_cast<int64_t>(self.first_token(check_below(samples.data()[i], INT64_MAX, "sample")));
+                return out;
+            },
+            py::arg("samples"));
 }

@@ -11,33 +11,23 @@
 
 namespace neox::data {
 
-// A place in a stream of documents.
-struct StreamPosition {
-    int64_t document = 0;  // position in the document order
-    int64_t offset = 0;    // token in that document
+// Fills `rows` rows of (position, offset), row k at token k x seq_length. `sizes` are int32 tokens per document, unaligned allowed.
+// Doc is int32_t or int64_t, Row too. With `threads` > 1 large orders are shared out; the result is the same. Throws Fault for a document number outside [0,
+// num_sizes), a negative size, or a stream that ends early.
+template <typename Doc, typename Row>
+void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, Row* out, int64_t rows, int threads);
+
+// Rows [first, last) of a sample index; `out` is where row `first` goes.
+template <typename Row>
+struct RowRange {
+    Row* out;
+    int64_t first, last;
 };
 
-// Moves `tokens` forward. `size(position)` gives the tokens of a document, `count` documents exist; returns false when the stream ends first.
-// All of it is 64-bit: positions, offsets and totals beyond 2^32 are as exact as small ones.
-template <typename Size>
-bool advance(StreamPosition& at, int64_t tokens, int64_t count, Size size) {
-    while (at.document < count) {
-        const int64_t left = static_cast<int64_t>(size(at.document)) - at.offset;
-        if (tokens < left) {
-            at.offset += tokens;
-            return true;
-        }
-        tokens -= left;
-        ++at.document;
-        at.offset = 0;
-    }
-    return false;
-}
-
-// Fills `rows` rows of (position, offset), row k at token k x seq_length. `sizes` are int32 tokens per document, unaligned allowed.
-// Doc is int32_t or int64_t, Row too. Throws Fault for a document number outside [0, num_sizes), a negative size, or a stream that ends early.
-template <typename Doc, typename Row>
-void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, Row* out, int64_t rows);
+// The rows of the range that start in documents [first, first + count) of the order, of which the first starts at token `start`. All of it is
+// 64-bit: positions, offsets and totals beyond 2^32 are as exact as small ones. Precondition: the first such row is in the range.
+template <typename Row>
+void write_rows(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t seq_length, RowRange<Row> range);
 
 // Smallest number of epochs whose tokens make at least num_samples samples: (E x tokens_per_epoch - 1) / seq_length >= num_samples.
 // Throws Fault when an argument is out of range or the result does not fit 63 bits.

@@ -9,16 +9,16 @@ example: neox preprocess --input corpus/ more.jsonl.zst --tokenizer tokenizer.js
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import orjson
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
-from neox.data.preprocess import BAD_LINES, Encoding, Summary, preprocess
+from neox.data.encode import Encoding
+from neox.data.preprocess import BAD_LINES, Summary, preprocess
 from neox.data.text import FOLDER_SUFFIXES, find_files
 from neox.errors import ConfigError
 
@@ -38,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="match",
         help="special tokens that occur in the text: match gives their ids, as upstream does; text encodes them as plain text (default: match)",
     )
-    parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes that encode; 0: none but this one (default: one per CPU)")
+    parser.add_argument("--workers", type=int, default=None, metavar="N", help="threads that encode; 0: none but the one that reads (default: one per CPU)")
     help_bad = "a line that gives no document: fail stops, skip counts it, quarantine also keeps it in PREFIX.quarantine.jsonl (default: fail)"
     parser.add_argument("--bad-lines", choices=BAD_LINES, default="fail", help=help_bad)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument("--resume", action="store_true", help="go on where a run of the same input and options was ended; the result is the same")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -52,11 +53,26 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("bad number of workers", where="--workers", got=workers, want="0 or more")
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
     encoding = Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key, args.special_tokens == "text")
-    with Live(console=Console(stderr=True), transient=True, auto_refresh=False) as live:
-        progress = (lambda summary: live.update(Text(progress_line(summary)), refresh=True)) if sys.stderr.isatty() else None
-        summary = preprocess(files, args.out, encoding, workers=workers, bad_lines=args.bad_lines, overwrite=args.overwrite, progress=progress)
+    with progress_bar() as progress:
+        summary = preprocess(
+            files, args.out, encoding, workers=workers, bad_lines=args.bad_lines, overwrite=args.overwrite, resume=args.resume, progress=progress
+        )
     print(orjson.dumps(asdict(summary)).decode() if args.json else report(summary))
     return 0
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[Summary], None] | None]:
+    """A function that shows a summary on the terminal; None where there is none."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # takes as long to import as the rest of this command
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(stderr=True), transient=True, auto_refresh=False) as live:
+        yield lambda summary: live.update(Text(progress_line(summary)), refresh=True)
 
 
 def progress_line(summary: Summary) -> str:
@@ -68,9 +84,10 @@ def progress_line(summary: Summary) -> str:
 
 def report(summary: Summary) -> str:
     """The summary as text."""
+    rate = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
     lines = [
         f"{summary.out}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype}) from {summary.files:,} files",
-        f"{summary.text_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s: {summary.text_bytes / 1e6 / max(summary.seconds, 1e-9):.1f} MB/s",
+        f"{summary.text_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s: {rate:.1f} MB/s, encoder: {summary.encoder}",
         f"left out: {summary.bad_lines:,} bad, {summary.blank_lines:,} blank, {summary.empty_documents:,} empty",
     ]
     lines += [f"  {count:,} x {reason}" for reason, count in sorted(summary.bad_reasons.items())]

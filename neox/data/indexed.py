@@ -11,6 +11,8 @@ from neox.data._native import core
 from neox.data.sidecar import BLOCK_BYTES, Sidecar, read_sidecar, sidecar_path, write_sidecar
 from neox.errors import DataError, DiskError
 
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
 SMALL_VOCABULARY = 65_500  # ids below this are written as uint16 by upstream's writers
 
 
@@ -101,6 +103,14 @@ class IndexedDataset:
         """`count` tokens of the concatenation of sequences order[position:], the first `offset` tokens left out; see `read`."""
         return self._core.read_ordered(order, position, offset, count, segments)
 
+    def read_rows(self, firsts: np.ndarray, rows: np.ndarray, out: Rows) -> None:
+        """Samples of s + 1 tokens that start at tokens `firsts` of the dataset, each into a row of (inputs, targets, segment ids or None) [b, s]."""
+        self._core.read_rows(firsts, rows, *out)
+
+    def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: Rows) -> None:
+        """As `read_rows`, from `offsets` tokens behind the start of sequences order[positions]; see `read_ordered`."""
+        self._core.read_ordered_rows(order, positions, offsets, rows, *out)
+
     def first_token(self, sequence: int) -> int:
         """Number of tokens before a sequence; num_tokens for sequence == len."""
         return self._core.first_token(sequence)
@@ -152,9 +162,10 @@ class IndexedWriter:
         dtype: token type, `token_dtype(largest possible id)`.
         overwrite: replace an existing dataset; else that is an error.
         tokenizer_hash, vocab_size, eod_id: recorded in the sidecar.
+        resume: what `sync` returned to a process that ended: goes on with the partial files that it left.
 
     Raises:
-        DataError: the dataset is there already, or an id does not fit the token type.
+        DataError: the dataset is there already, the partial files are shorter than `resume` says, or an id does not fit the token type.
         DiskError: the folder cannot be written, or is full.
     """
 
@@ -167,13 +178,15 @@ class IndexedWriter:
         tokenizer_hash: str | None = None,
         vocab_size: int | None = None,
         eod_id: int | None = None,
+        resume: tuple[int, int, int] | None = None,
     ):
         self.prefix = os.fspath(prefix)
         existing = [path for path in (f"{self.prefix}.idx", f"{self.prefix}.bin") if os.path.lexists(path)]
         if existing and not overwrite:
             raise DataError("dataset is there already", where=existing[0], do="choose another --out, or pass --overwrite")
         make_folder(os.path.dirname(self.prefix))
-        self._core = core.Writer(os.fsencode(self.prefix), dtype, BLOCK_BYTES)
+        name = os.fsencode(self.prefix)
+        self._core = core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
         self._tokenizer = {"tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size, "eod_id": eod_id}
         self._open = True
 
@@ -235,6 +248,14 @@ class IndexedWriter:
         )
         write_sidecar(self.prefix, sidecar)
         return sidecar
+
+    def sync(self) -> tuple[int, int, int]:
+        """Make the partial files durable: a later writer goes on with them from what this returns. For documents of one sequence."""
+        return self._core.sync()
+
+    def keep(self) -> None:
+        """The partial files stay when the writer is abandoned."""
+        self._core.keep()
 
     def abandon(self) -> None:
         """Remove what was written."""

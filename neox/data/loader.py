@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from neox.data._native import core
-from neox.data.sampling import Dataset
+from neox.data.sampling import Dataset, RowReader, Rows
 from neox.errors import DataError
 
 POLL_SECONDS = 0.2  # how often a waiting side looks whether the other is still there
@@ -158,24 +158,33 @@ class StepReader:
         return [self._batch(self._layout.sample_ids(consumed, m)) for m in range(self._layout.gradient_accumulation)]
 
     def _batch(self, sample_ids: list[int]) -> Batch:
-        samples = [self._dataset[sample] for sample in sample_ids]
-        tokens = np.stack([sample.tokens for sample in samples])  # [b, s + 1]
-        self._check_vocabulary(tokens, sample_ids)
-        both = torch.from_numpy(tokens)
-        segment_ids = position_ids = None
-        if samples[0].segment_ids is not None:
-            segments = np.stack([sample.segment_ids for sample in samples])
-            segment_ids = torch.from_numpy(segments)
-            position_ids = torch.from_numpy(positions_in_documents(segments))
-        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous(), segment_ids, position_ids, torch.tensor(sample_ids, dtype=torch.int64))
+        inputs, targets, segment_ids = self._rows(sample_ids)
+        self._check_vocabulary(inputs, targets, sample_ids)
+        marks = positions = None
+        if segment_ids is not None:
+            marks, positions = torch.from_numpy(segment_ids), torch.from_numpy(positions_in_documents(segment_ids))
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), marks, positions, torch.tensor(sample_ids, dtype=torch.int64))
 
-    def _check_vocabulary(self, tokens: np.ndarray, sample_ids: list[int]) -> None:
+    def _rows(self, sample_ids: list[int]) -> Rows:
+        dataset = self._dataset
+        if isinstance(dataset, RowReader):
+            shape = (len(sample_ids), dataset.seq_length)
+            marks = np.empty(shape, dtype=np.int32) if dataset.document_mask else None
+            rows = Rows(np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64), marks)
+            dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
+            return rows
+        samples = [dataset[sample] for sample in sample_ids]
+        tokens = np.stack([sample.tokens for sample in samples])  # [b, s + 1]
+        marks = None if samples[0].segment_ids is None else np.stack([sample.segment_ids for sample in samples])
+        return Rows(tokens[:, :-1].copy(), tokens[:, 1:].copy(), marks)
+
+    def _check_vocabulary(self, inputs: np.ndarray, targets: np.ndarray, sample_ids: list[int]) -> None:
         if self._vocab_size is None:
             return
-        bad = core.first_outside(tokens, self._vocab_size)
-        if bad < 0:
+        if core.first_outside(inputs, self._vocab_size) < 0 and core.first_outside(targets[:, -1], self._vocab_size) < 0:
             return
-        row, column = divmod(bad, tokens.shape[1])
+        tokens = np.concatenate([inputs, targets[:, -1:]], axis=1)
+        row, column = divmod(core.first_outside(tokens, self._vocab_size), tokens.shape[1])
         raise DataError(
             "token id is outside the vocabulary",
             where=self._dataset.describe(sample_ids[row], column),

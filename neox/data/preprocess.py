@@ -1,10 +1,10 @@
-"""Text to an indexed dataset: parse, encode and write, streaming, on several processes. The output is the same for any number of them."""
+"""Text to an indexed dataset: parse, encode and write, streaming, on several threads or processes. The output is the same for any number of them."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -12,53 +12,26 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import islice, starmap
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import numpy as np
-import orjson
-
-from neox.data.files import sync_folder
+from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for
 from neox.data.indexed import IndexedWriter, token_dtype
-from neox.data.text import BLOCK_BYTES, Bad, Parsed, Piece, parse, read_blocks
-from neox.data.tokenizer import Tokenizer
-from neox.errors import ConfigError, DataError, DiskError, MemoryExhausted
+from neox.data.progress import Progress, ProgressFile, identity_of
+from neox.data.quarantine import Quarantine
+from neox.data.text import BLOCK_BYTES, Bad, read_blocks
+from neox.data.tokenizer import TokenizerFile
+from neox.errors import ConfigError, DataError, MemoryExhausted
 
 BAD_LINES = ("fail", "skip", "quarantine")
+NOTE_SECONDS = 20.0  # at most that much work is lost when a run is killed
 EXAMPLES = 20  # bad lines that the summary names
 
-
-@dataclass(frozen=True)
-class Encoding:
-    """How documents become tokens.
-
-    Args:
-        tokenizer: `tokenizers` JSON file. eod_token: see `Tokenizer`.
-        append_eod: end each document with the end-of-document token.
-        json_key: key of the text in a JSON line.
-        specials_as_text: special tokens that occur in the text are encoded as text.
-    """
-
-    tokenizer: str
-    eod_token: str | None = None
-    append_eod: bool = True
-    json_key: str = "text"
-    specials_as_text: bool = False
-
-
-@dataclass(frozen=True)
-class EncodedBlock:
-    """Documents of one block: `tokens` of the dataset's dtype, cut by `sizes` (int32)."""
-
-    tokens: np.ndarray
-    sizes: np.ndarray
-    bad: list[Bad]
-    blank: int
-    empty: int
-    text_bytes: int
+log = logging.getLogger("neox.data")
 
 
 @dataclass
@@ -77,6 +50,7 @@ class Summary:
     bad_reasons: dict[str, int] = field(default_factory=dict)
     bad_examples: list[dict[str, str]] = field(default_factory=list)
     quarantine: str | None = None
+    encoder: str = "native"
     seconds: float = 0.0
 
     def add(self, block: EncodedBlock) -> None:
@@ -96,46 +70,6 @@ class Summary:
             self.bad_examples.append({"where": bad.where, "reason": bad.reason})
 
 
-class Encoder:
-    """Turns blocks of text into tokens."""
-
-    def __init__(self, encoding: Encoding):
-        self._encoding = encoding
-        self.tokenizer = Tokenizer(encoding.tokenizer, encoding.eod_token, specials_as_text=encoding.specials_as_text)
-        if encoding.append_eod and self.tokenizer.eod_id is None:
-            raise ConfigError(
-                "tokenizer has no end-of-document token",
-                where=encoding.tokenizer,
-                want="<|endoftext|>, </s>, <|end_of_text|> or <eos>",
-                do="name it by --eod-token, or pass --no-append-eod",
-            )
-        self.dtype = token_dtype(self.tokenizer.vocab_size - 1)
-
-    def __call__(self, block: list[Piece | Bad]) -> EncodedBlock:
-        """Parse and encode; documents without text or tokens are left out and counted."""
-        parsed = [Parsed([], [item], 0) if isinstance(item, Bad) else parse(item, self._encoding.json_key) for item in block]
-        texts = [text for part in parsed for text in part.texts]
-        filled = [text for text in texts if text]
-        encoded = [ids for ids in self.tokenizer.encode_batch(filled) if ids]
-        if self._encoding.append_eod:
-            for ids in encoded:
-                ids.append(self.tokenizer.eod_id)
-        sizes = np.fromiter((len(ids) for ids in encoded), dtype=np.int32, count=len(encoded))
-        tokens = np.empty(int(sizes.sum(dtype=np.int64)), dtype=self.dtype)
-        start = 0
-        for ids in encoded:
-            tokens[start : start + len(ids)] = ids
-            start += len(ids)
-        return EncodedBlock(
-            tokens=tokens,
-            sizes=sizes,
-            bad=[bad for part in parsed for bad in part.bad],
-            blank=sum(part.blank for part in parsed),
-            empty=len(texts) - len(encoded),
-            text_bytes=sum(len(item.content) for item in block if isinstance(item, Piece)),
-        )
-
-
 def preprocess(
     files: Sequence[str],
     out: str | os.PathLike[str],
@@ -144,100 +78,131 @@ def preprocess(
     workers: int = 0,
     bad_lines: str = "fail",
     overwrite: bool = False,
+    resume: bool = False,
     progress: Callable[[Summary], None] | None = None,
     block_bytes: int = BLOCK_BYTES,
+    note_seconds: float = NOTE_SECONDS,
 ) -> Summary:
     """Tokenize files (`neox.data.text.find_files`) into OUT.bin, OUT.idx and OUT.json.
 
     Args:
-        workers: processes that encode; 0: this one.
+        workers: threads that encode, or processes where the tokenizer needs the `tokenizers` library; 0: this one.
         bad_lines: what a line that gives no document does: "fail" stops, "skip" counts it, "quarantine" also keeps it in OUT.quarantine.jsonl.
+        resume: go on where a run of the same input, tokenizer and options was ended, by kill -9 too; the output is the same bytes. Without
+            such a run this starts anew. An exception then leaves the unfinished files for another try.
         progress: called after each block. block_bytes: text that a worker gets at a time.
+        note_seconds: how often it is noted how far the run has come.
 
     Raises:
-        DataError: bad line under "fail" (file:line and reason), no documents, input unreadable, or OUT is there already.
-        DiskError: OUT cannot be written. MemoryExhausted: a worker was killed. Nothing is left behind in either case.
+        DataError: bad line under "fail" (file:line and reason), no documents, input unreadable or changed, or OUT is there already.
+        DiskError: OUT cannot be written. MemoryExhausted: a worker was killed. Without `resume` nothing is left behind in either case.
     """
     if bad_lines not in BAD_LINES:
         raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=bad_lines, want=", ".join(BAD_LINES))
     started = time.monotonic()
-    encoder = Encoder(encoding)
-    tokenizer = encoder.tokenizer
-    summary = Summary(os.fspath(out), encoder.dtype, len(files))
-    made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
-    read = read_blocks(files, block_bytes)
-    blocks = encoded_blocks(read, encoding, workers) if workers > 0 else map(encoder, read)
-    kept = f"{summary.out}.quarantine.jsonl"
-    with IndexedWriter(out, encoder.dtype, overwrite=overwrite, **made_by) as writer, quarantine(kept, bad_lines == "quarantine") as keep:
-        for block in blocks:
-            for bad in block.bad:
-                if bad_lines == "fail":
-                    do = "mend the input, or pass --bad-lines skip or quarantine"
-                    raise DataError("bad line" if bad.line else "bad file", where=bad.where, got=bad.reason, do=do)
-                summary.add_bad(bad)
-                keep(bad)
-            writer.add_documents(block.tokens, block.sizes)
-            summary.add(block)
-            summary.seconds = time.monotonic() - started
+    out = os.fspath(out)
+    tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
+    dtype = token_dtype(tokenizer.vocab_size - 1)
+    settings = {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines, "block_bytes": block_bytes}
+    notes = ProgressFile(out, identity_of(files, settings), note_seconds)
+    before = notes.read() if resume else None
+    summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
+    spent = summary.seconds
+    first = 0 if before is None else before.blocks
+    blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, workers, summary)
+    take_up(out) if before else notes.remove()
+    made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
+    kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
+    with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, leftovers(notes, writer, kept, resume):
+        for number, block in enumerate(blocks, first):
+            take(block, writer, kept, summary, bad_lines)
+            summary.seconds = spent + time.monotonic() - started
+            if notes.due and summary.documents:
+                notes.note(Progress(number + 1, writer.sync(), kept.sync(), asdict(summary)))
             if progress is not None:
                 progress(summary)
         if summary.documents == 0:
             got = f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} files"
             raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
-    summary.quarantine = kept if bad_lines == "quarantine" and summary.bad_lines else None
-    summary.seconds = time.monotonic() - started
+    notes.remove()
+    summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
+    summary.seconds = spent + time.monotonic() - started
     return summary
 
 
+def take(block: EncodedBlock, writer: IndexedWriter, kept: Quarantine, summary: Summary, bad_lines: str) -> None:
+    """Write a block and count it. Raises DataError for a bad line under "fail"."""
+    for bad in block.bad:
+        if bad_lines == "fail":
+            do = "mend the input, or pass --bad-lines skip or quarantine"
+            raise DataError("bad line" if bad.line else "bad file", where=bad.where, got=bad.reason, do=do)
+        summary.add_bad(bad)
+        kept.keep(bad)
+    writer.add_documents(block.tokens, block.sizes)
+    summary.add(block)
+
+
 @contextlib.contextmanager
-def quarantine(path: str, enabled: bool) -> Iterator[Callable[[Bad], None]]:
-    """Gives a function that keeps bad lines in `path` as {file, line, reason, content_base64}; the file appears at the end, if there were any.
-
-    Raises:
-        DiskError: it cannot be written.
-    """
-    if not enabled:
-        yield lambda bad: None
-        return
-    partial = Path(f"{path}.partial")
+def leftovers(notes: ProgressFile, writer: IndexedWriter, kept: Quarantine, resume: bool) -> Iterator[None]:
+    """After an exception, what is unfinished stays for another try or is removed."""
     try:
-        with open(partial, "wb") as file:
-            yield lambda bad: file.write(quarantine_record(bad)) and None
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        if size:
-            os.replace(partial, path)
-            sync_folder(partial.parent)
-    except OSError as error:
-        raise DiskError("cannot write quarantine", where=path, got=error.strerror) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except BaseException:
+        if resume and notes.path.exists():
+            writer.keep()
+            kept.stays = True
+        else:
+            notes.remove()
+        raise
 
 
-def quarantine_record(bad: Bad) -> bytes:
-    """One line of the quarantine file."""
-    content = None if bad.content is None else base64.b64encode(bad.content).decode()
-    record = {"file": bad.path, "line": bad.line, "reason": bad.reason, "content_base64": content}
-    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+def take_up(out: str) -> None:
+    """Give files that were published by a run that ended before it was done their temporary names again."""
+    for suffix in (".idx", ".bin", ".quarantine.jsonl"):
+        final, partial = Path(out + suffix), Path(f"{out}{suffix}.partial")
+        if final.exists() and not partial.exists():
+            final.rename(partial)
 
 
-def encoded_blocks(blocks: Iterable[list[Piece | Bad]], encoding: Encoding, workers: int) -> Iterator[EncodedBlock]:
-    """Encode blocks on worker processes; results come in the order of the blocks, and at most 2 x workers + 1 are under way.
+def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary) -> Iterator[EncodedBlock]:
+    """The blocks encoded, in order, by our encoder where it can; `summary` says by which. `first` is the number of the first block."""
+    native, reason = encoder_for(encoding, tokenizer)
+    if native is None:
+        summary.encoder = f"tokenizers ({reason})"
+        log.warning("%s is encoded by the tokenizers library, which is slower: %s", encoding.tokenizer, reason)
+        yield from encoded_by_processes(blocks, encoding, workers)
+        return
+    for block in encoded_by_threads(enumerate(blocks, first), native, workers):
+        if native.differs:
+            summary.encoder = "tokenizers (csrc/data gave other ids)"
+        yield block
+
+
+def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEncoder, workers: int) -> Iterator[EncodedBlock]:
+    """Encode numbered blocks on threads, or on this one for 0 workers; results come in the order of the blocks, and at most 2 x workers + 1 are under way."""
+    if workers == 0:
+        yield from starmap(encoder, numbered)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as executor:
+        try:
+            yield from in_order((executor.submit(encoder, number, block) for number, block in numbered), 2 * workers)
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def encoded_by_processes(blocks: Iterable[Block], encoding: Encoding, workers: int) -> Iterator[EncodedBlock]:
+    """Encode blocks by the `tokenizers` library on worker processes, otherwise as `encoded_by_threads`.
 
     Raises:
         MemoryExhausted: a worker died, most likely for want of memory.
     """
+    if workers == 0:
+        yield from map(LibraryEncoder(encoding), blocks)
+        return
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of this process half-way
-    pending: deque[Future[EncodedBlock]] = deque()
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
-        for block in blocks:
-            pending.append(executor.submit(encode_block, encoding, block))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from in_order((executor.submit(encode_block, encoding, block) for block in blocks), 2 * workers)
     except BrokenProcessPool as error:
         raise MemoryExhausted(
             "a worker process died", where="preprocess", got=error, do="use fewer --workers, or look for the kernel's out-of-memory log"
@@ -246,15 +211,26 @@ def encoded_blocks(blocks: Iterable[list[Piece | Bad]], encoding: Encoding, work
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def encode_block(encoding: Encoding, block: list[Piece | Bad]) -> EncodedBlock:
+def in_order(submitted: Iterable[Future[EncodedBlock]], ahead: int) -> Iterator[EncodedBlock]:
+    """Results in the order of their submission; `ahead` futures are under way while one is waited for."""
+    pending: deque[Future[EncodedBlock]] = deque()
+    for future in submitted:
+        pending.append(future)
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def encode_block(encoding: Encoding, block: Block) -> EncodedBlock:
     """Encode one block, in a worker."""
     return encoder_of(encoding)(block)
 
 
 @functools.cache
-def encoder_of(encoding: Encoding) -> Encoder:
+def encoder_of(encoding: Encoding) -> LibraryEncoder:
     """The encoder of this process: a tokenizer takes long to load."""
-    return Encoder(encoding)
+    return LibraryEncoder(encoding)
 
 
 def start_worker() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+import os
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from neox.data.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
 MASK64 = 2**64 - 1
+MOST_THREADS = 8  # of the sample index: it waits for memory, which a few cores use up
 
 
 class Sample(NamedTuple):
@@ -30,6 +32,24 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def describe(self, index: int, token: int) -> str: ...
+
+
+class Rows(NamedTuple):
+    """Where samples go, one a row: inputs and targets int64 [b, s], targets one token further; segment_ids int32 [b, s] or None."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    segment_ids: np.ndarray | None
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """A dataset that reads many samples at a time: sample indices[i] into row rows[i] (both int64). Has what `Dataset` has."""
+
+    seq_length: int
+    document_mask: bool
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None: ...
 
 
 def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
@@ -90,7 +110,7 @@ def neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_sa
     random = np.random.RandomState(seed)
     doc_idx = np.tile(documents.astype(document_type), epochs)
     random.shuffle(doc_idx)
-    sample_idx = core.sample_index(sizes, doc_idx, seq_length, samples + 1, row_type == np.int64)
+    sample_idx = core.sample_index(sizes, doc_idx, seq_length, samples + 1, row_type == np.int64, min(len(os.sched_getaffinity(0)), MOST_THREADS))
     shuffle_idx = np.arange(samples, dtype=sample_type)
     random.shuffle(shuffle_idx)
     return doc_idx, sample_idx, shuffle_idx
@@ -135,8 +155,8 @@ class EpochDataset:
     def __init__(self, dataset: IndexedDataset, documents: tuple[int, int], seq_length: int, seed: int, document_mask: bool = False):
         first, last = documents
         self._dataset = dataset
-        self._seq_length = seq_length
-        self._document_mask = document_mask
+        self.seq_length = seq_length
+        self.document_mask = document_mask
         self._start = dataset.first_token_of_document(first)
         tokens = dataset.first_token_of_document(last) - self._start
         check_tokens(dataset, documents, tokens, seq_length)
@@ -146,8 +166,12 @@ class EpochDataset:
         return self._order.samples_per_epoch
 
     def __getitem__(self, index: int) -> Sample:
-        tokens, segments = self._dataset.read(self._first_token(index), self._seq_length + 1, self._document_mask)
+        tokens, segments = self._dataset.read(self._first_token(index), self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
+        """Sample indices[i] into row rows[i]."""
+        self._dataset.read_rows(self._start + self._order.first_tokens(indices), rows, out)
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""
@@ -166,16 +190,23 @@ class NeoxDataset:
     def __init__(self, dataset: IndexedDataset, order: tuple[np.ndarray, np.ndarray, np.ndarray], seq_length: int, document_mask: bool = False):
         self._dataset = dataset
         self._documents, self._samples, self._shuffle = order
-        self._seq_length = seq_length
-        self._document_mask = document_mask
+        self.seq_length = seq_length
+        self.document_mask = document_mask
 
     def __len__(self) -> int:
         return self._shuffle.shape[0]
 
     def __getitem__(self, index: int) -> Sample:
         position, offset = self._row(index)
-        tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self._seq_length + 1, self._document_mask)
+        tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
+        """Sample indices[i] into row rows[i]."""
+        for index in (indices.min(), indices.max()):
+            self._check(int(index))
+        starts = self._samples[self._shuffle[indices]].astype(np.int64)
+        self._dataset.read_ordered_rows(self._documents, np.ascontiguousarray(starts[:, 0]), np.ascontiguousarray(starts[:, 1]), rows, out)
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""
@@ -188,20 +219,25 @@ class NeoxDataset:
         return f"{self._dataset.bin_path} document {document} offset {offset}"
 
     def _row(self, index: int) -> tuple[int, int]:
+        self._check(index)
+        position, offset = self._samples[self._shuffle[index]]
+        return int(position), int(offset)
+
+    def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise DataError(
                 "sample is beyond the order", where=self._dataset.bin_path, got=index, want=f"below {len(self)}", do="raise train.train_iters to make more"
             )
-        position, offset = self._samples[self._shuffle[index]]
-        return int(position), int(offset)
 
 
 class BlendedDataset:
     """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other."""
 
-    def __init__(self, datasets: list[Dataset], weights: list[float]):
+    def __init__(self, datasets: list[EpochDataset | NeoxDataset], weights: list[float]):
         self._datasets = datasets
         self._blend = Blend(weights)
+        self.seq_length = datasets[0].seq_length
+        self.document_mask = datasets[0].document_mask
 
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self._datasets)
@@ -209,6 +245,13 @@ class BlendedDataset:
     def __getitem__(self, index: int) -> Sample:
         dataset, inner = self._blend[index]
         return self._datasets[dataset][inner]
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
+        """Sample indices[i] into row rows[i]."""
+        sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
+        for source in np.unique(sources).tolist():
+            own = sources == source
+            self._datasets[source].read_rows(inner[own], rows[own], out)
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""

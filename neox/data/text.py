@@ -138,7 +138,7 @@ def parse(piece: Piece, key: str) -> Parsed:
         if not line.strip():
             blank += 1
             continue
-        text, reason = _parse_line(line, key)
+        text, reason = parse_line(line, key)
         if reason is None:
             texts.append(text)
         else:
@@ -146,7 +146,7 @@ def parse(piece: Piece, key: str) -> Parsed:
     return Parsed(texts, bad, blank)
 
 
-def _parse_line(line: bytes, key: str) -> tuple[str, str | None]:
+def parse_line(line: bytes, key: str) -> tuple[str, str | None]:
     """(text, None), or ("", what is wrong)."""
     try:
         value = orjson.loads(line)

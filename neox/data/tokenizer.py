@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,45 @@ from neox.errors import ConfigError, DataError
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # looked for in this order
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
+
+
+class TokenizerFile:
+    """A tokenizer's JSON file as it is: its `content`, its hash and what it says about ids. Reads it without the `tokenizers` library.
+
+    Args:
+        file: `tokenizers` JSON file.
+        eod_token: see `Tokenizer`.
+
+    Raises:
+        DataError: the file cannot be read or is not a tokenizer. ConfigError: eod_token is not in the vocabulary.
+    """
+
+    def __init__(self, file: str | Path, eod_token: str | None = None):
+        self.content = read_content(file)
+        self.hash = content_hash(self.content)
+        try:
+            vocabulary = self.content["model"]["vocab"]
+            ids = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, *_) in enumerate(vocabulary)}
+            added = {token["content"]: token["id"] for token in self.content.get("added_tokens") or []}
+            self.vocab_size = max(max(ids.values(), default=-1), max(added.values(), default=-1)) + 1
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError("not a tokenizer file", where=file, got=error, want="a `tokenizers` JSON file") from error
+        self.eod_token, self.eod_id = find_eod(lambda name: added.get(name, ids.get(name)), eod_token, file)
+
+
+def find_eod(id_of: Callable[[str], int | None], name: str | None, file: str | Path) -> tuple[str | None, int | None]:
+    """The end-of-document token and its id: the one that is named, else the first of EOD_NAMES that exists, else (None, None).
+
+    Raises:
+        ConfigError: the one that is named does not exist.
+    """
+    if name is not None and id_of(name) is None:
+        raise ConfigError("end-of-document token is not in the vocabulary", where=f"tokenizer.eod_token, {file}", got=name)
+    for candidate in EOD_NAMES if name is None else (name,):
+        found = id_of(candidate)
+        if found is not None:
+            return candidate, found
+    return None, None
 
 
 class Tokenizer:
@@ -44,7 +83,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = specials_as_text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eod_token, self.eod_id = self._find_eod(eod_token)
+        self.eod_token, self.eod_id = find_eod(self._tokenizer.token_to_id, eod_token, self.file)
 
     def encode(self, text: str, *, template: bool = False) -> list[int]:
         """Token ids of a text; with `template`, inside the special tokens that the tokenizer's file puts around a text."""
@@ -63,18 +102,6 @@ class Tokenizer:
         known = [int(token) for token in np.asarray(list(ids), dtype=np.int64) if 0 <= token < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
 
-    def _find_eod(self, name: str | None) -> tuple[str | None, int | None]:
-        if name is not None:
-            found = self._tokenizer.token_to_id(name)
-            if found is None:
-                raise ConfigError("end-of-document token is not in the vocabulary", where=f"tokenizer.eod_token, {self.file}", got=name)
-            return name, found
-        for candidate in EOD_NAMES:
-            found = self._tokenizer.token_to_id(candidate)
-            if found is not None:
-                return candidate, found
-        return None, None
-
 
 def file_hash(file: str | Path) -> str:
     """SHA-256 of a tokenizer's content: the same for the same JSON values, however the file is laid out.
@@ -82,12 +109,21 @@ def file_hash(file: str | Path) -> str:
     Raises:
         DataError: the file cannot be read or is not JSON.
     """
+    return content_hash(read_content(file))
+
+
+def read_content(file: str | Path) -> object:
+    """The JSON values of a file. Raises DataError."""
     try:
-        content = orjson.loads(Path(file).read_bytes())
+        return orjson.loads(Path(file).read_bytes())
     except OSError as error:
         raise DataError("cannot read tokenizer", where=file, got=error.strerror, do="name a file that neox tokenizer train wrote") from error
     except orjson.JSONDecodeError as error:
         raise DataError("not a tokenizer file", where=file, got=error, want="a `tokenizers` JSON file") from error
+
+
+def content_hash(content: object) -> str:
+    """SHA-256 of JSON values."""
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

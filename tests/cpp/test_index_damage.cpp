@@ -1,12 +1,12 @@
 // Damaged .idx files, at random and with a sense for the format: the reader takes exactly what an independent reading of the format
-// calls well-formed, asks for little memory, and every lookup in what it takes stays inside. Arguments: number of files (100000), seed.
+// calls well-formed, asks for little memory, and every lookup in what it takes stays inside. Arguments: see budget.h (default: 100000 files).
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <random>
 
+#include "budget.h"
 #include "data/checksum.h"
 #include "data/indexed_dataset.h"
 #include "expect.h"
@@ -155,12 +155,11 @@ bool takes(const std::vector<uint8_t>& bytes, Damager& damager, uint64_t& sum) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const long files = count > 1 ? std::atol(arguments[1]) : 100000;
-    Damager damager(count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1);
+    Budget budget(count, arguments, 100'000);
+    Damager damager(budget.seed());
     long refused = 0, harmless = 0, changed = 0;
     uint64_t sum = 0;
-    const auto start = std::chrono::steady_clock::now();
-    for (long i = 0; i < files; ++i) {
+    while (budget.next()) {
         IndexParts parts = damager.parts();
         const std::vector<uint8_t> good = index_bytes(parts);
         EXPECT(is_index(good) && takes(good, damager, sum));
@@ -176,8 +175,8 @@ int main(int count, char** arguments) {
         // What the structure cannot show (a border moved between sequences), the sidecar's checksum of .idx does.
         if (bytes != good) EXPECT(neox::data::checksum(bytes.data(), bytes.size()) != neox::data::checksum(good.data(), good.size()));
     }
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    std::printf("%ld files in %.1f s: %ld refused, %ld undamaged, %ld well-formed though changed (%llx)\n", files, seconds, refused, harmless, changed,
+    const auto files = static_cast<long>(budget.done());
+    std::printf("%ld files in %.1f s: %ld refused, %ld undamaged, %ld well-formed though changed (%llx)\n", files, budget.seconds(), refused, harmless, changed,
                 static_cast<unsigned long long>(sum));
     EXPECT(refused > files / 2);  // the damage bites
     EXPECT(changed > 0);

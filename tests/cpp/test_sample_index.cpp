@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <utility>
 
 #include "data/sample_index.h"
 #include "expect.h"
@@ -17,33 +18,65 @@ using Wide = unsigned __int128;
 const std::vector<int64_t> kBorders = {INT32_MAX - 1,  INT32_MAX,  int64_t{1} << 31, (int64_t{1} << 31) + 1,
                                        UINT32_MAX - 1, UINT32_MAX, int64_t{1} << 32, (int64_t{1} << 32) + 1};
 
-// A stream of `count` documents of `size` tokens each, in closed form.
-StreamPosition closed_form(int64_t token, int64_t size) { return {token / size, token % size}; }
-
+// Documents of one size whose positions, tokens or row numbers cross 2^31 and 2^32: position and offset have a closed form.
+template <typename Row>
 void positions_beyond_32_bits() {
     for (const int64_t border : kBorders) {
-        for (const int64_t size : {1, 2, 3, 1000}) {
-            const auto tokens = [&](int64_t) { return size; };
-            for (int64_t before = 0; before < 5; ++before) {  // crosses the border by document number
-                StreamPosition at{border - before, 0};
-                EXPECT(advance(at, 4 * size + size / 2, int64_t{1} << 40, tokens));
-                const StreamPosition want = closed_form((border - before) * size + 4 * size + size / 2, size);
-                EXPECT(at.document == want.document && at.offset == want.offset);
+        for (const int32_t size : {1, 2, 3, 1000}) {
+            for (const int64_t seq_length : {1, 2, 5, 1700}) {
+                const std::vector<int32_t> sizes(10, size);
+                const int64_t first = sizeof(Row) == 4 ? 7 : border - 4, start = first * size;  // by position, and by token
+                const int64_t first_row = (start + seq_length - 1) / seq_length, end_row = (start + 10 * size + seq_length - 1) / seq_length;
+                std::vector<Row> out(static_cast<size_t>(2 * (end_row - first_row + 2)), Row{-1});
+                write_rows(sizes.data(), first, 10, start, seq_length, RowRange<Row>{out.data(), first_row, end_row + 1});
+                for (int64_t row = first_row; row < end_row; ++row) {
+                    EXPECT_EQ(static_cast<int64_t>(out[static_cast<size_t>(2 * (row - first_row))]), row * seq_length / size);
+                    EXPECT_EQ(static_cast<int64_t>(out[static_cast<size_t>(2 * (row - first_row) + 1)]), row * seq_length % size);
+                }
+                for (size_t i = static_cast<size_t>(2 * (end_row - first_row)); i < out.size(); ++i) EXPECT(out[i] == Row{-1});
             }
         }
-        for (const int64_t step : {border - 1, border, border + 1}) {  // by offset in one long document, and by tokens moved at a time
-            StreamPosition at{0, 0};
-            const auto tokens = [&](int64_t document) { return document == 0 ? 3 * border : border; };
-            for (int64_t moved = step; moved <= 6 * border; moved += step) {
-                EXPECT(advance(at, step, 1000, tokens));
-                const StreamPosition want = moved < 3 * border ? StreamPosition{0, moved} : StreamPosition{1 + (moved - 3 * border) / border, moved % border};
-                EXPECT(at.document == want.document && at.offset == want.offset);
-            }
+        // One long document in a far place, and rows that lie far apart.
+        const std::vector<int32_t> sizes = {INT32_MAX, INT32_MAX, 5};
+        std::vector<int64_t> out(8, -1);
+        write_rows(sizes.data(), int64_t{0}, 3, 2 * border, border, RowRange<int64_t>{out.data(), 2, 6});
+        const int64_t total = 2 * border + 2 * int64_t{INT32_MAX} + 5;
+        for (int64_t row = 2; row < 6 && row * border < total; ++row) {
+            const int64_t token = row * border - 2 * border, document = std::min<int64_t>(token / INT32_MAX, 2);
+            EXPECT_EQ(out[static_cast<size_t>(2 * (row - 2))], document);
+            EXPECT_EQ(out[static_cast<size_t>(2 * (row - 2) + 1)], token - document * INT32_MAX);
         }
-        StreamPosition at{0, 0};
-        EXPECT(!advance(at, border, 1, [&](int64_t) { return border; }));  // a stream of exactly that many tokens has none further
-        at = {0, 0};
-        EXPECT(advance(at, border - 1, 1, [&](int64_t) { return border; }));
+    }
+}
+
+void threads_give_the_same_rows(std::mt19937_64& random) {
+    std::vector<int32_t> sizes(5000), order(1'100'000);
+    for (auto& size : sizes) size = static_cast<int32_t>(random() % 40) * static_cast<int32_t>(random() % 2);  // half of them empty
+    for (auto& document : order) document = static_cast<int32_t>(random() % sizes.size());
+    int64_t total = 0;
+    for (const int32_t document : order) total += sizes[static_cast<size_t>(document)];
+    for (const int64_t seq_length : {1, 7, 100, 3'000'000}) {
+        const int64_t rows = (total - 1) / seq_length + 1;
+        std::vector<int64_t> want(static_cast<size_t>(2 * rows)), got(want.size());
+        const auto fill = [&](std::vector<int64_t>& out, int64_t count, int threads) {
+            fill_sample_index(reinterpret_cast<const uint8_t*>(sizes.data()), static_cast<int64_t>(sizes.size()), order.data(),
+                              static_cast<int64_t>(order.size()), seq_length, out.data(), count, threads);
+        };
+        fill(want, rows, 1);
+        for (const int threads : {2, 3, 8}) {
+            std::fill(got.begin(), got.end(), -1);
+            fill(got, rows, threads);
+            EXPECT(got == want);
+            got.resize(want.size() + 2);
+            EXPECT_FAULT(fill(got, rows + 1, threads), "documents end before the samples do");
+            got.resize(want.size());
+        }
+        const int32_t last = std::exchange(order[1'099'999], 5000);
+        EXPECT_FAULT(fill(got, rows, 2), "position 1099999");
+        order[1'099'999] = last;
+        std::vector<int64_t> half(static_cast<size_t>(rows / 2 * 2));
+        fill(half, rows / 2, 2);  // and fewer rows than there are
+        EXPECT(std::equal(half.begin(), half.end(), want.begin()));
     }
 }
 
@@ -65,7 +98,7 @@ void rows_equal_their_definition(std::mt19937_64& random) {
         std::vector<Row> out(static_cast<size_t>(2 * rows));
         const auto fill = [&](int64_t count) {
             fill_sample_index(raw.data() + 1, static_cast<int64_t>(sizes.size()), order.data(), static_cast<int64_t>(order.size()), seq_length, out.data(),
-                              count);
+                              count, 1);
         };
         if (sizeof(Row) == 4 && seq_length > INT32_MAX) continue;
         fill(rows);
@@ -86,7 +119,7 @@ void hostile_arrays() {
     const auto fill = [&](const std::vector<int32_t>& lengths, std::vector<int64_t> order, int64_t seq_length, int64_t rows) {
         std::vector<int64_t> out(20);
         fill_sample_index(reinterpret_cast<const uint8_t*>(lengths.data()), static_cast<int64_t>(lengths.size()), order.data(),
-                          static_cast<int64_t>(order.size()), seq_length, out.data(), rows);
+                          static_cast<int64_t>(order.size()), seq_length, out.data(), rows, 1);
     };
     EXPECT_FAULT(fill(sizes, {0, 2}, 4, 3), "document number out of range; where=position 1");
     EXPECT_FAULT(fill(sizes, {-1}, 4, 1), "got=-1");
@@ -164,7 +197,9 @@ void epoch_order() {
 
 int main() {
     std::mt19937_64 random(20240501);
-    positions_beyond_32_bits();
+    positions_beyond_32_bits<int32_t>();
+    positions_beyond_32_bits<int64_t>();
+    threads_give_the_same_rows(random);
     rows_equal_their_definition<int32_t, int32_t>(random);
     rows_equal_their_definition<int32_t, int64_t>(random);
     rows_equal_their_definition<int64_t, int64_t>(random);

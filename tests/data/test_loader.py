@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neox.data.loader import Loader, positions_in_documents
-from neox.data.sampling import EpochDataset, Sample
+from neox.data.sampling import BlendedDataset, EpochDataset, NeoxDataset, Rows, Sample, neox_order
 from neox.errors import DataError
 
 
@@ -166,3 +166,38 @@ def test_a_dropped_loader_ends_its_thread():
 def test_bad_sizes_are_refused(options):
     with pytest.raises(ValueError, match="out of range"):
         Loader(Numbers(), **options)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_rows_are_the_samples_one_by_one(corpus, document_mask):
+    """Datasets fill a batch at a time; what they fill in is what they give for each sample."""
+    whole = (0, corpus.num_documents)
+    sizes = corpus.sizes
+    order = neox_order(sizes, np.arange(len(corpus)), 7, 40, 3)
+    epoch, neox = EpochDataset(corpus, whole, 7, 1, document_mask), NeoxDataset(corpus, order, 7, document_mask)
+    for dataset in (epoch, neox, BlendedDataset([epoch, neox], [0.3, 0.7])):
+        with Loader(dataset, micro_batch_size=5, start=2, prefetch=0, vocab_size=1000) as loader:
+            (batch,) = next(loader)
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            tokens, segments = dataset[sample]
+            assert batch.tokens[row].tolist() == tokens[:-1].tolist() and batch.targets[row].tolist() == tokens[1:].tolist()
+            assert (segments is None) == (batch.segment_ids is None) == (not document_mask)
+            assert segments is None or batch.segment_ids[row].tolist() == segments.tolist()
+    with pytest.raises(DataError, match="sample is beyond the order"):
+        Loader(neox, micro_batch_size=3, start=len(neox) - 1, prefetch=0).__next__()
+
+
+def test_rows_are_checked_before_they_are_written(corpus):
+    out = Rows(np.zeros((2, 7), dtype=np.int64), np.zeros((2, 7), dtype=np.int64), None)
+    starts, rows = np.array([0, 1]), np.array([0, 1])
+    for bad in (np.array([0, 2]), np.array([-1, 0])):
+        with pytest.raises(IndexError, match="is out of range"):
+            corpus.read_rows(starts, bad, out)
+    with pytest.raises(ValueError, match="one start per row"):
+        corpus.read_rows(np.array([0]), rows, out)
+    with pytest.raises(DataError, match="read beyond the end"):
+        corpus.read_rows(np.array([0, corpus.num_tokens - 7]), rows, out)
+    with pytest.raises(TypeError):
+        corpus.read_rows(starts, rows, out._replace(inputs=np.zeros((7, 2), dtype=np.int64).T))
+    with pytest.raises(ValueError, match="must be"):
+        corpus.read_rows(starts, rows, out._replace(targets=np.zeros((2, 6), dtype=np.int64)))

@@ -1,0 +1,10 @@
+// The parts of neox._data that have a file of their own.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace neox::data {
+
+void bind_text(pybind11::module_& module);
+
+}  // namespace neox::data

@@ -1,0 +1,141 @@
+#include "data/byte_pair.h"
+
+#include <algorithm>
+#include <cstring>
+#include <queue>
+
+#include "data/clones.h"
+#include "data/fault.h"
+
+namespace neox::data {
+
+namespace {
+
+constexpr uint64_t kFree = UINT64_MAX;
+constexpr uint64_t kBitsPerPair = 16;  // of the filter: one pair without a rank in twenty passes it
+
+uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
+
+uint64_t hash(uint64_t pair) { return (pair ^ pair >> 29) * 0x9E3779B97F4A7C15u; }
+
+int bits_for(uint64_t count) {
+    int bits = 6;
+    while ((uint64_t{1} << bits) < count) ++bits;
+    return bits;
+}
+
+}  // namespace
+
+BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right, std::vector<uint32_t> merged)
+    : byte_ids_(std::move(byte_ids)), merged_(std::move(merged)), byte_ranks_(256 * 256, kNone) {
+    if (byte_ids_.size() != 256 || left.size() != merged_.size() || right.size() != merged_.size()) throw Fault("merges and bytes do not fit each other");
+    if (merged_.size() >= uint64_t{1} << 24) throw Fault("too many merges").found(std::to_string(merged_.size())).expected("below 2^24");
+    const int slot_bits = bits_for(2 * merged_.size());
+    const int filter_bits = bits_for(kBitsPerPair * merged_.size());
+    slot_shift_ = 64 - slot_bits;
+    filter_shift_ = 64 - filter_bits;
+    slots_.assign(uint64_t{1} << slot_bits, Slot{kFree, kNone});
+    filter_.assign((uint64_t{1} << filter_bits) / 64, 0);
+    for (uint32_t r = 0; r < merged_.size(); ++r) {
+        const uint64_t pair = pair_of(left[r], right[r]), hashed = hash(pair);
+        uint64_t at = hashed >> slot_shift_;
+        while (slots_[at].pair != kFree && slots_[at].pair != pair) at = (at + 1) & (slots_.size() - 1);
+        slots_[at] = Slot{pair, r};  // a pair that is listed twice has its later rank
+        filter_[hashed >> filter_shift_ >> 6] |= uint64_t{1} << (hashed >> filter_shift_ & 63);
+    }
+    for (uint32_t a = 0; a < 256; ++a)
+        for (uint32_t b = 0; b < 256; ++b)
+            if (byte_ids_[a] != kNone && byte_ids_[b] != kNone) byte_ranks_[a << 8 | b] = rank(byte_ids_[a], byte_ids_[b]);
+}
+
+inline uint32_t BytePairs::rank(uint32_t left, uint32_t right) const {
+    const uint64_t pair = pair_of(left, right), hashed = hash(pair);
+    if ((filter_[hashed >> filter_shift_ >> 6] >> (hashed >> filter_shift_ & 63) & 1) == 0) return kNone;
+    for (uint64_t at = hashed >> slot_shift_;; at = (at + 1) & (slots_.size() - 1)) {
+        if (slots_[at].pair == pair) return slots_[at].rank;
+        if (slots_[at].pair == kFree) return kNone;
+    }
+}
+
+uint64_t BytePairs::encode(const uint8_t* word, uint64_t count, uint32_t* out) const {
+    if (!whole_.empty()) {
+        const auto found = whole_.find(std::string(reinterpret_cast<const char*>(word), count));
+        if (found != whole_.end()) return *out = found->second, 1;
+    }
+    if (count <= 1) return count == 0 ? 0 : (*out = byte_ids_[*word], 1);
+    return count <= kShort ? encode_short(word, count, out) : encode_long(word, count, out);
+}
+
+// Places keep their numbers: what is merged away has no key any more. A key is a pair's rank and, in the lowest bits, its place, so that the
+// smallest key is the lowest rank and the first place that has it.
+NEOX_CLONES uint64_t BytePairs::encode_short(const uint8_t* word, uint64_t count, uint32_t* out) const {
+    constexpr uint32_t kPlaceBits = 8, kPlace = (1u << kPlaceBits) - 1;
+    static_assert(kShort == 1u << kPlaceBits);
+    alignas(64) uint32_t keys[kShort];
+    uint32_t ids[kShort];
+    uint8_t next[kShort], before[kShort];
+    const auto size = static_cast<uint32_t>(count);
+    const uint32_t padded = (size + 15) & ~15u;
+    const auto key = [](uint32_t rank, uint32_t place) { return rank == kNone ? kNone : rank << kPlaceBits | place; };
+    for (uint32_t i = 0; i < size; ++i) ids[i] = byte_ids_[word[i]], next[i] = static_cast<uint8_t>(i + 1), before[i] = static_cast<uint8_t>(i - 1);
+    for (uint32_t i = 0; i + 1 < size; ++i) keys[i] = key(byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]], i);
+    for (uint32_t i = size - 1; i < padded; ++i) keys[i] = kNone;
+    const uint32_t last = size & kPlace;  // what `next` holds at the end: 0 for 256, which no place has as its next either
+    for (;;) {
+        uint32_t best = kNone;
+        for (uint32_t i = 0; i < padded; ++i) best = std::min(best, keys[i]);
+        if (best == kNone) break;
+        const uint32_t at = best & kPlace, gone = next[at], behind = next[gone];
+        ids[at] = merged_[best >> kPlaceBits];
+        keys[gone] = kNone;
+        next[at] = static_cast<uint8_t>(behind);
+        keys[at] = kNone;
+        if (behind != last) {
+            before[behind] = static_cast<uint8_t>(at);
+            keys[at] = key(rank(ids[at], ids[behind]), at);
+        }
+        if (at != 0) keys[before[at]] = key(rank(ids[before[at]], ids[at]), before[at]);
+    }
+    uint64_t kept = 0;
+    uint32_t at = 0;
+    do out[kept++] = ids[at];
+    while ((at = next[at]) != last);
+    return kept;
+}
+
+// A heap of (rank, position) over a linked list; entries whose pair has changed since are passed over.
+uint64_t BytePairs::encode_long(const uint8_t* word, uint64_t count, uint32_t* out) const {
+    if (count >= kNone) throw Fault("a word is too long").found(std::to_string(count) + " bytes").expected("below 4 GiB");
+    const auto size = static_cast<uint32_t>(count);
+    std::vector<uint32_t> next(size), before(size), ranks(size, kNone);
+    std::vector<uint64_t> entries;
+    for (uint32_t i = 0; i < size; ++i) {
+        out[i] = byte_ids_[word[i]];
+        next[i] = i + 1;
+        before[i] = i - 1;
+        if (i + 1 < size) ranks[i] = byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]];
+        if (ranks[i] != kNone) entries.push_back(pair_of(ranks[i], i));
+    }
+    std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> heap(std::greater<>{}, std::move(entries));
+    const auto renew = [&](uint32_t at) {
+        ranks[at] = next[at] < size ? rank(out[at], out[next[at]]) : kNone;
+        if (ranks[at] != kNone) heap.push(pair_of(ranks[at], at));
+    };
+    while (!heap.empty()) {
+        const auto best = static_cast<uint32_t>(heap.top() >> 32), at = static_cast<uint32_t>(heap.top());
+        heap.pop();
+        if (ranks[at] != best) continue;
+        const uint32_t gone = next[at];
+        out[at] = merged_[best];
+        ranks[gone] = kNone;
+        next[at] = next[gone];
+        if (next[at] < size) before[next[at]] = at;
+        renew(at);
+        if (at > 0) renew(before[at]);
+    }
+    uint32_t kept = 0;
+    for (uint32_t at = 0; at < size; at = next[at]) out[kept++] = out[at];
+    return kept;
+}
+
+}  // namespace neox::data

@@ -1,0 +1,51 @@
+// Blocks of a corpus to ids: JSON lines, or one whole text.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "data/json_line.h"
+#include "data/text_encoder.h"
+
+namespace neox::data {
+
+// A line that the fast parser leaves to the caller: bytes [first, last) of the block, line `line` of it, before document `document`.
+struct UnsureLine {
+    uint64_t first, last, line, document;
+};
+
+struct LineState : TextEncoder::State {
+    TextBuffer text;
+    std::vector<int32_t> sizes;  // ids of each document
+    std::vector<UnsureLine> unsure;
+    uint64_t blank = 0, empty = 0;
+
+    void clear();
+};
+
+struct LineOptions {
+    std::string key;   // of the text in a JSON object
+    int64_t eod = -1;  // id that ends each document; -1: none
+};
+
+// Encodes whole lines, the last one with or without its line feed.
+void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state);
+
+// Encodes one text. Returns false where it is not UTF-8.
+bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, int64_t eod, LineState& state);
+
+// The states of an encoder that several threads use: as many as run at one time.
+class LineStates {
+  public:
+    std::unique_ptr<LineState> take();
+    void give_back(std::unique_ptr<LineState> state);
+
+  private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<LineState>> idle_;
+};
+
+}  // namespace neox::data

@@ -1,0 +1,170 @@
+// The split patterns of byte-level tokenizers, matched by hand: one pass, no backtracking. `split_words` calls emit(first byte, bytes)
+// for every word of [at, end), in order; together the words are the text.
+//
+// gpt2:  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// llama: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+// qwen:  as llama with \p{N}
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "data/unicode.h"
+
+namespace neox::data {
+
+enum class SplitPattern { gpt2, llama, qwen };
+
+constexpr uint64_t kPadding = 64;  // readable bytes that must follow a text: words are loaded and compared in whole vectors
+
+class WordSplitter {
+  public:
+    explicit WordSplitter(SplitPattern pattern) : pattern_(pattern), traits_(unicode_traits()) {}
+
+    // Precondition: valid UTF-8, kPadding readable bytes behind `end`.
+    template <typename Emit>
+    void split(const uint8_t* at, const uint8_t* end, Emit emit) const {
+        if (pattern_ == SplitPattern::gpt2)
+            split_gpt2(at, end, emit);
+        else
+            split_llama(at, end, pattern_ == SplitPattern::llama ? 3 : 1, emit);
+    }
+
+  private:
+    uint8_t class_at(const uint8_t* at) const {
+        if (*at < 0x80) return traits_[*at] & kClassBits;
+        int length;
+        return traits_[decode(at, length)] & kClassBits;
+    }
+
+    // Bit i: byte i of the 16 at `at` is an ASCII letter.
+    static uint32_t letters(const uint8_t* at) {
+#if defined(__SSE2__)
+        const __m128i lower = _mm_or_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), _mm_set1_epi8(0x20));
+        // Signed comparison after a shift of the range: 'a'..'z' become the 26 lowest values.
+        const __m128i shifted = _mm_add_epi8(lower, _mm_set1_epi8(static_cast<char>(0x80 - 'a')));
+        return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmplt_epi8(shifted, _mm_set1_epi8(static_cast<char>(0x80 + 26)))));
+#else
+        uint32_t mask = 0;
+        for (int i = 0; i < 16; ++i) mask |= static_cast<uint32_t>(static_cast<uint8_t>((at[i] | 0x20) - 'a') < 26) << i;
+        return mask;
+#endif
+    }
+
+    const uint8_t* letter_run(const uint8_t* at, const uint8_t* end) const {
+        for (;;) {
+            const uint32_t others = ~letters(at);
+            const auto count = static_cast<uint32_t>(__builtin_ctz(others));  // 16 where all are letters: the upper bits of `others` are set
+            at += count;
+            if (at >= end) return end;
+            if (count == 16) continue;
+            if (*at < 0x80) return at;
+            for (int length; *at >= 0x80; at += length) {
+                if ((traits_[decode(at, length)] & kClassBits) != kLetter) return at;
+                if (at + length >= end) return end;
+            }
+        }
+    }
+
+    // The end of the characters of one class.
+    const uint8_t* run(uint8_t wanted, const uint8_t* at, const uint8_t* end) const {
+        if (wanted == kLetter) return letter_run(at, end);
+        while (at < end) {
+            int length;
+            if ((traits_[decode(at, length)] & kClassBits) != wanted) return at;
+            at += length;
+        }
+        return end;
+    }
+
+    // Bytes of 's 't 'm 'd 're 've 'll at an apostrophe; 0 if there is none. `fold`: any case, U+017F being an s too.
+    static uint64_t contraction(const uint8_t* at, const uint8_t* end, bool fold) {
+        const auto letter = [&](int i) -> uint8_t { return at + i >= end ? 0 : fold && at[i] < 0x80 ? at[i] | 0x20 : at[i]; };
+        const uint8_t a = letter(1), b = letter(2);
+        if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+        if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
+        return fold && a == 0xC5 && b == 0xBF ? 3 : 0;
+    }
+
+    // The whitespace run at `at`: its end, and the start of its last character.
+    const uint8_t* space_run(const uint8_t* at, const uint8_t* end, const uint8_t*& last) const {
+        while (at < end) {
+            int length;
+            if ((traits_[decode(at, length)] & kClassBits) != kSpace) return at;
+            last = at;
+            at += length;
+        }
+        return end;
+    }
+
+    template <typename Emit>
+    void split_gpt2(const uint8_t* at, const uint8_t* end, Emit& emit) const {
+        while (at < end) {
+            const uint8_t* const start = at;
+            const uint8_t* const body = *at == ' ' && at + 1 < end ? at + 1 : at;
+            if (*at == '\'') {
+                if (const uint64_t length = contraction(at, end, false); length != 0) {
+                    emit(at, length);
+                    at += length;
+                    continue;
+                }
+            }
+            if (const uint8_t kind = class_at(body); kind != kSpace) {
+                at = run(kind, body, end);
+                emit(start, static_cast<uint64_t>(at - start));
+                continue;
+            }
+            const uint8_t* last = at;
+            at = space_run(at, end, last);
+            if (at < end && last > start) at = last;  // the last space of a run belongs to what follows, or stands alone
+            emit(start, static_cast<uint64_t>(at - start));
+        }
+    }
+
+    template <typename Emit>
+    void split_llama(const uint8_t* at, const uint8_t* end, int max_digits, Emit& emit) const {
+        while (at < end) {
+            const uint8_t* const start = at;
+            at = word_end_llama(at, end, max_digits);
+            emit(start, static_cast<uint64_t>(at - start));
+        }
+    }
+
+    const uint8_t* word_end_llama(const uint8_t* at, const uint8_t* end, int max_digits) const {
+        if (*at == '\'') {
+            if (const uint64_t length = contraction(at, end, true); length != 0) return at + length;
+        }
+        int length;
+        const uint8_t kind = traits_[decode(at, length)] & kClassBits;
+        if (kind == kLetter) return letter_run(at, end);
+        if (kind == kNumber) {
+            for (int digits = 1; digits <= max_digits; ++digits) {
+                at += length;
+                if (at >= end || (traits_[decode(at, length)] & kClassBits) != kNumber) return at;
+            }
+            return at;
+        }
+        const uint8_t* const behind = at + length;
+        const uint8_t following = behind < end ? class_at(behind) : static_cast<uint8_t>(kSpace);
+        if (*at != '\r' && *at != '\n' && following == kLetter) return letter_run(behind, end);
+        if (kind == kOther || (*at == ' ' && behind < end && following == kOther)) {
+            at = run(kOther, kind == kOther ? at : behind, end);
+            while (at < end && (*at == '\r' || *at == '\n')) ++at;
+            return at;
+        }
+        const uint8_t* last = at;
+        const uint8_t* const stop = space_run(at, end, last);
+        for (const uint8_t* line = stop; line > at; --line)
+            if (line[-1] == '\r' || line[-1] == '\n') return line;
+        return stop < end && last > at ? last : stop;
+    }
+
+    SplitPattern pattern_;
+    const uint8_t* traits_;
+};
+
+}  // namespace neox::data

@@ -1,0 +1,86 @@
+"""Bad lines kept aside: PREFIX.quarantine.jsonl, which appears when a run is done and had any."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import orjson
+
+from neox.data.files import sync_folder
+from neox.data.text import Bad
+from neox.errors import DiskError
+
+
+class Quarantine:
+    """Keeps bad lines as {file, line, reason, content_base64}, one a line. A context manager; nothing is left of it after an exception.
+
+    Args:
+        enabled: else it keeps nothing.
+        resume_at: bytes that an earlier run has made durable; it goes on behind them.
+
+    Raises:
+        DiskError: the file cannot be written.
+    """
+
+    def __init__(self, path: str, enabled: bool, resume_at: int = 0):
+        self.path = Path(path)
+        self._partial = Path(f"{path}.partial")
+        self._resume_at = resume_at
+        self._file: BinaryIO | None = None
+        self._enabled = enabled
+        self.stays = False  # after an exception, for a run that goes on with it
+
+    def keep(self, bad: Bad) -> None:
+        """Keep a bad line."""
+        if self._file is not None:
+            self._file.write(record(bad))
+
+    def sync(self) -> int:
+        """Make what was kept durable; returns its bytes."""
+        if self._file is None:
+            return 0
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def __enter__(self) -> Quarantine:
+        if not self._enabled:
+            return self
+        try:
+            self._file = open(self._partial, "r+b" if self._resume_at else "wb")  # closed by __exit__
+            self._file.truncate(self._resume_at)
+            self._file.seek(self._resume_at)
+        except OSError as error:
+            raise self._cannot(error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is None:
+            return
+        try:
+            size = self.sync() if kind is None else 0
+            self._file.close()
+            if size:
+                os.replace(self._partial, self.path)
+                sync_folder(self.path.parent)
+        except OSError as problem:
+            raise self._cannot(problem) from problem
+        finally:
+            if kind is None or not self.stays:
+                self._partial.unlink(missing_ok=True)
+
+    def _cannot(self, error: OSError) -> DiskError:
+        return DiskError("cannot write quarantine", where=self.path, got=error.strerror)
+
+
+def record(bad: Bad) -> bytes:
+    """One line of the quarantine file."""
+    content = None if bad.content is None else base64.b64encode(bad.content).decode()
+    return orjson.dumps({"file": bad.path, "line": bad.line, "reason": bad.reason, "content_base64": content}, option=orjson.OPT_APPEND_NEWLINE)

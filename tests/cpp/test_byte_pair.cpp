@@ -1,0 +1,115 @@
+// Byte-pair encoding against its definition, for words of every length class, and in time.
+#include <chrono>
+#include <map>
+#include <random>
+
+#include "data/byte_pair.h"
+#include "expect.h"
+
+using namespace data_test;
+using namespace neox::data;
+
+namespace {
+
+struct Model {
+    std::vector<uint32_t> byte_ids, left, right, merged;
+    std::map<std::pair<uint32_t, uint32_t>, uint32_t> ranks;
+
+    BytePairs pairs() const { return BytePairs(byte_ids, left, right, merged); }
+
+    std::vector<uint32_t> encode(const std::string& word) const {
+        std::vector<uint32_t> ids;
+        for (const char c : word) ids.push_back(byte_ids[static_cast<uint8_t>(c)]);
+        for (;;) {
+            uint32_t best = UINT32_MAX;
+            size_t at = 0;
+            for (size_t i = 0; i + 1 < ids.size(); ++i) {
+                const auto found = ranks.find({ids[i], ids[i + 1]});
+                if (found != ranks.end() && found->second < best) best = found->second, at = i;
+            }
+            if (best == UINT32_MAX) return ids;
+            ids[at] = merged[best];
+            ids.erase(ids.begin() + static_cast<long>(at) + 1);
+        }
+    }
+};
+
+// Merges at random among the tokens so far; some results have two ways to them, as in real vocabularies.
+Model random_model(std::mt19937_64& random, uint32_t alphabet, uint32_t merges) {
+    Model model;
+    for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(255 - b);
+    std::vector<uint32_t> tokens;
+    for (uint32_t a = 0; a < alphabet; ++a) tokens.push_back(model.byte_ids['a' + a]);
+    uint32_t next = 1000;
+    while (model.merged.size() < merges) {
+        const uint32_t left = tokens[random() % tokens.size()], right = tokens[random() % tokens.size()];
+        if (model.ranks.count({left, right}) != 0) continue;
+        model.ranks[{left, right}] = static_cast<uint32_t>(model.merged.size());
+        model.left.push_back(left);
+        model.right.push_back(right);
+        model.merged.push_back(random() % 16 == 0 && next > 1000 ? next - 1 : next++);
+        tokens.push_back(model.merged.back());
+    }
+    return model;
+}
+
+std::vector<uint32_t> encode(const BytePairs& pairs, const std::string& word) {
+    std::vector<uint32_t> out(word.size());  // exactly: a token more would be seen
+    out.resize(pairs.encode(reinterpret_cast<const uint8_t*>(word.data()), word.size(), out.data()));
+    return out;
+}
+
+void equals_its_definition() {
+    std::mt19937_64 random(7);
+    for (int round = 0; round < 60; ++round) {
+        const uint32_t alphabet = 1 + static_cast<uint32_t>(random() % 5);
+        const Model model = random_model(random, alphabet, 1 + static_cast<uint32_t>(random() % 40));
+        const BytePairs pairs = model.pairs();
+        for (const size_t length : {0, 1, 2, 3, 5, 17, 63, 64, 65, 255, 256, 257, 258, 600}) {
+            std::string word;
+            for (size_t i = 0; i < length; ++i) word.push_back(static_cast<char>('a' + random() % alphabet));
+            EXPECT(encode(pairs, word) == model.encode(word));
+        }
+    }
+}
+
+void whole_words() {
+    Model model;
+    for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(b);
+    BytePairs pairs = model.pairs();
+    EXPECT(encode(pairs, "ab") == (std::vector<uint32_t>{'a', 'b'}));
+    pairs.take_whole({{"ab", 900}});
+    EXPECT(encode(pairs, "ab") == std::vector<uint32_t>{900});
+    EXPECT(encode(pairs, "abc") == (std::vector<uint32_t>{'a', 'b', 'c'}));
+    EXPECT_FAULT(BytePairs({1, 2}, {}, {}, {}), "do not fit");
+}
+
+// A word of one letter merges at every place at once: the time stays in proportion to its length.
+void linear_time() {
+    std::mt19937_64 random(8);
+    Model model;
+    for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(b);
+    for (uint32_t r = 0, token = 'a'; r < 12; ++r, token = 1000 + r - 1) {
+        model.left.push_back(token);
+        model.right.push_back(token);
+        model.merged.push_back(1000 + r);
+    }
+    const BytePairs pairs = model.pairs();
+    double seconds[2];
+    for (int i = 0; i < 2; ++i) {
+        const std::string word(size_t{200'000} << (2 * i), 'a');
+        const auto start = std::chrono::steady_clock::now();
+        EXPECT_EQ(encode(pairs, word).size(), word.size() / 4096 + static_cast<size_t>(__builtin_popcountll(word.size() % 4096)));
+        seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+    EXPECT(seconds[1] < 10 * seconds[0] + 0.1);
+}
+
+}  // namespace
+
+int main() {
+    equals_its_definition();
+    whole_words();
+    linear_time();
+    return tally.finish();
+}

@@ -1,0 +1,147 @@
+// The fast reader of JSON lines: what it takes and what it leaves, and mutated lines in memory of their own, so that a sanitizer sees every
+// read past either end. Arguments: see budget.h (default: 100000 lines).
+#include <cstring>
+#include <random>
+
+#include "budget.h"
+#include "data/json_line.h"
+#include "data/unicode.h"
+#include "expect.h"
+
+using namespace data_test;
+using namespace neox::data;
+
+namespace {
+
+struct Read {
+    LineKind kind;
+    std::string text;
+};
+
+// Reads a line that is the whole of a block of memory.
+Read read(const std::string& line, const std::string& key = "text") {
+    const std::vector<uint8_t> exact(line.begin(), line.end());
+    TextBuffer text;
+    uint64_t count = 0;
+    const LineKind kind = read_json_line(exact.data(), exact.data() + exact.size(), exact.data() + exact.size(), key, text, count);
+    if (kind != LineKind::text) return {kind, ""};
+    return {kind, std::string(reinterpret_cast<const char*>(text.begin()), count)};
+}
+
+void gives(const std::string& line, const std::string& text) {
+    const Read got = read(line);
+    tally.check(got.kind == LineKind::text && got.text == text, line.c_str(), __FILE__, __LINE__, got.text);
+}
+
+void leaves(const std::string& line) { tally.check(read(line).kind == LineKind::unsure, line.c_str(), __FILE__, __LINE__); }
+
+void texts() {
+    gives(R"({"text": "a"})", "a");
+    gives("\t{ \"text\" :\"\" } \r", "");
+    gives(R"({"id": 17, "meta": {"text": "no", "list": [1, -2.5, [], {}, "x\n", null, true, false]}, "text": "yes"})", "yes");
+    gives(R"({"text": "first", "text": "last"})", "last");
+    gives(R"({"text": "\"\\\/\b\f\n\r\t\u0041\u00e9\u65E5\ud83D\uDE00"})", "\"\\/\b\f\n\r\tA\xC3\xA9\xE6\x97\xA5\xF0\x9F\x98\x80");
+    gives("{\"text\": \"\xC3\xA9\xE6\x97\xA5\xF0\x9F\x98\x80 sixteen bytes and more \xC3\xA9\"}",
+          "\xC3\xA9\xE6\x97\xA5\xF0\x9F\x98\x80 sixteen bytes and more \xC3\xA9");
+    gives("{\"text\": \"" + std::string(1000, 'x') + "\\n" + std::string(1000, 'y') + "\"}", std::string(1000, 'x') + "\n" + std::string(1000, 'y'));
+    gives(R"({"a": 0, "b": -0.5, "c": 12345678901234567, "text": "n"})", "n");
+    EXPECT_EQ(read(R"({"corps": "a"})", "corps").text, std::string("a"));
+    for (const char* blank : {"", " ", "\t\r", "\v\f "}) EXPECT(read(blank).kind == LineKind::blank);
+}
+
+void doubts() {
+    for (const char* line : {"{",
+                             "}",
+                             "[]",
+                             "\"text\"",
+                             "null",
+                             "{}",
+                             R"({"text"})",
+                             R"({"text": })",
+                             R"({"text": 1})",
+                             R"({"text": null})",
+                             R"({"other": "a"})",
+                             R"({"text": "a")",
+                             R"({"text": "a"}})",
+                             R"({"text": "a"} x)",
+                             R"({"text": "a",})",
+                             R"({,"text": "a"})",
+                             R"({"text": "a)",
+                             R"({"text": "a\)",
+                             R"({"text": "\x"})",
+                             R"({"text": "\u12"})",
+                             R"({"text": "\u12g4"})",
+                             R"({"text": "\ud800"})",
+                             R"({"text": "\udc00"})",
+                             R"({"text": "\ud800A"})",
+                             R"({"text": "\ud800\ud800"})",
+                             R"({"te\u0078t": "a"})",
+                             R"({"a": 01, "text": "a"})",
+                             R"({"a": 1., "text": "a"})",
+                             R"({"a": .5, "text": "a"})",
+                             R"({"a": -, "text": "a"})",
+                             R"({"a": 1e5, "text": "a"})",
+                             R"({"a": 123456789012345678, "text": "a"})",
+                             R"({"a": tru, "text": "a"})",
+                             R"({"a": [1,], "text": "a"})",
+                             R"({"a": {"b"}, "text": "a"})",
+                             R"({"text": "a", "text": 1})",
+                             "\xEF\xBB\xBF{\"text\": \"a\"}",
+                             "{'text': 'a'}"})
+        leaves(line);
+    for (const char* bytes : {"\xFF", "\xC3", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xE6\x97", "\x01", "\x1F", "\t", "\n"})
+        leaves("{\"text\": \"a" + std::string(bytes) + "\"}");
+    leaves(std::string("{\"text\": \"a\0\"}", 14));
+    leaves("{\"a\": " + std::string(100, '[') + std::string(100, ']') + ", \"text\": \"a\"}");
+    gives("{\"a\": " + std::string(60, '[') + std::string(60, ']') + ", \"text\": \"a\"}", "a");
+    leaves("{\"a\": " + std::string(1'000'000, '['));  // as deep as it likes: nothing is used up
+}
+
+void mutated(Budget& budget) {
+    const std::string seeds[] = {
+        "{\"text\": \"caf\xC3\xA9 \\\"q\\\" \\u00e9 \\ud83d\\ude00 and more words\", \"n\": [1, -2.5, {\"text\": \"x\"}], \"t\": true}",
+        "{\"a\": null, \"text\": \"\xE6\x97\xA5\xE6\x9C\xAC\\n\\t\\/\", \"text\": \"second\", \"z\": \"\xF0\x9F\x98\x80\"}",
+        "  {\"k\":0.125,\"text\":\"plain text of more than sixteen bytes, and then some more of it\"}\r",
+    };
+    const std::string pieces[] = {"\"", "\\", "\\u", "\\ud800", "\xFF", "\xC3", "\xED\xA0\x80", "{",   "}", "[", "]",
+                                  ",",  ":",  "1e5", "00",      "-",    " ",    "\x1F",         "text"};
+    std::mt19937_64 random(budget.seed());
+    uint64_t taken = 0, cases = 0;
+    for (; budget.next(); ++cases) {
+        std::string line = seeds[random() % 3];
+        for (uint64_t changes = random() % 4; changes > 0; --changes) {
+            const size_t at = random() % (line.size() + 1);
+            switch (random() % 4) {
+                case 0:
+                    line.resize(at);
+                    break;
+                case 1:
+                    line.insert(at, pieces[random() % std::size(pieces)]);
+                    break;
+                case 2:
+                    line.erase(at, 1 + random() % 4);
+                    break;
+                default:
+                    if (at < line.size()) line[at] = static_cast<char>(random());
+            }
+        }
+        const Read got = read(line);
+        if (got.kind != LineKind::text) continue;
+        ++taken;
+        EXPECT(got.text.size() <= line.size());
+        EXPECT(valid_utf8(reinterpret_cast<const uint8_t*>(got.text.data()), got.text.size()));
+        EXPECT(valid_utf8(reinterpret_cast<const uint8_t*>(line.data()), line.size()));  // JSON is UTF-8, all of it
+    }
+    std::printf("%llu lines, %llu taken\n", static_cast<unsigned long long>(cases), static_cast<unsigned long long>(taken));
+    EXPECT(taken > cases / 5 && taken < cases * 9 / 10);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    Budget budget(count, arguments, 100'000);
+    texts();
+    doubts();
+    mutated(budget);
+    return tally.finish();
+}
