@@ -31,7 +31,6 @@ from measure import Options, Row, show
 
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
-from neox.engine.engine import Engine
 from neox.model.gpt import GPT
 from neox.parallel.mesh import create_mesh
 from neox.plan.communication import Traffic, traffic
@@ -143,6 +142,8 @@ def size_of(tensors: object) -> int:
 
 def run_case(case: Case) -> dict:
     """One process: two steps of a layout, of which the second is counted."""
+    from neox.engine.engine import Engine  # only here: it brings in DeepSpeed, which writes to the output at its import, ahead of the JSON
+
     config = case.config()
     mesh = create_mesh(case.tensor, case.pipeline, context=case.context, sequence=case.sequence)
     sizes = batch_sizes(config, case.processes)
