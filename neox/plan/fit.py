@@ -9,7 +9,7 @@ from typing import Any
 
 from neox.config.rules import Conflict, Situation, context, heads, parallel, positions, precision, residual, stages
 from neox.config.schema import Config
-from neox.config.validate import batch_conflicts, data_parallel_size
+from neox.config.validate import batch_conflicts, batch_sizes, data_parallel_size
 from neox.plan.devices import Device
 from neox.plan.memory import Memory, stage_memory
 from neox.plan.sizes import Layout, resolve
@@ -62,7 +62,8 @@ def options(config: Config, world_size: int, device: Device) -> dict[str, list[A
     """Keys that trade speed for memory, each with the values that need less than the present one."""
     layout, train = config.parallel, config.train
     stronger = ["none", "selective", "full"]
-    micro = train.micro_batch_size or 1
+    known = train.micro_batch_size is not None or any(batch_conflicts(config, world_size))
+    micro = (train.micro_batch_size or 1) if known else batch_sizes(config, world_size).micro_batch_size
     divisors = [n for n in range(2, min(world_size, max(MOST_STAGES, device.per_node)) + 1) if world_size % n == 0]
     return {
         "train.activation_checkpointing": stronger[stronger.index(train.activation_checkpointing) + 1 :],
@@ -81,9 +82,9 @@ def changed(config: Config, world_size: int, keys: Mapping[str, Any]) -> tuple[C
     micro = keys.get("train.micro_batch_size", train.micro_batch_size)
     grown = {key.split(".")[1]: value for key, value in keys.items() if key.startswith("parallel.")}
     smaller = config.model_copy(update={"parallel": config.parallel.model_copy(update=grown)})
-    if micro is not None and train.micro_batch_size is not None and (train.global_batch_size is None or train.gradient_accumulation is not None):
-        before = train.micro_batch_size * (train.gradient_accumulation or 1) * data_parallel_size(config, world_size)
-        accumulation, rest = divmod(before, micro * data_parallel_size(smaller, world_size))
+    if micro is not None and (train.global_batch_size is None or train.gradient_accumulation is not None):
+        total = train.global_batch_size or train.micro_batch_size * (train.gradient_accumulation or 1) * data_parallel_size(config, world_size)
+        accumulation, rest = divmod(total, micro * data_parallel_size(smaller, world_size))
         if not rest and accumulation != (train.gradient_accumulation or 1):
             keys["train.gradient_accumulation"] = accumulation
     out = config

@@ -48,8 +48,16 @@ def test_nothing_fits_in_no_memory():
     assert changes(small(), 8, replace(A100, memory=A100.reserve + 1)) == (None, None)
 
 
-def test_the_global_batch_stays():
-    config = load_config("pythia/160M.yml", overrides=["train.micro_batch_size=8", "train.global_batch_size=null", "train.gradient_accumulation=2"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["train.micro_batch_size=8", "train.global_batch_size=null", "train.gradient_accumulation=2"],
+        ["train.micro_batch_size=null", "train.global_batch_size=64", "train.gradient_accumulation=2"],
+    ],
+)
+def test_the_global_batch_stays(given):
+    config = load_config("pythia/160M.yml", overrides=given)
+    assert options(config, 4, A100)["train.micro_batch_size"] == [4, 2, 1]
     other, keys = changed(config, 4, {"train.micro_batch_size": 2, "parallel.tensor": 2})
     assert keys == {"train.micro_batch_size": 2, "parallel.tensor": 2, "train.gradient_accumulation": 16}
     assert estimate(other, 4, A100).layout.batch.global_batch_size == 8 * 2 * 4
