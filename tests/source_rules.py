@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 FLOORS = {
     "neox.errors": 0,
+    "neox.faults": 0,
     "neox.config": 0,
     "neox.ops": 1,
     "neox.data": 1,

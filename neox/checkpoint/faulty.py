@@ -1,0 +1,67 @@
+"""Storage with the sites of FAULT (neox.faults) before its calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neox.checkpoint.manifest import MANIFEST
+from neox.checkpoint.storage import LOCAL, Storage
+from neox.faults import Faults
+
+
+class FaultyStorage(Storage):
+    """The system calls, each after its site; renaming a manifest into place and removing one are sites of their own."""
+
+    def __init__(self, faults: Faults):
+        self.faults = faults
+
+    def make_dir(self, path: Path) -> None:
+        """Site make_dir."""
+        self.faults("make_dir")
+        super().make_dir(path)
+
+    def create(self, path: Path) -> int:
+        """Site create."""
+        self.faults("create")
+        return super().create(path)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Site write, in the middle of the bytes where there are several, so that a file can be torn there."""
+        half = super().write(descriptor, data[: len(data) // 2]) if len(data) > 1 else 0
+        self.faults("write")
+        return half or super().write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        """Site sync."""
+        self.faults("sync")
+        super().sync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Site close: the file is closed either way."""
+        super().close(descriptor)
+        self.faults("close")
+
+    def sync_dir(self, path: Path) -> None:
+        """Site sync_dir."""
+        self.faults("sync_dir")
+        super().sync_dir(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Site publish where a manifest gets its name, else rename."""
+        self.faults("publish" if target.name == MANIFEST else "rename")
+        super().rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Site retain where a manifest goes, else unlink."""
+        self.faults("retain" if path.name == MANIFEST else "unlink")
+        super().unlink(path)
+
+    def remove_dir(self, path: Path) -> None:
+        """Site remove_dir."""
+        self.faults("remove_dir")
+        super().remove_dir(path)
+
+
+def storage_with(faults: Faults) -> Storage:
+    """The storage of a run: the plain one where no fault is asked for."""
+    return FaultyStorage(faults) if faults else LOCAL

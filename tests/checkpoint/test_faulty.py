@@ -1,0 +1,32 @@
+"""Storage with sites: each call has its own, and without faults it is the plain storage."""
+
+import errno
+
+import pytest
+
+from neox.checkpoint.faulty import FaultyStorage, storage_with
+from neox.checkpoint.load import find, verify
+from neox.checkpoint.storage import LOCAL
+from neox.errors import DiskError
+from neox.faults import Faults, parse
+from tests.checkpoint.builders import save_one
+
+CALLS = ("make_dir", "create", "write", "sync", "close", "sync_dir", "rename", "publish", "unlink", "retain", "remove_dir")
+
+
+def test_without_faults_it_is_the_plain_storage():
+    assert storage_with(Faults()) is LOCAL
+    assert isinstance(storage_with(Faults(parse("eio@0:write:1"))), FaultyStorage)
+    assert storage_with(Faults(parse("eio@1:write:1"), rank=0)) is LOCAL
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_each_call_fails_at_its_site_and_nothing_is_lost(tmp_path, call):
+    old = save_one(tmp_path, 1)
+    keep = 1 if call in ("unlink", "retain", "remove_dir") else 0
+    with pytest.raises(DiskError, match=errno.errorcode[errno.EDQUOT]):
+        save_one(tmp_path, 2, keep=keep, storage=storage_with(Faults(parse(f"edquot@0:{call}:1"))))
+    verify(find(tmp_path, "must"))
+    if not keep:
+        verify(old)
+    verify(save_one(tmp_path, 3, storage=storage_with(Faults(parse("delay0.001@0:write:1")))))

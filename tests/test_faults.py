@@ -1,0 +1,104 @@
+"""The value of FAULT, and when a fault happens. That every site is really reached is shown in tests/faults."""
+
+import ast
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from neox.errors import EnvironmentProblem
+from neox.faults import KINDS, SITES, Fault, Faults, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_values_of_the_variable():
+    assert parse("kill@1:step:3") == (Fault("kill", 1, "step", 3, False),)
+    assert parse("nan@*:loss:2+, delay2.5@0:write:1,times10@0:loss:1") == (
+        Fault("nan", None, "loss", 2, True),
+        Fault("delay", 0, "write", 1, False, 2.5),
+        Fault("times10", 0, "loss", 1, False),
+    )
+    assert parse("usr1@0:*:1") == (Fault("usr1", 0, "*", 1, False),)
+    assert parse("") == parse(" ") == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["kill", "kill@1:step", "kill@1:step:0", "kil@1:step:1", "kill@1:stepp:1", "kill@x:step:1", "delay@0:step:1", "kill3@0:step:1", "kill@0:step:-1"]
+)
+def test_a_wrong_value_is_an_error_that_names_it(text):
+    with pytest.raises(EnvironmentProblem, match=rf"error\[14\] FAULT is malformed; where=FAULT; got={text}; want=KIND@RANK"):
+        parse(text)
+
+
+def test_a_fault_happens_on_its_rank_at_its_time_only():
+    faults = Faults(parse("raise@1:step:3"), rank=1)
+    for _ in range(2):
+        faults("step")
+        faults("forward")
+    with pytest.raises(RuntimeError, match=r"fault raise@1:step:3"):
+        faults("step")
+    faults("step")
+    other = Faults(parse("raise@1:step:3"), rank=0)
+    assert not other
+    for _ in range(4):
+        other("step")
+
+
+def test_from_a_time_on_and_at_every_site():
+    faults = Faults(parse("enospc@0:*:2+"))
+    for site in ("write", "sync"):
+        faults(site)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                faults(site)
+
+
+def test_values_pass_through():
+    faults = Faults(parse("nan@0:loss:2,times10@0:gradient:1,inf@0:parameter:1"))
+    assert faults.value("loss", 1.0) == 1.0
+    assert math.isnan(faults.value("loss", 1.0))
+    assert faults.value("gradient", 2.0) == 20.0
+    assert faults.value("parameter", 2.0) == math.inf
+    assert Faults().value("loss", 3.0) == 3.0
+
+
+def test_kinds_that_raise_and_wait():
+    with pytest.raises(MemoryError):
+        Faults(parse("memory@0:step:1"))("step")
+    begin = time.monotonic()
+    Faults(parse("delay0.05@0:step:1"))("step")
+    assert time.monotonic() - begin > 0.05
+
+
+@pytest.mark.parametrize(("kind", "code"), [("kill", -signal.SIGKILL), ("term", -signal.SIGTERM), ("usr1", -signal.SIGUSR1), ("note", 0)])
+def test_kinds_that_end_a_process(kind, code):
+    program = f"from neox.faults import Faults, parse; Faults(parse('{kind}@0:step:1'))('step')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    assert done.returncode == code
+    assert done.stderr == ("fault note@0:step:1\n" if kind == "note" else "")
+
+
+def test_the_table_is_what_the_code_names():
+    """Every site of the table is called somewhere, and nothing else is."""
+    named = set()
+    for path in (ROOT / "neox").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("faults", "faults.value")):
+                named |= {part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)} if node.args else set()
+    assert named == set(SITES)
+    assert len(set(KINDS)) == len(KINDS)
+
+
+def test_without_the_variable_a_site_costs_nothing():
+    faults = Faults()
+    begin = time.perf_counter()
+    for _ in range(100_000):
+        faults("step")
+    assert (time.perf_counter() - begin) / 100_000 < 20e-6
+    assert os.environ.get("FAULT") is None
