@@ -76,6 +76,12 @@ class NonFinite(NeoxError):
     exit_code = 11
 
 
+class ReplicaDrift(NeoxError):
+    """Processes that should hold the same parameters do not."""
+
+    exit_code = 11
+
+
 class HangError(NeoxError):
     """A rank made no progress within its time limit."""
 

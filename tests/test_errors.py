@@ -28,6 +28,7 @@ def test_exit_codes_are_the_published_ones():
         "MemoryExhausted": 6,
         "StoppedBySignal": 10,
         "NonFinite": 11,
+        "ReplicaDrift": 11,
         "HangError": 12,
         "PeerLost": 13,
         "EnvironmentProblem": 14,

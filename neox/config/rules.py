@@ -300,4 +300,14 @@ def offload(config: Config) -> Iterator[Conflict]:
             yield Conflict("offloading what is not cut", (f"deepspeed.zero_optimization.{name}", "zero.stage"), f"zero.stage at least {stage}")
 
 
-RULES = (heads, positions, rope_scaling, residual, vocabulary, sources, schedule, precision, parallel, stages, context, folders, deepspeed)
+def rollback(config: Config, _: Situation) -> Iterator[Conflict]:
+    """Going back takes further data, and a place to go back to."""
+    if config.guard.loss_spike != "rollback":
+        return
+    if config.data.order == "neox":
+        yield Conflict("the order ends with train_iters", ("guard.loss_spike", "data.order"), "data.order: epoch, which goes on, for rollback")
+    if not config.checkpoint.save_interval and not config.checkpoint.save_iters:
+        yield Conflict("nothing to go back to", ("guard.loss_spike", "checkpoint.save_interval"), "checkpoint.save_interval above 0 for rollback")
+
+
+RULES = (heads, positions, rope_scaling, residual, vocabulary, sources, schedule, precision, parallel, stages, context, folders, rollback, deepspeed)

@@ -281,6 +281,20 @@ class ProfileConfig(Section):
     memory: bool = Field(False, description="record allocations too")
 
 
+class GuardConfig(Section):
+    """What a run watches itself for, and what it does then."""
+
+    non_finite: Literal["stop", "skip"] = Field("stop", description="a loss or gradient that is NaN or infinite: end the run, or leave the update out")
+    max_skipped: Positive = Field(5, description="updates left out in a row that are borne; one more ends the run")
+    loss_spike: Literal["off", "warn", "skip", "rollback"] = Field(
+        "warn", description="a loss that jumps: say so; leave the update out; or go back to the newest checkpoint and on with the data that come next"
+    )
+    spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(3.0, description="a jump is a loss above this many times the median before it")
+    spike_window: Positive = Field(64, description="steps over which that median is taken")
+    drift_interval: NonNegative = Field(100, description="steps between comparisons of parameters that processes should hold alike; 0: none")
+    hang_timeout: NonNegativeFloat = Field(1200.0, description="seconds without progress after which a process counts as stuck and the run is ended; 0: never")
+
+
 class RunConfig(Section):
     """Where a run leaves its files."""
 
@@ -303,5 +317,6 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="keys handed to DeepSpeed as they are, checked against the keys it knows")

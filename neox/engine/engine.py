@@ -13,7 +13,7 @@ Stage 0 with bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,27 +22,20 @@ import torch.distributed as dist
 
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
+from neox.engine.batch import Batch, context_part, count_targets, to_device
+from neox.engine.drift import check_replicas
 from neox.engine.footprint import kept
+from neox.engine.guard import Guard
 from neox.engine.optimizer import build_optimizer
 from neox.engine.pipeline import Schedule, TiedExchange, hand_over
 from neox.engine.schedule import build_schedule
 from neox.engine.wrap import start_deepspeed
-from neox.engine.zero import State
+from neox.engine.zero import State, held_gradients
 from neox.errors import CheckpointError, NonFinite
+from neox.faults import NO_FAULTS, Faults
 from neox.parallel.mesh import Layout, Mesh
 
-IGNORED = -100  # target that has no loss
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Batch(Protocol):
-    """One micro-batch (neox.data.loader.Batch): int64 [b, s] tokens and targets, int32 segment_ids, int64 position_ids or None, int64 [b] sample_ids."""
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    segment_ids: torch.Tensor | None
-    position_ids: torch.Tensor | None
-    sample_ids: torch.Tensor
 
 
 class BatchSizes(Protocol):
@@ -63,8 +56,10 @@ class StepResult:
         grad_norm: L2 norm of its gradient before clipping.
         lr: learning rate of the update.
         tokens: targets that counted.
-        skipped: no update was made: an fp16 gradient overflowed and the loss scale was lowered.
+        skipped: no update was made: an fp16 gradient overflowed and the loss scale was lowered, or `problem`.
         stop: some process asked to stop before the update.
+        problem: what was wrong with the step in words: not finite, or a spike of the loss; None: nothing.
+        spike: whether it was a spike.
     """
 
     step: int
@@ -74,6 +69,8 @@ class StepResult:
     tokens: int
     skipped: bool
     stop: bool
+    problem: str | None = None
+    spike: bool = False
 
 
 class SummedLoss(torch.nn.Module):
@@ -99,9 +96,24 @@ class Engine:
         model: GPT with fp32 parameters on mesh.device. It belongs to the engine from now on.
         batch_sizes: the resolved batch triangle.
         total_steps: length of the run, where the schedule ends unless the config says otherwise.
+        faults: faults on purpose.
+        alive: called at each micro-batch, as a sign of life.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, model: torch.nn.Module, batch_sizes: BatchSizes, total_steps: int):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: torch.nn.Module,
+        batch_sizes: BatchSizes,
+        total_steps: int,
+        *,
+        faults: Faults = NO_FAULTS,
+        alive: Callable[[], None] | None = None,
+    ):
+        self.faults = faults
+        self.alive = alive
+        self.guard = Guard(config.guard)
         self.config = config
         self.mesh = mesh
         self.model = model
@@ -111,6 +123,7 @@ class Engine:
         self.updates = 0
         layouts: dict[str, Layout] = model.layouts()
         named = [(name, p, layouts[name]) for name, p in model.named_parameters() if p.requires_grad]
+        self.named = named
         parameters = [(name, p) for name, p, _ in named]
         self.optimizer = build_optimizer(parameters, config.optimizer)
         shapes = model.logical_shapes()
@@ -128,6 +141,8 @@ class Engine:
         self.dtype = DTYPES[config.precision.dtype]
         self.weight = 1.0  # of a token's loss in the gradient of this step
         self.tied = tie(model, mesh, self.dtype)
+        if faults:
+            named[0][1].register_hook(lambda gradient: faults.value("gradient", gradient))
         self.schedule_of_stages = Schedule(mesh, self.forward, self.backward, lambda batch: model.boundary_shape(batch.tokens), self.dtype)
 
     def train_step(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
@@ -138,36 +153,67 @@ class Engine:
             stop: this process asks to stop; the answer of all is in the result.
 
         Raises:
-            NonFinite: loss or gradient is NaN or infinite; nothing was updated, on any process.
+            NonFinite: loss or gradient is NaN or infinite, and guard.non_finite does not skip it, or not any more; nothing was updated, on any process.
         """
         step = self.step + 1
+        self.begin_step()
         local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
         total = int(self.sum_over([sum(count_targets(batch) for batch in local)], self.mesh.replica_group)[0])
         self.weight = self.mesh.replicas / max(total, 1)  # DeepSpeed averages gradients over the replicas
-        loss = float(self.schedule_of_stages.train(local))
+        loss = self.faults.value("loss_number", float(self.schedule_of_stages.train(local)))
         if self.tied is not None:
             self.tied.send_gradient()
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
         loss_sum, stops = self.sum_over([loss if speaks else 0.0, float(stop)], self.everyone)
         mean = loss_sum / max(total, 1)
-        if not math.isfinite(mean):
-            raise self.not_finite("loss", mean, step, batches)
         learning_rate = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm, skipped = self.update(step, batches)
+        self.faults("update")
+        norm, skipped, problem, spike = self.judged_update(mean, step, batches)
+        self.faults("updated")
         if self.tied is not None:
             self.tied.publish()
         self.step = step
         self.updates += not skipped
-        return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0)
+        return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0, problem, spike)
+
+    def begin_step(self) -> None:
+        """Sites of a step's beginning."""
+        self.faults("step")
+        if self.faults:
+            p = self.named[0][1]
+            spoil(getattr(p, "ds_tensor", p) if p.numel() == 0 else p, self.faults)
+
+    def judged_update(self, mean: float, step: int, batches: Sequence[Batch]) -> tuple[float, bool, str | None, bool]:
+        """Update unless something is wrong. Returns norm, whether the update was left out, what was wrong in words, and whether that was a spike."""
+        problem = None if math.isfinite(mean) else self.not_finite("loss", mean, step, batches)
+        spike = problem is None and self.guard.spikes(mean)
+        if problem is not None or (spike and self.guard.refuses_spikes):
+            self.drop_gradients()
+            norm, skipped = math.inf, True
+        else:
+            norm, skipped, problem = self.update(step, batches)
+        if problem is not None:
+            self.guard.refuse(problem)
+            return norm, skipped, f"{problem.what}: {problem.got}", False
+        words = self.guard.spike(mean) if spike else None
+        if not skipped:
+            self.guard.accept(mean)
+        elif spike:
+            self.guard.count(NonFinite("the loss jumps and does not come back", where=f"step {step}", got=words, do="lower the learning rate"))
+        return norm, skipped, words, spike
 
     def forward(self, batch: Batch, received: torch.Tensor | None) -> torch.Tensor:
         """One micro-batch through this stage."""
-        return self.deepspeed(batch, received)
+        self.faults("forward")
+        if self.alive is not None:
+            self.alive()
+        return self.faults.value("loss", self.deepspeed(batch, received))
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, last: bool) -> None:
         """Backward of one micro-batch through this stage; after the last one gradients are reduced over the replicas."""
+        self.faults("backward")
         self.deepspeed.set_gradient_accumulation_boundary(last)
         if self.tied is not None:
             self.tied.last_backward = last
@@ -176,21 +222,40 @@ class Engine:
         root = output * self.weight if gradient is None else hand_over(output, gradient)
         self.deepspeed.backward(root, scale_wrt_gas=False)
 
-    def update(self, step: int, batches: Sequence[Batch]) -> tuple[float, bool]:
-        """Clip, and step the optimizer. Returns the gradient's norm and whether the update was skipped (fp16 overflow)."""
+    def update(self, step: int, batches: Sequence[Batch]) -> tuple[float, bool, NonFinite | None]:
+        """Clip, and step the optimizer. Returns the gradient's norm, whether the update was left out, and why where that is no overflow of fp16."""
         if self.plain:
             norm = self.clip_plain()
             if not math.isfinite(norm):
-                raise self.not_finite("gradient", norm, step, batches)
+                self.drop_gradients()
+                return norm, True, self.not_finite("gradient", norm, step, batches)
             self.step_optimizer()
-            return norm, False
+            return norm, False, None
         self.step_optimizer()
         if not self.wrapper.overflow:
-            return float(self.deepspeed.get_global_grad_norm()), False
+            return float(self.deepspeed.get_global_grad_norm()), False, None
         self.state.gather_persistent()
         if self.config.precision.dtype == "fp16" and self.wrapper.loss_scale > self.config.precision.min_loss_scale:
-            return math.inf, True
-        raise self.not_finite("gradient", "NaN or infinity", step, batches)
+            return math.inf, True, None
+        return math.inf, True, self.not_finite("gradient", "NaN or infinity", step, batches)
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of this step, on all processes, without an update."""
+        if self.plain:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        for gradient in held_gradients(self.wrapper):  # DeepSpeed clears all that it holds where it finds one that is not finite
+            gradient.fill_(math.nan)
+        self.step_optimizer()
+        self.state.gather_persistent()
+
+    def check_replicas(self) -> None:
+        """Compare the parameters with those of the processes that should hold the same. Every process calls it; raises ReplicaDrift."""
+        check_replicas(self.named, self.mesh, self.step)
+
+    def any_asks(self, stop: bool) -> bool:
+        """Whether any process asks to stop. Every process calls it."""
+        return self.sum_over([float(stop)], self.everyone)[0] > 0
 
     def step_optimizer(self) -> None:
         """DeepSpeed's step. Its Muon is torch.compiled: on a CPU that would start a C++ compiler in the middle of a run, so it stays eager there."""
@@ -238,9 +303,15 @@ class Engine:
             do="nothing was updated; lower the learning rate, or look at these samples (neox data inspect)",
         )
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss per target over the batches of all processes; the training state and the random streams are untouched."""
+        total, targets, _ = self.evaluate_part(batches)
+        return total / max(targets, 1.0)
+
+    @torch.no_grad()
+    def evaluate_part(self, batches: Iterable[Batch], *, stop: bool = False) -> tuple[float, float, bool]:
+        """Part of an evaluation: sum of the losses, number of targets, and whether any process asks to stop, over all processes."""
+        self.faults("evaluate")
         self.deepspeed.eval()
         local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
         loss = float(self.schedule_of_stages.evaluate(local))
@@ -248,8 +319,8 @@ class Engine:
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
         counted = self.mesh.first_stage and self.mesh.tp_rank == 0
         count = sum(count_targets(batch) for batch in local) if counted else 0
-        total, targets = self.sum_over([loss if speaks else 0.0, float(count)], self.everyone)
-        return total / max(targets, 1.0)
+        total, targets, stops = self.sum_over([loss if speaks else 0.0, float(count), float(stop)], self.everyone)
+        return total, targets, stops > 0
 
     def fragments(self) -> Iterator[Fragment]:
         """The fp32 weights and optimizer state that this process writes to a checkpoint (views, not copies)."""
@@ -258,6 +329,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """The rest of the state: JSON numbers."""
         out: dict[str, Any] = {"step": self.step, "updates": self.updates, "optimizer": self.config.optimizer.type}
+        out["guard"] = self.guard.state_dict()
         if self.config.precision.dtype == "fp16":
             scaler = self.wrapper.loss_scaler
             out["loss_scale"] = {key: getattr(scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
@@ -288,6 +360,7 @@ class Engine:
         if self.tied is not None:
             self.tied.publish()
         self.deepspeed.global_steps = self.step
+        self.guard.restore(saved.get("guard", {}))
         if "loss_scale" in saved and self.config.precision.dtype == "fp16":
             for key, value in saved["loss_scale"].items():
                 setattr(self.wrapper.loss_scaler, key, value)
@@ -314,32 +387,8 @@ def tie(model: torch.nn.Module, mesh: Mesh, dtype: torch.dtype) -> TiedExchange 
     return TiedExchange(mesh, owner, model.tied)
 
 
-def count_targets(batch: Batch) -> int:
-    """Number of targets that have a loss."""
-    return int((batch.targets != IGNORED).sum())
-
-
-@dataclass(frozen=True)
-class LocalBatch:
-    """A micro-batch as the model of this process reads it."""
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    segment_ids: torch.Tensor | None
-    position_ids: torch.Tensor | None
-
-
-def context_part(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch with the own part of the sequence of tokens, targets and positions; segment ids stay whole, for the attention."""
-    if mesh.cp == 1:
-        return batch
-    cut = [None if t is None else t.chunk(mesh.cp, dim=1)[mesh.cp_rank].contiguous() for t in (batch.tokens, batch.targets, batch.position_ids)]
-    return LocalBatch(cut[0], cut[1], batch.segment_ids, cut[2])
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; itself where it is there already."""
-    if batch.tokens.device == device:
-        return batch
-    move = [None if t is None else t.to(device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.segment_ids, batch.position_ids)]
-    return LocalBatch(*move)
+@torch.no_grad()
+def spoil(tensor: torch.Tensor, faults: Faults) -> None:
+    """The site `parameter`: the first element of a weight."""
+    first = tensor.detach().view(-1)[:1]
+    first.copy_(faults.value("parameter", first.clone()))

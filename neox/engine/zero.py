@@ -181,3 +181,11 @@ class State:
         """Stage 3: make whole the small parameters that every process keeps; DeepSpeed's step leaves them cut where it skips the update."""
         if isinstance(self.wrapper, DeepSpeedZeroOptimizer_Stage3) and self.wrapper.persistent_parameters:
             self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)
+
+
+def held_gradients(wrapper: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer) -> Iterator[torch.Tensor]:
+    """The reduced gradients of this process that the next step of DeepSpeed's optimizer would apply."""
+    if isinstance(wrapper, BF16_Optimizer):
+        yield from wrapper.fp32_groups_gradients_flat
+    else:
+        yield from (gradient for group in wrapper.averaged_gradients.values() for gradient in group or () if gradient is not None)

@@ -193,7 +193,15 @@ def deepspeed_cases() -> list[Case]:
     return cases
 
 
-CASES = tuple(model_cases() + data_cases() + schedule_cases() + batch_cases() + parallel_cases() + deepspeed_cases())
+def guard_cases() -> list[Case]:
+    """Policies without what they need."""
+    return [
+        Case(("guard.loss_spike=rollback", "data.order=neox"), ("guard.loss_spike", "data.order")),
+        Case(("guard.loss_spike=rollback", "checkpoint.save_interval=0"), ("guard.loss_spike", "checkpoint.save_interval")),
+    ]
+
+
+CASES = tuple(guard_cases() + model_cases() + data_cases() + schedule_cases() + batch_cases() + parallel_cases() + deepspeed_cases())
 
 
 def report(case: Case) -> str:

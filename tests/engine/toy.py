@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from neox.config.schema import Config
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError, NonFinite
+from neox.faults import NO_FAULTS, Faults
 from neox.parallel.mesh import Layout, Mesh, create_mesh
 
 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; launchers and `neox train` set it
@@ -115,9 +116,11 @@ def micro_batches(step: int, mesh: Mesh, accumulation: int, samples: int = 8) ->
     return [Batch(tokens[list(r)], targets[list(r)], torch.tensor(list(r)) + step * samples) for r in rows]
 
 
-def make_engine(config: Config, mesh: Mesh, accumulation: int = 1, total_steps: int = 20, samples: int = 8, dropout: float = 0.0) -> Engine:
+def make_engine(
+    config: Config, mesh: Mesh, accumulation: int = 1, total_steps: int = 20, samples: int = 8, dropout: float = 0.0, faults: Faults = NO_FAULTS
+) -> Engine:
     sizes = SimpleNamespace(micro_batch_size=samples // (mesh.dp * accumulation), gradient_accumulation=accumulation, global_batch_size=samples)
-    return Engine(config, mesh, Toy(dropout=dropout), sizes, total_steps)
+    return Engine(config, mesh, Toy(dropout=dropout), sizes, total_steps, faults=faults)
 
 
 def run(engine: Engine, accumulation: int, steps: int) -> list[dict]:

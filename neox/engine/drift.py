@@ -1,0 +1,87 @@
+"""Whether processes that should hold the same parameters do: checksums of the bits, compared.
+
+A flipped bit in memory, or a reduction that one process left out, lets replicas drift apart without any other sign (BLOOM's norms did).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from neox.checkpoint.peers import Peers
+from neox.errors import ReplicaDrift
+from neox.parallel.mesh import Layout, Mesh
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integers of that size
+SHOWN = 5
+
+Named = Sequence[tuple[str, torch.nn.Parameter, Layout]]
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of the bit patterns as int64 scalar: any one flipped bit changes it."""
+    return tensor.detach().view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def replicated(named: Named, mesh: Mesh) -> list[tuple[dist.ProcessGroup, list[tuple[str, torch.nn.Parameter]]]]:
+    """What is held alike, by group: all parameters over the replicas, those that are not cut over the tensor group too.
+
+    What ZeRO's stage 3 has cut is nobody's replica; the small parameters that it keeps whole are.
+    """
+    there = [(name, p, layout) for name, p, layout in named if p.numel() and getattr(p, "ds_persist", True)]
+    out = []
+    if mesh.replica_group is not None:
+        out.append((mesh.replica_group, [(name, p) for name, p, _ in there]))
+    if mesh.tp_group is not None:
+        out.append((mesh.tp_group, [(name, p) for name, p, layout in there if layout.dim is None]))
+    return [(group, held) for group, held in out if held]
+
+
+@torch.no_grad()
+def check_replicas(named: Named, mesh: Mesh, step: int) -> None:
+    """Compare with the other holders. Every process calls it.
+
+    Raises:
+        ReplicaDrift: names tensors and ranks; on every process, also those whose parameters agree.
+    """
+    findings: list[str] = []
+    for group, held in replicated(named, mesh):
+        mine = torch.stack([checksum(p) for _, p in held])
+        extremes = torch.cat([mine, -mine])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        if not torch.equal(extremes[: len(held)], -extremes[len(held) :]):
+            findings += differing([name for name, _ in held], mine, group)
+    if mesh.world_size == 1:
+        return
+    flag = torch.tensor([float(bool(findings))], device=mesh.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    if not flag.item():
+        return
+    everything = sorted({line for lines in Peers(mesh.rank, mesh.world_size).exchange(findings) for line in lines})
+    more = f" and {len(everything) - SHOWN} more" if len(everything) > SHOWN else ""
+    raise ReplicaDrift(
+        "replicas have drifted apart",
+        where=f"step {step}",
+        got=", ".join(everything[:SHOWN]) + more,
+        want="the same bits everywhere",
+        do="resume from a checkpoint; the memory of the ranks named may be faulty",
+    )
+
+
+def differing(names: Sequence[str], mine: torch.Tensor, group: dist.ProcessGroup) -> list[str]:
+    """`tensor on ranks ...` for every tensor whose checksums differ: the ranks outside of the majority, or all where there is none."""
+    ranks = dist.get_process_group_ranks(group)
+    everyone = [torch.empty_like(mine) for _ in ranks]
+    dist.all_gather(everyone, mine, group=group)
+    lines = []
+    for i, name in enumerate(names):
+        values = [int(one[i]) for one in everyone]
+        (common, votes), *others = Counter(values).most_common(2)
+        if not others:
+            continue
+        odd = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
+        lines.append(f"{name} on rank {', '.join(map(str, ranks if votes == others[0][1] else odd))}")
+    return lines

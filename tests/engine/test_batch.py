@@ -1,0 +1,36 @@
+"""What a process computes of a micro-batch."""
+
+import torch
+
+from neox.engine.batch import IGNORED, LocalBatch, context_part, count_targets, to_device
+from neox.parallel.mesh import Mesh
+from tests.engine.toy import Batch
+
+
+def make_batch() -> Batch:
+    tokens = torch.arange(24).view(2, 12)
+    targets = tokens.clone()
+    targets[0, :5] = IGNORED
+    return Batch(tokens, targets, torch.tensor([3, 4]), segment_ids=torch.ones(2, 12, dtype=torch.int32), position_ids=tokens % 12)
+
+
+def test_ignored_targets_do_not_count():
+    assert count_targets(make_batch()) == 19
+
+
+def test_a_batch_that_is_there_is_not_copied():
+    batch = make_batch()
+    assert to_device(batch, torch.device("cpu")) is batch
+    moved = to_device(batch, torch.device("meta"))
+    assert isinstance(moved, LocalBatch)
+    assert moved.position_ids.device.type == "meta"
+
+
+def test_the_sequence_is_cut_over_the_context_group_but_for_segment_ids():
+    batch = make_batch()
+    single = Mesh.single()
+    assert context_part(batch, single) is batch
+    parts = [context_part(batch, Mesh(**{**vars(single), "cp": 3, "cp_rank": rank})) for rank in range(3)]
+    assert torch.equal(torch.cat([part.tokens for part in parts], dim=1), batch.tokens)
+    assert torch.equal(parts[1].position_ids, batch.position_ids[:, 4:8])
+    assert all(part.segment_ids is batch.segment_ids for part in parts)
