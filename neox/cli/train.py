@@ -8,7 +8,7 @@
 example: python train.py --conf my.yml --set run.dir=runs/first
 
 Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 disk, 6 memory, 10 stopped by a signal after saving, 11 not finite,
-13 another process was lost, 14 environment.
+or replicas that differ, 12 a process is stuck, 13 another process was lost, 14 environment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from neox.cli.launcher import read_place
 from neox.config.load import load
 from neox.config.validate import validate
 from neox.errors import NeoxError
+from neox.faults import Faults, parse
 from neox.train.place import Place
+from neox.train.signals import StopSignals
 
 AFTER_YOU = 3.0  # seconds that other processes leave to the first to report what all of them found
 
@@ -39,16 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code, which is the same for all processes."""
     place = Place()
-    try:
-        place = read_place(os.environ)
-        return start(args, place)
-    except NeoxError:
-        if place.rank > 0:  # every process finds the same; only if the first found nothing is this one's line worth reading
-            time.sleep(AFTER_YOU)
-        raise
+    with StopSignals() as signals:  # before anything slow: a signal during the import of torch counts too
+        try:
+            place = read_place(os.environ)
+            return start(args, place, signals, Faults(parse(os.environ.get("FAULT", "")), place.rank))
+        except NeoxError:
+            if place.rank > 0:  # every process finds the same; only if the first found nothing is this one's line worth reading
+                time.sleep(AFTER_YOU)
+            raise
 
 
-def start(args: argparse.Namespace, place: Place) -> int:
+def start(args: argparse.Namespace, place: Place, signals: StopSignals, faults: Faults) -> int:
     """Check the config, then hand over to neox.train."""
     loaded = load(args.conf, args.set)
     if place.rank == 0:
@@ -61,4 +64,4 @@ def start(args: argparse.Namespace, place: Place) -> int:
     os.environ.setdefault("DS_ACCELERATOR", device)  # else DeepSpeed probes for hardware and warns that it found none
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists on it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    return importlib.import_module("neox.train.start").start(loaded.config, place, device, debug=args.debug)
+    return importlib.import_module("neox.train.start").start(loaded.config, place, device, signals=signals, faults=faults, debug=args.debug)

@@ -41,7 +41,7 @@ class RunRecord:
 
     def incidents(self) -> list[str]:
         """What a person should look at: skipped updates, loss spikes, and what the log tells."""
-        found = [f"step {row['step']}: no update, the gradient overflowed" for row in self.rows if "grad_norm" in row and row["grad_norm"] is None]
+        found = [f"step {row['step']}: the update was left out" for row in self.rows if "grad_norm" in row and row["grad_norm"] is None]
         losses = self.series("loss")
         for i in range(WINDOW, len(losses)):
             middle = statistics.median(value for _, value in losses[i - WINDOW : i])
@@ -52,7 +52,11 @@ class RunRecord:
     def summary(self) -> dict[str, str]:
         """The run in a few numbers."""
         last, validation, speed = self.rows[-1], self.series("validation_loss"), self.series("tokens_per_s")
-        out = {"steps": f"{last['step']:,} of {self.config.train.train_iters:,}", "tokens": f"{last.get('tokens', 0):,}", "last loss": f"{last['loss']:.4f}"}
+        out = {
+            "steps": f"{last['step']:,} of {self.config.train.train_iters:,}",
+            "tokens": f"{last.get('tokens', 0):,}",
+            "last loss": "not finite" if last["loss"] is None else f"{last['loss']:.4f}",
+        }
         if validation:
             best = min(validation, key=lambda point: point[1])
             out |= {"last validation loss": f"{validation[-1][1]:.4f}", "best validation loss": f"{best[1]:.4f} at step {best[0]:.0f}"}
@@ -91,7 +95,7 @@ def read_run(folder: str | Path) -> RunRecord:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            float(row["step"]), float(row["loss"])
+            float(row["step"]), float(row["loss"] or 0.0)  # null: a step that was left out
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):  # a line being written
                 break

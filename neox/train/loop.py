@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.background import Saver
+from neox.checkpoint.faulty import storage_with
 from neox.checkpoint.load import Checkpoint, find, resolve
 from neox.checkpoint.lock import FolderLock
 from neox.checkpoint.manifest import Lineage
@@ -25,7 +28,8 @@ from neox.data.builder import build_datasets
 from neox.data.loader import Loader
 from neox.data.sampling import Dataset
 from neox.engine.engine import Engine, StepResult
-from neox.errors import DataError, DiskError, StoppedBySignal
+from neox.errors import DataError, DiskError, NonFinite, StoppedBySignal
+from neox.faults import NO_FAULTS, Faults
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
@@ -34,7 +38,9 @@ from neox.train.metrics import MetricsLog, memory_gb, peak_flops
 from neox.train.planned import PlanCheck
 from neox.train.profile import StepProfiler
 from neox.train.progress import Progress, close_log
+from neox.train.pulse import Pulse
 from neox.train.signals import StopSignals
+from neox.train.state import describe, get_generators, place_of, set_generators
 
 PATIENCE = 5.0  # seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,10 +58,17 @@ class Folders:
         return self.run / "checkpoints"
 
 
-def train(config: Config, mesh: Mesh, signals: StopSignals) -> None:
+def train(config: Config, mesh: Mesh, signals: StopSignals, *, faults: Faults = NO_FAULTS, pulse: Pulse | None = None) -> None:
     """Train to train_iters, from the checkpoint that checkpoint.resume names, and leave the run's folder behind.
 
     Every process calls it.
+
+    Args:
+        config: the run.
+        mesh: place of this process.
+        signals: open, and asked whether to stop.
+        faults: faults on purpose.
+        pulse: gets signs of life.
 
     Raises:
         StoppedBySignal: after the checkpoint was saved.
@@ -68,10 +81,20 @@ def train(config: Config, mesh: Mesh, signals: StopSignals) -> None:
             log = prepare_folder(config, folders, stack)
         found = find(folders.checkpoints, config.checkpoint.resume, rank=mesh.rank, world_size=mesh.world_size)
         progress = Progress(sys.stdout if mesh.rank == 0 else None, log, config.train.train_iters, config.logging.interval)
-        run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints, found))
+        life = Life(signals, faults, Pulse() if pulse is None else pulse)
+        run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints, found), life)
         run.start(found)
         stack.callback(run.close)
-        run.go(signals)
+        run.go()
+
+
+@dataclass(frozen=True)
+class Life:
+    """What may end or disturb a run from outside, and who watches over it."""
+
+    signals: StopSignals
+    faults: Faults
+    pulse: Pulse
 
 
 def prepare_folder(config: Config, folders: Folders, stack: contextlib.ExitStack) -> TextIO:
@@ -103,9 +126,13 @@ class Run:
         folders: where its files go.
         progress: who is told.
         lineage: of this start of training.
+        life: signals, faults, signs of life.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, folders: Folders, progress: Progress, lineage: Lineage):
+    def __init__(self, config: Config, mesh: Mesh, folders: Folders, progress: Progress, lineage: Lineage, life: Life):
+        self.life = life
+        self.faults = life.faults
+        self.pulse = life.pulse
         self.config = config
         self.mesh = mesh
         self.folders = folders
@@ -117,23 +144,31 @@ class Run:
             rank=mesh.rank,
             world_size=mesh.world_size,
             background=config.checkpoint.in_background,
+            storage=storage_with(life.faults),
         )
         self.config_lock = dump(config)
         self.sizes: BatchSizes = batch_sizes(config, mesh.world_size)
+        self.pulse("data")
+        self.faults("data")
         self.datasets = self.open_datasets()
+        self.pulse("build")
+        self.faults("build")
         self.layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "cp": mesh.cp, "zero": config.zero.stage}
         train = config.train
         self.check = PlanCheck(config, mesh)
         model = GPT(config.model, mesh, seed=train.seed, activation_checkpointing=train.activation_checkpointing, partition=config.parallel.partition)
         self.parameters = model.num_parameters()
         self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.sizes.global_batch_size * config.data.seq_length
-        self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters)
+        alive = partial(self.pulse, "step")
+        self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters, faults=self.faults, alive=alive)
         self.tokens = 0
         self.loader: Loader | None = None
         self.metrics: MetricsLog | None = None
         self.profiler = StepProfiler(config.profile, folders.run, mesh)
         self.peak = peak_flops(mesh.device, DTYPES[config.precision.dtype]) if mesh.rank == 0 else 1.0
         self.saved_step = -1
+        self.pending: dict[str, Any] | None = None  # record of the last step, whose evaluation a signal cut short
+        self.rollbacks = 0
 
     def open_datasets(self) -> dict[str, Dataset]:
         """The datasets; the first process goes first, so that index files are made once.
@@ -167,18 +202,24 @@ class Run:
         """Take up a checkpoint, or begin at step 0. The random streams come last: nothing after them may draw."""
         consumed = 0
         rng = None
+        self.pulse("restore")
+        self.faults("restore")
         if found is not None:
             with Checkpoint(found) as checkpoint:
                 self.engine.restore(checkpoint)
                 consumed, self.tokens = checkpoint.state["consumed"], checkpoint.state["tokens"]
+                self.pending = checkpoint.state.get("pending")
                 # A state belongs to a place in the layout: in another one, rank 1 may have to agree with rank 0 that it differed from before.
-                rng = checkpoint.rng(self.mesh.rank) if place_of(checkpoint.layout) == place_of(self.layout) else None
+                same = place_of(checkpoint.layout) == place_of(self.layout)
+                rng = (checkpoint.rng(self.mesh.rank) or None) if same else None  # a converted checkpoint may have none
                 self.tell_resumed(checkpoint)
-            self.saved_step = self.engine.step
+            if found.parent.resolve() == self.folders.checkpoints.resolve():  # else it is another run's: this one has none yet
+                self.saved_step = self.engine.step
         elif self.config.checkpoint.init_from is not None:
             self.take_weights(resolve(self.config.checkpoint.init_from))
         if self.mesh.rank == 0:
-            self.metrics = MetricsLog(self.folders.run, self.engine.step, tensorboard=self.config.logging.tensorboard)
+            written = self.engine.step - (self.pending is not None)  # the record of an evaluation that was cut short is to come
+            self.metrics = MetricsLog(self.folders.run, written, tensorboard=self.config.logging.tensorboard)
         self.loader = self.make_loader("train", consumed, self.config.data.prefetch)
         if rng is not None:
             set_generators(rng, self.mesh.device)
@@ -215,49 +256,35 @@ class Run:
             vocab_size=self.config.model.vocab_size,
         )
 
-    def go(self, signals: StopSignals) -> None:
+    def go(self) -> None:
         """Step to the end.
 
         Raises:
             StoppedBySignal: a process was asked to stop; a checkpoint of the last step is there.
         """
-        config = self.config
-        sizes = self.sizes
+        config, sizes, signals = self.config, self.sizes, self.life.signals
         self.progress.say(
             f"{self.parameters:,} parameters | {self.mesh.world_size} processes on {self.mesh.device.type}{describe(self.mesh)} | ZeRO {config.zero.stage} | "
             f"{config.precision.dtype} | batch {sizes.global_batch_size} = {sizes.micro_batch_size} x {sizes.gradient_accumulation} x {sizes.dp}"
         )
+        self.faults("ready")
+        if self.engine.any_asks(signals.received is not None):  # it came during the start: no step was made, so none is waited for
+            self.leave_by_signal()
+        if self.pending is not None and self.finish_evaluation(self.pending, first=True):
+            self.leave_by_signal()
         first = True
         if self.engine.step == 0 and 0 in config.checkpoint.save_iters and self.saved_step != 0:
             self.save(must=False)
         while self.engine.step < config.train.train_iters:
-            self.settle(must=False)
-            self.profiler.before(self.engine.step + 1)
-            begin = time.perf_counter()
-            result = self.engine.train_step(next(self.loader), stop=signals.requested)
-            self.tokens += self.sizes.global_batch_size * config.data.seq_length
-            record = self.record(result, time.perf_counter() - begin)
-            self.check.step(record["step_time"])
-            self.tell_profile(self.profiler.after(result.step))
-            last = result.step == config.train.train_iters
-            every = config.evaluate.interval
-            if every and (result.step % every == 0 or last):
-                record["validation_loss"] = self.evaluate()
-            if self.metrics is not None:
-                self.metrics.write(record)
-            self.progress.step(record, first=first)
+            stop = self.advance(first=first)
             if first:
                 keep_freed_memory()  # only now: what stays, the optimizer's state included, lies outside of what steps use again
             first = False
-            if result.stop or last or self.is_due(result.step):
-                self.save(must=result.stop or last)
-            if result.stop and not last:
-                raise StoppedBySignal(
-                    "stopped by a signal after saving",
-                    where=f"rank {self.mesh.rank}: step {result.step}",
-                    got=signals.received.name if signals.received is not None else "a signal on another rank",
-                    do="start again to go on",
-                )
+            last = self.engine.step == config.train.train_iters
+            if stop and (not last or self.pending is not None):
+                self.leave_by_signal()
+            if last or self.is_due(self.engine.step):
+                self.save(must=last)
         if self.saved_step != self.engine.step:  # resumed at the very end
             self.save(must=True)
         self.tell_plan()
@@ -270,6 +297,91 @@ class Run:
             self.progress.say(line)
         if self.mesh.rank == 0:
             comparison.write(self.folders.run)
+
+    def advance(self, *, first: bool) -> bool:
+        """One step, its evaluation and its record; whether a process asks to stop."""
+        guard = self.config.guard
+        self.settle(must=False)
+        self.profiler.before(self.engine.step + 1)
+        begin = time.perf_counter()
+        self.pulse("batch")
+        self.faults("batch")
+        batches = next(self.loader)
+        result = self.engine.train_step(batches, stop=self.life.signals.requested)
+        self.pulse("step", result.step)
+        self.pulse.watched = True
+        self.tokens += self.sizes.global_batch_size * self.config.data.seq_length
+        record = self.record(result, time.perf_counter() - begin)
+        self.check.step(record["step_time"])
+        self.tell_profile(self.profiler.after(result.step))
+        if result.problem is not None:
+            self.progress.say(f"step {result.step}: {result.problem}{', the update is left out' if result.skipped else ''}")
+        if result.spike and guard.loss_spike == "rollback":
+            self.roll_back(record)
+            return result.stop
+        if guard.drift_interval and result.step % guard.drift_interval == 0:
+            self.engine.check_replicas()
+        every = self.config.evaluate.interval
+        if every and (result.step % every == 0 or result.step == self.config.train.train_iters):
+            return self.finish_evaluation(record, first=first, stop=result.stop)
+        self.write_record(record, first=first)
+        return result.stop
+
+    def write_record(self, record: dict[str, Any], *, first: bool) -> None:
+        """Leave the numbers of a step."""
+        if self.metrics is not None:
+            self.metrics.write(record)
+        self.progress.step(record, first=first)
+
+    def finish_evaluation(self, record: dict[str, Any], *, first: bool, stop: bool = False) -> bool:
+        """Evaluate, and write the record of the step. A signal cuts it short: the record then goes into the checkpoint, and the next start does this again.
+
+        Returns:
+            Whether a process asks to stop.
+        """
+        self.pending = record
+        if not stop:
+            value, stop = self.evaluate()
+            if value is not None:
+                self.pending = None
+                self.write_record({**record, "validation_loss": value}, first=first)
+        return stop
+
+    def leave_by_signal(self) -> None:
+        """Save, unless the checkpoint is there already, and end. Raises StoppedBySignal."""
+        self.settle(must=False)
+        if self.saved_step != self.engine.step:
+            self.save(must=True)
+        received = self.life.signals.received
+        raise StoppedBySignal(
+            "stopped by a signal after saving",
+            where=f"rank {self.mesh.rank}: step {self.engine.step}",
+            got=received.name if received is not None else "a signal on another rank",
+            do="start again to go on",
+        )
+
+    def roll_back(self, record: dict[str, Any]) -> None:
+        """Back to the newest checkpoint, on with the data that come next.
+
+        Raises:
+            NonFinite: there is no checkpoint, or it happened guard.max_skipped times since the start.
+        """
+        self.saver.join()
+        self.settle(must=False)
+        found = find(self.folders.checkpoints, "auto", rank=self.mesh.rank, world_size=self.mesh.world_size)
+        self.rollbacks += 1
+        if found is None or self.rollbacks > self.config.guard.max_skipped:
+            got = "no checkpoint" if found is None else f"{self.rollbacks - 1} times in this start"
+            do = "lower the learning rate, or look at the data"
+            raise NonFinite("the loss jumps, and there is no way back", where=f"step {record['step']}", got=got, want="guard.max_skipped", do=do)
+        with Checkpoint(found) as checkpoint:
+            self.engine.restore(checkpoint)
+            self.tokens = checkpoint.state["tokens"]
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = MetricsLog(self.folders.run, self.engine.step, tensorboard=self.config.logging.tensorboard)
+        self.saved_step = self.engine.step
+        self.progress.say(f"rolled back to {found}; the data go on at sample {self.loader.consumed}")
 
     def tell_profile(self, path: Path | None) -> None:
         """Say where a profile is, once there is one."""
@@ -286,9 +398,9 @@ class Run:
         tflops = self.flops_per_step / seconds / self.mesh.world_size / 1e12
         return {
             "step": result.step,
-            "loss": result.loss,
+            "loss": result.loss if math.isfinite(result.loss) else None,  # only where the policy is to go on
             "lr": result.lr,
-            "grad_norm": None if result.skipped else result.grad_norm,  # skipped: fp16 overflow, no update
+            "grad_norm": None if result.skipped else result.grad_norm,  # skipped: no update
             "tokens": self.tokens,
             "samples": self.loader.consumed,
             "tokens_per_s": self.sizes.global_batch_size * self.config.data.seq_length / seconds,
@@ -298,11 +410,21 @@ class Run:
             "step_time": seconds,
         }
 
-    def evaluate(self) -> float:
-        """Mean loss over the first evaluate.iters global batches of the validation data: the same ones every time."""
-        loader = self.make_loader("validation", 0, 0)
-        with loader:
-            return self.engine.evaluate(batch for _ in range(self.config.evaluate.iters) for batch in next(loader))
+    def evaluate(self) -> tuple[float | None, bool]:
+        """Mean loss over the first evaluate.iters global batches of the validation data, the same ones every time; None where a signal cut it short.
+
+        Returns:
+            The loss, and whether a process asks to stop.
+        """
+        loss, targets, stop = 0.0, 0.0, False
+        with self.make_loader("validation", 0, 0) as loader:
+            for done in range(1, self.config.evaluate.iters + 1):
+                self.pulse("evaluate")
+                part = self.engine.evaluate_part(next(loader), stop=self.life.signals.received is not None)
+                loss, targets, stop = loss + part[0], targets + part[1], part[2]
+                if stop and done < self.config.evaluate.iters:
+                    return None, True
+        return loss / max(targets, 1.0), stop
 
     def save(self, *, must: bool) -> None:
         """Begin a checkpoint of the last step; with `must` also wait until it is complete.
@@ -310,13 +432,20 @@ class Run:
         Raises:
             DiskError: it, or the one before it, could not be written, and `must` or checkpoint.on_save_error: stop.
         """
+        self.pulse("save")
+        self.faults("save")
+        if self.metrics is not None:
+            self.metrics.check_place()
         self.saver.join()
         self.settle(must=False)
+        state = {**self.engine.state_dict(), "consumed": self.loader.consumed, "tokens": self.tokens}
+        if self.pending is not None:
+            state["pending"] = self.pending
         try:
             self.saver.save(
                 self.engine.step,
                 self.engine.fragments(),
-                state={**self.engine.state_dict(), "consumed": self.loader.consumed, "tokens": self.tokens},
+                state=state,
                 rng=get_generators(self.mesh.device),
                 config_lock=self.config_lock,
                 model_config=plain(self.config.model),
@@ -326,7 +455,9 @@ class Run:
             self.save_failed(error, must=must)
         if must:
             self.saver.join()
+        self.faults("saved")
         self.settle(must=must)
+        self.pulse("saved")
 
     def settle(self, *, must: bool) -> None:
         """Take note of the checkpoints that became complete, or did not, since the last call. Raises as `save`."""
@@ -352,29 +483,3 @@ class Run:
             self.loader.close()
         if self.metrics is not None:
             self.metrics.close()
-
-
-def place_of(layout: dict[str, int]) -> tuple[int, ...]:
-    """The sizes that say which place a rank has."""
-    return tuple(layout.get(axis, 1) for axis in ("tp", "pp", "dp", "cp"))
-
-
-def describe(mesh: Mesh) -> str:
-    """The layout of several processes, for people; nothing where there is one, or data parallelism alone."""
-    sizes = [f"{name} {size}" for name, size in (("tensor", mesh.tp), ("pipeline", mesh.pp), ("context", mesh.cp)) if size > 1]
-    return f" ({', '.join([*sizes, f'data {mesh.dp}'])}{', sequence parallel' if mesh.sequence else ''})" if sizes else ""
-
-
-def get_generators(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's default generators."""
-    out = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        out["cuda"] = torch.cuda.get_rng_state(device)
-    return out
-
-
-def set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put torch's default generators into the states that `get_generators` gave."""
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

@@ -115,6 +115,18 @@ class MetricsLog:
         except OSError as error:
             raise DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume") from error
 
+    def check_place(self) -> None:
+        """Raises DiskError where the file that is written is no longer the one in the run's folder: what is written would be lost."""
+        try:
+            same = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except OSError:
+            same = False
+        if not same:
+            do = "put the folder back and resume, or start again"
+            raise DiskError(
+                "the run's folder was removed or replaced", where=self.path, got="another file or none", want="the file that this run opened", do=do
+            )
+
     def close(self) -> None:
         """Close the files."""
         with contextlib.suppress(OSError):  # it tries once more to write what `write` has reported as not written

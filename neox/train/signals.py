@@ -2,12 +2,16 @@
 
 Launchers pass a Ctrl-C on as a SIGTERM (DeepSpeed's does, torchrun's too), so that one wish to stop arrives as two different signals within moments. A
 signal therefore counts as repeated only when the same one comes again, later than REPEAT_AFTER seconds after the first.
+
+Python runs handlers between two instructions of the main thread, so not while that waits in a collective or in C++. The signal's number is
+therefore also read from a pipe (`signal.set_wakeup_fd`) by a thread, which ends the process on a repeated one wherever the main thread is.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -20,10 +24,15 @@ class StopSignals:
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self.since = 0.0
         self.previous: dict[int, object] = {}
+        self.previous_pipe = -1
+        self.pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> StopSignals:
+        self.pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(self.pipe[0], True)
+        threading.Thread(target=end_when_repeated, args=(self.pipe[0],), name="neox-signals", daemon=True).start()
+        self.previous_pipe = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         for number in SIGNALS:
             self.previous[number] = signal.signal(number, self.handle)
         return self
@@ -32,6 +41,8 @@ class StopSignals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
+        signal.set_wakeup_fd(self.previous_pipe)
+        os.close(self.pipe[1])  # the thread reads the end of the pipe, closes its side, and ends
 
     @property
     def requested(self) -> bool:
@@ -39,9 +50,20 @@ class StopSignals:
         return self.received is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the wish; end the process, without saving, where the same signal is repeated."""
-        now = time.monotonic()
+        """Note the wish."""
         if self.received is None:
-            self.received, self.since = signal.Signals(number), now
-        elif number == self.received and now - self.since > REPEAT_AFTER:
-            os._exit(128 + number)
+            self.received = signal.Signals(number)
+
+
+def end_when_repeated(reader: int) -> None:
+    """Thread: end the process, without saving, where the first signal comes again later than REPEAT_AFTER seconds after it."""
+    first, since = 0, 0.0
+    while data := os.read(reader, 64):
+        for number in data:
+            if number not in SIGNALS:
+                continue
+            if not first:
+                first, since = number, time.monotonic()
+            elif number == first and time.monotonic() - since > REPEAT_AFTER:
+                os._exit(128 + number)
+    os.close(reader)

@@ -14,39 +14,45 @@ import torch.distributed as dist
 from neox.checkpoint.peers import Peers
 from neox.config.schema import Config, ParallelConfig
 from neox.errors import EnvironmentProblem, NeoxError
+from neox.faults import NO_FAULTS, Faults
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.train.agreement import check_agreement, facts
 from neox.train.control import as_neox_error, connect
 from neox.train.loop import train
 from neox.train.place import Place
+from neox.train.pulse import Pulse
 from neox.train.signals import StopSignals
 
 
-def start(config: Config, place: Place, device: str, *, debug: bool) -> int:
+def start(config: Config, place: Place, device: str, *, signals: StopSignals, faults: Faults = NO_FAULTS, debug: bool = False) -> int:
     """Join the other processes and train. Returns the exit code; with other processes around it ends this one itself after an error.
 
     Args:
         config: a validated config.
         place: of this process.
         device: "cpu" or "cuda".
+        signals: open already: one that came while torch was imported counts.
+        faults: faults on purpose.
         debug: print the traceback of any error.
     """
-    with StopSignals() as signals:
-        mesh = join(config.parallel, place, device)
-        control = connect(place)
-        try:
-            if place.world_size > 1:
-                if place.rank == 0:
-                    print(f"{place.world_size} processes by {place.source}; rank 0 at {place.address}:{place.port}", flush=True)
-                check_agreement(facts(config), Peers(place.rank, place.world_size))
-            train(config, mesh, signals)
-            control.finish()
-            return 0
-        except BaseException as error:  # whatever it is, the other processes must learn of it
-            code = control.fail(error, partial(report, error, place.rank, debug))
-            if place.world_size > 1:
-                leave(code)
-            return code
+    pulse = Pulse()
+    faults("start")
+    mesh = join(config.parallel, place, device)
+    control = connect(place, limit=config.guard.hang_timeout, pulse=pulse)
+    try:
+        faults("joined")
+        if place.world_size > 1:
+            if place.rank == 0:
+                print(f"{place.world_size} processes by {place.source}; rank 0 at {place.address}:{place.port}", flush=True)
+            check_agreement(facts(config), Peers(place.rank, place.world_size))
+        train(config, mesh, signals, faults=faults, pulse=pulse)
+        control.finish()
+        return 0
+    except BaseException as error:  # whatever it is, the other processes must learn of it
+        code = control.fail(error, partial(report, error, place.rank, debug))
+        if place.world_size > 1:
+            leave(code)
+        return code
 
 
 def join(layout: ParallelConfig, place: Place, device: str) -> Mesh:

@@ -15,7 +15,7 @@ def test_numbers_and_incidents(tmp_path):
     record = read_run(write_run(tmp_path / "run"))
     assert len(record.rows) == 120 and record.series("validation_loss")[0] == (40.0, pytest.approx(4.0 - 40 / 120 + 0.1))
     found = record.incidents()
-    assert any("step 30: no update" in text for text in found)
+    assert any("step 30: the update was left out" in text for text in found)
     assert next(text for text in found if "times the median" in text).startswith("step 80: loss 9.33")
     assert "resumed from runs/x at step 60" in found and len(found) == 3
     summary = record.summary()
@@ -53,3 +53,13 @@ def test_planned_and_measured_are_told(tmp_path):
     (folder / "plan.json").write_text("{}")
     with pytest.raises(DataError, match="plan's file cannot be read"):
         read_run(folder)
+
+
+def test_a_loss_that_was_not_finite_is_no_damage(tmp_path):
+    metrics = write_run(tmp_path / "run") / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    row = json.loads(lines[-1])
+    metrics.write_text("".join(lines[:-1]) + json.dumps({**row, "loss": None, "grad_norm": None}) + "\n")
+    record = read_run(tmp_path / "run")
+    assert len(record.rows) == 120 and len(record.series("loss")) == 119
+    assert record.summary()["last loss"] == "not finite"

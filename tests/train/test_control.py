@@ -2,16 +2,31 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
 from neox.errors import ConfigError, DataError, MemoryExhausted, PeerLost
-from neox.train.control import SEEN, Control, as_neox_error, connect
+from neox.train.control import (
+    SEEN,
+    Control,
+    Still,
+    as_neox_error,
+    connect,
+    end,
+    in_collective,
+    is_running,
+    launcher_pid,
+    process_space,
+    stack_of,
+    waits,
+)
 from neox.train.place import Place
 from tests.distributed import start_ranks
 
@@ -125,3 +140,40 @@ def test_the_origin_speaks_before_anybody_leaves(monkeypatch):
 def test_what_an_error_is_in_substance(error, kind):
     found = as_neox_error(error)
     assert found is None if kind is None else isinstance(found, kind)
+
+
+def test_what_counts_as_waiting():
+    assert waits([("torch.distributed.distributed_c10d", "all_reduce"), ("neox.engine.engine", "train_step")])
+    assert waits([("neox.parallel.stages", "swap"), ("neox.engine.pipeline", "pass_on")])
+    assert waits([("deepspeed.runtime.zero.partition_parameters", "wait")])
+    assert waits([("neox.engine.engine", "sum_over")])
+    assert not waits([("neox.data.loader", "_take"), ("neox.train.loop", "advance")])
+    assert not waits([("threading", "wait"), ("queue", "get")])
+    assert not waits([])
+
+
+def test_this_process_does_not_wait():
+    assert not in_collective()
+    assert stack_of(sys._getframe())[0] == (__name__, "test_this_process_does_not_wait")
+
+
+def test_looks_without_a_change_are_counted():
+    still = Still()
+    assert [still.note(value) for value in (1, 1, 1, 2, 2, 1)] == [0, 1, 2, 0, 1, 0]
+
+
+def test_whether_a_process_runs():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    who = {"pid": child.pid, "born": psutil.Process(child.pid).create_time(), "space": process_space()}
+    assert is_running(who)
+    assert not is_running({**who, "born": who["born"] + 100}), "another process took the pid"
+    end({**who, "space": "elsewhere"}, process_space(), patience=0.1)
+    assert child.poll() is None, "another machine's process is not ours to end"
+    end(who, process_space(), patience=0.1)
+    time.sleep(0.2)
+    assert not is_running(who), "a zombie does not run"
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_a_shell_is_no_launcher():
+    assert launcher_pid() == 0

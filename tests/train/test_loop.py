@@ -319,7 +319,7 @@ def test_a_second_job_in_the_same_folder_is_refused(corpus, tmp_path, monkeypatc
     config = make_config(corpus, tmp_path, "train.train_iters=2", "evaluate.interval=0")
     seen = []
 
-    def intrude(self, signals):
+    def intrude(self):
         with pytest.raises(CheckpointError, match=r"error\[4\]") as problem:
             train(config, Mesh.single(), StopSignals())
         seen.append(str(problem.value))

@@ -91,3 +91,15 @@ def test_peak_and_memory_are_positive_and_leave_the_random_stream_alone():
     assert peak_flops(torch.device("cpu"), torch.bfloat16) > 1e6
     assert 0.01 < memory_gb(torch.device("cpu")) < 1000
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_file_that_was_removed_or_replaced_under_the_run_is_noticed(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log.check_place()
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(DiskError, match="the run's folder was removed or replaced"):
+        log.check_place()
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(DiskError, match="removed or replaced"):
+        log.check_place()
+    log.close()

@@ -24,7 +24,7 @@ RECORD = {
 def test_line():
     line = progress_line(RECORD, 100, 2.0)
     assert line == "step 20/100 | loss 3.1416 | lr 0.0006 | grad 0.987 | 12.3k tok/s | 1.23 TFLOP/s | MFU 43.2% | 3.21 GB | ETA 0:02:40"
-    assert "grad overflow, skipped |" in progress_line({**RECORD, "grad_norm": None}, 100, 2.0)
+    assert "grad skipped |" in progress_line({**RECORD, "grad_norm": None}, 100, 2.0)
     assert "validation 2.5000" in progress_line({**RECORD, "validation_loss": 2.5}, 100, 2.0)
 
 
@@ -77,3 +77,8 @@ def test_the_first_step_does_not_count_for_the_time_left():
     for i, seconds in enumerate((100.0, 2.0, 2.0)):
         progress.step({**RECORD, "step_time": seconds}, first=i == 0)
     assert progress.seconds < 3
+
+
+def test_a_loss_that_is_not_finite_has_a_line_too():
+    line = progress_line({**RECORD, "loss": None, "grad_norm": None}, 100, 2.0)
+    assert "loss not finite" in line and "grad skipped" in line

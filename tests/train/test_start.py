@@ -4,6 +4,7 @@ import os
 
 from neox.train import start as module
 from neox.train.place import Place
+from neox.train.signals import StopSignals
 from neox.train.start import start
 from tests.train.corpus import make_config, make_corpus
 
@@ -13,23 +14,23 @@ os.environ.setdefault("LOCAL_RANK", "0")
 def test_a_good_run_is_0_and_a_user_error_is_one_line(tmp_path, capfd):
     make_corpus(tmp_path / "corpus")
     quick = ("train.train_iters=2", "evaluate.interval=0")
-    assert start(make_config(tmp_path / "corpus", tmp_path / "run", *quick), Place(), "cpu", debug=False) == 0
+    assert start(make_config(tmp_path / "corpus", tmp_path / "run", *quick), Place(), "cpu", signals=StopSignals(), debug=False) == 0
     capfd.readouterr()
     missing = make_config(tmp_path / "gone", tmp_path / "other", *quick)
-    assert start(missing, Place(), "cpu", debug=False) == 3
+    assert start(missing, Place(), "cpu", signals=StopSignals(), debug=False) == 3
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error[3] ")
-    assert start(missing, Place(), "cpu", debug=True) == 3
+    assert start(missing, Place(), "cpu", signals=StopSignals(), debug=True) == 3
     assert "Traceback" in capfd.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback_below_the_line(tmp_path, capfd, monkeypatch):
-    def broken(config, mesh, signals):
+    def broken(config, mesh, signals, *, faults, pulse):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(module, "train", broken)
-    assert start(make_config(tmp_path, tmp_path), Place(), "cpu", debug=False) == 1
+    assert start(make_config(tmp_path, tmp_path), Place(), "cpu", signals=StopSignals(), debug=False) == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("error[1] ZeroDivisionError: a bug")
     assert any("Traceback" in line for line in lines[1:])

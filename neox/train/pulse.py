@@ -1,0 +1,27 @@
+"""Signs of life: what the main thread is doing, and a count that grows whenever it gets somewhere. The control channel reads it from its own thread."""
+
+from __future__ import annotations
+
+
+class Pulse:
+    """Progress of one process's main thread.
+
+    Attributes:
+        count: grows at each sign of life.
+        step: last step that was done.
+        phase: what is being done: start, data, build, step, evaluate, save.
+        watched: whether a standstill counts as a hang: from the first step on; what comes before may take long (index files, compiling).
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.step = 0
+        self.phase = "start"
+        self.watched = False
+
+    def __call__(self, phase: str, step: int | None = None) -> None:
+        """A sign of life."""
+        self.phase = phase
+        if step is not None:
+            self.step = step
+        self.count += 1
