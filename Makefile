@@ -1,4 +1,4 @@
-# Targets: setup demo test native-test emulated-test parallel-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
+# Targets: setup demo test native-test emulated-test parallel-test fault-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
 # environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
 
 SHELL := bash
@@ -21,7 +21,7 @@ INSTALLED := build/.installed$(subst /,-,$(VENV))
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test parallel-test cuda-check fuzz bench lint format clean
+.PHONY: help setup demo test native-test emulated-test parallel-test fault-test cuda-check fuzz bench lint format clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,7 +46,7 @@ demo: setup  ## train, stop, resume, evaluate, generate and export a small model
 	$(PY) demo/demo.py
 
 test: lint setup native-test cuda-check emulated-test  ## lint and the whole test suite except fuzz and the matrix of layouts
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
@@ -66,15 +66,19 @@ cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUD
 parallel-test: setup  ## every layout of up to four processes against one process, with a table
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/engine/test_parallel.py -q -m parallel
 
+fault-test: setup  ## kills, signals, full disks, dead and stuck processes, damaged checkpoints, by the hundred
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/faults
+
 fuzz: setup  ## random sweeps
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz
 
 bench: setup  ## every benchmark in its quick setting
 	for script in $$(find benchmarks -name 'bench_*.py' | sort); do $(PY) "$$script" --quick; done
 
-lint: setup  ## ruff and clang-format, both as checks
+lint: setup  ## ruff, clang-format, and the gate against pickle, eval, shells and the like
 	ruff check .
 	ruff format --check .
+	$(PY) -m pytest -q tests/test_layout.py -k "forbidden or pickles"
 	clang-format --dry-run -Werror $(C_SOURCES)
 
 format: setup  ## let ruff and clang-format rewrite the sources

@@ -1,0 +1,223 @@
+"""Saving and loading a training state, ours against the raw file, torch.save and safetensors; what asynchronous saving and all safety cost a step.
+
+The state is that of AdamW: a weight and two moments per parameter, fp32. "Raw file" writes the same bytes with plain write calls and one fsync,
+or reads them into memory; every contestant writes durably (fsync) and reads from the page cache, alternating in the same rounds. Figures are GB/s.
+
+The cost of safety is the time of steps of the demo's model under two processes, everything on (control channel with its heartbeat, guard against
+spikes, comparison of replicas every 10 steps) against everything off; the first steps of a run are left out. The stall is the longest
+wait of a step in which a save begins, in steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Options, Row, parse, show
+
+from neox.checkpoint.background import Saver
+from neox.checkpoint.load import Checkpoint
+from neox.checkpoint.reshard import Fragment, whole
+from neox.checkpoint.retention import start_lineage
+from neox.checkpoint.save import save
+from neox.data import IndexedWriter
+
+BLOCK = 16 << 20
+
+
+def make_state(megabytes: int) -> dict[tuple[str, str], torch.Tensor]:
+    """(name, kind) -> tensor: matrices of 8 MB, with their moments."""
+    count = max(megabytes // 24, 1)
+    return {(f"layers.{i}.weight", kind): torch.randn(1024, 2048) for i in range(count) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+
+
+def fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
+    """The state as one process holds it."""
+    return [Fragment(name, kind, tuple(t.shape), whole(tuple(t.shape)), 0, t.numel(), t.view(-1)) for (name, kind), t in state.items()]
+
+
+class Contest:
+    """Ours and the peers on one folder."""
+
+    def __init__(self, folder: Path, state: dict[tuple[str, str], torch.Tensor]):
+        self.folder, self.state = folder, state
+        self.flat = {f"{kind}/{name}": tensor for (name, kind), tensor in state.items()}
+        self.bytes = sum(t.numel() * t.element_size() for t in state.values())
+        self.root = folder / "ours"
+
+    def save_ours(self) -> None:
+        """A whole checkpoint: checksums, fsync of files and folders, renames, manifest."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        save(
+            self.root,
+            step=1,
+            fragments=fragments(self.state),
+            state={"step": 1},
+            rng={},
+            config_lock="",
+            model_config={},
+            rank=0,
+            world_size=1,
+            keep=0,
+            lineage=start_lineage(self.root),
+        )
+
+    def save_raw(self) -> None:
+        """The bytes in one file, durable."""
+        with open(self.folder / "raw", "wb", buffering=0) as file:
+            for tensor in self.state.values():
+                view = memoryview(tensor.view(-1).numpy()).cast("B")
+                for start in range(0, len(view), BLOCK):
+                    file.write(view[start : start + BLOCK])
+            os.fsync(file.fileno())
+
+    def save_torch(self) -> None:
+        """torch.save and an fsync."""
+        with open(self.folder / "torch", "wb") as file:
+            torch.save(self.flat, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_safetensors(self) -> None:
+        """safetensors' save_file and an fsync."""
+        save_file(self.flat, self.folder / "safetensors")
+        with open(self.folder / "safetensors", "rb") as file:
+            os.fsync(file.fileno())
+
+    def load_ours(self) -> None:
+        """Every tensor, checksums compared."""
+        with Checkpoint(self.root / "step_00000001") as checkpoint:
+            for name, kind in self.state:
+                checkpoint.tensor(name, kind)
+
+    def load_raw(self) -> None:
+        """The bytes into memory."""
+        with open(self.folder / "raw", "rb", buffering=0) as file:
+            for tensor in self.state.values():
+                target = memoryview(torch.empty_like(tensor).view(-1).numpy()).cast("B")
+                file.readinto(target)
+
+    def load_torch(self) -> None:
+        """torch.load, tensors only."""
+        torch.load(self.folder / "torch", weights_only=True)
+
+    def load_safetensors(self) -> None:
+        """safetensors' load_file, cloned: it maps the file and reads nothing before."""
+        for tensor in load_file(self.folder / "safetensors").values():
+            tensor.clone()
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Time of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def bandwidth(options: Options, folder: Path) -> Iterator[Row]:
+    """Save and load against the peers, in interleaved rounds."""
+    contest = Contest(folder, make_state(96 if options.quick else 768))
+    setting = f"{contest.bytes / 1e6:.0f} MB, {options.place}"
+    for what in ("save", "load"):
+        runs = {name: getattr(contest, f"{what}_{name}") for name in ("ours", "raw", "torch", "safetensors")}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(3 if options.quick else 5):
+            order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
+            for name in order:
+                times[name].append(seconds(runs[name]))
+        speed = {name: contest.bytes / statistics.median(values) / 1e9 for name, values in times.items()}
+        for peer, title in (("raw", "raw file"), ("torch", f"torch.{what}"), ("safetensors", "safetensors")):
+            yield Row(f"checkpoint {what}", setting, speed["ours"], speed[peer], title, speed["ours"] / speed[peer], "GB/s")
+
+
+def stall(options: Options, folder: Path) -> Row:
+    """How long a step waits for a save that begins in it, against the step itself; the steps are the time of a fixed computation."""
+    state = make_state(96 if options.quick else 384)
+    saver = Saver(folder / "stall", keep=1, lineage=start_lineage(folder / "stall"), background=True)
+    a = torch.randn(1024, 1024)
+
+    def step() -> None:
+        stop = time.perf_counter() + 0.5
+        while time.perf_counter() < stop:
+            (a @ a).sum().item()
+
+    waits = []
+    for number in range(1, 5):
+        waits.append(saver.save(number, fragments(state), state={"step": number}, rng={}, config_lock="", model_config={}, layout={}))
+        for _ in range(8):
+            step()
+    saver.join()
+    one = statistics.median(seconds(step) for _ in range(3))
+    worst = max(waits[1:]) / one
+    setting = f"{sum(t.numel() for t in state.values()) * 4 / 1e6:.0f} MB of state, steps of {one:.2f} s"
+    return Row("asynchronous save, stall", setting, worst, 1.0, "one step", 1.0 / max(worst, 1e-9), "steps")
+
+
+ON = ("guard.drift_interval=10",)
+OFF = ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0")
+
+
+def make_corpus(folder: Path) -> None:
+    """A dataset of random documents in the demo's vocabulary."""
+    generator = np.random.default_rng(0)
+    with IndexedWriter(folder / "train", "uint16", vocab_size=4096, eod_id=0) as writer:
+        for _ in range(400):
+            writer.add_document(generator.integers(1, 4096, size=generator.integers(100, 900)))
+
+
+def step_times(folder: Path, number: int, steps: int, settings: tuple[str, ...]) -> list[float]:
+    """Times of the steps of one run of two processes, from one record to the next."""
+    run = folder / f"run{number}"
+    overrides = [
+        f"data.train=[{json.dumps(str(folder / 'train'))}]",
+        "data.validation=[]",
+        "evaluate.interval=0",
+        "tokenizer.file=null",
+        "model.vocab_size=4096",
+    ]
+    overrides += [f"run.dir={json.dumps(str(run))}", f"train.train_iters={steps}", "checkpoint.save_interval=0", "logging.tensorboard=false", *settings]
+    program = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641", "-m", "neox.cli.main", "train"]
+    subprocess.run(
+        [sys.executable, *program, "--conf", "demo.yml", "--set", *overrides], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return [json.loads(line)["step_time"] for line in (run / "metrics.jsonl").read_text().splitlines()][3:]
+
+
+def safety(options: Options, folder: Path) -> Row:
+    """Everything on against everything off, in turns."""
+    make_corpus(folder)
+    times: dict[tuple[str, ...], list[float]] = {ON: [], OFF: []}
+    steps, turns = (12, 1) if options.quick else (24, 3)
+    for turn in range(turns):
+        for settings in (ON, OFF) if turn % 2 else (OFF, ON):
+            times[settings] += step_times(folder, 2 * turn + (settings is ON), steps, settings)
+    on, off = (statistics.median(times[settings]) for settings in (ON, OFF))
+    return Row("safety, step of the demo", "2 processes, 1 thread each", on * 1e3, off * 1e3, "everything off", off / on, "ms")
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """All of it, in a temporary folder on the file system of the working directory."""
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-checkpoint-") as name:
+        yield from bandwidth(options, Path(name))
+        yield stall(options, Path(name))
+        yield safety(options, Path(name))
+
+
+if __name__ == "__main__":
+    options = parse(__doc__.splitlines()[0])
+    show(rows(options), options)

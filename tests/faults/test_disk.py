@@ -1,0 +1,76 @@
+"""Disks that are full, fail, turn read-only or lose the run's folder in the middle of a training."""
+
+import itertools
+import shutil
+
+import pytest
+
+from tests.faults.runs import ENDLESS, PAIR, SHORT, Setting, arguments, assert_same_run, complete, damaged
+
+pytestmark = pytest.mark.distributed
+
+NAMES = {"enospc": "ENOSPC", "edquot": "EDQUOT", "eio": "EIO", "erofs": "EROFS"}
+CALLS = ("create", "write", "sync", "close", "rename", "publish", "sync_dir", "make_dir")
+
+
+def stops(server, corpus, folder, straight, fault: str, setting=SHORT) -> bool:
+    """Policy stop: code 5 and one clear line; what was complete is; the next start goes on. Returns whether the fault was reached."""
+    training = server.start(arguments(corpus, folder / "run", setting), folder, ranks=setting.ranks, fault=fault)
+    codes = training.wait()
+    if codes == [0] * setting.ranks:
+        return False
+    assert codes == [5] * setting.ranks, f"{fault}\n{training.outputs()}"
+    (line,) = [line for rank in range(setting.ranks) for line in training.output(rank).splitlines() if line.startswith("error[")]
+    assert NAMES[fault.split("@")[0]] in line and "bytes free" in line and "; do=" in line, line
+    assert damaged(folder / "run") == [], fault
+    training = server.start(arguments(corpus, folder / "run", setting), folder, ranks=setting.ranks)
+    assert training.wait() == [0] * setting.ranks, training.outputs()
+    assert_same_run(folder / "run", straight)
+    assert not list((folder / "run").glob("checkpoints/**/*.tmp"))
+    return True
+
+
+@pytest.mark.parametrize("fault", ["enospc@0:write:9", "eio@0:sync:4", "erofs@0:publish:2"])
+def test_a_disk_that_fails_ends_the_run_and_loses_nothing(server, corpus, tmp_path, straight, fault):
+    assert stops(server, corpus, tmp_path, straight, fault)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_of_a_run_may_fail(server, corpus, tmp_path, straight, call):
+    """The count is swept until it is beyond the end of the run."""
+    kinds = itertools.cycle(NAMES)
+    for count in itertools.count(1):
+        if not stops(server, corpus, tmp_path / f"{count}", straight, f"{next(kinds)}@0:{call}:{count}"):
+            break
+    assert count > 4, "each of the run's four saves makes the call"
+
+
+@pytest.mark.parametrize("fault", ["enospc@0:write:9", "eio@0:rename:3"])
+def test_training_goes_on_where_the_policy_says_so(server, corpus, tmp_path, straight, fault):
+    training = server.start(arguments(corpus, tmp_path / "run", SHORT, "checkpoint.on_save_error=continue"), tmp_path, fault=fault)
+    assert training.wait() == [0], training.outputs()
+    assert training.output().count("training goes on without this checkpoint: error[5]") == 1
+    assert_same_run(tmp_path / "run", straight)
+    assert damaged(tmp_path / "run") == []
+    assert len(complete(tmp_path / "run")) == 3
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_fails_one_of_two_processes(server, corpus, tmp_path, rank):
+    straight = server.start(arguments(corpus, tmp_path / "straight", PAIR), tmp_path, ranks=2)
+    assert straight.wait() == [0, 0], straight.outputs()
+    for count in (1, 3, 6):
+        assert stops(server, corpus, tmp_path / f"{count}", tmp_path / "straight", f"enospc@{rank}:write:{count}", PAIR)
+
+
+def test_a_folder_deleted_in_the_middle_ends_all_with_code_5(server, corpus, tmp_path):
+    setting = Setting(2, (*ENDLESS, "checkpoint.save_interval=3"))
+    training = server.start(arguments(corpus, tmp_path / "run", setting), tmp_path, ranks=2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    training.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert training.wait(30) == [5, 5], training.outputs()
+    outputs = training.output(0) + training.output(1)
+    assert outputs.count("error[5]") == 1, outputs
