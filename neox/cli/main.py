@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("neox.cli.export", "write a checkpoint as a Hugging Face model"),
     "import": ("neox.cli.importer", "make a checkpoint from a Hugging Face model or a checkpoint of GPT-NeoX"),
     "checkpoint": ("neox.cli.checkpoint", "inspect, verify or hash checkpoints"),
+    "verify-resume": ("neox.cli.verify_resume", "train, kill, resume, and compare with an undisturbed run, bit for bit"),
     "report": ("neox.cli.report", "write an HTML page about runs"),
     "doctor": ("neox.cli.doctor", "say what this machine and installation have and lack"),
 }
@@ -45,7 +46,7 @@ class CommandParser(argparse.ArgumentParser):
 def usage() -> str:
     """The overview that `neox --help` prints."""
     lines = ["usage: neox [--debug] [--version] COMMAND ...", "", "Pre-training of GPT-style language models.", "", "commands:"]
-    lines += [f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += [f"  {name:<15}{summary}" for name, (_, summary) in COMMANDS.items()]
     lines += ["", "`neox COMMAND --help` says more. --debug prints the traceback of a failure.", "example: neox config show 1-3B.yml --set train.seed=7"]
     return "\n".join(lines)
 
