@@ -1,8 +1,10 @@
-"""Inspect, verify or hash checkpoints. PATH is a checkpoint, or a folder of checkpoints or of a run (its newest is taken).
+"""Inspect, verify, hash or convert checkpoints. PATH is a checkpoint, or a folder of checkpoints or of a run (its newest is taken).
 
 inspect  what is in it: step, lineage, layout, counters, tensors; of a folder, all its checkpoints
 verify   read every byte and compare every checksum; exit code 4 and each problem on a line if it is damaged
 hash     SHA-256 of every logical tensor, the same whatever layout wrote it
+convert  write it again to --out, merged into whole tensors: all of it (a resume goes on from it bit for bit), or --weights-only,
+         which --dtype may round; files of at most --shard-gb. Memory for one tensor at a time
 
 example: neox checkpoint verify runs/default/checkpoints/step_00001000
 """
@@ -13,24 +15,39 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.load import damaged, digest, problems, resolve
+import torch
+
+from neox.checkpoint.deferred import Deferred
+from neox.checkpoint.load import Checkpoint, damaged, digest, problems, resolve
 from neox.checkpoint.manifest import ITEM_BYTES, RNG_KIND, Manifest, read_manifest
-from neox.checkpoint.retention import complete, scan
-from neox.errors import CheckpointError
+from neox.checkpoint.reshard import Fragment, whole
+from neox.checkpoint.retention import complete, scan, start_lineage
+from neox.checkpoint.save import save
+from neox.checkpoint.shard import DTYPES
+from neox.errors import CheckpointError, ConfigError
+
+DTYPES_BY_NAME = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `neox checkpoint`."""
-    parser.add_argument("action", choices=("inspect", "verify", "hash"), help="what to do")
+    parser.add_argument("action", choices=("inspect", "verify", "hash", "convert"), help="what to do")
     parser.add_argument("path", metavar="PATH", help="checkpoint, folder of checkpoints, or folder of a run")
+    parser.add_argument("--out", metavar="DIR", help="convert: folder of checkpoints to write to, such as RUN/checkpoints")
+    parser.add_argument("--weights-only", action="store_true", help="convert: leave out optimizer state, counters and random streams")
+    parser.add_argument("--dtype", choices=sorted(DTYPES_BY_NAME), help="convert, with --weights-only: dtype of the weights")
+    parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help="convert: largest size of a file, 2^30 bytes (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; returns the exit code. Raises CheckpointError."""
+    if args.action == "convert":
+        return convert(args)
     actions = {"inspect": inspect, "verify": verify_all, "hash": hash_tensors}
     return actions[args.action](Path(args.path), args.json)
 
@@ -106,3 +123,59 @@ def hash_tensors(path: Path, as_json: bool) -> int:
     digests = digest(resolve(path))
     print(json.dumps(digests) if as_json else "\n".join(f"{value}  {key}" for key, value in digests.items()))
     return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Writes a checkpoint again, after every byte of it was verified. Returns 0; raises ConfigError, CheckpointError, DiskError."""
+    if args.out is None or (args.dtype and not args.weights_only) or not 0 < args.shard_gb < 1 << 20:
+        got = f"--out {args.out} --dtype {args.dtype} --shard-gb {args.shard_gb}"
+        raise ConfigError("convert needs --out, and --weights-only for --dtype", where="argv", got=got, do="neox checkpoint --help")
+    source = resolve(args.path)
+    found = problems(source)
+    if found:
+        raise found[0]
+    target = Path(args.out) / source.name
+    if target.exists():
+        raise CheckpointError("there is a checkpoint already", where=target, do="choose another --out")
+    with Checkpoint(source) as checkpoint:
+        written = save(
+            args.out,
+            step=checkpoint.step,
+            fragments=converted(checkpoint, args.weights_only, DTYPES_BY_NAME.get(args.dtype)),
+            state={"step": checkpoint.step, "weights_only": True} if args.weights_only else checkpoint.state,
+            rng={} if args.weights_only or checkpoint.world_size > 1 else checkpoint.rng(0),
+            config_lock=checkpoint.config_lock,
+            model_config=checkpoint.model_config,
+            rank=0,
+            world_size=1,
+            keep=0,
+            lineage=start_lineage(args.out),
+            layout={} if checkpoint.world_size > 1 else checkpoint.layout,
+            shard_bytes=max(int(args.shard_gb * (1 << 30)), 1),
+        )
+    manifest = read_manifest(written)
+    size = sum(file.size for file in manifest.files)
+    if args.json:
+        print(json.dumps({"path": str(written), "files": len(manifest.files), "bytes": size}))
+    else:
+        print(f"wrote {written}: {len(manifest.files)} files, {size} bytes")
+    return 0
+
+
+def converted(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype | None) -> list[Fragment]:
+    """Every tensor as one piece that is read when it is written."""
+    out = []
+    for name in checkpoint.names():
+        for kind in ("weight",) if weights_only else checkpoint.kinds(name):
+            shape, stored = checkpoint.info(name, kind).shape, DTYPES[checkpoint.info(name, kind).dtype]
+            wanted = dtype if dtype is not None and stored.is_floating_point else stored
+            value = Deferred(partial(read, checkpoint, name, kind, wanted), shape, wanted)
+            out.append(Fragment(name, kind, shape, whole(shape), 0, value.numel(), value))
+    return out
+
+
+def read(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in another dtype; the pages it was read from are given back."""
+    tensor = checkpoint.tensor(name, kind).to(dtype)
+    checkpoint.release()
+    return tensor

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from neox.checkpoint.load import Checkpoint, digest
 from neox.cli.main import main
 from tests.checkpoint.builders import make_state, save_one
 
@@ -71,3 +73,44 @@ def test_a_wrong_path_is_error_4_and_lists_what_is_there(tmp_path, capsys, actio
     save_one(tmp_path / "checkpoints")
     assert main(["checkpoint", action, str(tmp_path / "checkpoint")]) == 4
     assert "holds checkpoints" in capsys.readouterr().err
+
+
+def test_convert_merges_and_keeps_every_bit(tmp_path, capsys):
+    path = save_one(tmp_path / "checkpoints", 9, shard_bytes=100)
+    assert main(["checkpoint", "convert", str(tmp_path / "checkpoints"), "--out", str(tmp_path / "whole"), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["files"] == 1
+    assert digest(about["path"]) == digest(path)
+    with Checkpoint(about["path"]) as new, Checkpoint(path) as old:
+        assert new.state == old.state
+        assert torch.equal(new.rng(0)["cpu"], old.rng(0)["cpu"])
+    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "small"), "--shard-gb", "1e-7"]) == 0
+    assert digest(tmp_path / "small" / path.name) == digest(path)
+    assert len(list((tmp_path / "small" / path.name).glob("*.safetensors"))) > 5
+    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "whole")]) == 4
+    assert "there is a checkpoint already" in capsys.readouterr().err
+
+
+def test_convert_to_weights_of_another_dtype(tmp_path):
+    state = make_state()
+    path = save_one(tmp_path / "checkpoints", 9, state)
+    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "half"), "--weights-only", "--dtype", "bf16"]) == 0
+    with Checkpoint(tmp_path / "half" / path.name) as checkpoint:
+        assert checkpoint.names() == sorted({name for name, _ in state})
+        assert all(checkpoint.kinds(name) == ["weight"] for name in checkpoint.names())
+        assert torch.equal(checkpoint.tensor("layers.0.norm1.bias"), state["layers.0.norm1.bias", "weight"].bfloat16())
+        assert checkpoint.state == {"step": 9, "weights_only": True}
+
+
+def test_convert_refuses_damage_and_contradictions(tmp_path, capsys):
+    path = save_one(tmp_path / "checkpoints", 9)
+    assert main(["checkpoint", "convert", str(path)]) == 2
+    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "x"), "--dtype", "bf16"]) == 2
+    (shard,) = path.glob("*.safetensors")
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    capsys.readouterr()
+    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "x")]) == 4
+    assert shard.name in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
