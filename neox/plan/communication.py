@@ -112,7 +112,8 @@ def pipeline_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traff
 def data_traffic(config: Config, layout: Layout, stage: Stage, least: bool) -> list[Traffic]:
     """Gradients and weights over the replicas.
 
-    Stage 0: one all-reduce of the fp32 gradients. 1: their reduce-scatter and the all-gather of the weights. 2: a reduce-scatter per micro-batch. 3:
+    Gradients travel in the dtype of the weights, unless deepspeed.communication_data_type says otherwise (which is not planned).
+    Stage 0: one all-reduce of the gradients. 1: their reduce-scatter and the all-gather of the weights. 2: a reduce-scatter per micro-batch. 3:
     also all-gathers of the weights per micro-batch, before forward and backward or, where all may stay gathered in between, once; and none at the end.
     DeepSpeed's stages 1 and 2 all-reduce where a reduce-scatter would do; `least` leaves that out.
     """
@@ -122,7 +123,7 @@ def data_traffic(config: Config, layout: Layout, stage: Stage, least: bool) -> l
         return [Traffic("data", "gradients", "all_reduce", 4 * count, 1, members)]
     reduction = "reduce_scatter" if least or zero == 3 else "all_reduce"
     if zero == 1:
-        return [Traffic("data", "gradients", reduction, 4 * count, 1, members), Traffic("data", "weights", "all_gather", element * count, 1, members)]
+        return [Traffic("data", "gradients", reduction, element * count, 1, members), Traffic("data", "weights", "all_gather", element * count, 1, members)]
     gathers = 1 if zero == 2 else repeats * (1 if count <= LIVE else 2)
     gradients = Traffic("data", "gradients", reduction, element * count, repeats, members)
     return [gradients, Traffic("data", "weights", "all_gather", element * count, gathers, members)]

@@ -123,7 +123,7 @@ def phases(config: Config, layout: Layout, stage: Stage, have: Held, act: Activa
     # Gradients move into the bucket; where it is smaller than they are, the reduced share grows beside it.
     moved = max(have.gradients + bucket, max(have.gradients - bucket, 0) + bucket + have.share) if zero == 1 else have.gradients + have.bucket
     if zero in (1, 2) and layout.replicas > 1:
-        moved += have.bucket  # the parts of several owners are reduced in a copy
+        moved += have.bucket + (have.bucket // 2 if zero == 1 and element < FP32 else 0)  # owners' parts are reduced in a copy, of 16 bits where weights are
     update = resident + (have.gradients if zero == 0 else have.share) + have.flat
     if zero == 1 and layout.replicas > 1:
         update += have.bucket  # small gradients of others lie in it until they are let go
