@@ -1,4 +1,4 @@
-# Targets: setup demo test native-test emulated-test parallel-test fault-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
+# Targets: setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
 # environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
 
 SHELL := bash
@@ -21,7 +21,7 @@ INSTALLED := build/.installed$(subst /,-,$(VENV))
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test parallel-test fault-test cuda-check fuzz bench lint format clean
+.PHONY: help setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz bench lint format clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,7 +46,7 @@ demo: setup  ## train, stop, resume, evaluate, generate and export a small model
 	$(PY) demo/demo.py
 
 test: lint setup native-test cuda-check emulated-test  ## lint and the whole test suite except fuzz and the matrix of layouts
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
@@ -68,6 +68,9 @@ parallel-test: setup  ## every layout of up to four processes against one proces
 
 fault-test: setup  ## kills, signals, full disks, dead and stuck processes, damaged checkpoints, by the hundred
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/faults
+
+harness-test: setup  ## lm-evaluation-harness on whole LAMBADA and BLiMP sets, ours against its hf model; about a quarter of an hour
+	$(PY) -m pytest tests/evaluate/test_whole_sets.py -m harness -s
 
 fuzz: setup  ## random sweeps
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz

@@ -109,7 +109,7 @@ class Checkpoint:
         """
         want = {(kind, name): tuple(shape) for name, kind, shape in wanted}
         kinds = {kind for kind, _ in want}
-        have = {key: info.shape for key, info in self.manifest.tensors.items() if key[0] in kinds and key[0] != RNG_KIND}
+        have = self.stored_shapes(kinds)
         wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
         if wrong:
             lines = [f"{kind}/{name}: have {_shape(have.get((kind, name)))} want {_shape(want.get((kind, name)))}" for kind, name in wrong[:50]]
@@ -117,6 +117,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{len(wrong)} tensors do not fit the model", where=self.path, got=", ".join(lines + more), do="use the model section of the checkpoint"
             )
+
+    def stored_shapes(self, kinds: set[str]) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(kind, name) -> logical shape of every tensor of these kinds."""
+        return {key: info.shape for key, info in self.manifest.tensors.items() if key[0] in kinds and key[0] != RNG_KIND}
 
     def read(self, name: str, kind: str = "weight", slices: Slices | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Reads the flat range [start, stop) of a slice of a logical tensor.

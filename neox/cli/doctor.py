@@ -25,11 +25,13 @@ from neox.errors import NeoxError
 
 PYTHON = (3, 10)
 TORCH = (2, 11)
-PACKAGES = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "orjson", "zstandard", "rich", "tensorboard", "psutil")
+PACKAGES = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "orjson", "zstandard", "jinja2", "rich", "tensorboard", "psutil")
 PACKAGE_OF = {"yaml": "PyYAML"}  # import name -> distribution, where they differ
 EXTRAS = {  # distribution, never needed for training -> (what it is for, how to get it)
     "transformers": ("compares exports and imports", "pip install transformers"),
     "lm_eval": ("neox evaluate --tasks", "pip install lm-eval==0.4.13 -c constraints.txt"),
+    "wandb": ("logging.wandb", "pip install wandb -c constraints.txt"),
+    "comet_ml": ("logging.comet", "pip install comet_ml -c constraints.txt"),
     "gigatoken": ("faster neox preprocess", "pip install gigatoken"),
 }
 VARIABLES = {  # documented variables that must be numbers -> smallest value

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
+from neox.checkpoint.merged import open_weights
 from neox.config.load import loads
 from neox.config.schema import Config, ModelConfig
 from neox.convert.huggingface import LOGIT_TOLERANCE, compare, to_huggingface
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError("export would overwrite files", where=out, want="a folder that is absent or empty", do="choose another --out")
-    with Checkpoint(resolve(args.checkpoint)) as checkpoint:
+    with open_weights(resolve(args.checkpoint)) as checkpoint:
         config = loads(checkpoint.config_lock)
         dtype = DTYPES[args.dtype or config.precision.dtype]
         stage = make_stage(out)

@@ -11,6 +11,7 @@ from neox.cli.launcher import read_place
 from neox.config.schema import ModelConfig, ParallelConfig
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
+from neox.train.join import join
 
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +49,4 @@ def join_layout(args: argparse.Namespace, model: ModelConfig) -> Mesh:
     device = torch.device(args.device)
     if place.world_size == 1:
         return Mesh.single(device)
-    from neox.train.start import join  # only here: it brings in DeepSpeed, which writes to the output at its import
-
     return join(ParallelConfig(tensor=tensor, pipeline=pipeline), place, device.type)

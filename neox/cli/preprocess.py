@@ -3,6 +3,9 @@
 --input takes files and folders. .jsonl, .ndjson and .json files hold one JSON object per line; any other file is one document.
 Each may be compressed (.gz, .zst). From folders, files that end in .jsonl or .txt are taken unless --suffix says otherwise.
 
+--chat takes conversations instead, {"messages": [{"role": "user", "content": "..."}, ...]} per line, and also writes OUT_labels, which say what is to be
+learned: what the assistant says. --chat --pairs takes {"chosen": [...], "rejected": [...]} and writes OUT_chosen and OUT_rejected with theirs.
+
 example: neox preprocess --input corpus/ more.jsonl.zst --tokenizer tokenizer.json --out data/corpus --workers 8 --bad-lines skip
 """
 
@@ -17,6 +20,7 @@ from dataclasses import asdict
 
 import orjson
 
+from neox.data.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoding, ChatSummary, find_template, preprocess_chat
 from neox.data.encode import Encoding
 from neox.data.preprocess import BAD_LINES, Summary, preprocess
 from neox.data.text import FOLDER_SUFFIXES, find_files
@@ -29,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suffix", action="append", metavar="S", help="files to take from folders, such as .py; may be repeated (default: .jsonl and .txt)")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="`tokenizers` JSON file")
     parser.add_argument("--out", required=True, metavar="PREFIX", help="path of the dataset, without suffix")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
+    parser.add_argument("--json-key", metavar="KEY", help="key of the text in a JSON line (default: text; with --chat: messages)")
     parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end each document with the end-of-document token")
     parser.add_argument("--eod-token", metavar="TOKEN", help="end-of-document token (default: found by name)")
     parser.add_argument(
@@ -38,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="match",
         help="special tokens that occur in the text: match gives their ids, as upstream does; text encodes them as plain text (default: match)",
     )
+    parser.add_argument("--chat", action="store_true", help="the input is conversations; make labels too")
+    parser.add_argument("--pairs", action="store_true", help="with --chat: a chosen and a rejected conversation per line")
+    help_template = f"Jinja file, or one of {', '.join(TEMPLATES)} (default: the one beside the tokenizer)"
+    parser.add_argument("--chat-template", metavar="FILE", help=help_template)
+    parser.add_argument("--last-only", action="store_true", help="with --chat: learn the last answer of the assistant only")
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="threads that encode; 0: none but the one that reads (default: one per CPU)")
     help_bad = "a line that gives no document: fail stops, skip counts it, quarantine also keeps it in PREFIX.quarantine.jsonl (default: fail)"
     parser.add_argument("--bad-lines", choices=BAD_LINES, default="fail", help=help_bad)
@@ -52,13 +61,38 @@ def run(args: argparse.Namespace) -> int:
     if workers < 0:
         raise ConfigError("bad number of workers", where="--workers", got=workers, want="0 or more")
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
-    encoding = Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key, args.special_tokens == "text")
     with progress_bar() as progress:
-        summary = preprocess(
-            files, args.out, encoding, workers=workers, bad_lines=args.bad_lines, overwrite=args.overwrite, resume=args.resume, progress=progress
-        )
+        options = {"workers": workers, "bad_lines": args.bad_lines, "overwrite": args.overwrite, "progress": progress}
+        if args.chat:
+            summary = preprocess_chat(files, args.out, chat_encoding(args), **options)
+        else:
+            summary = preprocess(files, args.out, text_encoding(args), resume=args.resume, **options)
     print(orjson.dumps(asdict(summary)).decode() if args.json else report(summary))
     return 0
+
+
+def text_encoding(args: argparse.Namespace) -> Encoding:
+    """How plain text is encoded.
+
+    Raises:
+        ConfigError: options of --chat without it.
+    """
+    alone = [name for name in ("pairs", "last_only", "chat_template") if vars(args)[name]]
+    if alone:
+        raise ConfigError("option without --chat", where=f"--{alone[0].replace('_', '-')}", do="add --chat")
+    return Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key or "text", args.special_tokens == "text")
+
+
+def chat_encoding(args: argparse.Namespace) -> ChatEncoding:
+    """How conversations are encoded.
+
+    Raises:
+        ConfigError: an option that they don't have, or no template.
+    """
+    if args.resume or args.special_tokens == "text":
+        raise ConfigError("option that conversations don't have", where="--resume" if args.resume else "--special-tokens text", do="leave it out with --chat")
+    keys = PAIR if args.pairs else (args.json_key or MESSAGES[0],)
+    return ChatEncoding(args.tokenizer, args.eod_token, find_template(args.chat_template, args.tokenizer), keys, args.append_eod, args.last_only)
 
 
 @contextlib.contextmanager
@@ -90,6 +124,8 @@ def report(summary: Summary) -> str:
         f"{summary.text_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s: {rate:.1f} MB/s, encoder: {summary.encoder}",
         f"left out: {summary.bad_lines:,} bad, {summary.blank_lines:,} blank, {summary.empty_documents:,} empty",
     ]
+    if isinstance(summary, ChatSummary):
+        lines.append(f"learned: {summary.learned:,} of {summary.tokens:,} tokens")
     lines += [f"  {count:,} x {reason}" for reason, count in sorted(summary.bad_reasons.items())]
     lines += [f"  {example['where']}: {example['reason']}" for example in summary.bad_examples]
     if summary.quarantine:

@@ -405,7 +405,9 @@ def flatten(config: Config) -> list[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """A config value as plain lists, dicts and scalars."""
+    """A config value as plain lists, dicts and scalars; a data source without what it does not name."""
+    if isinstance(value, DataSource):
+        return {name: inner for name, inner in value if inner is not None}
     if isinstance(value, BaseModel):
         return {name: plain(inner) for name, inner in value}
     if isinstance(value, dict):

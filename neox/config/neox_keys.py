@@ -120,16 +120,38 @@ TRAINING = {
     "profile_step_start": _translated("profile.start", "with profile: true", 10),
     "profile_step_stop": _translated("profile.steps", "- profile_step_start", 12),
     "memory_profiling": _translated("profile.memory", "same", False),
+    "use_wandb": _translated("logging.wandb", "true: record there", None),
+    "wandb_project": _translated("logging.wandb.project", "with use_wandb", "neox"),
+    "wandb_group": _translated("logging.wandb.group", "with use_wandb"),
+    "wandb_team": _translated("logging.wandb.entity", "with use_wandb"),
+    "wandb_host": _translated("logging.wandb.host", "with use_wandb; not where it is the public server"),
+    "use_comet": _translated("logging.comet", "true: record there", None),
+    "comet_project": _translated("logging.comet.project", "with use_comet", "neox"),
+    "comet_workspace": _translated("logging.comet.workspace", "with use_comet"),
+    "comet_experiment_name": _translated("logging.comet.name", "with use_comet"),
+    "comet_tags": _translated("logging.comet.tags", "with use_comet"),
     "save": _translated("run.dir", "the run's folder; checkpoints lie in run.dir/checkpoints"),
     "load": _translated("checkpoint.resume checkpoint.init_from", "as save: resume auto; with finetune: init_from; else resume PATH"),
     "finetune": _translated("checkpoint.init_from", "starts at step 0 from the weights that load names", False),
 }
+PARTS = {"train": "train", "valid": "validation", "test": "test"}
 DATA = {
     "seq_length": _renamed("data.seq_length"),
     "data_path": _renamed("data.path"),
     "split": _translated("data.split", "same; with data_path", "969, 30, 1"),
-    **{f"{part}_data_paths": _translated(f"data.{ours}", "same") for part, ours in (("train", "train"), ("valid", "validation"), ("test", "test"))},
-    **{f"{part}_data_weights": _translated(f"data.{ours}", "weights") for part, ours in (("train", "train"), ("valid", "validation"), ("test", "test"))},
+    **{f"{part}_data_paths": _translated(f"data.{ours}", "same") for part, ours in PARTS.items()},
+    **{f"{part}_data_weights": _translated(f"data.{ours}", "weights") for part, ours in PARTS.items()},
+}
+POST_TRAINING = {
+    "train_impl": _translated("train.objective", "normal: pretrain, or sft with label data; dpo; rm: reward", "normal"),
+    "dataset_impl": _translated("data.train", "gpt2, or pairwise with dpo and rm", "gpt2"),
+    "pack_impl": _translated("data.packing", "packed; unpacked: documents", "packed"),
+    "dpo_beta": _translated("train.dpo_beta", "with train_impl: dpo", 0.1),
+    **{f"{part}_label_data_paths": _translated(f"data.{ours}", "labels") for part, ours in PARTS.items()},
+    **{f"pos_{part}_data_paths": _translated(f"data.{ours}", "path") for part, ours in PARTS.items()},
+    **{f"pos_{part}_label_data_paths": _translated(f"data.{ours}", "labels") for part, ours in PARTS.items()},
+    **{f"neg_{part}_data_paths": _translated(f"data.{ours}", "rejected") for part, ours in PARTS.items()},
+    **{f"neg_{part}_label_data_paths": _translated(f"data.{ours}", "rejected_labels") for part, ours in PARTS.items()},
 }
 
 DEEPSPEED = {
@@ -155,7 +177,7 @@ IGNORED_BECAUSE = {
         scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion rope_fusion layernorm_fusion
         rmsnorm_fusion use_flashattn_swiglu
     """,
-    "scores, softmax and loss are in fp32, always": "attention_softmax_in_fp32 apply_query_key_layer_scaling fp16_lm_cross_entropy",
+    "scores, softmax and loss are in fp32, always": "dpo_fp32 attention_softmax_in_fp32 apply_query_key_layer_scaling fp16_lm_cross_entropy",
     "gradients are accumulated and reduced in fp32, always": "fp32_allreduce data_types",
     "the output projection is cut over the vocabulary, always": "output_layer_parallelism",
     "initial weights depend on no device": "use_cpu_initialization",
@@ -215,32 +237,24 @@ IGNORED_BECAUSE = {
         mup_rp_embedding_mult mup_width_scale mup_hp_search
     """,
     "used with weight_by_num_documents, which is an error": "weighted_sampler_alpha weighted_document_limit",
+    "the reference's log-probabilities are computed before the first step, always": "precompute_logprobs",
     "used with train_impl, whose other values are errors": """
-        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_beta kl_impl kto_desirable_weight kto_undesirable_weight fp32_reinforce
+        kto_fp32 kto_beta kl_impl kto_desirable_weight kto_undesirable_weight fp32_reinforce
         kl_div_beta reinforce_leave_one_out serve_model_weights online_dataserver_ips online_dataserver_ports
     """,
     "used with te_ layers, whose switches are errors where fp8 changes results": """
         te_fp8_format te_fp8_wgrad te_fp8_margin te_fp8_amax_history_len te_fp8_amax_compute_algo
     """,
     "our kernels take the place of Transformer Engine's, without fp8": "te_columnparallel te_rowparallel te_layernorm_mlp te_mha",
-    "Weights & Biases and Comet are set by deepspeed.wandb and deepspeed.comet": """
-        use_wandb wandb_group wandb_team wandb_project wandb_host wandb_init_all_ranks use_comet comet_workspace comet_project
-        comet_experiment_name comet_tags comet_others
-    """,
+    "the first process alone speaks to Weights & Biases": "wandb_init_all_ranks",
+    "the whole config is shown with the experiment": "comet_others",
     "traces lie in run.dir/profile": "memory_profiling_path",
 }
 IGNORED = {name: Row("ignored", text=why) for why, names in IGNORED_BECAUSE.items() for name in names.split()}
 
-POST_TRAINING = (
-    *(f"{part}_{kind}_data_paths" for part in ("train", "valid", "test") for kind in ("label", "reward")),
-    *(f"{side}_{part}{kind}_data_paths" for side in ("pos", "neg") for part in ("train", "valid", "test") for kind in ("", "_label")),
-    "precompute_logprobs",
-)
 UNSUPPORTED = {
-    **_unsupported("post-training data is not read: pre-train with train_data_paths", *POST_TRAINING, harmless=(None, [])),
-    **_unsupported("only pre-training is read from GPT-NeoX's files: train_impl: normal", "train_impl", harmless=(None, "normal")),
-    **_unsupported("only pre-training is read from GPT-NeoX's files: dataset_impl: gpt2", "dataset_impl", harmless=(None, "gpt2")),
-    **_unsupported("samples are packed: pack_impl: packed", "pack_impl", harmless=(None, "packed")),
+    **_unsupported("KTO and REINFORCE are not built: train_impl: dpo", *(f"{part}_reward_data_paths" for part in PARTS), harmless=(None, [])),
+    **_unsupported("the loss is measured against the weights at the start: take it out", "dpo_reference_free"),
     **_unsupported("mixtures of experts are not built: moe_num_experts: 1", "moe_num_experts", harmless=(None, 1)),
     **_unsupported("muP is not built: use_mup: false", "use_mup"),
     **_unsupported("shared layers are not built: take it out", "num_unique_layers", harmless=(None,)),
@@ -267,7 +281,7 @@ UNSUPPORTED = {
 }
 
 # upstream key -> what is done with it
-NEOX_KEYS: dict[str, Row] = {**ARCHITECTURE, **VOCABULARY, **OPTIMIZER, **TRAINING, **DATA, **DEEPSPEED, **IGNORED, **UNSUPPORTED}
+NEOX_KEYS: dict[str, Row] = {**ARCHITECTURE, **VOCABULARY, **OPTIMIZER, **TRAINING, **DATA, **POST_TRAINING, **DEEPSPEED, **IGNORED, **UNSUPPORTED}
 
 # what a model cannot be built without; upstream names the same four
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")

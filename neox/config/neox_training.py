@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
-from neox.config.neox_keys import NEOX_KEYS
+from neox.config.neox_keys import NEOX_KEYS, PARTS
 from neox.config.neox_translation import Translation
+
+PUBLIC_WANDB = "https://api.wandb.ai"
+OBJECTIVES = {"normal": "pretrain", "dpo": "dpo", "rm": "reward"}  # train_impl -> train.objective
 
 
 def optimizer(work: Translation) -> None:
@@ -165,20 +168,66 @@ def profile(work: Translation) -> None:
         work.set("profile.memory", bool(work.value("memory_profiling")), "memory_profiling")
 
 
+def services(work: Translation) -> None:
+    """Weights & Biases and Comet, where they are switched on."""
+    if work.value("use_wandb"):
+        work.set("logging.wandb.project", work.value("wandb_project"), work.first("wandb_project", "use_wandb"))
+        for theirs, ours in (("wandb_group", "group"), ("wandb_team", "entity"), ("wandb_host", "host")):
+            if work.value(theirs) is not None and work.value(theirs) != PUBLIC_WANDB:
+                work.set(f"logging.wandb.{ours}", work.value(theirs), theirs)
+    if work.value("use_comet"):
+        work.set("logging.comet.project", work.value("comet_project"), work.first("comet_project", "use_comet"))
+        for theirs, ours in (("comet_workspace", "workspace"), ("comet_experiment_name", "name"), ("comet_tags", "tags")):
+            if work.value(theirs) is not None:
+                work.set(f"logging.comet.{ours}", work.value(theirs), theirs)
+
+
 def data(work: Translation) -> None:
     """Prefixes with their weights, in upstream's order of samples."""
     work.set("data.order", "neox", work.first("train_data_paths", "data_path"))
     if "data_path" in work.given:
         work.set("data.split", str(work.value("split")).replace(" ", ""), "split")
-    for part, ours in (("train", "train"), ("valid", "validation"), ("test", "test")):
-        paths, weights = work.value(f"{part}_data_paths"), work.value(f"{part}_data_weights")
-        if not paths:
-            continue
-        if weights is not None and (not isinstance(weights, list) or not isinstance(paths, list) or len(weights) != len(paths)):
-            work.refuse(f"{part}_data_weights", "weights do not match the datasets", want="a number for each path", decides=f"data.{ours}")
-            continue
-        blend = paths if weights is None else [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
-        work.set(f"data.{ours}", blend, f"{part}_data_paths")
+    objective = OBJECTIVES.get(str(work.value("train_impl")))
+    if objective is None:
+        work.refuse("train_impl", "this way of training is not supported", want=", ".join(OBJECTIVES), decides="train.objective")
+        return
+    side = "pos_" if objective in ("dpo", "reward") else ""
+    if work.value("dataset_impl") != ("pairwise" if side else "gpt2") and "dataset_impl" in work.given:
+        work.refuse("dataset_impl", "the datasets do not fit train_impl", want="pairwise with dpo and rm, gpt2 without")
+    for part, ours in PARTS.items():
+        blend(work, f"{side}{part}", part, ours)
+    if objective == "pretrain" and work.value("train_label_data_paths"):
+        objective = "sft"
+    if objective != "pretrain":
+        work.set("train.objective", objective, "train_impl")
+    if objective == "dpo":
+        work.set("train.dpo_beta", work.value("dpo_beta"), "dpo_beta")
+    if objective == "reward":
+        work.set("model.output", "score", "train_impl")
+    packing = {"packed": "packed", "unpacked": "documents"}.get(str(work.value("pack_impl")))
+    if packing is None:
+        work.refuse("pack_impl", "this packing is not supported", want="packed or unpacked", decides="data.packing")
+    elif packing != "packed":
+        work.set("data.packing", packing, "pack_impl")
+
+
+def blend(work: Translation, theirs: str, part: str, ours: str) -> None:
+    """The sources of one part of the data: prefixes, weights, and for post-training their labels and the rejected answers."""
+    paths = work.value(f"{theirs}_data_paths")
+    if not paths:
+        return
+    negative = f"neg_{part}" if theirs.startswith("pos_") else None
+    columns = {"path": f"{theirs}_data_paths", "weight": f"{part}_data_weights", "labels": f"{theirs}_label_data_paths"}
+    if negative:
+        columns |= {"rejected": f"{negative}_data_paths", "rejected_labels": f"{negative}_label_data_paths"}
+    given = {key: name for key, name in columns.items() if work.value(name)}
+    for name in given.values():
+        if not isinstance(work.value(name), list) or len(work.value(name)) != len(paths):
+            what = "weights do not match the datasets" if name.endswith("weights") else "datasets do not match"
+            work.refuse(name, what, want="one for each path", decides=f"data.{ours}")
+            return
+    rows = [dict(zip(given, row, strict=True)) for row in zip(*(work.value(name) for name in given.values()), strict=True)]
+    work.set(f"data.{ours}", paths if len(given) == 1 else rows, f"{theirs}_data_paths")
 
 
 def deepspeed(work: Translation) -> None:
@@ -195,4 +244,4 @@ def deepspeed(work: Translation) -> None:
             work.set(f"deepspeed.{name}", value, raw[name])
 
 
-STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, profile, data, deepspeed)
+STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, profile, services, data, deepspeed)

@@ -151,6 +151,37 @@ def sources(config: Config, _: Situation) -> Iterator[Conflict]:
         yield Conflict("evaluation without validation data", keys, "validation data, or evaluate.interval: 0")
 
 
+def objective(config: Config, _: Situation) -> Iterator[Conflict]:
+    """What a run minimises has the data, the head and the layout that it needs."""
+    kind, model, layout = config.train.objective, config.model, config.parallel
+    pairs = kind in ("dpo", "reward")
+    for part in ("train", "validation"):
+        for source in dict(config.data)[part]:
+            keys = ("train.objective", f"data.{part}")
+            if pairs != (source.rejected is not None):
+                want = "`rejected` beside the chosen answers in `path`" if pairs else "no `rejected` in a source"
+                yield Conflict("the objective does not fit the data", keys, want, None if pairs else "train.objective: dpo or reward")
+            elif (kind == "sft" and source.labels is None) or (kind == "pretrain" and source.labels is not None):
+                yield Conflict("the objective does not fit the data", keys, "`labels` in every source with objective: sft, in none with pretrain")
+    if kind != "pretrain" and config.data.path is not None:
+        yield Conflict("data.path has no labels or pairs", ("train.objective", "data.path"), "data.train, a list of {path, labels, ...}")
+    if (kind == "reward") != (model.output == "score"):
+        yield Conflict("the head does not fit the objective", ("model.output", "train.objective"), "model.output: score with objective: reward, and only there")
+    if pairs and layout.context > 1:
+        yield Conflict("context parallelism cuts answers apart", ("train.objective", "parallel.context"), "context: 1 with dpo and reward")
+
+
+def lora(config: Config, _: Situation) -> Iterator[Conflict]:
+    """Adapters stand beside frozen weights, which not every layout can hold."""
+    if config.model.lora is None:
+        return
+    if config.zero.stage > 2:
+        yield Conflict("ZeRO stage 3 cuts the frozen weights", ("model.lora.rank", "zero.stage"), "zero.stage 0 to 2 with LoRA", "zero.stage: 2")
+    if config.parallel.pipeline > 1 and config.model.tie_embeddings and config.model.output == "tokens":
+        keys = ("model.lora.rank", "parallel.pipeline", "model.tie_embeddings")
+        yield Conflict("a frozen tied embedding on two stages", keys, "pipeline: 1 with LoRA and tied embeddings", "parallel.tensor instead")
+
+
 def parse_split(text: str) -> tuple[float, float, float]:
     """Shares of train, validation and test, normalised to a sum of 1.
 
@@ -310,4 +341,21 @@ def rollback(config: Config, _: Situation) -> Iterator[Conflict]:
         yield Conflict("nothing to go back to", ("guard.loss_spike", "checkpoint.save_interval"), "checkpoint.save_interval above 0 for rollback")
 
 
-RULES = (heads, positions, rope_scaling, residual, vocabulary, sources, schedule, precision, parallel, stages, context, folders, rollback, deepspeed)
+RULES = (
+    heads,
+    positions,
+    rope_scaling,
+    residual,
+    vocabulary,
+    sources,
+    objective,
+    lora,
+    schedule,
+    precision,
+    parallel,
+    stages,
+    context,
+    folders,
+    rollback,
+    deepspeed,
+)

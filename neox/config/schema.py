@@ -16,6 +16,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
+Adapted = Literal["attention.qkv", "attention.out", "mlp.up", "mlp.gate", "mlp.down"]
+
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}  # activation -> function applied to the gate
 
 
@@ -38,6 +40,17 @@ class RopeScaling(Section):
     beta_fast: PositiveFloat = Field(32.0, description="yarn: rotations above which a channel is kept")
     beta_slow: PositiveFloat = Field(1.0, description="yarn: rotations below which a channel is interpolated")
     attention_factor: PositiveFloat | None = Field(None, description="yarn: factor on cos and sin; None: 0.1 ln(factor) + 1")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): W + alpha / rank B A, of which only A and B are trained."""
+
+    rank: Positive = Field(description="rows of A and columns of B")
+    alpha: PositiveFloat = Field(16.0, description="the product B A is scaled by alpha / rank")
+    targets: Annotated[tuple[Literal["attention.qkv", "attention.out", "mlp.up", "mlp.gate", "mlp.down"], ...], Field(strict=False, min_length=1)] = Field(
+        ("attention.qkv", "attention.out", "mlp.up", "mlp.gate", "mlp.down"),
+        description="matrices of a block that get one; mlp.gate exists where the MLP is gated",
+    )
 
 
 class ModelConfig(Section):
@@ -79,6 +92,8 @@ class ModelConfig(Section):
         "scaled_normal", description="initialisation of the projections that write to the residual stream"
     )
     init_std: PositiveFloat = Field(0.02, description="standard deviation of normal and scaled_normal")
+    output: Literal["tokens", "score"] = Field("tokens", description="tokens: logits over the vocabulary; score: one number per position (reward models)")
+    lora: LoraConfig | None = Field(None, description="train low-rank adapters and nothing else; null: train everything")
     attention_backend: Literal["auto", "native", "sdpa"] = Field(
         "auto", description="native: our kernels; sdpa: torch; auto: the faster by the table in neox/ops/attention.py"
     )
@@ -123,6 +138,9 @@ class DataSource(Section):
 
     path: str = Field(description="prefix of PREFIX.bin and PREFIX.idx")
     weight: NonNegativeFloat = Field(1.0, description="share of the samples; weights are normalised")
+    labels: str | None = Field(None, description="prefix of the dataset's labels: -100 where a token is not to be learned, else the token; null: all are")
+    rejected: str | None = Field(None, description="prefix of the rejected answers, document by document, of which `path` holds the chosen ones")
+    rejected_labels: str | None = Field(None, description="labels of `rejected`")
 
 
 class DataConfig(Section):
@@ -135,6 +153,9 @@ class DataConfig(Section):
     split: str = Field("969,30,1", description="shares of train, validation, test when data.path is used")
     seq_length: Positive = Field(2048, description="tokens of a sample that the model reads (one more is read as last target)")
     order: Literal["epoch", "neox"] = Field("epoch", description="epoch: pure function of seed and sample index; neox: GPT-NeoX's shuffle, bit for bit")
+    packing: Literal["packed", "documents"] = Field(
+        "packed", description="packed: samples are cut from the stream of documents; documents: a sample is one document, cut off or padded to seq_length"
+    )
     document_mask: bool = Field(False, description="attention and positions stop at document borders")
     prefetch: NonNegative = Field(2, description="batches read ahead by a background thread; 0: none")
     index_cache: str | None = Field(None, description="folder for the index arrays of order: neox; null: beside the data, else in run.dir")
@@ -224,6 +245,12 @@ class TrainConfig(Section):
     gradient_accumulation: Positive | None = Field(None, description="forward passes of one process per optimizer step")
     global_batch_size: Positive | None = Field(None, description="samples per optimizer step over all processes")
     seed: NonNegative = Field(1234, description="seed of initialisation, data order and dropout")
+    objective: Literal["pretrain", "sft", "dpo", "reward"] = Field(
+        "pretrain",
+        description="pretrain: next token; sft: next token where the labels say so; dpo: preferences (arXiv 2305.18290) against the initial weights; "
+        "reward: a score that ranks the chosen answer above the rejected one (Bradley-Terry)",
+    )
+    dpo_beta: PositiveFloat = Field(0.1, description="dpo: weight of the distance from the initial weights")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute in the backward: nothing, the MLP's inner activations, whole blocks"
     )
@@ -266,11 +293,34 @@ class EvaluateConfig(Section):
     iters: Positive = Field(10, description="batches of one evaluation")
 
 
+class WandbConfig(Section):
+    """Weights & Biases. The key is taken from WANDB_API_KEY or `wandb login`."""
+
+    project: str = Field("neox", description="project that the run belongs to")
+    entity: str | None = Field(None, description="team or user; null: the key's own")
+    group: str | None = Field(None, description="group of runs")
+    name: str | None = Field(None, description="name of the run; null: one is made up")
+    host: str | None = Field(None, description="URL of a server of one's own")
+    mode: Literal["online", "offline"] = Field("online", description="offline: keep the records in run.dir/wandb, for `wandb sync`")
+
+
+class CometConfig(Section):
+    """Comet. The key is taken from COMET_API_KEY or `comet login`."""
+
+    project: str = Field("neox", description="project that the experiment belongs to")
+    workspace: str | None = Field(None, description="workspace; null: the key's own")
+    name: str | None = Field(None, description="name of the experiment; null: one is made up")
+    tags: tuple[str, ...] = Field((), strict=False, description="tags of the experiment")
+    mode: Literal["online", "offline"] = Field("online", description="offline: keep the records in run.dir/comet, for `comet upload`")
+
+
 class LoggingConfig(Section):
     """What a run prints and records; metrics.jsonl always gets every step."""
 
     interval: Positive = Field(10, description="iterations between lines on the terminal and in log.txt")
     tensorboard: bool = Field(True, description="write run.dir/tensorboard")
+    wandb: WandbConfig | None = Field(None, description="record the run on Weights & Biases too; null: don't")
+    comet: CometConfig | None = Field(None, description="record the run on Comet too; null: don't")
 
 
 class ProfileConfig(Section):

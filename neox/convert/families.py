@@ -467,6 +467,8 @@ def family_for(config: ModelConfig) -> Family:
     Raises:
         ConfigError: there is none; says what stands in the way of the nearest.
     """
+    if config.output == "score":
+        raise ConfigError("reward models are not exported", where="model.output", got="score", want="tokens")
     ranked = sorted(FAMILIES, key=lambda family: len(family.misfits(config)))
     misfits = ranked[0].misfits(config)
     if misfits:

@@ -9,9 +9,10 @@ import numpy as np
 
 from neox.config.schema import Config, DataConfig, DataSource
 from neox.data.blend import normalise_weights
+from neox.data.documents import DocumentDataset, LabelledDataset, MixedDataset, PairDataset
 from neox.data.index_cache import cache_key, cached_order
 from neox.data.indexed import IndexedDataset
-from neox.data.sampling import BlendedDataset, Dataset, EpochDataset, NeoxDataset, check_tokens, neox_order, split_ranges
+from neox.data.sampling import BlendedDataset, Dataset, EpochDataset, NeoxDataset, RowReader, check_tokens, neox_order, split_ranges
 from neox.data.tokenizer import file_hash
 from neox.errors import ConfigError, DataError
 
@@ -62,12 +63,15 @@ def _sources(data: DataConfig, part: str) -> tuple[DataSource, ...]:
 def _open_all(config: Config, parts: list[str]) -> dict[str, IndexedDataset]:
     """Open each prefix once and check it against the config."""
     data = config.data
-    prefixes = [data.path] if data.path is not None else [source.path for part in parts for source in _sources(data, part)]
+    sources = [source for part in parts for source in _sources(data, part)]
+    prefixes = [data.path] if data.path is not None else [prefix for source in sources for prefix in (source.path, source.rejected) if prefix]
     opened: dict[str, IndexedDataset] = {}
     for prefix in prefixes:
         if prefix not in opened:
             opened[prefix] = IndexedDataset(prefix)
             _check_vocabulary(opened[prefix], config)
+    for prefix in [prefix for source in sources for prefix in (source.labels, source.rejected_labels) if prefix]:
+        opened.setdefault(prefix, IndexedDataset(prefix))
     return opened
 
 
@@ -123,13 +127,23 @@ def _blended_part(config: Config, opened: dict[str, IndexedDataset], part: str, 
         raise ConfigError(error.what, where=f"data.{part}: {error.where or ''}", got=error.got, want=error.want) from error
     datasets = []
     for source, share in zip(sources, shares, strict=True):
-        dataset = opened[source.path]
-        unit = len(dataset) if config.data.order == "neox" else dataset.num_documents
-        datasets.append(_ordered(config, dataset, (0, unit), math.ceil(samples * share * BLEND_MARGIN)))
-    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, list(shares))
+        dataset, labels = opened[source.path], opened.get(source.labels)
+        if source.rejected is not None:
+            rejected = (opened[source.rejected], opened.get(source.rejected_labels))
+            datasets.append(PairDataset((dataset, labels), rejected, config.data.seq_length, config.train.seed))
+        elif config.data.packing == "documents":
+            datasets.append(DocumentDataset(dataset, labels, config.data.seq_length, config.train.seed))
+        else:
+            unit = len(dataset) if config.data.order == "neox" else dataset.num_documents
+            packed = _ordered(config, dataset, (0, unit), math.ceil(samples * share * BLEND_MARGIN))
+            datasets.append(packed if labels is None else LabelledDataset(packed, dataset, labels))
+    if len(datasets) == 1:
+        return datasets[0]
+    by_rows = all(isinstance(dataset, RowReader) for dataset in datasets)
+    return BlendedDataset(datasets, list(shares)) if by_rows else MixedDataset(datasets, list(shares))
 
 
-def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> Dataset:
+def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> EpochDataset | NeoxDataset:
     """Documents (epoch) or sequences (neox) [first, last) in the order of the config."""
     data, seed = config.data, config.train.seed
     if data.order == "epoch":

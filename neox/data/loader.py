@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from neox.data._native import core
-from neox.data.sampling import Dataset, RowReader, Rows
+from neox.data.sampling import Dataset, Pair, RowReader, Rows, Sample
 from neox.errors import DataError
 
+IGNORED = -100  # target that is not learned
 POLL_SECONDS = 0.2  # how often a waiting side looks whether the other is still there
 
 
@@ -23,6 +24,8 @@ class Batch:
 
     tokens, targets: int64 [b, s]; a target of -100 is ignored. sample_ids: int64 [b], numbers of the samples in the run's order.
     segment_ids int32 [b, s] and position_ids int64 [b, s] (counted from each document's start): None without document_mask.
+    ends: int64 [b], last input of a row that is no padding; None where rows are packed. A sample that is a pair gives two rows, chosen and rejected;
+    reference: fp32 [b], their log-probabilities by the model at the start; None where the dataset has none.
     """
 
     tokens: torch.Tensor
@@ -30,6 +33,8 @@ class Batch:
     segment_ids: torch.Tensor | None
     position_ids: torch.Tensor | None
     sample_ids: torch.Tensor
+    ends: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,25 +163,63 @@ class StepReader:
         return [self._batch(self._layout.sample_ids(consumed, m)) for m in range(self._layout.gradient_accumulation)]
 
     def _batch(self, sample_ids: list[int]) -> Batch:
-        inputs, targets, segment_ids = self._rows(sample_ids)
+        if not isinstance(self._dataset, RowReader):
+            return self._batch_of_samples(sample_ids)
+        inputs, targets, segment_ids = self._rows(sample_ids, self._dataset)
         self._check_vocabulary(inputs, targets, sample_ids)
         marks = positions = None
         if segment_ids is not None:
             marks, positions = torch.from_numpy(segment_ids), torch.from_numpy(positions_in_documents(segment_ids))
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), marks, positions, torch.tensor(sample_ids, dtype=torch.int64))
 
-    def _rows(self, sample_ids: list[int]) -> Rows:
-        dataset = self._dataset
-        if isinstance(dataset, RowReader):
-            shape = (len(sample_ids), dataset.seq_length)
-            marks = np.empty(shape, dtype=np.int32) if dataset.document_mask else None
-            rows = Rows(np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64), marks)
-            dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
-            return rows
-        samples = [dataset[sample] for sample in sample_ids]
-        tokens = np.stack([sample.tokens for sample in samples])  # [b, s + 1]
-        marks = None if samples[0].segment_ids is None else np.stack([sample.segment_ids for sample in samples])
-        return Rows(tokens[:, :-1].copy(), tokens[:, 1:].copy(), marks)
+    def _rows(self, sample_ids: list[int], dataset: RowReader) -> Rows:
+        shape = (len(sample_ids), dataset.seq_length)
+        marks = np.empty(shape, dtype=np.int32) if dataset.document_mask else None
+        rows = Rows(np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64), marks)
+        dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
+        return rows
+
+    def _batch_of_samples(self, sample_ids: list[int]) -> Batch:
+        """The batch of a dataset that gives one sample, or one pair, at a time."""
+        samples = [self._dataset[sample] for sample in sample_ids]
+        rows = [row for sample in samples for row in ((sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,))]
+        tokens = np.stack([row.tokens for row in rows])  # [b, s + 1]
+        self._check_vocabulary(tokens[:, :-1], tokens[:, 1:], sample_ids)
+        targets = tokens if rows[0].labels is None else self._checked_labels(tokens, rows, sample_ids)
+        marks = positions = ends = reference = None
+        if rows[0].segment_ids is not None:
+            segments = np.stack([row.segment_ids for row in rows])
+            marks, positions = torch.from_numpy(segments), torch.from_numpy(positions_in_documents(segments))
+        if rows[0].end is not None:
+            ends = torch.tensor([row.end for row in rows], dtype=torch.int64)
+        if isinstance(samples[0], Pair) and samples[0].reference is not None:
+            reference = torch.from_numpy(np.concatenate([sample.reference for sample in samples]))
+        both = (torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy()))
+        return Batch(*both, marks, positions, torch.tensor(sample_ids, dtype=torch.int64), ends, reference)
+
+    def _checked_labels(self, tokens: np.ndarray, rows: list[Sample], sample_ids: list[int]) -> np.ndarray:
+        """Labels [b, s + 1], each the token beside it or -100.
+
+        Raises:
+            DataError: one is something else: the labels belong to other tokens.
+        """
+        labels = np.stack([row.labels for row in rows])
+        wrong = np.argwhere((labels != tokens) & (labels != IGNORED))
+        if len(wrong):
+            row, column = (int(part) for part in wrong[0])
+            raise DataError(
+                "label is not the token",
+                where=self._where(row, column, tokens, sample_ids),
+                got=f"label {labels[row, column]} at token {tokens[row, column]}",
+                want="the token, or -100",
+                do="make tokens and labels by one neox preprocess --chat",
+            )
+        return labels
+
+    def _where(self, row: int, column: int, tokens: np.ndarray, sample_ids: list[int]) -> str:
+        """Where a token of a batch lies; the rows of a pair are counted through."""
+        sample, second = divmod(row, len(tokens) // len(sample_ids))
+        return self._dataset.describe(sample_ids[sample], second * tokens.shape[1] + column)
 
     def _check_vocabulary(self, inputs: np.ndarray, targets: np.ndarray, sample_ids: list[int]) -> None:
         if self._vocab_size is None:
@@ -187,7 +230,7 @@ class StepReader:
         row, column = divmod(core.first_outside(tokens, self._vocab_size), tokens.shape[1])
         raise DataError(
             "token id is outside the vocabulary",
-            where=self._dataset.describe(sample_ids[row], column),
+            where=self._where(row, column, tokens, sample_ids),
             got=f"id {tokens[row, column]}",
             want=f"0 to {self._vocab_size - 1}",
             do="use the tokenizer that made the data, or raise model.vocab_size",

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice, starmap
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for
 from neox.data.indexed import IndexedWriter, token_dtype
@@ -190,19 +191,19 @@ def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEnc
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def encoded_by_processes(blocks: Iterable[Block], encoding: Encoding, workers: int) -> Iterator[EncodedBlock]:
-    """Encode blocks by the `tokenizers` library on worker processes, otherwise as `encoded_by_threads`.
+def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, encode: Callable[[Any, Block], Any] | None = None) -> Iterator[Any]:
+    """Encode blocks on worker processes, otherwise as `encoded_by_threads`: by encode(encoding, block), else by the `tokenizers` library.
 
     Raises:
         MemoryExhausted: a worker died, most likely for want of memory.
     """
     if workers == 0:
-        yield from map(LibraryEncoder(encoding), blocks)
+        yield from map(LibraryEncoder(encoding) if encode is None else functools.partial(encode, encoding), blocks)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of this process half-way
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
-        yield from in_order((executor.submit(encode_block, encoding, block) for block in blocks), 2 * workers)
+        yield from in_order((executor.submit(encode or encode_block, encoding, block) for block in blocks), 2 * workers)
     except BrokenProcessPool as error:
         raise MemoryExhausted(
             "a worker process died", where="preprocess", got=error, do="use fewer --workers, or look for the kernel's out-of-memory log"

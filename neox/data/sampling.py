@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -18,10 +19,21 @@ MOST_THREADS = 8  # of the sample index: it waits for memory, which a few cores 
 
 
 class Sample(NamedTuple):
-    """tokens int64 [s + 1]: inputs and, one further, targets. segment_ids int32 [s]: running number of each input's document, or None."""
+    """tokens int64 [s + 1]: inputs and, one further, targets. segment_ids int32 [s]: running number of each input's document, or None.
+    labels int64 [s + 1]: the tokens, -100 where one is not to be learned; None: all are. end: the last input that is no padding."""
 
     tokens: np.ndarray
     segment_ids: np.ndarray | None
+    labels: np.ndarray | None = None
+    end: int | None = None
+
+
+class Pair(NamedTuple):
+    """A chosen and a rejected answer. reference: log-probability of each by the model at the start of the run, fp32 [2], or None."""
+
+    chosen: Sample
+    rejected: Sample
+    reference: np.ndarray | None = None
 
 
 class Dataset(Protocol):
@@ -29,7 +41,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Sample | Pair: ...
 
     def describe(self, index: int, token: int) -> str: ...
 
@@ -169,6 +181,12 @@ class EpochDataset:
         tokens, segments = self._dataset.read(self._first_token(index), self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
 
+    def over(self, other: IndexedDataset) -> EpochDataset:
+        """The same samples of another dataset, whose documents are as long."""
+        twin = copy.copy(self)
+        twin._dataset = other
+        return twin
+
     def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
         """Sample indices[i] into row rows[i]."""
         self._dataset.read_rows(self._start + self._order.first_tokens(indices), rows, out)
@@ -200,6 +218,12 @@ class NeoxDataset:
         position, offset = self._row(index)
         tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
+
+    def over(self, other: IndexedDataset) -> NeoxDataset:
+        """The same samples of another dataset, whose sequences are as long."""
+        twin = copy.copy(self)
+        twin._dataset = other
+        return twin
 
     def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
         """Sample indices[i] into row rows[i]."""

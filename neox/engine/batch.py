@@ -9,22 +9,18 @@ import torch
 
 from neox.parallel.mesh import Mesh
 
-IGNORED = -100  # target that has no loss
-
 
 class Batch(Protocol):
-    """One micro-batch (neox.data.loader.Batch): int64 [b, s] tokens and targets, int32 segment_ids, int64 position_ids or None, int64 [b] sample_ids."""
+    """One micro-batch (neox.data.loader.Batch): int64 [b, s] tokens and targets, int32 segment_ids, int64 position_ids or None, int64 sample_ids;
+    of pairs also int64 [b] ends, fp32 [b] reference."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     segment_ids: torch.Tensor | None
     position_ids: torch.Tensor | None
     sample_ids: torch.Tensor
-
-
-def count_targets(batch: Batch) -> int:
-    """Number of targets that have a loss."""
-    return int((batch.targets != IGNORED).sum())
+    ends: torch.Tensor | None
+    reference: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,8 @@ class LocalBatch:
     targets: torch.Tensor
     segment_ids: torch.Tensor | None
     position_ids: torch.Tensor | None
+    ends: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
 
 def context_part(batch: Batch, mesh: Mesh) -> Batch:
@@ -49,5 +47,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; itself where it is there already."""
     if batch.tokens.device == device:
         return batch
-    move = [None if t is None else t.to(device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.segment_ids, batch.position_ids)]
+    parts = (batch.tokens, batch.targets, batch.segment_ids, batch.position_ids, batch.ends, batch.reference)
+    move = [None if t is None else t.to(device, non_blocking=True) for t in parts]
     return LocalBatch(*move)

@@ -22,10 +22,11 @@ import torch.distributed as dist
 
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
-from neox.engine.batch import Batch, context_part, count_targets, to_device
+from neox.engine.batch import Batch, context_part, to_device
 from neox.engine.drift import check_replicas
 from neox.engine.footprint import kept
 from neox.engine.guard import Guard
+from neox.engine.objective import Objective, answer_log_probabilities, build_objective
 from neox.engine.optimizer import build_optimizer
 from neox.engine.pipeline import Schedule, TiedExchange, hand_over
 from neox.engine.schedule import build_schedule
@@ -33,6 +34,7 @@ from neox.engine.wrap import start_deepspeed
 from neox.engine.zero import State, held_gradients
 from neox.errors import CheckpointError, NonFinite
 from neox.faults import NO_FAULTS, Faults
+from neox.model.adapters import HEAD, SCORE, is_added, is_trained
 from neox.parallel.mesh import Layout, Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,17 +76,18 @@ class StepResult:
 
 
 class SummedLoss(torch.nn.Module):
-    """What DeepSpeed wraps: the model, ending in the sum of its per-token losses, or in what the next stage receives."""
+    """What DeepSpeed wraps: the model, ending in the sum that the objective makes of its per-token losses, or in what the next stage receives."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, objective: Objective):
         super().__init__()
         self.model = model
+        self.objective = objective
 
     def forward(self, batch: Batch, received: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum of the batch's token losses, fp32 scalar; on a stage that is not the last, the residual stream [b, s, h]."""
+        """Sum of the batch's losses, fp32 scalar; on a stage that is not the last, the residual stream [b, s, h]."""
         stage = {} if received is None else {"received": received}
         out = self.model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids, **stage)
-        return out.sum() if out.ndim == 1 else out
+        return self.objective(out, batch) if out.ndim == 1 else out
 
 
 class Engine:
@@ -121,21 +124,25 @@ class Engine:
         self.clip = config.optimizer.gradient_clipping
         self.step = 0
         self.updates = 0
+        self.objective = build_objective(config.train)
         layouts: dict[str, Layout] = model.layouts()
-        named = [(name, p, layouts[name]) for name, p in model.named_parameters() if p.requires_grad]
+        held = [(name, p, layouts[name]) for name, p in model.named_parameters()]
+        named = [row for row in held if row[1].requires_grad]
         self.named = named
         parameters = [(name, p) for name, p, _ in named]
         self.optimizer = build_optimizer(parameters, config.optimizer)
         shapes = model.logical_shapes()
-        kinds = {name: kept(config.optimizer, name, len(shape)) for name, shape in shapes.items()}
+        kinds = {name: kept(config.optimizer, name, len(shape)) if is_trained(config.model, name) else () for name, shape in shapes.items()}
         for _, p, layout in named:
             p.tensor_model_parallel = layout.dim is not None and mesh.tp > 1  # DeepSpeed's norm counts others on one member of the tensor group only
         rounded = config.precision.dtype != "fp32"
         initial = {name: p.detach().clone() for name, p, _ in named} if rounded else {}
-        self.deepspeed = start_deepspeed(config, SummedLoss(model), self.optimizer, (batch_sizes.micro_batch_size, batch_sizes.gradient_accumulation), mesh)
+        self.deepspeed = start_deepspeed(
+            config, SummedLoss(model, self.objective), self.optimizer, (batch_sizes.micro_batch_size, batch_sizes.gradient_accumulation), mesh
+        )
         self.wrapper = self.deepspeed.optimizer
         self.plain = self.wrapper is self.optimizer
-        self.state = State(named, self.wrapper, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas))
+        self.state = State(held, self.wrapper, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas))
         if rounded:
             self.state.write_weights(initial)  # DeepSpeed made its masters from weights that were already rounded
         self.dtype = DTYPES[config.precision.dtype]
@@ -158,7 +165,7 @@ class Engine:
         step = self.step + 1
         self.begin_step()
         local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
-        total = int(self.sum_over([sum(count_targets(batch) for batch in local)], self.mesh.replica_group)[0])
+        total = int(self.sum_over([sum(self.objective.count(batch) for batch in local)], self.mesh.replica_group)[0])
         self.weight = self.mesh.replicas / max(total, 1)  # DeepSpeed averages gradients over the replicas
         loss = self.faults.value("loss_number", float(self.schedule_of_stages.train(local)))
         if self.tied is not None:
@@ -318,9 +325,18 @@ class Engine:
         self.deepspeed.train()
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
         counted = self.mesh.first_stage and self.mesh.tp_rank == 0
-        count = sum(count_targets(batch) for batch in local) if counted else 0
+        count = sum(self.objective.count(batch) for batch in local) if counted else 0
         total, targets, stops = self.sum_over([loss if speaks else 0.0, float(count), float(stop)], self.everyone)
         return total, targets, stops > 0
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: Batch) -> torch.Tensor:
+        """Log-probability of the targets of each row, fp32 [rows] on the CPU, by the model as it is; the training state is untouched."""
+        self.deepspeed.eval()
+        local = to_device(batch, self.mesh.device)
+        losses = self.model.token_losses(local.tokens, local.targets)
+        self.deepspeed.train()
+        return answer_log_probabilities(losses, len(local.tokens)).cpu()
 
     def fragments(self) -> Iterator[Fragment]:
         """The fp32 weights and optimizer state that this process writes to a checkpoint (views, not copies)."""
@@ -368,19 +384,26 @@ class Engine:
     def take_weights(self, checkpoint: Any) -> None:
         """Start from the weights of a checkpoint, the fp32 ones included; step, optimizer and schedule stay at their beginning.
 
+        Adapters and a reward model's head begin at their initial values where the checkpoint has none; a reward model leaves its logits' head unread.
+
         Raises:
             CheckpointError: its tensors are not those of this model.
         """
-        checkpoint.check((name, "weight", shape) for name, shape in self.state.shapes.items())
-        self.state.write(checkpoint.read, weights_only=True)
+        have = set(checkpoint.names())
+        wanted = {name: shape for name, shape in self.state.shapes.items() if name in have or not is_added(name)}
+        if SCORE in self.state.shapes and HEAD in have:
+            wanted[HEAD] = checkpoint.info(HEAD).shape
+        checkpoint.check((name, "weight", shape) for name, shape in wanted.items())
+        self.state.write(checkpoint.read, weights_of=wanted.keys())
         if self.tied is not None:
             self.tied.publish()
 
 
 def tie(model: torch.nn.Module, mesh: Mesh, dtype: torch.dtype) -> TiedExchange | None:
     """The exchange of a tied embedding between the first and the last stage; None where it is not needed."""
-    owner = model.embedding.word.weight if mesh.first_stage and mesh.pp > 1 and model.config.tie_embeddings else None
-    if owner is None and (mesh.pp == 1 or model.tied is None):
+    tied = mesh.pp > 1 and model.config.tie_embeddings and model.config.output == "tokens"
+    owner = model.embedding.word.weight if mesh.first_stage and tied else None
+    if owner is None and (not tied or model.tied is None):
         return None
     if owner is None and model.tied.weight.dtype != dtype:
         model.tied.replace(model.tied.weight.to(dtype))

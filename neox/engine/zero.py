@@ -6,7 +6,7 @@ that what is saved and what is restored cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Piece:
         flat: the tensor that the optimizer steps (the parameter itself, or a flat partition of many).
         offset: where in `flat` the range begins.
         start, stop: range of the local parameter, padding of the vocabulary included.
-        group: index of the optimizer's parameter group.
+        group: index of the optimizer's parameter group; -1 where it has none of it.
         owned: part of [start, stop) that this process writes to a checkpoint (ranges that others hold too are shared out).
     """
 
@@ -55,6 +55,13 @@ def plain_pieces(named: Named, optimizer: torch.optim.Optimizer, rank: int, size
     for name, p, layout in named:
         count = p.numel()
         yield Piece(name, layout, p, 0, 0, count, group_of[id(p)], (count * rank // size, count * (rank + 1) // size))
+
+
+def frozen_pieces(named: Named, rank: int, size: int) -> Iterator[Piece]:
+    """Parameters that are not trained: every process holds them whole, in the dtype of the forward pass; each writes its share."""
+    for name, p, layout in named:
+        count = p.numel()
+        yield Piece(name, layout, p, 0, 0, count, -1, (count * rank // size, count * (rank + 1) // size))
 
 
 def mapped_pieces(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_Optimizer) -> Iterator[Piece]:
@@ -84,7 +91,7 @@ class State:
     """The fp32 weights and the optimizer state of one process under any ZeRO stage.
 
     Args:
-        named: logical name, parameter and layout of all that this process trains.
+        named: logical name, parameter and layout of all that this process holds; those without a gradient are frozen.
         wrapper: DeepSpeed's optimizer, or ours where stage 0 leaves it bare.
         optimizer: our optimizer inside.
         kinds: what the optimizer keeps for the elements of a parameter beside the weight, by name.
@@ -106,12 +113,14 @@ class State:
         self.kinds = kinds
         self.shapes = shapes
         rank, size = place
+        frozen, named = [row for row in named if not row[1].requires_grad], [row for row in named if row[1].requires_grad]
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             self.pieces = list(partitioned_pieces(named, wrapper, rank))
         elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
             self.pieces = list(mapped_pieces(named, wrapper))
         else:
             self.pieces = list(plain_pieces(named, optimizer, rank, size))
+        self.pieces += frozen_pieces(frozen, rank, size)
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(name, kind, logical shape) of all that a checkpoint of this training holds."""
@@ -124,7 +133,7 @@ class State:
         return piece.flat if kind == "weight" else self.optimizer.state.get(piece.flat, {}).get(kind)
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this process writes to a checkpoint, without padding. Data are views: they change with the next update."""
+        """What this process writes to a checkpoint, without padding. Data are views, which change with the next update; of frozen 16-bit weights, copies."""
         for piece in self.pieces:
             layout = piece.layout
             start, stop = piece.owned[0], min(piece.owned[1], layout.numel)
@@ -132,31 +141,33 @@ class State:
                 continue
             for kind in ("weight", *self.kinds[piece.name]):
                 held = self.tensor(piece, kind)
-                data = torch.zeros(stop - start) if held is None else piece.view(held, start, stop)
+                data = torch.zeros(stop - start) if held is None else piece.view(held, start, stop).float()
                 yield Fragment(piece.name, kind, layout.shape, layout.slices, start, stop, data)
 
     def prepare(self, updates: int) -> None:
         """Create the optimizer state as after `updates` updates, zero where it is per element."""
         for piece in self.pieces:
+            if piece.group < 0:
+                continue
             state = self.optimizer.state[piece.flat]
             for kind in self.kinds[piece.name]:
                 state[kind] = torch.zeros_like(piece.flat)
             state.update(counter(self.optimizer, self.optimizer.param_groups[piece.group], piece.flat.device, updates))
 
     @torch.no_grad()
-    def write(self, read, *, weights_only: bool = False) -> None:
-        """Overwrite weights and optimizer state (for which `prepare` must have run), or the weights alone.
+    def write(self, read, *, weights_of: Container[str] | None = None) -> None:
+        """Overwrite weights and optimizer state (for which `prepare` must have run), or some weights alone.
 
         Args:
             read: (name, kind, slices, start, stop) -> flat tensor of these elements of the logical tensor.
-            weights_only: leave the optimizer as it is.
+            weights_of: names whose weights are overwritten, and nothing else; None: everything of all.
         """
         for piece in self.pieces:
             layout = piece.layout
             start, stop = piece.start, min(piece.stop, layout.numel)
-            if start >= stop:
+            if start >= stop or (weights_of is not None and piece.name not in weights_of):
                 continue
-            for kind in ("weight",) if weights_only else ("weight", *self.kinds[piece.name]):
+            for kind in ("weight", *self.kinds[piece.name]) if weights_of is None else ("weight",):
                 piece.view(self.tensor(piece, kind), start, stop).copy_(read(piece.name, kind, layout.slices, start, stop))
         self.publish()
 
@@ -164,6 +175,8 @@ class State:
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
         """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before they were rounded."""
         for piece in self.pieces:
+            if piece.group < 0:
+                continue
             piece.view(piece.flat, piece.start, piece.stop).copy_(values[piece.name].view(-1)[piece.start : piece.stop])
         self.publish()
 

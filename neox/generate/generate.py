@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.load import Checkpoint, resolve
+from neox.checkpoint.load import resolve
+from neox.checkpoint.merged import open_weights
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.generate.cache import KVCache
@@ -34,7 +35,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     Raises:
         CheckpointError: no checkpoint there, a damaged one, or one whose tensors are not those of its own config.
     """
-    checkpoint = Checkpoint(resolve(path))
+    checkpoint = open_weights(resolve(path))
     device = device if mesh is None else mesh.device
     mesh = Mesh.single("meta") if mesh is None else replace(mesh, device=torch.device("meta"))
     model = GPT(ModelConfig(**checkpoint.model_config), mesh, dtype=dtype).materialize(device, initialize=False)
@@ -92,9 +93,9 @@ def generate(
     if not prompts:
         return []
     device = next(model.parameters()).device
-    batch = _Batch(prompts, device)
+    batch = _Batch(prompts, params.max_new_tokens, device)
     generators = [prompt_generator(params.seed, first_stream + row, device) for row in range(len(prompts))]
-    cache = KVCache(model.config.num_layers, batch.tokens.shape[1] + params.max_new_tokens) if use_cache else None
+    cache = KVCache(model.config.num_layers, batch.capacity) if use_cache else None
     generated: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     was_training = model.training
@@ -120,6 +121,8 @@ def generate(
 
 def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
     """Raise ConfigError for prompts that the model cannot continue."""
+    if model.config.output == "score":
+        raise ConfigError("a reward model writes no text", where="model.output", got="score", want="tokens")
     vocab_size = model.config.vocab_size
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -148,24 +151,33 @@ def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]], params: Samplin
 class _Batch:
     """The growing token matrix of a batch of ragged prompts, padded on the left."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device):
+    def __init__(self, prompts: Sequence[Sequence[int]], room: int, device: torch.device):
         longest = max(len(prompt) for prompt in prompts)
         pads = [longest - len(prompt) for prompt in prompts]
         rows = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
-        self.tokens = torch.tensor(rows, dtype=torch.int64, device=device)  # [b, t]
+        self._buffer = torch.zeros(len(prompts), longest + room, dtype=torch.int64, device=device)
+        self._buffer[:, :longest] = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._length = longest
         self._pads = torch.tensor(pads, dtype=torch.int64, device=device)[:, None]  # [b, 1]
         self._ragged = any(pads)
 
+    @property
+    def capacity(self) -> int:
+        """Columns that there is room for."""
+        return self._buffer.shape[1]
+
     def next_logits(self, model: GPT, cache: KVCache | None) -> torch.Tensor:
         """Logits of the token after the last one, [b, v]; reads only what the cache does not hold."""
-        length = self.tokens.shape[1]
         start = cache.length if cache is not None else 0
-        columns = torch.arange(length, device=self.tokens.device)[None]  # [1, t]
+        tokens = self._buffer[:, start : self._length]
+        if not self._ragged:
+            return model(tokens, cache=cache)[:, -1]
+        columns = torch.arange(self._length, device=tokens.device)[None]  # [1, t]
         positions = (columns[:, start:] - self._pads).clamp(min=0)  # [b, t - start]
-        segments = (columns >= self._pads).to(torch.int32) if self._ragged else None  # [b, t]; 0 is padding
-        logits = model(self.tokens[:, start:], segment_ids=segments, position_ids=positions, cache=cache)
-        return logits[:, -1]
+        segments = (columns >= self._pads).to(torch.int32)  # [b, t]; 0 is padding
+        return model(tokens, segment_ids=segments, position_ids=positions, cache=cache)[:, -1]
 
     def append(self, chosen: torch.Tensor) -> None:
         """Add one token to every row."""
-        self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
+        self._buffer[:, self._length] = chosen
+        self._length += 1

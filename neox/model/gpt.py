@@ -11,6 +11,7 @@ from torch import nn
 
 from neox.config.schema import ModelConfig
 from neox.errors import CheckpointError, ConfigError, DataError
+from neox.model.adapters import add_adapters, is_trained
 from neox.model.attention import Context
 from neox.model.block import Block
 from neox.model.init import fill, initial_value
@@ -19,7 +20,7 @@ from neox.model.positional import PositionEmbedding, RotaryTable
 from neox.model.stages import flops_per_token, logical_shapes, num_parameters, partition_layers
 from neox.parallel.collectives import SEQUENCE, all_gather, gather_from, own_slice
 from neox.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
-from neox.parallel.embedding import TiedCopy, VocabParallelEmbedding, VocabParallelHead, project_to_vocabulary
+from neox.parallel.embedding import ScoreHead, TiedCopy, VocabParallelEmbedding, VocabParallelHead, project_to_vocabulary
 from neox.parallel.gradients import sum_partial_gradients
 from neox.parallel.mesh import Layout, Mesh
 from neox.parallel.rng import tensor_parallel_stream
@@ -98,11 +99,18 @@ class GPT(nn.Module):
         self.norm = make_norm(config, mesh, dtype) if mesh.last_stage else None
         self.head: VocabParallelHead | None = None
         self.tied: TiedCopy | None = None
+        self.score = ScoreHead(config.hidden_size, mesh, dtype=dtype) if mesh.last_stage and config.output == "score" else None
         table = (config.vocab_size, config.padded_vocab_size(mesh.tp), config.hidden_size, mesh)
-        if mesh.last_stage and not config.tie_embeddings:
+        if not mesh.last_stage or config.output == "score":
+            pass
+        elif not config.tie_embeddings:
             self.head = VocabParallelHead(*table, dtype=dtype)
-        elif mesh.last_stage and not mesh.first_stage:
+        elif not mesh.first_stage:
             self.tied = TiedCopy(*table, dtype=dtype)
+        if config.lora is not None:
+            add_adapters(self.layers.values(), config.lora)
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(is_trained(config, name))
         if mesh.device.type != "meta":
             self.initialize()
             sum_partial_gradients(self, self.layouts(), mesh)
@@ -117,7 +125,7 @@ class GPT(nn.Module):
             cache: keys and values of earlier tokens (neox.generate.cache); it takes in these tokens.
 
         Returns:
-            [b, s, vocab_size] in the model's dtype.
+            [b, s, vocab_size] in the model's dtype; with `model.output: score`, fp32 [b, s, 1].
 
         Raises:
             DataError: token ids outside the vocabulary, or positions outside max_position_embeddings.
@@ -126,11 +134,15 @@ class GPT(nn.Module):
         received = receive((*tokens.shape, self.config.hidden_size), dtype, self.mesh)
         hidden = self._hidden(tokens, segment_ids, position_ids, cache, received)
         logits = None
-        if self.mesh.last_stage:
+        if self.config.output == "score":
+            dtype = torch.float32
+            logits = self.score(hidden) if self.score is not None else None
+        elif self.mesh.last_stage:
             logits = gather_from(self._logits(hidden), -1, self.mesh.tp_group)[..., : self.config.vocab_size]
-        else:
+        if not self.mesh.last_stage:
             send(hidden, self.mesh)
-        return broadcast_from_last(logits, (*tokens.shape, self.config.vocab_size), dtype, self.mesh)
+        width = 1 if self.config.output == "score" else self.config.vocab_size
+        return broadcast_from_last(logits, (*tokens.shape, width), dtype, self.mesh)
 
     def loss(
         self,
@@ -141,8 +153,9 @@ class GPT(nn.Module):
         position_ids: torch.Tensor | None = None,
         received: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy per token: fp32 [b * s], 0 where the target is -100. Arguments as in `forward`; targets int64 [b, s].
+        """Cross-entropy per token: fp32 [b * s], 0 where the target is -100; with `model.output: score`, the scores.
 
+        Arguments as in `forward`; targets int64 [b, s].
         A stage takes what the stage before it gave as `received` ([b, s, h], `boundary_shape`), and one that is not the last returns what
         the next is to receive. With context parallelism tokens, targets and position_ids are the own part of the sequence, segment_ids the whole.
 
@@ -155,10 +168,18 @@ class GPT(nn.Module):
         hidden = self._hidden(tokens, segment_ids, position_ids, None, received)
         if not self.mesh.last_stage:
             return hidden
+        if self.score is not None:
+            return self.score(hidden).flatten()
         return vocab_parallel_cross_entropy(self._logits(hidden), targets, self.mesh, vocab_size=self.config.vocab_size)
 
     def token_losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """`loss` of the whole model, on every process of the layout: all of them call it with the same tokens and targets [b, s]."""
+        """`loss` of the whole model, on every process of the layout: all of them call it with the same tokens and targets [b, s].
+
+        Raises:
+            ConfigError: a reward model, which has no such losses.
+        """
+        if self.config.output == "score":
+            raise ConfigError("a reward model predicts no tokens", where="model.output", got="score", want="tokens")
         dtype = next(self.parameters()).dtype
         out = self.loss(tokens, targets, received=receive(self.boundary_shape(tokens), dtype, self.mesh))
         if not self.mesh.last_stage:

@@ -34,7 +34,7 @@ def standard_deviation(config: ModelConfig, name: str) -> float:
 
 
 def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The logical initial tensor, fp32 on the CPU: biases 0, norm weights 1, matrices normal with mean 0.
+    """The logical initial tensor, fp32 on the CPU: biases and B of adapters 0, norm weights 1, matrices normal with mean 0.
 
     Args:
         config: gives the methods and sizes.
@@ -42,12 +42,13 @@ def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: 
         shape: logical shape.
         seed: train.seed.
     """
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".lora_b")):  # with B = 0 an adapter changes nothing at first
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
-    return torch.empty(shape).normal_(0.0, standard_deviation(config, name), generator=generator)
+    deviation = 1.0 / math.sqrt(shape[-1]) if name.endswith(".lora_a") else standard_deviation(config, name)
+    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
 
 
 @torch.no_grad()

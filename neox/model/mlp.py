@@ -53,7 +53,7 @@ class MLP(nn.Module):
             return (self.up(x, add_bias=False),)
         if self.mesh.tp == 1:
             return self.gate(x), self.up(x)
-        return column_products(x, self.mesh, (self.gate.weight, self.up.weight), (self.gate.bias, self.up.bias))
+        return column_products(x, self.mesh, (self.gate.matrix(), self.up.matrix()), (self.gate.bias, self.up.bias))
 
     def _activate(self, *inner: torch.Tensor) -> torch.Tensor:
         if self.gate is None:

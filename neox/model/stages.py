@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
+from neox.model.adapters import adapter_shapes
 
 
 def block_parameters(config: ModelConfig) -> int:
@@ -103,12 +104,16 @@ def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.gated:
         block |= linear("mlp.gate", f, h, config.mlp_bias)
     block |= linear("mlp.down", h, f, config.mlp_bias)
+    if config.lora is not None:
+        block |= adapter_shapes(config.lora, block)
     shapes = {"embedding.word.weight": (config.vocab_size, h)}
     if config.position_embedding == "learned":
         shapes["embedding.position.weight"] = (config.max_position_embeddings, h)
     shapes |= {f"layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in block.items()}
     shapes |= {f"norm.{key}": shape for key, shape in norm.items()}
-    if not config.tie_embeddings:
+    if config.output == "score":
+        shapes["score.weight"] = (1, h)
+    elif not config.tie_embeddings:
         shapes["head.weight"] = (config.vocab_size, h)
     return shapes
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from neox.parallel.collectives import SEQUENCE, gather_from
 from neox.parallel.linear import column_products, reduce_partial
 from neox.parallel.mesh import Layout, Mesh, split_evenly
 
@@ -40,6 +41,21 @@ class VocabParallelHead(VocabParallelWeight):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., v_padded/tp]; columns of padding hold zero."""
         return project_to_vocabulary(x, self.weight, self.mesh)
+
+
+class ScoreHead(nn.Module):
+    """One number per position instead of logits: the head of a reward model. Its weight [1, h] is whole on every member."""
+
+    def __init__(self, hidden_size: int, mesh: Mesh, *, dtype: torch.dtype):
+        super().__init__()
+        self.mesh = mesh
+        self.weight = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype, device=mesh.device))
+        self.layouts = {"weight": Layout.whole(1, hidden_size, partial=mesh.sequence)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, s, h], or the own [b, s/tp, h] with sequence parallelism -> fp32 [b, s, 1]."""
+        scores = F.linear(x.float(), self.weight.float())
+        return gather_from(scores, SEQUENCE, self.mesh.tp_group) if self.mesh.sequence else scores
 
 
 class TiedCopy:

@@ -22,7 +22,7 @@ def sum_partial_gradients(module: nn.Module, layouts: Mapping[str, Layout], mesh
     if mesh.tp_group is None:
         return
     for name, parameter in module.named_parameters():
-        if layouts[name].partial:
+        if layouts[name].partial and parameter.requires_grad:
             parameter.register_hook(_Sum(mesh.tp_group))
 
 

@@ -71,7 +71,47 @@ def reduce_partial(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return reduce_scatter_from(x, SEQUENCE, mesh.tp_group) if mesh.sequence else reduce_from(x, mesh.tp_group)
 
 
-class ColumnParallelLinear(nn.Module):
+class AdaptableLinear(nn.Module):
+    """A cut weight W to which a low-rank adapter can be added: W + scale B A (LoRA, arXiv 2106.09685).
+
+    The product is formed before the layer's own: what is trained is, to the bit, what a merged weight computes, under every layout of
+    processes, without communication of its own. It costs a second copy of W while a block is computed.
+    """
+
+    weight: nn.Parameter
+    mesh: Mesh
+    layouts: dict[str, Layout]
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+        self.scale = 0.0
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Add A [rank, i] and B [o, rank], cut as W is; their values are not set."""
+        place, device, dtype = self.layouts["weight"], self.weight.device, self.weight.dtype
+        rows, columns = self.weight.shape
+        self.scale = scale
+        self.lora_a = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.empty(rows, rank, dtype=dtype, device=device))
+        by_rows = place.dim == 0
+        a, b = (rank, place.shape[1]), (place.shape[0], rank)
+        # The factor that is not cut sees a part of W's gradient on each member: `partial`.
+        self.layouts["lora_a"] = Layout.whole(*a, partial=True) if by_rows else Layout.cut(a, 1, *place.slices[1])
+        self.layouts["lora_b"] = Layout.cut(b, 0, *place.slices[0]) if by_rows else Layout.whole(*b, partial=True)
+
+    def matrix(self) -> torch.Tensor:
+        """W [o, i], with the adapter's product where there is one."""
+        return self.weight if self.lora_a is None else merge_adapter(self.weight, self.lora_a, self.lora_b, self.scale)
+
+
+def merge_adapter(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """weight + scale b a: [o, i], [r, i], [o, r] -> [o, i]."""
+    return torch.addmm(weight, b, a, alpha=scale)
+
+
+class ColumnParallelLinear(AdaptableLinear):
     """y = x W^T + b with the rows of W and b cut over the tensor group: [..., i] -> [..., o/tp].
 
     Args:
@@ -94,10 +134,10 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, add_bias: bool = True) -> torch.Tensor:
         """[..., i] -> [..., o/tp]; without the bias where the activation that follows fuses it."""
-        return column_products(x, self.mesh, (self.weight,), (self.bias if add_bias else None,))[0]
+        return column_products(x, self.mesh, (self.matrix(),), (self.bias if add_bias else None,))[0]
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(AdaptableLinear):
     """y = x W^T + b with the columns of W cut over the tensor group; b is whole on every member: [..., i/tp] -> [..., o]."""
 
     def __init__(self, in_features: int, out_features: int, mesh: Mesh, *, units: int, what: str, bias: bool, dtype: torch.dtype):
@@ -117,8 +157,8 @@ class RowParallelLinear(nn.Module):
         With `partial`, this member's part of the sum without bias, so that several layers can share one reduction (`reduce_partial`).
         """
         if partial:
-            return ops.linear(x, self.weight)
+            return ops.linear(x, self.matrix())
         if self.mesh.tp_group is None:
-            return ops.linear(x, self.weight, self.bias)
-        y = reduce_partial(ops.linear(x, self.weight), self.mesh)
+            return ops.linear(x, self.matrix(), self.bias)
+        y = reduce_partial(ops.linear(x, self.matrix()), self.mesh)
         return y if self.bias is None else y + self.bias

@@ -36,7 +36,9 @@ def facts(config: Config) -> dict[str, str]:
     """All that has to be alike on every process, as text by name."""
     known = {key: json.dumps(value, default=str) for key, value in flatten(config)}
     data = config.data
-    prefixes = [source.path for part in (data.train, data.validation, data.test) for source in part] + ([data.path] if data.path is not None else [])
+    sources = [source for part in (data.train, data.validation, data.test) for source in part]
+    named = [data.path, *(prefix for source in sources for prefix in (source.path, source.labels, source.rejected, source.rejected_labels))]
+    prefixes = [prefix for prefix in named if prefix is not None]
     known |= {f"{prefix}{suffix}": fingerprint(Path(prefix + suffix)) for prefix in prefixes for suffix in (".idx", ".bin")}
     if config.tokenizer.file is not None:
         known[config.tokenizer.file] = fingerprint(Path(config.tokenizer.file))

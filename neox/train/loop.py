@@ -19,6 +19,7 @@ from neox.checkpoint.faulty import storage_with
 from neox.checkpoint.load import Checkpoint, find, resolve
 from neox.checkpoint.lock import FolderLock
 from neox.checkpoint.manifest import Lineage
+from neox.checkpoint.merged import open_weights
 from neox.checkpoint.retention import collect_leftovers, start_lineage
 from neox.checkpoint.storage import make_dirs, probe, write_file
 from neox.config.load import dump, flatten, loads, plain
@@ -39,8 +40,10 @@ from neox.train.planned import PlanCheck
 from neox.train.profile import StepProfiler
 from neox.train.progress import Progress, close_log
 from neox.train.pulse import Pulse
+from neox.train.reference import set_references
 from neox.train.signals import StopSignals
 from neox.train.state import describe, get_generators, place_of, set_generators
+from neox.train.trackers import Trackers
 
 PATIENCE = 5.0  # seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -158,12 +161,15 @@ class Run:
         self.check = PlanCheck(config, mesh)
         model = GPT(config.model, mesh, seed=train.seed, activation_checkpointing=train.activation_checkpointing, partition=config.parallel.partition)
         self.parameters = model.num_parameters()
-        self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.sizes.global_batch_size * config.data.seq_length
+        rows = 2 if train.objective in ("dpo", "reward") else 1  # a pair is two sequences
+        self.tokens_per_step = self.sizes.global_batch_size * rows * config.data.seq_length
+        self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.tokens_per_step
         alive = partial(self.pulse, "step")
         self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters, faults=self.faults, alive=alive)
         self.tokens = 0
         self.loader: Loader | None = None
         self.metrics: MetricsLog | None = None
+        self.trackers = Trackers(config, folders.run, progress.say) if mesh.rank == 0 else None
         self.profiler = StepProfiler(config.profile, folders.run, mesh)
         self.peak = peak_flops(mesh.device, DTYPES[config.precision.dtype]) if mesh.rank == 0 else 1.0
         self.saved_step = -1
@@ -217,6 +223,11 @@ class Run:
                 self.saved_step = self.engine.step
         elif self.config.checkpoint.init_from is not None:
             self.take_weights(resolve(self.config.checkpoint.init_from))
+        if self.config.train.objective == "dpo":
+            count = set_references(
+                self.datasets, self.folders.run / "reference", self.engine, micro_batch_size=self.sizes.micro_batch_size, fresh=found is None
+            )
+            self.progress.say(f"reference log-probabilities of {count:,} pairs in {self.folders.run / 'reference'}")
         if self.mesh.rank == 0:
             written = self.engine.step - (self.pending is not None)  # the record of an evaluation that was cut short is to come
             self.metrics = MetricsLog(self.folders.run, written, tensorboard=self.config.logging.tensorboard)
@@ -228,7 +239,7 @@ class Run:
 
     def take_weights(self, path: Path) -> None:
         """Start from the weights of another run's checkpoint, and say where the two models differ beside their shapes."""
-        with Checkpoint(path) as checkpoint:
+        with open_weights(path) if self.config.model.lora is None else Checkpoint(path) as checkpoint:
             self.engine.take_weights(checkpoint)
             self.progress.say(f"weights of {checkpoint.path}, step {checkpoint.step}")
             for key, value in plain(self.config.model).items():
@@ -310,7 +321,7 @@ class Run:
         result = self.engine.train_step(batches, stop=self.life.signals.requested)
         self.pulse("step", result.step)
         self.pulse.watched = True
-        self.tokens += self.sizes.global_batch_size * self.config.data.seq_length
+        self.tokens += self.tokens_per_step
         record = self.record(result, time.perf_counter() - begin)
         self.check.step(record["step_time"])
         self.tell_profile(self.profiler.after(result.step))
@@ -331,6 +342,7 @@ class Run:
         """Leave the numbers of a step."""
         if self.metrics is not None:
             self.metrics.write(record)
+            self.trackers.log(record)
         self.progress.step(record, first=first)
 
     def finish_evaluation(self, record: dict[str, Any], *, first: bool, stop: bool = False) -> bool:
@@ -403,7 +415,7 @@ class Run:
             "grad_norm": None if result.skipped else result.grad_norm,  # skipped: no update
             "tokens": self.tokens,
             "samples": self.loader.consumed,
-            "tokens_per_s": self.sizes.global_batch_size * self.config.data.seq_length / seconds,
+            "tokens_per_s": self.tokens_per_step / seconds,
             "tflops": tflops,
             "mfu": tflops * 1e12 / self.peak,
             "memory_gb": memory_gb(self.mesh.device),
@@ -483,3 +495,5 @@ class Run:
             self.loader.close()
         if self.metrics is not None:
             self.metrics.close()
+        if self.trackers is not None:
+            self.trackers.close()

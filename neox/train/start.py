@@ -8,16 +8,13 @@ import sys
 import traceback
 from functools import partial
 
-import torch
-import torch.distributed as dist
-
 from neox.checkpoint.peers import Peers
-from neox.config.schema import Config, ParallelConfig
-from neox.errors import EnvironmentProblem, NeoxError
+from neox.config.schema import Config
+from neox.errors import NeoxError
 from neox.faults import NO_FAULTS, Faults
-from neox.parallel.mesh import Mesh, create_mesh
 from neox.train.agreement import check_agreement, facts
 from neox.train.control import as_neox_error, connect
+from neox.train.join import join
 from neox.train.loop import train
 from neox.train.place import Place
 from neox.train.pulse import Pulse
@@ -53,32 +50,6 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
         if place.world_size > 1:
             leave(code)
         return code
-
-
-def join(layout: ParallelConfig, place: Place, device: str) -> Mesh:
-    """Join the process group that the launcher's variables name, and arrange the processes."""
-    here = torch.device(device, place.local_rank) if device == "cuda" else torch.device(device)
-    if device == "cuda":
-        torch.cuda.set_device(here)
-    if place.world_size > 1:
-        backend, bound = ("nccl", here) if device == "cuda" else ("gloo", None)
-        store = dist.PrefixStore("neox-join", register(place))
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=bound)
-    return create_mesh(layout.tensor, layout.pipeline, here, context=layout.context, sequence=layout.sequence)
-
-
-def register(place: Place) -> dist.Store:
-    """The rendezvous store, with this process's rank taken in it.
-
-    Raises:
-        EnvironmentProblem: another process has this rank already.
-    """
-    store, _, _ = next(dist.rendezvous(f"tcp://{place.address}:{place.port}?rank={place.rank}&world_size={place.world_size}"))
-    if store.add(f"neox-rank/{place.rank}", 1) > 1:
-        raise EnvironmentProblem(
-            "two processes have the same rank", where=place.source, got=f"rank {place.rank} twice", want=f"ranks 0 to {place.world_size - 1}, each once"
-        )
-    return store
 
 
 def report(error: BaseException, rank: int, debug: bool) -> None:

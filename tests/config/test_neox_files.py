@@ -134,12 +134,10 @@ UPSTREAM_REFUSED = {  # file -> key that the sentence names
     "configs/mistral/7B": "intermediate_size",
     "configs/llemma/7B": "decay_lr_to",
     "configs/llemma/34B": "attention_type",
-    "post-training/configs/llama3-8b-sft": "train_label_data_paths",
     "models/12B/pythia-12b-deduped": "attention_config",
     "models/12B/pythia-12b": "not YAML",
     **{f"configs/mamba/mamba-{size}": "attention_config" for size in ("130M", "370M", "790M", "1.4B", "2.8B")},
-    **{f"post-training/configs/llama3-8b-{kind}": "train_impl" for kind in ("dpo", "kto", "reinforce", "rm")},
-    **{f"post-training/configs/benchmarking/{name}-dpo": "train_impl" for name in ("llama-13b", "mistral")},
+    **{f"post-training/configs/llama3-8b-{kind}": "train_impl" for kind in ("kto", "reinforce")},
     **{f"configs/{name}": "not a whole GPT-NeoX config" for name in UPSTREAM_PARTS},
 }
 WRONG_FILES = ("configs/mistral/7B", "configs/llemma/7B", "configs/llemma/34B", "models/12B/pythia-12b-deduped")
@@ -181,3 +179,15 @@ def test_upstream_files_that_describe_another_model_say_so(shared_data, name, re
     assert any(f"whose width is {real}" in note for note in loaded.notes)
     right = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"], [f"model.intermediate_size={real}"])
     assert right.config.model.intermediate_size == real
+
+
+def test_post_training_files_are_what_they_say(shared_data):
+    folder = shared_data / "upstream-configs" / "gpt-neox" / "post-training" / "configs"
+    read = {kind: load_shipped(folder / f"llama3-8b-{kind}.yml").config for kind in ("sft", "dpo", "rm")}
+    assert {kind: config.train.objective for kind, config in read.items()} == {"sft": "sft", "dpo": "dpo", "rm": "reward"}
+    assert {config.data.packing for config in read.values()} == {"documents"}
+    assert read["sft"].data.train[0].labels == "data/sft/llama3_train_messages_label_document"
+    pair = read["dpo"].data.validation[0]
+    assert (pair.path, pair.labels) == ("data/pairwise/llama3_dpo_val_chosen_document", "data/pairwise/llama3_dpo_val_chosen_label_document")
+    assert (pair.rejected, pair.rejected_labels) == ("data/pairwise/llama3_dpo_val_rejected_document", "data/pairwise/llama3_dpo_val_rejected_label_document")
+    assert read["dpo"].train.dpo_beta == 0.01 and read["rm"].model.output == "score"

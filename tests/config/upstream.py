@@ -64,7 +64,9 @@ def upstream_shapes(values: dict[str, Any], vocab_size: int) -> list[tuple[int, 
     if get("use_bias_in_mlp", True):
         block += [(hidden,)] + ([(ffn // 2,), (ffn // 2,)] if gated else [(ffn,)])
     block += norm * (1 if get("gpt_j_residual", False) and get("gpt_j_tied", False) else 2)
-    shapes = block * layers + norm + [(vocab_size, hidden)] * (2 if get("no_weight_tying", False) else 1)
+    reward = get("train_impl", "normal") == "rm"
+    tables = 1 if reward or not get("no_weight_tying", False) else 2
+    shapes = block * layers + norm + [(vocab_size, hidden)] * tables + ([(1, hidden)] if reward else [])
     if get("pos_emb", "learned") == "learned":
         shapes.append((get("max_position_embeddings", None), hidden))
     return sorted(shapes)

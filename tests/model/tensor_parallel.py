@@ -15,6 +15,8 @@ MODELS = {
     "gpt2": {"position_embedding": "learned", "tie_embeddings": True},
     "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False},
     "alibi": {"position_embedding": "alibi", "parallel_residual": True, "shared_residual_norm": True, "qk_norm": True},
+    "adapters": {"parallel_residual": True, "rotary_pct": 0.5, "lora": {"rank": 3, "alpha": 6.0}},
+    "gated adapters": {"activation": "swiglu", "lora": {"rank": 2, "alpha": 2.0, "targets": ["mlp.gate", "mlp.down"]}, "output": "score"},
 }
 
 
@@ -41,6 +43,8 @@ def models() -> None:
             if not torch.equal(got, want):
                 raise AssertionError(f"{name}: initial {key} depends on the layout")
         weights = {key: weight + 0.1 if key.endswith("bias") else weight.clone() for key, weight in whole.logical_weights()}
+        draws = torch.Generator().manual_seed(2)
+        weights |= {key: torch.randn(weight.shape, generator=draws) * 0.3 for key, weight in weights.items() if key.endswith("lora_b")}  # zero at first
         for model in (whole, cut):  # biases that are added twice or not at all must show
             model.load_weights(weights)
         close(cut(tokens), whole(tokens), f"{name}: logits")
@@ -51,5 +55,7 @@ def models() -> None:
         gradients = {key: parameter.grad for key, parameter in whole.named_parameters()}
         layouts = cut.layouts()
         for key, parameter in cut.named_parameters():
+            if not parameter.requires_grad:
+                continue
             close(layouts[key].unpad(parameter.grad), layouts[key].take(gradients[key]), f"{name}: gradient of {key}")
     dist.destroy_process_group()

@@ -1,0 +1,339 @@
+"""Conversations to tokens and labels: a chat template makes the text, and only what the assistant says is learned.
+
+A line of input is {"messages": [{"role": ..., "content": ...}, ...]}, or for preferences {"chosen": [...], "rejected": [...]}, each a list of messages.
+The text is encoded as a whole, as it is when the model is used; a token is learned where it begins inside an answer of the assistant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import orjson
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from neox.data.indexed import IndexedWriter, token_dtype
+from neox.data.preprocess import BAD_LINES, Summary, encoded_by_processes
+from neox.data.quarantine import Quarantine
+from neox.data.text import BLOCK_BYTES, Bad, Piece, read_blocks
+from neox.data.tokenizer import Tokenizer
+from neox.errors import ConfigError, DataError
+
+IGNORED = -100
+MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
+TEMPLATES = {  # by name
+    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "plain": "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+}
+TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"  # where Hugging Face keeps one, beside the tokenizer
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatEncoding:
+    """How conversations become tokens.
+
+    Attributes:
+        tokenizer: `tokenizers` JSON file. eod_token: see `Tokenizer`.
+        template: text of the chat template (Jinja).
+        keys: of a JSON line: `messages`, or `chosen` and `rejected`.
+        append_eod: end each conversation with the end-of-document token, unless the template does.
+        last_only: learn the last answer of the assistant only.
+    """
+
+    tokenizer: str
+    eod_token: str | None
+    template: str
+    keys: tuple[str, ...] = MESSAGES
+    append_eod: bool = True
+    last_only: bool = False
+
+
+@dataclass
+class ChatSummary(Summary):
+    """What a run read, wrote and left out; `learned` tokens of `tokens` have a label."""
+
+    learned: int = 0
+
+
+class Unusable(Exception):
+    """A line that gives no conversation; the message says why."""
+
+
+@dataclass(frozen=True)
+class EncodedChats:
+    """Conversations of one block: for each key (tokens, labels) of every line, int64."""
+
+    rows: list[list[tuple[np.ndarray, np.ndarray]]]
+    bad: list[Bad]
+    blank: int
+    text_bytes: int
+
+
+def find_template(given: str | None, tokenizer: str) -> str:
+    """The text of a chat template.
+
+    Args:
+        given: a file, or a name in TEMPLATES; None: what lies beside the tokenizer.
+        tokenizer: the tokenizer's file.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    if given in TEMPLATES:
+        return TEMPLATES[given]
+    folder = Path(tokenizer).parent
+    try:
+        if given is not None:
+            return Path(given).read_text(encoding="utf-8")
+        if (folder / TEMPLATE_FILE).is_file():
+            return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        if (folder / SETTINGS_FILE).is_file():
+            found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, str):
+                return found
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError("cannot read the chat template", where="--chat-template", got=error, want="a Jinja file") from error
+    names = ", ".join(TEMPLATES)
+    raise ConfigError("no chat template", where=f"{folder}: {TEMPLATE_FILE}, {SETTINGS_FILE}", do=f"give --chat-template FILE, or one of {names}")
+
+
+class Template:
+    """A chat template and the special tokens that it may name.
+
+    Raises:
+        ConfigError: it is no Jinja.
+    """
+
+    def __init__(self, text: str, special_tokens: dict[str, str]):
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["raise_exception"] = refuse
+        self._tokens = special_tokens
+        try:
+            self._template = environment.from_string(text)
+        except jinja2.TemplateError as error:
+            raise ConfigError("chat template is no Jinja", where="--chat-template", got=error) from error
+
+    def render(self, messages: Messages, *, ask: bool = False) -> str:
+        """The text of a conversation; with `ask`, up to where the assistant is to answer.
+
+        Raises:
+            Unusable: the template refuses it.
+        """
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=ask, **self._tokens)
+        except jinja2.TemplateError as error:
+            raise Unusable(f"chat template refuses it: {error}") from error
+
+    def answers(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+        """The text and where in it the assistant speaks: [start, end) of each answer, what the template ends it with included.
+
+        Raises:
+            Unusable: the template refuses it, or writes a beginning differently once more follows.
+        """
+        text = self.render(messages)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            until = self.render(messages[: i + 1])
+            openings = [self.render(messages[:i], ask=True), self.render(messages[:i])] if i else [""]
+            before = next((opening for opening in openings if until.startswith(opening)), None)
+            if before is None or not text.startswith(until):
+                raise Unusable("chat template does not append: what it writes of earlier messages depends on later ones")
+            spans.append((len(before), len(until)))
+        return text, spans
+
+
+def refuse(reason: str) -> None:
+    """What templates call `raise_exception`."""
+    raise jinja2.TemplateError(reason)
+
+
+class ChatEncoder:
+    """Turns blocks of JSON lines into tokens and labels."""
+
+    def __init__(self, encoding: ChatEncoding):
+        self._encoding = encoding
+        self.tokenizer = Tokenizer(encoding.tokenizer, encoding.eod_token)
+        if encoding.append_eod and self.tokenizer.eod_id is None:
+            do = "name it by --eod-token, or pass --no-append-eod"
+            raise ConfigError("tokenizer has no end-of-document token", where=encoding.tokenizer, do=do)
+        self._template = Template(encoding.template, special_tokens(encoding.tokenizer, self.tokenizer.eod_token))
+
+    def __call__(self, block: list[Piece | Bad]) -> EncodedChats:
+        """Encode the lines of a block; what gives no conversation becomes a `Bad`."""
+        rows, bad, blank = [], [item for item in block if isinstance(item, Bad)], 0
+        for piece in (item for item in block if isinstance(item, Piece)):
+            if piece.line == 0:
+                bad.append(Bad(piece.path, 0, "not JSON lines: conversations are read from .jsonl files", None))
+                continue
+            for number, line in enumerate(piece.content.removesuffix(b"\n").split(b"\n"), piece.line):
+                if not line.strip():
+                    blank += 1
+                    continue
+                try:
+                    rows.append([self.encode(messages) for messages in conversations(line, self._encoding.keys)])
+                except Unusable as reason:
+                    bad.append(Bad(piece.path, number, str(reason), line))
+        return EncodedChats(rows, bad, blank, sum(len(item.content) for item in block if isinstance(item, Piece)))
+
+    def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of a conversation, int64.
+
+        Raises:
+            Unusable: nothing in it would be learned, or the template refuses it.
+        """
+        text, spans = self._template.answers(messages)
+        spans = spans[-1:] if self._encoding.last_only else spans
+        ids, starts = self.tokenizer.encode_with_starts(text)
+        learned = [any(low <= start < high for low, high in spans) for start in starts]
+        if self._encoding.append_eod and ids[-1:] != [self.tokenizer.eod_id]:
+            ids.append(self.tokenizer.eod_id)
+            learned.append(messages[-1]["role"] == "assistant")
+        if not any(learned):
+            raise Unusable("the assistant says nothing")
+        tokens = np.array(ids, dtype=np.int64)
+        return tokens, np.where(learned, tokens, IGNORED)
+
+
+def special_tokens(tokenizer: str, eod_token: str | None) -> dict[str, str]:
+    """What templates call bos_token and eos_token."""
+    settings = Path(tokenizer).parent / SETTINGS_FILE
+    named: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # the file is somebody else's: without it there is no bos_token
+        named = json.loads(settings.read_text(encoding="utf-8"))
+    found = {}
+    for key in ("bos_token", "eos_token"):
+        value = named.get(key) if isinstance(named, dict) else None
+        found[key] = value.get("content", "") if isinstance(value, dict) else value or ""
+    return {"bos_token": found["bos_token"], "eos_token": found["eos_token"] or eod_token or ""}
+
+
+def conversations(line: bytes, keys: Sequence[str]) -> list[Messages]:
+    """The conversations under some keys of a JSON line; a `prompt` (text, or messages) goes before each.
+
+    Raises:
+        Unusable: it has another form.
+    """
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise Unusable(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Unusable(f"a JSON {type(value).__name__} and not an object")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise Unusable(f"no key {missing[0]!r}")
+    prompt = value.get("prompt", []) if len(keys) > 1 else []
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    found = [[*messages_of(before, "prompt"), *messages_of(as_messages(value[key], bool(before)), key)] for key in keys]
+    return [drop_repeated_prompt(messages, before) for messages in found]
+
+
+def as_messages(value: Any, answers_prompt: bool) -> Any:
+    """A text that answers a prompt, as the assistant's message."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) and answers_prompt else value
+
+
+def drop_repeated_prompt(messages: Messages, before: Messages) -> Messages:
+    """The conversation without its prompt where `chosen` and `rejected` begin with it themselves, as in common datasets."""
+    count = len(before)
+    return messages[count:] if count and messages[count : 2 * count] == before else messages
+
+
+def messages_of(value: Any, key: str) -> Messages:
+    """Checked messages. Raises Unusable."""
+    good = isinstance(value, list) and all(
+        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str) for item in value
+    )
+    if not good:
+        raise Unusable(f"key {key!r} is not a list of messages with role and content")
+    return value
+
+
+def encode_chats(encoding: ChatEncoding, block: list[Piece | Bad]) -> EncodedChats:
+    """Encode one block, in a worker."""
+    return chat_encoder_of(encoding)(block)
+
+
+@functools.cache
+def chat_encoder_of(encoding: ChatEncoding) -> ChatEncoder:
+    """The encoder of this process."""
+    return ChatEncoder(encoding)
+
+
+def prefixes(out: str, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Prefixes of tokens and labels for each key."""
+    names = [out] if len(keys) == 1 else [f"{out}_{key}" for key in keys]
+    return [(name, f"{name}_labels") for name in names]
+
+
+def preprocess_chat(
+    files: Sequence[str],
+    out: str | os.PathLike[str],
+    encoding: ChatEncoding,
+    *,
+    workers: int = 0,
+    bad_lines: str = "fail",
+    overwrite: bool = False,
+    progress: Callable[[Summary], None] | None = None,
+) -> ChatSummary:
+    """Write OUT and OUT_labels, or with pairs OUT_chosen, OUT_chosen_labels, OUT_rejected and OUT_rejected_labels. Arguments and errors as `preprocess`."""
+    if bad_lines not in BAD_LINES:
+        raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=bad_lines, want=", ".join(BAD_LINES))
+    started = time.monotonic()
+    encoder = ChatEncoder(encoding)
+    tokenizer = encoder.tokenizer
+    dtype = token_dtype(tokenizer.vocab_size - 1)
+    summary = ChatSummary(os.fspath(out), dtype, len(files))
+    made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
+    read = read_blocks(files, BLOCK_BYTES)
+    blocks: Iterator[EncodedChats] = encoded_by_processes(read, encoding, workers, encode_chats)
+    kept = Quarantine(f"{summary.out}.quarantine.jsonl", bad_lines == "quarantine")
+    with contextlib.ExitStack() as stack:
+        places = prefixes(summary.out, encoding.keys)
+        writers = [
+            tuple(stack.enter_context(IndexedWriter(name, kind, overwrite=overwrite, **made_by)) for name, kind in zip(pair, (dtype, "int32"), strict=True))
+            for pair in places
+        ]
+        stack.enter_context(kept)
+        for block in blocks:
+            for bad in block.bad:
+                if bad_lines == "fail":
+                    raise DataError("bad line", where=bad.where, got=bad.reason, do="mend the input, or pass --bad-lines skip or quarantine")
+                summary.add_bad(bad)
+                kept.keep(bad)
+            write(block, writers, summary)
+            summary.seconds = time.monotonic() - started
+            if progress is not None:
+                progress(summary)
+        if summary.documents == 0:
+            raise DataError("input has no conversations", where=", ".join(files[:3]), got=f"{summary.bad_lines} bad, {summary.blank_lines} blank lines")
+    summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def write(block: EncodedChats, writers: list[tuple[IndexedWriter, IndexedWriter]], summary: ChatSummary) -> None:
+    """Append the conversations of a block, and count them."""
+    for row in block.rows:
+        for (tokens, labels), (token_writer, label_writer) in zip(row, writers, strict=True):
+            token_writer.add_document(tokens)
+            label_writer.add_document(labels)
+            summary.tokens += tokens.size
+            summary.learned += int((labels != IGNORED).sum())
+    summary.documents += len(block.rows)
+    summary.text_bytes += block.text_bytes
+    summary.blank_lines += block.blank

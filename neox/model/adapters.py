@@ -1,0 +1,46 @@
+"""Which parameters a run trains, and what it adds to those of the model it starts from: low-rank adapters, the head of a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from neox.config.schema import LoraConfig, ModelConfig
+
+ADAPTERS = ("lora_a", "lora_b")
+SCORE, HEAD = "score.weight", "head.weight"
+
+
+def add_adapters(blocks: Iterable[nn.Module], lora: LoraConfig) -> None:
+    """Give the matrices of the blocks that `lora.targets` names their adapters; a target that the block has not is passed over."""
+    for block in blocks:
+        modules = dict(block.named_modules())
+        for target in lora.targets:
+            if modules.get(target) is not None:
+                modules[target].adapt(lora.rank, lora.alpha / lora.rank)
+
+
+def adapter_shapes(lora: LoraConfig, block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapters of a block, by name, from those of its other parameters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in lora.targets:
+        if f"{target}.weight" in block:
+            rows, columns = block[f"{target}.weight"]
+            shapes |= {f"{target}.lora_a": (lora.rank, columns), f"{target}.lora_b": (rows, lora.rank)}
+    return shapes
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is a factor of an adapter."""
+    return name.rpartition(".")[2] in ADAPTERS
+
+
+def is_trained(config: ModelConfig, name: str) -> bool:
+    """Whether a run with this config trains a parameter: all, or with LoRA the adapters and a reward model's head."""
+    return config.lora is None or is_adapter(name) or name == SCORE
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter may be new to the weights that a run starts from, and then begins at its initial value."""
+    return is_adapter(name) or name == SCORE

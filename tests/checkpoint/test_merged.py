@@ -1,0 +1,40 @@
+"""Checkpoints with adapters, read without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.checkpoint.load import Checkpoint
+from neox.checkpoint.merged import MergedCheckpoint, open_weights
+from neox.errors import CheckpointError
+from tests.checkpoint.builders import save_one
+
+
+@pytest.fixture
+def saved(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"layers.0.mlp.up.weight": (10, 6), "layers.0.mlp.up.lora_a": (2, 6), "layers.0.mlp.up.lora_b": (10, 2), "norm.weight": (6,)}
+    state = {(name, "weight"): torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state["layers.0.mlp.up.lora_a", "exp_avg"] = torch.zeros(2, 6)
+    path = save_one(tmp_path, state=state, model_config={"num_layers": 1, "lora": {"rank": 2, "alpha": 5.0}})
+    return path, {name: tensor for (name, kind), tensor in state.items() if kind == "weight"}
+
+
+def test_the_weight_has_its_adapter_in_it_and_the_rest_is_as_it_was(saved):
+    path, tensors = saved
+    with open_weights(path) as checkpoint:
+        assert checkpoint.names() == ["layers.0.mlp.up.weight", "norm.weight"] and checkpoint.model_config["lora"] is None
+        want = tensors["layers.0.mlp.up.weight"] + 2.5 * tensors["layers.0.mlp.up.lora_b"] @ tensors["layers.0.mlp.up.lora_a"]
+        torch.testing.assert_close(checkpoint.tensor("layers.0.mlp.up.weight"), want)
+        assert torch.equal(checkpoint.tensor("norm.weight"), tensors["norm.weight"])
+        part = checkpoint.read("layers.0.mlp.up.weight", slices=((3, 8), (1, 5)), start=6, stop=17)
+        torch.testing.assert_close(part, want[3:8, 1:5].flatten()[6:17])
+        checkpoint.check([("layers.0.mlp.up.weight", "weight", (10, 6)), ("norm.weight", "weight", (6,))])
+        with pytest.raises(CheckpointError, match="1 tensors do not fit"):
+            checkpoint.check([("layers.0.mlp.up.weight", "weight", (10, 6))])
+
+
+def test_a_checkpoint_without_adapters_is_itself(tmp_path):
+    with open_weights(save_one(tmp_path)) as checkpoint:
+        assert type(checkpoint) is Checkpoint is not MergedCheckpoint

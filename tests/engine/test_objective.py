@@ -1,0 +1,60 @@
+"""The objectives against their formulas in double precision."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from neox.config.schema import TrainConfig
+from neox.engine.objective import PreferenceLoss, RewardLoss, TokenLoss, answer_log_probabilities, build_objective
+
+ROWS, LENGTH = 6, 5
+
+
+def sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(9, (ROWS, LENGTH), generator=generator)
+    targets[0, 2:] = -100
+    return SimpleNamespace(
+        tokens=torch.zeros(ROWS, LENGTH, dtype=torch.int64),
+        targets=targets,
+        ends=torch.tensor([4, 0, 3, 2, 1, 4]),
+        reference=torch.randn(ROWS, generator=generator),
+    )
+
+
+def test_preferences(batch):
+    losses = torch.rand(ROWS * LENGTH, generator=torch.Generator().manual_seed(1)).double()
+    logs = (-losses.view(ROWS, LENGTH).sum(1)).tolist()
+    assert answer_log_probabilities(losses, ROWS).tolist() == pytest.approx(logs)
+    reference = batch.reference.double().tolist()
+    want = sum(-math.log(sigmoid(0.3 * ((logs[i] - reference[i]) - (logs[i + 1] - reference[i + 1])))) for i in (0, 2, 4))
+    assert float(PreferenceLoss(0.3)(losses, batch)) == pytest.approx(want, rel=1e-6)
+    assert PreferenceLoss(0.3).count(batch) == 3
+
+
+def test_rewards_are_read_at_the_last_token(batch):
+    scores = torch.randn(ROWS * LENGTH, generator=torch.Generator().manual_seed(2)).double()
+    at = [float(scores.view(ROWS, LENGTH)[row, end]) for row, end in enumerate(batch.ends)]
+    want = sum(-math.log(sigmoid(at[i] - at[i + 1])) for i in (0, 2, 4))
+    assert float(RewardLoss()(scores, batch)) == pytest.approx(want, rel=1e-9)
+    assert RewardLoss().count(batch) == 3
+
+
+def test_tokens(batch):
+    losses = torch.arange(30.0)
+    assert float(TokenLoss()(losses, batch)) == 435.0
+    assert TokenLoss().count(batch) == ROWS * LENGTH - 3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("pretrain", TokenLoss), ("sft", TokenLoss), ("dpo", PreferenceLoss), ("reward", RewardLoss)])
+def test_each_has_its_name(name, kind):
+    assert type(build_objective(TrainConfig(objective=name))) is kind
