@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
 from neox.config.explain import inline
 from neox.config.load import flatten
@@ -58,15 +59,24 @@ def summary(runs: list[RunRecord]) -> str:
 
 def plots(runs: list[RunRecord]) -> str:
     """All figures; the loss has the validation loss beside it."""
-    figures = []
+    figures, names = [], short_names([run.name for run in runs])
     for title, key, log in PLOTS:
-        lines = [Line(run.name if len(runs) > 1 else title, run.series(key), i) for i, run in enumerate(runs)]
+        lines = [Line(names[i] if len(runs) > 1 else title, run.series(key), i) for i, run in enumerate(runs)]
         if key == "loss":
             for i, run in enumerate(runs):
-                name = f"{run.name}, validation" if len(runs) > 1 else "validation"
+                name = f"{names[i]}, validation" if len(runs) > 1 else "validation"
                 lines.append(Line(name, run.series("validation_loss"), (i + len(COLORS) // 2) % len(COLORS), dots=True))
         figures.append(plot(title + (", logarithmic" if log else ""), lines, log=log))
     return f'<h2>Curves</h2><div class="plots">{"".join(figures)}</div>'
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Paths without the folders that they share, which a legend has no room for."""
+    parts = [Path(name).parts for name in names]
+    shared = 0
+    while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    return [str(Path(*each[shared:])) for each in parts]
 
 
 def incidents(runs: list[RunRecord]) -> str:

@@ -61,7 +61,7 @@ def label(value: float) -> str:
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 10 or (abs(value) >= size and size > 1e3):
             return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
 
 
 def plot(title: str, lines: Sequence[Line], *, log: bool = False, x_name: str = "step") -> str:

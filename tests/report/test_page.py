@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from neox.report.page import page
+from neox.report.page import page, short_names
 from neox.report.runs import read_run
 from tests.report.records import write_run
 
@@ -32,3 +32,10 @@ def test_names_are_text_and_not_markup(tmp_path):
     record = read_run(write_run(tmp_path / "<script>alert(1)<"))
     text = page([record])
     assert "<script>" not in text and "&lt;script&gt;" in text and "&lt;a&gt;" in text
+
+
+def test_legends_leave_out_what_names_share():
+    assert short_names(["/runs/a/first", "/runs/a/second"]) == ["first", "second"]
+    assert short_names(["runs/a", "runs/a"]) == ["a", "a"]
+    assert short_names(["x/run", "y/run"]) == ["x/run", "y/run"]
+    assert short_names(["runs/a", "runs"]) == ["runs/a", "runs"]

@@ -49,4 +49,4 @@ def test_ticks_are_round_and_inside():
     assert ticks(0.0, 10.0) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     assert all(-0.31 <= tick <= 0.72 for tick in ticks(-0.31, 0.72))
     assert ticks(3.0, 3.0) == [3.0]
-    assert [label(value) for value in (0.00012, 5.0, 1500.0, 25_000.0, 3e6)] == ["0.00012", "5", "1.5e+03", "25k", "3M"]
+    assert [label(value) for value in (0.00012, 5.0, 1500.0, 25_000.0, 3e6)] == ["0.00012", "5", "1500", "25k", "3M"]
