@@ -88,9 +88,12 @@ def run_on_tasks(args: argparse.Namespace) -> int:
     """Evaluate on tasks of lm-evaluation-harness, and print its results as a table or as JSON."""
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
-    model = load_model(checkpoint, dtype=DTYPES[args.dtype], device=args.device)
+    mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
+    model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     found = run_tasks(model, tokenizer, names, task_files=args.task_files, num_fewshot=args.num_fewshot, limit=args.limit, batch_size=args.batch_size)
+    if mesh.rank > 0:
+        return 0
     if args.json:
         print(json.dumps(found, default=str))
         return 0

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from neox.cli.layout import add_layout_arguments, join_layout
+from neox.cli.main import main
 from neox.config.schema import ModelConfig
+from neox.data.indexed import IndexedWriter
+from neox.data.tokenizer import train_tokenizer
 from neox.errors import ConfigError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+from tests.distributed import environment, free_port
+from tests.generate.checkpoints import save_model
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_kv_heads=2, vocab_size=10)
 
@@ -53,3 +64,39 @@ def test_what_does_not_fit(processes, count, arguments, message):
     processes(count)
     with pytest.raises(ConfigError, match=message):
         join_layout(options(*arguments), MODEL)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """run/ with a small random model, its tokenizer, and the dataset `text`."""
+    root = tmp_path_factory.mktemp("layout")
+    tokenizer = train_tokenizer(["the quick brown fox"] * 9, 300, root / "tokenizer.json")
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3}
+    model = GPT(ModelConfig(**sizes, vocab_size=tokenizer.vocab_size), Mesh.single())
+    save_model(root / "run", model, tokenizer=tokenizer.file)
+    with IndexedWriter(root / "text", "uint16") as writer:
+        writer.add_document([*tokenizer.encode("the brown fox, the quick fox"), tokenizer.eod_id])
+    return root
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_output_of_a_launch_is_json_alone(run_folder, capfd, launcher):
+    """Over two processes, and the same as in one."""
+    commands = {
+        "generate": ["--prompt", "the fox", "--max-new-tokens", "5", "--temperature", "0", "--json"],
+        "evaluate": ["--data", str(run_folder / "text"), "--json"],
+    }
+    for command, arguments in commands.items():
+        words = [command, "--checkpoint", str(run_folder / "run"), *arguments]
+        assert main(words) == 0
+        alone = json.loads(capfd.readouterr().out)
+        start = {
+            "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"],
+            "deepspeed": [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()), "--module"],
+        }
+        launch = [*start[launcher], "neox.cli.main", *words, "--pipeline", "2"]
+        done = subprocess.run(launch, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        together = json.loads(done.stdout)
+        assert together == alone if command == "generate" else together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
