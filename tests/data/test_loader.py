@@ -179,7 +179,7 @@ def test_rows_are_the_samples_one_by_one(corpus, document_mask):
         with Loader(dataset, micro_batch_size=5, start=2, prefetch=0, vocab_size=1000) as loader:
             (batch,) = next(loader)
         for row, sample in enumerate(batch.sample_ids.tolist()):
-            tokens, segments = dataset[sample]
+            tokens, segments = dataset[sample][:2]
             assert batch.tokens[row].tolist() == tokens[:-1].tolist() and batch.targets[row].tolist() == tokens[1:].tolist()
             assert (segments is None) == (batch.segment_ids is None) == (not document_mask)
             assert segments is None or batch.segment_ids[row].tolist() == segments.tolist()
