@@ -14,7 +14,7 @@ import torch.distributed as dist
 from neox.checkpoint.storage import write_file
 from neox.config.schema import Config
 from neox.parallel.mesh import Mesh
-from neox.plan.devices import Device, cpu, of_cuda_name
+from neox.plan.devices import DEVICES, Device, cpu, of_cuda_name
 from neox.plan.fit import estimate
 from neox.train.memory import PeakMemory
 
@@ -111,7 +111,7 @@ class PlanCheck:
         fullest = int(rows[:, 0].argmax())
         stage = int(rows[fullest, 1])
         device = self.device(float(rows[0, 2]))
-        found = estimate(self.config, mesh.world_size, device or cpu(mesh.world_size))
+        found = estimate(self.config, mesh.world_size, device or DEVICES[0])  # the memory of GPUs is planned alike, their time is not
         planned = found.memories[stage].peak + (device.reserve if device is not None and device.kind == "cpu" else 0)
         median = statistics.median(self.times) if self.times else None
         measured = float(rows[fullest, 0]) or None
