@@ -58,3 +58,25 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["preprocess", "--help"])
     assert stopped.value.code == 0 and "example: neox preprocess --input" in capsys.readouterr().out
+
+
+def test_conversations_and_pairs(corpus, capsys):
+    talk = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
+    (corpus / "chat.jsonl").write_text(json.dumps({"messages": talk, "chosen": talk, "rejected": [talk[0], {"role": "assistant", "content": "three"}]}) + "\n")
+    options = ["preprocess", "--input", str(corpus / "chat.jsonl"), "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0"]
+    assert main([*options, "--chat", "--chat-template", "plain"]) == 0
+    assert "1 documents" in capsys.readouterr().out
+    tokens, labels = IndexedDataset(corpus / "out")[0].tolist(), IndexedDataset(corpus / "out_labels")[0].tolist()
+    assert len(tokens) == len(labels) and {a for a, b in zip(tokens, labels, strict=True) if b == -100} and set(labels) - {-100} <= set(tokens)
+    assert main([*options, "--chat", "--pairs", "--chat-template", "plain", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["documents"] == 1 and 0 < summary["learned"] < summary["tokens"]
+    for name in ("chosen", "chosen_labels", "rejected", "rejected_labels"):
+        assert len(IndexedDataset(corpus / f"out_{name}")) == 1
+    for arguments, message in (
+        (["--pairs"], "option without --chat; where=--pairs"),
+        (["--chat"], "no chat template"),
+        (["--chat", "--chat-template", "plain", "--resume"], "where=--resume"),
+    ):
+        assert main([*options, *arguments]) == 2
+        assert message in capsys.readouterr().err
