@@ -72,7 +72,12 @@ fault-test: setup  ## kills, signals, full disks, dead and stuck processes, dama
 harness-test: setup  ## lm-evaluation-harness on whole LAMBADA and BLiMP sets, ours against its hf model; about a quarter of an hour
 	$(PY) -m pytest tests/evaluate/test_whole_sets.py -m harness -s
 
-fuzz: setup  ## random sweeps
+# FUZZ= cases or seconds of each of the dataset core's random tests under sanitizers.
+FUZZ ?= 60s
+fuzz: setup build/native/CMakeCache.txt  ## random sweeps; FUZZ=600s for longer ones of the dataset core
+	cmake --build build/native --parallel $(JOBS) --target test_index_damage_asan test_json_line_asan
+	build/native/tests/cpp/test_index_damage_asan $(FUZZ)
+	build/native/tests/cpp/test_json_line_asan $(FUZZ)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz
 
 bench: setup  ## every benchmark in its quick setting

@@ -46,6 +46,40 @@ BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>
     for (uint32_t a = 0; a < 256; ++a)
         for (uint32_t b = 0; b < 256; ++b)
             if (byte_ids_[a] != kNone && byte_ids_[b] != kNone) byte_ranks_[a << 8 | b] = rank(byte_ids_[a], byte_ids_[b]);
+    note_windows(left, right);
+}
+
+void BytePairs::note_windows(const std::vector<uint32_t>& left, const std::vector<uint32_t>& right) {
+    uint32_t largest = 0;
+    const auto look = [&](const std::vector<uint32_t>& ids) {
+        for (const uint32_t id : ids) largest = std::max(largest, id == kNone ? 0 : id);
+    };
+    look(left), look(right), look(merged_), look(byte_ids_);
+    std::vector<std::string> texts(uint64_t{largest} + 1);
+    for (uint32_t b = 0; b < 256; ++b)
+        if (byte_ids_[b] != kNone) texts[byte_ids_[b]] = std::string(1, static_cast<char>(b));
+    windows_.assign((uint64_t{1} << 24) / 64, 0);
+    size_t unknown = merged_.size() + 1;
+    for (size_t before = unknown + 1; unknown != 0 && unknown < before;) {  // once, where every merge joins what earlier ones made
+        before = unknown;
+        unknown = 0;
+        for (size_t r = 0; r < merged_.size(); ++r) {
+            if (texts[left[r]].empty() || texts[right[r]].empty()) {
+                ++unknown;
+                continue;
+            }
+            const std::string text = texts[left[r]] + texts[right[r]];
+            std::string& known = texts[merged_[r]];
+            if (!known.empty() && known != text) return;  // an id of two texts: words stay whole
+            known = text;
+            for (size_t i = 0; i + 2 < text.size(); ++i) {
+                const auto byte = [&](size_t at) { return static_cast<uint32_t>(static_cast<uint8_t>(text[at])); };
+                const uint32_t window = byte(i) << 16 | byte(i + 1) << 8 | byte(i + 2);
+                windows_[window >> 6] |= uint64_t{1} << (window & 63);
+            }
+        }
+    }
+    may_part_ = unknown == 0;
 }
 
 inline uint32_t BytePairs::rank(uint32_t left, uint32_t right) const {

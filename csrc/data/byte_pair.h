@@ -20,6 +20,15 @@ class BytePairs {
     // Tokens that are taken whole when a word is one (`ignore_merges`).
     void take_whole(std::unordered_map<std::string, uint32_t> tokens) { whole_ = std::move(tokens); }
 
+    // Whether no token crosses the place before word[at], 0 < at < count: then the two parts of the word are encoded apart with the same result.
+    bool parts(const uint8_t* word, uint64_t at, uint64_t count) const {
+        if (byte_ranks_[static_cast<uint32_t>(word[at - 1]) << 8 | word[at]] != kNone) return false;
+        if (at >= 2 && inside_token(word + at - 2)) return false;
+        return at + 1 >= count || !inside_token(word + at - 1);
+    }
+    // Whether words may be parted at all: not where they are looked for as a whole, nor where an id stands for two texts.
+    bool may_part() const { return may_part_ && whole_.empty(); }
+
     // Writes the ids of a word, at most `count` of them; returns how many. Time is linear in `count` but for a logarithm.
     uint64_t encode(const uint8_t* word, uint64_t count, uint32_t* out) const;
 
@@ -28,6 +37,12 @@ class BytePairs {
         uint64_t pair;
         uint32_t rank;
     };
+    // Whether three bytes follow one another in a token.
+    bool inside_token(const uint8_t* at) const {
+        const uint32_t window = static_cast<uint32_t>(at[0]) << 16 | static_cast<uint32_t>(at[1]) << 8 | at[2];
+        return (windows_[window >> 6] >> (window & 63) & 1) != 0;
+    }
+    void note_windows(const std::vector<uint32_t>& left, const std::vector<uint32_t>& right);
     uint32_t rank(uint32_t left, uint32_t right) const;
     uint64_t encode_short(const uint8_t* word, uint64_t count, uint32_t* out) const;
     uint64_t encode_long(const uint8_t* word, uint64_t count, uint32_t* out) const;
@@ -36,6 +51,8 @@ class BytePairs {
     std::vector<uint32_t> byte_ranks_;  // [left byte][right byte]
     std::vector<Slot> slots_;           // open addressing
     std::vector<uint64_t> filter_;      // one bit per hash: most pairs have no rank, and this stays in the cache
+    std::vector<uint64_t> windows_;     // one bit per three bytes
+    bool may_part_ = false;
     int slot_shift_ = 0, filter_shift_ = 0;
     std::unordered_map<std::string, uint32_t> whole_;
 };

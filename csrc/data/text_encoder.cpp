@@ -1,7 +1,11 @@
 #include "data/text_encoder.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 namespace neox::data {
 
@@ -118,11 +122,82 @@ uint32_t* IdBuffer::room(uint64_t count) {
     return ids_.get() + size_;
 }
 
-inline WordCache::Key WordCache::key_of(const uint8_t* word, uint64_t length) {
-    Key key, mask;
-    std::memcpy(key.data(), word, sizeof key);
-    std::memcpy(mask.data(), kMask.bytes + 24 - length, sizeof mask);
-    return {key[0] & mask[0], key[1] & mask[1], (key[2] & mask[2]) | length << 56};
+void* zeroed_pages(uint64_t bytes) {
+    constexpr uint64_t kHugePage = 2 << 20;
+    const uint64_t alignment = bytes >= kHugePage ? kHugePage : 64;
+    void* made = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    if (made == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (alignment == kHugePage) ::madvise(made, bytes, MADV_HUGEPAGE);  // a wish: without huge pages it works as well, a little slower
+#endif
+    return std::memset(made, 0, bytes);
+}
+
+inline uint64_t WordCache::hash(const Key& key) {
+    const uint64_t mixed = (key.bytes[0] ^ key.bytes[0] >> 32) * 0x9E3779B97F4A7C15u + key.bytes[1] * 0xC2B2AE3D27D4EB4Fu + key.bytes[2] * 0x165667B19E3779F9u;
+    return (mixed + key.length) * 0xD6E8FEB86659FD93u;
+}
+
+inline WordCache::Key WordCache::key_of(const uint8_t* word, uint64_t length) const {
+    Key key;
+    uint64_t mask[3];
+    std::memcpy(key.bytes, word, sizeof key.bytes);
+    std::memcpy(mask, kMask.bytes + 24 - length, sizeof mask);
+    for (int i = 0; i < 3; ++i) key.bytes[i] &= mask[i];
+    key.length = static_cast<uint32_t>(length);
+    const uint64_t hashed = hash(key);
+    key.place = static_cast<uint32_t>(hashed >> (64 - kBits));
+    length <= kShort ? __builtin_prefetch(&lines_[key.place]) : __builtin_prefetch(&long_line(key));
+    return key;
+}
+
+inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
+    if ((entry.count & kWide) != 0) {
+        std::memcpy(out, entry.ids, 3 * sizeof *out);
+        return out + (entry.count & ~kWide);
+    }
+#if defined(__SSE2__)
+    const __m128i ids = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entry.ids)), zero = _mm_setzero_si128();  // the last one is the count
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(ids, zero));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4), _mm_unpackhi_epi16(ids, zero));
+#else
+    for (int i = 0; i < 7; ++i) out[i] = entry.ids[i];
+#endif
+    return out + entry.count;
+}
+
+inline uint32_t* WordCache::find(const Key& key, uint32_t* out) const {
+    if (key.length <= kShort) {
+        const Line& line = lines_[key.place];
+        const uint64_t second = tagged(key, 1);
+        if (((line.first.key[0] ^ key.bytes[0]) | (line.first.key[1] ^ second)) == 0) return copy(line.first, out);
+        if (((line.second.key[0] ^ key.bytes[0]) | (line.second.key[1] ^ second)) == 0) return copy(line.second, out);
+    }
+    const Long& line = long_line(key);
+    if (((line.key[0] ^ key.bytes[0]) | (line.key[1] ^ key.bytes[1]) | (line.key[2] ^ tagged(key, 2))) != 0) return nullptr;
+    std::memcpy(out, line.ids, sizeof line.ids);
+    return out + line.count;
+}
+
+void WordCache::remember(const Key& key, const uint32_t* ids, uint64_t count) {
+    const bool wide = std::any_of(ids, ids + count, [](uint32_t id) { return id > UINT16_MAX; });
+    if (key.length <= kShort && count <= (wide ? 3u : 7u)) {
+        Line& line = lines_[key.place];
+        line.second = line.first;
+        line.first.key[0] = key.bytes[0];
+        line.first.key[1] = tagged(key, 1);
+        line.first.count = static_cast<uint16_t>(count | (wide ? kWide : 0));
+        if (wide)
+            std::memcpy(line.first.ids, ids, count * sizeof *ids);
+        else
+            for (uint64_t i = 0; i < count; ++i) line.first.ids[i] = static_cast<uint16_t>(ids[i]);
+    } else if (count <= kSpill) {
+        Long& line = long_[hash(key) >> (64 - kLongBits)];
+        for (int i = 0; i < 2; ++i) line.key[i] = key.bytes[i];
+        line.key[2] = tagged(key, 2);
+        std::memcpy(line.ids, ids, count * sizeof *ids);
+        line.count = static_cast<uint32_t>(count);
+    }
 }
 
 TextEncoder::TextEncoder(BytePairs pairs, SplitPattern pattern, bool normalise, const std::vector<AddedToken>& added)
@@ -133,30 +208,30 @@ TextEncoder::TextEncoder(BytePairs pairs, SplitPattern pattern, bool normalise, 
 // Words wait here until there are many, so that the cache lines in which they are looked up are on their way all at one time.
 class TextEncoder::Queue {
   public:
-    Queue(const TextEncoder& encoder, State& state, const uint8_t* end) : pairs_(encoder.pairs_), state_(state), end_(end) {}
+    Queue(const TextEncoder& encoder, State& state, const uint8_t* end)
+        : pairs_(encoder.pairs_), may_part_(encoder.pairs_.may_part()), state_(state), end_(end) {}
 
     // Words of `bytes` bytes may be added from now on, and then what the text holds from `rest` on.
     void expect(uint64_t bytes, const uint8_t* rest) {
         flush();
-        out_ = state_.ids.room(bytes + static_cast<uint64_t>(end_ - rest) + WordCache::kMostIds);  // a byte gives one id at most
+        out_ = state_.ids.room(bytes + static_cast<uint64_t>(end_ - rest) + WordCache::kSpill);  // a byte gives one id at most
     }
 
+    // Long words, such as sentences of scripts without spaces, are taken apart where no token can cross: the parts are short, and come again.
     void add_word(const uint8_t* at, uint64_t length) {
-        Word& word = words_[count_];
-        word.at = at;
-        word.length = static_cast<uint32_t>(length);
-        word.cached = length <= WordCache::kLongest;
-        if (word.cached) {
-            word.key = WordCache::key_of(at, length);
-            word.place = state_.cache.place(word.key);
-            state_.cache.prefetch(word.place);
+        if (length <= kWhole || !may_part_) return add_part(at, length);
+        uint64_t first = 0;
+        for (uint64_t i = 1; i < length; ++i) {
+            if ((at[i] & 0xC0) == 0x80 || !pairs_.parts(at, i, length)) continue;
+            add_part(at + first, i - first);
+            first = i;
         }
-        if (++count_ == kMost) look_up();
+        add_part(at + first, length - first);
     }
 
     void add_id(uint32_t id) {
         words_[count_].at = nullptr;
-        words_[count_].place = id;
+        words_[count_].length = id;
         if (++count_ == kMost) look_up();
     }
 
@@ -167,46 +242,44 @@ class TextEncoder::Queue {
 
   private:
     static constexpr int kMost = 32;
+    static constexpr uint64_t kWhole = 12;  // bytes of a word that is not worth the search
     struct Word {
-        const uint8_t* at;  // nullptr: an id that stands for itself, in `place`
-        uint64_t place;
+        const uint8_t* at;  // nullptr: an id that stands for itself, as `length`
+        uint64_t length;
         WordCache::Key key;
-        uint32_t length;
-        bool cached;
     };
+
+    void add_part(const uint8_t* at, uint64_t length) {
+        Word& word = words_[count_];
+        word.at = at;
+        word.length = length;
+        if (length <= WordCache::kLongest) word.key = state_.cache.key_of(at, length);
+        if (++count_ == kMost) look_up();
+    }
 
     void look_up() {
         uint32_t* out = out_;
         for (int i = 0; i < count_; ++i) {
             const Word& word = words_[i];
-            const WordCache::Entry* found = nullptr;
+            uint32_t* found = nullptr;
             if (word.at == nullptr) {
-                *out++ = static_cast<uint32_t>(word.place);
-            } else if (!word.cached) {
+                *out++ = static_cast<uint32_t>(word.length);
+            } else if (word.length > WordCache::kLongest) {
                 out += pairs_.encode(word.at, word.length, out);
-            } else if ((found = state_.cache.find(word.key, word.place)) != nullptr) {
-                std::memcpy(out, found->ids, sizeof found->ids);
-                out += found->count;
+            } else if ((found = state_.cache.find(word.key, out)) != nullptr) {
+                out = found;
             } else {
-                out += encode_new(word, out);
+                const uint64_t ids = pairs_.encode(word.at, word.length, out);
+                state_.cache.remember(word.key, out, ids);
+                out += ids;
             }
         }
         count_ = 0;
         out_ = out;
     }
 
-    uint64_t encode_new(const Word& word, uint32_t* out) {
-        const uint64_t ids = pairs_.encode(word.at, word.length, out);
-        if (ids <= WordCache::kMostIds) {
-            WordCache::Entry& entry = state_.cache.replace(word.place);
-            entry.key = word.key;
-            std::memcpy(entry.ids, out, ids * sizeof *out);
-            entry.count = static_cast<uint32_t>(ids);
-        }
-        return ids;
-    }
-
     const BytePairs& pairs_;
+    const bool may_part_;
     State& state_;
     const uint8_t* const end_;  // of the text
     uint32_t* out_ = nullptr;

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -55,39 +56,60 @@ class IdBuffer {
     uint64_t size_ = 0, capacity_ = 0;
 };
 
-// Remembers the ids of words of up to 23 bytes with up to 9 ids. Every word has two places; a new one takes the first and moves what was there
-// to the second, so that frequent words are not lost to every rare one.
+// Zeros, from a whole huge page on where the system has them: a table read at random places then takes one entry of the page cache.
+void* zeroed_pages(uint64_t bytes);
+
+struct Free {
+    void operator()(void* bytes) const { std::free(bytes); }
+};
+
+template <typename T>
+using Table = std::unique_ptr<T[], Free>;
+
+// Remembers the ids of short words. Most words have up to 15 bytes and up to 7 ids below 65,536 (or 3 of any size): two of them share a cache
+// line, a new one moves the other aside, so that frequent words are not lost to every rare one. Words of up to 23 bytes with up to 9 ids have
+// a line of their own in a second table.
 class WordCache {
   public:
-    static constexpr uint64_t kLongest = 23, kMostIds = 9;
-    using Key = std::array<uint64_t, 3>;  // the bytes, zeros, and the length as last byte
-    struct alignas(64) Entry {
-        Key key;
-        uint32_t ids[kMostIds];
-        uint32_t count;
+    static constexpr uint64_t kShort = 15, kLongest = 23;
+    static constexpr uint64_t kSpill = 9;  // ids that may be written behind those that count
+    struct Key {
+        uint64_t bytes[3];  // of the word, zeros behind it
+        uint32_t length;
+        uint32_t place;  // in the table of its length
     };
-    WordCache() : entries_(new Entry[kEntries]()) {}
-    static Key key_of(const uint8_t* word, uint64_t length);  // reads 24 bytes
-    // The first place of a word; the second is the one beside it.
-    uint64_t place(const Key& key) const {
-        const uint64_t mixed = (key[0] ^ key[0] >> 32) * 0x9E3779B97F4A7C15u + key[1] * 0xC2B2AE3D27D4EB4Fu + key[2] * 0x165667B19E3779F9u;
-        return mixed * 0xD6E8FEB86659FD93u >> (64 - kBits);
-    }
-    void prefetch(uint64_t place) const { __builtin_prefetch(&entries_[place]); }
-    Entry* find(const Key& key, uint64_t place) {
-        if (same(entries_[place].key, key)) return &entries_[place];
-        return same(entries_[place ^ 1].key, key) ? &entries_[place ^ 1] : nullptr;
-    }
-    Entry& replace(uint64_t place) {
-        entries_[place ^ 1] = entries_[place];
-        return entries_[place];
-    }
+    WordCache() : lines_(static_cast<Line*>(zeroed_pages(kLines * sizeof(Line)))), long_(static_cast<Long*>(zeroed_pages(kLongLines * sizeof(Long)))) {}
+
+    // Where a word of up to kLongest bytes is looked for; has the cache line fetched. Reads 24 bytes.
+    Key key_of(const uint8_t* word, uint64_t length) const;
+    // The ids of a word; nullptr where it is not remembered, else the end of them.
+    uint32_t* find(const Key& key, uint32_t* out) const;
+    void remember(const Key& key, const uint32_t* ids, uint64_t count);
 
   private:
-    static bool same(const Key& one, const Key& other) { return ((one[0] ^ other[0]) | (one[1] ^ other[1]) | (one[2] ^ other[2])) == 0; }
-    static constexpr int kBits = 16;
-    static constexpr uint64_t kEntries = uint64_t{1} << kBits;
-    std::unique_ptr<Entry[]> entries_;
+    static constexpr uint16_t kWide = 0x8000;
+    struct Short {
+        uint64_t key[2];  // the bytes, and the length as last byte
+        uint16_t ids[7];  // or three of 32 bits
+        uint16_t count;   // and kWide
+    };
+    struct alignas(64) Line {
+        Short first, second;
+    };
+    struct alignas(64) Long {
+        uint64_t key[3];
+        uint32_t ids[kSpill];
+        uint32_t count;
+    };
+    static constexpr int kBits = 15, kLongBits = 13;
+    static constexpr uint64_t kLines = uint64_t{1} << kBits, kLongLines = uint64_t{1} << kLongBits;
+    static uint64_t hash(const Key& key);
+    static uint64_t tagged(const Key& key, int word) { return key.bytes[word] | static_cast<uint64_t>(key.length) << 56; }
+    static uint32_t* copy(const Short& entry, uint32_t* out);
+    const Long& long_line(const Key& key) const { return long_[hash(key) >> (64 - kLongBits)]; }
+
+    Table<Line> lines_;
+    Table<Long> long_;
 };
 
 class TextEncoder {

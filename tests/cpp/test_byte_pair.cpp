@@ -35,7 +35,7 @@ struct Model {
 };
 
 // Merges at random among the tokens so far; some results have two ways to them, as in real vocabularies.
-Model random_model(std::mt19937_64& random, uint32_t alphabet, uint32_t merges) {
+Model random_model(std::mt19937_64& random, uint32_t alphabet, uint32_t merges, bool two_ways = true) {
     Model model;
     for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(255 - b);
     std::vector<uint32_t> tokens;
@@ -47,7 +47,7 @@ Model random_model(std::mt19937_64& random, uint32_t alphabet, uint32_t merges) 
         model.ranks[{left, right}] = static_cast<uint32_t>(model.merged.size());
         model.left.push_back(left);
         model.right.push_back(right);
-        model.merged.push_back(random() % 16 == 0 && next > 1000 ? next - 1 : next++);
+        model.merged.push_back(two_ways && random() % 16 == 0 && next > 1000 ? next - 1 : next++);
         tokens.push_back(model.merged.back());
     }
     return model;
@@ -71,6 +71,37 @@ void equals_its_definition() {
             EXPECT(encode(pairs, word) == model.encode(word));
         }
     }
+}
+
+// Where `parts` says so, the ids of a word are those of its two parts.
+void words_are_parted_where_no_token_crosses() {
+    std::mt19937_64 random(9);
+    int parted = 0, whole = 0;
+    for (int round = 0; round < 200; ++round) {
+        const uint32_t alphabet = 2 + static_cast<uint32_t>(random() % 4);
+        const Model model = random_model(random, alphabet, 1 + static_cast<uint32_t>(random() % 12), false);
+        const BytePairs pairs = model.pairs();
+        EXPECT(pairs.may_part());
+        for (int w = 0; w < 20; ++w) {
+            std::string word;
+            for (uint64_t length = 2 + random() % 12; word.size() < length;) word.push_back(static_cast<char>('a' + random() % alphabet));
+            for (uint64_t at = 1; at < word.size(); ++at) {
+                if (!pairs.parts(reinterpret_cast<const uint8_t*>(word.data()), at, word.size())) {
+                    ++whole;
+                    continue;
+                }
+                ++parted;
+                std::vector<uint32_t> both = model.encode(word.substr(0, at));
+                for (const uint32_t id : model.encode(word.substr(at))) both.push_back(id);
+                EXPECT(both == model.encode(word));
+            }
+        }
+    }
+    EXPECT(parted > 1000 && whole > 1000);
+    Model twice;
+    for (uint32_t b = 0; b < 256; ++b) twice.byte_ids.push_back(b);
+    twice.left = {'a', 'b'}, twice.right = {'b', 'a'}, twice.merged = {300, 300};
+    EXPECT(!twice.pairs().may_part());
 }
 
 void whole_words() {
@@ -109,6 +140,7 @@ void linear_time() {
 
 int main() {
     equals_its_definition();
+    words_are_parted_where_no_token_crosses();
     whole_words();
     linear_time();
     return tally.finish();
