@@ -125,13 +125,47 @@ NEOX_DEVICE void write_stripe_sum(const float (&part)[kPack], float* partial, in
     __syncthreads();  // read before a second call writes
 }
 
+// Stage two for up to four matrices of partial sums at once: blockIdx.y chooses. A launch costs microseconds, so there is one; and a block
+// gives 16 threads to a column, so that its stripes are read side by side and not one after the other.
 template <class T>
-__global__ void __launch_bounds__(256) add_stripes(const float* partial, T* sums, int64_t stripes, int64_t cols) {
-    const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (column >= cols) return;
+struct StripeSums {
+    static constexpr int kColumns = 32, kRows = 16;
+    const float* partial[4] = {};  // [stripes, cols]
+    T* sums[4] = {};               // [cols]
+    int count = 0;
+
+    void add(const float* from, T* to) {
+        partial[count] = from;
+        sums[count++] = to;
+    }
+};
+
+template <class T>
+__global__ void __launch_bounds__(StripeSums<T>::kColumns* StripeSums<T>::kRows)
+    add_stripes(const __grid_constant__ StripeSums<T> in, int64_t stripes, int64_t cols) {
+    using Shape = StripeSums<T>;
+    STATIC_SMEM(float, parts, [Shape::kRows][Shape::kColumns]);
+    const int lane = threadIdx.x % Shape::kColumns, first = threadIdx.x / Shape::kColumns;
+    const int64_t column = static_cast<int64_t>(blockIdx.x) * Shape::kColumns + lane;
     float sum = 0.0f;
-    for (int64_t stripe = 0; stripe < stripes; ++stripe) sum += partial[stripe * cols + column];
-    sums[column] = from_fp32<T>(sum);
+    if (column < cols) {
+        const float* const partial = in.partial[blockIdx.y] + column;
+#pragma unroll 4
+        for (int64_t stripe = first; stripe < stripes; stripe += Shape::kRows) sum += partial[stripe * cols];
+    }
+    parts[first][lane] = sum;
+    __syncthreads();  // all parts are written before they are added
+    if (first != 0 || column >= cols) return;
+#pragma unroll
+    for (int row = 1; row < Shape::kRows; ++row) sum += parts[row][lane];
+    in.sums[blockIdx.y][column] = from_fp32<T>(sum);
+}
+
+template <class T>
+cudaError_t launch_add_stripes(const StripeSums<T>& in, int64_t stripes, int64_t cols, Stream stream) {
+    using Shape = StripeSums<T>;
+    const dim3 grid(static_cast<unsigned>((cols + Shape::kColumns - 1) / Shape::kColumns), static_cast<unsigned>(in.count));
+    return launch(add_stripes<T>, grid, dim3(Shape::kColumns * Shape::kRows), 0, stream, in, stripes, cols);
 }
 
 }  // namespace neox

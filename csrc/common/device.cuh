@@ -66,6 +66,13 @@ inline int multiprocessors() {
     return count;
 }
 
+// Shared memory that one block may have on the current device.
+inline size_t shared_memory_limit() {
+    int device = 0, bytes = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+    return known ? static_cast<size_t>(bytes) : 48 * 1024;
+}
+
 // What a launcher returns: null, or what CUDA said.
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 

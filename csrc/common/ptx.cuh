@@ -127,6 +127,20 @@ NEOX_DEVICE Word load_global(const Word* pointer) {
 #endif
 }
 
+// Makes the compiler forget what it knows of a value: what follows from it is computed or loaded again, and does not stay in registers.
+NEOX_DEVICE void forget([[maybe_unused]] uint4& value) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
+#endif
+}
+
+template <class T>
+NEOX_DEVICE void forget([[maybe_unused]] const T*& pointer) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+l"(pointer));
+#endif
+}
+
 // 2^x, a few ulp, flushes subnormal results.
 NEOX_DEVICE float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)

@@ -1,7 +1,7 @@
 // Sums and maxima over a warp and over a block. Every thread gets the result; the order of additions is fixed, so results repeat.
 #pragma once
 
-#include "common/device.cuh"
+#include "common/ptx.cuh"
 
 namespace neox {
 
@@ -38,6 +38,80 @@ NEOX_DEVICE float block_reduce(float value, float* scratch) {
     for (int i = 1; i < kWarps; ++i) total = Reduction::combine(total, scratch[i]);
     __syncthreads();  // every warp has read before the next call writes
     return total;
+}
+
+constexpr int64_t kNamedBarriers = 15;  // of a block, beside that of __syncthreads
+
+// Threads for a row of `packs`, at most `each` a thread: a power of two up to a warp, or whole warps.
+inline int64_t row_threads(int64_t packs, int64_t each) {
+    if (packs > kWarpSize * each) return (packs + kWarpSize * each - 1) / (kWarpSize * each) * kWarpSize;
+    int64_t threads = 1;
+    while (threads < packs && threads < kWarpSize) threads *= 2;
+    return threads;
+}
+
+// Sums over the threads that share a row, blockDim.x of them in a block of (threads of a row, rows): a power of two up to a warp, or whole
+// warps. Rows that are wider than a warp meet at a named barrier of their own (15 rows at most), so rows of a block do not wait for each other.
+//
+// scratch: kValues floats per warp of the block. A call may use it again only when another call, on another scratch, lies between: a thread
+// that comes to the third call has met the others in the second, after they read in the first.
+template <int kValues>
+NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
+    const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
+    if (threads < kWarpSize) {
+        for (int offset = threads / 2; offset; offset /= 2) {
+#pragma unroll
+            for (int k = 0; k < kValues; ++k) value[k] += __shfl_xor_sync(kFullWarp, value[k], offset);
+        }
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) value[k] = warp_sum(value[k]);
+    if (threads == kWarpSize) return;
+    float* const row = scratch + threadIdx.y * (threads / kWarpSize) * kValues;
+    if (lane == 0) {
+#pragma unroll
+        for (int k = 0; k < kValues; ++k) row[threadIdx.x / kWarpSize * kValues + k] = value[k];
+    }
+    named_barrier(1 + static_cast<int>(threadIdx.y), threads);  // every warp's part is written before any is read
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) value[k] = row[k];
+    for (int warp = 1; warp < threads / kWarpSize; ++warp) {
+#pragma unroll
+        for (int k = 0; k < kValues; ++k) value[k] += row[warp * kValues + k];
+    }
+}
+
+// e^x for x <= 0: the instruction's few ulp plus 2^-24 |x|, which is nothing beside e^0.
+NEOX_DEVICE float exp_nonpositive(float x) { return fast_exp2(x * 1.44269504f); }
+
+// The maximum of some numbers and the sum of e^(x - max), found in one pass. No numbers: (-infinity, 0). NaN, +infinity: the sum is NaN.
+struct MaxSum {
+    float max = -INFINITY, sum = 0.0f;
+
+    // A sum kept for maximum `from`, as kept for `to` >= from. Where `to` is -infinity there is nothing but e^-infinity to sum.
+    NEOX_DEVICE float rescaled(float sum, float from, float to) { return sum * exp_nonpositive(from - (to == -INFINITY ? 0.0f : to)); }
+
+    template <int kCount>
+    __device__ __forceinline__ void add(const float (&x)[kCount]) {
+        float best = max;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) best = fmaxf(best, x[k]);
+        sum = rescaled(sum, max, best);
+        const float shift = best == -INFINITY ? 0.0f : best;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) sum += exp_nonpositive(x[k] - shift);
+        max = best;
+    }
+};
+
+// Merges those of all threads of the block, kWarps warps; every thread gets the result. scratch: as for block_reduce.
+template <int kWarps>
+NEOX_DEVICE MaxSum block_merge(const MaxSum& mine, float* scratch) {
+    MaxSum all;
+    all.max = block_reduce<Max, kWarps>(mine.max, scratch);
+    all.sum = block_reduce<Sum, kWarps>(MaxSum::rescaled(mine.sum, mine.max, all.max), scratch);
+    return all;
 }
 
 }  // namespace neox

@@ -108,8 +108,8 @@ uint32_t ballot(uint32_t mask, bool predicate, const char* what);
 
 }  // namespace simt
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    *value = simt::config().multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(simt::config().shared_limit) : simt::config().multiprocessors;
     return cudaSuccess;
 }
 

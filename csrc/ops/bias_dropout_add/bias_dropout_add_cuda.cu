@@ -180,9 +180,9 @@ const char* bias_dropout_add_backward_cuda(const BiasDropoutAddBackward& op, Str
         const bool whole = packs_fit<T>(op.dy, op.dy_stride, op.cols) && packs_fit<T>(op.dx, op.cols, op.cols);
         const cudaError_t error = whole ? launch_backward<T, true>(task, stream) : launch_backward<T, false>(task, stream);
         if (error != cudaSuccess || !op.dbias) return error;
-        const auto blocks = static_cast<unsigned>((op.cols + 255) / 256);
-        return launch(add_stripes<T>, dim3(blocks), dim3(256), 0, stream, op.partial, static_cast<T*>(op.dbias), ColumnSums::stripes(op.rows, op.cols),
-                      op.cols);
+        StripeSums<T> sums;
+        sums.add(op.partial, static_cast<T*>(op.dbias));
+        return launch_add_stripes(sums, ColumnSums::stripes(op.rows, op.cols), op.cols, stream);
     }));
 }
 

@@ -119,8 +119,9 @@ const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t 
                                  : (packs ? launch_backward<T, false, kPack> : launch_backward<T, false, 1>);
         const cudaError_t error = run(task, stream);
         if (error != cudaSuccess || !in.bias) return error;
-        const auto blocks = static_cast<unsigned>((in.cols + 255) / 256);
-        return launch(add_stripes<T>, dim3(blocks), dim3(256), 0, stream, partial, static_cast<T*>(dbias), ColumnSums::stripes(in.rows, in.cols), in.cols);
+        StripeSums<T> sums;
+        sums.add(partial, static_cast<T*>(dbias));
+        return launch_add_stripes(sums, ColumnSums::stripes(in.rows, in.cols), in.cols, stream);
     }));
 }
 

@@ -13,6 +13,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
@@ -37,14 +38,21 @@ struct RowStatistics {
     float *max, *sum, *target, *total;
 };
 
+// The CUDA forms return null, or what CUDA said.
 void cross_entropy_statistics_cpu(const Logits& logits, const RowStatistics& out, bool need_total, const Parallel& parallel);
+
+const char* cross_entropy_statistics_cuda(const Logits& logits, const RowStatistics& out, bool need_total, Stream stream);
 
 // loss [rows]; 0 where the target is ignore_index.
 void cross_entropy_loss_cpu(int64_t rows, const int64_t* targets, int64_t ignore_index, const LossTerms& terms, const RowStatistics& statistics, float* loss,
                             const Parallel& parallel);
+const char* cross_entropy_loss_cuda(int64_t rows, const int64_t* targets, int64_t ignore_index, const LossTerms& terms, const RowStatistics& statistics,
+                                    float* loss, Stream stream);
 
 // dloss [rows]; dlogits [rows, cols], rows dstride apart, may be the logits themselves. Zero in padding columns and ignored rows.
 void cross_entropy_backward_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics, const float* dloss, void* dlogits,
                                 int64_t dstride, const Parallel& parallel);
+const char* cross_entropy_backward_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics, const float* dloss, void* dlogits,
+                                        int64_t dstride, Stream stream);
 
 }  // namespace neox

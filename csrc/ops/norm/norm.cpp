@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(Tensor x, Optional resid
     op.y[0] = y1.mutable_data_ptr(), op.y[1] = y2.mutable_data_ptr();
     op.sum = sum.mutable_data_ptr();
     op.mean = static_cast<float*>(mean.mutable_data_ptr()), op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-    norm_forward_cpu(op, torch_parallel());
+    NEOX_RUN(norm_forward, x, op);
     return {y1, y2, sum, mean, rstd};
 }
 
@@ -87,7 +87,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Opti
     const Tensor ds = empty(s, shape_of(s));
     const Tensor dweight = empty(s, {rows.size}), dbias = empty(s, {has_bias ? rows.size : 0});
     const Tensor dweight2 = empty(s, {weight2 ? rows.size : 0}), dbias2 = empty(s, {has_bias2 ? rows.size : 0});
-    const Tensor partial = empty(s, {2 * outputs, Blocks(rows.count).count, rows.size}, ScalarType::Float);
     NormBackward op = {};
     op.dtype = dtype_of(s);
     op.rms = rms;
@@ -102,15 +101,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Opti
     op.ds = ds.mutable_data_ptr();
     op.dweight[0] = dweight.mutable_data_ptr(), op.dweight[1] = dweight2.mutable_data_ptr();
     op.dbias[0] = has_bias ? dbias.mutable_data_ptr() : nullptr, op.dbias[1] = has_bias2 ? dbias2.mutable_data_ptr() : nullptr;
+    const Tensor partial = empty(s, {2 * outputs, NEOX_KERNEL(norm_partials)(op), rows.size}, ScalarType::Float);
     op.partial = static_cast<float*>(partial.mutable_data_ptr());
-    norm_backward_cpu(op, torch_parallel());
+    NEOX_RUN(norm_backward, s, op);
     return {ds, dweight, dbias, dweight2, dbias2};
 }
 
 }  // namespace
 }  // namespace neox
 
-STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+NEOX_SCHEMAS(m) {
     m.def(
         "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? weight2, Tensor? bias2, float eps, bool rms)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -119,7 +119,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
         " bool rms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+NEOX_IMPLEMENTATIONS(m) {
     m.impl("norm", TORCH_BOX(&neox::norm));
     m.impl("norm_backward", TORCH_BOX(&neox::norm_backward));
 }

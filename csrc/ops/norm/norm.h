@@ -16,6 +16,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
@@ -58,10 +59,17 @@ struct NormBackward {
     void* ds;          // [rows, cols]
     void* dweight[2];  // [cols]
     void* dbias[2];    // [cols], or null
-    float* partial;    // [dweight and dbias of each output][Blocks(rows).count, cols] scratch
+    float* partial;    // [2 outputs, norm_partials(op), cols] scratch
 };
 
+// The CUDA forms return null, or what CUDA said.
 void norm_forward_cpu(const NormForward& op, const Parallel& parallel);
+const char* norm_forward_cuda(const NormForward& op, Stream stream);
 void norm_backward_cpu(const NormBackward& op, const Parallel& parallel);
+const char* norm_backward_cuda(const NormBackward& op, Stream stream);
+
+// Lines of each matrix of partial; asks for nothing but the shape, the dtype and which gradients there are.
+inline int64_t norm_partials_cpu(const NormBackward& op) { return Blocks(op.rows).count; }
+int64_t norm_partials_cuda(const NormBackward& op);
 
 }  // namespace neox

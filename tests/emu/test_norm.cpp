@@ -1,0 +1,169 @@
+// The CUDA kernels of the norms: one and two outputs, with and without mean, bias, residual and the gradient of the sum; every way in which
+// rows are dealt to threads (parts of a warp, warps, several packs, loops), strided and misaligned; and the bytes they move.
+#include "op_test.h"
+#include "ops/norm/norm.h"
+
+namespace {
+
+using emu_test::Buffer;
+using emu_test::Role;
+
+struct Case {
+    int64_t rows, cols, gap;
+    size_t offset;
+    bool rms, bias, residual;
+    int outputs;
+};
+
+size_t index(int64_t at) { return static_cast<size_t>(at); }
+
+// The buffers of a case, and the descriptions that the launchers take.
+template <class T>
+struct Norm {
+    Case in;
+    int64_t stride = in.cols + in.gap;
+    size_t count = index(in.rows * in.cols), spread = index(in.rows ? (in.rows - 1) * stride + in.cols : 0), cols = index(in.cols);
+    bool two = in.outputs > 1;
+    Buffer<T> x{"x", spread, Role::kStream, in.offset}, residual{"residual", in.residual ? spread : 0, Role::kStream, in.offset};
+    Buffer<T> w1{"w1", cols, Role::kCached, in.offset}, w2{"w2", cols, Role::kCached, in.offset};
+    Buffer<T> b1{"b1", cols, Role::kCached, in.offset}, b2{"b2", cols, Role::kCached, in.offset};
+    Buffer<T> y1{"y1", count}, y2{"y2", two ? count : 0}, sum{"sum", in.residual ? count : 0};
+    Buffer<float> mean{"mean", in.rms ? 0 : index(in.rows)}, rstd{"rstd", index(in.rows)};
+    Buffer<T> dy1{"dy1", spread, Role::kStream, in.offset}, dy2{"dy2", two ? spread : 0, Role::kStream, in.offset};
+    Buffer<T> dsum{"dsum", in.residual ? spread : 0, Role::kStream, in.offset}, ds{"ds", count};
+    Buffer<T> dw1{"dw1", cols}, dw2{"dw2", cols}, db1{"db1", cols}, db2{"db2", cols};
+    std::unique_ptr<Buffer<float>> partial;
+
+    explicit Norm(const Case& chosen) : in(chosen) {
+        x.random(1, 2.0f, 1.0f), residual.random(2);
+        w1.random(3, 1.0f, 1.0f), w2.random(4, 1.0f, 1.0f), b1.random(5), b2.random(6);
+        dy1.random(7), dy2.random(8), dsum.random(9);
+        partial = std::make_unique<Buffer<float>>("partial", index(2 * in.outputs * neox::norm_partials_cuda(backward()) * in.cols));
+    }
+    neox::NormForward forward() {
+        neox::NormForward op = {};
+        op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows, op.cols = in.cols, op.eps = 1e-3f;
+        op.x = x.data(), op.x_stride = stride, op.residual = in.residual ? residual.data() : nullptr, op.residual_stride = stride;
+        op.parameters[0] = {w1.data(), in.bias ? b1.data() : nullptr};
+        if (two) op.parameters[1] = {w2.data(), in.bias ? b2.data() : nullptr};
+        op.y[0] = y1.data(), op.y[1] = y2.data(), op.sum = sum.data(), op.mean = mean.data(), op.rstd = rstd.data();
+        return op;
+    }
+    neox::NormBackward backward() {
+        neox::NormBackward op = {};
+        op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows, op.cols = in.cols;
+        op.s = in.residual ? sum.data() : x.data(), op.s_stride = in.residual ? in.cols : stride;
+        op.mean = mean.data(), op.rstd = rstd.data(), op.weight[0] = w1.data(), op.weight[1] = two ? w2.data() : nullptr;
+        op.dy[0] = dy1.data(), op.dy[1] = dy2.data(), op.dy_stride[0] = op.dy_stride[1] = stride;
+        op.dsum = in.residual ? dsum.data() : nullptr, op.dsum_stride = stride, op.ds = ds.data();
+        op.dweight[0] = dw1.data(), op.dweight[1] = dw2.data(), op.dbias[0] = in.bias ? db1.data() : nullptr;
+        op.dbias[1] = in.bias && two ? db2.data() : nullptr;
+        if (partial) op.partial = partial->data();
+        return op;
+    }
+};
+
+// What the formulas of norm.h give in fp64, from the same inputs; s is rounded to T as norm.h says.
+struct Expected {
+    std::vector<double> y[2], s, ds, dw[2], db[2];
+};
+
+template <class T>
+Expected expected_of(Norm<T>& norm) {
+    const Case& in = norm.in;
+    Expected out;
+    for (auto* v : {&out.y[0], &out.y[1], &out.s, &out.ds}) v->assign(norm.count, 0.0);
+    for (auto* v : {&out.dw[0], &out.dw[1], &out.db[0], &out.db[1]}) v->assign(norm.cols, 0.0);
+    const auto value = [](const Buffer<T>& buffer, size_t i) { return static_cast<double>(static_cast<float>(buffer[i])); };
+    const Buffer<T>*weights[2] = {&norm.w1, &norm.w2}, *biases[2] = {&norm.b1, &norm.b2}, *dys[2] = {&norm.dy1, &norm.dy2};
+    const double size = static_cast<double>(in.cols);
+    std::vector<double> n(norm.cols), g(norm.cols);
+    for (int64_t row = 0; row < in.rows; ++row) {
+        const size_t from = index(row * norm.stride), to = index(row * in.cols);
+        double mean = 0, squares = 0, mean_g = 0, mean_gn = 0;
+        for (size_t i = 0; i < norm.cols; ++i) {
+            const double s = value(norm.x, from + i) + (in.residual ? value(norm.residual, from + i) : 0.0);
+            out.s[to + i] = static_cast<float>(T(static_cast<float>(s)));
+            mean += in.rms ? 0.0 : out.s[to + i] / size;
+        }
+        for (size_t i = 0; i < norm.cols; ++i) squares += (out.s[to + i] - mean) * (out.s[to + i] - mean) / size;
+        const double rstd = 1 / std::sqrt(squares + static_cast<double>(1e-3f));
+        for (size_t i = 0; i < norm.cols; ++i) {
+            n[i] = (out.s[to + i] - mean) * rstd;
+            g[i] = 0;
+            for (int k = 0; k < in.outputs; ++k) {
+                const double dy = value(*dys[k], from + i);
+                out.y[k][to + i] = n[i] * value(*weights[k], i) + (in.bias ? value(*biases[k], i) : 0.0);
+                g[i] += dy * value(*weights[k], i);
+                out.dw[k][i] += dy * n[i];
+                out.db[k][i] += dy;
+            }
+            mean_g += in.rms ? 0.0 : g[i] / size;
+            mean_gn += g[i] * n[i] / size;
+        }
+        for (size_t i = 0; i < norm.cols; ++i) {
+            out.ds[to + i] = rstd * (g[i] - mean_g - n[i] * mean_gn) + (in.residual ? value(norm.dsum, from + i) : 0.0);
+        }
+    }
+    return out;
+}
+
+template <class T>
+void check(const Case& in) {
+    Norm<T> norm(in);
+    EXPECT(!neox::norm_forward_cuda(norm.forward(), nullptr));
+    EXPECT(!neox::norm_backward_cuda(norm.backward(), nullptr));
+    const Expected want = expected_of(norm);
+    const std::string setting = std::string(emu_test::name_of<T>()) + " " + std::to_string(in.rows) + "x" + std::to_string(in.cols) + " ";
+    EXPECT_NEAR(norm.y1, want.y[0], setting + "y1");
+    EXPECT_NEAR(norm.ds, want.ds, setting + "ds");
+    EXPECT_NEAR(norm.dw1, want.dw[0], setting + "dw1");
+    if (in.bias) EXPECT_NEAR(norm.db1, want.db[0], setting + "db1");
+    if (in.residual) EXPECT_NEAR(norm.sum, want.s, setting + "sum");
+    if (!norm.two) return;
+    EXPECT_NEAR(norm.y2, want.y[1], setting + "y2");
+    EXPECT_NEAR(norm.dw2, want.dw[1], setting + "dw2");
+    if (in.bias) EXPECT_NEAR(norm.db2, want.db[1], setting + "db2");
+}
+
+void values() {
+    emu_test::for_each_type([](auto zero) {
+        using T = decltype(zero);
+        check<T>({21, 17, 3, 1, false, true, true, 1});    // parts of a warp, misaligned
+        check<T>({37, 64, 8, 0, true, false, false, 2});   // parts of a warp, packs, strided
+        check<T>({9, 264, 0, 0, false, true, true, 2});    // a warp, two packs a thread
+        check<T>({11, 819, 0, 0, false, true, false, 1});  // a row's warps meet at a named barrier
+        check<T>({13, 1032, 0, 0, true, false, true, 1});  // four packs, several rows a block
+        check<T>({3, 2056, 8, 0, false, true, true, 2});   // several warps, eight packs
+        check<T>({2, 9000, 0, 0, false, true, false, 1});  // backward: four (fp32: eight) packs a thread
+        check<T>({2, 5000, 0, 0, true, true, true, 2});    // two outputs: two (fp32: four) packs
+        check<T>({0, 16, 0, 0, false, true, false, 1});    // parameters' gradients of no rows are zero
+    });
+    check<__nv_bfloat16>({2, 9000, 0, 0, false, true, false, 2});   // two outputs, four packs
+    check<__nv_bfloat16>({2, 18000, 0, 0, false, false, true, 1});  // eight packs a thread
+    check<__nv_bfloat16>({3, 30001, 0, 0, false, true, true, 2});   // looped in both directions
+    check<float>({2, 31000, 0, 0, true, false, true, 1});
+}
+
+// The blocks of Pythia-1.4B and Pythia-160M, fewer tokens: layer norm, its dual form, and with a residual.
+void bytes() {
+    using T = __nv_bfloat16;
+    for (const int64_t cols : {2048, 768}) {
+        const int64_t rows = 1024;
+        const std::string setting = std::to_string(rows) + "x" + std::to_string(cols) + " bf16";
+        const double size = static_cast<double>(rows * cols) * sizeof(T);
+        for (const bool residual : {false, true}) {
+            for (const int outputs : {1, 2}) {
+                Norm<T> norm({rows, cols, 0, 0, false, true, residual, outputs});
+                const std::string name = std::string(outputs > 1 ? "dual_" : "") + "layer_norm" + (residual ? "+residual" : "");
+                const double more = (residual ? 1 : 0), second = outputs - 1;
+                emu_test::expect_bytes(name + " forward", setting, (2 + 2 * more + second) * size, [&] { neox::norm_forward_cuda(norm.forward(), nullptr); });
+                emu_test::expect_bytes(name + " backward", setting, (3 + more + second) * size, [&] { neox::norm_backward_cuda(norm.backward(), nullptr); });
+            }
+        }
+    }
+}
+
+const emu_test::Operator registered{"norm", values, bytes};
+
+}  // namespace
