@@ -105,6 +105,9 @@ NEOX_DEVICE void store_global(Word* pointer, const Word& word) {
         *pointer = word;
     }
 #else
+#if defined(SIMT_EMU)
+    simt::require_aligned(pointer, sizeof(Word), "st.global");
+#endif
     *pointer = word;
 #endif
 }
@@ -123,6 +126,9 @@ NEOX_DEVICE Word load_global(const Word* pointer) {
     }
     return word;
 #else
+#if defined(SIMT_EMU)
+    simt::require_aligned(pointer, sizeof(Word), "ld.global");
+#endif
     return *pointer;
 #endif
 }
@@ -138,6 +144,17 @@ template <class T>
 NEOX_DEVICE void forget([[maybe_unused]] const T*& pointer) {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+l"(pointer));
+#endif
+}
+
+// blockIdx.x, read again: the compiler would keep what it read at the start of a kernel, and spill it, for a use at the end.
+NEOX_DEVICE unsigned block_index_again() {
+#if defined(__CUDA_ARCH__)
+    unsigned index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+#else
+    return blockIdx.x;
 #endif
 }
 

@@ -58,7 +58,7 @@ bool happened_before(const Access& access, int thread) {
 
 Region* find(uintptr_t address) {
     for (Region& region : shared_regions) {
-        if (address >= region.begin && address < region.end) return &region;
+        if (address >= region.begin && address < region.end + kGuard) return &region;
     }
     for (Region& region : global_regions) {
         if (address >= region.begin && address < region.end) return &region;

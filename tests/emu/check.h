@@ -20,6 +20,7 @@ struct Traffic {
 
 #ifdef SIMT_CHECK
 constexpr bool kEnabled = true;
+constexpr size_t kGuard = 64;  // bytes behind every shared array that belong to it and that no thread may touch
 void begin_launch();
 void begin_block(int num_threads);
 void end_block();
@@ -40,6 +41,7 @@ void reset_traffic();
 uint64_t moved();  // bytes that go to memory: all that was read and written, of cached buffers what was touched
 #else
 constexpr bool kEnabled = false;
+constexpr size_t kGuard = 0;
 inline void begin_launch() {}
 inline void begin_block(int) {}
 inline void end_block() {}

@@ -183,7 +183,7 @@ void* allocate_shared(const void* key, size_t bytes, const char* name) {
         fail("too much shared memory: " + std::to_string(total) + " bytes, the limit is " + std::to_string(the_config.shared_limit));
     }
     void* memory = nullptr;
-    if (posix_memalign(&memory, 1024, bytes)) fail("out of memory");
+    if (posix_memalign(&memory, 1024, bytes + check::kGuard)) fail("out of memory");
     std::memset(memory, 0xff, bytes);  // NaN in fp32, bf16 and fp16
     check::add_shared(memory, bytes, name);
     block.shared.push_back({key, static_cast<char*>(memory), bytes});

@@ -52,6 +52,11 @@ void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes, const char* name);  // one array per key and block
 void require_shared(const void* address, size_t bytes, const char* what);
 
+// A GPU refuses an access that its own size does not divide.
+inline void require_aligned(const void* address, size_t bytes, const char* what) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes) fail(std::string(what) + ": misaligned access of " + std::to_string(bytes) + " bytes");
+}
+
 // Meets all lanes of `mask`. The last one to arrive calls run(operands, mask) once for the warp; operands[lane] is null outside mask.
 using WarpFunction = void (*)(void** operands, uint32_t mask);
 void warp_collective(WarpFunction run, uint32_t mask, void* operands, const char* what);
@@ -148,6 +153,7 @@ inline int __all_sync(unsigned mask, int p) { return simt::ballot(mask, p != 0, 
 
 template <class T>
 T __ldg(const T* address) {
+    simt::require_aligned(address, sizeof(T), "__ldg");
     return *address;
 }
 

@@ -24,10 +24,15 @@ enum class Bug {
     kSharedOverrun,
     kGlobalOverrun,
     kMisalignedLoad,
+    kMisalignedDereference,
     kDivergentShuffle,
     kWrongMask,
     kDivergentBarrier,
     kPlainStoreFromTwoBlocks,
+    kPlainStoreBesideAtomics,
+    kMissingNamedBarrier,
+    kWrongBarrierCount,
+    kExitedLane,
 };
 
 constexpr int kThreads = 128;
@@ -38,6 +43,8 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
     STATIC_SMEM(float, tile, [4 * kThreads]);
     STATIC_SMEM(float, parts, [kThreads / 32]);
     STATIC_SMEM(float, neighbours, [kThreads]);
+    STATIC_SMEM(float, halves, [kThreads]);
+    STATIC_SMEM(int, rounds, [1]);
     const int t = static_cast<int>(threadIdx.x), warp = t / 32, lane = t % 32;
     const float* const row = x + static_cast<int64_t>(blockIdx.x) * 4 * kThreads;
     float total = 0.0f;
@@ -54,6 +61,11 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
         if (bug != Bug::kMissingWarpBarrier) __syncwarp();
         value = neighbours[t ^ 1];
 
+        halves[t] = value;  // the value of the other warp of this half of the block
+        if (bug != Bug::kMissingNamedBarrier) neox::named_barrier(1 + t / 64, bug == Bug::kWrongBarrierCount ? 128 : 64);
+        value = halves[t ^ 32];
+
+        if (bug == Bug::kExitedLane && t == 37) return;
         const uint32_t mask = bug == Bug::kWrongMask && lane >= 16 ? 0xffff0000u : kFullWarp;
         if (bug == Bug::kDivergentShuffle && lane == 7) {
             value += 0.0f * static_cast<float>(__ballot_sync(kFullWarp, 1));
@@ -61,13 +73,18 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
             for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(mask, value, offset);
         }
         if (lane == 0) parts[warp] = value;
+        if (t == 0) rounds[0] = 0;
         __syncthreads();
+        atomicAdd(&rounds[0], 1);
+        if (bug == Bug::kPlainStoreBesideAtomics && t == 50) rounds[0] = 0;
         const int overrun = bug == Bug::kSharedOverrun ? 1 : 0;
         for (int i = 0; i < kThreads / 32 + overrun; ++i) total += parts[i];
         if (bug != Bug::kMissingBarrierBeforeReuse) __syncthreads();
+        if (rounds[0] != kThreads) total += 1.0f;
         if (lane == 0) parts[warp] = 0.0f;  // the scratch is used again
     }
     if (bug == Bug::kGlobalOverrun && t == 0) total += row[4 * kThreads * (gridDim.x - blockIdx.x)];
+    if (bug == Bug::kMisalignedDereference) total += 0.0f * __uint_as_float(reinterpret_cast<const uint4*>(row + 1)->x);
     if (bug == Bug::kMisalignedLoad) total += 0.0f * __uint_as_float(__ldg(reinterpret_cast<const uint4*>(row + 1)).x);
     if (t == 0) y[bug == Bug::kPlainStoreFromTwoBlocks ? 0 : blockIdx.x] = total;
 }
@@ -109,13 +126,18 @@ const Planted kPlanted[] = {
     {Bug::kMissingWarpBarrier, "missing_warp_barrier", "neighbours", true, false},
     {Bug::kUnwrittenShared, "unwritten_shared", "never written", false, false},
     {Bug::kMissingCopyWait, "missing_copy_wait", "cp.async", false, false},
-    {Bug::kSharedOverrun, "shared_overrun", "", true, true},
+    {Bug::kSharedOverrun, "shared_overrun", "out of bounds", true, false},
     {Bug::kGlobalOverrun, "global_overrun", "", false, true},
-    {Bug::kMisalignedLoad, "misaligned_load", "", false, true},
+    {Bug::kMisalignedLoad, "misaligned_load", "misaligned", false, false},
+    {Bug::kMisalignedDereference, "misaligned_dereference", "", false, true},
     {Bug::kDivergentShuffle, "divergent_shuffle", "divergent", false, false},
     {Bug::kWrongMask, "wrong_mask", "divergent", false, false},
     {Bug::kDivergentBarrier, "divergent_barrier", "", false, false},
     {Bug::kPlainStoreFromTwoBlocks, "plain_store_from_two_blocks", "another block", true, false},
+    {Bug::kPlainStoreBesideAtomics, "plain_store_beside_atomics", "race", true, false},
+    {Bug::kMissingNamedBarrier, "missing_named_barrier", "halves", false, false},
+    {Bug::kWrongBarrierCount, "wrong_barrier_count", "dead-lock", false, false},
+    {Bug::kExitedLane, "exited_lane", "exit", false, false},
 };
 
 // The checker needs one schedule; without it a bug must show in the result of one of several.
