@@ -8,7 +8,7 @@
 // block per multiprocessor keeps that at a few hundred lines, 1 to 2 % of the traffic at 16,384 rows. add_stripes sums the lines. The
 // order of every sum depends on the shape and the number of multiprocessors only.
 //
-// Rows whose slots do not fit into shared memory (bf16: more than 24,576 columns, 12,288 with two outputs) take two kernels that read s
+// Rows whose slots do not fit into shared memory (bf16: more than 16,384 columns, 12,288 with two outputs) take two kernels that read s
 // and dy twice more, mostly from L2: one for ds, one for the column sums.
 #include "common/columns.cuh"
 #include "common/reduce.cuh"
@@ -20,10 +20,11 @@ namespace {
 
 constexpr int kMaxThreads = 1024, kMostPacks = 8;
 
-// Threads of a block by packs of s and dy that each holds: what the 65,536 registers of a multiprocessor allow.
+// Threads of a block by packs of s and dy that each holds: what the 65,536 registers of a multiprocessor allow without a spill on any target.
+// Registers are given out by 4 warps, one for each quarter of a multiprocessor, so only multiples of 128 threads count.
 constexpr int threads_at_most(int packs, int outputs) {
     const int held = packs * (outputs + 1);
-    return held <= 2 ? 1024 : held <= 8 ? 512 : 384;
+    return held <= 2 ? 1024 : held <= 6 ? 512 : held <= 12 ? 384 : 256;
 }
 
 // Matrices of `partial`: dweight of each output, and dbias of each where any has a bias.
@@ -112,7 +113,7 @@ NEOX_DEVICE void write_partial(const NormBackward& op, const float4* slots) {
         }
         const int quad = i / threads % kQuads, p = i / (threads * kQuads) % kPacks, plane = i / (threads * kQuads * kPacks);
         const int64_t col = static_cast<int64_t>(p * threads + i % threads) * kSize + quad * 4;
-        float* const line = op.partial + (static_cast<int64_t>(plane) * gridDim.x + blockIdx.x) * op.cols + col;
+        float* const line = op.partial + (static_cast<int64_t>(plane) * gridDim.x + block_index_again()) * op.cols + col;
         const float value[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -146,9 +147,8 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
 #pragma unroll
     for (int p = 0; kResident && p < kPacks; ++p) load_weights(p, resident[p]);
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-    int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
     RowPacks<T, kVector, kPacks, kOutputs> here, next;
-    here.load(op, row);
+    here.load(op, static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y);
     const auto terms = [&](int p) {
         uint4 dy[kOutputs], weight[kOutputs];
         if (!kResident) load_weights(p, weight);
@@ -158,10 +158,12 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
     };
     // All threads go round equally often, those without a row too: a warp may hold several rows.
     int parity = 0;
-    for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < op.rows; base += step, row += step, parity ^= 1) {
+    for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < op.rows; base += step, parity ^= 1) {
+        const int64_t row = base + threadIdx.y;
         const int cols = row < op.rows ? static_cast<int>(op.cols) : 0;
-        const T* const dsum_row = op.dsum ? static_cast<const T*>(op.dsum) + row * op.dsum_stride : nullptr;
-        const auto load_dsum = [&](int p) { return load_raw<kVector>(dsum_row + column(p), dsum_row ? cols - column(p) : 0); };
+        const auto load_dsum = [&](int p) {
+            return load_raw<kVector>(static_cast<const T*>(op.dsum) + row * op.dsum_stride + column(p), op.dsum ? cols - column(p) : 0);
+        };
         uint4 dsum = make_uint4(0, 0, 0, 0);
         if (kKeep) dsum = load_dsum(0);
         if (kAhead) next.load(op, row + step);

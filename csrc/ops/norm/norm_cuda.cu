@@ -15,6 +15,7 @@ constexpr int kMaxThreads = 384;  // for a row that lies in registers
 constexpr int kLoopThreads = 1024;
 constexpr int kMaxPacks = 8;  // for a thread
 constexpr int kBlock = 128;   // threads, where a row has no more than a warp
+constexpr int kResident = 6;  // such blocks per multiprocessor: without a number nvcc aims at more and spills
 
 // x + residual, rounded to T.
 template <class T>
@@ -88,7 +89,7 @@ NEOX_DEVICE void write_statistics(const NormForward& op, int64_t row, float mean
 
 // Block (threads of a row, rows).
 template <class T, bool kVector, int kPacks>
-__global__ void __launch_bounds__(kPacks < kMaxPacks ? kBlock : kMaxThreads) forward(NormForward op) {
+__global__ void __launch_bounds__(kPacks < kMaxPacks ? kBlock : kMaxThreads, kPacks < kMaxPacks ? kResident : 1) forward(NormForward op) {
     constexpr int kSize = Pack<T>::kSize;
     STATIC_SMEM(float, scratch, [2][kMaxThreads / kWarpSize]);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
