@@ -43,6 +43,8 @@ def rows(options: Options) -> Iterator[Row]:
         in_place = partial(step, partial(cross_entropy, targets=targets, inplace=True), logits)
         both = {name: partial(step, op, logits) for name, op in peers.items()}
         yield from compare("cross_entropy both, in place", setting, in_place, both, options, work=3 * size, unit="GB/s")
+        foretold = partial(step, partial(cross_entropy, targets=targets, inplace=True, expected_dloss=1 / tokens), logits)
+        yield from compare("cross_entropy both, foretold", setting, foretold, both, options, work=2 * size, unit="GB/s")
 
 
 if __name__ == "__main__":

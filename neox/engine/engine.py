@@ -26,7 +26,7 @@ from neox.engine.batch import Batch, context_part, to_device
 from neox.engine.drift import check_replicas
 from neox.engine.footprint import kept
 from neox.engine.guard import Guard
-from neox.engine.objective import Objective, answer_log_probabilities, build_objective
+from neox.engine.objective import Objective, TokenLoss, answer_log_probabilities, build_objective
 from neox.engine.optimizer import build_optimizer
 from neox.engine.pipeline import Schedule, TiedExchange, hand_over
 from neox.engine.schedule import build_schedule
@@ -83,9 +83,14 @@ class SummedLoss(torch.nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch, received: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum of the batch's losses, fp32 scalar; on a stage that is not the last, the residual stream [b, s, h]."""
+    def forward(self, batch: Batch, received: torch.Tensor | None = None, dloss: float | None = None) -> torch.Tensor:
+        """Sum of the batch's losses, fp32 scalar; on a stage that is not the last, the residual stream [b, s, h].
+
+        dloss is the gradient that every token's loss is going to get, where it is known.
+        """
         stage = {} if received is None else {"received": received}
+        if dloss is not None:
+            stage["expected_dloss"] = dloss
         out = self.model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids, **stage)
         return self.objective(out, batch) if out.ndim == 1 else out
 
@@ -216,7 +221,13 @@ class Engine:
         self.faults("forward")
         if self.alive is not None:
             self.alive()
-        return self.faults.value("loss", self.deepspeed(batch, received))
+        return self.faults.value("loss", self.deepspeed(batch, received, self.expected_dloss()))
+
+    def expected_dloss(self) -> float | None:
+        """The gradient that the loss of every token is going to get in the backward; None where there is none, or it differs from token to token."""
+        if not torch.is_grad_enabled() or not isinstance(self.objective, TokenLoss):
+            return None
+        return self.weight * (self.wrapper.loss_scale if self.config.precision.dtype == "fp16" else 1.0)
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, last: bool) -> None:
         """Backward of one micro-batch through this stage; after the last one gradients are reduced over the replicas."""

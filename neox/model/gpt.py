@@ -152,12 +152,14 @@ class GPT(nn.Module):
         segment_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         received: torch.Tensor | None = None,
+        expected_dloss: float | None = None,
     ) -> torch.Tensor:
         """Cross-entropy per token: fp32 [b * s], 0 where the target is -100; with `model.output: score`, the scores.
 
         Arguments as in `forward`; targets int64 [b, s].
         A stage takes what the stage before it gave as `received` ([b, s, h], `boundary_shape`), and one that is not the last returns what
-        the next is to receive. With context parallelism tokens, targets and position_ids are the own part of the sequence, segment_ids the whole.
+        the next is to receive. expected_dloss is the gradient that every token's loss is going to get, where that is known: it spares the
+        backward a look at the logits. With context parallelism tokens, targets and position_ids are the own part of the sequence, segment_ids the whole.
 
         Raises:
             DataError: as `forward`, and targets outside the vocabulary.
@@ -170,7 +172,7 @@ class GPT(nn.Module):
             return hidden
         if self.score is not None:
             return self.score(hidden).flatten()
-        return vocab_parallel_cross_entropy(self._logits(hidden), targets, self.mesh, vocab_size=self.config.vocab_size)
+        return vocab_parallel_cross_entropy(self._logits(hidden), targets, self.mesh, vocab_size=self.config.vocab_size, expected_dloss=expected_dloss)
 
     def token_losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """`loss` of the whole model, on every process of the layout: all of them call it with the same tokens and targets [b, s].

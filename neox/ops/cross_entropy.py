@@ -20,6 +20,7 @@ def cross_entropy(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     inplace: bool = False,
+    expected_dloss: float | None = None,
 ) -> torch.Tensor:
     """Loss of each token, with statistics and result in float32.
 
@@ -34,17 +35,24 @@ def cross_entropy(
         group: processes that share the vocabulary; None: this one has it all.
         vocab_size: real columns of the whole vocabulary; those beyond are padding, out of the softmax and without gradient. None: all.
         inplace: the gradient overwrites the logits in the backward; whoever else saved them for a backward then gets torch's error.
+        expected_dloss: with inplace, the gradient that every loss is going to get, where the caller knows it: what a mean divides by, say. This
+            call then leaves the gradient in the logits as it reads them, which spares the backward: it scales the rows whose gradient came
+            out another, and finds no other work. Processes that share a vocabulary have to meet first, so with a group of several
+            it changes nothing.
 
     Returns:
         [tokens] float32.
 
     Raises:
-        ValueError: a wrong dtype, device or shape, a target outside the vocabulary (its row is named).
+        ValueError: a wrong dtype, device or shape, a target outside the vocabulary (its row is named), expected_dloss zero, not finite or
+            without inplace.
     """
     if logits.dim() != 2:
         raise ValueError(f"cross_entropy: logits must have 2 dimensions; got {logits.dim()} in shape {list(logits.shape)}")
     if not 0 <= z_loss < math.inf or not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: z_loss must be finite and >= 0 and label_smoothing in [0, 1]; got {z_loss} and {label_smoothing}")
+    if expected_dloss is not None and not inplace:
+        raise ValueError("cross_entropy: expected_dloss needs inplace=True: the gradient is left in the logits")
     shard = logits.shape[1]
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     if vocab_size is None:
@@ -54,10 +62,22 @@ def cross_entropy(
     first_column = rank * shard
     num_columns = min(max(vocab_size - first_column, 0), shard)
     columns = (first_column, num_columns, vocab_size, ignore_index)
-    statistics = native.cross_entropy_statistics(logits.detach(), targets, *columns, label_smoothing > 0)
-    if group is not None:
+    foretold = expected_dloss if ranks == 1 and logits.requires_grad and torch.is_grad_enabled() else None
+    if foretold is not None:
+        statistics = _leave_gradient(logits.detach(), targets, *columns, z_loss, label_smoothing, foretold)
+    else:
+        statistics = native.cross_entropy_statistics(logits.detach(), targets, *columns, label_smoothing > 0)
+    if ranks > 1:
         statistics = _combine(statistics, group)
-    return native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace)
+    return native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace, foretold)
+
+
+def _leave_gradient(logits: torch.Tensor, *how) -> torch.Tensor:
+    """Statistics of logits that become their gradient; whoever saved them before gets torch's error."""
+    statistics = native.cross_entropy_fused_(logits, *how)
+    if not torch.compiler.is_compiling():  # where it is, what was traced keeps account of overwritten tensors
+        torch.autograd.graph.increment_version(logits)
+    return statistics
 
 
 def _combine(statistics: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -76,7 +96,7 @@ def _(logits, targets, first_column, num_columns, vocab_size, ignore_index, need
 
 
 @torch.library.register_fake("neox::cross_entropy")
-def _(logits, targets, statistics, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing, inplace):
+def _(logits, targets, statistics, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing, inplace, made_for):
     return statistics.new_empty([targets.shape[0]])
 
 
@@ -90,8 +110,18 @@ def _(logits, dloss, targets, statistics, first_column, num_columns, vocab_size,
     return None
 
 
+@torch.library.register_fake("neox::cross_entropy_fused_")
+def _(logits, targets, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing, dloss):
+    return logits.new_empty([4, logits.shape[0]], dtype=torch.float32)
+
+
+@torch.library.register_fake("neox::cross_entropy_rescale_")
+def _(dlogits, dloss, made_for):
+    return None
+
+
 def _save(ctx, inputs, output):
-    logits, targets, statistics, *ctx.options, ctx.inplace = inputs
+    logits, targets, statistics, *ctx.options, ctx.inplace, ctx.made_for = inputs
     ctx.save_for_backward(logits, targets, statistics)
 
 
@@ -99,11 +129,14 @@ def _backward(ctx, dloss):
     logits, targets, statistics = ctx.saved_tensors
     if ctx.inplace:
         dlogits = logits.detach()
-        native.cross_entropy_backward_(dlogits, dloss, targets, statistics, *ctx.options)
+        if ctx.made_for is None:
+            native.cross_entropy_backward_(dlogits, dloss, targets, statistics, *ctx.options)
+        else:
+            native.cross_entropy_rescale_(dlogits, dloss, ctx.made_for)
         torch.autograd.graph.increment_version(dlogits)  # the logits are gone: a second backward must fail
     else:
         dlogits = native.cross_entropy_backward(dloss, logits, targets, statistics, *ctx.options)
-    return dlogits, *[None] * 9
+    return dlogits, *[None] * 10
 
 
 torch.library.register_autograd("neox::cross_entropy", _backward, setup_context=_save)

@@ -111,6 +111,41 @@ void check(const Case& in) {
                           "error " + std::to_string(error) + ", scale " + std::to_string(scale));
 }
 
+// Statistics and gradient in one kernel give what the two give; rows whose dloss is another than foretold are scaled, the others not touched.
+template <class T>
+void check_fused(const Case& in) {
+    constexpr float kForetold = 0.5f;
+    Buffer<int64_t> targets("targets", index(in.rows));
+    for (int64_t row = 0; row < in.rows; ++row) targets[index(row)] = row == 1 ? kIgnored : row == in.rows - 1 ? in.vocab_size - 1 : row * 5 % in.vocab_size;
+    Buffer<float> dloss("dloss", index(in.rows));
+    dloss.random(2);
+    for (int64_t row = 0; row < in.rows; row += 2) dloss[index(row)] = kForetold;
+    const neox::LossTerms terms{in.vocab_size, in.z_loss, in.label_smoothing};
+    Shard<T> apart(in, 0), fused(in, 0);
+    EXPECT(!neox::cross_entropy_statistics_cuda(apart.describe(targets), apart.rows_of(), in.label_smoothing > 0, nullptr));
+    EXPECT(!neox::cross_entropy_backward_cuda(apart.describe(targets), terms, apart.rows_of(), dloss.data(), apart.dlogits(), apart.dstride(), nullptr));
+    EXPECT(!neox::cross_entropy_fused_cuda(fused.describe(targets), terms, fused.rows_of(), kForetold, fused.dlogits(), fused.dstride(), nullptr));
+    const neox::FusedGradient gradient{emu_test::dtype_of<T>(), in.rows, in.cols, fused.dlogits(), fused.dstride(), kForetold};
+    const auto row_of = [&](int64_t row) { return static_cast<const T*>(fused.dlogits()) + row * fused.dstride(); };
+    const std::vector<T> left(row_of(0), row_of(0) + in.cols);
+    EXPECT(!neox::cross_entropy_rescale_cuda(gradient, dloss.data(), nullptr));
+    EXPECT(!std::memcmp(left.data(), row_of(0), index(in.cols) * sizeof(T)));
+    const std::string setting = std::string(emu_test::name_of<T>()) + " " + std::to_string(in.rows) + "x" + std::to_string(in.cols);
+    std::vector<double> expected(4 * index(in.rows));
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] = i / index(in.rows) == 3 && in.label_smoothing == 0 ? 0.0 : apart.statistics[i];
+    emu_test::expect_near(fused.statistics, expected, setting + " fused statistics", __FILE__, __LINE__, 1e-5);  // both fp32 sums, in other orders
+    double scale = 0, error = 0;
+    for (int64_t row = 0; row < in.rows; ++row) {
+        for (int64_t col = 0; col < in.cols; ++col) {
+            const double want = apart.dlogit(row, col), difference = std::abs(fused.dlogit(row, col) - want);
+            scale = std::max(scale, std::abs(want));
+            error = difference <= error ? error : difference;
+        }
+    }
+    emu_test::tally.check(error <= emu_test::tolerance<T>() * scale, (setting + " fused gradient").c_str(), __FILE__, __LINE__,
+                          "error " + std::to_string(error) + ", scale " + std::to_string(scale));
+}
+
 // A target that no host refused makes its own loss NaN and no other.
 void wrong_targets() {
     Buffer<float> statistics("statistics", 12), loss("loss", 3);
@@ -134,6 +169,11 @@ void values() {
         check<T>({4, 264, 0, 0, 500, 2, 0.05, 0.1, true});     // two shards
         check<T>({4, 40, 0, 0, 30, 2, 0.0, 0.1, false});       // a shard of padding alone
         check<T>({1, 1, 0, 0, 1, 1, 0.0, 0.0, false});
+        check_fused<T>({4, 17, 3, 1, 17, 1, 0.0, 0.0, true});          // misaligned: looked at twice
+        check_fused<T>({5, 819, 0, 0, 800, 1, 0.05, 0.1, false});      // the gradient beside the logits
+        check_fused<T>({5, 1032, 8, 0, 1029, 1, 0.1, 0.0, true});      // packs, the last one partly padding
+        check_fused<T>({3, 20000, 0, 0, 20000, 1, 0.0, 0.2, true});    // several rounds of a block
+        check_fused<T>({2, 120000, 0, 0, 119999, 1, 0.0, 0.0, true});  // more than shared memory holds
     });
     wrong_targets();
 }
@@ -143,17 +183,20 @@ void bytes() {
     using T = __nv_bfloat16;
     const Case in{24, 50304, 0, 0, 50277, 1, 1e-4, 0.0, true};
     Shard<T> shard(in, 0);
-    Buffer<int64_t> targets("targets", index(in.rows));
-    Buffer<float> dloss("dloss", index(in.rows));
-    dloss.random(2);
-    for (int64_t row = 0; row < in.rows; ++row) targets[index(row)] = row * 2000;
+    Buffer<int64_t> targets("targets", index(in.rows), Role::kCached);
+    Buffer<float> dloss("dloss", index(in.rows), Role::kCached);
+    for (int64_t row = 0; row < in.rows; ++row) targets[index(row)] = row * 2000, dloss[index(row)] = 0.5f;
     const double size = static_cast<double>(in.rows * in.cols) * sizeof(T);
     const std::string setting = "24x50304 bf16";
+    const neox::LossTerms terms{in.vocab_size, in.z_loss, 0.0};
     emu_test::expect_bytes("cross_entropy forward", setting, size,
                            [&] { neox::cross_entropy_statistics_cuda(shard.describe(targets), shard.rows_of(), false, nullptr); });
     emu_test::expect_bytes("cross_entropy backward, in place", setting, 2 * size, [&] {
-        neox::cross_entropy_backward_cuda(shard.describe(targets), {in.vocab_size, in.z_loss, 0.0}, shard.rows_of(), dloss.data(), shard.dlogits(),
-                                          shard.dstride(), nullptr);
+        neox::cross_entropy_backward_cuda(shard.describe(targets), terms, shard.rows_of(), dloss.data(), shard.dlogits(), shard.dstride(), nullptr);
+    });
+    emu_test::expect_bytes("cross_entropy both, foretold", setting, 2 * size, [&] {
+        neox::cross_entropy_fused_cuda(shard.describe(targets), terms, shard.rows_of(), 0.5f, shard.dlogits(), shard.dstride(), nullptr);
+        neox::cross_entropy_rescale_cuda({emu_test::dtype_of<T>(), in.rows, in.cols, shard.dlogits(), shard.dstride(), 0.5f}, dloss.data(), nullptr);
     });
 }
 

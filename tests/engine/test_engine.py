@@ -90,6 +90,16 @@ def test_the_loss_is_weighted_by_targets_over_the_global_batch():
     assert abs(result.loss - sum(s / c for s, c in zip(per_batch, counts, strict=True)) / 4) > 1e-4
 
 
+@pytest.mark.parametrize(("dtype", "stage"), LAYOUTS)
+def test_the_gradient_of_every_loss_is_the_one_that_the_model_was_told(dtype, stage):
+    """To the bit: cross_entropy leaves that gradient in the logits and has to work again for any other."""
+    engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": dtype}), Mesh.single(), 2)
+    run(engine, 2, 3)
+    assert len(engine.model.foretold) == 6
+    for foretold, dloss in engine.model.foretold:
+        assert (dloss == torch.tensor(foretold, dtype=torch.float32)).all(), (foretold, dloss)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_gradients_are_clipped_to_the_norm(stage):
     free = make_engine(

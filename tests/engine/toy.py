@@ -45,6 +45,7 @@ class Toy(torch.nn.Module):
         self.norm = torch.nn.ParameterDict({"weight": draw(HIDDEN)})
         self.dropout = dropout
         self.poison = None  # (rank, "loss" or "gradient", value): what goes wrong where
+        self.foretold = []  # of every backward: the gradient that `loss` was told to expect, and what came
 
     def layouts(self) -> dict[str, Layout]:
         out = {name: Layout.whole(*p.shape) for name, p in self.named_parameters()}
@@ -56,7 +57,7 @@ class Toy(torch.nn.Module):
     def boundary_shape(self, tokens) -> tuple[int, ...]:
         return (*tokens.shape, HIDDEN)
 
-    def loss(self, tokens, targets, *, segment_ids=None, position_ids=None):
+    def loss(self, tokens, targets, *, segment_ids=None, position_ids=None, expected_dloss=None):
         x = F.embedding(tokens, self.embedding["word"])
         for layer in self.layers:
             x = x + torch.tanh(F.linear(x, layer["weight"], layer["bias"])) * self.norm["weight"]
@@ -65,6 +66,8 @@ class Toy(torch.nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
         if self.poison is not None and self.poison[0] == (dist.get_rank() if dist.is_initialized() else 0):
             loss = Poison.apply(loss, *self.poison[1:])
+        if expected_dloss is not None:
+            loss.register_hook(lambda dloss: self.foretold.append((expected_dloss, dloss)))
         return loss
 
 

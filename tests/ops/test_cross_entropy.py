@@ -126,6 +126,74 @@ def test_in_place_gradient_is_seen_by_others_who_saved_the_logits():
         cross_entropy(logits, targets_of(5, 17), inplace=True).sum().backward()
 
 
+FORETOLD = 0.25  # a gradient of every loss that is known before the forward
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "vocab_size"), [(40, 33), (1, 1), (819, 819), (50304, 50277)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_foretold_gradient_is_left_in_the_logits(options, columns, vocab_size, dtype):
+    targets = targets_of(5, vocab_size)
+    leaf = reference.random(5, columns, dtype=dtype, scale=3).requires_grad_()
+    logits = leaf * 1
+    loss = cross_entropy(logits, targets, inplace=True, expected_dloss=FORETOLD, vocab_size=vocab_size, **options)
+    before = logits.detach().clone()
+    whole = leaf.detach().double().requires_grad_()
+    want = loss_by_definition(whole, targets, vocab_size=vocab_size, **options)
+    want.backward(torch.full((5,), FORETOLD).double())
+    reference.assert_near(loss.detach(), want.detach(), what="loss", floor=1.0)
+    reference.assert_near(before, whole.grad, what="gradient left in the logits", floor=FORETOLD)
+    gradients = []
+    logits.register_hook(gradients.append)
+    loss.backward(torch.full((5,), FORETOLD))
+    assert torch.equal(leaf.grad, before)
+    assert gradients[0].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [17, 40, 819])
+def test_gradient_that_was_foretold_wrongly_is_put_right(columns, dtype):
+    targets, dloss = targets_of(6, columns), torch.tensor([FORETOLD, -3.0, 0.0, 2.0, FORETOLD, 0.125])
+    leaf = reference.random(6, columns, dtype=dtype, scale=3).requires_grad_()
+    cross_entropy(leaf * 1, targets, inplace=True, expected_dloss=FORETOLD).backward(dloss)
+    whole = leaf.detach().double().requires_grad_()
+    loss_by_definition(whole, targets).backward(dloss.double())
+    reference.assert_near(leaf.grad, whole.grad, what="dlogits")
+
+
+@pytest.mark.parametrize("layout", ["misaligned", "slice"])
+def test_foretold_gradient_of_layouts(layout):
+    logits, targets, dloss = reference.random(9, 37), targets_of(9, 37), reference.random(9)
+    results = []
+    for tensor in (logits.clone(), reference.layouts(logits)[layout]):
+        leaf = tensor.detach().requires_grad_()
+        loss = cross_entropy(leaf, targets, inplace=True, expected_dloss=2.0)
+        results.append((loss, *torch.autograd.grad(loss, leaf, dloss)))
+    assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+
+
+def test_foretold_gradient_leaves_logits_alone_that_need_none():
+    logits, targets = reference.random(5, 17), targets_of(5, 17)
+    before = logits.clone()
+    cross_entropy(logits, targets, inplace=True, expected_dloss=FORETOLD)
+    with torch.no_grad():
+        cross_entropy(logits.requires_grad_(), targets, inplace=True, expected_dloss=FORETOLD)
+    assert torch.equal(logits, before)
+
+
+def test_foretold_gradient_cannot_be_taken_twice():
+    loss = cross_entropy(reference.random(5, 17).requires_grad_() * 1, targets_of(5, 17), inplace=True, expected_dloss=1.0).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_foretold_gradient_is_seen_by_others_who_saved_the_logits():
+    logits = reference.random(5, 17).requires_grad_().tanh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cross_entropy(logits, targets_of(5, 17), inplace=True, expected_dloss=1.0).sum().backward()
+
+
 @pytest.mark.parametrize("layout", ["misaligned", "slice", "transposed"])
 def test_layouts_give_the_same_bits(layout):
     logits, targets, dloss = reference.random(9, 37), targets_of(9, 37), reference.random(9)
@@ -156,16 +224,18 @@ def test_opcheck(dtype):
     tail = (targets, statistics, *columns, 0.1, 0.1)
     torch.library.opcheck(native.cross_entropy_backward.default, (torch.ones(5), logits, *tail))
     torch.library.opcheck(native.cross_entropy_backward_.default, (logits.clone(), torch.ones(5), *tail))
-    for inplace in (False, True):
-        torch.library.opcheck(native.cross_entropy.default, (logits.clone().requires_grad_(), *tail, inplace))
+    for inplace, made_for in ((False, None), (True, None), (True, 1.0)):
+        torch.library.opcheck(native.cross_entropy.default, (logits.clone().requires_grad_(), *tail, inplace, made_for))
+    torch.library.opcheck(native.cross_entropy_fused_.default, (logits.clone(), targets, *columns, 0.1, 0.1, 0.5))
+    torch.library.opcheck(native.cross_entropy_rescale_.default, (logits.clone(), torch.ones(5), 0.5))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_compile(inplace):
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "expected_dloss": 3.0}, {"inplace": True, "expected_dloss": 0.5}], ids=str)
+def test_compile(options):
     targets = targets_of(5, 17)
 
     def block(x):
-        return (cross_entropy(x * 2, targets, inplace=inplace, z_loss=0.1) * 3).sum()
+        return (cross_entropy(x * 2, targets, z_loss=0.1, **options) * 3).sum()
 
     leaf = reference.random(5, 17).requires_grad_()
     (got,) = torch.autograd.grad(torch.compile(block, backend="aot_eager", fullgraph=True)(leaf), leaf)
@@ -230,6 +300,9 @@ X, T = torch.ones(2, 5), torch.tensor([1, 4])
         ((X, T), {"z_loss": float("nan")}, "z_loss must be finite and >= 0 .* got nan"),
         ((X, T), {"z_loss": float("inf")}, "z_loss must be finite and >= 0 .* got inf"),
         ((X, T), {"label_smoothing": float("nan")}, r"label_smoothing in \[0, 1\]; got 0.0 and nan"),
+        ((X, T), {"expected_dloss": 1.0}, "expected_dloss needs inplace=True"),
+        ((X.clone().requires_grad_(), T), {"inplace": True, "expected_dloss": 0.0}, "dloss must be a finite number other than zero; got 0"),
+        ((X.clone().requires_grad_(), T), {"inplace": True, "expected_dloss": float("inf")}, "dloss must be a finite number other than zero; got inf"),
         ((X, T), {"label_smoothing": 1.5}, r"label_smoothing in \[0, 1\]; got 0.0 and 1.5"),
     ],
 )
@@ -246,13 +319,22 @@ STATISTICS = torch.ones(4, 2)
     ("call", "message"),
     [
         (lambda: native.cross_entropy_statistics(X, T, 0, 6, 6, -100, False), "num_columns must lie within the 5 columns of logits and vocab_size 6; got 6"),
-        (lambda: native.cross_entropy(X, T, STATISTICS[:3], *COLUMNS, 0.0, 0.0, False), r"statistics must be float32 \[4, rows\], contiguous; got \[3, 2\]"),
+        (
+            lambda: native.cross_entropy(X, T, STATISTICS[:3], *COLUMNS, 0.0, 0.0, False, None),
+            r"statistics must be float32 \[4, rows\], contiguous; got \[3, 2\]",
+        ),
         (lambda: native.cross_entropy_backward(torch.ones(3), X, T, STATISTICS, *COLUMNS, 0.0, 0.0), r"dloss must have the shape of targets, \[2\]; got \[3\]"),
         (lambda: native.cross_entropy_backward(torch.ones(2).double(), X, T, STATISTICS, *COLUMNS, 0.0, 0.0), "dloss must be float32; got Double"),
         (
             lambda: native.cross_entropy_backward_(torch.ones(5, 2).T, torch.ones(2), T, STATISTICS, *COLUMNS, 0.0, 0.0),
             "logits must be contiguous in its last dimension to be overwritten",
         ),
+        (
+            lambda: native.cross_entropy_fused_(torch.ones(5, 2).T, T, *COLUMNS, 0.0, 0.0, 1.0),
+            "logits must be contiguous in its last dimension to be overwritten",
+        ),
+        (lambda: native.cross_entropy_fused_(X.clone(), T, 5, 5, 10, -100, 0.0, 0.0, 1.0), "num_columns must be vocab_size 10: the whole vocabulary; got 5"),
+        (lambda: native.cross_entropy_rescale_(X.clone(), torch.ones(3), 1.0), r"dloss must be float32, one for each of the 2 rows of dlogits; got \[3\]"),
     ],
 )
 def test_native_errors(call, message):

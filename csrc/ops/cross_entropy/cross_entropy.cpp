@@ -1,5 +1,7 @@
 #include "ops/cross_entropy/cross_entropy.h"
 
+#include <cmath>
+
 #include "common/binding.h"
 
 namespace neox {
@@ -72,9 +74,10 @@ Tensor cross_entropy_statistics(Tensor logits, Tensor targets, int64_t first_col
     return statistics;
 }
 
-// The loss follows from the statistics; logits are what its gradient is taken of, and `inplace` whether that overwrites them.
+// The loss follows from the statistics; logits are what its gradient is taken of, and `inplace` whether that overwrites them. With made_for
+// they hold it already, as cross_entropy_fused_ left it.
 Tensor cross_entropy(Tensor logits, Tensor targets, Tensor statistics, int64_t first_column, int64_t num_columns, int64_t vocab_size, int64_t ignore_index,
-                     double z_loss, double label_smoothing, bool) {
+                     double z_loss, double label_smoothing, bool, std::optional<double>) {
     check_cross_entropy(logits, targets, Columns{first_column, num_columns, vocab_size, ignore_index});
     check_statistics(statistics, targets);
     targets = neox::contiguous(targets);
@@ -107,14 +110,50 @@ Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tenso
     return dlogits;
 }
 
+// The rows of a tensor that is to be overwritten.
+Rows rows_in_place(const Tensor& tensor, const char* argument) {
+    Rows rows(tensor);
+    check(kOp, rows.tensor.mutable_data_ptr() == tensor.mutable_data_ptr(), argument, "must be contiguous in its last dimension to be overwritten",
+          shape_text(tensor));
+    return rows;
+}
+
 // Logits become their gradient.
 void cross_entropy_backward_(Tensor logits, Tensor dloss, Tensor targets, Tensor statistics, int64_t first_column, int64_t num_columns, int64_t vocab_size,
                              int64_t ignore_index, double z_loss, double label_smoothing) {
-    const Rows rows(logits);
-    check(kOp, rows.tensor.mutable_data_ptr() == logits.mutable_data_ptr(), "logits", "must be contiguous in its last dimension to be overwritten",
-          shape_text(logits));
+    const Rows rows = rows_in_place(logits, "logits");
     const Columns columns{first_column, num_columns, vocab_size, ignore_index};
     backward_into(logits.mutable_data_ptr(), rows.stride, rows, dloss, targets, statistics, columns, LossTerms{vocab_size, z_loss, label_smoothing});
+}
+
+// Logits become the gradient that a dloss of `dloss` for each row will ask for; returns the statistics of what they were.
+Tensor cross_entropy_fused_(Tensor logits, Tensor targets, int64_t first_column, int64_t num_columns, int64_t vocab_size, int64_t ignore_index, double z_loss,
+                            double label_smoothing, double dloss) {
+    const Columns columns{first_column, num_columns, vocab_size, ignore_index};
+    check_cross_entropy(logits, targets, columns);
+    check(kOp, first_column == 0 && num_columns == vocab_size, "num_columns", concat("must be vocab_size ", vocab_size, ": the whole vocabulary"), num_columns);
+    check(kOp, std::isnormal(static_cast<float>(dloss)), "dloss", "must be a finite number other than zero", dloss);
+    targets = neox::contiguous(targets);
+    check_targets(targets, columns);
+    const Rows rows = rows_in_place(logits, "logits");
+    Tensor statistics = empty(logits, {4, rows.count}, ScalarType::Float);
+    NEOX_RUN(cross_entropy_fused, logits, describe(rows, targets, columns), (LossTerms{vocab_size, z_loss, label_smoothing}), rows_of(statistics),
+             static_cast<float>(dloss), logits.mutable_data_ptr(), rows.stride);
+    return statistics;
+}
+
+// The gradient that cross_entropy_fused_ made for made_for becomes that for dloss [rows]: rows whose dloss is made_for are not touched.
+void cross_entropy_rescale_(Tensor dlogits, Tensor dloss, double made_for) {
+    check_float(kOp, dlogits, "dlogits");
+    check_rank(kOp, dlogits, "dlogits", 2, 2);
+    check_device(kOp, dloss, "dloss");
+    const bool fits = dloss.scalar_type() == ScalarType::Float && dloss.dim() == 1 && dloss.size(0) == dlogits.size(0);
+    check(kOp, fits, "dloss", concat("must be float32, one for each of the ", dlogits.size(0), " rows of dlogits"), shape_text(dloss));
+    dloss = neox::contiguous(dloss);
+    const Rows rows = rows_in_place(dlogits, "dlogits");
+    NEOX_RUN(cross_entropy_rescale, dlogits,
+             (FusedGradient{dtype_of(dlogits), rows.count, rows.size, dlogits.mutable_data_ptr(), rows.stride, static_cast<float>(made_for)}),
+             static_cast<const float*>(dloss.const_data_ptr()));
 }
 
 }  // namespace
@@ -126,13 +165,17 @@ NEOX_SCHEMAS(m) {
         "Tensor");
     m.def(
         "cross_entropy(Tensor logits, Tensor targets, Tensor statistics, int first_column, int num_columns, int vocab_size, int ignore_index, float z_loss, "
-        "float label_smoothing, bool inplace) -> Tensor");
+        "float label_smoothing, bool inplace, float? made_for) -> Tensor");
     m.def(
         "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor statistics, int first_column, int num_columns, int vocab_size, int "
         "ignore_index, float z_loss, float label_smoothing) -> Tensor");
     m.def(
         "cross_entropy_backward_(Tensor(a!) logits, Tensor dloss, Tensor targets, Tensor statistics, int first_column, int num_columns, int vocab_size, int "
         "ignore_index, float z_loss, float label_smoothing) -> ()");
+    m.def(
+        "cross_entropy_fused_(Tensor(a!) logits, Tensor targets, int first_column, int num_columns, int vocab_size, int ignore_index, float z_loss, float "
+        "label_smoothing, float dloss) -> Tensor");
+    m.def("cross_entropy_rescale_(Tensor(a!) dlogits, Tensor dloss, float made_for) -> ()");
 }
 
 NEOX_IMPLEMENTATIONS(m) {
@@ -140,4 +183,6 @@ NEOX_IMPLEMENTATIONS(m) {
     m.impl("cross_entropy", TORCH_BOX(&neox::cross_entropy));
     m.impl("cross_entropy_backward", TORCH_BOX(&neox::cross_entropy_backward));
     m.impl("cross_entropy_backward_", TORCH_BOX(&neox::cross_entropy_backward_));
+    m.impl("cross_entropy_fused_", TORCH_BOX(&neox::cross_entropy_fused_));
+    m.impl("cross_entropy_rescale_", TORCH_BOX(&neox::cross_entropy_rescale_));
 }

@@ -5,8 +5,9 @@
 //   dx   = dloss ((1 + 2 z L) e^(x - L) - a / V - (1 - a) [j = t])
 //
 // Three passes, so that a process group can combine the middle: statistics of each row of the local columns (max, sum of e^(x - max),
-// x[t] if it is local, sum of x), then the loss from the combined statistics, then the gradient.
-// Bytes moved per logit: statistics 1 read (the second look at a row finds it in cache), gradient 1 read and 1 write, which may be in place.
+// x[t] if it is local, sum of x), then the loss from the combined statistics, then the gradient. Bytes moved per logit: statistics 1 read,
+// gradient 1 read and 1 write, which may be in place: no form that waits for the group, or for a dloss that nobody knows, does with less.
+// Where one process has all columns and dloss is known ahead, `fused` takes the first and the last pass in one: 1 read and 1 write in all.
 #pragma once
 
 #include <cstdint>
@@ -54,5 +55,25 @@ void cross_entropy_backward_cpu(const Logits& logits, const LossTerms& terms, co
                                 int64_t dstride, const Parallel& parallel);
 const char* cross_entropy_backward_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics, const float* dloss, void* dlogits,
                                         int64_t dstride, Stream stream);
+
+// Statistics, and the gradient for a dloss that is known ahead, one for all rows, at one look at the logits, which have all columns of the
+// vocabulary. dlogits as in the backward.
+void cross_entropy_fused_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss, void* dlogits, int64_t dstride,
+                             const Parallel& parallel);
+const char* cross_entropy_fused_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss, void* dlogits, int64_t dstride,
+                                     Stream stream);
+
+// A gradient [rows, cols], rows `stride` apart, that was made for one dloss of all rows.
+struct FusedGradient {
+    DType dtype;
+    int64_t rows, cols;
+    void* data;
+    int64_t stride;
+    float made_for;
+};
+
+// Multiplies the rows whose dloss [rows] is another by dloss / made_for. The others are not touched.
+void cross_entropy_rescale_cpu(const FusedGradient& gradient, const float* dloss, const Parallel& parallel);
+const char* cross_entropy_rescale_cuda(const FusedGradient& gradient, const float* dloss, Stream stream);
 
 }  // namespace neox

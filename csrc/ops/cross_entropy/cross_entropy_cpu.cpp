@@ -49,25 +49,21 @@ float row_sum(const T* x, int64_t size) {
 }
 
 template <class T>
-void statistics(const Logits& in, const RowStatistics& out, bool need_total, const Parallel& parallel) {
-    parallel(in.rows, kGrain / (in.cols + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            out.total[row] = 0;
-            out.target[row] = 0;
-            if (in.targets[row] == in.ignore_index) {
-                out.max[row] = 0;
-                out.sum[row] = 1;
-                continue;
-            }
-            const T* const x = static_cast<const T*>(in.data) + row * in.stride;
-            const int64_t column = in.targets[row] - in.first_column;
-            const float best = row_max(x, in.num_columns);
-            out.max[row] = best;
-            out.sum[row] = row_sum_exp(x, in.num_columns, best);
-            if (column >= 0 && column < in.num_columns) out.target[row] = to_float(x[column]);
-            if (need_total) out.total[row] = row_sum(x, in.num_columns);
-        }
-    });
+void statistics_of_row(const Logits& in, const RowStatistics& out, bool need_total, int64_t row) {
+    out.total[row] = 0;
+    out.target[row] = 0;
+    if (in.targets[row] == in.ignore_index) {
+        out.max[row] = 0;
+        out.sum[row] = 1;
+        return;
+    }
+    const T* const x = static_cast<const T*>(in.data) + row * in.stride;
+    const int64_t column = in.targets[row] - in.first_column;
+    const float best = row_max(x, in.num_columns);
+    out.max[row] = best;
+    out.sum[row] = row_sum_exp(x, in.num_columns, best);
+    if (column >= 0 && column < in.num_columns) out.target[row] = to_float(x[column]);
+    if (need_total) out.total[row] = row_sum(x, in.num_columns);
 }
 
 template <class T>
@@ -76,33 +72,38 @@ void backward_row(const T* x, T* dx, int64_t size, float shift, float factor, fl
 }
 
 template <class T>
-void backward(const Logits& in, const LossTerms& terms, const RowStatistics& stats, const float* dloss, T* dlogits, int64_t dstride, const Parallel& parallel) {
+void gradient_of_row(const Logits& in, const LossTerms& terms, const RowStatistics& stats, float dloss, T* dx, int64_t row) {
+    const bool ignored = in.targets[row] == in.ignore_index;
+    for (int64_t i = ignored ? 0 : in.num_columns; i < in.cols; ++i) dx[i] = from_float<T>(0);
+    if (ignored) return;
+    const T* const x = static_cast<const T*>(in.data) + row * in.stride;
     const double smooth = terms.label_smoothing / static_cast<double>(terms.vocab_size);
-    parallel(in.rows, kGrain / (in.cols + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            T* const dx = dlogits + row * dstride;
-            const bool ignored = in.targets[row] == in.ignore_index;
-            for (int64_t i = ignored ? 0 : in.num_columns; i < in.cols; ++i) dx[i] = from_float<T>(0);
-            if (ignored) continue;
-            const T* const x = static_cast<const T*>(in.data) + row * in.stride;
-            const double log_sum = static_cast<double>(stats.max[row]) + std::log(static_cast<double>(stats.sum[row]));
-            const double factor = dloss[row] * (1 + 2 * terms.z_loss * log_sum) / stats.sum[row];
-            const int64_t column = in.targets[row] - in.first_column;
-            const bool local = column >= 0 && column < in.num_columns;
-            const float logit = local ? to_float(x[column]) : 0;  // before dx, which may be x, is written
-            backward_row(x, dx, in.num_columns, stats.max[row], static_cast<float>(factor), static_cast<float>(dloss[row] * smooth));
-            if (local) {
-                const double share = std::exp(static_cast<double>(logit) - stats.max[row]) * factor;
-                dx[column] = from_float<T>(static_cast<float>(share - dloss[row] * (smooth + 1 - terms.label_smoothing)));
-            }
-        }
+    const double log_sum = static_cast<double>(stats.max[row]) + std::log(static_cast<double>(stats.sum[row]));
+    const double factor = dloss * (1 + 2 * terms.z_loss * log_sum) / stats.sum[row];
+    const int64_t column = in.targets[row] - in.first_column;
+    const bool local = column >= 0 && column < in.num_columns;
+    const float logit = local ? to_float(x[column]) : 0;  // before dx, which may be x, is written
+    backward_row(x, dx, in.num_columns, stats.max[row], static_cast<float>(factor), static_cast<float>(dloss * smooth));
+    if (local) {
+        const double share = std::exp(static_cast<double>(logit) - stats.max[row]) * factor;
+        dx[column] = from_float<T>(static_cast<float>(share - dloss * (smooth + 1 - terms.label_smoothing)));
+    }
+}
+
+// Calls body(row) for all rows; a row is the work of one thread.
+template <class Body>
+void for_rows(int64_t rows, int64_t cols, const Parallel& parallel, const Body& body) {
+    parallel(rows, kGrain / (cols + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) body(row);
     });
 }
 
 }  // namespace
 
 void cross_entropy_statistics_cpu(const Logits& logits, const RowStatistics& out, bool need_total, const Parallel& parallel) {
-    dispatch(logits.dtype, [&](auto zero) { statistics<decltype(zero)>(logits, out, need_total, parallel); });
+    dispatch(logits.dtype, [&](auto zero) {
+        for_rows(logits.rows, logits.cols, parallel, [&](int64_t row) { statistics_of_row<decltype(zero)>(logits, out, need_total, row); });
+    });
 }
 
 void cross_entropy_loss_cpu(int64_t rows, const int64_t* targets, int64_t ignore_index, const LossTerms& terms, const RowStatistics& stats, float* loss,
@@ -124,7 +125,32 @@ void cross_entropy_backward_cpu(const Logits& logits, const LossTerms& terms, co
                                 int64_t dstride, const Parallel& parallel) {
     dispatch(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
-        backward<T>(logits, terms, statistics, dloss, static_cast<T*>(dlogits), dstride, parallel);
+        for_rows(logits.rows, logits.cols, parallel,
+                 [&](int64_t row) { gradient_of_row(logits, terms, statistics, dloss[row], static_cast<T*>(dlogits) + row * dstride, row); });
+    });
+}
+
+// A row is in the thread's cache when its gradient is taken.
+void cross_entropy_fused_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss, void* dlogits, int64_t dstride,
+                             const Parallel& parallel) {
+    dispatch(logits.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        for_rows(logits.rows, logits.cols, parallel, [&](int64_t row) {
+            statistics_of_row<T>(logits, out, terms.label_smoothing > 0, row);
+            gradient_of_row(logits, terms, out, dloss, static_cast<T*>(dlogits) + row * dstride, row);
+        });
+    });
+}
+
+void cross_entropy_rescale_cpu(const FusedGradient& gradient, const float* dloss, const Parallel& parallel) {
+    dispatch(gradient.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        for_rows(gradient.rows, gradient.cols, parallel, [&](int64_t row) {
+            if (dloss[row] == gradient.made_for) return;
+            const float ratio = dloss[row] / gradient.made_for;
+            T* const dx = static_cast<T*>(gradient.data) + row * gradient.stride;
+            for_each_vec(gradient.cols, [&](int64_t i, auto load, auto store) { store(dx + i, load(dx + i) * ratio); });
+        });
     });
 }
 

@@ -4,6 +4,10 @@
 // it uses any: 16 KiB a block, 4 or 5 blocks and 64 KiB a multiprocessor, where an H100's bandwidth times latency is about 20 KiB; there is
 // no barrier until the end of the row, and other blocks load while one reduces. Two exponentials and some ten instructions an element
 // take about half of the time that its 6 bytes take.
+//
+// `fused` does all at one look: a row waits in shared memory, all of it requested at once, until its sum is known. Two rows of 50,304 bf16
+// columns (98 KiB) lie on a multiprocessor of 227 KiB: one comes while the other is worked on. A thread reads back only what it requested
+// itself. Rows that do not fit, or are misaligned, are looked at twice, the second time mostly from L2.
 #include "common/reduce.cuh"
 #include "common/row_packs.cuh"
 #include "ops/cross_entropy/cross_entropy.h"
@@ -13,6 +17,26 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
 constexpr int kAhead = 4;  // packs that a thread requests at a time
+constexpr int kFusedThreads = 384, kFusedWarps = kFusedThreads / kWarpSize;
+
+// Adds packs to the statistics of a row; raw: kAhead of them, `apart` columns from one to the next, the first at `col`.
+template <class T>
+NEOX_DEVICE void add_packs(const uint4 (&raw)[kAhead], int64_t col, int64_t apart, int64_t columns, bool need_total, MaxSum& row, float& total) {
+    constexpr int kSize = Pack<T>::kSize;
+    float value[kAhead * kSize];
+#pragma unroll
+    for (int p = 0; p < kAhead; ++p) {
+        float pack[kSize];
+        unpack<T>(raw[p], pack);
+        const int valid = valid_of<T>(columns - col - p * apart);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+            value[p * kSize + k] = k < valid ? pack[k] : -INFINITY;
+            if (need_total) total += k < valid ? pack[k] : 0.0f;
+        }
+    }
+    row.add(value);
+}
 
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads) statistics(Logits in, RowStatistics out, bool need_total) {
@@ -28,22 +52,10 @@ __global__ void __launch_bounds__(kThreads) statistics(Logits in, RowStatistics 
     float total = 0.0f;
     for (int64_t first = static_cast<int64_t>(threadIdx.x) * kSize; first < in.num_columns; first += kThreads * kSize * kAhead) {
         uint4 raw[kAhead];
-        float value[kAhead * kSize];
 #pragma unroll
         for (int p = 0; p < kAhead; ++p)
             raw[p] = load_raw<kVector>(x + first + p * kThreads * kSize, valid_of<T>(in.num_columns - first - p * kThreads * kSize));
-#pragma unroll
-        for (int p = 0; p < kAhead; ++p) {
-            float pack[kSize];
-            unpack<T>(raw[p], pack);
-            const int valid = valid_of<T>(in.num_columns - first - p * kThreads * kSize);
-#pragma unroll
-            for (int k = 0; k < kSize; ++k) {
-                value[p * kSize + k] = k < valid ? pack[k] : -INFINITY;
-                if (need_total) total += k < valid ? pack[k] : 0.0f;
-            }
-        }
-        mine.add(value);
+        add_packs<T>(raw, first, kThreads * kSize, in.num_columns, need_total, mine, total);
     }
     const MaxSum all = block_merge<kWarps>(mine, scratch);
     if (need_total) total = block_reduce<Sum, kWarps>(total, scratch);
@@ -69,22 +81,42 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 struct Gradient {
-    const float* dloss;
     void* dlogits;
     int64_t stride;
     float z_loss, hot, smooth;  // hot: 1 - label smoothing; smooth: label smoothing / vocab_size
 };
 
+// What makes a row's gradient of its logits.
+struct RowGradient {
+    int64_t column;  // of the target
+    float shift, factor, hot, smooth;
+
+    __device__ __forceinline__ RowGradient(const Gradient& out, int64_t column_in, float max, float sum, float dloss)
+        : column(column_in), shift(max), hot(dloss * out.hot), smooth(dloss * out.smooth) {
+        factor = dloss * (1.0f + 2.0f * out.z_loss * (max + logf(sum))) / sum;
+    }
+    // Of the pack at `col`, whose elements from `valid` on are padding.
+    template <class T>
+    __device__ __forceinline__ uint4 of(const uint4& raw, int64_t col, int valid) const {
+        float value[Pack<T>::kSize];
+        unpack<T>(raw, value);
+#pragma unroll
+        for (int k = 0; k < Pack<T>::kSize; ++k) {
+            const float gradient = exp_nonpositive(value[k] - shift) * factor - smooth;
+            value[k] = k >= valid ? 0.0f : col + k == column ? gradient - hot : gradient;
+        }
+        return pack<T>(value);
+    }
+};
+
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads) backward(Logits in, RowStatistics stats, Gradient out) {
+__global__ void __launch_bounds__(kThreads) backward(Logits in, RowStatistics stats, Gradient out, const float* dloss) {
     constexpr int kSize = Pack<T>::kSize;
     const int64_t row = blockIdx.x, target = in.targets[row];
-    const bool ignored = target == in.ignore_index;
-    const int64_t column = target - in.first_column, columns = ignored ? 0 : in.num_columns;  // beyond them: zeros
+    const int64_t columns = target == in.ignore_index ? 0 : in.num_columns;  // beyond them: zeros
     const T* const x = static_cast<const T*>(in.data) + row * in.stride;
     T* const dx = static_cast<T*>(out.dlogits) + row * out.stride;
-    const float shift = stats.max[row], dloss = out.dloss[row], hot = dloss * out.hot, smooth = dloss * out.smooth;
-    const float factor = dloss * (1.0f + 2.0f * out.z_loss * (shift + logf(stats.sum[row]))) / stats.sum[row];
+    const RowGradient gradient(out, target - in.first_column, stats.max[row], stats.sum[row], dloss[row]);
     for (int64_t first = static_cast<int64_t>(threadIdx.x) * kSize; first < in.cols; first += kThreads * kSize * kAhead) {
         uint4 raw[kAhead];
 #pragma unroll
@@ -95,17 +127,86 @@ __global__ void __launch_bounds__(kThreads) backward(Logits in, RowStatistics st
 #pragma unroll
         for (int p = 0; p < kAhead; ++p) {
             const int64_t col = first + p * kThreads * kSize;
-            const int valid = valid_of<T>(columns - col);
-            float value[kSize];
-            unpack<T>(raw[p], value);
-#pragma unroll
-            for (int k = 0; k < kSize; ++k) {
-                const float gradient = exp_nonpositive(value[k] - shift) * factor - smooth;
-                value[k] = k >= valid ? 0.0f : col + k == column ? gradient - hot : gradient;
-            }
-            store_raw<kVector>(dx + col, pack<T>(value), valid_of<T>(in.cols - col));
+            store_raw<kVector>(dx + col, gradient.of<T>(raw[p], col, valid_of<T>(columns - col)), valid_of<T>(in.cols - col));
         }
     }
+}
+
+// kStaged: a row fits into shared memory, one uint4 for each of its packs.
+template <class T, bool kVector, bool kStaged>
+__global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatistics out, Gradient gradient, float dloss, bool need_total) {
+    static_assert(kVector || !kStaged);
+    constexpr int kSize = Pack<T>::kSize, kRound = kFusedThreads * kSize;
+    STATIC_SMEM(float, scratch, [kFusedWarps]);
+    uint4* staged = nullptr;
+    if constexpr (kStaged) {
+        DYNAMIC_SMEM(memory);
+        staged = reinterpret_cast<uint4*>(memory);
+    }
+    const int64_t row = blockIdx.x, target = in.targets[row], column = target - in.first_column;
+    const int64_t columns = target == in.ignore_index ? 0 : in.num_columns, mine = static_cast<int64_t>(threadIdx.x) * kSize;
+    const T* const x = static_cast<const T*>(in.data) + row * in.stride;
+    T* const dx = static_cast<T*>(gradient.dlogits) + row * gradient.stride;
+    // The thread's pack at `col`, from where it lies.
+    const auto pack_at = [&](int64_t col) {
+        if constexpr (kStaged) {
+            return col < columns ? staged[col / kSize] : make_uint4(0, 0, 0, 0);
+        } else {
+            return load_written<kVector>(x + col, valid_of<T>(columns - col));
+        }
+    };
+    if constexpr (kStaged) {
+        for (int64_t col = mine; col < columns; col += kRound) cp_async_16(staged + col / kSize, x + col);
+        cp_async_commit();
+    }
+    // Before the barriers of block_merge, after which others write the gradient over it.
+    const float logit = threadIdx.x == 0 && column >= 0 && column < columns ? to_fp32(x[column]) : 0.0f;
+    if constexpr (kStaged) cp_async_wait<0>();
+    MaxSum part;
+    float total = 0.0f;
+    for (int64_t first = mine; first < columns; first += kRound * kAhead) {
+        uint4 raw[kAhead];
+#pragma unroll
+        for (int p = 0; p < kAhead; ++p) raw[p] = pack_at(first + p * kRound);
+        add_packs<T>(raw, first, kRound, columns, need_total, part, total);
+    }
+    MaxSum all = block_merge<kFusedWarps>(part, scratch);
+    if (need_total) total = block_reduce<Sum, kFusedWarps>(total, scratch);
+    if (columns == 0) all.max = 0.0f, all.sum = 1.0f;
+    if (threadIdx.x == 0) out.max[row] = all.max, out.sum[row] = all.sum, out.target[row] = logit, out.total[row] = total;
+    const RowGradient of_row(gradient, column, all.max, all.sum, dloss);
+    for (int64_t first = mine; first < in.cols; first += kRound * kAhead) {
+        uint4 raw[kAhead];
+#pragma unroll
+        for (int p = 0; p < kAhead; ++p) raw[p] = pack_at(first + p * kRound);
+#pragma unroll
+        for (int p = 0; p < kAhead; ++p) {
+            const int64_t col = first + p * kRound;
+            store_raw<kVector>(dx + col, of_row.of<T>(raw[p], col, valid_of<T>(columns - col)), valid_of<T>(in.cols - col));
+        }
+    }
+}
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads) rescale(FusedGradient gradient, const float* dloss) {
+    constexpr int kSize = Pack<T>::kSize;
+    const int64_t row = blockIdx.x;
+    const float wanted = dloss[row], ratio = wanted / gradient.made_for;
+    if (wanted == gradient.made_for) return;
+    T* const dx = static_cast<T*>(gradient.data) + row * gradient.stride;
+    for (int64_t col = static_cast<int64_t>(threadIdx.x) * kSize; col < gradient.cols; col += kThreads * kSize) {
+        const int valid = valid_of<T>(gradient.cols - col);
+        float value[kSize];
+        unpack<T>(load_written<kVector>(dx + col, valid), value);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) value[k] *= ratio;
+        store_raw<kVector>(dx + col, pack<T>(value), valid);
+    }
+}
+
+Gradient gradient_of(const LossTerms& terms, void* dlogits, int64_t dstride) {
+    return {dlogits, dstride, static_cast<float>(terms.z_loss), static_cast<float>(1 - terms.label_smoothing),
+            static_cast<float>(terms.label_smoothing / static_cast<double>(terms.vocab_size))};
 }
 
 template <class T>
@@ -134,17 +235,35 @@ const char* cross_entropy_loss_cuda(int64_t rows, const int64_t* targets, int64_
 const char* cross_entropy_backward_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics, const float* dloss, void* dlogits,
                                         int64_t dstride, Stream stream) {
     if (logits.rows == 0 || logits.cols == 0) return nullptr;
-    const Gradient out{dloss,
-                       dlogits,
-                       dstride,
-                       static_cast<float>(terms.z_loss),
-                       static_cast<float>(1 - terms.label_smoothing),
-                       static_cast<float>(terms.label_smoothing / static_cast<double>(terms.vocab_size))};
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
         const bool fit = rows_fit<T>(logits) && packs_fit<T>(dlogits, dstride, logits.cols);
         const auto kernel = fit ? backward<T, true> : backward<T, false>;
-        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, statistics, out);
+        const Gradient out = gradient_of(terms, dlogits, dstride);
+        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, statistics, out, dloss);
+    }));
+}
+
+const char* cross_entropy_fused_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss, void* dlogits, int64_t dstride,
+                                     Stream stream) {
+    if (logits.rows == 0) return nullptr;
+    return message(dispatch_device(logits.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const bool fit = rows_fit<T>(logits) && packs_fit<T>(dlogits, dstride, logits.cols);
+        const size_t row = static_cast<size_t>(logits.cols) * sizeof(T);
+        const bool staged = fit && row + 1024 <= shared_memory_limit();  // scratch needs some
+        const auto kernel = staged ? fused<T, true, true> : fit ? fused<T, true, false> : fused<T, false, false>;
+        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kFusedThreads), staged ? row : 0, stream, logits, out,
+                      gradient_of(terms, dlogits, dstride), dloss, terms.label_smoothing > 0);
+    }));
+}
+
+const char* cross_entropy_rescale_cuda(const FusedGradient& gradient, const float* dloss, Stream stream) {
+    if (gradient.rows == 0 || gradient.cols == 0) return nullptr;
+    return message(dispatch_device(gradient.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const auto kernel = packs_fit<T>(gradient.data, gradient.stride, gradient.cols) ? rescale<T, true> : rescale<T, false>;
+        return launch(kernel, dim3(static_cast<unsigned>(gradient.rows)), dim3(kThreads), 0, stream, gradient, dloss);
     }));
 }
 
