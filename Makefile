@@ -1,4 +1,4 @@
-# Targets: setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz bench lint clean. Everything is installed into .venv, or into the virtual
+# Targets: setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz gpu-wheels bench lint clean. Everything is installed into .venv, or into the virtual
 # environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
 
 SHELL := bash
@@ -21,7 +21,7 @@ INSTALLED := build/.installed$(subst /,-,$(VENV))
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz bench lint format clean
+.PHONY: help setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz gpu-wheels bench lint format clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -72,13 +72,27 @@ fault-test: setup  ## kills, signals, full disks, dead and stuck processes, dama
 harness-test: setup  ## lm-evaluation-harness on whole LAMBADA and BLiMP sets, ours against its hf model; about a quarter of an hour
 	$(PY) -m pytest tests/evaluate/test_whole_sets.py -m harness -s
 
+# The sanitizers' runtime has to be there before python: its interpreter is built without.
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)"
+EMULATED := build/native/tests/emu/neox_emulated
+
 # FUZZ= cases or seconds of each of the dataset core's random tests under sanitizers.
 FUZZ ?= 60s
-fuzz: setup build/native/CMakeCache.txt  ## random sweeps; FUZZ=600s for longer ones of the dataset core
+fuzz: setup build/native/CMakeCache.txt  ## random sweeps: dataset core (FUZZ=600s for longer), operators on CPU kernels and on emulated CUDA kernels, plain and sanitized
 	cmake --build build/native --parallel $(JOBS) --target test_index_damage_asan test_json_line_asan
 	build/native/tests/cpp/test_index_damage_asan $(FUZZ)
 	build/native/tests/cpp/test_json_line_asan $(FUZZ)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz
+	cmake --build build/native --parallel $(JOBS) --target neox_emulated neox_emulated_asan
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz tests/ops --ops-library $(EMULATED).so
+	OMP_NUM_THREADS=1 $(SANITIZED) $(PY) -m pytest -n $(JOBS) -m fuzz tests/ops --ops-library $(EMULATED)_asan.so
+
+# What an image with torch, pytest and transformers tends to lack. pip matches platforms exactly, so the usual ones are named.
+GPU_PYTHON ?= 3.12
+gpu-wheels: | $(VENV)/bin/python  ## wheels that benchmarks/gpu.sh installs on a GPU machine without a network, into build/gpu-wheels
+	$(PY) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	    $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) -d build/gpu-wheels -c constraints.txt \
+	    orjson pydantic pydantic-core annotated-types typing-inspection
 
 bench: setup  ## every benchmark in its quick setting
 	for script in $$(find benchmarks -name 'bench_*.py' | sort); do $(PY) "$$script" --quick; done

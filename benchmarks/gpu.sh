@@ -5,7 +5,10 @@
 #
 #   OUT=results benchmarks/gpu.sh             needs python3 with torch 2.11 or later, nvcc, g++, and what pyproject.toml lists for import
 #   DEVICE=cpu OUT=/tmp/try benchmarks/gpu.sh tries the script itself: the same steps on the CPU, quick
-#   WHEELS=folder                             wheels to install into a folder of our own first (a machine without pydantic, say)
+#   WHEELS=folder                             wheels to install into a folder of our own first: build/gpu-wheels where there is one, which
+#                                             `make gpu-wheels` fills elsewhere with what a machine with torch alone tends to lack
+#
+# What a step needs and the machine lacks is named, and the step left out; a kernel that fails takes its own tests and its own rows along.
 #
 # Leaves in $OUT: report.txt (summary and tables), results.json (all rows), log.txt (what every step said).
 set -u -o pipefail
@@ -50,6 +53,16 @@ step() {
     return 0
 }
 
+# left_out NAME WHY: a step that cannot run here.
+left_out() {
+    printf '%-28s %4d s  %s\n' "$1" 0 "LEFT OUT: $2" | tee -a "$WORK/summary"
+}
+
+# lacking MODULE...: those that python cannot find.
+lacking() {
+    "$PYTHON" -c 'import importlib.util, sys; print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))' "$@"
+}
+
 # bench NAME SECONDS COMMAND...: a step whose rows are kept: the table for the report, the JSON for results.json.
 bench() {
     local name=$1
@@ -58,6 +71,7 @@ bench() {
     grep ' ratio ' "$WORK/complained" >>"$WORK/tables"
 }
 
+[ -z "${WHEELS:-}" ] && [ -d build/gpu-wheels ] && WHEELS=build/gpu-wheels
 if [ -n "${WHEELS:-}" ]; then
     step wheels 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$WORK/site" "$WHEELS"/*.whl
     export PYTHONPATH="$PYTHONPATH:$WORK/site"
@@ -69,7 +83,8 @@ if torch.cuda.is_available():
     print(torch.cuda.get_device_properties(0))
 '
 cat "$WORK/said"
-step packages 60 "$PYTHON" -c 'import numpy, pydantic, pytest, transformers, yaml'
+lacks=$(lacking numpy orjson pydantic pytest tensorboard tokenizers transformers yaml)
+[ -z "$lacks" ] || left_out packages "no ${lacks// /, no } here (WHEELS=folder brings them): their steps are left out below"
 
 quick=(--quick)
 if [ "$DEVICE" = cuda ]; then
@@ -99,15 +114,35 @@ cat "$WORK/said"
 
 tests=(tests/ops)
 [ "$DEVICE" = cuda ] || tests=(tests/ops/test_bias_gelu.py)
-step tests 150 "$PYTHON" -m pytest -q -n 4 -m 'not fuzz' -p no:cacheprovider --device "$DEVICE" "${tests[@]}"
-grep -E '^(FAILED|ERROR)|passed|failed' "$WORK/said" >"$WORK/tests"
+parallel=(-n 4)
+[ -z "$(lacking xdist)" ] || parallel=()
+: >"$WORK/tests"
+run_tests() {
+    step "$1" "$2" "$PYTHON" -m pytest -q ${parallel[@]+"${parallel[@]}"} -m 'not fuzz' -p no:cacheprovider --device "$DEVICE" "${@:3}"
+    grep -E '^(FAILED|ERROR|SKIPPED)|passed|failed' "$WORK/said" >>"$WORK/tests"
+}
+if [ -n "$(lacking pytest)" ]; then
+    left_out tests "no pytest"
+else
+    run_tests tests 150 "${tests[@]}"
+    # A kernel that fails can take its process with it, and the tests of others that ran there: files with failures run again, each alone.
+    parallel=()
+    for file in $(sed -nE 's/^(FAILED|ERROR) ([^: ]+\.py).*/\2/p' "$WORK/said" | sort -u); do
+        run_tests "alone: $(basename "$file" .py)" 40 "$file"
+    done
+fi
 
 for script in benchmarks/ops/bench_*.py; do
     name=$(basename "$script" .py)
     [ "$name" = bench_linear ] && continue # a choice between torch's products on a CPU
     bench "${name#bench_}" 45 "$script" --device "$DEVICE" ${quick[@]+"${quick[@]}"}
 done
-bench training 120 benchmarks/train/bench_gpu.py --quick # Pythia-160M; without a GPU it says so and has no rows
+lacks=$(lacking orjson pydantic tensorboard tokenizers transformers yaml)
+if [ -n "$lacks" ]; then
+    left_out training "no ${lacks// /, no }"
+else
+    bench training 120 benchmarks/train/bench_gpu.py --quick # Pythia-160M; without a GPU it says so and has no rows
+fi
 
 "$PYTHON" - "$WORK" "$OUT/results.json" <<'END'
 import json, pathlib, sys

@@ -7,12 +7,15 @@ other d - r channels pass through.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from neox.config.schema import RopeScaling
 from neox.errors import ConfigError
 from neox.ops._library import native
+
+if TYPE_CHECKING:  # operators run where pydantic is not installed
+    from neox.config.schema import RopeScaling
 
 
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
