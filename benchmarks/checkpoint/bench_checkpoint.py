@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -188,12 +189,13 @@ def step_times(folder: Path, number: int, steps: int, settings: tuple[str, ...])
         "evaluate.interval=0",
         "tokenizer.file=null",
         "model.vocab_size=4096",
+        "schedule.warmup_iters=1",
     ]
     overrides += [f"run.dir={json.dumps(str(run))}", f"train.train_iters={steps}", "checkpoint.save_interval=0", "logging.tensorboard=false", *settings]
     program = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641", "-m", "neox.cli.main", "train"]
-    subprocess.run(
-        [sys.executable, *program, "--conf", "demo.yml", "--set", *overrides], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command = [sys.executable, *program, "--conf", "demo.yml", "--set", *overrides]
+    everywhere = partial(os.sched_setaffinity, 0, range(os.cpu_count()))  # this process is bound to as many CPUs as it has threads
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=everywhere)
     return [json.loads(line)["step_time"] for line in (run / "metrics.jsonl").read_text().splitlines()][3:]
 
 
