@@ -63,7 +63,7 @@ def dead(server, corpus, folder, ranks, fault):
         assert step, f"{line}\n{training.outputs()}"
         assert step[1] == (socket.gethostname() if rank else step[1])
         done = training.output(rank).count(":updated:")
-        assert int(step[2]) <= done, line
+        assert int(step[2]) <= done + 1, line  # of a lost first process the step of the one that tells is known, which may be one ahead
 
 
 STUCK = [(2, "stop@1:backward:7"), (3, "spin@1:batch:4"), (2, "stop@0:step:5")]
