@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
 struct Gradient {
     void* dlogits;
     int64_t stride;
-    float z_loss, hot, smooth;  // hot: 1 - label smoothing; smooth: label smoothing / vocab_size
+    float z_loss, hot, smooth;  // what is taken off: of the target 1 - label smoothing + smooth, of others smooth: label smoothing / vocab_size
 };
 
 // What makes a row's gradient of its logits.
@@ -102,8 +102,7 @@ struct RowGradient {
         unpack<T>(raw, value);
 #pragma unroll
         for (int k = 0; k < Pack<T>::kSize; ++k) {
-            const float gradient = exp_nonpositive(value[k] - shift) * factor - smooth;
-            value[k] = k >= valid ? 0.0f : col + k == column ? gradient - hot : gradient;
+            value[k] = k >= valid ? 0.0f : exp_nonpositive(value[k] - shift) * factor - (col + k == column ? hot : smooth);
         }
         return pack<T>(value);
     }
@@ -205,8 +204,8 @@ __global__ void __launch_bounds__(kThreads) rescale(FusedGradient gradient, cons
 }
 
 Gradient gradient_of(const LossTerms& terms, void* dlogits, int64_t dstride) {
-    return {dlogits, dstride, static_cast<float>(terms.z_loss), static_cast<float>(1 - terms.label_smoothing),
-            static_cast<float>(terms.label_smoothing / static_cast<double>(terms.vocab_size))};
+    const double smooth = terms.label_smoothing / static_cast<double>(terms.vocab_size);
+    return {dlogits, dstride, static_cast<float>(terms.z_loss), static_cast<float>(1 - terms.label_smoothing + smooth), static_cast<float>(smooth)};
 }
 
 template <class T>
