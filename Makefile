@@ -1,4 +1,4 @@
-# Targets: setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz gpu-wheels bench lint clean. Everything is installed into .venv, or into the virtual
+# Targets: setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint clean. Everything is installed into .venv, or into the virtual
 # environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
 
 SHELL := bash
@@ -21,7 +21,7 @@ INSTALLED := build/.installed$(subst /,-,$(VENV))
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check fuzz gpu-wheels bench lint format clean
+.PHONY: help setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint format clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,7 +46,7 @@ demo: setup  ## train, stop, resume, evaluate, generate and export a small model
 	$(PY) demo/demo.py
 
 test: lint setup native-test cuda-check emulated-test  ## lint and the whole test suite except fuzz and the matrix of layouts
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
@@ -58,7 +58,7 @@ native-test: setup build/native/CMakeCache.txt  ## the C++ tests: plain, sanitiz
 
 emulated-test: setup build/native/CMakeCache.txt  ## the operators' tests on the emulated CUDA kernels
 	cmake --build build/native --parallel $(JOBS) --target neox_emulated
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not fuzz" tests/ops --ops-library build/native/tests/emu/neox_emulated.so
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not fuzz and not sweep" tests/ops --ops-library build/native/tests/emu/neox_emulated.so
 
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library where there is nvcc; registers and spills
 	cmake --build build/native --parallel $(JOBS) --target cuda_check
@@ -75,6 +75,11 @@ harness-test: setup  ## lm-evaluation-harness on whole LAMBADA and BLiMP sets, o
 # The sanitizers' runtime has to be there before python: its interpreter is built without.
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)"
 EMULATED := build/native/tests/emu/neox_emulated
+
+sweep: setup build/native/CMakeCache.txt  ## every mask x head_dim x length of attention, on the CPU's kernels and on the emulated CUDA kernels
+	cmake --build build/native --parallel $(JOBS) --target neox_emulated
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m sweep tests/ops
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m sweep tests/ops --ops-library $(EMULATED).so
 
 # FUZZ= cases or seconds of each of the dataset core's random tests under sanitizers.
 FUZZ ?= 60s

@@ -118,7 +118,7 @@ parallel=(-n 4)
 [ -z "$(lacking xdist)" ] || parallel=()
 : >"$WORK/tests"
 run_tests() {
-    step "$1" "$2" "$PYTHON" -m pytest -q ${parallel[@]+"${parallel[@]}"} -m 'not fuzz' -p no:cacheprovider --device "$DEVICE" "${@:3}"
+    step "$1" "$2" "$PYTHON" -m pytest -q ${parallel[@]+"${parallel[@]}"} -m 'not fuzz and not sweep' -p no:cacheprovider --device "$DEVICE" "${@:3}"
     grep -E '^(FAILED|ERROR|SKIPPED)|passed|failed' "$WORK/said" >>"$WORK/tests"
 }
 if [ -n "$(lacking pytest)" ]; then

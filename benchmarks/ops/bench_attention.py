@@ -1,5 +1,7 @@
 """attention against torch's scaled_dot_product_attention: forward, and backward alone, over masks and for decoding.
 
+On a GPU the peers are sdpa's flash and cuDNN backends where is_causal says it all, and what sdpa chooses for a whole mask where it does not.
+
 GFLOP/s count the pairs that the mask leaves visible: 4 operations per pair and channel forward, 10 backward. sdpa is given is_causal where that
 says it all, and the whole mask, made outside of the timing, where it does not.
 """
@@ -9,10 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,6 +44,11 @@ class Case:
         """Key length."""
         return self.t or self.s
 
+    @property
+    def plain(self) -> bool:
+        """Whether sdpa needs no mask: is_causal says it all."""
+        return self.s == self.keys and not {"window", "segment_ids", "alibi_slopes"} & set(self.options)
+
     def visible(self) -> torch.Tensor:
         """[s, t] or [b, 1, s, t] bool."""
         mask = visible_keys(self.s, self.keys, self.options.get("causal", True), self.options.get("window"), self.options.get("segment_ids"))
@@ -49,6 +58,29 @@ class Case:
 def documents(s: int, count: int) -> torch.Tensor:
     """Segment ids [1, s] of `count` documents of the same length."""
     return (torch.arange(s, dtype=torch.int32) * count // s)[None]
+
+
+GPU_CASES = (
+    Case("Pythia-1.4B", 2048, 128, b=8, n=16, g=16),
+    Case("Pythia-160M", 2048, 64, b=16, n=12, g=12),
+    Case("long", 16384, 128, n=16, g=16),
+    Case("head_dim 96", 2048, 96, b=8, n=16, g=16),
+    Case("head_dim 256", 2048, 256, b=4, n=16, g=16),
+    Case("full", 2048, 128, b=8, n=16, g=16, options={"causal": False}),
+    Case("grouped 32:8", 4096, 128, b=2, n=32, g=8),
+    Case("decoding 32:8", 1, 128, t=8192, b=8, n=32, g=8),
+)
+
+
+def gpu_cases(quick: bool) -> list[Case]:
+    """The shapes of the goals first; masks that sdpa must be given whole behind them."""
+    ids = documents(4096, 8)
+    masks = [
+        Case("documents of 1/8", 4096, 128, n=16, g=16, options={"segment_ids": ids}),
+        Case("window 512", 4096, 128, n=16, g=16, options={"window": 512}),
+        Case("alibi", 2048, 128, b=2, n=16, g=16, options={"alibi_slopes": 2.0 ** -(torch.arange(1, 17).float() ** 0.5)}),
+    ]
+    return [*GPU_CASES[:2]] if quick else [*GPU_CASES, *masks]
 
 
 def cases(quick: bool) -> list[Case]:
@@ -73,7 +105,7 @@ def cases(quick: bool) -> list[Case]:
 
 def sdpa(case: Case, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """sdpa on [b, s, n, d] tensors with the mask ready."""
-    plain = case.s == case.keys and not {"window", "segment_ids", "alibi_slopes"} & set(case.options)
+    plain = case.plain
     causal, mask = case.options.get("causal", True), None
     if not plain and case.s > 1:
         mask = case.visible()
@@ -88,6 +120,32 @@ def sdpa(case: Case, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         return out.transpose(1, 2)
 
     return run
+
+
+def through(backend: SDPBackend, run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same with one of sdpa's backends and no other."""
+
+    def held(*inputs: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return run(*inputs)
+
+    return held
+
+
+def peers_of(case: Case, dtype: torch.dtype, options: Options, inputs: list[torch.Tensor]) -> dict[str, Callable[..., torch.Tensor]]:
+    """What ours is compared with. A backend that refuses the case is left out, and named on the error stream."""
+    run = sdpa(case, dtype)
+    if options.device == "cpu" or not case.plain:
+        return {"sdpa": run}
+    peers = {}
+    for name, backend in (("sdpa flash", SDPBackend.FLASH_ATTENTION), ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION)):
+        try:
+            through(backend, run)(*inputs)
+        except RuntimeError as problem:
+            print(f"{case.label}: {name} is left out: {str(problem).splitlines()[0]}", file=sys.stderr)
+        else:
+            peers[name] = through(backend, run)
+    return peers or {"sdpa": run}
 
 
 def measure(case: Case, dtype: torch.dtype, options: Options) -> Iterator[Row]:
@@ -106,18 +164,20 @@ def measure(case: Case, dtype: torch.dtype, options: Options) -> Iterator[Row]:
         dout = torch.randn_like(out)
         return lambda: torch.autograd.grad(out, tracked, dout, retain_graph=True)
 
-    peer = sdpa(case, dtype)
+    peers = peers_of(case, dtype, options, inputs)
     with torch.no_grad():
-        rows = compare("attention forward", setting, lambda: ours(*inputs), {"sdpa": lambda: peer(*inputs)}, options, work=4 * pairs * case.d, unit="GFLOP/s")
+        forwards = {name: partial(peer, *inputs) for name, peer in peers.items()}
+        rows = compare("attention forward", setting, lambda: ours(*inputs), forwards, options, work=4 * pairs * case.d, unit="GFLOP/s")
     yield from rows
     if case.s > 1:
-        yield from compare("attention backward", setting, backward(ours), {"sdpa": backward(peer)}, options, work=10 * pairs * case.d, unit="GFLOP/s")
+        backwards = {name: backward(peer) for name, peer in peers.items()}
+        yield from compare("attention backward", setting, backward(ours), backwards, options, work=10 * pairs * case.d, unit="GFLOP/s")
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """All cases in both dtypes."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for case in cases(options.quick):
+    """All cases of the device in the dtypes that it is measured in."""
+    for dtype in options.dtypes:
+        for case in gpu_cases(options.quick) if options.device == "cuda" else cases(options.quick):
             yield from measure(case, dtype, options)
 
 

@@ -93,6 +93,16 @@ NEOX_DEVICE void named_barrier(int id, int count) {
 #endif
 }
 
+// to[0] += x, to[1] += y in global memory, each atomically; `to` is aligned to 8 bytes.
+NEOX_DEVICE void atomic_add_pair(float* to, float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+#else
+    atomicAdd(to, x);
+    atomicAdd(to + 1, y);
+#endif
+}
+
 // One access of 4, 8 or 16 bytes to global memory: nvcc splits an assignment of such a value when it sees its parts.
 template <class Word>
 NEOX_DEVICE void store_global(Word* pointer, const Word& word) {

@@ -18,7 +18,9 @@ from neox.config.schema import ModelConfig
 from neox.model.gpt import GPT
 from neox.ops import ISA
 from neox.parallel.mesh import Mesh
-config = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, max_position_embeddings=32, vocab_size=96, rotary_pct=0.25, parallel_residual=True)
+# attention's CUDA kernels take 16-bit types alone
+sizes = dict(num_layers=2, hidden_size=64, num_attention_heads=4, max_position_embeddings=32, vocab_size=96)
+config = ModelConfig(**sizes, rotary_pct=0.25, parallel_residual=True, attention_backend="sdpa")
 model = GPT(config, Mesh.single(), dtype=torch.float32, seed=1).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 tokens = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(0))

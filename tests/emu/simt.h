@@ -40,6 +40,7 @@ Config& config();
 
 struct Stats {
     uint64_t launches = 0, blocks = 0, switches = 0, collectives = 0, barriers = 0;
+    uint64_t mma = 0;                 // of warps
     uint64_t ldmatrix_conflicts = 0;  // rows of an 8x8 matrix that share a bank group with another of its rows
 };
 Stats& stats();

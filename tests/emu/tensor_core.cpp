@@ -14,6 +14,7 @@ uint16_t element(const uint32_t* registers, int i) { return static_cast<uint16_t
 template <float (*Decode)(uint16_t)>
 void mma_m16n8k16(void** operands, uint32_t mask) {
     if (mask != ~0u) fail("mma.sync needs the whole warp");
+    ++stats().mma;
     float a[16][16], b[16][8], c[16][8];
     for (int lane = 0; lane < kLanes; ++lane) {
         const Mma& mine = *static_cast<Mma*>(operands[lane]);

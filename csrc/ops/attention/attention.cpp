@@ -49,7 +49,6 @@ void check_packed(const Tensor& qkv) {
 }
 
 void check_vector(const Tensor& tensor, const char* argument, ScalarType type, int64_t size) {
-    check_device(kOp, tensor, argument);
     check(kOp, tensor.scalar_type() == type, argument, concat("must be ", torch::headeronly::toString(type)),
           torch::headeronly::toString(tensor.scalar_type()));
     check(kOp, tensor.dim() == 1 && tensor.size(0) == size, argument, concat("must have shape [", size, "]"), shape_text(tensor));
@@ -77,13 +76,24 @@ void check_options(Options& options, int64_t batch, int64_t queries, int64_t key
         options.segment_ids = neox::contiguous(*options.segment_ids);
     }
     if (options.alibi_slopes) {
+        check_device(kOp, *options.alibi_slopes, "alibi_slopes");
         check_vector(*options.alibi_slopes, "alibi_slopes", ScalarType::Float, heads);
         options.alibi_slopes = neox::contiguous(*options.alibi_slopes);
     }
     if (options.seed) {
+        check(kOp, options.seed->is_cpu(), "seed", "must be on the CPU", "a tensor of another device");
         check_vector(*options.seed, "seed", ScalarType::Long, 2);
         options.seed = neox::contiguous(*options.seed);
     }
+}
+
+// What the CUDA kernels don't do.
+void check_kernel([[maybe_unused]] const Attention& in) {
+#if defined(NEOX_CUDA_KERNELS)
+    check(kOp, in.dtype != DType::kFloat32, "q", "must be bfloat16 or float16 on a GPU; backend \"sdpa\" takes float32", "Float");
+    check(kOp, in.head_dim <= kMostChannelsCuda, "q", concat("must have at most ", kMostChannelsCuda, " channels per head on a GPU"), in.head_dim);
+    check(kOp, in.queries * in.heads <= INT32_MAX, "q", "must have fewer than 2^31 (query, head of a group) pairs", in.queries * in.heads);
+#endif
 }
 
 void set_options(Attention& in, const Options& options) {
@@ -153,10 +163,17 @@ Attention describe(const Tensor& qkv, Options& options) {
 }
 
 std::tuple<Tensor, Tensor> run_forward(const Attention& in, const Tensor& like) {
+    check_kernel(in);
     const int64_t heads = in.groups * in.heads;
     Tensor out = empty(like, {in.batch, in.queries, heads, in.head_dim});
     Tensor lse = empty(like, {in.batch, heads, in.queries}, ScalarType::Float);
-    attention_forward_cpu(in, out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), torch_parallel());
+    float* const lse_data = static_cast<float*>(lse.mutable_data_ptr());
+#if defined(NEOX_CUDA_KERNELS)
+    Tensor workspace = empty(like, {attention_forward_workspace_cuda(in)}, ScalarType::Byte);
+    NEOX_RUN(attention_forward, like, in, out.mutable_data_ptr(), lse_data, workspace.mutable_data_ptr());
+#else
+    attention_forward_cpu(in, out.mutable_data_ptr(), lse_data, torch_parallel());
+#endif
     return {out, lse};
 }
 
@@ -177,12 +194,18 @@ struct Saved {
     }
 };
 
-void run_backward(const Attention& in, const Saved& saved, AttentionGradients grad) {
+void run_backward(const Attention& in, const Saved& saved, AttentionGradients grad, [[maybe_unused]] bool deterministic) {
+    check_kernel(in);
     grad.dout = saved.dout.const_data_ptr();
     grad.dout_strides = strides_of(saved.dout, in.heads);
     grad.out = saved.out.const_data_ptr();
     grad.lse = static_cast<const float*>(saved.lse.const_data_ptr());
-    attention_backward_cpu(in, grad, torch::stable::get_num_threads(), torch_parallel());
+#if defined(NEOX_CUDA_KERNELS)
+    Tensor workspace = empty(saved.dout, {attention_backward_workspace_cuda(in, deterministic)}, ScalarType::Byte);
+    NEOX_RUN(attention_backward, saved.dout, in, grad, deterministic, workspace.mutable_data_ptr());
+#else
+    attention_backward_cpu(in, grad, torch::stable::get_num_threads(), torch_parallel());  // always the same bits
+#endif
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> segment_ids, std::optional<Tensor> alibi_slopes,
@@ -193,7 +216,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> segment_ids,
                                                       std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal, double scale, int64_t window,
-                                                      double softcap, double dropout_p) {
+                                                      double softcap, double dropout_p, bool deterministic) {
     Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
     const Attention in = describe(q, k, v, options);
     const Saved saved(in, dout, out, lse, q);
@@ -201,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
     AttentionGradients grad{};
     grad.dq = dq.mutable_data_ptr(), grad.dk = dk.mutable_data_ptr(), grad.dv = dv.mutable_data_ptr();
     grad.dq_strides = strides_of(dq, in.heads), grad.dk_strides = strides_of(dk, 1), grad.dv_strides = strides_of(dv, 1);
-    run_backward(in, saved, grad);
+    run_backward(in, saved, grad, deterministic);
     return {dq, dk, dv};
 }
 
@@ -212,7 +235,7 @@ std::tuple<Tensor, Tensor> attention_qkv(Tensor qkv, std::optional<Tensor> segme
 }
 
 Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, std::optional<Tensor> segment_ids, std::optional<Tensor> alibi_slopes,
-                              std::optional<Tensor> seed, bool causal, double scale, int64_t window, double softcap, double dropout_p) {
+                              std::optional<Tensor> seed, bool causal, double scale, int64_t window, double softcap, double dropout_p, bool deterministic) {
     Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
     const Attention in = describe(qkv, options);
     const Saved saved(in, dout, out, lse, qkv);
@@ -223,7 +246,7 @@ Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, s
     grad.dk = advance(grad.dq, packed.key, dqkv);
     grad.dv = advance(grad.dq, packed.value, dqkv);
     grad.dq_strides = grad.dk_strides = grad.dv_strides = packed.strides;
-    run_backward(in, saved, grad);
+    run_backward(in, saved, grad, deterministic);
     return dqkv;
 }
 
@@ -232,14 +255,15 @@ Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, s
 
 #define NEOX_ATTENTION_OPTIONS "Tensor? segment_ids, Tensor? alibi_slopes, Tensor? seed, bool causal, float scale, int window, float softcap, float dropout_p"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+NEOX_SCHEMAS(m) {
     m.def("attention(Tensor q, Tensor k, Tensor v, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
-    m.def("attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor, Tensor)");
+    m.def("attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS
+          ", bool deterministic) -> (Tensor, Tensor, Tensor)");
     m.def("attention_qkv(Tensor qkv, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
-    m.def("attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS ") -> Tensor");
+    m.def("attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS ", bool deterministic) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+NEOX_IMPLEMENTATIONS(m) {
     m.impl("attention", TORCH_BOX(&neox::attention));
     m.impl("attention_backward", TORCH_BOX(&neox::attention_backward));
     m.impl("attention_qkv", TORCH_BOX(&neox::attention_qkv));

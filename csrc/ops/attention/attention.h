@@ -15,6 +15,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace neox {
 
@@ -57,5 +58,15 @@ void attention_forward_cpu(const Attention& in, void* out, float* lse, const Par
 
 // Writes all of dq, dk and dv. The result is the same bits for every number of threads.
 void attention_backward_cpu(const Attention& in, const AttentionGradients& grad, int64_t threads, const Parallel& parallel);
+
+// bfloat16 and float16, head_dim up to kMostChannelsCuda, queries * heads below 2^31. `workspace`: as many bytes as the function above says,
+// aligned to 16.
+constexpr int64_t kMostChannelsCuda = 256;
+int64_t attention_forward_workspace_cuda(const Attention& in);
+const char* attention_forward_cuda(const Attention& in, void* out, float* lse, void* workspace, Stream stream);
+
+// deterministic: the same bits in every run, at 7 products instead of 5 where head_dim is at most 128 (above it, always so).
+int64_t attention_backward_workspace_cuda(const Attention& in, bool deterministic);
+const char* attention_backward_cuda(const Attention& in, const AttentionGradients& grad, bool deterministic, void* workspace, Stream stream);
 
 }  // namespace neox

@@ -1,0 +1,8 @@
+// The backward's instances of dk and dv, and of dq by atomics, for float16.
+#include "ops/attention/backward_keys_instances.cuh"
+
+namespace neox::attention {
+
+template cudaError_t launch_backward_keys<__half>(const Attention& in, const Backward<__half>& task, Stream stream);
+
+}  // namespace neox::attention

@@ -1,0 +1,8 @@
+// The backward's instances of dq in a fixed order for float16.
+#include "ops/attention/backward_queries_instances.cuh"
+
+namespace neox::attention {
+
+template cudaError_t launch_backward_queries<__half>(const Attention& in, const Backward<__half>& task, Stream stream);
+
+}  // namespace neox::attention

@@ -1,0 +1,8 @@
+// The forward's instances for bfloat16.
+#include "ops/attention/forward_instances.cuh"
+
+namespace neox::attention {
+
+template cudaError_t launch_forward<__nv_bfloat16>(const Forward<__nv_bfloat16>& task, int dim, bool general, Stream stream);
+
+}  // namespace neox::attention

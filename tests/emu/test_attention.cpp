@@ -1,0 +1,334 @@
+// attention's CUDA kernels against fp64: every mask, every instance of head_dim, packed and split layouts, both backwards; leaks and repetition
+// to the bit; no bank conflicts of ldmatrix; no product for tiles that nobody sees.
+#include <limits>
+
+#include "common/philox.h"
+#include "op_test.h"
+#include "ops/attention/attention.h"
+#include "ops/attention/problem.cuh"
+
+namespace {
+
+using emu_test::Buffer;
+using emu_test::Role;
+
+struct Case {
+    int64_t batch, queries, keys, groups, heads, dim;
+    bool causal = true;
+    int64_t window = 0;
+    std::vector<int64_t> borders = {};  // where segments begin
+    bool alibi = false;
+    float softcap = 0, dropout = 0, scale = 0.2f;
+    int64_t gap = 0;  // elements between heads
+    size_t offset = 0;
+};
+
+// q, k and v as one projection [batch, keys, groups, heads + 2, dim + gap]: queries lie at the last positions. Gradients likewise.
+template <class T>
+struct Run {
+    Case shape;
+    int64_t row, positions;
+    std::vector<int32_t> segments;
+    std::vector<float> slopes;
+    Buffer<T> qkv, dout, out, dqkv;
+    Buffer<float> lse;
+
+    static size_t size(const Case& c) { return static_cast<size_t>(c.batch * std::max(c.queries, c.keys) * c.groups * (c.heads + 2) * (c.dim + c.gap)); }
+    static size_t rows(const Case& c) { return static_cast<size_t>(c.batch * c.queries * c.groups * c.heads); }
+
+    explicit Run(const Case& c)
+        : shape(c),
+          row(c.groups * (c.heads + 2) * (c.dim + c.gap)),
+          positions(std::max(c.queries, c.keys)),
+          qkv("qkv", size(c), Role::kStream, c.offset),
+          dout("dout", rows(c) * static_cast<size_t>(c.dim)),
+          out("out", rows(c) * static_cast<size_t>(c.dim)),
+          dqkv("dqkv", size(c), Role::kStream, c.offset),
+          lse("lse", rows(c)) {
+        qkv.random(1), dout.random(2);
+        for (size_t i = 0; i < dqkv.size(); ++i) dqkv[i] = T(0.0f);  // gaps and unused positions are not written
+        for (int64_t i = 0; i < c.batch * c.keys && !c.borders.empty(); ++i) {
+            int32_t id = 0;
+            for (const int64_t border : c.borders) id += i % c.keys >= border + i / c.keys;  // one later in each batch
+            segments.push_back(id);
+        }
+        for (int64_t h = 0; h < c.groups * c.heads && c.alibi; ++h) slopes.push_back(0.5f / static_cast<float>(h + 1));
+    }
+
+    size_t at(int64_t b, int64_t i, int64_t g, int64_t h, int64_t d) const {
+        return static_cast<size_t>((b * positions + i) * row + (g * (shape.heads + 2) + h) * (shape.dim + shape.gap) + d);
+    }
+    size_t query(int64_t b, int64_t i, int64_t g, int64_t h) const { return at(b, i + positions - shape.queries, g, h, 0); }
+    size_t key(int64_t b, int64_t j, int64_t g) const { return at(b, j + positions - shape.keys, g, shape.heads, 0); }
+    size_t value(int64_t b, int64_t j, int64_t g) const { return at(b, j + positions - shape.keys, g, shape.heads + 1, 0); }
+
+    neox::Attention task() const {
+        const Case& c = shape;
+        neox::Attention in{};
+        in.dtype = emu_test::dtype_of<T>();
+        in.batch = c.batch, in.queries = c.queries, in.keys = c.keys, in.groups = c.groups, in.heads = c.heads, in.head_dim = c.dim;
+        in.q = qkv.data() + query(0, 0, 0, 0), in.k = qkv.data() + key(0, 0, 0), in.v = qkv.data() + value(0, 0, 0);
+        in.q_strides = in.k_strides = in.v_strides = {positions * row, row, (c.heads + 2) * (c.dim + c.gap), c.dim + c.gap};
+        in.scale = c.scale, in.causal = c.causal, in.window = c.window, in.softcap = c.softcap, in.dropout = c.dropout;
+        in.segments = segments.empty() ? nullptr : segments.data();
+        in.slopes = slopes.empty() ? nullptr : slopes.data();
+        in.seed[0] = 12345, in.seed[1] = 678;
+        return in;
+    }
+
+    void forward() {
+        const neox::Attention in = task();
+        Buffer<float> workspace("workspace", static_cast<size_t>(neox::attention_forward_workspace_cuda(in)) / 4);
+        EXPECT(!neox::attention_forward_cuda(in, out.data(), lse.data(), workspace.data(), nullptr));
+    }
+
+    void backward(bool deterministic) {
+        const neox::Attention in = task();
+        neox::AttentionGradients grad{};
+        const int64_t n = shape.groups * shape.heads * shape.dim;
+        grad.dout = dout.data(), grad.out = out.data(), grad.lse = lse.data();
+        grad.dout_strides = {shape.queries * n, n, shape.heads * shape.dim, shape.dim};
+        grad.dq = dqkv.data() + query(0, 0, 0, 0), grad.dk = dqkv.data() + key(0, 0, 0), grad.dv = dqkv.data() + value(0, 0, 0);
+        grad.dq_strides = grad.dk_strides = grad.dv_strides = in.q_strides;
+        Buffer<float> workspace("workspace", static_cast<size_t>(neox::attention_backward_workspace_cuda(in, deterministic)) / 4);
+        EXPECT(!neox::attention_backward_cuda(in, grad, deterministic, workspace.data(), nullptr));
+    }
+};
+
+struct Expected {
+    std::vector<double> out, dqkv;
+};
+
+// The formulas of attention.h, all probabilities written out.
+template <class T>
+Expected expect(const Run<T>& run) {
+    const Case& c = run.shape;
+    Expected result{std::vector<double>(run.out.size()), std::vector<double>(run.dqkv.size())};
+    const auto x = [&](size_t i) { return static_cast<double>(static_cast<float>(run.qkv[i])); };
+    const auto count = static_cast<size_t>(c.keys);
+    const uint64_t threshold = neox::dropout_threshold(c.dropout), quads = (static_cast<uint64_t>(c.keys) + 3) / 4;
+    for (int64_t r = 0; r < c.batch * c.groups * c.heads * c.queries; ++r) {
+        const int64_t i = r % c.queries, h = r / c.queries % c.heads, g = r / c.queries / c.heads % c.groups, b = r / c.queries / c.heads / c.groups;
+        const int64_t position = i + c.keys - c.queries;
+        const size_t q = run.query(b, i, g, h), o = static_cast<size_t>((((b * c.queries + i) * c.groups + g) * c.heads + h) * c.dim);
+        std::vector<double> p(count, 0.0), bend(count, 1.0), keep(count, 1.0), dp(count);
+        double total = 0, delta = 0;
+        for (int64_t j = 0; j < c.keys; ++j) {
+            const auto at = static_cast<size_t>(j);
+            double score = 0;
+            for (int64_t d = 0; d < c.dim; ++d) score += c.scale * x(q + static_cast<size_t>(d)) * x(run.key(b, j, g) + static_cast<size_t>(d));
+            if (c.softcap > 0) {
+                const double t = std::tanh(score / c.softcap);
+                score = c.softcap * t, bend[at] = 1 - t * t;
+            }
+            if (c.alibi) score -= static_cast<double>(run.slopes[static_cast<size_t>(g * c.heads + h)]) * std::abs(static_cast<double>(position - j));
+            bool visible = (!c.causal || j <= position) && (!c.window || j > position - c.window);
+            if (visible && !c.borders.empty()) {
+                visible = run.segments[static_cast<size_t>(b * c.keys + j)] == run.segments[static_cast<size_t>(b * c.keys + position)];
+            }
+            p[at] = visible ? std::exp(score) : 0.0;
+            total += p[at];
+            if (c.dropout > 0) {
+                const auto words = neox::philox(12345, static_cast<uint64_t>(r) * quads + static_cast<uint64_t>(j / 4), 678);
+                keep[at] = words.word[j % 4] >= threshold ? 1 / (1 - static_cast<double>(c.dropout)) : 0.0;
+            }
+        }
+        for (size_t j = 0; j < count; ++j) p[j] = total > 0 ? p[j] / total : 0.0;
+        for (size_t j = 0; j < count; ++j) {
+            const size_t v = run.value(b, static_cast<int64_t>(j), g);
+            dp[j] = 0;
+            for (size_t d = 0; d < static_cast<size_t>(c.dim); ++d) {
+                const double dout = static_cast<float>(run.dout[o + d]);
+                result.out[o + d] += p[j] * keep[j] * x(v + d);
+                result.dqkv[v + d] += p[j] * keep[j] * dout;
+                dp[j] += keep[j] * dout * x(v + d);
+            }
+            delta += p[j] * dp[j];
+        }
+        for (size_t j = 0; j < count; ++j) {
+            const size_t k = run.key(b, static_cast<int64_t>(j), g);
+            const double ds = p[j] * (dp[j] - delta) * bend[j] * c.scale;
+            for (size_t d = 0; d < static_cast<size_t>(c.dim); ++d) {
+                result.dqkv[q + d] += ds * x(k + d);
+                result.dqkv[k + d] += ds * x(q + d);
+            }
+        }
+    }
+    return result;
+}
+
+template <class T>
+std::vector<float> copy(const Buffer<T>& of) {
+    std::vector<float> values(of.size());
+    for (size_t i = 0; i < of.size(); ++i) values[i] = static_cast<float>(of[i]);
+    return values;
+}
+
+// Results of the first schedule: every later one must give the same bits.
+std::vector<std::vector<float>>& first_results() {
+    static std::vector<std::vector<float>> results;
+    return results;
+}
+
+template <class T>
+void check(const Case& c, size_t index) {
+    const std::string what = "case " + std::to_string(index) + " " + emu_test::name_of<T>();
+    const uint64_t conflicts = simt::stats().ldmatrix_conflicts;
+    Run<T> run(c);
+    const Expected expected = expect(run);
+    run.forward();
+    EXPECT_NEAR(run.out, expected.out, what + " out");
+    run.backward(false);
+    EXPECT_NEAR(run.dqkv, expected.dqkv, what + " dqkv");
+    for (size_t i = 0; i < run.dqkv.size(); ++i) run.dqkv[i] = T(0.0f);
+    run.backward(true);
+    EXPECT_NEAR(run.dqkv, expected.dqkv, what + " dqkv deterministic");
+    EXPECT(simt::stats().ldmatrix_conflicts == conflicts);
+    if (!std::is_same_v<T, __nv_bfloat16>) return;
+    for (const auto& values : {copy(run.out), copy(run.dqkv)}) {
+        const size_t place = 2 * index + (values.size() == run.dqkv.size());
+        if (first_results().size() <= place) first_results().resize(place + 1);
+        if (first_results()[place].empty()) first_results()[place] = values;
+        emu_test::tally.check(first_results()[place] == values, (what + ": the same bits in every schedule").c_str(), __FILE__, __LINE__);
+    }
+}
+
+Case with(Case c, void (*change)(Case&)) {
+    change(c);
+    return c;
+}
+
+// {batch, queries, keys, groups, heads, dim}, causal
+std::vector<Case> masks() {
+    return {{1, 1, 1, 1, 1, 64},
+            {1, 17, 17, 1, 1, 64},
+            {1, 129, 129, 1, 1, 64},
+            {1, 300, 17, 1, 1, 64},                                          // whole blocks of rows see nothing
+            {2, 1, 300, 1, 4, 64},                                           // decoding: parts of the keys
+            {1, 40, 600, 1, 1, 128},                                         // the same with parts that some rows do not see
+            {1, 66, 128, 1, 1, 64},                                          // a tile of keys ends one key after the first row's position
+            with({1, 100, 164, 1, 1, 64}, [](Case& c) { c.window = 163; }),  // a tile begins one key before the last row's window
+            with({1, 65, 65, 1, 1, 64}, [](Case& c) { c.window = 1; }),
+            with({1, 130, 160, 1, 2, 64}, [](Case& c) { c.window = 33; }),
+            with({2, 129, 129, 1, 2, 64}, [](Case& c) { c.borders = {40, 41, 101}; }),
+            // a block of one document against a tile of two, and a block of two against a tile of one
+            with({1, 300, 300, 1, 1, 64}, [](Case& c) { c.borders = {100, 290}; }),
+            with({1, 70, 129, 1, 1, 32}, [](Case& c) { c.causal = false, c.borders = {64, 100}; }),
+            with({1, 300, 300, 1, 1, 64}, [](Case& c) { c.causal = false, c.borders = {100, 290}; }),
+            with({1, 65, 129, 2, 1, 64}, [](Case& c) { c.causal = false; }),
+            // maxima that grow by more than the slack from tile to tile
+            with({1, 200, 200, 1, 1, 64}, [](Case& c) { c.scale = 1.5f, c.causal = false; }),
+            with({1, 65, 65, 1, 2, 33}, [](Case& c) { c.gap = 2, c.offset = 3; }),  // nothing is aligned
+            with({1, 65, 65, 1, 2, 40}, [](Case& c) { c.gap = 8; })};
+}
+
+// The general kernels: one reason at a time, then all.
+std::vector<Case> generals() {
+    return {with({1, 65, 129, 2, 2, 64}, [](Case& c) { c.alibi = true, c.causal = false; }),
+            with({1, 65, 129, 1, 2, 64}, [](Case& c) { c.softcap = 1.5f, c.causal = false; }),
+            with({2, 65, 129, 1, 2, 64}, [](Case& c) { c.dropout = 0.3f, c.causal = false; }),
+            with({1, 33, 70, 1, 1, 64}, [](Case& c) { c.scale = -0.3f; }),
+            with({1, 65, 129, 1, 2, 64}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 90; }),
+            with({1, 40, 66, 1, 1, 128}, [](Case& c) { c.dropout = 0.2f, c.causal = false, c.borders = {20, 50}; }),
+            with({1, 65, 129, 1, 2, 80}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.borders = {40, 101}; }),
+            with({1, 65, 97, 1, 2, 256}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 50; })};
+}
+
+// Every instance of head_dim: causal with grouped heads, and all masks of the plain kernels together.
+std::vector<Case> sizes() {
+    std::vector<Case> all;
+    for (const int64_t dim : {32, 64, 80, 96, 128, 160, 192, 256}) {
+        all.push_back({1, 65, 65, 1, 2, dim});
+        if (dim == 32 || dim % 64) continue;
+        Case c{1, 80, 150, 2, 1, dim};
+        c.window = 70, c.borders = {60, 110};
+        all.push_back(c);
+    }
+    return all;
+}
+
+// Tokens after a border, or of another document, never move a bit of what lies before it.
+void leaks(bool by_document) {
+    Case c{1, 200, 200, 1, 2, 64};
+    if (by_document) c.causal = false, c.borders = {131};
+    std::vector<float> before[2];
+    for (int pass = 0; pass < 2; ++pass) {
+        Run<__nv_bfloat16> run(c);
+        for (size_t i = 131 * static_cast<size_t>(run.row); pass && i < run.qkv.size(); ++i) run.qkv[i] = 3.0f * static_cast<float>(run.qkv[i]) + 5.0f;
+        run.forward();
+        if (by_document) run.backward(true);
+        const std::vector<float> out = copy(run.out), gradient = copy(run.dqkv);
+        const auto border = static_cast<ptrdiff_t>(131 * c.groups * c.heads * c.dim), gradient_border = static_cast<ptrdiff_t>(131 * run.row);
+        before[pass].assign(out.begin(), out.begin() + border);
+        before[pass].insert(before[pass].end(), gradient.begin(), gradient.begin() + gradient_border);
+    }
+    EXPECT(before[0] == before[1]);
+}
+
+// Exactly the tiles with a visible pair are multiplied: 2 products of 128 x 64 in the forward and 3 for dq, 4 of 64 x 128 for dk and dv.
+void work(const Case& c) {
+    Run<__nv_bfloat16> run(c);
+    const auto seen = [&](int64_t i, int64_t j) {
+        const int64_t position = i + c.keys - c.queries;
+        if (i >= c.queries || j >= c.keys || (c.causal && j > position) || (c.window && j <= position - c.window)) return false;
+        return c.borders.empty() || run.segments[static_cast<size_t>(j)] == run.segments[static_cast<size_t>(position)];
+    };
+    const auto tiles = [&](int64_t rows, int64_t keys) {
+        uint64_t count = 0;
+        for (int64_t row = 0; row < c.queries; row += rows) {
+            for (int64_t key = 0; key < c.keys; key += keys) {
+                bool any = false;
+                for (int64_t at = 0; at < rows * keys && !any; ++at) any = seen(row + at / keys, key + at % keys);
+                count += any;
+            }
+        }
+        return count;
+    };
+    constexpr uint64_t kProduct = 128 * 64 * 64 / (16 * 8 * 16);
+    uint64_t before = simt::stats().mma;
+    run.forward();
+    EXPECT(simt::stats().mma - before == kProduct * 2 * tiles(128, 64));
+    before = simt::stats().mma;
+    run.backward(true);
+    EXPECT(simt::stats().mma - before == kProduct * (3 * tiles(128, 64) + 4 * tiles(64, 128)));
+}
+
+__global__ void place_kernel(neox::attention::BlockOrder order, int* seen) {
+    const auto [pair, tile] = order.here();
+    if (threadIdx.x == 0) ++seen[pair * order.tiles + tile];
+}
+
+// The blocks of a grid do every tile of every pair once, however the pairs are chunked.
+void places() {
+    for (const int chunk : {1, 2, 3, 5, 7}) {
+        for (const bool reversed : {false, true}) {
+            const neox::attention::BlockOrder order{4, 5, chunk, reversed};
+            Buffer<int> seen("seen", 20);
+            for (size_t i = 0; i < 20; ++i) seen[i] = 0;
+            EXPECT(neox::launch(place_kernel, dim3(20), dim3(32), 0, nullptr, order, seen.data()) == cudaSuccess);
+            for (size_t i = 0; i < 20; ++i) EXPECT(seen[i] == 1);
+        }
+    }
+}
+
+void values() {
+    size_t index = 0;
+    for (const auto& group : {masks(), generals(), sizes()}) {
+        for (const Case& c : group) {
+            check<__nv_bfloat16>(c, index);
+            if (index % 6 == 2) check<__half>(c, index);
+            ++index;
+        }
+    }
+    leaks(false);
+    leaks(true);
+    places();
+    work({1, 300, 300, 1, 1, 64});
+    work(with({1, 300, 400, 1, 1, 64}, [](Case& c) { c.window = 60; }));
+    work(with({1, 400, 400, 1, 1, 64}, [](Case& c) { c.borders = {64, 200, 320}; }));
+    work(with({1, 400, 400, 1, 1, 64}, [](Case& c) { c.causal = false, c.borders = {70, 256}; }));
+}
+
+const emu_test::Operator registered{"attention", values, nullptr};
+
+}  // namespace
