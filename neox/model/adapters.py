@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from neox.config.schema import LoraConfig, ModelConfig
+
+if TYPE_CHECKING:  # the plan asks for shapes without torch
+    from torch import nn
 
 ADAPTERS = ("lora_a", "lora_b")
 SCORE, HEAD = "score.weight", "head.weight"

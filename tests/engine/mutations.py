@@ -12,7 +12,7 @@ MUTATIONS = {
     "tied embedding gradient not added": ("neox.engine.pipeline.TiedExchange.add_gradient", "same_gradient"),
     "tied embedding not published": ("neox.engine.pipeline.TiedExchange.publish", "nothing"),
     "norm of one stage only": ("neox.engine.grid.Grid.get_model_parallel_group", "no_group"),
-    "loss weighted by micro-batches": ("neox.engine.engine.count_targets", "one"),
+    "loss weighted by micro-batches": ("neox.engine.objective.TokenLoss.count", "one"),
 }
 
 
@@ -40,7 +40,7 @@ def no_group(self):
     return None
 
 
-def one(batch):
+def one(self, batch):
     return 1
 
 

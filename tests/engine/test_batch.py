@@ -2,7 +2,8 @@
 
 import torch
 
-from neox.engine.batch import IGNORED, LocalBatch, context_part, count_targets, to_device
+from neox.engine.batch import LocalBatch, context_part, to_device
+from neox.engine.objective import IGNORED, TokenLoss
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import Batch
 
@@ -15,7 +16,7 @@ def make_batch() -> Batch:
 
 
 def test_ignored_targets_do_not_count():
-    assert count_targets(make_batch()) == 19
+    assert TokenLoss().count(make_batch()) == 19
 
 
 def test_a_batch_that_is_there_is_not_copied():

@@ -30,6 +30,8 @@ class Batch:
     sample_ids: torch.Tensor
     segment_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
 
 class Toy(torch.nn.Module):
