@@ -110,9 +110,11 @@ def gradients(op, *inputs: torch.Tensor, seed: int = 5) -> tuple[torch.Tensor, .
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_backward(name, dtype):
+def test_forward_and_backward(name, dtype, request):
     *sizes, options = CASES[name]
-    floor = (2.0 if name == "full" else FLOOR) if CUDA else 0.0  # full: dS rounded to 16 bits ahead of its product, 1.68e-2 of the largest dq
+    if CUDA and name == "full" and dtype == torch.bfloat16:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="dS rounded to 16 bits ahead of its product: dq off by 1.68e-2 of its scale"))
+    floor = FLOOR if CUDA else 0.0
     reference.check_against(partial(attention, backend="native", **options), partial(reference.attention, **options), qkv_of(*sizes, dtype), floor=floor)
 
 
