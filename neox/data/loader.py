@@ -97,7 +97,7 @@ class Loader:
             # The thread holds no reference to the loader, so that dropping the loader ends the thread.
             self._thread = threading.Thread(target=read_ahead, args=(self._read, start, self._layout.global_batch_size, self._ready, self._stop), daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._stop.set)
+            weakref.finalize(self, end, self._stop, self._thread)
 
     def __iter__(self) -> Loader:
         return self
@@ -131,6 +131,13 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def end(stop: threading.Event, thread: threading.Thread) -> None:
+    """Stop a loader's thread that was dropped without `close`, or is left at the end of the process, where a thread inside native code would take it down."""
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join(2 * POLL_SECONDS)
 
 
 def read_ahead(read: StepReader, consumed: int, stride: int, ready: queue.Queue, stop: threading.Event) -> None:

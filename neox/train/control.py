@@ -66,11 +66,14 @@ class Control:
         self.looks = 0
         self.main = Still()
         self.neighbour = Still()
+        self.threads: list[threading.Thread] = []
         if store is not None:
             self.beat()
-            threading.Thread(target=self.watch, name="neox-control", daemon=True).start()
+            self.threads.append(threading.Thread(target=self.watch, name="neox-control", daemon=True))
             if limit > 0 and rank > 0:
-                threading.Thread(target=self.watch_store, name="neox-control-store", daemon=True).start()
+                self.threads.append(threading.Thread(target=self.watch_store, name="neox-control-store", daemon=True))
+        for thread in self.threads:
+            thread.start()
 
     def watch(self) -> None:
         """Thread: look until the end of the run, or of this process."""
@@ -201,6 +204,8 @@ class Control:
             dist.barrier()
             dist.destroy_process_group()
         self.closed.set()
+        for thread in self.threads:
+            thread.join(FAREWELL)  # one that is inside the store while the interpreter ends would take the process down
 
     def fail(self, error: BaseException, report: Callable[[], None]) -> int:
         """Report this process's failure to all; returns the exit code of all.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+
 import torch
 import torch.distributed as dist
 
@@ -20,7 +22,14 @@ def join(layout: ParallelConfig, place: Place, device: str) -> Mesh:
         backend, bound = ("nccl", here) if device == "cuda" else ("gloo", None)
         store = dist.PrefixStore("neox-join", register(place))
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=bound)
+        atexit.register(part)
     return create_mesh(layout.tensor, layout.pipeline, here, context=layout.context, sequence=layout.sequence)
+
+
+def part() -> None:
+    """Leave the process group while the interpreter is whole: a group that is torn down after it may end the process by std::terminate."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def register(place: Place) -> dist.Store:
