@@ -161,7 +161,7 @@ class IndexedWriter:
         prefix: path without suffix.
         dtype: token type, `token_dtype(largest possible id)`.
         overwrite: replace an existing dataset; else that is an error.
-        tokenizer_hash, vocab_size, eod_id: recorded in the sidecar.
+        tokenizer_hash, vocab_size, eod_id: recorded in the sidecar; so is the attribute `source`, as it is when the dataset is finished.
         resume: what `sync` returned to a process that ended: goes on with the partial files that it left.
 
     Raises:
@@ -188,6 +188,7 @@ class IndexedWriter:
         name = os.fsencode(self.prefix)
         self._core = core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
         self._tokenizer = {"tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size, "eod_id": eod_id}
+        self.source: dict[str, object] | None = None
         self._open = True
 
     @property
@@ -244,6 +245,7 @@ class IndexedWriter:
             bin_bytes=self._core.num_tokens * np.dtype(self._core.dtype).itemsize,
             idx_sum=core.file_checksum(os.fsencode(f"{self.prefix}.idx")),
             block_sums=tuple(self._core.block_sums),
+            source=self.source,
             **self._tokenizer,
         )
         write_sidecar(self.prefix, sidecar)

@@ -22,7 +22,7 @@ from typing import Any
 
 from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for
 from neox.data.indexed import IndexedWriter, token_dtype
-from neox.data.progress import Progress, ProgressFile, identity_of
+from neox.data.progress import SOURCE_FIELDS, Progress, ProgressFile, finished, identity_of, source_of
 from neox.data.quarantine import Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, read_blocks
 from neox.data.tokenizer import TokenizerFile
@@ -89,8 +89,8 @@ def preprocess(
     Args:
         workers: threads that encode, or processes where the tokenizer needs the `tokenizers` library; 0: this one.
         bad_lines: what a line that gives no document does: "fail" stops, "skip" counts it, "quarantine" also keeps it in OUT.quarantine.jsonl.
-        resume: go on where a run of the same input, tokenizer and options was ended, by kill -9 too; the output is the same bytes. Without
-            such a run this starts anew. An exception then leaves the unfinished files for another try.
+        resume: go on where a run of the same input, tokenizer and options was ended, by kill -9 too; the output is the same bytes. Where such a
+            run was done already, its summary is returned; without one this starts anew. An exception leaves the unfinished files for another try.
         progress: called after each block. block_bytes: text that a worker gets at a time.
         note_seconds: how often it is noted how far the run has come.
 
@@ -104,27 +104,31 @@ def preprocess(
     out = os.fspath(out)
     tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
     dtype = token_dtype(tokenizer.vocab_size - 1)
-    settings = {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines, "block_bytes": block_bytes}
-    notes = ProgressFile(out, identity_of(files, settings), note_seconds)
+    settings = {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines}
+    source = source_of(files, settings)
+    notes = ProgressFile(out, identity_of(files, {**settings, "block_bytes": block_bytes}), note_seconds)
     before = notes.read() if resume else None
+    if resume and before is None and (whole := finished(out, source, files)) is not None:
+        return Summary(out, dtype, documents=whole.num_documents, tokens=whole.num_tokens, **{key: whole.source[key] for key in SOURCE_FIELDS})
     summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
     spent = summary.seconds
-    first = 0 if before is None else before.blocks
+    first = done = 0 if before is None else before.blocks
     blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, workers, summary)
     take_up(out) if before else notes.remove()
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
     kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
     with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, leftovers(notes, writer, kept, resume):
-        for number, block in enumerate(blocks, first):
+        for done, block in enumerate(blocks, first + 1):
             take(block, writer, kept, summary, bad_lines)
             summary.seconds = spent + time.monotonic() - started
             if notes.due and summary.documents:
-                notes.note(Progress(number + 1, writer.sync(), kept.sync(), asdict(summary)))
+                notes.note(Progress(done, writer.sync(), kept.sync(), asdict(summary)))
             if progress is not None:
                 progress(summary)
         if summary.documents == 0:
             got = f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} files"
             raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
+        publish(writer, kept, notes, Progress(done, writer.sync(), kept.sync(), asdict(summary)), source)
     notes.remove()
     summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
     summary.seconds = spent + time.monotonic() - started
@@ -141,6 +145,14 @@ def take(block: EncodedBlock, writer: IndexedWriter, kept: Quarantine, summary: 
         kept.keep(bad)
     writer.add_documents(block.tokens, block.sizes)
     summary.add(block)
+
+
+def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progress: Progress, source: str) -> None:
+    """Give the files their names. There is a note before, for a kill between the renames."""
+    notes.note(progress)
+    writer.source = {"hash": source, **{key: progress.summary[key] for key in SOURCE_FIELDS}}
+    kept.publish()
+    writer.finish()
 
 
 @contextlib.contextmanager

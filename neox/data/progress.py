@@ -12,10 +12,13 @@ from pathlib import Path
 import orjson
 
 from neox.data.files import sync_folder, write_durably
+from neox.data.indexed import IndexedDataset
+from neox.data.sidecar import Sidecar
 from neox.errors import DataError
 
 FORMAT = "neox.progress"
 VERSION = 1
+SOURCE_FIELDS = ("files", "text_bytes", "blank_lines", "empty_documents", "bad_lines", "bad_reasons")  # of a summary: kept in the sidecar
 
 
 @dataclass(frozen=True)
@@ -84,5 +87,28 @@ class ProgressFile:
 def identity_of(files: Sequence[str], settings: dict[str, object]) -> str:
     """A hash of the names, sizes and times of the input files and of the settings."""
     stats = [(file, os.stat(file)) for file in files]
-    listed = [[os.fspath(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-    return hashlib.sha256(orjson.dumps([listed, settings], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return _hash([[os.fspath(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats], settings)
+
+
+def source_of(files: Sequence[str], settings: dict[str, object]) -> str:
+    """As `identity_of` without the times: what names the input in a sidecar, which a later run on untouched copies is to give again."""
+    return _hash([[os.fspath(file), os.stat(file).st_size] for file in files], settings)
+
+
+def _hash(files: list[list[object]], settings: dict[str, object]) -> str:
+    return hashlib.sha256(orjson.dumps([files, settings], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def finished(out: str, source: str, files: Sequence[str]) -> Sidecar | None:
+    """The sidecar of the finished dataset OUT, where it was made of `source` and no file was written since; else None.
+
+    A run that is killed after its last note is gone, or started again when it is done already, has nothing to go on with.
+    """
+    try:
+        written = os.stat(f"{out}.idx").st_mtime_ns
+        whole = IndexedDataset(out).sidecar
+    except (OSError, DataError):
+        return None
+    if whole is None or whole.source is None or whole.source.keys() != {"hash", *SOURCE_FIELDS} or whole.source["hash"] != source:
+        return None
+    return whole if all(os.stat(file).st_mtime_ns <= written for file in files) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -50,11 +51,27 @@ class Quarantine:
         except OSError as error:
             raise self._cannot(error) from error
 
+    def publish(self) -> None:
+        """Give the file its name, if there was a bad line; nothing is kept from here on."""
+        if self._file is None:
+            return
+        size = self.sync()
+        try:
+            self._file.close()
+            self._file = None
+            if size:
+                os.replace(self._partial, self.path)
+                sync_folder(self.path.parent)
+            else:
+                self._partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._cannot(error) from error
+
     def __enter__(self) -> Quarantine:
         if not self._enabled:
             return self
         try:
-            self._file = open(self._partial, "r+b" if self._resume_at else "wb")  # closed by __exit__
+            self._file = open(self._partial, "r+b" if self._resume_at else "wb")  # closed by publish and __exit__
             self._file.truncate(self._resume_at)
             self._file.seek(self._resume_at)
         except OSError as error:
@@ -62,18 +79,14 @@ class Quarantine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file is None:
-            return
         try:
-            size = self.sync() if kind is None else 0
-            self._file.close()
-            if size:
-                os.replace(self._partial, self.path)
-                sync_folder(self.path.parent)
-        except OSError as problem:
-            raise self._cannot(problem) from problem
+            if kind is None:
+                self.publish()
         finally:
-            if kind is None or not self.stays:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # the disk is full: said already
+                    self._file.close()
+            if self._enabled and not self.stays:
                 self._partial.unlink(missing_ok=True)
 
     def _cannot(self, error: OSError) -> DiskError:

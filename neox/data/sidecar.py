@@ -26,6 +26,7 @@ class Sidecar:
         tokenizer_hash, vocab_size, eod_id: of the tokenizer that made the data; None where not known.
         block_bytes: bytes of .bin under one checksum; block_sums: XXH64 of each block.
         bin_bytes: size of .bin. idx_sum: XXH64 of .idx.
+        source: what `neox preprocess` read, by the fields of its summary, and `hash`, which names input and options; None where not known.
     """
 
     dtype: str
@@ -40,6 +41,7 @@ class Sidecar:
     tokenizer_hash: str | None = None
     vocab_size: int | None = None
     eod_id: int | None = None
+    source: dict[str, object] | None = None
 
     def to_json(self) -> bytes:
         """The file's bytes."""
@@ -52,6 +54,7 @@ class Sidecar:
             "tokens": self.num_tokens,
             "largest_id": self.largest_id,
             "tokenizer": {"hash": self.tokenizer_hash, "vocab_size": self.vocab_size, "eod_id": self.eod_id},
+            "source": self.source,
             "idx": {"xxh64": f"{self.idx_sum:016x}"},
             "bin": {"bytes": self.bin_bytes, "block_bytes": self.block_bytes, "xxh64": [f"{value:016x}" for value in self.block_sums]},
         }
@@ -81,6 +84,7 @@ class Sidecar:
             tokenizer_hash=_typed(made_by["hash"], str, type(None)),
             vocab_size=_typed(made_by["vocab_size"], int, type(None)),
             eod_id=_typed(made_by["eod_id"], int, type(None)),
+            source=_typed(data.get("source"), dict, type(None)),
         )
 
 

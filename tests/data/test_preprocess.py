@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -16,7 +17,7 @@ import pytest
 import tokenizers
 
 from neox.data.encode import Encoding
-from neox.data.indexed import IndexedDataset
+from neox.data.indexed import IndexedDataset, IndexedWriter
 from neox.data.preprocess import preprocess, take_up
 from neox.data.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError, DiskError, MemoryExhausted
@@ -245,6 +246,29 @@ def test_resume_gives_the_bytes_of_a_run_in_one_go(tokenizer, lines, tmp_path, w
     assert sorted(path.name for path in tmp_path.glob("out*")) == sorted(f"out{suffix}" for suffix in SUFFIXES)
 
 
+def test_a_kill_between_the_last_renames_of_a_short_run(tokenizer, lines, tmp_path, monkeypatch):
+    """A run that ends before its first note is due can be gone on from all the same: there is a note before anything gets its name."""
+    whole = preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file))
+    finish = IndexedWriter.finish
+
+    def killed(writer: IndexedWriter) -> None:
+        finish(writer)
+        (tmp_path / "out.json").unlink()
+        (tmp_path / "out.idx").rename(tmp_path / "out.idx.partial")
+        os._exit(9)
+
+    monkeypatch.setattr(IndexedWriter, "finish", killed)
+    child = os.fork()
+    if child == 0:
+        preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx.partial", "out.progress.json"]
+    assert preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), resume=True).documents == whole.documents
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
 def test_resume_after_a_kill_between_the_last_renames(tokenizer, lines, tmp_path):
     """.bin has its name, .idx has or has not; the notes are still there: the run is taken up and ends as if nothing had happened."""
     options = {"block_bytes": 2000, "note_seconds": 0, "resume": True}
@@ -260,6 +284,25 @@ def test_resume_after_a_kill_between_the_last_renames(tokenizer, lines, tmp_path
             (tmp_path / f"out{suffix}").unlink()
     take_up(str(tmp_path / "whole"))  # the names that a finished dataset would get back
     assert sorted(path.name for path in tmp_path.glob("whole*")) == ["whole.bin.partial", "whole.idx.partial", "whole.json"]
+
+
+def test_resume_of_a_run_that_was_done_is_done(tokenizer, lines, tmp_path):
+    """A kill may come when all is written and the process is about to end; whoever starts it again cannot know."""
+    lines.write_bytes(b"{bad}\n\n" + lines.read_bytes())
+    options = {"resume": True, "bad_lines": "skip"}
+    first = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), workers=2, block_bytes=2000, **options)
+    written = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("out*")}
+    again = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("out*")} == written
+    assert replace(again, seconds=0.0, bad_examples=[]) == replace(first, seconds=0.0, bad_examples=[]) and again.bad_lines == again.blank_lines == 1
+    for other in ({"resume": True}, {"bad_lines": "skip"}):  # other options; no word of resuming
+        with pytest.raises(DataError, match="dataset is there already"):
+            preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **other)
+    content = lines.read_bytes()
+    lines.write_bytes(content.replace(b"word", b"wore"))  # as long as before
+    os.utime(lines, ns=(0, (tmp_path / "out.idx").stat().st_mtime_ns + 1))
+    with pytest.raises(DataError, match="dataset is there already"):
+        preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options)
 
 
 def test_resume_of_another_run_is_refused_and_of_none_starts_anew(tokenizer, lines, tmp_path):
@@ -298,7 +341,8 @@ def test_resume_after_kill_9(tokenizer, lines, tmp_path, repository):
         process.kill()
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 1
-    subprocess.run(command, cwd=repository, check=True)
+    last = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 

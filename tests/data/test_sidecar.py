@@ -10,21 +10,21 @@ import pytest
 from neox.data.sidecar import Sidecar, read_sidecar, sidecar_path, write_sidecar
 from neox.errors import DataError
 
-EXAMPLE = Sidecar("uint16", 3, 2, 100, 99, 200, 2**64 - 1, (1, 2**63), 128, "ab", 300, 0)
+EXAMPLE = Sidecar("uint16", 3, 2, 100, 99, 200, 2**64 - 1, (1, 2**63), 128, "ab", 300, 0, {"hash": "cd", "files": 2})
 
 
 def test_round_trip(tmp_path):
     prefix = str(tmp_path / "d")
     assert read_sidecar(prefix) is None
-    for sidecar in (EXAMPLE, replace(EXAMPLE, tokenizer_hash=None, vocab_size=None, eod_id=None, block_sums=())):
+    for sidecar in (EXAMPLE, replace(EXAMPLE, tokenizer_hash=None, vocab_size=None, eod_id=None, block_sums=(), source=None)):
         write_sidecar(prefix, sidecar)
         assert read_sidecar(prefix) == sidecar
 
 
 def damaged() -> list[bytes]:
     whole = orjson.loads(EXAMPLE.to_json())
-    changed = [{k: v for k, v in whole.items() if k != key} for key in whole]
-    changed += [{**whole, key: value} for key in whole for value in (None, [], "x", True, 1.5) if not (key == "dtype" and value == "x")]
+    changed = [{k: v for k, v in whole.items() if k != key} for key in whole if key != "source"]
+    changed += [{**whole, key: value} for key in whole for value in (None, [], "x", True, 1.5) if (key, value) not in (("dtype", "x"), ("source", None))]
     changed += [{**whole, "bin": {**whole["bin"], "xxh64": ["zz"]}}, {**whole, "version": 2}, [], 5]
     return [orjson.dumps(value) for value in changed] + [b"", b"{", b"\xff\xfe", EXAMPLE.to_json()[:-5]]
 
