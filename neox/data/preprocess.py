@@ -125,9 +125,7 @@ def preprocess(
                 notes.note(Progress(done, writer.sync(), kept.sync(), asdict(summary)))
             if progress is not None:
                 progress(summary)
-        if summary.documents == 0:
-            got = f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} files"
-            raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
+        require_documents(summary, files)
         publish(writer, kept, notes, Progress(done, writer.sync(), kept.sync(), asdict(summary)), source)
     notes.remove()
     summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
@@ -145,6 +143,13 @@ def take(block: EncodedBlock, writer: IndexedWriter, kept: Quarantine, summary: 
         kept.keep(bad)
     writer.add_documents(block.tokens, block.sizes)
     summary.add(block)
+
+
+def require_documents(summary: Summary, files: Sequence[str]) -> None:
+    """Raise DataError when nothing was written."""
+    if summary.documents == 0:
+        got = f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} files"
+        raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
 
 
 def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progress: Progress, source: str) -> None:
