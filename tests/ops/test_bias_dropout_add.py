@@ -122,11 +122,10 @@ def test_same_bits_for_any_number_of_threads(threads):
         assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("seed", [None, SEED])
-def test_opcheck(seed, bias, dtype):
-    inputs = inputs_of(17, dtype, bias)
+def test_opcheck(seed, bias):
+    inputs = inputs_of(17, torch.bfloat16, bias)
     torch.library.opcheck(torch.ops.neox.bias_dropout_add_backward.default, (inputs["x"], seed, 0.3, bias))
     leaves = {name: value.requires_grad_() for name, value in inputs.items()}
     torch.library.opcheck(torch.ops.neox.bias_dropout_add.default, (leaves["x"], leaves.get("bias"), leaves["residual"], seed, 0.3))

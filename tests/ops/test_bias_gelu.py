@@ -90,11 +90,10 @@ def test_same_bits_for_any_number_of_threads(threads):
         assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_opcheck(with_bias, dtype):
-    x = reference.random(2, 3, 17, dtype=dtype)
-    bias = reference.random(17, dtype=dtype) if with_bias else None
+def test_opcheck(with_bias):
+    x = reference.random(2, 3, 17, dtype=torch.bfloat16)
+    bias = reference.random(17, dtype=torch.bfloat16) if with_bias else None
     torch.library.opcheck(torch.ops.neox.bias_gelu_backward.default, (x, x, bias, "tanh"))
     x.requires_grad_()
     if bias is not None:

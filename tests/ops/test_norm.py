@@ -127,11 +127,10 @@ def test_not_a_number_passes_through():
     assert not rms_norm(x, torch.ones(17), 1e-5)[1].isnan().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind, residual, dtype):
-    inputs = {name: value.requires_grad_() for name, value in inputs_of(kind, 17, dtype, residual, rows=(2, 3)).items()}
+def test_opcheck(kind, residual):
+    inputs = {name: value.requires_grad_() for name, value in inputs_of(kind, 17, torch.bfloat16, residual, rows=(2, 3)).items()}
     args = tuple(inputs.get(name) for name in ("x", "residual", "w1", "b1", "w2", "b2"))
     torch.library.opcheck(torch.ops.neox.norm.default, (*args, EPS, "rms" in kind))
 

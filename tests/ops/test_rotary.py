@@ -219,12 +219,11 @@ def test_empty():
     assert rotary_qkv(nothing, **table).shape == (2, 0, 1, 3, 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype):
+def test_opcheck():
     table = tables((5,), 8)
-    q, k = reference.random(2, 5, 3, 20, dtype=dtype).requires_grad_(), reference.random(2, 5, 1, 20, dtype=dtype).requires_grad_()
+    q, k = reference.random(2, 5, 3, 20, dtype=torch.bfloat16).requires_grad_(), reference.random(2, 5, 1, 20, dtype=torch.bfloat16).requires_grad_()
     torch.library.opcheck(torch.ops.neox.rotary.default, (q, k, table["cos"], table["sin"], False))
-    qkv, table = packed_inputs(dtype)
+    qkv, table = packed_inputs(torch.bfloat16)
     torch.library.opcheck(torch.ops.neox.rotary_qkv_.default, (qkv, table["cos"], table["sin"], False))
 
 

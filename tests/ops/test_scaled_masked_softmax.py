@@ -107,9 +107,8 @@ def test_empty():
     assert scaled_causal_softmax(torch.empty(2, 3, 5, 0), 1.0).shape == (2, 3, 5, 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype):
-    x, mask = reference.random(2, 3, 5, 17, dtype=dtype), random_mask(2, 1, 5, 17)
+def test_opcheck():
+    x, mask = reference.random(2, 3, 5, 17, dtype=torch.bfloat16), random_mask(2, 1, 5, 17)
     torch.library.opcheck(native.scaled_softmax_backward.default, (x, x.clone(), 0.5, True))
     x.requires_grad_()
     torch.library.opcheck(native.scaled_masked_softmax.default, (x, mask, 0.5))
