@@ -159,8 +159,8 @@ class GPT(nn.Module):
         Arguments as in `forward`; targets int64 [b, s].
         A stage takes what the stage before it gave as `received` ([b, s, h], `boundary_shape`), and one that is not the last returns what
         the next is to receive. expected_dloss is the gradient that every token's loss is going to get, where that is known
-        (not used yet, see vocab_parallel_cross_entropy). With context parallelism
-        tokens, targets and position_ids are the own part of the sequence, segment_ids the whole.
+        (ops.cross_entropy). With context parallelism tokens, targets and position_ids are the own part of the sequence, segment_ids the
+        whole.
 
         Raises:
             DataError: as `forward`, and targets outside the vocabulary.

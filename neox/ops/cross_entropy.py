@@ -53,31 +53,31 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: z_loss must be finite and >= 0 and label_smoothing in [0, 1]; got {z_loss} and {label_smoothing}")
     if expected_dloss is not None and not inplace:
         raise ValueError("cross_entropy: expected_dloss needs inplace=True: the gradient is left in the logits")
-    shard = logits.shape[1]
+    ranks = 1 if group is None else group.size()
+    columns = (*_columns_of_rank(logits.shape[1], vocab_size, group), ignore_index)
+    foretold = expected_dloss if ranks == 1 and logits.requires_grad and torch.is_grad_enabled() else None
+    if foretold is not None:
+        statistics = native.cross_entropy_fused_(logits.detach(), targets, *columns, z_loss, label_smoothing, foretold)
+    else:
+        statistics = native.cross_entropy_statistics(logits.detach(), targets, *columns, label_smoothing > 0)
+    if ranks > 1:
+        statistics = _combine(statistics, group)
+    loss = native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace, foretold)
+    # Whoever else saved the logits gets torch's error. Only now: logits that are a view of a newer version are given another place in the
+    # graph, by as_strided, whose backward makes a second buffer of their size. While compiling, what was traced keeps account of it.
+    if foretold is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(logits)
+    return loss
+
+
+def _columns_of_rank(shard: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> tuple[int, int, int]:
+    """First column of this rank, how many of its `shard` are no padding, and the size of the whole vocabulary."""
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     if vocab_size is None:
         vocab_size = shard * ranks
     if not 0 < vocab_size <= shard * ranks:
         raise ValueError(f"cross_entropy: vocab_size must be positive and at most the {shard * ranks} columns of all ranks; got {vocab_size}")
-    first_column = rank * shard
-    num_columns = min(max(vocab_size - first_column, 0), shard)
-    columns = (first_column, num_columns, vocab_size, ignore_index)
-    foretold = expected_dloss if ranks == 1 and logits.requires_grad and torch.is_grad_enabled() else None
-    if foretold is not None:
-        statistics = _leave_gradient(logits.detach(), targets, *columns, z_loss, label_smoothing, foretold)
-    else:
-        statistics = native.cross_entropy_statistics(logits.detach(), targets, *columns, label_smoothing > 0)
-    if ranks > 1:
-        statistics = _combine(statistics, group)
-    return native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace, foretold)
-
-
-def _leave_gradient(logits: torch.Tensor, *how) -> torch.Tensor:
-    """Statistics of logits that become their gradient; whoever saved them before gets torch's error."""
-    statistics = native.cross_entropy_fused_(logits, *how)
-    if not torch.compiler.is_compiling():  # where it is, what was traced keeps account of overwritten tensors
-        torch.autograd.graph.increment_version(logits)
-    return statistics
+    return rank * shard, min(max(vocab_size - rank * shard, 0), shard), vocab_size
 
 
 def _combine(statistics: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -122,7 +122,8 @@ def _(dlogits, dloss, made_for):
 
 def _save(ctx, inputs, output):
     logits, targets, statistics, *ctx.options, ctx.inplace, ctx.made_for = inputs
-    ctx.save_for_backward(logits, targets, statistics)
+    # A gradient that is there already is kept under a version of its own, which the news that the logits are gone does not touch.
+    ctx.save_for_backward(logits if ctx.made_for is None else logits.data, targets, statistics)
 
 
 def _backward(ctx, dloss):

@@ -20,11 +20,12 @@ def vocab_parallel_cross_entropy(
         targets: int64 [...], over the whole vocabulary; -100 is ignored.
         mesh: gives the tensor group.
         vocab_size: real columns over the whole vocabulary; padding beyond takes no part.
-        expected_dloss: the gradient that every loss is going to get, where it is known. Not handed on to ops.cross_entropy yet: with it a
-            training run held a second buffer of the logits' size (0.47 GB instead of 0.34), for a reason not found.
+        expected_dloss: the gradient that every loss is going to get, where it is known (ops.cross_entropy).
 
     Returns:
         fp32 [number of tokens], 0 where the target is ignored.
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    return ops.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, group=mesh.tp_group, vocab_size=vocab_size, inplace=True)
+    return ops.cross_entropy(
+        flat, targets.reshape(-1), ignore_index=IGNORED, group=mesh.tp_group, vocab_size=vocab_size, inplace=True, expected_dloss=expected_dloss
+    )
