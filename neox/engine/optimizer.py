@@ -6,15 +6,57 @@ their own without decay.
 
 from __future__ import annotations
 
+import inspect
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+from torch.optim import Optimizer
 
 from neox.config.schema import OptimizerConfig
 from neox.engine.footprint import is_hidden_matrix
 
 
-class Lion(torch.optim.Optimizer):
+class Plain:
+    """Mixin: torch's methods without the wrapper that keeps torch.compile away from them, whose first call imports the compiler (over a second of a start)."""
+
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
+    state_dict = inspect.unwrap(Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+
+
+class AdamW(Plain, torch.optim.AdamW):
+    """AdamW (arXiv 1711.05101), torch's fused kernel and state; its own `step` is wrapped for torch.compile as well."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient. `closure` is not supported."""
+        for group in self.param_groups:
+            alike = defaultdict(list)  # the kernel takes tensors of one kind at a time
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.device, p.dtype].append(p)
+            for params in alike.values():
+                self._update(params, group)
+
+    def _update(self, params: list[torch.nn.Parameter], group: dict) -> None:
+        for p in params:
+            if not self.state[p]:
+                zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+        grads = [p.grad for p in params]
+        steps, averages, squares = ([self.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"]}
+        torch._fused_adamw_(params, grads, averages, squares, [], steps, amsgrad=False, maximize=False, **settings)
+
+
+class Lion(Plain, Optimizer):
     """Lion (arXiv 2302.06675, algorithm 2): p <- p - lr (sign(b1 m + (1 - b1) g) + wd p), m <- b2 m + (1 - b2) g."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float):
@@ -40,7 +82,7 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_lerp_(averages, grads, 1.0 - beta2)
 
 
-class SGD(torch.optim.Optimizer):
+class SGD(Plain, Optimizer):
     """SGD with heavy-ball momentum and decoupled decay: m <- mu m + g, p <- p - lr (m + wd p)."""
 
     def __init__(self, params, lr: float, momentum: float, weight_decay: float):
@@ -77,7 +119,7 @@ def groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: O
     return [group for group in out if group["params"]]
 
 
-def build_muon(param_groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_muon(param_groups: list[dict], config: OptimizerConfig) -> Optimizer:
     """DeepSpeed's Muon (it knows how ZeRO cuts matrices) with AdamW for the parameters that are no hidden matrices."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: this import alone takes two seconds
 
@@ -92,7 +134,7 @@ def build_muon(param_groups: list[dict], config: OptimizerConfig) -> torch.optim
     return MuonWithAuxAdam(param_groups)
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> Optimizer:
     """The optimizer of a run over the parameters of one process.
 
     Args:
@@ -105,15 +147,15 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
     for group in param_groups:
         del group["use_muon"]
     if config.type == "adamw":
-        return torch.optim.AdamW(param_groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+        return AdamW(param_groups, config.lr, config.betas, config.eps, config.weight_decay)
     if config.type == "lion":
         return Lion(param_groups, config.lr, config.betas, config.weight_decay)
     return SGD(param_groups, config.lr, config.momentum, config.weight_decay)
 
 
-def counter(optimizer: torch.optim.Optimizer, group: dict, device: torch.device, updates: int) -> dict:
+def counter(optimizer: Optimizer, group: dict, device: torch.device, updates: int) -> dict:
     """The `step` entry of a parameter's state after `updates` updates, in the form in which the optimizer keeps it; empty where it has none."""
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, AdamW):
         return {"step": torch.tensor(float(updates), device=device)}
     if group.get("use_muon") is False:
         return {"step": updates}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import io
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.runtime import compiler
 from deepspeed.utils import groups
 
 from neox.config.schema import Config
@@ -125,6 +129,32 @@ def join_alone(device: torch.device) -> None:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
 
 
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch's compiler. Its ZeRO asks whether an optimizer is a Muon, whose module calls torch.compile when it is imported:
+    a second of every start.
+
+    For runs without Muon; one with it has imported it by now, compiled.
+    """
+    compiled = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiled
+
+
+@contextlib.contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Keep what is there out of garbage collection: DeepSpeed collects half a dozen times as it starts, 0.4 s each over all that was imported."""
+    frozen_before = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:
+            gc.unfreeze()
+
+
 def start_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.optim.Optimizer, sizes: tuple[int, int], mesh: Mesh) -> Any:
     """Wrap the module and the optimizer; returns DeepSpeed's engine.
 
@@ -140,7 +170,9 @@ def start_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.op
     settings = deepspeed_config(config, *sizes, mesh.replicas, count)
     # Data parallelism alone goes without a grid: DeepSpeed has features (Muon in bf16) that refuse one, whatever it says.
     grid = Grid(mesh) if mesh.tp * mesh.pp * mesh.cp > 1 else None
+    if config.optimizer.type != "muon":
+        import_muon_uncompiled()
     groups.mpu = grid  # else an engine without a grid would find that of the one before it in this process
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics whatever its log level
+    with contextlib.redirect_stdout(io.StringIO()), frozen_objects():  # it prints memory statistics whatever its log level
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False)
     return engine

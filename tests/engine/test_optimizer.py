@@ -124,3 +124,19 @@ def test_what_is_kept_is_what_a_step_leaves(kind):
             extra = counter(optimizer, group, torch.device("cpu"), 3)
             assert set(want[name]) | set(extra) == set(optimizer.state[p])
             assert all(float(optimizer.state[p][key]) == float(value) for key, value in extra.items())
+
+
+def test_adamw_is_torchs_to_the_bit():
+    ours, theirs = parameters(), parameters()
+    one = build_optimizer(ours.items(), config("adamw", eps=1e-6))
+    theirs_groups = groups(theirs.items(), config("adamw", eps=1e-6))
+    two = torch.optim.AdamW(theirs_groups, lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.25, fused=True)
+    for step in range(4):
+        for a, b in zip(ours.values(), theirs.values(), strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+            b.grad = a.grad.clone()
+        one.step()
+        two.step()
+    for a, b in zip(ours.values(), theirs.values(), strict=True):
+        assert torch.equal(a, b)
+        assert all(torch.equal(one.state[a][key], two.state[b][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
