@@ -6,5 +6,6 @@
 namespace neox::data {
 
 void bind_text(pybind11::module_& module);
+void bind_corpus(pybind11::module_& module);
 
 }  // namespace neox::data

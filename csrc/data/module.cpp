@@ -315,6 +315,7 @@ PYBIND11_MODULE(_data, module) {
     bind_dataset(module);
     bind_writer(module);
     bind_text(module);
+    bind_corpus(module);
     module.def("sample_index", &sample_index, py::arg("sizes"), py::arg("order"), py::arg("seq_length"), py::arg("rows"), py::arg("wide"),
                py::arg("threads") = 1);
     module.def("epochs_needed", &epochs_needed, py::arg("tokens_per_epoch"), py::arg("seq_length"), py::arg("num_samples"));

@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids wanted, the 256 bytes and end-of-document token included")
     train.add_argument("--out", required=True, metavar="FILE", help="tokenizer to write, a `tokenizers` JSON file")
     train.add_argument("--eod-token", default=EOD_NAMES[0], metavar="TOKEN", help="end-of-document token (default: <|endoftext|>)")
+    help_special = "another token that is matched as a whole, such as <|fim_prefix|>; may be repeated"
+    train.add_argument("--special-token", action="append", default=[], metavar="TOKEN", help=help_special)
     train.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
     train.add_argument("--bad-lines", choices=("fail", "skip"), default="fail", help="a line that gives no document: stop, or pass over it (default: fail)")
     train.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -36,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     """Train and print what was made."""
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
     texts = documents(files, args.json_key, args.bad_lines)
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.out, eod_token=args.eod_token, show_progress=sys.stderr.isatty())
+    tokenizer = train_tokenizer(
+        texts, args.vocab_size, args.out, eod_token=args.eod_token, special_tokens=args.special_token, show_progress=sys.stderr.isatty()
+    )
     result = {"out": args.out, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "hash": tokenizer.hash, "files": len(files)}
     if args.json:
         print(orjson.dumps(result).decode())

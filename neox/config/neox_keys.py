@@ -145,7 +145,7 @@ DATA = {
 POST_TRAINING = {
     "train_impl": _translated("train.objective", "normal: pretrain, or sft with label data; dpo; rm: reward", "normal"),
     "dataset_impl": _translated("data.train", "gpt2, or pairwise with dpo and rm", "gpt2"),
-    "pack_impl": _translated("data.packing", "packed; unpacked: documents", "packed"),
+    "pack_impl": _translated("data.packing data.order", "packed: concatenate; pack_until_overflow: best_fit; unpacked: document", "packed"),
     "dpo_beta": _translated("train.dpo_beta", "with train_impl: dpo", 0.1),
     **{f"{part}_label_data_paths": _translated(f"data.{ours}", "labels") for part, ours in PARTS.items()},
     **{f"pos_{part}_data_paths": _translated(f"data.{ours}", "path") for part, ours in PARTS.items()},
@@ -206,7 +206,7 @@ IGNORED_BECAUSE = {
         checkpoint_in_cpu profile_backward activation_checkpointing
     """,
     "datasets are mapped into memory, one way for all": "data_impl mmap_warmup use_shared_fs num_workers",
-    "no effect on packed samples": "allow_chopped short_seq_prob",
+    "documents longer than a sample are cut; samples have one length": "allow_chopped short_seq_prob",
     "merges are in the tokenizer's JSON file": "merge_file",
     "metrics.jsonl has the times of every step; logging.interval prints them": "steps_per_print wall_clock_breakdown",
     "metrics.jsonl has the gradient's norm of every step": "log_grad_norm",

@@ -182,9 +182,21 @@ def services(work: Translation) -> None:
                 work.set(f"logging.comet.{ours}", work.value(theirs), theirs)
 
 
+PACKING = {"packed": "concatenate", "pack_until_overflow": "best_fit", "unpacked": "document"}
+
+
 def data(work: Translation) -> None:
     """Prefixes with their weights, in upstream's order of samples."""
-    work.set("data.order", "neox", work.first("train_data_paths", "data_path"))
+    packing = PACKING.get(str(work.value("pack_impl")))
+    if packing is None:
+        work.refuse("pack_impl", "this packing is not supported", want=", ".join(PACKING), decides="data.packing")
+    elif packing != "concatenate":
+        work.set("data.packing", packing, "pack_impl")
+    if packing == "best_fit":
+        work.set("data.order", "epoch", "pack_impl")
+        work.note("documents are packed whole by best fit, which pads less, in an order of ours", "pack_impl")
+    else:
+        work.set("data.order", "neox", work.first("train_data_paths", "data_path"))
     if "data_path" in work.given:
         work.set("data.split", str(work.value("split")).replace(" ", ""), "split")
     objective = OBJECTIVES.get(str(work.value("train_impl")))
@@ -204,11 +216,6 @@ def data(work: Translation) -> None:
         work.set("train.dpo_beta", work.value("dpo_beta"), "dpo_beta")
     if objective == "reward":
         work.set("model.output", "score", "train_impl")
-    packing = {"packed": "packed", "unpacked": "documents"}.get(str(work.value("pack_impl")))
-    if packing is None:
-        work.refuse("pack_impl", "this packing is not supported", want="packed or unpacked", decides="data.packing")
-    elif packing != "packed":
-        work.set("data.packing", packing, "pack_impl")
 
 
 def blend(work: Translation, theirs: str, part: str, ours: str) -> None:

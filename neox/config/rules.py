@@ -130,10 +130,14 @@ def sources(config: Config, _: Situation) -> Iterator[Conflict]:
     """There is training data, given in one of the two ways, and validation data where evaluation is asked for."""
     data = config.data
     lists = [f"data.{part}" for part in ("train", "validation", "test") if dict(data)[part]]
-    if data.path is not None and lists:
-        yield Conflict("data given in two ways", ("data.path", *lists), "data.path with data.split, or lists of sources")
-    if data.path is None and not data.train:
-        yield Conflict("no training data", ("data.train", "data.path"), "one of them", "--set data.train=[PREFIX] where PREFIX.bin and PREFIX.idx are")
+    whole = [f"data.{name}" for name, value in (("path", data.path), ("text", data.text)) if value]
+    if whole and len(whole) + bool(lists) > 1:
+        yield Conflict("data given in two ways", (*whole, *lists), "data.path or data.text, with data.split, or lists of sources")
+    if not whole and not data.train:
+        keys, do = ("data.train", "data.path", "data.text"), "--set data.train=[PREFIX] where PREFIX.bin and PREFIX.idx are"
+        yield Conflict("no training data", keys, "one of them", do)
+    if data.text and config.tokenizer.file is None:
+        yield Conflict("text without a tokenizer", ("data.text", "tokenizer.file"), "tokenizer.file", "neox tokenizer train makes one")
     for part in ("train", "validation", "test"):
         blend = dict(data)[part]
         if blend and not any(source.weight for source in blend):
@@ -146,9 +150,29 @@ def sources(config: Config, _: Situation) -> Iterator[Conflict]:
     except ValueError as reason:
         yield Conflict("cannot read the split", ("data.split",), str(reason))
         return
-    if config.evaluate.interval and not data.validation and (data.path is None or shares[1] == 0):
-        keys = ("evaluate.interval", "data.validation", *(("data.split",) if data.path is not None else ()))
+    if config.evaluate.interval and not data.validation and (not whole or shares[1] == 0):
+        keys = ("evaluate.interval", "data.validation", *(("data.split",) if whole else ()))
         yield Conflict("evaluation without validation data", keys, "validation data, or evaluate.interval: 0")
+
+
+def packing(config: Config, _: Situation) -> Iterator[Conflict]:
+    """How samples are made of documents fits their order and what is learned of them."""
+    data, fim = config.data, config.data.fim
+    if data.packing == "best_fit" and data.order == "neox":
+        yield Conflict("GPT-NeoX's order is one of concatenated documents", ("data.packing", "data.order"), "order: epoch with best_fit", "data.order: epoch")
+    if data.packing == "best_fit" and config.train.objective in ("dpo", "reward"):
+        yield Conflict("pairs are never packed", ("data.packing", "train.objective"), "packing: document or concatenate with dpo and reward")
+    if not fim.rate:
+        return
+    if config.tokenizer.file is None:
+        yield Conflict("fill in the middle without a tokenizer", ("data.fim.rate", "tokenizer.file"), "tokenizer.file, which has the three tokens")
+    if config.train.objective != "pretrain":
+        yield Conflict(
+            "fill in the middle moves tokens away from their labels", ("data.fim.rate", "train.objective"), "objective: pretrain with fim.rate above 0"
+        )
+    names = {name: dict(fim)[name] for name in ("prefix_token", "middle_token", "suffix_token")}
+    if len(set(names.values())) < len(names):
+        yield Conflict("two tokens of fill in the middle are one", tuple(f"data.fim.{name}" for name in names), "three different tokens")
 
 
 def objective(config: Config, _: Situation) -> Iterator[Conflict]:
@@ -163,8 +187,9 @@ def objective(config: Config, _: Situation) -> Iterator[Conflict]:
                 yield Conflict("the objective does not fit the data", keys, want, None if pairs else "train.objective: dpo or reward")
             elif (kind == "sft" and source.labels is None) or (kind == "pretrain" and source.labels is not None):
                 yield Conflict("the objective does not fit the data", keys, "`labels` in every source with objective: sft, in none with pretrain")
-    if kind != "pretrain" and config.data.path is not None:
-        yield Conflict("data.path has no labels or pairs", ("train.objective", "data.path"), "data.train, a list of {path, labels, ...}")
+    for name in ("path", "text"):
+        if kind != "pretrain" and dict(config.data)[name]:
+            yield Conflict(f"data.{name} has no labels or pairs", ("train.objective", f"data.{name}"), "data.train, a list of {path, labels, ...}")
     if (kind == "reward") != (model.output == "score"):
         yield Conflict("the head does not fit the objective", ("model.output", "train.objective"), "model.output: score with objective: reward, and only there")
     if pairs and layout.context > 1:
@@ -348,6 +373,7 @@ RULES = (
     residual,
     vocabulary,
     sources,
+    packing,
     objective,
     lora,
     schedule,

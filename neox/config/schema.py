@@ -15,9 +15,11 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 Adapted = Literal["attention.qkv", "attention.out", "mlp.up", "mlp.gate", "mlp.down"]
 
+FORMER_PACKING = {"packed": "concatenate", "documents": "document"}  # names in configs of earlier versions
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}  # activation -> function applied to the gate
 
 
@@ -143,26 +145,46 @@ class DataSource(Section):
     rejected_labels: str | None = Field(None, description="labels of `rejected`")
 
 
+class FimConfig(Section):
+    """Fill in the middle (arXiv 2207.14255): documents of training samples are cut in three, and the middle is put last."""
+
+    rate: Share = Field(0.0, description="share of the documents that are transformed; 0: none")
+    spm_rate: Share = Field(0.5, description="share of these in the order suffix, prefix, middle; the others are prefix, suffix, middle")
+    split_sample: str | None = Field(None, description="token that divides a document into fragments (files of a repository), transformed each; null: none")
+    fragment_rate: Share = Field(0.5, description="with split_sample: share of the fragments of a chosen document that are transformed")
+    no_prefix: str | None = Field(None, description="text and fragments that begin with this are left as they are; null: none are")
+    prefix_token: str = Field("<|fim_prefix|>", description="token before the prefix; it has to be in tokenizer.file")
+    middle_token: str = Field("<|fim_middle|>", description="token before the middle")
+    suffix_token: str = Field("<|fim_suffix|>", description="token before the suffix")
+
+
 class DataConfig(Section):
-    """What is trained on: either train/validation/test lists, or one path that `split` cuts."""
+    """What is trained on: train/validation/test lists, or one path or text that `split` cuts."""
 
     train: tuple[DataSource, ...] = Field((), description="datasets of the training set: prefixes, or {path, weight}")
     validation: tuple[DataSource, ...] = Field((), description="datasets of the validation set")
     test: tuple[DataSource, ...] = Field((), description="datasets of the test set")
     path: str | None = Field(None, description="prefix of one dataset, cut into train, validation and test by `split`")
-    split: str = Field("969,30,1", description="shares of train, validation, test when data.path is used")
+    text: tuple[str, ...] = Field(
+        (), strict=False, description="text and JSON-lines files, or folders of them, that the run tokenizes itself, once; cut by `split` as `path` is"
+    )
+    text_cache: str | None = Field(None, description="folder for what is made of `text`; runs may share one; null: run.dir/text")
+    split: str = Field("969,30,1", description="shares of train, validation, test when data.path or data.text is used")
     seq_length: Positive = Field(2048, description="tokens of a sample that the model reads (one more is read as last target)")
     order: Literal["epoch", "neox"] = Field("epoch", description="epoch: pure function of seed and sample index; neox: GPT-NeoX's shuffle, bit for bit")
-    packing: Literal["packed", "documents"] = Field(
-        "packed", description="packed: samples are cut from the stream of documents; documents: a sample is one document, cut off or padded to seq_length"
+    packing: Literal["concatenate", "best_fit", "document"] = Field(
+        "concatenate",
+        description="concatenate: samples are cut from the stream of documents; best_fit: documents are put together whole, those longer than a sample cut "
+        "(arXiv 2404.10830); document: a sample is one document, cut off or padded to seq_length",
     )
+    fim: FimConfig = Field(FimConfig(), description="fill in the middle")
     document_mask: bool = Field(False, description="attention and positions stop at document borders")
     prefetch: NonNegative = Field(2, description="batches read ahead by a background thread; 0: none")
     index_cache: str | None = Field(None, description="folder for the index arrays of order: neox; null: beside the data, else in run.dir")
 
     @model_validator(mode="before")
     @classmethod
-    def accept_bare_prefixes(cls, values: Any) -> Any:
+    def accept_short_forms(cls, values: Any) -> Any:
         """`train: a` and `train: [a, {path: b, weight: 2}]` mean lists of sources."""
         if not isinstance(values, dict):
             return values
@@ -172,6 +194,10 @@ class DataConfig(Section):
                 out[key] = [out[key]]
             if isinstance(out.get(key), (list, tuple)):
                 out[key] = tuple({"path": item} if isinstance(item, str) else item for item in out[key])
+        if isinstance(out.get("text"), str):
+            out["text"] = (out["text"],)
+        if isinstance(out.get("packing"), str):
+            out["packing"] = FORMER_PACKING.get(out["packing"], out["packing"])
         return out
 
 

@@ -65,6 +65,24 @@ class Blend:
         dataset, inner = self._block(number)
         return int(dataset[offset]), int(inner[offset])
 
+    def taken(self, count: int) -> np.ndarray:
+        """How many of the first `count` samples come from each dataset, int64."""
+        out = np.zeros(self.shares.size, dtype=np.int64)
+        for first in range(0, count, self.BLOCK):
+            out = core.blend(self.shares, first, min(self.BLOCK, count - first), out)[2]
+        return out
+
+    def places(self, inner: list[np.ndarray], count: int) -> np.ndarray:
+        """Where samples stand in the blend: those below `count` that are sample inner[k][j] of dataset k, int64, ascending."""
+        taken, found = np.zeros(self.shares.size, dtype=np.int64), [np.empty(0, dtype=np.int64)]
+        for first in range(0, count, self.BLOCK):
+            dataset, sample, taken = core.blend(self.shares, first, min(self.BLOCK, count - first), taken)
+            wanted = np.zeros(dataset.size, dtype=bool)
+            for number, samples in enumerate(inner):
+                wanted |= (dataset == number) & np.isin(sample, samples) if samples.size else False
+            found.append(first + np.flatnonzero(wanted))
+        return np.concatenate(found)
+
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number in self._blocks:
             return self._blocks[number]

@@ -1,16 +1,17 @@
-"""Samples that are whole documents: one for supervised fine-tuning, a chosen and a rejected one for preferences (`data.packing: documents`)."""
+"""Samples that are whole documents: one for supervised fine-tuning, a chosen and a rejected one for preferences (`data.packing: document`)."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from neox.data._native import core
-from neox.data.blend import Blend
 from neox.data.indexed import IndexedDataset
-from neox.data.sampling import Dataset, EpochDataset, NeoxDataset, Pair, Sample, order_key
+from neox.data.sampling import EpochDataset, NeoxDataset, Pair, Sample, order_key
+from neox.data.trace import Piece, Seen, permuted_find, permuted_sum
 from neox.errors import DataError
 
 PADDING = 0  # an id that every vocabulary has; nothing is learned from it, and no earlier token sees it
+PADDED = -1  # mark of a token that is padding
 IGNORED = -100
 
 
@@ -30,6 +31,7 @@ class Answers:
             check_same_documents(dataset, labels, "labels")
         self.dataset = dataset
         self._labels = labels
+        self.seq_length = seq_length
         self._length = seq_length + 1
 
     def __len__(self) -> int:
@@ -44,23 +46,63 @@ class Answers:
         labels[:count] = tokens[:count] if self._labels is None else self._labels.read(first, count)[0]
         return Sample(tokens, None, labels, min(count, self._length - 1) - 1)
 
+    def piece(self, document: int) -> Piece:
+        """The part of a document that its sample has."""
+        first, last = (self.dataset.first_token_of_document(number) for number in (document, document + 1))
+        return Piece(self.dataset.prefix, document, 0, min(last - first, self._length))
+
+    def seen(self, order: core.EpochOrder, count: int, first: int, documents: int) -> Seen:
+        """What the first `count` samples of an order over documents from `first` on have read."""
+        read = np.minimum(np.diff(self.dataset.document_starts()[first : first + documents + 1]), self.seq_length)
+        return Seen(self.dataset.prefix, count, permuted_sum(order, read, count), count / documents)
+
 
 class DocumentDataset:
-    """One document per sample: sample i is a pure function of (seed, data, i), for every i >= 0; an epoch has each document once. `len` is one epoch."""
+    """One document per sample: sample i is a pure function of (seed, data, i), for every i >= 0; an epoch has each document once. `len` is one epoch.
 
-    def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int, seed: int):
+    Args:
+        documents: [first, last) of the dataset; None: all.
+    """
+
+    def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int, seed: int, documents: tuple[int, int] | None = None):
         self._answers = Answers(dataset, labels, seq_length)
-        self._order = document_order(dataset, seed)
+        whole = (0, dataset.num_documents)
+        self._first, last = documents or whole
+        self._count = last - self._first
+        key = () if documents in (None, whole) else documents
+        self._order = document_order(dataset, seed, self._count, *key)
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return self._count
 
     def __getitem__(self, index: int) -> Sample:
-        return self._answers[self._order.first_token(index)]
+        return self._answers[self._document(index)]
+
+    def _document(self, index: int) -> int:
+        return self._first + self._order.first_token(index)
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""
-        return f"{self._answers.dataset.bin_path} document {self._order.first_token(index)} offset {token}"
+        return f"{self._answers.dataset.bin_path} document {self._document(index)} offset {token}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The document that sample `index` is."""
+        return [self._answers.piece(self._document(index))]
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that are a document, int64."""
+        return permuted_find(self._order, np.array([document - self._first]), count if prefix == self._answers.dataset.prefix else 0)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [self._answers.seen(self._order, count, self._first, self._count)]
+
+    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [s + 1], and 0 for each, PADDED where it is padding, int32."""
+        (piece,) = self.pieces(index)
+        marks = np.full(self._answers.seq_length + 1, PADDED, dtype=np.int32)
+        marks[: piece.tokens] = 0
+        return self[index].tokens, marks
 
 
 class PairDataset:
@@ -89,7 +131,7 @@ class PairDataset:
                 want="as many of each",
             )
         self._seq_length = seq_length
-        self._order = document_order(chosen[0], seed)
+        self._order = document_order(chosen[0], seed, chosen[0].num_documents)
         self.reference: np.ndarray | None = None  # fp32 [pairs, 2], by number of the document
 
     def __len__(self) -> int:
@@ -106,6 +148,20 @@ class PairDataset:
         """Where a token of the chosen answer lies or, counted on behind it, of the rejected one."""
         second, offset = divmod(token, self._seq_length + 1)
         return f"{(self.rejected if second else self.chosen).dataset.bin_path} document {self._order.first_token(index)} offset {offset}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The chosen and the rejected document of a sample."""
+        document = self._order.first_token(index)
+        return [self.chosen.piece(document), self.rejected.piece(document)]
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a document, int64."""
+        known = prefix in (self.chosen.dataset.prefix, self.rejected.dataset.prefix)
+        return permuted_find(self._order, np.array([document]), count if known else 0)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [side.seen(self._order, count, 0, len(self)) for side in (self.chosen, self.rejected)]
 
     def checksums(self) -> tuple[int, int]:
         """What names the two datasets."""
@@ -130,32 +186,24 @@ class LabelledDataset:
         """Where token `token` of sample `index` lies: file, document, offset."""
         return self._samples.describe(index, token)
 
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        return self._samples.pieces(index)
 
-class MixedDataset:
-    """Datasets of samples or pairs mixed by weight, as BlendedDataset mixes those that are read many samples at a time."""
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        return self._samples.find(prefix, document, count)
 
-    def __init__(self, datasets: list[Dataset], weights: list[float]):
-        self.parts = datasets
-        self._blend = Blend(weights)
-
-    def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.parts)
-
-    def __getitem__(self, index: int) -> Sample | Pair:
-        dataset, inner = self._blend[index]
-        return self.parts[dataset][inner]
-
-    def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
-        dataset, inner = self._blend[index]
-        return self.parts[dataset].describe(inner, token)
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return self._samples.seen(count)
 
 
-def document_order(dataset: IndexedDataset, seed: int) -> core.EpochOrder:
-    """The order of the documents: of samples of one token each."""
-    if dataset.num_documents == 0:
+def document_order(dataset: IndexedDataset, seed: int, documents: int, *place: int) -> core.EpochOrder:
+    """The order of some documents: of samples of one token each. `place` tells a part of a dataset from the whole."""
+    if documents == 0:
         raise DataError("dataset has no documents", where=dataset.prefix)
-    return core.EpochOrder(order_key(seed, dataset.checksum(), dataset.num_documents), dataset.num_documents + 1, 1)
+    return core.EpochOrder(order_key(seed, dataset.checksum(), dataset.num_documents, *place), documents + 1, 1)
 
 
 def check_same_documents(dataset: IndexedDataset, other: IndexedDataset, what: str) -> None:

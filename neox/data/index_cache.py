@@ -1,4 +1,4 @@
-"""The arrays of `order: neox` on disk: built once, keyed by content, complete or absent, mapped by every process."""
+"""The arrays of `order: neox` and of `packing: best_fit` on disk: built once, keyed by content, complete or absent, mapped by every process."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from neox.errors import DataError, DiskError
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 NAMES = ("doc_idx", "sample_idx", "shuffle_idx")
+PACKING_NAMES = ("firsts", "sizes", "starts")
 MANIFEST = "manifest.json"
 
 log = logging.getLogger("neox.data")
@@ -32,22 +33,22 @@ def cache_key(**settings: int) -> str:
     return hashlib.sha256(orjson.dumps(["neox-order-1", settings], option=orjson.OPT_SORT_KEYS)).hexdigest()[:24]
 
 
-def cached_order(folders: Sequence[Path], key: str, build: Callable[[], Arrays]) -> Arrays:
+def cached_order(folders: Sequence[Path], key: str, build: Callable[[], Arrays], names: Sequence[str] = NAMES) -> Arrays:
     """The arrays for `key`, from the first folder that has them whole; else built and kept in the first folder that can be written.
 
     Several processes may call this at once: one builds, the others wait for it and map what it wrote. A damaged cache is built anew.
     When no folder can be written the arrays stay in memory, with a notice.
     """
     for folder in folders:
-        arrays = load(folder / key)
+        arrays = load(folder / key, names)
         if arrays is not None:
             return arrays
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / f"{key}.lock"):
-                arrays = load(folder / key)
-                return store(folder / key, build()) if arrays is None else arrays
+                arrays = load(folder / key, names)
+                return store(folder / key, build(), names) if arrays is None else arrays
         except (OSError, DiskError) as error:
             log.warning("cannot keep the sample order in %s (%s)", folder, error)
     log.warning("the sample order is kept in memory by every process; set data.index_cache to a folder that can be written")
@@ -63,12 +64,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def store(folder: Path, arrays: Arrays) -> Arrays:
+def store(folder: Path, arrays: Arrays, names: Sequence[str] = NAMES) -> Arrays:
     """Write the arrays into a temporary folder and rename it into place; returns them mapped. Raises OSError."""
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial.", dir=folder.parent))
     try:
         sums = {}
-        for name, array in zip(NAMES, arrays, strict=True):
+        for name, array in zip(names, arrays, strict=True):
             with open(partial / f"{name}.npy", "wb") as file:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
@@ -81,23 +82,23 @@ def store(folder: Path, arrays: Arrays) -> Arrays:
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    stored = load(folder)
+    stored = load(folder, names)
     if stored is None:
         raise OSError(None, "the cache reads back differently")
     return stored
 
 
-def load(folder: Path) -> Arrays | None:
+def load(folder: Path, names: Sequence[str] = NAMES) -> Arrays | None:
     """The mapped arrays, or None when they are absent or any byte differs from what was written."""
     try:
         sums = orjson.loads((folder / MANIFEST).read_bytes())
-        for name in NAMES:
+        for name in names:
             if int(sums[name], 16) != core.file_checksum(os.fsencode(folder / f"{name}.npy")):
                 raise ValueError(f"checksum of {name} differs")
-        doc_idx, sample_idx, shuffle_idx = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES)
+        first, second, third = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:
         log.warning("sample order in %s is damaged and is built anew (%s)", folder, error)
         return None
-    return doc_idx, sample_idx, shuffle_idx
+    return first, second, third

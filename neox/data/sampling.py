@@ -12,6 +12,7 @@ import numpy as np
 from neox.data._native import core
 from neox.data.blend import Blend
 from neox.data.indexed import IndexedDataset
+from neox.data.trace import Piece, Seen, matching, merged, pieces_of
 from neox.errors import ConfigError, DataError
 
 MASK64 = 2**64 - 1
@@ -37,13 +38,23 @@ class Pair(NamedTuple):
 
 
 class Dataset(Protocol):
-    """What the loader reads: `dataset[i]` for any i >= 0 it has; `describe(i, j)` names where token j of sample i lies."""
+    """What the loader reads: `dataset[i]` for any i >= 0 it has; `describe(i, j)` names where token j of sample i lies.
+
+    pieces(i): what sample i is made of. find(prefix, document, count): the samples below `count` that hold a part of a document, int64.
+    seen(count): what the first `count` samples read of each source.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample | Pair: ...
 
     def describe(self, index: int, token: int) -> str: ...
+
+    def pieces(self, index: int) -> list[Piece]: ...
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray: ...
+
+    def seen(self, count: int) -> list[Seen]: ...
 
 
 class Rows(NamedTuple):
@@ -181,6 +192,10 @@ class EpochDataset:
         tokens, segments = self._dataset.read(self._first_token(index), self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
 
+    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [s + 1] and the running number of each one's document, int32."""
+        return self._dataset.read(self._first_token(index), self.seq_length + 1, True)
+
     def over(self, other: IndexedDataset) -> EpochDataset:
         """The same samples of another dataset, whose documents are as long."""
         twin = copy.copy(self)
@@ -195,6 +210,26 @@ class EpochDataset:
         """Where token `token` of sample `index` lies: file, document, offset."""
         document, offset = self._dataset.locate(self._first_token(index) + token)
         return f"{self._dataset.bin_path} document {document} offset {offset}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        return pieces_of(self._dataset, self._first_token(index), self.seq_length + 1)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        if prefix != self._dataset.prefix:
+            return np.empty(0, dtype=np.int64)
+        first, last = (self._dataset.first_token_of_document(number) - self._start for number in (document, document + 1))
+
+        def holds(samples: np.ndarray) -> np.ndarray:
+            starts = self._order.first_tokens(samples)
+            return (starts < last) & (starts + self.seq_length >= first)
+
+        return matching(count if first < last else 0, holds)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [Seen(self._dataset.prefix, count, count * self.seq_length, count / len(self))]
 
     def _first_token(self, index: int) -> int:
         if index < 0:
@@ -219,6 +254,11 @@ class NeoxDataset:
         tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
 
+    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [s + 1] and the running number of each one's sequence, int32."""
+        position, offset = self._row(index)
+        return self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, True)
+
     def over(self, other: IndexedDataset) -> NeoxDataset:
         """The same samples of another dataset, whose sequences are as long."""
         twin = copy.copy(self)
@@ -242,6 +282,37 @@ class NeoxDataset:
         document, offset = self._dataset.locate(self._dataset.first_token(int(self._documents[position])) + offset)
         return f"{self._dataset.bin_path} document {document} offset {offset}"
 
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        position, offset = self._row(index)
+        left, found = self.seq_length + 1, []
+        while left:
+            sequence = int(self._documents[position])
+            take = min(left, int(self._dataset.sizes[sequence]) - offset)
+            found += pieces_of(self._dataset, self._dataset.first_token(sequence) + offset, take) if take else []
+            position, offset, left = position + 1, 0, left - take
+        return merged(found)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        if prefix != self._dataset.prefix:
+            return np.empty(0, dtype=np.int64)
+        first, last = self._dataset.first_sequence(document), self._dataset.first_sequence(document + 1)
+        filled = first + np.flatnonzero(self._dataset.sizes[first:last])
+        positions = np.flatnonzero(np.isin(self._documents, filled))
+        starts = self._samples[:, 0]
+        # Sample r lies between row r of the index and, included, row r + 1; a row at the very end of a document starts in the next one.
+        rows = np.zeros(len(self), dtype=bool)
+        lows, highs = np.searchsorted(starts, positions, side="left") - 1, np.searchsorted(starts, positions, side="right")
+        for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
+            rows[max(low, 0) : high] = True
+        return np.flatnonzero(rows[self._shuffle[:count]])
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        tokens = int(self._dataset.sizes[np.unique(self._documents)].sum(dtype=np.int64))
+        return [Seen(self._dataset.prefix, count, count * self.seq_length, count * self.seq_length / tokens)]
+
     def _row(self, index: int) -> tuple[int, int]:
         self._check(index)
         position, offset = self._samples[self._shuffle[index]]
@@ -254,33 +325,55 @@ class NeoxDataset:
             )
 
 
-class BlendedDataset:
+class MixedDataset:
     """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other."""
 
-    def __init__(self, datasets: list[EpochDataset | NeoxDataset], weights: list[float]):
-        self._datasets = datasets
+    def __init__(self, datasets: list[Dataset], weights: list[float]):
+        self.parts = datasets
         self._blend = Blend(weights)
-        self.seq_length = datasets[0].seq_length
-        self.document_mask = datasets[0].document_mask
 
     def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self._datasets)
+        return sum(len(dataset) for dataset in self.parts)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample | Pair:
         dataset, inner = self._blend[index]
-        return self._datasets[dataset][inner]
+        return self.parts[dataset][inner]
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        dataset, inner = self._blend[index]
+        return self.parts[dataset].describe(inner, token)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        dataset, inner = self._blend[index]
+        return self.parts[dataset].pieces(inner)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        taken = self._blend.taken(count)
+        inner = [part.find(prefix, document, given) for part, given in zip(self.parts, taken.tolist(), strict=True)]
+        return self._blend.places(inner, count)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [seen for part, given in zip(self.parts, self._blend.taken(count).tolist(), strict=True) for seen in part.seen(given)]
+
+
+class BlendedDataset(MixedDataset):
+    """Datasets that are read many samples at a time, mixed by weight."""
+
+    def __init__(self, datasets: list[EpochDataset | NeoxDataset], weights: list[float]):
+        super().__init__(datasets, weights)
+        self.seq_length = datasets[0].seq_length
+        self.document_mask = datasets[0].document_mask
 
     def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
         """Sample indices[i] into row rows[i]."""
         sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
         for source in np.unique(sources).tolist():
             own = sources == source
-            self._datasets[source].read_rows(inner[own], rows[own], out)
-
-    def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
-        dataset, inner = self._blend[index]
-        return self._datasets[dataset].describe(inner, token)
+            self.parts[source].read_rows(inner[own], rows[own], out)
 
 
 def check_tokens(dataset: IndexedDataset, documents: tuple[int, int], tokens: int, seq_length: int) -> None:

@@ -132,27 +132,37 @@ def content_hash(content: object) -> str:
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path, *, eod_token: str = EOD_NAMES[0], show_progress: bool = False) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    out: str | Path,
+    *,
+    eod_token: str = EOD_NAMES[0],
+    special_tokens: Sequence[str] = (),
+    show_progress: bool = False,
+) -> Tokenizer:
     """Train a byte-level BPE tokenizer (every byte string can be encoded) and write it.
 
     Args:
         texts: the corpus, read once.
         vocab_size: ids wanted, bytes and end-of-document token included; a small corpus may give fewer.
         out: JSON file to write.
+        special_tokens: further tokens that are matched as a whole; they get the ids behind the end-of-document token's.
 
     Raises:
         ConfigError: vocab_size below 257.
         DataError: no text.
         DiskError: the file cannot be written.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ConfigError("vocabulary is too small for byte-level BPE", where="--vocab-size", got=vocab_size, want=f"at least {SMALLEST_VOCABULARY}")
+    least = SMALLEST_VOCABULARY + len(set(special_tokens) - {eod_token})
+    if vocab_size < least:
+        raise ConfigError("vocabulary is too small for byte-level BPE", where="--vocab-size", got=vocab_size, want=f"at least {least}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[eod_token],
+        special_tokens=list(dict.fromkeys([eod_token, *special_tokens])),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )

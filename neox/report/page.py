@@ -96,8 +96,8 @@ def data_mix(run: RunRecord) -> str:
     sources = run.config.data.train
     total = sum(source.weight for source in sources)
     rows = [[source.path, f"{100 * source.weight / total:.2f} %"] for source in sources] if total else []
-    if run.config.data.path is not None:
-        rows = [[run.config.data.path, f"split {run.config.data.split}"]]
+    data = run.config.data
+    rows += [[path, f"split {data.split}"] for path in (*([data.path] if data.path is not None else []), *data.text)]
     return f"<h2>Training data of {escape(run.name)}</h2>" + table(["source", "share"], rows)
 
 

@@ -40,6 +40,7 @@ def facts(config: Config) -> dict[str, str]:
     named = [data.path, *(prefix for source in sources for prefix in (source.path, source.labels, source.rejected, source.rejected_labels))]
     prefixes = [prefix for prefix in named if prefix is not None]
     known |= {f"{prefix}{suffix}": fingerprint(Path(prefix + suffix)) for prefix in prefixes for suffix in (".idx", ".bin")}
+    known |= {path: fingerprint(Path(path)) for path in data.text}
     if config.tokenizer.file is not None:
         known[config.tokenizer.file] = fingerprint(Path(config.tokenizer.file))
     return known | {"version of neox": neox.__version__, "version of torch": torch.__version__}

@@ -25,7 +25,7 @@ from neox.checkpoint.storage import make_dirs, probe, write_file
 from neox.config.load import dump, flatten, loads, plain
 from neox.config.schema import Config
 from neox.config.validate import BatchSizes, batch_sizes
-from neox.data.builder import build_datasets
+from neox.data.builder import build_datasets, notes
 from neox.data.loader import Loader
 from neox.data.sampling import Dataset
 from neox.engine.engine import Engine, StepResult
@@ -195,13 +195,10 @@ class Run:
         if self.mesh.rank == 0 and self.mesh.world_size > 1:
             dist.barrier()
         if every and "validation" not in datasets:
-            raise DataError(
-                "no validation data",
-                where="evaluate.interval",
-                got=every,
-                want="data.validation, or a data.split with a second part",
-                do="evaluate.interval: 0",
-            )
+            want = "data.validation, or a data.split with a second part"
+            raise DataError("no validation data", where="evaluate.interval", got=every, want=want, do="evaluate.interval: 0")
+        for note in notes(datasets):
+            self.progress.say(note)
         return datasets
 
     def start(self, found: Path | None) -> None:

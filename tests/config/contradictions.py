@@ -98,7 +98,17 @@ def data_cases() -> list[Case]:
         for split in ("1", "99,0,1")
     ]
     cases += [
-        Case(("data.train=[]",), ("data.train", "data.path")),
+        Case(("data.train=[]",), ("data.train", "data.path", "data.text")),
+        Case(("data.text=[a.txt]", "tokenizer.file=null"), ("data.text", "data.train")),
+        Case(("data.text=[a.txt]", "data.train=[]", "data.path=x"), ("data.path", "data.text")),
+        Case(("data.text=[a.txt]", "data.train=[]"), ("data.text", "tokenizer.file")),
+        Case(("data.text=[a.txt]", "data.train=[]", "data.split='1'", "evaluate.interval=5"), ("evaluate.interval", "data.validation", "data.split")),
+        Case(("data.text=[a.txt]", "data.train=[]", "train.objective=sft"), ("train.objective", "data.text")),
+        Case(("data.packing=best_fit", "data.order=neox"), ("data.packing", "data.order")),
+        Case(("data.packing=best_fit", "train.objective=dpo"), ("data.packing", "train.objective")),
+        Case(("data.fim.rate=0.5",), ("data.fim.rate", "tokenizer.file")),
+        Case(("data.fim.rate=0.5", "train.objective=sft"), ("data.fim.rate", "train.objective")),
+        Case(("data.fim.rate=0.5", "data.fim.middle_token=x", "data.fim.prefix_token=x"), ("data.fim.prefix_token", "data.fim.middle_token")),
         Case(("data.train=['']",), ("data.train",)),
         Case(("evaluate.interval=5",), ("evaluate.interval", "data.validation")),
         Case(("run.dir=' '",), ("run.dir",)),

@@ -185,7 +185,7 @@ def test_post_training_files_are_what_they_say(shared_data):
     folder = shared_data / "upstream-configs" / "gpt-neox" / "post-training" / "configs"
     read = {kind: load_shipped(folder / f"llama3-8b-{kind}.yml").config for kind in ("sft", "dpo", "rm")}
     assert {kind: config.train.objective for kind, config in read.items()} == {"sft": "sft", "dpo": "dpo", "rm": "reward"}
-    assert {config.data.packing for config in read.values()} == {"documents"}
+    assert {config.data.packing for config in read.values()} == {"document"}
     assert read["sft"].data.train[0].labels == "data/sft/llama3_train_messages_label_document"
     pair = read["dpo"].data.validation[0]
     assert (pair.path, pair.labels) == ("data/pairwise/llama3_dpo_val_chosen_document", "data/pairwise/llama3_dpo_val_chosen_label_document")

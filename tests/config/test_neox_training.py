@@ -68,6 +68,8 @@ def test_defaults_are_upstreams():
     [
         ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "weight_decay": 0.3}}}, {"optimizer.type": "lion", "optimizer.weight_decay": 0.3}),
         ({"clip_grad": 0.5}, {"optimizer.gradient_clipping": 0.5}),
+        ({"pack_impl": "unpacked"}, {"data.packing": "document", "data.order": "neox"}),
+        ({"pack_impl": "pack_until_overflow"}, {"data.packing": "best_fit", "data.order": "epoch"}),
         ({"lr_decay_style": "constant", "min_lr": 1e-5}, {"schedule.type": "constant", "schedule.min_lr": 0.0}),
         ({"lr_decay_fraction": 0.5, "lr_decay_style": "cosine"}, {"schedule.decay_iters": 500, "schedule.warmup_iters": 5}),
         ({"precision": "bfloat16"}, {"precision.dtype": "bf16"}),

@@ -58,7 +58,7 @@ def test_neox_blend_asks_each_source_for_its_share_and_a_margin(make_dataset, tm
     sources = [{"path": prefixes[0], "weight": 3.0}, {"path": prefixes[1], "weight": 1.0}]
     dataset = build_datasets(config({"train": sources, "order": "neox"}, tmp_path=tmp_path), {"train": 200})["train"]
     assert isinstance(dataset, BlendedDataset)
-    for source, share in zip(dataset._datasets, (0.75, 0.25), strict=True):
+    for source, share in zip(dataset.parts, (0.75, 0.25), strict=True):
         asked = math.ceil(200 * share * 1.005)
         assert asked <= len(source) < asked + 100 // 16 + 1
     for i in range(200):
@@ -79,8 +79,8 @@ def test_order_cache_follows_the_content(make_dataset, tmp_path):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ({}, ConfigError, "named once; where=data; got=neither"),
-        ({"train": ["a"], "path": "b"}, ConfigError, "named once; where=data; got=both"),
+        ({}, ConfigError, "named once; where=data; got=nothing"),
+        ({"train": ["a"], "path": "b"}, ConfigError, "named once; where=data; got=path, train"),
         ({"path": "b", "validation": ["a"]}, ConfigError, "excludes lists"),
         ({"train": ["nowhere/a"]}, DataError, r"cannot open data file; where=nowhere/a\.idx; got=No such file"),
     ],

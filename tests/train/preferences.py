@@ -40,7 +40,7 @@ def make_answers(folder: Path) -> None:
 def chat_config(data: Path, run: Path, *overrides: str) -> Config:
     """A supervised run on the chats."""
     source = f'[{{"path": "{data}/chat", "labels": "{data}/chat_labels"}}]'
-    return make_config(data, run, f"data.train={source}", f"data.validation={source}", "train.objective=sft", "data.packing=documents", *overrides)
+    return make_config(data, run, f"data.train={source}", f"data.validation={source}", "train.objective=sft", "data.packing=document", *overrides)
 
 
 def pair_config(data: Path, run: Path, objective: str, *overrides: str) -> Config:

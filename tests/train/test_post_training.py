@@ -52,7 +52,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
         return {name: checkpoint.tensor(name) for name in checkpoint.names()}
 
 
-@pytest.mark.parametrize("packing", ["documents", "packed"])
+@pytest.mark.parametrize("packing", ["document", "concatenate"])
 def test_supervised_fine_tuning_learns_the_answers(data, base, tmp_path, packing):
     rows = run_to_end(chat_config(data, tmp_path, f"checkpoint.init_from={base}", f"data.packing={packing}"))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
