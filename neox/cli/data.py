@@ -1,24 +1,34 @@
-"""Look at, check or join indexed datasets (PREFIX.bin, PREFIX.idx, PREFIX.json).
+"""Look at, check or join indexed datasets (PREFIX.bin, PREFIX.idx, PREFIX.json), and say which data a run has read.
 
 example: neox data inspect data/corpus --tokenizer tokenizer.json --samples 3
 example: neox data verify data/corpus
 example: neox data merge data/a data/b --out data/ab
+example: neox data overlap data/train data/heldout
+example: neox data which --run runs/default --step 1200 --rank 3
+example: neox data seen --run runs/default
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import combinations
 
 import numpy as np
 import orjson
 
+from neox.config.load import load_config
+from neox.data.builder import documents_of_parts
 from neox.data.indexed import IndexedDataset, IndexedWriter
+from neox.data.survey import Documents, duplicates, histogram, overlap, survey
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 
-SCAN_TOKENS = 1 << 20
+SCANNED_BYTES = 1 << 30  # of .bin: a larger one is read only where --scan asks for it
 SHOWN_CHARACTERS = 200
+BAR = 40  # characters of the longest bar of a histogram
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("prefix", metavar="PREFIX", help="path of the dataset, without suffix")
     inspect.add_argument("--tokenizer", metavar="FILE", help="decode the samples with this tokenizer")
     inspect.add_argument("--samples", type=int, default=0, metavar="N", help="show the start of N documents, spread over the dataset")
-    inspect.add_argument("--scan", action="store_true", help="read all tokens: range of ids, share of end-of-document tokens")
+    help_scan = "read all tokens: range of ids, share of end-of-document tokens, documents that occur twice (default: where .bin is below 1 GiB)"
+    inspect.add_argument("--scan", action=argparse.BooleanOptionalAction, help=help_scan)
     inspect.set_defaults(data_run=run_inspect)
     verify = actions.add_parser("verify", help="check structure and checksums", description="Check every byte against the index and the checksums.")
     verify.add_argument("prefix", nargs="+", metavar="PREFIX", help="paths of datasets, without suffix")
@@ -39,7 +50,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("--out", required=True, metavar="PREFIX", help="path of the result, without suffix")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     merge.set_defaults(data_run=run_merge)
-    for action in (inspect, verify, merge):
+    common = actions.add_parser(
+        "overlap",
+        help="documents that are in two datasets",
+        description="Documents of B that are in A too, token by token; with --conf, of a part of a run in those before it. Exit code 3 if there are any.",
+    )
+    common.add_argument("prefix", nargs="*", metavar="A B", help="two paths of datasets, without suffix")
+    common.add_argument("--conf", nargs="+", metavar="FILE", help="config of a run: its train, validation and test data, data.split included")
+    common.set_defaults(data_run=run_overlap)
+    which = actions.add_parser(
+        "which", help="documents of a step, or steps of a document", description="Which documents a step of a run read, or which steps read one."
+    )
+    what = which.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=int, metavar="N", help="say the documents and offsets in the batch of step N, made or to come")
+    what.add_argument("--document", type=int, metavar="ID", help="say the steps that saw a document")
+    which.add_argument("--source", metavar="PREFIX", help="with --document: the dataset that it is in; needed where there are several")
+    which.add_argument("--rank", type=int, metavar="R", help="with --step: only what this process read")
+    which.add_argument("--world-size", type=int, metavar="N", help="processes of the run (default: by its newest checkpoint)")
+    which.set_defaults(data_run=partial(run_of_run, "run_which"))
+    seen = actions.add_parser("seen", help="tokens read of each source", description="Samples, tokens and epochs of each source at the checkpoints of a run.")
+    seen.add_argument("--step", type=int, metavar="N", help="at this step instead")
+    seen.set_defaults(data_run=partial(run_of_run, "run_seen"))
+    for action in (which, seen):
+        action.add_argument("--run", required=True, metavar="DIR", help="folder of the run; call this from where the run was started")
+        action.add_argument("--batch", type=int, metavar="B", help="samples of a step (default: by the run's records or config)")
+    for action in (inspect, verify, merge, common, which, seen):
         action.add_argument("--json", action="store_true", help="print the result as JSON")
         action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -49,16 +84,33 @@ def run(args: argparse.Namespace) -> int:
     return args.data_run(args)
 
 
+def run_of_run(name: str, args: argparse.Namespace) -> int:
+    """An action that looks at checkpoints too: its module takes torch, which the others do without."""
+    return getattr(importlib.import_module("neox.cli.data_of_run"), name)(args)
+
+
 def show(result: dict[str, object], as_json: bool) -> None:
     """Print a result: as one JSON object, or a line per entry."""
     if as_json:
         print(orjson.dumps(result).decode())
         return
     for name, value in result.items():
-        if isinstance(value, list):
+        if name == "histogram":
+            print(f"{name}:", *bars(value), sep="\n")
+        elif isinstance(value, list):
             print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")
+        elif isinstance(value, dict):
+            print(f"{name}:", *(f"  {key}: {f'{inner:,}' if isinstance(inner, int) else inner}" for key, inner in value.items()), sep="\n")
         else:
             print(f"{name}: {f'{value:,}' if isinstance(value, int) else value}")
+
+
+def bars(rows: list[dict[str, int]]) -> Iterator[str]:
+    """The lines of a histogram of lengths."""
+    most = max((row["documents"] for row in rows), default=1)
+    for row in rows:
+        bar = "#" * -(-row["documents"] * BAR // most)
+        yield f"  {row['from']:>13,} to {row['to'] - 1:>13,} tokens {row['documents']:>13,} documents {row['tokens']:>15,} tokens  {bar}"
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -77,12 +129,13 @@ def run_inspect(args: argparse.Namespace) -> int:
     if sidecar is not None:
         result |= {"tokenizer_hash": sidecar.tokenizer_hash, "vocab_size": sidecar.vocab_size, "eod_id": sidecar.eod_id, "largest_id": sidecar.largest_id}
     if dataset.num_documents:
-        ends = np.concatenate([[0], np.cumsum(dataset.sizes, dtype=np.int64)])[dataset.documents]
-        lengths = np.diff(ends)
-        result["document_tokens"] = describe_lengths(lengths)
+        lengths = np.diff(dataset.document_starts())
+        result |= {"document_tokens": describe_lengths(lengths), "histogram": histogram(lengths)}
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
-    if args.scan:
+    if args.scan or (args.scan is None and result["bytes"] <= SCANNED_BYTES):
         result |= scan(dataset, tokenizer.eod_id if tokenizer else sidecar.eod_id if sidecar else None)
+    elif args.scan is None:
+        result["scan"] = "left out: .bin is large; --scan reads all of it"
     if args.samples:
         result["samples"] = list(samples(dataset, args.samples, tokenizer))
     show(result, args.json)
@@ -97,15 +150,17 @@ def describe_lengths(lengths: np.ndarray) -> str:
 
 
 def scan(dataset: IndexedDataset, eod_id: int | None) -> dict[str, object]:
-    """Range of ids, how many ids occur, and the share of documents that end in `eod_id`. Reads all of .bin."""
-    smallest, largest, eod = None, None, 0
-    for first in range(0, dataset.num_tokens, SCAN_TOKENS):
-        tokens, _ = dataset.read(first, min(SCAN_TOKENS, dataset.num_tokens - first))
-        smallest = int(tokens.min()) if smallest is None else min(smallest, int(tokens.min()))
-        largest = int(tokens.max()) if largest is None else max(largest, int(tokens.max()))
-        eod += 0 if eod_id is None else int((tokens == eod_id).sum())
-    result: dict[str, object] = {"smallest_id_found": smallest, "largest_id_found": largest}
-    return result if eod_id is None else {**result, "eod_tokens": eod, "eod_per_document": round(eod / max(dataset.num_documents, 1), 4)}
+    """Range of ids, end-of-document tokens, and documents that occur more than once. Reads all of .bin."""
+    found = survey(dataset, eod_id)
+    result: dict[str, object] = {"smallest_id_found": found.smallest, "largest_id_found": found.largest}
+    if eod_id is not None:
+        result |= {
+            "eod_tokens": found.eod_tokens,
+            "eod_share": found.eod_tokens / max(dataset.num_tokens, 1),
+            "eod_per_document": round(found.eod_tokens / max(dataset.num_documents, 1), 4),
+            "documents_that_end_in_eod": found.ended,
+        }
+    return result | {"duplicates": duplicates(found)}
 
 
 def samples(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -149,6 +204,37 @@ def verify(prefix: str, vocab_size: int | None) -> dict[str, object]:
     else:
         state = "whole"
     return {"prefix": prefix, "ok": not damaged and bad is None, "state": state, "damaged": damaged}
+
+
+def run_overlap(args: argparse.Namespace) -> int:
+    """neox data overlap. Raises DataError after the result is printed if there is any; ConfigError for another number of datasets."""
+    if (len(args.prefix) == 2) == bool(args.conf):
+        raise ConfigError(
+            "two datasets are compared, or the parts of a config", where="neox data overlap", got=" ".join(args.prefix) or None, want="A B, or --conf"
+        )
+    if args.conf:
+        parts = {name: [surveyed(*place) for place in places] for name, places in documents_of_parts(load_config(*args.conf)).items()}
+    else:
+        first, second = (IndexedDataset(prefix) for prefix in args.prefix)
+        common_tokenizer([first, second], "")
+        parts = {dataset.prefix: [surveyed(dataset, (0, dataset.num_documents))] for dataset in (first, second)}
+        parts = parts if len(parts) == 2 else {first.prefix: parts[first.prefix], f"{first.prefix} again": parts[first.prefix]}
+    results = [{"in": ours, "from": theirs, **overlap(parts[ours], parts[theirs])} for ours, theirs in combinations(parts, 2)]
+    for result in [] if args.json else results:
+        print(f"{result['documents']:,} of {result['of']:,} documents of {result['from']} ({result['tokens']:,} tokens) are in {result['in']}")
+        print(*(f"  {example}" for example in result["examples"]), sep="\n", end="\n" if result["examples"] else "")
+    if args.json:
+        print(orjson.dumps(results).decode())
+    found = [result for result in results if result["documents"]]
+    if found:
+        got, do = f"{found[0]['documents']:,} of {found[0]['of']:,} documents", "take them out of one of the two before preprocessing"
+        raise DataError("data overlap", where=f"{found[0]['from']}, {found[0]['in']}", got=got, want="none", do=do)
+    return 0
+
+
+def surveyed(dataset: IndexedDataset, documents: tuple[int, int]) -> Documents:
+    """A survey of documents [first, last), by the end-of-document token of the sidecar."""
+    return survey(dataset, dataset.sidecar.eod_id if dataset.sidecar else None, documents)
 
 
 def run_merge(args: argparse.Namespace) -> int:

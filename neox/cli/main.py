@@ -16,7 +16,7 @@ from neox.errors import ConfigError, EnvironmentProblem, NeoxError
 COMMANDS = {
     "tokenizer": ("neox.cli.tokenizer", "train a tokenizer"),
     "preprocess": ("neox.cli.preprocess", "turn text into an indexed dataset (.bin, .idx)"),
-    "data": ("neox.cli.data", "inspect, verify or merge indexed datasets"),
+    "data": ("neox.cli.data", "inspect, verify, merge or compare datasets; say which data a run has read"),
     "config": ("neox.cli.config", "show, explain, compare or convert configs"),
     "plan": ("neox.cli.plan", "say what a run will need, and whether it fits, before it starts"),
     "train": ("neox.cli.train", "train a model (what train.py and the launchers run)"),

@@ -29,7 +29,43 @@ def test_inspect(prefix, tmp_path, capsys):
     assert "hello world" in result["samples"][0] and len(result["samples"]) == 2
     assert main(["data", "inspect", prefix, "--samples", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "documents: 3" in printed and "document_tokens: shortest" in printed
+    assert "documents: 3" in printed and "document_tokens: shortest" in printed and "###" in printed and "duplicates:\n  documents: 0" in printed
+    assert result["histogram"][0]["documents"] > 0 and result["duplicates"]["documents"] == 0 and result["documents_that_end_in_eod"] == 3
+    assert main(["data", "inspect", prefix, "--no-scan", "--json"]) == 0
+    assert "duplicates" not in json.loads(capsys.readouterr().out)
+
+
+def test_overlap(prefix, tmp_path, capsys):
+    with IndexedWriter(tmp_path / "held", "int32", eod_id=0) as writer:
+        for document in ([1, 2, 0], IndexedDataset(prefix)[1].tolist()):
+            writer.add_document(document)
+    held = str(tmp_path / "held")
+    assert main(["data", "overlap", prefix, held]) == 3
+    printed = capsys.readouterr()
+    assert f"1 of 2 documents of {held}" in printed.out
+    assert printed.err.startswith(f"error[3] data overlap; where={held}, {prefix}; got=1 of 2 documents")
+    assert main(["data", "overlap", prefix, held, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)[0]["examples"] == [f"{held} document 1 is {prefix} document 1"]
+    with IndexedWriter(tmp_path / "clean", "uint16", eod_id=0) as writer:
+        writer.add_document([5, 5, 5])
+    assert main(["data", "overlap", prefix, str(tmp_path / "clean")]) == 0
+    assert main(["data", "overlap", prefix]) == 2
+
+
+@pytest.mark.parametrize("order", ["epoch", "neox"])
+def test_overlap_within_the_parts_of_a_config(prefix, tmp_path, capsys, order):
+    with IndexedWriter(tmp_path / "whole", "uint16", eod_id=0) as writer:
+        for number in (1, 2, 3, 4, 2, 5, 6, 7, 8, 4):
+            writer.add_document([number, number, 0])
+    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 300}
+    values = {"model": model, "data": {"path": str(tmp_path / "whole"), "split": "4,4,2", "order": order}}
+    (tmp_path / "run.yml").write_text(json.dumps(values))
+    assert main(["data", "overlap", "--conf", str(tmp_path / "run.yml"), "--json"]) == 3
+    found = {(row["in"], row["from"]): row["documents"] for row in json.loads(capsys.readouterr().out)}
+    assert found == {("train", "validation"): 1, ("train", "test"): 1, ("validation", "test"): 0}
+    values["data"] = {"train": [str(tmp_path / "whole")], "validation": [prefix]}
+    (tmp_path / "run.yml").write_text(json.dumps(values))
+    assert main(["data", "overlap", "--conf", str(tmp_path / "run.yml")]) == 0
 
 
 def test_inspect_of_an_empty_dataset(tmp_path, capsys):

@@ -1,0 +1,80 @@
+"""neox data which and seen, on a real run, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from neox.cli.main import main
+from neox.config.load import load_config
+from neox.data.builder import build_datasets
+from neox.data.loader import Loader
+from neox.parallel.mesh import Mesh
+from neox.train.loop import train
+from neox.train.signals import StopSignals
+from tests.train.corpus import make_config, make_corpus
+
+os.environ.setdefault("LOCAL_RANK", "0")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six steps of 8 samples from two sources, a checkpoint after three."""
+    folder = tmp_path_factory.mktemp("run")
+    make_corpus(folder)
+    sources = f'data.train=[{{"path": "{folder}/train", "weight": 3}}, {{"path": "{folder}/valid", "weight": 1}}]'
+    options = ("train.train_iters=6", "checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
+    train(make_config(folder, folder / "run", sources, *options), Mesh.single(), StopSignals())
+    return folder
+
+
+def said(capsys, *arguments: object) -> object:
+    assert main(["data", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_which_step(run, capsys):
+    config = load_config(run / "run" / "config.lock.yml")
+    loader = Loader(build_datasets(config, {"train": 48})["train"], micro_batch_size=2, gradient_accumulation=4, start=32, prefetch=0)
+    wanted = [sample for batch in next(loader) for sample in batch.sample_ids.tolist()]
+    found = said(capsys, "which", "--run", run / "run", "--step", 5, "--rank", 0)
+    assert [row["sample"] for row in found["rows"]] == wanted == list(range(32, 40))
+    assert all(sum(piece["tokens"] for piece in row["pieces"]) == 33 for row in found["rows"])
+    halves = [said(capsys, "which", "--run", run / "run", "--step", 5, "--rank", rank, "--world-size", 2)["rows"] for rank in (0, 1)]
+    assert [[row["sample"] for row in half] for half in halves] == [[32, 33, 36, 37], [34, 35, 38, 39]]
+    assert main(["data", "which", "--run", str(run / "run"), "--step", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("step 1: samples 0 to 7\nsample 0: data-parallel rank 0, micro-batch 0, row 0\n  ") and f"{run}/train document " in printed
+
+
+def test_which_document(run, capsys):
+    piece = said(capsys, "which", "--run", run / "run", "--step", 4)["rows"][0]["pieces"][0]
+    found = said(capsys, "which", "--run", run / "run", "--document", piece["document"], "--source", piece["source"])
+    assert 4 in [row["step"] for row in found["steps"]] and 24 in [sample for row in found["steps"] for sample in row["samples"]]
+    assert main(["data", "which", "--run", str(run / "run"), "--document", "3"]) == 2
+    assert "the document's dataset is not known; where=--source" in capsys.readouterr().err
+    assert main(["data", "which", "--run", str(run / "run"), "--document", "3", "--source", f"{run}/valid"]) == 0
+    assert f"{run}/valid document 3: " in capsys.readouterr().out
+
+
+def test_seen_at_every_checkpoint(run, capsys):
+    found = said(capsys, "seen", "--run", run / "run")
+    assert [(row["step"], row["samples"]) for row in found] == [(3, 24), (6, 48)]
+    for row in found:
+        shares = {source["source"]: (source["samples"], source["tokens"]) for source in row["sources"]}
+        assert shares == {f"{run}/{name}": (row["samples"] * share // 4, row["samples"] * share // 4 * 32) for name, share in (("train", 3), ("valid", 1))}
+    assert said(capsys, "seen", "--run", run / "run", "--step", 5)[0]["samples"] == 40
+    assert main(["data", "seen", "--run", str(run / "run")]) == 0
+    assert f"step 6: 48 samples\n  {run}/train: 36 samples, 1,152 tokens, " in capsys.readouterr().out
+
+
+def test_wrong_questions(run, tmp_path, capsys):
+    for arguments, what in (
+        (["which", "--run", run / "run", "--step", 1, "--rank", 9], "no such process; where=--rank; got=9"),
+        (["which", "--run", run / "run", "--step", 1, "--world-size", 3], "the batch cannot be shared out so"),
+        (["seen", "--run", tmp_path], "not the folder of a run"),
+    ):
+        assert main(["data", *map(str, arguments)]) == 2
+        assert what in capsys.readouterr().err
