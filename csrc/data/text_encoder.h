@@ -101,7 +101,7 @@ class WordCache {
         uint32_t ids[kSpill];
         uint32_t count;
     };
-    static constexpr int kBits = 15, kLongBits = 13;
+    static constexpr int kBits = 17, kLongBits = 14;
     static constexpr uint64_t kLines = uint64_t{1} << kBits, kLongLines = uint64_t{1} << kLongBits;
     static uint64_t hash(const Key& key);
     static uint64_t tagged(const Key& key, int word) { return key.bytes[word] | static_cast<uint64_t>(key.length) << 56; }

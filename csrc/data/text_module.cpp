@@ -155,6 +155,13 @@ void bind_text(py::module_& module) {
              "Encode JSON lines: (tokens, sizes, blank lines, empty texts, [(first byte, last byte, line, document before which it stands)] of lines that "
              "need the full parser)")
         .def("text", &Encoder::text, py::arg("content"), py::arg("eod"), "Encode one text: (tokens, sizes), or None where it is not UTF-8");
+    module.def(
+        "count_lines",
+        [](const py::bytes& content) {
+            const std::string_view bytes = content;
+            return std::count(bytes.begin(), bytes.end(), '\n');
+        },
+        py::arg("content"), "Line feeds in some bytes");
     module.def("merge_ids", &merge_ids, py::arg("vocab"), py::arg("merges"), "(left, right, merged): the ids that each merge of a BPE model is about");
     module.def(
         "nfc",

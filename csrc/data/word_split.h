@@ -101,27 +101,102 @@ class WordSplitter {
         return end;
     }
 
+    // The word of the gpt2 pattern at `at`: its end.
+    const uint8_t* word_end_gpt2(const uint8_t* at, const uint8_t* end) const {
+        if (*at == '\'') {
+            if (const uint64_t length = contraction(at, end, false); length != 0) return at + length;
+        }
+        const uint8_t* const body = *at == ' ' && at + 1 < end ? at + 1 : at;
+        if (const uint8_t kind = class_at(body); kind != kSpace) return run(kind, body, end);
+        const uint8_t* last = at;
+        const uint8_t* const stop = space_run(at, end, last);
+        return stop < end && last > at ? last : stop;  // the last space of a run belongs to what follows, or stands alone
+    }
+
+#if defined(__SSE2__)
+    // 64 bytes of text as sets of bytes: bit i is byte i.
+    struct Classes {
+        uint64_t letter, number, space, blank, apostrophe;
+        uint32_t known;  // bytes whose class is known: a character that is looked at alone follows, or the text ends
+        bool all;        // the text ends: nothing that follows can change a word
+    };
+
+    Classes classes_of(const uint8_t* at, const uint8_t* end) const {
+        Classes c{};
+        uint64_t wide = 0;  // not ASCII
+        for (int i = 0; i < 64; i += 16) {
+            const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + i));
+            const auto set = [&](uint64_t& bits, __m128i chosen) { bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(chosen))) << i; };
+            const auto below = [&](__m128i bytes, char first, int count) {  // unsigned bytes - first < count, by a signed comparison
+                return _mm_cmplt_epi8(_mm_add_epi8(bytes, _mm_set1_epi8(static_cast<char>(0x80 - first))), _mm_set1_epi8(static_cast<char>(0x80 + count)));
+            };
+            const __m128i blank = _mm_cmpeq_epi8(here, _mm_set1_epi8(' '));
+            set(c.letter, below(_mm_or_si128(here, _mm_set1_epi8(0x20)), 'a', 26));
+            set(c.number, below(here, '0', 10));
+            set(c.space, _mm_or_si128(blank, below(here, '\t', 5)));
+            set(c.blank, blank);
+            set(c.apostrophe, _mm_cmpeq_epi8(here, _mm_set1_epi8('\'')));
+            set(wide, here);
+        }
+        c.all = end - at < 64;
+        c.known = c.all ? static_cast<uint32_t>(end - at) : 64;
+        while (wide != 0) {
+            const auto i = static_cast<uint32_t>(__builtin_ctzll(wide));
+            if (i >= c.known) break;
+            int length;
+            const uint8_t kind = traits_[decode(at + i, length)] & kClassBits;
+            if (kind == kSpace) return c.known = i, c.all = false, c;
+            const uint64_t bytes = ((uint64_t{1} << length) - 1) << i;
+            if (kind == kLetter) c.letter |= bytes;
+            if (kind == kNumber) c.number |= bytes;
+            wide &= ~bytes;
+        }
+        return c;
+    }
+
+    // Where words of the gpt2 pattern start among 64 bytes that begin with a word, as far as the classes tell: a byte's neighbour must be known.
+    // Words change with the class; a blank goes with what follows, and of longer white space the last one is apart.
+    uint64_t starts_gpt2(const Classes& c, const uint8_t* at, const uint8_t* end) const {
+        const uint64_t known = c.known == 64 ? ~uint64_t{0} : (uint64_t{1} << c.known) - 1;
+        const uint64_t letter = c.letter & known, number = c.number & known, space = c.space | ~known;
+        const uint64_t other = ~(letter | number | space);
+        const uint64_t same = (letter & letter << 1) | (number & number << 1) | (other & other << 1);
+        uint64_t starts = (~space & ~same & ~(c.blank << 1)) | (space & ~(space << 1 & space >> 1)) | 1;
+        for (uint64_t marks = c.apostrophe & starts; marks != 0; marks &= marks - 1) {
+            const auto i = static_cast<uint32_t>(__builtin_ctzll(marks));
+            if ((starts >> i & 1) == 0 || (!c.all && i + 3 >= c.known)) continue;  // near the edge no word is emitted that this could change
+            const uint64_t length = contraction(at + i, end, false);
+            if (length == 0) continue;
+            starts &= ~(uint64_t{6} << i) | uint64_t{1} << (i + length);
+            starts |= uint64_t{1} << (i + length);
+        }
+        return starts;
+    }
+#endif
+
     template <typename Emit>
     void split_gpt2(const uint8_t* at, const uint8_t* end, Emit& emit) const {
         while (at < end) {
-            const uint8_t* const start = at;
-            const uint8_t* const body = *at == ' ' && at + 1 < end ? at + 1 : at;
-            if (*at == '\'') {
-                if (const uint64_t length = contraction(at, end, false); length != 0) {
-                    emit(at, length);
-                    at += length;
-                    continue;
-                }
+#if defined(__SSE2__)
+            const Classes classes = classes_of(at, end);
+            // A start is certain where the class of the next byte is known, and that of the letters behind an apostrophe.
+            const uint32_t certain = classes.all ? classes.known : classes.known < 4 ? 0 : classes.known - 4;
+            uint64_t starts = starts_gpt2(classes, at, end) & ((uint64_t{1} << certain) - 1) & ~uint64_t{1};
+            const uint8_t* word = at;
+            for (; starts != 0; starts &= starts - 1) {
+                const uint8_t* const next = at + __builtin_ctzll(starts);
+                emit(word, static_cast<uint64_t>(next - word));
+                word = next;
             }
-            if (const uint8_t kind = class_at(body); kind != kSpace) {
-                at = run(kind, body, end);
-                emit(start, static_cast<uint64_t>(at - start));
+            if (classes.all) return emit(word, static_cast<uint64_t>(end - word));
+            if (word != at) {
+                at = word;
                 continue;
             }
-            const uint8_t* last = at;
-            at = space_run(at, end, last);
-            if (at < end && last > start) at = last;  // the last space of a run belongs to what follows, or stands alone
-            emit(start, static_cast<uint64_t>(at - start));
+#endif
+            const uint8_t* const stop = word_end_gpt2(at, end);
+            emit(at, static_cast<uint64_t>(stop - at));
+            at = stop;
         }
     }
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import orjson
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from neox.data.indexed import IndexedWriter, token_dtype
 from neox.data.preprocess import BAD_LINES, Summary, encoded_by_processes
@@ -117,9 +115,11 @@ class Template:
     """
 
     def __init__(self, text: str, special_tokens: dict[str, str]):
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        import jinja2.sandbox  # takes as long to import as all else that plain text needs
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = refuse
-        self._tokens = special_tokens
+        self._tokens, self._refusal = special_tokens, jinja2.TemplateError
         try:
             self._template = environment.from_string(text)
         except jinja2.TemplateError as error:
@@ -133,7 +133,7 @@ class Template:
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=ask, **self._tokens)
-        except jinja2.TemplateError as error:
+        except self._refusal as error:
             raise Unusable(f"chat template refuses it: {error}") from error
 
     def answers(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
@@ -158,6 +158,8 @@ class Template:
 
 def refuse(reason: str) -> None:
     """What templates call `raise_exception`."""
+    import jinja2  # see Template
+
     raise jinja2.TemplateError(reason)
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import orjson
 import zstandard
 
+from neox.data._native import core
 from neox.errors import DataError
 
 FOLDER_SUFFIXES = (".jsonl", ".txt")  # files that are taken from a folder unless other suffixes are named
@@ -196,38 +197,41 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
 
 def _line_pieces(path: str, block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
     """Cut a JSON-lines file at line ends. A line longer than `longest` is passed over without being kept."""
-    rest, line, skipping = bytearray(), 1, False
+    parts: list[memoryview] = []  # what was read since the last piece; copied once, into the next one
+    size, line, skipping = 0, 1, False
     try:
         for chunk in _chunks(path, block_bytes):
-            if line == 1 and not rest and not skipping:
+            if line == 1 and not size and not skipping:
                 chunk = chunk.removeprefix(BOM)
             if skipping:
                 end = chunk.find(b"\n")
                 if end < 0:
                     continue
                 chunk, skipping, line = chunk[end + 1 :], False, line + 1
-            rest += chunk
-            if len(rest) < block_bytes:
+            parts.append(memoryview(chunk))
+            size += len(chunk)
+            if size < block_bytes:
                 continue
-            end = rest.rfind(b"\n", len(rest) - len(chunk))
-            if end >= 0:
-                content = bytes(rest[: end + 1])
+            end = chunk.rfind(b"\n") + 1
+            if end:
+                parts[-1] = parts[-1][:end]
+                content = b"".join(parts)
                 yield Piece(path, line, content)
-                line += content.count(b"\n")
-                del rest[: end + 1]
-            if len(rest) > longest:
+                line += core.count_lines(content)
+                parts, size = [memoryview(chunk)[end:]], len(chunk) - end
+            if size > longest:
                 yield Bad(path, line, f"line is longer than {longest} bytes", None)
-                rest.clear()
-                skipping = True
+                parts, size, skipping = [], 0, True
     except _Damaged as damage:
+        rest = b"".join(parts)
         end = rest.rfind(b"\n") + 1
         if end:
-            yield Piece(path, line, bytes(rest[:end]))
+            yield Piece(path, line, rest[:end])
             line += rest.count(b"\n", 0, end)
-        yield Bad(path, line, str(damage), bytes(rest[end:]))
+        yield Bad(path, line, str(damage), rest[end:])
         return
-    if rest:
-        yield Piece(path, line, bytes(rest))
+    if size:
+        yield Piece(path, line, b"".join(parts))
 
 
 def _text_piece(path: str, block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
