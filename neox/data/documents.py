@@ -62,12 +62,16 @@ class DocumentDataset:
 
     Args:
         documents: [first, last) of the dataset; None: all.
+
+    Raises:
+        DataError: no document has two tokens, or the labels are of other documents.
     """
 
     def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int, seed: int, documents: tuple[int, int] | None = None):
         self._answers = Answers(dataset, labels, seq_length)
         whole = (0, dataset.num_documents)
         self._first, last = documents or whole
+        check_learnable(dataset, (self._first, last))
         self._count = last - self._first
         key = () if documents in (None, whole) else documents
         self._order = document_order(dataset, seed, self._count, *key)
@@ -204,6 +208,19 @@ def document_order(dataset: IndexedDataset, seed: int, documents: int, *place: i
     if documents == 0:
         raise DataError("dataset has no documents", where=dataset.prefix)
     return core.EpochOrder(order_key(seed, dataset.checksum(), dataset.num_documents, *place), documents + 1, 1)
+
+
+def check_learnable(dataset: IndexedDataset, documents: tuple[int, int]) -> None:
+    """Raise DataError unless one of documents [first, last) has an input and a target."""
+    lengths = np.diff(dataset.document_starts()[documents[0] : documents[1] + 1])
+    if not (lengths > 1).any():
+        raise DataError(
+            "no document has anything to learn",
+            where=f"{dataset.bin_path} documents {documents[0]} to {documents[1]}",
+            got=f"{lengths.sum()} tokens in {lengths.size} documents",
+            want="a document of two tokens",
+            do="use more text, or another data.split",
+        )
 
 
 def check_same_documents(dataset: IndexedDataset, other: IndexedDataset, what: str) -> None:

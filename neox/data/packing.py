@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from neox.data._native import core
-from neox.data.documents import IGNORED, PADDED, PADDING, check_same_documents
+from neox.data.documents import IGNORED, PADDED, PADDING, check_learnable, check_same_documents
 from neox.data.indexed import IndexedDataset
-from neox.data.sampling import Sample, check_tokens, order_key
+from neox.data.sampling import Sample, order_key
 from neox.data.trace import Piece, Seen, permuted_find, permuted_sum
 
 Packing = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -86,7 +86,7 @@ class PackedDataset:
         self.isolated = True
         self._firsts, self._sizes, self._starts = pack_documents(dataset, documents, seq_length) if packed is None else packed()
         if len(self) == 0:
-            check_tokens(dataset, documents, 0, 1)
+            check_learnable(dataset, documents)
         self._order = core.EpochOrder(order_key(seed, dataset.checksum(), *documents, seq_length), len(self) + 1, 1)
 
     def __len__(self) -> int:

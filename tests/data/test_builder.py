@@ -100,6 +100,26 @@ def test_empty_split_and_short_corpus(make_dataset, tmp_path, order):
     assert list(build_datasets(config({"path": prefix, "split": "1,0,0", "order": order}, tmp_path=tmp_path), {"train": 1, "validation": 0})) == ["train"]
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit", "document"])
+@pytest.mark.parametrize("documents", [[], [[], [], []], [[5]]])
+def test_corpora_without_a_sample_are_refused_and_not_waited_for(make_dataset, tmp_path, documents, packing):
+    prefix = make_dataset(documents).prefix
+    made = config({"train": [prefix], "packing": packing}, tmp_path=tmp_path)
+    got = f"{sum(map(len, documents))} tokens in {len(documents)} documents"
+    with pytest.raises(DataError, match=rf"(shorter than one sample|no document has anything to learn); where=.*corpus\.bin.*got={got}"):
+        build_datasets(made, {"train": 5})
+
+
+def test_a_source_that_is_smaller_than_its_share_is_read_again(make_dataset, tmp_path):
+    """Exact shares, by further epochs, for both orders."""
+    prefixes = [make_dataset([np.arange(size) % 500 + base], name=str(base)).prefix for size, base in ((40, 0), (4000, 100))]
+    for order in ("epoch", "neox"):
+        sources = [{"path": prefixes[0], "weight": 1}, {"path": prefixes[1], "weight": 1}]
+        dataset = build_datasets(config({"train": sources, "order": order}, tmp_path=tmp_path), {"train": 100})["train"]
+        small = [sample for sample in (dataset[i].tokens for i in range(100)) if sample[0] < 50]
+        assert len(small) == 50 and dataset.seen(100)[0].epochs > 15
+
+
 def test_weights_all_zero_name_the_section(corpus):
     with pytest.raises(ConfigError, match=r"no finite sum above 0; where=data\.train"):
         build_datasets(config({"train": [{"path": corpus.prefix, "weight": 0}]}), ALL)

@@ -28,7 +28,7 @@ def test_documents_are_padded_and_cut_off(answers):
 
 
 def test_an_epoch_has_each_document_once_in_an_order_of_its_own(make_dataset):
-    dataset = DocumentDataset(make_dataset([[i] for i in range(50)]), None, 4, seed=3)
+    dataset = DocumentDataset(make_dataset([[i, i] for i in range(50)]), None, 4, seed=3)
     epochs = [[int(dataset[epoch * 50 + i].tokens[0]) for i in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, list(range(50))]}) == 4

@@ -164,6 +164,12 @@ def test_unreadable_files_are_named_with_the_reason(corpus, suffix, fault):
         IndexedDataset(corpus.prefix)
 
 
+@pytest.mark.parametrize(("prefix", "reason"), [("n" * 300, "File name too long"), ("../nowhere/../corpus", "No such file")])
+def test_names_that_lead_nowhere(tmp_path, prefix, reason):
+    with pytest.raises(DataError, match=rf"cannot open data file; where=.*{prefix}\.idx; got={reason}"):
+        IndexedDataset(tmp_path / prefix)
+
+
 def test_bin_of_another_length_names_sizes_and_document(corpus):
     path = Path(corpus.bin_path)
     content = path.read_bytes()

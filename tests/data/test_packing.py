@@ -99,7 +99,7 @@ def test_labels_are_those_of_the_pieces(make_dataset):
 
 
 def test_no_document_has_a_target(make_dataset):
-    with pytest.raises(DataError, match="corpus is shorter than one sample"):
+    with pytest.raises(DataError, match="no document has anything to learn"):
         PackedDataset(make_dataset([[1], [2], []]), (0, 3), 4, 1)
 
 
