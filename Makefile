@@ -83,10 +83,10 @@ sweep: setup build/native/CMakeCache.txt  ## every mask x head_dim x length of a
 
 # FUZZ= cases or seconds of each of the dataset core's random tests under sanitizers.
 FUZZ ?= 60s
+DATA_FUZZERS = test_index_damage_asan test_json_line_asan test_line_encoder_asan test_sample_index_asan
 fuzz: setup build/native/CMakeCache.txt  ## random sweeps: dataset core (FUZZ=600s for longer), operators on CPU kernels and on emulated CUDA kernels, plain and sanitized
-	cmake --build build/native --parallel $(JOBS) --target test_index_damage_asan test_json_line_asan
-	build/native/tests/cpp/test_index_damage_asan $(FUZZ)
-	build/native/tests/cpp/test_json_line_asan $(FUZZ)
+	cmake --build build/native --parallel $(JOBS) --target $(DATA_FUZZERS)
+	set -e; for fuzzer in $(DATA_FUZZERS); do build/native/tests/cpp/$$fuzzer $(FUZZ); done
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz
 	cmake --build build/native --parallel $(JOBS) --target neox_emulated neox_emulated_asan
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz tests/ops --ops-library $(EMULATED).so

@@ -1,10 +1,11 @@
-// Sample index, epochs and epoch order against 128-bit arithmetic, around 2^31 and 2^32 and beyond.
+// Sample index, epochs and epoch order against 128-bit arithmetic, around 2^31 and 2^32 and beyond. Arguments: see budget.h (default: 240 rounds).
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <utility>
 
+#include "budget.h"
 #include "data/sample_index.h"
 #include "expect.h"
 
@@ -80,38 +81,45 @@ void threads_give_the_same_rows(std::mt19937_64& random) {
     }
 }
 
+// One random order: its rows are what they are defined to be, and a number that does not belong in it is refused.
 template <typename Doc, typename Row>
 void rows_equal_their_definition(std::mt19937_64& random) {
     const auto below = [&](int64_t bound) { return static_cast<int64_t>(random() % static_cast<uint64_t>(bound)); };
-    for (int round = 0; round < 60; ++round) {
-        std::vector<int32_t> sizes(static_cast<size_t>(1 + below(30)));
-        for (auto& size : sizes) size = static_cast<int32_t>(round % 3 == 0 ? below(INT32_MAX) : below(20));
-        std::vector<Doc> order(static_cast<size_t>(1 + below(90)));
-        for (auto& document : order) document = static_cast<Doc>(below(static_cast<int64_t>(sizes.size())));
-        int64_t total = 0;
-        for (const Doc document : order) total += sizes[static_cast<size_t>(document)];
-        const int64_t seq_length = round % 3 == 0 ? 1 + below(int64_t{1} << 33) : 1 + below(40);
-        if (total < 2) continue;
-        const int64_t rows = (total - 1) / seq_length + 1;
-        std::vector<uint8_t> raw(4 * sizes.size() + 1);  // unaligned, as in a mapped index
-        std::memcpy(raw.data() + 1, sizes.data(), 4 * sizes.size());
-        std::vector<Row> out(static_cast<size_t>(2 * rows));
-        const auto fill = [&](int64_t count) {
-            fill_sample_index(raw.data() + 1, static_cast<int64_t>(sizes.size()), order.data(), static_cast<int64_t>(order.size()), seq_length, out.data(),
-                              count, 1);
-        };
-        if (sizeof(Row) == 4 && seq_length > INT32_MAX) continue;
-        fill(rows);
-        int64_t start = 0;
-        size_t position = 0;
-        for (int64_t row = 0; row < rows; ++row) {
-            while (row * seq_length >= start + sizes[static_cast<size_t>(order[position])]) start += sizes[static_cast<size_t>(order[position++])];
-            EXPECT_EQ(static_cast<int64_t>(out[static_cast<size_t>(2 * row)]), static_cast<int64_t>(position));
-            EXPECT_EQ(static_cast<int64_t>(out[static_cast<size_t>(2 * row + 1)]), row * seq_length - start);
-        }
-        out.resize(out.size() + 2);
-        EXPECT_FAULT(fill(rows + 1), "documents end before the samples do");
+    const bool large = below(3) == 0;
+    std::vector<int32_t> sizes(static_cast<size_t>(1 + below(30)));
+    for (auto& size : sizes) size = static_cast<int32_t>(large ? below(INT32_MAX) : below(20));
+    std::vector<Doc> order(static_cast<size_t>(1 + below(90)));
+    for (auto& document : order) document = static_cast<Doc>(below(static_cast<int64_t>(sizes.size())));
+    int64_t total = 0;
+    for (const Doc document : order) total += sizes[static_cast<size_t>(document)];
+    const int64_t seq_length = large ? 1 + below(int64_t{1} << 33) : 1 + below(40);
+    if (total < 2) return;
+    const int64_t rows = (total - 1) / seq_length + 1;
+    std::vector<uint8_t> raw(4 * sizes.size() + 1);  // unaligned, as in a mapped index
+    std::memcpy(raw.data() + 1, sizes.data(), 4 * sizes.size());
+    std::vector<Row> out(static_cast<size_t>(2 * rows));
+    const auto fill = [&](int64_t count) {
+        fill_sample_index(raw.data() + 1, static_cast<int64_t>(sizes.size()), order.data(), static_cast<int64_t>(order.size()), seq_length, out.data(), count,
+                          1);
+    };
+    if (sizeof(Row) == 4 && seq_length > INT32_MAX) return;
+    fill(rows);
+    int64_t start = 0;
+    size_t position = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        while (row * seq_length >= start + sizes[static_cast<size_t>(order[position])]) start += sizes[static_cast<size_t>(order[position++])];
+        EXPECT_EQ(static_cast<int64_t>(out[static_cast<size_t>(2 * row)]), static_cast<int64_t>(position));
+        EXPECT_EQ(static_cast<int64_t>(out[static_cast<size_t>(2 * row + 1)]), row * seq_length - start);
     }
+    out.resize(out.size() + 2);
+    EXPECT_FAULT(fill(rows + 1), "documents end before the samples do");
+    const auto at = static_cast<size_t>(below(static_cast<int64_t>(order.size())));
+    const Doc before = std::exchange(order[at], static_cast<Doc>(below(2) == 0 ? -1 - below(1 << 30) : static_cast<int64_t>(sizes.size()) + below(1 << 30)));
+    EXPECT_FAULT(fill(rows), "document number out of range; where=position " + std::to_string(at) + " of");
+    order[at] = before;
+    const int32_t negative = -1 - static_cast<int32_t>(below(INT32_MAX));
+    std::memcpy(raw.data() + 1 + 4 * static_cast<size_t>(before), &negative, sizeof negative);
+    EXPECT_FAULT(fill(rows), "negative document size");
 }
 
 void hostile_arrays() {
@@ -195,15 +203,18 @@ void epoch_order() {
 
 }  // namespace
 
-int main() {
-    std::mt19937_64 random(20240501);
+int main(int count, char** arguments) {
+    Budget budget(count, arguments, 240);
+    std::mt19937_64 random(20240500 + budget.seed());
     positions_beyond_32_bits<int32_t>();
     positions_beyond_32_bits<int64_t>();
     threads_give_the_same_rows(random);
-    rows_equal_their_definition<int32_t, int32_t>(random);
-    rows_equal_their_definition<int32_t, int64_t>(random);
-    rows_equal_their_definition<int64_t, int64_t>(random);
-    rows_equal_their_definition<int64_t, int32_t>(random);
+    while (budget.next()) {
+        rows_equal_their_definition<int32_t, int32_t>(random);
+        rows_equal_their_definition<int32_t, int64_t>(random);
+        rows_equal_their_definition<int64_t, int64_t>(random);
+        rows_equal_their_definition<int64_t, int32_t>(random);
+    }
     hostile_arrays();
     epochs();
     permutations();
