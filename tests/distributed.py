@@ -1,6 +1,6 @@
-"""Real process groups for tests: N processes of a function over gloo, and real launches of train.py, each with a time limit.
+"""Real process groups for tests: N processes of a function or a command over gloo, forked from a warm one, and real launches of train.py, with time limits.
 
-Nothing here is mocked: processes are started as a launcher would start them, their output is captured, and on a time-out the
+Nothing here is mocked: processes get what a launcher would give them, their output is captured, and on a time-out the
 whole process group is killed and its output printed.
 """
 
@@ -8,47 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
-# Started with: path to the checkout, module, function, then the arguments of the function.
-RUNNER = "import sys, importlib; sys.path[:0] = [sys.argv[1]]; getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(*sys.argv[4:])"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one process (or launcher) left: exit code and everything it printed."""
-
-    returncode: int
-    output: str
-
-    def check(self) -> Result:
-        """Fail the test, with the output, unless the exit code is 0."""
-        if self.returncode != 0:
-            raise AssertionError(f"exit code {self.returncode}\n{self.output}")
-        return self
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def environment(**extra: object) -> dict[str, str]:
-    """This process's environment without a launcher's variables, one thread per process, plus `extra`."""
-    env = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
-    env.update(OMP_NUM_THREADS="1", DS_BUILD_OPS="0", PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false")
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return env | {key: str(value) for key, value in extra.items()}
+from tests.fork_server import ROOT, Forks, Result, environment, fork_server, free_port
 
 
 class Processes:
@@ -111,18 +77,20 @@ class Processes:
                 process.wait()
 
 
-def start_ranks(target: str, world_size: int, folder: Path, arguments: Sequence[object] = ()) -> Processes:
+def start_ranks(target: str, world_size: int, folder: Path, arguments: Sequence[object] = ()) -> Forks:
     """Start `world_size` processes that call `target` ("module:function") with string arguments, with a launcher's variables set."""
-    module, function = target.split(":")
-    port = free_port()
-    command = [sys.executable, "-c", RUNNER, str(ROOT), module, function, *map(str, arguments)]
-    shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": world_size}
-    return Processes([command] * world_size, [environment(RANK=r, LOCAL_RANK=r, **shared) for r in range(world_size)], folder)
+    return fork_server().call(target, arguments, folder, ranks=world_size)
 
 
 def run_ranks(target: str, world_size: int, folder: Path, arguments: Sequence[object] = (), timeout: float = 120.0) -> list[Result]:
     """`start_ranks` and wait; every process must end with exit code 0."""
-    return [result.check() for result in start_ranks(target, world_size, folder, arguments).wait(timeout)]
+    return [result.check() for result in start_ranks(target, world_size, folder, arguments).results(timeout)]
+
+
+def run_command(processes: int, folder: Path, arguments: Sequence[object], timeout: float = 120.0) -> Result:
+    """Run a command of neox on some processes; every one must end with exit code 0. Returns the first one's result."""
+    first, *_ = [result.check() for result in fork_server().command(arguments, folder, ranks=processes).results(timeout)]
+    return first
 
 
 def launch_command(launcher: str, num_processes: int, arguments: Sequence[object]) -> list[str]:

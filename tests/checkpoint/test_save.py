@@ -71,7 +71,7 @@ def test_an_error_on_one_rank_is_the_same_error_on_all(tmp_path):
 def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path):
     root = tmp_path / "checkpoints"
     old = save_one(root)
-    results = start_ranks(WORKERS + "lose_a_rank", 2, tmp_path, [root]).wait(60)
+    results = start_ranks(WORKERS + "lose_a_rank", 2, tmp_path, [root]).results(60)
     assert [result.returncode for result in results] == [13, 9]
     assert "error[13] a rank was lost during a checkpoint" in results[0].output
     assert find(root, "auto") == old

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import LONG, SHORT, Setting, arguments
-from tests.faults.server import ForkServer
+from tests.fork_server import ForkServer, fork_server
 from tests.train.corpus import make_corpus
 
 
 @pytest.fixture(scope="session")
-def server():
-    with ForkServer() as running:
-        yield running
+def server() -> ForkServer:
+    return fork_server()
 
 
 @pytest.fixture(scope="session")

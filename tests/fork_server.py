@@ -1,24 +1,59 @@
-"""A process that has imported torch, deepspeed and neox, and forks a training whenever it is asked to: a start then costs milliseconds, not seconds.
+"""A process that has imported torch, deepspeed and neox, and forks whenever it is asked to: a start then costs milliseconds, not seconds.
 
-It speaks one line of JSON per request and answer over its standard input and output. Every training runs `neox train` as the command line
-would, in a session of its own, with its output in a file.
+It speaks one line of JSON per request and answer over its standard input and output. Every fork runs a `neox` command as the command line
+would, or a function of a test, in a session of its own, with its output in a file.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.distributed import LAUNCHER_VARIABLES, ROOT, environment, free_port
-
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
 KEPT = ("FAULT", *LAUNCHER_VARIABLES)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one process (or launcher) left: exit code and everything it printed."""
+
+    returncode: int
+    output: str
+
+    def check(self) -> Result:
+        """Fail the test, with the output, unless the exit code is 0."""
+        if self.returncode != 0:
+            raise AssertionError(f"exit code {self.returncode}\n{self.output}")
+        return self
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**extra: object) -> dict[str, str]:
+    """This process's environment without a launcher's variables, one thread per process, plus `extra`."""
+    env = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    env.update(OMP_NUM_THREADS="1", DS_BUILD_OPS="0", PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return env | {key: str(value) for key, value in extra.items()}
 
 
 def serve() -> None:
@@ -26,20 +61,22 @@ def serve() -> None:
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
     for name in ("neox.cli.main", "neox.train.start", "torch._dynamo"):  # torch, deepspeed, and what the first optimizer imports, for two seconds
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a fork's collections would else copy every page that holds an object
     ended: dict[int, int] = {}
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        if "argv" in request:
-            answer: object = start(request)
-        else:
+        if "pids" in request:
             collect(ended)
-            answer = {str(pid): ended.get(pid) for pid in request["pids"]}
+            answer: object = {str(pid): ended.get(pid) for pid in request["pids"]}
+        else:
+            answer = start(request)
         print(json.dumps(answer), flush=True)
 
 
 def start(request: dict) -> int:
-    """Fork a process that runs `neox` with the given arguments, variables and log; returns its pid."""
+    """Fork a process that runs what is asked for, with the given variables and log; returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -53,11 +90,28 @@ def start(request: dict) -> int:
         for name in KEPT:
             os.environ.pop(name, None)
         os.environ.update(request["variables"])
-        code = sys.modules["neox.cli.main"].main(request["argv"])
+        code = run(request)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def run(request: dict) -> int:
+    """What a fork does: a command of neox by its arguments, or a function ("module:function"). Returns the exit code, as python would end with."""
+    try:
+        if "argv" in request:
+            return sys.modules["neox.cli.main"].main(request["argv"])
+        module, function = request["target"].split(":")
+        getattr(importlib.import_module(module), function)(*request["arguments"])
+        return 0
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
 
 
 def collect(ended: dict[int, int]) -> None:
@@ -76,7 +130,7 @@ class ForkServer:
     """The client's side. Use as a context manager."""
 
     def __init__(self):
-        command = [sys.executable, "-c", "from tests.faults.server import serve; serve()"]
+        command = [sys.executable, "-c", "from tests.fork_server import serve; serve()"]
         env = environment()
         for name in KEPT:
             env.pop(name, None)
@@ -107,22 +161,41 @@ class ForkServer:
         answer = self.ask({"pids": list(pids)})
         return [answer[str(pid)] for pid in pids]
 
-    def start(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1, fault: str = "") -> Training:
+    def start(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1, fault: str = "") -> Forks:
         """Start `neox train` on `ranks` processes; `fault` is the value of FAULT."""
+        return self.command(["train", *arguments], folder, ranks=ranks, fault=fault)
+
+    def command(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1, fault: str = "") -> Forks:
+        """Start a command of neox on `ranks` processes."""
+        return self.fork({"argv": [*map(str, arguments)]}, folder, ranks, {"FAULT": fault} if fault else {})
+
+    def call(self, target: str, arguments: Sequence[object], folder: Path, *, ranks: int = 1) -> Forks:
+        """Start `ranks` processes that call a function ("module:function") with string arguments."""
+        return self.fork({"target": target, "arguments": [*map(str, arguments)]}, folder, ranks, {}, always=True)
+
+    def fork(self, what: dict, folder: Path, ranks: int, variables: dict[str, str], *, always: bool = False) -> Forks:
+        """Start processes with a launcher's variables where there are several, or `always`."""
         folder.mkdir(parents=True, exist_ok=True)
-        stamp, port, pids, logs = time.monotonic_ns(), free_port() if ranks > 1 else 0, [], []
+        stamp, pids, logs = time.monotonic_ns(), [], []
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(ranks):
-            variables = {"FAULT": fault} if fault else {}
-            if ranks > 1:
-                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} if ranks > 1 or always else {}
             logs.append(folder / f"output-{stamp}-{rank}.txt")
-            pids.append(self.ask({"argv": ["train", *map(str, arguments)], "variables": variables, "log": str(logs[-1])}))
+            pids.append(self.ask({**what, "variables": {**variables, **place}, "log": str(logs[-1])}))
         self.pids += pids
-        return Training(self, pids, logs)
+        return Forks(self, pids, logs)
 
 
-class Training:
-    """Processes of one training."""
+@functools.cache
+def fork_server() -> ForkServer:
+    """The server of this process, started when it is first asked for; it ends with this process."""
+    server = ForkServer().__enter__()
+    atexit.register(server.__exit__)
+    return server
+
+
+class Forks:
+    """Processes that were started together."""
 
     def __init__(self, server: ForkServer, pids: list[int], logs: list[Path]):
         self.server, self.pids, self.logs = server, pids, logs
@@ -164,3 +237,7 @@ class Training:
                 raise AssertionError(f"still running after {timeout:.0f} s: {codes}\n{self.outputs()}")
             time.sleep(0.01)
         return codes
+
+    def results(self, timeout: float = 90.0) -> list[Result]:
+        """Exit codes and outputs of all, as `wait`."""
+        return [Result(code, self.output(rank)) for rank, code in enumerate(self.wait(timeout))]
