@@ -67,7 +67,7 @@ parallel-test: setup  ## every layout of up to four processes against one proces
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/engine/test_parallel.py -q -m parallel
 
 fault-test: setup  ## kills, signals, full disks, dead and stuck processes, damaged checkpoints, by the hundred
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/faults
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/faults tests/cli/test_verify_resume.py
 
 harness-test: setup  ## lm-evaluation-harness on whole LAMBADA and BLiMP sets, ours against its hf model; about a quarter of an hour
 	$(PY) -m pytest tests/evaluate/test_whole_sets.py -m harness -s

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,22 +64,32 @@ def run(args: argparse.Namespace) -> int:
         return compare(args, Path(folder))
 
 
-def compare(args: argparse.Namespace, folder: Path) -> int:
-    """The three trainings in a folder, and the table."""
+def started(arguments: list[str], processes: int, variables: dict[str, str]) -> tuple[int, str]:
+    """Run `neox` to its end, under torchrun where it takes several processes; returns its exit code and what it printed."""
+    program = ["-m", "neox.cli.main", *arguments]
+    if processes > 1:
+        program = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), *program]
+    environment = {key: value for key, value in os.environ.items() if key != "FAULT"} | variables
+    done = subprocess.run([sys.executable, *program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+def compare(args: argparse.Namespace, folder: Path, start: Callable[[list[str], int, dict[str, str]], tuple[int, str]] = started) -> int:
+    """The three trainings in a folder, each run by `start`, and the table."""
     straight, resumed = folder / "straight", folder / "resumed"
     for run_folder in (straight, resumed):
         if run_folder.exists():
             raise ConfigError("there is a run already", where=run_folder, want="a folder without straight/ and resumed/", do="choose another --dir")
     say(args, f"{args.steps} steps straight")
-    train(args, straight, "", {0})
+    train(args, straight, "", {0}, start)
     say(args, f"{args.steps} steps, killed after step {args.kill_at} was saved")
-    train(args, resumed, f"kill@*:step:{args.kill_at + 1}", {-9, 1} if args.processes > 1 else {-9})
+    train(args, resumed, f"kill@*:step:{args.kill_at + 1}", {-9, 1} if args.processes > 1 else {-9}, start)
     if not (resumed / "checkpoints" / folder_name(args.kill_at) / "manifest.json").exists():
         raise CheckpointError(
             "the killed run left no checkpoint", where=resumed / "checkpoints", want=folder_name(args.kill_at), do="look at the run's log.txt"
         )
     say(args, "resumed")
-    train(args, resumed, "", {0})
+    train(args, resumed, "", {0}, start)
     rows = table(straight, resumed, args.steps)
     good = all(row.equal for row in rows)
     if args.json:
@@ -96,7 +107,7 @@ def say(args: argparse.Namespace, text: str) -> None:
         print(f"{text} ...", flush=True)
 
 
-def train(args: argparse.Namespace, run_folder: Path, fault: str, wanted: set[int]) -> None:
+def train(args: argparse.Namespace, run_folder: Path, fault: str, wanted: set[int], start: Callable[..., tuple[int, str]]) -> None:
     """One training.
 
     Raises:
@@ -104,15 +115,11 @@ def train(args: argparse.Namespace, run_folder: Path, fault: str, wanted: set[in
     """
     fixed = [f"run.dir={json.dumps(str(run_folder))}", f"train.train_iters={args.steps}", "checkpoint.save_interval=0", "checkpoint.resume=auto"]
     fixed += [f"checkpoint.save_iters=[{args.kill_at}]", "checkpoint.async=false", "checkpoint.keep=0", "logging.tensorboard=false"]
-    program = ["-m", "neox.cli.main", "train", "--conf", *args.conf, "--set", *args.set, *fixed]
-    if args.processes > 1:
-        program = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.processes), "--master-port", str(free_port()), *program]
-    environment = {key: value for key, value in os.environ.items() if key != "FAULT"} | ({"FAULT": fault} if fault else {})
-    done = subprocess.run([sys.executable, *program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode not in wanted:
-        lines = done.stdout.splitlines()
+    code, output = start(["train", "--conf", *args.conf, "--set", *args.set, *fixed], args.processes, {"FAULT": fault} if fault else {})
+    if code not in wanted:
+        lines = output.splitlines()
         errors = [line for line in lines if line.startswith("error[")] or lines[-3:]
-        got = f"exit code {done.returncode}: {' | '.join(errors)}"
+        got = f"exit code {code}: {' | '.join(errors)}"
         raise CheckpointError("a run of the comparison failed", where=run_folder, got=got, want=f"exit code {min(wanted)}", do="train with this config first")
 
 

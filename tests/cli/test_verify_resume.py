@@ -6,9 +6,10 @@ import json
 import pytest
 
 from neox.cli import verify_resume
-from neox.cli.main import main
+from neox.cli.main import main, parse
 from neox.cli.verify_resume import table
 from neox.errors import ConfigError
+from tests.fork_server import fork_server
 from tests.train.corpus import DROPOUT, config_text, make_corpus
 
 
@@ -21,24 +22,48 @@ def conf(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_killed_and_resumed_run_is_the_same(conf, tmp_path, capsys):
+def forked(folder):
+    """Runs the trainings as forks of a warm process instead of new ones."""
+
+    def start(arguments, processes, variables):
+        (result,) = fork_server().command(arguments, folder, ranks=processes, fault=variables.get("FAULT", "")).results()
+        return result.returncode, result.output
+
+    return start
+
+
+def arguments_of(conf, folder):
     settings = [*DROPOUT, "evaluate.interval=2"]
-    code = main(["verify-resume", str(conf), "--steps", "5", "--kill-at", "3", "--json", "--dir", str(tmp_path / "runs"), "--set", *settings])
-    rows = json.loads(capsys.readouterr().out)
+    return ["verify-resume", str(conf), "--steps", "5", "--kill-at", "3", "--json", "--dir", str(folder), "--set", *settings]
+
+
+def check(code, text, folder):
+    rows = json.loads(text)
     assert code == 0, rows
     names = [row["name"] for row in rows]
     assert names[:3] == ["loss", "grad_norm", "lr"]
     assert {"final weight", "final exp_avg", "final exp_avg_sq", "random streams", "counters and data cursor"} <= set(names)
-    log = (tmp_path / "runs" / "resumed" / "log.txt").read_text()
+    log = (folder / "resumed" / "log.txt").read_text()
     assert "at step 3" in log and log.count("resumed from") == 1
-    metrics = tmp_path / "runs" / "resumed" / "metrics.jsonl"
+    metrics = folder / "resumed" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"grad_norm": ', '"grad_norm": 1'))
-    assert [row.name for row in table(tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed", 5) if not row.equal] == ["grad_norm"]
-    again = ["verify-resume", str(conf), "--steps", "5", "--kill-at", "3", "--dir", str(tmp_path / "runs")]
-    assert main(again) == 2
+    assert [row.name for row in table(folder / "straight", folder / "resumed", 5) if not row.equal] == ["grad_norm"]
+
+
+@pytest.mark.distributed
+def test_a_killed_and_resumed_run_is_the_same(conf, tmp_path, capsys):
+    _, parser, rest = parse(arguments_of(conf, tmp_path / "runs"))
+    code = verify_resume.compare(parser.parse_args(rest), tmp_path / "runs", forked(tmp_path))
+    check(code, capsys.readouterr().out, tmp_path / "runs")
+    assert main(arguments_of(conf, tmp_path / "runs")) == 2
     assert "there is a run already" in capsys.readouterr().err
+
+
+@pytest.mark.faults
+@pytest.mark.distributed
+def test_the_command_with_processes_of_its_own(conf, tmp_path, capsys):
+    code = main(arguments_of(conf, tmp_path / "runs"))
+    check(code, capsys.readouterr().out, tmp_path / "runs")
 
 
 def test_a_run_that_fails_is_an_error_with_its_line(conf, tmp_path, capsys):
