@@ -38,6 +38,7 @@ POLL = 0.5  # seconds between two looks at the store
 FAREWELL = 5.0  # seconds that a failed process waits for the others to learn of it
 GRACE = 3.0  # seconds that a process which waits in a collective leaves to the others to find the stuck one
 ERROR, SEEN = "error", "seen"
+LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.launch", "torchrun", "deepspeed")
 COLLECTIVES = ("neox.parallel.collectives", "neox.parallel.stages")
 
 
@@ -60,13 +61,15 @@ class Control:
         self.pulse = Pulse() if pulse is None else pulse
         self.source = source
         self.closed = threading.Event()
-        self.launcher = launcher_pid()
+        self.launchers = launchers()
         self.me = {"rank": rank, "host": socket.gethostname(), "space": process_space(), "pid": os.getpid(), "born": psutil.Process().create_time()}
         self.host_of_store: dict[str, Any] = {"rank": 0, "host": source}
         self.looks = 0
         self.main = Still()
         self.neighbour = Still()
         self.threads: list[threading.Thread] = []
+        if store is None and self.launchers:
+            self.threads.append(threading.Thread(target=self.watch_launchers, name="neox-control", daemon=True))
         if store is not None:
             self.beat()
             self.threads.append(threading.Thread(target=self.watch, name="neox-control", daemon=True))
@@ -95,13 +98,24 @@ class Control:
         if "pid" not in self.host_of_store and self.store.check(["beat/0"]):
             self.host_of_store = json.loads(self.store.get("beat/0"))
         self.look_at_neighbour((self.rank + 1) % self.world_size)
-        if self.launcher and os.getppid() != self.launcher:
-            self.accuse(PeerLost("the launcher is gone", where=f"rank {self.rank}", got=f"process {self.launcher} has ended", do="start again to resume"))
+        self.look_at_launchers()
         if self.limit and self.pulse.watched and still > self.limit:
             waiting = in_collective()
             if not waiting or still > self.limit + GRACE:
                 what = "all processes wait for each other" if waiting else "a process makes no progress"
                 self.accuse(self.stuck(self.me, what, self.pulse.step, self.pulse.phase))
+
+    def watch_launchers(self) -> None:
+        """Thread of a process that works alone under a launcher."""
+        while not self.closed.wait(POLL):
+            self.look_at_launchers()
+
+    def look_at_launchers(self) -> None:
+        """End where a launcher has ended without ending this process, as one that was killed does: nobody would find what is left over."""
+        for who in self.launchers:
+            if not is_running(who):
+                got = f"process {who['pid']} ({who['name']}) has ended"
+                self.accuse(PeerLost("the launcher is gone", where=f"rank {self.rank}", got=got, do="start again to resume"))
 
     def beat(self) -> None:
         """Write the own sign of life."""
@@ -160,6 +174,10 @@ class Control:
         if self.closed.is_set():
             return
         self.closed.set()
+        if self.store is None:
+            print(error.line(), file=sys.stderr, flush=True)
+            self.leave(error.exit_code)
+            return
         posted = self.post(error.exit_code, gone)
         if self.is_mine_now(posted):
             print(error.line(), file=sys.stderr, flush=True)
@@ -289,14 +307,20 @@ def connect(place: Place, *, limit: float = 0.0, pulse: Pulse | None = None) -> 
     return Control(store, place.rank, place.world_size, limit=limit, pulse=pulse, source=place.address)
 
 
-def launcher_pid() -> int:
-    """The parent process where it is a launcher that is expected to outlive this process; 0 for a shell, which may not."""
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return 0
-    known = any("torch.distributed.run" in word or "deepspeed.launcher" in word or word.endswith(("/torchrun", "/deepspeed")) for word in words)
-    return os.getppid() if known else 0
+def launchers() -> list[dict[str, Any]]:
+    """The launchers above this process, nearest first: parents that are expected to outlive it, up to the first that is none, such as a shell.
+
+    `deepspeed` is two of them, a front end and one launcher per host; neither notices when the front end is killed.
+    """
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            interpreter, *words = parent.cmdline() or [""]
+            name = next((word for word in words if not word.startswith("-")), "").rpartition("/")[2]  # a script, or the module of -m
+            if name not in LAUNCHERS or "python" not in interpreter:
+                break
+            found.append({"pid": parent.pid, "born": parent.create_time(), "name": name})
+    return found
 
 
 def process_space() -> str:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 
@@ -22,13 +23,13 @@ from neox.train.control import (
     end,
     in_collective,
     is_running,
-    launcher_pid,
+    launchers,
     process_space,
     stack_of,
     waits,
 )
 from neox.train.place import Place
-from tests.distributed import start_ranks
+from tests.distributed import environment, start_ranks
 
 
 def join() -> Control:
@@ -62,7 +63,7 @@ def fail_on(rank: str, how: str) -> None:
 @pytest.mark.parametrize(("rank", "how"), [(0, "collective"), (1, "collective"), (2, "loop"), (0, "wake")])
 def test_all_end_with_the_code_and_the_line_of_the_origin(tmp_path, rank, how):
     begin = time.monotonic()
-    results = start_ranks("tests.train.test_control:fail_on", 3, tmp_path, [rank, how]).wait(60)
+    results = start_ranks("tests.train.test_control:fail_on", 3, tmp_path, [rank, how]).results(60)
     assert [result.returncode for result in results] == [3, 3, 3], results
     assert [result.output.count("error[") for result in results] == [int(i == rank) for i in range(3)]
     assert "error[3] bad batch; where=file x" in results[rank].output
@@ -89,7 +90,7 @@ def test_a_killed_process_is_a_lost_peer(tmp_path, victim):
     running.wait_for(path.exists, 60)
     time.sleep(0.5)
     running.signal(signal.SIGKILL, victim)
-    results = running.wait(40)
+    results = running.results(40)
     assert results[1 - victim].returncode == PeerLost.exit_code, results
     assert "error[13]" in results[1 - victim].output
 
@@ -104,7 +105,7 @@ def end_well() -> None:
 
 @pytest.mark.distributed
 def test_a_good_end_is_no_error(tmp_path):
-    results = start_ranks("tests.train.test_control:end_well", 2, tmp_path).wait(60)
+    results = start_ranks("tests.train.test_control:end_well", 2, tmp_path).results(60)
     assert [(result.returncode, "error" in result.output) for result in results] == [(0, False), (0, False)]
 
 
@@ -176,4 +177,28 @@ def test_whether_a_process_runs():
 
 
 def test_a_shell_is_no_launcher():
-    assert launcher_pid() == 0
+    assert launchers() == []
+
+
+def test_the_launchers_above_are_watched_up_to_a_shell(tmp_path):
+    for name in ("deepspeed", "torchrun"):
+        (tmp_path / name).write_text("import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)")
+    deepspeed, torchrun = ([sys.executable, str(tmp_path / name)] for name in ("deepspeed", "torchrun"))
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
+    show = [sys.executable, "-c", "from neox.train.control import launchers; print([one['name'] for one in launchers()])"]
+    told = subprocess.run([*deepspeed, *shell, *torchrun, *deepspeed, *show], capture_output=True, text=True, check=True, env=environment())
+    assert told.stdout.splitlines()[-1] == "['deepspeed', 'torchrun']"
+
+
+def test_a_process_alone_watches_its_launcher(monkeypatch, capfd):
+    left = threading.Event()
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    who = {"pid": launcher.pid, "born": psutil.Process(launcher.pid).create_time(), "name": "deepspeed"}
+    monkeypatch.setattr("neox.train.control.launchers", lambda: [who])
+    monkeypatch.setattr(Control, "leave", lambda self, code: left.set() if code == PeerLost.exit_code else None)
+    control = Control(None, 0, 1)
+    assert not left.wait(1.2)
+    launcher.kill()
+    assert left.wait(5) and control.closed.is_set()
+    assert f"error[13] the launcher is gone; where=rank 0; got=process {launcher.pid} (deepspeed) has ended" in capfd.readouterr().err
+    launcher.wait()
