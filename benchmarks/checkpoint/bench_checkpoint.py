@@ -1,28 +1,22 @@
-"""Saving and loading a training state, ours against the raw file, torch.save and safetensors; what asynchronous saving and all safety cost a step.
+"""Saving and loading a training state, ours against the raw file, torch.save and safetensors; how long a step waits for an asynchronous save.
 
 The state is that of AdamW: a weight and two moments per parameter, fp32. "Raw file" writes the same bytes with plain write calls and one fsync,
-or reads them into memory; every contestant writes durably (fsync) and reads from the page cache, alternating in the same rounds. Figures are GB/s.
-
-The cost of safety is the time of steps of the demo's model under two processes, everything on (control channel with its heartbeat, guard against
-spikes, comparison of replicas every 10 steps) against everything off; the first steps of a run are left out. The stall is the longest
-wait of a step in which a save begins, in steps.
+or reads them with plain read calls. Every contestant writes durably (fsync), reads from the page cache, and fills the tensors of a model
+that is there, as a resumed training does; they take turns in the same rounds. Figures are GB/s. The stall is the longest wait of a
+step in which a save begins, in steps.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -35,7 +29,6 @@ from neox.checkpoint.load import Checkpoint
 from neox.checkpoint.reshard import Fragment, whole
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
-from neox.data import IndexedWriter
 
 BLOCK = 16 << 20
 
@@ -59,6 +52,7 @@ class Contest:
         self.flat = {f"{kind}/{name}": tensor for (name, kind), tensor in state.items()}
         self.bytes = sum(t.numel() * t.element_size() for t in state.values())
         self.root = folder / "ours"
+        self.target = {f"{kind}/{name}": torch.zeros_like(tensor) for (name, kind), tensor in state.items()}
 
     def save_ours(self) -> None:
         """A whole checkpoint: checksums, fsync of files and folders, renames, manifest."""
@@ -103,23 +97,24 @@ class Contest:
         """Every tensor, checksums compared."""
         with Checkpoint(self.root / "step_00000001") as checkpoint:
             for name, kind in self.state:
-                checkpoint.tensor(name, kind)
+                target = self.target[f"{kind}/{name}"]
+                checkpoint.read_into(target.view(-1), name, kind, whole(tuple(target.shape)), 0, target.numel())
 
     def load_raw(self) -> None:
-        """The bytes into memory."""
+        """The bytes, nothing compared."""
         with open(self.folder / "raw", "rb", buffering=0) as file:
-            for tensor in self.state.values():
-                target = memoryview(torch.empty_like(tensor).view(-1).numpy()).cast("B")
-                file.readinto(target)
+            for tensor in self.target.values():
+                file.readinto(memoryview(tensor.view(-1).numpy()).cast("B"))
 
     def load_torch(self) -> None:
-        """torch.load, tensors only."""
-        torch.load(self.folder / "torch", weights_only=True)
+        """torch.load, tensors only, mapped, so that it copies once."""
+        for key, tensor in torch.load(self.folder / "torch", weights_only=True, mmap=True).items():
+            self.target[key].copy_(tensor)
 
     def load_safetensors(self) -> None:
-        """safetensors' load_file, cloned: it maps the file and reads nothing before."""
-        for tensor in load_file(self.folder / "safetensors").values():
-            tensor.clone()
+        """safetensors' load_file, which maps the file."""
+        for key, tensor in load_file(self.folder / "safetensors").items():
+            self.target[key].copy_(tensor)
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -168,56 +163,12 @@ def stall(options: Options, folder: Path) -> Row:
     return Row("asynchronous save, stall", setting, worst, 1.0, "one step", 1.0 / max(worst, 1e-9), "steps")
 
 
-ON = ("guard.drift_interval=10",)
-OFF = ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0")
-
-
-def make_corpus(folder: Path) -> None:
-    """A dataset of random documents in the demo's vocabulary."""
-    generator = np.random.default_rng(0)
-    with IndexedWriter(folder / "train", "uint16", vocab_size=4096, eod_id=0) as writer:
-        for _ in range(400):
-            writer.add_document(generator.integers(1, 4096, size=generator.integers(100, 900)))
-
-
-def step_times(folder: Path, number: int, steps: int, settings: tuple[str, ...]) -> list[float]:
-    """Times of the steps of one run of two processes, from one record to the next."""
-    run = folder / f"run{number}"
-    overrides = [
-        f"data.train=[{json.dumps(str(folder / 'train'))}]",
-        "data.validation=[]",
-        "evaluate.interval=0",
-        "tokenizer.file=null",
-        "model.vocab_size=4096",
-        "schedule.warmup_iters=1",
-    ]
-    overrides += [f"run.dir={json.dumps(str(run))}", f"train.train_iters={steps}", "checkpoint.save_interval=0", "logging.tensorboard=false", *settings]
-    program = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641", "-m", "neox.cli.main", "train"]
-    command = [sys.executable, *program, "--conf", "demo.yml", "--set", *overrides]
-    everywhere = partial(os.sched_setaffinity, 0, range(os.cpu_count()))  # this process is bound to as many CPUs as it has threads
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=everywhere)
-    return [json.loads(line)["step_time"] for line in (run / "metrics.jsonl").read_text().splitlines()][3:]
-
-
-def safety(options: Options, folder: Path) -> Row:
-    """Everything on against everything off, in turns."""
-    make_corpus(folder)
-    times: dict[tuple[str, ...], list[float]] = {ON: [], OFF: []}
-    steps, turns = (12, 1) if options.quick else (24, 3)
-    for turn in range(turns):
-        for settings in (ON, OFF) if turn % 2 else (OFF, ON):
-            times[settings] += step_times(folder, 2 * turn + (settings is ON), steps, settings)
-    on, off = (statistics.median(times[settings]) for settings in (ON, OFF))
-    return Row("safety, step of the demo", "2 processes, 1 thread each", on * 1e3, off * 1e3, "everything off", off / on, "ms")
-
-
 def rows(options: Options) -> Iterator[Row]:
     """All of it, in a temporary folder on the file system of the working directory."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-checkpoint-") as name:
         yield from bandwidth(options, Path(name))
         yield stall(options, Path(name))
-        yield safety(options, Path(name))
 
 
 if __name__ == "__main__":

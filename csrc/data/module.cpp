@@ -2,7 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <functional>
 
 #include "data/bindings.h"
@@ -12,6 +14,7 @@
 #include "data/indexed_dataset.h"
 #include "data/indexed_writer.h"
 #include "data/sample_index.h"
+#include "data/xxh3.h"
 
 namespace py = pybind11;
 
@@ -197,6 +200,41 @@ void add_documents(IndexedWriter& writer, const py::array& tokens, const Array<i
     writer.add_documents(data, count, size_data, documents);
 }
 
+// Fills `out` with a file's bytes from `offset` on and returns their XXH3: parts of a size that stays in the second cache are read, then digested.
+uint64_t read_xxh3(int descriptor, uint64_t offset, const py::buffer& out) {
+    constexpr uint64_t kPart = 256 << 10;
+    const py::buffer_info info = out.request(true);
+    auto* bytes = static_cast<uint8_t*>(info.ptr);
+    const auto count = static_cast<uint64_t>(info.size * info.itemsize);
+    int error = 0;
+    uint64_t done = 0, hash = 0;
+    {
+        py::gil_scoped_release released;
+        Xxh3 digest(bytes, count);
+        while (done < count) {
+            const ssize_t got = ::pread(descriptor, bytes + done, std::min(count - done, kPart), static_cast<off_t>(offset + done));
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) {
+                error = got < 0 ? errno : 0;
+                break;
+            }
+            done += static_cast<uint64_t>(got);
+            digest.advance(done);
+        }
+        if (done == count) hash = digest.finish();
+    }
+    if (error != 0) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+    }
+    if (done < count) {
+        PyErr_SetString(PyExc_EOFError, "the file ends before");
+        throw py::error_already_set();
+    }
+    return hash;
+}
+
 // Index of the first token outside [0, vocab_size), or -1.
 int64_t first_outside(const Array<int64_t>& tokens, int64_t vocab_size) {
     const int64_t* data = tokens.data();
@@ -328,6 +366,12 @@ PYBIND11_MODULE(_data, module) {
         py::gil_scoped_release released;
         return checksum(info.ptr, static_cast<uint64_t>(info.size * info.itemsize));
     });
+    module.def("xxh3", [](const py::buffer& buffer) {
+        const py::buffer_info info = buffer.request();
+        py::gil_scoped_release released;
+        return xxh3(info.ptr, static_cast<uint64_t>(info.size * info.itemsize));
+    });
+    module.def("read_xxh3", &read_xxh3, py::arg("descriptor"), py::arg("offset"), py::arg("out"));
     module.def("file_checksum", &file_checksum, py::arg("path"), NoGil());
     module.def("file_block_checksums", &file_block_checksums, py::arg("path"), py::arg("block_bytes"), NoGil());
     py::class_<EpochOrder>(module, "EpochOrder", "Sample order over unbounded epochs: a pure function of key and sample number")

@@ -1,7 +1,7 @@
 """Loading: find the checkpoint to resume from, check it, and read any slice of any tensor from whatever pieces are stored.
 
 Nothing is believed before it is checked: the manifest's checksum and structure when it is opened, a shard's header when
-it is first touched, a block's checksum before its bytes are used. Files are mapped, so only what is asked for is read.
+it is first touched, a block's checksum before its bytes are used. Only the blocks that hold what is asked for are read.
 """
 
 from __future__ import annotations
@@ -9,26 +9,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neox.checkpoint.manifest import ITEM_BYTES, MANIFEST, RNG_KIND, SHARD_NAME, Entry, Manifest, ShardFile, TensorInfo, read_manifest, stored_shape
+from neox.checkpoint.blocks import ShardReader
+from neox.checkpoint.manifest import ITEM_BYTES, MANIFEST, RNG_KIND, SHARD_NAME, Entry, Manifest, ShardFile, TensorInfo, read_manifest
 from neox.checkpoint.peers import Peers
 from neox.checkpoint.reshard import Slices, check_address, overlaps, placed_boxes, whole
 from neox.checkpoint.retention import Found, folder_name, folder_step, read_latest, scan
-from neox.checkpoint.shard import DTYPES, check_header, sha256
-from neox.checkpoint.storage import LOCAL, TEMPORARY, Storage, map_file, unreadable
+from neox.checkpoint.shard import DTYPES
+from neox.checkpoint.storage import LOCAL, TEMPORARY, Storage, unreadable
 from neox.errors import CheckpointError
 
 LOG = logging.getLogger(__name__)
-HASH_THREADS = 2
+READ_THREADS = 2  # a block each
+OPEN_FILES = 64  # at most: one process may read the shards of thousands
 DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a time
 
 
@@ -50,9 +51,8 @@ class Checkpoint:
         self._pieces: dict[tuple[str, str], list[tuple[ShardFile, Entry]]] = {key: [] for key in self.manifest.tensors}
         for file, entry in self.manifest.entries():
             self._pieces[entry.kind, entry.name].append((file, entry))
-        self._maps: dict[str, mmap.mmap] = {}
-        self._good: set[tuple[str, int, int]] = set()
-        self._threads = ThreadPoolExecutor(HASH_THREADS)
+        self._readers: dict[str, ShardReader] = {}
+        self._threads = ThreadPoolExecutor(READ_THREADS)
 
     @property
     def step(self) -> int:
@@ -139,15 +139,20 @@ class Checkpoint:
         stop = math.prod(high - low for low, high in slices) if stop is None else stop
         check_address(name, kind, info.shape, slices, start, stop)
         out = torch.empty(stop - start, dtype=DTYPES[info.dtype])
-        targets = placed_boxes(slices, start, stop)
-        copied = 0
-        for file, entry in self._pieces[kind, name]:
-            for shared in overlaps(placed_boxes(entry.slices, entry.start, entry.stop), targets):
-                shared.copy(self._data(file, entry, shared.source_span()), out)
-                copied += shared.size
-        if copied != stop - start:
-            raise CheckpointError("tensor is not covered", where=f"{self.path}: {kind}/{name}", got=f"{copied} elements", want=f"{stop - start} elements")
+        self._fill(out, name, kind, slices, start, stop)
         return out
+
+    def read_into(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int) -> None:
+        """As `read`, into a flat tensor of any dtype on any device; without a copy where it is of the stored dtype, on the CPU and contiguous.
+
+        After an error `out` holds anything.
+        """
+        info = self.info(name, kind)
+        if out.dtype != DTYPES[info.dtype] or out.device.type != "cpu" or not out.is_contiguous() or out.numel() != stop - start:
+            out.copy_(self.read(name, kind, slices, start, stop))
+            return
+        check_address(name, kind, info.shape, slices, start, stop)
+        self._fill(out, name, kind, slices, start, stop)
 
     def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
         """A whole logical tensor in its shape. Raises CheckpointError as `read` does."""
@@ -161,14 +166,10 @@ class Checkpoint:
         names = [name for kind, name in self.manifest.tensors if kind == RNG_KIND and name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name, RNG_KIND) for name in names}
 
-    def release(self) -> None:
-        """Give the pages read so far back to the system, so that reading a whole checkpoint takes the memory of one tensor."""
-        for mapped in self._maps.values():
-            mapped.madvise(mmap.MADV_DONTNEED)
-
     def close(self) -> None:
-        """Lets go of the mapped files."""
-        self._maps.clear()
+        """Closes the files."""
+        while self._readers:
+            self._readers.popitem()[1].close()
         self._threads.shutdown()
 
     def __enter__(self) -> Checkpoint:
@@ -177,24 +178,30 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _data(self, file: ShardFile, entry: Entry, span: tuple[int, int]) -> torch.Tensor:
-        """The stored piece as a flat tensor on the mapped file; the blocks under the element range `span` are verified."""
-        mapped = self._map(file)
-        dtype = self.manifest.tensors[entry.kind, entry.name].dtype
-        width = ITEM_BYTES[dtype]
-        block = self.manifest.block
-        todo = [index for index in range(span[0] * width // block, (span[1] * width - 1) // block + 1) if (file.name, entry.offset, index) not in self._good]
-        for problem in check_blocks(self.path, file, entry, mapped, self.manifest, todo, self._threads):
-            raise problem
-        self._good.update((file.name, entry.offset, index) for index in todo)
-        return torch.frombuffer(mapped, dtype=DTYPES[dtype], count=entry.stop - entry.start, offset=file.header + entry.offset)
+    def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int) -> None:
+        """`read` into a flat tensor of the stored dtype on the CPU."""
+        targets = placed_boxes(slices, start, stop)
+        copied = 0
+        for file, entry in self._pieces[kind, name]:
+            for shared in overlaps(placed_boxes(entry.slices, entry.start, entry.stop), targets):
+                source, target = shared.span(shared.source), shared.span(shared.target)
+                if source[1] - source[0] == target[1] - target[0] == shared.size:
+                    self._reader(file).read(entry, source[0], out[target[0] : target[1]], self._threads)
+                else:
+                    rows = shared.rows()
+                    beside = torch.empty(math.prod(rows.source.shape), dtype=out.dtype)
+                    self._reader(file).read(entry, rows.source.offset, beside, self._threads)
+                    replace(rows, source=replace(rows.source, offset=0)).copy(beside, out)
+                copied += shared.size
+        if copied != stop - start:
+            raise CheckpointError("tensor is not covered", where=f"{self.path}: {kind}/{name}", got=f"{copied} elements", want=f"{stop - start} elements")
 
-    def _map(self, file: ShardFile) -> mmap.mmap:
-        if file.name not in self._maps:
-            mapped = map_file(self.path / file.name, file.size, storage=self._storage)
-            check_shard_header(self.path, file, mapped, self.manifest)
-            self._maps[file.name] = mapped
-        return self._maps[file.name]
+    def _reader(self, file: ShardFile) -> ShardReader:
+        if file.name not in self._readers:
+            if len(self._readers) == OPEN_FILES:
+                self._readers.pop(next(iter(self._readers))).close()
+            self._readers[file.name] = ShardReader(self.path, file, self.manifest, storage=self._storage)
+        return self._readers[file.name]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -233,41 +240,6 @@ def check_folder(path: Path, manifest: Manifest) -> None:
         raise CheckpointError("checkpoint is damaged", where=path, got=", ".join(faults[:20]), want=f"{len(want)} shards and {MANIFEST}")
 
 
-def check_shard_header(folder: Path, file: ShardFile, mapped: mmap.mmap, manifest: Manifest) -> None:
-    """Raises CheckpointError unless a shard's header has its checksum and says what the manifest says."""
-    path = folder / file.name
-    if file.header > file.size:
-        raise CheckpointError("header is longer than the file", where=path, got=file.header, want=f"at most {file.size}")
-    actual = sha256(memoryview(mapped)[: file.header])
-    if actual != file.header_sha256:
-        raise CheckpointError("shard is damaged", where=f"{path}: header", got=f"sha256 {actual}", want=f"sha256 {file.header_sha256}")
-    found = check_header(memoryview(mapped), file.size, path)
-    want = {}
-    for entry in file.entries:
-        dtype = manifest.tensors[entry.kind, entry.name].dtype
-        want[entry.key] = (TensorInfo(dtype, stored_shape(entry.slices, entry.start, entry.stop)), entry.offset)
-    if found != want:
-        key = next(key for key in found.keys() | want.keys() if found.get(key) != want.get(key))
-        raise CheckpointError("shard contradicts the manifest", where=f"{path}: {key}", got=found.get(key), want=want.get(key))
-
-
-def check_blocks(
-    folder: Path, file: ShardFile, entry: Entry, mapped: mmap.mmap, manifest: Manifest, blocks: Iterable[int], threads: ThreadPoolExecutor
-) -> Iterator[CheckpointError]:
-    """Yields an error for each of the numbered blocks of a piece whose checksum is wrong."""
-    size = (entry.stop - entry.start) * ITEM_BYTES[manifest.tensors[entry.kind, entry.name].dtype]
-    data = memoryview(mapped)[file.header + entry.offset : file.header + entry.offset + size]
-    numbers = list(blocks)
-    parts = [data[index * manifest.block : (index + 1) * manifest.block] for index in numbers]
-    digests = threads.map(sha256, parts) if len(parts) > 1 else map(sha256, parts)
-    for index, actual in zip(numbers, digests, strict=True):
-        if actual != entry.blocks[index]:
-            place = f"{folder / file.name}: {entry.key}, bytes {index * manifest.block} on"
-            yield CheckpointError(
-                "shard is damaged", where=place, got=f"sha256 {actual}", want=f"sha256 {entry.blocks[index]}", do="resume from an older checkpoint"
-            )
-
-
 @dataclass(frozen=True)
 class Report:
     """What `verify` went through."""
@@ -299,16 +271,16 @@ def problems(path: Path, *, part: int = 0, parts: int = 1, storage: Storage = LO
     except CheckpointError as error:
         return [error]
     found: list[CheckpointError] = []
-    with ThreadPoolExecutor(HASH_THREADS) as threads:
+    with ThreadPoolExecutor(READ_THREADS) as threads:
         for file in manifest.files[part::parts]:
             try:
-                mapped = map_file(path / file.name, file.size, storage=storage)
-                check_shard_header(path, file, mapped, manifest)
+                reader = ShardReader(path, file, manifest, storage=storage)
             except CheckpointError as error:
                 found.append(error)
                 continue
             for entry in file.entries:
-                found += check_blocks(path, file, entry, mapped, manifest, range(len(entry.blocks)), threads)
+                found += reader.problems(entry, threads)
+            reader.close()
     return found
 
 

@@ -2,7 +2,7 @@
 
 `manifest.json` is one line of JSON with a fixed frame around its body, so that the checksum covers exact bytes:
 
-    {"format":"neox-checkpoint","version":1,"sha256":"<64 hex digits of the body>","body":<body>}\n
+    {"format":"neox-checkpoint","version":2,"sha256":"<64 hex digits of the body>","body":<body>}\n
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from neox.checkpoint.storage import LOCAL, Storage, read_file
 from neox.errors import CheckpointError
 
 FORMAT = "neox-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 1 << 30  # bytes; 100,000 tensors in 1,024 shards need a tenth of it
-BLOCK = 16 << 20  # bytes under one checksum
+BLOCK = 4 << 20  # bytes under one checksum
+DIGESTS = {1: "sha256", 2: "xxh3"}  # version -> what the checksum of a block is: SHA-256, or XXH3 of 64 bits
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_DIMENSIONS = 32
 RNG_KIND = "rng"
@@ -33,6 +34,7 @@ SHARD_NAME = re.compile(r"shard_([0-9a-f]{16})_(\d{5,})_(\d{4,})\.safetensors")
 _FRAME = re.compile(rb'\{"format":"([a-z-]+)","version":(\d{1,9}),"sha256":"([0-9a-f]{64})","body":')
 _TAIL = b"}\n"
 _HEX = re.compile(r"[0-9a-f]{64}")
+_DIGITS = {"sha256": _HEX, "xxh3": re.compile(r"[0-9a-f]{16}")}
 
 
 def shard_name(save_id: str, rank: int, index: int) -> str:
@@ -76,7 +78,7 @@ class TensorInfo:
 class Entry:
     """One stored piece: flat range [start, stop) of a slice of tensor kind/name, at byte `offset` of its file's data.
 
-    `blocks` are the SHA-256 digests of its bytes, one per BLOCK bytes.
+    `blocks` are the checksums of its bytes in hex digits, one per BLOCK bytes.
     """
 
     kind: str
@@ -131,6 +133,7 @@ class Manifest:
     tensors: dict[tuple[str, str], TensorInfo]
     files: tuple[ShardFile, ...]
     block: int = BLOCK
+    digest: str = DIGESTS[VERSION]
 
     def entries(self) -> Iterator[tuple[ShardFile, Entry]]:
         """Every piece with its file."""
@@ -192,14 +195,15 @@ def decode(raw: bytes, where: Path | str = MANIFEST) -> Manifest:
     frame = _FRAME.match(raw)
     if frame is None or not raw.endswith(_TAIL) or frame[1].decode() != FORMAT:
         raise CheckpointError("not a manifest", where=where, got=f"{len(raw)} bytes: {raw[:40]!r}", want=f"the frame of format {FORMAT}")
-    if int(frame[2]) != VERSION:
-        raise CheckpointError("unknown checkpoint version", where=where, got=int(frame[2]), want=VERSION, do="use the release of neox that wrote it")
+    version = int(frame[2])
+    if version not in DIGESTS:
+        raise CheckpointError("unknown checkpoint version", where=where, got=version, want=f"at most {VERSION}", do="use the release of neox that wrote it")
     body = raw[frame.end() : -len(_TAIL)]
     actual = hashlib.sha256(body).hexdigest()
     if actual != frame[3].decode():
         raise CheckpointError("manifest is damaged", where=where, got=f"sha256 {actual}", want=f"sha256 {frame[3].decode()}")
     try:
-        return _decode_body(_Reader(parse_json(body), "body"))
+        return _decode_body(_Reader(parse_json(body), "body"), DIGESTS[version])
     except CheckpointError as error:
         raise CheckpointError(error.what, where=f"{where} {error.where}", got=error.got, want=error.want) from error
 
@@ -266,12 +270,12 @@ class _Reader:
         return self.text()
 
 
-def decode_file(value: Any, tensors: dict[tuple[str, str], TensorInfo], block: int = BLOCK) -> ShardFile:
-    """A shard's record from plain JSON. Raises CheckpointError where it is malformed."""
-    return _decode_file(_Reader(value, "file"), tensors, block)
+def decode_file(value: Any, tensors: dict[tuple[str, str], TensorInfo]) -> ShardFile:
+    """A new shard's record from plain JSON. Raises CheckpointError where it is malformed."""
+    return _decode_file(_Reader(value, "file"), tensors, BLOCK, DIGESTS[VERSION])
 
 
-def _decode_body(body: _Reader) -> Manifest:
+def _decode_body(body: _Reader, digest: str) -> Manifest:
     lineage = body.get("lineage")
     ancestors = tuple((one.text(), step.number()) for one, step in (item.items(2) for item in lineage.get("ancestors").items()))
     tensors = dict(_decode_tensor(item) for item in body.get("tensors").items())
@@ -288,8 +292,9 @@ def _decode_body(body: _Reader) -> Manifest:
         config_lock=body.get("config").text(),
         model_config=body.get("model").table(),
         tensors=tensors,
-        files=tuple(_decode_file(item, tensors, block) for item in body.get("files").items()),
+        files=tuple(_decode_file(item, tensors, block, digest) for item in body.get("files").items()),
         block=block,
+        digest=digest,
     )
     check_manifest(manifest)
     return manifest
@@ -303,19 +308,19 @@ def _decode_tensor(item: _Reader) -> tuple[tuple[str, str], TensorInfo]:
     return (kind.text(), name.text()), info
 
 
-def _decode_file(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int) -> ShardFile:
+def _decode_file(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int, digest: str) -> ShardFile:
     name = item.get("name").match(SHARD_NAME.fullmatch, "shard_<save>_<rank>_<index>.safetensors")
-    digest = item.get("header_sha256").match(_HEX.fullmatch, "64 hex digits")
-    entries = tuple(_decode_entry(entry, tensors, block) for entry in item.get("entries").items())
-    return ShardFile(name, item.get("size").number(), item.get("header").number(), digest, entries)
+    header = item.get("header_sha256").match(_HEX.fullmatch, "64 hex digits")
+    entries = tuple(_decode_entry(entry, tensors, block, digest) for entry in item.get("entries").items())
+    return ShardFile(name, item.get("size").number(), item.get("header").number(), header, entries)
 
 
-def _decode_entry(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int) -> Entry:
+def _decode_entry(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int, digest: str) -> Entry:
     kind, name, slices, start, stop, offset, blocks = item.items(7)
     if (kind.text(), name.text()) not in tensors:
         raise item.fail("a tensor of the table")
     box = tuple((low.number(), high.number()) for low, high in (pair.items(2) for pair in slices.items()))
-    digests = tuple(one.match(_HEX.fullmatch, "64 hex digits") for one in blocks.items())
+    digests = tuple(one.match(_DIGITS[digest].fullmatch, f"hex digits of {digest}") for one in blocks.items())
     entry = Entry(kind.text(), name.text(), box, start.number(), stop.number(), offset.number(), digests)
     size = (entry.stop - entry.start) * ITEM_BYTES[tensors[kind.text(), name.text()].dtype]
     if size <= 0 or len(digests) != -(-size // block):

@@ -50,6 +50,10 @@ class MergedCheckpoint(Checkpoint):
         b = super().read(base + FACTORS[1], kind, (slices[0], (0, rank))).view(-1, rank)
         return merge_adapter(weight, a, b, self._scale).flatten()[start : math.prod(shape) if stop is None else stop]
 
+    def read_into(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int) -> None:
+        """As Checkpoint.read_into, with the adapter of the weight added."""
+        out.copy_(self.read(name, kind, slices, start, stop))
+
 
 def open_weights(path: str | Path) -> Checkpoint:
     """The checkpoint as a model without adapters, whether it has any or not. Raises CheckpointError as Checkpoint does."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -117,15 +117,24 @@ class Overlap:
         """Number of elements."""
         return math.prod(high - low for low, high in zip(self.low, self.high, strict=True))
 
-    def source_span(self) -> tuple[int, int]:
-        """Flat range of the source that the shared part lies in, its holes included."""
+    def span(self, box: Box) -> tuple[int, int]:
+        """Flat range of the source or target that the shared part lies in, its holes included; it has none where the length is `size`."""
         strides, stride = [], 1
-        for size in reversed(self.source.shape):
+        for size in reversed(box.shape):
             strides.insert(0, stride)
             stride *= size
-        first = sum((a - b) * s for a, b, s in zip(self.low, self.source.low, strides, strict=True))
-        last = sum((a - 1 - b) * s for a, b, s in zip(self.high, self.source.low, strides, strict=True))
-        return self.source.offset + first, self.source.offset + last + 1
+        first = sum((a - b) * s for a, b, s in zip(self.low, box.low, strides, strict=True))
+        last = sum((a - 1 - b) * s for a, b, s in zip(self.high, box.low, strides, strict=True))
+        return box.offset + first, box.offset + last + 1
+
+    def rows(self) -> Overlap:
+        """The same with a source that is cut to the rows of the shared part; its `offset` is where they begin in the source's flat range."""
+        if not self.low:
+            return self
+        row = math.prod(self.source.shape[1:])
+        offset = self.source.offset + (self.low[0] - self.source.low[0]) * row
+        box = Box((self.low[0], *self.source.low[1:]), (self.high[0], *self.source.high[1:]), offset)
+        return replace(self, source=box)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies the shared elements between the two flat ranges."""

@@ -19,6 +19,7 @@ import torch
 from neox.checkpoint.manifest import BLOCK, ITEM_BYTES, Entry, ShardFile, TensorInfo, entry_key, parse_json, stored_shape
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.storage import LOCAL, FileWriter, Storage
+from neox.data._native import core
 from neox.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format
@@ -93,16 +94,16 @@ def tensor_bytes(data: torch.Tensor) -> memoryview:
 
 
 def start_digests(view: memoryview, block: int, threads: Executor) -> list:
-    """SHA-256 of each block: hex strings, or futures of them for large data."""
+    """The checksum of each block: hex strings, or futures of them for large data."""
     parts = [view[begin : begin + block] for begin in range(0, len(view), block)]
     if len(view) < _INLINE:
-        return [sha256(part) for part in parts]
-    return [threads.submit(sha256, part) for part in parts]
+        return [checksum(part) for part in parts]
+    return [threads.submit(checksum, part) for part in parts]
 
 
-def sha256(data: bytes | memoryview) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
+def checksum(data: bytes | memoryview) -> str:
+    """Of a block: XXH3 of 64 bits as 16 hex digits."""
+    return f"{core.xxh3(data):016x}"
 
 
 def check_header(raw: bytes | memoryview, size: int, where: object) -> dict[str, tuple[TensorInfo, int]]:

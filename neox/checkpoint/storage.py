@@ -8,7 +8,6 @@ place that fails, tears or records any of them.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -233,17 +232,13 @@ def read_file(path: Path, limit: int, *, storage: Storage = LOCAL) -> bytes:
         os.close(descriptor)
 
 
-def map_file(path: Path, size: int, *, storage: Storage = LOCAL) -> mmap.mmap:
-    """Maps a regular file of exactly `size` > 0 bytes, private to this process. Raises CheckpointError."""
+def open_file(path: Path, size: int, *, storage: Storage = LOCAL) -> int:
+    """Opens a regular file of exactly `size` bytes for reading; returns a descriptor. Raises CheckpointError."""
     descriptor, found = _open_regular(path, storage)
-    try:
-        if found != size:
-            raise CheckpointError("file has the wrong size", where=path, got=f"{found} bytes", want=f"{size} bytes")
-        return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise unreadable(error, path) from error
-    finally:
+    if found != size:
         os.close(descriptor)
+        raise CheckpointError("file has the wrong size", where=path, got=f"{found} bytes", want=f"{size} bytes")
+    return descriptor
 
 
 def _open_regular(path: Path, storage: Storage) -> tuple[int, int]:

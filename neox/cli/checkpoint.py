@@ -175,7 +175,5 @@ def converted(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype | N
 
 
 def read(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another dtype; the pages it was read from are given back."""
-    tensor = checkpoint.tensor(name, kind).to(dtype)
-    checkpoint.release()
-    return tensor
+    """A tensor in another dtype."""
+    return checkpoint.tensor(name, kind).to(dtype)

@@ -95,7 +95,6 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name in layouts:
             yield name, checkpoint.tensor(name)
-            checkpoint.release()
 
     to_huggingface(model_config, weights(), stage, tokenizer_file=tokenizer, eod_token=config.tokenizer.eod_token, dtype=dtype)
     if not check:

@@ -155,11 +155,11 @@ class State:
             state.update(counter(self.optimizer, self.optimizer.param_groups[piece.group], piece.flat.device, updates))
 
     @torch.no_grad()
-    def write(self, read, *, weights_of: Container[str] | None = None) -> None:
+    def write(self, read_into, *, weights_of: Container[str] | None = None) -> None:
         """Overwrite weights and optimizer state (for which `prepare` must have run), or some weights alone.
 
         Args:
-            read: (name, kind, slices, start, stop) -> flat tensor of these elements of the logical tensor.
+            read_into: (out, name, kind, slices, start, stop), fills a flat tensor with these elements of the logical tensor.
             weights_of: names whose weights are overwritten, and nothing else; None: everything of all.
         """
         for piece in self.pieces:
@@ -168,7 +168,7 @@ class State:
             if start >= stop or (weights_of is not None and piece.name not in weights_of):
                 continue
             for kind in ("weight", *self.kinds[piece.name]) if weights_of is None else ("weight",):
-                piece.view(self.tensor(piece, kind), start, stop).copy_(read(piece.name, kind, layout.slices, start, stop))
+                read_into(piece.view(self.tensor(piece, kind), start, stop), piece.name, kind, layout.slices, start, stop)
         self.publish()
 
     @torch.no_grad()

@@ -1,10 +1,13 @@
 """Reading: any layout into any other, damage refused with file and tensor named, and the choice of where to resume."""
 
+import hashlib
 import itertools
+import json
 import logging
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,8 +54,65 @@ def test_a_read_verifies_the_blocks_it_touches_and_no_other(tmp_path):
     flip_bit(shard, (os.path.getsize(shard) - 4) * 8)
     checkpoint = Checkpoint(path)
     assert torch.equal(checkpoint.read("w", start=5, stop=1000), value[5:1000])
-    with pytest.raises(CheckpointError, match=r"shard is damaged.*shard_.*weight/w.*got=sha256 [0-9a-f]{64}; want=sha256 [0-9a-f]{64}"):
+    with pytest.raises(CheckpointError, match=r"shard is damaged.*shard_.*weight/w.*got=xxh3 [0-9a-f]{16}; want=xxh3 [0-9a-f]{16}"):
         checkpoint.read("w", start=5)
+
+
+def test_a_read_goes_into_memory_that_is_there(tmp_path):
+    state = make_state()
+    checkpoint = Checkpoint(save_one(tmp_path, state=state))
+    (name, kind), value = max(state.items(), key=lambda item: item[1].numel())
+    place = ((1, value.shape[0]), *((0, size) for size in value.shape[1:]))
+    want = value[1:].reshape(-1)[2:-1]
+    for dtype, step in ((value.dtype, 1), (torch.float64, 1), (value.dtype, 2)):  # the stored dtype; another one; not contiguous
+        out = torch.zeros(step * want.numel(), dtype=dtype)[::step]
+        checkpoint.read_into(out, name, kind, place, 2, want.numel() + 2)
+        assert torch.equal(out, want.to(dtype))
+    with pytest.raises(CheckpointError, match="slice outside the tensor"):
+        checkpoint.read_into(torch.zeros(4), name, kind, ((0, 10**6),) * value.dim(), 0, 4)
+
+
+def as_version_1(path: Path) -> None:
+    """Rewrite a manifest as releases before XXH3 wrote it, blocks of 16 MB under SHA-256."""
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    body["block"] = 16 << 20
+    for file in body["files"]:
+        raw = (path / file["name"]).read_bytes()[file["header"] :]
+        for entry, following in zip(file["entries"], [*file["entries"][1:], None], strict=True):
+            data = raw[entry[5] : following[5] if following else len(raw)]
+            entry[6] = [hashlib.sha256(data[begin : begin + (16 << 20)]).hexdigest() for begin in range(0, len(data), 16 << 20)]
+    text = json.dumps(body, separators=(",", ":"))
+    frame = f'{{"format":"neox-checkpoint","version":1,"sha256":"{hashlib.sha256(text.encode()).hexdigest()}","body":'
+    (path / "manifest.json").write_text(f"{frame}{text}}}\n")
+
+
+def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path):
+    state = make_state() | {("large", "weight"): torch.arange(BLOCK // 4 * 5, dtype=torch.float32)}
+    path = save_one(tmp_path, state=state)
+    before = digest(path)
+    as_version_1(path)
+    assert digest(path) == before
+    assert verify(path).num_tensors > 3 and find(tmp_path, "must") == path
+    with Checkpoint(path) as checkpoint:
+        assert all(torch.equal(checkpoint.tensor(name, kind), value) for (name, kind), value in state.items())
+        assert torch.equal(checkpoint.read("large", start=5, stop=BLOCK), state["large", "weight"][5:BLOCK])
+    shard = max(path.glob("*.safetensors"), key=os.path.getsize)
+    flip_bit(shard, (os.path.getsize(shard) - 4) * 8)
+    with pytest.raises(CheckpointError, match=r"shard is damaged.*got=sha256 [0-9a-f]{64}; want=sha256 [0-9a-f]{64}"):
+        verify(path)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("neox.checkpoint.load.OPEN_FILES", 2)
+    state = make_state()
+    path = save_one(tmp_path, state=state, shard_bytes=100)
+    assert len(list(path.glob("*.safetensors"))) > 4
+    open_before = len(os.listdir("/proc/self/fd"))
+    with Checkpoint(path) as checkpoint:
+        for (name, kind), value in state.items():
+            assert torch.equal(checkpoint.tensor(name, kind), value)
+            assert len(os.listdir("/proc/self/fd")) <= open_before + 2
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_missing_tensors_and_addresses(tmp_path):

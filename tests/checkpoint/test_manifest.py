@@ -16,7 +16,7 @@ from tests.checkpoint.builders import save_one
 def sign(body: object) -> bytes:
     """A manifest with this body and the right checksum."""
     raw = json.dumps(body, separators=(",", ":")).encode()
-    return b'{"format":"neox-checkpoint","version":1,"sha256":"' + hashlib.sha256(raw).hexdigest().encode() + b'","body":' + raw + b"}\n"
+    return b'{"format":"neox-checkpoint","version":2,"sha256":"' + hashlib.sha256(raw).hexdigest().encode() + b'","body":' + raw + b"}\n"
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ HOSTILE = {
     "slice outside": (_entry(2, [[0, 1 << 40]]), "outside"),
     "moved piece": (_entry(5, 4), "end to end"),
     "no checksum": (_entry(6, []), "one checksum"),
-    "checksum not hexadecimal": (_entry(6, ["z" * 64]), "64 hex digits"),
+    "checksum not hexadecimal": (_entry(6, ["z" * 64]), "hex digits of xxh3"),
     "header too long": (_set(("files", 0, "header"), 10_000_000), "sizes contradict"),
     "block of zero bytes": (_set(("block",), 0), "bytes per checksum"),
     "file twice": (lambda body: body["files"].append(body["files"][0]), "listed twice|overlap"),
@@ -125,8 +125,10 @@ def test_a_pickle_is_not_executed(tmp_path):
 
 
 def test_another_version_is_named(body):
-    with pytest.raises(CheckpointError, match=r"unknown checkpoint version.*got=2; want=1"):
-        decode(sign(body).replace(b'"version":1', b'"version":2'))
+    with pytest.raises(CheckpointError, match=r"unknown checkpoint version.*got=3; want=at most 2"):
+        decode(sign(body).replace(b'"version":2', b'"version":3'))
+    with pytest.raises(CheckpointError, match="want=hex digits of sha256"):
+        decode(sign(body).replace(b'"version":2', b'"version":1'))
 
 
 @pytest.mark.parametrize("raw", [b'{"a":1,"a":2}', b'{"a":NaN}', b"[" * 100_000, b"9" * 5000, b"\xff", b"{"])

@@ -45,7 +45,7 @@ def test_copy_of_random_pieces_equals_masked_copy(shape):
         target = torch.full_like(wanted, -1)
         for shared in overlaps(placed_boxes(s_slices, s0, s1), placed_boxes(t_slices, t0, t1)):
             shared.copy(source, target)
-            low, high = shared.source_span()
+            low, high = shared.span(shared.source)
             assert 0 <= low < high <= source.numel()
         expected = torch.where(torch.isin(wanted, source), wanted, -1)
         assert torch.equal(target, expected)
@@ -54,7 +54,7 @@ def test_copy_of_random_pieces_equals_masked_copy(shape):
 def test_span_covers_what_is_copied():
     source = placed_boxes(whole((6, 10)), 0, 60)
     (shared,) = overlaps(source, placed_boxes(((2, 4), (3, 5)), 0, 4))
-    assert shared.source_span() == (23, 35)
+    assert shared.span(shared.source) == (23, 35)
     assert shared.size == 4
 
 

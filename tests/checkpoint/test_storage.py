@@ -13,7 +13,7 @@ import torch
 
 from neox.checkpoint.load import digest, find, verify
 from neox.checkpoint.retention import collect_leftovers
-from neox.checkpoint.storage import FileWriter, make_dirs, map_file, probe, read_file, write_file
+from neox.checkpoint.storage import FileWriter, make_dirs, open_file, probe, read_file, write_file
 from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import make_state, save_one
 from tests.checkpoint.faults import Disk, FailingStorage, RecordingStorage, ShortStorage, fingerprint, materialise
@@ -189,9 +189,9 @@ def test_reading_refuses_what_is_no_plain_file(tmp_path):
     with pytest.raises(CheckpointError, match="symbolic link"):
         read_file(tmp_path / "link", 10)
     with pytest.raises(CheckpointError, match="not a regular file"):
-        map_file(tmp_path / "pipe", 5)
+        open_file(tmp_path / "pipe", 5)
     with pytest.raises(CheckpointError, match="wrong size"):
-        map_file(tmp_path / "a", 6)
+        open_file(tmp_path / "a", 6)
     with pytest.raises(CheckpointError, match="missing"):
         read_file(tmp_path / "none", 6)
 

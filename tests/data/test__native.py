@@ -6,6 +6,7 @@ import gc
 
 import numpy as np
 import pytest
+import xxhash
 
 from neox.data._native import core
 from neox.data.indexed import IndexedDataset
@@ -23,6 +24,31 @@ from neox.errors import DataError
 )
 def test_checksum_is_xxh64(content, wanted):
     assert core.checksum(content) == wanted
+
+
+LENGTHS = [*range(400), 1023, 1024, 1025, 2048, 2049, 5000, (256 << 10) - 1, 256 << 10, (256 << 10) + 1, 1_000_003]
+
+
+def test_xxh3_is_that_of_the_reference(tmp_path):
+    content = np.random.default_rng(1).bytes(LENGTHS[-1])
+    (tmp_path / "f").write_bytes(b"front" + content)
+    with (tmp_path / "f").open("rb") as file:
+        for length in LENGTHS:
+            wanted = xxhash.xxh3_64_intdigest(content[:length])
+            out = bytearray(length)
+            assert core.xxh3(content[:length]) == core.read_xxh3(file.fileno(), 5, out) == wanted, length
+            assert out == content[:length]
+
+
+def test_reading_with_xxh3_says_what_fails(tmp_path):
+    (tmp_path / "f").write_bytes(b"12345")
+    with (tmp_path / "f").open("rb") as file:
+        with pytest.raises(EOFError):
+            core.read_xxh3(file.fileno(), 2, bytearray(4))
+        with pytest.raises(BufferError):
+            core.read_xxh3(file.fileno(), 0, b"read-only")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        core.read_xxh3(9999, 0, bytearray(4))
 
 
 def test_file_checksums(tmp_path):

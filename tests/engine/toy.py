@@ -162,8 +162,8 @@ class Stored:
         if set(self.tensors) != {f"{kind}/{name}" for name, kind, _ in wanted}:
             raise CheckpointError("tensors do not fit")
 
-    def read(self, name, kind, slices, start, stop) -> torch.Tensor:
-        return self.tensors[f"{kind}/{name}"][start:stop].clone()
+    def read_into(self, out, name, kind, slices, start, stop) -> None:
+        out.copy_(self.tensors[f"{kind}/{name}"][start:stop])
 
 
 def train_ranks(settings: str, out: str) -> None:

@@ -1,0 +1,127 @@
+"""What all safety costs a step of the demo's model under two processes.
+
+On: the control channel with its heartbeat, the watch for hangs, the guard against loss spikes, the comparison of replicas every 10 steps. Off: none
+of them. Both trainings live in the same two processes and take turns of a few steps, so that whatever else the machine does meets both; the
+figure is the median over the turns. Checks for values that are not finite cannot be turned off and are in both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Options, Row, parse, show
+
+from neox.checkpoint.retention import start_lineage
+from neox.cli.launcher import read_place
+from neox.config.load import load
+from neox.config.schema import Config
+from neox.data import IndexedWriter
+from neox.faults import NO_FAULTS
+from neox.parallel.mesh import Mesh
+from neox.train.control import connect
+from neox.train.join import join
+from neox.train.loop import Folders, Life, Run
+from neox.train.place import Place
+from neox.train.progress import Progress
+from neox.train.pulse import Pulse
+from neox.train.signals import StopSignals
+
+SETTINGS = {"on": ("guard.drift_interval=10",), "off": ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0")}
+STEPS = 10  # of one training before it is the other's turn: one comparison of replicas
+RANKS = "import sys; sys.path[:0] = [sys.argv[1]]; import bench_safety; bench_safety.take_turns(sys.argv[2], int(sys.argv[3]))"
+
+
+def make_corpus(folder: Path) -> None:
+    """A dataset of random documents in the demo's vocabulary."""
+    generator = np.random.default_rng(0)
+    with IndexedWriter(folder / "train", "uint16", vocab_size=4096, eod_id=0) as writer:
+        for _ in range(400):
+            writer.add_document(generator.integers(1, 4096, size=generator.integers(100, 900)))
+
+
+def config_of(folder: Path, name: str) -> Config:
+    """The demo's config on that dataset, with safety on or off."""
+    common = [f"data.train=[{json.dumps(str(folder / 'train'))}]", "data.validation=[]", "evaluate.interval=0", "tokenizer.file=null"]
+    common += ["model.vocab_size=4096", "schedule.warmup_iters=1", "train.train_iters=100000", "checkpoint.save_interval=0", "logging.tensorboard=false"]
+    return load(["demo.yml"], [*common, f"run.dir={json.dumps(str(folder / name))}", *SETTINGS[name]]).config
+
+
+def take_turns(folder: str, turns: int) -> None:
+    """Entry of each process. The first leaves times.json: seconds of every step, by setting and turn."""
+    place = read_place(os.environ)
+    configs = {name: config_of(Path(folder), name) for name in SETTINGS}
+    mesh = join(configs["on"].parallel, place, "cpu")
+    runs = {name: open_run(config, mesh) for name, config in configs.items()}
+    times: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
+    for turn in range(-1, turns):  # the first is for warming up
+        for name in sorted(SETTINGS, reverse=turn % 2 == 0):
+            seconds = steps_of(runs[name], place, configs[name].guard.hang_timeout)
+            if turn >= 0:
+                times[name].append(seconds)
+    if place.rank == 0:
+        (Path(folder) / "times.json").write_text(json.dumps(times))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def open_run(config: Config, mesh: Mesh) -> Run:
+    """A training that is ready for its first step."""
+    folders = Folders(Path(config.run.dir))
+    folders.checkpoints.mkdir(parents=True, exist_ok=True)
+    progress = Progress(None, None, config.train.train_iters, config.logging.interval)
+    run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints), Life(StopSignals(), NO_FAULTS, Pulse()))
+    run.start(None)
+    return run
+
+
+def steps_of(run: Run, place: Place, limit: float) -> list[float]:
+    """Seconds of each step of one turn; the channel is up for the turn where it has a limit."""
+    control = connect(place, limit=limit, pulse=run.pulse) if limit else None
+    seconds = []
+    dist.barrier()
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        run.advance(first=False)
+        seconds.append(time.perf_counter() - begin)
+    dist.barrier()
+    if control is not None:
+        control.closed.set()
+    dist.barrier()
+    return seconds
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """One row: milliseconds of a step with everything on, against everything off."""
+    turns = 2 if options.quick else 10
+    with tempfile.TemporaryDirectory(prefix="bench-safety-") as name:
+        folder = Path(name)
+        make_corpus(folder)
+        program = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641", "--no-python", sys.executable, "-c", RANKS]
+        command = [sys.executable, *program, str(Path(__file__).parent), name, str(turns)]
+        everywhere = partial(os.sched_setaffinity, 0, range(os.cpu_count()))  # this process is bound to as many CPUs as it has threads
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, preexec_fn=everywhere)
+        times = json.loads((folder / "times.json").read_text())
+    on, off = ([statistics.mean(seconds) for seconds in times[name]] for name in ("on", "off"))
+    ratios = sorted(without / with_all for with_all, without in zip(on, off, strict=True))
+    setting = f"2 processes, 1 thread each, {turns} turns of {STEPS} steps, ratios {ratios[0]:.3f} to {ratios[-1]:.3f}"
+    yield Row("safety, step of the demo", setting, statistics.median(on) * 1e3, statistics.median(off) * 1e3, "everything off", statistics.median(ratios), "ms")
+
+
+if __name__ == "__main__":
+    options = parse(__doc__.splitlines()[0])
+    show(rows(options), options)

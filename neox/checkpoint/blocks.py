@@ -1,0 +1,136 @@
+"""Reading shards block by block: each block's bytes go where they are wanted, and are compared with their checksum on the way.
+
+A block is read in parts that are still in the processor's cache when they are digested (csrc/data/xxh3.h), so that comparing costs little beside
+reading. Only blocks that are wanted in part are read beside their place, and copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+import torch
+
+from neox.checkpoint.manifest import ITEM_BYTES, Entry, Manifest, ShardFile, TensorInfo, stored_shape
+from neox.checkpoint.shard import check_header
+from neox.checkpoint.storage import LOCAL, Storage, open_file, unreadable
+from neox.data._native import core
+from neox.errors import CheckpointError
+
+
+def read_block(descriptor: int, offset: int, out: memoryview, algorithm: str) -> str:
+    """Fill `out` with a file's bytes from `offset` on; returns their checksum.
+
+    Raises OSError, and EOFError where the file ends before.
+    """
+    if algorithm == "xxh3":
+        return f"{core.read_xxh3(descriptor, offset, out):016x}"
+    done = 0
+    while done < len(out):
+        count = os.preadv(descriptor, [out[done:]], offset + done)
+        if count == 0:
+            raise EOFError
+        done += count
+    return hashlib.sha256(out).hexdigest()
+
+
+class ShardReader:
+    """One open shard of a checkpoint, its header checked. Several threads may read it.
+
+    Args:
+        folder: of the checkpoint.
+        file: its record in the manifest.
+        manifest: the manifest.
+        storage: system calls.
+
+    Raises CheckpointError: the file is missing, no regular file, of another size, or its header is damaged.
+    """
+
+    def __init__(self, folder: Path, file: ShardFile, manifest: Manifest, *, storage: Storage = LOCAL):
+        self.path = folder / file.name
+        self.file = file
+        self.manifest = manifest
+        self.descriptor = open_file(self.path, file.size, storage=storage)
+        self.close = weakref.finalize(self, os.close, self.descriptor)
+        self._check_header()
+
+    def read(self, entry: Entry, start: int, out: torch.Tensor, threads: Executor) -> None:
+        """Fill a flat tensor of the stored dtype with a piece's elements from `start` on.
+
+        Raises CheckpointError: a block's checksum is wrong, or the file cannot be read.
+        """
+        width = out.element_size()
+        target = memoryview(out.view(torch.uint8).numpy())
+        block, begin = self.manifest.block, start * width
+        jobs = range(begin // block, (begin + len(target) - 1) // block + 1)
+        work = [lambda index=index: self._place(entry, index, begin, target) for index in jobs]
+        for problem in (one() for one in work) if len(work) == 1 else threads.map(lambda one: one(), work):
+            if problem is not None:
+                raise problem
+
+    def problems(self, entry: Entry, threads: Executor) -> Iterator[CheckpointError]:
+        """An error for each block of a piece whose checksum is wrong."""
+
+        def work(index: int) -> CheckpointError | None:
+            low, high = self._range(entry, index)
+            return self._fill(entry, index, memoryview(bytearray(high - low)))
+
+        return (problem for problem in threads.map(work, range(len(entry.blocks))) if problem is not None)
+
+    def _range(self, entry: Entry, index: int) -> tuple[int, int]:
+        """Bytes of a block within its piece."""
+        size = (entry.stop - entry.start) * ITEM_BYTES[self.manifest.tensors[entry.kind, entry.name].dtype]
+        return index * self.manifest.block, min((index + 1) * self.manifest.block, size)
+
+    def _place(self, entry: Entry, index: int, begin: int, target: memoryview) -> CheckpointError | None:
+        """Bring the part of a block that lies in the target there, which begins at byte `begin` of the piece."""
+        low, high = self._range(entry, index)
+        first, last = max(low, begin), min(high, begin + len(target))
+        if (first, last) == (low, high):
+            return self._fill(entry, index, target[low - begin : high - begin])
+        whole = memoryview(bytearray(high - low))
+        problem = self._fill(entry, index, whole)
+        target[first - begin : last - begin] = whole[first - low : last - low]
+        return problem
+
+    def _fill(self, entry: Entry, index: int, out: memoryview) -> CheckpointError | None:
+        low = self._range(entry, index)[0]
+        place = f"{self.path}: {entry.key}, bytes {low} on"
+        algorithm = self.manifest.digest
+        try:
+            actual = read_block(self.descriptor, self.file.header + entry.offset + low, out, algorithm)
+        except EOFError:
+            return CheckpointError("file has become shorter", where=place, want=f"{self.file.size} bytes", do="resume from an older checkpoint")
+        except OSError as error:
+            return unreadable(error, self.path)
+        if actual == entry.blocks[index]:
+            return None
+        want = entry.blocks[index]
+        return CheckpointError("shard is damaged", where=place, got=f"{algorithm} {actual}", want=f"{algorithm} {want}", do="resume from an older checkpoint")
+
+    def _check_header(self) -> None:
+        """Raises CheckpointError unless the header has its checksum and says what the manifest says."""
+        file = self.file
+        if file.header > file.size:
+            raise CheckpointError("header is longer than the file", where=self.path, got=file.header, want=f"at most {file.size}")
+        raw = memoryview(bytearray(file.header))
+        try:
+            actual = read_block(self.descriptor, 0, raw, "sha256")
+        except EOFError:
+            raise CheckpointError("file has become shorter", where=self.path, want=f"{file.size} bytes") from None
+        except OSError as error:
+            raise unreadable(error, self.path) from error
+        if actual != file.header_sha256:
+            raise CheckpointError("shard is damaged", where=f"{self.path}: header", got=f"sha256 {actual}", want=f"sha256 {file.header_sha256}")
+        found = check_header(raw, file.size, self.path)
+        want = {}
+        for entry in file.entries:
+            dtype = self.manifest.tensors[entry.kind, entry.name].dtype
+            want[entry.key] = (TensorInfo(dtype, stored_shape(entry.slices, entry.start, entry.stop)), entry.offset)
+        if found != want:
+            key = next(key for key in found.keys() | want.keys() if found.get(key) != want.get(key))
+            raise CheckpointError("shard contradicts the manifest", where=f"{self.path}: {key}", got=found.get(key), want=want.get(key))

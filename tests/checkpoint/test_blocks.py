@@ -1,0 +1,108 @@
+"""Blocks of a shard: any range of a piece, through whole and cut blocks; files that are cut short, fail or lie about their header."""
+
+import dataclasses
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from neox.checkpoint.blocks import ShardReader, read_block
+from neox.checkpoint.manifest import BLOCK, read_manifest
+from neox.errors import CheckpointError
+from tests.checkpoint.builders import save_one
+
+COUNT = BLOCK // 4 * 3 + 5  # elements of fp32: three blocks and a bit
+
+
+@pytest.fixture(scope="module")
+def threads():
+    with ThreadPoolExecutor(2) as running:
+        yield running
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of one tensor that counts upwards, its manifest and its shard's path."""
+    path = save_one(tmp_path, state={("w", "weight"): torch.arange(COUNT, dtype=torch.float32)}, rng={})
+    return path, read_manifest(path), next(path.glob("*.safetensors"))
+
+
+def reader_of(saved) -> ShardReader:
+    path, manifest, _ = saved
+    return ShardReader(path, manifest.files[0], manifest)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(0, COUNT), (0, 1), (COUNT - 1, COUNT), (BLOCK // 4, BLOCK // 2), (BLOCK // 4 - 1, BLOCK // 4 + 1), (7, COUNT - 7), (BLOCK // 4 + 3, BLOCK // 4 + 9)],
+)
+def test_any_range_of_a_piece(saved, threads, start, stop):
+    reader = reader_of(saved)
+    out = torch.full((stop - start + 2,), -1.0)
+    reader.read(reader.file.entries[0], start, out[1:-1], threads)
+    assert torch.equal(out[1:-1], torch.arange(start, stop, dtype=torch.float32))
+    assert out[0] == out[-1] == -1, "nothing beside the range is written"
+
+
+def test_a_file_that_is_cut_short_under_the_reader(saved, threads):
+    reader = reader_of(saved)
+    os.truncate(saved[2], BLOCK + 4096)
+    out = torch.empty(9)
+    reader.read(reader.file.entries[0], 5, out, threads)
+    assert out[0] == 5
+    for start, count in ((COUNT - 3, 3), (0, COUNT)):
+        with pytest.raises(CheckpointError, match=r"file has become shorter.*weight/w.*bytes \d+ on"):
+            reader.read(reader.file.entries[0], start, torch.empty(count), threads)
+    assert len(list(reader.problems(reader.file.entries[0], threads))) == 3
+
+
+def test_a_read_that_fails_names_the_file(saved, threads):
+    reader = reader_of(saved)
+    reader.descriptor = os.open(saved[0], os.O_RDONLY)  # a folder cannot be read
+    with pytest.raises(CheckpointError, match=r"cannot read; where=.*shard_.*got=Is a directory"):
+        reader.read(reader.file.entries[0], 0, torch.empty(COUNT), threads)
+
+
+def test_every_bad_block_is_a_problem_of_its_own(saved, threads):
+    raw = bytearray(saved[2].read_bytes())
+    raw[-1] ^= 1
+    raw[len(raw) - 4 * COUNT] ^= 128
+    saved[2].write_bytes(raw)
+    reader = reader_of(saved)
+    first, last = reader.problems(reader.file.entries[0], threads)
+    assert "bytes 0 on" in str(first) and f"bytes {3 * BLOCK} on" in str(last)
+
+
+def test_a_header_that_contradicts_the_manifest(saved):
+    path, manifest, shard = saved
+    with pytest.raises(CheckpointError, match=r"shard is damaged; where=.*header; got=sha256"):
+        ShardReader(path, dataclasses.replace(manifest.files[0], header_sha256="0" * 64), manifest)
+    with pytest.raises(CheckpointError, match="header is longer than the file"):
+        ShardReader(path, dataclasses.replace(manifest.files[0], header=1 << 30), manifest)
+    entry = dataclasses.replace(manifest.files[0].entries[0], stop=COUNT - 1)
+    with pytest.raises(CheckpointError, match="shard contradicts the manifest"):
+        ShardReader(path, dataclasses.replace(manifest.files[0], entries=(entry,)), manifest)
+    assert shard.exists()
+
+
+def test_both_checksums_of_a_file(tmp_path):
+    content = bytes(range(256)) * 999
+    (tmp_path / "f").write_bytes(b"xx" + content)
+    with (tmp_path / "f").open("rb") as file:
+        for algorithm, wanted in (("sha256", hashlib.sha256(content).hexdigest()), ("xxh3", None)):
+            out = bytearray(len(content))
+            found = read_block(file.fileno(), 2, memoryview(out), algorithm)
+            assert out == content
+            assert found == (wanted or found) and len(found) == (64 if wanted else 16)
+            with pytest.raises(EOFError):
+                read_block(file.fileno(), 3, memoryview(out), algorithm)
+
+
+def test_a_reader_closes_its_file(saved):
+    before = len(os.listdir("/proc/self/fd"))
+    reader = reader_of(saved)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
