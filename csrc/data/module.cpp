@@ -1,4 +1,5 @@
 // neox._data: the dataset core for Python. Arrays go in and out as numpy; long work runs without the interpreter lock.
+#include <fcntl.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -235,6 +236,15 @@ uint64_t read_xxh3(int descriptor, uint64_t offset, const py::buffer& out) {
     return hash;
 }
 
+// Asks the system to begin writing a file's bytes to its disk; it would otherwise wait until they are asked to be durable. Nothing where it cannot be asked.
+void start_writeback(int descriptor, int64_t offset, int64_t count) {
+#if defined(__linux__)
+    sync_file_range(descriptor, offset, count, SYNC_FILE_RANGE_WRITE);
+#else
+    (void)descriptor, (void)offset, (void)count;
+#endif
+}
+
 // Index of the first token outside [0, vocab_size), or -1.
 int64_t first_outside(const Array<int64_t>& tokens, int64_t vocab_size) {
     const int64_t* data = tokens.data();
@@ -371,6 +381,7 @@ PYBIND11_MODULE(_data, module) {
         py::gil_scoped_release released;
         return xxh3(info.ptr, static_cast<uint64_t>(info.size * info.itemsize));
     });
+    module.def("start_writeback", &start_writeback, py::arg("descriptor"), py::arg("offset"), py::arg("count"), NoGil());
     module.def("read_xxh3", &read_xxh3, py::arg("descriptor"), py::arg("offset"), py::arg("out"));
     module.def("file_checksum", &file_checksum, py::arg("path"), NoGil());
     module.def("file_block_checksums", &file_block_checksums, py::arg("path"), py::arg("block_bytes"), NoGil());

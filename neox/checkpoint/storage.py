@@ -13,10 +13,11 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from neox.data._native import core
 from neox.errors import CheckpointError, DiskError
 
 TEMPORARY = ".tmp"
-WRITE_BYTES = 16 << 20  # largest single write call
+WRITE_BYTES = 4 << 20  # largest single write call
 
 
 class Storage:
@@ -33,6 +34,10 @@ class Storage:
     def write(self, descriptor: int, data: memoryview) -> int:
         """Appends; returns the bytes taken, which may be fewer than given."""
         return os.write(descriptor, data)
+
+    def begin_sync(self, descriptor: int, offset: int, count: int) -> None:
+        """Has the disk begin with these bytes, so that it works while the next ones are copied; promises nothing, and never fails."""
+        core.start_writeback(descriptor, offset, count)
 
     def sync(self, descriptor: int) -> None:
         """Makes a file's bytes durable."""
@@ -125,6 +130,7 @@ class FileWriter:
         while view:
             taken = self._call(self._storage.write, self._descriptor, view[:WRITE_BYTES])
             view = view[taken:]
+            self._storage.begin_sync(self._descriptor, self.size, taken)
             self.size += taken
 
     def commit(self) -> None:
