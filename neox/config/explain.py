@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,9 +150,15 @@ def explain_upstream(key: str) -> KeyHelp:
     return KeyHelp(key, f"key of GPT-NeoX{to}: {meaning}", f"{row.kind}, GPT-NeoX's own type", default)
 
 
+@functools.cache
+def config_schema() -> dict[str, Any]:
+    """JSON schema of the whole config."""
+    return Config.model_json_schema()
+
+
 def property_schema(key: str) -> dict[str, Any]:
     """JSON schema of a dotted key, references resolved."""
-    root = Config.model_json_schema()
+    root = config_schema()
     node = root
     for name in key.split("."):
         node = resolve(node, root)["properties"][name]

@@ -26,6 +26,7 @@ TEXTS = [
     "They say that the garden behind the wall has never been seen by anyone",
 ]
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "num_kv_heads": 2}
+SIZES = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 32}
 FORMS = {"neox": {"parallel_residual": True, "rotary_pct": 0.5}, "llama": LLAMA}
 
 
@@ -79,8 +80,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=FORMS)
 def trained(request, place, tmp_path_factory) -> tuple[GPT, Tokenizer, Path]:
     tokenizer = Tokenizer(place / "tokenizer.json")
-    sizes = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 32, "vocab_size": tokenizer.vocab_size}
-    model = train(ModelConfig(**(sizes | FORMS[request.param])), tokenizer, TEXTS[:3])
+    model = train(ModelConfig(**SIZES, vocab_size=tokenizer.vocab_size, **FORMS[request.param]), tokenizer, TEXTS[:3])
     out = tmp_path_factory.mktemp("export") / "theirs"
     to_huggingface(model.config, model.logical_weights(), out, tokenizer_file=tokenizer.file)
     return model, tokenizer, out
@@ -167,8 +167,9 @@ def test_a_limit_only_where_it_is_asked_for(trained, place):
     assert run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place), limit=2)["n-samples"]["local_blimp"]["effective"] == 2
 
 
-def test_unknown_tasks_and_lost_data_are_named(trained, place, tmp_path):
-    model, tokenizer, _ = trained
+def test_unknown_tasks_and_lost_data_are_named(place, tmp_path):
+    tokenizer = Tokenizer(place / "tokenizer.json")
+    model = GPT(ModelConfig(**SIZES, vocab_size=tokenizer.vocab_size), Mesh.single("cpu"))
     with pytest.raises(ConfigError, match="no such task.*got=frobnicate"):
         run_tasks(model, tokenizer, ["local_blimp", "frobnicate"], task_files=str(place))
     (tmp_path / "x.yaml").write_text((place / "blimp.yaml").read_text().replace("pairs.jsonl", "gone.jsonl"))
