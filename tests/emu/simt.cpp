@@ -305,17 +305,16 @@ void require_shared(const void* address, size_t bytes, const char* what) {
 namespace {
 
 void check_collective(const Thread& self, const Warp& warp, uint32_t mask, WarpFunction function, const char* what) {
-    const std::string name = what;
-    if (!(mask >> self.lane & 1)) fail(name + ": the calling lane " + std::to_string(self.lane) + " is not in its own mask");
-    if (mask & ~warp.exists) fail(name + ": the mask names a lane that does not exist");
-    if (mask & warp.exited) fail(name + ": lane " + std::to_string(__builtin_ctz(mask & warp.exited)) + " of the mask has exited");
-    if (mask & warp.in_barrier)
-        fail(name + ": lane " + std::to_string(__builtin_ctz(mask & warp.in_barrier)) + " of the mask waits in a block barrier instead");
+    const auto complain = [what](const std::string& of) { fail(what + (": " + of)); };  // no string is made in the common case
+    if (!(mask >> self.lane & 1)) complain("the calling lane " + std::to_string(self.lane) + " is not in its own mask");
+    if (mask & ~warp.exists) complain("the mask names a lane that does not exist");
+    if (mask & warp.exited) complain("lane " + std::to_string(__builtin_ctz(mask & warp.exited)) + " of the mask has exited");
+    if (mask & warp.in_barrier) complain("lane " + std::to_string(__builtin_ctz(mask & warp.in_barrier)) + " of the mask waits in a block barrier instead");
     const uint32_t peers = mask & warp.waiting;
     if (!peers) return;
     // Those who wait agree among each other: agreeing with one is agreeing with all.
     const Thread& peer = block.threads[static_cast<size_t>(self.warp * 32 + __builtin_ctz(peers))];
-    if (peer.function != function || peer.mask != mask) fail(name + ": divergent, lane " + std::to_string(peer.lane) + " waits in " + peer.waits_in);
+    if (peer.function != function || peer.mask != mask) complain("divergent, lane " + std::to_string(peer.lane) + " waits in " + peer.waits_in);
 }
 
 }  // namespace

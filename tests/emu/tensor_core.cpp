@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kLanes = 32;
 
+typedef float Quad __attribute__((vector_size(16)));  // the compiler's vectors: any machine has them
+
 // Registers of 16-bit pairs: element i of a fragment is half i % 2 of register i / 2.
 uint16_t element(const uint32_t* registers, int i) { return static_cast<uint16_t>(registers[i / 2] >> (16 * (i % 2))); }
 
@@ -25,9 +27,15 @@ void mma_m16n8k16(void** operands, uint32_t mask) {
         for (int i = 0; i < 4; ++i) c[g + 8 * (i / 2)][t + i % 2] = mine.c[i];
     }
     for (int m = 0; m < 16; ++m) {
+        Quad sums[2];
+        std::memcpy(sums, c[m], sizeof(sums));
         for (int k = 0; k < 16; ++k) {
-            for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+            Quad factors[2];
+            std::memcpy(factors, b[k], sizeof(factors));
+            sums[0] += a[m][k] * factors[0];
+            sums[1] += a[m][k] * factors[1];
         }
+        std::memcpy(c[m], sums, sizeof(sums));
     }
     for (int lane = 0; lane < kLanes; ++lane) {
         const int g = lane / 4, t = lane % 4 * 2;

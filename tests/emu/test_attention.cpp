@@ -164,6 +164,9 @@ std::vector<float> copy(const Buffer<T>& of) {
     return values;
 }
 
+// dq has a kernel of its own, deterministic or not: attention_backward_cuda.cu.
+bool has_one_backward(const Case& c) { return c.dim > 128 || c.alibi || c.softcap > 0 || c.dropout > 0 || c.scale <= 0; }
+
 // Results of the first schedule: every later one must give the same bits.
 std::vector<std::vector<float>>& first_results() {
     static std::vector<std::vector<float>> results;
@@ -172,15 +175,20 @@ std::vector<std::vector<float>>& first_results() {
 
 template <class T>
 void check(const Case& c, size_t index) {
+    static std::vector<Expected> known;  // of every case: computed once for all schedules
     const std::string what = "case " + std::to_string(index) + " " + emu_test::name_of<T>();
     const uint64_t conflicts = simt::stats().ldmatrix_conflicts;
     Run<T> run(c);
-    const Expected expected = expect(run);
+    if (known.size() <= index) known.resize(index + 1);
+    if (known[index].out.empty()) known[index] = expect(run);
+    const Expected& expected = known[index];
     run.forward();
     EXPECT_NEAR(run.out, expected.out, what + " out");
-    run.backward(false);
-    EXPECT_NEAR(run.dqkv, expected.dqkv, what + " dqkv");
-    for (size_t i = 0; i < run.dqkv.size(); ++i) run.dqkv[i] = T(0.0f);
+    if (!has_one_backward(c)) {
+        run.backward(false);
+        EXPECT_NEAR(run.dqkv, expected.dqkv, what + " dqkv");
+        for (size_t i = 0; i < run.dqkv.size(); ++i) run.dqkv[i] = T(0.0f);
+    }
     run.backward(true);
     EXPECT_NEAR(run.dqkv, expected.dqkv, what + " dqkv deterministic");
     EXPECT(simt::stats().ldmatrix_conflicts == conflicts);
@@ -216,7 +224,7 @@ std::vector<Case> masks() {
             with({1, 70, 129, 1, 1, 32}, [](Case& c) { c.causal = false, c.borders = {64, 100}; }),
             with({1, 300, 300, 1, 1, 64}, [](Case& c) { c.causal = false, c.borders = {100, 290}; }),
             with({1, 65, 129, 2, 1, 64}, [](Case& c) { c.causal = false; }),
-            // maxima that grow by more than the slack from tile to tile
+            // maxima that grow from tile to tile
             with({1, 200, 200, 1, 1, 64}, [](Case& c) { c.scale = 1.5f, c.causal = false; }),
             with({1, 65, 65, 1, 2, 33}, [](Case& c) { c.gap = 2, c.offset = 3; }),  // nothing is aligned
             with({1, 65, 65, 1, 2, 40}, [](Case& c) { c.gap = 8; })};
