@@ -12,7 +12,7 @@ namespace neox::attention {
 template <int kDim_, int kKeys_, int kRows_, int kStep_, bool kSumsQueries_>
 struct KeysShape {
     static constexpr int kDim = kDim_, kKeys = kKeys_, kRows = kRows_;
-    // Rows whose scores are in registers at once. For sm_100 ptxas takes some ten registers more: the fullest instances spilled up to 8 bytes there.
+    // Rows whose scores are in registers at once. Code for compute_100 takes some ten registers more: the fullest instances spilled up to 8 bytes.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
     static constexpr int kStep = kSumsQueries_ && kDim > 64 ? kStep_ / 2 : kStep_;
 #else
