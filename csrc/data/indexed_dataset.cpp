@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "data/checksum.h"
+#include "data/clones.h"
 #include "data/fault.h"
 
 namespace neox::data {
@@ -31,7 +32,7 @@ uint64_t last_not_above(uint64_t count, uint64_t target, Value value) {
 }
 
 template <typename T>
-void widen(const uint8_t* from, uint64_t count, int64_t* out) {
+inline __attribute__((always_inline)) void widen(const uint8_t* from, uint64_t count, int64_t* out) {
     for (uint64_t i = 0; i < count; ++i) {
         T value;
         std::memcpy(&value, from + i * sizeof(T), sizeof(T));
@@ -39,7 +40,7 @@ void widen(const uint8_t* from, uint64_t count, int64_t* out) {
     }
 }
 
-void widen(const TokenType& type, const uint8_t* from, uint64_t count, int64_t* out) {
+NEOX_CLONES void widen(const TokenType& type, const uint8_t* from, uint64_t count, int64_t* out) {
     switch (type.code) {
         case 1:
             return widen<uint8_t>(from, count, out);
@@ -57,6 +58,26 @@ void widen(const TokenType& type, const uint8_t* from, uint64_t count, int64_t* 
 }
 
 }  // namespace
+
+// Where a run of tokens goes: the first `count` to `tokens`, all but the first to `shifted` (if that is wanted), and the number of each
+// one's document to `segments` (likewise).
+struct IndexedDataset::Target {
+    int64_t* tokens;
+    int64_t* shifted;
+    int32_t* segments;
+    uint64_t count;  // of tokens that `tokens` and `segments` take
+
+    // `some` tokens that follow the first `at`.
+    void put(const TokenType& type, const uint8_t* raw, uint64_t at, uint64_t some) const {
+        widen(type, raw, std::min(some, count - at), tokens + at);
+        if (shifted == nullptr) return;
+        const uint64_t skip = at == 0 ? 1 : 0;
+        widen(type, raw + skip * type.bytes, some - skip, shifted + at + skip - 1);
+    }
+    void mark(uint64_t from, uint64_t to, int32_t segment) const {
+        if (from < count) std::fill(segments + from, segments + std::min(to, count), segment);
+    }
+};
 
 const TokenType& token_type(uint8_t code) {
     for (const TokenType& type : kTypes)
@@ -204,7 +225,7 @@ void IndexedDataset::check_blocks(uint64_t first_byte, uint64_t last_byte) const
     }
 }
 
-void IndexedDataset::read_tokens(uint64_t first, uint64_t count, int64_t* out) const {
+void IndexedDataset::read_tokens(uint64_t first, uint64_t count, const Target& to, uint64_t at) const {
     if (count == 0) return;
     const uint64_t size = index_.type().bytes;
     check_blocks(first * size, (first + count) * size - 1);
@@ -212,11 +233,15 @@ void IndexedDataset::read_tokens(uint64_t first, uint64_t count, int64_t* out) c
     thread_local std::vector<uint8_t> raw;  // a loader reads many samples of one size
     raw.resize(count * size);
     bin_.read_at(raw.data(), raw.size(), first * size);
-    widen(index_.type(), raw.data(), count, out);
+    to.put(index_.type(), raw.data(), at, count);
     if (raw.size() > kKeptBytes) std::vector<uint8_t>().swap(raw);
 }
 
 void IndexedDataset::read(uint64_t first, uint64_t count, int64_t* out, int32_t* segments) const {
+    read_to(first, count, Target{out, nullptr, segments, count});
+}
+
+void IndexedDataset::read_to(uint64_t first, uint64_t count, const Target& to) const {
     if (first > index_.num_tokens() || count > index_.num_tokens() - first)
         throw Fault("read beyond the end of the dataset")
             .at(bin_.path())
@@ -224,20 +249,25 @@ void IndexedDataset::read(uint64_t first, uint64_t count, int64_t* out, int32_t*
             .expected("at most " + number(index_.num_tokens()));
     if (count == 0) return;
     idx_.check_unchanged();
-    read_tokens(first, count, out);
-    if (segments == nullptr) return;
+    read_tokens(first, count, to, 0);
+    if (to.segments == nullptr) return;
     uint64_t document = index_.document_of_token(first);
     int32_t segment = 0;
     for (uint64_t i = 0; i < count;) {
         const uint64_t end = std::min(count, index_.first_token_of_document(++document) - first);
         if (end == i) continue;  // a document without tokens
-        std::fill(segments + i, segments + end, segment++);
+        to.mark(i, end, segment++);
         i = end;
     }
 }
 
 template <typename T>
 void IndexedDataset::read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const {
+    read_ordered_to(order, length, position, offset, count, Target{out, nullptr, segments, count});
+}
+
+template <typename T>
+void IndexedDataset::read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, const Target& to) const {
     idx_.check_unchanged();
     int32_t segment = 0;
     for (uint64_t done = 0; done < count; ++position, offset = 0) {
@@ -252,8 +282,8 @@ void IndexedDataset::read_ordered(const T* order, uint64_t length, uint64_t posi
         const auto size = static_cast<uint64_t>(index_.size(sequence));
         if (offset >= size) continue;
         const uint64_t take = std::min(count - done, size - offset);
-        read_tokens(index_.first_token(sequence) + offset, take, out + done);
-        if (segments != nullptr) std::fill(segments + done, segments + done + take, segment++);
+        read_tokens(index_.first_token(sequence) + offset, take, to, done);
+        if (to.segments != nullptr) to.mark(done, done + take, segment++);
         done += take;
     }
 }
@@ -264,26 +294,20 @@ template void IndexedDataset::read_ordered(const int64_t*, uint64_t, uint64_t, u
 template <typename Read>
 void IndexedDataset::fill_rows(const Rows& to, const Read& read) const {
     const uint64_t s = to.seq_length;
-    std::vector<int64_t> tokens(s + 1);
-    std::vector<int32_t> segments(to.segments == nullptr ? 0 : s + 1);
     for (uint64_t i = 0; i < to.count; ++i) {
-        read(i, tokens.data(), to.segments == nullptr ? nullptr : segments.data());
         const auto row = static_cast<uint64_t>(to.rows[i]) * s;
-        std::memcpy(to.inputs + row, tokens.data(), s * sizeof(int64_t));
-        std::memcpy(to.targets + row, tokens.data() + 1, s * sizeof(int64_t));
-        if (to.segments != nullptr) std::memcpy(to.segments + row, segments.data(), s * sizeof(int32_t));
+        read(i, Target{to.inputs + row, to.targets + row, to.segments == nullptr ? nullptr : to.segments + row, s});
     }
 }
 
 void IndexedDataset::read_rows(const int64_t* firsts, const Rows& to) const {
-    fill_rows(to, [&](uint64_t i, int64_t* tokens, int32_t* segments) { read(static_cast<uint64_t>(firsts[i]), to.seq_length + 1, tokens, segments); });
+    fill_rows(to, [&](uint64_t i, const Target& target) { read_to(static_cast<uint64_t>(firsts[i]), to.seq_length + 1, target); });
 }
 
 template <typename T>
 void IndexedDataset::read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const {
-    fill_rows(to, [&](uint64_t i, int64_t* tokens, int32_t* segments) {
-        const auto position = static_cast<uint64_t>(positions[i]), offset = static_cast<uint64_t>(offsets[i]);
-        read_ordered(order, length, position, offset, to.seq_length + 1, tokens, segments);
+    fill_rows(to, [&](uint64_t i, const Target& target) {
+        read_ordered_to(order, length, static_cast<uint64_t>(positions[i]), static_cast<uint64_t>(offsets[i]), to.seq_length + 1, target);
     });
 }
 
@@ -295,7 +319,7 @@ uint64_t IndexedDataset::find_bad_token(int64_t vocab_size) const {
     std::vector<int64_t> tokens(std::min(kChunk, index_.num_tokens()));
     for (uint64_t first = 0; first < index_.num_tokens(); first += kChunk) {
         const uint64_t count = std::min(kChunk, index_.num_tokens() - first);
-        read_tokens(first, count, tokens.data());
+        read_tokens(first, count, Target{tokens.data(), nullptr, nullptr, count}, 0);
         for (uint64_t i = 0; i < count; ++i)
             if (tokens[i] < 0 || tokens[i] >= vocab_size) return first + i;
     }

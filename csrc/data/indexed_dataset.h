@@ -120,9 +120,13 @@ class IndexedDataset {
     uint64_t find_bad_token(int64_t vocab_size) const;
 
   private:
+    struct Target;
     template <typename Read>
     void fill_rows(const Rows& to, const Read& read) const;
-    void read_tokens(uint64_t first, uint64_t count, int64_t* out) const;
+    void read_to(uint64_t first, uint64_t count, const Target& to) const;
+    template <typename T>
+    void read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, const Target& to) const;
+    void read_tokens(uint64_t first, uint64_t count, const Target& to, uint64_t at) const;
     void check_blocks(uint64_t first_byte, uint64_t last_byte) const;
     bool block_is_good(uint64_t block) const;
 

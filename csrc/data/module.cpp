@@ -11,6 +11,7 @@
 #include "data/bindings.h"
 #include "data/blend.h"
 #include "data/checksum.h"
+#include "data/clones.h"
 #include "data/fault.h"
 #include "data/indexed_dataset.h"
 #include "data/indexed_writer.h"
@@ -246,15 +247,37 @@ void start_writeback(int descriptor, int64_t offset, int64_t count) {
 }
 
 // Index of the first token outside [0, vocab_size), or -1.
+NEOX_CLONES bool any_outside(const int64_t* data, int64_t count, int64_t vocab_size) {
+    bool bad = false;
+    for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(data[i]) >= static_cast<uint64_t>(vocab_size);
+    return bad;
+}
+
 int64_t first_outside(const Array<int64_t>& tokens, int64_t vocab_size) {
     const int64_t* data = tokens.data();
     const int64_t count = tokens.size();
     py::gil_scoped_release released;
-    bool bad = false;
-    for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(data[i]) >= static_cast<uint64_t>(vocab_size);
-    for (int64_t i = 0; bad && i < count; ++i)
+    if (!any_outside(data, count, vocab_size)) return -1;
+    for (int64_t i = 0; i < count; ++i)
         if (data[i] < 0 || data[i] >= vocab_size) return i;
     return -1;
+}
+
+// out[r][i]: how many of the tokens before i in row r are of the same segment without a break.
+void positions_in_segments(const Exact<int32_t>& segments, Exact<int64_t>& out) {
+    if (segments.ndim() != 2 || out.ndim() != 2 || segments.shape(0) != out.shape(0) || segments.shape(1) != out.shape(1))
+        throw py::value_error("segments and out must be [rows, seq_length]");
+    const int32_t* from = segments.data();
+    int64_t* to = out.mutable_data();
+    const py::ssize_t rows = segments.shape(0), length = segments.shape(1);
+    py::gil_scoped_release released;
+    for (py::ssize_t row = 0; row < rows; ++row, from += length, to += length) {
+        for (py::ssize_t i = 0; i < length;) {  // by runs: most are long
+            const py::ssize_t start = i;
+            const int32_t segment = from[i];
+            for (; i < length && from[i] == segment; ++i) to[i] = i - start;
+        }
+    }
 }
 
 void bind_dataset(py::module_& module) {
@@ -370,6 +393,7 @@ PYBIND11_MODULE(_data, module) {
     module.def("blend", &blend_block, py::arg("weights"), py::arg("first"), py::arg("count"), py::arg("taken"));
     module.def("permute", &permute, py::arg("key"), py::arg("size"), py::arg("value"));
     module.def("mix", &mix, py::arg("key"), py::arg("value"));
+    module.def("positions_in_segments", &positions_in_segments, py::arg("segments").noconvert(), py::arg("out").noconvert());
     module.def("first_outside", &first_outside, py::arg("tokens"), py::arg("vocab_size"));
     module.def("checksum", [](const py::buffer& buffer) {
         const py::buffer_info info = buffer.request();

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import weakref
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,8 @@ from neox.data.sampling import Dataset, Pair, RowReader, Rows, Sample
 from neox.errors import DataError
 
 IGNORED = -100  # target that is not learned
+MOST_KEPT = 64  # arrays of one shape that are watched for being free again
+ONLY_KEPT = 2  # references to an array that nobody uses: the collection's, and that of the argument of getrefcount
 POLL_SECONDS = 0.2  # how often a waiting side looks whether the other is still there
 
 
@@ -165,6 +169,7 @@ class StepReader:
         self._dataset = dataset
         self._layout = layout
         self._vocab_size = vocab_size
+        self._memory = Memory()
 
     def __call__(self, consumed: int) -> list[Batch]:
         return [self._batch(self._layout.sample_ids(consumed, m)) for m in range(self._layout.gradient_accumulation)]
@@ -176,13 +181,14 @@ class StepReader:
         self._check_vocabulary(inputs, targets, sample_ids)
         marks = positions = None
         if segment_ids is not None:
-            marks, positions = torch.from_numpy(segment_ids), torch.from_numpy(positions_in_documents(segment_ids))
+            found = positions_in_documents(segment_ids, self._memory.array(segment_ids.shape, "int64"))
+            marks, positions = torch.from_numpy(segment_ids), torch.from_numpy(found)
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), marks, positions, torch.tensor(sample_ids, dtype=torch.int64))
 
     def _rows(self, sample_ids: list[int], dataset: RowReader) -> Rows:
         shape = (len(sample_ids), dataset.seq_length)
-        marks = np.empty(shape, dtype=np.int32) if dataset.document_mask else None
-        rows = Rows(np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64), marks)
+        marks = self._memory.array(shape, "int32") if dataset.document_mask else None
+        rows = Rows(self._memory.array(shape, "int64"), self._memory.array(shape, "int64"), marks)
         dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
         return rows
 
@@ -244,9 +250,28 @@ class StepReader:
         )
 
 
-def positions_in_documents(segments: np.ndarray) -> np.ndarray:
-    """Position of each token in its document's part of the sample: int64 [b, s], 0 where the segment id [b, s] changes."""
-    index = np.arange(segments.shape[1], dtype=np.int64)
-    starts = np.zeros(segments.shape, dtype=np.int64)
-    starts[:, 1:] = np.where(segments[:, 1:] != segments[:, :-1], index[1:], 0)
-    return index - np.maximum.accumulate(starts, axis=1)
+class Memory:
+    """Arrays that are given out again when nothing else refers to them: of fresh ones, page faults cost more than reading the tokens.
+
+    A tensor made of an array by `torch.from_numpy`, and every view of it, keeps a reference to the array.
+    """
+
+    def __init__(self):
+        self._arrays: dict[tuple[tuple[int, ...], str], deque[np.ndarray]] = {}
+
+    def array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """An array with any content."""
+        kept = self._arrays.setdefault((shape, dtype), deque(maxlen=MOST_KEPT))
+        for _ in range(len(kept)):
+            kept.rotate(-1)
+            if sys.getrefcount(kept[0]) == ONLY_KEPT:
+                return kept[0]
+        kept.appendleft(np.empty(shape, dtype=dtype))
+        return kept[0]
+
+
+def positions_in_documents(segments: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Position of each token in its document's part of the sample: int64 [b, s], 0 where the segment id [b, s] (int32) changes. Written to `out` if given."""
+    found = np.empty(segments.shape, dtype=np.int64) if out is None else out
+    core.positions_in_segments(segments, found)
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from neox.data.loader import Loader, positions_in_documents
+from neox.data.loader import Loader, Memory, positions_in_documents
 from neox.data.sampling import BlendedDataset, EpochDataset, NeoxDataset, Rows, Sample, neox_order
 from neox.errors import DataError
 
@@ -100,7 +100,7 @@ def test_document_mask_gives_segments_and_positions(corpus):
             position = position + 1 if i and segment == segments[i - 1] else 0
             wanted.append(position)
         assert batch.segment_ids[row].tolist() == segments and batch.position_ids[row].tolist() == wanted
-    assert positions_in_documents(np.array([[0, 0, 1, 2, 2, 2]])).tolist() == [[0, 1, 0, 0, 1, 2]]
+    assert positions_in_documents(np.array([[0, 0, 1, 2, 2, 2]], dtype=np.int32)).tolist() == [[0, 1, 0, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -201,3 +201,26 @@ def test_rows_are_checked_before_they_are_written(corpus):
         corpus.read_rows(starts, rows, out._replace(inputs=np.zeros((7, 2), dtype=np.int64).T))
     with pytest.raises(ValueError, match="must be"):
         corpus.read_rows(starts, rows, out._replace(targets=np.zeros((2, 6), dtype=np.int64)))
+
+
+def test_memory_is_given_out_again_only_when_nothing_refers_to_it():
+    memory = Memory()
+    first = memory.array((2, 3), "int64")
+    address = first.ctypes.data
+    view = torch.from_numpy(first)[1]  # a view of a tensor of the array
+    del first
+    other = memory.array((2, 3), "int64")
+    assert other.ctypes.data != address and memory.array((3, 2), "int64").shape == (3, 2)
+    del view
+    assert memory.array((2, 3), "int64").ctypes.data == address
+
+
+def test_batches_that_are_kept_stay_as_they_are(corpus):
+    order = EpochDataset(corpus, (0, corpus.num_documents), 16, 1, True)
+    with Loader(order, micro_batch_size=2, prefetch=2) as loader:
+        kept = [next(loader)[0] for _ in range(12)]
+    with Loader(order, micro_batch_size=2, prefetch=0) as loader:
+        for batch in kept:
+            again = next(loader)[0]
+            for one, other in ((batch.tokens, again.tokens), (batch.segment_ids, again.segment_ids), (batch.position_ids, again.position_ids)):
+                assert torch.equal(one, other)
