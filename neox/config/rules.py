@@ -14,7 +14,7 @@ from pathlib import Path
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS, REMOVED_KEYS
 from neox.config.problems import nearest
 from neox.config.schema import Config
-from neox.config.vocabulary import tokenizer_vocab_size
+from neox.config.vocabulary import tokenizer_ids, tokenizer_vocab_size
 
 MAX_HEAD_DIM = 256  # of the attention kernels
 
@@ -173,6 +173,14 @@ def packing(config: Config, _: Situation) -> Iterator[Conflict]:
     names = {name: dict(fim)[name] for name in ("prefix_token", "middle_token", "suffix_token")}
     if len(set(names.values())) < len(names):
         yield Conflict("two tokens of fill in the middle are one", tuple(f"data.fim.{name}" for name in names), "three different tokens")
+    try:
+        known = tokenizer_ids(config.tokenizer.file) if config.tokenizer.file is not None else None
+    except (OSError, ValueError):
+        known = None  # `vocabulary` says why
+    for name, token in {**names, "split_sample": fim.split_sample}.items():
+        if known is not None and token is not None and token not in known:
+            keys, do = (f"data.fim.{name}", "tokenizer.file"), "name the tokenizer's own, or train one with neox tokenizer train --special-token"
+            yield Conflict("a token of fill in the middle is not in the vocabulary", keys, "a token of tokenizer.file", do)
 
 
 def objective(config: Config, _: Situation) -> Iterator[Conflict]:

@@ -1,4 +1,4 @@
-"""The size of a vocabulary, read from a tokenizer's file."""
+"""The size of a vocabulary, and the ids of its tokens, read from a tokenizer's file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 
 
 def tokenizer_vocab_size(file: str) -> int:
-    """Largest id + 1 of a `tokenizers` JSON file, added tokens included.
+    """Largest id + 1 of a `tokenizers` JSON file, added tokens included. Raises as `tokenizer_ids`."""
+    return max(tokenizer_ids(file).values()) + 1
+
+
+def tokenizer_ids(file: str) -> dict[str, int]:
+    """token -> id of a `tokenizers` JSON file, added tokens included.
 
     Raises:
         OSError: it cannot be read.
@@ -18,12 +23,12 @@ def tokenizer_vocab_size(file: str) -> int:
         raise ValueError("no `model` in it")
     vocabulary = content["model"].get("vocab")
     if isinstance(vocabulary, dict):
-        ids = list(vocabulary.values())
+        ids = dict(vocabulary)
     elif isinstance(vocabulary, list):
-        ids = list(range(len(vocabulary)))
+        ids = {str(entry[0] if isinstance(entry, list) and entry else entry): number for number, entry in enumerate(vocabulary)}
     else:
         raise ValueError("no `model.vocab` in it")
-    ids += [token.get("id") for token in content.get("added_tokens") or [] if isinstance(token, dict)]
-    if not ids or not all(type(number) is int and number >= 0 for number in ids):
+    ids |= {str(token.get("content")): token.get("id") for token in content.get("added_tokens") or [] if isinstance(token, dict)}
+    if not ids or not all(type(number) is int and number >= 0 for number in ids.values()):
         raise ValueError("its ids are no numbers")
-    return max(ids) + 1
+    return ids

@@ -86,6 +86,18 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path):
     validate(load_config(overrides=[*BASE, f"tokenizer.file={file}", "model.vocab_size=101"]), 1, "cpu")
 
 
+def test_tokens_of_fill_in_the_middle_are_in_the_vocabulary(tmp_path):
+    file = tmp_path / "t.json"
+    added = [{"content": f"<|fim_{name}|>", "id": 2 + number} for number, name in enumerate(("prefix", "suffix"))]
+    file.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": added}))
+    options = [*BASE, f"tokenizer.file={file}", "data.fim.rate=0.5"]
+    with pytest.raises(ConfigError, match=r"not in the vocabulary; where=data.fim.middle_token, .*got=data.fim.middle_token = <\|fim_middle\|>"):
+        validate(load_config(overrides=options), 1, "cpu")
+    validate(load_config(overrides=[*options, "data.fim.middle_token=a"]), 1, "cpu")
+    with pytest.raises(ConfigError, match=r"where=.*data.fim.split_sample"):
+        validate(load_config(overrides=[*options, "data.fim.middle_token=a", "data.fim.split_sample=zz"]), 1, "cpu")
+
+
 def test_split_is_normalised():
     assert parse_split("969,30,1") == (0.969, 0.03, 0.001)
     assert parse_split("1") == (1.0, 0.0, 0.0)

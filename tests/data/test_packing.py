@@ -27,7 +27,7 @@ def reference(sizes: list[int], capacity: int) -> list[list[int]]:
     return samples
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("capacity", [1, 7, 64, 65, 300, 5000])
 def test_packing_is_best_fit_decreasing(seed, capacity):
     """Which of several equally full samples gets a piece is free, so the samples are compared by how full they are."""

@@ -71,10 +71,10 @@ def test_what_is_not_whole_is_made_anew(corpus, tmp_path, hurt):
 def test_processes_that_race_make_it_once(corpus, tmp_path, repository):
     paths, tokenizer = corpus
     code = (
-        "import sys; from pathlib import Path; from neox.data import text_cache\n"
+        "import sys, time; from pathlib import Path; from neox.data import text_cache\n"
         "made = []\n"
         "real = text_cache.preprocess\n"
-        "text_cache.preprocess = lambda *a, **k: made.append(1) or real(*a, **k)\n"
+        "text_cache.preprocess = lambda *a, **k: made.append(1) or time.sleep(1) or real(*a, **k)\n"
         "print(len(made), text_cache.tokenized([sys.argv[1]], sys.argv[2], None, Path(sys.argv[3])), len(made))"
     )
     command = [sys.executable, "-c", code, paths[0], tokenizer, str(tmp_path / "cache")]
