@@ -52,6 +52,16 @@ def test_pieces_are_the_tokens_of_the_sample(make_dataset, kind):
             assert kind in ("packed", "mixed", "pairs") or kind.startswith("document") or tokens.size == 17
 
 
+@pytest.mark.parametrize("kind", ["epoch", "neox", "packed", "document"])
+def test_whole_samples_mark_their_pieces(make_dataset, kind):
+    dataset, _ = made(kind, make_dataset)
+    for index in range(COUNT):
+        tokens, marks = dataset.whole(index)
+        sizes = [piece.tokens for piece in dataset.pieces(index)]
+        assert np.array_equal(tokens, dataset[index].tokens) and marks.shape == (17,)
+        assert np.array_equal(marks[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes)) and (marks[sum(sizes) :] == -1).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_find_names_the_samples_that_hold_a_document(make_dataset, kind):
     dataset, corpora = made(kind, make_dataset)
