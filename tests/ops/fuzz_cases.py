@@ -271,7 +271,11 @@ def _attention(draw: Draw) -> Case:
     causal = draw.choice(True, True, False)
     t = s + draw.choice(0, 0, 1, 15, 64)
     g, m, d, b = draw.choice(1, 2), draw.choice(1, 1, 2, 3), draw.choice(8, 16, 32, 40, 64, 80, 128), draw.choice(1, 2)
-    options = {"causal": causal, "window": draw.choice(None, None, 1, 7, 64), "softcap": draw.choice(None, None, 2.0), "scale": draw.choice(None, 0.3)}
+    if s * t * d > 40_000:  # one head of many scores costs what many small ones do
+        g = m = b = 1
+    # Scores of a few units at most: of larger ones fp32 keeps fewer digits behind the point, and any kernel's error grows with them.
+    scale = draw.choice(None, 0.5 * d**-0.5, 1.5 * d**-0.5)
+    options = {"causal": causal, "window": draw.choice(None, None, 1, 7, 64), "softcap": draw.choice(None, None, 2.0), "scale": scale}
     if not causal:
         options["window"] = None
     if draw.choice(True, False, False):

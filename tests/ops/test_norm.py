@@ -65,6 +65,21 @@ def test_gradient_when_only_some_outputs_are_used(kind):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_what_is_normed_is_the_rounded_sum(kind, dtype):
+    """Of two columns that differ by little, rounding x + residual to 16 bits decides: the sum is rounded once, and the norm is of what it then is."""
+    inputs = inputs_of(kind, 2, dtype, True, rows=(400,))
+    inputs["residual"] = (inputs["x"][:, :1] - inputs["x"]) * 0.99 + 3  # nearly the same in both columns
+    y, s = ours(kind)(**inputs)
+    exact = inputs["x"].double() + inputs["residual"].double()
+    assert torch.equal(s, exact.float().to(dtype))
+    del inputs["residual"]
+    reference.assert_near(y, theirs(kind)(**(inputs | {"x": s.double()})), dtype)
+    if kind == "layer":  # held to the sum before it was rounded, no tolerance would fit
+        assert (y.double() - theirs(kind)(**(inputs | {"x": exact}))).abs().max() > 0.1
+
+
 def test_large_mean_keeps_the_variance():
     x = reference.random(5, 819) + 1000
     weight, bias = torch.ones(819), torch.zeros(819)
