@@ -156,7 +156,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
 pathlib.Path(sys.argv[2]).write_text(json.dumps(rows, indent=1) + "\n")
 END
 {
-    echo "ratio > 1: ours is better; against \"device copy\" it is the share of the copy bandwidth"
+    echo "ratio > 1: ours is better; against \"memory copy\" it is the share of the copy bandwidth"
     cat "$WORK/tables" 2>/dev/null
     echo
     echo "tests"

@@ -4,13 +4,15 @@ A round times each contestant once, one after another, so that a change of clock
 contestant is its median over the rounds. Inputs are random: zeros run faster than data.
 
 On a GPU (--device cuda) a call is timed by events around it, after a write that is far larger than the caches has gone before it: the
-caches are cold, and while the GPU writes the host gets ahead, so that launch gaps are not part of the figure. A row in GB/s has the peer
-"device copy", the same number of bytes copied in the same rounds: its ratio is the share of the copy bandwidth that ours reaches.
+caches are cold, and while the GPU writes the host gets ahead, so that launch gaps are not part of the figure. An operator in GB/s has a row
+with the peer "memory copy", the same number of bytes copied in the same rounds: its ratio is the share of the copy bandwidth that ours reaches.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -22,7 +24,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 FLUSH_BYTES = 1 << 30
-COPY = "device copy"
+COPY = "memory copy"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ours` and `peer` are in `unit`; ratio > 1 means that ours is better."""
+    """One comparison. `ours` and `peer` are in `unit`; ratio > 1 means that ours is better. `seconds` of one call of ours are for the table alone."""
 
     name: str
     setting: str
@@ -70,6 +72,7 @@ class Row:
     peer_name: str
     ratio: float
     unit: str
+    seconds: float | None = None
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:
@@ -127,14 +130,14 @@ def compare(
             figures are microseconds.
         unit: "us", or what `work` makes of it.
     """
-    if options.device == "cuda" and unit == "GB/s" and work:
-        peers = {**peers, COPY: device_copy(int(work))}
+    if unit == "GB/s" and work:
+        peers = {**peers, COPY: memory_copy(int(work))}
     times = medians({"": ours, **peers}, options)
     figure = {key: seconds * 1e6 if work is None else work / seconds / 1e9 for key, seconds in times.items()}
-    return [Row(name, f"{setting}, {options.place}", figure[""], figure[peer], peer, times[peer] / times[""], unit) for peer in peers]
+    return [Row(name, f"{setting}, {options.place}", figure[""], figure[peer], peer, times[peer] / times[""], unit, times[""]) for peer in peers]
 
 
-def device_copy(moved: int) -> Callable[[], object]:
+def memory_copy(moved: int) -> Callable[[], object]:
     """A copy that reads and writes `moved` bytes together."""
     source = torch.randint(256, (moved // 2,), dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -187,6 +190,13 @@ def with_compiled(eager: Callable[..., object], options: Options) -> dict[str, C
     return {"torch eager": eager} if options.quick else {"torch eager": eager, "torch.compile": torch.compile(eager)}
 
 
+def liger(name: str, options: Options) -> dict[str, Callable[..., object]]:
+    """The peer "Liger", its Triton kernel liger_<name>: on a GPU where the package is installed."""
+    if options.device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    return {"Liger": getattr(importlib.import_module("liger_kernel.transformers.functional"), f"liger_{name}")}
+
+
 def parse(description: str) -> Options:
     """Reads the command line and pins the process to as many CPUs as it has threads."""
     parser = argparse.ArgumentParser(description=description)
@@ -216,8 +226,9 @@ def show(rows: Iterable[Row], options: Options) -> None:
     try:
         for row in rows:
             done.append(row)
-            figures = f"ours {row.ours:10.4g}  {row.peer_name:20} {row.peer:10.4g} {row.unit:8} ratio {row.ratio:5.2f}"
+            time = f"{row.seconds * 1e6:9.1f} us" if row.seconds else ""
+            figures = f"{time:12}  ours {row.ours:10.4g}  {row.peer_name:20} {row.peer:10.4g} {row.unit:8} ratio {row.ratio:5.2f}"
             print(f"{row.name:32} {row.setting:40} {figures}", file=table, flush=True)
     finally:
         if options.json:
-            print(json.dumps([asdict(row) for row in done]), flush=True)
+            print(json.dumps([{key: value for key, value in asdict(row).items() if key != "seconds"} for row in done]), flush=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare, compare_op, parse, show, with_compiled
+from measure import Options, Row, compare, compare_op, liger, parse, show, with_compiled
 
 from neox.ops import cross_entropy
 
@@ -42,6 +42,7 @@ def rows(options: Options) -> Iterator[Row]:
         )
         in_place = partial(step, partial(cross_entropy, targets=targets, inplace=True), logits)
         both = {name: partial(step, op, logits) for name, op in peers.items()}
+        both |= {name: partial(step, partial(op, target=targets), logits) for name, op in liger("cross_entropy", options).items()}  # its own mean
         yield from compare("cross_entropy both, in place", setting, in_place, both, options, work=3 * size, unit="GB/s")
         foretold = partial(step, partial(cross_entropy, targets=targets, inplace=True, expected_dloss=1 / tokens), logits)
         yield from compare("cross_entropy both, foretold", setting, foretold, both, options, work=2 * size, unit="GB/s")

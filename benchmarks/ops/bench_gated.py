@@ -12,7 +12,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare_op, parse, show, with_compiled
+from measure import Options, Row, compare_op, liger, parse, show, with_compiled
 
 from neox.ops import gated
 
@@ -26,7 +26,7 @@ def rows(options: Options) -> Iterator[Row]:
     """A feed-forward width of 2,048."""
     tokens, ffn = options.shapes((256, 2048), (2048, 2048), (16384, 8192))
     for activation, act in (("silu", functional.silu), ("gelu", functional.gelu)):
-        peers = with_compiled(partial(theirs, act=act), options)
+        peers = with_compiled(partial(theirs, act=act), options) | (liger("swiglu", options) if activation == "silu" else {})
         for dtype in options.dtypes:
             x, gate = torch.randn(2, tokens, ffn).to(dtype)
             setting = f"{tokens}x{ffn} {str(dtype).removeprefix('torch.')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare_op, parse, show, with_compiled
+from measure import Options, Row, compare_op, liger, parse, show, with_compiled
 
 from neox.ops import dual_layer_norm, layer_norm, rms_norm
 
@@ -56,6 +57,13 @@ def rows(options: Options) -> Iterator[Row]:
             for name, ours, theirs, leaves, forward, backward in cases:
                 peers = with_compiled(theirs, options)
                 yield from compare_op(name, setting, ours, peers, leaves, options, forward_bytes=forward * size, backward_bytes=backward * size)
+            traffic = {"forward_bytes": 2 * size, "backward_bytes": 3 * size}
+            for peer, op in liger("layer_norm", options).items():
+                theirs = {peer: partial(op, eps=EPS)}
+                yield from compare_op("layer_norm", setting, lambda X, W, B: layer_norm(X, W, B, EPS), theirs, (x, w1, b1), options, **traffic)
+            for peer, op in liger("rms_norm", options).items():
+                theirs = {peer: partial(op, eps=EPS, in_place=False)}
+                yield from compare_op("rms_norm", setting, lambda X, W: rms_norm(X, W, EPS), theirs, (x, w1), options, **traffic)
 
 
 if __name__ == "__main__":
