@@ -29,21 +29,22 @@ class Workspace {
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether all rows of a tensor can be copied in packs of 8 elements. Strides of dimensions of one element have no say.
-inline bool rows_fit_packs(const Attention& in, const void* data, const AttentionStrides& strides, int64_t sequence, int64_t heads) {
+// Whether all rows of a tensor can be copied in packs of 8 elements. Strides of dimensions of one element have no say, but for the sequence's:
+// tiles address rows behind the last, though they do not read them.
+inline bool rows_fit_packs(const Attention& in, const void* data, const AttentionStrides& strides, int64_t heads) {
     const auto fits = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && in.head_dim % 8 == 0 && fits(in.batch, strides.batch) && fits(sequence, strides.sequence) &&
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && in.head_dim % 8 == 0 && fits(in.batch, strides.batch) && strides.sequence % 8 == 0 &&
            fits(in.groups, strides.group) && fits(heads, strides.head);
 }
 
 template <class T>
 Matrix<T> query_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data, const AttentionStrides& strides) {
-    return {static_cast<T*>(data), strides, rows_fit_packs(in, data, strides, in.queries, in.heads)};
+    return {static_cast<T*>(data), strides, rows_fit_packs(in, data, strides, in.heads)};
 }
 
 template <class T>
 Matrix<T> key_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data, const AttentionStrides& strides) {
-    return {static_cast<T*>(data), strides, rows_fit_packs(in, data, strides, in.keys, 1)};
+    return {static_cast<T*>(data), strides, rows_fit_packs(in, data, strides, 1)};
 }
 
 // Strides of a contiguous [batch, queries, groups * heads, head_dim].
