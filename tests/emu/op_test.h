@@ -86,6 +86,16 @@ class Buffer {
     size_t size_;
 };
 
+// An input of rows that lie cols + gap elements apart. Inputs of one operator are to have different gaps: whose stride a kernel uses shows.
+template <class T>
+struct Rows : Buffer<T> {
+    int64_t stride;
+
+    Rows(const char* name, int64_t rows, int64_t cols, int64_t gap, size_t offset = 0)
+        : Buffer<T>(name, static_cast<size_t>(rows ? (rows - 1) * (cols + gap) + cols : 0), Role::kStream, offset), stride(cols + gap) {}
+    double at(int64_t row, int64_t col) const { return static_cast<float>((*this)[static_cast<size_t>(row * stride + col)]); }
+};
+
 // Fails unless max |got - expected| <= limit * max |expected|. NaN and infinity never pass.
 template <class T>
 void expect_near(const Buffer<T>& got, const std::vector<double>& expected, const std::string& what, const char* file, int line,

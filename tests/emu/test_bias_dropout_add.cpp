@@ -18,26 +18,26 @@ bool kept(int64_t row, int64_t col, int64_t cols, double p) {
 
 template <class T>
 void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bias, double p) {
-    const auto count = static_cast<size_t>(rows * cols), spread = static_cast<size_t>(rows ? (rows - 1) * (cols + gap) + cols : 0);
-    Buffer<T> x("x", spread, Role::kStream, offset), residual("residual", spread, Role::kStream, offset), dy("dy", spread, Role::kStream, offset);
+    const auto count = static_cast<size_t>(rows * cols);
+    emu_test::Rows<T> x("x", rows, cols, gap, offset), residual("residual", rows, cols, 2 * gap, offset), dy("dy", rows, cols, 3 * gap, offset);
     Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset), y("y", count), dx("dx", count), dbias("dbias", static_cast<size_t>(cols));
     x.random(1), residual.random(2), dy.random(3), bias.random(4);
     Buffer<float> partial("partial", static_cast<size_t>(neox::bias_dropout_add_partials_cuda(rows, cols) * cols));
     const neox::Dropout dropout{p > 0 ? kSeed : nullptr, p};
     const auto dtype = emu_test::dtype_of<T>();
     EXPECT(!neox::bias_dropout_add_forward_cuda(
-        {dtype, rows, cols, x.data(), cols + gap, with_bias ? bias.data() : nullptr, residual.data(), cols + gap, dropout}, y.data(), nullptr));
+        {dtype, rows, cols, x.data(), x.stride, with_bias ? bias.data() : nullptr, residual.data(), residual.stride, dropout}, y.data(), nullptr));
     EXPECT(!neox::bias_dropout_add_backward_cuda(
-        {dtype, rows, cols, dy.data(), cols + gap, dropout, p > 0 ? dx.data() : nullptr, with_bias ? dbias.data() : nullptr, partial.data()}, nullptr));
+        {dtype, rows, cols, dy.data(), dy.stride, dropout, p > 0 ? dx.data() : nullptr, with_bias ? dbias.data() : nullptr, partial.data()}, nullptr));
     std::vector<double> expected_y(count), expected_dx(count), expected_dbias(static_cast<size_t>(cols), 0.0);
     bool same_mask = true;
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t col = 0; col < cols; ++col) {
-            const auto at = static_cast<size_t>(row * cols + col), from = static_cast<size_t>(row * (cols + gap) + col), c = static_cast<size_t>(col);
+            const auto at = static_cast<size_t>(row * cols + col), c = static_cast<size_t>(col);
             const double factor = p == 0 ? 1 : p < 1 && kept(row, col, cols, p) ? 1 / (1 - p) : 0;
-            const double u = static_cast<float>(x[from]) + (with_bias ? static_cast<double>(static_cast<float>(bias[c])) : 0.0);
-            expected_y[at] = static_cast<float>(residual[from]) + factor * u;
-            expected_dx[at] = factor * static_cast<float>(dy[from]);
+            const double u = x.at(row, col) + (with_bias ? static_cast<double>(static_cast<float>(bias[c])) : 0.0);
+            expected_y[at] = residual.at(row, col) + factor * u;
+            expected_dx[at] = factor * dy.at(row, col);
             expected_dbias[c] += expected_dx[at];
             same_mask = same_mask && (p == 0 || (static_cast<float>(dx[at]) != 0) == (expected_dx[at] != 0));
         }

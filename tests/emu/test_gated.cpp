@@ -20,19 +20,19 @@ double slope(double u, Activation activation) {
 }
 
 template <class T>
-void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, size_t offset) {
-    const auto count = static_cast<size_t>(rows * cols), spread = static_cast<size_t>(rows ? (rows - 1) * (cols + gap) + cols : 0);
-    Buffer<T> x("x", spread, Role::kStream, offset), gate("gate", spread, Role::kStream, offset), dy("dy", spread, Role::kStream, offset);
+void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, int64_t dy_gap, size_t offset) {
+    const auto count = static_cast<size_t>(rows * cols);
+    emu_test::Rows<T> x("x", rows, cols, gap, offset), gate("gate", rows, cols, 2 * gap, offset), dy("dy", rows, cols, dy_gap, offset);
     Buffer<T> y("y", count), dx("dx", count), dgate("dgate", count);
     x.random(1, 2.0f), gate.random(2), dy.random(3);
-    const neox::Gated in{emu_test::dtype_of<T>(), activation, rows, cols, x.data(), cols + gap, gate.data(), cols + gap};
+    const neox::Gated in{emu_test::dtype_of<T>(), activation, rows, cols, x.data(), x.stride, gate.data(), gate.stride};
     EXPECT(!neox::gated_forward_cuda(in, y.data(), nullptr));
-    EXPECT(!neox::gated_backward_cuda(in, dy.data(), cols + gap, dx.data(), dgate.data(), nullptr));
+    EXPECT(!neox::gated_backward_cuda(in, dy.data(), dy.stride, dx.data(), dgate.data(), nullptr));
     std::vector<double> expected_y(count), expected_dx(count), expected_dgate(count);
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t col = 0; col < cols; ++col) {
-            const auto at = static_cast<size_t>(row * cols + col), from = static_cast<size_t>(row * (cols + gap) + col);
-            const double u = static_cast<float>(x[from]), g = static_cast<float>(gate[from]), d = static_cast<float>(dy[from]);
+            const auto at = static_cast<size_t>(row * cols + col);
+            const double u = x.at(row, col), g = gate.at(row, col), d = dy.at(row, col);
             expected_y[at] = act(u, activation) * g;
             expected_dx[at] = d * g * slope(u, activation);
             expected_dgate[at] = d * act(u, activation);
@@ -46,12 +46,12 @@ void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, size_
 void values() {
     emu_test::for_each_type([](auto zero) {
         using T = decltype(zero);
-        check<T>(Activation::kSilu, 1, 1, 0, 0);
-        check<T>(Activation::kGelu, 5, 17, 3, 1);
-        check<T>(Activation::kRelu, 5, 819, 0, 1);
-        check<T>(Activation::kSilu, 37, 264, 8, 0);  // whole packs, strided rows
-        check<T>(Activation::kGelu, 8, 819, 0, 0);   // whole packs once the rows are joined
-        check<T>(Activation::kRelu, 0, 16, 0, 0);
+        check<T>(Activation::kSilu, 1, 1, 0, 0, 0);
+        check<T>(Activation::kGelu, 5, 17, 3, 9, 1);
+        check<T>(Activation::kRelu, 5, 819, 0, 3, 1);
+        check<T>(Activation::kSilu, 37, 264, 8, 24, 0);  // whole packs, strided rows
+        check<T>(Activation::kGelu, 8, 819, 0, 0, 0);    // whole packs once the rows are joined
+        check<T>(Activation::kRelu, 0, 16, 0, 0, 0);
     });
 }
 

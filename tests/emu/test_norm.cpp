@@ -7,6 +7,7 @@ namespace {
 
 using emu_test::Buffer;
 using emu_test::Role;
+using emu_test::Rows;
 
 struct Case {
     int64_t rows, cols, gap;
@@ -21,18 +22,15 @@ size_t index(int64_t at) { return static_cast<size_t>(at); }
 template <class T>
 struct Norm {
     Case in;
-    int64_t stride = in.cols + in.gap;
-    size_t count = index(in.rows * in.cols), spread = index(in.rows ? (in.rows - 1) * stride + in.cols : 0), cols = index(in.cols);
+    size_t count = index(in.rows * in.cols), cols = index(in.cols);
     bool two = in.outputs > 1;
-    Buffer<T> x{"x", spread, Role::kStream, in.offset}, residual{"residual", in.residual ? spread : 0, Role::kStream, in.offset};
+    Rows<T> x = rows("x", 1), residual = rows("residual", 2, in.residual), dy1 = rows("dy1", 3), dy2 = rows("dy2", 4, two), dsum = rows("dsum", 5, in.residual);
     Buffer<T> w1{"w1", cols, Role::kCached, in.offset}, w2{"w2", cols, Role::kCached, in.offset};
     Buffer<T> b1{"b1", cols, Role::kCached, in.offset}, b2{"b2", cols, Role::kCached, in.offset};
     Buffer<T> y1{"y1", count}, y2{"y2", two ? count : 0}, sum{"sum", in.residual ? count : 0};
     // 8 bytes a row, which all threads of the row read: one line of a cache.
     Buffer<float> mean{"mean", in.rms ? 0 : index(in.rows), Role::kCached}, rstd{"rstd", index(in.rows), Role::kCached};
-    Buffer<T> dy1{"dy1", spread, Role::kStream, in.offset}, dy2{"dy2", two ? spread : 0, Role::kStream, in.offset};
-    Buffer<T> dsum{"dsum", in.residual ? spread : 0, Role::kStream, in.offset}, ds{"ds", count};
-    Buffer<T> dw1{"dw1", cols}, dw2{"dw2", cols}, db1{"db1", cols}, db2{"db2", cols};
+    Buffer<T> ds{"ds", count}, dw1{"dw1", cols}, dw2{"dw2", cols}, db1{"db1", cols}, db2{"db2", cols};
     std::unique_ptr<Buffer<float>> partial;
 
     explicit Norm(const Case& chosen) : in(chosen) {
@@ -41,10 +39,11 @@ struct Norm {
         dy1.random(7), dy2.random(8), dsum.random(9);
         partial = std::make_unique<Buffer<float>>("partial", index(2 * in.outputs * neox::norm_partials_cuda(backward()) * in.cols));
     }
+    Rows<T> rows(const char* name, int64_t gaps, bool wanted = true) const { return {name, wanted ? in.rows : 0, in.cols, gaps * in.gap, in.offset}; }
     neox::NormForward forward() {
         neox::NormForward op = {};
         op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows, op.cols = in.cols, op.eps = 1e-3f;
-        op.x = x.data(), op.x_stride = stride, op.residual = in.residual ? residual.data() : nullptr, op.residual_stride = stride;
+        op.x = x.data(), op.x_stride = x.stride, op.residual = in.residual ? residual.data() : nullptr, op.residual_stride = residual.stride;
         op.parameters[0] = {w1.data(), in.bias ? b1.data() : nullptr};
         if (two) op.parameters[1] = {w2.data(), in.bias ? b2.data() : nullptr};
         op.y[0] = y1.data(), op.y[1] = y2.data(), op.sum = sum.data(), op.mean = mean.data(), op.rstd = rstd.data();
@@ -53,10 +52,10 @@ struct Norm {
     neox::NormBackward backward() {
         neox::NormBackward op = {};
         op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows, op.cols = in.cols;
-        op.s = in.residual ? sum.data() : x.data(), op.s_stride = in.residual ? in.cols : stride;
+        op.s = in.residual ? sum.data() : x.data(), op.s_stride = in.residual ? in.cols : x.stride;
         op.mean = mean.data(), op.rstd = rstd.data(), op.weight[0] = w1.data(), op.weight[1] = two ? w2.data() : nullptr;
-        op.dy[0] = dy1.data(), op.dy[1] = dy2.data(), op.dy_stride[0] = op.dy_stride[1] = stride;
-        op.dsum = in.residual ? dsum.data() : nullptr, op.dsum_stride = stride, op.ds = ds.data();
+        op.dy[0] = dy1.data(), op.dy[1] = dy2.data(), op.dy_stride[0] = dy1.stride, op.dy_stride[1] = dy2.stride;
+        op.dsum = in.residual ? dsum.data() : nullptr, op.dsum_stride = dsum.stride, op.ds = ds.data();
         op.dweight[0] = dw1.data(), op.dweight[1] = dw2.data(), op.dbias[0] = in.bias ? db1.data() : nullptr;
         op.dbias[1] = in.bias && two ? db2.data() : nullptr;
         if (partial) op.partial = partial->data();
@@ -76,14 +75,16 @@ Expected expected_of(Norm<T>& norm) {
     for (auto* v : {&out.y[0], &out.y[1], &out.s, &out.ds}) v->assign(norm.count, 0.0);
     for (auto* v : {&out.dw[0], &out.dw[1], &out.db[0], &out.db[1]}) v->assign(norm.cols, 0.0);
     const auto value = [](const Buffer<T>& buffer, size_t i) { return static_cast<double>(static_cast<float>(buffer[i])); };
-    const Buffer<T>*weights[2] = {&norm.w1, &norm.w2}, *biases[2] = {&norm.b1, &norm.b2}, *dys[2] = {&norm.dy1, &norm.dy2};
+    const Buffer<T>*weights[2] = {&norm.w1, &norm.w2}, *biases[2] = {&norm.b1, &norm.b2};
+    const Rows<T>* dys[2] = {&norm.dy1, &norm.dy2};
     const double size = static_cast<double>(in.cols);
     std::vector<double> n(norm.cols), g(norm.cols);
     for (int64_t row = 0; row < in.rows; ++row) {
-        const size_t from = index(row * norm.stride), to = index(row * in.cols);
+        const size_t to = index(row * in.cols);
         double mean = 0, squares = 0, mean_g = 0, mean_gn = 0;
         for (size_t i = 0; i < norm.cols; ++i) {
-            const double s = value(norm.x, from + i) + (in.residual ? value(norm.residual, from + i) : 0.0);
+            const int64_t col = static_cast<int64_t>(i);
+            const double s = norm.x.at(row, col) + (in.residual ? norm.residual.at(row, col) : 0.0);
             out.s[to + i] = static_cast<float>(T(static_cast<float>(s)));
             mean += in.rms ? 0.0 : out.s[to + i] / size;
         }
@@ -93,7 +94,7 @@ Expected expected_of(Norm<T>& norm) {
             n[i] = (out.s[to + i] - mean) * rstd;
             g[i] = 0;
             for (int k = 0; k < in.outputs; ++k) {
-                const double dy = value(*dys[k], from + i);
+                const double dy = dys[k]->at(row, static_cast<int64_t>(i));
                 out.y[k][to + i] = n[i] * value(*weights[k], i) + (in.bias ? value(*biases[k], i) : 0.0);
                 g[i] += dy * value(*weights[k], i);
                 out.dw[k][i] += dy * n[i];
@@ -103,7 +104,7 @@ Expected expected_of(Norm<T>& norm) {
             mean_gn += g[i] * n[i] / size;
         }
         for (size_t i = 0; i < norm.cols; ++i) {
-            out.ds[to + i] = rstd * (g[i] - mean_g - n[i] * mean_gn) + (in.residual ? value(norm.dsum, from + i) : 0.0);
+            out.ds[to + i] = rstd * (g[i] - mean_g - n[i] * mean_gn) + (in.residual ? norm.dsum.at(row, static_cast<int64_t>(i)) : 0.0);
         }
     }
     return out;

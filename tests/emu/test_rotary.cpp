@@ -77,6 +77,7 @@ void values() {
         check<T>({1, 9, 3, 1, 80, 20, true, false, 0});   // Pythia-2.8B: halves of 10
         check<T>({2, 5, 3, 2, 64, 16, false, true, 0});   // Pythia-160M
         check<T>({2, 3, 2, 5, 128, 128, true, true, 0});
+        check<T>({1, 3, 2, 2, 10, 8, false, false, 0});  // heads that do not start where packs of a half may
         check<T>({1, 3, 1, 2, 64, 32, false, false, 2});
         check<T>({0, 3, 1, 2, 64, 32, false, false, 0});
     });
