@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,8 @@ class Sidecar:
         if not isinstance(data, dict) or data.get("format") != FORMAT or _typed(data.get("version"), int) != VERSION:
             raise ValueError(f"not a {FORMAT} file of version {VERSION}")
         made_by, bin_part = data["tokenizer"], data["bin"]
+        if _typed(bin_part["block_bytes"], int) < 1:
+            raise ValueError(f"blocks of {bin_part['block_bytes']} bytes")
         return cls(
             dtype=_typed(data["dtype"], str),
             num_sequences=_typed(data["sequences"], int),
@@ -78,8 +81,8 @@ class Sidecar:
             num_tokens=_typed(data["tokens"], int),
             largest_id=_typed(data["largest_id"], int),
             bin_bytes=_typed(bin_part["bytes"], int),
-            idx_sum=int(_typed(data["idx"]["xxh64"], str), 16),
-            block_sums=tuple(int(_typed(value, str), 16) for value in _typed(bin_part["xxh64"], list)),
+            idx_sum=_sum(data["idx"]["xxh64"]),
+            block_sums=tuple(map(_sum, _typed(bin_part["xxh64"], list))),
             block_bytes=_typed(bin_part["block_bytes"], int),
             tokenizer_hash=_typed(made_by["hash"], str, type(None)),
             vocab_size=_typed(made_by["vocab_size"], int, type(None)),
@@ -91,7 +94,15 @@ class Sidecar:
 def _typed(value: object, *types: type):
     if not isinstance(value, types) or isinstance(value, bool):
         raise TypeError(f"{value!r} is not {' or '.join(t.__name__ for t in types)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value} is no number of 64 bits")
     return value
+
+
+def _sum(value: object) -> int:
+    if not isinstance(value, str) or re.fullmatch("[0-9a-f]{16}", value) is None:
+        raise ValueError(f"{value!r} is not 16 hexadecimal digits")
+    return int(value, 16)
 
 
 def sidecar_path(prefix: str) -> Path:

@@ -25,7 +25,9 @@ def damaged() -> list[bytes]:
     whole = orjson.loads(EXAMPLE.to_json())
     changed = [{k: v for k, v in whole.items() if k != key} for key in whole if key != "source"]
     changed += [{**whole, key: value} for key in whole for value in (None, [], "x", True, 1.5) if (key, value) not in (("dtype", "x"), ("source", None))]
-    changed += [{**whole, "bin": {**whole["bin"], "xxh64": ["zz"]}}, {**whole, "version": 2}, [], 5]
+    changed += [{**whole, "bin": {**whole["bin"], "xxh64": [digits]}} for digits in ("zz", "1" * 17, "0x" + "1" * 14, "1" * 15)]
+    changed += [{**whole, "bin": {**whole["bin"], "block_bytes": size}} for size in (0, -5, 2**63)]
+    changed += [{**whole, "idx": {"xxh64": "1" * 24}}, {**whole, "tokens": 2**63}, {**whole, "version": 2}, [], 5]
     return [orjson.dumps(value) for value in changed] + [b"", b"{", b"\xff\xfe", EXAMPLE.to_json()[:-5]]
 
 
