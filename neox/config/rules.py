@@ -143,8 +143,8 @@ def sources(config: Config, _: Situation) -> Iterator[Conflict]:
         if blend and not any(source.weight for source in blend):
             yield Conflict("every source has weight 0", (f"data.{part}",), "at least one weight above 0")
         for source in blend:
-            if not source.path.strip():
-                yield Conflict("a source without a path", (f"data.{part}",), "a prefix of .bin and .idx files")
+            if not source.path.strip() or "\0" in source.path:
+                yield Conflict("a source without a path, or with an impossible one", (f"data.{part}",), "a prefix of .bin and .idx files")
     try:
         shares = parse_split(data.split)
     except ValueError as reason:

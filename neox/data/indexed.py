@@ -51,6 +51,8 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | os.PathLike[str]):
         self.prefix = os.fspath(prefix)
+        if "\0" in self.prefix:  # to the system the name would end there
+            raise DataError("impossible path of a dataset", where=repr(self.prefix), got="a NUL character")
         self._core = core.Dataset(os.fsencode(self.prefix))
         self.dtype = np.dtype(self._core.dtype)
         self.num_documents: int = self._core.num_documents
