@@ -169,8 +169,10 @@ class Engine:
         """
         step = self.step + 1
         self.begin_step()
-        local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
-        total = int(self.sum_over([sum(self.objective.count(batch) for batch in local)], self.mesh.replica_group)[0])
+        parts = [context_part(batch, self.mesh) for batch in batches]
+        # counted where the loader left them: on the device, every micro-batch would wait for what is under way there
+        total = int(self.sum_over([sum(self.objective.count(batch) for batch in parts)], self.mesh.replica_group)[0])
+        local = [to_device(batch, self.mesh.device) for batch in parts]
         self.weight = self.mesh.replicas / max(total, 1)  # DeepSpeed averages gradients over the replicas
         loss = self.faults.value("loss_number", float(self.schedule_of_stages.train(local)))
         if self.tied is not None:

@@ -1,0 +1,65 @@
+"""What a training step reads back from the device. A GPU would stop the host there: a step may read its loss and its norm, and nothing per micro-batch.
+
+The model runs on meta tensors, which take the branches of a GPU and refuse to be read. The engine runs on a CPU, where a read is an operator of its own.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neox.parallel.mesh import Mesh
+from tests.engine.toy import make_config, make_engine, micro_batches
+from tests.model.test_gpt import FORMS, build
+
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "unique_consecutive"}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that make the host wait for the device, by the function of ours that calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in READS:
+            ours = [frame.name for frame in traceback.extract_stack() if "/neox/" in frame.filename]
+            self.seen[ours[-1] if ours else "test"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_and_backward_read_nothing(form):
+    model = build(form).to("meta").train()
+    tokens = torch.zeros(2, 19, dtype=torch.int64, device="meta")
+    packed = {} if form == "alibi" else {"segment_ids": tokens.int(), "position_ids": tokens}
+    model.loss(tokens, tokens.roll(-1, 1), **packed).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_reads_are_seen():
+    values = torch.ones(3)
+    with HostReads() as reads:
+        float(values.sum())
+        values.nonzero()
+    assert reads.seen == {"test": 2}
+    with pytest.raises(RuntimeError, match="meta"):
+        float(values.to("meta").sum())
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_reads_its_loss_and_its_norm(stage, accumulation):
+    """count: of targets, on the CPU, where the loader leaves them. step_optimizer: DeepSpeed's, for overflow, from ZeRO stage 1 on."""
+    engine = make_engine(make_config(zero={"stage": stage}), Mesh.single(), accumulation)
+    batches = micro_batches(0, engine.mesh, accumulation)
+    engine.train_step(batches)
+    with HostReads() as reads:
+        engine.train_step(batches)
+    norm = {"clip_plain": 1} if stage == 0 else {"update": 1, "step_optimizer": 3}
+    assert reads.seen == {"count": accumulation, "train_step": 1, **norm}
