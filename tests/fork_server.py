@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
 KEPT = ("FAULT", *LAUNCHER_VARIABLES)
@@ -194,6 +196,33 @@ def fork_server() -> ForkServer:
     return server
 
 
+class Patience:
+    """A time limit that a busy machine does not use up.
+
+    Over when `timeout` seconds have passed and the processes that are waited for have then got nowhere for BREAK seconds; over in any case after
+    LONGEST times `timeout`.
+    """
+
+    BREAK, LONGEST = 20.0, 8
+
+    def __init__(self, timeout: float):
+        self.begin = time.monotonic()
+        self.timeout = timeout
+        self.seen: object = None
+        self.since = self.begin
+
+    def is_over(self, progress: Callable[[], object]) -> bool:
+        """Ask at every look; `progress` is asked for only when the time is up."""
+        now = time.monotonic()
+        if now - self.begin < self.timeout:
+            return False
+        if now - self.begin > self.LONGEST * self.timeout:
+            return True
+        if (seen := progress()) != self.seen:
+            self.seen, self.since = seen, now
+        return now - self.since > self.BREAK
+
+
 class Forks:
     """Processes that were started together."""
 
@@ -216,23 +245,35 @@ class Forks:
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
         """Wait until a condition holds."""
-        stop = time.monotonic() + timeout
+        patience = Patience(timeout)
         while not condition():
-            if time.monotonic() > stop or None not in self.server.poll(self.pids):
+            if patience.is_over(self.progress) or None not in self.server.poll(self.pids):
                 if condition():
                     return
                 raise AssertionError(f"the condition never held\n{self.outputs()}")
             time.sleep(0.01)
 
+    def progress(self) -> tuple[float, ...]:
+        """What grows while a process gets somewhere: the CPU time of each, and the length of each output. A machine that stands still makes none."""
+        grown = []
+        for pid, log in zip(self.pids, self.logs, strict=True):
+            try:
+                times = psutil.Process(pid).cpu_times()
+                grown.append(2 * (times.user + times.system) // 1)  # half seconds: waiting takes some too
+            except psutil.Error:
+                grown.append(-1.0)
+            grown.append(float(log.stat().st_size) if log.exists() else 0.0)
+        return tuple(grown)
+
     def wait(self, timeout: float = 90.0) -> list[int]:
         """Exit codes of all, when all have ended; a negative one is the signal that ended the process.
 
         Raises:
-            AssertionError: some still run after `timeout` seconds; they are killed.
+            AssertionError: some still run after `timeout` seconds and get nowhere, or after many times that; they are killed.
         """
-        stop = time.monotonic() + timeout
+        patience = Patience(timeout)
         while None in (codes := self.server.poll(self.pids)):
-            if time.monotonic() > stop:
+            if patience.is_over(self.progress):
                 self.signal(signal.SIGKILL)
                 raise AssertionError(f"still running after {timeout:.0f} s: {codes}\n{self.outputs()}")
             time.sleep(0.01)
