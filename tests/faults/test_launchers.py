@@ -29,7 +29,7 @@ def test_a_killed_launcher_ends_all(corpus, tmp_path, launcher, ranks, victim):
     setting = Setting(ranks, (*ENDLESS, "checkpoint.save_interval=3"))
     running = start_training(launcher, ranks, tmp_path, arguments(corpus, tmp_path / "run", setting))
     metrics = tmp_path / "run" / "metrics.jsonl"
-    running.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 6, 120)
+    running.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 6, 400)
     processes = family(running.processes[0].pid)
     (target,) = [one for one in processes if any(word == victim or word.endswith(f"/{victim}") for word in one.cmdline())]
     try:
