@@ -324,7 +324,8 @@ void values() {
     for (const auto& group : {masks(), generals(), sizes()}) {
         for (const Case& c : group) {
             check<__nv_bfloat16>(c, index);
-            if (index % 6 == 2) check<__half>(c, index);
+            // one key too many of 64 is within bf16's tolerance: the cases of a tile's last and first key are for fp16
+            if (index % 6 == 2 || index == 6 || index == 7) check<__half>(c, index);
             ++index;
         }
     }
