@@ -67,6 +67,7 @@ template <class T>
 void check(const Case& in) {
     Buffer<int64_t> targets("targets", index(in.rows));
     for (int64_t row = 0; row < in.rows; ++row) targets[index(row)] = row == 1 ? kIgnored : row == in.rows - 1 ? in.vocab_size - 1 : row * 5 % in.vocab_size;
+    if (in.cols < in.vocab_size) targets[2] = in.cols;  // the first column of the second shard
     Buffer<float> dloss("dloss", index(in.rows)), loss("loss", index(in.rows));
     dloss.random(2);
     const neox::LossTerms terms{in.vocab_size, in.z_loss, in.label_smoothing};
