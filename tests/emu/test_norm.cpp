@@ -146,7 +146,7 @@ void values() {
     check<__nv_bfloat16>({1, 14000, 0, 0, false, false, true, 1});  // eight packs a thread
     check<float>({2, 7000, 0, 0, false, true, false, 1});           // eight packs a thread
     check<float>({2, 12601, 0, 0, false, true, true, 2});           // looped in both directions, scalar
-    check<__nv_bfloat16>({2, 24584, 0, 0, true, false, true, 1});   // the same in packs
+    check<__nv_bfloat16>({2, 24584, 8, 0, true, false, false, 1});  // the same in packs, strided
 }
 
 // The blocks of Pythia-1.4B and Pythia-160M, fewer tokens: layer norm, its dual form, and with a residual.
