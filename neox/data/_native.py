@@ -1,14 +1,41 @@
-"""The dataset core (csrc/data), with an error that says what to do when it is not built."""
+"""The dataset core (csrc/data), with an error that says what to do when it is not built, or was built from older sources."""
 
 from __future__ import annotations
 
 from neox.errors import EnvironmentProblem
 
+INSTALL = "pip install --no-build-isolation -e ."
+
+# what the Python sources use of it
+NAMES = (
+    "Dataset",
+    "EpochOrder",
+    "TextEncoder",
+    "Writer",
+    "best_fit",
+    "blend",
+    "count_lines",
+    "epochs_needed",
+    "file_checksum",
+    "first_outside",
+    "merge_ids",
+    "mix",
+    "nfc",
+    "positions_in_segments",
+    "read_pieces",
+    "read_xxh3",
+    "sample_index",
+    "start_writeback",
+    "survey",
+    "xxh3",
+)
+
 try:
     from neox import _data as core
 except ImportError as missing:
-    raise EnvironmentProblem(
-        "the dataset core is not built or does not load", where="neox._data", got=missing, do="pip install --no-build-isolation -e ."
-    ) from missing
+    raise EnvironmentProblem("the dataset core is not built or does not load", where="neox._data", got=missing, do=INSTALL) from missing
+
+if lacking := [name for name in NAMES if not hasattr(core, name)]:
+    raise EnvironmentProblem("the dataset core is older than the Python sources", where=core.__file__, got=f"no {', '.join(lacking)}", do=f"rebuild: {INSTALL}")
 
 __all__ = ["core"]
