@@ -14,7 +14,7 @@ from neox.config.problems import raise_problems
 from neox.errors import ConfigError
 
 CONTEXT = 2e9  # bytes that a CUDA context, NCCL's and cuBLAS's buffers and fragmentation take: an assumption, not yet measured
-RUNTIME = 6e7  # bytes that a process on a CPU asks for beside its tensors: objects of DeepSpeed and torch, buffers of MKL (docs/log.md)
+RUNTIME = 2.6e7  # bytes that a process on a CPU asks for beside its tensors: objects of DeepSpeed and torch, buffers of MKL (docs/log.md)
 
 
 @dataclass(frozen=True)
