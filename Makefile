@@ -18,6 +18,10 @@ export MAX_JOBS ?= $(JOBS)
 # Stamps: torch in the environment (named after the torch asked for), the install in this checkout (after the environment).
 TORCH_STAMP := $(VENV)/.neox-$(subst /,-,$(TORCH))
 INSTALLED := build/.installed$(subst /,-,$(VENV))
+# Python compiles a module when it is first imported: most of what is installed never is.
+PIP = $(PY) -m pip install -q -c constraints.txt --no-compile --no-build-isolation
+REQUIREMENTS = from setuptools.config.pyprojecttoml import read_configuration as read; \
+    project = read('pyproject.toml')['project']; print(*project['dependencies'], *project['optional-dependencies']['test'])
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -34,13 +38,18 @@ $(VENV)/bin/python:
 
 # torch first: the packages after it are built against the torch that is there, without build isolation.
 $(TORCH_STAMP): | $(VENV)/bin/python
-	$(PY) -m pip install -q -c constraints.txt pip setuptools wheel pybind11 ninja packaging
-	$(PY) -m pip install -q -c constraints.txt "$(TORCH)"
+	$(PIP) pip setuptools wheel pybind11 ninja packaging
+	$(PIP) "$(TORCH)"
 	touch "$@"
 
+# pip downloads and unpacks on one core, so the compiler is at work meanwhile.
 $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
-	mkdir -p $(@D) && touch "$@"
+	@mkdir -p $(@D)
+	$(PY) setup.py -q build_ext --inplace > build/compile.log 2>&1 & build=$$!; \
+	    $(PIP) $$($(PY) -c "$(REQUIREMENTS)") || { kill $$build; exit 1; }; \
+	    wait $$build || { cat build/compile.log; exit 1; }
+	$(PIP) --no-deps -e .
+	touch "$@"
 
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
@@ -49,7 +58,7 @@ test: lint setup native-test cuda-check emulated-test  ## lint and the whole tes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
-	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
+	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
 
 native-test: setup build/native/CMakeCache.txt  ## the C++ tests: plain, sanitizers; CUDA kernels emulated, with races and bytes checked
 	cmake --build build/native --parallel $(JOBS)
