@@ -19,7 +19,8 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 INSTALL = "pip install torch==2.13.0 && pip install --no-build-isolation -e ."
-NO_DEBUG = "-g0"  # python's own flags ask for -g, which takes the compiler as long as optimizing does; names of functions stay
+# -g0: python's own flags ask for -g, which takes the compiler as long as optimizing does; names of functions stay.
+HOST_FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 STABLE_ABI = "0x020b000000000000"  # libtorch stable ABI of torch 2.11: one binary for that and every later torch
 
 CPU_ISA_FLAGS = {
@@ -60,7 +61,7 @@ def cpu_ops(isa: str) -> CppExtension:
         sources("csrc/ops/*/*.cpp") + sources("csrc/common/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("NEOX_OP_DEVICE", "CPU"), ("NEOX_ISA", f'"{isa}"'), ("TORCH_TARGET_VERSION", STABLE_ABI)],
-        extra_compile_args=["-std=c++17", "-O3", NO_DEBUG, "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", *CPU_ISA_FLAGS[isa]],
+        extra_compile_args=[*HOST_FLAGS, "-O3", "-fno-math-errno", "-fno-trapping-math", *CPU_ISA_FLAGS[isa]],
     )
 
 
@@ -88,7 +89,7 @@ def cuda_ops() -> list[CppExtension]:
     bindings = [f"{folder}/{folder.name}.cpp" for folder in sorted({Path(kernel).parent for kernel in kernels})]
     libraries = next((folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib") if glob(f"{CUDA_HOME}/{folder}/libcudart*")), "lib64")
     static = bool(glob(f"{CUDA_HOME}/{libraries}/libcudart_static.a"))
-    host = ["-std=c++17", "-O2", NO_DEBUG, "-fvisibility=hidden", "-Wall", "-Wextra"]
+    host = [*HOST_FLAGS, "-O2"]
     return [
         CppExtension(
             "neox._ops.cuda",
@@ -109,7 +110,7 @@ def data_core() -> CppExtension:
         "neox._data",
         sources("csrc/data/*.cpp"),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args=["-std=c++17", "-O3", NO_DEBUG, "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"],  # blend.cpp: not fused
+        extra_compile_args=[*HOST_FLAGS, "-O3", "-ffp-contract=off"],  # blend.cpp: no fused multiply-add
         language="c++",
     )
 
