@@ -11,7 +11,7 @@ from tests import reference
 from tests.ops import fuzz_cases
 
 CASES = 2000  # per operator
-CHUNKS = 4  # tests per operator, so that processes share the work
+CHUNKS = 10  # tests per operator, so that processes share the work
 BUDGET = 300  # seconds of CPU time for a chunk, whatever else the machine does
 
 
