@@ -18,8 +18,7 @@ export MAX_JOBS ?= $(JOBS)
 # Stamps: torch in the environment (named after the torch asked for), the install in this checkout (after the environment).
 TORCH_STAMP := $(VENV)/.neox-$(subst /,-,$(TORCH))
 INSTALLED := build/.installed$(subst /,-,$(VENV))
-# Python compiles a module when it is first imported: most of what is installed never is.
-PIP = $(PY) -m pip install -q -c constraints.txt --no-compile --no-build-isolation
+PIP = $(PY) -m pip install -q -c constraints.txt --no-build-isolation
 REQUIREMENTS = from setuptools.config.pyprojecttoml import read_configuration as read; \
     project = read('pyproject.toml')['project']; print(*project['dependencies'], *project['optional-dependencies']['test'])
 NATIVE := $(shell find csrc -type f)

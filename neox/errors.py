@@ -65,7 +65,7 @@ class MemoryExhausted(NeoxError):
 
 
 class StoppedBySignal(NeoxError):
-    """Stopped by a signal after a checkpoint was saved: start again to go on."""
+    """Stopped by a signal, after a checkpoint (or the texts that were finished) was written: start again to go on."""
 
     exit_code = 10
 

@@ -18,12 +18,13 @@ from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads
 from neox.config.schema import ModelConfig
 from neox.data.tokenizer import Tokenizer
-from neox.errors import ConfigError, DiskError
+from neox.errors import ConfigError, DiskError, StoppedBySignal
 from neox.evaluate.scoring import cut
 from neox.generate.generate import for_decoding, generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session, TextStream
 from neox.model.gpt import GPT
+from neox.train.signals import StopSignals
 
 EXAMPLE = """example:
   neox generate --checkpoint runs/demo --prompt "def main():" --max-new-tokens 100 --temperature 0.8 --top-p 0.95
@@ -109,8 +110,87 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+class Writer:
+    """Generates texts and writes them; a signal ends it at the next token, and what is finished by then is written.
+
+    Args:
+        args: of the command line.
+        model, tokenizer, params: what continues the prompts, and how.
+        out: where to.
+        signals: asked after every token.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: tuple[GPT, Tokenizer, SamplingParams], out: TextIO, signals: StopSignals):
+        self.args = args
+        self.model, self.tokenizer, self.params = source
+        self.out = out
+        self.signals = signals
+        self.stops = [stop.replace("\\n", "\n") for stop in args.stop]
+        self.written, self.total = 0, 0
+
+    def write(self, prompts: list[str], encoded: list[list[int]]) -> None:
+        """Continue all prompts.
+
+        Raises:
+            StoppedBySignal: a signal ended it.
+        """
+        self.total = len(prompts)
+        if len(prompts) > 1 or self.args.json or self.args.jsonl:
+            self._write_all(self._answers(prompts, encoded))
+        elif self.stops:  # only when it is known where it ends
+            print(prompts[0] + next(self._answers(prompts, encoded))["text"], file=self.out)
+        else:
+            self._stream(prompts[0], encoded[0])
+
+    def _check_signals(self) -> None:
+        received = self.signals.received
+        if received is not None:
+            got = f"{received.name}; {self.written} of {self.total} texts are written"
+            raise StoppedBySignal("generation stopped by a signal", where=self.args.out or "standard output", got=got)
+
+    def _answers(self, prompts: list[str], encoded: list[list[int]]) -> Iterator[dict]:
+        """{prompt, text, tokens} of each prompt, in order, batch by batch; a prompt draws the same tokens in any batch."""
+        is_done = (lambda tokens: cut(self.tokenizer.decode(tokens), self.stops)[1]) if self.stops else None
+        for start in range(0, len(prompts), self.args.batch_size):
+            batch = encoded[start : start + self.args.batch_size]
+            rows = generate(self.model, batch, self.params, **self._options(), is_done=is_done, first_stream=start, on_token=lambda *_: self._check_signals())
+            for prompt, tokens in zip(prompts[start:], rows, strict=False):
+                yield {"prompt": prompt, "text": cut(self.tokenizer.decode(tokens), self.stops)[0], "tokens": tokens}
+
+    def _options(self) -> dict:
+        return {"eod_id": self.tokenizer.eod_id, "use_cache": not self.args.no_cache}
+
+    def _write_all(self, rows: Iterator[dict]) -> None:
+        """Texts, a JSON list, or JSON lines."""
+        listed = []
+        try:
+            for row in rows:
+                if self.args.json:
+                    listed.append(row)
+                else:
+                    line = json.dumps(row, ensure_ascii=False) if self.args.jsonl else f"--- {row['prompt']}{row['text']}"
+                    print(line, file=self.out, flush=self.args.jsonl)
+                self.written += 1
+        finally:
+            if self.args.json:
+                print(json.dumps(listed, ensure_ascii=False), file=self.out)
+
+    def _stream(self, prompt: str, encoded: list[int]) -> None:
+        """One text, printed while it is generated."""
+        self.out.write(prompt)
+        printer = TextStream(self.tokenizer, lambda text: (self.out.write(text), self.out.flush()))
+        try:
+            generate(self.model, [encoded], self.params, **self._options(), on_token=lambda _, token: (printer.add(token), self._check_signals()))
+        finally:
+            print(file=self.out)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Generate and print; returns the exit code."""
+    """Generate and print; returns the exit code.
+
+    Raises:
+        StoppedBySignal: a signal ended it, after every finished text was written. A dialogue ends by the interrupt alone.
+    """
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     for name in ("unconditional", "batch_size"):
         if vars(args)[name] is not None and vars(args)[name] <= 0:
@@ -119,26 +199,21 @@ def run(args: argparse.Namespace) -> int:
     if sum(asked) > 1:
         raise ConfigError("what to continue?", where="neox generate", want="prompts, --unconditional or --interactive, one of them")
     prompts = [] if args.interactive else [""] * args.unconditional if args.unconditional else read_prompts(args)
-    usable_device(args.device)
-    checkpoint = resolve(args.checkpoint)
-    tokenizer = run_tokenizer(checkpoint, args.tokenizer)
-    mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
-    model = for_decoding(load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh))
-    stops = [stop.replace("\\n", "\n") for stop in args.stop]
-    if args.interactive and mesh.world_size > 1:
-        raise ConfigError(
-            "a dialogue over several processes", where="--interactive, --tensor, --pipeline", got=f"{mesh.world_size} processes", want="one process"
-        )
-    if args.interactive:
-        return converse(Session(model, tokenizer, params, stops))
-    encoded = [first_tokens(tokenizer) if args.unconditional else tokenizer.encode(prompt) for prompt in prompts]
-    with contextlib.ExitStack() as stack:
+    with contextlib.nullcontext(None) if args.interactive else StopSignals() as signals:  # waiting for a line, only the interrupt's own exception ends it
+        usable_device(args.device)
+        checkpoint = resolve(args.checkpoint)
+        tokenizer = run_tokenizer(checkpoint, args.tokenizer)
+        mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
+        model = for_decoding(load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh))
+        if signals is None:
+            if mesh.world_size > 1:
+                got = f"{mesh.world_size} processes"
+                raise ConfigError("a dialogue over several processes", where="--interactive, --tensor, --pipeline", got=got, want="one process")
+            return converse(Session(model, tokenizer, params, [stop.replace("\\n", "\n") for stop in args.stop]))
+        encoded = [first_tokens(tokenizer) if args.unconditional else tokenizer.encode(prompt) for prompt in prompts]
         name = args.out if mesh.rank == 0 else os.devnull  # every process knows the texts; one writes them
-        out = sys.stdout if name is None else stack.enter_context(open_output(name))
-        if len(prompts) == 1 and not (args.json or args.jsonl):
-            stream(model, tokenizer, (prompts[0], encoded[0]), params, args, out)
-        else:
-            write_all(answers(model, tokenizer, (prompts, encoded), params, stops, args), args, out)
+        with contextlib.nullcontext(sys.stdout) if name is None else open_output(name) as out:
+            Writer(args, (model, tokenizer, params), out, signals).write(prompts, encoded)
     return 0
 
 
@@ -163,39 +238,6 @@ def open_output(name: str) -> TextIO:
         return open(name, "w", encoding="utf-8")
     except OSError as error:
         raise DiskError("cannot write the texts", where=name, got=error.strerror, do="choose another --out") from error
-
-
-def answers(model: GPT, tokenizer: Tokenizer, prompts: tuple[list[str], list[list[int]]], params: SamplingParams, stops: list[str], args) -> Iterator[dict]:
-    """{prompt, text, tokens} of each prompt, in order, batch by batch; a prompt draws the same tokens in any batch."""
-    texts, encoded = prompts
-    for start in range(0, len(texts), args.batch_size):
-        batch = encoded[start : start + args.batch_size]
-        is_done = (lambda tokens: cut(tokenizer.decode(tokens), stops)[1]) if stops else None
-        rows = generate(model, batch, params, eod_id=tokenizer.eod_id, use_cache=not args.no_cache, is_done=is_done, first_stream=start)
-        for prompt, tokens in zip(texts[start:], rows, strict=False):
-            yield {"prompt": prompt, "text": cut(tokenizer.decode(tokens), stops)[0], "tokens": tokens}
-
-
-def write_all(rows: Iterator[dict], args: argparse.Namespace, out: TextIO) -> None:
-    """Texts, a JSON list, or JSON lines."""
-    if args.json:
-        print(json.dumps(list(rows), ensure_ascii=False), file=out)
-        return
-    for row in rows:
-        line = json.dumps(row, ensure_ascii=False) if args.jsonl else f"--- {row['prompt']}{row['text']}"
-        print(line, file=out, flush=args.jsonl)
-
-
-def stream(model: GPT, tokenizer: Tokenizer, prompt: tuple[str, list[int]], params: SamplingParams, args: argparse.Namespace, out: TextIO) -> None:
-    """One text, printed while it is generated; with a stop text only when it is known where it ends."""
-    stops = [stop.replace("\\n", "\n") for stop in args.stop]
-    out.write(prompt[0])
-    if stops:
-        out.write(next(answers(model, tokenizer, ([prompt[0]], [prompt[1]]), params, stops, args))["text"])
-    else:
-        printer = TextStream(tokenizer, lambda text: (out.write(text), out.flush()))
-        generate(model, [prompt[1]], params, eod_id=tokenizer.eod_id, use_cache=not args.no_cache, on_token=lambda _, token: printer.add(token))
-    print(file=out)
 
 
 def converse(session: Session) -> int:

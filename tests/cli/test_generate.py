@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 
 import pytest
 
@@ -15,6 +16,7 @@ from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from tests.fork_server import fork_server
 from tests.generate.checkpoints import save_model
 
 TEXT = "the quick brown fox jumps over the lazy dog, naïve café, 東京 " * 40
@@ -143,3 +145,24 @@ def test_one_kind_of_prompt(run_folder, capsys):
     assert call("--checkpoint", run_folder, "--prompt", "a", "--interactive") == 2
     assert call("--checkpoint", run_folder, "--unconditional", 0) == 2
     assert "one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_it_after_the_texts_that_are_finished(run_folder, tmp_path, number):
+    asked = 4000
+    options = ["--checkpoint", run_folder, "--unconditional", asked, "--max-new-tokens", 40, "--temperature", 1.5, "--batch-size", 1]
+    out = tmp_path / "texts.jsonl"
+    running = fork_server().command(["generate", *options, "--jsonl", "--out", out], tmp_path)
+    running.wait_for(lambda: out.exists() and out.read_text().count("\n") >= 3)
+    running.signal(number)
+    assert running.wait() == [10], running.output()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]  # whole lines only
+    assert 3 <= len(rows) < asked
+    assert f"error[10] generation stopped by a signal; where={out}; got={number.name}; {len(rows)} of {asked} texts are written" in running.output()
+    listed = tmp_path / "texts.json"
+    running = fork_server().command(["generate", *options, "--json", "--out", listed], tmp_path)
+    running.wait_for(listed.exists)
+    running.signal(number)
+    assert running.wait() == [10], running.output()
+    again = json.loads(listed.read_text())
+    assert len(again) < asked and all(a == b for a, b in zip(again, rows, strict=False))
