@@ -111,7 +111,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 class Writer:
-    """Generates texts and writes them; a signal ends it at the next token, and what is finished by then is written.
+    """Generates texts and writes them; a signal ends it at the next token, after the texts of every finished batch were written.
 
     Args:
         args: of the command line.
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print; returns the exit code.
 
     Raises:
-        StoppedBySignal: a signal ended it, after every finished text was written. A dialogue ends by the interrupt alone.
+        StoppedBySignal: a signal ended it, after the texts of every finished batch were written. A dialogue ends by the interrupt alone.
     """
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     for name in ("unconditional", "batch_size"):
