@@ -15,6 +15,7 @@ from neox.errors import ConfigError
 
 CONTEXT = 2e9  # bytes that a CUDA context, NCCL's and cuBLAS's buffers and fragmentation take: an assumption, not yet measured
 RUNTIME = 2.6e7  # bytes that a process on a CPU asks for beside its tensors: objects of DeepSpeed and torch, buffers of MKL (docs/log.md)
+COMPILER = 3.4e7  # bytes more under ZeRO 3, whose hooks import torch's compiler (docs/log.md)
 
 
 @dataclass(frozen=True)

@@ -443,6 +443,7 @@ class Run:
         """
         self.pulse("save")
         self.faults("save")
+        self.check.saved()
         if self.metrics is not None:
             self.metrics.check_place()
         self.saver.join()

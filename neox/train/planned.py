@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from neox.checkpoint.storage import write_file
 from neox.config.schema import Config
+from neox.engine.footprint import effective_stage
 from neox.parallel.mesh import Mesh
-from neox.plan.devices import DEVICES, Device, cpu, of_cuda_name
+from neox.plan.devices import COMPILER, DEVICES, Device, cpu, of_cuda_name
 from neox.plan.fit import estimate
 from neox.train.memory import PeakMemory
 
@@ -78,6 +79,11 @@ class PlanCheck:
         self.memory = PeakMemory(mesh.device)
         self.steps = 0
         self.times: deque[float] = deque(maxlen=WINDOW)
+        self.saved_while_watched = False
+
+    def saved(self) -> None:
+        """Take note of a checkpoint: its copies lie in the memory that is looked at."""
+        self.saved_while_watched = self.saved_while_watched or self.steps < WATCHED
 
     def step(self, seconds: float) -> None:
         """Take note of a step's time."""
@@ -92,6 +98,12 @@ class PlanCheck:
         if self.mesh.device.type == "cuda":
             return of_cuda_name(torch.cuda.get_device_name(self.mesh.device))
         return replace(cpu(self.mesh.world_size), flops=peak, flops_fp32=peak)
+
+    def watched(self) -> Config:
+        """The config of the steps in which memory was looked at: without checkpoints where none was saved in them."""
+        if self.saved_while_watched:
+            return self.config
+        return self.config.model_copy(update={"checkpoint": self.config.checkpoint.model_copy(update={"save_interval": 0, "save_iters": ()})})
 
     def compare(self, peak: float) -> Comparison:
         """Planned beside measured, the same on every process. All of them call it.
@@ -111,8 +123,10 @@ class PlanCheck:
         fullest = int(rows[:, 0].argmax())
         stage = int(rows[fullest, 1])
         device = self.device(float(rows[0, 2]))
-        found = estimate(self.config, mesh.world_size, device or DEVICES[0])  # the memory of GPUs is planned alike, their time is not
-        planned = found.memories[stage].peak + (device.reserve if device is not None and device.kind == "cpu" else 0)
+        found = estimate(self.watched(), mesh.world_size, device or DEVICES[0])  # the memory of GPUs is planned alike, their time is not
+        planned = found.memories[stage].peak
+        if device is not None and device.kind == "cpu":
+            planned += device.reserve + (COMPILER if effective_stage(self.config) == 3 else 0)
         median = statistics.median(self.times) if self.times else None
         measured = float(rows[fullest, 0]) or None
         return Comparison(fullest, stage, (planned, measured), float(rows[fullest, 3]), (None if device is None else found.time.total, median))
