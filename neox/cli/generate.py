@@ -162,7 +162,7 @@ class Writer:
 
     def _write_all(self, rows: Iterator[dict]) -> None:
         """Texts, a JSON list, or JSON lines."""
-        listed = []
+        listed, stopped = [], None
         try:
             for row in rows:
                 if self.args.json:
@@ -171,9 +171,12 @@ class Writer:
                     line = json.dumps(row, ensure_ascii=False) if self.args.jsonl else f"--- {row['prompt']}{row['text']}"
                     print(line, file=self.out, flush=self.args.jsonl)
                 self.written += 1
-        finally:
-            if self.args.json:
-                print(json.dumps(listed, ensure_ascii=False), file=self.out)
+        except StoppedBySignal as signal:  # any other error leaves no list that looks whole
+            stopped = signal
+        if self.args.json:
+            print(json.dumps(listed, ensure_ascii=False), file=self.out)
+        if stopped is not None:
+            raise stopped
 
     def _stream(self, prompt: str, encoded: list[int]) -> None:
         """One text, printed while it is generated."""

@@ -147,6 +147,12 @@ def test_one_kind_of_prompt(run_folder, capsys):
     assert "one of them" in capsys.readouterr().err
 
 
+def test_a_list_cut_short_by_an_error_is_not_printed(run_folder, capsys):
+    assert call("--checkpoint", run_folder, "--prompt", "fox", "--prompt", "fox " * 100, "--batch-size", 1, "--max-new-tokens", 3, "--json") == 3
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error[3]")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_it_after_the_texts_that_are_finished(run_folder, tmp_path, number):
     asked = 4000
