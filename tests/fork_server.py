@@ -74,6 +74,7 @@ def serve() -> None:
             answer: object = {str(pid): ended.get(pid) for pid in request["pids"]}
         else:
             answer = start(request)
+            ended.pop(answer, None)  # numbers of processes come round: after an hour of forks this one may have been another's
         print(json.dumps(answer), flush=True)
 
 
