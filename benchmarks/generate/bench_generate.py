@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import Options, Row, compare, parse, show
 
 from neox.convert.huggingface import from_huggingface
-from neox.generate.generate import for_decoding, generate
+from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -45,7 +45,7 @@ def models() -> tuple[GPT, GPTNeoXForCausalLM]:
     our_config, weights = from_huggingface(theirs)
     ours = GPT(our_config, Mesh.single())
     ours.load_weights(weights)
-    return for_decoding(ours), theirs
+    return ours.eval(), theirs
 
 
 def rows(options: Options) -> Iterator[Row]:

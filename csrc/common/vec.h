@@ -160,6 +160,34 @@ NEOX_INLINE float max_lane(Vec v) {
     return fold(v, [](Quad a, Quad b) { return a > b ? a : b; });
 }
 
+// Transposes a square of kVecWidth vectors in registers: swaps one bit of the row index with the same bit of the lane index
+// per round.
+template <int kBit>
+NEOX_INLINE void transpose_round(Vec (&rows)[kVecWidth]) {
+    VecInt low, high;
+    for (int lane = 0; lane < kVecWidth; ++lane) {
+        low[lane] = (lane & kBit) ? kVecWidth + lane - kBit : lane;
+        high[lane] = (lane & kBit) ? kVecWidth + lane : lane + kBit;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecWidth; ++i) {
+        if (i & kBit) continue;
+        const Vec a = rows[i], b = rows[i + kBit];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + kBit] = __builtin_shuffle(a, b, high);
+    }
+    if constexpr (kBit * 2 < kVecWidth) transpose_round<kBit * 2>(rows);
+}
+
+// Sums across the lanes of kVecWidth vectors, as one vector.
+NEOX_INLINE Vec sum_lanes(Vec (&rows)[kVecWidth]) {
+    transpose_round<1>(rows);
+    for (int step = kVecWidth / 2; step > 0; step /= 2) {
+        for (int i = 0; i < step; ++i) rows[i] += rows[i + step];
+    }
+    return rows[0];
+}
+
 // Sum over a row of what body(i, load, keep) returns, a Vec or a struct with +=, as four interleaved partial sums: an addition takes four
 // cycles and two can start in each. The order depends on the size alone. Beyond the row's end load gives zeros; a body that makes anything
 // else of them passes its vector through keep, which clears those lanes.

@@ -20,7 +20,7 @@ from neox.config.schema import ModelConfig
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DiskError, StoppedBySignal
 from neox.evaluate.scoring import cut
-from neox.generate.generate import for_decoding, generate, load_model
+from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session, TextStream
 from neox.model.gpt import GPT
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = resolve(args.checkpoint)
         tokenizer = run_tokenizer(checkpoint, args.tokenizer)
         mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
-        model = for_decoding(load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh))
+        model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
         if signals is None:
             if mesh.world_size > 1:
                 got = f"{mesh.world_size} processes"

@@ -43,20 +43,6 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     return model.eval()
 
 
-@torch.no_grad()
-def for_decoding(model: GPT) -> GPT:
-    """Put a model into evaluation mode and, on a CPU, its fp32 matrices into the order that products with few rows read fastest.
-
-    A matrix [out, in] keeps its shape and values but is stored column by column: torch's product with 1 to 8 rows then takes a half to
-    a sixth of the time (docs/generation.md); with many rows it takes the same.
-    """
-    for name, parameter in model.named_parameters():
-        looked_up = name.startswith("embedding.") and not (model.config.tie_embeddings and name == "embedding.word.weight")
-        if parameter.dim() == 2 and parameter.is_cpu and parameter.dtype == torch.float32 and not looked_up:
-            parameter.data = parameter.data.t().contiguous().t()
-    return model.eval()
-
-
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],

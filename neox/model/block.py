@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from neox import ops
 from neox.config.schema import ModelConfig
 from neox.model.attention import Attention, Context
+from neox.model.decode import decoder
 from neox.model.mlp import MLP
 from neox.model.norm import dual_norm, make_norm
 from neox.parallel.linear import reduce_partial
@@ -42,6 +43,8 @@ class Block(nn.Module):
 
     def forward(self, stream: torch.Tensor, delta: torch.Tensor | None, context: Context) -> Residual:
         """(stream, delta) of the block before -> those of this block."""
+        if (decode := decoder(self, stream, context)) is not None:
+            return decode(stream, delta, context)
         run = self._parallel if self.parallel else self._sequential
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(run, stream, delta, context, use_reentrant=False)

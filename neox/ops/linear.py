@@ -1,4 +1,4 @@
-"""x W^T + b: torch's matrix product, and for bfloat16 the one of torch's two that is faster on this CPU (csrc/ops/linear)."""
+"""x W^T + b: torch's matrix product, for bfloat16 the one of torch's two that is faster on this CPU, and a kernel for few rows (csrc/ops/linear)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 
 from neox.ops._library import cpu_flags, native
 
+FEW_ROWS = 8  # up to here a product without gradients is bound by reading the weight: our kernel, whatever torch's can do
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b, with fp32 accumulation.
+    """x W^T + b, with fp32 accumulation. On a CPU, without gradients, a row among at most FEW_ROWS has the same bits as alone.
 
     Args:
         x: [..., in].
@@ -26,8 +28,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(f"linear: weight and bias must have the dtype of x, {x.dtype}; got {weight.dtype}, {None if bias is None else bias.dtype}")
-    if x.dtype == torch.bfloat16 and WIDENS and x.device.type == "cpu":
-        return native.linear_bf16(x, weight, bias)
+    if x.device.type == "cpu":
+        if x.dtype in (torch.float32, torch.bfloat16) and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+            return native.linear_few_rows(x, weight, bias)
+        if x.dtype == torch.bfloat16 and WIDENS:
+            return native.linear_bf16(x, weight, bias)
     if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"linear: weight must be [out, in] with in = x's channels; got x {list(x.shape)}, weight {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -88,6 +93,7 @@ def cpu_vendor() -> str:
 WIDENS, LINEAR_BACKEND = widens(cpu_flags(), cpu_vendor(), platform.machine())
 
 
+@torch.library.register_fake("neox::linear_few_rows")
 @torch.library.register_fake("neox::linear_bf16")
 def _(x, weight, bias):
     return x.new_empty([*x.shape[:-1], weight.shape[0]])

@@ -11,7 +11,7 @@ from neox.config.load import dump
 from neox.config.schema import Config, ModelConfig
 from neox.convert.huggingface import from_huggingface
 from neox.errors import CheckpointError, ConfigError
-from neox.generate.generate import for_decoding, generate, load_model
+from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -115,19 +115,3 @@ def test_load_model_names_what_is_wrong(tmp_path):
     path = save_model(tmp_path / "other", tiny("neox"), model_config=json.loads(tiny("llama").config.model_dump_json()))
     with pytest.raises(CheckpointError, match="no such parameter"):
         load_model(path)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_order_in_memory_for_decoding_changes_no_value(tied):
-    config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=50, max_position_embeddings=32, tie_embeddings=tied)
-    model = GPT(config, Mesh.single("cpu")).eval()
-    before = {name: tensor.clone() for name, tensor in model.logical_weights()}
-    tokens = torch.arange(20)[None]
-    with torch.no_grad():
-        logits = model(tokens)
-        for_decoding(model)
-        assert (model(tokens) - logits).abs().max() < 1e-5
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.logical_weights())
-    strides = {name: parameter.stride() for name, parameter in model.named_parameters() if parameter.dim() == 2}
-    assert strides["layers.0.mlp.up.weight"] == (1, 128)
-    assert (strides["embedding.word.weight"][0] == 1) is tied

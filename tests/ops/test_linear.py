@@ -38,6 +38,50 @@ def test_widened_forward_and_backward(rows, size, bias):
     reference.check_against(lambda x, weight, bias=None: native.linear_bf16(x, weight, bias), product, inputs_of(rows, size, 33, bias=bias))
 
 
+FEW = [(1,), (2,), (3,), (2, 2), (7,), (8,), (13,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", reference.SIZES)
+@pytest.mark.parametrize("rows", FEW)
+@pytest.mark.parametrize("out", [1, 34])
+def test_few_rows(rows, size, out, dtype):
+    inputs = inputs_of(rows, size, out, dtype)
+    for bias in (inputs["bias"], None):
+        got = native.linear_few_rows(inputs["x"], inputs["weight"], bias)
+        reference.assert_near(got, product(inputs["x"], inputs["weight"], bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_rows_are_the_same_bits_alone_and_together(dtype, threads):
+    inputs = inputs_of((8,), 300, 1030, dtype)
+    threads(3)
+    together = native.linear_few_rows(**inputs)
+    threads(1)
+    for count in range(1, 8):
+        assert torch.equal(native.linear_few_rows(inputs["x"][:count], inputs["weight"], inputs["bias"]), together[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_in_any_layout(dtype):
+    inputs = inputs_of((2, 3), 37, 33, dtype)
+    want = native.linear_few_rows(**inputs)
+    for layout in ("misaligned", "slice", "transposed"):
+        tensors = {name: reference.layouts(t)[layout] if t.dim() > 1 else reference.misaligned(t) for name, t in inputs.items()}
+        assert torch.equal(native.linear_few_rows(**tensors), want)
+
+
+def test_few_rows_serve_where_nothing_is_to_be_differentiated():
+    """Alone or among eight, a row then has the same bits; torch's products choose another order of additions."""
+    inputs = inputs_of((8,), 300, 1030, torch.float32)
+    with torch.no_grad():
+        together = linear(**inputs)
+        assert torch.equal(together, native.linear_few_rows(**inputs))
+    x = inputs["x"].requires_grad_()
+    linear(x, inputs["weight"], inputs["bias"]).sum().backward()
+    assert x.grad is not None
+
+
 def test_widened_in_several_slices():
     """So many output channels that they are done slice by slice, with a last slice that is not full."""
     reference.check_against(native.linear_bf16, product, inputs_of((5000,), 17, 700))
@@ -99,6 +143,7 @@ def test_empty():
 def test_opcheck(bias):
     inputs = inputs_of((2, 9), 17, 5, bias=bias)
     dy = reference.random(2, 9, 5, dtype=torch.bfloat16)
+    torch.library.opcheck(native.linear_few_rows.default, (*inputs.values(), *([] if bias else [None])))
     torch.library.opcheck(native.linear_bf16_backward.default, (dy, inputs["x"], inputs["weight"], True, True, bias))
     torch.library.opcheck(native.linear_bf16.default, (*(t.requires_grad_() for t in inputs.values()), *([] if bias else [None])))
 
@@ -164,6 +209,21 @@ def test_errors(inputs, message):
 def test_widened_errors(inputs, message):
     with pytest.raises(ValueError, match=message):
         native.linear_bf16(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((X.double(), W, None), "linear: x must be float32 or bfloat16; got Double"),
+        ((X, W.bfloat16(), None), "weight must have the dtype of x, Float; got BFloat16"),
+        ((X, W.T, None), r"weight must have as many columns as x has channels, 4; got \[4, 3\]"),
+        ((X, W, B[:2]), "bias must have as many elements as weight has rows, 3; got 2"),
+        ((X, W, B.bfloat16()), "bias must have the dtype of x, Float; got BFloat16"),
+    ],
+)
+def test_few_rows_errors(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        native.linear_few_rows(*inputs)
 
 
 def test_widened_backward_error():

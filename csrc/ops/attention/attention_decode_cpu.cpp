@@ -22,15 +22,6 @@ NEOX_INLINE void prefetch_row(const T* row, int64_t head_dim) {
     for (int64_t c = 0; c < head_dim; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
 }
 
-// Sums across the lanes of kVecWidth vectors, as one vector.
-NEOX_INLINE Vec sum_lanes(Vec (&rows)[kVecWidth]) {
-    transpose_round<1>(rows);
-    for (int step = kVecWidth / 2; step > 0; step /= 2) {
-        for (int i = 0; i < step; ++i) rows[i] += rows[i + step];
-    }
-    return rows[0];
-}
-
 // scores[row][j] = query row * key j. queries [rows][padded], scores [rows][kSpan].
 template <class T>
 void score_span(const float* queries, int64_t rows, int64_t head_dim, const T* keys, int64_t stride, int64_t count, float* scores) {

@@ -81,25 +81,6 @@ inline void product(int64_t rows, int64_t columns, int64_t depth, Left a, const 
     }
 }
 
-// Transposes a square of kVecWidth vectors in registers: swaps one bit of the row index with the same bit of the lane index
-// per round.
-template <int kBit>
-NEOX_INLINE void transpose_round(Vec (&rows)[kVecWidth]) {
-    VecInt low, high;
-    for (int lane = 0; lane < kVecWidth; ++lane) {
-        low[lane] = (lane & kBit) ? kVecWidth + lane - kBit : lane;
-        high[lane] = (lane & kBit) ? kVecWidth + lane : lane + kBit;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kVecWidth; ++i) {
-        if (i & kBit) continue;
-        const Vec a = rows[i], b = rows[i + kBit];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + kBit] = __builtin_shuffle(a, b, high);
-    }
-    if constexpr (kBit * 2 < kVecWidth) transpose_round<kBit * 2>(rows);
-}
-
 // to[c][r] = from[r][c] for a square of kVecWidth rows and columns.
 NEOX_INLINE void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row) {
     Vec rows[kVecWidth];

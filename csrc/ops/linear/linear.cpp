@@ -9,20 +9,31 @@ namespace {
 
 constexpr const char* kOp = "linear";
 constexpr int64_t kSliceElements = 2 << 20;  // of the fp32 output side: 8 MiB
-constexpr int64_t kDotRows = 8;              // up to here a product is bound by reading the weight
 
 void check_bfloat16(const Tensor& tensor, const char* argument) {
     check_device(kOp, tensor, argument);
     check(kOp, tensor.scalar_type() == ScalarType::BFloat16, argument, "must be bfloat16", torch::headeronly::toString(tensor.scalar_type()));
 }
 
-void check_linear(const Tensor& x, const Tensor& weight) {
-    check_bfloat16(x, "x");
+void check_shapes(const Tensor& x, const Tensor& weight) {
     check_rank(kOp, x, "x", 1, 64);
-    check_bfloat16(weight, "weight");
     check_rank(kOp, weight, "weight", 2, 2);
     const int64_t in = x.size(x.dim() - 1);
     check(kOp, weight.size(1) == in, "weight", concat("must have as many columns as x has channels, ", in), shape_text(weight));
+}
+
+void check_linear(const Tensor& x, const Tensor& weight) {
+    check_bfloat16(x, "x");
+    check_bfloat16(weight, "weight");
+    check_shapes(x, weight);
+}
+
+// The bias, contiguous.
+std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
+    if (!bias) return bias;
+    check_rank(kOp, *bias, "bias", 1, 1);
+    check(kOp, bias->size(0) == weight.size(0), "bias", concat("must have as many elements as weight has rows, ", weight.size(0)), bias->size(0));
+    return neox::contiguous(*bias);
 }
 
 Matrix16 matrix(const Rows& rows) { return Matrix16{rows.data<bf16>(), rows.count, rows.size, rows.stride}; }
@@ -57,24 +68,46 @@ std::vector<int64_t> output_shape(const Tensor& x, int64_t channels) {
     return shape;
 }
 
+FewRows few_rows(const Rows& x, const Rows& weight, const std::optional<Tensor>& bias) {
+    return FewRows{dtype_of(x.tensor),
+                   x.count,
+                   x.size,
+                   weight.count,
+                   x.tensor.const_data_ptr(),
+                   x.stride,
+                   weight.tensor.const_data_ptr(),
+                   weight.stride,
+                   bias ? bias->const_data_ptr() : nullptr,
+                   nullptr};
+}
+
+// x W^T + b for few rows of x, without a gradient.
+Tensor linear_few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+    check_float(kOp, x, "x");
+    check_same_type(kOp, weight, "weight", x, "x");
+    check_shapes(x, weight);
+    if (bias) check_same_type(kOp, *bias, "bias", x, "x");
+    bias = checked_bias(bias, weight);
+    const Rows x_rows(x), weight_rows(weight);
+    Tensor y = empty(x, output_shape(x, weight.size(0)));
+    few_rows_cpu(few_rows(x_rows, weight_rows, bias), y.mutable_data_ptr(), torch_parallel());
+    return y;
+}
+
 Tensor linear_bf16(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     check_linear(x, weight);
-    if (bias) {
-        check_bfloat16(*bias, "bias");
-        check_rank(kOp, *bias, "bias", 1, 1);
-        check(kOp, bias->size(0) == weight.size(0), "bias", concat("must have as many elements as weight has rows, ", weight.size(0)), bias->size(0));
-        bias = neox::contiguous(*bias);
-    }
+    if (bias) check_bfloat16(*bias, "bias");
+    bias = checked_bias(bias, weight);
     const Rows x_rows(x), weight_rows(weight);
     const Matrix16 w = matrix(weight_rows);
     Tensor y = empty(x, output_shape(x, w.rows));
+    if (x_rows.count <= kFewRows) {
+        few_rows_cpu(few_rows(x_rows, weight_rows, bias), y.mutable_data_ptr(), torch_parallel());
+        return y;
+    }
     const Tensor x32 = widened(x, matrix(x_rows));  // [rows, in]
     bf16* const y_data = static_cast<bf16*>(y.mutable_data_ptr());
     const bf16* const bias_data = bias ? static_cast<const bf16*>(bias->const_data_ptr()) : nullptr;
-    if (x_rows.count <= kDotRows) {
-        dot_rows_cpu(static_cast<const float*>(x32.const_data_ptr()), x_rows.count, w, bias_data, y_data, torch_parallel());
-        return y;
-    }
     const int64_t width = slice_width(x_rows.count, w.rows);
     for (int64_t begin = 0; begin < w.rows; begin += width) {
         const int64_t count = std::min(width, w.rows - begin);
@@ -133,11 +166,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_bf16_backward(Tensor dy, Tensor x, Ten
 }  // namespace neox
 
 STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
+    m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     m.def("linear_bf16_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {
+    m.impl("linear_few_rows", TORCH_BOX(&neox::linear_few_rows));
     m.impl("linear_bf16", TORCH_BOX(&neox::linear_bf16));
     m.impl("linear_bf16_backward", TORCH_BOX(&neox::linear_bf16_backward));
 }

@@ -7,18 +7,6 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements worth a thread
 
-// Dot product in four partial sums, so that the additions do not wait for one another.
-inline float dot(const float* a, const bf16* b, int64_t size) {
-    constexpr int kChains = 4;
-    Vec sums[kChains] = {};
-    int64_t i = 0;
-    for (; i + kChains * kVecWidth <= size; i += kChains * kVecWidth) {
-        for (int chain = 0; chain < kChains; ++chain) sums[chain] += load(a + i + chain * kVecWidth) * load(b + i + chain * kVecWidth);
-    }
-    for_each_vec(size - i, [&](int64_t j, auto load, auto) { sums[0] += load(a + i + j) * load(b + i + j); });
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
 }  // namespace
 
 void widen_cpu(const Matrix16& from, float* to, const Parallel& parallel) {
@@ -57,17 +45,6 @@ void round_rows_cpu(const float* from, int64_t rows, int64_t cols, const bf16* b
             const float* const source = from + row * cols;
             bf16* const target = to + row * to_stride;
             for_each_vec(cols, [&](int64_t i, auto load, auto store) { store(target + i, bias ? load(source + i) + load(bias + i) : load(source + i)); });
-        }
-    });
-}
-
-void dot_rows_cpu(const float* x, int64_t x_rows, const Matrix16& weight, const bf16* bias, bf16* y, const Parallel& parallel) {
-    parallel(weight.rows, kGrain / (weight.cols * x_rows + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t out = begin; out < end; ++out) {
-            for (int64_t row = 0; row < x_rows; ++row) {
-                const float value = dot(x + row * weight.cols, weight.data + out * weight.stride, weight.cols);
-                y[row * weight.rows + out] = from_float<bf16>(bias ? value + to_float(bias[out]) : value);
-            }
         }
     });
 }

@@ -1,0 +1,126 @@
+"""decode_block: its contract and errors. tests/model/test_decode.py compares it with the model's own path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox.ops.decode_block import PARAMETERS, decode_block
+from tests import reference
+
+native = torch.ops.neox
+pytestmark = pytest.mark.skipif(not hasattr(native, "decode_block"), reason="an operator of the CPU library alone")
+
+H, WIDTH, GROUPS, HEADS, DIM, LENGTH, CAPACITY = 12, 20, 2, 3, 8, 5, 9
+SHAPES = {
+    "norm1.weight": (H,),
+    "norm1.bias": (H,),
+    "norm2.weight": (H,),
+    "attention.query_norm.weight": (DIM,),
+    "attention.key_norm.weight": (DIM,),
+    "attention.qkv.weight": (GROUPS * (HEADS + 2) * DIM, H),
+    "attention.out.weight": (H, GROUPS * HEADS * DIM),
+    "attention.out.bias": (H,),
+    "mlp.gate.weight": (WIDTH, H),
+    "mlp.up.weight": (WIDTH, H),
+    "mlp.up.bias": (WIDTH,),
+    "mlp.down.weight": (H, WIDTH),
+}
+OPTIONS = {"rms": False, "parallel": True, "eps": 1e-5, "activation": "swiglu", "scale": 0.3}
+
+
+def operands(batch: int = 2, seq: int = 1, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...] | None) -> dict:
+    """Arguments of decode_block; a shape given for a parameter takes the place of the right one, None leaves the parameter out."""
+    shapes = SHAPES | {name.replace("__", "."): shape for name, shape in shapes.items()}
+    parameters = [
+        None if shapes.get(name) is None else reference.random(*shapes[name], dtype=dtype, seed=seed, scale=0.3) for seed, name in enumerate(PARAMETERS)
+    ]
+    return {
+        "stream": reference.random(batch, seq, H, dtype=dtype, seed=91),
+        "delta": reference.random(batch, seq, H, dtype=dtype, seed=92),
+        "keys": reference.random(batch, CAPACITY, GROUPS, DIM, dtype=dtype, seed=93),
+        "values": reference.random(batch, CAPACITY, GROUPS, DIM, dtype=dtype, seed=94),
+        "length": LENGTH,
+        "parameters": parameters,
+        **OPTIONS,
+        "cos": reference.random(batch, seq, 4, seed=95),
+        "sin": reference.random(batch, seq, 4, seed=96),
+        "segment_ids": torch.zeros(batch, LENGTH + seq, dtype=torch.int32),
+        "alibi_slopes": torch.full((GROUPS * HEADS,), 0.1),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_is_the_same_alone_and_in_a_batch(dtype, threads):
+    whole = operands(batch=3, dtype=dtype)
+    threads(2)
+    stream, delta = decode_block(**whole)
+    threads(1)
+    for row in range(3):
+        alone = operands(3, dtype=dtype)
+        alone |= {name: value[row : row + 1].clone() for name, value in alone.items() if torch.is_tensor(value) and name != "alibi_slopes"}
+        alone_stream, alone_delta = decode_block(**alone)
+        assert torch.equal(alone_stream, stream[row : row + 1])
+        assert torch.equal(alone_delta, delta[row : row + 1])
+        assert torch.equal(alone["keys"], whole["keys"][row : row + 1])
+
+
+def test_only_the_new_tokens_are_written():
+    inputs, before = operands(seq=2), operands(seq=2)
+    decode_block(**inputs)
+    for name in ("keys", "values"):
+        written = (inputs[name] != before[name]).flatten(2).any(2).any(0)
+        assert written.tolist() == [LENGTH <= i < LENGTH + 2 for i in range(CAPACITY)]
+    assert torch.equal(inputs["stream"], before["stream"])
+    assert torch.equal(inputs["delta"], before["delta"])
+
+
+def test_opcheck():
+    inputs = operands()
+    order = ("stream", "delta", "keys", "values", "length", "cos", "sin", "segment_ids", "alibi_slopes", "parameters", *OPTIONS)
+    torch.library.opcheck(native.decode_block.default, (*(inputs[name] for name in order), 0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stream": torch.ones(2, H)}, "stream must have 3 dimensions; got 2"),
+        ({"stream": torch.ones(2, 1, H).double()}, "stream must be float32 or bfloat16; got Double"),
+        ({"delta": torch.ones(2, 1, H + 1)}, r"delta must have the shape of stream, \[2, 1, 12\]; got \[2, 1, 13\]"),
+        ({"length": CAPACITY}, r"keys must have room for 10 tokens; got \[2, 9, 2, 8\]"),
+        ({"length": -1}, "length must not be negative; got -1"),
+        ({"keys": torch.ones(1, CAPACITY, GROUPS, DIM)}, r"keys must have the batch size of stream, 2; got \[1, 9, 2, 8\]"),
+        ({"values": torch.ones(2, CAPACITY + 1, GROUPS, DIM)}, r"values must have the shape of keys"),
+        ({"keys": torch.ones(2, GROUPS, CAPACITY, DIM).transpose(1, 2)}, "keys must be contiguous"),
+        ({"parameters": [None]}, "parameters must be 16 tensors or None; got 1"),
+        ({"activation": "relu"}, "activation must be gelu, gelu_tanh, swiglu, geglu or reglu; got relu"),
+        ({"activation": "gelu"}, "gate.weight belongs to a gated activation; got one"),
+        ({"sin": None}, "cos, sin must come together; got one of them"),
+        ({"cos": torch.ones(2, 1, 3), "sin": torch.ones(2, 1, 3)}, r"cos, sin must be contiguous fp32 \[1, r\] or \[2, 1, r\], r even, <= 8; got \[2, 1, 3\]"),
+        ({"segment_ids": torch.zeros(2, LENGTH, dtype=torch.int32)}, r"segment_ids must be contiguous int32 \[2, 6\]; got \[2, 5\]"),
+        ({"alibi_slopes": torch.ones(4)}, r"alibi_slopes must be contiguous fp32 \[6\]; got \[4\]"),
+        ({"window": -1}, "window must be at least 1; got -1"),
+        ({"scale": float("nan")}, "scale, softcap, eps must be finite"),
+    ],
+)
+def test_errors(changes, message):
+    with pytest.raises(ValueError, match=f"decode_block: {message}"):
+        decode_block(**(operands() | changes))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"norm1__weight": None}, "norm1.weight is needed; got none"),
+        ({"norm1__weight": (H + 1,)}, r"norm1.weight must have shape \[12\]; got \[13\]"),
+        ({"attention__key_norm__weight": None}, "key_norm is needed; got none"),
+        ({"attention__qkv__weight": (81, H)}, r"qkv.weight must have \(m \+ 2\) 2 x 8 rows; got 81"),
+        ({"attention__qkv__weight": None}, "qkv.weight must be a matrix; got none"),
+        ({"attention__out__weight": (H, 7)}, r"out.weight must have shape \[12, 48\]; got \[12, 7\]"),
+        ({"mlp__up__bias": (3,)}, r"up.bias must have shape \[20\]; got \[3\]"),
+        ({"mlp__gate__weight": None}, "gate.weight belongs to a gated activation; got none"),
+    ],
+)
+def test_parameter_errors(shapes, message):
+    with pytest.raises(ValueError, match=f"decode_block: {message}"):
+        decode_block(**operands(**shapes))
