@@ -50,7 +50,7 @@ def log_likelihoods(
             end, count = len(rows[i]) - 1, min(len(pairs[i][1]), max_length)
             scores = F.log_softmax(logits[line, end - count : end].float(), dim=-1)  # [count, v]
             targets = torch.tensor(rows[i][-count:], device=device)
-            total = scores.gather(1, targets[:, None]).sum()
+            total = scores.gather(1, targets[:, None]).double().sum()  # in fp32 the last digit of a sum beyond 1,024 nats is 1e-4
             results[i] = (float(total), bool((scores.argmax(dim=-1) == targets).all()))
         if on_done is not None:
             on_done(len(batch))
