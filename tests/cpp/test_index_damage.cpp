@@ -7,6 +7,7 @@
 #include <random>
 
 #include "budget.h"
+#include "corpus.h"
 #include "data/checksum.h"
 #include "data/indexed_dataset.h"
 #include "expect.h"
@@ -159,16 +160,20 @@ int main(int count, char** arguments) {
     Damager damager(budget.seed());
     long refused = 0, harmless = 0, changed = 0;
     uint64_t sum = 0;
+    bool taken = false;
+    Corpus corpus("index_damage", [&](const Bytes& bytes) {
+        taken = takes(bytes, damager, sum);
+        EXPECT_EQ(taken, is_index(bytes));
+    });
     while (budget.next()) {
         IndexParts parts = damager.parts();
         const std::vector<uint8_t> good = index_bytes(parts);
         EXPECT(is_index(good) && takes(good, damager, sum));
-        std::vector<uint8_t> bytes = good;
+        std::vector<uint8_t> bytes = corpus.inputs().empty() || damager.below(4) ? good : corpus.inputs()[damager.below(corpus.inputs().size())];
         if (damager.below(3) == 0) damager.damage(parts), bytes = index_bytes(parts);
         if (bytes == good || damager.below(2) == 0)
             for (uint64_t more = 1 + damager.below(2); more > 0; --more) damager.damage(bytes, parts);
-        const bool taken = takes(bytes, damager, sum);
-        EXPECT_EQ(taken, is_index(bytes));
+        corpus(bytes);
         refused += !taken;
         harmless += bytes == good;
         changed += taken && bytes != good;
@@ -180,5 +185,6 @@ int main(int count, char** arguments) {
                 static_cast<unsigned long long>(sum));
     EXPECT(refused > files / 2);  // the damage bites
     EXPECT(changed > 0);
+    corpus.keep();
     return tally.finish();
 }

@@ -4,6 +4,7 @@
 #include <random>
 
 #include "budget.h"
+#include "corpus.h"
 #include "data/line_encoder.h"
 #include "expect.h"
 
@@ -153,8 +154,8 @@ int main(int count, char** arguments) {
     std::mt19937_64 random(budget.seed());
     const TextEncoder texts = encoder();
     LineState together, alone;
-    while (budget.next()) {
-        const std::string text = random_text(random);
+    Corpus corpus("line_encoder", [&](const Bytes& input) {
+        const std::string text(input.begin(), input.end());
         const std::vector<size_t> wanted = Pattern(text).ends();
         const char behind = "\0a 1'\n.\xC3"[random() % 8];
         tally.check(split(text, std::string(kPadding, behind)) == wanted, "words", __FILE__, __LINE__, json_of(text));
@@ -169,7 +170,12 @@ int main(int count, char** arguments) {
         std::vector<uint32_t> start = ids(together);
         start.resize(std::min<size_t>(start.size(), alone.ids.size()));
         EXPECT(start == ids(alone));
+    });
+    while (budget.next()) {
+        const std::string text = random_text(random);
+        corpus(Bytes(text.begin(), text.end()));
     }
+    corpus.keep();
     std::printf("%llu texts in %.1f s\n", static_cast<unsigned long long>(budget.done()), budget.seconds());
     return tally.finish();
 }
