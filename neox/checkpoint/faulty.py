@@ -26,10 +26,11 @@ class FaultyStorage(Storage):
         return super().create(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """Site write, in the middle of the bytes where there are several, so that a file can be torn there."""
-        half = super().write(descriptor, data[: len(data) // 2]) if len(data) > 1 else 0
+        """Site write, in the middle of the bytes, so that a file can be torn there."""
+        half = len(data) // 2
+        taken = super().write(descriptor, data[:half])
         self.faults("write")
-        return half or super().write(descriptor, data)
+        return taken if taken < half else taken + super().write(descriptor, data[half:])
 
     def sync(self, descriptor: int) -> None:
         """Site sync."""

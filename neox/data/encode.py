@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,8 @@ class NativeEncoder:
     def __init__(self, encoding: Encoding, file: TokenizerFile):
         require_eod(encoding, file.eod_id)
         self._encoding = encoding
+        self._loading: Future[LibraryEncoder] = Future()
+        threading.Thread(target=self._load_library, daemon=True).start()  # meanwhile our own tables are made and the first blocks encoded
         self.dtype = token_dtype(file.vocab_size - 1)
         self._core = text_encoder(file.content, encoding.specials_as_text, self.dtype == "int32")
         self._key = encoding.json_key.encode()
@@ -138,9 +141,15 @@ class NativeEncoder:
             text_bytes=size_of(block),
         )
 
-    @functools.cached_property
+    @property
     def _library(self) -> LibraryEncoder:
-        return LibraryEncoder(self._encoding)
+        return self._loading.result()
+
+    def _load_library(self) -> None:
+        try:
+            self._loading.set_result(LibraryEncoder(self._encoding))
+        except BaseException as error:
+            self._loading.set_exception(error)
 
     def _proven(self, number: int, block: Block) -> bool:
         for text in proof_texts(number, block, self._encoding.json_key):

@@ -29,6 +29,7 @@ from neox.data.tokenizer import TokenizerFile
 from neox.errors import ConfigError, DataError, MemoryExhausted
 
 BAD_LINES = ("fail", "skip", "quarantine")
+WAITING_BLOCKS = 24  # encoded while the first is still being compared with `tokenizers`, whose start takes a tenth of a second
 NOTE_SECONDS = 20.0  # at most that much work is lost when a run is killed
 EXAMPLES = 20  # bad lines that the summary names
 
@@ -197,13 +198,13 @@ def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: 
 
 
 def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEncoder, workers: int) -> Iterator[EncodedBlock]:
-    """Encode numbered blocks on threads, or on this one for 0 workers; results come in the order of the blocks, and at most 2 x workers + 1 are under way."""
+    """Encode numbered blocks on threads, or on this one for 0 workers; results come in the order of the blocks, and a bounded number of them waits."""
     if workers == 0:
         yield from starmap(encoder, numbered)
         return
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as executor:
         try:
-            yield from in_order((executor.submit(encoder, number, block) for number, block in numbered), 2 * workers)
+            yield from in_order((executor.submit(encoder, number, block) for number, block in numbered), 2 * workers + WAITING_BLOCKS)
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
