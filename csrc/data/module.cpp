@@ -263,6 +263,22 @@ int64_t first_outside(const Array<int64_t>& tokens, int64_t vocab_size) {
     return -1;
 }
 
+// to[i]: how many of the numbers before i are the same as the i-th without a break. By runs, whose ends are looked for in groups: most are long.
+NEOX_CLONES void places_in_runs(const int32_t* from, int64_t length, int64_t* to) {
+    constexpr int64_t kGroup = 32;
+    for (int64_t i = 0; i < length;) {
+        const int64_t start = i;
+        const int32_t same = from[start];
+        for (; i + kGroup <= length; i += kGroup) {
+            int32_t differ = 0;
+            for (int64_t j = 0; j < kGroup; ++j) differ |= from[i + j] ^ same;
+            if (differ) break;
+        }
+        while (i < length && from[i] == same) ++i;
+        for (int64_t j = start; j < i; ++j) to[j] = j - start;
+    }
+}
+
 // out[r][i]: how many of the tokens before i in row r are of the same segment without a break.
 void positions_in_segments(const Exact<int32_t>& segments, Exact<int64_t>& out) {
     if (segments.ndim() != 2 || out.ndim() != 2 || segments.shape(0) != out.shape(0) || segments.shape(1) != out.shape(1))
@@ -271,13 +287,7 @@ void positions_in_segments(const Exact<int32_t>& segments, Exact<int64_t>& out) 
     int64_t* to = out.mutable_data();
     const py::ssize_t rows = segments.shape(0), length = segments.shape(1);
     py::gil_scoped_release released;
-    for (py::ssize_t row = 0; row < rows; ++row, from += length, to += length) {
-        for (py::ssize_t i = 0; i < length;) {  // by runs: most are long
-            const py::ssize_t start = i;
-            const int32_t segment = from[i];
-            for (; i < length && from[i] == segment; ++i) to[i] = i - start;
-        }
-    }
+    for (py::ssize_t row = 0; row < rows; ++row) places_in_runs(from + row * length, length, to + row * length);
 }
 
 void bind_dataset(py::module_& module) {
