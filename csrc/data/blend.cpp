@@ -1,143 +1,235 @@
+// Every sample depends on all before it, but races forget: two that have given different counts, equal in sum, soon choose the same (the
+// weights of the benchmark take 1 to 100 samples). So the samples are cut into chunks that run side by side in the lanes of vectors, each from
+// counts that are guessed a warm-up before it. A chunk is accepted only where its counts are those with which the chunk before it ended;
+// where they are not, it is run again, sample by sample, until they are. So no guess can change the result.
+// Built with -ffp-contract=off: a fused multiply-add would round differently and pick other datasets.
 #include "data/blend.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "data/clones.h"
 #include "data/fault.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define NEOX_BLEND_AVX512 1
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define NEOX_BLEND_LANES 1
+#define NEOX_AVX2 __attribute__((target("avx2")))  // for many datasets AVX-512, with masks of their own, is a tenth slower (Zen 4)
 #endif
 
 namespace neox::data {
 
 namespace {
 
-// Built with -ffp-contract=off: a fused multiply-add would round differently and pick other datasets.
-
-// The datasets that take part, and what they have given. Padded to whole vectors with datasets that never lag.
+// The datasets that take part, and what they have given. Those are numbers of the arithmetic: exact up to 2^53.
 struct Race {
-    std::vector<int32_t> dataset;
-    std::vector<double> weights, given;  // `given` as numbers of the arithmetic; exact up to 2^53
-    std::vector<int64_t> taken;
+    std::vector<int32_t> dataset;  // ascending
+    std::vector<double> weights, given;
 };
 
-double scale_of(int64_t i) { return static_cast<double>(std::max<int64_t>(i, 1)); }
+// Where samples go: from `dataset` and `sample` on; those of lane l, l x stride further.
+struct Output {
+    int32_t* dataset;
+    int64_t* sample;
+    int64_t stride;
+};
 
 void run_plain(Race& race, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
     for (int64_t i = 0; i < count; ++i) {
-        const double scale = scale_of(first + i);
+        const auto scale = static_cast<double>(std::max<int64_t>(first + i, 1));
         size_t best = 0;
         double largest = -std::numeric_limits<double>::infinity();
         for (size_t k = 0; k < race.dataset.size(); ++k) {
             const double lag = race.weights[k] * scale - race.given[k];
             if (lag > largest) largest = lag, best = k;
         }
-        race.given[best] += 1;
         dataset[i] = race.dataset[best];
-        sample[i] = race.taken[best]++;
+        sample[i] = static_cast<int64_t>(race.given[best]);
+        race.given[best] += 1;
     }
 }
 
-#ifdef NEOX_BLEND_AVX512
+#ifdef NEOX_BLEND_LANES
 
-constexpr size_t kLanes = 8;
-constexpr size_t kWorthVectors = 8;  // datasets; for fewer the plain loop is faster (4: 33 and 14 M samples/s)
+constexpr int kWide = 4, kVectors = 4, kLanes = kWide * kVectors;
+constexpr int64_t kFew = 4;                        // datasets up to which counts stay in vectors
+constexpr int64_t kWarmUp = 64;                    // samples
+constexpr int64_t kShortest = 264, kChunk = 2056;  // samples of a lane; odd multiples of 8, so that lanes write to different sets of the cache
+constexpr int64_t kExact = int64_t{1} << 52;       // counts below it can be read off a sum with 2^52
 
-#define NEOX_AVX512 __attribute__((target("avx512f,avx512dq")))
+typedef double Numbers __attribute__((vector_size(8 * kWide), aligned(8)));
+typedef int64_t Integers __attribute__((vector_size(8 * kWide), aligned(8)));
+typedef int32_t Halves __attribute__((vector_size(4 * kWide), aligned(4)));
 
-NEOX_AVX512 inline __m512d largest_everywhere(__m512d values) {
-    values = _mm512_max_pd(values, _mm512_shuffle_f64x2(values, values, 0x4E));
-    values = _mm512_max_pd(values, _mm512_shuffle_f64x2(values, values, 0xB1));
-    return _mm512_max_pd(values, _mm512_permute_pd(values, 0x55));
+NEOX_AVX2 inline void set_scales(Numbers (&scale)[kVectors], int64_t first, int64_t spacing) {
+    for (int lane = 0; lane < kLanes; ++lane) scale[lane / kWide][lane % kWide] = static_cast<double>(first + spacing * lane);
 }
 
-// Up to 8 x n datasets, all in registers. What bounds the speed is the chain from one sample to the next: lag, largest lag, who has it, one
-// more given. The number of the dataset leaves the chain: where one dataset has the largest lag alone, its mask is the next step's.
+// The cache lines after the one being written. The processor does not foresee so many streams: without this, 4 datasets take 1.7 times as long.
+inline void fetch_ahead(Output out, int64_t at) {
+    __builtin_prefetch(out.dataset + at + 32, 1);
+    __builtin_prefetch(out.sample + at + 16, 1);
+}
+
+// Rows become columns: four samples of four lanes.
+NEOX_AVX2 inline void transpose(Integers (&rows)[kWide]) {
+    const Integers low = {0, 4, 2, 6}, high = {1, 5, 3, 7}, left = {0, 1, 4, 5}, right = {2, 3, 6, 7};
+    const Integers a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[0], rows[1], high);
+    const Integers c = __builtin_shuffle(rows[2], rows[3], low), d = __builtin_shuffle(rows[2], rows[3], high);
+    rows[0] = __builtin_shuffle(a, c, left), rows[1] = __builtin_shuffle(b, d, left);
+    rows[2] = __builtin_shuffle(a, c, right), rows[3] = __builtin_shuffle(b, d, right);
+}
+
+// Samples of every lane, `steps` of them (a multiple of 4); lane l begins at sample first + l x spacing. `counts` is [datasets, lanes].
 template <int n>
-NEOX_AVX512 void run_in_registers(Race& race, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
-    __m512d weights[n], given[n], lags[n];
-    for (int v = 0; v < n; ++v) weights[v] = _mm512_loadu_pd(&race.weights[kLanes * v]), given[v] = _mm512_loadu_pd(&race.given[kLanes * v]);
-    const __m512d one = _mm512_set1_pd(1);
-    for (int64_t i = 0; i < count; ++i) {
-        const __m512d scale = _mm512_set1_pd(scale_of(first + i));
-        for (int v = 0; v < n; ++v) lags[v] = _mm512_sub_pd(_mm512_mul_pd(weights[v], scale), given[v]);
-        __m512d largest = lags[0];
-        for (int v = 1; v < n; ++v) largest = _mm512_max_pd(largest, lags[v]);
-        largest = largest_everywhere(largest);
-        uint64_t holders = 0;
-        __mmask8 masks[n];
-        for (int v = 0; v < n; ++v) {
-            masks[v] = _mm512_cmp_pd_mask(lags[v], largest, _CMP_EQ_OQ);
-            holders |= static_cast<uint64_t>(masks[v]) << (kLanes * v);
+NEOX_CLONES void run_few(const Race& race, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
+    Numbers scale[kVectors], weights[n], given[n][kVectors];
+    Integers dataset[n], datasets[kVectors][kWide], samples[kVectors][kWide];
+    set_scales(scale, first, spacing);
+    std::memcpy(given, counts, sizeof given);
+    for (int k = 0; k < n; ++k) dataset[k] = Integers{} + race.dataset[k], weights[k] = Numbers{} + race.weights[k];
+    for (int64_t step = 0; step < steps; step += kWide) {
+        for (int t = 0; t < kWide; ++t) {
+            for (int v = 0; v < kVectors; ++v) {
+                Numbers largest = weights[0] * scale[v] - given[0][v], sample = given[0][v];
+                Integers best = dataset[0];
+                for (int k = 1; k < n; ++k) {
+                    const Numbers lag = weights[k] * scale[v] - given[k][v];
+                    best = lag > largest ? dataset[k] : best;
+                    largest = lag > largest ? lag : largest;
+                }
+                for (int k = 0; k < n; ++k) {
+                    sample = best == dataset[k] ? given[k][v] : sample;
+                    given[k][v] = best == dataset[k] ? given[k][v] + 1 : given[k][v];
+                }
+                datasets[v][t] = best;
+                samples[v][t] = reinterpret_cast<Integers>(sample + static_cast<double>(kExact)) & (kExact - 1);
+                scale[v] += 1;
+            }
         }
-        if (__builtin_expect((holders & (holders - 1)) != 0, 0)) {  // a tie: the first
-            const uint64_t alone = holders & (0 - holders);
-            for (int v = 0; v < n; ++v) masks[v] = static_cast<__mmask8>(alone >> (kLanes * v));
+        for (int v = 0; v < kVectors; ++v) {
+            transpose(datasets[v]), transpose(samples[v]);
+            for (int e = 0; e < kWide; ++e) {
+                const int64_t at = (v * kWide + e) * out.stride + step;
+                fetch_ahead(out, at);
+                const Halves narrow = __builtin_convertvector(datasets[v][e], Halves);
+                std::memcpy(out.dataset + at, &narrow, sizeof narrow);
+                std::memcpy(out.sample + at, &samples[v][e], sizeof samples[v][e]);
+            }
         }
-        for (int v = 0; v < n; ++v) given[v] = _mm512_mask_add_pd(given[v], masks[v], given[v], one);
-        const auto best = static_cast<size_t>(__builtin_ctzll(holders));
-        dataset[i] = race.dataset[best];
-        sample[i] = race.taken[best]++;
     }
-    for (int v = 0; v < n; ++v) _mm512_storeu_pd(&race.given[kLanes * v], given[v]);
+    std::memcpy(counts, given, sizeof given);
 }
 
-// Any number of datasets.
-NEOX_AVX512 void run_in_memory(Race& race, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
-    const size_t size = race.weights.size();
-    std::vector<double> lags(size);
-    for (int64_t i = 0; i < count; ++i) {
-        const __m512d scale = _mm512_set1_pd(scale_of(first + i));
-        __m512d largest = _mm512_set1_pd(-std::numeric_limits<double>::infinity());
-        for (size_t k = 0; k < size; k += kLanes) {
-            const __m512d lag = _mm512_sub_pd(_mm512_mul_pd(_mm512_loadu_pd(&race.weights[k]), scale), _mm512_loadu_pd(&race.given[k]));
-            _mm512_storeu_pd(&lags[k], lag);
-            largest = _mm512_max_pd(largest, lag);
+// The same for any number of datasets: counts are in memory, and only those of the chosen are touched.
+NEOX_AVX2 void run_many(const Race& race, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
+    Numbers scale[kVectors];
+    set_scales(scale, first, spacing);
+    const auto n = static_cast<int64_t>(race.dataset.size());
+    const auto* given = reinterpret_cast<const Numbers*>(counts);
+    for (int64_t step = 0; step < steps; ++step) {
+        Numbers largest[kVectors];
+        Integers best[kVectors];
+        for (int v = 0; v < kVectors; ++v) largest[v] = race.weights[0] * scale[v] - given[v], best[v] = Integers{};
+        for (int64_t k = 1; k < n; ++k) {
+            for (int v = 0; v < kVectors; ++v) {
+                const Numbers lag = race.weights[k] * scale[v] - given[k * kVectors + v];
+                best[v] = lag > largest[v] ? Integers{} + k : best[v];
+                largest[v] = lag > largest[v] ? lag : largest[v];
+            }
         }
-        largest = largest_everywhere(largest);
-        size_t best = 0;
-        for (;; best += kLanes) {
-            const __mmask8 holders = _mm512_cmp_pd_mask(_mm512_loadu_pd(&lags[best]), largest, _CMP_EQ_OQ);
-            if (holders == 0) continue;
-            best += static_cast<size_t>(__builtin_ctz(holders));
-            break;
+        for (int v = 0; v < kVectors; ++v) scale[v] += 1;
+        if (step % 8 == 0)
+            for (int lane = 0; lane < kLanes; ++lane) fetch_ahead(out, lane * out.stride + step);
+        int64_t chosen[kLanes];
+        std::memcpy(chosen, best, sizeof chosen);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            double& count = counts[chosen[lane] * kLanes + lane];
+            out.dataset[lane * out.stride + step] = race.dataset[chosen[lane]];
+            out.sample[lane * out.stride + step] = static_cast<int64_t>(count);
+            count += 1;
         }
-        race.given[best] += 1;
-        dataset[i] = race.dataset[best];
-        sample[i] = race.taken[best]++;
     }
 }
 
-bool run_avx512(Race& race, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
-    if (race.dataset.size() < kWorthVectors) return false;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq")) return false;
-    while (race.weights.size() % kLanes != 0) race.weights.push_back(0), race.given.push_back(std::numeric_limits<double>::infinity());
-    switch (race.weights.size() / kLanes) {
-        case 1:
-            return run_in_registers<1>(race, first, count, dataset, sample), true;
-        case 2:
-            return run_in_registers<2>(race, first, count, dataset, sample), true;
-        case 3:
-            return run_in_registers<3>(race, first, count, dataset, sample), true;
-        case 4:
-            return run_in_registers<4>(race, first, count, dataset, sample), true;
-        case 5:
-            return run_in_registers<5>(race, first, count, dataset, sample), true;
-        case 6:
-            return run_in_registers<6>(race, first, count, dataset, sample), true;
-        default:
-            return run_in_memory(race, first, count, dataset, sample), true;
+void run_lanes(const Race& race, std::vector<double>& given, int64_t first, int64_t spacing, int64_t steps, Output out) {
+    using Run = void(const Race&, double*, int64_t, int64_t, int64_t, Output);
+    static constexpr Run* kRuns[] = {run_many, run_few<1>, run_few<2>, run_few<3>, run_few<4>};
+    kRuns[race.dataset.size() <= kFew ? race.dataset.size() : 0](race, given.data(), first, spacing, steps, out);
+}
+
+// Counts before sample `first`, in one lane of `given`: whole shares, and one more for those with the largest rest (Hamilton's method).
+void guess(const Race& race, int64_t first, int lane, std::vector<double>& given) {
+    const size_t n = race.dataset.size();
+    std::vector<std::pair<double, size_t>> rests(n);  // negative, so that the first come first on a tie
+    double left = static_cast<double>(first);
+    for (size_t k = 0; k < n; ++k) {
+        const double share = race.weights[k] * static_cast<double>(first), whole = std::floor(share);
+        given[k * kLanes + lane] = whole;
+        rests[k] = {whole - share, k};
+        left -= whole;
     }
+    const auto more = static_cast<size_t>(std::min(std::max(left, 0.0), static_cast<double>(n)));
+    std::nth_element(rests.begin(), rests.begin() + static_cast<int64_t>(more), rests.end());
+    for (size_t i = 0; i < more; ++i) given[rests[i].second * kLanes + lane] += 1;
+}
+
+// Runs a chunk from the race's counts until they are those of the lane that has run it from `begin`: what the lane wrote after that is right,
+// and so are its counts at the `end`. Returns how many samples that took.
+int64_t correct(Race& race, const std::vector<double>& begin, const std::vector<double>& end, int lane, int64_t first, int64_t count, Output out) {
+    const size_t n = race.dataset.size();
+    std::vector<double> ahead(n);  // of the lane
+    double apart = 0;
+    for (size_t k = 0; k < n; ++k) {
+        ahead[k] = race.given[k] - begin[k * kLanes + lane];
+        apart += std::abs(ahead[k]);
+    }
+    const auto move = [&](int32_t dataset, double by) {
+        double& distance = ahead[std::lower_bound(race.dataset.begin(), race.dataset.end(), dataset) - race.dataset.begin()];
+        apart -= std::abs(distance);
+        apart += std::abs(distance += by);
+    };
+    int64_t i = 0;
+    for (; i < count && apart != 0; ++i) {
+        move(out.dataset[i], -1);
+        run_plain(race, first + i, 1, out.dataset + i, out.sample + i);
+        move(out.dataset[i], 1);
+    }
+    if (apart == 0)
+        for (size_t k = 0; k < n; ++k) race.given[k] = end[k * kLanes + lane];
+    return i;
+}
+
+// Writes as many samples as fill the lanes evenly, and returns how many; fewer where many had to be corrected.
+int64_t run_speculatively(Race& race, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
+    const size_t n = race.dataset.size();
+    const double most = *std::max_element(race.given.begin(), race.given.end()), least = *std::min_element(race.given.begin(), race.given.end());
+    if (!__builtin_cpu_supports("avx2") || least < 0 || most > kExact / 4 || first > kExact / 4 || count > kExact / 4) return 0;
+    std::vector<double> given(n * kLanes), begin;
+    std::vector<int32_t> unused_datasets(kLanes * kWarmUp);
+    std::vector<int64_t> unused_samples(kLanes * kWarmUp);
+    int64_t done = 0, corrected = 0;
+    while ((count - done) / kLanes >= kShortest && corrected <= done / 2) {
+        const int64_t start = first + done, chunk = (std::min(kChunk, (count - done) / kLanes) - 8) / 16 * 16 + 8;
+        for (int lane = 1; lane < kLanes; ++lane) guess(race, start + lane * chunk - kWarmUp, lane, given);
+        run_lanes(race, given, start - kWarmUp, chunk, kWarmUp, {unused_datasets.data(), unused_samples.data(), kWarmUp});
+        for (size_t k = 0; k < n; ++k) given[k * kLanes] = race.given[k];  // the first lane need not guess
+        begin = given;
+        run_lanes(race, given, start, chunk, chunk, {dataset + done, sample + done, chunk});
+        for (int lane = 0; lane < kLanes; ++lane, done += chunk)
+            corrected += correct(race, begin, given, lane, first + done, chunk, {dataset + done, sample + done, 0});
+    }
+    return done;
 }
 
 #else
 
-bool run_avx512(Race&, int64_t, int64_t, int32_t*, int64_t*) { return false; }
+int64_t run_speculatively(Race&, int64_t, int64_t, int32_t*, int64_t*) { return 0; }
 
 #endif
 
@@ -152,11 +244,13 @@ void blend(const double* weights, int64_t num_datasets, int64_t first, int64_t c
         race.dataset.push_back(static_cast<int32_t>(k));
         race.weights.push_back(weights[k]);
         race.given.push_back(static_cast<double>(taken[k]));
-        race.taken.push_back(taken[k]);
     }
     if (race.dataset.empty()) throw Fault("no dataset has a weight above 0").found(std::to_string(num_datasets) + " datasets");
-    if (!run_avx512(race, first, count, dataset, sample)) run_plain(race, first, count, dataset, sample);
-    for (size_t k = 0; k < race.dataset.size(); ++k) taken[race.dataset[k]] = race.taken[k];
+    const int64_t alone = first == 0 ? std::min<int64_t>(count, 1) : 0;  // sample 0 has a scale of its own
+    run_plain(race, first, alone, dataset, sample);
+    const int64_t done = alone + run_speculatively(race, first + alone, count - alone, dataset + alone, sample + alone);
+    run_plain(race, first + done, count - done, dataset + done, sample + done);
+    for (size_t k = 0; k < race.dataset.size(); ++k) taken[race.dataset[k]] = static_cast<int64_t>(race.given[k]);
 }
 
 }  // namespace neox::data

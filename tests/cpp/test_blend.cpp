@@ -1,6 +1,7 @@
 // Blending against its definition, at large sample numbers, and with weights that make no sense.
 #include <cmath>
 #include <numeric>
+#include <random>
 
 #include "data/blend.h"
 #include "expect.h"
@@ -44,6 +45,76 @@ void equals_its_definition() {
     }
 }
 
+// The definition, sample by sample.
+void run_plain(Blend& blend, int64_t first, int64_t count) {
+    blend.dataset.assign(static_cast<size_t>(count), -1);
+    blend.sample.assign(static_cast<size_t>(count), -1);
+    for (int64_t i = 0; i < count; ++i) {
+        size_t best = 0;
+        double largest = -INFINITY;
+        for (size_t k = 0; k < blend.weights.size(); ++k) {
+            const volatile double target = blend.weights[k] * static_cast<double>(std::max<int64_t>(first + i, 1));
+            const double lag = target - static_cast<double>(blend.taken[k]);
+            if (blend.weights[k] > 0 && lag > largest) largest = lag, best = k;
+        }
+        blend.dataset[static_cast<size_t>(i)] = static_cast<int32_t>(best);
+        blend.sample[static_cast<size_t>(i)] = blend.taken[best]++;
+    }
+}
+
+void expect_equal(Blend ours, int64_t first, int64_t count) {
+    Blend plain = ours;
+    ours.run(first, count);
+    run_plain(plain, first, count);
+    EXPECT(ours.dataset == plain.dataset);
+    EXPECT(ours.sample == plain.sample);
+    EXPECT(ours.taken == plain.taken);
+}
+
+std::vector<double> shares(std::vector<double> weights) {
+    const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+    for (double& weight : weights) weight /= total;
+    return weights;
+}
+
+// Numbers of samples around what fills the lanes once (16 x 264 and 16 x 2056) and more than once, from sample 0 and from others on.
+void chunks_that_run_side_by_side(std::mt19937_64& random) {
+    std::vector<std::vector<double>> cases = {{1}, {1, 1}, {1, 1, 1}, {5, 3, 2}, {0, 1, 0, 1}, {1, 2, 3e-6, 0.5}, {1, 1e-9, 1}, {0.375, 0, 1e-9, 0.625 - 1e-9}};
+    for (const size_t count : {1, 2, 3, 4, 5, 6, 9, 22, 100}) {
+        cases.emplace_back(count, 1.0);  // ties all the time
+        cases.emplace_back();
+        for (size_t k = 0; k < count; ++k) cases.back().push_back(std::lognormal_distribution<double>(0, 2)(random));
+    }
+    cases.emplace_back(50, 1e-6);  // of which every one comes once in a million samples
+    cases.back().push_back(1);
+    for (const auto& weights : cases) {
+        for (const int64_t count : {4223, 4224, 4226, 4300, 32895, 32897, 70001}) expect_equal(Blend(shares(weights)), 0, count);
+        Blend later(shares(weights));
+        run_plain(later, 0, 777);
+        expect_equal(later, 777, 5000);
+    }
+}
+
+// Counts that no race from sample 0 would have: chunks differ from what they were guessed to be, here for a few samples, there to the end.
+void counts_that_nobody_guesses(std::mt19937_64& random) {
+    for (const auto& weights :
+         std::vector<std::vector<double>>{{1, 1}, {7, 2, 1}, {1, 2, 3e-6, 0.5}, {5, 4, 3, 2, 1, 1e-5, 1e-5}, std::vector<double>(30, 1)}) {
+        for (const int64_t first : {1, 1000, 100'000}) {
+            for (int round = 0; round < 4; ++round) {
+                Blend ours(shares(weights));
+                for (size_t k = 0; k < weights.size(); ++k) ours.taken[k] = std::llround(ours.weights[k] * static_cast<double>(first));
+                if (round > 0) ours.taken[random() % weights.size()] += static_cast<int64_t>(random() % 50);  // a sum that never comes right
+                if (round > 1) ours.taken.back() += 5'000;                                                    // one that gets none for long
+                if (round > 2) ours.taken[0] = std::max<int64_t>(0, ours.taken[0] - 5'000 - static_cast<int64_t>(random() % 40'000));
+                expect_equal(ours, first, 50'000);
+            }
+        }
+    }
+    Blend negative({0.5, 0.5});
+    negative.taken = {-3, 10};
+    expect_equal(negative, 7, 20'000);
+}
+
 void sample_numbers_beyond_32_bits() {
     for (const int64_t bits : {31, 32, 40}) {
         for (const int64_t shift : {-1, 0, 1}) {
@@ -82,7 +153,10 @@ void bad_weights() {
 }  // namespace
 
 int main() {
+    std::mt19937_64 random(20261126);
     equals_its_definition();
+    chunks_that_run_side_by_side(random);
+    counts_that_nobody_guesses(random);
     sample_numbers_beyond_32_bits();
     many_datasets();
     bad_weights();
