@@ -1,12 +1,16 @@
 #include "data/sample_index.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <utility>
@@ -21,9 +25,12 @@ namespace {
 using Wide = unsigned __int128;
 
 constexpr int kRounds = 8;
-constexpr int64_t kAhead = 32;              // documents whose size is fetched ahead: the order is random, every size is a cache miss
-constexpr int64_t kBlock = 4096;            // documents whose sizes are gathered before they are looked at: 16 KiB
-constexpr int64_t kWorthThreads = 1 << 20;  // documents from which on threads pay
+constexpr int64_t kAhead = 32;             // documents whose size is fetched ahead: the order is random, every size is a cache miss
+constexpr int64_t kBlock = 4096;           // documents whose sizes are gathered before they are looked at: 16 KiB
+constexpr int64_t kWorthSlices = 1 << 20;  // documents from which on slices and threads pay; of fewer, the sizes are in the cache
+constexpr int kSliceBits = 18;             // documents of a slice: 1 MiB of sizes
+constexpr int64_t kMostSlices = 128;       // at once: more are slow to write
+constexpr int64_t kSpread = 1024;          // sizes, 4 KiB: slices begin at different places in it, so that they do not compete for sets of the cache
 
 // value x bound / 2^64: an even map of a 64-bit hash to [0, bound) without division.
 uint64_t scale(uint64_t hash, uint64_t bound) { return static_cast<uint64_t>((static_cast<Wide>(hash) * bound) >> 64); }
@@ -81,13 +88,89 @@ int64_t gather_sizes(const uint8_t* sizes, int64_t num_sizes, const Doc* order, 
     return sum;
 }
 
-// One thread's share of the documents: gathered, and then, when all know how many tokens stand before theirs, turned into rows.
+struct Release {
+    void operator()(void* memory) const { std::free(memory); }
+};
+using Sizes = std::unique_ptr<uint32_t[], Release>;
+
+// Uninitialised, in pages of 2 MiB where there are such: many places of it are written in turn.
+Sizes allocate_sizes(int64_t count) {
+    constexpr size_t kHugePage = size_t{2} << 20;
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(uint32_t) / kHugePage + 1) * kHugePage;
+    Sizes memory(static_cast<uint32_t*>(std::aligned_alloc(kHugePage, bytes)));
+    if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    ::madvise(memory.get(), bytes, MADV_HUGEPAGE);  // a wish: without huge pages it works as well, a little slower
+#endif
+    return memory;
+}
+
+// The sizes of all documents, cut into slices that stay in the cache while a share of the order is looked up in one after the other.
+struct Table {
+    const uint8_t* sizes;
+    int64_t num_sizes;
+    int shift = kSliceBits;  // a slice has 2^shift documents
+
+    Table(const uint8_t* all, int64_t count) : sizes(all), num_sizes(count) {
+        while (slices() > kMostSlices) ++shift;
+    }
+    int64_t slices() const { return ((num_sizes - 1) >> shift) + 1; }
+};
+
+// One thread's share of the documents. `sizes` are sorted by slice, in the order of the documents within one: slice k has [begins[k], ends[k]).
 struct Share {
     int64_t first, last;
-    std::unique_ptr<int32_t[]> sizes;
+    Sizes sizes;
+    std::vector<int64_t> begins, ends;
     int64_t tokens = 0;
     std::exception_ptr fault;
 };
+
+// Puts the documents of the share, as numbers within their slices, where their sizes will be.
+template <typename Doc>
+void sort_documents(const Table& table, const Doc* order, Share& share) {
+    const auto slices = static_cast<uint64_t>(table.slices());
+    std::vector<int64_t> counts(slices + 1);  // the last: of documents that there are not
+    const auto slice_of = [=](int64_t position) { return static_cast<uint64_t>(static_cast<int64_t>(order[position])) >> table.shift; };
+    for (int64_t position = share.first; position < share.last; ++position) ++counts[std::min(slice_of(position), slices)];
+    if (counts[slices] != 0) refuse(table.sizes, table.num_sizes, order, share.first, share.last);
+    int64_t begin = 0;
+    for (uint64_t slice = 0; slice < slices; ++slice) {
+        share.begins.push_back(begin);
+        begin += std::exchange(counts[slice], begin);
+        begin = (begin / kSpread + 1) * kSpread + kSpread / kMostSlices * static_cast<int64_t>(slice);
+    }
+    share.sizes = allocate_sizes(begin + kAhead);
+    const uint64_t within = (uint64_t{1} << table.shift) - 1;
+    uint32_t* const out = share.sizes.get();
+    for (int64_t position = share.first; position < share.last; ++position)
+        out[counts[slice_of(position)]++] = static_cast<uint32_t>(static_cast<uint64_t>(order[position]) & within);
+    share.ends = std::move(counts);
+}
+
+// Replaces the documents by their sizes and sums these.
+template <typename Doc>
+void look_up_sizes(const Table& table, const Doc* order, Share& share) {
+    uint32_t bad = 0;
+    int64_t tokens = 0;
+    for (int64_t slice = 0; slice < table.slices(); ++slice) {
+        const int64_t start = slice << table.shift;
+        const uint8_t* sizes = table.sizes + 4 * start;
+        const auto bound = static_cast<uint32_t>(std::min(table.num_sizes - start, int64_t{1} << table.shift));
+        uint32_t *place = share.sizes.get() + share.begins[static_cast<size_t>(slice)], *end = share.sizes.get() + share.ends[static_cast<size_t>(slice)];
+        for (; place != end; ++place) {
+            __builtin_prefetch(sizes + 4 * static_cast<size_t>(place[kAhead]));
+            const bool inside = *place < bound;
+            uint32_t size;
+            std::memcpy(&size, sizes + 4 * static_cast<size_t>(inside ? *place : 0), sizeof size);
+            bad |= static_cast<uint32_t>(!inside) | size >> 31;
+            tokens += size;
+            *place = size;
+        }
+    }
+    if (bad != 0) refuse(table.sizes, table.num_sizes, order, share.first, share.last);
+    share.tokens = tokens;
+}
 
 template <typename Work>
 void on_threads(std::vector<Share>& shares, const Work& work) {
@@ -106,31 +189,65 @@ void on_threads(std::vector<Share>& shares, const Work& work) {
         if (share.fault != nullptr) std::rethrow_exception(share.fault);
 }
 
+// The rows that start in documents [first, first + count) of the order, which hold tokens [start, end) of the stream; `next_size` gives their sizes
+// one after the other.
+template <typename Row, typename NextSize>
+void write_rows_of(NextSize next_size, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length, RowRange<Row> range) {
+    const int64_t row = start / seq_length + (start % seq_length != 0);
+    const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));  // those after it belong to the next documents
+    if (row >= rows) return;
+    int64_t offset = row * seq_length - start;  // of the next row in the document
+    Row *out = range.out + 2 * (row - range.first), *const out_end = range.out + 2 * (rows - range.first);
+    for (int64_t i = 0; i < count && out != out_end; ++i) {
+        const int64_t size = next_size(i);
+        // Written before it is known whether the row starts here, so that nothing has to be guessed: the next document writes it again.
+        out[0] = static_cast<Row>(first + i);
+        out[1] = static_cast<Row>(offset);
+        offset -= size;
+        const int64_t inside = offset >> 63;  // -1 or 0
+        out -= 2 * inside;
+        offset += seq_length & inside;
+        for (; __builtin_expect(offset < 0, 0) && out != out_end; offset += seq_length, out += 2) {
+            out[0] = static_cast<Row>(first + i);
+            out[1] = static_cast<Row>(offset + size);
+        }
+    }
+}
+
+// Returns the number of tokens. In the order of the documents every size is a cache miss, and one that is far away. Here they are looked up slice by
+// slice and put back, so that each pass over the order reads and writes as many streams as there are slices; on the way rows are made of them.
+template <typename Doc, typename Row>
+int64_t fill_by_slices(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, RowRange<Row> range, int threads) {
+    const Table table(sizes, num_sizes);
+    std::vector<Share> shares(static_cast<size_t>(std::max(threads, 1)));
+    const auto count = static_cast<int64_t>(shares.size());
+    for (int64_t i = 0; i < count; ++i) {
+        Share& share = shares[static_cast<size_t>(i)];
+        share.first = length / count * i, share.last = i + 1 == count ? length : length / count * (i + 1);
+    }
+    on_threads(shares, [&](Share& share) { sort_documents(table, order, share); });
+    on_threads(shares, [&](Share& share) { look_up_sizes(table, order, share); });
+    int64_t total = 0;
+    for (Share& share : shares) total += std::exchange(share.tokens, total);  // from now on: the tokens before it
+    on_threads(shares, [&](Share& share) {
+        const int64_t end = &share == &shares.back() ? total : (&share + 1)->tokens;
+        const auto next_size = [documents = order + share.first, sorted = share.sizes.get(), at = share.begins.data(), shift = table.shift](int64_t i) {
+            const int64_t from = at[documents[i] >> shift]++;
+            __builtin_prefetch(sorted + from + kAhead);
+            return static_cast<int64_t>(sorted[from]);
+        };
+        write_rows_of(next_size, share.first, share.last - share.first, share.tokens, end, seq_length, range);
+    });
+    return total;
+}
+
 }  // namespace
 
 template <typename Row>
 void write_rows(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t seq_length, RowRange<Row> range) {
-    int64_t row = start / seq_length + (start % seq_length != 0);
-    int64_t next = row * seq_length;  // token at which that row starts
-    int64_t total = start;
-    for (int64_t i = 0; i < count; ++i) total += sizes[i];
-    const int64_t rows = std::min(range.last, total / seq_length + (total % seq_length != 0));  // those after it belong to the next documents
-    Row* out = range.out + 2 * (row - range.first);
-    for (int64_t i = 0; i < count && row < rows; ++i) {
-        const int64_t end = start + sizes[i];
-        // Written before it is known whether the row starts here, so that nothing has to be guessed: the next document writes it again.
-        out[0] = static_cast<Row>(first + i);
-        out[1] = static_cast<Row>(next - start);
-        const bool inside = next < end;
-        row += inside;
-        out += inside ? 2 : 0;
-        next += inside ? seq_length : 0;
-        for (; next < end && row < rows; ++row, next += seq_length, out += 2) {
-            out[0] = static_cast<Row>(first + i);
-            out[1] = static_cast<Row>(next - start);
-        }
-        start = end;
-    }
+    int64_t end = start;
+    for (int64_t i = 0; i < count; ++i) end += sizes[i];
+    write_rows_of([sizes](int64_t i) { return int64_t{sizes[i]}; }, first, count, start, end, seq_length, range);
 }
 
 template void write_rows(const int32_t*, int64_t, int64_t, int64_t, int64_t, RowRange<int32_t>);
@@ -140,26 +257,18 @@ template <typename Doc, typename Row>
 void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, Row* out, int64_t rows, int threads) {
     if (seq_length <= 0) throw Fault("seq_length must be positive").found(std::to_string(seq_length));
     const Wide last_token = rows > 0 ? static_cast<Wide>(rows - 1) * static_cast<Wide>(seq_length) : 0;  // at which the last row starts
+    const RowRange<Row> range{out, 0, rows};
     int64_t total = 0;
-    if (threads <= 1 || length < kWorthThreads) {
+    if (rows > 0 && length >= kWorthSlices && (threads > 1 || num_sizes >= kWorthSlices)) {
+        total = fill_by_slices(sizes, num_sizes, order, length, seq_length, range, threads);
+    } else {
         std::unique_ptr<int32_t[]> block(new int32_t[kBlock]);
         for (int64_t first = 0; first < length && rows > 0 && static_cast<Wide>(total) <= last_token; first += kBlock) {
             const int64_t last = std::min(length, first + kBlock);
             const int64_t tokens = gather_sizes(sizes, num_sizes, order, length, first, last, block.get());
-            write_rows(block.get(), first, last - first, total, seq_length, RowRange<Row>{out, 0, rows});
+            write_rows(block.get(), first, last - first, total, seq_length, range);
             total += tokens;
         }
-    } else {
-        std::vector<Share> shares(static_cast<size_t>(threads));
-        for (int i = 0; i < threads; ++i) shares[i] = {length / threads * i, i + 1 == threads ? length : length / threads * (i + 1), nullptr, 0, nullptr};
-        on_threads(shares, [&](Share& share) {
-            share.sizes.reset(new int32_t[share.last - share.first]);
-            share.tokens = gather_sizes(sizes, num_sizes, order, length, share.first, share.last, share.sizes.get());
-        });
-        for (Share& share : shares) total += std::exchange(share.tokens, total);  // from now on: the tokens before it
-        on_threads(shares, [&](Share& share) {
-            write_rows(share.sizes.get(), share.first, share.last - share.first, share.tokens, seq_length, RowRange<Row>{out, 0, rows});
-        });
     }
     if (rows > 0 && static_cast<Wide>(total) <= last_token)
         throw Fault("documents end before the samples do")

@@ -81,6 +81,47 @@ void threads_give_the_same_rows(std::mt19937_64& random) {
     }
 }
 
+// An order so large that sizes are looked up slice by slice: documents of more than 2^16 tokens, many without any, and in one slice far more than
+// in the others.
+template <typename Doc>
+void slices_give_the_same_rows(std::mt19937_64& random) {
+    const size_t documents = 1'200'001;
+    std::vector<int32_t> sizes(documents);
+    for (auto& size : sizes) size = static_cast<int32_t>(random() % 3 == 0 ? 0 : random() % 100 == 0 ? random() % 200'000 : random() % 900);
+    std::vector<Doc> order(1'400'000);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<Doc>(i % 5 == 0 ? 300'000 + random() % 1000 : random() % documents);
+    const int64_t seq_length = 512;
+    std::vector<int64_t> want;
+    int64_t start = 0, next = 0;
+    for (size_t i = 0; i < order.size(); ++i) {
+        const int64_t end = start + sizes[static_cast<size_t>(order[i])];
+        for (; next < end; next += seq_length) want.push_back(static_cast<int64_t>(i)), want.push_back(next - start);
+        start = end;
+    }
+    std::vector<int64_t> got;
+    const auto fill = [&](size_t rows, int threads) {
+        got.assign(2 * rows, -1);
+        fill_sample_index(reinterpret_cast<const uint8_t*>(sizes.data()), static_cast<int64_t>(documents), order.data(), static_cast<int64_t>(order.size()),
+                          seq_length, got.data(), static_cast<int64_t>(rows), threads);
+    };
+    for (const int threads : {1, 2, 5}) {
+        for (const size_t rows : {want.size() / 2, want.size() / 5, size_t{1}}) {
+            fill(rows, threads);
+            EXPECT(std::equal(got.begin(), got.end(), want.begin()));
+        }
+        EXPECT_FAULT(fill(want.size() / 2 + 1, threads), "documents end before the samples do");
+        const auto at = static_cast<size_t>(random() % order.size());
+        for (const int64_t number : {static_cast<int64_t>(documents), int64_t{1'310'720}, int64_t{INT32_MAX}, int64_t{-1}, int64_t{INT32_MIN}}) {
+            const Doc before = std::exchange(order[at], static_cast<Doc>(number));
+            EXPECT_FAULT(fill(want.size() / 2, threads), "document number out of range; where=position " + std::to_string(at) + " of");
+            order[at] = before;
+        }
+        const int32_t before = std::exchange(sizes[static_cast<size_t>(order[at])], -7);
+        EXPECT_FAULT(fill(want.size() / 2, threads), "negative document size");
+        sizes[static_cast<size_t>(order[at])] = before;
+    }
+}
+
 // One random order: its rows are what they are defined to be, and a number that does not belong in it is refused.
 template <typename Doc, typename Row>
 void rows_equal_their_definition(std::mt19937_64& random) {
@@ -209,6 +250,8 @@ int main(int count, char** arguments) {
     positions_beyond_32_bits<int32_t>();
     positions_beyond_32_bits<int64_t>();
     threads_give_the_same_rows(random);
+    slices_give_the_same_rows<int32_t>(random);
+    slices_give_the_same_rows<int64_t>(random);
     while (budget.next()) {
         rows_equal_their_definition<int32_t, int32_t>(random);
         rows_equal_their_definition<int32_t, int64_t>(random);
