@@ -107,8 +107,8 @@ void set_tables(DecodeBlock& op, const Optional& cos, const Optional& sin) {
         check_device(kOp, *table, "cos, sin");
         const int64_t dims = table->dim(), r = table->size(dims - 1);
         const bool fits = table->scalar_type() == ScalarType::Float && (dims == 2 || (dims == 3 && table->size(0) == op.batch)) &&
-                          table->size(dims - 2) == op.seq && r > 0 && r % 2 == 0 && r <= op.head_dim && table->is_contiguous();
-        check(kOp, fits, "cos, sin", concat("must be contiguous fp32 [", op.seq, ", r] or [", op.batch, ", ", op.seq, ", r], r even, <= ", op.head_dim),
+                          table->size(dims - 2) == op.seq && r > 0 && r % 2 == 0 && r <= op.head_dim;
+        check(kOp, fits, "cos, sin", concat("must be fp32 [", op.seq, ", r] or [", op.batch, ", ", op.seq, ", r], r even, <= ", op.head_dim),
               shape_text(*table));
     }
     check_same_shape(kOp, *sin, "sin", *cos, "cos");
@@ -121,15 +121,14 @@ void set_masks(DecodeBlock& op, const Optional& segment_ids, const Optional& ali
     if (segment_ids) {
         check_device(kOp, *segment_ids, "segment_ids");
         const bool fits = segment_ids->scalar_type() == ScalarType::Int && segment_ids->dim() == 2 && segment_ids->size(0) == op.batch &&
-                          segment_ids->size(1) == op.length + op.seq && segment_ids->is_contiguous();
-        check(kOp, fits, "segment_ids", concat("must be contiguous int32 [", op.batch, ", ", op.length + op.seq, "]"), shape_text(*segment_ids));
+                          segment_ids->size(1) == op.length + op.seq;
+        check(kOp, fits, "segment_ids", concat("must be int32 [", op.batch, ", ", op.length + op.seq, "]"), shape_text(*segment_ids));
         op.segments = static_cast<const int32_t*>(segment_ids->const_data_ptr());
     }
     if (alibi_slopes) {
         check_device(kOp, *alibi_slopes, "alibi_slopes");
-        const bool fits = alibi_slopes->scalar_type() == ScalarType::Float && alibi_slopes->dim() == 1 && alibi_slopes->size(0) == op.groups * op.heads &&
-                          alibi_slopes->is_contiguous();
-        check(kOp, fits, "alibi_slopes", concat("must be contiguous fp32 [", op.groups * op.heads, "]"), shape_text(*alibi_slopes));
+        const bool fits = alibi_slopes->scalar_type() == ScalarType::Float && alibi_slopes->dim() == 1 && alibi_slopes->size(0) == op.groups * op.heads;
+        check(kOp, fits, "alibi_slopes", concat("must be fp32 [", op.groups * op.heads, "]"), shape_text(*alibi_slopes));
         op.slopes = static_cast<const float*>(alibi_slopes->const_data_ptr());
     }
 }
@@ -144,6 +143,9 @@ std::tuple<Tensor, Tensor> decode_block(Tensor stream, Optional delta, Tensor ke
     check(kOp, std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0 && eps >= 0, "scale, softcap, eps", "must be finite, the last two not negative",
           scale);
     stream = neox::contiguous(stream);
+    for (Optional* table : {&cos, &sin, &segment_ids, &alibi_slopes}) {
+        if (*table) *table = neox::contiguous(**table);
+    }
     if (delta) {
         check_same_type(kOp, *delta, "delta", stream, "stream");
         check_same_shape(kOp, *delta, "delta", stream, "stream");
