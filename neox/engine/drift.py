@@ -1,10 +1,11 @@
-"""Whether processes that should hold the same parameters do: checksums of the bits, compared.
+"""Whether parameters are finite, and whether processes that should hold the same ones do: checksums of the bits, compared.
 
-A flipped bit in memory, or a reduction that one process left out, lets replicas drift apart without any other sign (BLOOM's norms did).
+A weight that no token of a batch meets can be NaN without any sign: an embedding's row is looked up when its token comes, or saved. A flipped bit in memory, or a reduction that one process left out, lets replicas drift apart without any other sign (BLOOM's norms did).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -19,6 +20,23 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes
 SHOWN = 5
 
 Named = Sequence[tuple[str, torch.nn.Parameter, Layout]]
+
+
+@torch.no_grad()
+def not_finite(named: Named) -> list[str]:
+    """Names of the parameters of which this process holds a value that is NaN or infinite, in one reading of all of them."""
+    held = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for _, p, _ in named]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)])
+    if bool(torch.isfinite(norms).all()):
+        return []
+    return [name for (name, _, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm)]
+
+
+def known_to_all(findings: list[str], mesh: Mesh) -> list[str]:
+    """The findings of all processes, sorted. Every process calls it."""
+    if mesh.world_size == 1:
+        return sorted(findings)
+    return sorted({line for lines in Peers(mesh.rank, mesh.world_size).exchange(findings) for line in lines})
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,7 +78,7 @@ def check_replicas(named: Named, mesh: Mesh, step: int) -> None:
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     if not flag.item():
         return
-    everything = sorted({line for lines in Peers(mesh.rank, mesh.world_size).exchange(findings) for line in lines})
+    everything = known_to_all(findings, mesh)
     more = f" and {len(everything) - SHOWN} more" if len(everything) > SHOWN else ""
     raise ReplicaDrift(
         "replicas have drifted apart",

@@ -5,7 +5,7 @@ What is ours and what is DeepSpeed's:
 - The optimizer instance, its groups, the learning rate, and the weight of every token are ours. The loss of a step is
   sum(loss of tokens) / (number of targets in the GLOBAL batch); micro-batches with fewer targets weigh less.
 - Tensor and context parallelism are in the model; pipeline stages each run this engine over their layers (neox.engine.pipeline).
-- A loss or gradient that is not finite is found before the update, from numbers that all processes share, so that all decide alike.
+- A weight, loss or gradient that is not finite is found before the update, from numbers that all processes share, so that all decide alike.
 
 Stage 0 with bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 accumulation.
 """
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
 from neox.engine.batch import Batch, context_part, to_device
-from neox.engine.drift import check_replicas
+from neox.engine.drift import check_replicas, known_to_all, not_finite
 from neox.engine.footprint import kept
 from neox.engine.guard import Guard
 from neox.engine.objective import Objective, TokenLoss, answer_log_probabilities, build_objective
@@ -165,10 +165,11 @@ class Engine:
             stop: this process asks to stop; the answer of all is in the result.
 
         Raises:
-            NonFinite: loss or gradient is NaN or infinite, and guard.non_finite does not skip it, or not any more; nothing was updated, on any process.
+            NonFinite: a weight, the loss or the gradient is NaN or infinite, and guard.non_finite does not skip it, or not any more; nothing was updated, on any process.
         """
         step = self.step + 1
         self.begin_step()
+        spoilt = not_finite(self.named)
         parts = [context_part(batch, self.mesh) for batch in batches]
         # counted where the loader left them: on the device, every micro-batch would wait for what is under way there
         total = int(self.sum_over([sum(self.objective.count(batch) for batch in parts)], self.mesh.replica_group)[0])
@@ -178,19 +179,25 @@ class Engine:
         if self.tied is not None:
             self.tied.send_gradient()
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
-        loss_sum, stops = self.sum_over([loss if speaks else 0.0, float(stop)], self.everyone)
+        loss_sum, stops, bad = self.sum_over([loss if speaks else 0.0, float(stop), float(bool(spoilt))], self.everyone)
         mean = loss_sum / max(total, 1)
+        problem = None
+        if bad:
+            where = known_to_all([f"{name} on rank {self.mesh.rank}" for name in spoilt], self.mesh)
+            problem = self.not_finite("weight", where[0], step, batches)
+        elif not math.isfinite(mean):
+            problem = self.not_finite("loss", mean, step, batches)
         learning_rate = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.faults("update")
-        norm, skipped, problem, spike = self.judged_update(mean, step, batches)
+        norm, skipped, words, spike = self.judged_update(mean, problem, step, batches)
         self.faults("updated")
         if self.tied is not None:
             self.tied.publish()
         self.step = step
         self.updates += not skipped
-        return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0, problem, spike)
+        return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0, words, spike)
 
     def begin_step(self) -> None:
         """Sites of a step's beginning."""
@@ -199,9 +206,8 @@ class Engine:
             p = self.named[0][1]
             spoil(getattr(p, "ds_tensor", p) if p.numel() == 0 else p, self.faults)
 
-    def judged_update(self, mean: float, step: int, batches: Sequence[Batch]) -> tuple[float, bool, str | None, bool]:
+    def judged_update(self, mean: float, problem: NonFinite | None, step: int, batches: Sequence[Batch]) -> tuple[float, bool, str | None, bool]:
         """Update unless something is wrong. Returns norm, whether the update was left out, what was wrong in words, and whether that was a spike."""
-        problem = None if math.isfinite(mean) else self.not_finite("loss", mean, step, batches)
         spike = problem is None and self.guard.spikes(mean)
         if problem is not None or (spike and self.guard.refuses_spikes):
             self.drop_gradients()
@@ -309,7 +315,7 @@ class Engine:
         return out.tolist()
 
     def not_finite(self, what: str, got: object, step: int, batches: Sequence[Batch]) -> NonFinite:
-        """The error for a loss or gradient that is NaN or infinite, with the samples of the global batch. All processes call it together."""
+        """The error for a weight, loss or gradient that is NaN or infinite, with the samples of the global batch. All processes call it together."""
         samples = torch.cat([batch.sample_ids for batch in batches]).to(self.mesh.device)
         everyone = [samples]
         if self.mesh.dp_group is not None:

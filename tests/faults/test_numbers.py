@@ -60,8 +60,8 @@ def test_a_poisoned_step_is_left_out(server, corpus, tmp_path, layout, kind, sit
     ],
 )
 def test_a_poisoned_step_is_left_out_in_every_layout(server, corpus, tmp_path, layout, kind, site, dtype):
-    if (site == "loss" and layout == "tp2 zero0") or (site == "loss_number" and layout == "tp2 zero0"):
-        rank = 0  # the process that speaks for the tensor group
+    if layout == "tp2 zero0" and (site in ("loss", "loss_number") or kind == "huge"):
+        rank = 0  # the process that speaks for the tensor group, and has the half of the vocabulary that the corpus uses: 1e30 times no gradient is none
     else:
         rank = 1
     skipped(server, corpus, tmp_path, layout, kind, site, rank, dtype)
@@ -86,6 +86,8 @@ def stopped(server, corpus, folder, layout, fault):
     assert len(lines) == 1, lines
     assert "is not finite" in lines[0] and "step 3" in lines[0] and "samples [16, 17, 18, 19, 20, 21, 22, 23]" in lines[0]
     assert newest(folder / "run").name == "step_00000002"
+    if ":parameter:" in fault:
+        assert "the weight is not finite" in lines[0] and f" on rank {fault.split('@')[1][0]}" in lines[0]
 
 
 def test_too_many_in_a_row_end_the_run(server, corpus, tmp_path):
