@@ -78,6 +78,12 @@ class Control:
         for thread in self.threads:
             thread.start()
 
+    def meet(self) -> None:
+        """Wait until all processes have opened their channel, so that each knows the first one before anything can happen to it."""
+        if self.store is not None:
+            dist.barrier()
+            self.host_of_store = json.loads(self.store.get("beat/0"))
+
     def watch(self) -> None:
         """Thread: look until the end of the run, or of this process."""
         while not self.closed.wait(POLL):
@@ -95,8 +101,6 @@ class Control:
         self.looks += 1
         still = self.main.note(self.pulse.count) * POLL
         self.beat()
-        if "pid" not in self.host_of_store and self.store.check(["beat/0"]):
-            self.host_of_store = json.loads(self.store.get("beat/0"))
         self.look_at_neighbour((self.rank + 1) % self.world_size)
         self.look_at_launchers()
         if self.limit and self.pulse.watched and still > self.limit:
@@ -298,11 +302,19 @@ class Still:
         return self.count
 
 
-def connect(place: Place, *, limit: float = 0.0, pulse: Pulse | None = None) -> Control:
-    """Open the channel over the rendezvous store, which must be up (init_process_group has run)."""
+def connect(place: Place, *, limit: float = 0.0, pulse: Pulse | None = None, patience: float = 30.0) -> Control:
+    """Open the channel over the rendezvous store, which must be up (init_process_group has run).
+
+    Raises:
+        PeerLost: the store's process is gone already.
+    """
     if place.world_size == 1:
         return Control(None, place.rank, place.world_size, pulse=pulse)
-    client = dist.TCPStore(place.address, place.port, world_size=None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    try:
+        client = dist.TCPStore(place.address, place.port, world_size=None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
+    except RuntimeError as error:
+        got = str(error).splitlines()[0][:120]
+        raise PeerLost("the first process is gone", where=f"rank 0 on {place.address}: last step 0", got=got, do="look at its log; start again to resume") from error
     store = dist.PrefixStore("neox-control", client)
     return Control(store, place.rank, place.world_size, limit=limit, pulse=pulse, source=place.address)
 

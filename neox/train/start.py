@@ -37,6 +37,7 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
     mesh = join(config.parallel, place, device)
     control = connect(place, limit=config.guard.hang_timeout, pulse=pulse)
     try:
+        control.meet()
         faults("joined")
         if place.world_size > 1:
             if place.rank == 0:

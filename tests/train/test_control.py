@@ -30,6 +30,7 @@ from neox.train.control import (
 )
 from neox.train.place import Place
 from tests.distributed import environment, start_ranks
+from tests.fork_server import free_port
 
 
 def join() -> Control:
@@ -202,3 +203,10 @@ def test_a_process_alone_watches_its_launcher(monkeypatch, capfd):
     assert left.wait(5) and control.closed.is_set()
     assert f"error[13] the launcher is gone; where=rank 0; got=process {launcher.pid} (deepspeed) has ended" in capfd.readouterr().err
     launcher.wait()
+
+
+def test_a_first_process_that_is_gone_already_is_a_lost_peer():
+    with pytest.raises(PeerLost, match="the first process is gone") as caught:
+        connect(Place(1, 1, 2, "127.0.0.1", free_port()), patience=1.0)
+    assert "rank 0 on 127.0.0.1" in caught.value.line()
+    assert caught.value.exit_code == 13
