@@ -1,6 +1,7 @@
 """Whether parameters are finite, and whether processes that should hold the same ones do: checksums of the bits, compared.
 
-A weight that no token of a batch meets can be NaN without any sign: an embedding's row is looked up when its token comes, or saved. A flipped bit in memory, or a reduction that one process left out, lets replicas drift apart without any other sign (BLOOM's norms did).
+A weight that no token of a batch meets can be NaN without any sign: an embedding's row is looked up when its token comes. A flipped bit in
+memory, or a reduction that one process left out, lets replicas drift apart without any other sign (BLOOM's norms did).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ Named = Sequence[tuple[str, torch.nn.Parameter, Layout]]
 
 
 @torch.no_grad()
-def not_finite(named: Named) -> list[str]:
-    """Names of the parameters of which this process holds a value that is NaN or infinite, in one reading of all of them."""
+def largest(named: Named) -> torch.Tensor:
+    """Largest magnitude in what this process holds of each parameter, fp32 [parameters] on the device: NaN or infinite where a value is. One reading of all."""
     held = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for _, p, _ in named]
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)])
-    if bool(torch.isfinite(norms).all()):
-        return []
-    return [name for (name, _, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm)]
+    return torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)]) if held else torch.zeros(0)
+
+
+def not_finite(named: Named) -> list[str]:
+    """Names of the parameters of which this process holds a value that is NaN or infinite."""
+    return [name for (name, _, _), value in zip(named, largest(named).tolist(), strict=True) if not math.isfinite(value)]
 
 
 def known_to_all(findings: list[str], mesh: Mesh) -> list[str]:

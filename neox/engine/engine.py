@@ -23,7 +23,7 @@ import torch.distributed as dist
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
 from neox.engine.batch import Batch, context_part, to_device
-from neox.engine.drift import check_replicas, known_to_all, not_finite
+from neox.engine.drift import check_replicas, known_to_all, largest, not_finite
 from neox.engine.footprint import kept
 from neox.engine.guard import Guard
 from neox.engine.objective import Objective, TokenLoss, answer_log_probabilities, build_objective
@@ -165,28 +165,25 @@ class Engine:
             stop: this process asks to stop; the answer of all is in the result.
 
         Raises:
-            NonFinite: a weight, the loss or the gradient is NaN or infinite, and guard.non_finite does not skip it, or not any more; nothing was updated, on any process.
+            NonFinite: a weight, the loss or the gradient is NaN or infinite, and guard.non_finite does not skip it, or not any more; nothing was
+                updated, on any process.
         """
         step = self.step + 1
         self.begin_step()
-        spoilt = not_finite(self.named)
+        weights = largest(self.named)
         parts = [context_part(batch, self.mesh) for batch in batches]
         # counted where the loader left them: on the device, every micro-batch would wait for what is under way there
         total = int(self.sum_over([sum(self.objective.count(batch) for batch in parts)], self.mesh.replica_group)[0])
         local = [to_device(batch, self.mesh.device) for batch in parts]
         self.weight = self.mesh.replicas / max(total, 1)  # DeepSpeed averages gradients over the replicas
-        loss = self.faults.value("loss_number", float(self.schedule_of_stages.train(local)))
+        loss = self.schedule_of_stages.train(local)
+        loss = self.faults.value("loss_number", float(torch.where(torch.isfinite(weights).all().to(loss.device), loss, math.nan)))  # one wait
         if self.tied is not None:
             self.tied.send_gradient()
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
-        loss_sum, stops, bad = self.sum_over([loss if speaks else 0.0, float(stop), float(bool(spoilt))], self.everyone)
+        loss_sum, stops = self.sum_over([loss if speaks else 0.0 * loss, float(stop)], self.everyone)
         mean = loss_sum / max(total, 1)
-        problem = None
-        if bad:
-            where = known_to_all([f"{name} on rank {self.mesh.rank}" for name in spoilt], self.mesh)
-            problem = self.not_finite("weight", where[0], step, batches)
-        elif not math.isfinite(mean):
-            problem = self.not_finite("loss", mean, step, batches)
+        problem = None if math.isfinite(mean) else self.bad_weight_or_loss(mean, step, batches)
         learning_rate = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -198,6 +195,11 @@ class Engine:
         self.step = step
         self.updates += not skipped
         return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0, words, spike)
+
+    def bad_weight_or_loss(self, mean: float, step: int, batches: Sequence[Batch]) -> NonFinite:
+        """Why the mean loss is not finite. All processes call it together."""
+        weights = known_to_all([f"{name} on rank {self.mesh.rank}" for name in not_finite(self.named)], self.mesh)
+        return self.not_finite("weight", weights[0], step, batches) if weights else self.not_finite("loss", mean, step, batches)
 
     def begin_step(self) -> None:
         """Sites of a step's beginning."""

@@ -314,7 +314,9 @@ def connect(place: Place, *, limit: float = 0.0, pulse: Pulse | None = None, pat
         client = dist.TCPStore(place.address, place.port, world_size=None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
     except RuntimeError as error:
         got = str(error).splitlines()[0][:120]
-        raise PeerLost("the first process is gone", where=f"rank 0 on {place.address}: last step 0", got=got, do="look at its log; start again to resume") from error
+        raise PeerLost(
+            "the first process is gone", where=f"rank 0 on {place.address}: last step 0", got=got, do="look at its log; start again to resume"
+        ) from error
     store = dist.PrefixStore("neox-control", client)
     return Control(store, place.rank, place.world_size, limit=limit, pulse=pulse, source=place.address)
 
