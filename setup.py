@@ -18,7 +18,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
-INSTALL = "pip install torch==2.13.0 && pip install --no-build-isolation -e ."
+INSTALL = "pip install setuptools wheel pybind11 ninja packaging torch==2.13.0 && pip install --no-build-isolation -e ."
 # -g0: python's own flags ask for -g, which takes the compiler as long as optimizing does; names of functions stay.
 HOST_FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 STABLE_ABI = "0x020b000000000000"  # libtorch stable ABI of torch 2.11: one binary for that and every later torch

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains over the nodes of a Slurm job, one process per GPU:
 #
-#   sbatch launch/slurm.sh --conf configs/pythia/1.4B.yml mine.yml --set run.dir=/shared/runs/first
+#   sbatch launch/slurm.sh --conf configs/pythia/1-4B.yml my-data.yml --set run.dir=/shared/runs/first
 #   sbatch --nodes 4 --gpus-per-node 4 launch/slurm.sh --conf mine.yml
 #
 # To edit: the paths below, and account, partition and time of your cluster (or give them to sbatch, as above). Start it in the checkout.

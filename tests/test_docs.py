@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEY = re.compile(r"`((?:[a-z]+)\.[a-z_]+(?:\.[a-z_]+)?)(?::[^`]*)?`")
 SECTIONS = {key.split(".")[0] for key in known_keys()}
+PATH = re.compile(r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|launch|neox|tests)/[\w./-]*\w")  # of this repository, and no pattern
 FILE_ENDINGS = (".json", ".jsonl", ".yml", ".txt", ".md", ".py")  # `tokenizer.json` is a file
 
 
@@ -41,6 +42,13 @@ def keys(text: str) -> list[str]:
     return [key for key in KEY.findall(text) if key.split(".")[0] in SECTIONS and not key.endswith(FILE_ENDINGS)]
 
 
+def paths(text: str) -> list[str]:
+    """Files and folders of the repository that a page names; what a build makes is left out."""
+    text = re.sub(r"\]\([^)]*\)", "]", text)  # links are looked at by themselves
+    named = [match for match in PATH.finditer(text) if text[match.end() : match.end() + 1] not in ("*", "{", "<")]
+    return [match.group() for match in named if not match.group().startswith(("neox/_ops", "neox/_data"))]
+
+
 def unparsed(words: list[str]) -> str | None:
     """Why a command line is refused; None if its command takes it."""
     try:
@@ -57,6 +65,11 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_are_there(page):
+    assert [path for path in paths(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_parse(page):
     refused = {" ".join(words): unparsed(words) for words in commands(page.read_text(encoding="utf-8"))}
     assert {line: why for line, why in refused.items() if why} == {}
@@ -70,6 +83,10 @@ def test_keys_exist(page):
 
 def test_what_is_wrong_is_seen():
     assert links("[a](docs/nowhere.md#part) [b](https://x.y) [c](#d)") == ["docs/nowhere.md"]
+    assert paths("`configs/a.yml` tests/b/test_<op>.py configs/{1,2}.yml `x/docs/c.md` neox/_ops/cuda.so [d](docs/d.md) csrc/e/.") == [
+        "configs/a.yml",
+        "csrc/e",
+    ]
     assert commands("```\nneox data inspect A  # what\n```\n    neox frob\nneox text\n") == [["data", "inspect", "A"], ["frob"]]
     assert "unknown command" in unparsed(["frob"])
     assert "unrecognized arguments: --nope" in unparsed(["data", "verify", "A", "--nope"])

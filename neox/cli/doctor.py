@@ -32,7 +32,6 @@ EXTRAS = {  # distribution, never needed for training -> (what it is for, how to
     "lm_eval": ("neox evaluate --tasks", "pip install lm-eval==0.4.13 -c constraints.txt"),
     "wandb": ("logging.wandb", "pip install wandb -c constraints.txt"),
     "comet_ml": ("logging.comet", "pip install comet_ml -c constraints.txt"),
-    "gigatoken": ("faster neox preprocess", "pip install gigatoken"),
 }
 VARIABLES = {  # documented variables that must be numbers -> smallest value
     "OMP_NUM_THREADS": 1,

@@ -339,9 +339,8 @@ def derive_vocab_size(layers: Layers) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         place = where(layers.settings, ("tokenizer", "file"))
-        layers.problems.append(
-            ConfigError("cannot take the vocabulary's size from the tokenizer", where=place, got=f"{file.value}: {reason}", do="set model.vocab_size")
-        )
+        todo = "name a `tokenizers` JSON file, or take tokenizer.file out and set model.vocab_size"
+        layers.problems.append(ConfigError("cannot take the vocabulary's size from the tokenizer", where=place, got=f"{file.value}: {reason}", do=todo))
         size = 1  # so that the schema does not report the missing key a second time
     layers.put(Leaf(("model", "vocab_size"), size, 0, {}), Origin("derived"))
 

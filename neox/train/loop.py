@@ -295,7 +295,8 @@ class Run:
                 self.save(must=last)
         if self.saved_step != self.engine.step:  # resumed at the very end
             self.save(must=True)
-        self.tell_plan()
+        if not first:  # a run that was at its end already has nothing measured
+            self.tell_plan()
         self.progress.say(f"done: step {self.engine.step} of {config.train.train_iters}")
 
     def tell_plan(self) -> None:

@@ -271,6 +271,7 @@ def test_a_bad_tokenizer_is_named_once(write, content, part):
         write("t.json", content)
     lines = refusal(overrides=("tokenizer.file=t.json",))
     assert len(lines) == 1 and "where=--set tokenizer.file" in lines[0] and part in lines[0], lines
+    assert "do=name a `tokenizers` JSON file, or take tokenizer.file out" in lines[0]
 
 
 def test_config_is_frozen():
