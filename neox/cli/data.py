@@ -114,7 +114,7 @@ def bars(rows: list[dict[str, int]]) -> Iterator[str]:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """neox data inspect."""
+    """neox data inspect. Raises DataError where the tokenizer is not the one that the sidecar names."""
     dataset = IndexedDataset(args.prefix)
     sidecar = dataset.sidecar
     result: dict[str, object] = {
@@ -132,6 +132,9 @@ def run_inspect(args: argparse.Namespace) -> int:
         lengths = np.diff(dataset.document_starts())
         result |= {"document_tokens": describe_lengths(lengths), "histogram": histogram(lengths)}
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+    if tokenizer is not None and sidecar is not None and sidecar.tokenizer_hash not in (None, tokenizer.hash):
+        got, want = f"tokenizer hash {sidecar.tokenizer_hash[:16]}", f"{tokenizer.hash[:16]} ({args.tokenizer})"
+        raise DataError("data were made with another tokenizer", where=f"{args.prefix}.json", got=got, want=want, do="name the tokenizer that made the data")
     if args.scan or (args.scan is None and result["bytes"] <= SCANNED_BYTES):
         result |= scan(dataset, tokenizer.eod_id if tokenizer else sidecar.eod_id if sidecar else None)
     elif args.scan is None:
@@ -175,25 +178,26 @@ def samples(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | None) ->
 
 def run_verify(args: argparse.Namespace) -> int:
     """neox data verify. Raises DataError after the result is printed if anything is wrong."""
-    results = [verify(prefix, args.vocab_size) for prefix in args.prefix]
+    checked = [verify(prefix, args.vocab_size) for prefix in args.prefix]
+    results = [result for result, _ in checked]
     for result in results if not args.json else []:
         print(f"{result['prefix']}: {result['state']}")
     if args.json:
         print(orjson.dumps(results).decode())
-    bad = [result for result in results if not result["ok"]]
+    bad = [error for _, error in checked if error is not None]
     if bad:
-        raise DataError("dataset is damaged", where=bad[0]["prefix"], got=bad[0]["state"], do="restore the file or preprocess the corpus again")
+        raise bad[0]
     return 0
 
 
-def verify(prefix: str, vocab_size: int | None) -> dict[str, object]:
-    """Check one dataset: structure, checksums where there is a sidecar, and ids if `vocab_size` is given."""
+def verify(prefix: str, vocab_size: int | None) -> tuple[dict[str, object], DataError | None]:
+    """Check one dataset: structure, checksums where there is a sidecar, and ids if `vocab_size` is given. Returns what was found, and what is wrong."""
     try:
         dataset = IndexedDataset(prefix)
         damaged = dataset.verify()
         bad = None if vocab_size is None or damaged else dataset.find_bad_token(vocab_size)
     except DataError as error:
-        return {"prefix": prefix, "ok": False, "state": error.line(), "damaged": []}
+        return {"prefix": prefix, "ok": False, "state": error.line().partition("] ")[2], "damaged": []}, error
     if damaged:
         state = f"{len(damaged)} blocks of {dataset.bin_path} differ from their checksums, first bytes {damaged[0][0]} to {damaged[0][1]}"
     elif bad is not None:
@@ -203,7 +207,10 @@ def verify(prefix: str, vocab_size: int | None) -> dict[str, object]:
         state = "structure is whole; no sidecar, so no checksums to compare"
     else:
         state = "whole"
-    return {"prefix": prefix, "ok": not damaged and bad is None, "state": state, "damaged": damaged}
+    wrong = None
+    if damaged or bad is not None:
+        wrong = DataError("dataset is damaged", where=prefix, got=state, do="restore the file or preprocess the corpus again")
+    return {"prefix": prefix, "ok": wrong is None, "state": state, "damaged": damaged}, wrong
 
 
 def run_overlap(args: argparse.Namespace) -> int:

@@ -35,6 +35,14 @@ def test_inspect(prefix, tmp_path, capsys):
     assert "duplicates" not in json.loads(capsys.readouterr().out)
 
 
+def test_inspect_refuses_another_tokenizer(prefix, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    other.write_text(json.dumps(json.loads((tmp_path / "t.json").read_text()) | {"truncation": cut}))
+    assert main(["data", "inspect", prefix, "--tokenizer", str(other), "--samples", "1"]) == 3
+    assert capsys.readouterr().err.startswith(f"error[3] data were made with another tokenizer; where={prefix}.json")
+
+
 def test_overlap(prefix, tmp_path, capsys):
     with IndexedWriter(tmp_path / "held", "int32", eod_id=0) as writer:
         for document in ([1, 2, 0], IndexedDataset(prefix)[1].tolist()):
@@ -91,7 +99,8 @@ def test_verify_ids_and_missing_files(prefix, capsys):
     assert "is outside a vocabulary of 256" in capsys.readouterr().out
     assert main(["data", "verify", prefix, f"{prefix}-none"]) == 3
     printed = capsys.readouterr()
-    assert f"{prefix}: whole" in printed.out and "cannot open data file" in printed.out
+    assert f"{prefix}: whole" in printed.out and f"{prefix}-none: cannot open data file" in printed.out
+    assert printed.err.startswith("error[3] cannot open data file") and printed.err.count("error[") == 1
 
 
 def test_merge(prefix, tmp_path, capsys):
