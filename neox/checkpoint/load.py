@@ -30,6 +30,7 @@ from neox.errors import CheckpointError
 LOG = logging.getLogger(__name__)
 READ_THREADS = 2  # a block each
 OPEN_FILES = 64  # at most: one process may read the shards of thousands
+LISTED = 6  # differences that one message names
 DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a time
 
 
@@ -101,7 +102,7 @@ class Checkpoint:
         return found
 
     def check(self, wanted: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
-        """Raises one CheckpointError that lists every difference between the tensors stored and the ones wanted.
+        """Raises one CheckpointError that counts the differences between the tensors stored and the ones wanted, and lists the first.
 
         Args:
             wanted: (name, kind, logical shape). Tensors that are stored and not wanted count as differences where their
@@ -110,10 +111,10 @@ class Checkpoint:
         want = {(kind, name): tuple(shape) for name, kind, shape in wanted}
         kinds = {kind for kind, _ in want}
         have = self.stored_shapes(kinds)
-        wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
+        wrong = sorted((key for key in want.keys() | have.keys() if want.get(key) != have.get(key)), key=lambda key: (key[0] != "weight", key))
         if wrong:
-            lines = [f"{kind}/{name}: have {_shape(have.get((kind, name)))} want {_shape(want.get((kind, name)))}" for kind, name in wrong[:50]]
-            more = [f"and {len(wrong) - 50} more"] if len(wrong) > 50 else []
+            lines = [f"{kind}/{name}: have {_shape(have.get((kind, name)))} want {_shape(want.get((kind, name)))}" for kind, name in wrong[:LISTED]]
+            more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
             raise CheckpointError(
                 f"{len(wrong)} tensors do not fit the model", where=self.path, got=", ".join(lines + more), do="use the model section of the checkpoint"
             )

@@ -63,6 +63,8 @@ def inspect(path: Path, as_json: bool) -> int:
         return 0
     for key, value in about.items():
         if key not in ("tensors", "checkpoints"):
+            if key == "state":
+                value = {name: part for name, part in value.items() if name != "guard"}  # the losses of its window: --json has them
             print(f"{key:<14}{value if isinstance(value, (str, int)) else json.dumps(value)}")
     print("tensors")
     for name, kinds in about["tensors"].items():

@@ -273,7 +273,8 @@ def parallel(config: Config, situation: Situation) -> Iterator[Conflict]:
     if situation.world_size % (layout.tensor * layout.pipeline * layout.context):
         keys = ("parallel.tensor", "parallel.pipeline", *(("parallel.context",) if layout.context > 1 else ()))
         rule = "the number of processes a multiple of tensor x pipeline" + (" x context" if layout.context > 1 else "")
-        yield Conflict("the processes cannot be divided", keys, rule, facts=world)
+        start = "start that many: torchrun --nproc-per-node N, or deepspeed --num_gpus N"
+        yield Conflict("the processes cannot be divided", keys, rule, do=start, facts=world)
     for name, count in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_kv_heads", model.num_kv_heads),

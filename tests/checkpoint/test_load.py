@@ -123,7 +123,7 @@ def test_missing_tensors_and_addresses(tmp_path):
         checkpoint.read("embedding.word.weight", "weight", ((0, 20), (0, 6)))
 
 
-def test_check_lists_every_difference(tmp_path):
+def test_check_lists_the_differences_weights_first(tmp_path):
     checkpoint = Checkpoint(save_one(tmp_path))
     good = [(name, "weight", checkpoint.info(name).shape) for name in checkpoint.names()]
     checkpoint.check(good)
@@ -135,6 +135,9 @@ def test_check_lists_every_difference(tmp_path):
     assert "weight/embedding.word.weight: have [19, 6] want [20, 6]" in line
     assert "weight/extra: have nothing want [1]" in line
     assert "weight/scale: have [] want nothing" in line
+    several = [(f"a{number}", "exp_avg", (1,)) for number in range(9)]
+    with pytest.raises(CheckpointError, match=r"^(?=.*got=weight/extra: ).*exp_avg/a1: have nothing want \[1\], .*and \d+ more; do="):
+        checkpoint.check([*good, ("extra", "weight", (1,)), *several])
 
 
 def flip_bit(path, bit):

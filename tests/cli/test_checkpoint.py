@@ -25,7 +25,7 @@ def test_inspect_says_what_is_there(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "step_00000009" in text
     assert "generation 0  complete" in text
-    assert '{"tp": 1}' in text
+    assert '{"tp": 1}' in text and "state         {" in text
 
 
 def test_verify_lists_every_problem_and_exits_4(tmp_path, capsys):
