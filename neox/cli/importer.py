@@ -4,7 +4,7 @@ OUT becomes the folder of a run at step 0 that holds weights only: generate, eva
 --set checkpoint.init_from=OUT. It appears only when it is complete and, for a Hugging Face model, transformers computes the same
 logits on real text (--no-check leaves that out).
 
-example: neox import --from EleutherAI/pythia-160m --out pythia
+example: neox import --from path/to/pythia-160m --out pythia
          neox import --from checkpoints/global_step143000 --conf 160M.yml --out pythia
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
     old = is_old_checkpoint(source)
     if not old and not (source / "config.json").is_file():
         raise CheckpointError(
-            "no model here", where=source, want="a folder with config.json, or a checkpoint of GPT-NeoX", do="download the model's files first"
+            "no model here",
+            where=source,
+            want="a folder with config.json, or a checkpoint of GPT-NeoX",
+            do="download the model's files first: hf download NAME --local-dir DIR",
         )
     config, weights = read_old(source, args, out) if old else read_huggingface(source, args, out)
     stage = make_stage(out)
@@ -67,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         publish(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+    if config.tokenizer.file is None:
+        print("note: no tokenizer came along; generate, evaluate and export take --tokenizer FILE", file=sys.stderr)
     parameters = GPT(config.model, Mesh.single("meta")).num_parameters()
     if args.json:
         print(json.dumps({"out": args.out, "parameters": parameters, **report}))
@@ -104,7 +110,7 @@ def read_old(source: Path, args: argparse.Namespace, out: Path) -> tuple[Config,
         raise ConfigError("the checkpoint does not say what model it is", where=folder, want="configs/*.yml in it", do="give its YAML files with --conf")
     loaded = load(files, args.overrides)
     for note in loaded.notes:
-        print(f"note: {note}")
+        print(f"note: {note}", file=sys.stderr)
     if args.tokenizer is None and loaded.config.tokenizer.file is not None and Path(loaded.config.tokenizer.file).is_file():
         args.tokenizer = loaded.config.tokenizer.file
     weights = open_old_checkpoint(folder, loaded.config.model)
