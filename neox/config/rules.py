@@ -208,6 +208,9 @@ def lora(config: Config, _: Situation) -> Iterator[Conflict]:
     """Adapters stand beside frozen weights, which not every layout can hold."""
     if config.model.lora is None:
         return
+    if set(config.model.lora.targets) == {"mlp.gate"} and not config.model.gated:
+        keys = ("model.lora.targets", "model.activation")
+        yield Conflict("no matrix gets an adapter", keys, "a target that the model has: mlp.gate exists where the activation is gated", "name mlp.up too")
     if config.zero.stage > 2:
         yield Conflict("ZeRO stage 3 cuts the frozen weights", ("model.lora.rank", "zero.stage"), "zero.stage 0 to 2 with LoRA", "zero.stage: 2")
     if config.parallel.pipeline > 1 and config.model.tie_embeddings and config.model.output == "tokens":

@@ -79,6 +79,7 @@ def model_cases() -> list[Case]:
             ("model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 64, beta_slow: 32}",),
             ("model.rope_scaling.beta_slow", "model.rope_scaling.beta_fast"),
         ),
+        Case(("model.lora={rank: 2, targets: [mlp.gate]}",), ("model.lora.targets", "model.activation")),
         Case(("tokenizer.file=no-such-tokenizer.json",), ("tokenizer.file",)),
     ]
     return cases
