@@ -229,7 +229,7 @@ def read_file(path: Path, limit: int, *, storage: Storage = LOCAL) -> bytes:
         if size > limit:
             raise CheckpointError("file is too large", where=path, got=f"{size} bytes", want=f"at most {limit} bytes")
         parts = []
-        while part := os.read(descriptor, limit + 1):
+        while part := os.read(descriptor, size + 1):  # not limit + 1: os.read allocates what it is asked for
             parts.append(part)
         return b"".join(parts)
     except OSError as error:

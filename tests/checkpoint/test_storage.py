@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,17 @@ def test_probe_leaves_nothing_and_finds_a_read_only_folder(tmp_path):
         for call in ("create", "write", "sync", "rename"):
             with pytest.raises(DiskError, match=errno.errorcode[number]):
                 probe(tmp_path, storage=FailingStorage(call, 0, number))
+
+
+def test_reading_takes_memory_for_the_file_and_not_for_its_limit(tmp_path):
+    """What is measured of a run's memory counts what the C library hands out, touched or not."""
+    (tmp_path / "a").write_bytes(b"12345")
+    tracemalloc.start()
+    try:
+        assert read_file(tmp_path / "a", 1 << 30) == b"12345"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_reading_refuses_what_is_no_plain_file(tmp_path):
