@@ -132,9 +132,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         lengths = np.diff(dataset.document_starts())
         result |= {"document_tokens": describe_lengths(lengths), "histogram": histogram(lengths)}
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
-    if tokenizer is not None and sidecar is not None and sidecar.tokenizer_hash not in (None, tokenizer.hash):
-        got, want = f"tokenizer hash {sidecar.tokenizer_hash[:16]}", f"{tokenizer.hash[:16]} ({args.tokenizer})"
-        raise DataError("data were made with another tokenizer", where=f"{args.prefix}.json", got=got, want=want, do="name the tokenizer that made the data")
+    if tokenizer is not None:
+        dataset.check_tokenizer(tokenizer.hash, tokenizer.file)
     if args.scan or (args.scan is None and result["bytes"] <= SCANNED_BYTES):
         result |= scan(dataset, tokenizer.eod_id if tokenizer else sidecar.eod_id if sidecar else None)
     elif args.scan is None:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -21,8 +22,8 @@ from neox.evaluate.perplexity import evaluate
 from neox.generate.generate import load_model
 
 EXAMPLE = """example:
-  neox evaluate --checkpoint runs/demo --data data/heldout
-  neox evaluate --checkpoint runs/demo/checkpoints/step_00000300 --data data/heldout --max-documents 100 --json
+  neox evaluate --checkpoint runs/mine --data data/heldout
+  neox evaluate --checkpoint runs/mine/checkpoints/step_00000300 --data data/heldout --max-documents 100 --json
   neox evaluate --checkpoint pythia --tasks lambada_openai,blimp --batch-size 16"""
 
 
@@ -62,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
     usable_device(args.device)
     if (args.data is None) == (args.tasks is None):
         raise ConfigError("what to evaluate on?", where="neox evaluate", want="--data PREFIX or --tasks A,B, one of them")
+    if args.task_files is not None and not Path(args.task_files).is_dir():
+        raise ConfigError("no such folder", where="--task-files", got=args.task_files, want="a folder of YAML files")
     if args.tasks is not None:
         return run_on_tasks(args)
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
     dataset = IndexedDataset(args.data)
+    dataset.check_tokenizer(tokenizer.hash, tokenizer.file)
     seq_length = args.seq_length or loads(Checkpoint(checkpoint).config_lock).data.seq_length
     mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
     model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)

@@ -27,10 +27,10 @@ from neox.model.gpt import GPT
 from neox.train.signals import StopSignals
 
 EXAMPLE = """example:
-  neox generate --checkpoint runs/demo --prompt "def main():" --max-new-tokens 100 --temperature 0.8 --top-p 0.95
-  neox generate --checkpoint runs/demo --prompt-file prompts.txt --temperature 0 --jsonl --out answers.jsonl
-  neox generate --checkpoint runs/demo --unconditional 10
-  neox generate --checkpoint runs/demo --interactive --stop "\\n"
+  neox generate --checkpoint runs/demo/run --prompt "def main():" --max-new-tokens 100 --temperature 0.8 --top-p 0.95
+  neox generate --checkpoint runs/demo/run --prompt-file prompts.txt --temperature 0 --jsonl --out answers.jsonl
+  neox generate --checkpoint runs/demo/run --unconditional 10
+  neox generate --checkpoint runs/demo/run --interactive --stop "\\n"
   torchrun --nproc-per-node 4 -m neox.cli.main generate --checkpoint runs/big --prompt "Once" --tensor 2 --pipeline 2"""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

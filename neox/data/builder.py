@@ -129,17 +129,8 @@ def _check_vocabulary(dataset: IndexedDataset, config: Config) -> None:
             want=f"0 to {config.model.vocab_size - 1} (model.vocab_size)",
             do="use the tokenizer that made the data, or raise model.vocab_size",
         )
-    if config.tokenizer.file is None or sidecar.tokenizer_hash is None:
-        return
-    ours = file_hash(config.tokenizer.file)
-    if ours != sidecar.tokenizer_hash:
-        raise DataError(
-            "data were made with another tokenizer",
-            where=f"{dataset.prefix}.json",
-            got=f"tokenizer hash {sidecar.tokenizer_hash[:16]}",
-            want=f"{ours[:16]} ({config.tokenizer.file})",
-            do="name the tokenizer that made the data as tokenizer.file, or preprocess again",
-        )
+    if config.tokenizer.file is not None and sidecar.tokenizer_hash is not None:
+        dataset.check_tokenizer(file_hash(config.tokenizer.file), config.tokenizer.file)
 
 
 def _split_part(config: Config, dataset: IndexedDataset, part: str, samples: int) -> Dataset:

@@ -150,6 +150,22 @@ class IndexedDataset:
         found = self._core.find_bad_token(vocab_size)
         return None if found == self.num_tokens else found
 
+    def check_tokenizer(self, tokenizer_hash: str, file: str | Path) -> None:
+        """Refuse data of another tokenizer than `file`, whose content's hash is given. Without a sidecar nothing is known, and nothing refused.
+
+        Raises:
+            DataError: the sidecar names another tokenizer.
+        """
+        if self.sidecar is None or self.sidecar.tokenizer_hash in (None, tokenizer_hash):
+            return
+        raise DataError(
+            "data were made with another tokenizer",
+            where=sidecar_path(self.prefix),
+            got=f"tokenizer hash {self.sidecar.tokenizer_hash[:16]}",
+            want=f"{tokenizer_hash[:16]} ({file})",
+            do="name the tokenizer that made the data, or preprocess again",
+        )
+
     def verify(self) -> list[tuple[int, int]]:
         """Compare all of .bin with the sidecar's checksums. Returns the damaged byte ranges [first, last); empty without a sidecar."""
         if self.sidecar is None:

@@ -186,7 +186,9 @@ def from_keys(content: Mapping[str, object], where: str) -> Device:
         raise ConfigError("wrong value", where=f"{where} kind", got=given["kind"], want="cuda or cpu")
     given.setdefault("name", Path(where).stem)
     if base is not None:
-        return replace(find(str(base)), **given)
+        start = find(str(base))
+        return replace(start, **{"source": f"{where}; what it leaves out: {start.source}"} | given)
+    given.setdefault("source", where)
     missing = [name for name in ("memory", "flops", "flops_fp32", "bandwidth", "link", "network") if name not in given]
     if missing:
         raise ConfigError("the device is not complete", where=where, got=f"without {', '.join(missing)}", do="add them, or base: h100")

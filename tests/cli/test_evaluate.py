@@ -65,6 +65,14 @@ def test_missing_data_is_named(place, capsys):
     assert "nothing" in capsys.readouterr().err
 
 
+def test_data_of_another_tokenizer_are_refused(place, tmp_path, capsys):
+    for name, made_by, code in (("ours", Tokenizer(place / "tokenizer.json").hash, 0), ("other", "0" * 64, 3)):
+        with IndexedWriter(tmp_path / name, "uint16", tokenizer_hash=made_by) as writer:
+            writer.add_document([1, 2, 3, 0])
+        assert call("--checkpoint", place / "run", "--data", tmp_path / name) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error[3] data were made with another tokenizer; where=")
+
+
 TASK = """
 task: local_pairs
 dataset_path: json
@@ -96,3 +104,5 @@ def test_data_or_tasks(place, capsys):
     assert call("--checkpoint", place / "run") == 2
     assert call("--checkpoint", place / "run", "--data", place / "text", "--tasks", "x") == 2
     assert "--data PREFIX or --tasks A,B" in capsys.readouterr().err
+    assert call("--checkpoint", place / "run", "--tasks", "x", "--task-files", place / "none") == 2
+    assert "error[2] no such folder; where=--task-files" in capsys.readouterr().err

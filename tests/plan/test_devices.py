@@ -33,6 +33,7 @@ def test_a_file_gives_a_device(tmp_path):
     assert (device.name, device.memory, device.per_node, device.kind) == ("mine", 24e9, 2, "cuda")
     path.write_text("base: h100\nmemory: 94e9\nname: h100-nvl\n")
     assert (find(str(path)).name, find(str(path)).memory, find(str(path)).flops) == ("h100-nvl", 94e9, 989e12)
+    assert find(str(path)).source.startswith(f"{path}; what it leaves out: NVIDIA H100 data sheet")
 
 
 @pytest.mark.parametrize(
