@@ -103,10 +103,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         try:
             lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("cannot read the prompts", where=args.prompt_file, got=error, want="a UTF-8 text file, one prompt per line") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError("cannot read the prompts", where=args.prompt_file, got=reason, want="a UTF-8 text file, one prompt per line") from error
         prompts += [line for line in lines if line]
     if not prompts:
-        raise ConfigError("no prompt", where="neox generate", want="--prompt TEXT or --prompt-file FILE")
+        raise ConfigError("no prompt", where="neox generate", want="--prompt TEXT, --prompt-file FILE, --unconditional N or --interactive")
     return prompts
 
 

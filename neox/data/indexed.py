@@ -150,7 +150,7 @@ class IndexedDataset:
         found = self._core.find_bad_token(vocab_size)
         return None if found == self.num_tokens else found
 
-    def check_tokenizer(self, tokenizer_hash: str, file: str | Path) -> None:
+    def check_tokenizer(self, tokenizer_hash: str, file: object) -> None:
         """Refuse data of another tokenizer than `file`, whose content's hash is given. Without a sidecar nothing is known, and nothing refused.
 
         Raises:

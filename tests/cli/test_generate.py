@@ -69,10 +69,10 @@ def test_prompts_from_a_file(run_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no prompt"),
+        ([], "no prompt; where=neox generate; want=--prompt TEXT, --prompt-file FILE, --unconditional N or --interactive"),
         (["--prompt", "a", "--temperature", "-1"], "sampling parameter out of range; where=temperature"),
         (["--prompt", "a", "--tokenizer", "nowhere.json"], r"nowhere\.json"),
-        (["--prompt-file", "nowhere.txt"], "cannot read the prompts"),
+        (["--prompt-file", "nowhere.txt"], "cannot read the prompts; where=nowhere.txt; got=No such file or directory;"),
         (["--prompt", ""], "empty prompt"),
         (["--prompt", "a", "--device", "abacus"], "device cannot be used; where=--device; got=abacus"),
         (["--prompt", "a", "--device", "meta"], "device cannot be used; where=--device; got=meta"),
