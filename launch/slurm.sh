@@ -20,7 +20,7 @@
 
 set -euo pipefail
 
-NEOX=${NEOX:-$SLURM_SUBMIT_DIR} # this checkout, on a file system that every node sees
+NEOX=${NEOX:-${SLURM_SUBMIT_DIR:?start this by sbatch}} # this checkout, on a file system that every node sees
 VENV=${VENV:-$NEOX/.venv}       # what `make setup` made there
 IMAGE=${IMAGE:-}                # instead of VENV: an image made from the Dockerfile, on a cluster whose srun has --container-image
 

@@ -94,6 +94,11 @@ def test_the_exit_code_of_a_failed_run_is_the_jobs(slurm, tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+def test_outside_of_a_job_the_script_says_how_to_start_it():
+    done = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sh")], env={"PATH": environment()["PATH"]}, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "start this by sbatch" in done.stderr
+
+
 def test_the_image_is_built_from_what_is_there():
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     copied = [word for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for word in line.split()[:-1]]

@@ -60,6 +60,7 @@ class Held:
         weights, masters, state: as in Memory.
         gradients: accumulated over micro-batches.
         bucket: of the reduction.
+        second: another bucket, which stages 1 and 2 fill while the first is reduced; 0 without `overlap_comm`.
         share: of the fp32 gradients.
         flat: copy of the share that the update reads; 0 where it reads the share itself.
         fresh: gradient of the largest parameter before it is added to the others.
@@ -73,6 +74,7 @@ class Held:
     share: int
     flat: int
     fresh: int
+    second: int = 0
 
 
 def held(config: Config, layout: Layout, stage: Stage) -> Held:
@@ -87,11 +89,12 @@ def held(config: Config, layout: Layout, stage: Stage) -> Held:
     if zero == 0:
         return Held(element * count, 0, state, FP32 * count, FP32 * min(count, 500_000_000), 0, 0, fresh)
     common = {"masters": FP32 * share, "state": -(-state // replicas), "share": FP32 * share, "flat": FP32 * share if single else 0, "fresh": fresh}
+    overlaps = zero_section(config).get("overlap_comm") is True
     if zero == 1:
-        return Held(weights=element * count, gradients=FP32 * count, bucket=FP32 * bucket, **common)
+        return Held(weights=element * count, gradients=FP32 * count, bucket=FP32 * bucket, second=FP32 * bucket * overlaps, **common)
     if zero == 2:
         gradients = FP32 * share * (2 if single and accumulates else 1)
-        return Held(weights=element * count, gradients=gradients, bucket=element * bucket, **common)
+        return Held(weights=element * count, gradients=gradients, bucket=element * bucket, second=element * bucket * overlaps, **common)
     weights = element * (share + min(count, LIVE)) if replicas > 1 else element * count
     return Held(weights=weights, gradients=FP32 * share, bucket=element * bucket, **common)
 
@@ -114,21 +117,22 @@ def phases(config: Config, layout: Layout, stage: Stage, have: Held, act: Activa
         start = max(start, exact + have.weights + have.masters)
     repeated = layout.batch.gradient_accumulation > 1
     cut = zero >= 2
-    before = (have.gradients if repeated or cut else 0) + (have.bucket if repeated and zero > 0 else 0)
+    before = (have.gradients if repeated or cut else 0) + (have.bucket + have.second if repeated and zero > 0 else 0)
     messages = 2 * act.boundary if layout.pp > 1 else 0
     loss = resident + before + act.resident + act.logits + messages + have.fresh
     during = have.gradients if repeated or cut else element * stage.largest  # else the head's is the first, and others come as activations go
     bucket = have.bucket if zero > 0 else 0
-    backward = resident + during + bucket + act.resident + act.recomputed + act.working + messages + (have.fresh if repeated else 0)
+    backward = resident + during + bucket + have.second + act.resident + act.recomputed + act.working + messages + (have.fresh if repeated else 0)
     # Gradients move into the bucket; where it is smaller than they are, the reduced share grows beside it.
     moved = max(have.gradients + bucket, max(have.gradients - bucket, 0) + bucket + have.share) if zero == 1 else have.gradients + have.bucket
     if zero in (1, 2) and layout.replicas > 1:
-        moved += have.bucket + (have.bucket // 2 if zero == 1 and element < FP32 else 0)  # owners' parts are reduced in a copy, of 16 bits where weights are
+        filled = min(have.bucket, (FP32 if zero == 1 else element) * count)  # a config may ask for a bucket that the model never fills
+        moved += filled + (filled // 2 if zero == 1 and element < FP32 else 0)  # owners' parts are reduced in a copy, of 16 bits where weights are
     update = resident + (have.gradients if zero == 0 else have.share) + have.flat
     if zero == 1 and layout.replicas > 1:
         update += have.bucket  # small gradients of others lie in it until they are let go
     last = act.working + max(act.recomputed, act.kept // stage.blocks)  # the first block's backward
-    return {"start": start, "loss": loss, "backward": backward, "reduce": resident + moved + last, "update": update}
+    return {"start": start, "loss": loss, "backward": backward, "reduce": resident + moved + have.second + last, "update": update}
 
 
 def zero_section(config: Config) -> dict:
@@ -170,7 +174,7 @@ def stage_memory(config: Config, layout: Layout, stage: Stage, kind: str) -> Mem
         parameters=have.weights,
         optimizer=have.masters + have.state - aside,
         gradients=have.gradients,
-        buffers=have.bucket + have.flat + stage.tied * (ELEMENT[config.precision.dtype] + FP32),
+        buffers=have.bucket + have.second + have.flat + stage.tied * (ELEMENT[config.precision.dtype] + FP32),
         activations=act,
         phases=moments,
         host=aside + (copies if kind == "cuda" else 0),

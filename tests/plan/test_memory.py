@@ -52,6 +52,22 @@ def test_buckets_are_no_larger_than_the_parameters():
     assert held(config, layout, layout.stages[0]).bucket == 4000
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_overlap_takes_a_second_bucket(zero):
+    config, layout, (alone,) = plan(f"zero.stage={zero}", world=2)
+    _, _, (both,) = plan(f"zero.stage={zero}", "deepspeed.zero_optimization.overlap_comm=true", world=2)
+    bucket = held(config, layout, layout.stages[0]).bucket
+    assert {name: both.phases[name] - alone.phases[name] for name in alone.phases} == {"start": 0, "loss": 0, "backward": bucket, "reduce": bucket, "update": 0}
+    assert both.buffers - alone.buffers == bucket
+
+
+def test_a_bucket_larger_than_the_model_is_not_copied_whole():
+    _, layout, (fitting,) = plan(world=2)
+    count = layout.stages[0].parameters
+    _, _, (large,) = plan(f"deepspeed.zero_optimization.reduce_bucket_size={2 * count}", world=2)
+    assert large.phases["reduce"] - fitting.phases["reduce"] == 4 * count
+
+
 def test_offloaded_state_is_the_hosts():
     _, layout, (here,) = plan()
     _, _, (away,) = plan("deepspeed.zero_optimization.offload_optimizer.device=cpu")
