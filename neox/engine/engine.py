@@ -328,7 +328,7 @@ class Engine:
             where=f"rank {self.mesh.rank}: step {step}",
             got=f"{got}, samples {sorted(torch.cat(everyone).tolist())}",
             want="a finite number",
-            do="nothing was updated; lower the learning rate, or look at these samples (neox data inspect)",
+            do="nothing was updated; lower the learning rate, or look at these samples (neox data which --run DIR --step N)",
         )
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
