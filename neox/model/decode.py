@@ -9,7 +9,7 @@ from torch import nn
 
 from neox.model.attention import Context
 from neox.model.norm import RMSNorm
-from neox.ops.decode_block import ACTIVATIONS, PARAMETERS, decode_block
+from neox.ops.decode_block import ACTIVATIONS, AVAILABLE, PARAMETERS, decode_block
 
 FEW_TOKENS = 8  # of all sequences together; with more, the matrix products of torch are faster
 
@@ -39,7 +39,8 @@ class BlockDecoder:
         mesh, attention, mlp = block.mesh, block.attention, block.mlp
         layers = [layer for layer in (attention.qkv, attention.out, mlp.gate, mlp.up, mlp.down) if layer is not None]
         return (
-            mesh.tp == mesh.cp == 1
+            AVAILABLE
+            and mesh.tp == mesh.cp == 1
             and not block.training
             and attention.backend != "sdpa"
             and mlp.activation in ACTIVATIONS
