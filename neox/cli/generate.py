@@ -20,7 +20,7 @@ from neox.config.schema import ModelConfig
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DiskError, StoppedBySignal
 from neox.evaluate.scoring import cut
-from neox.generate.generate import generate, load_model
+from neox.generate.generate import check_prompts, generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session, TextStream
 from neox.model.gpt import GPT
@@ -209,12 +209,14 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = run_tokenizer(checkpoint, args.tokenizer)
         mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
         model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
+        check_prompts(model, [], params)
         if signals is None:
             if mesh.world_size > 1:
                 got = f"{mesh.world_size} processes"
                 raise ConfigError("a dialogue over several processes", where="--interactive, --tensor, --pipeline", got=got, want="one process")
             return converse(Session(model, tokenizer, params, [stop.replace("\\n", "\n") for stop in args.stop]))
         encoded = [first_tokens(tokenizer) if args.unconditional else tokenizer.encode(prompt) for prompt in prompts]
+        check_prompts(model, encoded, params)  # all of them, before anything is written
         name = args.out if mesh.rank == 0 else os.devnull  # every process knows the texts; one writes them
         with contextlib.nullcontext(sys.stdout) if name is None else open_output(name) as out:
             Writer(args, (model, tokenizer, params), out, signals).write(prompts, encoded)

@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": ("neox.cli.evaluate", "loss and bits per byte of a trained model on held-out data"),
     "export": ("neox.cli.export", "write a checkpoint as a Hugging Face model"),
     "import": ("neox.cli.importer", "make a checkpoint from a Hugging Face model or a checkpoint of GPT-NeoX"),
-    "checkpoint": ("neox.cli.checkpoint", "inspect, verify or hash checkpoints"),
+    "checkpoint": ("neox.cli.checkpoint", "inspect, verify, hash or convert checkpoints"),
     "verify-resume": ("neox.cli.verify_resume", "train, kill, resume, and compare with an undisturbed run, bit for bit"),
     "report": ("neox.cli.report", "write an HTML page about runs"),
     "doctor": ("neox.cli.doctor", "say what this machine and installation have and lack"),

@@ -75,7 +75,7 @@ def generate(
     Raises:
         ConfigError: an empty prompt, a token beyond the vocabulary, more tokens than the model has positions.
     """
-    _check_prompts(model, prompts, params)
+    check_prompts(model, prompts, params)
     if not prompts:
         return []
     device = next(model.parameters()).device
@@ -105,8 +105,8 @@ def generate(
     return generated
 
 
-def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-    """Raise ConfigError for prompts that the model cannot continue."""
+def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    """Raise ConfigError for prompts that the model cannot continue, and for a model that continues none."""
     if model.config.output == "score":
         raise ConfigError("a reward model writes no text", where="model.output", got="score", want="tokens")
     vocab_size = model.config.vocab_size

@@ -272,7 +272,8 @@ class Run:
         """
         config, sizes, signals = self.config, self.sizes, self.life.signals
         self.progress.say(
-            f"{self.parameters:,} parameters | {self.mesh.world_size} processes on {self.mesh.device.type}{describe(self.mesh)} | ZeRO {config.zero.stage} | "
+            f"{self.parameters:,} parameters | {self.mesh.world_size} process{'es' if self.mesh.world_size > 1 else ''} on {self.mesh.device.type}"
+            f"{describe(self.mesh)} | ZeRO {config.zero.stage} | "
             f"{config.precision.dtype} | batch {sizes.global_batch_size} = {sizes.micro_batch_size} x {sizes.gradient_accumulation} x {sizes.dp}"
         )
         self.faults("ready")

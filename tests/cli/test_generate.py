@@ -80,7 +80,8 @@ def test_prompts_from_a_file(run_folder, tmp_path, capsys):
 )
 def test_wrong_options_get_one_line(run_folder, capsys, arguments, message):
     assert call("--checkpoint", run_folder, *arguments) != 0
-    error = capsys.readouterr().err
+    printed, error = capsys.readouterr()
+    assert printed == ""
     assert error.startswith("error[") and error.count("\n") == 1
     assert re.search(message, error)
 
