@@ -7,6 +7,7 @@ import torch
 
 from neox.config.schema import ModelConfig
 from neox.errors import CheckpointError, ConfigError, DataError
+from neox.generate.cache import KVCache
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
@@ -102,25 +103,10 @@ def test_position_ids_move_positions(form):
         assert (model(tokens, position_ids=2 * torch.arange(9)[None]) - plain).abs().max() > 1e-3
 
 
-class Cache:
-    """The cache protocol with plain concatenation."""
-
-    def __init__(self):
-        self.length = 0
-        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(self, index, k, v):
-        old = self.stored.get(index)
-        self.stored[index] = (k, v) if old is None else (torch.cat((old[0], k), 1), torch.cat((old[1], v), 1))
-        return self.stored[index]
-
-    def advance(self, count):
-        self.length += count
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_cached_decoding_gives_the_logits_of_the_whole(form):
-    model, tokens, cache = build(form).eval(), draw(2, 17), Cache()
+    model, tokens = build(form).eval(), draw(2, 17)
+    cache = KVCache(model.config.num_layers, 17)
     with torch.no_grad():
         want = model(tokens)
         parts = [model(tokens[:, start:stop], cache=cache) for start, stop in itertools.pairwise([0, 7, 8, 12, 17])]
@@ -140,7 +126,7 @@ def test_left_padded_batch_decodes_like_single_prompts(form):
     columns = torch.arange(total)
     segments = (columns >= padding[:, None]).to(torch.int32)
     positions = (columns - padding[:, None]).clamp(min=0)
-    cache = Cache()
+    cache = KVCache(model.config.num_layers, total)
     with torch.no_grad():
         parts = [model(tokens, cache=cache, segment_ids=segments[:, :9], position_ids=positions[:, :9])]
         for i in range(3):
@@ -304,7 +290,7 @@ def test_positions_beyond_the_table(form):
         model(draw(1, 33))
     with pytest.raises(DataError, match="got=position 40"):
         model(draw(1, 2), position_ids=torch.tensor([[0, 40]]))
-    cache = Cache()
+    cache = KVCache(model.config.num_layers, 33)
     cache.length = 30
     with pytest.raises(DataError, match="got=position 32"):
         model(draw(1, 3), cache=cache)
