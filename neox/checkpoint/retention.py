@@ -54,11 +54,11 @@ class Found:
 
 
 def scan(root: Path) -> list[Found]:
-    """Every checkpoint folder in `root`, complete or not, oldest first. Foreign entries are skipped. Reads manifests only."""
+    """Every checkpoint folder in `root`, complete or not, oldest first. Foreign entries are skipped. Reads manifests only. Raises DiskError."""
     if not root.is_dir():
         return []
     found = []
-    for entry in sorted(os.scandir(root), key=lambda one: one.name):
+    for entry in sorted(guarded(os.scandir, root), key=lambda one: one.name):
         step = folder_step(entry.name)
         if step is None or not entry.is_dir():
             continue
@@ -140,7 +140,7 @@ def remove_checkpoint(folder: Path, *, storage: Storage = LOCAL) -> None:
         guarded(storage.unlink, folder / MANIFEST)
         sync_dir(folder, storage=storage)
     _remove_own(folder, lambda _: True, storage)
-    if not os.listdir(folder):
+    if not guarded(os.listdir, folder):
         guarded(storage.remove_dir, folder)
         sync_dir(folder.parent, storage=storage)
 
@@ -157,8 +157,8 @@ def _remove_own(folder: Path, choose, storage: Storage) -> None:
 
 
 def own_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, save id) of the files that a save leaves beside its manifest: shards, and temporary files (id "" for the manifest's)."""
-    for entry in sorted(os.scandir(folder), key=lambda one: one.name):
+    """(name, save id) of the files that a save leaves beside its manifest: shards, and temporary files (id "" for the manifest's). Raises DiskError."""
+    for entry in sorted(guarded(os.scandir, folder), key=lambda one: one.name):
         name = entry.name.removesuffix(TEMPORARY)
         shard = SHARD_NAME.fullmatch(name)
         if not entry.is_file(follow_symlinks=False):
@@ -186,7 +186,7 @@ def collect_leftovers(root: str | Path, *, storage: Storage = LOCAL) -> list[Pat
         before = {name for name, _ in own_files(one.path)}
         if one.manifest is None:  # nothing here needs to be durable: what comes back is collected again
             _remove_own(one.path, lambda _: True, storage)
-            if not os.listdir(one.path):
+            if not guarded(os.listdir, one.path):
                 guarded(storage.remove_dir, one.path)
         else:
             remove_superseded(one.path, one.manifest.save_id, storage=storage)

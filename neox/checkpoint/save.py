@@ -220,9 +220,11 @@ class Job:
                     return
             except CheckpointError:
                 return
-        if not self.folder.is_dir():
+        try:
+            entries = list(os.scandir(self.folder))
+        except OSError:
             return
-        for entry in list(os.scandir(self.folder)):
+        for entry in entries:
             match = SHARD_NAME.match(entry.name)
             if match and self._save_id and match[1] == self._save_id:
                 attempt(self._storage.unlink, Path(entry.path))

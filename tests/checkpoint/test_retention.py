@@ -7,8 +7,17 @@ import pytest
 
 from neox.checkpoint.load import find, verify
 from neox.checkpoint.manifest import Lineage
-from neox.checkpoint.retention import collect_leftovers, folder_name, folder_step, read_latest, scan, start_lineage
-from neox.errors import CheckpointError
+from neox.checkpoint.retention import (
+    collect_leftovers,
+    folder_name,
+    folder_step,
+    read_latest,
+    remove_checkpoint,
+    remove_superseded,
+    scan,
+    start_lineage,
+)
+from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import save_one
 from tests.checkpoint.faults import RecordingStorage
 
@@ -141,3 +150,12 @@ def test_lineage_of_a_damaged_parent_is_an_error(tmp_path):
     (path / "manifest.json").write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="not a manifest"):
         start_lineage(tmp_path, path)
+
+
+def test_a_folder_that_is_gone_is_a_disk_error(tmp_path):
+    """Between the save of a checkpoint and the retention after it, say."""
+    with pytest.raises(DiskError, match="the folder is gone") as caught:
+        remove_superseded(tmp_path / "step_00000003", "a" * 8)
+    assert caught.value.exit_code == 5
+    with pytest.raises(DiskError):
+        remove_checkpoint(tmp_path / "step_00000003")
