@@ -79,10 +79,18 @@ class Control:
             thread.start()
 
     def meet(self) -> None:
-        """Wait until all processes have opened their channel, so that each knows the first one before anything can happen to it."""
-        if self.store is not None:
-            dist.barrier()
+        """Wait until all processes have opened their channel and know the first one: nothing happens to it before.
+
+        Raises:
+            PeerLost: it is gone already.
+        """
+        if self.store is None:
+            return
+        try:
             self.host_of_store = json.loads(self.store.get("beat/0"))
+        except RuntimeError as error:
+            raise self.lost(self.host_of_store, 0, str(error).splitlines()[0][:120]) from error
+        dist.barrier()
 
     def watch(self) -> None:
         """Thread: look until the end of the run, or of this process."""
