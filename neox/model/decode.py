@@ -10,8 +10,9 @@ from torch import nn
 from neox.model.attention import Context
 from neox.model.norm import RMSNorm
 from neox.ops.decode_block import ACTIVATIONS, AVAILABLE, PARAMETERS, decode_block
+from neox.ops.linear import FEW_ROWS
 
-FEW_TOKENS = 8  # of all sequences together; with more, the matrix products of torch are faster
+FEW_TOKENS = FEW_ROWS  # of all sequences together; with more, the matrix products of torch are faster
 
 
 class BlockDecoder:
@@ -20,7 +21,6 @@ class BlockDecoder:
     def __init__(self, block: nn.Module):
         attention = block.attention
         self.index = attention.index
-        self.head_dim = attention.head_dim
         self.parameters = [find(block, name) for name in PARAMETERS]
         self.options = {
             "rms": isinstance(block.norm1, RMSNorm),
