@@ -17,62 +17,77 @@ struct Wanted {
 // Every sum runs in the same order in both: over the tiles of keys in order for dq, over the blocks of queries in order for dk and dv. The bits
 // therefore depend neither on the threads nor on the number of passes.
 // A block of queries while the tiles of keys go by.
+template <class E>
 struct Rows {
     QueryBlock block;
     KeyRange range;
-    float *query_rows, *dout_rows;        // [query][head_dim]
-    float *query_columns, *dout_columns;  // [head_dim][query]
-    float* dquery_columns;                // [head_dim][query]
-    float *lse, *delta;                   // [query] in base 2; sum over channels of dout * out
+    Operand<E> queries, douts;        // sums over the rows of the block
+    E *query_columns, *dout_columns;  // [channel / kTerms][query]
+    float* dquery_columns;            // [channel][query]
+    float *lse, *delta;               // [query] in base 2; sum over channels of dout * out
 };
 
+template <class E>
 struct Backward {
     Scratch scratch;
-    Rows rows[kShared];
-    float *keys, *values;    // [key][head_dim]
-    float *p, *dscores;      // [key][query]
-    float* cap_slope;        // [key][query], or null
-    float* dropped;          // [key][query] factors of dropout, or null
-    float *dkeys, *dvalues;  // [key of the range][head_dim], sums over all queries
+    Rows<E> rows[kShared];
+    Operand<E> keys, values;  // sums over the channels of both, over the rows of keys
+    float *p, *dscores;       // [key][query]
+    E *p_rows, *dscore_rows;  // [key][query / kTerms]
+    E* dscore_pairs;          // [key / kTerms][query]
+    float* cap_slope;         // [key][query], or null
+    float* dropped;           // [key][query] factors of dropout, or null
+    float *dkeys, *dvalues;   // [key of the range][channel], sums over all queries
+    float* dquery_rows;       // [query][channel]
 
     Backward(const Attention& in, int64_t range) : scratch(floats(in, range)) {
-        const int64_t padded = round_up(in.head_dim);
-        for (Rows& of : rows) {
-            of.query_rows = scratch.take(kQueries * padded);
-            of.dout_rows = scratch.take(kQueries * padded);
-            of.query_columns = scratch.take(kQueries * padded);
-            of.dout_columns = scratch.take(kQueries * padded);
+        const int64_t padded = padded_channels<E>(in.head_dim), tile = kKeys * kQueries;
+        E* const shared = scratch.take<E>(kQueries * padded / kTerms<E>);  // pairs along the channels are not needed after the loading of a block
+        for (Rows<E>& of : rows) {
+            for (Operand<E>* operand : {&of.queries, &of.douts}) {
+                operand->across = scratch.take<E>(kQueries * padded / kTerms<E>);
+                operand->along = kTerms<E> == 1 ? operand->across : shared;
+            }
+            of.query_columns = scratch.take<E>(kQueries * padded / kTerms<E>);
+            of.dout_columns = scratch.take<E>(kQueries * padded / kTerms<E>);
             of.dquery_columns = scratch.take(kQueries * padded);
             of.lse = scratch.take(kQueries);
             of.delta = scratch.take(kQueries);
         }
-        keys = scratch.take(kKeys * padded);
-        values = scratch.take(kKeys * padded);
-        p = scratch.take(kKeys * kQueries);
-        dscores = scratch.take(kKeys * kQueries);
-        cap_slope = in.softcap > 0 ? scratch.take(kKeys * kQueries) : nullptr;
-        dropped = in.dropout > 0 ? scratch.take(kKeys * kQueries) : nullptr;
+        keys.along = scratch.take<E>(kKeys * padded / kTerms<E>);
+        keys.across = kTerms<E> == 1 ? keys.along : scratch.take<E>(kKeys / kTerms<E> * padded);
+        values = {scratch.take<E>(kKeys * padded / kTerms<E>), nullptr};
+        p = scratch.take(tile);
+        dscores = scratch.take(tile);
+        p_rows = kTerms<E> == 1 ? reinterpret_cast<E*>(p) : scratch.take<E>(tile / kTerms<E>);
+        dscore_rows = kTerms<E> == 1 ? reinterpret_cast<E*>(dscores) : scratch.take<E>(tile / kTerms<E>);
+        dscore_pairs = reinterpret_cast<E*>(dscores);
+        cap_slope = in.softcap > 0 ? scratch.take(tile) : nullptr;
+        dropped = in.dropout > 0 ? scratch.take(tile) : nullptr;
         dkeys = scratch.take(range * padded);
         dvalues = scratch.take(range * padded);
+        dquery_rows = scratch.take(kQueries * padded);
     }
 
+    // An upper bound; what is not used costs no memory.
     static int64_t floats(const Attention& in, int64_t range) {
-        const int64_t tiles = 2 + (in.softcap > 0) + (in.dropout > 0);
-        return kShared * (5 * round_up(in.head_dim) + 2) * kQueries + tiles * kKeys * kQueries + 2 * (kKeys + range) * round_up(in.head_dim);
+        const int64_t padded = padded_channels<E>(in.head_dim);
+        return kShared * (5 * padded + 2) * kQueries + 6 * kKeys * kQueries + (3 * kKeys + 2 * range + 2 * kQueries) * padded;
     }
 };
 
 // The rows of a block: queries, dout, both transposed, and the two numbers per row.
-template <class T>
-void load_block(const Attention& in, const AttentionGradients& grad, const Rows& rows) {
+template <class T, class E>
+void load_block(const Attention& in, const AttentionGradients& grad, const Rows<E>& rows) {
     const QueryBlock& block = rows.block;
-    const int64_t heads = in.groups * in.heads;
+    const int64_t heads = in.groups * in.heads, padded = padded_channels<E>(in.head_dim);
     // out goes where the queries go afterwards: only its product with dout is needed
     load_queries(in, block, static_cast<const T*>(grad.out), {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim},
-                 rows.query_rows);
-    load_queries(in, block, static_cast<const T*>(grad.dout), grad.dout_strides, rows.dout_rows);
-    to_columns(in, block, rows.query_rows, 1.0f, rows.query_columns);
-    to_columns(in, block, rows.dout_rows, 1.0f, rows.dout_columns);
+                 rows.queries.along);
+    to_columns(in, block, rows.queries.along, rows.query_columns);
+    load_queries(in, block, static_cast<const T*>(grad.dout), grad.dout_strides, rows.douts.along);
+    to_columns(in, block, rows.douts.along, rows.dout_columns);
+    pair_rows(rows.douts, block.padded, padded);
     // over the channels in the order of the product dout . value: a row that sees one key then gets a score gradient of exactly zero
     product_of_columns(in.head_dim, block.padded, rows.query_columns, rows.dout_columns, rows.delta);
     for (int64_t i = 0; i < block.padded; ++i) {
@@ -80,84 +95,104 @@ void load_block(const Attention& in, const AttentionGradients& grad, const Rows&
         const float lse = grad.lse[(block.batch * heads + head) * in.queries + block.row[i]];
         rows.lse[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // a row that saw nothing: 2^(score - inf) = 0
     }
-    load_queries(in, block, static_cast<const T*>(in.q), in.q_strides, rows.query_rows);
-    to_columns(in, block, rows.query_rows, query_factor(in), rows.query_columns);
+    load_queries(in, block, static_cast<const T*>(in.q), in.q_strides, rows.queries.along);
+    to_columns(in, block, rows.queries.along, rows.query_columns);
+    pair_rows(rows.queries, block.padded, padded);
 }
 
-// p = 2^(score - lse) where not dropped; dscores, which comes in as dout . value, becomes the gradient of the score.
-void differentiate_softmax(const Rows& rows, int64_t keys, const Backward& work) {
-    for (int64_t j = 0; j < keys; ++j) {
+// p = 2^(score - lse) where not dropped; dscores, which comes in as dout . value, becomes the gradient of the score. Both as operands.
+template <class E>
+void differentiate_softmax(const Rows<E>& rows, int64_t keys, const Backward<E>& work) {
+    using Scalar = typename Arithmetic<E>::Scalar;
+    Scalar *const p_rows = reinterpret_cast<Scalar*>(work.p_rows), *const dscore_rows = reinterpret_cast<Scalar*>(work.dscore_rows);
+    for (int64_t j = 0; j < keys; j += kTerms<E>) {
         for (int64_t i = 0; i < rows.block.padded; i += kVecWidth) {
-            const int64_t at = j * kQueries + i;
-            const Vec p = exp2(load(work.p + at) - load(rows.lse + i));
-            const Vec kept = work.dropped ? load(work.dropped + at) : splat(1.0f);
-            Vec dscore = p * (load(work.dscores + at) * kept - load(rows.delta + i));
-            if (work.cap_slope) dscore *= load(work.cap_slope + at);
-            store(work.p + at, p * kept);
-            store(work.dscores + at, dscore);
+            Vec dscore[kTerms<E>];
+            for (int64_t k = 0; k < kTerms<E>; ++k) {
+                const int64_t at = (j + k) * kQueries + i;
+                const Vec p = exp2(load(work.p + at) - load(rows.lse + i));
+                const Vec kept = work.dropped ? load(work.dropped + at) : splat(1.0f);
+                dscore[k] = p * (load(work.dscores + at) * kept - load(rows.delta + i));
+                if (work.cap_slope) dscore[k] *= load(work.cap_slope + at);
+                store(p_rows + at, p * kept);
+                store(dscore_rows + at, dscore[k]);
+            }
+            if (kTerms<E> > 1) store(work.dscore_pairs + j / kTerms<E> * kQueries + i, Arithmetic<E>::join(dscore));
         }
     }
 }
 
 // Keys [begin, end), which lie in the loaded tile; dkeys and dvalues begin at key `first`.
-void add_keys(const Attention& in, const Rows& rows, int64_t begin, int64_t end, Visible visible, Wanted wanted, int64_t first, const Backward& work) {
+template <class E>
+void add_keys(const Attention& in, const Rows<E>& rows, int64_t begin, int64_t end, Visible visible, Wanted wanted, int64_t first, const Backward<E>& work) {
     const QueryBlock& block = rows.block;
-    const int64_t padded = round_up(in.head_dim), keys = end - begin, skip = begin % kKeys * padded;
-    product<false>(keys, block.padded, in.head_dim, Left{work.keys + skip, padded, 1}, rows.query_columns, kQueries, work.p, kQueries, false);
+    const int64_t padded = padded_channels<E>(in.head_dim), keys = end - begin, row = padded / kTerms<E>, skip = begin % kKeys;
+    const int64_t channels = elements<E>(in.head_dim), block_rows = elements<E>(block.count);
+    const auto left = [&](const E* data) { return Left<E>{data + skip * row, row, 1}; };
+    product<false>(keys, block.padded, channels, left(work.keys.along), rows.query_columns, kQueries, Into{work.p, kQueries, false, query_factor(in)});
     finish_scores(in, block, begin, end, visible, work.p, work.cap_slope);
-    product<false>(keys, block.padded, in.head_dim, Left{work.values + skip, padded, 1}, rows.dout_columns, kQueries, work.dscores, kQueries, false);
+    product<false>(keys, block.padded, channels, left(work.values.along), rows.dout_columns, kQueries, Into{work.dscores, kQueries, false});
+    fill_last<E>(keys, -kInfinity, work.p);
+    fill_last<E>(keys, 0.0f, work.dscores);
+    if (work.cap_slope) fill_last<E>(keys, 0.0f, work.cap_slope);
     if (work.dropped) draw_dropout(in, block, begin, end, work.dropped);
     differentiate_softmax(rows, keys, work);
     if (wanted.keys) {
-        const int64_t at = (begin - first) * padded;
-        product<false>(keys, padded, block.count, Left{work.p, kQueries, 1}, rows.dout_rows, padded, work.dvalues + at, padded, true);
-        product<false>(keys, padded, block.count, Left{work.dscores, kQueries, 1}, rows.query_rows, padded, work.dkeys + at, padded, true);
+        const int64_t at = (begin - first) * padded, columns = round_up(in.head_dim);
+        const auto transposed = [&](const E* data) { return Left<E>{data, kQueries / kTerms<E>, 1}; };
+        product<false>(keys, columns, block_rows, transposed(work.p_rows), rows.douts.across, padded, Into{work.dvalues + at, padded, true});
+        product<false>(keys, columns, block_rows, transposed(work.dscore_rows), rows.queries.across, padded, Into{work.dkeys + at, padded, true});
     }
     if (wanted.queries) {
-        product<true>(in.head_dim, block.padded, keys, Left{work.keys + skip, 1, padded}, work.dscores, kQueries, rows.dquery_columns, kQueries, true);
+        const Left<E> columns{work.keys.across + skip / kTerms<E> * padded, 1, padded};
+        product<true>(in.head_dim, block.padded, elements<E>(keys), columns, work.dscore_pairs, kQueries, Into{rows.dquery_columns, kQueries, true});
     }
 }
 
-template <class T>
-void store_dqueries(const Attention& in, const AttentionGradients& grad, const Rows& rows) {
-    const int64_t padded = round_up(in.head_dim);
+template <class T, class E>
+void store_dqueries(const Attention& in, const AttentionGradients& grad, const Rows<E>& rows, float* dquery_rows) {
+    const int64_t padded = padded_channels<E>(in.head_dim);
     for (int64_t at = 0; at < in.head_dim * kQueries; at += kVecWidth) store(rows.dquery_columns + at, load(rows.dquery_columns + at) * in.scale);
-    transpose(rows.dquery_columns, kQueries, padded, rows.block.padded, rows.query_rows, padded);
-    store_queries(in, rows.block, rows.query_rows, static_cast<T*>(grad.dq), grad.dq_strides);
+    transpose(rows.dquery_columns, kQueries, padded, rows.block.padded, dquery_rows, padded);
+    store_queries(in, rows.block, dquery_rows, padded, static_cast<T*>(grad.dq), grad.dq_strides);
 }
 
 // The blocks of one unit against keys [range.begin, range.end); a tile is loaded when the first of them needs it.
-template <class T>
-void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t pair, int64_t unit, KeyRange range, Wanted wanted, Backward& work) {
+template <class T, class E>
+void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t pair, int64_t unit, KeyRange range, Wanted wanted, Backward<E>& work) {
     const int64_t count = std::min(kShared, num_query_blocks(in) - unit * kShared);
     KeyRange all{in.keys, 0};
     for (int64_t i = 0; i < count; ++i) {
-        Rows& rows = work.rows[i];
+        Rows<E>& rows = work.rows[i];
         rows.block = query_block(in, pair / in.groups, pair % in.groups, unit * kShared + i);
         rows.range = intersection(visible_keys(in, rows.block), range);
         all = {std::min(all.begin, rows.range.begin), std::max(all.end, rows.range.end)};
-        if (wanted.queries) std::fill_n(rows.dquery_columns, round_up(in.head_dim) * kQueries, 0.0f);
+        if (wanted.queries) std::fill_n(rows.dquery_columns, padded_channels<E>(in.head_dim) * kQueries, 0.0f);
         if (rows.range.begin < rows.range.end) load_block<T>(in, grad, rows);
     }
     for (int64_t tile = all.begin / kKeys * kKeys; tile < all.end; tile += kKeys) {
         bool loaded = false;
         for (int64_t i = 0; i < count; ++i) {
-            const Rows& rows = work.rows[i];
-            const KeyRange part = intersection({tile, tile + kKeys}, rows.range);
+            const Rows<E>& rows = work.rows[i];
+            const KeyRange part = whole_elements<E>(intersection({tile, tile + kKeys}, rows.range));
             if (part.begin >= part.end) continue;
             const Visible visible = visibility(in, rows.block, part.begin, part.end);
             if (visible == Visible::kNone) continue;
-            if (!loaded) load_tile<T>(in, rows.block, intersection({tile, tile + kKeys}, {0, in.keys}), work.keys, work.values);
-            loaded = true;
+            if (!loaded) {
+                const KeyRange whole = intersection({tile, tile + kKeys}, {0, in.keys});
+                load_keys<T>(in, rows.block, whole, in.k, in.k_strides, work.keys);
+                load_keys<T>(in, rows.block, whole, in.v, in.v_strides, work.values);
+                loaded = true;
+            }
             add_keys(in, rows, part.begin, part.end, visible, wanted, range.begin, work);
         }
     }
-    for (int64_t i = 0; wanted.queries && i < count; ++i) store_dqueries<T>(in, grad, work.rows[i]);
+    for (int64_t i = 0; wanted.queries && i < count; ++i) store_dqueries<T>(in, grad, work.rows[i], work.dquery_rows);
 }
 
 template <class T>
 void store_keys(const Attention& in, int64_t batch, int64_t group, KeyRange range, float* sums, float factor, T* data, const AttentionStrides& strides) {
-    const int64_t padded = round_up(in.head_dim);
+    const int64_t padded = padded_channels<Element<T>>(in.head_dim);
     T* const base = data + batch * strides.batch + group * strides.group;
     for (int64_t j = range.begin; j < range.end; ++j) {
         float* const row = sums + (j - range.begin) * padded;
@@ -167,9 +202,9 @@ void store_keys(const Attention& in, int64_t batch, int64_t group, KeyRange rang
 }
 
 // All blocks of queries against a range of keys.
-template <class T>
-void backward_keys(const Attention& in, const AttentionGradients& grad, int64_t pair, KeyRange range, Wanted wanted, Backward& work) {
-    const int64_t size = (range.end - range.begin) * round_up(in.head_dim), batch = pair / in.groups, group = pair % in.groups;
+template <class T, class E>
+void backward_keys(const Attention& in, const AttentionGradients& grad, int64_t pair, KeyRange range, Wanted wanted, Backward<E>& work) {
+    const int64_t size = (range.end - range.begin) * padded_channels<E>(in.head_dim), batch = pair / in.groups, group = pair % in.groups;
     std::fill_n(work.dkeys, size, 0.0f);
     std::fill_n(work.dvalues, size, 0.0f);
     for (int64_t unit = 0; unit < num_block_groups(in); ++unit) backward_unit<T>(in, grad, pair, unit, range, wanted, work);
@@ -180,7 +215,7 @@ void backward_keys(const Attention& in, const AttentionGradients& grad, int64_t 
 template <class T>
 void backward_one_pass(const Attention& in, const AttentionGradients& grad, const Parallel& parallel) {
     parallel(in.batch * in.groups, 1, [&](int64_t begin, int64_t end) {
-        Backward work(in, in.keys);
+        Backward<Element<T>> work(in, in.keys);
         for (int64_t pair = begin; pair < end; ++pair) backward_keys<T>(in, grad, pair, KeyRange{0, in.keys}, Wanted{true, true}, work);
     });
 }
@@ -191,14 +226,14 @@ template <class T>
 void backward_two_passes(const Attention& in, const AttentionGradients& grad, const Parallel& parallel) {
     const int64_t pairs = in.batch * in.groups, ranges = (in.keys + kRange - 1) / kRange, units = num_block_groups(in);
     parallel(pairs * ranges, 1, [&](int64_t begin, int64_t end) {
-        Backward work(in, kRange);
+        Backward<Element<T>> work(in, kRange);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t first = folded(i % ranges, ranges) * kRange;
             backward_keys<T>(in, grad, i / ranges, KeyRange{first, std::min(first + kRange, in.keys)}, Wanted{false, true}, work);
         }
     });
     parallel(pairs * units, 1, [&](int64_t begin, int64_t end) {
-        Backward work(in, 0);
+        Backward<Element<T>> work(in, 0);
         for (int64_t i = begin; i < end; ++i) {
             backward_unit<T>(in, grad, i / units, folded(i % units, units), KeyRange{0, in.keys}, Wanted{true, false}, work);
         }

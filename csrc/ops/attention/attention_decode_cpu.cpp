@@ -157,7 +157,7 @@ void combine_spans(const Attention& in, const QueryBlock& block, int64_t spans, 
         const int64_t head = block.group * in.heads + block.head[r];
         lse[(block.batch * heads + head) * in.queries + block.row[r]] = total == 0.0f ? -kInfinity : (peak + std::log2(total)) * kLn2;
     }
-    store_queries(in, block, out_parts, out, {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim});
+    store_queries(in, block, out_parts, padded, out, {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim});
 }
 
 }  // namespace

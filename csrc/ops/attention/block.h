@@ -24,6 +24,18 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t size) { return (size + kVecWidth - 1) / kVecWidth * kVecWidth; }
 
+// Elements that hold `count` terms of a sum.
+template <class E>
+inline int64_t elements(int64_t count) {
+    return (count + kTerms<E> - 1) / kTerms<E>;
+}
+
+// Channels of a row in a tile of elements E: whole vectors of elements, the channels beyond head_dim zero.
+template <class E>
+inline int64_t padded_channels(int64_t head_dim) {
+    return kTerms<E> * round_up(elements<E>(head_dim));
+}
+
 struct QueryBlock {
     int64_t batch, group;
     int64_t count;   // rows in use; the lanes after them repeat the last row
@@ -195,12 +207,28 @@ inline void draw_dropout(const Attention& in, const QueryBlock& block, int64_t b
     }
 }
 
-// [rows, head_dim] of any element type to fp32 rows of `padded` elements, the channels beyond head_dim zero.
+// One row of head_dim channels to `padded`, the channels beyond head_dim zero.
 template <class T>
 inline void load_row(const T* from, int64_t head_dim, int64_t padded, float* to) {
     int64_t c = 0;
     for (; c + kVecWidth <= head_dim; c += kVecWidth) store(to + c, load(from + c));
     if (c < padded) store(to + c, load(from + c, head_dim - c));
+}
+
+inline void load_row(const bf16* from, int64_t head_dim, int64_t padded, Pair* to) {
+    constexpr int64_t kStep = 2 * kVecWidth;
+    int64_t c = 0;
+    const auto copy = [&](const bf16* whole) {
+        Vec words;
+        std::memcpy(&words, whole, sizeof(words));
+        store(to + c / 2, words);
+    };
+    for (; c + kStep <= head_dim; c += kStep) copy(from + c);
+    if (c < padded) {
+        bf16 rest[kStep] = {};
+        std::copy(from + c, from + head_dim, rest);
+        copy(rest);
+    }
 }
 
 template <class T>
@@ -211,65 +239,96 @@ inline void store_row(const float* from, int64_t head_dim, T* to) {
 }
 
 // Rows of a [batch, sequence, groups, heads, head_dim] tensor for the lanes of a block; lanes beyond its rows become zeros.
-template <class T>
-inline void load_queries(const Attention& in, const QueryBlock& block, const T* data, const AttentionStrides& strides, float* rows) {
-    const int64_t padded = round_up(in.head_dim);
+template <class T, class E>
+inline void load_queries(const Attention& in, const QueryBlock& block, const T* data, const AttentionStrides& strides, E* rows) {
+    const int64_t padded = padded_channels<E>(in.head_dim), row = padded / kTerms<E>;
     const T* const base = data + block.batch * strides.batch + block.group * strides.group;
     for (int64_t i = 0; i < block.count; ++i) {
-        load_row(base + block.row[i] * strides.sequence + block.head[i] * strides.head, in.head_dim, padded, rows + i * padded);
+        load_row(base + block.row[i] * strides.sequence + block.head[i] * strides.head, in.head_dim, padded, rows + i * row);
     }
-    std::fill(rows + block.count * padded, rows + block.padded * padded, 0.0f);
+    std::fill(rows + block.count * row, rows + block.padded * row, E{});
 }
 
+// rows [row][padded] of fp32.
 template <class T>
-inline void store_queries(const Attention& in, const QueryBlock& block, const float* rows, T* data, const AttentionStrides& strides) {
-    const int64_t padded = round_up(in.head_dim);
+inline void store_queries(const Attention& in, const QueryBlock& block, const float* rows, int64_t padded, T* data, const AttentionStrides& strides) {
     T* const base = data + block.batch * strides.batch + block.group * strides.group;
     for (int64_t i = 0; i < block.count; ++i) {
         store_row(rows + i * padded, in.head_dim, base + block.row[i] * strides.sequence + block.head[i] * strides.head);
     }
 }
 
-// Keys and values [range.begin, range.end) of one batch and group as fp32 rows.
-template <class T>
-inline void load_tile(const Attention& in, const QueryBlock& block, KeyRange range, float* keys, float* values) {
-    const int64_t padded = round_up(in.head_dim);
-    const T* const k = static_cast<const T*>(in.k) + block.batch * in.k_strides.batch + block.group * in.k_strides.group;
-    const T* const v = static_cast<const T*>(in.v) + block.batch * in.v_strides.batch + block.group * in.v_strides.group;
-    for (int64_t j = range.begin; j < range.end; ++j) {
-        load_row(k + j * in.k_strides.sequence, in.head_dim, padded, keys + (j - range.begin) * padded);
-        load_row(v + j * in.v_strides.sequence, in.head_dim, padded, values + (j - range.begin) * padded);
+// A tile's rows as operands of sums over their channels, [row][channel / kTerms], and of sums over the rows, [row / kTerms][channel]. Both are the
+// same floats; pairs of bf16 need a copy of each, and `across` is null where nothing sums over the rows.
+template <class E>
+struct Operand {
+    E* along;
+    E* across;
+};
+
+// across from along; a last row without a neighbour is paired with zeros.
+template <class E>
+inline void pair_rows(const Operand<E>& operand, int64_t rows, int64_t padded) {
+    if constexpr (kTerms<E> == 2) {
+        for (int64_t i = 0; i < rows; i += 2) {
+            const E* const row = operand.along + i * padded / 2;
+            for (int64_t c = 0; c < padded; c += 2 * kVecWidth) {
+                const Vec first = load(row + c / 2), second = i + 1 < rows ? load(row + (padded + c) / 2) : Vec{};
+                Arithmetic<E>::interleave(first, second, operand.across + i / 2 * padded + c);
+            }
+        }
     }
 }
 
-// columns [head_dim][query] = factor * transpose of rows [query][head_dim].
-inline void to_columns(const Attention& in, const QueryBlock& block, const float* rows, float factor, float* columns) {
-    const int64_t padded = round_up(in.head_dim);
-    transpose(rows, padded, block.padded, padded, columns, kQueries);
-    if (factor == 1.0f) return;
-    for (int64_t c = 0; c < in.head_dim; ++c) {
-        for (int64_t i = 0; i < block.padded; i += kVecWidth) store(columns + c * kQueries + i, load(columns + c * kQueries + i) * factor);
-    }
+// Rows [range.begin, range.end) of the keys or values of one batch and group.
+template <class T, class E>
+inline void load_keys(const Attention& in, const QueryBlock& block, KeyRange range, const void* data, const AttentionStrides& strides, const Operand<E>& to) {
+    const int64_t padded = padded_channels<E>(in.head_dim), row = padded / kTerms<E>;
+    const T* const base = static_cast<const T*>(data) + block.batch * strides.batch + block.group * strides.group;
+    for (int64_t j = range.begin; j < range.end; ++j) load_row(base + j * strides.sequence, in.head_dim, padded, to.along + (j - range.begin) * row);
+    if (to.across) pair_rows(to, range.end - range.begin, padded);
 }
 
-// products[query] = sum over channels, in order, of a [channel][query] * b [channel][query].
-inline void product_of_columns(int64_t channels, int64_t queries, const float* a, const float* b, float* products) {
+// columns [channel / kTerms][query] of rows [query][channel / kTerms].
+template <class E>
+inline void to_columns(const Attention& in, const QueryBlock& block, const E* rows, E* columns) {
+    const int64_t row = padded_channels<E>(in.head_dim) / kTerms<E>;
+    transpose(rows, row, block.padded, row, columns, kQueries);
+}
+
+// products[query] = sum over channels, in the order of `product`, of a [channel][query] * b [channel][query].
+template <class E>
+inline void product_of_columns(int64_t channels, int64_t queries, const E* a, const E* b, float* products) {
     for (int64_t i = 0; i < queries; i += kVecWidth) {
         Vec total = {};
-        for (int64_t c = 0; c < channels; ++c) total += load(a + c * kQueries + i) * load(b + c * kQueries + i);
+        for (int64_t c = 0; c < elements<E>(channels); ++c) total = Arithmetic<E>::multiply_add(load(a + c * kQueries + i), load(b + c * kQueries + i), total);
         store(products + i, total);
     }
 }
 
-// Scratch floats of one thread, cut into aligned pieces.
+// The keys of a tile that a block sees, from a key on with which an element begins.
+template <class E>
+inline KeyRange whole_elements(KeyRange range) {
+    return {range.begin - range.begin % kTerms<E>, range.end};
+}
+
+// A tile of scores or their gradients, [key][query], whose last element lacks a term: that term's row becomes `value`.
+template <class E>
+inline void fill_last(int64_t keys, float value, float* tile) {
+    if (keys % kTerms<E>) std::fill_n(tile + keys * kQueries, kQueries, value);
+}
+
+// Scratch of one thread, in elements of 4 bytes, cut into aligned pieces. It starts as zeros.
 class Scratch {
   public:
-    explicit Scratch(int64_t floats) : lines_(static_cast<size_t>((floats + 15) / 16 + 64)) {}
+    explicit Scratch(int64_t elements) : lines_(static_cast<size_t>((elements + 15) / 16 + 64)) {}
 
-    float* take(int64_t floats) {
+    template <class E = float>
+    E* take(int64_t elements) {
+        static_assert(sizeof(E) == sizeof(float));
         float* const piece = lines_.data()->x + used_;
-        used_ += (floats + 15) / 16 * 16;
-        return piece;
+        used_ += (elements + 15) / 16 * 16;
+        return reinterpret_cast<E*>(piece);
     }
 
   private:

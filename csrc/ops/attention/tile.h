@@ -1,7 +1,12 @@
-// Tile arithmetic of the attention kernels on CPU: matrix products, transposes and exp2 on small fp32 tiles. No torch.
+// Tile arithmetic of the attention kernels on CPU: matrix products of small tiles, summed in fp32, and transposes. No torch.
+//
+// The elements of an operand are floats, or pairs of bf16 values that are neighbours in the direction of the sum: where one instruction
+// multiplies both and adds them (AVX512_BF16), a product of bf16 takes half the instructions and half the memory.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "common/vec.h"
 
@@ -17,72 +22,179 @@ constexpr int kMaxVectors = 2;
 constexpr int product_rows(int vectors) { return vectors == 2 ? 6 : 12; }
 #endif
 
+struct Pair {
+    bf16 first, second;
+};
+static_assert(sizeof(Pair) == sizeof(float));
+
+using neox::load;
+using neox::store;
+
+// kVecWidth elements, or one in all lanes, as bits.
+NEOX_INLINE Vec load(const Pair* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+NEOX_INLINE void store(Pair* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+NEOX_INLINE Vec spread(const float* p) { return splat(*p); }
+
+NEOX_INLINE Vec spread(const Pair* p) {
+    int32_t word;
+    std::memcpy(&word, p, sizeof(word));
+    return from_bits(splat_int(word));
+}
+
+// Arithmetic on vectors of elements, each of which holds kTerms terms of a sum.
+template <class E>
+struct Arithmetic;
+
+template <>
+struct Arithmetic<float> {
+    using Scalar = float;  // one term
+    static constexpr int64_t kTerms = 1;
+
+    static NEOX_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+
+    // Elements of every lane from their terms.
+    static NEOX_INLINE Vec join(const Vec (&terms)[1]) { return terms[0]; }
+};
+
+// What the rows of a tensor of T become in a tile.
+template <class T>
+struct ElementOf {
+    using type = float;
+};
+
+#if defined(__AVX512BF16__) && NEOX_VEC_WIDTH == 16
+template <>
+struct Arithmetic<Pair> {
+    using Scalar = bf16;
+    static constexpr int64_t kTerms = 2;
+
+    // Denormals count as zeros, as everywhere in this extension.
+    static NEOX_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+        return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+    }
+
+    static NEOX_INLINE Vec join(const Vec (&terms)[2]) {
+        const auto halves = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(terms[1]), reinterpret_cast<__m512>(terms[0]));
+        return reinterpret_cast<Vec>(_mm512_permutexvar_epi16(neighbours(0, kVecWidth), reinterpret_cast<__m512i>(halves)));
+    }
+
+    // to[c] = (first[c], second[c]) for the 2 * kVecWidth values of each.
+    static NEOX_INLINE void interleave(Vec first, Vec second, Pair* to) {
+        const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
+        store(to, reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, neighbours(0, 2 * kVecWidth), b)));
+        store(to + kVecWidth, reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, neighbours(kVecWidth, 2 * kVecWidth), b)));
+    }
+
+  private:
+    // Words begin, begin + apart, begin + 1, begin + 1 + apart, ...
+    static NEOX_INLINE __m512i neighbours(int begin, int apart) {
+        return reinterpret_cast<__m512i>((lane_index() + begin) | ((lane_index() + begin + apart) << 16));
+    }
+};
+
+template <>
+struct ElementOf<bf16> {
+    using type = Pair;
+};
+#endif
+
+template <class T>
+using Element = typename ElementOf<T>::type;
+
+template <class E>
+constexpr int64_t kTerms = Arithmetic<E>::kTerms;
+
 // The left operand of a product, read one element at a time: element (i, k) is data[i * row + k * step]; one of both is 1.
+template <class E>
 struct Left {
-    const float* data;
+    const E* data;
     int64_t row;
     int64_t step;
 };
 
-// c[i][0:V*width] (+)= sum over k of a(i, k) * b[k][0:V*width], i < R. Each sum starts at zero and runs over k in order; it is then added to c:
+// Where a product goes: added to what is there, or `factor` times the product in its place.
+struct Into {
+    float* data;
+    int64_t row;
+    bool add;
+    float factor = 1.0f;
+};
+
+// c[i][0:V*width] = sum over k of a(i, k) * b[k][0:V*width], i < R. Each sum starts at zero and runs over k in order; it is then added to c:
 // sums over many tiles round once per tile, not once per element. The bits of a row don't depend on R, V, or on the rows beside it.
-template <int R, int V, bool kUnitRow>
-NEOX_INLINE void product_block(int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+template <int R, int V, bool kUnitRow, class E>
+NEOX_INLINE void product_block(int64_t depth, Left<E> a, const E* b, int64_t b_row, Into c) {
     Vec sum[R][V] = {};
     for (int64_t k = 0; k < depth; ++k) {
         Vec right[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) right[v] = load(b + k * b_row + v * kVecWidth);
-        const float* left = kUnitRow ? a.data + k * a.step : a.data + k;
+        const E* left = kUnitRow ? a.data + k * a.step : a.data + k;
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) {
-            const Vec x = splat(kUnitRow ? left[i] : left[i * a.row]);
+            const Vec x = spread(kUnitRow ? left + i : left + i * a.row);
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sum[i][v] += x * right[v];
+            for (int v = 0; v < V; ++v) sum[i][v] = Arithmetic<E>::multiply_add(x, right[v], sum[i][v]);
         }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            float* const at = c + i * c_row + v * kVecWidth;
-            store(at, accumulate ? load(at) + sum[i][v] : sum[i][v]);
+            float* const at = c.data + i * c.row + v * kVecWidth;
+            store(at, c.add ? load(at) + sum[i][v] : sum[i][v] * c.factor);
         }
     }
 }
 
+// GCC 12 allocates registers loop by loop and then spills some of the right operand's although they fit.
+#if defined(__GNUC__) && !defined(__clang__)
+#define NEOX_ONE_REGION __attribute__((optimize("ira-region=one")))
+#else
+#define NEOX_ONE_REGION
+#endif
+
 // One panel of V vectors of columns, all rows.
-template <int V, bool kUnitRow>
-inline void product_panel(int64_t rows, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+template <int V, bool kUnitRow, class E>
+NEOX_ONE_REGION inline void product_panel(int64_t rows, int64_t depth, Left<E> a, const E* b, int64_t b_row, Into c) {
     constexpr int R = product_rows(V);
     int64_t i = 0;
-    const auto at = [&](int64_t row) { return Left{a.data + row * a.row, a.row, a.step}; };
-    for (; i + R <= rows; i += R) product_block<R, V, kUnitRow>(depth, at(i), b, b_row, c + i * c_row, c_row, accumulate);
-    for (; i + 4 <= rows; i += 4) product_block<4, V, kUnitRow>(depth, at(i), b, b_row, c + i * c_row, c_row, accumulate);
-    for (; i + 2 <= rows; i += 2) product_block<2, V, kUnitRow>(depth, at(i), b, b_row, c + i * c_row, c_row, accumulate);
-    for (; i < rows; ++i) product_block<1, V, kUnitRow>(depth, at(i), b, b_row, c + i * c_row, c_row, accumulate);
+    const auto from = [&](int64_t row) { return Left<E>{a.data + row * a.row, a.row, a.step}; };
+    const auto to = [&](int64_t row) { return Into{c.data + row * c.row, c.row, c.add, c.factor}; };
+    for (; i + R <= rows; i += R) product_block<R, V, kUnitRow>(depth, from(i), b, b_row, to(i));
+    for (; i + 4 <= rows; i += 4) product_block<4, V, kUnitRow>(depth, from(i), b, b_row, to(i));
+    for (; i + 2 <= rows; i += 2) product_block<2, V, kUnitRow>(depth, from(i), b, b_row, to(i));
+    for (; i < rows; ++i) product_block<1, V, kUnitRow>(depth, from(i), b, b_row, to(i));
 }
 
-// c [rows, columns] (+)= a [rows, depth] * b [depth, columns]; columns is a multiple of the vector width.
-template <bool kUnitRow>
-inline void product(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+// c [rows, columns] = a [rows, depth] * b [depth, columns]; columns is a multiple of the vector width, depth counts elements.
+template <bool kUnitRow, class E>
+inline void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, const E* b, int64_t b_row, Into c) {
+    const auto panel = [&](auto vectors, int64_t j) {
+        product_panel<decltype(vectors)::value, kUnitRow>(rows, depth, a, b + j, b_row, Into{c.data + j, c.row, c.add, c.factor});
+        return decltype(vectors)::value * kVecWidth;
+    };
     for (int64_t j = 0; j < columns;) {
         const int64_t left = (columns - j) / kVecWidth;
         if (left >= kMaxVectors) {
-            product_panel<kMaxVectors, kUnitRow>(rows, depth, a, b + j, b_row, c + j, c_row, accumulate);
-            j += kMaxVectors * kVecWidth;
+            j += panel(std::integral_constant<int, kMaxVectors>{}, j);
         } else if (left >= 2) {
-            product_panel<2, kUnitRow>(rows, depth, a, b + j, b_row, c + j, c_row, accumulate);
-            j += 2 * kVecWidth;
+            j += panel(std::integral_constant<int, 2>{}, j);
         } else {
-            product_panel<1, kUnitRow>(rows, depth, a, b + j, b_row, c + j, c_row, accumulate);
-            j += kVecWidth;
+            j += panel(std::integral_constant<int, 1>{}, j);
         }
     }
 }
 
 // to[c][r] = from[r][c] for a square of kVecWidth rows and columns.
-NEOX_INLINE void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row) {
+template <class E>
+NEOX_INLINE void transpose_square(const E* from, int64_t from_row, E* to, int64_t to_row) {
     Vec rows[kVecWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < kVecWidth; ++i) rows[i] = load(from + i * from_row);
@@ -92,7 +204,8 @@ NEOX_INLINE void transpose_square(const float* from, int64_t from_row, float* to
 }
 
 // to [columns, rows] = transpose of from [rows, columns], both counts multiples of the vector width.
-inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+template <class E>
+inline void transpose(const E* from, int64_t from_row, int64_t rows, int64_t columns, E* to, int64_t to_row) {
     for (int64_t i = 0; i < rows; i += kVecWidth) {
         for (int64_t j = 0; j < columns; j += kVecWidth) transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
     }
