@@ -57,15 +57,22 @@ NEOX_CLONES void widen(const TokenType& type, const uint8_t* from, uint64_t coun
     }
 }
 
+NEOX_CLONES void fill_run(int32_t* segments, int64_t* positions, uint64_t count, int32_t segment) {
+    for (uint64_t i = 0; i < count; ++i) segments[i] = segment;
+    if (positions == nullptr) return;
+    for (uint64_t i = 0; i < count; ++i) positions[i] = static_cast<int64_t>(i);
+}
+
 }  // namespace
 
 // Where a run of tokens goes: the first `count` to `tokens`, all but the first to `shifted` (if that is wanted), and the number of each
-// one's document to `segments` (likewise).
+// one's document and its place in that to `segments` and `positions` (likewise).
 struct IndexedDataset::Target {
     int64_t* tokens;
     int64_t* shifted;
     int32_t* segments;
-    uint64_t count;  // of tokens that `tokens` and `segments` take
+    int64_t* positions;
+    uint64_t count;  // of tokens that all but `shifted` take
 
     // `some` tokens that follow the first `at`.
     void put(const TokenType& type, const uint8_t* raw, uint64_t at, uint64_t some) const {
@@ -75,7 +82,7 @@ struct IndexedDataset::Target {
         widen(type, raw + skip * type.bytes, some - skip, shifted + at + skip - 1);
     }
     void mark(uint64_t from, uint64_t to, int32_t segment) const {
-        if (from < count) std::fill(segments + from, segments + std::min(to, count), segment);
+        if (from < count) fill_run(segments + from, positions == nullptr ? nullptr : positions + from, std::min(to, count) - from, segment);
     }
 };
 
@@ -238,7 +245,8 @@ void IndexedDataset::read_tokens(uint64_t first, uint64_t count, const Target& t
 }
 
 void IndexedDataset::read(uint64_t first, uint64_t count, int64_t* out, int32_t* segments) const {
-    read_to(first, count, Target{out, nullptr, segments, count});
+    idx_.check_unchanged();
+    read_to(first, count, Target{out, nullptr, segments, nullptr, count});
 }
 
 void IndexedDataset::read_to(uint64_t first, uint64_t count, const Target& to) const {
@@ -248,7 +256,6 @@ void IndexedDataset::read_to(uint64_t first, uint64_t count, const Target& to) c
             .found("tokens " + number(first) + " to " + number(first + count))
             .expected("at most " + number(index_.num_tokens()));
     if (count == 0) return;
-    idx_.check_unchanged();
     read_tokens(first, count, to, 0);
     if (to.segments == nullptr) return;
     uint64_t document = index_.document_of_token(first);
@@ -263,12 +270,12 @@ void IndexedDataset::read_to(uint64_t first, uint64_t count, const Target& to) c
 
 template <typename T>
 void IndexedDataset::read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const {
-    read_ordered_to(order, length, position, offset, count, Target{out, nullptr, segments, count});
+    idx_.check_unchanged();
+    read_ordered_to(order, length, position, offset, count, Target{out, nullptr, segments, nullptr, count});
 }
 
 template <typename T>
 void IndexedDataset::read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, const Target& to) const {
-    idx_.check_unchanged();
     int32_t segment = 0;
     for (uint64_t done = 0; done < count; ++position, offset = 0) {
         if (position >= length)
@@ -294,9 +301,11 @@ template void IndexedDataset::read_ordered(const int64_t*, uint64_t, uint64_t, u
 template <typename Read>
 void IndexedDataset::fill_rows(const Rows& to, const Read& read) const {
     const uint64_t s = to.seq_length;
+    idx_.check_unchanged();
     for (uint64_t i = 0; i < to.count; ++i) {
         const auto row = static_cast<uint64_t>(to.rows[i]) * s;
-        read(i, Target{to.inputs + row, to.targets + row, to.segments == nullptr ? nullptr : to.segments + row, s});
+        const auto at = [row](auto* data) { return data == nullptr ? nullptr : data + row; };
+        read(i, Target{to.inputs + row, to.targets + row, at(to.segments), at(to.positions), s});
     }
 }
 
@@ -319,7 +328,7 @@ uint64_t IndexedDataset::find_bad_token(int64_t vocab_size) const {
     std::vector<int64_t> tokens(std::min(kChunk, index_.num_tokens()));
     for (uint64_t first = 0; first < index_.num_tokens(); first += kChunk) {
         const uint64_t count = std::min(kChunk, index_.num_tokens() - first);
-        read_tokens(first, count, Target{tokens.data(), nullptr, nullptr, count}, 0);
+        read_tokens(first, count, Target{tokens.data(), nullptr, nullptr, nullptr, count}, 0);
         for (uint64_t i = 0; i < count; ++i)
             if (tokens[i] < 0 || tokens[i] >= vocab_size) return first + i;
     }

@@ -103,12 +103,13 @@ class IndexedDataset {
     void read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const;
 
     // Samples of seq_length + 1 tokens, each into a row of its own: inputs (all but the last token) and targets (all but the first), both
-    // [rows, seq_length], and segments likewise, which may be null. Sample i goes to row rows[i].
+    // [rows, seq_length], and likewise segments, and positions in them from 0 on, which may both be null. Sample i goes to row rows[i].
     struct Rows {
         const int64_t* rows;
         uint64_t count, seq_length;
         int64_t *inputs, *targets;
         int32_t* segments;
+        int64_t* positions;
     };
     // Sample i starts at token firsts[i] of the dataset.
     void read_rows(const int64_t* firsts, const Rows& to) const;

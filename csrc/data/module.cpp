@@ -98,19 +98,29 @@ py::tuple read_ordered(const IndexedDataset& self, const py::array_t<T, py::arra
     });
 }
 
-// The arrays that rows of samples go to, checked.
-IndexedDataset::Rows rows_of(const Array<int64_t>& rows, Exact<int64_t>& inputs, Exact<int64_t>& targets, const py::object& segments) {
-    if (inputs.ndim() != 2 || targets.ndim() != 2 || inputs.shape(0) != targets.shape(0) || inputs.shape(1) != targets.shape(1))
-        throw py::value_error("inputs and targets must be [rows, seq_length]");
-    IndexedDataset::Rows to{
-        rows.data(), static_cast<uint64_t>(rows.size()), static_cast<uint64_t>(inputs.shape(1)), inputs.mutable_data(), targets.mutable_data(), nullptr};
-    if (!segments.is_none()) {
-        if (!py::isinstance<Exact<int32_t>>(segments)) throw py::type_error("segments must be a contiguous int32 array");
-        auto marks = segments.cast<Exact<int32_t>>();
-        if (marks.ndim() != 2 || marks.shape(0) != inputs.shape(0) || marks.shape(1) != inputs.shape(1))
-            throw py::value_error("segments must be [rows, seq_length]");
-        to.segments = marks.mutable_data();
-    }
+// An array of the shape of `inputs`, or null for None.
+template <typename T>
+T* data_like(const Exact<int64_t>& inputs, const py::object& given, const char* name) {
+    if (given.is_none()) return nullptr;
+    if (!py::isinstance<Exact<T>>(given)) throw py::type_error(std::string(name) + " must be a contiguous array of its type");
+    auto array = given.cast<Exact<T>>();
+    if (array.ndim() != 2 || array.shape(0) != inputs.shape(0) || array.shape(1) != inputs.shape(1))
+        throw py::value_error(std::string(name) + " must be [rows, seq_length]");
+    return array.mutable_data();
+}
+
+// The arrays that rows of samples go to, checked: inputs, targets, segments or None, positions or None.
+IndexedDataset::Rows rows_of(const Array<int64_t>& rows, Exact<int64_t>& inputs, const py::object& targets, const py::object& segments,
+                             const py::object& positions) {
+    if (inputs.ndim() != 2 || targets.is_none()) throw py::value_error("inputs and targets must be [rows, seq_length]");
+    const IndexedDataset::Rows to{rows.data(),
+                                  static_cast<uint64_t>(rows.size()),
+                                  static_cast<uint64_t>(inputs.shape(1)),
+                                  inputs.mutable_data(),
+                                  data_like<int64_t>(inputs, targets, "targets"),
+                                  data_like<int32_t>(inputs, segments, "segments"),
+                                  data_like<int64_t>(inputs, positions, "positions")};
+    if (to.positions != nullptr && to.segments == nullptr) throw py::value_error("positions need segments");
     for (uint64_t i = 0; i < to.count; ++i)
         if (to.rows[i] < 0 || to.rows[i] >= inputs.shape(0)) throw py::index_error("row " + std::to_string(to.rows[i]) + " is out of range");
     return to;
@@ -121,9 +131,9 @@ void check_starts(const Array<int64_t>& starts, const IndexedDataset::Rows& to) 
     for (py::ssize_t i = 0; i < starts.size(); ++i) check_below(starts.data()[i], INT64_MAX / 2, "start");
 }
 
-void read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, Exact<int64_t> targets,
-               const py::object& segments) {
-    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments);
+void read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
+               const py::object& segments, const py::object& places) {
+    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, places);
     check_starts(firsts, to);
     const int64_t* from = firsts.data();
     py::gil_scoped_release released;
@@ -132,8 +142,9 @@ void read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const A
 
 template <typename T>
 void read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, const Array<int64_t>& positions,
-                       const Array<int64_t>& offsets, const Array<int64_t>& rows, Exact<int64_t> inputs, Exact<int64_t> targets, const py::object& segments) {
-    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments);
+                       const Array<int64_t>& offsets, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets, const py::object& segments,
+                       const py::object& places) {
+    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, places);
     check_starts(positions, to);
     check_starts(offsets, to);
     const T* data = order.data();
@@ -339,11 +350,12 @@ void bind_dataset(py::module_& module) {
         .def("damaged_blocks", &IndexedDataset::damaged_blocks, NoGil())
         .def("find_bad_token", &IndexedDataset::find_bad_token, py::arg("vocab_size"), NoGil())
         .def("read", &read, py::arg("first"), py::arg("count"), py::arg("segments") = false)
-        .def("read_rows", &read_rows, py::arg("firsts"), py::arg("rows"), py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("segments"))
+        .def("read_rows", &read_rows, py::arg("firsts"), py::arg("rows"), py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"),
+             py::arg("places"))
         .def("read_ordered_rows", &read_ordered_rows<int32_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
-             py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("segments"))
+             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("places"))
         .def("read_ordered_rows", &read_ordered_rows<int64_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
-             py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("segments"))
+             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("places"))
         .def("read_ordered", &read_ordered<int32_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
              py::arg("segments") = false)
         .def("read_ordered", &read_ordered<int64_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),

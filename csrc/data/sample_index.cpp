@@ -1,19 +1,14 @@
 #include "data/sample_index.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <limits>
-#include <memory>
-#include <new>
 #include <string>
+#include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "data/fault.h"
@@ -25,12 +20,9 @@ namespace {
 using Wide = unsigned __int128;
 
 constexpr int kRounds = 8;
-constexpr int64_t kAhead = 32;             // documents whose size is fetched ahead: the order is random, every size is a cache miss
-constexpr int64_t kBlock = 4096;           // documents whose sizes are gathered before they are looked at: 16 KiB
-constexpr int64_t kWorthSlices = 1 << 20;  // documents from which on slices and threads pay; of fewer, the sizes are in the cache
-constexpr int kSliceBits = 18;             // documents of a slice: 1 MiB of sizes
-constexpr int64_t kMostSlices = 128;       // at once: more are slow to write
-constexpr int64_t kSpread = 1024;          // sizes, 4 KiB: slices begin at different places in it, so that they do not compete for sets of the cache
+constexpr int64_t kAhead = 128;                   // documents whose size is fetched ahead: the order is random, every size is a cache miss
+constexpr int64_t kSegment = 16384;               // documents whose sizes are gathered before they are looked at: 64 KiB
+constexpr int64_t kWorthThreads = 16 * kSegment;  // documents of an order
 
 // value x bound / 2^64: an even map of a 64-bit hash to [0, bound) without division.
 uint64_t scale(uint64_t hash, uint64_t bound) { return static_cast<uint64_t>((static_cast<Wide>(hash) * bound) >> 64); }
@@ -80,7 +72,7 @@ int64_t gather_sizes(const uint8_t* sizes, int64_t num_sizes, const Doc* order, 
     int64_t position = first;
     for (; position < ahead; ++position) {
         const auto later = static_cast<uint64_t>(static_cast<int64_t>(order[position + kAhead]));
-        __builtin_prefetch(sizes + 4 * (later < bound ? later : 0));
+        __builtin_prefetch(sizes + 4 * (later < bound ? later : 0), 0, 2);  // to the second level: more fetches can be under way than to the first
         one(position);
     }
     for (; position < last; ++position) one(position);
@@ -88,118 +80,16 @@ int64_t gather_sizes(const uint8_t* sizes, int64_t num_sizes, const Doc* order, 
     return sum;
 }
 
-struct Release {
-    void operator()(void* memory) const { std::free(memory); }
-};
-using Sizes = std::unique_ptr<uint32_t[], Release>;
-
-// Uninitialised, in pages of 2 MiB where there are such: many places of it are written in turn.
-Sizes allocate_sizes(int64_t count) {
-    constexpr size_t kHugePage = size_t{2} << 20;
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(uint32_t) / kHugePage + 1) * kHugePage;
-    Sizes memory(static_cast<uint32_t*>(std::aligned_alloc(kHugePage, bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    ::madvise(memory.get(), bytes, MADV_HUGEPAGE);  // a wish: without huge pages it works as well, a little slower
-#endif
-    return memory;
-}
-
-// The sizes of all documents, cut into slices that stay in the cache while a share of the order is looked up in one after the other.
-struct Table {
-    const uint8_t* sizes;
-    int64_t num_sizes;
-    int shift = kSliceBits;  // a slice has 2^shift documents
-
-    Table(const uint8_t* all, int64_t count) : sizes(all), num_sizes(count) {
-        while (slices() > kMostSlices) ++shift;
-    }
-    int64_t slices() const { return ((num_sizes - 1) >> shift) + 1; }
-};
-
-// One thread's share of the documents. `sizes` are sorted by slice, in the order of the documents within one: slice k has [begins[k], ends[k]).
-struct Share {
-    int64_t first, last;
-    Sizes sizes;
-    std::vector<int64_t> begins, ends;
-    int64_t tokens = 0;
-    std::exception_ptr fault;
-};
-
-// Puts the documents of the share, as numbers within their slices, where their sizes will be.
-template <typename Doc>
-void sort_documents(const Table& table, const Doc* order, Share& share) {
-    const auto slices = static_cast<uint64_t>(table.slices());
-    std::vector<int64_t> counts(slices + 1);  // the last: of documents that there are not
-    const auto slice_of = [=](int64_t position) { return static_cast<uint64_t>(static_cast<int64_t>(order[position])) >> table.shift; };
-    for (int64_t position = share.first; position < share.last; ++position) ++counts[std::min(slice_of(position), slices)];
-    if (counts[slices] != 0) refuse(table.sizes, table.num_sizes, order, share.first, share.last);
-    int64_t begin = 0;
-    for (uint64_t slice = 0; slice < slices; ++slice) {
-        share.begins.push_back(begin);
-        begin += std::exchange(counts[slice], begin);
-        begin = (begin / kSpread + 1) * kSpread + kSpread / kMostSlices * static_cast<int64_t>(slice);
-    }
-    share.sizes = allocate_sizes(begin + kAhead);
-    const uint64_t within = (uint64_t{1} << table.shift) - 1;
-    uint32_t* const out = share.sizes.get();
-    for (int64_t position = share.first; position < share.last; ++position)
-        out[counts[slice_of(position)]++] = static_cast<uint32_t>(static_cast<uint64_t>(order[position]) & within);
-    share.ends = std::move(counts);
-}
-
-// Replaces the documents by their sizes and sums these.
-template <typename Doc>
-void look_up_sizes(const Table& table, const Doc* order, Share& share) {
-    uint32_t bad = 0;
-    int64_t tokens = 0;
-    for (int64_t slice = 0; slice < table.slices(); ++slice) {
-        const int64_t start = slice << table.shift;
-        const uint8_t* sizes = table.sizes + 4 * start;
-        const auto bound = static_cast<uint32_t>(std::min(table.num_sizes - start, int64_t{1} << table.shift));
-        uint32_t *place = share.sizes.get() + share.begins[static_cast<size_t>(slice)], *end = share.sizes.get() + share.ends[static_cast<size_t>(slice)];
-        for (; place != end; ++place) {
-            __builtin_prefetch(sizes + 4 * static_cast<size_t>(place[kAhead]));
-            const bool inside = *place < bound;
-            uint32_t size;
-            std::memcpy(&size, sizes + 4 * static_cast<size_t>(inside ? *place : 0), sizeof size);
-            bad |= static_cast<uint32_t>(!inside) | size >> 31;
-            tokens += size;
-            *place = size;
-        }
-    }
-    if (bad != 0) refuse(table.sizes, table.num_sizes, order, share.first, share.last);
-    share.tokens = tokens;
-}
-
-template <typename Work>
-void on_threads(std::vector<Share>& shares, const Work& work) {
-    const auto guarded = [&](Share& share) {
-        try {
-            work(share);
-        } catch (...) {
-            share.fault = std::current_exception();
-        }
-    };
-    std::vector<std::thread> threads;
-    for (size_t i = 1; i < shares.size(); ++i) threads.emplace_back(guarded, std::ref(shares[i]));
-    guarded(shares[0]);
-    for (std::thread& thread : threads) thread.join();
-    for (const Share& share : shares)
-        if (share.fault != nullptr) std::rethrow_exception(share.fault);
-}
-
-// The rows that start in documents [first, first + count) of the order, which hold tokens [start, end) of the stream; `next_size` gives their sizes
-// one after the other.
-template <typename Row, typename NextSize>
-void write_rows_of(NextSize next_size, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length, RowRange<Row> range) {
+// The rows that start in documents [first, first + count) of the order, which hold tokens [start, end) of the stream.
+template <typename Row>
+void write_rows_between(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length, RowRange<Row> range) {
     const int64_t row = start / seq_length + (start % seq_length != 0);
     const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));  // those after it belong to the next documents
     if (row >= rows) return;
     int64_t offset = row * seq_length - start;  // of the next row in the document
     Row *out = range.out + 2 * (row - range.first), *const out_end = range.out + 2 * (rows - range.first);
     for (int64_t i = 0; i < count && out != out_end; ++i) {
-        const int64_t size = next_size(i);
+        const int64_t size = sizes[i];
         // Written before it is known whether the row starts here, so that nothing has to be guessed: the next document writes it again.
         out[0] = static_cast<Row>(first + i);
         out[1] = static_cast<Row>(offset);
@@ -214,32 +104,72 @@ void write_rows_of(NextSize next_size, int64_t first, int64_t count, int64_t sta
     }
 }
 
-// Returns the number of tokens. In the order of the documents every size is a cache miss, and one that is far away. Here they are looked up slice by
-// slice and put back, so that each pass over the order reads and writes as many streams as there are slices; on the way rows are made of them.
+// Makes the index segment by segment. Threads take segments in turn and gather at the same time; where a segment starts in the stream is handed on from
+// each to the next.
 template <typename Doc, typename Row>
-int64_t fill_by_slices(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, RowRange<Row> range, int threads) {
-    const Table table(sizes, num_sizes);
-    std::vector<Share> shares(static_cast<size_t>(std::max(threads, 1)));
-    const auto count = static_cast<int64_t>(shares.size());
-    for (int64_t i = 0; i < count; ++i) {
-        Share& share = shares[static_cast<size_t>(i)];
-        share.first = length / count * i, share.last = i + 1 == count ? length : length / count * (i + 1);
+class Builder {
+  public:
+    Builder(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, RowRange<Row> range)
+        : sizes_(sizes), num_sizes_(num_sizes), order_(order), length_(length), seq_length_(seq_length), range_(range) {}
+
+    // Returns the number of tokens that were looked at: at least `needed`, or all of the stream.
+    Wide run(Wide needed, int threads) {
+        needed_ = needed;
+        std::vector<int32_t> buffers(static_cast<size_t>(std::max(threads, 1) * kSegment));
+        std::vector<std::thread> others;
+        try {
+            for (int i = 1; i < threads; ++i) others.emplace_back([this, buffer = buffers.data() + i * kSegment] { work(buffer); });
+        } catch (const std::system_error&) {
+            // no more threads are to be had: those that there are do the work
+        }
+        work(buffers.data());
+        for (std::thread& other : others) other.join();
+        if (fault_ != nullptr && static_cast<Wide>(tokens_) < needed) std::rethrow_exception(fault_);
+        return static_cast<Wide>(tokens_);
     }
-    on_threads(shares, [&](Share& share) { sort_documents(table, order, share); });
-    on_threads(shares, [&](Share& share) { look_up_sizes(table, order, share); });
-    int64_t total = 0;
-    for (Share& share : shares) total += std::exchange(share.tokens, total);  // from now on: the tokens before it
-    on_threads(shares, [&](Share& share) {
-        const int64_t end = &share == &shares.back() ? total : (&share + 1)->tokens;
-        const auto next_size = [documents = order + share.first, sorted = share.sizes.get(), at = share.begins.data(), shift = table.shift](int64_t i) {
-            const int64_t from = at[documents[i] >> shift]++;
-            __builtin_prefetch(sorted + from + kAhead);
-            return static_cast<int64_t>(sorted[from]);
-        };
-        write_rows_of(next_size, share.first, share.last - share.first, share.tokens, end, seq_length, range);
-    });
-    return total;
-}
+
+  private:
+    void work(int32_t* buffer) {
+        for (int64_t segment = next_++; !enough_ && segment * kSegment < length_; segment = next_++) {
+            const int64_t first = segment * kSegment, count = std::min(length_ - first, kSegment);
+            int64_t sum = 0;
+            try {
+                sum = gather_sizes(sizes_, num_sizes_, order_, length_, first, first + count, buffer);
+            } catch (...) {
+                // The first fault of the order counts, whichever thread is the first to meet one: all before it get their turn.
+                if (wait_for_turn(segment)) fault_ = std::current_exception();
+                enough_ = true;
+                return;
+            }
+            if (!wait_for_turn(segment)) return;
+            const int64_t start = tokens_, end = tokens_ += sum;
+            if (static_cast<Wide>(end) >= needed_) enough_ = true;
+            turn_.store(segment + 1, std::memory_order_release);
+            write_rows_between(buffer, first, count, start, end, seq_length_, range_);
+        }
+    }
+
+    // False if the stream needs to go no further: only the thread whose turn it is says so, and then all who wait come after it.
+    bool wait_for_turn(int64_t segment) const {
+        while (turn_.load(std::memory_order_acquire) != segment) {
+            if (enough_) return false;
+            std::this_thread::yield();
+        }
+        return true;
+    }
+
+    const uint8_t* sizes_;
+    int64_t num_sizes_;
+    const Doc* order_;
+    int64_t length_, seq_length_;
+    RowRange<Row> range_;
+    Wide needed_ = 0;
+    std::atomic<int64_t> next_{0};     // segment to be taken
+    std::atomic<int64_t> turn_{0};     // segment whose start is known
+    std::atomic<bool> enough_{false};  // no further segment is to be taken
+    int64_t tokens_ = 0;               // before segment turn_; only its thread touches this and fault_
+    std::exception_ptr fault_;
+};
 
 }  // namespace
 
@@ -247,7 +177,7 @@ template <typename Row>
 void write_rows(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t seq_length, RowRange<Row> range) {
     int64_t end = start;
     for (int64_t i = 0; i < count; ++i) end += sizes[i];
-    write_rows_of([sizes](int64_t i) { return int64_t{sizes[i]}; }, first, count, start, end, seq_length, range);
+    write_rows_between(sizes, first, count, start, end, seq_length, range);
 }
 
 template void write_rows(const int32_t*, int64_t, int64_t, int64_t, int64_t, RowRange<int32_t>);
@@ -256,24 +186,16 @@ template void write_rows(const int32_t*, int64_t, int64_t, int64_t, int64_t, Row
 template <typename Doc, typename Row>
 void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, Row* out, int64_t rows, int threads) {
     if (seq_length <= 0) throw Fault("seq_length must be positive").found(std::to_string(seq_length));
-    const Wide last_token = rows > 0 ? static_cast<Wide>(rows - 1) * static_cast<Wide>(seq_length) : 0;  // at which the last row starts
-    const RowRange<Row> range{out, 0, rows};
-    int64_t total = 0;
-    if (rows > 0 && length >= kWorthSlices && (threads > 1 || num_sizes >= kWorthSlices)) {
-        total = fill_by_slices(sizes, num_sizes, order, length, seq_length, range, threads);
-    } else {
-        std::unique_ptr<int32_t[]> block(new int32_t[kBlock]);
-        for (int64_t first = 0; first < length && rows > 0 && static_cast<Wide>(total) <= last_token; first += kBlock) {
-            const int64_t last = std::min(length, first + kBlock);
-            const int64_t tokens = gather_sizes(sizes, num_sizes, order, length, first, last, block.get());
-            write_rows(block.get(), first, last - first, total, seq_length, range);
-            total += tokens;
-        }
-    }
-    if (rows > 0 && static_cast<Wide>(total) <= last_token)
+    if (rows <= 0) return;
+    const Wide needed = static_cast<Wide>(rows - 1) * static_cast<Wide>(seq_length) + 1;  // the last row starts at the last of these
+    Builder<Doc, Row> builder(sizes, num_sizes, order, length, seq_length, RowRange<Row>{out, 0, rows});
+    const Wide tokens = builder.run(needed, length < kWorthThreads ? 1 : threads);
+    if (tokens < needed) {
+        const auto have = static_cast<uint64_t>(tokens), length_of_one = static_cast<uint64_t>(seq_length);
         throw Fault("documents end before the samples do")
-            .at("sample " + std::to_string(total / seq_length + (total % seq_length != 0)))
+            .at("sample " + std::to_string(have / length_of_one + (have % length_of_one != 0)))
             .expected(std::to_string(rows) + " rows");
+    }
 }
 
 template void fill_sample_index(const uint8_t*, int64_t, const int32_t*, int64_t, int64_t, int32_t*, int64_t, int);

@@ -12,8 +12,8 @@
 namespace neox::data {
 
 // Fills `rows` rows of (position, offset), row k at token k x seq_length. `sizes` are int32 tokens per document, unaligned allowed.
-// Doc is int32_t or int64_t, Row too. With `threads` > 1 large orders are shared out; the result is the same. Large orders take 4 bytes of memory per
-// document of the order. Throws Fault for a document number outside [0, num_sizes), a negative size, or a stream that ends early.
+// Doc is int32_t or int64_t, Row too. With `threads` > 1 large orders are shared out; the result is the same. Throws Fault for a document number outside [0,
+// num_sizes), a negative size, or a stream that ends early.
 template <typename Doc, typename Row>
 void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, Row* out, int64_t rows, int threads);
 

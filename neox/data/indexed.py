@@ -106,7 +106,7 @@ class IndexedDataset:
         return self._core.read_ordered(order, position, offset, count, segments)
 
     def read_rows(self, firsts: np.ndarray, rows: np.ndarray, out: Rows) -> None:
-        """Samples of s + 1 tokens that start at tokens `firsts` of the dataset, each into a row of (inputs, targets, segment ids or None) [b, s]."""
+        """Samples of s + 1 tokens that start at tokens `firsts` of the dataset, each into a row of `out`, arrays of [b, s]."""
         self._core.read_rows(firsts, rows, *out)
 
     def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: Rows) -> None:

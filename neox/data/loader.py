@@ -177,18 +177,14 @@ class StepReader:
     def _batch(self, sample_ids: list[int]) -> Batch:
         if not isinstance(self._dataset, RowReader):
             return self._batch_of_samples(sample_ids)
-        inputs, targets, segment_ids = self._rows(sample_ids, self._dataset)
-        self._check_vocabulary(inputs, targets, sample_ids)
-        marks = positions = None
-        if segment_ids is not None:
-            found = positions_in_documents(segment_ids, self._memory.array(segment_ids.shape, "int64"))
-            marks, positions = torch.from_numpy(segment_ids), torch.from_numpy(found)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), marks, positions, torch.tensor(sample_ids, dtype=torch.int64))
+        rows = self._rows(sample_ids, self._dataset)
+        self._check_vocabulary(rows.inputs, rows.targets, sample_ids)
+        return Batch(*(None if array is None else torch.from_numpy(array) for array in rows), torch.tensor(sample_ids, dtype=torch.int64))
 
     def _rows(self, sample_ids: list[int], dataset: RowReader) -> Rows:
         shape = (len(sample_ids), dataset.seq_length)
-        marks = self._memory.array(shape, "int32") if dataset.document_mask else None
-        rows = Rows(self._memory.array(shape, "int64"), self._memory.array(shape, "int64"), marks)
+        types = ("int64", "int64", "int32", "int64") if dataset.document_mask else ("int64", "int64")
+        rows = Rows(*(self._memory.array(shape, dtype) for dtype in types))
         dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
         return rows
 
@@ -270,8 +266,8 @@ class Memory:
         return kept[0]
 
 
-def positions_in_documents(segments: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Position of each token in its document's part of the sample: int64 [b, s], 0 where the segment id [b, s] (int32) changes. Written to `out` if given."""
-    found = np.empty(segments.shape, dtype=np.int64) if out is None else out
+def positions_in_documents(segments: np.ndarray) -> np.ndarray:
+    """Position of each token in its document's part of the sample: int64 [b, s], 0 where the segment id [b, s] (int32) changes."""
+    found = np.empty(segments.shape, dtype=np.int64)
     core.positions_in_segments(segments, found)
     return found

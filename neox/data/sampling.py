@@ -58,11 +58,15 @@ class Dataset(Protocol):
 
 
 class Rows(NamedTuple):
-    """Where samples go, one a row: inputs and targets int64 [b, s], targets one token further; segment_ids int32 [b, s] or None."""
+    """Where samples go, one a row: inputs and targets int64 [b, s], targets one token further.
+
+    segment_ids int32 [b, s]: the running number of each token's document in the sample; position_ids int64 [b, s]: counted from the start of its part.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
-    segment_ids: np.ndarray | None
+    segment_ids: np.ndarray | None = None
+    position_ids: np.ndarray | None = None
 
 
 @runtime_checkable

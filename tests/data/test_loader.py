@@ -188,7 +188,7 @@ def test_rows_are_the_samples_one_by_one(corpus, document_mask):
 
 
 def test_rows_are_checked_before_they_are_written(corpus):
-    out = Rows(np.zeros((2, 7), dtype=np.int64), np.zeros((2, 7), dtype=np.int64), None)
+    out = Rows(np.zeros((2, 7), dtype=np.int64), np.zeros((2, 7), dtype=np.int64))
     starts, rows = np.array([0, 1]), np.array([0, 1])
     for bad in (np.array([0, 2]), np.array([-1, 0])):
         with pytest.raises(IndexError, match="is out of range"):
@@ -201,6 +201,14 @@ def test_rows_are_checked_before_they_are_written(corpus):
         corpus.read_rows(starts, rows, out._replace(inputs=np.zeros((7, 2), dtype=np.int64).T))
     with pytest.raises(ValueError, match="must be"):
         corpus.read_rows(starts, rows, out._replace(targets=np.zeros((2, 6), dtype=np.int64)))
+    marks, places = np.zeros((2, 7), dtype=np.int32), np.zeros((2, 7), dtype=np.int64)
+    with pytest.raises(ValueError, match="positions must be"):
+        corpus.read_rows(starts, rows, out._replace(segment_ids=marks, position_ids=places[:, :6].copy()))
+    with pytest.raises(ValueError, match="positions need segments"):
+        corpus.read_rows(starts, rows, out._replace(position_ids=places))
+    with pytest.raises(TypeError, match="segments must be"):
+        corpus.read_rows(starts, rows, out._replace(segment_ids=places))
+    assert not marks.any() and not places.any()
 
 
 def test_memory_is_given_out_again_only_when_nothing_refers_to_it():
