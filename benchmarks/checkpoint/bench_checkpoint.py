@@ -95,7 +95,7 @@ class Contest:
 
     def load_ours(self) -> None:
         """Every tensor, checksums compared."""
-        with Checkpoint(self.root / "step_00000001") as checkpoint:
+        with Checkpoint(self.root / "step_00000001") as checkpoint, checkpoint.together():
             for name, kind in self.state:
                 target = self.target[f"{kind}/{name}"]
                 checkpoint.read_into(target.view(-1), name, kind, whole(tuple(target.shape)), 0, target.numel())

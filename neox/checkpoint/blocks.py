@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,19 +59,16 @@ class ShardReader:
         self.close = weakref.finalize(self, os.close, self.descriptor)
         self._check_header()
 
-    def read(self, entry: Entry, start: int, out: torch.Tensor, threads: Executor) -> None:
-        """Fill a flat tensor of the stored dtype with a piece's elements from `start` on.
+    def reads(self, entry: Entry, start: int, out: torch.Tensor) -> list[Callable[[], CheckpointError | None]]:
+        """What fills a flat tensor of the stored dtype with a piece's elements from `start` on, once all of it has been called, on any threads.
 
-        Raises CheckpointError: a block's checksum is wrong, or the file cannot be read.
+        Each call returns an error where a block's checksum is wrong, or the file cannot be read.
         """
         width = out.element_size()
         target = memoryview(out.view(torch.uint8).numpy())
         block, begin = self.manifest.block, start * width
         jobs = range(begin // block, (begin + len(target) - 1) // block + 1)
-        work = [lambda index=index: self._place(entry, index, begin, target) for index in jobs]
-        for problem in (one() for one in work) if len(work) == 1 else threads.map(lambda one: one(), work):
-            if problem is not None:
-                raise problem
+        return [partial(self._place, entry, index, begin, target) for index in jobs]
 
     def problems(self, entry: Entry, threads: Executor) -> Iterator[CheckpointError]:
         """An error for each block of a piece whose checksum is wrong."""

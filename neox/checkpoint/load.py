@@ -10,8 +10,10 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from neox.errors import CheckpointError
 
 LOG = logging.getLogger(__name__)
 READ_THREADS = 2  # a block each
+READS_AHEAD = 16  # blocks that wait for a thread while further tensors are asked for
 OPEN_FILES = 64  # at most: one process may read the shards of thousands
 LISTED = 6  # differences that one message names
 DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a time
@@ -54,6 +57,7 @@ class Checkpoint:
             self._pieces[entry.kind, entry.name].append((file, entry))
         self._readers: dict[str, ShardReader] = {}
         self._threads = ThreadPoolExecutor(READ_THREADS)
+        self._pending: deque[Future] | None = None  # reads that nobody has waited for; None outside of `together`
 
     @property
     def step(self) -> int:
@@ -153,7 +157,21 @@ class Checkpoint:
             out.copy_(self.read(name, kind, slices, start, stop))
             return
         check_address(name, kind, info.shape, slices, start, stop)
-        self._fill(out, name, kind, slices, start, stop)
+        self._fill(out, name, kind, slices, start, stop, self._pending)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """In this block `read_into` may return before the bytes are there, so that no thread waits between two tensors; they are there at its end.
+
+        Raises CheckpointError, in the block or at its end, as `read_into` does.
+        """
+        self._pending = deque()
+        try:
+            yield
+            self._settle(0)
+        finally:
+            pending, self._pending = self._pending, None
+            wait(pending)
 
     def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
         """A whole logical tensor in its shape. Raises CheckpointError as `read` does."""
@@ -179,27 +197,45 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int) -> None:
-        """`read` into a flat tensor of the stored dtype on the CPU."""
+    def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int, pending: deque[Future] | None = None) -> None:
+        """`read` into a flat tensor of the stored dtype on the CPU. What need not be waited for here is added to `pending`, if that is given."""
         targets = placed_boxes(slices, start, stop)
         copied = 0
         for file, entry in self._pieces[kind, name]:
             for shared in overlaps(placed_boxes(entry.slices, entry.start, entry.stop), targets):
                 source, target = shared.span(shared.source), shared.span(shared.target)
                 if source[1] - source[0] == target[1] - target[0] == shared.size:
-                    self._reader(file).read(entry, source[0], out[target[0] : target[1]], self._threads)
+                    self._run(self._reader(file).reads(entry, source[0], out[target[0] : target[1]]), pending)
                 else:
                     rows = shared.rows()
                     beside = torch.empty(math.prod(rows.source.shape), dtype=out.dtype)
-                    self._reader(file).read(entry, rows.source.offset, beside, self._threads)
+                    self._run(self._reader(file).reads(entry, rows.source.offset, beside))
                     replace(rows, source=replace(rows.source, offset=0)).copy(beside, out)
                 copied += shared.size
         if copied != stop - start:
             raise CheckpointError("tensor is not covered", where=f"{self.path}: {kind}/{name}", got=f"{copied} elements", want=f"{stop - start} elements")
 
+    def _run(self, reads: list[Callable[[], CheckpointError | None]], pending: deque[Future] | None = None) -> None:
+        """Do these reads, or begin them where `pending` is given. Raises the first error."""
+        if pending is not None:
+            pending.extend(self._threads.submit(read) for read in reads)
+            self._settle(READS_AHEAD)
+            return
+        for problem in (read() for read in reads) if len(reads) == 1 else self._threads.map(lambda read: read(), reads):
+            if problem is not None:
+                raise problem
+
+    def _settle(self, most: int) -> None:
+        """Wait until at most so many reads are under way. Raises the first error."""
+        while self._pending and len(self._pending) > most:
+            problem = self._pending.popleft().result()
+            if problem is not None:
+                raise problem
+
     def _reader(self, file: ShardFile) -> ShardReader:
         if file.name not in self._readers:
             if len(self._readers) == OPEN_FILES:
+                self._settle(0)  # none is read from any more
                 self._readers.pop(next(iter(self._readers))).close()
             self._readers[file.name] = ShardReader(self.path, file, self.manifest, storage=self._storage)
         return self._readers[file.name]

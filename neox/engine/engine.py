@@ -393,7 +393,7 @@ class Engine:
         checkpoint.check(self.state.tensors())
         self.step, self.updates = saved["step"], saved["updates"]
         self.state.prepare(self.updates)
-        self.state.write(checkpoint.read_into)
+        self.state.write(checkpoint)
         if self.tied is not None:
             self.tied.publish()
         self.deepspeed.global_steps = self.step
@@ -415,7 +415,7 @@ class Engine:
         if SCORE in self.state.shapes and HEAD in have:
             wanted[HEAD] = checkpoint.info(HEAD).shape
         checkpoint.check((name, "weight", shape) for name, shape in wanted.items())
-        self.state.write(checkpoint.read_into, weights_of=wanted.keys())
+        self.state.write(checkpoint, weights_of=wanted.keys())
         if self.tied is not None:
             self.tied.publish()
 

@@ -14,6 +14,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from neox.checkpoint.load import Checkpoint
 from neox.checkpoint.reshard import Fragment
 from neox.engine.optimizer import counter
 from neox.parallel.mesh import Layout
@@ -155,20 +156,20 @@ class State:
             state.update(counter(self.optimizer, self.optimizer.param_groups[piece.group], piece.flat.device, updates))
 
     @torch.no_grad()
-    def write(self, read_into, *, weights_of: Container[str] | None = None) -> None:
-        """Overwrite weights and optimizer state (for which `prepare` must have run), or some weights alone.
+    def write(self, checkpoint: Checkpoint, *, weights_of: Container[str] | None = None) -> None:
+        """Overwrite weights and optimizer state (for which `prepare` must have run), or some weights alone, with those of a checkpoint.
 
         Args:
-            read_into: (out, name, kind, slices, start, stop), fills a flat tensor with these elements of the logical tensor.
             weights_of: names whose weights are overwritten, and nothing else; None: everything of all.
         """
-        for piece in self.pieces:
-            layout = piece.layout
-            start, stop = piece.start, min(piece.stop, layout.numel)
-            if start >= stop or (weights_of is not None and piece.name not in weights_of):
-                continue
-            for kind in ("weight", *self.kinds[piece.name]) if weights_of is None else ("weight",):
-                read_into(piece.view(self.tensor(piece, kind), start, stop), piece.name, kind, layout.slices, start, stop)
+        with checkpoint.together():
+            for piece in self.pieces:
+                layout = piece.layout
+                start, stop = piece.start, min(piece.stop, layout.numel)
+                if start >= stop or (weights_of is not None and piece.name not in weights_of):
+                    continue
+                for kind in ("weight", *self.kinds[piece.name]) if weights_of is None else ("weight",):
+                    checkpoint.read_into(piece.view(self.tensor(piece, kind), start, stop), piece.name, kind, layout.slices, start, stop)
         self.publish()
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 
 from neox.checkpoint.load import Checkpoint, digest, find, problems, resolve, verify
 from neox.checkpoint.manifest import BLOCK, Lineage
-from neox.checkpoint.reshard import slice_shape
+from neox.checkpoint.reshard import slice_shape, whole
 from neox.checkpoint.retention import start_lineage
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import cut_fragments, make_state, save_one, tp_slices
@@ -70,6 +70,27 @@ def test_a_read_goes_into_memory_that_is_there(tmp_path):
         assert torch.equal(out, want.to(dtype))
     with pytest.raises(CheckpointError, match="slice outside the tensor"):
         checkpoint.read_into(torch.zeros(4), name, kind, ((0, 10**6),) * value.dim(), 0, 4)
+
+
+@pytest.mark.parametrize("open_files", [1, 64])
+def test_reads_that_wait_for_each_other_at_the_end_alone(tmp_path, monkeypatch, open_files):
+    monkeypatch.setattr("neox.checkpoint.load.OPEN_FILES", open_files)
+    monkeypatch.setattr("neox.checkpoint.load.READS_AHEAD", 3)
+    state = make_state() | {(f"large.{i}", "weight"): torch.arange(i, BLOCK // 4 * 2 + 10 + i, dtype=torch.float32) for i in range(3)}
+    path = save_one(tmp_path, state=state, shard_bytes=BLOCK)
+    out = {key: torch.zeros_like(value) for key, value in state.items()}
+
+    def read() -> None:
+        with Checkpoint(path) as checkpoint, checkpoint.together():
+            for (name, kind), value in out.items():
+                checkpoint.read_into(value.view(-1), name, kind, whole(tuple(value.shape)), 0, value.numel())
+
+    read()
+    assert all(torch.equal(out[key], value) for key, value in state.items())
+    shard = max(path.glob("*.safetensors"), key=os.path.getsize)
+    flip_bit(shard, (os.path.getsize(shard) - 4) * 8)
+    with pytest.raises(CheckpointError, match=r"shard is damaged.*large"):
+        read()
 
 
 def as_version_1(path: Path) -> None:
