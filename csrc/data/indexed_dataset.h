@@ -104,6 +104,7 @@ class IndexedDataset {
 
     // Samples of seq_length + 1 tokens, each into a row of its own: inputs (all but the last token) and targets (all but the first), both
     // [rows, seq_length], and likewise segments, and positions in them from 0 on, which may both be null. Sample i goes to row rows[i].
+    // Returns the largest id; where one is negative, UINT64_MAX.
     struct Rows {
         const int64_t* rows;
         uint64_t count, seq_length;
@@ -112,10 +113,10 @@ class IndexedDataset {
         int64_t* positions;
     };
     // Sample i starts at token firsts[i] of the dataset.
-    void read_rows(const int64_t* firsts, const Rows& to) const;
+    uint64_t read_rows(const int64_t* firsts, const Rows& to) const;
     // Sample i starts at token offsets[i] of sequence order[positions[i]]; see `read_ordered`.
     template <typename T>
-    void read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const;
+    uint64_t read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const;
 
     // First token id outside [0, vocab_size); num_tokens() if there is none.
     uint64_t find_bad_token(int64_t vocab_size) const;
@@ -123,7 +124,7 @@ class IndexedDataset {
   private:
     struct Target;
     template <typename Read>
-    void fill_rows(const Rows& to, const Read& read) const;
+    uint64_t fill_rows(const Rows& to, const Read& read) const;
     void read_to(uint64_t first, uint64_t count, const Target& to) const;
     template <typename T>
     void read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, const Target& to) const;

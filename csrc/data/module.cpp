@@ -131,19 +131,19 @@ void check_starts(const Array<int64_t>& starts, const IndexedDataset::Rows& to) 
     for (py::ssize_t i = 0; i < starts.size(); ++i) check_below(starts.data()[i], INT64_MAX / 2, "start");
 }
 
-void read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
-               const py::object& segments, const py::object& places) {
+uint64_t read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
+                   const py::object& segments, const py::object& places) {
     const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, places);
     check_starts(firsts, to);
     const int64_t* from = firsts.data();
     py::gil_scoped_release released;
-    self.read_rows(from, to);
+    return self.read_rows(from, to);
 }
 
 template <typename T>
-void read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, const Array<int64_t>& positions,
-                       const Array<int64_t>& offsets, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets, const py::object& segments,
-                       const py::object& places) {
+uint64_t read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, const Array<int64_t>& positions,
+                           const Array<int64_t>& offsets, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
+                           const py::object& segments, const py::object& places) {
     const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, places);
     check_starts(positions, to);
     check_starts(offsets, to);
@@ -151,7 +151,7 @@ void read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::arra
     const auto length = static_cast<uint64_t>(order.size());
     const int64_t *at = positions.data(), *skip = offsets.data();
     py::gil_scoped_release released;
-    self.read_ordered_rows(data, length, at, skip, to);
+    return self.read_ordered_rows(data, length, at, skip, to);
 }
 
 template <typename Doc, typename Row>

@@ -9,6 +9,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "data/fault.h"
@@ -23,6 +24,8 @@ constexpr int kRounds = 8;
 constexpr int64_t kAhead = 128;                   // documents whose size is fetched ahead: the order is random, every size is a cache miss
 constexpr int64_t kSegment = 16384;               // documents whose sizes are gathered before they are looked at: 64 KiB
 constexpr int64_t kWorthThreads = 16 * kSegment;  // documents of an order
+
+#define NEOX_STEP inline __attribute__((always_inline))
 
 // value x bound / 2^64: an even map of a 64-bit hash to [0, bound) without division.
 uint64_t scale(uint64_t hash, uint64_t bound) { return static_cast<uint64_t>((static_cast<Wide>(hash) * bound) >> 64); }
@@ -52,60 +55,96 @@ template <typename Doc>
     throw Fault("document order changed while it was read");
 }
 
-// Copies the sizes of the documents order[first, last), where every one is a cache miss of its own, and returns their sum.
+// The sizes of the documents order[first, last), one after the other to `out`, and their sum. Each is a cache miss of its own.
 template <typename Doc>
-int64_t gather_sizes(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t first, int64_t last, int32_t* out) {
-    int64_t sum = 0;
-    uint32_t bad = 0;
-    const auto bound = static_cast<uint64_t>(num_sizes);
-    const auto one = [&](int64_t position) {
-        const auto document = static_cast<uint64_t>(static_cast<int64_t>(order[position]));
-        const bool inside = document < bound;
-        int32_t size;
-        std::memcpy(&size, sizes + 4 * (inside ? document : 0), sizeof size);
-        bad |= static_cast<uint32_t>(!inside) | static_cast<uint32_t>(size) >> 31;
-        out[position - first] = size;
-        sum += size;
-    };
-    if (bound == 0 && first < last) refuse(sizes, num_sizes, order, first, last);
-    const int64_t ahead = std::min(last, length - kAhead);
-    int64_t position = first;
-    for (; position < ahead; ++position) {
-        const auto later = static_cast<uint64_t>(static_cast<int64_t>(order[position + kAhead]));
-        __builtin_prefetch(sizes + 4 * (later < bound ? later : 0), 0, 2);  // to the second level: more fetches can be under way than to the first
-        one(position);
+class Gather {
+  public:
+    Gather(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t first, int64_t last, int32_t* out)
+        : sizes_(sizes), bound_(static_cast<uint64_t>(num_sizes)), order_(order), length_(length), first_(first), last_(last), out_(out) {
+        if (bound_ == 0 && first < last) refuse(sizes, num_sizes, order, first, last);
     }
-    for (; position < last; ++position) one(position);
-    if (bad != 0) refuse(sizes, num_sizes, order, first, last);
-    return sum;
-}
 
-// The rows that start in documents [first, first + count) of the order, which hold tokens [start, end) of the stream.
+    // Documents that can be taken by `step`; those after them by `finish`.
+    int64_t steps() const { return std::max<int64_t>(0, std::min(last_, length_ - kAhead) - first_); }
+
+    NEOX_STEP void step(int64_t i) {
+        const auto later = static_cast<uint64_t>(static_cast<int64_t>(order_[first_ + i + kAhead]));
+        __builtin_prefetch(sizes_ + 4 * (later < bound_ ? later : 0), 0, 2);  // to the second level: more fetches can be under way than to the first
+        take(i);
+    }
+
+    // All documents from the i-th on. Returns the sum of all.
+    int64_t finish(int64_t i) {
+        for (const int64_t end = steps(); i < end; ++i) step(i);
+        for (; i < last_ - first_; ++i) take(i);
+        if (bad_ != 0) refuse(sizes_, static_cast<int64_t>(bound_), order_, first_, last_);
+        return sum_;
+    }
+
+  private:
+    NEOX_STEP void take(int64_t i) {
+        const auto document = static_cast<uint64_t>(static_cast<int64_t>(order_[first_ + i]));
+        const bool inside = document < bound_;
+        int32_t size;
+        std::memcpy(&size, sizes_ + 4 * (inside ? document : 0), sizeof size);
+        bad_ |= static_cast<uint32_t>(!inside) | static_cast<uint32_t>(size) >> 31;
+        out_[i] = size;
+        sum_ += size;
+    }
+
+    const uint8_t* sizes_;
+    uint64_t bound_;
+    const Doc* order_;
+    int64_t length_, first_, last_;
+    int32_t* out_;
+    int64_t sum_ = 0;
+    uint32_t bad_ = 0;
+};
+
+// Writes the rows that start in documents [first, first + count) of the order, which hold tokens [start, end) of the stream.
 template <typename Row>
-void write_rows_between(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length, RowRange<Row> range) {
-    const int64_t row = start / seq_length + (start % seq_length != 0);
-    const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));  // those after it belong to the next documents
-    if (row >= rows) return;
-    int64_t offset = row * seq_length - start;  // of the next row in the document
-    Row *out = range.out + 2 * (row - range.first), *const out_end = range.out + 2 * (rows - range.first);
-    for (int64_t i = 0; i < count && out != out_end; ++i) {
-        const int64_t size = sizes[i];
+class RowWriter {
+  public:
+    RowWriter(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length, RowRange<Row> range)
+        : sizes_(sizes), first_(first), count_(count), seq_length_(seq_length) {
+        const int64_t row = start / seq_length + (start % seq_length != 0);
+        const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));  // those after it belong to the next documents
+        if (row >= rows) return;
+        offset_ = row * seq_length - start;
+        out_ = range.out + 2 * (row - range.first), end_ = range.out + 2 * (rows - range.first);
+    }
+
+    int64_t count() const { return count_; }
+
+    NEOX_STEP void step(int64_t i) {
+        if (out_ == end_) return;
+        const int64_t size = sizes_[i];
         // Written before it is known whether the row starts here, so that nothing has to be guessed: the next document writes it again.
-        out[0] = static_cast<Row>(first + i);
-        out[1] = static_cast<Row>(offset);
-        offset -= size;
-        const int64_t inside = offset >> 63;  // -1 or 0
-        out -= 2 * inside;
-        offset += seq_length & inside;
-        for (; __builtin_expect(offset < 0, 0) && out != out_end; offset += seq_length, out += 2) {
-            out[0] = static_cast<Row>(first + i);
-            out[1] = static_cast<Row>(offset + size);
+        out_[0] = static_cast<Row>(first_ + i);
+        out_[1] = static_cast<Row>(offset_);
+        offset_ -= size;
+        const int64_t inside = offset_ >> 63;  // -1 or 0
+        out_ -= 2 * inside;
+        offset_ += seq_length_ & inside;
+        for (; __builtin_expect(offset_ < 0, 0) && out_ != end_; offset_ += seq_length_, out_ += 2) {
+            out_[0] = static_cast<Row>(first_ + i);
+            out_[1] = static_cast<Row>(offset_ + size);
         }
     }
-}
 
-// Makes the index segment by segment. Threads take segments in turn and gather at the same time; where a segment starts in the stream is handed on from
-// each to the next.
+    void finish(int64_t i) {
+        for (; i < count_; ++i) step(i);
+    }
+
+  private:
+    const int32_t* sizes_;
+    int64_t first_, count_, seq_length_;
+    int64_t offset_ = 0;  // of the next row in the document
+    Row *out_ = nullptr, *end_ = nullptr;
+};
+
+// Makes the index segment by segment. While a thread writes the rows of one it gathers the sizes of the next, of which nearly all the time is waiting for
+// memory. Threads take segments in turn, and where a segment starts in the stream is handed on from each to the next.
 template <typename Doc, typename Row>
 class Builder {
   public:
@@ -115,38 +154,53 @@ class Builder {
     // Returns the number of tokens that were looked at: at least `needed`, or all of the stream.
     Wide run(Wide needed, int threads) {
         needed_ = needed;
-        std::vector<int32_t> buffers(static_cast<size_t>(std::max(threads, 1) * kSegment));
+        const int64_t each = 2 * kSegment;
+        std::vector<int32_t> buffers(static_cast<size_t>(std::max(threads, 1) * each));
         std::vector<std::thread> others;
         try {
-            for (int i = 1; i < threads; ++i) others.emplace_back([this, buffer = buffers.data() + i * kSegment] { work(buffer); });
+            for (int i = 1; i < threads; ++i) others.emplace_back([this, buffer = buffers.data() + i * each] { work(buffer, buffer + kSegment); });
         } catch (const std::system_error&) {
             // no more threads are to be had: those that there are do the work
         }
-        work(buffers.data());
+        work(buffers.data(), buffers.data() + kSegment);
         for (std::thread& other : others) other.join();
         if (fault_ != nullptr && static_cast<Wide>(tokens_) < needed) std::rethrow_exception(fault_);
         return static_cast<Wide>(tokens_);
     }
 
   private:
-    void work(int32_t* buffer) {
-        for (int64_t segment = next_++; !enough_ && segment * kSegment < length_; segment = next_++) {
-            const int64_t first = segment * kSegment, count = std::min(length_ - first, kSegment);
+    void work(int32_t* sizes, int32_t* next_sizes) {
+        int64_t segment = 0, held = 0, start = 0, end = 0;  // how many sizes are there, of which, and where it starts and ends in the stream
+        while (true) {
+            const int64_t next = next_++, first = next * kSegment, count = std::min(length_ - first, kSegment);
+            RowWriter<Row> writer(sizes, segment * kSegment, held, start, end, seq_length_, range_);
+            if (enough_ || count <= 0) return writer.finish(0);
             int64_t sum = 0;
             try {
-                sum = gather_sizes(sizes_, num_sizes_, order_, length_, first, first + count, buffer);
+                sum = gather_and_write(Gather<Doc>(sizes_, num_sizes_, order_, length_, first, first + count, next_sizes), writer);
             } catch (...) {
                 // The first fault of the order counts, whichever thread is the first to meet one: all before it get their turn.
-                if (wait_for_turn(segment)) fault_ = std::current_exception();
+                if (wait_for_turn(next)) fault_ = std::current_exception();
                 enough_ = true;
                 return;
             }
-            if (!wait_for_turn(segment)) return;
-            const int64_t start = tokens_, end = tokens_ += sum;
+            if (!wait_for_turn(next)) return;
+            segment = next, held = count, start = tokens_, end = tokens_ += sum;
             if (static_cast<Wide>(end) >= needed_) enough_ = true;
-            turn_.store(segment + 1, std::memory_order_release);
-            write_rows_between(buffer, first, count, start, end, seq_length_, range_);
+            turn_.store(next + 1, std::memory_order_release);
+            std::swap(sizes, next_sizes);
         }
+    }
+
+    // Returns the sum of the sizes that were gathered. All rows are written even where it throws.
+    static int64_t gather_and_write(Gather<Doc> gather, RowWriter<Row> writer) {
+        int64_t i = 0;
+        for (const int64_t both = std::min(gather.steps(), writer.count()); i < both; ++i) {
+            gather.step(i);
+            writer.step(i);
+        }
+        writer.finish(i);
+        return gather.finish(i);
     }
 
     // False if the stream needs to go no further: only the thread whose turn it is says so, and then all who wait come after it.
@@ -177,7 +231,7 @@ template <typename Row>
 void write_rows(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t seq_length, RowRange<Row> range) {
     int64_t end = start;
     for (int64_t i = 0; i < count; ++i) end += sizes[i];
-    write_rows_between(sizes, first, count, start, end, seq_length, range);
+    RowWriter<Row>(sizes, first, count, start, end, seq_length, range).finish(0);
 }
 
 template void write_rows(const int32_t*, int64_t, int64_t, int64_t, int64_t, RowRange<int32_t>);

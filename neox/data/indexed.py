@@ -105,13 +105,16 @@ class IndexedDataset:
         """`count` tokens of the concatenation of sequences order[position:], the first `offset` tokens left out; see `read`."""
         return self._core.read_ordered(order, position, offset, count, segments)
 
-    def read_rows(self, firsts: np.ndarray, rows: np.ndarray, out: Rows) -> None:
-        """Samples of s + 1 tokens that start at tokens `firsts` of the dataset, each into a row of `out`, arrays of [b, s]."""
-        self._core.read_rows(firsts, rows, *out)
+    def read_rows(self, firsts: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Samples of s + 1 tokens that start at tokens `firsts` of the dataset, each into a row of `out`, arrays of [b, s].
 
-    def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: Rows) -> None:
+        Returns: the largest id; where one is negative, 2^64 - 1.
+        """
+        return self._core.read_rows(firsts, rows, *out)
+
+    def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: Rows) -> int:
         """As `read_rows`, from `offsets` tokens behind the start of sequences order[positions]; see `read_ordered`."""
-        self._core.read_ordered_rows(order, positions, offsets, rows, *out)
+        return self._core.read_ordered_rows(order, positions, offsets, rows, *out)
 
     def read_pieces(self, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Tokens [firsts[i], firsts[i] + counts[i]) of the dataset, one i behind the other, int64."""

@@ -177,23 +177,20 @@ class StepReader:
     def _batch(self, sample_ids: list[int]) -> Batch:
         if not isinstance(self._dataset, RowReader):
             return self._batch_of_samples(sample_ids)
-        rows = self._rows(sample_ids, self._dataset)
-        self._check_vocabulary(rows.inputs, rows.targets, sample_ids)
-        return Batch(*(None if array is None else torch.from_numpy(array) for array in rows), torch.tensor(sample_ids, dtype=torch.int64))
-
-    def _rows(self, sample_ids: list[int], dataset: RowReader) -> Rows:
-        shape = (len(sample_ids), dataset.seq_length)
-        types = ("int64", "int64", "int32", "int64") if dataset.document_mask else ("int64", "int64")
+        shape = (len(sample_ids), self._dataset.seq_length)
+        types = ("int64", "int64", "int32", "int64") if self._dataset.document_mask else ("int64", "int64")
         rows = Rows(*(self._memory.array(shape, dtype) for dtype in types))
-        dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
-        return rows
+        largest = self._dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            self._check_vocabulary(np.concatenate([rows.inputs, rows.targets[:, -1:]], axis=1), sample_ids)
+        return Batch(*(None if array is None else torch.from_numpy(array) for array in rows), torch.tensor(sample_ids, dtype=torch.int64))
 
     def _batch_of_samples(self, sample_ids: list[int]) -> Batch:
         """The batch of a dataset that gives one sample, or one pair, at a time."""
         samples = [self._dataset[sample] for sample in sample_ids]
         rows = [row for sample in samples for row in ((sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,))]
         tokens = np.stack([row.tokens for row in rows])  # [b, s + 1]
-        self._check_vocabulary(tokens[:, :-1], tokens[:, 1:], sample_ids)
+        self._check_vocabulary(tokens, sample_ids)
         targets = tokens if rows[0].labels is None else self._checked_labels(tokens, rows, sample_ids)
         marks = positions = ends = reference = None
         if rows[0].segment_ids is not None:
@@ -230,13 +227,11 @@ class StepReader:
         sample, second = divmod(row, len(tokens) // len(sample_ids))
         return self._dataset.describe(sample_ids[sample], second * tokens.shape[1] + column)
 
-    def _check_vocabulary(self, inputs: np.ndarray, targets: np.ndarray, sample_ids: list[int]) -> None:
-        if self._vocab_size is None:
+    def _check_vocabulary(self, tokens: np.ndarray, sample_ids: list[int]) -> None:
+        """Raises DataError at the first of these ids [b, s + 1] that the vocabulary does not have."""
+        if self._vocab_size is None or (place := core.first_outside(tokens, self._vocab_size)) < 0:
             return
-        if core.first_outside(inputs, self._vocab_size) < 0 and core.first_outside(targets[:, -1], self._vocab_size) < 0:
-            return
-        tokens = np.concatenate([inputs, targets[:, -1:]], axis=1)
-        row, column = divmod(core.first_outside(tokens, self._vocab_size), tokens.shape[1])
+        row, column = divmod(place, tokens.shape[1])
         raise DataError(
             "token id is outside the vocabulary",
             where=self._where(row, column, tokens, sample_ids),

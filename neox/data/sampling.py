@@ -71,12 +71,15 @@ class Rows(NamedTuple):
 
 @runtime_checkable
 class RowReader(Protocol):
-    """A dataset that reads many samples at a time: sample indices[i] into row rows[i] (both int64). Has what `Dataset` has."""
+    """A dataset that reads many samples at a time: sample indices[i] into row rows[i] (both int64). Has what `Dataset` has.
+
+    read_rows returns the largest id; where one is negative, 2^64 - 1.
+    """
 
     seq_length: int
     document_mask: bool
 
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None: ...
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int: ...
 
 
 def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
@@ -206,9 +209,9 @@ class EpochDataset:
         twin._dataset = other
         return twin
 
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
-        """Sample indices[i] into row rows[i]."""
-        self._dataset.read_rows(self._start + self._order.first_tokens(indices), rows, out)
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        return self._dataset.read_rows(self._start + self._order.first_tokens(indices), rows, out)
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""
@@ -269,12 +272,12 @@ class NeoxDataset:
         twin._dataset = other
         return twin
 
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
-        """Sample indices[i] into row rows[i]."""
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Sample indices[i] into row rows[i]. Returns the largest id."""
         for index in (indices.min(), indices.max()):
             self._check(int(index))
         starts = self._samples[self._shuffle[indices]].astype(np.int64)
-        self._dataset.read_ordered_rows(self._documents, np.ascontiguousarray(starts[:, 0]), np.ascontiguousarray(starts[:, 1]), rows, out)
+        return self._dataset.read_ordered_rows(self._documents, np.ascontiguousarray(starts[:, 0]), np.ascontiguousarray(starts[:, 1]), rows, out)
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""
@@ -372,12 +375,11 @@ class BlendedDataset(MixedDataset):
         self.seq_length = datasets[0].seq_length
         self.document_mask = datasets[0].document_mask
 
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> None:
-        """Sample indices[i] into row rows[i]."""
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Sample indices[i] into row rows[i]. Returns the largest id."""
         sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
-        for source in np.unique(sources).tolist():
-            own = sources == source
-            self.parts[source].read_rows(inner[own], rows[own], out)
+        owners = [(source, sources == source) for source in np.unique(sources).tolist()]
+        return max(self.parts[source].read_rows(inner[own], rows[own], out) for source, own in owners)
 
 
 def check_tokens(dataset: IndexedDataset, documents: tuple[int, int], tokens: int, seq_length: int) -> None:
