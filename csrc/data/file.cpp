@@ -148,6 +148,9 @@ void OutputFile::write(const void* bytes, uint64_t count) {
 void OutputFile::flush() {
     if (buffer_.empty()) return;
     write_fully(fd_, path_, buffer_.data(), buffer_.size(), written_);
+#if defined(__linux__)
+    ::sync_file_range(fd_, static_cast<off64_t>(written_), static_cast<off64_t>(buffer_.size()), SYNC_FILE_RANGE_WRITE);  // a wish: less is left for the sync
+#endif
     on_buffer_written(buffer_.data(), buffer_.size());
     written_ += buffer_.size();
     buffer_.clear();

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from neox.data.byte_level import Unsupported, text_encoder
 from neox.data.indexed import token_dtype
 from neox.data.text import BOM, Bad, Parsed, Piece, parse, parse_line
-from neox.data.tokenizer import Tokenizer, TokenizerFile
+from neox.data.tokenizer import Tokenizer, TokenizerFile, load_in_background
 from neox.errors import ConfigError
 
 PROOF_FIRST = 1 << 14  # characters of the first block that both encoders must agree on
@@ -70,11 +70,11 @@ def require_eod(encoding: Encoding, eod_id: int | None) -> None:
 
 
 class LibraryEncoder:
-    """Encodes blocks by the `tokenizers` library."""
+    """Encodes blocks by the `tokenizers` library; `tokenizer`: of the encoding, where it is there."""
 
-    def __init__(self, encoding: Encoding):
+    def __init__(self, encoding: Encoding, tokenizer: Tokenizer | None = None):
         self._encoding = encoding
-        self.tokenizer = Tokenizer(encoding.tokenizer, encoding.eod_token, specials_as_text=encoding.specials_as_text)
+        self.tokenizer = tokenizer or Tokenizer(encoding.tokenizer, encoding.eod_token, specials_as_text=encoding.specials_as_text)
         require_eod(encoding, self.tokenizer.eod_id)
         self.dtype = token_dtype(self.tokenizer.vocab_size - 1)
 
@@ -109,16 +109,19 @@ class NativeEncoder:
     That they are the same is compared on the start of the first block and on a slice of a document of every fourth block. Should they ever
     differ, this says so and hands the block and all later ones to the library.
 
+    Args:
+        file: of encoding.tokenizer. library: of `load_in_background`, for this encoding; None: it is begun here.
+
     Raises:
         Unsupported: the tokenizer is of another kind, or asks for something that csrc/data does not do.
         DataError: not a tokenizer file. ConfigError: no end-of-document token.
     """
 
-    def __init__(self, encoding: Encoding, file: TokenizerFile):
+    def __init__(self, encoding: Encoding, file: TokenizerFile, library: Future[Tokenizer] | None = None):
         require_eod(encoding, file.eod_id)
         self._encoding = encoding
-        self._loading: Future[LibraryEncoder] = Future()
-        threading.Thread(target=self._load_library, daemon=True).start()  # meanwhile our own tables are made and the first blocks encoded
+        # while it is loaded our own tables are made and the first blocks encoded
+        self._loading = library or load_in_background(encoding.tokenizer, encoding.eod_token, specials_as_text=encoding.specials_as_text)
         self.dtype = token_dtype(file.vocab_size - 1)
         self._core = text_encoder(file.content, encoding.specials_as_text, self.dtype == "int32")
         self._key = encoding.json_key.encode()
@@ -141,20 +144,14 @@ class NativeEncoder:
             text_bytes=size_of(block),
         )
 
-    @property
+    @cached_property
     def _library(self) -> LibraryEncoder:
-        return self._loading.result()
-
-    def _load_library(self) -> None:
-        try:
-            self._loading.set_result(LibraryEncoder(self._encoding))
-        except BaseException as error:
-            self._loading.set_exception(error)
+        return LibraryEncoder(self._encoding, self._loading.result())
 
     def _proven(self, number: int, block: Block) -> bool:
         for text in proof_texts(number, block, self._encoding.json_key):
             ours, _ = self._core.text(text.encode(), -1)
-            theirs = self._library.tokenizer.encode(text)
+            theirs = self._loading.result().encode(text)
             if ours.tolist() != theirs:
                 log.warning("csrc/data gives other ids than tokenizers for %r: tokenizers encodes from here on. Please report it", text[:200])
                 return False
@@ -235,9 +232,9 @@ def slices(piece: Piece, start: int, key: str, most: int) -> Iterable[str]:
         at = end + 1
 
 
-def encoder_for(encoding: Encoding, file: TokenizerFile) -> tuple[NativeEncoder | None, str | None]:
-    """Our encoder, or None and why the library is needed."""
+def encoder_for(encoding: Encoding, file: TokenizerFile, library: Future[Tokenizer] | None = None) -> NativeEncoder | Unsupported:
+    """Our encoder, or why the library is needed."""
     try:
-        return NativeEncoder(encoding, file), None
+        return NativeEncoder(encoding, file, library)
     except Unsupported as reason:
-        return None, str(reason)
+        return reason

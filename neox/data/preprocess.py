@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice, starmap
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
-from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for
+from neox.data.byte_level import Unsupported
+from neox.data.encode import Block, EncodedBlock, Encoding, NativeEncoder, encoder_for
 from neox.data.indexed import IndexedWriter, token_dtype
 from neox.data.progress import SOURCE_FIELDS, Progress, ProgressFile, finished, identity_of, source_of
-from neox.data.quarantine import Quarantine
+from neox.data.quarantine import BAD_LINES, Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, read_blocks
-from neox.data.tokenizer import TokenizerFile
-from neox.errors import ConfigError, DataError, MemoryExhausted
+from neox.data.tokenizer import Tokenizer, TokenizerFile
+from neox.errors import ConfigError, DataError
 
-BAD_LINES = ("fail", "skip", "quarantine")
 WAITING_BLOCKS = 24  # encoded while the first is still being compared with `tokenizers`, whose start takes a tenth of a second
 NOTE_SECONDS = 20.0  # at most that much work is lost when a run is killed
 EXAMPLES = 20  # bad lines that the summary names
@@ -84,6 +77,7 @@ def preprocess(
     progress: Callable[[Summary], None] | None = None,
     block_bytes: int = BLOCK_BYTES,
     note_seconds: float = NOTE_SECONDS,
+    library: Future[Tokenizer] | None = None,
 ) -> Summary:
     """Tokenize files (`neox.data.text.find_files`) into OUT.bin, OUT.idx and OUT.json.
 
@@ -94,6 +88,7 @@ def preprocess(
             run was done already, its summary is returned; without one this starts anew. An exception leaves the unfinished files for another try.
         progress: called after each block. block_bytes: text that a worker gets at a time.
         note_seconds: how often it is noted how far the run has come.
+        library: of `load_in_background`, begun before this; None: it is begun here.
 
     Raises:
         DataError: bad line under "fail" (file:line and reason), no documents, input unreadable or changed, or OUT is there already.
@@ -114,7 +109,8 @@ def preprocess(
     summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
     spent = summary.seconds
     first = done = 0 if before is None else before.blocks
-    blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, workers, summary)
+    numbered = enumerate(islice(read_blocks(files, block_bytes), first, None), first)
+    blocks = encoded(numbered, encoding, encoder_for(encoding, tokenizer, library), workers, summary)
     take_up(out) if before else notes.remove()
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
     kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
@@ -183,16 +179,19 @@ def take_up(out: str) -> None:
             final.rename(partial)
 
 
-def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary) -> Iterator[EncodedBlock]:
-    """The blocks encoded, in order, by our encoder where it can; `summary` says by which. `first` is the number of the first block."""
-    native, reason = encoder_for(encoding, tokenizer)
-    if native is None:
-        summary.encoder = f"tokenizers ({reason})"
-        log.warning("%s is encoded by the tokenizers library, which is slower: %s", encoding.tokenizer, reason)
-        yield from encoded_by_processes(blocks, encoding, workers)
+def encoded(
+    numbered: Iterable[tuple[int, Block]], encoding: Encoding, encoder: NativeEncoder | Unsupported, workers: int, summary: Summary
+) -> Iterator[EncodedBlock]:
+    """Numbered blocks encoded, in order, by our encoder where it can; `summary` says by which."""
+    if isinstance(encoder, Unsupported):
+        from neox.data.workers import encoded_by_processes  # seldom needed, and what it imports takes longer than the first blocks
+
+        summary.encoder = f"tokenizers ({encoder})"
+        log.warning("%s is encoded by the tokenizers library, which is slower: %s", encoding.tokenizer, encoder)
+        yield from encoded_by_processes((block for _, block in numbered), encoding, workers)
         return
-    for block in encoded_by_threads(enumerate(blocks, first), native, workers):
-        if native.differs:
+    for block in encoded_by_threads(numbered, encoder, workers):
+        if encoder.differs:
             summary.encoder = "tokenizers (csrc/data gave other ids)"
         yield block
 
@@ -209,27 +208,6 @@ def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEnc
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, encode: Callable[[Any, Block], Any] | None = None) -> Iterator[Any]:
-    """Encode blocks on worker processes, otherwise as `encoded_by_threads`: by encode(encoding, block), else by the `tokenizers` library.
-
-    Raises:
-        MemoryExhausted: a worker died, most likely for want of memory.
-    """
-    if workers == 0:
-        yield from map(LibraryEncoder(encoding) if encode is None else functools.partial(encode, encoding), blocks)
-        return
-    context = multiprocessing.get_context("spawn")  # fork would copy the threads of this process half-way
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
-    try:
-        yield from in_order((executor.submit(encode or encode_block, encoding, block) for block in blocks), 2 * workers)
-    except BrokenProcessPool as error:
-        raise MemoryExhausted(
-            "a worker process died", where="preprocess", got=error, do="use fewer --workers, or look for the kernel's out-of-memory log"
-        ) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
 def in_order(submitted: Iterable[Future[EncodedBlock]], ahead: int) -> Iterator[EncodedBlock]:
     """Results in the order of their submission; `ahead` futures are under way while one is waited for."""
     pending: deque[Future[EncodedBlock]] = deque()
@@ -239,27 +217,3 @@ def in_order(submitted: Iterable[Future[EncodedBlock]], ahead: int) -> Iterator[
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def encode_block(encoding: Encoding, block: Block) -> EncodedBlock:
-    """Encode one block, in a worker."""
-    return encoder_of(encoding)(block)
-
-
-@functools.cache
-def encoder_of(encoding: Encoding) -> LibraryEncoder:
-    """The encoder of this process: a tokenizer takes long to load."""
-    return LibraryEncoder(encoding)
-
-
-def start_worker() -> None:
-    """Set up a worker: one thread, deaf to Ctrl-C (the parent decides), gone when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def exit_with_parent() -> None:
-    """Wait for the parent's end, by kill -9 too, and end this process."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

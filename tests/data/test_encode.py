@@ -10,6 +10,7 @@ import orjson
 import pytest
 import tokenizers
 
+from neox.data.byte_level import Unsupported
 from neox.data.encode import Encoding, LibraryEncoder, NativeEncoder, encoder_for, proof_texts
 from neox.data.text import Bad, Piece
 from neox.data.tokenizer import TokenizerFile, train_tokenizer
@@ -50,8 +51,8 @@ def block() -> list[Piece | Bad]:
 @pytest.mark.parametrize("options", [{}, {"append_eod": False}, {"specials_as_text": True}])
 def test_both_encoders_give_the_same_block(tokenizer, options):
     encoding = Encoding(tokenizer, **options)
-    native, reason = encoder_for(encoding, TokenizerFile(tokenizer))
-    assert reason is None
+    native = encoder_for(encoding, TokenizerFile(tokenizer))
+    assert isinstance(native, NativeEncoder)
     ours, theirs = native(0, block()), LibraryEncoder(encoding)(block())
     assert ours.tokens.dtype == theirs.tokens.dtype == np.uint16 and ours.sizes.dtype == theirs.sizes.dtype == np.int32
     assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.sizes, theirs.sizes) and ours.sizes.size == 123
@@ -85,8 +86,8 @@ def test_every_fourth_block_is_looked_at():
 def test_other_tokenizers_are_left_to_the_library(tmp_path):
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     plain.save(str(tmp_path / "plain.json"))
-    native, reason = encoder_for(Encoding(str(tmp_path / "plain.json")), TokenizerFile(tmp_path / "plain.json"))
-    assert native is None and reason == "no pre-tokenizer"
+    reason = encoder_for(Encoding(str(tmp_path / "plain.json")), TokenizerFile(tmp_path / "plain.json"))
+    assert isinstance(reason, Unsupported) and str(reason) == "no pre-tokenizer"
 
 
 def test_a_missing_end_of_document_token_is_an_error(tokenizer):
