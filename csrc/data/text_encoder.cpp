@@ -138,17 +138,17 @@ inline uint64_t WordCache::hash(const Key& key) {
     return (mixed + key.length) * 0xD6E8FEB86659FD93u;
 }
 
-inline WordCache::Key WordCache::key_of(const uint8_t* word, uint64_t length) const {
-    Key key;
-    uint64_t mask[3];
-    std::memcpy(key.bytes, word, sizeof key.bytes);
-    std::memcpy(mask, kMask.bytes + 24 - length, sizeof mask);
-    for (int i = 0; i < 3; ++i) key.bytes[i] &= mask[i];
+inline void WordCache::make_key(const uint8_t* word, uint64_t length, Key& key) const {
+    for (int i = 0; i < 3; ++i) {
+        uint64_t bytes, mask;
+        std::memcpy(&bytes, word + 8 * i, sizeof bytes);
+        std::memcpy(&mask, kMask.bytes + 24 - length + 8 * i, sizeof mask);
+        key.bytes[i] = bytes & mask;
+    }
     key.length = static_cast<uint32_t>(length);
     const uint64_t hashed = hash(key);
     key.place = static_cast<uint32_t>(hashed >> (64 - kBits));
     length <= kShort ? __builtin_prefetch(&lines_[key.place]) : __builtin_prefetch(&long_line(key));
-    return key;
 }
 
 inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
@@ -169,9 +169,10 @@ inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
 inline uint32_t* WordCache::find(const Key& key, uint32_t* out) const {
     if (key.length <= kShort) {
         const Line& line = lines_[key.place];
-        const uint64_t second = tagged(key, 1);
-        if (((line.first.key[0] ^ key.bytes[0]) | (line.first.key[1] ^ second)) == 0) return copy(line.first, out);
-        if (((line.second.key[0] ^ key.bytes[0]) | (line.second.key[1] ^ second)) == 0) return copy(line.second, out);
+        const uint64_t high = tagged(key, 1);
+        const auto holds = [&](const Short& entry) { return ((entry.key[0] ^ key.bytes[0]) | (entry.key[1] ^ high)) == 0; };
+        const bool first = holds(line.words[0]), second = holds(line.words[1]);
+        if (__builtin_expect(first | second, 1)) return copy(line.words[second], out);  // the processor is not to guess which of both it is
     }
     const Long& line = long_line(key);
     if (((line.key[0] ^ key.bytes[0]) | (line.key[1] ^ key.bytes[1]) | (line.key[2] ^ tagged(key, 2))) != 0) return nullptr;
@@ -183,14 +184,15 @@ void WordCache::remember(const Key& key, const uint32_t* ids, uint64_t count) {
     const bool wide = std::any_of(ids, ids + count, [](uint32_t id) { return id > UINT16_MAX; });
     if (key.length <= kShort && count <= (wide ? 3u : 7u)) {
         Line& line = lines_[key.place];
-        line.second = line.first;
-        line.first.key[0] = key.bytes[0];
-        line.first.key[1] = tagged(key, 1);
-        line.first.count = static_cast<uint16_t>(count | (wide ? kWide : 0));
+        line.words[1] = line.words[0];
+        Short& entry = line.words[0];
+        entry.key[0] = key.bytes[0];
+        entry.key[1] = tagged(key, 1);
+        entry.count = static_cast<uint16_t>(count | (wide ? kWide : 0));
         if (wide)
-            std::memcpy(line.first.ids, ids, count * sizeof *ids);
+            std::memcpy(entry.ids, ids, count * sizeof *ids);
         else
-            for (uint64_t i = 0; i < count; ++i) line.first.ids[i] = static_cast<uint16_t>(ids[i]);
+            for (uint64_t i = 0; i < count; ++i) entry.ids[i] = static_cast<uint16_t>(ids[i]);
     } else if (count <= kSpill) {
         Long& line = long_[hash(key) >> (64 - kLongBits)];
         for (int i = 0; i < 2; ++i) line.key[i] = key.bytes[i];
@@ -253,7 +255,7 @@ class TextEncoder::Queue {
         Word& word = words_[count_];
         word.at = at;
         word.length = length;
-        if (length <= WordCache::kLongest) word.key = state_.cache.key_of(at, length);
+        if (length <= WordCache::kLongest) state_.cache.make_key(at, length, word.key);
         if (++count_ == kMost) look_up();
     }
 

@@ -80,8 +80,9 @@ class WordCache {
     };
     WordCache() : lines_(static_cast<Line*>(zeroed_pages(kLines * sizeof(Line)))), long_(static_cast<Long*>(zeroed_pages(kLongLines * sizeof(Long)))) {}
 
-    // Where a word of up to kLongest bytes is looked for; has the cache line fetched. Reads 24 bytes.
-    Key key_of(const uint8_t* word, uint64_t length) const;
+    // Where a word of up to kLongest bytes is looked for; has the cache line fetched. Reads 24 bytes. Not returned but written in its place: a copy would be
+    // made of vectors, and loading one out of two stores waits for both.
+    void make_key(const uint8_t* word, uint64_t length, Key& key) const;
     // The ids of a word; nullptr where it is not remembered, else the end of them.
     uint32_t* find(const Key& key, uint32_t* out) const;
     void remember(const Key& key, const uint32_t* ids, uint64_t count);
@@ -94,7 +95,7 @@ class WordCache {
         uint16_t count;   // and kWide
     };
     struct alignas(64) Line {
-        Short first, second;
+        Short words[2];
     };
     struct alignas(64) Long {
         uint64_t key[3];
