@@ -42,6 +42,18 @@ class CommandParser(argparse.ArgumentParser):
         """
         raise ConfigError(message, where=self.prog, do=f"{self.prog} --help")
 
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """As argparse's, but an option that is unknown is a complaint of the action that was asked for.
+
+        Raises:
+            ConfigError: the arguments don't fit.
+        """
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.prog = " ".join([self.prog, *filter(None, [getattr(parsed, "action", None)])])
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed
+
 
 def usage() -> str:
     """The overview that `neox --help` prints."""

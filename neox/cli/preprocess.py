@@ -17,18 +17,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
+from neox.data.encode import Encoding
+from neox.data.preprocess import Summary, preprocess
 from neox.data.quarantine import BAD_LINES
 from neox.data.templates import MESSAGES, PAIR, TEMPLATES, find_template
 from neox.data.text import FOLDER_SUFFIXES, find_files
-from neox.data.tokenizer import load_in_background
 from neox.errors import ConfigError
-
-if TYPE_CHECKING:
-    from neox.data.preprocess import Summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,12 +80,8 @@ def of_text(files: list[str], args: argparse.Namespace, options: dict[str, Any])
     if alone:
         raise ConfigError("option without --chat", where=f"--{alone[0].replace('_', '-')}", do="add --chat")
     as_text = args.special_tokens == "text"
-    library = load_in_background(args.tokenizer, args.eod_token, specials_as_text=as_text)
-    from neox.data.encode import Encoding  # after that: numpy and the rest take as long to import as the library takes to load
-    from neox.data.preprocess import preprocess
-
     encoding = Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key or "text", as_text)
-    return preprocess(files, args.out, encoding, resume=args.resume, library=library, **options)
+    return preprocess(files, args.out, encoding, resume=args.resume, **options)
 
 
 def of_chats(files: list[str], args: argparse.Namespace, options: dict[str, Any]) -> Summary:
@@ -99,7 +93,7 @@ def of_chats(files: list[str], args: argparse.Namespace, options: dict[str, Any]
     if args.resume or args.special_tokens == "text":
         raise ConfigError("option that conversations don't have", where="--resume" if args.resume else "--special-tokens text", do="leave it out with --chat")
     keys = PAIR if args.pairs else (args.json_key or MESSAGES[0],)
-    from neox.data.chat import ChatEncoding, preprocess_chat
+    from neox.data.chat import ChatEncoding, preprocess_chat  # plain text does without what this imports
 
     encoding = ChatEncoding(args.tokenizer, args.eod_token, find_template(args.chat_template, args.tokenizer), keys, args.append_eod, args.last_only)
     return preprocess_chat(files, args.out, encoding, **options)

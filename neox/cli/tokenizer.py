@@ -8,6 +8,7 @@ example: neox tokenizer train --input corpus/ --suffix .py --vocab-size 8192 --o
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -31,11 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--special-token", action="append", default=[], metavar="TOKEN", help=help_special)
     train.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
     train.add_argument("--bad-lines", choices=("fail", "skip"), default="fail", help="a line that gives no document: stop, or pass over it (default: fail)")
+    train.add_argument("--overwrite", action="store_true", help="replace an existing file: datasets made with it no longer fit it")
     train.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train and print what was made."""
+    if os.path.lexists(args.out) and not args.overwrite:
+        raise DataError("tokenizer is there already", where=args.out, do="choose another --out, or pass --overwrite")
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
     texts = documents(files, args.json_key, args.bad_lines)
     tokenizer = train_tokenizer(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ import numpy as np
 from neox.data.byte_level import Unsupported, text_encoder
 from neox.data.indexed import token_dtype
 from neox.data.text import BOM, Bad, Parsed, Piece, parse, parse_line
-from neox.data.tokenizer import Tokenizer, TokenizerFile, load_in_background
+from neox.data.tokenizer import Tokenizer, TokenizerFile
 from neox.errors import ConfigError
 
 PROOF_FIRST = 1 << 14  # characters of the first block that both encoders must agree on
@@ -70,11 +70,11 @@ def require_eod(encoding: Encoding, eod_id: int | None) -> None:
 
 
 class LibraryEncoder:
-    """Encodes blocks by the `tokenizers` library; `tokenizer`: of the encoding, where it is there."""
+    """Encodes blocks by the `tokenizers` library."""
 
-    def __init__(self, encoding: Encoding, tokenizer: Tokenizer | None = None):
+    def __init__(self, encoding: Encoding):
         self._encoding = encoding
-        self.tokenizer = tokenizer or Tokenizer(encoding.tokenizer, encoding.eod_token, specials_as_text=encoding.specials_as_text)
+        self.tokenizer = Tokenizer(encoding.tokenizer, encoding.eod_token, specials_as_text=encoding.specials_as_text)
         require_eod(encoding, self.tokenizer.eod_id)
         self.dtype = token_dtype(self.tokenizer.vocab_size - 1)
 
@@ -109,19 +109,15 @@ class NativeEncoder:
     That they are the same is compared on the start of the first block and on a slice of a document of every fourth block. Should they ever
     differ, this says so and hands the block and all later ones to the library.
 
-    Args:
-        file: of encoding.tokenizer. library: of `load_in_background`, for this encoding; None: it is begun here.
-
     Raises:
         Unsupported: the tokenizer is of another kind, or asks for something that csrc/data does not do.
         DataError: not a tokenizer file. ConfigError: no end-of-document token.
     """
 
-    def __init__(self, encoding: Encoding, file: TokenizerFile, library: Future[Tokenizer] | None = None):
+    def __init__(self, encoding: Encoding, file: TokenizerFile):
         require_eod(encoding, file.eod_id)
         self._encoding = encoding
-        # while it is loaded our own tables are made and the first blocks encoded
-        self._loading = library or load_in_background(encoding.tokenizer, encoding.eod_token, specials_as_text=encoding.specials_as_text)
+        self._loading = threading.Lock()
         self.dtype = token_dtype(file.vocab_size - 1)
         self._core = text_encoder(file.content, encoding.specials_as_text, self.dtype == "int32")
         self._key = encoding.json_key.encode()
@@ -130,11 +126,11 @@ class NativeEncoder:
 
     def __call__(self, number: int, block: Block) -> EncodedBlock:
         """Parse and encode block `number`; documents without text or tokens are left out and counted."""
+        parts = [] if self.differs else [Part(bad=[item]) if isinstance(item, Bad) else self._encode(item) for item in block]
         if not self.differs and not self._proven(number, block):
             self.differs = True
         if self.differs:
             return self._library(block)
-        parts = [Part(bad=[item]) if isinstance(item, Bad) else self._encode(item) for item in block]
         return EncodedBlock(
             tokens=joined([part.tokens for part in parts], self.dtype),
             sizes=joined([part.sizes for part in parts], "int32"),
@@ -144,14 +140,19 @@ class NativeEncoder:
             text_bytes=size_of(block),
         )
 
-    @cached_property
+    @property
     def _library(self) -> LibraryEncoder:
-        return LibraryEncoder(self._encoding, self._loading.result())
+        with self._loading:  # one thread makes it; it takes a tenth of a second, in which the library lets no other thread run Python
+            return self._made_library
+
+    @cached_property
+    def _made_library(self) -> LibraryEncoder:
+        return LibraryEncoder(self._encoding)
 
     def _proven(self, number: int, block: Block) -> bool:
         for text in proof_texts(number, block, self._encoding.json_key):
             ours, _ = self._core.text(text.encode(), -1)
-            theirs = self._loading.result().encode(text)
+            theirs = self._library.tokenizer.encode(text)
             if ours.tolist() != theirs:
                 log.warning("csrc/data gives other ids than tokenizers for %r: tokenizers encodes from here on. Please report it", text[:200])
                 return False
@@ -232,9 +233,9 @@ def slices(piece: Piece, start: int, key: str, most: int) -> Iterable[str]:
         at = end + 1
 
 
-def encoder_for(encoding: Encoding, file: TokenizerFile, library: Future[Tokenizer] | None = None) -> NativeEncoder | Unsupported:
+def encoder_for(encoding: Encoding, file: TokenizerFile) -> NativeEncoder | Unsupported:
     """Our encoder, or why the library is needed."""
     try:
-        return NativeEncoder(encoding, file, library)
+        return NativeEncoder(encoding, file)
     except Unsupported as reason:
         return reason

@@ -19,10 +19,10 @@ from neox.data.indexed import IndexedWriter, token_dtype
 from neox.data.progress import SOURCE_FIELDS, Progress, ProgressFile, finished, identity_of, source_of
 from neox.data.quarantine import BAD_LINES, Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, read_blocks
-from neox.data.tokenizer import Tokenizer, TokenizerFile
+from neox.data.tokenizer import TokenizerFile
 from neox.errors import ConfigError, DataError
 
-WAITING_BLOCKS = 24  # encoded while the first is still being compared with `tokenizers`, whose start takes a tenth of a second
+WAITING_BLOCKS = 24  # encoded while the first is still being compared with `tokenizers`
 NOTE_SECONDS = 20.0  # at most that much work is lost when a run is killed
 EXAMPLES = 20  # bad lines that the summary names
 
@@ -77,7 +77,6 @@ def preprocess(
     progress: Callable[[Summary], None] | None = None,
     block_bytes: int = BLOCK_BYTES,
     note_seconds: float = NOTE_SECONDS,
-    library: Future[Tokenizer] | None = None,
 ) -> Summary:
     """Tokenize files (`neox.data.text.find_files`) into OUT.bin, OUT.idx and OUT.json.
 
@@ -88,7 +87,6 @@ def preprocess(
             run was done already, its summary is returned; without one this starts anew. An exception leaves the unfinished files for another try.
         progress: called after each block. block_bytes: text that a worker gets at a time.
         note_seconds: how often it is noted how far the run has come.
-        library: of `load_in_background`, begun before this; None: it is begun here.
 
     Raises:
         DataError: bad line under "fail" (file:line and reason), no documents, input unreadable or changed, or OUT is there already.
@@ -110,7 +108,7 @@ def preprocess(
     spent = summary.seconds
     first = done = 0 if before is None else before.blocks
     numbered = enumerate(islice(read_blocks(files, block_bytes), first, None), first)
-    blocks = encoded(numbered, encoding, encoder_for(encoding, tokenizer, library), workers, summary)
+    blocks = encoded(numbered, encoding, encoder_for(encoding, tokenizer), workers, summary)
     take_up(out) if before else notes.remove()
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
     kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)

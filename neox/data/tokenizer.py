@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 
@@ -117,20 +115,6 @@ class Tokenizer:
         """Text of token ids. Ids beyond the vocabulary (padding rows of a model) give no text."""
         known = [number for number in map(int, ids) if 0 <= number < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
-
-
-def load_in_background(file: str | Path, eod_token: str | None, *, specials_as_text: bool) -> Future[Tokenizer]:
-    """A `Tokenizer` that a thread of its own makes: a tenth of a second, nearly all of it outside of Python. Its errors are those of the future."""
-    loading: Future[Tokenizer] = Future()
-
-    def load() -> None:
-        try:
-            loading.set_result(Tokenizer(file, eod_token, specials_as_text=specials_as_text))
-        except BaseException as error:
-            loading.set_exception(error)
-
-    threading.Thread(target=load).start()  # no daemon: the end of the process waits for it, as native code must not outlive the interpreter
-    return loading
 
 
 def file_hash(file: str | Path) -> str:

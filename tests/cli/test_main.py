@@ -92,3 +92,10 @@ def test_a_missing_package_is_an_environment_error(monkeypatch, capsys):
     install_command(monkeypatch, run)
     assert cli.main(["probe"]) == 14
     assert "got=gone" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_a_complaint_of_the_action(capsys):
+    assert cli.main(["tokenizer", "train", "--input", ".", "--vocab-size", "300", "--out", "t.json", "--nope"]) == 2
+    assert capsys.readouterr().err == "error[2] unrecognized arguments: --nope; where=neox tokenizer train; do=neox tokenizer train --help\n"
+    assert cli.main(["doctor", "--nope"]) == 2
+    assert "where=neox doctor; do=neox doctor --help" in capsys.readouterr().err
