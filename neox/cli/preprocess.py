@@ -17,14 +17,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 import orjson
 
+from neox.data.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoding, ChatSummary, find_template, preprocess_chat
 from neox.data.encode import Encoding
-from neox.data.preprocess import Summary, preprocess
-from neox.data.quarantine import BAD_LINES
-from neox.data.templates import MESSAGES, PAIR, TEMPLATES, find_template
+from neox.data.preprocess import BAD_LINES, Summary, preprocess
 from neox.data.text import FOLDER_SUFFIXES, find_files
 from neox.errors import ConfigError
 
@@ -65,13 +63,16 @@ def run(args: argparse.Namespace) -> int:
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
     with progress_bar() as progress:
         options = {"workers": workers, "bad_lines": args.bad_lines, "overwrite": args.overwrite, "progress": progress}
-        summary = of_chats(files, args, options) if args.chat else of_text(files, args, options)
+        if args.chat:
+            summary = preprocess_chat(files, args.out, chat_encoding(args), **options)
+        else:
+            summary = preprocess(files, args.out, text_encoding(args), resume=args.resume, **options)
     print(orjson.dumps(asdict(summary)).decode() if args.json else report(summary))
     return 0
 
 
-def of_text(files: list[str], args: argparse.Namespace, options: dict[str, Any]) -> Summary:
-    """Plain text.
+def text_encoding(args: argparse.Namespace) -> Encoding:
+    """How plain text is encoded.
 
     Raises:
         ConfigError: options of --chat without it.
@@ -79,13 +80,11 @@ def of_text(files: list[str], args: argparse.Namespace, options: dict[str, Any])
     alone = [name for name in ("pairs", "last_only", "chat_template") if vars(args)[name]]
     if alone:
         raise ConfigError("option without --chat", where=f"--{alone[0].replace('_', '-')}", do="add --chat")
-    as_text = args.special_tokens == "text"
-    encoding = Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key or "text", as_text)
-    return preprocess(files, args.out, encoding, resume=args.resume, **options)
+    return Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key or "text", args.special_tokens == "text")
 
 
-def of_chats(files: list[str], args: argparse.Namespace, options: dict[str, Any]) -> Summary:
-    """Conversations.
+def chat_encoding(args: argparse.Namespace) -> ChatEncoding:
+    """How conversations are encoded.
 
     Raises:
         ConfigError: an option that they don't have, or no template.
@@ -93,10 +92,7 @@ def of_chats(files: list[str], args: argparse.Namespace, options: dict[str, Any]
     if args.resume or args.special_tokens == "text":
         raise ConfigError("option that conversations don't have", where="--resume" if args.resume else "--special-tokens text", do="leave it out with --chat")
     keys = PAIR if args.pairs else (args.json_key or MESSAGES[0],)
-    from neox.data.chat import ChatEncoding, preprocess_chat  # plain text does without what this imports
-
-    encoding = ChatEncoding(args.tokenizer, args.eod_token, find_template(args.chat_template, args.tokenizer), keys, args.append_eod, args.last_only)
-    return preprocess_chat(files, args.out, encoding, **options)
+    return ChatEncoding(args.tokenizer, args.eod_token, find_template(args.chat_template, args.tokenizer), keys, args.append_eod, args.last_only)
 
 
 @contextlib.contextmanager
@@ -128,7 +124,7 @@ def report(summary: Summary) -> str:
         f"{summary.text_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s: {rate:.1f} MB/s, encoder: {summary.encoder}",
         f"left out: {summary.bad_lines:,} bad, {summary.blank_lines:,} blank, {summary.empty_documents:,} empty",
     ]
-    if hasattr(summary, "learned"):  # of conversations
+    if isinstance(summary, ChatSummary):
         lines.append(f"learned: {summary.learned:,} of {summary.tokens:,} tokens")
     lines += [f"  {count:,} x {reason}" for reason, count in sorted(summary.bad_reasons.items())]
     lines += [f"  {example['where']}: {example['reason']}" for example in summary.bad_examples]

@@ -20,15 +20,21 @@ import numpy as np
 import orjson
 
 from neox.data.indexed import IndexedWriter, token_dtype
-from neox.data.preprocess import Summary
-from neox.data.quarantine import BAD_LINES, Quarantine
-from neox.data.templates import MESSAGES, SETTINGS_FILE
+from neox.data.preprocess import BAD_LINES, Summary, encoded_by_processes
+from neox.data.quarantine import Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, Piece, read_blocks
 from neox.data.tokenizer import Tokenizer
-from neox.data.workers import encoded_by_processes
 from neox.errors import ConfigError, DataError
 
 IGNORED = -100
+MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
+TEMPLATES = {  # by name
+    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "plain": "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+}
+TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"  # where Hugging Face keeps one, beside the tokenizer
 Messages = list[dict[str, Any]]
 
 
@@ -71,6 +77,34 @@ class EncodedChats:
     bad: list[Bad]
     blank: int
     text_bytes: int
+
+
+def find_template(given: str | None, tokenizer: str) -> str:
+    """The text of a chat template.
+
+    Args:
+        given: a file, or a name in TEMPLATES; None: what lies beside the tokenizer.
+        tokenizer: the tokenizer's file.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    if given in TEMPLATES:
+        return TEMPLATES[given]
+    folder = Path(tokenizer).parent
+    try:
+        if given is not None:
+            return Path(given).read_text(encoding="utf-8")
+        if (folder / TEMPLATE_FILE).is_file():
+            return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        if (folder / SETTINGS_FILE).is_file():
+            found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, str):
+                return found
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError("cannot read the chat template", where="--chat-template", got=error, want="a Jinja file") from error
+    names = ", ".join(TEMPLATES)
+    raise ConfigError("no chat template", where=f"{folder}: {TEMPLATE_FILE}, {SETTINGS_FILE}", do=f"give --chat-template FILE, or one of {names}")
 
 
 class Template:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,16 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice, starmap
 from pathlib import Path
+from typing import Any
 
 from neox.data.byte_level import Unsupported
-from neox.data.encode import Block, EncodedBlock, Encoding, NativeEncoder, encoder_for
+from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for
 from neox.data.indexed import IndexedWriter, token_dtype
 from neox.data.progress import SOURCE_FIELDS, Progress, ProgressFile, finished, identity_of, source_of
-from neox.data.quarantine import BAD_LINES, Quarantine
+from neox.data.quarantine import Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, read_blocks
 from neox.data.tokenizer import TokenizerFile
-from neox.errors import ConfigError, DataError
+from neox.errors import ConfigError, DataError, MemoryExhausted
 
+BAD_LINES = ("fail", "skip", "quarantine")
 WAITING_BLOCKS = 24  # encoded while the first is still being compared with `tokenizers`
 NOTE_SECONDS = 20.0  # at most that much work is lost when a run is killed
 EXAMPLES = 20  # bad lines that the summary names
@@ -107,8 +112,7 @@ def preprocess(
     summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
     spent = summary.seconds
     first = done = 0 if before is None else before.blocks
-    numbered = enumerate(islice(read_blocks(files, block_bytes), first, None), first)
-    blocks = encoded(numbered, encoding, encoder_for(encoding, tokenizer), workers, summary)
+    blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, workers, summary)
     take_up(out) if before else notes.remove()
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
     kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
@@ -177,19 +181,16 @@ def take_up(out: str) -> None:
             final.rename(partial)
 
 
-def encoded(
-    numbered: Iterable[tuple[int, Block]], encoding: Encoding, encoder: NativeEncoder | Unsupported, workers: int, summary: Summary
-) -> Iterator[EncodedBlock]:
-    """Numbered blocks encoded, in order, by our encoder where it can; `summary` says by which."""
-    if isinstance(encoder, Unsupported):
-        from neox.data.workers import encoded_by_processes  # seldom needed, and what it imports takes longer than the first blocks
-
-        summary.encoder = f"tokenizers ({encoder})"
-        log.warning("%s is encoded by the tokenizers library, which is slower: %s", encoding.tokenizer, encoder)
-        yield from encoded_by_processes((block for _, block in numbered), encoding, workers)
+def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary) -> Iterator[EncodedBlock]:
+    """The blocks encoded, in order, by our encoder where it can; `summary` says by which. `first` is the number of the first block."""
+    native = encoder_for(encoding, tokenizer)
+    if isinstance(native, Unsupported):
+        summary.encoder = f"tokenizers ({native})"
+        log.warning("%s is encoded by the tokenizers library, which is slower: %s", encoding.tokenizer, native)
+        yield from encoded_by_processes(blocks, encoding, workers)
         return
-    for block in encoded_by_threads(numbered, encoder, workers):
-        if encoder.differs:
+    for block in encoded_by_threads(enumerate(blocks, first), native, workers):
+        if native.differs:
             summary.encoder = "tokenizers (csrc/data gave other ids)"
         yield block
 
@@ -206,6 +207,30 @@ def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEnc
             executor.shutdown(wait=True, cancel_futures=True)
 
 
+def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, encode: Callable[[Any, Block], Any] | None = None) -> Iterator[Any]:
+    """Encode blocks on worker processes, otherwise as `encoded_by_threads`: by encode(encoding, block), else by the `tokenizers` library.
+
+    Raises:
+        MemoryExhausted: a worker died, most likely for want of memory.
+    """
+    if workers == 0:
+        yield from map(LibraryEncoder(encoding) if encode is None else functools.partial(encode, encoding), blocks)
+        return
+    import multiprocessing  # these take as long to import as a block of text to encode, and are seldom needed
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+
+    context = multiprocessing.get_context("spawn")  # fork would copy the threads of this process half-way
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    try:
+        yield from in_order((executor.submit(encode or encode_block, encoding, block) for block in blocks), 2 * workers)
+    except BrokenProcessPool as error:
+        raise MemoryExhausted(
+            "a worker process died", where="preprocess", got=error, do="use fewer --workers, or look for the kernel's out-of-memory log"
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
 def in_order(submitted: Iterable[Future[EncodedBlock]], ahead: int) -> Iterator[EncodedBlock]:
     """Results in the order of their submission; `ahead` futures are under way while one is waited for."""
     pending: deque[Future[EncodedBlock]] = deque()
@@ -215,3 +240,29 @@ def in_order(submitted: Iterable[Future[EncodedBlock]], ahead: int) -> Iterator[
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def encode_block(encoding: Encoding, block: Block) -> EncodedBlock:
+    """Encode one block, in a worker."""
+    return encoder_of(encoding)(block)
+
+
+@functools.cache
+def encoder_of(encoding: Encoding) -> LibraryEncoder:
+    """The encoder of this process: a tokenizer takes long to load."""
+    return LibraryEncoder(encoding)
+
+
+def start_worker() -> None:
+    """Set up a worker: one thread, deaf to Ctrl-C (the parent decides), gone when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent() -> None:
+    """Wait for the parent's end, by kill -9 too, and end this process."""
+    from multiprocessing import connection, parent_process
+
+    connection.wait([parent_process().sentinel])
+    os._exit(1)

@@ -15,8 +15,6 @@ from neox.data.files import sync_folder
 from neox.data.text import Bad
 from neox.errors import DiskError
 
-BAD_LINES = ("fail", "skip", "quarantine")  # what a line that gives no document does
-
 
 class Quarantine:
     """Keeps bad lines as {file, line, reason, content_base64}, one a line. A context manager; nothing is left of it after an exception.

@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from neox.data.chat import ChatEncoder, ChatEncoding, Template, Unusable, conversations, preprocess_chat
+from neox.data.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoder, ChatEncoding, Template, Unusable, conversations, find_template, preprocess_chat
 from neox.data.indexed import IndexedDataset
-from neox.data.templates import MESSAGES, PAIR, TEMPLATES, find_template
 from neox.data.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
 
