@@ -12,9 +12,11 @@ namespace neox::data {
 namespace {
 
 constexpr uint64_t kFree = UINT64_MAX;
+constexpr int kRankBits = 24, kIdBits = 20;
 constexpr uint64_t kBitsPerPair = 16;  // of the filter: one pair without a rank in twenty passes it
 
-uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
+uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << kIdBits | right; }
+uint64_t entry_of(uint32_t rank, uint32_t at) { return static_cast<uint64_t>(rank) << 32 | at; }
 
 uint64_t hash(uint64_t pair) { return (pair ^ pair >> 29) * 0x9E3779B97F4A7C15u; }
 
@@ -29,18 +31,22 @@ int bits_for(uint64_t count) {
 BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right, std::vector<uint32_t> merged)
     : byte_ids_(std::move(byte_ids)), merged_(std::move(merged)), byte_ranks_(256 * 256, kNone) {
     if (byte_ids_.size() != 256 || left.size() != merged_.size() || right.size() != merged_.size()) throw Fault("merges and bytes do not fit each other");
-    if (merged_.size() >= uint64_t{1} << 24) throw Fault("too many merges").found(std::to_string(merged_.size())).expected("below 2^24");
+    if (merged_.size() >= uint64_t{1} << kRankBits) throw Fault("too many merges").found(std::to_string(merged_.size())).expected("below 2^24");
+    const std::initializer_list<const std::vector<uint32_t>*> lists = {&left, &right, &merged_, &byte_ids_};
+    for (const std::vector<uint32_t>* ids : lists)
+        for (const uint32_t id : *ids)
+            if (id >= kMostIds && !(id == kNone && ids == &byte_ids_)) throw Fault("id is too large").found(std::to_string(id)).expected("below 2^20 - 1");
     const int slot_bits = bits_for(2 * merged_.size());
     const int filter_bits = bits_for(kBitsPerPair * merged_.size());
     slot_shift_ = 64 - slot_bits;
     filter_shift_ = 64 - filter_bits;
-    slots_.assign(uint64_t{1} << slot_bits, Slot{kFree, kNone});
+    slots_.assign(uint64_t{1} << slot_bits, kFree);
     filter_.assign((uint64_t{1} << filter_bits) / 64, 0);
     for (uint32_t r = 0; r < merged_.size(); ++r) {
         const uint64_t pair = pair_of(left[r], right[r]), hashed = hash(pair);
         uint64_t at = hashed >> slot_shift_;
-        while (slots_[at].pair != kFree && slots_[at].pair != pair) at = (at + 1) & (slots_.size() - 1);
-        slots_[at] = Slot{pair, r};  // a pair that is listed twice has its later rank
+        while (slots_[at] != kFree && slots_[at] >> kRankBits != pair) at = (at + 1) & (slots_.size() - 1);
+        slots_[at] = pair << kRankBits | r;  // a pair that is listed twice has its later rank
         filter_[hashed >> filter_shift_ >> 6] |= uint64_t{1} << (hashed >> filter_shift_ & 63);
     }
     for (uint32_t a = 0; a < 256; ++a)
@@ -86,8 +92,8 @@ inline uint32_t BytePairs::rank(uint32_t left, uint32_t right) const {
     const uint64_t pair = pair_of(left, right), hashed = hash(pair);
     if ((filter_[hashed >> filter_shift_ >> 6] >> (hashed >> filter_shift_ & 63) & 1) == 0) return kNone;
     for (uint64_t at = hashed >> slot_shift_;; at = (at + 1) & (slots_.size() - 1)) {
-        if (slots_[at].pair == pair) return slots_[at].rank;
-        if (slots_[at].pair == kFree) return kNone;
+        if (slots_[at] >> kRankBits == pair) return static_cast<uint32_t>(slots_[at] & ((uint64_t{1} << kRankBits) - 1));
+        if (slots_[at] == kFree) return kNone;
     }
 }
 
@@ -148,12 +154,12 @@ uint64_t BytePairs::encode_long(const uint8_t* word, uint64_t count, uint32_t* o
         next[i] = i + 1;
         before[i] = i - 1;
         if (i + 1 < size) ranks[i] = byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]];
-        if (ranks[i] != kNone) entries.push_back(pair_of(ranks[i], i));
+        if (ranks[i] != kNone) entries.push_back(entry_of(ranks[i], i));
     }
     std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> heap(std::greater<>{}, std::move(entries));
     const auto renew = [&](uint32_t at) {
         ranks[at] = next[at] < size ? rank(out[at], out[next[at]]) : kNone;
-        if (ranks[at] != kNone) heap.push(pair_of(ranks[at], at));
+        if (ranks[at] != kNone) heap.push(entry_of(ranks[at], at));
     };
     while (!heap.empty()) {
         const auto best = static_cast<uint32_t>(heap.top() >> 32), at = static_cast<uint32_t>(heap.top());

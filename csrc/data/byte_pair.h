@@ -12,9 +12,11 @@ namespace neox::data {
 class BytePairs {
   public:
     static constexpr uint32_t kNone = UINT32_MAX;
+    static constexpr uint32_t kMostIds = (1u << 20) - 1;
     static constexpr uint64_t kShort = 256;  // bytes of a word up to which the pair is looked for by scanning
 
     // byte_ids: id of each of the 256 bytes, kNone where the vocabulary lacks it. Merge r makes merged[r] of (left[r], right[r]).
+    // Throws Fault for ids of kMostIds and more, and for 2^24 merges.
     BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right, std::vector<uint32_t> merged);
 
     // Tokens that are taken whole when a word is one (`ignore_merges`).
@@ -33,10 +35,6 @@ class BytePairs {
     uint64_t encode(const uint8_t* word, uint64_t count, uint32_t* out) const;
 
   private:
-    struct Slot {
-        uint64_t pair;
-        uint32_t rank;
-    };
     // Whether three bytes follow one another in a token.
     bool inside_token(const uint8_t* at) const {
         const uint32_t window = static_cast<uint32_t>(at[0]) << 16 | static_cast<uint32_t>(at[1]) << 8 | at[2];
@@ -49,7 +47,7 @@ class BytePairs {
 
     std::vector<uint32_t> byte_ids_, merged_;
     std::vector<uint32_t> byte_ranks_;  // [left byte][right byte]
-    std::vector<Slot> slots_;           // open addressing
+    std::vector<uint64_t> slots_;       // open addressing: a pair of ids of 20 bits each, and its rank of 24
     std::vector<uint64_t> filter_;      // one bit per hash: most pairs have no rank, and this stays in the cache
     std::vector<uint64_t> windows_;     // one bit per three bytes
     bool may_part_ = false;

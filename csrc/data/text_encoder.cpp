@@ -154,7 +154,7 @@ inline void WordCache::make_key(const uint8_t* word, uint64_t length, Key& key) 
 inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
     if ((entry.count & kWide) != 0) {
         std::memcpy(out, entry.ids, 3 * sizeof *out);
-        return out + (entry.count & ~kWide);
+        return out + (entry.count & kCount);
     }
 #if defined(__SSE2__)
     const __m128i ids = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entry.ids)), zero = _mm_setzero_si128();  // the last one is the count
@@ -163,7 +163,7 @@ inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
 #else
     for (int i = 0; i < 7; ++i) out[i] = entry.ids[i];
 #endif
-    return out + entry.count;
+    return out + (entry.count & kCount);
 }
 
 inline uint32_t* WordCache::find(const Key& key, uint32_t* out) const {
@@ -173,6 +173,7 @@ inline uint32_t* WordCache::find(const Key& key, uint32_t* out) const {
         const auto holds = [&](const Short& entry) { return ((entry.key[0] ^ key.bytes[0]) | (entry.key[1] ^ high)) == 0; };
         const bool first = holds(line.words[0]), second = holds(line.words[1]);
         if (__builtin_expect(first | second, 1)) return copy(line.words[second], out);  // the processor is not to guess which of both it is
+        if ((line.words[0].count & kElsewhere) == 0) return nullptr;                    // mostly so, and the other table's line would have to be fetched
     }
     const Long& line = long_line(key);
     if (((line.key[0] ^ key.bytes[0]) | (line.key[1] ^ key.bytes[1]) | (line.key[2] ^ tagged(key, 2))) != 0) return nullptr;
@@ -186,14 +187,16 @@ void WordCache::remember(const Key& key, const uint32_t* ids, uint64_t count) {
         Line& line = lines_[key.place];
         line.words[1] = line.words[0];
         Short& entry = line.words[0];
+        const uint16_t elsewhere = entry.count & kElsewhere;
         entry.key[0] = key.bytes[0];
         entry.key[1] = tagged(key, 1);
-        entry.count = static_cast<uint16_t>(count | (wide ? kWide : 0));
+        entry.count = static_cast<uint16_t>(count | (wide ? kWide : 0) | elsewhere);
         if (wide)
             std::memcpy(entry.ids, ids, count * sizeof *ids);
         else
             for (uint64_t i = 0; i < count; ++i) entry.ids[i] = static_cast<uint16_t>(ids[i]);
     } else if (count <= kSpill) {
+        if (key.length <= kShort) lines_[key.place].words[0].count |= kElsewhere;
         Long& line = long_[hash(key) >> (64 - kLongBits)];
         for (int i = 0; i < 2; ++i) line.key[i] = key.bytes[i];
         line.key[2] = tagged(key, 2);

@@ -88,11 +88,11 @@ class WordCache {
     void remember(const Key& key, const uint32_t* ids, uint64_t count);
 
   private:
-    static constexpr uint16_t kWide = 0x8000;
+    static constexpr uint16_t kWide = 0x8000, kElsewhere = 0x4000, kCount = 0xFF;
     struct Short {
         uint64_t key[2];  // the bytes, and the length as last byte
         uint16_t ids[7];  // or three of 32 bits
-        uint16_t count;   // and kWide
+        uint16_t count;   // of ids, and kWide; of the first in a line also kElsewhere: a short word of this line is in the second table
     };
     struct alignas(64) Line {
         Short words[2];

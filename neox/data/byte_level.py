@@ -10,6 +10,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {GPT2_PATTERN: "gpt2", LLAMA_PATTERN: "llama", LLAMA_PATTERN.replace("{1,3}", ""): "qwen"}
 BYTES_OF_UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]  # the others occur in no text
+MOST_IDS = (1 << 20) - 1  # a pair of ids and the rank of their merge are 64 bits
 MOST_ADDED_BYTES = 1 << 16  # of all added tokens together: each byte is a node of a search tree
 
 
@@ -86,7 +87,11 @@ def merges(model: dict) -> tuple[dict[str, int], np.ndarray, np.ndarray, np.ndar
             byte_ids[byte] = vocab[letter]
         elif byte in BYTES_OF_UTF8:
             raise Unsupported(f"byte {byte:#04x} is not in the vocabulary")
-    return vocab, *core.merge_ids(vocab, model["merges"]), byte_ids
+    pairs = core.merge_ids(vocab, model["merges"])
+    largest = max(int(ids.max(initial=0)) for ids in (*pairs, byte_ids[byte_ids < 2**32 - 1]))
+    if largest >= MOST_IDS:
+        raise Unsupported(f"id {largest} of a merge")
+    return vocab, *pairs, byte_ids
 
 
 def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) -> list[tuple[bytes, int, bool, bool]]:

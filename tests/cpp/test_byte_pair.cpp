@@ -113,6 +113,15 @@ void whole_words() {
     EXPECT(encode(pairs, "ab") == std::vector<uint32_t>{900});
     EXPECT(encode(pairs, "abc") == (std::vector<uint32_t>{'a', 'b', 'c'}));
     EXPECT_FAULT(BytePairs({1, 2}, {}, {}, {}), "do not fit");
+    for (int part = 0; part < 4; ++part) {
+        for (const uint32_t id : {(1u << 20) - 1, (1u << 20) - 2}) {
+            Model large = model;
+            large.left = {'a'}, large.right = {'b'}, large.merged = {300};
+            (part == 0 ? large.left : part == 1 ? large.right : part == 2 ? large.merged : large.byte_ids)[0] = id;
+            if (id == BytePairs::kMostIds) EXPECT_FAULT(large.pairs(), "id is too large");
+            if (id < BytePairs::kMostIds) large.pairs();
+        }
+    }
 }
 
 // A word of one letter merges at every place at once: the time stays in proportion to its length.

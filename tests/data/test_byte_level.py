@@ -184,6 +184,9 @@ def test_what_is_accepted_is_what_orjson_reads(tmp_path):
     assert 4000 < taken < 19_000
 
 
+LARGE_ID = ["a a"]  # a merge whose result gets an id that is too large
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -192,6 +195,7 @@ def test_what_is_accepted_is_what_orjson_reads(tmp_path):
         ({"model": {"byte_fallback": True}}, "option byte_fallback"),
         ({"model": {"vocab": {"a": 0}, "merges": []}}, "is not in the vocabulary"),
         ({"model": {"merges": ["zz zzz"]}}, "not as expected"),
+        ({"model": {"merges": LARGE_ID}}, "id 1048575 of a merge"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
         ({"pre_tokenizer": None}, "no pre-tokenizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer Whitespace"),
@@ -202,6 +206,8 @@ def test_what_is_accepted_is_what_orjson_reads(tmp_path):
 )
 def test_other_tokenizers_are_refused_with_the_reason(change, reason, tmp_path):
     content = bpe(tmp_path / "t.json", GPT2_PATTERN, size=300).content
+    if change.get("model", {}).get("merges") is LARGE_ID:
+        content["model"]["vocab"]["aa"] = (1 << 20) - 1
     for key, value in change.items():
         content[key] = {**content["model"], **value} if key == "model" else value
     with pytest.raises(Unsupported, match=reason):
