@@ -10,12 +10,13 @@ using namespace attention;
 
 // Which gradients a pass over (block of queries, tile of keys) pairs computes. One pass computes all of them where there are as many kv heads
 // as threads; else a pass over blocks of queries computes dq and one over ranges of keys dk and dv, at 7 products instead of 5.
+//
+// Every sum runs in the same order in both: over the tiles of keys in order for dq, over the blocks of queries in order for dk and dv. The bits
+// therefore depend neither on the threads nor on the number of passes.
 struct Wanted {
     bool queries, keys;
 };
 
-// Every sum runs in the same order in both: over the tiles of keys in order for dq, over the blocks of queries in order for dk and dv. The bits
-// therefore depend neither on the threads nor on the number of passes.
 // A block of queries while the tiles of keys go by.
 template <class E>
 struct Rows {
@@ -69,7 +70,7 @@ struct Backward {
         dquery_rows = scratch.take(kQueries * padded);
     }
 
-    // An upper bound; what is not used costs no memory.
+    // An upper bound.
     static int64_t floats(const Attention& in, int64_t range) {
         const int64_t padded = padded_channels<E>(in.head_dim);
         return kShared * (5 * padded + 2) * kQueries + 6 * kKeys * kQueries + (3 * kKeys + 2 * range + 2 * kQueries) * padded;
