@@ -103,7 +103,34 @@ uint64_t BytePairs::encode(const uint8_t* word, uint64_t count, uint32_t* out) c
         if (found != whole_.end()) return *out = found->second, 1;
     }
     if (count <= 1) return count == 0 ? 0 : (*out = byte_ids_[*word], 1);
-    return count <= kShort ? encode_short(word, count, out) : encode_long(word, count, out);
+    return count <= kTiny ? encode_tiny(word, count, out) : count <= kShort ? encode_short(word, count, out) : encode_long(word, count, out);
+}
+
+// As encode_short, without vectors: of a few numbers that were just written one by one, loading a vector waits until all of them are in the cache.
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize")))
+#endif
+uint64_t BytePairs::encode_tiny(const uint8_t* word, uint64_t count, uint32_t* out) const {
+    uint64_t ranks[kTiny];  // of the pair that begins here, and in the lowest bits the place
+    uint32_t ids[kTiny];
+    const auto key = [](uint32_t rank, uint64_t place) { return static_cast<uint64_t>(rank) << 8 | place; };
+    uint64_t size = count;
+    for (uint64_t i = 0; i < size; ++i) ids[i] = byte_ids_[word[i]];
+    for (uint64_t i = 0; i + 1 < size; ++i) ranks[i] = key(byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]], i);
+    while (size > 1) {
+        uint64_t best = ranks[0];
+        for (uint64_t i = 1; i + 1 < size; ++i) best = std::min(best, ranks[i]);
+        const auto found = static_cast<uint32_t>(best >> 8);
+        if (found == kNone) break;
+        const uint64_t at = best & 0xFF;
+        ids[at] = merged_[found];
+        --size;
+        for (uint64_t i = at + 1; i < size; ++i) ids[i] = ids[i + 1], ranks[i - 1] = ranks[i] - 1;  // what lies behind moves one place forward
+        if (at + 1 < size) ranks[at] = key(rank(ids[at], ids[at + 1]), at);
+        if (at > 0) ranks[at - 1] = key(rank(ids[at - 1], ids[at]), at - 1);
+    }
+    for (uint64_t i = 0; i < size; ++i) out[i] = ids[i];
+    return size;
 }
 
 // Places keep their numbers: what is merged away has no key any more. A key is a pair's rank and, in the lowest bits, its place, so that the

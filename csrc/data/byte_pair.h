@@ -13,6 +13,7 @@ class BytePairs {
   public:
     static constexpr uint32_t kNone = UINT32_MAX;
     static constexpr uint32_t kMostIds = (1u << 20) - 1;
+    static constexpr uint64_t kTiny = 16;
     static constexpr uint64_t kShort = 256;  // bytes of a word up to which the pair is looked for by scanning
 
     // byte_ids: id of each of the 256 bytes, kNone where the vocabulary lacks it. Merge r makes merged[r] of (left[r], right[r]).
@@ -42,6 +43,7 @@ class BytePairs {
     }
     void note_windows(const std::vector<uint32_t>& left, const std::vector<uint32_t>& right);
     uint32_t rank(uint32_t left, uint32_t right) const;
+    uint64_t encode_tiny(const uint8_t* word, uint64_t count, uint32_t* out) const;
     uint64_t encode_short(const uint8_t* word, uint64_t count, uint32_t* out) const;
     uint64_t encode_long(const uint8_t* word, uint64_t count, uint32_t* out) const;
 

@@ -1,7 +1,7 @@
 #include "data/indexed_dataset.h"
 
 #include <algorithm>
-#include <type_traits>
+#include <limits>
 
 #include "data/checksum.h"
 #include "data/clones.h"
@@ -58,33 +58,16 @@ NEOX_CLONES void widen(const TokenType& type, const uint8_t* from, uint64_t coun
     }
 }
 
-// The largest value, of which negative ones are all ones.
 template <typename T>
-inline __attribute__((always_inline)) uint64_t largest(const uint8_t* from, uint64_t count) {
-    std::make_unsigned_t<T> top = 0;
+inline __attribute__((always_inline)) IdRange range_of(const uint8_t* from, uint64_t count) {
+    T low = std::numeric_limits<T>::max(), high = std::numeric_limits<T>::lowest();
     for (uint64_t i = 0; i < count; ++i) {
-        std::make_unsigned_t<T> value;
+        T value;
         std::memcpy(&value, from + i * sizeof(T), sizeof(T));
-        top = std::max(top, value);
+        low = std::min(low, value);
+        high = std::max(high, value);
     }
-    return std::is_signed_v<T> && static_cast<T>(top) < 0 ? UINT64_MAX : top;
-}
-
-NEOX_CLONES uint64_t largest(const TokenType& type, const uint8_t* from, uint64_t count) {
-    switch (type.code) {
-        case 1:
-            return largest<uint8_t>(from, count);
-        case 2:
-            return largest<int8_t>(from, count);
-        case 3:
-            return largest<int16_t>(from, count);
-        case 4:
-            return largest<int32_t>(from, count);
-        case 8:
-            return largest<uint16_t>(from, count);
-        default:
-            return largest<int64_t>(from, count);
-    }
+    return count == 0 ? IdRange{} : IdRange{low, high};
 }
 
 NEOX_CLONES void fill_run(int32_t* segments, int64_t* positions, uint64_t count, int32_t segment) {
@@ -102,13 +85,13 @@ struct IndexedDataset::Target {
     int64_t* shifted;
     int32_t* segments;
     int64_t* positions;
-    uint64_t count;           // of tokens that all but `shifted` take
-    uint64_t* top = nullptr;  // becomes the largest id so far
+    uint64_t count;            // of tokens that all but `shifted` take
+    IdRange* range = nullptr;  // of the ids so far
 
     // `some` tokens that follow the first `at`.
     void put(const TokenType& type, const uint8_t* raw, uint64_t at, uint64_t some) const {
         widen(type, raw, std::min(some, count - at), tokens + at);
-        if (top != nullptr) *top = std::max(*top, largest(type, raw, some));
+        if (range != nullptr) range->add(id_range(type, raw, some));
         if (shifted == nullptr) return;
         const uint64_t skip = at == 0 ? 1 : 0;
         widen(type, raw + skip * type.bytes, some - skip, shifted + at + skip - 1);
@@ -117,6 +100,23 @@ struct IndexedDataset::Target {
         if (from < count) fill_run(segments + from, positions == nullptr ? nullptr : positions + from, std::min(to, count) - from, segment);
     }
 };
+
+NEOX_CLONES IdRange id_range(const TokenType& type, const uint8_t* from, uint64_t count) {
+    switch (type.code) {
+        case 1:
+            return range_of<uint8_t>(from, count);
+        case 2:
+            return range_of<int8_t>(from, count);
+        case 3:
+            return range_of<int16_t>(from, count);
+        case 4:
+            return range_of<int32_t>(from, count);
+        case 8:
+            return range_of<uint16_t>(from, count);
+        default:
+            return range_of<int64_t>(from, count);
+    }
+}
 
 const TokenType& token_type(uint8_t code) {
     for (const TokenType& type : kTypes)
@@ -331,31 +331,31 @@ template void IndexedDataset::read_ordered(const int32_t*, uint64_t, uint64_t, u
 template void IndexedDataset::read_ordered(const int64_t*, uint64_t, uint64_t, uint64_t, uint64_t, int64_t*, int32_t*) const;
 
 template <typename Read>
-uint64_t IndexedDataset::fill_rows(const Rows& to, const Read& read) const {
+IdRange IndexedDataset::fill_rows(const Rows& to, const Read& read) const {
     const uint64_t s = to.seq_length;
-    uint64_t top = 0;
+    IdRange range;
     idx_.check_unchanged();
     for (uint64_t i = 0; i < to.count; ++i) {
         const auto row = static_cast<uint64_t>(to.rows[i]) * s;
         const auto at = [row](auto* data) { return data == nullptr ? nullptr : data + row; };
-        read(i, Target{to.inputs + row, to.targets + row, at(to.segments), at(to.positions), s, &top});
+        read(i, Target{to.inputs + row, to.targets + row, at(to.segments), at(to.positions), s, &range});
     }
-    return top;
+    return range;
 }
 
-uint64_t IndexedDataset::read_rows(const int64_t* firsts, const Rows& to) const {
+IdRange IndexedDataset::read_rows(const int64_t* firsts, const Rows& to) const {
     return fill_rows(to, [&](uint64_t i, const Target& target) { read_to(static_cast<uint64_t>(firsts[i]), to.seq_length + 1, target); });
 }
 
 template <typename T>
-uint64_t IndexedDataset::read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const {
+IdRange IndexedDataset::read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const {
     return fill_rows(to, [&](uint64_t i, const Target& target) {
         read_ordered_to(order, length, static_cast<uint64_t>(positions[i]), static_cast<uint64_t>(offsets[i]), to.seq_length + 1, target);
     });
 }
 
-template uint64_t IndexedDataset::read_ordered_rows(const int32_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
-template uint64_t IndexedDataset::read_ordered_rows(const int64_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
+template IdRange IndexedDataset::read_ordered_rows(const int32_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
+template IdRange IndexedDataset::read_ordered_rows(const int64_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
 
 uint64_t IndexedDataset::find_bad_token(int64_t vocab_size) const {
     constexpr uint64_t kChunk = 1 << 16;

@@ -5,6 +5,7 @@
 // Opening checks all of it against itself and against the size of .bin; a file that passes cannot make a read go out of bounds.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -30,6 +31,17 @@ struct TokenType {
 // Types 1-5 (u8 i8 i16 i32 i64) and 8 (u16). Throws Fault for the rest: 6 and 7 mean floats to some writers and u16, u32 to others.
 const TokenType& token_type(uint8_t code);
 const TokenType& token_type(const std::string& name);
+
+// Smallest and largest of some ids; without any, as it is here.
+struct IdRange {
+    int64_t smallest = INT64_MAX, largest = INT64_MIN;
+
+    void add(const IdRange& other) {
+        smallest = std::min(smallest, other.smallest);
+        largest = std::max(largest, other.largest);
+    }
+};
+IdRange id_range(const TokenType& type, const uint8_t* bytes, uint64_t count);
 
 // The checked content of an .idx, which stays where it is in memory (unaligned: every load copies).
 class Index {
@@ -104,7 +116,7 @@ class IndexedDataset {
 
     // Samples of seq_length + 1 tokens, each into a row of its own: inputs (all but the last token) and targets (all but the first), both
     // [rows, seq_length], and likewise segments, and positions in them from 0 on, which may both be null. Sample i goes to row rows[i].
-    // Returns the largest id; where one is negative, UINT64_MAX.
+    // Returns the range of their ids.
     struct Rows {
         const int64_t* rows;
         uint64_t count, seq_length;
@@ -113,10 +125,10 @@ class IndexedDataset {
         int64_t* positions;
     };
     // Sample i starts at token firsts[i] of the dataset.
-    uint64_t read_rows(const int64_t* firsts, const Rows& to) const;
+    IdRange read_rows(const int64_t* firsts, const Rows& to) const;
     // Sample i starts at token offsets[i] of sequence order[positions[i]]; see `read_ordered`.
     template <typename T>
-    uint64_t read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const;
+    IdRange read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const;
 
     // First token id outside [0, vocab_size); num_tokens() if there is none.
     uint64_t find_bad_token(int64_t vocab_size) const;
@@ -124,7 +136,7 @@ class IndexedDataset {
   private:
     struct Target;
     template <typename Read>
-    uint64_t fill_rows(const Rows& to, const Read& read) const;
+    IdRange fill_rows(const Rows& to, const Read& read) const;
     void read_to(uint64_t first, uint64_t count, const Target& to) const;
     template <typename T>
     void read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, const Target& to) const;

@@ -22,33 +22,6 @@ void narrow(const int64_t* tokens, uint64_t count, std::vector<uint8_t>& out) {
     }
 }
 
-template <typename T>
-int64_t largest(const uint8_t* bytes, uint64_t count, int64_t so_far) {
-    for (uint64_t i = 0; i < count; ++i) {
-        T value;
-        std::memcpy(&value, bytes + i * sizeof(T), sizeof(T));
-        so_far = std::max(so_far, static_cast<int64_t>(value));
-    }
-    return so_far;
-}
-
-int64_t largest(const TokenType& type, const uint8_t* bytes, uint64_t count, int64_t so_far) {
-    switch (type.code) {
-        case 1:
-            return largest<uint8_t>(bytes, count, so_far);
-        case 2:
-            return largest<int8_t>(bytes, count, so_far);
-        case 3:
-            return largest<int16_t>(bytes, count, so_far);
-        case 4:
-            return largest<int32_t>(bytes, count, so_far);
-        case 8:
-            return largest<uint16_t>(bytes, count, so_far);
-        default:
-            return largest<int64_t>(bytes, count, so_far);
-    }
-}
-
 }  // namespace
 
 // PREFIX.bin: its buffer is one block, so that each flush is the block to sum.
@@ -124,7 +97,7 @@ void IndexedWriter::add_size(uint64_t tokens) {
 }
 
 void IndexedWriter::add_raw(const uint8_t* bytes, uint64_t tokens) {
-    largest_id_ = largest(*type_, bytes, tokens, largest_id_);
+    largest_id_ = std::max(largest_id_, id_range(*type_, bytes, tokens).largest);
     bin_->write(bytes, tokens * type_->bytes);
     num_tokens_ += tokens;
 }

@@ -131,13 +131,16 @@ void check_starts(const Array<int64_t>& starts, const IndexedDataset::Rows& to) 
     for (py::ssize_t i = 0; i < starts.size(); ++i) check_below(starts.data()[i], INT64_MAX / 2, "start");
 }
 
+// The largest id; where one is negative, all ones.
+uint64_t largest_of(const IdRange& range) { return range.smallest < 0 ? UINT64_MAX : static_cast<uint64_t>(std::max<int64_t>(range.largest, 0)); }
+
 uint64_t read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
                    const py::object& segments, const py::object& places) {
     const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, places);
     check_starts(firsts, to);
     const int64_t* from = firsts.data();
     py::gil_scoped_release released;
-    return self.read_rows(from, to);
+    return largest_of(self.read_rows(from, to));
 }
 
 template <typename T>
@@ -151,7 +154,7 @@ uint64_t read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::
     const auto length = static_cast<uint64_t>(order.size());
     const int64_t *at = positions.data(), *skip = offsets.data();
     py::gil_scoped_release released;
-    return self.read_ordered_rows(data, length, at, skip, to);
+    return largest_of(self.read_ordered_rows(data, length, at, skip, to));
 }
 
 template <typename Doc, typename Row>
