@@ -96,18 +96,21 @@ class ShardReader:
         return problem
 
     def _fill(self, entry: Entry, index: int, out: memoryview) -> CheckpointError | None:
-        low = self._range(entry, index)[0]
-        place = f"{self.path}: {entry.key}, bytes {low} on"
+        low = index * self.manifest.block
         algorithm = self.manifest.digest
+        actual = None
         try:
             actual = read_block(self.descriptor, self.file.header + entry.offset + low, out, algorithm)
         except EOFError:
-            return CheckpointError("file has become shorter", where=place, want=f"{self.file.size} bytes", do="resume from an older checkpoint")
+            pass
         except OSError as error:
             return unreadable(error, self.path)
-        if actual == entry.blocks[index]:
-            return None
         want = entry.blocks[index]
+        if actual == want:
+            return None
+        place = f"{self.path}: {entry.key}, bytes {low} on"
+        if actual is None:
+            return CheckpointError("file has become shorter", where=place, want=f"{self.file.size} bytes", do="resume from an older checkpoint")
         return CheckpointError("shard is damaged", where=place, got=f"{algorithm} {actual}", want=f"{algorithm} {want}", do="resume from an older checkpoint")
 
     def _check_header(self) -> None:

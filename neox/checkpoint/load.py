@@ -31,7 +31,7 @@ from neox.errors import CheckpointError
 
 LOG = logging.getLogger(__name__)
 READ_THREADS = 2  # a block each
-READS_AHEAD = 16  # blocks that wait for a thread while further tensors are asked for
+READS_AHEAD = 8  # blocks that wait for a thread while further tensors are asked for
 OPEN_FILES = 64  # at most: one process may read the shards of thousands
 LISTED = 6  # differences that one message names
 DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a time
