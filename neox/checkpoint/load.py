@@ -199,9 +199,14 @@ class Checkpoint:
 
     def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int, pending: deque[Future] | None = None) -> None:
         """`read` into a flat tensor of the stored dtype on the CPU. What need not be waited for here is added to `pending`, if that is given."""
+        pieces = self._pieces[kind, name]
+        if len(pieces) == 1 and (pieces[0][1].slices, pieces[0][1].start, pieces[0][1].stop) == (slices, start, stop):  # as it was saved
+            file, entry = pieces[0]
+            self._run(self._reader(file).reads(entry, 0, out), pending)
+            return
         targets = placed_boxes(slices, start, stop)
         copied = 0
-        for file, entry in self._pieces[kind, name]:
+        for file, entry in pieces:
             for shared in overlaps(placed_boxes(entry.slices, entry.start, entry.stop), targets):
                 source, target = shared.span(shared.source), shared.span(shared.target)
                 if source[1] - source[0] == target[1] - target[0] == shared.size:
