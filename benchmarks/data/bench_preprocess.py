@@ -102,8 +102,13 @@ def library(files: list[str], tokenizer_file: str, out: str, eod: int, workers: 
         write_dataset(out, (np.array([*ids, eod], dtype=np.uint16) for ids in pool.imap(library_ids, lines_of(files), chunksize=16)))
 
 
-def timed(command: list[str], megabytes: float, cores: int) -> Run:
-    """Run a command on the first `cores` of our cores and take its times. What it prints is shown when it fails."""
+def timed(command: list[str], megabytes: float, cores: int, out: Path) -> Run:
+    """Run a command on the first `cores` of our cores and take its times. What it prints is shown when it fails.
+
+    What it wrote before is removed first: the system takes a while to give up a file's pages, and who writes a dataset seldom replaces one.
+    """
+    for old in out.parent.glob(f"{out.name}.*"):
+        old.unlink()
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
@@ -158,15 +163,15 @@ class Contest:
 
     def ours(self, cores: int, sample: bool = False) -> Run:
         """neox preprocess."""
-        command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--tokenizer", str(self.tokenizer), "--out", str(self.folder / "ours"), "--overwrite"]
+        command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--tokenizer", str(self.tokenizer), "--out", str(self.folder / "ours")]
         files = [self.sample] if sample else self.files
-        return timed([*command, "--workers", str(cores), "--input", *files], self.megabytes[sample], cores)
+        return timed([*command, "--workers", str(cores), "--input", *files], self.megabytes[sample], cores, self.folder / "ours")
 
     def peer(self, name: str, cores: int = 1, sample: bool = False) -> Run:
         """A contestant of this file."""
         files = [self.sample] if sample else self.files
         command = [sys.executable, __file__, "--contestant", name, "--tokenizer", str(self.tokenizer), "--out", str(self.folder / name)]
-        return timed([*command, "--eod", str(self.eod), "--workers", str(cores), "--corpus", *files], self.megabytes[sample], cores)
+        return timed([*command, "--eod", str(self.eod), "--workers", str(cores), "--corpus", *files], self.megabytes[sample], cores, self.folder / name)
 
     def check(self, name: str) -> None:
         """Stop if the datasets of ours and of a peer differ."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     except NeoxError as error:
         return report(error, debug)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe went away (`| head`): nobody is left to tell
+        leave_stdout()
         return code
     except ModuleNotFoundError as missing:
         if missing.name and missing.name.startswith("neox"):
@@ -126,5 +127,28 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def leave_stdout() -> None:
+    """The reader of a pipe went away (`| head`): nobody is left to tell."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def command() -> NoReturn:
+    """What `neox` runs: `main`, and then the end of the process.
+
+    Python would first take all its objects apart, for as long as it takes to encode some megabytes of text. Only torch has something to tidy up.
+    """
+    code = 0
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_stdout()
+    if "torch" not in sys.modules:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

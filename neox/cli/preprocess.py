@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Preprocess and print the summary."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy is loaded while threads encode; its own would spin for a tenth of a second on their processors
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     if workers < 0:
         raise ConfigError("bad number of workers", where="--workers", got=workers, want="0 or more")

@@ -9,7 +9,9 @@ INSTALL = "pip install --no-build-isolation -e ."
 # what the Python sources use of it
 NAMES = (
     "Dataset",
+    "EncodeThreads",
     "EpochOrder",
+    "Started",
     "TextEncoder",
     "Writer",
     "best_fit",
@@ -18,7 +20,6 @@ NAMES = (
     "epochs_needed",
     "file_checksum",
     "first_outside",
-    "merge_ids",
     "mix",
     "nfc",
     "positions_in_segments",

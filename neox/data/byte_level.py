@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from neox.data._native import core
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {GPT2_PATTERN: "gpt2", LLAMA_PATTERN: "llama", LLAMA_PATTERN.replace("{1,3}", ""): "qwen"}
-BYTES_OF_UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]  # the others occur in no text
-MOST_IDS = (1 << 20) - 1  # a pair of ids and the rank of their merge are 64 bits
 MOST_ADDED_BYTES = 1 << 16  # of all added tokens together: each byte is a node of a search tree
 
 
@@ -38,12 +34,13 @@ def text_encoder(content: dict, specials_as_text: bool, wide: bool) -> core.Text
     try:
         pattern = split_pattern(content.get("pre_tokenizer"))
         normalise = normaliser(content.get("normalizer"))
-        vocab, left, right, merged, byte_ids = merges(content["model"])
+        model = content["model"]
+        require_plain(model)
         added = added_tokens(content.get("added_tokens") or [], normalise, specials_as_text)
-        whole = whole_tokens(vocab) if content["model"].get("ignore_merges") else {}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        whole = whole_tokens(model["vocab"]) if model.get("ignore_merges") else {}
+        return core.TextEncoder(model["vocab"], model["merges"], pattern, normalise, added, whole, wide)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise Unsupported(f"a part of the file is not as expected: {error!r}") from error
-    return core.TextEncoder(byte_ids, left, right, merged, pattern, normalise, added, whole, wide)
 
 
 def split_pattern(pre_tokenizer: dict | None) -> str:
@@ -73,25 +70,13 @@ def normaliser(normalizer: dict | None) -> bool:
     raise Unsupported(f"normalizer {normalizer['type']}")
 
 
-def merges(model: dict) -> tuple[dict[str, int], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(vocabulary, left, right and result of each merge, id of each byte)."""
+def require_plain(model: dict) -> None:
+    """Raise Unsupported for a model that is not plain BPE."""
     if model.get("type", "BPE") != "BPE":
         raise Unsupported(f"model {model['type']}")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise Unsupported(f"option {option} of BPE")
-    vocab = model["vocab"]
-    byte_ids = np.full(256, 2**32 - 1, dtype=np.uint32)
-    for letter, byte in byte_of_letter().items():
-        if letter in vocab:
-            byte_ids[byte] = vocab[letter]
-        elif byte in BYTES_OF_UTF8:
-            raise Unsupported(f"byte {byte:#04x} is not in the vocabulary")
-    pairs = core.merge_ids(vocab, model["merges"])
-    largest = max(int(ids.max(initial=0)) for ids in (*pairs, byte_ids[byte_ids < 2**32 - 1]))
-    if largest >= MOST_IDS:
-        raise Unsupported(f"id {largest} of a merge")
-    return vocab, *pairs, byte_ids
 
 
 def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) -> list[tuple[bytes, int, bool, bool]]:

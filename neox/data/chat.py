@@ -14,17 +14,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 
 from neox.data.indexed import IndexedWriter, token_dtype
+from neox.data.lazy import Lazy
 from neox.data.preprocess import BAD_LINES, Summary, encoded_by_processes
 from neox.data.quarantine import Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, Piece, read_blocks
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
 
 IGNORED = -100
 MESSAGES, PAIR = ("messages",), ("chosen", "rejected")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from neox.data._native import core
 from neox.data.byte_level import Unsupported, text_encoder
 from neox.data.indexed import token_dtype
+from neox.data.lazy import Lazy
+from neox.data.library import LibraryProcess
 from neox.data.text import BOM, Bad, Parsed, Piece, parse, parse_line
 from neox.data.tokenizer import Tokenizer, TokenizerFile
 from neox.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
 
 PROOF_FIRST = 1 << 14  # characters of the first block that both encoders must agree on
 PROOF_SLICE = 1 << 11  # characters of a document that are compared, there and later on
@@ -104,33 +110,50 @@ class LibraryEncoder:
 
 
 class NativeEncoder:
-    """Encodes blocks by csrc/data, on as many threads as call it: about fifty times as fast as `tokenizers`, with the same ids.
+    """Encodes blocks by csrc/data: about fifty times as fast as `tokenizers`, with the same ids.
 
     That they are the same is compared on the start of the first block and on a slice of a document of every fourth block. Should they ever
     differ, this says so and hands the block and all later ones to the library.
+
+    Args:
+        library: what the ids are compared with; None, or where that process is gone: the library in this process.
 
     Raises:
         Unsupported: the tokenizer is of another kind, or asks for something that csrc/data does not do.
         DataError: not a tokenizer file. ConfigError: no end-of-document token.
     """
 
-    def __init__(self, encoding: Encoding, file: TokenizerFile):
+    def __init__(self, encoding: Encoding, file: TokenizerFile, library: LibraryProcess | None = None):
         require_eod(encoding, file.eod_id)
         self._encoding = encoding
-        self._loading = threading.Lock()
+        self._other = library
         self.dtype = token_dtype(file.vocab_size - 1)
         self._core = text_encoder(file.content, encoding.specials_as_text, self.dtype == "int32")
+        self._here = self.threads(0)
         self._key = encoding.json_key.encode()
         self._eod = file.eod_id if encoding.append_eod else -1
         self.differs = False
 
-    def __call__(self, number: int, block: Block) -> EncodedBlock:
-        """Parse and encode block `number`; documents without text or tokens are left out and counted."""
-        parts = [] if self.differs else [Part(bad=[item]) if isinstance(item, Bad) else self._encode(item) for item in block]
+    def threads(self, count: int) -> core.EncodeThreads:
+        """Threads that encode what `start` gives them, until they are closed; 0: the thread that calls it does."""
+        return core.EncodeThreads(self._core, count)
+
+    def start(self, number: int, block: Block, threads: core.EncodeThreads) -> StartedBlock:
+        """Have block `number` encoded. To be finished in the order of the blocks."""
+        return StartedBlock(self, number, block, [] if self.differs else [self._started(item, threads) for item in block])
+
+    def _started(self, item: Piece | Bad, threads: core.EncodeThreads) -> core.Started | None:
+        if isinstance(item, Bad):
+            return None
+        return threads.lines(item.content, self._key, self._eod) if item.line else threads.text(item.content.removeprefix(BOM), self._eod)
+
+    def finish(self, number: int, block: Block, started: list[core.Started | None]) -> EncodedBlock:
+        """Wait for a block, and compare; documents without text or tokens are left out and counted."""
         if not self.differs and not self._proven(number, block):
             self.differs = True
         if self.differs:
             return self._library(block)
+        parts = [Part(bad=[item]) if isinstance(item, Bad) else self._part(item, found.result()) for item, found in zip(block, started, strict=True)]
         return EncodedBlock(
             tokens=joined([part.tokens for part in parts], self.dtype),
             sizes=joined([part.sizes for part in parts], "int32"),
@@ -140,31 +163,25 @@ class NativeEncoder:
             text_bytes=size_of(block),
         )
 
-    @property
-    def _library(self) -> LibraryEncoder:
-        with self._loading:  # one thread makes it; it takes a tenth of a second, in which the library lets no other thread run Python
-            return self._made_library
-
     @cached_property
-    def _made_library(self) -> LibraryEncoder:
+    def _library(self) -> LibraryEncoder:
         return LibraryEncoder(self._encoding)
 
     def _proven(self, number: int, block: Block) -> bool:
         for text in proof_texts(number, block, self._encoding.json_key):
-            ours, _ = self._core.text(text.encode(), -1)
-            theirs = self._library.tokenizer.encode(text)
+            ours = self._here.text(text.encode(), -1).result()[0]
+            theirs = None if self._other is None else self._other.encode(text)
+            if theirs is None:
+                theirs = self._library.tokenizer.encode(text)
             if ours.tolist() != theirs:
                 log.warning("csrc/data gives other ids than tokenizers for %r: tokenizers encodes from here on. Please report it", text[:200])
                 return False
         return True
 
-    def _encode(self, piece: Piece) -> Part:
-        if piece.line == 0:
-            encoded = self._core.text(piece.content.removeprefix(BOM), self._eod)
-            if encoded is None:
-                return Part(bad=parse(piece, self._encoding.json_key).bad)
-            return Part([encoded[0]], [encoded[1]], empty=int(encoded[1].size == 0))
-        tokens, sizes, blank, empty, unsure = self._core.lines(piece.content, self._key, self._eod)
+    def _part(self, piece: Piece, found: tuple[np.ndarray, np.ndarray, int, int, list[tuple[int, int, int, int]]] | None) -> Part:
+        if found is None:
+            return Part(bad=parse(piece, self._encoding.json_key).bad)
+        tokens, sizes, blank, empty, unsure = found
         part = Part([], [], [], blank, empty)
         first_token = first_document = 0
         for first, last, line, document in unsure:
@@ -173,15 +190,29 @@ class NativeEncoder:
             if reason is not None:
                 part.bad.append(Bad(piece.path, piece.line + line, reason, content))
                 continue
-            found = self._core.text(text.encode(), self._eod)
-            part.empty += int(found[1].size == 0)
+            more_tokens, more_sizes, *_ = self._here.text(text.encode(), self._eod).result()
+            part.empty += int(more_sizes.size == 0)
             end = first_token + int(sizes[first_document:document].sum(dtype=np.int64))
-            part.tokens += [tokens[first_token:end], found[0]]
-            part.sizes += [sizes[first_document:document], found[1]]
+            part.tokens += [tokens[first_token:end], more_tokens]
+            part.sizes += [sizes[first_document:document], more_sizes]
             first_token, first_document = end, document
         part.tokens.append(tokens[first_token:])
         part.sizes.append(sizes[first_document:])
         return part
+
+
+@dataclass(frozen=True)
+class StartedBlock:
+    """A block that is being encoded."""
+
+    encoder: NativeEncoder
+    number: int
+    block: Block
+    started: list[core.Started | None]
+
+    def result(self) -> EncodedBlock:
+        """Wait for it."""
+        return self.encoder.finish(self.number, self.block, self.started)
 
 
 class Part:
@@ -233,9 +264,9 @@ def slices(piece: Piece, start: int, key: str, most: int) -> Iterable[str]:
         at = end + 1
 
 
-def encoder_for(encoding: Encoding, file: TokenizerFile) -> NativeEncoder | Unsupported:
+def encoder_for(encoding: Encoding, file: TokenizerFile, library: LibraryProcess | None = None) -> NativeEncoder | Unsupported:
     """Our encoder, or why the library is needed."""
     try:
-        return NativeEncoder(encoding, file)
+        return NativeEncoder(encoding, file, library)
     except Unsupported as reason:
         return reason

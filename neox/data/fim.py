@@ -56,7 +56,7 @@ class NativeCodec:
     """Byte-level BPE by csrc/data. Raises Unsupported for another kind of tokenizer."""
 
     def __init__(self, file: TokenizerFile):
-        self._core = text_encoder(file.content, specials_as_text=False, wide=True)
+        self._here = core.EncodeThreads(text_encoder(file.content, specials_as_text=False, wide=True), 0)
         letters = byte_of_letter()
         self._bytes: dict[int, bytes] = {
             number: bytes(letters[letter] for letter in token)
@@ -84,7 +84,7 @@ class NativeCodec:
 
     def encode(self, text: str) -> np.ndarray:
         """See Codec."""
-        return self._core.text(text.encode(), -1)[0].astype(np.int64)
+        return self._here.text(text.encode(), -1).result()[0].astype(np.int64)
 
 
 class LibraryCodec:

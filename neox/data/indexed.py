@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from neox.data._native import core
+from neox.data.lazy import Lazy
 from neox.data.sidecar import BLOCK_BYTES, Sidecar, read_sidecar, sidecar_path, write_sidecar
 from neox.errors import DataError, DiskError
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+Rows = "tuple[np.ndarray, np.ndarray, np.ndarray | None]"
 
 SMALL_VOCABULARY = 65_500  # ids below this are written as uint16 by upstream's writers
 
@@ -197,7 +202,7 @@ class IndexedWriter:
         prefix: path without suffix.
         dtype: token type, `token_dtype(largest possible id)`.
         overwrite: replace an existing dataset; else that is an error.
-        tokenizer_hash, vocab_size, eod_id: recorded in the sidecar; so is the attribute `source`, as it is when the dataset is finished.
+        tokenizer_hash, vocab_size, eod_id: recorded in the sidecar; so is the attribute `source`. All are attributes, and may be set later.
         resume: what `sync` returned to a process that ended: goes on with the partial files that it left.
 
     Raises:
@@ -223,7 +228,7 @@ class IndexedWriter:
         make_folder(os.path.dirname(self.prefix))
         name = os.fsencode(self.prefix)
         self._core = core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
-        self._tokenizer = {"tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size, "eod_id": eod_id}
+        self.tokenizer_hash, self.vocab_size, self.eod_id = tokenizer_hash, vocab_size, eod_id
         self.source: dict[str, object] | None = None
         self._open = True
 
@@ -281,8 +286,10 @@ class IndexedWriter:
             bin_bytes=self._core.num_tokens * np.dtype(self._core.dtype).itemsize,
             idx_sum=core.file_checksum(os.fsencode(f"{self.prefix}.idx")),
             block_sums=tuple(self._core.block_sums),
+            tokenizer_hash=self.tokenizer_hash,
+            vocab_size=self.vocab_size,
+            eod_id=self.eod_id,
             source=self.source,
-            **self._tokenizer,
         )
         write_sidecar(self.prefix, sidecar)
         return sidecar

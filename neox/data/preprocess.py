@@ -11,27 +11,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from itertools import islice, starmap
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from neox.data.byte_level import Unsupported
-from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for
+from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, StartedBlock, encoder_for
 from neox.data.indexed import IndexedWriter, token_dtype
-from neox.data.progress import SOURCE_FIELDS, Progress, ProgressFile, finished, identity_of, source_of
+from neox.data.library import LibraryProcess
+from neox.data.progress import SOURCE_FIELDS, Origin, Progress, ProgressFile, finished
 from neox.data.quarantine import Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, read_blocks
 from neox.data.tokenizer import TokenizerFile
 from neox.errors import ConfigError, DataError, MemoryExhausted
 
 BAD_LINES = ("fail", "skip", "quarantine")
-WAITING_BLOCKS = 24  # encoded while the first is still being compared with `tokenizers`
+WAITING = 4  # blocks that are encoded or waited for, for each thread or process
 NOTE_SECONDS = 20.0  # at most that much work is lost when a run is killed
 EXAMPLES = 20  # bad lines that the summary names
 
 log = logging.getLogger("neox.data")
+
+Result = TypeVar("Result", Future, StartedBlock)
 
 
 @dataclass
@@ -101,35 +104,35 @@ def preprocess(
         raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=bad_lines, want=", ".join(BAD_LINES))
     started = time.monotonic()
     out = os.fspath(out)
-    tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
-    dtype = token_dtype(tokenizer.vocab_size - 1)
-    settings = {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines}
-    source = source_of(files, settings)
-    notes = ProgressFile(out, identity_of(files, {**settings, "block_bytes": block_bytes}), note_seconds)
-    before = notes.read() if resume else None
-    if resume and before is None and (whole := finished(out, source, files)) is not None:
-        return Summary(out, dtype, documents=whole.num_documents, tokens=whole.num_tokens, **{key: whole.source[key] for key in SOURCE_FIELDS})
-    summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
-    spent = summary.seconds
-    first = done = 0 if before is None else before.blocks
-    blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, workers, summary)
-    take_up(out) if before else notes.remove()
-    made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
-    kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
-    with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, leftovers(notes, writer, kept, resume):
-        for done, block in enumerate(blocks, first + 1):
-            take(block, writer, kept, summary, bad_lines)
-            summary.seconds = spent + time.monotonic() - started
-            if notes.due and summary.documents:
-                notes.note(Progress(done, writer.sync(), kept.sync(), asdict(summary)))
-            if progress is not None:
-                progress(summary)
-        require_documents(summary, files)
-        publish(writer, kept, notes, Progress(done, writer.sync(), kept.sync(), asdict(summary)), source)
-    notes.remove()
-    summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
-    summary.seconds = spent + time.monotonic() - started
-    return summary
+    with LibraryProcess(encoding.tokenizer, encoding.specials_as_text) as library:  # first, since it takes a while to load
+        tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
+        dtype = token_dtype(tokenizer.vocab_size - 1)
+        origin = Origin(files, lambda: {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines}, block_bytes)
+        notes = ProgressFile(out, origin, note_seconds)
+        before = notes.read() if resume else None
+        if resume and before is None and (whole := finished(out, origin.source, files)) is not None:
+            return Summary(out, dtype, documents=whole.num_documents, tokens=whole.num_tokens, **{key: whole.source[key] for key in SOURCE_FIELDS})
+        summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
+        started -= summary.seconds
+        first = done = 0 if before is None else before.blocks
+        blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, library, workers, summary)
+        take_up(out) if before else notes.remove()
+        made_by = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
+        kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
+        with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, leftovers(notes, writer, kept, resume):
+            for done, block in enumerate(blocks, first + 1):
+                take(block, writer, kept, summary, bad_lines)
+                summary.seconds = time.monotonic() - started
+                origin.prepare()  # here, where other threads have work
+                if notes.due and summary.documents:
+                    notes.note(Progress(done, writer.sync(), kept.sync(), asdict(summary)))
+                if progress is not None:
+                    progress(summary)
+            require_documents(summary, files)
+            publish(writer, kept, notes, Progress(done, writer.sync(), kept.sync(), asdict(summary)), origin.source, tokenizer.hash)
+        summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
+        summary.seconds = time.monotonic() - started
+        return summary
 
 
 def take(block: EncodedBlock, writer: IndexedWriter, kept: Quarantine, summary: Summary, bad_lines: str) -> None:
@@ -151,12 +154,14 @@ def require_documents(summary: Summary, files: Sequence[str]) -> None:
         raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
 
 
-def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progress: Progress, source: str) -> None:
+def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progress: Progress, source: str, tokenizer_hash: str) -> None:
     """Give the files their names. There is a note before, for a kill between the renames."""
     notes.note(progress)
+    writer.tokenizer_hash = tokenizer_hash
     writer.source = {"hash": source, **{key: progress.summary[key] for key in SOURCE_FIELDS}}
     kept.publish()
     writer.finish()
+    notes.remove()
 
 
 @contextlib.contextmanager
@@ -181,9 +186,11 @@ def take_up(out: str) -> None:
             final.rename(partial)
 
 
-def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary) -> Iterator[EncodedBlock]:
+def encoded(
+    blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, library: LibraryProcess, workers: int, summary: Summary
+) -> Iterator[EncodedBlock]:
     """The blocks encoded, in order, by our encoder where it can; `summary` says by which. `first` is the number of the first block."""
-    native = encoder_for(encoding, tokenizer)
+    native = encoder_for(encoding, tokenizer, library)
     if isinstance(native, Unsupported):
         summary.encoder = f"tokenizers ({native})"
         log.warning("%s is encoded by the tokenizers library, which is slower: %s", encoding.tokenizer, native)
@@ -197,14 +204,8 @@ def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: 
 
 def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEncoder, workers: int) -> Iterator[EncodedBlock]:
     """Encode numbered blocks on threads, or on this one for 0 workers; results come in the order of the blocks, and a bounded number of them waits."""
-    if workers == 0:
-        yield from starmap(encoder, numbered)
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as executor:
-        try:
-            yield from in_order((executor.submit(encoder, number, block) for number, block in numbered), 2 * workers + WAITING_BLOCKS)
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    with contextlib.closing(encoder.threads(workers)) as threads:
+        yield from in_order((encoder.start(number, block, threads) for number, block in numbered), WAITING * workers)
 
 
 def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, encode: Callable[[Any, Block], Any] | None = None) -> Iterator[Any]:
@@ -222,7 +223,7 @@ def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, e
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of this process half-way
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
-        yield from in_order((executor.submit(encode or encode_block, encoding, block) for block in blocks), 2 * workers)
+        yield from in_order((executor.submit(encode or encode_block, encoding, block) for block in blocks), WAITING * workers)
     except BrokenProcessPool as error:
         raise MemoryExhausted(
             "a worker process died", where="preprocess", got=error, do="use fewer --workers, or look for the kernel's out-of-memory log"
@@ -231,9 +232,9 @@ def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, e
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def in_order(submitted: Iterable[Future[EncodedBlock]], ahead: int) -> Iterator[EncodedBlock]:
-    """Results in the order of their submission; `ahead` futures are under way while one is waited for."""
-    pending: deque[Future[EncodedBlock]] = deque()
+def in_order(submitted: Iterable[Result], ahead: int) -> Iterator[EncodedBlock]:
+    """Results in the order of their submission; `ahead` of them are under way while one is waited for."""
+    pending: deque[Result] = deque()
     for future in submitted:
         pending.append(future)
         if len(pending) > ahead:

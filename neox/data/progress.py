@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import orjson
@@ -36,13 +37,13 @@ class ProgressFile:
 
     Args:
         out: prefix of the dataset.
-        identity: hash of everything that the output depends on; a run goes on only with the progress of an equal one.
+        origin: everything that the output depends on; a run goes on only with the progress of one of the same identity.
         seconds: time between two notes.
     """
 
-    def __init__(self, out: str, identity: str, seconds: float):
+    def __init__(self, out: str, origin: Origin, seconds: float):
         self.path = Path(f"{out}.progress.json")
-        self._identity = identity
+        self._origin = origin
         self._seconds = seconds
         self._noted = time.monotonic()
 
@@ -53,7 +54,7 @@ class ProgressFile:
 
     def note(self, progress: Progress) -> None:
         """Write the progress durably. Raises DiskError."""
-        content = {"format": FORMAT, "version": VERSION, "identity": self._identity, **asdict(progress)}
+        content = {"format": FORMAT, "version": VERSION, "identity": self._origin.identity, **asdict(progress)}
         write_durably(self.path, orjson.dumps(content, option=orjson.OPT_INDENT_2))
         self._noted = time.monotonic()
 
@@ -66,7 +67,7 @@ class ProgressFile:
         do = "start again without --resume"
         try:
             content = orjson.loads(self.path.read_bytes())
-            same = (content["format"], content["version"]) == (FORMAT, VERSION) and content["identity"] == self._identity
+            same = (content["format"], content["version"]) == (FORMAT, VERSION) and content["identity"] == self._origin.identity
             documents, tokens, largest_id = content["writer"]
             progress = Progress(content["blocks"], (documents, tokens, largest_id), content["quarantine_bytes"], content["summary"])
         except FileNotFoundError:
@@ -84,15 +85,32 @@ class ProgressFile:
             sync_folder(self.path.parent)
 
 
-def identity_of(files: Sequence[str], settings: dict[str, object]) -> str:
-    """A hash of the names, sizes and times of the input files and of the settings."""
-    stats = [(file, os.stat(file)) for file in files]
-    return _hash([[os.fspath(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats], settings)
+class Origin:
+    """What a dataset is made from: input files, as they are now, and settings.
 
+    Args:
+        settings: gives the settings that the dataset depends on; called when a hash is first asked for.
+        block_bytes: how the input is cut, on which only the progress depends.
+    """
 
-def source_of(files: Sequence[str], settings: dict[str, object]) -> str:
-    """As `identity_of` without the times: what names the input in a sidecar, which a later run on untouched copies is to give again."""
-    return _hash([[os.fspath(file), os.stat(file).st_size] for file in files], settings)
+    def __init__(self, files: Sequence[str], settings: Callable[[], dict[str, object]], block_bytes: int):
+        self._files = [(os.fspath(file), os.stat(file)) for file in files]
+        self._settings = cache(settings)
+        self._block_bytes = block_bytes
+
+    def prepare(self) -> None:
+        """Make the hashes, once, so that they are there when they are asked for."""
+        _ = self.identity, self.source
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the names, sizes and times of the files, of the settings and of block_bytes."""
+        return _hash([[file, stat.st_size, stat.st_mtime_ns] for file, stat in self._files], {**self._settings(), "block_bytes": self._block_bytes})
+
+    @cached_property
+    def source(self) -> str:
+        """As `identity` without times and block_bytes: what names the input in a sidecar, which a later run on untouched copies is to give again."""
+        return _hash([[file, stat.st_size] for file, stat in self._files], self._settings())
 
 
 def _hash(files: list[list[object]], settings: dict[str, object]) -> str:

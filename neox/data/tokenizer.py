@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 import orjson
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from neox.data.files import write_durably
+from neox.data.library import load_library
 from neox.errors import ConfigError, DataError
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # looked for in this order
@@ -31,7 +30,6 @@ class TokenizerFile:
 
     def __init__(self, file: str | Path, eod_token: str | None = None):
         self.content = parse_content(read_bytes(file), file)
-        self.hash = content_hash(self.content)
         try:
             vocabulary = self.content["model"]["vocab"]
             ids = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, *_) in enumerate(vocabulary)}
@@ -40,6 +38,11 @@ class TokenizerFile:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError("not a tokenizer file", where=file, got=error, want="a `tokenizers` JSON file") from error
         self.eod_token, self.eod_id = find_eod(lambda name: added.get(name, ids.get(name)), eod_token, file)
+
+    @cached_property
+    def hash(self) -> str:
+        """See `file_hash`. Takes as long as a megabyte of text."""
+        return content_hash(self.content)
 
 
 def find_eod(id_of: Callable[[str], int | None], name: str | None, file: str | Path) -> tuple[str | None, int | None]:
@@ -76,12 +79,9 @@ class Tokenizer:
         self.file = str(file)
         self._bytes = read_bytes(file)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._bytes)
+            self._tokenizer = load_library(self._bytes, specials_as_text)
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             raise DataError("not a tokenizer file", where=self.file, got=error, want="a `tokenizers` JSON file") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = specials_as_text
         self.eod_token, self.eod_id = find_eod(self._tokenizer.token_to_id, eod_token, self.file)
 
     @cached_property
@@ -172,6 +172,9 @@ def train_tokenizer(
     least = SMALLEST_VOCABULARY + len(set(special_tokens) - {eod_token})
     if vocab_size < least:
         raise ConfigError("vocabulary is too small for byte-level BPE", where="--vocab-size", got=vocab_size, want=f"at least {least}")
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

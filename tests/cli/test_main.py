@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 
@@ -99,3 +100,37 @@ def test_an_unknown_option_is_a_complaint_of_the_action(capsys):
     assert capsys.readouterr().err == "error[2] unrecognized arguments: --nope; where=neox tokenizer train; do=neox tokenizer train --help\n"
     assert cli.main(["doctor", "--nope"]) == 2
     assert "where=neox doctor; do=neox doctor --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torch", [False, True])
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_process_ends_with_the_code_and_all_that_was_printed(torch, code):
+    """Without torch nothing is tidied up, but what was written is there."""
+    program = f"""
+import atexit, logging, sys, types
+from neox.cli import main as cli
+if {torch}: sys.modules["torch"] = types.ModuleType("torch")
+atexit.register(print, "tidied up")
+module = types.ModuleType("neox_probe_command", "A command.")
+module.add_arguments = lambda parser: None
+def run(args):
+    sys.stdout.write("x" * 100_000)
+    sys.stderr.write("e")
+    return {code}
+module.run = run
+sys.modules["neox_probe_command"] = module
+cli.COMMANDS["probe"] = ("neox_probe_command", "a command")
+sys.argv = ["neox", "probe"]
+cli.command()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "x" * 100_000 + ("tidied up\n" if torch else ""), "e")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["preprocess", "--help"]])
+def test_a_reader_that_went_away_leaves_no_noise(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "neox.cli.main", *argv], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == ""

@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 import zstandard
 
+from neox.data._native import core
 from neox.data.byte_level import text_encoder
 from neox.data.encode import Encoding
 from neox.data.indexed import IndexedDataset
@@ -154,10 +155,10 @@ def test_time_is_linear_on_one_character_again_and_again(shared_data, what, enco
     """Eight times the text takes eight times as long; where merging looked at every pair again it would be 64 times."""
     file, size = shared_data / "tokenizers" / "gpt2.json", 40_000 if encoder == "native" else 8_000
     if encoder == "native":
-        core = text_encoder(TokenizerFile(file).content, specials_as_text=False, wide=True)
+        here = core.EncodeThreads(text_encoder(TokenizerFile(file).content, specials_as_text=False, wide=True), 0)
 
         def encode(text: str) -> object:
-            return core.text(text.encode(), -1)
+            return here.text(text.encode(), -1).result()
 
     else:
         encode = Tokenizer(file).encode

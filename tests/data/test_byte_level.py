@@ -64,11 +64,11 @@ def bpe(path: Path, pattern: str, *, nfc: bool = False, added: tuple[AddedToken,
 
 def disagreement(file: TokenizerFile, path: Path, texts: list[str], specials_as_text: bool = False) -> str | None:
     """The first text that gets other ids."""
-    ours = text_encoder(file.content, specials_as_text, wide=True)
+    ours = core.EncodeThreads(text_encoder(file.content, specials_as_text, wide=True), 0)
     theirs = tokenizers.Tokenizer.from_file(str(path))
     theirs.encode_special_tokens = specials_as_text
     for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
-        if ours.text(text.encode(), -1)[0].tolist() != encoding.ids:
+        if ours.text(text.encode(), -1).result()[0].tolist() != encoding.ids:
             return text
     return None
 
@@ -127,12 +127,12 @@ def test_classes_and_normal_form_are_those_of_the_library():
 
 
 def test_lines_are_parsed_or_left_to_the_caller(tmp_path):
-    encoder = text_encoder(bpe(tmp_path / "t.json", GPT2_PATTERN).content, False, wide=False)
+    encoder = core.EncodeThreads(text_encoder(bpe(tmp_path / "t.json", GPT2_PATTERN).content, False, wide=False), 0)
     nested = b'{"meta": {"text": "no", "x": [1.5, true, null, "\\n"]}, "text": "c\\u00e9\\ud83d\\ude00\\n"}'
     content = b"\n".join([b'{"text": "a b"}', b" \r", b'{"text": ""}', b'{"text": 1}', nested, b'{"text": "end"}'])
-    tokens, sizes, blank, empty, unsure = encoder.lines(content, b"text", 7)
+    tokens, sizes, blank, empty, unsure = encoder.lines(content, b"text", 7).result()
     texts = ["a b", "cé😀\n", "end"]
-    wanted = [[*encoder.text(text.encode(), -1)[0].tolist(), 7] for text in texts]
+    wanted = [[*encoder.text(text.encode(), -1).result()[0].tolist(), 7] for text in texts]
     assert tokens.tolist() == [token for ids in wanted for token in ids] and sizes.tolist() == [len(ids) for ids in wanted] and tokens.dtype == np.uint16
     assert (blank, empty) == (1, 1)
     assert [(content[first:last], line, document) for first, last, line, document in unsure] == [(b'{"text": 1}', 3, 1)]
@@ -140,7 +140,7 @@ def test_lines_are_parsed_or_left_to_the_caller(tmp_path):
 
 def test_what_is_accepted_is_what_orjson_reads(tmp_path):
     """Mutated lines: a text is taken only where orjson gives the same text."""
-    encoder = text_encoder(bpe(tmp_path / "t.json", GPT2_PATTERN).content, False, wide=False)
+    encoder = core.EncodeThreads(text_encoder(bpe(tmp_path / "t.json", GPT2_PATTERN).content, False, wide=False), 0)
     rng = random.Random(6)
     seeds = [
         b'{"text": "caf\xc3\xa9 \\"q\\" \\u00e9 \\ud83d\\ude00 and some more words of text", "n": [1, -2.5, {"text": "x"}], "t": true}',
@@ -175,12 +175,12 @@ def test_what_is_accepted_is_what_orjson_reads(tmp_path):
         for _ in range(rng.randrange(3)):
             at = rng.randrange(len(line))
             line[at : at + rng.choice((0, 0, 1, 3))] = rng.choice(pieces)
-        tokens, sizes, _, empty, unsure = encoder.lines(bytes(line), b"text", -1)
+        tokens, sizes, _, empty, unsure = encoder.lines(bytes(line), b"text", -1).result()
         if unsure:
             continue
         taken += 1
         text = orjson.loads(bytes(line))["text"]
-        assert tokens.tolist() == encoder.text(text.encode(), -1)[0].tolist() and sizes.size + empty == 1
+        assert tokens.tolist() == encoder.text(text.encode(), -1).result()[0].tolist() and sizes.size + empty == 1
     assert 4000 < taken < 19_000
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import tokenizers
 
 from neox.data.byte_level import Unsupported
-from neox.data.encode import Encoding, LibraryEncoder, NativeEncoder, encoder_for, proof_texts
+from neox.data.encode import EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for, proof_texts
 from neox.data.text import Bad, Piece
 from neox.data.tokenizer import TokenizerFile, train_tokenizer
 from neox.errors import ConfigError
@@ -48,17 +50,23 @@ def block() -> list[Piece | Bad]:
     ]
 
 
+def encoded(native: NativeEncoder, number: int, block: list[Piece | Bad], threads: int = 0) -> EncodedBlock:
+    with contextlib.closing(native.threads(threads)) as started:
+        return native.start(number, block, started).result()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("options", [{}, {"append_eod": False}, {"specials_as_text": True}])
-def test_both_encoders_give_the_same_block(tokenizer, options):
+def test_both_encoders_give_the_same_block(tokenizer, options, threads):
     encoding = Encoding(tokenizer, **options)
     native = encoder_for(encoding, TokenizerFile(tokenizer))
     assert isinstance(native, NativeEncoder)
-    ours, theirs = native(0, block()), LibraryEncoder(encoding)(block())
+    ours, theirs = encoded(native, 0, block(), threads), LibraryEncoder(encoding)(block())
     assert ours.tokens.dtype == theirs.tokens.dtype == np.uint16 and ours.sizes.dtype == theirs.sizes.dtype == np.int32
     assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.sizes, theirs.sizes) and ours.sizes.size == 123
     assert ours.bad == theirs.bad and [bad.line for bad in ours.bad] == [27, 29, 53, 54, 99, 0]
     assert (ours.blank, ours.empty, ours.text_bytes) == (theirs.blank, theirs.empty, theirs.text_bytes) and (ours.blank, ours.empty) == (2, 2)
-    assert native(1, []).tokens.size == 0
+    assert encoded(native, 1, []).tokens.size == 0
 
 
 def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplog):
@@ -68,10 +76,32 @@ def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplo
     encoding = Encoding(tokenizer)
     native = NativeEncoder(encoding, file)
     with caplog.at_level(logging.WARNING):
-        found = native(0, block())
+        found = encoded(native, 0, block())
     wanted = LibraryEncoder(encoding)(block())
     assert native.differs and np.array_equal(found.tokens, wanted.tokens) and found.bad == wanted.bad
     assert "gives other ids than tokenizers" in caplog.text
+
+
+def test_threads_work_on_while_python_is_held(tokenizer):
+    """What is started is encoded though no other thread gets Python's lock, and a block that is given up ends nothing."""
+    native = NativeEncoder(Encoding(tokenizer), TokenizerFile(tokenizer))
+    lines = Piece("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 20)
+    with contextlib.closing(native.threads(1)) as threads:
+        started = [threads.lines(lines.content, b"text", 0) for _ in range(8)]
+        del started[3]
+        ctypes.PyDLL(None).usleep(1_000_000)  # with the lock: a thread that needed it would get nowhere
+        assert all(piece.done for piece in started)
+    assert len({piece.result()[0].tobytes() for piece in started}) == 1
+
+
+def test_a_closed_pool_says_so(tokenizer):
+    native = NativeEncoder(Encoding(tokenizer), TokenizerFile(tokenizer))
+    content = b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 50
+    threads = native.threads(1)
+    started = [threads.lines(content, b"text", 0) for _ in range(50)]
+    threads.close()
+    with pytest.raises(RuntimeError, match="closed before they came to this piece"):
+        started[-1].result()
 
 
 def test_every_fourth_block_is_looked_at():

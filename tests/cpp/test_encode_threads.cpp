@@ -1,0 +1,134 @@
+// Pieces on threads: each gives what it gives alone, whatever is dropped beside it and however many threads there are; a closed pool leaves no piece half done.
+// Arguments: see budget.h (default: 60 rounds).
+#include <random>
+#include <stdexcept>
+
+#include "budget.h"
+#include "data/encode_threads.h"
+#include "expect.h"
+
+using namespace data_test;
+using namespace neox::data;
+
+namespace {
+
+constexpr int64_t kEod = 301;
+
+TextEncoder encoder() {
+    std::vector<uint32_t> bytes(256), left, right, merged;
+    for (uint32_t b = 0; b < 256; ++b) bytes[b] = b;
+    for (const char* pair : {"th", " t", "  ", "ll", "42"}) {
+        left.push_back(static_cast<uint8_t>(pair[0])), right.push_back(static_cast<uint8_t>(pair[1]));
+        merged.push_back(static_cast<uint32_t>(256 + merged.size()));
+    }
+    return TextEncoder(BytePairs(bytes, left, right, merged), SplitPattern::gpt2, false, {{"<|end|>", 300, false, false}});
+}
+
+struct Case {
+    std::string content;
+    PieceKind kind;
+    const uint8_t* bytes() const { return reinterpret_cast<const uint8_t*>(content.data()); }
+};
+
+// Lines, some of them blank or not JSON, or a text that may not be UTF-8.
+Case random_case(std::mt19937_64& random) {
+    static const char* const kWords[] = {"the ", " all", "42", "<|end|>", "  ", "a", "\xC3\xA9", "."};
+    const auto words = [&] {
+        std::string text;
+        for (uint64_t left = random() % 40; left > 0; --left) text += kWords[random() % std::size(kWords)];
+        return text;
+    };
+    if (random() % 4 == 0) return {words() + (random() % 4 == 0 ? "\xFF" : ""), PieceKind::text};
+    std::string lines;
+    for (uint64_t left = random() % 30; left > 0; --left)
+        lines += random() % 8 == 0 ? (random() % 2 == 0 ? "\n" : "{]\n") : "{\"text\": \"" + words() + "\"}\n";
+    return {lines, PieceKind::lines};
+}
+
+std::vector<uint32_t> ids_of(const EncodedPiece& piece, bool wide) {
+    std::vector<uint32_t> ids;
+    for (uint64_t i = 0; i < piece.count; ++i) {
+        uint32_t id = 0;
+        std::memcpy(&id, piece.tokens.get() + i * (wide ? 4 : 2), wide ? 4 : 2);
+        ids.push_back(id);
+    }
+    return ids;
+}
+
+// What the encoder gives for the piece on this thread.
+void check_piece(const TextEncoder& texts, const Case& one, const EncodedPiece& piece, bool wide, LineState& alone) {
+    alone.clear();
+    bool valid = true;
+    if (one.kind == PieceKind::lines)
+        encode_lines(texts, one.bytes(), one.content.size(), {"text", kEod}, alone);
+    else
+        valid = encode_text(texts, one.bytes(), one.content.size(), kEod, alone);
+    EXPECT_EQ(piece.valid, valid);
+    EXPECT(ids_of(piece, wide) == std::vector<uint32_t>(alone.ids.begin(), alone.ids.begin() + alone.ids.size()));
+    EXPECT(piece.sizes == alone.sizes);
+    EXPECT_EQ(piece.unsure.size(), alone.unsure.size());
+    for (size_t i = 0; i < std::min(piece.unsure.size(), alone.unsure.size()); ++i) EXPECT_EQ(piece.unsure[i].first, alone.unsure[i].first);
+    EXPECT(piece.blank == alone.blank && piece.empty == alone.empty);
+}
+
+void round(const TextEncoder& texts, std::mt19937_64& random, LineState& alone) {
+    const bool wide = random() % 2 == 0;
+    std::vector<std::unique_ptr<Case>> cases;
+    std::vector<std::shared_ptr<EncodedPiece>> pieces;
+    EncodeThreads threads(texts, wide, static_cast<int>(random() % 5));
+    for (uint64_t left = random() % 60; left > 0; --left) {
+        cases.push_back(std::make_unique<Case>(random_case(random)));
+        pieces.push_back(threads.start(cases.back()->bytes(), cases.back()->content.size(), cases.back()->kind, {"text", kEod}));
+    }
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        if (random() % 8 == 0) {
+            threads.drop(*pieces[i]);
+            cases[i].reset();  // a thread that still read it would be seen by the sanitizer
+            continue;
+        }
+        threads.wait(*pieces[i]);
+        check_piece(texts, *cases[i], *pieces[i], wide, alone);
+    }
+}
+
+void check_close(const TextEncoder& texts) {
+    std::string lines;
+    for (int i = 0; i < 2'000; ++i) lines += "{\"text\": \"all the words of one line 42\"}\n";
+    const auto* bytes = reinterpret_cast<const uint8_t*>(lines.data());
+    EncodeThreads threads(texts, false, 1);
+    std::vector<std::shared_ptr<EncodedPiece>> pieces;
+    for (int i = 0; i < 50; ++i) pieces.push_back(threads.start(bytes, lines.size(), PieceKind::lines, {"text", kEod}));
+    threads.wait(*pieces[0]);
+    threads.close();
+    size_t done = 0, given_up = 0;
+    for (const auto& piece : pieces) {
+        done += piece->stage == EncodedPiece::done && piece->sizes.size() == 2'000;
+        given_up += piece->stage == EncodedPiece::given_up && piece->count == 0;
+    }
+    EXPECT(done >= 1);
+    EXPECT_EQ(done + given_up, pieces.size());
+    bool refused = pieces.back()->stage == EncodedPiece::done;
+    try {
+        threads.wait(*pieces.back());
+    } catch (const std::logic_error&) {
+        refused = true;
+    }
+    EXPECT(refused);
+    threads.drop(*pieces.back());
+    threads.close();
+    const auto later = threads.start(bytes, lines.size(), PieceKind::lines, {"text", kEod});  // by this thread, since there is no other
+    EXPECT_EQ(later->sizes.size(), size_t{2'000});
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    Budget budget(count, arguments, 60);
+    std::mt19937_64 random(budget.seed());
+    const TextEncoder texts = encoder();
+    LineState alone;
+    check_close(texts);
+    while (budget.next()) round(texts, random, alone);
+    std::printf("%llu rounds in %.1f s\n", static_cast<unsigned long long>(budget.done()), budget.seconds());
+    return tally.finish();
+}
