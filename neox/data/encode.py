@@ -12,7 +12,7 @@ from neox.data._native import core
 from neox.data.byte_level import Unsupported, text_encoder
 from neox.data.indexed import token_dtype
 from neox.data.lazy import Lazy
-from neox.data.library import LibraryProcess
+from neox.data.library_process import LibraryProcess
 from neox.data.text import BOM, Bad, Parsed, Piece, parse, parse_line
 from neox.data.tokenizer import Tokenizer, TokenizerFile
 from neox.errors import ConfigError

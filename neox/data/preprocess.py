@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from neox.data.byte_level import Unsupported
 from neox.data.encode import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, StartedBlock, encoder_for
 from neox.data.indexed import IndexedWriter, token_dtype
-from neox.data.library import LibraryProcess
+from neox.data.library_process import LibraryProcess
 from neox.data.progress import SOURCE_FIELDS, Origin, Progress, ProgressFile, finished
 from neox.data.quarantine import Quarantine
 from neox.data.text import BLOCK_BYTES, Bad, read_blocks

@@ -12,7 +12,7 @@ import pytest
 
 from neox.data.encode import Encoding, LibraryEncoder, NativeEncoder
 from neox.data.lazy import Lazy
-from neox.data.library import LibraryProcess
+from neox.data.library_process import LibraryProcess
 from neox.data.text import Piece
 from neox.data.tokenizer import Tokenizer, TokenizerFile, train_tokenizer
 
@@ -70,7 +70,7 @@ def test_ids_of_the_process_that_differ_are_noticed(file, tmp_path):
 
 
 def test_it_ends_with_its_parent(file):
-    code = "import sys; from neox.data.library import LibraryProcess; p = LibraryProcess(sys.argv[1], False); p.encode('a'); print(p.pid, flush=True); input()"
+    code = "import sys; from neox.data.library_process import LibraryProcess as P; p = P(sys.argv[1], False); p.encode('a'); print(p.pid, flush=True); input()"
     parent = subprocess.Popen([sys.executable, "-c", code, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child = int(parent.stdout.readline())
     parent.kill()
