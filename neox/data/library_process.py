@@ -26,15 +26,20 @@ class LibraryProcess:
         arguments = [os.pathsep.join([ROOT, *sys.path]), file, "text" if specials_as_text else "match"]
         command = [sys.executable, "-I", "-S", "-c", START, *arguments]
         # in a session of its own, since Ctrl-C is for the parent, with which it ends
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        except OSError:
+            self._process = None  # no more processes are to be had
 
     @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
+    def pid(self) -> int | None:
+        """Of the process; None: it could not be started."""
+        return None if self._process is None else self._process.pid
 
     def encode(self, text: str) -> list[int] | None:
         """The ids of a text; None: the process is gone, or cannot read the file."""
+        if self._process is None:
+            return None
         content = text.encode()
         try:
             self._process.stdin.write(LENGTH.pack(len(content)) + content)
@@ -48,8 +53,9 @@ class LibraryProcess:
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.communicate()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
     def __enter__(self) -> LibraryProcess:
         return self

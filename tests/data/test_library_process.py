@@ -21,7 +21,7 @@ TEXTS = ["", "some words and more words", "é日😀 <|endoftext|> \x00 \t\n", "
 
 @pytest.fixture
 def file(tmp_path) -> str:
-    return train_tokenizer([text for text in TEXTS if text], 300, tmp_path / "t.json").file
+    return train_tokenizer(TEXTS[1:3] * 9, 300, tmp_path / "t.json").file
 
 
 @pytest.mark.parametrize("specials_as_text", [False, True])
@@ -39,6 +39,12 @@ def test_a_bad_file_gives_no_ids_and_says_nothing(tmp_path, content, capfd):
     with LibraryProcess(str(tmp_path / "bad.json"), False) as there:
         assert there.encode("text") is None and there.encode("text") is None
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_that_cannot_be_started_gives_no_ids(file, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with LibraryProcess(file, False) as there:
+        assert there.encode("text") is None and there.pid is None
 
 
 def test_blocks_are_compared_here_where_the_process_is_gone(file):
