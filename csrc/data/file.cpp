@@ -1,6 +1,7 @@
 #include "data/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -39,6 +40,21 @@ void write_fully(int fd, const std::string& path, const uint8_t* bytes, uint64_t
         bytes += done;
         offset += static_cast<uint64_t>(done);
         count -= static_cast<uint64_t>(done);
+    }
+}
+
+// Opens a file that no other process has open in this way: two that were started for the same output would write into one another's file.
+int open_alone(const std::string& path, bool create) {
+    for (;;) {
+        const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | (create ? O_CREAT : 0), 0666);
+        if (fd < 0) throw write_fault(path, create ? "create file" : "go on with file", errno);
+        if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {  // other errors: a file system without locks
+            ::close(fd);
+            throw Fault("another process is writing this file").at(path).advise("wait for it, stop it, or choose another output");
+        }
+        struct stat opened{}, named{};
+        if (::fstat(fd, &opened) == 0 && ::stat(path.c_str(), &named) == 0 && opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) return fd;
+        ::close(fd);  // the other one has just given it its final name, or removed it
     }
 }
 
@@ -110,28 +126,26 @@ Mapping::~Mapping() {
 }
 
 OutputFile::OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_at) : path_(std::move(path)), capacity_(buffer_bytes) {
-    const int mode = resume_at == 0 ? O_CREAT | O_TRUNC : 0;
-    fd_ = ::open(path_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | mode, 0666);
-    if (fd_ < 0) throw write_fault(path_, resume_at == 0 ? "create file" : "go on with file", errno);
-    if (resume_at != 0) {
-        struct stat info{};
-        const bool whole = ::fstat(fd_, &info) == 0 && static_cast<uint64_t>(info.st_size) >= resume_at;
-        if (!whole || ::ftruncate(fd_, static_cast<off_t>(resume_at)) != 0) {
-            ::close(fd_);
-            throw Fault("unfinished file is shorter than its progress says")
-                .at(path_)
-                .found(std::to_string(info.st_size) + " bytes")
-                .expected("at least " + std::to_string(resume_at))
-                .advise("start again without --resume");
-        }
+    fd_ = open_alone(path_, resume_at == 0);
+    struct stat info{};
+    const bool whole = ::fstat(fd_, &info) == 0 && static_cast<uint64_t>(info.st_size) >= resume_at;
+    if (!whole || ::ftruncate(fd_, static_cast<off_t>(resume_at)) != 0) {
+        const int error = errno;
+        ::close(fd_);
+        if (whole) throw write_fault(path_, "cut file off", error);
+        throw Fault("unfinished file is shorter than its progress says")
+            .at(path_)
+            .found(std::to_string(info.st_size) + " bytes")
+            .expected("at least " + std::to_string(resume_at))
+            .advise("start again without --resume");
     }
     resume_at_ = resume_at;
     buffer_.reserve(capacity_);
 }
 
 OutputFile::~OutputFile() {
-    ::close(fd_);
     if (!keep_) ::unlink(path_.c_str());
+    ::close(fd_);  // last, since it lets go of the lock
 }
 
 void OutputFile::write(const void* bytes, uint64_t count) {

@@ -49,7 +49,7 @@ class Mapping {
 class OutputFile {
   public:
     // Starts a new file or, where `resume_at` is not 0, goes on behind the first `resume_at` bytes of the one that is there; what it holds after
-    // them is cut off. Call reread() before anything is written then. Throws Fault when the file is shorter.
+    // them is cut off. Call reread() before anything is written then. Throws Fault when the file is shorter, or is being written by another.
     OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_at = 0);
     virtual ~OutputFile();
     OutputFile(const OutputFile&) = delete;

@@ -102,8 +102,7 @@ def preprocess(
     """
     if bad_lines not in BAD_LINES:
         raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=bad_lines, want=", ".join(BAD_LINES))
-    started = time.monotonic()
-    out = os.fspath(out)
+    started, out = time.monotonic(), os.fspath(out)
     with LibraryProcess(encoding.tokenizer, encoding.specials_as_text) as library:  # first, since it takes a while to load
         tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
         dtype = token_dtype(tokenizer.vocab_size - 1)
@@ -116,10 +115,11 @@ def preprocess(
         started -= summary.seconds
         first = done = 0 if before is None else before.blocks
         blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, library, workers, summary)
-        take_up(out) if before else notes.remove()
+        if before:
+            take_up(out)
         made_by = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
         kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
-        with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, leftovers(notes, writer, kept, resume):
+        with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, leftovers(notes, writer, kept, resume, before):
             for done, block in enumerate(blocks, first + 1):
                 take(block, writer, kept, summary, bad_lines)
                 summary.seconds = time.monotonic() - started
@@ -165,8 +165,10 @@ def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progre
 
 
 @contextlib.contextmanager
-def leftovers(notes: ProgressFile, writer: IndexedWriter, kept: Quarantine, resume: bool) -> Iterator[None]:
+def leftovers(notes: ProgressFile, writer: IndexedWriter, kept: Quarantine, resume: bool, before: Progress | None) -> Iterator[None]:
     """After an exception, what is unfinished stays for another try or is removed."""
+    if before is None:
+        notes.remove()  # of an earlier run, which is known to have ended since the writer has its files
     try:
         yield
     except BaseException:

@@ -105,6 +105,26 @@ void nothing_stays_without_publish() {
     EXPECT_FAULT(OutputFile(folder / "no/such/folder", 4), "disk");
 }
 
+void one_writer_at_a_time() {
+    const Folder folder;
+    const std::string partial = folder / "file.partial";
+    const uint8_t letters[4] = {'a', 'b', 'c', 'd'};
+    {
+        OutputFile first(partial, 4);
+        first.write(letters, sizeof letters);
+        EXPECT_FAULT(OutputFile(partial, 4), "another process is writing this file; where=" + partial);
+        EXPECT_FAULT(OutputFile(partial, 4, 2), "another process is writing this file");
+        EXPECT_EQ(content_of(partial).size(), sizeof letters);
+        first.publish(folder / "file");
+        OutputFile second(partial, 4);  // the first one has its final name, and is not touched
+        second.write(letters, 1);
+        second.keep();
+    }
+    EXPECT_EQ(content_of(folder / "file").size(), sizeof letters);
+    OutputFile again(partial, 4);  // what is left of one that ended is in nobody's hands
+    EXPECT_EQ(content_of(partial).size(), size_t{0});
+}
+
 void full_disk() {
     ::signal(SIGXFSZ, SIG_IGN);
     rlimit before{};
@@ -129,6 +149,7 @@ int main() {
     reads_and_maps();
     writes_by_buffers();
     nothing_stays_without_publish();
+    one_writer_at_a_time();
     full_disk();
     return tally.finish();
 }

@@ -206,6 +206,23 @@ def _group_lives(group: int) -> bool:
     return True
 
 
+def test_two_runs_to_one_place_do_not_meet(tokenizer, lines, tmp_path):
+    """The second is refused, and the first ends as if it had been alone."""
+    whole = preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file), block_bytes=2000)
+    refused = []
+
+    def second(_: object) -> None:
+        for resume in (False, True):
+            with pytest.raises(DataError, match=r"another process is writing this file; where=.*out\.bin\.partial") as error:
+                preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000, resume=resume)
+            refused.append(error)
+
+    first = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000, note_seconds=0, resume=True, progress=second)
+    assert len(refused) > 10 and first.documents == whole.documents
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
 SUFFIXES = (".bin", ".idx", ".json", ".quarantine.jsonl")
 
 
