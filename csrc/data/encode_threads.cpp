@@ -50,6 +50,7 @@ std::shared_ptr<EncodedPiece> EncodeThreads::start(const uint8_t* bytes, uint64_
     {
         const std::lock_guard<std::mutex> held(mutex_);
         waiting_.push_back(piece);
+        if (callers_waiting_ > 0) spare_given_.notify_one();
     }
     given_.notify_one();
     return piece;
