@@ -137,17 +137,20 @@ def command() -> NoReturn:
 
     Python would first take all its objects apart, for as long as it takes to encode some megabytes of text. Only torch has something to tidy up.
     """
-    code = 0
+    code: int | str | None = 0
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as end:  # of --help
+            code = end.code
         sys.stdout.flush()
     except BrokenPipeError:
         leave_stdout()
-    if "torch" not in sys.modules:
-        logging.shutdown()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if "torch" in sys.modules or not isinstance(code, int):
+        sys.exit(code)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
