@@ -1,8 +1,6 @@
 #include "data/merges_module.h"
 
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -29,17 +27,15 @@ class Bytes {
     size_t size_ = 0;
 };
 
-// The bytes that the letters of a byte-level vocabulary stand for (GPT-2): those that can be printed for themselves, the others from U+0100 on.
+// The bytes that the letters of a byte-level vocabulary stand for.
 class Letters {
   public:
     static constexpr size_t kNoSpace = SIZE_MAX;
 
-    Letters() {
-        bytes_.fill(-1);
-        size_t next = 0x100;
-        for (int16_t byte = 0; byte < 256; ++byte) {
-            const bool plain = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte != 0xAD);
-            bytes_[plain ? static_cast<size_t>(byte) : next++] = byte;
+    explicit Letters(const std::u32string& letters) {
+        for (size_t byte = 0; byte < letters.size(); ++byte) {
+            if (bytes_.size() <= letters[byte]) bytes_.resize(letters[byte] + 1, -1);
+            bytes_[letters[byte]] = static_cast<int16_t>(byte);
         }
     }
 
@@ -75,13 +71,13 @@ class Letters {
         return true;
     }
 
-    std::array<int16_t, 0x144> bytes_;
+    std::vector<int16_t> bytes_;  // by letter; -1: none
 };
 
 // The tokens of a byte-level vocabulary by their bytes.
 class ByteVocabulary {
   public:
-    explicit ByteVocabulary(const py::dict& vocab) {
+    ByteVocabulary(const std::u32string& of_bytes, const py::dict& vocab) : letters(of_bytes) {
         size_t bits = 4;
         while ((size_t{1} << bits) < 2 * vocab.size()) ++bits;
         shift_ = 64 - bits;
@@ -172,17 +168,15 @@ size_t read_merge(const Letters& letters, const py::handle& merge, Bytes& both) 
 
 }  // namespace
 
-Merges read_merges(const py::dict& vocab, const py::list& merges) {
-    const ByteVocabulary tokens(vocab);
+Merges read_merges(const std::u32string& letters, const py::dict& vocab, const py::list& merges) {
+    const ByteVocabulary tokens(letters, vocab);
     Merges found;
     found.byte_ids.assign(256, BytePairs::kNone);
     Bytes text;
     for (int byte = 0; byte < 256; ++byte) {
         *text.room(1) = static_cast<char>(byte);
         const int64_t id = tokens.find(text.at(0), 1);
-        char name[8];
-        std::snprintf(name, sizeof name, "0x%02x", static_cast<unsigned>(byte));
-        if (id < 0 && occurs(byte)) throw py::value_error("byte " + std::string(name) + " is not in the vocabulary");
+        if (id < 0 && occurs(byte)) throw py::value_error("byte " + std::to_string(byte) + " is not in the vocabulary");
         if (id >= BytePairs::kMostIds) throw py::value_error("id " + std::to_string(id) + " of a byte");
         if (id >= 0) found.byte_ids[static_cast<size_t>(byte)] = static_cast<uint32_t>(id);
     }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace neox::data {
@@ -13,8 +14,8 @@ struct Merges {
     std::vector<uint32_t> byte_ids, left, right, merged;
 };
 
-// Of a byte-level vocabulary (text of a token -> id) and its merges, "left right" or [left, right].
+// Of a byte-level vocabulary (text of a token -> id) and its merges, "left right" or [left, right]; `letters` are those that stand for the 256 bytes.
 // Throws value_error or type_error for what csrc/data cannot do: a byte of UTF-8 that is no token, a merge of unknown tokens, an id that is too large.
-Merges read_merges(const pybind11::dict& vocab, const pybind11::list& merges);
+Merges read_merges(const std::u32string& letters, const pybind11::dict& vocab, const pybind11::list& merges);
 
 }  // namespace neox::data

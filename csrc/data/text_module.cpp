@@ -105,16 +105,17 @@ NEOX_CLONES int64_t count_byte(const char* bytes, size_t count, char wanted) {
 void bind_text(py::module_& module) {
     using Added = std::tuple<std::string, uint32_t, bool, bool>;
     py::class_<Encoder>(module, "TextEncoder", "Byte-level BPE: the ids of `tokenizers`")
-        .def(py::init([](const py::dict& vocab, const py::list& merges, const std::string& pattern, bool normalise, const std::vector<Added>& added,
-                         std::unordered_map<std::string, uint32_t> whole, bool wide) {
-                 Merges found = read_merges(vocab, merges);
+        .def(py::init([](const std::u32string& letters, const py::dict& vocab, const py::list& merges, const std::string& pattern, bool normalise,
+                         const std::vector<Added>& added, std::unordered_map<std::string, uint32_t> whole, bool wide) {
+                 Merges found = read_merges(letters, vocab, merges);
                  BytePairs pairs(std::move(found.byte_ids), found.left, found.right, std::move(found.merged));
                  pairs.take_whole(std::move(whole));
                  std::vector<AddedToken> tokens;
                  for (const auto& [text, id, normalized, ignored] : added) tokens.push_back({text, id, normalized, ignored});
                  return std::make_unique<Encoder>(Encoder{TextEncoder(std::move(pairs), pattern_of(pattern), normalise, tokens), wide});
              }),
-             py::arg("vocab"), py::arg("merges"), py::arg("pattern"), py::arg("normalise"), py::arg("added"), py::arg("whole"), py::arg("wide"));
+             py::arg("letters"), py::arg("vocab"), py::arg("merges"), py::arg("pattern"), py::arg("normalise"), py::arg("added"), py::arg("whole"),
+             py::arg("wide"));
     py::class_<Started>(module, "Started", "A piece that is being encoded")
         .def_property_readonly("done", &Started::done, "Whether `result` need not wait")
         .def("result", &Started::result,

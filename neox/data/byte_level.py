@@ -15,10 +15,10 @@ class Unsupported(Exception):
 
 
 def byte_of_letter() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for: printable ones for themselves, the others from U+0100 on (GPT-2)."""
+    """The byte that each letter of a byte-level vocabulary stands for, in their order: printable ones for themselves, the others from U+0100 on (GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    others = iter(range(256, 512))
+    return {chr(byte if byte in plain else next(others)): byte for byte in range(256)}
 
 
 def text_encoder(content: dict, specials_as_text: bool, wide: bool) -> core.TextEncoder:
@@ -38,7 +38,8 @@ def text_encoder(content: dict, specials_as_text: bool, wide: bool) -> core.Text
         require_plain(model)
         added = added_tokens(content.get("added_tokens") or [], normalise, specials_as_text)
         whole = whole_tokens(model["vocab"]) if model.get("ignore_merges") else {}
-        return core.TextEncoder(model["vocab"], model["merges"], pattern, normalise, added, whole, wide)
+        letters = "".join(byte_of_letter())
+        return core.TextEncoder(letters, model["vocab"], model["merges"], pattern, normalise, added, whole, wide)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise Unsupported(f"a part of the file is not as expected: {error!r}") from error
 
