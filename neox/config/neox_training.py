@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
 from neox.config.neox_keys import NEOX_KEYS, PARTS
 from neox.config.neox_translation import Translation
@@ -39,29 +41,42 @@ def optimizer(work: Translation) -> None:
 
 
 def schedule(work: Translation) -> None:
-    """Warm-up is a share of the decay's length; a linear decay heads for 0 and stops at min_lr."""
+    """GPT-NeoX's own rule of the learning rate; a native `schedule.type` or `schedule.rule` that it cannot be combined with wins."""
     style = work.value("lr_decay_style")
-    if style not in ("constant", "linear", "cosine"):
+    kind = work.native.get(("schedule", "type"), style)
+    if kind not in ("constant", "linear", "cosine"):
         work.refuse("lr_decay_style", "learning rate decay is not supported", want="constant, linear or cosine", decides="schedule.type")
-        return
-    iterations, share = work.number("train_iters"), work.number("lr_decay_fraction")
-    end = round(share * iterations) if share and iterations else work.number("lr_decay_iters")
-    source = "lr_decay_fraction" if share else "lr_decay_iters"
-    length = end or iterations
-    warmup = round((work.number("warmup") or 0) * length) if length else 0
-    low = 0.0 if style == "constant" else work.number("min_lr")
-    peak = next((setting.value for setting in work.settings if setting.path == ("optimizer", "lr")), None)
+    exact = work.native.get(("schedule", "rule"), "gpt_neox") == "gpt_neox" and kind in ("constant", "linear", "cosine")
+    iterations = work.number("train_iters")
+    end, source = decay_length(work, iterations)
+    length = work.native.get(("schedule", "decay_iters")) or end or iterations
     work.set("schedule.type", style, "lr_decay_style")
-    if length:
-        work.set("schedule.warmup_iters", warmup, "warmup")
-    if style == "linear" and low and length and isinstance(peak, (int, float)) and peak > low:
-        meets = round(length - (length - warmup) * low / peak)
-        work.note(f"upstream's line goes to 0 at {length} and stops at min_lr: schedule.decay_iters: {meets}", "lr_decay_style")
-        end = meets
-    if end:
+    if exact:
+        work.set("schedule.rule", "gpt_neox", "lr_decay_style")
+    if end is not None:
         work.set("schedule.decay_iters", end, source)
+    low = 0.0 if kind == "constant" else work.number("min_lr")
     if low is not None:
         work.set("schedule.min_lr", low, "min_lr")
+    share = work.number("warmup")
+    if not isinstance(length, (int, float)) or share is None:
+        return
+    warmup = share * length
+    work.set("schedule.warmup_iters", warmup if exact else round(warmup), "warmup")
+    if exact and 0 < warmup < 1:
+        work.note(f"the warm-up is {warmup:.3g} of a step, so the first step's learning rate is {1 / warmup:.3g} times the peak, as in GPT-NeoX", "warmup")
+    if exact and kind == "cosine" and iterations and iterations > length:
+        work.note(f"the learning rate rises again after step {length}, as in GPT-NeoX; schedule.rule: native holds it at min_lr", "lr_decay_style")
+
+
+def decay_length(work: Translation, iterations: float | None) -> tuple[int | None, str]:
+    """Iterations of the decay and the key that gives them; None: train_iters. lr_decay_iters wins over lr_decay_fraction."""
+    if (end := work.number("lr_decay_iters")) is not None:
+        return max(1, end), "lr_decay_iters"
+    share = work.number("lr_decay_fraction")
+    if share is None or iterations is None:
+        return None, "lr_decay_iters"
+    return max(1, math.floor(iterations * share)), "lr_decay_fraction"
 
 
 def precision(work: Translation) -> None:

@@ -248,6 +248,11 @@ def schedule(config: Config, _: Situation) -> Iterator[Conflict]:
         yield Conflict("the warm-up does not end", ("schedule.warmup_iters", end), f"warmup_iters at most {end}")
     if plan.min_lr > config.optimizer.lr:
         yield Conflict("the smallest learning rate is above the peak", ("schedule.min_lr", "optimizer.lr"), "min_lr at most lr")
+    if plan.rule == "gpt_neox" and plan.type not in ("constant", "linear", "cosine"):
+        yield Conflict("GPT-NeoX has no such schedule", ("schedule.rule", "schedule.type"), "rule: native, or type constant, linear or cosine")
+    if plan.rule == "native" and isinstance(plan.warmup_iters, float):
+        keys = ("schedule.warmup_iters", "schedule.rule")
+        yield Conflict("warm-up of a fraction of an iteration", keys, "a whole number of iterations with rule: native", "give iterations, not a share")
     if plan.type == "wsd":
         if plan.cooldown_iters == 0:
             yield Conflict("wsd without a cool-down", ("schedule.type", "schedule.cooldown_iters"), "cooldown_iters above 0")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -224,13 +224,25 @@ class OptimizerConfig(Section):
     gradient_clipping: NonNegativeFloat = Field(1.0, description="largest global L2 norm of the gradient; 0: no clipping")
 
 
+def whole(number: float) -> float:
+    """An int where the number is one, so that 20 stays 20 in config.lock.yml."""
+    return int(number) if number == int(number) else number
+
+
 class ScheduleConfig(Section):
-    """The learning rate over the iterations; after decay_iters it stays at min_lr."""
+    """The learning rate over the iterations; after decay_iters it stays at min_lr, unless `rule` says otherwise."""
 
     type: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
         "cosine", description="wsd: warm-up, stable, decay over the last cooldown_iters"
     )
-    warmup_iters: NonNegative = Field(0, description="iterations of linear warm-up from 0")
+    rule: Literal["native", "gpt_neox"] = Field(
+        "native",
+        description="native: a function of the step, flat after decay_iters; gpt_neox: a function of the updates made before the step, as GPT-NeoX "
+        "computes it (constant, linear, cosine): linear heads for 0 and stops at min_lr, the cosine rises again after decay_iters",
+    )
+    warmup_iters: Annotated[NonNegativeFloat, AfterValidator(whole)] = Field(
+        0, description="iterations of linear warm-up from 0; a fraction is accepted with rule: gpt_neox only"
+    )
     decay_iters: Positive | None = Field(None, description="iteration at which min_lr is reached; null: train.train_iters")
     cooldown_iters: NonNegative = Field(0, description="wsd: iterations of the final decay")
     min_lr: NonNegativeFloat = Field(0.0, description="learning rate at and after decay_iters")

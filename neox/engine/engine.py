@@ -184,7 +184,7 @@ class Engine:
         loss_sum, stops = self.sum_over([loss if speaks else 0.0 * loss, float(stop)], self.everyone)
         mean = loss_sum / max(total, 1)
         problem = None if math.isfinite(mean) else self.bad_weight_or_loss(mean, step, batches)
-        learning_rate = self.schedule.learning_rate(step)
+        learning_rate = self.schedule.learning_rate(step, self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.faults("update")

@@ -1,7 +1,7 @@
-"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no schedule state.
+"""Learning-rate schedules: pure functions of the step and of the updates made, so that a resumed run needs no schedule state.
 
 Steps count from 1: `learning_rate(n)` is the rate of the n-th optimizer step. With w = warmup_iters, d = decay_iters,
-c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1]:
+c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1], `rule: native` is:
 
     n < w          peak n / w
     constant       peak
@@ -10,7 +10,17 @@ c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1]:
     wsd            peak until d - c, then linear to min at d         (arXiv 2404.06395)
     inverse_sqrt   peak sqrt(max(w, 1) / n), never below min         (arXiv 1706.03762)
 
-Nothing moves after step d: the rate of step d is kept. DeepSpeed's schedulers are not used; their cosine rises again after its end.
+Nothing moves after step d: the rate of step d is kept.
+
+`rule: gpt_neox` is GPT-NeoX's AnnealingLR (megatron/learning_rates.py), which is stepped after the optimizer. With m updates made
+before the step (n - 1 where none was skipped), w a real number and x = (m - w) / (d - w), never cut:
+
+    m <= w, w > 0  peak max(1, m) / w
+    constant       peak
+    linear         peak (1 - x), never below min
+    cosine         min + (peak - min) (1 + cos(pi x)) / 2
+
+Its cosine rises again after d. A skipped update (an fp16 overflow) does not move it. DeepSpeed's schedulers are not used.
 """
 
 from __future__ import annotations
@@ -28,22 +38,41 @@ class Schedule:
     type: str
     peak: float
     min_lr: float
-    warmup_iters: int
+    warmup_iters: float
     decay_iters: int
     cooldown_iters: int = 0
+    rule: str = "native"
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of optimizer step `step` (1 is the first)."""
+    def learning_rate(self, step: int, updates: int | None = None) -> float:
+        """The learning rate of optimizer step `step` (1 is the first), before which `updates` updates were made (None: step - 1)."""
+        if self.rule == "gpt_neox":
+            return gpt_neox(self, step - 1 if updates is None else updates)
         if step < self.warmup_iters:
             return self.peak * step / self.warmup_iters
         step = min(step, max(self.decay_iters, self.warmup_iters))
         return FORMULAS[self.type](self, step)
 
-    def progress(self, step: int, begin: int) -> float:
+    def progress(self, step: int, begin: float) -> float:
         """Share of the way from step `begin` to decay_iters, in [0, 1]."""
         if self.decay_iters <= begin:
             return 0.0 if step < self.decay_iters else 1.0
         return min(max((step - begin) / (self.decay_iters - begin), 0.0), 1.0)
+
+
+def gpt_neox(schedule: Schedule, updates: int) -> float:
+    """GPT-NeoX's rate after `updates` updates."""
+    peak, low, warmup = schedule.peak, schedule.min_lr, schedule.warmup_iters
+    if warmup > 0 and updates <= warmup:
+        return peak * max(1, updates) / warmup
+    if schedule.type == "constant":
+        return peak
+    length = schedule.decay_iters - warmup
+    if length <= 0:
+        return low  # GPT-NeoX divides by zero here
+    passed = (updates - warmup) / length
+    if schedule.type == "linear":
+        return max(low, peak * (1.0 - passed))
+    return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * passed))
 
 
 def constant(schedule: Schedule, step: int) -> float:
@@ -77,4 +106,5 @@ FORMULAS = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd
 
 def build_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, train_iters: int) -> Schedule:
     """The schedule of a run; `decay_iters` left out means the end of the run."""
-    return Schedule(config.type, optimizer.lr, config.min_lr, config.warmup_iters, config.decay_iters or train_iters, config.cooldown_iters)
+    end = config.decay_iters or train_iters
+    return Schedule(config.type, optimizer.lr, config.min_lr, config.warmup_iters, end, config.cooldown_iters, config.rule)

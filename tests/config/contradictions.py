@@ -145,6 +145,8 @@ def schedule_cases() -> list[Case]:
             ("schedule.warmup_iters", "schedule.cooldown_iters", "train.train_iters"),
         ),
         Case(("schedule.type=constant", "schedule.min_lr=1e-5"), ("schedule.min_lr", "schedule.type")),
+        Case(("schedule.rule=gpt_neox", "schedule.type=inverse_sqrt"), ("schedule.rule", "schedule.type")),
+        Case(("schedule.warmup_iters=0.01",), ("schedule.warmup_iters", "schedule.rule")),
         Case(("precision.dtype=fp16",), ("precision.dtype",)),
         Case(("precision.min_loss_scale=4", "precision.initial_scale_power=1"), ("precision.min_loss_scale", "precision.initial_scale_power"), device="cuda"),
     ]

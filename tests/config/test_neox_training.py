@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import json
+from pathlib import Path
 
 import pytest
 
 from neox.config.load import load
 from neox.config.validate import validate
-from neox.engine.schedule import Schedule
+from neox.engine.schedule import build_schedule
 from tests.config.test_neox_model import result
 from tests.config.upstream import BASE, flow_text
 
@@ -19,25 +20,41 @@ def settings(changes: dict) -> dict:
     return values
 
 
-def upstream_rate(values: dict, step: int) -> float:
-    """GPT-NeoX's AnnealingLR: warm-up from 0, then a line to 0 or a cosine to min_lr, never below min_lr."""
-    end, peak, low = values["lr_decay_iters"], values["lr"], values["min_lr"]
-    warmup = values["warmup"] * end
-    if warmup and step <= warmup:
-        return peak * step / warmup
-    step, length = step - warmup, end - warmup
-    if values["style"] == "linear":
-        return max(peak * (length - step) / length, low)
-    return max(low + (peak - low) / 2 * (math.cos(math.pi * step / length) + 1), low)
+RATES = json.loads((Path(__file__).parent / "gpt_neox" / "learning_rates.json").read_text())
 
 
-@pytest.mark.parametrize("style", ["linear", "cosine"])
-def test_the_learning_rate_is_upstreams_at_every_step(style):
-    values = {"lr_decay_iters": 800, "lr": 1e-3, "min_lr": 2e-4, "warmup": 0.05, "style": style}
-    file = {"lr_decay_style": style, "lr_decay_iters": 800, "min_lr": 2e-4, "warmup": 0.05, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
-    got = settings(file)
-    schedule = Schedule(got["schedule.type"], 1e-3, got["schedule.min_lr"], got["schedule.warmup_iters"], got["schedule.decay_iters"])
-    assert [schedule.learning_rate(step) for step in range(1, 801)] == pytest.approx([upstream_rate(values, step) for step in range(1, 801)], rel=2e-3)
+@pytest.mark.parametrize("row", RATES, ids=range(len(RATES)))
+def test_the_learning_rate_is_that_of_upstreams_own_scheduler(row, tmp_path):
+    """The rates were written by megatron/training.py:get_learning_rate_scheduler, stepped unless the step overflowed."""
+    keys = ("train_iters", "lr_decay_style", "min_lr", "warmup", "lr_decay_iters", "lr_decay_fraction")
+    file = BASE | {key: row[key] for key in keys if key in row} | {"optimizer": {"type": "Adam", "params": {"lr": row["lr"]}}}
+    (tmp_path / "a.yml").write_text(flow_text(file | {"vocab_file": None, "tokenizer_type": "GPT2BPETokenizer"}))
+    config = load([tmp_path / "a.yml"]).config
+    schedule = build_schedule(config.schedule, config.optimizer, config.train.train_iters)
+    skipped = row.get("overflows", [])
+    got = {step: schedule.learning_rate(int(step), int(step) - 1 - sum(n < int(step) for n in skipped)) for step in row["rates"]}
+    assert got == pytest.approx(row["rates"], rel=1e-12)
+
+
+def test_the_schedule_follows_native_settings():
+    file = {"warmup": 0.025, "lr_decay_style": "cosine", "min_lr": 1e-4}
+
+    def schedule(**native) -> dict:
+        values, _, problems = result(file, {tuple(key.split("__")): value for key, value in native.items()})
+        assert problems == []
+        return {key: value for key, value in values.items() if key.startswith("schedule.")}
+
+    assert schedule(train__train_iters=100)["schedule.warmup_iters"] == 2.5
+    assert schedule(schedule__decay_iters=300)["schedule.warmup_iters"] == 7.5
+    for native in ({"schedule__rule": "native"}, {"schedule__type": "wsd"}):
+        got = schedule(train__train_iters=100, **native)
+        assert "schedule.rule" not in got and got["schedule.warmup_iters"] == 2
+
+
+def test_odd_rates_of_upstream_are_named():
+    assert any("first step's learning rate is 5 times the peak" in note for note in result({"train_iters": 20, "warmup": 0.01})[1])
+    assert any("rises again after step 500" in note for note in result({"lr_decay_style": "cosine", "lr_decay_iters": 500})[1])
+    assert not any("rises" in note for note in result({"lr_decay_style": "cosine", "lr_decay_iters": 1000})[1])
 
 
 def test_defaults_are_upstreams():
@@ -49,6 +66,7 @@ def test_defaults_are_upstreams():
         "optimizer.weight_decay": 0.1,
         "optimizer.gradient_clipping": 1.0,
         "schedule.type": "linear",
+        "schedule.rule": "gpt_neox",
         "schedule.warmup_iters": 10,
         "precision.dtype": "fp32",
         "zero.stage": 0,
@@ -72,6 +90,8 @@ def test_defaults_are_upstreams():
         ({"pack_impl": "pack_until_overflow"}, {"data.packing": "best_fit", "data.order": "epoch"}),
         ({"lr_decay_style": "constant", "min_lr": 1e-5}, {"schedule.type": "constant", "schedule.min_lr": 0.0}),
         ({"lr_decay_fraction": 0.5, "lr_decay_style": "cosine"}, {"schedule.decay_iters": 500, "schedule.warmup_iters": 5}),
+        ({"lr_decay_fraction": 0.4999, "lr_decay_style": "cosine"}, {"schedule.decay_iters": 499, "schedule.warmup_iters": 4.99}),
+        ({"lr_decay_fraction": 0.5, "lr_decay_iters": 700}, {"schedule.decay_iters": 700, "schedule.warmup_iters": 7}),
         ({"precision": "bfloat16"}, {"precision.dtype": "bf16"}),
         ({"bf16": {"enabled": True}}, {"precision.dtype": "bf16"}),
         ({"precision": "bfloat16", "bf16": {"enabled": True}}, {"precision.dtype": "bf16"}),

@@ -60,6 +60,8 @@ SOUND = [
     ("data.validation=[v]", "evaluate.interval=5"),
     ("data.train=[{path: a, weight: 0}, b]",),
     ("schedule.warmup_iters=100",),
+    ("schedule.warmup_iters=20.0",),
+    ("schedule.warmup_iters=0.25", "schedule.rule=gpt_neox"),
     ("schedule.type=wsd", "schedule.warmup_iters=40", "schedule.cooldown_iters=60"),
     ("schedule.decay_iters=1000",),
     ("schedule.min_lr=6e-4",),

@@ -7,6 +7,8 @@ import pytest
 
 from neox.config.schema import OptimizerConfig, ScheduleConfig
 from neox.engine.schedule import Schedule, build_schedule
+from neox.parallel.mesh import Mesh
+from tests.engine.toy import Stored, gathered, make_config, make_engine, micro_batches
 
 PEAK, LOW = 3e-3, 3e-4
 
@@ -80,3 +82,45 @@ def test_build_takes_the_length_of_the_run():
     assert (s.decay_iters, s.peak) == (50, 1e-3)
     assert s.learning_rate(50) == pytest.approx(1e-5)
     assert build_schedule(ScheduleConfig(decay_iters=20), OptimizerConfig(), 50).decay_iters == 20
+
+
+def test_gpt_neox_counts_updates_not_steps():
+    rates = build_schedule(ScheduleConfig(rule="gpt_neox", type="linear", warmup_iters=2.5, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=10)
+    assert [rates.learning_rate(n) for n in (1, 2, 3, 4)] == pytest.approx([4e-4, 4e-4, 8e-4, 1e-3 * (1 - 0.5 / 7.5)])
+    assert rates.learning_rate(8, updates=3) == rates.learning_rate(4)
+    assert rates.learning_rate(11) == rates.learning_rate(500) == 1e-4
+
+
+def test_gpt_neox_cosine_rises_again():
+    rates = build_schedule(ScheduleConfig(rule="gpt_neox", type="cosine", decay_iters=10, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=20)
+    assert rates.learning_rate(11) == pytest.approx(1e-4)
+    assert rates.learning_rate(21) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_gpt_neox_with_nothing_to_decay_over_stays_finite(kind):
+    rates = Schedule(kind, PEAK, LOW, 5.0, 5, rule="gpt_neox")
+    assert rates.learning_rate(6) == PEAK and rates.learning_rate(7) == (PEAK if kind == "constant" else LOW)
+
+
+def test_an_overflow_and_a_resume_do_not_move_gpt_neox_off_its_rule():
+    """Losses that overflow in fp16: the scale starts far too high, and the first updates are skipped."""
+    plan = {"rule": "gpt_neox", "type": "linear", "warmup_iters": 0.5, "decay_iters": 8}
+    config = make_config(schedule=plan, precision={"dtype": "fp16", "initial_scale_power": 30})
+    engine = make_engine(config, Mesh.single())
+
+    def step() -> tuple[float, int]:
+        updates = engine.updates
+        return engine.train_step(micro_batches(engine.step, engine.mesh, 1)).lr, updates
+
+    rows = [step()]
+    while engine.updates < 3:
+        rows.append(step())
+    assert engine.step > engine.updates  # some did overflow
+    state, tensors = engine.state_dict(), gathered(engine)
+    engine = make_engine(config, Mesh.single())
+    engine.restore(Stored(tensors, state))
+    rows += [step() for _ in range(2)]
+    assert rows[-1][1] == 4
+    peak = config.optimizer.lr
+    assert [rate for rate, _ in rows] == pytest.approx([2 * peak if updates == 0 else peak * (8 - updates) / 7.5 for _, updates in rows])
