@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
+from neox.cli.nodelist import expand_hosts
 from neox.errors import EnvironmentProblem
 from neox.train.place import Place
 
@@ -46,8 +46,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     Raises:
         EnvironmentProblem: names the variable that is absent or wrong.
     """
-    if "OMP_NUM_THREADS" in environment:
-        read_number(environment, "OMP_NUM_THREADS", 1, 1 << 16)
+    check_threads(environment)
     names, launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed, or variables set by hand"
     if "WORLD_SIZE" not in environment and "RANK" not in environment:
         found = next((name for name, variables in LAUNCHERS.items() if variables[2] in environment), None)
@@ -55,12 +54,14 @@ def read_place(environment: Mapping[str, str]) -> Place:
             return Place()
         names, launcher = LAUNCHERS[found], found
     world_size = read_number(environment, names[2], 1, MOST_PROCESSES)
+    if launcher not in LAUNCHERS:  # a pod of Kubeflow's PyTorchJob has one process and no LOCAL_RANK
+        environment = {"LOCAL_RANK": "0", **({"RANK": "0"} if world_size == 1 else {}), **environment}
     rank = read_number(environment, names[0], 0, world_size - 1)
     local_rank = read_number(environment, names[1], 0, world_size - 1)
     if world_size == 1:
         return Place(rank, local_rank, world_size)
     source = f"{launcher}: {names[0]}, {names[1]}, {names[2]}"
-    address = environment.get("MASTER_ADDR")
+    address = environment.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")  # an IPv6 address may be in brackets
     if not address and launcher == "srun":
         address = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "")
         source += ", first of SLURM_STEP_NODELIST"
@@ -73,10 +74,27 @@ def read_place(environment: Mapping[str, str]) -> Place:
             do=f"export MASTER_ADDR; {launcher} does not say it",
         )
     port = environment if "MASTER_PORT" in environment or launcher not in LAUNCHERS else {"MASTER_PORT": DEFAULT_PORT}
-    return Place(rank, local_rank, world_size, address, read_number(port, "MASTER_PORT", 1, 65535), source)
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Place(rank, local_rank, world_size, address, read_number(port, "MASTER_PORT", 1, 65535), source, agent)
+
+
+def check_threads(environment: Mapping[str, str]) -> None:
+    """OMP_NUM_THREADS is a number, or a list of them with one for each level of nested parallelism.
+
+    Raises:
+        EnvironmentProblem: it is neither.
+    """
+    text = environment.get("OMP_NUM_THREADS")
+    if text is None:
+        return
+    for number in text.split(","):
+        read_number({"OMP_NUM_THREADS": number.strip()}, "OMP_NUM_THREADS", 1, 1 << 16)
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: `node[03-05,9],login` -> node03; empty for an empty list."""
-    head = re.match(r"([^,\[\]]+)(?:\[([^,\]-]+))?", nodes)
-    return "" if head is None else head[1] + (head[2] or "")
+    """The first host of a Slurm node list: `node[03-05,9],login` -> node03; empty for an empty list.
+
+    Raises:
+        EnvironmentProblem: the text is no such list.
+    """
+    return next(expand_hosts(nodes), "")

@@ -31,12 +31,15 @@ def test_from_a_launcher():
         ("RANK", "-1"),
         ("RANK", None),
         ("LOCAL_RANK", "1.0"),
-        ("LOCAL_RANK", None),
+        ("LOCAL_RANK", ""),
         ("MASTER_ADDR", ""),
         ("MASTER_ADDR", None),
         ("MASTER_PORT", "99999"),
         ("MASTER_PORT", None),
         ("OMP_NUM_THREADS", "0"),
+        ("OMP_NUM_THREADS", "2,"),
+        ("OMP_NUM_THREADS", "2,0"),
+        ("OMP_NUM_THREADS", "2;1"),
         ("RANK", "\u0661"),
     ],
 )
@@ -75,9 +78,32 @@ def test_torchrun_under_slurm_is_torchrun():
     assert place.source.startswith("torchrun")
 
 
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("a", "a"), ("a,b", "a"), ("n[1-4]", "n1"), ("n[007,9],m", "n007"), ("gpu-3-[10-12]", "gpu-3-10"), ("", "")],
-)
-def test_first_host(nodes, host):
-    assert first_host(nodes) == host
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pod_of_one_process_has_no_local_rank(rank):
+    alone = {"WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    assert read_place({**alone, "RANK": "0"}) == read_place(alone) == Place()
+    place = read_place({"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0", "MASTER_PORT": "1234"})
+    assert (place.rank, place.local_rank) == (rank, 0)
+
+
+@pytest.mark.parametrize("threads", ["1", "2,1", "4, 2, 1", " 8 "])
+def test_threads_may_be_a_list(threads):
+    assert read_place({"OMP_NUM_THREADS": threads}) == Place()
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]"])
+def test_an_address_of_ipv6(address):
+    place = read_place({**GOOD, "MASTER_ADDR": address})
+    assert (place.address, place.endpoint) == ("::1", "[::1]:1234")
+    assert read_place(GOOD).endpoint == "host:1234"
+
+
+def test_who_serves_the_store():
+    assert not read_place(GOOD).agent_store
+    assert read_place({**GOOD, "TORCHELASTIC_USE_AGENT_STORE": "True"}).agent_store
+    assert not read_place({**GOOD, "TORCHELASTIC_USE_AGENT_STORE": "False"}).agent_store
+
+
+def test_first_host():
+    assert first_host("node[03-05,9],login") == "node03"
+    assert first_host("") == ""
