@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from neox.files import printable
+
 
 class NeoxError(Exception):
     """A failure that the user can act on.
@@ -31,7 +33,7 @@ class NeoxError(Exception):
         parts = [f"error[{self.exit_code}] {self.what}"]
         named = (("where", self.where), ("got", self.got), ("want", self.want), ("do", self.do))
         parts += [f"{name}={value}" for name, value in named if value is not None]
-        return "; ".join(" ".join(part.split()) for part in parts)
+        return printable("; ".join(" ".join(part.split()) for part in parts))
 
 
 class ConfigError(NeoxError):

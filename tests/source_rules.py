@@ -8,6 +8,7 @@ from collections.abc import Iterator
 FLOORS = {
     "neox.errors": 0,
     "neox.faults": 0,
+    "neox.files": 0,
     "neox.config": 0,
     "neox.ops": 1,
     "neox.data": 1,
@@ -80,7 +81,7 @@ def floor_violations(tree: ast.AST, module: str) -> Iterator[Finding]:
     for line, name in imported_modules(tree, module.rpartition(".")[0]):
         target = package_of(name)
         if target in FLOORS and package in FLOORS and target != package and FLOORS[target] >= FLOORS[package]:
-            both_ground = FLOORS[target] == FLOORS[package] == 0 and target == "neox.errors"
+            both_ground = FLOORS[target] == FLOORS[package] == 0 and target in ("neox.errors", "neox.files")
             if not both_ground:
                 yield line, f"{package} (floor {FLOORS[package]}) imports {target} (floor {FLOORS[target]})"
         top = name.split(".")[0]

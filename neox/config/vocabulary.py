@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from neox.files import read_json
 
 
 def tokenizer_vocab_size(file: str) -> int:
@@ -17,8 +17,7 @@ def tokenizer_ids(file: str) -> dict[str, int]:
         OSError: it cannot be read.
         ValueError: it is no tokenizer.
     """
-    with open(file, encoding="utf-8") as handle:
-        content = json.load(handle)
+    content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("no `model` in it")
     vocabulary = content["model"].get("vocab")

@@ -18,6 +18,7 @@ import orjson
 from neox.data._native import core
 from neox.data.files import sync_folder, write_durably
 from neox.errors import DataError, DiskError
+from neox.files import read_bytes
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -91,7 +92,7 @@ def store(folder: Path, arrays: Arrays, names: Sequence[str] = NAMES) -> Arrays:
 def load(folder: Path, names: Sequence[str] = NAMES) -> Arrays | None:
     """The mapped arrays, or None when they are absent or any byte differs from what was written."""
     try:
-        sums = orjson.loads((folder / MANIFEST).read_bytes())
+        sums = orjson.loads(read_bytes(folder / MANIFEST))
         for name in names:
             if int(sums[name], 16) != core.file_checksum(os.fsencode(folder / f"{name}.npy")):
                 raise ValueError(f"checksum of {name} differs")

@@ -6,6 +6,8 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
+from neox.files import read_bytes
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -26,8 +28,7 @@ def load_library(content: bytes, specials_as_text: bool) -> tokenizers.Tokenizer
 def serve(file: str, specials_as_text: bool) -> None:
     """Encode the texts of standard input, until it ends: also when the parent is killed."""
     try:
-        with open(file, "rb") as source:
-            tokenizer = load_library(source.read(), specials_as_text)
+        tokenizer = load_library(read_bytes(file), specials_as_text)
     except Exception:  # the parent looks at the file itself, and says what is wrong
         return
     texts, answers = sys.stdin.buffer, sys.stdout.buffer

@@ -16,6 +16,7 @@ from neox.data.files import sync_folder, write_durably
 from neox.data.indexed import IndexedDataset
 from neox.data.sidecar import Sidecar
 from neox.errors import DataError
+from neox.files import printable, read_bytes
 
 FORMAT = "neox.progress"
 VERSION = 1
@@ -66,7 +67,7 @@ class ProgressFile:
         """
         do = "start again without --resume"
         try:
-            content = orjson.loads(self.path.read_bytes())
+            content = orjson.loads(read_bytes(self.path))
             same = (content["format"], content["version"]) == (FORMAT, VERSION) and content["identity"] == self._origin.identity
             documents, tokens, largest_id = content["writer"]
             progress = Progress(content["blocks"], (documents, tokens, largest_id), content["quarantine_bytes"], content["summary"])
@@ -105,12 +106,12 @@ class Origin:
     @cached_property
     def identity(self) -> str:
         """A hash of the names, sizes and times of the files, of the settings and of block_bytes."""
-        return _hash([[file, stat.st_size, stat.st_mtime_ns] for file, stat in self._files], {**self._settings(), "block_bytes": self._block_bytes})
+        return _hash([[printable(file), stat.st_size, stat.st_mtime_ns] for file, stat in self._files], {**self._settings(), "block_bytes": self._block_bytes})
 
     @cached_property
     def source(self) -> str:
         """As `identity` without times and block_bytes: what names the input in a sidecar, which a later run on untouched copies is to give again."""
-        return _hash([[file, stat.st_size] for file, stat in self._files], self._settings())
+        return _hash([[printable(file), stat.st_size] for file, stat in self._files], self._settings())
 
 
 def _hash(files: list[list[object]], settings: dict[str, object]) -> str:

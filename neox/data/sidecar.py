@@ -10,6 +10,7 @@ import orjson
 
 from neox.data.files import write_durably
 from neox.errors import DataError
+from neox.files import read_bytes
 
 FORMAT = "neox.indexed"
 VERSION = 1
@@ -123,7 +124,7 @@ def read_sidecar(prefix: str) -> Sidecar | None:
     """
     path = sidecar_path(prefix)
     try:
-        return Sidecar.from_json(path.read_bytes())
+        return Sidecar.from_json(read_bytes(path))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import orjson
 
+from neox import files
 from neox.data.files import write_durably
 from neox.data.library import load_library
 from neox.errors import ConfigError, DataError
@@ -129,7 +130,7 @@ def file_hash(file: str | Path) -> str:
 def read_bytes(file: str | Path) -> bytes:
     """The content of a file. Raises DataError."""
     try:
-        return Path(file).read_bytes()
+        return files.read_bytes(file)
     except OSError as error:
         raise DataError("cannot read tokenizer", where=file, got=error.strerror, do="name a file that neox tokenizer train wrote") from error
 

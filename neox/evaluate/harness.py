@@ -14,6 +14,7 @@ from typing import Any
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError, EnvironmentProblem
 from neox.evaluate.scoring import complete, log_likelihoods, rolling_windows
+from neox.files import read_json
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 
@@ -28,7 +29,10 @@ def prefix_token(tokenizer: Tokenizer) -> int:
     """
     settings = Path(tokenizer.file).with_name("tokenizer_config.json")
     if settings.is_file():
-        name = json.loads(settings.read_text(encoding="utf-8")).get("bos_token")
+        try:
+            name = read_json(settings).get("bos_token")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError("cannot read the tokenizer's settings", where=settings, got=error, want="a JSON object") from error
         found = tokenizer.token_id(name.get("content", "") if isinstance(name, dict) else name) if name else None
         if found is not None:
             return found

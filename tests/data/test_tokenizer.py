@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import tokenizers
 
-from neox.data.tokenizer import Tokenizer, file_hash, train_tokenizer
+from neox.config.vocabulary import tokenizer_ids
+from neox.data.tokenizer import Tokenizer, TokenizerFile, file_hash, train_tokenizer
 from neox.errors import ConfigError, DataError, DiskError
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "the quick brown fox jumps over the lazy dog " * 20, "données 日本語 😀"]
@@ -83,3 +86,14 @@ def test_bad_files_and_arguments(tmp_path):
         train_tokenizer([], 300, tmp_path / "t.json")
     with pytest.raises(DiskError, match="cannot write file"):
         train_tokenizer(TEXTS, 300, tmp_path / "nowhere" / "t.json")
+
+
+def test_a_tokenizer_that_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for read in (Tokenizer, TokenizerFile, file_hash):
+        with pytest.raises(DataError, match="cannot read tokenizer; .*got=a FIFO, not a regular file"):
+            read(tmp_path / "fifo")
+        with pytest.raises(DataError, match="got=a device, not a regular file"):
+            read("/dev/zero")
+    with pytest.raises(OSError, match="a FIFO"):
+        tokenizer_ids(str(tmp_path / "fifo"))
