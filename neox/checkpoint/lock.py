@@ -1,27 +1,29 @@
 """One job at a time in a folder of checkpoints.
 
-The kernel holds the lock (flock) and lets go when the process dies, however it dies. The file's text names the holder for
-people, and serves alone where a file system has no flock, or where a forked child keeps a dead holder's lock.
+The kernel holds the lock (flock) and releases it when the process dies, however it dies. While it is held, a second job is refused; the file's text
+names the holder. There is one exception: a forked child may keep the lock of a process that is known to have exited.
+
+A file system without flock (some Lustre and FUSE mounts) leaves only the text: the file is then created exclusively, and is taken over only where
+its holder is known to have exited. Where it cannot be known (another host, another container, a file of an earlier version), a person decides.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
-import socket
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from neox.checkpoint.holder import describe_process, is_gone
 from neox.checkpoint.storage import disk_error, make_dirs
 from neox.errors import CheckpointError
 
 LOCK = "lock"
-_START_TOLERANCE = 2.0  # seconds between two readings of a process's start time
+NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class FolderLock:
@@ -62,13 +64,9 @@ class FolderLock:
         self.release()
 
     def _try(self) -> bool:
+        descriptor, created = self._open()
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-        try:
-            self._take(descriptor)
-            if not _same_file(descriptor, self.path):
+            if not self._take(descriptor, created) or not _same_file(descriptor, self.path):
                 os.close(descriptor)
                 return False
             _write_holder(descriptor, self.path)
@@ -78,25 +76,59 @@ class FolderLock:
         self._descriptor = descriptor
         return True
 
-    def _take(self, descriptor: int) -> None:
+    def _open(self) -> tuple[int, bool]:
+        """A descriptor of the file, and whether this call has created it."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            with contextlib.suppress(FileExistsError):
+                return os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
+            return os.open(self.path, flags | os.O_CREAT, 0o644), False
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+    def _take(self, descriptor: int, created: bool) -> bool:
+        """Lock the open file. False: a stale file was removed, try again."""
+        has_flock = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except OSError as error:
-            unsupported = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+            has_flock = error.errno not in NO_FLOCK
+        if created and not has_flock:
+            return True
         holder = _read_holder(descriptor)
-        if unsupported and (not holder or _is_dead(holder)):
-            return
-        if holder and _is_dead(holder):  # a child that it left behind keeps the lock: go on with a new file
-            os.unlink(self.path)
-            return
+        if is_gone(holder):
+            self._remove_stale(descriptor)
+            return False
+        unknown = "a holder that is starting" if has_flock else "a file without a holder"
         raise CheckpointError(
-            "another job holds this folder",
+            "another job holds this folder" if has_flock else "another job may hold this folder: its file system has no locks (flock)",
             where=self.path,
-            got=f"host {holder.get('host')}, pid {holder.get('pid')}, started {holder.get('started')}" if holder else "a holder that is starting",
+            got=", ".join(f"{key} {_clean(holder.get(key))}" for key in ("host", "pid", "started")) if holder else unknown,
             want="one job per run.dir",
-            do="stop that job, or choose another run.dir; if it is gone, remove the file",
+            do="stop that job, or choose another run.dir; if it has exited on every host and in every container, remove the file",
         )
+
+    def _remove_stale(self, descriptor: int) -> None:
+        """Remove the file of a process that has exited. One job at a time: a second one could remove the file that the first has created since."""
+        try:
+            with _folder_locked(self.path.parent):
+                if _same_file(descriptor, self.path):
+                    os.unlink(self.path)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+
+@contextlib.contextmanager
+def _folder_locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder itself for some system calls, where its file system has one."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -107,11 +139,9 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _write_holder(descriptor: int, path: Path) -> None:
-    born = psutil.Process().create_time()
-    text = {"host": socket.gethostname(), "pid": os.getpid(), "born": born, "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))}
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(text).encode() + b"\n", 0)
+        os.pwrite(descriptor, json.dumps(describe_process()).encode() + b"\n", 0)
     except OSError as error:
         raise disk_error(error, path) from error
 
@@ -119,19 +149,11 @@ def _write_holder(descriptor: int, path: Path) -> None:
 def _read_holder(descriptor: int) -> dict[str, Any]:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the recorded process is known to be gone: on this host, and no process has its pid and start time."""
-    pid, born = holder.get("pid"), holder.get("born")
-    if holder.get("host") != socket.gethostname() or type(pid) is not int or not isinstance(born, (int, float)):
-        return False
-    try:
-        return abs(psutil.Process(pid).create_time() - born) > _START_TOLERANCE
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.AccessDenied:
-        return False
+def _clean(value: object) -> str:
+    """A value of the file for a message: anybody may have written it."""
+    return str(value)[:64].encode("ascii", "replace").decode()

@@ -18,18 +18,17 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
+from neox.checkpoint.holder import describe_process
 from neox.errors import HangError, MemoryExhausted, NeoxError, PeerLost
 from neox.train.place import Place
 from neox.train.pulse import Pulse
@@ -62,7 +61,7 @@ class Control:
         self.source = source
         self.closed = threading.Event()
         self.launchers = launchers()
-        self.me = {"rank": rank, "host": socket.gethostname(), "space": process_space(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+        self.me = {"rank": rank, **describe_process()}
         self.host_of_store: dict[str, Any] = {"rank": 0, "host": source}
         self.looks = 0
         self.main = Still()
@@ -139,7 +138,7 @@ class Control:
             return
         beat = json.loads(self.store.get(f"beat/{other}"))
         silent = self.neighbour.note(beat["n"]) * POLL
-        if beat["space"] == self.me["space"] and not is_running(beat) and not self.closed.is_set():
+        if beat["space"] and beat["space"] == self.me["space"] and not is_running(beat) and not self.closed.is_set():
             self.accuse(self.lost(beat, beat["step"], "its process has ended without a word"), gone=beat)
         elif self.limit and silent > self.limit:
             self.accuse(self.stuck(beat, "a process is stopped or stuck", beat["step"], beat["phase"]), gone=beat)
@@ -345,17 +344,6 @@ def launchers() -> list[dict[str, Any]]:
     return found
 
 
-def process_space() -> str:
-    """What two processes share that can see each other by pid: the boot of the machine, and the namespace of pids."""
-    parts = []
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/pid")):
-        try:
-            parts.append(read().strip())
-        except OSError:
-            parts.append(socket.gethostname())  # no Linux
-    return " ".join(parts)
-
-
 def is_running(who: dict[str, Any]) -> bool:
     """Whether a process of this host is there and is no zombie."""
     try:
@@ -369,14 +357,14 @@ def is_running(who: dict[str, Any]) -> bool:
 
 def wake(who: dict[str, Any], space: str) -> None:
     """Let a stopped process of this host go on, so that it sees the error, shows its stacks and ends."""
-    if who.get("space") == space and is_running(who):
+    if space and who.get("space") == space and is_running(who):
         with contextlib.suppress(OSError):
             os.kill(who["pid"], signal.SIGCONT)
 
 
 def end(who: dict[str, Any], space: str, patience: float = 2.0) -> None:
     """End a stuck process of this host that does not go by itself: it would be left over, with its memory and its GPU."""
-    if who.get("space") != space:
+    if not space or who.get("space") != space:
         return
     stop = time.monotonic() + patience
     while is_running(who):

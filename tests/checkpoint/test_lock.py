@@ -1,5 +1,7 @@
 """One job per folder: a live holder is named, a dead one is no obstacle."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from neox.checkpoint.holder import describe_process, is_gone
 from neox.checkpoint.lock import LOCK, FolderLock
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, DiskError
 
 ROOT = Path(__file__).resolve().parents[2]
 _HOLD = """
@@ -26,8 +29,25 @@ time.sleep(60)
 """
 
 
-def _hold(root, child="alone"):
-    process = subprocess.Popen([sys.executable, "-c", _HOLD, str(root), child], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child")
+
+
+@pytest.fixture(params=[("--mount-proc",), ()], ids=["its own /proc", "another's /proc"])
+def namespace(request):
+    """A command that runs another one in a PID namespace of its own."""
+    command = [*NAMESPACE, *request.param]
+    try:
+        told = subprocess.run([*command, "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs util-linux's unshare")
+    if told.returncode:
+        pytest.skip(f"a PID namespace is not permitted here: {told.stderr.strip()}")
+    return command
+
+
+def _hold(root, child="alone", prefix=()):
+    command = [*prefix, sys.executable, "-c", _HOLD, str(root), child]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     process.stdout.readline()
     if child == "child":
         process.stdout.readline()
@@ -83,3 +103,101 @@ def test_a_pid_used_again_is_not_the_holder(tmp_path):
     assert (tmp_path / LOCK).exists(), "the first must not remove the file of the second"
     second.release()
     assert time.time() > record["born"]
+
+
+def test_a_live_job_in_another_namespace_keeps_its_lock(tmp_path, namespace):
+    """Its pid does not exist here, or belongs to somebody else: that says nothing about it."""
+    process = _hold(tmp_path, prefix=namespace)
+    try:
+        before = (tmp_path / LOCK).read_text()
+        with pytest.raises(CheckpointError, match=r"another job holds this folder; .*pid \d+, started \d{4}-.*in every container"):
+            FolderLock(tmp_path)
+        assert (tmp_path / LOCK).read_text() == before
+        assert not is_gone(json.loads(before))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_job_in_another_namespace_refuses_to_take_a_live_lock(tmp_path, namespace):
+    with FolderLock(tmp_path):
+        before = (tmp_path / LOCK).read_text()
+        told = subprocess.run([*namespace, sys.executable, "-c", _HOLD, str(tmp_path), "alone"], capture_output=True, text=True, cwd=ROOT)
+        assert told.returncode == 1 and "another job holds this folder" in told.stderr, told.stderr
+        assert (tmp_path / LOCK).read_text() == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"space": None}, {"space": ""}, {"space": "another boot"}, {"host": "another"}, {"pid": -1}, {"pid": True}, {"pid": 1 << 70}, {"born": "x"}]
+)
+def test_a_held_lock_of_a_holder_that_cannot_be_known_is_refused(tmp_path, change):
+    """A file of an earlier version, which names no namespace, is one of them."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    gone = {**describe_process(), "pid": child.pid}
+    assert is_gone(gone)
+    first = FolderLock(tmp_path)
+    (tmp_path / LOCK).write_text(json.dumps({key: value for key, value in (gone | change).items() if value is not None}))
+    with pytest.raises(CheckpointError, match="another job holds"):
+        FolderLock(tmp_path)
+    first.release()
+    FolderLock(tmp_path).release()
+
+
+_RACE = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+from neox.checkpoint.lock import FolderLock
+from neox.errors import CheckpointError
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    lock = FolderLock(sys.argv[1])
+    print("taken", flush=True)
+except CheckpointError:
+    print("refused", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_one_of_several_jobs_takes_over_a_stale_lock(tmp_path):
+    holder = _hold(tmp_path, "child")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    command = [sys.executable, "-c", _RACE, str(tmp_path)]
+    jobs = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
+    try:
+        assert [job.stdout.readline() for job in jobs] == ["ready\n"] * 4
+        for job in jobs:
+            job.stdin.write("go\n")
+            job.stdin.flush()
+        assert sorted(job.stdout.readline() for job in jobs) == ["refused\n"] * 3 + ["taken\n"]
+    finally:
+        for job in jobs:
+            job.communicate()
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_flock_the_file_itself_is_the_lock(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock = FolderLock(tmp_path)
+    with pytest.raises(CheckpointError, match=f"no locks.*pid {os.getpid()}, started .*remove the file"):
+        FolderLock(tmp_path)
+    record = json.loads((tmp_path / LOCK).read_text())
+    lock.release()
+    (tmp_path / LOCK).write_text(json.dumps({**record, "born": record["born"] - 1000}))
+    FolderLock(tmp_path).release()
+    for unknown in ("", json.dumps({**record, "host": "another"}), json.dumps({**record, "space": "another boot"})):
+        (tmp_path / LOCK).write_text(unknown)
+        with pytest.raises(CheckpointError, match="no locks"):
+            FolderLock(tmp_path)
+
+
+def test_a_pipe_in_place_of_the_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    with pytest.raises((CheckpointError, DiskError)):
+        FolderLock(tmp_path)

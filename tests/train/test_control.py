@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.holder import process_space
 from neox.errors import ConfigError, DataError, MemoryExhausted, PeerLost
 from neox.train.control import (
     SEEN,
@@ -24,7 +25,6 @@ from neox.train.control import (
     in_collective,
     is_running,
     launchers,
-    process_space,
     stack_of,
     waits,
 )
