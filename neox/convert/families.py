@@ -7,15 +7,16 @@ direction. Facts are from the architectures' published configs and weight names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from neox.config.schema import GATED, ModelConfig, RopeScaling
+from neox.config.schema import GATED, ModelConfig
+from neox.convert.config_keys import Json, Key
+from neox.convert.family_keys import GPT2_ALIASES, GPT2_KEYS, LLAMA_KEYS, MISTRAL_KEYS, NEOX_KEYS, QWEN2_KEYS, QWEN3_KEYS
+from neox.convert.rope import positions_to_json, rope_from_json, rope_misfits, rope_to_json
 from neox.errors import ConfigError
-
-Json = dict[str, Any]
 
 PLAIN_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}  # ours -> theirs
 THEIR_ACTIVATIONS = {
@@ -86,20 +87,22 @@ class Family:
 
     Attributes:
         model_type, architecture: as in config.json.
-        defaults: what their config class assumes for keys that a config.json leaves out.
+        keys: the keys of config.json that it reads, with the defaults of their config class and what null means.
         misfits: our config -> what it has that the architecture has not; empty: it fits.
         to_json: our config -> the architecture's own keys of config.json.
-        from_json: config.json with defaults filled in -> fields of our config.
+        from_json: the values of all keys -> fields of our config.
         rules: our config -> our parameter name -> Rule.
+        aliases: other names of keys.
     """
 
     model_type: str
     architecture: str
-    defaults: Json
+    keys: dict[str, Key]
     misfits: Callable[[ModelConfig], list[str]]
     to_json: Callable[[ModelConfig], Json]
     from_json: Callable[[Json], Json]
     rules: Callable[[ModelConfig], dict[str, Rule]]
+    aliases: dict[str, str] = field(default_factory=dict)
 
 
 def _unlike(config: ModelConfig, **wanted: Any) -> list[str]:
@@ -110,76 +113,8 @@ def _unlike(config: ModelConfig, **wanted: Any) -> list[str]:
 
 def _lookup(table: dict[str, str], value: str, where: str) -> str:
     if value not in table:
-        raise ConfigError("activation is not supported", where=where, got=value, want=", ".join(table))
+        raise ConfigError("activation is not supported", where=where, got=value[:80], want=", ".join(table))
     return table[value]
-
-
-# rotary embeddings
-
-
-def rope_to_json(config: ModelConfig) -> Json:
-    """`rope_parameters` of config.json (and `rope_scaling`, `rope_theta` for versions before 5)."""
-    rope: Json = {"rope_type": "default", "rope_theta": config.rope_theta}
-    scaling = config.rope_scaling
-    if scaling is not None:
-        rope |= {"rope_type": "dynamic" if scaling.type == "ntk" else scaling.type, "factor": scaling.factor}
-        original = scaling.original_max_position_embeddings or config.max_position_embeddings
-        if scaling.type in ("yarn", "llama3"):
-            rope["original_max_position_embeddings"] = original
-        if scaling.type == "llama3":
-            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-        if scaling.type == "yarn":
-            rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-            if scaling.attention_factor is not None:
-                rope["attention_factor"] = scaling.attention_factor
-    return {"rope_parameters": rope, "rope_theta": config.rope_theta}
-
-
-def _rope_misfits(config: ModelConfig) -> list[str]:
-    """Theirs knows NTK scaling by the length at hand (dynamic) only, for which the trained length is needed."""
-    scaling = config.rope_scaling
-    static = scaling is not None and scaling.type == "ntk" and scaling.original_max_position_embeddings is None
-    return ["rope_scaling.type=ntk without original_max_position_embeddings"] if static else []
-
-
-def _positions_to_json(config: ModelConfig) -> int:
-    """Their max_position_embeddings: under dynamic NTK the length that was trained, else the longest."""
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.type == "ntk" and scaling.original_max_position_embeddings is not None:
-        return scaling.original_max_position_embeddings
-    return config.max_position_embeddings
-
-
-def rope_from_json(theirs: Json) -> Json:
-    """rope_theta, rotary_pct, rope_scaling and max_position_embeddings of our config.
-
-    Raises:
-        ConfigError: a scaling we don't have.
-    """
-    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    positions = theirs["max_position_embeddings"]
-    out = {
-        "rope_theta": float(rope.get("rope_theta") or theirs.get("rope_theta") or theirs.get("rotary_emb_base") or 10000.0),
-        "rotary_pct": float(rope.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or theirs.get("rotary_pct") or 1.0),
-        "max_position_embeddings": positions,
-    }
-    if kind == "default":
-        return out
-    if kind not in ("linear", "dynamic", "yarn", "llama3"):
-        raise ConfigError("rope scaling is not supported", where="config.json: rope_type", got=kind, want="default, linear, dynamic, yarn or llama3")
-    unsupported = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)] + (["truncate=false"] if rope.get("truncate") is False else [])
-    if kind == "yarn" and unsupported:
-        raise ConfigError("yarn option is not supported", where="config.json: rope_parameters", got=", ".join(unsupported))
-    scaling: Json = {"type": "ntk" if kind == "dynamic" else kind, "factor": rope["factor"]}
-    keys = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "attention_factor")}.get(kind, ())
-    scaling |= {key: rope[key] for key in keys if rope.get(key) is not None}
-    if kind in ("yarn", "llama3"):
-        scaling["original_max_position_embeddings"] = rope.get("original_max_position_embeddings") or positions
-    if kind == "dynamic":
-        scaling["original_max_position_embeddings"] = positions
-        out["max_position_embeddings"] = int(positions * rope["factor"])
-    return out | {"rope_scaling": RopeScaling(**scaling)}
 
 
 # GPT-NeoX, Pythia
@@ -191,7 +126,7 @@ def _rotates_evenly(head_dim: int, rotary_pct: float) -> bool:
 
 
 def _neox_misfits(config: ModelConfig) -> list[str]:
-    fixed = _rope_misfits(config) + _unlike(
+    fixed = rope_misfits(config) + _unlike(
         config, norm="layernorm", position_embedding="rotary", mlp_bias=True, qk_norm=False, sliding_window=None, attention_softcap=None
     )
     fixed += _unlike(config, activation=tuple(PLAIN_ACTIVATIONS), num_kv_heads=config.num_attention_heads, attention_out_bias=config.qkv_bias)
@@ -209,7 +144,7 @@ def _neox_to_json(config: ModelConfig) -> Json:
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size,
         "hidden_act": PLAIN_ACTIVATIONS[config.activation],
-        "max_position_embeddings": _positions_to_json(config),
+        "max_position_embeddings": positions_to_json(config),
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel_residual,
         "attention_bias": config.qkv_bias,
@@ -221,7 +156,8 @@ def _neox_to_json(config: ModelConfig) -> Json:
 
 
 def _neox_from_json(theirs: Json) -> Json:
-    rope, head_dim = rope_from_json(theirs), theirs["hidden_size"] // theirs["num_attention_heads"]
+    rope = rope_from_json(theirs, theirs["rotary_emb_base"], theirs["rotary_pct"])
+    head_dim = theirs["hidden_size"] // theirs["num_attention_heads"]
     if not _rotates_evenly(head_dim, rope["rotary_pct"]):
         raise ConfigError("odd number of rotary channels", where="config.json: rotary_pct", got=f"{head_dim} x {rope['rotary_pct']}", want="an even number")
     return rope | {
@@ -287,7 +223,7 @@ def _gpt2_from_json(theirs: Json) -> Json:
         "hidden_size": theirs["n_embd"],
         "num_layers": theirs["n_layer"],
         "num_attention_heads": theirs["n_head"],
-        "intermediate_size": theirs["n_inner"] or 4 * theirs["n_embd"],
+        "intermediate_size": 4 * theirs["n_embd"] if theirs["n_inner"] is None else theirs["n_inner"],
         "max_position_embeddings": theirs["n_positions"],
         "position_embedding": "learned",
         "activation": _lookup(THEIR_ACTIVATIONS, theirs["activation_function"], "config.json: activation_function"),
@@ -316,7 +252,7 @@ def _gpt2_rules(config: ModelConfig) -> dict[str, Rule]:
 
 
 def _llama_misfits(config: ModelConfig, wanted: Json) -> list[str]:
-    fixed = _rope_misfits(config) + _unlike(
+    fixed = rope_misfits(config) + _unlike(
         config, norm="rmsnorm", position_embedding="rotary", rotary_pct=1.0, parallel_residual=False, attention_softcap=None, hidden_dropout=0.0
     )
     return fixed + _unlike(config, activation=tuple(GATED), **wanted)
@@ -331,7 +267,7 @@ def _llama_to_json(config: ModelConfig) -> Json:
         "head_dim": config.head_dim,
         "intermediate_size": config.intermediate_size,
         "hidden_act": GATED[config.activation],
-        "max_position_embeddings": _positions_to_json(config),
+        "max_position_embeddings": positions_to_json(config),
         "rms_norm_eps": config.norm_eps,
         "attention_dropout": config.attention_dropout,
         "attention_bias": config.qkv_bias,
@@ -353,19 +289,22 @@ def _qwen_to_json(config: ModelConfig) -> Json:
     }
 
 
-def _llama_from_json(theirs: Json) -> Json:
-    bias = bool(theirs.get("attention_bias"))
-    heads = theirs["num_attention_heads"]
-    return rope_from_json(theirs) | {
+def _llama_from_json(theirs: Json, attention_bias: bool = False, mlp_bias: bool = False) -> Json:
+    """Fields of all descendants of Llama; only Llama itself has both biases as keys."""
+    heads, head_dim = theirs["num_attention_heads"], theirs["head_dim"]
+    rope = rope_from_json(theirs, theirs["rope_theta"], theirs["partial_rotary_factor"] or 1.0)
+    if rope["rotary_pct"] != 1:
+        raise ConfigError("part of the channels is rotated", where="config.json: partial_rotary_factor", got=rope["rotary_pct"], want="1, as in Llama")
+    return rope | {
         "num_layers": theirs["num_hidden_layers"],
-        "num_kv_heads": theirs.get("num_key_value_heads") or heads,
-        "head_dim": theirs.get("head_dim") or theirs["hidden_size"] // heads,
+        "num_kv_heads": heads if theirs["num_key_value_heads"] is None else theirs["num_key_value_heads"],
+        "head_dim": theirs["hidden_size"] // heads if head_dim is None else head_dim,
         "norm": "rmsnorm",
         "norm_eps": theirs["rms_norm_eps"],
         "activation": _lookup(THEIR_GATES, theirs["hidden_act"], "config.json: hidden_act"),
-        "qkv_bias": bias,
-        "attention_out_bias": bias,
-        "mlp_bias": bool(theirs.get("mlp_bias")),
+        "qkv_bias": attention_bias,
+        "attention_out_bias": attention_bias,
+        "mlp_bias": mlp_bias,
     }
 
 
@@ -380,22 +319,27 @@ def _qwen_window(theirs: Json) -> int | None:
         ConfigError: some layers have a window and some have not.
     """
     window = theirs["sliding_window"] if theirs["use_sliding_window"] else None
-    layers = theirs["num_hidden_layers"]
-    kinds = theirs.get("layer_types") or [
-        "sliding_attention" if window is not None and i >= theirs["max_window_layers"] else "full_attention" for i in range(layers)
-    ]
-    sliding = sum(kind == "sliding_attention" for kind in kinds)
+    layers, kinds = theirs["num_hidden_layers"], theirs["layer_types"]
+    if kinds is None:
+        full = layers if window is None else min(theirs["max_window_layers"], layers)
+        sliding = layers - full
+    else:
+        sliding = sum(kind == "sliding_attention" for kind in kinds)
+        strange = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+        if strange or len(kinds) != layers:
+            got = ", ".join(strange[:4]) or f"{len(kinds)} layers"
+            raise ConfigError("layer types cannot be used", where="config.json: layer_types", got=got, want=f"{layers} x full_attention or sliding_attention")
     if sliding not in (0, layers):
         raise ConfigError("layers differ in their attention window", where="config.json: layer_types", got=f"{sliding} of {layers} slide", want="all or none")
     return window if sliding else None
 
 
 def _qwen2_from_json(theirs: Json) -> Json:
-    return _llama_from_json(theirs) | {"sliding_window": _qwen_window(theirs), "qkv_bias": True, "attention_out_bias": False, "mlp_bias": False}
+    return _llama_from_json(theirs) | {"sliding_window": _qwen_window(theirs), "qkv_bias": True}
 
 
 def _qwen3_from_json(theirs: Json) -> Json:
-    return _llama_from_json(theirs) | {"sliding_window": _qwen_window(theirs), "qk_norm": True, "mlp_bias": False}
+    return _llama_from_json(theirs, theirs["attention_bias"]) | {"sliding_window": _qwen_window(theirs), "qk_norm": True}
 
 
 def _llama_rules(config: ModelConfig) -> dict[str, Rule]:
@@ -416,43 +360,35 @@ def _llama_rules(config: ModelConfig) -> dict[str, Rule]:
     return rules | ({} if config.tie_embeddings else {"head.weight": same("lm_head.weight")})
 
 
-_NEOX_DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True, "attention_bias": True, "rotary_pct": 0.25}
-_NEOX_DEFAULTS |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "tie_word_embeddings": False, "max_position_embeddings": 2048}
-_GPT2_DEFAULTS = {"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False}
-_GPT2_DEFAULTS |= {"scale_attn_by_inverse_layer_idx": False, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "tie_word_embeddings": True}
-_LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_dropout": 0.0, "tie_word_embeddings": False, "max_position_embeddings": 2048}
-_MISTRAL_DEFAULTS = _LLAMA_DEFAULTS | {"sliding_window": 4096, "max_position_embeddings": 131072}
-_QWEN_DEFAULTS = _LLAMA_DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
-
 _LLAMA_PLAIN = {"qk_norm": False, "sliding_window": None}
 _QWEN2_FIXED = {"qk_norm": False, "qkv_bias": True, "attention_out_bias": False, "mlp_bias": False}
 
 FAMILIES = (
-    Family("gpt_neox", "GPTNeoXForCausalLM", _NEOX_DEFAULTS, _neox_misfits, _neox_to_json, _neox_from_json, _neox_rules),
-    Family("gpt2", "GPT2LMHeadModel", _GPT2_DEFAULTS, _gpt2_misfits, _gpt2_to_json, _gpt2_from_json, _gpt2_rules),
+    Family("gpt_neox", "GPTNeoXForCausalLM", NEOX_KEYS, _neox_misfits, _neox_to_json, _neox_from_json, _neox_rules),
+    Family("gpt2", "GPT2LMHeadModel", GPT2_KEYS, _gpt2_misfits, _gpt2_to_json, _gpt2_from_json, _gpt2_rules, GPT2_ALIASES),
     Family(
         "llama",
         "LlamaForCausalLM",
-        _LLAMA_DEFAULTS,
+        LLAMA_KEYS,
         lambda config: _llama_misfits(config, _LLAMA_PLAIN | {"attention_out_bias": config.qkv_bias}),
         _llama_to_json,
-        _llama_from_json,
+        lambda theirs: _llama_from_json(theirs, theirs["attention_bias"], theirs["mlp_bias"]),
         _llama_rules,
     ),
     Family(
         "mistral",
         "MistralForCausalLM",
-        _MISTRAL_DEFAULTS,
+        MISTRAL_KEYS,
         lambda config: _llama_misfits(config, {"qk_norm": False, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}),
         _mistral_to_json,
         _mistral_from_json,
         _llama_rules,
     ),
-    Family("qwen2", "Qwen2ForCausalLM", _QWEN_DEFAULTS, lambda config: _llama_misfits(config, _QWEN2_FIXED), _qwen_to_json, _qwen2_from_json, _llama_rules),
+    Family("qwen2", "Qwen2ForCausalLM", QWEN2_KEYS, lambda config: _llama_misfits(config, _QWEN2_FIXED), _qwen_to_json, _qwen2_from_json, _llama_rules),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        _QWEN_DEFAULTS | {"head_dim": 128},
+        QWEN3_KEYS,
         lambda config: _llama_misfits(config, {"qk_norm": True, "attention_out_bias": config.qkv_bias, "mlp_bias": False}),
         _qwen_to_json,
         _qwen3_from_json,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -13,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from neox.config.load import schema_problem
+from neox.config.problems import brief
 from neox.config.schema import ModelConfig
-from neox.convert.families import Family, Json, Rule, family_for, family_named
+from neox.convert.config_keys import Json, read_json, read_keys
+from neox.convert.families import Family, Rule, family_for, family_named
 from neox.convert.source import Held, Source
 from neox.convert.tensor_files import TensorFiles, TensorFileWriter
 from neox.data.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem
 from neox.model.gpt import GPT
+from neox.model.stages import logical_shapes
 
 MAX_SHARD_BYTES = 4 << 30
 LOGIT_TOLERANCE = 1e-4
@@ -213,13 +219,23 @@ def config_from_json(theirs: Json) -> ModelConfig:
         ConfigError: an architecture or option we don't have, or a key is missing.
     """
     family = family_named(theirs.get("model_type"))
-    full = family.defaults | {key: value for key, value in theirs.items() if value is not None or key not in family.defaults}
+    if theirs.get("quantization_config") is not None:
+        method = theirs["quantization_config"]
+        got = method.get("quant_method", "quantized weights") if isinstance(method, dict) else method
+        raise ConfigError("weights are quantized", where="config.json: quantization_config", got=brief(got), do="import the model that it was made from")
+    keys = read_keys(family.keys, {name: theirs[alias] for alias, name in family.aliases.items() if alias in theirs} | theirs)
+    fields = {key: keys[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size", "attention_dropout") if key in keys}
+    fields |= {"vocab_size": keys["vocab_size"], "tie_embeddings": keys["tie_word_embeddings"], "init_std": keys["initializer_range"] or 0.02}
+    fields |= family.from_json(keys)
+    heads, groups = fields["num_attention_heads"], fields.get("num_kv_heads", fields["num_attention_heads"])
+    if heads % groups:
+        raise ConfigError("query heads cannot be shared out", where="config.json: num_key_value_heads", got=groups, want=f"a divisor of {heads} heads")
     try:
-        fields = {key: full[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size", "attention_dropout") if key in full}
-        fields |= {"vocab_size": full["vocab_size"], "tie_embeddings": full["tie_word_embeddings"], "init_std": full.get("initializer_range") or 0.02}
-        return ModelConfig(**(fields | family.from_json(full)))
-    except KeyError as error:
-        raise ConfigError("config.json lacks a key", where=f"config.json of {family.model_type}", want=error.args[0]) from error
+        return ModelConfig(**(fields | {"attention_dropout": fields["attention_dropout"] or 0.0}))
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(map(str, detail["loc"]))
+        raise schema_problem(detail, key, f"config.json: model.{key}") from error
 
 
 def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | Held) -> dict[str, Source]:
@@ -229,18 +245,33 @@ def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | Held) ->
         stored = {f"transformer.{name}": name for name in stored}
     if family.model_type == "gpt_neox" and "lm_head.weight" in stored:  # the module's name in transformers 5; files keep embed_out
         stored["embed_out.weight"] = stored.pop("lm_head.weight")
+    if config.num_layers > len(stored):  # before a rule is made for each of them
+        raise CheckpointError("weights are missing", where="config.json: num_layers", got=f"{config.num_layers} layers, {len(stored)} tensors")
+    shapes = logical_shapes(config)
     sources: dict[str, Source] = {}
     for name, rule in family.rules(config).items():
         missing = [their_name for their_name in rule.names if their_name not in stored]
         if missing:
             raise CheckpointError("weight is missing", where=", ".join(missing), want=f"the weights of {family.architecture}")
         parts = [stored.pop(their_name) for their_name in rule.names]
+        _check_parts(theirs, parts, shapes[name])
         sources[name] = Source(partial(_join, rule, parts, theirs.tensor), theirs.dtype(parts[0]))
     tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()
     left = [name for name in stored if name not in tied and not name.endswith(NOT_WEIGHTS)]
     if left:
         raise CheckpointError("weights are unknown", where=", ".join(left[:4]), got=f"{len(left)} tensors", want=f"the weights of {family.architecture}")
     return sources
+
+
+def _check_parts(theirs: TensorFiles | Held, parts: list[str], shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless the tensors hold floating-point numbers, as many and of as many dimensions as ours of `shape`."""
+    found = [theirs.shape(name) for name in parts]
+    if sum(map(math.prod, found)) != math.prod(shape) or any(len(part) != len(shape) for part in found):
+        raise CheckpointError("weight has another shape", where=parts[0], got=found, want=f"what config.json says: {shape} altogether")
+    strange = [name for name in parts if not theirs.dtype(name).is_floating_point]
+    if strange:
+        got = str(theirs.dtype(strange[0])).removeprefix("torch.")
+        raise CheckpointError("weights are not floating-point", where=strange[0], got=got, do="import the model that was not quantized")
 
 
 def _join(rule: Rule, names: list[str], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
@@ -250,21 +281,6 @@ def _join(rule: Rule, names: list[str], read: Callable[[str], torch.Tensor]) -> 
         return rule.join(*parts).contiguous()
     except RuntimeError as error:
         raise CheckpointError("weight has another shape", where=names[0], got=[tuple(part.shape) for part in parts], want="what config.json says") from error
-
-
-def read_json(path: Path) -> Json:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError("file cannot be read", where=path, got=error, want="a JSON object") from error
-    if not isinstance(value, dict):
-        raise CheckpointError("file cannot be read", where=path, got=type(value).__name__, want="a JSON object")
-    return value
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -280,11 +296,13 @@ def _weight_files(folder: Path) -> list[Path]:
                 "no safetensors weights", where=folder, want="model.safetensors", do="convert pickled .bin weights with transformers' save_pretrained"
             )
         return [folder / "model.safetensors"]
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    if strange or not names:
-        raise CheckpointError("index is damaged", where=index, got=strange or "no weights", want="names of .safetensors files in the folder")
-    return [folder / name for name in names]
+    table = read_json(index).get("weight_map")
+    named = list(table.values()) if isinstance(table, dict) else [table]
+    strange = [name for name in named if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\0" in name]
+    if strange or not named:
+        got = brief(strange[0]) if strange else "no weights"
+        raise CheckpointError("index is damaged", where=f"{index}: weight_map", got=got, want="names of .safetensors files in the folder, by tensor")
+    return [folder / name for name in sorted(set(named))]
 
 
 # comparing

@@ -47,6 +47,10 @@ class Held:
         """All tensors."""
         return list(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor."""
         return self._tensors[name].dtype

@@ -6,6 +6,7 @@ Files are read, not mapped: mapped pages would count as memory of the process as
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,27 @@ from neox.errors import CheckpointError
 
 ENTRY_BYTES = 160  # room of one tensor in a header, beside its name
 ALIGNMENT = 64
+LFS_POINTER = b"version https://git-lfs"
+
+
+def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], int]:
+    """A file's tensors with their offsets in its data, and where its data begin. Raises CheckpointError."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would block
+            raise CheckpointError("not a regular file", where=path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            raw = file.read(8 + min(length, HEADER_LIMIT, info.st_size))
+        if raw.startswith(LFS_POINTER):
+            raise CheckpointError("a Git LFS pointer instead of the contents", where=path, do="git lfs pull, or hf download NAME --local-dir DIR")
+        return check_header(raw, info.st_size, path), 8 + length
+    except OSError as error:
+        raise CheckpointError("weights cannot be read", where=path, got=error.strerror, do="copy the file again") from error
+    except CheckpointError as error:
+        got = error.what if error.got is None else f"{error.what}: {error.got}"
+        raise CheckpointError("weights cannot be read", where=error.where, got=got, want=error.want, do=error.do or "copy the file again") from error
 
 
 class TensorFiles:
@@ -30,19 +52,11 @@ class TensorFiles:
     def __init__(self, paths: Iterable[Path]):
         self._places: dict[str, tuple[Path, TensorInfo, int]] = {}
         for path in paths:
-            try:
-                size = path.stat().st_size
-                with path.open("rb") as file:
-                    length = int.from_bytes(file.read(8), "little")
-                    file.seek(0)
-                    raw = file.read(8 + min(length, HEADER_LIMIT, size))
-                table = check_header(raw, size, path)
-            except (OSError, CheckpointError) as error:
-                raise CheckpointError("weights cannot be read", where=path, got=error, do="copy the file again") from error
+            table, begin = _read_header(path)
             for name, (info, offset) in table.items():
                 if name in self._places:
                     raise CheckpointError("weight is in two files", where=name, got=f"{self._places[name][0].name}, {path.name}")
-                self._places[name] = (path, info, 8 + length + offset)
+                self._places[name] = (path, info, begin + offset)
 
     def names(self) -> list[str]:
         """All tensors, in the order of the files."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.convert.families import family_for, family_named, join_qkv, rope_from_json, split_qkv
+from neox.convert.families import family_for, family_named, join_qkv, split_qkv
 from neox.convert.huggingface import config_from_json
 from neox.errors import ConfigError
 
@@ -75,25 +75,6 @@ def test_qkv_rows_are_grouped_by_key_head():
 def test_unknown_architecture():
     with pytest.raises(ConfigError, match="got=bert"):
         family_named("bert")
-
-
-@pytest.mark.parametrize(
-    ("rope", "match"),
-    [
-        ({"rope_type": "longrope", "factor": 2.0}, "got=longrope"),
-        ({"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "got=mscale"),
-        ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate=false"),
-    ],
-)
-def test_unsupported_scalings(rope, match):
-    with pytest.raises(ConfigError, match=match):
-        rope_from_json({"max_position_embeddings": 64, "rope_parameters": rope})
-
-
-def test_scaling_of_old_files():
-    old = {"max_position_embeddings": 64, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    fields = rope_from_json(old)
-    assert (fields["rope_theta"], fields["rope_scaling"].type, fields["rope_scaling"].factor) == (500.0, "linear", 2.0)
 
 
 @pytest.mark.parametrize(

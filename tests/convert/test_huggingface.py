@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -170,9 +171,9 @@ def test_unknown_weight(folder):
         from_huggingface(folder)
 
 
-def test_wrong_shape_is_found_when_loading(folder):
+def test_wrong_shape_is_found(folder):
     edit(folder, intermediate_size=93)
-    with pytest.raises(CheckpointError, match=r"another shape; where=layers.0.mlp"):
+    with pytest.raises(CheckpointError, match=r"another shape; where=model.layers.0.mlp"):
         ours(folder)
 
 
@@ -235,3 +236,41 @@ def test_export_refuses_a_dtype(tmp_path):
 def test_odd_rotary_channels_are_refused():
     with pytest.raises(ConfigError, match="odd number of rotary channels"):
         from_huggingface(MODELS["neox-parallel-25"]().config.__class__(hidden_size=60, num_attention_heads=5))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [["model.safetensors"], None, {}, {"a": 1}, {"a": None}, {"a": ["model.safetensors"]}, {"a": "../model.safetensors"}, {"a": "/etc/x.safetensors"}],
+)
+def test_index_that_is_damaged(folder, table):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(CheckpointError, match="index is damaged"):
+        from_huggingface(folder)
+
+
+def test_a_pipe_in_place_of_the_weights_is_not_opened(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        from_huggingface(folder)
+
+
+def test_a_git_lfs_pointer_is_named(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
+        from_huggingface(folder)
+
+
+def test_many_layers_are_refused_before_anything_is_made_for_them(folder):
+    edit(folder, num_hidden_layers=2_000_000_000)
+    with pytest.raises(CheckpointError, match="2000000000 layers"):
+        from_huggingface(folder)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[0], lambda x: x[0, 0], lambda x: x.to(torch.int8), lambda x: x.flatten(), lambda x: x[:0]])
+def test_embeddings_that_are_no_matrix_of_numbers(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = change(tensors["model.embed_tokens.weight"]).clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"another shape|not floating-point"):
+        from_huggingface(folder)
