@@ -1,4 +1,4 @@
-# Targets: setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint clean. Everything is installed into .venv, or into the virtual
+# Targets: setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint clean. Everything is installed into .venv, or into the virtual
 # environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
 
 SHELL := bash
@@ -24,7 +24,7 @@ REQUIREMENTS = from setuptools.config.pyprojecttoml import read_configuration as
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint format clean
+.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint format clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -53,7 +53,7 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
-test: lint setup native-test cuda-check emulated-test  ## lint and the whole test suite except fuzz and the matrix of layouts
+test: lint setup native-test oldest-torch cuda-check emulated-test  ## lint and the whole test suite except fuzz and the matrix of layouts
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
@@ -67,6 +67,10 @@ native-test: setup build/native/CMakeCache.txt  ## the C++ tests: plain, sanitiz
 emulated-test: setup build/native/CMakeCache.txt  ## the operators' tests on the emulated CUDA kernels
 	cmake --build build/native --parallel $(JOBS) --target neox_emulated
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not fuzz and not sweep" tests/ops --ops-library build/native/tests/emu/neox_emulated.so
+
+oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding against the headers of the oldest supported torch, where pip's index has its wheel
+	@code=0; $(PY) tests/cuda/torch_headers.py build/oldest-torch || code=$$?; \
+	    if [ $$code = 0 ]; then cmake --build build/native --parallel $(JOBS) --target oldest_torch; elif [ $$code != 3 ]; then exit $$code; fi
 
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library where there is nvcc; registers and spills
 	cmake --build build/native --parallel $(JOBS) --target cuda_check

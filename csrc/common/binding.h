@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <vector>
 
@@ -43,7 +44,7 @@ using torch::headeronly::ScalarType;
 // torch's intra-op threads, as set by torch.set_num_threads.
 inline Parallel torch_parallel() {
     return Parallel{[](int64_t begin, int64_t end, int64_t grain, Parallel::Body body, void* context) {
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+        TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
     }};
 }
 
@@ -57,7 +58,7 @@ void run_on_device(const char* name, [[maybe_unused]] const Tensor& like, const 
     const torch::stable::accelerator::DeviceGuard guard(like.get_device());
     void* stream = nullptr;
     if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error(concat(name, ": this torch has no CUDA"));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
     const char* const error = launcher(stream);
 #endif
     if (error) throw std::runtime_error(concat(name, ": the kernel could not be launched: ", error));

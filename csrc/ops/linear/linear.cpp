@@ -54,10 +54,10 @@ int64_t slice_width(int64_t rows, int64_t out) {
     return width * 3 / 2 >= out ? out : width;
 }
 
-void multiply(Tensor& out, const Tensor& a, const Tensor& b) { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get())); }
+void multiply(Tensor& out, const Tensor& a, const Tensor& b) { TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get())); }
 
 void multiply_and_add(Tensor& out, const Tensor& a, const Tensor& b) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
