@@ -6,14 +6,13 @@ neox.convert.families follow the configuration classes of transformers, which re
 
 from __future__ import annotations
 
-import json
 import math
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from neox import files
 from neox.config.problems import brief
 from neox.errors import CheckpointError, ConfigError
 
@@ -22,7 +21,6 @@ Json = dict[str, Any]
 REQUIRED: Any = object()  # as a default: the key must be there
 LARGEST_COUNT = 1 << 31
 LARGEST_NUMBER = 1e30
-JSON_LIMIT = 64 << 20  # bytes; the index of a model with a million tensors is larger than any published one
 
 WANTED = {
     "count": "a positive whole number",
@@ -89,23 +87,6 @@ def read_keys(table: Mapping[str, Key], theirs: Json, where: str = "config.json"
     return found
 
 
-def read_regular(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """The bytes of a regular file; pipes and devices, which may block or never end, are not opened.
-
-    Raises:
-        CheckpointError: it cannot be read, is no regular file, or is larger than `limit` bytes.
-    """
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError("not a regular file", where=path, want="a file with contents")
-        if info.st_size > limit:
-            raise CheckpointError("file is too large", where=path, got=f"{info.st_size} bytes", want=f"at most {limit} bytes")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise CheckpointError("file cannot be read", where=path, got=error) from error
-
-
 def read_json(path: Path) -> Json:
     """A JSON object from a file.
 
@@ -113,10 +94,10 @@ def read_json(path: Path) -> Json:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        value = json.loads(read_regular(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        got = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise CheckpointError("file cannot be read", where=path, got=got, want="a JSON object", do="copy the file again") from error
+        value = files.read_json(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)[:200]
+        raise CheckpointError("file cannot be read", where=path, got=reason, want="a JSON object", do="copy the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError("file cannot be read", where=path, got=type(value).__name__, want="a JSON object")
     return value

@@ -18,15 +18,16 @@ import torch
 from neox.config.schema import ModelConfig
 from neox.convert.families import join_qkv
 from neox.convert.source import Source
+from neox.convert.state import State, check_ranks, named_tensors
 from neox.errors import CheckpointError
+from neox.files import read_bytes, require_regular
+from neox.model.stages import logical_shapes
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 STEP_FOLDER = re.compile(r"global_step(\d+)$")
 NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$|_extra_state$")
 FIRST_BLOCK = 2  # layer 1 has no parameters
-
-State = dict[str, torch.Tensor]
 
 
 def is_old_checkpoint(folder: Path) -> bool:
@@ -38,14 +39,18 @@ def step_folder(folder: Path) -> Path | None:
     """The folder with the files: itself, the step that `latest` names, or the newest step below it."""
     if not folder.is_dir():
         return None
-    if any(LAYER_FILE.match(path.name) or RANK_FILE.match(path.name) for path in folder.iterdir()):
+    if _has_files(folder):
         return folder
     latest = folder / "latest"
-    name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
-    if STEP_FOLDER.match(name) and (folder / name).is_dir():
-        return folder / name
+    name = read_bytes(latest).decode(errors="replace").strip() if latest.is_file() else ""
     steps = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_FOLDER.match(path.name)) and path.is_dir()]
-    return max(steps)[1] if steps else None
+    found = folder / name if STEP_FOLDER.match(name) and (folder / name).is_dir() else max(steps)[1] if steps else folder
+    return found if _has_files(found) else None  # never an older step in silence
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder itself holds the files of a step."""
+    return folder.is_dir() and any(LAYER_FILE.match(path.name) or RANK_FILE.match(path.name) for path in folder.iterdir())
 
 
 def read_state(path: Path) -> Any:
@@ -55,6 +60,7 @@ def read_state(path: Path) -> Any:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
+        require_regular(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch lets the unpickler's own errors through
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -94,12 +100,18 @@ class Layers:
         if not self._files:
             if layer not in self._by_rank()[0]:
                 raise CheckpointError("layer is missing", where=f"sequential.{layer}", got=f"layers {self.numbers()}")
-            return [state[layer] for state in self._by_rank()]
+            states = self._by_rank()
+            if any(layer not in state for state in states):
+                raise CheckpointError("layer is missing", where=f"sequential.{layer}", got="it is not on all tensor ranks")
+            check_ranks([state[layer] for state in states], f"sequential.{layer}")
+            return [state[layer] for state in states]
         if self._kept is None or self._kept[0] != layer:
             paths = [self._files.get((layer, rank)) for rank in range(self.tp)]
             if None in paths:
                 raise CheckpointError("layer is missing", where=f"layer_{layer:02d}", got=f"layers {self.numbers()}")
-            self._kept = (layer, [_parameters(read_state(path)) for path in paths])
+            states = [_parameters(read_state(path), path) for path in paths]
+            check_ranks(states, f"layer_{layer:02d}")
+            self._kept = (layer, states)
         return self._kept[1]
 
     def _by_rank(self) -> list[dict[int, State]]:
@@ -108,7 +120,7 @@ class Layers:
             for rank in range(self.tp):
                 layers: dict[int, State] = {}
                 module = read_state(self._ranks[rank])
-                for name, tensor in _parameters(module.get("module") or {} if isinstance(module, dict) else {}).items():
+                for name, tensor in _parameters(module.get("module") or {} if isinstance(module, dict) else module, self._ranks[rank]).items():
                     match = re.match(r"(?:module\.)?sequential\.(\d+)\.(.*)$", name)
                     if match:
                         layers.setdefault(int(match[1]), {})[match[2]] = tensor
@@ -120,11 +132,9 @@ class Layers:
         return self._whole
 
 
-def _parameters(content: Any) -> State:
+def _parameters(content: Any, path: Path) -> State:
     """Tensors by name, without tables that are no parameters."""
-    if not isinstance(content, dict):
-        raise CheckpointError("not a checkpoint of GPT-NeoX", got=type(content).__name__, want="tensors by name")
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor) and not NO_WEIGHTS.search(name)}
+    return {name: tensor for name, tensor in named_tensors(content, path).items() if not NO_WEIGHTS.search(name)}
 
 
 def open_old_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Source]:
@@ -152,6 +162,7 @@ class Rules:
     def __init__(self, layers: Layers, config: ModelConfig):
         self.layers = layers
         self.config = config
+        self.shapes = logical_shapes(config)
         self.sources: dict[str, Source] = {}
         self.used: set[tuple[int, str]] = set()
         self._embedding()
@@ -172,9 +183,25 @@ class Rules:
             if needed:
                 raise CheckpointError("weight is missing", where=f"layer {layer}: {' or '.join(names)}", got=", ".join(sorted(state)[:8]))
             return None
+        if state[name].dim() != len(self.shapes[ours]):
+            got = tuple(state[name].shape)
+            raise CheckpointError("weight has another shape", where=f"layer {layer}: {name}", got=got, want=f"{self.shapes[ours]} over all ranks")
         self.used.add((layer, name))
-        self.sources[ours] = Source(lambda: make(self.layers.states(layer), name).contiguous(), state[name].dtype)
+        self.sources[ours] = Source(partial(self._make, ours, layer, name, make), state[name].dtype)
         return name
+
+    def _make(self, ours: str, layer: int, name: str, make: Callable[[list[State], str], torch.Tensor]) -> torch.Tensor:
+        """One parameter of ours. Raises CheckpointError for shapes that the config does not have."""
+        states = self.layers.states(layer)
+        try:
+            made = make(states, name).contiguous()
+            got = tuple(made.shape)
+        except (RuntimeError, IndexError):
+            got = f"{tuple(states[0][name].shape)} on each of {len(states)} ranks"
+        if got != self.shapes[ours]:
+            where, want = f"layer {layer}: {name}", f"{self.shapes[ours]} over all ranks"
+            raise CheckpointError("weight has another shape", where=where, got=got, want=want, do="check the model section of --conf")
+        return made
 
     def check_used(self) -> None:
         """Raise CheckpointError where a parameter of theirs was not used."""

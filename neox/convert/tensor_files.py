@@ -6,7 +6,7 @@ Files are read, not mapped: mapped pages would count as memory of the process as
 from __future__ import annotations
 
 import json
-import stat
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ import torch
 from neox.checkpoint.manifest import ITEM_BYTES, TensorInfo
 from neox.checkpoint.shard import DTYPE_NAMES, DTYPES, HEADER_LIMIT, check_header, tensor_bytes
 from neox.errors import CheckpointError
+from neox.files import open_regular
 
 ENTRY_BYTES = 160  # room of one tensor in a header, beside its name
 ALIGNMENT = 64
@@ -25,16 +26,14 @@ LFS_POINTER = b"version https://git-lfs"
 def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], int]:
     """A file's tensors with their offsets in its data, and where its data begin. Raises CheckpointError."""
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would block
-            raise CheckpointError("not a regular file", where=path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             file.seek(0)
-            raw = file.read(8 + min(length, HEADER_LIMIT, info.st_size))
+            raw = file.read(8 + min(length, HEADER_LIMIT, size))
         if raw.startswith(LFS_POINTER):
             raise CheckpointError("a Git LFS pointer instead of the contents", where=path, do="git lfs pull, or hf download NAME --local-dir DIR")
-        return check_header(raw, info.st_size, path), 8 + length
+        return check_header(raw, size, path), 8 + length
     except OSError as error:
         raise CheckpointError("weights cannot be read", where=path, got=error.strerror, do="copy the file again") from error
     except CheckpointError as error:

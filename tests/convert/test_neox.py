@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -60,6 +63,8 @@ def test_the_folder_is_found(old, tmp_path):
     assert is_old_checkpoint(folder) and step_folder(folder) == folder / "global_step7"
     (folder / "latest").unlink()
     (folder / "global_step10").mkdir()
+    assert step_folder(folder) is None  # not the older one in silence
+    (folder / "global_step10" / "mp_rank_00_model_states.pt").touch()
     assert step_folder(folder) == folder / "global_step10"
     assert not is_old_checkpoint(folder / "nowhere")
 
@@ -95,4 +100,72 @@ def test_a_pickle_that_holds_more_than_tensors_is_not_run(old):
         open_old_checkpoint(folder, config)
     (folder / "global_step7" / "layer_00-model_00-model_states.pt").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="file cannot be read"):
+        open_old_checkpoint(folder, config)
+
+
+def torch_file(folder: Path, number: int, rank: int = 0) -> Path:
+    return folder / "global_step7" / f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
+
+
+def change(path: Path, edit) -> None:
+    state = torch.load(path, weights_only=True)
+    edit(state)
+    torch.save(state, path)
+
+
+WORDS = "word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda state: state.update({WORDS: state[WORDS][0].clone()}), "shape"),
+        (lambda state: state.update({WORDS: torch.tensor(1.0)}), "shape"),
+        (lambda state: state.update({3: torch.zeros(2)}), "not a name; .*got=3"),
+        (lambda state: state.update({(1, 2): torch.zeros(2)}), "not a name"),
+        (lambda state: state.update({WORDS: state[WORDS].to_sparse()}), "got=sparse_coo"),
+        (lambda state: state.update({WORDS: state[WORDS].to("meta")}), "meta tensor"),
+        (lambda state: state.update({WORDS: state[WORDS].to(torch.int8)}), "got=int8"),
+        (lambda state: state.update({WORDS: state[WORDS].to(torch.float8_e4m3fn)}), "got=float8_e4m3fn"),
+        (lambda state: state.update({WORDS: state[WORDS].to(torch.complex64)}), "got=complex64"),
+        (lambda state: state.update({WORDS: torch.zeros(1, 1).expand(1 << 20, 1 << 20)}), "over 4 bytes"),
+        (lambda state: state.update({WORDS: state[WORDS].tolist()}), "rank 0 lacks it"),
+        (lambda state: state.pop(WORDS), "rank 0 lacks it"),
+    ],
+)
+def test_tensors_that_are_no_weights(old, edit, match):
+    folder, config = old
+    change(torch_file(folder, 0), edit)
+    with pytest.raises(CheckpointError, match=match):
+        for source in open_old_checkpoint(folder, config).values():
+            source()
+
+
+def test_a_state_that_is_no_dictionary(old):
+    folder, config = old
+    torch.save([torch.zeros(2)], torch_file(folder, 0))
+    with pytest.raises(CheckpointError, match="no state dict"):
+        open_old_checkpoint(folder, config)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda state: state.pop("attention.dense.weight"), "rank {} lacks it"),
+        (lambda state: state.update({"attention.dense.weight": torch.zeros(24, 7)}), "different shapes"),
+    ],
+)
+def test_a_rank_that_differs_is_named(old, rank, edit, match):
+    folder, config = old
+    change(torch_file(folder, 2, rank), edit)
+    with pytest.raises(CheckpointError, match=match.format(rank)):
+        open_old_checkpoint(folder, config)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_opened(old):
+    folder, config = old
+    torch_file(folder, 0).unlink()
+    os.mkfifo(torch_file(folder, 0))
+    with pytest.raises(CheckpointError, match="not a regular file"):
         open_old_checkpoint(folder, config)
