@@ -144,3 +144,41 @@ def test_data_without_a_sidecar_work(corpus):
     Path(f"{corpus.prefix}.json").unlink()
     without = build_datasets(config({"train": [corpus.prefix]}), {"train": 1})["train"]
     assert isinstance(IndexedDataset(corpus.prefix).checksum(), int) and without[3].tokens.shape == (17,)
+
+
+def cached_name(corpus, cache: Path, seed: int = 9, samples: int = 40, **data: object) -> str:
+    """Name of the one folder of index arrays that a config leaves in a cache of its own."""
+    build_datasets(config({"path": corpus.prefix, "index_cache": str(cache), "split": "9,1,0", **data}, train={"seed": seed}), {"train": samples})
+    (found,) = [path.name for path in cache.iterdir() if path.is_dir()]
+    return found
+
+
+def test_names_of_index_arrays_are_pinned_and_every_setting_is_in_them(corpus, make_dataset, tmp_path):
+    """A setting that the name lacks gives one run the arrays of another. A name that changes makes every run build its arrays again."""
+    other = make_dataset([corpus[i][::-1] if i else [5] for i in range(101)], "other")
+    packing = {
+        "as it is": cached_name(corpus, tmp_path / "g", packing="best_fit"),
+        "documents": cached_name(corpus, tmp_path / "h", packing="best_fit", split="8,2,0"),
+        "seq_length": cached_name(corpus, tmp_path / "i", packing="best_fit", seq_length=17),
+        "data": cached_name(other, tmp_path / "j", packing="best_fit"),
+    }
+    order = {
+        "as it is": cached_name(corpus, tmp_path / "a", order="neox"),
+        "documents": cached_name(corpus, tmp_path / "b", order="neox", split="8,2,0"),
+        "seq_length": cached_name(corpus, tmp_path / "c", order="neox", seq_length=17),
+        "seed": cached_name(corpus, tmp_path / "d", order="neox", seed=10),
+        "samples": cached_name(corpus, tmp_path / "e", order="neox", samples=41),
+        "data": cached_name(other, tmp_path / "f", order="neox"),
+    }
+    assert len({*order.values(), *packing.values()}) == len(order) + len(packing)
+    assert (order["as it is"], packing["as it is"]) == ("9c5da9e2f70cfd73a53a492d", "cc53221b029269da84783509")
+
+
+def test_index_arrays_of_two_parts_of_a_split_are_two(corpus, tmp_path):
+    """Of equal length, so that only the range tells them apart."""
+    cache = tmp_path / "cache"
+    for packing, order in (("best_fit", "epoch"), ("concatenate", "neox")):
+        made = config({"path": corpus.prefix, "index_cache": str(cache), "split": "1,1,0", "packing": packing, "order": order})
+        parts = build_datasets(made, {"train": 10, "validation": 10})
+        documents = [{piece.document for i in range(5) for piece in parts[part].pieces(i)} for part in ("train", "validation")]
+        assert not documents[0] & documents[1]

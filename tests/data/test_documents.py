@@ -65,3 +65,18 @@ def test_data_that_do_not_belong_together(answers, make_dataset):
     pairs = PairDataset(answers, (make_dataset(OTHERS, "rejected"), None), 4, seed=1)
     with pytest.raises(DataError, match=r"outside the vocabulary; where=.*rejected.bin document 3 offset 3; got=id 34"):
         next(Loader(pairs, micro_batch_size=4, prefetch=0, vocab_size=34))
+
+
+def test_the_order_of_documents_is_pinned(make_dataset):
+    """The seed, the data and the range all choose the order. Never change these numbers: every resumed run would read other data."""
+    dataset, other = make_dataset([[i, i] for i in range(50)]), make_dataset([[i, i, i] for i in range(50)], "other")
+
+    def first(dataset=dataset, seed: int = 3, documents: tuple[int, int] | None = None) -> list[int]:
+        samples = DocumentDataset(dataset, None, 4, seed, documents)
+        return [int(samples[i].tokens[0]) for i in range(6)]
+
+    assert first() == first(documents=(0, 50)) == [1, 26, 4, 5, 31, 27]
+    assert first(seed=4) == [42, 3, 37, 20, 6, 23]
+    assert first(other) == [25, 5, 13, 3, 19, 23]
+    assert first(documents=(0, 49)) == [36, 8, 26, 9, 44, 2]
+    assert first(documents=(1, 50)) == [16, 13, 48, 3, 2, 32]

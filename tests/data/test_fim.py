@@ -10,7 +10,7 @@ import tokenizers
 import torch
 
 from neox.config.schema import FimConfig, TokenizerConfig
-from neox.data.documents import DocumentDataset
+from neox.data.documents import PADDING, DocumentDataset
 from neox.data.fim import Draws, FimDataset, LibraryCodec, NativeCodec, Transform
 from neox.data.loader import Loader
 from neox.data.packing import PackedDataset
@@ -197,6 +197,19 @@ def test_samples(files, tokenizer, kind):
     assert dataset.pieces(3) == samples.pieces(3) and "after fill in the middle" in dataset.describe(3, 5)
 
 
+@pytest.mark.parametrize("kind", ["best_fit", "document"])
+def test_padding_is_not_a_document(tokenizer, make_dataset, kind):
+    """Padded samples: padding stays at the end, in a segment of its own, and no label is learned there."""
+    files = make_dataset([tokenizer.encode(text) for text in TEXTS[:4]])
+    made = PackedDataset(files, (0, 4), 4096, 1, document_mask=True) if kind == "best_fit" else DocumentDataset(files, None, 4096, 1)
+    sample = FimDataset(made, transform(tokenizer), 7, 1, document_mask=True)[0]
+    documents = 4 if kind == "best_fit" else 1
+    used = int((sample.tokens != PADDING).nonzero()[0][-1]) + 1
+    assert used < 4000 and (sample.tokens[used:] == PADDING).all() and (sample.labels[used:] == -100).all()
+    assert int((sample.tokens == tokenizer.token_id(SENTINELS[0])).sum()) == documents
+    assert sample.segment_ids.max() == documents and (sample.segment_ids[used:] == documents).all() and sample.segment_ids[used - 1] == documents - 1
+
+
 def test_resume_and_ranks_give_the_same_batches(files, tokenizer):
     dataset = FimDataset(EpochDataset(files, (0, len(TEXTS)), 64, 1, True), transform(tokenizer), 7, 1, document_mask=True)
 
@@ -217,6 +230,14 @@ def test_random_numbers_are_pinned():
     assert [draws.below(1000) for _ in range(6)] == PINNED
     shares = [Draws(i).happens(0.25) for i in range(4000)]
     assert abs(sum(shares) / 4000 - 0.25) < 0.03
+
+
+def test_the_transform_of_a_sample_is_pinned(tokenizer, files):
+    """The seed and the data both choose what becomes of a sample."""
+    samples = EpochDataset(files, (0, len(TEXTS)), 200, 1, True)
+    keys = [FimDataset(samples, transform(tokenizer), checksum, seed, True)._key for checksum, seed in ((7, 1), (8, 1), (7, 2))]
+    assert keys == [12685755375415042387, 3167579367964742092, 17376287802516322724]
+    assert all(len({tuple(FimDataset(samples, transform(tokenizer), *one, True)[i].tokens) for one in ((7, 1), (8, 1), (7, 2))}) == 3 for i in range(5))
 
 
 PINNED = [223, 936, 101, 51, 997, 370]

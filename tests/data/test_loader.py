@@ -114,6 +114,37 @@ def test_ids_outside_the_vocabulary_name_file_document_offset_and_id(make_datase
             next(loader)
 
 
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_the_last_target_of_a_row_is_checked_too(make_dataset, bad):
+    """No input of the row has that id: it is the one token that is a target only."""
+    dataset = EpochDataset(make_dataset([[1, 2, 3, 4, bad]], dtype="int64"), (0, 1), 4, seed=1)
+    with pytest.raises(DataError, match=rf"outside the vocabulary; where=.*corpus\.bin document 0 offset 4; got=id {bad}; want=0 to 49"):
+        next(Loader(dataset, micro_batch_size=1, vocab_size=50, prefetch=0))
+
+
+class Labelled(Numbers):
+    """Numbers with one label changed."""
+
+    def __init__(self, place: int, label: int):
+        super().__init__()
+        self.place, self.label = place, label
+
+    def __getitem__(self, index: int) -> Sample:
+        tokens = np.arange(10 + index, 15 + index)
+        labels = tokens.copy()
+        labels[self.place] = self.label
+        return Sample(tokens, None, labels)
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("label", [-1, -99, -101, 0, 9])
+def test_a_label_is_the_token_or_ignored(place, label):
+    with pytest.raises(DataError, match=rf"label is not the token; where=numbers\.bin document 0 offset {place}; got=label {label} at token {10 + place}"):
+        next(Loader(Labelled(place, label), micro_batch_size=2, prefetch=0))
+    batch = next(Loader(Labelled(place, -100), micro_batch_size=2, prefetch=0))[0]
+    assert batch.targets[0].tolist() == [-100 if i == place else 10 + i for i in range(1, 5)]
+
+
 def test_an_error_comes_at_the_step_it_belongs_to():
     loader = Loader(Numbers(length=5), micro_batch_size=2, prefetch=4)
     assert next(loader)[0].sample_ids.tolist() == [0, 1]

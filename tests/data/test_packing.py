@@ -130,3 +130,17 @@ def test_packing_of_a_range_does_not_depend_on_what_lies_outside(corpus, make_da
     firsts, sizes, starts = pack_documents(corpus, (20, 60), 16)
     shifted = pack_documents(part, (0, 40), 16)
     assert np.array_equal(firsts - corpus.first_token_of_document(20), shifted[0]) and np.array_equal(sizes, shifted[1]) and np.array_equal(starts, shifted[2])
+
+
+def test_the_order_of_packed_samples_is_pinned(corpus):
+    """The seed, the data, the range and the length of the samples all choose the order. Never change these numbers: every resumed run would read other data."""
+
+    def first(documents: tuple[int, int] = (0, 101), seq_length: int = 16, seed: int = 1) -> list[int]:
+        packed = PackedDataset(corpus, documents, seq_length, seed)
+        return [packed.pieces(i)[0].document for i in range(5)]
+
+    assert first() == [22, 51, 48, 40, 90]
+    assert first(seed=2) == [46, 1, 16, 79, 53]
+    assert first(documents=(1, 101)) == [73, 63, 21, 70, 22]
+    assert first(documents=(0, 100)) == [59, 74, 13, 75, 73]
+    assert first(seq_length=17) == [19, 53, 22, 24, 47]
