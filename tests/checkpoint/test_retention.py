@@ -159,3 +159,18 @@ def test_a_folder_that_is_gone_is_a_disk_error(tmp_path):
     assert caught.value.exit_code == 5
     with pytest.raises(DiskError):
         remove_checkpoint(tmp_path / "step_00000003")
+
+
+def test_a_start_from_another_run_is_newer_than_both(tmp_path):
+    """The generation of a new lineage exceeds those in its own folder and that of its parent, wherever the parent lies."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir(), elsewhere.mkdir()
+    high = save_one(elsewhere, 7, lineage=Lineage("bb" * 16, 9, (("cc" * 16, 3),)))
+    assert start_lineage(here).generation == 0
+    assert start_lineage(here, high).generation == 10
+    assert start_lineage(here, high).ancestors == (("bb" * 16, 7), ("cc" * 16, 3))
+    save_one(here, 8, lineage=Lineage("aa" * 16, 4))
+    assert start_lineage(here).generation == 5
+    assert start_lineage(here, high).generation == 10
+    save_one(here, 9, lineage=Lineage("dd" * 16, 12))
+    assert start_lineage(here, high).generation == 13
