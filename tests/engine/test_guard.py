@@ -30,6 +30,28 @@ def test_a_spike_is_measured_against_the_median_of_good_losses():
     assert not guard(loss_spike="off").spikes(1e9)
 
 
+@pytest.mark.parametrize("window", [1, 2, FEWEST - 1, FEWEST, FEWEST + 1])
+def test_a_short_window_finds_spikes_once_it_is_full(window):
+    one = guard(spike_factor=2.0, spike_window=window)
+    for _ in range(min(window, FEWEST)):
+        assert not one.spikes(100.0)
+        one.accept(1.0)
+    assert one.spikes(2.01) and not one.spikes(2.0)
+
+
+def test_the_window_forgets_the_oldest_loss_also_after_a_restore():
+    one, other = guard(spike_factor=2.0, spike_window=3), guard(spike_factor=2.0, spike_window=3)
+    for loss in (9.0, 9.0, 9.0, 1.0, 1.0):
+        one.accept(loss)
+    other.restore(one.state_dict())
+    for each in (one, other):
+        each.accept(1.0)
+        assert list(each.losses) == [1.0, 1.0, 1.0] and each.spikes(2.01)
+    shorter = guard(spike_window=2)
+    shorter.restore({"losses": [1.0, 2.0, 3.0], "skipped": 1})
+    assert list(shorter.losses) == [2.0, 3.0] and shorter.skipped == 1
+
+
 def test_what_is_not_finite_never_enters_the_window():
     """Else every later comparison is false."""
     one = guard(non_finite="skip", spike_factor=2.0)
