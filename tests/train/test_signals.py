@@ -39,6 +39,47 @@ def wait_for_signals(path):
             time.sleep(0.05)
 
 
+def test_the_descriptor_that_signals_are_written_to_comes_back():
+    """An event loop that was there before goes on to hear of signals."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.requested
+        assert signal.set_wakeup_fd(writer) == writer
+        open_files = len(os.listdir("/proc/self/fd"))
+        with StopSignals():
+            pass
+        deadline = time.monotonic() + 30
+        while len(os.listdir("/proc/self/fd")) > open_files and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(os.listdir("/proc/self/fd")) == open_files
+        with pytest.raises(BlockingIOError):
+            os.read(reader, 1)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.distributed
+def test_another_signal_later_is_no_repetition(tmp_path):
+    """A Ctrl-C that a launcher passes on late, as SIGTERM, does not cost the checkpoint."""
+    path = tmp_path / "seen"
+    running = start_ranks("tests.train.test_signals:wait_for_signals", 1, tmp_path, [path])
+    running.wait_for(lambda: path.exists() and path.read_text() == "None", 30)
+    running.signal(signal.SIGINT)
+    running.wait_for(lambda: str(signal.SIGINT) in path.read_text(), 30)
+    time.sleep(1.0)
+    running.signal(signal.SIGTERM)
+    time.sleep(0.3)
+    written = path.stat().st_mtime_ns
+    running.wait_for(lambda: path.stat().st_mtime_ns > written, 30)
+    running.signal(signal.SIGINT)
+    assert running.wait(30)[0] == 128 + signal.SIGINT
+
+
 @pytest.mark.distributed
 def test_a_repeated_signal_ends_the_process(tmp_path):
     path = tmp_path / "seen"
