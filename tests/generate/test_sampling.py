@@ -86,3 +86,10 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch():
     alone = torch.cat([choose(logits[row : row + 1], params, [prompt_generator(11, row)]) for row in range(3)])
     assert torch.equal(together, alone)
     assert not torch.equal(prompt_generator(11, 0).get_state(), prompt_generator(11, 1).get_state())
+
+
+def test_the_streams_of_prompts_are_pinned():
+    """Each prompt has a stream of its own; the first is not that of the bare seed, which training and other tools use."""
+    seeds = [prompt_generator(seed, prompt).initial_seed() for seed, prompt in ((0, 0), (0, 1), (1, 0), (1234, 7))]
+    assert seeds == [2177342782468422677, 4354685564936845354, 2177342782468422678, 8195370222892606842]
+    assert prompt_generator(1234, 0).initial_seed() != 1234
