@@ -123,6 +123,7 @@ TRAINING = {
     "use_wandb": _translated("logging.wandb", "true: record there", None),
     "wandb_project": _translated("logging.wandb.project", "with use_wandb", "neox"),
     "wandb_group": _translated("logging.wandb.group", "with use_wandb"),
+    "wandb_run_name": _translated("logging.wandb.name", "with use_wandb"),
     "wandb_team": _translated("logging.wandb.entity", "with use_wandb"),
     "wandb_host": _translated("logging.wandb.host", "with use_wandb; not where it is the public server"),
     "use_comet": _translated("logging.comet", "true: record there", None),
@@ -230,7 +231,7 @@ IGNORED_BECAUSE = {
     "used with moe_num_experts above 1, which is an error": """
         moe_top_k use_tutel moe_loss_coeff moe_train_capacity_factor moe_glu moe_eval_capacity_factor moe_min_capacity moe_token_dropping
         moe_type create_moe_param_group moe_use_residual moe_expert_parallel_size moe_lbl_in_fp32 moe_jitter_eps
-        enable_expert_tensor_parallelism expert_interval
+        enable_expert_tensor_parallelism expert_interval moe_expert_interval moe_router_type
     """,
     "used with use_mup, which is an error": """
         coord_check save_base_shapes base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult
@@ -241,7 +242,10 @@ IGNORED_BECAUSE = {
     "used with train_impl, whose other values are errors": """
         kto_fp32 kto_beta kl_impl kto_desirable_weight kto_undesirable_weight fp32_reinforce
         kl_div_beta reinforce_leave_one_out serve_model_weights online_dataserver_ips online_dataserver_ports
+        weight_server_port
     """,
+    "kernels are compiled when the package is installed": "fused_kernels_build_path",
+    "MFU is measured against the device's peak, which is looked up or measured": "peak_theoretical_tflops",
     "used with te_ layers, whose switches are errors where fp8 changes results": """
         te_fp8_format te_fp8_wgrad te_fp8_margin te_fp8_amax_history_len te_fp8_amax_compute_algo
     """,

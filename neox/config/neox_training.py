@@ -187,7 +187,7 @@ def services(work: Translation) -> None:
     """Weights & Biases and Comet, where they are switched on."""
     if work.value("use_wandb"):
         work.set("logging.wandb.project", work.value("wandb_project"), work.first("wandb_project", "use_wandb"))
-        for theirs, ours in (("wandb_group", "group"), ("wandb_team", "entity"), ("wandb_host", "host")):
+        for theirs, ours in (("wandb_group", "group"), ("wandb_run_name", "name"), ("wandb_team", "entity"), ("wandb_host", "host")):
             if work.value(theirs) is not None and work.value(theirs) != PUBLIC_WANDB:
                 work.set(f"logging.wandb.{ours}", work.value(theirs), theirs)
     if work.value("use_comet"):

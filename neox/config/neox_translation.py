@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox.config.neox_keys import NEOX_KEYS, REQUIRED
-from neox.config.problems import brief, nearest
+from neox.config.problems import brief, same_word, similar_words
 from neox.errors import ConfigError
 
 DEFAULT = "GPT-NeoX default"
@@ -99,8 +99,9 @@ class Translation:
         for name, origin in self.given.items():
             row = NEOX_KEYS.get(name)
             if row is None:
-                close = nearest(name, NEOX_KEYS)
-                do = f"did you mean {close}?" if close else "take it out"
+                effective = [key for key, row in NEOX_KEYS.items() if row.kind != "ignored"]
+                close = same_word(name, NEOX_KEYS) or similar_words(name, effective)
+                do = f"did you mean {' or '.join(close)}?" if close else "`neox config reference --gpt-neox` lists the known keys; take this one out"
                 self.problems.append(ConfigError("unknown key of GPT-NeoX", where=self.where(name), got=brief(origin.value), do=do))
             elif row.kind == "unsupported" and not any(origin.value == value and type(origin.value) is type(value) for value in row.harmless):
                 wrong = row.text.startswith("not a key")

@@ -63,6 +63,34 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return None
 
 
+def same_word(name: str, known: Iterable[str]) -> list[str]:
+    """The known flat key that `name` is a misspelling of, underscores aside; at most one."""
+    bare = {key.replace("_", ""): key for key in sorted(known)}
+    return [bare[match] for match in difflib.get_close_matches(name.replace("_", ""), list(bare), n=1, cutoff=0.9)]
+
+
+def similar_words(name: str, known: Iterable[str]) -> list[str]:
+    """Known flat keys that hold every word of `name`, in any order, and at most as many others; those with the fewest others, at most three.
+
+    A key that only shares some words with `name` means something else: `wandb_run_name` is not `wandb_team`.
+    """
+    words = name.split("_")
+    found = []
+    for key in sorted(known):
+        rest = key.split("_")
+        extra = len(rest) - len(words)
+        for word in words:
+            match = difflib.get_close_matches(word, rest, n=1, cutoff=0.75)
+            if not match:
+                break
+            rest.remove(match[0])
+        else:
+            if extra <= len(words):
+                found.append((extra, key))
+    fewest = min((extra for extra, _ in found), default=0)
+    return [key for extra, key in found if extra == fewest][:3]
+
+
 def brief(value: object, limit: int = 80) -> str:
     """A value as one short piece of text for `got=`."""
     text = repr(value)

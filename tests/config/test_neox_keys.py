@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
 from neox.config.load import known_keys
 from neox.config.neox_keys import IGNORED_BECAUSE, NEOX_KEYS, REQUIRED
+from tests.config.test_neox_model import result
 
 
 def test_every_row_says_what_is_done():
     for name, row in NEOX_KEYS.items():
         assert row.to if row.kind == "renamed" else row.text, name
         assert (row.kind == "renamed") <= (len(row.to) == 1), name
-    assert len(NEOX_KEYS) >= 318
     assert set(REQUIRED) <= set(NEOX_KEYS)
+
+
+ARGUMENTS = json.loads((Path(__file__).parent / "gpt_neox" / "arguments.json").read_text())
+
+
+def test_every_argument_of_gpt_neox_is_known_with_its_default():
+    """arguments.json holds the fields of all classes in megatron/neox_arguments at commit ea7aefd8, and their defaults."""
+    assert len(ARGUMENTS) == 318
+    assert set(ARGUMENTS) - set(NEOX_KEYS) == set()
+    for name, default in ARGUMENTS.items():
+        row = NEOX_KEYS[name]
+        if row.kind in ("renamed", "translated") and None not in (row.default, default):
+            assert row.default == default, name
+        if row.kind == "unsupported":
+            assert default in row.harmless, name
+
+
+def unknown(name: str) -> str:
+    (problem,) = result({name: 3})[2]
+    return problem.partition("do=")[2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("sed", "did you mean seed?"),
+        ("numlayers", "did you mean num_layers?"),
+        ("gradient_acumulation_steps", "did you mean gradient_accumulation_steps?"),
+        ("micro_batch_size", "did you mean train_micro_batch_size_per_gpu?"),
+        ("num_heads", "did you mean num_attention_heads or num_kv_heads?"),
+        ("wandb_run_id", None),
+        ("moe_router_bias", None),
+        ("weight_server_host", None),
+        ("vocab_size", None),
+    ],
+)
+def test_an_unknown_key_is_answered_with_what_it_can_mean(wrong, meant):
+    assert unknown(wrong) == (meant or "`neox config reference --gpt-neox` lists the known keys; take this one out")
 
 
 def test_native_keys_exist():
