@@ -8,7 +8,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
-PY := $(VENV)/bin/python
+PY := "$(VENV)/bin/python"
 JOBS ?= 2
 export PATH := $(VENV)/bin:$(PATH)
 export DS_BUILD_OPS := 0
@@ -16,8 +16,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MAX_JOBS ?= $(JOBS)
 
 # Stamps: torch in the environment (named after the torch asked for), the install in this checkout (after the environment).
-TORCH_STAMP := $(VENV)/.neox-$(subst /,-,$(TORCH))
-INSTALLED := build/.installed$(subst /,-,$(VENV))
+# A space in the checkout's path is escaped where make reads a file name; in recipes the name is quoted.
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+VENV_PYTHON := $(subst $(SPACE),\$(SPACE),$(VENV))/bin/python
+TORCH_STAMP := $(subst $(SPACE),\$(SPACE),$(VENV))/.neox-$(subst /,-,$(TORCH))
+INSTALLED := build/.installed$(subst $(SPACE),_,$(subst /,-,$(VENV)))
 PIP = $(PY) -m pip install -q -c constraints.txt --no-build-isolation
 REQUIREMENTS = from setuptools.config.pyprojecttoml import read_configuration as read; \
     project = read('pyproject.toml')['project']; print(*project['dependencies'], *project['optional-dependencies']['test'])
@@ -31,12 +35,12 @@ help:  ## this list
 
 setup: $(INSTALLED)  ## virtual environment, pinned packages, native extensions
 
-$(VENV)/bin/python:
+$(VENV_PYTHON):
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error[14] Python is too old; where=PYTHON; got=%d.%d; want=3.10 or later" % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv "$(VENV)"
 
 # torch first: the packages after it are built against the torch that is there, without build isolation.
-$(TORCH_STAMP): | $(VENV)/bin/python
+$(TORCH_STAMP): | $(VENV_PYTHON)
 	$(PIP) pip setuptools wheel pybind11 ninja packaging
 	$(PIP) "$(TORCH)"
 	touch "$@"
@@ -48,6 +52,7 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 	    $(PIP) $$($(PY) -c "$(REQUIREMENTS)") || { kill $$build; exit 1; }; \
 	    wait $$build || { cat build/compile.log; exit 1; }
 	$(PIP) --no-deps -e .
+	case "$(VENV)" in *" "*) sed -i '1s|^#!.* .*/python$$|#!/usr/bin/env python|' "$(VENV)"/bin/{deepspeed,ds}*;; esac  # pip leaves spaces there unquoted
 	touch "$@"
 
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
@@ -106,7 +111,7 @@ fuzz: setup build/native/CMakeCache.txt  ## random sweeps: dataset core (FUZZ=60
 
 # What an image with torch, pytest and transformers tends to lack. pip matches platforms exactly, so the usual ones are named.
 GPU_PYTHON ?= 3.12
-gpu-wheels: | $(VENV)/bin/python  ## wheels that benchmarks/gpu.sh installs on a GPU machine without a network, into build/gpu-wheels
+gpu-wheels: | $(VENV_PYTHON)  ## wheels that benchmarks/gpu.sh installs on a GPU machine without a network, into build/gpu-wheels
 	$(PY) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
 	    $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) -d build/gpu-wheels -c constraints.txt \
 	    orjson pydantic pydantic-core annotated-types typing-inspection

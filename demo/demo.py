@@ -72,7 +72,7 @@ def neox(*words: object) -> list[str]:
 def train_command() -> list[str]:
     """`deepspeed --num_gpus 2 train.py --conf configs/demo.yml` of the running environment."""
     launcher = Path(sys.executable).with_name("deepspeed")
-    return command_line(launcher, "--num_gpus", 2, ROOT / "train.py", "--conf", CONFIG)
+    return command_line(sys.executable, launcher, "--num_gpus", 2, ROOT / "train.py", "--conf", CONFIG)
 
 
 def run(command: list[str], *, capture: bool = False) -> str:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import neox
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import make_config, make_engine, micro_batches
 from tests.model.test_gpt import FORMS, build
 
+PACKAGE = Path(neox.__file__).parent
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "unique_consecutive"}
 
 
@@ -28,7 +31,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in READS:
-            ours = [frame.name for frame in traceback.extract_stack() if "/neox/" in frame.filename]
+            ours = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
             self.seen[ours[-1] if ours else "test"] += 1
         return function(*args, **(kwargs or {}))
 
