@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-INSTALL = "pip install setuptools wheel pybind11 ninja packaging torch==2.13.0 && pip install --no-build-isolation -e ."
+INSTALL = "pip install torch==2.13.0 && pip install -e ."
 # -g0: python's own flags ask for -g, which takes the compiler as long as optimizing does; names of functions stay.
 HOST_FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 STABLE_ABI = "0x020b000000000000"  # libtorch stable ABI of torch 2.11: one binary for that and every later torch
@@ -30,6 +33,10 @@ CPU_ISA_FLAGS = {
     "portable": [],
 }
 
+# A plain `pip install -e .` builds in an isolated environment without torch. The extensions must be compiled against the torch they will run with, so
+# the packages of the environment that pip installs into are appended: what pip put into the isolated environment still comes first.
+sys.path += [path for path in dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))) if path not in sys.path]
+
 try:
     import pybind11
     import torch
@@ -40,7 +47,10 @@ except ImportError as missing:
 
 def sources(pattern: str) -> list[str]:
     """Files below the repository root that match, sorted, relative as setuptools wants them."""
-    return sorted(str(Path(found).relative_to(ROOT)) for found in glob(str(ROOT / pattern)))
+    return sorted(str(Path(found).relative_to(ROOT)) for found in glob(str(ROOT / pattern), recursive=True))
+
+
+SHARED_FILES = [*sources("configs/**/*.yml"), "train.py", "launch/slurm.sh"]
 
 
 def cpu_isas() -> list[str]:
@@ -125,8 +135,21 @@ class BuildNative(BuildExtension):
         self.build_temp = temporary
 
 
+class BuildPackage(build_py):
+    """Takes what a checkout holds next to the package into the wheel: presets, train.py and launch scripts, as neox/share/."""
+
+    def run(self) -> None:
+        """Copy the modules, then these files; an editable install finds them in the checkout."""
+        super().run()
+        if not self.editable_mode:
+            for name in SHARED_FILES:
+                target = Path(self.build_lib) / "neox" / "share" / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, target)
+
+
 (ROOT / "neox" / "_ops").mkdir(exist_ok=True)  # an in-place build copies into it and does not create it
 setup(
     ext_modules=[*(cpu_ops(isa) for isa in cpu_isas()), *cuda_ops(), data_core()],
-    cmdclass={"build_ext": BuildNative.with_options(use_ninja=True, no_python_abi_suffix=True)},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildNative.with_options(use_ninja=True, no_python_abi_suffix=True)},
 )

@@ -15,6 +15,7 @@ from neox.errors import ConfigError, EnvironmentProblem, NeoxError
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, one-line summary)
 COMMANDS = {
+    "init": ("neox.cli.init", "write train.py and launch/slurm.sh into a folder"),
     "tokenizer": ("neox.cli.tokenizer", "train a tokenizer"),
     "preprocess": ("neox.cli.preprocess", "turn text into an indexed dataset (.bin, .idx)"),
     "data": ("neox.cli.data", "inspect, verify, merge or compare datasets; say which data a run has read"),

@@ -23,7 +23,10 @@ from neox.config.schema import Config, DataSource
 from neox.config.vocabulary import tokenizer_vocab_size
 from neox.errors import ConfigError
 
-PRESETS = Path(__file__).resolve().parent.parent.parent / "configs"
+PACKAGE = Path(__file__).resolve().parent.parent
+# configs/, train.py and launch/: in a checkout next to the package, in a wheel inside it (setup.py).
+SHARED_FILES = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
+PRESETS = SHARED_FILES / "configs"
 MAX_INCLUDES = 64  # files of one config
 
 

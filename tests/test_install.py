@@ -1,0 +1,90 @@
+"""Installing: what pip's isolated build finds, what a wheel holds, and what paths the Makefile copes with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from neox.cli.main import main
+from neox.config.load import SHARED_FILES
+
+ROOT = Path(__file__).resolve().parent.parent
+ISOLATED = ("setuptools", "pybind11")  # what pip puts into the build environment and setup.py imports first
+
+# As pip's own sitecustomize: packages of the environment are not found in an isolated build.
+SITECUSTOMIZE = """import sys, sysconfig
+hidden = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+sys.path[:] = [path for path in sys.path if path not in hidden]
+"""
+
+
+def setup_py(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py in the checkout."""
+    env = {**os.environ, "NEOX_BUILD_ISA": "portable", **variables}
+    return subprocess.run([sys.executable, "setup.py", *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_an_isolated_build_finds_the_torch_of_the_environment(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    for name in ISOLATED:
+        (tmp_path / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    hidden = subprocess.run([sys.executable, "-c", "import torch"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "No module named 'torch'" in hidden.stderr
+    found = setup_py("--name", PYTHONPATH=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split()[-1] == "neox"
+
+
+def test_a_wheel_holds_presets_and_launch_files(tmp_path):
+    built = setup_py("-q", "build_py", "--build-lib", tmp_path / "lib")
+    assert built.returncode == 0, built.stderr
+    share = tmp_path / "lib" / "neox" / "share"
+    want = {path.relative_to(ROOT) for folder in ("configs", "launch") for path in (ROOT / folder).rglob("*") if path.is_file()} | {Path("train.py")}
+    assert {path.relative_to(share) for path in share.rglob("*") if path.is_file()} == want
+    assert all((share / name).read_bytes() == (ROOT / name).read_bytes() for name in want)
+    (tmp_path / "away").mkdir()
+    for words in (["config", "show", "pythia/14M.yml"], ["init", "mine"]):
+        command = [sys.executable, "-m", "neox.cli.main", *words]
+        env = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
+        shown = subprocess.run(command, cwd=tmp_path / "away", env=env, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+        assert str(share / "configs") in shown.stdout or "train.py" in shown.stdout
+    assert (tmp_path / "away" / "mine" / "launch" / "slurm.sh").read_bytes() == (ROOT / "launch" / "slurm.sh").read_bytes()
+
+
+def test_init_writes_the_files_and_leaves_those_that_exist(tmp_path, capsys):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "slurm.sh").write_text("mine")
+    assert main(["init", str(tmp_path)]) == 0
+    assert (tmp_path / "train.py").read_bytes() == (SHARED_FILES / "train.py").read_bytes()
+    assert (tmp_path / "launch" / "slurm.sh").read_text() == "mine"
+    assert "slurm.sh: exists, left as it is" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "train.py")]) == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["plain", "a b ü"])
+def test_make_reads_file_names_in_a_folder_of_any_name(folder, tmp_path):
+    """Stamps of a finished set-up are found whatever the checkout's path holds: there is nothing left to do."""
+    checkout = tmp_path / folder
+    (checkout / "csrc").mkdir(parents=True)
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
+        (checkout / name).write_bytes((ROOT / name).read_bytes())
+    env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VENV", "PY", "TORCH")}
+    plan = subprocess.run(["make", "-n", "setup"], cwd=checkout, env=env, capture_output=True, text=True, check=False)
+    assert plan.returncode == 0 and f'-m venv "{checkout}/.venv"' in plan.stdout, plan.stderr
+    stamps = [line.split('"')[1] for line in plan.stdout.splitlines() if line.startswith("touch ")]
+    assert len(stamps) == 2
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "python").touch()
+    for stamp in stamps:
+        (checkout / stamp).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / stamp).touch()
+    done = subprocess.run(["make", "-n", "setup"], cwd=checkout, env=env, capture_output=True, text=True, check=False)
+    assert "Nothing to be done" in done.stdout, done.stdout + done.stderr
