@@ -23,7 +23,7 @@ import warnings
 from neox.cli.launcher import read_place
 from neox.config.load import load
 from neox.config.validate import validate
-from neox.errors import NeoxError
+from neox.errors import ConfigError, NeoxError
 from neox.faults import Faults, parse
 from neox.train.place import Place
 from neox.train.signals import StopSignals
@@ -33,7 +33,9 @@ AFTER_YOU = 3.0  # seconds that other processes leave to the first to report wha
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `train`."""
-    parser.add_argument("--conf", nargs="+", required=True, metavar="FILE", help="config files, later wins; a bare name is looked for under configs/ too")
+    parser.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="config files, later wins; a bare name is looked for under configs/ too")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="the same as --conf, as GPT-NeoX's deepy.py takes them; they come before --conf")
+    parser.add_argument("-d", "--conf_dir", "--conf-dir", metavar="DIR", help="folder of the config files")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single values, as section.key=value")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says the same
 
@@ -51,9 +53,21 @@ def run(args: argparse.Namespace) -> int:
             raise
 
 
+def conf_files(args: argparse.Namespace) -> list[str]:
+    """The config files that the command names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    names = [*args.files, *args.conf]
+    if not names:
+        raise ConfigError("no config file", where="argv", want="--conf FILE [FILE ...]", do="neox train --conf 1-3B.yml, or neox train --help")
+    return names if args.conf_dir is None else [os.path.join(args.conf_dir, name) for name in names]
+
+
 def start(args: argparse.Namespace, place: Place, signals: StopSignals, faults: Faults) -> int:
     """Check the config, then hand over to neox.train."""
-    loaded = load(args.conf, args.set)
+    loaded = load(conf_files(args), args.set)
     if place.rank == 0:
         for note in loaded.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from functools import partial
 
+import pytest
+
+from neox.cli.main import parse
+from neox.cli.train import conf_files
 from tests.config.upstream import flow_text
 from tests.distributed import ROOT, environment
 from tests.train.corpus import VOCAB, make_corpus
@@ -40,6 +44,29 @@ def test_help_has_an_example():
     assert result.returncode == 0
     assert "example:" in result.stdout
     assert "local_rank" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        (["a.yml", "b.yml"], ["a.yml", "b.yml"]),
+        (["--conf", "a.yml", "b.yml"], ["a.yml", "b.yml"]),
+        (["--local_rank=1", "-d", "configs", "a", "b.yml"], ["configs/a", "configs/b.yml"]),
+        (["--conf_dir", "x", "--conf", "a.yml", "--set", "train.seed=1"], ["x/a.yml"]),
+        (["a.yml", "--conf", "b.yml"], ["a.yml", "b.yml"]),
+    ],
+)
+def test_config_files_are_named_as_for_deepy_too(arguments, files):
+    _, parser, rest = parse(["train", *arguments])
+    assert conf_files(parser.parse_args(rest)) == files
+
+
+def test_positional_files_reach_the_run(tmp_path):
+    (tmp_path / "a.yml").write_text("model: {vocab_size: 10, hiden_size: 8}\n")
+    assert "hiden_size" in run("-d", str(tmp_path), "a").stderr
+    result = run("--set", "train.seed=1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error[2] no config file; where=argv; want=--conf FILE [FILE ...]; do=neox train --conf 1-3B.yml")
 
 
 def test_files_of_gpt_neox_train_as_they_are(tmp_path):
