@@ -9,8 +9,7 @@ namespace neox::data {
 
 namespace {
 
-constexpr int kDeepest = 64;        // nesting; deeper is left to the full parser
-constexpr int kLongestNumber = 17;  // characters; longer ones may not fit a double
+constexpr int kDeepest = 64;  // nesting; deeper is left to the full parser
 
 bool is_space(uint8_t c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 bool is_digit(uint8_t c) { return c >= '0' && c <= '9'; }
@@ -110,6 +109,10 @@ class LineParser {
                 return word("false");
             case 'n':
                 return word("null");
+            case 'N':
+                return word("NaN");  // this and Infinity as Python's json writes them
+            case 'I':
+                return word("Infinity");
             default:
                 return number();
         }
@@ -139,12 +142,14 @@ class LineParser {
         return at_ > first;
     }
 
+    // A number of any size: its value is not wanted.
     bool number() {
-        const uint8_t* const first = at_;
-        take('-');
+        if (take('-') && at_ < end_ && *at_ == 'I') return word("Infinity");
         if (!take('0') && !digits()) return false;
         if (take('.') && !digits()) return false;
-        return at_ - first <= kLongestNumber;  // an exponent is met by the caller, as a character that does not belong there
+        if (!take('e') && !take('E')) return true;
+        if (!take('+')) take('-');
+        return digits();
     }
 
     // The escape at `at_` as UTF-8: its bytes, or -1.

@@ -1,5 +1,5 @@
 // The text of a JSON line, for the lines that are beyond doubt. Whatever is unusual is left to the caller's full parser, which also
-// says what is wrong with it; what is accepted here, every JSON parser accepts.
+// says what is wrong with it. What is accepted here is JSON, with NaN and Infinity and numbers of any size, as Python's json writes and reads it.
 #pragma once
 
 #include <cstdint>

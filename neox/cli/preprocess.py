@@ -1,7 +1,8 @@
 """Turn text into an indexed dataset: OUT.bin (tokens), OUT.idx (documents), OUT.json (what made it, checksums).
 
---input takes files and folders. .jsonl, .ndjson and .json files hold one JSON object per line; any other file is one document.
-Each may be compressed (.gz, .zst). From folders, files that end in .jsonl or .txt are taken unless --suffix says otherwise.
+--input takes files and folders. .jsonl, .ndjson, .jl, .jsonlines and .json files hold one JSON object per line, and so does a file without a suffix
+whose first line is one; any other file is one document. --format sets it for all. Each may be compressed (.gz, .zst, .bz2, .xz). From folders, files
+of JSON lines and .txt files are taken unless --suffix names others; hidden ones are left out, linked ones followed, and a file is read once.
 
 --chat takes conversations instead, {"messages": [{"role": "user", "content": "..."}, ...]} per line, and also writes OUT_labels, which say what is to be
 learned: what the assistant says. --chat --pairs takes {"chosen": [...], "rejected": [...]} and writes OUT_chosen and OUT_rejected with theirs.
@@ -22,9 +23,10 @@ import orjson
 
 from neox.data.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoding, ChatSummary, find_template, preprocess_chat
 from neox.data.encode import Encoding
+from neox.data.inputs import FOLDER_SUFFIXES, FORMS, find_files
 from neox.data.preprocess import BAD_LINES, Summary, preprocess
-from neox.data.text import FOLDER_SUFFIXES, find_files
 from neox.errors import ConfigError
+from neox.files import printable
 
 LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=33554432:glibc.malloc.mmap_threshold=268435456"
 
@@ -32,7 +34,9 @@ LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=33554432:glibc.malloc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files and folders to read, in this order")
-    parser.add_argument("--suffix", action="append", metavar="S", help="files to take from folders, such as .py; may be repeated (default: .jsonl and .txt)")
+    parser.add_argument("--suffix", action="append", metavar="S", help="files to take from folders, such as .py; may be repeated (default: .txt, JSON lines)")
+    help_format = "how all files are read: jsonl, one JSON object per line; txt, one document per file (default: auto, by name and first line)"
+    parser.add_argument("--format", choices=FORMS, default="auto", help=help_format)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="`tokenizers` JSON file")
     parser.add_argument("--out", required=True, metavar="PREFIX", help="path of the dataset, without suffix")
     parser.add_argument("--json-key", metavar="KEY", help="key of the text in a JSON line (default: text; with --chat: messages)")
@@ -71,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             summary = preprocess_chat(files, args.out, chat_encoding(args), **options)
         else:
             summary = preprocess(files, args.out, text_encoding(args), resume=args.resume, **options)
+    summary.out = printable(summary.out)
     print(orjson.dumps(asdict(summary)).decode() if args.json else report(summary))
     return 0
 
@@ -84,7 +89,7 @@ def text_encoding(args: argparse.Namespace) -> Encoding:
     alone = [name for name in ("pairs", "last_only", "chat_template") if vars(args)[name]]
     if alone:
         raise ConfigError("option without --chat", where=f"--{alone[0].replace('_', '-')}", do="add --chat")
-    return Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key or "text", args.special_tokens == "text")
+    return Encoding(args.tokenizer, args.eod_token, args.append_eod, args.json_key or "text", args.special_tokens == "text", args.format)
 
 
 def chat_encoding(args: argparse.Namespace) -> ChatEncoding:

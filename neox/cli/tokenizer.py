@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import orjson
 
-from neox.data.text import FOLDER_SUFFIXES, Bad, find_files, parse, read_blocks
+from neox.data.inputs import FOLDER_SUFFIXES, FORMS, find_files
+from neox.data.text import Bad, parse, read_blocks
 from neox.data.tokenizer import EOD_NAMES, train_tokenizer
 from neox.errors import DataError
 
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train a tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files and folders to read (as in neox preprocess)")
-    train.add_argument("--suffix", action="append", metavar="S", help="files to take from folders; may be repeated (default: .jsonl and .txt)")
+    train.add_argument("--suffix", action="append", metavar="S", help="files to take from folders; may be repeated (default: JSON lines and .txt)")
+    train.add_argument("--format", choices=FORMS, default="auto", help="how all files are read, as in neox preprocess (default: auto)")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids wanted, the 256 bytes and end-of-document token included")
     train.add_argument("--out", required=True, metavar="FILE", help="tokenizer to write, a `tokenizers` JSON file")
     train.add_argument("--eod-token", default=EOD_NAMES[0], metavar="TOKEN", help="end-of-document token (default: <|endoftext|>)")
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if os.path.lexists(args.out) and not args.overwrite:
         raise DataError("tokenizer is there already", where=args.out, do="choose another --out, or pass --overwrite")
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
-    texts = documents(files, args.json_key, args.bad_lines)
+    texts = documents(files, args.json_key, args.bad_lines, args.format)
     tokenizer = train_tokenizer(
         texts, args.vocab_size, args.out, eod_token=args.eod_token, special_tokens=args.special_token, show_progress=sys.stderr.isatty()
     )
@@ -55,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def documents(files: Sequence[str], key: str, bad_lines: str) -> Iterator[str]:
+def documents(files: Sequence[str], key: str, bad_lines: str, form: str = "auto") -> Iterator[str]:
     """The documents of the files. Raises DataError at a bad line under "fail"."""
-    for block in read_blocks(files):
+    for block in read_blocks(files, form=form):
         for item in block:
             bad = [item] if isinstance(item, Bad) else []
             if not bad:

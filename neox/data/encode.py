@@ -38,6 +38,7 @@ class Encoding:
         append_eod: end each document with the end-of-document token.
         json_key: key of the text in a JSON line.
         specials_as_text: special tokens that occur in the text are encoded as text.
+        form: how files are read, see `neox.data.inputs.read_as_lines`.
     """
 
     tokenizer: str
@@ -45,6 +46,7 @@ class Encoding:
     append_eod: bool = True
     json_key: str = "text"
     specials_as_text: bool = False
+    form: str = "auto"
 
 
 @dataclass(frozen=True)

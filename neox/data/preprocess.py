@@ -86,7 +86,7 @@ def preprocess(
     block_bytes: int = BLOCK_BYTES,
     note_seconds: float = NOTE_SECONDS,
 ) -> Summary:
-    """Tokenize files (`neox.data.text.find_files`) into OUT.bin, OUT.idx and OUT.json.
+    """Tokenize files (`neox.data.inputs.find_files`) into OUT.bin, OUT.idx and OUT.json.
 
     Args:
         workers: threads that encode, or processes where the tokenizer needs the `tokenizers` library; 0: this one.
@@ -114,7 +114,7 @@ def preprocess(
         summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
         started -= summary.seconds
         first = done = 0 if before is None else before.blocks
-        blocks = encoded(islice(read_blocks(files, block_bytes), first, None), first, encoding, tokenizer, library, workers, summary)
+        blocks = encoded(islice(read_blocks(files, block_bytes, form=encoding.form), first, None), first, encoding, tokenizer, library, workers, summary)
         if before:
             take_up(out)
         made_by = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}

@@ -14,6 +14,7 @@ import orjson
 from neox.data.files import sync_folder
 from neox.data.text import Bad
 from neox.errors import DiskError
+from neox.files import printable
 
 
 class Quarantine:
@@ -96,4 +97,4 @@ class Quarantine:
 def record(bad: Bad) -> bytes:
     """One line of the quarantine file."""
     content = None if bad.content is None else base64.b64encode(bad.content).decode()
-    return orjson.dumps({"file": bad.path, "line": bad.line, "reason": bad.reason, "content_base64": content}, option=orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps({"file": printable(bad.path), "line": bad.line, "reason": bad.reason, "content_base64": content}, option=orjson.OPT_APPEND_NEWLINE)

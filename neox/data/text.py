@@ -1,29 +1,31 @@
-"""Reading of text corpora: JSON lines and text files, plain, gzip or zstd, in blocks of bounded size.
+"""Reading of text corpora: JSON lines and text files, plain or compressed, in blocks of bounded size.
 
-Nothing is lost with a bad line: what cannot be read becomes a `Bad` with file, line and reason, and reading goes on behind it.
+Nothing is lost with a bad line: what cannot be read becomes a `Bad` with file, line and reason, and reading continues behind it.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
-import os
+import json
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 import zstandard
 
 from neox.data._native import core
+from neox.data.inputs import codec_of, read_as_lines
 from neox.errors import DataError
+from neox.files import open_regular, printable
 
-FOLDER_SUFFIXES = (".jsonl", ".txt")  # files that are taken from a folder unless other suffixes are named
-LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")  # read as one JSON object per line; every other file is one document
-COMPRESSED = (".gz", ".zst")
 BLOCK_BYTES = 1 << 20
+START_BYTES = 1 << 16  # of a file, which may decide how it is read
 LONGEST_DOCUMENT = 1 << 28  # bytes of a line or text file that is still read
+LARGEST_WINDOW = 1 << 31  # bytes of a zstd window, as `zstd -d --long=31` takes it; memory that a file may ask for
 BOM = b"\xef\xbb\xbf"
 
 
@@ -48,7 +50,7 @@ class Bad:
     @property
     def where(self) -> str:
         """FILE:LINE, or FILE."""
-        return f"{self.path}:{self.line}" if self.line else self.path
+        return f"{printable(self.path)}:{self.line}" if self.line else printable(self.path)
 
 
 @dataclass(frozen=True)
@@ -60,63 +62,19 @@ class Parsed:
     blank: int
 
 
-def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES) -> list[str]:
-    """Files named directly, and those in named folders (at any depth, sorted) that end in one of `suffixes`, compressed or not.
-
-    Raises:
-        DataError: something named is not there, is no file or folder, or a folder has no such file.
-    """
-    files: list[str] = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            files += _files_of_folder(path, suffixes)
-        elif path.is_file():
-            files.append(name)
-        elif path.exists():
-            raise DataError("input is neither a file nor a folder", where=name)
-        else:
-            raise DataError("no such input", where=name, got="a dangling link" if path.is_symlink() else None, want="a file or a folder", do="check --input")
-    return files
-
-
-def _files_of_folder(folder: Path, suffixes: Sequence[str]) -> list[str]:
-    found, others = [], 0
-    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            if _plain_name(name).endswith(tuple(suffixes)) and os.path.isfile(path):
-                found.append(path)
-            else:
-                others += 1
-    if not found:
-        want = f"files that end in {', '.join(suffixes)} (also with {' or '.join(COMPRESSED)})"
-        raise DataError("folder has no input files", where=folder, got=f"{others} other files", want=want, do="name the suffix: --suffix .py")
-    return found
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise DataError("cannot read folder", where=error.filename, got=error.strerror) from error
-
-
-def _plain_name(path: str) -> str:
-    """The name without its compression suffix."""
-    stem, suffix = os.path.splitext(path)
-    return stem if suffix in COMPRESSED else path
-
-
-def read_blocks(files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: int = LONGEST_DOCUMENT) -> Iterator[list[Piece | Bad]]:
+def read_blocks(files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: int = LONGEST_DOCUMENT, form: str = "auto") -> Iterator[list[Piece | Bad]]:
     """Pieces and bad lines in order, gathered into blocks of about `block_bytes`. Memory: a block and the longest document.
 
+    Args:
+        form: "jsonl" or "txt" for all files; "auto": see `neox.data.inputs.read_as_lines`.
+
     Raises:
-        DataError: a file cannot be opened or read.
+        DataError: a file cannot be opened or read, or its name does not tell how it is to be read.
     """
     block: list[Piece | Bad] = []
     size = 0
     for path in files:
-        lines = _plain_name(path).endswith(LINES_SUFFIXES)
-        for item in _line_pieces(path, block_bytes, longest) if lines else _text_piece(path, block_bytes, longest):
+        for item in _pieces(path, block_bytes, longest, form):
             block.append(item)
             size += len(item.content or b"")
             if size >= block_bytes:
@@ -124,6 +82,28 @@ def read_blocks(files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: i
                 block, size = [], 0
     if block:
         yield block
+
+
+def _pieces(path: str, block_bytes: int, longest: int, form: str) -> Iterator[Piece | Bad]:
+    """The content of a file. Its start decides how it is read where the name does not."""
+    chunks = _chunks(path, block_bytes)
+    start: list[bytes] = []
+    size, damage = 0, None
+    try:
+        while size < START_BYTES and (chunk := next(chunks, b"")):
+            start.append(chunk)
+            size += len(chunk)
+    except _Damaged as error:
+        damage = error
+    read = _line_pieces if read_as_lines(path, b"".join(start)[:START_BYTES], form) else _text_piece
+    yield from read(path, _continued(start, damage, chunks), block_bytes, longest)
+
+
+def _continued(start: list[bytes], damage: _Damaged | None, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    yield from start
+    if damage is not None:
+        raise damage
+    yield from chunks
 
 
 def parse(piece: Piece, key: str) -> Parsed:
@@ -149,36 +129,84 @@ def parse(piece: Piece, key: str) -> Parsed:
 
 def parse_line(line: bytes, key: str) -> tuple[str, str | None]:
     """(text, None), or ("", what is wrong)."""
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return "", f"not JSON: {error}"
-    if not isinstance(value, dict):
-        return "", f"a JSON {type(value).__name__} and not an object"
+    value, reason = parse_object(line)
+    if reason is not None:
+        return "", reason
     if key not in value:
         return "", f"no key {key!r}"
     text = value[key]
-    return (text, None) if isinstance(text, str) else ("", f"key {key!r} is a {type(text).__name__} and not a string")
+    if not isinstance(text, str):
+        return "", f"key {key!r} is a {type(text).__name__} and not a string"
+    return (text, None) if is_unicode(text) else ("", LONE_SURROGATE)
+
+
+LONE_SURROGATE = "not JSON: a lone surrogate in the text"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which UTF-8 cannot write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_object(line: bytes) -> tuple[dict[str, Any], str | None]:
+    """The object of a JSON line and None, or ({}, what is wrong).
+
+    What Python's json writes beyond the standard is taken as well: NaN, Infinity, numbers of any size, escapes of lone surrogates.
+    """
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            value = PYTHON_JSON.decode(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            return {}, f"not JSON: {error}"
+    return (value, None) if isinstance(value, dict) else ({}, f"a JSON {type(value).__name__} and not an object")
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 20 else float(digits)  # int() refuses thousands of digits, and takes quadratic time
+
+
+PYTHON_JSON = json.JSONDecoder(parse_int=_integer)
 
 
 def _chunks(path: str, size: int) -> Iterator[bytes]:
-    """The decompressed content. Raises DataError when it cannot be opened, _Damaged when compressed data are damaged or cut short."""
+    """The decompressed content. Raises DataError when it cannot be opened, _Damaged when compressed data is damaged or cut short."""
+    codec = codec_of(path)
     try:
-        with open(path, "rb") as file:
-            if path.endswith(".zst"):
+        with open_regular(path) as file:
+            if codec == "zstd":
                 yield from _zstd_chunks(file)
             else:
-                source = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
-                while chunk := source.read1(size) if path.endswith(".gz") else source.read(size):
+                read = file.read if codec is None else DECOMPRESSORS[codec](file).read1
+                while chunk := read(size):
                     yield chunk
-    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        raise _Damaged(f"compressed data are damaged: {error}") from error
+    except (EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise _Damaged(damage_of(error)) from error
     except OSError as error:
+        if error.errno is None:  # how bz2 reports damage
+            raise _Damaged(damage_of(error)) from error
         raise DataError("cannot read input", where=path, got=error.strerror or error) from error
 
 
 class _Damaged(Exception):
-    """Compressed data end early or are not what they claim."""
+    """Compressed data ends early, is not what it claims, or asks for too much memory."""
+
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {"gzip": lambda file: gzip.GzipFile(fileobj=file), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
+
+
+def damage_of(error: Exception) -> str:
+    """Why compressed data cannot be read."""
+    if "too much memory" in str(error):
+        return f"zstd window is larger than {LARGEST_WINDOW} bytes: compress it with a window of at most --long=31"
+    if "memory" in str(error):
+        return f"not enough memory to decompress: {error}"
+    return f"compressed data are damaged: {error}"
 
 
 def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
@@ -186,7 +214,7 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
     frame = None
     while piece := file.read(1 << 13):  # small: a hostile frame expands by up to 16,000
         while piece:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
             yield frame.decompress(piece)
             piece = b""
             if frame.eof:
@@ -195,12 +223,12 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last frame is cut off")
 
 
-def _line_pieces(path: str, block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
+def _line_pieces(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
     """Cut a JSON-lines file at line ends. A line longer than `longest` is passed over without being kept."""
     parts: list[memoryview] = []  # what was read since the last piece; copied once, into the next one
     size, line, skipping = 0, 1, False
     try:
-        for chunk in _chunks(path, block_bytes):
+        for chunk in chunks:
             if line == 1 and not size and not skipping:
                 chunk = chunk.removeprefix(BOM)
             if skipping:
@@ -234,10 +262,10 @@ def _line_pieces(path: str, block_bytes: int, longest: int) -> Iterator[Piece | 
         yield Piece(path, line, b"".join(parts))
 
 
-def _text_piece(path: str, block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
+def _text_piece(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
     content = bytearray()
     try:
-        for chunk in _chunks(path, block_bytes):
+        for chunk in chunks:
             content += chunk
             if len(content) > longest:
                 yield Bad(path, 0, f"file is longer than {longest} bytes", None)

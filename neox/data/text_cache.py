@@ -14,8 +14,8 @@ from neox.data._native import core
 from neox.data.encode import Encoding
 from neox.data.index_cache import locked
 from neox.data.indexed import IndexedDataset
+from neox.data.inputs import find_files
 from neox.data.preprocess import preprocess
-from neox.data.text import find_files
 from neox.data.tokenizer import file_hash
 from neox.errors import DataError, DiskError
 

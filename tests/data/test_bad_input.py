@@ -66,6 +66,21 @@ CORPORA: dict[str, tuple[bytes, list[str], dict[int, str], int, int]] = {
     "empty documents": (between(b'{"text": ""}', b"", b"   ", b'{"text": "b"}', b'{"text": ""}'), ["b"], {}, 2, 2),
     "a key twice": (between(b'{"text": 1, "text": "b"}', b'{"text": "a", "text": 1}'), ["b"], {3: "key 'text' is a int"}, 0, 0),
     "no string, no object": (between(b'{"text": null}', b'{"text": "b"}', b"7"), ["b"], {2: "key 'text' is a NoneType", 4: "a JSON int"}, 0, 0),
+    "as Python writes it": (
+        between(
+            b'{"text": "nan", "score": NaN}',
+            b'{"x": [Infinity, -Infinity], "text": "infinity"}',
+            b'{"text": "exponent", "x": 1e999, "y": -1.5E-7}',
+            b'{"n": ' + b"9" * 10_000 + b', "text": "digits"}',
+            b'{"other": "\\ud800", "text": "surrogate elsewhere"}',
+            b'{"other": "\\ud800", "text": NaN}',
+            b'{"text": nan}',
+        ),
+        ["nan", "infinity", "exponent", "digits", "surrogate elsewhere"],
+        {7: "key 'text' is a float", 8: "not JSON"},
+        0,
+        0,
+    ),
     "no line end": (between(b'{"text": "b"}')[:-1], ["b"], {}, 0, 0),
 }  # fmt: skip
 

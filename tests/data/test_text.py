@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
 from pathlib import Path
 
@@ -10,8 +12,15 @@ import orjson
 import pytest
 import zstandard
 
-from neox.data.text import Bad, Piece, find_files, parse, read_blocks
-from neox.errors import DataError
+from neox.data.inputs import find_files
+from neox.data.text import Bad, Piece, parse, read_blocks
+
+PACK = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".bz2": lambda content: bz2.compress(content, 1),
+    ".xz": lzma.compress,
+}
 
 
 def documents(path: Path, key: str = "text", **limits: int) -> tuple[list[str], list[tuple[int, str]], int]:
@@ -33,7 +42,7 @@ def documents(path: Path, key: str = "text", **limits: int) -> tuple[list[str], 
     ("line", "reason"),
     [
         (b'{"text": "\xff"}', "not JSON: str is not valid UTF-8"),
-        (b'{"text": "\\ud800"}', "not JSON: no low surrogate"),
+        (b'{"text": "\\ud800"}', "not JSON: a lone surrogate in the text"),
         (b'{"text": "a"', "not JSON"),
         (b'{"other": "a"}', "no key 'text'"),
         (b'{"text": 5}', "key 'text' is a int and not a string"),
@@ -69,12 +78,12 @@ def test_good_oddities_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 7, 64, 1000, 1 << 20])
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 def test_blocks_and_compression_change_nothing(tmp_path, block_bytes, suffix):
     lines = [f"{'x' * (i * 37 % 200)} {i}" for i in range(100)]
     content = b"".join(orjson.dumps({"text": line}) + b"\n" for line in lines)
     content = content.replace(orjson.dumps({"text": lines[40]}), b"{bad}")
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    pack = {**PACK, "": bytes}[suffix]
     path = tmp_path / f"f.jsonl{suffix}"
     path.write_bytes(pack(content[:1500]) + pack(content[1500:]))  # two members, two frames
     texts, bad, blank = documents(path, block_bytes=block_bytes)
@@ -82,12 +91,12 @@ def test_blocks_and_compression_change_nothing(tmp_path, block_bytes, suffix):
     assert [line for line, _ in bad] == [41]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped"])
 def test_damaged_compression_keeps_what_came_before(tmp_path, suffix, damage):
     lines = [f"{os.urandom(40).hex()} {i}" for i in range(5000)]
     content = b"".join(orjson.dumps({"text": line}) + b"\n" for line in lines)
-    packed = bytearray({".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}[suffix](content))
+    packed = bytearray(PACK[suffix](content))
     if damage == "truncated":
         packed = packed[:-1000]
     elif damage == "garbage":
@@ -129,27 +138,24 @@ def test_small_files_share_blocks(tmp_path):
     assert [len(block) for block in blocks] == [10] * 5
 
 
-def test_folders_are_walked_in_order_by_suffix(tmp_path):
-    for name in ("b/2.jsonl.zst", "b/1.txt", "a/x.py", "c.jsonl", "a/y.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "d.txt").symlink_to(tmp_path / "b" / "1.txt")
-    names = [Path(path).relative_to(tmp_path).as_posix() for path in find_files([str(tmp_path)])]
-    assert names == ["c.jsonl", "d.txt", "b/1.txt", "b/2.jsonl.zst"]
-    assert find_files([str(tmp_path / "a" / "y.md"), str(tmp_path)], (".py",)) == [str(tmp_path / "a" / "y.md"), str(tmp_path / "a" / "x.py")]
+def zstd_frame(window_log: int, content: bytes) -> bytes:
+    """A frame of one raw block that asks for a window of 2^window_log bytes."""
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + block
 
 
-def test_inputs_that_are_not_there(tmp_path):
-    (tmp_path / "a.py").write_text("")
-    with pytest.raises(DataError, match=r"folder has no input files; .*got=1 other files; want=files that end in \.jsonl, \.txt.*--suffix"):
-        find_files([str(tmp_path)])
-    with pytest.raises(DataError, match="no such input; where=nowhere"):
-        find_files(["nowhere"])
-    (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"no such input; .*got=a dangling link"):
-        find_files([str(tmp_path / "link")])
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(DataError, match="neither a file nor a folder"):
-        find_files([str(tmp_path / "fifo")])
-    with pytest.raises(DataError, match=r"cannot read input; where=.*gone\.txt; got=No such file"):
-        list(read_blocks([str(tmp_path / "gone.txt")]))
+def test_zstd_windows_up_to_two_gigabytes_are_read_and_larger_ones_named(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstd_frame(31, b'{"text": "far"}\n'))
+    assert documents(path) == (["far"], [], 0)
+    path.write_bytes(zstd_frame(32, b'{"text": "too far"}\n'))
+    texts, bad, _ = documents(path)
+    assert texts == [] and bad[0][1].startswith("zstd window is larger than 2147483648 bytes")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    Path(path).write_bytes(b"{bad}\n")
+    ((piece,),) = read_blocks([path])
+    (bad,) = parse(piece, "text").bad
+    assert bad.where == f"{tmp_path}/caf\\xe9.jsonl:1"
