@@ -8,6 +8,8 @@ import stat
 from errno import EFBIG, EINVAL, EISDIR
 from typing import Any, BinaryIO
 
+import orjson
+
 LARGEST_FILE = 1 << 28  # bytes of a tokenizer, index of shards, or list of prompts; published tokenizers are below 40 MB
 LARGEST_CONFIG = 1 << 24  # bytes of a config, template or manifest
 
@@ -87,6 +89,22 @@ def printable(path: str | os.PathLike[str]) -> str:
         return text
     except UnicodeEncodeError:
         return "".join(map(_printable_letter, text))
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, for output; names that are not UTF-8 as `printable` writes them."""
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        return orjson.dumps(_printable_value(value)).decode()
+
+
+def _printable_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_printable_value(key): _printable_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable_value(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _printable_letter(letter: str) -> str:

@@ -17,7 +17,6 @@ from functools import partial
 from itertools import combinations
 
 import numpy as np
-import orjson
 
 from neox.config.load import load_config
 from neox.data.builder import documents_of_parts
@@ -25,6 +24,7 @@ from neox.data.indexed import IndexedDataset, IndexedWriter
 from neox.data.survey import Documents, duplicates, histogram, overlap, survey
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
+from neox.files import json_line
 
 SCANNED_BYTES = 1 << 30  # of .bin: a larger one is read only where --scan asks for it
 SHOWN_CHARACTERS = 200
@@ -92,7 +92,7 @@ def run_of_run(name: str, args: argparse.Namespace) -> int:
 def show(result: dict[str, object], as_json: bool) -> None:
     """Print a result: as one JSON object, or a line per entry."""
     if as_json:
-        print(orjson.dumps(result).decode())
+        print(json_line(result))
         return
     for name, value in result.items():
         if name == "histogram":
@@ -182,7 +182,7 @@ def run_verify(args: argparse.Namespace) -> int:
     for result in results if not args.json else []:
         print(f"{result['prefix']}: {result['state']}")
     if args.json:
-        print(orjson.dumps(results).decode())
+        print(json_line(results))
     bad = [error for _, error in checked if error is not None]
     if bad:
         raise bad[0]
@@ -230,7 +230,7 @@ def run_overlap(args: argparse.Namespace) -> int:
         print(f"{result['documents']:,} of {result['of']:,} documents of {result['from']} ({result['tokens']:,} tokens) are in {result['in']}")
         print(*(f"  {example}" for example in result["examples"]), sep="\n", end="\n" if result["examples"] else "")
     if args.json:
-        print(orjson.dumps(results).decode())
+        print(json_line(results))
     found = [result for result in results if result["documents"]]
     if found:
         got, do = f"{found[0]['documents']:,} of {found[0]['of']:,} documents", "take them out of one of the two before preprocessing"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import orjson
-
 from neox.checkpoint.retention import scan
 from neox.config.validate import data_parallel_size
 from neox.data.which import Layout, RunData
 from neox.errors import ConfigError
+from neox.files import json_line
 
 
 def run_which(args: argparse.Namespace) -> int:
@@ -34,7 +33,7 @@ def show_step(args: argparse.Namespace, data: RunData) -> None:
         rows = [row for row in rows if row.dp_rank == layout.dp_rank(args.rank)]
     if args.json:
         found = [{**vars(row), "pieces": [piece._asdict() for piece in row.pieces]} for row in rows]
-        print(orjson.dumps({"step": args.step, "rows": found}).decode())
+        print(json_line({"step": args.step, "rows": found}))
         return
     first, last = data.span(args.step)
     print(f"step {args.step}: samples {first:,} to {last - 1:,}")
@@ -53,7 +52,7 @@ def show_document(args: argparse.Namespace, data: RunData) -> None:
     steps = data.steps_of(source, args.document)
     if args.json:
         found = [{"step": step, "samples": samples} for step, samples in steps]
-        print(orjson.dumps({"source": source, "document": args.document, "steps": found}).decode())
+        print(json_line({"source": source, "document": args.document, "steps": found}))
         return
     print(f"{source} document {args.document:,}: {'no step' if not steps else f'{len(steps):,} steps'} of {data.last_step:,} saw it")
     for step, samples in steps:
@@ -70,7 +69,7 @@ def run_seen(args: argparse.Namespace) -> int:
         counts = {manifest.step: manifest.state["consumed"] for manifest in manifests if "consumed" in manifest.state}
     rows = [{"step": step, "samples": samples, "sources": [seen._asdict() for seen in data.dataset.seen(samples)]} for step, samples in counts.items()]
     if args.json:
-        print(orjson.dumps(rows).decode())
+        print(json_line(rows))
         return 0
     for row in rows:
         print(f"step {row['step']}: {row['samples']:,} samples")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
@@ -106,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"neox {__version__}")
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8, and the terminal may take less than that
     code = 0
     try:
         _, parser, rest = parse(argv)

@@ -2,7 +2,7 @@
 
 --input takes files and folders. .jsonl, .ndjson, .jl, .jsonlines and .json files hold one JSON object per line, and so does a file without a suffix
 whose first line is one; any other file is one document. --format sets it for all. Each may be compressed (.gz, .zst, .bz2, .xz). From folders, files
-of JSON lines and .txt files are taken unless --suffix names others; hidden ones are left out, linked ones followed, and a file is read once.
+of JSON lines (a plain .json is not taken) and .txt files are, unless --suffix names others; hidden ones are left out, and a file is read once.
 
 --chat takes conversations instead, {"messages": [{"role": "user", "content": "..."}, ...]} per line, and also writes OUT_labels, which say what is to be
 learned: what the assistant says. --chat --pairs takes {"chosen": [...], "rejected": [...]} and writes OUT_chosen and OUT_rejected with theirs.
@@ -19,14 +19,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
-import orjson
-
 from neox.data.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoding, ChatSummary, find_template, preprocess_chat
 from neox.data.encode import Encoding
 from neox.data.inputs import FOLDER_SUFFIXES, FORMS, find_files
 from neox.data.preprocess import BAD_LINES, Summary, preprocess
 from neox.errors import ConfigError
-from neox.files import printable
+from neox.files import json_line
 
 LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=33554432:glibc.malloc.mmap_threshold=268435456"
 
@@ -75,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
             summary = preprocess_chat(files, args.out, chat_encoding(args), **options)
         else:
             summary = preprocess(files, args.out, text_encoding(args), resume=args.resume, **options)
-    summary.out = printable(summary.out)
-    print(orjson.dumps(asdict(summary)).decode() if args.json else report(summary))
+    print(json_line(asdict(summary)) if args.json else report(summary))
     return 0
 
 

@@ -12,12 +12,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-import orjson
-
 from neox.data.inputs import FOLDER_SUFFIXES, FORMS, find_files
 from neox.data.text import Bad, parse, read_blocks
 from neox.data.tokenizer import EOD_NAMES, train_tokenizer
 from neox.errors import DataError
+from neox.files import json_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     )
     result = {"out": args.out, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "hash": tokenizer.hash, "files": len(files)}
     if args.json:
-        print(orjson.dumps(result).decode())
+        print(json_line(result))
     else:
         print(f"{args.out}: {tokenizer.vocab_size:,} tokens from {len(files):,} files, {tokenizer.eod_token} is {tokenizer.eod_id}")
         if tokenizer.vocab_size < args.vocab_size:

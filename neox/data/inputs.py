@@ -15,8 +15,9 @@ from neox.errors import DataError
 from neox.files import printable
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jl", ".jsonlines", ".json")  # one JSON object per line
-FOLDER_SUFFIXES = (*LINES_SUFFIXES, ".txt")  # files that are taken from a folder unless other suffixes are named
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
+# Files that are taken from a folder unless other suffixes are named. A plain .json there is more often a tokenizer or a description of the data.
+FOLDER_SUFFIXES = (".jsonl", ".txt", ".ndjson", ".jl", ".jsonlines", *(f".json{codec}" for codec in CODECS))
 FORMS = ("auto", "jsonl", "txt")
 NAMED = 3  # files that a notice names
 

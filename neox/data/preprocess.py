@@ -111,7 +111,7 @@ def preprocess(
         before = notes.read() if resume else None
         if resume and before is None and (whole := finished(out, origin.source, files)) is not None:
             return Summary(out, dtype, documents=whole.num_documents, tokens=whole.num_tokens, **{key: whole.source[key] for key in SOURCE_FIELDS})
-        summary = Summary(out, dtype, len(files)) if before is None else Summary(**before.summary)
+        summary = Summary(out, dtype, len(files)) if before is None else Summary(**{**before.summary, "out": out})
         started -= summary.seconds
         first = done = 0 if before is None else before.blocks
         blocks = encoded(islice(read_blocks(files, block_bytes, form=encoding.form), first, None), first, encoding, tokenizer, library, workers, summary)

@@ -16,7 +16,7 @@ from neox.data.files import sync_folder, write_durably
 from neox.data.indexed import IndexedDataset
 from neox.data.sidecar import Sidecar
 from neox.errors import DataError
-from neox.files import printable, read_bytes
+from neox.files import json_line, printable, read_bytes
 
 FORMAT = "neox.progress"
 VERSION = 1
@@ -56,7 +56,7 @@ class ProgressFile:
     def note(self, progress: Progress) -> None:
         """Write the progress durably. Raises DiskError."""
         content = {"format": FORMAT, "version": VERSION, "identity": self._origin.identity, **asdict(progress)}
-        write_durably(self.path, orjson.dumps(content, option=orjson.OPT_INDENT_2))
+        write_durably(self.path, json_line(content).encode())
         self._noted = time.monotonic()
 
     def read(self) -> Progress | None:

@@ -18,6 +18,7 @@ from neox.data.inputs import find_files
 from neox.data.preprocess import preprocess
 from neox.data.tokenizer import file_hash
 from neox.errors import DataError, DiskError
+from neox.files import printable
 
 log = logging.getLogger("neox.data")
 
@@ -55,7 +56,7 @@ def text_key(files: Sequence[str], tokenizer: str, eod_token: str | None) -> str
     Raises:
         DataError: a file cannot be read.
     """
-    content = [["".join(Path(file).suffixes[-2:]), os.path.getsize(file), f"{core.file_checksum(os.fsencode(file)):016x}"] for file in files]
+    content = [[printable("".join(Path(file).suffixes[-2:])), os.path.getsize(file), f"{core.file_checksum(os.fsencode(file)):016x}"] for file in files]
     return hashlib.sha256(orjson.dumps(["neox-text-1", content, file_hash(tokenizer), eod_token])).hexdigest()[:24]
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +32,6 @@ def test_summary_in_words_and_json(corpus, capsys):
     assert call(corpus, "--bad-lines", "skip") == 0
     printed = capsys.readouterr()
     assert "2 documents" in printed.out and "1 bad, 0 blank, 0 empty" in printed.out and "a.jsonl:3: not JSON" in printed.out
-    assert printed.err == ""
     assert call(corpus, "--bad-lines", "skip", "--json", "--overwrite", "--suffix", ".py", "--suffix", ".jsonl") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["documents"], summary["files"], summary["bad_lines"]) == (3, 2, 1)
@@ -52,6 +55,42 @@ def test_bad_options(corpus, capsys):
     assert "error[2] bad number of workers; where=--workers; got=-1" in capsys.readouterr().err
     assert call(corpus, "--suffix", ".md") == 3
     assert "folder has no input files" in capsys.readouterr().err
+
+
+def test_file_names_that_are_not_utf8_go_through_every_output(corpus, capfd):
+    folder = os.fsencode(corpus) + b"/caf\xe9"
+    os.mkdir(folder)
+    Path(os.fsdecode(folder + b"/caf\xe9.jsonl")).write_text('{"text": "one"}\n{oops}\n')
+    name = os.fsdecode(folder)
+    options = ["--tokenizer", str(corpus / "t.json"), "--workers", "0", "--input", name, "--out", f"{name}/out", "--resume"]
+    for more in (["--bad-lines", "quarantine", "--json"], ["--bad-lines", "skip", "--overwrite"]):
+        assert main(["preprocess", *options, *more]) == 0
+        printed = capfd.readouterr().out
+        assert "caf\\xe9.jsonl:2" in (json.loads(printed)["bad_examples"][0]["where"] if printed.startswith("{") else printed)
+    (kept,) = Path(f"{name}/out.quarantine.jsonl").read_text().splitlines()
+    assert json.loads(kept)["file"].endswith("caf\\xe9/caf\\xe9.jsonl")
+    assert main(["preprocess", *options, "--overwrite"]) == 3
+    assert "caf\\xe9.jsonl:2; got=not JSON" in capfd.readouterr().err
+    assert main(["data", "inspect", f"{name}/out", "--json"]) == 0 and main(["data", "inspect", f"{name}/out"]) == 0
+
+
+def test_input_that_is_read_once_or_left_out_is_reported(corpus, capfd):
+    command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--input", str(corpus / "in"), str(corpus / "in" / "a.jsonl"), "--bad-lines", "skip"]
+    done = subprocess.run([*command, "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0"], capture_output=True, text=True)
+    assert done.returncode == 0 and "2 documents" in done.stdout
+    assert "left out of folders: 1 files with other suffixes (.py 1)" in done.stderr and "reached twice, read once: " in done.stderr
+
+
+def test_the_form_of_the_input_can_be_named(corpus, capsys):
+    path = corpus / "lines.txt"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    common = ["preprocess", "--input", str(path), "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0", "--json"]
+    assert main(common) == 3
+    assert "file may be JSON lines or one document" in capsys.readouterr().err
+    for form, documents in (("jsonl", 2), ("txt", 1)):
+        assert main([*common, "--format", form, "--overwrite"]) == 0
+        assert json.loads(capsys.readouterr().out)["documents"] == documents
+    assert main(["tokenizer", "train", "--input", str(path), "--format", "jsonl", "--vocab-size", "300", "--out", str(corpus / "u.json")]) == 0
 
 
 def test_help_has_an_example(capsys):

@@ -55,12 +55,16 @@ def test_json_lines_are_known_by_name_in_any_case_or_by_their_first_line(tmp_pat
     assert texts(tmp_path, name) == ["a", "b"]
 
 
-def test_a_folder_gives_json_lines_under_all_their_names(tmp_path):
+def test_a_folder_gives_json_lines_under_all_their_names(tmp_path, caplog):
     names = ["a.jsonl", "b.json.gz", "c.ndjson", "d.JSONL", "e.jl", "f.jsonlines", "g.TXT"]
     for name in names:
         content = json.dumps({"text": name}).encode() + b"\n"
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else name.encode() if name.endswith("TXT") else content)
+    (tmp_path / "tokenizer.json").write_text("{}")  # not data
     assert texts(tmp_path) == sorted(names)
+    with caplog.at_level(logging.WARNING):
+        find_files([str(tmp_path)])
+    assert "1 files with other suffixes (.json 1)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.txt", "a.txt", "a.py", "a.txt.gz"])
