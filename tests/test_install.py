@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from neox.cli.main import main
-from neox.config.load import SHARED_FILES
-
 ROOT = Path(__file__).resolve().parent.parent
 ISOLATED = ("setuptools", "pybind11")  # what pip puts into the build environment and setup.py imports first
 
@@ -56,17 +53,6 @@ def test_a_wheel_holds_presets_and_launch_files(tmp_path):
         assert shown.returncode == 0, shown.stderr
         assert str(share / "configs") in shown.stdout or "train.py" in shown.stdout
     assert (tmp_path / "away" / "mine" / "launch" / "slurm.sh").read_bytes() == (ROOT / "launch" / "slurm.sh").read_bytes()
-
-
-def test_init_writes_the_files_and_leaves_those_that_exist(tmp_path, capsys):
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "slurm.sh").write_text("mine")
-    assert main(["init", str(tmp_path)]) == 0
-    assert (tmp_path / "train.py").read_bytes() == (SHARED_FILES / "train.py").read_bytes()
-    assert (tmp_path / "launch" / "slurm.sh").read_text() == "mine"
-    assert "slurm.sh: exists, left as it is" in capsys.readouterr().err
-    assert main(["init", str(tmp_path / "train.py")]) == 2
-    assert "not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["plain", "a b ü"])

@@ -28,6 +28,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 SHARED_FILES = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
 PRESETS = SHARED_FILES / "configs"
 MAX_INCLUDES = 64  # files of one config
+SECTION_TYPES = ("model_type", "model_attributes_type")  # pydantic's names of "not a section"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Layers:
         if path and path[0] != "deepspeed":
             path = tuple(part.replace("-", "_") for part in path)
         if not equals or not all(path):
-            self.problems.append(ConfigError("cannot read an override", where="--set", got=brief(text), want="section.key=value"))
+            do = "join key, = and value to one word, without spaces: --set train.train_iters=1000"
+            self.problems.append(ConfigError("cannot read an override", where="--set", got=brief(text), want="section.key=value", do=do))
             return
         parsed = self._override_value(text, value.strip())
         if parsed is not None:
@@ -314,12 +316,14 @@ def schema_problem(detail: dict[str, Any], key: str, place: str) -> ConfigError:
         return ConfigError("key is missing", where="model.vocab_size", want="the number of token ids", do="set model.vocab_size or tokenizer.file")
     if detail["type"] == "missing":
         return ConfigError("key is missing", where=place, want=key)
-    return ConfigError("bad value", where=place, got=brief(detail["input"]), want=rule(detail))
+    no_space = detail["type"] in SECTION_TYPES and isinstance(detail["input"], str) and ":" in detail["input"]
+    do = "put a space after the colon of each key below it" if no_space else None
+    return ConfigError("bad value", where=place, got=brief(detail["input"]), want=rule(detail), do=do)
 
 
 def rule(detail: dict[str, Any]) -> str:
     """pydantic's reason as a rule: `Input should be greater than 0` -> `greater than 0`."""
-    if detail["type"] in ("model_type", "model_attributes_type"):
+    if detail["type"] in SECTION_TYPES:
         return "a section: keys below it, indented"
     if detail["type"] == "tuple_type":
         return "a list"

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from neox.config.problems import brief
+from neox.config.syntax import advice
 from neox.errors import ConfigError
 
 MAX_BYTES = 1 << 20  # a config larger than this is a mistake or an attack
@@ -81,7 +82,7 @@ class Reader:
         try:
             root = yaml.compose(text, Loader=CoreLoader)
         except yaml.YAMLError as error:
-            self.problems.append(self._syntax_problem(error))
+            self.problems.append(self._syntax_problem(error, text))
             return []
         except RecursionError:
             self.problems.append(ConfigError("nested too deeply", where=self.source, want=f"at most {MAX_DEPTH} levels"))
@@ -101,14 +102,10 @@ class Reader:
     def _problem(self, what: str, node: yaml.Node, path: tuple = (), *, got: object = None, want: object = None, do: object = None) -> None:
         self.problems.append(ConfigError(what, where=self._where(node, path), got=got, want=want, do=do))
 
-    def _syntax_problem(self, error: yaml.YAMLError) -> ConfigError:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        where = self.source if mark is None else f"{self.source}:{mark.line + 1}"
-        detail = error.problem if isinstance(error, yaml.MarkedYAMLError) and error.problem else str(error)
-        do = "indent with spaces: YAML allows no tabs there" if "'\\t'" in detail else None
-        if detail.startswith("expected ',' or"):
-            do = "end the line before with a comma"
-        return ConfigError("not YAML", where=where, got=detail, do=do)
+    def _syntax_problem(self, error: yaml.YAMLError, text: str) -> ConfigError:
+        if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+            return ConfigError("not YAML", where=self.source, got=str(error))
+        return ConfigError("not YAML", where=f"{self.source}:{error.problem_mark.line + 1}", got=error.problem, do=advice(error, text))
 
     def _too_large(self, node: yaml.Node, path: tuple) -> bool:
         """Count a visited node; True (with one problem) once a limit is passed."""

@@ -83,7 +83,8 @@ def positions(config: Config, _: Situation) -> Iterator[Conflict]:
                 yield Conflict("rotary option without rotary positions", (f"model.{name}", "model.position_embedding"), "position_embedding: rotary")
     if model.position_embedding in ("rotary", "learned") and config.data.seq_length > model.max_position_embeddings:
         keys = ("data.seq_length", "model.max_position_embeddings")
-        yield Conflict("samples are longer than the positions", keys, "seq_length at most max_position_embeddings")
+        do = f"set model.max_position_embeddings to {config.data.seq_length} for a new model, or data.seq_length to {model.max_position_embeddings}"
+        yield Conflict("data.seq_length exceeds model.max_position_embeddings", keys, "seq_length at most max_position_embeddings", do)
 
 
 def rope_scaling(config: Config, _: Situation) -> Iterator[Conflict]:

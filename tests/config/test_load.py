@@ -121,6 +121,12 @@ def test_the_lock_loads_as_the_same_config(write):
     assert config.data.train[1].path == "1e-4"
 
 
+def test_a_section_without_spaces_after_its_colons(write):
+    write("bad.yml", "model:\n  num_layers:2\n  hidden_size:8\n")
+    (line,) = refusal("bad.yml")
+    assert "bad.yml:2 model" in line and line.endswith("do=put a space after the colon of each key below it")
+
+
 def test_the_lock_may_include_nothing():
     with pytest.raises(ConfigError, match="bad include; where=<text>:1 include"):
         loads("include: other.yml\n" + MINIMAL)
@@ -135,7 +141,7 @@ def test_all_problems_at_once_each_with_its_place(write):
     expected = [
         ("not YAML", "broken.yml:1"),
         ("no such config file", "gone.yml"),
-        ("cannot read an override", "oops"),
+        ("cannot read an override", "oops", "join key, = and value to one word"),
         ("unknown key", "bad.yml:3 model.hiden_size", "did you mean model.hidden_size?"),
         ("bad value", "bad.yml:4 model.num_layers", "got=1.0", "want=integer, such as 1"),
         ("unknown key", "bad.yml:6 train.lr", "did you mean optimizer.lr?"),
