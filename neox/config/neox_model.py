@@ -15,6 +15,7 @@ from neox.config.vocabulary import tokenizer_vocab_size
 
 GPT2_IDS, NEOX_20B_IDS = 50257, 50277
 ACTIVATIONS = {"relu": "relu", "silu": "silu", "swish": "silu", "geglu": "geglu", "reglu": "reglu", "swiglu": "swiglu"}
+NO_ATTENTION = "with gpt_j_residual and an MLP without biases GPT-NeoX leaves the attention out of the sum"
 INITS = ("normal", "scaled_normal", "small_init", "wang_init")
 # (hidden_size, num_layers, num_kv_heads) of published models -> name, real width: some of upstream's files build another one
 PUBLISHED_WIDTHS = {
@@ -40,6 +41,14 @@ def residual(work: Translation) -> None:
         work.note("no effect without gpt_j_residual, as upstream", "gpt_j_tied")
         shared = False
     work.set("model.shared_residual_norm", shared, "gpt_j_tied")
+    if work.value("gpt_j_residual") and not work.value("use_bias_in_mlp"):
+        work.refuse(
+            "gpt_j_residual",
+            NO_ATTENTION,
+            want="use_bias_in_mlp: true, or gpt_j_residual: false",
+            do="--set model.parallel_residual=true to train another model than GPT-NeoX would: one with the attention",
+            decides="model.parallel_residual",
+        )
     work.set("model.tie_embeddings", not work.value("no_weight_tying"), "no_weight_tying")
 
 

@@ -174,6 +174,16 @@ def checkpoints(work: Translation) -> None:
         work.note("resumes this checkpoint of ours; make it from an upstream one by `neox import`", "load")
 
 
+def evaluation(work: Translation) -> None:
+    """How often, over how many batches; upstream does not evaluate where there are none."""
+    iters = work.number("eval_iters")
+    if iters == 0:
+        work.set("evaluate.interval", 0, "eval_iters")
+        return
+    work.set("evaluate.interval", work.value("eval_interval"), "eval_interval")
+    work.set("evaluate.iters", iters, "eval_iters")
+
+
 def profile(work: Translation) -> None:
     """A window of steps, the last one not included."""
     start, stop = work.number("profile_step_start"), work.number("profile_step_stop")
@@ -266,4 +276,4 @@ def deepspeed(work: Translation) -> None:
             work.set(f"deepspeed.{name}", value, raw[name])
 
 
-STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, profile, services, data, deepspeed)
+STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, evaluation, profile, services, data, deepspeed)

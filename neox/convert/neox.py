@@ -1,8 +1,9 @@
 """Checkpoints of GPT-NeoX itself, at any tensor-parallel size, in either of its layouts.
 
 `layer_LL-model_TT-model_states.pt`: one file per layer and tensor rank (0 embedding, 2.. blocks, then final norm and output);
-`mp_rank_TT_model_states.pt`: everything of a rank, keys `sequential.LL.*`. Both are pickles, read with weights_only, here and nowhere
-else. Column-parallel matrices are cut along rows, row-parallel ones along columns, whose biases every rank holds whole.
+`mp_rank_TT_model_states.pt`: everything of a rank, keys `sequential.LL.*`. Both are pickles. Column-parallel matrices are cut along rows,
+row-parallel ones along columns. Every rank holds the row-parallel biases and the norms in full. With gpt_j_residual each rank adds its own
+biases before the one all-reduce of a block, so the model's bias is their sum over the ranks; otherwise every rank adds the same bias once.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from typing import Any
 
 import torch
 
+from neox.config.neox_model import NO_ATTENTION
 from neox.config.schema import ModelConfig
 from neox.convert.families import join_qkv
+from neox.convert.pickles import read_pickle
 from neox.convert.source import Source
 from neox.convert.state import State, check_ranks, named_tensors
 from neox.errors import CheckpointError
-from neox.files import read_bytes, require_regular
+from neox.files import read_bytes
+from neox.model.positional import alibi_slopes
 from neox.model.stages import logical_shapes
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 STEP_FOLDER = re.compile(r"global_step(\d+)$")
 NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$|_extra_state$")
+SLOPES = "attention.alibi_embed.slopes"
 FIRST_BLOCK = 2  # layer 1 has no parameters
 
 
@@ -51,20 +56,6 @@ def step_folder(folder: Path) -> Path | None:
 def _has_files(folder: Path) -> bool:
     """Whether a folder itself holds the files of a step."""
     return folder.is_dir() and any(LAYER_FILE.match(path.name) or RANK_FILE.match(path.name) for path in folder.iterdir())
-
-
-def read_state(path: Path) -> Any:
-    """The content of a pickle that may hold tensors and plain values only.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    try:
-        require_regular(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch lets the unpickler's own errors through
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError("file cannot be read", where=path, got=first, want="tensors and plain values", do="copy it again, or save it anew") from error
 
 
 class Layers:
@@ -109,7 +100,7 @@ class Layers:
             paths = [self._files.get((layer, rank)) for rank in range(self.tp)]
             if None in paths:
                 raise CheckpointError("layer is missing", where=f"layer_{layer:02d}", got=f"layers {self.numbers()}")
-            states = [_parameters(read_state(path), path) for path in paths]
+            states = [_parameters(read_pickle(path), path) for path in paths]
             check_ranks(states, f"layer_{layer:02d}")
             self._kept = (layer, states)
         return self._kept[1]
@@ -119,7 +110,7 @@ class Layers:
             self._whole = []
             for rank in range(self.tp):
                 layers: dict[int, State] = {}
-                module = read_state(self._ranks[rank])
+                module = read_pickle(self._ranks[rank])
                 for name, tensor in _parameters(module.get("module") or {} if isinstance(module, dict) else module, self._ranks[rank]).items():
                     match = re.match(r"(?:module\.)?sequential\.(\d+)\.(.*)$", name)
                     if match:
@@ -150,6 +141,8 @@ def open_old_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, So
     found = step_folder(Path(folder))
     if found is None:
         raise CheckpointError("no checkpoint of GPT-NeoX", where=folder, want="layer_*-model_*-model_states.pt or mp_rank_*_model_states.pt")
+    if config.parallel_residual and not config.mlp_bias:
+        raise CheckpointError(NO_ATTENTION, where="model.parallel_residual", want="model.mlp_bias: true", do="none: neox has no model that computes the same")
     layers = Layers(found)
     rules = Rules(layers, config)
     rules.check_used()
@@ -222,13 +215,18 @@ class Rules:
     def _block(self, i: int) -> None:
         config, layer, ours = self.config, i + FIRST_BLOCK, f"layers.{i}"
         self._norm(f"{ours}.norm1", layer, "input_layernorm")
-        if not (config.parallel_residual and config.shared_residual_norm):
+        if config.parallel_residual and config.shared_residual_norm:
+            self.used |= {(layer, f"post_attention_layernorm.{kind}") for kind in ("weight", "scale", "bias")}  # stored, never applied
+        else:
             self._norm(f"{ours}.norm2", layer, "post_attention_layernorm")
+        if config.position_embedding == "alibi":
+            self._check_slopes(layer)
+        row_bias = summed if config.parallel_residual else replicated
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
             self._add(f"{ours}.attention.qkv.{kind}", layer, (f"attention.query_key_value.{kind}",), self._qkv)
         self._add(f"{ours}.attention.out.weight", layer, ("attention.dense.weight",), partial(concatenated, dim=1))
         if config.attention_out_bias:
-            self._add(f"{ours}.attention.out.bias", layer, ("attention.dense.bias",), replicated)
+            self._add(f"{ours}.attention.out.bias", layer, ("attention.dense.bias",), row_bias)
         for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
             into = (f"mlp.linear1.{kind}", f"mlp.dense_h_to_4h.{kind}")
             if config.gated:
@@ -237,7 +235,7 @@ class Rules:
             else:
                 self._add(f"{ours}.mlp.up.{kind}", layer, into, partial(concatenated, dim=0))
             out = (f"mlp.linear2.{kind}", f"mlp.dense_4h_to_h.{kind}")
-            self._add(f"{ours}.mlp.down.{kind}", layer, out, partial(concatenated, dim=1) if kind == "weight" else replicated)
+            self._add(f"{ours}.mlp.down.{kind}", layer, out, partial(concatenated, dim=1) if kind == "weight" else row_bias)
 
     def _norm(self, ours: str, layer: int, theirs: str) -> None:
         self._add(f"{ours}.weight", layer, (f"{theirs}.weight", f"{theirs}.scale"), replicated)
@@ -265,6 +263,17 @@ class Rules:
             raise CheckpointError("weight has another shape", where=name, got=got, want=f"{sum(sizes)} rows on each rank") from error
         return join_qkv(q, k, v, config)
 
+    def _check_slopes(self, layer: int) -> None:
+        """ALiBi's slopes are stored as a buffer; they must be those that our model computes."""
+        states = self.layers.states(layer)
+        if SLOPES not in states[0]:
+            return
+        self.used.add((layer, SLOPES))
+        want = torch.tensor(alibi_slopes(self.config.num_attention_heads))
+        got = torch.cat([state[SLOPES].reshape(-1) for state in states])
+        if got.shape != want.shape or not torch.allclose(got.float(), want, rtol=max(4 * torch.finfo(got.dtype).eps, 1e-6)):
+            raise CheckpointError("ALiBi's slopes are others", where=f"layer {layer}: {SLOPES}", got=got.tolist()[:4], want=want.tolist()[:4])
+
 
 def concatenated(states: list[State], name: str, *, dim: int) -> torch.Tensor:
     """The shards of all ranks side by side."""
@@ -272,8 +281,17 @@ def concatenated(states: list[State], name: str, *, dim: int) -> torch.Tensor:
 
 
 def replicated(states: list[State], name: str) -> torch.Tensor:
-    """What every rank holds whole: that of the first. A sum would count it once per rank."""
-    return states[0][name]
+    """What every rank holds in full. Copies that drifted apart on the way are averaged, as GPT-NeoX's own converter does it."""
+    first = states[0][name]
+    if all(torch.equal(state[name], first) for state in states):
+        return first
+    return torch.stack([state[name].float() for state in states]).mean(0).to(first.dtype)
+
+
+def summed(states: list[State], name: str) -> torch.Tensor:
+    """A bias of which every rank adds its own copy: their sum."""
+    first = states[0][name]
+    return first if len(states) == 1 else torch.stack([state[name].float() for state in states]).sum(0).to(first.dtype)
 
 
 def half(states: list[State], name: str, *, index: int) -> torch.Tensor:

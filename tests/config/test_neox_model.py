@@ -83,6 +83,7 @@ def test_rotary_options_are_left_out_without_rotary_positions():
         ({"norm": "scalenorm"}, ["norm", "layernorm or rmsnorm"]),
         ({"use_bias_in_norms": False}, ["use_bias_in_norms", "rmsnorm"]),
         ({"pos_emb": "rpe"}, ["pos_emb", "got='rpe'"]),
+        ({"gpt_j_residual": True, "use_bias_in_mlp": False}, ["GPT-NeoX leaves the attention out of the sum", "gpt_j_residual", "use_bias_in_mlp: true"]),
         ({"init_method": "orthogonal"}, ["init_method", "model.init"]),
         ({"attention_config": [[["local", "global"], 1]]}, ["attention_config", "local"]),
         ({"attention_config": [[["flash"], 3]]}, ["attention types do not match the layers", "2 of them, got 3"]),
@@ -97,6 +98,13 @@ def test_what_cannot_be_said_is_refused_by_name(changes, said):
     _, _, problems = result(changes)
     assert problems
     assert all(part in "\n".join(problems) for part in said)
+
+
+def test_another_model_than_upstreams_is_built_where_a_native_key_asks_for_it():
+    changes = {"gpt_j_residual": True, "use_bias_in_mlp": False, "activation": "swiglu"}
+    assert result(changes, {("model", "parallel_residual"): True})[2] == []
+    assert result(changes | {"gpt_j_residual": False})[2] == []
+    assert result(changes | {"use_bias_in_mlp": True})[2] == []
 
 
 def test_a_native_value_answers_what_the_file_leaves_open():

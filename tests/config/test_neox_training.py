@@ -119,6 +119,8 @@ def test_defaults_are_upstreams():
         ({"data_path": "a", "split": "949, 50, 1"}, {"data.path": "a", "data.split": "949,50,1"}),
         ({"train_data_paths": ["a", "b"]}, {"data.train": ["a", "b"]}),
         ({"valid_data_paths": ["a"], "valid_data_weights": [2.0]}, {"data.validation": [{"path": "a", "weight": 2.0}]}),
+        ({"eval_interval": 7, "eval_iters": 3}, {"evaluate.interval": 7, "evaluate.iters": 3}),
+        ({"eval_interval": 7, "eval_iters": 0}, {"evaluate.interval": 0}),
         ({"profile": True, "memory_profiling": True}, {"profile.start": 10, "profile.steps": 2, "profile.memory": True}),
         ({"flops_profiler": {"enabled": True}}, {"deepspeed.flops_profiler": {"enabled": True}}),
         ({"deepspeed_extra_args": {"comms_logger": {"enabled": True}}}, {"deepspeed.comms_logger": {"enabled": True}}),

@@ -10,6 +10,7 @@ import torch
 from neox.config.schema import ModelConfig
 
 State = dict[str, torch.Tensor]
+SHARES = (2, -1, 1, -1)  # of a bias that every rank adds its own part of: exact in any dtype, and their sum is the bias
 
 
 def layers_of_rank(weights: Mapping[str, torch.Tensor], config: ModelConfig, tp: int, rank: int, *, padded_rows: int, old_names: bool) -> dict[int, State]:
@@ -29,25 +30,33 @@ def layers_of_rank(weights: Mapping[str, torch.Tensor], config: ModelConfig, tp:
     def norm(ours: str, theirs: str) -> State:
         return {f"{theirs}.{scale[kind]}": weights[f"{ours}.{kind}"] for kind in norm_kind}
 
+    def row_bias(x: torch.Tensor) -> torch.Tensor:
+        return x * SHARES[rank] if config.parallel_residual and tp > 1 else x
+
     layers = {0: {"word_embeddings.weight": vocabulary(weights["embedding.word.weight"])}}
     if config.position_embedding == "learned":
         layers[0]["position_embeddings.weight"] = weights["embedding.position.weight"]
     into, out = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h") if old_names else ("mlp.linear1", "mlp.linear2")
     for i in range(config.num_layers):
         ours = f"layers.{i}"
-        state = norm(f"{ours}.norm1", "input_layernorm") | norm(f"{ours}.norm2", "post_attention_layernorm")
+        second = f"{ours}.norm1" if config.shared_residual_norm else f"{ours}.norm2"  # GPT-NeoX stores one that it does not apply
+        state = norm(f"{ours}.norm1", "input_layernorm") | norm(second, "post_attention_layernorm")
+        if config.position_embedding == "alibi":
+            state["attention.alibi_embed.slopes"] = torch.tensor(
+                [2.0 ** (-8.0 * (head + 1) / config.num_attention_heads) for head in range(config.num_attention_heads)]
+            ).chunk(tp)[rank]
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
             state[f"attention.query_key_value.{kind}"] = packed(weights[f"{ours}.attention.qkv.{kind}"], config, tp, rank)
         state["attention.dense.weight"] = columns(weights[f"{ours}.attention.out.weight"])
         state["mlp_down"] = columns(weights[f"{ours}.mlp.down.weight"])
         state[f"{out}.weight"] = state.pop("mlp_down")
         if config.attention_out_bias:
-            state["attention.dense.bias"] = weights[f"{ours}.attention.out.bias"]
+            state["attention.dense.bias"] = row_bias(weights[f"{ours}.attention.out.bias"])
         for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
             up = rows(weights[f"{ours}.mlp.up.{kind}"])
             state[f"{into}.{kind}"] = torch.cat([up, rows(weights[f"{ours}.mlp.gate.{kind}"])]) if config.gated else up
         if config.mlp_bias:
-            state[f"{out}.bias"] = weights[f"{ours}.mlp.down.bias"]
+            state[f"{out}.bias"] = row_bias(weights[f"{ours}.mlp.down.bias"])
         state["attention.rotary_emb.inv_freq"] = torch.ones(3)
         layers[i + 2] = state
     layers[config.num_layers + 3] = norm("norm", "norm")

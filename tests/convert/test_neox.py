@@ -19,6 +19,8 @@ SIZES = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_si
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "intermediate_size": 40}
 MODELS = {
     "neox": {"parallel_residual": True, "rotary_pct": 0.5},
+    "neox-shared-norm": {"parallel_residual": True, "shared_residual_norm": True},
+    "alibi": {"position_embedding": "alibi"},
     "tied-learned": {"position_embedding": "learned", "tie_embeddings": True},
     "llama-gqa": LLAMA | {"num_kv_heads": 2},
     "llama-biases": LLAMA | {"mlp_bias": True, "qkv_bias": True, "num_kv_heads": 2},
@@ -89,6 +91,33 @@ def test_another_model_is_refused(old):
         open_old_checkpoint(folder, config.model_copy(update={"vocab_size": 51}))["embedding.word.weight"]()
 
 
+def test_copies_that_drifted_apart_are_averaged(old):
+    folder, config = old
+    path = folder / "global_step7" / "layer_03-model_01-model_states.pt"
+    state = torch.load(path, weights_only=True)
+    first = state["input_layernorm.weight"].clone()
+    state["input_layernorm.weight"] *= 3
+    torch.save(state, path)
+    assert torch.equal(open_old_checkpoint(folder, config)["layers.1.norm1.weight"](), first * 2)
+
+
+def test_gpt_neox_has_no_parallel_residual_with_attention_where_the_mlp_has_no_biases(old):
+    folder, config = old
+    with pytest.raises(CheckpointError, match="leaves the attention out of the sum"):
+        open_old_checkpoint(folder, config.model_copy(update={"mlp_bias": False}))
+
+
+def test_slopes_of_alibi_are_checked(tmp_path):
+    config, weights = make("alibi")
+    write_old(tmp_path, weights, config, 2, by_layer=True, padded_rows=50, old_names=False)
+    path = tmp_path / "global_step7" / "layer_02-model_01-model_states.pt"
+    state = torch.load(path, weights_only=True)
+    state["attention.alibi_embed.slopes"] = state["attention.alibi_embed.slopes"] * 1.1
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="slopes are others"):
+        open_old_checkpoint(tmp_path, config)
+
+
 class Foreign:
     """A class that a pickle could name."""
 
@@ -96,7 +125,7 @@ class Foreign:
 def test_a_pickle_that_holds_more_than_tensors_is_not_run(old):
     folder, config = old
     torch.save({"norm1": Foreign()}, folder / "global_step7" / "layer_00-model_00-model_states.pt")
-    with pytest.raises(CheckpointError, match=r"file cannot be read.*layer_00"):
+    with pytest.raises(CheckpointError, match=r"holds more than tensors.*layer_00.*got=[\w.]+\.Foreign;"):
         open_old_checkpoint(folder, config)
     (folder / "global_step7" / "layer_00-model_00-model_states.pt").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="file cannot be read"):
