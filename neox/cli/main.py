@@ -92,6 +92,17 @@ def report(error: NeoxError, debug: bool) -> int:
     return error.exit_code
 
 
+def as_problem(error: Exception, command: str) -> NeoxError | None:
+    """The error of ours that an exception is, or means: a package that cannot be imported. None: a bug."""
+    if isinstance(error, NeoxError):
+        return error
+    if not isinstance(error, ImportError) or (error.name or "neox").startswith("neox"):
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        return EnvironmentProblem("a package is missing", where=f"neox {command}", got=error.name, do="make setup")
+    return EnvironmentProblem("a package cannot be imported", where=f"neox {command}: {error.name}", got=str(error)[:300], do="neox doctor; make setup")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, or that of the error (docs/troubleshooting.md).
 
@@ -121,10 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         leave_stdout()
         return code
-    except ModuleNotFoundError as missing:
-        if missing.name and missing.name.startswith("neox"):
+    except ImportError as error:
+        problem = as_problem(error, argv[0])
+        if problem is None:
             raise
-        problem = EnvironmentProblem("a package is missing", where=f"neox {argv[0]}", got=missing.name, do="make setup")
         return report(problem, debug)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

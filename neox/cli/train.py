@@ -14,21 +14,29 @@ or replicas that differ, 12 a process is stuck, 13 another process was lost, 14 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import time
+import traceback
 import warnings
+from dataclasses import replace
+from functools import partial
 
 from neox.cli.launcher import read_place
+from neox.cli.main import as_problem, report
 from neox.config.load import load
 from neox.config.validate import validate
-from neox.errors import ConfigError, NeoxError
+from neox.errors import ConfigError, StoppedBySignal
 from neox.faults import Faults, parse
 from neox.train.place import Place
 from neox.train.signals import StopSignals
+from neox.train.wire import AFTER_YOU, make_notice, post_refusal, serve_refusal
 
-AFTER_YOU = 3.0  # seconds that other processes leave to the first to report what all of them found
+PATIENCE = 15.0  # seconds to wait for processes that are to be told why this one does not join: they may be importing torch
+FAREWELL = 1.0  # seconds, after a signal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +54,55 @@ def run(args: argparse.Namespace) -> int:
     with StopSignals() as signals:  # before anything slow: a signal during the import of torch counts too
         try:
             place = read_place(os.environ)
+            if place.world_size > 1:
+                signals.end_at_once(partial(end_while_joining, place))
             return start(args, place, signals, Faults(parse(os.environ.get("FAULT", "")), place.rank))
-        except NeoxError:
-            if place.rank > 0:  # every process finds the same; only if the first found nothing is this one's line worth reading
-                time.sleep(AFTER_YOU)
-            raise
+        except Exception as error:
+            if place.world_size == 1:
+                raise
+            return refuse(error, place, signals, debug=args.debug)
+
+
+def refuse(error: Exception, place: Place, signals: StopSignals, *, debug: bool) -> int:
+    """Report what kept this process from joining, and tell the others, which would wait for it. What all processes meet, such as a wrong config, is
+    reported once. Returns the exit code."""
+    known = as_problem(error, "train")
+    notice = make_notice(place.rank, 1 if known is None else known.exit_code, f"{type(error).__name__}: {error}" if known is None else known.line())
+    stop = partial(getattr, signals, "requested")
+    same = post_refusal(place, notice, AFTER_YOU, stop) if place.rank > 0 else None
+    if same:
+        return notice["code"]
+    if known is None:
+        traceback.print_exception(error)
+    else:
+        report(known, debug)
+    signals.end_at_once(None)  # from here on one only ends the waiting
+    if place.rank == 0 and not place.agent_store:
+        serve_refusal(place, notice, PATIENCE, stop)
+    elif same is None:
+        post_refusal(place, notice, PATIENCE, stop)
+    return notice["code"]
+
+
+def end_while_joining(place: Place, received: signal.Signals) -> None:
+    """End this process, which a signal has reached before all had joined; called on a thread, as the main one may be anywhere."""
+    error = StoppedBySignal(
+        "stopped by a signal before all processes had joined, so there is nothing to save",
+        where=f"rank {place.rank} of {place.world_size}",
+        got=received.name,
+        do="start again",
+    )
+    with contextlib.suppress(OSError):  # the reader may be gone
+        print(error.line(), file=sys.stderr, flush=True)
+    notice = make_notice(place.rank, error.exit_code, error.line())
+    if place.rank == 0 and not place.agent_store:
+        place = replace(place, address="127.0.0.1")
+        if not serve_refusal(place, notice, FAREWELL):  # this process may serve the store already
+            post_refusal(place, notice, 0.0)
+            time.sleep(FAREWELL / 2)
+    else:
+        post_refusal(place, notice, 0.0)
+    os._exit(error.exit_code)
 
 
 def conf_files(args: argparse.Namespace) -> list[str]:

@@ -30,8 +30,10 @@ import torch.distributed as dist
 
 from neox.checkpoint.holder import describe_process
 from neox.errors import HangError, MemoryExhausted, NeoxError, PeerLost
+from neox.train.attempt import client
 from neox.train.place import Place
 from neox.train.pulse import Pulse
+from neox.train.wire import PREFIX
 
 POLL = 0.5  # seconds between two looks at the store
 FAREWELL = 5.0  # seconds that a failed process waits for the others to learn of it
@@ -309,8 +311,8 @@ class Still:
         return self.count
 
 
-def connect(place: Place, *, limit: float = 0.0, pulse: Pulse | None = None, patience: float = 30.0) -> Control:
-    """Open the channel over the rendezvous store, which must be up (init_process_group has run).
+def connect(place: Place, token: str = "", *, limit: float = 0.0, pulse: Pulse | None = None, patience: float = 30.0) -> Control:
+    """Open the channel of an attempt over the rendezvous store, which must be up.
 
     Raises:
         PeerLost: the store's process is gone already.
@@ -318,13 +320,12 @@ def connect(place: Place, *, limit: float = 0.0, pulse: Pulse | None = None, pat
     if place.world_size == 1:
         return Control(None, place.rank, place.world_size, pulse=pulse)
     try:
-        client = dist.TCPStore(place.address, place.port, world_size=None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
+        store = dist.PrefixStore(f"{PREFIX}/{token}/control", client(place, timedelta(seconds=patience)))
     except RuntimeError as error:
         got = str(error).splitlines()[0][:120]
         raise PeerLost(
             "the first process is gone", where=f"rank 0 on {place.address}: last step 0", got=got, do="look at its log; start again to resume"
         ) from error
-    store = dist.PrefixStore("neox-control", client)
     return Control(store, place.rank, place.world_size, limit=limit, pulse=pulse, source=place.address)
 
 

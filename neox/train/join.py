@@ -8,20 +8,28 @@ import torch
 import torch.distributed as dist
 
 from neox.config.schema import ParallelConfig
-from neox.errors import EnvironmentProblem
 from neox.parallel.mesh import Mesh, create_mesh
+from neox.train.attempt import Attempt, register
 from neox.train.place import Place
 
 
-def join(layout: ParallelConfig, place: Place, device: str) -> Mesh:
-    """Join the process group that the launcher's variables name, and arrange the processes."""
+def join(layout: ParallelConfig, place: Place, device: str, *, limit: float = 0.0) -> Mesh:
+    """Meet the processes that the launcher's variables name, within `limit` seconds (0: no limit), form the process group, and arrange them.
+
+    Raises: as `register`.
+    """
+    attempt = register(place, limit) if place.world_size > 1 else None
+    return form_group(layout, place, device, attempt)
+
+
+def form_group(layout: ParallelConfig, place: Place, device: str, attempt: Attempt | None) -> Mesh:
+    """Form the process group of an attempt, and arrange the processes; None for a process that is alone."""
     here = torch.device(device, place.local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(here)
-    if place.world_size > 1:
+    if attempt is not None:
         backend, bound = ("nccl", here) if device == "cuda" else ("gloo", None)
-        store = dist.PrefixStore("neox-join", register(place))
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=bound)
+        dist.init_process_group(backend, store=attempt.keys("group"), rank=place.rank, world_size=place.world_size, device_id=bound)
         atexit.register(part)
     return create_mesh(layout.tensor, layout.pipeline, here, context=layout.context, sequence=layout.sequence)
 
@@ -30,17 +38,3 @@ def part() -> None:
     """Leave the process group while the interpreter is whole: a group that is torn down after it may end the process by std::terminate."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def register(place: Place) -> dist.Store:
-    """The rendezvous store, with this process's rank taken in it.
-
-    Raises:
-        EnvironmentProblem: another process has this rank already.
-    """
-    store, _, _ = next(dist.rendezvous(f"tcp://{place.address}:{place.port}?rank={place.rank}&world_size={place.world_size}"))
-    if store.add(f"neox-rank/{place.rank}", 1) > 1:
-        raise EnvironmentProblem(
-            "two processes have the same rank", where=place.source, got=f"rank {place.rank} twice", want=f"ranks 0 to {place.world_size - 1}, each once"
-        )
-    return store

@@ -4,7 +4,8 @@ Launchers pass a Ctrl-C on as a SIGTERM (DeepSpeed's does, torchrun's too), so t
 signal therefore counts as repeated only when the same one comes again, later than REPEAT_AFTER seconds after the first.
 
 Python runs handlers between two instructions of the main thread, so not while that waits in a collective or in C++. The signal's number is
-therefore also read from a pipe (`signal.set_wakeup_fd`) by a thread, which ends the process on a repeated one wherever the main thread is.
+therefore also read from a pipe (`signal.set_wakeup_fd`) by a thread, which ends the process on a repeated one wherever the main thread is. While a
+process waits for others to join, there is nothing to save, and the thread ends it on the first one (`end_at_once`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -27,11 +29,12 @@ class StopSignals:
         self.previous: dict[int, object] = {}
         self.previous_pipe = -1
         self.pipe: tuple[int, int] | None = None
+        self.at_once: Callable[[signal.Signals], None] | None = None
 
     def __enter__(self) -> StopSignals:
         self.pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(self.pipe[0], True)
-        threading.Thread(target=end_when_repeated, args=(self.pipe[0],), name="neox-signals", daemon=True).start()
+        threading.Thread(target=self.watch, args=(self.pipe[0],), name="neox-signals", daemon=True).start()
         self.previous_pipe = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         for number in SIGNALS:
             self.previous[number] = signal.signal(number, self.handle)
@@ -54,16 +57,24 @@ class StopSignals:
         if self.received is None:
             self.received = signal.Signals(number)
 
+    def end_at_once(self, action: Callable[[signal.Signals], None] | None) -> None:
+        """What the first signal does while there is nothing to save: `action` ends the process, from a thread, wherever the main thread is. None: a
+        signal asks for a checkpoint."""
+        self.at_once = action
+        if action is not None and self.received is not None:
+            action(self.received)
 
-def end_when_repeated(reader: int) -> None:
-    """Thread: end the process, without saving, where the first signal comes again later than REPEAT_AFTER seconds after it."""
-    first, since = 0, 0.0
-    while data := os.read(reader, 64):
-        for number in data:
-            if number not in SIGNALS:
-                continue
-            if not first:
-                first, since = number, time.monotonic()
-            elif number == first and time.monotonic() - since > REPEAT_AFTER:
-                os._exit(128 + number)
-    os.close(reader)
+    def watch(self, reader: int) -> None:
+        """Thread: end the process, without saving, where the first signal comes again later than REPEAT_AFTER seconds after it."""
+        first, since = 0, 0.0
+        while data := os.read(reader, 64):
+            for number in data:
+                if number not in SIGNALS:
+                    continue
+                if not first:
+                    first, since = number, time.monotonic()
+                    if (action := self.at_once) is not None:
+                        action(signal.Signals(number))
+                elif number == first and time.monotonic() - since > REPEAT_AFTER:
+                    os._exit(128 + number)
+        os.close(reader)

@@ -13,8 +13,9 @@ from neox.config.schema import Config
 from neox.errors import NeoxError
 from neox.faults import NO_FAULTS, Faults
 from neox.train.agreement import check_agreement, facts
+from neox.train.attempt import register
 from neox.train.control import as_neox_error, connect
-from neox.train.join import join
+from neox.train.join import form_group
 from neox.train.loop import train
 from neox.train.place import Place
 from neox.train.pulse import Pulse
@@ -34,14 +35,21 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
     """
     pulse = Pulse()
     faults("start")
-    mesh = join(config.parallel, place, device)
-    control = connect(place, limit=config.guard.hang_timeout, pulse=pulse)
+    limit = config.guard.hang_timeout
     try:
+        attempt = register(place, limit) if place.world_size > 1 else None
+    except NeoxError as error:  # the others know of it
+        report(error, place.rank, debug)
+        return error.exit_code
+    signals.end_at_once(None)  # from here on a signal asks for a checkpoint
+    control = connect(place, "" if attempt is None else attempt.token, limit=limit, pulse=pulse)
+    try:
+        mesh = form_group(config.parallel, place, device, attempt)
         control.meet()
         faults("joined")
         if place.world_size > 1:
             if place.rank == 0:
-                print(f"{place.world_size} processes by {place.source}; rank 0 at {place.address}:{place.port}", flush=True)
+                print(f"{place.world_size} processes by {place.source}; rank 0 at {place.endpoint}", flush=True)
             check_agreement(facts(config), Peers(place.rank, place.world_size))
         train(config, mesh, signals, faults=faults, pulse=pulse)
         control.finish()

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.holder import process_space
+from neox.config.schema import ParallelConfig
 from neox.errors import ConfigError, DataError, MemoryExhausted, PeerLost
+from neox.train.attempt import register
 from neox.train.control import (
     SEEN,
     Control,
@@ -28,6 +30,7 @@ from neox.train.control import (
     stack_of,
     waits,
 )
+from neox.train.join import form_group
 from neox.train.place import Place
 from tests.distributed import environment, start_ranks
 from tests.fork_server import free_port
@@ -35,8 +38,10 @@ from tests.fork_server import free_port
 
 def join() -> Control:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
-    return connect(Place(rank, rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+    place = Place(rank, rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    attempt = register(place)
+    form_group(ParallelConfig(tensor=1), place, "cpu", attempt)
+    return connect(place, attempt.token)
 
 
 def show(error: BaseException) -> None:

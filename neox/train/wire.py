@@ -1,0 +1,226 @@
+"""The rendezvous store's protocol in plain Python, for processes that cannot or need not import torch: one that refuses its config tells the others.
+
+The store is torch's TCPStore; of its requests (torch/csrc/distributed/c10d/TCPStoreBackend.hpp) five are used here: VALIDATE, SET, GET, CHECK, PING.
+Rank 0 serves the store, so where rank 0 fails before it has one, a listener in its place answers every connection with the error (`serve_refusal`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+from neox.errors import EnvironmentProblem
+from neox.train.place import Place
+
+VALIDATE, SET, GET, CHECK, PING = (bytes([number]) for number in (0, 1, 3, 5, 13))
+MAGIC = 0x3C85F7CE  # the store closes a connection that begins otherwise
+NONCE = 0x6E656F78
+ANSWER = struct.pack("<I", NONCE)
+PREFIX = "neox"  # of all keys of ours
+REFUSED = "refused"  # key of the error that a process met before it had joined
+NOTICE = b"neox-refused "  # what a listener in the store's place says, before the error
+CONNECT_SECONDS = 3.0
+ANSWER_SECONDS = 10.0
+AFTER_YOU = 3.0  # seconds that the other processes leave to rank 0 to report what all of them found
+LONGEST = 1 << 20  # bytes of an answer
+
+
+class NotAStore(Exception):
+    """What listens at the address is no rendezvous store."""
+
+
+class RefusalNotice(Exception):
+    """The first process has failed; `notice` is what it posted."""
+
+    def __init__(self, notice: dict[str, Any]):
+        super().__init__(notice.get("line"))
+        self.notice = notice
+
+
+class StoreConnection:
+    """A connection to the rendezvous store. Use as a context manager.
+
+    Raises:
+        OSError: nobody listens, or the name cannot be resolved.
+        NotAStore: another program listens.
+        RefusalNotice: rank 0 serves its error instead of a store.
+    """
+
+    def __init__(self, place: Place):
+        self.socket = socket.create_connection((place.address, place.port), CONNECT_SECONDS)
+        try:
+            self.socket.settimeout(ANSWER_SECONDS)
+            self.socket.sendall(VALIDATE + struct.pack("<I", MAGIC) + PING + ANSWER)
+            self._greet()
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def _greet(self) -> None:
+        try:
+            answer = self._receive(len(ANSWER))
+            if answer == ANSWER:
+                return
+            if answer == NOTICE[: len(ANSWER)]:
+                while len(answer) < LONGEST and (more := self.socket.recv(1 << 16)):
+                    answer += more
+        except TimeoutError as error:
+            raise NotAStore(f"no answer in {ANSWER_SECONDS:.0f} s") from error
+        except OSError as error:
+            raise NotAStore(str(error)) from error
+        notice = read_notice(answer.removeprefix(NOTICE)) if answer.startswith(NOTICE) else None
+        if notice is None:
+            raise NotAStore("another program answers")
+        raise RefusalNotice(notice)
+
+    def __enter__(self) -> StoreConnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def set(self, key: str, value: bytes) -> None:
+        """Write a key."""
+        self.socket.sendall(SET + counted(stored(key)) + counted(value))
+
+    def get(self, key: str) -> bytes | None:
+        """Read a key; None where it is not set."""
+        self.socket.sendall(CHECK + struct.pack("<Q", 1) + counted(stored(key)))
+        if self._receive(1) != b"\0":
+            return None
+        self.socket.sendall(GET + counted(stored(key)))
+        (size,) = struct.unpack("<Q", self._receive(8))
+        if size > LONGEST:
+            raise NotAStore(f"an answer of {size} bytes")
+        return self._receive(size)
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self.socket.recv(size - len(data))
+            if not part:
+                raise NotAStore("it closes the connection")
+            data += part
+        return data
+
+
+def stored(key: str) -> bytes:
+    """A key as torch's client sends it for PrefixStore(PREFIX)."""
+    return f"/{PREFIX}/{key}".encode()
+
+
+def counted(data: bytes) -> bytes:
+    """Bytes behind their number."""
+    return struct.pack("<Q", len(data)) + data
+
+
+def read_notice(text: bytes | str) -> dict[str, Any] | None:
+    """A posted error, or None where the text is none."""
+    try:
+        notice = json.loads(text)
+        valid = isinstance(notice["line"], str) and type(notice["code"]) is int and type(notice["rank"]) is int and isinstance(notice["time"], float)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return notice if valid else None
+
+
+def make_notice(rank: int, code: int, line: str) -> dict[str, Any]:
+    """What a process posts that ends before it has joined."""
+    return {"rank": rank, "code": code, "line": line, "time": time.time(), "process": process_name()}
+
+
+def process_name() -> str:
+    """Tells this process's notices from those of others."""
+    return f"{socket.gethostname()} {os.getpid()}"
+
+
+def post_refusal(place: Place, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> bool | None:
+    """Tell the others through the store, which may take `patience` seconds to come up.
+
+    Returns:
+        Whether rank 0 has met the same error, which it reports for all; None: no store has come up.
+    """
+    end, posted = time.monotonic() + patience, False
+    while True:
+        with contextlib.suppress(OSError, NotAStore):
+            try:
+                with StoreConnection(place) as store:
+                    if place.rank > 0 and is_same(read_notice(store.get(REFUSED) or b""), notice):
+                        return True
+                    if not posted:
+                        store.set(REFUSED, json.dumps(notice).encode())
+                        posted, end = True, min(end, time.monotonic() + AFTER_YOU)
+                        store.get(REFUSED)  # when it answers, or rank 0 has ended, the store has read what was sent before
+            except RefusalNotice as told:
+                return is_same(told.notice, notice)
+        waits = place.rank > 0 and place.agent_store  # else it is rank 0 that serves the store, so it has not failed
+        if time.monotonic() > end or stop() or (posted and not waits):
+            return False if posted else None
+        time.sleep(0.1)
+
+
+def is_same(first: dict[str, Any] | None, notice: dict[str, Any]) -> bool:
+    """Whether rank 0 posted the same error."""
+    return first is not None and first["rank"] == 0 and first["line"] == notice["line"]
+
+
+def serve_refusal(place: Place, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> int:
+    """In place of the store that rank 0 does not get to: tell the error to the others as they come, for at most `patience` seconds. Returns how many."""
+    try:
+        listener = listen(place, retry=0.0)
+    except EnvironmentProblem:
+        return 0
+    told, end = 0, time.monotonic() + patience
+    with listener:
+        while told < place.world_size - 1 and time.monotonic() < end and not stop():
+            if select.select([listener], [], [], 0.1)[0]:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.settimeout(CONNECT_SECONDS)
+                    connection.sendall(NOTICE + json.dumps(notice).encode())
+                    connection.shutdown(socket.SHUT_WR)
+                    told += len(connection.recv(64)) > 0
+                    while connection.recv(1 << 16):  # until the other side closes: a reset would discard what it has not read
+                        pass
+    return told
+
+
+def listen(place: Place, retry: float = 2.0) -> socket.socket:
+    """A socket that listens on the port, on all addresses of this host. A port in use is tried for `retry` seconds: a run that was just ended may hold it.
+
+    Raises:
+        EnvironmentProblem: the port cannot be had.
+    """
+    end = time.monotonic() + retry
+    while True:
+        try:
+            return bind(place.port)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise EnvironmentProblem(
+                    "rank 0 cannot listen on its port",
+                    where=f"{place.endpoint} (MASTER_ADDR, MASTER_PORT)",
+                    got=error.strerror,
+                    want="a port that no other program uses",
+                    do="choose another port: --master-port of torchrun, --master_port of deepspeed, else MASTER_PORT; or end the job that uses it",
+                ) from error
+        time.sleep(0.1)
+
+
+def bind(port: int) -> socket.socket:
+    """A listening socket for IPv6 and IPv4, or for IPv4 where the host has no IPv6."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise
+    return socket.create_server(("", port), family=socket.AF_INET, backlog=1024)
