@@ -34,7 +34,7 @@ class Device:
         reserve: bytes that are not the model's.
         efficiency: share of the peak that matrix products reach; an assumption (docs/plan.md).
         kind: "cuda" or "cpu".
-        cuda_name: start of the name that CUDA gives it.
+        cuda_name: name that CUDA gives it, or the words that it begins with.
         source: where the figures are from.
     """
 
@@ -63,12 +63,19 @@ class Device:
 
 
 A100 = "NVIDIA A100 data sheet (June 2021): SXM; NVLink 600 GB/s both ways; network of a DGX A100: 8 x 200 Gb/s"
+A100_PCIE = "NVIDIA A100 data sheet (June 2021): PCIe 4 x16, 64 GB/s both ways, without NVLink bridges; network taken to be 200 Gb/s a device"
+HOPPER_PCIE = "NVIDIA {} data sheet: dense; PCIe 5 x16, 128 GB/s both ways, without NVLink bridges; network taken to be 200 Gb/s a device"
 HOPPER = "NVIDIA {} data sheet: SXM, dense; NVLink 900 GB/s both ways; network of a DGX H100: 8 x 400 Gb/s"
 DEVICES = (
     Device("a100-40gb", 40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, cuda_name="NVIDIA A100-SXM4-40GB", source=A100),
-    Device("a100-80gb", 80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, cuda_name="NVIDIA A100", source=A100),
-    Device("h100", 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, efficiency=0.55, cuda_name="NVIDIA H100", source=HOPPER.format("H100")),
+    Device("a100-80gb", 80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, cuda_name="NVIDIA A100-SXM4-80GB", source=A100),
+    Device("h100", 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, efficiency=0.55, cuda_name="NVIDIA H100 80GB HBM3", source=HOPPER.format("H100")),
     Device("h200", 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, efficiency=0.55, cuda_name="NVIDIA H200", source=HOPPER.format("H200")),
+    Device("a100-40gb-pcie", 40e9, 312e12, 19.5e12, 1.555e12, 32e9, 25e9, cuda_name="NVIDIA A100-PCIE-40GB", source=A100_PCIE),
+    Device("a100-80gb-pcie", 80e9, 312e12, 19.5e12, 1.935e12, 32e9, 25e9, cuda_name="NVIDIA A100 80GB PCIe", source=A100_PCIE),
+    Device("h100-pcie", 80e9, 756e12, 51e12, 2e12, 64e9, 25e9, efficiency=0.55, cuda_name="NVIDIA H100 PCIe", source=HOPPER_PCIE.format("H100 PCIe")),
+    Device("h100-nvl", 94e9, 835e12, 60e12, 3.9e12, 64e9, 25e9, efficiency=0.55, cuda_name="NVIDIA H100 NVL", source=HOPPER_PCIE.format("H100 NVL")),
+    Device("h200-nvl", 141e9, 835e12, 60e12, 4.8e12, 64e9, 25e9, efficiency=0.55, cuda_name="NVIDIA H200 NVL", source=HOPPER_PCIE.format("H200 NVL")),
     Device(
         "b200",
         180e9,
@@ -196,5 +203,7 @@ def from_keys(content: Mapping[str, object], where: str) -> Device:
 
 
 def of_cuda_name(name: str) -> Device | None:
-    """The device that CUDA calls `name`; None for one that is not in the table."""
-    return next((device for device in DEVICES if name.startswith(device.cuda_name)), None)
+    """The device that CUDA calls `name`; None for one that is not in the table, such as another variant of the chip, or a part of one (MIG)."""
+    words = name.split()
+    known = [device for device in DEVICES if words[: len(device.cuda_name.split())] == device.cuda_name.split() and "MIG" not in words]
+    return max(known, key=lambda device: len(device.cuda_name), default=None)

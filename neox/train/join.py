@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from neox.config.schema import ParallelConfig
+from neox.errors import EnvironmentProblem
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.train.attempt import Attempt, register
 from neox.train.place import Place
@@ -24,7 +25,7 @@ def join(layout: ParallelConfig, place: Place, device: str, *, limit: float = 0.
 
 def form_group(layout: ParallelConfig, place: Place, device: str, attempt: Attempt | None) -> Mesh:
     """Form the process group of an attempt, and arrange the processes; None for a process that is alone."""
-    here = torch.device(device, place.local_rank) if device == "cuda" else torch.device(device)
+    here = own_device(place, device)
     if device == "cuda":
         torch.cuda.set_device(here)
     if attempt is not None:
@@ -32,6 +33,26 @@ def form_group(layout: ParallelConfig, place: Place, device: str, attempt: Attem
         dist.init_process_group(backend, store=attempt.keys("group"), rank=place.rank, world_size=place.world_size, device_id=bound)
         atexit.register(part)
     return create_mesh(layout.tensor, layout.pipeline, here, context=layout.context, sequence=layout.sequence)
+
+
+def own_device(place: Place, device: str) -> torch.device:
+    """The device of this process: the GPU of its local rank, or the only one where the launcher shows each process its own.
+
+    Raises:
+        EnvironmentProblem: there are several GPUs, but fewer than local processes.
+    """
+    if device != "cuda":
+        return torch.device(device)
+    count = torch.cuda.device_count()
+    if count > 1 and place.local_rank >= count:
+        raise EnvironmentProblem(
+            "more processes than GPUs on this machine",
+            where=place.source or "LOCAL_RANK",
+            got=f"local rank {place.local_rank}, {count} GPUs visible",
+            want="one GPU per process",
+            do=f"start {count} processes here, or check CUDA_VISIBLE_DEVICES",
+        )
+    return torch.device(device, place.local_rank if count > 1 else 0)
 
 
 def part() -> None:

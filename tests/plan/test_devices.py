@@ -14,11 +14,26 @@ def test_every_device_is_complete_and_found_by_its_name():
 
 @pytest.mark.parametrize(
     ("cuda", "name"),
-    [("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200")],
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb-pcie"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA L40S", "l40s"),
+    ],
 )
 def test_cuda_names_are_known(cuda, name):
     assert of_cuda_name(cuda).name == name
-    assert of_cuda_name("Quadro") is None
+
+
+@pytest.mark.parametrize("cuda", ["Quadro", "NVIDIA H100 64GB HBM2", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40", ""])
+def test_other_variants_and_parts_of_a_chip_are_not_taken_for_it(cuda):
+    assert of_cuda_name(cuda) is None
 
 
 def test_processes_share_the_cpu():

@@ -85,6 +85,31 @@ def test_a_disk_that_fills_up_is_an_error_and_not_a_hang(tmp_path, tensorboard):
     assert log.file.closed and step > 1
 
 
+def test_the_speed_of_an_unknown_gpu_is_of_a_product_that_fills_it(monkeypatch):
+    """On a GPU: 8192^3, once before the clock, each time between events. The product itself is left out here."""
+    calls = []
+    monkeypatch.setattr(torch, "linspace", lambda *bounds, device, dtype: torch.empty(1, dtype=dtype).expand(bounds[2]))
+    monkeypatch.setattr(torch, "empty_like", lambda a: a)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: calls.append(a.shape))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert measured_flops(torch.device("cuda"), torch.float32, rounds=3) == pytest.approx(2 * 8192**3 / 2e-3)
+    assert calls == ["event", torch.Size([8192, 8192]), "event", "synchronize"] * 4
+
+
 def test_peak_and_memory_are_positive_and_leave_the_random_stream_alone():
     before = torch.get_rng_state()
     assert measured_flops(torch.device("cpu"), torch.float32, size=64, rounds=1) > 1e6
