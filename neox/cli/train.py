@@ -123,6 +123,8 @@ def start(args: argparse.Namespace, place: Place, signals: StopSignals, faults: 
     if place.rank == 0:
         for note in loaded.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
+    if loaded.config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
     import torch  # only now: a wrong config is reported within a second
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

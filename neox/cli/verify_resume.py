@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from neox.checkpoint.load import Checkpoint, digest
 from neox.checkpoint.manifest import RNG_KIND
 from neox.checkpoint.retention import folder_name
@@ -115,6 +117,8 @@ def train(args: argparse.Namespace, run_folder: Path, fault: str, wanted: set[in
     """
     fixed = [f"run.dir={json.dumps(str(run_folder))}", f"train.train_iters={args.steps}", "checkpoint.save_interval=0", "checkpoint.resume=auto"]
     fixed += [f"checkpoint.save_iters=[{args.kill_at}]", "checkpoint.async=false", "checkpoint.keep=0", "logging.tensorboard=false"]
+    if torch.cuda.is_available():
+        fixed.append("train.deterministic=true")  # by default, gradients of attention are summed by atomics there, in any order
     code, output = start(["train", "--conf", *args.conf, "--set", *args.set, *fixed], args.processes, {"FAULT": fault} if fault else {})
     if code not in wanted:
         lines = output.splitlines()

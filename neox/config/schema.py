@@ -283,6 +283,11 @@ class TrainConfig(Section):
     gradient_accumulation: Positive | None = Field(None, description="forward passes of one process per optimizer step")
     global_batch_size: Positive | None = Field(None, description="samples per optimizer step over all processes")
     seed: NonNegative = Field(1234, description="seed of initialisation, data order and dropout")
+    deterministic: bool = Field(
+        False,
+        description="repeat a run bit for bit on a GPU too: torch's deterministic algorithms, and a fixed workspace of cuBLAS; slower, "
+        "and an error where an operation has no deterministic form",
+    )
     objective: Literal["pretrain", "sft", "dpo", "reward"] = Field(
         "pretrain",
         description="pretrain: next token; sft: next token where the labels say so; dpo: preferences (arXiv 2305.18290) against the initial weights; "

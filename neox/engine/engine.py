@@ -12,6 +12,7 @@ Stage 0 with bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from neox.errors import CheckpointError, NonFinite
 from neox.faults import NO_FAULTS, Faults
 from neox.model.adapters import HEAD, SCORE, is_added, is_trained
 from neox.parallel.mesh import Layout, Mesh
+from neox.parallel.waits import Waits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,6 +108,7 @@ class Engine:
         total_steps: length of the run, where the schedule ends unless the config says otherwise.
         faults: faults on purpose.
         alive: called at each micro-batch, as a sign of life.
+        waits: marks where the step waits for other processes.
     """
 
     def __init__(
@@ -118,8 +121,10 @@ class Engine:
         *,
         faults: Faults = NO_FAULTS,
         alive: Callable[[], None] | None = None,
+        waits: Waits | None = None,
     ):
         self.faults = faults
+        self.waits = Waits() if waits is None else waits
         self.alive = alive
         self.guard = Guard(config.guard)
         self.config = config
@@ -177,7 +182,10 @@ class Engine:
         local = [to_device(batch, self.mesh.device) for batch in parts]
         self.weight = self.mesh.replicas / max(total, 1)  # DeepSpeed averages gradients over the replicas
         loss = self.schedule_of_stages.train(local)
-        loss = self.faults.value("loss_number", float(torch.where(torch.isfinite(weights).all().to(loss.device), loss, math.nan)))  # one wait
+        finite = torch.isfinite(weights).all().to(loss.device)
+        with self.waits():  # the one of a step without an error; a GPU's queue holds collectives
+            loss = float(torch.where(finite, loss, math.nan))
+        loss = self.faults.value("loss_number", loss)
         if self.tied is not None:
             self.tied.send_gradient()
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
@@ -261,7 +269,8 @@ class Engine:
             return norm, False, None
         self.step_optimizer()
         if not self.wrapper.overflow:
-            return float(self.deepspeed.get_global_grad_norm()), False, None
+            with self.waits():
+                return float(self.deepspeed.get_global_grad_norm()), False, None
         self.state.gather_persistent()
         if self.config.precision.dtype == "fp16" and self.wrapper.loss_scale > self.config.precision.min_loss_scale:
             return math.inf, True, None
@@ -287,17 +296,16 @@ class Engine:
 
     def step_optimizer(self) -> None:
         """DeepSpeed's step. Its Muon is torch.compiled: on a CPU that would start a C++ compiler in the middle of a run, so it stays eager there."""
-        if self.config.optimizer.type == "muon" and self.mesh.device.type == "cpu":
-            with torch.compiler.set_stance("force_eager"):
-                self.deepspeed.step()
-        else:
-            self.deepspeed.step()
+        eager = self.config.optimizer.type == "muon" and self.mesh.device.type == "cpu"
+        with self.waits(), torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            self.deepspeed.step()  # it reads the norm that all share
 
     def clip_plain(self) -> float:
         """Stage 0: the norm of the reduced gradients, which are then scaled to at most the clipping norm."""
         held = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         counted = [p.grad for p in held if p.tensor_model_parallel or self.mesh.tp_rank == 0]
-        square = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted)))) ** 2 if counted else 0.0
+        with self.waits():
+            square = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted)))) ** 2 if counted else 0.0
         value = math.sqrt(self.sum_over([square], self.mesh.model_group)[0])
         if 0.0 < self.clip < value < math.inf:
             torch._foreach_mul_([p.grad for p in held], self.clip / (value + 1e-6))
@@ -313,8 +321,9 @@ class Engine:
         if group is None:
             return list(values)
         out = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
-        dist.all_reduce(out, group=group)
-        return out.tolist()
+        with self.waits():
+            dist.all_reduce(out, group=group)
+            return out.tolist()
 
     def not_finite(self, what: str, got: object, step: int, batches: Sequence[Batch]) -> NonFinite:
         """The error for a weight, loss or gradient that is NaN or infinite, with the samples of the global batch. All processes call it together."""
@@ -342,7 +351,9 @@ class Engine:
         self.faults("evaluate")
         self.deepspeed.eval()
         local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
-        loss = float(self.schedule_of_stages.evaluate(local))
+        loss = self.schedule_of_stages.evaluate(local)
+        with self.waits():
+            loss = float(loss)
         self.deepspeed.train()
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
         counted = self.mesh.first_stage and self.mesh.tp_rank == 0

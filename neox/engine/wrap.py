@@ -23,6 +23,7 @@ from neox.engine.footprint import bucket_elements, effective_stage
 from neox.engine.grid import Grid
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
+from neox.parallel.waits import outlast
 
 # DeepSpeed keys that the config has under names of its own: key -> ours.
 OURS = {
@@ -109,6 +110,7 @@ def deepspeed_config(config: Config, micro_batch_size: int, gradient_accumulatio
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": precision.dtype == "bf16", "check_grad_overflow": True},
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # on a GPU it synchronises at every micro-batch
         "steps_per_print": 1 << 62,
     }
     if precision.dtype == "fp16":
@@ -175,4 +177,5 @@ def start_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.op
     groups.mpu = grid  # else an engine without a grid would find that of the one before it in this process
     with contextlib.redirect_stdout(io.StringIO()), frozen_objects():  # it prints memory statistics whatever its log level
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False)
+    outlast(config.guard.hang_timeout)  # of the groups that it has made
     return engine

@@ -113,7 +113,7 @@ class Control:
         self.look_at_neighbour((self.rank + 1) % self.world_size)
         self.look_at_launchers()
         if self.limit and self.pulse.watched and still > self.limit:
-            waiting = in_collective()
+            waiting = self.pulse.waits.inside or in_collective()
             if not waiting or still > self.limit + GRACE:
                 what = "all processes wait for each other" if waiting else "a process makes no progress"
                 self.accuse(self.stuck(self.me, what, self.pulse.step, self.pulse.phase))
@@ -400,10 +400,10 @@ def stack_of(frame: Any) -> list[tuple[str, str]]:
 
 
 def waits(stack: list[tuple[str, str]]) -> bool:
-    """Whether a stack is in a collective, waits for one that was started before, or reads its result from a GPU."""
+    """Whether a stack is in a collective or waits for one that was started before. Reads of its result are marked (neox.parallel.waits)."""
     if any(module.startswith("torch.distributed") or module in COLLECTIVES for module, _ in stack):
         return True
-    return bool(stack) and stack[0][1] in ("wait", "synchronize", "sum_over") and stack[0][0].startswith(("torch", "deepspeed", "neox.engine"))
+    return bool(stack) and stack[0][1] in ("wait", "synchronize") and stack[0][0].startswith(("torch", "deepspeed"))
 
 
 def dump_stacks(rank: int) -> None:

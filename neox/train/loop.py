@@ -165,7 +165,7 @@ class Run:
         self.tokens_per_step = self.sizes.global_batch_size * rows * config.data.seq_length
         self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.tokens_per_step
         alive = partial(self.pulse, "step")
-        self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters, faults=self.faults, alive=alive)
+        self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters, faults=self.faults, alive=alive, waits=self.pulse.waits)
         self.tokens = 0
         self.loader: Loader | None = None
         self.metrics: MetricsLog | None = None

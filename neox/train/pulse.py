@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from neox.parallel.waits import Waits
+
 
 class Pulse:
     """Progress of one process's main thread.
@@ -10,6 +12,7 @@ class Pulse:
         count: grows at each sign of life.
         step: last step that was done.
         phase: what is being done: start, data, build, step, evaluate, save.
+        waits: marks of the main thread's waiting for other processes.
         watched: whether a standstill counts as a hang: from the first step on; what comes before may take long (index files, compiling).
     """
 
@@ -18,6 +21,7 @@ class Pulse:
         self.step = 0
         self.phase = "start"
         self.watched = False
+        self.waits = Waits()
 
     def __call__(self, phase: str, step: int | None = None) -> None:
         """A sign of life."""

@@ -8,10 +8,13 @@ import sys
 import traceback
 from functools import partial
 
+import torch
+
 from neox.checkpoint.peers import Peers
 from neox.config.schema import Config
 from neox.errors import NeoxError
 from neox.faults import NO_FAULTS, Faults
+from neox.parallel.waits import outlast
 from neox.train.agreement import check_agreement, facts
 from neox.train.attempt import register
 from neox.train.control import as_neox_error, connect
@@ -36,6 +39,7 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
     pulse = Pulse()
     faults("start")
     limit = config.guard.hang_timeout
+    choose_algorithms(config.train.deterministic)
     try:
         attempt = register(place, limit) if place.world_size > 1 else None
     except NeoxError as error:  # the others know of it
@@ -45,6 +49,7 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
     control = connect(place, "" if attempt is None else attempt.token, limit=limit, pulse=pulse)
     try:
         mesh = form_group(config.parallel, place, device, attempt)
+        outlast(limit)
         control.meet()
         faults("joined")
         if place.world_size > 1:
@@ -59,6 +64,15 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
         if place.world_size > 1:
             leave(code)
         return code
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Let torch and our operators use algorithms that repeat a result bit for bit, or the fastest. On a CPU all of ours repeat.
+
+    New memory is not filled: torch would do so for operations that read what nobody wrote, at the price of a write of every new tensor.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def report(error: BaseException, rank: int, debug: bool) -> None:

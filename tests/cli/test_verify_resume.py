@@ -8,7 +8,7 @@ import pytest
 from neox.cli import verify_resume
 from neox.cli.main import main, parse
 from neox.cli.verify_resume import table
-from neox.errors import ConfigError
+from neox.errors import CheckpointError, ConfigError
 from tests.fork_server import fork_server
 from tests.train.corpus import DROPOUT, config_text, make_corpus
 
@@ -70,6 +70,21 @@ def test_a_run_that_fails_is_an_error_with_its_line(conf, tmp_path, capsys):
     code = main(["verify-resume", str(conf), "--steps", "3", "--kill-at", "1", "--set", "train.micro_batch_size=3"])
     assert code == 4
     assert "a run of the comparison failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_gpu_is_asked_for_algorithms_that_repeat(gpu, conf, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    told = []
+
+    def start(arguments, processes, variables):
+        told.extend(arguments)
+        return 2, "error[2] enough"
+
+    _, parser, rest = parse(arguments_of(conf, tmp_path / "runs"))
+    with pytest.raises(CheckpointError, match="enough"):
+        verify_resume.compare(parser.parse_args(rest), tmp_path / "runs", start)
+    assert ("train.deterministic=true" in told) is gpu
 
 
 @pytest.mark.parametrize(("steps", "kill", "processes"), [(5, 5, 1), (5, 0, 1), (0, 0, 1), (5, 3, 0)])

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import neox
 from neox.parallel.mesh import Mesh
+from neox.parallel.waits import Waits
 from tests.engine.toy import make_config, make_engine, micro_batches
 from tests.model.test_gpt import FORMS, build
 
@@ -25,14 +26,17 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 class HostReads(TorchDispatchMode):
     """Counts the operators that make the host wait for the device, by the function of ours that calls them."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits: Waits | None = None) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
+        self.marked: Counter[str] = Counter()  # of those, the ones where `waits` says that the process waits for others
+        self.waits = Waits() if waits is None else waits
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in READS:
             ours = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
             self.seen[ours[-1] if ours else "test"] += 1
+            self.marked[ours[-1] if ours else "test"] += self.waits.inside
         return function(*args, **(kwargs or {}))
 
 
@@ -66,3 +70,17 @@ def test_a_step_reads_its_loss_and_its_norm(stage, accumulation):
         engine.train_step(batches)
     norm = {"clip_plain": 1} if stage == 0 else {"update": 1, "step_optimizer": 3}
     assert reads.seen == {"count": accumulation, "train_step": 1, **norm}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_every_read_of_the_device_is_marked_as_waiting_for_others(stage):
+    """A GPU's queue holds collectives, so a process that reads a result may be one that waits: the watcher must not take it for the stuck one."""
+    engine = make_engine(make_config(zero={"stage": stage}), Mesh.single())
+    batches = micro_batches(0, engine.mesh, 1)
+    engine.train_step(batches)
+    with HostReads(engine.waits) as reads:
+        engine.train_step(batches)
+        engine.evaluate(batches)
+    on_the_cpu = Counter(count=reads.seen["count"])
+    assert reads.marked == reads.seen - on_the_cpu
+    assert not engine.waits.inside

@@ -45,6 +45,14 @@ def test_buckets_follow_the_model_and_stay_even():
     assert deepspeed_config(make_config(), 1, 1, 1, 4097)["zero_optimization"]["allgather_bucket_size"] % 2 == 0
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_throughput_timer_is_off_unless_asked_for(enabled):
+    """It calls torch.cuda.synchronize() at the begin and the end of every micro-batch."""
+    raw = {"timers": {"throughput": {"enabled": True}}} if enabled else {}
+    engine = make_engine(make_config(deepspeed=raw), Mesh.single())
+    assert engine.deepspeed.tput_timer.config.enabled is enabled
+
+
 def test_raw_keys_are_merged_in():
     got = settings(deepspeed={"zero_optimization": {"sub_group_size": 5}, "communication_data_type": "fp32"}, zero={"stage": 3})
     assert got["zero_optimization"]["sub_group_size"] == 5

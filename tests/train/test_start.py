@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from neox.train import start as module
 from neox.train.place import Place
 from neox.train.signals import StopSignals
@@ -34,3 +36,14 @@ def test_a_bug_keeps_its_traceback_below_the_line(tmp_path, capfd, monkeypatch):
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("error[1] ZeroDivisionError: a bug")
     assert any("Traceback" in line for line in lines[1:])
+
+
+def test_deterministic_algorithms_are_those_of_the_run(tmp_path):
+    make_corpus(tmp_path / "corpus")
+    quick = ("train.train_iters=1", "evaluate.interval=0")
+    chosen = []
+    for wanted in ("true", "false"):
+        config = make_config(tmp_path / "corpus", tmp_path / wanted, *quick, f"train.deterministic={wanted}")
+        assert start(config, Place(), "cpu", signals=StopSignals(), debug=False) == 0
+        chosen.append((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
+    assert chosen == [(True, False), (False, False)]

@@ -1,0 +1,38 @@
+"""Marks of waiting, and timeouts of process groups beyond our own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neox.parallel.waits import LEAST, Waits, outlast
+from tests.distributed import run_ranks
+
+
+def test_marks_nest_and_end_with_an_error():
+    waits = Waits()
+    with waits():
+        with pytest.raises(KeyError), waits():
+            raise KeyError
+        assert waits.inside
+    assert not waits.inside
+
+
+def check_timeouts():
+    """Entry of a process: the world's group and one made beside it."""
+    dist.init_process_group("gloo")
+    beside = dist.new_group([0, 1])
+    for hang_timeout, seconds in ((0.0, LEAST), (1200.0, LEAST), (LEAST, 2 * LEAST)):
+        outlast(hang_timeout)
+        for group in (dist.group.WORLD, beside):
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == seconds
+    dist.barrier()  # the first process serves the store of the others
+
+
+def test_every_group_waits_longer_than_we_do(tmp_path):
+    run_ranks("tests.parallel.test_waits:check_timeouts", 2, tmp_path)
+
+
+def test_alone_there_is_nothing_to_set():
+    outlast(1200.0)
