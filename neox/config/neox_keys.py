@@ -105,7 +105,9 @@ TRAINING = {
     "gradient_accumulation_steps": _translated("train.gradient_accumulation", "same"),
     "gas": _translated("train.gradient_accumulation", "old name of gradient_accumulation_steps"),
     "checkpoint_activations": _translated("train.activation_checkpointing", "true: full, false: none", False),
-    "model_parallel_size": _translated("parallel.tensor", "0 is 1", 1),
+    "model_parallel_size": _translated(
+        "parallel.tensor optimizer.row_bias_lr_multiplier", "0 is 1; the learning rate of biases that gpt_j_residual adds on every rank", 1
+    ),
     "pipe_parallel_size": _translated("parallel.pipeline", "0 is 1", 0),
     "sequence_parallel": _translated("parallel.sequence", "no effect with model_parallel_size 1", False),
     "eval_interval": _translated("evaluate.interval", "same; eval_iters: 0 switches it off", 1000),

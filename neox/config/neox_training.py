@@ -149,6 +149,18 @@ def parallel(work: Translation) -> None:
     work.set("parallel.sequence", bool(work.value("sequence_parallel")) and (tensor or 0) > 1, "sequence_parallel")
 
 
+def row_biases(work: Translation) -> None:
+    """With gpt_j_residual every rank trains row-parallel biases of its own, whose sum the model adds; all get the same gradient."""
+    ranks = work.number("model_parallel_size")
+    if isinstance(ranks, int) and ranks > 1 and work.value("gpt_j_residual") and (work.value("use_bias_in_attn_linear") or work.value("use_bias_in_mlp")):
+        work.set("optimizer.row_bias_lr_multiplier", ranks, "model_parallel_size")
+        work.note(
+            f"with gpt_j_residual each of the {ranks} ranks adds row-parallel biases of its own, so their sum learns {ranks} times as fast: "
+            f"optimizer.row_bias_lr_multiplier: {ranks}",
+            "model_parallel_size",
+        )
+
+
 def checkpoints(work: Translation) -> None:
     """When, where, how many; and what to start from."""
     name = work.first("checkpoint_factor", "save_interval")
@@ -276,4 +288,4 @@ def deepspeed(work: Translation) -> None:
             work.set(f"deepspeed.{name}", value, raw[name])
 
 
-STEPS = (optimizer, schedule, precision, zero, batch, parallel, checkpoints, evaluation, profile, services, data, deepspeed)
+STEPS = (optimizer, schedule, precision, zero, batch, parallel, row_biases, checkpoints, evaluation, profile, services, data, deepspeed)

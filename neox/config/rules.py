@@ -112,6 +112,19 @@ def residual(config: Config, _: Situation) -> Iterator[Conflict]:
         yield Conflict("one norm for two branches that are not parallel", keys, "parallel_residual: true with shared_residual_norm")
 
 
+def row_biases(config: Config, _: Situation) -> Iterator[Conflict]:
+    """Only a model whose biases GPT-NeoX adds on every rank has a use for their learning rate."""
+    model = config.model
+    if config.optimizer.row_bias_lr_multiplier == 1:
+        return
+    if not model.parallel_residual:
+        keys = ("optimizer.row_bias_lr_multiplier", "model.parallel_residual")
+        yield Conflict("GPT-NeoX adds row-parallel biases once without a parallel residual", keys, "row_bias_lr_multiplier: 1, or parallel_residual: true")
+    elif not (model.attention_out_bias or model.mlp_bias):
+        keys = ("optimizer.row_bias_lr_multiplier", "model.attention_out_bias", "model.mlp_bias")
+        yield Conflict("the model has no row-parallel biases", keys, "row_bias_lr_multiplier: 1")
+
+
 def vocabulary(config: Config, _: Situation) -> Iterator[Conflict]:
     """The vocabulary holds every id of the tokenizer."""
     if config.tokenizer.file is None:
@@ -389,6 +402,7 @@ RULES = (
     positions,
     rope_scaling,
     residual,
+    row_biases,
     vocabulary,
     sources,
     packing,

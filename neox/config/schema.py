@@ -222,6 +222,11 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd: momentum; muon: momentum of the matrices")
     gradient_clipping: NonNegativeFloat = Field(1.0, description="largest global L2 norm of the gradient; 0: no clipping")
+    row_bias_lr_multiplier: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1,
+        description="multiplies the learning rate of the row-parallel biases (attention.out.bias, mlp.down.bias). For runs that continue or repeat one of "
+        "GPT-NeoX with gpt_j_residual: its model_parallel_size, as it trains that many copies of them and adds all of them",
+    )
 
 
 def whole(number: float) -> float:

@@ -194,7 +194,7 @@ class Engine:
         problem = None if math.isfinite(mean) else self.bad_weight_or_loss(mean, step, batches)
         learning_rate = self.schedule.learning_rate(step, self.updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1)
         self.faults("update")
         norm, skipped, words, spike = self.judged_update(mean, problem, step, batches)
         self.faults("updated")

@@ -1,7 +1,7 @@
 """Optimizers, built here rather than by DeepSpeed: we choose the groups, and every ZeRO stage steps the same code.
 
 Weight decay is decoupled for all of them and touches matrices only: parameters of one dimension (biases, norms) are in a group of
-their own without decay.
+their own without decay. A group's `lr_scale` multiplies the learning rate that the engine sets at every step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from neox.config.schema import OptimizerConfig
 from neox.engine.footprint import is_hidden_matrix
+
+ROW_BIASES = (".attention.out.bias", ".mlp.down.bias")
 
 
 class Plain:
@@ -106,15 +108,21 @@ class SGD(Plain, Optimizer):
 
 
 def groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict]:
-    """Parameter groups: decayed matrices, then one-dimensional parameters without decay; Muon's matrices come first in a group of their own."""
+    """Parameter groups: decayed matrices, then one-dimensional parameters without decay; Muon's matrices come first in a group of their own.
+
+    Row-parallel biases come last in a group of their own where row_bias_lr_multiplier is above 1.
+    """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     muon = [p for name, p in named if config.type == "muon" and is_hidden_matrix(name, p.ndim)]
     taken = {id(p) for p in muon}
+    scaled = [p for name, p in named if config.row_bias_lr_multiplier > 1 and name.endswith(ROW_BIASES)]
+    taken |= {id(p) for p in scaled}
     rest = [p for _, p in named if id(p) not in taken]
     out = [
         {"params": muon, "weight_decay": config.weight_decay, "use_muon": True},
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay, "use_muon": False},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "use_muon": False},
+        {"params": scaled, "weight_decay": 0.0, "use_muon": False, "lr_scale": config.row_bias_lr_multiplier},
     ]
     return [group for group in out if group["params"]]
 

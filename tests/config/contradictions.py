@@ -67,6 +67,11 @@ def model_cases() -> list[Case]:
             cases.append(Case((f"model.position_embedding={position}", f"data.seq_length={length}"), ("data.seq_length", "model.max_position_embeddings")))
     cases += [
         Case(("model.attention_softcap=30", "model.attention_backend=sdpa"), ("model.attention_softcap", "model.attention_backend")),
+        Case(("optimizer.row_bias_lr_multiplier=2",), ("optimizer.row_bias_lr_multiplier", "model.parallel_residual")),
+        Case(
+            ("optimizer.row_bias_lr_multiplier=2", "model.parallel_residual=true", "model.attention_out_bias=false", "model.mlp_bias=false"),
+            ("optimizer.row_bias_lr_multiplier", "model.mlp_bias"),
+        ),
         Case(("model.shared_residual_norm=true",), ("model.shared_residual_norm", "model.parallel_residual")),
         Case(("model.rope_scaling={type: yarn, factor: 4}",), ("model.rope_scaling.type", "model.rope_scaling.original_max_position_embeddings")),
         Case(("model.rope_scaling={type: llama3, factor: 4}",), ("model.rope_scaling.type", "model.rope_scaling.original_max_position_embeddings")),

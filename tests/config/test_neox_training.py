@@ -119,6 +119,8 @@ def test_defaults_are_upstreams():
         ({"data_path": "a", "split": "949, 50, 1"}, {"data.path": "a", "data.split": "949,50,1"}),
         ({"train_data_paths": ["a", "b"]}, {"data.train": ["a", "b"]}),
         ({"valid_data_paths": ["a"], "valid_data_weights": [2.0]}, {"data.validation": [{"path": "a", "weight": 2.0}]}),
+        ({"gpt_j_residual": True, "model_parallel_size": 4}, {"optimizer.row_bias_lr_multiplier": 4}),
+        ({"gpt_j_residual": True, "model_parallel_size": 2, "use_bias_in_attn_linear": False}, {"optimizer.row_bias_lr_multiplier": 2}),
         ({"eval_interval": 7, "eval_iters": 3}, {"evaluate.interval": 7, "evaluate.iters": 3}),
         ({"eval_interval": 7, "eval_iters": 0}, {"evaluate.interval": 0}),
         ({"profile": True, "memory_profiling": True}, {"profile.start": 10, "profile.steps": 2, "profile.memory": True}),
@@ -129,6 +131,11 @@ def test_defaults_are_upstreams():
 def test_a_key_becomes_ours(changes, wanted):
     got = settings(changes)
     assert {key: got[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("changes", [{"model_parallel_size": 4}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "model_parallel_size": 0}])
+def test_biases_that_are_added_once_learn_at_the_rate_of_the_others(changes):
+    assert "optimizer.row_bias_lr_multiplier" not in settings(changes)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,18 @@ def test_muon_takes_hidden_matrices_only():
     assert not is_hidden_matrix("embedding.word.weight", 2)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
+def test_row_parallel_biases_have_a_learning_rate_of_their_own(kind):
+    shapes = {"attention.out.weight": (8, 8), "attention.out.bias": (8,), "attention.qkv.bias": (24,), "mlp.down.bias": (8,), "mlp.up.bias": (8,)}
+    named = {f"layers.1.{name}": torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    scaled = [group for group in build_optimizer(named.items(), config(kind, row_bias_lr_multiplier=4)).param_groups if group.get("lr_scale", 1) != 1]
+    names = {id(p): name.removeprefix("layers.1.") for name, p in named.items()}
+    assert [(group["lr_scale"], group["weight_decay"], [names[id(p)] for p in group["params"]]) for group in scaled] == [
+        (4, 0.0, ["attention.out.bias", "mlp.down.bias"])
+    ]
+    assert all("lr_scale" not in group for group in build_optimizer(named.items(), config(kind)).param_groups)
+
+
 def test_frozen_parameters_and_empty_groups_are_left_out():
     named = parameters()
     named["head.weight"].requires_grad_(False)
