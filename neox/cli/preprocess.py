@@ -98,7 +98,7 @@ def chat_encoding(args: argparse.Namespace) -> ChatEncoding:
     if args.resume or args.special_tokens == "text":
         raise ConfigError("option that conversations don't have", where="--resume" if args.resume else "--special-tokens text", do="leave it out with --chat")
     keys = PAIR if args.pairs else (args.json_key or MESSAGES[0],)
-    return ChatEncoding(args.tokenizer, args.eod_token, find_template(args.chat_template, args.tokenizer), keys, args.append_eod, args.last_only)
+    return ChatEncoding(args.tokenizer, args.eod_token, find_template(args.chat_template, args.tokenizer), keys, args.append_eod, args.last_only, args.format)
 
 
 @contextlib.contextmanager

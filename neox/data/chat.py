@@ -1,14 +1,14 @@
 """Conversations to tokens and labels: a chat template makes the text, and only what the assistant says is learned.
 
 A line of input is {"messages": [{"role": ..., "content": ...}, ...]}, or for preferences {"chosen": [...], "rejected": [...]}, each a list of messages.
-The text is encoded as a whole, as it is when the model is used; a token is learned where it begins inside an answer of the assistant.
+The text is encoded as a whole, as it is when the model is used; a token is learned where it holds a character of an answer of the assistant.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from neox.data.indexed import IndexedWriter, token_dtype
 from neox.data.lazy import Lazy
 from neox.data.preprocess import BAD_LINES, Summary, encoded_by_processes
 from neox.data.quarantine import Quarantine
-from neox.data.text import BLOCK_BYTES, Bad, Piece, read_blocks
+from neox.data.template_process import Messages, Refused, TemplateProcess
+from neox.data.text import BLOCK_BYTES, Bad, Piece, is_unicode, parse_object, read_blocks
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
+from neox.files import read_json, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,6 @@ TEMPLATES = {  # by name
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }
 TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"  # where Hugging Face keeps one, beside the tokenizer
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class ChatEncoding:
         keys: of a JSON line: `messages`, or `chosen` and `rejected`.
         append_eod: end each conversation with the end-of-document token, unless the template does.
         last_only: learn the last answer of the assistant only.
+        form: how files are read, see `neox.data.inputs.read_as_lines`.
     """
 
     tokenizer: str
@@ -61,6 +61,7 @@ class ChatEncoding:
     keys: tuple[str, ...] = MESSAGES
     append_eod: bool = True
     last_only: bool = False
+    form: str = "auto"
 
 
 @dataclass
@@ -68,10 +69,6 @@ class ChatSummary(Summary):
     """What a run read, wrote and left out; `learned` tokens of `tokens` have a label."""
 
     learned: int = 0
-
-
-class Unusable(Exception):
-    """A line that gives no conversation; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -99,77 +96,24 @@ def find_template(given: str | None, tokenizer: str) -> str:
     folder = Path(tokenizer).parent
     try:
         if given is not None:
-            return Path(given).read_text(encoding="utf-8")
-        if (folder / TEMPLATE_FILE).is_file():
-            return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-        if (folder / SETTINGS_FILE).is_file():
-            found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")).get("chat_template")
+            return read_text(given)
+        if (folder / TEMPLATE_FILE).exists():
+            return read_text(folder / TEMPLATE_FILE)
+        if (folder / SETTINGS_FILE).exists():
+            found = read_json(folder / SETTINGS_FILE).get("chat_template")
+            if isinstance(found, list):  # several, by name
+                found = {each.get("name"): each.get("template") for each in found}.get("default")
             if isinstance(found, str):
                 return found
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError("cannot read the chat template", where="--chat-template", got=error, want="a Jinja file") from error
+        got = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError("cannot read the chat template", where=given or folder, got=got, want="a Jinja file", do="check --chat-template") from error
     names = ", ".join(TEMPLATES)
     raise ConfigError("no chat template", where=f"{folder}: {TEMPLATE_FILE}, {SETTINGS_FILE}", do=f"give --chat-template FILE, or one of {names}")
 
 
-class Template:
-    """A chat template and the special tokens that it may name.
-
-    Raises:
-        ConfigError: it is no Jinja.
-    """
-
-    def __init__(self, text: str, special_tokens: dict[str, str]):
-        import jinja2.sandbox  # takes as long to import as all else that plain text needs
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals["raise_exception"] = refuse
-        self._tokens, self._refusal = special_tokens, jinja2.TemplateError
-        try:
-            self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise ConfigError("chat template is no Jinja", where="--chat-template", got=error) from error
-
-    def render(self, messages: Messages, *, ask: bool = False) -> str:
-        """The text of a conversation; with `ask`, up to where the assistant is to answer.
-
-        Raises:
-            Unusable: the template refuses it.
-        """
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=ask, **self._tokens)
-        except self._refusal as error:
-            raise Unusable(f"chat template refuses it: {error}") from error
-
-    def answers(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        """The text and where in it the assistant speaks: [start, end) of each answer, what the template ends it with included.
-
-        Raises:
-            Unusable: the template refuses it, or writes a beginning differently once more follows.
-        """
-        text = self.render(messages)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            until = self.render(messages[: i + 1])
-            openings = [self.render(messages[:i], ask=True), self.render(messages[:i])] if i else [""]
-            before = next((opening for opening in openings if until.startswith(opening)), None)
-            if before is None or not text.startswith(until):
-                raise Unusable("chat template does not append: what it writes of earlier messages depends on later ones")
-            spans.append((len(before), len(until)))
-        return text, spans
-
-
-def refuse(reason: str) -> None:
-    """What templates call `raise_exception`."""
-    import jinja2  # see Template
-
-    raise jinja2.TemplateError(reason)
-
-
 class ChatEncoder:
-    """Turns blocks of JSON lines into tokens and labels."""
+    """Turns blocks of JSON lines into tokens and labels. Holds a process until it is closed."""
 
     def __init__(self, encoding: ChatEncoding):
         self._encoding = encoding
@@ -177,7 +121,11 @@ class ChatEncoder:
         if encoding.append_eod and self.tokenizer.eod_id is None:
             do = "name it by --eod-token, or pass --no-append-eod"
             raise ConfigError("tokenizer has no end-of-document token", where=encoding.tokenizer, do=do)
-        self._template = Template(encoding.template, special_tokens(encoding.tokenizer, self.tokenizer.eod_token))
+        self._template = TemplateProcess(encoding.template, special_tokens(encoding.tokenizer, self.tokenizer.eod_token))
+
+    def close(self) -> None:
+        """End the process that renders the template."""
+        self._template.close()
 
     def __call__(self, block: list[Piece | Bad]) -> EncodedChats:
         """Encode the lines of a block; what gives no conversation becomes a `Bad`."""
@@ -191,62 +139,73 @@ class ChatEncoder:
                     blank += 1
                     continue
                 try:
-                    rows.append([self.encode(messages) for messages in conversations(line, self._encoding.keys)])
-                except Unusable as reason:
+                    found, more = conversations(line, self._encoding.keys)
+                    rows.append([self.encode(messages, more) for messages in found])
+                except Refused as reason:
                     bad.append(Bad(piece.path, number, str(reason), line))
         return EncodedChats(rows, bad, blank, sum(len(item.content) for item in block if isinstance(item, Piece)))
 
-    def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels of a conversation, int64.
+    def encode(self, messages: Messages, more: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of a conversation, int64. `more`: `tools` and `documents` for the template.
 
         Raises:
-            Unusable: nothing in it would be learned, or the template refuses it.
+            Refused: nothing in it would be learned, or the template refuses it.
         """
-        text, spans = self._template.answers(messages)
-        spans = spans[-1:] if self._encoding.last_only else spans
-        ids, starts = self.tokenizer.encode_with_starts(text)
-        learned = [any(low <= start < high for low, high in spans) for start in starts]
+        text, spans = self._template.answers(messages, more or {})
+        if not is_unicode(text):
+            raise Refused("not JSON: a lone surrogate in the text")
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        learned = learned_tokens(offsets, spans[-1:] if self._encoding.last_only else spans)
         if self._encoding.append_eod and ids[-1:] != [self.tokenizer.eod_id]:
             ids.append(self.tokenizer.eod_id)
             learned.append(messages[-1]["role"] == "assistant")
         if not any(learned):
-            raise Unusable("the assistant says nothing")
+            raise Refused("the assistant says nothing")
         tokens = np.array(ids, dtype=np.int64)
         return tokens, np.where(learned, tokens, IGNORED)
 
 
+def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """For each token, which stands for characters [start, end), whether it holds a character of one of the spans [start, end)."""
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    learned = [False] * len(offsets)
+    for low, high in spans:
+        first, last = bisect.bisect_right(ends, low), bisect.bisect_left(starts, high)
+        if low < high and first < last:
+            learned[first:last] = [True] * (last - first)
+    return learned
+
+
 def special_tokens(tokenizer: str, eod_token: str | None) -> dict[str, str]:
-    """What templates call bos_token and eos_token."""
-    settings = Path(tokenizer).parent / SETTINGS_FILE
-    named: dict[str, Any] = {}
+    """What templates call bos_token, eos_token, pad_token, ...: those that tokenizer_config.json names."""
+    named: Any = {}
     with contextlib.suppress(OSError, ValueError):  # the file is somebody else's: without it there is no bos_token
-        named = json.loads(settings.read_text(encoding="utf-8"))
+        named = read_json(Path(tokenizer).parent / SETTINGS_FILE)
     found = {}
-    for key in ("bos_token", "eos_token"):
-        value = named.get(key) if isinstance(named, dict) else None
-        found[key] = value.get("content", "") if isinstance(value, dict) else value or ""
-    return {"bos_token": found["bos_token"], "eos_token": found["eos_token"] or eod_token or ""}
+    for key, value in named.items() if isinstance(named, dict) else ():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    return found if "eos_token" in found or eod_token is None else {**found, "eos_token": eod_token}
 
 
-def conversations(line: bytes, keys: Sequence[str]) -> list[Messages]:
-    """The conversations under some keys of a JSON line; a `prompt` (text, or messages) goes before each.
+def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dict[str, Any]]:
+    """The conversations under some keys of a JSON line, a `prompt` (text, or messages) before each, and the line's `tools` and `documents`.
 
     Raises:
-        Unusable: it has another form.
+        Refused: it has another form.
     """
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise Unusable(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Unusable(f"a JSON {type(value).__name__} and not an object")
+    value, reason = parse_object(line)
+    if reason is not None:
+        raise Refused(reason)
     missing = [key for key in keys if key not in value]
     if missing:
-        raise Unusable(f"no key {missing[0]!r}")
+        raise Refused(f"no key {missing[0]!r}")
     prompt = value.get("prompt", []) if len(keys) > 1 else []
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     found = [[*messages_of(before, "prompt"), *messages_of(as_messages(value[key], bool(before)), key)] for key in keys]
-    return [drop_repeated_prompt(messages, before) for messages in found]
+    more = {key: value[key] for key in ("tools", "documents") if isinstance(value.get(key), list)}
+    return [drop_repeated_prompt(messages, before) for messages in found], more
 
 
 def as_messages(value: Any, answers_prompt: bool) -> Any:
@@ -261,13 +220,17 @@ def drop_repeated_prompt(messages: Messages, before: Messages) -> Messages:
 
 
 def messages_of(value: Any, key: str) -> Messages:
-    """Checked messages. Raises Unusable."""
-    good = isinstance(value, list) and all(
-        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str) for item in value
-    )
-    if not good:
-        raise Unusable(f"key {key!r} is not a list of messages with role and content")
+    """Checked messages. Raises Refused."""
+    if not isinstance(value, list) or not all(map(is_message, value)):
+        raise Refused(f"key {key!r} is not a list of messages with role and content")
     return value
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is a message: a role, and content that may be missing where the assistant calls tools."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str) or (value.get("content") is None and isinstance(value.get("tool_calls"), list))
 
 
 def encode_chats(encoding: ChatEncoding, block: list[Piece | Bad]) -> EncodedChats:
@@ -306,10 +269,10 @@ def preprocess_chat(
     dtype = token_dtype(tokenizer.vocab_size - 1)
     summary = ChatSummary(os.fspath(out), dtype, len(files))
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
-    read = read_blocks(files, BLOCK_BYTES)
-    blocks: Iterator[EncodedChats] = encoded_by_processes(read, encoding, workers, encode_chats)
+    read = read_blocks(files, BLOCK_BYTES, form=encoding.form)
+    blocks: Iterator[EncodedChats] = map(encoder, read) if workers == 0 else encoded_by_processes(read, encoding, workers, encode_chats)
     kept = Quarantine(f"{summary.out}.quarantine.jsonl", bad_lines == "quarantine")
-    with contextlib.ExitStack() as stack:
+    with contextlib.closing(encoder), contextlib.ExitStack() as stack:
         places = prefixes(summary.out, encoding.keys)
         writers = [
             tuple(stack.enter_context(IndexedWriter(name, kind, overwrite=overwrite, **made_by)) for name, kind in zip(pair, (dtype, "int32"), strict=True))

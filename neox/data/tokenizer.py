@@ -99,10 +99,10 @@ class Tokenizer:
         """Token ids of a text; with `template`, inside the special tokens that the tokenizer's file puts around a text."""
         return self._tokenizer.encode(text, add_special_tokens=template).ids
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text and, for each, the character at which it begins."""
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text and, for each, the characters [start, end) that it stands for."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return encoding.ids, encoding.offsets
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its text; None: there is no such token."""

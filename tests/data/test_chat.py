@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 
 import numpy as np
 import pytest
 
-from neox.data.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoder, ChatEncoding, Template, Unusable, conversations, find_template, preprocess_chat
+from neox.data.chat import (
+    MESSAGES,
+    PAIR,
+    TEMPLATES,
+    ChatEncoder,
+    ChatEncoding,
+    conversations,
+    find_template,
+    learned_tokens,
+    preprocess_chat,
+    special_tokens,
+)
+from neox.data.chat_template import Template
 from neox.data.indexed import IndexedDataset
+from neox.data.template_process import Refused
 from neox.data.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
 
@@ -30,34 +45,37 @@ def learned(tokenizer: Tokenizer, tokens: np.ndarray, labels: np.ndarray) -> str
     return tokenizer.decode([int(token) for token, label in zip(tokens, labels, strict=True) if label != -100])
 
 
+def encoded(encoding: ChatEncoding, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    with contextlib.closing(ChatEncoder(encoding)) as encoder:
+        return encoder.encode(messages)
+
+
 @pytest.mark.parametrize(
     ("last_only", "want"),
     [(False, "Fine é.<|im_end|>\nStill fine.<|im_end|>\n<|endoftext|>"), (True, "Still fine.<|im_end|>\n<|endoftext|>")],
 )
 def test_only_answers_are_learned(tokenizer, last_only, want):
-    tokens, labels = ChatEncoder(ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"], last_only=last_only)).encode(TALK)
-    assert tokenizer.decode(tokens) == Template(TEMPLATES["chatml"], {}).render(TALK) + "<|endoftext|>"
+    tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"], last_only=last_only), TALK)
+    assert tokenizer.decode(tokens) == Template(TEMPLATES["chatml"], {}).render(TALK, {})[0] + "<|endoftext|>"
     assert learned(tokenizer, tokens, labels) == want
 
 
 def test_an_end_that_the_template_writes_is_not_written_twice(tokenizer):
     template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    tokens, labels = ChatEncoder(ChatEncoding(tokenizer.file, None, template)).encode(TALK[1:3])
+    tokens, labels = encoded(ChatEncoding(tokenizer.file, None, template), TALK[1:3])
     assert tokens.tolist().count(tokenizer.eod_id) == 2 and tokens[-1] == labels[-1] == tokenizer.eod_id
-    tokens, labels = ChatEncoder(ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"])).encode(TALK[:4])
+    tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]), TALK[:4])
     assert tokens[-1] == tokenizer.eod_id and labels[-1] == -100  # the person speaks last: nothing is learned of how it ends
 
 
 def test_templates_that_do_not_append_and_those_that_refuse():
     forgetful = "{% for m in messages %}{{ m.content if loop.last else '...' }}|{% endfor %}"
-    with pytest.raises(Unusable, match="does not append"):
-        Template(forgetful, {}).answers(TALK)
-    with pytest.raises(Unusable, match="no system messages"):
-        Template("{{ raise_exception('no system messages') }}", {}).answers(TALK)
-    with pytest.raises(ConfigError, match="no Jinja"):
-        Template("{% for %}", {})
-    with pytest.raises(Unusable, match="refuses"):  # sandboxed
-        Template("{{ messages.__class__.__mro__ }}", {}).answers(TALK)
+    with pytest.raises(Refused, match="does not append"):
+        Template(forgetful, {}).answers(TALK, {})
+    with pytest.raises(Refused, match="no system messages"):
+        Template("{{ raise_exception('no system messages') }}", {}).answers(TALK, {})
+    with pytest.raises(Refused, match="refuses"):  # sandboxed
+        Template("{{ messages.__class__.__mro__ }}", {}).answers(TALK, {})
 
 
 @pytest.mark.parametrize(
@@ -71,7 +89,7 @@ def test_templates_that_do_not_append_and_those_that_refuse():
     ],
 )
 def test_lines_that_are_no_conversation(line, reason):
-    with pytest.raises(Unusable, match=reason):
+    with pytest.raises(Refused, match=reason):
         conversations(line.encode(), MESSAGES)
 
 
@@ -83,7 +101,7 @@ def test_pairs_in_their_usual_forms():
         {"prompt": [question], "chosen": [yes], "rejected": [no]},
         {"prompt": "Q", "chosen": [question, yes], "rejected": [question, no]},
     ):
-        assert conversations(json.dumps(line).encode(), PAIR) == [[question, yes], [question, no]]
+        assert conversations(json.dumps(line).encode(), PAIR)[0] == [[question, yes], [question, no]]
 
 
 def test_files_are_the_same_for_any_number_of_workers(tokenizer, tmp_path):
@@ -111,6 +129,9 @@ def test_where_a_template_comes_from(tokenizer, tmp_path):
         find_template(None, tokenizer.file)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "from settings"}))
     assert find_template(None, tokenizer.file) == "from settings"
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "the default"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert find_template(None, tokenizer.file) == "the default"
     (tmp_path / "chat_template.jinja").write_text("from a file")
     assert find_template(None, tokenizer.file) == "from a file"
     assert find_template("plain", tokenizer.file) == TEMPLATES["plain"]
@@ -118,11 +139,58 @@ def test_where_a_template_comes_from(tokenizer, tmp_path):
         find_template("nowhere.jinja", tokenizer.file)
 
 
-def test_the_text_is_that_of_transformers(tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer.file, eos_token="<|endoftext|>")
-    for name in ("chatml", "plain"):
-        theirs.chat_template = TEMPLATES[name]
-        ours = Template(TEMPLATES[name], {"eos_token": "<|endoftext|>"})
-        assert theirs.apply_chat_template(TALK, tokenize=False) == ours.render(TALK)
-        assert theirs.apply_chat_template(TALK[:4], tokenize=False, add_generation_prompt=True) == ours.render(TALK[:4], ask=True)
+def test_the_token_that_holds_the_first_character_of_an_answer_is_learned(tmp_path):
+    tokenizer = train_tokenizer(["user: Is it? assistant: yes no yes no " * 20], 400, tmp_path / "t.json")
+    talk = [said("user", "Is it?"), said("assistant", "yes")]
+    tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["plain"]), talk)
+    assert learned(tokenizer, tokens, labels) == " yes<|endoftext|>\n<|endoftext|>"  # the token " yes" begins before the answer
+
+
+def test_learned_tokens_are_those_that_overlap_a_span():
+    offsets = [(0, 2), (2, 5), (5, 5), (5, 6), (5, 6), (6, 9)]
+    assert learned_tokens(offsets, [(3, 6)]) == [False, True, True, True, True, False]
+    assert learned_tokens(offsets, [(0, 1), (8, 9)]) == [True, False, False, False, False, True]
+    assert learned_tokens(offsets, [(2, 2), (9, 12)]) == [False] * 6
+
+
+def test_messages_that_call_tools_need_no_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    line = json.dumps({"messages": [said("user", "Q"), call], "tools": [{"name": "f"}], "documents": "none"})
+    assert conversations(line.encode(), MESSAGES) == ([[said("user", "Q"), call]], {"tools": [{"name": "f"}]})
+
+
+def test_special_tokens_are_those_of_the_settings(tokenizer, tmp_path):
+    assert special_tokens(tokenizer.file, "<|endoftext|>") == {"eos_token": "<|endoftext|>"}
+    assert special_tokens(tokenizer.file, None) == {}
+    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": None, "pad_token": "<pad>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert special_tokens(tokenizer.file, "<|endoftext|>") == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    assert special_tokens(tokenizer.file, None) == {}
+
+
+def test_a_template_that_is_no_regular_file_is_refused_at_once(tokenizer, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero"):
+        with pytest.raises(ConfigError, match="cannot read the chat template; .*not a regular file"):
+            find_template(str(path), tokenizer.file)
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(ConfigError, match="a FIFO, not a regular file"):
+        find_template(None, tokenizer.file)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        find_template(None, tokenizer.file)
+
+
+def test_a_template_that_fails_is_a_bad_line_with_its_message(tokenizer, tmp_path):
+    lines = [{"messages": [said("user", text), said("assistant", "yes")]} for text in ("good", "bad", "good")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    template = "{% if messages[0].content == 'bad' %}{{ 1 / 0 }}{% endif %}" + TEMPLATES["chatml"]
+    for workers in (0, 1):
+        out = tmp_path / f"out{workers}"
+        summary = preprocess_chat([str(tmp_path / "in.jsonl")], out, ChatEncoding(tokenizer.file, None, template), workers=workers, bad_lines="skip")
+        assert (summary.documents, summary.bad_lines) == (2, 1)
+        assert summary.bad_examples[0]["reason"] == "chat template refuses it: division by zero"
+    with pytest.raises(ConfigError, match="chat template cannot be used; .*got=No filter named 'nowhere'"):
+        preprocess_chat([str(tmp_path / "in.jsonl")], tmp_path / "no", ChatEncoding(tokenizer.file, None, "{{ 1 | nowhere }}"))
