@@ -7,14 +7,26 @@ from pathlib import Path
 
 from neox.checkpoint.retention import scan
 from neox.config.validate import data_parallel_size
-from neox.data.which import Layout, RunData
+from neox.data.which import Layout, RunData, Written
 from neox.errors import ConfigError
 from neox.files import json_line
 
 
+def run_data(args: argparse.Namespace) -> RunData:
+    """The data of the run, with what the checkpoints of its newest branch tell."""
+    manifests = [(found.path, found.manifest) for found in scan(Path(args.run) / "checkpoints") if found.manifest is not None]
+    newest = manifests[-1][1].lineage if manifests else None
+    written = [
+        Written(one.step, one.state["consumed"], one.config_lock, one.state.get("data"), str(path), one.world_size)
+        for path, one in manifests
+        if newest.includes(one.lineage, one.step) and "consumed" in one.state
+    ]
+    return RunData(Path(args.run), args.batch, sorted(written, key=lambda one: one.step))
+
+
 def run_which(args: argparse.Namespace) -> int:
     """neox data which."""
-    data = RunData(Path(args.run), args.batch)
+    data = run_data(args)
     if args.step is not None:
         show_step(args, data)
     else:
@@ -24,10 +36,10 @@ def run_which(args: argparse.Namespace) -> int:
 
 def show_step(args: argparse.Namespace, data: RunData) -> None:
     """Print the samples of a step, those of one process if --rank names it."""
-    layout = layout_of(data, args.world_size)
+    layout = layout_of(data, args.step, args.world_size)
     rows = data.batch_of(args.step, layout)
     if args.rank is not None:
-        world_size = layout.tp * layout.cp * layout.dp * data.config.parallel.pipeline
+        world_size = layout.tp * layout.cp * layout.dp * data.stage(args.step).config.parallel.pipeline
         if not 0 <= args.rank < world_size:
             raise ConfigError("no such process", where="--rank", got=args.rank, want=f"0 to {world_size - 1}")
         rows = [row for row in rows if row.dp_rank == layout.dp_rank(args.rank)]
@@ -61,13 +73,10 @@ def show_document(args: argparse.Namespace, data: RunData) -> None:
 
 def run_seen(args: argparse.Namespace) -> int:
     """neox data seen."""
-    data = RunData(Path(args.run), args.batch)
-    if args.step is not None:
-        counts = {args.step: data.span(args.step)[1]}
-    else:
-        manifests = [found.manifest for found in scan(data.run / "checkpoints") if found.manifest is not None]
-        counts = {manifest.step: manifest.state["consumed"] for manifest in manifests if "consumed" in manifest.state}
-    rows = [{"step": step, "samples": samples, "sources": [seen._asdict() for seen in data.dataset.seen(samples)]} for step, samples in counts.items()]
+    data = run_data(args)
+    counts = {one.step: one.consumed for one in data.written} if args.step is None else {args.step: data.span(args.step)[1]}
+    found = {step: data.stage(step).dataset.seen(samples) for step, samples in counts.items()}
+    rows = [{"step": step, "samples": counts[step], "sources": [seen._asdict() for seen in sources]} for step, sources in found.items()]
     if args.json:
         print(json_line(rows))
         return 0
@@ -78,25 +87,26 @@ def run_seen(args: argparse.Namespace) -> int:
     return 0
 
 
-def layout_of(data: RunData, world_size: int | None) -> Layout:
-    """How the batch was shared out: by the number of processes, given or of the newest checkpoint.
+def layout_of(data: RunData, step: int, world_size: int | None) -> Layout:
+    """How the batch of a step was shared out: by the number of processes, given or of the checkpoint that tells of it.
 
     Raises:
         ConfigError: it cannot be known, or does not fit the batch.
     """
-    config = data.config
-    if world_size is None:
-        complete = [found.manifest for found in scan(data.run / "checkpoints") if found.manifest is not None]
-        world_size = max(complete, key=lambda manifest: manifest.step).world_size if complete else None
+    stage = data.stage(step)
+    config = stage.config
+    world_size = world_size or stage.world_size
+    first, last = data.span(step)
+    batch = last - first
     train = config.train
     if world_size is not None:
         dp = data_parallel_size(config, world_size)
     elif train.micro_batch_size and train.gradient_accumulation:
-        dp = data.batch // (train.micro_batch_size * train.gradient_accumulation)
+        dp = batch // (train.micro_batch_size * train.gradient_accumulation)
     else:
         raise ConfigError("the number of processes is not known", where=data.run, got="no checkpoint", do="give --world-size")
-    micro = train.micro_batch_size or data.batch // (dp * (train.gradient_accumulation or 1))
-    if dp < 1 or data.batch % (micro * dp):
-        got = f"batch {data.batch}, micro-batch {micro}, {dp} data-parallel processes"
+    micro = train.micro_batch_size or batch // (dp * (train.gradient_accumulation or 1))
+    if dp < 1 or batch % (micro * dp):
+        got = f"batch {batch}, micro-batch {micro}, {dp} data-parallel processes"
         raise ConfigError("the batch cannot be shared out so", where="--world-size", got=got, want="a multiple")
     return Layout(micro, dp, config.parallel.tensor, config.parallel.context)

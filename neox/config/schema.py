@@ -318,6 +318,9 @@ class SavingConfig(Section):
     init_from: str | None = Field(
         None, description="checkpoint whose weights, and nothing else, a new run starts from; ignored where the run resumes one of its own"
     )
+    accept_data_change: bool = Field(
+        False, description="resume although the data is not that of the checkpoint: unchanged sources continue where they were, the others begin; for one start"
+    )
     on_save_error: Literal["stop", "continue"] = Field("stop", description="what a failed save does to the run")
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -94,3 +96,69 @@ class Blend:
             self._blocks.pop(next(iter(self._blocks)))
         self._blocks[number] = (dataset, inner)
         return dataset, inner
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Samples of a run that were blended by one set of weights.
+
+    Args:
+        first: the run's first sample of the stretch; it ends where the next one begins.
+        weights: of the datasets.
+        taken: samples that each dataset had given before it.
+    """
+
+    first: int
+    weights: tuple[float, ...]
+    taken: tuple[int, ...]
+
+
+class Stretches:
+    """A blend whose weights changed during the run: each dataset continues after the last sample that it gave.
+
+    Args:
+        stretches: at least one, ascending by `first`.
+
+    Raises:
+        DataError: bad weights, or a sample before the first stretch is asked for.
+    """
+
+    def __init__(self, stretches: Sequence[Stretch]):
+        self._stretches = list(stretches)
+        self._firsts = [stretch.first for stretch in self._stretches]
+        self._blends = [Blend(stretch.weights) for stretch in self._stretches]
+        self._before = [np.array(stretch.taken, dtype=np.int64) for stretch in self._stretches]
+
+    def __getitem__(self, sample: int) -> tuple[int, int]:
+        """(dataset, sample of that dataset)."""
+        number = self._number(sample)
+        dataset, inner = self._blends[number][sample - self._firsts[number]]
+        return dataset, inner + int(self._before[number][dataset])
+
+    def taken(self, count: int) -> np.ndarray:
+        """How many of the first `count` samples come from each dataset, int64."""
+        if count == 0:
+            return np.zeros_like(self._before[0])
+        number = self._number(count)
+        return self._before[number] + self._blends[number].taken(count - self._firsts[number])
+
+    def places(self, inner: list[np.ndarray], count: int) -> np.ndarray:
+        """Positions in the run of samples inner[k][j] of dataset k, those from the first stretch on and below `count`, int64, ascending."""
+        found = [np.empty(0, dtype=np.int64)]
+        for number, (first, blend) in enumerate(zip(self._firsts, self._blends, strict=True)):
+            end = min(count, self._firsts[number + 1]) if number + 1 < len(self._firsts) else count
+            if end > first:
+                wanted = [samples - before for samples, before in zip(inner, self._before[number].tolist(), strict=True)]
+                found.append(first + blend.places(wanted, end - first))
+        return np.concatenate(found)
+
+    def _number(self, sample: int) -> int:
+        """The stretch that a sample lies in."""
+        if sample < self._firsts[0]:
+            raise DataError(
+                "how the sample was read is not known: the run continued with other data after it",
+                got=f"sample {sample:,}",
+                want=f"{self._firsts[0]:,} or later",
+                do="keep a checkpoint from before the change (checkpoint.keep)",
+            )
+        return bisect_right(self._firsts, sample) - 1

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from neox.config.schema import Config, DataConfig, DataSource
-from neox.data.blend import normalise_weights
+from neox.data._native import core
+from neox.data.blend import Stretch, Stretches, normalise_weights
+from neox.data.cursor import Cursor, Saved, Source, continued, first_stretch, identify, same_shares, settings_of, tokenizer_of
 from neox.data.documents import DocumentDataset, LabelledDataset, PairDataset
 from neox.data.fim import FimDataset, Transform
 from neox.data.index_cache import PACKING_NAMES, cache_key, cached_order
 from neox.data.indexed import IndexedDataset
+from neox.data.inputs import find_files
 from neox.data.packing import PackedDataset, Packing, pack_documents
 from neox.data.sampling import BlendedDataset, Dataset, EpochDataset, MixedDataset, NeoxDataset, RowReader, check_tokens, neox_order, split_ranges
-from neox.data.text_cache import tokenized
+from neox.data.text_cache import text_key, tokenized
 from neox.data.tokenizer import file_hash
 from neox.errors import ConfigError, DataError
 
@@ -24,31 +30,142 @@ BLEND_MARGIN = 1.005  # upstream asks each dataset of a blend for this much more
 
 
 def build_datasets(config: Config, num_samples: dict[str, int]) -> dict[str, Dataset]:
-    """The datasets that a run reads.
+    """The datasets that a run reads from its first sample on; see `RunDatasets`."""
+    return RunDatasets(config, num_samples).parts
+
+
+class RunDatasets:
+    """The datasets that a run reads, and what a count of their samples means.
 
     Args:
         num_samples: samples needed of "train", "validation" and "test"; parts that are absent or 0 are not built.
             Only `order: neox` makes its order for that number; `order: epoch` is unbounded.
+        saved: the data cursor of the checkpoint that the run resumes from; None: it begins.
 
-    Returns:
-        part -> dataset, for the parts that the config has.
+    Attributes:
+        parts: part -> dataset, for the parts that the config has.
+        cursor: for the checkpoints of the run.
+        lines: what changed since the checkpoint.
 
     Raises:
         ConfigError: not one of data.path, data.text and data.train, a bad split, or a tokenizer without the tokens of fill in the middle.
         DataError: files that are missing, damaged, from another tokenizer, with ids beyond the vocabulary, or too short; an empty split.
+        CheckpointError: the data is not that of the checkpoint. Nothing was written by then: no tokenized text, no arrays of an order or packing.
     """
+
+    def __init__(self, config: Config, num_samples: dict[str, int], saved: Saved | None = None):
+        _check_section(config.data)
+        wanted = {part: num_samples[part] for part in PARTS if num_samples.get(part, 0) > 0}
+        text = Path(text_prefix(config)).name if config.data.text else None
+        settings = settings_of(config, tokenizer_of(config), text)
+        if saved is not None and text is not None and saved.cursor.settings.get("data.text") not in (None, text):
+            unread = (Source("data.text", 1.0),)  # nothing is tokenized for a start that is refused
+            continued(saved, Cursor(settings, unread, (first_stretch(unread),)), ())
+        path = prefix_to_split(config)
+        opened = _open_all(config, path, list(wanted))
+        rows = {part: _rows(config, opened, path, part) for part in wanted}
+        validation = [_described(config, opened, row) for row in rows.get("validation", ())]
+        needed = _needed(config, rows.get("train", ()), wanted.get("train", 0))
+        sources = [_described(config, opened, row, count) for row, count in zip(rows.get("train", ()), needed, strict=True)]
+        if saved is not None and any(source.epochs for source in sources):
+            sources = _kept_orders(config, opened, sources, rows["train"], saved, wanted["train"])
+        self.cursor = Cursor(settings, tuple(sources), (first_stretch(sources),))
+        self.lines: list[str] = []
+        if saved is not None:
+            found = continued(saved, self.cursor, validation)
+            self.cursor, self.lines = replace(self.cursor, stretches=found.stretches), found.lines
+        self.parts: dict[str, Dataset] = {}
+        for part in (part for part in wanted if rows[part]):
+            made = self._made(config, opened, part, rows[part], wanted[part])
+            if part == "train":
+                per_epoch = [len(one) // (source.epochs or 1) for one, source in zip(made, self.cursor.sources, strict=True)]
+                sources = [replace(source, samples=count) for source, count in zip(self.cursor.sources, per_epoch, strict=True)]
+                self.cursor = replace(self.cursor, sources=tuple(sources))
+            weights = normalise_weights([row.source.weight for row in rows[part]]).tolist()
+            self.parts[part] = mixed(made, weights, self.cursor.stretches if part == "train" else None)
+
+    def _made(self, config: Config, opened: dict[str, IndexedDataset], part: str, rows: Sequence[Row], samples: int) -> list[Dataset]:
+        """The datasets of a part, one per source."""
+        needed = _needed(config, rows, samples)
+        if part == "train":
+            lengths = [source.epochs for source in self.cursor.sources]
+            needed = [
+                count if epochs is None else _samples_of(config, opened[row.source.path], row.span, epochs, count)
+                for row, epochs, count in zip(rows, lengths, needed, strict=True)
+            ]
+        return [_source(config, opened, part, row, count) for row, count in zip(rows, needed, strict=True)]
+
+
+class Row(NamedTuple):
+    """A source of a part: its files, the documents (order: neox: sequences) [first, last) of them, and its name for messages."""
+
+    source: DataSource
+    span: tuple[int, int]
+    name: str
+
+
+def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, part: str) -> list[Row]:
+    """The sources of a part. Raises DataError where data.split leaves none of the documents, ConfigError for bad weights."""
     data = config.data
-    _check_section(data)
-    wanted = {part: num_samples[part] for part in PARTS if num_samples.get(part, 0) > 0}
-    path = prefix_to_split(config)
-    opened = _open_all(config, path, list(wanted))
-    datasets: dict[str, Dataset] = {}
-    for part, samples in wanted.items():
-        if path is not None:
-            datasets[part] = _split_part(config, opened[path], part, samples)
-        elif _sources(data, part):
-            datasets[part] = _blended_part(config, opened, part, samples)
-    return datasets
+    if path is not None:
+        return [Row(DataSource(path=path), _split_part(config, opened[path], part), "data.text" if data.text else path)]
+    rows = [Row(source, (0, _units(data, opened[source.path])), source.path) for source in _sources(data, part)]
+    if rows:
+        try:
+            normalise_weights([row.source.weight for row in rows])
+        except DataError as error:
+            raise ConfigError(error.what, where=f"data.{part}: {error.where or ''}", got=error.got, want=error.want) from error
+    return rows
+
+
+def _needed(config: Config, rows: Sequence[Row], samples: int) -> list[int]:
+    """Samples that a run needs of each source."""
+    if not config.data.train:
+        return [samples] * len(rows)
+    shares = normalise_weights([row.source.weight for row in rows]) if rows else []
+    return [math.ceil(samples * share * BLEND_MARGIN) for share in shares]
+
+
+def _described(config: Config, opened: dict[str, IndexedDataset], row: Row, samples: int = 0) -> Source:
+    """A source by its content. samples: that are needed of it, which the arrays of `order: neox` depend on."""
+    roles = {"tokens": row.source.path, "labels": row.source.labels, "rejected": row.source.rejected, "rejected_labels": row.source.rejected_labels}
+    files = {role: identify(opened[prefix]) for role, prefix in roles.items() if prefix is not None}
+    neox = config.data.order == "neox" and config.data.packing == "concatenate" and row.source.rejected is None and samples
+    epochs = _epochs(config, opened[row.source.path], row.span, samples) if neox else None
+    return Source(row.name, row.source.weight, files, row.span, epochs)
+
+
+def _epochs(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> int:
+    """Epochs of the arrays of `order: neox` that have so many samples."""
+    tokens = dataset.first_token(span[1]) - dataset.first_token(span[0])
+    check_tokens(dataset, span, tokens, config.data.seq_length)
+    return core.epochs_needed(tokens, config.data.seq_length, samples)
+
+
+def _samples_of(config: Config, dataset: IndexedDataset, span: tuple[int, int], epochs: int, samples: int) -> int:
+    """The samples to ask `neox_order` for, so that its arrays have that many epochs: `samples` where these give them already."""
+    if _epochs(config, dataset, span, samples) == epochs:
+        return samples
+    return (epochs * (dataset.first_token(span[1]) - dataset.first_token(span[0])) - 1) // config.data.seq_length
+
+
+def _kept_orders(config: Config, opened: dict[str, IndexedDataset], sources: list[Source], rows: Sequence[Row], saved: Saved, samples: int) -> list[Source]:
+    """The sources with as many epochs of `order: neox` as in the checkpoint, where these hold what the run still reads of them."""
+    before = saved.cursor
+    taken = Stretches(before.stretches).taken(saved.consumed).tolist()
+    weights = [row.source.weight for row in rows]
+    reweighted = not same_shares(before.stretches[-1].weights, weights)
+    rest = max(samples - saved.consumed, 0)
+    found = []
+    for source, row, share in zip(sources, rows, normalise_weights(weights), strict=True):
+        dataset = opened[row.source.path]
+        old = next((number for number, one in enumerate(before.sources) if one.files and replace(source, epochs=one.epochs).same(one)), None)
+        if old is not None:
+            needed = taken[old] + math.ceil(rest * share) + 1
+            epochs = _epochs(config, dataset, row.span, needed) if reweighted else source.epochs
+            source = replace(source, epochs=max(epochs, before.sources[old].epochs or 1))
+        found.append(source)
+    return found
 
 
 def prefix_to_split(config: Config) -> str | None:
@@ -56,8 +173,16 @@ def prefix_to_split(config: Config) -> str | None:
     data = config.data
     if not data.text:
         return data.path
-    folder = Path(data.text_cache) if data.text_cache is not None else Path(config.run.dir) / "text"
-    return tokenized(data.text, config.tokenizer.file, config.tokenizer.eod_token, folder)
+    return tokenized(data.text, config.tokenizer.file, config.tokenizer.eod_token, _text_folder(config))
+
+
+def text_prefix(config: Config) -> str:
+    """Prefix of the dataset that data.text becomes; it need not be there. Raises DataError."""
+    return str(_text_folder(config) / text_key(find_files(config.data.text), config.tokenizer.file, config.tokenizer.eod_token))
+
+
+def _text_folder(config: Config) -> Path:
+    return Path(config.data.text_cache) if config.data.text_cache is not None else Path(config.run.dir) / "text"
 
 
 def documents_of_parts(config: Config) -> dict[str, list[tuple[IndexedDataset, tuple[int, int]]]]:
@@ -133,8 +258,8 @@ def _check_vocabulary(dataset: IndexedDataset, config: Config) -> None:
         dataset.check_tokenizer(file_hash(config.tokenizer.file), config.tokenizer.file)
 
 
-def _split_part(config: Config, dataset: IndexedDataset, part: str, samples: int) -> Dataset:
-    """The part of data.path. `order: neox` cuts sequences, as upstream does; `order: epoch` cuts documents."""
+def _split_part(config: Config, dataset: IndexedDataset, part: str) -> tuple[int, int]:
+    """The range of a part of data.path. `order: neox` cuts sequences, as upstream does; `order: epoch` cuts documents."""
     data = config.data
     unit = _units(data, dataset)
     span = split_ranges(data.split, unit)[PARTS.index(part)]
@@ -146,27 +271,15 @@ def _split_part(config: Config, dataset: IndexedDataset, part: str, samples: int
             want="at least 1",
             do="give the part a larger share, or set evaluate.interval to 0 if it is not needed",
         )
-    return _source(config, (dataset, None), part, span, samples)
+    return span
 
 
-def _blended_part(config: Config, opened: dict[str, IndexedDataset], part: str, samples: int) -> Dataset:
-    sources = _sources(config.data, part)
-    try:
-        shares = normalise_weights([source.weight for source in sources])
-    except DataError as error:
-        raise ConfigError(error.what, where=f"data.{part}: {error.where or ''}", got=error.got, want=error.want) from error
-    datasets = []
-    for source, share in zip(sources, shares, strict=True):
-        dataset, labels = opened[source.path], opened.get(source.labels)
-        if source.rejected is not None:
-            rejected = (opened[source.rejected], opened.get(source.rejected_labels))
-            datasets.append(PairDataset((dataset, labels), rejected, config.data.seq_length, config.train.seed))
-        else:
-            datasets.append(_source(config, (dataset, labels), part, (0, _units(config.data, dataset)), math.ceil(samples * share * BLEND_MARGIN)))
-    if len(datasets) == 1:
+def mixed(datasets: list[Dataset], weights: list[float], stretches: Sequence[Stretch] | None) -> Dataset:
+    """One dataset of several; the only one itself where the run began with it."""
+    if len(datasets) == 1 and (not stretches or [stretch.first for stretch in stretches] == [0]):
         return datasets[0]
     by_rows = all(isinstance(dataset, RowReader) for dataset in datasets)
-    return BlendedDataset(datasets, list(shares)) if by_rows else MixedDataset(datasets, list(shares))
+    return BlendedDataset(datasets, weights, stretches) if by_rows else MixedDataset(datasets, weights, stretches)
 
 
 def _units(data: DataConfig, dataset: IndexedDataset) -> int:
@@ -174,16 +287,19 @@ def _units(data: DataConfig, dataset: IndexedDataset) -> int:
     return len(dataset) if data.order == "neox" and data.packing == "concatenate" else dataset.num_documents
 
 
-def _source(config: Config, files: tuple[IndexedDataset, IndexedDataset | None], part: str, span: tuple[int, int], samples: int) -> Dataset:
+def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: Row, samples: int) -> Dataset:
     """One source of a part, its samples made as data.packing says; those of the training set go through fill in the middle."""
     data = config.data
-    dataset, labels = files
+    dataset, labels = opened[row.source.path], opened.get(row.source.labels)
+    if row.source.rejected is not None:
+        rejected = (opened[row.source.rejected], opened.get(row.source.rejected_labels))
+        return PairDataset((dataset, labels), rejected, data.seq_length, config.train.seed)
     if data.packing == "document":
-        made = DocumentDataset(dataset, labels, data.seq_length, config.train.seed, span)
+        made = DocumentDataset(dataset, labels, data.seq_length, config.train.seed, row.span)
     elif data.packing == "best_fit":
-        made = _packed(config, files, span)
+        made = _packed(config, (dataset, labels), row.span)
     else:
-        made = _ordered(config, dataset, span, samples)
+        made = _ordered(config, dataset, row.span, samples)
         made = made if labels is None else LabelledDataset(made, dataset, labels)
     if part != "train" or not data.fim.rate:
         return made

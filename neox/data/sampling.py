@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from neox.data._native import core
-from neox.data.blend import Blend
+from neox.data.blend import Stretch, Stretches
 from neox.data.indexed import IndexedDataset
 from neox.data.trace import Piece, Seen, matching, merged, pieces_of
 from neox.errors import ConfigError, DataError
@@ -333,11 +334,15 @@ class NeoxDataset:
 
 
 class MixedDataset:
-    """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other."""
+    """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other.
 
-    def __init__(self, datasets: list[Dataset], weights: list[float]):
+    Args:
+        stretches: how the run has blended them so far and continues; None: by `weights` from its first sample on.
+    """
+
+    def __init__(self, datasets: list[Dataset], weights: list[float], stretches: Sequence[Stretch] | None = None):
         self.parts = datasets
-        self._blend = Blend(weights)
+        self._blend = Stretches(stretches or [Stretch(0, tuple(weights), (0,) * len(datasets))])
 
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.parts)
@@ -370,8 +375,8 @@ class MixedDataset:
 class BlendedDataset(MixedDataset):
     """Datasets that are read many samples at a time, mixed by weight."""
 
-    def __init__(self, datasets: list[EpochDataset | NeoxDataset], weights: list[float]):
-        super().__init__(datasets, weights)
+    def __init__(self, datasets: list[EpochDataset | NeoxDataset], weights: list[float], stretches: Sequence[Stretch] | None = None):
+        super().__init__(datasets, weights, stretches)
         self.seq_length = datasets[0].seq_length
         self.document_mask = datasets[0].document_mask
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 
-from neox.config.load import load_config
+from neox.config.load import load_config, loads
 from neox.config.schema import Config
-from neox.data.builder import build_datasets
+from neox.data.builder import RunDatasets
+from neox.data.cursor import Cursor, Saved
 from neox.data.sampling import Dataset
 from neox.data.trace import Piece
 from neox.errors import ConfigError, DataError
@@ -49,19 +53,62 @@ class Row:
     pieces: list[Piece]
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a checkpoint of the run tells of the steps up to it.
+
+    Args:
+        step: that it was saved at. consumed: samples read by then.
+        config_lock: config of the start that wrote it.
+        data: its data cursor; None: of an earlier version.
+        where: its folder.
+        world_size: processes that wrote it.
+    """
+
+    step: int
+    consumed: int
+    config_lock: str
+    data: dict[str, Any] | None
+    where: str
+    world_size: int
+
+
+class Stage:
+    """The steps of a run up to `last` that were made by one config.
+
+    Attributes:
+        config: theirs.
+        last: the last step; None: the run's latest.
+        world_size: processes; None where no checkpoint tells.
+    """
+
+    def __init__(self, config: Config, last: int | None, world_size: int | None, saved: Saved | None, batch: int | None):
+        self.config, self.last, self.world_size = config, last, world_size
+        self._saved, self._batch = saved, batch
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """What they read. Raises CheckpointError where it is no longer what they read."""
+        batch = self._batch or self.config.train.global_batch_size or 1
+        return RunDatasets(self.config, {"train": self.config.train.train_iters * batch}, self._saved).parts["train"]
+
+
 class RunData:
-    """The data of a run, by its config.lock.yml and metrics.jsonl. Paths in the config are as they were: ask from the same folder.
+    """The data of a run: by the config and data cursor of its checkpoints, by config.lock.yml for what came after them, and by metrics.jsonl.
+
+    Paths in the configs are as they were: ask from the same folder.
 
     Args:
         run: the run's folder.
         batch: samples of an optimizer step; None: by the records of the steps, or else the config.
+        written: checkpoints of the run's newest branch, ascending by step.
 
     Raises:
         ConfigError: the folder has no config, or the batch is known from nowhere.
         DataError: data or records cannot be read.
     """
 
-    def __init__(self, run: Path, batch: int | None = None):
+    def __init__(self, run: Path, batch: int | None = None, written: Sequence[Written] = ()):
         self.run = run
         lock = run / LOCK
         if not lock.is_file():
@@ -72,8 +119,12 @@ class RunData:
         if given is None and not self._steps.size:
             raise ConfigError("the batch size is not known", where=run, got=f"neither train.global_batch_size nor {METRICS}", do="give --batch")
         self.batch = int(given or self._batches[-1])
-        wanted = self.config.train.train_iters * self.batch
-        self.dataset: Dataset = build_datasets(self.config, {"train": wanted})["train"]
+        self.written = list(written)
+        self._stages = list(stages(written, self.config, self.batch))
+
+    def stage(self, step: int) -> Stage:
+        """The stage that a step belongs to."""
+        return next(stage for stage in self._stages if stage.last is None or step <= stage.last)
 
     @property
     def consumed(self) -> int:
@@ -105,21 +156,29 @@ class RunData:
     def batch_of(self, step: int, layout: Layout) -> list[Row]:
         """The samples of a step."""
         first, last = self.span(step)
-        return [Row(sample, *layout.place(sample - first), self.dataset.pieces(sample)) for sample in range(first, last)]
+        dataset = self.stage(step).dataset
+        return [Row(sample, *layout.place(sample - first), dataset.pieces(sample)) for sample in range(first, last)]
 
     def steps_of(self, prefix: str, document: int) -> list[tuple[int, list[int]]]:
         """The recorded steps that saw a document of a source, each with the samples that held a part of it."""
-        samples = self.dataset.find(prefix, document, self.consumed)
-        at = np.searchsorted(self._ends, samples, side="right")
-        recorded = samples >= self._ends[at] - self._batches[at]  # not those of steps that a rollback took back
         seen: dict[int, list[int]] = {}
-        for step, sample in zip(self._steps[at[recorded]].tolist(), samples[recorded].tolist(), strict=True):
-            seen.setdefault(step, []).append(sample)
+        before = 0
+        for stage in self._stages:
+            until = self.last_step if stage.last is None else stage.last
+            rows = np.flatnonzero((self._steps > before) & (self._steps <= until))
+            before = max(before, until)
+            if not rows.size:
+                continue
+            samples = stage.dataset.find(prefix, document, int(self._ends[rows[-1]]))
+            at = np.searchsorted(self._ends, samples, side="right")
+            recorded = (at >= rows[0]) & (samples >= self._ends[at] - self._batches[at])  # not those of steps that a rollback took back
+            for step, sample in zip(self._steps[at[recorded]].tolist(), samples[recorded].tolist(), strict=True):
+                seen.setdefault(step, []).append(sample)
         return sorted(seen.items())
 
     def sources(self) -> list[str]:
         """Prefixes that the training samples come from."""
-        return list(dict.fromkeys(seen.source for seen in self.dataset.seen(0)))
+        return list(dict.fromkeys(seen.source for stage in self._stages for seen in stage.dataset.seen(0)))
 
     def _records(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each recorded step: its number, the samples consumed after it, and those of it; int64."""
@@ -135,3 +194,18 @@ class RunData:
         if numbers.shape[0] and numbers[0, 0] != 1:  # it goes on from another run's checkpoint, whose tokens are counted in
             batches[0] = batches[1] if batches.size > 1 else self.config.train.global_batch_size or batches[0]
         return numbers[:, 0], numbers[:, 1], batches
+
+
+def stages(written: Sequence[Written], config: Config, batch: int) -> Iterator[Stage]:
+    """The stages of a run whose last start has this config: one for each start that checkpoints tell of, and the one since the last of them."""
+    saved = None
+    for number, one in enumerate(written):
+        then = loads(one.config_lock, one.where)
+        cursor = Cursor.of_config(then) if one.data is None else Cursor.from_json(one.data)
+        saved = Saved(one.where, one.consumed, cursor)
+        following = written[number + 1] if number + 1 < len(written) else None
+        if following is None or (following.config_lock, following.data) != (one.config_lock, one.data):
+            yield Stage(then, one.step, one.world_size, saved, batch)
+    if saved is not None:
+        saved = Saved(saved.where, saved.consumed, saved.cursor, config.checkpoint.accept_data_change)
+    yield Stage(config, None, written[-1].world_size if written else None, saved, batch)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,48 +17,35 @@ import torch.distributed as dist
 from neox.checkpoint.background import Saver
 from neox.checkpoint.faulty import storage_with
 from neox.checkpoint.load import Checkpoint, find, resolve
-from neox.checkpoint.lock import FolderLock
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.merged import open_weights
-from neox.checkpoint.retention import collect_leftovers, start_lineage
-from neox.checkpoint.storage import make_dirs, probe, write_file
-from neox.config.load import dump, flatten, loads, plain
+from neox.checkpoint.retention import start_lineage
+from neox.config.load import dump, plain
 from neox.config.schema import Config
 from neox.config.validate import BatchSizes, batch_sizes
-from neox.data.builder import build_datasets, notes
+from neox.data.builder import RunDatasets, notes
 from neox.data.loader import Loader
-from neox.data.sampling import Dataset
 from neox.engine.engine import Engine, StepResult
 from neox.errors import DataError, DiskError, NonFinite, StoppedBySignal
 from neox.faults import NO_FAULTS, Faults
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
+from neox.train.folder import Folders, accept, claim, note_checkpoint
 from neox.train.memory import keep_freed_memory
-from neox.train.metrics import MetricsLog, memory_gb, peak_flops
+from neox.train.metrics import DROPPED, MetricsLog, memory_gb, peak_flops
 from neox.train.planned import PlanCheck
 from neox.train.profile import StepProfiler
-from neox.train.progress import Progress, close_log
+from neox.train.progress import Progress
 from neox.train.pulse import Pulse
 from neox.train.reference import set_references
+from neox.train.resume import Resumed, changes, read_resumed
 from neox.train.signals import StopSignals
 from neox.train.state import describe, get_generators, place_of, set_generators
 from neox.train.trackers import Trackers
 
 PATIENCE = 5.0  # seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where a run leaves its files."""
-
-    run: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Checkpoints of the run."""
-        return self.run / "checkpoints"
 
 
 def train(config: Config, mesh: Mesh, signals: StopSignals, *, faults: Faults = NO_FAULTS, pulse: Pulse | None = None) -> None:
@@ -79,15 +66,20 @@ def train(config: Config, mesh: Mesh, signals: StopSignals, *, faults: Faults = 
     """
     folders = Folders(Path(config.run.dir))
     with contextlib.ExitStack() as stack:
-        log = None
         if mesh.rank == 0:
-            log = prepare_folder(config, folders, stack)
+            claim(config, folders, stack)
         found = find(folders.checkpoints, config.checkpoint.resume, rank=mesh.rank, world_size=mesh.world_size)
-        progress = Progress(sys.stdout if mesh.rank == 0 else None, log, config.train.train_iters, config.logging.interval)
+        progress = Progress(sys.stdout if mesh.rank == 0 else None, None, config.train.train_iters, config.logging.interval)
         life = Life(signals, faults, Pulse() if pulse is None else pulse)
-        run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints, found), life)
-        run.start(found)
+        resumed = None if found is None else read_resumed(found, config)
+        run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints, found), life, resumed)
+        run.restore()
+        if mesh.world_size > 1:
+            dist.barrier()
+        if mesh.rank == 0:  # from here on no process can refuse the start
+            accept(config, folders, progress, stack)
         stack.callback(run.close)
+        run.begin()
         run.go()
 
 
@@ -100,26 +92,6 @@ class Life:
     pulse: Pulse
 
 
-def prepare_folder(config: Config, folders: Folders, stack: contextlib.ExitStack) -> TextIO:
-    """First process: lock the run's folder, try it out, clear what a crash left; returns the open log.txt.
-
-    Raises:
-        DiskError: it cannot be written.
-        CheckpointError: another job holds it.
-    """
-    make_dirs(folders.checkpoints)
-    stack.callback(FolderLock(folders.checkpoints).release)
-    probe(folders.checkpoints)
-    collect_leftovers(folders.checkpoints)
-    write_file(folders.run / "config.lock.yml", dump(config).encode())
-    try:
-        log = (folders.run / "log.txt").open("a", encoding="utf-8")
-    except OSError as error:
-        raise DiskError("the log cannot be written", where=folders.run / "log.txt", got=error.strerror, do="change run.dir") from error
-    stack.callback(close_log, log)
-    return log
-
-
 class Run:
     """The parts of a run, tied together.
 
@@ -130,9 +102,11 @@ class Run:
         progress: who is told.
         lineage: of this start of training.
         life: signals, faults, signs of life.
+        resumed: the checkpoint that it resumes; None: it begins at step 0.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, folders: Folders, progress: Progress, lineage: Lineage, life: Life):
+    def __init__(self, config: Config, mesh: Mesh, folders: Folders, progress: Progress, lineage: Lineage, life: Life, resumed: Resumed | None = None):
+        self.resumed = resumed
         self.life = life
         self.faults = life.faults
         self.pulse = life.pulse
@@ -153,7 +127,7 @@ class Run:
         self.sizes: BatchSizes = batch_sizes(config, mesh.world_size)
         self.pulse("data")
         self.faults("data")
-        self.datasets = self.open_datasets()
+        self.data = self.open_datasets()
         self.pulse("build")
         self.faults("build")
         self.layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "cp": mesh.cp, "zero": config.zero.stage}
@@ -169,17 +143,19 @@ class Run:
         self.tokens = 0
         self.loader: Loader | None = None
         self.metrics: MetricsLog | None = None
-        self.trackers = Trackers(config, folders.run, progress.say) if mesh.rank == 0 else None
+        self.trackers: Trackers | None = None
         self.profiler = StepProfiler(config.profile, folders.run, mesh)
         self.peak = peak_flops(mesh.device, DTYPES[config.precision.dtype]) if mesh.rank == 0 else 1.0
         self.saved_step = -1
+        self.rng: dict[str, torch.Tensor] | None = None
         self.pending: dict[str, Any] | None = None  # record of the last step, whose evaluation a signal cut short
         self.rollbacks = 0
 
-    def open_datasets(self) -> dict[str, Dataset]:
+    def open_datasets(self) -> RunDatasets:
         """The datasets; the first process goes first, so that index files are made once.
 
         Raises:
+            CheckpointError: they are not those of the checkpoint.
             DataError: an evaluation is asked for and there is no validation data.
         """
         train = self.config.train
@@ -191,46 +167,51 @@ class Run:
         }
         if self.mesh.rank != 0:
             dist.barrier()
-        datasets = build_datasets(self.config, wanted)
+        data = RunDatasets(self.config, wanted, self.resumed and self.resumed.saved_data(self.config.checkpoint.accept_data_change))
         if self.mesh.rank == 0 and self.mesh.world_size > 1:
             dist.barrier()
-        if every and "validation" not in datasets:
+        if every and "validation" not in data.parts:
             want = "data.validation, or a data.split with a second part"
             raise DataError("no validation data", where="evaluate.interval", got=every, want=want, do="evaluate.interval: 0")
-        for note in notes(datasets):
+        for note in notes(data.parts):
             self.progress.say(note)
-        return datasets
+        return data
 
-    def start(self, found: Path | None) -> None:
-        """Take up a checkpoint, or begin at step 0. The random streams come last: nothing after them may draw."""
-        consumed = 0
-        rng = None
+    def restore(self) -> None:
+        """Take the weights and the optimizer's state of the checkpoint, or the weights that the config names. Nothing in the run's folder changes."""
         self.pulse("restore")
         self.faults("restore")
-        if found is not None:
-            with Checkpoint(found) as checkpoint:
+        if self.resumed is not None:
+            with Checkpoint(self.resumed.path) as checkpoint:
                 self.engine.restore(checkpoint)
-                consumed, self.tokens = checkpoint.state["consumed"], checkpoint.state["tokens"]
-                self.pending = checkpoint.state.get("pending")
                 # A state belongs to a place in the layout: in another one, rank 1 may have to agree with rank 0 that it differed from before.
                 same = place_of(checkpoint.layout) == place_of(self.layout)
-                rng = (checkpoint.rng(self.mesh.rank) or None) if same else None  # a converted checkpoint may have none
-                self.tell_resumed(checkpoint)
-            if found.parent.resolve() == self.folders.checkpoints.resolve():  # else it is another run's: this one has none yet
+                self.rng = (checkpoint.rng(self.mesh.rank) or None) if same else None  # a converted checkpoint may have none
+            self.tokens, self.pending = self.resumed.state["tokens"], self.resumed.state.get("pending")
+            for line in [*changes(self.resumed, self.config, self.mesh.world_size), *self.data.lines]:
+                self.progress.say(line)
+            if self.resumed.path.parent.resolve() == self.folders.checkpoints.resolve():  # else it is another run's: this one has none yet
                 self.saved_step = self.engine.step
         elif self.config.checkpoint.init_from is not None:
             self.take_weights(resolve(self.config.checkpoint.init_from))
+
+    def begin(self) -> None:
+        """Open the run's records and the training data. The random streams come last: nothing after them may draw."""
         if self.config.train.objective == "dpo":
-            count = set_references(
-                self.datasets, self.folders.run / "reference", self.engine, micro_batch_size=self.sizes.micro_batch_size, fresh=found is None
-            )
-            self.progress.say(f"reference log-probabilities of {count:,} pairs in {self.folders.run / 'reference'}")
+            folder = self.folders.run / "reference"
+            count = set_references(self.data.parts, folder, self.engine, micro_batch_size=self.sizes.micro_batch_size, fresh=self.resumed is None)
+            self.progress.say(f"reference log-probabilities of {count:,} pairs in {folder}")
         if self.mesh.rank == 0:
+            self.trackers = Trackers(self.config, self.folders.run, self.progress.say)
             written = self.engine.step - (self.pending is not None)  # the record of an evaluation that was cut short is to come
             self.metrics = MetricsLog(self.folders.run, written, tensorboard=self.config.logging.tensorboard)
+            if self.metrics.dropped:
+                again = f"{self.metrics.dropped} records of steps after {written}, which no checkpoint holds"
+                self.progress.say(f"{again}, moved to {self.folders.run / DROPPED}")
+        consumed = 0 if self.resumed is None else self.resumed.consumed
         self.loader = self.make_loader("train", consumed, self.config.data.prefetch)
-        if rng is not None:
-            set_generators(rng, self.mesh.device)
+        if self.rng is not None:
+            set_generators(self.rng, self.mesh.device)
         else:
             seed_default_generators(self.config.train.seed + self.engine.step, self.mesh)
 
@@ -243,18 +224,10 @@ class Run:
                 if key in checkpoint.model_config and checkpoint.model_config[key] != value:
                     self.progress.say(f"model.{key}: {checkpoint.model_config[key]} -> {value}")
 
-    def tell_resumed(self, checkpoint: Checkpoint) -> None:
-        """Say where the run goes on, and what has changed in the config since."""
-        self.progress.say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
-        before = dict(flatten(loads(checkpoint.config_lock, str(checkpoint.path))))
-        for key, value in flatten(self.config):
-            if before.get(key) != value and not key.startswith(("run.", "checkpoint.resume")):
-                self.progress.say(f"{key}: {before.get(key)} -> {value}")
-
     def make_loader(self, part: str, start: int, prefetch: int) -> Loader:
         """A loader over one of the datasets."""
         return Loader(
-            self.datasets[part],
+            self.data.parts[part],
             micro_batch_size=self.sizes.micro_batch_size,
             gradient_accumulation=self.sizes.gradient_accumulation,
             dp_rank=self.mesh.dp_rank,
@@ -279,7 +252,7 @@ class Run:
         self.faults("ready")
         if self.engine.any_asks(signals.received is not None):  # it came during the start: no step was made, so none is waited for
             self.leave_by_signal()
-        if self.pending is not None and self.finish_evaluation(self.pending, first=True):
+        if self.pending is not None and self.finish_pending(self.pending):
             self.leave_by_signal()
         first = True
         if self.engine.step == 0 and 0 in config.checkpoint.save_iters and self.saved_step != 0:
@@ -298,7 +271,8 @@ class Run:
             self.save(must=True)
         if not first:  # a run that was at its end already has nothing measured
             self.tell_plan()
-        self.progress.say(f"done: step {self.engine.step} of {config.train.train_iters}")
+        more = ": nothing was left to do; raise train.train_iters to continue" if first else ""
+        self.progress.say(f"done: step {self.engine.step} of {config.train.train_iters}{more}")
 
     def tell_plan(self) -> None:
         """Say how the plan of the run (`neox plan`) compares with what was measured, and leave it in plan.json."""
@@ -357,6 +331,19 @@ class Run:
                 self.pending = None
                 self.write_record({**record, "validation_loss": value}, first=first)
         return stop
+
+    def finish_pending(self, record: dict[str, Any]) -> bool:
+        """Repeat the evaluation that a signal cut short, by the config of this start; without one, write the step's record as it is.
+
+        Returns:
+            Whether a process asks to stop.
+        """
+        if self.config.evaluate.interval:
+            return self.finish_evaluation(record, first=True)
+        self.progress.say(f"step {record['step']}: its evaluation, which a signal cut short, is left out: evaluate.interval is 0")
+        self.pending = None
+        self.write_record(record, first=True)
+        return False
 
     def leave_by_signal(self) -> None:
         """Save, unless the checkpoint is there already, and end. Raises StoppedBySignal."""
@@ -450,7 +437,7 @@ class Run:
             self.metrics.check_place()
         self.saver.join()
         self.settle(must=False)
-        state = {**self.engine.state_dict(), "consumed": self.loader.consumed, "tokens": self.tokens}
+        state = {**self.engine.state_dict(), "consumed": self.loader.consumed, "tokens": self.tokens, "data": self.data.cursor.to_json()}
         if self.pending is not None:
             state["pending"] = self.pending
         try:
@@ -478,6 +465,11 @@ class Run:
                 self.save_failed(outcome.error, must=must)
             else:
                 self.saved_step = outcome.step
+                try:
+                    if self.mesh.rank == 0:
+                        note_checkpoint(self.folders, outcome.folder)
+                except DiskError as error:
+                    self.save_failed(error, must=must)
                 self.progress.say(f"saved {outcome.folder}")
 
     def save_failed(self, error: BaseException, *, must: bool) -> None:

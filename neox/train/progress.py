@@ -62,7 +62,7 @@ class Progress:
 
     Args:
         terminal: stream for people; None on processes that do not speak.
-        log: stream of log.txt, or None.
+        log: stream of log.txt; None: until `keep` is called, lines are held for it.
         total_steps: length of the run.
         interval: steps between lines.
     """
@@ -74,6 +74,8 @@ class Progress:
         self.log = log
         self.total_steps = total_steps
         self.interval = interval
+        self.speaks = terminal is not None
+        self.held: list[str] = []
         self.seconds: float | None = None
         self.steps = 0
 
@@ -83,7 +85,24 @@ class Progress:
         Raises:
             DiskError: the log cannot be written.
         """
+        if self.log is None:
+            self.held += [text] if self.speaks else []
         self.terminal = self.terminal and tell(self.terminal, text)
+        self.write(text)
+
+    def keep(self, log: TextIO) -> None:
+        """Write to this log from now on, and what was printed so far.
+
+        Raises:
+            DiskError: the log cannot be written.
+        """
+        self.log = log
+        held, self.held = self.held, []
+        for text in held:
+            self.write(text)
+
+    def write(self, text: str) -> None:
+        """Write a line to the log, if there is one. Raises DiskError."""
         try:
             if self.log is not None:
                 self.log.write(text + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -68,6 +69,35 @@ def test_seen_at_every_checkpoint(run, capsys):
     assert said(capsys, "seen", "--run", run / "run", "--step", 5)[0]["samples"] == 40
     assert main(["data", "seen", "--run", str(run / "run")]) == 0
     assert f"step 6: 48 samples\n  {run}/train: 36 samples, 1,152 tokens, " in capsys.readouterr().out
+
+
+def test_steps_keep_the_data_that_they_read(run, tmp_path, capsys):
+    """Another mixture, batch and length after a resume: the steps before it are answered by the checkpoints of their time."""
+    options = ("checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
+
+    def start(steps: int, weight: int, *more: str) -> None:
+        sources = f'data.train=[{{"path": "{run}/train", "weight": {weight}}}, {{"path": "{run}/valid", "weight": 1}}]'
+        train(make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more), Mesh.single(), StopSignals())
+
+    start(6, 3)
+    asked = [("which", "--step", step) for step in (2, 6)] + [("seen", "--step", 6), ("which", "--document", 5, "--source", f"{run}/train")]
+    capsys.readouterr()
+    before = [said(capsys, question[0], "--run", tmp_path, *question[1:]) for question in asked]
+    start(9, 1, "train.global_batch_size=4")
+    start(10, 1, "train.seed=99", "checkpoint.accept_data_change=true", "train.global_batch_size=4")
+    capsys.readouterr()
+    after = [said(capsys, question[0], "--run", tmp_path, *question[1:]) for question in asked]
+    assert after[:3] == before[:3]
+    assert [row for row in after[3]["steps"] if row["step"] <= 6] == before[3]["steps"]
+    samples = {row["step"]: {source["source"]: source["samples"] for source in row["sources"]} for row in said(capsys, "seen", "--run", tmp_path)}
+    assert samples[9] == {f"{run}/train": 36 + 6, f"{run}/valid": 12 + 6}
+    assert samples[10] == {f"{run}/train": 2, f"{run}/valid": 2}  # the new order began anew
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000003")  # as retention does
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000006")
+    assert said(capsys, *asked[0][:1], "--run", tmp_path, *asked[0][1:]) == before[0]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000009")
+    assert main(["data", "which", "--run", str(tmp_path), "--step", "2"]) == 3
+    assert "how the sample was read is not known: the run continued with other data after it" in capsys.readouterr().err
 
 
 def test_wrong_questions(run, tmp_path, capsys):

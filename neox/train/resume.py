@@ -1,0 +1,121 @@
+"""What a run takes from the checkpoint that it resumes, and what it reports of the differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neox.checkpoint.manifest import read_manifest
+from neox.config.load import flatten, loads
+from neox.config.schema import Config
+from neox.config.validate import batch_sizes
+from neox.data.cursor import Cursor, Saved
+from neox.engine.schedule import build_schedule
+from neox.errors import CheckpointError, ConfigError
+
+QUIET = ("run.", "checkpoint.resume", "checkpoint.accept_data_change")  # keys about this start alone
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run resumes.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        state: counters and the data cursor.
+        config: of the start that wrote it; None where this version cannot read it.
+        problem: why not.
+        world_size: processes that wrote it.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    config: Config | None
+    problem: str | None
+    world_size: int
+
+    @property
+    def consumed(self) -> int:
+        """Samples read."""
+        return self.state["consumed"]
+
+    def saved_data(self, accept: bool) -> Saved | None:
+        """The data cursor; None where nothing is known of it."""
+        if "data" in self.state:
+            cursor = Cursor.from_json(self.state["data"])
+        elif self.config is not None:
+            cursor = Cursor.of_config(self.config)
+        else:
+            return None
+        return Saved(str(self.path), self.consumed, cursor, accept)
+
+
+def read_resumed(path: Path, config: Config) -> Resumed:
+    """Read what the start depends on.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or there is nothing to resume in it.
+        ConfigError: the run would end before the checkpoint's step.
+    """
+    manifest = read_manifest(path)
+    if "optimizer" not in manifest.state:
+        do = f"checkpoint.init_from: {path}, to start at step 0 from it"
+        raise CheckpointError("the checkpoint holds weights only: nothing to resume", where=path, do=do)
+    if config.train.train_iters < manifest.step:
+        raise ConfigError(
+            "the run would end before the step that it resumes from",
+            where="train.train_iters",
+            got=f"{config.train.train_iters}, resuming {path} at step {manifest.step}",
+            want=f"{manifest.step} or more",
+            do="raise train.train_iters, or name an older checkpoint by checkpoint.resume",
+        )
+    before, problem = None, None
+    try:
+        before = loads(manifest.config_lock, str(path))
+    except ConfigError as error:
+        problem = f"{error.what}, {error.where}"
+    return Resumed(path, manifest.step, manifest.state, before, problem, manifest.world_size)
+
+
+def changes(resumed: Resumed, config: Config, world_size: int) -> list[str]:
+    """What differs between the config of a checkpoint and that of this start, values that follow from others included."""
+    out = [f"resumed from {resumed.path} at step {resumed.step}"]
+    if "data" not in resumed.state:
+        out.append("the checkpoint is of an earlier version and does not record its data: whether the content of the datasets changed cannot be checked")
+    if resumed.config is None:
+        return [*out, f"the checkpoint's config cannot be read by this version ({resumed.problem}): its differences are not listed"]
+    before, after = dict(flatten(resumed.config)), dict(flatten(config))
+    given = [key for key, value in after.items() if before.get(key) != value and not key.startswith(QUIET)]
+    out += [f"{key}: {before.get(key)} -> {after[key]}" for key in given]
+    old, new = derived(resumed.config, resumed.world_size), derived(config, world_size)
+    for key, (value, source) in new.items():
+        if key in old and old[key][0] != value and key not in given:
+            out.append(f"{key}: {old[key][0]} -> {value} (follows from {source})")
+    return out + learning_rate(resumed, config)
+
+
+def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
+    """Key -> (value, what it follows from) of the values that a config leaves open."""
+    out: dict[str, tuple[Any, str]] = {}
+    if config.schedule.decay_iters is None:
+        out["schedule.decay_iters"] = (config.train.train_iters, "train.train_iters")
+    else:
+        out["schedule.decay_iters"] = (config.schedule.decay_iters, "schedule.decay_iters")
+    try:
+        sizes = batch_sizes(config, world_size)
+    except ConfigError:  # of a converted checkpoint, whose number of processes is another
+        return out
+    for name in ("micro_batch_size", "gradient_accumulation", "global_batch_size"):
+        out[f"train.{name}"] = (getattr(sizes, name), "the other batch sizes and the number of processes")
+    out["data-parallel size"] = (sizes.dp, "the number of processes")
+    return out
+
+
+def learning_rate(resumed: Resumed, config: Config) -> list[str]:
+    """A line where the rate of the next step is another one than the checkpoint's config gives."""
+    step, updates = resumed.step + 1, resumed.state["updates"]
+    rates = [build_schedule(one.schedule, one.optimizer, one.train.train_iters).learning_rate(step, updates) for one in (resumed.config, config)]
+    return [] if rates[0] == rates[1] else [f"learning rate of step {step}: {rates[0]:.6g} -> {rates[1]:.6g}"]

@@ -1,0 +1,54 @@
+"""The folder of a run: what tells a new run from one whose checkpoints were removed."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from neox.config.schema import Config
+from neox.errors import CheckpointError
+from neox.train.folder import WITNESS, Folders, accept, claim, note_checkpoint, recorded_steps
+from neox.train.progress import Progress
+
+
+def config_of(run, resume: str = "auto") -> Config:
+    values = {"model": {"vocab_size": 10}, "run": {"dir": str(run)}, "checkpoint": {"resume": resume}}
+    return Config.model_validate(values)
+
+
+def test_the_folder_of_a_new_run_is_locked_and_empty_until_the_start_is_accepted(tmp_path):
+    folders = Folders(tmp_path / "run")
+    with contextlib.ExitStack() as stack:
+        claim(config_of(tmp_path / "run"), folders, stack)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+        progress = Progress(None, None, 1, 1)
+        progress.speaks = True
+        progress.say("said before")
+        accept(config_of(tmp_path / "run"), folders, progress, stack)
+        progress.say("said after")
+    assert (tmp_path / "run" / "log.txt").read_text() == "said before\nsaid after\n"
+    assert (tmp_path / "run" / "config.lock.yml").exists()
+
+
+@pytest.mark.parametrize("records", ['{"step": 1}\n{"step": 2}\n{"step": 3, "lo', "", None])
+@pytest.mark.parametrize("witness", [True, False])
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "a checkpoint"])
+def test_when_checkpoints_are_missed(tmp_path, records, witness, left):
+    folders = Folders(tmp_path)
+    if records is not None:
+        (tmp_path / "metrics.jsonl").write_text(records)
+    if witness:
+        note_checkpoint(folders, folders.checkpoints / "step_00000002")
+    if left != "nothing":
+        folders.checkpoints.mkdir()
+    if left == "a checkpoint":
+        (folders.checkpoints / "step_00000002").mkdir()
+    missed = left != "a checkpoint" and (witness or (left == "nothing" and bool(records)))
+    for resume in ("auto", "must", "never"):
+        with contextlib.ExitStack() as stack:
+            refused = pytest.raises(CheckpointError, match="the run's checkpoints are gone") if missed and resume != "never" else contextlib.nullcontext()
+            with refused:
+                claim(config_of(tmp_path, resume), folders, stack)
+    assert recorded_steps(tmp_path / "metrics.jsonl") == (2 if records else 0)
+    assert (tmp_path / WITNESS).exists() == witness
