@@ -96,7 +96,9 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
         for name in layouts:
             yield name, checkpoint.tensor(name)
 
-    to_huggingface(model_config, weights(), stage, tokenizer_file=tokenizer, eod_token=config.tokenizer.eod_token, dtype=dtype)
+    to_huggingface(
+        model_config, weights(), stage, tokenizer_file=tokenizer, eod_token=config.tokenizer.eod_token, dtype=dtype, special_ids=config.tokenizer.special_ids
+    )
     if not check:
         return None
     model.materialize("cpu", initialize=False).load_weights((name, tensor.to(dtype)) for name, tensor in weights())

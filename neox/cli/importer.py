@@ -23,10 +23,11 @@ import torch
 from neox.checkpoint.load import Checkpoint, resolve
 from neox.cli.export import make_stage, publish
 from neox.config.load import dump, load
-from neox.config.schema import Config, ModelConfig
+from neox.config.schema import Config, ModelConfig, SpecialIds, TokenizerConfig
 from neox.convert.huggingface import LOGIT_TOLERANCE, SETTINGS_FILES, compare, open_huggingface, probe_tokens
 from neox.convert.neox import is_old_checkpoint, open_old_checkpoint, step_folder
 from neox.convert.source import Source, save_weights
+from neox.convert.special_ids import read_special_ids
 from neox.data.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError
 from neox.model.gpt import GPT
@@ -81,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def whole_config(model: ModelConfig, weights: Mapping[str, Source], tokenizer: str | None, out: Path) -> Config:
+def whole_config(model: ModelConfig, weights: Mapping[str, Source], tokenizer: TokenizerConfig, out: Path) -> Config:
     """The config of a run that would train this model on."""
     dtype = next(iter(weights.values())).dtype
     return Config(
         model=model,
-        tokenizer={"file": tokenizer},
+        tokenizer=tokenizer,
         data={"seq_length": min(model.max_position_embeddings, 2048)},
         precision={"dtype": PRECISIONS.get(dtype, "fp32")},
         train={"micro_batch_size": 1},
@@ -99,7 +100,17 @@ def read_huggingface(source: Path, args: argparse.Namespace, out: Path) -> tuple
     if args.conf or args.overrides:
         raise ConfigError("a Hugging Face model has its own config", where="--conf, --set", do="leave them out; change the run with --set when training on")
     model, weights = open_huggingface(source)
-    return whole_config(model, weights, str(out / "tokenizer.json") if tokenizer_of(args, source) else None, out), weights
+    ids, file = read_special_ids(source), tokenizer_of(args, source)
+    section = {} if file is None else {"file": str(out / "tokenizer.json"), "eod_token": end_token(Tokenizer(file), ids)}
+    return whole_config(model, weights, TokenizerConfig(**section, special_ids=ids), out), weights
+
+
+def end_token(tokenizer: Tokenizer, ids: SpecialIds) -> str | None:
+    """tokenizer.eod_token of the run: None where it is found by name, else the first of the ids that end a text that the tokenizer has."""
+    if tokenizer.eod_id is not None:
+        return None
+    ends = (*((ids.eos,) if isinstance(ids.eos, int) else ids.eos or ()), *ids.stop)
+    return next((token for token in map(tokenizer.token_text, ends) if token is not None), None)
 
 
 def read_old(source: Path, args: argparse.Namespace, out: Path) -> tuple[Config, dict[str, Source]]:
@@ -114,7 +125,8 @@ def read_old(source: Path, args: argparse.Namespace, out: Path) -> tuple[Config,
     if args.tokenizer is None and loaded.config.tokenizer.file is not None and Path(loaded.config.tokenizer.file).is_file():
         args.tokenizer = loaded.config.tokenizer.file
     weights = open_old_checkpoint(folder, loaded.config.model)
-    return whole_config(loaded.config.model, weights, str(out / "tokenizer.json") if args.tokenizer else None, out), weights
+    section = TokenizerConfig(file=str(out / "tokenizer.json") if args.tokenizer else None)
+    return whole_config(loaded.config.model, weights, section, out), weights
 
 
 def tokenizer_of(args: argparse.Namespace, source: Path) -> Path | None:

@@ -201,11 +201,25 @@ class DataConfig(Section):
         return out
 
 
+class SpecialIds(Section):
+    """Ids of special tokens as an imported model's files name them; an export writes them again, and generation ends at eos and stop."""
+
+    bos: int | None = Field(None, description="bos_token_id of its config.json")
+    eos: int | Annotated[tuple[int, ...], Field(strict=False)] | None = Field(None, description="eos_token_id of its config.json: an id, or a list of ids")
+    pad: int | None = Field(None, description="pad_token_id of its config.json")
+    stop: Annotated[tuple[int, ...], Field(strict=False)] = Field((), description="further ids that end a text: eos_token_id of its generation_config.json")
+
+    def ends(self) -> frozenset[int]:
+        """Every id that ends a generated text."""
+        return frozenset(() if self.eos is None else (self.eos,) if isinstance(self.eos, int) else self.eos) | frozenset(self.stop)
+
+
 class TokenizerConfig(Section):
     """The tokenizer that made the data."""
 
     file: str | None = Field(None, description="path of a `tokenizers` JSON file; needed for generation from text, evaluation and vocab_size's default")
     eod_token: str | None = Field(None, description="end-of-document token; null: found by name (<|endoftext|>, </s>, <|end_of_text|>, <eos>)")
+    special_ids: SpecialIds | None = Field(None, description="ids of an imported model, which neox import fills in; null: those of the end-of-document token")
 
 
 class OptimizerConfig(Section):

@@ -30,6 +30,8 @@ WANTED = {
     "share": "a number from 0 to below 1",
     "flag": "true or false",
     "name": "text",
+    "id": "a token id",
+    "ids": "a token id or a list of them",
     "names": "a list of names",
     "object": "an object",
 }
@@ -45,7 +47,7 @@ class Key:
         nullable: null is a value of its own, read as None; else it is an error.
     """
 
-    kind: Literal["count", "index", "number", "positive", "share", "flag", "name", "names", "object"]
+    kind: Literal["count", "index", "number", "positive", "share", "flag", "name", "id", "ids", "names", "object"]
     default: Any = REQUIRED
     nullable: bool = False
 
@@ -53,6 +55,9 @@ class Key:
 def _fits(kind: str, value: Any) -> bool:
     if kind in ("count", "index"):
         return type(value) is int and (kind == "count") <= value < LARGEST_COUNT
+    if kind in ("id", "ids"):
+        items = value if kind == "ids" and isinstance(value, list) else [value]
+        return all(type(item) is int and abs(item) < LARGEST_COUNT for item in items)
     if kind in ("number", "positive", "share"):
         low, high = {"number": (-math.inf, math.inf), "positive": (0, math.inf), "share": (0, 1)}[kind]
         return type(value) in (int, float) and low <= value < high and abs(value) < LARGEST_NUMBER and (kind != "positive" or value > 0)

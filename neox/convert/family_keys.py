@@ -8,8 +8,13 @@ from __future__ import annotations
 from neox.convert.config_keys import Key
 from neox.convert.rope import ROPE_OBJECTS
 
-_SHARED = {"initializer_range": Key("number", None, nullable=True)}  # of no effect on what the model computes
+_SHARED = {
+    "initializer_range": Key("number", None, nullable=True),  # of no effect on what the model computes
+    "pad_token_id": Key("id", None, nullable=True),
+}
 NEOX_KEYS = {
+    "bos_token_id": Key("id", 0, nullable=True),
+    "eos_token_id": Key("ids", 2, nullable=True),
     **_SHARED,
     **ROPE_OBJECTS,
     "vocab_size": Key("count", 50432),
@@ -29,6 +34,8 @@ NEOX_KEYS = {
     "tie_word_embeddings": Key("flag", False),
 }
 GPT2_KEYS = {
+    "bos_token_id": Key("id", 50256, nullable=True),
+    "eos_token_id": Key("ids", 50256, nullable=True),
     **_SHARED,
     "vocab_size": Key("count", 50257),
     "n_embd": Key("count"),
@@ -62,6 +69,8 @@ _LLAMA_SHARED = {
 }
 LLAMA_KEYS = {
     **_LLAMA_SHARED,
+    "bos_token_id": Key("id", 1, nullable=True),
+    "eos_token_id": Key("ids", 2, nullable=True),
     "intermediate_size": Key("count", 11008),
     "num_key_value_heads": Key("count", None, nullable=True),
     "max_position_embeddings": Key("count", 2048),
@@ -71,6 +80,8 @@ LLAMA_KEYS = {
 }
 MISTRAL_KEYS = {
     **_LLAMA_SHARED,
+    "bos_token_id": Key("id", 1, nullable=True),
+    "eos_token_id": Key("ids", 2, nullable=True),
     "intermediate_size": Key("count", 14336),
     "num_key_value_heads": Key("count", 8, nullable=True),
     "max_position_embeddings": Key("count", 131072),
@@ -79,6 +90,8 @@ MISTRAL_KEYS = {
 }
 QWEN2_KEYS = {
     **_LLAMA_SHARED,
+    "bos_token_id": Key("id", None, nullable=True),
+    "eos_token_id": Key("ids", None, nullable=True),
     "vocab_size": Key("count", 151936),
     "intermediate_size": Key("count", 22016),
     "num_key_value_heads": Key("count", 32, nullable=True),

@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from neox.config.load import schema_problem
 from neox.config.problems import brief
-from neox.config.schema import ModelConfig
+from neox.config.schema import ModelConfig, SpecialIds
 from neox.convert.config_keys import Json, read_json, read_keys
 from neox.convert.families import Family, Rule, family_for, family_named
 from neox.convert.source import Held, Source
+from neox.convert.special_ids import generation_config, ids_to_json
 from neox.convert.tensor_files import TensorFiles, TensorFileWriter
 from neox.data.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem
@@ -53,6 +54,7 @@ def to_huggingface(
     eod_token: str | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    special_ids: SpecialIds | None = None,
 ) -> None:
     """Write a model folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
 
@@ -63,6 +65,7 @@ def to_huggingface(
         tokenizer_file: `tokenizers` JSON to put beside the model; its end-of-document id becomes eos_token_id.
         eod_token: as tokenizer.eod_token of the config; None: found by name.
         dtype: of the written weights: float32, bfloat16 or float16.
+        special_ids: of the model that was imported; None: the end-of-document id is bos and eos.
         max_shard_bytes: a weights file is closed when it would grow beyond this.
 
     Raises:
@@ -78,17 +81,18 @@ def to_huggingface(
         raise CheckpointError("export would overwrite files", where=folder, want="a folder that is absent or empty", do="choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        eos = None if tokenizer_file is None else _write_tokenizer(folder, Path(tokenizer_file), eod_token, config)
+        eod = None if tokenizer_file is None else _write_tokenizer(folder, Path(tokenizer_file), eod_token, config)
+        ids = SpecialIds(bos=eod, eos=eod) if special_ids is None else special_ids
         names = [name for rule in family.rules(config).values() for name in rule.names]
         _write_weights(folder, _their_tensors(config, family, weights, dtype), names, max_shard_bytes)
         if not (folder / "generation_config.json").exists():
-            _write_json(folder / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
-        _write_json(folder / "config.json", config_json(config, family, dtype, eos))  # last: a folder cut short does not load
+            _write_json(folder / "generation_config.json", generation_config(ids))
+        _write_json(folder / "config.json", config_json(config, family, dtype, ids))  # last: a folder cut short does not load
     except OSError as error:
         raise DiskError("export cannot be written", where=folder, got=error, do="free space or choose another --out") from error
 
 
-def config_json(config: ModelConfig, family: Family, dtype: torch.dtype, eos: int | None) -> Json:
+def config_json(config: ModelConfig, family: Family, dtype: torch.dtype, ids: SpecialIds) -> Json:
     """The contents of config.json, readable by transformers 4 and 5."""
     shared = {
         "architectures": [family.architecture],
@@ -96,13 +100,11 @@ def config_json(config: ModelConfig, family: Family, dtype: torch.dtype, eos: in
         "vocab_size": config.vocab_size,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],
         "use_cache": True,
     }
-    return shared | family.to_json(config)
+    return shared | ids_to_json(ids) | family.to_json(config)
 
 
 def _their_tensors(config: ModelConfig, family: Family, weights: Weights, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -71,12 +71,14 @@ class Tokenizer:
         file: `tokenizers` JSON file.
         eod_token: end-of-document token; None: the first of `<|endoftext|>`, `</s>`, `<|end_of_text|>`, `<eos>` that exists.
 
+        end_ids: further ids that end a generated text; `end_ids` holds them and the end-of-document id.
+
     Raises:
         DataError: the file is missing or not a tokenizer.
         ConfigError: eod_token is not in the vocabulary.
     """
 
-    def __init__(self, file: str | Path, eod_token: str | None = None, *, specials_as_text: bool = False):
+    def __init__(self, file: str | Path, eod_token: str | None = None, *, specials_as_text: bool = False, end_ids: Iterable[int] = ()):
         self.file = str(file)
         self._bytes = read_bytes(file)
         try:
@@ -84,6 +86,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             raise DataError("not a tokenizer file", where=self.file, got=error, want="a `tokenizers` JSON file") from error
         self.eod_token, self.eod_id = find_eod(self._tokenizer.token_to_id, eod_token, self.file)
+        self.end_ids = frozenset(end_ids) | frozenset(() if self.eod_id is None else (self.eod_id,))
 
     @cached_property
     def hash(self) -> str:
@@ -96,8 +99,19 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, template: bool = False) -> list[int]:
-        """Token ids of a text; with `template`, inside the special tokens that the tokenizer's file puts around a text."""
+        """Token ids of a text; with `template`, inside the special tokens that transformers puts around a text (`template_tokens`)."""
         return self._tokenizer.encode(text, add_special_tokens=template).ids
+
+    @cached_property
+    def template_tokens(self) -> tuple[list[int], list[int]]:
+        """Special tokens before and after a text, as the file's post-processor puts them."""
+        plain, full = self.encode("a"), self.encode("a", template=True)
+        at = next((i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain), 0)
+        return full[:at], full[at + len(plain) :]
+
+    def token_text(self, number: int) -> str | None:
+        """The token of an id; None: there is no such id."""
+        return self._tokenizer.id_to_token(number) if 0 <= number < self.vocab_size else None
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text and, for each, the characters [start, end) that it stands for."""

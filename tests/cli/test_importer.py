@@ -10,8 +10,10 @@ import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
 from neox.cli import importer
+from neox.cli.generate import run_tokenizer
 from neox.cli.main import main
 from neox.config.load import loads
+from neox.config.schema import SpecialIds
 from neox.convert.huggingface import from_huggingface, to_huggingface
 from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
@@ -19,6 +21,7 @@ from tests.config.upstream import BASE, flow_text
 from tests.convert.models import MODELS
 from tests.convert.old_checkpoints import write_old
 from tests.convert.test_neox import make
+from tests.generate.sentencepiece import write_tokenizer
 
 
 def call(*arguments) -> int:
@@ -75,6 +78,23 @@ def test_tokenizer_and_settings_go_there_and_back(shared_data, tmp_path, folder)
     assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--no-check"]) == 0
     assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text()) == settings
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+@pytest.mark.parametrize(("bos", "eos", "ids"), [("<s>", "</s>", (1, [2, 7])), ("<\uff5cbegin\uff5c>", "<\uff5cend\uff5c>", (1, 2))])
+def test_special_ids_go_there_and_back_and_end_texts(bos, eos, ids, tmp_path, capsys):
+    model = MODELS["llama-gqa-tied"]()
+    model.resize_token_embeddings(400)
+    to_huggingface(*from_huggingface(model), tmp_path / "theirs", special_ids=SpecialIds(bos=ids[0], eos=tuple(ids[1]) if isinstance(ids[1], list) else ids[1]))
+    write_tokenizer(tmp_path / "theirs", bos=bos, eos=eos)
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    assert call("--from", tmp_path / "theirs", "--out", tmp_path / "ours", "--no-check") == 0
+    assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--no-check"]) == 0
+    for name in ("config.json", "generation_config.json"):
+        back = json.loads((tmp_path / "back" / name).read_text())
+        assert (back["bos_token_id"], back["eos_token_id"]) == ids
+    ends = run_tokenizer(resolve(tmp_path / "ours"), None).end_ids
+    assert ends == run_tokenizer(resolve(tmp_path / "ours"), str(tmp_path / "theirs" / "tokenizer.json")).end_ids | ends
+    assert ends == set(ids[1] if isinstance(ids[1], list) else [ids[1]])
 
 
 def test_differing_logits_leave_nothing_and_exit_4(folder, tmp_path, capsys, monkeypatch):
