@@ -20,9 +20,11 @@ from neox.config.schema import ModelConfig
 from neox.data.tokenizer import Tokenizer
 from neox.errors import ConfigError, DiskError, StoppedBySignal
 from neox.evaluate.scoring import cut
+from neox.files import LARGEST_FILE, read_text
 from neox.generate.generate import check_prompts, generate, load_model
+from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from neox.generate.sampling import SamplingParams
-from neox.generate.session import Session, TextStream
+from neox.generate.session import Session
 from neox.model.gpt import GPT
 from neox.train.signals import StopSignals
 
@@ -42,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
-    parser.add_argument("--prompt-file", help="file with one prompt per line")
+    parser.add_argument("--prompt-file", help="UTF-8 file with one prompt per line; lines end in \\n or \\r\\n alone")
     parser.add_argument("--unconditional", type=int, metavar="N", help="N texts that begin after the end-of-document token")
     parser.add_argument("--interactive", action="store_true", help="read lines and answer each, with everything said before; /reset forgets, /quit ends")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text ends before this (\\n is a line's end); may be given several times")
+    parser.add_argument("--no-bos", action="store_true", help="leave out the tokens that the tokenizer puts around a text, such as a leading <s>")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts continued at a time (default 8)")
     parser.add_argument("--tokenizer", help="tokenizer file; default: tokenizer.file of the run")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens generated at most per prompt (default 64)")
@@ -82,14 +85,15 @@ def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
     Raises:
         ConfigError: neither is there.
     """
-    if file is not None:
-        return Tokenizer(file)
     section = loads(Checkpoint(checkpoint).config_lock).tokenizer
+    ends = () if section.special_ids is None else section.special_ids.ends()
+    if file is not None:
+        return Tokenizer(file, end_ids=ends)
     if section.file is None:
         raise ConfigError("the run names no tokenizer", where=f"{checkpoint}: tokenizer.file", do="give --tokenizer FILE")
     if not Path(section.file).is_file():
         raise ConfigError("the run's tokenizer is not there", where=f"{checkpoint}: tokenizer.file", got=section.file, do="give --tokenizer FILE")
-    return Tokenizer(section.file, section.eod_token)
+    return Tokenizer(section.file, section.eod_token, end_ids=ends)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -101,7 +105,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:
-            lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+            lines = read_text(args.prompt_file, LARGEST_FILE).split("\n")  # not splitlines: U+2028, form feeds and others are text
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError("cannot read the prompts", where=args.prompt_file, got=reason, want="a UTF-8 text file, one prompt per line") from error
@@ -151,15 +155,16 @@ class Writer:
 
     def _answers(self, prompts: list[str], encoded: list[list[int]]) -> Iterator[dict]:
         """{prompt, text, tokens} of each prompt, in order, batch by batch; a prompt draws the same tokens in any batch."""
-        is_done = (lambda tokens: cut(self.tokenizer.decode(tokens), self.stops)[1]) if self.stops else None
         for start in range(0, len(prompts), self.args.batch_size):
             batch = encoded[start : start + self.args.batch_size]
+            texts = [AnswerText(self.tokenizer, prompt) for prompt in batch]
+            is_done = (lambda row, tokens, texts=texts: cut(texts[row].decode(tokens), self.stops)[1]) if self.stops else None
             rows = generate(self.model, batch, self.params, **self._options(), is_done=is_done, first_stream=start, on_token=lambda *_: self._check_signals())
-            for prompt, tokens in zip(prompts[start:], rows, strict=False):
-                yield {"prompt": prompt, "text": cut(self.tokenizer.decode(tokens), self.stops)[0], "tokens": tokens}
+            for prompt, text, tokens in zip(prompts[start : start + len(batch)], texts, rows, strict=True):
+                yield {"prompt": prompt, "text": cut(text.decode(tokens), self.stops)[0], "tokens": tokens}
 
     def _options(self) -> dict:
-        return {"eod_id": self.tokenizer.eod_id, "use_cache": not self.args.no_cache}
+        return {"eod_id": self.tokenizer.end_ids, "use_cache": not self.args.no_cache}
 
     def _write_all(self, rows: Iterator[dict]) -> None:
         """Texts, a JSON list, or JSON lines."""
@@ -182,7 +187,7 @@ class Writer:
     def _stream(self, prompt: str, encoded: list[int]) -> None:
         """One text, printed while it is generated."""
         self.out.write(prompt)
-        printer = TextStream(self.tokenizer, lambda text: (self.out.write(text), self.out.flush()))
+        printer = TextStream(self.tokenizer, lambda text: (self.out.write(text), self.out.flush()), encoded)
         try:
             generate(self.model, [encoded], self.params, **self._options(), on_token=lambda _, token: (printer.add(token), self._check_signals()))
         finally:
@@ -207,28 +212,32 @@ def run(args: argparse.Namespace) -> int:
         usable_device(args.device)
         checkpoint = resolve(args.checkpoint)
         tokenizer = run_tokenizer(checkpoint, args.tokenizer)
-        mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
+        config = ModelConfig(**Checkpoint(checkpoint).model_config)
+        encoded = [
+            first_tokens(tokenizer, bos=not args.no_bos) if args.unconditional else encode_prompt(tokenizer, prompt, bos=not args.no_bos) for prompt in prompts
+        ]
+        check_prompts(config, encoded, params)  # all of them, before anything is loaded
+        mesh = join_layout(args, config)
         model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
-        check_prompts(model, [], params)
         if signals is None:
             if mesh.world_size > 1:
                 got = f"{mesh.world_size} processes"
                 raise ConfigError("a dialogue over several processes", where="--interactive, --tensor, --pipeline", got=got, want="one process")
-            return converse(Session(model, tokenizer, params, [stop.replace("\\n", "\n") for stop in args.stop]))
-        encoded = [first_tokens(tokenizer) if args.unconditional else tokenizer.encode(prompt) for prompt in prompts]
-        check_prompts(model, encoded, params)  # all of them, before anything is written
+            return converse(Session(model, tokenizer, params, [stop.replace("\\n", "\n") for stop in args.stop], bos=not args.no_bos))
         name = args.out if mesh.rank == 0 else os.devnull  # every process knows the texts; one writes them
         with contextlib.nullcontext(sys.stdout) if name is None else open_output(name) as out:
             Writer(args, (model, tokenizer, params), out, signals).write(prompts, encoded)
     return 0
 
 
-def first_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What a text without a prompt begins after.
+def first_tokens(tokenizer: Tokenizer, *, bos: bool = True) -> list[int]:
+    """What a text without a prompt begins after: the tokens that the tokenizer puts before a text, else end-of-document.
 
     Raises:
         ConfigError: the tokenizer has no end-of-document token.
     """
+    if bos and tokenizer.template_tokens[0]:
+        return list(tokenizer.template_tokens[0])
     if tokenizer.eod_id is None:
         raise ConfigError("nothing to begin from", where=tokenizer.file, want="an end-of-document token", do="give --prompt, or set tokenizer.eod_token")
     return [tokenizer.eod_id]

@@ -134,7 +134,7 @@ def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]]
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
     cut_prompts = [prompt[-room:] for prompt in prompts]
-    return complete(model, cut_prompts, params, decode=decode, stops=stops, eod_id=tokenizer.eod_id, batch_size=batch_size)
+    return complete(model, cut_prompts, params, decode=decode, stops=stops, eod_id=tokenizer.end_ids, batch_size=batch_size)
 
 
 def run_tasks(

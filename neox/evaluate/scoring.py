@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,10 @@ def log_likelihoods(
         inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
         for line, i in enumerate(batch):
             inputs[line, : len(rows[i]) - 1] = torch.tensor(rows[i][:-1])
-        logits = model(inputs.to(device))  # [b, s, v]
+        lengths = torch.tensor([len(rows[i]) - 1 for i in batch])[:, None]
+        positions = torch.minimum(torch.arange(longest)[None], lengths - 1)  # padding is no part of a text's length (dynamic NTK)
+        dynamic = model.rotary is not None and model.rotary.dynamic
+        logits = model(inputs.to(device), position_ids=positions.to(device) if dynamic else None)  # [b, s, v]
         for line, i in enumerate(batch):
             end, count = len(rows[i]) - 1, min(len(pairs[i][1]), max_length)
             scores = F.log_softmax(logits[line, end - count : end].float(), dim=-1)  # [count, v]
@@ -79,13 +82,13 @@ def complete(
     *,
     decode: Callable[[list[int]], str],
     stops: Sequence[str],
-    eod_id: int | None,
+    eod_id: int | Collection[int] | None,
     batch_size: int,
 ) -> list[str]:
     """Continue each prompt until a stop text, end-of-document, or the length that params name; the stop text is not returned."""
     results = [""] * len(prompts)
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
-        rows = generate(model, [prompts[i] for i in batch], params, eod_id=eod_id, is_done=lambda tokens: cut(decode(tokens), stops)[1])
+        rows = generate(model, [prompts[i] for i in batch], params, eod_id=eod_id, is_done=lambda _, tokens: cut(decode(tokens), stops)[1])
         for i, tokens in zip(batch, rows, strict=True):
             results[i] = cut(decode(tokens), stops)[0]
     return results

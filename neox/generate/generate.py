@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
 OnToken = Callable[[int, int], None]
+IsDone = Callable[[int, list[int]], bool]
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", mesh: Mesh | None = None) -> GPT:
@@ -48,25 +49,26 @@ def generate(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     *,
-    eod_id: int | None = None,
+    eod_id: int | Collection[int] | None = None,
     use_cache: bool = True,
     on_token: OnToken | None = None,
-    is_done: Callable[[list[int]], bool] | None = None,
+    is_done: IsDone | None = None,
     first_stream: int = 0,
 ) -> list[list[int]]:
     """Continue every prompt.
 
     Prompts of different lengths are padded on the left; padding is invisible to the attention (segment ids) and does not
-    count in the positions, so that a prompt gives the same text alone and in a batch.
+    count in the positions, so that a prompt gives the same text alone and in a batch. Under dynamic NTK a sequence is rotated by its own
+    current length; beyond the trained length every step computes all tokens, since what a cache holds belongs to an earlier length.
 
     Args:
         model: the model, any device and dtype.
         prompts: token ids, at least one per prompt.
         params: how to draw, and how many tokens at most.
-        eod_id: a prompt stops when it is drawn (it is not returned); None: never.
+        eod_id: a prompt stops when it, or one of them, is drawn (it is not returned); None: never.
         use_cache: keep keys and values; False recomputes every token at every step (a slow check).
         first_stream: number of the first prompt's random stream, so that a prompt draws the same in any batch.
-        is_done: asked with a prompt's new tokens after each; true ends it.
+        is_done: asked with (number of the prompt, its new tokens) after each; true ends it.
         on_token: called with (number of the prompt, token) as soon as a token is known.
 
     Returns:
@@ -75,41 +77,58 @@ def generate(
     Raises:
         ConfigError: an empty prompt, a token beyond the vocabulary, more tokens than the model has positions.
     """
-    check_prompts(model, prompts, params)
+    check_prompts(model.config, prompts, params)
     if not prompts:
         return []
     device = next(model.parameters()).device
     batch = _Batch(prompts, params.max_new_tokens, device)
     generators = [prompt_generator(params.seed, first_stream + row, device) for row in range(len(prompts))]
-    cache = KVCache(model.config.num_layers, batch.capacity) if use_cache else None
-    generated: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
+    steady = model.rotary.steady_length if model.rotary is not None else None
+    cache = KVCache(model.config.num_layers, min(batch.capacity, steady or batch.capacity)) if use_cache else None
+    rows = _Rows(len(prompts), eod_id, on_token, is_done)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for _ in range(params.max_new_tokens):
+                if steady is not None and batch.length > steady:
+                    cache = None  # every token changes the frequencies, so all keys and values are computed again
                 chosen = choose(batch.next_logits(model, cache), params, generators)  # [b]
-                for row, token in enumerate(chosen.tolist()):
-                    done[row] = done[row] or token == eod_id
-                    if not done[row]:
-                        generated[row].append(token)
-                        if on_token is not None:
-                            on_token(row, token)
-                        done[row] = is_done is not None and is_done(generated[row])
-                if all(done):
+                if rows.add(chosen.tolist()):
                     break
                 batch.append(chosen)
     finally:
         model.train(was_training)
-    return generated
+    return rows.generated
 
 
-def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-    """Raise ConfigError for prompts that the model cannot continue, and for a model that continues none."""
-    if model.config.output == "score":
+class _Rows:
+    """The new tokens of every prompt, and which of them have ended. Arguments as for `generate`."""
+
+    def __init__(self, count: int, eod_id: int | Collection[int] | None, on_token: OnToken | None, is_done: IsDone | None):
+        self.generated: list[list[int]] = [[] for _ in range(count)]
+        self._ends = frozenset(() if eod_id is None else (eod_id,) if isinstance(eod_id, int) else eod_id)
+        self._done = [False] * count
+        self._on_token = on_token
+        self._is_done = is_done
+
+    def add(self, chosen: list[int]) -> bool:
+        """Take one token per prompt; true when all have ended."""
+        for row, token in enumerate(chosen):
+            self._done[row] = self._done[row] or token in self._ends
+            if not self._done[row]:
+                self.generated[row].append(token)
+                if self._on_token is not None:
+                    self._on_token(row, token)
+                self._done[row] = self._is_done is not None and self._is_done(row, self.generated[row])
+        return all(self._done)
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    """Raise ConfigError for prompts that a model of this config cannot continue, and for one that continues none."""
+    if config.output == "score":
         raise ConfigError("a reward model writes no text", where="model.output", got="score", want="tokens")
-    vocab_size = model.config.vocab_size
+    vocab_size = config.vocab_size
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError("empty prompt", where=f"prompt {number}", want="at least one token", do="start from the end-of-document token")
@@ -123,13 +142,13 @@ def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], params: Sampling
                 do="use the tokenizer of the training data",
             )
         total = len(prompt) + params.max_new_tokens
-        limit = model.config.max_position_embeddings
-        if model.config.position_embedding == "learned" and total > limit:
+        limit = config.max_position_embeddings
+        if config.position_embedding in ("rotary", "learned") and total > limit:
             raise ConfigError(
                 "more tokens than the model has positions",
                 where=f"prompt {number}",
-                got=total,
-                want=f"<= {limit}",
+                got=f"{len(prompt)} of the prompt + {params.max_new_tokens} new",
+                want=f"at most {limit} (model.max_position_embeddings)",
                 do="lower max_new_tokens or shorten the prompt",
             )
 
@@ -146,6 +165,11 @@ class _Batch:
         self._length = longest
         self._pads = torch.tensor(pads, dtype=torch.int64, device=device)[:, None]  # [b, 1]
         self._ragged = any(pads)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return self._length
 
     @property
     def capacity(self) -> int:

@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from neox.data.tokenizer import Tokenizer
 from neox.generate.generate import generate
+from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
-
-UNDECODED = "\ufffd"  # what a tokenizer shows for a character whose last bytes are not there yet
-
-
-class TextStream:
-    """Turns tokens into text as they come, whole characters only.
-
-    Args:
-        tokenizer: of the model.
-        write: called with each new piece of text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]):
-        self._tokenizer = tokenizer
-        self._write = write
-        self._tokens: list[int] = []
-        self._shown = 0
-
-    def add(self, token: int) -> None:
-        """Take in one more token."""
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        if not text.endswith(UNDECODED):
-            self._write(text[self._shown :])
-            self._shown = len(text)
-
-    def finish(self) -> None:
-        """Write what is left, a character cut short included."""
-        self._write(self._tokenizer.decode(self._tokens)[self._shown :])
 
 
 class Session:
@@ -47,13 +20,15 @@ class Session:
         tokenizer: of its training data.
         params: how to draw; the seed moves on by one each turn.
         stops: an answer ends after the first of these texts.
+        bos: begin with the tokens that the tokenizer puts before a text; they stay when the beginning of a long history is left out.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, params: SamplingParams, stops: Sequence[str] = ()):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, params: SamplingParams, stops: Sequence[str] = (), *, bos: bool = True):
         self.model = model
         self.tokenizer = tokenizer
         self.params = params
         self.stops = [stop for stop in stops if stop]
+        self.first = list(tokenizer.template_tokens[0]) if bos else []
         self.history: list[int] = []
         self.turns = 0
 
@@ -71,21 +46,28 @@ class Session:
         Returns:
             the answer.
         """
-        self.history += self.tokenizer.encode(text)
-        if not self.history and self.tokenizer.eod_id is not None:
+        said = encode_prompt(self.tokenizer, text, bos=False)
+        if not self.history and self.first and said[: len(self.first)] == self.first:
+            said = said[len(self.first) :]  # the text begins with it already
+        self.history += said
+        if not self.first and not self.history and self.tokenizer.eod_id is not None:
             self.history = [self.tokenizer.eod_id]
-        room = self.model.config.max_position_embeddings - self.params.max_new_tokens
-        prompt = self.history[-max(room, 1) :]
-        stream = TextStream(self.tokenizer, write)
-        params = SamplingParams(self.params.max_new_tokens, self.params.temperature, self.params.top_k, self.params.top_p, self.params.seed + self.turns)
+        room = max(self.model.config.max_position_embeddings - self.params.max_new_tokens - len(self.first), 1)
+        prompt = self.first + self.history[-room:]
+        stream, answer_text = TextStream(self.tokenizer, write, prompt), AnswerText(self.tokenizer, prompt)
+        params = replace(self.params, seed=self.params.seed + self.turns)
         answer = generate(
-            self.model, [prompt], params, eod_id=self.tokenizer.eod_id, is_done=self._ends if self.stops else None, on_token=lambda _, token: stream.add(token)
+            self.model,
+            [prompt],
+            params,
+            eod_id=self.tokenizer.end_ids,
+            is_done=(lambda _, tokens: self._ends(answer_text.decode(tokens))) if self.stops else None,
+            on_token=lambda _, token: stream.add(token),
         )[0]
         stream.finish()
         self.turns += 1
         self.history += answer
-        return self.tokenizer.decode(answer)
+        return answer_text.decode(answer)
 
-    def _ends(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens)
+    def _ends(self, text: str) -> bool:
         return any(stop in text for stop in self.stops)

@@ -203,7 +203,7 @@ class GPT(nn.Module):
         length = tokens.shape[1]
         start = self.mesh.cp_rank * length if cache is None else cache.length
         reach = self._check_positions(start, length, position_ids)
-        cos, sin = (None, None) if self.rotary is None else self.rotary.rows(start, length, position_ids, reach, tokens.device)
+        cos, sin = (None, None) if self.rotary is None else self._rotary_rows(start, length, reach, position_ids, cache, tokens.device)
         context = Context(cos, sin, segment_ids, cache)
         stream, delta = received if self.embedding is None else self.embedding(tokens, start, position_ids), None
         for layer in self.layers.values():
@@ -213,6 +213,15 @@ class GPT(nn.Module):
         if self.norm is None:
             return stream if delta is None else stream + delta
         return (self.norm(stream) if delta is None else self.norm(delta, stream))[0]
+
+    def _rotary_rows(
+        self, start: int, length: int, reach: int, position_ids: torch.Tensor | None, cache, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin; under dynamic NTK those of each sequence's own length, whatever the batch."""
+        steady = self.rotary.steady_length
+        if steady is None or reach <= steady or position_ids is None or cache is not None:
+            return self.rotary.rows(start, length, position_ids, reach, device)
+        return self.rotary.rows_by_length(position_ids)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, h] -> [b, s, v_padded/tp]."""

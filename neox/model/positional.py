@@ -40,6 +40,23 @@ class RotaryTable:
         self.cos, self.sin = cos.to(device), sin.to(device)
         self.key = key
 
+    @property
+    def steady_length(self) -> int | None:
+        """Sequences up to this length have the same tables whatever their length; None: all have (no dynamic NTK)."""
+        scaling = self.config.rope_scaling
+        return scaling.original_max_position_embeddings if self.dynamic and scaling is not None else None
+
+    def rows_by_length(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [b, s, r] of positions [b, s], each sequence by the base of its own length: one more than its last position."""
+        lengths = (position_ids.amax(dim=1) + 1).tolist()
+        dim, theta, scaling = self.config.rotary_dim, self.config.rope_theta, self.config.rope_scaling
+        tables = {length: ops.rotary_tables(dim, length, theta, scaling) for length in set(lengths)}
+        device = position_ids.device
+        cos, sin = (
+            torch.stack([F.embedding(ids, tables[length][which].to(device)) for ids, length in zip(position_ids, lengths, strict=True)]) for which in (0, 1)
+        )
+        return cos, sin
+
     def rows(self, start: int, length: int, position_ids: torch.Tensor | None, reach: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of positions start .. start + length - 1 ([s, r]), or of position_ids ([b, s, r]), fp32; all positions are below `reach`."""
         self._fill(reach, device)

@@ -12,12 +12,14 @@ import pytest
 from neox.cli.main import main
 from neox.config.schema import ModelConfig
 from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.errors import DataError
 from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from tests.fork_server import fork_server
 from tests.generate.checkpoints import save_model
+from tests.generate.sentencepiece import write_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog, naïve café, 東京 " * 40
 
@@ -64,6 +66,55 @@ def test_prompts_from_a_file(run_folder, tmp_path, capsys):
     assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 3, "--temperature", 0) == 0
     lines = capsys.readouterr().out
     assert lines.count("--- the") == 1 and lines.count("--- fox") == 1
+
+
+def test_lines_of_a_prompt_file_end_in_newlines_alone(run_folder, tmp_path, capsys):
+    lines = ["first\u2028on", "second\x0con", "third\x85on", "fourth\x1con", "fifth\ron"]
+    (tmp_path / "prompts.txt").write_bytes("\n".join(lines).encode() + b"\r\n\nlast\r\n")
+    assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 1, "--jsonl") == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.rstrip("\n").split("\n")] == [*lines, "last"]
+
+
+def test_a_prompt_beyond_the_positions_is_refused_before_the_model_is_loaded(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr("neox.cli.generate.load_model", None)
+    assert call("--checkpoint", run_folder, "--prompt", "the", "--prompt", "the fox " * 40, "--max-new-tokens", 9, "--jsonl") == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "where=prompt 1; got=" in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def llama_run(tmp_path_factory):
+    """A run whose tokenizer puts <s> before a text and drops a text's first space when it decodes."""
+    root = tmp_path_factory.mktemp("llama")
+    vocab_size = Tokenizer(write_tokenizer(root)).vocab_size
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3}
+    save_model(root / "run", GPT(ModelConfig(vocab_size=vocab_size, **sizes), Mesh.single()), tokenizer=str(root / "tokenizer.json"))
+    return root / "run"
+
+
+def test_prompts_get_the_tokens_that_the_tokenizer_puts_before_a_text(llama_run, capsys, monkeypatch):
+    tokenizer, model = Tokenizer(llama_run.parent / "tokenizer.json"), load_model(llama_run)
+    for options, first in (([], [1]), (["--no-bos"], [])):
+        expected = generate(model, [first + tokenizer.encode("river stone")], SamplingParams(8, 0), eod_id=2)[0]
+        arguments = ["--checkpoint", llama_run, "--max-new-tokens", 8, "--temperature", 0, *options]
+        assert call(*arguments, "--prompt", "river stone", "--json") == 0
+        entry = json.loads(capsys.readouterr().out)[0]
+        assert entry["tokens"] == expected
+        assert entry["prompt"] + entry["text"] == tokenizer.decode(tokenizer.encode("river stone") + expected)
+        assert call(*arguments, "--prompt", "river stone") == 0
+        assert capsys.readouterr().out.startswith(entry["prompt"])
+        monkeypatch.setattr("sys.stdin", io.StringIO("river stone"))
+        assert call(*arguments, "--interactive") == 0
+        assert capsys.readouterr().out.rstrip("\n")[-1:] == entry["text"][-1:]
+
+
+def test_stop_texts_begin_with_the_space_that_follows_the_prompt(llama_run, capsys):
+    arguments = ["--checkpoint", llama_run, "--prompt", "river stone", "--max-new-tokens", 8, "--temperature", 0, "--json"]
+    assert call(*arguments) == 0
+    whole = json.loads(capsys.readouterr().out)[0]["text"]
+    stop = whole[:3]
+    assert call(*arguments, "--stop", stop) == 0
+    assert json.loads(capsys.readouterr().out)[0]["text"] == ""
 
 
 @pytest.mark.parametrize(
@@ -148,8 +199,14 @@ def test_one_kind_of_prompt(run_folder, capsys):
     assert "one of them" in capsys.readouterr().err
 
 
-def test_a_list_cut_short_by_an_error_is_not_printed(run_folder, capsys):
-    assert call("--checkpoint", run_folder, "--prompt", "fox", "--prompt", "fox " * 100, "--batch-size", 1, "--max-new-tokens", 3, "--json") == 3
+def test_a_list_cut_short_by_an_error_is_not_printed(run_folder, capsys, monkeypatch):
+    def fail_at_the_second(model, batch, *args, first_stream, **options):
+        if first_stream:
+            raise DataError("an error halfway")
+        return generate(model, batch, *args, first_stream=first_stream, **options)
+
+    monkeypatch.setattr("neox.cli.generate.generate", fail_at_the_second)
+    assert call("--checkpoint", run_folder, "--prompt", "fox", "--prompt", "fox", "--batch-size", 1, "--max-new-tokens", 3, "--json") == 3
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error[3]")
 

@@ -11,6 +11,7 @@ from neox.config.load import dump
 from neox.config.schema import Config, ModelConfig
 from neox.convert.huggingface import from_huggingface
 from neox.errors import CheckpointError, ConfigError
+from neox.evaluate.scoring import log_likelihoods
 from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
@@ -81,13 +82,55 @@ def test_stops_at_end_of_document_and_streams():
         assert [token for r, token in seen if r == row] == stopped[row]
 
 
+def test_stops_at_each_of_several_ids():
+    model = tiny("neox")
+    free = generate(model, PROMPTS, SamplingParams(20, 0))
+    ends = {free[0][3], free[1][5]}
+    for row, tokens in enumerate(generate(model, PROMPTS, SamplingParams(20, 0), eod_id=ends)):
+        until = min((i for i, token in enumerate(free[row]) if token in ends), default=20)
+        assert tokens == free[row][:until]
+
+
+@pytest.mark.parametrize("name", ["neox", "gpt2"])
+def test_positions_are_counted_before_anything_runs(name):
+    model = tiny(name)
+    assert len(generate(model, [[1] * 60], SamplingParams(4, 0))[0]) == 4
+    model.forward = None
+    with pytest.raises(ConfigError, match="more tokens than the model has positions; where=prompt 1"):
+        generate(model, [[1], [1] * 60], SamplingParams(5))
+
+
+def test_dynamic_ntk_depends_on_a_text_alone():
+    """Neither on the batch nor on the cache, and equal to transformers' at batch 1, which is rotated by the length at hand without its cache."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16, initializer_range=0.3
+    )
+    config.rope_parameters = rope
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    model_config, weights = from_huggingface(theirs)
+    ours = GPT(model_config, Mesh.single()).eval()
+    ours.load_weights(weights)
+    prompts = [[3, 1, 4], list(range(5, 17)), list(range(30, 60))]  # below 16 positions, beyond them on the way, beyond from the start
+    together = generate(ours, prompts, SamplingParams(10, 0))
+    assert together == generate(ours, prompts, SamplingParams(10, 0), use_cache=False)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        assert generate(ours, [prompt], SamplingParams(10, 0))[0] == tokens
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False)
+        assert tokens == expected[0, len(prompt) :].tolist()
+    pairs = [(prompt, [7, 8]) for prompt in prompts]
+    scores = [log_likelihoods(ours, [pair], max_length=64, batch_size=1)[0][0] for pair in pairs]
+    assert [score for score, _ in log_likelihoods(ours, pairs, max_length=64, batch_size=3)] == pytest.approx(scores, abs=1e-4)
+
+
 def test_wrong_prompts_are_named():
     model = tiny("gpt2")
     with pytest.raises(ConfigError, match="empty prompt; where=prompt 1"):
         generate(model, [[1], []], SamplingParams(1))
     with pytest.raises(ConfigError, match="token beyond the vocabulary; where=prompt 0; got=97; want=0 <= id < 97"):
         generate(model, [[1, 97]], SamplingParams(1))
-    with pytest.raises(ConfigError, match="more tokens than the model has positions; where=prompt 0; got=65; want=<= 64"):
+    with pytest.raises(ConfigError, match="more tokens than the model has positions; where=prompt 0; got=60 of the prompt [+] 5 new; want=at most 64"):
         generate(model, [[1] * 60], SamplingParams(5))
     assert generate(model, [], SamplingParams(1)) == []
 

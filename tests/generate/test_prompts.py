@@ -1,0 +1,68 @@
+"""Prompts with the tokens that transformers puts around them, and answers with the spaces that follow the prompt."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.generate.prompts import AnswerText, TextStream, encode_prompt
+from tests.generate.sentencepiece import write_tokenizer
+
+PROMPT = "river stone"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.mark.parametrize(
+    ("options", "before"), [({}, [1]), ({"template": False}, []), ({"template": False, "add_bos_token": True}, []), ({"add_bos_token": False}, [1])]
+)
+def test_prompts_are_encoded_as_by_transformers(options, before, tmp_path):
+    """The post-processor of tokenizer.json decides; transformers 5 does not read add_bos_token where that file exists."""
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, **options))
+    assert tokenizer.template_tokens == (before, [])
+    got = encode_prompt(tokenizer, PROMPT)
+    assert got == AutoTokenizer.from_pretrained(tmp_path)(PROMPT)["input_ids"] == [*before, *tokenizer.encode(PROMPT)]
+    assert encode_prompt(tokenizer, PROMPT, bos=False) == tokenizer.encode(PROMPT)
+
+
+def test_a_prompt_that_begins_with_the_token_does_not_get_it_twice(llama):
+    assert encode_prompt(llama, "<s>river").count(1) == 1
+
+
+def test_byte_level_tokenizers_put_nothing_around(tmp_path):
+    assert train_tokenizer(["some text"] * 9, 270, tmp_path / "t.json").template_tokens == ([], [])
+
+
+def test_an_answer_keeps_its_first_space(llama):
+    prompt, answer = encode_prompt(llama, PROMPT), llama.encode("story")
+    assert llama.decode(answer) == "story"  # decoded alone it has lost it
+    assert AnswerText(llama, prompt).decode(answer) == " story"
+    assert AnswerText(llama, [1]).decode(answer) == AnswerText(llama).decode(answer) == "story"  # nothing stands before it
+
+
+@pytest.mark.parametrize("prompt", ["river", "river stone " * 9, "東京", "café 東京 " * 5, "a\n", " ", "<s>"])
+def test_prompt_and_answer_are_the_text_of_all_tokens(llama, prompt):
+    draw = random.Random(3)
+    ids = llama.encode(prompt)
+    for _ in range(40):
+        tokens = [draw.randrange(3, llama.vocab_size) for _ in range(draw.randrange(1, 12))]
+        whole = llama.decode([*ids, *tokens])
+        if whole.startswith(llama.decode(ids)):  # bytes that end no character make those before them undecodable
+            assert llama.decode(ids) + AnswerText(llama, [1, *ids]).decode(tokens) == whole
+
+
+def test_pieces_of_a_stream_make_the_text(llama):
+    prompt, answer = encode_prompt(llama, PROMPT), llama.encode("stone 東京 garden")
+    pieces: list[str] = []
+    stream = TextStream(llama, pieces.append, prompt)
+    for token in answer:
+        stream.add(token)
+    stream.finish()
+    assert "".join(pieces) == " stone 東京 garden"
+    assert not any("\ufffd" in piece for piece in pieces)
