@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code, which is the same for all processes."""
     place = Place()
-    with StopSignals() as signals:  # before anything slow: a signal during the import of torch counts too
+    with StopSignals(until_exit=True) as signals:  # before anything slow: a signal during the import of torch counts too
         try:
             place = read_place(os.environ)
             if place.world_size > 1:

@@ -22,9 +22,15 @@ REPEAT_AFTER = 0.5  # seconds
 
 
 class StopSignals:
-    """Context manager that catches SIGTERM, SIGINT and SIGUSR1 while it is open. Main thread only."""
+    """Context manager that catches SIGTERM, SIGINT and SIGUSR1 while it is open. Main thread only.
 
-    def __init__(self):
+    Args:
+        until_exit: the process ends when this is closed, and its exit code is decided: signals are ignored from then on, so that one that comes while
+            the interpreter is torn down does not turn 0 into 143.
+    """
+
+    def __init__(self, *, until_exit: bool = False):
+        self.until_exit = until_exit
         self.received: signal.Signals | None = None
         self.previous: dict[int, object] = {}
         self.previous_pipe = -1
@@ -42,7 +48,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.until_exit else handler)
         self.previous = {}
         signal.set_wakeup_fd(self.previous_pipe)
         os.close(self.pipe[1])  # the thread reads the end of the pipe, closes its side, and ends

@@ -1,12 +1,15 @@
 """SIGTERM, SIGINT and SIGUSR1 in every phase: one consistent checkpoint, exit code 10, and the resumed run is the undisturbed one."""
 
 import itertools
+import os
 import random
 import signal
+import sys
 import time
 
 import pytest
 
+from neox.cli.main import main
 from tests.faults.runs import ENDLESS, PAIR, SHORT, Setting, arguments, assert_same_run, complete, damaged, newest
 
 pytestmark = pytest.mark.distributed
@@ -107,3 +110,17 @@ def test_a_repeated_signal_ends_the_process_wherever_it_is(server, corpus, tmp_p
     time.sleep(0.3)
     assert server.poll(training.pids)[0] == 128 + signal.SIGTERM
     training.signal(signal.SIGKILL)
+
+
+def train_and_get_a_signal(*train_arguments):
+    """Entry of a process that is reached by a signal while it is torn down."""
+    code = main(["train", *train_arguments])
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(code)
+
+
+def test_a_signal_after_the_run_leaves_its_exit_code(server, corpus, tmp_path):
+    words = arguments(corpus, tmp_path / "run", SHORT, "train.train_iters=4", "schedule.warmup_iters=0")
+    training = server.call("tests.faults.test_signals:train_and_get_a_signal", words, tmp_path)
+    assert training.wait() == [0], training.outputs()
+    assert "done: step 4 of 4" in training.output()

@@ -90,3 +90,16 @@ def test_a_repeated_signal_ends_the_process(tmp_path):
     time.sleep(0.7)
     running.signal(signal.SIGTERM)
     assert running.wait(10)[0] == 128 + signal.SIGTERM
+
+
+def finish_and_get_a_signal(number):
+    """Entry of a process whose command has returned."""
+    with StopSignals(until_exit=True):
+        pass
+    os.kill(os.getpid(), int(number))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_after_the_end_changes_nothing(tmp_path, number):
+    assert start_ranks("tests.train.test_signals:finish_and_get_a_signal", 1, tmp_path, [int(number)]).wait() == [0]
