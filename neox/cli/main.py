@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from neox import __version__
 from neox.errors import ConfigError, EnvironmentProblem, NeoxError
+from neox.files import printable
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, one-line summary)
 COMMANDS = {
@@ -96,6 +97,9 @@ def as_problem(error: Exception, command: str) -> NeoxError | None:
     """The error of ours that an exception is, or means: a package that cannot be imported. None: a bug."""
     if isinstance(error, NeoxError):
         return error
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:  # from a name on the command line or in a file
+        got, want = printable(error.object[max(error.start - 40, 0) : error.end + 40]), "text that UTF-8 can write"
+        return ConfigError("a name or text holds bytes that are not UTF-8", where=f"neox {command}", got=got, want=want, do="rename the file or folder")
     if not isinstance(error, ImportError) or (error.name or "neox").startswith("neox"):
         return None
     if isinstance(error, ModuleNotFoundError):
@@ -132,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         leave_stdout()
         return code
-    except ImportError as error:
+    except (ImportError, UnicodeEncodeError) as error:
         problem = as_problem(error, argv[0])
         if problem is None:
             raise

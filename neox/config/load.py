@@ -22,6 +22,7 @@ from neox.config.problems import brief, nearest, raise_problems
 from neox.config.schema import Config, DataSource
 from neox.config.vocabulary import tokenizer_vocab_size
 from neox.errors import ConfigError
+from neox.files import printable
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # configs/, train.py and launch/: in a checkout next to the package, in a wheel inside it (setup.py).
@@ -164,7 +165,11 @@ class Layers:
     def _override_value(self, text: str, value: str) -> Leaf | None:
         """The value as a leaf: lists, mappings and quoted texts are YAML, anything else is one plain scalar, whatever characters it has."""
         if value[:1] not in ("[", "{", '"', "'"):
-            return Leaf((), plain_scalar(value), 0, {})
+            try:
+                return Leaf((), plain_scalar(value), 0, {})
+            except ValueError as reason:
+                self.problems.append(ConfigError("not a value", where=f"--set {printable(text.partition('=')[0])}", got=printable(value)[:80], want=reason))
+                return None
         reader = Reader(f"--set {text}")
         leaves = reader.read(f"value: [{value}]")
         self.problems += reader.problems
@@ -206,7 +211,7 @@ def find(name: str, base: Path | None = None) -> Path | None:
 
     `.yml` may be left out. None: no such file.
     """
-    if not name or "\0" in name:
+    if not name or "\0" in name or name != printable(name):
         return None
     given = Path(name)
     roots = [base if base is not None else Path()]
@@ -232,7 +237,7 @@ def not_found(name: str, asked_by: str | None) -> ConfigError:
     same_file = [key for key in shipped if key.rpartition("/")[2] == wanted.rpartition("/")[2]]
     close = difflib.get_close_matches(wanted, shipped, n=1, cutoff=0.8) or same_file[:1]
     do = f"did you mean {shipped[close[0]]}?" if close else None
-    return ConfigError("no such config file", where=asked_by, got=name, want="a file, or a name under configs/", do=do)
+    return ConfigError("no such config file", where=asked_by, got=printable(name), want="a file, or a name under configs/", do=do)
 
 
 def known_keys() -> dict[str, Any]:
@@ -311,7 +316,8 @@ def schema_problem(detail: dict[str, Any], key: str, place: str) -> ConfigError:
     """One refusal of the schema as our own error."""
     if detail["type"] == "extra_forbidden":
         close = nearest(".".join(part for part in key.split(".") if not part.isdigit()), suggestions())
-        return ConfigError("unknown key", where=place, got=brief(detail["input"]), do=f"did you mean {close}?" if close else "neox config explain")
+        got = None if "." not in key else brief(detail["input"])  # of a file that is no config, the value may be a secret
+        return ConfigError("unknown key", where=place, got=got, do=f"did you mean {close}?" if close else "neox config explain")
     if detail["type"] == "missing" and key in ("model", "model.vocab_size"):
         return ConfigError("key is missing", where="model.vocab_size", want="the number of token ids", do="set model.vocab_size or tokenizer.file")
     if detail["type"] == "missing":

@@ -90,7 +90,8 @@ class Reader:
         if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == PREFIX + "null"):
             return []
         if not isinstance(root, yaml.MappingNode):
-            self.problems.append(ConfigError("a config is a mapping of sections", where=self._where(root), got=brief(getattr(root, "value", ""))))
+            got = "a list" if isinstance(root, yaml.SequenceNode) else "a text"  # not which: a file included by mistake may hold a secret
+            self.problems.append(ConfigError("a config is a mapping of sections", where=self._where(root), got=got))
             return []
         self._mapping(root, ())
         return self.leaves
@@ -105,7 +106,8 @@ class Reader:
     def _syntax_problem(self, error: yaml.YAMLError, text: str) -> ConfigError:
         if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
             return ConfigError("not YAML", where=self.source, got=str(error))
-        return ConfigError("not YAML", where=f"{self.source}:{error.problem_mark.line + 1}", got=error.problem, do=advice(error, text))
+        got = (error.problem or "").partition(" '")[0] if "alias" in (error.problem or "") else error.problem  # its name is a part of the file
+        return ConfigError("not YAML", where=f"{self.source}:{error.problem_mark.line + 1}", got=got, do=advice(error, text))
 
     def _too_large(self, node: yaml.Node, path: tuple) -> bool:
         """Count a visited node; True (with one problem) once a limit is passed."""
@@ -184,7 +186,7 @@ def scalar(tag: str, text: str) -> bool | int | float | str | None:
     """
     kind = tag.removeprefix(PREFIX)
     if kind == "str":
-        return text
+        return writable(text)
     if kind not in ("null", "bool", "int", "float"):
         raise ValueError(f"plain YAML values, not the tag {tag}")
     if not any(name == kind and pattern.match(text) for name, pattern, _ in CORE_SCALARS) and not (kind == "float" and re.fullmatch(r"[-+]?[0-9]+", text)):
@@ -205,4 +207,17 @@ def plain_scalar(text: str) -> bool | int | float | str | None:
     for kind, pattern, _ in CORE_SCALARS:
         if pattern.match(text):
             return scalar(PREFIX + kind, text)
+    return writable(text)
+
+
+def writable(text: str) -> str:
+    """The text, which config.lock.yml, a log or a file system must be able to take.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, or a byte that is not UTF-8 on the command line.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("characters that UTF-8 can write") from None
     return text

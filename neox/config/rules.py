@@ -7,6 +7,8 @@ the environment, and no rule depends on another having passed.
 from __future__ import annotations
 
 import math
+import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,6 +346,10 @@ def folders(config: Config, _: Situation) -> Iterator[Conflict]:
     for key, text in (("run.dir", config.run.dir), ("checkpoint.resume", config.checkpoint.resume)):
         if not text.strip() or "\0" in text:
             yield Conflict("empty or impossible path", (key,), "a path")
+    if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in config.run.dir):
+        yield Conflict("the run's folder has control characters in its name", ("run.dir",), "a name without line breaks and control characters")
+    if config.run.dir.strip() and os.path.realpath(config.run.dir.replace("\0", "")) == os.sep:
+        yield Conflict("the run's folder is the root of the file system", ("run.dir",), "a folder of its own, such as runs/first")
     folder = Path(config.run.dir.replace("\0", ""))
     if folder.exists() and not folder.is_dir():
         yield Conflict("the run's folder is a file", ("run.dir",), "a folder, or a name that is free")

@@ -134,3 +134,34 @@ def test_a_reader_that_went_away_leaves_no_noise(argv):
     done = subprocess.run([sys.executable, "-m", "neox.cli.main", *argv], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--conf", b"caf\xe9.yml"],
+        ["config", "show", b"caf\xe9.yml"],
+        ["data", "info", b"caf\xe9"],
+        ["tokenizer", "train", "--input", b"caf\xe9.txt", "--vocab-size", "300", "--out", b"caf\xe9.json"],
+        ["generate", "--checkpoint", b"caf\xe9", "--prompt", "x"],
+        ["evaluate", "--checkpoint", b"caf\xe9", "--data", b"caf\xe9"],
+        ["export", "--checkpoint", b"caf\xe9", "--out", b"caf\xe9-out"],
+        ["import", b"caf\xe9", b"caf\xe9-out"],
+        ["checkpoint", "inspect", b"caf\xe9"],
+        ["report", b"caf\xe9"],
+    ],
+)
+def test_a_name_that_is_not_utf8_is_no_traceback(tmp_path, monkeypatch, capfd, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([word if isinstance(word, str) else os.fsdecode(word) for word in arguments]) in (2, 3, 4)
+    printed = capfd.readouterr()
+    assert printed.err.startswith("error[") and "Traceback" not in printed.err
+
+
+def test_a_surrogate_that_gets_as_far_as_an_encoder_is_one_line():
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "caf\udce9/x".encode()
+    problem = cli.as_problem(caught.value, "data")
+    assert problem.line() == (
+        r"error[2] a name or text holds bytes that are not UTF-8; where=neox data; got=caf\xe9/x; want=text that UTF-8 can write; do=rename the file or folder"
+    )

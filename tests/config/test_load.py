@@ -297,3 +297,41 @@ def test_every_field_has_a_description():
     missing = [key for key, field in visit(Config, "") if not field.description and key not in Config.model_fields]
     assert missing == []
     assert all(field.annotation.__doc__ for field in Config.model_fields.values())
+
+
+SECRETS = [
+    "hunter2-secret",
+    "- hunter2-secret\n- more",
+    "password: hunter2-secret",
+    "token:\n  value: hunter2-secret",
+    "'hunter2-secret",
+    "a: *hunter2-secret",
+    "a: [hunter2-secret",
+    "hunter2-secret\nb: 1\n",
+    "machine example.org login me password hunter2-secret\n: x",
+    "%hunter2-secret\n",
+    "hunter2-secret@:\t- x",
+]
+
+
+@pytest.mark.parametrize("content", SECRETS)
+def test_a_file_that_is_no_config_is_not_printed(write, content):
+    """`include:` may name any file by mistake; its lines, and the values of keys that no config has, stay out of the log."""
+    write("secret", content)
+    write("main.yml", "include: secret\n" + MINIMAL)
+    lines = refusal("main.yml")
+    assert any("where=secret" in line for line in lines), lines
+    assert not any("secret" in line.replace("where=secret", "") for line in lines), lines
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "\ud800"])
+def test_texts_that_utf8_cannot_write(write, name):
+    write("main.yml", MINIMAL)
+    (line,) = refusal("main.yml", overrides=(f"run.dir=runs/{name}",))
+    assert line.startswith("error[2] not a value; where=--set run.dir; got=runs/") and "want=characters that UTF-8 can write" in line
+    line.encode()
+    (line,) = refusal(name)
+    assert line.startswith("error[2] no such config file") and line.encode()
+    write("bad.yml", MINIMAL + 'run: {dir: "\\ud800"}\n')
+    (line,) = refusal("bad.yml")
+    assert "bad.yml:" in line and "run.dir" in line and "want=characters that UTF-8 can write" in line

@@ -109,3 +109,16 @@ def test_split_is_normalised():
 def test_every_rule_is_listed():
     named = {name for name, value in vars(rules).items() if getattr(value, "__annotations__", {}).get("return") == "Iterator[Conflict]"}
     assert named - {"deepspeed_key", "offload"} == {rule.__name__ for rule in rules.RULES}
+
+
+@pytest.mark.parametrize("name", ["/", "//", "/.", "/tmp/..", "/../"])
+def test_the_root_is_no_folder_of_a_run(name):
+    with pytest.raises(ConfigError, match="the run's folder is the root of the file system; where=.*run.dir"):
+        validate(load_config(overrides=[*BASE, f"run.dir={name}"]), 1, "cpu")
+
+
+@pytest.mark.parametrize("letter", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028"])
+def test_control_characters_in_the_folder_of_a_run(letter):
+    with pytest.raises(ConfigError, match="control characters in its name; where=.*run.dir") as caught:
+        validate(load_config(overrides=[*BASE, f"run.dir=runs/a{letter}b"]), 1, "cpu")
+    assert len(caught.value.line().splitlines()) == 1
