@@ -95,8 +95,8 @@ def attention_qkv(
     """
     check_options(window, softcap, alibi_slopes)
     if choose_backend(backend, qkv.device.type, qkv.dtype, softcap) == "sdpa":
-        q = qkv[:, :, :, :-2].flatten(2, 3)  # [b, s, n, d]
-        return sdpa_attention(q, qkv[:, :, :, -2], qkv[:, :, :, -1], causal, scale, window, segment_ids, alibi_slopes, dropout_p)
+        q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)  # in the backward one write of dqkv; slices would each write a dqkv of zeros and add it
+        return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), causal, scale, window, segment_ids, alibi_slopes, dropout_p)
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
     seed = draw_seed() if dropout_p else None
     return native.attention_qkv(qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p)[0]
@@ -147,6 +147,13 @@ def log_choice(chosen: str, device: str, dtype: torch.dtype, softcap: bool = Fal
     logger.info("attention runs %s on %s, %s: %s (neox/ops/attention.py)", chosen, device, dtype, why)
 
 
+@cache
+def log_mask(device: str, shape: tuple[int, ...], element_size: int) -> None:
+    """One line per size of mask and process: each layer holds one for its backward."""
+    size = math.prod(shape) * element_size / 1e6
+    logger.info("attention through sdpa on %s builds a mask %s, %.1f MB in every layer: backend native needs none", device, list(shape), size)
+
+
 def visible_keys(s: int, t: int, causal: bool, window: int | None, segment_ids: torch.Tensor | None, device: torch.device | None = None) -> torch.Tensor | None:
     """The mask in full, True where a query sees a key: [s, t], [b, 1, s, t] with segments, or None where everything is seen."""
     position = torch.arange(t - s, t, device=device)[:, None]  # [s, 1]
@@ -181,20 +188,27 @@ def sdpa_attention(
     if window is not None and not causal:
         raise ValueError(f"attention: window needs causal=True; got {window}")
     s, t = q.shape[1], k.shape[1]
-    plain = s == t and window is None and segment_ids is None and alibi_slopes is None
+    if s == 1 and window is not None and window < t:  # a last query sees the last keys, all of them: no mask
+        k, v = k[:, -window:], v[:, -window:]
+        segment_ids = None if segment_ids is None else segment_ids[:, -window:]
+        t = window
+    window = None if window is not None and window >= t else window
+    plain = (s == t or s == 1) and window is None and segment_ids is None and alibi_slopes is None
     mask = None if plain else visible_keys(s, t, causal, window, segment_ids, q.device)
     if alibi_slopes is not None:
         distance = (torch.arange(t - s, t, device=q.device)[:, None] - torch.arange(t, device=q.device)).abs()
         bias = -alibi_slopes[:, None, None] * distance  # [n, s, t]
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
         mask = mask.to(q.dtype)
+    if mask is not None and s > 1 and not torch.compiler.is_compiling():
+        log_mask(q.device.type, tuple(mask.shape), mask.element_size())
     out = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout_p,
-        is_causal=plain and causal,
+        is_causal=plain and causal and s > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

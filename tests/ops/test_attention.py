@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox.ops import attention, attention_qkv
-from neox.ops.attention import choose_backend, log_choice
+from neox.ops.attention import choose_backend, log_choice, log_mask
 from tests import reference
 
 CUDA = reference.CUDA_KERNELS
@@ -438,6 +439,60 @@ def test_sdpa_backend_means_the_same(name):
 def test_sdpa_backend_of_packed():
     qkv = reference.random(2, 17, 2, 5, 32, dtype=DTYPES[0])
     reference.assert_near(attention_qkv(qkv, backend="sdpa"), attention_qkv(qkv, backend="native"))
+
+
+class FullSizeWrites(TorchDispatchMode):
+    """Counts operators whose result has as many elements as `like`."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.size, self.seen = like.numel(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.size and not out._is_view():
+            self.seen.append(function.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_sdpa_on_packed_writes_its_gradient_once(heads):
+    qkv = torch.rand(2, 9, 2, heads + 2, 16).requires_grad_()
+    out = attention_qkv(qkv, backend="sdpa")
+    with FullSizeWrites(qkv) as writes:
+        (dqkv,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert writes.seen == ["cat"]
+    q, k, v = qkv.detach()[:, :, :, :-2].flatten(2, 3), qkv.detach()[:, :, :, -2], qkv.detach()[:, :, :, -1]
+    split = [x.requires_grad_() for x in (q, k, v)]
+    dq, dk, dv = torch.autograd.grad(attention(*split, backend="sdpa"), split, torch.ones_like(out))
+    reference.assert_near(dqkv, torch.cat([dq.unflatten(2, (2, heads)), dk[:, :, :, None], dv[:, :, :, None]], dim=3))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40, 100])
+def test_sdpa_decodes_without_a_mask(window, monkeypatch):
+    """One query sees all keys of its window: with a mask torch would leave its flash kernel."""
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*inputs, attn_mask, is_causal, **options):
+        seen.append((attn_mask, is_causal))
+        return sdpa(*inputs, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = torch.rand(2, 1, 4, 16), torch.rand(2, 40, 2, 16), torch.rand(2, 40, 2, 16)
+    out = attention(q, k, v, window=window, backend="sdpa")
+    assert seen == [(None, False)]
+    reference.assert_near(out, reference.attention(q, k, v, window=window))
+
+
+def test_the_size_of_a_full_mask_is_logged_once(caplog):
+    log_mask.cache_clear()
+    q, k, v = torch.rand(3, 1, 500, 2, 16)
+    with caplog.at_level(logging.INFO, logger="neox.ops.attention"):
+        for _ in range(3):
+            attention(q, k, v, window=7, backend="sdpa")
+    (line,) = [record.getMessage() for record in caplog.records if "mask" in record.getMessage()]
+    assert "[500, 500], 0.2 MB in every layer" in line
 
 
 def test_backend_choice(caplog):
