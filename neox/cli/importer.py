@@ -24,6 +24,7 @@ from neox.checkpoint.load import Checkpoint, resolve
 from neox.cli.export import make_stage, publish
 from neox.config.load import dump, load
 from neox.config.schema import Config, ModelConfig, SpecialIds, TokenizerConfig
+from neox.convert.foreign import describe
 from neox.convert.huggingface import LOGIT_TOLERANCE, SETTINGS_FILES, compare, open_huggingface, probe_tokens
 from neox.convert.neox import is_old_checkpoint, open_old_checkpoint, step_folder
 from neox.convert.source import Source, save_weights
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError("import would overwrite files", where=out, want="a folder that is absent or empty", do="choose another --out")
     old = is_old_checkpoint(source)
     if not old and not (source / "config.json").is_file():
-        raise CheckpointError(
+        raise describe(source) or CheckpointError(
             "no model here",
             where=source,
             want="a folder with config.json, or a checkpoint of GPT-NeoX",

@@ -21,6 +21,7 @@ from neox.config.problems import brief
 from neox.config.schema import ModelConfig, SpecialIds
 from neox.convert.config_keys import Json, read_json, read_keys
 from neox.convert.families import Family, Rule, family_for, family_named
+from neox.convert.foreign import describe
 from neox.convert.source import Held, Source
 from neox.convert.special_ids import generation_config, ids_to_json
 from neox.convert.tensor_files import TensorFiles, TensorFileWriter
@@ -294,7 +295,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if not (folder / "model.safetensors").exists():
-            raise CheckpointError(
+            raise describe(folder) or CheckpointError(
                 "no safetensors weights", where=folder, want="model.safetensors", do="convert pickled .bin weights with transformers' save_pretrained"
             )
         return [folder / "model.safetensors"]

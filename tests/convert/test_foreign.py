@@ -1,0 +1,78 @@
+"""Folders of other programs are named, with what to do, instead of "no model here"."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from neox.cli.main import main
+from neox.convert.foreign import describe
+
+FOLDERS = {
+    "torch (DCP)": ["step-100/.metadata", "step-100/__0_0.distcp"],
+    "Megatron-core": ["iter_0000100/common.pt", "iter_0000100/metadata.json", "iter_0000100/.metadata", "iter_0000100/__0_0.distcp"],
+    "Megatron-LM": ["latest_checkpointed_iteration.txt", "iter_0000100/mp_rank_00/model_optim_rng.pt"],
+    "Megatron-LM ": ["release/mp_rank_01_003/model_optim_rng.pt"],
+    "DeepSpeed ZeRO": ["latest", "zero_to_fp32.py", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"],
+    "DeepSpeed ZeRO ": ["global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+    "universal checkpoint of DeepSpeed": ["zero/layer.weight/fp32.pt", "zero/layer.weight/exp_avg.pt"],
+    "GGUF": ["model-Q4_K_M.gguf"],
+    "Meta's": ["params.json", "consolidated.00.pth", "tokenizer.model"],
+    "litgpt": ["lit_model.pth", "model_config.yaml", "tokenizer.json"],
+    "NeMo": ["model_config.yaml", "model_weights/x"],
+    "JAX": ["_CHECKPOINT_METADATA", "default/x"],
+    "ONNX": ["model.onnx"],
+    "run or checkpoint of neox": ["config.lock.yml", "checkpoints/step_00000003/manifest.json"],
+    "in a folder below": ["snapshots/abc/config.json", "snapshots/abc/model.safetensors"],
+    "dataset": ["data-00000-of-00001.arrow", "dataset_info.json"],
+}
+
+
+def make(folder, names) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_a_folder_is_named(what, tmp_path, capsys):
+    make(tmp_path / "from", FOLDERS[what])
+    assert main(["import", "--from", str(tmp_path / "from"), "--out", str(tmp_path / "out")]) == 4
+    printed = capsys.readouterr().err
+    assert what.strip() in printed and "do=" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_names_its_base_model(tmp_path):
+    make(tmp_path, ["adapter_model.safetensors"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}), encoding="utf-8")
+    assert "base model 'org/base'" in describe(tmp_path).line()
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000, encoding="utf-8")
+    assert "PEFT adapter" in describe(tmp_path).line()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+def test_what_torch_writes_is_known(tmp_path):
+    dcp.save({"model": {"weight": torch.zeros(2)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert "torch (DCP)" in describe(tmp_path / "dcp").line()
+
+
+def test_a_trainer_folder_whose_weights_deepspeed_holds_is_named(tmp_path, capsys):
+    make(tmp_path / "from", ["global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"])
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    (tmp_path / "from" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}), encoding="utf-8")
+    assert main(["import", "--from", str(tmp_path / "from"), "--out", str(tmp_path / "out")]) == 4
+    assert "DeepSpeed ZeRO" in capsys.readouterr().err
+
+
+def test_files_links_in_a_circle_and_unknown_folders(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert "give the folder" in describe(tmp_path / "model.gguf").line()
+    (tmp_path / "empty").mkdir()
+    os.symlink(tmp_path / "empty", tmp_path / "empty" / "loop")
+    assert describe(tmp_path / "empty") is None
+    assert describe(tmp_path / "absent") is None
