@@ -78,6 +78,7 @@ def test_torchrun_over_two_hosts(hosts, conf, tmp_path):
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+@pytest.mark.skipif(" " in f"{sys.executable}{ROOT}", reason="DeepSpeed does not quote paths in the commands that it sends to other hosts")
 @pytest.mark.distributed
 def test_deepspeed_with_a_hostfile_over_two_hosts(hosts, conf, tmp_path):
     """DeepSpeed reaches the hosts of a hostfile by pdsh; the program of that name here enters the namespace that has the address."""
