@@ -14,7 +14,7 @@ from neox.config.schema import Config, DataConfig, DataSource
 from neox.data._native import core
 from neox.data.blend import Stretch, Stretches, normalise_weights
 from neox.data.cursor import Cursor, Saved, Source, continued, first_stretch, identify, same_shares, settings_of, tokenizer_of
-from neox.data.documents import DocumentDataset, LabelledDataset, PairDataset
+from neox.data.documents import DocumentDataset, LabelledDataset, PairDataset, check_labels, check_same_documents
 from neox.data.fim import FimDataset, Transform
 from neox.data.index_cache import PACKING_NAMES, cache_key, cached_order
 from neox.data.indexed import IndexedDataset
@@ -291,6 +291,11 @@ def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: R
     """One source of a part, its samples made as data.packing says; those of the training set go through fill in the middle."""
     data = config.data
     dataset, labels = opened[row.source.path], opened.get(row.source.labels)
+    longest = data.seq_length + 1 if data.packing == "document" or row.source.rejected is not None else None
+    for tokens, learned in ((row.source.path, row.source.labels), (row.source.rejected, row.source.rejected_labels)):
+        if learned is not None and row.source.weight:
+            check_same_documents(opened[tokens], opened[learned], "labels")
+            check_labels(opened[learned], row.span, longest)
     if row.source.rejected is not None:
         rejected = (opened[row.source.rejected], opened.get(row.source.rejected_labels))
         return PairDataset((dataset, labels), rejected, data.seq_length, config.train.seed)

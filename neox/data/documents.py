@@ -13,6 +13,7 @@ from neox.errors import DataError
 PADDING = 0  # an id that every vocabulary has; nothing is learned from it, and no earlier token sees it
 PADDED = -1  # mark of a token that is padding
 IGNORED = -100
+DOCUMENTS_AT_ONCE, TOKENS_AT_ONCE = 1 << 16, 1 << 20  # that check_labels reads
 
 
 class Answers:
@@ -221,6 +222,40 @@ def check_learnable(dataset: IndexedDataset, documents: tuple[int, int]) -> None
             want="a document of two tokens",
             do="use more text, or another data.split",
         )
+
+
+def check_labels(labels: IndexedDataset, documents: tuple[int, int], longest: int | None = None) -> None:
+    """Raise DataError where no token of documents [first, last) is to be learned. Labels are read up to the first one that is.
+
+    Args:
+        labels: the labels of a dataset.
+        longest: tokens of a document that a sample has room for, where what is behind them is cut off. The first token of a document is no target.
+    """
+    if labels.sidecar is not None and labels.sidecar.largest_id < 0:
+        raise nothing_to_learn(labels, documents)
+    starts = labels.document_starts()[documents[0] : documents[1] + 1]
+    for block in range(0, starts.size - 1, DOCUMENTS_AT_ONCE):
+        borders = starts[block : block + DOCUMENTS_AT_ONCE + 1]
+        ends = borders[1:] if longest is None else np.minimum(borders[1:], borders[:-1] + longest)
+        firsts, counts = borders[:-1] + 1, ends - borders[:-1] - 1
+        filled = counts > 0
+        for first, count in zip(firsts[filled].tolist(), counts[filled].tolist(), strict=True):
+            for start in range(first, first + count, TOKENS_AT_ONCE):
+                found, _ = labels.read(start, min(TOKENS_AT_ONCE, first + count - start))
+                if (found != IGNORED).any():
+                    return
+    raise nothing_to_learn(labels, documents)
+
+
+def nothing_to_learn(labels: IndexedDataset, documents: tuple[int, int]) -> DataError:
+    """The error for documents whose labels are all -100."""
+    return DataError(
+        "no document has anything to learn",
+        where=f"{labels.bin_path} documents {documents[0]} to {documents[1]}",
+        got="no label but -100 where a sample has a target",
+        want="a label that is a token",
+        do="make tokens and labels by neox preprocess --chat, check its template, or raise data.seq_length where answers are cut off",
+    )
 
 
 def check_same_documents(dataset: IndexedDataset, other: IndexedDataset, what: str) -> None:

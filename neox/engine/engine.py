@@ -39,6 +39,8 @@ from neox.model.adapters import HEAD, SCORE, is_added, is_trained
 from neox.parallel.mesh import Layout, Mesh
 from neox.parallel.waits import Waits
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+NO_TARGETS = "no token of the global batch is a target: there is no loss"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,11 +58,11 @@ class StepResult:
 
     Attributes:
         step: number of this step, 1 is the first.
-        loss: mean loss per target of the global batch.
+        loss: mean loss per target of the global batch; NaN where the batch has no target.
         grad_norm: L2 norm of its gradient before clipping.
         lr: learning rate of the update.
         tokens: targets that counted.
-        skipped: no update was made: an fp16 gradient overflowed and the loss scale was lowered, or `problem`.
+        skipped: no update was made: an fp16 gradient overflowed and the loss scale was lowered, there was no target, or `problem`.
         stop: some process asked to stop before the update.
         problem: what was wrong with the step in words: not finite, or a spike of the loss; None: nothing.
         spike: whether it was a spike.
@@ -196,13 +198,28 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1)
         self.faults("update")
-        norm, skipped, words, spike = self.judged_update(mean, problem, step, batches)
+        if total == 0 and problem is None:
+            mean, norm, skipped, words, spike = self.no_update_without_targets()
+        else:
+            norm, skipped, words, spike = self.judged_update(mean, problem, step, batches)
         self.faults("updated")
         if self.tied is not None:
             self.tied.publish()
         self.step = step
         self.updates += not skipped
         return StepResult(step, mean, norm, learning_rate, total, skipped, stops > 0, words, spike)
+
+    def no_update_without_targets(self) -> tuple[float, float, bool, str, bool]:
+        """Leave out the update of a step whose batch has no target: nothing was learned, so neither decay nor momentum may move the weights.
+
+        All processes call it together. Returns what `train_step` records: loss and norm (there are none), and the rest as `judged_update`.
+        """
+        scaler = self.wrapper.loss_scaler if self.config.precision.dtype == "fp16" else None
+        before = {key: getattr(scaler, key) for key in SCALER_STATE} if scaler is not None else {}
+        self.drop_gradients()
+        for key, value in before.items():  # DeepSpeed takes the gradients that were dropped for an overflow
+            setattr(scaler, key, value)
+        return math.nan, math.inf, True, NO_TARGETS, False
 
     def bad_weight_or_loss(self, mean: float, step: int, batches: Sequence[Batch]) -> NonFinite:
         """Why the mean loss is not finite. All processes call it together."""
@@ -341,9 +358,9 @@ class Engine:
         )
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss per target over the batches of all processes; the training state and the random streams are untouched."""
+        """Mean loss per target over the batches of all processes, NaN where there is no target; the training state and the random streams are untouched."""
         total, targets, _ = self.evaluate_part(batches)
-        return total / max(targets, 1.0)
+        return total / targets if targets else math.nan
 
     @torch.no_grad()
     def evaluate_part(self, batches: Iterable[Batch], *, stop: bool = False) -> tuple[float, float, bool]:
@@ -380,7 +397,7 @@ class Engine:
         out["guard"] = self.guard.state_dict()
         if self.config.precision.dtype == "fp16":
             scaler = self.wrapper.loss_scaler
-            out["loss_scale"] = {key: getattr(scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+            out["loss_scale"] = {key: getattr(scaler, key) for key in SCALER_STATE}
         return out
 
     def restore(self, checkpoint: Any) -> None:

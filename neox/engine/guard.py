@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -26,9 +27,14 @@ class Guard:
         self.skipped = 0
 
     def spikes(self, loss: float) -> bool:
-        """Whether a finite loss is more than spike_factor times the median of the last losses, of which only good ones count."""
-        enough = len(self.losses) >= min(FEWEST, self.config.spike_window)
-        return self.config.loss_spike != "off" and enough and loss > self.config.spike_factor * statistics.median(self.losses)
+        """Whether a finite loss is more than spike_factor times the median of the last losses, of which only good ones count.
+
+        A median of 0 (a model that has learned its data by heart) measures nothing: no loss is a spike then.
+        """
+        if self.config.loss_spike == "off" or len(self.losses) < min(FEWEST, self.config.spike_window):
+            return False
+        median = statistics.median(self.losses)
+        return median > 0 and loss > self.config.spike_factor * median
 
     @property
     def refuses_spikes(self) -> bool:
@@ -41,7 +47,8 @@ class Guard:
 
     def accept(self, loss: float) -> None:
         """A step was applied."""
-        self.losses.append(loss)
+        if math.isfinite(loss):
+            self.losses.append(loss)
         self.skipped = 0
 
     def refuse(self, problem: NonFinite) -> None:

@@ -45,7 +45,7 @@ class RunRecord:
         losses = self.series("loss")
         for i in range(WINDOW, len(losses)):
             middle = statistics.median(value for _, value in losses[i - WINDOW : i])
-            if losses[i][1] > SPIKE * middle:
+            if middle > 0 and losses[i][1] > SPIKE * middle:
                 found.append(f"step {losses[i][0]:.0f}: loss {losses[i][1]:.4g}, {losses[i][1] / middle:.2g} times the median of the {WINDOW} steps before")
         return [*found, *self.events]
 
@@ -55,7 +55,7 @@ class RunRecord:
         out = {
             "steps": f"{last['step']:,} of {self.config.train.train_iters:,}",
             "tokens": f"{last.get('tokens', 0):,}",
-            "last loss": "not finite" if last["loss"] is None else f"{last['loss']:.4f}",
+            "last loss": f"{last['loss']:.4f}" if last["loss"] is not None else "no target" if last.get("targets") == 0 else "not finite",
         }
         if validation:
             best = min(validation, key=lambda point: point[1])

@@ -329,7 +329,7 @@ class Run:
             value, stop = self.evaluate()
             if value is not None:
                 self.pending = None
-                self.write_record({**record, "validation_loss": value}, first=first)
+                self.write_record({**record, "validation_loss": value if math.isfinite(value) else None}, first=first)
         return stop
 
     def finish_pending(self, record: dict[str, Any]) -> bool:
@@ -396,7 +396,8 @@ class Run:
         tflops = self.flops_per_step / seconds / self.mesh.world_size / 1e12
         return {
             "step": result.step,
-            "loss": result.loss if math.isfinite(result.loss) else None,  # only where the policy is to go on
+            "loss": result.loss if math.isfinite(result.loss) else None,  # only where the policy is to continue, or nothing was a target
+            "targets": result.tokens,
             "lr": result.lr,
             "grad_norm": None if result.skipped else result.grad_norm,  # skipped: no update
             "tokens": self.tokens,
@@ -412,7 +413,7 @@ class Run:
         """Mean loss over the first evaluate.iters global batches of the validation data, the same ones every time; None where a signal cut it short.
 
         Returns:
-            The loss, and whether a process asks to stop.
+            The loss, NaN where no token of these batches is a target, and whether a process asks to stop.
         """
         loss, targets, stop = 0.0, 0.0, False
         with self.make_loader("validation", 0, 0) as loader:
@@ -422,7 +423,7 @@ class Run:
                 loss, targets, stop = loss + part[0], targets + part[1], part[2]
                 if stop and done < self.config.evaluate.iters:
                     return None, True
-        return loss / max(targets, 1.0), stop
+        return loss / targets if targets else math.nan, stop
 
     def save(self, *, must: bool) -> None:
         """Begin a checkpoint of the last step; with `must` also wait until it is complete.

@@ -32,9 +32,11 @@ def progress_line(record: dict, total_steps: int, seconds_per_step: float) -> st
         total_steps: length of the run.
         seconds_per_step: smoothed time of a step, for the time left.
     """
-    parts = [f"step {record['step']}/{total_steps}", "loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}"]
+    missing = "no target" if record.get("targets") == 0 else "loss not finite"
+    parts = [f"step {record['step']}/{total_steps}", missing if record["loss"] is None else f"loss {record['loss']:.4f}"]
     if "validation_loss" in record:
-        parts.append(f"validation {record['validation_loss']:.4f}")
+        validation = record["validation_loss"]
+        parts.append("validation without a target" if validation is None else f"validation {validation:.4f}")
     norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
     parts += [f"lr {record['lr']:.3g}", f"grad {norm}", f"{short(record['tokens_per_s'])} tok/s", f"{record['tflops']:.3g} TFLOP/s"]
     parts += [f"MFU {100 * record['mfu']:.1f}%", f"{record['memory_gb']:.2f} GB", f"ETA {duration((total_steps - record['step']) * seconds_per_step)}"]

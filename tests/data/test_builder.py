@@ -182,3 +182,23 @@ def test_index_arrays_of_two_parts_of_a_split_are_two(corpus, tmp_path):
         parts = build_datasets(made, {"train": 10, "validation": 10})
         documents = [{piece.document for i in range(5) for piece in parts[part].pieces(i)} for part in ("train", "validation")]
         assert not documents[0] & documents[1]
+
+
+@pytest.mark.parametrize("sidecar", [True, False])
+@pytest.mark.parametrize(
+    ("packing", "learned", "refused"),
+    [("document", None, True), ("document", 30, True), ("document", 10, False), ("best_fit", 30, False), ("concatenate", 30, False), ("concatenate", 0, True)],
+)
+def test_labels_from_which_nothing_is_learned(make_dataset, tmp_path, sidecar, packing, learned, refused):
+    """A sample of one document is cut off behind 17 tokens; the first token of a document is no target."""
+    tokens = [np.arange(1, 41)] * 12
+    labels = [np.where(np.arange(40) == (learned if number == 7 else None), one, -100) for number, one in enumerate(tokens)]
+    files = [make_dataset(rows, name, kind).prefix for name, kind, rows in (("t", "uint16", tokens), ("l", "int32", labels))]
+    if not sidecar:
+        (tmp_path / "l.json").unlink()
+    made = config({"train": [{"path": files[0], "labels": files[1]}], "packing": packing}, tmp_path=tmp_path, train={"objective": "sft"})
+    if not refused:
+        assert build_datasets(made, {"train": 4})["train"] is not None
+        return
+    with pytest.raises(DataError, match="no document has anything to learn; where=.*l.bin documents 0 to 12"):
+        build_datasets(made, {"train": 4})

@@ -1,5 +1,6 @@
 """Policies for losses that jump and numbers that are not finite: on the engine with a toy model, and on whole runs."""
 
+import dataclasses
 import json
 import math
 
@@ -126,3 +127,37 @@ def test_spikes_that_do_not_end_stop_the_run():
     with pytest.raises(NonFinite, match="the loss jumps and does not come back.*at most 3"):
         run(engine, 1, 20)
     assert engine.updates == 9
+
+
+@pytest.mark.parametrize("losses", [[0.0] * 8, [0.0] * 5 + [3.0] * 3, [-1.0] * 8])
+def test_a_median_that_is_not_positive_measures_nothing(losses):
+    one = guard(spike_factor=2.0)
+    for loss in losses:
+        one.accept(loss)
+    assert not one.spikes(5.0) and not one.spikes(0.0)
+    one.accept(math.nan)
+    assert list(one.losses) == losses
+
+
+def masked(batches, *ignored: int):
+    """The batches, those with these numbers without a target."""
+    return [dataclasses.replace(batch, targets=torch.full_like(batch.targets, -100)) if i in ignored else batch for i, batch in enumerate(batches)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_without_targets_changes_nothing(stage):
+    """Neither decay nor momentum moves a weight, the guard's window stays, and the next step is that of a run without it."""
+    config = make_config(zero={"stage": stage})
+    mesh = Mesh.single()
+    engines = [make_engine(config, mesh, accumulation=2) for _ in range(2)]
+    one = engines[0]
+    for engine in engines:
+        run(engine, 2, 3)
+    before = gathered(one)
+    result = one.train_step(masked(micro_batches(3, mesh, 2), 0, 1))
+    assert math.isnan(result.loss) and result.skipped and result.tokens == 0 and "no token" in result.problem and not result.spike
+    assert len(one.guard.losses) == 3 and one.guard.skipped == 0 and one.updates == 3 and one.step == 4
+    after = gathered(one)
+    assert before.keys() == after.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+    partly = [engine.train_step(masked(micro_batches(4, mesh, 2), 0)) for engine in engines]
+    assert partly[0].loss == partly[1].loss and partly[0].tokens > 0 and partly[0].grad_norm == partly[1].grad_norm
