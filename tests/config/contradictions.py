@@ -219,7 +219,72 @@ def guard_cases() -> list[Case]:
     ]
 
 
-CASES = tuple(guard_cases() + model_cases() + data_cases() + schedule_cases() + batch_cases() + parallel_cases() + deepspeed_cases())
+def objective_cases() -> list[Case]:
+    """Objectives and adapters without the data, the head or the layout that they need."""
+    kind, train, validation = "train.objective", "data.train", "data.validation"
+    plain, labelled, pair = ("[{path: a}]", "[{path: a, labels: b}]", "[{path: a, rejected: b}]")
+    cases = [Case((f"{kind}={name}", f"{train}={plain}"), (kind, train)) for name in ("sft", "dpo", "reward")]
+    cases += [Case((f"{kind}={name}", f"{train}={pair}"), (kind, train)) for name in ("pretrain", "sft")]
+    cases += [
+        Case((f"{train}={labelled}",), (kind, train)),
+        Case((f"{kind}=sft", f"{train}={labelled}", f"{validation}={plain}"), (kind, validation)),
+        Case((f"{kind}=dpo", f"{train}={pair}", f"{validation}={plain}"), (kind, validation)),
+        Case((f"{kind}=sft", f"{train}=[]", "data.path=x"), (kind, "data.path")),
+        Case((f"{kind}=reward", f"{train}={pair}"), ("model.output", kind)),
+        Case(("model.output=score",), ("model.output", kind)),
+        Case((f"{kind}=dpo", f"{train}={pair}", "parallel.context=2"), (kind, "parallel.context"), world_size=2),
+        Case((f"{kind}=reward", "model.output=score", f"{train}={pair}", "parallel.context=2"), (kind, "parallel.context"), world_size=2),
+        Case((f"{kind}=reward", "model.output=score", f"{train}={pair}", "data.packing=best_fit"), ("data.packing", kind)),
+        Case(("model.lora={rank: 2}", "zero.stage=3"), ("model.lora.rank", "zero.stage")),
+        Case(
+            ("model.lora={rank: 2}", "parallel.pipeline=2", "model.tie_embeddings=true"),
+            ("model.lora.rank", "parallel.pipeline", "model.tie_embeddings"),
+            world_size=2,
+        ),
+        Case(("data.fim.rate=0.5", "data.fim.middle_token=x", "data.fim.suffix_token=x"), ("data.fim.suffix_token", "data.fim.middle_token")),
+        Case(("data.fim.rate=0.5", "data.fim.suffix_token=x", "data.fim.prefix_token=x"), ("data.fim.prefix_token", "data.fim.suffix_token")),
+        Case(('data.train=["a\\0b"]',), ("data.train",)),
+        Case(("data.validation=[' ']",), ("data.validation",)),
+        Case(('run.dir="a\\0b"',), ("run.dir",)),
+        Case(('checkpoint.resume="a\\0b"',), ("checkpoint.resume",)),
+    ]
+    return cases
+
+
+def axis_cases() -> list[Case]:
+    """Axes of the layout that share what they divide, and boundaries one above what is allowed."""
+    sequence, heads = ("data.seq_length", "parallel.tensor"), ("model.num_kv_heads", "parallel.context")
+    cases = [
+        Case(("parallel.sequence=true", "parallel.tensor=2", "parallel.context=2", f"data.seq_length={length}"), sequence, world_size=4)
+        for length in (2, 30, 62)
+    ]
+    cases += [Case(("parallel.tensor=2", "parallel.context=2", f"model.num_kv_heads={kv}"), heads, world_size=4) for kv in (2, 6)]
+    cases += [Case(("parallel.context=3", "data.seq_length=64"), ("data.seq_length", "parallel.context"), world_size=3)]
+    cases += [Case(("optimizer.type=muon", f"parallel.{axis}=2"), ("optimizer.type", f"parallel.{axis}"), world_size=2) for axis in ("pipeline", "context")]
+    cases += [Case((f"parallel.{axis}=2", "parallel.context=2"), (f"parallel.{axis}", "parallel.context"), world_size=6) for axis in ("tensor", "pipeline")]
+    cases += [
+        Case(("parallel.pipeline=2", "model.num_layers=3", "parallel.partition=[1, 1, 1]"), ("parallel.partition", "parallel.pipeline"), world_size=2),
+        Case(("model.head_dim=257", "model.attention_backend=native"), ("model.head_dim", "model.attention_backend")),
+        Case(
+            ("schedule.type=wsd", "schedule.warmup_iters=41", "schedule.cooldown_iters=60"),
+            ("schedule.warmup_iters", "schedule.cooldown_iters", "train.train_iters"),
+        ),
+        Case(
+            ("schedule.type=wsd", "schedule.warmup_iters=100", "schedule.cooldown_iters=1"),
+            ("schedule.warmup_iters", "schedule.cooldown_iters", "train.train_iters"),
+        ),
+        Case(("schedule.warmup_iters=101",), ("schedule.warmup_iters", "train.train_iters")),
+        Case(
+            ("model.rope_scaling={type: llama3, factor: 4, original_max_position_embeddings: 64, low_freq_factor: 5, high_freq_factor: 4}",),
+            ("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor"),
+        ),
+    ]
+    return cases
+
+
+CASES = tuple(
+    objective_cases() + axis_cases() + guard_cases() + model_cases() + data_cases() + schedule_cases() + batch_cases() + parallel_cases() + deepspeed_cases()
+)
 
 
 def report(case: Case) -> str:
