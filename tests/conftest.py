@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported anywhere: tests run several processes at a time, and timings are no test's business.
@@ -28,6 +30,35 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the test data folder {SHARED_DATA}, which is not part of the repository")
     return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Close the process group of one that an engine opens for DeepSpeed in the test's process, so that no test depends on those before it.
+
+    Any other group that a test leaves open fails it.
+    """
+    before = process_group_size()
+    yield
+    size = process_group_size()
+    if size == before:
+        return
+    assert size == 1, f"the test left a process group of {size} open"
+    close_process_group()
+
+
+def close_process_group() -> None:
+    """Close torch's default group, and make DeepSpeed forget it: it keeps its backend and a copy of the world in globals."""
+    sys.modules["torch.distributed"].destroy_process_group()
+    for module, name in (("deepspeed.comm.comm", "cdb"), ("deepspeed.utils.groups", "_WORLD_GROUP")):
+        if module in sys.modules:
+            setattr(sys.modules[module], name, None)
+
+
+def process_group_size() -> int:
+    """Processes of torch's default group; 0 where there is none. Does not import torch."""
+    dist = sys.modules.get("torch.distributed")
+    return dist.get_world_size() if dist is not None and dist.is_available() and dist.is_initialized() else 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

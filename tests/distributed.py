@@ -6,6 +6,7 @@ whole process group is killed and its output printed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.fork_server import ROOT, Forks, Result, environment, fork_server, free_port
+import psutil
+
+from tests.fork_server import DUMP_SECONDS, ROOT, Forks, Result, environment, fork_server, free_port
 
 
 class Processes:
@@ -46,7 +49,7 @@ class Processes:
         while not condition():
             ended = all(process.poll() is not None for process in self.processes)
             if (ended and not condition()) or time.monotonic() > end:
-                self.kill()
+                self.kill(with_stacks=True)
                 raise AssertionError("the condition never held\n" + self.outputs())
             time.sleep(0.05)
 
@@ -61,7 +64,7 @@ class Processes:
             for process in self.processes:
                 process.wait(max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.kill(with_stacks=True)
             raise AssertionError(f"still running after {timeout:.0f} s\n{self.outputs()}") from None
         return [Result(process.returncode, self.output(i)) for i, process in enumerate(self.processes)]
 
@@ -69,12 +72,24 @@ class Processes:
         """All outputs, each under a heading."""
         return "\n".join(f"--- process {i}\n{self.output(i)}" for i in range(len(self.processes)))
 
-    def kill(self) -> None:
-        """Kill the processes that we started, and what they started."""
+    def kill(self, with_stacks: bool = False) -> None:
+        """Kill the processes that we started, and what they started; `with_stacks`, each Python process first writes where its threads are."""
+        if with_stacks:
+            self.abort()
         for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+    def abort(self) -> None:
+        """End every process by SIGABRT: the ranks all at once, then the launchers, which would end the others when one has ended."""
+        launchers = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
+        ranks = [rank for launcher in launchers for rank in launcher.children(recursive=True)]
+        for group in (ranks, launchers):
+            for one in group:
+                with contextlib.suppress(psutil.Error):
+                    one.send_signal(signal.SIGABRT)
+            psutil.wait_procs(group, DUMP_SECONDS)
 
 
 def start_ranks(target: str, world_size: int, folder: Path, arguments: Sequence[object] = ()) -> Forks:

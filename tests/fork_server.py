@@ -7,11 +7,13 @@ would, or a function of a test, in a session of its own, with its output in a fi
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import gc
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
 KEPT = ("FAULT", *LAUNCHER_VARIABLES)
+DUMP_SECONDS = 10.0  # for a process to write its stacks
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def free_port() -> int:
 def environment(**extra: object) -> dict[str, str]:
     """This process's environment without a launcher's variables, one thread per process, plus `extra`."""
     env = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
-    env.update(OMP_NUM_THREADS="1", DS_BUILD_OPS="0", PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false")
+    env.update(OMP_NUM_THREADS="1", DS_BUILD_OPS="0", PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false", PYTHONFAULTHANDLER="1")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return env | {key: str(value) for key, value in extra.items()}
 
@@ -90,6 +93,7 @@ def start(request: dict) -> int:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for number, target in ((nothing, 0), (sink, 1), (sink, 2)):
             os.dup2(number, target)
+        faulthandler.enable()  # SIGABRT ends it with every thread's stack in the log
         for name in KEPT:
             os.environ.pop(name, None)
         os.environ.update(request["variables"])
@@ -200,11 +204,11 @@ def fork_server() -> ForkServer:
 class Patience:
     """A time limit that a busy machine does not use up.
 
-    Over when `timeout` seconds have passed and the processes that are waited for have then got nowhere for BREAK seconds; over in any case after
-    LONGEST times `timeout`.
+    Over when `timeout` seconds have passed and the processes that are waited for have then made no progress for BREAK seconds; over in any case
+    after LONGEST times `timeout`.
     """
 
-    BREAK, LONGEST = 20.0, 8
+    BREAK, LONGEST = 60.0, 8
 
     def __init__(self, timeout: float):
         self.begin = time.monotonic()
@@ -222,6 +226,29 @@ class Patience:
         if (seen := progress()) != self.seen:
             self.seen, self.since = seen, now
         return now - self.since > self.BREAK
+
+
+def cpu_progress(pid: int) -> list[float]:
+    """CPU time of a process in steps that only work takes: half seconds of its main thread, two seconds of all its threads; -1 where it has ended."""
+    try:
+        process = psutil.Process(pid)
+        main = sum(thread.user_time + thread.system_time for thread in process.threads() if thread.id == pid)
+        times = process.cpu_times()
+    except psutil.Error:
+        return [-1.0, -1.0]
+    return [2 * main // 1, (times.user + times.system) // 2]
+
+
+def innermost_call(output: str) -> str:
+    """Where the main thread of a process stood, by the stacks that faulthandler wrote last: the innermost call of this repository, or of any code."""
+    _, dumped, stacks = output.rpartition("Fatal Python error: Aborted")
+    blocks = re.split(r"\n(?=(?:Current thread|Thread) 0x)", stacks)
+    calls = re.findall(r'File "([^"]*)", line (\d+) in (\S+)', blocks[-1])
+    if not dumped or not calls:
+        return "an unknown place: it wrote no stack"
+    ours = [call for call in calls if Path(call[0]).is_relative_to(ROOT) and "site-packages" not in call[0]]
+    file, line, function = (ours or calls)[0]
+    return f"{os.path.relpath(file, ROOT) if ours else file}:{line} {function}"
 
 
 class Forks:
@@ -251,20 +278,26 @@ class Forks:
             if patience.is_over(self.progress) or None not in self.server.poll(self.pids):
                 if condition():
                     return
-                raise AssertionError(f"the condition never held\n{self.outputs()}")
+                raise AssertionError(f"the condition never held\n{self.stop()}")
             time.sleep(0.01)
 
     def progress(self) -> tuple[float, ...]:
-        """What grows while a process gets somewhere: the CPU time of each, and the length of each output. A machine that stands still makes none."""
+        """What grows while a process makes progress: its CPU time and the length of its output. Waiting adds next to nothing."""
         grown = []
         for pid, log in zip(self.pids, self.logs, strict=True):
-            try:
-                times = psutil.Process(pid).cpu_times()
-                grown.append(2 * (times.user + times.system) // 1)  # half seconds: waiting takes some too
-            except psutil.Error:
-                grown.append(-1.0)
+            grown += cpu_progress(pid)
             grown.append(float(log.stat().st_size) if log.exists() else 0.0)
         return tuple(grown)
+
+    def stop(self) -> str:
+        """End those that still run, each with its stacks in its output; returns where each waited, then all outputs."""
+        running = [rank for rank, code in enumerate(self.server.poll(self.pids)) if code is None]
+        self.signal(signal.SIGABRT)
+        end = time.monotonic() + DUMP_SECONDS
+        while None in self.server.poll(self.pids) and time.monotonic() < end:
+            time.sleep(0.01)
+        self.signal(signal.SIGKILL)
+        return "\n".join([*(f"rank {rank} waits in {innermost_call(self.output(rank))}" for rank in running), self.outputs()])
 
     def wait(self, timeout: float = 90.0) -> list[int]:
         """Exit codes of all, when all have ended; a negative one is the signal that ended the process.
@@ -275,8 +308,7 @@ class Forks:
         patience = Patience(timeout)
         while None in (codes := self.server.poll(self.pids)):
             if patience.is_over(self.progress):
-                self.signal(signal.SIGKILL)
-                raise AssertionError(f"still running after {timeout:.0f} s: {codes}\n{self.outputs()}")
+                raise AssertionError(f"still running after {time.monotonic() - patience.begin:.0f} s: {codes}\n{self.stop()}")
             time.sleep(0.01)
         return codes
 
