@@ -120,6 +120,7 @@ def data_cases() -> list[Case]:
         Case(("run.dir=' '",), ("run.dir",)),
         Case(("checkpoint.resume=''",), ("checkpoint.resume",)),
         Case(("run.dir=pyproject.toml",), ("run.dir",)),
+        Case(("run.dir=/",), ("run.dir",)),
     ]
     return cases
 
