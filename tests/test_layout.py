@@ -217,7 +217,7 @@ HEAVY = ("torch", "deepspeed", "pydantic", "numpy", "yaml", "transformers", "saf
 def test_import_is_light():
     """`import neox` brings in none of the slow packages: well below 0.3 s on any machine."""
     probe = f"import neox, sys; print([name for name in {HEAVY} if name in sys.modules], len(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[] "), done.stdout
 
@@ -226,14 +226,14 @@ def test_the_config_imports_no_torch():
     probe = (
         "import neox.config.load, neox.config.validate, neox.config.explain, neox.cli.config, sys; print('torch' in sys.modules, 'deepspeed' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.stdout == "False False\n", done.stderr
 
 
 def test_commands_that_print_json_import_no_deepspeed():
     """DeepSpeed writes to the standard output when it is imported, ahead of the JSON."""
     probe = "import neox.cli.evaluate, neox.cli.generate, neox.cli.export, sys; print('deepspeed' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.stdout == "False\n", done.stdout + done.stderr
 
 

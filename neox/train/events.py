@@ -5,6 +5,8 @@ TensorBoard's own writer hands records to a thread; when the disk is full that t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 import time
@@ -30,13 +32,15 @@ class EventFile:
     def __init__(self, folder: Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        self.records = RecordWriter(self.path.open("ab", buffering=0))
+        self.file = self.path.open("ab", buffering=0)
         self.put(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self.put(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def put(self, event: Event) -> None:
         """Append an event."""
-        self.records.write(event.SerializeToString())
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        append(self.file, record.getvalue())
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append the numbers of a step by name."""
@@ -45,4 +49,17 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file; nothing is left to be written."""
-        self.records.close()
+        self.file.close()
+
+
+def append(file: io.FileIO, data: bytes) -> None:
+    """Append to an unbuffered file, all or nothing: the part of a record that fits on a full disk would spoil the file for its readers. Raises OSError."""
+    size = os.fstat(file.fileno()).st_size
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), size)
+        raise

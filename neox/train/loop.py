@@ -69,7 +69,8 @@ def train(config: Config, mesh: Mesh, signals: StopSignals, *, faults: Faults = 
         if mesh.rank == 0:
             claim(config, folders, stack)
         found = find(folders.checkpoints, config.checkpoint.resume, rank=mesh.rank, world_size=mesh.world_size)
-        progress = Progress(sys.stdout if mesh.rank == 0 else None, None, config.train.train_iters, config.logging.interval)
+        lossy = config.checkpoint.on_save_error == "continue"
+        progress = Progress(sys.stdout if mesh.rank == 0 else None, None, config.train.train_iters, config.logging.interval, lossy=lossy)
         life = Life(signals, faults, Pulse() if pulse is None else pulse)
         resumed = None if found is None else read_resumed(found, config)
         run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints, found), life, resumed)
@@ -204,7 +205,7 @@ class Run:
         if self.mesh.rank == 0:
             self.trackers = Trackers(self.config, self.folders.run, self.progress.say)
             written = self.engine.step - (self.pending is not None)  # the record of an evaluation that was cut short is to come
-            self.metrics = MetricsLog(self.folders.run, written, tensorboard=self.config.logging.tensorboard)
+            self.metrics = MetricsLog(self.folders.run, written, tensorboard=self.config.logging.tensorboard, say=self.progress.on_refusal)
             if self.metrics.dropped:
                 again = f"{self.metrics.dropped} records of steps after {written}, which no checkpoint holds"
                 self.progress.say(f"{again}, moved to {self.folders.run / DROPPED}")
@@ -377,7 +378,7 @@ class Run:
             self.tokens = checkpoint.state["tokens"]
         if self.metrics is not None:
             self.metrics.close()
-            self.metrics = MetricsLog(self.folders.run, self.engine.step, tensorboard=self.config.logging.tensorboard)
+            self.metrics = MetricsLog(self.folders.run, self.engine.step, tensorboard=self.config.logging.tensorboard, say=self.progress.on_refusal)
         self.saved_step = self.engine.step
         self.progress.say(f"rolled back to {found}; the data go on at sample {self.loader.consumed}")
 

@@ -17,7 +17,7 @@ import torch
 from neox.checkpoint.storage import write_file
 from neox.errors import DiskError
 from neox.plan.devices import of_cuda_name
-from neox.train.events import EventFile
+from neox.train.events import EventFile, append
 
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"
@@ -109,17 +109,20 @@ class MetricsLog:
         folder: of the run.
         step: last step that is done; records of later steps are moved aside.
         tensorboard: whether to write events.
+        say: where it is given, a record that the disk refuses is counted and reported with it, and `write` raises nothing.
 
     Raises:
         DiskError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool):
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool, say: Callable[[str], None] | None = None):
         self.path = folder / METRICS
         self.board = None
+        self.say = say
+        self.lost: list[int] = []  # steps whose records were refused since the last one that was written
         try:
             self.dropped = drop_after(folder, step)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = self.path.open("ab", buffering=0)
             if tensorboard:
                 self.board = EventFile(folder / "tensorboard", step + 1)
         except OSError as error:
@@ -127,14 +130,30 @@ class MetricsLog:
             raise DiskError("the run's records cannot be written", where=where, got=error.strerror, do="free space or change run.dir") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one step. Raises DiskError where the disk refuses."""
+        """Append one step. A record is written whole or not at all.
+
+        Raises:
+            DiskError: the disk refuses, and there is no `say`.
+        """
         try:
-            self.file.write(json.dumps(record, allow_nan=False) + "\n")
-            self.file.flush()
+            append(self.file, json.dumps(record, allow_nan=False).encode() + b"\n")
             if self.board is not None:
                 self.board.add(record["step"], {key: value for key, value in record.items() if key != "step" and value is not None})
         except OSError as error:
-            raise DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume") from error
+            problem = DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume")
+            if self.say is None:
+                raise problem from error
+            if not self.lost:
+                self.say(f"training continues without this record: {problem.line()}")
+            self.lost.append(record["step"])
+        else:
+            self.report_lost()
+
+    def report_lost(self) -> None:
+        """Say which records are missing, once the disk takes them again or the run ends."""
+        if self.lost and self.say is not None:
+            self.say(f"{len(self.lost)} records were lost, of steps {self.lost[0]} to {self.lost[-1]}: the disk refused them")
+        self.lost = []
 
     def check_place(self) -> None:
         """Raises DiskError where the file that is written is no longer the one in the run's folder: what is written would be lost."""
@@ -150,6 +169,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
+        self.report_lost()
         with contextlib.suppress(OSError):  # it tries once more to write what `write` has reported as not written
             self.file.close()
         if self.board is not None:

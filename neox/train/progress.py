@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+from collections.abc import Callable
 from typing import TextIO
 
 from neox.errors import DiskError
@@ -44,12 +45,14 @@ def progress_line(record: dict, total_steps: int, seconds_per_step: float) -> st
 
 
 def tell(stream: TextIO, text: str) -> TextIO | None:
-    """Print a line. Returns the stream; None where its reader is gone (`| head`): no reason to stop training."""
+    """Print a line. Returns the stream; None where its reader is gone (`| head`). That, or a full disk behind it, is no reason to stop training."""
     try:
         stream.write(text + "\n")
         stream.flush()
     except BrokenPipeError:
         return None
+    except OSError:
+        return stream
     return stream
 
 
@@ -67,11 +70,14 @@ class Progress:
         log: stream of log.txt; None: until `keep` is called, lines are held for it.
         total_steps: length of the run.
         interval: steps between lines.
+        lossy: whether a log that cannot be written is reported on the terminal, once, and training continues.
     """
 
     SMOOTHING = 0.9  # weight of the past in the time of a step
 
-    def __init__(self, terminal: TextIO | None, log: TextIO | None, total_steps: int, interval: int):
+    def __init__(self, terminal: TextIO | None, log: TextIO | None, total_steps: int, interval: int, *, lossy: bool = False):
+        self.lossy = lossy
+        self.refused = False
         self.terminal = terminal
         self.log = log
         self.total_steps = total_steps
@@ -80,6 +86,11 @@ class Progress:
         self.held: list[str] = []
         self.seconds: float | None = None
         self.steps = 0
+
+    @property
+    def on_refusal(self) -> Callable[[str], None] | None:
+        """What a lossy run says a record with that the disk refuses; None: the run ends."""
+        return self.say if self.lossy else None
 
     def say(self, text: str) -> None:
         """Print a line to the terminal and to the log.
@@ -110,7 +121,12 @@ class Progress:
                 self.log.write(text + "\n")
                 self.log.flush()
         except OSError as error:
-            raise DiskError("the log cannot be written", where=self.log.name, got=error.strerror, do="free space and resume") from error
+            problem = DiskError("the log cannot be written", where=self.log.name, got=error.strerror, do="free space and resume")
+            if not self.lossy:
+                raise problem from error
+            if self.terminal and not self.refused:
+                self.terminal = tell(self.terminal, f"training continues without these lines: {problem.line()}")
+            self.refused = True
 
     def step(self, record: dict, *, first: bool) -> None:
         """Take note of a step, and print it where it is due: the first, the last, every `interval`-th, and those with an evaluation."""

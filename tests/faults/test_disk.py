@@ -1,10 +1,13 @@
 """Disks that are full, fail, turn read-only or lose the run's folder in the middle of a training."""
 
 import itertools
+import json
+import resource
 import shutil
 
 import pytest
 
+from neox.cli.main import main
 from tests.faults.runs import ENDLESS, PAIR, SHORT, Setting, arguments, assert_same_run, complete, damaged
 
 pytestmark = pytest.mark.distributed
@@ -74,3 +77,23 @@ def test_a_folder_deleted_in_the_middle_ends_all_with_code_5(server, corpus, tmp
     assert training.wait(30) == [5, 5], training.outputs()
     outputs = training.output(0) + training.output(1)
     assert outputs.count("error[5]") == 1, outputs
+
+
+def train_with_small_files(limit, *train_arguments):
+    """Entry of a process that can write no file beyond `limit` bytes: what is larger stops growing, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    raise SystemExit(main(["train", *train_arguments]))
+
+
+def test_the_policy_holds_for_records_too(server, corpus, tmp_path):
+    """Checkpoints, and from some step on records and log, do not fit: training goes on to its last checkpoint, which must be written."""
+    more = ("train.train_iters=80", "logging.interval=1", "checkpoint.on_save_error=continue", "checkpoint.save_interval=20", "evaluate.interval=0")
+    words = [12000, *arguments(corpus, tmp_path / "run", SHORT, *more)]
+    training = server.call("tests.faults.test_disk:train_with_small_files", words, tmp_path)
+    assert training.wait() == [5], training.outputs()
+    printed = training.output()
+    assert printed.count("training continues without this record: error[5]") == 1, printed
+    assert "step 80/80" in printed and "of steps" in printed.split("step 80/80")[1], printed
+    kept = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert kept == list(range(1, len(kept) + 1)) and 10 < len(kept) < 80
+    assert f"{80 - len(kept)} records were lost, of steps {kept[-1] + 1} to 80" in printed

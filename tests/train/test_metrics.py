@@ -85,6 +85,25 @@ def test_a_disk_that_fills_up_is_an_error_and_not_a_hang(tmp_path, tensorboard):
     assert log.file.closed and step > 1
 
 
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_lost_records_are_counted_and_no_line_is_torn(tmp_path, tensorboard):
+    told: list[str] = []
+    log = MetricsLog(tmp_path, 0, tensorboard=tensorboard, say=told.append)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.write({"step": 1, "loss": 0.5})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 9, limits[1]))
+    try:
+        for step in (2, 3, 4):
+            log.write({"step": step, "loss": 1 / step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write({"step": 5, "loss": 0.25})
+    log.close()
+    assert steps(log.path) == [1, 5]
+    assert len(told) == 2 and told[0].startswith("training continues without this record: error[5]")
+    assert told[1] == "3 records were lost, of steps 2 to 4: the disk refused them"
+
+
 def test_the_speed_of_an_unknown_gpu_is_of_a_product_that_fills_it(monkeypatch):
     """On a GPU: 8192^3, once before the clock, each time between events. The product itself is left out here."""
     calls = []
