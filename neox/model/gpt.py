@@ -63,7 +63,7 @@ class GPT(nn.Module):
 
     Args:
         config: the architecture.
-        mesh: layout over processes; parameters are made on mesh.device, which may be "meta" (see `materialize`).
+        mesh: layout over processes, None: this process alone, on the CPU; parameters are made on mesh.device, which may be "meta" (see `materialize`).
         dtype: dtype of parameters and activations.
         seed: seed of the initial weights.
         activation_checkpointing: "none"; "selective": the MLP's activation is computed again in the backward; "full": every block is.
@@ -76,7 +76,7 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        mesh: Mesh,
+        mesh: Mesh | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         seed: int = 1234,
@@ -89,7 +89,7 @@ class GPT(nn.Module):
                 "unknown activation checkpointing", where="train.activation_checkpointing", got=activation_checkpointing, want="none, selective or full"
             )
         self.config = config
-        self.mesh = mesh
+        self.mesh = mesh = Mesh.single() if mesh is None else mesh
         self.seed = seed
         self.rotary = RotaryTable(config) if config.position_embedding == "rotary" else None
         self.embedding = Embedding(config, mesh, dtype=dtype) if mesh.first_stage else None
