@@ -154,7 +154,15 @@ void Index::check_header(uint64_t count) {
     num_borders_ = load<uint64_t>(26);
     // Bounded by the file's size before anything is multiplied, so that a hostile count cannot overflow.
     const bool fits = num_sequences_ <= count / 12 && num_borders_ <= count / 8;
-    if (!fits || kIndexHeader + 12 * num_sequences_ + 8 * num_borders_ != count)
+    const uint64_t want = fits ? kIndexHeader + 12 * num_sequences_ + 8 * num_borders_ : 0;
+    // Megatron-core writes a byte for each sequence behind the rest of a multimodal index: 0 for text.
+    if (fits && num_sequences_ > 0 && count == want + num_sequences_)
+        throw Fault("dataset is multimodal")
+            .at(name_)
+            .found(number(num_sequences_) + " sequence modes, as megatron-core writes them for images and text")
+            .expected("a dataset of text: 34 + 12 x sequences + 8 x document borders = " + number(want) + " bytes")
+            .advise("preprocess the text of the corpus with neox preprocess, or with megatron-core's preprocess_data.py");
+    if (!fits || want != count)
         throw damaged("index file has the wrong size")
             .found(number(count) + " bytes")
             .expected("34 + 12 x " + number(num_sequences_) + " sequences + 8 x " + number(num_borders_) + " document borders");

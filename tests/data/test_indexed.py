@@ -306,3 +306,12 @@ def test_the_folder_of_a_dataset_is_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot make the folder of a dataset"):
         IndexedWriter(tmp_path / "file" / "text", "uint16")
+
+
+def test_a_multimodal_dataset_of_megatron_core_is_named(make_dataset):
+    prefix = make_dataset([[1, 2], [3], [4, 5, 6]]).prefix
+    os.unlink(f"{prefix}.json")
+    with open(f"{prefix}.idx", "ab") as file:
+        file.write(np.array([0, 1, 0], dtype=np.int8).tobytes())  # the mode of each sequence
+    with pytest.raises(DataError, match="dataset is multimodal; where=.*got=3 sequence modes, as megatron-core writes .*do=preprocess the text"):
+        IndexedDataset(prefix)
