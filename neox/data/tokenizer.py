@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -13,6 +14,9 @@ from neox import files
 from neox.data.files import write_durably
 from neox.data.library import load_library
 from neox.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # looked for in this order
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
@@ -36,14 +40,41 @@ class TokenizerFile:
             ids = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, *_) in enumerate(vocabulary)}
             added = {token["content"]: token["id"] for token in self.content.get("added_tokens") or []}
             self.vocab_size = max(max(ids.values(), default=-1), max(added.values(), default=-1)) + 1
+            renumbered = may_be_renumbered(ids, added)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError("not a tokenizer file", where=file, got=error, want="a `tokenizers` JSON file") from error
+        if renumbered:
+            Tokenizer(file)  # which raises where the library does give it another id
         self.eod_token, self.eod_id = find_eod(lambda name: added.get(name, ids.get(name)), eod_token, file)
 
     @cached_property
     def hash(self) -> str:
         """See `file_hash`. Takes as long as a megabyte of text."""
         return content_hash(self.content)
+
+
+def may_be_renumbered(ids: dict[str, int], added: dict[str, int]) -> bool:
+    """Whether the `tokenizers` library may give an added token another id than the file: it counts those that the vocabulary lacks on from its size."""
+    new = [number for token, number in added.items() if token not in ids]
+    return new != list(range(len(ids), len(ids) + len(new))) or any(ids.get(token, number) != number for token, number in added.items())
+
+
+def require_kept_ids(content: bytes, tokenizer: tokenizers.Tokenizer, file: str | Path) -> None:
+    """Refuse a file whose added tokens get other ids from the library, and so from transformers, than the file names.
+
+    Raises:
+        DataError: a token has two ids.
+    """
+    for token in parse_content(content, file).get("added_tokens") or []:
+        name, number, kept = token["content"], token["id"], tokenizer.token_to_id(token["content"])
+        if kept != number:
+            raise DataError(
+                "tokenizer file gives a token an id that the tokenizers library does not keep",
+                where=f"{file}: added token {name!r}",
+                got=f"id {number} in the file, {kept} in the library and in transformers",
+                want="one id: the library numbers added tokens on from the size of model.vocab, unless they are in it",
+                do=f"add {name!r}: {number} to model.vocab of the file, or number the added tokens without a gap",
+            )
 
 
 def find_eod(id_of: Callable[[str], int | None], name: str | None, file: str | Path) -> tuple[str | None, int | None]:
@@ -85,6 +116,7 @@ class Tokenizer:
             self._tokenizer = load_library(self._bytes, specials_as_text)
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             raise DataError("not a tokenizer file", where=self.file, got=error, want="a `tokenizers` JSON file") from error
+        require_kept_ids(self._bytes, self._tokenizer, self.file)
         self.eod_token, self.eod_id = find_eod(self._tokenizer.token_to_id, eod_token, self.file)
         self.end_ids = frozenset(end_ids) | frozenset(() if self.eod_id is None else (self.eod_id,))
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import tokenizers
 
-from neox.config.vocabulary import tokenizer_ids
+from neox.config.vocabulary import tokenizer_ids, tokenizer_vocab_size
+from neox.data.encode import Encoding
+from neox.data.indexed import IndexedDataset
+from neox.data.preprocess import preprocess
 from neox.data.tokenizer import Tokenizer, TokenizerFile, file_hash, train_tokenizer
 from neox.errors import ConfigError, DataError, DiskError
 
@@ -97,3 +102,56 @@ def test_a_tokenizer_that_is_no_regular_file_is_refused_at_once(tmp_path):
             read("/dev/zero")
     with pytest.raises(OSError, match="a FIFO"):
         tokenizer_ids(str(tmp_path / "fifo"))
+
+
+def edited(trained: Tokenizer, path: Path, ids: dict[str, int], added: list[tuple[str, int]]) -> str:
+    """The tokenizer with some ids of its vocabulary changed or added (None: taken out), and with these added tokens."""
+    content = json.loads(Path(trained.file).read_text())
+    form = content["added_tokens"][0]
+    content["added_tokens"] = [{**form, "content": token, "id": number} for token, number in added]
+    vocabulary = {**content["model"]["vocab"], **ids}
+    content["model"]["vocab"] = {token: number for token, number in vocabulary.items() if number is not None}
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+END = "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("ids", "added"),
+    [
+        ({}, [(END, 0), ("<a>", 300), ("<b>", 301)]),
+        ({END: 600}, [(END, 600)]),  # a gap in the vocabulary
+        ({END: 600, "<a>": 700}, [(END, 600), ("<a>", 700)]),
+        ({END: 600}, [(END, 600), ("<a>", 300)]),  # counted on from the size of the vocabulary
+    ],
+)
+def test_a_gap_in_the_ids_is_the_same_for_every_reader(trained, tmp_path, ids, added):
+    transformers = pytest.importorskip("transformers")
+    file = edited(trained, tmp_path / "gap.json", ids, added)
+    ours, plain = Tokenizer(file), TokenizerFile(file)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token=END)
+    assert ours.eod_id == plain.eod_id == theirs.eos_token_id == theirs.convert_tokens_to_ids(END) == dict(added)[END]
+    assert ours.vocab_size == plain.vocab_size == tokenizer_vocab_size(file) == max(theirs.get_vocab().values()) + 1
+    text = "the quick brown fox" + "".join(token for token, _ in added)
+    (tmp_path / "in.txt").write_text(text)
+    summary = preprocess([str(tmp_path / "in.txt")], tmp_path / "out", Encoding(file))
+    assert summary.encoder == "native"
+    assert IndexedDataset(tmp_path / "out")[0].tolist() == [*ours.encode(text), ours.eod_id] == [*theirs.encode(text), theirs.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("ids", "added"),
+    [
+        ({END: None}, [(END, 600)]),
+        ({}, [(END, 0), ("<a>", 301), ("<b>", 300)]),
+        ({}, [(END, 5)]),
+        ({END: 600}, [(END, 600), ("<a>", 601)]),
+    ],
+)
+def test_ids_that_the_library_does_not_keep_are_refused(trained, tmp_path, ids, added):
+    file = edited(trained, tmp_path / "gap.json", ids, added)
+    for read in (Tokenizer, TokenizerFile):
+        with pytest.raises(DataError, match=r"does not keep; where=.*gap.json: added token .*got=id \d+ in the file, \d+ in the library .*do=add "):
+            read(file)
