@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from neox.errors import DiskError
@@ -20,15 +21,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def open_no_link(name: str, flags: int) -> int:
+    """An `opener` for `open` that refuses a symbolic link in the last part of the name, with ELOOP."""
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file so that it is complete or absent after a crash: temporary name, fsync, rename, fsync of the folder.
+
+    The temporary name is random and must be free: in a folder that others can write, a link under a name that can be predicted would have this
+    process overwrite the file that the link names.
 
     Raises:
         DiskError: the folder cannot be written or is full; nothing is left behind.
     """
-    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial.{secrets.token_hex(8)}")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb", opener=open_no_link) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from neox.data._native import core
-from neox.data.files import sync_folder, write_durably
+from neox.data.files import open_no_link, sync_folder, write_durably
 from neox.errors import DataError, DiskError
 from neox.files import read_bytes
 
@@ -59,7 +59,7 @@ def cached_order(folders: Sequence[Path], key: str, build: Callable[[], Arrays],
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file. The system lets go of it when the process dies. File systems without locks go on without."""
-    with open(path, "ab") as file:
+    with open(path, "ab", opener=open_no_link) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import orjson
 
-from neox.data.files import sync_folder
+from neox.data.files import open_no_link, sync_folder
 from neox.data.text import Bad
 from neox.errors import DiskError
 from neox.files import printable
@@ -72,7 +72,7 @@ class Quarantine:
         if not self._enabled:
             return self
         try:
-            self._file = open(self._partial, "r+b" if self._resume_at else "wb")  # closed by publish and __exit__
+            self._file = open(self._partial, "r+b" if self._resume_at else "wb", opener=open_no_link)  # closed by publish and __exit__
             self._file.truncate(self._resume_at)
             self._file.seek(self._resume_at)
         except OSError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from neox.checkpoint.storage import write_file
+from neox.data.files import open_no_link
 from neox.errors import DiskError
 from neox.plan.devices import of_cuda_name
 from neox.train.events import EventFile, append
@@ -86,7 +87,7 @@ def drop_after(folder: Path, step: int) -> int:
     drop = [line for line in lines if step_of(line) > step]
     if not drop:
         return 0
-    with (folder / DROPPED).open("ab") as side:
+    with open(folder / DROPPED, "ab", opener=open_no_link) as side:
         side.writelines(line.rstrip(b"\n") + b"\n" for line in drop)
         side.flush()
         os.fsync(side.fileno())
