@@ -26,7 +26,7 @@ from neox.config.load import dump, load
 from neox.config.schema import Config, ModelConfig, SpecialIds, TokenizerConfig
 from neox.convert.foreign import describe
 from neox.convert.huggingface import LOGIT_TOLERANCE, SETTINGS_FILES, compare, open_huggingface, probe_tokens
-from neox.convert.neox import is_old_checkpoint, open_old_checkpoint, step_folder
+from neox.convert.neox import config_files, embedding_rows, is_old_checkpoint, open_old_checkpoint, step_folder
 from neox.convert.source import Source, save_weights
 from neox.convert.special_ids import read_special_ids
 from neox.data.tokenizer import Tokenizer
@@ -39,9 +39,9 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `neox import`."""
-    parser.add_argument("--from", required=True, metavar="DIR", dest="source", help="Hugging Face model folder (safetensors), or checkpoint of GPT-NeoX")
+    parser.add_argument("--from", required=True, metavar="DIR", dest="source", help="Hugging Face model folder, or checkpoint of GPT-NeoX")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must be absent or empty")
-    parser.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="checkpoint of GPT-NeoX: its config; default: configs/*.yml in it")
+    parser.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="checkpoint of GPT-NeoX: its config; default: *.yml in it or its folder configs")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help="single values for --conf")
     parser.add_argument("--tokenizer", metavar="FILE", help="`tokenizers` JSON file; default: tokenizer.json of DIR, or tokenizer.file of --conf")
     parser.add_argument(
@@ -117,10 +117,11 @@ def end_token(tokenizer: Tokenizer, ids: SpecialIds) -> str | None:
 def read_old(source: Path, args: argparse.Namespace, out: Path) -> tuple[Config, dict[str, Source]]:
     """Config and weights of a checkpoint of GPT-NeoX."""
     folder = step_folder(source) or source
-    files = args.conf or sorted(map(str, (folder / "configs").glob("*.yml")))
+    files = args.conf or config_files(folder)
     if not files:
-        raise ConfigError("the checkpoint does not say what model it is", where=folder, want="configs/*.yml in it", do="give its YAML files with --conf")
-    loaded = load(files, args.overrides)
+        want = "*.yml in it or in its folder configs"
+        raise ConfigError("the checkpoint does not say what model it is", where=folder, want=want, do="give its YAML files with --conf")
+    loaded = load(files, args.overrides, embedding_rows=embedding_rows(folder))
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.tokenizer is None and loaded.config.tokenizer.file is not None and Path(loaded.config.tokenizer.file).is_file():

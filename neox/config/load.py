@@ -71,7 +71,8 @@ class Setting:
 class Layers:
     """Collects settings layer by layer, and everything that is wrong with the sources."""
 
-    def __init__(self) -> None:
+    def __init__(self, embedding_rows: int | None = None) -> None:
+        self.embedding_rows = embedding_rows
         self.settings: dict[tuple[str, ...], Setting] = {}
         self.upstream: dict[str, Given] = {}
         self.problems: list[ConfigError] = []
@@ -130,7 +131,7 @@ class Layers:
     def put_upstream(self) -> None:
         """Translate the files of GPT-NeoX and put what they say below everything else."""
         native, self.settings = self.settings, {}
-        settings, notes, problems = translate(self.upstream, {path: setting.value for path, setting in native.items()})
+        settings, notes, problems = translate(self.upstream, {path: setting.value for path, setting in native.items()}, self.embedding_rows)
         self.notes = tuple(notes)
         self.problems += problems
         for item in settings:
@@ -429,17 +430,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def load(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> Loaded:
+def load(paths: Iterable[str | Path], overrides: Sequence[str] = (), *, embedding_rows: int | None = None) -> Loaded:
     """Load files, left to right, then overrides.
 
     Args:
         paths: files, or bare names looked for under configs/.
         overrides: `section.key=value`, as after `--set`.
+        embedding_rows: of a checkpoint that files of GPT-NeoX describe: the vocabulary, unless native keys give it.
 
     Raises:
         ConfigError: everything that is wrong, at once, each with file and line.
     """
-    layers = Layers()
+    layers = Layers(embedding_rows)
     for path in paths:
         layers.add_file(str(path))
     for override in overrides:

@@ -46,17 +46,21 @@ def collect(leaves: list[Leaf], source: str) -> dict[str, Given]:
     return {name: Given(value, source, lines[name]) for name, value in tree.items()}
 
 
-def translate(given: Mapping[str, Given], native: Mapping[tuple[str, ...], Any]) -> tuple[list[Translated], list[str], list[ConfigError]]:
+def translate(
+    given: Mapping[str, Given], native: Mapping[tuple[str, ...], Any], embedding_rows: int | None = None
+) -> tuple[list[Translated], list[str], list[ConfigError]]:
     """Native settings from upstream ones.
 
     Args:
         given: the merged upstream files.
         native: what native files and `--set` say; a problem of a key that they decide is none.
 
+        embedding_rows: of the checkpoint that the files describe, where there is one.
+
     Returns:
         Settings; notes for people, a line each; problems.
     """
-    work = Translation(given, native)
+    work = Translation(given, native, embedding_rows)
     work.unknown_and_unsupported()
     if work.complete():
         for step in (*neox_model.STEPS, *neox_training.STEPS):

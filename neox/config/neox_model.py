@@ -188,7 +188,10 @@ def expand(config: Any, layers: Any) -> list[str]:
 
 
 def vocabulary(work: Translation) -> None:
-    """Upstream's embedding has the tokenizer's ids padded to a multiple of make_vocab_size_divisible_by x model_parallel_size."""
+    """Upstream's embedding has the tokenizer's ids padded to a multiple of make_vocab_size_divisible_by x model_parallel_size.
+
+    Where the rows of a checkpoint are known they decide, unless a tokenizer that the file names has more ids.
+    """
     kind = str(work.value("tokenizer_type")).lower()
     file = work.value("vocab_file")
     if ("tokenizer", "file") in work.native or ("model", "vocab_size") in work.native:
@@ -206,6 +209,11 @@ def vocabulary(work: Translation) -> None:
         ids = GPT2_IDS
         given = "is" if "tokenizer_type" in work.given else "is by default"
         work.note(f"tokenizer_type {given} {work.value('tokenizer_type')}: {ids} ids; set tokenizer.file to generate from text, or for another tokenizer")
+    rows, named = work.embedding_rows, "tokenizer_type" in work.given or "vocab_file" in work.given
+    if rows is not None and (ids is None or not named or ids <= rows):
+        work.set("model.vocab_size", rows, work.first("vocab_file", "tokenizer_type"))
+        work.note(f"model.vocab_size: {rows}: the rows of the checkpoint's embedding")
+        return
     multiple, tensor = work.number("make_vocab_size_divisible_by"), work.number("model_parallel_size")
     if ids is None or not multiple:
         name = work.first("vocab_file", "tokenizer_type")

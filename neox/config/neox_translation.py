@@ -46,7 +46,8 @@ class Translated:
 class Translation:
     """Upstream values by name, and what has been made of them."""
 
-    def __init__(self, given: Mapping[str, Given], native: Mapping[tuple[str, ...], Any]):
+    def __init__(self, given: Mapping[str, Given], native: Mapping[tuple[str, ...], Any], embedding_rows: int | None = None):
+        self.embedding_rows = embedding_rows
         self.given = {name: value for name, value in given.items() if value.value is not None}
         self.native = native
         self.settings: list[Translated] = []

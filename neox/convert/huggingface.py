@@ -22,6 +22,7 @@ from neox.config.schema import ModelConfig, SpecialIds
 from neox.convert.config_keys import Json, read_json, read_keys
 from neox.convert.families import Family, Rule, family_for, family_named
 from neox.convert.foreign import describe
+from neox.convert.pickles import PickledTensors
 from neox.convert.source import Held, Source
 from neox.convert.special_ids import generation_config, ids_to_json
 from neox.convert.tensor_files import TensorFiles, TensorFileWriter
@@ -211,7 +212,7 @@ def open_huggingface(folder: str | Path) -> tuple[ModelConfig, dict[str, Source]
     """
     theirs = read_json(Path(folder) / "config.json")
     config = config_from_json(theirs)
-    files = TensorFiles(_weight_files(Path(folder)))
+    files = _open_weights(Path(folder))
     return config, _sources(config, family_named(theirs["model_type"]), files)
 
 
@@ -241,7 +242,7 @@ def config_from_json(theirs: Json) -> ModelConfig:
         raise schema_problem(detail, key, f"config.json: model.{key}") from error
 
 
-def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | Held) -> dict[str, Source]:
+def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | PickledTensors | Held) -> dict[str, Source]:
     """For each parameter of ours, a function that makes it from theirs. Every tensor of theirs is used, or it is an error."""
     stored = {name: name for name in theirs.names()}
     if family.model_type == "gpt2" and "wte.weight" in stored:  # the published gpt2 files lack the prefix
@@ -266,7 +267,7 @@ def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | Held) ->
     return sources
 
 
-def _check_parts(theirs: TensorFiles | Held, parts: list[str], shape: tuple[int, ...]) -> None:
+def _check_parts(theirs: TensorFiles | PickledTensors | Held, parts: list[str], shape: tuple[int, ...]) -> None:
     """Raise CheckpointError unless the tensors hold floating-point numbers, as many and of as many dimensions as ours of `shape`."""
     found = [theirs.shape(name) for name in parts]
     if sum(map(math.prod, found)) != math.prod(shape) or any(len(part) != len(shape) for part in found):
@@ -286,25 +287,31 @@ def _join(rule: Rule, names: list[str], read: Callable[[str], torch.Tensor]) -> 
         raise CheckpointError("weight has another shape", where=names[0], got=[tuple(part.shape) for part in parts], want="what config.json says") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
+def _open_weights(folder: Path) -> TensorFiles | PickledTensors:
+    """The weights of a model folder: its safetensors files or, where it has none, its pickled ones.
 
     Raises:
-        CheckpointError: there are none, or the index names something else than files of the folder.
+        CheckpointError: there are none, they are damaged, or an index names something else than files of the folder.
     """
-    index = folder / "model.safetensors.index.json"
+    if paths := _weight_files(folder, "model.safetensors", ".safetensors"):
+        return TensorFiles(paths)
+    if paths := _weight_files(folder, "pytorch_model.bin", ".bin"):
+        return PickledTensors(paths)
+    want = "model.safetensors or pytorch_model.bin, or the index of several files"
+    raise describe(folder) or CheckpointError("no weights", where=folder, want=want, do="download the model's files: hf download NAME --local-dir DIR")
+
+
+def _weight_files(folder: Path, single: str, suffix: str) -> list[Path]:
+    """The files of one format, several where there is an index; empty where there are none."""
+    index = folder / f"{single}.index.json"
     if not index.exists():
-        if not (folder / "model.safetensors").exists():
-            raise describe(folder) or CheckpointError(
-                "no safetensors weights", where=folder, want="model.safetensors", do="convert pickled .bin weights with transformers' save_pretrained"
-            )
-        return [folder / "model.safetensors"]
+        return [folder / single] if (folder / single).exists() else []
     table = read_json(index).get("weight_map")
     named = list(table.values()) if isinstance(table, dict) else [table]
-    strange = [name for name in named if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\0" in name]
+    strange = [name for name in named if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix) or "\0" in name]
     if strange or not named:
         got = brief(strange[0]) if strange else "no weights"
-        raise CheckpointError("index is damaged", where=f"{index}: weight_map", got=got, want="names of .safetensors files in the folder, by tensor")
+        raise CheckpointError("index is damaged", where=f"{index}: weight_map", got=got, want=f"names of {suffix} files in the folder, by tensor")
     return [folder / name for name in sorted(set(named))]
 
 

@@ -128,6 +128,28 @@ def _parameters(content: Any, path: Path) -> State:
     return {name: tensor for name, tensor in named_tensors(content, path).items() if not NO_WEIGHTS.search(name)}
 
 
+def embedding_rows(folder: Path) -> int | None:
+    """Rows of the word embedding over all tensor ranks, padding included; None: the first layer has none.
+
+    Args:
+        folder: a step's folder.
+
+    Raises:
+        CheckpointError: files are missing or cannot be read.
+    """
+    states = Layers(folder).states(0)
+    weights = [state["word_embeddings.weight"] for state in states if "word_embeddings.weight" in state]
+    return sum(weight.shape[0] for weight in weights) if weights and all(weight.dim() == 2 for weight in weights) else None
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The YAML files that lie with a step: in its folder `configs`, where GPT-NeoX saves them, or next to its weights, as they are published."""
+    for place in (folder / "configs", folder):
+        if found := sorted(path for path in place.glob("*") if path.suffix in (".yml", ".yaml") and path.is_file()):
+            return found
+    return []
+
+
 def open_old_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Source]:
     """For each parameter of ours, a function that makes it from a checkpoint of GPT-NeoX.
 

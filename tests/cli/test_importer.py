@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import torch
 
 from neox.checkpoint.load import Checkpoint, resolve
@@ -118,6 +119,25 @@ def test_a_checkpoint_of_gpt_neox_with_its_yaml(tmp_path, capsys, by_layer):
     assert json.loads(printed.out)["loss_on_probe"] > 0 and "note: no tokenizer came along" in printed.err
     with Checkpoint(resolve(tmp_path / "ours")) as checkpoint:
         assert all(torch.equal(checkpoint.tensor(name), weights[name]) for name in weights)
+
+
+def test_a_flat_folder_as_it_is_published(tmp_path, capsys):
+    config, weights = make("neox")
+    write_old(tmp_path / "old", weights, config, 2, by_layer=True, padded_rows=50, old_names=True)
+    flat = (tmp_path / "old" / "global_step7").rename(tmp_path / "flat")
+    values = BASE | {"hidden_size": 24, "max_position_embeddings": 16, "seq_length": 16, "gpt_j_residual": True, "rotary_pct": 0.5}
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 45)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.save(str(tmp_path / "words.json"))
+    for number, vocabulary in enumerate([{"vocab_file": "/not/here/words.json"}, {"vocab_file": None, "tokenizer_type": None}]):
+        (flat / "model.yml").write_text(flow_text({key: value for key, value in (values | vocabulary).items() if value is not None}))
+        for i, conf in enumerate([[], ["--conf", flat / "model.yml"]]):
+            out = tmp_path / f"ours{number}{i}"
+            assert call("--from", flat, *conf, "--out", out, "--tokenizer", tmp_path / "words.json", "--no-check") == 0, capsys.readouterr().err
+            assert "model.vocab_size: 50: the rows of the checkpoint's embedding" in capsys.readouterr().err
+            with Checkpoint(resolve(out)) as checkpoint:
+                assert all(torch.equal(checkpoint.tensor(name), weights[name]) for name in weights)
+            assert (out / "tokenizer.json").is_file()
 
 
 def test_what_cannot_be_imported_says_why(folder, tmp_path, capsys):

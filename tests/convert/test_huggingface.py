@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -190,9 +191,25 @@ def test_index_that_points_outside(folder):
         from_huggingface(folder)
 
 
-def test_pickled_weights_are_not_read(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="no safetensors weights"):
+def test_pickled_weights_are_read_where_there_are_no_others(folder):
+    config, want = from_huggingface(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no weights.*pytorch_model\.bin"):
+        from_huggingface(folder)
+    tensors |= {"model.layers.0.rotary_emb.inv_freq": torch.ones(2), "model.layers.0.attention.bias": torch.ones(1, 1, dtype=torch.bool)}
+    names = sorted(tensors)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, held in parts.items():
+        torch.save({name: tensors[name] for name in held}, folder / file)
+    table = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(table))
+    got_config, got = from_huggingface(folder)
+    assert got_config == config
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    (folder / "pytorch_model.bin.index.json").unlink()
+    torch.save(tensors | {"more": datetime.timedelta(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"more than tensors.*got=datetime\.timedelta"):
         from_huggingface(folder)
 
 
