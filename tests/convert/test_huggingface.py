@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from neox.config.schema import ModelConfig
 from neox.convert.huggingface import compare, from_huggingface, to_huggingface
+from neox.data.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -242,6 +244,20 @@ def test_export_refuses_a_tokenizer_with_more_ids(tmp_path, shared_data):
     config, weights = from_huggingface(MODELS["llama"]())
     with pytest.raises(DataError, match="tokenizer does not fit"):
         to_huggingface(config, weights, tmp_path, tokenizer_file=shared_data / "tokenizers" / "gpt2.json")
+
+
+@pytest.mark.parametrize("vocab_size", [300, 299])
+def test_export_takes_a_tokenizer_that_just_fits(tmp_path, vocab_size):
+    file = train_tokenizer([f"word {n} and another" for n in range(200)], 300, tmp_path / "t.json").file
+    assert Tokenizer(file).vocab_size == 300
+    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=vocab_size, vocab_multiple=1)
+    weights = list(GPT(config, Mesh.single()).logical_weights())
+    if vocab_size == 300:
+        to_huggingface(config, weights, tmp_path / "out", tokenizer_file=Path(file))
+        assert (tmp_path / "out" / "tokenizer.json").is_file()
+    else:
+        with pytest.raises(DataError, match=r"tokenizer does not fit the model; .*got=ids up to 299; want=ids below model\.vocab_size 299"):
+            to_huggingface(config, weights, tmp_path / "out", tokenizer_file=Path(file))
 
 
 def test_export_refuses_a_dtype(tmp_path):

@@ -188,6 +188,9 @@ def test_the_prefix_is_the_tokenizers_own(place, tmp_path):
 def test_options_of_generation():
     params, stops = sampling({"until": "\n", "temperature": 0.7, "do_sample": True, "top_p": 0.9, "max_gen_toks": 5})
     assert (params.temperature, params.top_p, params.max_new_tokens, stops) == (0.7, 0.9, 5, ["\n"])
+    assert sampling({"temperature": 0.7})[0].temperature == 0.7 and sampling({"do_sample": True})[0].temperature == 1.0
+    assert sampling({"temperature": 0.7, "do_sample": False})[0].greedy and sampling({"top_p": 0.9, "top_k": 3})[0].greedy
+    assert sampling({"do_sample": True, "top_k": 3})[0].top_k == 3 and sampling({"max_tokens": 6, "max_new_tokens": 7})[0].max_new_tokens == 7
     assert sampling({"temperature": 0.0})[0].greedy and sampling({})[0].max_new_tokens == 256
     with pytest.raises(ConfigError, match="num_beams"):
         sampling({"num_beams": 4})

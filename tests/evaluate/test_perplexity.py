@@ -69,6 +69,21 @@ def test_batch_size_changes_nothing(model, dataset):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_as_before(model, dataset, training):
+    model.train(training)
+    evaluate(model, dataset, seq_length=8)
+    assert model.training == training and all(module.training == training for module in model.modules())
+
+    def interrupt(*_: int) -> None:
+        assert not model.training
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, dataset, seq_length=8, on_batch=interrupt)
+    assert model.training == training
+
+
 def test_document_limit(model, dataset):
     result = evaluate(model, dataset, seq_length=8, max_documents=2)
     assert (result.documents, result.tokens, result.bytes, result.bits_per_byte) == (2, 5, None, None)

@@ -23,6 +23,13 @@ def test_numbers_and_incidents(tmp_path):
     assert len(record.series("grad_norm")) == 119
 
 
+@pytest.mark.parametrize(("step", "found"), [(50, False), (51, True), (52, True), (120, True)])
+def test_the_first_judged_step_has_a_window_before_it(tmp_path, step, found):
+    incidents = read_run(write_run(tmp_path / "run", spike=step, skipped=None)).incidents()
+    assert any(text.startswith(f"step {step}: loss") for text in incidents) == found
+    assert sum("times the median" in text for text in incidents) == found
+
+
 def test_differences_of_configs(tmp_path):
     runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", lr=2e-3, steps=60, spike=None))]
     assert dict(differences(runs)) == {"optimizer.lr": ["0.001", "0.002"], "train.train_iters": ["120", "60"]}

@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neox.errors import DiskError
 from neox.train.metrics import MetricsLog, drop_after, measured_flops, memory_gb, peak_flops
@@ -147,3 +148,41 @@ def test_a_file_that_was_removed_or_replaced_under_the_run_is_noticed(tmp_path):
     with pytest.raises(DiskError, match="removed or replaced"):
         log.check_place()
     log.close()
+
+
+def test_resuming_keeps_the_last_good_step_in_tensorboard(tmp_path, monkeypatch):
+    for time, done, last in ((1000, 0, 5), (2000, 3, 6)):
+        monkeypatch.setattr("time.time_ns", lambda time=time: time * 10**9)
+        log = MetricsLog(tmp_path, done, tensorboard=True)
+        for step in range(done + 1, last + 1):
+            log.write({"step": step, "loss": time + step})
+        log.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(entry.step, entry.value) for entry in read.Scalars("loss")] == [(1, 1001), (2, 1002), (3, 1003), (4, 2004), (5, 2005), (6, 2006)]
+
+
+def test_records_survive_a_rewrite_that_fails(tmp_path):
+    """The shorter file replaces the longer one in one move, or not at all."""
+    write(tmp_path, range(1, 101))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DiskError):
+            drop_after(tmp_path, 98)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    drop_after(tmp_path, 98)
+    assert steps(tmp_path / "metrics.jsonl") == list(range(1, 99)) and steps(tmp_path / "metrics.dropped.jsonl")[-2:] == [99, 100]
+
+
+def test_a_cut_line_does_not_join_the_next_one_that_is_dropped(tmp_path):
+    for step in (3, 4):
+        write(tmp_path, [1, 2])
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(f'{{"step": {step}, "lo')
+        assert drop_after(tmp_path, 5) == 1
+    write(tmp_path, [1, 2, 6])
+    assert drop_after(tmp_path, 5) == 1
+    assert (tmp_path / "metrics.dropped.jsonl").read_text().splitlines() == ['{"step": 3, "lo', '{"step": 4, "lo', '{"step": 6, "loss": 2.0}']
