@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.reshard import Slices, check_coverage, slice_shape
+from neox.checkpoint.state import PROCESS_LIMIT, START_LIMIT, STEP_LIMIT, check_state
 from neox.checkpoint.storage import LOCAL, Storage, read_file
 from neox.errors import CheckpointError
 
@@ -254,6 +255,11 @@ class _Reader:
             raise self.fail("a whole number from 0 on")
         return self.value
 
+    def below(self, limit: int, least: int = 0) -> int:
+        if not least <= self.number() < limit:
+            raise self.fail(f"a whole number from {least} to {limit - 1}")
+        return self.value
+
     def text(self) -> str:
         if not isinstance(self.value, str):
             raise self.fail("a string")
@@ -277,17 +283,20 @@ def decode_file(value: Any, tensors: dict[tuple[str, str], TensorInfo]) -> Shard
 
 def _decode_body(body: _Reader, digest: str) -> Manifest:
     lineage = body.get("lineage")
-    ancestors = tuple((one.text(), step.number()) for one, step in (item.items(2) for item in lineage.get("ancestors").items()))
+    layout = body.get("layout")
+    for axis in layout.table():
+        layout.get(axis).below(PROCESS_LIMIT)
+    ancestors = tuple((one.text(), step.below(STEP_LIMIT)) for one, step in (item.items(2) for item in lineage.get("ancestors").items()))
     tensors = dict(_decode_tensor(item) for item in body.get("tensors").items())
     block = body.get("block").number()
     if not block:
         raise body.get("block").fail("bytes per checksum, above 0")
     manifest = Manifest(
-        step=body.get("step").number(),
+        step=body.get("step").below(STEP_LIMIT),
         save_id=body.get("save").text(),
-        lineage=Lineage(lineage.get("id").text(), lineage.get("generation").number(), ancestors),
-        world_size=body.get("world_size").number(),
-        layout=body.get("layout").table(),
+        lineage=Lineage(lineage.get("id").text(), lineage.get("generation").below(START_LIMIT), ancestors),
+        world_size=body.get("world_size").below(PROCESS_LIMIT, 1),
+        layout=layout.table(),
         state=body.get("state").table(),
         config_lock=body.get("config").text(),
         model_config=body.get("model").table(),
@@ -297,6 +306,7 @@ def _decode_body(body: _Reader, digest: str) -> Manifest:
         digest=digest,
     )
     check_manifest(manifest)
+    check_state(manifest.state, manifest.step)
     return manifest
 
 

@@ -20,13 +20,14 @@ import torch
 from neox.checkpoint.manifest import (
     ITEM_BYTES,
     MANIFEST,
+    MANIFEST_LIMIT,
     RNG_KIND,
     SHARD_NAME,
     Lineage,
     Manifest,
     ShardFile,
     TensorInfo,
-    check_manifest,
+    decode,
     decode_file,
     encode,
     encode_file,
@@ -39,8 +40,8 @@ from neox.checkpoint.plan import check_plan, decode_offers, divide, encode_offer
 from neox.checkpoint.reshard import Fragment, check_address, whole
 from neox.checkpoint.retention import folder_name, remove_superseded, retain, write_latest
 from neox.checkpoint.shard import DTYPE_NAMES, dtype_name, num_bytes, write_shard
-from neox.checkpoint.storage import LOCAL, Storage, attempt, make_dirs, sync_dir, write_file
-from neox.errors import CheckpointError
+from neox.checkpoint.storage import LOCAL, Storage, attempt, make_dirs, read_file, sync_dir, write_file
+from neox.errors import CheckpointError, DiskError
 
 SHARD_BYTES = 4 << 30  # data bytes of one shard at most
 HASH_THREADS = 2
@@ -193,10 +194,24 @@ class Job:
                 tensors=tensors,
                 files=tuple(files),
             )
-            check_manifest(manifest)
-            write_file(self.folder / MANIFEST, encode(manifest), storage=self._storage)
+            content_bytes = encode(manifest)
+            decode(content_bytes)  # what would be refused when it is read is never published
+            write_file(self.folder / MANIFEST, content_bytes, storage=self._storage)
+            self._read_back(content_bytes, manifest)
 
         self._peers.together(work)
+
+    def _read_back(self, content: bytes, manifest: Manifest) -> None:
+        """Check that the disk has what was written, before anything older is retired. Raises DiskError."""
+        try:
+            same = read_file(self.folder / MANIFEST, MANIFEST_LIMIT) == content
+            wrong = [file.name for file in manifest.files if os.lstat(self.folder / file.name).st_size != file.size]
+        except (OSError, CheckpointError) as error:
+            same, wrong = False, [str(error)]
+        if not same or wrong:
+            got = ", ".join(wrong[:5]) or "another manifest"
+            do = "check the disk; older checkpoints are untouched"
+            raise DiskError("the checkpoint reads back differently from what was written", where=self.folder, got=got, do=do)
 
     def finish(self, keep: int) -> None:
         """Leaves the hint, removes the files of an older save of this step, and applies the retention."""

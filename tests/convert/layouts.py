@@ -60,7 +60,7 @@ def write(path: Path, root: Path, mesh) -> None:
         root,
         step=1,
         fragments=engine.fragments(),
-        state=engine.state_dict() | {"step": 1},
+        state=engine.state_dict() | {"step": 1, "consumed": 0, "tokens": 0},
         rng={},
         config_lock=dump(config),
         model_config=plain(model),
