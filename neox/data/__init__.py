@@ -6,6 +6,7 @@ import importlib
 
 # public name -> module that defines it
 _LAZY = {
+    "EpochDataset": "neox.data.sampling",
     "IndexedDataset": "neox.data.indexed",
     "IndexedWriter": "neox.data.indexed",
     "Batch": "neox.data.loader",
@@ -18,7 +19,19 @@ _LAZY = {
     "split_ranges": "neox.data.sampling",
 }
 
-__all__ = ["Batch", "IndexedDataset", "IndexedWriter", "Loader", "Sample", "Tokenizer", "blend_indices", "build_datasets", "neox_order", "split_ranges"]
+__all__ = [
+    "Batch",
+    "EpochDataset",
+    "IndexedDataset",
+    "IndexedWriter",
+    "Loader",
+    "Sample",
+    "Tokenizer",
+    "blend_indices",
+    "build_datasets",
+    "neox_order",
+    "split_ranges",
+]
 
 
 def __getattr__(name: str):

@@ -6,7 +6,7 @@ import numpy as np
 
 from neox.data._native import core
 from neox.data.indexed import IndexedDataset
-from neox.data.sampling import EpochDataset, NeoxDataset, Pair, Sample, order_key
+from neox.data.sampling import Collatable, EpochDataset, NeoxDataset, Pair, Sample, order_key
 from neox.data.trace import Piece, Seen, permuted_find, permuted_sum
 from neox.errors import DataError
 
@@ -58,7 +58,7 @@ class Answers:
         return Seen(self.dataset.prefix, count, permuted_sum(order, read, count), count / documents)
 
 
-class DocumentDataset:
+class DocumentDataset(Collatable):
     """One document per sample: sample i is a pure function of (seed, data, i), for every i >= 0; an epoch has each document once. `len` is one epoch.
 
     Args:
@@ -110,7 +110,7 @@ class DocumentDataset:
         return self[index].tokens, marks
 
 
-class PairDataset:
+class PairDataset(Collatable):
     """One pair per sample: document i of two datasets is the chosen and the rejected answer to the same. Order as DocumentDataset.
 
     Args:
@@ -173,7 +173,7 @@ class PairDataset:
         return self.chosen.dataset.checksum(), self.rejected.dataset.checksum()
 
 
-class LabelledDataset:
+class LabelledDataset(Collatable):
     """Packed samples with labels: those of a dataset in any order, and the same ones of its labels."""
 
     def __init__(self, samples: EpochDataset | NeoxDataset, dataset: IndexedDataset, labels: IndexedDataset):

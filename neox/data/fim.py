@@ -19,7 +19,7 @@ from neox.data._native import core
 from neox.data.byte_level import Unsupported, byte_of_letter, text_encoder
 from neox.data.documents import PADDED, PADDING
 from neox.data.packing import PackedDataset, sample_of
-from neox.data.sampling import MASK64, Dataset, Sample, order_key
+from neox.data.sampling import MASK64, Collatable, Dataset, Sample, order_key
 from neox.data.tokenizer import Tokenizer, TokenizerFile
 from neox.data.trace import Piece, Seen
 from neox.errors import ConfigError
@@ -168,7 +168,7 @@ class Transform:
         return np.concatenate([ids[:torn], *parts])
 
 
-class FimDataset:
+class FimDataset(Collatable):
     """The samples of a dataset, each document's part of them transformed.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 from neox.data._native import core
 from neox.data.documents import IGNORED, PADDED, PADDING, check_learnable, check_same_documents
 from neox.data.indexed import IndexedDataset
-from neox.data.sampling import Sample, order_key
+from neox.data.sampling import Collatable, Sample, order_key
 from neox.data.trace import Piece, Seen, permuted_find, permuted_sum
 
 Packing = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -50,7 +50,7 @@ def sample_of(tokens: np.ndarray, marks: np.ndarray, labels: np.ndarray, documen
     return Sample(tokens, segments if document_mask else None, labels)
 
 
-class PackedDataset:
+class PackedDataset(Collatable):
     """Samples of whole documents, best-fit packed. An epoch has each sample once: sample i is a pure function of (seed, data, i), for every i >= 0.
 
     No target lies in another document than its input, and padding is no target. With `document_mask`, pieces and padding are segments of

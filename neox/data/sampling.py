@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -68,6 +68,22 @@ class Rows(NamedTuple):
     targets: np.ndarray
     segment_ids: np.ndarray | None = None
     position_ids: np.ndarray | None = None
+
+
+class Collatable:
+    """What datasets of samples share, so that `torch.utils.data.DataLoader(dataset, batch_size=b)` can collate them.
+
+    Read through it, a sample is a dict of its fields without those that are None: tokens [b, s + 1], and segment_ids, labels, end where there are any.
+    A pair has `chosen` and `rejected`, each such a dict. `neox.data.Loader` is what training uses: it reads ahead, checks ids and can be resumed.
+    """
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [fields_of(self[index]) for index in indices]
+
+
+def fields_of(sample: Sample | Pair) -> dict[str, Any]:
+    """The fields of a sample or pair that are not None, by name."""
+    return {name: fields_of(value) if isinstance(value, Sample) else value for name, value in sample._asdict().items() if value is not None}
 
 
 @runtime_checkable
@@ -170,7 +186,7 @@ def order_key(seed: int, *content: int) -> int:
     return key
 
 
-class EpochDataset:
+class EpochDataset(Collatable):
     """Documents [first, last) of a dataset in `order: epoch`: sample i is a pure function of (seed, data, i), for every i >= 0.
 
     `len` is the samples of one epoch. Sample i belongs to epoch i // len; each epoch visits each of its samples once, in an order
@@ -245,7 +261,7 @@ class EpochDataset:
         return self._start + self._order.first_token(index)
 
 
-class NeoxDataset:
+class NeoxDataset(Collatable):
     """Sequences of a dataset in `order: neox`, by the three arrays of `neox_order`. `len` is the samples of all epochs made."""
 
     def __init__(self, dataset: IndexedDataset, order: tuple[np.ndarray, np.ndarray, np.ndarray], seq_length: int, document_mask: bool = False):
@@ -333,7 +349,7 @@ class NeoxDataset:
             )
 
 
-class MixedDataset:
+class MixedDataset(Collatable):
     """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other.
 
     Args:

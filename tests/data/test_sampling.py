@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from neox.data._native import core
 from neox.data.indexed import IndexedDataset
-from neox.data.sampling import BlendedDataset, EpochDataset, NeoxDataset, neox_order, order_types, split_ranges
+from neox.data.sampling import BlendedDataset, EpochDataset, NeoxDataset, Pair, Sample, fields_of, neox_order, order_types, split_ranges
 from neox.errors import ConfigError, DataError
 
 BEYOND = [2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1]
@@ -288,3 +289,19 @@ def test_split_rounds_as_upstream(split, count, wanted):
 def test_bad_splits_are_config_errors(split):
     with pytest.raises(ConfigError, match=r"bad split; where=data\.split"):
         split_ranges(split, 10)
+
+
+def test_the_data_loader_of_torch_collates_samples(corpus):
+    for mask in (False, True):
+        dataset = EpochDataset(corpus, (0, 101), 16, seed=1, document_mask=mask)
+        batches = list(DataLoader(dataset, batch_size=4, drop_last=True))
+        assert len(batches) == len(dataset) // 4
+        assert set(batches[0]) == ({"tokens", "segment_ids"} if mask else {"tokens"})  # and nothing that is None
+        assert batches[1]["tokens"].shape == (4, 17)
+        assert (batches[1]["tokens"].numpy() == np.stack([dataset[i].tokens for i in range(4, 8)])).all()
+
+
+def test_pairs_and_labels_are_nested_fields():
+    row = Sample(np.arange(5), None, np.full(5, -100), 3)
+    found = fields_of(Pair(row, row._replace(end=4)))
+    assert set(found) == {"chosen", "rejected"} and set(found["chosen"]) == {"tokens", "labels", "end"}
