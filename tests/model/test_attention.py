@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.attention import Attention, Context
+from neox.model.positional import alibi_slopes
 from neox.parallel.mesh import Mesh
 
 
@@ -67,3 +70,15 @@ def test_alibi_prefers_near_keys():
 def test_heads_that_cannot_be_shared_out():
     with pytest.raises(ConfigError, match=r"model\.num_kv_heads.*6 heads, 4 kv heads"):
         build(num_kv_heads=4)
+
+
+@pytest.mark.parametrize(("heads", "groups", "tp", "cp"), [(8, 8, 1, 2), (8, 4, 2, 2), (12, 12, 1, 3), (8, 4, 1, 4), (8, 8, 4, 1)])
+def test_alibi_slopes_of_the_ranks_are_those_of_their_heads(heads, groups, tp, cp):
+    """A tensor rank has consecutive heads; context ranks exchange sequence for consecutive shares of those."""
+    config = ModelConfig(num_layers=1, hidden_size=96, num_attention_heads=heads, num_kv_heads=groups, head_dim=12, vocab_size=8, position_embedding="alibi")
+    slopes = []
+    for tp_rank in range(tp):
+        for cp_rank in range(cp):
+            mesh = dataclasses.replace(Mesh.single("meta"), tp=tp, tp_rank=tp_rank, cp=cp, cp_rank=cp_rank)
+            slopes += Attention(config, mesh, 0, dtype=torch.float32).alibi.tolist()
+    assert slopes == torch.tensor(alibi_slopes(heads)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -606,3 +607,16 @@ def test_backward_errors(change, message):
     inputs |= {"seed": None, "causal": True, "scale": 1.0, "window": 0, "softcap": 0.0, "dropout_p": 0.0, "deterministic": False}
     with pytest.raises(ValueError, match=message):
         native.attention_backward(**(inputs | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_log_sum_of_a_row_that_sees_no_key_is_minus_infinity(dtype):
+    """Zero would weigh such a row like one with a key where parts of attention are merged."""
+    s, t, d = 19, 5, 16
+    q, k, v = (torch.randn(1, length, 2, d).to(dtype) for length in (s, t, t))
+    out, lse = torch.ops.neox.attention(q, k, v, None, None, None, True, d**-0.5, 0, 0.0, 0.0)
+    assert lse.shape == (1, 2, s) and lse.dtype == torch.float32
+    assert (lse[..., : s - t] == -math.inf).all() and (out[:, : s - t] == 0).all()
+    scores = torch.einsum("bsnd,btnd->bnst", q.double()[:, s - t :], k.double()) * d**-0.5
+    wanted = scores.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -math.inf).logsumexp(-1)
+    assert (lse[..., s - t :].double() - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)

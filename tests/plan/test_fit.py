@@ -44,6 +44,13 @@ def test_the_change_is_the_fastest_of_its_size_and_nothing_smaller_fits():
     assert fastest.estimate.time.total == min(min(times) for times in fitting.values())
 
 
+def test_the_smallest_change_is_not_always_the_fastest():
+    """A tensor group and a smaller micro-batch are enough here; sequence parallelism, a third key, makes steps faster."""
+    change, fastest = changes(small(), 8, replace(A100, memory=2e9 + A100.reserve))
+    assert (len(change.keys), len(fastest.keys)) == (2, 3)
+    assert fastest.estimate.time.total < change.estimate.time.total
+
+
 def test_nothing_fits_in_no_memory():
     assert changes(small(), 8, replace(A100, memory=A100.reserve + 1)) == (None, None)
 
