@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.fork_server import DUMP_SECONDS, ROOT, Forks, Result, environment, fork_server, free_port
+from tests.fork_server import DUMP_SECONDS, ROOT, Forks, Patience, Result, cpu_progress, environment, fork_server, free_port
 
 
 class Processes:
@@ -45,10 +45,10 @@ class Processes:
 
     def wait_for(self, condition: Callable[[], bool], timeout: float) -> None:
         """Wait until `condition()` holds; fails with the outputs when it does not in time, or when every process has ended."""
-        end = time.monotonic() + timeout
+        patience = Patience(timeout)
         while not condition():
             ended = all(process.poll() is not None for process in self.processes)
-            if (ended and not condition()) or time.monotonic() > end:
+            if (ended and not condition()) or patience.is_over(self.progress):
                 self.kill(with_stacks=True)
                 raise AssertionError("the condition never held\n" + self.outputs())
             time.sleep(0.05)
@@ -57,16 +57,27 @@ class Processes:
         """Wait for all to end.
 
         Raises:
-            AssertionError: some still run after `timeout` seconds; they are killed, and the message holds all outputs.
+            AssertionError: some still run after `timeout` seconds and get nowhere; they are killed, and the message holds all outputs.
         """
-        end = time.monotonic() + timeout
-        try:
-            for process in self.processes:
-                process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self.kill(with_stacks=True)
-            raise AssertionError(f"still running after {timeout:.0f} s\n{self.outputs()}") from None
+        patience = Patience(timeout)
+        while any(process.poll() is None for process in self.processes):
+            if patience.is_over(self.progress):
+                self.kill(with_stacks=True)
+                raise AssertionError(f"still running after {timeout:.0f} s\n{self.outputs()}")
+            time.sleep(0.02)
         return [Result(process.returncode, self.output(i)) for i, process in enumerate(self.processes)]
+
+    def progress(self) -> tuple[float, ...]:
+        """What grows while the processes, or those below them, get somewhere, as that of Forks."""
+        grown: list[float] = []
+        for process, log in zip(self.processes, self.logs, strict=True):
+            family = [process.pid]
+            with contextlib.suppress(psutil.Error):
+                family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+            for pid in family:
+                grown += cpu_progress(pid)
+            grown.append(float(log.stat().st_size))
+        return tuple(grown)
 
     def outputs(self) -> str:
         """All outputs, each under a heading."""

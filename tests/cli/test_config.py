@@ -76,7 +76,7 @@ def test_a_reader_that_goes_away_is_no_failure(files):
     environment = {"PYTHONPATH": str(Path(neox.__file__).parent.parent), "PATH": os.environ["PATH"]}
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
 

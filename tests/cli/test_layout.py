@@ -91,7 +91,7 @@ def test_the_output_of_a_launch_is_json_alone(run_folder, capfd):
         alone = json.loads(capfd.readouterr().out)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"]
         launch = [*torchrun, "neox.cli.main", *words, "--pipeline", "2"]
-        done = subprocess.run(launch, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(launch, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         together = json.loads(done.stdout)
         assert together == alone if command == "generate" else together["loss"] == pytest.approx(alone["loss"], rel=1e-5)

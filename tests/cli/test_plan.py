@@ -50,6 +50,6 @@ sys.exit(code)
 @pytest.mark.parametrize("arguments", LARGE)
 def test_large_plans_take_less_than_two_seconds_of_computing(arguments):
     """By CPU time, so that a busy machine does not decide."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, "plan", *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "plan", *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert float(done.stderr.splitlines()[-1]) < 2.0

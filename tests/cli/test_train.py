@@ -16,7 +16,7 @@ from tests.train.corpus import VOCAB, make_corpus
 
 def run(*arguments, **variables):
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_a_wrong_variable_ends_the_run_with_code_14(tmp_path):

@@ -24,5 +24,5 @@ def test_muon_keeps_one_tensor_of_matrices_in_blocks():
 
 def test_the_plan_needs_no_torch():
     probe = "import neox.cli.plan, sys; print([name for name in ('torch', 'deepspeed', 'numpy') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=600)
     assert done.stdout == "[]\n", done.stderr

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import psutil
 import pytest
@@ -34,12 +33,9 @@ def test_a_killed_launcher_ends_all(corpus, tmp_path, launcher, ranks, victim):
     (target,) = [one for one in processes if any(word == victim or word.endswith(f"/{victim}") for word in one.cmdline())]
     try:
         os.kill(target.pid, signal.SIGKILL)
-        begin = time.monotonic()
-        running.processes[0].wait(30)  # else it is a zombie that waits for us
-        _, alive = psutil.wait_procs(processes[1:], timeout=20)
-        seconds = time.monotonic() - begin
+        running.processes[0].wait(120)  # else it is a zombie that waits for us
+        _, alive = psutil.wait_procs(processes[1:], timeout=120)
         assert alive == [], running.outputs()
-        assert seconds < 10, seconds
     finally:
         for one in psutil.wait_procs(processes, timeout=0.1)[1]:
             one.kill()

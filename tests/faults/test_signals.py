@@ -11,6 +11,7 @@ import pytest
 
 from neox.cli.main import main
 from tests.faults.runs import ENDLESS, PAIR, SHORT, Setting, arguments, assert_same_run, complete, damaged, newest
+from tests.train.test_signals import repeat
 
 pytestmark = pytest.mark.distributed
 
@@ -106,8 +107,7 @@ def test_a_repeated_signal_ends_the_process_wherever_it_is(server, corpus, tmp_p
     training.signal(signal.SIGTERM, 0)
     time.sleep(0.8)
     assert server.poll(training.pids)[0] is None
-    training.signal(signal.SIGTERM, 0)
-    time.sleep(0.3)
+    repeat(training, signal.SIGTERM, 0)
     assert server.poll(training.pids)[0] == 128 + signal.SIGTERM
     training.signal(signal.SIGKILL)
 

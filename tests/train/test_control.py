@@ -57,7 +57,7 @@ def fail_on(rank: str, how: str) -> None:
         if how == "collective":
             dist.all_reduce(torch.zeros(1))
         elif how == "loop":
-            time.sleep(60)
+            time.sleep(3600)
         else:
             time.sleep(0.3)
             raise ConfigError("something in its wake")
@@ -68,12 +68,10 @@ def fail_on(rank: str, how: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("rank", "how"), [(0, "collective"), (1, "collective"), (2, "loop"), (0, "wake")])
 def test_all_end_with_the_code_and_the_line_of_the_origin(tmp_path, rank, how):
-    begin = time.monotonic()
     results = start_ranks("tests.train.test_control:fail_on", 3, tmp_path, [rank, how]).results(60)
     assert [result.returncode for result in results] == [3, 3, 3], results
     assert [result.output.count("error[") for result in results] == [int(i == rank) for i in range(3)]
     assert "error[3] bad batch; where=file x" in results[rank].output
-    assert time.monotonic() - begin < 45
 
 
 def wait_forever(path: str) -> None:
@@ -81,7 +79,7 @@ def wait_forever(path: str) -> None:
     control = join()
     if dist.get_rank() == 1:
         open(path, "w").close()
-        time.sleep(60)
+        time.sleep(3600)
     try:
         dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
@@ -170,14 +168,14 @@ def test_looks_without_a_change_are_counted():
 
 
 def test_whether_a_process_runs():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     who = {"pid": child.pid, "born": psutil.Process(child.pid).create_time(), "space": process_space()}
     assert is_running(who)
     assert not is_running({**who, "born": who["born"] + 100}), "another process took the pid"
     end({**who, "space": "elsewhere"}, process_space(), patience=0.1)
     assert child.poll() is None, "another machine's process is not ours to end"
     end(who, process_space(), patience=0.1)
-    time.sleep(0.2)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert not is_running(who), "a zombie does not run"
     assert child.wait() == -signal.SIGKILL
 
@@ -198,14 +196,14 @@ def test_the_launchers_above_are_watched_up_to_a_shell(tmp_path):
 
 def test_a_process_alone_watches_its_launcher(monkeypatch, capfd):
     left = threading.Event()
-    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     who = {"pid": launcher.pid, "born": psutil.Process(launcher.pid).create_time(), "name": "deepspeed"}
     monkeypatch.setattr("neox.train.control.launchers", lambda: [who])
     monkeypatch.setattr(Control, "leave", lambda self, code: left.set() if code == PeerLost.exit_code else None)
     control = Control(None, 0, 1)
     assert not left.wait(1.2)
     launcher.kill()
-    assert left.wait(5) and control.closed.is_set()
+    assert left.wait(120) and control.closed.is_set()
     assert f"error[13] the launcher is gone; where=rank 0; got=process {launcher.pid} (deepspeed) has ended" in capfd.readouterr().err
     launcher.wait()
 

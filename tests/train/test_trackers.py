@@ -36,7 +36,7 @@ def train_once(config, folder: Path) -> str:
     conf = folder / "config.yml"
     conf.write_text(config)
     secrets = environment(WANDB_API_KEY=KEY, COMET_API_KEY=KEY, HOME=folder)
-    done = subprocess.run([sys.executable, "train.py", "--conf", str(conf)], env=secrets, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "train.py", "--conf", str(conf)], env=secrets, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
