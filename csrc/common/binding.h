@@ -24,6 +24,18 @@ namespace neox {
 
 using torch::headeronly::ScalarType;
 
+// A string argument, which the operator receives as a handle that it owns. Declared as std::string it would leak: torch's conversion
+// (ToImpl<std::string> in torch 2.11 to 2.13) returns a copy of a string that it allocates and never frees, at every call.
+inline std::string take(StringHandle handle) {
+    const char* data = nullptr;
+    size_t length = 0;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    std::string text(data, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+}
+
 // A binding is compiled once per library: with the kernels of <op>_cpu.cpp, or (NEOX_CUDA_KERNELS) with those of <op>_cuda.cu, for a GPU or
 // for the emulator. NEOX_KERNEL(f) is the library's own f_cpu or f_cuda; NEOX_RUN(f, like, arguments...) calls it with the threads, or the
 // current stream of the GPU that holds `like`. Schemas are defined once, by the library that is loaded first.

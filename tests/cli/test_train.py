@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from neox.cli.main import parse
-from neox.cli.train import conf_files
+from neox.cli.train import conf_files, leave_out_the_flight_recorder
 from tests.config.upstream import flow_text
 from tests.distributed import ROOT, environment
 from tests.train.corpus import VOCAB, make_corpus
@@ -59,6 +59,15 @@ def test_help_has_an_example():
 def test_config_files_are_named_as_for_deepy_too(arguments, files):
     _, parser, rest = parse(["train", *arguments])
     assert conf_files(parser.parse_args(rest)) == files
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [({}, "0"), ({"TORCH_FR_BUFFER_SIZE": "50"}, "50"), ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "50"}, None)], ids=["unset", "set", "old name"]
+)
+def test_collectives_are_recorded_where_the_user_asks_for_it(given, size):
+    variables = dict(given)
+    leave_out_the_flight_recorder(variables)
+    assert variables.get("TORCH_FR_BUFFER_SIZE") == size
 
 
 def test_positional_files_reach_the_run(tmp_path):

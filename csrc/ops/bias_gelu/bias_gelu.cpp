@@ -23,7 +23,8 @@ BiasGelu describe(const Rows& x, const std::optional<Tensor>& bias, const std::s
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) { return tensor ? std::optional<Tensor>(contiguous(*tensor)) : std::nullopt; }
 
-Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) {
+Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, StringHandle form) {
+    const std::string approximate = take(form);
     check_bias_gelu(x, bias, approximate);
     bias = contiguous(bias);
     const Rows rows(x);
@@ -33,7 +34,8 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, std::string approximate) 
 }
 
 // (dx, dbias); dbias has no elements when there is no bias.
-std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, Tensor x, std::optional<Tensor> bias, std::string approximate) {
+std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, Tensor x, std::optional<Tensor> bias, StringHandle form) {
+    const std::string approximate = take(form);
     check_bias_gelu(x, bias, approximate);
     check_same_type(kOp, dy, "dy", x, "x");
     check_same_shape(kOp, dy, "dy", x, "x");

@@ -135,7 +135,8 @@ void set_masks(DecodeBlock& op, const Optional& segment_ids, const Optional& ali
 
 std::tuple<Tensor, Tensor> decode_block(Tensor stream, Optional delta, Tensor keys, Tensor values, int64_t length, Optional cos, Optional sin,
                                         Optional segment_ids, Optional alibi_slopes, std::vector<Optional> parameters, bool rms, bool parallel, double eps,
-                                        std::string activation, double scale, int64_t window, double softcap) {
+                                        StringHandle name, double scale, int64_t window, double softcap) {
+    const std::string activation = take(name);
     check_float(kOp, stream, "stream");
     check_rank(kOp, stream, "stream", 3, 3);
     check(kOp, length >= 0, "length", "must not be negative", length);
