@@ -57,7 +57,7 @@ SITES = {
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
 NUMBERS = {"nan": math.nan, "inf": math.inf, "huge": 1e30, "times10": 10.0}
 ERRNOS = {"enospc": errno.ENOSPC, "edquot": errno.EDQUOT, "eio": errno.EIO, "erofs": errno.EROFS}
-KINDS = (*SIGNALS, *NUMBERS, *ERRNOS, "raise", "memory", "spin", "delay", "note")  # delay takes seconds: delay2.5
+KINDS = (*SIGNALS, *NUMBERS, *ERRNOS, "raise", "memory", "oom", "spin", "delay", "note")  # delay takes seconds: delay2.5
 FORM = re.compile(r"(?P<kind>[a-z]+(?:10|1)?)(?P<seconds>\d+(?:\.\d+)?)?@(?P<rank>\*|\d+):(?P<site>\*|\w+):(?P<count>[1-9]\d*)(?P<on>\+?)")
 
 Value = TypeVar("Value")
@@ -152,6 +152,8 @@ class Faults:
             raise RuntimeError(what)
         elif fault.kind == "memory":
             raise MemoryError(what)
+        elif fault.kind == "oom":  # as torch reports a GPU's
+            raise sys.modules["torch"].OutOfMemoryError(f"CUDA out of memory. Tried to allocate 20.00 GiB ({what})")
         elif fault.kind == "delay":
             time.sleep(fault.seconds)
         elif fault.kind == "note":

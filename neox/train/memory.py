@@ -104,6 +104,41 @@ class PeakMemory:
         return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.resident_before, 0)
 
 
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes that the processes of this host can still take, swap included: what the kernel reports, or what the limits of our control groups (v1 or v2,
+    a container's among them) leave, whichever is less. None where the system does not report it.
+
+    Args:
+        root: folder that stands for /, for tests.
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
+        rooms = [sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))]
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, KeyError, ValueError):
+        return None
+    for group in groups:
+        number, controllers, path = group.split(":", 2)
+        if number == "0" or "memory" in controllers.split(","):
+            top, names = (root / "sys/fs/cgroup", V2) if number == "0" else (root / "sys/fs/cgroup/memory", V1)
+            folder = top / path.lstrip("/")
+            rooms += [room for each in (folder, *folder.parents) if each.is_relative_to(top) and (room := group_room(each, *names)) is not None]
+    return max(min(rooms), 0)
+
+
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def group_room(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    """What the limit of one control group leaves, its reclaimable file pages included; None where there is no limit."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int((folder / limit).read_text()) - int((folder / usage).read_text()) + int(stat.get(reclaimable, 0))
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
 def resident_bytes() -> int:
     """Resident memory of this process now; 0 where /proc does not tell."""
     try:

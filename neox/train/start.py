@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,10 +15,12 @@ from neox.checkpoint.peers import Peers
 from neox.config.schema import Config
 from neox.errors import NeoxError
 from neox.faults import NO_FAULTS, Faults
+from neox.parallel.mesh import Mesh
 from neox.parallel.waits import outlast
 from neox.train.agreement import check_agreement, facts
 from neox.train.attempt import register
 from neox.train.control import as_neox_error, connect
+from neox.train.fit_check import check_fit, explain_exhaustion, out_of_memory
 from neox.train.join import form_group
 from neox.train.loop import train
 from neox.train.place import Place
@@ -56,7 +59,10 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
             if place.rank == 0:
                 print(f"{place.world_size} processes by {place.source}; rank 0 at {place.endpoint}", flush=True)
             check_agreement(facts(config), Peers(place.rank, place.world_size))
-        train(config, mesh, signals, faults=faults, pulse=pulse)
+        warning = check_fit(config, mesh)
+        if warning is not None and place.rank == 0:
+            print(f"note: {warning}", file=sys.stderr, flush=True)
+        run_within_memory(config, mesh, partial(train, config, mesh, signals, faults=faults, pulse=pulse))
         control.finish()
         return 0
     except BaseException as error:  # whatever it is, the other processes must learn of it
@@ -64,6 +70,16 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
         if place.world_size > 1:
             leave(code)
         return code
+
+
+def run_within_memory(config: Config, mesh: Mesh, run: Callable[[], None]) -> None:
+    """Run; an allocation that fails is explained by the plan. Raises MemoryExhausted."""
+    try:
+        run()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise explain_exhaustion(error, config, mesh) from error
 
 
 def choose_algorithms(deterministic: bool) -> None:
