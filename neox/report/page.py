@@ -13,11 +13,13 @@ from neox.report.runs import RunRecord, differences
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 1.5rem auto; padding: 0 1rem; }
+h1, h2, summary { overflow-wrap: anywhere; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; } tr + tr td { border-top: 1px solid #8884; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: .6rem; }
-figure { margin: 0; } figcaption { font-weight: 600; margin-left: 4rem; } svg { width: 100%; height: auto; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); gap: .6rem; }
+figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; margin-left: 4rem; } svg { width: 100%; height: auto; }
 svg text { font-size: 11px; fill: currentColor; } svg text.n { font-weight: 600; } .g { stroke: #8883; }
 code, pre { font: 12.5px/1.4 ui-monospace, monospace; } pre { overflow-x: auto; }
 """
@@ -39,7 +41,8 @@ def page(runs: list[RunRecord]) -> str:
         body.append(difference_table(runs))
     body += [data_mix(run) + config(run) for run in runs]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title><style>{STYLE}</style>'
+    screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{screen}<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
@@ -47,7 +50,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A table of texts."""
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
+    return f'<div class="wide"><table><tr>{cells}</tr>{lines}</table></div>'
 
 
 def summary(runs: list[RunRecord]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from neox.report.page import page, short_names
+from neox.report.page import STYLE, page, short_names, table
 from neox.report.runs import read_run
 from tests.report.records import write_run
 
@@ -39,3 +39,11 @@ def test_legends_leave_out_what_names_share():
     assert short_names(["runs/a", "runs/a"]) == ["a", "a"]
     assert short_names(["x/run", "y/run"]) == ["x/run", "y/run"]
     assert short_names(["runs/a", "runs"]) == ["runs/a", "runs"]
+
+
+def test_a_narrow_screen_scrolls_tables_and_not_the_page(tmp_path):
+    """At 400 pixels: tables scroll in their own box, plots shrink, long names break."""
+    text = table(["key"], [["x" * 500]])
+    assert text.startswith('<div class="wide"><table>') and text.endswith("</table></div>")
+    assert ".wide { overflow-x: auto; }" in STYLE and "minmax(min(430px, 100%), 1fr)" in STYLE and "overflow-wrap: anywhere" in STYLE
+    assert 'name="viewport" content="width=device-width' in page([read_run(write_run(tmp_path / "a"))])
