@@ -395,6 +395,7 @@ class Run:
     def record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """What metrics.jsonl gets of a step."""
         tflops = self.flops_per_step / seconds / self.mesh.world_size / 1e12
+        self.peak = max(self.peak, tflops * 1e12)  # a step that is faster than the peak shows that the peak was measured too low
         return {
             "step": result.step,
             "loss": result.loss if math.isfinite(result.loss) else None,  # only where the policy is to continue, or nothing was a target

@@ -25,12 +25,33 @@ DROPPED = "metrics.dropped.jsonl"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What MFU is a share of: the data sheet's dense peak of a known GPU, else the speed of a matrix product measured here, FLOP/s."""
+    """What MFU is a share of, FLOP/s: the data sheet's dense peak of a known GPU; on a CPU the larger of what its vector units can do and of a matrix
+    product measured here; else the measured product."""
     if device.type == "cuda":
         known = of_cuda_name(torch.cuda.get_device_name(device))
         if known is not None:
             return known.peak("fp32" if dtype == torch.float32 else "bf16")
-    return measured_flops(device, torch.float32 if device.type == "cpu" else dtype)
+    if device.type != "cpu":
+        return measured_flops(device, dtype)
+    return max(measured_flops(device, torch.float32), vector_flops(dtype))
+
+
+def vector_flops(dtype: torch.dtype) -> float:
+    """What this process's threads can do in vector units at the highest clock that the system names, FLOP/s; 0 where it names none.
+
+    Two units of fused multiply-adds per core. A busy machine gives a measured product less than this, and MFU above 100 %.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    values = [line.split(":", 1) for line in lines if ":" in line]
+    flags = next((set(value.split()) for key, value in values if key.strip() == "flags"), set())
+    clocks = [float(value) * 1e6 for key, value in values if key.strip() == "cpu MHz"]
+    lanes = 16 if "avx512f" in flags else 8 if {"avx2", "fma"} <= flags else 0
+    if dtype == torch.bfloat16 and "avx512_bf16" in flags:
+        lanes *= 2
+    return 2.0 * 2 * lanes * max(clocks, default=0.0) * torch.get_num_threads()
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, rounds: int = 5) -> float:

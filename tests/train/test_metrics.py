@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neox.errors import DiskError
-from neox.train.metrics import MetricsLog, drop_after, measured_flops, memory_gb, peak_flops
+from neox.train.metrics import MetricsLog, drop_after, measured_flops, memory_gb, peak_flops, vector_flops
 
 
 def write(folder, steps):
@@ -136,6 +136,16 @@ def test_peak_and_memory_are_positive_and_leave_the_random_stream_alone():
     assert peak_flops(torch.device("cpu"), torch.bfloat16) > 1e6
     assert 0.01 < memory_gb(torch.device("cpu")) < 1000
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_peak_of_a_cpu_is_at_least_that_of_its_vector_units(monkeypatch):
+    """A product measured on a busy machine is slower than a step, and MFU was 129 %."""
+    monkeypatch.setattr("neox.train.metrics.measured_flops", lambda *_: 1.0)
+    vector = vector_flops(torch.float32)
+    assert peak_flops(torch.device("cpu"), torch.float32) == max(1.0, vector)
+    assert vector_flops(torch.bfloat16) in (vector, 2 * vector)
+    monkeypatch.setattr("neox.train.metrics.measured_flops", lambda *_: 1e20)
+    assert peak_flops(torch.device("cpu"), torch.float32) == 1e20
 
 
 def test_a_file_that_was_removed_or_replaced_under_the_run_is_noticed(tmp_path):
