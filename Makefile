@@ -71,7 +71,7 @@ native-test: setup build/native/CMakeCache.txt  ## the C++ tests: plain, sanitiz
 
 emulated-test: setup build/native/CMakeCache.txt  ## the operators' tests on the emulated CUDA kernels
 	cmake --build build/native --parallel $(JOBS) --target neox_emulated
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not fuzz and not sweep" tests/ops --ops-library build/native/tests/emu/neox_emulated.so
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not fuzz and not sweep" tests/ops --choices cuda --ops-library build/native/tests/emu/neox_emulated.so
 
 oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding against the headers of the oldest supported torch, where pip's index has its wheel
 	@code=0; $(PY) tests/cuda/torch_headers.py build/oldest-torch || code=$$?; \

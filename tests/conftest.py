@@ -66,6 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ops-library", help="library that defines torch.ops.neox instead, such as the emulated CUDA kernels")
     parser.addoption("--fuzz-base", type=int, default=0, help="first seed of the fuzz suite (-m fuzz)")
     parser.addoption("--fuzz-case", help="OP:SEED, the one case of the fuzz suite to run")
+    parser.addoption(
+        "--choices", default="cpu", choices=("cpu", "cuda"), help="cuda: the operators' tests choose backends and skip as they do with --device cuda"
+    )
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where tests make their tensors, and so whose kernels run")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,15 @@ def test_an_operator_is_a_closed_list_of_files():
 def test_operator_kernels_and_headers_know_no_torch():
     native = [path for path in (ROOT / "csrc").glob("ops/*/*") if path.name != f"{path.parent.name}.cpp"] + list((ROOT / "csrc" / "data").glob("*"))
     rows = [str(path.relative_to(ROOT)) for path in native if path.is_file() and ("<torch/" in path.read_text() or "ATen" in path.read_text())]
+    assert rows == []
+
+
+def test_bindings_ask_the_kernels_files_with_the_tensors_device_current():
+    """NEOX_RUN and NEOX_QUERY set it. A plain call would size a workspace by another GPU where the current one is not the tensor's."""
+    rows = []
+    for path in sorted((ROOT / "csrc" / "ops").glob("*/*.cpp")):
+        if path.name == f"{path.parent.name}.cpp":
+            rows += [f"{path.name}: {name}" for name in re.findall(r"\b(\w+_cuda)\(", path.read_text())]
     assert rows == []
 
 

@@ -37,13 +37,15 @@ inline std::string take(StringHandle handle) {
 }
 
 // A binding is compiled once per library: with the kernels of <op>_cpu.cpp, or (NEOX_CUDA_KERNELS) with those of <op>_cuda.cu, for a GPU or
-// for the emulator. NEOX_KERNEL(f) is the library's own f_cpu or f_cuda; NEOX_RUN(f, like, arguments...) calls it with the threads, or the
-// current stream of the GPU that holds `like`. Schemas are defined once, by the library that is loaded first.
+// for the emulator. NEOX_RUN(f, like, arguments...) calls f_cpu or f_cuda with the threads, or with the current stream of the GPU that holds
+// `like`; NEOX_QUERY(f, like, arguments...) asks it for a number, such as the size of a workspace. Both make that GPU the current device: how
+// many multiprocessors there are, and how much shared memory, differs between devices. Schemas are defined once, by the library that is
+// loaded first.
 #if defined(NEOX_CUDA_KERNELS)
-#define NEOX_KERNEL(name) name##_cuda
+#define NEOX_QUERY(name, like, ...) neox::query_device(like, [&] { return name##_cuda(__VA_ARGS__); })
 #define NEOX_RUN(name, like, ...) neox::run_on_device(#name, like, [&](neox::Stream stream) { return name##_cuda(__VA_ARGS__, stream); })
 #else
-#define NEOX_KERNEL(name) name##_cpu
+#define NEOX_QUERY(name, like, ...) name##_cpu(__VA_ARGS__)
 #define NEOX_RUN(name, like, ...) name##_cpu(__VA_ARGS__, neox::torch_parallel())
 #endif
 #if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
@@ -61,6 +63,15 @@ inline Parallel torch_parallel() {
 }
 
 #if defined(NEOX_CUDA_KERNELS)
+// What query() returns with the GPU of `like` current.
+template <class Query>
+auto query_device([[maybe_unused]] const Tensor& like, const Query& query) {
+#if !defined(SIMT_EMU)
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+#endif
+    return query();
+}
+
 // Calls launcher(stream) with the GPU of `like` current; it returns null, or what CUDA said.
 template <class Launcher>
 void run_on_device(const char* name, [[maybe_unused]] const Tensor& like, const Launcher& launcher) {

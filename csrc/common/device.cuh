@@ -47,7 +47,9 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 #else
     const void* const address = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        // All of the L1 as shared memory: left alone, the driver may keep too little of it for the second block of a multiprocessor.
+        if (error == cudaSuccess) error = cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
         if (error != cudaSuccess) return error;
     }
     return std::apply(
@@ -73,8 +75,13 @@ inline size_t shared_memory_limit() {
     return known ? static_cast<size_t>(bytes) : 48 * 1024;
 }
 
-// What a launcher returns: null, or what CUDA said.
-inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+// What a launcher returns: null, or what CUDA said. CUDA keeps the error of a refused launch until it is asked for; left there, the next caller
+// that asks, torch among them, would take it for its own.
+inline const char* message(cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
 
 // Calls body with a value of the device type that belongs to dtype, and returns its cudaError_t.
 template <class Body>

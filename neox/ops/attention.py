@@ -7,6 +7,7 @@ import math
 from functools import cache
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from neox.ops._library import native
 from neox.ops._seed import draw_seed
@@ -65,6 +66,7 @@ def attention(
     if choose_backend(backend, q.device.type, q.dtype, softcap) == "sdpa":
         return sdpa_attention(q, k, v, causal, scale, window, segment_ids, alibi_slopes, dropout_p)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    check_fits(q, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
     return native.attention(q, k, v, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p)[0]
 
@@ -98,6 +100,7 @@ def attention_qkv(
         q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)  # in the backward one write of dqkv; slices would each write a dqkv of zeros and add it
         return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), causal, scale, window, segment_ids, alibi_slopes, dropout_p)
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
+    check_fits(qkv, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
     return native.attention_qkv(qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p)[0]
 
@@ -114,6 +117,35 @@ def check_options(window: int | None, softcap: float | None, alibi_slopes: torch
         raise ValueError(f"attention: softcap must be positive; got {softcap}")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("attention: alibi_slopes has no gradient; got a tensor that requires one")
+
+
+def check_shared_memory(needed: tuple[int, int], limit: int, head_dim: int, trains: bool) -> None:
+    """Refuse a problem whose kernels need more shared memory than a block of the GPU may have; before the forward, not at the backward's launch.
+
+    Args:
+        needed: bytes of a block of the forward and of the backward.
+        limit: bytes that a block may have; 0: there are no kernels for a GPU.
+        head_dim: for the message.
+        trains: whether there will be a backward.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    for pass_name, size in zip(("forward", "backward"), needed if trains else needed[:1], strict=False):
+        if size > limit > 0:
+            raise ValueError(
+                f"attention: the {pass_name} of head_dim {head_dim} needs {size} bytes of shared memory per block, and this GPU has {limit}; "
+                'backend "sdpa" does it'
+            )
+
+
+def check_fits(q: torch.Tensor, softcap: float | None, alibi_slopes: torch.Tensor | None, dropout_p: float, scale: float) -> None:
+    """`check_shared_memory` for a problem on a GPU. Raises ValueError."""
+    if q.device.type != "cuda" or torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+        return
+    general = softcap is not None or alibi_slopes is not None or dropout_p > 0 or not scale > 0
+    forward, backward, limit = native.attention_shared(q, general)
+    check_shared_memory((forward, backward), limit, q.shape[-1], q.requires_grad and torch.is_grad_enabled())
 
 
 def choose_backend(backend: str, device: str, dtype: torch.dtype, softcap: float | None = None) -> str:

@@ -1,4 +1,5 @@
-"""The end of cuda_check: registers, spills and shared memory of every kernel from ptxas's words, and the CUDA library in this torch.
+"""The end of cuda_check: registers, spills and shared memory of every kernel from ptxas's words, branches around exponentials in its PTX, and the
+CUDA library in this torch.
 
 usage: python tests/cuda/check_library.py LIBRARY FOLDER_OF_LOGS OPERATOR...
 """
@@ -18,6 +19,13 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+
+PTX_ENTRY = re.compile(r"^\s*(?:\.visible |\.weak )*\.entry (\w+)")
+PTX_BRANCH = re.compile(r"@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
+PTX_MEMORY = re.compile(r"\b(?:ld|st|red|atom|bar|barrier|cp|mma|ldmatrix|shfl|call)\.")
+SKIPPED_LINES = 60  # a branch over more than that is one that a person wrote
+# Files whose kernels may have so many: the softcap's, which all threads of a launch take or leave together.
+SOFTCAP = {"attention_backward_keys_bf16": 16, "attention_backward_keys_fp16": 16, "attention_backward_queries_bf16": 16, "attention_backward_queries_fp16": 16}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,45 @@ def kernels_of(log: str) -> Iterator[Kernel]:
             raise ValueError(f"ptxas's output has another form: {piece[:200]!r}")
         stack, stores, loads = map(int, spill.groups())
         yield Kernel(entry[1], entry[2], int(used[1]), int(shared[1]) if shared else 0, stack, stores + loads)
+
+
+def guarded_exponentials(ptx: str) -> dict[str, int]:
+    """Kernel -> forward branches over a short run of arithmetic with an exponential or a reciprocal in it, in the output of `nvcc -ptx`.
+
+    nvcc speculates no inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element. Computed first and then selected, it is none.
+    """
+    lines: dict[str, list[str]] = {}
+    for line in ptx.splitlines():
+        entry = PTX_ENTRY.match(line)
+        if entry:
+            kernel = lines.setdefault(entry[1], [])
+        elif lines:
+            kernel.append(line.strip())
+    return {name: sum(guards_exponential(body)) for name, body in lines.items()}
+
+
+def guards_exponential(body: list[str]) -> Iterator[bool]:
+    """For each conditional forward branch of a kernel, whether it is one around an exponential."""
+    labels = {line[:-1]: i for i, line in enumerate(body) if line.endswith(":")}
+    for i, line in enumerate(body):
+        branch = PTX_BRANCH.match(line)
+        end = labels.get(branch[1], -1) if branch else -1
+        if i < end <= i + SKIPPED_LINES:
+            skipped = body[i + 1 : end]
+            yield any(one.startswith(("ex2.approx", "rcp.approx")) for one in skipped) and not any(map(PTX_MEMORY.search, skipped))
+
+
+def report_branches(files: list[Path]) -> list[str]:
+    """Prints how many branches around exponentials there are; returns the kernels with more than they may have."""
+    problems, total = [], 0
+    for file in files:
+        operator = file.name.split("_cuda.", 1)[0]
+        for name, count in guarded_exponentials(file.read_text()).items():
+            total += count
+            if count > SOFTCAP.get(operator, 0):
+                problems.append(f"{operator} {name} branches around {count} exponentials: compute first, then select")
+    print(f"branches around exponentials in {len(files)} files of PTX: {total}")
+    return problems
 
 
 def readable(names: list[str]) -> dict[str, str]:
@@ -96,7 +143,9 @@ def load(library: Path, operators: list[str]) -> list[str]:
 def main() -> int:
     """0 when all is well."""
     library, folder, *operators = sys.argv[1:]
-    problems = report(sorted(Path(folder).glob("*.cu.o.log"))) + load(Path(library), operators)
+    problems = (
+        report(sorted(Path(folder).glob("*.cu.o.log"))) + report_branches(sorted(Path(folder).glob("*.keep/*.compute_90.ptx"))) + load(Path(library), operators)
+    )
     for problem in problems:
         print(f"cuda_check: {problem}", file=sys.stderr)
     return bool(problems)

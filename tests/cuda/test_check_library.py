@@ -41,3 +41,39 @@ def test_spills_and_empty_logs_are_problems(tmp_path, capsys):
 
 def test_registrations_of_an_operator_are_found():
     assert check_library.implementations("bias_gelu") == ["bias_gelu", "bias_gelu_backward"]
+
+
+PTX = """.visible .entry _Z7guardedPf(
+)
+{
+	@%p1 bra 	$L__BB0_2;
+	ex2.approx.ftz.f32 %f1, %f2;
+$L__BB0_2:
+	@%p2 bra 	$L__BB0_3;
+	ld.global.f32 %f3, [%rd1];
+	ex2.approx.ftz.f32 %f4, %f3;
+$L__BB0_3:
+	@%p3 bra 	$L__BB0_2;
+	ret;
+}
+.visible .entry _Z8selectedPf(
+)
+{
+	ex2.approx.ftz.f32 %f1, %f2;
+	selp.f32 %f3, %f1, %f2, %p1;
+	ret;
+}
+"""
+
+
+def test_branches_around_exponentials_are_counted():
+    """Not those around memory, which is what they spare, and not loops."""
+    assert check_library.guarded_exponentials(PTX) == {"_Z7guardedPf": 1, "_Z8selectedPf": 0}
+
+
+def test_branches_around_exponentials_are_problems(tmp_path, capsys):
+    for name in ("sum_cuda", "attention_backward_keys_bf16_cuda"):
+        (tmp_path / f"{name}.compute_90.ptx").write_text(PTX)
+    (problem,) = check_library.report_branches(sorted(tmp_path.iterdir()))
+    assert problem.startswith("sum _Z7guardedPf branches around 1 exponentials")
+    assert "in 2 files of PTX: 2" in capsys.readouterr().out

@@ -319,7 +319,44 @@ void places() {
     }
 }
 
+// Quotients by a product and a shift are those of a division: at the ends, around multiples, and of divisors of every length.
+void quotients() {
+    size_t wrong = 0;
+    for (int64_t divisor = 1; divisor <= INT32_MAX; divisor = divisor < 130 ? divisor + 1 : divisor * 5 / 3 + 1) {
+        const auto by = neox::attention::Divisor::by(static_cast<int>(divisor));
+        for (int64_t near = 0; near <= INT32_MAX; near += std::max<int64_t>(INT32_MAX / 97 / divisor, 1) * divisor) {
+            for (int64_t n = std::max<int64_t>(near - 1, 0); n <= std::min<int64_t>(near + 1, INT32_MAX); ++n)
+                wrong += by.quotient(static_cast<int>(n)) != n / divisor;
+        }
+        wrong += by.quotient(INT32_MAX) != INT32_MAX / divisor;
+    }
+    EXPECT(wrong == 0);
+}
+
+// Every instance needs some shared memory, and what a chip without 227 KB cannot do is known before a launch.
+void shared_memory() {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+        for (const bool general : {false, true}) {
+            const neox::AttentionShared bytes = neox::attention_shared_cuda(dim, general);
+            EXPECT(bytes.forward > 0 && bytes.backward > 0 && bytes.limit == static_cast<int64_t>(simt::config().shared_limit));
+            EXPECT(bytes.forward <= bytes.limit && bytes.backward <= bytes.limit);
+            EXPECT(dim == 64 || bytes.backward > 99 << 10);
+        }
+    }
+}
+
+// A refused launch leaves no error behind for the next caller that asks CUDA.
+void last_error() {
+    emulated_last_error() = cudaErrorInvalidValue;
+    EXPECT(neox::message(cudaErrorInvalidValue) != nullptr);
+    EXPECT(cudaGetLastError() == cudaSuccess);
+    EXPECT(neox::message(cudaSuccess) == nullptr);
+}
+
 void values() {
+    quotients();
+    shared_memory();
+    last_error();
     size_t index = 0;
     for (const auto& group : {masks(), generals(), sizes()}) {
         for (const Case& c : group) {

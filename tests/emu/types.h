@@ -133,7 +133,15 @@ using std::min;
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t& emulated_last_error() {
+    static cudaError_t error = cudaSuccess;
+    return error;
+}
+inline cudaError_t cudaGetLastError() {
+    const cudaError_t error = emulated_last_error();
+    emulated_last_error() = cudaSuccess;
+    return error;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;

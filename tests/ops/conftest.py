@@ -2,8 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
+
+OPERATORS = Path(__file__).parents[2] / "csrc" / "ops"
+
+
+def chooses_for_cuda(config: pytest.Config) -> bool:
+    """Whether the operators choose as for CUDA tensors: on a GPU, or in a rehearsal without one."""
+    return "cuda" in (config.getoption("--device"), config.getoption("--choices"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests of operators that have no CUDA kernel where the tensors are, or stand for, those of a GPU."""
+    if not chooses_for_cuda(config):
+        return
+    for item in items:
+        op = item.path.stem.removeprefix("test_")
+        if (OPERATORS / op).is_dir() and not any((OPERATORS / op).glob("*_cuda.cu")):
+            item.add_marker(pytest.mark.skip(reason=f"{op} has no CUDA kernel"))
+
+
+@pytest.fixture(autouse=True)
+def choices(request, monkeypatch):
+    """With --choices cuda, "auto" is resolved as for a CUDA tensor: a test that means our kernel and does not name it fails, or shows nothing."""
+    if request.config.getoption("--choices") == "cuda":
+        module = importlib.import_module("neox.ops.attention")  # only now: this file is read before --ops-library is loaded
+        choose = module.choose_backend
+        monkeypatch.setattr(module, "choose_backend", lambda backend, _, dtype, softcap=None: choose(backend, "cuda", dtype, softcap))
+
+
+@pytest.fixture
+def repeatable(request):
+    """Algorithms that give the same bits every time, where a GPU's default ones do not: dq is summed by atomics there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or chooses_for_cuda(request.config))
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

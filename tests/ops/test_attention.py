@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox.ops import attention, attention_qkv
-from neox.ops.attention import choose_backend, log_choice, log_mask
+from neox.ops.attention import check_shared_memory, choose_backend, log_choice, log_mask
 from tests import reference
 
 CUDA = reference.CUDA_KERNELS
@@ -138,7 +138,7 @@ def test_bf16_is_as_close_as_sdpa(name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 3])
-def test_packed_gives_the_same_bits(m, dtype):
+def test_packed_gives_the_same_bits(m, dtype, repeatable):
     qkv = reference.random(2, 65, 2, m + 2, 64, dtype=dtype)
     options = {"window": 50, "segment_ids": documents(2, 65, 20)}
     out, dqkv = gradients(partial(attention_qkv, backend="native", **options), qkv)
@@ -184,7 +184,7 @@ def test_shared_keys_by_zero_stride():
     """Keys expanded over the batch are read in place."""
     q, k, v = qkv_of(17, 17, 2, 2, 64).values()
     shared = k[:1].expand(2, -1, -1, -1)
-    assert torch.equal(attention(q, shared, v), attention(q, shared.contiguous(), v))
+    assert torch.equal(attention(q, shared, v, backend="native"), attention(q, shared.contiguous(), v, backend="native"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -230,7 +230,7 @@ def test_future_tokens_never_move_the_past(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_documents_never_touch_each_other(dtype):
+def test_documents_never_touch_each_other(dtype, repeatable):
     ids = documents(2, 200, 70, 61)
     ids[1] = ids[0]
     run = partial(attention, segment_ids=ids, backend="native")
@@ -248,7 +248,7 @@ def test_documents_never_touch_each_other(dtype):
 
 @pytest.mark.skipif(CUDA, reason="on a GPU tiles are other ones, and what lies in one is multiplied by zero where it is hidden")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_an_earlier_tile_held_is_not_taken_for_a_key(dtype):
+def test_what_an_earlier_tile_held_is_not_taken_for_a_key(dtype, repeatable):
     """The last tile has an odd number of keys; the place beside the last one still holds a key of another document, which is not a number."""
     ids = documents(2, 129, 128, 1)
     ids[1] = ids[0]
@@ -496,6 +496,24 @@ def test_the_size_of_a_full_mask_is_logged_once(caplog):
     assert "[500, 500], 0.2 MB in every layer" in line
 
 
+@pytest.mark.parametrize(
+    ("limit", "trains", "refused"),
+    [(227 << 10, True, None), (150_000, True, "backward"), (150_000, False, None), (90_000, False, "forward"), (0, True, None)],
+)
+def test_a_gpu_with_too_little_shared_memory_is_refused_before_the_forward(limit, trains, refused):
+    if refused is None:
+        check_shared_memory((100_000, 200_000), limit, 128, trains)
+        return
+    with pytest.raises(ValueError, match=rf"the {refused} of head_dim 128 needs \d+ bytes of shared memory per block, and this GPU has {limit}"):
+        check_shared_memory((100_000, 200_000), limit, 128, trains)
+
+
+def test_shared_memory_is_asked_of_the_library():
+    """Zeros from the CPU's kernels; those of the GPU, or of its emulator, know what they need."""
+    forward, backward, limit = native.attention_shared(torch.rand(1, 4, 1, 128), False)
+    assert (forward, backward, limit) == (0, 0, 0) or 0 < forward < backward <= limit
+
+
 def test_backend_choice(caplog):
     log_choice.cache_clear()
     with caplog.at_level(logging.INFO, "neox.ops.attention"):
@@ -571,7 +589,7 @@ GOOD = {"q": torch.ones(2, 3, 4, 8), "k": torch.ones(2, 5, 2, 8), "v": torch.one
 )
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
-        attention(**(GOOD | change))
+        attention(**({"backend": "native"} | GOOD | change))
 
 
 @pytest.mark.parametrize(
@@ -585,7 +603,7 @@ def test_errors(change, message):
 )
 def test_packed_errors(qkv, message):
     with pytest.raises(ValueError, match=message):
-        attention_qkv(qkv)
+        attention_qkv(qkv, backend="native")
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> run_forward(const Attention& in, const Tensor& like) 
     Tensor lse = empty(like, {in.batch, heads, in.queries}, ScalarType::Float);
     float* const lse_data = static_cast<float*>(lse.mutable_data_ptr());
 #if defined(NEOX_CUDA_KERNELS)
-    Tensor workspace = empty(like, {attention_forward_workspace_cuda(in)}, ScalarType::Byte);
+    Tensor workspace = empty(like, {NEOX_QUERY(attention_forward_workspace, like, in)}, ScalarType::Byte);
     NEOX_RUN(attention_forward, like, in, out.mutable_data_ptr(), lse_data, workspace.mutable_data_ptr());
 #else
     attention_forward_cpu(in, out.mutable_data_ptr(), lse_data, torch_parallel());
@@ -201,7 +201,7 @@ void run_backward(const Attention& in, const Saved& saved, AttentionGradients gr
     grad.out = saved.out.const_data_ptr();
     grad.lse = static_cast<const float*>(saved.lse.const_data_ptr());
 #if defined(NEOX_CUDA_KERNELS)
-    Tensor workspace = empty(saved.dout, {attention_backward_workspace_cuda(in, deterministic)}, ScalarType::Byte);
+    Tensor workspace = empty(saved.dout, {NEOX_QUERY(attention_backward_workspace, saved.dout, in, deterministic)}, ScalarType::Byte);
     NEOX_RUN(attention_backward, saved.dout, in, grad, deterministic, workspace.mutable_data_ptr());
 #else
     attention_backward_cpu(in, grad, torch::stable::get_num_threads(), torch_parallel());  // always the same bits
@@ -250,6 +250,16 @@ Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, s
     return dqkv;
 }
 
+// (bytes of the forward, bytes of the backward, bytes that a block may have) of the GPU that holds q; zeros where there are no kernels for a GPU.
+std::tuple<int64_t, int64_t, int64_t> attention_shared([[maybe_unused]] Tensor q, [[maybe_unused]] bool general) {
+#if defined(NEOX_CUDA_KERNELS)
+    const AttentionShared bytes = NEOX_QUERY(attention_shared, q, q.size(q.dim() - 1), general);
+    return {bytes.forward, bytes.backward, bytes.limit};
+#else
+    return {0, 0, 0};
+#endif
+}
+
 }  // namespace
 }  // namespace neox
 
@@ -261,6 +271,7 @@ NEOX_SCHEMAS(m) {
           ", bool deterministic) -> (Tensor, Tensor, Tensor)");
     m.def("attention_qkv(Tensor qkv, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
     m.def("attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS ", bool deterministic) -> Tensor");
+    m.def("attention_shared(Tensor q, bool general) -> (int, int, int)");
 }
 
 NEOX_IMPLEMENTATIONS(m) {
@@ -268,4 +279,5 @@ NEOX_IMPLEMENTATIONS(m) {
     m.impl("attention_backward", TORCH_BOX(&neox::attention_backward));
     m.impl("attention_qkv", TORCH_BOX(&neox::attention_qkv));
     m.impl("attention_qkv_backward", TORCH_BOX(&neox::attention_qkv_backward));
+    m.impl("attention_shared", TORCH_BOX(&neox::attention_shared));
 }

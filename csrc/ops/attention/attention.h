@@ -67,6 +67,13 @@ const char* attention_forward_cuda(const Attention& in, void* out, float* lse, v
 
 // deterministic: the same bits in every run, at 7 products instead of 5 where head_dim is at most 128 (above it, always so).
 int64_t attention_backward_workspace_cuda(const Attention& in, bool deterministic);
+
+// Shared memory of one block, bytes: what the forward and the backward of a problem need, and what a block of the current device may have.
+struct AttentionShared {
+    int64_t forward, backward, limit;
+};
+AttentionShared attention_shared_cuda(int64_t head_dim, bool general);
+
 const char* attention_backward_cuda(const Attention& in, const AttentionGradients& grad, bool deterministic, void* workspace, Stream stream);
 
 }  // namespace neox

@@ -84,7 +84,7 @@ NEOX_DEVICE void finish_element(const Problem& in, float slope, int distance, bo
         bend = 1.0f - t * t;
     }
     score -= slope * fabsf(static_cast<float>(distance));
-    const float p = visible ? fast_exp2(score - lse) : 0.0f;
+    const float power = fast_exp2(score - lse), p = visible ? power : 0.0f;
     dp = p * ((kept ? dp * in.kept : 0.0f) - delta) * bend;
     product = kept ? p : 0.0f;
 }

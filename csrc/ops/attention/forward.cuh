@@ -70,7 +70,8 @@ NEOX_DEVICE void soften(float (&s)[kM][kKeys / 8][4], float factor, RunningSoftm
             peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2)) * factor;
             const float before = row.reference[m][half];
             const bool moves = peak > before;
-            rescale[m][half] = moves ? fast_exp2(before - peak) : 1.0f;
+            const float power = fast_exp2(before - peak);
+            rescale[m][half] = moves ? power : 1.0f;
             row.reference[m][half] = moves ? peak : before;
             moved = moved || moves;
         }

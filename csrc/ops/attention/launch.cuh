@@ -59,6 +59,7 @@ inline Problem problem_of(const Attention& in, Workspace& workspace) {
     problem.batch = static_cast<int>(in.batch), problem.groups = static_cast<int>(in.groups), problem.heads = static_cast<int>(in.heads);
     problem.queries = static_cast<int>(in.queries), problem.keys = static_cast<int>(in.keys), problem.head_dim = static_cast<int>(in.head_dim);
     problem.rows = static_cast<int>(in.queries * in.heads);
+    problem.by_heads = Divisor::by(problem.heads);
     problem.offset = static_cast<int>(in.keys - in.queries);
     problem.causal = in.causal;
     problem.window = static_cast<int>(std::min(in.window, kMost));
@@ -87,11 +88,13 @@ inline BlockOrder block_order(const Attention& in, int64_t tiles, bool reversed)
 
 // head_dim of the instance that does a problem: channels up to it are zeros in shared memory. Fewer sizes would waste more products, more would cost
 // more compilation than the rare sizes are worth.
-inline int instance_dim(const Attention& in) {
-    if (in.head_dim <= 64) return 64;
-    if (in.head_dim <= 96 && !is_general(in)) return 96;
-    return in.head_dim <= 128 ? 128 : 256;
+inline int instance_dim(int64_t head_dim, bool general) {
+    if (head_dim <= 64) return 64;
+    if (head_dim <= 96 && !general) return 96;
+    return head_dim <= 128 ? 128 : 256;
 }
+
+inline int instance_dim(const Attention& in) { return instance_dim(in.head_dim, is_general(in)); }
 
 // Calls body(zero of the element type).
 template <class Body>

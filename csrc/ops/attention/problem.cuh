@@ -23,9 +23,27 @@ struct Matrix {
     __device__ __forceinline__ T* at(int batch, int group) const { return data + batch * strides.batch + group * strides.group; }
 };
 
+// Division by a number that the host knows, for dividends from 0 to 2^31 - 1: a product and a shift, where the GPU's own division of integers
+// is some 20 instructions. With 2^shift >= divisor the factor ceil(2^(31 + shift) / divisor) is too large by less than one part in 2^31
+// (Granlund and Montgomery, "Division by invariant integers using multiplication", theorem 4.2).
+struct Divisor {
+    uint32_t factor;
+    int divisor, shift;  // shift 0: by 1
+
+    static Divisor by(int divisor) {
+        int shift = 0;
+        while (int64_t{1} << shift < divisor) ++shift;
+        return {static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + static_cast<uint64_t>(divisor) - 1) / static_cast<uint64_t>(divisor)), divisor, shift};
+    }
+    __device__ __forceinline__ int quotient(int dividend) const {
+        return shift == 0 ? dividend : static_cast<int>(__umulhi(static_cast<unsigned>(dividend), factor) >> (shift - 1));
+    }
+};
+
 struct Problem {
     int batch, groups, heads, queries, keys, head_dim;
-    int rows;        // queries * heads
+    int rows;  // queries * heads
+    Divisor by_heads;
     int offset;      // keys - queries: position of query 0
     unsigned reach;  // key j is visible to position p only if unsigned(p - j) <= reach: the causal mask and the window in one comparison
     bool causal;
@@ -40,11 +58,11 @@ struct Problem {
     uint32_t threshold;  // dropout keeps words of at least this
     float kept;          // 1 / (1 - dropout)
 
-    __device__ __forceinline__ int query(int row) const { return heads == 1 ? row : row / heads; }
+    __device__ __forceinline__ int query(int row) const { return by_heads.quotient(row); }
     __device__ __forceinline__ int position(int row) const { return query(row) + offset; }
     __device__ __forceinline__ int64_t row_offset(int row, const AttentionStrides& strides) const {
         if (heads == 1) return row * strides.sequence;
-        const int i = row / heads;
+        const int i = query(row);
         return i * strides.sequence + (row - i * heads) * strides.head;
     }
     // tanh(scale product / softcap) by 1 - 2 / (1 + e^2x): exact to 1e-7 of one, and at both ends.

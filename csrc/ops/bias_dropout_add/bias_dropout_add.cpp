@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(Tensor dy, std::optional<Te
     const Rows rows(dy);
     const Tensor dx = empty(dy, seed ? shape_of(dy) : std::vector<int64_t>{0});
     const Tensor dbias = empty(dy, {has_bias ? rows.size : 0});
-    const Tensor partial = empty(dy, {has_bias ? NEOX_KERNEL(bias_dropout_add_partials)(rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
+    const Tensor partial = empty(dy, {has_bias ? NEOX_QUERY(bias_dropout_add_partials, dy, rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
     const BiasDropoutAddBackward op = {dtype_of(dy),
                                        rows.count,
                                        rows.size,

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, Tensor x, std::optional
     const Rows rows(x), dy_rows(dy);
     Tensor dx = empty(x, shape_of(x));
     Tensor dbias = empty(x, {bias ? rows.size : 0});
-    Tensor partial = empty(x, {bias ? NEOX_KERNEL(bias_gelu_partials)(rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
+    Tensor partial = empty(x, {bias ? NEOX_QUERY(bias_gelu_partials, x, rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
     NEOX_RUN(bias_gelu_backward, x, describe(rows, bias, approximate), dy_rows.tensor.const_data_ptr(), dy_rows.stride, dx.mutable_data_ptr(),
              dbias.mutable_data_ptr(), static_cast<float*>(partial.mutable_data_ptr()));
     return {dx, dbias};

@@ -102,7 +102,8 @@ struct RowGradient {
         unpack<T>(raw, value);
 #pragma unroll
         for (int k = 0; k < Pack<T>::kSize; ++k) {
-            value[k] = k >= valid ? 0.0f : exp_nonpositive(value[k] - shift) * factor - (col + k == column ? hot : smooth);
+            const float gradient = exp_nonpositive(value[k] - shift) * factor - (col + k == column ? hot : smooth);
+            value[k] = k >= valid ? 0.0f : gradient;  // computed before it is selected: as an operand of ?: the exponential would be a branch
         }
         return pack<T>(value);
     }

@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Opti
     op.ds = ds.mutable_data_ptr();
     op.dweight[0] = dweight.mutable_data_ptr(), op.dweight[1] = dweight2.mutable_data_ptr();
     op.dbias[0] = has_bias ? dbias.mutable_data_ptr() : nullptr, op.dbias[1] = has_bias2 ? dbias2.mutable_data_ptr() : nullptr;
-    const Tensor partial = empty(s, {2 * outputs, NEOX_KERNEL(norm_partials)(op), rows.size}, ScalarType::Float);
+    const Tensor partial = empty(s, {2 * outputs, NEOX_QUERY(norm_partials, s, op), rows.size}, ScalarType::Float);
     op.partial = static_cast<float*>(partial.mutable_data_ptr());
     NEOX_RUN(norm_backward, s, op);
     return {ds, dweight, dbias, dweight2, dbias2};

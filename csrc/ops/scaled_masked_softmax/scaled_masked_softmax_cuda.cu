@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(C::kThreads) forward(Forward<T> in) {
             const bool seen = (i * C::kLanes + lane) * kPack < visible;
 #pragma unroll
             for (int k = 0; k < kPack; ++k) {
-                v[i][k] = !seen ? 0.0f : nothing ? unseen(v[i][k]) : exp_nonpositive<T>(v[i][k] - shift);
+                const float e = exp_nonpositive<T>(v[i][k] - shift);  // before the selection, which would make a branch of it
+                v[i][k] = !seen ? 0.0f : nothing ? unseen(v[i][k]) : e;
                 sum += v[i][k];
             }
         }
@@ -174,14 +175,18 @@ __global__ void __launch_bounds__(Looped::kThreads) forward_looped(Forward<T> in
         }
         const float shift = block_reduce<Max, Looped::kWarps>(best, scratch);
         const bool nothing = shift == -INFINITY;
-        sum = block_reduce<Sum, Looped::kWarps>(nothing ? 0.0f : sum * exp_nonpositive<T>(best - shift), scratch);
+        const float scaled_sum = sum * exp_nonpositive<T>(best - shift);
+        sum = block_reduce<Sum, Looped::kWarps>(nothing ? 0.0f : scaled_sum, scratch);
         const float inverse = 1.0f / sum;
         for (int64_t column = static_cast<int64_t>(threadIdx.x) * kPack; column < at.cols; column += kStep) {
             float v[kPack] = {};
             if (column < visible) {
                 unpack_scores(fetch_scores<T, kPack>(x, mask, column), in.scale, visible - column, v);
 #pragma unroll
-                for (int k = 0; k < kPack; ++k) v[k] = nothing ? unseen(v[k]) : exp_nonpositive<T>(v[k] - shift) * inverse;
+                for (int k = 0; k < kPack; ++k) {
+                    const float y = exp_nonpositive<T>(v[k] - shift) * inverse;
+                    v[k] = nothing ? unseen(v[k]) : y;
+                }
             }
             store(in.y + row * at.cols + column, v);
         }
