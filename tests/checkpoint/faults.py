@@ -206,6 +206,9 @@ class Disk:
             folder.pending.append(("link", path.name, Folder() if kind == "make_dir" else File()))
         elif kind == "write":
             folder.names()[path.name].data += rest[0]
+        elif kind == "write_at":
+            file, (offset, data) = folder.names()[path.name], rest
+            file.data = file.data[:offset].ljust(offset, b"\0") + data + file.data[offset + len(data) :]
         elif kind == "sync":
             file = folder.names()[path.name]
             file.durable = file.data
