@@ -24,18 +24,36 @@ REQUIREMENTS = {
     "portable": set(),
 }
 
-# the newest operator of each folder of csrc/ops: a library that lacks one was built from older sources
+# every operator that the modules beside this one call: a library that lacks one was built from older sources
 OPERATORS = (
     "attention",
+    "attention_backward",
+    "attention_qkv",
+    "attention_qkv_backward",
+    "attention_shared",
     "bias_dropout_add",
+    "bias_dropout_add_backward",
     "bias_gelu",
+    "bias_gelu_backward",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_backward_",
     "cross_entropy_fused_",
+    "cross_entropy_rescale_",
+    "cross_entropy_statistics",
     "decode_block",
     "gated",
+    "gated_backward",
+    "linear_bf16",
+    "linear_bf16_backward",
     "linear_few_rows",
     "norm",
+    "norm_backward",
     "rotary",
+    "rotary_qkv_",
+    "scaled_causal_softmax",
     "scaled_masked_softmax",
+    "scaled_softmax_backward",
 )
 
 
