@@ -119,9 +119,8 @@ class Checkpoint:
         if wrong:
             lines = [f"{kind}/{name}: have {_shape(have.get((kind, name)))} want {_shape(want.get((kind, name)))}" for kind, name in wrong[:LISTED]]
             more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
-            raise CheckpointError(
-                f"{len(wrong)} tensors do not fit the model", where=self.path, got=", ".join(lines + more), do="use the model section of the checkpoint"
-            )
+            do = "use the model section of the checkpoint, or another run.dir for a new run"
+            raise CheckpointError(f"{len(wrong)} tensors do not fit the model", where=self.path, got=", ".join(lines + more), do=do)
 
     def stored_shapes(self, kinds: set[str]) -> dict[tuple[str, str], tuple[int, ...]]:
         """(kind, name) -> logical shape of every tensor of these kinds."""

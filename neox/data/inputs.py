@@ -26,6 +26,11 @@ ARROW = "import sys, datasets; datasets.Dataset.from_file(sys.argv[1]).to_json(s
 SAVED = "import sys, datasets; datasets.load_from_disk(sys.argv[1]).to_json(sys.argv[2], force_ascii=False)"
 SAVED_SPLITS = "import sys, datasets; [part.to_json(sys.argv[2] + '/' + name + '.jsonl') for name, part in datasets.load_from_disk(sys.argv[1]).items()]"
 ARRAY = "import sys, json; sys.stdout.writelines(json.dumps(row) + '\\n' for row in json.load(open(sys.argv[1], encoding='utf-8')))"
+ROWS = (
+    "import sys, csv, json; csv.field_size_limit(2**31 - 1); "
+    "sys.stdout.writelines(json.dumps(row) + '\\n' for row in csv.DictReader(open(sys.argv[1], encoding='utf-8', newline=''){delimiter}))"
+)
+TABLES = {".csv": ("a CSV table", ""), ".tsv": ("a TSV table", ", delimiter='\\t'")}  # suffix -> name, argument of csv.DictReader
 
 FOREIGN_SUFFIXES = {".parquet": "a Parquet file", ".arrow": "an Arrow file", ".feather": "an Arrow file"}
 ARCHIVES = {".zip": "a zip archive", ".tar": "a tar archive", ".tgz": "a tar archive", ".7z": "a 7z archive", ".rar": "a rar archive"}
@@ -238,8 +243,9 @@ def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
     _refuse(path, next((kind for magic, kind in MAGIC if start.startswith(magic)), None))
     if form != "auto":
         return form == "jsonl"
-    first, _, rest = start.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     name = plain_name(path)
+    refuse_table(path, os.path.splitext(name)[1])
+    first, _, rest = start.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if name.endswith(LINES_SUFFIXES):
         refuse_one_value(path, first.strip(), bool(rest))
         return True
@@ -250,6 +256,18 @@ def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
         return True
     got = f"a first line that is a JSON object, in a file with suffix .{suffix}"
     raise DataError("file may be JSON lines or one document", where=path, got=got, do="pass --format jsonl or --format txt, or rename it to .jsonl")
+
+
+def refuse_table(path: str, suffix: str) -> None:
+    """Raise DataError for a table of comma- or tab-separated values, which would be one document of all its rows."""
+    if suffix not in TABLES:
+        return
+    kind, delimiter = TABLES[suffix]
+    end = path.lower().rindex(suffix)
+    code = ROWS.format(delimiter=delimiter)
+    first = "decompress it; " if codec_of(path) else ""
+    do = f'{first}python -c "{code}" {shlex.quote(path[: end + len(suffix)])} > {shlex.quote(path[:end] + ".jsonl")}; or pass --format txt'
+    raise DataError("file is a table", where=path, got=kind, want="JSON lines or text", do=do)
 
 
 def refuse_one_value(path: str, first: bytes, more: bool) -> None:

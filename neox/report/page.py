@@ -77,7 +77,7 @@ def short_names(names: list[str]) -> list[str]:
     """Paths without the folders that they share, which a legend has no room for."""
     parts = [Path(name).parts for name in names]
     shared = 0
-    while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
+    while parts and all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
         shared += 1
     return [str(Path(*each[shared:])) for each in parts]
 

@@ -6,6 +6,9 @@ import gzip
 import json
 import logging
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,20 @@ def test_files_of_other_kinds_are_named(tmp_path, name, content, kind, do):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"input of this kind is not read; .*got={kind}; .*do=.*{do}"):
         texts(tmp_path, name)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("b.TSV", "\t")])
+def test_a_table_is_refused_with_the_command_that_converts_it(tmp_path, name, separator):
+    (tmp_path / name).write_text(f'id{separator}text\n7{separator}"one, ""two""\nthree ü"\n', encoding="utf-8")
+    with pytest.raises(DataError, match="file is a table") as refused:
+        texts(tmp_path, name)
+    command, _, other = str(refused.value.do).rpartition("; or pass ")
+    assert other == "--format txt"
+    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True)  # noqa: S602 - the command that a user is told to type
+    assert texts(tmp_path, f"{name[0]}.jsonl") == ['one, "two"\nthree ü']
+    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\na\n"))
+    with pytest.raises(DataError, match=r"file is a table; .*do=decompress it; .*c\.csv > .*c\.jsonl"):
+        texts(tmp_path, "c.csv.gz")
 
 
 def test_folders_of_other_libraries_are_named(tmp_path):

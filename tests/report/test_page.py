@@ -39,6 +39,7 @@ def test_legends_leave_out_what_names_share():
     assert short_names(["runs/a", "runs/a"]) == ["a", "a"]
     assert short_names(["x/run", "y/run"]) == ["x/run", "y/run"]
     assert short_names(["runs/a", "runs"]) == ["runs/a", "runs"]
+    assert short_names([]) == []
 
 
 def test_a_narrow_screen_scrolls_tables_and_not_the_page(tmp_path):
