@@ -82,7 +82,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "alibi-6-heads": {"pos_emb": "alibi", "hidden_size": 48, "num_attention_heads": 6},
     "geglu-mp2": {"activation": "geglu", "model_parallel_size": 2, "intermediate_size": 192},
     "geglu-parallel-mp2": {"gpt_j_residual": True, "activation": "geglu", "model_parallel_size": 2, "intermediate_size": 192},
-    "window": {"sliding_window_width": 7, "lr_decay_style": "linear"},
+    # at pipe_parallel_size 0 GPT-NeoX makes its mask again without the window (get_batch_sequential)
+    "window": {"sliding_window_width": 7, "lr_decay_style": "linear", "pipe_parallel_size": 1},
 }
 
 
