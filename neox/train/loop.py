@@ -195,6 +195,7 @@ class Run:
                 self.saved_step = self.engine.step
         elif self.config.checkpoint.init_from is not None:
             self.take_weights(resolve(self.config.checkpoint.init_from))
+        self.saver.reserve(self.engine.fragments())
 
     def begin(self) -> None:
         """Open the run's records and the training data. The random streams come last: nothing after them may draw."""

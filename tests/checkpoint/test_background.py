@@ -8,8 +8,9 @@ import time
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neox.checkpoint.background import Saver, Snapshot
+from neox.checkpoint.background import HostBlock, Saver, Snapshot
 from neox.checkpoint.load import digest, find, verify
 from neox.checkpoint.reshard import Fragment
 from neox.errors import CheckpointError, DiskError
@@ -138,6 +139,51 @@ def test_a_snapshot_reuses_its_memory_and_follows_changed_fragments():
     assert all(torch.equal(one.data, state[one.name, one.kind].reshape(-1)) for one in second)
     fewer = snapshot.take(whole_fragments({("new", "weight"): torch.ones(3)}))
     assert torch.equal(fewer[0].data, torch.ones(3))
+
+
+class Allocations:
+    """Makes blocks of ordinary memory, and notes what was asked for."""
+
+    def __init__(self):
+        self.asked: list[tuple[int, bool]] = []
+
+    def __call__(self, size: int, locked: bool) -> HostBlock:
+        self.asked.append((size, locked))
+        block = HostBlock(size, locked=False)
+        block.locked = locked
+        return block
+
+
+def test_a_snapshot_asks_for_one_block_without_rounding_and_only_for_a_larger_one_again():
+    """Tensor by tensor, page-locked memory was up to twice as large as what it held."""
+    allocations = Allocations()
+    snapshot = Snapshot(allocations)
+    mixed = [torch.arange(count, dtype=dtype) for count in (1, 17, 4097, 0) for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.int64)]
+    fragments = [Fragment(str(i), "weight", (len(data),), ((0, len(data)),), 0, len(data), data) for i, data in enumerate(mixed)]
+    for chosen in (fragments, fragments[::-1], fragments[3:], fragments):
+        copies = snapshot.take(chosen)
+        assert all(torch.equal(copy.data, one.data) and copy.data.dtype == one.data.dtype for copy, one in zip(copies, chosen, strict=True))
+        assert all(copy.data.data_ptr() != one.data.data_ptr() for copy, one in zip(copies, chosen, strict=True) if one.data.numel())
+    ((size, locked),) = allocations.asked
+    assert sum(data.nbytes for data in mixed) <= size < sum(data.nbytes for data in mixed) + 64 * len(mixed)
+    assert not locked
+    snapshot.take([*fragments, fragments[0]])
+    assert len(allocations.asked) == 2
+
+
+def test_the_memory_of_a_gpus_copies_is_made_once_before_the_first_save(tmp_path):
+    """The tensors are fake ones: no GPU is needed to ask where they are."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        held = [Fragment("a", "weight", (100,), ((0, 100),), 0, 100, torch.empty(100, device="cuda"))]
+    for background, want in ((True, [(448, True)]), (False, [])):
+        saves = saver(tmp_path, CountingStorage(), background=background)
+        allocations = Allocations()
+        saves._snapshot = Snapshot(allocations)
+        saves.reserve(whole_fragments(make_state()))
+        assert allocations.asked == []  # nothing on a GPU
+        saves.reserve(held)
+        saves.reserve(held)
+        assert allocations.asked == want
 
 
 @pytest.mark.distributed
