@@ -115,7 +115,7 @@ class Attention(nn.Module):
             self.alibi = self.alibi.to(operands[0].device)
         group = self.mesh.cp_group
         operands = tuple(exchange(x, HEADS, SEQUENCE, group) for x in operands)
-        with tensor_parallel_stream(self.mesh, operands[0].device):
+        with tensor_parallel_stream(self.mesh, operands[0].device, differs=dropout > 0):
             mixed = attention(
                 *operands,
                 causal=True,

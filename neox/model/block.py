@@ -90,5 +90,5 @@ class Block(nn.Module):
     def _drop(self, partial: torch.Tensor, bias: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor:
         """stream + dropout(sum over the tensor group of partial + bias)."""
         branch = reduce_partial(partial, self.mesh)
-        with tensor_parallel_stream(self.mesh if self.mesh.sequence else None, stream.device):  # members see other tokens: their masks must differ
+        with tensor_parallel_stream(self.mesh, stream.device, differs=self.mesh.sequence):  # members see other tokens: their masks must differ
             return ops.bias_dropout_add(branch, bias, stream, self.dropout, True)

@@ -49,10 +49,10 @@ class Embedding(nn.Module):
                 start += self.mesh.tp_rank * length
                 position_ids = None if position_ids is None else own_slice(position_ids, SEQUENCE, self.mesh.tp_group)
             x = x + self.position(start, length, position_ids)
-        if not self.dropout:
+        if not self.dropout or not self.training:
             return x
-        with tensor_parallel_stream(self.mesh if self.mesh.sequence else None, x.device):
-            return F.dropout(x, self.dropout, self.training)
+        with tensor_parallel_stream(self.mesh, x.device, differs=self.mesh.sequence):
+            return F.dropout(x, self.dropout)
 
 
 class GPT(nn.Module):

@@ -29,12 +29,13 @@ def seed_default_generators(seed: int, mesh: Mesh) -> None:
     torch.manual_seed(derive_seed(seed, "dropout", mesh.pp_rank, mesh.dp_rank, *context))
 
 
-def tensor_parallel_stream(mesh: Mesh | None, device: torch.device):
-    """A context in which random numbers differ over the tensor group; without tensor parallelism, or a mesh, nothing changes.
+def tensor_parallel_stream(mesh: Mesh, device: torch.device, differs: bool = True):
+    """A context in which random numbers differ over the tensor group; without tensor parallelism nothing changes.
 
-    The default generator advances by one draw, the same on every member, whatever happens inside.
+    The default generator advances by one draw, the same on every member, whatever happens inside. Without `differs`, where nothing is drawn
+    inside or all members must draw alike, no generator is touched: saving and restoring the states costs more than a small operator.
     """
-    return nullcontext() if mesh is None or mesh.tp == 1 else _forked(mesh.tp_rank, device)
+    return _forked(mesh.tp_rank, device) if differs and mesh.tp > 1 else nullcontext()
 
 
 @contextmanager

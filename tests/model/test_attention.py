@@ -82,3 +82,16 @@ def test_alibi_slopes_of_the_ranks_are_those_of_their_heads(heads, groups, tp, c
             mesh = dataclasses.replace(Mesh.single("meta"), tp=tp, tp_rank=tp_rank, cp=cp, cp_rank=cp_rank)
             slopes += Attention(config, mesh, 0, dtype=torch.float32).alibi.tolist()
     assert slopes == torch.tensor(alibi_slopes(heads)).tolist()
+
+
+def test_generators_are_forked_where_there_is_dropout_only(monkeypatch):
+    """Each fork saves and restores the states of the generators, on a GPU with a copy from it: per layer and step."""
+    forks = []
+    state = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: forks.append(1) or state())
+    config = ModelConfig(num_layers=1, hidden_size=24, num_attention_heads=6, vocab_size=8, attention_dropout=0.5)
+    for dropout, training, want in ((0.0, True, 0), (0.5, False, 0), (0.5, True, 1)):
+        attention = Attention(config, dataclasses.replace(Mesh.single(), tp=2), 0, dtype=torch.float32).train(training)
+        attention.dropout = dropout
+        attention.mix(torch.ones(1, 3, 24), Context())
+        assert len(forks) == want

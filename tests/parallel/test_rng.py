@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from neox.parallel.mesh import Mesh
@@ -49,4 +50,13 @@ def test_one_process_draws_from_the_default_generator():
     want = torch.rand(())
     torch.manual_seed(3)
     with tensor_parallel_stream(Mesh.single(), torch.device("cpu")):
+        assert torch.rand(()) == want
+
+
+def test_nothing_is_drawn_or_saved_where_nothing_differs(monkeypatch):
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a state was saved"))
+    seed_default_generators(7, member())
+    want = torch.rand(())
+    seed_default_generators(7, member())
+    with tensor_parallel_stream(member(tp_rank=1), torch.device("cpu"), differs=False):
         assert torch.rand(()) == want
