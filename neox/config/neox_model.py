@@ -157,7 +157,15 @@ def attention(work: Translation) -> None:
     for bias in ("qkv_bias", "attention_out_bias"):
         work.set(f"model.{bias}", work.value("use_bias_in_attn_linear"), "use_bias_in_attn_linear")
     window = work.number("sliding_window_width")
-    if window is not None:
+    if window is not None and work.number("pipe_parallel_size") == 0 and "global" in kinds:
+        work.refuse(
+            "sliding_window_width",
+            "with pipe_parallel_size: 0 GPT-NeoX trains global attention without the window",
+            want="pipe_parallel_size: 1, flash attention, or no sliding_window_width",
+            do=f"--set model.sliding_window={window + 1} to train another model than GPT-NeoX would: one with the window; =null for its own",
+            decides="model.sliding_window",
+        )
+    elif window is not None:
         work.set("model.sliding_window", window + 1, "sliding_window_width")
         work.note(f"upstream's window of {window} sees {window + 1} keys, the query's own included: model.sliding_window: {window + 1}", "sliding_window_width")
 

@@ -39,7 +39,8 @@ def model(changes: dict) -> dict:
         ({"bias_gelu_fusion": True, "activation": "relu"}, "activation", "relu"),
         ({}, "activation", "gelu"),
         ({"activation": "swish"}, "activation", "silu"),
-        ({"sliding_window_width": 15}, "sliding_window", 16),
+        ({"sliding_window_width": 15, "pipe_parallel_size": 1}, "sliding_window", 16),
+        ({"sliding_window_width": 15, "attention_config": [[["flash"], "all"]]}, "sliding_window", 16),
         ({"norm": "rmsnorm"}, "norm_eps", 1e-8),
         ({"norm": "rmsnorm", "rms_norm_epsilon": 1e-6}, "norm_eps", 1e-6),
         ({"norm": "te_layernorm"}, "norm", "layernorm"),
@@ -84,6 +85,7 @@ def test_rotary_options_are_left_out_without_rotary_positions():
         ({"use_bias_in_norms": False}, ["use_bias_in_norms", "rmsnorm"]),
         ({"pos_emb": "rpe"}, ["pos_emb", "got='rpe'"]),
         ({"gpt_j_residual": True, "use_bias_in_mlp": False}, ["GPT-NeoX leaves the attention out of the sum", "gpt_j_residual", "use_bias_in_mlp: true"]),
+        ({"sliding_window_width": 15}, ["pipe_parallel_size: 0 GPT-NeoX trains global attention without the window", "model.sliding_window=16"]),
         ({"init_method": "orthogonal"}, ["init_method", "model.init"]),
         ({"attention_config": [[["local", "global"], 1]]}, ["attention_config", "local"]),
         ({"attention_config": [[["flash"], 3]]}, ["attention types do not match the layers", "2 of them, got 3"]),
@@ -104,6 +106,7 @@ def test_another_model_than_upstreams_is_built_where_a_native_key_asks_for_it():
     changes = {"gpt_j_residual": True, "use_bias_in_mlp": False, "activation": "swiglu"}
     assert result(changes, {("model", "parallel_residual"): True})[2] == []
     assert result(changes | {"gpt_j_residual": False})[2] == []
+    assert all(result({"sliding_window_width": 15}, {("model", "sliding_window"): value})[2] == [] for value in (16, None))
     assert result(changes | {"use_bias_in_mlp": True})[2] == []
 
 
@@ -115,7 +118,7 @@ def test_a_native_value_answers_what_the_file_leaves_open():
 
 
 def test_notes_tell_what_was_translated():
-    notes = "\n".join(result({"bias_gelu_fusion": True, "sliding_window_width": 15, "activation": "gelu"})[1])
+    notes = "\n".join(result({"bias_gelu_fusion": True, "sliding_window_width": 15, "pipe_parallel_size": 1, "activation": "gelu"})[1])
     assert "gelu_tanh" in notes and "sees 16 keys" in notes and "50277 ids padded to a multiple of 128" in notes
     shape = {"hidden_size": 8192, "num_layers": 48, "num_attention_heads": 64, "num_kv_heads": 8, "mlp_multiple_of": 256}
     gated = "\n".join(result(shape | {"activation": "swiglu"})[1])
