@@ -19,6 +19,7 @@ from neox.parallel.mesh import Layout, Mesh
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integers of that size
 SHOWN = 5
+SMALL = 1 << 16  # elements up to which tensors are joined before they are summed
 
 Named = Sequence[tuple[str, torch.nn.Parameter, Layout]]
 
@@ -47,6 +48,25 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
+def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`checksum` of each, int64 [tensors].
+
+    Small tensors of one size and dtype, most of a model's, are summed together: each alone would cost a launch to read a few kilobytes. Large
+    ones are read where they lie, since joining them would copy the model.
+    """
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault((tensor.numel(), tensor.dtype), []).append(i)
+    sums: dict[int, torch.Tensor] = {}
+    for (count, dtype), members in alike.items():
+        if count > SMALL:
+            sums |= {i: checksum(tensors[i]) for i in members}
+        else:
+            rows = torch.stack([tensors[i].detach().flatten() for i in members])
+            sums |= zip(members, rows.view(BITS[dtype.itemsize]).sum(1, dtype=torch.int64).unbind(), strict=True)
+    return torch.stack([sums[i] for i in range(len(tensors))])
+
+
 def replicated(named: Named, mesh: Mesh) -> list[tuple[dist.ProcessGroup, list[tuple[str, torch.nn.Parameter]]]]:
     """What is held alike, by group: all parameters over the replicas, those that are not cut over the tensor group too.
 
@@ -70,7 +90,7 @@ def check_replicas(named: Named, mesh: Mesh, step: int) -> None:
     """
     findings: list[str] = []
     for group, held in replicated(named, mesh):
-        mine = torch.stack([checksum(p) for _, p in held])
+        mine = checksums([p for _, p in held])
         extremes = torch.cat([mine, -mine])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         if not torch.equal(extremes[: len(held)], -extremes[len(held) :]):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox.engine.drift import check_replicas, checksum, replicated
+from neox.engine.drift import SMALL, check_replicas, checksum, checksums, replicated
 from neox.errors import ReplicaDrift
 from neox.parallel.mesh import Layout, Mesh, create_mesh
 from tests.distributed import run_ranks
@@ -25,6 +26,30 @@ def test_any_flipped_bit_changes_the_checksum(dtype):
         raw[bit // 8] ^= 1 << bit % 8
     assert checksum(values) == want
     assert checksum(torch.full((3,), float("nan"), dtype=dtype)) == checksum(torch.full((3,), float("nan"), dtype=dtype))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += not function.is_view and function.overloadpacket.__name__ != "detach"
+        return function(*args, **(kwargs or {}))
+
+
+def test_small_tensors_of_one_size_are_summed_in_one_launch():
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape, dtype=torch.float32: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))  # noqa: E731
+    layer = lambda: [draw(64), draw(64), draw(192, 64), draw(64, dtype=torch.bfloat16), draw(192), draw(SMALL + 1)]  # noqa: E731
+    counts = []
+    for layers in (2, 20):
+        tensors = [tensor for _ in range(layers) for tensor in layer()]
+        with Launches() as launches:
+            mine = checksums(tensors)
+        assert mine.tolist() == [int(checksum(tensor)) for tensor in tensors]
+        counts.append(launches.seen)
+    assert counts == [2 * 4 + 2 + 1, 2 * 4 + 20 + 1]  # two for each of four sizes, one per large tensor, and one for all
 
 
 def test_alone_there_is_nothing_to_compare():
