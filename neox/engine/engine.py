@@ -92,7 +92,7 @@ class SummedLoss(torch.nn.Module):
 
         dloss is the gradient that every token's loss is going to get, where it is known.
         """
-        stage = {} if received is None else {"received": received}
+        stage: dict[str, Any] = {"checked": True} if received is None else {"checked": True, "received": received}  # by the loader
         if dloss is not None:
             stage["expected_dloss"] = dloss
         out = self.model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids, **stage)
@@ -148,7 +148,7 @@ class Engine:
         for _, p, layout in named:
             p.tensor_model_parallel = layout.dim is not None and mesh.tp > 1  # DeepSpeed's norm counts others on one member of the tensor group only
         rounded = config.precision.dtype != "fp32"
-        initial = {name: p.detach().clone() for name, p, _ in named} if rounded else {}
+        initial = on_the_host(parameters) if rounded else {}
         self.deepspeed = start_deepspeed(
             config, SummedLoss(model, self.objective), self.optimizer, (batch_sizes.micro_batch_size, batch_sizes.gradient_accumulation), mesh
         )
@@ -367,15 +367,19 @@ class Engine:
         """Part of an evaluation: sum of the losses, number of targets, and whether any process asks to stop, over all processes."""
         self.faults("evaluate")
         self.deepspeed.eval()
-        local = [to_device(context_part(batch, self.mesh), self.mesh.device) for batch in batches]
-        loss = self.schedule_of_stages.evaluate(local)
-        with self.waits():
-            loss = float(loss)
+        parts = [context_part(batch, self.mesh) for batch in batches]
+        count = sum(self.objective.count(batch) for batch in parts)  # where the loader left them, as in `train_step`
+        loss = self.schedule_of_stages.evaluate([to_device(batch, self.mesh.device) for batch in parts])
         self.deepspeed.train()
         speaks = self.mesh.last_stage and self.mesh.tp_rank == 0
         counted = self.mesh.first_stage and self.mesh.tp_rank == 0
-        count = sum(self.objective.count(batch) for batch in local) if counted else 0
-        total, targets, stops = self.sum_over([loss if speaks else 0.0, float(count), float(stop)], self.everyone)
+        sums = torch.tensor([0.0, float(count) if counted else 0.0, float(stop)], dtype=torch.float64).to(self.mesh.device)
+        if speaks:
+            sums[0] = loss
+        with self.waits():  # the only one: the loss is summed before it is read
+            if self.everyone is not None:
+                dist.all_reduce(sums, group=self.everyone)
+            total, targets, stops = sums.tolist()
         return total, targets, stops > 0
 
     @torch.no_grad()
@@ -383,7 +387,7 @@ class Engine:
         """Log-probability of the targets of each row, fp32 [rows] on the CPU, by the model as it is; the training state is untouched."""
         self.deepspeed.eval()
         local = to_device(batch, self.mesh.device)
-        losses = self.model.token_losses(local.tokens, local.targets)
+        losses = self.model.token_losses(local.tokens, local.targets, checked=True)
         self.deepspeed.train()
         return answer_log_probabilities(losses, len(local.tokens)).cpu()
 
@@ -457,6 +461,11 @@ def tie(model: torch.nn.Module, mesh: Mesh, dtype: torch.dtype) -> TiedExchange 
     if owner is None and model.tied.weight.dtype != dtype:
         model.tied.replace(model.tied.weight.to(dtype))
     return TiedExchange(mesh, owner, model.tied)
+
+
+def on_the_host(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Copies in memory of the host, by name: on a GPU a second set of fp32 weights beside DeepSpeed's would be the peak of the whole start."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters}
 
 
 @torch.no_grad()

@@ -177,15 +177,18 @@ class _Batch:
         return self._buffer.shape[1]
 
     def next_logits(self, model: GPT, cache: KVCache | None) -> torch.Tensor:
-        """Logits of the token after the last one, [b, v]; reads only what the cache does not hold."""
+        """Logits of the token after the last one, [b, v]; reads only what the cache does not hold.
+
+        The ids are not checked again: those of the prompts were (`check_prompts`), and the others are places in logits [b, v].
+        """
         start = cache.length if cache is not None else 0
         tokens = self._buffer[:, start : self._length]
         if not self._ragged:
-            return model(tokens, cache=cache)[:, -1]
+            return model(tokens, cache=cache, checked=True)[:, -1]
         columns = torch.arange(self._length, device=tokens.device)[None]  # [1, t]
         positions = (columns[:, start:] - self._pads).clamp(min=0)  # [b, t - start]
         segments = (columns >= self._pads).to(torch.int32)  # [b, t]; 0 is padding
-        return model(tokens, segment_ids=segments, position_ids=positions, cache=cache)[:, -1]
+        return model(tokens, segment_ids=segments, position_ids=positions, cache=cache, checked=True)[:, -1]
 
     def append(self, chosen: torch.Tensor) -> None:
         """Add one token to every row."""

@@ -115,7 +115,15 @@ class GPT(nn.Module):
             self.initialize()
             sum_partial_gradients(self, self.layouts(), mesh)
 
-    def forward(self, tokens: torch.Tensor, *, segment_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None, cache=None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        segment_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache=None,
+        checked: bool = False,
+    ) -> torch.Tensor:
         """Logits of the next token.
 
         Args:
@@ -123,6 +131,7 @@ class GPT(nn.Module):
             segment_ids: int32 [b, s], attention only between equal ids; with a cache [b, t], t = cache.length + s.
             position_ids: int64 [b, s]; default cache.length + 0 .. s - 1.
             cache: keys and values of earlier tokens (neox.generate.cache); it takes in these tokens.
+            checked: the ids are known to be in the vocabulary. On a GPU they are then not read, which would wait for it.
 
         Returns:
             [b, s, vocab_size] in the model's dtype; with `model.output: score`, fp32 [b, s, 1].
@@ -132,7 +141,7 @@ class GPT(nn.Module):
         """
         dtype = next(self.parameters()).dtype
         received = receive((*tokens.shape, self.config.hidden_size), dtype, self.mesh)
-        hidden = self._hidden(tokens, segment_ids, position_ids, cache, received)
+        hidden = self._hidden(tokens, segment_ids, position_ids, cache, received, checked)
         logits = None
         if self.config.output == "score":
             dtype = torch.float32
@@ -153,6 +162,7 @@ class GPT(nn.Module):
         position_ids: torch.Tensor | None = None,
         received: torch.Tensor | None = None,
         expected_dloss: float | None = None,
+        checked: bool = False,
     ) -> torch.Tensor:
         """Cross-entropy per token: fp32 [b * s], 0 where the target is -100; with `model.output: score`, the scores.
 
@@ -167,15 +177,15 @@ class GPT(nn.Module):
         """
         if targets.shape != tokens.shape:
             raise DataError("targets do not fit the tokens", where="GPT.loss", got=tuple(targets.shape), want=tuple(tokens.shape))
-        self._check_ids("target", targets.masked_fill(targets == IGNORED, 0))
-        hidden = self._hidden(tokens, segment_ids, position_ids, None, received)
+        self._check_ids("target", targets.masked_fill(targets == IGNORED, 0), checked)
+        hidden = self._hidden(tokens, segment_ids, position_ids, None, received, checked)
         if not self.mesh.last_stage:
             return hidden
         if self.score is not None:
             return self.score(hidden).flatten()
         return vocab_parallel_cross_entropy(self._logits(hidden), targets, self.mesh, vocab_size=self.config.vocab_size, expected_dloss=expected_dloss)
 
-    def token_losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def token_losses(self, tokens: torch.Tensor, targets: torch.Tensor, *, checked: bool = False) -> torch.Tensor:
         """`loss` of the whole model, on every process of the layout: all of them call it with the same tokens and targets [b, s].
 
         Raises:
@@ -184,7 +194,7 @@ class GPT(nn.Module):
         if self.config.output == "score":
             raise ConfigError("a reward model predicts no tokens", where="model.output", got="score", want="tokens")
         dtype = next(self.parameters()).dtype
-        out = self.loss(tokens, targets, received=receive(self.boundary_shape(tokens), dtype, self.mesh))
+        out = self.loss(tokens, targets, received=receive(self.boundary_shape(tokens), dtype, self.mesh), checked=checked)
         if not self.mesh.last_stage:
             send(out, self.mesh)
             out = None
@@ -196,10 +206,10 @@ class GPT(nn.Module):
         return b, s // self.mesh.tp if self.mesh.sequence else s, self.config.hidden_size
 
     def _hidden(
-        self, tokens: torch.Tensor, segment_ids: torch.Tensor | None, position_ids: torch.Tensor | None, cache, received: torch.Tensor | None
+        self, tokens: torch.Tensor, segment_ids: torch.Tensor | None, position_ids: torch.Tensor | None, cache, received: torch.Tensor | None, checked: bool
     ) -> torch.Tensor:
         """Normed output of the last block, [b, s, h] (with sequence parallelism [b, s/tp, h]); the residual stream on a stage that is not the last."""
-        self._check_ids("token", tokens)
+        self._check_ids("token", tokens, checked)
         length = tokens.shape[1]
         start = self.mesh.cp_rank * length if cache is None else cache.length
         reach = self._check_positions(start, length, position_ids)
@@ -229,13 +239,13 @@ class GPT(nn.Module):
             return self.tied(hidden)
         return project_to_vocabulary(hidden, self.embedding.word.weight, self.mesh) if self.head is None else self.head(hidden)
 
-    def _check_ids(self, what: str, ids: torch.Tensor) -> None:
-        """Checked on the CPU, and on a GPU outside training: there it would wait for the GPU, and the loader has checked."""
+    def _check_ids(self, what: str, ids: torch.Tensor, checked: bool) -> None:
+        """Always on the CPU; on a GPU, where it waits for the result, unless the caller or, in training, the loader has checked."""
         if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
             raise DataError(f"{what} ids have a wrong form", where="GPT", got=f"{ids.dtype} {tuple(ids.shape)}", want="int64 [batch, sequence], not empty")
-        if ids.is_meta or torch.compiler.is_compiling() or (self.training and not ids.is_cpu):
+        if ids.is_meta or torch.compiler.is_compiling() or ((self.training or checked) and not ids.is_cpu):
             return
-        low, high = (int(bound) for bound in torch.aminmax(ids))
+        low, high = torch.stack(torch.aminmax(ids)).tolist()  # one wait
         if low < 0 or high >= self.config.vocab_size:
             raise DataError(
                 f"{what} id outside the vocabulary",

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neox
+from neox.config.schema import ModelConfig
+from neox.engine.engine import on_the_host
+from neox.errors import ConfigError
+from neox.generate.generate import generate
+from neox.generate.sampling import SamplingParams
+from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.waits import Waits
 from tests.engine.toy import make_config, make_engine, micro_batches
-from tests.model.test_gpt import FORMS, build
+from tests.model.test_gpt import FORMS, SIZES, build
 
 PACKAGE = Path(neox.__file__).parent
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "unique_consecutive"}
@@ -47,6 +56,58 @@ def test_forward_and_backward_read_nothing(form):
     packed = {} if form == "alibi" else {"segment_ids": tokens.int(), "position_ids": tokens}
     model.loss(tokens, tokens.roll(-1, 1), **packed).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_ids_that_were_checked_are_not_read_outside_training(monkeypatch):
+    """The tensors are fake ones of a GPU: they take its branches, and refuse to be read. What else a forward reads would refuse as well."""
+    monkeypatch.setattr(GPT, "initialize", lambda self: None)
+    with FakeTensorMode(), torch.no_grad():
+        model = GPT(ModelConfig(**(SIZES | FORMS["no-positions-softcap"])), Mesh.single("cuda"), dtype=torch.bfloat16).eval()
+        tokens = torch.zeros(2, 19, dtype=torch.int64, device="cuda")
+        for call in (partial(model.loss, tokens, tokens), partial(model.token_losses, tokens, tokens)):
+            call(checked=True)
+            with pytest.raises(DataDependentOutputException):
+                call()
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4]]], ids=["one", "ragged"])
+def test_generation_checks_the_prompts_once(prompts, monkeypatch):
+    """The ids that it draws are places in the vocabulary: the tokens are all that it reads."""
+    model = build("neox")
+    asked = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *inputs, **options: asked.append(options["checked"]) or forward(*inputs, **options))
+    generate(model, prompts, SamplingParams(max_new_tokens=3, temperature=0))
+    assert asked == [True] * 3
+    with pytest.raises(ConfigError, match="beyond the vocabulary"):
+        generate(model, [[97]], SamplingParams(max_new_tokens=3))
+
+
+def test_an_evaluation_counts_targets_where_the_loader_left_them_and_reads_once(monkeypatch):
+    engine = make_engine(make_config(), Mesh.single(), 3)
+    batches = micro_batches(0, engine.mesh, 3)
+    copies = []
+    monkeypatch.setattr("neox.engine.engine.to_device", lambda batch, _: copies.append(replace(batch, targets=batch.targets.clone())) or copies[-1])
+    counted = []
+    count = engine.objective.count
+    monkeypatch.setattr(engine.objective, "count", lambda batch: counted.append(batch.targets.data_ptr()) or count(batch))
+    with HostReads() as reads:
+        loss = engine.evaluate(batches)
+    assert counted == [batch.targets.data_ptr() for batch in batches]
+    assert len(copies) == 3
+    assert reads.seen == {"count": 3}  # and one list, which on a CPU is no operator
+    monkeypatch.undo()
+    assert loss == engine.evaluate(batches)
+
+
+def test_the_weights_before_rounding_wait_on_the_host():
+    with FakeTensorMode():
+        parameter = torch.nn.Parameter(torch.empty(3, device="cuda"))
+        assert on_the_host([("a", parameter)])["a"].is_cpu
+    parameter = torch.nn.Parameter(torch.ones(3))
+    copy = on_the_host([("a", parameter)])["a"]
+    assert torch.equal(copy, parameter)
+    assert copy.data_ptr() != parameter.data_ptr()
 
 
 def test_reads_are_seen():
