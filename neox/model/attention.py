@@ -9,7 +9,7 @@ members of the context group exchange it for the whole sequence of a part of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.norm import RMSNorm
 from neox.model.positional import alibi_slopes
+from neox.ops.attention import Masks
 from neox.parallel.collectives import SEQUENCE, exchange
 from neox.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from neox.parallel.mesh import Mesh, split_evenly
@@ -37,12 +38,14 @@ class Context:
         cos, sin: rotary table rows, fp32 [s, r] or [b, s, r]; None without rotation.
         segment_ids: int32 [b, t] over the whole sequence, attention only between equal ids; None: no borders.
         cache: keys and values of earlier tokens (neox.generate.cache); None: none.
+        masks: full masks, where attention needs them: the first layer makes them, the others share them.
     """
 
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     cache: Any = None
+    masks: Masks = field(default_factory=Masks)
 
 
 class Attention(nn.Module):
@@ -125,5 +128,6 @@ class Attention(nn.Module):
                 softcap=self.softcap,
                 dropout_p=dropout,
                 backend=self.backend,
+                masks=context.masks,
             )
         return exchange(mixed, SEQUENCE, HEADS, group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -37,6 +38,7 @@ def attention(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    masks: Masks | None = None,
 ) -> torch.Tensor:
     """softmax(mask(softcap(scale q k^T) + alibi)) v, differentiable in q, k and v.
 
@@ -55,6 +57,7 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap) before the bias and the masks.
         dropout_p: probability of zeroing an attention weight, the others are divided by 1 - p; the mask is Philox's, from torch's CPU generator.
         backend: "native" for our kernel, "sdpa" for torch's scaled_dot_product_attention, "auto" for the faster by the table in this file.
+        masks: where sdpa's full masks are kept for the other layers of a forward pass; None: each call makes its own.
 
     Returns:
         [b, s, n, d], contiguous, dtype of q.
@@ -64,7 +67,8 @@ def attention(
     """
     check_options(window, softcap, alibi_slopes)
     if choose_backend(backend, q.device.type, q.dtype, softcap) == "sdpa":
-        return sdpa_attention(q, k, v, causal, scale, window, segment_ids, alibi_slopes, dropout_p)
+        rules = Rules(causal, window, segment_ids, alibi_slopes)
+        return sdpa_attention(q, k, v, rules, scale=scale, dropout_p=dropout_p, masks=masks)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     check_fits(q, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
@@ -82,12 +86,13 @@ def attention_qkv(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    masks: Masks | None = None,
 ) -> torch.Tensor:
     """Attention on the output of a fused projection, read in place; the backward writes one gradient of the same layout.
 
     Args:
         qkv: [b, s, g, m + 2, d]: per kv head the m = n / g query heads that share it, then its key, then its value.
-        causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend: as in `attention`.
+        causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend, masks: as in `attention`.
 
     Returns:
         [b, s, n, d], contiguous, dtype of qkv.
@@ -98,7 +103,8 @@ def attention_qkv(
     check_options(window, softcap, alibi_slopes)
     if choose_backend(backend, qkv.device.type, qkv.dtype, softcap) == "sdpa":
         q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)  # in the backward one write of dqkv; slices would each write a dqkv of zeros and add it
-        return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), causal, scale, window, segment_ids, alibi_slopes, dropout_p)
+        rules = Rules(causal, window, segment_ids, alibi_slopes)
+        return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), rules, scale=scale, dropout_p=dropout_p, masks=masks)
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
     check_fits(qkv, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
@@ -181,9 +187,9 @@ def log_choice(chosen: str, device: str, dtype: torch.dtype, softcap: bool = Fal
 
 @cache
 def log_mask(device: str, shape: tuple[int, ...], element_size: int) -> None:
-    """One line per size of mask and process: each layer holds one for its backward."""
+    """One line per size of mask and process."""
     size = math.prod(shape) * element_size / 1e6
-    logger.info("attention through sdpa on %s builds a mask %s, %.1f MB in every layer: backend native needs none", device, list(shape), size)
+    logger.info("attention through sdpa on %s builds a mask %s, %.1f MB for each forward pass: backend native needs none", device, list(shape), size)
 
 
 def visible_keys(s: int, t: int, causal: bool, window: int | None, segment_ids: torch.Tensor | None, device: torch.device | None = None) -> torch.Tensor | None:
@@ -201,23 +207,56 @@ def visible_keys(s: int, t: int, causal: bool, window: int | None, segment_ids: 
     return mask
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What queries see, as in `attention`."""
+
+    causal: bool
+    window: int | None
+    segment_ids: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+
+    def mask(self, q: torch.Tensor, t: int) -> torch.Tensor | None:
+        """The mask in full for q [b, s, n, d] and t keys: bool, or with ALiBi a bias in q's dtype; None where everything is seen."""
+        s = q.shape[1]
+        mask = visible_keys(s, t, self.causal, self.window, self.segment_ids, q.device)
+        if self.alibi_slopes is not None:
+            distance = (torch.arange(t - s, t, device=q.device)[:, None] - torch.arange(t, device=q.device)).abs()
+            bias = -self.alibi_slopes[:, None, None] * distance  # [n, s, t]
+            mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+            mask = mask.to(q.dtype)
+        if mask is not None and s > 1 and not torch.compiler.is_compiling():
+            log_mask(q.device.type, tuple(mask.shape), mask.element_size())
+        return mask
+
+
+class Masks:
+    """The full masks of one forward pass of one model, whose layers have the same documents and slopes: made by the first layer, held once.
+
+    Layers of other windows have masks of their own. Make a new object for each forward pass; recomputation in the backward is part of it.
+    """
+
+    def __init__(self):
+        self._made: dict[tuple[object, ...], torch.Tensor | None] = {}
+
+    def get(self, rules: Rules, q: torch.Tensor, t: int) -> torch.Tensor | None:
+        """`Rules.mask`, made once for each window, length, dtype and device."""
+        key = (rules.causal, rules.window, rules.segment_ids is None, rules.alibi_slopes is None, q.shape[:2], t, q.dtype, q.device)
+        if key not in self._made:
+            self._made[key] = rules.mask(q, t)
+        return self._made[key]
+
+
 def sdpa_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    window: int | None,
-    segment_ids: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    dropout_p: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, *, scale: float | None, dropout_p: float, masks: Masks | None
 ) -> torch.Tensor:
     """The same through torch.nn.functional.scaled_dot_product_attention, which takes every mask but the plain causal one in full, O(s t).
 
     Raises:
         ValueError: a window without causal.
     """
-    if window is not None and not causal:
+    window, segment_ids = rules.window, rules.segment_ids
+    if window is not None and not rules.causal:
         raise ValueError(f"attention: window needs causal=True; got {window}")
     s, t = q.shape[1], k.shape[1]
     if s == 1 and window is not None and window < t:  # a last query sees the last keys, all of them: no mask
@@ -225,22 +264,21 @@ def sdpa_attention(
         segment_ids = None if segment_ids is None else segment_ids[:, -window:]
         t = window
     window = None if window is not None and window >= t else window
-    plain = (s == t or s == 1) and window is None and segment_ids is None and alibi_slopes is None
-    mask = None if plain else visible_keys(s, t, causal, window, segment_ids, q.device)
-    if alibi_slopes is not None:
-        distance = (torch.arange(t - s, t, device=q.device)[:, None] - torch.arange(t, device=q.device)).abs()
-        bias = -alibi_slopes[:, None, None] * distance  # [n, s, t]
-        mask = bias if mask is None else torch.where(mask, bias, -math.inf)
-        mask = mask.to(q.dtype)
-    if mask is not None and s > 1 and not torch.compiler.is_compiling():
-        log_mask(q.device.type, tuple(mask.shape), mask.element_size())
+    rules = replace(rules, window=window, segment_ids=segment_ids)
+    plain = (s == t or s == 1) and window is None and segment_ids is None and rules.alibi_slopes is None
+    if plain:
+        mask = None
+    elif masks is None or torch.compiler.is_compiling():
+        mask = rules.mask(q, t)
+    else:
+        mask = masks.get(rules, q, t)
     out = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout_p,
-        is_causal=plain and causal and s > 1,
+        is_causal=plain and rules.causal and s > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from neox import ops
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.attention import Attention, Context
+from neox.model.gpt import GPT
 from neox.model.positional import alibi_slopes
+from neox.ops.attention import Masks, Rules
 from neox.parallel.mesh import Mesh
 
 
@@ -95,3 +98,39 @@ def test_generators_are_forked_where_there_is_dropout_only(monkeypatch):
         attention.dropout = dropout
         attention.mix(torch.ones(1, 3, 24), Context())
         assert len(forks) == want
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_layers_share_the_full_mask_of_a_forward_pass(recompute, monkeypatch):
+    """ALiBi, a window and documents through sdpa: one mask [b, n, s, t] for three layers, forward and backward, and a new one for other documents."""
+    made = []
+    mask = Rules.mask
+    monkeypatch.setattr(Rules, "mask", lambda self, q, t: made.append(self.window) or mask(self, q, t))
+    sizes = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 8, "position_embedding": "alibi", "sliding_window": 4}
+    models = [GPT(ModelConfig(**sizes, attention_backend=backend), activation_checkpointing=recompute) for backend in ("sdpa", "native")]
+    tokens = torch.arange(18).reshape(2, 9) % 8
+    for borders in (3, 5):
+        made.clear()
+        segments = (torch.arange(9) >= borders).int().expand(2, 9)
+        losses = [model.loss(tokens, tokens, segment_ids=segments) for model in models]
+        for model, loss in zip(models, losses, strict=True):
+            model.zero_grad()
+            loss.sum().backward()
+        assert torch.allclose(*losses, atol=1e-5)
+        for mine, other in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.allclose(mine.grad, other.grad, atol=1e-4)
+        assert made == [4]
+    made.clear()
+    models[0].layers["1"].attention.window = 2
+    models[0].loss(tokens, tokens)
+    assert made == [4, 2]
+
+
+def test_a_sharing_forward_pass_keeps_lengths_and_dtypes_apart():
+    masks = Masks()
+    slopes = torch.tensor([0.5, 0.25])
+    for s, t in ((3, 7), (2, 7), (7, 7), (3, 7)):
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v = torch.rand(1, s, 2, 8, dtype=dtype), torch.rand(1, t, 2, 8, dtype=dtype), torch.rand(1, t, 2, 8, dtype=dtype)
+            shared, alone = (ops.attention(q, k, v, alibi_slopes=slopes, backend="sdpa", masks=which) for which in (masks, None))
+            assert torch.equal(shared, alone)

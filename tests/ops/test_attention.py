@@ -493,7 +493,7 @@ def test_the_size_of_a_full_mask_is_logged_once(caplog):
         for _ in range(3):
             attention(q, k, v, window=7, backend="sdpa")
     (line,) = [record.getMessage() for record in caplog.records if "mask" in record.getMessage()]
-    assert "[500, 500], 0.2 MB in every layer" in line
+    assert "[500, 500], 0.2 MB for each forward pass" in line
 
 
 @pytest.mark.parametrize(
