@@ -28,11 +28,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def choices(request, monkeypatch):
-    """With --choices cuda, "auto" is resolved as for a CUDA tensor: a test that means our kernel and does not name it fails, or shows nothing."""
+    """With --choices cuda, "auto" is resolved as for a CUDA tensor, and is an error where that is not our kernel: the test would be one of torch."""
     if request.config.getoption("--choices") == "cuda":
         module = importlib.import_module("neox.ops.attention")  # only now: this file is read before --ops-library is loaded
         choose = module.choose_backend
-        monkeypatch.setattr(module, "choose_backend", lambda backend, _, dtype, softcap=None: choose(backend, "cuda", dtype, softcap))
+
+        def choose_for_cuda(backend: str, _: str, dtype: torch.dtype, softcap: float | None = None) -> str:
+            chosen = choose(backend, "cuda", dtype, softcap)
+            assert backend != "auto" or chosen == "native", "on a GPU this test runs torch's attention: name the backend that it means"
+            return chosen
+
+        monkeypatch.setattr(module, "choose_backend", choose_for_cuda)
 
 
 @pytest.fixture

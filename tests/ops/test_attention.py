@@ -274,7 +274,7 @@ def test_window_hides_what_lies_before_it(dtype):
 
 def test_decoding_gives_the_rows_of_the_whole():
     q, k, v = qkv_of(100, 100, 4, 2, 64).values()
-    options = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01]), "window": 50}
+    options = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01]), "window": 50, "backend": "native"}
     whole = attention(q, k, v, **options)
     for t in (1, 2, 17, 64, 99, 100):
         step = attention(q[:, t - 1 : t], k[:, :t], v[:, :t], **options)
@@ -283,7 +283,7 @@ def test_decoding_gives_the_rows_of_the_whole():
 
 def test_large_scores_and_nan():
     q, k, v = qkv_of(65, 65, 2, 2, 64).values()
-    reference.assert_near(attention(q * 300, k * 300, v), reference.attention(q * 300, k * 300, v))
+    reference.assert_near(attention(q * 300, k * 300, v, backend="native"), reference.attention(q * 300, k * 300, v))
     q[0, 40, 1, 3] = torch.nan
     out = attention(q, k, v, backend="native")
     assert out[0, 40, 1].isnan().all()
@@ -408,11 +408,11 @@ def test_opcheck(dtype):
     torch.library.opcheck(native.attention_qkv.default, (qkv.requires_grad_(), *packed, *options))
 
 
-def test_compile():
+def test_compile(repeatable):
     ids = documents(2, 65, 30)
 
     def block(q, k, v):
-        return attention(q * 2, k, v, segment_ids=ids, window=20) + 1
+        return attention(q * 2, k, v, segment_ids=ids, window=20, backend="native") + 1
 
     inputs = qkv_of(65, 65, 4, 2, 32).values()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -421,7 +421,7 @@ def test_compile():
 
 
 def test_compile_packed_with_dropout():
-    compiled = torch.compile(partial(attention_qkv, dropout_p=0.5), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(partial(attention_qkv, dropout_p=0.5, backend="native"), backend="aot_eager", fullgraph=True)
     qkv = reference.random(2, 17, 2, 3, 32, dtype=DTYPES[0])
     out, dqkv = gradients(compiled, qkv)
     assert out.isfinite().all()
@@ -433,7 +433,8 @@ def test_compile_packed_with_dropout():
 def test_sdpa_backend_means_the_same(name):
     *sizes, options = CASES[name]
     inputs = tuple(qkv_of(*sizes).values())
-    for mine, other in zip(gradients(partial(attention, backend="sdpa", **options), *inputs), gradients(partial(attention, **options), *inputs), strict=True):
+    theirs, ours = (gradients(partial(attention, backend=backend, **options), *inputs) for backend in ("sdpa", "native"))
+    for mine, other in zip(theirs, ours, strict=True):
         reference.assert_near(mine, other) if CUDA else torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)
 
 
