@@ -78,7 +78,9 @@ class _RotaryQkv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dqkv):
         cos, sin = ctx.saved_tensors
-        dqkv = dqkv.clone(memory_format=torch.contiguous_format)  # others may hold the incoming gradient
+        # A copy, although attention has just made this gradient for us alone: autograd does not say so. The same memory may be the caller's dout, an
+        # expanded scalar, a hook's argument or the gradient of another branch, and only private counts of C++ references would tell.
+        dqkv = dqkv.clone(memory_format=torch.contiguous_format)
         native.rotary_qkv_(_packed(dqkv, *ctx.heads), cos, sin, True)
         return dqkv, None, None, None, None
 

@@ -198,6 +198,20 @@ def test_packed_rotation_leaves_the_incoming_gradient_alone():
     assert torch.equal(dout, before)
 
 
+def test_packed_rotation_leaves_a_gradient_alone_that_others_hold_too():
+    """A sum gives both of its terms the very same gradient, and hooks may keep what they see: the backward must not turn it in place."""
+    qkv, table = packed_inputs()
+    other, weights = (reference.random(*qkv.shape, seed=seed) for seed in (8, 9))
+    other.requires_grad_()
+    rotated = rotary_qkv(qkv.requires_grad_() * 1, **table)
+    kept = []
+    rotated.register_hook(kept.append)
+    ((rotated + other * 1) * weights).sum().backward()
+    assert torch.equal(other.grad, weights)
+    assert torch.equal(kept[0], weights)
+    assert not torch.equal(qkv.grad, weights)
+
+
 def test_packed_rotation_is_seen_by_autograd():
     """Whoever saved the values before the rotation must not get the rotated ones."""
     qkv, table = packed_inputs()
