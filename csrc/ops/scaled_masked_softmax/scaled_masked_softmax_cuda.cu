@@ -115,13 +115,14 @@ __global__ void __launch_bounds__(C::kThreads) forward(Forward<T> in) {
         }
         shift = block_reduce<Max, C::kWarps>(shift, scratch);
         const bool nothing = shift == -INFINITY;
+        if (nothing) shift = 0.0f;  // every term is then exp(-inf) = 0, or a NaN that fmaxf lost
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
             const bool seen = (i * C::kLanes + lane) * kPack < visible;
 #pragma unroll
             for (int k = 0; k < kPack; ++k) {
                 const float e = exp_nonpositive<T>(v[i][k] - shift);  // before the selection, which would make a branch of it
-                v[i][k] = !seen ? 0.0f : nothing ? unseen(v[i][k]) : e;
+                v[i][k] = seen ? e : 0.0f;
                 sum += v[i][k];
             }
         }
