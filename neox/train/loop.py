@@ -32,7 +32,7 @@ from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
 from neox.train.folder import Folders, accept, claim, note_checkpoint
-from neox.train.memory import keep_freed_memory
+from neox.train.memory import FreedMemory
 from neox.train.metrics import DROPPED, MetricsLog, memory_gb, peak_flops
 from neox.train.planned import PlanCheck
 from neox.train.profile import StepProfiler
@@ -256,13 +256,12 @@ class Run:
             self.leave_by_signal()
         if self.pending is not None and self.finish_pending(self.pending):
             self.leave_by_signal()
-        first = True
+        first, freed = True, FreedMemory()
         if self.engine.step == 0 and 0 in config.checkpoint.save_iters and self.saved_step != 0:
             self.save(must=False)
         while self.engine.step < config.train.train_iters:
             stop = self.advance(first=first)
-            if first:
-                keep_freed_memory()  # only now: what stays, the optimizer's state included, lies outside of what steps use again
+            freed.after_step()
             first = False
             last = self.engine.step == config.train.train_iters
             if stop and (not last or self.pending is not None):

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,8 +20,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep the memory that tensors on the CPU free, for the next step to use again.
 
     By default it gives large blocks back to the kernel, which hands the same memory out again page by page, cleared: a step of Pythia-160M then
-    takes 200,000 page faults and spends a tenth of its time in the kernel (docs/log.md). A step frees what the step before it freed, so that the peak
-    stays where it is.
+    takes 200,000 page faults and spends a tenth of its time in the kernel (docs/log.md).
 
     Returns:
         Whether it was done: there is a glibc, and it agreed.
@@ -33,6 +33,46 @@ def keep_freed_memory() -> bool:
         return False
     wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20))  # no blocks of their own, never trimmed
     return all(mallopt(parameter, value) == 1 for parameter, value in wanted)
+
+
+class FreedMemory:
+    """Keeps freed memory with the process from step to step, and returns it to the kernel when the heap has fragmented.
+
+    Every step allocates the same blocks, but glibc (2.36) does not place them at the same addresses. torch aligns each tensor; what the alignment leaves
+    over goes to small blocks, some of which outlive the step, and the freed block is then too small for a request of its own size. So steps come to
+    touch more and more pages while the memory in use stays the same. A trim returns every free page of the heap; the next step faults in only those
+    that it needs. That costs up to half a step (docs/log.md), so it happens at most once every INTERVAL steps, and only if resident memory has grown
+    by GROWTH.
+
+    Call `after_step` after every step. Tensors on a GPU are not affected.
+    """
+
+    SETTLE = 10  # steps after a trim in which the pages that steps reuse are faulted in
+    INTERVAL = 100  # steps
+    GROWTH = 1.05  # of resident memory, relative to that SETTLE steps after the last trim
+
+    def __init__(self):
+        self.trim: Callable[[int], int] | None = None
+        self.started = False
+        self.steps = 0  # since the last trim
+        self.settled = 0  # bytes resident SETTLE steps after the last trim
+
+    def after_step(self) -> None:
+        """Set up the allocator after the first step: what stays, the optimizer's state included, then lies outside of what steps reuse. Trim when due."""
+        if not self.started:
+            self.started = True
+            if keep_freed_memory():
+                self.trim = ctypes.CDLL(None).malloc_trim
+                self.trim(0)
+            return
+        if self.trim is None:
+            return
+        self.steps += 1
+        if self.steps == self.SETTLE:
+            self.settled = resident_bytes()
+        elif self.steps % self.INTERVAL == 0 and resident_bytes() > self.GROWTH * self.settled:
+            self.trim(0)
+            self.steps = 0
 
 
 class MallInfo(ctypes.Structure):
