@@ -178,6 +178,23 @@ def test_one_of_several_jobs_takes_over_a_stale_lock(tmp_path):
         os.killpg(holder.pid, signal.SIGKILL)
 
 
+def test_a_file_removed_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
+    """The holder releases between our open and our flock: the lock must be that of a file that others see."""
+    flock, removed = fcntl.flock, []
+
+    def remove_first(descriptor, operation):
+        if not removed:
+            os.unlink(tmp_path / LOCK)
+            removed.append(LOCK)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with FolderLock(tmp_path):
+        assert removed and (tmp_path / LOCK).exists()
+        with pytest.raises(CheckpointError, match="another job holds"):
+            FolderLock(tmp_path)
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_without_flock_the_file_itself_is_the_lock(tmp_path, monkeypatch, code):
     def refuse(*_):

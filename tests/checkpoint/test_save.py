@@ -9,7 +9,7 @@ import torch
 
 from neox.checkpoint.load import Checkpoint, digest, find, verify
 from neox.checkpoint.reshard import Fragment
-from neox.checkpoint.save import cut
+from neox.checkpoint.save import checked, cut
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import make_state, save_one, whole_fragments
 from tests.distributed import run_ranks, start_ranks
@@ -107,6 +107,20 @@ def test_refuses_what_does_not_fit_together(tmp_path):
         with pytest.raises(CheckpointError, match=match):
             save_one(tmp_path, fragments=[*good, fragment])
         assert list(tmp_path.glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("weight", name) for name in ("", "/x", "a/../x", "a\\x", "a\0x", "x[0:2]")),
+        *((kind, "x") for kind in ("", "a/b", "a[b", "rng")),
+    ],
+)
+def test_names_that_cannot_be_stored_are_refused(kind, name):
+    """A bracket starts the address in a shard's table, the others would leave the folder or end the name."""
+    one = whole_fragments(make_state())[0]
+    with pytest.raises(CheckpointError, match="name cannot be stored"):
+        checked(Fragment(name, kind, one.shape, one.slices, one.start, one.stop, one.data))
 
 
 def test_large_fragments_are_cut():

@@ -92,6 +92,8 @@ LIES = {
     "negative shape": (_file({"a": _tensor(0, 4, shape=[-2, -2])}, 4), "malformed"),
     "fraction": (_file({"a": _tensor(0, 4, shape=[4.0])}, 4), "malformed"),
     "reversed offsets": (_file({"a": {"dtype": "U8", "shape": [0], "data_offsets": [4, 0]}}, 4), "contradicts its shape"),
+    "one offset": (_file({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4]}}, 4), "malformed"),
+    "three offsets": (_file({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}, 4), "malformed"),
     "unknown dtype": (_file({"a": _tensor(0, 4, dtype="Q8")}, 4), "malformed"),
     "no offsets": (_file({"a": {"dtype": "U8", "shape": [1]}}, 1), "malformed"),
     "empty": (b"", "longer than the file allows"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from neox.config.schema import Config
-from neox.data.builder import build_datasets
+from neox.data.builder import build_datasets, documents_of_parts
 from neox.data.indexed import IndexedDataset
 from neox.data.sampling import BlendedDataset, neox_order
 from neox.errors import ConfigError, DataError
@@ -36,6 +36,11 @@ def test_split_parts_do_not_overlap(corpus):
     for part, (low, high) in zip(("train", "validation", "test"), itertools.pairwise(cuts), strict=True):
         starts = [datasets[part]._first_token(i) for i in range(len(datasets[part]))]
         assert low <= min(starts) and max(starts) + 17 <= high
+
+
+def test_parts_without_documents_are_not_listed(corpus):
+    parts = documents_of_parts(config({"path": corpus.prefix, "split": "1,0,1"}))
+    assert [(part, span) for part, [(_, span)] in parts.items()] == [("train", (0, 51)), ("test", (51, 101))]
 
 
 def test_order_does_not_depend_on_the_length_of_the_run(corpus):

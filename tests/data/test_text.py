@@ -77,6 +77,15 @@ def test_good_oddities_are_read(tmp_path):
     assert documents(path) == (["bom", "a\0b", "twice", "😀", "", "no end"], [], 2)
 
 
+@pytest.mark.parametrize("block_bytes", [5, 6, 10, 11, 13])
+def test_only_the_start_of_a_file_loses_its_byte_order_mark(tmp_path, block_bytes):
+    """The same bytes later in the first line are text, also where a block begins with them."""
+    text = "\ufeff" * 40
+    path = tmp_path / "f.jsonl"
+    path.write_text(f'\ufeff{{"text": "{text}"}}\n{{"text": "{text}"}}\n')
+    assert documents(path, block_bytes=block_bytes) == ([text, text], [], 0)
+
+
 @pytest.mark.parametrize("block_bytes", [1, 7, 64, 1000, 1 << 20])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 def test_blocks_and_compression_change_nothing(tmp_path, block_bytes, suffix):

@@ -90,10 +90,11 @@ def test_document_limit(model, dataset):
 
 
 def test_wrong_data_is_named(model, tmp_path):
-    with IndexedWriter(tmp_path / "wide", "uint16") as writer:
-        writer.add_document([1, 40, 0])
-    with pytest.raises(DataError, match=r"token beyond the model's vocabulary.*got=40; want=0 <= id < 31"):
-        evaluate(model, IndexedDataset(tmp_path / "wide"), seq_length=8)
+    for token in (31, 40):
+        with IndexedWriter(tmp_path / f"wide{token}", "uint16") as writer:
+            writer.add_document([1, token, 0])
+        with pytest.raises(DataError, match=rf"token beyond the model's vocabulary.*got={token}; want=0 <= id < 31"):
+            evaluate(model, IndexedDataset(tmp_path / f"wide{token}"), seq_length=8)
     with IndexedWriter(tmp_path / "none", "uint16") as writer:
         writer.add_document([])
     with pytest.raises(DataError, match="nothing to evaluate"):
@@ -104,3 +105,4 @@ def test_windows_longer_than_the_positions_are_refused(dataset):
     config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=31, max_position_embeddings=16, position_embedding="learned")
     with pytest.raises(ConfigError, match="window longer than the model has positions"):
         evaluate(GPT(config, Mesh.single()), dataset, seq_length=17)
+    assert evaluate(GPT(config, Mesh.single()), dataset, seq_length=16).tokens == sum(map(len, DOCUMENTS))

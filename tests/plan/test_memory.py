@@ -68,6 +68,22 @@ def test_a_bucket_larger_than_the_model_is_not_copied_whole():
     assert large.phases["reduce"] - fitting.phases["reduce"] == 4 * count
 
 
+@pytest.mark.parametrize(
+    ("dtype", "zero", "resident", "gradients"),  # bytes per parameter over 8 replicas; resident: weights, masters and two moments
+    [
+        ("fp32", 0, 4 + 8, 4),
+        ("bf16", 1, 2 + 12 / 8, 4 / 8),
+        ("bf16", 2, 2 + 12 / 8, 4 / 8),
+        ("bf16", 3, 2 / 8 + 2 + 12 / 8, 4 / 8),
+    ],
+)
+def test_the_update_reads_the_gradients_that_a_process_owns(dtype, zero, resident, gradients):
+    config, layout, (memory,) = plan(f"zero.stage={zero}", f"precision.dtype={dtype}", world=8)
+    (stage,) = layout.stages
+    bucket = held(config, layout, stage).bucket if zero == 1 else 0  # of stage 1, which holds others' gradients until the end of the update
+    assert memory.phases["update"] == pytest.approx((resident + gradients) * stage.parameters + bucket, rel=1e-6)
+
+
 def test_offloaded_state_is_the_hosts():
     _, layout, (here,) = plan()
     _, _, (away,) = plan("deepspeed.zero_optimization.offload_optimizer.device=cpu")

@@ -52,6 +52,12 @@ def test_too_small_a_device_says_so():
     assert any("more devices, or larger ones" in line for line in text)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (1.5, "1.5 s"), (130, "2.17 min"), (8000, "2.22 h"), (1e6, "11.6 days")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0.0123, "12.3 ms"), (0.99, "990 ms"), (1, "1 s"), (1.5, "1.5 s"), (130, "2.17 min"), (8000, "2.22 h"), (1e6, "11.6 days")),
+        *((119, "119 s"), (120, "2 min"), (7140, "119 min"), (7200, "2 h"), (169200, "47 h"), (172800, "2 days")),  # from two of a unit on
+    ],
+)
 def test_durations_are_read_easily(seconds, text):
     assert duration(seconds) == text
