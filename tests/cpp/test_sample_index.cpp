@@ -131,6 +131,26 @@ void segments_give_the_same_rows(std::mt19937_64& random) {
     }
 }
 
+// Faults in segments that are gathered at the same time: the first of the order is named, whether the later one is met before it or after it.
+void the_first_of_several_faults_is_named() {
+    constexpr size_t kSegment = 16384;  // documents, as in sample_index.cpp
+    const std::vector<int32_t> sizes(100, 3);
+    std::vector<int64_t> out(2000);
+    const auto fill = [&](const std::vector<int32_t>& order, int threads) {
+        fill_sample_index(reinterpret_cast<const uint8_t*>(sizes.data()), static_cast<int64_t>(sizes.size()), order.data(), static_cast<int64_t>(order.size()),
+                          1000, out.data(), 1000, threads);
+    };
+    std::vector<int32_t> everywhere(17 * kSegment + 1, 1), at_the_end = everywhere;
+    for (size_t segment = 2; segment < 17; ++segment) everywhere[segment * kSegment + 5 * segment] = 100;
+    at_the_end[17 * kSegment - 1] = 100, at_the_end.back() = -1;  // the last segment has one document: its fault is met first
+    for (int round = 0; round < 100; ++round) {
+        for (const int threads : {2, 3, 8}) {
+            EXPECT_FAULT(fill(everywhere, threads), "position " + std::to_string(2 * kSegment + 10) + " ");
+            EXPECT_FAULT(fill(at_the_end, threads), "position " + std::to_string(17 * kSegment - 1) + " ");
+        }
+    }
+}
+
 // One random order: its rows are what they are defined to be, and a number that does not belong in it is refused.
 template <typename Doc, typename Row>
 void rows_equal_their_definition(std::mt19937_64& random) {
@@ -258,6 +278,7 @@ int main(int count, char** arguments) {
     std::mt19937_64 random(20240500 + budget.seed());
     positions_beyond_32_bits<int32_t>();
     positions_beyond_32_bits<int64_t>();
+    the_first_of_several_faults_is_named();
     threads_give_the_same_rows(random);
     segments_give_the_same_rows<int32_t>(random);
     segments_give_the_same_rows<int64_t>(random);
