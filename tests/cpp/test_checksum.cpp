@@ -19,6 +19,24 @@ void published_digests() {
     EXPECT_EQ(of("xxhash", 20141025), 0xB559B98D844E0635u);
 }
 
+// Digests of xxHash 0.8.4, with and without a seed: around 32 bytes, of which the four lanes take all that there are, and their multiples.
+void digests_of_whole_lanes() {
+    std::vector<uint8_t> bytes(200);
+    for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 37 + 11);
+    const struct {
+        size_t count;
+        uint64_t unseeded, seeded;
+    } wanted[] = {
+        {31, 0xE4A0E629E519A4AEu, 0x0537871DB26141B6u}, {32, 0xCC6B8AAADA790B2Du, 0xB7228B42EB1FB68Bu},  {33, 0x35EC49850475A832u, 0xAC910C96071DD692u},
+        {63, 0xBF9F0BA3CF95B28Au, 0x6C4726061FA07EE6u}, {64, 0x155CCCE4BF32BEFCu, 0x6A63509BB0EF3CB5u},  {65, 0xDA5EE441A595CFB8u, 0xACC65644906B2839u},
+        {96, 0x7C874B795FA7AB0Cu, 0x677A616CBB551D82u}, {200, 0x2F074B6DD9094E34u, 0xA4ED13F48CB24DB2u},
+    };
+    for (const auto& of_count : wanted) {
+        EXPECT_EQ(checksum(bytes.data(), of_count.count), of_count.unseeded);
+        EXPECT_EQ(checksum(bytes.data(), of_count.count, 20141025), of_count.seeded);
+    }
+}
+
 void alignment_and_content() {
     std::vector<uint8_t> bytes(200 + 8);
     for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 37 + 11);
@@ -58,6 +76,7 @@ void files() {
 
 int main() {
     published_digests();
+    digests_of_whole_lanes();
     alignment_and_content();
     files();
     return tally.finish();

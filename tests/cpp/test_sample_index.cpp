@@ -131,22 +131,25 @@ void segments_give_the_same_rows(std::mt19937_64& random) {
     }
 }
 
-// Faults in segments that are gathered at the same time: the first of the order is named, whether the later one is met before it or after it.
+// Faults in segments that are gathered at the same time: the first of the order is named, whether the later one is met before it or after it, and none
+// of a segment that no row needs.
 void the_first_of_several_faults_is_named() {
     constexpr size_t kSegment = 16384;  // documents, as in sample_index.cpp
     const std::vector<int32_t> sizes(100, 3);
     std::vector<int64_t> out(2000);
-    const auto fill = [&](const std::vector<int32_t>& order, int threads) {
+    const auto fill = [&](const std::vector<int32_t>& order, int64_t rows, int threads) {
         fill_sample_index(reinterpret_cast<const uint8_t*>(sizes.data()), static_cast<int64_t>(sizes.size()), order.data(), static_cast<int64_t>(order.size()),
-                          1000, out.data(), 1000, threads);
+                          1000, out.data(), rows, threads);
     };
     std::vector<int32_t> everywhere(17 * kSegment + 1, 1), at_the_end = everywhere;
     for (size_t segment = 2; segment < 17; ++segment) everywhere[segment * kSegment + 5 * segment] = 100;
     at_the_end[17 * kSegment - 1] = 100, at_the_end.back() = -1;  // the last segment has one document: its fault is met first
+    const int64_t before = 2 * kSegment * 3 / 1000;               // rows that the segments before the first fault of `everywhere` are enough for
     for (int round = 0; round < 100; ++round) {
         for (const int threads : {2, 3, 8}) {
-            EXPECT_FAULT(fill(everywhere, threads), "position " + std::to_string(2 * kSegment + 10) + " ");
-            EXPECT_FAULT(fill(at_the_end, threads), "position " + std::to_string(17 * kSegment - 1) + " ");
+            EXPECT_FAULT(fill(everywhere, 1000, threads), "position " + std::to_string(2 * kSegment + 10) + " ");
+            EXPECT_FAULT(fill(at_the_end, 1000, threads), "position " + std::to_string(17 * kSegment - 1) + " ");
+            EXPECT_EQ(fault_of([&] { fill(everywhere, before, threads); }), "");
         }
     }
 }

@@ -29,6 +29,12 @@ def test_checksum_is_xxh64(content, wanted):
 LENGTHS = [*range(400), 1023, 1024, 1025, 2048, 2049, 5000, (256 << 10) - 1, 256 << 10, (256 << 10) + 1, 1_000_003]
 
 
+def test_xxh64_is_that_of_the_reference():
+    content = np.random.default_rng(2).bytes(LENGTHS[-1])
+    for length in LENGTHS:
+        assert core.checksum(content[:length]) == xxhash.xxh64_intdigest(content[:length]), length
+
+
 def test_xxh3_is_that_of_the_reference(tmp_path):
     content = np.random.default_rng(1).bytes(LENGTHS[-1])
     (tmp_path / "f").write_bytes(b"front" + content)

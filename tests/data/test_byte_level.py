@@ -113,6 +113,20 @@ def test_long_words_and_short_ones_are_merged_alike(tmp_path):
     assert disagreement(file, tmp_path / "t.json", [*words, "a" * 3000, "ab" * 3000, "'" * 700, "日" * 900]) is None
 
 
+def test_ids_around_16_bits_are_remembered_whole(tmp_path):
+    """Words are remembered with 16 or with 32 bits per id: a vocabulary whose ids lie on both sides, words of up to 23 ids, each met again."""
+    path = tmp_path / "t.json"
+    content = json.loads(json.dumps(bpe(path, GPT2_PATTERN).content))
+    content["model"]["vocab"] = {token: number + 65_100 for token, number in content["model"]["vocab"].items()}
+    for token in content["added_tokens"]:
+        token["id"] += 65_100
+    path.write_text(json.dumps(content))
+    rng = random.Random(7)
+    words = ["".join(rng.choice("aeiqxzé日") for _ in range(rng.randrange(1, 24))) for _ in range(3000)]
+    texts = [hostile(rng) for _ in range(500)] + [" ".join(rng.choice(words) for _ in range(50)) for _ in range(500)]
+    assert disagreement(TokenizerFile(path), path, texts) is None
+
+
 def test_classes_and_normal_form_are_those_of_the_library():
     codes = [code for code in (*range(0x32000), *range(0xE0000, 0xE0200)) if not 0xD800 <= code < 0xE000]
     text = "".join(map(chr, codes))

@@ -266,6 +266,32 @@ def test_a_file_cut_short_while_open_is_an_error_and_not_a_bus_error(corpus):
         corpus[3]
 
 
+@pytest.mark.parametrize("file", ["bin", "idx"])
+def test_every_read_finds_that_a_file_was_cut_short_while_open(corpus, tmp_path, file):
+    """Within the last page a map reads zeros where the file ends, without any signal: a merge must not copy them."""
+    order, zeros = np.arange(101, dtype=np.int32), np.zeros(1, np.int64)
+    path = f"{corpus.prefix}.{file}"
+    os.truncate(path, os.path.getsize(path) - 2)
+
+    def merge() -> None:
+        with IndexedWriter(tmp_path / "merged", "uint16") as writer:
+            writer.add_dataset(corpus)
+
+    reads = {
+        "sequence": lambda: corpus[3],
+        "read": lambda: corpus.read(0, corpus.num_tokens),
+        "read_ordered": lambda: corpus.read_ordered(order, 0, 0, corpus.num_tokens),
+        "read_pieces": lambda: corpus.read_pieces(zeros, zeros + corpus.num_tokens),
+        "survey": lambda: corpus.survey(0, 101, None),
+        "merge": merge,
+    }
+    for name, read in reads.items():
+        with pytest.raises(DataError, match=rf"changed while it was open; where=.*corpus\.{file}"):
+            read()
+            pytest.fail(name)
+    assert not list(tmp_path.glob("merged*"))
+
+
 def test_reads_outside_are_refused(corpus):
     for first, count in ((-1, 1), (0, -1), (corpus.num_tokens, 1), (2**63 - 1, 2**63 - 1)):
         with pytest.raises(IndexError, match="out of range"):
