@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 
@@ -181,6 +182,22 @@ def test_a_template_that_is_no_regular_file_is_refused_at_once(tokenizer, tmp_pa
     (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="nested too deeply"):
         find_template(None, tokenizer.file)
+
+
+@pytest.mark.parametrize("bad_lines", ["skip", "quarantine", "fail"])
+def test_bad_conversations_are_kept_aside_only_where_asked(tokenizer, tmp_path, bad_lines):
+    good = json.dumps({"messages": [said("user", "say"), said("assistant", "yes")]})
+    (tmp_path / "in.jsonl").write_text(f"{good}\n{{oops\n")
+    run = functools.partial(preprocess_chat, [str(tmp_path / "in.jsonl")], tmp_path / "out", ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]), workers=0)
+    if bad_lines == "fail":
+        with pytest.raises(DataError, match=r"bad line; where=.*in\.jsonl"):
+            run(bad_lines=bad_lines)
+        assert not list(tmp_path.glob("out*"))
+        return
+    summary = run(bad_lines=bad_lines)
+    kept = tmp_path / "out.quarantine.jsonl"
+    assert (summary.documents, summary.bad_lines) == (1, 1)
+    assert summary.quarantine == (str(kept) if bad_lines == "quarantine" else None) and kept.exists() == (bad_lines == "quarantine")
 
 
 def test_a_template_that_fails_is_a_bad_line_with_its_message(tokenizer, tmp_path):

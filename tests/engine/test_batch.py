@@ -1,5 +1,6 @@
 """What a process computes of a micro-batch."""
 
+import pytest
 import torch
 
 from neox.engine.batch import LocalBatch, context_part, to_device
@@ -27,11 +28,13 @@ def test_a_batch_that_is_there_is_not_copied():
     assert moved.position_ids.device.type == "meta"
 
 
-def test_the_sequence_is_cut_over_the_context_group_but_for_segment_ids():
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_sequence_is_cut_over_the_context_group_but_for_segment_ids(size):
     batch = make_batch()
     single = Mesh.single()
     assert context_part(batch, single) is batch
-    parts = [context_part(batch, Mesh(**{**vars(single), "cp": 3, "cp_rank": rank})) for rank in range(3)]
-    assert torch.equal(torch.cat([part.tokens for part in parts], dim=1), batch.tokens)
-    assert torch.equal(parts[1].position_ids, batch.position_ids[:, 4:8])
+    parts = [context_part(batch, Mesh(**{**vars(single), "cp": size, "cp_rank": rank})) for rank in range(size)]
+    for name in ("tokens", "targets", "position_ids"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(batch, name))
+        assert all(getattr(part, name).shape == (2, 12 // size) for part in parts)
     assert all(part.segment_ids is batch.segment_ids for part in parts)
