@@ -88,19 +88,21 @@ def _pieces(path: str, block_bytes: int, longest: int, form: str) -> Iterator[Pi
     """The content of a file. Its start decides how it is read where the name does not."""
     chunks = _chunks(path, block_bytes)
     start: list[bytes] = []
-    size, damage = 0, None
+    damage = None
     try:
-        while size < START_BYTES and (chunk := next(chunks, b"")):
+        while sum(map(len, start)) < START_BYTES and (chunk := next(chunks, b"")):
             start.append(chunk)
-            size += len(chunk)
+            del chunk  # a chunk of compressed data may be 100 MB
     except _Damaged as error:
         damage = error
-    read = _line_pieces if read_as_lines(path, b"".join(start)[:START_BYTES], form) else _text_piece
+    first_bytes = b"".join(chunk[:START_BYTES] for chunk in start)[:START_BYTES]
+    read = _line_pieces if read_as_lines(path, first_bytes, form) else _text_piece
     yield from read(path, _continued(start, damage, chunks), block_bytes, longest)
 
 
 def _continued(start: list[bytes], damage: _Damaged | None, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    yield from start
+    while start:
+        yield start.pop(0)  # not held while the rest of the file is read
     if damage is not None:
         raise damage
     yield from chunks
