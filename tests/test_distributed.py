@@ -76,6 +76,8 @@ def test_the_innermost_call_is_one_of_ours_where_there_is_one():
 
 
 def test_a_process_group_that_is_left_is_closed():
+    if process_group_size():  # that of an engine which a fixture of another file still holds
+        close_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert process_group_size() == 1
     close_process_group()

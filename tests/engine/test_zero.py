@@ -1,5 +1,7 @@
 """Pieces: whatever the stage, they cover every element of every parameter once, and what is written is what is read."""
 
+import math
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_what_is_written_is_read_back_and_reaches_the_model(dtype, stage):
         assert torch.equal(f.data, tensors[f"{f.kind}/{f.name}"][f.start : f.stop])
     assert engine_padding(engine) == 0.0
     result = engine.evaluate([])
-    assert result == 0.0
+    assert math.isnan(result)  # no target was given
     small = dict(engine.model.named_parameters())["norm.weight"]
     assert torch.equal(small.detach().float(), tensors["weight/norm.weight"].to(small.dtype).float())
     counters = {float(state["step"]) for state in engine.optimizer.state.values()}

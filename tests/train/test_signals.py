@@ -54,7 +54,7 @@ def test_the_descriptor_that_signals_are_written_to_comes_back():
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/self/fd")) > open_files and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(os.listdir("/proc/self/fd")) == open_files
+        assert len(os.listdir("/proc/self/fd")) <= open_files
         with pytest.raises(BlockingIOError):
             os.read(reader, 1)
     finally:
