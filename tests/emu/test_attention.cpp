@@ -213,7 +213,7 @@ std::vector<Case> masks() {
             {1, 129, 129, 1, 1, 64},
             {1, 300, 17, 1, 1, 64},                                          // whole blocks of rows see nothing
             {2, 1, 300, 1, 4, 64},                                           // decoding: parts of the keys
-            {1, 40, 600, 1, 1, 128},                                         // the same with parts that some rows do not see
+            {1, 41, 700, 1, 1, 128},                                         // the same with 11 tiles in 3 parts
             {1, 66, 128, 1, 1, 64},                                          // a tile of keys ends one key after the first row's position
             with({1, 100, 164, 1, 1, 64}, [](Case& c) { c.window = 163; }),  // a tile begins one key before the last row's window
             with({1, 65, 65, 1, 1, 64}, [](Case& c) { c.window = 1; }),
