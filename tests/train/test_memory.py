@@ -123,7 +123,7 @@ def test_a_step_leaves_nothing_behind(tmp_path):
     command = [sys.executable, "-c", STEPS, "train", "--conf", str(tmp_path / "a.yml"), "--set", *changes]
     result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.rpartition("bytes per step:")[2]) < 400
+    assert int(result.stdout.rpartition("bytes per step:")[2]) < 700  # the leak of strings alone was 816
 
 
 GROWTH = """
