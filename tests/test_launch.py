@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from neox.config.load import plain
+from neox.config.load import to_builtins
 from tests.distributed import environment, free_port
 from tests.train.corpus import make_config, make_corpus, records
 
@@ -72,7 +72,9 @@ def test_a_job_stops_ahead_of_its_limit_queues_itself_and_resumes(slurm, tmp_pat
     conf = tmp_path / "config.yml"
     # a batch for two processes, and steps long enough to be stopped between
     conf.write_text(
-        json.dumps(plain(make_config(tmp_path / "corpus", tmp_path / "run", "train.train_iters=400", "checkpoint.save_interval=0", "evaluate.interval=0")))
+        json.dumps(
+            to_builtins(make_config(tmp_path / "corpus", tmp_path / "run", "train.train_iters=400", "checkpoint.save_interval=0", "evaluate.interval=0"))
+        )
     )
     queue = tmp_path / "requeued"
     first = slurm("--conf", conf, SIGNAL_AFTER=3, METRICS=tmp_path / "run" / "metrics.jsonl", REQUEUED=queue)

@@ -12,7 +12,7 @@ import argparse
 import json
 
 from neox.config.explain import converted, diff, explain, inline, show
-from neox.config.load import Loaded, load, plain
+from neox.config.load import Loaded, load, to_builtins
 from neox.config.reference import config_reference, upstream_reference
 from neox.config.schema import Config
 from neox.errors import ConfigError, DiskError
@@ -85,7 +85,7 @@ def show_text(loaded: Loaded, as_json: bool) -> str:
     if not as_json:
         return show(loaded)
     origins = {key: str(origin) for key, origin in loaded.origins.items()}
-    return json.dumps({"config": plain(loaded.config), "origins": origins, "notes": list(loaded.notes)}, indent=2)
+    return json.dumps({"config": to_builtins(loaded.config), "origins": origins, "notes": list(loaded.notes)}, indent=2)
 
 
 def explain_text(key: str | None, loaded: Loaded | None, as_json: bool) -> str:

@@ -25,8 +25,8 @@ from neox.cli.export import make_stage, publish
 from neox.config.load import dump, load
 from neox.config.schema import Config, ModelConfig, SpecialIds, TokenizerConfig
 from neox.convert.foreign import describe
+from neox.convert.gpt_neox import config_files, embedding_rows, is_gpt_neox_checkpoint, open_gpt_neox_checkpoint, step_folder
 from neox.convert.huggingface import LOGIT_TOLERANCE, SETTINGS_FILES, compare, open_huggingface, probe_tokens
-from neox.convert.neox import config_files, embedding_rows, is_old_checkpoint, open_old_checkpoint, step_folder
 from neox.convert.source import Source, save_weights
 from neox.convert.special_ids import read_special_ids
 from neox.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     source, out = Path(args.source), Path(args.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError("import would overwrite files", where=out, want="a folder that is absent or empty", do="choose another --out")
-    old = is_old_checkpoint(source)
+    old = is_gpt_neox_checkpoint(source)
     if not old and not (source / "config.json").is_file():
         raise describe(source) or CheckpointError(
             "no model here",
@@ -126,7 +126,7 @@ def read_old(source: Path, args: argparse.Namespace, out: Path) -> tuple[Config,
         print(f"note: {note}", file=sys.stderr)
     if args.tokenizer is None and loaded.config.tokenizer.file is not None and Path(loaded.config.tokenizer.file).is_file():
         args.tokenizer = loaded.config.tokenizer.file
-    weights = open_old_checkpoint(folder, loaded.config.model)
+    weights = open_gpt_neox_checkpoint(folder, loaded.config.model)
     section = TokenizerConfig(file=str(out / "tokenizer.json") if args.tokenizer else None)
     return whole_config(loaded.config.model, weights, section, out), weights
 

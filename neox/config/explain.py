@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
 from neox.config.load import Loaded, LockDumper, Origin, flatten, known_keys, nested_model, suggestions
-from neox.config.neox_keys import NEOX_KEYS
 from neox.config.problems import nearest
 from neox.config.schema import Config, DataSource
 from neox.errors import ConfigError
@@ -108,7 +108,7 @@ def explain(key: str, loaded: Loaded | None = None) -> KeyHelp:
     fields = known_keys()
     if key not in fields and key in suggestions():
         return explain_foreign(key)
-    if key not in fields and key in NEOX_KEYS:
+    if key not in fields and key in GPT_NEOX_KEYS:
         return explain_upstream(key)
     if key not in fields:
         close = nearest(key, suggestions())
@@ -143,7 +143,7 @@ def explain_foreign(key: str) -> KeyHelp:
 
 def explain_upstream(key: str) -> KeyHelp:
     """A key of GPT-NeoX's files."""
-    row = NEOX_KEYS[key]
+    row = GPT_NEOX_KEYS[key]
     meaning = {"renamed": f"is {row.to[0]}" if row.to else "", "translated": row.text, "ignored": f"ignored: {row.text}", "unsupported": row.text}[row.kind]
     to = f" -> {', '.join(row.to)}" if row.kind == "translated" else ""
     default = None if row.default is None else inline(row.default)

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
-from neox.config.neox_files import Given, collect, is_upstream, translate
+from neox.config.gpt_neox.files import Given, collect, is_upstream, translate
 from neox.config.parse import MAX_BYTES, CoreLoader, Leaf, Reader, plain_scalar
 from neox.config.problems import brief, nearest, raise_problems
 from neox.config.schema import Config, DataSource
@@ -411,22 +411,22 @@ def flatten(config: Config) -> list[tuple[str, Any]]:
             for name, inner in value.items():
                 visit(inner, f"{key}.{name}")
         else:
-            rows.append((key, plain(value)))
+            rows.append((key, to_builtins(value)))
 
     visit(config, "")
     return rows
 
 
-def plain(value: Any) -> Any:
+def to_builtins(value: Any) -> Any:
     """A config value as plain lists, dicts and scalars; a data source without what it does not name."""
     if isinstance(value, DataSource):
         return {name: inner for name, inner in value if inner is not None}
     if isinstance(value, BaseModel):
-        return {name: plain(inner) for name, inner in value}
+        return {name: to_builtins(inner) for name, inner in value}
     if isinstance(value, dict):
-        return {name: plain(inner) for name, inner in value.items()}
+        return {name: to_builtins(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_builtins(item) for item in value]
     return value
 
 
@@ -473,4 +473,4 @@ class LockDumper(yaml.SafeDumper):
 
 def dump(config: Config) -> str:
     """The whole resolved config as YAML text; `loads(dump(config)) == config`."""
-    return yaml.dump(plain(config), Dumper=LockDumper, sort_keys=False, allow_unicode=True, width=150)
+    return yaml.dump(to_builtins(config), Dumper=LockDumper, sort_keys=False, allow_unicode=True, width=150)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from neox.config.explain import explain
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
 from neox.config.load import known_keys
-from neox.config.neox_keys import NEOX_KEYS
 from neox.config.schema import Config
 
 
 def upstream_names() -> dict[str, list[str]]:
     """Native key -> the keys of GPT-NeoX that decide it."""
     names: dict[str, list[str]] = {}
-    for name, row in NEOX_KEYS.items():
+    for name, row in GPT_NEOX_KEYS.items():
         for target in row.to:
             names.setdefault(target, []).append(name)
     return names
@@ -80,7 +80,7 @@ def _upstream_lines() -> Iterator[str]:
     }
     for kind, title in titles.items():
         yield from ("", f"## {title}", "", *heads[kind])
-        for name, row in NEOX_KEYS.items():
+        for name, row in GPT_NEOX_KEYS.items():
             if row.kind != kind:
                 continue
             default = code("" if row.default is None else str(row.default))

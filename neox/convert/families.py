@@ -14,7 +14,7 @@ import torch
 
 from neox.config.schema import GATED, ModelConfig
 from neox.convert.config_keys import Json, Key
-from neox.convert.family_keys import GPT2_ALIASES, GPT2_KEYS, LLAMA_KEYS, MISTRAL_KEYS, NEOX_KEYS, QWEN2_KEYS, QWEN3_KEYS
+from neox.convert.family_keys import GPT2_ALIASES, GPT2_KEYS, GPT_NEOX_KEYS, LLAMA_KEYS, MISTRAL_KEYS, QWEN2_KEYS, QWEN3_KEYS
 from neox.convert.rope import positions_to_json, rope_from_json, rope_misfits, rope_to_json
 from neox.errors import ConfigError
 
@@ -125,7 +125,7 @@ def _rotates_evenly(head_dim: int, rotary_pct: float) -> bool:
     return int(head_dim * rotary_pct) % 2 == 0
 
 
-def _neox_misfits(config: ModelConfig) -> list[str]:
+def _gpt_neox_misfits(config: ModelConfig) -> list[str]:
     fixed = rope_misfits(config) + _unlike(
         config, norm="layernorm", position_embedding="rotary", mlp_bias=True, qk_norm=False, sliding_window=None, attention_softcap=None
     )
@@ -135,7 +135,7 @@ def _neox_misfits(config: ModelConfig) -> list[str]:
     return fixed + (_unlike(config, shared_residual_norm=False) if config.parallel_residual else [])
 
 
-def _neox_to_json(config: ModelConfig) -> Json:
+def _gpt_neox_to_json(config: ModelConfig) -> Json:
     rope = rope_to_json(config)
     rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_pct
     return rope | {
@@ -155,7 +155,7 @@ def _neox_to_json(config: ModelConfig) -> Json:
     }
 
 
-def _neox_from_json(theirs: Json) -> Json:
+def _gpt_neox_from_json(theirs: Json) -> Json:
     rope = rope_from_json(theirs, theirs["rotary_emb_base"], theirs["rotary_pct"])
     head_dim = theirs["hidden_size"] // theirs["num_attention_heads"]
     if not _rotates_evenly(head_dim, rope["rotary_pct"]):
@@ -176,7 +176,7 @@ def _with_biases(ours: str, theirs: str, bias: bool = True) -> Iterator[tuple[st
         yield f"{ours}.{kind}", same(f"{theirs}.{kind}")
 
 
-def _neox_rules(config: ModelConfig) -> dict[str, Rule]:
+def _gpt_neox_rules(config: ModelConfig) -> dict[str, Rule]:
     rules = {"embedding.word.weight": same("gpt_neox.embed_in.weight")}
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"gpt_neox.layers.{i}"
@@ -364,7 +364,7 @@ _LLAMA_PLAIN = {"qk_norm": False, "sliding_window": None}
 _QWEN2_FIXED = {"qk_norm": False, "qkv_bias": True, "attention_out_bias": False, "mlp_bias": False}
 
 FAMILIES = (
-    Family("gpt_neox", "GPTNeoXForCausalLM", NEOX_KEYS, _neox_misfits, _neox_to_json, _neox_from_json, _neox_rules),
+    Family("gpt_neox", "GPTNeoXForCausalLM", GPT_NEOX_KEYS, _gpt_neox_misfits, _gpt_neox_to_json, _gpt_neox_from_json, _gpt_neox_rules),
     Family("gpt2", "GPT2LMHeadModel", GPT2_KEYS, _gpt2_misfits, _gpt2_to_json, _gpt2_from_json, _gpt2_rules, GPT2_ALIASES),
     Family(
         "llama",

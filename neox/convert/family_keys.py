@@ -12,7 +12,7 @@ _SHARED = {
     "initializer_range": Key("number", None, nullable=True),  # of no effect on what the model computes
     "pad_token_id": Key("id", None, nullable=True),
 }
-NEOX_KEYS = {
+GPT_NEOX_KEYS = {
     "bos_token_id": Key("id", 0, nullable=True),
     "eos_token_id": Key("ids", 2, nullable=True),
     **_SHARED,

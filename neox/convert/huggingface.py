@@ -23,7 +23,7 @@ from neox.convert.config_keys import Json, read_json, read_keys
 from neox.convert.families import Family, Rule, family_for, family_named
 from neox.convert.foreign import describe
 from neox.convert.pickles import PickledTensors
-from neox.convert.source import Held, Source
+from neox.convert.source import InMemoryTensors, Source
 from neox.convert.special_ids import generation_config, ids_to_json
 from neox.convert.tensor_files import TensorFiles, TensorFileWriter
 from neox.data.tokenizer import Tokenizer
@@ -200,7 +200,7 @@ def from_huggingface(source: Any) -> tuple[ModelConfig, dict[str, torch.Tensor]]
     theirs = source.config.to_dict()
     config = config_from_json(theirs)
     tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
-    return config, {name: make() for name, make in _sources(config, family_named(theirs["model_type"]), Held(tensors)).items()}
+    return config, {name: make() for name, make in _sources(config, family_named(theirs["model_type"]), InMemoryTensors(tensors)).items()}
 
 
 def open_huggingface(folder: str | Path) -> tuple[ModelConfig, dict[str, Source]]:
@@ -242,7 +242,7 @@ def config_from_json(theirs: Json) -> ModelConfig:
         raise schema_problem(detail, key, f"config.json: model.{key}") from error
 
 
-def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | PickledTensors | Held) -> dict[str, Source]:
+def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | PickledTensors | InMemoryTensors) -> dict[str, Source]:
     """For each parameter of ours, a function that makes it from theirs. Every tensor of theirs is used, or it is an error."""
     stored = {name: name for name in theirs.names()}
     if family.model_type == "gpt2" and "wte.weight" in stored:  # the published gpt2 files lack the prefix
@@ -267,7 +267,7 @@ def _sources(config: ModelConfig, family: Family, theirs: TensorFiles | PickledT
     return sources
 
 
-def _check_parts(theirs: TensorFiles | PickledTensors | Held, parts: list[str], shape: tuple[int, ...]) -> None:
+def _check_parts(theirs: TensorFiles | PickledTensors | InMemoryTensors, parts: list[str], shape: tuple[int, ...]) -> None:
     """Raise CheckpointError unless the tensors hold floating-point numbers, as many and of as many dimensions as ours of `shape`."""
     found = [theirs.shape(name) for name in parts]
     if sum(map(math.prod, found)) != math.prod(shape) or any(len(part) != len(shape) for part in found):

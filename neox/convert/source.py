@@ -11,7 +11,7 @@ import torch
 from neox.checkpoint.deferred import Deferred, deferred_fragment
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
-from neox.config.load import dump, plain
+from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
 from neox.errors import CheckpointError
 from neox.model.gpt import GPT
@@ -37,7 +37,7 @@ class Source:
         return self.make()
 
 
-class Held:
+class InMemoryTensors:
     """Tensors in memory, with the face of TensorFiles."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
@@ -86,7 +86,7 @@ def save_weights(config: Config, weights: Mapping[str, Source], root: Path) -> P
         state={"step": 0, "weights_only": True},
         rng={},
         config_lock=dump(config),
-        model_config=plain(config.model),
+        model_config=to_builtins(config.model),
         rank=0,
         world_size=1,
         keep=0,

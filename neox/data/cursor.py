@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from neox.config.load import plain
+from neox.config.load import to_builtins
 from neox.config.schema import Config
 from neox.data.blend import Stretch, Stretches, normalise_weights
 from neox.data.indexed import IndexedDataset
@@ -203,7 +203,7 @@ def settings_of(config: Config, tokenizer: str | None, text: str | None = None) 
         "data.packing": data.packing,
         "train.seed": config.train.seed,
         "data.document_mask": data.document_mask,
-        "data.fim": plain(data.fim) if data.fim.rate else None,
+        "data.fim": to_builtins(data.fim) if data.fim.rate else None,
         "tokenizer.file": tokenizer,
         "data.text": text,
         "data.split": None if data.train else data.split,

@@ -20,7 +20,7 @@ from neox.checkpoint.load import Checkpoint, find, resolve
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.merged import open_weights
 from neox.checkpoint.retention import start_lineage
-from neox.config.load import dump, plain
+from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
 from neox.config.validate import BatchSizes, batch_sizes
 from neox.data.builder import RunDatasets, notes
@@ -222,7 +222,7 @@ class Run:
         with open_weights(path) if self.config.model.lora is None else Checkpoint(path) as checkpoint:
             self.engine.take_weights(checkpoint)
             self.progress.say(f"weights of {checkpoint.path}, step {checkpoint.step}")
-            for key, value in plain(self.config.model).items():
+            for key, value in to_builtins(self.config.model).items():
                 if key in checkpoint.model_config and checkpoint.model_config[key] != value:
                     self.progress.say(f"model.{key}: {checkpoint.model_config[key]} -> {value}")
 
@@ -450,7 +450,7 @@ class Run:
                 state=state,
                 rng=get_generators(self.mesh.device),
                 config_lock=self.config_lock,
-                model_config=plain(self.config.model),
+                model_config=to_builtins(self.config.model),
                 layout=self.layout,
             )
         except DiskError as error:

@@ -13,7 +13,7 @@ import pytest
 import neox
 from neox.cli.main import main
 from neox.config.load import load
-from tests.config.upstream import BASE, flow_text
+from tests.config.gpt_neox.sample_files import BASE, flow_text
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from neox.config.schema import SpecialIds
 from neox.convert.huggingface import from_huggingface, to_huggingface
 from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
-from tests.config.upstream import BASE, flow_text
+from tests.config.gpt_neox.sample_files import BASE, flow_text
+from tests.convert.gpt_neox_checkpoints import write_gpt_neox
 from tests.convert.models import MODELS
-from tests.convert.old_checkpoints import write_old
-from tests.convert.test_neox import make
+from tests.convert.test_gpt_neox import make
 from tests.generate.sentencepiece import write_tokenizer
 
 
@@ -108,7 +108,7 @@ def test_differing_logits_leave_nothing_and_exit_4(folder, tmp_path, capsys, mon
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_a_checkpoint_of_gpt_neox_with_its_yaml(tmp_path, capsys, by_layer):
     config, weights = make("neox")
-    write_old(tmp_path / "old", weights, config, 2, by_layer=by_layer, padded_rows=50, old_names=True)
+    write_gpt_neox(tmp_path / "old", weights, config, 2, by_layer=by_layer, padded_rows=50, old_names=True)
     values = BASE | {"hidden_size": 24, "max_position_embeddings": 16, "seq_length": 16, "gpt_j_residual": True, "rotary_pct": 0.5}
     (tmp_path / "old" / "global_step7" / "configs").mkdir()
     (tmp_path / "old" / "global_step7" / "configs" / "model.yml").write_text(flow_text(values))
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_gpt_neox_with_its_yaml(tmp_path, capsys, by_layer):
 
 def test_a_flat_folder_as_it_is_published(tmp_path, capsys):
     config, weights = make("neox")
-    write_old(tmp_path / "old", weights, config, 2, by_layer=True, padded_rows=50, old_names=True)
+    write_gpt_neox(tmp_path / "old", weights, config, 2, by_layer=True, padded_rows=50, old_names=True)
     flat = (tmp_path / "old" / "global_step7").rename(tmp_path / "flat")
     values = BASE | {"hidden_size": 24, "max_position_embeddings": 16, "seq_length": 16, "gpt_j_residual": True, "rotary_pct": 0.5}
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 45)}
@@ -148,7 +148,7 @@ def test_what_cannot_be_imported_says_why(folder, tmp_path, capsys):
     (tmp_path / "full" / "x").write_text("")
     assert call("--from", folder, "--out", tmp_path / "full") == 4
     config, weights = make("neox")
-    write_old(tmp_path / "old", weights, config, 1, by_layer=True, padded_rows=50, old_names=True)
+    write_gpt_neox(tmp_path / "old", weights, config, 1, by_layer=True, padded_rows=50, old_names=True)
     assert call("--from", tmp_path / "old", "--out", tmp_path / "ours") == 2
     lines = capsys.readouterr().err.splitlines()
     for line, said in zip(

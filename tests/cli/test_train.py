@@ -9,7 +9,7 @@ import pytest
 
 from neox.cli.main import parse
 from neox.cli.train import conf_files, leave_out_the_flight_recorder
-from tests.config.upstream import flow_text
+from tests.config.gpt_neox.sample_files import flow_text
 from tests.distributed import ROOT, environment
 from tests.train.corpus import VOCAB, make_corpus
 

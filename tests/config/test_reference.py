@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
 from neox.config.load import known_keys
-from neox.config.neox_keys import NEOX_KEYS
 from neox.config.reference import config_reference, upstream_reference
 
 
@@ -23,7 +23,7 @@ def test_the_page_is_up_to_date(repository, page, write, command):
 def test_no_key_is_left_out():
     page = config_reference()
     assert all(f"| `{key}` |" in page for key in known_keys() if "." in key)
-    assert all(f"| `{name}` |" in upstream_reference() for name in NEOX_KEYS)
+    assert all(f"| `{name}` |" in upstream_reference() for name in GPT_NEOX_KEYS)
 
 
 def test_a_line_has_type_default_meaning_and_upstreams_name():

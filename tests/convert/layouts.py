@@ -12,7 +12,7 @@ import torch.distributed as dist
 from neox.checkpoint.load import Checkpoint, resolve
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
-from neox.config.load import dump, plain
+from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
 from neox.engine.engine import Engine
@@ -47,7 +47,7 @@ def write(path: Path, root: Path, mesh) -> None:
         model = Config.model_validate({"model": checkpoint.model_config}).model
         config = Config.model_validate(
             {
-                "model": plain(model),
+                "model": to_builtins(model),
                 "precision": {"dtype": "fp32"},
                 "zero": {"stage": 1},
                 "parallel": {"tensor": mesh.tp, "pipeline": mesh.pp},
@@ -63,7 +63,7 @@ def write(path: Path, root: Path, mesh) -> None:
         state=engine.state_dict() | {"step": 1, "consumed": 0, "tokens": 0},
         rng={},
         config_lock=dump(config),
-        model_config=plain(model),
+        model_config=to_builtins(model),
         rank=mesh.rank,
         world_size=mesh.world_size,
         keep=0,

@@ -7,7 +7,7 @@ import torch
 
 from neox.checkpoint.load import Checkpoint
 from neox.config.schema import Config
-from neox.convert.source import Held, Source, save_weights
+from neox.convert.source import InMemoryTensors, Source, save_weights
 from neox.errors import CheckpointError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -37,6 +37,6 @@ def test_missing_and_unknown_weights_are_named(tmp_path):
 
 
 def test_held_tensors_have_the_face_of_files():
-    held = Held({"a": torch.ones(2, dtype=torch.float16)})
+    held = InMemoryTensors({"a": torch.ones(2, dtype=torch.float16)})
     assert (held.names(), held.dtype("a")) == (["a"], torch.float16)
     assert torch.equal(held.tensor("a"), torch.ones(2, dtype=torch.float16))

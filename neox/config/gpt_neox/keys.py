@@ -1,6 +1,6 @@
 """Every key of GPT-NeoX's YAML files: what it means here.
 
-Four kinds of rows. renamed: the value stands under another key. translated: neox/config/neox_files.py works the native values out
+Four kinds of rows. renamed: the value stands under another key. translated: neox/config/gpt_neox/files.py works the native values out
 of it, together with others. ignored: it changes nothing here, `why` says why. unsupported: an error that says what to do, unless
 the value is one that has no effect upstream either. Names and defaults are those of GPT-NeoX's `neox_arguments`.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Row:
+class KeyRule:
     """One upstream key.
 
     Attributes:
@@ -30,16 +30,16 @@ class Row:
     harmless: tuple[Any, ...] = ()
 
 
-def _renamed(to: str, default: Any = None) -> Row:
-    return Row("renamed", (to,), default)
+def _renamed(to: str, default: Any = None) -> KeyRule:
+    return KeyRule("renamed", (to,), default)
 
 
-def _translated(to: str, how: str, default: Any = None) -> Row:
-    return Row("translated", tuple(to.split()), default, how)
+def _translated(to: str, how: str, default: Any = None) -> KeyRule:
+    return KeyRule("translated", tuple(to.split()), default, how)
 
 
-def _unsupported(do: str, *names: str, harmless: tuple[Any, ...] = (None, False)) -> dict[str, Row]:
-    row = Row("unsupported", text=do, harmless=harmless)
+def _unsupported(do: str, *names: str, harmless: tuple[Any, ...] = (None, False)) -> dict[str, KeyRule]:
+    row = KeyRule("unsupported", text=do, harmless=harmless)
     return dict.fromkeys(names, row)
 
 
@@ -74,7 +74,7 @@ ARCHITECTURE = {
     "no_weight_tying": _translated("model.tie_embeddings", "the opposite", False),
     "sliding_window_width": _translated("model.sliding_window", "+ 1: upstream's window (w, -1) does not count the query itself"),
     "attention_config": _translated("model.sliding_window", "global or flash in every layer"),
-    "use_qk_layernorm": Row("unsupported", text="our query/key norm is an RMSNorm per head (model.qk_norm): another model", harmless=(None, False)),
+    "use_qk_layernorm": KeyRule("unsupported", text="our query/key norm is an RMSNorm per head (model.qk_norm): another model", harmless=(None, False)),
     "precision": _translated("precision.dtype", "fp32, bfloat16, fp16"),
 }
 VOCABULARY = {
@@ -256,7 +256,7 @@ IGNORED_BECAUSE = {
     "the whole config is shown with the experiment": "comet_others",
     "traces lie in run.dir/profile": "memory_profiling_path",
 }
-IGNORED = {name: Row("ignored", text=why) for why, names in IGNORED_BECAUSE.items() for name in names.split()}
+IGNORED = {name: KeyRule("ignored", text=why) for why, names in IGNORED_BECAUSE.items() for name in names.split()}
 
 UNSUPPORTED = {
     **_unsupported("KTO and REINFORCE are not built: train_impl: dpo", *(f"{part}_reward_data_paths" for part in PARTS), harmless=(None, [])),
@@ -287,7 +287,7 @@ UNSUPPORTED = {
 }
 
 # upstream key -> what is done with it
-NEOX_KEYS: dict[str, Row] = {**ARCHITECTURE, **VOCABULARY, **OPTIMIZER, **TRAINING, **DATA, **POST_TRAINING, **DEEPSPEED, **IGNORED, **UNSUPPORTED}
+GPT_NEOX_KEYS: dict[str, KeyRule] = {**ARCHITECTURE, **VOCABULARY, **OPTIMIZER, **TRAINING, **DATA, **POST_TRAINING, **DEEPSPEED, **IGNORED, **UNSUPPORTED}
 
 # what a model cannot be built without; upstream names the same four
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")

@@ -12,7 +12,7 @@ import torch
 
 from neox.cli.main import main
 from neox.config.load import load
-from neox.convert.neox import config_files, embedding_rows, open_old_checkpoint
+from neox.convert.gpt_neox import config_files, embedding_rows, open_gpt_neox_checkpoint
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from tests.distributed import run_command
@@ -27,7 +27,7 @@ def test_logits_are_those_of_gpt_neox(form):
     folder = WRITTEN / form / "global_step20"
     config = load(config_files(folder), embedding_rows=embedding_rows(folder)).config.model
     model = GPT(config, Mesh.single("meta")).materialize("cpu", initialize=False)
-    model.load_weights((name, source()) for name, source in open_old_checkpoint(folder, config).items())
+    model.load_weights((name, source()) for name, source in open_gpt_neox_checkpoint(folder, config).items())
     model.eval()
     with torch.inference_mode():
         difference = model(TOKENS) - torch.from_numpy(numpy.load(WRITTEN / form / "logits.npy"))

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neox.config import neox_model, neox_training
-from neox.config.neox_keys import NEOX_KEYS
-from neox.config.neox_translation import Given, Translated, Translation
+from neox.config.gpt_neox import model, training
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
+from neox.config.gpt_neox.translation import Given, Translated, Translation
 from neox.config.parse import Leaf
 from neox.config.schema import Config
 from neox.errors import ConfigError
@@ -23,7 +23,7 @@ SHARED_NAMES = ("optimizer", "precision", "profile", "checkpoint", "deepspeed", 
 def is_upstream(leaves: list[Leaf]) -> bool:
     """Whether a file is GPT-NeoX's: it has keys of upstream and none of our sections."""
     shared = {leaf.path[0] for leaf in leaves if leaf.path[0] in SHARED_NAMES}
-    upstream = {leaf.path[0] for leaf in leaves if leaf.path[0] in NEOX_KEYS} - shared
+    upstream = {leaf.path[0] for leaf in leaves if leaf.path[0] in GPT_NEOX_KEYS} - shared
     native = {leaf.path[0] for leaf in leaves if leaf.path[0] in Config.model_fields} - shared
     if any(
         leaf.path[:2] == ("optimizer", "params") or (leaf.path in (("precision",), ("profile",), ("deepspeed",)) and leaf.value not in (None, {}))
@@ -63,6 +63,6 @@ def translate(
     work = Translation(given, native, embedding_rows)
     work.unknown_and_unsupported()
     if work.complete():
-        for step in (*neox_model.STEPS, *neox_training.STEPS):
+        for step in (*model.STEPS, *training.STEPS):
             step(work)
     return work.settings, work.notes, work.problems

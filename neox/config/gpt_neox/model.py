@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from neox.config.neox_keys import NEOX_KEYS
-from neox.config.neox_translation import Translation
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
+from neox.config.gpt_neox.translation import Translation
 from neox.config.schema import GATED
 from neox.config.vocabulary import tokenizer_vocab_size
 
@@ -28,7 +28,7 @@ PUBLISHED_WIDTHS = {
 
 def renamed(work: Translation) -> None:
     """Values that stand under another key, upstream's defaults included."""
-    for name, row in NEOX_KEYS.items():
+    for name, row in GPT_NEOX_KEYS.items():
         value = work.given[name].value if name in work.given else row.default
         if row.kind == "renamed" and value is not None:
             work.set(row.to[0], value, name)

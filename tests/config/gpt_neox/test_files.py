@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from neox.config.gpt_neox.files import collect, is_upstream
 from neox.config.load import Loaded, load
-from neox.config.neox_files import collect, is_upstream
 from neox.config.parse import Reader
 from neox.errors import ConfigError, NeoxError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from tests.config.upstream import BASE, flow_text, upstream_shapes
+from tests.config.gpt_neox.sample_files import BASE, flow_text, upstream_shapes
 
 
 @pytest.fixture

@@ -8,27 +8,27 @@ from pathlib import Path
 import pytest
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS, IGNORED_BECAUSE, REQUIRED
 from neox.config.load import known_keys
-from neox.config.neox_keys import IGNORED_BECAUSE, NEOX_KEYS, REQUIRED
-from tests.config.test_neox_model import result
+from tests.config.gpt_neox.test_model import result
 
 
 def test_every_row_says_what_is_done():
-    for name, row in NEOX_KEYS.items():
+    for name, row in GPT_NEOX_KEYS.items():
         assert row.to if row.kind == "renamed" else row.text, name
         assert (row.kind == "renamed") <= (len(row.to) == 1), name
-    assert set(REQUIRED) <= set(NEOX_KEYS)
+    assert set(REQUIRED) <= set(GPT_NEOX_KEYS)
 
 
-ARGUMENTS = json.loads((Path(__file__).parent / "gpt_neox" / "arguments.json").read_text())
+ARGUMENTS = json.loads((Path(__file__).parent / "arguments.json").read_text())
 
 
 def test_every_argument_of_gpt_neox_is_known_with_its_default():
     """arguments.json holds the fields of all classes in megatron/neox_arguments at commit ea7aefd8, and their defaults."""
     assert len(ARGUMENTS) == 318
-    assert set(ARGUMENTS) - set(NEOX_KEYS) == set()
+    assert set(ARGUMENTS) - set(GPT_NEOX_KEYS) == set()
     for name, default in ARGUMENTS.items():
-        row = NEOX_KEYS[name]
+        row = GPT_NEOX_KEYS[name]
         if row.kind in ("renamed", "translated") and None not in (row.default, default):
             assert row.default == default, name
         if row.kind == "unsupported":
@@ -60,7 +60,7 @@ def test_an_unknown_key_is_answered_with_what_it_can_mean(wrong, meant):
 
 def test_native_keys_exist():
     known = set(known_keys()) | {f"deepspeed.{name}" for name in DEEPSPEED_KEYS}
-    assert {target for row in NEOX_KEYS.values() for target in row.to} <= known
+    assert {target for row in GPT_NEOX_KEYS.values() for target in row.to} <= known
 
 
 def test_no_key_is_ignored_for_two_reasons():
@@ -70,7 +70,7 @@ def test_no_key_is_ignored_for_two_reasons():
 
 @pytest.mark.parametrize("name", ["comet", "wandb", "comms_logger"])
 def test_deepspeed_keys_are_handed_on(name):
-    assert NEOX_KEYS[name].to == (f"deepspeed.{name}",)
+    assert GPT_NEOX_KEYS[name].to == (f"deepspeed.{name}",)
 
 
 def test_every_key_of_the_shipped_files_is_known(shared_data):
@@ -84,4 +84,4 @@ def test_every_key_of_the_shipped_files_is_known(shared_data):
     inside = {"stage", "type", "params", "enabled", "fp16", "lr", "betas", "eps", "bf16"}
     inside |= {"loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale", "device"}
     inside |= set(DEEPSPEED_KEYS["zero_optimization"])
-    assert unread - set(NEOX_KEYS) - inside == set()
+    assert unread - set(GPT_NEOX_KEYS) - inside == set()

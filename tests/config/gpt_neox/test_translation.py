@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from neox.config.neox_translation import DEFAULT, Given, Translation
+from neox.config.gpt_neox.translation import DEFAULT, Given, Translation
 
 
 def translation(native: dict | None = None, **values) -> Translation:

@@ -78,7 +78,9 @@ def packed(x: torch.Tensor, config: ModelConfig, tp: int, rank: int) -> torch.Te
     return torch.cat([*queries, *keys, *values])
 
 
-def write_old(folder: Path, weights: Mapping[str, torch.Tensor], config: ModelConfig, tp: int, *, by_layer: bool, padded_rows: int, old_names: bool) -> None:
+def write_gpt_neox(
+    folder: Path, weights: Mapping[str, torch.Tensor], config: ModelConfig, tp: int, *, by_layer: bool, padded_rows: int, old_names: bool
+) -> None:
     """Write folder/global_step7 and folder/latest."""
     step = folder / "global_step7"
     step.mkdir(parents=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from neox.config.neox_model import NO_ATTENTION
+from neox.config.gpt_neox.model import NO_ATTENTION
 from neox.config.schema import ModelConfig
 from neox.convert.families import join_qkv
 from neox.convert.pickles import read_pickle
@@ -35,7 +35,7 @@ SLOPES = "attention.alibi_embed.slopes"
 FIRST_BLOCK = 2  # layer 1 has no parameters
 
 
-def is_old_checkpoint(folder: Path) -> bool:
+def is_gpt_neox_checkpoint(folder: Path) -> bool:
     """Whether a folder, or a step below it, holds a checkpoint of GPT-NeoX."""
     return step_folder(folder) is not None
 
@@ -150,7 +150,7 @@ def config_files(folder: Path) -> list[Path]:
     return []
 
 
-def open_old_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Source]:
+def open_gpt_neox_checkpoint(folder: str | Path, config: ModelConfig) -> dict[str, Source]:
     """For each parameter of ours, a function that makes it from a checkpoint of GPT-NeoX.
 
     Args:

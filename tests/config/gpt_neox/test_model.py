@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from neox.config.neox_files import translate
-from neox.config.neox_model import expand
-from neox.config.neox_translation import Given
+from neox.config.gpt_neox.files import translate
+from neox.config.gpt_neox.model import expand
+from neox.config.gpt_neox.translation import Given
 from neox.config.schema import ModelConfig
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from tests.config.upstream import BASE, upstream_shapes
+from tests.config.gpt_neox.sample_files import BASE, upstream_shapes
 
 
 def result(changes: dict, native: dict | None = None) -> tuple[dict, list[str], list[str]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
-from neox.config.neox_keys import NEOX_KEYS, PARTS
-from neox.config.neox_translation import Translation
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS, PARTS
+from neox.config.gpt_neox.translation import Translation
 
 PUBLIC_WANDB = "https://api.wandb.ai"
 OBJECTIVES = {"normal": "pretrain", "dpo": "dpo", "rm": "reward"}  # train_impl -> train.objective
@@ -276,7 +276,7 @@ def blend(work: Translation, theirs: str, part: str, ours: str) -> None:
 
 def deepspeed(work: Translation) -> None:
     """Keys of DeepSpeed's own config are handed on, those that ours decide are not."""
-    raw = {name: name for name, row in NEOX_KEYS.items() if row.to == (f"deepspeed.{name}",) and name in work.given}
+    raw = {name: name for name, row in GPT_NEOX_KEYS.items() if row.to == (f"deepspeed.{name}",) and name in work.given}
     values = {name: work.value(name) for name in raw}
     extra = work.value("deepspeed_extra_args")
     for name, value in extra.items() if isinstance(extra, dict) else ():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.convert.neox import is_old_checkpoint, open_old_checkpoint, step_folder
+from neox.convert.gpt_neox import is_gpt_neox_checkpoint, open_gpt_neox_checkpoint, step_folder
 from neox.errors import CheckpointError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from tests.convert.old_checkpoints import write_old
+from tests.convert.gpt_neox_checkpoints import write_gpt_neox
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 16}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "intermediate_size": 40}
@@ -39,8 +39,8 @@ def make(kind: str) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_parameter_comes_back(tmp_path, kind, tp, by_layer):
     config, weights = make(kind)
-    write_old(tmp_path, weights, config, tp, by_layer=by_layer, padded_rows=64, old_names=kind == "neox")
-    sources = open_old_checkpoint(tmp_path, config)
+    write_gpt_neox(tmp_path, weights, config, tp, by_layer=by_layer, padded_rows=64, old_names=kind == "neox")
+    sources = open_gpt_neox_checkpoint(tmp_path, config)
     assert sources.keys() == weights.keys()
     for name, source in sources.items():
         assert source.dtype == torch.float16
@@ -49,46 +49,46 @@ def test_every_parameter_comes_back(tmp_path, kind, tp, by_layer):
 
 def test_heads_of_four_ranks(tmp_path):
     config, weights = make("neox")
-    write_old(tmp_path, weights, config, 4, by_layer=True, padded_rows=52, old_names=False)
-    assert all(torch.equal(source(), weights[name]) for name, source in open_old_checkpoint(tmp_path / "global_step7", config).items())
+    write_gpt_neox(tmp_path, weights, config, 4, by_layer=True, padded_rows=52, old_names=False)
+    assert all(torch.equal(source(), weights[name]) for name, source in open_gpt_neox_checkpoint(tmp_path / "global_step7", config).items())
 
 
 @pytest.fixture
 def old(tmp_path):
     config, weights = make("neox")
-    write_old(tmp_path, weights, config, 2, by_layer=True, padded_rows=50, old_names=False)
+    write_gpt_neox(tmp_path, weights, config, 2, by_layer=True, padded_rows=50, old_names=False)
     return tmp_path, config
 
 
 def test_the_folder_is_found(old, tmp_path):
     folder, _ = old
-    assert is_old_checkpoint(folder) and step_folder(folder) == folder / "global_step7"
+    assert is_gpt_neox_checkpoint(folder) and step_folder(folder) == folder / "global_step7"
     (folder / "latest").unlink()
     (folder / "global_step10").mkdir()
     assert step_folder(folder) is None  # not the older one in silence
     (folder / "global_step10" / "mp_rank_00_model_states.pt").touch()
     assert step_folder(folder) == folder / "global_step10"
-    assert not is_old_checkpoint(folder / "nowhere")
+    assert not is_gpt_neox_checkpoint(folder / "nowhere")
 
 
 def test_what_is_missing_is_named(old):
     folder, config = old
     (folder / "global_step7" / "layer_03-model_01-model_states.pt").rename(folder / "gone")
     with pytest.raises(CheckpointError, match="tensor rank are missing"):
-        open_old_checkpoint(folder, config)
+        open_gpt_neox_checkpoint(folder, config)
     (folder / "global_step7" / "layer_03-model_00-model_states.pt").rename(folder / "gone too")
     with pytest.raises(CheckpointError, match="layer_03"):
-        open_old_checkpoint(folder, config)
+        open_gpt_neox_checkpoint(folder, config)
 
 
 def test_another_model_is_refused(old):
     folder, config = old
     with pytest.raises(CheckpointError, match=r"of no use to this model.*attention.dense.bias"):
-        open_old_checkpoint(folder, config.model_copy(update={"attention_out_bias": False}))
+        open_gpt_neox_checkpoint(folder, config.model_copy(update={"attention_out_bias": False}))
     with pytest.raises(CheckpointError, match=r"mlp|layer 3"):
-        open_old_checkpoint(folder, config.model_copy(update={"num_layers": 1}))
+        open_gpt_neox_checkpoint(folder, config.model_copy(update={"num_layers": 1}))
     with pytest.raises(CheckpointError, match="vocabulary is smaller"):
-        open_old_checkpoint(folder, config.model_copy(update={"vocab_size": 51}))["embedding.word.weight"]()
+        open_gpt_neox_checkpoint(folder, config.model_copy(update={"vocab_size": 51}))["embedding.word.weight"]()
 
 
 def test_copies_that_drifted_apart_are_averaged(old):
@@ -98,24 +98,24 @@ def test_copies_that_drifted_apart_are_averaged(old):
     first = state["input_layernorm.weight"].clone()
     state["input_layernorm.weight"] *= 3
     torch.save(state, path)
-    assert torch.equal(open_old_checkpoint(folder, config)["layers.1.norm1.weight"](), first * 2)
+    assert torch.equal(open_gpt_neox_checkpoint(folder, config)["layers.1.norm1.weight"](), first * 2)
 
 
 def test_gpt_neox_has_no_parallel_residual_with_attention_where_the_mlp_has_no_biases(old):
     folder, config = old
     with pytest.raises(CheckpointError, match="leaves the attention out of the sum"):
-        open_old_checkpoint(folder, config.model_copy(update={"mlp_bias": False}))
+        open_gpt_neox_checkpoint(folder, config.model_copy(update={"mlp_bias": False}))
 
 
 def test_slopes_of_alibi_are_checked(tmp_path):
     config, weights = make("alibi")
-    write_old(tmp_path, weights, config, 2, by_layer=True, padded_rows=50, old_names=False)
+    write_gpt_neox(tmp_path, weights, config, 2, by_layer=True, padded_rows=50, old_names=False)
     path = tmp_path / "global_step7" / "layer_02-model_01-model_states.pt"
     state = torch.load(path, weights_only=True)
     state["attention.alibi_embed.slopes"] = state["attention.alibi_embed.slopes"] * 1.1
     torch.save(state, path)
     with pytest.raises(CheckpointError, match="slopes are others"):
-        open_old_checkpoint(tmp_path, config)
+        open_gpt_neox_checkpoint(tmp_path, config)
 
 
 class Foreign:
@@ -126,10 +126,10 @@ def test_a_pickle_that_holds_more_than_tensors_is_not_run(old):
     folder, config = old
     torch.save({"norm1": Foreign()}, folder / "global_step7" / "layer_00-model_00-model_states.pt")
     with pytest.raises(CheckpointError, match=r"holds more than tensors.*layer_00.*got=[\w.]+\.Foreign;"):
-        open_old_checkpoint(folder, config)
+        open_gpt_neox_checkpoint(folder, config)
     (folder / "global_step7" / "layer_00-model_00-model_states.pt").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="file cannot be read"):
-        open_old_checkpoint(folder, config)
+        open_gpt_neox_checkpoint(folder, config)
 
 
 def torch_file(folder: Path, number: int, rank: int = 0) -> Path:
@@ -166,7 +166,7 @@ def test_tensors_that_are_no_weights(old, edit, match):
     folder, config = old
     change(torch_file(folder, 0), edit)
     with pytest.raises(CheckpointError, match=match):
-        for source in open_old_checkpoint(folder, config).values():
+        for source in open_gpt_neox_checkpoint(folder, config).values():
             source()
 
 
@@ -174,7 +174,7 @@ def test_a_state_that_is_no_dictionary(old):
     folder, config = old
     torch.save([torch.zeros(2)], torch_file(folder, 0))
     with pytest.raises(CheckpointError, match="no state dict"):
-        open_old_checkpoint(folder, config)
+        open_gpt_neox_checkpoint(folder, config)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -189,7 +189,7 @@ def test_a_rank_that_differs_is_named(old, rank, edit, match):
     folder, config = old
     change(torch_file(folder, 2, rank), edit)
     with pytest.raises(CheckpointError, match=match.format(rank)):
-        open_old_checkpoint(folder, config)
+        open_gpt_neox_checkpoint(folder, config)
 
 
 def test_a_pipe_in_place_of_a_file_is_not_opened(old):
@@ -197,4 +197,4 @@ def test_a_pipe_in_place_of_a_file_is_not_opened(old):
     torch_file(folder, 0).unlink()
     os.mkfifo(torch_file(folder, 0))
     with pytest.raises(CheckpointError, match="not a regular file"):
-        open_old_checkpoint(folder, config)
+        open_gpt_neox_checkpoint(folder, config)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neox.config.neox_keys import NEOX_KEYS, REQUIRED
+from neox.config.gpt_neox.keys import GPT_NEOX_KEYS, REQUIRED
 from neox.config.problems import brief, same_word, similar_words
 from neox.errors import ConfigError
 
@@ -56,10 +56,10 @@ class Translation:
 
     def value(self, name: str) -> Any:
         """Value of an upstream key, or upstream's default; where it is only renamed and a native file or `--set` gives it, that."""
-        row = NEOX_KEYS[name]
+        row = GPT_NEOX_KEYS[name]
         if row.kind == "renamed" and (path := tuple(row.to[0].split("."))) in self.native:
             return self.native[path]
-        return self.given[name].value if name in self.given else NEOX_KEYS[name].default
+        return self.given[name].value if name in self.given else GPT_NEOX_KEYS[name].default
 
     def number(self, name: str) -> Any:
         """Value of a key that has to be a number; None, with a problem, where it is none."""
@@ -93,15 +93,15 @@ class Translation:
         """Report a problem, unless a native file or `--set` gives the key that it is about."""
         if decides is not None and tuple(decides.split(".")) in self.native:
             return
-        self.problems.append(ConfigError(what, where=self.where(name), got=brief(self.value(name)) if name in NEOX_KEYS else None, want=want, do=do))
+        self.problems.append(ConfigError(what, where=self.where(name), got=brief(self.value(name)) if name in GPT_NEOX_KEYS else None, want=want, do=do))
 
     def unknown_and_unsupported(self) -> None:
         """Problems of single keys: unknown to upstream too, or naming what we have not."""
         for name, origin in self.given.items():
-            row = NEOX_KEYS.get(name)
+            row = GPT_NEOX_KEYS.get(name)
             if row is None:
-                effective = [key for key, row in NEOX_KEYS.items() if row.kind != "ignored"]
-                close = same_word(name, NEOX_KEYS) or similar_words(name, effective)
+                effective = [key for key, row in GPT_NEOX_KEYS.items() if row.kind != "ignored"]
+                close = same_word(name, GPT_NEOX_KEYS) or similar_words(name, effective)
                 do = f"did you mean {' or '.join(close)}?" if close else "`neox config reference --gpt-neox` lists the known keys; take this one out"
                 self.problems.append(ConfigError("unknown key of GPT-NeoX", where=self.where(name), got=brief(origin.value), do=do))
             elif row.kind == "unsupported" and not any(origin.value == value and type(origin.value) is type(value) for value in row.harmless):
@@ -110,7 +110,7 @@ class Translation:
 
     def complete(self) -> bool:
         """Whether the files describe a model at all."""
-        missing = [name for name in REQUIRED if name not in self.given and tuple(NEOX_KEYS[name].to[0].split(".")) not in self.native]
+        missing = [name for name in REQUIRED if name not in self.given and tuple(GPT_NEOX_KEYS[name].to[0].split(".")) not in self.native]
         if missing:
             files = ", ".join(sorted({origin.source for origin in self.given.values()}))
             do = "give it together with the file of a model: --conf 125M.yml local_setup.yml"

@@ -10,8 +10,8 @@ import pytest
 from neox.config.load import load
 from neox.config.validate import validate
 from neox.engine.schedule import build_schedule
-from tests.config.test_neox_model import result
-from tests.config.upstream import BASE, flow_text
+from tests.config.gpt_neox.sample_files import BASE, flow_text
+from tests.config.gpt_neox.test_model import result
 
 
 def settings(changes: dict) -> dict:
@@ -20,7 +20,7 @@ def settings(changes: dict) -> dict:
     return values
 
 
-RATES = json.loads((Path(__file__).parent / "gpt_neox" / "learning_rates.json").read_text())
+RATES = json.loads((Path(__file__).parent / "learning_rates.json").read_text())
 
 
 @pytest.mark.parametrize("row", RATES, ids=range(len(RATES)))
