@@ -16,6 +16,8 @@ struct Case {
     int64_t vocab_size, shards;
     double z_loss, label_smoothing;
     bool in_place;
+    int64_t gradient_gap = 0;  // of a gradient that is not in place
+    size_t gradient_offset = 0;
 };
 
 size_t index(int64_t at) { return static_cast<size_t>(at); }
@@ -24,9 +26,9 @@ size_t index(int64_t at) { return static_cast<size_t>(at); }
 template <class T>
 struct Shard {
     Case in;
-    int64_t stride = in.cols + in.gap, first, num_columns;
+    int64_t stride = in.cols + in.gap, gradient_stride = in.cols + in.gradient_gap, first, num_columns;
     Buffer<T> logits{"logits", index((in.rows - 1) * stride + in.cols), Role::kStream, in.offset};
-    Buffer<T> gradient{"gradient", in.in_place ? 0 : index(in.rows * in.cols)};
+    Buffer<T> gradient{"gradient", in.in_place ? 0 : index((in.rows - 1) * gradient_stride + in.cols), Role::kStream, in.gradient_offset};
     Buffer<float> statistics{"statistics", index(4 * in.rows)};
 
     Shard(const Case& chosen, int64_t which) : in(chosen), first(which * in.cols) {
@@ -41,7 +43,7 @@ struct Shard {
         return {data, data + in.rows, data + 2 * in.rows, data + 3 * in.rows};
     }
     void* dlogits() { return in.in_place ? logits.data() : gradient.data(); }
-    int64_t dstride() const { return in.in_place ? stride : in.cols; }
+    int64_t dstride() const { return in.in_place ? stride : gradient_stride; }
     float dlogit(int64_t row, int64_t col) { return static_cast<float>(static_cast<const T*>(dlogits())[row * dstride() + col]); }
 };
 
@@ -170,11 +172,15 @@ void values() {
         check<T>({4, 264, 0, 0, 500, 2, 0.05, 0.1, true});     // two shards
         check<T>({4, 40, 0, 0, 30, 2, 0.0, 0.1, false});       // a shard of padding alone
         check<T>({1, 1, 0, 0, 1, 1, 0.0, 0.0, false});
+        check<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 3, 0});         // aligned logits, the gradient's stride is not
+        check<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 0, 1});         // aligned logits, the gradient's base is not
         check_fused<T>({4, 17, 3, 1, 17, 1, 0.0, 0.0, true});          // misaligned: looked at twice
         check_fused<T>({5, 819, 0, 0, 800, 1, 0.05, 0.1, false});      // the gradient beside the logits
         check_fused<T>({5, 1032, 8, 0, 1029, 1, 0.1, 0.0, true});      // packs, the last one partly padding
         check_fused<T>({3, 20000, 0, 0, 20000, 1, 0.0, 0.2, true});    // several rounds of a block
         check_fused<T>({2, 120000, 0, 0, 119999, 1, 0.0, 0.0, true});  // more than shared memory holds
+        check_fused<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 3, 0});   // aligned logits, the gradient's stride is not
+        check_fused<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 0, 1});   // aligned logits, the gradient's base is not
     });
     wrong_targets();
 }
