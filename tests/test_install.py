@@ -35,7 +35,7 @@ def test_an_isolated_build_finds_the_torch_of_the_environment(tmp_path):
     assert "No module named 'torch'" in hidden.stderr
     found = setup_py("--name", PYTHONPATH=str(tmp_path))
     assert found.returncode == 0, found.stderr
-    assert found.stdout.split()[-1] == "neox"
+    assert found.stdout.split()[-1] == "neox-train"
 
 
 def test_a_wheel_holds_presets_and_launch_files(tmp_path):

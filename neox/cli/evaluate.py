@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder")
     parser.add_argument("--data", help="prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)")
-    parser.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-evaluation-harness (pip install neox[eval])")
+    parser.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-evaluation-harness (pip install neox-train[eval])")
     parser.add_argument("--task-files", metavar="DIR", help="folder of further task YAML files; tasks that are in it need no network")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: as the task says)")
     parser.add_argument("--limit", type=int, help="questions of each task (default: all)")

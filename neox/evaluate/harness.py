@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (EleutherAI, 0.4) on our models: the tasks are its, the model is ours. An extra: pip install neox[eval].
+"""lm-evaluation-harness (EleutherAI, 0.4) on our models: the tasks are its, the model is ours. An extra: pip install neox-train[eval].
 
 Texts are encoded as its `hf` model encodes them, so that the numbers are the same: with the tokenizer's own template (a leading
 <s> where it has one), trailing spaces of a context moved to the continuation, an empty context replaced by the beginning-of-text token.

@@ -140,7 +140,7 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         extra = "comet" if name == "comet_ml" else name
-        do = f"pip install neox[{extra}], or take logging.{extra} out of the config"
+        do = f"pip install neox-train[{extra}], or take logging.{extra} out of the config"
         raise EnvironmentProblem(f"{name} is not installed", where=f"logging.{extra}", got=error, do=do) from error
 
 

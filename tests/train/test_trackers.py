@@ -72,7 +72,7 @@ def log_records(path: Path) -> list[bytes]:
 
 
 def test_wandb_offline_holds_the_run_and_no_key(corpus, tmp_path):
-    pytest.importorskip("wandb", reason="needs wandb: pip install neox[wandb]")
+    pytest.importorskip("wandb", reason="needs wandb: pip install neox-train[wandb]")
     from wandb.proto import wandb_internal_pb2
 
     text = json.loads(corpus_text(corpus, tmp_path / "run"))
@@ -93,7 +93,7 @@ def test_wandb_offline_holds_the_run_and_no_key(corpus, tmp_path):
 
 
 def test_comet_offline_holds_the_run_and_no_key(corpus, tmp_path):
-    pytest.importorskip("comet_ml", reason="needs comet_ml: pip install neox[comet]")
+    pytest.importorskip("comet_ml", reason="needs comet_ml: pip install neox-train[comet]")
     text = json.loads(corpus_text(corpus, tmp_path / "run"))
     text["logging"]["comet"] = {"project": "counting", "mode": "offline", "tags": ["small"], "name": "first"}
     printed = train_once(json.dumps(text), tmp_path)
@@ -140,7 +140,7 @@ def test_a_service_that_fails_is_left_behind(corpus, tmp_path, monkeypatch):
 
 def test_a_package_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(EnvironmentProblem, match=r"wandb is not installed; where=logging.wandb.*pip install neox\[wandb\]"):
+    with pytest.raises(EnvironmentProblem, match=r"wandb is not installed; where=logging.wandb.*pip install neox-train\[wandb\]"):
         load("wandb")
 
 
@@ -150,7 +150,7 @@ def test_an_id_is_made_once(tmp_path):
 
 
 def test_without_a_key_the_run_is_recorded_offline(corpus, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs wandb: pip install neox[wandb]")
+    pytest.importorskip("wandb", reason="needs wandb: pip install neox-train[wandb]")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", os.fspath(tmp_path))
