@@ -17,6 +17,7 @@ FLOORS = {
     "neox.checkpoint": 3,
     "neox.convert": 4,
     "neox.engine": 4,
+    "neox.runtime": 4,
     "neox.generate": 4,
     "neox.evaluate": 5,
     "neox.plan": 5,

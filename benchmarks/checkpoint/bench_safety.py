@@ -26,19 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import Options, Row, parse, show
 
 from neox.checkpoint.retention import start_lineage
-from neox.cli.launcher import read_place
 from neox.config.load import load
 from neox.config.schema import Config
 from neox.data import IndexedWriter
 from neox.faults import NO_FAULTS
 from neox.parallel.mesh import Mesh
-from neox.train.control import connect
-from neox.train.join import join
+from neox.runtime.distributed import init_distributed
+from neox.runtime.heartbeat import Heartbeat
+from neox.runtime.launch import LaunchInfo, read_launch_info
+from neox.runtime.signals import StopSignals
+from neox.runtime.watchdog import connect
 from neox.train.loop import Folders, Life, Run
-from neox.train.place import Place
 from neox.train.progress import Progress
-from neox.train.pulse import Pulse
-from neox.train.signals import StopSignals
 
 SETTINGS = {"on": ("guard.drift_interval=10",), "off": ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0")}
 STEPS = 10  # of one training before it is the other's turn: one comparison of replicas
@@ -62,17 +61,17 @@ def config_of(folder: Path, name: str) -> Config:
 
 def take_turns(folder: str, turns: int) -> None:
     """Entry of each process. The first leaves times.json: seconds of every step, by setting and turn."""
-    place = read_place(os.environ)
+    launch = read_launch_info(os.environ)
     configs = {name: config_of(Path(folder), name) for name in SETTINGS}
-    mesh = join(configs["on"].parallel, place, "cpu")
+    mesh = init_distributed(configs["on"].parallel, launch, "cpu")
     runs = {name: open_run(config, mesh) for name, config in configs.items()}
     times: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
     for turn in range(-1, turns):  # the first is for warming up
         for name in sorted(SETTINGS, reverse=turn % 2 == 0):
-            seconds = steps_of(runs[name], place, configs[name].guard.hang_timeout)
+            seconds = steps_of(runs[name], launch, configs[name].guard.hang_timeout)
             if turn >= 0:
                 times[name].append(seconds)
-    if place.rank == 0:
+    if launch.rank == 0:
         (Path(folder) / "times.json").write_text(json.dumps(times))
     sys.stdout.flush()
     os._exit(0)
@@ -83,14 +82,14 @@ def open_run(config: Config, mesh: Mesh) -> Run:
     folders = Folders(Path(config.run.dir))
     folders.checkpoints.mkdir(parents=True, exist_ok=True)
     progress = Progress(None, None, config.train.train_iters, config.logging.interval)
-    run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints), Life(StopSignals(), NO_FAULTS, Pulse()))
+    run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints), Life(StopSignals(), NO_FAULTS, Heartbeat()))
     run.start(None)
     return run
 
 
-def steps_of(run: Run, place: Place, limit: float) -> list[float]:
+def steps_of(run: Run, launch: LaunchInfo, limit: float) -> list[float]:
     """Seconds of each step of one turn; the channel is up for the turn where it has a limit."""
-    control = connect(place, limit=limit, pulse=run.pulse) if limit else None
+    watchdog = connect(launch, limit=limit, heartbeat=run.heartbeat) if limit else None
     seconds = []
     dist.barrier()
     for _ in range(STEPS):
@@ -98,8 +97,8 @@ def steps_of(run: Run, place: Place, limit: float) -> list[float]:
         run.advance(first=False)
         seconds.append(time.perf_counter() - begin)
     dist.barrier()
-    if control is not None:
-        control.closed.set()
+    if watchdog is not None:
+        watchdog.closed.set()
     dist.barrier()
     return seconds
 

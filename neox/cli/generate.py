@@ -26,7 +26,7 @@ from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session
 from neox.model.gpt import GPT
-from neox.train.signals import StopSignals
+from neox.runtime.signals import StopSignals
 
 EXAMPLE = """example:
   neox generate --checkpoint runs/demo/run --prompt "def main():" --max-new-tokens 100 --temperature 0.8 --top-p 0.95

@@ -7,11 +7,11 @@ import os
 
 import torch
 
-from neox.cli.launcher import read_place
 from neox.config.schema import ModelConfig, ParallelConfig
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
-from neox.train.join import join
+from neox.runtime.distributed import init_distributed
+from neox.runtime.launch import read_launch_info
 
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +26,13 @@ def join_layout(args: argparse.Namespace, model: ModelConfig) -> Mesh:
     Raises:
         ConfigError: sizes that fit neither the processes nor the model, before any process group.
     """
-    place = read_place(os.environ)
+    launch = read_launch_info(os.environ)
     tensor, pipeline = args.tensor, args.pipeline
-    if min(tensor, pipeline) < 1 or tensor * pipeline != place.world_size:
+    if min(tensor, pipeline) < 1 or tensor * pipeline != launch.world_size:
         raise ConfigError(
             "the layout is not that of the processes",
             where="--tensor, --pipeline",
-            got=f"{tensor} x {pipeline} with {place.world_size} processes",
+            got=f"{tensor} x {pipeline} with {launch.world_size} processes",
             want="tensor x pipeline = number of processes",
             do=f"torchrun --nproc-per-node {max(tensor * pipeline, 1)} -m neox.cli.main ...",
         )
@@ -47,6 +47,6 @@ def join_layout(args: argparse.Namespace, model: ModelConfig) -> Mesh:
     if pipeline > model.num_layers:
         raise ConfigError("more stages than layers", where="--pipeline, model.num_layers", got=f"{pipeline}, {model.num_layers}", want="at most num_layers")
     device = torch.device(args.device)
-    if place.world_size == 1:
+    if launch.world_size == 1:
         return Mesh.single(device)
-    return join(ParallelConfig(tensor=tensor, pipeline=pipeline), place, device.type)
+    return init_distributed(ParallelConfig(tensor=tensor, pipeline=pipeline), launch, device.type)

@@ -26,15 +26,14 @@ from collections.abc import MutableMapping
 from dataclasses import replace
 from functools import partial
 
-from neox.cli.launcher import read_place
 from neox.cli.main import as_problem, report
 from neox.config.load import load
 from neox.config.validate import validate
 from neox.errors import ConfigError, StoppedBySignal
 from neox.faults import Faults, parse
-from neox.train.place import Place
-from neox.train.signals import StopSignals
-from neox.train.wire import AFTER_YOU, make_notice, post_refusal, serve_refusal
+from neox.runtime.launch import LaunchInfo, read_launch_info
+from neox.runtime.signals import StopSignals
+from neox.runtime.store_protocol import AFTER_YOU, make_notice, post_refusal, serve_refusal
 
 PATIENCE = 15.0  # seconds to wait for processes that are to be told why this one does not join: they may be importing torch
 FAREWELL = 1.0  # seconds, after a signal
@@ -51,26 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code, which is the same for all processes."""
-    place = Place()
+    launch = LaunchInfo()
     with StopSignals(until_exit=True) as signals:  # before anything slow: a signal during the import of torch counts too
         try:
-            place = read_place(os.environ)
-            if place.world_size > 1:
-                signals.end_at_once(partial(end_while_joining, place))
-            return start(args, place, signals, Faults(parse(os.environ.get("FAULT", "")), place.rank))
+            launch = read_launch_info(os.environ)
+            if launch.world_size > 1:
+                signals.end_at_once(partial(end_while_joining, launch))
+            return start(args, launch, signals, Faults(parse(os.environ.get("FAULT", "")), launch.rank))
         except Exception as error:
-            if place.world_size == 1:
+            if launch.world_size == 1:
                 raise
-            return refuse(error, place, signals, debug=args.debug)
+            return refuse(error, launch, signals, debug=args.debug)
 
 
-def refuse(error: Exception, place: Place, signals: StopSignals, *, debug: bool) -> int:
+def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug: bool) -> int:
     """Report what kept this process from joining, and tell the others, which would wait for it. What all processes meet, such as a wrong config, is
     reported once. Returns the exit code."""
     known = as_problem(error, "train")
-    notice = make_notice(place.rank, 1 if known is None else known.exit_code, f"{type(error).__name__}: {error}" if known is None else known.line())
+    notice = make_notice(launch.rank, 1 if known is None else known.exit_code, f"{type(error).__name__}: {error}" if known is None else known.line())
     stop = partial(getattr, signals, "requested")
-    same = post_refusal(place, notice, AFTER_YOU, stop) if place.rank > 0 else None
+    same = post_refusal(launch, notice, AFTER_YOU, stop) if launch.rank > 0 else None
     if same:
         return notice["code"]
     if known is None:
@@ -78,31 +77,31 @@ def refuse(error: Exception, place: Place, signals: StopSignals, *, debug: bool)
     else:
         report(known, debug)
     signals.end_at_once(None)  # from here on one only ends the waiting
-    if place.rank == 0 and not place.agent_store:
-        serve_refusal(place, notice, PATIENCE, stop)
+    if launch.rank == 0 and not launch.agent_store:
+        serve_refusal(launch, notice, PATIENCE, stop)
     elif same is None:
-        post_refusal(place, notice, PATIENCE, stop)
+        post_refusal(launch, notice, PATIENCE, stop)
     return notice["code"]
 
 
-def end_while_joining(place: Place, received: signal.Signals) -> None:
+def end_while_joining(launch: LaunchInfo, received: signal.Signals) -> None:
     """End this process, which a signal has reached before all had joined; called on a thread, as the main one may be anywhere."""
     error = StoppedBySignal(
         "stopped by a signal before all processes had joined, so there is nothing to save",
-        where=f"rank {place.rank} of {place.world_size}",
+        where=f"rank {launch.rank} of {launch.world_size}",
         got=received.name,
         do="start again",
     )
     with contextlib.suppress(OSError):  # the reader may be gone
         print(error.line(), file=sys.stderr, flush=True)
-    notice = make_notice(place.rank, error.exit_code, error.line())
-    if place.rank == 0 and not place.agent_store:
-        place = replace(place, address="127.0.0.1")
-        if not serve_refusal(place, notice, FAREWELL):  # this process may serve the store already
-            post_refusal(place, notice, 0.0)
+    notice = make_notice(launch.rank, error.exit_code, error.line())
+    if launch.rank == 0 and not launch.agent_store:
+        launch = replace(launch, address="127.0.0.1")
+        if not serve_refusal(launch, notice, FAREWELL):  # this process may serve the store already
+            post_refusal(launch, notice, 0.0)
             time.sleep(FAREWELL / 2)
     else:
-        post_refusal(place, notice, 0.0)
+        post_refusal(launch, notice, 0.0)
     os._exit(error.exit_code)
 
 
@@ -128,10 +127,10 @@ def leave_out_the_flight_recorder(environment: MutableMapping[str, str]) -> None
         environment["TORCH_FR_BUFFER_SIZE"] = "0"
 
 
-def start(args: argparse.Namespace, place: Place, signals: StopSignals, faults: Faults) -> int:
+def start(args: argparse.Namespace, launch: LaunchInfo, signals: StopSignals, faults: Faults) -> int:
     """Check the config, then hand over to neox.train."""
     loaded = load(conf_files(args), args.set)
-    if place.rank == 0:
+    if launch.rank == 0:
         for note in loaded.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
     if loaded.config.train.deterministic:
@@ -139,10 +138,10 @@ def start(args: argparse.Namespace, place: Place, signals: StopSignals, faults: 
     import torch  # only now: a wrong config is reported within a second
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    validate(loaded.config, place.world_size, device, loaded.origins)
+    validate(loaded.config, launch.world_size, device, loaded.origins)
     os.environ.setdefault("DS_ACCELERATOR", device)  # else DeepSpeed probes for hardware and warns that it found none
     if device == "cpu":
         leave_out_the_flight_recorder(os.environ)
-    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists on it
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed insists on it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    return importlib.import_module("neox.train.start").start(loaded.config, place, device, signals=signals, faults=faults, debug=args.debug)
+    return importlib.import_module("neox.train.start").start(loaded.config, launch, device, signals=signals, faults=faults, debug=args.debug)

@@ -31,16 +31,16 @@ from neox.faults import NO_FAULTS, Faults
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
+from neox.runtime.heartbeat import Heartbeat
+from neox.runtime.signals import StopSignals
 from neox.train.folder import Folders, accept, claim, note_checkpoint
 from neox.train.memory import FreedMemory
 from neox.train.metrics import DROPPED, MetricsLog, memory_gb, peak_flops
 from neox.train.planned import PlanCheck
 from neox.train.profile import StepProfiler
 from neox.train.progress import Progress
-from neox.train.pulse import Pulse
 from neox.train.reference import set_references
 from neox.train.resume import Resumed, changes, read_resumed
-from neox.train.signals import StopSignals
 from neox.train.state import describe, get_generators, place_of, set_generators
 from neox.train.trackers import Trackers
 
@@ -48,7 +48,7 @@ PATIENCE = 5.0  # seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: Config, mesh: Mesh, signals: StopSignals, *, faults: Faults = NO_FAULTS, pulse: Pulse | None = None) -> None:
+def train(config: Config, mesh: Mesh, signals: StopSignals, *, faults: Faults = NO_FAULTS, heartbeat: Heartbeat | None = None) -> None:
     """Train to train_iters, from the checkpoint that checkpoint.resume names, and leave the run's folder behind.
 
     Every process calls it.
@@ -71,7 +71,7 @@ def train(config: Config, mesh: Mesh, signals: StopSignals, *, faults: Faults = 
         found = find(folders.checkpoints, config.checkpoint.resume, rank=mesh.rank, world_size=mesh.world_size)
         lossy = config.checkpoint.on_save_error == "continue"
         progress = Progress(sys.stdout if mesh.rank == 0 else None, None, config.train.train_iters, config.logging.interval, lossy=lossy)
-        life = Life(signals, faults, Pulse() if pulse is None else pulse)
+        life = Life(signals, faults, Heartbeat() if heartbeat is None else heartbeat)
         resumed = None if found is None else read_resumed(found, config)
         run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints, found), life, resumed)
         run.restore()
@@ -90,7 +90,7 @@ class Life:
 
     signals: StopSignals
     faults: Faults
-    pulse: Pulse
+    heartbeat: Heartbeat
 
 
 class Run:
@@ -110,7 +110,7 @@ class Run:
         self.resumed = resumed
         self.life = life
         self.faults = life.faults
-        self.pulse = life.pulse
+        self.heartbeat = life.heartbeat
         self.config = config
         self.mesh = mesh
         self.folders = folders
@@ -126,10 +126,10 @@ class Run:
         )
         self.config_lock = dump(config)
         self.sizes: BatchSizes = batch_sizes(config, mesh.world_size)
-        self.pulse("data")
+        self.heartbeat("data")
         self.faults("data")
         self.data = self.open_datasets()
-        self.pulse("build")
+        self.heartbeat("build")
         self.faults("build")
         self.layout = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "cp": mesh.cp, "zero": config.zero.stage}
         train = config.train
@@ -139,8 +139,8 @@ class Run:
         rows = 2 if train.objective in ("dpo", "reward") else 1  # a pair is two sequences
         self.tokens_per_step = self.sizes.global_batch_size * rows * config.data.seq_length
         self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.tokens_per_step
-        alive = partial(self.pulse, "step")
-        self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters, faults=self.faults, alive=alive, waits=self.pulse.waits)
+        alive = partial(self.heartbeat, "step")
+        self.engine = Engine(config, mesh, model, self.sizes, config.train.train_iters, faults=self.faults, alive=alive, waits=self.heartbeat.waits)
         self.tokens = 0
         self.loader: Loader | None = None
         self.metrics: MetricsLog | None = None
@@ -180,7 +180,7 @@ class Run:
 
     def restore(self) -> None:
         """Take the weights and the optimizer's state of the checkpoint, or the weights that the config names. Nothing in the run's folder changes."""
-        self.pulse("restore")
+        self.heartbeat("restore")
         self.faults("restore")
         if self.resumed is not None:
             with Checkpoint(self.resumed.path) as checkpoint:
@@ -289,12 +289,12 @@ class Run:
         self.settle(must=False)
         self.profiler.before(self.engine.step + 1)
         begin = time.perf_counter()
-        self.pulse("batch")
+        self.heartbeat("batch")
         self.faults("batch")
         batches = next(self.loader)
         result = self.engine.train_step(batches, stop=self.life.signals.requested)
-        self.pulse("step", result.step)
-        self.pulse.watched = True
+        self.heartbeat("step", result.step)
+        self.heartbeat.watched = True
         self.tokens += self.tokens_per_step
         record = self.record(result, time.perf_counter() - begin)
         self.check.step(record["step_time"])
@@ -420,7 +420,7 @@ class Run:
         loss, targets, stop = 0.0, 0.0, False
         with self.make_loader("validation", 0, 0) as loader:
             for done in range(1, self.config.evaluate.iters + 1):
-                self.pulse("evaluate")
+                self.heartbeat("evaluate")
                 part = self.engine.evaluate_part(next(loader), stop=self.life.signals.received is not None)
                 loss, targets, stop = loss + part[0], targets + part[1], part[2]
                 if stop and done < self.config.evaluate.iters:
@@ -433,7 +433,7 @@ class Run:
         Raises:
             DiskError: it, or the one before it, could not be written, and `must` or checkpoint.on_save_error: stop.
         """
-        self.pulse("save")
+        self.heartbeat("save")
         self.faults("save")
         self.check.saved()
         if self.metrics is not None:
@@ -459,7 +459,7 @@ class Run:
             self.saver.join()
         self.faults("saved")
         self.settle(must=must)
-        self.pulse("saved")
+        self.heartbeat("saved")
 
     def settle(self, *, must: bool) -> None:
         """Take note of the checkpoints that became complete, or did not, since the last call. Raises as `save`."""

@@ -17,18 +17,18 @@ from neox.errors import NeoxError
 from neox.faults import NO_FAULTS, Faults
 from neox.parallel.mesh import Mesh
 from neox.parallel.waits import outlast
-from neox.train.agreement import check_agreement, facts
-from neox.train.attempt import register
-from neox.train.control import as_neox_error, connect
+from neox.runtime.consistency import check_consistency, fingerprint_run
+from neox.runtime.distributed import form_process_group
+from neox.runtime.heartbeat import Heartbeat
+from neox.runtime.launch import LaunchInfo
+from neox.runtime.rendezvous import claim_rank
+from neox.runtime.signals import StopSignals
+from neox.runtime.watchdog import as_neox_error, connect
 from neox.train.fit_check import check_fit, explain_exhaustion, out_of_memory
-from neox.train.join import form_group
 from neox.train.loop import train
-from neox.train.place import Place
-from neox.train.pulse import Pulse
-from neox.train.signals import StopSignals
 
 
-def start(config: Config, place: Place, device: str, *, signals: StopSignals, faults: Faults = NO_FAULTS, debug: bool = False) -> int:
+def start(config: Config, launch: LaunchInfo, device: str, *, signals: StopSignals, faults: Faults = NO_FAULTS, debug: bool = False) -> int:
     """Join the other processes and train. Returns the exit code; with other processes around it ends this one itself after an error.
 
     Args:
@@ -39,35 +39,35 @@ def start(config: Config, place: Place, device: str, *, signals: StopSignals, fa
         faults: faults on purpose.
         debug: print the traceback of any error.
     """
-    pulse = Pulse()
+    heartbeat = Heartbeat()
     faults("start")
     limit = config.guard.hang_timeout
     choose_algorithms(config.train.deterministic)
     try:
-        attempt = register(place, limit) if place.world_size > 1 else None
+        attempt = claim_rank(launch, limit) if launch.world_size > 1 else None
     except NeoxError as error:  # the others know of it
-        report(error, place.rank, debug)
+        report(error, launch.rank, debug)
         return error.exit_code
     signals.end_at_once(None)  # from here on a signal asks for a checkpoint
-    control = connect(place, "" if attempt is None else attempt.token, limit=limit, pulse=pulse)
+    watchdog = connect(launch, "" if attempt is None else attempt.token, limit=limit, heartbeat=heartbeat)
     try:
-        mesh = form_group(config.parallel, place, device, attempt)
+        mesh = form_process_group(config.parallel, launch, device, attempt)
         outlast(limit)
-        control.meet()
+        watchdog.handshake()
         faults("joined")
-        if place.world_size > 1:
-            if place.rank == 0:
-                print(f"{place.world_size} processes by {place.source}; rank 0 at {place.endpoint}", flush=True)
-            check_agreement(facts(config), Peers(place.rank, place.world_size))
+        if launch.world_size > 1:
+            if launch.rank == 0:
+                print(f"{launch.world_size} processes by {launch.source}; rank 0 at {launch.endpoint}", flush=True)
+            check_consistency(fingerprint_run(config), Peers(launch.rank, launch.world_size))
         warning = check_fit(config, mesh)
-        if warning is not None and place.rank == 0:
+        if warning is not None and launch.rank == 0:
             print(f"note: {warning}", file=sys.stderr, flush=True)
-        run_within_memory(config, mesh, partial(train, config, mesh, signals, faults=faults, pulse=pulse))
-        control.finish()
+        run_within_memory(config, mesh, partial(train, config, mesh, signals, faults=faults, heartbeat=heartbeat))
+        watchdog.finish()
         return 0
     except BaseException as error:  # whatever it is, the other processes must learn of it
-        code = control.fail(error, partial(report, error, place.rank, debug))
-        if place.world_size > 1:
+        code = watchdog.fail(error, partial(report, error, launch.rank, debug))
+        if launch.world_size > 1:
             leave(code)
         return code
 

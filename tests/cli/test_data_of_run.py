@@ -13,8 +13,8 @@ from neox.config.load import load_config
 from neox.data.builder import build_datasets
 from neox.data.loader import Loader
 from neox.parallel.mesh import Mesh
+from neox.runtime.signals import StopSignals
 from neox.train.loop import train
-from neox.train.signals import StopSignals
 from tests.train.corpus import make_config, make_corpus
 
 os.environ.setdefault("LOCAL_RANK", "0")

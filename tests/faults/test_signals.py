@@ -11,7 +11,7 @@ import pytest
 
 from neox.cli.main import main
 from tests.faults.runs import ENDLESS, PAIR, SHORT, Setting, arguments, assert_same_run, complete, damaged, newest
-from tests.train.test_signals import repeat
+from tests.runtime.test_signals import repeat
 
 pytestmark = pytest.mark.distributed
 

@@ -17,8 +17,8 @@ from neox.engine.engine import Engine
 from neox.errors import CheckpointError, DataError, DiskError, NonFinite, StoppedBySignal
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh, create_mesh
+from neox.runtime.signals import StopSignals
 from neox.train.loop import Run, train
-from neox.train.signals import StopSignals
 from tests.distributed import run_ranks, start_training
 from tests.distributed import train as launch
 from tests.train.corpus import DROPOUT, config_text, curve, make_config, make_corpus, records

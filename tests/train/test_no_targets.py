@@ -10,8 +10,8 @@ import numpy as np
 from neox.data.indexed import IndexedWriter
 from neox.parallel.mesh import Mesh
 from neox.report.runs import read_run
+from neox.runtime.signals import StopSignals
 from neox.train.loop import train
-from neox.train.signals import StopSignals
 from tests.train.corpus import make_config, records
 
 os.environ.setdefault("LOCAL_RANK", "0")

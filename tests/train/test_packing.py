@@ -14,8 +14,8 @@ from neox.data import IndexedDataset, IndexedWriter
 from neox.data.tokenizer import train_tokenizer
 from neox.errors import StoppedBySignal
 from neox.parallel.mesh import Mesh
+from neox.runtime.signals import StopSignals
 from neox.train.loop import train
-from neox.train.signals import StopSignals
 from tests.distributed import train as launch
 from tests.train.corpus import config_text, curve, make_config, make_corpus, records
 from tests.train.test_loop import StopAfter

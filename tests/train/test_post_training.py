@@ -16,8 +16,8 @@ from neox.errors import CheckpointError, StoppedBySignal
 from neox.generate.generate import load_model
 from neox.model.adapters import is_adapter
 from neox.parallel.mesh import Mesh
+from neox.runtime.signals import StopSignals
 from neox.train.loop import train
-from neox.train.signals import StopSignals
 from tests.train.corpus import make_config, make_corpus, records
 from tests.train.preferences import PAIRS, chat_config, make_answers, pair_config
 from tests.train.test_loop import StopAfter, newest

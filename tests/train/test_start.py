@@ -4,9 +4,9 @@ import os
 
 import torch
 
+from neox.runtime.launch import LaunchInfo
+from neox.runtime.signals import StopSignals
 from neox.train import start as module
-from neox.train.place import Place
-from neox.train.signals import StopSignals
 from neox.train.start import start
 from tests.train.corpus import make_config, make_corpus
 
@@ -16,23 +16,23 @@ os.environ.setdefault("LOCAL_RANK", "0")
 def test_a_good_run_is_0_and_a_user_error_is_one_line(tmp_path, capfd):
     make_corpus(tmp_path / "corpus")
     quick = ("train.train_iters=2", "evaluate.interval=0")
-    assert start(make_config(tmp_path / "corpus", tmp_path / "run", *quick), Place(), "cpu", signals=StopSignals(), debug=False) == 0
+    assert start(make_config(tmp_path / "corpus", tmp_path / "run", *quick), LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 0
     capfd.readouterr()
     missing = make_config(tmp_path / "gone", tmp_path / "other", *quick)
-    assert start(missing, Place(), "cpu", signals=StopSignals(), debug=False) == 3
+    assert start(missing, LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 3
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error[3] ")
-    assert start(missing, Place(), "cpu", signals=StopSignals(), debug=True) == 3
+    assert start(missing, LaunchInfo(), "cpu", signals=StopSignals(), debug=True) == 3
     assert "Traceback" in capfd.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback_below_the_line(tmp_path, capfd, monkeypatch):
-    def broken(config, mesh, signals, *, faults, pulse):
+    def broken(config, mesh, signals, *, faults, heartbeat):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(module, "train", broken)
-    assert start(make_config(tmp_path, tmp_path), Place(), "cpu", signals=StopSignals(), debug=False) == 1
+    assert start(make_config(tmp_path, tmp_path), LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("error[1] ZeroDivisionError: a bug")
     assert any("Traceback" in line for line in lines[1:])
@@ -44,6 +44,6 @@ def test_deterministic_algorithms_are_those_of_the_run(tmp_path):
     chosen = []
     for wanted in ("true", "false"):
         config = make_config(tmp_path / "corpus", tmp_path / wanted, *quick, f"train.deterministic={wanted}")
-        assert start(config, Place(), "cpu", signals=StopSignals(), debug=False) == 0
+        assert start(config, LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 0
         chosen.append((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
     assert chosen == [(True, False), (False, False)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from neox.cli.nodelist import expand_hosts
 from neox.errors import EnvironmentProblem
-from neox.train.place import Place
+from neox.runtime.nodelist import expand_hosts
 
 MOST_PROCESSES = 1 << 20
 DEFAULT_PORT = "29500"
@@ -18,6 +18,34 @@ LAUNCHERS = {
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mpirun (MPICH, Intel MPI)": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
 }
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """Number of this process, number of processes, and where the first one listens.
+
+    Attributes:
+        rank: among all processes.
+        local_rank: among those of this machine; the GPU it takes.
+        world_size: number of processes.
+        address, port: of the first process.
+        source: the launcher and its variables that said so, for people.
+        agent_store: whether a process of the launcher (torchrun's agent) serves the store at address:port, and not rank 0. It outlives the attempts
+            of a job that is restarted.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+    source: str = ""
+    agent_store: bool = False
+
+    @property
+    def endpoint(self) -> str:
+        """address:port, an IPv6 address in brackets."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
 def read_number(environment: Mapping[str, str], name: str, low: int, high: int) -> int:
@@ -38,7 +66,7 @@ def read_number(environment: Mapping[str, str], name: str, low: int, high: int) 
     return int(text)
 
 
-def read_place(environment: Mapping[str, str]) -> Place:
+def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
     """This process's place from the variables of a launcher; alone where there are none.
 
     RANK or WORLD_SIZE, which torchrun and deepspeed set, come before those of Slurm and MPI, under which they may run.
@@ -51,7 +79,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     if "WORLD_SIZE" not in environment and "RANK" not in environment:
         found = next((name for name, variables in LAUNCHERS.items() if variables[2] in environment), None)
         if found is None:
-            return Place()
+            return LaunchInfo()
         names, launcher = LAUNCHERS[found], found
     world_size = read_number(environment, names[2], 1, MOST_PROCESSES)
     if launcher not in LAUNCHERS:  # a pod of Kubeflow's PyTorchJob has one process and no LOCAL_RANK
@@ -59,7 +87,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     rank = read_number(environment, names[0], 0, world_size - 1)
     local_rank = read_number(environment, names[1], 0, world_size - 1)
     if world_size == 1:
-        return Place(rank, local_rank, world_size)
+        return LaunchInfo(rank, local_rank, world_size)
     source = f"{launcher}: {names[0]}, {names[1]}, {names[2]}"
     address = environment.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")  # an IPv6 address may be in brackets
     if not address and launcher == "srun":
@@ -75,7 +103,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
         )
     port = environment if "MASTER_PORT" in environment or launcher not in LAUNCHERS else {"MASTER_PORT": DEFAULT_PORT}
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Place(rank, local_rank, world_size, address, read_number(port, "MASTER_PORT", 1, 65535), source, agent)
+    return LaunchInfo(rank, local_rank, world_size, address, read_number(port, "MASTER_PORT", 1, 65535), source, agent)
 
 
 def check_threads(environment: Mapping[str, str]) -> None:

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from neox.cli.nodelist import expand_hosts
 from neox.errors import EnvironmentProblem
+from neox.runtime.nodelist import expand_hosts
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ import torch.distributed as dist
 
 from neox.checkpoint.holder import describe_process
 from neox.errors import HangError, MemoryExhausted, NeoxError, PeerLost
-from neox.train.attempt import client
-from neox.train.place import Place
-from neox.train.pulse import Pulse
-from neox.train.wire import PREFIX
+from neox.runtime.heartbeat import Heartbeat
+from neox.runtime.launch import LaunchInfo
+from neox.runtime.rendezvous import client
+from neox.runtime.store_protocol import PREFIX
 
 POLL = 0.5  # seconds between two looks at the store
 FAREWELL = 5.0  # seconds that a failed process waits for the others to learn of it
@@ -43,7 +43,7 @@ LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.launch", "torchrun", "
 COLLECTIVES = ("neox.parallel.collectives", "neox.parallel.stages")
 
 
-class Control:
+class Watchdog:
     """The channel of one process.
 
     Args:
@@ -54,32 +54,32 @@ class Control:
         source: host of the store's process.
     """
 
-    def __init__(self, store: dist.Store | None, rank: int, world_size: int, *, limit: float = 0.0, pulse: Pulse | None = None, source: str = ""):
+    def __init__(self, store: dist.Store | None, rank: int, world_size: int, *, limit: float = 0.0, heartbeat: Heartbeat | None = None, source: str = ""):
         self.store = store
         self.rank = rank
         self.world_size = world_size
         self.limit = limit
-        self.pulse = Pulse() if pulse is None else pulse
+        self.heartbeat = Heartbeat() if heartbeat is None else heartbeat
         self.source = source
         self.closed = threading.Event()
         self.launchers = launchers()
         self.me = {"rank": rank, **describe_process()}
         self.host_of_store: dict[str, Any] = {"rank": 0, "host": source}
-        self.looks = 0
-        self.main = Still()
-        self.neighbour = Still()
+        self.polls = 0
+        self.main = StallCounter()
+        self.neighbour = StallCounter()
         self.threads: list[threading.Thread] = []
         if store is None and self.launchers:
-            self.threads.append(threading.Thread(target=self.watch_launchers, name="neox-control", daemon=True))
+            self.threads.append(threading.Thread(target=self.watch_launchers, name="neox-watchdog", daemon=True))
         if store is not None:
             self.beat()
-            self.threads.append(threading.Thread(target=self.watch, name="neox-control", daemon=True))
+            self.threads.append(threading.Thread(target=self.watch, name="neox-watchdog", daemon=True))
             if limit > 0 and rank > 0:
-                self.threads.append(threading.Thread(target=self.watch_store, name="neox-control-store", daemon=True))
+                self.threads.append(threading.Thread(target=self.watch_store, name="neox-watchdog-store", daemon=True))
         for thread in self.threads:
             thread.start()
 
-    def meet(self) -> None:
+    def handshake(self) -> None:
         """Wait until all processes have opened their channel and know the first one: nothing happens to it before.
 
         Raises:
@@ -97,62 +97,62 @@ class Control:
         """Thread: look until the end of the run, or of this process."""
         while not self.closed.wait(POLL):
             try:
-                self.look()
+                self.poll()
             except RuntimeError as error:
                 if not self.closed.is_set():
-                    print(self.lost(self.host_of_store, self.pulse.step, str(error)[:120]).line(), file=sys.stderr, flush=True)
+                    print(self.lost(self.host_of_store, self.heartbeat.step, str(error)[:120]).line(), file=sys.stderr, flush=True)
                     self.leave(PeerLost.exit_code)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Write the own sign of life, and look for an error, at the neighbour, and at the own main thread."""
         if self.store.check([ERROR]) and not self.closed.is_set():
             self.follow(json.loads(self.store.get(ERROR)))
-        self.looks += 1
-        still = self.main.note(self.pulse.count) * POLL
+        self.polls += 1
+        still = self.main.note(self.heartbeat.count) * POLL
         self.beat()
-        self.look_at_neighbour((self.rank + 1) % self.world_size)
-        self.look_at_launchers()
-        if self.limit and self.pulse.watched and still > self.limit:
-            waiting = self.pulse.waits.inside or in_collective()
+        self.check_neighbour((self.rank + 1) % self.world_size)
+        self.check_launchers()
+        if self.limit and self.heartbeat.watched and still > self.limit:
+            waiting = self.heartbeat.waits.inside or in_collective()
             if not waiting or still > self.limit + GRACE:
                 what = "all processes wait for each other" if waiting else "a process makes no progress"
-                self.accuse(self.stuck(self.me, what, self.pulse.step, self.pulse.phase))
+                self.report_peer(self.stuck(self.me, what, self.heartbeat.step, self.heartbeat.phase))
 
     def watch_launchers(self) -> None:
         """Thread of a process that works alone under a launcher."""
         while not self.closed.wait(POLL):
-            self.look_at_launchers()
+            self.check_launchers()
 
-    def look_at_launchers(self) -> None:
+    def check_launchers(self) -> None:
         """End where a launcher has ended without ending this process, as one that was killed does: nobody would find what is left over."""
         for who in self.launchers:
             if not is_running(who):
                 got = f"process {who['pid']} ({who['name']}) has ended"
-                self.accuse(PeerLost("the launcher is gone", where=f"rank {self.rank}", got=got, do="start again to resume"))
+                self.report_peer(PeerLost("the launcher is gone", where=f"rank {self.rank}", got=got, do="start again to resume"))
 
     def beat(self) -> None:
         """Write the own sign of life."""
-        self.store.set(f"beat/{self.rank}", json.dumps({**self.me, "n": self.looks, "step": self.pulse.step, "phase": self.pulse.phase}))
+        self.store.set(f"beat/{self.rank}", json.dumps({**self.me, "n": self.polls, "step": self.heartbeat.step, "phase": self.heartbeat.phase}))
 
-    def look_at_neighbour(self, other: int) -> None:
+    def check_neighbour(self, other: int) -> None:
         """Accuse the neighbour where it has died, or is silent for too long."""
         if other == self.rank or not self.store.check([f"beat/{other}"]):
             return
         beat = json.loads(self.store.get(f"beat/{other}"))
         silent = self.neighbour.note(beat["n"]) * POLL
         if beat["space"] and beat["space"] == self.me["space"] and not is_running(beat) and not self.closed.is_set():
-            self.accuse(self.lost(beat, beat["step"], "its process has ended without a word"), gone=beat)
+            self.report_peer(self.lost(beat, beat["step"], "its process has ended without a word"), gone=beat)
         elif self.limit and silent > self.limit:
-            self.accuse(self.stuck(beat, "a process is stopped or stuck", beat["step"], beat["phase"]), gone=beat)
+            self.report_peer(self.stuck(beat, "a process is stopped or stuck", beat["step"], beat["phase"]), gone=beat)
 
     def watch_store(self) -> None:
         """Thread: end this process where the store has not answered for longer than a process may be silent, because rank 0 is stopped."""
-        answer, patience = Still(), self.limit + (0.0 if self.rank == 1 else GRACE)  # one speaks; where it can wake rank 0, the others hear of it
+        answer, patience = StallCounter(), self.limit + (0.0 if self.rank == 1 else GRACE)  # one speaks; where it can wake rank 0, the others hear of it
         while not self.closed.wait(POLL):
-            if answer.note(self.looks) * POLL > patience:
+            if answer.note(self.polls) * POLL > patience:
                 self.closed.set()
                 where = self.host_of_store
-                print(self.stuck(where, "a process is stopped or stuck", self.pulse.step, "unknown").line(), file=sys.stderr, flush=True)
+                print(self.stuck(where, "a process is stopped or stuck", self.heartbeat.step, "unknown").line(), file=sys.stderr, flush=True)
                 dump_stacks(self.rank)
                 wake(where, self.me["space"])
                 threading.Thread(target=self.post_late, args=(where,), daemon=True).start()  # it waits for ever where rank 0 does not wake
@@ -182,7 +182,7 @@ class Control:
             do="look at the stacks of all processes below; start again to resume",
         )
 
-    def accuse(self, error: NeoxError, gone: dict[str, Any] | None = None) -> None:
+    def report_peer(self, error: NeoxError, gone: dict[str, Any] | None = None) -> None:
         """Report what this thread found, unless another error was posted first, and end this process."""
         if self.closed.is_set():
             return
@@ -208,7 +208,7 @@ class Control:
             dump_stacks(self.rank)
             if gone is not None and gone["rank"] != self.rank:
                 wake(gone, self.me["space"])
-        self.part(self.world_size - (posted["code"] == PeerLost.exit_code and gone is not None))
+        self.acknowledge(self.world_size - (posted["code"] == PeerLost.exit_code and gone is not None))
         if gone is not None and gone["rank"] != self.rank:
             end(gone, self.me["space"])
         self.leave(posted["code"])
@@ -228,7 +228,7 @@ class Control:
 
     def finish(self) -> None:
         """The good end of a run: stop watching, then leave together."""
-        self.pulse("end")
+        self.heartbeat("end")
         if self.store is not None:
             dist.barrier()
             self.closed.set()
@@ -266,7 +266,7 @@ class Control:
         elif posted["code"] == HangError.exit_code:
             dump_stacks(self.rank)
         missing = posted["code"] == PeerLost.exit_code and posted.get("gone") is not None
-        self.part(self.world_size - missing)
+        self.acknowledge(self.world_size - missing)
         return posted["code"]
 
     def wait_for_origin(self) -> None:
@@ -278,7 +278,7 @@ class Control:
         except RuntimeError:
             time.sleep(2 * POLL)  # the thread says that the first process is gone
 
-    def part(self, count: int) -> None:
+    def acknowledge(self, count: int) -> None:
         """Tell that this process has seen the error; the store's own process waits until all `count` have, or FAREWELL seconds."""
         try:
             self.store.add(SEEN, 1)
@@ -297,7 +297,7 @@ class Control:
         os._exit(code)
 
 
-class Still:
+class StallCounter:
     """Counts how many looks in a row showed the same."""
 
     def __init__(self):
@@ -311,22 +311,22 @@ class Still:
         return self.count
 
 
-def connect(place: Place, token: str = "", *, limit: float = 0.0, pulse: Pulse | None = None, patience: float = 30.0) -> Control:
+def connect(launch: LaunchInfo, token: str = "", *, limit: float = 0.0, heartbeat: Heartbeat | None = None, patience: float = 30.0) -> Watchdog:
     """Open the channel of an attempt over the rendezvous store, which must be up.
 
     Raises:
         PeerLost: the store's process is gone already.
     """
-    if place.world_size == 1:
-        return Control(None, place.rank, place.world_size, pulse=pulse)
+    if launch.world_size == 1:
+        return Watchdog(None, launch.rank, launch.world_size, heartbeat=heartbeat)
     try:
-        store = dist.PrefixStore(f"{PREFIX}/{token}/control", client(place, timedelta(seconds=patience)))
+        store = dist.PrefixStore(f"{PREFIX}/{token}/control", client(launch, timedelta(seconds=patience)))
     except RuntimeError as error:
         got = str(error).splitlines()[0][:120]
         raise PeerLost(
-            "the first process is gone", where=f"rank 0 on {place.address}: last step 0", got=got, do="look at its log; start again to resume"
+            "the first process is gone", where=f"rank 0 on {launch.address}: last step 0", got=got, do="look at its log; start again to resume"
         ) from error
-    return Control(store, place.rank, place.world_size, limit=limit, pulse=pulse, source=place.address)
+    return Watchdog(store, launch.rank, launch.world_size, limit=limit, heartbeat=heartbeat, source=launch.address)
 
 
 def launchers() -> list[dict[str, Any]]:
@@ -384,7 +384,7 @@ def in_collective() -> bool:
     frames = sys._current_frames()
     stacks = {thread.name: stack_of(frames.get(thread.ident)) for thread in threading.enumerate()}
     main = stacks[threading.main_thread().name]
-    watchers = {"neox-control", "neox-control-store", "neox-signals"}
+    watchers = {"neox-watchdog", "neox-watchdog-store", "neox-signals"}
     if not any(module == "neox.checkpoint.background" for module, _ in main):
         watchers.add("neox-checkpoint")
     return any(waits(stack) for name, stack in stacks.items() if name not in watchers)

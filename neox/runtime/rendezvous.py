@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from neox.checkpoint.holder import describe_process
 from neox.errors import EnvironmentProblem, HangError, NeoxError, PeerLost
-from neox.train.place import Place
-from neox.train.wire import PREFIX, REFUSED, NotAStore, RefusalNotice, StoreConnection, listen, make_notice, process_name, read_notice
+from neox.runtime.launch import LaunchInfo
+from neox.runtime.store_protocol import PREFIX, REFUSED, NotAStore, RefusalNotice, StoreConnection, listen, make_notice, process_name, read_notice
 
 FIRST_LINE = 5.0  # seconds until a process that waits says so; then at intervals that double
 LONGEST_INTERVAL = 60.0
@@ -66,8 +66,8 @@ class Waiting:
         limit: seconds; 0: none.
     """
 
-    def __init__(self, place: Place, limit: float):
-        self.place = place
+    def __init__(self, launch: LaunchInfo, limit: float):
+        self.launch = launch
         self.limit = limit
         self.begin = time.monotonic()
         self.due, self.interval = FIRST_LINE, FIRST_LINE
@@ -83,19 +83,19 @@ class Waiting:
         Raises:
             HangError, or `kind`: the limit has passed.
         """
-        world_size = self.place.world_size
+        world_size = self.launch.world_size
         names, verb = f"rank{'s' if len(missing) > 1 else ''} {spans(missing)} of {world_size}", "have" if len(missing) > 1 else "has"
         if self.limit and self.seconds > self.limit:
             raise kind(
                 f"{names} {verb} not joined",
-                where=f"rank {self.place.rank}, store at {self.place.endpoint}",
+                where=f"rank {self.launch.rank}, store at {self.launch.endpoint}",
                 got=f"waited {self.seconds:.0f} s{f', {why}' if why else ''}",
                 want="guard.hang_timeout",
                 do="look at the logs of the missing processes; check that every host starts its processes and reaches MASTER_ADDR:MASTER_PORT",
             )
         if self.seconds > self.due and not quiet:
             detail = f" ({why})" if why else ""
-            print(f"rank {self.place.rank} waits: {names} {verb} not joined after {self.seconds:.0f} s{detail}", file=sys.stderr, flush=True)
+            print(f"rank {self.launch.rank} waits: {names} {verb} not joined after {self.seconds:.0f} s{detail}", file=sys.stderr, flush=True)
             self.interval = min(2 * self.interval, LONGEST_INTERVAL)
             self.due = self.seconds + self.interval
 
@@ -115,7 +115,7 @@ def spans(ranks: list[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def register(place: Place, limit: float = 0.0) -> Attempt:
+def claim_rank(launch: LaunchInfo, limit: float = 0.0) -> Attempt:
     """Meet all processes of the launch.
 
     Args:
@@ -128,11 +128,11 @@ def register(place: Place, limit: float = 0.0) -> Attempt:
         EnvironmentProblem: another process has this rank, the port is in use, or the address names no store.
         PeerLost: the store was lost.
     """
-    waiting = Waiting(place, limit)
-    store = dist.PrefixStore(PREFIX, open_store(place, waiting))
-    member = Member(place, store, waiting)
+    waiting = Waiting(launch, limit)
+    store = dist.PrefixStore(PREFIX, open_store(launch, waiting))
+    member = Member(launch, store, waiting)
     try:
-        token = member.gather() if place.rank == 0 else member.follow()
+        token = member.gather() if launch.rank == 0 else member.follow()
     except Told:
         raise
     except NeoxError as error:
@@ -141,28 +141,31 @@ def register(place: Place, limit: float = 0.0) -> Attempt:
     except RuntimeError as error:  # of the store
         got = str(error).splitlines()[0][:120]
         raise PeerLost(
-            "the rendezvous store was lost", where=f"rank {place.rank}, store at {place.endpoint}", got=got, do="look at the log of rank 0 and of the launcher"
+            "the rendezvous store was lost",
+            where=f"rank {launch.rank}, store at {launch.endpoint}",
+            got=got,
+            do="look at the log of rank 0 and of the launcher",
         ) from error
     return Attempt(store, token)
 
 
-def open_store(place: Place, waiting: Waiting) -> dist.Store:
+def open_store(launch: LaunchInfo, waiting: Waiting) -> dist.Store:
     """Serve the store as rank 0, unless the launcher does; connect to it else."""
-    if place.rank == 0 and not place.agent_store:
-        listener = listen(place)
+    if launch.rank == 0 and not launch.agent_store:
+        listener = listen(launch)
         port = listener.getsockname()[1]
         return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, timeout=STORE_TIMEOUT, master_listen_fd=listener.detach())
-    reach(place, waiting)
-    return client(place, STORE_TIMEOUT)
+    reach(launch, waiting)
+    return client(launch, STORE_TIMEOUT)
 
 
-def client(place: Place, timeout: timedelta) -> dist.TCPStore:
+def client(launch: LaunchInfo, timeout: timedelta) -> dist.TCPStore:
     """A connection of its own to the store. Raises RuntimeError where it is gone, after `timeout`."""
-    address = "127.0.0.1" if place.rank == 0 and not place.agent_store else place.address
-    return dist.TCPStore(address, place.port, None, False, wait_for_workers=False, timeout=timeout)
+    address = "127.0.0.1" if launch.rank == 0 and not launch.agent_store else launch.address
+    return dist.TCPStore(address, launch.port, None, False, wait_for_workers=False, timeout=timeout)
 
 
-def reach(place: Place, waiting: Waiting) -> None:
+def reach(launch: LaunchInfo, waiting: Waiting) -> None:
     """Wait until the store answers.
 
     Raises:
@@ -174,26 +177,26 @@ def reach(place: Place, waiting: Waiting) -> None:
     while True:
         kind: type[NeoxError] = HangError
         try:
-            StoreConnection(place).socket.close()
+            StoreConnection(launch).socket.close()
             return
         except RefusalNotice as told:
             raise Told(told.notice) from told
         except NotAStore as error:
             foreign = time.monotonic() if foreign is None else foreign
-            why = f"{place.endpoint}: {error}"
+            why = f"{launch.endpoint}: {error}"
             if time.monotonic() - foreign > FOREIGN_SECONDS:
                 raise EnvironmentProblem(
                     "what listens at MASTER_ADDR:MASTER_PORT is no rendezvous store",
-                    where=place.endpoint,
+                    where=launch.endpoint,
                     got=str(error),
                     want="the store of rank 0",
                     do="choose another port for all processes; another program has this one",
                 ) from error
         except OSError as error:
-            foreign, why = None, f"{place.endpoint}: {error.strerror or error}"
+            foreign, why = None, f"{launch.endpoint}: {error.strerror or error}"
             if isinstance(error, OSError) and type(error).__name__ == "gaierror":
                 kind = EnvironmentProblem
-        waiting.check([0], why, quiet=place.rank > 1 and place.local_rank > 0, kind=kind)
+        waiting.check([0], why, quiet=launch.rank > 1 and launch.local_rank > 0, kind=kind)
         time.sleep(0.1 if waiting.seconds < 10 else 1.0)
 
 
@@ -206,17 +209,17 @@ class Member:
         waiting: how long it has waited.
     """
 
-    def __init__(self, place: Place, store: dist.Store, waiting: Waiting):
-        self.place = place
+    def __init__(self, launch: LaunchInfo, store: dist.Store, waiting: Waiting):
+        self.launch = launch
         self.store = store
         self.waiting = waiting
         self.me = describe_process()
         self.id = secrets.token_hex(8)
         self.names = (self.id, process_name())
         self.running: dict[str, Any] = {}
-        if not place.agent_store and store.check([CURRENT]):
+        if not launch.agent_store and store.check([CURRENT]):
             raise self.taken()
-        store.set(f"hello/{place.rank}", self.id)
+        store.set(f"hello/{launch.rank}", self.id)
 
     def gather(self) -> str:
         """Rank 0: answer every process, and open the attempt when all are there. Returns its token."""
@@ -231,7 +234,7 @@ class Member:
 
     def collect(self, token: str, stage: str, seated: dict[int, str]) -> None:
         """Answer those that say hello, until all have come to a stage. `seated`: identity of each rank that was answered."""
-        missing = list(range(1, self.place.world_size))
+        missing = list(range(1, self.launch.world_size))
         while missing:
             self.check_refused()
             self.check_rank()
@@ -252,24 +255,24 @@ class Member:
         while True:
             self.check_refused()
             self.check_rank()
-            if self.store.check([f"seat/{self.place.rank}"]):
-                identity, given = json.loads(self.store.get(f"seat/{self.place.rank}"))
+            if self.store.check([f"seat/{self.launch.rank}"]):
+                identity, given = json.loads(self.store.get(f"seat/{self.launch.rank}"))
                 if identity == self.id and given != token:
                     token, ready = given, False
-                    self.store.set(f"{token}/here/{self.place.rank}/{self.id}", "")
+                    self.store.set(f"{token}/here/{self.launch.rank}/{self.id}", "")
             if token is not None and not ready and self.store.check([f"{token}/all"]):
                 ready = True
-                self.store.set(f"{token}/ready/{self.place.rank}/{self.id}", "")
+                self.store.set(f"{token}/ready/{self.launch.rank}/{self.id}", "")
             if token is not None and self.store.check([f"{token}/open"]):
                 return token
-            self.waiting.check([0], "" if token is None else "it waits for others", quiet=token is not None or self.place.rank > 1)
+            self.waiting.check([0], "" if token is None else "it waits for others", quiet=token is not None or self.launch.rank > 1)
             self.waiting.sleep()
 
     def check_rank(self) -> None:
         """Raise where another living process has this rank: it came later and said hello, or it is in an attempt that runs."""
-        if self.store.get(f"hello/{self.place.rank}").decode() != self.id:
+        if self.store.get(f"hello/{self.launch.rank}").decode() != self.id:
             raise self.taken()
-        if self.place.agent_store and self.waiting.seconds > OLD_ATTEMPT_SECONDS and self.store.check([CURRENT]):
+        if self.launch.agent_store and self.waiting.seconds > OLD_ATTEMPT_SECONDS and self.store.check([CURRENT]):
             beat = f"{self.store.get(CURRENT).decode()}/control/beat/0"
             now = json.loads(self.store.get(beat))["n"] if self.store.check([beat]) else None
             if now is not None and now != self.running.setdefault(beat, now):
@@ -277,22 +280,22 @@ class Member:
 
     def taken(self) -> EnvironmentProblem:
         """The error for a rank that two processes have."""
-        got, want = f"rank {self.place.rank} twice", f"ranks 0 to {self.place.world_size - 1}, each once"
-        return EnvironmentProblem("two processes have the same rank", where=self.place.source, got=got, want=want)
+        got, want = f"rank {self.launch.rank} twice", f"ranks 0 to {self.launch.world_size - 1}, each once"
+        return EnvironmentProblem("two processes have the same rank", where=self.launch.source, got=got, want=want)
 
     def check_refused(self) -> None:
         """Raise what another process has posted that ended instead of joining."""
         if not self.store.check([REFUSED]):
             return
         notice = read_notice(self.store.get(REFUSED))
-        stale = self.place.agent_store and notice is not None and notice["time"] < self.me["born"]  # of a process of an earlier attempt
+        stale = self.launch.agent_store and notice is not None and notice["time"] < self.me["born"]  # of a process of an earlier attempt
         if notice is not None and not stale and notice.get("process") not in self.names:
             raise Told(notice)
 
     def post(self, error: NeoxError) -> None:
         """Tell those that wait; the process of the store leaves them a moment to read it."""
         try:
-            self.store.set(REFUSED, json.dumps({**make_notice(self.place.rank, error.exit_code, error.line()), "process": self.id}))
-            time.sleep(1.0 if self.place.rank == 0 and not self.place.agent_store else 0.0)
+            self.store.set(REFUSED, json.dumps({**make_notice(self.launch.rank, error.exit_code, error.line()), "process": self.id}))
+            time.sleep(1.0 if self.launch.rank == 0 and not self.launch.agent_store else 0.0)
         except RuntimeError:
             return

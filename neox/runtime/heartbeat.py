@@ -5,7 +5,7 @@ from __future__ import annotations
 from neox.parallel.waits import Waits
 
 
-class Pulse:
+class Heartbeat:
     """Progress of one process's main thread.
 
     Attributes:

@@ -14,10 +14,10 @@ import pytest
 import torch.distributed as dist
 
 from neox.errors import EnvironmentProblem, HangError, NeoxError
-from neox.train import attempt as module
-from neox.train.attempt import Member, Told, Waiting, client, register, spans
-from neox.train.place import Place
-from neox.train.wire import REFUSED, make_notice, serve_refusal
+from neox.runtime import rendezvous as module
+from neox.runtime.launch import LaunchInfo
+from neox.runtime.rendezvous import Member, Told, Waiting, claim_rank, client, spans
+from neox.runtime.store_protocol import REFUSED, make_notice, serve_refusal
 from tests.distributed import free_port
 
 
@@ -27,17 +27,17 @@ def agent():
     return dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
 
-def places(count: int, port: int, *, agent_store: bool = False) -> list[Place]:
-    return [Place(rank, rank, count, "127.0.0.1", port, "by hand", agent_store) for rank in range(count)]
+def launches(count: int, port: int, *, agent_store: bool = False) -> list[LaunchInfo]:
+    return [LaunchInfo(rank, rank, count, "127.0.0.1", port, "by hand", agent_store) for rank in range(count)]
 
 
-def start(pool: ThreadPoolExecutor, members: Sequence[Place], limit: float = 60.0) -> list[Future]:
-    return [pool.submit(register, member, limit) for member in members]
+def start(pool: ThreadPoolExecutor, members: Sequence[LaunchInfo], limit: float = 60.0) -> list[Future]:
+    return [pool.submit(claim_rank, member, limit) for member in members]
 
 
 def test_all_get_the_same_token_in_whatever_order_they_come():
     with ThreadPoolExecutor(3) as pool:
-        met = [future.result() for future in start(pool, places(3, free_port())[::-1])]
+        met = [future.result() for future in start(pool, launches(3, free_port())[::-1])]
     assert len({one.token for one in met}) == 1
     met[0].keys("a").set("key", "value")
     assert met[1].keys("a").get("key") == b"value" and not met[2].keys("b").check(["key"])
@@ -47,7 +47,7 @@ def test_a_restart_over_the_keys_of_the_attempts_before(agent):
     tokens = []
     with ThreadPoolExecutor(3) as pool:
         for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-            members = places(3, agent.port, agent_store=True)
+            members = launches(3, agent.port, agent_store=True)
             met = [future.result() for future in start(pool, [members[rank] for rank in order])]
             assert len({one.token for one in met}) == 1
             tokens.append(met[0].token)
@@ -59,7 +59,7 @@ def test_a_restart_over_the_keys_of_the_attempts_before(agent):
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_died_while_it_waited_is_replaced(agent, dead):
     """Its greeting stays in the store; nobody confirms the answer to it. A dead rank 0 leaves answers of which nothing comes."""
-    members = places(2, agent.port, agent_store=True)
+    members = launches(2, agent.port, agent_store=True)
     store = dist.PrefixStore(module.PREFIX, client(members[dead], module.STORE_TIMEOUT))
     if dead == 1:
         Member(members[1], store, Waiting(members[1], 60))
@@ -76,7 +76,7 @@ def test_a_process_that_died_while_it_waited_is_replaced(agent, dead):
 
 def test_a_process_that_dies_after_it_was_answered_is_replaced(agent):
     """Rank 2 comes late; rank 1 has said that it is here, and is gone when the attempt would open."""
-    members = places(3, agent.port, agent_store=True)
+    members = launches(3, agent.port, agent_store=True)
     store = dist.PrefixStore(module.PREFIX, client(members[1], module.STORE_TIMEOUT))
     with ThreadPoolExecutor(3) as pool:
         store.set("hello/1", "dying")
@@ -92,17 +92,17 @@ def test_a_process_that_dies_after_it_was_answered_is_replaced(agent):
 
 
 def test_a_rank_is_taken_once():
-    members = places(2, free_port())
+    members = launches(2, free_port())
     with ThreadPoolExecutor(2) as pool:
         met = [future.result() for future in start(pool, members)]
         with pytest.raises(EnvironmentProblem, match=r"two processes have the same rank; where=by hand; got=rank 1 twice"):
-            register(members[1], 60)
+            claim_rank(members[1], 60)
     assert len(met) == 2
 
 
 def test_a_rank_that_two_waiting_processes_have():
     """The one that came first sees it, and all learn of it."""
-    members = places(3, free_port())
+    members = launches(3, free_port())
     with ThreadPoolExecutor(3) as pool:
         futures = start(pool, [members[0], members[1], members[1]])
         errors = [future.exception() for future in futures]
@@ -112,7 +112,7 @@ def test_a_rank_that_two_waiting_processes_have():
 
 def test_a_rank_of_a_running_attempt_is_taken(agent, monkeypatch):
     monkeypatch.setattr(module, "OLD_ATTEMPT_SECONDS", 0.2)
-    members = places(2, agent.port, agent_store=True)
+    members = launches(2, agent.port, agent_store=True)
     with ThreadPoolExecutor(2) as pool:
         met, _ = [future.result() for future in start(pool, members)]
     stopped = threading.Event()
@@ -126,7 +126,7 @@ def test_a_rank_of_a_running_attempt_is_taken(agent, monkeypatch):
     thread.start()
     try:
         with pytest.raises(EnvironmentProblem, match="rank 1 twice"):
-            register(members[1], 60)
+            claim_rank(members[1], 60)
     finally:
         stopped.set()
         thread.join()
@@ -135,11 +135,11 @@ def test_a_rank_of_a_running_attempt_is_taken(agent, monkeypatch):
 @pytest.mark.parametrize(("rank", "names"), [(0, "ranks 1, 3 of 4 have not joined"), (1, "rank 0 of 4 has not joined")])
 def test_who_is_missing_is_said_and_ends_the_wait(monkeypatch, capfd, rank, names):
     monkeypatch.setattr(module, "FIRST_LINE", 0.3)
-    members = places(4, free_port())
+    members = launches(4, free_port())
     with ThreadPoolExecutor(2) as pool:
         other = start(pool, [members[2]], 20) if rank == 0 else []
         with pytest.raises(HangError, match=rf"error\[12\] {names}; where=rank {rank}.*want=guard.hang_timeout"):
-            register(members[rank], 2.0)
+            claim_rank(members[rank], 2.0)
         for future in other:
             told = future.exception()
             assert isinstance(told, Told) and told.exit_code == 12 and names in told.line()
@@ -148,9 +148,9 @@ def test_who_is_missing_is_said_and_ends_the_wait(monkeypatch, capfd, rank, name
 
 def test_a_name_that_cannot_be_resolved(capfd, monkeypatch):
     monkeypatch.setattr(module, "FIRST_LINE", 0.1)
-    place = Place(1, 1, 2, "no-such-host.invalid", 29500)
+    launch = LaunchInfo(1, 1, 2, "no-such-host.invalid", 29500)
     with pytest.raises(EnvironmentProblem, match=r"error\[14\] rank 0 of 2 has not joined; where=rank 1, store at no-such-host.invalid:29500"):
-        register(place, 0.5)
+        claim_rank(launch, 0.5)
     assert "no-such-host.invalid:29500: " in capfd.readouterr().err
 
 
@@ -161,14 +161,14 @@ def test_a_port_in_use():
         port = other.getsockname()[1]
         begin = time.monotonic()
         with pytest.raises(EnvironmentProblem, match=rf"error\[14\] rank 0 cannot listen on its port; where=127.0.0.1:{port}.*in use.*do=choose another port"):
-            register(places(2, port)[0], 60)
+            claim_rank(launches(2, port)[0], 60)
         assert time.monotonic() - begin < 20
 
 
 def test_another_program_on_the_port(monkeypatch):
     monkeypatch.setattr(module, "FOREIGN_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as other, ThreadPoolExecutor(1) as pool:
-        future = start(pool, [places(2, other.getsockname()[1])[1]])[0]
+        future = start(pool, [launches(2, other.getsockname()[1])[1]])[0]
         other.settimeout(10)
         while not future.done():
             try:
@@ -181,7 +181,7 @@ def test_another_program_on_the_port(monkeypatch):
 
 
 def test_the_refusal_of_a_process_ends_the_others():
-    members = places(3, free_port())
+    members = launches(3, free_port())
     with ThreadPoolExecutor(2) as pool:
         futures = start(pool, members[:2])
         store = dist.PrefixStore(module.PREFIX, reach_client(members[2]))
@@ -192,19 +192,19 @@ def test_the_refusal_of_a_process_ends_the_others():
             assert told.line() == "rank 2 did not start, so this process ends: error[2] unknown key"
 
 
-def reach_client(place: Place) -> dist.TCPStore:
-    module.reach(place, Waiting(place, 60))
-    return client(place, module.STORE_TIMEOUT)
+def reach_client(launch: LaunchInfo) -> dist.TCPStore:
+    module.reach(launch, Waiting(launch, 60))
+    return client(launch, module.STORE_TIMEOUT)
 
 
 def test_the_refusal_of_an_earlier_attempt_is_stale(agent):
     dist.PrefixStore(module.PREFIX, agent).set(REFUSED, json.dumps({**make_notice(1, 2, "error[2] unknown key"), "time": 1.0, "process": "x"}))
     with ThreadPoolExecutor(2) as pool:
-        assert [future.exception() for future in start(pool, places(2, agent.port, agent_store=True))] == [None, None]
+        assert [future.exception() for future in start(pool, launches(2, agent.port, agent_store=True))] == [None, None]
 
 
 def test_a_first_process_that_refuses_ends_the_others():
-    members = places(3, free_port())
+    members = launches(3, free_port())
     with ThreadPoolExecutor(2) as pool:
         futures = start(pool, members[1:])
         assert serve_refusal(members[0], make_notice(0, 14, "error[14] no torch"), 60) == 2
@@ -214,7 +214,7 @@ def test_a_first_process_that_refuses_ends_the_others():
 def test_an_address_of_ipv6():
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
-    members = [replace(place, address="::1") for place in places(2, free_port())]
+    members = [replace(launch, address="::1") for launch in launches(2, free_port())]
     with ThreadPoolExecutor(2) as pool:
         assert len({future.result().token for future in start(pool, members)}) == 1
 
@@ -225,8 +225,8 @@ def test_ranks_as_text(ranks, text):
 
 
 def test_no_limit_is_no_end():
-    waiting = Waiting(Place(0, 0, 2), 0.0)
+    waiting = Waiting(LaunchInfo(0, 0, 2), 0.0)
     waiting.begin -= 1e6
     waiting.check([1], quiet=True)
     with pytest.raises(NeoxError):
-        Waiting(Place(0, 0, 2), -1.0).check([1])
+        Waiting(LaunchInfo(0, 0, 2), -1.0).check([1])

@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from neox.errors import EnvironmentProblem
-from neox.train import wire
-from neox.train.place import Place
-from neox.train.wire import NotAStore, RefusalNotice, StoreConnection, listen, make_notice, post_refusal, read_notice, serve_refusal
+from neox.runtime import store_protocol as wire
+from neox.runtime.launch import LaunchInfo
+from neox.runtime.store_protocol import NotAStore, RefusalNotice, StoreConnection, listen, make_notice, post_refusal, read_notice, serve_refusal
 from tests.distributed import free_port
 
 
@@ -22,8 +22,8 @@ def store():
     return dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
 
-def at(port: int, rank: int = 1, world_size: int = 2, *, agent_store: bool = False) -> Place:
-    return Place(rank, rank, world_size, "127.0.0.1", port, "by hand", agent_store)
+def at(port: int, rank: int = 1, world_size: int = 2, *, agent_store: bool = False) -> LaunchInfo:
+    return LaunchInfo(rank, rank, world_size, "127.0.0.1", port, "by hand", agent_store)
 
 
 def test_keys_are_those_of_torch(store):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from neox.errors import ConfigError
-from neox.train.agreement import check_agreement, facts, fingerprint
+from neox.runtime.consistency import check_consistency, fingerprint, fingerprint_run
 from tests.distributed import Processes, environment, free_port, launch_command
 from tests.train.corpus import config_text, make_config, make_corpus
 
@@ -24,14 +24,14 @@ class Told:
 
 def test_the_differing_key_is_named_with_its_values_and_ranks():
     with pytest.raises(ConfigError) as problem:
-        check_agreement({"optimizer.lr": "0.1", "a": "1"}, Told({"optimizer.lr": "0.1", "a": "1"}, {"optimizer.lr": "0.2", "a": "1"}))
+        check_consistency({"optimizer.lr": "0.1", "a": "1"}, Told({"optimizer.lr": "0.1", "a": "1"}, {"optimizer.lr": "0.2", "a": "1"}))
     assert problem.value.where == "optimizer.lr"
     assert problem.value.got == "optimizer.lr: 0.1 on rank 0, 0.2 on rank 2"
 
 
 def test_facts_hold_config_data_and_versions(tmp_path):
     make_corpus(tmp_path)
-    known = facts(make_config(tmp_path, tmp_path / "run"))
+    known = fingerprint_run(make_config(tmp_path, tmp_path / "run"))
     assert known["optimizer.lr"] == "0.003"
     assert {f"{tmp_path}/train.idx", f"{tmp_path}/valid.bin", "version of torch"} <= set(known)
     before = fingerprint(tmp_path / "train.bin")

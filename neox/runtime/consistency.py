@@ -32,7 +32,7 @@ def fingerprint(path: Path) -> str:
     return f"{size} bytes, {digest.hexdigest()[:16]}"
 
 
-def facts(config: Config) -> dict[str, str]:
+def fingerprint_run(config: Config) -> dict[str, str]:
     """All that has to be alike on every process, as text by name."""
     known = {key: json.dumps(value, default=str) for key, value in flatten(config)}
     data = config.data
@@ -46,7 +46,7 @@ def facts(config: Config) -> dict[str, str]:
     return known | {"version of neox": neox.__version__, "version of torch": torch.__version__}
 
 
-def check_agreement(known: Mapping[str, str], peers: Peers) -> None:
+def check_consistency(known: Mapping[str, str], peers: Peers) -> None:
     """Compare with the other processes; all call it. One digest each travels, and the whole only where digests differ.
 
     Raises:

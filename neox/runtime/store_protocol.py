@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from neox.errors import EnvironmentProblem
-from neox.train.place import Place
+from neox.runtime.launch import LaunchInfo
 
 VALIDATE, SET, GET, CHECK, PING = (bytes([number]) for number in (0, 1, 3, 5, 13))
 MAGIC = 0x3C85F7CE  # the store closes a connection that begins otherwise
@@ -54,8 +54,8 @@ class StoreConnection:
         RefusalNotice: rank 0 serves its error instead of a store.
     """
 
-    def __init__(self, place: Place):
-        self.socket = socket.create_connection((place.address, place.port), CONNECT_SECONDS)
+    def __init__(self, launch: LaunchInfo):
+        self.socket = socket.create_connection((launch.address, launch.port), CONNECT_SECONDS)
         try:
             self.socket.settimeout(ANSWER_SECONDS)
             self.socket.sendall(VALIDATE + struct.pack("<I", MAGIC) + PING + ANSWER)
@@ -142,7 +142,7 @@ def process_name() -> str:
     return f"{socket.gethostname()} {os.getpid()}"
 
 
-def post_refusal(place: Place, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> bool | None:
+def post_refusal(launch: LaunchInfo, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> bool | None:
     """Tell the others through the store, which may take `patience` seconds to come up.
 
     Returns:
@@ -152,8 +152,8 @@ def post_refusal(place: Place, notice: dict[str, Any], patience: float, stop: Ca
     while True:
         with contextlib.suppress(OSError, NotAStore):
             try:
-                with StoreConnection(place) as store:
-                    if place.rank > 0 and is_same(read_notice(store.get(REFUSED) or b""), notice):
+                with StoreConnection(launch) as store:
+                    if launch.rank > 0 and is_same(read_notice(store.get(REFUSED) or b""), notice):
                         return True
                     if not posted:
                         store.set(REFUSED, json.dumps(notice).encode())
@@ -161,7 +161,7 @@ def post_refusal(place: Place, notice: dict[str, Any], patience: float, stop: Ca
                         store.get(REFUSED)  # when it answers, or rank 0 has ended, the store has read what was sent before
             except RefusalNotice as told:
                 return is_same(told.notice, notice)
-        waits = place.rank > 0 and place.agent_store  # else it is rank 0 that serves the store, so it has not failed
+        waits = launch.rank > 0 and launch.agent_store  # else it is rank 0 that serves the store, so it has not failed
         if time.monotonic() > end or stop() or (posted and not waits):
             return False if posted else None
         time.sleep(0.1)
@@ -172,15 +172,15 @@ def is_same(first: dict[str, Any] | None, notice: dict[str, Any]) -> bool:
     return first is not None and first["rank"] == 0 and first["line"] == notice["line"]
 
 
-def serve_refusal(place: Place, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> int:
+def serve_refusal(launch: LaunchInfo, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> int:
     """In place of the store that rank 0 does not get to: tell the error to the others as they come, for at most `patience` seconds. Returns how many."""
     try:
-        listener = listen(place, retry=0.0)
+        listener = listen(launch, retry=0.0)
     except EnvironmentProblem:
         return 0
     told, end = 0, time.monotonic() + patience
     with listener:
-        while told < place.world_size - 1 and time.monotonic() < end and not stop():
+        while told < launch.world_size - 1 and time.monotonic() < end and not stop():
             if select.select([listener], [], [], 0.1)[0]:
                 connection, _ = listener.accept()
                 with connection, contextlib.suppress(OSError):
@@ -193,7 +193,7 @@ def serve_refusal(place: Place, notice: dict[str, Any], patience: float, stop: C
     return told
 
 
-def listen(place: Place, retry: float = 2.0) -> socket.socket:
+def listen(launch: LaunchInfo, retry: float = 2.0) -> socket.socket:
     """A socket that listens on the port, on all addresses of this host. A port in use is tried for `retry` seconds: a run that was just ended may hold it.
 
     Raises:
@@ -202,12 +202,12 @@ def listen(place: Place, retry: float = 2.0) -> socket.socket:
     end = time.monotonic() + retry
     while True:
         try:
-            return bind(place.port)
+            return bind(launch.port)
         except OSError as error:
             if time.monotonic() > end:
                 raise EnvironmentProblem(
                     "rank 0 cannot listen on its port",
-                    where=f"{place.endpoint} (MASTER_ADDR, MASTER_PORT)",
+                    where=f"{launch.endpoint} (MASTER_ADDR, MASTER_PORT)",
                     got=error.strerror,
                     want="a port that no other program uses",
                     do="choose another port: --master-port of torchrun, --master_port of deepspeed, else MASTER_PORT; or end the job that uses it",

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from neox.train.signals import REPEAT_AFTER, SIGNALS, StopSignals
+from neox.runtime.signals import REPEAT_AFTER, SIGNALS, StopSignals
 from tests.distributed import start_ranks
 
 
@@ -80,7 +80,7 @@ def repeat(running, number, rank=None):
 def test_another_signal_later_is_no_repetition(tmp_path):
     """A Ctrl-C that a launcher passes on late, as SIGTERM, does not cost the checkpoint."""
     path = tmp_path / "seen"
-    running = start_ranks("tests.train.test_signals:wait_for_signals", 1, tmp_path, [path])
+    running = start_ranks("tests.runtime.test_signals:wait_for_signals", 1, tmp_path, [path])
     running.wait_for(lambda: path.exists() and path.read_text() == "None", 30)
     running.signal(signal.SIGINT)
     running.wait_for(lambda: str(signal.SIGINT) in path.read_text(), 30)
@@ -96,7 +96,7 @@ def test_another_signal_later_is_no_repetition(tmp_path):
 @pytest.mark.distributed
 def test_a_repeated_signal_ends_the_process(tmp_path):
     path = tmp_path / "seen"
-    running = start_ranks("tests.train.test_signals:wait_for_signals", 1, tmp_path, [path])
+    running = start_ranks("tests.runtime.test_signals:wait_for_signals", 1, tmp_path, [path])
     running.wait_for(lambda: path.exists() and path.read_text() == "None", 30)
     running.signal(signal.SIGTERM)
     running.wait_for(lambda: "SIGTERM" in path.read_text() or "15" in path.read_text(), 30)
@@ -114,4 +114,4 @@ def finish_and_get_a_signal(number):
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_after_the_end_changes_nothing(tmp_path, number):
-    assert start_ranks("tests.train.test_signals:finish_and_get_a_signal", 1, tmp_path, [int(number)]).wait() == [0]
+    assert start_ranks("tests.runtime.test_signals:finish_and_get_a_signal", 1, tmp_path, [int(number)]).wait() == [0]

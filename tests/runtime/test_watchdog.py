@@ -16,11 +16,13 @@ import torch.distributed as dist
 from neox.checkpoint.holder import process_space
 from neox.config.schema import ParallelConfig
 from neox.errors import ConfigError, DataError, MemoryExhausted, PeerLost
-from neox.train.attempt import register
-from neox.train.control import (
+from neox.runtime.distributed import form_process_group
+from neox.runtime.launch import LaunchInfo
+from neox.runtime.rendezvous import claim_rank
+from neox.runtime.watchdog import (
     SEEN,
-    Control,
-    Still,
+    StallCounter,
+    Watchdog,
     as_neox_error,
     connect,
     end,
@@ -30,18 +32,16 @@ from neox.train.control import (
     stack_of,
     waits,
 )
-from neox.train.join import form_group
-from neox.train.place import Place
 from tests.distributed import environment, start_ranks
 from tests.fork_server import free_port
 
 
-def join() -> Control:
+def open_watchdog() -> Watchdog:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    place = Place(rank, rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    attempt = register(place)
-    form_group(ParallelConfig(tensor=1), place, "cpu", attempt)
-    return connect(place, attempt.token)
+    launch = LaunchInfo(rank, rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    attempt = claim_rank(launch)
+    form_process_group(ParallelConfig(tensor=1), launch, "cpu", attempt)
+    return connect(launch, attempt.token)
 
 
 def show(error: BaseException) -> None:
@@ -50,7 +50,7 @@ def show(error: BaseException) -> None:
 
 def fail_on(rank: str, how: str) -> None:
     """Entry of a process: one rank fails, the others are in a collective, in a loop, or fail differently a moment later."""
-    control = join()
+    watchdog = open_watchdog()
     try:
         if dist.get_rank() == int(rank):
             raise DataError("bad batch", where="file x")
@@ -62,13 +62,13 @@ def fail_on(rank: str, how: str) -> None:
             time.sleep(0.3)
             raise ConfigError("something in its wake")
     except BaseException as error:
-        control.leave(control.fail(error, partial(show, error)))
+        watchdog.leave(watchdog.fail(error, partial(show, error)))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("rank", "how"), [(0, "collective"), (1, "collective"), (2, "loop"), (0, "wake")])
 def test_all_end_with_the_code_and_the_line_of_the_origin(tmp_path, rank, how):
-    results = start_ranks("tests.train.test_control:fail_on", 3, tmp_path, [rank, how]).results(60)
+    results = start_ranks("tests.runtime.test_watchdog:fail_on", 3, tmp_path, [rank, how]).results(60)
     assert [result.returncode for result in results] == [3, 3, 3], results
     assert [result.output.count("error[") for result in results] == [int(i == rank) for i in range(3)]
     assert "error[3] bad batch; where=file x" in results[rank].output
@@ -76,21 +76,21 @@ def test_all_end_with_the_code_and_the_line_of_the_origin(tmp_path, rank, how):
 
 def wait_forever(path: str) -> None:
     """Entry of a process: the second waits outside, the first in a collective."""
-    control = join()
+    watchdog = open_watchdog()
     if dist.get_rank() == 1:
         open(path, "w").close()
         time.sleep(3600)
     try:
         dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
-        control.leave(control.fail(error, partial(show, error)))
+        watchdog.leave(watchdog.fail(error, partial(show, error)))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_is_a_lost_peer(tmp_path, victim):
     path = tmp_path / "up"
-    running = start_ranks("tests.train.test_control:wait_forever", 2, tmp_path, [path])
+    running = start_ranks("tests.runtime.test_watchdog:wait_forever", 2, tmp_path, [path])
     running.wait_for(path.exists, 60)
     time.sleep(0.5)
     running.signal(signal.SIGKILL, victim)
@@ -101,33 +101,33 @@ def test_a_killed_process_is_a_lost_peer(tmp_path, victim):
 
 def end_well() -> None:
     """Entry of a process that ends well, the first one later than the others."""
-    control = join()
+    watchdog = open_watchdog()
     if dist.get_rank() == 0:
         time.sleep(1.0)
-    control.finish()
+    watchdog.finish()
 
 
 @pytest.mark.distributed
 def test_a_good_end_is_no_error(tmp_path):
-    results = start_ranks("tests.train.test_control:end_well", 2, tmp_path).results(60)
+    results = start_ranks("tests.runtime.test_watchdog:end_well", 2, tmp_path).results(60)
     assert [(result.returncode, "error" in result.output) for result in results] == [(0, False), (0, False)]
 
 
 def test_alone_there_is_no_channel():
-    control = connect(Place())
+    watchdog = connect(LaunchInfo())
     told = []
-    assert control.fail(DataError("x"), lambda: told.append(3)) == 3
-    assert control.fail(KeyError("x"), lambda: told.append(1)) == 1
+    assert watchdog.fail(DataError("x"), lambda: told.append(3)) == 3
+    assert watchdog.fail(KeyError("x"), lambda: told.append(1)) == 1
     assert told == [3, 1]
-    control.finish()
+    watchdog.finish()
 
 
 def test_the_origin_speaks_before_anybody_leaves(monkeypatch):
-    monkeypatch.setattr("neox.train.control.FAREWELL", 0.1)
-    store, parted = dist.HashStore(), []
-    control = Control(store, 0, 2)
-    assert control.fail(DataError("x"), lambda: parted.append(store.add(SEEN, 0))) == 3
-    assert parted == [0] and store.add(SEEN, 0) == 1
+    monkeypatch.setattr("neox.runtime.watchdog.FAREWELL", 0.1)
+    store, acknowledged = dist.HashStore(), []
+    watchdog = Watchdog(store, 0, 2)
+    assert watchdog.fail(DataError("x"), lambda: acknowledged.append(store.add(SEEN, 0))) == 3
+    assert acknowledged == [0] and store.add(SEEN, 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_this_process_does_not_wait():
 
 
 def test_looks_without_a_change_are_counted():
-    still = Still()
+    still = StallCounter()
     assert [still.note(value) for value in (1, 1, 1, 2, 2, 1)] == [0, 1, 2, 0, 1, 0]
 
 
@@ -189,7 +189,7 @@ def test_the_launchers_above_are_watched_up_to_a_shell(tmp_path):
         (tmp_path / name).write_text("import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)")
     deepspeed, torchrun = ([sys.executable, str(tmp_path / name)] for name in ("deepspeed", "torchrun"))
     shell = ["sh", "-c", '"$@"; exit $?', "sh"]
-    show = [sys.executable, "-c", "from neox.train.control import launchers; print([one['name'] for one in launchers()])"]
+    show = [sys.executable, "-c", "from neox.runtime.watchdog import launchers; print([one['name'] for one in launchers()])"]
     told = subprocess.run([*deepspeed, *shell, *torchrun, *deepspeed, *show], capture_output=True, text=True, check=True, env=environment())
     assert told.stdout.splitlines()[-1] == "['deepspeed', 'torchrun']"
 
@@ -198,18 +198,18 @@ def test_a_process_alone_watches_its_launcher(monkeypatch, capfd):
     left = threading.Event()
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     who = {"pid": launcher.pid, "born": psutil.Process(launcher.pid).create_time(), "name": "deepspeed"}
-    monkeypatch.setattr("neox.train.control.launchers", lambda: [who])
-    monkeypatch.setattr(Control, "leave", lambda self, code: left.set() if code == PeerLost.exit_code else None)
-    control = Control(None, 0, 1)
+    monkeypatch.setattr("neox.runtime.watchdog.launchers", lambda: [who])
+    monkeypatch.setattr(Watchdog, "leave", lambda self, code: left.set() if code == PeerLost.exit_code else None)
+    watchdog = Watchdog(None, 0, 1)
     assert not left.wait(1.2)
     launcher.kill()
-    assert left.wait(120) and control.closed.is_set()
+    assert left.wait(120) and watchdog.closed.is_set()
     assert f"error[13] the launcher is gone; where=rank 0; got=process {launcher.pid} (deepspeed) has ended" in capfd.readouterr().err
     launcher.wait()
 
 
 def test_a_first_process_that_is_gone_already_is_a_lost_peer():
     with pytest.raises(PeerLost, match="the first process is gone") as caught:
-        connect(Place(1, 1, 2, "127.0.0.1", free_port()), patience=1.0)
+        connect(LaunchInfo(1, 1, 2, "127.0.0.1", free_port()), patience=1.0)
     assert "rank 0 on 127.0.0.1" in caught.value.line()
     assert caught.value.exit_code == 13

@@ -1,0 +1,1 @@
+"""Process management: launch information, rendezvous, process group, watchdog, signals. Importing this package does not import torch."""

@@ -1,0 +1,112 @@
+"""What the variables of launchers say about a process's place."""
+
+import pytest
+
+from neox.errors import EnvironmentProblem
+from neox.runtime.launch import LaunchInfo, first_host, read_launch_info
+
+GOOD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
+
+
+def test_alone_without_a_launcher():
+    assert read_launch_info({}) == LaunchInfo(0, 0, 1, "127.0.0.1", 29500)
+    assert read_launch_info({"LOCAL_RANK": "3"}) == LaunchInfo()
+
+
+def test_from_a_launcher():
+    launch = read_launch_info(GOOD)
+    assert (launch.rank, launch.local_rank, launch.world_size, launch.address, launch.port) == (1, 1, 2, "host", 1234)
+    assert "RANK, LOCAL_RANK, WORLD_SIZE" in launch.source
+    assert read_launch_info({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}) == LaunchInfo()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "abc"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", None),
+        ("RANK", "2"),
+        ("RANK", "-1"),
+        ("RANK", None),
+        ("LOCAL_RANK", "1.0"),
+        ("LOCAL_RANK", ""),
+        ("MASTER_ADDR", ""),
+        ("MASTER_ADDR", None),
+        ("MASTER_PORT", "99999"),
+        ("MASTER_PORT", None),
+        ("OMP_NUM_THREADS", "0"),
+        ("OMP_NUM_THREADS", "2,"),
+        ("OMP_NUM_THREADS", "2,0"),
+        ("OMP_NUM_THREADS", "2;1"),
+        ("RANK", "\u0661"),
+    ],
+)
+def test_a_wrong_variable_is_named(name, value):
+    broken = {key: text for key, text in {**GOOD, name: value}.items() if text is not None}
+    with pytest.raises(EnvironmentProblem, match=rf"error\[14\].*where={name}") as problem:
+        read_launch_info(broken)
+    assert problem.value.exit_code == 14
+
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[03-04,9]"}
+
+
+def test_from_slurm():
+    launch = read_launch_info(SLURM)
+    assert (launch.rank, launch.local_rank, launch.world_size, launch.address, launch.port) == (5, 1, 8, "node03", 29500)
+    assert launch.source.startswith("srun: SLURM_PROCID")
+    assert read_launch_info(SLURM | {"MASTER_ADDR": "other", "MASTER_PORT": "1"}).address == "other"
+    batch_script = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
+    assert read_launch_info(batch_script) == LaunchInfo()
+
+
+def test_from_mpi():
+    variables = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+    launch = read_launch_info(variables | {"MASTER_ADDR": "a"})
+    assert (launch.rank, launch.local_rank, launch.world_size, launch.address) == (3, 1, 4, "a")
+    with pytest.raises(EnvironmentProblem, match="where=MASTER_ADDR.*Open MPI"):
+        read_launch_info(variables)
+    launch = read_launch_info({"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "77"})
+    assert (launch.rank, launch.world_size, launch.port) == (1, 2, 77)
+
+
+def test_torchrun_under_slurm_is_torchrun():
+    launch = read_launch_info(SLURM | GOOD | {"TORCHELASTIC_RUN_ID": "x"})
+    assert (launch.rank, launch.world_size) == (1, 2)
+    assert launch.source.startswith("torchrun")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pod_of_one_process_has_no_local_rank(rank):
+    alone = {"WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    assert read_launch_info({**alone, "RANK": "0"}) == read_launch_info(alone) == LaunchInfo()
+    launch = read_launch_info({"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0", "MASTER_PORT": "1234"})
+    assert (launch.rank, launch.local_rank) == (rank, 0)
+
+
+@pytest.mark.parametrize("threads", ["1", "2,1", "4, 2, 1", " 8 "])
+def test_threads_may_be_a_list(threads):
+    assert read_launch_info({"OMP_NUM_THREADS": threads}) == LaunchInfo()
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]"])
+def test_an_address_of_ipv6(address):
+    launch = read_launch_info({**GOOD, "MASTER_ADDR": address})
+    assert (launch.address, launch.endpoint) == ("::1", "[::1]:1234")
+    assert read_launch_info(GOOD).endpoint == "host:1234"
+
+
+def test_who_serves_the_store():
+    assert not read_launch_info(GOOD).agent_store
+    assert read_launch_info({**GOOD, "TORCHELASTIC_USE_AGENT_STORE": "True"}).agent_store
+    assert not read_launch_info({**GOOD, "TORCHELASTIC_USE_AGENT_STORE": "False"}).agent_store
+
+
+def test_first_host():
+    assert first_host("node[03-05,9],login") == "node03"
+    assert first_host("") == ""
+
+
+def test_the_default_is_alone():
+    assert (LaunchInfo().rank, LaunchInfo().local_rank, LaunchInfo().world_size) == (0, 0, 1)
