@@ -9,6 +9,7 @@ FLOORS = {
     "neox.errors": 0,
     "neox.faults": 0,
     "neox.files": 0,
+    "neox._native": 0,
     "neox.config": 0,
     "neox.ops": 1,
     "neox.data": 1,
@@ -25,6 +26,7 @@ FLOORS = {
     "neox.train": 6,
     "neox.cli": 7,
 }
+WINGS = ("neox.data.store", "neox.data.text", "neox.data.samples")  # each may import those before it
 SERIALISERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {  # dotted call -> why not
     "eval": "runs text as code",
@@ -73,7 +75,12 @@ def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
 
 def package_of(module: str) -> str:
     """The part of the layout a module belongs to: `neox.config.load` -> `neox.config`."""
-    return ".".join(module.split(".")[:2])
+    return module_prefix(module, 2)
+
+
+def module_prefix(module: str, parts: int) -> str:
+    """The first parts of a dotted name."""
+    return ".".join(module.split(".")[:parts])
 
 
 def floor_violations(tree: ast.AST, module: str) -> Iterator[Finding]:
@@ -86,10 +93,21 @@ def floor_violations(tree: ast.AST, module: str) -> Iterator[Finding]:
             if not both_ground:
                 yield line, f"{package} (floor {FLOORS[package]}) imports {target} (floor {FLOORS[target]})"
         top = name.split(".")[0]
-        if top in ("torch", "deepspeed") and (FLOORS.get(package) == 0 or (package == "neox.data" and module != "neox.data.loader")):
+        if top in ("torch", "deepspeed") and (FLOORS.get(package) == 0 or (package == "neox.data" and module != "neox.data.samples.loader")):
             yield line, f"{module} imports {top}"
         if top == "deepspeed" and package != "neox.engine":
             yield line, f"{module} imports deepspeed; only neox.engine may"
+
+
+def wing_violations(tree: ast.AST, module: str) -> Iterator[Finding]:
+    """Imports of a later wing of neox.data by an earlier one."""
+    wing = module_prefix(module, 3)
+    if wing not in WINGS:
+        return
+    for line, name in imported_modules(tree, module.rpartition(".")[0]):
+        target = module_prefix(name, 3)
+        if target in WINGS and WINGS.index(target) > WINGS.index(wing):
+            yield line, f"{wing} imports {target}"
 
 
 def forbidden_calls(tree: ast.AST) -> Iterator[Finding]:

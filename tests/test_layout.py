@@ -39,13 +39,20 @@ def test_packages_import_lower_floors_only():
     assert found(lambda name: rules.floor_violations(TREES[name], name)) == []
 
 
+def test_wings_of_data_import_earlier_wings_only():
+    assert found(lambda name: rules.wing_violations(TREES[name], name)) == []
+    assert list(rules.wing_violations(ast.parse("from neox.data.samples.order import Sample"), "neox.data.text.encoding"))
+    assert list(rules.wing_violations(ast.parse("from neox.data.text import reading"), "neox.data.store.indexed"))
+    assert not list(rules.wing_violations(ast.parse("from neox.data.store.indexed import IndexedDataset"), "neox.data.text.encoding"))
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("neox.config.load", "import torch"),
         ("neox.config.load", "from neox.data import IndexedDataset"),
-        ("neox.data.indexed", "import torch"),
-        ("neox.data.indexed", "from neox import ops"),
+        ("neox.data.store.indexed", "import torch"),
+        ("neox.data.store.indexed", "from neox import ops"),
         ("neox.model.gpt", "from ..checkpoint import save"),
         ("neox.model.gpt", "def f():\n    import neox.engine.engine"),
         ("neox.train.loop", "import deepspeed"),
@@ -59,7 +66,7 @@ def test_a_wrong_floor_is_seen(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("neox.data.loader", "import torch"),
+        ("neox.data.samples.loader", "import torch"),
         ("neox.config.load", "from neox.errors import ConfigError\nfrom neox.config.schema import Config"),
         ("neox.engine.engine", "import deepspeed\nfrom neox.model.gpt import GPT"),
     ],

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from neox.data._native import core
-from neox.data.blend import normalise_weights
-from neox.data.indexed import IndexedDataset, IndexedWriter
-from neox.data.sampling import EpochDataset
+from neox._native import core
+from neox.data.samples.blend import normalise_weights
+from neox.data.samples.order import EpochDataset
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
 
 SEQ_LENGTH = 2048
 

@@ -22,9 +22,9 @@ import psutil
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.data.indexed import IndexedDataset, IndexedWriter
-from neox.data.loader import Loader
-from neox.data.sampling import EpochDataset
+from neox.data.samples.loader import Loader
+from neox.data.samples.order import EpochDataset
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from neox._native import core
 from neox.checkpoint.manifest import ITEM_BYTES, Entry, Manifest, ShardFile, TensorInfo, stored_shape
 from neox.checkpoint.shard import check_header
 from neox.checkpoint.storage import LOCAL, Storage, open_file, unreadable
-from neox.data._native import core
 from neox.errors import CheckpointError
 
 

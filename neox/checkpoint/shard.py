@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from neox._native import core
 from neox.checkpoint.manifest import BLOCK, ITEM_BYTES, Entry, ShardFile, TensorInfo, entry_key, parse_json, stored_shape
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.storage import LOCAL, FileWriter, Storage
-from neox.data._native import core
 from neox.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from neox.data._native import core
+from neox._native import core
 from neox.errors import CheckpointError, DiskError
 
 TEMPORARY = ".tmp"

@@ -19,10 +19,10 @@ from itertools import combinations
 import numpy as np
 
 from neox.config.load import load_config
-from neox.data.builder import documents_of_parts
-from neox.data.indexed import IndexedDataset, IndexedWriter
-from neox.data.survey import Documents, duplicates, histogram, overlap, survey
-from neox.data.tokenizer import Tokenizer
+from neox.data.samples.builder import documents_of_parts
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
+from neox.data.store.statistics import Documents, duplicates, histogram, overlap, survey
+from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.files import json_line
 

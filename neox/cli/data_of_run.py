@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neox.checkpoint.retention import scan
 from neox.config.validate import data_parallel_size
-from neox.data.which import Layout, RunData, Written
+from neox.data.samples.run_provenance import Layout, RunData, Written
 from neox.errors import ConfigError
 from neox.files import json_line
 

@@ -15,7 +15,7 @@ from neox.cli.generate import DTYPES, run_tokenizer, usable_device
 from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads
 from neox.config.schema import ModelConfig
-from neox.data.indexed import IndexedDataset
+from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError
 from neox.evaluate.harness import run_tasks
 from neox.evaluate.perplexity import evaluate

@@ -17,7 +17,7 @@ from neox.checkpoint.load import Checkpoint, resolve
 from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads
 from neox.config.schema import ModelConfig
-from neox.data.tokenizer import Tokenizer
+from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DiskError, StoppedBySignal
 from neox.evaluate.scoring import cut
 from neox.files import LARGEST_FILE, read_text

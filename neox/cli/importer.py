@@ -29,7 +29,7 @@ from neox.convert.gpt_neox import config_files, embedding_rows, is_gpt_neox_chec
 from neox.convert.huggingface import LOGIT_TOLERANCE, SETTINGS_FILES, compare, open_huggingface, probe_tokens
 from neox.convert.source import Source, save_weights
 from neox.convert.special_ids import read_special_ids
-from neox.data.tokenizer import Tokenizer
+from neox.data.text.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh

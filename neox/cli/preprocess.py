@@ -19,10 +19,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
-from neox.data.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoding, ChatSummary, find_template, preprocess_chat
-from neox.data.encode import Encoding
-from neox.data.inputs import FOLDER_SUFFIXES, FORMS, find_files
-from neox.data.preprocess import BAD_LINES, Summary, preprocess
+from neox.data.text.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoding, ChatSummary, find_template, preprocess_chat
+from neox.data.text.encoding import Encoding
+from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
+from neox.data.text.preprocess import BAD_LINES, Summary, preprocess
 from neox.errors import ConfigError
 from neox.files import json_line
 

@@ -12,9 +12,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from neox.data.inputs import FOLDER_SUFFIXES, FORMS, find_files
-from neox.data.text import Bad, parse, read_blocks
-from neox.data.tokenizer import EOD_NAMES, train_tokenizer
+from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
+from neox.data.text.reading import Bad, parse, read_blocks
+from neox.data.text.tokenizer import EOD_NAMES, train_tokenizer
 from neox.errors import DataError
 from neox.files import json_line
 

@@ -26,7 +26,7 @@ from neox.convert.pickles import PickledTensors
 from neox.convert.source import InMemoryTensors, Source
 from neox.convert.special_ids import generation_config, ids_to_json
 from neox.convert.tensor_files import TensorFiles, TensorFileWriter
-from neox.data.tokenizer import Tokenizer
+from neox.data.text.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem
 from neox.model.gpt import GPT
 from neox.model.stages import logical_shapes

@@ -6,17 +6,17 @@ import importlib
 
 # public name -> module that defines it
 _LAZY = {
-    "EpochDataset": "neox.data.sampling",
-    "IndexedDataset": "neox.data.indexed",
-    "IndexedWriter": "neox.data.indexed",
-    "Batch": "neox.data.loader",
-    "Loader": "neox.data.loader",
-    "Sample": "neox.data.sampling",
-    "Tokenizer": "neox.data.tokenizer",
-    "blend_indices": "neox.data.blend",
-    "build_datasets": "neox.data.builder",
-    "neox_order": "neox.data.sampling",
-    "split_ranges": "neox.data.sampling",
+    "EpochDataset": "neox.data.samples.order",
+    "IndexedDataset": "neox.data.store.indexed",
+    "IndexedWriter": "neox.data.store.indexed",
+    "Batch": "neox.data.samples.loader",
+    "Loader": "neox.data.samples.loader",
+    "Sample": "neox.data.samples.order",
+    "Tokenizer": "neox.data.text.tokenizer",
+    "blend_indices": "neox.data.samples.blend",
+    "build_datasets": "neox.data.samples.builder",
+    "neox_order": "neox.data.samples.order",
+    "split_ranges": "neox.data.samples.order",
 }
 
 __all__ = [

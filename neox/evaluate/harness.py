@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neox.data.tokenizer import Tokenizer
+from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError, EnvironmentProblem
 from neox.evaluate.scoring import complete, log_likelihoods, rolling_windows
 from neox.files import read_json

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from neox.data.indexed import IndexedDataset
-from neox.data.tokenizer import Tokenizer
+from neox.data.store.indexed import IndexedDataset
+from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.model.gpt import GPT
 

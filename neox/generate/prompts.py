@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from neox.data.tokenizer import Tokenizer
+from neox.data.text.tokenizer import Tokenizer
 
 UNDECODED = "\ufffd"  # what a tokenizer shows for a character whose last bytes are not there yet
 CONTEXT = 8  # tokens of the prompt that an answer is decoded behind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from neox.data.tokenizer import Tokenizer
+from neox.data.text.tokenizer import Tokenizer
 from neox.generate.generate import generate
 from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from neox.generate.sampling import SamplingParams

@@ -23,8 +23,8 @@ from neox.checkpoint.retention import start_lineage
 from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
 from neox.config.validate import BatchSizes, batch_sizes
-from neox.data.builder import RunDatasets, notes
-from neox.data.loader import Loader
+from neox.data.samples.builder import RunDatasets, notes
+from neox.data.samples.loader import Loader
 from neox.engine.engine import Engine, StepResult
 from neox.errors import DataError, DiskError, NonFinite, StoppedBySignal
 from neox.faults import NO_FAULTS, Faults

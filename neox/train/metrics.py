@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from neox.checkpoint.storage import write_file
-from neox.data.files import open_no_link
+from neox.data.store.files import open_no_link
 from neox.errors import DiskError
 from neox.plan.devices import of_cuda_name
 from neox.train.events import EventFile, append

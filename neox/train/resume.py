@@ -10,7 +10,7 @@ from neox.checkpoint.manifest import read_manifest
 from neox.config.load import flatten, loads
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
-from neox.data.cursor import Cursor, Saved
+from neox.data.samples.cursor import Cursor, Saved
 from neox.engine.schedule import build_schedule
 from neox.errors import CheckpointError, ConfigError
 

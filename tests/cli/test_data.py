@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from neox.cli.main import main
-from neox.data.indexed import IndexedDataset, IndexedWriter
-from neox.data.tokenizer import train_tokenizer
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
+from neox.data.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture

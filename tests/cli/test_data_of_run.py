@@ -10,8 +10,8 @@ import pytest
 
 from neox.cli.main import main
 from neox.config.load import load_config
-from neox.data.builder import build_datasets
-from neox.data.loader import Loader
+from neox.data.samples.builder import build_datasets
+from neox.data.samples.loader import Loader
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train

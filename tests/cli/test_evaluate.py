@@ -8,8 +8,8 @@ import pytest
 
 from neox.cli.main import main
 from neox.config.schema import ModelConfig
-from neox.data.indexed import IndexedDataset, IndexedWriter
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.evaluate.perplexity import evaluate
 from neox.generate.generate import load_model
 from neox.model.gpt import GPT

@@ -11,7 +11,7 @@ import pytest
 
 from neox.cli.main import main
 from neox.config.schema import ModelConfig
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import DataError
 from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams

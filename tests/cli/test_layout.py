@@ -12,8 +12,8 @@ import pytest
 from neox.cli.layout import add_layout_arguments, join_layout
 from neox.cli.main import main
 from neox.config.schema import ModelConfig
-from neox.data.indexed import IndexedWriter
-from neox.data.tokenizer import train_tokenizer
+from neox.data.store.indexed import IndexedWriter
+from neox.data.text.tokenizer import train_tokenizer
 from neox.errors import ConfigError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh

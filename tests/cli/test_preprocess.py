@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from neox.cli.main import main
-from neox.data.indexed import IndexedDataset
-from neox.data.tokenizer import train_tokenizer
+from neox.data.store.indexed import IndexedDataset
+from neox.data.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture

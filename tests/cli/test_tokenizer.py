@@ -7,7 +7,7 @@ import json
 import pytest
 
 from neox.cli.main import main
-from neox.data.tokenizer import Tokenizer
+from neox.data.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

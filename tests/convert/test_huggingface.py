@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from neox.config.schema import ModelConfig
 from neox.convert.huggingface import compare, from_huggingface, to_huggingface
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neox.data.indexed import IndexedDataset, IndexedWriter
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 from neox.config.schema import ModelConfig
 from neox.convert.huggingface import to_huggingface
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
 from neox.evaluate.harness import alike, harness_model, prefix_token, run_tasks, sampling
 from neox.model.gpt import GPT

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.data.indexed import IndexedDataset, IndexedWriter
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.errors import ConfigError, DataError
 from neox.evaluate.perplexity import IGNORED, evaluate, windows
 from neox.model.gpt import GPT

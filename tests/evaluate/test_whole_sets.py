@@ -11,7 +11,7 @@ import torch
 
 from neox.config.schema import ModelConfig
 from neox.convert.huggingface import from_huggingface, to_huggingface
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.evaluate.harness import harness_model, run_tasks
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh

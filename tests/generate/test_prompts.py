@@ -7,7 +7,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from tests.generate.sentencepiece import write_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from neox.config.schema import ModelConfig
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session, TextStream

@@ -152,7 +152,7 @@ def test_what_counts_as_waiting():
     assert waits([("neox.parallel.stages", "swap"), ("neox.engine.pipeline", "pass_on")])
     assert waits([("deepspeed.runtime.zero.partition_parameters", "wait")])
     assert not waits([("neox.engine.engine", "sum_over")])  # a name is no mark
-    assert not waits([("neox.data.loader", "_take"), ("neox.train.loop", "advance")])
+    assert not waits([("neox.data.samples.loader", "_take"), ("neox.train.loop", "advance")])
     assert not waits([("threading", "wait"), ("queue", "get")])
     assert not waits([])
 

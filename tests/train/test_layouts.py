@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from neox.data.tokenizer import Tokenizer, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from tests.distributed import run_command
 from tests.train.corpus import config_text, make_corpus, records
 

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from neox.data.indexed import IndexedWriter
+from neox.data.store.indexed import IndexedWriter
 from neox.parallel.mesh import Mesh
 from neox.report.runs import read_run
 from neox.runtime.signals import StopSignals

@@ -11,7 +11,7 @@ import pytest
 from neox.config.load import loads
 from neox.config.schema import Config
 from neox.data import IndexedDataset, IndexedWriter
-from neox.data.tokenizer import train_tokenizer
+from neox.data.text.tokenizer import train_tokenizer
 from neox.errors import StoppedBySignal
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals

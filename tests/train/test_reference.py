@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from neox.config.validate import batch_sizes
-from neox.data.builder import build_datasets
+from neox.data.samples.builder import build_datasets
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError
 from neox.model.gpt import GPT

@@ -1,0 +1,386 @@
+"""What the data cursor of a checkpoint means: which datasets its count of samples runs over, in which order, and how they were blended.
+
+A checkpoint keeps it beside the count. At a resume it is compared with the data of the config: what is unchanged continues where it was, a change of
+weights included; any other difference is an error, because the same count would mean other samples (docs/data.md, "Changing the data of a run").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from neox.config.load import to_builtins
+from neox.config.schema import Config
+from neox.data.samples.blend import Stretch, Stretches, normalise_weights
+from neox.data.store.indexed import IndexedDataset
+from neox.data.text.tokenizer import file_hash
+from neox.errors import CheckpointError, DataError
+
+SPOTS, SPOT_BYTES = 64, 1 << 16  # what is read of a .bin without a sidecar: that many spots, evenly spaced
+SHOWN = 4  # differences and sources that a message names
+REORDERS = ("data.seq_length", "data.order", "data.packing", "train.seed", "data.text")  # with another value, every sample is another one
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """A dataset by its content, wherever it lies.
+
+    Args:
+        index: XXH64 of .idx, hex digits.
+        tokens: digest of .bin: `blocks-...` of the sidecar's checksums, or `spots-...` of what was read of it.
+        num_documents, num_tokens: for messages.
+    """
+
+    index: str
+    tokens: str
+    num_documents: int
+    num_tokens: int
+
+    def same(self, other: FileIdentity) -> bool:
+        """Whether the content is the same, as far as both digests tell: where only one has a sidecar, the index alone is compared."""
+        comparable = self.tokens.split("-")[0] == other.tokens.split("-")[0]
+        return self.index == other.index and (self.tokens == other.tokens or not comparable)
+
+    def describe(self) -> str:
+        """For a message."""
+        return f"{self.num_documents:,} documents of {self.num_tokens:,} tokens ({self.index[:8]}, {self.tokens[-8:]})"
+
+
+def identify(dataset: IndexedDataset) -> FileIdentity:
+    """The identity of a dataset: from its sidecar, or else from its index and at most SPOTS x SPOT_BYTES bytes of .bin. Raises DataError."""
+    index = f"{dataset.checksum():016x}"
+    if dataset.sidecar is not None:
+        sums = ",".join(f"{value:016x}" for value in dataset.sidecar.block_sums)
+        digest = f"blocks-{hashlib.sha256(sums.encode()).hexdigest()[:32]}"
+    else:
+        size = dataset.num_tokens * dataset.dtype.itemsize
+        digest = f"spots-{_spots(dataset.bin_path, size)}"
+    return FileIdentity(index, digest, dataset.num_documents, dataset.num_tokens)
+
+
+def _spots(path: str, size: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    whole = size <= SPOTS * SPOT_BYTES
+    starts = range(0, size, SPOT_BYTES) if whole else [(size - SPOT_BYTES) * spot // (SPOTS - 1) for spot in range(SPOTS)]
+    try:
+        with open(path, "rb") as file:
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(SPOT_BYTES))
+    except OSError as error:
+        raise DataError("dataset cannot be read", where=path, got=error.strerror) from error
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of the training samples.
+
+    Args:
+        path: prefix of its tokens, or data.text; a name for messages, no part of the identity.
+        weight: as in the config.
+        files: role (tokens, labels, rejected, rejected_labels) -> identity; None: not known (a checkpoint of an earlier version).
+        span: documents (order: neox: sequences) [first, last) that it has; None: not known.
+        epochs: order: neox: epochs that its arrays were made for, which they depend on; None elsewhere, or not known.
+        samples: of one epoch; None: not known.
+    """
+
+    path: str
+    weight: float
+    files: Mapping[str, FileIdentity] | None = None
+    span: Span | None = None
+    epochs: int | None = None
+    samples: int | None = None
+
+    def same(self, other: Source) -> bool:
+        """Whether both are the same samples in the same order, under the same settings."""
+        if self.files is None or other.files is None:
+            return self.path == other.path
+        files = self.files.keys() == other.files.keys() and all(identity.same(other.files[role]) for role, identity in self.files.items())
+        return files and self.span == other.span and self.epochs == other.epochs
+
+    def same_tokens(self, other: Source) -> bool:
+        """Whether both read the same dataset, in whatever order and part of it."""
+        if self.files is None or other.files is None:
+            return self.path == other.path
+        return self.files["tokens"].same(other.files["tokens"])
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        files = {role: [one.index, one.tokens, one.num_documents, one.num_tokens] for role, one in (self.files or {}).items()}
+        span = None if self.span is None else list(self.span)
+        return {"path": self.path, "weight": self.weight, "files": files, "span": span, "epochs": self.epochs, "samples": self.samples}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Source:
+        """From a checkpoint whose state was checked (neox.checkpoint.state)."""
+        files = {role: FileIdentity(*parts) for role, parts in value["files"].items()}
+        span = None if value["span"] is None else tuple(value["span"])
+        return cls(value["path"], value["weight"], files or None, span, value["epochs"], value["samples"])
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """What a count of samples means.
+
+    Args:
+        settings: key -> value of what the samples depend on besides their sources.
+        sources: of the training set.
+        stretches: how they were blended, the last one until now.
+    """
+
+    settings: Mapping[str, Any]
+    sources: tuple[Source, ...]
+    stretches: tuple[Stretch, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        stretches = [[one.first, list(one.weights), list(one.taken)] for one in self.stretches]
+        return {"settings": dict(self.settings), "sources": [source.to_json() for source in self.sources], "stretches": stretches}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Cursor:
+        """From a checkpoint whose state was checked (neox.checkpoint.state)."""
+        stretches = tuple(Stretch(first, tuple(weights), tuple(taken)) for first, weights, taken in value["stretches"])
+        return cls(value["settings"], tuple(map(Source.from_json, value["sources"])), stretches)
+
+    @classmethod
+    def of_config(cls, config: Config) -> Cursor:
+        """Of a checkpoint that has none: what its config tells, without the content of the files."""
+        data = config.data
+        named = [(source.path, source.weight) for source in data.train] or [(data.path or "data.text", 1.0)]
+        sources = tuple(Source(path, weight) for path, weight in named)
+        return cls(settings_of(config, tokenizer=None), sources, (first_stretch(sources),))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The data cursor of the checkpoint that a run resumes from.
+
+    Args:
+        where: the checkpoint, for messages.
+        consumed: samples read before it.
+        cursor: what that means.
+        accept: differences are accepted (checkpoint.accept_data_change).
+    """
+
+    where: str
+    consumed: int
+    cursor: Cursor
+    accept: bool = False
+
+
+@dataclass
+class Continuation:
+    """How the data of a run continues from a checkpoint.
+
+    Attributes:
+        stretches: of the blend.
+        lines: what a person should know of it.
+    """
+
+    stretches: tuple[Stretch, ...]
+    lines: list[str] = field(default_factory=list)
+
+
+def first_stretch(sources: Sequence[Source]) -> Stretch:
+    """The blend of a new run."""
+    weights = normalise_weights([source.weight for source in sources]).tolist() if sources else []
+    return Stretch(0, tuple(weights), (0,) * len(sources))
+
+
+def settings_of(config: Config, tokenizer: str | None, text: str | None = None) -> dict[str, Any]:
+    """What samples depend on besides their sources. tokenizer, text: hashes of tokenizer.file and data.text, None where not known."""
+    data = config.data
+    return {
+        "data.seq_length": data.seq_length,
+        "data.order": data.order,
+        "data.packing": data.packing,
+        "train.seed": config.train.seed,
+        "data.document_mask": data.document_mask,
+        "data.fim": to_builtins(data.fim) if data.fim.rate else None,
+        "tokenizer.file": tokenizer,
+        "data.text": text,
+        "data.split": None if data.train else data.split,
+    }
+
+
+def tokenizer_of(config: Config) -> str | None:
+    """Hash of the config's tokenizer. Raises DataError."""
+    return None if config.tokenizer.file is None else file_hash(config.tokenizer.file)
+
+
+def continued(saved: Saved, now: Cursor, validation: Sequence[Source]) -> Continuation:
+    """How a run continues whose data is `now`.
+
+    Args:
+        saved: from the checkpoint.
+        now: of the config; its stretches are not read.
+        validation: sources of the validation set.
+
+    Raises:
+        CheckpointError: the data is not that of the checkpoint, and the difference is not accepted.
+    """
+    if not saved.consumed:
+        return Continuation((first_stretch(now.sources),))
+    before = saved.cursor
+    taken = Stretches(before.stretches).taken(saved.consumed).tolist()
+    changed = changed_settings(before, now)
+    partner = {} if any(key in REORDERS for key in changed) else partners(before.sources, now.sources)
+    ended = [number for number, count in enumerate(taken) if count and number not in partner]
+    if not changed and not ended:
+        return reblended(saved, now, partner, taken)
+    lines = differences(before, now, changed, ended) + consequences(before, now, taken, ended, validation)
+    if not saved.accept:
+        raise CheckpointError(
+            "the data of the run is not that of its checkpoint",
+            where=saved.where,
+            got=", ".join(lines),
+            want=f"what the {saved.consumed:,} samples that the checkpoint counts were read from",
+            do="put back what changed, choose another run.dir, or accept this once by --set checkpoint.accept_data_change=true",
+        )
+    lines = [f"accepted by checkpoint.accept_data_change: {line}" for line in lines]
+    return Continuation((new_stretch(saved, now, partner, taken),), lines)
+
+
+def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value before, value now) of the settings that differ. What either side does not know is no difference.
+
+    data.split counts by the documents that it gives; by its text only where those of the checkpoint are not known.
+    """
+    found = {key: (before.settings.get(key), value) for key, value in now.settings.items() if before.settings.get(key) != value}
+    for key in ("tokenizer.file", "data.text"):
+        if None in found.get(key, ()):
+            del found[key]
+    if "data.split" in found and (None in found["data.split"] or all(source.files is not None for source in before.sources)):
+        del found["data.split"]
+    return found
+
+
+def partners(before: Sequence[Source], now: Sequence[Source]) -> dict[int, int]:
+    """Number of a source before -> its number now, of those that are unchanged; each has at most one partner."""
+    found: dict[int, int] = {}
+    for number, source in enumerate(before):
+        free = (other for other, candidate in enumerate(now) if other not in found.values() and source.same(candidate))
+        match = number if number < len(now) and number not in found.values() and source.same(now[number]) else next(free, None)
+        if match is not None:
+            found[number] = match
+    return found
+
+
+def new_stretch(saved: Saved, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> Stretch:
+    """The blend from the checkpoint on: sources that were there before continue, the others begin."""
+    counts = [0] * len(now.sources)
+    for old, new in partner.items():
+        counts[new] = taken[old]
+    return Stretch(saved.consumed, first_stretch(now.sources).weights, tuple(counts))
+
+
+def reblended(saved: Saved, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> Continuation:
+    """The blend of a run whose sources are unchanged, or only added to, or left out before they were read; weights may differ."""
+    stretches = saved.cursor.stretches
+    weights = first_stretch(now.sources).weights
+    in_place = all(partner.get(old) == old for old in range(len(taken)))
+    if in_place and same_shares(stretches[-1].weights, weights):
+        return Continuation(stretches)
+    stretch = new_stretch(saved, now, partner, taken)
+    added = (0,) * (len(weights) - len(taken))
+    kept = [Stretch(one.first, one.weights + added, one.taken + added) for one in stretches if one.first < saved.consumed] if in_place else []
+    before, after = normalise_weights(stretches[-1].weights), normalise_weights(weights)
+    olds = {new: old for old, new in partner.items()}
+    parts = []
+    for number, source in enumerate(now.sources):
+        share = f"{after[number]:.4g}" if number not in olds else f"{before[olds[number]]:.4g} -> {after[number]:.4g}"
+        parts.append(f"{source.path} at its sample {stretch.taken[number]:,} (share {share})")
+    more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    line = f"data.train: the blend changes at sample {saved.consumed:,}, each source continues where it was, none is repeated or skipped: "
+    return Continuation((*kept, stretch), [line + ", ".join(parts[:SHOWN]) + more])
+
+
+def same_shares(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two lists of weights blend in the same way. Raises DataError for bad weights."""
+    return len(one) == len(other) and np.allclose(normalise_weights(one), normalise_weights(other), rtol=1e-12, atol=0.0)
+
+
+def differences(before: Cursor, now: Cursor, changed: Mapping[str, tuple[Any, Any]], ended: Iterable[int]) -> list[str]:
+    """What differs, for people."""
+    lines = [f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in changed.items()]
+    if any(key in REORDERS for key in changed):
+        return lines  # every source is in another order, also where it is the same
+    found = []
+    for number in ended:
+        source = before.sources[number]
+        there = next((one for one in now.sources if source.same_tokens(one)), None)
+        named = next((one for one in now.sources if one.path == source.path), None)
+        if there is not None:
+            found.append(reading(source, there, before.settings.get("data.split"), now.settings.get("data.split")))
+        elif named is not None:
+            found.append(f"the content of {source.path} changed: {content(source)} -> {content(named)}")
+        else:
+            found.append(f"{source.path} is no longer read")
+    more = [f"and {len(found) - SHOWN} more sources"] if len(found) > SHOWN else []
+    return lines + found[:SHOWN] + more
+
+
+def reading(source: Source, there: Source, split: str | None, new_split: str | None) -> str:
+    """What is different in how the same dataset is read."""
+    if source.span != there.span:
+        splits = "" if split == new_split else f"data.split {split} -> {new_split}: "
+        return f"{splits}training reads documents {bounds(source.span)} of {source.path} -> {bounds(there.span)}"
+    if source.epochs != there.epochs:
+        return f"data.order neox: the order of {source.path} is made for {source.epochs} epochs -> {there.epochs}"
+    return f"labels or rejected answers of {source.path} changed"
+
+
+def consequences(before: Cursor, now: Cursor, taken: Sequence[int], ended: Iterable[int], validation: Sequence[Source]) -> list[str]:
+    """What would be read twice and what would never be read if the run continued, in numbers."""
+    lines, ended = [], list(ended)
+    length = before.settings["data.seq_length"]
+    for number in ended:
+        source, count = before.sources[number], taken[number]
+        again = next((one for one in now.sources if source.same_tokens(one)), None)
+        same_name = any(one.path == source.path for one in now.sources)
+        read = f"{count:,} samples ({count * length:,} tokens) read of {source.path}"
+        if again is not None:
+            lines.append(f"the {read} would come again, mixed with new ones, none would be lost")
+        elif same_name:
+            left = "" if source.samples is None else f", the other {source.samples - count % source.samples:,} of its epoch would be lost"
+            lines.append(f"what the new content shares with the {read} would come again{left}")
+        else:
+            left = "" if source.samples is None else f"{source.samples - count % source.samples:,} "
+            lines.append(f"the {left}samples of {source.path} that are still to come in its epoch would be lost, none would come again")
+        lines += [moved(source, one) for one in validation if source.same_tokens(one) and overlap(source.span, one.span)]
+    more = [f"and so for {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more or ["no sample would come again or be lost, but each would be made in another way"]
+
+
+def moved(source: Source, held_out: Source) -> str:
+    """Documents that change sides."""
+    return f"documents {bounds(overlap(source.span, held_out.span))} of {source.path} were training data and would be validation data"
+
+
+def overlap(one: Span | None, other: Span | None) -> Span | None:
+    """What two ranges share; None: nothing, or it is not known."""
+    if one is None or other is None or max(one[0], other[0]) >= min(one[1], other[1]):
+        return None
+    return max(one[0], other[0]), min(one[1], other[1])
+
+
+def bounds(span: Span | None) -> str:
+    """A range, for people."""
+    return "(not recorded)" if span is None else f"{span[0]:,} to {span[1] - 1:,}"
+
+
+def content(source: Source) -> str:
+    """The dataset of a source, for people."""
+    return "(not recorded)" if source.files is None else source.files["tokens"].describe()
+
+
+def shown(value: Any) -> str:
+    """A setting's value, for people."""
+    return value[:16] if isinstance(value, str) else str(value)

@@ -1,0 +1,269 @@
+"""Samples that are whole documents: one for supervised fine-tuning, a chosen and a rejected one for preferences (`data.packing: document`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from neox._native import core
+from neox.data.samples.order import Collatable, EpochDataset, NeoxDataset, Pair, Sample, order_key
+from neox.data.samples.provenance import Piece, Seen, permuted_find, permuted_sum
+from neox.data.store.indexed import IndexedDataset
+from neox.errors import DataError
+
+PADDING = 0  # an id that every vocabulary has; nothing is learned from it, and no earlier token sees it
+PADDED = -1  # mark of a token that is padding
+IGNORED = -100
+DOCUMENTS_AT_ONCE, TOKENS_AT_ONCE = 1 << 16, 1 << 20  # that check_labels reads
+
+
+class Answers:
+    """The documents of a dataset, each cut off or padded to seq_length + 1 tokens.
+
+    Args:
+        dataset: the tokens.
+        labels: a dataset of the same documents with the labels; None: every token is learned.
+
+    Raises:
+        DataError: the labels are of other documents.
+    """
+
+    def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int):
+        if labels is not None:
+            check_same_documents(dataset, labels, "labels")
+        self.dataset = dataset
+        self._labels = labels
+        self.seq_length = seq_length
+        self._length = seq_length + 1
+
+    def __len__(self) -> int:
+        return self.dataset.num_documents
+
+    def __getitem__(self, document: int) -> Sample:
+        first = self.dataset.first_token_of_document(document)
+        count = min(self.dataset.first_token_of_document(document + 1) - first, self._length)
+        tokens = np.full(self._length, PADDING, dtype=np.int64)
+        labels = np.full(self._length, IGNORED, dtype=np.int64)
+        tokens[:count] = self.dataset.read(first, count)[0]
+        labels[:count] = tokens[:count] if self._labels is None else self._labels.read(first, count)[0]
+        return Sample(tokens, None, labels, min(count, self._length - 1) - 1)
+
+    def piece(self, document: int) -> Piece:
+        """The part of a document that its sample has."""
+        first, last = (self.dataset.first_token_of_document(number) for number in (document, document + 1))
+        return Piece(self.dataset.prefix, document, 0, min(last - first, self._length))
+
+    def seen(self, order: core.EpochOrder, count: int, first: int, documents: int) -> Seen:
+        """What the first `count` samples of an order over documents from `first` on have read."""
+        read = np.minimum(np.diff(self.dataset.document_starts()[first : first + documents + 1]), self.seq_length)
+        return Seen(self.dataset.prefix, count, permuted_sum(order, read, count), count / documents)
+
+
+class DocumentDataset(Collatable):
+    """One document per sample: sample i is a pure function of (seed, data, i), for every i >= 0; an epoch has each document once. `len` is one epoch.
+
+    Args:
+        documents: [first, last) of the dataset; None: all.
+
+    Raises:
+        DataError: no document has two tokens, or the labels are of other documents.
+    """
+
+    def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int, seed: int, documents: tuple[int, int] | None = None):
+        self._answers = Answers(dataset, labels, seq_length)
+        whole = (0, dataset.num_documents)
+        self._first, last = documents or whole
+        check_learnable(dataset, (self._first, last))
+        self._count = last - self._first
+        key = () if documents in (None, whole) else documents
+        self._order = document_order(dataset, seed, self._count, *key)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._answers[self._document(index)]
+
+    def _document(self, index: int) -> int:
+        return self._first + self._order.first_token(index)
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        return f"{self._answers.dataset.bin_path} document {self._document(index)} offset {token}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The document that sample `index` is."""
+        return [self._answers.piece(self._document(index))]
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that are a document, int64."""
+        return permuted_find(self._order, np.array([document - self._first]), count if prefix == self._answers.dataset.prefix else 0)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [self._answers.seen(self._order, count, self._first, self._count)]
+
+    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [s + 1], and 0 for each, PADDED where it is padding, int32."""
+        (piece,) = self.pieces(index)
+        marks = np.full(self._answers.seq_length + 1, PADDED, dtype=np.int32)
+        marks[: piece.tokens] = 0
+        return self[index].tokens, marks
+
+
+class PairDataset(Collatable):
+    """One pair per sample: document i of two datasets is the chosen and the rejected answer to the same. Order as DocumentDataset.
+
+    Args:
+        chosen, rejected: (tokens, labels) each.
+
+    Raises:
+        DataError: the two have another number of documents.
+    """
+
+    def __init__(
+        self,
+        chosen: tuple[IndexedDataset, IndexedDataset | None],
+        rejected: tuple[IndexedDataset, IndexedDataset | None],
+        seq_length: int,
+        seed: int,
+    ):
+        self.chosen, self.rejected = Answers(*chosen, seq_length), Answers(*rejected, seq_length)
+        if len(self.chosen) != len(self.rejected):
+            raise DataError(
+                "chosen and rejected answers are not pairs",
+                where=f"{chosen[0].prefix}, {rejected[0].prefix}",
+                got=f"{len(self.chosen)} and {len(self.rejected)} documents",
+                want="as many of each",
+            )
+        self._seq_length = seq_length
+        self._order = document_order(chosen[0], seed, chosen[0].num_documents)
+        self.reference: np.ndarray | None = None  # fp32 [pairs, 2], by number of the document
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def pair(self, document: int) -> Pair:
+        """The pair with this number, whatever the order."""
+        return Pair(self.chosen[document], self.rejected[document], None if self.reference is None else self.reference[document])
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pair(self._order.first_token(index))
+
+    def describe(self, index: int, token: int) -> str:
+        """Where a token of the chosen answer lies or, counted on behind it, of the rejected one."""
+        second, offset = divmod(token, self._seq_length + 1)
+        return f"{(self.rejected if second else self.chosen).dataset.bin_path} document {self._order.first_token(index)} offset {offset}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The chosen and the rejected document of a sample."""
+        document = self._order.first_token(index)
+        return [self.chosen.piece(document), self.rejected.piece(document)]
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a document, int64."""
+        known = prefix in (self.chosen.dataset.prefix, self.rejected.dataset.prefix)
+        return permuted_find(self._order, np.array([document]), count if known else 0)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [side.seen(self._order, count, 0, len(self)) for side in (self.chosen, self.rejected)]
+
+    def checksums(self) -> tuple[int, int]:
+        """What names the two datasets."""
+        return self.chosen.dataset.checksum(), self.rejected.dataset.checksum()
+
+
+class LabelledDataset(Collatable):
+    """Packed samples with labels: those of a dataset in any order, and the same ones of its labels."""
+
+    def __init__(self, samples: EpochDataset | NeoxDataset, dataset: IndexedDataset, labels: IndexedDataset):
+        check_same_documents(dataset, labels, "labels")
+        self._samples = samples
+        self._labels = samples.over(labels)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]._replace(labels=self._labels[index].tokens)
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        return self._samples.describe(index, token)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        return self._samples.pieces(index)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        return self._samples.find(prefix, document, count)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return self._samples.seen(count)
+
+
+def document_order(dataset: IndexedDataset, seed: int, documents: int, *place: int) -> core.EpochOrder:
+    """The order of some documents: of samples of one token each. `place` tells a part of a dataset from the whole."""
+    if documents == 0:
+        raise DataError("dataset has no documents", where=dataset.prefix)
+    return core.EpochOrder(order_key(seed, dataset.checksum(), dataset.num_documents, *place), documents + 1, 1)
+
+
+def check_learnable(dataset: IndexedDataset, documents: tuple[int, int]) -> None:
+    """Raise DataError unless one of documents [first, last) has an input and a target."""
+    lengths = np.diff(dataset.document_starts()[documents[0] : documents[1] + 1])
+    if not (lengths > 1).any():
+        raise DataError(
+            "no document has anything to learn",
+            where=f"{dataset.bin_path} documents {documents[0]} to {documents[1]}",
+            got=f"{lengths.sum()} tokens in {lengths.size} documents",
+            want="a document of two tokens",
+            do="use more text, or another data.split",
+        )
+
+
+def check_labels(labels: IndexedDataset, documents: tuple[int, int], longest: int | None = None) -> None:
+    """Raise DataError where no token of documents [first, last) is to be learned. Labels are read up to the first one that is.
+
+    Args:
+        labels: the labels of a dataset.
+        longest: tokens of a document that a sample has room for, where what is behind them is cut off. The first token of a document is no target.
+    """
+    if labels.sidecar is not None and labels.sidecar.largest_id < 0:
+        raise nothing_to_learn(labels, documents)
+    starts = labels.document_starts()[documents[0] : documents[1] + 1]
+    for block in range(0, starts.size - 1, DOCUMENTS_AT_ONCE):
+        borders = starts[block : block + DOCUMENTS_AT_ONCE + 1]
+        ends = borders[1:] if longest is None else np.minimum(borders[1:], borders[:-1] + longest)
+        firsts, counts = borders[:-1] + 1, ends - borders[:-1] - 1
+        filled = counts > 0
+        for first, count in zip(firsts[filled].tolist(), counts[filled].tolist(), strict=True):
+            for start in range(first, first + count, TOKENS_AT_ONCE):
+                found, _ = labels.read(start, min(TOKENS_AT_ONCE, first + count - start))
+                if (found != IGNORED).any():
+                    return
+    raise nothing_to_learn(labels, documents)
+
+
+def nothing_to_learn(labels: IndexedDataset, documents: tuple[int, int]) -> DataError:
+    """The error for documents whose labels are all -100."""
+    return DataError(
+        "no document has anything to learn",
+        where=f"{labels.bin_path} documents {documents[0]} to {documents[1]}",
+        got="no label but -100 where a sample has a target",
+        want="a label that is a token",
+        do="make tokens and labels by neox preprocess --chat, check its template, or raise data.seq_length where answers are cut off",
+    )
+
+
+def check_same_documents(dataset: IndexedDataset, other: IndexedDataset, what: str) -> None:
+    """Raise DataError unless the documents of two datasets have the same lengths."""
+    if not np.array_equal(dataset.sizes, other.sizes) or not np.array_equal(dataset.documents, other.documents):
+        raise DataError(
+            f"{what} are of other documents",
+            where=f"{dataset.prefix}, {other.prefix}",
+            got=f"{dataset.num_documents} documents of {dataset.num_tokens} tokens, {other.num_documents} of {other.num_tokens}",
+            want="the same documents, token by token",
+        )

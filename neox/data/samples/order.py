@@ -1,0 +1,417 @@
+"""Which tokens make up sample i: GPT-NeoX's shuffle (`order: neox`), or a keyed permutation (`order: epoch`). See docs/data.md."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from neox._native import core
+from neox.data.samples.blend import Stretch, Stretches
+from neox.data.samples.provenance import Piece, Seen, matching, merged, pieces_of
+from neox.data.store.indexed import IndexedDataset
+from neox.errors import ConfigError, DataError
+
+MASK64 = 2**64 - 1
+MOST_THREADS = 8  # of the sample index: it waits for memory, which a few cores use up
+
+
+class Sample(NamedTuple):
+    """tokens int64 [s + 1]: inputs and, one further, targets. segment_ids int32 [s]: running number of each input's document, or None.
+    labels int64 [s + 1]: the tokens, -100 where one is not to be learned; None: all are. end: the last input that is no padding."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray | None
+    labels: np.ndarray | None = None
+    end: int | None = None
+
+
+class Pair(NamedTuple):
+    """A chosen and a rejected answer. reference: log-probability of each by the model at the start of the run, fp32 [2], or None."""
+
+    chosen: Sample
+    rejected: Sample
+    reference: np.ndarray | None = None
+
+
+class Dataset(Protocol):
+    """What the loader reads: `dataset[i]` for any i >= 0 it has; `describe(i, j)` names where token j of sample i lies.
+
+    pieces(i): what sample i is made of. find(prefix, document, count): the samples below `count` that hold a part of a document, int64.
+    seen(count): what the first `count` samples read of each source.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample | Pair: ...
+
+    def describe(self, index: int, token: int) -> str: ...
+
+    def pieces(self, index: int) -> list[Piece]: ...
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray: ...
+
+    def seen(self, count: int) -> list[Seen]: ...
+
+
+class Rows(NamedTuple):
+    """Where samples go, one a row: inputs and targets int64 [b, s], targets one token further.
+
+    segment_ids int32 [b, s]: the running number of each token's document in the sample; position_ids int64 [b, s]: counted from the start of its part.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    segment_ids: np.ndarray | None = None
+    position_ids: np.ndarray | None = None
+
+
+class Collatable:
+    """What datasets of samples share, so that `torch.utils.data.DataLoader(dataset, batch_size=b)` can collate them.
+
+    Read through it, a sample is a dict of its fields without those that are None: tokens [b, s + 1], and segment_ids, labels, end where there are any.
+    A pair has `chosen` and `rejected`, each such a dict. `neox.data.Loader` is what training uses: it reads ahead, checks ids and can be resumed.
+    """
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [fields_of(self[index]) for index in indices]
+
+
+def fields_of(sample: Sample | Pair) -> dict[str, Any]:
+    """The fields of a sample or pair that are not None, by name."""
+    return {name: fields_of(value) if isinstance(value, Sample) else value for name, value in sample._asdict().items() if value is not None}
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """A dataset that reads many samples at a time: sample indices[i] into row rows[i] (both int64). Has what `Dataset` has.
+
+    read_rows returns the largest id; where one is negative, 2^64 - 1.
+    """
+
+    seq_length: int
+    document_mask: bool
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int: ...
+
+
+def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
+    """Cut `count` documents into train, validation and test by shares such as "969,30,1", rounded as GPT-NeoX rounds.
+
+    Returns:
+        [first, last) of each part; parts may be empty.
+
+    Raises:
+        ConfigError: not one to three non-negative numbers with a sum above 0.
+    """
+    try:
+        shares = [float(part) for part in split.replace("/", ",").split(",")]
+    except ValueError:
+        shares = []
+    total = sum(shares)
+    if not 1 <= len(shares) <= 3 or any(not share >= 0 for share in shares) or not 0 < total < math.inf:
+        raise ConfigError("bad split", where="data.split", got=split, want="one to three non-negative numbers, such as 969,30,1")
+    shares += [0.0] * (3 - len(shares))
+    cuts = [0]
+    for share in shares:
+        cuts.append(cuts[-1] + round(share / total * count))
+    excess = cuts[-1] - count
+    # Upstream shifts every cut but the first by the rounding excess; where that makes one negative, it is 0 here.
+    cuts = [0] + [max(cut - excess, 0) for cut in cuts[1:]]
+    return [(cuts[part], cuts[part + 1]) for part in range(3)]
+
+
+def neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """GPT-NeoX's packed order, bit for bit.
+
+    Args:
+        sizes: tokens of each document of the dataset, int32.
+        documents: numbers of the documents to use, in order.
+        seq_length: tokens a sample feeds; it spans one more.
+        num_samples: samples needed; whole epochs are made until there are that many.
+        seed: of numpy's RandomState, below 2^32.
+
+    Returns:
+        doc_idx [epochs x documents]: shuffled documents of all epochs. sample_idx [S + 1, 2]: (position in doc_idx, token offset)
+        where each sample starts. shuffle_idx [S]: the row of sample_idx that sample i reads. int32, int32 and uint32; 64-bit each
+        where numbers need it.
+
+    Raises:
+        DataError: no tokens, a document number out of range, or a negative size.
+        ConfigError: seed out of range.
+    """
+    sizes = np.asarray(sizes) if np.asarray(sizes).dtype == np.int32 else np.ascontiguousarray(sizes, dtype=np.int32)
+    documents = np.asarray(documents)
+    if documents.size and (documents.min() < 0 or documents.max() >= sizes.size):
+        raise DataError("document number out of range", got=f"{documents.min()} to {documents.max()}", want=f"0 to {sizes.size - 1}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError("seed is out of range for order: neox", where="train.seed", got=seed, want="0 to 4294967295")
+    tokens_per_epoch = int(sizes[documents].sum(dtype=np.int64)) if documents.size else 0
+    epochs = core.epochs_needed(tokens_per_epoch, seq_length, num_samples)
+    samples = (epochs * tokens_per_epoch - 1) // seq_length
+    document_type, row_type, sample_type = order_types(sizes.size, epochs * documents.size, samples)
+    random = np.random.RandomState(seed)
+    doc_idx = np.tile(documents.astype(document_type), epochs)
+    random.shuffle(doc_idx)
+    sample_idx = core.sample_index(sizes, doc_idx, seq_length, samples + 1, row_type == np.int64, min(len(os.sched_getaffinity(0)), MOST_THREADS))
+    shuffle_idx = np.arange(samples, dtype=sample_type)
+    random.shuffle(shuffle_idx)
+    return doc_idx, sample_idx, shuffle_idx
+
+
+def order_types(documents: int, positions: int, samples: int) -> tuple[type, type, type]:
+    """dtypes of doc_idx, sample_idx and shuffle_idx: upstream's, and 64 bits where 32 would not hold the numbers.
+
+    Args:
+        documents: of the dataset, so document numbers are below it.
+        positions: length of doc_idx, which sample_idx points into.
+        samples: length of shuffle_idx.
+    """
+    return (
+        np.int32 if documents < 2**31 else np.int64,
+        np.int32 if 2 * (samples + 1) < 2**31 and positions < 2**31 else np.int64,
+        np.uint32 if samples < 2**32 - 2 else np.int64,
+    )
+
+
+def order_key(seed: int, *content: int) -> int:
+    """64-bit key of a permutation: a hash of the seed and of what tells this data from other data."""
+    key = core.mix(seed & MASK64, seed >> 64 & MASK64)
+    for value in content:
+        key = core.mix(key, value & MASK64)
+    return key
+
+
+class EpochDataset(Collatable):
+    """Documents [first, last) of a dataset in `order: epoch`: sample i is a pure function of (seed, data, i), for every i >= 0.
+
+    `len` is the samples of one epoch. Sample i belongs to epoch i // len; each epoch visits each of its samples once, in an order
+    and with a phase of its own.
+
+    Args:
+        document_mask: give segment ids.
+
+    Raises:
+        DataError: fewer tokens than one sample needs.
+    """
+
+    def __init__(self, dataset: IndexedDataset, documents: tuple[int, int], seq_length: int, seed: int, document_mask: bool = False):
+        first, last = documents
+        self._dataset = dataset
+        self.seq_length = seq_length
+        self.document_mask = document_mask
+        self._start = dataset.first_token_of_document(first)
+        tokens = dataset.first_token_of_document(last) - self._start
+        check_tokens(dataset, documents, tokens, seq_length)
+        self._order = core.EpochOrder(order_key(seed, dataset.checksum(), first, last), tokens, seq_length)
+
+    def __len__(self) -> int:
+        return self._order.samples_per_epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        tokens, segments = self._dataset.read(self._first_token(index), self.seq_length + 1, self.document_mask)
+        return Sample(tokens, None if segments is None else segments[:-1])
+
+    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [s + 1] and the running number of each one's document, int32."""
+        return self._dataset.read(self._first_token(index), self.seq_length + 1, True)
+
+    def over(self, other: IndexedDataset) -> EpochDataset:
+        """The same samples of another dataset, whose documents are as long."""
+        twin = copy.copy(self)
+        twin._dataset = other
+        return twin
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        return self._dataset.read_rows(self._start + self._order.first_tokens(indices), rows, out)
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        document, offset = self._dataset.locate(self._first_token(index) + token)
+        return f"{self._dataset.bin_path} document {document} offset {offset}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        return pieces_of(self._dataset, self._first_token(index), self.seq_length + 1)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        if prefix != self._dataset.prefix:
+            return np.empty(0, dtype=np.int64)
+        first, last = (self._dataset.first_token_of_document(number) - self._start for number in (document, document + 1))
+
+        def holds(samples: np.ndarray) -> np.ndarray:
+            starts = self._order.first_tokens(samples)
+            return (starts < last) & (starts + self.seq_length >= first)
+
+        return matching(count if first < last else 0, holds)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [Seen(self._dataset.prefix, count, count * self.seq_length, count / len(self))]
+
+    def _first_token(self, index: int) -> int:
+        if index < 0:
+            raise IndexError(f"sample {index} is negative")
+        return self._start + self._order.first_token(index)
+
+
+class NeoxDataset(Collatable):
+    """Sequences of a dataset in `order: neox`, by the three arrays of `neox_order`. `len` is the samples of all epochs made."""
+
+    def __init__(self, dataset: IndexedDataset, order: tuple[np.ndarray, np.ndarray, np.ndarray], seq_length: int, document_mask: bool = False):
+        self._dataset = dataset
+        self._documents, self._samples, self._shuffle = order
+        self.seq_length = seq_length
+        self.document_mask = document_mask
+
+    def __len__(self) -> int:
+        return self._shuffle.shape[0]
+
+    def __getitem__(self, index: int) -> Sample:
+        position, offset = self._row(index)
+        tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, self.document_mask)
+        return Sample(tokens, None if segments is None else segments[:-1])
+
+    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [s + 1] and the running number of each one's sequence, int32."""
+        position, offset = self._row(index)
+        return self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, True)
+
+    def over(self, other: IndexedDataset) -> NeoxDataset:
+        """The same samples of another dataset, whose sequences are as long."""
+        twin = copy.copy(self)
+        twin._dataset = other
+        return twin
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        for index in (indices.min(), indices.max()):
+            self._check(int(index))
+        starts = self._samples[self._shuffle[indices]].astype(np.int64)
+        return self._dataset.read_ordered_rows(self._documents, np.ascontiguousarray(starts[:, 0]), np.ascontiguousarray(starts[:, 1]), rows, out)
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        position, offset = self._row(index)
+        offset += token
+        while offset >= (size := int(self._dataset.sizes[self._documents[position]])):
+            offset -= size
+            position += 1
+        document, offset = self._dataset.locate(self._dataset.first_token(int(self._documents[position])) + offset)
+        return f"{self._dataset.bin_path} document {document} offset {offset}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        position, offset = self._row(index)
+        left, found = self.seq_length + 1, []
+        while left:
+            sequence = int(self._documents[position])
+            take = min(left, int(self._dataset.sizes[sequence]) - offset)
+            found += pieces_of(self._dataset, self._dataset.first_token(sequence) + offset, take) if take else []
+            position, offset, left = position + 1, 0, left - take
+        return merged(found)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        if prefix != self._dataset.prefix:
+            return np.empty(0, dtype=np.int64)
+        first, last = self._dataset.first_sequence(document), self._dataset.first_sequence(document + 1)
+        filled = first + np.flatnonzero(self._dataset.sizes[first:last])
+        positions = np.flatnonzero(np.isin(self._documents, filled))
+        starts = self._samples[:, 0]
+        # Sample r lies between row r of the index and, included, row r + 1; a row at the very end of a document starts in the next one.
+        rows = np.zeros(len(self), dtype=bool)
+        lows, highs = np.searchsorted(starts, positions, side="left") - 1, np.searchsorted(starts, positions, side="right")
+        for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
+            rows[max(low, 0) : high] = True
+        return np.flatnonzero(rows[self._shuffle[:count]])
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        tokens = int(self._dataset.sizes[np.unique(self._documents)].sum(dtype=np.int64))
+        return [Seen(self._dataset.prefix, count, count * self.seq_length, count * self.seq_length / tokens)]
+
+    def _row(self, index: int) -> tuple[int, int]:
+        self._check(index)
+        position, offset = self._samples[self._shuffle[index]]
+        return int(position), int(offset)
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise DataError(
+                "sample is beyond the order", where=self._dataset.bin_path, got=index, want=f"below {len(self)}", do="raise train.train_iters to make more"
+            )
+
+
+class MixedDataset(Collatable):
+    """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other.
+
+    Args:
+        stretches: how the run has blended them so far and continues; None: by `weights` from its first sample on.
+    """
+
+    def __init__(self, datasets: list[Dataset], weights: list[float], stretches: Sequence[Stretch] | None = None):
+        self.parts = datasets
+        self._blend = Stretches(stretches or [Stretch(0, tuple(weights), (0,) * len(datasets))])
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.parts)
+
+    def __getitem__(self, index: int) -> Sample | Pair:
+        dataset, inner = self._blend[index]
+        return self.parts[dataset][inner]
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        dataset, inner = self._blend[index]
+        return self.parts[dataset].describe(inner, token)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        dataset, inner = self._blend[index]
+        return self.parts[dataset].pieces(inner)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        taken = self._blend.taken(count)
+        inner = [part.find(prefix, document, given) for part, given in zip(self.parts, taken.tolist(), strict=True)]
+        return self._blend.places(inner, count)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        return [seen for part, given in zip(self.parts, self._blend.taken(count).tolist(), strict=True) for seen in part.seen(given)]
+
+
+class BlendedDataset(MixedDataset):
+    """Datasets that are read many samples at a time, mixed by weight."""
+
+    def __init__(self, datasets: list[EpochDataset | NeoxDataset], weights: list[float], stretches: Sequence[Stretch] | None = None):
+        super().__init__(datasets, weights, stretches)
+        self.seq_length = datasets[0].seq_length
+        self.document_mask = datasets[0].document_mask
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
+        owners = [(source, sources == source) for source in np.unique(sources).tolist()]
+        return max(self.parts[source].read_rows(inner[own], rows[own], out) for source, own in owners)
+
+
+def check_tokens(dataset: IndexedDataset, documents: tuple[int, int], tokens: int, seq_length: int) -> None:
+    """Raise DataError unless a range of documents has the tokens of one sample."""
+    if tokens > seq_length:
+        return
+    first, last = documents
+    raise DataError(
+        "corpus is shorter than one sample",
+        where=f"{dataset.bin_path} documents {first} to {last}",
+        got=f"{tokens} tokens in {last - first} documents",
+        want=f"at least {seq_length + 1} (data.seq_length + 1)",
+        do="use more text, a smaller data.seq_length, or another data.split",
+    )

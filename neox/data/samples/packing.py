@@ -1,0 +1,161 @@
+"""Best-fit packing (`data.packing: best_fit`): whole documents, or the fewest parts of them, in samples that are nearly full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from neox._native import core
+from neox.data.samples.documents import IGNORED, PADDED, PADDING, check_learnable, check_same_documents
+from neox.data.samples.order import Collatable, Sample, order_key
+from neox.data.samples.provenance import Piece, Seen, permuted_find, permuted_sum
+from neox.data.store.indexed import IndexedDataset
+
+Packing = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def pack_documents(dataset: IndexedDataset, documents: tuple[int, int], seq_length: int) -> Packing:
+    """Pack documents [first, last) into samples of seq_length + 1 tokens, by csrc/data/packing.h.
+
+    A document that is longer is cut; each part begins with the last token of the part before it, so that every token of a document but its
+    first is a target once. A document of one token has no target and is left out.
+
+    Returns:
+        firsts int64 [pieces]: first token of each piece in the dataset. sizes int32 [pieces]: its tokens. starts int64 [samples + 1]: the
+        pieces of sample i are those from starts[i] to starts[i + 1].
+    """
+    borders = dataset.document_starts()[documents[0] : documents[1] + 1]
+    lengths = np.diff(borders)
+    counts = np.maximum(-(-(lengths - 1) // seq_length), 0)
+    owner = np.repeat(np.arange(lengths.size), counts)
+    offsets = (np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_length
+    sizes = np.minimum(lengths[owner] - offsets, seq_length + 1).astype(np.int32)
+    order, starts = core.best_fit(sizes, seq_length + 1)
+    return (borders[owner] + offsets)[order], sizes[order], starts
+
+
+def sample_of(tokens: np.ndarray, marks: np.ndarray, labels: np.ndarray, document_mask: bool, isolated: bool) -> Sample:
+    """A sample of tokens [s + 1] with the number of each one's piece (PADDED: padding, behind all pieces).
+
+    Args:
+        labels: what is learned, where nothing is said against it below.
+        document_mask: give pieces and padding segment ids.
+        isolated: the first token of a piece is no target.
+    """
+    labels = np.where(marks == PADDED, IGNORED, labels)
+    if isolated:
+        labels[1:][marks[1:] != marks[:-1]] = IGNORED
+    segments = np.where(marks == PADDED, marks.max() + 1, marks).astype(np.int32)[:-1]
+    return Sample(tokens, segments if document_mask else None, labels)
+
+
+class PackedDataset(Collatable):
+    """Samples of whole documents, best-fit packed. An epoch has each sample once: sample i is a pure function of (seed, data, i), for every i >= 0.
+
+    No target lies in another document than its input, and padding is no target. With `document_mask`, pieces and padding are segments of
+    their own. `len` is one epoch.
+
+    Args:
+        documents: [first, last) of the dataset.
+        labels: a dataset of the same documents with the labels; None: every token is learned.
+        packed: what `pack_documents` gives; it may come from a cache.
+
+    Raises:
+        DataError: no document has two tokens.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        documents: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        *,
+        document_mask: bool = False,
+        labels: IndexedDataset | None = None,
+        packed: Callable[[], Packing] | None = None,
+    ):
+        if labels is not None:
+            check_same_documents(dataset, labels, "labels")
+        self.dataset = dataset
+        self._documents = documents
+        self._labels = labels
+        self.seq_length = seq_length
+        self.document_mask = document_mask
+        self.isolated = True
+        self._firsts, self._sizes, self._starts = pack_documents(dataset, documents, seq_length) if packed is None else packed()
+        if len(self) == 0:
+            check_learnable(dataset, documents)
+        self._order = core.EpochOrder(order_key(seed, dataset.checksum(), *documents, seq_length), len(self) + 1, 1)
+
+    def __len__(self) -> int:
+        return self._starts.size - 1
+
+    @property
+    def fill(self) -> float:
+        """Share of the positions that are no padding."""
+        return float(self._sizes.sum(dtype=np.int64)) / (len(self) * (self.seq_length + 1))
+
+    def note(self) -> str:
+        """What a run says of it at its start."""
+        documents, parts = self._documents[1] - self._documents[0], self._sizes.size
+        cut = int((np.diff(self.dataset.document_starts()[self._documents[0] : self._documents[1] + 1]) > self.seq_length + 1).sum())
+        return (
+            f"{self.dataset.prefix}: {documents:,} documents in {parts:,} pieces, best-fit packed into {len(self):,} samples; "
+            f"fill rate {100 * self.fill:.2f} %, {cut:,} documents cut"
+        )
+
+    def __getitem__(self, index: int) -> Sample:
+        tokens, marks = self.whole(index)
+        labels = tokens if self._labels is None else self._filled(self._labels, index, IGNORED)
+        return sample_of(tokens, marks, labels, self.document_mask, isolated=True)
+
+    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 [s + 1] and the number of each one's piece, int32, PADDED behind the last."""
+        sizes = self._sizes[self._of(index)]
+        marks = np.full(self.seq_length + 1, PADDED, dtype=np.int32)
+        marks[: sizes.sum()] = np.repeat(np.arange(sizes.size, dtype=np.int32), sizes)
+        return self._filled(self.dataset, index, PADDING), marks
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        for piece in self.pieces(index):
+            if token < piece.tokens:
+                return f"{self.dataset.bin_path} document {piece.document} offset {piece.offset + token}"
+            token -= piece.tokens
+        return f"{self.dataset.bin_path} padding of sample {index}"
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that sample `index` is made of."""
+        own = self._of(index)
+        return [
+            Piece(self.dataset.prefix, *self.dataset.locate(first), size)
+            for first, size in zip(self._firsts[own].tolist(), self._sizes[own].tolist(), strict=True)
+        ]
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        if prefix != self.dataset.prefix:
+            return np.empty(0, dtype=np.int64)
+        first, last = self.dataset.first_token_of_document(document), self.dataset.first_token_of_document(document + 1)
+        parts = np.flatnonzero((self._firsts >= first) & (self._firsts < last))
+        return permuted_find(self._order, np.searchsorted(self._starts, parts, side="right") - 1, count)
+
+    def seen(self, count: int) -> list[Seen]:
+        """What the first `count` samples have read."""
+        used = np.add.reduceat(self._sizes, self._starts[:-1], dtype=np.int64)
+        return [Seen(self.dataset.prefix, count, permuted_sum(self._order, np.minimum(used, self.seq_length), count), count / len(self))]
+
+    def _of(self, index: int) -> slice:
+        if index < 0:
+            raise IndexError(f"sample {index} is negative")
+        sample = self._order.first_token(index)
+        return slice(int(self._starts[sample]), int(self._starts[sample + 1]))
+
+    def _filled(self, dataset: IndexedDataset, index: int, rest: int) -> np.ndarray:
+        own = self._of(index)
+        found = dataset.read_pieces(self._firsts[own], self._sizes[own])
+        out = np.full(self.seq_length + 1, rest, dtype=np.int64)
+        out[: found.size] = found
+        return out

@@ -1,0 +1,321 @@
+"""Indexed datasets: PREFIX.bin and PREFIX.idx as GPT-NeoX and Megatron-LM write them, and our sidecar PREFIX.json (docs/data.md)."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from neox._native import core
+from neox.data.lazy import Lazy
+from neox.data.store.sidecar import BLOCK_BYTES, Sidecar, read_sidecar, sidecar_path, write_sidecar
+from neox.errors import DataError, DiskError
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+Rows = "tuple[np.ndarray, np.ndarray, np.ndarray | None]"
+
+SMALL_VOCABULARY = 65_500  # ids below this are written as uint16 by upstream's writers
+
+
+def token_dtype(largest_id: int) -> str:
+    """Token type of a dataset whose ids are at most `largest_id` (added tokens included): uint16 below 65,500, else int32.
+
+    Raises:
+        DataError: the id does not fit int32.
+    """
+    if largest_id >= 2**31:
+        raise DataError("token id is too large for the format", got=largest_id, want=f"below {2**31}")
+    return "uint16" if largest_id < SMALL_VOCABULARY else "int32"
+
+
+def make_folder(folder: str) -> None:
+    """Make the folder of a dataset and those above it; "" is the current one.
+
+    Raises:
+        DiskError: it cannot be made.
+    """
+    try:
+        os.makedirs(folder or os.curdir, exist_ok=True)
+    except OSError as problem:
+        raise DiskError("cannot make the folder of a dataset", where=folder, got=problem.strerror, do="choose another --out") from problem
+
+
+class IndexedDataset:
+    """A tokenized corpus, mapped. `len(dataset)` sequences; `dataset[i]` is a read-only numpy view of the tokens of sequence i.
+
+    Opening checks the whole structure of the index, the size of .bin and, where there is a sidecar, that it belongs to the two files.
+    Blocks of .bin are compared with the sidecar's checksums when `read` first touches them.
+
+    Raises:
+        DataError: a file is missing, unreadable, truncated, damaged, or does not fit the others.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]):
+        self.prefix = os.fspath(prefix)
+        if "\0" in self.prefix:  # to the system the name would end there
+            raise DataError("impossible path of a dataset", where=repr(self.prefix), got="a NUL character")
+        self._core = core.Dataset(os.fsencode(self.prefix))
+        self.dtype = np.dtype(self._core.dtype)
+        self.num_documents: int = self._core.num_documents
+        self.num_tokens: int = self._core.num_tokens
+        self.sidecar = read_sidecar(self.prefix)
+        self._length: int = self._core.num_sequences
+        if self.sidecar is not None:
+            self._check_sidecar(self.sidecar)
+            self._core.guard(self.sidecar.block_bytes, list(self.sidecar.block_sums))
+
+    @property
+    def bin_path(self) -> str:
+        """Path of the tokens."""
+        return f"{self.prefix}.bin"
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each sequence, int32 [len], mapped."""
+        return self._core.sizes
+
+    @property
+    def documents(self) -> np.ndarray:
+        """Sequence at which each document starts, and their number: int64 [num_documents + 1], mapped."""
+        return self._core.documents
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        position = index + self._length if index < 0 else index
+        return self._core.sequence(position)
+
+    def __repr__(self) -> str:
+        return f"IndexedDataset({self.prefix!r}, {self.num_documents} documents, {self.num_tokens} tokens, {self.dtype})"
+
+    def checksum(self) -> int:
+        """XXH64 of .idx: names the content in caches. The sidecar's value, where there is one, was compared when opening."""
+        return self._core.idx_checksum() if self.sidecar is None else self.sidecar.idx_sum
+
+    def read(self, first: int, count: int, segments: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens [first, first + count) of the dataset as int64, and the running number of each one's document (int32) if asked.
+
+        Raises:
+            DataError: a checksum differs, or the file was cut short since it was opened.
+            IndexError: outside the dataset.
+        """
+        return self._core.read(first, count, segments)
+
+    def read_ordered(self, order: np.ndarray, position: int, offset: int, count: int, segments: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """`count` tokens of the concatenation of sequences order[position:], the first `offset` tokens left out; see `read`."""
+        return self._core.read_ordered(order, position, offset, count, segments)
+
+    def read_rows(self, firsts: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """Samples of s + 1 tokens that start at tokens `firsts` of the dataset, each into a row of `out`, arrays of [b, s].
+
+        Returns: the largest id; where one is negative, 2^64 - 1.
+        """
+        return self._core.read_rows(firsts, rows, *out)
+
+    def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+        """As `read_rows`, from `offsets` tokens behind the start of sequences order[positions]; see `read_ordered`."""
+        return self._core.read_ordered_rows(order, positions, offsets, rows, *out)
+
+    def read_pieces(self, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Tokens [firsts[i], firsts[i] + counts[i]) of the dataset, one i behind the other, int64."""
+        return core.read_pieces(self._core, firsts, counts)
+
+    def survey(self, first: int, last: int, eod_id: int | None) -> tuple[int | None, int | None, int, int, np.ndarray]:
+        """One pass over documents [first, last): (smallest id, largest id, tokens that are `eod_id`, documents that end in it, hashes uint64).
+
+        A hash is of the ids of a document without a last `eod_id`: the same for every token type and place. Raises DataError.
+        """
+        return core.survey(self._core, first, last, -1 if eod_id is None else eod_id)
+
+    def document_starts(self) -> np.ndarray:
+        """Number of tokens before each document, and of all: int64 [num_documents + 1]."""
+        return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])[self.documents]
+
+    def first_token(self, sequence: int) -> int:
+        """Number of tokens before a sequence; num_tokens for sequence == len."""
+        return self._core.first_token(sequence)
+
+    def first_token_of_document(self, document: int) -> int:
+        """Number of tokens before a document; num_tokens for document == num_documents."""
+        return self._core.first_token_of_document(document)
+
+    def first_sequence(self, document: int) -> int:
+        """First sequence of a document; len for document == num_documents."""
+        return self._core.first_sequence(document)
+
+    def locate(self, token: int) -> tuple[int, int]:
+        """(document, offset in it) of a token of the dataset. Raises IndexError."""
+        document = self._core.document_of_token(token)
+        return document, token - self._core.first_token_of_document(document)
+
+    def find_bad_token(self, vocab_size: int) -> int | None:
+        """First token of the dataset whose id is negative or >= vocab_size; None if all fit. Reads all of .bin."""
+        found = self._core.find_bad_token(vocab_size)
+        return None if found == self.num_tokens else found
+
+    def check_tokenizer(self, tokenizer_hash: str, file: object) -> None:
+        """Refuse data of another tokenizer than `file`, whose content's hash is given. Without a sidecar nothing is known, and nothing refused.
+
+        Raises:
+            DataError: the sidecar names another tokenizer.
+        """
+        if self.sidecar is None or self.sidecar.tokenizer_hash in (None, tokenizer_hash):
+            return
+        raise DataError(
+            "data were made with another tokenizer",
+            where=sidecar_path(self.prefix),
+            got=f"tokenizer hash {self.sidecar.tokenizer_hash[:16]}",
+            want=f"{tokenizer_hash[:16]} ({file})",
+            do="name the tokenizer that made the data, or preprocess again",
+        )
+
+    def verify(self) -> list[tuple[int, int]]:
+        """Compare all of .bin with the sidecar's checksums. Returns the damaged byte ranges [first, last); empty without a sidecar."""
+        if self.sidecar is None:
+            return []
+        size = self.sidecar.block_bytes
+        return [(block * size, min((block + 1) * size, self.sidecar.bin_bytes)) for block in self._core.damaged_blocks()]
+
+    def _check_sidecar(self, sidecar: Sidecar) -> None:
+        ours = (self.dtype.name, self._length, self.num_documents, self.num_tokens, self.num_tokens * self.dtype.itemsize)
+        theirs = (sidecar.dtype, sidecar.num_sequences, sidecar.num_documents, sidecar.num_tokens, sidecar.bin_bytes)
+        where = sidecar_path(self.prefix)
+        do = "restore the three files from one source, or delete the sidecar to do without checksums"
+        if ours != theirs:
+            raise DataError("sidecar does not belong to this dataset", where=where, got=theirs, want=ours, do=do)
+        found = self._core.idx_checksum()
+        if found != sidecar.idx_sum:
+            raise DataError("index file is damaged: checksum differs", where=f"{self.prefix}.idx", got=f"{found:016x}", want=f"{sidecar.idx_sum:016x}", do=do)
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin, PREFIX.idx and PREFIX.json. Nothing has its final name before `finish`; a failure leaves nothing behind.
+
+    As a context manager: finishes on success, abandons on an exception.
+
+    Args:
+        prefix: path without suffix.
+        dtype: token type, `token_dtype(largest possible id)`.
+        overwrite: replace an existing dataset; else that is an error.
+        tokenizer_hash, vocab_size, eod_id: recorded in the sidecar; so is the attribute `source`. All are attributes, and may be set later.
+        resume: what `sync` returned to a process that ended: goes on with the partial files that it left.
+
+    Raises:
+        DataError: the dataset is there already, the partial files are shorter than `resume` says, or an id does not fit the token type.
+        DiskError: the folder cannot be written, or is full.
+    """
+
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        dtype: str,
+        *,
+        overwrite: bool = False,
+        tokenizer_hash: str | None = None,
+        vocab_size: int | None = None,
+        eod_id: int | None = None,
+        resume: tuple[int, int, int] | None = None,
+    ):
+        self.prefix = os.fspath(prefix)
+        existing = [path for path in (f"{self.prefix}.idx", f"{self.prefix}.bin") if os.path.lexists(path)]
+        if existing and not overwrite:
+            raise DataError("dataset is there already", where=existing[0], do="choose another --out, or pass --overwrite")
+        make_folder(os.path.dirname(self.prefix))
+        name = os.fsencode(self.prefix)
+        self._core = core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
+        self.tokenizer_hash, self.vocab_size, self.eod_id = tokenizer_hash, vocab_size, eod_id
+        self.source: dict[str, object] | None = None
+        self._open = True
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far."""
+        return self._core.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return self._core.num_tokens
+
+    @property
+    def largest_id(self) -> int:
+        """Largest id so far; -1 without tokens."""
+        return self._core.largest_id
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Add one sequence to the current document: integers, any dtype."""
+        self._core.add_sequence(np.asarray(tokens, dtype=np.int64))
+
+    def end_document(self) -> None:
+        """The sequences since the last call are one document."""
+        self._core.end_document()
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Add a document of one sequence."""
+        self.add(tokens)
+        self.end_document()
+
+    def add_documents(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
+        """Add documents of one sequence each: `tokens` of the dataset's own dtype, cut by `sizes`."""
+        self._core.add_documents(np.ascontiguousarray(tokens), sizes)
+
+    def add_dataset(self, dataset: IndexedDataset) -> None:
+        """Append all documents of another dataset. Raises DataError when its token type differs."""
+        self._core.add_dataset(dataset._core)
+
+    def finish(self) -> Sidecar:
+        """Make the dataset durable under its final names, .bin before .idx before .json."""
+        stale = sidecar_path(self.prefix)
+        try:
+            stale.unlink(missing_ok=True)
+        except OSError as error:
+            raise DiskError("cannot replace sidecar", where=stale, got=error.strerror) from error
+        self._core.finish()
+        self._open = False
+        sidecar = Sidecar(
+            dtype=self._core.dtype,
+            num_sequences=self._core.num_sequences,
+            num_documents=self._core.num_documents,
+            num_tokens=self._core.num_tokens,
+            largest_id=self._core.largest_id,
+            bin_bytes=self._core.num_tokens * np.dtype(self._core.dtype).itemsize,
+            idx_sum=core.file_checksum(os.fsencode(f"{self.prefix}.idx")),
+            block_sums=tuple(self._core.block_sums),
+            tokenizer_hash=self.tokenizer_hash,
+            vocab_size=self.vocab_size,
+            eod_id=self.eod_id,
+            source=self.source,
+        )
+        write_sidecar(self.prefix, sidecar)
+        return sidecar
+
+    def sync(self) -> tuple[int, int, int]:
+        """Make the partial files durable: a later writer goes on with them from what this returns. For documents of one sequence."""
+        return self._core.sync()
+
+    def keep(self) -> None:
+        """The partial files stay when the writer is abandoned."""
+        self._core.keep()
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._core.abandon()
+        self._open = False
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.abandon()
+        elif self._open:
+            try:
+                self.finish()
+            except BaseException:
+                self.abandon()
+                raise

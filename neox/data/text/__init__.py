@@ -1,0 +1,1 @@
+"""From text to indexed datasets: reading, tokenizing, encoding, `neox preprocess`."""

@@ -1,0 +1,309 @@
+"""Conversations to tokens and labels: a chat template makes the text, and only what the assistant says is learned.
+
+A line of input is {"messages": [{"role": ..., "content": ...}, ...]}, or for preferences {"chosen": [...], "rejected": [...]}, each a list of messages.
+The text is encoded as a whole, as it is when the model is used; a token is learned where it holds a character of an answer of the assistant.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neox.data.lazy import Lazy
+from neox.data.store.indexed import IndexedWriter, token_dtype
+from neox.data.text.preprocess import BAD_LINES, Summary, encoded_by_processes
+from neox.data.text.quarantine import Quarantine
+from neox.data.text.reading import BLOCK_BYTES, Bad, Piece, is_unicode, parse_object, read_blocks
+from neox.data.text.template_process import Messages, Refused, TemplateProcess
+from neox.data.text.tokenizer import Tokenizer
+from neox.errors import ConfigError, DataError
+from neox.files import read_json, read_text
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+IGNORED = -100
+MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
+TEMPLATES = {  # by name
+    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "plain": "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+}
+TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"  # where Hugging Face keeps one, beside the tokenizer
+
+
+@dataclass(frozen=True)
+class ChatEncoding:
+    """How conversations become tokens.
+
+    Attributes:
+        tokenizer: `tokenizers` JSON file. eod_token: see `Tokenizer`.
+        template: text of the chat template (Jinja).
+        keys: of a JSON line: `messages`, or `chosen` and `rejected`.
+        append_eod: end each conversation with the end-of-document token, unless the template does.
+        last_only: learn the last answer of the assistant only.
+        form: how files are read, see `neox.data.text.input_files.read_as_lines`.
+    """
+
+    tokenizer: str
+    eod_token: str | None
+    template: str
+    keys: tuple[str, ...] = MESSAGES
+    append_eod: bool = True
+    last_only: bool = False
+    form: str = "auto"
+
+
+@dataclass
+class ChatSummary(Summary):
+    """What a run read, wrote and left out; `learned` tokens of `tokens` have a label."""
+
+    learned: int = 0
+
+
+@dataclass(frozen=True)
+class EncodedChats:
+    """Conversations of one block: for each key (tokens, labels) of every line, int64."""
+
+    rows: list[list[tuple[np.ndarray, np.ndarray]]]
+    bad: list[Bad]
+    blank: int
+    text_bytes: int
+
+
+def find_template(given: str | None, tokenizer: str) -> str:
+    """The text of a chat template.
+
+    Args:
+        given: a file, or a name in TEMPLATES; None: what lies beside the tokenizer.
+        tokenizer: the tokenizer's file.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    if given in TEMPLATES:
+        return TEMPLATES[given]
+    folder = Path(tokenizer).parent
+    try:
+        if given is not None:
+            return read_text(given)
+        if (folder / TEMPLATE_FILE).exists():
+            return read_text(folder / TEMPLATE_FILE)
+        if (folder / SETTINGS_FILE).exists():
+            found = read_json(folder / SETTINGS_FILE).get("chat_template")
+            if isinstance(found, list):  # several, by name
+                found = {each.get("name"): each.get("template") for each in found}.get("default")
+            if isinstance(found, str):
+                return found
+    except (OSError, ValueError, AttributeError) as error:
+        got = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError("cannot read the chat template", where=given or folder, got=got, want="a Jinja file", do="check --chat-template") from error
+    names = ", ".join(TEMPLATES)
+    raise ConfigError("no chat template", where=f"{folder}: {TEMPLATE_FILE}, {SETTINGS_FILE}", do=f"give --chat-template FILE, or one of {names}")
+
+
+class ChatEncoder:
+    """Turns blocks of JSON lines into tokens and labels. Holds a process until it is closed."""
+
+    def __init__(self, encoding: ChatEncoding):
+        self._encoding = encoding
+        self.tokenizer = Tokenizer(encoding.tokenizer, encoding.eod_token)
+        if encoding.append_eod and self.tokenizer.eod_id is None:
+            do = "name it by --eod-token, or pass --no-append-eod"
+            raise ConfigError("tokenizer has no end-of-document token", where=encoding.tokenizer, do=do)
+        self._template = TemplateProcess(encoding.template, special_tokens(encoding.tokenizer, self.tokenizer.eod_token))
+
+    def close(self) -> None:
+        """End the process that renders the template."""
+        self._template.close()
+
+    def __call__(self, block: list[Piece | Bad]) -> EncodedChats:
+        """Encode the lines of a block; what gives no conversation becomes a `Bad`."""
+        rows, bad, blank = [], [item for item in block if isinstance(item, Bad)], 0
+        for piece in (item for item in block if isinstance(item, Piece)):
+            if piece.line == 0:
+                bad.append(Bad(piece.path, 0, "not JSON lines: conversations are read from .jsonl files", None))
+                continue
+            for number, line in enumerate(piece.content.removesuffix(b"\n").split(b"\n"), piece.line):
+                if not line.strip():
+                    blank += 1
+                    continue
+                try:
+                    found, more = conversations(line, self._encoding.keys)
+                    rows.append([self.encode(messages, more) for messages in found])
+                except Refused as reason:
+                    bad.append(Bad(piece.path, number, str(reason), line))
+        return EncodedChats(rows, bad, blank, sum(len(item.content) for item in block if isinstance(item, Piece)))
+
+    def encode(self, messages: Messages, more: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of a conversation, int64. `more`: `tools` and `documents` for the template.
+
+        Raises:
+            Refused: nothing in it would be learned, or the template refuses it.
+        """
+        text, spans = self._template.answers(messages, more or {})
+        if not is_unicode(text):
+            raise Refused("not JSON: a lone surrogate in the text")
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        learned = learned_tokens(offsets, spans[-1:] if self._encoding.last_only else spans)
+        if self._encoding.append_eod and ids[-1:] != [self.tokenizer.eod_id]:
+            ids.append(self.tokenizer.eod_id)
+            learned.append(messages[-1]["role"] == "assistant")
+        if not any(learned):
+            raise Refused("the assistant says nothing")
+        tokens = np.array(ids, dtype=np.int64)
+        return tokens, np.where(learned, tokens, IGNORED)
+
+
+def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """For each token, which stands for characters [start, end), whether it holds a character of one of the spans [start, end)."""
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    learned = [False] * len(offsets)
+    for low, high in spans:
+        first, last = bisect.bisect_right(ends, low), bisect.bisect_left(starts, high)
+        if low < high and first < last:
+            learned[first:last] = [True] * (last - first)
+    return learned
+
+
+def special_tokens(tokenizer: str, eod_token: str | None) -> dict[str, str]:
+    """What templates call bos_token, eos_token, pad_token, ...: those that tokenizer_config.json names."""
+    named: Any = {}
+    with contextlib.suppress(OSError, ValueError):  # the file is somebody else's: without it there is no bos_token
+        named = read_json(Path(tokenizer).parent / SETTINGS_FILE)
+    found = {}
+    for key, value in named.items() if isinstance(named, dict) else ():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    return found if "eos_token" in found or eod_token is None else {**found, "eos_token": eod_token}
+
+
+def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dict[str, Any]]:
+    """The conversations under some keys of a JSON line, a `prompt` (text, or messages) before each, and the line's `tools` and `documents`.
+
+    Raises:
+        Refused: it has another form.
+    """
+    value, reason = parse_object(line)
+    if reason is not None:
+        raise Refused(reason)
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise Refused(f"no key {missing[0]!r}")
+    prompt = value.get("prompt", []) if len(keys) > 1 else []
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    found = [[*messages_of(before, "prompt"), *messages_of(as_messages(value[key], bool(before)), key)] for key in keys]
+    more = {key: value[key] for key in ("tools", "documents") if isinstance(value.get(key), list)}
+    return [drop_repeated_prompt(messages, before) for messages in found], more
+
+
+def as_messages(value: Any, answers_prompt: bool) -> Any:
+    """A text that answers a prompt, as the assistant's message."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) and answers_prompt else value
+
+
+def drop_repeated_prompt(messages: Messages, before: Messages) -> Messages:
+    """The conversation without its prompt where `chosen` and `rejected` begin with it themselves, as in common datasets."""
+    count = len(before)
+    return messages[count:] if count and messages[count : 2 * count] == before else messages
+
+
+def messages_of(value: Any, key: str) -> Messages:
+    """Checked messages. Raises Refused."""
+    if not isinstance(value, list) or not all(map(is_message, value)):
+        raise Refused(f"key {key!r} is not a list of messages with role and content")
+    return value
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is a message: a role, and content that may be missing where the assistant calls tools."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str) or (value.get("content") is None and isinstance(value.get("tool_calls"), list))
+
+
+def encode_chats(encoding: ChatEncoding, block: list[Piece | Bad]) -> EncodedChats:
+    """Encode one block, in a worker."""
+    return chat_encoder_of(encoding)(block)
+
+
+@functools.cache
+def chat_encoder_of(encoding: ChatEncoding) -> ChatEncoder:
+    """The encoder of this process."""
+    return ChatEncoder(encoding)
+
+
+def prefixes(out: str, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Prefixes of tokens and labels for each key."""
+    names = [out] if len(keys) == 1 else [f"{out}_{key}" for key in keys]
+    return [(name, f"{name}_labels") for name in names]
+
+
+def preprocess_chat(
+    files: Sequence[str],
+    out: str | os.PathLike[str],
+    encoding: ChatEncoding,
+    *,
+    workers: int = 0,
+    bad_lines: str = "fail",
+    overwrite: bool = False,
+    progress: Callable[[Summary], None] | None = None,
+) -> ChatSummary:
+    """Write OUT and OUT_labels, or with pairs OUT_chosen, OUT_chosen_labels, OUT_rejected and OUT_rejected_labels. Arguments and errors as `preprocess`."""
+    if bad_lines not in BAD_LINES:
+        raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=bad_lines, want=", ".join(BAD_LINES))
+    started = time.monotonic()
+    encoder = ChatEncoder(encoding)
+    tokenizer = encoder.tokenizer
+    dtype = token_dtype(tokenizer.vocab_size - 1)
+    summary = ChatSummary(os.fspath(out), dtype, len(files))
+    made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
+    read = read_blocks(files, BLOCK_BYTES, form=encoding.form)
+    blocks: Iterator[EncodedChats] = map(encoder, read) if workers == 0 else encoded_by_processes(read, encoding, workers, encode_chats)
+    kept = Quarantine(f"{summary.out}.quarantine.jsonl", bad_lines == "quarantine")
+    with contextlib.closing(encoder), contextlib.ExitStack() as stack:
+        places = prefixes(summary.out, encoding.keys)
+        writers = [
+            tuple(stack.enter_context(IndexedWriter(name, kind, overwrite=overwrite, **made_by)) for name, kind in zip(pair, (dtype, "int32"), strict=True))
+            for pair in places
+        ]
+        stack.enter_context(kept)
+        for block in blocks:
+            for bad in block.bad:
+                if bad_lines == "fail":
+                    raise DataError("bad line", where=bad.where, got=bad.reason, do="mend the input, or pass --bad-lines skip or quarantine")
+                summary.add_bad(bad)
+                kept.keep(bad)
+            write(block, writers, summary)
+            summary.seconds = time.monotonic() - started
+            if progress is not None:
+                progress(summary)
+        if summary.documents == 0:
+            raise DataError("input has no conversations", where=", ".join(files[:3]), got=f"{summary.bad_lines} bad, {summary.blank_lines} blank lines")
+    summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def write(block: EncodedChats, writers: list[tuple[IndexedWriter, IndexedWriter]], summary: ChatSummary) -> None:
+    """Append the conversations of a block, and count them."""
+    for row in block.rows:
+        for (tokens, labels), (token_writer, label_writer) in zip(row, writers, strict=True):
+            token_writer.add_document(tokens)
+            label_writer.add_document(labels)
+            summary.tokens += tokens.size
+            summary.learned += int((labels != IGNORED).sum())
+    summary.documents += len(block.rows)
+    summary.text_bytes += block.text_bytes
+    summary.blank_lines += block.blank

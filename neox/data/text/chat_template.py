@@ -1,0 +1,197 @@
+"""Chat templates: rendered as transformers renders them, in a process of its own whose time and memory are limited (`template_process`).
+
+Templates come with downloaded tokenizers. Jinja's sandbox keeps them from the machine, but not from looping or allocating without end.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, ClassVar
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from neox.data.text.template_process import Messages, Refused, Span, receive, send
+
+START_SECONDS = 10  # processor time to compile a template
+SECONDS, SECOND_PER_BYTES = 5, 1 << 24  # processor time to render a conversation: so much, and a second for each so many bytes of it
+MEMORY, MEMORY_PER_BYTE = 1 << 29, 16  # address space to render a conversation, beyond what the process has: so much, and so much for each byte of it
+OUTPUT, OUTPUT_PER_BYTE = 1 << 24, 16  # characters of what a conversation may become
+LONGEST_REASON = 300
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning, in the order of preference
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the assistant wrote, and what is to be learned."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def __init__(self, environment: jinja2.Environment):
+        super().__init__(environment)
+        self.written = 0  # characters so far
+        self.spans: list[Span] = []
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block as a call of `_record` with its body."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
+
+    def _record(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        self.spans.append((self.written, self.written + len(text)))
+        return text
+
+
+class Template:
+    """A chat template and the special tokens that it may name.
+
+    Raises:
+        jinja2.TemplateError, RecursionError, MemoryError: it cannot be compiled.
+    """
+
+    def __init__(self, text: str, special_tokens: dict[str, str]):
+        extensions = ["jinja2.ext.loopcontrols", Generation]
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = to_json
+        self._generation: Generation = environment.extensions[Generation.identifier]
+        self._tokens = special_tokens
+        self._template = environment.from_string(text)
+        self.marks_answers = any(is_generation(block) for block in environment.parse(text).find_all(jinja2.nodes.CallBlock))
+
+    def render(self, messages: Messages, more: dict[str, Any], *, ask: bool = False, most: int = sys.maxsize) -> tuple[str, list[Span]]:
+        """The text of a conversation and what `{% generation %}` blocks wrote of it; with `ask`, up to where the assistant is to answer.
+
+        Args:
+            more: `tools` and `documents` of the conversation.
+            most: characters that the text may have.
+
+        Raises:
+            Refused: the template fails, or writes too much.
+        """
+        pieces: list[str] = []
+        marks = self._generation
+        marks.written, marks.spans = 0, []
+        known = {"tools": None, "documents": None, **more, **self._tokens}
+        try:
+            for piece in self._template.generate(messages=messages, add_generation_prompt=ask, **known):
+                pieces.append(piece)
+                marks.written += len(piece)
+                if marks.written > most:
+                    raise Refused(f"chat template writes more than {most} characters")
+        except Refused:
+            raise
+        except MemoryError:
+            raise Refused("chat template takes too much memory") from None
+        except Exception as error:  # templates call methods of strings and lists, which raise anything
+            reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+            raise Refused(f"chat template refuses it: {reason}") from error
+        return "".join(pieces), marks.spans
+
+    def answers(self, messages: Messages, more: dict[str, Any], most: int = sys.maxsize) -> tuple[str, list[Span]]:
+        """The text and where in it the assistant speaks, [start, end) each: what `{% generation %}` blocks wrote, or else each answer with its end.
+
+        Raises:
+            Refused: as `render`, or a template without such blocks writes a beginning differently once more follows.
+        """
+        messages = [as_templates_take_it(message) for message in messages]
+        text, spans = self.render(messages, more, most=most)
+        if self.marks_answers:
+            return text, spans
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            until = self.render(messages[: i + 1], more, most=most)[0]
+            openings = [self.render(messages[:i], more, ask=ask, most=most)[0] for ask in (True, False)] if i else [""]
+            before = next((opening for opening in openings if until.startswith(opening)), None)
+            if before is None or not text.startswith(until):
+                raise Refused("chat template does not append: what it writes of earlier messages depends on later ones")
+            spans.append((len(before), len(until)))
+        return text, spans
+
+
+def is_generation(node: jinja2.nodes.CallBlock) -> bool:
+    """Whether a call block is what `Generation.parse` makes."""
+    called = node.call.node
+    return isinstance(called, jinja2.nodes.ExtensionAttribute) and called.identifier == Generation.identifier
+
+
+def as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as transformers 5 gives it to templates: without keys that are null, its reasoning under each name that they know."""
+    message = {key: value for key, value in message.items() if value is not None}
+    found = next((message[key] for key in REASONING if key in message), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
+
+
+def refuse(reason: str) -> None:
+    """What templates call `raise_exception`."""
+    raise jinja2.TemplateError(reason)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    """The filter `tojson`: JSON as it stands in a text, where Jinja's own escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def limit(seconds: float, memory: int) -> None:
+    """From now on: the kernel ends the process after so much more processor time, and refuses it more address space than that."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    for kind, value in ((resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1), (resource.RLIMIT_AS, address_space() + memory)):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def address_space() -> int:
+    """Bytes of this process's address space; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def compiled(text: str, special_tokens: dict[str, str]) -> tuple[Template | None, str | None]:
+    """The template and None, or None and what is wrong with it."""
+    try:
+        return Template(text, special_tokens), None
+    except MemoryError:
+        return None, "takes too much memory to compile"
+    except Exception as error:  # Python's compiler raises SyntaxError and RecursionError for what Jinja makes of some templates
+        return None, " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+
+
+def serve() -> None:
+    """Compile the template that comes first on standard input and answer with what is wrong with it, or None; then render conversations until the input ends.
+
+    Each is [messages, more] and gives {"text", "spans"} or {"refused"}.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what ends at a limit is no bug to be examined
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    found = receive(requests)
+    if found is None:
+        return
+    limit(START_SECONDS, MEMORY)
+    template, problem = compiled(*found[0])
+    send(answers, problem)
+    if template is None:
+        return
+    while (found := receive(requests)) is not None:
+        (messages, more), size = found
+        limit(SECONDS + size / SECOND_PER_BYTES, MEMORY + MEMORY_PER_BYTE * size)
+        try:
+            text, spans = template.answers(messages, more, OUTPUT + OUTPUT_PER_BYTE * size)
+            answer = {"text": text, "spans": spans}
+        except Refused as reason:
+            answer = {"refused": str(reason)}
+        except MemoryError:
+            answer = {"refused": "chat template takes too much memory"}
+        limit(START_SECONDS + size / SECOND_PER_BYTES, 2 * MEMORY + 4 * MEMORY_PER_BYTE * size)
+        send(answers, answer)

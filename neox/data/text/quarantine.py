@@ -1,0 +1,100 @@
+"""Bad lines kept aside: PREFIX.quarantine.jsonl, which appears when a run is done and had any."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import orjson
+
+from neox.data.store.files import open_no_link, sync_folder
+from neox.data.text.reading import Bad
+from neox.errors import DiskError
+from neox.files import printable
+
+
+class Quarantine:
+    """Keeps bad lines as {file, line, reason, content_base64}, one a line. A context manager; nothing is left of it after an exception.
+
+    Args:
+        enabled: else it keeps nothing.
+        resume_at: bytes that an earlier run has made durable; it goes on behind them.
+
+    Raises:
+        DiskError: the file cannot be written.
+    """
+
+    def __init__(self, path: str, enabled: bool, resume_at: int = 0):
+        self.path = Path(path)
+        self._partial = Path(f"{path}.partial")
+        self._resume_at = resume_at
+        self._file: BinaryIO | None = None
+        self._enabled = enabled
+        self.stays = False  # after an exception, for a run that goes on with it
+
+    def keep(self, bad: Bad) -> None:
+        """Keep a bad line."""
+        if self._file is not None:
+            self._file.write(record(bad))
+
+    def sync(self) -> int:
+        """Make what was kept durable; returns its bytes."""
+        if self._file is None:
+            return 0
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def publish(self) -> None:
+        """Give the file its name, if there was a bad line; nothing is kept from here on."""
+        if self._file is None:
+            return
+        size = self.sync()
+        try:
+            self._file.close()
+            self._file = None
+            if size:
+                os.replace(self._partial, self.path)
+                sync_folder(self.path.parent)
+            else:
+                self._partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def __enter__(self) -> Quarantine:
+        if not self._enabled:
+            return self
+        try:
+            self._file = open(self._partial, "r+b" if self._resume_at else "wb", opener=open_no_link)  # closed by publish and __exit__
+            self._file.truncate(self._resume_at)
+            self._file.seek(self._resume_at)
+        except OSError as error:
+            raise self._cannot(error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.publish()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # the disk is full: said already
+                    self._file.close()
+            if self._enabled and not self.stays:
+                self._partial.unlink(missing_ok=True)
+
+    def _cannot(self, error: OSError) -> DiskError:
+        return DiskError("cannot write quarantine", where=self.path, got=error.strerror)
+
+
+def record(bad: Bad) -> bytes:
+    """One line of the quarantine file."""
+    content = None if bad.content is None else base64.b64encode(bad.content).decode()
+    return orjson.dumps({"file": printable(bad.path), "line": bad.line, "reason": bad.reason, "content_base64": content}, option=orjson.OPT_APPEND_NEWLINE)

@@ -1,0 +1,278 @@
+"""Reading of text corpora: JSON lines and text files, plain or compressed, in blocks of bounded size.
+
+Nothing is lost with a bad line: what cannot be read becomes a `Bad` with file, line and reason, and reading continues behind it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import orjson
+import zstandard
+
+from neox._native import core
+from neox.data.text.input_files import codec_of, read_as_lines
+from neox.errors import DataError
+from neox.files import open_regular, printable
+
+BLOCK_BYTES = 1 << 20
+START_BYTES = 1 << 16  # of a file, which may decide how it is read
+LONGEST_DOCUMENT = 1 << 28  # bytes of a line or text file that is still read
+LARGEST_WINDOW = 1 << 31  # bytes of a zstd window, as `zstd -d --long=31` takes it; memory that a file may ask for
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Whole lines of a JSON-lines file, the first of them number `line`; or, with line 0, a text file."""
+
+    path: str
+    line: int
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A line (or file: line 0) that gives no document. `content` is None where it was too long to keep."""
+
+    path: str
+    line: int
+    reason: str
+    content: bytes | None
+
+    @property
+    def where(self) -> str:
+        """FILE:LINE, or FILE."""
+        return f"{printable(self.path)}:{self.line}" if self.line else printable(self.path)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What lines gave: documents, bad lines, and how many lines were blank."""
+
+    texts: list[str]
+    bad: list[Bad]
+    blank: int
+
+
+def read_blocks(files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: int = LONGEST_DOCUMENT, form: str = "auto") -> Iterator[list[Piece | Bad]]:
+    """Pieces and bad lines in order, gathered into blocks of about `block_bytes`. Memory: a block and the longest document.
+
+    Args:
+        form: "jsonl" or "txt" for all files; "auto": see `neox.data.text.input_files.read_as_lines`.
+
+    Raises:
+        DataError: a file cannot be opened or read, or its name does not tell how it is to be read.
+    """
+    block: list[Piece | Bad] = []
+    size = 0
+    for path in files:
+        for item in _pieces(path, block_bytes, longest, form):
+            block.append(item)
+            size += len(item.content or b"")
+            if size >= block_bytes:
+                yield block
+                block, size = [], 0
+    if block:
+        yield block
+
+
+def _pieces(path: str, block_bytes: int, longest: int, form: str) -> Iterator[Piece | Bad]:
+    """The content of a file. Its start decides how it is read where the name does not."""
+    chunks = _chunks(path, block_bytes)
+    start: list[bytes] = []
+    damage = None
+    try:
+        while sum(map(len, start)) < START_BYTES and (chunk := next(chunks, b"")):
+            start.append(chunk)
+            del chunk  # a chunk of compressed data may be 100 MB
+    except _Damaged as error:
+        damage = error
+    first_bytes = b"".join(chunk[:START_BYTES] for chunk in start)[:START_BYTES]
+    read = _line_pieces if read_as_lines(path, first_bytes, form) else _text_piece
+    yield from read(path, _continued(start, damage, chunks), block_bytes, longest)
+
+
+def _continued(start: list[bytes], damage: _Damaged | None, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    while start:
+        yield start.pop(0)  # not held while the rest of the file is read
+    if damage is not None:
+        raise damage
+    yield from chunks
+
+
+def parse(piece: Piece, key: str) -> Parsed:
+    """The documents of a piece. A JSON line must be an object whose `key` is a string; a text file must be UTF-8."""
+    if piece.line == 0:
+        try:
+            return Parsed([piece.content.removeprefix(BOM).decode("utf-8")], [], 0)
+        except UnicodeDecodeError as error:
+            return Parsed([], [Bad(piece.path, 0, f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", piece.content)], 0)
+    texts, bad, blank = [], [], 0
+    content = piece.content.removesuffix(b"\n")
+    for number, line in enumerate(content.split(b"\n"), piece.line):
+        if not line.strip():
+            blank += 1
+            continue
+        text, reason = parse_line(line, key)
+        if reason is None:
+            texts.append(text)
+        else:
+            bad.append(Bad(piece.path, number, reason, line))
+    return Parsed(texts, bad, blank)
+
+
+def parse_line(line: bytes, key: str) -> tuple[str, str | None]:
+    """(text, None), or ("", what is wrong)."""
+    value, reason = parse_object(line)
+    if reason is not None:
+        return "", reason
+    if key not in value:
+        return "", f"no key {key!r}"
+    text = value[key]
+    if not isinstance(text, str):
+        return "", f"key {key!r} is a {type(text).__name__} and not a string"
+    return (text, None) if is_unicode(text) else ("", LONE_SURROGATE)
+
+
+LONE_SURROGATE = "not JSON: a lone surrogate in the text"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which UTF-8 cannot write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_object(line: bytes) -> tuple[dict[str, Any], str | None]:
+    """The object of a JSON line and None, or ({}, what is wrong).
+
+    What Python's json writes beyond the standard is taken as well: NaN, Infinity, numbers of any size, escapes of lone surrogates.
+    """
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            value = PYTHON_JSON.decode(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            return {}, f"not JSON: {error}"
+    return (value, None) if isinstance(value, dict) else ({}, f"a JSON {type(value).__name__} and not an object")
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 20 else float(digits)  # int() refuses thousands of digits, and takes quadratic time
+
+
+PYTHON_JSON = json.JSONDecoder(parse_int=_integer)
+
+
+def _chunks(path: str, size: int) -> Iterator[bytes]:
+    """The decompressed content. Raises DataError when it cannot be opened, _Damaged when compressed data is damaged or cut short."""
+    codec = codec_of(path)
+    try:
+        with open_regular(path) as file:
+            if codec == "zstd":
+                yield from _zstd_chunks(file)
+            else:
+                read = file.read if codec is None else DECOMPRESSORS[codec](file).read1
+                while chunk := read(size):
+                    yield chunk
+    except (EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise _Damaged(damage_of(error)) from error
+    except OSError as error:
+        if error.errno is None:  # how bz2 reports damage
+            raise _Damaged(damage_of(error)) from error
+        raise DataError("cannot read input", where=path, got=error.strerror or error) from error
+
+
+class _Damaged(Exception):
+    """Compressed data ends early, is not what it claims, or asks for too much memory."""
+
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {"gzip": lambda file: gzip.GzipFile(fileobj=file), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
+
+
+def damage_of(error: Exception) -> str:
+    """Why compressed data cannot be read."""
+    if "too much memory" in str(error):
+        return f"zstd window is larger than {LARGEST_WINDOW} bytes: compress it with a window of at most --long=31"
+    if "memory" in str(error):
+        return f"not enough memory to decompress: {error}"
+    return f"compressed data are damaged: {error}"
+
+
+def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """All frames of a zstd file. The library's own reader takes a cut-off frame for the end of the file; this does not."""
+    frame = None
+    while piece := file.read(1 << 13):  # small: a hostile frame expands by up to 16,000
+        while piece:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
+            yield frame.decompress(piece)
+            piece = b""
+            if frame.eof:
+                piece, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError("the last frame is cut off")
+
+
+def _line_pieces(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
+    """Cut a JSON-lines file at line ends. A line longer than `longest` is passed over without being kept."""
+    parts: list[memoryview] = []  # what was read since the last piece; copied once, into the next one
+    size, line, skipping = 0, 1, False
+    try:
+        for chunk in chunks:
+            if line == 1 and not size and not skipping:
+                chunk = chunk.removeprefix(BOM)
+            if skipping:
+                end = chunk.find(b"\n")
+                if end < 0:
+                    continue
+                chunk, skipping, line = chunk[end + 1 :], False, line + 1
+            parts.append(memoryview(chunk))
+            size += len(chunk)
+            if size < block_bytes:
+                continue
+            end = chunk.rfind(b"\n") + 1
+            if end:
+                parts[-1] = parts[-1][:end]
+                content = b"".join(parts)
+                yield Piece(path, line, content)
+                line += core.count_lines(content)
+                parts, size = [memoryview(chunk)[end:]], len(chunk) - end
+            if size > longest:
+                yield Bad(path, line, f"line is longer than {longest} bytes", None)
+                parts, size, skipping = [], 0, True
+    except _Damaged as damage:
+        rest = b"".join(parts)
+        end = rest.rfind(b"\n") + 1
+        if end:
+            yield Piece(path, line, rest[:end])
+            line += rest.count(b"\n", 0, end)
+        yield Bad(path, line, str(damage), rest[end:])
+        return
+    if size:
+        yield Piece(path, line, b"".join(parts))
+
+
+def _text_piece(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
+    content = bytearray()
+    try:
+        for chunk in chunks:
+            content += chunk
+            if len(content) > longest:
+                yield Bad(path, 0, f"file is longer than {longest} bytes", None)
+                return
+    except _Damaged as damage:
+        yield Bad(path, 0, str(damage), bytes(content))
+        return
+    yield Piece(path, 0, bytes(content))

@@ -1,0 +1,105 @@
+"""From samples to documents and back, for every kind of dataset, against the tokens that the samples really hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from neox.data.samples.documents import DocumentDataset, LabelledDataset, PairDataset
+from neox.data.samples.order import BlendedDataset, EpochDataset, MixedDataset, NeoxDataset, neox_order
+from neox.data.samples.packing import PackedDataset
+from neox.data.samples.provenance import Piece, merged
+
+COUNT = 150
+
+
+def made(kind: str, make_dataset):
+    """A dataset of samples over `corpus` (and `other`), whose token k is k in the first and 5000 + k in the second: a token says where it is from."""
+    sizes = np.random.default_rng(1).integers(0, 30, 40)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    corpora = [make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(40)], name) for name, base in (("corpus", 0), ("other", 5000))]
+    first, second = corpora
+    epoch, packed = EpochDataset(first, (3, 37), 16, 1), PackedDataset(second, (0, 40), 16, 1)
+    neox = NeoxDataset(second, neox_order(second.sizes, np.arange(40), 16, COUNT, 3), 16)
+    datasets = {
+        "epoch": epoch,
+        "neox": neox,
+        "packed": packed,
+        "document": DocumentDataset(first, None, 16, 1),
+        "documents of a range": DocumentDataset(first, None, 16, 1, (10, 30)),
+        "labelled": LabelledDataset(epoch, first, first),
+        "blended": BlendedDataset([epoch, neox], [0.3, 0.7]),
+        "mixed": MixedDataset([epoch, packed], [0.6, 0.4]),
+        "pairs": PairDataset((first, None), (second, None), 16, 1),
+    }
+    return datasets[kind], {dataset.prefix: dataset for dataset in corpora}
+
+
+KINDS = ["epoch", "neox", "packed", "document", "documents of a range", "labelled", "blended", "mixed", "pairs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_the_tokens_of_the_sample(make_dataset, kind):
+    dataset, corpora = made(kind, make_dataset)
+    for index in range(COUNT):
+        sides = [dataset[index]] if kind != "pairs" else list(dataset[index][:2])
+        pieces = dataset.pieces(index)
+        rows = [pieces] if kind != "pairs" else [pieces[:1], pieces[1:]]
+        for sample, row in zip(sides, rows, strict=True):
+            parts = [corpora[piece.source].read(corpora[piece.source].first_token_of_document(piece.document) + piece.offset, piece.tokens)[0] for piece in row]
+            tokens = np.concatenate(parts)
+            assert np.array_equal(sample.tokens[: tokens.size], tokens) and not sample.tokens[tokens.size :].any()
+            assert kind in ("packed", "mixed", "pairs") or kind.startswith("document") or tokens.size == 17
+
+
+@pytest.mark.parametrize("kind", ["epoch", "neox", "packed", "document"])
+def test_whole_samples_mark_their_pieces(make_dataset, kind):
+    dataset, _ = made(kind, make_dataset)
+    for index in range(COUNT):
+        tokens, marks = dataset.whole(index)
+        sizes = [piece.tokens for piece in dataset.pieces(index)]
+        assert np.array_equal(tokens, dataset[index].tokens) and marks.shape == (17,)
+        assert np.array_equal(marks[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes)) and (marks[sum(sizes) :] == -1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_find_names_the_samples_that_hold_a_document(make_dataset, kind):
+    dataset, corpora = made(kind, make_dataset)
+    holders: dict[tuple[str, int], list[int]] = {}
+    for index in range(COUNT):
+        for source, document in sorted({piece[:2] for piece in dataset.pieces(index)}):
+            holders.setdefault((source, document), []).append(index)
+    assert len(holders) > 10
+    for prefix in corpora:
+        for document in range(40):
+            assert dataset.find(prefix, document, COUNT).tolist() == holders.get((prefix, document), []), (prefix, document)
+    assert dataset.find("elsewhere", 0, COUNT).size == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [0, 1, 77, COUNT])
+def test_seen_counts_inputs(make_dataset, kind, count):
+    """A sample of s + 1 tokens has s inputs at most; the last one is a target only, where there are as many."""
+    dataset, _ = made(kind, make_dataset)
+    wanted: dict[str, list[int]] = {}
+    for index in range(count):
+        pieces = dataset.pieces(index)
+        for side in [[piece] for piece in pieces] if kind == "pairs" else [pieces]:
+            counts = wanted.setdefault(side[0].source, [0, 0])
+            counts[0] += 1
+            counts[1] += min(sum(piece.tokens for piece in side), 16)
+    found = {seen.source: [seen.samples, seen.tokens] for seen in dataset.seen(count) if seen.samples}
+    assert found == wanted
+    for seen in dataset.seen(count):
+        assert seen.epochs == pytest.approx(seen.samples / 20 if kind == "documents of a range" else seen.epochs) and (seen.epochs > 0) == (seen.samples > 0)
+
+
+def test_epochs_are_of_the_source(make_dataset):
+    epoch, neox = made("blended", make_dataset)[0].parts
+    assert epoch.seen(2 * len(epoch))[0].epochs == 2
+    assert neox.seen(len(neox))[0].epochs == pytest.approx(neox._documents.size / 40, rel=0.02)
+
+
+def test_sequences_of_one_document_are_one_piece():
+    pieces = [Piece("a", 1, 0, 3), Piece("a", 1, 3, 2), Piece("a", 1, 0, 1), Piece("b", 1, 1, 1)]
+    assert merged(pieces) == [Piece("a", 1, 0, 5), *pieces[2:]]

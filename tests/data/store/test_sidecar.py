@@ -1,0 +1,45 @@
+"""PREFIX.json: round trip, and refusal of anything that is not one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import orjson
+import pytest
+
+from neox.data.store.sidecar import Sidecar, read_sidecar, sidecar_path, write_sidecar
+from neox.errors import DataError
+
+EXAMPLE = Sidecar("uint16", 3, 2, 100, 99, 200, 2**64 - 1, (1, 2**63), 128, "ab", 300, 0, {"hash": "cd", "files": 2})
+
+
+def test_round_trip(tmp_path):
+    prefix = str(tmp_path / "d")
+    assert read_sidecar(prefix) is None
+    for sidecar in (EXAMPLE, replace(EXAMPLE, tokenizer_hash=None, vocab_size=None, eod_id=None, block_sums=(), source=None)):
+        write_sidecar(prefix, sidecar)
+        assert read_sidecar(prefix) == sidecar
+
+
+def damaged() -> list[bytes]:
+    whole = orjson.loads(EXAMPLE.to_json())
+    changed = [{k: v for k, v in whole.items() if k != key} for key in whole if key != "source"]
+    changed += [{**whole, key: value} for key in whole for value in (None, [], "x", True, 1.5) if (key, value) not in (("dtype", "x"), ("source", None))]
+    changed += [{**whole, "bin": {**whole["bin"], "xxh64": [digits]}} for digits in ("zz", "1" * 17, "0x" + "1" * 14, "1" * 15)]
+    changed += [{**whole, "bin": {**whole["bin"], "block_bytes": size}} for size in (0, -5, 2**63)]
+    changed += [{**whole, "idx": {"xxh64": "1" * 24}}, {**whole, "tokens": 2**63}, {**whole, "version": 2}, [], 5]
+    return [orjson.dumps(value) for value in changed] + [b"", b"{", b"\xff\xfe", EXAMPLE.to_json()[:-5]]
+
+
+@pytest.mark.parametrize("content", damaged())
+def test_damage_is_an_error_that_names_the_file(tmp_path, content):
+    prefix = str(tmp_path / "d")
+    sidecar_path(prefix).write_bytes(content)
+    with pytest.raises(DataError, match=r"sidecar is damaged; where=.*d\.json"):
+        read_sidecar(prefix)
+
+
+def test_unreadable_sidecar(tmp_path):
+    sidecar_path(str(tmp_path / "d")).mkdir()
+    with pytest.raises(DataError, match="cannot read sidecar"):
+        read_sidecar(str(tmp_path / "d"))

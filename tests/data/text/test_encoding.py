@@ -1,0 +1,129 @@
+"""Blocks by our encoder and by the library: the same documents, the same bad lines; and what happens when the two disagree."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import tokenizers
+
+from neox.data.text.byte_level import Unsupported
+from neox.data.text.encoding import EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for, proof_texts
+from neox.data.text.reading import Bad, Piece
+from neox.data.text.tokenizer import TokenizerFile, train_tokenizer
+from neox.errors import ConfigError
+
+TEXTS = [f"document {i} says {'word ' * (i * 31 % 97)}and é日😀 <|endoftext|> \t\n  x" for i in range(60)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> str:
+    return train_tokenizer(TEXTS, 400, tmp_path / "t.json").file
+
+
+def block() -> list[Piece | Bad]:
+    lines = [orjson.dumps({"text": text, "n": i}) for i, text in enumerate(TEXTS)]
+    odd = [
+        b'{"text": 3}',
+        b"",
+        b"{bad",
+        b'{"text": ""}',
+        b'{"te\\u0078t": "escaped key"}',
+        b'{"a": 1e5, "text": "an exponent"}',
+        b"[]",
+        b'{"text": "\xff"}',
+        b"\r",
+    ]
+    mixed = [*lines[:20], *odd[:5], *lines[20:40], *odd[5:], *lines[40:]]
+    return [
+        Piece("a.jsonl", 7, b"\n".join(mixed)),
+        Bad("a.jsonl", 99, "line is longer than it may be", None),
+        Piece("b.txt", 0, b"\xef\xbb\xbf" + TEXTS[3].encode()),
+        Piece("c.txt", 0, b"not \xff UTF-8"),
+        Piece("d.txt", 0, b""),
+        Piece("e.jsonl", 1, b"".join(line + b"\n" for line in lines)),
+    ]
+
+
+def encoded(native: NativeEncoder, number: int, block: list[Piece | Bad], threads: int = 0) -> EncodedBlock:
+    with contextlib.closing(native.threads(threads)) as started:
+        return native.start(number, block, started).result()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"append_eod": False}, {"specials_as_text": True}])
+def test_both_encoders_give_the_same_block(tokenizer, options, threads):
+    encoding = Encoding(tokenizer, **options)
+    native = encoder_for(encoding, TokenizerFile(tokenizer))
+    assert isinstance(native, NativeEncoder)
+    ours, theirs = encoded(native, 0, block(), threads), LibraryEncoder(encoding)(block())
+    assert ours.tokens.dtype == theirs.tokens.dtype == np.uint16 and ours.sizes.dtype == theirs.sizes.dtype == np.int32
+    assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.sizes, theirs.sizes) and ours.sizes.size == 123
+    assert ours.bad == theirs.bad and [bad.line for bad in ours.bad] == [27, 29, 53, 54, 99, 0]
+    assert (ours.blank, ours.empty, ours.text_bytes) == (theirs.blank, theirs.empty, theirs.text_bytes) and (ours.blank, ours.empty) == (2, 2)
+    assert encoded(native, 1, []).tokens.size == 0
+
+
+def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplog):
+    """A tokenizer file whose merges were taken out after it was read stands for an encoder that is wrong."""
+    file = TokenizerFile(tokenizer)
+    del file.content["model"]["merges"][:40]
+    encoding = Encoding(tokenizer)
+    native = NativeEncoder(encoding, file)
+    with caplog.at_level(logging.WARNING):
+        found = encoded(native, 0, block())
+    wanted = LibraryEncoder(encoding)(block())
+    assert native.differs and np.array_equal(found.tokens, wanted.tokens) and found.bad == wanted.bad
+    assert "gives other ids than tokenizers" in caplog.text
+
+
+def test_threads_work_on_while_python_is_held(tokenizer):
+    """What is started is encoded though no other thread gets Python's lock, and a block that is given up ends nothing."""
+    native = NativeEncoder(Encoding(tokenizer), TokenizerFile(tokenizer))
+    lines = Piece("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 20)
+    with contextlib.closing(native.threads(1)) as threads:
+        started = [threads.lines(lines.content, b"text", 0) for _ in range(8)]
+        del started[3]
+        ctypes.PyDLL(None).usleep(1_000_000)  # with the lock: a thread that needed it would get nowhere
+        assert all(piece.done for piece in started)
+    assert len({piece.result()[0].tobytes() for piece in started}) == 1
+
+
+def test_a_closed_pool_says_so(tokenizer):
+    native = NativeEncoder(Encoding(tokenizer), TokenizerFile(tokenizer))
+    content = b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 50
+    threads = native.threads(1)
+    started = [threads.lines(content, b"text", 0) for _ in range(50)]
+    threads.close()
+    with pytest.raises(RuntimeError, match="closed before they came to this piece"):
+        started[-1].result()
+
+
+def test_every_fourth_block_is_looked_at():
+    lines = Piece("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS))
+    assert list(proof_texts(0, [lines], "text")) == [text[:2048] for text in TEXTS[:8]]
+    assert [len(list(proof_texts(number, [lines], "text"))) for number in range(1, 9)] == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert set(proof_texts(4, [lines], "text")) <= set(TEXTS)
+    assert next(iter(proof_texts(8, [Piece("a.txt", 0, "é".encode() * 4)], "text"))).strip("é") == ""
+    assert list(proof_texts(0, [Bad("a", 1, "b", None)], "text")) == [] == list(proof_texts(0, [], "text"))
+
+
+def test_other_tokenizers_are_left_to_the_library(tmp_path):
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    plain.save(str(tmp_path / "plain.json"))
+    reason = encoder_for(Encoding(str(tmp_path / "plain.json")), TokenizerFile(tmp_path / "plain.json"))
+    assert isinstance(reason, Unsupported) and str(reason) == "no pre-tokenizer"
+
+
+def test_a_missing_end_of_document_token_is_an_error(tokenizer):
+    content = orjson.loads(Path(tokenizer).read_bytes())
+    content["added_tokens"] = []
+    del content["model"]["vocab"]["<|endoftext|>"]
+    Path(tokenizer).write_bytes(orjson.dumps(content))
+    with pytest.raises(ConfigError, match="no end-of-document token"):
+        encoder_for(Encoding(tokenizer), TokenizerFile(tokenizer))

@@ -1,0 +1,118 @@
+"""A chat template takes bounded time and memory, whatever it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from neox.data.text import chat_template
+from neox.data.text.template_process import Refused, TemplateProcess
+from neox.errors import ConfigError
+
+GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+BODY = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+BAD = [{"role": "user", "content": "bad"}, GOOD[1]]
+
+MEMORY = {
+    "width": "{{ '%999999999d' % messages|length }}",
+    "multiplied text": "{{ messages[0].content * 10 ** 10 }}",
+    "padding": "{{ messages[0].content.ljust(10 ** 10) }}{{ messages[0].content | center(10 ** 10) }}",
+    "format": "{{ '{:>9999999999}'.format(messages|length) }}",
+    "doubled text": "{% set ns = namespace(t=messages[0].content) %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+    "multiplied list": "{{ (messages * 10 ** 9)|length }}",
+    "replaced": "{{ (messages[0].content * 20000).replace('', messages[0].content * 20000)|length }}",
+    "written": "{% for i in range(99999) %}{{ messages[0].content * 10000 }}{% endfor %}",
+}
+TIME = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "powers": "{{ (messages|length + 1) ** (10 ** 9) }}",
+}
+
+
+@pytest.fixture
+def short(monkeypatch) -> None:
+    """Less processor time for each conversation, in the processes that are started."""
+    start = (
+        "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep)\n"
+        "from neox.data.text import chat_template as c; c.SECONDS = 0.5; c.START_SECONDS = 2; c.serve()"
+    )
+    monkeypatch.setattr("neox.data.text.template_process.START", start)
+
+
+def test_a_conversation_that_takes_too_much_memory_is_refused_and_the_next_ones_are_rendered():
+    branches = "".join(f"{{% if messages[0].content == {name!r} %}}{text}{{% endif %}}" for name, text in MEMORY.items())
+    with TemplateProcess(branches + BODY, {}) as process:
+        for name in MEMORY:
+            with pytest.raises(Refused, match=r"takes too much memory|writes more than|refuses it: (Field width|width too large|Too many decimal)") as found:
+                process.answers([{"role": "user", "content": name}, GOOD[1]], {})
+            assert "\n" not in str(found.value)
+            assert process.answers(GOOD, {}) == ("user:hi\nassistant:yo\n", [(8, 21)])
+
+
+@pytest.mark.parametrize("text", TIME.values(), ids=TIME)
+def test_a_conversation_that_takes_too_long_is_refused_and_the_next_ones_are_rendered(short, text):
+    with TemplateProcess("{% if messages[0].content == 'bad' %}" + text + "{% endif %}" + BODY, {}) as process:
+        started = time.process_time()
+        with pytest.raises(Refused, match="chat template takes too long"):
+            process.answers(BAD, {})
+        assert process.answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"
+        assert time.process_time() - started < 1  # of this process: the other one computes
+
+
+def test_a_template_that_takes_too_long_again_and_again_is_refused_itself(short):
+    with TemplateProcess(TIME["nested loops"], {}) as process:
+        for _ in range(2):
+            with pytest.raises(Refused, match="takes too long"):
+                process.answers(GOOD, {})
+        with pytest.raises(ConfigError, match="chat template cannot be used; .*takes too long, for 3 conversations in a row"):
+            process.answers(GOOD, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{% for %}", "Expected"),
+        ("{{ x | nowhere }}", "No filter named 'nowhere'"),
+        ("{% include 'other' %}{% macro %}", "expected token"),
+        ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "recursion|nested|signal"),
+        ("{{ '%9999999999d' | format(1) }}{% endfor %}", "Encountered unknown tag"),
+    ],
+)
+def test_a_template_that_cannot_be_compiled_is_reported_once(text, reason):
+    with pytest.raises(ConfigError, match=f"chat template cannot be used; where=--chat-template; got=.*({reason})"):
+        TemplateProcess(text, {})
+
+
+def test_constants_are_not_computed_without_limits_while_compiling(short):
+    for text in ("{{ 10 ** (10 ** 10) }}", "{{ 'a' * 10 ** 10 }}", "{{ 'a' | center(10 ** 10) }}"):
+        try:
+            with TemplateProcess(text, {}) as process, pytest.raises(Refused, match="too long|memory|refuses"):
+                process.answers(GOOD, {})
+        except ConfigError as error:
+            assert "takes too" in error.line()
+
+
+def test_a_process_that_is_killed_is_a_refused_conversation():
+    with TemplateProcess(BODY, {}) as process:
+        os.kill(process._process.pid, signal.SIGSEGV)
+        with pytest.raises(Refused, match=r"ended its process \(signal 11\)"):
+            process.answers(GOOD, {})
+        assert process.answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"
+
+
+def test_a_conversation_may_be_large():
+    long = [{"role": "user", "content": "日" * (1 << 22)}, GOOD[1]]
+    with TemplateProcess(BODY, {}) as process:
+        assert len(process.answers(long, {})[0]) == (1 << 22) + len("user:\nassistant:yo\n")
+
+
+def test_nothing_of_a_template_reaches_the_machine():
+    with TemplateProcess("{{ messages.__class__.__mro__ }}{{ range.__globals__ }}" + BODY, {}) as process, pytest.raises(Refused, match="unsafe"):
+        process.answers(GOOD, {})
+
+
+def test_limits_count_from_now_on():
+    assert chat_template.address_space() > 1 << 20

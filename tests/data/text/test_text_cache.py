@@ -1,0 +1,97 @@
+"""Text that a run tokenizes itself: the bytes of neox preprocess, made once for all processes, anew when the text or the tokenizer changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neox.data.store.indexed import IndexedDataset
+from neox.data.text.encoding import Encoding
+from neox.data.text.preprocess import preprocess
+from neox.data.text.text_cache import tokenized
+from neox.data.text.tokenizer import train_tokenizer
+from neox.errors import DataError, DiskError
+
+TEXTS = [f"document {i} says {'word ' * (i % 17)}" for i in range(60)]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> tuple[list[str], str]:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXTS[0])
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[1:]))
+    return [str(folder)], train_tokenizer(TEXTS, 300, tmp_path / "t.json").file
+
+
+def test_the_dataset_is_that_of_preprocess_and_is_made_once(corpus, tmp_path):
+    paths, tokenizer = corpus
+    prefix = tokenized(paths, tokenizer, None, tmp_path / "cache")
+    preprocess([f"{paths[0]}/a.txt", f"{paths[0]}/b.jsonl"], tmp_path / "wanted", Encoding(tokenizer))
+    for suffix in (".bin", ".idx", ".json"):
+        assert Path(prefix + suffix).read_bytes() == (tmp_path / f"wanted{suffix}").read_bytes()
+    before = Path(f"{prefix}.bin").stat()
+    assert tokenized(paths, tokenizer, None, tmp_path / "cache") == prefix and Path(f"{prefix}.bin").stat() == before
+
+
+def test_content_and_tokenizer_name_it(corpus, tmp_path):
+    paths, tokenizer = corpus
+    cache = tmp_path / "cache"
+    first = tokenized(paths, tokenizer, None, cache)
+    moved = tmp_path / "moved"
+    Path(paths[0]).rename(moved)
+    assert tokenized([str(moved)], tokenizer, None, cache) == first  # the same text elsewhere
+    other = train_tokenizer(TEXTS, 280, tmp_path / "other.json").file
+    assert len({first, tokenized([str(moved)], other, None, cache), tokenized([f"{moved}/b.jsonl"], tokenizer, None, cache)}) == 3
+    (moved / "a.txt").write_text(TEXTS[0].replace("document", "Document"))  # as long as before
+    assert tokenized([str(moved)], tokenizer, None, cache) != first
+
+
+@pytest.mark.parametrize("hurt", ["no sidecar", "no index", "cut short", "damaged index"])
+def test_what_is_not_whole_is_made_anew(corpus, tmp_path, hurt):
+    paths, tokenizer = corpus
+    prefix = tokenized(paths, tokenizer, None, tmp_path / "cache")
+    wanted = Path(f"{prefix}.bin").read_bytes()
+    if hurt in ("no sidecar", "no index"):
+        Path(prefix + {"no sidecar": ".json", "no index": ".idx"}[hurt]).unlink()
+    elif hurt == "cut short":
+        Path(f"{prefix}.bin").write_bytes(wanted[:-7])
+    else:
+        index = bytearray(Path(f"{prefix}.idx").read_bytes())
+        index[40] ^= 1
+        Path(f"{prefix}.idx").write_bytes(index)
+    assert tokenized(paths, tokenizer, None, tmp_path / "cache") == prefix
+    assert IndexedDataset(prefix).verify() == [] and Path(f"{prefix}.bin").read_bytes() == wanted
+
+
+def test_processes_that_race_make_it_once(corpus, tmp_path, repository):
+    paths, tokenizer = corpus
+    code = (
+        "import sys, time; from pathlib import Path; from neox.data.text import text_cache\n"
+        "made = []\n"
+        "real = text_cache.preprocess\n"
+        "text_cache.preprocess = lambda *a, **k: made.append(1) or time.sleep(1) or real(*a, **k)\n"
+        "print(len(made), text_cache.tokenized([sys.argv[1]], sys.argv[2], None, Path(sys.argv[3])), len(made))"
+    )
+    command = [sys.executable, "-c", code, paths[0], tokenizer, str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0].split() for process in running]
+    assert all(process.returncode == 0 for process in running)
+    assert len({prefix for _, prefix, _ in said}) == 1 and sum(int(count) for _, _, count in said) == 1
+
+
+def test_text_that_cannot_be_used(corpus, tmp_path):
+    paths, tokenizer = corpus
+    with pytest.raises(DataError, match="no such input"):
+        tokenized([str(tmp_path / "nowhere")], tokenizer, None, tmp_path / "cache")
+    (tmp_path / "texts" / "b.jsonl").write_text('{"text": "a"}\nnot json\n')
+    with pytest.raises(DataError, match=r"bad line; where=.*b\.jsonl:2"):
+        tokenized(paths, tokenizer, None, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.bin*"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot keep tokenized text"):
+        tokenized([f"{paths[0]}/a.txt"], tokenizer, None, tmp_path / "file" / "cache")
