@@ -35,7 +35,7 @@ class LocalBatch:
     reference: torch.Tensor | None = None
 
 
-def context_part(batch: Batch, mesh: Mesh) -> Batch:
+def context_slice(batch: Batch, mesh: Mesh) -> Batch:
     """The batch with the own part of the sequence of tokens, targets and positions; segment ids stay whole, for the attention."""
     if mesh.cp == 1:
         return batch

@@ -23,16 +23,16 @@ import torch.distributed as dist
 
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
-from neox.engine.batch import Batch, context_part, to_device
+from neox.engine.batch import Batch, context_slice, to_device
+from neox.engine.deepspeed_setup import init_deepspeed
 from neox.engine.drift import check_replicas, known_to_all, largest, not_finite
-from neox.engine.footprint import kept
+from neox.engine.footprint import optimizer_state_keys
 from neox.engine.guard import Guard
+from neox.engine.lr_schedule import build_lr_schedule
 from neox.engine.objective import Objective, TokenLoss, answer_log_probabilities, build_objective
 from neox.engine.optimizer import build_optimizer
-from neox.engine.pipeline import Schedule, TiedExchange, hand_over
-from neox.engine.schedule import build_schedule
-from neox.engine.wrap import start_deepspeed
-from neox.engine.zero import State, held_gradients
+from neox.engine.optimizer_state import OptimizerState, held_gradients
+from neox.engine.pipeline import OneForwardOneBackward, TiedExchange, hand_over
 from neox.errors import CheckpointError, NonFinite
 from neox.faults import NO_FAULTS, Faults
 from neox.model.adapters import HEAD, SCORE, is_added, is_trained
@@ -132,7 +132,7 @@ class Engine:
         self.config = config
         self.mesh = mesh
         self.model = model
-        self.schedule = build_schedule(config.schedule, config.optimizer, total_steps)
+        self.schedule = build_lr_schedule(config.schedule, config.optimizer, total_steps)
         self.clip = config.optimizer.gradient_clipping
         self.step = 0
         self.updates = 0
@@ -144,17 +144,17 @@ class Engine:
         parameters = [(name, p) for name, p, _ in named]
         self.optimizer = build_optimizer(parameters, config.optimizer)
         shapes = model.logical_shapes()
-        kinds = {name: kept(config.optimizer, name, len(shape)) if is_trained(config.model, name) else () for name, shape in shapes.items()}
+        kinds = {name: optimizer_state_keys(config.optimizer, name, len(shape)) if is_trained(config.model, name) else () for name, shape in shapes.items()}
         for _, p, layout in named:
             p.tensor_model_parallel = layout.dim is not None and mesh.tp > 1  # DeepSpeed's norm counts others on one member of the tensor group only
         rounded = config.precision.dtype != "fp32"
         initial = on_the_host(parameters) if rounded else {}
-        self.deepspeed = start_deepspeed(
+        self.deepspeed = init_deepspeed(
             config, SummedLoss(model, self.objective), self.optimizer, (batch_sizes.micro_batch_size, batch_sizes.gradient_accumulation), mesh
         )
         self.wrapper = self.deepspeed.optimizer
         self.plain = self.wrapper is self.optimizer
-        self.state = State(held, self.wrapper, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas))
+        self.state = OptimizerState(held, self.wrapper, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas))
         if rounded:
             self.state.write_weights(initial)  # DeepSpeed made its masters from weights that were already rounded
         self.dtype = DTYPES[config.precision.dtype]
@@ -162,7 +162,7 @@ class Engine:
         self.tied = tie(model, mesh, self.dtype)
         if faults:
             named[0][1].register_hook(lambda gradient: faults.value("gradient", gradient))
-        self.schedule_of_stages = Schedule(mesh, self.forward, self.backward, lambda batch: model.boundary_shape(batch.tokens), self.dtype)
+        self.schedule_of_stages = OneForwardOneBackward(mesh, self.forward, self.backward, lambda batch: model.boundary_shape(batch.tokens), self.dtype)
 
     def train_step(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
         """One optimizer step over this process's micro-batches of one global batch.
@@ -178,7 +178,7 @@ class Engine:
         step = self.step + 1
         self.begin_step()
         weights = largest(self.named)
-        parts = [context_part(batch, self.mesh) for batch in batches]
+        parts = [context_slice(batch, self.mesh) for batch in batches]
         # counted where the loader left them: on the device, every micro-batch would wait for what is under way there
         total = int(self.sum_over([sum(self.objective.count(batch) for batch in parts)], self.mesh.replica_group)[0])
         local = [to_device(batch, self.mesh.device) for batch in parts]
@@ -367,7 +367,7 @@ class Engine:
         """Part of an evaluation: sum of the losses, number of targets, and whether any process asks to stop, over all processes."""
         self.faults("evaluate")
         self.deepspeed.eval()
-        parts = [context_part(batch, self.mesh) for batch in batches]
+        parts = [context_slice(batch, self.mesh) for batch in batches]
         count = sum(self.objective.count(batch) for batch in parts)  # where the loader left them, as in `train_step`
         loss = self.schedule_of_stages.evaluate([to_device(batch, self.mesh.device) for batch in parts])
         self.deepspeed.train()

@@ -31,7 +31,7 @@ def is_hidden_matrix(name: str, dimensions: int) -> bool:
     return dimensions == 2 and name.startswith("layers.")
 
 
-def kept(config: OptimizerConfig, name: str, dimensions: int) -> tuple[str, ...]:
+def optimizer_state_keys(config: OptimizerConfig, name: str, dimensions: int) -> tuple[str, ...]:
     """Names of the per-element state that the optimizer keeps for a parameter of this name and number of dimensions."""
     if config.type == "muon" and is_hidden_matrix(name, dimensions):
         return MUON_MATRIX_KEYS

@@ -35,7 +35,7 @@ class _Handover(torch.autograd.Function):
         return ctx.saved_tensors[0], None
 
 
-class Schedule:
+class OneForwardOneBackward:
     """Runs the micro-batches of a step on one stage.
 
     Args:
@@ -76,20 +76,20 @@ class Schedule:
             return None if received is None else received.grad
 
         for batch in batches[:ahead]:
-            received, _ = self.pass_on(batch=batch)
-            self.pass_on(output=forward(batch, received))
-        received = self.pass_on(batch=batches[ahead])[0] if ahead < count else None
+            received, _ = self.exchange(batch=batch)
+            self.exchange(output=forward(batch, received))
+        received = self.exchange(batch=batches[ahead])[0] if ahead < count else None
         for i in range(ahead, count):
             output = forward(batches[i], received)
-            _, gradient = self.pass_on(output=output, awaiting=flying[0][2])
+            _, gradient = self.exchange(output=output, awaiting=flying[0][2])
             dx = backward(gradient)
-            received, _ = self.pass_on(dx=dx, batch=batches[i + 1] if i + 1 < count else None)
+            received, _ = self.exchange(dx=dx, batch=batches[i + 1] if i + 1 < count else None)
         while flying:
-            _, gradient = self.pass_on(awaiting=flying[0][2])
-            self.pass_on(dx=backward(gradient))
+            _, gradient = self.exchange(awaiting=flying[0][2])
+            self.exchange(dx=backward(gradient))
         return loss
 
-    def pass_on(
+    def exchange(
         self, *, output: torch.Tensor | None = None, dx: torch.Tensor | None = None, batch: Any = None, awaiting: tuple[int, ...] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """One exchange with the neighbours.
@@ -125,12 +125,12 @@ class Schedule:
         """Forward of every micro-batch; returns the sum of the losses, fp64 (zero on a stage that is not the last)."""
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
-            received, _ = self.pass_on(batch=batch)
+            received, _ = self.exchange(batch=batch)
             output = self.forward_step(batch, received)
             if self.mesh.last_stage:
                 loss += output
             else:
-                self.pass_on(output=output)
+                self.exchange(output=output)
         return loss
 
 

@@ -1,6 +1,6 @@
 """Memory of one process of every stage: what stays, what comes and goes, and the moment at which there is most of it.
 
-The sums follow DeepSpeed's stages as neox.engine.wrap configures them (stage_1_and_2.py, stage3.py of DeepSpeed 0.19): fp32 masters, moments and
+The sums follow DeepSpeed's stages as neox.engine.deepspeed_setup configures them (stage_1_and_2.py, stage3.py of DeepSpeed 0.19): fp32 masters, moments and
 accumulated gradients whatever the dtype of the weights; buckets of at most BUCKET elements.
 """
 

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 
 from neox.config.schema import Config, ModelConfig
 from neox.config.validate import BatchSizes, batch_sizes
-from neox.engine.footprint import kept
+from neox.engine.footprint import optimizer_state_keys
 from neox.model.stages import logical_shapes, partition_layers
 
 # Dimension along which a parameter of a block is cut over the tensor group; the others are whole on every member.
@@ -139,7 +139,7 @@ def optimizer_elements(config: Config, stage: Stage) -> int:
     """Elements of optimizer state beside the fp32 weights, for all parameters of a stage."""
 
     def state(prefix: str, shapes: dict[str, tuple[int, ...]]) -> int:
-        return sum(len(kept(config.optimizer, prefix + name, len(shape))) * math.prod(shape) for name, shape in shapes.items())
+        return sum(len(optimizer_state_keys(config.optimizer, prefix + name, len(shape))) * math.prod(shape) for name, shape in shapes.items())
 
     return state("", stage.ends) + stage.blocks * state(f"layers.{stage.first}.", stage.block)
 

@@ -33,15 +33,15 @@ from neox.parallel.mesh import Mesh
 from neox.parallel.rng import seed_default_generators
 from neox.runtime.heartbeat import Heartbeat
 from neox.runtime.signals import StopSignals
-from neox.train.folder import Folders, accept, claim, note_checkpoint
+from neox.train.dpo_reference import set_references
 from neox.train.memory import FreedMemory
 from neox.train.metrics import DROPPED, MetricsLog, memory_gb, peak_flops
-from neox.train.planned import PlanCheck
-from neox.train.profile import StepProfiler
+from neox.train.plan_check import PlanCheck
+from neox.train.profiler import StepProfiler
 from neox.train.progress import Progress
-from neox.train.reference import set_references
 from neox.train.resume import Resumed, changes, read_resumed
-from neox.train.state import describe, get_generators, place_of, set_generators
+from neox.train.rng_state import describe, get_generators, place_of, set_generators
+from neox.train.run_dir import Folders, accept, claim, note_checkpoint
 from neox.train.trackers import Trackers
 
 PATIENCE = 5.0  # seconds
@@ -435,7 +435,7 @@ class Run:
         """
         self.heartbeat("save")
         self.faults("save")
-        self.check.saved()
+        self.check.note_save()
         if self.metrics is not None:
             self.metrics.check_place()
         self.saver.join()
@@ -483,7 +483,7 @@ class Run:
 
     def close(self) -> None:
         """Close what is open. After an error a checkpoint that is being written gets PATIENCE seconds: the other processes may be gone."""
-        self.check.memory.rest()
+        self.check.memory.stop_polling()
         self.saver.join(PATIENCE)
         self.tell_profile(self.profiler.close())
         if self.loader is not None:

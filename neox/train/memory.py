@@ -108,7 +108,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.resting = threading.Event()
+        self.stopped = threading.Event()
         self.resident_before = resident_bytes()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -119,19 +119,19 @@ class PeakMemory:
             threading.Thread(target=self._watch, name="neox-memory", daemon=True).start()
 
     def _watch(self) -> None:
-        while not self.resting.wait(self.INTERVAL):
-            self.look()
+        while not self.stopped.wait(self.INTERVAL):
+            self.poll()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take note of what is in use now."""
         if self.device.type != "cuda" and self.before is not None:
             self.peak = max(self.peak, in_use())
 
-    def rest(self) -> None:
+    def stop_polling(self) -> None:
         """Look by itself no more: steps are alike."""
-        self.resting.set()
+        self.stopped.set()
 
-    def taken(self) -> int | None:
+    def peak_bytes(self) -> int | None:
         """Bytes at the peak so far beyond those at the start; None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before

@@ -18,7 +18,7 @@ from neox.checkpoint.storage import write_file
 from neox.data.store.files import open_no_link
 from neox.errors import DiskError
 from neox.plan.devices import of_cuda_name
-from neox.train.events import EventFile, append
+from neox.train.tensorboard import EventFile, append
 
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"

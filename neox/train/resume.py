@@ -11,7 +11,7 @@ from neox.config.load import flatten, loads
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
 from neox.data.samples.cursor import Cursor, Saved
-from neox.engine.schedule import build_schedule
+from neox.engine.lr_schedule import build_lr_schedule
 from neox.errors import CheckpointError, ConfigError
 
 QUIET = ("run.", "checkpoint.resume", "checkpoint.accept_data_change")  # keys about this start alone
@@ -117,5 +117,5 @@ def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
 def learning_rate(resumed: Resumed, config: Config) -> list[str]:
     """A line where the rate of the next step is another one than the checkpoint's config gives."""
     step, updates = resumed.step + 1, resumed.state["updates"]
-    rates = [build_schedule(one.schedule, one.optimizer, one.train.train_iters).learning_rate(step, updates) for one in (resumed.config, config)]
+    rates = [build_lr_schedule(one.schedule, one.optimizer, one.train.train_iters).learning_rate(step, updates) for one in (resumed.config, config)]
     return [] if rates[0] == rates[1] else [f"learning rate of step {step}: {rates[0]:.6g} -> {rates[1]:.6g}"]

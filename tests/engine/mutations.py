@@ -11,7 +11,7 @@ MUTATIONS = {
     "norm gradients not summed under sequence parallelism": ("neox.parallel.gradients._Sum.__call__", "same_gradient"),
     "tied embedding gradient not added": ("neox.engine.pipeline.TiedExchange.add_gradient", "same_gradient"),
     "tied embedding not published": ("neox.engine.pipeline.TiedExchange.publish", "nothing"),
-    "norm of one stage only": ("neox.engine.grid.Grid.get_model_parallel_group", "no_group"),
+    "norm of one stage only": ("neox.engine.mpu.MeshMPU.get_model_parallel_group", "no_group"),
     "loss weighted by micro-batches": ("neox.engine.objective.TokenLoss.count", "one"),
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neox.engine.batch import LocalBatch, context_part, to_device
+from neox.engine.batch import LocalBatch, context_slice, to_device
 from neox.engine.objective import IGNORED, TokenLoss
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import Batch
@@ -32,8 +32,8 @@ def test_a_batch_that_is_there_is_not_copied():
 def test_the_sequence_is_cut_over_the_context_group_but_for_segment_ids(size):
     batch = make_batch()
     single = Mesh.single()
-    assert context_part(batch, single) is batch
-    parts = [context_part(batch, Mesh(**{**vars(single), "cp": size, "cp_rank": rank})) for rank in range(size)]
+    assert context_slice(batch, single) is batch
+    parts = [context_slice(batch, Mesh(**{**vars(single), "cp": size, "cp_rank": rank})) for rank in range(size)]
     for name in ("tokens", "targets", "position_ids"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(batch, name))
         assert all(getattr(part, name).shape == (2, 12 // size) for part in parts)

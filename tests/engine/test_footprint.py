@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from neox.config.schema import OptimizerConfig
-from neox.engine.footprint import BUCKET, bucket_elements, kept
+from neox.engine.footprint import BUCKET, bucket_elements, optimizer_state_keys
 
 
 @pytest.mark.parametrize(("parameters", "bucket"), [(10, 1024), (4097, 4098), (10**12, BUCKET)])
@@ -18,8 +18,8 @@ def test_buckets_follow_the_model_and_stay_even(parameters, bucket):
 
 def test_muon_keeps_one_tensor_of_matrices_in_blocks():
     muon = OptimizerConfig(type="muon")
-    assert kept(muon, "layers.0.mlp.up.weight", 2) == ("momentum_buffer",)
-    assert kept(muon, "embedding.word.weight", 2) == kept(OptimizerConfig(), "x", 2) == ("exp_avg", "exp_avg_sq")
+    assert optimizer_state_keys(muon, "layers.0.mlp.up.weight", 2) == ("momentum_buffer",)
+    assert optimizer_state_keys(muon, "embedding.word.weight", 2) == optimizer_state_keys(OptimizerConfig(), "x", 2) == ("exp_avg", "exp_avg_sq")
 
 
 def test_the_plan_needs_no_torch():

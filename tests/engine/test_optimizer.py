@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neox.config.schema import OptimizerConfig
-from neox.engine.footprint import is_hidden_matrix, kept
+from neox.engine.footprint import is_hidden_matrix, optimizer_state_keys
 from neox.engine.optimizer import build_optimizer, counter, groups
 
 NAMES = {
@@ -124,7 +124,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
 def test_what_is_kept_is_what_a_step_leaves(kind):
     named = parameters()
     optimizer = build_optimizer(named.items(), config(kind))
-    want = {name: kept(config(kind), name, p.ndim) for name, p in named.items()}
+    want = {name: optimizer_state_keys(config(kind), name, p.ndim) for name, p in named.items()}
     with torch.compiler.set_stance("force_eager"):
         for _ in range(3):
             for p in named.values():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neox.engine import pipeline
-from neox.engine.pipeline import Schedule, hand_over
+from neox.engine.pipeline import OneForwardOneBackward, hand_over
 from neox.parallel.mesh import Mesh
 
 WAIT = 5.0  # seconds after which a message counts as never sent
@@ -58,7 +58,7 @@ def play(stages: int, batches: list[torch.Tensor], monkeypatch) -> tuple[float, 
             (output if gradient is None else hand_over(output, gradient)).backward()
 
         try:
-            losses[rank] = float(Schedule(mesh, forward, backward, lambda batch: tuple(batch.shape), torch.float32).train(batches))
+            losses[rank] = float(OneForwardOneBackward(mesh, forward, backward, lambda batch: tuple(batch.shape), torch.float32).train(batches))
         except BaseException as error:  # a thread's failure must fail the test
             problems.append(error)
 

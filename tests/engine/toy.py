@@ -197,12 +197,12 @@ def train_ranks(settings: str, out: str) -> None:
 def engine_padding(engine: Engine) -> float:
     """Largest value among the rows of vocabulary padding that this process holds."""
     largest = 0.0
-    for piece in engine.state.pieces:
-        if piece.stop > piece.layout.numel:
-            for kind in ("weight", *engine.state.kinds[piece.name]):
-                held = engine.state.tensor(piece, kind)
+    for shard in engine.state.shards:
+        if shard.stop > shard.layout.numel:
+            for kind in ("weight", *engine.state.kinds[shard.name]):
+                held = engine.state.tensor(shard, kind)
                 if held is not None:
-                    largest = max(largest, float(piece.view(held, max(piece.start, piece.layout.numel), piece.stop).abs().max()))
+                    largest = max(largest, float(shard.view(held, max(shard.start, shard.layout.numel), shard.stop).abs().max()))
     return largest
 
 

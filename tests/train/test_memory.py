@@ -135,14 +135,14 @@ held = torch.ones(16 << 20)
 passing = torch.ones(8 << 20)
 {look}
 del passing
-peak.look()
-peak.rest()
-print(peak.taken())
+peak.poll()
+peak.stop_polling()
+print(peak.peak_bytes())
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
-@pytest.mark.parametrize("look", ["peak.look()", "import time; time.sleep(0.3)"], ids=["asked", "by itself"])
+@pytest.mark.parametrize("look", ["peak.poll()", "import time; time.sleep(0.3)"], ids=["asked", "by itself"])
 def test_the_peak_is_counted_from_its_start(look):
     result = subprocess.run([sys.executable, "-c", GROWTH.format(look=look)], capture_output=True, text=True, check=True)
     assert int(result.stdout) == pytest.approx(96 << 20, abs=4 << 20)

@@ -14,9 +14,9 @@ from neox.checkpoint.load import Checkpoint
 from neox.errors import CheckpointError, ConfigError, NeoxError, StoppedBySignal
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
-from neox.train.folder import WITNESS
 from neox.train.loop import Run, train
 from neox.train.resume import derived
+from neox.train.run_dir import WITNESS
 from tests.train.corpus import make_config, make_corpus, records
 
 os.environ.setdefault("LOCAL_RANK", "0")

@@ -9,7 +9,7 @@ import pytest
 
 from neox.config.load import load
 from neox.config.validate import validate
-from neox.engine.schedule import build_schedule
+from neox.engine.lr_schedule import build_lr_schedule
 from tests.config.gpt_neox.sample_files import BASE, flow_text
 from tests.config.gpt_neox.test_model import result
 
@@ -30,7 +30,7 @@ def test_the_learning_rate_is_that_of_upstreams_own_scheduler(row, tmp_path):
     file = BASE | {key: row[key] for key in keys if key in row} | {"optimizer": {"type": "Adam", "params": {"lr": row["lr"]}}}
     (tmp_path / "a.yml").write_text(flow_text(file | {"vocab_file": None, "tokenizer_type": "GPT2BPETokenizer"}))
     config = load([tmp_path / "a.yml"]).config
-    schedule = build_schedule(config.schedule, config.optimizer, config.train.train_iters)
+    schedule = build_lr_schedule(config.schedule, config.optimizer, config.train.train_iters)
     skipped = row.get("overflows", [])
     got = {step: schedule.learning_rate(int(step), int(step) - 1 - sum(n < int(step) for n in skipped)) for step in row["rates"]}
     assert got == pytest.approx(row["rates"], rel=1e-12)

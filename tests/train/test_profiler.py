@@ -11,7 +11,7 @@ from neox.config.schema import ProfileConfig
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
-from neox.train.profile import StepProfiler
+from neox.train.profiler import StepProfiler
 from tests.train.corpus import make_config, make_corpus
 
 os.environ.setdefault("LOCAL_RANK", "0")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch.distributed as dist
 
-from neox.engine.grid import Grid
+from neox.engine.mpu import MeshMPU
 from neox.parallel.mesh import Mesh
 
 
@@ -21,7 +21,7 @@ def lone_process():
 
 
 def test_one_process_is_a_group_of_itself(lone_process):
-    grid = Grid(Mesh.single())
+    grid = MeshMPU(Mesh.single())
     assert (grid.get_data_parallel_world_size(), grid.get_data_parallel_rank(), grid.get_data_parallel_group_ranks()) == (1, 0, [0])
     assert (grid.get_model_parallel_world_size(), grid.get_model_parallel_group()) == (1, None)
     assert dist.get_world_size(grid.get_tensor_model_parallel_group()) == 1
@@ -29,7 +29,7 @@ def test_one_process_is_a_group_of_itself(lone_process):
 
 def test_coordinates_of_a_mesh_in_deepspeeds_words(lone_process):
     mesh = dataclasses.replace(Mesh.single(), tp=2, pp=3, dp=5, cp=7, tp_rank=1, pp_rank=2, dp_rank=4, cp_rank=6)
-    grid = Grid(mesh)
+    grid = MeshMPU(mesh)
     assert (grid.get_data_parallel_world_size(), grid.get_data_parallel_rank()) == (35, 34)
     assert (grid.get_model_parallel_world_size(), grid.get_model_parallel_rank()) == (6, 5)
     assert (grid.get_tensor_model_parallel_world_size(), grid.get_tensor_model_parallel_rank()) == (2, 1)

@@ -20,7 +20,7 @@ from deepspeed.utils import groups
 
 from neox.config.schema import Config
 from neox.engine.footprint import bucket_elements, effective_stage
-from neox.engine.grid import Grid
+from neox.engine.mpu import MeshMPU
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 from neox.parallel.waits import outlast
@@ -157,7 +157,7 @@ def frozen_objects() -> Iterator[None]:
             gc.unfreeze()
 
 
-def start_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.optim.Optimizer, sizes: tuple[int, int], mesh: Mesh) -> Any:
+def init_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.optim.Optimizer, sizes: tuple[int, int], mesh: Mesh) -> Any:
     """Wrap the module and the optimizer; returns DeepSpeed's engine.
 
     Args:
@@ -171,7 +171,7 @@ def start_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.op
     count = sum(p.numel() for p in module.parameters())
     settings = deepspeed_config(config, *sizes, mesh.replicas, count)
     # Data parallelism alone goes without a grid: DeepSpeed has features (Muon in bf16) that refuse one, whatever it says.
-    grid = Grid(mesh) if mesh.tp * mesh.pp * mesh.cp > 1 else None
+    grid = MeshMPU(mesh) if mesh.tp * mesh.pp * mesh.cp > 1 else None
     if config.optimizer.type != "muon":
         import_muon_uncompiled()
     groups.mpu = grid  # else an engine without a grid would find that of the one before it in this process

@@ -8,8 +8,8 @@ import pytest
 
 from neox.config.schema import Config
 from neox.errors import CheckpointError
-from neox.train.folder import WITNESS, Folders, accept, claim, note_checkpoint, recorded_steps
 from neox.train.progress import Progress
+from neox.train.run_dir import WITNESS, Folders, accept, claim, note_checkpoint, recorded_steps
 
 
 def config_of(run, resume: str = "auto") -> Config:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from neox.train.planned import Comparison
+from neox.train.plan_check import Comparison
 from tests.distributed import train
 from tests.train.corpus import make_corpus
 

@@ -32,7 +32,7 @@ from neox.config.schema import OptimizerConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """A learning rate over the optimizer steps."""
 
     type: str
@@ -59,7 +59,7 @@ class Schedule:
         return min(max((step - begin) / (self.decay_iters - begin), 0.0), 1.0)
 
 
-def gpt_neox(schedule: Schedule, updates: int) -> float:
+def gpt_neox(schedule: LRSchedule, updates: int) -> float:
     """GPT-NeoX's rate after `updates` updates."""
     peak, low, warmup = schedule.peak, schedule.min_lr, schedule.warmup_iters
     if warmup > 0 and updates <= warmup:
@@ -75,28 +75,28 @@ def gpt_neox(schedule: Schedule, updates: int) -> float:
     return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * passed))
 
 
-def constant(schedule: Schedule, step: int) -> float:
+def constant(schedule: LRSchedule, step: int) -> float:
     """The peak."""
     return schedule.peak
 
 
-def linear(schedule: Schedule, step: int) -> float:
+def linear(schedule: LRSchedule, step: int) -> float:
     """A straight line from the peak to min_lr."""
     return schedule.min_lr + (schedule.peak - schedule.min_lr) * (1.0 - schedule.progress(step, schedule.warmup_iters))
 
 
-def cosine(schedule: Schedule, step: int) -> float:
+def cosine(schedule: LRSchedule, step: int) -> float:
     """Half a cosine from the peak to min_lr."""
     return schedule.min_lr + (schedule.peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * schedule.progress(step, schedule.warmup_iters)))
 
 
-def wsd(schedule: Schedule, step: int) -> float:
+def wsd(schedule: LRSchedule, step: int) -> float:
     """The peak, then a straight line to min_lr over the last cooldown_iters."""
     begin = max(schedule.decay_iters - schedule.cooldown_iters, schedule.warmup_iters)
     return schedule.min_lr + (schedule.peak - schedule.min_lr) * (1.0 - schedule.progress(step, begin))
 
 
-def inverse_sqrt(schedule: Schedule, step: int) -> float:
+def inverse_sqrt(schedule: LRSchedule, step: int) -> float:
     """Falls with the root of the step; min_lr is a floor."""
     return max(schedule.min_lr, schedule.peak * math.sqrt(max(schedule.warmup_iters, 1) / max(step, 1)))
 
@@ -104,7 +104,7 @@ def inverse_sqrt(schedule: Schedule, step: int) -> float:
 FORMULAS = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd, "inverse_sqrt": inverse_sqrt}
 
 
-def build_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, train_iters: int) -> Schedule:
+def build_lr_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, train_iters: int) -> LRSchedule:
     """The schedule of a run; `decay_iters` left out means the end of the run."""
     end = config.decay_iters or train_iters
-    return Schedule(config.type, optimizer.lr, config.min_lr, config.warmup_iters, end, config.cooldown_iters, config.rule)
+    return LRSchedule(config.type, optimizer.lr, config.min_lr, config.warmup_iters, end, config.cooldown_iters, config.rule)

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from neox.engine.deepspeed_setup import PlainCPU, deepspeed_config, merge
 from neox.engine.footprint import BUCKET, effective_stage
-from neox.engine.wrap import PlainCPU, deepspeed_config, merge
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import make_config, make_engine

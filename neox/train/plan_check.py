@@ -81,7 +81,7 @@ class PlanCheck:
         self.times: deque[float] = deque(maxlen=WINDOW)
         self.saved_while_watched = False
 
-    def saved(self) -> None:
+    def note_save(self) -> None:
         """Take note of a checkpoint: its copies lie in the memory that is looked at."""
         self.saved_while_watched = self.saved_while_watched or self.steps < WATCHED
 
@@ -91,7 +91,7 @@ class PlanCheck:
         if self.steps > WARM_UP:
             self.times.append(seconds)
         if self.steps == WATCHED:
-            self.memory.rest()
+            self.memory.stop_polling()
 
     def device(self, peak: float) -> Device | None:
         """The device that the run is on, with its measured speed where it is a CPU; None for a GPU that is not in the table."""
@@ -112,9 +112,9 @@ class PlanCheck:
             peak: FLOP/s of a product, measured on the first process.
         """
         mesh = self.mesh
-        self.memory.look()
-        self.memory.rest()
-        facts = [float(self.memory.taken() or 0), float(mesh.pp_rank), peak, float(self.memory.resident())]
+        self.memory.poll()
+        self.memory.stop_polling()
+        facts = [float(self.memory.peak_bytes() or 0), float(mesh.pp_rank), peak, float(self.memory.resident())]
         rows = torch.tensor([facts], dtype=torch.float64, device=mesh.device)
         if mesh.world_size > 1:
             gathered = [torch.empty_like(rows) for _ in range(mesh.world_size)]

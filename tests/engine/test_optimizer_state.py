@@ -21,15 +21,15 @@ def test_fragments_cover_the_logical_tensors_before_and_after_the_first_step(dty
     engine = engine_of(dtype, stage)
     for steps in (0, 2):
         run(engine, 1, steps)
-        pieces = {}
+        shards = {}
         for f in engine.fragments():
-            pieces.setdefault((f.name, f.kind, f.shape), []).append((f.slices, f.start, f.stop))
+            shards.setdefault((f.name, f.kind, f.shape), []).append((f.slices, f.start, f.stop))
             assert f.data.numel() == f.stop - f.start
             assert f.data.dtype == torch.float32
-        assert set(pieces) == set(engine.state.tensors())
-        for (name, kind, shape), parts in pieces.items():
+        assert set(shards) == set(engine.state.tensors())
+        for (name, kind, shape), parts in shards.items():
             check_coverage(name, kind, shape, parts)
-    assert VOCAB < ROWS and ("embedding.word", "weight", (VOCAB, 16)) in pieces
+    assert VOCAB < ROWS and ("embedding.word", "weight", (VOCAB, 16)) in shards
 
 
 @pytest.mark.parametrize(("dtype", "stage"), STAGES)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from neox.config.schema import OptimizerConfig, ScheduleConfig
-from neox.engine.schedule import Schedule, build_schedule
+from neox.engine.lr_schedule import LRSchedule, build_lr_schedule
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import Stored, gathered, make_config, make_engine, micro_batches
 
@@ -14,7 +14,7 @@ PEAK, LOW = 3e-3, 3e-4
 
 
 def schedule(kind, warmup=10, decay=110, cooldown=0):
-    return Schedule(kind, PEAK, LOW, warmup, decay, cooldown)
+    return LRSchedule(kind, PEAK, LOW, warmup, decay, cooldown)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd", "inverse_sqrt"])
@@ -78,28 +78,28 @@ def test_without_warmup_the_first_step_is_near_the_peak():
 
 
 def test_build_takes_the_length_of_the_run():
-    s = build_schedule(ScheduleConfig(type="cosine", min_lr=1e-5), OptimizerConfig(lr=1e-3), train_iters=50)
+    s = build_lr_schedule(ScheduleConfig(type="cosine", min_lr=1e-5), OptimizerConfig(lr=1e-3), train_iters=50)
     assert (s.decay_iters, s.peak) == (50, 1e-3)
     assert s.learning_rate(50) == pytest.approx(1e-5)
-    assert build_schedule(ScheduleConfig(decay_iters=20), OptimizerConfig(), 50).decay_iters == 20
+    assert build_lr_schedule(ScheduleConfig(decay_iters=20), OptimizerConfig(), 50).decay_iters == 20
 
 
 def test_gpt_neox_counts_updates_not_steps():
-    rates = build_schedule(ScheduleConfig(rule="gpt_neox", type="linear", warmup_iters=2.5, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=10)
+    rates = build_lr_schedule(ScheduleConfig(rule="gpt_neox", type="linear", warmup_iters=2.5, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=10)
     assert [rates.learning_rate(n) for n in (1, 2, 3, 4)] == pytest.approx([4e-4, 4e-4, 8e-4, 1e-3 * (1 - 0.5 / 7.5)])
     assert rates.learning_rate(8, updates=3) == rates.learning_rate(4)
     assert rates.learning_rate(11) == rates.learning_rate(500) == 1e-4
 
 
 def test_gpt_neox_cosine_rises_again():
-    rates = build_schedule(ScheduleConfig(rule="gpt_neox", type="cosine", decay_iters=10, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=20)
+    rates = build_lr_schedule(ScheduleConfig(rule="gpt_neox", type="cosine", decay_iters=10, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=20)
     assert rates.learning_rate(11) == pytest.approx(1e-4)
     assert rates.learning_rate(21) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 def test_gpt_neox_with_nothing_to_decay_over_stays_finite(kind):
-    rates = Schedule(kind, PEAK, LOW, 5.0, 5, rule="gpt_neox")
+    rates = LRSchedule(kind, PEAK, LOW, 5.0, 5, rule="gpt_neox")
     assert rates.learning_rate(6) == PEAK and rates.learning_rate(7) == (PEAK if kind == "constant" else LOW)
 
 

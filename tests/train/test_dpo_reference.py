@@ -16,7 +16,7 @@ from neox.engine.engine import Engine
 from neox.errors import CheckpointError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh, create_mesh
-from neox.train.reference import compute, file_of, pair_datasets, read, set_references
+from neox.train.dpo_reference import compute, file_of, pair_datasets, read, set_references
 from tests.distributed import run_ranks
 from tests.train.preferences import PAIRS, make_answers, pair_config
 

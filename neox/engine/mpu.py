@@ -7,7 +7,7 @@ import torch.distributed as dist
 from neox.parallel.mesh import Mesh
 
 
-class Grid:
+class MeshMPU:
     """Answers DeepSpeed's questions about the layout from a Mesh.
 
     DeepSpeed's "data parallel" are our replicas (dp x cp: the same parameters, other tokens), its "model parallel" is our model

@@ -2,7 +2,7 @@
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from neox.train.events import EventFile
+from neox.train.tensorboard import EventFile
 
 
 def scalars(folder):

@@ -23,7 +23,7 @@ Named = Iterable[tuple[str, torch.nn.Parameter, Layout]]
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterShard:
     """Flat range [start, stop) of a local parameter, as the optimizer sees it.
 
     Attributes:
@@ -50,22 +50,22 @@ class Piece:
         return tensor.detach().view(-1)[self.offset + start - self.start : self.offset + stop - self.start]
 
 
-def plain_pieces(named: Named, optimizer: torch.optim.Optimizer, rank: int, size: int) -> Iterator[Piece]:
+def replicated_shards(named: Named, optimizer: torch.optim.Optimizer, rank: int, size: int) -> Iterator[ParameterShard]:
     """Stage 0: every process holds everything; each writes its share."""
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     for name, p, layout in named:
         count = p.numel()
-        yield Piece(name, layout, p, 0, 0, count, group_of[id(p)], (count * rank // size, count * (rank + 1) // size))
+        yield ParameterShard(name, layout, p, 0, 0, count, group_of[id(p)], (count * rank // size, count * (rank + 1) // size))
 
 
-def frozen_pieces(named: Named, rank: int, size: int) -> Iterator[Piece]:
+def frozen_shards(named: Named, rank: int, size: int) -> Iterator[ParameterShard]:
     """Parameters that are not trained: every process holds them whole, in the dtype of the forward pass; each writes its share."""
     for name, p, layout in named:
         count = p.numel()
-        yield Piece(name, layout, p, 0, 0, count, -1, (count * rank // size, count * (rank + 1) // size))
+        yield ParameterShard(name, layout, p, 0, 0, count, -1, (count * rank // size, count * (rank + 1) // size))
 
 
-def mapped_pieces(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_Optimizer) -> Iterator[Piece]:
+def flat_partition_shards(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_Optimizer) -> Iterator[ParameterShard]:
     """Stages 1 and 2: DeepSpeed's fragment map gives the address of a parameter's part in the flat fp32 partition."""
     for name, p, layout in named:
         fragment = p._hp_mapping
@@ -74,10 +74,10 @@ def mapped_pieces(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_Optimizer
         flat = wrapper.optimizer.param_groups[fragment.param_group_index]["params"][0]
         start = fragment.lp_fragment_address.start
         stop = start + fragment.lp_fragment_address.numel
-        yield Piece(name, layout, flat, fragment.hp_fragment_address.start, start, stop, fragment.param_group_index, (start, stop))
+        yield ParameterShard(name, layout, flat, fragment.hp_fragment_address.start, start, stop, fragment.param_group_index, (start, stop))
 
 
-def partitioned_pieces(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, rank: int) -> Iterator[Piece]:
+def stage3_shards(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, rank: int) -> Iterator[ParameterShard]:
     """Stage 3: every parameter is cut evenly over the processes; the last cuts are padded."""
     for name, p, layout in named:
         sub_group, offset, share = wrapper.grad_position[wrapper.get_param_id(p)]
@@ -85,10 +85,10 @@ def partitioned_pieces(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, ran
         stop = min(start + share, p.ds_numel)
         if start < stop:
             flat = wrapper.fp32_partitioned_groups_flat[sub_group]
-            yield Piece(name, layout, flat, offset, start, stop, wrapper.sub_group_to_group_id[sub_group], (start, stop))
+            yield ParameterShard(name, layout, flat, offset, start, stop, wrapper.sub_group_to_group_id[sub_group], (start, stop))
 
 
-class State:
+class OptimizerState:
     """The fp32 weights and the optimizer state of one process under any ZeRO stage.
 
     Args:
@@ -116,12 +116,12 @@ class State:
         rank, size = place
         frozen, named = [row for row in named if not row[1].requires_grad], [row for row in named if row[1].requires_grad]
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-            self.pieces = list(partitioned_pieces(named, wrapper, rank))
+            self.shards = list(stage3_shards(named, wrapper, rank))
         elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-            self.pieces = list(mapped_pieces(named, wrapper))
+            self.shards = list(flat_partition_shards(named, wrapper))
         else:
-            self.pieces = list(plain_pieces(named, optimizer, rank, size))
-        self.pieces += frozen_pieces(frozen, rank, size)
+            self.shards = list(replicated_shards(named, optimizer, rank, size))
+        self.shards += frozen_shards(frozen, rank, size)
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(name, kind, logical shape) of all that a checkpoint of this training holds."""
@@ -129,31 +129,31 @@ class State:
             for kind in ("weight", *self.kinds[name]):
                 yield name, kind, shape
 
-    def tensor(self, piece: Piece, kind: str) -> torch.Tensor | None:
+    def tensor(self, shard: ParameterShard, kind: str) -> torch.Tensor | None:
         """The tensor, shaped like piece.flat, that holds a kind; None before the first update."""
-        return piece.flat if kind == "weight" else self.optimizer.state.get(piece.flat, {}).get(kind)
+        return shard.flat if kind == "weight" else self.optimizer.state.get(shard.flat, {}).get(kind)
 
     def fragments(self) -> Iterator[Fragment]:
         """What this process writes to a checkpoint, without padding. Data are views, which change with the next update; of frozen 16-bit weights, copies."""
-        for piece in self.pieces:
-            layout = piece.layout
-            start, stop = piece.owned[0], min(piece.owned[1], layout.numel)
+        for shard in self.shards:
+            layout = shard.layout
+            start, stop = shard.owned[0], min(shard.owned[1], layout.numel)
             if start >= stop:
                 continue
-            for kind in ("weight", *self.kinds[piece.name]):
-                held = self.tensor(piece, kind)
-                data = torch.zeros(stop - start) if held is None else piece.view(held, start, stop).float()
-                yield Fragment(piece.name, kind, layout.shape, layout.slices, start, stop, data)
+            for kind in ("weight", *self.kinds[shard.name]):
+                held = self.tensor(shard, kind)
+                data = torch.zeros(stop - start) if held is None else shard.view(held, start, stop).float()
+                yield Fragment(shard.name, kind, layout.shape, layout.slices, start, stop, data)
 
     def prepare(self, updates: int) -> None:
         """Create the optimizer state as after `updates` updates, zero where it is per element."""
-        for piece in self.pieces:
-            if piece.group < 0:
+        for shard in self.shards:
+            if shard.group < 0:
                 continue
-            state = self.optimizer.state[piece.flat]
-            for kind in self.kinds[piece.name]:
-                state[kind] = torch.zeros_like(piece.flat)
-            state.update(counter(self.optimizer, self.optimizer.param_groups[piece.group], piece.flat.device, updates))
+            state = self.optimizer.state[shard.flat]
+            for kind in self.kinds[shard.name]:
+                state[kind] = torch.zeros_like(shard.flat)
+            state.update(counter(self.optimizer, self.optimizer.param_groups[shard.group], shard.flat.device, updates))
 
     @torch.no_grad()
     def write(self, checkpoint: Checkpoint, *, weights_of: Container[str] | None = None) -> None:
@@ -163,22 +163,22 @@ class State:
             weights_of: names whose weights are overwritten, and nothing else; None: everything of all.
         """
         with checkpoint.together():
-            for piece in self.pieces:
-                layout = piece.layout
-                start, stop = piece.start, min(piece.stop, layout.numel)
-                if start >= stop or (weights_of is not None and piece.name not in weights_of):
+            for shard in self.shards:
+                layout = shard.layout
+                start, stop = shard.start, min(shard.stop, layout.numel)
+                if start >= stop or (weights_of is not None and shard.name not in weights_of):
                     continue
-                for kind in ("weight", *self.kinds[piece.name]) if weights_of is None else ("weight",):
-                    checkpoint.read_into(piece.view(self.tensor(piece, kind), start, stop), piece.name, kind, layout.slices, start, stop)
+                for kind in ("weight", *self.kinds[shard.name]) if weights_of is None else ("weight",):
+                    checkpoint.read_into(shard.view(self.tensor(shard, kind), start, stop), shard.name, kind, layout.slices, start, stop)
         self.publish()
 
     @torch.no_grad()
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
         """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before they were rounded."""
-        for piece in self.pieces:
-            if piece.group < 0:
+        for shard in self.shards:
+            if shard.group < 0:
                 continue
-            piece.view(piece.flat, piece.start, piece.stop).copy_(values[piece.name].view(-1)[piece.start : piece.stop])
+            shard.view(shard.flat, shard.start, shard.stop).copy_(values[shard.name].view(-1)[shard.start : shard.stop])
         self.publish()
 
     def publish(self) -> None:
