@@ -44,8 +44,8 @@ def rows(options: Options) -> Iterator[Row]:
         both = {name: partial(step, op, logits) for name, op in peers.items()}
         both |= {name: partial(step, partial(op, target=targets), logits) for name, op in liger("cross_entropy", options).items()}  # its own mean
         yield from compare("cross_entropy both, in place", setting, in_place, both, options, work=3 * size, unit="GB/s")
-        foretold = partial(step, partial(cross_entropy, targets=targets, inplace=True, expected_dloss=1 / tokens), logits)
-        yield from compare("cross_entropy both, foretold", setting, foretold, both, options, work=2 * size, unit="GB/s")
+        expected = partial(step, partial(cross_entropy, targets=targets, inplace=True, expected_dloss=1 / tokens), logits)
+        yield from compare("cross_entropy both, expected", setting, expected, both, options, work=2 * size, unit="GB/s")
 
 
 if __name__ == "__main__":

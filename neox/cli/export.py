@@ -89,11 +89,11 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
     """
     model_config = ModelConfig(**checkpoint.model_config)
     model = GPT(model_config, Mesh.single("meta"))
-    layouts = model.layouts()
-    checkpoint.check((name, "weight", layout.shape) for name, layout in layouts.items())
+    specs = model.shard_specs()
+    checkpoint.check((name, "weight", spec.shape) for name, spec in specs.items())
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in layouts:
+        for name in specs:
             yield name, checkpoint.tensor(name)
 
     to_huggingface(

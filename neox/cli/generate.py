@@ -267,5 +267,5 @@ def converse(session: Session) -> int:
         if line.strip() == "/reset":
             session.reset()
             continue
-        session.say(line, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+        session.respond(line, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
         print(flush=True)

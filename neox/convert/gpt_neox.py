@@ -25,7 +25,7 @@ from neox.convert.state import State, check_ranks, named_tensors
 from neox.errors import CheckpointError
 from neox.files import read_bytes
 from neox.model.positional import alibi_slopes
-from neox.model.stages import logical_shapes
+from neox.model.shapes import logical_shapes
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")

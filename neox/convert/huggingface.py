@@ -29,7 +29,7 @@ from neox.convert.tensor_files import TensorFiles, TensorFileWriter
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem
 from neox.model.gpt import GPT
-from neox.model.stages import logical_shapes
+from neox.model.shapes import logical_shapes
 
 MAX_SHARD_BYTES = 4 << 30
 LOGIT_TOLERANCE = 1e-4

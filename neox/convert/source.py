@@ -75,14 +75,14 @@ def save_weights(config: Config, weights: Mapping[str, Source], root: Path) -> P
         CheckpointError: parameters are missing, unknown or of another shape.
         DiskError: it cannot be written.
     """
-    layouts = GPT(config.model, Mesh.single("meta")).layouts()
-    wrong = sorted(layouts.keys() ^ weights.keys())
+    specs = GPT(config.model, Mesh.single("meta")).shard_specs()
+    wrong = sorted(specs.keys() ^ weights.keys())
     if wrong:
-        raise CheckpointError("weights do not fit the model", where=", ".join(wrong[:4]), got=f"{len(weights)} weights", want=f"{len(layouts)}")
+        raise CheckpointError("weights do not fit the model", where=", ".join(wrong[:4]), got=f"{len(weights)} weights", want=f"{len(specs)}")
     return save(
         root,
         step=0,
-        fragments=[deferred_fragment(name, Deferred(source.make, tuple(layouts[name].shape), source.dtype)) for name, source in weights.items()],
+        fragments=[deferred_fragment(name, Deferred(source.make, tuple(specs[name].shape), source.dtype)) for name, source in weights.items()],
         state={"step": 0, "weights_only": True},
         rng={},
         config_lock=dump(config),

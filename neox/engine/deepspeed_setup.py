@@ -23,7 +23,7 @@ from neox.engine.footprint import bucket_elements, effective_stage
 from neox.engine.mpu import MeshMPU
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
-from neox.parallel.waits import outlast
+from neox.parallel.wait_tracker import raise_group_timeouts
 
 # DeepSpeed keys that the config has under names of its own: key -> ours.
 OURS = {
@@ -177,5 +177,5 @@ def init_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.opt
     groups.mpu = grid  # else an engine without a grid would find that of the one before it in this process
     with contextlib.redirect_stdout(io.StringIO()), frozen_objects():  # it prints memory statistics whatever its log level
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False)
-    outlast(config.guard.hang_timeout)  # of the groups that it has made
+    raise_group_timeouts(config.guard.hang_timeout)  # of the groups that it has made
     return engine

@@ -15,13 +15,14 @@ import torch.distributed as dist
 
 from neox.checkpoint.peers import Peers
 from neox.errors import ReplicaDrift
-from neox.parallel.mesh import Layout, Mesh
+from neox.parallel.mesh import Mesh
+from neox.parallel.shard_spec import ShardSpec
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integers of that size
 SHOWN = 5
 SMALL = 1 << 16  # elements up to which tensors are joined before they are summed
 
-Named = Sequence[tuple[str, torch.nn.Parameter, Layout]]
+Named = Sequence[tuple[str, torch.nn.Parameter, ShardSpec]]
 
 
 @torch.no_grad()

@@ -36,8 +36,9 @@ from neox.engine.pipeline import OneForwardOneBackward, TiedExchange, hand_over
 from neox.errors import CheckpointError, NonFinite
 from neox.faults import NO_FAULTS, Faults
 from neox.model.adapters import HEAD, SCORE, is_added, is_trained
-from neox.parallel.mesh import Layout, Mesh
-from neox.parallel.waits import Waits
+from neox.parallel.mesh import Mesh
+from neox.parallel.shard_spec import ShardSpec
+from neox.parallel.wait_tracker import WaitTracker
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 NO_TARGETS = "no token of the global batch is a target: there is no loss"
@@ -123,10 +124,10 @@ class Engine:
         *,
         faults: Faults = NO_FAULTS,
         alive: Callable[[], None] | None = None,
-        waits: Waits | None = None,
+        waits: WaitTracker | None = None,
     ):
         self.faults = faults
-        self.waits = Waits() if waits is None else waits
+        self.waits = WaitTracker() if waits is None else waits
         self.alive = alive
         self.guard = Guard(config.guard)
         self.config = config
@@ -137,7 +138,7 @@ class Engine:
         self.step = 0
         self.updates = 0
         self.objective = build_objective(config.train)
-        layouts: dict[str, Layout] = model.layouts()
+        layouts: dict[str, ShardSpec] = model.shard_specs()
         held = [(name, p, layouts[name]) for name, p in model.named_parameters()]
         named = [row for row in held if row[1].requires_grad]
         self.named = named

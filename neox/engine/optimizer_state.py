@@ -17,9 +17,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from neox.checkpoint.load import Checkpoint
 from neox.checkpoint.reshard import Fragment
 from neox.engine.optimizer import counter
-from neox.parallel.mesh import Layout
+from neox.parallel.shard_spec import ShardSpec
 
-Named = Iterable[tuple[str, torch.nn.Parameter, Layout]]
+Named = Iterable[tuple[str, torch.nn.Parameter, ShardSpec]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ParameterShard:
     """
 
     name: str
-    layout: Layout
+    layout: ShardSpec
     flat: torch.Tensor
     offset: int
     start: int

@@ -16,7 +16,7 @@ import torch
 
 from neox.parallel.embedding import TiedCopy
 from neox.parallel.mesh import Mesh
-from neox.parallel.stages import swap
+from neox.parallel.p2p import send_recv
 
 
 class _Handover(torch.autograd.Function):
@@ -117,7 +117,7 @@ class OneForwardOneBackward:
             gradient = torch.empty(awaiting, dtype=self.dtype, device=mesh.device)
             incoming.append((gradient, stage + 1))
         if outgoing or incoming:
-            swap(mesh, outgoing, incoming)
+            send_recv(mesh, outgoing, incoming)
         return None if received is None else received.requires_grad_(), gradient
 
     @torch.no_grad()
@@ -164,20 +164,20 @@ class TiedExchange:
         if not self.last_backward:
             return gradient
         theirs = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
-        swap(self.mesh, [], [(theirs, self.mesh.pp - 1)])
+        send_recv(self.mesh, [], [(theirs, self.mesh.pp - 1)])
         return gradient + theirs.to(gradient.dtype)
 
     def send_gradient(self) -> None:
         """The last stage, after its last backward of a step."""
         if self.copy is not None:
-            swap(self.mesh, [(self.copy.take_gradient(), 0)], [])
+            send_recv(self.mesh, [(self.copy.take_gradient(), 0)], [])
 
     @torch.no_grad()
     def publish(self) -> None:
         """Bring the owner's weight to the copy."""
         if self.weight is not None:
-            swap(self.mesh, [(self.weight, self.mesh.pp - 1)], [])
+            send_recv(self.mesh, [(self.weight, self.mesh.pp - 1)], [])
         elif self.copy is not None:
             arrived = torch.empty_like(self.copy.weight, requires_grad=False)
-            swap(self.mesh, [], [(arrived, 0)])
+            send_recv(self.mesh, [], [(arrived, 0)])
             self.copy.weight.copy_(arrived)

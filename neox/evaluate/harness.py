@@ -101,7 +101,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             answers = [""] * len(requests)
-            for options, members in alike([request.args[1] for request in requests]):
+            for options, members in group_by_options([request.args[1] for request in requests]):
                 texts = continuations(model, tokenizer, [self.tok_encode(requests[i].args[0]) for i in members], options, batch_size)
                 for i, text in zip(members, texts, strict=True):
                     answers[i] = text
@@ -110,7 +110,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
     return NeoxModel()
 
 
-def alike(options: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[int]]]:
+def group_by_options(options: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[int]]]:
     """Each distinct set of options with the numbers of the requests that have it."""
     groups: dict[str, list[int]] = {}
     for i, each in enumerate(options):

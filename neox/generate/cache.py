@@ -45,12 +45,12 @@ class KVCache:
             self._keys[layer] = torch.empty(shape, dtype=k.dtype, device=k.device)
             self._values[layer] = torch.empty(shape, dtype=v.dtype, device=v.device)
         end = self.length + k.shape[1]
-        keys, values = self.room(layer, k.shape[1])
+        keys, values = self.buffers(layer, k.shape[1])
         keys.narrow(1, self.length, end - self.length).copy_(k)  # cheaper than indexing, and decoding does this for one token at a time
         values.narrow(1, self.length, end - self.length).copy_(v)
         return keys.narrow(1, 0, end), values.narrow(1, 0, end)
 
-    def room(self, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def buffers(self, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Buffers [b, capacity, g, d] of a layer that has been updated before, for `tokens` more to be written to `length` and on.
 
         Raises:

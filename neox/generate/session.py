@@ -36,7 +36,7 @@ class Session:
         """Forget everything said."""
         self.history = []
 
-    def say(self, text: str, write: Callable[[str], object]) -> str:
+    def respond(self, text: str, write: Callable[[str], object]) -> str:
         """Add a text to the history and continue it.
 
         Args:

@@ -20,8 +20,8 @@ from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.norm import RMSNorm
 from neox.model.positional import alibi_slopes
-from neox.ops.attention import Masks
-from neox.parallel.collectives import SEQUENCE, exchange
+from neox.ops.attention import MaskCache
+from neox.parallel.collectives import SEQUENCE, redistribute
 from neox.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from neox.parallel.mesh import Mesh, split_evenly
 from neox.parallel.rng import tensor_parallel_stream
@@ -38,14 +38,14 @@ class Context:
         cos, sin: rotary table rows, fp32 [s, r] or [b, s, r]; None without rotation.
         segment_ids: int32 [b, t] over the whole sequence, attention only between equal ids; None: no borders.
         cache: keys and values of earlier tokens (neox.generate.cache); None: none.
-        masks: full masks, where attention needs them: the first layer makes them, the others share them.
+        mask_cache: full masks, where attention needs them: the first layer makes them, the others share them.
     """
 
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     cache: Any = None
-    masks: Masks = field(default_factory=Masks)
+    mask_cache: MaskCache = field(default_factory=MaskCache)
 
 
 class Attention(nn.Module):
@@ -56,7 +56,10 @@ class Attention(nn.Module):
         heads, groups, self.head_dim = config.num_attention_heads, config.num_kv_heads, config.head_dim
         if heads % groups:
             raise ConfigError(
-                "query heads cannot be shared out", where=GROUPS, got=f"{heads} heads, {groups} kv heads", want="num_attention_heads a multiple of num_kv_heads"
+                "num_attention_heads is not a multiple of num_kv_heads",
+                where=GROUPS,
+                got=f"{heads} heads, {groups} kv heads",
+                want="num_attention_heads a multiple of num_kv_heads",
             )
         self.index = index
         self.mesh = mesh
@@ -117,7 +120,7 @@ class Attention(nn.Module):
         if self.alibi is not None and self.alibi.device != operands[0].device:
             self.alibi = self.alibi.to(operands[0].device)
         group = self.mesh.cp_group
-        operands = tuple(exchange(x, HEADS, SEQUENCE, group) for x in operands)
+        operands = tuple(redistribute(x, HEADS, SEQUENCE, group) for x in operands)
         with tensor_parallel_stream(self.mesh, operands[0].device, differs=dropout > 0):
             mixed = attention(
                 *operands,
@@ -128,6 +131,6 @@ class Attention(nn.Module):
                 softcap=self.softcap,
                 dropout_p=dropout,
                 backend=self.backend,
-                masks=context.masks,
+                mask_cache=context.mask_cache,
             )
-        return exchange(mixed, SEQUENCE, HEADS, group)
+        return redistribute(mixed, SEQUENCE, HEADS, group)

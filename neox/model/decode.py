@@ -52,7 +52,7 @@ class BlockDecoder:
     def __call__(self, stream: torch.Tensor, delta: torch.Tensor | None, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, delta) of the block before -> those of this block; the cache takes in the tokens."""
         cache = context.cache
-        keys, values = cache.room(self.index, stream.shape[1])
+        keys, values = cache.buffers(self.index, stream.shape[1])
         return decode_block(
             *(stream, delta, keys, values, cache.length, self.parameters),
             cos=context.cos,

@@ -16,15 +16,17 @@ from neox.model.attention import Context
 from neox.model.block import Block
 from neox.model.init import fill, initial_value
 from neox.model.norm import make_norm
+from neox.model.partition import partition_layers
 from neox.model.positional import PositionEmbedding, RotaryTable
-from neox.model.stages import flops_per_token, logical_shapes, num_parameters, partition_layers
-from neox.parallel.collectives import SEQUENCE, all_gather, gather_from, own_slice
+from neox.model.shapes import flops_per_token, logical_shapes, num_parameters
+from neox.parallel.collectives import SEQUENCE, all_gather, gather_from, local_slice
 from neox.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from neox.parallel.embedding import ScoreHead, TiedCopy, VocabParallelEmbedding, VocabParallelHead, project_to_vocabulary
 from neox.parallel.gradients import sum_partial_gradients
-from neox.parallel.mesh import Layout, Mesh
+from neox.parallel.mesh import Mesh
+from neox.parallel.p2p import broadcast_from_last_stage, recv_forward, send_forward
 from neox.parallel.rng import tensor_parallel_stream
-from neox.parallel.stages import broadcast_from_last, receive, send
+from neox.parallel.shard_spec import ShardSpec
 
 TIED = "embedding.word.weight"
 
@@ -47,7 +49,7 @@ class Embedding(nn.Module):
             length = x.shape[1]
             if self.mesh.sequence:
                 start += self.mesh.tp_rank * length
-                position_ids = None if position_ids is None else own_slice(position_ids, SEQUENCE, self.mesh.tp_group)
+                position_ids = None if position_ids is None else local_slice(position_ids, SEQUENCE, self.mesh.tp_group)
             x = x + self.position(start, length, position_ids)
         if not self.dropout or not self.training:
             return x
@@ -113,7 +115,7 @@ class GPT(nn.Module):
                 parameter.requires_grad_(is_trained(config, name))
         if mesh.device.type != "meta":
             self.initialize()
-            sum_partial_gradients(self, self.layouts(), mesh)
+            sum_partial_gradients(self, self.shard_specs(), mesh)
 
     def forward(
         self,
@@ -140,7 +142,7 @@ class GPT(nn.Module):
             DataError: token ids outside the vocabulary, or positions outside max_position_embeddings.
         """
         dtype = next(self.parameters()).dtype
-        received = receive((*tokens.shape, self.config.hidden_size), dtype, self.mesh)
+        received = recv_forward((*tokens.shape, self.config.hidden_size), dtype, self.mesh)
         hidden = self._hidden(tokens, segment_ids, position_ids, cache, received, checked)
         logits = None
         if self.config.output == "score":
@@ -149,9 +151,9 @@ class GPT(nn.Module):
         elif self.mesh.last_stage:
             logits = gather_from(self._logits(hidden), -1, self.mesh.tp_group)[..., : self.config.vocab_size]
         if not self.mesh.last_stage:
-            send(hidden, self.mesh)
+            send_forward(hidden, self.mesh)
         width = 1 if self.config.output == "score" else self.config.vocab_size
-        return broadcast_from_last(logits, (*tokens.shape, width), dtype, self.mesh)
+        return broadcast_from_last_stage(logits, (*tokens.shape, width), dtype, self.mesh)
 
     def loss(
         self,
@@ -194,11 +196,11 @@ class GPT(nn.Module):
         if self.config.output == "score":
             raise ConfigError("a reward model predicts no tokens", where="model.output", got="score", want="tokens")
         dtype = next(self.parameters()).dtype
-        out = self.loss(tokens, targets, received=receive(self.boundary_shape(tokens), dtype, self.mesh), checked=checked)
+        out = self.loss(tokens, targets, received=recv_forward(self.boundary_shape(tokens), dtype, self.mesh), checked=checked)
         if not self.mesh.last_stage:
-            send(out, self.mesh)
+            send_forward(out, self.mesh)
             out = None
-        return broadcast_from_last(out, (tokens.numel(),), torch.float32, self.mesh)
+        return broadcast_from_last_stage(out, (tokens.numel(),), torch.float32, self.mesh)
 
     def boundary_shape(self, tokens: torch.Tensor) -> tuple[int, int, int]:
         """Shape of what crosses from stage to stage for these tokens."""
@@ -271,12 +273,12 @@ class GPT(nn.Module):
             )
         return high + 1
 
-    def layouts(self) -> dict[str, Layout]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """The place of every parameter of this process within its logical tensor, by name."""
         found = {}
         for prefix, module in self.named_modules():
             for name, _ in module.named_parameters(recurse=False):
-                found[f"{prefix}.{name}"] = module.layouts[name]
+                found[f"{prefix}.{name}"] = module.shard_specs[name]
         return found
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -286,16 +288,16 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Set every parameter to its initial value, which depends on the seed and its name only."""
-        for name, parameter, layout in self._places():
-            fill(parameter, layout, initial_value(self.config, name, layout.shape, self.seed))
+        for name, parameter, spec in self._places():
+            fill(parameter, spec, initial_value(self.config, name, spec.shape, self.seed))
 
-    def _places(self) -> Iterator[tuple[str, torch.Tensor, Layout]]:
+    def _places(self) -> Iterator[tuple[str, torch.Tensor, ShardSpec]]:
         """Name, tensor and layout of all that holds weights here: the parameters, and the last stage's copy of a tied embedding."""
-        layouts = self.layouts()
+        specs = self.shard_specs()
         for name, parameter in self.named_parameters():
-            yield name, parameter, layouts[name]
+            yield name, parameter, specs[name]
         if self.tied is not None:
-            yield TIED, self.tied.weight, self.tied.layout
+            yield TIED, self.tied.weight, self.tied.spec
 
     def materialize(self, device: str | torch.device, *, initialize: bool = True) -> GPT:
         """Give a model built on "meta" its memory on `device`, with initial values unless weights are to be loaded; returns self."""
@@ -305,15 +307,15 @@ class GPT(nn.Module):
         self.mesh = replace(self.mesh, device=torch.device(device))
         if initialize:
             self.initialize()
-        sum_partial_gradients(self, self.layouts(), self.mesh)
+        sum_partial_gradients(self, self.shard_specs(), self.mesh)
         return self
 
     @torch.no_grad()
     def logical_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, logical tensor without padding) of every parameter of this stage; with tensor parallelism every member must iterate."""
-        layouts = self.layouts()
+        specs = self.shard_specs()
         for name, parameter in self.named_parameters():
-            yield name, _gather_logical(parameter.detach(), layouts[name], self.mesh)
+            yield name, _gather_logical(parameter.detach(), specs[name], self.mesh)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -324,7 +326,7 @@ class GPT(nn.Module):
         """
         shapes = logical_shapes(self.config)
         missing = dict(shapes)
-        places = {name: (tensor, layout) for name, tensor, layout in self._places()}
+        places = {name: (tensor, spec) for name, tensor, spec in self._places()}
         for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
             if missing.pop(name, None) is None:
                 why = "given twice" if name in shapes else "no such parameter"
@@ -332,8 +334,8 @@ class GPT(nn.Module):
             if tuple(tensor.shape) != shapes[name]:
                 raise CheckpointError("weight has another shape", where=name, got=tuple(tensor.shape), want=shapes[name])
             if name in places:
-                target, layout = places[name]
-                fill(target, layout, tensor)
+                target, spec = places[name]
+                fill(target, spec, tensor)
         if missing:
             raise CheckpointError("weights are missing", where=", ".join(sorted(missing)[:4]), got=f"{len(shapes) - len(missing)} of {len(shapes)}")
 
@@ -342,12 +344,12 @@ class GPT(nn.Module):
         return num_parameters(self.config)
 
     def flops_per_token(self, seq_length: int) -> int:
-        """FLOPs of forward and backward of the logical model per token (`neox.model.stages.flops_per_token`)."""
+        """FLOPs of forward and backward of the logical model per token (`neox.model.shapes.flops_per_token`)."""
         return flops_per_token(self.config, seq_length)
 
 
-def _gather_logical(parameter: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
+def _gather_logical(parameter: torch.Tensor, spec: ShardSpec, mesh: Mesh) -> torch.Tensor:
     """The logical tensor of a parameter that may be cut along one dimension over the tensor group."""
-    if mesh.tp_group is not None and layout.dim is not None:
-        parameter = all_gather(parameter, layout.dim, mesh.tp_group)
-    return parameter[: layout.shape[0]]
+    if mesh.tp_group is not None and spec.dim is not None:
+        parameter = all_gather(parameter, spec.dim, mesh.tp_group)
+    return parameter[: spec.shape[0]]

@@ -11,8 +11,8 @@ import math
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.parallel.mesh import Layout
 from neox.parallel.rng import derive_seed
+from neox.parallel.shard_spec import ShardSpec
 
 RESIDUAL_OUTPUTS = (".attention.out.weight", ".mlp.down.weight")
 
@@ -52,8 +52,8 @@ def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: 
 
 
 @torch.no_grad()
-def fill(parameter: torch.Tensor, layout: Layout, logical: torch.Tensor) -> None:
+def fill(parameter: torch.Tensor, spec: ShardSpec, logical: torch.Tensor) -> None:
     """Copy this process's slice of a logical tensor into a parameter; rows of padding become zero."""
-    real = layout.unpad(parameter)
-    real.copy_(layout.take(logical))
+    real = spec.unpad(parameter)
+    real.copy_(spec.take(logical))
     parameter[real.shape[0] :] = 0

@@ -11,7 +11,8 @@ from torch import nn
 
 from neox import ops
 from neox.config.schema import ModelConfig
-from neox.parallel.mesh import Layout, Mesh
+from neox.parallel.mesh import Mesh
+from neox.parallel.shard_spec import ShardSpec
 
 
 class LayerNorm(nn.Module):
@@ -22,7 +23,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
         self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.whole(size, partial=mesh.sequence), "bias": Layout.whole(size, partial=mesh.sequence)}
+        self.shard_specs = {"weight": ShardSpec.replicated(size, partial=mesh.sequence), "bias": ShardSpec.replicated(size, partial=mesh.sequence)}
 
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
@@ -41,7 +42,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.whole(size, partial=mesh.tp > 1 and (inside or mesh.sequence))}
+        self.shard_specs = {"weight": ShardSpec.replicated(size, partial=mesh.tp > 1 and (inside or mesh.sequence))}
 
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""

@@ -12,7 +12,8 @@ from torch import nn
 from neox import ops
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
-from neox.parallel.mesh import Layout, Mesh
+from neox.parallel.mesh import Mesh
+from neox.parallel.shard_spec import ShardSpec
 
 
 class RotaryTable:
@@ -71,7 +72,7 @@ class PositionEmbedding(nn.Module):
     def __init__(self, positions: int, hidden_size: int, mesh: Mesh, *, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(positions, hidden_size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.whole(positions, hidden_size, partial=mesh.sequence)}
+        self.shard_specs = {"weight": ShardSpec.replicated(positions, hidden_size, partial=mesh.sequence)}
 
     def forward(self, start: int, length: int, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Rows start .. start + length - 1 ([s, h]), or those of position_ids ([b, s, h])."""

@@ -38,7 +38,7 @@ def attention(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
-    masks: Masks | None = None,
+    mask_cache: MaskCache | None = None,
 ) -> torch.Tensor:
     """softmax(mask(softcap(scale q k^T) + alibi)) v, differentiable in q, k and v.
 
@@ -57,7 +57,7 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap) before the bias and the masks.
         dropout_p: probability of zeroing an attention weight, the others are divided by 1 - p; the mask is Philox's, from torch's CPU generator.
         backend: "native" for our kernel, "sdpa" for torch's scaled_dot_product_attention, "auto" for the faster by the table in this file.
-        masks: where sdpa's full masks are kept for the other layers of a forward pass; None: each call makes its own.
+        mask_cache: where sdpa's full masks are kept for the other layers of a forward pass; None: each call makes its own.
 
     Returns:
         [b, s, n, d], contiguous, dtype of q.
@@ -67,8 +67,8 @@ def attention(
     """
     check_options(window, softcap, alibi_slopes)
     if choose_backend(backend, q.device.type, q.dtype, softcap) == "sdpa":
-        rules = Rules(causal, window, segment_ids, alibi_slopes)
-        return sdpa_attention(q, k, v, rules, scale=scale, dropout_p=dropout_p, masks=masks)
+        spec = MaskSpec(causal, window, segment_ids, alibi_slopes)
+        return sdpa_attention(q, k, v, spec, scale=scale, dropout_p=dropout_p, mask_cache=mask_cache)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     check_fits(q, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
@@ -86,13 +86,13 @@ def attention_qkv(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
-    masks: Masks | None = None,
+    mask_cache: MaskCache | None = None,
 ) -> torch.Tensor:
     """Attention on the output of a fused projection, read in place; the backward writes one gradient of the same layout.
 
     Args:
         qkv: [b, s, g, m + 2, d]: per kv head the m = n / g query heads that share it, then its key, then its value.
-        causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend, masks: as in `attention`.
+        causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend, mask_cache: as in `attention`.
 
     Returns:
         [b, s, n, d], contiguous, dtype of qkv.
@@ -103,8 +103,8 @@ def attention_qkv(
     check_options(window, softcap, alibi_slopes)
     if choose_backend(backend, qkv.device.type, qkv.dtype, softcap) == "sdpa":
         q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)  # in the backward one write of dqkv; slices would each write a dqkv of zeros and add it
-        rules = Rules(causal, window, segment_ids, alibi_slopes)
-        return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), rules, scale=scale, dropout_p=dropout_p, masks=masks)
+        spec = MaskSpec(causal, window, segment_ids, alibi_slopes)
+        return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), spec, scale=scale, dropout_p=dropout_p, mask_cache=mask_cache)
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
     check_fits(qkv, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
@@ -112,7 +112,7 @@ def attention_qkv(
 
 
 def check_options(window: int | None, softcap: float | None, alibi_slopes: torch.Tensor | None) -> None:
-    """The rules the kernel cannot see, where None has become a number.
+    """The spec the kernel cannot see, where None has become a number.
 
     Raises:
         ValueError: a window below 1, a softcap that is not positive, or slopes that ask for a gradient.
@@ -208,7 +208,7 @@ def visible_keys(s: int, t: int, causal: bool, window: int | None, segment_ids: 
 
 
 @dataclass(frozen=True)
-class Rules:
+class MaskSpec:
     """What queries see, as in `attention`."""
 
     causal: bool
@@ -230,7 +230,7 @@ class Rules:
         return mask
 
 
-class Masks:
+class MaskCache:
     """The full masks of one forward pass of one model, whose layers have the same documents and slopes: made by the first layer, held once.
 
     Layers of other windows have masks of their own. Make a new object for each forward pass; recomputation in the backward is part of it.
@@ -239,24 +239,24 @@ class Masks:
     def __init__(self):
         self._made: dict[tuple[object, ...], torch.Tensor | None] = {}
 
-    def get(self, rules: Rules, q: torch.Tensor, t: int) -> torch.Tensor | None:
-        """`Rules.mask`, made once for each window, length, dtype and device."""
-        key = (rules.causal, rules.window, rules.segment_ids is None, rules.alibi_slopes is None, q.shape[:2], t, q.dtype, q.device)
+    def get(self, spec: MaskSpec, q: torch.Tensor, t: int) -> torch.Tensor | None:
+        """`MaskSpec.mask`, made once for each window, length, dtype and device."""
+        key = (spec.causal, spec.window, spec.segment_ids is None, spec.alibi_slopes is None, q.shape[:2], t, q.dtype, q.device)
         if key not in self._made:
-            self._made[key] = rules.mask(q, t)
+            self._made[key] = spec.mask(q, t)
         return self._made[key]
 
 
 def sdpa_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, *, scale: float | None, dropout_p: float, masks: Masks | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: MaskSpec, *, scale: float | None, dropout_p: float, mask_cache: MaskCache | None
 ) -> torch.Tensor:
     """The same through torch.nn.functional.scaled_dot_product_attention, which takes every mask but the plain causal one in full, O(s t).
 
     Raises:
         ValueError: a window without causal.
     """
-    window, segment_ids = rules.window, rules.segment_ids
-    if window is not None and not rules.causal:
+    window, segment_ids = spec.window, spec.segment_ids
+    if window is not None and not spec.causal:
         raise ValueError(f"attention: window needs causal=True; got {window}")
     s, t = q.shape[1], k.shape[1]
     if s == 1 and window is not None and window < t:  # a last query sees the last keys, all of them: no mask
@@ -264,21 +264,21 @@ def sdpa_attention(
         segment_ids = None if segment_ids is None else segment_ids[:, -window:]
         t = window
     window = None if window is not None and window >= t else window
-    rules = replace(rules, window=window, segment_ids=segment_ids)
-    plain = (s == t or s == 1) and window is None and segment_ids is None and rules.alibi_slopes is None
+    spec = replace(spec, window=window, segment_ids=segment_ids)
+    plain = (s == t or s == 1) and window is None and segment_ids is None and spec.alibi_slopes is None
     if plain:
         mask = None
-    elif masks is None or torch.compiler.is_compiling():
-        mask = rules.mask(q, t)
+    elif mask_cache is None or torch.compiler.is_compiling():
+        mask = spec.mask(q, t)
     else:
-        mask = masks.get(rules, q, t)
+        mask = mask_cache.get(spec, q, t)
     out = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout_p,
-        is_causal=plain and rules.causal and s > 1,
+        is_causal=plain and spec.causal and s > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

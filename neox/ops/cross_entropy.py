@@ -55,17 +55,17 @@ def cross_entropy(
         raise ValueError("cross_entropy: expected_dloss needs inplace=True: the gradient is left in the logits")
     ranks = 1 if group is None else group.size()
     columns = (*_columns_of_rank(logits.shape[1], vocab_size, group), ignore_index)
-    foretold = expected_dloss if ranks == 1 and logits.requires_grad and torch.is_grad_enabled() else None
-    if foretold is not None:
-        statistics = native.cross_entropy_fused_(logits.detach(), targets, *columns, z_loss, label_smoothing, foretold)
+    expected = expected_dloss if ranks == 1 and logits.requires_grad and torch.is_grad_enabled() else None
+    if expected is not None:
+        statistics = native.cross_entropy_fused_(logits.detach(), targets, *columns, z_loss, label_smoothing, expected)
     else:
         statistics = native.cross_entropy_statistics(logits.detach(), targets, *columns, label_smoothing > 0)
     if ranks > 1:
         statistics = _combine(statistics, group)
-    loss = native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace, foretold)
+    loss = native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace, expected)
     # Whoever else saved the logits gets torch's error. Only now: logits that are a view of a newer version are given another place in the
     # graph, by as_strided, whose backward makes a second buffer of their size. While compiling, what was traced keeps account of it.
-    if foretold is not None and not torch.compiler.is_compiling():
+    if expected is not None and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(logits)
     return loss
 
@@ -96,7 +96,7 @@ def _(logits, targets, first_column, num_columns, vocab_size, ignore_index, need
 
 
 @torch.library.register_fake("neox::cross_entropy")
-def _(logits, targets, statistics, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing, inplace, made_for):
+def _(logits, targets, statistics, first_column, num_columns, vocab_size, ignore_index, z_loss, label_smoothing, inplace, expected_dloss):
     return statistics.new_empty([targets.shape[0]])
 
 
@@ -116,24 +116,24 @@ def _(logits, targets, first_column, num_columns, vocab_size, ignore_index, z_lo
 
 
 @torch.library.register_fake("neox::cross_entropy_rescale_")
-def _(dlogits, dloss, made_for):
+def _(dlogits, dloss, expected_dloss):
     return None
 
 
 def _save(ctx, inputs, output):
-    logits, targets, statistics, *ctx.options, ctx.inplace, ctx.made_for = inputs
+    logits, targets, statistics, *ctx.options, ctx.inplace, ctx.expected_dloss = inputs
     # A gradient that is there already is kept under a version of its own, which the news that the logits are gone does not touch.
-    ctx.save_for_backward(logits if ctx.made_for is None else logits.data, targets, statistics)
+    ctx.save_for_backward(logits if ctx.expected_dloss is None else logits.data, targets, statistics)
 
 
 def _backward(ctx, dloss):
     logits, targets, statistics = ctx.saved_tensors
     if ctx.inplace:
         dlogits = logits.detach()
-        if ctx.made_for is None:
+        if ctx.expected_dloss is None:
             native.cross_entropy_backward_(dlogits, dloss, targets, statistics, *ctx.options)
         else:
-            native.cross_entropy_rescale_(dlogits, dloss, ctx.made_for)
+            native.cross_entropy_rescale_(dlogits, dloss, ctx.expected_dloss)
         torch.autograd.graph.increment_version(dlogits)  # the logits are gone: a second backward must fail
     else:
         dlogits = native.cross_entropy_backward(dloss, logits, targets, statistics, *ctx.options)

@@ -31,7 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if x.device.type == "cpu":
         if x.dtype in (torch.float32, torch.bfloat16) and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled():
             return native.linear_few_rows(x, weight, bias)
-        if x.dtype == torch.bfloat16 and WIDENS:
+        if x.dtype == torch.bfloat16 and UPCASTS_BF16:
             return native.linear_bf16(x, weight, bias)
     if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"linear: weight must be [out, in] with in = x's channels; got x {list(x.shape)}, weight {list(weight.shape)}")
@@ -42,7 +42,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def linear_input_gradient(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dx = dy W: [..., out], [out, in] -> [..., in]. For layers that overlap it with communication; others leave it to autograd."""
-    if dy.dtype == torch.bfloat16 and WIDENS and dy.device.type == "cpu":
+    if dy.dtype == torch.bfloat16 and UPCASTS_BF16 and dy.device.type == "cpu":
         like_x = dy.new_empty((*dy.shape[:-1], weight.shape[1]))  # only its shape is used
         return native.linear_bf16_backward(dy, like_x, weight, True, False, False)[0]
     return dy @ weight
@@ -52,7 +52,7 @@ def linear_weight_gradient(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_dweight: bool = True, need_dbias: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dW = dy^T x [out, in] and db = sum dy [out], over all rows of dy [..., out] and x [..., in]; None for what is not needed."""
-    if dy.dtype == torch.bfloat16 and WIDENS and dy.device.type == "cpu":
+    if dy.dtype == torch.bfloat16 and UPCASTS_BF16 and dy.device.type == "cpu":
         _, dweight, dbias = native.linear_bf16_backward(dy, x, weight, False, need_dweight, need_dbias)
         return dweight if need_dweight else None, dbias if need_dbias else None
     rows = dy.reshape(-1, dy.shape[-1])
@@ -60,7 +60,7 @@ def linear_weight_gradient(
     return dweight, rows.sum(0) if need_dbias else None
 
 
-def widens(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]:
+def upcasts_bf16(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]:
     """Whether bfloat16 products run as fp32 products of widened operands, and why.
 
     Decided by what the CPU is, not by a clock, so that every run on a machine gives the same bits.
@@ -90,7 +90,7 @@ def cpu_vendor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-WIDENS, LINEAR_BACKEND = widens(cpu_flags(), cpu_vendor(), platform.machine())
+UPCASTS_BF16, LINEAR_BACKEND = upcasts_bf16(cpu_flags(), cpu_vendor(), platform.machine())
 
 
 @torch.library.register_fake("neox::linear_few_rows")

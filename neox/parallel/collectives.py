@@ -72,7 +72,7 @@ def all_to_all(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup)
     return out.movedim(0, join).flatten(join, join + 1)
 
 
-def own_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def local_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """This member's share of a dimension, in new memory."""
     return x.chunk(dist.get_world_size(group), dim=dim)[dist.get_rank(group)].contiguous()
 
@@ -106,7 +106,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return own_slice(dy, ctx.dim, ctx.group), None, None
+        return local_slice(dy, ctx.dim, ctx.group), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -151,6 +151,6 @@ def reduce_scatter_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | No
     return x if group is None else _ReduceScatter.apply(x, dim, group)
 
 
-def exchange(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+def redistribute(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Forward: `all_to_all`. Backward: the way back."""
     return x if group is None else _AllToAll.apply(x, split, join, group)

@@ -8,7 +8,8 @@ from torch import nn
 
 from neox.parallel.collectives import SEQUENCE, gather_from
 from neox.parallel.linear import column_products, reduce_partial
-from neox.parallel.mesh import Layout, Mesh, split_evenly
+from neox.parallel.mesh import Mesh, split_evenly
+from neox.parallel.shard_spec import ShardSpec
 
 
 class VocabParallelWeight(nn.Module):
@@ -20,7 +21,7 @@ class VocabParallelWeight(nn.Module):
         self.vocab_size = vocab_size
         self.low, self.high = split_evenly(padded_vocab_size, mesh, "the padded vocabulary")
         self.weight = nn.Parameter(torch.empty(self.high - self.low, hidden_size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.cut((vocab_size, hidden_size), 0, self.low, self.high)}
+        self.shard_specs = {"weight": ShardSpec.sharded((vocab_size, hidden_size), 0, self.low, self.high)}
 
 
 class VocabParallelEmbedding(VocabParallelWeight):
@@ -50,7 +51,7 @@ class ScoreHead(nn.Module):
         super().__init__()
         self.mesh = mesh
         self.weight = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.whole(1, hidden_size, partial=mesh.sequence)}
+        self.shard_specs = {"weight": ShardSpec.replicated(1, hidden_size, partial=mesh.sequence)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, s, h], or the own [b, s/tp, h] with sequence parallelism -> fp32 [b, s, 1]."""
@@ -66,13 +67,13 @@ class TiedCopy:
 
     Attributes:
         weight: [v_padded/tp, h], leaf that requires a gradient.
-        layout: of the weight.
+        spec: of the weight.
         gradient: fp32 sum over the micro-batches since it was taken last; None: nothing yet.
     """
 
     def __init__(self, vocab_size: int, padded_vocab_size: int, hidden_size: int, mesh: Mesh, *, dtype: torch.dtype):
         low, high = split_evenly(padded_vocab_size, mesh, "the padded vocabulary")
-        self.layout = Layout.cut((vocab_size, hidden_size), 0, low, high)
+        self.spec = ShardSpec.sharded((vocab_size, hidden_size), 0, low, high)
         self.mesh = mesh
         self.gradient: torch.Tensor | None = None
         self.weight = torch.empty(0)

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from neox.parallel.collectives import all_reduce
-from neox.parallel.mesh import Layout, Mesh
+from neox.parallel.mesh import Mesh
+from neox.parallel.shard_spec import ShardSpec
 
 
-def sum_partial_gradients(module: nn.Module, layouts: Mapping[str, Layout], mesh: Mesh) -> None:
+def sum_partial_gradients(module: nn.Module, specs: Mapping[str, ShardSpec], mesh: Mesh) -> None:
     """Make the backward sum the gradients of parameters whose layout says `partial` over the tensor group.
 
     Norm weights and biases under sequence parallelism (each member sees its part of the sequence) and per-head norms (each member
@@ -22,7 +23,7 @@ def sum_partial_gradients(module: nn.Module, layouts: Mapping[str, Layout], mesh
     if mesh.tp_group is None:
         return
     for name, parameter in module.named_parameters():
-        if layouts[name].partial and parameter.requires_grad:
+        if specs[name].partial and parameter.requires_grad:
             parameter.register_hook(_Sum(mesh.tp_group))
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from neox import ops
 from neox.ops.linear import linear_input_gradient, linear_weight_gradient
 from neox.parallel.collectives import SEQUENCE, all_gather, reduce_from, reduce_scatter_from, start_all_gather, start_all_reduce, start_reduce_scatter
-from neox.parallel.mesh import Layout, Mesh, split_evenly
+from neox.parallel.mesh import Mesh, split_evenly
+from neox.parallel.shard_spec import ShardSpec
 
 
 class _ColumnProducts(torch.autograd.Function):
@@ -80,7 +81,7 @@ class AdaptableLinear(nn.Module):
 
     weight: nn.Parameter
     mesh: Mesh
-    layouts: dict[str, Layout]
+    shard_specs: dict[str, ShardSpec]
 
     def __init__(self):
         super().__init__()
@@ -90,7 +91,7 @@ class AdaptableLinear(nn.Module):
 
     def adapt(self, rank: int, scale: float) -> None:
         """Add A [rank, i] and B [o, rank], cut as W is; their values are not set."""
-        place, device, dtype = self.layouts["weight"], self.weight.device, self.weight.dtype
+        place, device, dtype = self.shard_specs["weight"], self.weight.device, self.weight.dtype
         rows, columns = self.weight.shape
         self.scale = scale
         self.lora_a = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=device))
@@ -98,8 +99,8 @@ class AdaptableLinear(nn.Module):
         by_rows = place.dim == 0
         a, b = (rank, place.shape[1]), (place.shape[0], rank)
         # The factor that is not cut sees a part of W's gradient on each member: `partial`.
-        self.layouts["lora_a"] = Layout.whole(*a, partial=True) if by_rows else Layout.cut(a, 1, *place.slices[1])
-        self.layouts["lora_b"] = Layout.cut(b, 0, *place.slices[0]) if by_rows else Layout.whole(*b, partial=True)
+        self.shard_specs["lora_a"] = ShardSpec.replicated(*a, partial=True) if by_rows else ShardSpec.sharded(a, 1, *place.slices[1])
+        self.shard_specs["lora_b"] = ShardSpec.sharded(b, 0, *place.slices[0]) if by_rows else ShardSpec.replicated(*b, partial=True)
 
     def matrix(self) -> torch.Tensor:
         """W [o, i], with the adapter's product where there is one."""
@@ -126,11 +127,11 @@ class ColumnParallelLinear(AdaptableLinear):
         self.mesh = mesh
         low, high = (unit * (out_features // units) for unit in split_evenly(units, mesh, what))
         self.weight = nn.Parameter(torch.empty(high - low, in_features, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.cut((out_features, in_features), 0, low, high)}
+        self.shard_specs = {"weight": ShardSpec.sharded((out_features, in_features), 0, low, high)}
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(high - low, dtype=dtype, device=mesh.device))
-            self.layouts["bias"] = Layout.cut((out_features,), 0, low, high)
+            self.shard_specs["bias"] = ShardSpec.sharded((out_features,), 0, low, high)
 
     def forward(self, x: torch.Tensor, add_bias: bool = True) -> torch.Tensor:
         """[..., i] -> [..., o/tp]; without the bias where the activation that follows fuses it."""
@@ -145,11 +146,11 @@ class RowParallelLinear(AdaptableLinear):
         self.mesh = mesh
         low, high = (unit * (in_features // units) for unit in split_evenly(units, mesh, what))
         self.weight = nn.Parameter(torch.empty(out_features, high - low, dtype=dtype, device=mesh.device))
-        self.layouts = {"weight": Layout.cut((out_features, in_features), 1, low, high)}
+        self.shard_specs = {"weight": ShardSpec.sharded((out_features, in_features), 1, low, high)}
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=mesh.device))
-            self.layouts["bias"] = Layout.whole(out_features, partial=mesh.sequence)
+            self.shard_specs["bias"] = ShardSpec.replicated(out_features, partial=mesh.sequence)
 
     def forward(self, x: torch.Tensor, partial: bool = False) -> torch.Tensor:
         """[..., i/tp] -> [..., o], summed over the group; the bias is added once, after the sum.

@@ -10,7 +10,7 @@ from neox.config.problems import raise_problems
 from neox.config.schema import Config
 from neox.config.validate import problem
 from neox.errors import ConfigError
-from neox.model.stages import num_parameters
+from neox.model.shapes import num_parameters
 from neox.plan.communication import traffic
 from neox.plan.devices import Device
 from neox.plan.fit import Change, Estimate, changes, conflicts, estimate

@@ -9,7 +9,8 @@ from functools import cache, cached_property
 from neox.config.schema import Config, ModelConfig
 from neox.config.validate import BatchSizes, batch_sizes
 from neox.engine.footprint import optimizer_state_keys
-from neox.model.stages import logical_shapes, partition_layers
+from neox.model.partition import partition_layers
+from neox.model.shapes import logical_shapes
 
 # Dimension along which a parameter of a block is cut over the tensor group; the others are whole on every member.
 CUT = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from neox.config.schema import Config
 from neox.engine.footprint import effective_stage
-from neox.model.stages import block_parameters, flops_per_token
+from neox.model.shapes import block_parameters, flops_per_token
 from neox.plan.communication import traffic
 from neox.plan.devices import Device
 from neox.plan.memory import Memory

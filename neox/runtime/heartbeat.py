@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from neox.parallel.waits import Waits
+from neox.parallel.wait_tracker import WaitTracker
 
 
 class Heartbeat:
@@ -21,7 +21,7 @@ class Heartbeat:
         self.step = 0
         self.phase = "start"
         self.watched = False
-        self.waits = Waits()
+        self.waits = WaitTracker()
 
     def __call__(self, phase: str, step: int | None = None) -> None:
         """A sign of life."""

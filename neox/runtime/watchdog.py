@@ -40,7 +40,7 @@ FAREWELL = 5.0  # seconds that a failed process waits for the others to learn of
 GRACE = 3.0  # seconds that a process which waits in a collective leaves to the others to find the stuck one
 ERROR, SEEN = "error", "seen"
 LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.launch", "torchrun", "deepspeed")
-COLLECTIVES = ("neox.parallel.collectives", "neox.parallel.stages")
+COLLECTIVES = ("neox.parallel.collectives", "neox.parallel.p2p")
 
 
 class Watchdog:
@@ -113,7 +113,7 @@ class Watchdog:
         self.check_neighbour((self.rank + 1) % self.world_size)
         self.check_launchers()
         if self.limit and self.heartbeat.watched and still > self.limit:
-            waiting = self.heartbeat.waits.inside or in_collective()
+            waiting = self.heartbeat.waits.waiting or in_collective()
             if not waiting or still > self.limit + GRACE:
                 what = "all processes wait for each other" if waiting else "a process makes no progress"
                 self.report_peer(self.stuck(self.me, what, self.heartbeat.step, self.heartbeat.phase))
@@ -400,7 +400,7 @@ def stack_of(frame: Any) -> list[tuple[str, str]]:
 
 
 def waits(stack: list[tuple[str, str]]) -> bool:
-    """Whether a stack is in a collective or waits for one that was started before. Reads of its result are marked (neox.parallel.waits)."""
+    """Whether a stack is in a collective or waits for one that was started before. Reads of its result are marked (neox.parallel.wait_tracker)."""
     if any(module.startswith("torch.distributed") or module in COLLECTIVES for module, _ in stack):
         return True
     return bool(stack) and stack[0][1] in ("wait", "synchronize") and stack[0][0].startswith(("torch", "deepspeed"))

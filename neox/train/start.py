@@ -16,7 +16,7 @@ from neox.config.schema import Config
 from neox.errors import NeoxError
 from neox.faults import NO_FAULTS, Faults
 from neox.parallel.mesh import Mesh
-from neox.parallel.waits import outlast
+from neox.parallel.wait_tracker import raise_group_timeouts
 from neox.runtime.consistency import check_consistency, fingerprint_run
 from neox.runtime.distributed import form_process_group
 from neox.runtime.heartbeat import Heartbeat
@@ -52,7 +52,7 @@ def start(config: Config, launch: LaunchInfo, device: str, *, signals: StopSigna
     watchdog = connect(launch, "" if attempt is None else attempt.token, limit=limit, heartbeat=heartbeat)
     try:
         mesh = form_process_group(config.parallel, launch, device, attempt)
-        outlast(limit)
+        raise_group_timeouts(limit)
         watchdog.handshake()
         faults("joined")
         if launch.world_size > 1:

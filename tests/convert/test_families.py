@@ -59,7 +59,7 @@ def test_rules_cover_exactly_the_parameters(groups):
         LLAMA | {"qkv_bias": True},
     ):
         model = config(**options)
-        assert family_for(model).rules(model).keys() == GPT(model, Mesh.single("meta")).layouts().keys()
+        assert family_for(model).rules(model).keys() == GPT(model, Mesh.single("meta")).shard_specs().keys()
 
 
 def test_qkv_rows_are_grouped_by_key_head():

@@ -30,7 +30,7 @@ MODELS = {
 def make(kind: str) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     config = ModelConfig(**(SIZES | MODELS[kind]))
     generator = torch.Generator().manual_seed(5)
-    layouts = GPT(config, Mesh.single("meta")).layouts()
+    layouts = GPT(config, Mesh.single("meta")).shard_specs()
     return config, {name: torch.randn(layout.shape, generator=generator).half() for name, layout in layouts.items()}
 
 

@@ -70,7 +70,7 @@ def test_gradients_equal_transformers(name):
         parameter.data = parameter.grad  # so that the weight mapping carries the gradients over
     gpt.loss(ids, targets).sum().backward()
     _, want = from_huggingface(model)
-    got = {name: layout.unpad(parameter.grad) for (name, parameter), layout in zip(gpt.named_parameters(), gpt.layouts().values(), strict=True)}
+    got = {name: layout.unpad(parameter.grad) for (name, parameter), layout in zip(gpt.named_parameters(), gpt.shard_specs().values(), strict=True)}
     assert got.keys() == want.keys()
     for key, gradient in got.items():
         scale = want[key].abs().max().item()

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox.engine.drift import SMALL, check_replicas, checksum, checksums, replicated
 from neox.errors import ReplicaDrift
-from neox.parallel.mesh import Layout, Mesh, create_mesh
+from neox.parallel.mesh import Mesh, create_mesh
+from neox.parallel.shard_spec import ShardSpec
 from tests.distributed import run_ranks
 
 
@@ -53,7 +54,7 @@ def test_small_tensors_of_one_size_are_summed_in_one_launch():
 
 
 def test_alone_there_is_nothing_to_compare():
-    named = [("a", torch.nn.Parameter(torch.ones(3)), Layout.whole(3))]
+    named = [("a", torch.nn.Parameter(torch.ones(3)), ShardSpec.replicated(3))]
     assert replicated(named, Mesh.single()) == []
     check_replicas(named, Mesh.single(), 1)
 
@@ -66,8 +67,8 @@ def drift_on(out: str) -> None:
     for name, (tensor, ranks) in CASES.items():
         generator = torch.Generator().manual_seed(mesh.tp_rank)
         named = [
-            ("norm", torch.nn.Parameter(torch.ones(5)), Layout.whole(5)),
-            ("matrix", torch.nn.Parameter(torch.randn(4, 3, generator=generator)), Layout.cut((8, 3), 0, 4 * mesh.tp_rank, 4 * mesh.tp_rank + 4)),
+            ("norm", torch.nn.Parameter(torch.ones(5)), ShardSpec.replicated(5)),
+            ("matrix", torch.nn.Parameter(torch.randn(4, 3, generator=generator)), ShardSpec.sharded((8, 3), 0, 4 * mesh.tp_rank, 4 * mesh.tp_rank + 4)),
         ]
         if mesh.rank in ranks:
             {key: p for key, p, _ in named}[tensor].data.view(torch.int32).view(-1)[1] ^= 1

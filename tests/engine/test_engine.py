@@ -95,9 +95,9 @@ def test_the_gradient_of_every_loss_is_the_one_that_the_model_was_told(dtype, st
     """To the bit: cross_entropy leaves that gradient in the logits and has to work again for any other."""
     engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": dtype}), Mesh.single(), 2)
     run(engine, 2, 3)
-    assert len(engine.model.foretold) == 6
-    for foretold, dloss in engine.model.foretold:
-        assert (dloss == torch.tensor(foretold, dtype=torch.float32)).all(), (foretold, dloss)
+    assert len(engine.model.expected_dloss) == 6
+    for expected_dloss, dloss in engine.model.expected_dloss:
+        assert (dloss == torch.tensor(expected_dloss, dtype=torch.float32)).all(), (expected_dloss, dloss)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -24,7 +24,7 @@ from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from neox.parallel.waits import Waits
+from neox.parallel.wait_tracker import WaitTracker
 from tests.engine.toy import make_config, make_engine, micro_batches
 from tests.model.test_gpt import FORMS, SIZES, build
 
@@ -35,17 +35,17 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 class HostReads(TorchDispatchMode):
     """Counts the operators that make the host wait for the device, by the function of ours that calls them."""
 
-    def __init__(self, waits: Waits | None = None) -> None:
+    def __init__(self, waits: WaitTracker | None = None) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
         self.marked: Counter[str] = Counter()  # of those, the ones where `waits` says that the process waits for others
-        self.waits = Waits() if waits is None else waits
+        self.waits = WaitTracker() if waits is None else waits
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in READS:
             ours = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
             self.seen[ours[-1] if ours else "test"] += 1
-            self.marked[ours[-1] if ours else "test"] += self.waits.inside
+            self.marked[ours[-1] if ours else "test"] += self.waits.waiting
         return function(*args, **(kwargs or {}))
 
 
@@ -144,4 +144,4 @@ def test_every_read_of_the_device_is_marked_as_waiting_for_others(stage):
         engine.evaluate(batches)
     on_the_cpu = Counter(count=reads.seen["count"])
     assert reads.marked == reads.seen - on_the_cpu
-    assert not engine.waits.inside
+    assert not engine.waits.waiting

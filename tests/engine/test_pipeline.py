@@ -22,7 +22,7 @@ class Wires:
     def __init__(self, stages: int):
         self.queues = {(a, b): queue.Queue() for a in range(stages) for b in range(stages)}
 
-    def swap(self, mesh, outgoing, incoming):
+    def send_recv(self, mesh, outgoing, incoming):
         here = mesh.pp_rank
         taken = []
         for tensor, stage in outgoing:
@@ -39,7 +39,7 @@ class Wires:
 def play(stages: int, batches: list[torch.Tensor], monkeypatch) -> tuple[float, list[torch.Tensor], list[list[str]]]:
     """Each stage multiplies by its weight, the last sums: the loss, the weights' gradients, and what each stage did in turn."""
     wires = Wires(stages)
-    monkeypatch.setattr(pipeline, "swap", wires.swap)
+    monkeypatch.setattr(pipeline, "send_recv", wires.send_recv)
     weights = [torch.full((), 1.0 + i, requires_grad=True) for i in range(stages)]
     diaries = [[] for _ in range(stages)]
     losses = [0.0] * stages

@@ -17,7 +17,8 @@ from neox.config.schema import Config
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError, NonFinite
 from neox.faults import NO_FAULTS, Faults
-from neox.parallel.mesh import Layout, Mesh, create_mesh
+from neox.parallel.mesh import Mesh, create_mesh
+from neox.parallel.shard_spec import ShardSpec
 
 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; launchers and `neox train` set it
 
@@ -48,14 +49,14 @@ class Toy(torch.nn.Module):
         self.norm = torch.nn.ParameterDict({"weight": draw(HIDDEN)})
         self.dropout = dropout
         self.poison = None  # (rank, "loss" or "gradient", value): what goes wrong where
-        self.foretold = []  # of every backward: the gradient that `loss` was told to expect, and what came
+        self.expected_dloss = []  # of every backward: the gradient that `loss` was told to expect, and what came
 
-    def layouts(self) -> dict[str, Layout]:
-        out = {name: Layout.whole(*p.shape) for name, p in self.named_parameters()}
-        return out | {"embedding.word": Layout.cut((VOCAB, HIDDEN), 0, 0, ROWS)}
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        out = {name: ShardSpec.replicated(*p.shape) for name, p in self.named_parameters()}
+        return out | {"embedding.word": ShardSpec.sharded((VOCAB, HIDDEN), 0, 0, ROWS)}
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: layout.shape for name, layout in self.layouts().items()}
+        return {name: layout.shape for name, layout in self.shard_specs().items()}
 
     def boundary_shape(self, tokens) -> tuple[int, ...]:
         return (*tokens.shape, HIDDEN)
@@ -70,7 +71,7 @@ class Toy(torch.nn.Module):
         if self.poison is not None and self.poison[0] == (dist.get_rank() if dist.is_initialized() else 0):
             loss = Poison.apply(loss, *self.poison[1:])
         if expected_dloss is not None:
-            loss.register_hook(lambda dloss: self.foretold.append((expected_dloss, dloss)))
+            loss.register_hook(lambda dloss: self.expected_dloss.append((expected_dloss, dloss)))
         return loss
 
 

@@ -12,7 +12,7 @@ from neox.config.schema import ModelConfig
 from neox.convert.huggingface import to_huggingface
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
-from neox.evaluate.harness import alike, harness_model, prefix_token, run_tasks, sampling
+from neox.evaluate.harness import group_by_options, harness_model, prefix_token, run_tasks, sampling
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
@@ -194,4 +194,4 @@ def test_options_of_generation():
     assert sampling({"temperature": 0.0})[0].greedy and sampling({})[0].max_new_tokens == 256
     with pytest.raises(ConfigError, match="num_beams"):
         sampling({"num_beams": 4})
-    assert alike([{"a": 1}, {"a": 2}, {"a": 1}]) == [({"a": 1}, [0, 2]), ({"a": 2}, [1])]
+    assert group_by_options([{"a": 1}, {"a": 2}, {"a": 1}]) == [({"a": 1}, [0, 2]), ({"a": 2}, [1])]

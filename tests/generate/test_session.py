@@ -35,22 +35,22 @@ def test_a_turn_continues_all_that_was_said(parts):
     model, tokenizer = parts
     session = Session(model, tokenizer, SamplingParams(5, 0.0))
     pieces: list[str] = []
-    first = session.say("so on", pieces.append)
+    first = session.respond("so on", pieces.append)
     assert "".join(pieces) == first
     assert session.history[: len(tokenizer.encode("so on"))] == tokenizer.encode("so on")
     before = list(session.history)
-    second = session.say("café", pieces.append)
+    second = session.respond("café", pieces.append)
     expected = generate(model, [before + tokenizer.encode("café")], SamplingParams(5, 0.0), eod_id=tokenizer.eod_id)[0]
     assert second == tokenizer.decode(expected)
     session.reset()
-    assert session.say("so on", pieces.append) == first
+    assert session.respond("so on", pieces.append) == first
 
 
 def test_a_long_history_loses_its_beginning(parts):
     model, tokenizer = parts
     session = Session(model, tokenizer, SamplingParams(8, 0.0))
     for _ in range(12):
-        session.say("and so on and so on ", lambda text: None)
+        session.respond("and so on and so on ", lambda text: None)
     assert len(session.history) > 32
 
 
@@ -62,7 +62,7 @@ def test_draws_differ_from_turn_to_turn_and_not_from_run_to_run(parts):
         answers = []
         for _ in range(3):
             session.reset()
-            answers.append(session.say("so", lambda text: None))
+            answers.append(session.respond("so", lambda text: None))
         return answers
 
     assert talk() == talk() and len(set(talk())) > 1
@@ -71,5 +71,5 @@ def test_draws_differ_from_turn_to_turn_and_not_from_run_to_run(parts):
 def test_nothing_said_begins_after_the_end_of_document(parts):
     model, tokenizer = parts
     session = Session(model, tokenizer, SamplingParams(3, 0.0), stops=[""])
-    session.say("", lambda text: None)
+    session.respond("", lambda text: None)
     assert session.history[0] == tokenizer.eod_id

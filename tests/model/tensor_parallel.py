@@ -53,9 +53,9 @@ def models() -> None:
         for loss in losses:
             loss.sum().backward()
         gradients = {key: parameter.grad for key, parameter in whole.named_parameters()}
-        layouts = cut.layouts()
+        specs = cut.shard_specs()
         for key, parameter in cut.named_parameters():
             if not parameter.requires_grad:
                 continue
-            close(layouts[key].unpad(parameter.grad), layouts[key].take(gradients[key]), f"{name}: gradient of {key}")
+            close(specs[key].unpad(parameter.grad), specs[key].take(gradients[key]), f"{name}: gradient of {key}")
     dist.destroy_process_group()

@@ -50,7 +50,7 @@ def test_only_adapters_and_a_new_head_have_gradients():
 def test_names_and_shapes_are_those_of_the_model():
     for form in FORMS:
         model = GPT(ModelConfig(**SIZES, **form, lora=LORA), Mesh.single("meta"))
-        assert {name: layout.shape for name, layout in model.layouts().items()} == model.logical_shapes()
+        assert {name: spec.shape for name, spec in model.shard_specs().items()} == model.logical_shapes()
     assert adapter_shapes(LoraConfig(rank=2, targets=("mlp.gate", "mlp.up")), {"mlp.up.weight": (8, 5)}) == {"mlp.up.lora_a": (2, 5), "mlp.up.lora_b": (8, 2)}
 
 

@@ -11,7 +11,7 @@ from neox.errors import ConfigError
 from neox.model.attention import Attention, Context
 from neox.model.gpt import GPT
 from neox.model.positional import alibi_slopes
-from neox.ops.attention import Masks, Rules
+from neox.ops.attention import MaskCache, MaskSpec
 from neox.parallel.mesh import Mesh
 
 
@@ -104,8 +104,8 @@ def test_generators_are_forked_where_there_is_dropout_only(monkeypatch):
 def test_layers_share_the_full_mask_of_a_forward_pass(recompute, monkeypatch):
     """ALiBi, a window and documents through sdpa: one mask [b, n, s, t] for three layers, forward and backward, and a new one for other documents."""
     made = []
-    mask = Rules.mask
-    monkeypatch.setattr(Rules, "mask", lambda self, q, t: made.append(self.window) or mask(self, q, t))
+    mask = MaskSpec.mask
+    monkeypatch.setattr(MaskSpec, "mask", lambda self, q, t: made.append(self.window) or mask(self, q, t))
     sizes = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 8, "position_embedding": "alibi", "sliding_window": 4}
     models = [GPT(ModelConfig(**sizes, attention_backend=backend), activation_checkpointing=recompute) for backend in ("sdpa", "native")]
     tokens = torch.arange(18).reshape(2, 9) % 8
@@ -127,10 +127,10 @@ def test_layers_share_the_full_mask_of_a_forward_pass(recompute, monkeypatch):
 
 
 def test_a_sharing_forward_pass_keeps_lengths_and_dtypes_apart():
-    masks = Masks()
+    cache = MaskCache()
     slopes = torch.tensor([0.5, 0.25])
     for s, t in ((3, 7), (2, 7), (7, 7), (3, 7)):
         for dtype in (torch.float32, torch.bfloat16):
             q, k, v = torch.rand(1, s, 2, 8, dtype=dtype), torch.rand(1, t, 2, 8, dtype=dtype), torch.rand(1, t, 2, 8, dtype=dtype)
-            shared, alone = (ops.attention(q, k, v, alibi_slopes=slopes, backend="sdpa", masks=which) for which in (masks, None))
+            shared, alone = (ops.attention(q, k, v, alibi_slopes=slopes, backend="sdpa", mask_cache=each) for each in (cache, None))
             assert torch.equal(shared, alone)

@@ -7,7 +7,7 @@ import torch
 
 from neox.config.schema import ModelConfig
 from neox.model.init import fill, initial_value, standard_deviation
-from neox.parallel.mesh import Layout
+from neox.parallel.shard_spec import ShardSpec
 
 SIZES = {"num_layers": 8, "hidden_size": 50, "num_attention_heads": 5, "vocab_size": 10, "init_std": 0.02}
 
@@ -36,5 +36,5 @@ def test_values_have_their_deviation():
 
 def test_fill_zeroes_padding():
     parameter = torch.full((4, 2), 9.0)
-    fill(parameter, Layout.cut((7, 2), 0, 4, 8), torch.arange(14.0).view(7, 2))
+    fill(parameter, ShardSpec.sharded((7, 2), 0, 4, 8), torch.arange(14.0).view(7, 2))
     assert parameter.tolist() == [[8, 9], [10, 11], [12, 13], [0, 0]]

@@ -259,11 +259,11 @@ def _cross_entropy(draw: Draw) -> Case:
         return torch.where(targets != -100, loss, 0.0)
 
     # In place a copy of the leaf is overwritten, in the leaf's layout where it has no gaps.
-    foretold = draw.choice(None, 1.0, 0.01, -2.0) if inplace else None
-    ours = partial(ops.cross_entropy, targets=targets, vocab_size=vocab_size, inplace=inplace, expected_dloss=foretold, **options)
+    expected = draw.choice(None, 1.0, 0.01, -2.0) if inplace else None
+    ours = partial(ops.cross_entropy, targets=targets, vocab_size=vocab_size, inplace=inplace, expected_dloss=expected, **options)
     op = (lambda logits: ours(logits * 1)) if inplace else (lambda logits: ours(logits))
     # A single column: the loss and its gradient are zero but for rounding.
-    return _case(draw, op, theirs, {"logits": logits}, 1.0, vocab_size=vocab_size, inplace=inplace, foretold=foretold, **options)
+    return _case(draw, op, theirs, {"logits": logits}, 1.0, vocab_size=vocab_size, inplace=inplace, expected=expected, **options)
 
 
 def _attention(draw: Draw) -> Case:

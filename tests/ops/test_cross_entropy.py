@@ -127,36 +127,36 @@ def test_in_place_gradient_is_seen_by_others_who_saved_the_logits():
         cross_entropy(logits, targets_of(5, 17), inplace=True).sum().backward()
 
 
-FORETOLD = 0.25  # a gradient of every loss that is known before the forward
+EXPECTED = 0.25  # a gradient of every loss that is known before the forward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "vocab_size"), [(40, 33), (1, 1), (819, 819), (50304, 50277)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_foretold_gradient_is_left_in_the_logits(options, columns, vocab_size, dtype):
+def test_expected_gradient_is_left_in_the_logits(options, columns, vocab_size, dtype):
     targets = targets_of(5, vocab_size)
     leaf = reference.random(5, columns, dtype=dtype, scale=3).requires_grad_()
     logits = leaf * 1
-    loss = cross_entropy(logits, targets, inplace=True, expected_dloss=FORETOLD, vocab_size=vocab_size, **options)
+    loss = cross_entropy(logits, targets, inplace=True, expected_dloss=EXPECTED, vocab_size=vocab_size, **options)
     before = logits.detach().clone()
     whole = leaf.detach().double().requires_grad_()
     want = loss_by_definition(whole, targets, vocab_size=vocab_size, **options)
-    want.backward(torch.full((5,), FORETOLD).double())
+    want.backward(torch.full((5,), EXPECTED).double())
     reference.assert_near(loss.detach(), want.detach(), what="loss", floor=1.0)
-    reference.assert_near(before, whole.grad, what="gradient left in the logits", floor=FORETOLD)
+    reference.assert_near(before, whole.grad, what="gradient left in the logits", floor=EXPECTED)
     gradients = []
     logits.register_hook(gradients.append)
-    loss.backward(torch.full((5,), FORETOLD))
+    loss.backward(torch.full((5,), EXPECTED))
     assert torch.equal(leaf.grad, before)
     assert gradients[0].data_ptr() == logits.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [17, 40, 819])
-def test_gradient_that_was_foretold_wrongly_is_put_right(columns, dtype):
-    targets, dloss = targets_of(6, columns), torch.tensor([FORETOLD, -3.0, 0.0, 2.0, FORETOLD, 0.125])
+def test_wrongly_expected_gradient_is_rescaled(columns, dtype):
+    targets, dloss = targets_of(6, columns), torch.tensor([EXPECTED, -3.0, 0.0, 2.0, EXPECTED, 0.125])
     leaf = reference.random(6, columns, dtype=dtype, scale=3).requires_grad_()
-    cross_entropy(leaf * 1, targets, inplace=True, expected_dloss=FORETOLD).backward(dloss)
+    cross_entropy(leaf * 1, targets, inplace=True, expected_dloss=EXPECTED).backward(dloss)
     whole = leaf.detach().double().requires_grad_()
     loss_by_definition(whole, targets).backward(dloss.double())
     reference.assert_near(leaf.grad, whole.grad, what="dlogits")
@@ -177,23 +177,23 @@ class Buffers(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("foretold", [None, FORETOLD])
-def test_no_second_buffer_of_the_logits_size(foretold):
+@pytest.mark.parametrize("expected", [None, EXPECTED])
+def test_no_second_buffer_of_the_logits_size(expected):
     """Logits of [b, s, v] as a linear layer gives them: of its product, their views and their gradient, all is one buffer."""
     hidden, weight = reference.random(2, 9, 4).requires_grad_(), reference.random(819, 4).requires_grad_()
     with Buffers(least=18 * 819 * 4) as buffers:
         logits = torch.nn.functional.linear(hidden, weight)  # [2, 9, 819]
-        loss = cross_entropy(logits.reshape(-1, 819), targets_of(18, 819), inplace=True, expected_dloss=foretold)
-        loss.backward(torch.full((18,), FORETOLD))
+        loss = cross_entropy(logits.reshape(-1, 819), targets_of(18, 819), inplace=True, expected_dloss=expected)
+        loss.backward(torch.full((18,), EXPECTED))
     assert buffers.seen == {logits.untyped_storage().data_ptr()}
     whole = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
-    loss_by_definition(torch.nn.functional.linear(*whole).view(-1, 819), targets_of(18, 819)).backward(torch.full((18,), FORETOLD).double())
+    loss_by_definition(torch.nn.functional.linear(*whole).view(-1, 819), targets_of(18, 819)).backward(torch.full((18,), EXPECTED).double())
     for leaf, want in zip((hidden, weight), whole, strict=True):
         reference.assert_near(leaf.grad, want.grad)
 
 
 @pytest.mark.parametrize("layout", ["misaligned", "slice"])
-def test_foretold_gradient_of_layouts(layout):
+def test_expected_gradient_of_layouts(layout):
     logits, targets, dloss = reference.random(9, 37), targets_of(9, 37), reference.random(9)
     results = []
     for tensor in (logits.clone(), reference.layouts(logits)[layout]):
@@ -203,23 +203,23 @@ def test_foretold_gradient_of_layouts(layout):
     assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
 
 
-def test_foretold_gradient_leaves_logits_alone_that_need_none():
+def test_expected_gradient_leaves_logits_alone_that_need_none():
     logits, targets = reference.random(5, 17), targets_of(5, 17)
     before = logits.clone()
-    cross_entropy(logits, targets, inplace=True, expected_dloss=FORETOLD)
+    cross_entropy(logits, targets, inplace=True, expected_dloss=EXPECTED)
     with torch.no_grad():
-        cross_entropy(logits.requires_grad_(), targets, inplace=True, expected_dloss=FORETOLD)
+        cross_entropy(logits.requires_grad_(), targets, inplace=True, expected_dloss=EXPECTED)
     assert torch.equal(logits, before)
 
 
-def test_foretold_gradient_cannot_be_taken_twice():
+def test_expected_gradient_cannot_be_taken_twice():
     loss = cross_entropy(reference.random(5, 17).requires_grad_() * 1, targets_of(5, 17), inplace=True, expected_dloss=1.0).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_foretold_gradient_is_seen_by_others_who_saved_the_logits():
+def test_expected_gradient_is_seen_by_others_who_saved_the_logits():
     logits = reference.random(5, 17).requires_grad_().tanh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         cross_entropy(logits, targets_of(5, 17), inplace=True, expected_dloss=1.0).sum().backward()
@@ -254,8 +254,8 @@ def test_opcheck():
     tail = (targets, statistics, *columns, 0.1, 0.1)
     torch.library.opcheck(native.cross_entropy_backward.default, (torch.ones(5), logits, *tail))
     torch.library.opcheck(native.cross_entropy_backward_.default, (logits.clone(), torch.ones(5), *tail))
-    for inplace, made_for in ((False, None), (True, None), (True, 1.0)):
-        torch.library.opcheck(native.cross_entropy.default, (logits.clone().requires_grad_(), *tail, inplace, made_for))
+    for inplace, expected_dloss in ((False, None), (True, None), (True, 1.0)):
+        torch.library.opcheck(native.cross_entropy.default, (logits.clone().requires_grad_(), *tail, inplace, expected_dloss))
     torch.library.opcheck(native.cross_entropy_fused_.default, (logits.clone(), targets, *columns, 0.1, 0.1, 0.5))
     torch.library.opcheck(native.cross_entropy_rescale_.default, (logits.clone(), torch.ones(5), 0.5))
 

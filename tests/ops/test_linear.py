@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox.ops import backend, linear
-from neox.ops.linear import LINEAR_BACKEND, widens
+from neox.ops.linear import LINEAR_BACKEND, upcasts_bf16
 from tests import reference
 
 native = torch.ops.neox
@@ -169,7 +169,7 @@ def test_compile(dtype):
     ],
 )
 def test_rule_by_cpu(flags, vendor, machine, widened):
-    chosen, reason = widens(flags, vendor, machine)
+    chosen, reason = upcasts_bf16(flags, vendor, machine)
     assert chosen is widened
     assert reason.startswith("fp32 product" if widened else "torch:")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from neox.parallel.collectives import copy_to, exchange, gather_from, reduce_from, reduce_scatter_from
+from neox.parallel.collectives import copy_to, gather_from, redistribute, reduce_from, reduce_scatter_from
 
 
 def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
@@ -31,16 +31,16 @@ def collectives() -> None:
         close(leaf.grad, want_gradient, f"{function.__name__} backward")
         if function(x, *dims, None) is not x:
             raise AssertionError(f"{function.__name__} without a group must be the identity")
-    exchange_by_hand(group, rank)
+    redistribute_by_hand(group, rank)
     dist.destroy_process_group()
 
 
-def exchange_by_hand(group: dist.ProcessGroup, rank: int) -> None:
+def redistribute_by_hand(group: dist.ProcessGroup, rank: int) -> None:
     """Heads for sequence: [b, s/2, n, d] -> [b, s, n/2, d] of one logical tensor, and back."""
     logical = torch.arange(2 * 6 * 4 * 3, dtype=torch.float32).view(2, 6, 4, 3)
     mine = logical[:, 3 * rank : 3 * rank + 3].clone().requires_grad_()
-    out = exchange(mine, 2, 1, group)
-    close(out.detach(), logical[:, :, 2 * rank : 2 * rank + 2], "exchange")
-    close(exchange(out, 1, 2, group).detach(), mine.detach(), "exchange, and back")
+    out = redistribute(mine, 2, 1, group)
+    close(out.detach(), logical[:, :, 2 * rank : 2 * rank + 2], "redistribute")
+    close(redistribute(out, 1, 2, group).detach(), mine.detach(), "redistribute, and back")
     (out * out.detach()).sum().backward()
-    close(mine.grad, mine.detach(), "exchange backward")
+    close(mine.grad, mine.detach(), "redistribute backward")

@@ -26,11 +26,11 @@ def test_padding_lies_outside_the_layout():
     table = VocabParallelEmbedding(13, 16, 3, mesh, dtype=torch.float32)
     assert (table.low, table.high) == (8, 16)
     assert table.weight.shape == (8, 3)
-    assert table.layouts["weight"].slices == ((8, 13), (0, 3))
+    assert table.shard_specs["weight"].slices == ((8, 13), (0, 3))
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_the_score_heads_gradient_is_summed_where_members_see_parts_of_the_sequence(sequence):
     mesh = dataclasses.replace(Mesh.single("meta"), tp=2, sequence=sequence)
-    layout = ScoreHead(3, mesh, dtype=torch.float32).layouts["weight"]
-    assert layout.partial == sequence and layout.shape == (1, 3) and layout.slices == ((0, 1), (0, 3))
+    spec = ScoreHead(3, mesh, dtype=torch.float32).shard_specs["weight"]
+    assert spec.partial == sequence and spec.shape == (1, 3) and spec.slices == ((0, 1), (0, 3))

@@ -44,11 +44,11 @@ def test_gradients_reach_weight_and_bias():
 
 def test_layouts_cut_rows_and_columns_by_units():
     column = ColumnParallelLinear(7, 20, member(1), units=4, what="x", bias=True, dtype=torch.float32)
-    assert column.layouts["weight"].slices == ((10, 20), (0, 7))
-    assert column.layouts["bias"].slices == ((10, 20),)
+    assert column.shard_specs["weight"].slices == ((10, 20), (0, 7))
+    assert column.shard_specs["bias"].slices == ((10, 20),)
     row = RowParallelLinear(20, 7, member(1), units=4, what="x", bias=True, dtype=torch.float32)
-    assert row.layouts["weight"].slices == ((0, 7), (10, 20))
-    assert row.layouts["bias"].slices == ((0, 7),)
+    assert row.shard_specs["weight"].slices == ((0, 7), (10, 20))
+    assert row.shard_specs["bias"].slices == ((0, 7),)
     assert (column.weight.shape, row.weight.shape) == ((10, 7), (7, 10))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neox.errors import ConfigError
-from neox.parallel.mesh import Layout, Mesh, create_mesh, split_evenly
+from neox.parallel.mesh import Mesh, create_mesh, split_evenly
 
 
 def member(tp: int, tp_rank: int) -> Mesh:
@@ -26,19 +26,3 @@ def test_split_evenly():
     assert [split_evenly(12, member(4, rank), "x") for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 12)]
     with pytest.raises(ConfigError, match=r"the heads cannot be cut.*got=6 over 4"):
         split_evenly(6, member(4, 0), "the heads")
-
-
-def test_layout_clips_padding():
-    layout = Layout.cut((10, 3), 0, 8, 12)
-    assert layout.slices == ((8, 10), (0, 3))
-    assert (layout.local_shape, layout.numel) == ((2, 3), 6)
-    beyond = Layout.cut((10, 3), 0, 12, 16)
-    assert (beyond.slices[0], beyond.numel) == ((10, 10), 0)
-
-
-def test_layout_takes_and_unpads():
-    logical = torch.arange(30).view(10, 3)
-    layout = Layout.cut((10, 3), 0, 8, 12)
-    assert torch.equal(layout.take(logical), logical[8:])
-    assert torch.equal(layout.unpad(torch.arange(12).view(4, 3)), torch.arange(6).view(2, 3))
-    assert torch.equal(Layout.whole(10, 3).take(logical), logical)

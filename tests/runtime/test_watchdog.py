@@ -149,7 +149,7 @@ def test_what_an_error_is_in_substance(error, kind):
 
 def test_what_counts_as_waiting():
     assert waits([("torch.distributed.distributed_c10d", "all_reduce"), ("neox.engine.engine", "train_step")])
-    assert waits([("neox.parallel.stages", "swap"), ("neox.engine.pipeline", "exchange")])
+    assert waits([("neox.parallel.p2p", "send_recv"), ("neox.engine.pipeline", "exchange")])
     assert waits([("deepspeed.runtime.zero.partition_parameters", "wait")])
     assert not waits([("neox.engine.engine", "sum_over")])  # a name is no mark
     assert not waits([("neox.data.samples.loader", "_take"), ("neox.train.loop", "advance")])

@@ -168,7 +168,7 @@ def test_every_file_that_upstream_ships_loads_to_its_model_or_is_refused_by_name
         config = load_shipped(path).config
         values = {key.replace("-", "_"): value for key, value in yaml.safe_load(path.read_text()).items()}
         model = GPT(config.model, Mesh.single("meta"))
-        assert sorted(tuple(layout.shape) for layout in model.layouts().values()) == upstream_shapes(values, config.model.vocab_size), name
+        assert sorted(tuple(layout.shape) for layout in model.shard_specs().values()) == upstream_shapes(values, config.model.vocab_size), name
         loaded_count += 1
     assert loaded_count == 84 - len(UPSTREAM_REFUSED)
 

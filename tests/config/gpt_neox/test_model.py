@@ -158,5 +158,5 @@ def test_attention_types_are_repeated(config, layers, kinds):
 )
 def test_parameters_have_the_shapes_that_upstream_builds(changes):
     fields = model(changes)
-    shapes = [tuple(layout.shape) for layout in GPT(ModelConfig(**fields), Mesh.single("meta")).layouts().values()]
+    shapes = [tuple(layout.shape) for layout in GPT(ModelConfig(**fields), Mesh.single("meta")).shard_specs().values()]
     assert sorted(shapes) == upstream_shapes(BASE | changes, fields["vocab_size"])

@@ -6,33 +6,33 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from neox.parallel.waits import LEAST, Waits, outlast
+from neox.parallel.wait_tracker import MIN_GROUP_TIMEOUT, WaitTracker, raise_group_timeouts
 from tests.distributed import run_ranks
 
 
 def test_marks_nest_and_end_with_an_error():
-    waits = Waits()
+    waits = WaitTracker()
     with waits():
         with pytest.raises(KeyError), waits():
             raise KeyError
-        assert waits.inside
-    assert not waits.inside
+        assert waits.waiting
+    assert not waits.waiting
 
 
 def check_timeouts():
     """Entry of a process: the world's group and one made beside it."""
     dist.init_process_group("gloo")
     beside = dist.new_group([0, 1])
-    for hang_timeout, seconds in ((0.0, LEAST), (1200.0, LEAST), (LEAST, 2 * LEAST)):
-        outlast(hang_timeout)
+    for hang_timeout, seconds in ((0.0, MIN_GROUP_TIMEOUT), (1200.0, MIN_GROUP_TIMEOUT), (MIN_GROUP_TIMEOUT, 2 * MIN_GROUP_TIMEOUT)):
+        raise_group_timeouts(hang_timeout)
         for group in (dist.group.WORLD, beside):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == seconds
     dist.barrier()  # the first process serves the store of the others
 
 
 def test_every_group_waits_longer_than_we_do(tmp_path):
-    run_ranks("tests.parallel.test_waits:check_timeouts", 2, tmp_path)
+    run_ranks("tests.parallel.test_wait_tracker:check_timeouts", 2, tmp_path)
 
 
 def test_alone_there_is_nothing_to_set():
-    outlast(1200.0)
+    raise_group_timeouts(1200.0)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.errors import ConfigError
 from neox.model.gpt import GPT
-from neox.model.stages import flops_per_token, logical_shapes, num_parameters, partition_layers, stage_costs
+from neox.model.shapes import flops_per_token, logical_shapes, num_parameters
 from neox.parallel.mesh import Mesh
 
 SIZES = {"num_layers": 6, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50, "vocab_multiple": 8, "max_position_embeddings": 16}
@@ -23,14 +22,14 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_shapes_are_those_of_the_modules_and_stages_share_them_out(form):
     config = ModelConfig(**SIZES, **FORMS[form])
-    want = {name: layout.shape for name, layout in GPT(config, Mesh.single("meta")).layouts().items()}
+    want = {name: spec.shape for name, spec in GPT(config, Mesh.single("meta")).shard_specs().items()}
     assert logical_shapes(config) == want
     found = {}
     for rank in range(3):
         stage = GPT(config, dataclasses.replace(Mesh.single("meta"), pp=3, pp_rank=rank))
-        for name, layout in stage.layouts().items():
+        for name, spec in stage.shard_specs().items():
             assert name not in found
-            found[name] = layout.shape
+            found[name] = spec.shape
     assert found == want
 
 
@@ -38,29 +37,6 @@ def test_counts_of_a_published_model():
     pythia = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50304, parallel_residual=True)
     assert num_parameters(pythia) == 162_322_944
     assert flops_per_token(pythia, 2048) == 6 * (12 * 12 * 768**2 + 50304 * 768 + 2 * 12 * 768 * 2048)
-
-
-def test_a_large_embedding_takes_blocks_off_the_ends():
-    config = ModelConfig(**{**SIZES, "num_layers": 12, "vocab_size": 4 * 12 * 32})  # each table weighs as much as 4 blocks
-    assert stage_costs(config, "parameters") == pytest.approx((4.0, 1.0, 4.0))
-    assert [b - a for a, b in partition_layers(config, 4)] == [1, 5, 5, 1]
-    assert [b - a for a, b in partition_layers(config, 4, "time")] == [4, 4, 3, 1]
-
-
-@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 6])
-def test_every_stage_has_a_block_and_all_are_shared_out(stages):
-    cuts = partition_layers(ModelConfig(**SIZES), stages)
-    assert [i for low, high in cuts for i in range(low, high)] == list(range(6))
-    assert all(low < high for low, high in cuts)
-
-
-def test_a_list_is_taken_as_it_is():
-    assert partition_layers(ModelConfig(**SIZES), 3, [1, 2, 3]) == [(0, 1), (1, 3), (3, 6)]
-    for wrong in ([1, 2], [1, 2, 4], [6, 0, 0]):
-        with pytest.raises(ConfigError, match=r"parallel\.partition"):
-            partition_layers(ModelConfig(**SIZES), 3, wrong)
-    with pytest.raises(ConfigError, match="more stages than layers"):
-        partition_layers(ModelConfig(**SIZES), 7)
 
 
 def test_the_last_stage_of_a_tied_model_copies_the_table():

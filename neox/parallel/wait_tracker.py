@@ -8,11 +8,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-LEAST = 24 * 3600.0  # seconds
+MIN_GROUP_TIMEOUT = 24 * 3600.0  # seconds
 
 
-class Waits:
-    """Marks the parts of a program in which its thread waits for other processes. Another thread reads `inside`.
+class WaitTracker:
+    """Marks the parts of a program in which its thread waits for other processes. Another thread reads `waiting`.
 
     A collective on a GPU returns at once; what waits is whatever reads its result. No call on the stack tells such a read from a computation.
     """
@@ -21,7 +21,7 @@ class Waits:
         self.depth = 0
 
     @property
-    def inside(self) -> bool:
+    def waiting(self) -> bool:
         """Whether the thread is in a marked part."""
         return self.depth > 0
 
@@ -35,7 +35,7 @@ class Waits:
             self.depth -= 1
 
 
-def outlast(hang_timeout: float) -> None:
+def raise_group_timeouts(hang_timeout: float) -> None:
     """Set the timeout of every process group that exists beyond the time after which the run ends a stuck process itself.
 
     torch's own (10 minutes for NCCL) would abort first, without a name, and also while other processes wait for a long index build.
@@ -46,4 +46,4 @@ def outlast(hang_timeout: float) -> None:
     if not dist.is_initialized():
         return
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=max(2 * hang_timeout, LEAST)), group)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=max(2 * hang_timeout, MIN_GROUP_TIMEOUT)), group)

@@ -1,0 +1,76 @@
+"""Partition of the blocks over pipeline stages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from neox.config.schema import ModelConfig
+from neox.errors import ConfigError
+from neox.model.shapes import block_parameters
+
+
+def stage_costs(config: ModelConfig, method: str) -> tuple[float, float, float]:
+    """Cost of (embedding, one block, head) in units of one block's.
+
+    "parameters": what each holds; a tied head counts too, for the last stage keeps a copy of the table. "time": matrix products of the
+    forward and backward; looking up an embedding costs nothing beside them.
+    """
+    block = float(block_parameters(config))
+    table = float(config.vocab_size * config.hidden_size)
+    if method == "time":
+        return 0.0, 1.0, table / block
+    positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
+    return (table + positions) / block, 1.0, table / block
+
+
+def partition_layers(config: ModelConfig, stages: int, partition: str | Sequence[int] = "parameters") -> list[tuple[int, int]]:
+    """(first, behind the last) block of every stage; each stage has at least one.
+
+    Args:
+        config: the architecture.
+        stages: parallel.pipeline.
+        partition: "parameters" or "time", which make the largest stage as small as they can, or the number of blocks of every stage.
+
+    Raises:
+        ConfigError: more stages than blocks, or numbers that do not add up to num_layers.
+    """
+    layers = config.num_layers
+    if not isinstance(partition, str):
+        counts = list(partition)
+        if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
+            raise ConfigError(
+                "parallel.partition does not sum to num_layers",
+                where="parallel.partition",
+                got=counts,
+                want=f"{stages} numbers above 0 that add up to model.num_layers = {layers}",
+            )
+        ends = [sum(counts[: i + 1]) for i in range(stages)]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+    if stages > layers:
+        raise ConfigError("more stages than layers", where="parallel.pipeline", got=stages, want=f"at most model.num_layers = {layers}")
+    return _balance(layers, stages, stage_costs(config, partition))
+
+
+def _balance(layers: int, stages: int, costs: tuple[float, float, float]) -> list[tuple[int, int]]:
+    """The cut whose most expensive stage is cheapest; among equals the one whose stages differ least (sum of squares)."""
+    first, block, last = costs
+
+    def cost(stage: int, count: int) -> float:
+        return count * block + (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+
+    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]  # per stage: blocks placed so far -> (largest, squares, blocks of this stage)
+    for stage in range(stages):
+        row: dict[int, tuple[float, float, int]] = {}
+        for placed, (largest, squares, _) in best[-1].items():
+            for count in range(1, layers - placed - (stages - stage - 1) + 1):
+                price = cost(stage, count)
+                candidate = (max(largest, price), squares + price * price, count)
+                if placed + count not in row or candidate < row[placed + count]:
+                    row[placed + count] = candidate
+        best.append(row)
+    ends = [layers]
+    for stage in range(stages, 0, -1):
+        ends.append(ends[-1] - best[stage][ends[-1]][2])
+    ends.reverse()
+    return list(itertools.pairwise(ends))
