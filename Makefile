@@ -1,5 +1,5 @@
-# Targets: setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint clean. Everything is installed into .venv, or into the virtual
-# environment that is active. TORCH= names another torch (supported: 2.11 and later), PYTHON= the interpreter of .venv.
+# `make` lists the targets. Everything is installed into .venv, or into the active virtual environment.
+# TORCH= selects another torch (2.11 or later), PYTHON= the interpreter that creates .venv.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,23 +15,24 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MAX_JOBS ?= $(JOBS)
 
-# Stamps: torch in the environment (named after the torch asked for), the install in this checkout (after the environment).
-# A space in the checkout's path is escaped where make reads a file name; in recipes the name is quoted.
+# Two stamps record what is done: torch in the environment, named after the requested torch, and the installation of
+# this checkout, named after the environment. Spaces in the checkout's path are escaped in file names that make reads,
+# and quoted in recipes.
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 VENV_PYTHON := $(subst $(SPACE),\$(SPACE),$(VENV))/bin/python
 TORCH_STAMP := $(subst $(SPACE),\$(SPACE),$(VENV))/.neox-$(subst /,-,$(TORCH))
 INSTALLED := build/.installed$(subst $(SPACE),_,$(subst /,-,$(VENV)))
 PIP = $(PY) -m pip install -q -c constraints.txt --no-build-isolation
-REQUIREMENTS = from setuptools.config.pyprojecttoml import read_configuration as read; \
-    project = read('pyproject.toml')['project']; print(*project['dependencies'], *project['optional-dependencies']['test'])
+REQUIREMENTS = import sys; from setuptools.config.pyprojecttoml import read_configuration as read; \
+    project = read('pyproject.toml')['project']; print(*project['dependencies'], *(x for extra in sys.argv[1:] for x in project['optional-dependencies'][extra]))
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels bench lint format clean
+.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels docs wheel bench lint format clean
 
-help:  ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
 
 setup: $(INSTALLED)  ## virtual environment, pinned packages, native extensions
 
@@ -39,32 +40,32 @@ $(VENV_PYTHON):
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error[14] Python is too old; where=PYTHON; got=%d.%d; want=3.10 or later" % sys.version_info[:2])'
 	$(PYTHON) -m venv "$(VENV)"
 
-# torch first: the packages after it are built against the torch that is there, without build isolation.
+# torch comes first: the extensions are built against the installed torch, without build isolation.
 $(TORCH_STAMP): | $(VENV_PYTHON)
 	$(PIP) pip setuptools wheel pybind11 ninja packaging
 	$(PIP) "$(TORCH)"
 	touch "$@"
 
-# pip downloads and unpacks on one core, so the compiler is at work meanwhile.
+# pip downloads and unpacks on one core, so the compiler runs at the same time.
 $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 	@mkdir -p $(@D)
 	$(PY) setup.py -q build_ext --inplace > build/compile.log 2>&1 & build=$$!; \
-	    $(PIP) $$($(PY) -c "$(REQUIREMENTS)") || { kill $$build; exit 1; }; \
+	    $(PIP) $$($(PY) -c "$(REQUIREMENTS)" test) || { kill $$build; exit 1; }; \
 	    wait $$build || { cat build/compile.log; exit 1; }
 	$(PIP) --no-deps -e .
-	case "$(VENV)" in *" "*) sed -i '1s|^#!.* .*/python$$|#!/usr/bin/env python|' "$(VENV)"/bin/{deepspeed,ds}*;; esac  # pip leaves spaces there unquoted
+	case "$(VENV)" in *" "*) sed -i '1s|^#!.* .*/python$$|#!/usr/bin/env python|' "$(VENV)"/bin/{deepspeed,ds}*;; esac  # pip does not quote spaces in a shebang
 	touch "$@"
 
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
-test: lint setup native-test oldest-torch cuda-check emulated-test  ## lint and the whole test suite except fuzz and the matrix of layouts
+test: lint setup native-test oldest-torch cuda-check emulated-test  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
 
-native-test: setup build/native/CMakeCache.txt  ## the C++ tests: plain, sanitizers; CUDA kernels emulated, with races and bytes checked
+native-test: setup build/native/CMakeCache.txt  ## C++ tests, also under sanitizers; emulated CUDA kernels with race and byte checks
 	cmake --build build/native --parallel $(JOBS)
 	ctest --test-dir build/native --output-on-failure --parallel $(JOBS) --exclude-regex emu.bytes
 	build/native/tests/emu/test_ops_check --bytes
@@ -73,35 +74,35 @@ emulated-test: setup build/native/CMakeCache.txt  ## the operators' tests on the
 	cmake --build build/native --parallel $(JOBS) --target neox_emulated
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not fuzz and not sweep" tests/ops --choices cuda --ops-library build/native/tests/emu/neox_emulated.so
 
-oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding against the headers of the oldest supported torch, where pip's index has its wheel
+oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding against the headers of the oldest supported torch, if pip's index has its wheel
 	@code=0; $(PY) tests/cuda/torch_headers.py build/oldest-torch || code=$$?; \
 	    if [ $$code = 0 ]; then cmake --build build/native --parallel $(JOBS) --target oldest_torch; elif [ $$code != 3 ]; then exit $$code; fi
 
-cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library where there is nvcc; registers and spills
+cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
 	cmake --build build/native --parallel $(JOBS) --target cuda_check
 
-parallel-test: setup  ## every layout of up to four processes against one process, with a table
+parallel-test: setup  ## compare every layout of up to four processes with one process, and print a table
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/engine/test_parallel.py -q -m parallel
 
-fault-test: setup  ## kills, signals, full disks, dead and stuck processes, damaged checkpoints, by the hundred
+fault-test: setup  ## hundreds of kills, signals, full disks, dead and stuck processes, and damaged checkpoints
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/faults tests/cli/test_verify_resume.py
 
-harness-test: setup  ## lm-evaluation-harness on whole LAMBADA and BLiMP sets, ours against its hf model; about a quarter of an hour
+harness-test: setup  ## compare with lm-evaluation-harness's hf model on the full LAMBADA and BLiMP sets; about 15 minutes
 	$(PY) -m pytest tests/evaluate/test_whole_sets.py -m harness -s
 
-# The sanitizers' runtime has to be there before python: its interpreter is built without.
+# The sanitizer runtimes must be loaded before python, whose interpreter is built without them.
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)"
 EMULATED := build/native/tests/emu/neox_emulated
 
-sweep: setup build/native/CMakeCache.txt  ## every mask x head_dim x length of attention, on the CPU's kernels and on the emulated CUDA kernels
+sweep: setup build/native/CMakeCache.txt  ## every attention mask x head_dim x length, on the CPU kernels and the emulated CUDA kernels
 	cmake --build build/native --parallel $(JOBS) --target neox_emulated
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m sweep tests/ops
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m sweep tests/ops --ops-library $(EMULATED).so
 
-# FUZZ= cases or seconds of each of the dataset core's random tests under sanitizers.
+# FUZZ= is the number of cases, or the seconds, of each fuzzer of the dataset core.
 FUZZ ?= 60s
 DATA_FUZZERS = test_index_damage_asan test_json_line_asan test_line_encoder_asan test_sample_index_asan
-fuzz: setup build/native/CMakeCache.txt  ## random sweeps: dataset core (FUZZ=600s for longer), operators on CPU kernels and on emulated CUDA kernels, plain and sanitized
+fuzz: setup build/native/CMakeCache.txt  ## random sweeps of the dataset core (FUZZ=600s for longer) and of the operators, also under sanitizers
 	cmake --build build/native --parallel $(JOBS) --target $(DATA_FUZZERS)
 	set -e; for fuzzer in $(DATA_FUZZERS); do build/native/tests/cpp/$$fuzzer $(FUZZ); done
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz
@@ -109,27 +110,34 @@ fuzz: setup build/native/CMakeCache.txt  ## random sweeps: dataset core (FUZZ=60
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz tests/ops --ops-library $(EMULATED).so
 	OMP_NUM_THREADS=1 $(SANITIZED) $(PY) -m pytest -n $(JOBS) -m fuzz tests/ops --ops-library $(EMULATED)_asan.so
 
-# What an image with torch, pytest and transformers tends to lack. pip matches platforms exactly, so the usual ones are named.
+# Packages that an image with torch, pytest and transformers usually lacks. pip matches platforms exactly, so the common ones are listed.
 GPU_PYTHON ?= 3.12
-gpu-wheels: | $(VENV_PYTHON)  ## wheels that benchmarks/gpu.sh installs on a GPU machine without a network, into build/gpu-wheels
+gpu-wheels: | $(VENV_PYTHON)  ## download the wheels that benchmarks/gpu.sh installs on a GPU machine without a network
 	$(PY) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
 	    $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) -d build/gpu-wheels -c constraints.txt \
 	    orjson pydantic pydantic-core annotated-types typing-inspection
 
+docs: setup  ## build the documentation site into site/, with strict links and the API reference
+	$(PIP) $$($(PY) -c "$(REQUIREMENTS)" docs)
+	$(PY) -m mkdocs build --strict --quiet
+
+wheel: setup  ## build a wheel into dist/, against the torch of the environment
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
 bench: setup  ## every benchmark in its quick setting
 	for script in $$(find benchmarks -name 'bench_*.py' | sort); do $(PY) "$$script" --quick; done
 
-lint: setup  ## ruff, clang-format, and the gate against pickle, eval, shells and the like
+lint: setup  ## ruff, clang-format, the glossary, and the rule against pickle, eval, shells and the like
 	ruff check .
 	ruff format --check .
-	$(PY) -m pytest -q tests/test_layout.py -k "forbidden or pickles"
+	$(PY) -m pytest -q tests/test_layout.py tests/test_language.py -k "forbidden or pickles or glossary"
 	clang-format --dry-run -Werror $(C_SOURCES)
 
-format: setup  ## let ruff and clang-format rewrite the sources
+format: setup  ## rewrite the sources with ruff and clang-format
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(C_SOURCES)
 
-clean:  ## remove what was built here; .venv and runs stay
-	rm -rf build dist *.egg-info neox/_ops neox/_data*.so .pytest_cache .ruff_cache
+clean:  ## remove build products; .venv and runs remain
+	rm -rf build dist site *.egg-info neox/_ops neox/_data*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

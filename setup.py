@@ -76,7 +76,7 @@ def cpu_ops(isa: str) -> CppExtension:
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
-    """nvcc's -gencode flags; none when TORCH_CUDA_ARCH_LIST says them, which torch's build reads itself."""
+    """nvcc's -gencode flags; none if TORCH_CUDA_ARCH_LIST is set, which torch's build reads itself."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()

@@ -48,7 +48,7 @@ GLOSSARY = {
     r"none: (none|no|there)": "None if there is none",
     r"without a word|last word": "without reporting an error",
     r"borne|taken apart|takes? apart|share out|shared out|cut over": "tolerated; disassembled, split; partition; shard",
-    r"what is not|is not there|are not there|be not": "anything that is not; missing",
+    r"what is not (in|a|an|the|there|of)|is not there|are not there|be not": "anything that is not; missing",
 }
 # Uses that a word may have besides: terms of the field, and English that no other word says better.
 ALLOWED = (
