@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import Options, Row, parse, show
 
 from neox.checkpoint.background import Saver
-from neox.checkpoint.load import Checkpoint
-from neox.checkpoint.reshard import Fragment, whole
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.reshard import Fragment, full_slices
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
 
@@ -41,7 +41,7 @@ def make_state(megabytes: int) -> dict[tuple[str, str], torch.Tensor]:
 
 def fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
     """The state as one process holds it."""
-    return [Fragment(name, kind, tuple(t.shape), whole(tuple(t.shape)), 0, t.numel(), t.view(-1)) for (name, kind), t in state.items()]
+    return [Fragment(name, kind, tuple(t.shape), full_slices(tuple(t.shape)), 0, t.numel(), t.view(-1)) for (name, kind), t in state.items()]
 
 
 class Contest:
@@ -95,10 +95,10 @@ class Contest:
 
     def load_ours(self) -> None:
         """Every tensor, checksums compared."""
-        with Checkpoint(self.root / "step_00000001") as checkpoint, checkpoint.together():
+        with Checkpoint(self.root / "step_00000001") as checkpoint, checkpoint.async_reads():
             for name, kind in self.state:
                 target = self.target[f"{kind}/{name}"]
-                checkpoint.read_into(target.view(-1), name, kind, whole(tuple(target.shape)), 0, target.numel())
+                checkpoint.read_into(target.view(-1), name, kind, full_slices(tuple(target.shape)), 0, target.numel())
 
     def load_raw(self) -> None:
         """The bytes, nothing compared."""

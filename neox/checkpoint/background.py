@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.consensus import RankGroup
 from neox.checkpoint.manifest import Lineage, TensorInfo
-from neox.checkpoint.peers import Peers
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.save import Content, Job
 from neox.checkpoint.storage import LOCAL, Storage
@@ -171,7 +171,7 @@ class Saver:
         begin = time.perf_counter()
         self.join()
         content = Content(step, state, config_lock, model_config, self.lineage, layout)
-        job = Job(self.root, Peers(self.rank, self.world_size, self._group), content, self._storage)
+        job = Job(self.root, RankGroup(self.rank, self.world_size, self._group), content, self._storage)
         held, tensors = job.prepare(fragments, rng)
         if self.background:
             copies = self._snapshot.take(held)

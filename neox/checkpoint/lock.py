@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.holder import describe_process, is_gone
+from neox.checkpoint.process_identity import describe_process, has_exited
 from neox.checkpoint.storage import disk_error, make_dirs
 from neox.errors import CheckpointError
 
@@ -97,7 +97,7 @@ class FolderLock:
         if created and not has_flock:
             return True
         holder = _read_holder(descriptor)
-        if is_gone(holder):
+        if has_exited(holder):
             self._remove_stale(descriptor)
             return False
         unknown = "a holder that is starting" if has_flock else "a file without a holder"

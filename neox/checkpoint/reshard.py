@@ -54,7 +54,7 @@ class Box:
         return tuple(high - low for low, high in zip(self.low, self.high, strict=True))
 
 
-def whole(shape: Sequence[int]) -> Slices:
+def full_slices(shape: Sequence[int]) -> Slices:
     """The slices that take all of a tensor of this shape."""
     return tuple((0, size) for size in shape)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from neox.checkpoint.assignment import check_assignment, decode_offers, divide, encode_offers, tensor_table
+from neox.checkpoint.consensus import RankGroup
 from neox.checkpoint.manifest import (
     ITEM_BYTES,
     MANIFEST,
@@ -35,9 +37,7 @@ from neox.checkpoint.manifest import (
     read_manifest,
     shard_name,
 )
-from neox.checkpoint.peers import Peers
-from neox.checkpoint.plan import check_plan, decode_offers, divide, encode_offers, tensor_table
-from neox.checkpoint.reshard import Fragment, check_address, whole
+from neox.checkpoint.reshard import Fragment, check_address, full_slices
 from neox.checkpoint.retention import folder_name, remove_superseded, retain, write_latest
 from neox.checkpoint.shard import DTYPE_NAMES, dtype_name, num_bytes, write_shard
 from neox.checkpoint.storage import LOCAL, Storage, attempt, make_dirs, read_file, sync_dir, write_file
@@ -87,7 +87,7 @@ def save(
     (pieces that overlap or leave holes, state that is not plain JSON).
     """
     content = Content(step, state, config_lock, model_config, lineage, layout or {})
-    job = Job(Path(root), Peers(rank, world_size, group), content, storage)
+    job = Job(Path(root), RankGroup(rank, world_size, group), content, storage)
     return job.complete(*job.prepare(fragments, rng), keep=keep, shard_bytes=shard_bytes)
 
 
@@ -106,7 +106,7 @@ class Content:
 class Job:
     """One save on one rank: `prepare` agrees on what each rank stores, `complete` writes it. Both are collective; either cleans up where it fails."""
 
-    def __init__(self, root: Path, peers: Peers, content: Content, storage: Storage):
+    def __init__(self, root: Path, peers: RankGroup, content: Content, storage: Storage):
         self.root = root
         self.folder = root / folder_name(content.step)
         self._peers = peers
@@ -146,12 +146,12 @@ class Job:
             held.extend(collect())
             return [self._open_folder() if self._peers.rank == 0 else "", encode_offers(held)]
 
-        answers = self._peers.together(begin)
+        answers = self._peers.run_on_all(begin)
         self._save_id = answers[0][0]
         offers = [decode_offers(message) for _, message in answers]
         tensors = tensor_table(offers)
         shares = divide(offers)
-        self._peers.together(lambda: check_plan(tensors, offers, shares) if self._peers.rank == 0 else None)
+        self._peers.run_on_all(lambda: check_assignment(tensors, offers, shares) if self._peers.rank == 0 else None)
         return [narrow(held[share.offer], share.start, share.stop) for share in shares[self._peers.rank]], tensors
 
     def _open_folder(self) -> str:
@@ -173,7 +173,7 @@ class Job:
                 sync_dir(self.folder, storage=self._storage)
             return [encode_file(record) for record in records]
 
-        return [decode_file(record, tensors) for records in self._peers.together(work) for record in records]
+        return [decode_file(record, tensors) for records in self._peers.run_on_all(work) for record in records]
 
     def publish(self, files: Sequence[ShardFile], tensors: dict[tuple[str, str], TensorInfo]) -> None:
         """Renames the manifest into place: from here on the checkpoint exists."""
@@ -199,7 +199,7 @@ class Job:
             write_file(self.folder / MANIFEST, content_bytes, storage=self._storage)
             self._read_back(content_bytes, manifest)
 
-        self._peers.together(work)
+        self._peers.run_on_all(work)
 
     def _read_back(self, content: bytes, manifest: Manifest) -> None:
         """Check that the disk has what was written, before anything older is retired. Raises DiskError."""
@@ -222,7 +222,7 @@ class Job:
                 remove_superseded(self.folder, self._save_id, storage=self._storage)
                 retain(self.root, keep, self._content.lineage, self._content.step, storage=self._storage)
 
-        self._peers.together(work)
+        self._peers.run_on_all(work)
 
     def clean_up(self) -> None:
         """Removes what an unpublished save wrote; does nothing where a manifest that cannot be read might name it. Rank 0 only."""
@@ -249,7 +249,7 @@ class Job:
 def rng_fragment(rank: int, name: str, value: torch.Tensor) -> Fragment:
     """A generator's state, filed under the rank that holds it."""
     shape = tuple(value.shape)
-    return Fragment(f"{rank}/{name}", RNG_KIND, shape, whole(shape), 0, value.numel(), value.detach().reshape(-1))
+    return Fragment(f"{rank}/{name}", RNG_KIND, shape, full_slices(shape), 0, value.numel(), value.detach().reshape(-1))
 
 
 def checked(fragment: Fragment) -> Fragment:

@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.deferred import Deferred
-from neox.checkpoint.load import Checkpoint, damaged, digest, problems, resolve
+from neox.checkpoint.find import damaged, resolve
+from neox.checkpoint.lazy_tensor import LazyTensor
 from neox.checkpoint.manifest import ITEM_BYTES, RNG_KIND, Manifest, read_manifest
-from neox.checkpoint.reshard import Fragment, whole
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.reshard import Fragment, full_slices
 from neox.checkpoint.retention import complete, scan, start_lineage
 from neox.checkpoint.save import save
 from neox.checkpoint.shard import DTYPES
+from neox.checkpoint.verify import digest, problems
 from neox.errors import CheckpointError, ConfigError
 
 DTYPES_BY_NAME = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -171,8 +173,8 @@ def converted(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype | N
         for kind in ("weight",) if weights_only else checkpoint.kinds(name):
             shape, stored = checkpoint.info(name, kind).shape, DTYPES[checkpoint.info(name, kind).dtype]
             wanted = dtype if dtype is not None and stored.is_floating_point else stored
-            value = Deferred(partial(read, checkpoint, name, kind, wanted), shape, wanted)
-            out.append(Fragment(name, kind, shape, whole(shape), 0, value.numel(), value))
+            value = LazyTensor(partial(read, checkpoint, name, kind, wanted), shape, wanted)
+            out.append(Fragment(name, kind, shape, full_slices(shape), 0, value.numel(), value))
     return out
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.load import Checkpoint, resolve
+from neox.checkpoint.find import resolve
+from neox.checkpoint.reader import Checkpoint
 from neox.cli.generate import DTYPES, run_tokenizer, usable_device
 from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.load import Checkpoint, resolve
-from neox.checkpoint.merged import open_weights
+from neox.checkpoint.find import resolve
+from neox.checkpoint.lora_merge import open_weights
+from neox.checkpoint.reader import Checkpoint
 from neox.config.load import loads
 from neox.config.schema import Config, ModelConfig
 from neox.convert.huggingface import LOGIT_TOLERANCE, compare, to_huggingface

@@ -13,7 +13,8 @@ from typing import TextIO
 
 import torch
 
-from neox.checkpoint.load import Checkpoint, resolve
+from neox.checkpoint.find import resolve
+from neox.checkpoint.reader import Checkpoint
 from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads
 from neox.config.schema import ModelConfig

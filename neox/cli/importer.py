@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.load import Checkpoint, resolve
+from neox.checkpoint.find import resolve
+from neox.checkpoint.reader import Checkpoint
 from neox.cli.export import make_stage, publish
 from neox.config.load import dump, load
 from neox.config.schema import Config, ModelConfig, SpecialIds, TokenizerConfig

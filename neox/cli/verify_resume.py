@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.load import Checkpoint, digest
 from neox.checkpoint.manifest import RNG_KIND
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import folder_name
+from neox.checkpoint.verify import digest
 from neox.errors import CheckpointError, ConfigError
 
 CURVE = ("loss", "grad_norm", "lr", "samples", "tokens", "validation_loss")

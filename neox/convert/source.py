@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.deferred import Deferred, deferred_fragment
+from neox.checkpoint.lazy_tensor import LazyTensor, lazy_fragment
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
 from neox.config.load import dump, to_builtins
@@ -82,7 +82,7 @@ def save_weights(config: Config, weights: Mapping[str, Source], root: Path) -> P
     return save(
         root,
         step=0,
-        fragments=[deferred_fragment(name, Deferred(source.make, tuple(specs[name].shape), source.dtype)) for name, source in weights.items()],
+        fragments=[lazy_fragment(name, LazyTensor(source.make, tuple(specs[name].shape), source.dtype)) for name, source in weights.items()],
         state={"step": 0, "weights_only": True},
         rng={},
         config_lock=dump(config),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.peers import Peers
+from neox.checkpoint.consensus import RankGroup
 from neox.errors import ReplicaDrift
 from neox.parallel.mesh import Mesh
 from neox.parallel.shard_spec import ShardSpec
@@ -41,7 +41,7 @@ def known_to_all(findings: list[str], mesh: Mesh) -> list[str]:
     """The findings of all processes, sorted. Every process calls it."""
     if mesh.world_size == 1:
         return sorted(findings)
-    return sorted({line for lines in Peers(mesh.rank, mesh.world_size).exchange(findings) for line in lines})
+    return sorted({line for lines in RankGroup(mesh.rank, mesh.world_size).all_gather_json(findings) for line in lines})
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

@@ -406,7 +406,7 @@ class Engine:
         return out
 
     def restore(self, checkpoint: Any) -> None:
-        """Take up the state of a neox.checkpoint.load.Checkpoint, whatever layout wrote it.
+        """Take up the state of a neox.checkpoint.reader.Checkpoint, whatever layout wrote it.
 
         Raises:
             CheckpointError: its tensors are not those of this model, or its optimizer is another.

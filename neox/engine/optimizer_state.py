@@ -14,7 +14,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from neox.checkpoint.load import Checkpoint
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment
 from neox.engine.optimizer import counter
 from neox.parallel.shard_spec import ShardSpec
@@ -162,7 +162,7 @@ class OptimizerState:
         Args:
             weights_of: names whose weights are overwritten, and nothing else; None: everything of all.
         """
-        with checkpoint.together():
+        with checkpoint.async_reads():
             for shard in self.shards:
                 layout = shard.layout
                 start, stop = shard.start, min(shard.stop, layout.numel)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.load import resolve
-from neox.checkpoint.merged import open_weights
+from neox.checkpoint.find import resolve
+from neox.checkpoint.lora_merge import open_weights
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.generate.cache import KVCache

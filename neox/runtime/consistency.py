@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import neox
-from neox.checkpoint.peers import Peers
+from neox.checkpoint.consensus import RankGroup
 from neox.config.load import flatten
 from neox.config.schema import Config
 from neox.errors import ConfigError
@@ -46,17 +46,17 @@ def fingerprint_run(config: Config) -> dict[str, str]:
     return known | {"version of neox": neox.__version__, "version of torch": torch.__version__}
 
 
-def check_consistency(known: Mapping[str, str], peers: Peers) -> None:
+def check_consistency(known: Mapping[str, str], peers: RankGroup) -> None:
     """Compare with the other processes; all call it. One digest each travels, and the whole only where digests differ.
 
     Raises:
         ConfigError: on every process, with the keys that differ, their values and whose they are.
     """
     digest = hashlib.sha256(json.dumps(dict(known), sort_keys=True).encode()).hexdigest()
-    digests = peers.exchange(digest)
+    digests = peers.all_gather_json(digest)
     if len(set(digests)) == 1:
         return
-    everyone = peers.exchange(dict(known))
+    everyone = peers.all_gather_json(dict(known))
     keys = [key for key in sorted({key for one in everyone for key in one}) if len({one.get(key) for one in everyone}) > 1]
     lines = []
     for key in keys[:SHOWN]:

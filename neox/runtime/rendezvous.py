@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neox.checkpoint.holder import describe_process
+from neox.checkpoint.process_identity import describe_process
 from neox.errors import EnvironmentProblem, HangError, NeoxError, PeerLost
 from neox.runtime.launch import LaunchInfo
 from neox.runtime.store_protocol import PREFIX, REFUSED, NotAStore, RefusalNotice, StoreConnection, listen, make_notice, process_name, read_notice

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from neox.checkpoint.holder import describe_process
+from neox.checkpoint.process_identity import describe_process
 from neox.errors import HangError, MemoryExhausted, NeoxError, PeerLost
 from neox.runtime.heartbeat import Heartbeat
 from neox.runtime.launch import LaunchInfo

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.background import Saver
-from neox.checkpoint.faulty import storage_with
-from neox.checkpoint.load import Checkpoint, find, resolve
+from neox.checkpoint.faulty_storage import storage_with
+from neox.checkpoint.find import find, resolve
+from neox.checkpoint.lora_merge import open_weights
 from neox.checkpoint.manifest import Lineage
-from neox.checkpoint.merged import open_weights
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
 from neox.config.load import dump, to_builtins
 from neox.config.schema import Config

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from neox.checkpoint.peers import Peers
+from neox.checkpoint.consensus import RankGroup
 from neox.config.schema import Config
 from neox.errors import NeoxError
 from neox.faults import NO_FAULTS, Faults
@@ -58,7 +58,7 @@ def start(config: Config, launch: LaunchInfo, device: str, *, signals: StopSigna
         if launch.world_size > 1:
             if launch.rank == 0:
                 print(f"{launch.world_size} processes by {launch.source}; rank 0 at {launch.endpoint}", flush=True)
-            check_consistency(fingerprint_run(config), Peers(launch.rank, launch.world_size))
+            check_consistency(fingerprint_run(config), RankGroup(launch.rank, launch.world_size))
         warning = check_fit(config, mesh)
         if warning is not None and launch.rank == 0:
             print(f"note: {warning}", file=sys.stderr, flush=True)

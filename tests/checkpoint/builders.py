@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.manifest import Lineage
-from neox.checkpoint.reshard import Fragment, slice_shape, whole
+from neox.checkpoint.reshard import Fragment, full_slices, slice_shape
 from neox.checkpoint.save import save
 
 LINEAGE = Lineage("ab" * 16, 0)
@@ -28,13 +28,13 @@ def make_state(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:
 
 def whole_fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
     """Each tensor in one piece."""
-    return [Fragment(name, kind, tuple(value.shape), whole(value.shape), 0, value.numel(), value.reshape(-1)) for (name, kind), value in state.items()]
+    return [Fragment(name, kind, tuple(value.shape), full_slices(value.shape), 0, value.numel(), value.reshape(-1)) for (name, kind), value in state.items()]
 
 
 def tp_slices(shape: tuple[int, ...], tp: int, rank: int, dim: int = 0):
     """Slices of a tensor cut `tp` ways along `dim`; vectors and scalars are replicated."""
     if len(shape) < 2:
-        return whole(shape)
+        return full_slices(shape)
     bounds = [shape[dim] * part // tp for part in range(tp + 1)]
     return tuple((bounds[rank], bounds[rank + 1]) if axis == dim else (0, size) for axis, size in enumerate(shape))
 
@@ -68,3 +68,11 @@ def save_one(root: Path, step: int = 100, state=None, content=None, **changes) -
         "lineage": LINEAGE,
     }
     return save(root, **{**settings, **changes})
+
+
+def flip_bit(path, bit):
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))

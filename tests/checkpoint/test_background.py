@@ -11,8 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neox.checkpoint.background import HostBlock, Saver, Snapshot
-from neox.checkpoint.load import digest, find, verify
+from neox.checkpoint.find import find
 from neox.checkpoint.reshard import Fragment
+from neox.checkpoint.verify import digest, verify
 from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import LINEAGE, make_state, save_one, whole_fragments
 from tests.checkpoint.faults import CountingStorage, FailingStorage

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from neox.checkpoint.holder import describe_process, is_gone
 from neox.checkpoint.lock import LOCK, FolderLock
+from neox.checkpoint.process_identity import describe_process, has_exited
 from neox.errors import CheckpointError, DiskError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_a_live_job_in_another_namespace_keeps_its_lock(tmp_path, namespace):
         with pytest.raises(CheckpointError, match=r"another job holds this folder; .*pid \d+, started \d{4}-.*in every container"):
             FolderLock(tmp_path)
         assert (tmp_path / LOCK).read_text() == before
-        assert not is_gone(json.loads(before))
+        assert not has_exited(json.loads(before))
     finally:
         process.kill()
         process.wait()
@@ -135,7 +135,7 @@ def test_a_held_lock_of_a_holder_that_cannot_be_known_is_refused(tmp_path, chang
     child = subprocess.Popen(["true"])
     child.wait()
     gone = {**describe_process(), "pid": child.pid}
-    assert is_gone(gone)
+    assert has_exited(gone)
     first = FolderLock(tmp_path)
     (tmp_path / LOCK).write_text(json.dumps({key: value for key, value in (gone | change).items() if value is not None}))
     with pytest.raises(CheckpointError, match="another job holds"):

@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 
-from neox.checkpoint.load import Checkpoint
 from neox.checkpoint.manifest import MANIFEST, Lineage, decode, encode, parse_json, plain, read_manifest
+from neox.checkpoint.reader import Checkpoint
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import save_one
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from neox.checkpoint.reshard import check_address, check_coverage, overlaps, placed_boxes, slice_shape, split_range, whole
+from neox.checkpoint.reshard import check_address, check_coverage, full_slices, overlaps, placed_boxes, slice_shape, split_range
 from neox.errors import CheckpointError
 
 
@@ -52,7 +52,7 @@ def test_copy_of_random_pieces_equals_masked_copy(shape):
 
 
 def test_span_covers_what_is_copied():
-    source = placed_boxes(whole((6, 10)), 0, 60)
+    source = placed_boxes(full_slices((6, 10)), 0, 60)
     (shared,) = overlaps(source, placed_boxes(((2, 4), (3, 5)), 0, 4))
     assert shared.span(shared.source) == (23, 35)
     assert shared.size == 4

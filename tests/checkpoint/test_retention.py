@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from neox.checkpoint.load import find, verify
+from neox.checkpoint.find import find
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.retention import (
     collect_leftovers,
@@ -17,6 +17,7 @@ from neox.checkpoint.retention import (
     scan,
     start_lineage,
 )
+from neox.checkpoint.verify import verify
 from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import save_one
 from tests.checkpoint.faults import RecordingStorage

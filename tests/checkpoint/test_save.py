@@ -7,9 +7,11 @@ import re
 import pytest
 import torch
 
-from neox.checkpoint.load import Checkpoint, digest, find, verify
+from neox.checkpoint.find import find
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.save import checked, cut
+from neox.checkpoint.verify import digest, verify
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import make_state, save_one, whole_fragments
 from tests.distributed import run_ranks, start_ranks

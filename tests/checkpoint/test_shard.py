@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from neox.checkpoint.manifest import BLOCK
-from neox.checkpoint.reshard import Fragment, whole
+from neox.checkpoint.reshard import Fragment, full_slices
 from neox.checkpoint.shard import DTYPES, check_header, checksum, write_shard
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import make_state, save_one, whole_fragments
@@ -24,7 +24,7 @@ def _write(path, fragments):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_safetensors_reads_our_shards(tmp_path, dtype):
     value = (torch.arange(12) % 2 if dtype == torch.bool else torch.arange(12)).to(dtype)
-    record = _write(tmp_path / "a.safetensors", [Fragment("w", "weight", (3, 4), whole((3, 4)), 0, 12, value)])
+    record = _write(tmp_path / "a.safetensors", [Fragment("w", "weight", (3, 4), full_slices((3, 4)), 0, 12, value)])
     loaded = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert torch.equal(loaded["weight/w[0:3,0:4]0:12"], value.view(3, 4))
     assert record.size == os.path.getsize(tmp_path / "a.safetensors")
@@ -40,14 +40,14 @@ def test_our_reader_accepts_what_safetensors_writes(tmp_path):
 
 def test_blocks_are_checksummed_one_by_one(tmp_path):
     value = torch.arange(BLOCK // 4 + 3, dtype=torch.float32)
-    record = _write(tmp_path / "a", [Fragment("w", "weight", (value.numel(),), whole(value.shape), 0, value.numel(), value)])
+    record = _write(tmp_path / "a", [Fragment("w", "weight", (value.numel(),), full_slices(value.shape), 0, value.numel(), value)])
     raw = value.numpy().tobytes()
     assert record.entries[0].blocks == (checksum(raw[:BLOCK]), checksum(raw[BLOCK:]))
 
 
 def test_strided_data_is_stored_in_order(tmp_path):
     value = torch.arange(20.0)[::2]
-    _write(tmp_path / "a", [Fragment("w", "weight", (10,), whole((10,)), 0, 10, value)])
+    _write(tmp_path / "a", [Fragment("w", "weight", (10,), full_slices((10,)), 0, 10, value)])
     assert torch.equal(safetensors.torch.load_file(tmp_path / "a")["weight/w[0:10]0:10"], value)
 
 

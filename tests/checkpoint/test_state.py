@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from neox.checkpoint.load import Checkpoint
 from neox.checkpoint.manifest import Lineage, read_manifest
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.state import check_state
 from neox.checkpoint.storage import Storage
 from neox.errors import CheckpointError, DiskError

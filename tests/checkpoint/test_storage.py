@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from neox.checkpoint.load import digest, find, verify
+from neox.checkpoint.find import find
 from neox.checkpoint.retention import collect_leftovers
 from neox.checkpoint.storage import FileWriter, make_dirs, open_file, probe, read_file, write_file
+from neox.checkpoint.verify import digest, verify
 from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import make_state, save_one
 from tests.checkpoint.faults import Disk, FailingStorage, RecordingStorage, ShortStorage, fingerprint, materialise

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.background import Saver
-from neox.checkpoint.load import Checkpoint, find
+from neox.checkpoint.find import find
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
 from neox.checkpoint.storage import LOCAL

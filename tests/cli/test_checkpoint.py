@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from neox.checkpoint.load import Checkpoint, digest
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.verify import digest
 from neox.cli.main import main
 from tests.checkpoint.builders import make_state, save_one
 

@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 import torch
 
-from neox.checkpoint.load import Checkpoint, resolve
+from neox.checkpoint.find import resolve
+from neox.checkpoint.reader import Checkpoint
 from neox.cli import importer
 from neox.cli.generate import run_tokenizer
 from neox.cli.main import main

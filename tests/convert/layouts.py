@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.load import Checkpoint, resolve
+from neox.checkpoint.find import resolve
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
 from neox.config.load import dump, to_builtins

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neox.checkpoint.load import Checkpoint
+from neox.checkpoint.reader import Checkpoint
 from neox.config.schema import Config
 from neox.convert.source import InMemoryTensors, Source, save_weights
 from neox.errors import CheckpointError

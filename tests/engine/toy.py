@@ -152,7 +152,7 @@ def gathered(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 class Stored:
-    """A checkpoint in memory, with the face of neox.checkpoint.load.Checkpoint."""
+    """A checkpoint in memory, with the face of neox.checkpoint.reader.Checkpoint."""
 
     path = "memory"
 
@@ -164,7 +164,7 @@ class Stored:
         if set(self.tensors) != {f"{kind}/{name}" for name, kind, _ in wanted}:
             raise CheckpointError("tensors do not fit")
 
-    def together(self) -> contextlib.AbstractContextManager:
+    def async_reads(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def read_into(self, out, name, kind, slices, start, stop) -> None:

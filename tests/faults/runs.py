@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox.checkpoint.load import digest, problems
 from neox.checkpoint.retention import scan
+from neox.checkpoint.verify import digest, problems
 from tests.train.corpus import DROPOUT, config_text, curve
 
 TINY = ("model.num_layers=2", "model.hidden_size=16", "model.num_attention_heads=2")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from neox.checkpoint.load import Checkpoint, find, problems
+from neox.checkpoint.find import find
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.verify import problems
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import make_state, save_one
 

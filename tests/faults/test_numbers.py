@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from neox.checkpoint.load import digest
+from neox.checkpoint.verify import digest
 from tests.faults.runs import TINY, Setting, arguments, newest
 from tests.train.corpus import records
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from neox.checkpoint.load import Checkpoint
+from neox.checkpoint.reader import Checkpoint
 from neox.config.load import dump
 from neox.config.schema import Config, ModelConfig
 from neox.convert.huggingface import from_huggingface

@@ -11,12 +11,12 @@ from tests.train.corpus import config_text, make_config, make_corpus
 
 
 class Told:
-    """The other processes, as `Peers.exchange` gives them: each answers in its turn."""
+    """The other processes, as `RankGroup.all_gather_json` gives them: each answers in its turn."""
 
     def __init__(self, *others: dict):
         self.others = others
 
-    def exchange(self, message):
+    def all_gather_json(self, message):
         if isinstance(message, dict):
             return [message, *self.others]
         return [message, *(str(i) for i in range(len(self.others)))]

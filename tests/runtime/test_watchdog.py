@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.holder import process_space
+from neox.checkpoint.process_identity import process_namespace
 from neox.config.schema import ParallelConfig
 from neox.errors import ConfigError, DataError, MemoryExhausted, PeerLost
 from neox.runtime.distributed import form_process_group
@@ -169,12 +169,12 @@ def test_looks_without_a_change_are_counted():
 
 def test_whether_a_process_runs():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
-    who = {"pid": child.pid, "born": psutil.Process(child.pid).create_time(), "space": process_space()}
+    who = {"pid": child.pid, "born": psutil.Process(child.pid).create_time(), "space": process_namespace()}
     assert is_running(who)
     assert not is_running({**who, "born": who["born"] + 100}), "another process took the pid"
-    end({**who, "space": "elsewhere"}, process_space(), patience=0.1)
+    end({**who, "space": "elsewhere"}, process_namespace(), patience=0.1)
     assert child.poll() is None, "another machine's process is not ours to end"
-    end(who, process_space(), patience=0.1)
+    end(who, process_namespace(), patience=0.1)
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert not is_running(who), "a zombie does not run"
     assert child.wait() == -signal.SIGKILL

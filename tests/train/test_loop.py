@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.load import Checkpoint, digest
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.verify import digest
 from neox.config.load import loads
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError, DataError, DiskError, NonFinite, StoppedBySignal

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from neox.checkpoint.load import Checkpoint, digest
-from neox.checkpoint.merged import open_weights
+from neox.checkpoint.lora_merge import open_weights
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.verify import digest
 from neox.config.validate import validate
 from neox.errors import CheckpointError, StoppedBySignal
 from neox.generate.generate import load_model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from neox.checkpoint.load import Checkpoint
+from neox.checkpoint.reader import Checkpoint
 from neox.errors import CheckpointError, ConfigError, NeoxError, StoppedBySignal
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from neox.checkpoint.blocks import ShardReader, read_block
 from neox.checkpoint.manifest import BLOCK, read_manifest
+from neox.checkpoint.shard_reader import ShardReader, read_block
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import save_one
 

@@ -13,7 +13,7 @@ from neox import errors
 from neox.errors import NeoxError, PeerLost
 
 
-class Peers:
+class RankGroup:
     """The ranks of a collective call. With a world of one, or before torch.distributed is initialised, it is this process alone.
 
     Args:
@@ -28,7 +28,7 @@ class Peers:
         if world_size > 1 and not dist.is_initialized():
             raise errors.CheckpointError("torch.distributed is not initialised", got=f"world size {world_size}", do="initialise the process group first")
 
-    def exchange(self, message: Any) -> list[Any]:
+    def all_gather_json(self, message: Any) -> list[Any]:
         """Every rank's message (plain JSON), by rank. Raises PeerLost where a rank is gone."""
         if self.world_size == 1:
             return [message]
@@ -49,7 +49,7 @@ class Peers:
         dist.all_gather(parts, mine, group=self._group)
         return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
-    def together(self, work: Callable[[], Any]) -> list[Any]:
+    def run_on_all(self, work: Callable[[], Any]) -> list[Any]:
         """Runs `work` on every rank and returns every rank's result (plain JSON); where one fails, all raise that rank's error."""
         result, problem = None, None
         try:
@@ -58,7 +58,7 @@ class Peers:
             if self.world_size == 1:
                 raise
             problem = error
-        answers = self.exchange({"result": result} if problem is None else {"error": describe(problem, self.rank)})
+        answers = self.all_gather_json({"result": result} if problem is None else {"error": describe(problem, self.rank)})
         first = next((answer["error"] for answer in answers if "error" in answer), None)
         if first is not None:
             raise revive(first) from problem

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from neox.checkpoint.reshard import Fragment, whole
+from neox.checkpoint.reshard import Fragment, full_slices
 from neox.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Deferred:
+class LazyTensor:
     """Stands where save() expects the flat values of a fragment, and offers as much of a tensor as it uses.
 
     Attributes:
@@ -32,11 +32,11 @@ class Deferred:
         """Elements of the range."""
         return (torch.Size(self.shape).numel() if self.stop is None else self.stop) - self.start
 
-    def detach(self) -> Deferred:
+    def detach(self) -> LazyTensor:
         """Itself: there is no graph."""
         return self
 
-    def reshape(self, size: int) -> Deferred:
+    def reshape(self, size: int) -> LazyTensor:
         """Itself: it is flat already.
 
         Raises:
@@ -46,7 +46,7 @@ class Deferred:
             raise ValueError(f"deferred values are flat, asked for {size}")
         return self
 
-    def __getitem__(self, part: slice) -> Deferred:
+    def __getitem__(self, part: slice) -> LazyTensor:
         """A part of the range."""
         start, stop, _ = part.indices(self.numel())
         return replace(self, start=self.start + start, stop=self.start + stop)
@@ -64,6 +64,6 @@ class Deferred:
         return tensor.to(device).reshape(-1)[self.start : self.start + self.numel()]
 
 
-def deferred_fragment(name: str, value: Deferred) -> Fragment:
+def lazy_fragment(name: str, value: LazyTensor) -> Fragment:
     """A whole weight as a fragment."""
-    return Fragment(name, "weight", value.shape, whole(value.shape), 0, value.numel(), value)
+    return Fragment(name, "weight", value.shape, full_slices(value.shape), 0, value.numel(), value)

@@ -87,7 +87,7 @@ def divide(offers: Sequence[Sequence[Offer]]) -> list[list[Share]]:
     return shares
 
 
-def check_plan(table: dict[tuple[str, str], TensorInfo], offers: Sequence[Sequence[Offer]], shares: Sequence[Sequence[Share]]) -> None:
+def check_assignment(table: dict[tuple[str, str], TensorInfo], offers: Sequence[Sequence[Offer]], shares: Sequence[Sequence[Share]]) -> None:
     """Raises CheckpointError, naming every tensor, unless the shares cover each tensor exactly once."""
     pieces: dict[tuple[str, str], list[tuple[Slices, int, int]]] = {key: [] for key in table}
     for mine, taken in zip(offers, shares, strict=True):

@@ -14,7 +14,7 @@ import psutil
 START_TOLERANCE = 2.0  # seconds between two readings of a process's start time
 
 
-def process_space() -> str:
+def process_namespace() -> str:
     """Names the boot of the machine and the PID namespace: a pid means the same process to all that share both. Empty where it cannot be known."""
     if sys.platform != "linux":  # no PID namespaces
         return f"{socket.gethostname()} {int(psutil.boot_time())}"
@@ -28,22 +28,22 @@ def process_space() -> str:
 
 
 def describe_process() -> dict[str, Any]:
-    """This process as JSON: what `is_gone` needs, and its start for people."""
+    """This process as JSON: what `has_exited` needs, and its start for people."""
     try:
         born = psutil.Process().create_time()
     except psutil.Error:  # /proc of another namespace
         born = time.time()
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))
-    return {"host": socket.gethostname(), "space": process_space(), "pid": os.getpid(), "born": born, "started": started}
+    return {"host": socket.gethostname(), "space": process_namespace(), "pid": os.getpid(), "born": born, "started": started}
 
 
-def is_gone(who: dict[str, Any]) -> bool:
+def has_exited(who: dict[str, Any]) -> bool:
     """Whether a described process is known to have exited. False where that cannot be known: on another host, after another boot, in another PID
     namespace, or where the description, such as one of an earlier version, does not name them."""
     pid, born, space = who.get("pid"), who.get("born"), who.get("space")
     if type(pid) is not int or pid < 1 or type(born) not in (int, float) or who.get("host") != socket.gethostname():
         return False
-    if not space or space != process_space():
+    if not space or space != process_namespace():
         return False
     try:
         os.kill(pid, 0)

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from neox.checkpoint.plan import Offer, check_plan, decode_offers, divide, encode_offers, tensor_table
-from neox.checkpoint.reshard import whole
+from neox.checkpoint.assignment import Offer, check_assignment, decode_offers, divide, encode_offers, tensor_table
+from neox.checkpoint.reshard import full_slices
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import cut_fragments, make_state
 
 
 def _offer(start, stop, name="w", size=10):
-    return Offer("weight", name, "F32", (size,), whole((size,)), start, stop)
+    return Offer("weight", name, "F32", (size,), full_slices((size,)), start, stop)
 
 
 def _stored(offers, shares):
@@ -29,7 +29,7 @@ def test_replicas_are_stored_once_and_shared_out():
     shares = divide(offers)
     assert all(len(ranks) == 1 for ranks in _stored(offers, shares).values())
     assert [sum(share.stop - share.start for share in mine) for mine in shares] == [20, 20, 20, 20]
-    check_plan(tensor_table(offers), offers, shares)
+    check_assignment(tensor_table(offers), offers, shares)
 
 
 def test_overlapping_ranges_are_trimmed():
@@ -45,7 +45,7 @@ def test_overlapping_ranges_are_trimmed():
 def test_holes_are_refused_and_every_tensor_is_named():
     offers = [[_offer(0, 4), _offer(0, 9, "b")], [_offer(5, 10)]]
     with pytest.raises(CheckpointError) as caught:
-        check_plan(tensor_table(offers), offers, divide(offers))
+        check_assignment(tensor_table(offers), offers, divide(offers))
     assert "weight/w: tensor is not covered, have 9 elements, want 10" in caught.value.line()
     assert "weight/b" in caught.value.line()
 

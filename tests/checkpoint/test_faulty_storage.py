@@ -4,9 +4,10 @@ import errno
 
 import pytest
 
-from neox.checkpoint.faulty import FaultyStorage, storage_with
-from neox.checkpoint.load import find, verify
+from neox.checkpoint.faulty_storage import FaultyStorage, storage_with
+from neox.checkpoint.find import find
 from neox.checkpoint.storage import LOCAL
+from neox.checkpoint.verify import verify
 from neox.errors import DiskError
 from neox.faults import Faults, parse
 from tests.checkpoint.builders import save_one

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from neox import errors
-from neox.checkpoint.peers import Peers, describe, revive
+from neox.checkpoint.consensus import RankGroup, describe, revive
 
 
 @pytest.mark.parametrize("kind", [*errors.NeoxError.__subclasses__(), errors.NeoxError])
@@ -25,13 +25,13 @@ def test_bugs_of_our_own_keep_their_name():
 
 
 def test_alone_there_is_nobody_to_ask():
-    peers = Peers()
-    assert peers.exchange({"a": 1}) == [{"a": 1}]
-    assert peers.together(lambda: 7) == [7]
+    peers = RankGroup()
+    assert peers.all_gather_json({"a": 1}) == [{"a": 1}]
+    assert peers.run_on_all(lambda: 7) == [7]
     with pytest.raises(ZeroDivisionError):
-        peers.together(lambda: 1 // 0)
+        peers.run_on_all(lambda: 1 // 0)
 
 
 def test_a_world_needs_a_process_group():
     with pytest.raises(errors.CheckpointError, match=r"torch\.distributed is not initialised"):
-        Peers(0, 2)
+        RankGroup(0, 2)

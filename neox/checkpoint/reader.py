@@ -1,4 +1,4 @@
-"""Loading: find the checkpoint to resume from, check it, and read any slice of any tensor from whatever pieces are stored.
+"""Reading a checkpoint: any slice of any logical tensor, from whatever segments are stored.
 
 Nothing is believed before it is checked: the manifest's checksum and structure when it is opened, a shard's header when
 it is first touched, a block's checksum before its bytes are used. Only the blocks that hold what is asked for are read.
@@ -6,35 +6,30 @@ it is first touched, a block's checksum before its bytes are used. Only the bloc
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neox.checkpoint.blocks import ShardReader
-from neox.checkpoint.manifest import ITEM_BYTES, MANIFEST, RNG_KIND, SHARD_NAME, Entry, Manifest, ShardFile, TensorInfo, read_manifest
-from neox.checkpoint.peers import Peers
-from neox.checkpoint.reshard import Slices, check_address, overlaps, placed_boxes, whole
-from neox.checkpoint.retention import Found, folder_name, folder_step, read_latest, scan
+from neox.checkpoint.manifest import MANIFEST, RNG_KIND, SHARD_NAME, Entry, Manifest, ShardFile, TensorInfo, read_manifest
+from neox.checkpoint.reshard import Slices, check_address, full_slices, overlaps, placed_boxes
+from neox.checkpoint.retention import folder_name, folder_step
 from neox.checkpoint.shard import DTYPES
+from neox.checkpoint.shard_reader import ShardReader
 from neox.checkpoint.storage import LOCAL, TEMPORARY, Storage, unreadable
 from neox.errors import CheckpointError
 
-LOG = logging.getLogger(__name__)
 READ_THREADS = 2  # a block each
 READS_AHEAD = 8  # blocks that wait for a thread while further tensors are asked for
 OPEN_FILES = 64  # at most: one process may read the shards of thousands
 LISTED = 6  # differences that one message names
-DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a time
 
 
 class Checkpoint:
@@ -57,7 +52,7 @@ class Checkpoint:
             self._pieces[entry.kind, entry.name].append((file, entry))
         self._readers: dict[str, ShardReader] = {}
         self._threads = ThreadPoolExecutor(READ_THREADS)
-        self._pending: deque[Future] | None = None  # reads that nobody has waited for; None outside of `together`
+        self._pending: deque[Future] | None = None  # reads that nobody has waited for; None outside of `async_reads`
 
     @property
     def step(self) -> int:
@@ -139,7 +134,7 @@ class Checkpoint:
         Raises CheckpointError: no such tensor, an address outside it, a damaged shard (file, tensor and checksums named).
         """
         info = self.info(name, kind)
-        slices = whole(info.shape) if slices is None else tuple((low, high) for low, high in slices)
+        slices = full_slices(info.shape) if slices is None else tuple((low, high) for low, high in slices)
         stop = math.prod(high - low for low, high in slices) if stop is None else stop
         check_address(name, kind, info.shape, slices, start, stop)
         out = torch.empty(stop - start, dtype=DTYPES[info.dtype])
@@ -159,7 +154,7 @@ class Checkpoint:
         self._fill(out, name, kind, slices, start, stop, self._pending)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def async_reads(self) -> Iterator[None]:
         """In this block `read_into` may return before the bytes are there, so that no thread waits between two tensors; they are there at its end.
 
         Raises CheckpointError, in the block or at its end, as `read_into` does.
@@ -279,184 +274,3 @@ def check_folder(path: Path, manifest: Manifest) -> None:
             faults.append(f"{name}: not part of the checkpoint")
     if faults:
         raise CheckpointError("checkpoint is damaged", where=path, got=", ".join(faults[:20]), want=f"{len(want)} shards and {MANIFEST}")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `verify` went through."""
-
-    path: Path
-    step: int
-    num_files: int
-    num_bytes: int
-    num_tensors: int
-
-
-def verify(path: str | Path, *, storage: Storage = LOCAL) -> Report:
-    """Checks everything: manifest, coverage, files, headers, every checksum. Raises CheckpointError with the first problem and their number."""
-    folder = Path(path)
-    found = problems(folder, storage=storage)
-    if found:
-        first = found[0]
-        what = first.what if len(found) == 1 else f"{first.what} (and {len(found) - 1} more problems)"
-        raise CheckpointError(what, where=first.where, got=first.got, want=first.want, do=first.do)
-    manifest = read_manifest(folder, storage=storage)
-    return Report(folder, manifest.step, len(manifest.files), sum(file.size for file in manifest.files), len(manifest.tensors))
-
-
-def problems(path: Path, *, part: int = 0, parts: int = 1, storage: Storage = LOCAL) -> list[CheckpointError]:
-    """Every problem of a checkpoint; the bytes of every parts-th file only, so that ranks can share the work."""
-    try:
-        manifest = read_manifest(path, storage=storage)
-        check_folder(path, manifest)
-    except CheckpointError as error:
-        return [error]
-    found: list[CheckpointError] = []
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        for file in manifest.files[part::parts]:
-            try:
-                reader = ShardReader(path, file, manifest, storage=storage)
-            except CheckpointError as error:
-                found.append(error)
-                continue
-            for entry in file.entries:
-                found += reader.problems(entry, threads)
-            reader.close()
-    return found
-
-
-def digest(path: str | Path) -> dict[str, str]:
-    """SHA-256 of every logical tensor, by "kind/name": of its dtype, shape and row-major bytes, so independent of the layout that wrote it.
-
-    Raises CheckpointError where the checkpoint is damaged.
-    """
-    out = {}
-    with Checkpoint(path) as checkpoint:
-        for name in checkpoint.names():
-            for kind in checkpoint.kinds(name):
-                out[f"{kind}/{name}"] = _digest_tensor(checkpoint, name, kind)
-    return dict(sorted(out.items()))
-
-
-def _digest_tensor(checkpoint: Checkpoint, name: str, kind: str) -> str:
-    info = checkpoint.info(name, kind)
-    result = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
-    size, step = math.prod(info.shape), DIGEST_BYTES // ITEM_BYTES[info.dtype]
-    for start in range(0, size, step):
-        part = checkpoint.read(name, kind, None, start, min(start + step, size))
-        result.update(part.view(torch.uint8).numpy())
-    return result.hexdigest()
-
-
-def find(root: str | Path, resume: str, *, rank: int = 0, world_size: int = 1, group: Any = None) -> Path | None:
-    """The checkpoint to resume from, fully verified; None: start at step 0.
-
-    Collective where world_size > 1: ranks share the verification and all get the same answer or the same error.
-
-    Args:
-        root: folder of the run's checkpoints.
-        resume: "auto": the newest good one, with a warning for each damaged one passed over; None where there never was one.
-            "must": as auto, but an error where there is none. "never": None, but an error where the folder has any.
-            Anything else: a path, of a checkpoint or of a folder with checkpoints (its newest); damaged is an error.
-
-    Raises CheckpointError; it lists what is there.
-    """
-    peers = Peers(rank, world_size, group)
-    root = Path(root)
-    if resume == "never":
-        peers.together(lambda: _refuse_existing(root))
-        return None
-    if resume in ("auto", "must"):
-        return _newest_good(root, peers, resume == "must")
-    path = Path(peers.together(lambda: str(resolve(resume)))[0])
-    problem = _first_problem(path, peers)
-    if problem is not None:
-        raise problem
-    return path
-
-
-def _refuse_existing(root: Path) -> None:
-    there = [one.path.name for one in scan(root) if one.started]
-    if there:
-        raise CheckpointError(
-            "run has checkpoints, and checkpoint.resume is never", where=root, got=", ".join(there), do="choose another run.dir, or checkpoint.resume: auto"
-        )
-
-
-def _newest_good(root: Path, peers: Peers, required: bool) -> Path | None:
-    lists = peers.together(lambda: [[str(one.path) for one in reversed(scan(root)) if one.manifest], [str(one.problem) for one in damaged(root)]])
-    candidates, bad = lists[0]
-    for name in candidates:
-        problem = _first_problem(Path(name), peers)
-        if problem is None:
-            for line in bad:
-                LOG.warning("checkpoint passed over: %s", line)
-            return Path(name)
-        bad.append(str(problem))
-    peers.together(lambda: _refuse_silence(root, bad, required))
-    return None
-
-
-def damaged(root: Path) -> list[Found]:
-    """Folders that were published once and have no manifest that can be believed."""
-    hint = read_latest(root)
-    return [one for one in scan(root) if one.problem and (one.started or hint == one.path.name)]
-
-
-def _refuse_silence(root: Path, bad: list[str], required: bool) -> None:
-    """Raises CheckpointError where training must not start at step 0 by silence."""
-    again = "restore it, or choose another run.dir"
-    if bad:
-        raise CheckpointError("no checkpoint of the run is good", where=root, got=" | ".join(bad), do=again)
-    hint = read_latest(root)
-    if hint is not None:
-        raise CheckpointError("the run's checkpoints are gone", where=root, got=f"latest names {hint!r}; {listing(root)}", do=again)
-    if required:
-        raise CheckpointError("no checkpoint to resume from", where=root, got=listing(root), do="checkpoint.resume: auto starts at step 0")
-
-
-def _first_problem(path: Path, peers: Peers) -> CheckpointError | None:
-    """The first problem that any rank finds in its share of a checkpoint."""
-
-    def work() -> dict[str, Any] | None:
-        found = problems(path, part=peers.rank, parts=peers.world_size)
-        return {key: None if value is None else str(value) for key, value in vars(found[0]).items()} if found else None
-
-    first = next((answer for answer in peers.together(work) if answer), None)
-    if first is None:
-        return None
-    others = [one.path.name for one in scan(path.parent) if one.manifest and one.path.name != path.name]
-    do = f"good by their manifests: {', '.join(others)}" if others else first["do"]
-    return CheckpointError(first["what"], where=first["where"], got=first["got"], want=first["want"], do=do)
-
-
-def resolve(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest below a folder of checkpoints or of a run.
-
-    Raises CheckpointError: there is none (it lists what is there), or the newest is damaged, so that no older one takes its place unseen.
-    """
-    path = Path(path)
-    if os.path.lexists(path / MANIFEST) or (folder_step(path.name) is not None and path.is_dir()):
-        return path
-    for root in (path, path / "checkpoints"):
-        good = [one for one in scan(root) if one.manifest]
-        hint = read_latest(root)
-        for one in damaged(root):
-            if not good or one.path.name == hint or one.step > good[-1].step:
-                older = ", ".join(found.path.name for found in good)
-                do = f"good by their manifests: {older}; name one of them" if older else "restore it"
-                raise CheckpointError(one.problem.what, where=one.problem.where, got=one.problem.got, want=one.problem.want, do=do)
-        if good:
-            return good[-1].path
-    parent = path if path.is_dir() else next(place for place in path.parents if place.is_dir())
-    want, do = "a folder with manifest.json, or a folder of such folders", "name the folder of a run, or one step_... folder"
-    raise CheckpointError("no checkpoint here", where=path, got=listing(parent), want=want, do=do)
-
-
-def listing(folder: Path) -> str:
-    """What a folder holds, for an error message."""
-    if not folder.is_dir():
-        return f"{folder} does not exist"
-    names = sorted(os.listdir(folder))
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"{folder} holds {', '.join(names[:20]) or 'nothing'}{more}"

@@ -8,28 +8,28 @@ import sys
 import psutil
 import pytest
 
-from neox.checkpoint.holder import describe_process, is_gone, process_space
+from neox.checkpoint.process_identity import describe_process, has_exited, process_namespace
 
 
 def test_this_process():
     me = describe_process()
     assert (me["host"], me["pid"]) == (socket.gethostname(), os.getpid())
     assert abs(me["born"] - psutil.Process().create_time()) < 2
-    assert not is_gone(me)
-    assert is_gone({**me, "born": me["born"] - 100}), "the pid was given to another process"
-    assert me["space"] == process_space() and (me["space"] or sys.platform == "linux")
+    assert not has_exited(me)
+    assert has_exited({**me, "born": me["born"] - 100}), "the pid was given to another process"
+    assert me["space"] == process_namespace() and (me["space"] or sys.platform == "linux")
 
 
 def test_a_process_that_has_exited():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     who = {**describe_process(), "pid": child.pid, "born": psutil.Process(child.pid).create_time()}
-    assert not is_gone(who)
+    assert not has_exited(who)
     child.communicate()
-    assert is_gone(who)
+    assert has_exited(who)
 
 
 @pytest.mark.parametrize("change", [{"space": ""}, {"space": "boot pid:[1]"}, {"host": "other"}, {"pid": "7"}, {"pid": 0}, {"pid": 1 << 70}, {"born": None}])
 def test_what_cannot_be_known_is_not_gone(change):
     child = subprocess.Popen(["true"])
     child.wait()
-    assert not is_gone({**describe_process(), "pid": child.pid, **change})
+    assert not has_exited({**describe_process(), "pid": child.pid, **change})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neox.checkpoint.load import Checkpoint
-from neox.checkpoint.merged import MergedCheckpoint, open_weights
+from neox.checkpoint.lora_merge import MergedCheckpoint, open_weights
+from neox.checkpoint.reader import Checkpoint
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import save_one
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neox.checkpoint.deferred import Deferred, deferred_fragment
-from neox.checkpoint.load import Checkpoint
+from neox.checkpoint.lazy_tensor import LazyTensor, lazy_fragment
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import save
 from neox.errors import CheckpointError
@@ -14,11 +14,11 @@ from neox.errors import CheckpointError
 VALUES = torch.arange(60, dtype=torch.float32).view(5, 12)
 
 
-def write(root, value: Deferred, **options):
+def write(root, value: LazyTensor, **options):
     return save(
         root,
         step=0,
-        fragments=[deferred_fragment("a", value)],
+        fragments=[lazy_fragment("a", value)],
         state={},
         rng={},
         config_lock="",
@@ -33,7 +33,7 @@ def write(root, value: Deferred, **options):
 
 def test_nothing_is_made_before_it_is_written_and_once_only(tmp_path):
     made = []
-    value = Deferred(lambda: made.append(1) or VALUES, (5, 12), torch.float32)
+    value = LazyTensor(lambda: made.append(1) or VALUES, (5, 12), torch.float32)
     assert value.numel() == 60 and value[3:9].numel() == 6 and made == []
     with Checkpoint(write(tmp_path, value)) as checkpoint:
         assert torch.equal(checkpoint.tensor("a"), VALUES)
@@ -41,7 +41,7 @@ def test_nothing_is_made_before_it_is_written_and_once_only(tmp_path):
 
 
 def test_pieces_of_a_tensor_in_several_files(tmp_path):
-    with Checkpoint(write(tmp_path, Deferred(lambda: VALUES, (5, 12), torch.float32), shard_bytes=100)) as checkpoint:
+    with Checkpoint(write(tmp_path, LazyTensor(lambda: VALUES, (5, 12), torch.float32), shard_bytes=100)) as checkpoint:
         assert torch.equal(checkpoint.tensor("a"), VALUES)
         assert len(checkpoint.manifest.files) > 1
 
@@ -49,10 +49,10 @@ def test_pieces_of_a_tensor_in_several_files(tmp_path):
 @pytest.mark.parametrize("wrong", [VALUES.t(), VALUES.double()])
 def test_what_is_made_must_be_what_was_announced(tmp_path, wrong):
     with pytest.raises(CheckpointError, match="not what was announced"):
-        write(tmp_path, Deferred(lambda: wrong, (5, 12), torch.float32))
+        write(tmp_path, LazyTensor(lambda: wrong, (5, 12), torch.float32))
     assert list(tmp_path.glob("*/manifest.json")) == []
 
 
 def test_it_is_flat():
     with pytest.raises(ValueError, match="flat"):
-        Deferred(lambda: VALUES, (5, 12), torch.float32).reshape(5)
+        LazyTensor(lambda: VALUES, (5, 12), torch.float32).reshape(5)

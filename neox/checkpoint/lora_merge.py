@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.load import Checkpoint
-from neox.checkpoint.reshard import Slices, whole
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.reshard import Slices, full_slices
 from neox.checkpoint.storage import LOCAL, Storage
 from neox.parallel.linear import merge_adapter
 
@@ -42,7 +42,7 @@ class MergedCheckpoint(Checkpoint):
         base = name.removesuffix(".weight")
         if kind != "weight" or not name.endswith(".weight") or not super().kinds(base + FACTORS[0]):
             return super().read(name, kind, slices, start, stop)
-        slices = whole(self.info(name).shape) if slices is None else slices
+        slices = full_slices(self.info(name).shape) if slices is None else slices
         shape = tuple(high - low for low, high in slices)
         weight = super().read(name, kind, slices).view(shape)
         rank = self.info(base + FACTORS[0]).shape[0]

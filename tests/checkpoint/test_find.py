@@ -1,0 +1,106 @@
+"""The choice of the checkpoint to resume from."""
+
+import logging
+import os
+import shutil
+
+import pytest
+
+from neox.checkpoint.find import find, resolve
+from neox.checkpoint.manifest import Lineage
+from neox.checkpoint.retention import start_lineage
+from neox.errors import CheckpointError
+from tests.checkpoint.builders import flip_bit, save_one
+
+
+def test_find_auto_takes_the_newest_good_one(tmp_path, caplog):
+    assert find(tmp_path / "nothing", "auto") is None
+    old, new = save_one(tmp_path, 99999), save_one(tmp_path, 100000)
+    assert find(tmp_path, "auto") == new
+    (shard,) = new.glob("*.safetensors")
+    flip_bit(shard, 8 * os.path.getsize(shard) - 1)
+    with caplog.at_level(logging.WARNING):
+        assert find(tmp_path, "auto") == old
+    assert "passed over" in caplog.text
+    assert shard.name in caplog.text
+    with pytest.raises(CheckpointError, match="good by their manifests: step_00099999"):
+        find(tmp_path, str(new))
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+@pytest.mark.parametrize("damage", ["no manifest", "garbage manifest", "no shard", "no folder"])
+def test_a_lost_checkpoint_never_means_step_0(tmp_path, resume, damage):
+    path = save_one(tmp_path)
+    if damage == "no manifest":
+        (path / "manifest.json").unlink()
+    elif damage == "garbage manifest":
+        (path / "manifest.json").write_bytes(b"\x00" * 100)
+    elif damage == "no shard":
+        next(path.glob("*.safetensors")).unlink()
+    else:
+        shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="step_00000100"):
+        find(tmp_path, resume)
+
+
+@pytest.mark.parametrize("hint", [b"", b"garbage\xff", b"step_00000777\n"])
+def test_the_hint_decides_nothing(tmp_path, hint):
+    path = save_one(tmp_path)
+    (tmp_path / "latest").write_bytes(hint)
+    assert find(tmp_path, "auto") == path
+
+
+def test_find_must_and_never(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint to resume from.*does not exist"):
+        find(tmp_path / "nothing", "must")
+    assert find(tmp_path, "never") is None
+    path = save_one(tmp_path)
+    assert find(tmp_path, "must") == path
+    with pytest.raises(CheckpointError, match=r"never.*step_00000100"):
+        find(tmp_path, "never")
+
+
+def test_find_explicit_path(tmp_path):
+    path = save_one(tmp_path / "run dir é" / "checkpoints", 9)
+    newer = save_one(tmp_path / "run dir é" / "checkpoints", 10)
+    (tmp_path / "link").symlink_to(tmp_path / "run dir é")
+    assert find(tmp_path, str(path) + "/") == path
+    assert find(tmp_path, str(newer.parent)) == newer
+    assert resolve(newer.parent.parent) == newer
+    assert resolve(tmp_path / "link").name == newer.name
+    with pytest.raises(CheckpointError, match=r"no checkpoint here.*run dir é"):
+        find(tmp_path, str(tmp_path / "wrong" / "path"))
+
+
+@pytest.mark.parametrize("hint", [True, False])
+def test_a_damaged_newest_is_no_older_one(tmp_path, hint):
+    """Its manifest does not say its generation: that it is the newest is told by the hint, or by its step."""
+    old, new = save_one(tmp_path / "checkpoints", 9), save_one(tmp_path / "checkpoints", 10)
+    raw = (new / "manifest.json").read_bytes()
+    (new / "manifest.json").write_bytes(raw[: len(raw) // 2])
+    if not hint:
+        (tmp_path / "checkpoints" / "latest").unlink()
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"not a manifest; where=.*step_00000010.*good by their manifests: step_00000009; name one of them"):
+            resolve(path)
+        with pytest.raises(CheckpointError, match="not a manifest"):
+            find(tmp_path / "other", str(path))
+    assert resolve(old) == old
+
+
+def test_a_damaged_older_one_is_in_nobodys_way(tmp_path):
+    old, new = save_one(tmp_path, 9), save_one(tmp_path, 10)
+    (old / "manifest.json").write_bytes(b"{")
+    assert resolve(tmp_path) == new
+
+
+def test_newest_is_by_lineage_not_by_step(tmp_path):
+    first = Lineage("aa" * 16, 0)
+    for step in (10, 20, 30):
+        save_one(tmp_path, step, lineage=first)
+    second = start_lineage(tmp_path, tmp_path / "step_00000010")
+    assert second.generation == 1
+    assert second.parent == (first.id, 10)
+    path = save_one(tmp_path, 15, lineage=second)
+    os.utime(path / "manifest.json", (0, 0))
+    assert find(tmp_path, "auto") == path

@@ -1,0 +1,143 @@
+"""Verification: any damage is refused, with file and tensor named."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox.checkpoint.find import find
+from neox.checkpoint.manifest import BLOCK
+from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.verify import digest, problems, verify
+from neox.errors import CheckpointError
+from tests.checkpoint.builders import cut_fragments, flip_bit, make_state, save_one
+
+
+def as_version_1(path: Path) -> None:
+    """Rewrite a manifest as releases before XXH3 wrote it, blocks of 16 MB under SHA-256."""
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    body["block"] = 16 << 20
+    for file in body["files"]:
+        raw = (path / file["name"]).read_bytes()[file["header"] :]
+        for entry, following in zip(file["entries"], [*file["entries"][1:], None], strict=True):
+            data = raw[entry[5] : following[5] if following else len(raw)]
+            entry[6] = [hashlib.sha256(data[begin : begin + (16 << 20)]).hexdigest() for begin in range(0, len(data), 16 << 20)]
+    text = json.dumps(body, separators=(",", ":"))
+    frame = f'{{"format":"neox-checkpoint","version":1,"sha256":"{hashlib.sha256(text.encode()).hexdigest()}","body":'
+    (path / "manifest.json").write_text(f"{frame}{text}}}\n")
+
+
+def _load_all(path):
+    with Checkpoint(path) as checkpoint:
+        for kind, name in checkpoint.manifest.tensors:
+            checkpoint.tensor(name, kind)
+
+
+def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path):
+    state = make_state() | {("large", "weight"): torch.arange(BLOCK // 4 * 5, dtype=torch.float32)}
+    path = save_one(tmp_path, state=state)
+    before = digest(path)
+    as_version_1(path)
+    assert digest(path) == before
+    assert verify(path).num_tensors > 3 and find(tmp_path, "must") == path
+    with Checkpoint(path) as checkpoint:
+        assert all(torch.equal(checkpoint.tensor(name, kind), value) for (name, kind), value in state.items())
+        assert torch.equal(checkpoint.read("large", start=5, stop=BLOCK), state["large", "weight"][5:BLOCK])
+    shard = max(path.glob("*.safetensors"), key=os.path.getsize)
+    flip_bit(shard, (os.path.getsize(shard) - 4) * 8)
+    with pytest.raises(CheckpointError, match=r"shard is damaged.*got=sha256 [0-9a-f]{64}; want=sha256 [0-9a-f]{64}"):
+        verify(path)
+
+
+def test_any_flipped_bit_is_refused_by_load_and_by_verify(tmp_path):
+    """One bit in each of 300 places over all files, and every bit of the shard's length field and the manifest's frame."""
+    path = save_one(tmp_path)
+    generator = random.Random(1)
+    for file in sorted(path.iterdir()):
+        size = 8 * file.stat().st_size
+        for bit in [*range(64), *range(size - 16, size), *(generator.randrange(size) for _ in range(150))]:
+            flip_bit(file, bit)
+            with pytest.raises(CheckpointError, match=file.name):
+                verify(path)
+            with pytest.raises(CheckpointError, match=file.name):
+                _load_all(path)
+            flip_bit(file, bit)
+    assert verify(path).num_files == 1
+
+
+def test_a_header_that_only_means_the_same_is_damage(tmp_path):
+    """Its padding says nothing, and JSON allows a line feed where a space was: the checksum alone tells."""
+    path = save_one(tmp_path)
+    (shard,) = path.glob("*.safetensors")
+    (file,) = Checkpoint(path).manifest.files
+    raw = bytearray(shard.read_bytes())
+    assert raw[file.header - 1] == ord(" ")
+    raw[file.header - 1] = ord("\n")
+    shard.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"shard is damaged; where=.*{shard.name}: header"):
+        verify(path)
+    with pytest.raises(CheckpointError, match=f"shard is damaged; where=.*{shard.name}: header"):
+        _load_all(path)
+
+
+def test_damage_names_the_tensor(tmp_path):
+    path = save_one(tmp_path)
+    (shard,) = path.glob("*.safetensors")
+    offset = next(file.header + entry.offset for file, entry in Checkpoint(path).manifest.entries() if entry.name == "scale" and entry.kind == "exp_avg")
+    flip_bit(shard, 8 * offset)
+    (problem,) = problems(path)
+    assert "exp_avg/scale[]0:1" in problem.line()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "grow", "empty", "delete", "link", "folder", "pipe"])
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = save_one(tmp_path)
+    for file in sorted(path.iterdir()):
+        shutil.copytree(path, tmp_path / "spare")
+        raw = file.read_bytes()
+        file.unlink()
+        if damage in ("truncate", "grow", "empty"):
+            file.write_bytes({"truncate": raw[:-1], "grow": raw + b"\0", "empty": b""}[damage])
+        elif damage == "link":
+            file.symlink_to(tmp_path / "spare" / file.name)
+        elif damage == "folder":
+            file.mkdir()
+        elif damage == "pipe":
+            os.mkfifo(file)
+        with pytest.raises(CheckpointError, match=file.name):
+            verify(path)
+        with pytest.raises(CheckpointError, match=file.name):
+            Checkpoint(path)
+        shutil.rmtree(path)
+        (tmp_path / "spare").rename(path)
+    verify(path)
+
+
+def test_foreign_file_in_a_checkpoint_is_refused(tmp_path):
+    path = save_one(tmp_path)
+    (shard,) = path.glob("*.safetensors")
+    shutil.copy(shard, path / "copy.safetensors")
+    with pytest.raises(CheckpointError, match=r"copy.safetensors: not part of the checkpoint"):
+        Checkpoint(path)
+
+
+def test_digests_do_not_depend_on_the_layout(tmp_path):
+    state = make_state()
+    one = digest(save_one(tmp_path / "a", state=state))
+    fragments = [
+        piece
+        for tp_rank, dp_rank in itertools.product(range(2), range(3))
+        for piece in cut_fragments(state, tp=2, tp_rank=tp_rank, dp=3, dp_rank=dp_rank, zero=True)
+    ]
+    cut = save_one(tmp_path / "b", fragments=fragments, shard_bytes=64)
+    assert len(list(cut.glob("*.safetensors"))) > 10
+    assert digest(cut) == one
+    state["scale", "weight"] = state["scale", "weight"] + 1
+    changed = digest(save_one(tmp_path / "c", state=state))
+    assert {key for key in one if one[key] != changed[key]} == {"weight/scale"}
