@@ -117,9 +117,10 @@ gpu-wheels: | $(VENV_PYTHON)  ## download the wheels that benchmarks/gpu.sh inst
 	    $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) -d build/gpu-wheels -c constraints.txt \
 	    orjson pydantic pydantic-core annotated-types typing-inspection
 
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup  ## build the documentation site into site/, with strict links and the API reference
 	$(PIP) $$($(PY) -c "$(REQUIREMENTS)" docs)
-	$(PY) -m mkdocs build --strict --quiet
+	$(PY) -m mkdocs build --strict
 
 wheel: setup  ## build a wheel into dist/, against the torch of the environment
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .

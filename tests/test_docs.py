@@ -1,23 +1,29 @@
-"""The README and docs/: links lead somewhere, commands parse, keys exist."""
+"""README, CONTRIBUTING and docs/: links and paths exist, commands parse, keys are known, and pages agree with the code they describe."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from neox.cli.main import COMMANDS, parse
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
 from neox.config.load import known_keys
 from neox.errors import ConfigError
+from tests import language
+from tests.source_rules import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").glob("*.md"))]
 KEY = re.compile(r"`((?:[a-z]+)\.[a-z_]+(?:\.[a-z_]+)?)(?::[^`]*)?`")
 SECTIONS = {key.split(".")[0] for key in known_keys()}
-PATH = re.compile(r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|launch|neox|tests)/[\w./-]*\w")  # of this repository, and no pattern
+PATH = re.compile(r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|examples|launch|neox|tests)/[\w./-]*\w")  # of this repository, and no pattern
 FILE_ENDINGS = (".json", ".jsonl", ".yml", ".txt", ".md", ".py")  # `tokenizer.json` is a file
 
 
@@ -44,7 +50,7 @@ def keys(text: str) -> list[str]:
 
 def paths(text: str) -> list[str]:
     """Files and folders of the repository that a page names; what a build makes is left out."""
-    text = re.sub(r"\]\([^)]*\)", "]", text)  # links are looked at by themselves
+    text = re.sub(r"\]\([^)]*\)", "]", text)  # links have a test of their own
     named = [match for match in PATH.finditer(text) if text[match.end() : match.end() + 1] not in ("*", "{", "<")]
     return [match.group() for match in named if not match.group().startswith(("neox/_ops", "neox/_data"))]
 
@@ -64,7 +70,7 @@ def test_links_lead_somewhere(page):
     assert [target for target in links(page.read_text(encoding="utf-8")) if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)  # the log is history
 def test_files_are_there(page):
     assert [path for path in paths(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()] == []
 
@@ -96,3 +102,46 @@ def test_what_is_wrong_is_seen():
 def test_every_command_is_described_somewhere():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [name for name in COMMANDS if not re.search(rf"\bneox {name}\b", text) and name != "train"] == []
+
+
+def layers_of(text: str) -> dict[str, int]:
+    """Package -> layer, as the picture of docs/architecture.md has them."""
+    picture = re.search(r"```\nlayer\n(.*?)```", text, re.DOTALL).group(1)
+    layers, layer = {}, 0
+    for line in picture.splitlines():
+        number, names = line[:7].strip(), line[7:].split("  ")[0]
+        layer = int(number) if number else layer
+        layers |= {f"neox.{name.strip()}": layer for name in names.split(",")}
+    return layers
+
+
+def test_the_architecture_page_shows_the_layers_that_the_imports_obey():
+    shown = layers_of((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    assert {name: layer for name, layer in shown.items() if FLOORS.get(name, layer) != layer} == {}
+
+
+def test_the_glossary_of_contributing_is_what_the_checker_refuses():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Glossary")[1].split("##")[0]
+    refused = [word for row in table.splitlines() if row.startswith("| `") for word in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(refused) > 20
+    assert [word for word in refused if not list(language.findings("a.md", word))] == []
+
+
+def test_every_page_is_in_the_navigation():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+
+    def leaves(node):
+        return [node] if isinstance(node, str) else [leaf for child in (node.values() if isinstance(node, dict) else node) for leaf in leaves(child)]
+
+    pages = leaves(nav)
+    assert len(pages) == len(set(pages))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} | {"index.md", "contributing.md", "changelog.md"} == set(pages)
+
+
+@pytest.mark.slow
+def test_the_site_builds_with_strict_links(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="needs the packages of `make docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "load_model" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
