@@ -59,7 +59,7 @@ ALLOWED = (
     r"sentence ?pieces?|word ?pieces?",
     r"(its|their|your|our|my|one's|'s) own",
 )
-BANNED = {re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE): better for pattern, better in GLOSSARY.items()}
+BANNED = {re.compile(rf"(?<![\w/-])(?:{pattern})(?![\w/-])", re.IGNORECASE): better for pattern, better in GLOSSARY.items()}
 PASS = re.compile("|".join(rf"\b(?:{pattern})\b" for pattern in ALLOWED), re.IGNORECASE)
 CODE = re.compile(r"`[^`\n]*`|\]\([^)\s]*\)|https?://\S+")
 C_TEXT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)

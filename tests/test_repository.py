@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -78,3 +81,23 @@ def test_issue_forms_ask_for_what_is_needed(name):
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
     assert {"name", "description", "body"} <= set(form)
     assert any(field.get("validations", {}).get("required") for field in form["body"])
+
+
+def test_the_picture_shows_both_parts_of_a_killed_run(tmp_path):
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "demo" / "picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    for name, steps in (("metrics.jsonl", range(1, 9)), ("metrics.dropped.jsonl", range(5, 7))):
+        rows = [json.dumps({"step": step, "loss": 9.0 - step, "validation_loss": 5.0 if step == 4 else None}) for step in steps]
+        (tmp_path / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    root = ElementTree.fromstring(picture.picture(tmp_path))
+    assert "after step 6 and resumed from step 4" in root.attrib["aria-label"]
+    curves = [line.attrib["points"].split() for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(points) for points in curves] == [6, 4, 1]  # steps 1 to 6, then 5 to 8; one validation
+    assert curves[0][4:] == curves[1][:2]
+
+
+def test_the_committed_picture_is_one_of_a_run():
+    root = ElementTree.parse(ROOT / "docs" / "images" / "demo-run.svg").getroot()
+    assert "killed with SIGKILL" in root.attrib["aria-label"]
+    assert sum(len(line.attrib["points"].split()) for line in root.iter("{http://www.w3.org/2000/svg}polyline")) > 180
