@@ -21,7 +21,7 @@ import numpy as np
 from neox.config.load import load_config
 from neox.data.samples.builder import documents_of_parts
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
-from neox.data.store.statistics import Documents, duplicates, histogram, overlap, survey
+from neox.data.store.statistics import DocumentStatistics, document_statistics, duplicates, histogram, overlap
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.files import json_line
@@ -153,7 +153,7 @@ def describe_lengths(lengths: np.ndarray) -> str:
 
 def scan(dataset: IndexedDataset, eod_id: int | None) -> dict[str, object]:
     """Range of ids, end-of-document tokens, and documents that occur more than once. Reads all of .bin."""
-    found = survey(dataset, eod_id)
+    found = document_statistics(dataset, eod_id)
     result: dict[str, object] = {"smallest_id_found": found.smallest, "largest_id_found": found.largest}
     if eod_id is not None:
         result |= {
@@ -219,11 +219,11 @@ def run_overlap(args: argparse.Namespace) -> int:
             "two datasets are compared, or the parts of a config", where="neox data overlap", got=" ".join(args.prefix) or None, want="A B, or --conf"
         )
     if args.conf:
-        parts = {name: [surveyed(*place) for place in places] for name, places in documents_of_parts(load_config(*args.conf)).items()}
+        parts = {name: [statistics_of(*place) for place in places] for name, places in documents_of_parts(load_config(*args.conf)).items()}
     else:
         first, second = (IndexedDataset(prefix) for prefix in args.prefix)
         common_tokenizer([first, second], "")
-        parts = {dataset.prefix: [surveyed(dataset, (0, dataset.num_documents))] for dataset in (first, second)}
+        parts = {dataset.prefix: [statistics_of(dataset, (0, dataset.num_documents))] for dataset in (first, second)}
         parts = parts if len(parts) == 2 else {first.prefix: parts[first.prefix], f"{first.prefix} again": parts[first.prefix]}
     results = [{"in": ours, "from": theirs, **overlap(parts[ours], parts[theirs])} for ours, theirs in combinations(parts, 2)]
     for result in [] if args.json else results:
@@ -238,9 +238,9 @@ def run_overlap(args: argparse.Namespace) -> int:
     return 0
 
 
-def surveyed(dataset: IndexedDataset, documents: tuple[int, int]) -> Documents:
+def statistics_of(dataset: IndexedDataset, documents: tuple[int, int]) -> DocumentStatistics:
     """A survey of documents [first, last), by the end-of-document token of the sidecar."""
-    return survey(dataset, dataset.sidecar.eod_id if dataset.sidecar else None, documents)
+    return document_statistics(dataset, dataset.sidecar.eod_id if dataset.sidecar else None, documents)
 
 
 def run_merge(args: argparse.Namespace) -> int:

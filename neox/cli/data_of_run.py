@@ -7,26 +7,26 @@ from pathlib import Path
 
 from neox.checkpoint.retention import scan
 from neox.config.validate import data_parallel_size
-from neox.data.samples.run_provenance import Layout, RunData, Written
+from neox.data.samples.run_provenance import BatchLayout, CheckpointRecord, RunProvenance
 from neox.errors import ConfigError
 from neox.files import json_line
 
 
-def run_data(args: argparse.Namespace) -> RunData:
+def provenance_of(args: argparse.Namespace) -> RunProvenance:
     """The data of the run, with what the checkpoints of its newest branch tell."""
     manifests = [(found.path, found.manifest) for found in scan(Path(args.run) / "checkpoints") if found.manifest is not None]
     newest = manifests[-1][1].lineage if manifests else None
     written = [
-        Written(one.step, one.state["consumed"], one.config_lock, one.state.get("data"), str(path), one.world_size)
+        CheckpointRecord(one.step, one.state["consumed"], one.config_lock, one.state.get("data"), str(path), one.world_size)
         for path, one in manifests
         if newest.includes(one.lineage, one.step) and "consumed" in one.state
     ]
-    return RunData(Path(args.run), args.batch, sorted(written, key=lambda one: one.step))
+    return RunProvenance(Path(args.run), args.batch, sorted(written, key=lambda one: one.step))
 
 
 def run_which(args: argparse.Namespace) -> int:
     """neox data which."""
-    data = run_data(args)
+    data = provenance_of(args)
     if args.step is not None:
         show_step(args, data)
     else:
@@ -34,12 +34,12 @@ def run_which(args: argparse.Namespace) -> int:
     return 0
 
 
-def show_step(args: argparse.Namespace, data: RunData) -> None:
+def show_step(args: argparse.Namespace, data: RunProvenance) -> None:
     """Print the samples of a step, those of one process if --rank names it."""
     layout = layout_of(data, args.step, args.world_size)
     rows = data.batch_of(args.step, layout)
     if args.rank is not None:
-        world_size = layout.tp * layout.cp * layout.dp * data.stage(args.step).config.parallel.pipeline
+        world_size = layout.tp * layout.cp * layout.dp * data.config_span(args.step).config.parallel.pipeline
         if not 0 <= args.rank < world_size:
             raise ConfigError("no such process", where="--rank", got=args.rank, want=f"0 to {world_size - 1}")
         rows = [row for row in rows if row.dp_rank == layout.dp_rank(args.rank)]
@@ -55,7 +55,7 @@ def show_step(args: argparse.Namespace, data: RunData) -> None:
             print(f"  {piece.source} document {piece.document:,} tokens {piece.offset:,} to {piece.offset + piece.tokens - 1:,}")
 
 
-def show_document(args: argparse.Namespace, data: RunData) -> None:
+def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
     """Print the steps that saw a document."""
     sources = data.sources()
     source = args.source or sources[0]
@@ -73,9 +73,9 @@ def show_document(args: argparse.Namespace, data: RunData) -> None:
 
 def run_seen(args: argparse.Namespace) -> int:
     """neox data seen."""
-    data = run_data(args)
+    data = provenance_of(args)
     counts = {one.step: one.consumed for one in data.written} if args.step is None else {args.step: data.span(args.step)[1]}
-    found = {step: data.stage(step).dataset.seen(samples) for step, samples in counts.items()}
+    found = {step: data.config_span(step).dataset.coverage(samples) for step, samples in counts.items()}
     rows = [{"step": step, "samples": counts[step], "sources": [seen._asdict() for seen in sources]} for step, sources in found.items()]
     if args.json:
         print(json_line(rows))
@@ -87,13 +87,13 @@ def run_seen(args: argparse.Namespace) -> int:
     return 0
 
 
-def layout_of(data: RunData, step: int, world_size: int | None) -> Layout:
+def layout_of(data: RunProvenance, step: int, world_size: int | None) -> BatchLayout:
     """How the batch of a step was shared out: by the number of processes, given or of the checkpoint that tells of it.
 
     Raises:
         ConfigError: it cannot be known, or does not fit the batch.
     """
-    stage = data.stage(step)
+    stage = data.config_span(step)
     config = stage.config
     world_size = world_size or stage.world_size
     first, last = data.span(step)
@@ -109,4 +109,4 @@ def layout_of(data: RunData, step: int, world_size: int | None) -> Layout:
     if dp < 1 or batch % (micro * dp):
         got = f"batch {batch}, micro-batch {micro}, {dp} data-parallel processes"
         raise ConfigError("the batch cannot be shared out so", where="--world-size", got=got, want="a multiple")
-    return Layout(micro, dp, config.parallel.tensor, config.parallel.context)
+    return BatchLayout(micro, dp, config.parallel.tensor, config.parallel.context)

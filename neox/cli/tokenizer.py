@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
-from neox.data.text.reading import Bad, parse, read_blocks
+from neox.data.text.reading import BadLine, parse, read_blocks
 from neox.data.text.tokenizer import EOD_NAMES, train_tokenizer
 from neox.errors import DataError
 from neox.files import json_line
@@ -60,7 +60,7 @@ def documents(files: Sequence[str], key: str, bad_lines: str, form: str = "auto"
     """The documents of the files. Raises DataError at a bad line under "fail"."""
     for block in read_blocks(files, form=form):
         for item in block:
-            bad = [item] if isinstance(item, Bad) else []
+            bad = [item] if isinstance(item, BadLine) else []
             if not bad:
                 parsed = parse(item, key)
                 yield from parsed.texts

@@ -1,22 +1,23 @@
-"""Datasets: `.bin/.idx` files, sample order, blending, tokenizing, loading. Names are loaded when they are first asked for; only `Loader` needs torch."""
+"""Datasets: `.bin/.idx` files, sample order, blending, tokenizing, loading. Names are imported on first use; only `Loader` and `Batch` need torch."""
 
 from __future__ import annotations
 
 import importlib
 
-# public name -> module that defines it
+# public name -> (module, name in it)
 _LAZY = {
-    "EpochDataset": "neox.data.samples.order",
-    "IndexedDataset": "neox.data.store.indexed",
-    "IndexedWriter": "neox.data.store.indexed",
-    "Batch": "neox.data.samples.loader",
-    "Loader": "neox.data.samples.loader",
-    "Sample": "neox.data.samples.order",
-    "Tokenizer": "neox.data.text.tokenizer",
-    "blend_indices": "neox.data.samples.blend",
-    "build_datasets": "neox.data.samples.builder",
-    "neox_order": "neox.data.samples.order",
-    "split_ranges": "neox.data.samples.order",
+    "Batch": ("neox.data.samples.loader", "Batch"),
+    "EpochDataset": ("neox.data.samples.order", "EpochDataset"),
+    "IndexedDataset": ("neox.data.store.indexed", "IndexedDataset"),
+    "IndexedWriter": ("neox.data.store.indexed", "IndexedWriter"),
+    "Loader": ("neox.data.samples.loader", "Loader"),
+    "Sample": ("neox.data.samples.sample", "Sample"),
+    "Tokenizer": ("neox.data.text.tokenizer", "Tokenizer"),
+    "blend_indices": ("neox.data.samples.blend", "blend_indices"),
+    "build_datasets": ("neox.data.samples.builder", "build_datasets"),
+    "gpt_neox_order": ("neox.data.samples.order", "gpt_neox_order"),
+    "neox_order": ("neox.data.samples.order", "gpt_neox_order"),  # the name before 1.0
+    "split_ranges": ("neox.data.samples.order", "split_ranges"),
 }
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Tokenizer",
     "blend_indices",
     "build_datasets",
+    "gpt_neox_order",
     "neox_order",
     "split_ranges",
 ]
@@ -37,4 +39,5 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module 'neox.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.storage import make_dirs, write_file
+from neox.data.samples.blend import MixedDataset
 from neox.data.samples.documents import PairDataset
 from neox.data.samples.loader import Loader
-from neox.data.samples.order import Dataset, MixedDataset, Pair
+from neox.data.samples.sample import Dataset, Pair
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError
 from neox.parallel.mesh import Mesh

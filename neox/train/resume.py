@@ -10,7 +10,7 @@ from neox.checkpoint.manifest import read_manifest
 from neox.config.load import flatten, loads
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
-from neox.data.samples.cursor import Cursor, Saved
+from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.engine.lr_schedule import build_lr_schedule
 from neox.errors import CheckpointError, ConfigError
 
@@ -42,7 +42,7 @@ class Resumed:
         """Samples read."""
         return self.state["consumed"]
 
-    def saved_data(self, accept: bool) -> Saved | None:
+    def saved_data(self, accept: bool) -> SavedCursor | None:
         """The data cursor; None where nothing is known of it."""
         if "data" in self.state:
             cursor = Cursor.from_json(self.state["data"])
@@ -50,7 +50,7 @@ class Resumed:
             cursor = Cursor.of_config(self.config)
         else:
             return None
-        return Saved(str(self.path), self.consumed, cursor, accept)
+        return SavedCursor(str(self.path), self.consumed, cursor, accept)
 
 
 def read_resumed(path: Path, config: Config) -> Resumed:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from neox._native import core
+from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset
+from neox.data.samples.provenance import Coverage, DocumentSlice
+from neox.data.samples.sample import BatchArrays, Collatable, Dataset, Pair, Sample
 from neox.errors import DataError
 
 
@@ -74,7 +77,7 @@ class Blend:
             out = core.blend(self.shares, first, min(self.BLOCK, count - first), out)[2]
         return out
 
-    def places(self, inner: list[np.ndarray], count: int) -> np.ndarray:
+    def positions(self, inner: list[np.ndarray], count: int) -> np.ndarray:
         """Where samples stand in the blend: those below `count` that are sample inner[k][j] of dataset k, int64, ascending."""
         taken, found = np.zeros(self.shares.size, dtype=np.int64), [np.empty(0, dtype=np.int64)]
         for first in range(0, count, self.BLOCK):
@@ -99,11 +102,11 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class BlendPhase:
     """Samples of a run that were blended by one set of weights.
 
     Args:
-        first: the run's first sample of the stretch; it ends where the next one begins.
+        first: the run's first sample of the phase; it ends where the next one begins.
         weights: of the datasets.
         taken: samples that each dataset had given before it.
     """
@@ -113,21 +116,21 @@ class Stretch:
     taken: tuple[int, ...]
 
 
-class Stretches:
+class PhasedBlend:
     """A blend whose weights changed during the run: each dataset continues after the last sample that it gave.
 
     Args:
-        stretches: at least one, ascending by `first`.
+        phases: at least one, ascending by `first`.
 
     Raises:
-        DataError: bad weights, or a sample before the first stretch is asked for.
+        DataError: bad weights, or a sample before the first phase is asked for.
     """
 
-    def __init__(self, stretches: Sequence[Stretch]):
-        self._stretches = list(stretches)
-        self._firsts = [stretch.first for stretch in self._stretches]
-        self._blends = [Blend(stretch.weights) for stretch in self._stretches]
-        self._before = [np.array(stretch.taken, dtype=np.int64) for stretch in self._stretches]
+    def __init__(self, phases: Sequence[BlendPhase]):
+        self._phases = list(phases)
+        self._firsts = [phase.first for phase in self._phases]
+        self._blends = [Blend(phase.weights) for phase in self._phases]
+        self._before = [np.array(phase.taken, dtype=np.int64) for phase in self._phases]
 
     def __getitem__(self, sample: int) -> tuple[int, int]:
         """(dataset, sample of that dataset)."""
@@ -142,18 +145,18 @@ class Stretches:
         number = self._number(count)
         return self._before[number] + self._blends[number].taken(count - self._firsts[number])
 
-    def places(self, inner: list[np.ndarray], count: int) -> np.ndarray:
-        """Positions in the run of samples inner[k][j] of dataset k, those from the first stretch on and below `count`, int64, ascending."""
+    def positions(self, inner: list[np.ndarray], count: int) -> np.ndarray:
+        """Positions in the run of samples inner[k][j] of dataset k, those from the first phase on and below `count`, int64, ascending."""
         found = [np.empty(0, dtype=np.int64)]
         for number, (first, blend) in enumerate(zip(self._firsts, self._blends, strict=True)):
             end = min(count, self._firsts[number + 1]) if number + 1 < len(self._firsts) else count
             if end > first:
                 wanted = [samples - before for samples, before in zip(inner, self._before[number].tolist(), strict=True)]
-                found.append(first + blend.places(wanted, end - first))
+                found.append(first + blend.positions(wanted, end - first))
         return np.concatenate(found)
 
     def _number(self, sample: int) -> int:
-        """The stretch that a sample lies in."""
+        """The phase that a sample lies in."""
         if sample < self._firsts[0]:
             raise DataError(
                 "how the sample was read is not known: the run continued with other data after it",
@@ -162,3 +165,57 @@ class Stretches:
                 do="keep a checkpoint from before the change (checkpoint.keep)",
             )
         return bisect_right(self._firsts, sample) - 1
+
+
+class MixedDataset(Collatable):
+    """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other.
+
+    Args:
+        phases: how the run has blended them so far and continues; None: by `weights` from its first sample on.
+    """
+
+    def __init__(self, datasets: list[Dataset], weights: list[float], phases: Sequence[BlendPhase] | None = None):
+        self.parts = datasets
+        self._blend = PhasedBlend(phases or [BlendPhase(0, tuple(weights), (0,) * len(datasets))])
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.parts)
+
+    def __getitem__(self, index: int) -> Sample | Pair:
+        dataset, inner = self._blend[index]
+        return self.parts[dataset][inner]
+
+    def describe(self, index: int, token: int) -> str:
+        """Where token `token` of sample `index` lies: file, document, offset."""
+        dataset, inner = self._blend[index]
+        return self.parts[dataset].describe(inner, token)
+
+    def slices(self, index: int) -> list[DocumentSlice]:
+        """The parts of documents that sample `index` is made of."""
+        dataset, inner = self._blend[index]
+        return self.parts[dataset].slices(inner)
+
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` that hold a part of a document, int64."""
+        taken = self._blend.taken(count)
+        inner = [part.find(prefix, document, given) for part, given in zip(self.parts, taken.tolist(), strict=True)]
+        return self._blend.positions(inner, count)
+
+    def coverage(self, count: int) -> list[Coverage]:
+        """What the first `count` samples have read."""
+        return [seen for part, given in zip(self.parts, self._blend.taken(count).tolist(), strict=True) for seen in part.coverage(given)]
+
+
+class BlendedDataset(MixedDataset):
+    """Datasets that are read many samples at a time, mixed by weight."""
+
+    def __init__(self, datasets: list[EpochDataset | GptNeoxOrderDataset], weights: list[float], phases: Sequence[BlendPhase] | None = None):
+        super().__init__(datasets, weights, phases)
+        self.seq_length = datasets[0].seq_length
+        self.document_mask = datasets[0].document_mask
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
+        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
+        owners = [(source, sources == source) for source in np.unique(sources).tolist()]
+        return max(self.parts[source].read_rows(inner[own], rows[own], out) for source, own in owners)

@@ -12,13 +12,14 @@ import numpy as np
 
 from neox._native import core
 from neox.config.schema import Config, DataConfig, DataSource
-from neox.data.samples.blend import Stretch, Stretches, normalise_weights
-from neox.data.samples.cursor import Cursor, Saved, Source, continued, first_stretch, identify, same_shares, settings_of, tokenizer_of
+from neox.data.samples.blend import BlendedDataset, BlendPhase, MixedDataset, PhasedBlend, normalise_weights
+from neox.data.samples.cursor import Cursor, SavedCursor, Source, continued, first_phase, identify, same_shares, settings_of, tokenizer_of
 from neox.data.samples.documents import DocumentDataset, LabelledDataset, PairDataset, check_labels, check_same_documents
 from neox.data.samples.fim import FimDataset, Transform
 from neox.data.samples.index_cache import PACKING_NAMES, cache_key, cached_order
-from neox.data.samples.order import BlendedDataset, Dataset, EpochDataset, MixedDataset, NeoxDataset, RowReader, check_tokens, neox_order, split_ranges
+from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, check_tokens, gpt_neox_order, split_ranges
 from neox.data.samples.packing import PackedDataset, Packing, pack_documents
+from neox.data.samples.sample import BatchReader, Dataset
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.input_files import find_files
 from neox.data.text.text_cache import text_key, tokenized
@@ -53,14 +54,14 @@ class RunDatasets:
         CheckpointError: the data is not that of the checkpoint. Nothing was written by then: no tokenized text, no arrays of an order or packing.
     """
 
-    def __init__(self, config: Config, num_samples: dict[str, int], saved: Saved | None = None):
+    def __init__(self, config: Config, num_samples: dict[str, int], saved: SavedCursor | None = None):
         _check_section(config.data)
         wanted = {part: num_samples[part] for part in PARTS if num_samples.get(part, 0) > 0}
         text = Path(text_prefix(config)).name if config.data.text else None
         settings = settings_of(config, tokenizer_of(config), text)
         if saved is not None and text is not None and saved.cursor.settings.get("data.text") not in (None, text):
             unread = (Source("data.text", 1.0),)  # nothing is tokenized for a start that is refused
-            continued(saved, Cursor(settings, unread, (first_stretch(unread),)), ())
+            continued(saved, Cursor(settings, unread, (first_phase(unread),)), ())
         path = prefix_to_split(config)
         opened = _open_all(config, path, list(wanted))
         rows = {part: _rows(config, opened, path, part) for part in wanted}
@@ -68,12 +69,12 @@ class RunDatasets:
         needed = _needed(config, rows.get("train", ()), wanted.get("train", 0))
         sources = [_described(config, opened, row, count) for row, count in zip(rows.get("train", ()), needed, strict=True)]
         if saved is not None and any(source.epochs for source in sources):
-            sources = _kept_orders(config, opened, sources, rows["train"], saved, wanted["train"])
-        self.cursor = Cursor(settings, tuple(sources), (first_stretch(sources),))
+            sources = _keep_epochs(config, opened, sources, rows["train"], saved, wanted["train"])
+        self.cursor = Cursor(settings, tuple(sources), (first_phase(sources),))
         self.lines: list[str] = []
         if saved is not None:
             found = continued(saved, self.cursor, validation)
-            self.cursor, self.lines = replace(self.cursor, stretches=found.stretches), found.lines
+            self.cursor, self.lines = replace(self.cursor, phases=found.phases), found.lines
         self.parts: dict[str, Dataset] = {}
         for part in (part for part in wanted if rows[part]):
             made = self._made(config, opened, part, rows[part], wanted[part])
@@ -82,9 +83,9 @@ class RunDatasets:
                 sources = [replace(source, samples=count) for source, count in zip(self.cursor.sources, per_epoch, strict=True)]
                 self.cursor = replace(self.cursor, sources=tuple(sources))
             weights = normalise_weights([row.source.weight for row in rows[part]]).tolist()
-            self.parts[part] = mixed(made, weights, self.cursor.stretches if part == "train" else None)
+            self.parts[part] = mixed(made, weights, self.cursor.phases if part == "train" else None)
 
-    def _made(self, config: Config, opened: dict[str, IndexedDataset], part: str, rows: Sequence[Row], samples: int) -> list[Dataset]:
+    def _made(self, config: Config, opened: dict[str, IndexedDataset], part: str, rows: Sequence[PartSource], samples: int) -> list[Dataset]:
         """The datasets of a part, one per source."""
         needed = _needed(config, rows, samples)
         if part == "train":
@@ -96,7 +97,7 @@ class RunDatasets:
         return [_source(config, opened, part, row, count) for row, count in zip(rows, needed, strict=True)]
 
 
-class Row(NamedTuple):
+class PartSource(NamedTuple):
     """A source of a part: its files, the documents (order: neox: sequences) [first, last) of them, and its name for messages."""
 
     source: DataSource
@@ -104,12 +105,12 @@ class Row(NamedTuple):
     name: str
 
 
-def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, part: str) -> list[Row]:
+def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, part: str) -> list[PartSource]:
     """The sources of a part. Raises DataError where data.split leaves none of the documents, ConfigError for bad weights."""
     data = config.data
     if path is not None:
-        return [Row(DataSource(path=path), _split_part(config, opened[path], part), "data.text" if data.text else path)]
-    rows = [Row(source, (0, _units(data, opened[source.path])), source.path) for source in _sources(data, part)]
+        return [PartSource(DataSource(path=path), _split_part(config, opened[path], part), "data.text" if data.text else path)]
+    rows = [PartSource(source, (0, _units(data, opened[source.path])), source.path) for source in _sources(data, part)]
     if rows:
         try:
             normalise_weights([row.source.weight for row in rows])
@@ -118,7 +119,7 @@ def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, p
     return rows
 
 
-def _needed(config: Config, rows: Sequence[Row], samples: int) -> list[int]:
+def _needed(config: Config, rows: Sequence[PartSource], samples: int) -> list[int]:
     """Samples that a run needs of each source."""
     if not config.data.train:
         return [samples] * len(rows)
@@ -126,7 +127,7 @@ def _needed(config: Config, rows: Sequence[Row], samples: int) -> list[int]:
     return [math.ceil(samples * share * BLEND_MARGIN) for share in shares]
 
 
-def _described(config: Config, opened: dict[str, IndexedDataset], row: Row, samples: int = 0) -> Source:
+def _described(config: Config, opened: dict[str, IndexedDataset], row: PartSource, samples: int = 0) -> Source:
     """A source by its content. samples: that are needed of it, which the arrays of `order: neox` depend on."""
     roles = {"tokens": row.source.path, "labels": row.source.labels, "rejected": row.source.rejected, "rejected_labels": row.source.rejected_labels}
     files = {role: identify(opened[prefix]) for role, prefix in roles.items() if prefix is not None}
@@ -143,18 +144,20 @@ def _epochs(config: Config, dataset: IndexedDataset, span: tuple[int, int], samp
 
 
 def _samples_of(config: Config, dataset: IndexedDataset, span: tuple[int, int], epochs: int, samples: int) -> int:
-    """The samples to ask `neox_order` for, so that its arrays have that many epochs: `samples` where these give them already."""
+    """The samples to ask `gpt_neox_order` for, so that its arrays have that many epochs: `samples` where these give them already."""
     if _epochs(config, dataset, span, samples) == epochs:
         return samples
     return (epochs * (dataset.first_token(span[1]) - dataset.first_token(span[0])) - 1) // config.data.seq_length
 
 
-def _kept_orders(config: Config, opened: dict[str, IndexedDataset], sources: list[Source], rows: Sequence[Row], saved: Saved, samples: int) -> list[Source]:
+def _keep_epochs(
+    config: Config, opened: dict[str, IndexedDataset], sources: list[Source], rows: Sequence[PartSource], saved: SavedCursor, samples: int
+) -> list[Source]:
     """The sources with as many epochs of `order: neox` as in the checkpoint, where these hold what the run still reads of them."""
     before = saved.cursor
-    taken = Stretches(before.stretches).taken(saved.consumed).tolist()
+    taken = PhasedBlend(before.phases).taken(saved.consumed).tolist()
     weights = [row.source.weight for row in rows]
-    reweighted = not same_shares(before.stretches[-1].weights, weights)
+    reweighted = not same_shares(before.phases[-1].weights, weights)
     rest = max(samples - saved.consumed, 0)
     found = []
     for source, row, share in zip(sources, rows, normalise_weights(weights), strict=True):
@@ -274,12 +277,12 @@ def _split_part(config: Config, dataset: IndexedDataset, part: str) -> tuple[int
     return span
 
 
-def mixed(datasets: list[Dataset], weights: list[float], stretches: Sequence[Stretch] | None) -> Dataset:
+def mixed(datasets: list[Dataset], weights: list[float], phases: Sequence[BlendPhase] | None) -> Dataset:
     """One dataset of several; the only one itself where the run began with it."""
-    if len(datasets) == 1 and (not stretches or [stretch.first for stretch in stretches] == [0]):
+    if len(datasets) == 1 and (not phases or [phase.first for phase in phases] == [0]):
         return datasets[0]
-    by_rows = all(isinstance(dataset, RowReader) for dataset in datasets)
-    return BlendedDataset(datasets, weights, stretches) if by_rows else MixedDataset(datasets, weights, stretches)
+    by_rows = all(isinstance(dataset, BatchReader) for dataset in datasets)
+    return BlendedDataset(datasets, weights, phases) if by_rows else MixedDataset(datasets, weights, phases)
 
 
 def _units(data: DataConfig, dataset: IndexedDataset) -> int:
@@ -287,7 +290,7 @@ def _units(data: DataConfig, dataset: IndexedDataset) -> int:
     return len(dataset) if data.order == "neox" and data.packing == "concatenate" else dataset.num_documents
 
 
-def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: Row, samples: int) -> Dataset:
+def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: PartSource, samples: int) -> Dataset:
     """One source of a part, its samples made as data.packing says; those of the training set go through fill in the middle."""
     data = config.data
     dataset, labels = opened[row.source.path], opened.get(row.source.labels)
@@ -330,7 +333,7 @@ def _cache_folders(config: Config, dataset: IndexedDataset) -> list[Path]:
     return [Path(dataset.prefix).parent / "index_cache", Path(config.run.dir) / "index_cache"]
 
 
-def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> EpochDataset | NeoxDataset:
+def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> EpochDataset | GptNeoxOrderDataset:
     """Documents (epoch) or sequences (neox) [first, last) in the order of the config."""
     data, seed = config.data, config.train.seed
     if data.order == "epoch":
@@ -339,7 +342,7 @@ def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], sam
     check_tokens(dataset, span, dataset.first_token(last) - dataset.first_token(first), data.seq_length)
 
     def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return neox_order(dataset.sizes, np.arange(first, last), data.seq_length, samples, seed)
+        return gpt_neox_order(dataset.sizes, np.arange(first, last), data.seq_length, samples, seed)
 
     key = cache_key(idx=dataset.checksum(), first=first, last=last, seq_length=data.seq_length, num_samples=samples, seed=seed)
-    return NeoxDataset(dataset, cached_order(_cache_folders(config, dataset), key, build), data.seq_length, data.document_mask)
+    return GptNeoxOrderDataset(dataset, cached_order(_cache_folders(config, dataset), key, build), data.seq_length, data.document_mask)

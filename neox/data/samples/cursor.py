@@ -15,7 +15,7 @@ import numpy as np
 
 from neox.config.load import to_builtins
 from neox.config.schema import Config
-from neox.data.samples.blend import Stretch, Stretches, normalise_weights
+from neox.data.samples.blend import BlendPhase, PhasedBlend, normalise_weights
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.tokenizer import file_hash
 from neox.errors import CheckpointError, DataError
@@ -131,23 +131,23 @@ class Cursor:
     Args:
         settings: key -> value of what the samples depend on besides their sources.
         sources: of the training set.
-        stretches: how they were blended, the last one until now.
+        phases: how they were blended, the last one until now.
     """
 
     settings: Mapping[str, Any]
     sources: tuple[Source, ...]
-    stretches: tuple[Stretch, ...]
+    phases: tuple[BlendPhase, ...]
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
-        stretches = [[one.first, list(one.weights), list(one.taken)] for one in self.stretches]
-        return {"settings": dict(self.settings), "sources": [source.to_json() for source in self.sources], "stretches": stretches}
+        phases = [[one.first, list(one.weights), list(one.taken)] for one in self.phases]
+        return {"settings": dict(self.settings), "sources": [source.to_json() for source in self.sources], "stretches": phases}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Cursor:
         """From a checkpoint whose state was checked (neox.checkpoint.state)."""
-        stretches = tuple(Stretch(first, tuple(weights), tuple(taken)) for first, weights, taken in value["stretches"])
-        return cls(value["settings"], tuple(map(Source.from_json, value["sources"])), stretches)
+        phases = tuple(BlendPhase(first, tuple(weights), tuple(taken)) for first, weights, taken in value["stretches"])
+        return cls(value["settings"], tuple(map(Source.from_json, value["sources"])), phases)
 
     @classmethod
     def of_config(cls, config: Config) -> Cursor:
@@ -155,11 +155,11 @@ class Cursor:
         data = config.data
         named = [(source.path, source.weight) for source in data.train] or [(data.path or "data.text", 1.0)]
         sources = tuple(Source(path, weight) for path, weight in named)
-        return cls(settings_of(config, tokenizer=None), sources, (first_stretch(sources),))
+        return cls(settings_of(config, tokenizer=None), sources, (first_phase(sources),))
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCursor:
     """The data cursor of the checkpoint that a run resumes from.
 
     Args:
@@ -180,18 +180,18 @@ class Continuation:
     """How the data of a run continues from a checkpoint.
 
     Attributes:
-        stretches: of the blend.
+        phases: of the blend.
         lines: what a person should know of it.
     """
 
-    stretches: tuple[Stretch, ...]
+    phases: tuple[BlendPhase, ...]
     lines: list[str] = field(default_factory=list)
 
 
-def first_stretch(sources: Sequence[Source]) -> Stretch:
+def first_phase(sources: Sequence[Source]) -> BlendPhase:
     """The blend of a new run."""
     weights = normalise_weights([source.weight for source in sources]).tolist() if sources else []
-    return Stretch(0, tuple(weights), (0,) * len(sources))
+    return BlendPhase(0, tuple(weights), (0,) * len(sources))
 
 
 def settings_of(config: Config, tokenizer: str | None, text: str | None = None) -> dict[str, Any]:
@@ -215,21 +215,21 @@ def tokenizer_of(config: Config) -> str | None:
     return None if config.tokenizer.file is None else file_hash(config.tokenizer.file)
 
 
-def continued(saved: Saved, now: Cursor, validation: Sequence[Source]) -> Continuation:
+def continued(saved: SavedCursor, now: Cursor, validation: Sequence[Source]) -> Continuation:
     """How a run continues whose data is `now`.
 
     Args:
         saved: from the checkpoint.
-        now: of the config; its stretches are not read.
+        now: of the config; its phases are not read.
         validation: sources of the validation set.
 
     Raises:
         CheckpointError: the data is not that of the checkpoint, and the difference is not accepted.
     """
     if not saved.consumed:
-        return Continuation((first_stretch(now.sources),))
+        return Continuation((first_phase(now.sources),))
     before = saved.cursor
-    taken = Stretches(before.stretches).taken(saved.consumed).tolist()
+    taken = PhasedBlend(before.phases).taken(saved.consumed).tolist()
     changed = changed_settings(before, now)
     partner = {} if any(key in REORDERS for key in changed) else partners(before.sources, now.sources)
     ended = [number for number, count in enumerate(taken) if count and number not in partner]
@@ -245,7 +245,7 @@ def continued(saved: Saved, now: Cursor, validation: Sequence[Source]) -> Contin
             do="put back what changed, choose another run.dir, or accept this once by --set checkpoint.accept_data_change=true",
         )
     lines = [f"accepted by checkpoint.accept_data_change: {line}" for line in lines]
-    return Continuation((new_stretch(saved, now, partner, taken),), lines)
+    return Continuation((new_phase(saved, now, partner, taken),), lines)
 
 
 def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[Any, Any]]:
@@ -273,33 +273,33 @@ def partners(before: Sequence[Source], now: Sequence[Source]) -> dict[int, int]:
     return found
 
 
-def new_stretch(saved: Saved, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> Stretch:
+def new_phase(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> BlendPhase:
     """The blend from the checkpoint on: sources that were there before continue, the others begin."""
     counts = [0] * len(now.sources)
     for old, new in partner.items():
         counts[new] = taken[old]
-    return Stretch(saved.consumed, first_stretch(now.sources).weights, tuple(counts))
+    return BlendPhase(saved.consumed, first_phase(now.sources).weights, tuple(counts))
 
 
-def reblended(saved: Saved, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> Continuation:
+def reblended(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> Continuation:
     """The blend of a run whose sources are unchanged, or only added to, or left out before they were read; weights may differ."""
-    stretches = saved.cursor.stretches
-    weights = first_stretch(now.sources).weights
+    phases = saved.cursor.phases
+    weights = first_phase(now.sources).weights
     in_place = all(partner.get(old) == old for old in range(len(taken)))
-    if in_place and same_shares(stretches[-1].weights, weights):
-        return Continuation(stretches)
-    stretch = new_stretch(saved, now, partner, taken)
+    if in_place and same_shares(phases[-1].weights, weights):
+        return Continuation(phases)
+    phase = new_phase(saved, now, partner, taken)
     added = (0,) * (len(weights) - len(taken))
-    kept = [Stretch(one.first, one.weights + added, one.taken + added) for one in stretches if one.first < saved.consumed] if in_place else []
-    before, after = normalise_weights(stretches[-1].weights), normalise_weights(weights)
+    kept = [BlendPhase(one.first, one.weights + added, one.taken + added) for one in phases if one.first < saved.consumed] if in_place else []
+    before, after = normalise_weights(phases[-1].weights), normalise_weights(weights)
     olds = {new: old for old, new in partner.items()}
     parts = []
     for number, source in enumerate(now.sources):
         share = f"{after[number]:.4g}" if number not in olds else f"{before[olds[number]]:.4g} -> {after[number]:.4g}"
-        parts.append(f"{source.path} at its sample {stretch.taken[number]:,} (share {share})")
+        parts.append(f"{source.path} at its sample {phase.taken[number]:,} (share {share})")
     more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
     line = f"data.train: the blend changes at sample {saved.consumed:,}, each source continues where it was, none is repeated or skipped: "
-    return Continuation((*kept, stretch), [line + ", ".join(parts[:SHOWN]) + more])
+    return Continuation((*kept, phase), [line + ", ".join(parts[:SHOWN]) + more])
 
 
 def same_shares(one: Sequence[float], other: Sequence[float]) -> bool:

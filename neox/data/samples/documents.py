@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from neox._native import core
-from neox.data.samples.order import Collatable, EpochDataset, NeoxDataset, Pair, Sample, order_key
-from neox.data.samples.provenance import Piece, Seen, permuted_find, permuted_sum
+from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, order_key
+from neox.data.samples.provenance import Coverage, DocumentSlice, permuted_find, permuted_sum
+from neox.data.samples.sample import Collatable, Pair, Sample
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import DataError
 
@@ -16,7 +17,7 @@ IGNORED = -100
 DOCUMENTS_AT_ONCE, TOKENS_AT_ONCE = 1 << 16, 1 << 20  # that check_labels reads
 
 
-class Answers:
+class DocumentSamples:
     """The documents of a dataset, each cut off or padded to seq_length + 1 tokens.
 
     Args:
@@ -47,15 +48,15 @@ class Answers:
         labels[:count] = tokens[:count] if self._labels is None else self._labels.read(first, count)[0]
         return Sample(tokens, None, labels, min(count, self._length - 1) - 1)
 
-    def piece(self, document: int) -> Piece:
+    def slice_of(self, document: int) -> DocumentSlice:
         """The part of a document that its sample has."""
         first, last = (self.dataset.first_token_of_document(number) for number in (document, document + 1))
-        return Piece(self.dataset.prefix, document, 0, min(last - first, self._length))
+        return DocumentSlice(self.dataset.prefix, document, 0, min(last - first, self._length))
 
-    def seen(self, order: core.EpochOrder, count: int, first: int, documents: int) -> Seen:
+    def coverage(self, order: core.EpochOrder, count: int, first: int, documents: int) -> Coverage:
         """What the first `count` samples of an order over documents from `first` on have read."""
         read = np.minimum(np.diff(self.dataset.document_starts()[first : first + documents + 1]), self.seq_length)
-        return Seen(self.dataset.prefix, count, permuted_sum(order, read, count), count / documents)
+        return Coverage(self.dataset.prefix, count, permuted_sum(order, read, count), count / documents)
 
 
 class DocumentDataset(Collatable):
@@ -69,7 +70,7 @@ class DocumentDataset(Collatable):
     """
 
     def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int, seed: int, documents: tuple[int, int] | None = None):
-        self._answers = Answers(dataset, labels, seq_length)
+        self._samples = DocumentSamples(dataset, labels, seq_length)
         whole = (0, dataset.num_documents)
         self._first, last = documents or whole
         check_learnable(dataset, (self._first, last))
@@ -81,31 +82,31 @@ class DocumentDataset(Collatable):
         return self._count
 
     def __getitem__(self, index: int) -> Sample:
-        return self._answers[self._document(index)]
+        return self._samples[self._document(index)]
 
     def _document(self, index: int) -> int:
         return self._first + self._order.first_token(index)
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""
-        return f"{self._answers.dataset.bin_path} document {self._document(index)} offset {token}"
+        return f"{self._samples.dataset.bin_path} document {self._document(index)} offset {token}"
 
-    def pieces(self, index: int) -> list[Piece]:
+    def slices(self, index: int) -> list[DocumentSlice]:
         """The document that sample `index` is."""
-        return [self._answers.piece(self._document(index))]
+        return [self._samples.slice_of(self._document(index))]
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
         """The samples below `count` that are a document, int64."""
-        return permuted_find(self._order, np.array([document - self._first]), count if prefix == self._answers.dataset.prefix else 0)
+        return permuted_find(self._order, np.array([document - self._first]), count if prefix == self._samples.dataset.prefix else 0)
 
-    def seen(self, count: int) -> list[Seen]:
+    def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read."""
-        return [self._answers.seen(self._order, count, self._first, self._count)]
+        return [self._samples.coverage(self._order, count, self._first, self._count)]
 
-    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 [s + 1], and 0 for each, PADDED where it is padding, int32."""
-        (piece,) = self.pieces(index)
-        marks = np.full(self._answers.seq_length + 1, PADDED, dtype=np.int32)
+        (piece,) = self.slices(index)
+        marks = np.full(self._samples.seq_length + 1, PADDED, dtype=np.int32)
         marks[: piece.tokens] = 0
         return self[index].tokens, marks
 
@@ -127,7 +128,7 @@ class PairDataset(Collatable):
         seq_length: int,
         seed: int,
     ):
-        self.chosen, self.rejected = Answers(*chosen, seq_length), Answers(*rejected, seq_length)
+        self.chosen, self.rejected = DocumentSamples(*chosen, seq_length), DocumentSamples(*rejected, seq_length)
         if len(self.chosen) != len(self.rejected):
             raise DataError(
                 "chosen and rejected answers are not pairs",
@@ -154,19 +155,19 @@ class PairDataset(Collatable):
         second, offset = divmod(token, self._seq_length + 1)
         return f"{(self.rejected if second else self.chosen).dataset.bin_path} document {self._order.first_token(index)} offset {offset}"
 
-    def pieces(self, index: int) -> list[Piece]:
+    def slices(self, index: int) -> list[DocumentSlice]:
         """The chosen and the rejected document of a sample."""
         document = self._order.first_token(index)
-        return [self.chosen.piece(document), self.rejected.piece(document)]
+        return [self.chosen.slice_of(document), self.rejected.slice_of(document)]
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
         """The samples below `count` that hold a document, int64."""
         known = prefix in (self.chosen.dataset.prefix, self.rejected.dataset.prefix)
         return permuted_find(self._order, np.array([document]), count if known else 0)
 
-    def seen(self, count: int) -> list[Seen]:
+    def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read."""
-        return [side.seen(self._order, count, 0, len(self)) for side in (self.chosen, self.rejected)]
+        return [side.coverage(self._order, count, 0, len(self)) for side in (self.chosen, self.rejected)]
 
     def checksums(self) -> tuple[int, int]:
         """What names the two datasets."""
@@ -176,10 +177,10 @@ class PairDataset(Collatable):
 class LabelledDataset(Collatable):
     """Packed samples with labels: those of a dataset in any order, and the same ones of its labels."""
 
-    def __init__(self, samples: EpochDataset | NeoxDataset, dataset: IndexedDataset, labels: IndexedDataset):
+    def __init__(self, samples: EpochDataset | GptNeoxOrderDataset, dataset: IndexedDataset, labels: IndexedDataset):
         check_same_documents(dataset, labels, "labels")
         self._samples = samples
-        self._labels = samples.over(labels)
+        self._labels = samples.with_dataset(labels)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -191,17 +192,17 @@ class LabelledDataset(Collatable):
         """Where token `token` of sample `index` lies: file, document, offset."""
         return self._samples.describe(index, token)
 
-    def pieces(self, index: int) -> list[Piece]:
+    def slices(self, index: int) -> list[DocumentSlice]:
         """The parts of documents that sample `index` is made of."""
-        return self._samples.pieces(index)
+        return self._samples.slices(index)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
         """The samples below `count` that hold a part of a document, int64."""
         return self._samples.find(prefix, document, count)
 
-    def seen(self, count: int) -> list[Seen]:
+    def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read."""
-        return self._samples.seen(count)
+        return self._samples.coverage(count)
 
 
 def document_order(dataset: IndexedDataset, seed: int, documents: int, *place: int) -> core.EpochOrder:

@@ -17,9 +17,10 @@ import numpy as np
 from neox._native import core
 from neox.config.schema import FimConfig, TokenizerConfig
 from neox.data.samples.documents import PADDED, PADDING
-from neox.data.samples.order import MASK64, Collatable, Dataset, Sample, order_key
+from neox.data.samples.order import MASK64, order_key
 from neox.data.samples.packing import PackedDataset, sample_of
-from neox.data.samples.provenance import Piece, Seen
+from neox.data.samples.provenance import Coverage, DocumentSlice
+from neox.data.samples.sample import Collatable, Dataset, Sample
 from neox.data.text.byte_level import Unsupported, byte_of_letter, text_encoder
 from neox.data.text.tokenizer import Tokenizer, TokenizerFile
 from neox.errors import ConfigError
@@ -87,7 +88,7 @@ class NativeCodec:
         return self._here.text(text.encode(), -1).result()[0].astype(np.int64)
 
 
-class LibraryCodec:
+class HFCodec:
     """Any other tokenizer, by the `tokenizers` library."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -128,7 +129,7 @@ class Transform:
         try:
             self._codec: Codec = NativeCodec(TokenizerFile(tokenizer.file, tokenizer.eod_token))
         except Unsupported:
-            self._codec = LibraryCodec(library)
+            self._codec = HFCodec(library)
 
     def document(self, ids: np.ndarray, room: int, draws: Draws) -> np.ndarray:
         """A document's part of a sample, transformed or not, in at most `room` tokens; an end-of-document token stays last."""
@@ -172,7 +173,7 @@ class FimDataset(Collatable):
     """The samples of a dataset, each document's part of them transformed.
 
     Args:
-        samples: EpochDataset, NeoxDataset, PackedDataset or DocumentDataset.
+        samples: EpochDataset, GptNeoxOrderDataset, PackedDataset or DocumentDataset.
         checksum: of the data; it goes into the random numbers.
     """
 
@@ -186,7 +187,7 @@ class FimDataset(Collatable):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        tokens, marks = self.samples.whole(index)
+        tokens, marks = self.samples.tokens_and_segments(index)
         draws = Draws(core.mix(self._key, index & MASK64))
         filled = marks != PADDED
         documents = np.split(tokens[filled], np.flatnonzero(np.diff(marks[filled])) + 1)
@@ -200,16 +201,16 @@ class FimDataset(Collatable):
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` comes from; its place is another one before the transform."""
-        return f"sample {index} of {', '.join(f'{piece.source}.bin document {piece.document}' for piece in self.pieces(index))}, after fill in the middle"
+        return f"sample {index} of {', '.join(f'{piece.source}.bin document {piece.document}' for piece in self.slices(index))}, after fill in the middle"
 
-    def pieces(self, index: int) -> list[Piece]:
+    def slices(self, index: int) -> list[DocumentSlice]:
         """The parts of documents that sample `index` is made of."""
-        return self.samples.pieces(index)
+        return self.samples.slices(index)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
         """The samples below `count` that hold a part of a document, int64."""
         return self.samples.find(prefix, document, count)
 
-    def seen(self, count: int) -> list[Seen]:
+    def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read, before the transform."""
-        return self.samples.seen(count)
+        return self.samples.coverage(count)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from neox._native import core
-from neox.data.samples.order import Dataset, Pair, RowReader, Rows, Sample
+from neox.data.samples.sample import BatchArrays, BatchReader, Dataset, Pair, Sample
 from neox.errors import DataError
 
 IGNORED = -100  # target that is not learned
@@ -175,11 +175,11 @@ class StepReader:
         return [self._batch(self._layout.sample_ids(consumed, m)) for m in range(self._layout.gradient_accumulation)]
 
     def _batch(self, sample_ids: list[int]) -> Batch:
-        if not isinstance(self._dataset, RowReader):
+        if not isinstance(self._dataset, BatchReader):
             return self._batch_of_samples(sample_ids)
         shape = (len(sample_ids), self._dataset.seq_length)
         types = ("int64", "int64", "int32", "int64") if self._dataset.document_mask else ("int64", "int64")
-        rows = Rows(*(self._memory.array(shape, dtype) for dtype in types))
+        rows = BatchArrays(*(self._memory.array(shape, dtype) for dtype in types))
         largest = self._dataset.read_rows(np.array(sample_ids, dtype=np.int64), np.arange(len(sample_ids)), rows)
         if self._vocab_size is not None and largest >= self._vocab_size:
             self._check_vocabulary(np.concatenate([rows.inputs, rows.targets[:, -1:]], axis=1), sample_ids)

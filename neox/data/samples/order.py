@@ -5,98 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from neox._native import core
-from neox.data.samples.blend import Stretch, Stretches
-from neox.data.samples.provenance import Piece, Seen, matching, merged, pieces_of
+from neox.data.samples.provenance import Coverage, DocumentSlice, matching, merge_adjacent, slices_of
+from neox.data.samples.sample import BatchArrays, Collatable, Sample
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
 MASK64 = 2**64 - 1
 MOST_THREADS = 8  # of the sample index: it waits for memory, which a few cores use up
-
-
-class Sample(NamedTuple):
-    """tokens int64 [s + 1]: inputs and, one further, targets. segment_ids int32 [s]: running number of each input's document, or None.
-    labels int64 [s + 1]: the tokens, -100 where one is not to be learned; None: all are. end: the last input that is no padding."""
-
-    tokens: np.ndarray
-    segment_ids: np.ndarray | None
-    labels: np.ndarray | None = None
-    end: int | None = None
-
-
-class Pair(NamedTuple):
-    """A chosen and a rejected answer. reference: log-probability of each by the model at the start of the run, fp32 [2], or None."""
-
-    chosen: Sample
-    rejected: Sample
-    reference: np.ndarray | None = None
-
-
-class Dataset(Protocol):
-    """What the loader reads: `dataset[i]` for any i >= 0 it has; `describe(i, j)` names where token j of sample i lies.
-
-    pieces(i): what sample i is made of. find(prefix, document, count): the samples below `count` that hold a part of a document, int64.
-    seen(count): what the first `count` samples read of each source.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample | Pair: ...
-
-    def describe(self, index: int, token: int) -> str: ...
-
-    def pieces(self, index: int) -> list[Piece]: ...
-
-    def find(self, prefix: str, document: int, count: int) -> np.ndarray: ...
-
-    def seen(self, count: int) -> list[Seen]: ...
-
-
-class Rows(NamedTuple):
-    """Where samples go, one a row: inputs and targets int64 [b, s], targets one token further.
-
-    segment_ids int32 [b, s]: the running number of each token's document in the sample; position_ids int64 [b, s]: counted from the start of its part.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    segment_ids: np.ndarray | None = None
-    position_ids: np.ndarray | None = None
-
-
-class Collatable:
-    """What datasets of samples share, so that `torch.utils.data.DataLoader(dataset, batch_size=b)` can collate them.
-
-    Read through it, a sample is a dict of its fields without those that are None: tokens [b, s + 1], and segment_ids, labels, end where there are any.
-    A pair has `chosen` and `rejected`, each such a dict. `neox.data.Loader` is what training uses: it reads ahead, checks ids and can be resumed.
-    """
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [fields_of(self[index]) for index in indices]
-
-
-def fields_of(sample: Sample | Pair) -> dict[str, Any]:
-    """The fields of a sample or pair that are not None, by name."""
-    return {name: fields_of(value) if isinstance(value, Sample) else value for name, value in sample._asdict().items() if value is not None}
-
-
-@runtime_checkable
-class RowReader(Protocol):
-    """A dataset that reads many samples at a time: sample indices[i] into row rows[i] (both int64). Has what `Dataset` has.
-
-    read_rows returns the largest id; where one is negative, 2^64 - 1.
-    """
-
-    seq_length: int
-    document_mask: bool
-
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int: ...
 
 
 def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
@@ -125,7 +44,7 @@ def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
     return [(cuts[part], cuts[part + 1]) for part in range(3)]
 
 
-def neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def gpt_neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """GPT-NeoX's packed order, bit for bit.
 
     Args:
@@ -216,17 +135,17 @@ class EpochDataset(Collatable):
         tokens, segments = self._dataset.read(self._first_token(index), self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
 
-    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 [s + 1] and the running number of each one's document, int32."""
         return self._dataset.read(self._first_token(index), self.seq_length + 1, True)
 
-    def over(self, other: IndexedDataset) -> EpochDataset:
+    def with_dataset(self, other: IndexedDataset) -> EpochDataset:
         """The same samples of another dataset, whose documents are as long."""
         twin = copy.copy(self)
         twin._dataset = other
         return twin
 
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
         """Sample indices[i] into row rows[i]. Returns the largest id."""
         return self._dataset.read_rows(self._start + self._order.first_tokens(indices), rows, out)
 
@@ -235,9 +154,9 @@ class EpochDataset(Collatable):
         document, offset = self._dataset.locate(self._first_token(index) + token)
         return f"{self._dataset.bin_path} document {document} offset {offset}"
 
-    def pieces(self, index: int) -> list[Piece]:
+    def slices(self, index: int) -> list[DocumentSlice]:
         """The parts of documents that sample `index` is made of."""
-        return pieces_of(self._dataset, self._first_token(index), self.seq_length + 1)
+        return slices_of(self._dataset, self._first_token(index), self.seq_length + 1)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
         """The samples below `count` that hold a part of a document, int64."""
@@ -251,9 +170,9 @@ class EpochDataset(Collatable):
 
         return matching(count if first < last else 0, holds)
 
-    def seen(self, count: int) -> list[Seen]:
+    def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read."""
-        return [Seen(self._dataset.prefix, count, count * self.seq_length, count / len(self))]
+        return [Coverage(self._dataset.prefix, count, count * self.seq_length, count / len(self))]
 
     def _first_token(self, index: int) -> int:
         if index < 0:
@@ -261,8 +180,8 @@ class EpochDataset(Collatable):
         return self._start + self._order.first_token(index)
 
 
-class NeoxDataset(Collatable):
-    """Sequences of a dataset in `order: neox`, by the three arrays of `neox_order`. `len` is the samples of all epochs made."""
+class GptNeoxOrderDataset(Collatable):
+    """Sequences of a dataset in `order: neox`, by the three arrays of `gpt_neox_order`. `len` is the samples of all epochs made."""
 
     def __init__(self, dataset: IndexedDataset, order: tuple[np.ndarray, np.ndarray, np.ndarray], seq_length: int, document_mask: bool = False):
         self._dataset = dataset
@@ -278,18 +197,18 @@ class NeoxDataset(Collatable):
         tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, self.document_mask)
         return Sample(tokens, None if segments is None else segments[:-1])
 
-    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 [s + 1] and the running number of each one's sequence, int32."""
         position, offset = self._row(index)
         return self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, True)
 
-    def over(self, other: IndexedDataset) -> NeoxDataset:
+    def with_dataset(self, other: IndexedDataset) -> GptNeoxOrderDataset:
         """The same samples of another dataset, whose sequences are as long."""
         twin = copy.copy(self)
         twin._dataset = other
         return twin
 
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
         """Sample indices[i] into row rows[i]. Returns the largest id."""
         for index in (indices.min(), indices.max()):
             self._check(int(index))
@@ -306,16 +225,16 @@ class NeoxDataset(Collatable):
         document, offset = self._dataset.locate(self._dataset.first_token(int(self._documents[position])) + offset)
         return f"{self._dataset.bin_path} document {document} offset {offset}"
 
-    def pieces(self, index: int) -> list[Piece]:
+    def slices(self, index: int) -> list[DocumentSlice]:
         """The parts of documents that sample `index` is made of."""
         position, offset = self._row(index)
         left, found = self.seq_length + 1, []
         while left:
             sequence = int(self._documents[position])
             take = min(left, int(self._dataset.sizes[sequence]) - offset)
-            found += pieces_of(self._dataset, self._dataset.first_token(sequence) + offset, take) if take else []
+            found += slices_of(self._dataset, self._dataset.first_token(sequence) + offset, take) if take else []
             position, offset, left = position + 1, 0, left - take
-        return merged(found)
+        return merge_adjacent(found)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
         """The samples below `count` that hold a part of a document, int64."""
@@ -332,10 +251,10 @@ class NeoxDataset(Collatable):
             rows[max(low, 0) : high] = True
         return np.flatnonzero(rows[self._shuffle[:count]])
 
-    def seen(self, count: int) -> list[Seen]:
+    def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read."""
         tokens = int(self._dataset.sizes[np.unique(self._documents)].sum(dtype=np.int64))
-        return [Seen(self._dataset.prefix, count, count * self.seq_length, count * self.seq_length / tokens)]
+        return [Coverage(self._dataset.prefix, count, count * self.seq_length, count * self.seq_length / tokens)]
 
     def _row(self, index: int) -> tuple[int, int]:
         self._check(index)
@@ -347,60 +266,6 @@ class NeoxDataset(Collatable):
             raise DataError(
                 "sample is beyond the order", where=self._dataset.bin_path, got=index, want=f"below {len(self)}", do="raise train.train_iters to make more"
             )
-
-
-class MixedDataset(Collatable):
-    """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other.
-
-    Args:
-        stretches: how the run has blended them so far and continues; None: by `weights` from its first sample on.
-    """
-
-    def __init__(self, datasets: list[Dataset], weights: list[float], stretches: Sequence[Stretch] | None = None):
-        self.parts = datasets
-        self._blend = Stretches(stretches or [Stretch(0, tuple(weights), (0,) * len(datasets))])
-
-    def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.parts)
-
-    def __getitem__(self, index: int) -> Sample | Pair:
-        dataset, inner = self._blend[index]
-        return self.parts[dataset][inner]
-
-    def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
-        dataset, inner = self._blend[index]
-        return self.parts[dataset].describe(inner, token)
-
-    def pieces(self, index: int) -> list[Piece]:
-        """The parts of documents that sample `index` is made of."""
-        dataset, inner = self._blend[index]
-        return self.parts[dataset].pieces(inner)
-
-    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
-        """The samples below `count` that hold a part of a document, int64."""
-        taken = self._blend.taken(count)
-        inner = [part.find(prefix, document, given) for part, given in zip(self.parts, taken.tolist(), strict=True)]
-        return self._blend.places(inner, count)
-
-    def seen(self, count: int) -> list[Seen]:
-        """What the first `count` samples have read."""
-        return [seen for part, given in zip(self.parts, self._blend.taken(count).tolist(), strict=True) for seen in part.seen(given)]
-
-
-class BlendedDataset(MixedDataset):
-    """Datasets that are read many samples at a time, mixed by weight."""
-
-    def __init__(self, datasets: list[EpochDataset | NeoxDataset], weights: list[float], stretches: Sequence[Stretch] | None = None):
-        super().__init__(datasets, weights, stretches)
-        self.seq_length = datasets[0].seq_length
-        self.document_mask = datasets[0].document_mask
-
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: Rows) -> int:
-        """Sample indices[i] into row rows[i]. Returns the largest id."""
-        sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
-        owners = [(source, sources == source) for source in np.unique(sources).tolist()]
-        return max(self.parts[source].read_rows(inner[own], rows[own], out) for source, own in owners)
 
 
 def check_tokens(dataset: IndexedDataset, documents: tuple[int, int], tokens: int, seq_length: int) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 
 from neox._native import core
 from neox.data.samples.documents import IGNORED, PADDED, PADDING, check_learnable, check_same_documents
-from neox.data.samples.order import Collatable, Sample, order_key
-from neox.data.samples.provenance import Piece, Seen, permuted_find, permuted_sum
+from neox.data.samples.order import order_key
+from neox.data.samples.provenance import Coverage, DocumentSlice, permuted_find, permuted_sum
+from neox.data.samples.sample import Collatable, Sample
 from neox.data.store.indexed import IndexedDataset
 
 Packing = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -107,11 +108,11 @@ class PackedDataset(Collatable):
         )
 
     def __getitem__(self, index: int) -> Sample:
-        tokens, marks = self.whole(index)
+        tokens, marks = self.tokens_and_segments(index)
         labels = tokens if self._labels is None else self._filled(self._labels, index, IGNORED)
         return sample_of(tokens, marks, labels, self.document_mask, isolated=True)
 
-    def whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 [s + 1] and the number of each one's piece, int32, PADDED behind the last."""
         sizes = self._sizes[self._of(index)]
         marks = np.full(self.seq_length + 1, PADDED, dtype=np.int32)
@@ -120,17 +121,17 @@ class PackedDataset(Collatable):
 
     def describe(self, index: int, token: int) -> str:
         """Where token `token` of sample `index` lies: file, document, offset."""
-        for piece in self.pieces(index):
+        for piece in self.slices(index):
             if token < piece.tokens:
                 return f"{self.dataset.bin_path} document {piece.document} offset {piece.offset + token}"
             token -= piece.tokens
         return f"{self.dataset.bin_path} padding of sample {index}"
 
-    def pieces(self, index: int) -> list[Piece]:
+    def slices(self, index: int) -> list[DocumentSlice]:
         """The parts of documents that sample `index` is made of."""
         own = self._of(index)
         return [
-            Piece(self.dataset.prefix, *self.dataset.locate(first), size)
+            DocumentSlice(self.dataset.prefix, *self.dataset.locate(first), size)
             for first, size in zip(self._firsts[own].tolist(), self._sizes[own].tolist(), strict=True)
         ]
 
@@ -142,10 +143,10 @@ class PackedDataset(Collatable):
         parts = np.flatnonzero((self._firsts >= first) & (self._firsts < last))
         return permuted_find(self._order, np.searchsorted(self._starts, parts, side="right") - 1, count)
 
-    def seen(self, count: int) -> list[Seen]:
+    def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read."""
         used = np.add.reduceat(self._sizes, self._starts[:-1], dtype=np.int64)
-        return [Seen(self.dataset.prefix, count, permuted_sum(self._order, np.minimum(used, self.seq_length), count), count / len(self))]
+        return [Coverage(self.dataset.prefix, count, permuted_sum(self._order, np.minimum(used, self.seq_length), count), count / len(self))]
 
     def _of(self, index: int) -> slice:
         if index < 0:
@@ -155,7 +156,7 @@ class PackedDataset(Collatable):
 
     def _filled(self, dataset: IndexedDataset, index: int, rest: int) -> np.ndarray:
         own = self._of(index)
-        found = dataset.read_pieces(self._firsts[own], self._sizes[own])
+        found = dataset.read_spans(self._firsts[own], self._sizes[own])
         out = np.full(self.seq_length + 1, rest, dtype=np.int64)
         out[: found.size] = found
         return out

@@ -13,7 +13,7 @@ from neox.data.store.indexed import IndexedDataset
 BLOCK = 1 << 20  # samples that are looked at together
 
 
-class Piece(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Tokens [offset, offset + tokens) of a document of the dataset with prefix `source`."""
 
     source: str
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     tokens: int
 
 
-class Seen(NamedTuple):
+class Coverage(NamedTuple):
     """What was read of a source: samples, tokens that are inputs and no padding, and how often the whole of it."""
 
     source: str
@@ -31,20 +31,20 @@ class Seen(NamedTuple):
     epochs: float
 
 
-def pieces_of(dataset: IndexedDataset, first: int, count: int) -> list[Piece]:
+def slices_of(dataset: IndexedDataset, first: int, count: int) -> list[DocumentSlice]:
     """The parts of documents that tokens [first, first + count) of a dataset are."""
     pieces = []
     while count:
         document, offset = dataset.locate(first)
         take = min(count, dataset.first_token_of_document(document + 1) - first)
-        pieces.append(Piece(dataset.prefix, document, offset, take))
+        pieces.append(DocumentSlice(dataset.prefix, document, offset, take))
         first, count = first + take, count - take
     return pieces
 
 
-def merged(pieces: list[Piece]) -> list[Piece]:
+def merge_adjacent(pieces: list[DocumentSlice]) -> list[DocumentSlice]:
     """The pieces, those that go on where the one before ends joined to it: sequences of one document."""
-    out: list[Piece] = []
+    out: list[DocumentSlice] = []
     for piece in pieces:
         last = out[-1] if out else None
         if last is not None and last[:2] == piece[:2] and last.offset + last.tokens == piece.offset:

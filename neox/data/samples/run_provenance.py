@@ -14,16 +14,16 @@ import orjson
 from neox.config.load import load_config, loads
 from neox.config.schema import Config
 from neox.data.samples.builder import RunDatasets
-from neox.data.samples.cursor import Cursor, Saved
-from neox.data.samples.order import Dataset
-from neox.data.samples.provenance import Piece
+from neox.data.samples.cursor import Cursor, SavedCursor
+from neox.data.samples.provenance import DocumentSlice
+from neox.data.samples.sample import Dataset
 from neox.errors import ConfigError, DataError
 
 LOCK, METRICS = "config.lock.yml", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How a global batch is shared out: micro_batch_size samples to each of dp data-parallel ranks, again and again. tp, cp: see Mesh."""
 
     micro_batch_size: int
@@ -43,18 +43,18 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One sample of a batch: its number in the run's order, who read it, and the parts of documents that it is made of."""
 
     sample: int
     micro_batch: int
     dp_rank: int
     row: int
-    pieces: list[Piece]
+    pieces: list[DocumentSlice]
 
 
 @dataclass(frozen=True)
-class Written:
+class CheckpointRecord:
     """What a checkpoint of the run tells of the steps up to it.
 
     Args:
@@ -73,7 +73,7 @@ class Written:
     world_size: int
 
 
-class Stage:
+class ConfigSpan:
     """The steps of a run up to `last` that were made by one config.
 
     Attributes:
@@ -82,7 +82,7 @@ class Stage:
         world_size: processes; None where no checkpoint tells.
     """
 
-    def __init__(self, config: Config, last: int | None, world_size: int | None, saved: Saved | None, batch: int | None):
+    def __init__(self, config: Config, last: int | None, world_size: int | None, saved: SavedCursor | None, batch: int | None):
         self.config, self.last, self.world_size = config, last, world_size
         self._saved, self._batch = saved, batch
 
@@ -93,7 +93,7 @@ class Stage:
         return RunDatasets(self.config, {"train": self.config.train.train_iters * batch}, self._saved).parts["train"]
 
 
-class RunData:
+class RunProvenance:
     """The data of a run: by the config and data cursor of its checkpoints, by config.lock.yml for what came after them, and by metrics.jsonl.
 
     Paths in the configs are as they were: ask from the same folder.
@@ -108,7 +108,7 @@ class RunData:
         DataError: data or records cannot be read.
     """
 
-    def __init__(self, run: Path, batch: int | None = None, written: Sequence[Written] = ()):
+    def __init__(self, run: Path, batch: int | None = None, written: Sequence[CheckpointRecord] = ()):
         self.run = run
         lock = run / LOCK
         if not lock.is_file():
@@ -120,11 +120,11 @@ class RunData:
             raise ConfigError("the batch size is not known", where=run, got=f"neither train.global_batch_size nor {METRICS}", do="give --batch")
         self.batch = int(given or self._batches[-1])
         self.written = list(written)
-        self._stages = list(stages(written, self.config, self.batch))
+        self._config_spans = list(config_spans(written, self.config, self.batch))
 
-    def stage(self, step: int) -> Stage:
+    def config_span(self, step: int) -> ConfigSpan:
         """The stage that a step belongs to."""
-        return next(stage for stage in self._stages if stage.last is None or step <= stage.last)
+        return next(stage for stage in self._config_spans if stage.last is None or step <= stage.last)
 
     @property
     def consumed(self) -> int:
@@ -153,17 +153,17 @@ class RunData:
         end = last[1] + (step - last[0]) * self.batch
         return end - self.batch, end
 
-    def batch_of(self, step: int, layout: Layout) -> list[Row]:
+    def batch_of(self, step: int, layout: BatchLayout) -> list[BatchRow]:
         """The samples of a step."""
         first, last = self.span(step)
-        dataset = self.stage(step).dataset
-        return [Row(sample, *layout.place(sample - first), dataset.pieces(sample)) for sample in range(first, last)]
+        dataset = self.config_span(step).dataset
+        return [BatchRow(sample, *layout.place(sample - first), dataset.slices(sample)) for sample in range(first, last)]
 
     def steps_of(self, prefix: str, document: int) -> list[tuple[int, list[int]]]:
         """The recorded steps that saw a document of a source, each with the samples that held a part of it."""
         seen: dict[int, list[int]] = {}
         before = 0
-        for stage in self._stages:
+        for stage in self._config_spans:
             until = self.last_step if stage.last is None else stage.last
             rows = np.flatnonzero((self._steps > before) & (self._steps <= until))
             before = max(before, until)
@@ -178,7 +178,7 @@ class RunData:
 
     def sources(self) -> list[str]:
         """Prefixes that the training samples come from."""
-        return list(dict.fromkeys(seen.source for stage in self._stages for seen in stage.dataset.seen(0)))
+        return list(dict.fromkeys(seen.source for stage in self._config_spans for seen in stage.dataset.coverage(0)))
 
     def _records(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each recorded step: its number, the samples consumed after it, and those of it; int64."""
@@ -196,16 +196,16 @@ class RunData:
         return numbers[:, 0], numbers[:, 1], batches
 
 
-def stages(written: Sequence[Written], config: Config, batch: int) -> Iterator[Stage]:
-    """The stages of a run whose last start has this config: one for each start that checkpoints tell of, and the one since the last of them."""
+def config_spans(written: Sequence[CheckpointRecord], config: Config, batch: int) -> Iterator[ConfigSpan]:
+    """The config_spans of a run whose last start has this config: one for each start that checkpoints tell of, and the one since the last of them."""
     saved = None
     for number, one in enumerate(written):
         then = loads(one.config_lock, one.where)
         cursor = Cursor.of_config(then) if one.data is None else Cursor.from_json(one.data)
-        saved = Saved(one.where, one.consumed, cursor)
+        saved = SavedCursor(one.where, one.consumed, cursor)
         following = written[number + 1] if number + 1 < len(written) else None
         if following is None or (following.config_lock, following.data) != (one.config_lock, one.data):
-            yield Stage(then, one.step, one.world_size, saved, batch)
+            yield ConfigSpan(then, one.step, one.world_size, saved, batch)
     if saved is not None:
-        saved = Saved(saved.where, saved.consumed, saved.cursor, config.checkpoint.accept_data_change)
-    yield Stage(config, None, written[-1].world_size if written else None, saved, batch)
+        saved = SavedCursor(saved.where, saved.consumed, saved.cursor, config.checkpoint.accept_data_change)
+    yield ConfigSpan(config, None, written[-1].world_size if written else None, saved, batch)

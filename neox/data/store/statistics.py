@@ -14,8 +14,8 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Documents [first, last) of a dataset, surveyed.
+class DocumentStatistics:
+    """Documents [first, last) of a dataset, statistics_of.
 
     Attributes:
         hashes: uint64, of the ids of each document without its last end-of-document token; 0 where nothing is left.
@@ -38,12 +38,12 @@ class Documents:
         return f"{self.prefix} document {self.first + place}"
 
 
-def survey(dataset: IndexedDataset, eod_id: int | None, documents: Range | None = None) -> Documents:
+def document_statistics(dataset: IndexedDataset, eod_id: int | None, documents: Range | None = None) -> DocumentStatistics:
     """Read documents [first, last) of a dataset, by default all. Raises DataError where it is damaged."""
     first, last = documents or (0, dataset.num_documents)
-    smallest, largest, eod_tokens, ended, hashes = dataset.survey(first, last, eod_id)
+    smallest, largest, eod_tokens, ended, hashes = dataset.document_statistics(first, last, eod_id)
     lengths = np.diff(dataset.document_starts()[first : last + 1])
-    return Documents(dataset.prefix, first, hashes, lengths, smallest, largest, eod_tokens, ended)
+    return DocumentStatistics(dataset.prefix, first, hashes, lengths, smallest, largest, eod_tokens, ended)
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
@@ -57,7 +57,7 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     return rows[int(np.argmax(documents > 0)) :]
 
 
-def duplicates(found: Documents) -> dict[str, object]:
+def duplicates(found: DocumentStatistics) -> dict[str, object]:
     """Documents that occur more than once, token by token: how many could be left out, their tokens, the most frequent ones."""
     filled = np.flatnonzero(found.hashes)
     _, firsts, counts = np.unique(found.hashes[filled], return_index=True, return_counts=True)
@@ -71,7 +71,7 @@ def duplicates(found: Documents) -> dict[str, object]:
     }
 
 
-def overlap(ours: list[Documents], theirs: list[Documents]) -> dict[str, object]:
+def overlap(ours: list[DocumentStatistics], theirs: list[DocumentStatistics]) -> dict[str, object]:
     """Documents of `theirs` that are, token by token, in `ours` too: how many of how many, their tokens, and some by name."""
     known = np.concatenate([part.hashes for part in ours])
     starts = np.cumsum([0, *(part.hashes.size for part in ours)])

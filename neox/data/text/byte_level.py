@@ -35,9 +35,9 @@ def text_encoder(content: dict, specials_as_text: bool, wide: bool) -> core.Text
         pattern = split_pattern(content.get("pre_tokenizer"))
         normalise = normaliser(content.get("normalizer"))
         model = content["model"]
-        require_plain(model)
+        require_supported_model(model)
         added = added_tokens(content.get("added_tokens") or [], normalise, specials_as_text)
-        whole = whole_tokens(model["vocab"]) if model.get("ignore_merges") else {}
+        whole = whole_word_tokens(model["vocab"]) if model.get("ignore_merges") else {}
         letters = "".join(byte_of_letter())
         return core.TextEncoder(letters, model["vocab"], model["merges"], pattern, normalise, added, whole, wide)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -71,7 +71,7 @@ def normaliser(normalizer: dict | None) -> bool:
     raise Unsupported(f"normalizer {normalizer['type']}")
 
 
-def require_plain(model: dict) -> None:
+def require_supported_model(model: dict) -> None:
     """Raise Unsupported for a model that is not plain BPE."""
     if model.get("type", "BPE") != "BPE":
         raise Unsupported(f"model {model['type']}")
@@ -95,7 +95,7 @@ def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) ->
     return added
 
 
-def whole_tokens(vocab: dict[str, int]) -> dict[bytes, int]:
+def whole_word_tokens(vocab: dict[str, int]) -> dict[bytes, int]:
     """Bytes of the tokens that are taken whole when a word is one."""
     letters = byte_of_letter()
     return {bytes(letters[letter] for letter in token): number for token, number in vocab.items() if all(letter in letters for letter in token)}

@@ -20,8 +20,8 @@ from neox.data.lazy import Lazy
 from neox.data.store.indexed import IndexedWriter, token_dtype
 from neox.data.text.preprocess import BAD_LINES, Summary, encoded_by_processes
 from neox.data.text.quarantine import Quarantine
-from neox.data.text.reading import BLOCK_BYTES, Bad, Piece, is_unicode, parse_object, read_blocks
-from neox.data.text.template_process import Messages, Refused, TemplateProcess
+from neox.data.text.reading import BLOCK_BYTES, BadLine, TextChunk, is_unicode, parse_object, read_blocks
+from neox.data.text.template_process import Messages, RefusedConversation, TemplateProcess
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.files import read_json, read_text
@@ -76,7 +76,7 @@ class EncodedChats:
     """Conversations of one block: for each key (tokens, labels) of every line, int64."""
 
     rows: list[list[tuple[np.ndarray, np.ndarray]]]
-    bad: list[Bad]
+    bad: list[BadLine]
     blank: int
     text_bytes: int
 
@@ -127,12 +127,12 @@ class ChatEncoder:
         """End the process that renders the template."""
         self._template.close()
 
-    def __call__(self, block: list[Piece | Bad]) -> EncodedChats:
-        """Encode the lines of a block; what gives no conversation becomes a `Bad`."""
-        rows, bad, blank = [], [item for item in block if isinstance(item, Bad)], 0
-        for piece in (item for item in block if isinstance(item, Piece)):
+    def __call__(self, block: list[TextChunk | BadLine]) -> EncodedChats:
+        """Encode the lines of a block; what gives no conversation becomes a `BadLine`."""
+        rows, bad, blank = [], [item for item in block if isinstance(item, BadLine)], 0
+        for piece in (item for item in block if isinstance(item, TextChunk)):
             if piece.line == 0:
-                bad.append(Bad(piece.path, 0, "not JSON lines: conversations are read from .jsonl files", None))
+                bad.append(BadLine(piece.path, 0, "not JSON lines: conversations are read from .jsonl files", None))
                 continue
             for number, line in enumerate(piece.content.removesuffix(b"\n").split(b"\n"), piece.line):
                 if not line.strip():
@@ -141,26 +141,26 @@ class ChatEncoder:
                 try:
                     found, more = conversations(line, self._encoding.keys)
                     rows.append([self.encode(messages, more) for messages in found])
-                except Refused as reason:
-                    bad.append(Bad(piece.path, number, str(reason), line))
-        return EncodedChats(rows, bad, blank, sum(len(item.content) for item in block if isinstance(item, Piece)))
+                except RefusedConversation as reason:
+                    bad.append(BadLine(piece.path, number, str(reason), line))
+        return EncodedChats(rows, bad, blank, sum(len(item.content) for item in block if isinstance(item, TextChunk)))
 
     def encode(self, messages: Messages, more: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels of a conversation, int64. `more`: `tools` and `documents` for the template.
 
         Raises:
-            Refused: nothing in it would be learned, or the template refuses it.
+            RefusedConversation: nothing in it would be learned, or the template refuses it.
         """
-        text, spans = self._template.answers(messages, more or {})
+        text, spans = self._template.render_with_answers(messages, more or {})
         if not is_unicode(text):
-            raise Refused("not JSON: a lone surrogate in the text")
+            raise RefusedConversation("not JSON: a lone surrogate in the text")
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         learned = learned_tokens(offsets, spans[-1:] if self._encoding.last_only else spans)
         if self._encoding.append_eod and ids[-1:] != [self.tokenizer.eod_id]:
             ids.append(self.tokenizer.eod_id)
             learned.append(messages[-1]["role"] == "assistant")
         if not any(learned):
-            raise Refused("the assistant says nothing")
+            raise RefusedConversation("the assistant says nothing")
         tokens = np.array(ids, dtype=np.int64)
         return tokens, np.where(learned, tokens, IGNORED)
 
@@ -193,17 +193,17 @@ def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dic
     """The conversations under some keys of a JSON line, a `prompt` (text, or messages) before each, and the line's `tools` and `documents`.
 
     Raises:
-        Refused: it has another form.
+        RefusedConversation: it has another form.
     """
     value, reason = parse_object(line)
     if reason is not None:
-        raise Refused(reason)
+        raise RefusedConversation(reason)
     missing = [key for key in keys if key not in value]
     if missing:
-        raise Refused(f"no key {missing[0]!r}")
+        raise RefusedConversation(f"no key {missing[0]!r}")
     prompt = value.get("prompt", []) if len(keys) > 1 else []
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    found = [[*messages_of(before, "prompt"), *messages_of(as_messages(value[key], bool(before)), key)] for key in keys]
+    found = [[*checked_messages(before, "prompt"), *checked_messages(as_messages(value[key], bool(before)), key)] for key in keys]
     more = {key: value[key] for key in ("tools", "documents") if isinstance(value.get(key), list)}
     return [drop_repeated_prompt(messages, before) for messages in found], more
 
@@ -219,10 +219,10 @@ def drop_repeated_prompt(messages: Messages, before: Messages) -> Messages:
     return messages[count:] if count and messages[count : 2 * count] == before else messages
 
 
-def messages_of(value: Any, key: str) -> Messages:
-    """Checked messages. Raises Refused."""
+def checked_messages(value: Any, key: str) -> Messages:
+    """Checked messages. Raises RefusedConversation."""
     if not isinstance(value, list) or not all(map(is_message, value)):
-        raise Refused(f"key {key!r} is not a list of messages with role and content")
+        raise RefusedConversation(f"key {key!r} is not a list of messages with role and content")
     return value
 
 
@@ -233,7 +233,7 @@ def is_message(value: Any) -> bool:
     return isinstance(value.get("content"), str) or (value.get("content") is None and isinstance(value.get("tool_calls"), list))
 
 
-def encode_chats(encoding: ChatEncoding, block: list[Piece | Bad]) -> EncodedChats:
+def encode_chats(encoding: ChatEncoding, block: list[TextChunk | BadLine]) -> EncodedChats:
     """Encode one block, in a worker."""
     return chat_encoder_of(encoding)(block)
 

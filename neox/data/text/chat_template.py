@@ -18,7 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from neox.data.text.template_process import Messages, Refused, Span, receive, send
+from neox.data.text.template_process import Messages, RefusedConversation, Span, receive, send
 
 START_SECONDS = 10  # processor time to compile a template
 SECONDS, SECOND_PER_BYTES = 5, 1 << 24  # processor time to render a conversation: so much, and a second for each so many bytes of it
@@ -75,7 +75,7 @@ class Template:
             most: characters that the text may have.
 
         Raises:
-            Refused: the template fails, or writes too much.
+            RefusedConversation: the template fails, or writes too much.
         """
         pieces: list[str] = []
         marks = self._generation
@@ -86,23 +86,23 @@ class Template:
                 pieces.append(piece)
                 marks.written += len(piece)
                 if marks.written > most:
-                    raise Refused(f"chat template writes more than {most} characters")
-        except Refused:
+                    raise RefusedConversation(f"chat template writes more than {most} characters")
+        except RefusedConversation:
             raise
         except MemoryError:
-            raise Refused("chat template takes too much memory") from None
+            raise RefusedConversation("chat template takes too much memory") from None
         except Exception as error:  # templates call methods of strings and lists, which raise anything
             reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-            raise Refused(f"chat template refuses it: {reason}") from error
+            raise RefusedConversation(f"chat template refuses it: {reason}") from error
         return "".join(pieces), marks.spans
 
-    def answers(self, messages: Messages, more: dict[str, Any], most: int = sys.maxsize) -> tuple[str, list[Span]]:
+    def render_with_answers(self, messages: Messages, more: dict[str, Any], most: int = sys.maxsize) -> tuple[str, list[Span]]:
         """The text and where in it the assistant speaks, [start, end) each: what `{% generation %}` blocks wrote, or else each answer with its end.
 
         Raises:
-            Refused: as `render`, or a template without such blocks writes a beginning differently once more follows.
+            RefusedConversation: as `render`, or a template without such blocks writes a beginning differently once more follows.
         """
-        messages = [as_templates_take_it(message) for message in messages]
+        messages = [normalised_message(message) for message in messages]
         text, spans = self.render(messages, more, most=most)
         if self.marks_answers:
             return text, spans
@@ -113,7 +113,7 @@ class Template:
             openings = [self.render(messages[:i], more, ask=ask, most=most)[0] for ask in (True, False)] if i else [""]
             before = next((opening for opening in openings if until.startswith(opening)), None)
             if before is None or not text.startswith(until):
-                raise Refused("chat template does not append: what it writes of earlier messages depends on later ones")
+                raise RefusedConversation("chat template does not append: what it writes of earlier messages depends on later ones")
             spans.append((len(before), len(until)))
         return text, spans
 
@@ -124,7 +124,7 @@ def is_generation(node: jinja2.nodes.CallBlock) -> bool:
     return isinstance(called, jinja2.nodes.ExtensionAttribute) and called.identifier == Generation.identifier
 
 
-def as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
+def normalised_message(message: dict[str, Any]) -> dict[str, Any]:
     """The message as transformers 5 gives it to templates: without keys that are null, its reasoning under each name that they know."""
     message = {key: value for key, value in message.items() if value is not None}
     found = next((message[key] for key in REASONING if key in message), None)
@@ -187,9 +187,9 @@ def serve() -> None:
         (messages, more), size = found
         limit(SECONDS + size / SECOND_PER_BYTES, MEMORY + MEMORY_PER_BYTE * size)
         try:
-            text, spans = template.answers(messages, more, OUTPUT + OUTPUT_PER_BYTE * size)
+            text, spans = template.render_with_answers(messages, more, OUTPUT + OUTPUT_PER_BYTE * size)
             answer = {"text": text, "spans": spans}
-        except Refused as reason:
+        except RefusedConversation as reason:
             answer = {"refused": str(reason)}
         except MemoryError:
             answer = {"refused": "chat template takes too much memory"}

@@ -13,7 +13,7 @@ from neox.data.lazy import Lazy
 from neox.data.store.indexed import token_dtype
 from neox.data.text.byte_level import Unsupported, text_encoder
 from neox.data.text.library_process import LibraryProcess
-from neox.data.text.reading import BOM, Bad, Parsed, Piece, parse, parse_line
+from neox.data.text.reading import BOM, BadLine, ParsedLines, TextChunk, parse, parse_line
 from neox.data.text.tokenizer import Tokenizer, TokenizerFile
 from neox.errors import ConfigError
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 else:
     np = Lazy("numpy")
 
-PROOF_FIRST = 1 << 14  # characters of the first block that both encoders must agree on
-PROOF_SLICE = 1 << 11  # characters of a document that are compared, there and later on
-PROOF_EVERY = 4  # blocks: from each such one a slice of a document is compared
+COMPARED_FIRST = 1 << 14  # characters of the first block that both encoders must agree on
+COMPARED_SLICE = 1 << 11  # characters of a document that are compared, there and later on
+COMPARE_EVERY = 4  # blocks: from each such one a slice of a document is compared
 
 log = logging.getLogger("neox.data")
 
@@ -55,18 +55,18 @@ class EncodedBlock:
 
     tokens: np.ndarray
     sizes: np.ndarray
-    bad: list[Bad]
+    bad: list[BadLine]
     blank: int
     empty: int
     text_bytes: int
 
 
-Block = list[Piece | Bad]
+Block = list[TextChunk | BadLine]
 
 
 def size_of(block: Block) -> int:
     """Bytes of text in a block."""
-    return sum(len(item.content) for item in block if isinstance(item, Piece))
+    return sum(len(item.content) for item in block if isinstance(item, TextChunk))
 
 
 def require_eod(encoding: Encoding, eod_id: int | None) -> None:
@@ -77,7 +77,7 @@ def require_eod(encoding: Encoding, eod_id: int | None) -> None:
     raise ConfigError("tokenizer has no end-of-document token", where=encoding.tokenizer, want=want, do=do)
 
 
-class LibraryEncoder:
+class HFEncoder:
     """Encodes blocks by the `tokenizers` library."""
 
     def __init__(self, encoding: Encoding):
@@ -88,7 +88,7 @@ class LibraryEncoder:
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Parse and encode; documents without text or tokens are left out and counted."""
-        parsed = [Parsed([], [item], 0) if isinstance(item, Bad) else parse(item, self._encoding.json_key) for item in block]
+        parsed = [ParsedLines([], [item], 0) if isinstance(item, BadLine) else parse(item, self._encoding.json_key) for item in block]
         texts = [text for part in parsed for text in part.texts]
         filled = [text for text in texts if text]
         encoded = [ids for ids in self.tokenizer.encode_batch(filled) if ids]
@@ -144,18 +144,20 @@ class NativeEncoder:
         """Have block `number` encoded. To be finished in the order of the blocks."""
         return StartedBlock(self, number, block, [] if self.differs else [self._started(item, threads) for item in block])
 
-    def _started(self, item: Piece | Bad, threads: core.EncodeThreads) -> core.Started | None:
-        if isinstance(item, Bad):
+    def _started(self, item: TextChunk | BadLine, threads: core.EncodeThreads) -> core.Started | None:
+        if isinstance(item, BadLine):
             return None
         return threads.lines(item.content, self._key, self._eod) if item.line else threads.text(item.content.removeprefix(BOM), self._eod)
 
     def finish(self, number: int, block: Block, started: list[core.Started | None]) -> EncodedBlock:
         """Wait for a block, and compare; documents without text or tokens are left out and counted."""
-        if not self.differs and not self._proven(number, block):
+        if not self.differs and not self._ids_agree(number, block):
             self.differs = True
         if self.differs:
             return self._library(block)
-        parts = [Part(bad=[item]) if isinstance(item, Bad) else self._part(item, found.result()) for item, found in zip(block, started, strict=True)]
+        parts = [
+            EncodedChunk(bad=[item]) if isinstance(item, BadLine) else self._part(item, found.result()) for item, found in zip(block, started, strict=True)
+        ]
         return EncodedBlock(
             tokens=joined([part.tokens for part in parts], self.dtype),
             sizes=joined([part.sizes for part in parts], "int32"),
@@ -166,11 +168,11 @@ class NativeEncoder:
         )
 
     @cached_property
-    def _library(self) -> LibraryEncoder:
-        return LibraryEncoder(self._encoding)
+    def _library(self) -> HFEncoder:
+        return HFEncoder(self._encoding)
 
-    def _proven(self, number: int, block: Block) -> bool:
-        for text in proof_texts(number, block, self._encoding.json_key):
+    def _ids_agree(self, number: int, block: Block) -> bool:
+        for text in comparison_texts(number, block, self._encoding.json_key):
             ours = self._here.text(text.encode(), -1).result()[0]
             theirs = None if self._other is None else self._other.encode(text)
             if theirs is None:
@@ -180,17 +182,17 @@ class NativeEncoder:
                 return False
         return True
 
-    def _part(self, piece: Piece, found: tuple[np.ndarray, np.ndarray, int, int, list[tuple[int, int, int, int]]] | None) -> Part:
+    def _part(self, piece: TextChunk, found: tuple[np.ndarray, np.ndarray, int, int, list[tuple[int, int, int, int]]] | None) -> EncodedChunk:
         if found is None:
-            return Part(bad=parse(piece, self._encoding.json_key).bad)
+            return EncodedChunk(bad=parse(piece, self._encoding.json_key).bad)
         tokens, sizes, blank, empty, unsure = found
-        part = Part([], [], [], blank, empty)
+        part = EncodedChunk([], [], [], blank, empty)
         first_token = first_document = 0
         for first, last, line, document in unsure:
             content = piece.content[first:last]
             text, reason = parse_line(content, self._encoding.json_key)
             if reason is not None:
-                part.bad.append(Bad(piece.path, piece.line + line, reason, content))
+                part.bad.append(BadLine(piece.path, piece.line + line, reason, content))
                 continue
             more_tokens, more_sizes, *_ = self._here.text(text.encode(), self._eod).result()
             part.empty += int(more_sizes.size == 0)
@@ -217,10 +219,10 @@ class StartedBlock:
         return self.encoder.finish(self.number, self.block, self.started)
 
 
-class Part:
+class EncodedChunk:
     """What one piece gave: arrays that follow one another."""
 
-    def __init__(self, tokens: Iterable[np.ndarray] = (), sizes: Iterable[np.ndarray] = (), bad: Iterable[Bad] = (), blank: int = 0, empty: int = 0):
+    def __init__(self, tokens: Iterable[np.ndarray] = (), sizes: Iterable[np.ndarray] = (), bad: Iterable[BadLine] = (), blank: int = 0, empty: int = 0):
         self.tokens, self.sizes, self.bad = list(tokens), list(sizes), list(bad)
         self.blank, self.empty = blank, empty
 
@@ -231,28 +233,28 @@ def joined(arrays: list[list[np.ndarray]], dtype: str) -> np.ndarray:
     return flat[0] if len(flat) == 1 else np.concatenate(flat, dtype=dtype) if flat else np.empty(0, dtype=dtype)
 
 
-def proof_texts(number: int, block: Block, key: str) -> Iterable[str]:
+def comparison_texts(number: int, block: Block, key: str) -> Iterable[str]:
     """Texts of a block on which the two encoders are compared: a pure function of the block, so that it does not depend on the workers."""
-    pieces = [item for item in block if isinstance(item, Piece)]
-    if number % PROOF_EVERY or not pieces:
+    pieces = [item for item in block if isinstance(item, TextChunk)]
+    if number % COMPARE_EVERY or not pieces:
         return
     if number:
-        piece = pieces[number // PROOF_EVERY % len(pieces)]
+        piece = pieces[number // COMPARE_EVERY % len(pieces)]
         yield from slices(piece, number * 7919 % max(len(piece.content), 1), key, 1)
         return
-    left = PROOF_FIRST
+    left = COMPARED_FIRST
     for piece in pieces:
-        for text in slices(piece, 0, key, PROOF_FIRST // PROOF_SLICE):
+        for text in slices(piece, 0, key, COMPARED_FIRST // COMPARED_SLICE):
             yield text
             left -= len(text)
             if left <= 0:
                 return
 
 
-def slices(piece: Piece, start: int, key: str, most: int) -> Iterable[str]:
+def slices(piece: TextChunk, start: int, key: str, most: int) -> Iterable[str]:
     """Up to `most` slices: of the text files from byte `start` on, or of the documents in the lines behind it."""
     if piece.line == 0:
-        yield piece.content[start : start + PROOF_SLICE].decode(errors="ignore")
+        yield piece.content[start : start + COMPARED_SLICE].decode(errors="ignore")
         return
     at = piece.content.rfind(b"\n", 0, start) + 1
     for _ in range(most):
@@ -260,7 +262,7 @@ def slices(piece: Piece, start: int, key: str, most: int) -> Iterable[str]:
         line = piece.content[at : end if end >= 0 else None]
         text, reason = parse_line(line, key) if line.strip() else ("", None)
         if reason is None and text:
-            yield text[-PROOF_SLICE:] if start else text[:PROOF_SLICE]
+            yield text[-COMPARED_SLICE:] if start else text[:COMPARED_SLICE]
         if end < 0:
             return
         at = end + 1

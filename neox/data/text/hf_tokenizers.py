@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LENGTH = struct.Struct("<Q")  # bytes of what follows: a text, or its ids
 
 
-def load_library(content: bytes, specials_as_text: bool) -> tokenizers.Tokenizer:
+def load_hf_tokenizer(content: bytes, specials_as_text: bool) -> tokenizers.Tokenizer:
     """A tokenizer that neither pads nor cuts off. Raises bare Exception for every kind of bad file."""
     import tokenizers  # not needed where csrc/data encodes and another process compares
 
@@ -28,7 +28,7 @@ def load_library(content: bytes, specials_as_text: bool) -> tokenizers.Tokenizer
 def serve(file: str, specials_as_text: bool) -> None:
     """Encode the texts of standard input, until it ends: also when the parent is killed."""
     try:
-        tokenizer = load_library(read_bytes(file), specials_as_text)
+        tokenizer = load_hf_tokenizer(read_bytes(file), specials_as_text)
     except Exception:  # the parent looks at the file itself, and says what is wrong
         return
     texts, answers = sys.stdin.buffer, sys.stdout.buffer

@@ -55,7 +55,7 @@ def codec_of(path: str) -> str | None:
     return CODECS.get(os.path.splitext(path)[1].lower())
 
 
-def plain_name(path: str) -> str:
+def uncompressed_name(path: str) -> str:
     """The name in lower case, without its folder and its compression suffix."""
     stem, suffix = os.path.splitext(os.path.basename(path).lower())
     return stem if suffix in CODECS else stem + suffix
@@ -146,7 +146,7 @@ class _Finder:
                 self._walk(path, on_path | {identity})
 
     def _is_wanted(self, name: str) -> bool:
-        return plain_name(name).endswith(self._suffixes) or name.lower().endswith(self._suffixes)
+        return uncompressed_name(name).endswith(self._suffixes) or name.lower().endswith(self._suffixes)
 
     def _refuse_empty(self, folder: str, others: Counter[str]) -> None:
         got = f"{sum(others.values())} other files{_counts(others)}"
@@ -243,7 +243,7 @@ def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
     _refuse(path, next((kind for magic, kind in MAGIC if start.startswith(magic)), None))
     if form != "auto":
         return form == "jsonl"
-    name = plain_name(path)
+    name = uncompressed_name(path)
     refuse_table(path, os.path.splitext(name)[1])
     first, _, rest = start.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if name.endswith(LINES_SUFFIXES):

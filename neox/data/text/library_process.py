@@ -18,7 +18,7 @@ class LibraryProcess:
     """Encodes texts by the library in another process, which is loading while this one does something else. A context manager.
 
     Args:
-        file: `tokenizers` JSON file. A bad one is found by `encode` alone, and why it is bad by `load_library`.
+        file: `tokenizers` JSON file. A bad one is found by `encode` alone, and why it is bad by `load_hf_tokenizer`.
         specials_as_text: special tokens that occur in the text are encoded as text.
     """
 

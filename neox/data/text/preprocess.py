@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 from neox.data.store.indexed import IndexedWriter, token_dtype
 from neox.data.text.byte_level import Unsupported
-from neox.data.text.encoding import Block, EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, StartedBlock, encoder_for
+from neox.data.text.encoding import Block, EncodedBlock, Encoding, HFEncoder, NativeEncoder, StartedBlock, encoder_for
 from neox.data.text.library_process import LibraryProcess
-from neox.data.text.progress import SOURCE_FIELDS, Origin, Progress, ProgressFile, finished
+from neox.data.text.progress import SOURCE_FIELDS, InputIdentity, ProgressFile, ResumePoint, finished_sidecar
 from neox.data.text.quarantine import Quarantine
-from neox.data.text.reading import BLOCK_BYTES, Bad, read_blocks
+from neox.data.text.reading import BLOCK_BYTES, BadLine, read_blocks
 from neox.data.text.tokenizer import TokenizerFile
 from neox.errors import ConfigError, DataError, MemoryExhausted
 
@@ -64,7 +64,7 @@ class Summary:
         self.blank_lines += block.blank
         self.empty_documents += block.empty
 
-    def add_bad(self, bad: Bad) -> None:
+    def add_bad(self, bad: BadLine) -> None:
         """Count a bad line; the first ones are kept by name."""
         self.bad_lines += 1
         reason = bad.reason.split(":")[0]
@@ -106,36 +106,36 @@ def preprocess(
     with LibraryProcess(encoding.tokenizer, encoding.specials_as_text) as library:  # first, since it takes a while to load
         tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
         dtype = token_dtype(tokenizer.vocab_size - 1)
-        origin = Origin(files, lambda: {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines}, block_bytes)
+        origin = InputIdentity(files, lambda: {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines}, block_bytes)
         notes = ProgressFile(out, origin, note_seconds)
         before = notes.read() if resume else None
-        if resume and before is None and (whole := finished(out, origin.source, files)) is not None:
+        if resume and before is None and (whole := finished_sidecar(out, origin.source, files)) is not None:
             return Summary(out, dtype, documents=whole.num_documents, tokens=whole.num_tokens, **{key: whole.source[key] for key in SOURCE_FIELDS})
         summary = Summary(out, dtype, len(files)) if before is None else Summary(**{**before.summary, "out": out})
         started -= summary.seconds
         first = done = 0 if before is None else before.blocks
         blocks = encoded(islice(read_blocks(files, block_bytes, form=encoding.form), first, None), first, encoding, tokenizer, library, workers, summary)
         if before:
-            take_up(out)
+            restore_partial_names(out)
         made_by = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
         kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
-        with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, leftovers(notes, writer, kept, resume, before):
+        with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, partial_files(notes, writer, kept, resume, before):
             for done, block in enumerate(blocks, first + 1):
-                take(block, writer, kept, summary, bad_lines)
+                write_block(block, writer, kept, summary, bad_lines)
                 summary.seconds = time.monotonic() - started
                 origin.prepare()  # here, where other threads have work
                 if notes.due and summary.documents:
-                    notes.note(Progress(done, writer.sync(), kept.sync(), asdict(summary)))
+                    notes.note(ResumePoint(done, writer.sync(), kept.sync(), asdict(summary)))
                 if progress is not None:
                     progress(summary)
             require_documents(summary, files)
-            publish(writer, kept, notes, Progress(done, writer.sync(), kept.sync(), asdict(summary)), origin.source, tokenizer.hash)
+            publish(writer, kept, notes, ResumePoint(done, writer.sync(), kept.sync(), asdict(summary)), origin.source, tokenizer.hash)
         summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
         summary.seconds = time.monotonic() - started
         return summary
 
 
-def take(block: EncodedBlock, writer: IndexedWriter, kept: Quarantine, summary: Summary, bad_lines: str) -> None:
+def write_block(block: EncodedBlock, writer: IndexedWriter, kept: Quarantine, summary: Summary, bad_lines: str) -> None:
     """Write a block and count it. Raises DataError for a bad line under "fail"."""
     for bad in block.bad:
         if bad_lines == "fail":
@@ -154,7 +154,7 @@ def require_documents(summary: Summary, files: Sequence[str]) -> None:
         raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
 
 
-def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progress: Progress, source: str, tokenizer_hash: str) -> None:
+def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progress: ResumePoint, source: str, tokenizer_hash: str) -> None:
     """Give the files their names. There is a note before, for a kill between the renames."""
     notes.note(progress)
     writer.tokenizer_hash = tokenizer_hash
@@ -165,7 +165,7 @@ def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progre
 
 
 @contextlib.contextmanager
-def leftovers(notes: ProgressFile, writer: IndexedWriter, kept: Quarantine, resume: bool, before: Progress | None) -> Iterator[None]:
+def partial_files(notes: ProgressFile, writer: IndexedWriter, kept: Quarantine, resume: bool, before: ResumePoint | None) -> Iterator[None]:
     """After an exception, what is unfinished stays for another try or is removed."""
     if before is None:
         notes.remove()  # of an earlier run, which is known to have ended since the writer has its files
@@ -180,7 +180,7 @@ def leftovers(notes: ProgressFile, writer: IndexedWriter, kept: Quarantine, resu
         raise
 
 
-def take_up(out: str) -> None:
+def restore_partial_names(out: str) -> None:
     """Give files that were published by a run that ended before it was done their temporary names again."""
     for suffix in (".idx", ".bin", ".quarantine.jsonl"):
         final, partial = Path(out + suffix), Path(f"{out}{suffix}.partial")
@@ -217,7 +217,7 @@ def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, e
         MemoryExhausted: a worker died, most likely for want of memory.
     """
     if workers == 0:
-        yield from map(LibraryEncoder(encoding) if encode is None else functools.partial(encode, encoding), blocks)
+        yield from map(HFEncoder(encoding) if encode is None else functools.partial(encode, encoding), blocks)
         return
     import multiprocessing  # these take as long to import as a block of text to encode, and are seldom needed
     from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -251,9 +251,9 @@ def encode_block(encoding: Encoding, block: Block) -> EncodedBlock:
 
 
 @functools.cache
-def encoder_of(encoding: Encoding) -> LibraryEncoder:
+def encoder_of(encoding: Encoding) -> HFEncoder:
     """The encoder of this process: a tokenizer takes long to load."""
-    return LibraryEncoder(encoding)
+    return HFEncoder(encoding)
 
 
 def start_worker() -> None:

@@ -24,7 +24,7 @@ SOURCE_FIELDS = ("files", "text_bytes", "blank_lines", "empty_documents", "bad_l
 
 
 @dataclass(frozen=True)
-class Progress:
+class ResumePoint:
     """What is durable: blocks of the input that are done, the state of the writer, bytes of the quarantine, the counts so far."""
 
     blocks: int
@@ -42,7 +42,7 @@ class ProgressFile:
         seconds: time between two notes.
     """
 
-    def __init__(self, out: str, origin: Origin, seconds: float):
+    def __init__(self, out: str, origin: InputIdentity, seconds: float):
         self.path = Path(f"{out}.progress.json")
         self._origin = origin
         self._seconds = seconds
@@ -53,13 +53,13 @@ class ProgressFile:
         """Whether it is time for a note."""
         return time.monotonic() - self._noted >= self._seconds
 
-    def note(self, progress: Progress) -> None:
+    def note(self, progress: ResumePoint) -> None:
         """Write the progress durably. Raises DiskError."""
         content = {"format": FORMAT, "version": VERSION, "identity": self._origin.identity, **asdict(progress)}
         write_durably(self.path, json_line(content).encode())
         self._noted = time.monotonic()
 
-    def read(self) -> Progress | None:
+    def read(self) -> ResumePoint | None:
         """The progress of a run before this one; None when there is none.
 
         Raises:
@@ -70,7 +70,7 @@ class ProgressFile:
             content = orjson.loads(read_bytes(self.path))
             same = (content["format"], content["version"]) == (FORMAT, VERSION) and content["identity"] == self._origin.identity
             documents, tokens, largest_id = content["writer"]
-            progress = Progress(content["blocks"], (documents, tokens, largest_id), content["quarantine_bytes"], content["summary"])
+            progress = ResumePoint(content["blocks"], (documents, tokens, largest_id), content["quarantine_bytes"], content["summary"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -86,7 +86,7 @@ class ProgressFile:
             sync_folder(self.path.parent)
 
 
-class Origin:
+class InputIdentity:
     """What a dataset is made from: input files, as they are now, and settings.
 
     Args:
@@ -118,7 +118,7 @@ def _hash(files: list[list[object]], settings: dict[str, object]) -> str:
     return hashlib.sha256(orjson.dumps([files, settings], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def finished(out: str, source: str, files: Sequence[str]) -> Sidecar | None:
+def finished_sidecar(out: str, source: str, files: Sequence[str]) -> Sidecar | None:
     """The sidecar of the finished dataset OUT, where it was made of `source` and no file was written since; else None.
 
     A run that is killed after its last note is gone, or started again when it is done already, has nothing to go on with.

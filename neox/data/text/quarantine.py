@@ -12,7 +12,7 @@ from typing import BinaryIO
 import orjson
 
 from neox.data.store.files import open_no_link, sync_folder
-from neox.data.text.reading import Bad
+from neox.data.text.reading import BadLine
 from neox.errors import DiskError
 from neox.files import printable
 
@@ -36,7 +36,7 @@ class Quarantine:
         self._enabled = enabled
         self.stays = False  # after an exception, for a run that goes on with it
 
-    def keep(self, bad: Bad) -> None:
+    def keep(self, bad: BadLine) -> None:
         """Keep a bad line."""
         if self._file is not None:
             self._file.write(record(bad))
@@ -94,7 +94,7 @@ class Quarantine:
         return DiskError("cannot write quarantine", where=self.path, got=error.strerror)
 
 
-def record(bad: Bad) -> bytes:
+def record(bad: BadLine) -> bytes:
     """One line of the quarantine file."""
     content = None if bad.content is None else base64.b64encode(bad.content).decode()
     return orjson.dumps({"file": printable(bad.path), "line": bad.line, "reason": bad.reason, "content_base64": content}, option=orjson.OPT_APPEND_NEWLINE)

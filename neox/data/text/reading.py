@@ -1,6 +1,6 @@
 """Reading of text corpora: JSON lines and text files, plain or compressed, in blocks of bounded size.
 
-Nothing is lost with a bad line: what cannot be read becomes a `Bad` with file, line and reason, and reading continues behind it.
+Nothing is lost with a bad line: what cannot be read becomes a `BadLine` with file, line and reason, and reading continues behind it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """Whole lines of a JSON-lines file, the first of them number `line`; or, with line 0, a text file."""
 
     path: str
@@ -39,7 +39,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadLine:
     """A line (or file: line 0) that gives no document. `content` is None where it was too long to keep."""
 
     path: str
@@ -54,15 +54,17 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedLines:
     """What lines gave: documents, bad lines, and how many lines were blank."""
 
     texts: list[str]
-    bad: list[Bad]
+    bad: list[BadLine]
     blank: int
 
 
-def read_blocks(files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: int = LONGEST_DOCUMENT, form: str = "auto") -> Iterator[list[Piece | Bad]]:
+def read_blocks(
+    files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: int = LONGEST_DOCUMENT, form: str = "auto"
+) -> Iterator[list[TextChunk | BadLine]]:
     """Pieces and bad lines in order, gathered into blocks of about `block_bytes`. Memory: a block and the longest document.
 
     Args:
@@ -71,7 +73,7 @@ def read_blocks(files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: i
     Raises:
         DataError: a file cannot be opened or read, or its name does not tell how it is to be read.
     """
-    block: list[Piece | Bad] = []
+    block: list[TextChunk | BadLine] = []
     size = 0
     for path in files:
         for item in _pieces(path, block_bytes, longest, form):
@@ -84,7 +86,7 @@ def read_blocks(files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: i
         yield block
 
 
-def _pieces(path: str, block_bytes: int, longest: int, form: str) -> Iterator[Piece | Bad]:
+def _pieces(path: str, block_bytes: int, longest: int, form: str) -> Iterator[TextChunk | BadLine]:
     """The content of a file. Its start decides how it is read where the name does not."""
     chunks = _chunks(path, block_bytes)
     start: list[bytes] = []
@@ -108,13 +110,13 @@ def _continued(start: list[bytes], damage: _Damaged | None, chunks: Iterator[byt
     yield from chunks
 
 
-def parse(piece: Piece, key: str) -> Parsed:
+def parse(piece: TextChunk, key: str) -> ParsedLines:
     """The documents of a piece. A JSON line must be an object whose `key` is a string; a text file must be UTF-8."""
     if piece.line == 0:
         try:
-            return Parsed([piece.content.removeprefix(BOM).decode("utf-8")], [], 0)
+            return ParsedLines([piece.content.removeprefix(BOM).decode("utf-8")], [], 0)
         except UnicodeDecodeError as error:
-            return Parsed([], [Bad(piece.path, 0, f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", piece.content)], 0)
+            return ParsedLines([], [BadLine(piece.path, 0, f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", piece.content)], 0)
     texts, bad, blank = [], [], 0
     content = piece.content.removesuffix(b"\n")
     for number, line in enumerate(content.split(b"\n"), piece.line):
@@ -125,8 +127,8 @@ def parse(piece: Piece, key: str) -> Parsed:
         if reason is None:
             texts.append(text)
         else:
-            bad.append(Bad(piece.path, number, reason, line))
-    return Parsed(texts, bad, blank)
+            bad.append(BadLine(piece.path, number, reason, line))
+    return ParsedLines(texts, bad, blank)
 
 
 def parse_line(line: bytes, key: str) -> tuple[str, str | None]:
@@ -225,7 +227,7 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last frame is cut off")
 
 
-def _line_pieces(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
+def _line_pieces(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[TextChunk | BadLine]:
     """Cut a JSON-lines file at line ends. A line longer than `longest` is passed over without being kept."""
     parts: list[memoryview] = []  # what was read since the last piece; copied once, into the next one
     size, line, skipping = 0, 1, False
@@ -246,33 +248,33 @@ def _line_pieces(path: str, chunks: Iterable[bytes], block_bytes: int, longest: 
             if end:
                 parts[-1] = parts[-1][:end]
                 content = b"".join(parts)
-                yield Piece(path, line, content)
+                yield TextChunk(path, line, content)
                 line += core.count_lines(content)
                 parts, size = [memoryview(chunk)[end:]], len(chunk) - end
             if size > longest:
-                yield Bad(path, line, f"line is longer than {longest} bytes", None)
+                yield BadLine(path, line, f"line is longer than {longest} bytes", None)
                 parts, size, skipping = [], 0, True
     except _Damaged as damage:
         rest = b"".join(parts)
         end = rest.rfind(b"\n") + 1
         if end:
-            yield Piece(path, line, rest[:end])
+            yield TextChunk(path, line, rest[:end])
             line += rest.count(b"\n", 0, end)
-        yield Bad(path, line, str(damage), rest[end:])
+        yield BadLine(path, line, str(damage), rest[end:])
         return
     if size:
-        yield Piece(path, line, b"".join(parts))
+        yield TextChunk(path, line, b"".join(parts))
 
 
-def _text_piece(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[Piece | Bad]:
+def _text_piece(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[TextChunk | BadLine]:
     content = bytearray()
     try:
         for chunk in chunks:
             content += chunk
             if len(content) > longest:
-                yield Bad(path, 0, f"file is longer than {longest} bytes", None)
+                yield BadLine(path, 0, f"file is longer than {longest} bytes", None)
                 return
     except _Damaged as damage:
-        yield Bad(path, 0, str(damage), bytes(content))
+        yield BadLine(path, 0, str(damage), bytes(content))
         return
-    yield Piece(path, 0, bytes(content))
+    yield TextChunk(path, 0, bytes(content))

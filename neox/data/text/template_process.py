@@ -24,7 +24,7 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
 
-class Refused(Exception):
+class RefusedConversation(Exception):
     """A conversation that the template does not render; the message says why."""
 
 
@@ -76,25 +76,25 @@ class TemplateProcess:
             raise ConfigError("chat template cannot be used", where="--chat-template", got=reason, want="a Jinja template as transformers takes it")
         return process
 
-    def answers(self, messages: Messages, more: dict[str, Any]) -> tuple[str, list[Span]]:
+    def render_with_answers(self, messages: Messages, more: dict[str, Any]) -> tuple[str, list[Span]]:
         """The text of a conversation and where in it the assistant speaks; see `Template.answers`.
 
         Raises:
-            Refused: the template fails, takes too long, or takes too much memory.
+            RefusedConversation: the template fails, takes too long, or takes too much memory.
             ConfigError: it has ended its process for several conversations in a row.
         """
         try:
             send(self._process.stdin, [messages, more])
             found = receive(self._process.stdout)
         except RecursionError:
-            raise Refused("messages are nested too deeply") from None
+            raise RefusedConversation("messages are nested too deeply") from None
         except OSError:
             found = None
         if found is None:
             return self._failed()
         self._ended = 0
         if "refused" in found[0]:
-            raise Refused(found[0]["refused"])
+            raise RefusedConversation(found[0]["refused"])
         return found[0]["text"], [tuple(span) for span in found[0]["spans"]]
 
     def _failed(self) -> tuple[str, list[Span]]:
@@ -104,7 +104,7 @@ class TemplateProcess:
         if self._ended == MOST_ENDED:
             raise ConfigError("chat template cannot be used", where="--chat-template", got=f"{reason}, for {MOST_ENDED} conversations in a row")
         self._process = self._started()
-        raise Refused(f"chat template {reason}")
+        raise RefusedConversation(f"chat template {reason}")
 
     def close(self) -> None:
         """End the process."""

@@ -36,12 +36,12 @@ def tokenized(paths: Sequence[str], tokenizer: str, eod_token: str | None, folde
     """
     files = find_files(paths)
     prefix = folder / text_key(files, tokenizer, eod_token)
-    if is_whole(prefix):
+    if is_complete(prefix):
         return str(prefix)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(prefix.with_suffix(".lock")):
-            if not is_whole(prefix):
+            if not is_complete(prefix):
                 workers = len(os.sched_getaffinity(0))
                 summary = preprocess(files, prefix, Encoding(tokenizer, eod_token), workers=workers if workers > 1 else 0, overwrite=True)
                 log.info("%s: %d documents, %d tokens in %.1f s", prefix, summary.documents, summary.tokens, summary.seconds)
@@ -60,7 +60,7 @@ def text_key(files: Sequence[str], tokenizer: str, eod_token: str | None) -> str
     return hashlib.sha256(orjson.dumps(["neox-text-1", content, file_hash(tokenizer), eod_token])).hexdigest()[:24]
 
 
-def is_whole(prefix: Path) -> bool:
+def is_complete(prefix: Path) -> bool:
     """Whether the dataset is there and undamaged: all three files, the last of which is written last."""
     if not Path(f"{prefix}.json").exists():
         return False

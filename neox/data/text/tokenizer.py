@@ -12,7 +12,7 @@ import orjson
 
 from neox import files
 from neox.data.store.files import write_durably
-from neox.data.text.hf_tokenizers import load_library
+from neox.data.text.hf_tokenizers import load_hf_tokenizer
 from neox.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def may_be_renumbered(ids: dict[str, int], added: dict[str, int]) -> bool:
     return new != list(range(len(ids), len(ids) + len(new))) or any(ids.get(token, number) != number for token, number in added.items())
 
 
-def require_kept_ids(content: bytes, tokenizer: tokenizers.Tokenizer, file: str | Path) -> None:
+def require_same_ids(content: bytes, tokenizer: tokenizers.Tokenizer, file: str | Path) -> None:
     """Refuse a file whose added tokens get other ids from the library, and so from transformers, than the file names.
 
     Raises:
@@ -113,10 +113,10 @@ class Tokenizer:
         self.file = str(file)
         self._bytes = read_bytes(file)
         try:
-            self._tokenizer = load_library(self._bytes, specials_as_text)
+            self._tokenizer = load_hf_tokenizer(self._bytes, specials_as_text)
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             raise DataError("not a tokenizer file", where=self.file, got=error, want="a `tokenizers` JSON file") from error
-        require_kept_ids(self._bytes, self._tokenizer, self.file)
+        require_same_ids(self._bytes, self._tokenizer, self.file)
         self.eod_token, self.eod_id = find_eod(self._tokenizer.token_to_id, eod_token, self.file)
         self.end_ids = frozenset(end_ids) | frozenset(() if self.eod_id is None else (self.eod_id,))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neox.data.samples.blend import Blend, blend_indices
+from neox.data.samples.blend import Blend, BlendedDataset, blend_indices
+from neox.data.samples.order import EpochDataset
 from neox.errors import DataError
 
 
@@ -90,4 +91,17 @@ def test_what_was_taken_and_where_it_stands():
     assert blend.taken(count).tolist() == np.bincount(dataset, minlength=4).tolist() and blend.taken(0).tolist() == [0] * 4
     inner = [np.array([0, 7, 20_000]), np.arange(30_000, 30_010), np.array([0]), np.empty(0, dtype=np.int64)]
     wanted = [i for i in range(count) if sample[i] in inner[dataset[i]].tolist()]
-    assert blend.places(inner, count).tolist() == wanted and len(wanted) == 13
+    assert blend.positions(inner, count).tolist() == wanted and len(wanted) == 13
+
+
+def test_blended_dataset_takes_each_source_in_its_own_order(make_dataset):
+    sources = [EpochDataset(make_dataset([np.arange(200) + 1000 * k], name=str(k)), (0, 1), 8, 1) for k in range(3)]
+    blended = BlendedDataset(sources, [0.5, 0.0, 0.5])
+    taken = [0, 0, 0]
+    for i in range(200):
+        which, inner = blended._blend[i]
+        assert inner == taken[which]
+        taken[which] += 1
+        assert np.array_equal(blended[i].tokens, sources[which][inner].tokens)
+    assert taken == [100, 0, 100]
+    assert blended.describe(1, 0).startswith(sources[2]._dataset.bin_path)

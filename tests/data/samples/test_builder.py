@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from neox.config.schema import Config
+from neox.data.samples.blend import BlendedDataset
 from neox.data.samples.builder import build_datasets, documents_of_parts
-from neox.data.samples.order import BlendedDataset, neox_order
+from neox.data.samples.order import gpt_neox_order
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
@@ -51,7 +52,7 @@ def test_order_does_not_depend_on_the_length_of_the_run(corpus):
 def test_neox_order_of_one_path_equals_the_arrays_and_its_cache(corpus, tmp_path):
     made = config({"path": corpus.prefix, "split": "6,2,2", "order": "neox"}, tmp_path=tmp_path, train={"seed": 9})
     dataset = build_datasets(made, ALL)["train"]
-    order = neox_order(corpus.sizes, np.arange(61), 16, 40, 9)
+    order = gpt_neox_order(corpus.sizes, np.arange(61), 16, 40, 9)
     for found, wanted in zip((dataset._documents, dataset._samples, dataset._shuffle), order, strict=True):
         np.testing.assert_array_equal(found, wanted)
         assert isinstance(found, np.memmap)
@@ -122,7 +123,7 @@ def test_a_source_that_is_smaller_than_its_share_is_read_again(make_dataset, tmp
         sources = [{"path": prefixes[0], "weight": 1}, {"path": prefixes[1], "weight": 1}]
         dataset = build_datasets(config({"train": sources, "order": order}, tmp_path=tmp_path), {"train": 100})["train"]
         small = [sample for sample in (dataset[i].tokens for i in range(100)) if sample[0] < 50]
-        assert len(small) == 50 and dataset.seen(100)[0].epochs > 15
+        assert len(small) == 50 and dataset.coverage(100)[0].epochs > 15
 
 
 def test_weights_all_zero_name_the_section(corpus):
@@ -185,7 +186,7 @@ def test_index_arrays_of_two_parts_of_a_split_are_two(corpus, tmp_path):
     for packing, order in (("best_fit", "epoch"), ("concatenate", "neox")):
         made = config({"path": corpus.prefix, "index_cache": str(cache), "split": "1,1,0", "packing": packing, "order": order})
         parts = build_datasets(made, {"train": 10, "validation": 10})
-        documents = [{piece.document for i in range(5) for piece in parts[part].pieces(i)} for part in ("train", "validation")]
+        documents = [{piece.document for i in range(5) for piece in parts[part].slices(i)} for part in ("train", "validation")]
         assert not documents[0] & documents[1]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from neox.config.load import loads
 from neox.data.samples.builder import RunDatasets
-from neox.data.samples.cursor import Cursor, FileIdentity, Saved, identify
+from neox.data.samples.cursor import Cursor, FileIdentity, SavedCursor, identify
 from neox.data.samples.order import EpochDataset
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.errors import CheckpointError, DataError
@@ -36,10 +36,10 @@ def config_of(folder, data: dict, tokenizer: dict | None = None, **train):
     return loads(json.dumps(values))
 
 
-def saved_after(config, consumed: int, *, accept: bool = False, before: Saved | None = None) -> Saved:
+def saved_after(config, consumed: int, *, accept: bool = False, before: SavedCursor | None = None) -> SavedCursor:
     """What a checkpoint of the run keeps after so many samples, read back from JSON."""
     cursor = RunDatasets(config, WANTED, before).cursor
-    return Saved("step_1", consumed, Cursor.from_json(json.loads(json.dumps(cursor.to_json()))), accept)
+    return SavedCursor("step_1", consumed, Cursor.from_json(json.loads(json.dumps(cursor.to_json()))), accept)
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def test_weights_change_and_each_source_continues(sources, tmp_path):
     found += tokens_of(run.parts["train"], 80, 120)
     for name, base, count in (("a", 0, 20 + 36 + 20), ("b", 1000, 20 + 4), ("c", 2000, 20)):
         assert read_of(found, base) == tokens_of(orders[name], 0, count)
-    assert [seen.samples for seen in run.parts["train"].seen(120)] == [76, 24, 20]
-    document = run.parts["train"].pieces(5)[0]
+    assert [seen.samples for seen in run.parts["train"].coverage(120)] == [76, 24, 20]
+    document = run.parts["train"].slices(5)[0]
     assert 5 in run.parts["train"].find(document.source, document.document, 120)
     for number in range(120):
-        for piece in run.parts["train"].pieces(number)[:1]:
+        for piece in run.parts["train"].slices(number)[:1]:
             assert number in run.parts["train"].find(piece.source, piece.document, 120)
 
 
@@ -127,7 +127,7 @@ def test_settings_that_the_samples_depend_on(sources, tmp_path, what):
     else:
         assert re.search(r"the 40 samples \(640 tokens\) read of .*a would come again, mixed with new ones, none would be lost", problem.value.got)
     assert not (tmp_path / "run").exists() and not (tmp_path / "index_cache").exists()  # refused before anything is written
-    run = RunDatasets(config, WANTED, Saved(saved.where, 40, saved.cursor, accept=True))
+    run = RunDatasets(config, WANTED, SavedCursor(saved.where, 40, saved.cursor, accept=True))
     assert run.lines[0] == f"accepted by checkpoint.accept_data_change: {what}"
     begin = 40 if "document_mask" in what else 0  # another order begins anew, the same one continues
     assert tokens_of(run.parts["train"], 40, 45) == tokens_of(RunDatasets(config, WANTED).parts["train"], begin, begin + 5)
@@ -140,7 +140,7 @@ def test_what_the_order_does_not_depend_on(sources, tmp_path):
     moved = {"train": [str(tmp_path / "elsewhere")], "prefetch": 0}
     longer = {"train_iters": 5000, "micro_batch_size": 7, "gradient_accumulation": 3}
     run = RunDatasets(config_of(tmp_path, moved, **longer), {"train": 5000 * 21}, saved)
-    assert run.lines == [] and len(run.cursor.stretches) == 1
+    assert run.lines == [] and len(run.cursor.phases) == 1
 
 
 @pytest.mark.parametrize("sidecar", [True, False])
@@ -181,11 +181,11 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
     data = weighted(sources, a=1) | {"order": "neox"}
     cursor = RunDatasets(config_of(tmp_path, data), {"train": 20}).cursor
     epoch = cursor.sources[0].samples
-    saved = Saved("step_1", 15, cursor)
+    saved = SavedCursor("step_1", 15, cursor)
     assert RunDatasets(config_of(tmp_path, data), {"train": epoch - 1}, saved).cursor.sources[0].epochs == 1
     with pytest.raises(CheckpointError, match="data.order neox: the order of .*a is made for 1 epochs -> 2"):
         RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}, saved)
-    two = Saved("step_1", 15, RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).cursor)
+    two = SavedCursor("step_1", 15, RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).cursor)
     shorter = RunDatasets(config_of(tmp_path, data), {"train": 20}, two)  # a shorter run reads on in the order that was made
     assert shorter.cursor.sources[0].epochs == 2
     straight = RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).parts["train"]
@@ -200,7 +200,7 @@ def test_text_is_compared_before_it_is_tokenized(tmp_path):
     (tmp_path / "t.txt").write_text("abc defg " * 200)
     values = {"text": [str(tmp_path / "t.txt")], "split": "1,0,0"}
     config = config_of(tmp_path, values, tokenizer={"file": str(tmp_path / "tok.json")})
-    saved = Saved("step_1", 10, RunDatasets(config, {"train": 20}).cursor)
+    saved = SavedCursor("step_1", 10, RunDatasets(config, {"train": 20}).cursor)
     before = sorted((tmp_path / "run").rglob("*"))
     (tmp_path / "t.txt").write_text("abc defg " * 201)
     with pytest.raises(CheckpointError, match=r"data.text: .* -> .*, the 10 samples \(160 tokens\) read of data.text would come again"):
@@ -210,12 +210,12 @@ def test_text_is_compared_before_it_is_tokenized(tmp_path):
 
 def test_a_checkpoint_without_a_cursor_is_compared_by_its_config(sources, tmp_path):
     config = config_of(tmp_path, weighted(sources, a=1, b=1))
-    saved = Saved("step_1", 40, Cursor.of_config(config))
+    saved = SavedCursor("step_1", 40, Cursor.of_config(config))
     run = RunDatasets(config_of(tmp_path, weighted(sources, a=9, b=1)), WANTED, saved)
-    assert run.cursor.stretches[-1].taken == (20, 20) and run.cursor.sources[0].files is not None
+    assert run.cursor.phases[-1].taken == (20, 20) and run.cursor.sources[0].files is not None
     with pytest.raises(CheckpointError, match="train.seed: 1234 -> 9"):
         RunDatasets(config_of(tmp_path, weighted(sources, a=1, b=1), seed=9), WANTED, saved)
-    split = Saved("step_1", 40, Cursor.of_config(config_of(tmp_path, {"path": sources["a"].prefix, "split": "9,1,0"})))
+    split = SavedCursor("step_1", 40, Cursor.of_config(config_of(tmp_path, {"path": sources["a"].prefix, "split": "9,1,0"})))
     with pytest.raises(CheckpointError, match="data.split: 9,1,0 -> 8,2,0"):
         RunDatasets(config_of(tmp_path, {"path": sources["a"].prefix, "split": "8,2,0"}), WANTED, split)
 

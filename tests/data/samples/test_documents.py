@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neox.data.samples.documents import Answers, DocumentDataset, PairDataset
+from neox.data.samples.documents import DocumentDataset, DocumentSamples, PairDataset
 from neox.data.samples.loader import Loader
 from neox.errors import DataError
 
@@ -20,11 +20,11 @@ def answers(make_dataset):
 
 
 def test_documents_are_padded_and_cut_off(answers):
-    samples = Answers(*answers, seq_length=4)
+    samples = DocumentSamples(*answers, seq_length=4)
     assert samples[0].tokens.tolist() == [1, 2, 3, 0, 0] and samples[0].labels.tolist() == [-100, 2, 3, -100, -100] and samples[0].end == 2
     assert samples[1].tokens.tolist() == [4, 5, 6, 7, 8] and samples[1].labels.tolist() == [-100, -100, 6, 7, 8] and samples[1].end == 3
     assert samples[2].end == 0 and samples[3].end == 3
-    assert Answers(answers[0], None, 4)[3].labels.tolist() == [11, 12, 13, 14, -100]
+    assert DocumentSamples(answers[0], None, 4)[3].labels.tolist() == [11, 12, 13, 14, -100]
 
 
 def test_an_epoch_has_each_document_once_in_an_order_of_its_own(make_dataset):
@@ -58,7 +58,7 @@ def test_data_that_do_not_belong_together(answers, make_dataset):
     with pytest.raises(DataError, match="not pairs"):
         PairDataset(answers, (make_dataset(OTHERS[:3], "short"), None), 4, seed=1)
     with pytest.raises(DataError, match="labels are of other documents"):
-        Answers(answers[0], make_dataset([[1, 2], [3], [4], [5]], "other"), 4)
+        DocumentSamples(answers[0], make_dataset([[1, 2], [3], [4], [5]], "other"), 4)
     wrong = make_dataset([[-100, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12, 99, 14]], "wrong", "int32")
     with pytest.raises(DataError, match=r"label is not the token; where=.*document 3 offset 2; got=label 99 at token 13"):
         next(Loader(DocumentDataset(answers[0], wrong, 4, seed=1), micro_batch_size=4, prefetch=0))

@@ -11,7 +11,7 @@ import torch
 
 from neox.config.schema import FimConfig, TokenizerConfig
 from neox.data.samples.documents import PADDING, DocumentDataset
-from neox.data.samples.fim import Draws, FimDataset, LibraryCodec, NativeCodec, Transform
+from neox.data.samples.fim import Draws, FimDataset, HFCodec, NativeCodec, Transform
 from neox.data.samples.loader import Loader
 from neox.data.samples.order import EpochDataset
 from neox.data.samples.packing import PackedDataset
@@ -153,7 +153,7 @@ def test_another_kind_of_tokenizer(tmp_path, tokenizer):
     library.save(str(tmp_path / "other.json"))
     other = Tokenizer(tmp_path / "other.json")
     fim = transform(other)
-    assert isinstance(fim._codec, LibraryCodec)
+    assert isinstance(fim._codec, HFCodec)
     out = fim.document(np.array(other.encode(TEXTS[3])), 1000, Draws(1)).tolist()
     assert "".join(undone(other, out)[1:]) == TEXTS[3]
 
@@ -190,11 +190,11 @@ def test_samples(files, tokenizer, kind):
         elif kind == "best_fit":
             assert not learned[starts].any()
         transformed += int((tokens == tokenizer.token_id(SENTINELS[0])).sum())
-        documents += len(samples.pieces(index))
+        documents += len(samples.slices(index))
         again = dataset[index]
         assert np.array_equal(again.tokens, tokens) and np.array_equal(again.labels, labels)
     assert transformed > 0.7 * documents
-    assert dataset.pieces(3) == samples.pieces(3) and "after fill in the middle" in dataset.describe(3, 5)
+    assert dataset.slices(3) == samples.slices(3) and "after fill in the middle" in dataset.describe(3, 5)
 
 
 @pytest.mark.parametrize("kind", ["best_fit", "document"])

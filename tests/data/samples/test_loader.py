@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from neox.data.samples.blend import BlendedDataset
 from neox.data.samples.loader import Loader, Memory, positions_in_documents
-from neox.data.samples.order import BlendedDataset, EpochDataset, NeoxDataset, Rows, Sample, neox_order
+from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order
+from neox.data.samples.sample import BatchArrays, Sample
 from neox.errors import DataError
 
 
@@ -204,8 +206,8 @@ def test_rows_are_the_samples_one_by_one(corpus, document_mask):
     """Datasets fill a batch at a time; what they fill in is what they give for each sample."""
     whole = (0, corpus.num_documents)
     sizes = corpus.sizes
-    order = neox_order(sizes, np.arange(len(corpus)), 7, 40, 3)
-    epoch, neox = EpochDataset(corpus, whole, 7, 1, document_mask), NeoxDataset(corpus, order, 7, document_mask)
+    order = gpt_neox_order(sizes, np.arange(len(corpus)), 7, 40, 3)
+    epoch, neox = EpochDataset(corpus, whole, 7, 1, document_mask), GptNeoxOrderDataset(corpus, order, 7, document_mask)
     for dataset in (epoch, neox, BlendedDataset([epoch, neox], [0.3, 0.7])):
         with Loader(dataset, micro_batch_size=5, start=2, prefetch=0, vocab_size=1000) as loader:
             (batch,) = next(loader)
@@ -219,7 +221,7 @@ def test_rows_are_the_samples_one_by_one(corpus, document_mask):
 
 
 def test_rows_are_checked_before_they_are_written(corpus):
-    out = Rows(np.zeros((2, 7), dtype=np.int64), np.zeros((2, 7), dtype=np.int64))
+    out = BatchArrays(np.zeros((2, 7), dtype=np.int64), np.zeros((2, 7), dtype=np.int64))
     starts, rows = np.array([0, 1]), np.array([0, 1])
     for bad in (np.array([0, 2]), np.array([-1, 0])):
         with pytest.raises(IndexError, match="is out of range"):

@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
 
 from neox._native import core
-from neox.data.samples.order import BlendedDataset, EpochDataset, NeoxDataset, Pair, Sample, fields_of, neox_order, order_types, split_ranges
+from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order, order_types, split_ranges
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
@@ -22,7 +21,7 @@ def test_neox_order_equals_upstream(shared_data, fixture):
     wanted = np.load(shared_data / "megatron" / f"{fixture}.npz")
     dataset = IndexedDataset(shared_data / "megatron" / "meg-gpt2-openwebtext_text_document")
     first, last = split_ranges(str(wanted["split"]), len(dataset))[int(wanted["part"])]
-    order = neox_order(dataset.sizes, np.arange(first, last), int(wanted["seq_length"]), int(wanted["num_samples"]), int(wanted["seed"]))
+    order = gpt_neox_order(dataset.sizes, np.arange(first, last), int(wanted["seq_length"]), int(wanted["num_samples"]), int(wanted["seed"]))
     for name, array in zip(("doc_idx", "sample_idx", "shuffle_idx"), order, strict=True):
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
 
@@ -41,7 +40,7 @@ def plain_sample_index(sizes, doc_idx, seq_length, samples):
 @pytest.mark.parametrize("seq_length", [1, 2, 7, 17, 819])
 def test_sample_index_equals_its_definition(seq_length):
     sizes = np.random.default_rng(seq_length).integers(0, 60, 57).astype(np.int32)
-    doc_idx, sample_idx, shuffle_idx = neox_order(sizes, np.arange(3, 57), seq_length, 25, 3)
+    doc_idx, sample_idx, shuffle_idx = gpt_neox_order(sizes, np.arange(3, 57), seq_length, 25, 3)
     samples = (int(sizes[doc_idx].sum()) - 1) // seq_length
     assert samples == shuffle_idx.size >= 25
     assert sample_idx.tolist() == [list(row) for row in plain_sample_index(sizes, doc_idx, seq_length, samples)]
@@ -54,7 +53,7 @@ def test_sample_index_equals_its_definition(seq_length):
 def test_sample_index_is_exact_beyond_32_bits(seq_length):
     """Documents of 2^31 - 1 tokens: totals pass 2^32 within a few, and no token needs to exist."""
     sizes = np.array([2**31 - 1, 0, 2**31 - 2, 5, 2**31 - 1], dtype=np.int32)
-    doc_idx, sample_idx, shuffle_idx = neox_order(sizes, np.arange(5), seq_length, 40, 11)
+    doc_idx, sample_idx, shuffle_idx = gpt_neox_order(sizes, np.arange(5), seq_length, 40, 11)
     assert sample_idx.tolist() == [list(row) for row in plain_sample_index(sizes, doc_idx, seq_length, shuffle_idx.size)]
 
 
@@ -94,30 +93,30 @@ def test_order_types_hold_their_numbers(count):
 def test_hostile_calls_are_errors():
     sizes = np.array([5, 6], dtype=np.int32)
     with pytest.raises(DataError, match="document number out of range"):
-        neox_order(sizes, np.array([0, 2]), 4, 10, 0)
+        gpt_neox_order(sizes, np.array([0, 2]), 4, 10, 0)
     with pytest.raises(DataError, match="document number out of range"):
-        neox_order(sizes, np.array([-1]), 4, 10, 0)
+        gpt_neox_order(sizes, np.array([-1]), 4, 10, 0)
     with pytest.raises(DataError, match=r"document number out of range; where=position 1 .*; got=7"):
         core.sample_index(sizes, np.array([0, 7], dtype=np.int32), 5, 3, True)
-    with pytest.raises(DataError, match="documents end before"):
+    with pytest.raises(DataError, match="documents have fewer tokens than the samples need"):
         core.sample_index(sizes, np.array([0], dtype=np.int32), 4, 100, True)
     with pytest.raises(DataError, match="negative document size"):
         core.sample_index(np.array([-5], dtype=np.int32), np.array([0], dtype=np.int32), 4, 2, True)
     with pytest.raises(DataError, match="no tokens"):
-        neox_order(np.zeros(3, dtype=np.int32), np.arange(3), 4, 1, 0)
+        gpt_neox_order(np.zeros(3, dtype=np.int32), np.arange(3), 4, 1, 0)
     with pytest.raises(DataError, match="no tokens"):
-        neox_order(sizes, np.arange(0), 4, 1, 0)
+        gpt_neox_order(sizes, np.arange(0), 4, 1, 0)
     with pytest.raises(DataError, match="seq_length must be positive"):
-        neox_order(sizes, np.arange(2), 0, 1, 0)
+        gpt_neox_order(sizes, np.arange(2), 0, 1, 0)
     with pytest.raises(ConfigError, match=r"seed is out of range.*train\.seed"):
-        neox_order(sizes, np.arange(2), 4, 1, 2**32)
+        gpt_neox_order(sizes, np.arange(2), 4, 1, 2**32)
     with pytest.raises(TypeError, match="contiguous int32"):
         core.sample_index(np.array([1.0, 2.0]), np.array([0], dtype=np.int32), 4, 1, True)
 
 
 def test_neox_dataset_reads_what_the_arrays_say(corpus):
-    order = neox_order(corpus.sizes, np.arange(10, 90), 33, 100, 5)
-    dataset = NeoxDataset(corpus, order, 33, document_mask=True)
+    order = gpt_neox_order(corpus.sizes, np.arange(10, 90), 33, 100, 5)
+    dataset = GptNeoxOrderDataset(corpus, order, 33, document_mask=True)
     stream = np.concatenate([corpus[d] for d in order[0]]).astype(np.int64)
     for i in range(len(dataset)):
         start = 33 * int(order[2][i])
@@ -255,19 +254,6 @@ def test_corpus_shorter_than_a_sample_says_tokens_have_and_need(make_dataset):
         EpochDataset(make_dataset([], name="none"), (0, 0), 16, 1)
 
 
-def test_blended_dataset_takes_each_source_in_its_own_order(make_dataset):
-    sources = [EpochDataset(make_dataset([np.arange(200) + 1000 * k], name=str(k)), (0, 1), 8, 1) for k in range(3)]
-    blended = BlendedDataset(sources, [0.5, 0.0, 0.5])
-    taken = [0, 0, 0]
-    for i in range(200):
-        which, inner = blended._blend[i]
-        assert inner == taken[which]
-        taken[which] += 1
-        assert np.array_equal(blended[i].tokens, sources[which][inner].tokens)
-    assert taken == [100, 0, 100]
-    assert blended.describe(1, 0).startswith(sources[2]._dataset.bin_path)
-
-
 @pytest.mark.parametrize(
     ("split", "count", "wanted"),
     [
@@ -289,19 +275,3 @@ def test_split_rounds_as_upstream(split, count, wanted):
 def test_bad_splits_are_config_errors(split):
     with pytest.raises(ConfigError, match=r"bad split; where=data\.split"):
         split_ranges(split, 10)
-
-
-def test_the_data_loader_of_torch_collates_samples(corpus):
-    for mask in (False, True):
-        dataset = EpochDataset(corpus, (0, 101), 16, seed=1, document_mask=mask)
-        batches = list(DataLoader(dataset, batch_size=4, drop_last=True))
-        assert len(batches) == len(dataset) // 4
-        assert set(batches[0]) == ({"tokens", "segment_ids"} if mask else {"tokens"})  # and nothing that is None
-        assert batches[1]["tokens"].shape == (4, 17)
-        assert (batches[1]["tokens"].numpy() == np.stack([dataset[i].tokens for i in range(4, 8)])).all()
-
-
-def test_pairs_and_labels_are_nested_fields():
-    row = Sample(np.arange(5), None, np.full(5, -100), 3)
-    found = fields_of(Pair(row, row._replace(end=4)))
-    assert set(found) == {"chosen", "rejected"} and set(found["chosen"]) == {"tokens", "labels", "end"}

@@ -43,7 +43,7 @@ def test_packing_is_best_fit_decreasing(seed, capacity):
 
 
 def test_sizes_that_cannot_be_packed_are_refused():
-    with pytest.raises(DataError, match=r"piece does not fit a sample; where=piece 1; got=9; want=1 to 8"):
+    with pytest.raises(DataError, match=r"segment does not fit a sample; where=segment 1; got=9; want=1 to 8"):
         core.best_fit(np.array([8, 9], dtype=np.int32), 8)
     with pytest.raises(DataError, match="got=0"):
         core.best_fit(np.array([0], dtype=np.int32), 8)
@@ -62,7 +62,7 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once_per_epoch(c
         learned = np.flatnonzero(sample.labels[1:] != -100) + 1
         assert np.array_equal(sample.labels[learned], sample.tokens[learned])
         assert np.array_equal(sample.tokens[learned - 1], (sample.tokens[learned] - 1) % 1000)  # its input is the token before it
-        places = [(piece.document, piece.offset + k) for piece in packed.pieces(len(packed) + i) for k in range(1, piece.tokens)]
+        places = [(piece.document, piece.offset + k) for piece in packed.slices(len(packed) + i) for k in range(1, piece.tokens)]
         assert len(places) == len(learned)
         targets += places
     wanted = [(d, k) for d in range(5, 90) for k in range(1, int(starts[d + 1] - starts[d]))]
@@ -72,7 +72,7 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once_per_epoch(c
 def test_documents_that_fit_are_whole_and_the_fill_rate_is_said(corpus):
     packed = PackedDataset(corpus, (0, 101), 40, seed=1)
     lengths = np.diff(corpus.document_starts())
-    pieces = [piece for i in range(len(packed)) for piece in packed.pieces(i)]
+    pieces = [piece for i in range(len(packed)) for piece in packed.slices(i)]
     assert sorted(piece.document for piece in pieces) == np.flatnonzero(lengths > 1).tolist() and all(piece.offset == 0 for piece in pieces)
     assert packed.fill == sum(piece.tokens for piece in pieces) / (41 * len(packed)) > 0.9
     said = f"101 documents in {len(pieces)} pieces, best-fit packed into {len(packed)} samples; fill rate {100 * packed.fill:.2f} %, 0 documents cut"
@@ -105,9 +105,9 @@ def test_no_document_has_a_target(make_dataset):
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(corpus):
     packed, again, other = (PackedDataset(corpus, (0, 101), 16, seed=seed) for seed in (1, 1, 2))
-    epochs = [[tuple(packed.pieces(epoch * len(packed) + i)) for i in range(len(packed))] for epoch in range(3)]
+    epochs = [[tuple(packed.slices(epoch * len(packed) + i)) for i in range(len(packed))] for epoch in range(3)]
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 and len({tuple(epoch) for epoch in epochs}) == 3
-    assert [tuple(again.pieces(i)) for i in range(20)] == epochs[0][:20] != [tuple(other.pieces(i)) for i in range(20)]
+    assert [tuple(again.slices(i)) for i in range(20)] == epochs[0][:20] != [tuple(other.slices(i)) for i in range(20)]
     with pytest.raises(IndexError, match="negative"):
         packed[-1]
 
@@ -137,7 +137,7 @@ def test_the_order_of_packed_samples_is_pinned(corpus):
 
     def first(documents: tuple[int, int] = (0, 101), seq_length: int = 16, seed: int = 1) -> list[int]:
         packed = PackedDataset(corpus, documents, seq_length, seed)
-        return [packed.pieces(i)[0].document for i in range(5)]
+        return [packed.slices(i)[0].document for i in range(5)]
 
     assert first() == [22, 51, 48, 40, 90]
     assert first(seed=2) == [46, 1, 16, 79, 53]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from neox.data.samples.blend import BlendedDataset, MixedDataset
 from neox.data.samples.documents import DocumentDataset, LabelledDataset, PairDataset
-from neox.data.samples.order import BlendedDataset, EpochDataset, MixedDataset, NeoxDataset, neox_order
+from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order
 from neox.data.samples.packing import PackedDataset
-from neox.data.samples.provenance import Piece, merged
+from neox.data.samples.provenance import DocumentSlice, merge_adjacent
 
 COUNT = 150
 
@@ -20,7 +21,7 @@ def made(kind: str, make_dataset):
     corpora = [make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(40)], name) for name, base in (("corpus", 0), ("other", 5000))]
     first, second = corpora
     epoch, packed = EpochDataset(first, (3, 37), 16, 1), PackedDataset(second, (0, 40), 16, 1)
-    neox = NeoxDataset(second, neox_order(second.sizes, np.arange(40), 16, COUNT, 3), 16)
+    neox = GptNeoxOrderDataset(second, gpt_neox_order(second.sizes, np.arange(40), 16, COUNT, 3), 16)
     datasets = {
         "epoch": epoch,
         "neox": neox,
@@ -43,7 +44,7 @@ def test_pieces_are_the_tokens_of_the_sample(make_dataset, kind):
     dataset, corpora = made(kind, make_dataset)
     for index in range(COUNT):
         sides = [dataset[index]] if kind != "pairs" else list(dataset[index][:2])
-        pieces = dataset.pieces(index)
+        pieces = dataset.slices(index)
         rows = [pieces] if kind != "pairs" else [pieces[:1], pieces[1:]]
         for sample, row in zip(sides, rows, strict=True):
             parts = [corpora[piece.source].read(corpora[piece.source].first_token_of_document(piece.document) + piece.offset, piece.tokens)[0] for piece in row]
@@ -56,8 +57,8 @@ def test_pieces_are_the_tokens_of_the_sample(make_dataset, kind):
 def test_whole_samples_mark_their_pieces(make_dataset, kind):
     dataset, _ = made(kind, make_dataset)
     for index in range(COUNT):
-        tokens, marks = dataset.whole(index)
-        sizes = [piece.tokens for piece in dataset.pieces(index)]
+        tokens, marks = dataset.tokens_and_segments(index)
+        sizes = [piece.tokens for piece in dataset.slices(index)]
         assert np.array_equal(tokens, dataset[index].tokens) and marks.shape == (17,)
         assert np.array_equal(marks[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes)) and (marks[sum(sizes) :] == -1).all()
 
@@ -67,7 +68,7 @@ def test_find_names_the_samples_that_hold_a_document(make_dataset, kind):
     dataset, corpora = made(kind, make_dataset)
     holders: dict[tuple[str, int], list[int]] = {}
     for index in range(COUNT):
-        for source, document in sorted({piece[:2] for piece in dataset.pieces(index)}):
+        for source, document in sorted({piece[:2] for piece in dataset.slices(index)}):
             holders.setdefault((source, document), []).append(index)
     assert len(holders) > 10
     for prefix in corpora:
@@ -83,23 +84,23 @@ def test_seen_counts_inputs(make_dataset, kind, count):
     dataset, _ = made(kind, make_dataset)
     wanted: dict[str, list[int]] = {}
     for index in range(count):
-        pieces = dataset.pieces(index)
+        pieces = dataset.slices(index)
         for side in [[piece] for piece in pieces] if kind == "pairs" else [pieces]:
             counts = wanted.setdefault(side[0].source, [0, 0])
             counts[0] += 1
             counts[1] += min(sum(piece.tokens for piece in side), 16)
-    found = {seen.source: [seen.samples, seen.tokens] for seen in dataset.seen(count) if seen.samples}
+    found = {seen.source: [seen.samples, seen.tokens] for seen in dataset.coverage(count) if seen.samples}
     assert found == wanted
-    for seen in dataset.seen(count):
+    for seen in dataset.coverage(count):
         assert seen.epochs == pytest.approx(seen.samples / 20 if kind == "documents of a range" else seen.epochs) and (seen.epochs > 0) == (seen.samples > 0)
 
 
 def test_epochs_are_of_the_source(make_dataset):
     epoch, neox = made("blended", make_dataset)[0].parts
-    assert epoch.seen(2 * len(epoch))[0].epochs == 2
-    assert neox.seen(len(neox))[0].epochs == pytest.approx(neox._documents.size / 40, rel=0.02)
+    assert epoch.coverage(2 * len(epoch))[0].epochs == 2
+    assert neox.coverage(len(neox))[0].epochs == pytest.approx(neox._documents.size / 40, rel=0.02)
 
 
 def test_sequences_of_one_document_are_one_piece():
-    pieces = [Piece("a", 1, 0, 3), Piece("a", 1, 3, 2), Piece("a", 1, 0, 1), Piece("b", 1, 1, 1)]
-    assert merged(pieces) == [Piece("a", 1, 0, 5), *pieces[2:]]
+    pieces = [DocumentSlice("a", 1, 0, 3), DocumentSlice("a", 1, 3, 2), DocumentSlice("a", 1, 0, 1), DocumentSlice("b", 1, 1, 1)]
+    assert merge_adjacent(pieces) == [DocumentSlice("a", 1, 0, 5), *pieces[2:]]

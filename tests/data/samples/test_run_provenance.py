@@ -10,7 +10,7 @@ import pytest
 from neox.config.load import dump, loads
 from neox.data.samples.builder import build_datasets
 from neox.data.samples.loader import Loader
-from neox.data.samples.run_provenance import Layout, RunData
+from neox.data.samples.run_provenance import BatchLayout, RunProvenance
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
@@ -66,8 +66,8 @@ def test_what_it_says_is_what_the_loader_gave(sources, tmp_path, kind, dp):
     config = config_of(tmp_path / "run", DATA[kind](*(dataset.prefix for dataset in sources)))
     batch = 4 * dp
     leave(tmp_path / "run", config, [batch] * STEPS)
-    data, named = RunData(tmp_path / "run"), {dataset.prefix: dataset for dataset in sources}
-    layout = Layout(2, dp)
+    data, named = RunProvenance(tmp_path / "run"), {dataset.prefix: dataset for dataset in sources}
+    layout = BatchLayout(2, dp)
     trained = build_datasets(config, {"train": STEPS * batch})["train"]
     seen: dict[tuple[str, int], set[int]] = {}
     loaders = [Loader(trained, micro_batch_size=2, gradient_accumulation=2, dp_rank=rank, dp_size=dp) for rank in range(dp)]
@@ -91,13 +91,13 @@ def test_what_it_says_is_what_the_loader_gave(sources, tmp_path, kind, dp):
 def test_steps_of_other_sizes_to_come_and_taken_back(sources, tmp_path):
     config = config_of(tmp_path / "run", {"train": [sources[0].prefix]})
     leave(tmp_path / "run", config, [4, 4, 8, 8])
-    data = RunData(tmp_path / "run")
+    data = RunProvenance(tmp_path / "run")
     assert [data.span(step) for step in (1, 2, 3, 4, 5, 7)] == [(0, 4), (4, 8), (8, 16), (16, 24), (24, 32), (40, 48)] and data.last_step == 4
     with pytest.raises(ConfigError, match="no such step"):
         data.span(0)
     rows = [{"step": 1, "samples": 4, "tokens": 4 * SEQ}, {"step": 2, "samples": 20, "tokens": 8 * SEQ}]  # steps 2 to 4 were rolled back
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "sam')
-    data = RunData(tmp_path / "run")
+    data = RunProvenance(tmp_path / "run")
     assert data.span(2) == (16, 20)
     samples = {sample for document in range(60) for _, found in data.steps_of(sources[0].prefix, document) for sample in found}
     assert samples == {*range(4), *range(16, 20)}
@@ -106,21 +106,21 @@ def test_steps_of_other_sizes_to_come_and_taken_back(sources, tmp_path):
 def test_a_run_before_its_first_step(sources, tmp_path):
     leave(tmp_path / "run", config_of(tmp_path / "run", {"train": [sources[0].prefix]}), [])
     with pytest.raises(ConfigError, match=r"the batch size is not known; where=.*run; .*do=give --batch"):
-        RunData(tmp_path / "run")
-    assert RunData(tmp_path / "run", batch=8).span(3) == (16, 24)
+        RunProvenance(tmp_path / "run")
+    assert RunProvenance(tmp_path / "run", batch=8).span(3) == (16, 24)
     leave(tmp_path / "run", config_of(tmp_path / "run", {"train": [sources[0].prefix]}, global_batch_size=12), [])
-    assert RunData(tmp_path / "run").span(1) == (0, 12) and RunData(tmp_path / "run").steps_of(sources[0].prefix, 1) == []
+    assert RunProvenance(tmp_path / "run").span(1) == (0, 12) and RunProvenance(tmp_path / "run").steps_of(sources[0].prefix, 1) == []
 
 
 def test_folders_that_are_no_runs(tmp_path, sources):
     with pytest.raises(ConfigError, match="not the folder of a run"):
-        RunData(tmp_path)
+        RunProvenance(tmp_path)
     leave(tmp_path / "run", config_of(tmp_path / "run", {"train": [sources[0].prefix]}), [4])
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(DataError, match="records of the run cannot be read"):
-        RunData(tmp_path / "run")
+        RunProvenance(tmp_path / "run")
 
 
 def test_ranks_lie_as_in_the_mesh():
-    layout = Layout(2, dp=3, tp=2, cp=2)
-    assert [layout.dp_rank(rank) for rank in range(24)] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4  # two stages
+    layout = BatchLayout(2, dp=3, tp=2, cp=2)
+    assert [layout.dp_rank(rank) for rank in range(24)] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4  # two config_spans

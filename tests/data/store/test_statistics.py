@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neox.data.store.statistics import duplicates, histogram, overlap, survey
+from neox.data.store.statistics import document_statistics, duplicates, histogram, overlap
 from neox.errors import DataError
 
 EOD = 7
@@ -13,22 +13,22 @@ DOCUMENTS = [[1, 2, EOD], [3, EOD], [], [1, 2], [EOD], [3], [1, 2, EOD, 4, EOD],
 
 
 def test_counts(make_dataset):
-    found = survey(make_dataset(DOCUMENTS), EOD)
+    found = document_statistics(make_dataset(DOCUMENTS), EOD)
     assert (found.smallest, found.largest, found.eod_tokens, found.ended) == (1, 7, 6, 5)
     assert found.tokens.tolist() == [len(document) for document in DOCUMENTS]
     assert (found.hashes == 0).tolist() == [document in ([], [EOD]) for document in DOCUMENTS]
-    nothing = survey(make_dataset([], "none"), EOD)
+    nothing = document_statistics(make_dataset([], "none"), EOD)
     assert (nothing.smallest, nothing.largest, nothing.hashes.size) == (None, None, 0)
 
 
 def test_hashes_are_of_the_text_alone(make_dataset):
     """The same for another token type, another place, with or without a last end-of-document token; else different."""
-    found = survey(make_dataset(DOCUMENTS), EOD).hashes
-    wide = survey(make_dataset(DOCUMENTS[::-1], "wide", "int64"), EOD).hashes[::-1]
+    found = document_statistics(make_dataset(DOCUMENTS), EOD).hashes
+    wide = document_statistics(make_dataset(DOCUMENTS[::-1], "wide", "int64"), EOD).hashes[::-1]
     assert np.array_equal(found, wide)
     assert found[0] == found[3] == found[7] and found[1] == found[5] and len(set(found.tolist())) == 5
-    assert np.array_equal(survey(make_dataset(DOCUMENTS, "part"), EOD, (3, 8)).hashes, found[3:8])
-    without = survey(make_dataset(DOCUMENTS, "without"), None).hashes
+    assert np.array_equal(document_statistics(make_dataset(DOCUMENTS, "part"), EOD, (3, 8)).hashes, found[3:8])
+    without = document_statistics(make_dataset(DOCUMENTS, "without"), None).hashes
     assert without[0] == without[7] != without[3]
 
 
@@ -36,8 +36,8 @@ def test_documents_larger_than_what_is_read_at_a_time(make_dataset):
     long = np.arange(700_000) % 1000
     changed = long.copy()
     changed[-1] += 1
-    first = survey(make_dataset([[1], long, changed], "a"), None).hashes
-    second = survey(make_dataset([[2, 3], [4], changed, long], "b"), None).hashes
+    first = document_statistics(make_dataset([[1], long, changed], "a"), None).hashes
+    second = document_statistics(make_dataset([[2, 3], [4], changed, long], "b"), None).hashes
     assert first[1] == second[3] != second[2] == first[2]
 
 
@@ -46,7 +46,7 @@ def test_damage_is_found(make_dataset):
     with open(dataset.bin_path, "r+b") as file:
         file.write(b"\x63")
     with pytest.raises(DataError, match="damaged"):
-        survey(dataset, EOD)
+        document_statistics(dataset, EOD)
 
 
 def test_histogram():
@@ -63,14 +63,14 @@ def test_histogram():
 
 
 def test_duplicates(make_dataset):
-    found = duplicates(survey(make_dataset(DOCUMENTS), EOD))
+    found = duplicates(document_statistics(make_dataset(DOCUMENTS), EOD))
     assert (found["documents"], found["tokens"]) == (3, 8) and found["most_frequent"] == ["3 x document 0 (3 tokens)", "2 x document 1 (2 tokens)"]
-    assert duplicates(survey(make_dataset([[1], [2], [EOD], [EOD]], "all"), EOD)) == {"documents": 0, "tokens": 0, "most_frequent": []}
+    assert duplicates(document_statistics(make_dataset([[1], [2], [EOD], [EOD]], "all"), EOD)) == {"documents": 0, "tokens": 0, "most_frequent": []}
 
 
 def test_overlap_names_the_documents_of_both(make_dataset):
     a, b = make_dataset(DOCUMENTS, "a"), make_dataset([[9], [3, EOD], [EOD], [5] * 100, [5] * 99], "b")
-    found = overlap([survey(a, EOD, (0, 4)), survey(a, EOD, (4, 9))], [survey(b, EOD)])
+    found = overlap([document_statistics(a, EOD, (0, 4)), document_statistics(a, EOD, (4, 9))], [document_statistics(b, EOD)])
     assert (found["documents"], found["of"], found["tokens"]) == (2, 5, 102)
     assert found["examples"] == [f"{b.prefix} document 1 is {a.prefix} document 1", f"{b.prefix} document 3 is {a.prefix} document 8"]
-    assert overlap([survey(a, EOD, (3, 3))], [survey(b, EOD)])["documents"] == 0
+    assert overlap([document_statistics(a, EOD, (3, 3))], [document_statistics(b, EOD)])["documents"] == 0

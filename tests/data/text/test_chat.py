@@ -24,7 +24,7 @@ from neox.data.text.chat import (
     special_tokens,
 )
 from neox.data.text.chat_template import Template
-from neox.data.text.template_process import Refused
+from neox.data.text.template_process import RefusedConversation
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
 
@@ -71,12 +71,12 @@ def test_an_end_that_the_template_writes_is_not_written_twice(tokenizer):
 
 def test_templates_that_do_not_append_and_those_that_refuse():
     forgetful = "{% for m in messages %}{{ m.content if loop.last else '...' }}|{% endfor %}"
-    with pytest.raises(Refused, match="does not append"):
-        Template(forgetful, {}).answers(TALK, {})
-    with pytest.raises(Refused, match="no system messages"):
-        Template("{{ raise_exception('no system messages') }}", {}).answers(TALK, {})
-    with pytest.raises(Refused, match="refuses"):  # sandboxed
-        Template("{{ messages.__class__.__mro__ }}", {}).answers(TALK, {})
+    with pytest.raises(RefusedConversation, match="does not append"):
+        Template(forgetful, {}).render_with_answers(TALK, {})
+    with pytest.raises(RefusedConversation, match="no system messages"):
+        Template("{{ raise_exception('no system messages') }}", {}).render_with_answers(TALK, {})
+    with pytest.raises(RefusedConversation, match="refuses"):  # sandboxed
+        Template("{{ messages.__class__.__mro__ }}", {}).render_with_answers(TALK, {})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_templates_that_do_not_append_and_those_that_refuse():
     ],
 )
 def test_lines_that_are_no_conversation(line, reason):
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(RefusedConversation, match=reason):
         conversations(line.encode(), MESSAGES)
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from neox.data.text.chat import ChatEncoder, ChatEncoding, learned_tokens
-from neox.data.text.chat_template import Template, as_templates_take_it
-from neox.data.text.template_process import Refused
+from neox.data.text.chat_template import Template, normalised_message
+from neox.data.text.template_process import RefusedConversation
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
@@ -71,12 +71,12 @@ def test_the_text_is_that_of_transformers(theirs, name, more):
         except Exception as error:  # a template that fails on this conversation, or refuses it
             want, why = None, str(error)
         if why is None:
-            assert template.render(list(map(as_templates_take_it, talk)), more)[0] == want
+            assert template.render(list(map(normalised_message, talk)), more)[0] == want
             asked = theirs.apply_chat_template(talk, tokenize=False, chat_template=TEMPLATES[name], add_generation_prompt=True, **more)
-            assert template.render(list(map(as_templates_take_it, talk)), more, ask=True)[0] == asked
+            assert template.render(list(map(normalised_message, talk)), more, ask=True)[0] == asked
         else:
-            with pytest.raises(Refused) as found:
-                template.answers(talk, more)
+            with pytest.raises(RefusedConversation) as found:
+                template.render_with_answers(talk, more)
             assert " ".join(why.split()) in str(found.value)
 
 
@@ -84,7 +84,7 @@ def test_the_text_is_that_of_transformers(theirs, name, more):
 def test_the_mask_is_that_of_transformers(ours, theirs, name):
     for talk in (TALK, TALK[:3], TALK[1:2]):
         want = theirs.apply_chat_template(talk, chat_template=TEMPLATES[name], return_assistant_tokens_mask=True, return_dict=True)
-        text, spans = Template(TEMPLATES[name], TOKENS).answers(talk, {})
+        text, spans = Template(TEMPLATES[name], TOKENS).render_with_answers(talk, {})
         ids, offsets = ours.encode_with_offsets(text)
         assert ids == want["input_ids"]
         assert [int(each) for each in learned_tokens(offsets, spans)] == want["assistant_masks"]
@@ -94,7 +94,7 @@ def test_what_generation_blocks_write_is_learned(ours):
     encoder = ChatEncoder(ChatEncoding(ours.file, None, TEMPLATES["generation"], append_eod=False))
     tokens, labels = encoder.encode(TALK)
     assert ours.decode(label for label in labels if label != -100) == f"{TALK[2]['content']}<|endoftext|>{TALK[4]['content']}<|endoftext|>"
-    with pytest.raises(Refused, match="the assistant says nothing"):
+    with pytest.raises(RefusedConversation, match="the assistant says nothing"):
         encoder.encode(TALK[:2])
     encoder.close()
     assert tokens.tolist() == ours.encode(Template(TEMPLATES["generation"], {"eos_token": "<|endoftext|>"}).render(TALK, {})[0])

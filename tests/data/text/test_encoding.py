@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 
 from neox.data.text.byte_level import Unsupported
-from neox.data.text.encoding import EncodedBlock, Encoding, LibraryEncoder, NativeEncoder, encoder_for, proof_texts
-from neox.data.text.reading import Bad, Piece
+from neox.data.text.encoding import EncodedBlock, Encoding, HFEncoder, NativeEncoder, comparison_texts, encoder_for
+from neox.data.text.reading import BadLine, TextChunk
 from neox.data.text.tokenizer import TokenizerFile, train_tokenizer
 from neox.errors import ConfigError
 
@@ -26,7 +26,7 @@ def tokenizer(tmp_path) -> str:
     return train_tokenizer(TEXTS, 400, tmp_path / "t.json").file
 
 
-def block() -> list[Piece | Bad]:
+def block() -> list[TextChunk | BadLine]:
     lines = [orjson.dumps({"text": text, "n": i}) for i, text in enumerate(TEXTS)]
     odd = [
         b'{"text": 3}',
@@ -41,16 +41,16 @@ def block() -> list[Piece | Bad]:
     ]
     mixed = [*lines[:20], *odd[:5], *lines[20:40], *odd[5:], *lines[40:]]
     return [
-        Piece("a.jsonl", 7, b"\n".join(mixed)),
-        Bad("a.jsonl", 99, "line is longer than it may be", None),
-        Piece("b.txt", 0, b"\xef\xbb\xbf" + TEXTS[3].encode()),
-        Piece("c.txt", 0, b"not \xff UTF-8"),
-        Piece("d.txt", 0, b""),
-        Piece("e.jsonl", 1, b"".join(line + b"\n" for line in lines)),
+        TextChunk("a.jsonl", 7, b"\n".join(mixed)),
+        BadLine("a.jsonl", 99, "line is longer than it may be", None),
+        TextChunk("b.txt", 0, b"\xef\xbb\xbf" + TEXTS[3].encode()),
+        TextChunk("c.txt", 0, b"not \xff UTF-8"),
+        TextChunk("d.txt", 0, b""),
+        TextChunk("e.jsonl", 1, b"".join(line + b"\n" for line in lines)),
     ]
 
 
-def encoded(native: NativeEncoder, number: int, block: list[Piece | Bad], threads: int = 0) -> EncodedBlock:
+def encoded(native: NativeEncoder, number: int, block: list[TextChunk | BadLine], threads: int = 0) -> EncodedBlock:
     with contextlib.closing(native.threads(threads)) as started:
         return native.start(number, block, started).result()
 
@@ -61,7 +61,7 @@ def test_both_encoders_give_the_same_block(tokenizer, options, threads):
     encoding = Encoding(tokenizer, **options)
     native = encoder_for(encoding, TokenizerFile(tokenizer))
     assert isinstance(native, NativeEncoder)
-    ours, theirs = encoded(native, 0, block(), threads), LibraryEncoder(encoding)(block())
+    ours, theirs = encoded(native, 0, block(), threads), HFEncoder(encoding)(block())
     assert ours.tokens.dtype == theirs.tokens.dtype == np.uint16 and ours.sizes.dtype == theirs.sizes.dtype == np.int32
     assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.sizes, theirs.sizes) and ours.sizes.size == 123
     assert ours.bad == theirs.bad and [bad.line for bad in ours.bad] == [27, 29, 53, 54, 99, 0]
@@ -77,7 +77,7 @@ def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplo
     native = NativeEncoder(encoding, file)
     with caplog.at_level(logging.WARNING):
         found = encoded(native, 0, block())
-    wanted = LibraryEncoder(encoding)(block())
+    wanted = HFEncoder(encoding)(block())
     assert native.differs and np.array_equal(found.tokens, wanted.tokens) and found.bad == wanted.bad
     assert "gives other ids than tokenizers" in caplog.text
 
@@ -85,7 +85,7 @@ def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplo
 def test_threads_work_on_while_python_is_held(tokenizer):
     """What is started is encoded though no other thread gets Python's lock, and a block that is given up ends nothing."""
     native = NativeEncoder(Encoding(tokenizer), TokenizerFile(tokenizer))
-    lines = Piece("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 20)
+    lines = TextChunk("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 20)
     with contextlib.closing(native.threads(1)) as threads:
         started = [threads.lines(lines.content, b"text", 0) for _ in range(8)]
         del started[3]
@@ -100,17 +100,17 @@ def test_a_closed_pool_says_so(tokenizer):
     threads = native.threads(1)
     started = [threads.lines(content, b"text", 0) for _ in range(50)]
     threads.close()
-    with pytest.raises(RuntimeError, match="closed before they came to this piece"):
+    with pytest.raises(RuntimeError, match="closed before this chunk was encoded"):
         started[-1].result()
 
 
 def test_every_fourth_block_is_looked_at():
-    lines = Piece("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS))
-    assert list(proof_texts(0, [lines], "text")) == [text[:2048] for text in TEXTS[:8]]
-    assert [len(list(proof_texts(number, [lines], "text"))) for number in range(1, 9)] == [0, 0, 0, 1, 0, 0, 0, 1]
-    assert set(proof_texts(4, [lines], "text")) <= set(TEXTS)
-    assert next(iter(proof_texts(8, [Piece("a.txt", 0, "é".encode() * 4)], "text"))).strip("é") == ""
-    assert list(proof_texts(0, [Bad("a", 1, "b", None)], "text")) == [] == list(proof_texts(0, [], "text"))
+    lines = TextChunk("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS))
+    assert list(comparison_texts(0, [lines], "text")) == [text[:2048] for text in TEXTS[:8]]
+    assert [len(list(comparison_texts(number, [lines], "text"))) for number in range(1, 9)] == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert set(comparison_texts(4, [lines], "text")) <= set(TEXTS)
+    assert next(iter(comparison_texts(8, [TextChunk("a.txt", 0, "é".encode() * 4)], "text"))).strip("é") == ""
+    assert list(comparison_texts(0, [BadLine("a", 1, "b", None)], "text")) == [] == list(comparison_texts(0, [], "text"))
 
 
 def test_other_tokenizers_are_left_to_the_library(tmp_path):

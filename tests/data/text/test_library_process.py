@@ -11,9 +11,9 @@ import time
 import pytest
 
 from neox.data.lazy import Lazy
-from neox.data.text.encoding import Encoding, LibraryEncoder, NativeEncoder
+from neox.data.text.encoding import Encoding, HFEncoder, NativeEncoder
 from neox.data.text.library_process import LibraryProcess
-from neox.data.text.reading import Piece
+from neox.data.text.reading import TextChunk
 from neox.data.text.tokenizer import Tokenizer, TokenizerFile, train_tokenizer
 
 TEXTS = ["", "some words and more words", "é日😀 <|endoftext|> \x00 \t\n", "x" * 100_000]
@@ -49,30 +49,30 @@ def test_a_process_that_cannot_be_started_gives_no_ids(file, monkeypatch):
 
 def test_blocks_are_compared_here_where_the_process_is_gone(file):
     encoding = Encoding(file)
-    block = [Piece("a.txt", 0, TEXTS[1].encode() * 50)]
+    block = [TextChunk("a.txt", 0, TEXTS[1].encode() * 50)]
     with LibraryProcess(file, False) as there:
         native = NativeEncoder(encoding, TokenizerFile(file), there)
         os.kill(there.pid, signal.SIGKILL)
         found = native.start(0, block, native.threads(0)).result()
     assert not native.differs and "_library" in vars(native)
-    assert found.tokens.tolist() == LibraryEncoder(encoding)(block).tokens.tolist()
+    assert found.tokens.tolist() == HFEncoder(encoding)(block).tokens.tolist()
 
 
 def test_nothing_is_loaded_here_while_the_process_lives(file):
     with LibraryProcess(file, False) as there:
         native = NativeEncoder(Encoding(file), TokenizerFile(file), there)
-        native.start(0, [Piece("a.txt", 0, TEXTS[1].encode())], native.threads(0)).result()
+        native.start(0, [TextChunk("a.txt", 0, TEXTS[1].encode())], native.threads(0)).result()
     assert not native.differs and "_library" not in vars(native)
 
 
 def test_ids_of_the_process_that_differ_are_noticed(file, tmp_path):
     """A process with another tokenizer stands for an encoder that is wrong; what the library gives for the right file is written."""
     other = train_tokenizer(["entirely different, with other merges: some words"] * 9, 290, tmp_path / "other.json").file
-    block = [Piece("a.txt", 0, TEXTS[1].encode())]
+    block = [TextChunk("a.txt", 0, TEXTS[1].encode())]
     with LibraryProcess(other, False) as there:
         native = NativeEncoder(Encoding(file), TokenizerFile(file), there)
         found = native.start(0, block, native.threads(0)).result()
-    assert native.differs and found.tokens.tolist() == LibraryEncoder(Encoding(file))(block).tokens.tolist()
+    assert native.differs and found.tokens.tolist() == HFEncoder(Encoding(file))(block).tokens.tolist()
 
 
 def test_it_ends_with_its_parent(file):

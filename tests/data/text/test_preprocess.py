@@ -19,7 +19,7 @@ import tokenizers
 
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.data.text.encoding import Encoding
-from neox.data.text.preprocess import preprocess, take_up
+from neox.data.text.preprocess import preprocess, restore_partial_names
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError, DiskError, MemoryExhausted
 
@@ -301,7 +301,7 @@ def test_resume_after_a_kill_between_the_last_renames(tokenizer, lines, tmp_path
         for suffix in (".bin", ".idx", ".json"):
             assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
             (tmp_path / f"out{suffix}").unlink()
-    take_up(str(tmp_path / "whole"))  # the names that a finished dataset would get back
+    restore_partial_names(str(tmp_path / "whole"))  # the names that a finished dataset would get back
     assert sorted(path.name for path in tmp_path.glob("whole*")) == ["whole.bin.partial", "whole.idx.partial", "whole.json"]
 
 
@@ -331,7 +331,7 @@ def test_resume_of_another_run_is_refused_and_of_none_starts_anew(tokenizer, lin
     with pytest.raises(DataError, match="progress is that of another run"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file, append_eod=False), **options)
     os.truncate(tmp_path / "out.bin.partial", 10)
-    with pytest.raises(DataError, match=r"unfinished file is shorter than its progress says; where=.*out\.bin\.partial; got=10 bytes"):
+    with pytest.raises(DataError, match=r"unfinished file is shorter than its recorded progress; where=.*out\.bin\.partial; got=10 bytes"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options)
     summary = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000)
     assert summary.documents == 300 and not (tmp_path / "out.progress.json").exists() and not list(tmp_path.glob("*.partial"))

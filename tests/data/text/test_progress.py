@@ -6,14 +6,14 @@ import os
 
 import pytest
 
-from neox.data.text.progress import Origin, Progress, ProgressFile
+from neox.data.text.progress import InputIdentity, ProgressFile, ResumePoint
 from neox.errors import DataError
 
-PROGRESS = Progress(7, (3, 40, 12), 5, {"documents": 3})
+PROGRESS = ResumePoint(7, (3, 40, 12), 5, {"documents": 3})
 
 
-def origin_of(name: str) -> Origin:
-    return Origin([], lambda: {"name": name}, 1)
+def origin_of(name: str) -> InputIdentity:
+    return InputIdentity([], lambda: {"name": name}, 1)
 
 
 def test_what_is_noted_is_read_back(tmp_path):
@@ -43,8 +43,8 @@ def test_identity_is_of_names_sizes_times_and_settings(tmp_path):
     a.write_text("x")
     b.write_text("x")
 
-    def origin(files=(a,), setting: int = 1, block_bytes: int = 5) -> Origin:
-        return Origin([str(file) for file in files], lambda: {"k": setting}, block_bytes)
+    def origin(files=(a,), setting: int = 1, block_bytes: int = 5) -> InputIdentity:
+        return InputIdentity([str(file) for file in files], lambda: {"k": setting}, block_bytes)
 
     first = origin()
     some = [first, origin([b]), origin(setting=2), origin([a, b])]

@@ -8,10 +8,10 @@ import orjson
 import pytest
 
 from neox.data.text.quarantine import Quarantine
-from neox.data.text.reading import Bad
+from neox.data.text.reading import BadLine
 from neox.errors import DiskError
 
-BAD = [Bad("a.jsonl", n, f"reason {n}", b"\xff%d" % n) for n in range(4)]
+BAD = [BadLine("a.jsonl", n, f"reason {n}", b"\xff%d" % n) for n in range(4)]
 
 
 def records(path) -> list[tuple[int, bytes]]:

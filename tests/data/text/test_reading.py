@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from neox.data.text.input_files import find_files
-from neox.data.text.reading import Bad, Piece, parse, read_blocks
+from neox.data.text.reading import BadLine, TextChunk, parse, read_blocks
 
 PACK = {
     ".gz": gzip.compress,
@@ -28,7 +28,7 @@ def documents(path: Path, key: str = "text", **limits: int) -> tuple[list[str], 
     texts, bad, blank = [], [], 0
     for block in read_blocks([str(path)], **limits):
         for item in block:
-            if isinstance(item, Bad):
+            if isinstance(item, BadLine):
                 bad.append((item.line, item.reason))
                 continue
             parsed = parse(item, key)
@@ -119,7 +119,7 @@ def test_damaged_compression_keeps_what_came_before(tmp_path, suffix, damage):
     assert bad and any(reason.startswith("compressed data are damaged") for _, reason in bad)
     assert bad[-1][0] == len(texts) + len(bad) + blank and texts[:1000] == lines[:1000]
     items = [item for block in read_blocks([str(broken), str(good)]) for item in block]
-    assert items[-1] == Piece(str(good), 1, b'{"text": "next file"}\n')
+    assert items[-1] == TextChunk(str(good), 1, b'{"text": "next file"}\n')
 
 
 def test_a_huge_line_is_passed_over_without_being_kept(tmp_path):

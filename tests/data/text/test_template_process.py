@@ -9,7 +9,7 @@ import time
 import pytest
 
 from neox.data.text import chat_template
-from neox.data.text.template_process import Refused, TemplateProcess
+from neox.data.text.template_process import RefusedConversation, TemplateProcess
 from neox.errors import ConfigError
 
 GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -46,29 +46,30 @@ def test_a_conversation_that_takes_too_much_memory_is_refused_and_the_next_ones_
     branches = "".join(f"{{% if messages[0].content == {name!r} %}}{text}{{% endif %}}" for name, text in MEMORY.items())
     with TemplateProcess(branches + BODY, {}) as process:
         for name in MEMORY:
-            with pytest.raises(Refused, match=r"takes too much memory|writes more than|refuses it: (Field width|width too large|Too many decimal)") as found:
-                process.answers([{"role": "user", "content": name}, GOOD[1]], {})
+            reasons = r"takes too much memory|writes more than|refuses it: (Field width|width too large|Too many decimal)"
+            with pytest.raises(RefusedConversation, match=reasons) as found:
+                process.render_with_answers([{"role": "user", "content": name}, GOOD[1]], {})
             assert "\n" not in str(found.value)
-            assert process.answers(GOOD, {}) == ("user:hi\nassistant:yo\n", [(8, 21)])
+            assert process.render_with_answers(GOOD, {}) == ("user:hi\nassistant:yo\n", [(8, 21)])
 
 
 @pytest.mark.parametrize("text", TIME.values(), ids=TIME)
 def test_a_conversation_that_takes_too_long_is_refused_and_the_next_ones_are_rendered(short, text):
     with TemplateProcess("{% if messages[0].content == 'bad' %}" + text + "{% endif %}" + BODY, {}) as process:
         started = time.process_time()
-        with pytest.raises(Refused, match="chat template takes too long"):
-            process.answers(BAD, {})
-        assert process.answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"
+        with pytest.raises(RefusedConversation, match="chat template takes too long"):
+            process.render_with_answers(BAD, {})
+        assert process.render_with_answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"
         assert time.process_time() - started < 1  # of this process: the other one computes
 
 
 def test_a_template_that_takes_too_long_again_and_again_is_refused_itself(short):
     with TemplateProcess(TIME["nested loops"], {}) as process:
         for _ in range(2):
-            with pytest.raises(Refused, match="takes too long"):
-                process.answers(GOOD, {})
+            with pytest.raises(RefusedConversation, match="takes too long"):
+                process.render_with_answers(GOOD, {})
         with pytest.raises(ConfigError, match="chat template cannot be used; .*takes too long, for 3 conversations in a row"):
-            process.answers(GOOD, {})
+            process.render_with_answers(GOOD, {})
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_a_template_that_cannot_be_compiled_is_reported_once(text, reason):
 def test_constants_are_not_computed_without_limits_while_compiling(short):
     for text in ("{{ 10 ** (10 ** 10) }}", "{{ 'a' * 10 ** 10 }}", "{{ 'a' | center(10 ** 10) }}"):
         try:
-            with TemplateProcess(text, {}) as process, pytest.raises(Refused, match="too long|memory|refuses"):
-                process.answers(GOOD, {})
+            with TemplateProcess(text, {}) as process, pytest.raises(RefusedConversation, match="too long|memory|refuses"):
+                process.render_with_answers(GOOD, {})
         except ConfigError as error:
             assert "takes too" in error.line()
 
@@ -98,20 +99,20 @@ def test_constants_are_not_computed_without_limits_while_compiling(short):
 def test_a_process_that_is_killed_is_a_refused_conversation():
     with TemplateProcess(BODY, {}) as process:
         os.kill(process._process.pid, signal.SIGSEGV)
-        with pytest.raises(Refused, match=r"ended its process \(signal 11\)"):
-            process.answers(GOOD, {})
-        assert process.answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"
+        with pytest.raises(RefusedConversation, match=r"ended its process \(signal 11\)"):
+            process.render_with_answers(GOOD, {})
+        assert process.render_with_answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"
 
 
 def test_a_conversation_may_be_large():
     long = [{"role": "user", "content": "日" * (1 << 22)}, GOOD[1]]
     with TemplateProcess(BODY, {}) as process:
-        assert len(process.answers(long, {})[0]) == (1 << 22) + len("user:\nassistant:yo\n")
+        assert len(process.render_with_answers(long, {})[0]) == (1 << 22) + len("user:\nassistant:yo\n")
 
 
 def test_nothing_of_a_template_reaches_the_machine():
-    with TemplateProcess("{{ messages.__class__.__mro__ }}{{ range.__globals__ }}" + BODY, {}) as process, pytest.raises(Refused, match="unsafe"):
-        process.answers(GOOD, {})
+    with TemplateProcess("{{ messages.__class__.__mro__ }}{{ range.__globals__ }}" + BODY, {}) as process, pytest.raises(RefusedConversation, match="unsafe"):
+        process.render_with_answers(GOOD, {})
 
 
 def test_limits_count_from_now_on():
