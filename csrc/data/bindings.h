@@ -1,4 +1,4 @@
-// The parts of neox._data that have a file of their own.
+// Parts of neox._data that are bound in separate files.
 #pragma once
 
 #include <pybind11/pybind11.h>

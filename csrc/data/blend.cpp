@@ -1,7 +1,7 @@
-// Every sample depends on all before it, but races forget: two that have given different counts, equal in sum, soon choose the same (the
-// weights of the benchmark take 1 to 100 samples). So the samples are cut into chunks that run side by side in the lanes of vectors, each from
-// counts that are guessed a warm-up before it. A chunk is accepted only where its counts are those with which the chunk before it ended;
-// where they are not, it is run again, sample by sample, until they are. So no guess can change the result.
+// Speculative blending. Each sample depends on all samples before it, but the sequence forgets its state: started from different counts with the same
+// sum, two sequences soon choose the same datasets (after 1 to 100 samples with the weights of the benchmark). The samples are therefore split into
+// chunks that run in parallel in the lanes of vectors, each from guessed counts and a warm-up. A chunk is accepted only if its counts equal those at
+// the end of the previous chunk. If not, it is recomputed sample by sample until they are equal, so a wrong guess cannot change the result.
 // Built with -ffp-contract=off: a fused multiply-add would round differently and pick other datasets.
 #include "data/blend.h"
 
@@ -19,48 +19,48 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define NEOX_BLEND_LANES 1
-#define NEOX_AVX2 __attribute__((target("avx2")))  // for many datasets AVX-512, with masks of their own, is a tenth slower (Zen 4)
+#define NEOX_AVX2 __attribute__((target("avx2")))  // AVX-512 with its mask registers is 10 % slower for many datasets (Zen 4)
 #endif
 
 namespace neox::data {
 
 namespace {
 
-// The datasets that take part, and what they have given. Those are numbers of the arithmetic: exact up to 2^53.
-struct Race {
+// The datasets of weight > 0, and the samples taken from each, as doubles: exact up to 2^53.
+struct BlendState {
     std::vector<int32_t> dataset;  // ascending
     std::vector<double> weights, given;
 };
 
-// Where samples go: from `dataset` and `sample` on; those of lane l, l x stride further.
+// Destination of samples: lane l writes from dataset + l x stride and sample + l x stride.
 struct Output {
     int32_t* dataset;
     int64_t* sample;
     int64_t stride;
 };
 
-void run_plain(Race& race, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
+void run_serial(BlendState& state, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
     for (int64_t i = 0; i < count; ++i) {
         const auto scale = static_cast<double>(std::max<int64_t>(first + i, 1));
         size_t best = 0;
         double largest = -std::numeric_limits<double>::infinity();
-        for (size_t k = 0; k < race.dataset.size(); ++k) {
-            const double lag = race.weights[k] * scale - race.given[k];
+        for (size_t k = 0; k < state.dataset.size(); ++k) {
+            const double lag = state.weights[k] * scale - state.given[k];
             if (lag > largest) largest = lag, best = k;
         }
-        dataset[i] = race.dataset[best];
-        sample[i] = static_cast<int64_t>(race.given[best]);
-        race.given[best] += 1;
+        dataset[i] = state.dataset[best];
+        sample[i] = static_cast<int64_t>(state.given[best]);
+        state.given[best] += 1;
     }
 }
 
 #ifdef NEOX_BLEND_LANES
 
 constexpr int kWide = 4, kVectors = 4, kLanes = kWide * kVectors;
-constexpr int64_t kFew = 4;                        // datasets up to which counts stay in vectors
+constexpr int64_t kFew = 4;                        // number of datasets up to which the counts stay in registers
 constexpr int64_t kWarmUp = 64;                    // samples
-constexpr int64_t kShortest = 264, kChunk = 2056;  // samples of a lane; odd multiples of 8, so that lanes write to different sets of the cache
-constexpr int64_t kExact = int64_t{1} << 52;       // counts below it can be read off a sum with 2^52
+constexpr int64_t kShortest = 264, kChunk = 2056;  // samples per lane; odd multiples of 8, so that lanes write to different cache sets
+constexpr int64_t kExact = int64_t{1} << 52;       // counts below it can be read from the mantissa of a sum with 2^52
 
 typedef double Numbers __attribute__((vector_size(8 * kWide), aligned(8)));
 typedef int64_t Integers __attribute__((vector_size(8 * kWide), aligned(8)));
@@ -70,13 +70,14 @@ NEOX_AVX2 inline void set_scales(Numbers (&scale)[kVectors], int64_t first, int6
     for (int lane = 0; lane < kLanes; ++lane) scale[lane / kWide][lane % kWide] = static_cast<double>(first + spacing * lane);
 }
 
-// The cache lines after the one being written. The processor does not foresee so many streams: without this, 4 datasets take 1.7 times as long.
+// Prefetches the cache lines after the one being written. The hardware prefetcher does not follow that many streams: without this, 4 datasets take
+// 1.7 times as long.
 inline void fetch_ahead(Output out, int64_t at) {
     __builtin_prefetch(out.dataset + at + 32, 1);
     __builtin_prefetch(out.sample + at + 16, 1);
 }
 
-// Rows become columns: four samples of four lanes.
+// Transposes four samples of four lanes.
 NEOX_AVX2 inline void transpose(Integers (&rows)[kWide]) {
     const Integers low = {0, 4, 2, 6}, high = {1, 5, 3, 7}, left = {0, 1, 4, 5}, right = {2, 3, 6, 7};
     const Integers a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[0], rows[1], high);
@@ -85,14 +86,14 @@ NEOX_AVX2 inline void transpose(Integers (&rows)[kWide]) {
     rows[2] = __builtin_shuffle(a, c, right), rows[3] = __builtin_shuffle(b, d, right);
 }
 
-// Samples of every lane, `steps` of them (a multiple of 4); lane l begins at sample first + l x spacing. `counts` is [datasets, lanes].
+// Computes `steps` samples (a multiple of 4) of every lane; lane l begins at sample first + l x spacing. `counts` is [datasets, lanes].
 template <int n>
-NEOX_CLONES void run_few(const Race& race, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
+NEOX_CLONES void run_few(const BlendState& state, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
     Numbers scale[kVectors], weights[n], given[n][kVectors];
     Integers dataset[n], datasets[kVectors][kWide], samples[kVectors][kWide];
     set_scales(scale, first, spacing);
     std::memcpy(given, counts, sizeof given);
-    for (int k = 0; k < n; ++k) dataset[k] = Integers{} + race.dataset[k], weights[k] = Numbers{} + race.weights[k];
+    for (int k = 0; k < n; ++k) dataset[k] = Integers{} + state.dataset[k], weights[k] = Numbers{} + state.weights[k];
     for (int64_t step = 0; step < steps; step += kWide) {
         for (int t = 0; t < kWide; ++t) {
             for (int v = 0; v < kVectors; ++v) {
@@ -126,19 +127,19 @@ NEOX_CLONES void run_few(const Race& race, double* counts, int64_t first, int64_
     std::memcpy(counts, given, sizeof given);
 }
 
-// The same for any number of datasets: counts are in memory, and only those of the chosen are touched.
-NEOX_AVX2 void run_many(const Race& race, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
+// The same for any number of datasets: counts are in memory, and only those of the chosen dataset are written.
+NEOX_AVX2 void run_many(const BlendState& state, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
     Numbers scale[kVectors];
     set_scales(scale, first, spacing);
-    const auto n = static_cast<int64_t>(race.dataset.size());
+    const auto n = static_cast<int64_t>(state.dataset.size());
     const auto* given = reinterpret_cast<const Numbers*>(counts);
     for (int64_t step = 0; step < steps; ++step) {
         Numbers largest[kVectors];
         Integers best[kVectors];
-        for (int v = 0; v < kVectors; ++v) largest[v] = race.weights[0] * scale[v] - given[v], best[v] = Integers{};
+        for (int v = 0; v < kVectors; ++v) largest[v] = state.weights[0] * scale[v] - given[v], best[v] = Integers{};
         for (int64_t k = 1; k < n; ++k) {
             for (int v = 0; v < kVectors; ++v) {
-                const Numbers lag = race.weights[k] * scale[v] - given[k * kVectors + v];
+                const Numbers lag = state.weights[k] * scale[v] - given[k * kVectors + v];
                 best[v] = lag > largest[v] ? Integers{} + k : best[v];
                 largest[v] = lag > largest[v] ? lag : largest[v];
             }
@@ -150,26 +151,27 @@ NEOX_AVX2 void run_many(const Race& race, double* counts, int64_t first, int64_t
         std::memcpy(chosen, best, sizeof chosen);
         for (int lane = 0; lane < kLanes; ++lane) {
             double& count = counts[chosen[lane] * kLanes + lane];
-            out.dataset[lane * out.stride + step] = race.dataset[chosen[lane]];
+            out.dataset[lane * out.stride + step] = state.dataset[chosen[lane]];
             out.sample[lane * out.stride + step] = static_cast<int64_t>(count);
             count += 1;
         }
     }
 }
 
-void run_lanes(const Race& race, std::vector<double>& given, int64_t first, int64_t spacing, int64_t steps, Output out) {
-    using Run = void(const Race&, double*, int64_t, int64_t, int64_t, Output);
+void run_lanes(const BlendState& state, std::vector<double>& given, int64_t first, int64_t spacing, int64_t steps, Output out) {
+    using Run = void(const BlendState&, double*, int64_t, int64_t, int64_t, Output);
     static constexpr Run* kRuns[] = {run_many, run_few<1>, run_few<2>, run_few<3>, run_few<4>};
-    kRuns[race.dataset.size() <= kFew ? race.dataset.size() : 0](race, given.data(), first, spacing, steps, out);
+    kRuns[state.dataset.size() <= kFew ? state.dataset.size() : 0](state, given.data(), first, spacing, steps, out);
 }
 
-// Counts before sample `first`, in one lane of `given`: whole shares, and one more for those with the largest rest (Hamilton's method).
-void guess(const Race& race, int64_t first, int lane, std::vector<double>& given) {
-    const size_t n = race.dataset.size();
-    std::vector<std::pair<double, size_t>> rests(n);  // negative, so that the first come first on a tie
+// Guesses the counts before sample `first` into one lane of `given`: the integer part of each share, plus one for the largest remainders (Hamilton's
+// method).
+void guess(const BlendState& state, int64_t first, int lane, std::vector<double>& given) {
+    const size_t n = state.dataset.size();
+    std::vector<std::pair<double, size_t>> rests(n);  // negative, so that the first wins a tie
     double left = static_cast<double>(first);
     for (size_t k = 0; k < n; ++k) {
-        const double share = race.weights[k] * static_cast<double>(first), whole = std::floor(share);
+        const double share = state.weights[k] * static_cast<double>(first), whole = std::floor(share);
         given[k * kLanes + lane] = whole;
         rests[k] = {whole - share, k};
         left -= whole;
@@ -179,36 +181,36 @@ void guess(const Race& race, int64_t first, int lane, std::vector<double>& given
     for (size_t i = 0; i < more; ++i) given[rests[i].second * kLanes + lane] += 1;
 }
 
-// Runs a chunk from the race's counts until they are those of the lane that has run it from `begin`: what the lane wrote after that is right,
-// and so are its counts at the `end`. Returns how many samples that took.
-int64_t correct(Race& race, const std::vector<double>& begin, const std::vector<double>& end, int lane, int64_t first, int64_t count, Output out) {
-    const size_t n = race.dataset.size();
-    std::vector<double> ahead(n);  // of the lane
+// Recomputes a chunk from the true counts until they equal those of the lane that started it from `begin`. From there on the lane's samples are right,
+// and so are its counts at `end`. Returns the number of recomputed samples.
+int64_t correct(BlendState& state, const std::vector<double>& begin, const std::vector<double>& end, int lane, int64_t first, int64_t count, Output out) {
+    const size_t n = state.dataset.size();
+    std::vector<double> ahead(n);  // counts of the lane
     double apart = 0;
     for (size_t k = 0; k < n; ++k) {
-        ahead[k] = race.given[k] - begin[k * kLanes + lane];
+        ahead[k] = state.given[k] - begin[k * kLanes + lane];
         apart += std::abs(ahead[k]);
     }
     const auto move = [&](int32_t dataset, double by) {
-        double& distance = ahead[std::lower_bound(race.dataset.begin(), race.dataset.end(), dataset) - race.dataset.begin()];
+        double& distance = ahead[std::lower_bound(state.dataset.begin(), state.dataset.end(), dataset) - state.dataset.begin()];
         apart -= std::abs(distance);
         apart += std::abs(distance += by);
     };
     int64_t i = 0;
     for (; i < count && apart != 0; ++i) {
         move(out.dataset[i], -1);
-        run_plain(race, first + i, 1, out.dataset + i, out.sample + i);
+        run_serial(state, first + i, 1, out.dataset + i, out.sample + i);
         move(out.dataset[i], 1);
     }
     if (apart == 0)
-        for (size_t k = 0; k < n; ++k) race.given[k] = end[k * kLanes + lane];
+        for (size_t k = 0; k < n; ++k) state.given[k] = end[k * kLanes + lane];
     return i;
 }
 
-// Writes as many samples as fill the lanes evenly, and returns how many; fewer where many had to be corrected.
-int64_t run_speculatively(Race& race, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
-    const size_t n = race.dataset.size();
-    const double most = *std::max_element(race.given.begin(), race.given.end()), least = *std::min_element(race.given.begin(), race.given.end());
+// Writes as many samples as fill the lanes evenly and returns their number; fewer if many had to be recomputed.
+int64_t run_speculatively(BlendState& state, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
+    const size_t n = state.dataset.size();
+    const double most = *std::max_element(state.given.begin(), state.given.end()), least = *std::min_element(state.given.begin(), state.given.end());
     if (!__builtin_cpu_supports("avx2") || least < 0 || most > kExact / 4 || first > kExact / 4 || count > kExact / 4) return 0;
     std::vector<double> given(n * kLanes), begin;
     std::vector<int32_t> unused_datasets(kLanes * kWarmUp);
@@ -216,41 +218,41 @@ int64_t run_speculatively(Race& race, int64_t first, int64_t count, int32_t* dat
     int64_t done = 0, corrected = 0;
     while ((count - done) / kLanes >= kShortest && corrected <= done / 2) {
         const int64_t start = first + done, chunk = (std::min(kChunk, (count - done) / kLanes) - 8) / 16 * 16 + 8;
-        for (int lane = 1; lane < kLanes; ++lane) guess(race, start + lane * chunk - kWarmUp, lane, given);
-        run_lanes(race, given, start - kWarmUp, chunk, kWarmUp, {unused_datasets.data(), unused_samples.data(), kWarmUp});
-        for (size_t k = 0; k < n; ++k) given[k * kLanes] = race.given[k];  // the first lane need not guess
+        for (int lane = 1; lane < kLanes; ++lane) guess(state, start + lane * chunk - kWarmUp, lane, given);
+        run_lanes(state, given, start - kWarmUp, chunk, kWarmUp, {unused_datasets.data(), unused_samples.data(), kWarmUp});
+        for (size_t k = 0; k < n; ++k) given[k * kLanes] = state.given[k];  // the first lane starts from the true counts
         begin = given;
-        run_lanes(race, given, start, chunk, chunk, {dataset + done, sample + done, chunk});
+        run_lanes(state, given, start, chunk, chunk, {dataset + done, sample + done, chunk});
         for (int lane = 0; lane < kLanes; ++lane, done += chunk)
-            corrected += correct(race, begin, given, lane, first + done, chunk, {dataset + done, sample + done, 0});
+            corrected += correct(state, begin, given, lane, first + done, chunk, {dataset + done, sample + done, 0});
     }
     return done;
 }
 
 #else
 
-int64_t run_speculatively(Race&, int64_t, int64_t, int32_t*, int64_t*) { return 0; }
+int64_t run_speculatively(BlendState&, int64_t, int64_t, int32_t*, int64_t*) { return 0; }
 
 #endif
 
 }  // namespace
 
 void blend(const double* weights, int64_t num_datasets, int64_t first, int64_t count, int64_t* taken, int32_t* dataset, int64_t* sample) {
-    Race race;
+    BlendState state;
     for (int64_t k = 0; k < num_datasets; ++k) {
         if (!std::isfinite(weights[k]) || weights[k] < 0)
             throw Fault("bad weight of a dataset").at("dataset " + std::to_string(k)).found(std::to_string(weights[k])).expected("a finite number >= 0");
         if (weights[k] == 0) continue;
-        race.dataset.push_back(static_cast<int32_t>(k));
-        race.weights.push_back(weights[k]);
-        race.given.push_back(static_cast<double>(taken[k]));
+        state.dataset.push_back(static_cast<int32_t>(k));
+        state.weights.push_back(weights[k]);
+        state.given.push_back(static_cast<double>(taken[k]));
     }
-    if (race.dataset.empty()) throw Fault("no dataset has a weight above 0").found(std::to_string(num_datasets) + " datasets");
-    const int64_t alone = first == 0 ? std::min<int64_t>(count, 1) : 0;  // sample 0 has a scale of its own
-    run_plain(race, first, alone, dataset, sample);
-    const int64_t done = alone + run_speculatively(race, first + alone, count - alone, dataset + alone, sample + alone);
-    run_plain(race, first + done, count - done, dataset + done, sample + done);
-    for (size_t k = 0; k < race.dataset.size(); ++k) taken[race.dataset[k]] = static_cast<int64_t>(race.given[k]);
+    if (state.dataset.empty()) throw Fault("no dataset has a weight above 0").found(std::to_string(num_datasets) + " datasets");
+    const int64_t head = first == 0 ? std::min<int64_t>(count, 1) : 0;  // sample 0 has a different scale
+    run_serial(state, first, head, dataset, sample);
+    const int64_t done = head + run_speculatively(state, first + head, count - head, dataset + head, sample + head);
+    run_serial(state, first + done, count - done, dataset + done, sample + done);
+    for (size_t k = 0; k < state.dataset.size(); ++k) taken[state.dataset[k]] = static_cast<int64_t>(state.given[k]);
 }
 
 }  // namespace neox::data

@@ -13,7 +13,7 @@ namespace {
 
 constexpr uint64_t kFree = UINT64_MAX;
 constexpr int kRankBits = 24, kIdBits = 20;
-constexpr uint64_t kBitsPerPair = 16;  // of the filter: one pair without a rank in twenty passes it
+constexpr uint64_t kBitsPerPair = 16;  // of the filter: it passes one in twenty pairs without a rank
 
 uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << kIdBits | right; }
 uint64_t entry_of(uint32_t rank, uint32_t at) { return static_cast<uint64_t>(rank) << 32 | at; }
@@ -30,7 +30,7 @@ int bits_for(uint64_t count) {
 
 BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right, std::vector<uint32_t> merged)
     : byte_ids_(std::move(byte_ids)), merged_(std::move(merged)), byte_ranks_(256 * 256, kNone) {
-    if (byte_ids_.size() != 256 || left.size() != merged_.size() || right.size() != merged_.size()) throw Fault("merges and bytes do not fit each other");
+    if (byte_ids_.size() != 256 || left.size() != merged_.size() || right.size() != merged_.size()) throw Fault("merges and bytes have different sizes");
     if (merged_.size() >= uint64_t{1} << kRankBits) throw Fault("too many merges").found(std::to_string(merged_.size())).expected("below 2^24");
     const std::initializer_list<const std::vector<uint32_t>*> lists = {&left, &right, &merged_, &byte_ids_};
     for (const std::vector<uint32_t>* ids : lists)
@@ -46,7 +46,7 @@ BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>
         const uint64_t pair = pair_of(left[r], right[r]), hashed = hash(pair);
         uint64_t at = hashed >> slot_shift_;
         while (slots_[at] != kFree && slots_[at] >> kRankBits != pair) at = (at + 1) & (slots_.size() - 1);
-        slots_[at] = pair << kRankBits | r;  // a pair that is listed twice has its later rank
+        slots_[at] = pair << kRankBits | r;  // a pair listed twice gets its later rank
         filter_[hashed >> filter_shift_ >> 6] |= uint64_t{1} << (hashed >> filter_shift_ & 63);
     }
     for (uint32_t a = 0; a < 256; ++a)
@@ -66,7 +66,7 @@ void BytePairs::note_windows(const std::vector<uint32_t>& left, const std::vecto
         if (byte_ids_[b] != kNone) texts[byte_ids_[b]] = std::string(1, static_cast<char>(b));
     windows_.assign((uint64_t{1} << 24) / 64, 0);
     size_t unknown = merged_.size() + 1;
-    for (size_t before = unknown + 1; unknown != 0 && unknown < before;) {  // once, where every merge joins what earlier ones made
+    for (size_t before = unknown + 1; unknown != 0 && unknown < before;) {  // one pass suffices if every merge joins results of earlier ones
         before = unknown;
         unknown = 0;
         for (size_t r = 0; r < merged_.size(); ++r) {
@@ -76,7 +76,7 @@ void BytePairs::note_windows(const std::vector<uint32_t>& left, const std::vecto
             }
             const std::string text = texts[left[r]] + texts[right[r]];
             std::string& known = texts[merged_[r]];
-            if (!known.empty() && known != text) return;  // an id of two texts: words stay whole
+            if (!known.empty() && known != text) return;  // an id of two texts: words are never split
             known = text;
             for (size_t i = 0; i + 2 < text.size(); ++i) {
                 const auto byte = [&](size_t at) { return static_cast<uint32_t>(static_cast<uint8_t>(text[at])); };
@@ -106,12 +106,12 @@ uint64_t BytePairs::encode(const uint8_t* word, uint64_t count, uint32_t* out) c
     return count <= kTiny ? encode_tiny(word, count, out) : count <= kShort ? encode_short(word, count, out) : encode_long(word, count, out);
 }
 
-// As encode_short, without vectors: of a few numbers that were just written one by one, loading a vector waits until all of them are in the cache.
+// As encode_short, but scalar: a vector load of numbers just written one by one stalls until all stores have reached the cache.
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("no-tree-vectorize")))
 #endif
 uint64_t BytePairs::encode_tiny(const uint8_t* word, uint64_t count, uint32_t* out) const {
-    uint64_t ranks[kTiny];  // of the pair that begins here, and in the lowest bits the place
+    uint64_t ranks[kTiny];  // of the pair that begins here, with its position in the lowest bits
     uint32_t ids[kTiny];
     const auto key = [](uint32_t rank, uint64_t place) { return static_cast<uint64_t>(rank) << 8 | place; };
     uint64_t size = count;
@@ -125,7 +125,7 @@ uint64_t BytePairs::encode_tiny(const uint8_t* word, uint64_t count, uint32_t* o
         const uint64_t at = best & 0xFF;
         ids[at] = merged_[found];
         --size;
-        for (uint64_t i = at + 1; i < size; ++i) ids[i] = ids[i + 1], ranks[i - 1] = ranks[i] - 1;  // what lies behind moves one place forward
+        for (uint64_t i = at + 1; i < size; ++i) ids[i] = ids[i + 1], ranks[i - 1] = ranks[i] - 1;  // moves everything after it one position forward
         if (at + 1 < size) ranks[at] = key(rank(ids[at], ids[at + 1]), at);
         if (at > 0) ranks[at - 1] = key(rank(ids[at - 1], ids[at]), at - 1);
     }
@@ -133,8 +133,8 @@ uint64_t BytePairs::encode_tiny(const uint8_t* word, uint64_t count, uint32_t* o
     return size;
 }
 
-// Places keep their numbers: what is merged away has no key any more. A key is a pair's rank and, in the lowest bits, its place, so that the
-// smallest key is the lowest rank and the first place that has it.
+// Positions keep their numbers; a merged position loses its key. A key is the rank of a pair with its position in the lowest bits, so the smallest key
+// is the lowest rank at its first position.
 NEOX_CLONES uint64_t BytePairs::encode_short(const uint8_t* word, uint64_t count, uint32_t* out) const {
     constexpr uint32_t kPlaceBits = 8, kPlace = (1u << kPlaceBits) - 1;
     static_assert(kShort == 1u << kPlaceBits);
@@ -147,7 +147,7 @@ NEOX_CLONES uint64_t BytePairs::encode_short(const uint8_t* word, uint64_t count
     for (uint32_t i = 0; i < size; ++i) ids[i] = byte_ids_[word[i]], next[i] = static_cast<uint8_t>(i + 1), before[i] = static_cast<uint8_t>(i - 1);
     for (uint32_t i = 0; i + 1 < size; ++i) keys[i] = key(byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]], i);
     for (uint32_t i = size - 1; i < padded; ++i) keys[i] = kNone;
-    const uint32_t last = size & kPlace;  // what `next` holds at the end: 0 for 256, which no place has as its next either
+    const uint32_t last = size & kPlace;  // value of `next` at the end: 0 for 256, which is no position's successor
     for (;;) {
         uint32_t best = kNone;
         for (uint32_t i = 0; i < padded; ++i) best = std::min(best, keys[i]);
@@ -170,7 +170,7 @@ NEOX_CLONES uint64_t BytePairs::encode_short(const uint8_t* word, uint64_t count
     return kept;
 }
 
-// A heap of (rank, position) over a linked list; entries whose pair has changed since are passed over.
+// A heap of (rank, position) over a linked list; entries whose pair has changed are skipped.
 uint64_t BytePairs::encode_long(const uint8_t* word, uint64_t count, uint32_t* out) const {
     if (count >= kNone) throw Fault("a word is too long").found(std::to_string(count) + " bytes").expected("below 4 GiB");
     const auto size = static_cast<uint32_t>(count);

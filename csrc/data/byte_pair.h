@@ -1,5 +1,5 @@
-// Byte-pair encoding of one word: the pair of neighbours with the lowest rank is merged, the first on a tie, until no pair has a rank
-// (Sennrich et al. 2016, over bytes as in GPT-2). Same ids as `tokenizers`' BPE without dropout, unknown token and prefixes.
+// Byte-pair encoding of one word: merges the adjacent pair with the lowest rank, the first on a tie, until no pair has a rank (Sennrich et al. 2016,
+// over bytes as in GPT-2). Gives the ids of BPE in `tokenizers` without dropout, unknown token and prefixes.
 #pragma once
 
 #include <cstdint>
@@ -14,29 +14,29 @@ class BytePairs {
     static constexpr uint32_t kNone = UINT32_MAX;
     static constexpr uint32_t kMostIds = (1u << 20) - 1;
     static constexpr uint64_t kTiny = 16;
-    static constexpr uint64_t kShort = 256;  // bytes of a word up to which the pair is looked for by scanning
+    static constexpr uint64_t kShort = 256;  // bytes of a word up to which the lowest pair is found by scanning
 
-    // byte_ids: id of each of the 256 bytes, kNone where the vocabulary lacks it. Merge r makes merged[r] of (left[r], right[r]).
-    // Throws Fault for ids of kMostIds and more, and for 2^24 merges.
+    // byte_ids: id of each of the 256 bytes, kNone if the vocabulary lacks it. Merge r turns (left[r], right[r]) into merged[r].
+    // Throws Fault for ids >= kMostIds and for 2^24 merges or more.
     BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right, std::vector<uint32_t> merged);
 
-    // Tokens that are taken whole when a word is one (`ignore_merges`).
+    // Tokens that encode a complete word without merges (`ignore_merges`).
     void take_whole(std::unordered_map<std::string, uint32_t> tokens) { whole_ = std::move(tokens); }
 
-    // Whether no token crosses the place before word[at], 0 < at < count: then the two parts of the word are encoded apart with the same result.
+    // Whether no token crosses the boundary before word[at], 0 < at < count. The two parts of the word can then be encoded separately.
     bool parts(const uint8_t* word, uint64_t at, uint64_t count) const {
         if (byte_ranks_[static_cast<uint32_t>(word[at - 1]) << 8 | word[at]] != kNone) return false;
         if (at >= 2 && inside_token(word + at - 2)) return false;
         return at + 1 >= count || !inside_token(word + at - 1);
     }
-    // Whether words may be parted at all: not where they are looked for as a whole, nor where an id stands for two texts.
+    // Whether words may be split at all: not with tokens for complete words, nor if an id stands for two texts.
     bool may_part() const { return may_part_ && whole_.empty(); }
 
-    // Writes the ids of a word, at most `count` of them; returns how many. Time is linear in `count` but for a logarithm.
+    // Writes the ids of a word, at most `count`, and returns their number. Takes O(count log count).
     uint64_t encode(const uint8_t* word, uint64_t count, uint32_t* out) const;
 
   private:
-    // Whether three bytes follow one another in a token.
+    // Whether some token contains these three consecutive bytes.
     bool inside_token(const uint8_t* at) const {
         const uint32_t window = static_cast<uint32_t>(at[0]) << 16 | static_cast<uint32_t>(at[1]) << 8 | at[2];
         return (windows_[window >> 6] >> (window & 63) & 1) != 0;
@@ -49,9 +49,9 @@ class BytePairs {
 
     std::vector<uint32_t> byte_ids_, merged_;
     std::vector<uint32_t> byte_ranks_;  // [left byte][right byte]
-    std::vector<uint64_t> slots_;       // open addressing: a pair of ids of 20 bits each, and its rank of 24
-    std::vector<uint64_t> filter_;      // one bit per hash: most pairs have no rank, and this stays in the cache
-    std::vector<uint64_t> windows_;     // one bit per three bytes
+    std::vector<uint64_t> slots_;       // open addressing: a pair of 20-bit ids, and its 24-bit rank
+    std::vector<uint64_t> filter_;      // one bit per hash: rejects most pairs without a rank, and fits in the cache
+    std::vector<uint64_t> windows_;     // one bit per three-byte sequence
     bool may_part_ = false;
     int slot_shift_ = 0, filter_shift_ = 0;
     std::unordered_map<std::string, uint32_t> whole_;

@@ -1,5 +1,5 @@
-// NEOX_CLONES before a function: compiled for several instruction sets, the best one chosen when the library is loaded.
-// Sanitizers are not ready at that time, so they get the plain function; so do other compilers and processors.
+// NEOX_CLONES before a function compiles it for several instruction sets; the loader picks the best one. Not used with sanitizers, which are not yet
+// initialised when the loader picks, nor with other compilers and processors.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)

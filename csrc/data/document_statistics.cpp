@@ -1,4 +1,4 @@
-#include "data/survey.h"
+#include "data/document_statistics.h"
 
 #include <algorithm>
 #include <vector>
@@ -8,22 +8,22 @@
 namespace neox::data {
 namespace {
 
-constexpr uint64_t kPart = 1 << 18;  // tokens that are read and hashed at a time
+constexpr uint64_t kPart = 1 << 18;  // tokens read and hashed at a time
 
 }  // namespace
 
-Survey survey(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod, uint64_t* hashes) {
+DocumentStatistics document_statistics(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod, uint64_t* hashes) {
     const Index& index = dataset.index();
     std::vector<int64_t> tokens(kPart);
     std::vector<uint32_t> narrow(kPart);
-    uint64_t have = index.first_token_of_document(first), end = have;  // tokens [have, end) of the dataset are in `tokens`
+    uint64_t have = index.first_token_of_document(first), end = have;  // `tokens` holds tokens [have, end) of the dataset
     const uint64_t all = index.first_token_of_document(last);
-    Survey out;
+    DocumentStatistics out;
     for (uint64_t document = first; document < last; ++document) {
         uint64_t at = index.first_token_of_document(document), stop = index.first_token_of_document(document + 1), hash = 0;
         while (at < stop) {
             const uint64_t take = std::min(stop - at, kPart);
-            if (at + take > end) {  // parts begin where a document does, whatever was read before, so that hashes do not depend on the place
+            if (at + take > end) {  // parts are aligned to the start of a document, so that its hash does not depend on its position
                 have = at;
                 end = at + std::min(all - at, kPart);
                 dataset.read(have, end - have, tokens.data(), nullptr);

@@ -1,4 +1,4 @@
-// One pass over the tokens of a dataset: what ids occur, how documents end, and a hash of each document.
+// One pass over the tokens of a dataset: range of ids, how documents end, and a hash of each document.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +7,14 @@
 
 namespace neox::data {
 
-struct Survey {
-    int64_t smallest = INT64_MAX, largest = INT64_MIN;  // as they are without tokens
-    uint64_t eod_tokens = 0;                            // tokens that are the end-of-document token
-    uint64_t ended = 0;                                 // documents whose last token it is
+struct DocumentStatistics {
+    int64_t smallest = INT64_MAX, largest = INT64_MIN;  // these values if there are no tokens
+    uint64_t eod_tokens = 0;                            // occurrences of the end-of-document token
+    uint64_t ended = 0;                                 // documents that end in it
 };
 
-// Documents [first, last) of a dataset. hashes[i] is of document first + i: XXH64 over its ids, the same for every token type, a last `eod` left out.
-// eod -1: there is none. Throws Fault where the data are damaged.
-Survey survey(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod, uint64_t* hashes);
+// Statistics of documents [first, last) of a dataset. hashes[i] is XXH64 over the ids of document first + i, without a final `eod`; it does not depend
+// on the token type. `eod` is -1 if there is none. Throws Fault if the data is damaged.
+DocumentStatistics document_statistics(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod, uint64_t* hashes);
 
 }  // namespace neox::data

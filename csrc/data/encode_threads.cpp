@@ -22,7 +22,7 @@ EncodeThreads::EncodeThreads(const TextEncoder& encoder, bool wide, int threads)
     try {
         for (int i = 0; i < threads; ++i) threads_.emplace_back([this, spare = i > 0 && i == threads - 1] { work(spare); });
     } catch (const std::system_error&) {
-        // no more threads are to be had: those that there are do the work, or whoever starts a piece
+        // no more threads can be started: the existing ones do the work, or `start` if there is none
     }
 }
 
@@ -30,7 +30,7 @@ void EncodeThreads::close() {
     {
         const std::lock_guard<std::mutex> held(mutex_);
         closed_ = true;
-        for (const auto& piece : waiting_) piece->stage = EncodedPiece::given_up;
+        for (const auto& chunk : waiting_) chunk->stage = EncodedChunk::cancelled;
         waiting_.clear();
     }
     given_.notify_all();
@@ -39,44 +39,44 @@ void EncodeThreads::close() {
     threads_.clear();
 }
 
-std::shared_ptr<EncodedPiece> EncodeThreads::start(const uint8_t* bytes, uint64_t length, PieceKind kind, LineOptions options) {
-    auto piece = std::make_shared<EncodedPiece>();
-    piece->bytes = bytes, piece->length = length, piece->kind = kind, piece->options = std::move(options);
+std::shared_ptr<EncodedChunk> EncodeThreads::start(const uint8_t* bytes, uint64_t length, ChunkKind kind, LineOptions options) {
+    auto chunk = std::make_shared<EncodedChunk>();
+    chunk->bytes = bytes, chunk->length = length, chunk->kind = kind, chunk->options = std::move(options);
     if (threads_.empty()) {
-        encode(*piece);
-        piece->stage = EncodedPiece::done;
-        return piece;
+        encode(*chunk);
+        chunk->stage = EncodedChunk::done;
+        return chunk;
     }
     {
         const std::lock_guard<std::mutex> held(mutex_);
-        waiting_.push_back(piece);
+        waiting_.push_back(chunk);
         if (callers_waiting_ > 0) spare_given_.notify_one();
     }
     given_.notify_one();
-    return piece;
+    return chunk;
 }
 
-bool EncodeThreads::done(const EncodedPiece& piece) {
+bool EncodeThreads::done(const EncodedChunk& chunk) {
     const std::lock_guard<std::mutex> held(mutex_);
-    return piece.stage == EncodedPiece::done;
+    return chunk.stage == EncodedChunk::done;
 }
 
-void EncodeThreads::wait(EncodedPiece& piece) {
+void EncodeThreads::wait(EncodedChunk& chunk) {
     {
         std::unique_lock<std::mutex> held(mutex_);
         ++callers_waiting_;
         spare_given_.notify_one();
-        finished_.wait(held, [&] { return piece.stage == EncodedPiece::done || piece.stage == EncodedPiece::given_up; });
+        finished_.wait(held, [&] { return chunk.stage == EncodedChunk::done || chunk.stage == EncodedChunk::cancelled; });
         --callers_waiting_;
     }
-    if (piece.stage == EncodedPiece::given_up) throw std::logic_error("the threads were closed before they came to this piece");
-    if (piece.error) std::rethrow_exception(piece.error);
+    if (chunk.stage == EncodedChunk::cancelled) throw std::logic_error("the threads were closed before this chunk was encoded");
+    if (chunk.error) std::rethrow_exception(chunk.error);
 }
 
-void EncodeThreads::drop(EncodedPiece& piece) {
+void EncodeThreads::drop(EncodedChunk& chunk) {
     std::unique_lock<std::mutex> held(mutex_);
-    waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), [&](const auto& other) { return other.get() == &piece; }), waiting_.end());
-    finished_.wait(held, [&] { return piece.stage != EncodedPiece::runs; });
+    waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), [&](const auto& other) { return other.get() == &chunk; }), waiting_.end());
+    finished_.wait(held, [&] { return chunk.stage != EncodedChunk::running; });
 }
 
 void EncodeThreads::work(bool spare) {
@@ -87,33 +87,33 @@ void EncodeThreads::work(bool spare) {
         else
             given_.wait(held, [this] { return closed_ || !waiting_.empty(); });
         if (waiting_.empty()) return;
-        const std::shared_ptr<EncodedPiece> piece = std::move(waiting_.front());
+        const std::shared_ptr<EncodedChunk> chunk = std::move(waiting_.front());
         waiting_.pop_front();
-        piece->stage = EncodedPiece::runs;
+        chunk->stage = EncodedChunk::running;
         held.unlock();
-        encode(*piece);
+        encode(*chunk);
         held.lock();
-        piece->stage = EncodedPiece::done;
+        chunk->stage = EncodedChunk::done;
         finished_.notify_all();
     }
 }
 
-void EncodeThreads::encode(EncodedPiece& piece) {
+void EncodeThreads::encode(EncodedChunk& chunk) {
     try {
         std::unique_ptr<LineState> state = states_.take();
         state->clear();
-        if (piece.kind == PieceKind::lines)
-            encode_lines(encoder_, piece.bytes, piece.length, piece.options, *state);
+        if (chunk.kind == ChunkKind::lines)
+            encode_lines(encoder_, chunk.bytes, chunk.length, chunk.options, *state);
         else
-            piece.valid = encode_text(encoder_, piece.bytes, piece.length, piece.options.eod, *state);
-        piece.count = state->ids.size();
-        piece.tokens = wide_ ? narrowed<int32_t>(state->ids.begin(), piece.count) : narrowed<uint16_t>(state->ids.begin(), piece.count);
-        piece.sizes = std::move(state->sizes);
-        piece.unsure = std::move(state->unsure);
-        piece.blank = state->blank, piece.empty = state->empty;
+            chunk.valid = encode_text(encoder_, chunk.bytes, chunk.length, chunk.options.eod, *state);
+        chunk.count = state->ids.size();
+        chunk.tokens = wide_ ? narrowed<int32_t>(state->ids.begin(), chunk.count) : narrowed<uint16_t>(state->ids.begin(), chunk.count);
+        chunk.sizes = std::move(state->sizes);
+        chunk.unsure = std::move(state->unsure);
+        chunk.blank = state->blank, chunk.empty = state->empty;
         states_.give_back(std::move(state));
     } catch (...) {
-        piece.error = std::current_exception();
+        chunk.error = std::current_exception();
     }
 }
 

@@ -1,4 +1,4 @@
-// What the dataset core throws: the parts of the one-line error contract (neox/errors.py), filled in where the fault is found.
+// The exception of the dataset core: the fields of the one-line error format (neox/errors.py), filled in where the error is detected.
 #pragma once
 
 #include <stdexcept>
@@ -10,7 +10,7 @@ enum class FaultKind { data, disk };
 
 struct Fault : std::runtime_error {
     FaultKind kind = FaultKind::data;
-    std::string where, got, want, action;  // empty: left out of the message
+    std::string where, got, want, action;  // an empty field is left out of the message
 
     explicit Fault(const std::string& what) : std::runtime_error(what) {}
     Fault& at(std::string value) { return where = std::move(value), *this; }

@@ -43,18 +43,18 @@ void write_fully(int fd, const std::string& path, const uint8_t* bytes, uint64_t
     }
 }
 
-// Opens a file that no other process has open in this way: two that were started for the same output would write into one another's file.
+// Opens a file and locks it, so that two processes started for the same output do not write into one file.
 int open_alone(const std::string& path, bool create) {
     for (;;) {
         const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | (create ? O_CREAT : 0), 0666);
         if (fd < 0) throw write_fault(path, create ? "create file" : "go on with file", errno);
-        if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {  // other errors: a file system without locks
+        if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {  // any other error means a file system without locks
             ::close(fd);
             throw Fault("another process is writing this file").at(path).advise("wait for it, stop it, or choose another output");
         }
         struct stat opened{}, named{};
         if (::fstat(fd, &opened) == 0 && ::stat(path.c_str(), &named) == 0 && opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) return fd;
-        ::close(fd);  // the other one has just given it its final name, or removed it
+        ::close(fd);  // the other process has just published or removed it
     }
 }
 
@@ -132,8 +132,8 @@ OutputFile::OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_
     if (!whole || ::ftruncate(fd_, static_cast<off_t>(resume_at)) != 0) {
         const int error = errno;
         ::close(fd_);
-        if (whole) throw write_fault(path_, "cut file off", error);
-        throw Fault("unfinished file is shorter than its progress says")
+        if (whole) throw write_fault(path_, "truncate file", error);
+        throw Fault("unfinished file is shorter than its recorded progress")
             .at(path_)
             .found(std::to_string(info.st_size) + " bytes")
             .expected("at least " + std::to_string(resume_at))
@@ -145,7 +145,7 @@ OutputFile::OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_
 
 OutputFile::~OutputFile() {
     if (!keep_) ::unlink(path_.c_str());
-    ::close(fd_);  // last, since it lets go of the lock
+    ::close(fd_);  // last, because this releases the lock
 }
 
 void OutputFile::write(const void* bytes, uint64_t count) {
@@ -162,9 +162,7 @@ void OutputFile::write(const void* bytes, uint64_t count) {
 void OutputFile::flush() {
     if (buffer_.empty()) return;
     write_fully(fd_, path_, buffer_.data(), buffer_.size(), written_);
-#if defined(__linux__)
-    ::sync_file_range(fd_, static_cast<off64_t>(written_), static_cast<off64_t>(buffer_.size()), SYNC_FILE_RANGE_WRITE);  // a wish: less is left for the sync
-#endif
+    start_writeback(fd_, static_cast<int64_t>(written_), static_cast<int64_t>(buffer_.size()));
     on_buffer_written(buffer_.data(), buffer_.size());
     written_ += buffer_.size();
     buffer_.clear();
@@ -206,11 +204,19 @@ void sync_folder_of(const std::string& path) {
     const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
     const int fd = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) throw write_fault(folder, "open folder", errno);
-    // Some network file systems refuse to sync a folder (EINVAL): the rename is then as durable as they make it.
+    // Some network file systems refuse to sync a folder (EINVAL). The rename is then as durable as they make it.
     const bool failed = ::fsync(fd) != 0 && errno != EINVAL;
     const int error = errno;
     ::close(fd);
     if (failed) throw write_fault(folder, "sync folder", error);
+}
+
+void start_writeback(int descriptor, int64_t offset, int64_t count) {
+#if defined(__linux__)
+    ::sync_file_range(descriptor, offset, count, SYNC_FILE_RANGE_WRITE);
+#else
+    (void)descriptor, (void)offset, (void)count;
+#endif
 }
 
 void remove_if_there(const std::string& path) {

@@ -1,4 +1,4 @@
-// POSIX files as the dataset core needs them: reads that cannot block on a FIFO, maps, durable writes.
+// POSIX files as the dataset core needs them: reads that do not block on a FIFO, memory maps, durable writes.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace neox::data {
 
-// A regular file opened for reading. Throws Fault with path and reason for anything else (folder, FIFO, no permission).
+// A regular file, opened for reading. For anything else (folder, FIFO, no permission) the constructor throws a Fault with path and reason.
 class InputFile {
   public:
     explicit InputFile(std::string path);
@@ -18,7 +18,7 @@ class InputFile {
 
     const std::string& path() const { return path_; }
     uint64_t size_at_open() const { return size_; }
-    // Throws Fault when the file no longer has the size it was opened with: reading a map of it could then raise SIGBUS.
+    // Throws Fault if the size of the file changed since it was opened: reading its map could then raise SIGBUS.
     void check_unchanged() const;
     // Reads exactly `bytes` at `offset`; a short read is a Fault.
     void read_at(void* out, uint64_t bytes, uint64_t offset) const;
@@ -30,7 +30,7 @@ class InputFile {
     uint64_t size_ = 0;
 };
 
-// The whole file, mapped read-only; null for an empty file.
+// The complete file, mapped read-only; null for an empty file.
 class Mapping {
   public:
     explicit Mapping(const InputFile& file);
@@ -45,31 +45,31 @@ class Mapping {
     uint64_t size_ = 0;
 };
 
-// A file, written front to back through a buffer of `buffer_bytes`. Removed by the destructor unless publish() or keep() was reached.
+// A file written front to back through a buffer of `buffer_bytes`. The destructor removes it unless publish() or keep() was called.
 class OutputFile {
   public:
-    // Starts a new file or, where `resume_at` is not 0, goes on behind the first `resume_at` bytes of the one that is there; what it holds after
-    // them is cut off. Call reread() before anything is written then. Throws Fault when the file is shorter, or is being written by another.
+    // Creates a new file. With `resume_at` > 0, truncates the existing file to `resume_at` bytes and appends to it; call reread() before the first
+    // write. Throws Fault if the file is shorter, or if another process is writing it.
     OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_at = 0);
     virtual ~OutputFile();
     OutputFile(const OutputFile&) = delete;
     OutputFile& operator=(const OutputFile&) = delete;
 
     void write(const void* bytes, uint64_t count);
-    void write_at(const void* bytes, uint64_t count, uint64_t offset);  // leaves the end of the file where it is; flush() first
+    void write_at(const void* bytes, uint64_t count, uint64_t offset);  // does not move the end of the file; call flush() first
     void read_at(void* out, uint64_t bytes, uint64_t offset);
     void flush();
-    // Makes all that was written so far durable under the temporary name. Later writes start where they would have started without it.
+    // Makes everything written so far durable under the temporary name. Later flushes stay aligned to full buffers.
     void sync();
-    // Reads what is there back, buffer by buffer, as if it had just been written: full ones go to on_buffer_written, the rest stays in the buffer.
+    // Reads the existing content back as if it had just been written: full buffers go to on_buffer_written, the remainder stays in the buffer.
     void reread();
     void keep(bool stays = true) { keep_ = stays; }
     uint64_t size() const { return written_ + buffer_.size(); }
-    // flush, fsync, rename to `final_path`, fsync of the folder: afterwards the file survives a power cut under its final name.
+    // Flush, fsync, rename to `final_path`, fsync of the folder: from then on the file survives a power cut under its final name.
     void publish(const std::string& final_path);
 
   protected:
-    virtual void on_buffer_written(const uint8_t*, uint64_t) {}  // sees each full buffer, and the last one, in order
+    virtual void on_buffer_written(const uint8_t*, uint64_t) {}  // called in order for each full buffer and for the last one
 
   private:
     std::string path_;
@@ -81,6 +81,9 @@ class OutputFile {
 };
 
 void sync_folder_of(const std::string& path);
+
+// Asks the system to start writing a range of a file to disk, so that a later sync waits for less. Does nothing where the system cannot be asked.
+void start_writeback(int descriptor, int64_t offset, int64_t count);
 void remove_if_there(const std::string& path);
 
 }  // namespace neox::data

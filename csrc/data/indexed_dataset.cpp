@@ -16,11 +16,11 @@ constexpr TokenType kTypes[] = {
     {4, 4, "int32", INT32_MIN, INT32_MAX}, {5, 8, "int64", INT64_MIN, INT64_MAX}, {8, 2, "uint16", 0, UINT16_MAX},
 };
 
-constexpr uint64_t kKeptBytes = 1 << 20;  // of a buffer between two reads
+constexpr uint64_t kRetainedBytes = 1 << 20;  // of a thread's read buffer, between two reads
 
 std::string number(uint64_t value) { return std::to_string(value); }
 
-// Largest i in [0, count) with value(i) <= target, for a non-decreasing value(0) <= target.
+// Largest i in [0, count) with value(i) <= target. Precondition: value is non-decreasing and value(0) <= target.
 template <typename Value>
 uint64_t last_not_above(uint64_t count, uint64_t target, Value value) {
     uint64_t low = 0;
@@ -78,17 +78,17 @@ NEOX_CLONES void fill_run(int32_t* segments, int64_t* positions, uint64_t count,
 
 }  // namespace
 
-// Where a run of tokens goes: the first `count` to `tokens`, all but the first to `shifted` (if that is wanted), and the number of each
-// one's document and its place in that to `segments` and `positions` (likewise).
+// Destination of count + 1 consecutive tokens: `tokens` gets the first `count`, `shifted` all but the first, `segments` and `positions` the number
+// of each token's document and its position in it. All but `tokens` may be null.
 struct IndexedDataset::Target {
     int64_t* tokens;
     int64_t* shifted;
     int32_t* segments;
     int64_t* positions;
-    uint64_t count;            // of tokens that all but `shifted` take
-    IdRange* range = nullptr;  // of the ids so far
+    uint64_t count;            // of all but `shifted`
+    IdRange* range = nullptr;  // of the ids read so far
 
-    // `some` tokens that follow the first `at`.
+    // `some` tokens, after the first `at`.
     void put(const TokenType& type, const uint8_t* raw, uint64_t at, uint64_t some) const {
         widen(type, raw, std::min(some, count - at), tokens + at);
         if (range != nullptr) range->add(id_range(type, raw, some));
@@ -144,7 +144,7 @@ void Index::check_header(uint64_t count) {
     if (count < kIndexHeader) throw damaged("index file is truncated").found(number(count) + " bytes").expected("at least " + number(kIndexHeader));
     if (std::memcmp(bytes_, kIndexMagic, sizeof kIndexMagic) != 0) throw damaged("not an index file").expected("it starts with MMIDIDX");
     const auto version = load<uint64_t>(9);
-    if (version != kIndexVersion) throw damaged("index file has another version").found(number(version)).expected(number(kIndexVersion));
+    if (version != kIndexVersion) throw damaged("unsupported version of the index file").found(number(version)).expected(number(kIndexVersion));
     try {
         type_ = &token_type(bytes_[17]);
     } catch (Fault& fault) {
@@ -152,10 +152,10 @@ void Index::check_header(uint64_t count) {
     }
     num_sequences_ = load<uint64_t>(18);
     num_borders_ = load<uint64_t>(26);
-    // Bounded by the file's size before anything is multiplied, so that a hostile count cannot overflow.
+    // Bounded by the size of the file before any multiplication, so that a hostile count cannot overflow.
     const bool fits = num_sequences_ <= count / 12 && num_borders_ <= count / 8;
     const uint64_t want = fits ? kIndexHeader + 12 * num_sequences_ + 8 * num_borders_ : 0;
-    // Megatron-core writes a byte for each sequence behind the rest of a multimodal index: 0 for text.
+    // Megatron-core appends a byte per sequence to a multimodal index: 0 for text.
     if (fits && num_sequences_ > 0 && count == want + num_sequences_)
         throw Fault("dataset is multimodal")
             .at(name_)
@@ -266,7 +266,7 @@ void IndexedDataset::check_blocks(uint64_t first_byte, uint64_t last_byte) const
         if (!block_is_good(block))
             throw Fault("data file is damaged: checksum differs")
                 .at(bin_.path() + " bytes " + number(block * block_bytes_) + " to " + number(std::min((block + 1) * block_bytes_, bin_.size_at_open())))
-                .found("block " + number(block) + ", from document " + number(index_.document_of_token(block * block_bytes_ / index_.type().bytes)) + " on")
+                .found("block " + number(block) + ", starting in document " + number(index_.document_of_token(block * block_bytes_ / index_.type().bytes)))
                 .advise("restore the file; `neox data verify` lists all damaged blocks");
         verified_[block].store(true, std::memory_order_relaxed);
     }
@@ -276,12 +276,12 @@ void IndexedDataset::read_tokens(uint64_t first, uint64_t count, const Target& t
     if (count == 0) return;
     const uint64_t size = index_.type().bytes;
     check_blocks(first * size, (first + count) * size - 1);
-    // pread and not the map: a file cut short under us is then a Fault and not a SIGBUS.
-    thread_local std::vector<uint8_t> raw;  // a loader reads many samples of one size
+    // pread instead of the map: a file truncated while open is then a Fault and not a SIGBUS.
+    thread_local std::vector<uint8_t> raw;  // reused: a loader reads many samples of one size
     raw.resize(count * size);
     bin_.read_at(raw.data(), raw.size(), first * size);
     to.put(index_.type(), raw.data(), at, count);
-    if (raw.size() > kKeptBytes) std::vector<uint8_t>().swap(raw);
+    if (raw.size() > kRetainedBytes) std::vector<uint8_t>().swap(raw);
 }
 
 void IndexedDataset::read(uint64_t first, uint64_t count, int64_t* out, int32_t* segments) const {
@@ -322,7 +322,7 @@ void IndexedDataset::read_ordered_to(const T* order, uint64_t length, uint64_t p
             throw Fault("sample runs past the end of its order").at(bin_.path()).found("position " + number(position)).expected("below " + number(length));
         const auto sequence = static_cast<uint64_t>(order[position]);
         if (sequence >= index_.num_sequences())
-            throw Fault("order names a sequence that is not there")
+            throw Fault("order names a sequence that does not exist")
                 .at(bin_.path())
                 .found(std::to_string(order[position]))
                 .expected("below " + number(index_.num_sequences()));

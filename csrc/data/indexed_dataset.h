@@ -2,7 +2,7 @@
 //
 // PREFIX.idx, little endian: 0 magic "MMIDIDX\0\0" | 9 u64 version 1 | 17 u8 token type | 18 u64 N sequences | 26 u64 D document borders |
 // 34 i32 size[N] | i64 byte offset in .bin [N] | i64 document[D]: sequence at which each document starts, last entry N.
-// Opening checks all of it against itself and against the size of .bin; a file that passes cannot make a read go out of bounds.
+// Opening checks the complete index for consistency, and against the size of .bin. No read of a file that passes can go out of bounds.
 #pragma once
 
 #include <algorithm>
@@ -28,11 +28,11 @@ struct TokenType {
     int64_t lowest, highest;
 };
 
-// Types 1-5 (u8 i8 i16 i32 i64) and 8 (u16). Throws Fault for the rest: 6 and 7 mean floats to some writers and u16, u32 to others.
+// Types 1-5 (u8 i8 i16 i32 i64) and 8 (u16). Throws Fault for any other: 6 and 7 mean floats to some writers, u16 and u32 to others.
 const TokenType& token_type(uint8_t code);
 const TokenType& token_type(const std::string& name);
 
-// Smallest and largest of some ids; without any, as it is here.
+// Smallest and largest id; smallest > largest if there is none.
 struct IdRange {
     int64_t smallest = INT64_MAX, largest = INT64_MIN;
 
@@ -43,10 +43,10 @@ struct IdRange {
 };
 IdRange id_range(const TokenType& type, const uint8_t* bytes, uint64_t count);
 
-// The checked content of an .idx, which stays where it is in memory (unaligned: every load copies).
+// The checked content of an .idx, read in place. It is unaligned, so every load copies.
 class Index {
   public:
-    // `name` is what messages call the file. Throws Fault when the bytes are not an index or contradict themselves.
+    // `name` is the file's name in messages. Throws Fault if the bytes are not an index or are inconsistent.
     Index(const uint8_t* bytes, uint64_t count, std::string name);
 
     const TokenType& type() const { return *type_; }
@@ -101,22 +101,22 @@ class IndexedDataset {
     uint64_t idx_checksum() const;
     void check_unchanged() const;
 
-    // From here on each block is compared with its checksum when a read first touches it.
+    // After this call, each block is compared with its checksum when a read first touches it.
     void guard(uint64_t block_bytes, std::vector<uint64_t> sums);
-    // Compares every block; returns the numbers of those that differ.
+    // Compares every block with its checksum; returns the numbers of those that differ.
     std::vector<uint64_t> damaged_blocks() const;
 
-    // Tokens [first, first + count) of the dataset, widened. `segments` may be null: else the running number of each token's document.
+    // Tokens [first, first + count) of the dataset, widened to 64 bits. `segments`, unless null, gets the running number of each token's document.
     void read(uint64_t first, uint64_t count, int64_t* out, int32_t* segments) const;
 
     // `count` tokens from a concatenation of sequences: order[position] from token `offset` on, order[position + 1], ...
-    // T is int32_t or int64_t. Throws Fault when the order ends before the count is reached or names a sequence that is not there.
+    // T is int32_t or int64_t. Throws Fault if the order ends before `count` tokens, or names a sequence that does not exist.
     template <typename T>
     void read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const;
 
-    // Samples of seq_length + 1 tokens, each into a row of its own: inputs (all but the last token) and targets (all but the first), both
-    // [rows, seq_length], and likewise segments, and positions in them from 0 on, which may both be null. Sample i goes to row rows[i].
-    // Returns the range of their ids.
+    // Destination of samples of seq_length + 1 tokens. Sample i goes to row rows[i] of `inputs` (all tokens but the last) and `targets` (all but
+    // the first), both [rows, seq_length]. `segments` (running number of each input's document) and `positions` (position in its segment) have
+    // the same shape and may be null. The reading functions return the range of the ids.
     struct Rows {
         const int64_t* rows;
         uint64_t count, seq_length;

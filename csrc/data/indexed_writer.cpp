@@ -24,7 +24,7 @@ void narrow(const int64_t* tokens, uint64_t count, std::vector<uint8_t>& out) {
 
 }  // namespace
 
-// PREFIX.bin: its buffer is one block, so that each flush is the block to sum.
+// PREFIX.bin. Its buffer is one block, so each flush is one block to checksum.
 class IndexedWriter::BlockFile : public OutputFile {
   public:
     BlockFile(const std::string& path, uint64_t block_bytes, std::vector<uint64_t>& sums, uint64_t resume_at = 0)
@@ -42,7 +42,7 @@ IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, u
     if (block_bytes == 0) throw Fault("block_bytes must be positive").found("0");
     bin_ = std::make_unique<BlockFile>(prefix_ + ".bin" + kPartial, block_bytes, block_sums_);
     idx_ = std::make_unique<OutputFile>(prefix_ + ".idx" + kPartial, kBuffer);
-    const std::vector<uint8_t> header(kIndexHeader, 0);  // filled in by finish(): until then the file is no index
+    const std::vector<uint8_t> header(kIndexHeader, 0);  // filled in by finish(); until then the file is not a valid index
     idx_->write(header.data(), header.size());
 }
 
@@ -53,9 +53,9 @@ IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, u
       num_documents_(progress.num_documents),
       num_tokens_(progress.num_tokens),
       largest_id_(progress.largest_id) {
-    if (block_bytes == 0 || progress.num_tokens == 0) throw Fault("there is nothing to go on with").at(prefix_);
+    if (block_bytes == 0 || progress.num_tokens == 0) throw Fault("nothing to resume from").at(prefix_);
     bin_ = std::make_unique<BlockFile>(prefix_ + ".bin" + kPartial, block_bytes, block_sums_, num_tokens_ * type_->bytes);
-    bin_->keep();  // until it is known that both can be used
+    bin_->keep();  // until both files are known to be usable
     idx_ = std::make_unique<OutputFile>(prefix_ + ".idx" + kPartial, kBuffer, kIndexHeader + 4 * num_sequences_);
     idx_->keep();
     bin_->reread();
@@ -68,7 +68,7 @@ IndexedWriter::~IndexedWriter() = default;
 
 WriterProgress IndexedWriter::sync() {
     check_open();
-    if (!borders_.empty() || num_sequences_ != num_documents_) throw Fault("only documents of one sequence can be gone on with").at(prefix_);
+    if (!borders_.empty() || num_sequences_ != num_documents_) throw Fault("only documents of one sequence can be resumed").at(prefix_);
     bin_->sync();
     idx_->sync();
     sync_folder_of(prefix_);
@@ -210,7 +210,7 @@ void IndexedWriter::finish() {
     std::memcpy(header + 18, &num_sequences_, 8);
     std::memcpy(header + 26, &borders, 8);
     idx_->write_at(header, sizeof header, 0);
-    remove_if_there(prefix_ + ".idx");  // an older index must never stand beside the new tokens
+    remove_if_there(prefix_ + ".idx");  // an old index must never be next to new tokens
     sync_folder_of(prefix_);
     bin_->publish(prefix_ + ".bin");
     idx_->publish(prefix_ + ".idx");

@@ -1,8 +1,8 @@
-// Builder of PREFIX.bin and PREFIX.idx, byte for byte as Megatron-LM writes them, in memory that does not grow with the corpus
-// (8 bytes per document only where documents have several sequences).
+// Writer of PREFIX.bin and PREFIX.idx, byte for byte as Megatron-LM writes them. Its memory does not grow with the corpus, except for 8 bytes per
+// document if documents have several sequences.
 //
-// Nothing carries the final names before finish(); PREFIX.idx appears after PREFIX.bin is durable, so that a process killed at any
-// time leaves nothing that opens.
+// No file has its final name before finish(), and PREFIX.idx appears after PREFIX.bin is durable. A process killed at any time therefore leaves no
+// dataset that opens.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace neox::data {
 
-// How far an unfinished dataset of one sequence per document has come.
+// The durable part of an unfinished dataset with one sequence per document.
 struct WriterProgress {
     uint64_t num_documents = 0, num_tokens = 0;
     int64_t largest_id = -1;
@@ -23,9 +23,9 @@ struct WriterProgress {
 
 class IndexedWriter {
   public:
-    // Blocks of `block_bytes` get a checksum each. Throws Fault when PREFIX.bin or PREFIX.idx cannot be created.
+    // Each block of `block_bytes` gets a checksum. Throws Fault if PREFIX.bin or PREFIX.idx cannot be created.
     IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes);
-    // Goes on with the partial files that `sync` left, cut back to what it returned.
+    // Resumes from the partial files that `sync` left, truncated to what it returned.
     IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes, const WriterProgress& progress);
     ~IndexedWriter();
 
@@ -33,18 +33,18 @@ class IndexedWriter {
     // Adds one sequence to the current document. Throws Fault for an id that the token type cannot hold or more than 2^31 - 1 tokens.
     void add_sequence(const int64_t* tokens, uint64_t count);
     void end_document();
-    // Adds documents of one sequence each: `tokens` holds `count` tokens of the file's own type, cut by `sizes`.
+    // Adds documents of one sequence each: `count` tokens of the dataset's token type, split by `sizes`.
     void add_documents(const void* tokens, uint64_t count, const int32_t* sizes, uint64_t num_documents);
-    // Appends a whole dataset of the same token type, its document borders included.
+    // Appends all documents of a dataset of the same token type.
     void add_dataset(const IndexedDataset& dataset);
 
-    // Publishes .bin, then .idx. The writer takes nothing afterwards.
+    // Publishes .bin, then .idx. Nothing can be added afterwards.
     void finish();
-    void abandon();  // removes what was written
-    // Makes the partial files durable; a writer can go on from what is returned, in this process or after it. Throws Fault for a document of
-    // several sequences, or none, or one that was not ended.
+    void abandon();  // removes the partial files
+    // Makes the partial files durable and returns what a later writer needs to resume from them, in any process. Throws Fault if there is no
+    // document, if one has several sequences, or if the last one was not ended.
     WriterProgress sync();
-    void keep();  // the partial files stay when the writer goes
+    void keep();  // the destructor leaves the partial files
 
     uint64_t num_sequences() const { return num_sequences_; }
     uint64_t num_documents() const { return num_documents_; }

@@ -9,7 +9,7 @@ namespace neox::data {
 
 namespace {
 
-constexpr int kDeepest = 64;  // nesting; deeper is left to the full parser
+constexpr int kDeepest = 64;  // nesting depth; deeper lines are left to the full parser
 
 bool is_space(uint8_t c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 bool is_digit(uint8_t c) { return c >= '0' && c <= '9'; }
@@ -24,7 +24,7 @@ class LineParser {
   public:
     LineParser(const uint8_t* at, const uint8_t* end, const uint8_t* limit) : at_(at), end_(end), limit_(limit) {}
 
-    // The whole line is an object; its value of `key`, the last one, is a string that is now in `text`.
+    // Parses the line as an object. True if its last value of `key` is a string, which is then in `text`.
     bool object_with(const std::string& key, TextBuffer& text, uint64_t& count) {
         bool found = false;
         space();
@@ -64,7 +64,7 @@ class LineParser {
         return at_ += length, true;
     }
 
-    // A string without escapes.
+    // Skips a string without escapes.
     bool plain_string() {
         if (!take('"')) return false;
         while (at_ < end_) {
@@ -77,7 +77,7 @@ class LineParser {
         return false;
     }
 
-    // A string whose value is not wanted.
+    // Skips a string.
     bool any_string() {
         if (!take('"')) return false;
         while (at_ < end_) {
@@ -110,7 +110,7 @@ class LineParser {
             case 'n':
                 return word("null");
             case 'N':
-                return word("NaN");  // this and Infinity as Python's json writes them
+                return word("NaN");  // as Python's json writes it; so does Infinity
             case 'I':
                 return word("Infinity");
             default:
@@ -142,7 +142,7 @@ class LineParser {
         return at_ > first;
     }
 
-    // A number of any size: its value is not wanted.
+    // Skips a number of any size.
     bool number() {
         if (take('-') && at_ < end_ && *at_ == 'I') return word("Infinity");
         if (!take('0') && !digits()) return false;
@@ -152,7 +152,7 @@ class LineParser {
         return digits();
     }
 
-    // The escape at `at_` as UTF-8: its bytes, or -1.
+    // Writes the escape at `at_` as UTF-8 and returns its bytes, or -1.
     int escape(uint8_t* out) {
         if (end_ - at_ < 2) return -1;
         const uint8_t kind = at_[1];
@@ -208,7 +208,7 @@ class LineParser {
         return 4;
     }
 
-    // A string whose value goes to `text`. Nothing grows by being unescaped.
+    // Reads a string into `text`. Unescaping never makes it longer.
     bool text_string(TextBuffer& text, uint64_t& count) {
         if (!take('"')) return false;
         uint8_t* out = text.room(static_cast<uint64_t>(end_ - at_));
@@ -238,19 +238,19 @@ class LineParser {
         return false;
     }
 
-    // Copies ASCII up to the next byte that needs a look.
+    // Copies ASCII up to the next byte that needs parsing.
     void copy_plain(uint8_t*& out) {
 #if defined(__SSE2__)
         while (limit_ - at_ >= 16) {
             const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at_));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(out), here);
-            const __m128i low = _mm_cmplt_epi8(here, _mm_set1_epi8(0x20));  // signed: control characters, and all that is not ASCII
+            const __m128i low = _mm_cmplt_epi8(here, _mm_set1_epi8(0x20));  // signed: control characters, and every byte that is not ASCII
             const __m128i marks = _mm_or_si128(_mm_cmpeq_epi8(here, _mm_set1_epi8('"')), _mm_cmpeq_epi8(here, _mm_set1_epi8('\\')));
             const auto mask = static_cast<uint32_t>(_mm_movemask_epi8(_mm_or_si128(low, marks)));
             const int plain = mask == 0 ? 16 : __builtin_ctz(mask);
             at_ += plain;
             out += plain;
-            if (plain < 16) return;  // also at the line feed behind the line
+            if (plain < 16) return;  // also at the line feed after the line
         }
 #endif
         while (at_ < end_ && *at_ >= 0x20 && *at_ < 0x80 && *at_ != '"' && *at_ != '\\') *out++ = *at_++;

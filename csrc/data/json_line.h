@@ -1,5 +1,5 @@
-// The text of a JSON line, for the lines that are beyond doubt. Whatever is unusual is left to the caller's full parser, which also
-// says what is wrong with it. What is accepted here is JSON, with NaN and Infinity and numbers of any size, as Python's json writes and reads it.
+// Fast parser for the text of common JSON lines. Anything unusual is left to the caller's full parser, which also reports errors. It accepts JSON with
+// NaN, Infinity and numbers of any size, as Python's json writes and reads it.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace neox::data {
 
-// Memory for one text and kPadding bytes behind it.
+// Memory for one text and kPadding bytes after it.
 class TextBuffer {
   public:
-    uint8_t* room(uint64_t count);  // for `count` bytes; the content is lost when it grows
+    uint8_t* room(uint64_t count);  // space for `count` bytes; growing loses the content
     uint8_t* begin() { return bytes_.get(); }
 
   private:
@@ -21,12 +21,12 @@ class TextBuffer {
 
 enum class LineKind {
     text,    // an object with the key, whose value is a string
-    blank,   // nothing but white space
+    blank,   // only white space
     unsure,  // anything else
 };
 
-// Reads one line [at, end) without its line feed. `limit` >= end: bytes up to there may be read. For LineKind::text, `text` holds
-// `count` bytes of valid UTF-8; of a key that occurs twice the last one counts.
+// Reads one line [at, end), without its line feed. Bytes up to `limit` >= end may be read. For LineKind::text, `text` gets `count` bytes of valid
+// UTF-8. If a key occurs twice, the last one counts.
 LineKind read_json_line(const uint8_t* at, const uint8_t* end, const uint8_t* limit, const std::string& key, TextBuffer& text, uint64_t& count);
 
 }  // namespace neox::data

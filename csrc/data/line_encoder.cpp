@@ -6,7 +6,7 @@ namespace neox::data {
 
 namespace {
 
-// Encodes the text in state.text; a text that gives no ids is no document.
+// Encodes the text in state.text. A text without ids is counted as empty and not as a document.
 void add_document(const TextEncoder& encoder, uint64_t count, int64_t eod, LineState& state) {
     const uint64_t before = state.ids.size();
     encoder.encode(state.text.begin(), count, state);

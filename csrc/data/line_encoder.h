@@ -1,4 +1,4 @@
-// Blocks of a corpus to ids: JSON lines, or one whole text.
+// Encodes blocks of a corpus: JSON lines, or one text.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace neox::data {
 
-// A line that the fast parser leaves to the caller: bytes [first, last) of the block, line `line` of it, before document `document`.
+// A line that the fast parser leaves to the caller: bytes [first, last) of the block, its line number `line`, before document `document`.
 struct UnsureLine {
     uint64_t first, last, line, document;
 };
@@ -28,16 +28,16 @@ struct LineState : TextEncoder::State {
 
 struct LineOptions {
     std::string key;   // of the text in a JSON object
-    int64_t eod = -1;  // id that ends each document; -1: none
+    int64_t eod = -1;  // id that ends each document; -1 for none
 };
 
-// Encodes whole lines, the last one with or without its line feed.
+// Encodes complete lines; the last one may lack its line feed.
 void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state);
 
-// Encodes one text. Returns false where it is not UTF-8.
+// Encodes one text. Returns false if it is not UTF-8.
 bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, int64_t eod, LineState& state);
 
-// The states of an encoder that several threads use: as many as run at one time.
+// A pool of encoder states for several threads: as many as ever run at the same time.
 class LineStates {
   public:
     std::unique_ptr<LineState> take();

@@ -11,7 +11,7 @@ namespace py = pybind11;
 namespace neox::data {
 namespace {
 
-// Bytes that grow, and behind them always a word that may be read.
+// A growing array of bytes, always followed by one readable word.
 class Bytes {
   public:
     size_t size() const { return size_; }
@@ -27,7 +27,7 @@ class Bytes {
     size_t size_ = 0;
 };
 
-// The bytes that the letters of a byte-level vocabulary stand for.
+// Maps the letters of a byte-level vocabulary to bytes.
 class Letters {
   public:
     static constexpr size_t kNoSpace = SIZE_MAX;
@@ -39,7 +39,7 @@ class Letters {
         }
     }
 
-    // Appends the bytes of a text; false where a letter stands for none. The first space is left out, and `space` says where it was.
+    // Appends the bytes of a text; false if a letter stands for no byte. The first space is left out, and `space` gets its position.
     bool append(const py::handle& text, Bytes& out, size_t& space) const {
         const auto length = static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr()));
         const void* data = PyUnicode_DATA(text.ptr());
@@ -71,7 +71,7 @@ class Letters {
         return true;
     }
 
-    std::vector<int16_t> bytes_;  // by letter; -1: none
+    std::vector<int16_t> bytes_;  // by letter; -1 for none
 };
 
 // The tokens of a byte-level vocabulary by their bytes.
@@ -88,7 +88,7 @@ class ByteVocabulary {
             const size_t start = bytes_.size();
             size_t space = Letters::kNoSpace;
             if (!letters.append(token, bytes_, space) || space != Letters::kNoSpace) {
-                bytes_.set_size(start);  // no merge makes it
+                bytes_.set_size(start);  // no merge produces it
                 continue;
             }
             const long long number = PyLong_AsLongLong(id.ptr());
@@ -101,7 +101,7 @@ class ByteVocabulary {
         }
     }
 
-    // The id of a token; -1: there is none. Reads a word behind it.
+    // The id of a token; -1 if there is none. Reads one word past it.
     int64_t find(const char* wanted, size_t length) const {
         for (size_t at = hash(wanted, length) >> shift_; slots_[at] != 0; at = (at + 1) & (slots_.size() - 1)) {
             const Token& token = tokens_[slots_[at] - 1];
@@ -138,14 +138,14 @@ class ByteVocabulary {
 
     Bytes bytes_;
     std::vector<Token> tokens_;
-    std::vector<uint32_t> slots_;  // open addressing: number of a token and one, 0: free
+    std::vector<uint32_t> slots_;  // open addressing: number of a token plus one; 0 is free
     size_t shift_;
 };
 
 // Whether a byte can occur in UTF-8.
 bool occurs(int byte) { return byte != 0xC0 && byte != 0xC1 && byte < 0xF5; }
 
-// Reads a merge's two sides, one after the other, to `both`; returns where the second begins, Letters::kNoSpace where one of them is no token's text.
+// Reads the two sides of a merge into `both` and returns where the second begins; Letters::kNoSpace if a side is not the text of a token.
 size_t read_merge(const Letters& letters, const py::handle& merge, Bytes& both) {
     const auto refuse = [&](const char* reason) { throw py::value_error("merge " + std::string(py::str(merge)) + " " + reason); };
     both.set_size(0);

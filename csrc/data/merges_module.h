@@ -1,4 +1,4 @@
-// The merges of a `tokenizers` file as ids. Python would take longer for this than for a megabyte of text.
+// The merges of a `tokenizers` file as ids. In Python this takes longer than encoding a megabyte of text.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,13 +9,13 @@
 
 namespace neox::data {
 
-// Merge r makes merged[r] of (left[r], right[r]); byte_ids: id of each of the 256 bytes, BytePairs::kNone where the vocabulary lacks it.
+// Merge r turns (left[r], right[r]) into merged[r]. byte_ids: id of each of the 256 bytes, BytePairs::kNone if the vocabulary lacks it.
 struct Merges {
     std::vector<uint32_t> byte_ids, left, right, merged;
 };
 
-// Of a byte-level vocabulary (text of a token -> id) and its merges, "left right" or [left, right]; `letters` are those that stand for the 256 bytes.
-// Throws value_error or type_error for what csrc/data cannot do: a byte of UTF-8 that is no token, a merge of unknown tokens, an id that is too large.
+// Reads a byte-level vocabulary (text of a token -> id) and its merges, "left right" or [left, right]; `letters` stand for the 256 bytes. Throws
+// value_error or type_error for what csrc/data does not support: a UTF-8 byte without a token, a merge of unknown tokens, an id that is too large.
 Merges read_merges(const std::u32string& letters, const pybind11::dict& vocab, const pybind11::list& merges);
 
 }  // namespace neox::data

@@ -1,18 +1,17 @@
-// neox._data: the dataset core for Python. Arrays go in and out as numpy; long work runs without the interpreter lock.
-#include <fcntl.h>
+// neox._data: Python bindings of the dataset core. Arrays are numpy; long work runs without the interpreter lock.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
 
 #include <cerrno>
 #include <functional>
 
+#include "data/batch.h"
 #include "data/bindings.h"
 #include "data/blend.h"
 #include "data/checksum.h"
-#include "data/clones.h"
 #include "data/fault.h"
+#include "data/file.h"
 #include "data/indexed_dataset.h"
 #include "data/indexed_writer.h"
 #include "data/sample_index.h"
@@ -26,16 +25,16 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 template <typename T>
-using Exact = py::array_t<T, py::array::c_style>;  // as it is, not a copy of the wanted kind
+using Exact = py::array_t<T, py::array::c_style>;  // no conversion, so that writes reach the caller's array
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
-// Raises neox.errors.DataError or DiskError with the parts of the fault.
+// Raises neox.errors.DataError or DiskError with the fields of the fault.
 void raise_fault(const Fault& fault) {
     const auto errors = py::module_::import("neox.errors");
     const auto type = errors.attr(fault.kind == FaultKind::disk ? "DiskError" : "DataError");
     py::dict parts;
     const auto add = [&](const char* name, const std::string& value) {
-        // Paths are bytes to us; undecodable ones show as Python shows them.
+        // Paths are bytes; undecodable ones are shown as Python shows them.
         if (!value.empty())
             parts[name] = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<Py_ssize_t>(value.size())));
     };
@@ -53,7 +52,7 @@ uint64_t check_below(int64_t value, uint64_t bound, const char* what) {
     return static_cast<uint64_t>(value);
 }
 
-// A numpy view of mapped memory (unaligned for most dtypes), read-only, which keeps `owner` alive.
+// A read-only numpy view of mapped memory (unaligned for most dtypes) that keeps `owner` alive.
 py::array view(const py::dtype& dtype, uint64_t count, const uint8_t* bytes, const py::object& owner) {
     py::array array(dtype, {static_cast<py::ssize_t>(count)}, {dtype.itemsize()}, bytes, owner);
     py::detail::array_proxy(array.ptr())->flags &= ~(py::detail::npy_api::NPY_ARRAY_WRITEABLE_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_);
@@ -98,7 +97,7 @@ py::tuple read_ordered(const IndexedDataset& self, const py::array_t<T, py::arra
     });
 }
 
-// An array of the shape of `inputs`, or null for None.
+// The data of an array with the shape of `inputs`; null for None.
 template <typename T>
 T* data_like(const Exact<int64_t>& inputs, const py::object& given, const char* name) {
     if (given.is_none()) return nullptr;
@@ -109,7 +108,7 @@ T* data_like(const Exact<int64_t>& inputs, const py::object& given, const char* 
     return array.mutable_data();
 }
 
-// The arrays that rows of samples go to, checked: inputs, targets, segments or None, positions or None.
+// Checks the destination arrays: inputs, targets, segments or None, positions or None.
 IndexedDataset::Rows rows_of(const Array<int64_t>& rows, Exact<int64_t>& inputs, const py::object& targets, const py::object& segments,
                              const py::object& positions) {
     if (inputs.ndim() != 2 || targets.is_none()) throw py::value_error("inputs and targets must be [rows, seq_length]");
@@ -131,12 +130,12 @@ void check_starts(const Array<int64_t>& starts, const IndexedDataset::Rows& to) 
     for (py::ssize_t i = 0; i < starts.size(); ++i) check_below(starts.data()[i], INT64_MAX / 2, "start");
 }
 
-// The largest id; where one is negative, all ones.
+// The largest id; 2^64 - 1 if some id is negative.
 uint64_t largest_of(const IdRange& range) { return range.smallest < 0 ? UINT64_MAX : static_cast<uint64_t>(std::max<int64_t>(range.largest, 0)); }
 
 uint64_t read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
-                   const py::object& segments, const py::object& places) {
-    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, places);
+                   const py::object& segments, const py::object& position_ids) {
+    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, position_ids);
     check_starts(firsts, to);
     const int64_t* from = firsts.data();
     py::gil_scoped_release released;
@@ -146,8 +145,8 @@ uint64_t read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, con
 template <typename T>
 uint64_t read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, const Array<int64_t>& positions,
                            const Array<int64_t>& offsets, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
-                           const py::object& segments, const py::object& places) {
-    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, places);
+                           const py::object& segments, const py::object& position_ids) {
+    const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, position_ids);
     check_starts(positions, to);
     check_starts(offsets, to);
     const T* data = order.data();
@@ -170,7 +169,7 @@ py::array sample_index_as(const uint8_t* sizes, int64_t num_sizes, const Array<D
     return out;
 }
 
-// `sizes` may be an unaligned view of a mapped index: numpy would copy it to align it, the core need not.
+// `sizes` may be an unaligned view of a mapped index, which numpy would copy to align it. The core reads it in place.
 py::array sample_index(const py::array& sizes, const py::array& order, int64_t seq_length, int64_t rows, bool wide, int threads) {
     if (!sizes.dtype().equal(py::dtype::of<int32_t>()) || sizes.ndim() != 1 || (sizes.size() > 1 && sizes.strides(0) != 4))
         throw py::type_error("sizes must be a contiguous int32 array");
@@ -216,96 +215,47 @@ void add_documents(IndexedWriter& writer, const py::array& tokens, const Array<i
     writer.add_documents(data, count, size_data, documents);
 }
 
-// Fills `out` with a file's bytes from `offset` on and returns their XXH3: parts of a size that stays in the second cache are read, then digested.
-uint64_t read_xxh3(int descriptor, uint64_t offset, const py::buffer& out) {
-    constexpr uint64_t kPart = 256 << 10;
+// Fills `out` with the bytes of a file from `offset` and returns their XXH3.
+uint64_t read_xxh3_into(int descriptor, uint64_t offset, const py::buffer& out) {
     const py::buffer_info info = out.request(true);
-    auto* bytes = static_cast<uint8_t*>(info.ptr);
     const auto count = static_cast<uint64_t>(info.size * info.itemsize);
-    int error = 0;
-    uint64_t done = 0, hash = 0;
+    HashedRead found;
     {
         py::gil_scoped_release released;
-        Xxh3 digest(bytes, count);
-        while (done < count) {
-            const ssize_t got = ::pread(descriptor, bytes + done, std::min(count - done, kPart), static_cast<off_t>(offset + done));
-            if (got < 0 && errno == EINTR) continue;
-            if (got <= 0) {
-                error = got < 0 ? errno : 0;
-                break;
-            }
-            done += static_cast<uint64_t>(got);
-            digest.advance(done);
-        }
-        if (done == count) hash = digest.finish();
+        found = read_xxh3(descriptor, offset, info.ptr, count);
     }
-    if (error != 0) {
-        errno = error;
+    if (found.error != 0) {
+        errno = found.error;
         PyErr_SetFromErrno(PyExc_OSError);
         throw py::error_already_set();
     }
-    if (done < count) {
-        PyErr_SetString(PyExc_EOFError, "the file ends before");
+    if (found.bytes < count) {
+        PyErr_SetString(PyExc_EOFError, "the file is shorter");
         throw py::error_already_set();
     }
-    return hash;
+    return found.hash;
 }
 
-// Asks the system to begin writing a file's bytes to its disk; it would otherwise wait until they are asked to be durable. Nothing where it cannot be asked.
-void start_writeback(int descriptor, int64_t offset, int64_t count) {
-#if defined(__linux__)
-    sync_file_range(descriptor, offset, count, SYNC_FILE_RANGE_WRITE);
-#else
-    (void)descriptor, (void)offset, (void)count;
-#endif
-}
-
-// Index of the first token outside [0, vocab_size), or -1.
-NEOX_CLONES bool any_outside(const int64_t* data, int64_t count, int64_t vocab_size) {
-    bool bad = false;
-    for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(data[i]) >= static_cast<uint64_t>(vocab_size);
-    return bad;
-}
-
-int64_t first_outside(const Array<int64_t>& tokens, int64_t vocab_size) {
+int64_t first_outside_in(const Array<int64_t>& tokens, int64_t vocab_size) {
     const int64_t* data = tokens.data();
     const int64_t count = tokens.size();
     py::gil_scoped_release released;
-    if (!any_outside(data, count, vocab_size)) return -1;
-    for (int64_t i = 0; i < count; ++i)
-        if (data[i] < 0 || data[i] >= vocab_size) return i;
-    return -1;
+    return first_outside(data, count, vocab_size);
 }
 
-// to[i]: how many of the numbers before i are the same as the i-th without a break. By runs, whose ends are looked for in groups: most are long.
-NEOX_CLONES void places_in_runs(const int32_t* from, int64_t length, int64_t* to) {
-    constexpr int64_t kGroup = 32;
-    for (int64_t i = 0; i < length;) {
-        const int64_t start = i;
-        const int32_t same = from[start];
-        for (; i + kGroup <= length; i += kGroup) {
-            int32_t differ = 0;
-            for (int64_t j = 0; j < kGroup; ++j) differ |= from[i + j] ^ same;
-            if (differ) break;
-        }
-        while (i < length && from[i] == same) ++i;
-        for (int64_t j = start; j < i; ++j) to[j] = j - start;
-    }
-}
-
-// out[r][i]: how many of the tokens before i in row r are of the same segment without a break.
-void positions_in_segments(const Exact<int32_t>& segments, Exact<int64_t>& out) {
+// Position ids of each row.
+void positions_of_rows(const Exact<int32_t>& segments, Exact<int64_t>& out) {
     if (segments.ndim() != 2 || out.ndim() != 2 || segments.shape(0) != out.shape(0) || segments.shape(1) != out.shape(1))
         throw py::value_error("segments and out must be [rows, seq_length]");
     const int32_t* from = segments.data();
     int64_t* to = out.mutable_data();
     const py::ssize_t rows = segments.shape(0), length = segments.shape(1);
     py::gil_scoped_release released;
-    for (py::ssize_t row = 0; row < rows; ++row) places_in_runs(from + row * length, length, to + row * length);
+    for (py::ssize_t row = 0; row < rows; ++row) positions_in_segments(from + row * length, length, to + row * length);
 }
 
 void bind_dataset(py::module_& module) {
-    py::class_<IndexedDataset>(module, "Dataset", "PREFIX.bin and PREFIX.idx, checked and mapped")
+    py::class_<IndexedDataset>(module, "Dataset", "PREFIX.bin and PREFIX.idx, checked and memory-mapped")
         .def(py::init<const std::string&>(), py::arg("prefix"), NoGil())
         .def_property_readonly("dtype", [](const IndexedDataset& self) { return std::string(self.index().type().name); })
         .def_property_readonly("num_sequences", [](const IndexedDataset& self) { return self.index().num_sequences(); })
@@ -354,11 +304,11 @@ void bind_dataset(py::module_& module) {
         .def("find_bad_token", &IndexedDataset::find_bad_token, py::arg("vocab_size"), NoGil())
         .def("read", &read, py::arg("first"), py::arg("count"), py::arg("segments") = false)
         .def("read_rows", &read_rows, py::arg("firsts"), py::arg("rows"), py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"),
-             py::arg("places"))
+             py::arg("position_ids"))
         .def("read_ordered_rows", &read_ordered_rows<int32_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
-             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("places"))
+             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("position_ids"))
         .def("read_ordered_rows", &read_ordered_rows<int64_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
-             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("places"))
+             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("position_ids"))
         .def("read_ordered", &read_ordered<int32_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
              py::arg("segments") = false)
         .def("read_ordered", &read_ordered<int64_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
@@ -366,7 +316,7 @@ void bind_dataset(py::module_& module) {
 }
 
 void bind_writer(py::module_& module) {
-    py::class_<IndexedWriter>(module, "Writer", "Builder of PREFIX.bin and PREFIX.idx")
+    py::class_<IndexedWriter>(module, "Writer", "Writer of PREFIX.bin and PREFIX.idx")
         .def(py::init<std::string, const std::string&, uint64_t>(), py::arg("prefix"), py::arg("dtype"), py::arg("block_bytes"))
         .def(py::init([](std::string prefix, const std::string& dtype, uint64_t block_bytes, const std::tuple<uint64_t, uint64_t, int64_t>& resume) {
                  const auto [documents, tokens, largest] = resume;
@@ -384,7 +334,7 @@ void bind_writer(py::module_& module) {
                 const WriterProgress progress = self.sync();
                 return py::make_tuple(progress.num_documents, progress.num_tokens, progress.largest_id);
             },
-            "Make the partial files durable; the result is what `resume` takes")
+            "Make the partial files durable; returns the argument for `resume`")
         .def("keep", &IndexedWriter::keep)
         .def("abandon", &IndexedWriter::abandon)
         .def_property_readonly("dtype", [](const IndexedWriter& self) { return std::string(self.type().name); })
@@ -418,8 +368,8 @@ PYBIND11_MODULE(_data, module) {
     module.def("blend", &blend_block, py::arg("weights"), py::arg("first"), py::arg("count"), py::arg("taken"));
     module.def("permute", &permute, py::arg("key"), py::arg("size"), py::arg("value"));
     module.def("mix", &mix, py::arg("key"), py::arg("value"));
-    module.def("positions_in_segments", &positions_in_segments, py::arg("segments").noconvert(), py::arg("out").noconvert());
-    module.def("first_outside", &first_outside, py::arg("tokens"), py::arg("vocab_size"));
+    module.def("positions_in_segments", &positions_of_rows, py::arg("segments").noconvert(), py::arg("out").noconvert());
+    module.def("first_outside", &first_outside_in, py::arg("tokens"), py::arg("vocab_size"));
     module.def("checksum", [](const py::buffer& buffer) {
         const py::buffer_info info = buffer.request();
         py::gil_scoped_release released;
@@ -431,7 +381,7 @@ PYBIND11_MODULE(_data, module) {
         return xxh3(info.ptr, static_cast<uint64_t>(info.size * info.itemsize));
     });
     module.def("start_writeback", &start_writeback, py::arg("descriptor"), py::arg("offset"), py::arg("count"), NoGil());
-    module.def("read_xxh3", &read_xxh3, py::arg("descriptor"), py::arg("offset"), py::arg("out"));
+    module.def("read_xxh3", &read_xxh3_into, py::arg("descriptor"), py::arg("offset"), py::arg("out"));
     module.def("file_checksum", &file_checksum, py::arg("path"), NoGil());
     module.def("file_block_checksums", &file_block_checksums, py::arg("path"), py::arg("block_bytes"), NoGil());
     py::class_<EpochOrder>(module, "EpochOrder", "Sample order over unbounded epochs: a pure function of key and sample number")

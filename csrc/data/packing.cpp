@@ -7,8 +7,8 @@
 namespace neox::data {
 namespace {
 
-// A set of numbers below a bound that finds its smallest member from a number on: one bit each, and above them levels with a bit for every
-// word that is not empty. Three levels reach 262,144 and six all of int32.
+// A set of numbers below a bound that finds its smallest member >= a number: one bit per number, and levels above with a bit for every word that is not
+// empty. Three levels cover 262,144 numbers, six cover int32.
 class SortedSet {
   public:
     explicit SortedSet(int64_t bound) {
@@ -34,7 +34,7 @@ class SortedSet {
         }
     }
 
-    // Smallest member that is at least `value`; -1 without one.
+    // Smallest member >= `value`; -1 if there is none.
     int64_t at_least(int64_t value) const {
         for (size_t level = 0; level < levels_.size(); ++level) {
             const auto word = static_cast<size_t>(value / 64);
@@ -55,13 +55,13 @@ class SortedSet {
     std::vector<std::vector<uint64_t>> levels_;
 };
 
-// Numbers of the pieces from the longest to the shortest, those of one size in their order.
+// Numbers of the segments from the longest to the shortest; equal sizes keep their order.
 std::vector<int64_t> longest_first(const int32_t* sizes, int64_t count, int64_t capacity) {
     std::vector<int64_t> next(static_cast<size_t>(capacity) + 2);
     for (int64_t i = 0; i < count; ++i) {
         if (sizes[i] < 1 || sizes[i] > capacity)
-            throw Fault("piece does not fit a sample")
-                .at("piece " + std::to_string(i))
+            throw Fault("segment does not fit a sample")
+                .at("segment " + std::to_string(i))
                 .found(std::to_string(sizes[i]))
                 .expected("1 to " + std::to_string(capacity));
         ++next[static_cast<size_t>(capacity - sizes[i]) + 1];
@@ -76,15 +76,15 @@ std::vector<int64_t> longest_first(const int32_t* sizes, int64_t count, int64_t 
 
 Packing best_fit(const int32_t* sizes, int64_t count, int64_t capacity) {
     if (capacity < 1 || capacity > INT32_MAX) throw Fault("capacity of a sample is out of range").found(std::to_string(capacity));
-    const std::vector<int64_t> pieces = longest_first(sizes, count, capacity);
-    SortedSet rooms(capacity + 1);                                     // what some open sample has room for
-    std::vector<int64_t> open(static_cast<size_t>(capacity) + 1, -1);  // room -> the sample that got it last
-    std::vector<int64_t> below;                                        // sample -> the one that had the same room before it
-    std::vector<int64_t> sample_of(static_cast<size_t>(count));        // place in `pieces` -> sample
+    const std::vector<int64_t> segments = longest_first(sizes, count, capacity);
+    SortedSet rooms(capacity + 1);                                     // amounts of room that some open sample has
+    std::vector<int64_t> open(static_cast<size_t>(capacity) + 1, -1);  // room -> the latest sample with that room
+    std::vector<int64_t> below;                                        // sample -> the previous sample with the same room
+    std::vector<int64_t> sample_of(static_cast<size_t>(count));        // position in `segments` -> sample
     Packing out;
     out.starts.push_back(0);
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t size = sizes[pieces[static_cast<size_t>(i)]];
+        const int64_t size = sizes[segments[static_cast<size_t>(i)]];
         int64_t room = rooms.at_least(size), sample;
         if (room < 0) {
             room = capacity;
@@ -108,7 +108,7 @@ Packing best_fit(const int32_t* sizes, int64_t count, int64_t capacity) {
     out.order.resize(static_cast<size_t>(count));
     std::vector<int64_t> next(out.starts.begin(), out.starts.end() - 1);
     for (int64_t i = 0; i < count; ++i)
-        out.order[static_cast<size_t>(next[static_cast<size_t>(sample_of[static_cast<size_t>(i)])]++)] = pieces[static_cast<size_t>(i)];
+        out.order[static_cast<size_t>(next[static_cast<size_t>(sample_of[static_cast<size_t>(i)])]++)] = segments[static_cast<size_t>(i)];
     return out;
 }
 

@@ -21,13 +21,13 @@ namespace {
 using Wide = unsigned __int128;
 
 constexpr int kRounds = 8;
-constexpr int64_t kAhead = 128;                   // documents whose size is fetched ahead: the order is random, every size is a cache miss
-constexpr int64_t kSegment = 16384;               // documents whose sizes are gathered before they are looked at: 64 KiB
-constexpr int64_t kWorthThreads = 16 * kSegment;  // documents of an order
+constexpr int64_t kAhead = 128;                   // documents to prefetch: the order is random, so every size is a cache miss
+constexpr int64_t kSegment = 16384;               // documents whose sizes are gathered at a time: 64 KiB
+constexpr int64_t kWorthThreads = 16 * kSegment;  // documents of an order that is worth threads
 
 #define NEOX_STEP inline __attribute__((always_inline))
 
-// value x bound / 2^64: an even map of a 64-bit hash to [0, bound) without division.
+// value x bound / 2^64: maps a 64-bit hash evenly to [0, bound) without division.
 uint64_t scale(uint64_t hash, uint64_t bound) { return static_cast<uint64_t>((static_cast<Wide>(hash) * bound) >> 64); }
 
 uint64_t ceil_root(uint64_t value) {
@@ -55,7 +55,7 @@ template <typename Doc>
     throw Fault("document order changed while it was read");
 }
 
-// The sizes of the documents order[first, last), one after the other to `out`, and their sum. Each is a cache miss of its own.
+// Gathers the sizes of documents order[first, last) into `out`, and their sum. Each is a cache miss.
 template <typename Doc>
 class Gather {
   public:
@@ -64,16 +64,16 @@ class Gather {
         if (bound_ == 0 && first < last) refuse(sizes, num_sizes, order, first, last);
     }
 
-    // Documents that can be taken by `step`; those after them by `finish`.
+    // Number of documents for `step`; `finish` takes the rest.
     int64_t steps() const { return std::max<int64_t>(0, std::min(last_, length_ - kAhead) - first_); }
 
     NEOX_STEP void step(int64_t i) {
         const auto later = static_cast<uint64_t>(static_cast<int64_t>(order_[first_ + i + kAhead]));
-        __builtin_prefetch(sizes_ + 4 * (later < bound_ ? later : 0), 0, 2);  // to the second level: more fetches can be under way than to the first
+        __builtin_prefetch(sizes_ + 4 * (later < bound_ ? later : 0), 0, 2);  // into the second-level cache, which has more outstanding fetches than the first
         take(i);
     }
 
-    // All documents from the i-th on. Returns the sum of all.
+    // Gathers all documents from number i. Returns the sum of all sizes.
     int64_t finish(int64_t i) {
         for (const int64_t end = steps(); i < end; ++i) step(i);
         for (; i < last_ - first_; ++i) take(i);
@@ -108,7 +108,7 @@ class RowWriter {
     RowWriter(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length, RowRange<Row> range)
         : sizes_(sizes), first_(first), count_(count), seq_length_(seq_length) {
         const int64_t row = start / seq_length + (start % seq_length != 0);
-        const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));  // those after it belong to the next documents
+        const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));  // later rows belong to later documents
         if (row >= rows) return;
         offset_ = row * seq_length - start;
         out_ = range.out + 2 * (row - range.first), end_ = range.out + 2 * (rows - range.first);
@@ -119,7 +119,7 @@ class RowWriter {
     NEOX_STEP void step(int64_t i) {
         if (out_ == end_) return;
         const int64_t size = sizes_[i];
-        // Written before it is known whether the row starts here, so that nothing has to be guessed: the next document writes it again.
+        // Written unconditionally, to avoid a mispredicted branch: if the row does not start here, the next document overwrites it.
         out_[0] = static_cast<Row>(first_ + i);
         out_[1] = static_cast<Row>(offset_);
         offset_ -= size;
@@ -139,19 +139,19 @@ class RowWriter {
   private:
     const int32_t* sizes_;
     int64_t first_, count_, seq_length_;
-    int64_t offset_ = 0;  // of the next row in the document
+    int64_t offset_ = 0;  // of the next row in the current document
     Row *out_ = nullptr, *end_ = nullptr;
 };
 
-// Makes the index segment by segment. While a thread writes the rows of one it gathers the sizes of the next, of which nearly all the time is waiting for
-// memory. Threads take segments in turn, and where a segment starts in the stream is handed on from each to the next.
+// Builds the index segment by segment. While a thread writes the rows of one segment it gathers the sizes of its next one, because gathering is nearly
+// all memory latency. Threads take segments in turn; each passes the start of the next segment in the stream to the thread that has it.
 template <typename Doc, typename Row>
 class Builder {
   public:
     Builder(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, RowRange<Row> range)
         : sizes_(sizes), num_sizes_(num_sizes), order_(order), length_(length), seq_length_(seq_length), range_(range) {}
 
-    // Returns the number of tokens that were looked at: at least `needed`, or all of the stream.
+    // Returns the number of tokens read: at least `needed`, or the complete stream.
     Wide run(Wide needed, int threads) {
         needed_ = needed;
         const int64_t each = 2 * kSegment;
@@ -160,7 +160,7 @@ class Builder {
         try {
             for (int i = 1; i < threads; ++i) others.emplace_back([this, buffer = buffers.data() + i * each] { work(buffer, buffer + kSegment); });
         } catch (const std::system_error&) {
-            // no more threads are to be had: those that there are do the work
+            // no more threads can be started: the existing ones do the work
         }
         work(buffers.data(), buffers.data() + kSegment);
         for (std::thread& other : others) other.join();
@@ -170,7 +170,7 @@ class Builder {
 
   private:
     void work(int32_t* sizes, int32_t* next_sizes) {
-        int64_t segment = 0, held = 0, start = 0, end = 0;  // how many sizes are there, of which, and where it starts and ends in the stream
+        int64_t segment = 0, held = 0, start = 0, end = 0;  // segment held, number of its sizes, and its start and end in the stream
         while (true) {
             const int64_t next = next_++, first = next * kSegment, count = std::min(length_ - first, kSegment);
             RowWriter<Row> writer(sizes, segment * kSegment, held, start, end, seq_length_, range_);
@@ -179,7 +179,7 @@ class Builder {
             try {
                 sum = gather_and_write(Gather<Doc>(sizes_, num_sizes_, order_, length_, first, first + count, next_sizes), writer);
             } catch (...) {
-                // The first fault of the order counts, whichever thread is the first to meet one: all before it get their turn.
+                // The first fault in the order is reported, whichever thread finds one first: all earlier segments are finished.
                 if (wait_for_turn(next)) fault_ = std::current_exception();
                 enough_ = true;
                 return;
@@ -192,7 +192,7 @@ class Builder {
         }
     }
 
-    // Returns the sum of the sizes that were gathered. All rows are written even where it throws.
+    // Returns the sum of the gathered sizes. All rows are written even if it throws.
     static int64_t gather_and_write(Gather<Doc> gather, RowWriter<Row> writer) {
         int64_t i = 0;
         for (const int64_t both = std::min(gather.steps(), writer.count()); i < both; ++i) {
@@ -203,7 +203,7 @@ class Builder {
         return gather.finish(i);
     }
 
-    // False if the stream needs to go no further: only the thread whose turn it is says so, and then all who wait come after it.
+    // False if no more of the stream is needed. Only the thread whose turn it is decides that, and all waiting threads come after it.
     bool wait_for_turn(int64_t segment) const {
         while (turn_.load(std::memory_order_acquire) != segment) {
             if (enough_) return false;
@@ -218,10 +218,10 @@ class Builder {
     int64_t length_, seq_length_;
     RowRange<Row> range_;
     Wide needed_ = 0;
-    std::atomic<int64_t> next_{0};     // segment to be taken
-    std::atomic<int64_t> turn_{0};     // segment whose start is known
-    std::atomic<bool> enough_{false};  // no further segment is to be taken
-    int64_t tokens_ = 0;               // before segment turn_; only its thread touches this and fault_
+    std::atomic<int64_t> next_{0};     // next segment to take
+    std::atomic<int64_t> turn_{0};     // segment whose start in the stream is known
+    std::atomic<bool> enough_{false};  // take no further segment
+    int64_t tokens_ = 0;               // before segment turn_; only the thread of that segment accesses this and fault_
     std::exception_ptr fault_;
 };
 
@@ -241,12 +241,12 @@ template <typename Doc, typename Row>
 void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, Row* out, int64_t rows, int threads) {
     if (seq_length <= 0) throw Fault("seq_length must be positive").found(std::to_string(seq_length));
     if (rows <= 0) return;
-    const Wide needed = static_cast<Wide>(rows - 1) * static_cast<Wide>(seq_length) + 1;  // the last row starts at the last of these
+    const Wide needed = static_cast<Wide>(rows - 1) * static_cast<Wide>(seq_length) + 1;  // the last row starts at the last of these tokens
     Builder<Doc, Row> builder(sizes, num_sizes, order, length, seq_length, RowRange<Row>{out, 0, rows});
     const Wide tokens = builder.run(needed, length < kWorthThreads ? 1 : threads);
     if (tokens < needed) {
         const auto have = static_cast<uint64_t>(tokens), length_of_one = static_cast<uint64_t>(seq_length);
-        throw Fault("documents end before the samples do")
+        throw Fault("documents have fewer tokens than the samples need")
             .at("sample " + std::to_string(have / length_of_one + (have % length_of_one != 0)))
             .expected(std::to_string(rows) + " rows");
     }
@@ -300,7 +300,7 @@ uint64_t permute(uint64_t key, uint64_t size, uint64_t value) {
 uint64_t EpochOrder::first_token(uint64_t sample) const {
     const uint64_t per_epoch = samples_per_epoch();
     const uint64_t epoch_key = mix(key, sample / per_epoch);
-    // Tokens left over by whole samples: the phase moves the cut, so that no token is left out in every epoch.
+    // Tokens that complete samples leave over. The phase moves the cut, so that no token is left out in every epoch.
     const uint64_t spare = (num_tokens - 1) - per_epoch * seq_length;
     const uint64_t phase = scale(mix(epoch_key, ~uint64_t{0}), spare + 1);
     return phase + permute(epoch_key, per_epoch, sample % per_epoch) * seq_length;

@@ -11,10 +11,10 @@ namespace neox::data {
 
 namespace {
 
-constexpr uint32_t kIgnored = UINT32_MAX - 1;  // value of an added token that stays text
+constexpr uint32_t kIgnored = UINT32_MAX - 1;  // value of an added token that is encoded as text
 constexpr uint32_t kNoMatch = UINT32_MAX;
 
-// kMask + 24 - n: 24 bytes of which the first n are set.
+// kMask + 24 - n points to 24 bytes, of which the first n are set.
 struct alignas(16) Mask {
     uint8_t bytes[48];
     constexpr Mask() : bytes() {
@@ -23,7 +23,7 @@ struct alignas(16) Mask {
 };
 constexpr Mask kMask;
 
-// Hands the text between the matches to `other` and the ids of the matches to `matched`.
+// Calls `other` with the text between the matches and `matched` with the ids of the matches.
 template <typename Other, typename Matched>
 void cut(const StringMatcher& matcher, const uint8_t* at, const uint8_t* end, const Other& other, const Matched& matched) {
     if (matcher.empty()) return other(at, end);
@@ -76,7 +76,7 @@ uint32_t StringMatcher::match(const uint8_t* at, const uint8_t* end, uint64_t& l
     return value;
 }
 
-// The next place where two bytes are those of a string; `end` if there is none. Vectors for a few starts, a table walk for many.
+// The next position whose two bytes start some string; `end` if there is none. Uses vectors for few distinct starts, a table for many.
 const uint8_t* StringMatcher::next_start(const uint8_t* at, const uint8_t* end) const {
 #if defined(__SSE2__)
     constexpr size_t kFew = 4;
@@ -128,7 +128,7 @@ void* zeroed_pages(uint64_t bytes) {
     void* made = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
     if (made == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (alignment == kHugePage) ::madvise(made, bytes, MADV_HUGEPAGE);  // a wish: without huge pages it works as well, a little slower
+    if (alignment == kHugePage) ::madvise(made, bytes, MADV_HUGEPAGE);  // only a hint: without huge pages it is a little slower
 #endif
     return std::memset(made, 0, bytes);
 }
@@ -147,8 +147,8 @@ inline void WordCache::make_key(const uint8_t* word, uint64_t length, Key& key) 
     }
     key.length = static_cast<uint32_t>(length);
     const uint64_t hashed = hash(key);
-    key.place = static_cast<uint32_t>(hashed >> (64 - kBits));
-    length <= kShort ? __builtin_prefetch(&lines_[key.place]) : __builtin_prefetch(&long_line(key));
+    key.slot = static_cast<uint32_t>(hashed >> (64 - kBits));
+    length <= kShort ? __builtin_prefetch(&lines_[key.slot]) : __builtin_prefetch(&long_line(key));
 }
 
 inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
@@ -157,7 +157,7 @@ inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
         return out + (entry.count & kCount);
     }
 #if defined(__SSE2__)
-    const __m128i ids = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entry.ids)), zero = _mm_setzero_si128();  // the last one is the count
+    const __m128i ids = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entry.ids)), zero = _mm_setzero_si128();  // the last element is the count
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(ids, zero));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4), _mm_unpackhi_epi16(ids, zero));
 #else
@@ -168,12 +168,13 @@ inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
 
 inline uint32_t* WordCache::find(const Key& key, uint32_t* out) const {
     if (key.length <= kShort) {
-        const Line& line = lines_[key.place];
+        const Line& line = lines_[key.slot];
         const uint64_t high = tagged(key, 1);
         const auto holds = [&](const Short& entry) { return ((entry.key[0] ^ key.bytes[0]) | (entry.key[1] ^ high)) == 0; };
         const bool first = holds(line.words[0]), second = holds(line.words[1]);
-        if (__builtin_expect(first | second, 1)) return copy(line.words[second], out);  // the processor is not to guess which of both it is
-        if ((line.words[0].count & kElsewhere) == 0) return nullptr;                    // mostly so, and the other table's line would have to be fetched
+        if (__builtin_expect(first | second, 1))
+            return copy(line.words[second], out);                     // one branch for both, so that the processor does not predict which of them it is
+        if ((line.words[0].count & kElsewhere) == 0) return nullptr;  // the common case; it saves fetching the line of the other table
     }
     const Long& line = long_line(key);
     if (((line.key[0] ^ key.bytes[0]) | (line.key[1] ^ key.bytes[1]) | (line.key[2] ^ tagged(key, 2))) != 0) return nullptr;
@@ -184,7 +185,7 @@ inline uint32_t* WordCache::find(const Key& key, uint32_t* out) const {
 void WordCache::remember(const Key& key, const uint32_t* ids, uint64_t count) {
     const bool wide = std::any_of(ids, ids + count, [](uint32_t id) { return id > UINT16_MAX; });
     if (key.length <= kShort && count <= (wide ? 3u : 7u)) {
-        Line& line = lines_[key.place];
+        Line& line = lines_[key.slot];
         line.words[1] = line.words[0];
         Short& entry = line.words[0];
         const uint16_t elsewhere = entry.count & kElsewhere;
@@ -196,7 +197,7 @@ void WordCache::remember(const Key& key, const uint32_t* ids, uint64_t count) {
         else
             for (uint64_t i = 0; i < count; ++i) entry.ids[i] = static_cast<uint16_t>(ids[i]);
     } else if (count <= kSpill) {
-        if (key.length <= kShort) lines_[key.place].words[0].count |= kElsewhere;
+        if (key.length <= kShort) lines_[key.slot].words[0].count |= kElsewhere;
         Long& line = long_[hash(key) >> (64 - kLongBits)];
         for (int i = 0; i < 2; ++i) line.key[i] = key.bytes[i];
         line.key[2] = tagged(key, 2);
@@ -210,19 +211,19 @@ TextEncoder::TextEncoder(BytePairs pairs, SplitPattern pattern, bool normalise, 
     for (const AddedToken& token : added) (token.normalized ? normal_ : raw_).add(token.text, token.ignored ? kIgnored : token.id);
 }
 
-// Words wait here until there are many, so that the cache lines in which they are looked up are on their way all at one time.
+// Collects words, so that the cache lines of many lookups are fetched at the same time.
 class TextEncoder::Queue {
   public:
     Queue(const TextEncoder& encoder, State& state, const uint8_t* end)
         : pairs_(encoder.pairs_), may_part_(encoder.pairs_.may_part()), state_(state), end_(end) {}
 
-    // Words of `bytes` bytes may be added from now on, and then what the text holds from `rest` on.
+    // Reserves space for words of `bytes` bytes and for the text from `rest`.
     void expect(uint64_t bytes, const uint8_t* rest) {
         flush();
         out_ = state_.ids.room(bytes + static_cast<uint64_t>(end_ - rest) + WordCache::kSpill);  // a byte gives one id at most
     }
 
-    // Long words, such as sentences of scripts without spaces, are taken apart where no token can cross: the parts are short, and come again.
+    // Long words, such as sentences in scripts without spaces, are split where no token can cross: the parts are short, and recur.
     void add_word(const uint8_t* at, uint64_t length) {
         if (length <= kWhole || !may_part_) return add_part(at, length);
         uint64_t first = 0;
@@ -247,9 +248,9 @@ class TextEncoder::Queue {
 
   private:
     static constexpr int kMost = 32;
-    static constexpr uint64_t kWhole = 12;  // bytes of a word that is not worth the search
+    static constexpr uint64_t kWhole = 12;  // bytes of a word up to which splitting is not worth the search
     struct Word {
-        const uint8_t* at;  // nullptr: an id that stands for itself, as `length`
+        const uint8_t* at;  // nullptr for an id, which is in `length`
         uint64_t length;
         WordCache::Key key;
     };
@@ -286,7 +287,7 @@ class TextEncoder::Queue {
     const BytePairs& pairs_;
     const bool may_part_;
     State& state_;
-    const uint8_t* const end_;  // of the text
+    const uint8_t* const end_;  // end of the text
     uint32_t* out_ = nullptr;
     int count_ = 0;
     Word words_[kMost];
@@ -302,13 +303,13 @@ void TextEncoder::encode(const uint8_t* text, uint64_t count, State& state) cons
 void TextEncoder::encode_part(const uint8_t* at, const uint8_t* end, State& state, Queue& queue) const {
     const auto count = static_cast<uint64_t>(end - at);
     if (!normalise_ || first_unstable(at, 0, count) == count) return encode_normal(at, end, queue);
-    queue.flush();  // before the text that its words may be in is written over
+    queue.flush();  // before the buffer that its words may point into is overwritten
     state.normal.clear();
     append_nfc(at, count, state.normal);
     const uint64_t length = state.normal.size();
     state.normal.append(kPadding, '\0');
     const auto* normal = reinterpret_cast<const uint8_t*>(state.normal.data());
-    queue.expect(length, end);  // it may have become longer
+    queue.expect(length, end);  // normalisation may have made it longer
     encode_normal(normal, normal + length, queue);
 }
 

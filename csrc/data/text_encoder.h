@@ -1,5 +1,5 @@
-// Text to ids as `tokenizers` gives them for byte-level BPE: added tokens are cut out, the rest is brought to normalisation form C where the
-// tokenizer wants it, split into words, and each word is encoded; a cache of fixed size remembers short words.
+// Encodes text as `tokenizers` does for byte-level BPE: cuts out added tokens, applies normalisation form C if the tokenizer asks for it, splits the
+// rest into words, and encodes each word. A cache of fixed size holds short words.
 #pragma once
 
 #include <array>
@@ -17,21 +17,21 @@ namespace neox::data {
 struct AddedToken {
     std::string text;
     uint32_t id;
-    bool normalized;  // looked for in the normalised text, else in the text as it is
-    bool ignored;     // takes part in the matching, but what it matches stays text (special tokens that are to be encoded as text)
+    bool normalized;  // matched in the normalised text, else in the original text
+    bool ignored;     // takes part in matching, but its matches are encoded as text (--special-tokens text)
 };
 
-// Finds the leftmost longest of a set of strings.
+// Finds the leftmost-longest match of a set of strings.
 class StringMatcher {
   public:
     void add(const std::string& text, uint32_t value);
     bool empty() const { return nodes_.size() == 1; }
-    // The first match in [at, end): its bytes, or nullptr; `length` and `value` are of the match. Reads up to kPadding bytes behind `end`.
+    // The first match in [at, end), or nullptr; sets its `length` and `value`. Reads up to kPadding bytes past `end`.
     const uint8_t* find(const uint8_t* at, const uint8_t* end, uint64_t& length, uint32_t& value) const;
 
   private:
     struct Node {
-        std::array<uint32_t, 256> next{};  // 0: none, since nothing leads to the root
+        std::array<uint32_t, 256> next{};  // 0 for none, since no edge leads to the root
         uint32_t value = UINT32_MAX;
     };
     std::vector<Node> nodes_{1};
@@ -40,10 +40,10 @@ class StringMatcher {
     const uint8_t* next_start(const uint8_t* at, const uint8_t* end) const;
 };
 
-// A growing array of ids whose new part is not touched before it is written.
+// A growing array of ids whose new part is left uninitialised.
 class IdBuffer {
   public:
-    // Room for `count` ids behind those that are there.
+    // Space for `count` more ids at the end.
     uint32_t* room(uint64_t count);
     void set_end(const uint32_t* end) { size_ = static_cast<uint64_t>(end - ids_.get()); }
     uint32_t* begin() { return ids_.get(); }
@@ -56,7 +56,7 @@ class IdBuffer {
     uint64_t size_ = 0, capacity_ = 0;
 };
 
-// Zeros, from a whole huge page on where the system has them: a table read at random places then takes one entry of the page cache.
+// Zeroed memory, aligned to a huge page if the system has them: random reads of a table then need few TLB entries.
 void* zeroed_pages(uint64_t bytes);
 
 struct Free {
@@ -66,33 +66,33 @@ struct Free {
 template <typename T>
 using Table = std::unique_ptr<T[], Free>;
 
-// Remembers the ids of short words. Most words have up to 15 bytes and up to 7 ids below 65,536 (or 3 of any size): two of them share a cache
-// line, a new one moves the other aside, so that frequent words are not lost to every rare one. Words of up to 23 bytes with up to 9 ids have
-// a line of their own in a second table.
+// Caches the ids of short words. Most words have up to 15 bytes and up to 7 ids below 65,536 (or 3 of any size). Two of them share a cache line, and a
+// new one moves the other aside, so that a rare word does not evict a frequent one. Words of up to 23 bytes with up to 9 ids have a line each in a
+// second table.
 class WordCache {
   public:
     static constexpr uint64_t kShort = 15, kLongest = 23;
-    static constexpr uint64_t kSpill = 9;  // ids that may be written behind those that count
+    static constexpr uint64_t kSpill = 9;  // ids that may be written past the valid ones
     struct Key {
-        uint64_t bytes[3];  // of the word, zeros behind it
+        uint64_t bytes[3];  // of the word, zero-padded
         uint32_t length;
-        uint32_t place;  // in the table of its length
+        uint32_t slot;  // in the table for its length
     };
     WordCache() : lines_(static_cast<Line*>(zeroed_pages(kLines * sizeof(Line)))), long_(static_cast<Long*>(zeroed_pages(kLongLines * sizeof(Long)))) {}
 
-    // Where a word of up to kLongest bytes is looked for; has the cache line fetched. Reads 24 bytes. Not returned but written in its place: a copy would be
-    // made of vectors, and loading one out of two stores waits for both.
+    // Sets the key of a word of up to kLongest bytes and prefetches its cache line. Reads 24 bytes. The key is an output argument because returning it would
+    // copy it with vector loads, which stall on the scalar stores before them.
     void make_key(const uint8_t* word, uint64_t length, Key& key) const;
-    // The ids of a word; nullptr where it is not remembered, else the end of them.
+    // Copies the ids of a word to `out` and returns their end; nullptr if the word is not cached.
     uint32_t* find(const Key& key, uint32_t* out) const;
     void remember(const Key& key, const uint32_t* ids, uint64_t count);
 
   private:
     static constexpr uint16_t kWide = 0x8000, kElsewhere = 0x4000, kCount = 0xFF;
     struct Short {
-        uint64_t key[2];  // the bytes, and the length as last byte
+        uint64_t key[2];  // the bytes of the word, then its length in the last byte
         uint16_t ids[7];  // or three of 32 bits
-        uint16_t count;   // of ids, and kWide; of the first in a line also kElsewhere: a short word of this line is in the second table
+        uint16_t count;   // of ids, and kWide; in the first entry of a line also kElsewhere: some short word of this line is in the second table
     };
     struct alignas(64) Line {
         Short words[2];
@@ -115,7 +115,7 @@ class WordCache {
 
 class TextEncoder {
   public:
-    // What encoding needs and changes: one per thread.
+    // The mutable state of encoding: one per thread.
     struct State {
         WordCache cache;
         IdBuffer ids;
@@ -124,7 +124,7 @@ class TextEncoder {
 
     TextEncoder(BytePairs pairs, SplitPattern pattern, bool normalise, const std::vector<AddedToken>& added);
 
-    // Appends the ids of a text to state.ids. Precondition: valid UTF-8, kPadding readable bytes behind it.
+    // Appends the ids of a text to state.ids. Precondition: valid UTF-8, followed by kPadding readable bytes.
     void encode(const uint8_t* text, uint64_t count, State& state) const;
 
   private:

@@ -1,4 +1,4 @@
-// neox._data.TextEncoder: text and JSON lines to ids, on any number of threads at a time.
+// neox._data.TextEncoder: encodes text and JSON lines, on any number of threads.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,40 +25,40 @@ struct Encoder {
     bool wide;
 };
 
-// A numpy array of what is at `data`, which is part of `*owner`.
+// A numpy array over `data`, which is part of `*owner`.
 template <typename Owner>
 py::array array_of(const std::string& dtype, uint64_t count, const void* data, std::shared_ptr<Owner> owner) {
     const py::capsule keep(new std::shared_ptr<Owner>(std::move(owner)), [](void* held) { delete static_cast<std::shared_ptr<Owner>*>(held); });
     return py::array(py::dtype(dtype), {static_cast<py::ssize_t>(count)}, data, keep);
 }
 
-// A piece that is being encoded, with the bytes that it is made of.
+// A chunk that is being encoded, and the bytes it reads.
 class Started {
   public:
-    Started(EncodeThreads& threads, py::bytes content, std::shared_ptr<EncodedPiece> piece, bool wide)
-        : threads_(threads), content_(std::move(content)), piece_(std::move(piece)), wide_(wide) {}
-    ~Started() { threads_.drop(*piece_); }  // the threads never need Python's lock: waiting for them with it is safe
+    Started(EncodeThreads& threads, py::bytes content, std::shared_ptr<EncodedChunk> chunk, bool wide)
+        : threads_(threads), content_(std::move(content)), chunk_(std::move(chunk)), wide_(wide) {}
+    ~Started() { threads_.drop(*chunk_); }  // waiting with the interpreter lock is safe: the threads never need it
     Started(const Started&) = delete;
     Started& operator=(const Started&) = delete;
 
-    bool done() { return threads_.done(*piece_); }
+    bool done() { return threads_.done(*chunk_); }
 
     py::object result() {
         {
             py::gil_scoped_release released;
-            threads_.wait(*piece_);
+            threads_.wait(*chunk_);
         }
-        if (!piece_->valid) return py::none();
+        if (!chunk_->valid) return py::none();
         py::list unsure;
-        for (const UnsureLine& line : piece_->unsure) unsure.append(py::make_tuple(line.first, line.last, line.line, line.document));
-        const py::array tokens = array_of(wide_ ? "int32" : "uint16", piece_->count, piece_->tokens.get(), piece_);
-        return py::make_tuple(tokens, array_of("int32", piece_->sizes.size(), piece_->sizes.data(), piece_), piece_->blank, piece_->empty, unsure);
+        for (const UnsureLine& line : chunk_->unsure) unsure.append(py::make_tuple(line.first, line.last, line.line, line.document));
+        const py::array tokens = array_of(wide_ ? "int32" : "uint16", chunk_->count, chunk_->tokens.get(), chunk_);
+        return py::make_tuple(tokens, array_of("int32", chunk_->sizes.size(), chunk_->sizes.data(), chunk_), chunk_->blank, chunk_->empty, unsure);
     }
 
   private:
     EncodeThreads& threads_;
     py::bytes content_;
-    std::shared_ptr<EncodedPiece> piece_;
+    std::shared_ptr<EncodedChunk> chunk_;
     bool wide_;
 };
 
@@ -66,14 +66,14 @@ class Threads {
   public:
     Threads(const Encoder& encoder, int count) : threads_(encoder.encoder, encoder.wide, count), wide_(encoder.wide) {}
 
-    std::unique_ptr<Started> start(const py::bytes& content, PieceKind kind, std::string key, int64_t eod) {
+    std::unique_ptr<Started> start(const py::bytes& content, ChunkKind kind, std::string key, int64_t eod) {
         const std::string_view bytes = content;
-        std::shared_ptr<EncodedPiece> piece;
+        std::shared_ptr<EncodedChunk> chunk;
         {
-            py::gil_scoped_release released;  // without threads this is where the work is done
-            piece = threads_.start(as_bytes(bytes), bytes.size(), kind, {std::move(key), eod});
+            py::gil_scoped_release released;  // without threads the work is done here
+            chunk = threads_.start(as_bytes(bytes), bytes.size(), kind, {std::move(key), eod});
         }
-        return std::make_unique<Started>(threads_, content, std::move(piece), wide_);
+        return std::make_unique<Started>(threads_, content, std::move(chunk), wide_);
     }
 
     void close() { threads_.close(); }
@@ -93,7 +93,7 @@ SplitPattern pattern_of(const std::string& name) {
 NEOX_CLONES int64_t count_byte(const char* bytes, size_t count, char wanted) {
     int64_t found = 0;
     for (size_t i = 0; i < count;) {
-        uint8_t few = 0;  // of up to 255 bytes, so that lanes of bytes hold it
+        uint8_t few = 0;  // counts up to 255 bytes, so that it fits a byte lane
         for (const size_t end = std::min(count, i + 255); i < end; ++i) few = static_cast<uint8_t>(few + (bytes[i] == wanted));
         found += few;
     }
@@ -116,29 +116,30 @@ void bind_text(py::module_& module) {
              }),
              py::arg("letters"), py::arg("vocab"), py::arg("merges"), py::arg("pattern"), py::arg("normalise"), py::arg("added"), py::arg("whole"),
              py::arg("wide"));
-    py::class_<Started>(module, "Started", "A piece that is being encoded")
-        .def_property_readonly("done", &Started::done, "Whether `result` need not wait")
+    py::class_<Started>(module, "Started", "A chunk that is being encoded")
+        .def_property_readonly("done", &Started::done, "Whether `result` returns without waiting")
         .def("result", &Started::result,
              "Wait: (tokens, sizes, blank lines, empty texts, [(first byte, last byte, line, document before which it stands)] of lines that need the full "
              "parser), or None for a text that is not UTF-8");
-    py::class_<Threads>(module, "EncodeThreads", "Threads that encode what is started, in that order, and never wait for Python's lock")
+    py::class_<Threads>(module, "EncodeThreads", "Threads that encode chunks in the order of their start, without the interpreter lock")
         .def(py::init<const Encoder&, int>(), py::arg("encoder"), py::arg("threads"), py::keep_alive<1, 2>(),
              "threads: 0: what is started is encoded before it is returned")
         .def(
             "lines",
-            [](Threads& threads, const py::bytes& content, const std::string& key, int64_t eod) { return threads.start(content, PieceKind::lines, key, eod); },
+            [](Threads& threads, const py::bytes& content, const std::string& key, int64_t eod) { return threads.start(content, ChunkKind::lines, key, eod); },
             py::arg("content"), py::arg("key"), py::arg("eod"), py::keep_alive<0, 1>(), "Start JSON lines")
         .def(
-            "text", [](Threads& threads, const py::bytes& content, int64_t eod) { return threads.start(content, PieceKind::text, {}, eod); },
+            "text", [](Threads& threads, const py::bytes& content, int64_t eod) { return threads.start(content, ChunkKind::text, {}, eod); },
             py::arg("content"), py::arg("eod"), py::keep_alive<0, 1>(), "Start one text")
-        .def("close", &Threads::close, py::call_guard<py::gil_scoped_release>(), "Give up what has not begun, wait for the rest, and end the threads");
+        .def("close", &Threads::close, py::call_guard<py::gil_scoped_release>(),
+             "Cancel the chunks that have not begun, wait for the others, and end the threads");
     module.def(
         "count_lines",
         [](const py::bytes& content) {
             const std::string_view bytes = content;
             return count_byte(bytes.data(), bytes.size(), '\n');
         },
-        py::arg("content"), "Line feeds in some bytes");
+        py::arg("content"), "Number of line feeds");
     module.def(
         "nfc",
         [](const std::string& text) {
@@ -159,7 +160,7 @@ void bind_text(py::module_& module) {
             });
             return words;
         },
-        py::arg("text"), py::arg("pattern"), "The words that a split pattern cuts a text into");
+        py::arg("text"), py::arg("pattern"), "Words of a text by a split pattern");
 }
 
 }  // namespace neox::data

@@ -18,7 +18,7 @@ struct Mark {
     uint8_t combining_class;
 };
 struct Decomposition {
-    uint32_t code, form[4];  // full canonical decomposition, ended by 0
+    uint32_t code, form[4];  // full canonical decomposition, terminated by 0
 };
 struct Composition {
     uint32_t first, second, code;
@@ -42,7 +42,7 @@ uint8_t combining_class(uint32_t code) {
     return found == nullptr ? 0 : found->combining_class;
 }
 
-// The character that two compose to; 0 if they do not.
+// The character that two characters compose to; 0 if they do not compose.
 uint32_t compose(uint32_t first, uint32_t second) {
     if (first - kLead < kLeads && second - kVowel < kVowels) return kSyllable + ((first - kLead) * kVowels + (second - kVowel)) * kFinals;
     if (first - kSyllable < kSyllables && (first - kSyllable) % kFinals == 0 && second - kFinal - 1 < kFinals - 1) return first + (second - kFinal);
@@ -76,7 +76,7 @@ void append_utf8(uint32_t code, std::string& out) {
     byte(0xF0 | code >> 18), byte(0x80 | (code >> 12 & 0x3F)), byte(0x80 | (code >> 6 & 0x3F)), byte(0x80 | (code & 0x3F));
 }
 
-// Decomposes, sorts marks by class, and composes again one stretch that nothing outside of can join (Unicode 3.11).
+// Decomposes one run of characters that nothing outside can compose with, sorts marks by class, and recomposes it (Unicode 3.11).
 void append_stretch(const uint8_t* at, const uint8_t* end, std::vector<uint32_t>& codes, std::string& out) {
     codes.clear();
     for (int length; at < end; at += length) append_decomposed(decode(at, length), codes);
@@ -92,7 +92,7 @@ void append_stretch(const uint8_t* at, const uint8_t* end, std::vector<uint32_t>
         i = last;
     }
     size_t kept = 0, starter = codes.size();
-    uint8_t blocking = 0;  // class of the last character kept since the starter; 0 if none was
+    uint8_t blocking = 0;  // class of the last character retained since the starter; 0 for none
     for (size_t i = 0; i < codes.size(); ++i) {
         const uint32_t code = codes[i];
         const uint8_t own = combining_class(code);
@@ -151,7 +151,7 @@ uint64_t first_unstable(const uint8_t* bytes, uint64_t from, uint64_t count) {
             i += 8;
             continue;
         }
-        if (bytes[i] < 0xCC) {  // below U+0300 nothing is unstable; continuation bytes cannot be met here
+        if (bytes[i] < 0xCC) {  // below U+0300 nothing is unstable; `i` is never at a continuation byte
             i += bytes[i] < 0x80 ? 1 : 2;
             continue;
         }
@@ -170,7 +170,7 @@ void append_nfc(const uint8_t* bytes, uint64_t count, std::string& out) {
     while (done < count) {
         const uint64_t unstable = first_unstable(bytes, done, count);
         if (unstable == count) break;
-        uint64_t start = unstable;  // the stretch starts with the stable character before
+        uint64_t start = unstable;  // the run starts with the stable character before it
         if (start > done) do
                 --start;
             while (start > done && (bytes[start] & 0xC0) == 0x80);

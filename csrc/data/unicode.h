@@ -1,4 +1,4 @@
-// UTF-8, the character classes of split patterns, and normalisation form C, as `tokenizers` has them (unicode_tables.py).
+// UTF-8, the character classes of split patterns, and normalisation form C, with the tables of `tokenizers` (unicode_tables.py).
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@ namespace neox::data {
 enum CharClass : uint8_t { kOther = 0, kLetter = 1, kNumber = 2, kSpace = 3 };
 
 constexpr uint8_t kClassBits = 3;
-constexpr uint8_t kUnstable = 4;  // may differ in NFC, or join what stands before it
+constexpr uint8_t kUnstable = 4;  // may differ in NFC, or compose with the character before it
 constexpr uint32_t kCodePoints = 0x110000;
 
-// One byte per code point: a CharClass, and kUnstable. Built once; 1.1 MB of which a text touches its scripts.
+// One byte per code point: a CharClass, and kUnstable. Built once; 1.1 MB, of which a text touches only its scripts.
 const uint8_t* unicode_traits();
 
-// The code point at valid UTF-8; `length` gets its bytes.
+// Decodes one code point of valid UTF-8; `length` gets its number of bytes.
 inline uint32_t decode(const uint8_t* at, int& length) {
     const uint32_t lead = at[0];
     if (lead < 0x80) return length = 1, lead;
@@ -24,7 +24,7 @@ inline uint32_t decode(const uint8_t* at, int& length) {
     return length = 4, (lead & 0x07) << 18 | (at[1] & 0x3Fu) << 12 | (at[2] & 0x3Fu) << 6 | (at[3] & 0x3Fu);
 }
 
-// Bytes of the character that starts at `at`, 0 where [at, end) does not start with well-formed UTF-8 (Unicode 3.9, table 3-7).
+// Bytes of the character at `at`; 0 if [at, end) does not start with well-formed UTF-8 (Unicode 3.9, table 3-7).
 inline int utf8_length(const uint8_t* at, const uint8_t* end) {
     const uint8_t lead = at[0];
     if (lead < 0x80) return 1;
@@ -45,7 +45,7 @@ inline int utf8_length(const uint8_t* at, const uint8_t* end) {
 
 bool valid_utf8(const uint8_t* bytes, uint64_t count);
 
-// First byte from `from` on that starts a character which NFC may change or join to the one before; `count` if there is none.
+// First byte at or after `from` that starts a character which NFC may change or compose with the one before; `count` if there is none.
 uint64_t first_unstable(const uint8_t* bytes, uint64_t from, uint64_t count);
 
 // Appends the text in normalisation form C. Precondition: valid UTF-8.

@@ -1,5 +1,5 @@
-// The split patterns of byte-level tokenizers, matched by hand: one pass, no backtracking. `split_words` calls emit(first byte, bytes)
-// for every word of [at, end), in order; together the words are the text.
+// The split patterns of byte-level tokenizers as hand-written matchers: one pass, no backtracking. `split_words` calls emit(first byte, bytes) for each
+// word of [at, end), in order; the words concatenated are the text.
 //
 // gpt2:  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 // llama: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
@@ -19,13 +19,13 @@ namespace neox::data {
 
 enum class SplitPattern { gpt2, llama, qwen };
 
-constexpr uint64_t kPadding = 64;  // readable bytes that must follow a text: words are loaded and compared in whole vectors
+constexpr uint64_t kPadding = 64;  // readable bytes that must follow a text: words are loaded as full vectors
 
 class WordSplitter {
   public:
     explicit WordSplitter(SplitPattern pattern) : pattern_(pattern), traits_(unicode_traits()) {}
 
-    // Precondition: valid UTF-8, kPadding readable bytes behind `end`.
+    // Precondition: valid UTF-8, kPadding readable bytes after `end`.
     template <typename Emit>
     void split(const uint8_t* at, const uint8_t* end, Emit emit) const {
         if (pattern_ == SplitPattern::gpt2)
@@ -45,7 +45,7 @@ class WordSplitter {
     static uint32_t letters(const uint8_t* at) {
 #if defined(__SSE2__)
         const __m128i lower = _mm_or_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), _mm_set1_epi8(0x20));
-        // Signed comparison after a shift of the range: 'a'..'z' become the 26 lowest values.
+        // Signed comparison after a shift of the range: 'a' to 'z' become the 26 lowest values.
         const __m128i shifted = _mm_add_epi8(lower, _mm_set1_epi8(static_cast<char>(0x80 - 'a')));
         return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmplt_epi8(shifted, _mm_set1_epi8(static_cast<char>(0x80 + 26)))));
 #else
@@ -58,7 +58,7 @@ class WordSplitter {
     const uint8_t* letter_run(const uint8_t* at, const uint8_t* end) const {
         for (;;) {
             const uint32_t others = ~letters(at);
-            const auto count = static_cast<uint32_t>(__builtin_ctz(others));  // 16 where all are letters: the upper bits of `others` are set
+            const auto count = static_cast<uint32_t>(__builtin_ctz(others));  // 16 if all are letters: the upper bits of `others` are set
             at += count;
             if (at >= end) return end;
             if (count == 16) continue;
@@ -70,7 +70,7 @@ class WordSplitter {
         }
     }
 
-    // The end of the characters of one class.
+    // The end of a run of characters of one class.
     const uint8_t* run(uint8_t wanted, const uint8_t* at, const uint8_t* end) const {
         if (wanted == kLetter) return letter_run(at, end);
         while (at < end) {
@@ -81,7 +81,7 @@ class WordSplitter {
         return end;
     }
 
-    // Bytes of 's 't 'm 'd 're 've 'll at an apostrophe; 0 if there is none. `fold`: any case, U+017F being an s too.
+    // Bytes of 's 't 'm 'd 're 've 'll at an apostrophe; 0 for none. `fold` ignores case, and U+017F counts as s.
     static uint64_t contraction(const uint8_t* at, const uint8_t* end, bool fold) {
         const auto letter = [&](int i) -> uint8_t { return at + i >= end ? 0 : fold && at[i] < 0x80 ? at[i] | 0x20 : at[i]; };
         const uint8_t a = letter(1), b = letter(2);
@@ -110,15 +110,15 @@ class WordSplitter {
         if (const uint8_t kind = class_at(body); kind != kSpace) return run(kind, body, end);
         const uint8_t* last = at;
         const uint8_t* const stop = space_run(at, end, last);
-        return stop < end && last > at ? last : stop;  // the last space of a run belongs to what follows, or stands alone
+        return stop < end && last > at ? last : stop;  // the last space of a run belongs to the next word, or is a word by itself
     }
 
 #if defined(__SSE2__)
-    // 64 bytes of text as sets of bytes: bit i is byte i.
+    // Character classes of 64 bytes of text as bit sets: bit i is byte i.
     struct Classes {
         uint64_t letter, number, space, blank, apostrophe;
-        uint32_t known;  // bytes whose class is known: a character that is looked at alone follows, or the text ends
-        bool all;        // the text ends: nothing that follows can change a word
+        uint32_t known;  // number of bytes whose class is known: up to a character outside ASCII or the end of the text
+        bool all;        // the text ends here, so nothing can change a word
     };
 
     Classes classes_of(const uint8_t* at, const uint8_t* end) const {
@@ -127,7 +127,7 @@ class WordSplitter {
         for (int i = 0; i < 64; i += 16) {
             const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + i));
             const auto set = [&](uint64_t& bits, __m128i chosen) { bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(chosen))) << i; };
-            const auto below = [&](__m128i bytes, char first, int count) {  // unsigned bytes - first < count, by a signed comparison
+            const auto below = [&](__m128i bytes, char first, int count) {  // unsigned byte - first < count, as a signed comparison
                 return _mm_cmplt_epi8(_mm_add_epi8(bytes, _mm_set1_epi8(static_cast<char>(0x80 - first))), _mm_set1_epi8(static_cast<char>(0x80 + count)));
             };
             const __m128i blank = _mm_cmpeq_epi8(here, _mm_set1_epi8(' '));
@@ -154,8 +154,8 @@ class WordSplitter {
         return c;
     }
 
-    // Where words of the gpt2 pattern start among 64 bytes that begin with a word, as far as the classes tell: a byte's neighbour must be known.
-    // Words change with the class; a blank goes with what follows, and of longer white space the last one is apart.
+    // Starts of words of the gpt2 pattern among 64 bytes that begin with a word, where the class of the next byte is known. A word ends where the class
+    // changes; a blank belongs to the next word, and the last blank of longer white space is separate.
     uint64_t starts_gpt2(const Classes& c, const uint8_t* at, const uint8_t* end) const {
         const uint64_t known = c.known == 64 ? ~uint64_t{0} : (uint64_t{1} << c.known) - 1;
         const uint64_t letter = c.letter & known, number = c.number & known, space = c.space | ~known;
@@ -164,7 +164,7 @@ class WordSplitter {
         uint64_t starts = (~space & ~same & ~(c.blank << 1)) | (space & ~(space << 1 & space >> 1)) | 1;
         for (uint64_t marks = c.apostrophe & starts; marks != 0; marks &= marks - 1) {
             const auto i = static_cast<uint32_t>(__builtin_ctzll(marks));
-            if ((starts >> i & 1) == 0 || (!c.all && i + 3 >= c.known)) continue;  // near the edge no word is emitted that this could change
+            if ((starts >> i & 1) == 0 || (!c.all && i + 3 >= c.known)) continue;  // near the edge, leave words that this could change
             const uint64_t length = contraction(at + i, end, false);
             if (length == 0) continue;
             starts &= ~(uint64_t{6} << i) | uint64_t{1} << (i + length);
@@ -179,7 +179,7 @@ class WordSplitter {
         while (at < end) {
 #if defined(__SSE2__)
             const Classes classes = classes_of(at, end);
-            // A start is certain where the class of the next byte is known, and that of the letters behind an apostrophe.
+            // A start is certain if the class of the next byte is known, and that of the letters after an apostrophe.
             const uint32_t certain = classes.all ? classes.known : classes.known < 4 ? 0 : classes.known - 4;
             uint64_t starts = starts_gpt2(classes, at, end) & ((uint64_t{1} << certain) - 1) & ~uint64_t{1};
             const uint8_t* word = at;

@@ -1,5 +1,10 @@
 #include "data/xxh3.h"
 
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 #include "data/clones.h"
@@ -14,7 +19,7 @@ constexpr uint64_t kPrimeMx1 = 0x165667919E3779F9u;
 constexpr uint64_t kPrimeMx2 = 0x9FB21C651E98DF25u;
 
 constexpr uint64_t kStripe = 64;
-constexpr uint64_t kStripes = 16;  // per block: as many as the secret has shifts by 8
+constexpr uint64_t kStripes = 16;  // per block: the number of 8-byte shifts of the secret
 constexpr uint64_t kBlock = kStripe * kStripes;
 constexpr uint64_t kSecretBytes = 192;
 
@@ -90,11 +95,11 @@ uint64_t up_to_240(const uint8_t* at, uint64_t count) {
     return avalanche(hash + mix16(at + count - 16, kSecret + 136 - 17));
 }
 
-// Eight lanes at a time, whatever the width of the machine's vectors.
+// Eight lanes at a time, for any vector width.
 typedef uint64_t Lanes __attribute__((vector_size(64)));
 
-// `stripes` stripes from `at` on, with the secret from `secret` on. Each word is added to the lane beside its own; sums do not mind their order,
-// so they are kept apart and change places once.
+// Hashes `stripes` stripes from `at` with the secret from `secret`. Each word is added to the neighbouring lane; since addition commutes, these sums are
+// accumulated separately and swapped once at the end.
 inline __attribute__((always_inline)) void accumulate(std::array<uint64_t, 8>& lanes, const uint8_t* at, const uint8_t* secret, uint64_t stripes) {
     Lanes sum, beside = {};
     std::memcpy(&sum, lanes.data(), sizeof sum);
@@ -142,7 +147,7 @@ Xxh3::Xxh3(const void* bytes, uint64_t count)
 
 void Xxh3::advance(uint64_t available) {
     if (count_ <= 240) return;
-    // The last block is never whole: its last stripe has a rule of its own.
+    // The last block is never complete: its last stripe is handled differently.
     const uint64_t blocks = ((available < count_ ? available : count_ - 1) - done_) / kBlock;
     digest_blocks(lanes_, bytes_ + done_, blocks);
     done_ += blocks * kBlock;
@@ -153,6 +158,26 @@ uint64_t Xxh3::finish() {
     if (count_ <= 240) return up_to_240(bytes_, count_);
     advance(count_);
     return digest_end(lanes_, bytes_ + done_, count_ - done_, count_);
+}
+
+HashedRead read_xxh3(int descriptor, uint64_t offset, void* out, uint64_t count) {
+    constexpr uint64_t kPart = 256 << 10;  // stays in the second-level cache between the read and the hash
+    auto* bytes = static_cast<uint8_t*>(out);
+    Xxh3 digest(bytes, count);
+    HashedRead found;
+    while (found.bytes < count) {
+        const uint64_t part = std::min(count - found.bytes, kPart);
+        const ssize_t got = ::pread(descriptor, bytes + found.bytes, part, static_cast<off_t>(offset + found.bytes));
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            found.error = got < 0 ? errno : 0;
+            return found;
+        }
+        found.bytes += static_cast<uint64_t>(got);
+        digest.advance(found.bytes);
+    }
+    found.hash = digest.finish();
+    return found;
 }
 
 }  // namespace neox::data

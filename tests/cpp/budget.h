@@ -1,4 +1,4 @@
-// How long a random test runs: the first argument is a number of cases, or seconds with an s behind it (600s); the second is the seed.
+// The length of a random test: the first argument is a number of cases, or of seconds with the suffix s (600s); the second is the seed.
 #pragma once
 
 #include <chrono>
@@ -19,7 +19,7 @@ class Budget {
     uint64_t seed() const { return seed_; }
     uint64_t done() const { return done_; }
     double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
-    // Whether there is another case to run.
+    // Whether another case is to be run.
     bool next() {
         if (seconds_ > 0 ? done_ % 256 == 0 && seconds() >= seconds_ : done_ >= cases_) return false;
         return ++done_, true;

@@ -1,9 +1,9 @@
-// A corpus of inputs for a random test, kept in corpus/NAME.hex: one input per line, in hexadecimal. It is replayed before anything is drawn, and
-// what is drawn begins with one of its inputs as often as not.
+// A corpus of inputs for a random test, stored in corpus/NAME.hex: one input per line, in hexadecimal. It is replayed first, and half of the random
+// inputs are mutations of one of its inputs.
 //
-// An input joins it when it reaches a step in the code under test (one basic block after another) that none before it has reached: the sanitized
-// variant is compiled with -fsanitize-coverage=trace-pc, whose hook is in coverage.cpp. With NEOX_CORPUS_KEEP=1 the file is written anew at the end,
-// an input that the ones after it make superfluous left out. The plain variant replays and keeps nothing.
+// An input is added if it reaches an edge between basic blocks of the code under test that no earlier input has reached: the sanitized
+// variant is compiled with -fsanitize-coverage=trace-pc, whose hook is in coverage.cpp. With NEOX_CORPUS_KEEP=1 the file is rewritten at the end,
+// without inputs that later ones make redundant. The plain variant only replays.
 #pragma once
 
 #include <algorithm>
@@ -40,12 +40,12 @@ class Corpus {
     size_t replayed() const { return replayed_; }
     const std::vector<Bytes>& inputs() const { return inputs_; }
 
-    // Runs an input, and takes it in if it reaches something new.
+    // Runs an input, and adds it if it reaches something new.
     void operator()(const Bytes& input) {
         if (try_input(input) && input.size() <= kLongest) inputs_.push_back(input);
     }
 
-    // Writes the file where that is asked for: short inputs first, those that add nothing to them left out.
+    // Writes the file if NEOX_CORPUS_KEEP is set: short inputs first, without those that add nothing.
     void keep() {
         if (!std::getenv("NEOX_CORPUS_KEEP")) return;
         std::fill(known_.begin(), known_.end(), 0);

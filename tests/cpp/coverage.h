@@ -1,4 +1,4 @@
-// Which steps from one basic block to the next the instrumented code has taken.
+// The edges between basic blocks that the instrumented code has taken.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +7,6 @@
 namespace data_test {
 
 constexpr size_t kSteps = size_t{1} << 13;
-extern uint8_t steps_taken[kSteps];  // since they were cleared, by hash; all zero without instrumentation
+extern uint8_t steps_taken[kSteps];  // since the last clear, by hash; all zero without instrumentation
 
 }  // namespace data_test

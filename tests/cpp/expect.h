@@ -1,4 +1,4 @@
-// Counts checks of a test executable and prints "N passed, N failed" at the end; files of a test live in a folder of its own.
+// Counts checks of a test executable and prints "N passed, N failed" at the end; each test has a separate temporary folder.
 #pragma once
 
 #include <stdlib.h>
@@ -41,7 +41,7 @@ std::string show(const T& value) {
         return "?";
 }
 
-// The parts of the Fault with which a call ends, empty if it succeeds.
+// The fields of the Fault that a call throws; empty if it succeeds.
 template <class Call>
 std::string fault_of(const Call& call) {
     try {
@@ -53,7 +53,7 @@ std::string fault_of(const Call& call) {
     return "";
 }
 
-// A new folder, removed with everything in it.
+// A temporary folder, removed with its content.
 class Folder {
   public:
     Folder() {

@@ -1,4 +1,4 @@
-// .idx files made and judged straight from the table in csrc/data/indexed_dataset.h, without the code under test.
+// Builds and checks .idx files from the table in csrc/data/indexed_dataset.h, without the code under test.
 #pragma once
 
 #include <cstdint>

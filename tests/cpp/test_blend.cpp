@@ -1,4 +1,4 @@
-// Blending against its definition, at large sample numbers, and with weights that make no sense.
+// Blending against its definition, at large sample numbers, and with invalid weights.
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -77,15 +77,15 @@ std::vector<double> shares(std::vector<double> weights) {
     return weights;
 }
 
-// Numbers of samples around what fills the lanes once (16 x 264 and 16 x 2056) and more than once, from sample 0 and from others on.
-void chunks_that_run_side_by_side(std::mt19937_64& random) {
+// Numbers of samples around one and several fillings of the lanes (16 x 264 and 16 x 2056), starting at sample 0 and later.
+void chunks_run_in_parallel(std::mt19937_64& random) {
     std::vector<std::vector<double>> cases = {{1}, {1, 1}, {1, 1, 1}, {5, 3, 2}, {0, 1, 0, 1}, {1, 2, 3e-6, 0.5}, {1, 1e-9, 1}, {0.375, 0, 1e-9, 0.625 - 1e-9}};
     for (const size_t count : {1, 2, 3, 4, 5, 6, 9, 22, 100}) {
-        cases.emplace_back(count, 1.0);  // ties all the time
+        cases.emplace_back(count, 1.0);  // ties at every sample
         cases.emplace_back();
         for (size_t k = 0; k < count; ++k) cases.back().push_back(std::lognormal_distribution<double>(0, 2)(random));
     }
-    cases.emplace_back(50, 1e-6);  // of which every one comes once in a million samples
+    cases.emplace_back(50, 1e-6);  // each is chosen once in a million samples
     cases.back().push_back(1);
     for (const auto& weights : cases) {
         for (const int64_t count : {4223, 4224, 4226, 4300, 32895, 32897, 70001}) expect_equal(Blend(shares(weights)), 0, count);
@@ -95,16 +95,16 @@ void chunks_that_run_side_by_side(std::mt19937_64& random) {
     }
 }
 
-// Counts that no race from sample 0 would have: chunks differ from what they were guessed to be, here for a few samples, there to the end.
-void counts_that_nobody_guesses(std::mt19937_64& random) {
+// Counts that no blend from sample 0 reaches: the guesses for the chunks are wrong, for a few samples or up to the end.
+void counts_that_are_guessed_wrong(std::mt19937_64& random) {
     for (const auto& weights :
          std::vector<std::vector<double>>{{1, 1}, {7, 2, 1}, {1, 2, 3e-6, 0.5}, {5, 4, 3, 2, 1, 1e-5, 1e-5}, std::vector<double>(30, 1)}) {
         for (const int64_t first : {1, 1000, 100'000}) {
             for (int round = 0; round < 4; ++round) {
                 Blend ours(shares(weights));
                 for (size_t k = 0; k < weights.size(); ++k) ours.taken[k] = std::llround(ours.weights[k] * static_cast<double>(first));
-                if (round > 0) ours.taken[random() % weights.size()] += static_cast<int64_t>(random() % 50);  // a sum that never comes right
-                if (round > 1) ours.taken.back() += 5'000;                                                    // one that gets none for long
+                if (round > 0) ours.taken[random() % weights.size()] += static_cast<int64_t>(random() % 50);  // a sum that never becomes right
+                if (round > 1) ours.taken.back() += 5'000;                                                    // a dataset that gives no sample for a long time
                 if (round > 2) ours.taken[0] = std::max<int64_t>(0, ours.taken[0] - 5'000 - static_cast<int64_t>(random() % 40'000));
                 expect_equal(ours, first, 50'000);
             }
@@ -155,8 +155,8 @@ void bad_weights() {
 int main() {
     std::mt19937_64 random(20261126);
     equals_its_definition();
-    chunks_that_run_side_by_side(random);
-    counts_that_nobody_guesses(random);
+    chunks_run_in_parallel(random);
+    counts_that_are_guessed_wrong(random);
     sample_numbers_beyond_32_bits();
     many_datasets();
     bad_weights();

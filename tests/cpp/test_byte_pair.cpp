@@ -1,4 +1,4 @@
-// Byte-pair encoding against its definition, for words of every length class, and in time.
+// Byte-pair encoding against its definition, for words of every length class, and its running time.
 #include <chrono>
 #include <map>
 #include <random>
@@ -34,7 +34,7 @@ struct Model {
     }
 };
 
-// Merges at random among the tokens so far; some results have two ways to them, as in real vocabularies.
+// Random merges of existing tokens; some results can be reached in two ways, as in real vocabularies.
 Model random_model(std::mt19937_64& random, uint32_t alphabet, uint32_t merges, bool two_ways = true) {
     Model model;
     for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(255 - b);
@@ -54,7 +54,7 @@ Model random_model(std::mt19937_64& random, uint32_t alphabet, uint32_t merges, 
 }
 
 std::vector<uint32_t> encode(const BytePairs& pairs, const std::string& word) {
-    std::vector<uint32_t> out(word.size());  // exactly: a token more would be seen
+    std::vector<uint32_t> out(word.size());  // exact size, so that the sanitizer detects one token too many
     out.resize(pairs.encode(reinterpret_cast<const uint8_t*>(word.data()), word.size(), out.data()));
     return out;
 }
@@ -73,8 +73,8 @@ void equals_its_definition() {
     }
 }
 
-// Where `parts` says so, the ids of a word are those of its two parts.
-void words_are_parted_where_no_token_crosses() {
+// Where `parts` returns true, the ids of a word are those of its two parts.
+void words_split_where_no_token_crosses() {
     std::mt19937_64 random(9);
     int parted = 0, whole = 0;
     for (int round = 0; round < 200; ++round) {
@@ -112,7 +112,7 @@ void whole_words() {
     pairs.take_whole({{"ab", 900}});
     EXPECT(encode(pairs, "ab") == std::vector<uint32_t>{900});
     EXPECT(encode(pairs, "abc") == (std::vector<uint32_t>{'a', 'b', 'c'}));
-    EXPECT_FAULT(BytePairs({1, 2}, {}, {}, {}), "do not fit");
+    EXPECT_FAULT(BytePairs({1, 2}, {}, {}, {}), "have different sizes");
     for (int part = 0; part < 4; ++part) {
         for (const uint32_t id : {(1u << 20) - 1, (1u << 20) - 2}) {
             Model large = model;
@@ -124,7 +124,7 @@ void whole_words() {
     }
 }
 
-// A word of one letter merges at every place at once: the time stays in proportion to its length.
+// A word of one repeated letter can merge at every position. The time stays proportional to its length.
 void linear_time() {
     std::mt19937_64 random(8);
     Model model;
@@ -149,7 +149,7 @@ void linear_time() {
 
 int main() {
     equals_its_definition();
-    words_are_parted_where_no_token_crosses();
+    words_split_where_no_token_crosses();
     whole_words();
     linear_time();
     return tally.finish();

@@ -1,4 +1,4 @@
-// XXH64 against published digests, at every length and alignment, and of files by blocks.
+// XXH64 against published digests, at every length and alignment, and of files in blocks.
 #include <cstring>
 
 #include "data/checksum.h"
@@ -19,7 +19,7 @@ void published_digests() {
     EXPECT_EQ(of("xxhash", 20141025), 0xB559B98D844E0635u);
 }
 
-// Digests of xxHash 0.8.4, with and without a seed: around 32 bytes, of which the four lanes take all that there are, and their multiples.
+// Digests of xxHash 0.8.4, with and without a seed: around 32 bytes, one step of the four lanes, and its multiples.
 void digests_of_whole_lanes() {
     std::vector<uint8_t> bytes(200);
     for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 37 + 11);
@@ -41,7 +41,8 @@ void alignment_and_content() {
     std::vector<uint8_t> bytes(200 + 8);
     for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 37 + 11);
     for (size_t count = 0; count <= 200; ++count) {
-        const std::vector<uint8_t> exact(bytes.begin(), bytes.begin() + static_cast<long>(count));  // the sanitizer sees a byte read too far
+        const std::vector<uint8_t> exact(bytes.begin(),
+                                         bytes.begin() + static_cast<long>(count));  // exact size, so that the sanitizer detects reads past the end
         const uint64_t sum = checksum(exact.data(), count);
         for (size_t shift = 1; shift < 8; ++shift) {
             std::vector<uint8_t> moved(count + shift);

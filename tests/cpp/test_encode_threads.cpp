@@ -1,4 +1,5 @@
-// Pieces on threads: each gives what it gives alone, whatever is dropped beside it and however many threads there are; a closed pool leaves no piece half done.
+// Encoding chunks on threads: each result equals that of a single thread, for any number of threads and with other chunks dropped. Closing leaves no
+// chunk half encoded.
 // Arguments: see budget.h (default: 60 rounds).
 #include <random>
 #include <stdexcept>
@@ -26,7 +27,7 @@ TextEncoder encoder() {
 
 struct Case {
     std::string content;
-    PieceKind kind;
+    ChunkKind kind;
     const uint8_t* bytes() const { return reinterpret_cast<const uint8_t*>(content.data()); }
 };
 
@@ -38,56 +39,56 @@ Case random_case(std::mt19937_64& random) {
         for (uint64_t left = random() % 40; left > 0; --left) text += kWords[random() % std::size(kWords)];
         return text;
     };
-    if (random() % 4 == 0) return {words() + (random() % 4 == 0 ? "\xFF" : ""), PieceKind::text};
+    if (random() % 4 == 0) return {words() + (random() % 4 == 0 ? "\xFF" : ""), ChunkKind::text};
     std::string lines;
     for (uint64_t left = random() % 30; left > 0; --left)
         lines += random() % 8 == 0 ? (random() % 2 == 0 ? "\n" : "{]\n") : "{\"text\": \"" + words() + "\"}\n";
-    return {lines, PieceKind::lines};
+    return {lines, ChunkKind::lines};
 }
 
-std::vector<uint32_t> ids_of(const EncodedPiece& piece, bool wide) {
+std::vector<uint32_t> ids_of(const EncodedChunk& chunk, bool wide) {
     std::vector<uint32_t> ids;
-    for (uint64_t i = 0; i < piece.count; ++i) {
+    for (uint64_t i = 0; i < chunk.count; ++i) {
         uint32_t id = 0;
-        std::memcpy(&id, piece.tokens.get() + i * (wide ? 4 : 2), wide ? 4 : 2);
+        std::memcpy(&id, chunk.tokens.get() + i * (wide ? 4 : 2), wide ? 4 : 2);
         ids.push_back(id);
     }
     return ids;
 }
 
-// What the encoder gives for the piece on this thread.
-void check_piece(const TextEncoder& texts, const Case& one, const EncodedPiece& piece, bool wide, LineState& alone) {
+// The result of encoding the chunk on this thread.
+void check_chunk(const TextEncoder& texts, const Case& one, const EncodedChunk& chunk, bool wide, LineState& alone) {
     alone.clear();
     bool valid = true;
-    if (one.kind == PieceKind::lines)
+    if (one.kind == ChunkKind::lines)
         encode_lines(texts, one.bytes(), one.content.size(), {"text", kEod}, alone);
     else
         valid = encode_text(texts, one.bytes(), one.content.size(), kEod, alone);
-    EXPECT_EQ(piece.valid, valid);
-    EXPECT(ids_of(piece, wide) == std::vector<uint32_t>(alone.ids.begin(), alone.ids.begin() + alone.ids.size()));
-    EXPECT(piece.sizes == alone.sizes);
-    EXPECT_EQ(piece.unsure.size(), alone.unsure.size());
-    for (size_t i = 0; i < std::min(piece.unsure.size(), alone.unsure.size()); ++i) EXPECT_EQ(piece.unsure[i].first, alone.unsure[i].first);
-    EXPECT(piece.blank == alone.blank && piece.empty == alone.empty);
+    EXPECT_EQ(chunk.valid, valid);
+    EXPECT(ids_of(chunk, wide) == std::vector<uint32_t>(alone.ids.begin(), alone.ids.begin() + alone.ids.size()));
+    EXPECT(chunk.sizes == alone.sizes);
+    EXPECT_EQ(chunk.unsure.size(), alone.unsure.size());
+    for (size_t i = 0; i < std::min(chunk.unsure.size(), alone.unsure.size()); ++i) EXPECT_EQ(chunk.unsure[i].first, alone.unsure[i].first);
+    EXPECT(chunk.blank == alone.blank && chunk.empty == alone.empty);
 }
 
 void round(const TextEncoder& texts, std::mt19937_64& random, LineState& alone) {
     const bool wide = random() % 2 == 0;
     std::vector<std::unique_ptr<Case>> cases;
-    std::vector<std::shared_ptr<EncodedPiece>> pieces;
+    std::vector<std::shared_ptr<EncodedChunk>> chunks;
     EncodeThreads threads(texts, wide, static_cast<int>(random() % 5));
     for (uint64_t left = random() % 60; left > 0; --left) {
         cases.push_back(std::make_unique<Case>(random_case(random)));
-        pieces.push_back(threads.start(cases.back()->bytes(), cases.back()->content.size(), cases.back()->kind, {"text", kEod}));
+        chunks.push_back(threads.start(cases.back()->bytes(), cases.back()->content.size(), cases.back()->kind, {"text", kEod}));
     }
-    for (size_t i = 0; i < pieces.size(); ++i) {
+    for (size_t i = 0; i < chunks.size(); ++i) {
         if (random() % 8 == 0) {
-            threads.drop(*pieces[i]);
-            cases[i].reset();  // a thread that still read it would be seen by the sanitizer
+            threads.drop(*chunks[i]);
+            cases[i].reset();  // the sanitizer detects a thread that still reads it
             continue;
         }
-        threads.wait(*pieces[i]);
-        check_piece(texts, *cases[i], *pieces[i], wide, alone);
+        threads.wait(*chunks[i]);
+        check_chunk(texts, *cases[i], *chunks[i], wide, alone);
     }
 }
 
@@ -96,27 +97,27 @@ void check_close(const TextEncoder& texts) {
     for (int i = 0; i < 2'000; ++i) lines += "{\"text\": \"all the words of one line 42\"}\n";
     const auto* bytes = reinterpret_cast<const uint8_t*>(lines.data());
     EncodeThreads threads(texts, false, 1);
-    std::vector<std::shared_ptr<EncodedPiece>> pieces;
-    for (int i = 0; i < 50; ++i) pieces.push_back(threads.start(bytes, lines.size(), PieceKind::lines, {"text", kEod}));
-    threads.wait(*pieces[0]);
+    std::vector<std::shared_ptr<EncodedChunk>> chunks;
+    for (int i = 0; i < 50; ++i) chunks.push_back(threads.start(bytes, lines.size(), ChunkKind::lines, {"text", kEod}));
+    threads.wait(*chunks[0]);
     threads.close();
-    size_t done = 0, given_up = 0;
-    for (const auto& piece : pieces) {
-        done += piece->stage == EncodedPiece::done && piece->sizes.size() == 2'000;
-        given_up += piece->stage == EncodedPiece::given_up && piece->count == 0;
+    size_t done = 0, cancelled = 0;
+    for (const auto& chunk : chunks) {
+        done += chunk->stage == EncodedChunk::done && chunk->sizes.size() == 2'000;
+        cancelled += chunk->stage == EncodedChunk::cancelled && chunk->count == 0;
     }
     EXPECT(done >= 1);
-    EXPECT_EQ(done + given_up, pieces.size());
-    bool refused = pieces.back()->stage == EncodedPiece::done;
+    EXPECT_EQ(done + cancelled, chunks.size());
+    bool refused = chunks.back()->stage == EncodedChunk::done;
     try {
-        threads.wait(*pieces.back());
+        threads.wait(*chunks.back());
     } catch (const std::logic_error&) {
         refused = true;
     }
     EXPECT(refused);
-    threads.drop(*pieces.back());
+    threads.drop(*chunks.back());
     threads.close();
-    const auto later = threads.start(bytes, lines.size(), PieceKind::lines, {"text", kEod});  // by this thread, since there is no other
+    const auto later = threads.start(bytes, lines.size(), ChunkKind::lines, {"text", kEod});  // by this thread, since there are no others
     EXPECT_EQ(later->sizes.size(), size_t{2'000});
 }
 

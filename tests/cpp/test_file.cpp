@@ -1,4 +1,4 @@
-// Reading and durable writing of files: what is refused, what survives, what is left behind.
+// Reading and durable writing of files: what is refused, and what is left after a failure.
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -23,7 +23,7 @@ void inputs_that_are_refused() {
     ::mkdir((folder / "folder").c_str(), 0755);
     EXPECT_FAULT(open("folder"), "a folder");
     ::mkfifo((folder / "fifo").c_str(), 0644);
-    EXPECT_FAULT(open("fifo"), "a FIFO");  // and does not wait for a writer
+    EXPECT_FAULT(open("fifo"), "a FIFO");  // without waiting for a writer
     ::symlink("nowhere", (folder / "link").c_str());
     EXPECT_FAULT(open("link"), "No such file");
     EXPECT_FAULT(open(std::string(300, 'x')), "File name too long");
@@ -50,7 +50,7 @@ void reads_and_maps() {
     EXPECT_FAULT(file.read_at(out, 5, 0), "changed while it was open");
 }
 
-// Sees each buffer as it goes out.
+// Records each written buffer.
 class Watched : public OutputFile {
   public:
     using OutputFile::OutputFile;
@@ -89,7 +89,7 @@ void writes_by_buffers() {
     }
 }
 
-void nothing_stays_without_publish() {
+void nothing_is_left_without_publish() {
     const Folder folder;
     put(folder / "old", {9});
     {
@@ -100,7 +100,7 @@ void nothing_stays_without_publish() {
     EXPECT_EQ(folder.num_files(), 1u);
     put(folder / "target", {7});
     ::symlink("target", (folder / "link.partial").c_str());
-    EXPECT_FAULT(OutputFile(folder / "link.partial", 4), "cannot create file");  // never writes through somebody's link
+    EXPECT_FAULT(OutputFile(folder / "link.partial", 4), "cannot create file");  // never writes through a symbolic link
     EXPECT(content_of(folder / "target") == std::vector<uint8_t>{7});
     EXPECT_FAULT(OutputFile(folder / "no/such/folder", 4), "disk");
 }
@@ -116,12 +116,12 @@ void one_writer_at_a_time() {
         EXPECT_FAULT(OutputFile(partial, 4, 2), "another process is writing this file");
         EXPECT_EQ(content_of(partial).size(), sizeof letters);
         first.publish(folder / "file");
-        OutputFile second(partial, 4);  // the first one has its final name, and is not touched
+        OutputFile second(partial, 4);  // the first one already has its final name and is not changed
         second.write(letters, 1);
         second.keep();
     }
     EXPECT_EQ(content_of(folder / "file").size(), sizeof letters);
-    OutputFile again(partial, 4);  // what is left of one that ended is in nobody's hands
+    OutputFile again(partial, 4);  // the file of a writer that ended is no longer locked
     EXPECT_EQ(content_of(partial).size(), size_t{0});
 }
 
@@ -148,7 +148,7 @@ int main() {
     inputs_that_are_refused();
     reads_and_maps();
     writes_by_buffers();
-    nothing_stays_without_publish();
+    nothing_is_left_without_publish();
     one_writer_at_a_time();
     full_disk();
     return tally.finish();

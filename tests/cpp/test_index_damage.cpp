@@ -1,5 +1,5 @@
-// Damaged .idx files, at random and with a sense for the format: the reader takes exactly what an independent reading of the format
-// calls well-formed, asks for little memory, and every lookup in what it takes stays inside. Arguments: see budget.h (default: 100000 files).
+// Damaged .idx files, with random and format-aware damage. The reader accepts exactly what an independent check of the format accepts, allocates
+// little memory, and no lookup in an accepted file goes out of bounds. Arguments: see budget.h (default: 100000 files).
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -50,14 +50,14 @@ class Damager {
         return made;
     }
 
-    // One damage; several may follow one another.
+    // Applies one damage; several may be combined.
     void damage(std::vector<uint8_t>& bytes, const IndexParts& parts) {
         switch (below(9)) {
             case 0:
                 return flip(bytes);
             case 1:
                 return bytes.resize(below(bytes.size() + 1));
-            case 2: {  // bytes inserted or taken out anywhere
+            case 2: {  // bytes inserted or removed anywhere
                 const size_t at = below(bytes.size() + 1), many = 1 + below(16);
                 const auto from = bytes.begin() + static_cast<long>(at);
                 if (below(2) == 0)
@@ -77,7 +77,7 @@ class Damager {
                 for (auto& byte : bytes)
                     if (below(8) == 0) byte = static_cast<uint8_t>(below(256));
                 return;
-            case 5:  // the header's counts, alone: the file's size contradicts them, also after overflow
+            case 5:  // only the counts in the header: the size of the file contradicts them, also after overflow
                 return set(bytes, below(2) == 0 ? 18 : 26, interesting<uint64_t>());
             case 6:
                 return set(bytes, 34 + 4 * below(parts.sizes.size() + 1), interesting<int32_t>());
@@ -88,7 +88,7 @@ class Damager {
         }
     }
 
-    // Damage to the numbers before the file is laid out: sizes, counts and offsets agree with one another, or nearly.
+    // Damages the numbers before the file is built: sizes, counts and offsets are consistent, or nearly.
     void damage(IndexParts& parts) {
         if (!parts.sizes.empty() && below(2) == 0) parts.sizes[below(parts.sizes.size())] = interesting<int32_t>();
         if (below(2) == 0) parts.borders[below(parts.borders.size())] = interesting<int64_t>();
@@ -112,7 +112,7 @@ class Damager {
     template <typename T>
     T interesting() {
         const uint64_t powers[] = {0, 1, 7, 8, 15, 16, 30, 31, 32, 33, 60, 61, 62, 63};
-        uint64_t value = uint64_t{1} << powers[below(14)];  // one draw per statement: their order is then fixed
+        uint64_t value = uint64_t{1} << powers[below(14)];  // one random draw per statement, so that their order is fixed
         value *= 1 + below(3);
         value += below(3) - 1;
         switch (below(4)) {
@@ -128,7 +128,7 @@ class Damager {
     std::mt19937_64 random_;
 };
 
-// Every lookup the reader offers.
+// Calls every lookup of the reader.
 uint64_t walk(const Index& index) {
     uint64_t sum = index.num_tokens() + index.bin_bytes();
     for (uint64_t s = 0; s < index.num_sequences(); ++s) {
@@ -141,14 +141,14 @@ uint64_t walk(const Index& index) {
     return sum;
 }
 
-// Whether the reader takes the bytes, which lie in a block of their own so that the sanitizer sees a read past either end.
+// Whether the reader accepts the bytes. They are in a separate allocation, so that the sanitizer detects reads past either end.
 bool takes(const std::vector<uint8_t>& bytes, Damager& damager, uint64_t& sum) {
-    const size_t shift = damager.below(8);  // maps are aligned, views need not be
+    const size_t shift = damager.below(8);  // maps are aligned, views may not be
     std::vector<uint8_t> exact(bytes.size() + shift);
     if (!bytes.empty()) std::memcpy(exact.data() + shift, bytes.data(), bytes.size());
     const size_t before = allocated;
     const std::string fault = fault_of([&] { sum += walk(Index(exact.data() + shift, bytes.size(), "damaged.idx")); });
-    EXPECT(allocated - before <= 2 * bytes.size() + 8192);  // 8 KiB: the texts of a message
+    EXPECT(allocated - before <= 2 * bytes.size() + 8192);  // 8 KiB for the texts of a message
     EXPECT(fault.empty() || (fault.find("where=damaged.idx") != std::string::npos && fault.find("do=") != std::string::npos));
     return fault.empty();
 }
@@ -177,13 +177,13 @@ int main(int count, char** arguments) {
         refused += !taken;
         harmless += bytes == good;
         changed += taken && bytes != good;
-        // What the structure cannot show (a border moved between sequences), the sidecar's checksum of .idx does.
+        // Damage that keeps the structure valid (a border moved between sequences) is found by the sidecar's checksum of .idx.
         if (bytes != good) EXPECT(neox::data::checksum(bytes.data(), bytes.size()) != neox::data::checksum(good.data(), good.size()));
     }
     const auto files = static_cast<long>(budget.done());
     std::printf("%ld files in %.1f s: %ld refused, %ld undamaged, %ld well-formed though changed (%llx)\n", files, budget.seconds(), refused, harmless, changed,
                 static_cast<unsigned long long>(sum));
-    EXPECT(refused > files / 2);  // the damage bites
+    EXPECT(refused > files / 2);  // most damage is detected
     EXPECT(changed > 0);
     corpus.keep();
     return tally.finish();

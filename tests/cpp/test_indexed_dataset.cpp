@@ -1,4 +1,4 @@
-// Reading of indexed datasets: every lookup against a plain walk, tokens beyond 2^32, files that change or are damaged.
+// Reading of indexed datasets: every lookup against a linear scan, tokens beyond 2^32, files that change or are damaged.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -29,11 +29,11 @@ std::string write_dataset(const Folder& folder, const IndexParts& parts) {
 IndexParts sample_parts() {
     IndexParts parts;
     parts.sizes = {3, 0, 5, 1, 0, 0, 700, 2};
-    parts.borders = {0, 1, 2, 4, 4, 7, 8};  // documents of one, two and three sequences, one without any, one without tokens
+    parts.borders = {0, 1, 2, 4, 4, 7, 8};  // documents of one, two and three sequences, one without sequences, one without tokens
     return parts;
 }
 
-void lookups_equal_a_walk() {
+void lookups_equal_a_linear_scan() {
     const IndexParts parts = sample_parts();
     const std::vector<uint8_t> bytes = index_bytes(parts);
     const Index index(bytes.data(), bytes.size(), "walk");
@@ -77,7 +77,7 @@ void index_beyond_32_bits() {
     }
 }
 
-// A .bin of 6 GB with a hole for everything but a few tokens.
+// A sparse .bin of 6 GB in which only a few tokens are written.
 void tokens_beyond_32_bits() {
     const Folder folder;
     IndexParts parts;
@@ -147,7 +147,7 @@ void reads() {
     out.resize(2000);
     const int32_t bad[] = {0, 8}, negative[] = {-1};
     EXPECT_FAULT(dataset.read_ordered(order, 5, 0, 0, stream.size() + 1, out.data(), nullptr), "past the end of its order");
-    EXPECT_FAULT(dataset.read_ordered(bad, 2, 0, 0, 5, out.data(), nullptr), "a sequence that is not there");
+    EXPECT_FAULT(dataset.read_ordered(bad, 2, 0, 0, 5, out.data(), nullptr), "a sequence that does not exist");
     EXPECT_FAULT(dataset.read_ordered(negative, 1, 0, 0, 1, out.data(), nullptr), "got=-1");
     EXPECT_FAULT(dataset.read_ordered(order, 5, uint64_t{1} << 40, 0, 1, out.data(), nullptr), "past the end of its order");
     EXPECT_FAULT(dataset.read_ordered(order, 5, 4, uint64_t{1} << 40, 1, out.data(), nullptr), "past the end of its order");
@@ -159,7 +159,7 @@ void reads() {
     EXPECT_EQ(dataset.find_bad_token(0), 0u);
 }
 
-void files_that_do_not_fit() {
+void files_that_do_not_match() {
     const Folder folder;
     const std::string prefix = write_dataset(folder, sample_parts());
     const std::vector<uint8_t> idx = content_of(prefix + ".idx"), bin = content_of(prefix + ".bin");
@@ -176,7 +176,7 @@ void files_that_do_not_fit() {
         const IndexedDataset dataset(prefix);
         std::vector<int64_t> out(8);
         ::truncate((prefix + ".bin").c_str(), 100);
-        EXPECT_FAULT(dataset.read(600, 8, out.data(), nullptr), "changed while it was open");  // and not SIGBUS
+        EXPECT_FAULT(dataset.read(600, 8, out.data(), nullptr), "changed while it was open");  // instead of SIGBUS
         put(prefix + ".bin", bin);
     }
     {
@@ -199,7 +199,7 @@ void guarded_reads() {
     IndexedDataset dataset(prefix);
     dataset.guard(100, sums);
     int64_t out[200];
-    for (int round = 0; round < 2; ++round) {  // a block found bad stays bad
+    for (int round = 0; round < 2; ++round) {  // a block that is found damaged is reported at every read
         dataset.read(150, 100, out, nullptr);
         dataset.read(300, 5, out, nullptr);
         EXPECT_FAULT(dataset.read(249, 2, out, nullptr), "bytes 500 to 600; got=block 5");
@@ -224,11 +224,11 @@ void token_types() {
 }  // namespace
 
 int main() {
-    lookups_equal_a_walk();
+    lookups_equal_a_linear_scan();
     index_beyond_32_bits();
     tokens_beyond_32_bits();
     reads();
-    files_that_do_not_fit();
+    files_that_do_not_match();
     guarded_reads();
     token_types();
     return tally.finish();

@@ -1,4 +1,4 @@
-// Writing of indexed datasets: bytes as the format's table has them, and nothing that opens before the end.
+// Writing of indexed datasets: the bytes equal the table of the format, and nothing opens before the end.
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -52,7 +52,7 @@ std::vector<uint8_t> wanted_tokens(const Corpus& corpus, const TokenType& type) 
     std::vector<uint8_t> out;
     for (const auto& document : corpus)
         for (const auto& sequence : document)
-            for (const int64_t token : sequence) append(out, &token, type.bytes);  // little endian: the low bytes
+            for (const int64_t token : sequence) append(out, &token, type.bytes);  // little endian, so the low bytes
     return out;
 }
 
@@ -139,7 +139,7 @@ void misuse() {
     EXPECT_FAULT(writer.end_document(), "already finished");
 }
 
-// What is in the folder when the process ends by kill -9 at each step: an older dataset stays whole until finish(), nothing else opens.
+// The folder after kill -9 at each step: an older dataset stays intact until finish(), and nothing else opens.
 void kill_at_every_step() {
     for (int step = 0; step < 4; ++step) {
         const Folder folder;
@@ -165,7 +165,7 @@ void kill_at_every_step() {
             EXPECT_FAULT(IndexedDataset(folder / "data"), "No such file");
         }
         EXPECT_FAULT(IndexedDataset(folder / "data.partial"), "No such file");
-        IndexedWriter again(folder / "data", "uint8", kBlock);  // leftovers are no obstacle
+        IndexedWriter again(folder / "data", "uint8", kBlock);  // leftover partial files are overwritten
         write(again, kCorpora[6]);
         again.finish();
         EXPECT(content_of(folder / "data.idx") == wanted_index(kCorpora[6], token_type("uint8")));
@@ -173,7 +173,7 @@ void kill_at_every_step() {
     }
 }
 
-// A file may grow to 0, 1, 2, ... bytes: each write that fails is a Fault, and nothing stays.
+// Files are limited to 0, 1, 2, ... bytes: each failing write is a Fault, and no file is left.
 void disk_full_at_every_byte() {
     ::signal(SIGXFSZ, SIG_IGN);
     rlimit before{};

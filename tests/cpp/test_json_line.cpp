@@ -1,5 +1,5 @@
-// The fast reader of JSON lines: what it takes and what it leaves, and mutated lines in memory of their own, so that a sanitizer sees every
-// read past either end. Arguments: see budget.h (default: 100000 lines).
+// The fast reader of JSON lines: what it accepts and what it leaves to the full parser, and mutated lines in separate allocations, so that a sanitizer
+// detects every read past either end. Arguments: see budget.h (default: 100000 lines).
 #include <cstring>
 #include <random>
 
@@ -19,7 +19,7 @@ struct Read {
     std::string text;
 };
 
-// Reads a line that is the whole of a block of memory.
+// Reads a line that fills its allocation exactly.
 Read read(const std::string& line, const std::string& key = "text") {
     const std::vector<uint8_t> exact(line.begin(), line.end());
     TextBuffer text;
@@ -99,7 +99,7 @@ void doubts() {
     leaves(std::string("{\"text\": \"a\0\"}", 14));
     leaves("{\"a\": " + std::string(100, '[') + std::string(100, ']') + ", \"text\": \"a\"}");
     gives("{\"a\": " + std::string(60, '[') + std::string(60, ']') + ", \"text\": \"a\"}", "a");
-    leaves("{\"a\": " + std::string(1'000'000, '['));  // as deep as it likes: nothing is used up
+    leaves("{\"a\": " + std::string(1'000'000, '['));  // of any depth: the stack does not grow
 }
 
 void mutated(Budget& budget) {
@@ -118,7 +118,7 @@ void mutated(Budget& budget) {
         ++taken;
         EXPECT(got.text.size() <= line.size());
         EXPECT(valid_utf8(reinterpret_cast<const uint8_t*>(got.text.data()), got.text.size()));
-        EXPECT(valid_utf8(line.data(), line.size()));  // JSON is UTF-8, all of it
+        EXPECT(valid_utf8(line.data(), line.size()));  // an accepted line is valid UTF-8
     });
     taken = 0;
     for (; budget.next(); ++cases) {

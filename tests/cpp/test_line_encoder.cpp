@@ -1,5 +1,5 @@
-// Lines to ids, and the words on the way: random text in memory of its own, so that a sanitizer sees every read beyond the padding, against
-// the gpt2 pattern spelled out alternative by alternative. What lies behind a text must not matter. Arguments: see budget.h (default: 5000 texts).
+// Encoding of lines and their words: random text in separate allocations, so that a sanitizer detects every read past the padding, against the gpt2
+// pattern written out alternative by alternative. The bytes after a text must not matter. Arguments: see budget.h (default: 5000 texts).
 #include <cstring>
 #include <random>
 
@@ -53,7 +53,7 @@ class Pattern {
             if (const size_t end = run(first, kind); end > first) return end;
         }
         const size_t end = run(at, kSpace);
-        return end < codes_.size() && end > at + 1 ? end - 1 : end;  // \s+(?!\S) gives one back where something follows
+        return end < codes_.size() && end > at + 1 ? end - 1 : end;  // \s+(?!\S) leaves one blank if a word follows
     }
 
     std::vector<size_t> starts_;
@@ -107,7 +107,7 @@ std::string random_text(std::mt19937_64& random) {
     return text;
 }
 
-// The ends of the words of a text that is followed by nothing but its padding.
+// The ends of the words of a text that is followed only by its padding.
 std::vector<size_t> split(const std::string& text, const std::string& padding) {
     const std::string all = text + padding;
     const std::vector<uint8_t> exact(all.begin(), all.end());

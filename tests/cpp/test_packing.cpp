@@ -1,4 +1,4 @@
-// Best-fit packing at its edges, and that it is as good as its rule: the fullest sample that still has room.
+// Best-fit packing: edge cases, and equality with its rule, the fullest sample that still has room.
 #include <algorithm>
 #include <map>
 #include <numeric>
@@ -12,7 +12,7 @@ using neox::data::Packing;
 
 namespace {
 
-// How full the samples are, from the rule itself.
+// The fill of the samples, computed from the rule.
 std::vector<int64_t> reference(std::vector<int32_t> sizes, int64_t capacity) {
     std::sort(sizes.rbegin(), sizes.rend());
     std::multimap<int64_t, int> rooms;
@@ -24,7 +24,7 @@ std::vector<int64_t> reference(std::vector<int32_t> sizes, int64_t capacity) {
     }
     std::vector<int64_t> full;
     for (const auto& [room, unused] : rooms) full.push_back(capacity - room);
-    return full;  // falling
+    return full;  // in descending order
 }
 
 void equals_its_rule() {
@@ -55,10 +55,10 @@ void equals_its_rule() {
 void edges() {
     EXPECT_EQ(best_fit(nullptr, 0, 8).starts.size(), size_t{1});
     const int32_t largest = INT32_MAX;
-    EXPECT_FAULT(best_fit(&largest, 1, 8), "piece does not fit a sample");
+    EXPECT_FAULT(best_fit(&largest, 1, 8), "segment does not fit a sample");
     const int32_t none = 0, negative = -1;
-    EXPECT_FAULT(best_fit(&none, 1, 8), "piece does not fit a sample");
-    EXPECT_FAULT(best_fit(&negative, 1, 8), "piece does not fit a sample");
+    EXPECT_FAULT(best_fit(&none, 1, 8), "segment does not fit a sample");
+    EXPECT_FAULT(best_fit(&negative, 1, 8), "segment does not fit a sample");
     EXPECT_FAULT(best_fit(&none, 1, 0), "capacity");
     EXPECT_FAULT(best_fit(&none, 1, int64_t{1} << 31), "capacity");
 }

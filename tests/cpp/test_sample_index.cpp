@@ -37,7 +37,7 @@ void positions_beyond_32_bits() {
                 for (size_t i = static_cast<size_t>(2 * (end_row - first_row)); i < out.size(); ++i) EXPECT(out[i] == Row{-1});
             }
         }
-        // One long document in a far place, and rows that lie far apart.
+        // One long document at a late position, and rows that are far apart.
         const std::vector<int32_t> sizes = {INT32_MAX, INT32_MAX, 5};
         std::vector<int64_t> out(8, -1);
         write_rows(sizes.data(), int64_t{0}, 3, 2 * border, border, RowRange<int64_t>{out.data(), 2, 6});
@@ -69,10 +69,10 @@ void threads_give_the_same_rows(std::mt19937_64& random) {
             fill(got, rows, threads);
             EXPECT(got == want);
             got.resize(want.size() + 2);
-            EXPECT_FAULT(fill(got, rows + 1, threads), "documents end before the samples do");
+            EXPECT_FAULT(fill(got, rows + 1, threads), "documents have fewer tokens than the samples need");
             got.resize(want.size());
         }
-        // the first fault of the order is the one that is named, whichever thread meets one first; what no row needs is not looked at
+        // the first fault in the order is reported, whichever thread finds one first; documents that no row needs are not read
         const int64_t needed = want[static_cast<size_t>(2 * rows - 2)], early = std::max<int64_t>(0, needed - 40'000);
         const std::vector<int32_t> right = order;
         order.back() = 5000;
@@ -86,12 +86,12 @@ void threads_give_the_same_rows(std::mt19937_64& random) {
         for (const int threads : {2, 8}) EXPECT_FAULT(fill(got, rows, threads), "position " + std::to_string(early) + " ");
         order = right;
         std::vector<int64_t> half(static_cast<size_t>(rows / 2 * 2));
-        fill(half, rows / 2, 2);  // and fewer rows than there are
+        fill(half, rows / 2, 2);  // and fewer rows than exist
         EXPECT(std::equal(half.begin(), half.end(), want.begin()));
     }
 }
 
-// An order of many segments: documents of more than 2^16 tokens, many without any, and some visited far more often than others.
+// An order of many segments: documents of more than 2^16 tokens, many empty ones, and some that are visited far more often than others.
 template <typename Doc>
 void segments_give_the_same_rows(std::mt19937_64& random) {
     const size_t documents = 1'200'001;
@@ -118,7 +118,7 @@ void segments_give_the_same_rows(std::mt19937_64& random) {
             fill(rows, threads);
             EXPECT(std::equal(got.begin(), got.end(), want.begin()));
         }
-        EXPECT_FAULT(fill(want.size() / 2 + 1, threads), "documents end before the samples do");
+        EXPECT_FAULT(fill(want.size() / 2 + 1, threads), "documents have fewer tokens than the samples need");
         const auto at = static_cast<size_t>(random() % order.size());
         for (const int64_t number : {static_cast<int64_t>(documents), int64_t{1'310'720}, int64_t{INT32_MAX}, int64_t{-1}, int64_t{INT32_MIN}}) {
             const Doc before = std::exchange(order[at], static_cast<Doc>(number));
@@ -131,9 +131,9 @@ void segments_give_the_same_rows(std::mt19937_64& random) {
     }
 }
 
-// Faults in segments that are gathered at the same time: the first of the order is named, whether the later one is met before it or after it, and none
-// of a segment that no row needs.
-void the_first_of_several_faults_is_named() {
+// Faults in segments that are gathered at the same time: the first in the order is reported, whichever is found first. Faults in segments that no row
+// needs are not reported.
+void the_first_of_several_faults_is_reported() {
     constexpr size_t kSegment = 16384;  // documents, as in sample_index.cpp
     const std::vector<int32_t> sizes(100, 3);
     std::vector<int64_t> out(2000);
@@ -143,8 +143,8 @@ void the_first_of_several_faults_is_named() {
     };
     std::vector<int32_t> everywhere(17 * kSegment + 1, 1), at_the_end = everywhere;
     for (size_t segment = 2; segment < 17; ++segment) everywhere[segment * kSegment + 5 * segment] = 100;
-    at_the_end[17 * kSegment - 1] = 100, at_the_end.back() = -1;  // the last segment has one document: its fault is met first
-    const int64_t before = 2 * kSegment * 3 / 1000;               // rows that the segments before the first fault of `everywhere` are enough for
+    at_the_end[17 * kSegment - 1] = 100, at_the_end.back() = -1;  // the last segment has one document, so its fault is found first
+    const int64_t before = 2 * kSegment * 3 / 1000;               // rows for which the segments before the first fault of `everywhere` suffice
     for (int round = 0; round < 100; ++round) {
         for (const int threads : {2, 3, 8}) {
             EXPECT_FAULT(fill(everywhere, 1000, threads), "position " + std::to_string(2 * kSegment + 10) + " ");
@@ -154,7 +154,7 @@ void the_first_of_several_faults_is_named() {
     }
 }
 
-// One random order: its rows are what they are defined to be, and a number that does not belong in it is refused.
+// A random order: its rows equal their definition, and a document number out of range is refused.
 template <typename Doc, typename Row>
 void rows_equal_their_definition(std::mt19937_64& random) {
     const auto below = [&](int64_t bound) { return static_cast<int64_t>(random() % static_cast<uint64_t>(bound)); };
@@ -185,7 +185,7 @@ void rows_equal_their_definition(std::mt19937_64& random) {
         EXPECT_EQ(static_cast<int64_t>(out[static_cast<size_t>(2 * row + 1)]), row * seq_length - start);
     }
     out.resize(out.size() + 2);
-    EXPECT_FAULT(fill(rows + 1), "documents end before the samples do");
+    EXPECT_FAULT(fill(rows + 1), "documents have fewer tokens than the samples need");
     const auto at = static_cast<size_t>(below(static_cast<int64_t>(order.size())));
     const Doc before = std::exchange(order[at], static_cast<Doc>(below(2) == 0 ? -1 - below(1 << 30) : static_cast<int64_t>(sizes.size()) + below(1 << 30)));
     EXPECT_FAULT(fill(rows), "document number out of range; where=position " + std::to_string(at) + " of");
@@ -208,9 +208,9 @@ void hostile_arrays() {
     EXPECT_FAULT(fill(sizes, {INT64_MAX}, 4, 1), "document number out of range");
     EXPECT_FAULT(fill({}, {0}, 4, 1), "document number out of range");
     EXPECT_FAULT(fill(negative, {0, 1}, 4, 3), "negative document size; where=document 1");
-    EXPECT_FAULT(fill(sizes, {}, 4, 1), "documents end");
+    EXPECT_FAULT(fill(sizes, {}, 4, 1), "documents have fewer tokens");
     EXPECT_FAULT(fill(sizes, {0, 1}, 0, 2), "seq_length must be positive");
-    EXPECT_FAULT(fill(sizes, {0, 1}, INT64_MAX, 2), "documents end");
+    EXPECT_FAULT(fill(sizes, {0, 1}, INT64_MAX, 2), "documents have fewer tokens");
     fill(sizes, {0, 1}, 4, 0);
 }
 
@@ -281,7 +281,7 @@ int main(int count, char** arguments) {
     std::mt19937_64 random(20240500 + budget.seed());
     positions_beyond_32_bits<int32_t>();
     positions_beyond_32_bits<int64_t>();
-    the_first_of_several_faults_is_named();
+    the_first_of_several_faults_is_reported();
     threads_give_the_same_rows(random);
     segments_give_the_same_rows<int32_t>(random);
     segments_give_the_same_rows<int64_t>(random);

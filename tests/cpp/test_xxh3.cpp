@@ -27,7 +27,7 @@ void reference_digests() {
 
 void alignment_and_content() {
     for (size_t count = 0; count <= 1100; count += count < 300 ? 1 : 37) {
-        const std::vector<uint8_t> exact = bytes_of(count);  // the sanitizer sees a byte read too far
+        const std::vector<uint8_t> exact = bytes_of(count);  // exact size, so that the sanitizer detects reads past the end
         const uint64_t sum = xxh3(exact.data(), count);
         for (size_t shift = 1; shift < 8; ++shift) {
             std::vector<uint8_t> moved(count + shift);

@@ -121,16 +121,16 @@ class IndexedDataset:
         """As `read_rows`, from `offsets` tokens behind the start of sequences order[positions]; see `read_ordered`."""
         return self._core.read_ordered_rows(order, positions, offsets, rows, *out)
 
-    def read_pieces(self, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def read_spans(self, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Tokens [firsts[i], firsts[i] + counts[i]) of the dataset, one i behind the other, int64."""
-        return core.read_pieces(self._core, firsts, counts)
+        return core.read_spans(self._core, firsts, counts)
 
-    def survey(self, first: int, last: int, eod_id: int | None) -> tuple[int | None, int | None, int, int, np.ndarray]:
+    def document_statistics(self, first: int, last: int, eod_id: int | None) -> tuple[int | None, int | None, int, int, np.ndarray]:
         """One pass over documents [first, last): (smallest id, largest id, tokens that are `eod_id`, documents that end in it, hashes uint64).
 
         A hash is of the ids of a document without a last `eod_id`: the same for every token type and place. Raises DataError.
         """
-        return core.survey(self._core, first, last, -1 if eod_id is None else eod_id)
+        return core.document_statistics(self._core, first, last, -1 if eod_id is None else eod_id)
 
     def document_starts(self) -> np.ndarray:
         """Number of tokens before each document, and of all: int64 [num_documents + 1]."""

@@ -188,7 +188,7 @@ def test_bin_of_another_length_names_sizes_and_document(corpus):
     ("offset", "value", "message"),
     [
         (0, b"X", "not an index file"),
-        (9, b"\x02", "another version; .*got=2; want=1"),
+        (9, b"\x02", "unsupported version of the index file; .*got=2; want=1"),
         (17, b"\x06", "token type .*not supported; .*code 6"),
         (17, b"\x07", "code 7"),
         (17, b"\x04", "index file is damaged; where=.*sequence 1; .*offset"),
@@ -254,7 +254,7 @@ def test_a_flipped_bit_of_bin_is_found_by_verify_and_by_the_first_read_of_its_bl
     dataset = IndexedDataset(tmp_path / "big")
     assert dataset.verify() == [(2 << 20, 3 << 20)]
     assert dataset.read(0, 1000)[0][:3].tolist() == [0, 1, 2]
-    with pytest.raises(DataError, match=rf"checksum differs; where=.*big\.bin bytes {2 << 20} to {3 << 20}; got=block 2, from document 2"):
+    with pytest.raises(DataError, match=rf"checksum differs; where=.*big\.bin bytes {2 << 20} to {3 << 20}; got=block 2, starting in document 2"):
         dataset.read(1_100_000, 10)
 
 
@@ -281,8 +281,8 @@ def test_every_read_finds_that_a_file_was_cut_short_while_open(corpus, tmp_path,
         "sequence": lambda: corpus[3],
         "read": lambda: corpus.read(0, corpus.num_tokens),
         "read_ordered": lambda: corpus.read_ordered(order, 0, 0, corpus.num_tokens),
-        "read_pieces": lambda: corpus.read_pieces(zeros, zeros + corpus.num_tokens),
-        "survey": lambda: corpus.survey(0, 101, None),
+        "read_spans": lambda: corpus.read_spans(zeros, zeros + corpus.num_tokens),
+        "document_statistics": lambda: corpus.document_statistics(0, 101, None),
         "merge": merge,
     }
     for name, read in reads.items():
@@ -296,9 +296,9 @@ def test_reads_outside_are_refused(corpus):
     for first, count in ((-1, 1), (0, -1), (corpus.num_tokens, 1), (2**63 - 1, 2**63 - 1)):
         with pytest.raises(IndexError, match="out of range"):
             corpus.read(first, count)
-    with pytest.raises(DataError, match="order names a sequence that is not there"):
+    with pytest.raises(DataError, match="order names a sequence that does not exist"):
         corpus.read_ordered(np.array([101], dtype=np.int32), 0, 0, 1)
-    with pytest.raises(DataError, match="order names a sequence that is not there"):
+    with pytest.raises(DataError, match="order names a sequence that does not exist"):
         corpus.read_ordered(np.array([-1], dtype=np.int64), 0, 0, 1)
     with pytest.raises(DataError, match="runs past the end"):
         corpus.read_ordered(np.arange(3, dtype=np.int32), 0, 0, 1000)
