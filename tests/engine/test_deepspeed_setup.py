@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from neox.engine.deepspeed_setup import PlainCPU, deepspeed_config, merge
+from neox.config.deepspeed_keys import OWNED_KEYS
+from neox.engine.deepspeed_setup import OURS, PlainCPU, deepspeed_config, merge
 from neox.engine.footprint import BUCKET, effective_stage
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
@@ -68,6 +69,14 @@ def test_raw_keys_are_merged_in():
 def test_what_has_a_key_of_its_own_is_refused(raw):
     with pytest.raises(ConfigError, match=r"error\[2\].*deepspeed\."):
         settings(deepspeed=raw)
+
+
+def test_what_the_engine_sets_is_refused_when_the_config_is_checked():
+    """And not only when the engine is built: `neox config check` knows it."""
+    aliases = {"bfloat16"}  # of bf16; the table of DeepSpeed's keys does not have it
+    assert {path for path in OURS if not {path, path.partition(".")[0]} & OWNED_KEYS.keys()} == aliases
+    free = {"zero_optimization", "zero_allow_untested_optimizer", "wall_clock_breakdown", "timers", "steps_per_print"}
+    assert settings().keys() - OWNED_KEYS.keys() == free
 
 
 def test_nothing_is_compiled_and_nothing_is_printed(capfd):

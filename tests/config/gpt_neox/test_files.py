@@ -43,6 +43,12 @@ def leaves(text: str):
         ("precision: {dtype: fp32}", False),
         ("include: other.yml", False),
         ("lern_rate: 3", False),
+        ("deepspeed: true", True),
+        ("profile: true", True),
+        ("deepspeed: {}", False),
+        ("deepspeed: {flops_profiler: {enabled: true}}", False),
+        ("precision: null", False),
+        ("profile: null", False),
     ],
 )
 def test_which_files_are_upstream(text, upstream):
@@ -53,6 +59,8 @@ def test_values_below_a_key_are_nested_again():
     given = collect(leaves('a: 1\n"fp16": {"enabled": True, "loss_scale": 0}\n'), "f.yml")
     assert given["fp16"].value == {"enabled": True, "loss_scale": 0}
     assert (given["fp16"].source, given["fp16"].line) == ("f.yml", 2)
+    block = collect(leaves("fp16:\n  enabled: true\n  loss_scale: 0\nnum_layers: 2\n"), "f.yml")
+    assert (block["fp16"].line, block["num_layers"].line) == (2, 4)
 
 
 @pytest.mark.parametrize("dash", [False, True])
