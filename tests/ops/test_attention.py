@@ -272,6 +272,25 @@ def test_window_hides_what_lies_before_it(dtype):
     assert moved.nonzero().flatten().tolist() == list(range(100, 133))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [33, 64, 65, 96, 128, 129, 192, 256, 257, 384])
+def test_a_window_ends_between_two_keys_whatever_tile_they_are_in(length, dtype):
+    """The last query would give all of its weight to key 0, which lies one key before its window, or is the window's first."""
+    for queries in (length, 1):
+        q, k, v = qkv_of(length, length, 1, 1, 64, dtype).values()
+        q = q[:, length - queries :].clone()
+        k[:, 0] = q[:, -1] * 8
+        inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        for window, weight in ((length - 1, 0.0), (length, 1.0)):
+            out = attention(*inputs, window=window, backend="native")
+            reference.assert_near(out, reference.attention(*inputs, window=window))
+            dout = torch.zeros_like(out)
+            dout[:, -1] = 1
+            _, dk, dv = torch.autograd.grad(out, inputs, dout)
+            assert (dk[:, 0] == 0).all() or weight
+            assert torch.allclose(dv[:, 0].float(), torch.full_like(dv[:, 0], weight).float(), atol=0.02 if weight else 0.0)
+
+
 def test_decoding_gives_the_rows_of_the_whole():
     q, k, v = qkv_of(100, 100, 4, 2, 64).values()
     options = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01]), "window": 50, "backend": "native"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -25,6 +26,18 @@ def test_best_library_that_the_cpu_can_run():
     assert _library.choose(built, ZEN3) == "avx2"
     assert _library.choose(built, set()) == "portable"
     assert _library.choose({"avx2", "portable"}, SKYLAKE) == "avx2"
+
+
+def test_a_cpu_needs_every_flag_that_a_library_is_compiled_with():
+    source = ast.parse((Path(_library.__file__).parents[2] / "setup.py").read_text(encoding="utf-8"))
+    (flags,) = [node.value for node in source.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CPU_ISA_FLAGS"]
+    spelt = {"avx512bf16": "avx512_bf16"}  # the compiler's spelling -> the one of /proc/cpuinfo
+    compiled = {isa: {flag.removeprefix("-m") for flag in each if "prefer" not in flag} for isa, each in ast.literal_eval(flags).items()}
+    assert {isa: {spelt.get(flag, flag) for flag in each} for isa, each in compiled.items()} == _library.REQUIREMENTS
+    for isa, needed in _library.REQUIREMENTS.items():
+        assert _library.choose({isa}, needed) == isa
+        for flag in needed:
+            assert _library.choose({isa, "portable"}, needed - {flag}) == "portable"
 
 
 def test_nothing_built():
