@@ -70,6 +70,45 @@ def test_coverage_accepts_exact_cuts_only():
         check_coverage("w", "weight", shape, [(((0, 4), (0, 4)), 0, 16), (((0, 4), (2, 6)), 0, 16)])
 
 
+def _is_exact_cover(shape, pieces):
+    """Whether the ranges hold every element once, by counting."""
+    seen = torch.zeros(shape, dtype=torch.int64)
+    for slices, start, stop in pieces:
+        held = seen[tuple(slice(low, high) for low, high in slices)]
+        flat = held.reshape(-1).clone()
+        flat[start:stop] += 1
+        held.copy_(flat.view(held.shape))
+    return bool((seen == 1).all())
+
+
+def test_slices_that_overlap_and_leave_as_much_uncovered_are_refused():
+    for pieces in ([((0, 4),), ((2, 6),)], [((2, 6),), ((0, 4),)], [((0, 5),), ((2, 4),), ((7, 8),)]):
+        with pytest.raises(CheckpointError, match="slices overlap"):
+            check_coverage("w", "weight", (8,), [(slices, 0, slices[0][1] - slices[0][0]) for slices in pieces])
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 2), (2, 2, 2)])
+def test_coverage_of_random_slices_agrees_with_counting(shape):
+    generator = random.Random(3)
+    exact = 0
+    for _ in range(3000):
+        cut = generator.randrange(len(shape))
+        at = generator.randint(0, shape[cut])
+        halves = [tuple((low, high) if dim == cut else (0, size) for dim, size in enumerate(shape)) for low, high in ((0, at), (at, shape[cut]))]
+        pieces = [(slices, 0, torch.Size(slice_shape(slices)).numel()) for slices in halves if generator.random() < 0.9]
+        pieces += [_random_piece(generator, shape) for _ in range(generator.choice((0, 0, 1, 2)))]
+        pieces = [piece for piece in pieces if piece[1] < piece[2]]
+        generator.shuffle(pieces)
+        try:
+            check_coverage("w", "weight", shape, pieces)
+            accepted = True
+        except CheckpointError:
+            accepted = False
+        exact += accepted
+        assert not accepted or _is_exact_cover(shape, pieces), pieces
+    assert exact > 300
+
+
 def test_addresses_are_checked():
     with pytest.raises(CheckpointError, match="slice outside the tensor"):
         check_address("w", "weight", (4, 6), ((0, 5), (0, 6)), 0, 1)

@@ -144,6 +144,20 @@ def test_characters_torn_by_the_sample_stay_where_they_are(tokenizer):
         assert out[:torn] == ids[1 : 1 + torn] and out[torn] == tokenizer.token_id(SENTINELS[0])
 
 
+def test_ids_torn_at_the_start_count_in_the_room(tokenizer):
+    """What goes beyond the room is taken off the suffix, so that the end-of-document token stays."""
+    fim, codec = transform(tokenizer), NativeCodec(TokenizerFile(tokenizer.file))
+    ids = [*tokenizer.encode("日" + TEXTS[60])[1:], tokenizer.eod_id]
+    torn = codec.text(ids[:-1])[0]
+    assert torn > 0
+    transformed = 0
+    for seed in range(60):
+        out = fim.document(np.array(ids), len(ids), Draws(seed)).tolist()
+        assert len(out) <= len(ids) and out[-1] == tokenizer.eod_id and out[:torn] == ids[:torn]
+        transformed += out != ids
+    assert transformed > 30
+
+
 def test_another_kind_of_tokenizer(tmp_path, tokenizer):
     """What csrc/data cannot encode goes through the library."""
     library = tokenizers.Tokenizer.from_file(tokenizer.file)

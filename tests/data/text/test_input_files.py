@@ -58,6 +58,16 @@ def test_json_lines_are_known_by_name_in_any_case_or_by_their_first_line(tmp_pat
     assert texts(tmp_path, name) == ["a", "b"]
 
 
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\n", b" \n\t", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize("name", ["part-00000", "a.jsonl"])
+def test_a_byte_order_mark_and_blank_lines_do_not_hide_the_first_object(tmp_path, name, before):
+    (tmp_path / name).write_bytes(before + LINES)
+    assert texts(tmp_path, name) == ["a", "b"]
+    (tmp_path / "a.txt").write_bytes(before + LINES)
+    with pytest.raises(DataError, match="JSON lines or one document"):
+        texts(tmp_path, "a.txt")
+
+
 def test_a_folder_gives_json_lines_under_all_their_names(tmp_path, caplog):
     names = ["a.jsonl", "b.json.gz", "c.ndjson", "d.JSONL", "e.jl", "f.jsonlines", "g.TXT"]
     for name in names:
