@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.model.norm import dual_norm, make_norm
+from neox.model.norm import RMSNorm, dual_norm, make_norm
 from neox.parallel.mesh import Mesh
 
 
@@ -34,6 +36,18 @@ def test_norm_of_the_sum_and_the_sum(kind):
     normed, total = norm(x)
     assert total is x
     assert torch.allclose(normed.double(), formula(norm, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize(("tp", "sequence"), [(1, False), (2, False), (2, True)])
+def test_gradients_are_partial_where_members_of_the_tensor_group_see_other_rows(kind, tp, sequence):
+    """Under sequence parallelism each has other tokens; a norm per head has other heads."""
+    mesh = replace(Mesh.single(), tp=tp, sequence=sequence)
+    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=1, vocab_size=5, norm=kind)
+    specs = make_norm(config, mesh, torch.float32).shard_specs
+    assert {spec.partial for spec in specs.values()} == {sequence} and {spec.dim for spec in specs.values()} == {None}
+    assert specs.keys() == ({"weight", "bias"} if kind == "layernorm" else {"weight"})
+    assert RMSNorm(16, 1e-5, mesh, dtype=torch.float32, inside=True).shard_specs["weight"].partial == (tp > 1)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

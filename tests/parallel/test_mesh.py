@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,6 +17,19 @@ def test_one_process_has_no_groups():
     mesh = create_mesh()
     assert mesh == Mesh.single()
     assert (mesh.world_size, mesh.tp_group, mesh.pp_group, mesh.dp_group) == (1, None, None, None)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 2, 2), (1, 4, 1, 3), (2, 2, 1, 1), (1, 2, 3, 1)])
+def test_ranks_of_every_process_and_its_peers_on_other_stages(sizes):
+    """The order of the ranks is part of every launch: tensor innermost, then context, data and pipeline."""
+    tp, pp, dp, cp = sizes
+    grid = torch.arange(tp * pp * dp * cp).view(pp, dp, cp, tp)
+    for pp_rank, dp_rank, cp_rank, tp_rank in itertools.product(range(pp), range(dp), range(cp), range(tp)):
+        rank = int(grid[pp_rank, dp_rank, cp_rank, tp_rank])
+        mesh = Mesh(tp, pp, dp, rank, tp_rank, pp_rank, dp_rank, None, None, None, torch.device("cpu"), cp=cp, cp_rank=cp_rank)
+        assert (mesh.world_size, mesh.replicas, mesh.replica_rank) == (grid.numel(), dp * cp, dp_rank * cp + cp_rank)
+        assert (mesh.first_stage, mesh.last_stage) == (pp_rank == 0, pp_rank == pp - 1)
+        assert [mesh.stage_peer(stage) for stage in range(pp)] == grid[:, dp_rank, cp_rank, tp_rank].tolist()
 
 
 def test_world_that_does_not_divide():

@@ -24,5 +24,7 @@ def test_a_process_takes_its_gpu_or_the_only_one_that_it_sees(local_rank, visibl
 
 def test_fewer_gpus_than_processes_are_an_error(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    with pytest.raises(EnvironmentProblem, match=r"more processes than GPUs on this machine; where=by hand; got=local rank 5, 4 GPUs visible"):
-        local_device(LaunchInfo(5, 5, 8, source="by hand"), "cuda")
+    assert local_device(LaunchInfo(3, 3, 8), "cuda").index == 3
+    for rank in (4, 5):
+        with pytest.raises(EnvironmentProblem, match=rf"more processes than GPUs on this machine; where=by hand; got=local rank {rank}, 4 GPUs visible"):
+            local_device(LaunchInfo(rank, rank, 8, source="by hand"), "cuda")

@@ -91,6 +91,22 @@ def test_a_process_that_dies_after_it_was_answered_is_replaced(agent):
         assert len({future.result().token for future in first + rest}) == 1
 
 
+def test_a_first_process_that_dies_after_all_were_ready_is_replaced(agent):
+    """Rank 1 has confirmed the answer of a rank 0 that has exited; it confirms the answer of the next one in both stages again."""
+    members = launches(2, agent.port, agent_store=True)
+    store = dist.PrefixStore(module.PREFIX, client(members[0], module.STORE_TIMEOUT))
+    with ThreadPoolExecutor(2) as pool:
+        second = start(pool, members[1:], 30)[0]
+        store.wait(["hello/1"])
+        identity = store.get("hello/1").decode()
+        store.set("seat/1", json.dumps([identity, "old token"]))
+        store.wait([f"old token/here/1/{identity}"])
+        store.set("old token/all", "")
+        store.wait([f"old token/ready/1/{identity}"])
+        first = start(pool, members[:1], 30)[0]
+        assert first.result().token == second.result().token != "old token"
+
+
 def test_a_rank_is_taken_once():
     members = launches(2, free_port())
     with ThreadPoolExecutor(2) as pool:

@@ -30,6 +30,28 @@ def test_the_same_wish_may_arrive_as_two_signals():
         assert signals.received == signal.SIGINT
 
 
+def test_a_signal_that_came_before_there_was_an_action_gets_it_at_once():
+    with StopSignals() as signals:
+        acted: list[signal.Signals] = []
+        signals.end_at_once(acted.append)
+        assert acted == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while not acted and time.monotonic() < deadline:  # the thread acts
+            time.sleep(0.01)
+        assert acted == [signal.SIGTERM]
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.requested
+        time.sleep(0.3)  # the thread has seen it before there is an action
+        acted = []
+        signals.end_at_once(acted.append)
+        assert set(acted) == {signal.SIGINT}
+        acted = []
+        signals.end_at_once(None)
+        assert acted == []
+
+
 def wait_for_signals(path):
     """Entry of a process that never comes to a step boundary."""
     with StopSignals() as signals:

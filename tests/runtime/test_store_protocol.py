@@ -59,6 +59,15 @@ def test_what_rank_0_has_reported_is_not_reported_again(store):
     assert post_refusal(at(free_port()), make_notice(1, 2, line), 0.0) is None
 
 
+@pytest.mark.parametrize("agent_store", [False, True])
+def test_the_same_error_of_a_rank_that_is_not_0_is_reported_by_both(store, monkeypatch, agent_store):
+    """Only rank 0 reports for all: two others that relied on each other would leave no report at all."""
+    monkeypatch.setattr(wire, "AFTER_YOU", 0.3)
+    line = "error[2] unknown key"
+    assert post_refusal(at(store.port, 2, 3, agent_store=agent_store), make_notice(2, 2, line), 10.0) is False
+    assert post_refusal(at(store.port, 1, 3, agent_store=agent_store), make_notice(1, 2, line), 10.0) is False
+
+
 def test_a_first_process_that_fails_tells_all():
     port, told = free_port(), []
     thread = threading.Thread(target=lambda: told.append(serve_refusal(at(port, rank=0, world_size=3), make_notice(0, 2, "error[2] x"), 60.0)))
