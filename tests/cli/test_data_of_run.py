@@ -100,6 +100,23 @@ def test_steps_keep_the_data_that_they_read(run, tmp_path, capsys):
     assert "how the sample was read is not known: the run continued with other data after it" in capsys.readouterr().err
 
 
+def test_checkpoints_of_a_branch_that_was_left_do_not_count(run, tmp_path, capsys):
+    """A run that goes back to step 3 and reads another mixture: what the steps after it had read before is forgotten."""
+    options = ("checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
+
+    def start(steps: int, weight: int, *more: str) -> None:
+        sources = f'data.train=[{{"path": "{run}/train", "weight": {weight}}}, {{"path": "{run}/valid", "weight": 1}}]'
+        train(make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more), Mesh.single(), StopSignals())
+
+    start(6, 3)
+    back = tmp_path / "checkpoints" / "step_00000003"
+    start(5, 1, f"checkpoint.resume={back}", "checkpoint.accept_data_change=true")
+    assert (tmp_path / "checkpoints" / "step_00000006").is_dir()
+    capsys.readouterr()
+    found = {row["step"]: {one["source"]: one["samples"] for one in row["sources"]} for row in said(capsys, "seen", "--run", tmp_path)}
+    assert found.keys() == {3, 5} and found[5][f"{run}/train"] - found[3][f"{run}/train"] == 8
+
+
 def test_wrong_questions(run, tmp_path, capsys):
     for arguments, what in (
         (["which", "--run", run / "run", "--step", 1, "--rank", 9], "no such process; where=--rank; got=9"),

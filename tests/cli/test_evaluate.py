@@ -49,10 +49,11 @@ def test_json_and_text_agree_with_the_function(place, capsys):
     assert f"loss {expected.loss:.4f}" in printed and f"bits per byte {expected.bits_per_byte:.4f}" in printed
 
 
-@pytest.mark.parametrize("option", ["--seq-length", "--batch-size", "--max-documents"])
+@pytest.mark.parametrize("option", ["--seq-length", "--batch-size", "--max-documents", "--limit"])
 def test_counts_below_one_are_refused(place, capsys, option):
-    assert call("--checkpoint", place / "run", "--data", place / "text", option, 0) == 2
-    assert f"option out of range; where={option}; got=0" in capsys.readouterr().err
+    for value in (0, -1):
+        assert call("--checkpoint", place / "run", "--data", place / "text", option, value) == 2
+        assert f"option out of range; where={option}; got={value}" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_there_is_named(place, capsys):

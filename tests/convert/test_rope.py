@@ -29,7 +29,11 @@ def read(positions: int = 64, **rope) -> dict:
     [
         ({"rope_type": "longrope", "factor": 2.0}, "got=longrope"),
         ({"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "got=mscale"),
+        ({"rope_type": "yarn", "factor": 2.0, "mscale_all_dim": 0.5}, "got=mscale_all_dim"),
         ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate=false"),
+        ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, r"got=rope_theta 1\.0"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "high_freq_factor; got=4.*more than low_freq_factor"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}, "high_freq_factor; got=1.*more than low_freq_factor"),
     ],
 )
 def test_unsupported_scalings(rope, match):

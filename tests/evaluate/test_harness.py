@@ -12,7 +12,7 @@ from neox.config.schema import ModelConfig
 from neox.convert.huggingface import to_huggingface
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
-from neox.evaluate.harness import group_by_options, harness_model, prefix_token, run_tasks, sampling
+from neox.evaluate.harness import continuations, group_by_options, harness_model, prefix_token, run_tasks, sampling
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
@@ -131,7 +131,9 @@ def test_log_likelihoods_and_texts_are_those_of_the_hf_model(trained):
     assert ours.loglikelihood_rolling(ask("loglikelihood_rolling", long)) == pytest.approx(
         hf.loglikelihood_rolling(ask("loglikelihood_rolling", long)), abs=1e-4
     )
-    options = [(text[:30], {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}) for text in TEXTS]
+    prompts = [*(text[:30] for text in TEXTS), " ".join(TEXTS)]  # the last is too long and loses its beginning
+    assert len(tokenizer.encode(prompts[-1])) > SIZES["max_position_embeddings"]
+    options = [(prompt, {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}) for prompt in prompts]
     assert ours.generate_until(ask("generate_until", options)) == hf.generate_until(ask("generate_until", options))
 
 
@@ -183,6 +185,14 @@ def test_the_prefix_is_the_tokenizers_own(place, tmp_path):
     (tmp_path / "tokenizer.json").write_text((place / "tokenizer.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "!"}}')
     assert prefix_token(Tokenizer(tmp_path / "tokenizer.json")) == tokenizer.token_id("!") != tokenizer.eod_id
+
+
+def test_a_task_may_generate_up_to_one_token_less_than_the_model_reads(trained):
+    model, tokenizer, _ = trained
+    size, prompts = SIZES["max_position_embeddings"], [tokenizer.encode(TEXTS[0])]
+    assert len(continuations(model, tokenizer, prompts, {"max_gen_toks": size - 1}, 2)) == 1
+    with pytest.raises(ConfigError, match="generates more tokens than the model reads.*got=32.*want=< 32"):
+        continuations(model, tokenizer, prompts, {"max_gen_toks": size}, 2)
 
 
 def test_options_of_generation():

@@ -31,7 +31,13 @@ def test_nothing_is_fetched_and_nothing_is_run(tmp_path):
 def test_names_are_text_and_not_markup(tmp_path):
     record = read_run(write_run(tmp_path / "<script>alert(1)<"))
     text = page([record])
-    assert "<script>" not in text and "&lt;script&gt;" in text and "&lt;a&gt;" in text
+    assert "<script>" not in text and "&lt;script&gt;" in text
+    body = text[text.index("<body>") :]
+    table, config = body[body.index("Training data of") : body.index("<details>")], body[body.index("<details>") :]
+    assert "&lt;a&gt;" in table and "&lt;a&gt;" in config and "<a>" not in body  # the path of a source
+    (tmp_path / "<script>alert(1)<" / "log.txt").write_text("stopped by <b>\n")
+    both = page([record, read_run(tmp_path / "<script>alert(1)<"), read_run(write_run(tmp_path / "<i>", lr=2e-3))])
+    assert "stopped by &lt;b&gt;" in both and not re.search("<(script|b|i|a)>", both)
 
 
 def test_legends_leave_out_what_names_share():

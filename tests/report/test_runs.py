@@ -30,6 +30,14 @@ def test_the_first_judged_step_has_a_window_before_it(tmp_path, step, found):
     assert sum("times the median" in text for text in incidents) == found
 
 
+def test_no_loss_is_a_spike_after_losses_of_zero(tmp_path):
+    """A model that has learned its data by heart: a median of 0 measures nothing."""
+    folder = write_run(tmp_path / "run", spike=None, skipped=None)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({**row, "loss": 0.5 if row["step"] == 90 else 0.0}) + "\n" for row in rows))
+    assert not any("times the median" in text for text in read_run(folder).incidents())
+
+
 def test_differences_of_configs(tmp_path):
     runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", lr=2e-3, steps=60, spike=None))]
     assert dict(differences(runs)) == {"optimizer.lr": ["0.001", "0.002"], "train.train_iters": ["120", "60"]}
