@@ -44,7 +44,10 @@ MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", 
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "stuff", "tools"}
 FUNCTION_LINES = 60
 FILE_LINES = 500
-PARAMETERS = 8
+CLASS_LINES = 200
+PARAMETERS = 8  # self and cls apart
+ATTRIBUTES = 15  # of self, assigned in methods
+ANY = 247  # uses of Any in the package; only shrinks, to 30 at the boundaries
 
 Finding = tuple[int, str]
 
@@ -233,7 +236,7 @@ def is_declaration(method: ast.stmt) -> bool:
 
 
 def sizes(tree: ast.AST, text: str) -> Iterator[Finding]:
-    """Functions, files and parameter lists that are too long."""
+    """Files, functions and classes that are too long, parameter lists and sets of attributes that are too large."""
     count = text.count("\n")
     if count > FILE_LINES:
         yield 1, f"file of {count} lines"
@@ -242,6 +245,31 @@ def sizes(tree: ast.AST, text: str) -> Iterator[Finding]:
             length = node.end_lineno - node.lineno + 1
             if length > FUNCTION_LINES:
                 yield node.lineno, f"{node.name} of {length} lines"
+            if parameters(node) > PARAMETERS:
+                yield node.lineno, f"{node.name} of {parameters(node)} parameters"
+        elif isinstance(node, ast.ClassDef):
+            length = node.end_lineno - node.lineno + 1
+            if length > CLASS_LINES:
+                yield node.lineno, f"class {node.name} of {length} lines"
+            if len(attributes(node)) > ATTRIBUTES:
+                yield node.lineno, f"class {node.name} of {len(attributes(node))} attributes"
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many arguments a function takes, self and cls apart."""
+    arguments = function.args
+    return sum(each.arg not in ("self", "cls") for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Names of self that the methods of a class assign."""
+    stored = (child for child in ast.walk(node) if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store))
+    return {child.attr for child in stored if dotted(child.value) == "self"}
+
+
+def uses_of_any(tree: ast.AST) -> int:
+    """How often annotations and casts name Any."""
+    return sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
 
 
 def code_in_comments(text: str) -> Iterator[Finding]:

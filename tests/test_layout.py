@@ -16,8 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted((ROOT / "neox").glob("**/*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
-# Exceptions to the sizes, each with its reason; keep it short.
-LONG: set[str] = set()
+# Exceptions to the sizes: file -> what may exceed them. An operator's function and fake kernel take what its schema has.
+SCHEMAS = ("neox/ops/",)
+LONG: dict[str, tuple[str, ...]] = {
+    "neox/checkpoint/reader.py": ("class Checkpoint",),
+    "neox/checkpoint/save.py": ("save",),
+    "neox/data/text/preprocess.py": ("preprocess",),
+    "neox/engine/engine.py": ("class Engine",),
+    "neox/model/gpt.py": ("class GPT",),
+    "neox/runtime/watchdog.py": ("class Watchdog",),
+    "neox/train/loop.py": ("class Run",),
+}
 SMALL = 40  # lines: a module below this may be tested with its neighbours
 
 
@@ -166,15 +175,39 @@ def test_everything_public_has_a_docstring():
     assert len(list(rules.missing_docstrings(ast.parse("def f():\n    pass\nclass A:\n    def g(self):\n        pass")))) == 4
 
 
-def test_functions_and_files_are_of_readable_size():
-    rows = [row for row in found(lambda name: rules.sizes(TREES[name], MODULES[name].read_text(encoding="utf-8"))) if row.split(":")[0] not in LONG]
+def excused(row: str) -> bool:
+    """Whether a finding of the sizes is one of the exceptions."""
+    site, _, what = row.partition(" ")
+    path = site.split(":")[0]
+    return any(what.startswith(name + " ") for name in LONG.get(path, ())) or (path.startswith(SCHEMAS) and what.endswith("parameters"))
+
+
+def test_functions_classes_and_files_are_of_readable_size():
+    rows = found(lambda name: rules.sizes(TREES[name], MODULES[name].read_text(encoding="utf-8")))
     native = [path for pattern in ("csrc/**/*.[ch]*", "tests/cpp/**/*.[ch]*") for path in sorted(ROOT.glob(pattern)) if path.is_file()]
     for path in native:
         count = path.read_text(encoding="utf-8").count("\n")
-        if count > rules.FILE_LINES and str(path.relative_to(ROOT)) not in LONG:
+        if count > rules.FILE_LINES:
             rows.append(f"{path.relative_to(ROOT)}:1 file of {count} lines")
-    assert rows == []
-    assert list(rules.sizes(ast.parse("def f():\n" + "    pass\n" * 60), ""))
+    assert [row for row in rows if not excused(row)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("def f():\n" + "    pass\n" * 60, "f of 61 lines"),
+        ("class A:\n" + "    x = 1\n" * 200, "class A of 201 lines"),
+        ("class A:\n    def f(self, a, b, c, d, e, *, g, h, i, j):\n        pass", "f of 9 parameters"),
+        ("class A:\n    def f(self):\n" + "".join(f"        self.x{i} = 1\n" for i in range(16)), "class A of 16 attributes"),
+    ],
+)
+def test_an_excess_is_seen(source, what):
+    assert what in [found for _, found in rules.sizes(ast.parse(source), "")]
+
+
+def test_any_is_rare():
+    assert sum(rules.uses_of_any(tree) for tree in TREES.values()) <= rules.ANY
+    assert rules.uses_of_any(ast.parse("from typing import Any\ndef f(x: dict[str, Any]) -> Any: pass")) == 2
 
 
 def test_no_code_in_comments():
