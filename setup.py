@@ -136,10 +136,12 @@ class BuildNative(BuildExtension):
 
 
 class BuildPackage(build_py):
-    """Takes what a checkout holds next to the package into the wheel: presets, train.py and launch scripts, as neox/share/."""
+    """Adds files next to the package to the wheel, as neox/share/: presets, train.py and launch scripts."""
 
     def run(self) -> None:
-        """Copy the modules, then these files; an editable install finds them in the checkout."""
+        """Copy the modules, then these files. An editable install finds them in the checkout."""
+        if not self.editable_mode:  # a module that was renamed since the last build must not reach the wheel
+            shutil.rmtree(Path(self.build_lib) / "neox", ignore_errors=True)
         super().run()
         if not self.editable_mode:
             for name in SHARED_FILES:

@@ -55,6 +55,50 @@ def test_a_wheel_holds_presets_and_launch_files(tmp_path):
     assert (tmp_path / "away" / "mine" / "launch" / "slurm.sh").read_bytes() == (ROOT / "launch" / "slurm.sh").read_bytes()
 
 
+FIVE_STEPS = """
+include: [pythia/14M.yml]
+tokenizer: {file: tokenizer.json}
+model: {vocab_size: 300}
+data: {path: data/mine, split: "98,2,0", seq_length: 64}
+precision: {dtype: fp32}
+train: {train_iters: 5, micro_batch_size: 2, gradient_accumulation: 1, global_batch_size: null}
+schedule: {warmup_iters: 1, decay_iters: 5}
+run: {dir: runs/mine}
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_from_an_empty_folder(tmp_path):
+    """Built by pip, installed on its own, used where there is no checkout: a preset, a new project, data, five steps, generation."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+    modules = {path.relative_to(site) for path in (site / "neox").rglob("*.py") if "share" not in path.parts}
+    assert modules == {path.relative_to(ROOT) for path in (ROOT / "neox").rglob("*.py")}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env |= {"PYTHONPATH": str(site), "LOCAL_RANK": "0"}
+
+    def run(*words: str, folder: Path = empty / "project") -> str:
+        done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    neox = ("-m", "neox.cli.main")
+    assert run("-c", "import neox; print(neox.__file__)", folder=empty).startswith(str(site))
+    assert str(site / "neox" / "share" / "configs") in run(*neox, "config", "show", "pythia/14M.yml", folder=empty)
+    run(*neox, "init", "project", folder=empty)
+    (empty / "project" / "text.txt").write_text("".join(f"Line {number} of a small text, {number**2} in all.\n" for number in range(500)))
+    run(*neox, "tokenizer", "train", "--input", "text.txt", "--vocab-size", "300", "--out", "tokenizer.json")
+    run(*neox, "preprocess", "--input", "text.txt", "--tokenizer", "tokenizer.json", "--out", "data/mine")
+    (empty / "project" / "mine.yml").write_text(FIVE_STEPS)
+    assert "done: step 5 of 5" in run("train.py", "--conf", "mine.yml")
+    assert run(*neox, "generate", "--checkpoint", "runs/mine", "--prompt", "Line 7 of", "--max-new-tokens", "4").startswith("Line 7 of")
+
+
 @pytest.mark.parametrize("folder", ["plain", "a b ü"])
 def test_make_reads_file_names_in_a_folder_of_any_name(folder, tmp_path):
     """Stamps of a finished set-up are found whatever the checkout's path holds: there is nothing left to do."""
