@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session
 from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 
 EXAMPLE = """example:
@@ -218,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
             first_tokens(tokenizer, bos=not args.no_bos) if args.unconditional else encode_prompt(tokenizer, prompt, bos=not args.no_bos) for prompt in prompts
         ]
         check_prompts(config, encoded, params)  # all of them, before anything is loaded
-        mesh = join_layout(args, config)
+        mesh = join_or_stop(args, config, signals)
         model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
         if signals is None:
             if mesh.world_size > 1:
@@ -229,6 +231,24 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.nullcontext(sys.stdout) if name is None else open_output(name) as out:
             Writer(args, (model, tokenizer, params), out, signals).write(prompts, encoded)
     return 0
+
+
+def join_or_stop(args: argparse.Namespace, config: ModelConfig, signals: StopSignals | None) -> Mesh:
+    """`join_layout`, ended by a signal: while this process waits for the others, it has generated nothing that could be written."""
+
+    def stop(received: signal.Signals) -> None:  # called on a thread, because the main one is inside of torch
+        error = StoppedBySignal("stopped by a signal before all processes joined", where="neox generate", got=received.name, do="start again")
+        with contextlib.suppress(OSError):  # stderr may be closed
+            print(error.line(), file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+    if signals is None or args.tensor * args.pipeline == 1:
+        return join_layout(args, config)
+    signals.end_at_once(stop)
+    try:
+        return join_layout(args, config)
+    finally:
+        signals.end_at_once(None)
 
 
 def first_tokens(tokenizer: Tokenizer, *, bos: bool = True) -> list[int]:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import signal
+import socket
 
 import pytest
 
@@ -17,7 +18,7 @@ from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from tests.fork_server import fork_server
+from tests.fork_server import fork_server, free_port
 from tests.generate.checkpoints import save_model
 from tests.generate.sentencepiece import write_tokenizer
 
@@ -139,7 +140,7 @@ def test_wrong_options_get_one_line(run_folder, capsys, arguments, message):
 
 def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
     assert call("--checkpoint", tmp_path / "nowhere", "--prompt", "a") == 4
-    assert "no checkpoint here" in capsys.readouterr().err
+    assert "no checkpoint found" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_moved_is_named(run_folder, tmp_path, capsys):
@@ -230,3 +231,28 @@ def test_a_signal_ends_it_after_the_texts_that_are_finished(run_folder, tmp_path
     assert running.wait() == [10], running.output()
     again = json.loads(listed.read_text())
     assert len(again) < asked and all(a == b for a, b in zip(again, rows, strict=False))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_ends_a_process_that_waits_for_its_peers(run_folder, tmp_path, rank):
+    """One of two processes is started; the other one never joins."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # in the position of a rank 0 that does not answer
+        port = listener.getsockname()[1] if rank else free_port()
+        listener.setblocking(False)
+
+        def is_waiting() -> bool:
+            try:
+                connection = listener.accept()[0] if rank else socket.create_connection(("127.0.0.1", port))
+            except OSError:
+                return False
+            connections.append(connection)
+            return True
+
+        connections: list[socket.socket] = []
+        launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = ["generate", "--checkpoint", str(run_folder), "--prompt", "the fox", "--max-new-tokens", "4", "--tensor", "2"]
+        running = fork_server().fork({"argv": command}, tmp_path, 1, {name: str(value) for name, value in launcher.items()})
+        running.wait_for(is_waiting)
+        running.signal(signal.SIGTERM)
+        assert running.wait(30) == [10], running.output()
+    assert "error[10] stopped by a signal before all processes joined; where=neox generate; got=SIGTERM" in running.output()
