@@ -22,7 +22,7 @@ from neox.runtime.signals import StopSignals
 from neox.train.loop import Run, train
 from tests.distributed import run_ranks, start_training
 from tests.distributed import train as launch
-from tests.train.corpus import DROPOUT, config_text, curve, make_config, make_corpus, records
+from tests.train.corpus import DROPOUT, config_text, curve, make_config, records
 
 os.environ.setdefault("LOCAL_RANK", "0")
 
@@ -38,13 +38,6 @@ class StopAfter(StopSignals):
     def requested(self) -> bool:
         self.left -= 1
         return self.left <= 0
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

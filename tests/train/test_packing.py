@@ -17,17 +17,10 @@ from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
 from tests.distributed import train as launch
-from tests.train.corpus import config_text, curve, make_config, make_corpus, records
+from tests.train.corpus import config_text, curve, make_config, records
 from tests.train.test_loop import StopAfter
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 def test_best_fit_resumes_bit_for_bit_and_says_its_fill_rate(corpus, tmp_path, capsys):

@@ -17,18 +17,11 @@ from neox.runtime.signals import StopSignals
 from neox.train.loop import Run, train
 from neox.train.resume import derived
 from neox.train.run_dir import WITNESS
-from tests.train.corpus import make_config, make_corpus, records
+from tests.train.corpus import make_config, records
 
 os.environ.setdefault("LOCAL_RANK", "0")
 
 SHORT = ("train.train_iters=6", "checkpoint.save_interval=3", "evaluate.interval=0", "logging.tensorboard=true")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +114,7 @@ def test_checkpoints_that_were_removed(run, corpus, gone):
         (run / "checkpoints").mkdir()
     before = contents(run)
     for policy in ("auto", "must"):
-        with pytest.raises(CheckpointError, match=r"error\[4\] the run's checkpoints are gone.*metrics.jsonl has steps to 6"):
+        with pytest.raises(CheckpointError, match=r"error\[4\] the run's checkpoints are missing.*metrics.jsonl has steps to 6"):
             start(corpus, run, f"checkpoint.resume={policy}")
     assert contents(run) == before
     start(corpus, run, "checkpoint.resume=never")  # asked for
@@ -131,7 +124,7 @@ def test_checkpoints_that_were_removed(run, corpus, gone):
 def test_a_run_of_an_earlier_version_whose_folder_was_removed(run, corpus):
     (run / WITNESS).unlink()
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(CheckpointError, match="the run's checkpoints are gone"):
+    with pytest.raises(CheckpointError, match="the run's checkpoints are missing"):
         start(corpus, run)
 
 

@@ -17,18 +17,11 @@ from neox.errors import EnvironmentProblem
 from neox.train import trackers
 from neox.train.trackers import Trackers, load, open_trackers, run_id
 from tests.distributed import environment
-from tests.train.corpus import make_config, make_corpus, records
+from tests.train.corpus import make_config, records
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 BLOCK = 32768
 QUICK = ("train.train_iters=3", "evaluate.interval=0")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder)
-    return folder
 
 
 def train_once(config, folder: Path) -> str:
