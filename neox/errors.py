@@ -1,21 +1,21 @@
-"""The error hierarchy: one line per failure, one exit code per kind (docs/troubleshooting.md)."""
+"""The error hierarchy: one line per failure, one exit code per class (docs/troubleshooting.md)."""
 
 from __future__ import annotations
 
-from neox.files import printable
+from neox.printing import printable
 
 
 class NeoxError(Exception):
     """A failure that the user can act on.
 
-    Printed as one line: `error[CODE] what; where=...; got=...; want=...; do=...`, parts that are not given are left out.
+    Printed as one line: `error[CODE] what; where=...; got=...; want=...; do=...`. Parts that are None are omitted.
 
     Args:
-        what: what went wrong, in a few words.
+        what: the problem, in a few words.
         where: file and line, config key, `rank:step`, or byte offset.
-        got: the value found.
-        want: the rule it breaks, or the value expected.
-        do: the next action to take.
+        got: the actual value.
+        want: the expected value, or the violated rule.
+        do: the action that the user should take.
     """
 
     exit_code = 1
@@ -29,7 +29,7 @@ class NeoxError(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The whole message on one line."""
+        """The complete message on one line."""
         parts = [f"error[{self.exit_code}] {self.what}"]
         named = (("where", self.where), ("got", self.got), ("want", self.want), ("do", self.do))
         parts += [f"{name}={value}" for name, value in named if value is not None]
@@ -55,7 +55,7 @@ class CheckpointError(NeoxError):
 
 
 class DiskError(NeoxError):
-    """A write that failed: disk full, read-only, folder gone."""
+    """A failed write: disk full, read-only, folder missing."""
 
     exit_code = 5
 
@@ -67,7 +67,7 @@ class MemoryExhausted(NeoxError):
 
 
 class StoppedBySignal(NeoxError):
-    """Stopped by a signal, after a checkpoint (or the texts that were finished) was written: start again to go on."""
+    """Stopped by a signal, after a checkpoint (or the finished texts) was written. A restart resumes."""
 
     exit_code = 10
 
@@ -85,13 +85,13 @@ class ReplicaDrift(NeoxError):
 
 
 class HangError(NeoxError):
-    """A rank made no progress within its time limit."""
+    """A rank made no progress within the time limit."""
 
     exit_code = 12
 
 
 class PeerLost(NeoxError):
-    """Another rank died."""
+    """Another rank exited or became unreachable."""
 
     exit_code = 13
 

@@ -9,6 +9,7 @@ FLOORS = {
     "neox.errors": 0,
     "neox.faults": 0,
     "neox.files": 0,
+    "neox.printing": 0,
     "neox._native": 0,
     "neox.config": 0,
     "neox.ops": 1,
@@ -27,6 +28,7 @@ FLOORS = {
     "neox.cli": 7,
 }
 WINGS = ("neox.data.store", "neox.data.text", "neox.data.samples")  # each may import those before it
+GROUND = ("neox.errors", "neox.files", "neox.printing")  # the others of floor 0 may import these
 SERIALISERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {  # dotted call -> why not
     "eval": "runs text as code",
@@ -47,7 +49,7 @@ FILE_LINES = 500
 CLASS_LINES = 200
 PARAMETERS = 8  # self and cls apart
 ATTRIBUTES = 15  # of self, assigned in methods
-ANY = 247  # uses of Any in the package; only shrinks, to 30 at the boundaries
+ANY = 192  # uses of Any in the package; only shrinks, to 30 at the boundaries
 
 Finding = tuple[int, str]
 
@@ -92,7 +94,7 @@ def floor_violations(tree: ast.AST, module: str) -> Iterator[Finding]:
     for line, name in imported_modules(tree, module.rpartition(".")[0]):
         target = package_of(name)
         if target in FLOORS and package in FLOORS and target != package and FLOORS[target] >= FLOORS[package]:
-            both_ground = FLOORS[target] == FLOORS[package] == 0 and target in ("neox.errors", "neox.files")
+            both_ground = FLOORS[target] == FLOORS[package] == 0 and target in GROUND
             if not both_ground:
                 yield line, f"{package} (floor {FLOORS[package]}) imports {target} (floor {FLOORS[target]})"
         top = name.split(".")[0]

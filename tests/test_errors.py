@@ -10,7 +10,7 @@ def test_line_names_what_where_got_want_do_in_that_order():
     assert error.line() == "error[3] bad token; where=a.bin:7; got=99; want=< 50; do=neox data verify a"
 
 
-def test_parts_that_are_not_given_are_left_out_and_zero_is_given():
+def test_parts_that_are_none_are_omitted_and_zero_is_not():
     assert errors.ConfigError("empty", got=0).line() == "error[2] empty; got=0"
 
 

@@ -28,7 +28,7 @@ from neox.checkpoint.background import Saver
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment, full_slices
 from neox.checkpoint.retention import start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 
 BLOCK = 16 << 20
 
@@ -59,16 +59,8 @@ class Contest:
         shutil.rmtree(self.root, ignore_errors=True)
         save(
             self.root,
-            step=1,
-            fragments=fragments(self.state),
-            state={"step": 1},
-            rng={},
-            config_lock="",
-            model_config={},
-            rank=0,
-            world_size=1,
-            keep=0,
-            lineage=start_lineage(self.root),
+            Content(1, {"step": 1}, start_lineage(self.root)),
+            fragments(self.state),
         )
 
     def save_raw(self) -> None:

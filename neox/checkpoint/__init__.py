@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be lost: logical tensors in safetensors shards, a manifest renamed into place last (docs/checkpoints.md).
+"""Crash-safe checkpoints: logical tensors in safetensors shards, and a manifest that is renamed to its final name last (docs/checkpoints.md).
 
-Start at `neox.checkpoint.load` (find, Checkpoint, verify, digest) and `neox.checkpoint.save` (save).
+Start at `neox.checkpoint.reader` (Checkpoint), `neox.checkpoint.find` (find) and `neox.checkpoint.save` (save).
 """

@@ -1,35 +1,40 @@
-"""Agreement among the ranks that write one checkpoint: small JSON messages, and errors that every rank learns of."""
+"""Consensus among the ranks of a collective call: small JSON messages, and errors that every rank raises."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from neox import errors
-from neox.errors import NeoxError, PeerLost
+from neox.errors import CheckpointError, NeoxError, PeerLost
+
+T = TypeVar("T")
 
 
 class RankGroup:
-    """The ranks of a collective call. With a world of one, or before torch.distributed is initialised, it is this process alone.
+    """The ranks of a collective call. With a world size of one it is this process alone.
 
     Args:
         rank, world_size: of this process.
-        group: process group whose members take part; None: all.
+        group: process group whose members take part; None: the default group.
+
+    Raises:
+        CheckpointError: several ranks, and torch.distributed is not initialised.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, group: Any = None):
+    def __init__(self, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None):
         self.rank = rank
         self.world_size = world_size
         self._group = group
         if world_size > 1 and not dist.is_initialized():
-            raise errors.CheckpointError("torch.distributed is not initialised", got=f"world size {world_size}", do="initialise the process group first")
+            got, do = f"world size {world_size}", "initialise the process group first"
+            raise CheckpointError("torch.distributed is not initialised", got=got, do=do)
 
-    def all_gather_json(self, message: Any) -> list[Any]:
-        """Every rank's message (plain JSON), by rank. Raises PeerLost where a rank is gone."""
+    def all_gather_json(self, message: T) -> list[T]:
+        """Every rank's message (plain JSON), by rank. Raises PeerLost where a rank has exited."""
         if self.world_size == 1:
             return [message]
         raw = json.dumps(message).encode()
@@ -43,14 +48,14 @@ class RankGroup:
         lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size)]
         dist.all_gather(lengths, torch.tensor([len(raw)], device=device), group=self._group)
         longest = max(int(length) for length in lengths)
-        mine = torch.zeros(longest, dtype=torch.uint8, device=device)
-        mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine, group=self._group)
+        local = torch.zeros(longest, dtype=torch.uint8, device=device)
+        local[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        parts = [torch.empty_like(local) for _ in range(self.world_size)]
+        dist.all_gather(parts, local, group=self._group)
         return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
-    def run_on_all(self, work: Callable[[], Any]) -> list[Any]:
-        """Runs `work` on every rank and returns every rank's result (plain JSON); where one fails, all raise that rank's error."""
+    def run_on_all(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank and return every rank's result (plain JSON). If it fails on one rank, all raise that rank's error."""
         result, problem = None, None
         try:
             result = work()
@@ -65,17 +70,18 @@ class RankGroup:
         return [answer["result"] for answer in answers]
 
 
-def describe(error: Exception, rank: int) -> dict[str, Any]:
-    """An error as plain JSON, with the rank where it began."""
+def describe(error: Exception, rank: int) -> dict[str, str | None]:
+    """An error as plain JSON, with the rank that raised it."""
     if isinstance(error, NeoxError):
         parts = {key: None if value is None else str(value) for key, value in vars(error).items() if key in ("what", "where", "got", "want", "do")}
         where = f"rank {rank}" if parts["where"] is None else f"rank {rank}: {parts['where']}"
         return {"class": type(error).__name__, **parts, "where": where}
-    return {"class": "NeoxError", "what": f"{type(error).__name__}: {error}", "where": f"rank {rank}", "got": None, "want": None, "do": None}
+    what = f"{type(error).__name__}: {error}"
+    return {"class": "NeoxError", "what": what, "where": f"rank {rank}", "got": None, "want": None, "do": None}
 
 
-def revive(parts: dict[str, Any]) -> NeoxError:
+def revive(parts: dict[str, str | None]) -> NeoxError:
     """The error that `describe` described."""
     kinds = {kind.__name__: kind for kind in (NeoxError, *NeoxError.__subclasses__())}
-    kind = kinds.get(parts["class"], NeoxError)
-    return kind(parts["what"], where=parts["where"], got=parts["got"], want=parts["want"], do=parts["do"])
+    kind = kinds.get(parts["class"] or "", NeoxError)
+    return kind(parts["what"] or "", where=parts["where"], got=parts["got"], want=parts["want"], do=parts["do"])

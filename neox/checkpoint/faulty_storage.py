@@ -1,4 +1,4 @@
-"""Storage with the sites of FAULT (neox.faults) before its calls."""
+"""Storage with fault injection: every call is a site of FAULT (neox.faults)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from neox.faults import Faults
 
 
 class FaultyStorage(Storage):
-    """The system calls, each after its site; renaming a manifest into place and removing one are sites of their own."""
+    """The system calls, each preceded by its site. Publishing a manifest and removing one have separate sites."""
 
     def __init__(self, faults: Faults):
         self.faults = faults
@@ -26,7 +26,7 @@ class FaultyStorage(Storage):
         return super().create(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """Site write, in the middle of the bytes, so that a file can be torn there."""
+        """Site write, halfway through the bytes, so that a write can be torn there."""
         half = len(data) // 2
         taken = super().write(descriptor, data[:half])
         self.faults("write")
@@ -38,7 +38,7 @@ class FaultyStorage(Storage):
         super().sync(descriptor)
 
     def close(self, descriptor: int) -> None:
-        """Site close: the file is closed either way."""
+        """Site close; the file is closed in any case."""
         super().close(descriptor)
         self.faults("close")
 
@@ -48,12 +48,12 @@ class FaultyStorage(Storage):
         super().sync_dir(path)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Site publish where a manifest gets its name, else rename."""
+        """Site publish where a manifest gets its final name, else rename."""
         self.faults("publish" if target.name == MANIFEST else "rename")
         super().rename(source, target)
 
     def unlink(self, path: Path) -> None:
-        """Site retain where a manifest goes, else unlink."""
+        """Site retain where a manifest is removed, else unlink."""
         self.faults("retain" if path.name == MANIFEST else "unlink")
         super().unlink(path)
 
@@ -64,5 +64,5 @@ class FaultyStorage(Storage):
 
 
 def storage_with(faults: Faults) -> Storage:
-    """The storage of a run: the plain one where no fault is asked for."""
+    """The storage of a run, with fault injection only where faults are configured."""
     return FaultyStorage(faults) if faults else LOCAL

@@ -1,9 +1,10 @@
-"""Values of a checkpoint that are made when they are written: a conversion then holds one tensor at a time."""
+"""Tensors that are computed when they are written, so that a conversion holds one tensor at a time in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -13,13 +14,13 @@ from neox.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Stands where save() expects the flat values of a fragment, and offers as much of a tensor as it uses.
+    """The flat values of a fragment, computed on demand. It implements the part of the tensor interface that save() uses.
 
     Attributes:
-        make: makes the whole logical tensor; called once for every piece that is written.
+        make: computes the complete logical tensor; called once for every segment that is written.
         shape: of that tensor.
         dtype: of that tensor.
-        start, stop: flat range that this stands for; stop None: to the end.
+        start, stop: flat range of the values; stop None: to the end.
     """
 
     make: Callable[[], torch.Tensor]
@@ -29,21 +30,21 @@ class LazyTensor:
     stop: int | None = None
 
     def numel(self) -> int:
-        """Elements of the range."""
+        """Number of elements of the range."""
         return (torch.Size(self.shape).numel() if self.stop is None else self.stop) - self.start
 
     def detach(self) -> LazyTensor:
-        """Itself: there is no graph."""
+        """This object: there is no autograd graph."""
         return self
 
     def reshape(self, size: int) -> LazyTensor:
-        """Itself: it is flat already.
+        """This object: it is flat already.
 
         Raises:
-            ValueError: another shape is asked for.
+            ValueError: another shape is requested.
         """
         if size != -1:
-            raise ValueError(f"deferred values are flat, asked for {size}")
+            raise ValueError(f"lazy values are flat, requested size {size}")
         return self
 
     def __getitem__(self, part: slice) -> LazyTensor:
@@ -52,18 +53,18 @@ class LazyTensor:
         return replace(self, start=self.start + start, stop=self.start + stop)
 
     def to(self, device: str) -> torch.Tensor:
-        """The values, made now.
+        """Compute the values.
 
         Raises:
-            CheckpointError: they are not what was announced.
+            CheckpointError: their shape or dtype differs from the declared one.
         """
         tensor = self.make()
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise CheckpointError("a converted tensor is not what was announced", got=got, want=f"{self.dtype} {self.shape}")
+            raise CheckpointError("a converted tensor differs from its declaration", got=got, want=f"{self.dtype} {self.shape}")
         return tensor.to(device).reshape(-1)[self.start : self.start + self.numel()]
 
 
 def lazy_fragment(name: str, value: LazyTensor) -> Fragment:
-    """A whole weight as a fragment."""
-    return Fragment(name, "weight", value.shape, full_slices(value.shape), 0, value.numel(), value)
+    """A complete weight as a fragment."""
+    return Fragment(name, "weight", value.shape, full_slices(value.shape), 0, value.numel(), cast(torch.Tensor, value))

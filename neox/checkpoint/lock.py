@@ -1,10 +1,10 @@
 """One job at a time in a folder of checkpoints.
 
 The kernel holds the lock (flock) and releases it when the process dies, however it dies. While it is held, a second job is refused; the file's text
-names the holder. There is one exception: a forked child may keep the lock of a process that is known to have exited.
+names the holder. There is one exception: a forked child may still hold the lock of a process that is known to have exited.
 
-A file system without flock (some Lustre and FUSE mounts) leaves only the text: the file is then created exclusively, and is taken over only where
-its holder is known to have exited. Where it cannot be known (another host, another container, a file of an earlier version), a person decides.
+A file system without flock (some Lustre and FUSE mounts) leaves only the text: the file is then created exclusively, and is taken over only if
+its holder is known to have exited. Where that cannot be known (another host, another container, a file of an earlier version), the user decides.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from neox.checkpoint.process_identity import describe_process, has_exited
-from neox.checkpoint.storage import disk_error, make_dirs
 from neox.errors import CheckpointError
+from neox.files import JsonObject, disk_error, make_dirs
 
 LOCK = "lock"
 NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -32,7 +31,9 @@ class FolderLock:
     Args:
         root: folder; created if it is missing.
 
-    Raises CheckpointError naming host, pid and start time where another job holds it, DiskError where it cannot be written.
+    Raises:
+        CheckpointError: another job holds it; the message has its host, pid and start time.
+        DiskError: the file cannot be written.
     """
 
     def __init__(self, root: str | Path):
@@ -42,10 +43,10 @@ class FolderLock:
         for _ in range(10):  # the file may be replaced between opening and locking it
             if self._try():
                 return
-        raise CheckpointError("another job is taking this folder", where=self.path, do="start one job per run.dir")
+        raise CheckpointError("another job is acquiring this folder", where=self.path, do="start one job per run.dir")
 
     def release(self) -> None:
-        """Lets go; the file goes too. Safe to call twice."""
+        """Release the lock and remove the file. Safe to call twice."""
         if self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
@@ -77,7 +78,7 @@ class FolderLock:
         return True
 
     def _open(self) -> tuple[int, bool]:
-        """A descriptor of the file, and whether this call has created it."""
+        """A descriptor of the file, and whether this call created it."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             with contextlib.suppress(FileExistsError):
@@ -87,7 +88,7 @@ class FolderLock:
             raise disk_error(error, self.path) from error
 
     def _take(self, descriptor: int, created: bool) -> bool:
-        """Lock the open file. False: a stale file was removed, try again."""
+        """Lock the open file. Returns False after it has removed a stale file: retry."""
         has_flock = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +111,7 @@ class FolderLock:
         )
 
     def _remove_stale(self, descriptor: int) -> None:
-        """Remove the file of a process that has exited. One job at a time: a second one could remove the file that the first has created since."""
+        """Remove the file of an exited process. One job at a time: a second one could remove the file that the first has created since."""
         try:
             with _folder_locked(self.path.parent):
                 if _same_file(descriptor, self.path):
@@ -121,7 +122,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def _folder_locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the folder itself for some system calls, where its file system has one."""
+    """Hold the lock of the folder itself for a few system calls, if its file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):
@@ -146,7 +147,7 @@ def _write_holder(descriptor: int, path: Path) -> None:
         raise disk_error(error, path) from error
 
 
-def _read_holder(descriptor: int) -> dict[str, Any]:
+def _read_holder(descriptor: int) -> JsonObject:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError, RecursionError):
@@ -155,5 +156,5 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
 
 
 def _clean(value: object) -> str:
-    """A value of the file for a message: anybody may have written it."""
+    """A value of the file, sanitised for a message: any process may have written it."""
     return str(value)[:64].encode("ascii", "replace").decode()

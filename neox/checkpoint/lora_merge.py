@@ -1,23 +1,23 @@
-"""A checkpoint of a run with low-rank adapters, read as that of the model without them: W + alpha / rank B A stands for W."""
+"""A checkpoint of a run with low-rank adapters, read as one of the model without them: W is replaced by W + alpha / rank B A."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Slices, full_slices
 from neox.checkpoint.storage import LOCAL, Storage
+from neox.files import JsonObject
 from neox.parallel.linear import merge_adapter
 
 FACTORS = (".lora_a", ".lora_b")
 
 
 class MergedCheckpoint(Checkpoint):
-    """A Checkpoint whose weights have their adapters in them; of optimizer state nothing is to be seen."""
+    """A Checkpoint with the adapters merged into the weights. It has no optimizer state."""
 
     def __init__(self, path: str | Path, *, storage: Storage = LOCAL):
         super().__init__(path, storage=storage)
@@ -25,12 +25,12 @@ class MergedCheckpoint(Checkpoint):
         self._scale = section["alpha"] / section["rank"]
 
     @property
-    def model_config(self) -> dict[str, Any]:
+    def model_config(self) -> JsonObject:
         """The model section, without adapters."""
         return super().model_config | {"lora": None}
 
     def names(self) -> list[str]:
-        """Names of the weights, sorted; the factors of the adapters are none."""
+        """Names of the weights, sorted, without the factors of the adapters."""
         return [name for name in super().names() if not name.endswith(FACTORS)]
 
     def stored_shapes(self, kinds: set[str]) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -56,9 +56,9 @@ class MergedCheckpoint(Checkpoint):
 
 
 def open_weights(path: str | Path) -> Checkpoint:
-    """The checkpoint as a model without adapters, whether it has any or not. Raises CheckpointError as Checkpoint does."""
-    plain = Checkpoint(path)
-    if plain.model_config.get("lora") is None:
-        return plain
-    plain.close()
+    """Open a checkpoint as that of a model without adapters, whether it has any or not. Raises CheckpointError as Checkpoint does."""
+    checkpoint = Checkpoint(path)
+    if checkpoint.model_config.get("lora") is None:
+        return checkpoint
+    checkpoint.close()
     return MergedCheckpoint(path)

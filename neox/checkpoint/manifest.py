@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what is stored where, written last, checked before anything it says is believed.
+"""The manifest of a checkpoint: what is stored where. It is written last, and checked before anything in it is used.
 
 `manifest.json` is one line of JSON with a fixed frame around its body, so that the checksum covers exact bytes:
 
@@ -14,19 +14,19 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from neox.checkpoint.reshard import Slices, check_coverage, slice_shape
 from neox.checkpoint.state import PROCESS_LIMIT, START_LIMIT, STEP_LIMIT, check_state
 from neox.checkpoint.storage import LOCAL, Storage, read_file
 from neox.errors import CheckpointError
+from neox.files import JsonObject
 
 FORMAT = "neox-checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 1 << 30  # bytes; 100,000 tensors in 1,024 shards need a tenth of it
 BLOCK = 4 << 20  # bytes under one checksum
-DIGESTS = {1: "sha256", 2: "xxh3"}  # version -> what the checksum of a block is: SHA-256, or XXH3 of 64 bits
+DIGESTS = {1: "sha256", 2: "xxh3"}  # version -> checksum of a block: SHA-256, or XXH3 with 64 bits
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_DIMENSIONS = 32
 RNG_KIND = "rng"
@@ -39,18 +39,18 @@ _DIGITS = {"sha256": _HEX, "xxh3": re.compile(r"[0-9a-f]{16}")}
 
 
 def shard_name(save_id: str, rank: int, index: int) -> str:
-    """File name of the index-th shard of a rank; unique to the save, so that saving a step anew never touches the old files."""
+    """File name of the index-th shard of a rank; unique to the save, so that saving a step again never touches the old files."""
     return f"shard_{save_id}_{rank:05d}_{index:04d}.safetensors"
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Which run, and which stretch of it, wrote a checkpoint.
+    """Which start of which run wrote a checkpoint.
 
     Args:
         id: 32 hex digits, new at every start of training.
-        generation: number of this start in its checkpoint folder: larger than that of every checkpoint found there.
-        ancestors: (lineage id, step) of the checkpoint this start resumed from, then of the one that one's start resumed from, ...
+        generation: number of this start in its checkpoint folder, larger than that of every checkpoint found there.
+        ancestors: (lineage id, step) of the checkpoint this start resumed from, then of the one which that start resumed from, and so on.
     """
 
     id: str
@@ -63,21 +63,21 @@ class Lineage:
         return self.ancestors[0] if self.ancestors else None
 
     def includes(self, other: Lineage, step: int) -> bool:
-        """Whether a checkpoint of `other` at `step` lies on the way that led here."""
+        """Whether a checkpoint of `other` at `step` is an ancestor of this lineage."""
         return other.id == self.id or any(other.id == name and step <= last for name, last in self.ancestors)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a logical tensor is: dtype in safetensors spelling, shape without padding."""
+    """A logical tensor: dtype in safetensors spelling, shape without padding."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One stored piece: flat range [start, stop) of a slice of tensor kind/name, at byte `offset` of its file's data.
+class Segment:
+    """A stored segment: flat range [start, stop) of a slice of tensor kind/name, at byte `offset` of its file's data.
 
     `blocks` are the checksums of its bytes in hex digits, one per BLOCK bytes.
     """
@@ -93,54 +93,54 @@ class Entry:
     @property
     def key(self) -> str:
         """Its key in the safetensors header."""
-        return entry_key(self.kind, self.name, self.slices, self.start, self.stop)
+        return segment_key(self.kind, self.name, self.slices, self.start, self.stop)
 
 
-def entry_key(kind: str, name: str, slices: Slices, start: int, stop: int) -> str:
-    """The key of a piece in the safetensors header, such as `weight/norm.bias[0:64]0:32`: unique among the pieces of a checkpoint."""
+def segment_key(kind: str, name: str, slices: Slices, start: int, stop: int) -> str:
+    """The key of a segment in the safetensors header, such as `weight/norm.bias[0:64]0:32`; unique in a checkpoint."""
     box = ",".join(f"{low}:{high}" for low, high in slices)
     return f"{kind}/{name}[{box}]{start}:{stop}"
 
 
 def stored_shape(slices: Slices, start: int, stop: int) -> tuple[int, ...]:
-    """Shape under which a piece stands in a shard: its slice's where it is all of it, else flat."""
+    """Shape of a segment in a shard: that of its slice if it covers the slice, else flat."""
     shape = slice_shape(slices)
     return shape if (start, stop) == (0, math.prod(shape)) else (stop - start,)
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard: its size, the length and SHA-256 of its first `header` bytes (length field included), its pieces in file order."""
+    """One shard: its size, the length and SHA-256 of its first `header` bytes (length field included), its segments in file order."""
 
     name: str
     size: int
     header: int
     header_sha256: str
-    entries: tuple[Entry, ...]
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a checkpoint says about itself. `tensors` maps (kind, name) to what is stored; kind "rng" holds (rank/key)."""
+    """The metadata of a checkpoint. `tensors` maps (kind, name) to what is stored; names of kind "rng" are rank/key."""
 
     step: int
     save_id: str
     lineage: Lineage
     world_size: int
-    layout: dict[str, Any]
-    state: dict[str, Any]
+    layout: JsonObject
+    state: JsonObject
     config_lock: str
-    model_config: dict[str, Any]
+    model_config: JsonObject
     tensors: dict[tuple[str, str], TensorInfo]
     files: tuple[ShardFile, ...]
     block: int = BLOCK
     digest: str = DIGESTS[VERSION]
 
-    def entries(self) -> Iterator[tuple[ShardFile, Entry]]:
-        """Every piece with its file."""
+    def segments(self) -> Iterator[tuple[ShardFile, Segment]]:
+        """Every segment with its file."""
         for file in self.files:
-            for entry in file.entries:
-                yield file, entry
+            for segment in file.segments:
+                yield file, segment
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -150,9 +150,9 @@ def encode(manifest: Manifest) -> bytes:
         "save": manifest.save_id,
         "lineage": {"id": manifest.lineage.id, "generation": manifest.lineage.generation, "ancestors": [list(item) for item in manifest.lineage.ancestors]},
         "world_size": manifest.world_size,
-        "layout": plain(manifest.layout, "layout"),
-        "state": plain(manifest.state, "state"),
-        "model": plain(manifest.model_config, "model"),
+        "layout": to_plain_json(manifest.layout, "layout"),
+        "state": to_plain_json(manifest.state, "state"),
+        "model": to_plain_json(manifest.model_config, "model"),
         "config": manifest.config_lock,
         "block": manifest.block,
         "tensors": [[kind, name, info.dtype, list(info.shape)] for (kind, name), info in sorted(manifest.tensors.items())],
@@ -163,14 +163,14 @@ def encode(manifest: Manifest) -> bytes:
     return f'{{"format":"{FORMAT}","version":{VERSION},"sha256":"{digest}","body":'.encode() + raw + _TAIL
 
 
-def plain(value: Any, where: str) -> Any:
-    """The value as JSON gives it back, tuples as lists. Raises CheckpointError for what JSON would change or refuse."""
+def to_plain_json(value: object, where: str) -> object:
+    """The value as JSON returns it, tuples as lists. Raises CheckpointError for values that JSON would change or refuse."""
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise CheckpointError("keys of a checkpoint's state must be strings", where=where, got=list(value)[:10])
-        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: to_plain_json(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [to_plain_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
     finite = isinstance(value, float) and math.isfinite(value)
     if value is None or finite or type(value) in (str, bool, int):
         return value
@@ -179,9 +179,9 @@ def plain(value: Any, where: str) -> Any:
     )
 
 
-def encode_file(file: ShardFile) -> dict[str, Any]:
+def encode_file(file: ShardFile) -> JsonObject:
     """A shard's record as plain JSON."""
-    entries = [[e.kind, e.name, [list(pair) for pair in e.slices], e.start, e.stop, e.offset, list(e.blocks)] for e in file.entries]
+    entries = [[s.kind, s.name, [list(pair) for pair in s.slices], s.start, s.stop, s.offset, list(s.blocks)] for s in file.segments]
     return {"name": file.name, "size": file.size, "header": file.header, "header_sha256": file.header_sha256, "entries": entries}
 
 
@@ -209,7 +209,7 @@ def decode(raw: bytes, where: Path | str = MANIFEST) -> Manifest:
         raise CheckpointError(error.what, where=f"{where} {error.where}", got=error.got, want=error.want) from error
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes) -> object:
     """JSON from an untrusted file: no duplicate keys, no NaN, no nesting that exhausts the stack. Raises CheckpointError."""
     try:
         return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -217,12 +217,12 @@ def parse_json(raw: bytes) -> Any:
         raise CheckpointError("not valid JSON", where="", got=str(error)[:200]) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {twice!r} stands twice")
+        raise ValueError(f"duplicate key {twice!r}")
     return out
 
 
@@ -231,9 +231,9 @@ def _no_constant(text: str) -> None:
 
 
 class _Reader:
-    """A parsed JSON value with its place, whose typed access raises CheckpointError."""
+    """A parsed JSON value with its path; typed access raises CheckpointError."""
 
-    def __init__(self, value: Any, where: str):
+    def __init__(self, value: object, where: str):
         self.value = value
         self.where = where
 
@@ -251,21 +251,23 @@ class _Reader:
         return [_Reader(value, f"{self.where}[{index}]") for index, value in enumerate(self.value)]
 
     def number(self) -> int:
-        if type(self.value) is not int or not 0 <= self.value < 1 << 62:
-            raise self.fail("a whole number from 0 on")
-        return self.value
+        value = self.value
+        if type(value) is not int or not 0 <= value < 1 << 62:
+            raise self.fail("an integer of at least 0")
+        return value
 
     def below(self, limit: int, least: int = 0) -> int:
-        if not least <= self.number() < limit:
-            raise self.fail(f"a whole number from {least} to {limit - 1}")
-        return self.value
+        value = self.number()
+        if not least <= value < limit:
+            raise self.fail(f"an integer from {least} to {limit - 1}")
+        return value
 
     def text(self) -> str:
         if not isinstance(self.value, str):
             raise self.fail("a string")
         return self.value
 
-    def table(self) -> dict[str, Any]:
+    def table(self) -> JsonObject:
         if not isinstance(self.value, dict):
             raise self.fail("an object")
         return self.value
@@ -276,7 +278,7 @@ class _Reader:
         return self.text()
 
 
-def decode_file(value: Any, tensors: dict[tuple[str, str], TensorInfo]) -> ShardFile:
+def decode_file(value: object, tensors: dict[tuple[str, str], TensorInfo]) -> ShardFile:
     """A new shard's record from plain JSON. Raises CheckpointError where it is malformed."""
     return _decode_file(_Reader(value, "file"), tensors, BLOCK, DIGESTS[VERSION])
 
@@ -321,47 +323,49 @@ def _decode_tensor(item: _Reader) -> tuple[tuple[str, str], TensorInfo]:
 def _decode_file(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int, digest: str) -> ShardFile:
     name = item.get("name").match(SHARD_NAME.fullmatch, "shard_<save>_<rank>_<index>.safetensors")
     header = item.get("header_sha256").match(_HEX.fullmatch, "64 hex digits")
-    entries = tuple(_decode_entry(entry, tensors, block, digest) for entry in item.get("entries").items())
-    return ShardFile(name, item.get("size").number(), item.get("header").number(), header, entries)
+    segments = tuple(_decode_segment(one, tensors, block, digest) for one in item.get("entries").items())
+    return ShardFile(name, item.get("size").number(), item.get("header").number(), header, segments)
 
 
-def _decode_entry(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int, digest: str) -> Entry:
+def _decode_segment(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], block: int, digest: str) -> Segment:
     kind, name, slices, start, stop, offset, blocks = item.items(7)
     if (kind.text(), name.text()) not in tensors:
         raise item.fail("a tensor of the table")
     box = tuple((low.number(), high.number()) for low, high in (pair.items(2) for pair in slices.items()))
     digests = tuple(one.match(_DIGITS[digest].fullmatch, f"hex digits of {digest}") for one in blocks.items())
-    entry = Entry(kind.text(), name.text(), box, start.number(), stop.number(), offset.number(), digests)
-    size = (entry.stop - entry.start) * ITEM_BYTES[tensors[kind.text(), name.text()].dtype]
+    segment = Segment(kind.text(), name.text(), box, start.number(), stop.number(), offset.number(), digests)
+    size = (segment.stop - segment.start) * ITEM_BYTES[tensors[kind.text(), name.text()].dtype]
     if size <= 0 or len(digests) != -(-size // block):
         raise item.fail(f"a range that is not empty and one checksum per {block} bytes")
-    return entry
+    return segment
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Raises CheckpointError unless files have names of their own, their pieces lie end to end, and every tensor is covered exactly once."""
+    """Raises CheckpointError unless file names are unique, segments lie end to end, and every tensor is covered exactly once."""
     names = [file.name for file in manifest.files]
     if len(set(names)) != len(names):
         raise CheckpointError("a file is listed twice", where=MANIFEST, got=max(names, key=names.count))
-    pieces: dict[tuple[str, str], list[tuple[Slices, int, int]]] = {key: [] for key in manifest.tensors}
+    covered: dict[tuple[str, str], list[tuple[Slices, int, int]]] = {key: [] for key in manifest.tensors}
     for file in manifest.files:
         end = 0
-        for entry in file.entries:
-            if entry.offset != end:
-                raise CheckpointError("pieces do not lie end to end", where=f"{file.name}: {entry.key}", got=f"offset {entry.offset}", want=f"offset {end}")
-            end += (entry.stop - entry.start) * ITEM_BYTES[manifest.tensors[entry.kind, entry.name].dtype]
-            pieces[entry.kind, entry.name].append((entry.slices, entry.start, entry.stop))
+        for segment in file.segments:
+            if segment.offset != end:
+                raise CheckpointError(
+                    "segments do not lie end to end", where=f"{file.name}: {segment.key}", got=f"offset {segment.offset}", want=f"offset {end}"
+                )
+            end += (segment.stop - segment.start) * ITEM_BYTES[manifest.tensors[segment.kind, segment.name].dtype]
+            covered[segment.kind, segment.name].append((segment.slices, segment.start, segment.stop))
         if file.header < 8 or file.header + end != file.size:
             raise CheckpointError("sizes contradict each other", where=file.name, got=f"{file.size} bytes", want=f"{file.header} + {end} bytes")
-    check_pieces(manifest.tensors, pieces)
+    check_segments(manifest.tensors, covered)
 
 
-def check_pieces(table: dict[tuple[str, str], TensorInfo], pieces: dict[tuple[str, str], list[tuple[Slices, int, int]]]) -> None:
-    """Raises one CheckpointError that lists every tensor that its pieces do not cover exactly once."""
+def check_segments(table: dict[tuple[str, str], TensorInfo], segments: dict[tuple[str, str], list[tuple[Slices, int, int]]]) -> None:
+    """Raises one CheckpointError that lists every tensor that is not covered exactly once."""
     problems = []
     for (kind, name), info in table.items():
         try:
-            check_coverage(name, kind, info.shape, pieces[kind, name])
+            check_coverage(name, kind, info.shape, segments[kind, name])
         except CheckpointError as error:
             problems.append(error)
     if len(problems) == 1:

@@ -1,4 +1,4 @@
-"""What identifies a process to other processes, in other containers and on other hosts too: host, boot, PID namespace, pid and start time."""
+"""The identity of a process across containers and hosts: host, boot, PID namespace, pid and start time."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from neox.files import JsonObject
 
 START_TOLERANCE = 2.0  # seconds between two readings of a process's start time
 
 
 def process_namespace() -> str:
-    """Names the boot of the machine and the PID namespace: a pid means the same process to all that share both. Empty where it cannot be known."""
+    """Identifies the boot of the machine and the PID namespace: a pid refers to the same process for all that share both. Empty if unknown."""
     if sys.platform != "linux":  # no PID namespaces
         return f"{socket.gethostname()} {int(psutil.boot_time())}"
     try:
-        if os.readlink("/proc/self") != str(os.getpid()):  # /proc was mounted for another namespace: what it says of a pid is of another process
+        if os.readlink("/proc/self") != str(os.getpid()):  # /proc was mounted for another namespace: its pids are those of other processes
             return ""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -27,8 +28,8 @@ def process_namespace() -> str:
         return ""
 
 
-def describe_process() -> dict[str, Any]:
-    """This process as JSON: what `has_exited` needs, and its start for people."""
+def describe_process() -> JsonObject:
+    """This process as JSON: the fields that `has_exited` needs, and its start time in readable form."""
     try:
         born = psutil.Process().create_time()
     except psutil.Error:  # /proc of another namespace
@@ -37,9 +38,12 @@ def describe_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "space": process_namespace(), "pid": os.getpid(), "born": born, "started": started}
 
 
-def has_exited(who: dict[str, Any]) -> bool:
-    """Whether a described process is known to have exited. False where that cannot be known: on another host, after another boot, in another PID
-    namespace, or where the description, such as one of an earlier version, does not name them."""
+def has_exited(who: JsonObject) -> bool:
+    """Whether a described process is known to have exited.
+
+    False where that cannot be known: on another host, after another boot, in another PID namespace, or where the description
+    lacks these fields, as that of an earlier version does.
+    """
     pid, born, space = who.get("pid"), who.get("born"), who.get("space")
     if type(pid) is not int or pid < 1 or type(born) not in (int, float) or who.get("host") != socket.gethostname():
         return False

@@ -1,7 +1,7 @@
 """Reading a checkpoint: any slice of any logical tensor, from whatever segments are stored.
 
-Nothing is believed before it is checked: the manifest's checksum and structure when it is opened, a shard's header when
-it is first touched, a block's checksum before its bytes are used. Only the blocks that hold what is asked for are read.
+Nothing is used before it is checked: the manifest's checksum and structure when it is opened, a shard's header when
+it is first read, a block's checksum before its bytes are used. Only the blocks that hold the requested elements are read.
 """
 
 from __future__ import annotations
@@ -9,50 +9,50 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from neox.checkpoint.manifest import MANIFEST, RNG_KIND, SHARD_NAME, Entry, Manifest, ShardFile, TensorInfo, read_manifest
-from neox.checkpoint.reshard import Slices, check_address, full_slices, overlaps, placed_boxes
+from neox.checkpoint.manifest import MANIFEST, RNG_KIND, SHARD_NAME, Manifest, Segment, ShardFile, TensorInfo, read_manifest
+from neox.checkpoint.reshard import Slices, check_address, full_slices, logical_boxes, overlaps
 from neox.checkpoint.retention import folder_name, folder_step
 from neox.checkpoint.shard import DTYPES
 from neox.checkpoint.shard_reader import ShardReader
-from neox.checkpoint.storage import LOCAL, TEMPORARY, Storage, unreadable
+from neox.checkpoint.storage import LOCAL, Storage, unreadable
 from neox.errors import CheckpointError
+from neox.files import TEMPORARY, JsonObject
 
 READ_THREADS = 2  # a block each
-READS_AHEAD = 8  # blocks that wait for a thread while further tensors are asked for
+READS_AHEAD = 8  # blocks that wait for a thread while further tensors are requested
 OPEN_FILES = 64  # at most: one process may read the shards of thousands
 LISTED = 6  # differences that one message names
 
+Shapes = dict[tuple[str, str], tuple[int, ...]]  # (kind, name) -> logical shape
+
 
 class Checkpoint:
-    """An opened checkpoint. Tensors are addressed as logical tensors, whatever layout wrote them.
+    """An open checkpoint. Tensors are addressed as logical tensors, independent of the layout that wrote them.
 
     Args:
         path: folder of the checkpoint.
         storage: system calls.
 
-    Raises CheckpointError where the manifest is damaged, or files are missing, of another size, links, or not of this checkpoint.
+    Raises:
+        CheckpointError: the manifest is damaged, or files are missing, of another size, links, or not part of this checkpoint.
     """
 
     def __init__(self, path: str | Path, *, storage: Storage = LOCAL):
         self.path = Path(path)
         self.manifest = read_manifest(self.path, storage=storage)
         check_folder(self.path, self.manifest)
-        self._storage = storage
-        self._pieces: dict[tuple[str, str], list[tuple[ShardFile, Entry]]] = {key: [] for key in self.manifest.tensors}
-        for file, entry in self.manifest.entries():
-            self._pieces[entry.kind, entry.name].append((file, entry))
-        self._readers: dict[str, ShardReader] = {}
-        self._threads = ThreadPoolExecutor(READ_THREADS)
-        self._pending: deque[Future] | None = None  # reads that nobody has waited for; None outside of `async_reads`
+        self._segments: dict[tuple[str, str], list[tuple[ShardFile, Segment]]] = {key: [] for key in self.manifest.tensors}
+        for file, segment in self.manifest.segments():
+            self._segments[segment.kind, segment.name].append((file, segment))
+        self._reads = ShardReads(self.path, self.manifest, storage)
 
     @property
     def step(self) -> int:
@@ -60,7 +60,7 @@ class Checkpoint:
         return self.manifest.step
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Counters and the data cursor, as they were given to save()."""
         return self.manifest.state
 
@@ -70,18 +70,18 @@ class Checkpoint:
         return self.manifest.config_lock
 
     @property
-    def model_config(self) -> dict[str, Any]:
+    def model_config(self) -> JsonObject:
         """The model section."""
         return self.manifest.model_config
 
     @property
-    def layout(self) -> dict[str, Any]:
-        """Sizes of the layout over processes that wrote it."""
+    def layout(self) -> JsonObject:
+        """Sizes of the parallel layout that wrote it."""
         return self.manifest.layout
 
     @property
     def world_size(self) -> int:
-        """Number of processes that wrote it, so the ranks that `rng` knows."""
+        """Number of processes that wrote it, and so the number of ranks that `rng` has."""
         return self.manifest.world_size
 
     def names(self) -> list[str]:
@@ -89,7 +89,7 @@ class Checkpoint:
         return sorted({name for kind, name in self.manifest.tensors if kind != RNG_KIND})
 
     def kinds(self, name: str) -> list[str]:
-        """Kinds stored for a tensor, sorted; empty if it is not there."""
+        """Kinds stored for a tensor, sorted; empty if the tensor is missing."""
         return sorted(kind for kind, other in self.manifest.tensors if other == name and kind != RNG_KIND)
 
     def info(self, name: str, kind: str = "weight") -> TensorInfo:
@@ -101,64 +101,145 @@ class Checkpoint:
         return found
 
     def check(self, wanted: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
-        """Raises one CheckpointError that counts the differences between the tensors stored and the ones wanted, and lists the first.
+        """Raises one CheckpointError that counts the differences between the stored tensors and the wanted ones, and lists the first.
 
         Args:
             wanted: (name, kind, logical shape). Tensors that are stored and not wanted count as differences where their
                 kind is wanted for any tensor: a model with fewer layers does not load silently.
         """
         want = {(kind, name): tuple(shape) for name, kind, shape in wanted}
-        kinds = {kind for kind, _ in want}
-        have = self.stored_shapes(kinds)
-        wrong = sorted((key for key in want.keys() | have.keys() if want.get(key) != have.get(key)), key=lambda key: (key[0] != "weight", key))
+        have = self.stored_shapes({kind for kind, _ in want})
+        wrong = differences(have, want)
         if wrong:
-            lines = [f"{kind}/{name}: have {_shape(have.get((kind, name)))} want {_shape(want.get((kind, name)))}" for kind, name in wrong[:LISTED]]
             more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
             do = "use the model section of the checkpoint, or another run.dir for a new run"
-            raise CheckpointError(f"{len(wrong)} tensors do not fit the model", where=self.path, got=", ".join(lines + more), do=do)
+            got = ", ".join(wrong[:LISTED] + more)
+            raise CheckpointError(f"{len(wrong)} tensors do not fit the model", where=self.path, got=got, do=do)
 
-    def stored_shapes(self, kinds: set[str]) -> dict[tuple[str, str], tuple[int, ...]]:
+    def stored_shapes(self, kinds: set[str]) -> Shapes:
         """(kind, name) -> logical shape of every tensor of these kinds."""
         return {key: info.shape for key, info in self.manifest.tensors.items() if key[0] in kinds and key[0] != RNG_KIND}
 
     def read(self, name: str, kind: str = "weight", slices: Slices | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Reads the flat range [start, stop) of a slice of a logical tensor.
+        """Read the flat range [start, stop) of a slice of a logical tensor.
 
         Args:
             name, kind: which tensor.
-            slices: (low, high) per dimension; None: the whole tensor.
+            slices: (low, high) per dimension; None: the complete tensor.
             start, stop: row-major range within the slice; stop None: to its end.
 
-        Returns: a new flat tensor of stop - start elements, on the CPU, in the stored dtype.
+        Returns:
+            A new flat tensor of stop - start elements, on the CPU, in the stored dtype.
 
-        Raises CheckpointError: no such tensor, an address outside it, a damaged shard (file, tensor and checksums named).
+        Raises:
+            CheckpointError: no such tensor, an address outside it, or a damaged shard (file, tensor and checksums named).
         """
         info = self.info(name, kind)
         slices = full_slices(info.shape) if slices is None else tuple((low, high) for low, high in slices)
         stop = math.prod(high - low for low, high in slices) if stop is None else stop
         check_address(name, kind, info.shape, slices, start, stop)
         out = torch.empty(stop - start, dtype=DTYPES[info.dtype])
-        self._fill(out, name, kind, slices, start, stop)
+        self._fill(out, name, kind, slices, start, stop, wait_for=True)
         return out
 
     def read_into(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int) -> None:
-        """As `read`, into a flat tensor of any dtype on any device; without a copy where it is of the stored dtype, on the CPU and contiguous.
+        """As `read`, into a flat tensor of any dtype on any device; without a copy if it is of the stored dtype, on the CPU and contiguous.
 
-        After an error `out` holds anything.
+        After an error the content of `out` is undefined.
         """
         info = self.info(name, kind)
         if out.dtype != DTYPES[info.dtype] or out.device.type != "cpu" or not out.is_contiguous() or out.numel() != stop - start:
             out.copy_(self.read(name, kind, slices, start, stop))
             return
         check_address(name, kind, info.shape, slices, start, stop)
-        self._fill(out, name, kind, slices, start, stop, self._pending)
+        self._fill(out, name, kind, slices, start, stop, wait_for=False)
 
     @contextmanager
     def async_reads(self) -> Iterator[None]:
-        """In this block `read_into` may return before the bytes are there, so that no thread waits between two tensors; they are there at its end.
+        """In this block `read_into` may return before the bytes have arrived, so that threads need not wait between tensors.
 
-        Raises CheckpointError, in the block or at its end, as `read_into` does.
+        All bytes have arrived at the end of the block. Raises CheckpointError, in the block or at its end, as `read_into` does.
         """
+        with self._reads.deferred():
+            yield
+
+    def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
+        """A complete logical tensor in its shape. Raises CheckpointError as `read` does."""
+        return self.read(name, kind).view(self.info(name, kind).shape)
+
+    def rng(self, rank: int) -> dict[str, torch.Tensor]:
+        """Generator states of a rank of the run that saved. Raises CheckpointError for a rank that it did not have."""
+        if not 0 <= rank < self.world_size:
+            raise CheckpointError("no generator states of this rank", where=self.path, got=f"rank {rank}", want=f"0 to {self.world_size - 1}")
+        prefix = f"{rank}/"
+        names = [name for kind, name in self.manifest.tensors if kind == RNG_KIND and name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.tensor(name, RNG_KIND) for name in names}
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reads.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int, *, wait_for: bool) -> None:
+        """`read` into a flat CPU tensor of the stored dtype. Without `wait_for`, reads may be pending on return (see `async_reads`)."""
+        segments = self._segments[kind, name]
+        if len(segments) == 1 and (segments[0][1].slices, segments[0][1].start, segments[0][1].stop) == (slices, start, stop):  # as it was saved
+            file, segment = segments[0]
+            self._reads.run(file, segment, 0, out, wait_for)
+            return
+        targets = logical_boxes(slices, start, stop)
+        copied = 0
+        for file, segment in segments:
+            for shared in overlaps(logical_boxes(segment.slices, segment.start, segment.stop), targets):
+                source, target = shared.span(shared.source), shared.span(shared.target)
+                if source[1] - source[0] == target[1] - target[0] == shared.size:
+                    self._reads.run(file, segment, source[0], out[target[0] : target[1]], wait_for)
+                else:
+                    rows = shared.rows()
+                    buffer = torch.empty(math.prod(rows.source.shape), dtype=out.dtype)
+                    self._reads.run(file, segment, rows.source.offset, buffer, True)
+                    replace(rows, source=replace(rows.source, offset=0)).copy(buffer, out)
+                copied += shared.size
+        if copied != stop - start:
+            raise CheckpointError("tensor is not covered", where=f"{self.path}: {kind}/{name}", got=f"{copied} elements", want=f"{stop - start} elements")
+
+
+class ShardReads:
+    """The reads of a checkpoint's shards: at most OPEN_FILES open files, READ_THREADS threads, and the pending reads of `deferred`.
+
+    Args:
+        path: folder of the checkpoint.
+        manifest: its manifest.
+        storage: system calls.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, storage: Storage):
+        self._path = path
+        self._manifest = manifest
+        self._storage = storage
+        self._readers: dict[str, ShardReader] = {}
+        self._threads = ThreadPoolExecutor(READ_THREADS)
+        self._pending: deque[Future[CheckpointError | None]] | None = None  # None outside of `deferred`
+
+    def run(self, file: ShardFile, segment: Segment, start: int, out: torch.Tensor, wait_for: bool) -> None:
+        """Read a segment's elements from `start` on into `out`; in `deferred` and without `wait_for`, only begin to. Raises the first error."""
+        reads = self._reader(file).reads(segment, start, out)
+        if self._pending is not None and not wait_for:
+            self._pending.extend(self._threads.submit(read) for read in reads)
+            self._settle(READS_AHEAD)
+            return
+        for problem in (read() for read in reads) if len(reads) == 1 else self._threads.map(lambda read: read(), reads):
+            if problem is not None:
+                raise problem
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A block in which reads may be pending. They are done at its end. Raises CheckpointError."""
         self._pending = deque()
         try:
             yield
@@ -167,65 +248,14 @@ class Checkpoint:
             pending, self._pending = self._pending, None
             wait(pending)
 
-    def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
-        """A whole logical tensor in its shape. Raises CheckpointError as `read` does."""
-        return self.read(name, kind).view(self.info(name, kind).shape)
-
-    def rng(self, rank: int) -> dict[str, torch.Tensor]:
-        """Generator states of a rank of the saving run. Raises CheckpointError for a rank that it did not have."""
-        if not 0 <= rank < self.world_size:
-            raise CheckpointError("no generator states of this rank", where=self.path, got=f"rank {rank}", want=f"0 to {self.world_size - 1}")
-        prefix = f"{rank}/"
-        names = [name for kind, name in self.manifest.tensors if kind == RNG_KIND and name.startswith(prefix)]
-        return {name.removeprefix(prefix): self.tensor(name, RNG_KIND) for name in names}
-
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files and end the threads."""
         while self._readers:
             self._readers.popitem()[1].close()
         self._threads.shutdown()
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int, pending: deque[Future] | None = None) -> None:
-        """`read` into a flat tensor of the stored dtype on the CPU. What need not be waited for here is added to `pending`, if that is given."""
-        pieces = self._pieces[kind, name]
-        if len(pieces) == 1 and (pieces[0][1].slices, pieces[0][1].start, pieces[0][1].stop) == (slices, start, stop):  # as it was saved
-            file, entry = pieces[0]
-            self._run(self._reader(file).reads(entry, 0, out), pending)
-            return
-        targets = placed_boxes(slices, start, stop)
-        copied = 0
-        for file, entry in pieces:
-            for shared in overlaps(placed_boxes(entry.slices, entry.start, entry.stop), targets):
-                source, target = shared.span(shared.source), shared.span(shared.target)
-                if source[1] - source[0] == target[1] - target[0] == shared.size:
-                    self._run(self._reader(file).reads(entry, source[0], out[target[0] : target[1]]), pending)
-                else:
-                    rows = shared.rows()
-                    beside = torch.empty(math.prod(rows.source.shape), dtype=out.dtype)
-                    self._run(self._reader(file).reads(entry, rows.source.offset, beside))
-                    replace(rows, source=replace(rows.source, offset=0)).copy(beside, out)
-                copied += shared.size
-        if copied != stop - start:
-            raise CheckpointError("tensor is not covered", where=f"{self.path}: {kind}/{name}", got=f"{copied} elements", want=f"{stop - start} elements")
-
-    def _run(self, reads: list[Callable[[], CheckpointError | None]], pending: deque[Future] | None = None) -> None:
-        """Do these reads, or begin them where `pending` is given. Raises the first error."""
-        if pending is not None:
-            pending.extend(self._threads.submit(read) for read in reads)
-            self._settle(READS_AHEAD)
-            return
-        for problem in (read() for read in reads) if len(reads) == 1 else self._threads.map(lambda read: read(), reads):
-            if problem is not None:
-                raise problem
-
     def _settle(self, most: int) -> None:
-        """Wait until at most so many reads are under way. Raises the first error."""
+        """Wait until at most `most` reads are pending. Raises the first error."""
         while self._pending and len(self._pending) > most:
             problem = self._pending.popleft().result()
             if problem is not None:
@@ -234,10 +264,17 @@ class Checkpoint:
     def _reader(self, file: ShardFile) -> ShardReader:
         if file.name not in self._readers:
             if len(self._readers) == OPEN_FILES:
-                self._settle(0)  # none is read from any more
+                self._settle(0)  # pending reads may use the file that is closed
                 self._readers.pop(next(iter(self._readers))).close()
-            self._readers[file.name] = ShardReader(self.path, file, self.manifest, storage=self._storage)
+            self._readers[file.name] = ShardReader(self._path, file, self._manifest, storage=self._storage)
         return self._readers[file.name]
+
+
+def differences(have: Shapes, want: Shapes) -> list[str]:
+    """A line for each tensor whose shapes differ, weights first."""
+    wrong = (key for key in have.keys() | want.keys() if have.get(key) != want.get(key))
+    ordered = sorted(wrong, key=lambda key: (key[0] != "weight", key))
+    return [f"{'/'.join(key)}: have {_shape(have.get(key))} want {_shape(want.get(key))}" for key in ordered]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -245,9 +282,9 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def check_folder(path: Path, manifest: Manifest) -> None:
-    """Raises CheckpointError where the folder does not hold exactly what the manifest lists; names every file at fault.
+    """Raises CheckpointError unless the folder holds exactly what the manifest lists; names every file at fault.
 
-    Shards of another save of the same step and temporary files are no fault: a save that was cut short leaves them.
+    Shards of another save of the same step and temporary files are accepted: an interrupted save leaves them.
     """
     step = folder_step(path.name)
     if step is not None and step != manifest.step:
@@ -257,13 +294,13 @@ def check_folder(path: Path, manifest: Manifest) -> None:
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         have = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
-        plain_files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+        regular_files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
     except OSError as error:
         raise unreadable(error, path) from error
     for name, size in want.items():
         if name not in have:
             faults.append(f"{name}: missing")
-        elif name not in plain_files:
+        elif name not in regular_files:
             faults.append(f"{name}: not a regular file")
         elif have[name] != size:
             faults.append(f"{name}: {have[name]} bytes, want {size}")

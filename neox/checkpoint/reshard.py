@@ -1,7 +1,7 @@
-"""Addresses of stored pieces of logical tensors, and the arithmetic that turns one cut into any other.
+"""Addresses of stored segments of logical tensors, and the arithmetic that converts one partition into any other.
 
 A logical tensor is what the model would hold in one process, without vocabulary padding. A process holds a rectangular
-slice of it (tensor parallelism), and of that slice, taken row-major, a flat range (ZeRO). Both cuts are exact integer
+slice of it (tensor parallelism), and of that slice, in row-major order, a flat range (ZeRO). Both are exact integer
 arithmetic: a flat range of a box is a short list of boxes, and boxes intersect dimension by dimension.
 """
 
@@ -20,7 +20,7 @@ Slices = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of a logical tensor that one process holds.
+    """A segment of a logical tensor that one process holds.
 
     Args:
         name: logical parameter name.
@@ -55,17 +55,17 @@ class Box:
 
 
 def full_slices(shape: Sequence[int]) -> Slices:
-    """The slices that take all of a tensor of this shape."""
+    """The slices that cover a tensor of this shape."""
     return tuple((0, size) for size in shape)
 
 
 def slice_shape(slices: Slices) -> tuple[int, ...]:
-    """Shape of the part that the slices take."""
+    """Shape of the part that the slices cover."""
     return tuple(high - low for low, high in slices)
 
 
 def split_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Cuts the flat range [start, stop) of a row-major box into boxes, in flat order: at most 2 x dimensions - 1 of them."""
+    """Split the flat range [start, stop) of a row-major box into boxes, in flat order: at most 2 x dimensions - 1 of them."""
     if start >= stop:
         return []
     if not shape:
@@ -92,7 +92,7 @@ def _inside_row(shape: Sequence[int], row: int, start: int, stop: int, offset: i
     return [Box((row, *box.low), (row + 1, *box.high), offset + box.offset) for box in inner]
 
 
-def placed_boxes(slices: Slices, start: int, stop: int) -> list[Box]:
+def logical_boxes(slices: Slices, start: int, stop: int) -> list[Box]:
     """The boxes of a flat range of a slice, in the coordinates of the logical tensor."""
     origin = [low for low, _ in slices]
     boxes = split_range(slice_shape(slices), start, stop)
@@ -105,7 +105,7 @@ def _shift(point: Sequence[int], by: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two boxes share. `low`, `high` in logical coordinates."""
+    """The intersection of two boxes. `low` and `high` are logical coordinates."""
 
     source: Box
     target: Box
@@ -118,7 +118,7 @@ class Overlap:
         return math.prod(high - low for low, high in zip(self.low, self.high, strict=True))
 
     def span(self, box: Box) -> tuple[int, int]:
-        """Flat range of the source or target that the shared part lies in, its holes included; it has none where the length is `size`."""
+        """Flat range of the source or target that contains the shared part. It has holes unless its length is `size`."""
         strides, stride = [], 1
         for size in reversed(box.shape):
             strides.insert(0, stride)
@@ -128,7 +128,7 @@ class Overlap:
         return box.offset + first, box.offset + last + 1
 
     def rows(self) -> Overlap:
-        """The same with a source that is cut to the rows of the shared part; its `offset` is where they begin in the source's flat range."""
+        """The same with the source restricted to the rows of the shared part; its `offset` is their start in the source's flat range."""
         if not self.low:
             return self
         row = math.prod(self.source.shape[1:])
@@ -137,7 +137,7 @@ class Overlap:
         return replace(self, source=box)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies the shared elements between the two flat ranges."""
+        """Copy the shared elements between the two flat ranges."""
         _part(target, self.target, self).copy_(_part(source, self.source, self))
 
 
@@ -163,7 +163,7 @@ def overlaps(sources: Iterable[Box], targets: Iterable[Box]) -> list[Overlap]:
 
 
 def check_address(name: str, kind: str, shape: Sequence[int], slices: Slices, start: int, stop: int) -> None:
-    """Raises CheckpointError where slices leave the shape or the range leaves the slice."""
+    """Raises CheckpointError if slices exceed the shape or the range exceeds the slice."""
     where = f"{kind}/{name}"
     inside = len(slices) == len(shape) and all(0 <= low <= high <= size for (low, high), size in zip(slices, shape, strict=True))
     if not inside:
@@ -173,10 +173,10 @@ def check_address(name: str, kind: str, shape: Sequence[int], slices: Slices, st
         raise CheckpointError("flat range outside the slice", where=where, got=f"{start}:{stop}", want=f"within 0:{size}")
 
 
-def check_coverage(name: str, kind: str, shape: Sequence[int], pieces: Iterable[tuple[Slices, int, int]]) -> None:
-    """Raises CheckpointError unless the pieces (slices, start, stop) cover every element of the tensor exactly once."""
+def check_coverage(name: str, kind: str, shape: Sequence[int], segments: Iterable[tuple[Slices, int, int]]) -> None:
+    """Raises CheckpointError unless the segments (slices, start, stop) cover every element of the tensor exactly once."""
     groups: dict[Slices, list[tuple[int, int]]] = {}
-    for slices, start, stop in pieces:
+    for slices, start, stop in segments:
         check_address(name, kind, shape, slices, start, stop)
         groups.setdefault(slices, []).append((start, stop))
     where = f"{kind}/{name}"
@@ -185,7 +185,7 @@ def check_coverage(name: str, kind: str, shape: Sequence[int], pieces: Iterable[
         end = 0
         for start, stop in sorted(ranges):
             if start < end:
-                raise CheckpointError("stored pieces overlap", where=where, got=f"{start}:{stop} after :{end} of {list(slices)}", want="each element once")
+                raise CheckpointError("stored segments overlap", where=where, got=f"{start}:{stop} after :{end} of {list(slices)}", want="each element once")
             end = stop
             have += stop - start
     _check_disjoint(where, list(groups))

@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: what is there, which is newest, what may go.
+"""The folder of a run's checkpoints: its content, the newest one, and which ones may be removed.
 
 Order is by lineage and step number, never by string or clock: every start of training takes a generation above all found
-in the folder, so (generation, step) orders checkpoints as training wrote them, also after a rollback to an older one.
+in the folder, so (generation, step) orders checkpoints as training wrote them, even after a rollback to an older one.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from neox.checkpoint.manifest import MANIFEST, MANIFEST_LIMIT, SHARD_NAME, Lineage, Manifest, read_manifest
-from neox.checkpoint.storage import LOCAL, TEMPORARY, Storage, guarded, read_file, sync_dir, write_file
+from neox.checkpoint.storage import LOCAL, Storage, read_file
 from neox.errors import CheckpointError
+from neox.files import TEMPORARY, guarded, sync_dir, write_durably
 
 LATEST = "latest"
 _FOLDER = re.compile(r"step_(\d{8,18})")
@@ -28,14 +29,14 @@ def folder_name(step: int) -> str:
 
 
 def folder_step(name: str) -> int | None:
-    """Step of a folder name; None if it is not one of ours."""
+    """Step of a folder name; None for other names."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match and folder_name(int(match[1])) == name else None
 
 
 @dataclass(frozen=True)
-class Found:
-    """A folder named like a checkpoint. `manifest` is None where there is none that can be believed; `problem` then says why."""
+class StepFolder:
+    """A folder named like a checkpoint. `manifest` is None if there is no valid one; `problem` is then the reason."""
 
     path: Path
     step: int
@@ -43,17 +44,17 @@ class Found:
     problem: CheckpointError | None
 
     @property
-    def started(self) -> bool:
-        """Whether it was published once, as far as the folder shows: a save that was cut short has no manifest."""
+    def has_manifest(self) -> bool:
+        """Whether it was published once: an interrupted save has no manifest file, valid or not."""
         return os.path.lexists(self.path / MANIFEST)
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts by age: generation, then step; folders without a manifest come first."""
+        """Sort key by age: generation, then step; folders without a valid manifest come first."""
         return (-1 if self.manifest is None else self.manifest.lineage.generation, self.step)
 
 
-def scan(root: Path) -> list[Found]:
+def scan(root: Path) -> list[StepFolder]:
     """Every checkpoint folder in `root`, complete or not, oldest first. Foreign entries are skipped. Reads manifests only. Raises DiskError."""
     if not root.is_dir():
         return []
@@ -64,9 +65,9 @@ def scan(root: Path) -> list[Found]:
             continue
         path = root / entry.name
         try:
-            found.append(Found(path, step, _named(path, step), None))
+            found.append(StepFolder(path, step, _named(path, step), None))
         except CheckpointError as error:
-            found.append(Found(path, step, None, error))
+            found.append(StepFolder(path, step, None, error))
     return sorted(found, key=lambda one: one.order)
 
 
@@ -96,12 +97,12 @@ def start_lineage(root: str | Path, resumed: str | Path | None = None) -> Lineag
 
 
 def write_latest(root: Path, name: str, *, storage: Storage = LOCAL) -> None:
-    """Notes the newest checkpoint's name. Only a hint for people, and a witness that a checkpoint once was here."""
-    write_file(root / LATEST, f"{name}\n".encode(), storage=storage)
+    """Record the newest checkpoint's name: a hint for users, and evidence that a checkpoint once existed."""
+    write_durably(root / LATEST, f"{name}\n".encode(), sole_writer=True, storage=storage)
 
 
 def read_latest(root: Path) -> str | None:
-    """The hint's text, at most 200 characters; None if there is no hint."""
+    """The hint's text, at most 200 characters; None if the file is missing."""
     if not os.path.lexists(root / LATEST):
         return None
     try:
@@ -111,14 +112,14 @@ def read_latest(root: Path) -> str | None:
 
 
 def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Storage = LOCAL) -> list[Path]:
-    """Removes the oldest complete checkpoints on the way that led to `lineage`, down to `keep`; returns what went.
+    """Remove the oldest complete checkpoints among the ancestors of `lineage`, down to `keep`; returns the removed folders.
 
     Never removed: the checkpoint just written (`lineage`, `step`), the one resumed from, other branches (after a
     rollback), damaged ones, links, and anything not named like a checkpoint. keep = 0 removes nothing. Raises DiskError.
     """
     if keep <= 0:
         return []
-    ours = [one for one in scan(root) if one.manifest and lineage.includes(one.manifest.lineage, one.step) and complete(one)]
+    ours = [one for one in scan(root) if one.manifest and lineage.includes(one.manifest.lineage, one.step) and is_complete(one)]
     protected = {(lineage.id, step), lineage.parent}
     victims = [one for one in ours[:-keep] if (one.manifest.lineage.id, one.step) not in protected and not one.path.is_symlink()]
     for one in victims:
@@ -126,8 +127,8 @@ def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Stora
     return [one.path for one in victims]
 
 
-def complete(found: Found) -> bool:
-    """Whether the manifest is good and every file it names is there with its size."""
+def is_complete(found: StepFolder) -> bool:
+    """Whether the manifest is valid and every file it names exists with its size."""
     try:
         return found.manifest is not None and all(os.lstat(found.path / file.name).st_size == file.size for file in found.manifest.files)
     except OSError:
@@ -135,29 +136,29 @@ def complete(found: Found) -> bool:
 
 
 def remove_checkpoint(folder: Path, *, storage: Storage = LOCAL) -> None:
-    """Removes a checkpoint: its manifest first and durably, so that a crash leaves no damaged one; foreign files stay. Raises DiskError."""
+    """Remove a checkpoint: its manifest first and durably, so that a crash leaves no damaged one. Foreign files remain. Raises DiskError."""
     if os.path.lexists(folder / MANIFEST):
         guarded(storage.unlink, folder / MANIFEST)
         sync_dir(folder, storage=storage)
-    _remove_own(folder, lambda _: True, storage)
+    _remove_save_files(folder, lambda _: True, storage)
     if not guarded(os.listdir, folder):
         guarded(storage.remove_dir, folder)
         sync_dir(folder.parent, storage=storage)
 
 
 def remove_superseded(folder: Path, save_id: str, *, storage: Storage = LOCAL) -> None:
-    """Removes the shards of earlier saves of the same step. Raises DiskError."""
-    _remove_own(folder, lambda owner: owner != save_id, storage)
+    """Remove the shards of earlier saves of the same step. Raises DiskError."""
+    _remove_save_files(folder, lambda owner: owner != save_id, storage)
 
 
-def _remove_own(folder: Path, choose, storage: Storage) -> None:
-    for name, owner in own_files(folder):
+def _remove_save_files(folder: Path, choose: Callable[[str], bool], storage: Storage) -> None:
+    for name, owner in save_files(folder):
         if choose(owner):
             guarded(storage.unlink, folder / name)
 
 
-def own_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, save id) of the files that a save leaves beside its manifest: shards, and temporary files (id "" for the manifest's). Raises DiskError."""
+def save_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """(name, save id) of the files that a save writes next to its manifest: shards, and temporary files (id "" for the manifest's). Raises DiskError."""
     for entry in sorted(guarded(os.scandir, folder), key=lambda one: one.name):
         name = entry.name.removesuffix(TEMPORARY)
         shard = SHARD_NAME.fullmatch(name)
@@ -170,22 +171,22 @@ def own_files(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def collect_leftovers(root: str | Path, *, storage: Storage = LOCAL) -> list[Path]:
-    """Removes what crashed saves left, to be called at the start of a run by the one process that holds the lock; returns what went.
+    """Remove the leftovers of crashed saves; returns the removed paths. Called at the start of a run by the process that holds the lock.
 
-    Only files with names that a save gives, in folders without a manifest or beside a good manifest that does not name
-    them. A folder that `latest` names, or whose manifest is damaged, is evidence and stays. Raises DiskError.
+    Only files with names that a save gives are removed, in folders without a manifest or next to a valid manifest that does
+    not name them. A folder that `latest` names, or whose manifest is damaged, is evidence and remains. Raises DiskError.
     """
     root = Path(root)
-    removed = [root / name for name in _stray(root)]
+    removed = [root / name for name in _stray_files(root)]
     for path in removed:
         guarded(storage.unlink, path)
     hint = read_latest(root)
     for one in scan(root):
-        if one.path.is_symlink() or (one.manifest is None and (one.started or hint == one.path.name)):
+        if one.path.is_symlink() or (one.manifest is None and (one.has_manifest or hint == one.path.name)):
             continue
-        before = {name for name, _ in own_files(one.path)}
-        if one.manifest is None:  # nothing here needs to be durable: what comes back is collected again
-            _remove_own(one.path, lambda _: True, storage)
+        before = {name for name, _ in save_files(one.path)}
+        if one.manifest is None:  # need not be durable: what reappears after a crash is removed at the next start
+            _remove_save_files(one.path, lambda _: True, storage)
             if not guarded(os.listdir, one.path):
                 guarded(storage.remove_dir, one.path)
         else:
@@ -196,12 +197,12 @@ def collect_leftovers(root: str | Path, *, storage: Storage = LOCAL) -> list[Pat
 
 
 def _remove_temporary(folder: Path, storage: Storage) -> None:
-    for name, _ in own_files(folder):
+    for name, _ in save_files(folder):
         if name.endswith(TEMPORARY):
             guarded(storage.unlink, folder / name)
 
 
-def _stray(root: Path) -> list[str]:
+def _stray_files(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     return sorted(name for name in os.listdir(root) if _PROBE.fullmatch(name) or name == LATEST + TEMPORARY)

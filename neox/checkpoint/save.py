@@ -1,23 +1,22 @@
-"""Saving: every rank writes its pieces, rank 0 publishes by renaming the manifest into place.
+"""Saving: every rank writes its shards, then rank 0 publishes by renaming the manifest to its final name.
 
-Order, each step finished on every rank before the next begins: agree on who stores what -> shards, durable under final
+Order, each step finished on every rank before the next begins: agree on the assignment -> shards, durable under final
 names -> manifest, durable, renamed -> `latest` hint -> retention. A crash before the rename leaves the old state, a crash
-after it the new one; what else lies around is collected at the next start. An error on any rank is raised on all.
+after it the new one; other leftovers are removed at the next start. An error on any rank is raised on all.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from neox.checkpoint.assignment import check_assignment, decode_offers, divide, encode_offers, tensor_table
+from neox.checkpoint.assignment import assign, check_assignment, decode_offers, encode_offers, tensor_table
 from neox.checkpoint.consensus import RankGroup
 from neox.checkpoint.manifest import (
     ITEM_BYTES,
@@ -33,160 +32,163 @@ from neox.checkpoint.manifest import (
     decode_file,
     encode,
     encode_file,
-    plain,
     read_manifest,
     shard_name,
+    to_plain_json,
 )
 from neox.checkpoint.reshard import Fragment, check_address, full_slices
 from neox.checkpoint.retention import folder_name, remove_superseded, retain, write_latest
 from neox.checkpoint.shard import DTYPE_NAMES, dtype_name, num_bytes, write_shard
-from neox.checkpoint.storage import LOCAL, Storage, attempt, make_dirs, read_file, sync_dir, write_file
+from neox.checkpoint.storage import LOCAL, Storage, read_file
 from neox.errors import CheckpointError, DiskError
+from neox.files import JsonObject, attempt, make_dirs, sync_dir, write_durably
 
 SHARD_BYTES = 4 << 30  # data bytes of one shard at most
 HASH_THREADS = 2
 
-
-def save(
-    root: str | Path,
-    *,
-    step: int,
-    fragments: Iterable[Fragment],
-    state: dict[str, Any],
-    rng: dict[str, torch.Tensor],
-    config_lock: str,
-    model_config: dict[str, Any],
-    rank: int,
-    world_size: int,
-    keep: int,
-    lineage: Lineage,
-    layout: dict[str, Any] | None = None,
-    group: Any = None,
-    shard_bytes: int = SHARD_BYTES,
-    storage: Storage = LOCAL,
-) -> Path:
-    """Writes root/step_<step> and returns its path; every rank calls it, and either all return or all raise.
-
-    Args:
-        root: folder of the run's checkpoints, on a file system that all ranks see.
-        step: optimizer steps done.
-        fragments: what this rank holds. A range held by several ranks is stored once; together they must cover every tensor.
-        state: counters and the data cursor, plain JSON. Taken from rank 0, as config_lock, model_config, lineage and layout are.
-        rng: this rank's generator states by name.
-        config_lock: text of config.lock.yml.
-        model_config: the model section.
-        rank, world_size: of the collective call; torch.distributed must be initialised where world_size > 1.
-        keep: newest checkpoints of this lineage to keep; 0: all.
-        lineage: from `neox.checkpoint.retention.start_lineage`.
-        layout: parallel layout, for people: tp, pp, dp, zero stage.
-        group: process group for the messages; None: the default group.
-        shard_bytes: largest data size of a file.
-        storage: system calls.
-
-    Raises DiskError (a write failed; temporary files are removed and older checkpoints untouched) and CheckpointError
-    (pieces that overlap or leave holes, state that is not plain JSON).
-    """
-    content = Content(step, state, config_lock, model_config, lineage, layout or {})
-    job = Job(Path(root), RankGroup(rank, world_size, group), content, storage)
-    return job.complete(*job.prepare(fragments, rng), keep=keep, shard_bytes=shard_bytes)
+TensorTable = dict[tuple[str, str], TensorInfo]
 
 
 @dataclass(frozen=True)
 class Content:
-    """All of a checkpoint but its tensors."""
+    """All of a checkpoint but its tensors. It is taken from rank 0.
+
+    Args:
+        step: optimizer steps done.
+        state: counters and the data cursor, plain JSON.
+        lineage: from `neox.checkpoint.retention.start_lineage`.
+        config_lock: text of config.lock.yml.
+        model_config: the model section.
+        layout: parallel layout, for information: tp, pp, dp, ZeRO stage.
+    """
 
     step: int
-    state: dict[str, Any]
-    config_lock: str
-    model_config: dict[str, Any]
+    state: JsonObject
     lineage: Lineage
-    layout: dict[str, Any]
+    config_lock: str = ""
+    model_config: JsonObject = field(default_factory=dict)
+    layout: JsonObject = field(default_factory=dict)
 
 
-class Job:
-    """One save on one rank: `prepare` agrees on what each rank stores, `complete` writes it. Both are collective; either cleans up where it fails."""
+def save(
+    root: str | Path,
+    content: Content,
+    fragments: Iterable[Fragment],
+    *,
+    rng: dict[str, torch.Tensor] | None = None,
+    ranks: RankGroup | None = None,
+    keep: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    storage: Storage = LOCAL,
+) -> Path:
+    """Write root/step_<step>. Every rank calls it, and either all return or all raise.
 
-    def __init__(self, root: Path, peers: RankGroup, content: Content, storage: Storage):
+    Args:
+        root: folder of the run's checkpoints, on a file system that all ranks see.
+        content: step, state, config and lineage.
+        fragments: what this rank holds. A range held by several ranks is stored once; together they must cover every tensor.
+        rng: this rank's generator states by name.
+        ranks: the ranks of the collective call; None: this process alone.
+        keep: newest checkpoints of this lineage to retain; 0: all.
+        shard_bytes: largest data size of a file.
+        storage: system calls.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskError: a write failed; temporary files are removed and older checkpoints untouched.
+        CheckpointError: segments that overlap or leave holes, or state that is not plain JSON.
+    """
+    job = SaveJob(Path(root), ranks or RankGroup(), content, storage)
+    return job.complete(*job.prepare(fragments, rng or {}), keep=keep, shard_bytes=shard_bytes)
+
+
+class SaveJob:
+    """One save on one rank. `prepare` agrees on what each rank stores, `complete` writes it. Both are collective; both clean up when they fail."""
+
+    def __init__(self, root: Path, ranks: RankGroup, content: Content, storage: Storage):
         self.root = root
         self.folder = root / folder_name(content.step)
-        self._peers = peers
+        self._ranks = ranks
         self._content = content
         self._storage = storage
         self._save_id = ""
 
-    def prepare(self, fragments: Iterable[Fragment], rng: dict[str, torch.Tensor]) -> tuple[list[Fragment], dict[tuple[str, str], TensorInfo]]:
-        """Makes the folder and agrees on the shares. Returns what this rank stores, as views, and the table of all tensors."""
+    def prepare(self, fragments: Iterable[Fragment], rng: dict[str, torch.Tensor]) -> tuple[list[Fragment], TensorTable]:
+        """Create the folder and agree on the assignment. Returns what this rank stores, as views, and the table of all tensors."""
         try:
-            return self.plan(lambda: [*map(checked, fragments), *(rng_fragment(self._peers.rank, *item) for item in sorted(rng.items()))])
+            return self.plan(lambda: [*map(check_fragment, fragments), *(rng_fragment(self._ranks.rank, *item) for item in sorted(rng.items()))])
         except BaseException:
             self.clean_up()
             raise
 
-    def complete(self, held: Iterable[Fragment], tensors: dict[tuple[str, str], TensorInfo], *, keep: int, shard_bytes: int = SHARD_BYTES) -> Path:
-        """Writes the shares, publishes, applies the retention; returns the checkpoint's folder."""
+    def complete(self, held: Iterable[Fragment], tensors: TensorTable, *, keep: int, shard_bytes: int = SHARD_BYTES) -> Path:
+        """Write the assigned segments, publish, apply the retention; returns the checkpoint's folder."""
         try:
-            self.publish(self.write(cut(held, shard_bytes), tensors), tensors)
+            self.publish(self.write(group_into_shards(held, shard_bytes), tensors), tensors)
         except BaseException:
             self.clean_up()
             raise
         self.finish(keep)
         return self.folder
 
-    def plan(self, collect) -> tuple[list[Fragment], dict[tuple[str, str], TensorInfo]]:
-        """Makes the folder and agrees on what each rank stores.
+    def plan(self, collect: Callable[[], list[Fragment]]) -> tuple[list[Fragment], TensorTable]:
+        """Create the folder and agree on what each rank stores.
 
         Args:
             collect: function that returns this rank's fragments; its errors reach all ranks.
 
-        Returns: this rank's part of its fragments, and the table of all tensors.
+        Returns:
+            This rank's part of its fragments, and the table of all tensors.
         """
         held: list[Fragment] = []
 
-        def begin() -> list[Any]:
+        def begin() -> tuple[str, list[list]]:
             held.extend(collect())
-            return [self._open_folder() if self._peers.rank == 0 else "", encode_offers(held)]
+            return self._open_folder() if self._ranks.rank == 0 else "", encode_offers(held)
 
-        answers = self._peers.run_on_all(begin)
+        answers = self._ranks.run_on_all(begin)
         self._save_id = answers[0][0]
         offers = [decode_offers(message) for _, message in answers]
         tensors = tensor_table(offers)
-        shares = divide(offers)
-        self._peers.run_on_all(lambda: check_assignment(tensors, offers, shares) if self._peers.rank == 0 else None)
-        return [narrow(held[share.offer], share.start, share.stop) for share in shares[self._peers.rank]], tensors
+        assigned = assign(offers)
+        self._ranks.run_on_all(lambda: check_assignment(tensors, offers, assigned) if self._ranks.rank == 0 else None)
+        return [narrow(held[one.offer], one.start, one.stop) for one in assigned[self._ranks.rank]], tensors
 
     def _open_folder(self) -> str:
         for part in ("state", "model_config", "layout"):
-            plain(getattr(self._content, part), part)
+            to_plain_json(getattr(self._content, part), part)
         make_dirs(self.folder, storage=self._storage)
         return secrets.token_hex(8)
 
-    def write(self, shards: Sequence[Sequence[Fragment]], tensors: dict[tuple[str, str], TensorInfo]) -> list[ShardFile]:
-        """Writes this rank's shards durably; returns the records of all ranks' files."""
+    def write(self, shards: Sequence[Sequence[Fragment]], tensors: TensorTable) -> list[ShardFile]:
+        """Write this rank's shards durably; returns the records of all ranks' files."""
 
-        def work() -> list[Any]:
+        def work() -> list[JsonObject]:
             records = []
             with ThreadPoolExecutor(HASH_THREADS) as threads:
-                for index, pieces in enumerate(shards):
-                    path = self.folder / shard_name(self._save_id, self._peers.rank, index)
-                    records.append(write_shard(path, pieces, threads, storage=self._storage))
+                for index, segments in enumerate(shards):
+                    path = self.folder / shard_name(self._save_id, self._ranks.rank, index)
+                    records.append(write_shard(path, segments, threads, storage=self._storage))
             if records:
                 sync_dir(self.folder, storage=self._storage)
             return [encode_file(record) for record in records]
 
-        return [decode_file(record, tensors) for records in self._peers.run_on_all(work) for record in records]
+        return [decode_file(record, tensors) for records in self._ranks.run_on_all(work) for record in records]
 
-    def publish(self, files: Sequence[ShardFile], tensors: dict[tuple[str, str], TensorInfo]) -> None:
-        """Renames the manifest into place: from here on the checkpoint exists."""
+    def publish(self, files: Sequence[ShardFile], tensors: TensorTable) -> None:
+        """Give the manifest its final name: from here on the checkpoint exists."""
         content = self._content
 
         def work() -> None:
-            if self._peers.rank != 0:
+            if self._ranks.rank != 0:
                 return
             manifest = Manifest(
                 step=content.step,
                 save_id=self._save_id,
                 lineage=content.lineage,
-                world_size=self._peers.world_size,
+                world_size=self._ranks.world_size,
                 layout=content.layout,
                 state=content.state,
                 config_lock=content.config_lock,
@@ -195,14 +197,14 @@ class Job:
                 files=tuple(files),
             )
             content_bytes = encode(manifest)
-            decode(content_bytes)  # what would be refused when it is read is never published
-            write_file(self.folder / MANIFEST, content_bytes, storage=self._storage)
+            decode(content_bytes)  # a manifest that a reader would refuse is never published
+            write_durably(self.folder / MANIFEST, content_bytes, sole_writer=True, storage=self._storage)
             self._read_back(content_bytes, manifest)
 
-        self._peers.run_on_all(work)
+        self._ranks.run_on_all(work)
 
     def _read_back(self, content: bytes, manifest: Manifest) -> None:
-        """Check that the disk has what was written, before anything older is retired. Raises DiskError."""
+        """Check that the disk returns what was written, before anything older is removed. Raises DiskError."""
         try:
             same = read_file(self.folder / MANIFEST, MANIFEST_LIMIT) == content
             wrong = [file.name for file in manifest.files if os.lstat(self.folder / file.name).st_size != file.size]
@@ -214,19 +216,19 @@ class Job:
             raise DiskError("the checkpoint reads back differently from what was written", where=self.folder, got=got, do=do)
 
     def finish(self, keep: int) -> None:
-        """Leaves the hint, removes the files of an older save of this step, and applies the retention."""
+        """Write the `latest` hint, remove the files of an older save of this step, and apply the retention."""
 
         def work() -> None:
-            if self._peers.rank == 0:
+            if self._ranks.rank == 0:
                 write_latest(self.root, self.folder.name, storage=self._storage)
                 remove_superseded(self.folder, self._save_id, storage=self._storage)
                 retain(self.root, keep, self._content.lineage, self._content.step, storage=self._storage)
 
-        self._peers.run_on_all(work)
+        self._ranks.run_on_all(work)
 
     def clean_up(self) -> None:
-        """Removes what an unpublished save wrote; does nothing where a manifest that cannot be read might name it. Rank 0 only."""
-        if self._peers.rank != 0:
+        """Remove what an unpublished save wrote, on rank 0. Does nothing where an unreadable manifest may refer to these files."""
+        if self._ranks.rank != 0:
             return
         manifest = self.folder / MANIFEST
         if os.path.lexists(manifest):
@@ -247,16 +249,16 @@ class Job:
 
 
 def rng_fragment(rank: int, name: str, value: torch.Tensor) -> Fragment:
-    """A generator's state, filed under the rank that holds it."""
+    """A generator's state, stored under the rank that holds it."""
     shape = tuple(value.shape)
     return Fragment(f"{rank}/{name}", RNG_KIND, shape, full_slices(shape), 0, value.numel(), value.detach().reshape(-1))
 
 
-def checked(fragment: Fragment) -> Fragment:
-    """The fragment, if name, address and data fit together. Raises CheckpointError."""
+def check_fragment(fragment: Fragment) -> Fragment:
+    """The fragment, if its name, address and data agree. Raises CheckpointError."""
     where = f"{fragment.kind}/{fragment.name}"
-    bad = any(part in where for part in ("..", "\\", "\0", "[")) or not fragment.name or not fragment.kind or fragment.kind == RNG_KIND
-    if bad or "/" in fragment.kind or fragment.name.startswith("/"):
+    invalid = any(part in where for part in ("..", "\\", "\0", "[")) or not fragment.name or not fragment.kind or fragment.kind == RNG_KIND
+    if invalid or "/" in fragment.kind or fragment.name.startswith("/"):
         raise CheckpointError("name cannot be stored", where=where, want="no .., backslash or bracket; kind without / and other than rng")
     check_address(fragment.name, fragment.kind, fragment.shape, fragment.slices, fragment.start, fragment.stop)
     if fragment.data.numel() != fragment.stop - fragment.start or fragment.data.dtype not in DTYPE_NAMES:
@@ -271,17 +273,17 @@ def narrow(fragment: Fragment, start: int, stop: int) -> Fragment:
     return replace(fragment, start=start, stop=stop, data=data)
 
 
-def cut(fragments: Iterable[Fragment], shard_bytes: int) -> list[list[Fragment]]:
-    """Groups fragments into shards of at most shard_bytes of data, cutting the ones that are larger; widest dtype first, so that all are aligned."""
+def group_into_shards(fragments: Iterable[Fragment], shard_bytes: int) -> list[list[Fragment]]:
+    """Group fragments into shards of at most `shard_bytes` of data and split larger ones; widest dtype first, so that all are aligned."""
     shards: list[list[Fragment]] = []
     room = 0
     for fragment in sorted(fragments, key=lambda one: -ITEM_BYTES[dtype_name(one)]):
         step = max(shard_bytes // ITEM_BYTES[dtype_name(fragment)], 1)
         for start in range(fragment.start, fragment.stop, step):
-            piece = narrow(fragment, start, min(start + step, fragment.stop))
-            if num_bytes(piece) > room:
+            segment = narrow(fragment, start, min(start + step, fragment.stop))
+            if num_bytes(segment) > room:
                 shards.append([])
-                room = max(shard_bytes, num_bytes(piece))
-            shards[-1].append(piece)
-            room -= num_bytes(piece)
+                room = max(shard_bytes, num_bytes(segment))
+            shards[-1].append(segment)
+            room -= num_bytes(segment)
     return shards

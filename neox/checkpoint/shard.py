@@ -1,8 +1,8 @@
-"""Safetensors shards: our own writer, which checksums while it streams, and a header reader that believes nothing.
+"""Safetensors shards: a writer that computes checksums while it streams, and a header reader that validates everything.
 
 Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces so that data begins at a multiple of
 64, then the tensors end to end in header order (https://huggingface.co/docs/safetensors). The largest element size comes
-first, so every tensor is aligned.
+first, so that every tensor is aligned.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 from neox._native import core
-from neox.checkpoint.manifest import BLOCK, ITEM_BYTES, Entry, ShardFile, TensorInfo, entry_key, parse_json, stored_shape
+from neox.checkpoint.manifest import BLOCK, ITEM_BYTES, Segment, ShardFile, TensorInfo, parse_json, segment_key, stored_shape
 from neox.checkpoint.reshard import Fragment
-from neox.checkpoint.storage import LOCAL, FileWriter, Storage
+from neox.checkpoint.storage import LOCAL, Storage
 from neox.errors import CheckpointError
+from neox.files import FileWriter
 
 HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format
 ALIGNMENT = 64
-_INLINE = 1 << 18  # bytes below which handing a digest to a thread costs more than it saves
+_INLINE = 1 << 18  # bytes below which passing a digest to a thread costs more than it saves
 
 DTYPES = {
     "F64": torch.float64,
@@ -51,18 +52,18 @@ def num_bytes(fragment: Fragment) -> int:
     return (fragment.stop - fragment.start) * ITEM_BYTES[dtype_name(fragment)]
 
 
-def build_header(pieces: Sequence[Fragment]) -> bytes:
-    """Length field, JSON and padding of a shard with these pieces in this order."""
+def build_header(segments: Sequence[Fragment]) -> bytes:
+    """Length field, JSON and padding of a shard with these segments in this order."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for piece in pieces:
-        key = entry_key(piece.kind, piece.name, piece.slices, piece.start, piece.stop)
+    for segment in segments:
+        key = segment_key(segment.kind, segment.name, segment.slices, segment.start, segment.stop)
         table[key] = {
-            "dtype": dtype_name(piece),
-            "shape": list(stored_shape(piece.slices, piece.start, piece.stop)),
-            "data_offsets": [offset, offset + num_bytes(piece)],
+            "dtype": dtype_name(segment),
+            "shape": list(stored_shape(segment.slices, segment.start, segment.stop)),
+            "data_offsets": [offset, offset + num_bytes(segment)],
         }
-        offset += num_bytes(piece)
+        offset += num_bytes(segment)
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     if len(text) > HEADER_LIMIT:
@@ -70,25 +71,25 @@ def build_header(pieces: Sequence[Fragment]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(path: Path, pieces: Sequence[Fragment], threads: Executor, *, storage: Storage = LOCAL) -> ShardFile:
-    """Writes one shard durably, all but its folder's entry; digests run on `threads` beside the writes. Raises DiskError."""
-    header = build_header(pieces)
-    entries, offset = [], 0
-    with FileWriter(path, need=len(header) + sum(num_bytes(piece) for piece in pieces), storage=storage) as writer:
+def write_shard(path: Path, segments: Sequence[Fragment], threads: Executor, *, storage: Storage = LOCAL) -> ShardFile:
+    """Write one shard durably, except for its folder's entry; digests run on `threads` concurrently with the writes. Raises DiskError."""
+    header = build_header(segments)
+    stored, offset = [], 0
+    with FileWriter(path, need=len(header) + sum(num_bytes(segment) for segment in segments), storage=storage) as writer:
         writer.write(header)
-        for piece in pieces:
-            view = tensor_bytes(piece.data)
+        for segment in segments:
+            view = tensor_bytes(segment.data)
             digests = start_digests(view, BLOCK, threads)
             writer.write(view)
             blocks = tuple(digest if isinstance(digest, str) else digest.result() for digest in digests)
-            entries.append(Entry(piece.kind, piece.name, piece.slices, piece.start, piece.stop, offset, blocks))
-            offset += num_bytes(piece)
+            stored.append(Segment(segment.kind, segment.name, segment.slices, segment.start, segment.stop, offset, blocks))
+            offset += num_bytes(segment)
         writer.commit()
-    return ShardFile(path.name, writer.size, len(header), hashlib.sha256(header).hexdigest(), tuple(entries))
+    return ShardFile(path.name, writer.size, len(header), hashlib.sha256(header).hexdigest(), tuple(stored))
 
 
 def tensor_bytes(data: torch.Tensor) -> memoryview:
-    """The bytes of a flat tensor, copied to the host where they are not there yet."""
+    """The bytes of a flat tensor, copied to the host if necessary."""
     host = data.detach().to("cpu").contiguous().view(-1)
     return memoryview(host.view(torch.uint8).numpy())
 
@@ -102,19 +103,20 @@ def start_digests(view: memoryview, block: int, threads: Executor) -> list:
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """Of a block: XXH3 of 64 bits as 16 hex digits."""
+    """The checksum of a block: XXH3 with 64 bits, as 16 hex digits."""
     return f"{core.xxh3(data):016x}"
 
 
 def check_header(raw: bytes | memoryview, size: int, where: object) -> dict[str, tuple[TensorInfo, int]]:
-    """Reads a safetensors header without trusting it: key -> (dtype and shape, offset in the data).
+    """Read an untrusted safetensors header: key -> (dtype and shape, offset in the data).
 
     Args:
         raw: the file, or its beginning up to the end of the header at least.
-        size: bytes of the whole file.
-        where: what to call the file in errors.
+        size: bytes of the complete file.
+        where: name of the file in errors.
 
-    Raises CheckpointError for a header that is longer than the file or the format's limit, is not JSON, names a key twice
+    Raises:
+        CheckpointError: for a header that is longer than the file or the format's limit, is not JSON, names a key twice
     or a key that is a path, whose tensors overlap, leave gaps, or do not fill the file exactly.
     """
     length = int.from_bytes(raw[:8], "little")
@@ -140,16 +142,16 @@ def check_header(raw: bytes | memoryview, size: int, where: object) -> dict[str,
 
 
 def _check_tensor(key: str, value: object, where: object) -> tuple[TensorInfo, int, int]:
-    place = f"{where}: {key!r}"
+    location = f"{where}: {key!r}"
     if ".." in key or key.startswith("/") or "\0" in key or "\\" in key:
-        raise CheckpointError("tensor name is a path", where=place)
+        raise CheckpointError("tensor name is a path", where=location)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError("tensor is malformed", where=place, got=repr(value)[:80], want="dtype, shape, data_offsets")
+        raise CheckpointError("tensor is malformed", where=location, got=repr(value)[:80], want="dtype, shape, data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     numbers = isinstance(shape, list) and isinstance(offsets, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in shape + offsets)
     if not numbers or len(offsets) != 2 or not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError("tensor is malformed", where=place, got=repr(value)[:80], want=f"dtype of {list(ITEM_BYTES)}, shape and offsets from 0 on")
+        raise CheckpointError("tensor is malformed", where=location, got=repr(value)[:80], want=f"dtype of {list(ITEM_BYTES)}, shape and offsets from 0 on")
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != size:
-        raise CheckpointError("tensor size contradicts its shape", where=place, got=f"{offsets[1] - offsets[0]} bytes", want=f"{size} bytes")
+        raise CheckpointError("tensor size contradicts its shape", where=location, got=f"{offsets[1] - offsets[0]} bytes", want=f"{size} bytes")
     return TensorInfo(dtype, tuple(shape)), offsets[0], offsets[1]

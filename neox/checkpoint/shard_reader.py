@@ -1,7 +1,7 @@
-"""Reading shards block by block: each block's bytes go where they are wanted, and are compared with their checksum on the way.
+"""Reading shards block by block: each block is read into its destination and compared with its checksum.
 
-A block is read in parts that are still in the processor's cache when they are digested (csrc/data/xxh3.h), so that comparing costs little beside
-reading. Only blocks that are wanted in part are read beside their place, and copied.
+A block is read in parts that are still in the processor's cache when they are digested (csrc/data/xxh3.h), so that the comparison costs little
+compared to reading. Only a block that is needed in part is read into a buffer and copied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from neox._native import core
-from neox.checkpoint.manifest import ITEM_BYTES, Entry, Manifest, ShardFile, TensorInfo, stored_shape
+from neox.checkpoint.manifest import ITEM_BYTES, Manifest, Segment, ShardFile, TensorInfo, stored_shape
 from neox.checkpoint.shard import check_header
 from neox.checkpoint.storage import LOCAL, Storage, open_file, unreadable
 from neox.errors import CheckpointError
@@ -26,7 +26,9 @@ from neox.errors import CheckpointError
 def read_block(descriptor: int, offset: int, out: memoryview, algorithm: str) -> str:
     """Fill `out` with a file's bytes from `offset` on; returns their checksum.
 
-    Raises OSError, and EOFError where the file ends before.
+    Raises:
+        OSError: the read failed.
+        EOFError: the file ends earlier.
     """
     if algorithm == "xxh3":
         return f"{core.read_xxh3(descriptor, offset, out):016x}"
@@ -48,7 +50,8 @@ class ShardReader:
         manifest: the manifest.
         storage: system calls.
 
-    Raises CheckpointError: the file is missing, no regular file, of another size, or its header is damaged.
+    Raises:
+        CheckpointError: the file is missing, not a regular file, of another size, or its header is damaged.
     """
 
     def __init__(self, folder: Path, file: ShardFile, manifest: Manifest, *, storage: Storage = LOCAL):
@@ -59,62 +62,62 @@ class ShardReader:
         self.close = weakref.finalize(self, os.close, self.descriptor)
         self._check_header()
 
-    def reads(self, entry: Entry, start: int, out: torch.Tensor) -> list[Callable[[], CheckpointError | None]]:
-        """What fills a flat tensor of the stored dtype with a piece's elements from `start` on, once all of it has been called, on any threads.
+    def reads(self, segment: Segment, start: int, out: torch.Tensor) -> list[Callable[[], CheckpointError | None]]:
+        """Calls that fill a flat tensor of the stored dtype with a segment's elements from `start` on; any threads may run them.
 
-        Each call returns an error where a block's checksum is wrong, or the file cannot be read.
+        Each call returns an error if a block's checksum is wrong or the file cannot be read.
         """
         width = out.element_size()
         target = memoryview(out.view(torch.uint8).numpy())
         block, begin = self.manifest.block, start * width
         jobs = range(begin // block, (begin + len(target) - 1) // block + 1)
-        return [partial(self._place, entry, index, begin, target) for index in jobs]
+        return [partial(self._read_part, segment, index, begin, target) for index in jobs]
 
-    def problems(self, entry: Entry, threads: Executor) -> Iterator[CheckpointError]:
-        """An error for each block of a piece whose checksum is wrong."""
+    def problems(self, segment: Segment, threads: Executor) -> Iterator[CheckpointError]:
+        """An error for each block of a segment whose checksum is wrong."""
 
         def work(index: int) -> CheckpointError | None:
-            low, high = self._range(entry, index)
-            return self._fill(entry, index, memoryview(bytearray(high - low)))
+            low, high = self._range(segment, index)
+            return self._fill(segment, index, memoryview(bytearray(high - low)))
 
-        return (problem for problem in threads.map(work, range(len(entry.blocks))) if problem is not None)
+        return (problem for problem in threads.map(work, range(len(segment.blocks))) if problem is not None)
 
-    def _range(self, entry: Entry, index: int) -> tuple[int, int]:
-        """Bytes of a block within its piece."""
-        size = (entry.stop - entry.start) * ITEM_BYTES[self.manifest.tensors[entry.kind, entry.name].dtype]
+    def _range(self, segment: Segment, index: int) -> tuple[int, int]:
+        """Byte range of a block within its segment."""
+        size = (segment.stop - segment.start) * ITEM_BYTES[self.manifest.tensors[segment.kind, segment.name].dtype]
         return index * self.manifest.block, min((index + 1) * self.manifest.block, size)
 
-    def _place(self, entry: Entry, index: int, begin: int, target: memoryview) -> CheckpointError | None:
-        """Bring the part of a block that lies in the target there, which begins at byte `begin` of the piece."""
-        low, high = self._range(entry, index)
+    def _read_part(self, segment: Segment, index: int, begin: int, target: memoryview) -> CheckpointError | None:
+        """Read the part of a block that lies in the target, which begins at byte `begin` of the segment."""
+        low, high = self._range(segment, index)
         first, last = max(low, begin), min(high, begin + len(target))
         if (first, last) == (low, high):
-            return self._fill(entry, index, target[low - begin : high - begin])
-        whole = memoryview(bytearray(high - low))
-        problem = self._fill(entry, index, whole)
-        target[first - begin : last - begin] = whole[first - low : last - low]
+            return self._fill(segment, index, target[low - begin : high - begin])
+        block = memoryview(bytearray(high - low))
+        problem = self._fill(segment, index, block)
+        target[first - begin : last - begin] = block[first - low : last - low]
         return problem
 
-    def _fill(self, entry: Entry, index: int, out: memoryview) -> CheckpointError | None:
+    def _fill(self, segment: Segment, index: int, out: memoryview) -> CheckpointError | None:
         low = index * self.manifest.block
         algorithm = self.manifest.digest
         actual = None
         try:
-            actual = read_block(self.descriptor, self.file.header + entry.offset + low, out, algorithm)
+            actual = read_block(self.descriptor, self.file.header + segment.offset + low, out, algorithm)
         except EOFError:
             pass
         except OSError as error:
             return unreadable(error, self.path)
-        want = entry.blocks[index]
+        want = segment.blocks[index]
         if actual == want:
             return None
-        place = f"{self.path}: {entry.key}, bytes {low} on"
+        location, do = f"{self.path}: {segment.key}, bytes {low} on", "resume from an older checkpoint"
         if actual is None:
-            return CheckpointError("file has become shorter", where=place, want=f"{self.file.size} bytes", do="resume from an older checkpoint")
-        return CheckpointError("shard is damaged", where=place, got=f"{algorithm} {actual}", want=f"{algorithm} {want}", do="resume from an older checkpoint")
+            return CheckpointError("file has become shorter", where=location, want=f"{self.file.size} bytes", do=do)
+        return CheckpointError("shard is damaged", where=location, got=f"{algorithm} {actual}", want=f"{algorithm} {want}", do=do)
 
     def _check_header(self) -> None:
-        """Raises CheckpointError unless the header has its checksum and says what the manifest says."""
+        """Raises CheckpointError unless the header matches its checksum and the manifest."""
         file = self.file
         if file.header > file.size:
             raise CheckpointError("header is longer than the file", where=self.path, got=file.header, want=f"at most {file.size}")
@@ -129,9 +132,9 @@ class ShardReader:
             raise CheckpointError("shard is damaged", where=f"{self.path}: header", got=f"sha256 {actual}", want=f"sha256 {file.header_sha256}")
         found = check_header(raw, file.size, self.path)
         want = {}
-        for entry in file.entries:
-            dtype = self.manifest.tensors[entry.kind, entry.name].dtype
-            want[entry.key] = (TensorInfo(dtype, stored_shape(entry.slices, entry.start, entry.stop)), entry.offset)
+        for segment in file.segments:
+            dtype = self.manifest.tensors[segment.kind, segment.name].dtype
+            want[segment.key] = (TensorInfo(dtype, stored_shape(segment.slices, segment.start, segment.stop)), segment.offset)
         if found != want:
             key = next(key for key in found.keys() | want.keys() if found.get(key) != want.get(key))
             raise CheckpointError("shard contradicts the manifest", where=f"{self.path}: {key}", got=found.get(key), want=want.get(key))

@@ -1,53 +1,53 @@
-"""The state in a manifest: every field that anything reads, with its type and range. What does not fit is an error that names the field."""
+"""The state in a manifest: every field with its type and range. A field that does not fit is an error that names it."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from neox.errors import CheckpointError
+from neox.files import JsonObject
 
-COUNT_LIMIT = 1 << 53  # steps, samples and tokens: whole numbers that every reader of JSON keeps
+COUNT_LIMIT = 1 << 53  # steps, samples and tokens: integers that every JSON parser represents exactly
 STEP_LIMIT = 10**15  # the step is part of a folder's name, and further steps follow
-START_LIMIT = 1 << 40  # starts of training in one folder; far below what `number` reads, so that the next ones can be read too
+START_LIMIT = 1 << 40  # starts of training in one folder; far below the limit of the manifest's numbers, so that later ones are readable too
 PROCESS_LIMIT = 1 << 24
 LARGEST = sys.float_info.max
 
-Check = Callable[[Any, str], None]
+Check = Callable[[object, str], None]
 
 
-def whole(limit: int, least: int = 0) -> Check:
-    """A whole number of [least, limit)."""
+def integer(limit: int, least: int = 0) -> Check:
+    """An integer in [least, limit)."""
 
-    def check(value: Any, where: str) -> None:
+    def check(value: object, where: str) -> None:
         if type(value) is not int or not least <= value < limit:
-            raise fault(where, value, f"a whole number from {least} to {limit - 1}")
+            raise fault(where, value, f"an integer from {least} to {limit - 1}")
 
     return check
 
 
-def number(value: Any, where: str) -> None:
+def number(value: object, where: str) -> None:
     """A finite number."""
-    if type(value) not in (int, float) or abs(value) > LARGEST or value != value:
+    if (type(value) is not int and type(value) is not float) or abs(value) > LARGEST or value != value:
         raise fault(where, value, "a finite number")
 
 
-def text(value: Any, where: str) -> None:
+def text(value: object, where: str) -> None:
     """A string."""
     if not isinstance(value, str):
         raise fault(where, value, "a string")
 
 
-def anything(value: Any, where: str) -> None:
-    """JSON of any kind: compared, never computed with."""
+def anything(value: object, where: str) -> None:
+    """Any JSON value: it is compared, never computed with."""
 
 
 def optional(inner: Check) -> Check:
-    """null, or what `inner` takes."""
+    """null, or a value that `inner` accepts."""
 
-    def check(value: Any, where: str) -> None:
+    def check(value: object, where: str) -> None:
         if value is not None:
             inner(value, where)
 
@@ -55,14 +55,14 @@ def optional(inner: Check) -> Check:
 
 
 def rows(*inner: Check, any_number: bool = False) -> Check:
-    """A list: as many items as checks, or any number of items of one kind."""
+    """A list with one item per check, or any number of items of one kind."""
 
-    def check(value: Any, where: str) -> None:
+    def check(value: object, where: str) -> None:
         if not isinstance(value, list) or (not any_number and len(value) != len(inner)):
             raise fault(where, value, "a list" if any_number else f"a list of {len(inner)}")
         checks = inner * len(value) if any_number else inner
-        for place, (item, one) in enumerate(zip(value, checks, strict=True)):
-            one(item, f"{where}[{place}]")
+        for index, (item, one) in enumerate(zip(value, checks, strict=True)):
+            one(item, f"{where}[{index}]")
 
     return check
 
@@ -73,9 +73,9 @@ def many(inner: Check) -> Check:
 
 
 def table(needed: Mapping[str, Check], others: Mapping[str, Check] | None = None) -> Check:
-    """An object with these keys; `others` may be missing. Further keys, of a later version, are left alone."""
+    """An object with these keys; `others` may be missing. Further keys, of a later version, are ignored."""
 
-    def check(value: Any, where: str) -> None:
+    def check(value: object, where: str) -> None:
         if not isinstance(value, dict):
             raise fault(where, value, "an object")
         for key, one in needed.items():
@@ -92,7 +92,7 @@ def table(needed: Mapping[str, Check], others: Mapping[str, Check] | None = None
 def values_of(inner: Check) -> Check:
     """An object with any keys."""
 
-    def check(value: Any, where: str) -> None:
+    def check(value: object, where: str) -> None:
         table({})(value, where)
         for key, item in value.items():
             inner(item, f"{where}.{key}")
@@ -100,14 +100,14 @@ def values_of(inner: Check) -> Check:
     return check
 
 
-def fault(where: str, got: Any, want: str) -> CheckpointError:
+def fault(where: str, got: object, want: str) -> CheckpointError:
     """The error for a field."""
     return CheckpointError("the checkpoint's state is malformed", where=where, got=repr(got)[:80], want=want)
 
 
 def state_check() -> Check:
-    """The check of a whole state; what training needs is needed where an optimizer was saved."""
-    count, share = whole(COUNT_LIMIT), number
+    """The check of a complete state. The fields that training needs are required where optimizer state was saved."""
+    count, share = integer(COUNT_LIMIT), number
     file = rows(text, text, count, count)
     source = table(
         {
@@ -115,45 +115,45 @@ def state_check() -> Check:
             "weight": share,
             "files": values_of(file),
             "span": optional(rows(count, count)),
-            "epochs": optional(whole(COUNT_LIMIT, 1)),
-            "samples": optional(whole(COUNT_LIMIT, 1)),
+            "epochs": optional(integer(COUNT_LIMIT, 1)),
+            "samples": optional(integer(COUNT_LIMIT, 1)),
         }
     )
     stretch = rows(count, many(share), many(count))
     fields = {
-        "step": whole(STEP_LIMIT),
-        "updates": whole(STEP_LIMIT),
+        "step": integer(STEP_LIMIT),
+        "updates": integer(STEP_LIMIT),
         "consumed": count,
         "tokens": count,
         "optimizer": text,
     }
     record = table(
-        {"step": whole(STEP_LIMIT), "loss": optional(share), "lr": share, "grad_norm": optional(share), "step_time": share},
+        {"step": integer(STEP_LIMIT), "loss": optional(share), "lr": share, "grad_norm": optional(share), "step_time": share},
         dict.fromkeys(("tokens", "samples", "targets", "tokens_per_s", "tflops", "mfu", "memory_gb"), share),
     )
     others = {
         "guard": table({}, {"losses": many(share), "skipped": count}),
         "loss_scale": table({"cur_scale": positive, "cur_iter": count, "last_overflow_iter": number, "cur_hysteresis": count}),
         "pending": optional(record),
-        "data": table({"settings": table({"data.seq_length": whole(COUNT_LIMIT, 1)}), "sources": many(source), "stretches": many(stretch)}),
+        "data": table({"settings": table({"data.seq_length": integer(COUNT_LIMIT, 1)}), "sources": many(source), "stretches": many(stretch)}),
     }
     trained, weights = table(fields, others), table({}, fields | others)
 
-    def check(value: Any, where: str) -> None:
+    def check(value: object, where: str) -> None:
         (trained if isinstance(value, dict) and "optimizer" in value else weights)(value, where)
 
     return check
 
 
-def positive(value: Any, where: str) -> None:
+def positive(value: object, where: str) -> None:
     """A finite number above 0."""
     number(value, where)
     if value <= 0:
         raise fault(where, value, "a number above 0")
 
 
-def check_state(state: Any, step: int, where: str = "body.state") -> None:
-    """Check the state of a checkpoint of `step`. Raises CheckpointError with the field at fault."""
+def check_state(state: JsonObject, step: int, where: str = "body.state") -> None:
+    """Check the state of a checkpoint of `step`. Raises CheckpointError that names the field."""
     state_check()(state, where)
     if state.get("step", step) != step:
         raise fault(f"{where}.step", state["step"], f"{step}, the checkpoint's step")
@@ -164,17 +164,17 @@ def check_state(state: Any, step: int, where: str = "body.state") -> None:
         check_data(state["data"], state.get("consumed", 0), f"{where}.data")
 
 
-def check_data(data: dict[str, Any], consumed: int, where: str) -> None:
-    """Check that the parts of a data cursor fit together."""
+def check_data(data: JsonObject, consumed: int, where: str) -> None:
+    """Check that the parts of a data cursor are consistent."""
     sources, stretches = data["sources"], data["stretches"]
     firsts = [first for first, _, _ in stretches]
     if not sources or not stretches:
         raise fault(where, f"{len(sources)} sources, {len(stretches)} stretches", "at least one of each")
     if firsts != sorted(set(firsts)) or firsts[-1] > consumed:
         raise fault(f"{where}.stretches", firsts, f"ascending numbers of samples, at most {consumed}")
-    for place, (first, weights, taken) in enumerate(stretches):
+    for index, (first, weights, taken) in enumerate(stretches):
         if len(weights) != len(sources) or len(taken) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-            raise fault(f"{where}.stretches[{place}]", [first, weights, taken], f"weights and counts of {len(sources)} sources")
-    for place, source in enumerate(sources):
+            raise fault(f"{where}.stretches[{index}]", [first, weights, taken], f"weights and counts of {len(sources)} sources")
+    for index, source in enumerate(sources):
         if source["files"] and "tokens" not in source["files"]:
-            raise fault(f"{where}.sources[{place}].files", source["files"], "tokens among them")
+            raise fault(f"{where}.sources[{index}].files", source["files"], "tokens among them")

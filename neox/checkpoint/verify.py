@@ -21,7 +21,7 @@ DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a ti
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` went through."""
+    """What `verify` has checked."""
 
     path: Path
     step: int
@@ -31,7 +31,7 @@ class Report:
 
 
 def verify(path: str | Path, *, storage: Storage = LOCAL) -> Report:
-    """Checks everything: manifest, coverage, files, headers, every checksum. Raises CheckpointError with the first problem and their number."""
+    """Check everything: manifest, coverage, files, headers, every checksum. Raises CheckpointError with the first problem and their number."""
     folder = Path(path)
     found = problems(folder, storage=storage)
     if found:
@@ -43,7 +43,7 @@ def verify(path: str | Path, *, storage: Storage = LOCAL) -> Report:
 
 
 def problems(path: Path, *, part: int = 0, parts: int = 1, storage: Storage = LOCAL) -> list[CheckpointError]:
-    """Every problem of a checkpoint; the bytes of every parts-th file only, so that ranks can share the work."""
+    """Every problem of a checkpoint. Reads the bytes of every parts-th file only, so that ranks can divide the work."""
     try:
         manifest = read_manifest(path, storage=storage)
         check_folder(path, manifest)
@@ -57,14 +57,14 @@ def problems(path: Path, *, part: int = 0, parts: int = 1, storage: Storage = LO
             except CheckpointError as error:
                 found.append(error)
                 continue
-            for entry in file.entries:
-                found += reader.problems(entry, threads)
+            for segment in file.segments:
+                found += reader.problems(segment, threads)
             reader.close()
     return found
 
 
 def digest(path: str | Path) -> dict[str, str]:
-    """SHA-256 of every logical tensor, by "kind/name": of its dtype, shape and row-major bytes, so independent of the layout that wrote it.
+    """SHA-256 of every logical tensor by "kind/name": of its dtype, shape and row-major bytes, independent of the layout that wrote it.
 
     Raises CheckpointError where the checkpoint is damaged.
     """

@@ -3,7 +3,7 @@
 inspect  what is in it: step, lineage, layout, counters, tensors; of a folder, all its checkpoints
 verify   read every byte and compare every checksum; exit code 4 and each problem on a line if it is damaged
 hash     SHA-256 of every logical tensor, the same whatever layout wrote it
-convert  write it again to --out, merged into whole tensors: all of it (a resume goes on from it bit for bit), or --weights-only,
+convert  rewrite it to --out with unsharded tensors: all of it (a resume from it is bitwise), or --weights-only,
          which --dtype may round; files of at most --shard-gb. Memory for one tensor at a time
 
 example: neox checkpoint verify runs/default/checkpoints/step_00001000
@@ -26,8 +26,8 @@ from neox.checkpoint.lazy_tensor import LazyTensor
 from neox.checkpoint.manifest import ITEM_BYTES, RNG_KIND, Manifest, read_manifest
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment, full_slices
-from neox.checkpoint.retention import complete, scan, start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.retention import is_complete, scan, start_lineage
+from neox.checkpoint.save import Content, save
 from neox.checkpoint.shard import DTYPES
 from neox.checkpoint.verify import digest, problems
 from neox.errors import CheckpointError, ConfigError
@@ -77,7 +77,7 @@ def inspect(path: Path, as_json: bool) -> int:
 
 
 def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """What a manifest says, as plain JSON."""
+    """The content of a manifest as plain JSON."""
     tensors: dict[str, dict[str, Any]] = {}
     for (kind, name), info in sorted(manifest.tensors.items(), key=lambda item: (item[0][1], item[0][0])):
         if kind != RNG_KIND:
@@ -101,14 +101,14 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _summary(one) -> dict[str, Any]:
     if one.manifest is None:
-        status = str(one.problem) if one.started else "unfinished save"
+        status = str(one.problem) if one.has_manifest else "unfinished save"
         return {"name": one.path.name, "step": one.step, "generation": None, "status": status}
-    status = "complete" if complete(one) else "files missing or of another size"
+    status = "complete" if is_complete(one) else "files missing or of another size"
     return {"name": one.path.name, "step": one.step, "generation": one.manifest.lineage.generation, "status": status}
 
 
 def verify_all(path: Path, as_json: bool) -> int:
-    """Checks every byte of a checkpoint, and the manifests of those beside it where `path` is a folder of several; prints each problem. Returns 0 or 4."""
+    """Check every byte of a checkpoint, and if `path` is a folder of several, the manifests of the others; print each problem. Returns 0 or 4."""
     chosen = resolve(path)
     found = problems(chosen) + ([one.problem for one in damaged(chosen.parent)] if chosen != path else [])
     if as_json:
@@ -144,17 +144,16 @@ def convert(args: argparse.Namespace) -> int:
     with Checkpoint(source) as checkpoint:
         written = save(
             args.out,
-            step=checkpoint.step,
-            fragments=converted(checkpoint, args.weights_only, DTYPES_BY_NAME.get(args.dtype)),
-            state={"step": checkpoint.step, "weights_only": True} if args.weights_only else checkpoint.state,
+            Content(
+                checkpoint.step,
+                {"step": checkpoint.step, "weights_only": True} if args.weights_only else checkpoint.state,
+                start_lineage(args.out),
+                config_lock=checkpoint.config_lock,
+                model_config=checkpoint.model_config,
+                layout={} if checkpoint.world_size > 1 else checkpoint.layout,
+            ),
+            converted(checkpoint, args.weights_only, DTYPES_BY_NAME.get(args.dtype)),
             rng={} if args.weights_only or checkpoint.world_size > 1 else checkpoint.rng(0),
-            config_lock=checkpoint.config_lock,
-            model_config=checkpoint.model_config,
-            rank=0,
-            world_size=1,
-            keep=0,
-            lineage=start_lineage(args.out),
-            layout={} if checkpoint.world_size > 1 else checkpoint.layout,
             shard_bytes=max(int(args.shard_gb * (1 << 30)), 1),
         )
     manifest = read_manifest(written)
@@ -167,7 +166,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def converted(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype | None) -> list[Fragment]:
-    """Every tensor as one piece that is read when it is written."""
+    """Every tensor as one fragment that is read when it is written."""
     out = []
     for name in checkpoint.names():
         for kind in ("weight",) if weights_only else checkpoint.kinds(name):

@@ -24,7 +24,7 @@ from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.data.store.statistics import DocumentStatistics, document_statistics, duplicates, histogram, overlap
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
-from neox.files import json_line
+from neox.printing import json_line
 
 SCANNED_BYTES = 1 << 30  # of .bin: a larger one is read only where --scan asks for it
 SHOWN_CHARACTERS = 200

@@ -9,7 +9,7 @@ from neox.checkpoint.retention import scan
 from neox.config.validate import data_parallel_size
 from neox.data.samples.run_provenance import BatchLayout, CheckpointRecord, RunProvenance
 from neox.errors import ConfigError
-from neox.files import json_line
+from neox.printing import json_line
 
 
 def provenance_of(args: argparse.Namespace) -> RunProvenance:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from neox import __version__
 from neox.errors import ConfigError, EnvironmentProblem, NeoxError
-from neox.files import printable
+from neox.printing import printable
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, one-line summary)
 COMMANDS = {

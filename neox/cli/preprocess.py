@@ -24,7 +24,7 @@ from neox.data.text.encoding import Encoding
 from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
 from neox.data.text.preprocess import BAD_LINES, Summary, preprocess
 from neox.errors import ConfigError
-from neox.files import json_line
+from neox.printing import json_line
 
 LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=33554432:glibc.malloc.mmap_threshold=268435456"
 

@@ -16,7 +16,7 @@ from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
 from neox.data.text.reading import BadLine, parse, read_blocks
 from neox.data.text.tokenizer import EOD_NAMES, train_tokenizer
 from neox.errors import DataError
-from neox.files import json_line
+from neox.printing import json_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from neox.config.problems import brief, nearest, raise_problems
 from neox.config.schema import Config, DataSource
 from neox.config.vocabulary import tokenizer_vocab_size
 from neox.errors import ConfigError
-from neox.files import printable
+from neox.printing import printable
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # configs/, train.py and launch/: in a checkout next to the package, in a wheel inside it (setup.py).

@@ -10,7 +10,7 @@ import torch
 
 from neox.checkpoint.lazy_tensor import LazyTensor, lazy_fragment
 from neox.checkpoint.retention import start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
 from neox.errors import CheckpointError
@@ -81,15 +81,7 @@ def save_weights(config: Config, weights: Mapping[str, Source], root: Path) -> P
         raise CheckpointError("weights do not fit the model", where=", ".join(wrong[:4]), got=f"{len(weights)} weights", want=f"{len(specs)}")
     return save(
         root,
-        step=0,
-        fragments=[lazy_fragment(name, LazyTensor(source.make, tuple(specs[name].shape), source.dtype)) for name, source in weights.items()],
-        state={"step": 0, "weights_only": True},
-        rng={},
-        config_lock=dump(config),
-        model_config=to_builtins(config.model),
-        rank=0,
-        world_size=1,
-        keep=0,
-        lineage=start_lineage(root),
+        Content(0, {"step": 0, "weights_only": True}, start_lineage(root), config_lock=dump(config), model_config=to_builtins(config.model)),
+        [lazy_fragment(name, LazyTensor(source.make, tuple(specs[name].shape), source.dtype)) for name, source in weights.items()],
         shard_bytes=SHARD_BYTES,
     )

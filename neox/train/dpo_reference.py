@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.storage import make_dirs, write_file
 from neox.data.samples.blend import MixedDataset
 from neox.data.samples.documents import PairDataset
 from neox.data.samples.loader import Loader
 from neox.data.samples.sample import Dataset, Pair
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError
+from neox.files import make_dirs, write_durably
 from neox.parallel.mesh import Mesh
 
 
@@ -84,7 +84,7 @@ def set_references(datasets: dict[str, Dataset], folder: Path, engine: Engine, *
                 content = io.BytesIO()
                 np.save(content, pairs.reference, allow_pickle=False)
                 make_dirs(folder)
-                write_file(path, content.getvalue())
+                write_durably(path, content.getvalue(), sole_writer=True)
         else:
             pairs.reference = read(path, len(pairs))
         total += len(pairs)

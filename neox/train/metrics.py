@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from neox.checkpoint.storage import write_file
-from neox.data.store.files import open_no_link
 from neox.errors import DiskError
+from neox.files import open_no_link, write_durably
 from neox.plan.devices import of_cuda_name
 from neox.train.tensorboard import EventFile, append
 
@@ -112,7 +111,7 @@ def drop_after(folder: Path, step: int) -> int:
         side.writelines(line.rstrip(b"\n") + b"\n" for line in drop)
         side.flush()
         os.fsync(side.fileno())
-    write_file(path, b"".join(keep))
+    write_durably(path, b"".join(keep), sole_writer=True)
     return len(drop)
 
 

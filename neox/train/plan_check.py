@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from neox.checkpoint.storage import write_file
 from neox.config.schema import Config
 from neox.engine.footprint import effective_stage
+from neox.files import write_durably
 from neox.parallel.mesh import Mesh
 from neox.plan.devices import COMPILER, DEVICES, Device, cpu, of_cuda_name
 from neox.plan.fit import estimate
@@ -59,9 +59,10 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """Leave plan.json in the run's folder. Raises DiskError."""
         memory, seconds = (dict(zip(("planned", "measured"), pair, strict=True)) for pair in (self.memory, self.step_time))
-        write_file(
+        write_durably(
             folder / FILE,
             json.dumps({"memory_bytes": memory | {"resident": self.resident}, "step_seconds": seconds, "rank": self.rank, "stage": self.stage}).encode(),
+            sole_writer=True,
         )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.storage import make_dirs
 from neox.config.schema import ProfileConfig
 from neox.errors import DiskError
+from neox.files import make_dirs
 from neox.parallel.mesh import Mesh
 
 

@@ -10,10 +10,10 @@ from typing import TextIO
 
 from neox.checkpoint.lock import FolderLock
 from neox.checkpoint.retention import collect_leftovers, folder_step
-from neox.checkpoint.storage import make_dirs, probe, write_file
 from neox.config.load import dump
 from neox.config.schema import Config
 from neox.errors import CheckpointError, DiskError
+from neox.files import make_dirs, probe, write_durably
 from neox.train.metrics import METRICS
 from neox.train.progress import Progress, close_log
 
@@ -53,7 +53,7 @@ def accept(config: Config, folders: Folders, progress: Progress, stack: contextl
         DiskError: the folder cannot be written.
     """
     collect_leftovers(folders.checkpoints)
-    write_file(folders.run / "config.lock.yml", dump(config).encode())
+    write_durably(folders.run / "config.lock.yml", dump(config).encode(), sole_writer=True)
     stack.callback(close_log, open_log(folders, progress))
 
 
@@ -78,7 +78,7 @@ def refuse_lost_checkpoints(folders: Folders) -> None:
         return
     got = f"{METRICS} has steps to {steps}, " if steps else ""
     raise CheckpointError(
-        "the run's checkpoints are gone",
+        "the run's checkpoints are missing",
         where=root,
         got=got + ("an empty folder" if root.is_dir() else "no such folder"),
         want="the checkpoints that the run has saved",
@@ -90,7 +90,7 @@ def note_checkpoint(folders: Folders, saved: Path) -> None:
     """Leave a witness outside of checkpoints/ that the run has saved one. Raises DiskError."""
     path = folders.run / WITNESS
     if not path.exists():
-        write_file(path, f"{saved.name} was saved here. Without checkpoints/ the run does not start again at step 0 unasked.\n".encode())
+        write_durably(path, f"{saved.name} was saved here. Without checkpoints/ the run does not start again at step 0 unasked.\n".encode(), sole_writer=True)
 
 
 def recorded_steps(path: Path) -> int:

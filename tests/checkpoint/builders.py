@@ -8,7 +8,7 @@ import torch
 
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.reshard import Fragment, full_slices, slice_shape
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 
 LINEAGE = Lineage("ab" * 16, 0)
 
@@ -26,8 +26,8 @@ def make_state(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:
     return state
 
 
-def whole_fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
-    """Each tensor in one piece."""
+def full_fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
+    """Each tensor as one fragment."""
     return [Fragment(name, kind, tuple(value.shape), full_slices(value.shape), 0, value.numel(), value.reshape(-1)) for (name, kind), value in state.items()]
 
 
@@ -53,24 +53,24 @@ def cut_fragments(state: dict[tuple[str, str], torch.Tensor], *, tp: int, tp_ran
 
 
 def save_one(root: Path, step: int = 100, state=None, content=None, **changes) -> Path:
-    """Saves tensors `state` and counters `content` from one process; `changes` are other arguments of save()."""
-    state = make_state() if state is None else state
-    settings = {
+    """Saves tensors `state` and counters `content` from one process; `changes` are other arguments of save() and Content()."""
+    described = {
         "step": step,
-        "fragments": whole_fragments(state),
         "state": {"step": step, "consumed": 8 * step} if content is None else content,
-        "rng": {"cpu": torch.arange(33, dtype=torch.uint8)},
+        "lineage": LINEAGE,
         "config_lock": "train: {seed: 1}\n",
         "model_config": {"num_layers": 1},
-        "rank": 0,
-        "world_size": 1,
-        "keep": 0,
-        "lineage": LINEAGE,
     }
-    return save(root, **{**settings, **changes})
+    described |= {key: changes.pop(key) for key in ("lineage", "config_lock", "model_config", "layout") if key in changes}
+    fragments = changes.pop("fragments", None)
+    if fragments is None:
+        fragments = full_fragments(make_state() if state is None else state)
+    changes.setdefault("rng", {"cpu": torch.arange(33, dtype=torch.uint8)})
+    return save(root, Content(**described), fragments, **changes)
 
 
-def flip_bit(path, bit):
+def flip_bit(path: Path, bit: int) -> None:
+    """Invert one bit of a file."""
     with open(path, "r+b") as file:
         file.seek(bit // 8)
         byte = file.read(1)[0]

@@ -1,7 +1,7 @@
-"""Storage that fails on purpose, and a model of what a crash leaves on a disk.
+"""Storage with injected failures, and a model of what a crash leaves on a disk.
 
 The model is pessimistic: bytes are durable after fsync of the file, names after fsync of the folder, and what is not
-durable may be there, be absent, be torn, or be there without what was done before it.
+durable may be present, absent, torn, or present without the changes before it.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class File:
     durable: bytes = b""
 
     def after_crash(self, mode: str) -> bytes:
-        """Bytes found after a crash: "kept" all, "lost" what was not synced, "torn" half of that to a multiple of 512, "zeroed" its length only."""
-        if mode == "kept" or self.data == self.durable:
+        """Bytes found after a crash: "retained" all, "lost" what was not synced, "torn" half of that to a multiple of 512, "zeroed" its length only."""
+        if mode == "retained" or self.data == self.durable:
             return self.data
         extra = len(self.data) - len(self.durable)
         if mode == "torn":
@@ -150,11 +150,11 @@ class Folder:
     durable: dict[str, File | Folder] = field(default_factory=dict)
     pending: list[tuple] = field(default_factory=list)
 
-    def names(self, kept: list[bool] | None = None) -> dict[str, File | Folder]:
-        """The entries with those pending changes applied that `kept` marks; None: all."""
+    def names(self, retained: list[bool] | None = None) -> dict[str, File | Folder]:
+        """The entries with those pending changes applied that `retained` marks; None: all."""
         out = dict(self.durable)
         for index, change in enumerate(self.pending):
-            if kept is None or kept[index]:
+            if retained is None or retained[index]:
                 _apply(out, change)
         return out
 
@@ -226,9 +226,9 @@ class Disk:
                 choices[f"folder {number} lost"] = {id(one): [False] * len(one.pending)}
             for index in range(len(one.pending)):
                 choices[f"folder {number} without change {index}"] = {id(one): [other != index for other in range(len(one.pending))]}
-        for names, kept in choices.items():
-            for mode in ("kept", "lost", "torn", "zeroed"):
-                yield f"{names}, bytes {mode}", self._tree(self.root, kept, mode)
+        for names, retained in choices.items():
+            for mode in ("retained", "lost", "torn", "zeroed"):
+                yield f"{names}, bytes {mode}", self._tree(self.root, retained, mode)
 
     def _walk(self, folder: Folder) -> Iterator[Folder]:
         yield folder
@@ -236,10 +236,10 @@ class Disk:
             if isinstance(node, Folder):
                 yield from self._walk(node)
 
-    def _tree(self, folder: Folder, kept: dict, mode: str) -> dict:
+    def _tree(self, folder: Folder, retained: dict, mode: str) -> dict:
         return {
-            name: self._tree(node, kept, mode) if isinstance(node, Folder) else node.after_crash(mode)
-            for name, node in folder.names(kept.get(id(folder))).items()
+            name: self._tree(node, retained, mode) if isinstance(node, Folder) else node.after_crash(mode)
+            for name, node in folder.names(retained.get(id(folder))).items()
         }
 
 

@@ -1,11 +1,11 @@
-"""Who stores what: every element once, replicas shared out evenly."""
+"""Assignment of segments to ranks: every element once, replicas distributed evenly."""
 
 import random
 
 import pytest
 import torch
 
-from neox.checkpoint.assignment import Offer, check_assignment, decode_offers, divide, encode_offers, tensor_table
+from neox.checkpoint.assignment import Offer, assign, check_assignment, decode_offers, encode_offers, tensor_table
 from neox.checkpoint.reshard import full_slices
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import cut_fragments, make_state
@@ -15,29 +15,29 @@ def _offer(start, stop, name="w", size=10):
     return Offer("weight", name, "F32", (size,), full_slices((size,)), start, stop)
 
 
-def _stored(offers, shares):
+def _stored(offers, assigned):
     out = {}
-    for rank, (mine, taken) in enumerate(zip(offers, shares, strict=True)):
-        for share in taken:
-            for index in range(share.start, share.stop):
-                out.setdefault((mine[share.offer].name, index), []).append(rank)
+    for rank, (local, taken) in enumerate(zip(offers, assigned, strict=True)):
+        for one in taken:
+            for index in range(one.start, one.stop):
+                out.setdefault((local[one.offer].name, index), []).append(rank)
     return out
 
 
-def test_replicas_are_stored_once_and_shared_out():
+def test_replicas_are_stored_once_and_distributed():
     offers = [[_offer(0, 10, name) for name in "abcdefgh"]] * 4
-    shares = divide(offers)
-    assert all(len(ranks) == 1 for ranks in _stored(offers, shares).values())
-    assert [sum(share.stop - share.start for share in mine) for mine in shares] == [20, 20, 20, 20]
-    check_assignment(tensor_table(offers), offers, shares)
+    assigned = assign(offers)
+    assert all(len(ranks) == 1 for ranks in _stored(offers, assigned).values())
+    assert [sum(one.stop - one.start for one in local) for local in assigned] == [20, 20, 20, 20]
+    check_assignment(tensor_table(offers), offers, assigned)
 
 
 def test_overlapping_ranges_are_trimmed():
     generator = random.Random(3)
     for _ in range(100):
         offers = [[_offer(*sorted(generator.sample(range(11), 2))) for _ in range(3)] for _ in range(3)]
-        covered = {index for mine in offers for offer in mine for index in range(offer.start, offer.stop)}
-        stored = _stored(offers, divide(offers))
+        covered = {index for local in offers for offer in local for index in range(offer.start, offer.stop)}
+        stored = _stored(offers, assign(offers))
         assert {index for _, index in stored} == covered
         assert all(len(ranks) == 1 for ranks in stored.values())
 
@@ -45,7 +45,7 @@ def test_overlapping_ranges_are_trimmed():
 def test_holes_are_refused_and_every_tensor_is_named():
     offers = [[_offer(0, 4), _offer(0, 9, "b")], [_offer(5, 10)]]
     with pytest.raises(CheckpointError) as caught:
-        check_assignment(tensor_table(offers), offers, divide(offers))
+        check_assignment(tensor_table(offers), offers, assign(offers))
     assert "weight/w: tensor is not covered, have 9 elements, want 10" in caught.value.line()
     assert "weight/b" in caught.value.line()
 
@@ -55,7 +55,7 @@ def test_ranks_that_disagree_are_refused():
         tensor_table([[_offer(0, 10)], [_offer(0, 11, size=11)]])
 
 
-def test_offers_survive_the_wire():
+def test_offers_round_trip_through_json():
     fragments = cut_fragments(make_state(), tp=2, tp_rank=1, dp=2, dp_rank=1, zero=True)
     offers = decode_offers(encode_offers(fragments))
     assert [(one.name, one.slices, one.start, one.stop) for one in offers] == [(one.name, one.slices, one.start, one.stop) for one in fragments]

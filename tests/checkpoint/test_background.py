@@ -15,7 +15,7 @@ from neox.checkpoint.find import find
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.verify import digest, verify
 from neox.errors import CheckpointError, DiskError
-from tests.checkpoint.builders import LINEAGE, make_state, save_one, whole_fragments
+from tests.checkpoint.builders import LINEAGE, full_fragments, make_state, save_one
 from tests.checkpoint.faults import CountingStorage, FailingStorage
 from tests.distributed import run_ranks
 
@@ -40,10 +40,10 @@ def saver(root, storage, **changes):
 
 
 def begin(saver, step, state):
-    return saver.save(step, whole_fragments(state), state={"step": step}, rng={"cpu": torch.arange(5, dtype=torch.uint8)}, **REST)
+    return saver.save(step, full_fragments(state), state={"step": step}, rng={"cpu": torch.arange(5, dtype=torch.uint8)}, **REST)
 
 
-def test_the_bytes_are_those_of_the_call_whatever_training_does_meanwhile(tmp_path):
+def test_the_saved_bytes_are_those_of_the_call_while_training_continues(tmp_path):
     storage = HeldStorage()
     saves = saver(tmp_path / "a", storage)
     state = make_state()
@@ -59,14 +59,14 @@ def test_the_bytes_are_those_of_the_call_whatever_training_does_meanwhile(tmp_pa
     assert {name for name, _ in storage.writers} == {"neox-checkpoint"}
 
 
-def test_in_the_foreground_it_is_complete_at_the_return(tmp_path):
+def test_a_synchronous_save_is_complete_on_return(tmp_path):
     saves = saver(tmp_path, CountingStorage(), background=False)
     begin(saves, 7, make_state())
     (outcome,) = saves.outcomes()
     verify(outcome.folder)
 
 
-def test_a_save_that_is_due_waits_for_the_one_before(tmp_path):
+def test_a_save_waits_for_the_previous_one(tmp_path):
     storage = HeldStorage()
     saves = saver(tmp_path, storage)
     begin(saves, 1, make_state(1))
@@ -80,7 +80,7 @@ def test_a_save_that_is_due_waits_for_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["create", "write", "sync", "rename"])
-def test_what_the_thread_meets_is_handed_on_and_the_next_save_works(tmp_path, call):
+def test_an_error_of_the_thread_is_reported_and_the_next_save_succeeds(tmp_path, call):
     storage = FailingStorage(call, 0, errno.ENOSPC)
     saves = saver(tmp_path, storage)
     begin(saves, 1, make_state(1))
@@ -96,7 +96,7 @@ def test_what_the_thread_meets_is_handed_on_and_the_next_save_works(tmp_path, ca
     verify(find(tmp_path, "must"))
 
 
-def test_a_thread_that_dies_of_anything_is_an_outcome(tmp_path):
+def test_any_exception_of_the_thread_is_an_outcome(tmp_path):
     class Dying(CountingStorage):
         def before(self, name):
             if name == "write":
@@ -108,16 +108,16 @@ def test_a_thread_that_dies_of_anything_is_an_outcome(tmp_path):
     assert isinstance(saves.outcomes()[0].error, SystemExit)
 
 
-def test_what_does_not_fit_together_is_raised_at_the_call(tmp_path):
+def test_inconsistent_fragments_are_refused_at_the_call(tmp_path):
     saves = saver(tmp_path, CountingStorage())
-    twice = whole_fragments(make_state())
+    twice = full_fragments(make_state())
     with pytest.raises(CheckpointError, match="slices overlap"):
         half = Fragment("embedding.word.weight", "weight", (19, 6), ((0, 3), (0, 6)), 0, 18, torch.ones(18))
         saves.save(1, [*twice, half], state={}, rng={}, **REST)
     assert saves.outcomes() == []
 
 
-def test_leaving_does_not_wait_longer_than_asked(tmp_path):
+def test_join_waits_no_longer_than_its_timeout(tmp_path):
     storage = HeldStorage()
     saves = saver(tmp_path, storage)
     begin(saves, 1, make_state())
@@ -131,14 +131,14 @@ def test_leaving_does_not_wait_longer_than_asked(tmp_path):
 def test_a_snapshot_reuses_its_memory_and_follows_changed_fragments():
     snapshot = Snapshot()
     state = make_state()
-    first = snapshot.take(whole_fragments(state))
+    first = snapshot.take(full_fragments(state))
     places = {(one.kind, one.name): one.data.data_ptr() for one in first}
     for value in state.values():
         value.add_(1)
-    second = snapshot.take(whole_fragments(state))
+    second = snapshot.take(full_fragments(state))
     assert {(one.kind, one.name): one.data.data_ptr() for one in second} == places
     assert all(torch.equal(one.data, state[one.name, one.kind].reshape(-1)) for one in second)
-    fewer = snapshot.take(whole_fragments({("new", "weight"): torch.ones(3)}))
+    fewer = snapshot.take(full_fragments({("new", "weight"): torch.ones(3)}))
     assert torch.equal(fewer[0].data, torch.ones(3))
 
 
@@ -155,7 +155,7 @@ class Allocations:
         return block
 
 
-def test_a_snapshot_asks_for_one_block_without_rounding_and_only_for_a_larger_one_again():
+def test_a_snapshot_allocates_one_block_and_reallocates_only_a_larger_one():
     """Tensor by tensor, page-locked memory was up to twice as large as what it held."""
     allocations = Allocations()
     snapshot = Snapshot(allocations)
@@ -172,7 +172,7 @@ def test_a_snapshot_asks_for_one_block_without_rounding_and_only_for_a_larger_on
     assert len(allocations.asked) == 2
 
 
-def test_the_memory_of_a_gpus_copies_is_made_once_before_the_first_save(tmp_path):
+def test_the_memory_for_gpu_copies_is_allocated_once_before_the_first_save(tmp_path):
     """The tensors are fake ones: no GPU is needed to ask where they are."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         held = [Fragment("a", "weight", (100,), ((0, 100),), 0, 100, torch.empty(100, device="cuda"))]
@@ -180,7 +180,7 @@ def test_the_memory_of_a_gpus_copies_is_made_once_before_the_first_save(tmp_path
         saves = saver(tmp_path, CountingStorage(), background=background)
         allocations = Allocations()
         saves._snapshot = Snapshot(allocations)
-        saves.reserve(whole_fragments(make_state()))
+        saves.reserve(full_fragments(make_state()))
         assert allocations.asked == []  # nothing on a GPU
         saves.reserve(held)
         saves.reserve(held)

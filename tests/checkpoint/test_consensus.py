@@ -9,22 +9,22 @@ from neox.checkpoint.consensus import RankGroup, describe, revive
 
 
 @pytest.mark.parametrize("kind", [*errors.NeoxError.__subclasses__(), errors.NeoxError])
-def test_errors_keep_class_and_text(tmp_path, kind):
+def test_errors_retain_class_and_text(tmp_path, kind):
     error = kind("what", where=tmp_path, got=3, do="this")
     back = revive(json.loads(json.dumps(describe(error, 5))))
     assert type(back) is kind
     assert back.line() == error.line().replace("where=", "where=rank 5: ")
 
 
-def test_an_error_without_a_place_gets_its_rank():
+def test_an_error_without_a_location_gets_its_rank():
     assert revive(describe(errors.DataError("x"), 2)).line() == "error[3] x; where=rank 2"
 
 
-def test_bugs_of_our_own_keep_their_name():
+def test_unexpected_exceptions_retain_their_class_name():
     assert revive(describe(KeyError("k"), 0)).line() == "error[1] KeyError: 'k'; where=rank 0"
 
 
-def test_alone_there_is_nobody_to_ask():
+def test_a_single_process_exchanges_with_itself():
     peers = RankGroup()
     assert peers.all_gather_json({"a": 1}) == [{"a": 1}]
     assert peers.run_on_all(lambda: 7) == [7]
@@ -32,6 +32,6 @@ def test_alone_there_is_nobody_to_ask():
         peers.run_on_all(lambda: 1 // 0)
 
 
-def test_a_world_needs_a_process_group():
+def test_several_ranks_need_a_process_group():
     with pytest.raises(errors.CheckpointError, match=r"torch\.distributed is not initialised"):
         RankGroup(0, 2)

@@ -15,7 +15,7 @@ from tests.checkpoint.builders import save_one
 CALLS = ("make_dir", "create", "write", "sync", "close", "sync_dir", "rename", "publish", "unlink", "retain", "remove_dir")
 
 
-def test_without_faults_it_is_the_plain_storage():
+def test_without_faults_the_local_storage_is_used():
     assert storage_with(Faults()) is LOCAL
     assert isinstance(storage_with(Faults(parse("eio@0:write:1"))), FaultyStorage)
     assert storage_with(Faults(parse("eio@1:write:1"), rank=0)) is LOCAL

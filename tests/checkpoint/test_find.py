@@ -13,7 +13,7 @@ from neox.errors import CheckpointError
 from tests.checkpoint.builders import flip_bit, save_one
 
 
-def test_find_auto_takes_the_newest_good_one(tmp_path, caplog):
+def test_find_auto_takes_the_newest_valid_one(tmp_path, caplog):
     assert find(tmp_path / "nothing", "auto") is None
     old, new = save_one(tmp_path, 99999), save_one(tmp_path, 100000)
     assert find(tmp_path, "auto") == new
@@ -21,9 +21,9 @@ def test_find_auto_takes_the_newest_good_one(tmp_path, caplog):
     flip_bit(shard, 8 * os.path.getsize(shard) - 1)
     with caplog.at_level(logging.WARNING):
         assert find(tmp_path, "auto") == old
-    assert "passed over" in caplog.text
+    assert "skipped checkpoint" in caplog.text
     assert shard.name in caplog.text
-    with pytest.raises(CheckpointError, match="good by their manifests: step_00099999"):
+    with pytest.raises(CheckpointError, match="valid by their manifests: step_00099999"):
         find(tmp_path, str(new))
 
 
@@ -68,27 +68,27 @@ def test_find_explicit_path(tmp_path):
     assert find(tmp_path, str(newer.parent)) == newer
     assert resolve(newer.parent.parent) == newer
     assert resolve(tmp_path / "link").name == newer.name
-    with pytest.raises(CheckpointError, match=r"no checkpoint here.*run dir é"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint found.*run dir é"):
         find(tmp_path, str(tmp_path / "wrong" / "path"))
 
 
 @pytest.mark.parametrize("hint", [True, False])
-def test_a_damaged_newest_is_no_older_one(tmp_path, hint):
-    """Its manifest does not say its generation: that it is the newest is told by the hint, or by its step."""
+def test_a_damaged_newest_is_not_replaced_by_an_older_one(tmp_path, hint):
+    """Its manifest has no readable generation: the hint, or its step, shows that it is the newest."""
     old, new = save_one(tmp_path / "checkpoints", 9), save_one(tmp_path / "checkpoints", 10)
     raw = (new / "manifest.json").read_bytes()
     (new / "manifest.json").write_bytes(raw[: len(raw) // 2])
     if not hint:
         (tmp_path / "checkpoints" / "latest").unlink()
     for path in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(CheckpointError, match=r"not a manifest; where=.*step_00000010.*good by their manifests: step_00000009; name one of them"):
+        with pytest.raises(CheckpointError, match=r"not a manifest; where=.*step_00000010.*valid by their manifests: step_00000009; name one of them"):
             resolve(path)
         with pytest.raises(CheckpointError, match="not a manifest"):
             find(tmp_path / "other", str(path))
     assert resolve(old) == old
 
 
-def test_a_damaged_older_one_is_in_nobodys_way(tmp_path):
+def test_a_damaged_older_one_is_ignored(tmp_path):
     old, new = save_one(tmp_path, 9), save_one(tmp_path, 10)
     (old / "manifest.json").write_bytes(b"{")
     assert resolve(tmp_path) == new

@@ -8,7 +8,7 @@ import torch
 from neox.checkpoint.lazy_tensor import LazyTensor, lazy_fragment
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 from neox.errors import CheckpointError
 
 VALUES = torch.arange(60, dtype=torch.float32).view(5, 12)
@@ -17,21 +17,13 @@ VALUES = torch.arange(60, dtype=torch.float32).view(5, 12)
 def write(root, value: LazyTensor, **options):
     return save(
         root,
-        step=0,
-        fragments=[lazy_fragment("a", value)],
-        state={},
-        rng={},
-        config_lock="",
-        model_config={},
-        rank=0,
-        world_size=1,
-        keep=0,
-        lineage=start_lineage(root),
+        Content(0, {}, start_lineage(root)),
+        [lazy_fragment("a", value)],
         **options,
     )
 
 
-def test_nothing_is_made_before_it_is_written_and_once_only(tmp_path):
+def test_a_tensor_is_computed_once_when_it_is_written(tmp_path):
     made = []
     value = LazyTensor(lambda: made.append(1) or VALUES, (5, 12), torch.float32)
     assert value.numel() == 60 and value[3:9].numel() == 6 and made == []
@@ -40,15 +32,15 @@ def test_nothing_is_made_before_it_is_written_and_once_only(tmp_path):
     assert made == [1]
 
 
-def test_pieces_of_a_tensor_in_several_files(tmp_path):
+def test_a_tensor_is_split_over_several_files(tmp_path):
     with Checkpoint(write(tmp_path, LazyTensor(lambda: VALUES, (5, 12), torch.float32), shard_bytes=100)) as checkpoint:
         assert torch.equal(checkpoint.tensor("a"), VALUES)
         assert len(checkpoint.manifest.files) > 1
 
 
 @pytest.mark.parametrize("wrong", [VALUES.t(), VALUES.double()])
-def test_what_is_made_must_be_what_was_announced(tmp_path, wrong):
-    with pytest.raises(CheckpointError, match="not what was announced"):
+def test_a_tensor_must_match_its_declaration(tmp_path, wrong):
+    with pytest.raises(CheckpointError, match="differs from its declaration"):
         write(tmp_path, LazyTensor(lambda: wrong, (5, 12), torch.float32))
     assert list(tmp_path.glob("*/manifest.json")) == []
 

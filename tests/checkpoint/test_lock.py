@@ -54,7 +54,7 @@ def _hold(root, child="alone", prefix=()):
     return process
 
 
-def test_second_job_is_refused_and_told_who_holds_it(tmp_path):
+def test_a_second_job_is_refused_and_the_holder_named(tmp_path):
     process = _hold(tmp_path)
     try:
         with pytest.raises(CheckpointError, match=rf"host {socket.gethostname()}, pid {process.pid}, started \d{{4}}-"):
@@ -80,7 +80,7 @@ def test_the_lock_of_a_killed_job_is_taken_over(tmp_path, child):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_release_and_take_again(tmp_path):
+def test_a_released_lock_can_be_acquired(tmp_path):
     lock = FolderLock(tmp_path / "new")
     lock.release()
     lock.release()
@@ -88,12 +88,12 @@ def test_release_and_take_again(tmp_path):
     FolderLock(tmp_path / "new").release()
 
 
-def test_garbage_in_the_file_is_no_obstacle(tmp_path):
+def test_garbage_in_the_lock_file_is_ignored(tmp_path):
     (tmp_path / LOCK).write_bytes(b"\x00garbage")
     FolderLock(tmp_path).release()
 
 
-def test_a_pid_used_again_is_not_the_holder(tmp_path):
+def test_a_reused_pid_is_not_the_holder(tmp_path):
     """The record names our own pid with another start time, and another open descriptor holds the kernel's lock."""
     first = FolderLock(tmp_path)
     record = json.loads((tmp_path / LOCK).read_text())
@@ -105,8 +105,8 @@ def test_a_pid_used_again_is_not_the_holder(tmp_path):
     assert time.time() > record["born"]
 
 
-def test_a_live_job_in_another_namespace_keeps_its_lock(tmp_path, namespace):
-    """Its pid does not exist here, or belongs to somebody else: that says nothing about it."""
+def test_a_live_job_in_another_namespace_retains_its_lock(tmp_path, namespace):
+    """Its pid does not exist here, or belongs to another process: neither proves that it has exited."""
     process = _hold(tmp_path, prefix=namespace)
     try:
         before = (tmp_path / LOCK).read_text()

@@ -21,7 +21,7 @@ def saved(tmp_path):
     return path, {name: tensor for (name, kind), tensor in state.items() if kind == "weight"}
 
 
-def test_the_weight_has_its_adapter_in_it_and_the_rest_is_as_it_was(saved):
+def test_adapters_are_merged_and_other_weights_unchanged(saved):
     path, tensors = saved
     with open_weights(path) as checkpoint:
         assert checkpoint.names() == ["layers.0.mlp.up.weight", "norm.weight"] and checkpoint.model_config["lora"] is None
@@ -35,6 +35,6 @@ def test_the_weight_has_its_adapter_in_it_and_the_rest_is_as_it_was(saved):
             checkpoint.check([("layers.0.mlp.up.weight", "weight", (10, 6))])
 
 
-def test_a_checkpoint_without_adapters_is_itself(tmp_path):
+def test_a_checkpoint_without_adapters_is_opened_as_it_is(tmp_path):
     with open_weights(save_one(tmp_path)) as checkpoint:
         assert type(checkpoint) is Checkpoint is not MergedCheckpoint

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from neox.checkpoint.manifest import MANIFEST, Lineage, decode, encode, parse_json, plain, read_manifest
+from neox.checkpoint.manifest import MANIFEST, Lineage, decode, encode, parse_json, read_manifest, to_plain_json
 from neox.checkpoint.reader import Checkpoint
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import save_one
@@ -45,7 +45,7 @@ def test_state_that_json_would_change_is_refused(tmp_path, value):
 
 
 def test_tuples_become_lists():
-    assert plain({"a": (1, (2, 3))}, "state") == {"a": [1, [2, 3]]}
+    assert to_plain_json({"a": (1, (2, 3))}, "state") == {"a": [1, [2, 3]]}
 
 
 def _set(path, value):
@@ -64,10 +64,10 @@ def _entry(index, value):
 HOSTILE = {
     "path in a file name": (_set(("files", 0, "name"), "../../etc/passwd"), "shard_<save>"),
     "absolute file name": (_set(("files", 0, "name"), "/etc/passwd"), "shard_<save>"),
-    "negative size": (_set(("files", 0, "size"), -1), "whole number"),
-    "size as text": (_set(("files", 0, "size"), "12"), "whole number"),
-    "huge number": (_set(("files", 0, "size"), 1 << 70), "whole number"),
-    "bool for a number": (_set(("step",), True), "whole number"),
+    "negative size": (_set(("files", 0, "size"), -1), "integer"),
+    "size as text": (_set(("files", 0, "size"), "12"), "integer"),
+    "huge number": (_set(("files", 0, "size"), 1 << 70), "integer"),
+    "bool for a number": (_set(("step",), True), "integer"),
     "no step": (lambda body: body.pop("step"), "'step'"),
     "list for a body part": (_set(("state",), [1]), "an object"),
     "unknown dtype": (_set(("tensors", 0, 2), "Q8"), "one of"),
@@ -76,7 +76,7 @@ HOSTILE = {
     "unknown tensor": (_entry(1, "nobody"), "a tensor of the table"),
     "range outside": (_entry(4, 10_000), "end to end"),
     "slice outside": (_entry(2, [[0, 1 << 40]]), "outside"),
-    "moved piece": (_entry(5, 4), "end to end"),
+    "moved segment": (_entry(5, 4), "end to end"),
     "no checksum": (_entry(6, []), "one checksum"),
     "checksum not hexadecimal": (_entry(6, ["z" * 64]), "hex digits of xxh3"),
     "header too long": (_set(("files", 0, "header"), 10_000_000), "sizes contradict"),
@@ -132,6 +132,6 @@ def test_another_version_is_named(body):
 
 
 @pytest.mark.parametrize("raw", [b'{"a":1,"a":2}', b'{"a":NaN}', b"[" * 100_000, b"9" * 5000, b"\xff", b"{"])
-def test_json_of_strangers(raw):
+def test_untrusted_json_is_refused(raw):
     with pytest.raises(CheckpointError, match="not valid JSON"):
         parse_json(raw)

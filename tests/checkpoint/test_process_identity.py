@@ -29,7 +29,7 @@ def test_a_process_that_has_exited():
 
 
 @pytest.mark.parametrize("change", [{"space": ""}, {"space": "boot pid:[1]"}, {"host": "other"}, {"pid": "7"}, {"pid": 0}, {"pid": 1 << 70}, {"born": None}])
-def test_what_cannot_be_known_is_not_gone(change):
+def test_an_unknown_process_has_not_exited(change):
     child = subprocess.Popen(["true"])
     child.wait()
     assert not has_exited({**describe_process(), "pid": child.pid, **change})

@@ -13,7 +13,7 @@ from neox.errors import CheckpointError
 from tests.checkpoint.builders import cut_fragments, flip_bit, make_state, save_one, tp_slices
 
 
-def test_everything_comes_back(tmp_path):
+def test_everything_saved_is_read(tmp_path):
     state = make_state()
     with Checkpoint(save_one(tmp_path, 7, state)) as checkpoint:
         assert checkpoint.step == 7
@@ -51,7 +51,7 @@ def test_a_read_verifies_the_blocks_it_touches_and_no_other(tmp_path):
         checkpoint.read("w", start=5)
 
 
-def test_a_read_goes_into_memory_that_is_there(tmp_path):
+def test_a_read_fills_an_existing_tensor(tmp_path):
     state = make_state()
     checkpoint = Checkpoint(save_one(tmp_path, state=state))
     (name, kind), value = max(state.items(), key=lambda item: item[1].numel())
@@ -66,7 +66,7 @@ def test_a_read_goes_into_memory_that_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("open_files", [1, 64])
-def test_reads_that_wait_for_each_other_at_the_end_alone(tmp_path, monkeypatch, open_files):
+def test_async_reads_are_complete_at_the_end(tmp_path, monkeypatch, open_files):
     monkeypatch.setattr("neox.checkpoint.reader.OPEN_FILES", open_files)
     monkeypatch.setattr("neox.checkpoint.reader.READS_AHEAD", 3)
     state = make_state() | {(f"large.{i}", "weight"): torch.arange(i, BLOCK // 4 * 2 + 10 + i, dtype=torch.float32) for i in range(3)}

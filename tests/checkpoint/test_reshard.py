@@ -1,4 +1,4 @@
-"""Any cut into any other, against numpy-style indexing of the whole tensor."""
+"""Any partition into any other, compared with numpy-style indexing of the complete tensor."""
 
 import itertools
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from neox.checkpoint.reshard import check_address, check_coverage, full_slices, overlaps, placed_boxes, slice_shape, split_range
+from neox.checkpoint.reshard import check_address, check_coverage, full_slices, logical_boxes, overlaps, slice_shape, split_range
 from neox.errors import CheckpointError
 
 
@@ -35,7 +35,7 @@ def _random_piece(generator, shape):
 
 
 @pytest.mark.parametrize("shape", [(9,), (5, 7), (3, 4, 5)])
-def test_copy_of_random_pieces_equals_masked_copy(shape):
+def test_copy_of_random_segments_equals_masked_copy(shape):
     generator = random.Random(5)
     logical = torch.arange(torch.Size(shape).numel()).view(shape)
     for _ in range(150):
@@ -43,7 +43,7 @@ def test_copy_of_random_pieces_equals_masked_copy(shape):
         pick = lambda box: logical[tuple(slice(a, b) for a, b in box)].reshape(-1)  # noqa: E731
         source, wanted = pick(s_slices)[s0:s1], pick(t_slices)[t0:t1]
         target = torch.full_like(wanted, -1)
-        for shared in overlaps(placed_boxes(s_slices, s0, s1), placed_boxes(t_slices, t0, t1)):
+        for shared in overlaps(logical_boxes(s_slices, s0, s1), logical_boxes(t_slices, t0, t1)):
             shared.copy(source, target)
             low, high = shared.span(shared.source)
             assert 0 <= low < high <= source.numel()
@@ -52,8 +52,8 @@ def test_copy_of_random_pieces_equals_masked_copy(shape):
 
 
 def test_span_covers_what_is_copied():
-    source = placed_boxes(full_slices((6, 10)), 0, 60)
-    (shared,) = overlaps(source, placed_boxes(((2, 4), (3, 5)), 0, 4))
+    source = logical_boxes(full_slices((6, 10)), 0, 60)
+    (shared,) = overlaps(source, logical_boxes(((2, 4), (3, 5)), 0, 4))
     assert shared.span(shared.source) == (23, 35)
     assert shared.size == 4
 
@@ -64,7 +64,7 @@ def test_coverage_accepts_exact_cuts_only():
     check_coverage("w", "weight", shape, [(left, 0, 5), (left, 5, 12), (right, 0, 12)])
     with pytest.raises(CheckpointError, match=r"not covered.*got=23 elements; want=24"):
         check_coverage("w", "weight", shape, [(left, 0, 5), (left, 6, 12), (right, 0, 12)])
-    with pytest.raises(CheckpointError, match="pieces overlap"):
+    with pytest.raises(CheckpointError, match="segments overlap"):
         check_coverage("w", "weight", shape, [(left, 0, 6), (left, 5, 12), (right, 0, 12)])
     with pytest.raises(CheckpointError, match="slices overlap"):
         check_coverage("w", "weight", shape, [(((0, 4), (0, 4)), 0, 16), (((0, 4), (2, 6)), 0, 16)])

@@ -35,14 +35,14 @@ def test_folder_names():
         assert folder_step(foreign) is None
 
 
-def test_the_newest_are_kept_by_number(tmp_path):
+def test_the_newest_are_retained_by_step(tmp_path):
     for step in (9, 10, 99999, 100000, 99_999_999, 100_000_000):
         path = save_one(tmp_path, step, keep=3)
         os.utime(path, (0, 0))
     assert steps(tmp_path) == [100000, 99_999_999, 100_000_000]
 
 
-def test_keep_0_keeps_all(tmp_path):
+def test_keep_0_retains_all(tmp_path):
     for step in (1, 2, 3):
         save_one(tmp_path, step)
     assert steps(tmp_path) == [1, 2, 3]
@@ -72,7 +72,7 @@ def test_the_next_start_frees_the_old_parent(tmp_path):
     assert found.generation == 3
 
 
-def test_only_complete_checkpoints_count_and_only_ours_go(tmp_path):
+def test_only_complete_checkpoints_of_the_lineage_are_removed(tmp_path):
     for step in (1, 2, 3):
         save_one(tmp_path, step)
     next((tmp_path / folder_name(3)).glob("*.safetensors")).unlink()
@@ -153,9 +153,9 @@ def test_lineage_of_a_damaged_parent_is_an_error(tmp_path):
         start_lineage(tmp_path, path)
 
 
-def test_a_folder_that_is_gone_is_a_disk_error(tmp_path):
-    """Between the save of a checkpoint and the retention after it, say."""
-    with pytest.raises(DiskError, match="the folder is gone") as caught:
+def test_a_missing_folder_is_a_disk_error(tmp_path):
+    """As between the save of a checkpoint and the retention after it."""
+    with pytest.raises(DiskError, match="the folder is missing") as caught:
         remove_superseded(tmp_path / "step_00000003", "a" * 8)
     assert caught.value.exit_code == 5
     with pytest.raises(DiskError):

@@ -10,10 +10,10 @@ import torch
 from neox.checkpoint.find import find
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment
-from neox.checkpoint.save import checked, cut
+from neox.checkpoint.save import check_fragment, group_into_shards
 from neox.checkpoint.verify import digest, verify
 from neox.errors import CheckpointError
-from tests.checkpoint.builders import make_state, save_one, whole_fragments
+from tests.checkpoint.builders import full_fragments, make_state, save_one
 from tests.distributed import run_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
@@ -34,7 +34,7 @@ def test_two_processes_save_and_load_any_layout(tmp_path):
             assert checkpoint.world_size == 2
             assert checkpoint.state == {"step": 100, "rank": 0}
             assert [int(checkpoint.rng(rank)["cpu"][0]) for rank in (0, 1)] == [0, 1]
-            data = sum(entry.stop - entry.start for _, entry in checkpoint.manifest.entries() if entry.kind == "weight")
+            data = sum(segment.stop - segment.start for _, segment in checkpoint.manifest.segments() if segment.kind == "weight")
             assert data == 19 * 6 + 12 * 5 + 7 + 1, "each element is stored once"
             sizes = [file.size - file.header for file in checkpoint.manifest.files]
             assert len(sizes) == 2
@@ -93,8 +93,8 @@ def test_ranks_agree_about_damage_that_one_of_them_finds(tmp_path):
     assert all(shard.name in output for output in outputs)
 
 
-def test_refuses_what_does_not_fit_together(tmp_path):
-    good = whole_fragments(make_state())
+def test_inconsistent_fragments_are_refused(tmp_path):
+    good = full_fragments(make_state())
     one = good[0]
     cases = {
         "data does not fit its address": Fragment(one.name, one.kind, one.shape, one.slices, 0, 5, one.data),
@@ -120,15 +120,15 @@ def test_refuses_what_does_not_fit_together(tmp_path):
 )
 def test_names_that_cannot_be_stored_are_refused(kind, name):
     """A bracket starts the address in a shard's table, the others would leave the folder or end the name."""
-    one = whole_fragments(make_state())[0]
+    one = full_fragments(make_state())[0]
     with pytest.raises(CheckpointError, match="name cannot be stored"):
-        checked(Fragment(name, kind, one.shape, one.slices, one.start, one.stop, one.data))
+        check_fragment(Fragment(name, kind, one.shape, one.slices, one.start, one.stop, one.data))
 
 
-def test_large_fragments_are_cut():
+def test_large_fragments_are_split():
     fragment = Fragment("w", "weight", (10,), ((0, 10),), 2, 10, torch.arange(8.0))
     small = Fragment("b", "weight", (1,), ((0, 1),), 0, 1, torch.ones(1, dtype=torch.int64))
-    shards = cut([fragment, small], 12)
+    shards = group_into_shards([fragment, small], 12)
     assert [[(piece.name, piece.start, piece.stop) for piece in shard] for shard in shards] == [
         [("b", 0, 1)],
         [("w", 2, 5)],
@@ -140,7 +140,7 @@ def test_large_fragments_are_cut():
 
 def test_the_saved_bytes_are_those_of_the_call(tmp_path):
     state = make_state()
-    fragments = whole_fragments(state)
+    fragments = full_fragments(state)
     path = save_one(tmp_path, fragments=fragments)
     for fragment in fragments:
         fragment.data.zero_()

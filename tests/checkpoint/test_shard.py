@@ -13,7 +13,7 @@ from neox.checkpoint.manifest import BLOCK
 from neox.checkpoint.reshard import Fragment, full_slices
 from neox.checkpoint.shard import DTYPES, check_header, checksum, write_shard
 from neox.errors import CheckpointError
-from tests.checkpoint.builders import make_state, save_one, whole_fragments
+from tests.checkpoint.builders import full_fragments, make_state, save_one
 
 
 def _write(path, fragments):
@@ -31,7 +31,7 @@ def test_safetensors_reads_our_shards(tmp_path, dtype):
     assert record.header % 64 == 0
 
 
-def test_our_reader_accepts_what_safetensors_writes(tmp_path):
+def test_the_header_reader_accepts_safetensors_files(tmp_path):
     safetensors.torch.save_file({"a": torch.ones(3, 2), "b": torch.zeros(5, dtype=torch.int64)}, tmp_path / "b")
     raw = (tmp_path / "b").read_bytes()
     found = check_header(raw, len(raw), "b")
@@ -42,7 +42,7 @@ def test_blocks_are_checksummed_one_by_one(tmp_path):
     value = torch.arange(BLOCK // 4 + 3, dtype=torch.float32)
     record = _write(tmp_path / "a", [Fragment("w", "weight", (value.numel(),), full_slices(value.shape), 0, value.numel(), value)])
     raw = value.numpy().tobytes()
-    assert record.entries[0].blocks == (checksum(raw[:BLOCK]), checksum(raw[BLOCK:]))
+    assert record.segments[0].blocks == (checksum(raw[:BLOCK]), checksum(raw[BLOCK:]))
 
 
 def test_strided_data_is_stored_in_order(tmp_path):
@@ -52,7 +52,7 @@ def test_strided_data_is_stored_in_order(tmp_path):
 
 
 def test_shards_are_bounded_and_aligned(tmp_path):
-    path = save_one(tmp_path, fragments=whole_fragments(make_state()), shard_bytes=100, rng={"odd": torch.zeros(33, dtype=torch.uint8)})
+    path = save_one(tmp_path, fragments=full_fragments(make_state()), shard_bytes=100, rng={"odd": torch.zeros(33, dtype=torch.uint8)})
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) > 8
     for shard in shards:
@@ -74,12 +74,12 @@ def _tensor(begin, end, shape=None, dtype="U8"):
 
 LIES = {
     "overlap": (_file({"a": _tensor(0, 4), "b": _tensor(2, 6)}, 6), "tensors overlap"),
-    "same place": (_file({"a": _tensor(0, 4), "b": _tensor(0, 4)}, 4), "tensors overlap"),
+    "same offset": (_file({"a": _tensor(0, 4), "b": _tensor(0, 4)}, 4), "tensors overlap"),
     "gap": (_file({"a": _tensor(0, 4), "b": _tensor(5, 8)}, 8), "tensors leave a gap"),
     "gap at the start": (_file({"a": _tensor(1, 4)}, 4), "leave a gap"),
     "short file": (_file({"a": _tensor(0, 8)}, 7), "do not fill the file"),
     "long file": (_file({"a": _tensor(0, 8)}, 9), "do not fill the file"),
-    "key twice": (_file('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1), "stands twice"),
+    "key twice": (_file('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1), "duplicate key"),
     "path": (_file({"../../root/.ssh/authorized_keys": _tensor(0, 1)}, 1), "name is a path"),
     "absolute path": (_file({"/etc/passwd": _tensor(0, 1)}, 1), "name is a path"),
     "huge header": ((1 << 60).to_bytes(8, "little") + bytes(100), "longer than the file allows"),

@@ -1,4 +1,4 @@
-"""Blocks of a shard: any range of a piece, through whole and cut blocks; files that are cut short, fail or lie about their header."""
+"""Blocks of a shard: any range of a segment, through complete and partial blocks; truncated files, failing reads, wrong headers."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ def reader_of(saved) -> ShardReader:
 
 def fill(reader: ShardReader, start: int, out: torch.Tensor) -> None:
     """Read one block after the other; the first problem is raised."""
-    for read in reader.reads(reader.file.entries[0], start, out):
+    for read in reader.reads(reader.file.segments[0], start, out):
         problem = read()
         if problem is not None:
             raise problem
@@ -46,15 +46,15 @@ def fill(reader: ShardReader, start: int, out: torch.Tensor) -> None:
     ("start", "stop"),
     [(0, COUNT), (0, 1), (COUNT - 1, COUNT), (BLOCK // 4, BLOCK // 2), (BLOCK // 4 - 1, BLOCK // 4 + 1), (7, COUNT - 7), (BLOCK // 4 + 3, BLOCK // 4 + 9)],
 )
-def test_any_range_of_a_piece(saved, start, stop):
+def test_any_range_of_a_segment(saved, start, stop):
     reader = reader_of(saved)
     out = torch.full((stop - start + 2,), -1.0)
     fill(reader, start, out[1:-1])
     assert torch.equal(out[1:-1], torch.arange(start, stop, dtype=torch.float32))
-    assert out[0] == out[-1] == -1, "nothing beside the range is written"
+    assert out[0] == out[-1] == -1, "nothing outside of the range is written"
 
 
-def test_a_file_that_is_cut_short_under_the_reader(saved, threads):
+def test_a_file_that_is_truncated_while_it_is_open(saved, threads):
     reader = reader_of(saved)
     os.truncate(saved[2], BLOCK + 4096)
     out = torch.empty(9)
@@ -63,7 +63,7 @@ def test_a_file_that_is_cut_short_under_the_reader(saved, threads):
     for start, count in ((COUNT - 3, 3), (0, COUNT)):
         with pytest.raises(CheckpointError, match=r"file has become shorter.*weight/w.*bytes \d+ on"):
             fill(reader, start, torch.empty(count))
-    assert len(list(reader.problems(reader.file.entries[0], threads))) == 3
+    assert len(list(reader.problems(reader.file.segments[0], threads))) == 3
 
 
 def test_a_read_that_fails_names_the_file(saved):
@@ -73,13 +73,13 @@ def test_a_read_that_fails_names_the_file(saved):
         fill(reader, 0, torch.empty(COUNT))
 
 
-def test_every_bad_block_is_a_problem_of_its_own(saved, threads):
+def test_every_damaged_block_is_a_separate_problem(saved, threads):
     raw = bytearray(saved[2].read_bytes())
     raw[-1] ^= 1
     raw[len(raw) - 4 * COUNT] ^= 128
     saved[2].write_bytes(raw)
     reader = reader_of(saved)
-    first, last = reader.problems(reader.file.entries[0], threads)
+    first, last = reader.problems(reader.file.segments[0], threads)
     assert "bytes 0 on" in str(first) and f"bytes {3 * BLOCK} on" in str(last)
 
 
@@ -89,9 +89,9 @@ def test_a_header_that_contradicts_the_manifest(saved):
         ShardReader(path, dataclasses.replace(manifest.files[0], header_sha256="0" * 64), manifest)
     with pytest.raises(CheckpointError, match="header is longer than the file"):
         ShardReader(path, dataclasses.replace(manifest.files[0], header=1 << 30), manifest)
-    entry = dataclasses.replace(manifest.files[0].entries[0], stop=COUNT - 1)
+    segment = dataclasses.replace(manifest.files[0].segments[0], stop=COUNT - 1)
     with pytest.raises(CheckpointError, match="shard contradicts the manifest"):
-        ShardReader(path, dataclasses.replace(manifest.files[0], entries=(entry,)), manifest)
+        ShardReader(path, dataclasses.replace(manifest.files[0], segments=(segment,)), manifest)
     assert shard.exists()
 
 

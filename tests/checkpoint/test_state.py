@@ -64,7 +64,7 @@ def rewritten(checkpoint: Path, change) -> None:
     (checkpoint / "manifest.json").write_bytes(frame[: frame.index(b'"sha256":"')] + b'"sha256":"' + digest + b'","body":' + text + b"}\n")
 
 
-def test_a_good_state_passes():
+def test_a_valid_state_passes():
     check_state(STATE, 100)
     check_state({"step": 100, "weights_only": True}, 100)
     check_state({**STATE, "of a later version": {"x": 1}}, 100)
@@ -106,7 +106,7 @@ def test_opening_names_checkpoint_and_field(tmp_path, field):
         Checkpoint(path)
 
 
-def test_what_could_not_be_read_is_never_published(tmp_path):
+def test_an_unreadable_checkpoint_is_never_published(tmp_path):
     good = save_one(tmp_path, content=STATE)
     for bad in ({"content": {**STATE, "consumed": -1}}, {"lineage": Lineage("cd" * 16, 2**62 - 2)}):
         with pytest.raises(CheckpointError):
@@ -118,7 +118,7 @@ def test_what_could_not_be_read_is_never_published(tmp_path):
 
 
 class Forgetful(Storage):
-    """A disk that loses the end of a shard when the manifest is renamed into place."""
+    """A disk that loses the end of a shard when the manifest gets its final name."""
 
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
@@ -127,7 +127,7 @@ class Forgetful(Storage):
             os.truncate(shard, shard.stat().st_size - 1)
 
 
-def test_what_reads_back_differently_retires_nothing(tmp_path):
+def test_a_failed_read_back_removes_no_checkpoint(tmp_path):
     save_one(tmp_path, content=STATE)
     with pytest.raises(DiskError, match="the checkpoint reads back differently from what was written"):
         save_one(tmp_path, step=101, keep=1, content={**STATE, "step": 101, "pending": None}, storage=Forgetful())

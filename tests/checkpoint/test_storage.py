@@ -14,9 +14,10 @@ import torch
 
 from neox.checkpoint.find import find
 from neox.checkpoint.retention import collect_leftovers
-from neox.checkpoint.storage import FileWriter, make_dirs, open_file, probe, read_file, write_file
+from neox.checkpoint.storage import open_file, read_file
 from neox.checkpoint.verify import digest, verify
 from neox.errors import CheckpointError, DiskError
+from neox.files import probe
 from tests.checkpoint.builders import make_state, save_one
 from tests.checkpoint.faults import Disk, FailingStorage, RecordingStorage, ShortStorage, fingerprint, materialise
 
@@ -30,7 +31,7 @@ def _tiny_state(seed: int):
 
 
 def _scenario(root, name, storage=None):
-    """Old state, then the save under test: returns the digest of the old checkpoint (None: there was none)."""
+    """Old state, then the save under test: returns the digest of the old checkpoint, None if there was none."""
     old = None
     if name != "first":
         old = digest(save_one(root, 1, _tiny_state(1)))
@@ -43,7 +44,7 @@ def _scenario(root, name, storage=None):
 
 @pytest.mark.parametrize("name", ["first", "next", "keep 1", "again"])
 def test_after_a_crash_at_any_point_the_loader_sees_the_old_or_the_new_checkpoint(tmp_path, name):
-    """Every prefix of the recorded calls, each with names and bytes that were not synced kept, lost, torn, zeroed or reordered."""
+    """Every prefix of the recorded calls, each with unsynced names and bytes retained, lost, torn, zeroed or reordered."""
     root = tmp_path / "checkpoints"
     root.mkdir()
     storage = RecordingStorage()
@@ -68,13 +69,13 @@ def test_after_a_crash_at_any_point_the_loader_sees_the_old_or_the_new_checkpoin
             assert seen in (old, new), where
             assert count > published or seen == old, where
             assert count < published + 2 or seen == new, where
-            _goes_on(crash, seen, new)
+            _next_start(crash, seen, new)
             shutil.rmtree(crash)
     assert len(done) > 50
 
 
-def _goes_on(root, seen, new):
-    """What a next start does: collect, find the same state again, save, and leave nothing behind."""
+def _next_start(root, seen, new):
+    """What the next start does: clean up, find the same state, save, and leave no leftovers."""
     collect_leftovers(root)
     found = find(root, "auto")
     assert (None if found is None else digest(found)) == seen
@@ -127,7 +128,7 @@ def _listing(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
-def test_no_space_says_need_and_free(tmp_path):
+def test_a_full_disk_reports_needed_and_free_bytes(tmp_path):
     with pytest.raises(DiskError, match=r"No space left on device \(ENOSPC\), \d+ bytes free; want=\d+ bytes written; do=free space"):
         save_one(tmp_path, storage=FailingStorage("write", 1, errno.ENOSPC))
 
@@ -136,52 +137,7 @@ def test_short_writes_are_completed(tmp_path):
     verify(save_one(tmp_path, storage=ShortStorage()))
 
 
-def test_a_torn_writer_leaves_no_file(tmp_path):
-    with pytest.raises(RuntimeError), FileWriter(tmp_path / "a") as writer:
-        writer.write(b"half")
-        raise RuntimeError("stop")
-    assert os.listdir(tmp_path) == []
-
-
-def test_write_file_replaces_whole_files(tmp_path):
-    path = tmp_path / "a"
-    write_file(path, b"one")
-    (tmp_path / "a.tmp").write_bytes(b"left by a crash")
-    write_file(path, b"two")
-    assert path.read_bytes() == b"two"
-    for call in ("create", "write", "sync", "close", "rename"):
-        with pytest.raises(DiskError):
-            write_file(path, b"three", storage=FailingStorage(call, 0, errno.EIO))
-        assert path.read_bytes() == b"two"
-        assert os.listdir(tmp_path) == ["a"]
-
-
-def test_files_are_never_written_through_links(tmp_path):
-    (tmp_path / "a.tmp").symlink_to(tmp_path / "victim")
-    with pytest.raises(DiskError), FileWriter(tmp_path / "a"):
-        pass
-    assert not (tmp_path / "victim").exists()
-
-
-def test_make_dirs_makes_each_level_durable(tmp_path):
-    storage = RecordingStorage()
-    make_dirs(tmp_path / "a" / "b", storage=storage)
-    assert storage.trace == [("make_dir", tmp_path / "a"), ("sync_dir", tmp_path), ("make_dir", tmp_path / "a/b"), ("sync_dir", tmp_path / "a")]
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DiskError):
-        make_dirs(tmp_path / "file")
-
-
-def test_probe_leaves_nothing_and_finds_a_read_only_folder(tmp_path):
-    probe(tmp_path / "new" / "folder")
-    assert os.listdir(tmp_path / "new" / "folder") == []
-    for number in (errno.EROFS, errno.EACCES, errno.ENOSPC):
-        for call in ("create", "write", "sync", "rename"):
-            with pytest.raises(DiskError, match=errno.errorcode[number]):
-                probe(tmp_path, storage=FailingStorage(call, 0, number))
-
-
-def test_reading_takes_memory_for_the_file_and_not_for_its_limit(tmp_path):
+def test_reading_allocates_the_size_of_the_file_not_its_limit(tmp_path):
     """What is measured of a run's memory counts what the C library hands out, touched or not."""
     (tmp_path / "a").write_bytes(b"12345")
     tracemalloc.start()
@@ -192,7 +148,7 @@ def test_reading_takes_memory_for_the_file_and_not_for_its_limit(tmp_path):
         tracemalloc.stop()
 
 
-def test_reading_refuses_what_is_no_plain_file(tmp_path):
+def test_reading_refuses_anything_but_regular_files(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     os.mkfifo(tmp_path / "pipe")
@@ -250,7 +206,7 @@ def test_a_folder_without_write_permission():
 _PROBE_AS_USER = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-from neox.checkpoint.storage import probe
+from neox.files import probe
 from neox.errors import DiskError
 if os.geteuid() == 0:
     os.setuid(int(sys.argv[2]))
@@ -261,8 +217,8 @@ except DiskError as error:
 """
 
 
-def test_a_folder_deleted_mid_run_is_made_again(tmp_path):
-    """The run goes on saving; nothing older was left to lose."""
+def test_a_folder_deleted_during_a_run_is_recreated(tmp_path):
+    """The run continues to save; no older checkpoint was left to lose."""
     root = tmp_path / "run" / "checkpoints"
     save_one(root, 1)
     shutil.rmtree(tmp_path / "run")

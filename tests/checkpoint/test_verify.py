@@ -56,7 +56,7 @@ def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path):
 
 
 def test_any_flipped_bit_is_refused_by_load_and_by_verify(tmp_path):
-    """One bit in each of 300 places over all files, and every bit of the shard's length field and the manifest's frame."""
+    """One bit at each of 300 positions over all files, and every bit of the shard's length field and the manifest's frame."""
     path = save_one(tmp_path)
     generator = random.Random(1)
     for file in sorted(path.iterdir()):
@@ -71,8 +71,8 @@ def test_any_flipped_bit_is_refused_by_load_and_by_verify(tmp_path):
     assert verify(path).num_files == 1
 
 
-def test_a_header_that_only_means_the_same_is_damage(tmp_path):
-    """Its padding says nothing, and JSON allows a line feed where a space was: the checksum alone tells."""
+def test_an_equivalent_header_with_other_bytes_is_damage(tmp_path):
+    """Its padding is meaningless, and JSON allows a line feed instead of a space: only the checksum detects it."""
     path = save_one(tmp_path)
     (shard,) = path.glob("*.safetensors")
     (file,) = Checkpoint(path).manifest.files
@@ -89,7 +89,7 @@ def test_a_header_that_only_means_the_same_is_damage(tmp_path):
 def test_damage_names_the_tensor(tmp_path):
     path = save_one(tmp_path)
     (shard,) = path.glob("*.safetensors")
-    offset = next(file.header + entry.offset for file, entry in Checkpoint(path).manifest.entries() if entry.name == "scale" and entry.kind == "exp_avg")
+    offset = next(file.header + entry.offset for file, entry in Checkpoint(path).manifest.segments() if entry.name == "scale" and entry.kind == "exp_avg")
     flip_bit(shard, 8 * offset)
     (problem,) = problems(path)
     assert "exp_avg/scale[]0:1" in problem.line()

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.background import Saver
+from neox.checkpoint.consensus import RankGroup
 from neox.checkpoint.find import find
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 from neox.checkpoint.storage import LOCAL
 from neox.errors import NeoxError
 from tests.checkpoint.builders import cut_fragments, make_state
@@ -31,17 +32,9 @@ def _start() -> tuple[int, int]:
 def _save(root: str, step: int, layout: str, rank: int, world_size: int, storage=LOCAL, **changes) -> Path:
     tp, dp, zero = (int(part) for part in layout.split("x"))
     held = cut_fragments(make_state(), tp=tp, tp_rank=rank % tp, dp=dp, dp_rank=rank // tp, zero=bool(zero))
-    settings = {
-        "fragments": held,
-        "state": {"step": step, "rank": rank},
-        "rng": {"cpu": torch.full((9,), rank, dtype=torch.uint8)},
-        "config_lock": "",
-        "model_config": {},
-        "keep": 0,
-        "lineage": start_lineage(root),
-        "layout": {"tp": tp, "dp": dp},
-    }
-    return save(root, step=step, rank=rank, world_size=world_size, storage=storage, **{**settings, **changes})
+    content = Content(step, changes.get("state", {"step": step, "rank": rank}), start_lineage(root), layout={"tp": tp, "dp": dp})
+    rng = {"cpu": torch.full((9,), rank, dtype=torch.uint8)}
+    return save(root, content, changes.get("fragments", held), rng=rng, ranks=RankGroup(rank, world_size), storage=storage)
 
 
 def save_layouts(root: str, layouts: str) -> None:
@@ -123,7 +116,7 @@ def lose_a_rank(root: str) -> None:
 
 
 def find_newest(root: str) -> None:
-    """Prints what `find` says on every rank."""
+    """Prints the result of `find` on every rank."""
     rank, world_size = _start()
     try:
         print("FOUND", find(root, "auto", rank=rank, world_size=world_size))

@@ -8,7 +8,7 @@ import torch
 
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.retention import start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 from neox.cli import export
 from neox.cli.main import main
 from neox.config.load import dump
@@ -28,16 +28,9 @@ def write_checkpoint(root, tokenizer_file: str | None, vocab_size: int, dtype: s
         fragments.append(Fragment(name, "weight", tuple(weight.shape), slices, 0, weight.numel(), weight.flatten()))
     save(
         root / "checkpoints",
-        step=3,
-        fragments=fragments,
-        state={"step": 3},
+        Content(3, {"step": 3}, start_lineage(root / "checkpoints"), config_lock=dump(config), model_config=config.model.model_dump(mode="json")),
+        fragments,
         rng={"cpu": torch.get_rng_state()},
-        config_lock=dump(config),
-        model_config=config.model.model_dump(mode="json"),
-        rank=0,
-        world_size=1,
-        keep=0,
-        lineage=start_lineage(root / "checkpoints"),
     )
 
 
@@ -120,7 +113,7 @@ def test_tokenizer_must_be_found_or_declined(run_folder, tmp_path, capsys, argum
 
 def test_no_checkpoint(tmp_path, capsys):
     assert call("--checkpoint", tmp_path, "--out", tmp_path / "out") == 4
-    assert "no checkpoint here" in capsys.readouterr().err
+    assert "no checkpoint found" in capsys.readouterr().err
 
 
 def test_unwritable_place(run_folder, tmp_path, capsys):

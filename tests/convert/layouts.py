@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.consensus import RankGroup
 from neox.checkpoint.find import resolve
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
@@ -59,14 +60,9 @@ def write(path: Path, root: Path, mesh) -> None:
         engine.take_weights(checkpoint)
     save(
         root,
-        step=1,
-        fragments=engine.fragments(),
-        state=engine.state_dict() | {"step": 1, "consumed": 0, "tokens": 0},
-        rng={},
-        config_lock=dump(config),
-        model_config=to_builtins(model),
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        keep=0,
-        lineage=start_lineage(root),
+        Content(
+            1, engine.state_dict() | {"step": 1, "consumed": 0, "tokens": 0}, start_lineage(root), config_lock=dump(config), model_config=to_builtins(model)
+        ),
+        engine.fragments(),
+        ranks=RankGroup(mesh.rank, mesh.world_size),
     )

@@ -27,7 +27,7 @@ ENDLESS = (*TINY, "train.train_iters=100000", "checkpoint.save_interval=0", "eva
 
 
 def arguments(corpus: Path, run: Path, setting: Setting, *more: str) -> list[object]:
-    """The arguments of `neox train`; the config lies beside the run's folder."""
+    """The arguments of `neox train`; the config lies next to the run's folder."""
     run.parent.mkdir(parents=True, exist_ok=True)
     conf = run.parent / f"{run.name}.yml"
     conf.write_text(config_text(corpus, run))
@@ -46,7 +46,7 @@ def complete(run: Path) -> dict[str, str]:
 
 def damaged(run: Path) -> list[str]:
     """Checkpoints that were published, and have problems."""
-    return [str(problems(one.path)[0]) for one in scan(run / "checkpoints") if one.started and problems(one.path)]
+    return [str(problems(one.path)[0]) for one in scan(run / "checkpoints") if one.has_manifest and problems(one.path)]
 
 
 def assert_same_run(run: Path, straight: Path) -> None:

@@ -17,7 +17,7 @@ CALLS = ("create", "write", "sync", "close", "rename", "publish", "sync_dir", "m
 
 
 def stops(server, corpus, folder, straight, fault: str, setting=SHORT) -> bool:
-    """Policy stop: code 5 and one clear line; what was complete is; the next start goes on. Returns whether the fault was reached."""
+    """Policy stop: code 5 and one clear line; complete checkpoints remain; the next start resumes. Returns whether the fault was reached."""
     training = server.start(arguments(corpus, folder / "run", setting), folder, ranks=setting.ranks, fault=fault)
     codes = training.wait()
     if codes == [0] * setting.ranks:
@@ -50,7 +50,7 @@ def test_every_call_of_a_run_may_fail(server, corpus, tmp_path, straight, call):
 
 
 @pytest.mark.parametrize("fault", ["enospc@0:write:9", "eio@0:rename:3"])
-def test_training_goes_on_where_the_policy_says_so(server, corpus, tmp_path, straight, fault):
+def test_training_continues_where_the_policy_allows_it(server, corpus, tmp_path, straight, fault):
     training = server.start(arguments(corpus, tmp_path / "run", SHORT, "checkpoint.on_save_error=continue"), tmp_path, fault=fault)
     assert training.wait() == [0], training.outputs()
     assert training.output().count("training goes on without this checkpoint: error[5]") == 1
@@ -86,7 +86,7 @@ def train_with_small_files(limit, *train_arguments):
 
 
 def test_the_policy_holds_for_records_too(server, corpus, tmp_path):
-    """Checkpoints, and from some step on records and log, do not fit: training goes on to its last checkpoint, which must be written."""
+    """Checkpoints, and from some step on records and log, do not fit: training continues to its last checkpoint, which must be written."""
     more = ("train.train_iters=80", "logging.interval=1", "checkpoint.on_save_error=continue", "checkpoint.save_interval=20", "evaluate.interval=0")
     words = [12000, *arguments(corpus, tmp_path / "run", SHORT, *more)]
     training = server.call("tests.faults.test_disk:train_with_small_files", words, tmp_path)

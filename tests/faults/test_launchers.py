@@ -1,4 +1,4 @@
-"""Launchers that are killed: no process is left over, what was complete is, and the next start goes on."""
+"""Launchers that are killed: no process is left over, complete checkpoints remain, and the next start resumes."""
 
 import os
 import signal

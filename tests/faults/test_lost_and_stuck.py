@@ -64,7 +64,7 @@ def dead(server, corpus, folder, ranks, fault):
         assert step, f"{line}\n{training.outputs()}"
         assert step[1] == (socket.gethostname() if rank else step[1])
         done = training.output(rank).count(":updated:")
-        assert int(step[2]) <= done + 1, line  # of a lost first process the step of the one that tells is known, which may be one ahead
+        assert int(step[2]) <= done + 1, line  # for a lost first process the step is that of the reporting one, which may be one ahead
 
 
 STUCK = [(2, "stop@1:backward:7"), (3, "spin@1:batch:4"), (2, "stop@0:step:5")]
@@ -99,7 +99,7 @@ def stuck(server, corpus, folder, ranks, fault, *more):
     assert all(line.startswith("error[12]") and f"where=rank {rank} on {socket.gethostname()}: last step" in line for line in lines), training.outputs()
     for i in range(ranks):
         assert f"stacks of rank {i}" in training.output(i), training.outputs()
-    if fault.startswith("spin"):  # a stopped process shows its stacks when it was woken, and has left the place by then
+    if fault.startswith("spin"):  # a stopped process prints its stacks after it was woken, and has left the site by then
         assert "faults.py" in training.output(rank).split(f"stacks of rank {rank}")[1]
 
 
@@ -134,7 +134,7 @@ def origin(server, corpus, folder, fault, code, text, ranks=2):
     assert f"rank {rank}" in line or line in training.output(rank), line
 
 
-def test_a_process_that_was_stopped_as_a_whole_goes_on(server, corpus, tmp_path):
+def test_a_process_that_was_suspended_continues(server, corpus, tmp_path):
     """All processes stopped for longer than the limit, as a suspended laptop or a frozen container does: nobody is stuck."""
     training = server.start(arguments(corpus, tmp_path / "run", Setting(2, ENDLESS), f"guard.hang_timeout={LIMIT}"), tmp_path, ranks=2)
     metrics = tmp_path / "run" / "metrics.jsonl"

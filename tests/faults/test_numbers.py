@@ -1,4 +1,4 @@
-"""NaN, infinity and overflow planted in losses, gradients and weights of one process: found before the update, by all processes alike."""
+"""NaN, infinity and overflow planted in losses, gradients and weights of one process: detected before the update, by all processes."""
 
 import itertools
 
@@ -25,7 +25,7 @@ PER_STEP = {"loss": 2, "gradient": 2, "loss_number": 1}  # visits of a site per 
 
 
 def skipped(server, corpus, folder, layout: str, kind: str, site: str, rank: int, dtype: str) -> None:
-    """Step 3 is poisoned and left out: the checkpoint after it holds the bytes of the one before, and training goes on."""
+    """Step 3 is poisoned and skipped: the checkpoint after it holds the bytes of the one before, and training continues."""
     ranks, overrides = LAYOUTS[layout]
     per_step = PER_STEP[site] if site == "loss_number" else accumulation(layout)
     setting = Setting(ranks, (*BASE, *overrides, f"precision.dtype={dtype}", "guard.non_finite=skip"))
@@ -46,7 +46,7 @@ def accumulation(layout: str) -> int:
 
 
 @pytest.mark.parametrize(("layout", "kind", "site"), QUICK)
-def test_a_poisoned_step_is_left_out(server, corpus, tmp_path, layout, kind, site):
+def test_a_poisoned_step_is_skipped(server, corpus, tmp_path, layout, kind, site):
     skipped(server, corpus, tmp_path, layout, kind, site, rank=1, dtype="fp32")
 
 
@@ -59,7 +59,7 @@ def test_a_poisoned_step_is_left_out(server, corpus, tmp_path, layout, kind, sit
         if ((layout, *value) not in QUICK or dtype == "bf16") and (layout, value[0]) != ("dp2 zero3", "huge")
     ],
 )
-def test_a_poisoned_step_is_left_out_in_every_layout(server, corpus, tmp_path, layout, kind, site, dtype):
+def test_a_poisoned_step_is_skipped_in_every_layout(server, corpus, tmp_path, layout, kind, site, dtype):
     if layout == "tp2 zero0" and (site in ("loss", "loss_number") or kind == "huge"):
         rank = 0  # the process that speaks for the tensor group, and has the half of the vocabulary that the corpus uses: 1e30 times no gradient is none
     else:
@@ -98,7 +98,7 @@ def test_too_many_in_a_row_end_the_run(server, corpus, tmp_path):
     assert [row["step"] for row in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-def test_a_spike_rolls_back_to_the_newest_checkpoint_and_goes_on_with_other_data(server, corpus, tmp_path):
+def test_a_spike_rolls_back_to_the_newest_checkpoint_and_continues_with_other_data(server, corpus, tmp_path):
     overrides = (*TINY, "train.train_iters=16", "checkpoint.save_interval=4", "evaluate.interval=0", "guard.loss_spike=rollback", "zero.stage=1")
     setting = Setting(2, overrides)
     training = server.start(arguments(corpus, tmp_path / "run", setting), tmp_path, ranks=2, fault="times10@*:loss_number:11")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.retention import start_lineage
-from neox.checkpoint.save import save
+from neox.checkpoint.save import Content, save
 from neox.config.load import dump
 from neox.config.schema import Config, DataConfig, TokenizerConfig
 from neox.model.gpt import GPT
@@ -22,14 +22,12 @@ def save_model(run_dir: Path, model: GPT, *, tokenizer: str | None = None, model
         fragments.append(Fragment(name, "weight", tuple(weight.shape), slices, 0, weight.numel(), weight.flatten()))
     return save(
         run_dir / "checkpoints",
-        step=1,
-        fragments=fragments,
-        state={"step": 1, "consumed": 0, "tokens": 0},
-        rng={},
-        config_lock=dump(config),
-        model_config=model_config or json.loads(model.config.model_dump_json()),
-        rank=0,
-        world_size=1,
-        keep=0,
-        lineage=start_lineage(run_dir / "checkpoints", None),
+        Content(
+            1,
+            {"step": 1, "consumed": 0, "tokens": 0},
+            start_lineage(run_dir / "checkpoints", None),
+            config_lock=dump(config),
+            model_config=model_config or json.loads(model.config.model_dump_json()),
+        ),
+        fragments,
     )

@@ -151,10 +151,10 @@ def test_load_model_gives_the_saved_model(tmp_path, name):
 
 
 def test_load_model_names_what_is_wrong(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
+    with pytest.raises(CheckpointError, match="no checkpoint found"):
         load_model(tmp_path / "nothing")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
+    with pytest.raises(CheckpointError, match="no checkpoint found"):
         load_model(tmp_path / "run")
     path = save_model(tmp_path / "other", tiny("neox"), model_config=json.loads(tiny("llama").config.model_dump_json()))
     with pytest.raises(CheckpointError, match="no such parameter"):

@@ -15,9 +15,8 @@ import numpy as np
 import orjson
 
 from neox._native import core
-from neox.data.store.files import locked, sync_folder, write_durably
 from neox.errors import DataError, DiskError
-from neox.files import read_bytes
+from neox.files import locked, read_bytes, sync_dir, write_durably
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -70,7 +69,7 @@ def store(folder: Path, arrays: Arrays, names: Sequence[str] = NAMES) -> Arrays:
         shutil.rmtree(folder, ignore_errors=True)  # a damaged cache of the same key
         with contextlib.suppress(FileExistsError):
             os.rename(partial, folder)
-        sync_folder(folder.parent)
+        sync_dir(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     stored = load(folder, names)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import orjson
 
-from neox.data.store.files import write_durably
 from neox.errors import DataError
-from neox.files import read_bytes
+from neox.files import read_bytes, write_durably
 
 FORMAT = "neox.indexed"
 VERSION = 1

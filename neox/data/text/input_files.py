@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import orjson
 
 from neox.errors import DataError
-from neox.files import printable
+from neox.printing import printable
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jl", ".jsonlines", ".json")  # one JSON object per line
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import orjson
 
-from neox.data.store.files import sync_folder, write_durably
 from neox.data.store.indexed import IndexedDataset
 from neox.data.store.sidecar import Sidecar
 from neox.errors import DataError
-from neox.files import json_line, printable, read_bytes
+from neox.files import read_bytes, sync_dir, write_durably
+from neox.printing import json_line, printable
 
 FORMAT = "neox.progress"
 VERSION = 1
@@ -83,7 +83,7 @@ class ProgressFile:
         """The run is done, or starts anew."""
         if self.path.exists():
             self.path.unlink()
-            sync_folder(self.path.parent)
+            sync_dir(self.path.parent)
 
 
 class InputIdentity:

@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 import orjson
 
-from neox.data.store.files import open_no_link, sync_folder
 from neox.data.text.reading import BadLine
 from neox.errors import DiskError
-from neox.files import printable
+from neox.files import open_no_link, sync_dir
+from neox.printing import printable
 
 
 class Quarantine:
@@ -62,7 +62,7 @@ class Quarantine:
             self._file = None
             if size:
                 os.replace(self._partial, self.path)
-                sync_folder(self.path.parent)
+                sync_dir(self.path.parent)
             else:
                 self._partial.unlink(missing_ok=True)
         except OSError as error:

@@ -20,7 +20,8 @@ import zstandard
 from neox._native import core
 from neox.data.text.input_files import codec_of, read_as_lines
 from neox.errors import DataError
-from neox.files import open_regular, printable
+from neox.files import open_regular
+from neox.printing import printable
 
 BLOCK_BYTES = 1 << 20
 START_BYTES = 1 << 16  # of a file, which may decide how it is read

@@ -11,14 +11,14 @@ from pathlib import Path
 import orjson
 
 from neox._native import core
-from neox.data.store.files import locked
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.encoding import Encoding
 from neox.data.text.input_files import find_files
 from neox.data.text.preprocess import preprocess
 from neox.data.text.tokenizer import file_hash
 from neox.errors import DataError, DiskError
-from neox.files import printable
+from neox.files import locked
+from neox.printing import printable
 
 log = logging.getLogger("neox.data")
 

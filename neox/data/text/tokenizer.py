@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import orjson
 
 from neox import files
-from neox.data.store.files import write_durably
 from neox.data.text.hf_tokenizers import load_hf_tokenizer
 from neox.errors import ConfigError, DataError
+from neox.files import write_durably
 
 if TYPE_CHECKING:
     import tokenizers

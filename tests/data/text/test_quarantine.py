@@ -51,3 +51,12 @@ def test_nothing_is_left_after_an_exception(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(DiskError, match=r"cannot write quarantine; where=.*no_folder"), Quarantine(str(tmp_path / "no_folder" / "q"), True):
         pass
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "bad.jsonl.partial").symlink_to(victim)
+    with pytest.raises(DiskError), Quarantine(str(tmp_path / "bad.jsonl"), True):
+        pass
+    assert victim.read_bytes() == b"precious"

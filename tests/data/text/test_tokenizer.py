@@ -89,7 +89,7 @@ def test_bad_files_and_arguments(tmp_path):
         train_tokenizer(TEXTS, 256, tmp_path / "t.json")
     with pytest.raises(DataError, match="no text to train"):
         train_tokenizer([], 300, tmp_path / "t.json")
-    with pytest.raises(DiskError, match="cannot write file"):
+    with pytest.raises(DiskError, match="cannot write"):
         train_tokenizer(TEXTS, 300, tmp_path / "nowhere" / "t.json")
 
 

@@ -1,0 +1,41 @@
+"""Text for terminals and logs: paths and values that may hold bytes that are not UTF-8."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import orjson
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    r"""A path as text that every Unicode encoding accepts: a byte that is not UTF-8 becomes \xNN, a lone surrogate \uNNNN."""
+    text = os.fspath(path)
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return "".join(map(_printable_character, text))
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, for output. Names that are not UTF-8 are written as `printable` writes them."""
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        return orjson.dumps(_printable_value(value)).decode()
+
+
+def _printable_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_printable_value(key): _printable_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable_value(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _printable_character(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python represents a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if 0xD800 <= code <= 0xDFFF else character
