@@ -68,7 +68,7 @@ def cpu_ops(isa: str) -> CppExtension:
     """The operator library for one CPU instruction set."""
     return CppExtension(
         f"neox._ops.{isa}",
-        sources("csrc/ops/*/*.cpp") + sources("csrc/common/*.cpp"),
+        sources("csrc/ops/**/*.cpp") + sources("csrc/common/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("NEOX_OP_DEVICE", "CPU"), ("NEOX_ISA", f'"{isa}"'), ("TORCH_TARGET_VERSION", STABLE_ABI)],
         extra_compile_args=[*HOST_FLAGS, "-O3", "-fno-math-errno", "-fno-trapping-math", *CPU_ISA_FLAGS[isa]],
@@ -95,8 +95,9 @@ def cuda_ops() -> list[CppExtension]:
     nvcc = Path(CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
     if torch.version.cuda is None or not nvcc.exists() or os.environ.get("NEOX_BUILD_CUDA") == "0":
         return []
-    kernels = sources("csrc/ops/*/*_cuda.cu")
-    bindings = [f"{folder}/{folder.name}.cpp" for folder in sorted({Path(kernel).parent for kernel in kernels})]
+    kernels = sources("csrc/ops/**/*_cuda.cu")
+    operators = sorted({Path(kernel).parts[2] for kernel in kernels})  # csrc/ops/<operator>/...
+    bindings = [f"csrc/ops/{op}/{op}.cpp" for op in operators]
     libraries = next((folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib") if glob(f"{CUDA_HOME}/{folder}/libcudart*")), "lib64")
     static = bool(glob(f"{CUDA_HOME}/{libraries}/libcudart_static.a"))
     host = [*HOST_FLAGS, "-O2"]

@@ -31,7 +31,7 @@ SIZES = (1, 17, 819)
 
 def dtypes(op: str) -> tuple[torch.dtype, ...]:
     """What the kernels under test of csrc/ops/<op> take: float16 is for CUDA kernels alone, and float32 not for those of attention."""
-    cuda = CUDA_KERNELS and any((OPERATORS / op).glob("*_cuda.cu"))
+    cuda = CUDA_KERNELS and any((OPERATORS / op).rglob("*_cuda.cu"))
     if cuda and op == "attention":  # tensor cores
         return (torch.bfloat16, torch.float16)
     return (torch.float32, torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)

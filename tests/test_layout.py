@@ -239,13 +239,14 @@ def test_an_operator_is_a_closed_list_of_files():
     missing = []
     for folder in sorted((ROOT / "csrc" / "ops").iterdir()):
         op = folder.name
-        native = [f"csrc/ops/{op}/{op}.h", f"csrc/ops/{op}/{op}_cpu.cpp", f"csrc/ops/{op}/{op}.cpp"]
+        kernels = f"csrc/ops/{op}/cpu/{op}_cpu.cpp" if (folder / "cpu").is_dir() else f"csrc/ops/{op}/{op}_cpu.cpp"
+        native = [f"csrc/ops/{op}/{op}.h", kernels, f"csrc/ops/{op}/{op}.cpp"]
         missing += [file for file in (*native, f"neox/ops/{op}.py", f"tests/ops/test_{op}.py", f"benchmarks/ops/bench_{op}.py") if not (ROOT / file).exists()]
     assert missing == []
 
 
 def test_operator_kernels_and_headers_know_no_torch():
-    native = [path for path in (ROOT / "csrc").glob("ops/*/*") if path.name != f"{path.parent.name}.cpp"] + list((ROOT / "csrc" / "data").glob("*"))
+    native = [path for path in (ROOT / "csrc" / "ops").rglob("*") if path.name != f"{path.parent.name}.cpp"] + list((ROOT / "csrc" / "data").glob("*"))
     rows = [str(path.relative_to(ROOT)) for path in native if path.is_file() and ("<torch/" in path.read_text() or "ATen" in path.read_text())]
     assert rows == []
 

@@ -23,7 +23,7 @@ NEOX_DEVICE int valid_of(int64_t left) {
     return static_cast<int>(left < Pack<T>::kSize ? left : Pack<T>::kSize);
 }
 
-// The first `valid` elements of the pack at `pointer`, zeros after them. kVector: rows are aligned (packs_fit), and the whole pack is read if
+// The first `valid` elements of the pack at `pointer`, zeros after them. kVector: rows are aligned (can_vectorize), and the whole pack is read if
 // any of it is valid. Else it goes element by element, with the same elements in the same thread, so that results do not depend on the
 // alignment.
 template <bool kVector, class T>

@@ -39,7 +39,7 @@ struct Pack {
 
 // Whether rows that start at `pointer` and are `stride` elements apart, `size` long, can be moved in packs of kCount.
 template <class T, int kCount = Pack<T>::kSize>
-inline bool packs_fit(const void* pointer, int64_t stride, int64_t size) {
+inline bool can_vectorize(const void* pointer, int64_t stride, int64_t size) {
     return reinterpret_cast<uintptr_t>(pointer) % alignof(typename Pack<T, kCount>::Word) == 0 && stride % kCount == 0 && size % kCount == 0;
 }
 

@@ -5,7 +5,7 @@
 #include "common/philox.h"
 #include "op_test.h"
 #include "ops/attention/attention.h"
-#include "ops/attention/problem.cuh"
+#include "ops/attention/cuda/params.cuh"
 
 namespace {
 
@@ -301,8 +301,8 @@ void work(const Case& c) {
     EXPECT(simt::stats().mma - before == kProduct * (3 * tiles(128, 64) + 4 * tiles(64, 128)));
 }
 
-__global__ void place_kernel(neox::attention::BlockOrder order, int* seen) {
-    const auto [pair, tile] = order.here();
+__global__ void block_order_kernel(neox::attention::BlockOrder order, int* seen) {
+    const auto [pair, tile] = order.current();
     if (threadIdx.x == 0) ++seen[pair * order.tiles + tile];
 }
 
@@ -313,7 +313,7 @@ void places() {
             const neox::attention::BlockOrder order{4, 5, chunk, reversed};
             Buffer<int> seen("seen", 20);
             for (size_t i = 0; i < 20; ++i) seen[i] = 0;
-            EXPECT(neox::launch(place_kernel, dim3(20), dim3(32), 0, nullptr, order, seen.data()) == cudaSuccess);
+            EXPECT(neox::launch(block_order_kernel, dim3(20), dim3(32), 0, nullptr, order, seen.data()) == cudaSuccess);
             for (size_t i = 0; i < 20; ++i) EXPECT(seen[i] == 1);
         }
     }

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         op = item.path.stem.removeprefix("test_")
-        if (OPERATORS / op).is_dir() and not any((OPERATORS / op).glob("*_cuda.cu")):
+        if (OPERATORS / op).is_dir() and not any((OPERATORS / op).rglob("*_cuda.cu")):
             item.add_marker(pytest.mark.skip(reason=f"{op} has no CUDA kernel"))
 
 

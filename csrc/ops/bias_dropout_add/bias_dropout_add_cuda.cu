@@ -165,8 +165,8 @@ const char* bias_dropout_add_forward_cuda(const BiasDropoutAdd& op, void* y, Str
                               op.rows,
                               op.cols,
                               Mask(op.dropout, op.cols)};
-        const bool whole = packs_fit<T>(op.x, op.x_stride, op.cols) && packs_fit<T>(op.residual, op.residual_stride, op.cols) &&
-                           packs_fit<T>(y, op.cols, op.cols) && packs_fit<T>(op.bias, 0, 0);
+        const bool whole = can_vectorize<T>(op.x, op.x_stride, op.cols) && can_vectorize<T>(op.residual, op.residual_stride, op.cols) &&
+                           can_vectorize<T>(y, op.cols, op.cols) && can_vectorize<T>(op.bias, 0, 0);
         return whole ? launch_forward<T, true>(task, stream) : launch_forward<T, false>(task, stream);
     }));
 }
@@ -177,7 +177,7 @@ const char* bias_dropout_add_backward_cuda(const BiasDropoutAddBackward& op, Str
         using T = decltype(zero);
         const Backward<T> task{static_cast<const T*>(op.dy), op.dy_stride, static_cast<T*>(op.dx), op.dbias ? op.partial : nullptr, op.rows, op.cols,
                                Mask(op.dropout, op.cols)};
-        const bool whole = packs_fit<T>(op.dy, op.dy_stride, op.cols) && packs_fit<T>(op.dx, op.cols, op.cols);
+        const bool whole = can_vectorize<T>(op.dy, op.dy_stride, op.cols) && can_vectorize<T>(op.dx, op.cols, op.cols);
         const cudaError_t error = whole ? launch_backward<T, true>(task, stream) : launch_backward<T, false>(task, stream);
         if (error != cudaSuccess || !op.dbias) return error;
         StripeSums<T> sums;

@@ -93,7 +93,7 @@ const char* bias_gelu_forward_cuda(const BiasGelu& in, void* y, Stream stream) {
     return message(dispatch_device(in.dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int kPack = Pack<T>::kSize;
-        const bool packs = packs_fit<T>(in.x, in.x_stride, in.cols) && packs_fit<T>(y, in.cols, in.cols) && packs_fit<T>(in.bias, 0, 0);
+        const bool packs = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(y, in.cols, in.cols) && can_vectorize<T>(in.bias, 0, 0);
         if (in.tanh) return packs ? launch_forward<T, true, kPack>(in, y, stream) : launch_forward<T, true, 1>(in, y, stream);
         return packs ? launch_forward<T, false, kPack>(in, y, stream) : launch_forward<T, false, 1>(in, y, stream);
     }));
@@ -113,8 +113,8 @@ const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t 
                                in.bias ? partial : nullptr,
                                in.rows,
                                in.cols};
-        const bool packs = packs_fit<T>(in.x, in.x_stride, in.cols) && packs_fit<T>(dy, dy_stride, in.cols) && packs_fit<T>(dx, in.cols, in.cols) &&
-                           packs_fit<T>(in.bias, 0, 0);
+        const bool packs = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(dy, dy_stride, in.cols) && can_vectorize<T>(dx, in.cols, in.cols) &&
+                           can_vectorize<T>(in.bias, 0, 0);
         const auto run = in.tanh ? (packs ? launch_backward<T, true, kPack> : launch_backward<T, true, 1>)
                                  : (packs ? launch_backward<T, false, kPack> : launch_backward<T, false, 1>);
         const cudaError_t error = run(task, stream);

@@ -211,7 +211,7 @@ Gradient gradient_of(const LossTerms& terms, void* dlogits, int64_t dstride) {
 
 template <class T>
 bool rows_fit(const Logits& in) {
-    return packs_fit<T>(in.data, in.stride, in.cols);
+    return can_vectorize<T>(in.data, in.stride, in.cols);
 }
 
 }  // namespace
@@ -237,7 +237,7 @@ const char* cross_entropy_backward_cuda(const Logits& logits, const LossTerms& t
     if (logits.rows == 0 || logits.cols == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const bool fit = rows_fit<T>(logits) && packs_fit<T>(dlogits, dstride, logits.cols);
+        const bool fit = rows_fit<T>(logits) && can_vectorize<T>(dlogits, dstride, logits.cols);
         const auto kernel = fit ? backward<T, true> : backward<T, false>;
         const Gradient out = gradient_of(terms, dlogits, dstride);
         return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, statistics, out, dloss);
@@ -249,7 +249,7 @@ const char* cross_entropy_fused_cuda(const Logits& logits, const LossTerms& term
     if (logits.rows == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const bool fit = rows_fit<T>(logits) && packs_fit<T>(dlogits, dstride, logits.cols);
+        const bool fit = rows_fit<T>(logits) && can_vectorize<T>(dlogits, dstride, logits.cols);
         const size_t row = static_cast<size_t>(logits.cols) * sizeof(T);
         const bool staged = fit && row + 1024 <= shared_memory_limit();  // scratch needs some
         const auto kernel = staged ? fused<T, true, true> : fit ? fused<T, true, false> : fused<T, false, false>;
@@ -262,7 +262,7 @@ const char* cross_entropy_rescale_cuda(const FusedGradient& gradient, const floa
     if (gradient.rows == 0 || gradient.cols == 0) return nullptr;
     return message(dispatch_device(gradient.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const auto kernel = packs_fit<T>(gradient.data, gradient.stride, gradient.cols) ? rescale<T, true> : rescale<T, false>;
+        const auto kernel = can_vectorize<T>(gradient.data, gradient.stride, gradient.cols) ? rescale<T, true> : rescale<T, false>;
         return launch(kernel, dim3(static_cast<unsigned>(gradient.rows)), dim3(kThreads), 0, stream, gradient, dloss);
     }));
 }

@@ -120,7 +120,7 @@ void join_rows(Forward<T>& in, int64_t& other_stride) {
 
 template <class T>
 bool packs(const Forward<T>& in) {
-    return packs_fit<T>(in.x, in.x_stride, in.cols) && packs_fit<T>(in.gate, in.gate_stride, in.cols);
+    return can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(in.gate, in.gate_stride, in.cols);
 }
 
 }  // namespace
@@ -132,7 +132,7 @@ const char* gated_forward_cuda(const Gated& in, void* y, Stream stream) {
         Forward<T> task = describe<T>(in, y);
         int64_t y_stride = task.cols;
         join_rows(task, y_stride);
-        return with_kernel<T>(in.activation, packs(task) && packs_fit<T>(y, y_stride, task.cols), [&](auto activation, auto pack) {
+        return with_kernel<T>(in.activation, packs(task) && can_vectorize<T>(y, y_stride, task.cols), [&](auto activation, auto pack) {
             const unsigned blocks = blocks_for(task.rows * (task.cols / pack()), kThreads * kDepth, kWaves);
             return launch(forward<T, activation(), pack()>, dim3(blocks), dim3(kThreads), 0, stream, task);
         });
@@ -146,7 +146,8 @@ const char* gated_backward_cuda(const Gated& in, const void* dy, int64_t dy_stri
         Backward<T> task{describe<T>(in, nullptr), static_cast<const T*>(dy), dy_stride, static_cast<T*>(dx), static_cast<T*>(dgate)};
         join_rows(task.in, task.dy_stride);
         const int64_t cols = task.in.cols;
-        const bool fit = packs(task.in) && packs_fit<T>(dy, task.dy_stride, cols) && packs_fit<T>(dx, cols, cols) && packs_fit<T>(dgate, cols, cols);
+        const bool fit =
+            packs(task.in) && can_vectorize<T>(dy, task.dy_stride, cols) && can_vectorize<T>(dx, cols, cols) && can_vectorize<T>(dgate, cols, cols);
         return with_kernel<T>(in.activation, fit, [&](auto activation, auto pack) {
             const unsigned blocks = blocks_for(task.in.rows * (cols / pack()), kThreads * kDepth, kWaves);
             return launch(backward<T, activation(), pack()>, dim3(blocks), dim3(kThreads), 0, stream, task);

@@ -314,9 +314,9 @@ cudaError_t launch_rows(const NormBackward& op, const Plan& plan, Stream stream)
 
 template <class T>
 cudaError_t launch_backward(const NormBackward& op, Stream stream) {
-    bool vector = packs_fit<T>(op.s, op.s_stride, op.cols) && packs_fit<T>(op.dsum, op.dsum ? op.dsum_stride : 0, 0);
-    for (int k = 0; k < op.outputs; ++k) vector = vector && packs_fit<T>(op.dy[k], op.dy_stride[k], 0) && packs_fit<T>(op.weight[k], 0, 0);
-    vector = vector && packs_fit<T>(op.ds, 0, 0);
+    bool vector = can_vectorize<T>(op.s, op.s_stride, op.cols) && can_vectorize<T>(op.dsum, op.dsum ? op.dsum_stride : 0, 0);
+    for (int k = 0; k < op.outputs; ++k) vector = vector && can_vectorize<T>(op.dy[k], op.dy_stride[k], 0) && can_vectorize<T>(op.weight[k], 0, 0);
+    vector = vector && can_vectorize<T>(op.ds, 0, 0);
     const Plan chosen = plan(op, Pack<T>::kSize);
     if (op.rows > 0) {
         const auto run =

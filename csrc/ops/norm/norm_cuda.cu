@@ -174,11 +174,11 @@ cudaError_t launch_forward(const NormForward& op, Stream stream) {
 
 template <class T>
 bool packs_fit_all(const NormForward& op) {
-    bool fit = packs_fit<T>(op.x, op.x_stride, op.cols) && packs_fit<T>(op.residual, op.residual ? op.residual_stride : 0, op.cols);
+    bool fit = can_vectorize<T>(op.x, op.x_stride, op.cols) && can_vectorize<T>(op.residual, op.residual ? op.residual_stride : 0, op.cols);
     for (const void* pointer : {op.parameters[0].weight, op.parameters[0].bias, op.parameters[1].weight, op.parameters[1].bias}) {
-        fit = fit && packs_fit<T>(pointer, 0, 0);
+        fit = fit && can_vectorize<T>(pointer, 0, 0);
     }
-    for (const void* pointer : {op.y[0], op.y[1], op.sum}) fit = fit && packs_fit<T>(pointer, 0, 0);
+    for (const void* pointer : {op.y[0], op.y[1], op.sum}) fit = fit && can_vectorize<T>(pointer, 0, 0);
     return fit;
 }
 

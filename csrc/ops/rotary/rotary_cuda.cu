@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) rotate(Task<T> task) {
 template <class T, int kPack>
 bool fits(const RotarySize& size, const void* start, const Heads& layout) {
     const auto strides_fit = [](int64_t count, int64_t stride) { return count == 1 || stride % kPack == 0; };
-    return packs_fit<T, kPack>(start, 0, 0) && strides_fit(size.batch, layout.batch_stride) && strides_fit(size.seq, layout.seq_stride) &&
+    return can_vectorize<T, kPack>(start, 0, 0) && strides_fit(size.batch, layout.batch_stride) && strides_fit(size.seq, layout.seq_stride) &&
            strides_fit(layout.groups, layout.group_stride) && strides_fit(layout.heads, layout.head_stride);
 }
 
@@ -105,8 +105,9 @@ template <class T, int kPack>
 bool fits(const RotarySize& size, const Task<T>& task) {
     const RotaryTables& tables = task.tables;
     const bool copies = task.x != task.y;
-    return tables.rotary_dim / 2 % kPack == 0 && (!copies || (size.head_dim - tables.rotary_dim) % kPack == 0) && packs_fit<float, kPack>(tables.cos, 0, 0) &&
-           packs_fit<float, kPack>(tables.sin, 0, 0) && fits<T, kPack>(size, task.x, task.x_heads) && fits<T, kPack>(size, task.y, task.y_heads);
+    return tables.rotary_dim / 2 % kPack == 0 && (!copies || (size.head_dim - tables.rotary_dim) % kPack == 0) &&
+           can_vectorize<float, kPack>(tables.cos, 0, 0) && can_vectorize<float, kPack>(tables.sin, 0, 0) && fits<T, kPack>(size, task.x, task.x_heads) &&
+           fits<T, kPack>(size, task.y, task.y_heads);
 }
 
 template <class T, int kPack>

@@ -335,8 +335,8 @@ const char* scaled_masked_softmax_forward_cuda(const ScoreRows& rows, const void
         using T = decltype(zero);
         constexpr int kPack = Pack<T>::kSize;
         const Forward<T> task{static_cast<const T*>(x), x_stride, static_cast<T*>(y), visibility, static_cast<float>(rows.scale)};
-        const bool packs =
-            packs_fit<T>(x, x_stride, rows.cols) && packs_fit<T>(y, rows.cols, rows.cols) && packs_fit<uint8_t, kPack>(rows.mask, rows.cols, rows.cols);
+        const bool packs = can_vectorize<T>(x, x_stride, rows.cols) && can_vectorize<T>(y, rows.cols, rows.cols) &&
+                           can_vectorize<uint8_t, kPack>(rows.mask, rows.cols, rows.cols);
         return packs ? launch_forward<T, kPack>(task, stream) : launch_forward<T, 1>(task, stream);
     }));
 }
@@ -349,7 +349,7 @@ const char* scaled_masked_softmax_backward_cuda(const ScoreRows& rows, const voi
         using T = decltype(zero);
         const Backward<T> task{static_cast<const T*>(dy),     static_cast<const T*>(y), dy_stride, y_stride, static_cast<T*>(dx), visibility,
                                static_cast<float>(rows.scale)};
-        const bool packs = packs_fit<T>(dy, dy_stride, rows.cols) && packs_fit<T>(y, y_stride, rows.cols) && packs_fit<T>(dx, rows.cols, rows.cols);
+        const bool packs = can_vectorize<T>(dy, dy_stride, rows.cols) && can_vectorize<T>(y, y_stride, rows.cols) && can_vectorize<T>(dx, rows.cols, rows.cols);
         return packs ? launch_backward<T, Pack<T>::kSize>(task, stream) : launch_backward<T, 1>(task, stream);
     }));
 }

@@ -1,5 +1,5 @@
 // The forward's instances for float16.
-#include "ops/attention/forward_instances.cuh"
+#include "ops/attention/cuda/forward_instances.cuh"
 
 namespace neox::attention {
 

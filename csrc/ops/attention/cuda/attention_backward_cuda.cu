@@ -1,5 +1,5 @@
-#include "ops/attention/backward.cuh"
-#include "ops/attention/launch.cuh"
+#include "ops/attention/cuda/backward.cuh"
+#include "ops/attention/cuda/launch.cuh"
 
 namespace neox {
 namespace {
@@ -14,7 +14,7 @@ Backward<T> describe(const Attention& in, const AttentionGradients& grad, bool d
     Backward<T> task{};
     const int64_t pairs = in.batch * in.groups;
     const int dim = instance_dim(in);
-    task.in = problem_of(in, workspace);
+    task.in = make_params(in, workspace);
     task.q = query_matrix<const T>(in, in.q, in.q_strides);
     task.k = key_matrix<const T>(in, in.k, in.k_strides);
     task.v = key_matrix<const T>(in, in.v, in.v_strides);
@@ -25,8 +25,8 @@ Backward<T> describe(const Attention& in, const AttentionGradients& grad, bool d
     task.dv = key_matrix<T>(in, grad.dv, grad.dv_strides);
     task.lse = grad.lse;
     task.padded_rows = static_cast<int>(ceil_divide(in.queries * in.heads, kRowPadding) * kRowPadding);
-    task.rows = workspace.take<float2>(pairs * task.padded_rows);
-    task.dq_sums = sums_queries(in, deterministic) ? workspace.take<float>(pairs * task.padded_rows * dim) : nullptr;
+    task.rows = workspace.allocate<float2>(pairs * task.padded_rows);
+    task.dq_sums = sums_queries(in, deterministic) ? workspace.allocate<float>(pairs * task.padded_rows * dim) : nullptr;
     return task;
 }
 
@@ -57,8 +57,8 @@ const char* attention_backward_cuda(const Attention& in, const AttentionGradient
     if (in.batch * in.groups == 0) return nullptr;
     return message(dispatch_type(in, [&](auto zero) {
         using T = decltype(zero);
-        Workspace pieces(workspace);
-        return run_backward<T>(in, describe<T>(in, grad, deterministic, pieces), stream);
+        Workspace allocations(workspace);
+        return run_backward<T>(in, describe<T>(in, grad, deterministic, allocations), stream);
     }));
 }
 

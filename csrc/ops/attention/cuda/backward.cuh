@@ -6,8 +6,8 @@
 #pragma once
 
 #include "common/vec.cuh"
-#include "ops/attention/scores.cuh"
-#include "ops/attention/shared_tile.cuh"
+#include "ops/attention/cuda/mask.cuh"
+#include "ops/attention/cuda/shared_tile.cuh"
 
 namespace neox::attention {
 
@@ -15,7 +15,7 @@ constexpr int kRowPadding = 128;  // rows of a pair in the scratch tensors are p
 
 template <class T>
 struct Backward {
-    Problem in;
+    Params in;
     BlockOrder order;
     Matrix<const T> q, k, v, out, dout;
     Matrix<T> dq, dk, dv;
@@ -28,14 +28,14 @@ struct Backward {
 // rows[...] = {lse, delta}: 8 lanes per row.
 template <class T>
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Backward<T> task) {
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x / 8;
     const int pair = static_cast<int>(index / task.padded_rows), row = static_cast<int>(index % task.padded_rows), lane = threadIdx.x % 8;
     float delta = 0.0f;
     if (row < in.rows) {
         const T* const out = task.out.at(pair / in.groups, pair % in.groups) + in.row_offset(row, task.out.strides);
         const T* const dout = task.dout.at(pair / in.groups, pair % in.groups) + in.row_offset(row, task.dout.strides);
-        if (task.out.packs && task.dout.packs) {
+        if (task.out.vectorized && task.dout.vectorized) {
             for (int c = lane * 8; c < in.head_dim; c += 64) {
                 float a[8], b[8];
                 load(out + c, a);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Ba
 // dq = scale * dq_sums, 8 channels per thread.
 template <class T>
 __global__ void __launch_bounds__(256) finish_dq_kernel(const __grid_constant__ Backward<T> task, int dim) {
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, row_index = index / (dim / 8);
     const int pair = static_cast<int>(row_index / task.padded_rows), row = static_cast<int>(row_index % task.padded_rows);
     const int c = static_cast<int>(index % (dim / 8)) * 8;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(256) finish_dq_kernel(const __grid_constant__ 
     const float values[8] = {low.x * in.scale,  low.y * in.scale,  low.z * in.scale,  low.w * in.scale,
                              high.x * in.scale, high.y * in.scale, high.z * in.scale, high.w * in.scale};
     T* const dq = task.dq.at(pair / in.groups, pair % in.groups) + in.row_offset(row, task.dq.strides) + c;
-    if (task.dq.packs) {
+    if (task.dq.vectorized) {
         store(dq, values);
     } else {
         for (int k = 0; k < 8 && c + k < in.head_dim; ++k) dq[k] = from_fp32<T>(values[k]);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(256) finish_dq_kernel(const __grid_constant__ 
 
 // An element of the general kernels. `product` of query and key becomes the probability, zero where dropout takes it and not yet divided where not;
 // `dp`, the product of dout and value, becomes ds, not yet scaled.
-NEOX_DEVICE void finish_element(const Problem& in, float slope, int distance, bool visible, bool kept, float lse, float delta, float& product, float& dp) {
+NEOX_DEVICE void finish_element(const Params& in, float slope, int distance, bool visible, bool kept, float lse, float delta, float& product, float& dp) {
     float score = product * (in.scale * kLog2E), bend = 1.0f;  // bend: the gradient through the softcap
     if (in.softcap > 0.0f) {
         const float t = in.capped(product);
@@ -85,7 +85,7 @@ NEOX_DEVICE void finish_element(const Problem& in, float slope, int distance, bo
     }
     score -= slope * fabsf(static_cast<float>(distance));
     const float power = fast_exp2(score - lse), p = visible ? power : 0.0f;
-    dp = p * ((kept ? dp * in.kept : 0.0f) - delta) * bend;
+    dp = p * ((kept ? dp * in.keep_scale : 0.0f) - delta) * bend;
     product = kept ? p : 0.0f;
 }
 

@@ -5,19 +5,19 @@
 #pragma once
 
 #include "common/philox.h"
-#include "ops/attention/problem.cuh"
+#include "ops/attention/cuda/params.cuh"
 
 namespace neox::attention {
 
 // Words of keys [key / 4 * 4, + 4) of a row: word of key j is number ((b n + h) s + i) * ceil4(t) + j (attention.h).
-NEOX_DEVICE PhiloxWords dropout_words(const Problem& in, int pair, int row, int key) {
+NEOX_DEVICE PhiloxWords dropout_words(const Params& in, int pair, int row, int key) {
     const uint64_t quads = (static_cast<uint64_t>(in.keys) + 3) / 4;
     const uint64_t counter = static_cast<uint64_t>(in.index(pair, min(row, in.rows - 1))) * quads + static_cast<uint64_t>(key / 4);
     return philox(in.seed[0], counter, in.seed[1]);
 }
 
 // Bit i: element i of this lane's part of sums [16 rows, 8 keys] is kept. row: the lane's first of its two rows; key: the first of the 8.
-NEOX_DEVICE unsigned kept_rows(const Problem& in, int pair, int row, int key) {
+NEOX_DEVICE unsigned keep_bits(const Params& in, int pair, int row, int key) {
     const int lane = threadIdx.x % kWarpSize;
     const bool odd = lane & 1;  // even lanes draw for the first row, odd ones for the second; each pair shares four keys
     const PhiloxWords own = dropout_words(in, pair, odd ? row + 8 : row, key + (lane & 2) * 2);
@@ -31,7 +31,7 @@ NEOX_DEVICE unsigned kept_rows(const Problem& in, int pair, int row, int key) {
 }
 
 // The same for transposed sums [16 keys, 8 rows]; key and row: the first of the block.
-NEOX_DEVICE unsigned kept_columns(const Problem& in, int pair, int row, int key) {
+NEOX_DEVICE unsigned keep_bits_transposed(const Params& in, int pair, int row, int key) {
     const int lane = threadIdx.x % kWarpSize, call = lane >> 2 & 3;  // lanes whose keys are the same but for the last two bits share four calls
     const PhiloxWords own = dropout_words(in, pair, row + lane % 4 * 2 + (call & 1), key + (lane >> 2 & 4) + (call >> 1) * 8);
     unsigned bits = 0;

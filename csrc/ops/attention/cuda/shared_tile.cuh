@@ -37,21 +37,21 @@ NEOX_DEVICE void copy_elements(T* shared, const T* row, int chunk, int head_dim)
 
 // The reverse, for rows in a tile that this thread may read.
 template <class T>
-NEOX_DEVICE void store_chunk(const T* shared, T* row, int chunk, int head_dim, bool packs) {
-    if (packs) {
+NEOX_DEVICE void store_chunk(const T* shared, T* row, int chunk, int head_dim, bool vectorized) {
+    if (vectorized) {
         if (chunk * 8 < head_dim) *reinterpret_cast<uint4*>(row + chunk * 8) = *reinterpret_cast<const uint4*>(shared);
         return;
     }
     for (int i = 0; i < 8 && chunk * 8 + i < head_dim; ++i) row[chunk * 8 + i] = shared[i];
 }
 
-// Fills a tile [kRows, kDim] with the first `count` of the rows that row_of(i) points to, and zeros after them; in the background where `packs`
+// Fills a tile [kRows, kDim] with the first `count` of the rows that row_of(i) points to, and zeros after them; in the background where `vectorized`
 // says that rows allow 16-byte copies. All kThreads threads of the block take part.
 template <int kRows, int kDim, int kThreads, class T, class RowOf>
-NEOX_DEVICE void load_tile(T* tile, int count, int head_dim, bool packs, const RowOf& row_of) {
+NEOX_DEVICE void load_tile(T* tile, int count, int head_dim, bool vectorized, const RowOf& row_of) {
     constexpr int kChunks = Swizzle<kDim>::kChunks, kCount = kRows * kChunks;
     static_assert(kCount % kThreads == 0);
-    if (packs) {
+    if (vectorized) {
 #pragma unroll
         for (int i = 0; i < kCount / kThreads; ++i) {
             const int at = i * kThreads + static_cast<int>(threadIdx.x), row = at / kChunks, chunk = at % kChunks;
@@ -111,7 +111,7 @@ NEOX_DEVICE void mma_pair(float (&c0)[4], float (&c1)[4], const uint32_t (&a)[4]
 
 // c [16 kM, kN] += a b^T over kDim: b is kN rows of a tile from `row` on, a comes from a_of(k, fragment), k in steps of 16.
 template <class T, int kDim, int kM, int kN, class AOf>
-NEOX_DEVICE void multiply_by_rows(float (&c)[kM][kN / 8][4], const AOf& a_of, const T* b, int row) {
+NEOX_DEVICE void gemm_nt(float (&c)[kM][kN / 8][4], const AOf& a_of, const T* b, int row) {
     [[maybe_unused]] constexpr int kUnroll = kDim <= 128 ? kDim / 16 : 4;  // large heads whole: three times the code, and spills
 #pragma unroll kUnroll
     for (int k = 0; k < kDim / 16; ++k) {
@@ -130,7 +130,7 @@ NEOX_DEVICE void multiply_by_rows(float (&c)[kM][kN / 8][4], const AOf& a_of, co
 
 // c [16 kM, kN] += a b over kK: b is kK rows of a tile of kDim channels from `row` on, kN of them from `chunk` on.
 template <class T, int kDim, int kM, int kK, int kN, class AOf>
-NEOX_DEVICE void multiply_by_columns(float (&c)[kM][kN / 8][4], const AOf& a_of, const T* b, int row, int chunk) {
+NEOX_DEVICE void gemm_nn(float (&c)[kM][kN / 8][4], const AOf& a_of, const T* b, int row, int chunk) {
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k) {
         uint32_t a[kM][4];
@@ -171,13 +171,13 @@ NEOX_DEVICE void stage_rows(T* tile, int row, const float (&c)[kDim / 8][4], flo
 
 // Writes kRows rows of a tile, from `row` on, that this warp has staged; row_of(i) as in load_tile, null rows are left out.
 template <int kRows, int kDim, class T, class RowOf>
-NEOX_DEVICE void store_staged(const T* tile, int row, int head_dim, bool packs, const RowOf& row_of) {
+NEOX_DEVICE void store_staged(const T* tile, int row, int head_dim, bool vectorized, const RowOf& row_of) {
     constexpr int kChunks = Swizzle<kDim>::kChunks;
     __syncwarp();  // the other lanes have staged their parts
 #pragma unroll 2
     for (int at = threadIdx.x % kWarpSize; at < kRows * kChunks; at += kWarpSize) {
         T* const to = row_of(row + at / kChunks);
-        if (to) store_chunk(tile + Swizzle<kDim>::at(row + at / kChunks, at % kChunks), to, at % kChunks, head_dim, packs);
+        if (to) store_chunk(tile + Swizzle<kDim>::at(row + at / kChunks, at % kChunks), to, at % kChunks, head_dim, vectorized);
     }
 }
 

@@ -1,8 +1,8 @@
 // Which tiles the forward takes for a head_dim; docs/attention.md has the arithmetic.
 #pragma once
 
-#include "ops/attention/forward.cuh"
-#include "ops/attention/launch.cuh"
+#include "ops/attention/cuda/forward.cuh"
+#include "ops/attention/cuda/launch.cuh"
 
 namespace neox::attention {
 

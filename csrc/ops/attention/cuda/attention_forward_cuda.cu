@@ -1,5 +1,5 @@
-#include "ops/attention/forward.cuh"
-#include "ops/attention/launch.cuh"
+#include "ops/attention/cuda/forward.cuh"
+#include "ops/attention/cuda/launch.cuh"
 
 namespace neox {
 namespace attention {
@@ -33,7 +33,7 @@ int64_t key_splits(const Attention& in) {
 template <class T>
 Forward<T> describe(const Attention& in, void* out, float* lse, Workspace& workspace) {
     Forward<T> task{};
-    task.in = problem_of(in, workspace);
+    task.in = make_params(in, workspace);
     task.order = block_order(in, ceil_divide(in.queries * in.heads, kForwardRows), in.causal);
     task.q = query_matrix<const T>(in, in.q, in.q_strides);
     task.k = key_matrix<const T>(in, in.k, in.k_strides);
@@ -43,19 +43,19 @@ Forward<T> describe(const Attention& in, void* out, float* lse, Workspace& works
     task.splits = static_cast<int>(key_splits(in));
     if (task.splits > 1) {
         const int64_t rows = task.splits * in.batch * in.groups * in.queries * in.heads;
-        task.partial_out = workspace.take<float>(rows * instance_dim(in));
-        task.partial_lse = workspace.take<float>(rows);
+        task.partial_out = workspace.allocate<float>(rows * instance_dim(in));
+        task.partial_lse = workspace.allocate<float>(rows);
     }
     return task;
 }
 
 }  // namespace
 
-cudaError_t fill_segment_table(const Problem& problem, Stream stream) {
-    const int64_t entries = static_cast<int64_t>(problem.batch) * problem.segment_entries;
-    if (!problem.segments || entries == 0) return cudaSuccess;
-    return launch(segment_table_kernel, dim3(static_cast<unsigned>(ceil_divide(entries, 4))), dim3(128), 0, stream, problem.segments,
-                  const_cast<int2*>(problem.segment_table), entries, problem.segment_entries, problem.keys);
+cudaError_t fill_segment_table(const Params& params, Stream stream) {
+    const int64_t entries = static_cast<int64_t>(params.batch) * params.segment_entries;
+    if (!params.segments || entries == 0) return cudaSuccess;
+    return launch(segment_table_kernel, dim3(static_cast<unsigned>(ceil_divide(entries, 4))), dim3(128), 0, stream, params.segments,
+                  const_cast<int2*>(params.segment_table), entries, params.segment_entries, params.keys);
 }
 
 }  // namespace attention
@@ -72,8 +72,8 @@ const char* attention_forward_cuda(const Attention& in, void* out, float* lse, v
     if (in.batch * in.groups * in.queries * in.heads == 0) return nullptr;
     return message(dispatch_type(in, [&](auto zero) {
         using T = decltype(zero);
-        Workspace pieces(workspace);
-        const Forward<T> task = describe<T>(in, out, lse, pieces);
+        Workspace allocations(workspace);
+        const Forward<T> task = describe<T>(in, out, lse, allocations);
         const int dim = instance_dim(in);
         cudaError_t error = fill_segment_table(task.in, stream);
         if (error == cudaSuccess) error = launch_forward<T>(task, dim, is_general(in), stream);

@@ -1,7 +1,7 @@
 // How much shared memory the kernels of a problem need. The kernels themselves are instantiated elsewhere.
-#include "ops/attention/backward_keys_instances.cuh"
-#include "ops/attention/backward_queries_instances.cuh"
-#include "ops/attention/forward_instances.cuh"
+#include "ops/attention/cuda/backward_keys_instances.cuh"
+#include "ops/attention/cuda/backward_queries_instances.cuh"
+#include "ops/attention/cuda/forward_instances.cuh"
 
 namespace neox {
 

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "common/vec.cuh"
-#include "ops/attention/scores.cuh"
-#include "ops/attention/shared_tile.cuh"
+#include "ops/attention/cuda/mask.cuh"
+#include "ops/attention/cuda/shared_tile.cuh"
 
 namespace neox::attention {
 
@@ -24,7 +24,7 @@ struct ForwardShape {
 
 template <class T>
 struct Forward {
-    Problem in;
+    Params in;
     BlockOrder order;
     Matrix<const T> q, k, v;
     Matrix<T> out;
@@ -56,7 +56,7 @@ struct RunningSoftmax {
 // to 2^-9 of itself in bf16 ahead of the product with the values. Where one key has nearly all of the attention nothing averages that out: the
 // output, and through dout . out every gradient of the scores, is off by twice what rounding the output costs.
 template <int kM, int kKeys, int kDim>
-NEOX_DEVICE void soften(float (&s)[kM][kKeys / 8][4], float factor, RunningSoftmax<kM>& row, float (&out)[kM][kDim / 8][4]) {
+NEOX_DEVICE void online_softmax(float (&s)[kM][kKeys / 8][4], float factor, RunningSoftmax<kM>& row, float (&out)[kM][kDim / 8][4]) {
     float rescale[kM][2];
     bool moved = false;
 #pragma unroll
@@ -111,7 +111,7 @@ NEOX_DEVICE void soften(float (&s)[kM][kKeys / 8][4], float factor, RunningSoftm
 
 // Fills the ring: keys and values of the visible tiles by turns, one slot each.
 template <class T, class Shape>
-struct Filler {
+struct TileLoader {
     const Forward<T>& task;
     const KeyTiles<Shape::kKeys>& tiles;
     const T *keys, *values;
@@ -119,13 +119,13 @@ struct Filler {
     int tile, slot = 0;
     bool is_values = false;
 
-    __device__ __forceinline__ void fill_next() {
+    __device__ __forceinline__ void load_next() {
         if (tile < tiles.end) {
             const int first = tile * Shape::kKeys;
             const int64_t stride = is_values ? task.v.strides.sequence : task.k.strides.sequence;
             const T* const base = (is_values ? values : keys) + first * stride;
             load_tile<Shape::kKeys, Shape::kDim, Shape::kThreads>(ring + slot * (Shape::kKeys * Shape::kDim), task.in.keys - first, task.in.head_dim,
-                                                                  is_values ? task.v.packs : task.k.packs, [&](int i) { return base + i * stride; });
+                                                                  is_values ? task.v.vectorized : task.k.vectorized, [&](int i) { return base + i * stride; });
             slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
             if (is_values) tile = tiles.next(tile + 1);
             is_values = !is_values;
@@ -136,10 +136,10 @@ struct Filler {
 
 // The sums of this warp's rows over all tiles. Rows beyond the last are zeros and come to nothing that is stored.
 template <class T, class Shape, bool kGeneral>
-NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>& tiles, int pair, int row, const T* q_tile, Filler<T, Shape>& filler,
+NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>& tiles, int pair, int row, const T* q_tile, TileLoader<T, Shape>& loader,
                            RunningSoftmax<Shape::kM>& softmax, float (&out)[Shape::kM][Shape::kDim / 8][4]) {
     constexpr int kM = Shape::kM, kKeys = Shape::kKeys, kDim = Shape::kDim;
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int warp_row = threadIdx.x / kWarpSize * (16 * kM);
     const float factor = kGeneral ? 1.0f : in.scale * kLog2E;
     constexpr bool kHold = kDim <= 64;  // the queries stay in registers where those suffice
@@ -150,7 +150,7 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
         uint32_t p[kM][kKeys / 16][4];
         cp_async_wait<Shape::kStages - 2>();
         __syncthreads();  // everyone's part of the keys has landed, and nobody reads the slot that is filled next
-        filler.fill_next();
+        loader.load_next();
         float s[kM][kKeys / 8][4] = {};
         if constexpr (kHold) {
             if (fresh) {
@@ -169,21 +169,21 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
                 load_a<kDim>(a, q_tile, warp_row + m * 16, k * 2);
             }
         };
-        multiply_by_rows<T, kDim, kM, kKeys>(s, q_of, filler.ring + slot * (kKeys * kDim), 0);
-        if constexpr (kGeneral) finish_scores<kM, kKeys>(in, pair % in.groups, row, tile * kKeys, s);
-        if (!tiles.whole(tile)) hide_scores<kM, kKeys>(in, pair / in.groups, row, tile * kKeys, s);
-        soften<kM, kKeys, kDim>(s, factor, softmax, out);
+        gemm_nt<T, kDim, kM, kKeys>(s, q_of, loader.ring + slot * (kKeys * kDim), 0);
+        if constexpr (kGeneral) apply_softcap_and_alibi<kM, kKeys>(in, pair % in.groups, row, tile * kKeys, s);
+        if (!tiles.unmasked(tile)) mask_scores<kM, kKeys>(in, pair / in.groups, row, tile * kKeys, s);
+        online_softmax<kM, kKeys, kDim>(s, factor, softmax, out);
         if constexpr (kGeneral) {
-            if (in.drops) drop<kM, kKeys>(in, pair, row, tile * kKeys, s);
+            if (in.has_dropout) apply_dropout<kM, kKeys>(in, pair, row, tile * kKeys, s);
         }
 #pragma unroll
         for (int m = 0; m < kM; ++m) sums_as_a<T, kKeys>(s[m], p[m]);
         slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
         cp_async_wait<Shape::kStages - 2>();
         __syncthreads();  // the same for the values
-        filler.fill_next();
+        loader.load_next();
         const auto p_of = [&](int m, int k, uint32_t (&a)[4]) { copy_fragment(a, p[m][k]); };
-        multiply_by_columns<T, kDim, kM, kKeys, kDim>(out, p_of, filler.ring + slot * (kKeys * kDim), 0, 0);
+        gemm_nn<T, kDim, kM, kKeys, kDim>(out, p_of, loader.ring + slot * (kKeys * kDim), 0, 0);
         slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
     }
     cp_async_wait<0>();
@@ -194,9 +194,9 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
 template <class T, class Shape>
 NEOX_DEVICE void finish_rows(const Forward<T>& task, int pair, int row, const RunningSoftmax<Shape::kM>& softmax,
                              const float (&out)[Shape::kM][Shape::kDim / 8][4], T* q_tile) {
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int lane = threadIdx.x % kWarpSize, warp_row = threadIdx.x / kWarpSize * (16 * Shape::kM);
-    const float kept = in.drops ? in.kept : 1.0f;
+    const float kept = in.has_dropout ? in.keep_scale : 1.0f;
 #pragma unroll
     for (int m = 0; m < Shape::kM; ++m) {
         float inverse[2];
@@ -205,10 +205,10 @@ NEOX_DEVICE void finish_rows(const Forward<T>& task, int pair, int row, const Ru
             float total = softmax.total[m][half];
             total += __shfl_xor_sync(kFullWarp, total, 1);
             total += __shfl_xor_sync(kFullWarp, total, 2);
-            const bool blind = total == 0.0f;
-            inverse[half] = blind ? 0.0f : kept / total;
+            const bool no_keys = total == 0.0f;
+            inverse[half] = no_keys ? 0.0f : kept / total;
             const int at = row + m * 16 + half * 8 + lane / 4;
-            const float lse = blind ? -INFINITY : softmax.reference[m][half] + log2f(total);
+            const float lse = no_keys ? -INFINITY : softmax.reference[m][half] + log2f(total);
             if (at < in.rows && lane % 4 == 0) {
                 if (task.splits > 1) {
                     task.partial_lse[(static_cast<int64_t>(blockIdx.y) * task.order.pairs + pair) * in.rows + at] = lse;
@@ -229,7 +229,7 @@ NEOX_DEVICE void finish_rows(const Forward<T>& task, int pair, int row, const Ru
     }
     if (task.splits > 1) return;
     T* const base = task.out.at(pair / in.groups, pair % in.groups);
-    store_staged<16 * Shape::kM, Shape::kDim>(q_tile, warp_row, in.head_dim, task.out.packs, [&](int i) {
+    store_staged<16 * Shape::kM, Shape::kDim>(q_tile, warp_row, in.head_dim, task.out.vectorized, [&](int i) {
         const int at = row + i - warp_row;
         return at < in.rows ? base + in.row_offset(at, task.out.strides) : nullptr;
     });
@@ -239,8 +239,8 @@ template <class T, class Shape, bool kGeneral>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) forward_kernel(const __grid_constant__ Forward<T> task) {
     DYNAMIC_SMEM(shared);
     T* const q_tile = reinterpret_cast<T*>(shared);  // [kRows, kDim], then the ring of [kKeys, kDim]
-    const Problem& in = task.in;
-    const auto [pair, block] = task.order.here();
+    const Params& in = task.in;
+    const auto [pair, block] = task.order.current();
     const int batch = pair / in.groups, group = pair % in.groups, first_row = block * Shape::kRows;
     KeyTiles<Shape::kKeys> tiles(in, batch, first_row, min(first_row + Shape::kRows, in.rows) - 1);
     if (task.splits > 1) {
@@ -249,23 +249,23 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) forward_kerne
         tiles.end = begin + static_cast<int>(static_cast<int64_t>(count) * (part + 1) / task.splits);
     }
     const T* const queries = task.q.at(batch, group);
-    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(q_tile, in.rows - first_row, in.head_dim, task.q.packs,
+    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(q_tile, in.rows - first_row, in.head_dim, task.q.vectorized,
                                                           [&](int i) { return queries + in.row_offset(first_row + i, task.q.strides); });
-    Filler<T, Shape> filler{task, tiles, task.k.at(batch, group), task.v.at(batch, group), q_tile + Shape::kRows * Shape::kDim, tiles.next(tiles.begin)};
+    TileLoader<T, Shape> loader{task, tiles, task.k.at(batch, group), task.v.at(batch, group), q_tile + Shape::kRows * Shape::kDim, tiles.next(tiles.begin)};
 #pragma unroll 1
-    for (int i = 0; i < Shape::kStages - 1; ++i) filler.fill_next();
+    for (int i = 0; i < Shape::kStages - 1; ++i) loader.load_next();
 
     const int row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * (16 * Shape::kM);
     RunningSoftmax<Shape::kM> softmax;
     float out[Shape::kM][Shape::kDim / 8][4] = {};
-    run_tiles<T, Shape, kGeneral>(task, tiles, pair, row, q_tile, filler, softmax, out);
+    run_tiles<T, Shape, kGeneral>(task, tiles, pair, row, q_tile, loader, softmax, out);
     finish_rows<T, Shape>(task, pair, row, softmax, out, q_tile);
 }
 
 // One row per warp: the parts of its keys, weighed by their sums, in order.
 template <class T>
 __global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ Forward<T> task, int dim) {
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int lane = threadIdx.x % kWarpSize;
     const int64_t row_index = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarpSize, all_rows = static_cast<int64_t>(task.order.pairs) * in.rows;
     if (row_index >= all_rows) return;

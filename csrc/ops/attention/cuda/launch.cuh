@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "ops/attention/problem.cuh"
+#include "ops/attention/cuda/params.cuh"
 
 namespace neox::attention {
 
@@ -15,7 +15,7 @@ class Workspace {
     explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
 
     template <class T>
-    T* take(int64_t count) {
+    T* allocate(int64_t count) {
         T* const piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
         used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
         return piece;
@@ -31,7 +31,7 @@ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether all rows of a tensor can be copied in packs of 8 elements. Strides of dimensions of one element have no say, but for the sequence's:
 // tiles address rows behind the last, though they do not read them.
-inline bool rows_fit_packs(const Attention& in, const void* data, const AttentionStrides& strides, int64_t heads) {
+inline bool rows_vectorize(const Attention& in, const void* data, const AttentionStrides& strides, int64_t heads) {
     const auto fits = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && in.head_dim % 8 == 0 && fits(in.batch, strides.batch) && strides.sequence % 8 == 0 &&
            fits(in.groups, strides.group) && fits(heads, strides.head);
@@ -39,12 +39,12 @@ inline bool rows_fit_packs(const Attention& in, const void* data, const Attentio
 
 template <class T>
 Matrix<T> query_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data, const AttentionStrides& strides) {
-    return {static_cast<T*>(data), strides, rows_fit_packs(in, data, strides, in.heads)};
+    return {static_cast<T*>(data), strides, rows_vectorize(in, data, strides, in.heads)};
 }
 
 template <class T>
 Matrix<T> key_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data, const AttentionStrides& strides) {
-    return {static_cast<T*>(data), strides, rows_fit_packs(in, data, strides, 1)};
+    return {static_cast<T*>(data), strides, rows_vectorize(in, data, strides, 1)};
 }
 
 // Strides of a contiguous [batch, queries, groups * heads, head_dim].
@@ -53,27 +53,27 @@ inline AttentionStrides output_strides(const Attention& in) {
     return {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim};
 }
 
-inline Problem problem_of(const Attention& in, Workspace& workspace) {
+inline Params make_params(const Attention& in, Workspace& workspace) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    Problem problem{};
-    problem.batch = static_cast<int>(in.batch), problem.groups = static_cast<int>(in.groups), problem.heads = static_cast<int>(in.heads);
-    problem.queries = static_cast<int>(in.queries), problem.keys = static_cast<int>(in.keys), problem.head_dim = static_cast<int>(in.head_dim);
-    problem.rows = static_cast<int>(in.queries * in.heads);
-    problem.by_heads = Divisor::by(problem.heads);
-    problem.offset = static_cast<int>(in.keys - in.queries);
-    problem.causal = in.causal;
-    problem.window = static_cast<int>(std::min(in.window, kMost));
-    problem.reach = !in.causal ? 0xffffffffu : static_cast<unsigned>(in.window ? problem.window - 1 : kMost);
-    problem.segments = in.segments;
-    problem.segment_entries = static_cast<int>(ceil_divide(in.keys, kSegmentTile));
-    problem.segment_table = in.segments ? workspace.take<int2>(in.batch * problem.segment_entries) : nullptr;
-    problem.slopes = in.slopes;
-    problem.scale = in.scale, problem.softcap = in.softcap;
-    problem.drops = in.dropout > 0;
-    problem.seed[0] = in.seed[0], problem.seed[1] = in.seed[1];
-    problem.threshold = static_cast<uint32_t>(dropout_threshold(in.dropout));
-    problem.kept = 1.0f / (1.0f - in.dropout);
-    return problem;
+    Params params{};
+    params.batch = static_cast<int>(in.batch), params.groups = static_cast<int>(in.groups), params.heads = static_cast<int>(in.heads);
+    params.queries = static_cast<int>(in.queries), params.keys = static_cast<int>(in.keys), params.head_dim = static_cast<int>(in.head_dim);
+    params.rows = static_cast<int>(in.queries * in.heads);
+    params.by_heads = Divisor::by(params.heads);
+    params.offset = static_cast<int>(in.keys - in.queries);
+    params.causal = in.causal;
+    params.window = static_cast<int>(std::min(in.window, kMost));
+    params.reach = !in.causal ? 0xffffffffu : static_cast<unsigned>(in.window ? params.window - 1 : kMost);
+    params.segments = in.segments;
+    params.segment_entries = static_cast<int>(ceil_divide(in.keys, kSegmentTile));
+    params.segment_table = in.segments ? workspace.allocate<int2>(in.batch * params.segment_entries) : nullptr;
+    params.slopes = in.slopes;
+    params.scale = in.scale, params.softcap = in.softcap;
+    params.has_dropout = in.dropout > 0;
+    params.seed[0] = in.seed[0], params.seed[1] = in.seed[1];
+    params.threshold = static_cast<uint32_t>(dropout_threshold(in.dropout));
+    params.keep_scale = 1.0f / (1.0f - in.dropout);
+    return params;
 }
 
 // The plain kernels do masks only, and fold a positive scale into the exponent. The general ones also do softcap, ALiBi, dropout and any scale.
@@ -124,6 +124,6 @@ cudaError_t dispatch_instance(int dim, bool general, const Body& body) {
 }
 
 // Writes the table of segment ids where there are segments (attention_forward_cuda.cu).
-cudaError_t fill_segment_table(const Problem& problem, Stream stream);
+cudaError_t fill_segment_table(const Params& params, Stream stream);
 
 }  // namespace neox::attention

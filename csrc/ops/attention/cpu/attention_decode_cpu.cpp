@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "ops/attention/attention.h"
-#include "ops/attention/block.h"
-#include "ops/attention/decode.h"
+#include "ops/attention/cpu/decode.h"
+#include "ops/attention/cpu/query_block.h"
 
 namespace neox {
 namespace {
@@ -69,7 +69,7 @@ struct Partial {
 };
 
 // Scores of a row to 2^(score - peak); the lanes after the last key become zeros.
-Partial soften_row(int64_t count, float* scores) {
+Partial online_softmax_row(int64_t count, float* scores) {
     Vec peaks = splat(-kInfinity), totals = {};
     for (int64_t j = 0; j < count; j += kVecWidth) peaks = max(load(scores + j), peaks);
     const float peak = max_lane(peaks);
@@ -132,7 +132,7 @@ void decode_span(const Attention& in, const QueryBlock& block, int64_t begin, in
     score_span(queries, block.count, in.head_dim, rows_of(in.k, in.k_strides), in.k_strides.sequence, count, scores);
     for (int64_t r = 0; r < block.count; ++r) {
         finish_row(in, block, r, begin, end, scores + r * kSpan);
-        partials[r] = soften_row(count, scores + r * kSpan);
+        partials[r] = online_softmax_row(count, scores + r * kSpan);
     }
     weigh_span(scores, block.count, in.head_dim, rows_of(in.v, in.v_strides), in.v_strides.sequence, count, out);
 }
@@ -169,13 +169,13 @@ void attention_decode_cpu(const Attention& in, void* out, float* lse, const Para
     const int64_t spans = (in.keys + kSpan - 1) / kSpan;
     std::vector<Partial> partials(static_cast<size_t>(pairs * spans * rows));
     Scratch parts(pairs * spans * rows * padded);
-    float* const out_parts = parts.take(pairs * spans * rows * padded);
+    float* const out_parts = parts.allocate(pairs * spans * rows * padded);
     dispatch(in.dtype, [&](auto zero) {
         using T = decltype(zero);
         parallel(pairs * spans, 1, [&](int64_t first, int64_t last) {
             Scratch scratch(round_up(rows) * padded + rows * kSpan);
-            float* const queries = scratch.take(round_up(rows) * padded);
-            float* const scores = scratch.take(rows * kSpan);
+            float* const queries = scratch.allocate(round_up(rows) * padded);
+            float* const scores = scratch.allocate(rows * kSpan);
             for (int64_t unit = first; unit < last; ++unit) {
                 const QueryBlock block = query_block(in, unit / spans / in.groups, unit / spans % in.groups, 0);
                 const KeyRange seen = visible_keys(in, block);

@@ -1,8 +1,8 @@
 // Which tiles the kernel of dq takes for a head_dim; docs/attention.md has the arithmetic.
 #pragma once
 
-#include "ops/attention/backward_queries.cuh"
-#include "ops/attention/launch.cuh"
+#include "ops/attention/cuda/backward_queries.cuh"
+#include "ops/attention/cuda/launch.cuh"
 
 namespace neox::attention {
 

@@ -1,7 +1,7 @@
 // dq by a kernel of its own, in a fixed order of sums: a block of rows against the tiles of keys that they see, as in the forward.
 #pragma once
 
-#include "ops/attention/backward.cuh"
+#include "ops/attention/cuda/backward.cuh"
 
 namespace neox::attention {
 
@@ -16,20 +16,20 @@ struct QueriesShape {
 
 template <class T, class Shape>
 NEOX_DEVICE void fill_keys(const Backward<T>& task, int pair, int tile, T* stage) {
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int first = tile * Shape::kKeys;
     const T* const keys = task.k.at(pair / in.groups, pair % in.groups) + first * task.k.strides.sequence;
     const T* const values = task.v.at(pair / in.groups, pair % in.groups) + first * task.v.strides.sequence;
-    load_tile<Shape::kKeys, Shape::kDim, Shape::kThreads>(stage, in.keys - first, in.head_dim, task.k.packs,
+    load_tile<Shape::kKeys, Shape::kDim, Shape::kThreads>(stage, in.keys - first, in.head_dim, task.k.vectorized,
                                                           [&](int i) { return keys + i * task.k.strides.sequence; });
-    load_tile<Shape::kKeys, Shape::kDim, Shape::kThreads>(stage + Shape::kKeys * Shape::kDim, in.keys - first, in.head_dim, task.v.packs,
+    load_tile<Shape::kKeys, Shape::kDim, Shape::kThreads>(stage + Shape::kKeys * Shape::kDim, in.keys - first, in.head_dim, task.v.vectorized,
                                                           [&](int i) { return values + i * task.v.strides.sequence; });
 }
 
 // The general kernels' way from both products [16 rows, kKeys] to ds.
 template <int kKeys>
-NEOX_DEVICE void finish_general(const Problem& in, int pair, int first_row, int first_key, bool whole, const float2 (&numbers)[2], float (&p)[1][kKeys / 8][4],
-                                float (&ds)[1][kKeys / 8][4]) {
+NEOX_DEVICE void finish_general(const Params& in, int pair, int first_row, int first_key, bool unmasked, const float2 (&row_stats)[2],
+                                float (&p)[1][kKeys / 8][4], float (&ds)[1][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane % 4 * 2;
     const int32_t* const ids = in.segments ? in.segments + static_cast<int64_t>(pair / in.groups) * in.keys : nullptr;
     int positions[2], own[2];
@@ -43,44 +43,44 @@ NEOX_DEVICE void finish_general(const Problem& in, int pair, int first_row, int 
     }
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
-        const unsigned kept = in.drops ? kept_rows(in, pair, first_row + lane / 4, first_key + n * 8) : 15u;
+        const unsigned kept = in.has_dropout ? keep_bits(in, pair, first_row + lane / 4, first_key + n * 8) : 15u;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int half = i / 2, at = key + n * 8 + i % 2, distance = positions[half] - at;
-            bool visible = whole;
-            if (!whole) {
+            bool visible = unmasked;
+            if (!unmasked) {
                 visible = at < in.keys && static_cast<unsigned>(distance) <= in.reach;
                 if (ids && visible) visible = __ldg(ids + at) == own[half];
             }
-            finish_element(in, slopes[half], distance, visible, kept >> i & 1, numbers[half].x, numbers[half].y, p[0][n][i], ds[0][n][i]);
+            finish_element(in, slopes[half], distance, visible, kept >> i & 1, row_stats[half].x, row_stats[half].y, p[0][n][i], ds[0][n][i]);
         }
     }
 }
 
 // dq [16 rows, kDim] += ds k for a tile of keys and, behind them, values.
 template <class T, class Shape, bool kGeneral>
-NEOX_DEVICE void add_keys(const Backward<T>& task, int pair, int row, int tile, bool whole, const T* q_tile, const T* dout_tile, const T* stage,
-                          const float2 (&numbers)[2], float (&dq)[1][Shape::kDim / 8][4]) {
+NEOX_DEVICE void add_keys(const Backward<T>& task, int pair, int row, int tile, bool unmasked, const T* q_tile, const T* dout_tile, const T* stage,
+                          const float2 (&row_stats)[2], float (&dq)[1][Shape::kDim / 8][4]) {
     constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys;
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int warp_row = threadIdx.x / kWarpSize * 16, first_key = tile * kKeys;
     float p[1][kKeys / 8][4] = {}, ds[1][kKeys / 8][4] = {};
-    multiply_by_rows<T, kDim, 1, kKeys>(p, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, q_tile, warp_row, k * 2); }, stage, 0);
-    if (!kGeneral && !whole) hide_scores<1, kKeys>(in, pair / in.groups, row, first_key, p);
-    multiply_by_rows<T, kDim, 1, kKeys>(ds, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, dout_tile, warp_row, k * 2); }, stage + kKeys * kDim, 0);
+    gemm_nt<T, kDim, 1, kKeys>(p, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, q_tile, warp_row, k * 2); }, stage, 0);
+    if (!kGeneral && !unmasked) mask_scores<1, kKeys>(in, pair / in.groups, row, first_key, p);
+    gemm_nt<T, kDim, 1, kKeys>(ds, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, dout_tile, warp_row, k * 2); }, stage + kKeys * kDim, 0);
     if constexpr (kGeneral) {
-        finish_general<kKeys>(in, pair, row, first_key, whole, numbers, p, ds);
+        finish_general<kKeys>(in, pair, row, first_key, unmasked, row_stats, p, ds);
     } else {
         const float factor = in.scale * kLog2E;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) ds[0][n][i] = fast_exp2(p[0][n][i] * factor - numbers[i / 2].x) * (ds[0][n][i] - numbers[i / 2].y);
+            for (int i = 0; i < 4; ++i) ds[0][n][i] = fast_exp2(p[0][n][i] * factor - row_stats[i / 2].x) * (ds[0][n][i] - row_stats[i / 2].y);
         }
     }
     uint32_t a[kKeys / 16][4];
     sums_as_a<T, kKeys>(ds[0], a);
-    multiply_by_columns<T, kDim, 1, kKeys, kDim>(dq, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); }, stage, 0, 0);
+    gemm_nn<T, kDim, 1, kKeys, kDim>(dq, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); }, stage, 0, 0);
 }
 
 template <class T, class Shape, bool kGeneral>
@@ -90,20 +90,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_queries_kernel(co
     T* const q_tile = reinterpret_cast<T*>(raw);
     T* const dout_tile = q_tile + Shape::kRows * kDim;
     T* const stages = dout_tile + Shape::kRows * kDim;
-    const Problem& in = task.in;
-    const auto [pair, block] = task.order.here();
+    const Params& in = task.in;
+    const auto [pair, block] = task.order.current();
     const int batch = pair / in.groups, group = pair % in.groups, first_row = block * Shape::kRows;
     const int warp_row = threadIdx.x / kWarpSize * 16, row = first_row + warp_row, lane = threadIdx.x % kWarpSize;
     const KeyTiles<Shape::kKeys> tiles(in, batch, first_row, min(first_row + Shape::kRows, in.rows) - 1);
 
     const T* const queries = task.q.at(batch, group);
     const T* const dout = task.dout.at(batch, group);
-    load_tile<Shape::kRows, kDim, Shape::kThreads>(q_tile, in.rows - first_row, in.head_dim, task.q.packs,
+    load_tile<Shape::kRows, kDim, Shape::kThreads>(q_tile, in.rows - first_row, in.head_dim, task.q.vectorized,
                                                    [&](int i) { return queries + in.row_offset(first_row + i, task.q.strides); });
-    load_tile<Shape::kRows, kDim, Shape::kThreads>(dout_tile, in.rows - first_row, in.head_dim, task.dout.packs,
+    load_tile<Shape::kRows, kDim, Shape::kThreads>(dout_tile, in.rows - first_row, in.head_dim, task.dout.vectorized,
                                                    [&](int i) { return dout + in.row_offset(first_row + i, task.dout.strides); });
-    const float2* const all_numbers = task.rows + static_cast<int64_t>(pair) * task.padded_rows + row + lane / 4;
-    const float2 numbers[2] = {all_numbers[0], all_numbers[8]};
+    const float2* const all_row_stats = task.rows + static_cast<int64_t>(pair) * task.padded_rows + row + lane / 4;
+    const float2 row_stats[2] = {all_row_stats[0], all_row_stats[8]};
     float dq[1][kDim / 8][4] = {};
     int tile = tiles.next(tiles.begin), stage = 0;
     if (tile < tiles.end) fill_keys<T, Shape>(task, pair, tile, stages);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_queries_kernel(co
         const int next = tiles.next(tile + 1);
         if (next < tiles.end) fill_keys<T, Shape>(task, pair, next, stages + (stage ^ 1) * kStage);
         cp_async_commit();
-        add_keys<T, Shape, kGeneral>(task, pair, row, tile, tiles.whole(tile), q_tile, dout_tile, stages + stage * kStage, numbers, dq);
+        add_keys<T, Shape, kGeneral>(task, pair, row, tile, tiles.unmasked(tile), q_tile, dout_tile, stages + stage * kStage, row_stats, dq);
         tile = next;
         stage ^= 1;
     }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_queries_kernel(co
     __syncthreads();  // nobody reads or, without any tile, still copies this warp's queries: their place takes the gradient
     stage_rows<kDim>(q_tile, warp_row, dq[0], in.scale, in.scale);
     T* const base = task.dq.at(batch, group);
-    store_staged<16, kDim>(q_tile, warp_row, in.head_dim, task.dq.packs, [&](int i) {
+    store_staged<16, kDim>(q_tile, warp_row, in.head_dim, task.dq.vectorized, [&](int i) {
         const int at = first_row + i;
         return at < in.rows ? base + in.row_offset(at, task.dq.strides) : nullptr;
     });

@@ -13,12 +13,12 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr int kSegmentTile = 32;  // keys per entry of the table of segment ids; tiles of keys are multiples of it
 
-// A tensor [batch, sequence, groups, heads, head_dim]; packs: all its rows begin at multiples of 16 bytes and are multiples of 16 bytes long.
+// A tensor [batch, sequence, groups, heads, head_dim]; vectorized: all its rows begin at multiples of 16 bytes and are multiples of 16 bytes long.
 template <class T>
 struct Matrix {
     T* data;
     AttentionStrides strides;
-    bool packs;
+    bool vectorized;
 
     __device__ __forceinline__ T* at(int batch, int group) const { return data + batch * strides.batch + group * strides.group; }
 };
@@ -40,7 +40,7 @@ struct Divisor {
     }
 };
 
-struct Problem {
+struct Params {
     int batch, groups, heads, queries, keys, head_dim;
     int rows;  // queries * heads
     Divisor by_heads;
@@ -53,10 +53,10 @@ struct Problem {
     int segment_entries;
     const float* slopes;   // [groups * heads], or null
     float scale, softcap;  // softcap 0: none
-    bool drops;            // by Philox words of this seed
+    bool has_dropout;      // by Philox words of this seed
     uint64_t seed[2];
     uint32_t threshold;  // dropout keeps words of at least this
-    float kept;          // 1 / (1 - dropout)
+    float keep_scale;    // 1 / (1 - dropout)
 
     __device__ __forceinline__ int query(int row) const { return by_heads.quotient(row); }
     __device__ __forceinline__ int position(int row) const { return query(row) + offset; }
@@ -84,10 +84,10 @@ struct BlockOrder {
     int tiles, pairs, chunk;
     bool reversed;
 
-    struct Place {
+    struct Tile {
         int pair, tile;
     };
-    __device__ __forceinline__ Place here() const {
+    __device__ __forceinline__ Tile current() const {
         const int64_t index = blockIdx.x, whole = static_cast<int64_t>(chunk) * tiles;
         const int first = static_cast<int>(index / whole) * chunk, rest = static_cast<int>(index % whole);
         const int size = min(chunk, pairs - first), tile = rest / size;
@@ -99,12 +99,12 @@ struct BlockOrder {
 struct SegmentRange {
     int low = 2147483647, high = -2147483647 - 1;
 
-    __device__ __forceinline__ bool meets(const SegmentRange& other) const { return low <= other.high && other.low <= high; }
-    __device__ __forceinline__ bool is_one() const { return low == high; }
+    __device__ __forceinline__ bool overlaps(const SegmentRange& other) const { return low <= other.high && other.low <= high; }
+    __device__ __forceinline__ bool is_single() const { return low == high; }
 };
 
 // Of the entries that hold keys [first, last]: a superset of them.
-NEOX_DEVICE SegmentRange segments_of(const Problem& in, int batch, int first, int last) {
+NEOX_DEVICE SegmentRange segments_of(const Params& in, int batch, int first, int last) {
     SegmentRange range;
     first = max(first, 0) / kSegmentTile;
     last = min(last, in.keys - 1) / kSegmentTile;
@@ -121,12 +121,12 @@ struct Span {
     int first, last;  // positions of rows, or keys
 };
 
-NEOX_DEVICE bool sees_nothing(const Problem& in, Span positions, Span keys) {
+NEOX_DEVICE bool all_masked(const Params& in, Span positions, Span keys) {
     return (in.causal && keys.first > positions.last) || (in.window && keys.last <= positions.first - in.window);
 }
 
 // The masks hide none of the keys from any position; segments aside.
-NEOX_DEVICE bool sees_all(const Problem& in, Span positions, Span keys) {
+NEOX_DEVICE bool none_masked(const Params& in, Span positions, Span keys) {
     return keys.last < in.keys && (!in.causal || keys.last <= positions.first) && (!in.window || keys.first > positions.last - in.window);
 }
 
@@ -144,12 +144,12 @@ NEOX_DEVICE int first_visible(int tile, int end, const Visible& visible) {
 // The tiles of kTile keys that rows [first_row, last_row] may see.
 template <int kTile>
 struct KeyTiles {
-    const Problem& in;
+    const Params& in;
     int batch, begin, end;
     Span positions;
     SegmentRange own;
 
-    __device__ __forceinline__ KeyTiles(const Problem& problem, int batch_index, int first_row, int last_row) : in(problem), batch(batch_index) {
+    __device__ __forceinline__ KeyTiles(const Params& params, int batch_index, int first_row, int last_row) : in(params), batch(batch_index) {
         positions = {in.position(first_row), in.position(last_row)};
         const int last = in.causal ? min(in.keys - 1, positions.last) : in.keys - 1;
         begin = in.window ? max(positions.first - in.window + 1, 0) / kTile : 0;
@@ -159,25 +159,25 @@ struct KeyTiles {
     __device__ __forceinline__ SegmentRange segments(int tile) const { return segments_of(in, batch, tile * kTile, tile * kTile + kTile - 1); }
     __device__ __forceinline__ int next(int tile) const {
         if (!in.segments) return tile;
-        return first_visible(tile, end, [&](int i) { return own.meets(segments(i)); });
+        return first_visible(tile, end, [&](int i) { return own.overlaps(segments(i)); });
     }
-    __device__ __forceinline__ bool whole(int tile) const {
-        if (!sees_all(in, positions, {tile * kTile, tile * kTile + kTile - 1})) return false;
+    __device__ __forceinline__ bool unmasked(int tile) const {
+        if (!none_masked(in, positions, {tile * kTile, tile * kTile + kTile - 1})) return false;
         if (!in.segments) return true;
         const SegmentRange range = segments(tile);
-        return own.is_one() && range.is_one() && own.low == range.low;
+        return own.is_single() && range.is_single() && own.low == range.low;
     }
 };
 
 // The tiles of kTile rows that may see keys [first_key, last_key].
 template <int kTile>
 struct RowTiles {
-    const Problem& in;
+    const Params& in;
     int batch, begin, end;
     Span keys;
     SegmentRange own;
 
-    __device__ __forceinline__ RowTiles(const Problem& problem, int batch_index, int first_key, int last_key) : in(problem), batch(batch_index) {
+    __device__ __forceinline__ RowTiles(const Params& params, int batch_index, int first_key, int last_key) : in(params), batch(batch_index) {
         keys = {first_key, last_key};
         const int last = min(last_key, in.keys - 1);
         // queries at positions [first_key, last + window - 1]; int64: the window may be wide
@@ -195,17 +195,17 @@ struct RowTiles {
     }
     __device__ __forceinline__ int next(int tile) const {
         if (!in.segments) return tile;
-        return first_visible(tile, end, [&](int i) { return own.meets(segments(i)); });
+        return first_visible(tile, end, [&](int i) { return own.overlaps(segments(i)); });
     }
-    __device__ __forceinline__ bool whole(int tile) const {
-        if (!sees_all(in, positions(tile), keys)) return false;
+    __device__ __forceinline__ bool unmasked(int tile) const {
+        if (!none_masked(in, positions(tile), keys)) return false;
         if (!in.segments) return true;
         const SegmentRange range = segments(tile);
-        return own.is_one() && range.is_one() && own.low == range.low;
+        return own.is_single() && range.is_single() && own.low == range.low;
     }
 };
 
-NEOX_DEVICE float slope_of(const Problem& in, int group, int row) {
+NEOX_DEVICE float slope_of(const Params& in, int group, int row) {
     return in.slopes ? in.slopes[group * in.heads + row - in.query(row) * in.heads] * kLog2E : 0.0f;
 }
 

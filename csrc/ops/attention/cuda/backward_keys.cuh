@@ -5,7 +5,7 @@
 // part of dq is added to global memory by atomics.
 #pragma once
 
-#include "ops/attention/backward.cuh"
+#include "ops/attention/cuda/backward.cuh"
 
 namespace neox::attention {
 
@@ -45,13 +45,13 @@ struct KeysShared {
 
 template <class T, class Shape>
 NEOX_DEVICE void fill_rows(const Backward<T>& task, int pair, int tile, const KeysShared<T, Shape>& shared, int stage) {
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int first = tile * Shape::kRows, count = in.rows - first, thread = threadIdx.x;
     const T* const queries = task.q.at(pair / in.groups, pair % in.groups);
     const T* const dout = task.dout.at(pair / in.groups, pair % in.groups);
-    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(shared.queries(stage), count, in.head_dim, task.q.packs,
+    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(shared.queries(stage), count, in.head_dim, task.q.vectorized,
                                                           [&](int i) { return queries + in.row_offset(first + i, task.q.strides); });
-    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(shared.dout(stage), count, in.head_dim, task.dout.packs,
+    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(shared.dout(stage), count, in.head_dim, task.dout.vectorized,
                                                           [&](int i) { return dout + in.row_offset(first + i, task.dout.strides); });
     const float2* const rows = task.rows + static_cast<int64_t>(pair) * task.padded_rows + first;
     if (thread < Shape::kRows / 2) cp_async_16(shared.rows(stage) + 2 * thread, rows + 2 * thread);
@@ -59,7 +59,7 @@ NEOX_DEVICE void fill_rows(const Backward<T>& task, int pair, int tile, const Ke
 
 // s [16 keys, kStep rows], products of keys and queries: -inf where hidden.
 template <int kStep>
-NEOX_DEVICE void hide_transposed(const Problem& in, int batch, int first_row, int first_key, float (&s)[1][kStep / 8][4]) {
+NEOX_DEVICE void mask_transposed(const Params& in, int batch, int first_row, int first_key, float (&s)[1][kStep / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane / 4;
     const int32_t* const ids = in.segments ? in.segments + static_cast<int64_t>(batch) * in.keys : nullptr;
     int32_t own[2];
@@ -81,16 +81,16 @@ NEOX_DEVICE void hide_transposed(const Problem& in, int batch, int first_row, in
     }
 }
 
-// The general kernels' way from both products [16 keys, kStep rows] to probabilities and ds; numbers: lse and delta of this lane's rows.
+// The general kernels' way from both products [16 keys, kStep rows] to probabilities and ds; row_stats: lse and delta of this lane's rows.
 template <int kStep>
-NEOX_DEVICE void finish_general(const Problem& in, int pair, int first_row, int first_key, bool whole, const float4* numbers, float (&p)[1][kStep / 8][4],
+NEOX_DEVICE void finish_general(const Params& in, int pair, int first_row, int first_key, bool unmasked, const float4* row_stats, float (&p)[1][kStep / 8][4],
                                 float (&ds)[1][kStep / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane / 4;
     const int32_t* const ids = in.segments ? in.segments + static_cast<int64_t>(pair / in.groups) * in.keys : nullptr;
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
-        const unsigned kept = in.drops ? kept_columns(in, pair, first_row + n * 8, first_key) : 15u;
-        const float4 of = numbers[n * 4];
+        const unsigned kept = in.has_dropout ? keep_bits_transposed(in, pair, first_row + n * 8, first_key) : 15u;
+        const float4 of = row_stats[n * 4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = min(first_row + n * 8 + lane % 4 * 2 + i, in.rows - 1), position = in.position(row);
@@ -99,8 +99,8 @@ NEOX_DEVICE void finish_general(const Problem& in, int pair, int first_row, int 
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int at = 2 * half + i, distance = position - key - 8 * half;
-                bool visible = whole;
-                if (!whole) {
+                bool visible = unmasked;
+                if (!unmasked) {
                     visible = key + 8 * half < in.keys && static_cast<unsigned>(distance) <= in.reach;
                     if (ids && visible) visible = __ldg(ids + key + 8 * half) == id;
                 }
@@ -118,29 +118,28 @@ struct KeySums {
 
 // kStep rows of the tile in `stage`, from row `step` on, against this warp's 16 keys.
 template <class T, class Shape, bool kGeneral, bool kWantK, bool kWantV>
-NEOX_DEVICE void add_rows(const Backward<T>& task, int pair, int tile, int step, int first_key, bool whole, const KeysShared<T, Shape>& shared, int stage,
+NEOX_DEVICE void add_rows(const Backward<T>& task, int pair, int tile, int step, int first_key, bool unmasked, const KeysShared<T, Shape>& shared, int stage,
                           KeySums<Shape::kDim, kWantK, kWantV>& sums) {
     constexpr int kDim = Shape::kDim, kStep = Shape::kStep;
-    const Problem& in = task.in;
+    const Params& in = task.in;
     const int lane = threadIdx.x % kWarpSize, warp_key = threadIdx.x / kWarpSize * 16, first_row = tile * Shape::kRows + step;
-    const float4* const numbers = reinterpret_cast<const float4*>(shared.rows(stage) + step) + lane % 4;  // two rows each
+    const float4* const row_stats = reinterpret_cast<const float4*>(shared.rows(stage) + step) + lane % 4;  // two rows each
     const auto multiply_values = [&](float (&ds)[1][kStep / 8][4]) {
-        multiply_by_rows<T, kDim, 1, kStep>(
-            ds, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, shared.values, warp_key, k * 2); }, shared.dout(stage), step);
+        gemm_nt<T, kDim, 1, kStep>(ds, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, shared.values, warp_key, k * 2); }, shared.dout(stage), step);
     };
 
     float p[1][kStep / 8][4] = {};
-    multiply_by_rows<T, kDim, 1, kStep>(p, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, shared.keys, warp_key, k * 2); }, shared.queries(stage), step);
+    gemm_nt<T, kDim, 1, kStep>(p, [&](int, int k, uint32_t (&a)[4]) { load_a<kDim>(a, shared.keys, warp_key, k * 2); }, shared.queries(stage), step);
     float general_ds[1][kStep / 8][4] = {};
     if constexpr (kGeneral) {
         if constexpr (kWantK) multiply_values(general_ds);
-        finish_general<kStep>(in, pair, first_row, first_key, whole, numbers, p, general_ds);
+        finish_general<kStep>(in, pair, first_row, first_key, unmasked, row_stats, p, general_ds);
     } else {
         const float factor = in.scale * kLog2E;
-        if (!whole) hide_transposed<kStep>(in, pair / in.groups, first_row, first_key, p);
+        if (!unmasked) mask_transposed<kStep>(in, pair / in.groups, first_row, first_key, p);
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n) {
-            const float4 row = numbers[n * 4];
+            const float4 row = row_stats[n * 4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) p[0][n][i] = fast_exp2(p[0][n][i] * factor - (i % 2 ? row.z : row.x));
         }
@@ -148,7 +147,7 @@ NEOX_DEVICE void add_rows(const Backward<T>& task, int pair, int tile, int step,
     if constexpr (kWantV) {
         uint32_t a[kStep / 16][4];
         sums_as_a<T, kStep>(p[0], a);
-        multiply_by_columns<T, kDim, 1, kStep, kDim>(sums.dv, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); }, shared.dout(stage), step, 0);
+        gemm_nn<T, kDim, 1, kStep, kDim>(sums.dv, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); }, shared.dout(stage), step, 0);
     }
     if constexpr (kWantK) {
         uint32_t a[kStep / 16][4];
@@ -159,13 +158,13 @@ NEOX_DEVICE void add_rows(const Backward<T>& task, int pair, int tile, int step,
             multiply_values(ds);
 #pragma unroll
             for (int n = 0; n < kStep / 8; ++n) {
-                const float4 row = numbers[n * 4];
+                const float4 row = row_stats[n * 4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - (i % 2 ? row.w : row.y));
             }
             sums_as_a<T, kStep>(ds[0], a);
         }
-        multiply_by_columns<T, kDim, 1, kStep, kDim>(sums.dk, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); }, shared.queries(stage), step, 0);
+        gemm_nn<T, kDim, 1, kStep, kDim>(sums.dk, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); }, shared.queries(stage), step, 0);
         if (Shape::kSumsQueries && task.dq_sums) {
 #pragma unroll
             for (int k = 0; k < kStep / 16; ++k) {
@@ -179,14 +178,14 @@ NEOX_DEVICE void add_rows(const Backward<T>& task, int pair, int tile, int step,
     }
 }
 
-// The block's part of dq for a tile of rows: ds [kRows, kKeys] times keys [kKeys, kDim], cut into kWarps pieces.
+// The block's part of dq for a tile of rows: ds [kRows, kKeys] times keys [kKeys, kDim], cut into kWarps allocations.
 template <class T, class Shape>
 NEOX_DEVICE void add_dq(const Backward<T>& task, int pair, int tile, const KeysShared<T, Shape>& shared) {
     constexpr int kDim = Shape::kDim, kParts = Shape::kWarps / (Shape::kRows / 16), kWide = kDim / kParts;
     static_assert(kWide % 16 == 0 && kParts * (Shape::kRows / 16) == Shape::kWarps);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, part = warp % kParts, row = warp / kParts * 16;
     float dq[1][kWide / 8][4] = {};
-    multiply_by_columns<T, kDim, 1, Shape::kKeys, kWide>(
+    gemm_nn<T, kDim, 1, Shape::kKeys, kWide>(
         dq, [&](int, int k, uint32_t (&a)[4]) { load_a_transposed<Shape::kRows>(a, shared.ds, k * 16, row / 8); }, shared.keys, 0, part * (kWide / 8));
     const int64_t at = static_cast<int64_t>(pair) * task.padded_rows + tile * Shape::kRows + row + lane / 4;
     float* const sums = task.dq_sums + at * kDim + part * kWide + lane % 4 * 2;
@@ -199,11 +198,11 @@ NEOX_DEVICE void add_dq(const Backward<T>& task, int pair, int tile, const KeysS
 
 // Writes a warp's 16 keys of a gradient through its own rows of a tile in shared memory.
 template <class T, int kDim>
-NEOX_DEVICE void store_keys(const Problem& in, const Matrix<T>& to, int pair, int first_key, T* tile, const float (&sums)[kDim / 8][4], float factor) {
+NEOX_DEVICE void store_keys(const Params& in, const Matrix<T>& to, int pair, int first_key, T* tile, const float (&sums)[kDim / 8][4], float factor) {
     const int warp_key = threadIdx.x / kWarpSize * 16;
     T* const base = to.at(pair / in.groups, pair % in.groups);
     stage_rows<kDim>(tile, warp_key, sums, factor, factor);
-    store_staged<16, kDim>(tile, warp_key, in.head_dim, to.packs, [&](int i) {
+    store_staged<16, kDim>(tile, warp_key, in.head_dim, to.vectorized, [&](int i) {
         const int key = first_key + i - warp_key;
         return key < in.keys ? base + key * to.strides.sequence : nullptr;
     });
@@ -214,18 +213,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
     constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys;
     DYNAMIC_SMEM(raw);
     const KeysShared<T, Shape> shared(raw);
-    const Problem& in = task.in;
-    const auto [pair, block] = task.order.here();
+    const Params& in = task.in;
+    const auto [pair, block] = task.order.current();
     const int batch = pair / in.groups, group = pair % in.groups, block_key = block * kKeys;
     const int first_key = block_key + static_cast<int>(threadIdx.x) / kWarpSize * 16;  // of this warp
     const RowTiles<Shape::kRows> tiles(in, batch, block_key, block_key + kKeys - 1);
 
     const T* const keys = task.k.at(batch, group) + block_key * task.k.strides.sequence;
     const T* const values = task.v.at(batch, group) + block_key * task.v.strides.sequence;
-    load_tile<kKeys, kDim, Shape::kThreads>(shared.keys, in.keys - block_key, in.head_dim, task.k.packs,
+    load_tile<kKeys, kDim, Shape::kThreads>(shared.keys, in.keys - block_key, in.head_dim, task.k.vectorized,
                                             [&](int i) { return keys + i * task.k.strides.sequence; });
     if constexpr (kWantK) {
-        load_tile<kKeys, kDim, Shape::kThreads>(shared.values, in.keys - block_key, in.head_dim, task.v.packs,
+        load_tile<kKeys, kDim, Shape::kThreads>(shared.values, in.keys - block_key, in.head_dim, task.v.vectorized,
                                                 [&](int i) { return values + i * task.v.strides.sequence; });
     }
     KeySums<kDim, kWantK, kWantV> sums;
@@ -238,10 +237,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
         const int next = tiles.next(tile + 1);
         if (next < tiles.end) fill_rows<T, Shape>(task, pair, next, shared, stage ^ 1);
         cp_async_commit();
-        const bool whole = tiles.whole(tile);
+        const bool unmasked = tiles.unmasked(tile);
 #pragma unroll 1
         for (int step = 0; step < Shape::kRows; step += Shape::kStep) {
-            add_rows<T, Shape, kGeneral, kWantK, kWantV>(task, pair, tile, step, first_key, whole, shared, stage, sums);
+            add_rows<T, Shape, kGeneral, kWantK, kWantV>(task, pair, tile, step, first_key, unmasked, shared, stage, sums);
         }
         if constexpr (kWantK && Shape::kSumsQueries) {
             if (task.dq_sums) {
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
     }
     cp_async_wait<0>();
     __syncthreads();  // nobody reads the keys any more: their place takes the gradients
-    const float kept = in.drops ? in.kept : 1.0f;
+    const float kept = in.has_dropout ? in.keep_scale : 1.0f;
     if constexpr (kWantK) store_keys<T, kDim>(in, task.dk, pair, first_key, shared.keys, sums.dk[0], in.scale);
     if constexpr (kWantV) store_keys<T, kDim>(in, task.dv, pair, first_key, shared.values, sums.dv[0], kept);
 }

@@ -11,7 +11,7 @@
 
 #include "common/philox.h"
 #include "ops/attention/attention.h"
-#include "ops/attention/tile.h"
+#include "ops/attention/cpu/gemm.h"
 
 namespace neox::attention {
 
@@ -161,7 +161,7 @@ inline void add_alibi(const QueryBlock& block, int64_t begin, int64_t end, float
 }
 
 // Scores of keys that a row does not see become -inf.
-inline void hide_scores(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, float* scores) {
+inline void mask_scores(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, float* scores) {
     const int32_t* const segments = in.segments ? in.segments + block.batch * in.keys : nullptr;
     const int32_t reach = static_cast<int32_t>(std::min<int64_t>(in.window, std::numeric_limits<int32_t>::max()));
     for (int64_t j = begin; j < end; ++j, scores += kQueries) {
@@ -181,7 +181,7 @@ inline void hide_scores(const Attention& in, const QueryBlock& block, int64_t be
 inline void finish_scores(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, Visible visible, float* scores, float* cap_slope) {
     if (in.softcap > 0) cap_scores(in, block, end - begin, scores, cap_slope);
     if (in.slopes) add_alibi(block, begin, end, scores);
-    if (visible == Visible::kSome) hide_scores(in, block, begin, end, scores);
+    if (visible == Visible::kSome) mask_scores(in, block, begin, end, scores);
 }
 
 // What dropout multiplies the probabilities of keys [begin, end) by: 0 or 1 / (1 - p), [key][query]. The random word of key j for row i of head h
@@ -324,7 +324,7 @@ class Scratch {
     explicit Scratch(int64_t elements) : lines_(static_cast<size_t>((elements + 15) / 16 + 64)) {}
 
     template <class E = float>
-    E* take(int64_t elements) {
+    E* allocate(int64_t elements) {
         static_assert(sizeof(E) == sizeof(float));
         float* const piece = lines_.data()->x + used_;
         used_ += (elements + 15) / 16 * 16;
@@ -340,6 +340,6 @@ class Scratch {
 };
 
 // The order in which n blocks of growing cost are handed to threads, so that equal ranges cost about the same: 0, n - 1, 1, n - 2, ...
-inline int64_t folded(int64_t index, int64_t n) { return index % 2 == 0 ? index / 2 : n - 1 - index / 2; }
+inline int64_t alternating(int64_t index, int64_t n) { return index % 2 == 0 ? index / 2 : n - 1 - index / 2; }
 
 }  // namespace neox::attention

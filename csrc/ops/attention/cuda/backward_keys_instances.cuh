@@ -1,8 +1,8 @@
 // Which tiles the kernel of dk and dv takes for a head_dim; docs/attention.md has the arithmetic.
 #pragma once
 
-#include "ops/attention/backward_keys.cuh"
-#include "ops/attention/launch.cuh"
+#include "ops/attention/cuda/backward_keys.cuh"
+#include "ops/attention/cuda/launch.cuh"
 
 namespace neox::attention {
 

@@ -1,8 +1,8 @@
 #include <cmath>
 
 #include "ops/attention/attention.h"
-#include "ops/attention/block.h"
-#include "ops/attention/decode.h"
+#include "ops/attention/cpu/decode.h"
+#include "ops/attention/cpu/query_block.h"
 
 namespace neox {
 namespace {
@@ -11,7 +11,7 @@ using namespace attention;
 
 // A block of queries while the tiles of keys go by.
 template <class E>
-struct Rows {
+struct BlockState {
     QueryBlock block;
     KeyRange range;
     E* query_columns;    // [channel / kTerms][query]
@@ -23,7 +23,7 @@ struct Rows {
 template <class E>
 struct Forward {
     Scratch scratch;
-    Rows<E> rows[kShared];
+    BlockState<E> rows[kShared];
     E* queries;               // [query][channel / kTerms]
     float* out_rows;          // [query][channel]
     Operand<E> keys, values;  // sums over the channels of keys, over the rows of values
@@ -32,29 +32,29 @@ struct Forward {
     float* dropped;           // [key][query] factors of dropout, or null
     float* rescale;           // [query] what a tile multiplies the sums by
 
-    Forward(int64_t padded, bool drops)
-        : scratch((2 + 2 * kShared) * kQueries * padded + 3 * kKeys * padded + (1 + drops) * kKeys * kQueries + (1 + 2 * kShared) * kQueries) {
-        for (Rows<E>& of : rows) {
-            of.query_columns = scratch.take<E>(kQueries * padded / kTerms<E>);
-            of.out_columns = scratch.take(kQueries * padded);
-            of.peak = scratch.take(kQueries);
-            of.total = scratch.take(kQueries);
+    Forward(int64_t padded, bool has_dropout)
+        : scratch((2 + 2 * kShared) * kQueries * padded + 3 * kKeys * padded + (1 + has_dropout) * kKeys * kQueries + (1 + 2 * kShared) * kQueries) {
+        for (BlockState<E>& of : rows) {
+            of.query_columns = scratch.allocate<E>(kQueries * padded / kTerms<E>);
+            of.out_columns = scratch.allocate(kQueries * padded);
+            of.peak = scratch.allocate(kQueries);
+            of.total = scratch.allocate(kQueries);
         }
-        queries = scratch.take<E>(kQueries * padded / kTerms<E>);
-        out_rows = scratch.take(kQueries * padded);
-        keys = {scratch.take<E>(kKeys * padded / kTerms<E>), nullptr};
-        values.along = scratch.take<E>(kKeys * padded / kTerms<E>);
-        values.across = kTerms<E> == 1 ? values.along : scratch.take<E>(kKeys / kTerms<E> * padded);
-        scores = scratch.take(kKeys * kQueries);
+        queries = scratch.allocate<E>(kQueries * padded / kTerms<E>);
+        out_rows = scratch.allocate(kQueries * padded);
+        keys = {scratch.allocate<E>(kKeys * padded / kTerms<E>), nullptr};
+        values.along = scratch.allocate<E>(kKeys * padded / kTerms<E>);
+        values.across = kTerms<E> == 1 ? values.along : scratch.allocate<E>(kKeys / kTerms<E> * padded);
+        scores = scratch.allocate(kKeys * kQueries);
         probabilities = reinterpret_cast<E*>(scores);
-        dropped = drops ? scratch.take(kKeys * kQueries) : nullptr;
-        rescale = scratch.take(kQueries);
+        dropped = has_dropout ? scratch.allocate(kKeys * kQueries) : nullptr;
+        rescale = scratch.allocate(kQueries);
     }
 };
 
 // Scores of a tile to 2^(score - peak), less what dropout takes, for V vectors of queries from lane i on; peak and total move on. True if a peak rose.
 template <int V, class E>
-bool soften(const Forward<E>& work, const Rows<E>& rows, int64_t i, int64_t keys) {
+bool online_softmax(const Forward<E>& work, const BlockState<E>& rows, int64_t i, int64_t keys) {
     Vec peak[V], base[V], sum[V] = {};
     for (int v = 0; v < V; ++v) peak[v] = load(rows.peak + i + v * kVecWidth);
     for (int64_t j = 0; j < keys; ++j) {
@@ -90,7 +90,7 @@ bool soften(const Forward<E>& work, const Rows<E>& rows, int64_t i, int64_t keys
 }
 
 template <class E>
-void rescale_out(const Forward<E>& work, const Rows<E>& rows, int64_t head_dim) {
+void rescale_out(const Forward<E>& work, const BlockState<E>& rows, int64_t head_dim) {
     for (int64_t c = 0; c < head_dim; ++c) {
         for (int64_t i = 0; i < rows.block.padded; i += kVecWidth) {
             float* const at = rows.out_columns + c * kQueries + i;
@@ -101,7 +101,7 @@ void rescale_out(const Forward<E>& work, const Rows<E>& rows, int64_t head_dim) 
 
 // Keys [begin, end), which lie in the loaded tile: the softmax moves on and the values are added.
 template <class E>
-void add_keys(const Attention& in, const Rows<E>& rows, int64_t begin, int64_t end, Visible visible, const Forward<E>& work) {
+void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible, const Forward<E>& work) {
     const QueryBlock& block = rows.block;
     const int64_t padded = padded_channels<E>(in.head_dim), keys = end - begin, row = padded / kTerms<E>;
     const Left<E> tile{work.keys.along + begin % kKeys * row, row, 1};
@@ -111,15 +111,15 @@ void add_keys(const Attention& in, const Rows<E>& rows, int64_t begin, int64_t e
     if (work.dropped) draw_dropout(in, block, begin, end, work.dropped);
     bool rose = false;
     int64_t i = 0;
-    for (; i + 4 * kVecWidth <= block.padded; i += 4 * kVecWidth) rose |= soften<4>(work, rows, i, keys);
-    for (; i < block.padded; i += kVecWidth) rose |= soften<1>(work, rows, i, keys);
+    for (; i + 4 * kVecWidth <= block.padded; i += 4 * kVecWidth) rose |= online_softmax<4>(work, rows, i, keys);
+    for (; i < block.padded; i += kVecWidth) rose |= online_softmax<1>(work, rows, i, keys);
     if (rose) rescale_out(work, rows, in.head_dim);
     const Left<E> weighted{work.values.across + begin % kKeys / kTerms<E> * padded, 1, padded};
     product<true>(in.head_dim, block.padded, elements<E>(keys), weighted, work.probabilities, kQueries, Into{rows.out_columns, kQueries, true});
 }
 
 template <class T, class E>
-void start_block(const Attention& in, const Forward<E>& work, const Rows<E>& rows) {
+void start_block(const Attention& in, const Forward<E>& work, const BlockState<E>& rows) {
     load_queries(in, rows.block, static_cast<const T*>(in.q), in.q_strides, work.queries);
     to_columns(in, rows.block, work.queries, rows.query_columns);
     std::fill(rows.out_columns, rows.out_columns + padded_channels<E>(in.head_dim) * kQueries, 0.0f);
@@ -129,15 +129,15 @@ void start_block(const Attention& in, const Forward<E>& work, const Rows<E>& row
 
 // Divides by the sums and writes the rows of the block.
 template <class T, class E>
-void finish_block(const Attention& in, const Forward<E>& work, const Rows<E>& rows, T* out, float* lse) {
+void finish_block(const Attention& in, const Forward<E>& work, const BlockState<E>& rows, T* out, float* lse) {
     const QueryBlock& block = rows.block;
     const int64_t padded = padded_channels<E>(in.head_dim), heads = in.groups * in.heads;
     for (int64_t i = 0; i < block.padded; ++i) {
-        const bool blind = rows.total[i] == 0.0f;
-        work.rescale[i] = blind ? 0.0f : 1.0f / rows.total[i];
+        const bool no_keys = rows.total[i] == 0.0f;
+        work.rescale[i] = no_keys ? 0.0f : 1.0f / rows.total[i];
         if (i >= block.count) continue;
         const int64_t head = block.group * in.heads + block.head[i];
-        lse[(block.batch * heads + head) * in.queries + block.row[i]] = blind ? -kInfinity : (rows.peak[i] + std::log2(rows.total[i])) * kLn2;
+        lse[(block.batch * heads + head) * in.queries + block.row[i]] = no_keys ? -kInfinity : (rows.peak[i] + std::log2(rows.total[i])) * kLn2;
     }
     rescale_out(work, rows, in.head_dim);
     transpose(rows.out_columns, kQueries, padded, block.padded, work.out_rows, padded);
@@ -151,7 +151,7 @@ void forward_unit(const Attention& in, int64_t pair, int64_t unit, Forward<E>& w
     const int64_t count = std::min(kShared, num_query_blocks(in) - unit * kShared);
     KeyRange all{in.keys, 0};
     for (int64_t i = 0; i < count; ++i) {
-        Rows<E>& rows = work.rows[i];
+        BlockState<E>& rows = work.rows[i];
         rows.block = query_block(in, pair / in.groups, pair % in.groups, unit * kShared + i);
         rows.range = visible_keys(in, rows.block);
         all = {std::min(all.begin, rows.range.begin), std::max(all.end, rows.range.end)};
@@ -160,7 +160,7 @@ void forward_unit(const Attention& in, int64_t pair, int64_t unit, Forward<E>& w
     for (int64_t tile = all.begin / kKeys * kKeys; tile < all.end; tile += kKeys) {
         bool loaded = false;
         for (int64_t i = 0; i < count; ++i) {
-            const Rows<E>& rows = work.rows[i];
+            const BlockState<E>& rows = work.rows[i];
             const KeyRange part = whole_elements<E>(intersection({tile, tile + kKeys}, rows.range));
             if (part.begin >= part.end) continue;
             const Visible visible = visibility(in, rows.block, part.begin, part.end);
@@ -187,7 +187,7 @@ void attention_forward_cpu(const Attention& in, void* out, float* lse, const Par
         using E = Element<T>;
         parallel(in.batch * in.groups * units, 1, [&](int64_t begin, int64_t end) {
             Forward<E> work(padded_channels<E>(in.head_dim), in.dropout > 0);
-            for (int64_t i = begin; i < end; ++i) forward_unit(in, i / units, folded(i % units, units), work, static_cast<T*>(out), lse);
+            for (int64_t i = begin; i < end; ++i) forward_unit(in, i / units, alternating(i % units, units), work, static_cast<T*>(out), lse);
         });
     });
 }

@@ -1,5 +1,5 @@
 // The backward's instances of dk and dv, and of dq by atomics, for bfloat16.
-#include "ops/attention/backward_keys_instances.cuh"
+#include "ops/attention/cuda/backward_keys_instances.cuh"
 
 namespace neox::attention {
 

@@ -1,13 +1,13 @@
 // What happens to a block of products of queries and keys, [16 kM rows, kKeys], in registers: softcap, ALiBi, masks, dropout.
 #pragma once
 
-#include "ops/attention/dropout.cuh"
+#include "ops/attention/cuda/dropout.cuh"
 
 namespace neox::attention {
 
 // Softcap and ALiBi: products become scores in base 2.
 template <int kM, int kKeys>
-NEOX_DEVICE void finish_scores(const Problem& in, int group, int first_row, int first_key, float (&s)[kM][kKeys / 8][4]) {
+NEOX_DEVICE void apply_softcap_and_alibi(const Params& in, int group, int first_row, int first_key, float (&s)[kM][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -29,7 +29,7 @@ NEOX_DEVICE void finish_scores(const Problem& in, int group, int first_row, int 
 
 // Scores of keys that a row does not see become -inf.
 template <int kM, int kKeys>
-NEOX_DEVICE void hide_scores(const Problem& in, int batch, int first_row, int first_key, float (&s)[kM][kKeys / 8][4]) {
+NEOX_DEVICE void mask_scores(const Params& in, int batch, int first_row, int first_key, float (&s)[kM][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane % 4 * 2, left = in.keys - key;
     const int32_t* const ids = in.segments ? in.segments + static_cast<int64_t>(batch) * in.keys : nullptr;
 #pragma unroll
@@ -60,13 +60,13 @@ NEOX_DEVICE void hide_scores(const Problem& in, int batch, int first_row, int fi
 
 // Dropped probabilities become zeros; the others are divided by 1 - dropout at the end.
 template <int kM, int kKeys>
-NEOX_DEVICE void drop(const Problem& in, int pair, int first_row, int first_key, float (&p)[kM][kKeys / 8][4]) {
+NEOX_DEVICE void apply_dropout(const Params& in, int pair, int first_row, int first_key, float (&p)[kM][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
-            const unsigned kept = kept_rows(in, pair, first_row + m * 16 + lane / 4, first_key + n * 8);
+            const unsigned kept = keep_bits(in, pair, first_row + m * 16 + lane / 4, first_key + n * 8);
 #pragma unroll
             for (int i = 0; i < 4; ++i) p[m][n][i] = kept >> i & 1 ? p[m][n][i] : 0.0f;
         }

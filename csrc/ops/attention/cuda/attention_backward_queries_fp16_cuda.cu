@@ -1,5 +1,5 @@
 // The backward's instances of dq in a fixed order for float16.
-#include "ops/attention/backward_queries_instances.cuh"
+#include "ops/attention/cuda/backward_queries_instances.cuh"
 
 namespace neox::attention {
 

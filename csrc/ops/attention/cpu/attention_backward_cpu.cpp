@@ -1,7 +1,7 @@
 #include <cmath>
 
 #include "ops/attention/attention.h"
-#include "ops/attention/block.h"
+#include "ops/attention/cpu/query_block.h"
 
 namespace neox {
 namespace {
@@ -19,7 +19,7 @@ struct Wanted {
 
 // A block of queries while the tiles of keys go by.
 template <class E>
-struct Rows {
+struct BlockState {
     QueryBlock block;
     KeyRange range;
     Operand<E> queries, douts;        // sums over the rows of the block
@@ -31,7 +31,7 @@ struct Rows {
 template <class E>
 struct Backward {
     Scratch scratch;
-    Rows<E> rows[kShared];
+    BlockState<E> rows[kShared];
     Operand<E> keys, values;  // sums over the channels of both, over the rows of keys
     float *p, *dscores;       // [key][query]
     E *p_rows, *dscore_rows;  // [key][query / kTerms]
@@ -43,31 +43,31 @@ struct Backward {
 
     Backward(const Attention& in, int64_t range) : scratch(floats(in, range)) {
         const int64_t padded = padded_channels<E>(in.head_dim), tile = kKeys * kQueries;
-        E* const shared = scratch.take<E>(kQueries * padded / kTerms<E>);  // pairs along the channels are not needed after the loading of a block
-        for (Rows<E>& of : rows) {
+        E* const shared = scratch.allocate<E>(kQueries * padded / kTerms<E>);  // pairs along the channels are not needed after the loading of a block
+        for (BlockState<E>& of : rows) {
             for (Operand<E>* operand : {&of.queries, &of.douts}) {
-                operand->across = scratch.take<E>(kQueries * padded / kTerms<E>);
+                operand->across = scratch.allocate<E>(kQueries * padded / kTerms<E>);
                 operand->along = kTerms<E> == 1 ? operand->across : shared;
             }
-            of.query_columns = scratch.take<E>(kQueries * padded / kTerms<E>);
-            of.dout_columns = scratch.take<E>(kQueries * padded / kTerms<E>);
-            of.dquery_columns = scratch.take(kQueries * padded);
-            of.lse = scratch.take(kQueries);
-            of.delta = scratch.take(kQueries);
+            of.query_columns = scratch.allocate<E>(kQueries * padded / kTerms<E>);
+            of.dout_columns = scratch.allocate<E>(kQueries * padded / kTerms<E>);
+            of.dquery_columns = scratch.allocate(kQueries * padded);
+            of.lse = scratch.allocate(kQueries);
+            of.delta = scratch.allocate(kQueries);
         }
-        keys.along = scratch.take<E>(kKeys * padded / kTerms<E>);
-        keys.across = kTerms<E> == 1 ? keys.along : scratch.take<E>(kKeys / kTerms<E> * padded);
-        values = {scratch.take<E>(kKeys * padded / kTerms<E>), nullptr};
-        p = scratch.take(tile);
-        dscores = scratch.take(tile);
-        p_rows = kTerms<E> == 1 ? reinterpret_cast<E*>(p) : scratch.take<E>(tile / kTerms<E>);
-        dscore_rows = kTerms<E> == 1 ? reinterpret_cast<E*>(dscores) : scratch.take<E>(tile / kTerms<E>);
+        keys.along = scratch.allocate<E>(kKeys * padded / kTerms<E>);
+        keys.across = kTerms<E> == 1 ? keys.along : scratch.allocate<E>(kKeys / kTerms<E> * padded);
+        values = {scratch.allocate<E>(kKeys * padded / kTerms<E>), nullptr};
+        p = scratch.allocate(tile);
+        dscores = scratch.allocate(tile);
+        p_rows = kTerms<E> == 1 ? reinterpret_cast<E*>(p) : scratch.allocate<E>(tile / kTerms<E>);
+        dscore_rows = kTerms<E> == 1 ? reinterpret_cast<E*>(dscores) : scratch.allocate<E>(tile / kTerms<E>);
         dscore_pairs = reinterpret_cast<E*>(dscores);
-        cap_slope = in.softcap > 0 ? scratch.take(tile) : nullptr;
-        dropped = in.dropout > 0 ? scratch.take(tile) : nullptr;
-        dkeys = scratch.take(range * padded);
-        dvalues = scratch.take(range * padded);
-        dquery_rows = scratch.take(kQueries * padded);
+        cap_slope = in.softcap > 0 ? scratch.allocate(tile) : nullptr;
+        dropped = in.dropout > 0 ? scratch.allocate(tile) : nullptr;
+        dkeys = scratch.allocate(range * padded);
+        dvalues = scratch.allocate(range * padded);
+        dquery_rows = scratch.allocate(kQueries * padded);
     }
 
     // An upper bound.
@@ -79,7 +79,7 @@ struct Backward {
 
 // The rows of a block: queries, dout, both transposed, and the two numbers per row.
 template <class T, class E>
-void load_block(const Attention& in, const AttentionGradients& grad, const Rows<E>& rows) {
+void load_block(const Attention& in, const AttentionGradients& grad, const BlockState<E>& rows) {
     const QueryBlock& block = rows.block;
     const int64_t heads = in.groups * in.heads, padded = padded_channels<E>(in.head_dim);
     // out goes where the queries go afterwards: only its product with dout is needed
@@ -103,7 +103,7 @@ void load_block(const Attention& in, const AttentionGradients& grad, const Rows<
 
 // p = 2^(score - lse) where not dropped; dscores, which comes in as dout . value, becomes the gradient of the score. Both as operands.
 template <class E>
-void differentiate_softmax(const Rows<E>& rows, int64_t keys, const Backward<E>& work) {
+void differentiate_softmax(const BlockState<E>& rows, int64_t keys, const Backward<E>& work) {
     using Scalar = typename Arithmetic<E>::Scalar;
     Scalar *const p_rows = reinterpret_cast<Scalar*>(work.p_rows), *const dscore_rows = reinterpret_cast<Scalar*>(work.dscore_rows);
     for (int64_t j = 0; j < keys; j += kTerms<E>) {
@@ -125,7 +125,8 @@ void differentiate_softmax(const Rows<E>& rows, int64_t keys, const Backward<E>&
 
 // Keys [begin, end), which lie in the loaded tile; dkeys and dvalues begin at key `first`.
 template <class E>
-void add_keys(const Attention& in, const Rows<E>& rows, int64_t begin, int64_t end, Visible visible, Wanted wanted, int64_t first, const Backward<E>& work) {
+void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible, Wanted wanted, int64_t first,
+              const Backward<E>& work) {
     const QueryBlock& block = rows.block;
     const int64_t padded = padded_channels<E>(in.head_dim), keys = end - begin, row = padded / kTerms<E>, skip = begin % kKeys;
     const int64_t channels = elements<E>(in.head_dim), block_rows = elements<E>(block.count);
@@ -151,7 +152,7 @@ void add_keys(const Attention& in, const Rows<E>& rows, int64_t begin, int64_t e
 }
 
 template <class T, class E>
-void store_dqueries(const Attention& in, const AttentionGradients& grad, const Rows<E>& rows, float* dquery_rows) {
+void store_dqueries(const Attention& in, const AttentionGradients& grad, const BlockState<E>& rows, float* dquery_rows) {
     const int64_t padded = padded_channels<E>(in.head_dim);
     for (int64_t at = 0; at < in.head_dim * kQueries; at += kVecWidth) store(rows.dquery_columns + at, load(rows.dquery_columns + at) * in.scale);
     transpose(rows.dquery_columns, kQueries, padded, rows.block.padded, dquery_rows, padded);
@@ -164,7 +165,7 @@ void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t 
     const int64_t count = std::min(kShared, num_query_blocks(in) - unit * kShared);
     KeyRange all{in.keys, 0};
     for (int64_t i = 0; i < count; ++i) {
-        Rows<E>& rows = work.rows[i];
+        BlockState<E>& rows = work.rows[i];
         rows.block = query_block(in, pair / in.groups, pair % in.groups, unit * kShared + i);
         rows.range = intersection(visible_keys(in, rows.block), range);
         all = {std::min(all.begin, rows.range.begin), std::max(all.end, rows.range.end)};
@@ -174,7 +175,7 @@ void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t 
     for (int64_t tile = all.begin / kKeys * kKeys; tile < all.end; tile += kKeys) {
         bool loaded = false;
         for (int64_t i = 0; i < count; ++i) {
-            const Rows<E>& rows = work.rows[i];
+            const BlockState<E>& rows = work.rows[i];
             const KeyRange part = whole_elements<E>(intersection({tile, tile + kKeys}, rows.range));
             if (part.begin >= part.end) continue;
             const Visible visible = visibility(in, rows.block, part.begin, part.end);
@@ -229,14 +230,14 @@ void backward_two_passes(const Attention& in, const AttentionGradients& grad, co
     parallel(pairs * ranges, 1, [&](int64_t begin, int64_t end) {
         Backward<Element<T>> work(in, kRange);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = folded(i % ranges, ranges) * kRange;
+            const int64_t first = alternating(i % ranges, ranges) * kRange;
             backward_keys<T>(in, grad, i / ranges, KeyRange{first, std::min(first + kRange, in.keys)}, Wanted{false, true}, work);
         }
     });
     parallel(pairs * units, 1, [&](int64_t begin, int64_t end) {
         Backward<Element<T>> work(in, 0);
         for (int64_t i = begin; i < end; ++i) {
-            backward_unit<T>(in, grad, i / units, folded(i % units, units), KeyRange{0, in.keys}, Wanted{true, false}, work);
+            backward_unit<T>(in, grad, i / units, alternating(i % units, units), KeyRange{0, in.keys}, Wanted{true, false}, work);
         }
     });
 }
