@@ -1,5 +1,5 @@
-// Every instruction that has no spelling in CUDA C++: PTX on the GPU, the emulator's model in the test build. nvcc's host pass sees
-// neither. Layouts and operands: PTX ISA, sections on mma.m16n8k16, ldmatrix, cp.async, bar.
+// Instructions without an equivalent in CUDA C++: inline PTX on the GPU, the emulator's model in the test build, nothing in nvcc's host pass. Layouts and
+// operands: PTX ISA, sections on mma.m16n8k16, ldmatrix, cp.async and bar.
 #pragma once
 
 #include <type_traits>
@@ -8,36 +8,48 @@
 
 namespace neox {
 
-NEOX_DEVICE unsigned shared_address([[maybe_unused]] const void* pointer) {
+// Address in shared memory, as used by ldmatrix and cp.async: 32 bits on the GPU, a host address in the emulator.
 #if defined(__CUDA_ARCH__)
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+using SharedAddress = uint32_t;
 #else
-    return 0;
+using SharedAddress = uintptr_t;
+#endif
+
+NEOX_DEVICE SharedAddress shared_address(const void* pointer) {
+#if defined(__CUDA_ARCH__)
+    return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
+#else
+    return reinterpret_cast<SharedAddress>(pointer);
 #endif
 }
 
-// Four 8x8 matrices of 16-bit elements from shared memory; lane i supplies the address of row i % 8 of matrix i / 8.
+// Hides from the compiler how an address was computed. Otherwise it recomputes each address from its parts instead of using immediate offsets.
+NEOX_DEVICE SharedAddress opaque(SharedAddress address) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(address));
+#endif
+    return address;
+}
+
+// Loads four 8x8 matrices of 16-bit elements from shared memory. Lane i supplies the address of row i % 8 of matrix i / 8.
 template <bool kTransposed = false>
-NEOX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+NEOX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
 #if defined(__CUDA_ARCH__)
     if constexpr (kTransposed) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     } else {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(shared_address(row))
-                     : "memory");
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
     }
 #elif defined(SIMT_EMU)
-    simt::LoadMatrix operands{row, r, 4, kTransposed};
+    simt::LoadMatrix operands{reinterpret_cast<const void*>(row), r, 4, kTransposed};
     simt::warp_collective(simt::load_matrix, ~0u, &operands, "ldmatrix");
 #endif
 }
 
-// d [16, 8] += a [16, 16] b [16, 8], fp32 sums; T is __nv_bfloat16 or __half.
+// d [16, 8] += a [16, 16] b [16, 8] with fp32 accumulation. T is __nv_bfloat16 or __half.
 template <class T>
 NEOX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
@@ -57,14 +69,24 @@ NEOX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
 #endif
 }
 
-// Copies 16 bytes from global to shared memory in the background; without `predicate` it writes zeros and does not read.
-NEOX_DEVICE void cp_async_16(void* shared, const void* global, bool predicate = true) {
+NEOX_DEVICE void store_shared(SharedAddress to, uint32_t value) {
 #if defined(__CUDA_ARCH__)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(predicate ? 16 : 0) : "memory");
-#elif defined(SIMT_EMU)
-    simt::cp_async(shared, global, 16, predicate ? 16 : 0);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+#else
+    *reinterpret_cast<uint32_t*>(to) = value;
 #endif
 }
+
+// Copies 16 bytes from global to shared memory asynchronously. If `predicate` is false, writes zeros and does not read.
+NEOX_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool predicate = true) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(predicate ? 16 : 0) : "memory");
+#elif defined(SIMT_EMU)
+    simt::cp_async(reinterpret_cast<void*>(shared), global, 16, predicate ? 16 : 0);
+#endif
+}
+
+NEOX_DEVICE void cp_async_16(void* shared, const void* global, bool predicate = true) { cp_async_16(shared_address(shared), global, predicate); }
 
 NEOX_DEVICE void cp_async_commit() {
 #if defined(__CUDA_ARCH__)
@@ -74,7 +96,7 @@ NEOX_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most kPending of the calling thread's committed groups are still in flight. Other threads see the data after a barrier.
+// Waits until at most kPending committed groups of the calling thread are in flight. Other threads see the data after a barrier.
 template <int kPending>
 NEOX_DEVICE void cp_async_wait() {
 #if defined(__CUDA_ARCH__)
@@ -84,7 +106,7 @@ NEOX_DEVICE void cp_async_wait() {
 #endif
 }
 
-// Meets `count` threads, whole warps, at barrier `id` (1 to 15; 0 is __syncthreads).
+// Synchronises `count` threads, a multiple of the warp size, at barrier `id` (1 to 15; 0 is __syncthreads).
 NEOX_DEVICE void named_barrier(int id, int count) {
 #if defined(__CUDA_ARCH__)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
@@ -103,7 +125,7 @@ NEOX_DEVICE void atomic_add_pair(float* to, float x, float y) {
 #endif
 }
 
-// One access of 4, 8 or 16 bytes to global memory: nvcc splits an assignment of such a value when it sees its parts.
+// One access of 4, 8 or 16 bytes to global memory. nvcc may split a plain assignment into its components.
 template <class Word>
 NEOX_DEVICE void store_global(Word* pointer, const Word& word) {
 #if defined(__CUDA_ARCH__)
@@ -122,7 +144,7 @@ NEOX_DEVICE void store_global(Word* pointer, const Word& word) {
 #endif
 }
 
-// Unlike __ldg also right for memory that the same launch writes.
+// Unlike __ldg, valid for memory that the same launch writes.
 template <class Word>
 NEOX_DEVICE Word load_global(const Word* pointer) {
 #if defined(__CUDA_ARCH__)
@@ -143,22 +165,22 @@ NEOX_DEVICE Word load_global(const Word* pointer) {
 #endif
 }
 
-// Makes the compiler forget what it knows of a value: what follows from it is computed or loaded again, and does not stay in registers.
-NEOX_DEVICE void forget([[maybe_unused]] uint4& value) {
+// Hides a value from the optimiser. Values derived from it are recomputed or reloaded after this point instead of occupying registers.
+NEOX_DEVICE void make_opaque([[maybe_unused]] uint4& value) {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
 #endif
 }
 
 template <class T>
-NEOX_DEVICE void forget([[maybe_unused]] const T*& pointer) {
+NEOX_DEVICE void make_opaque([[maybe_unused]] const T*& pointer) {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+l"(pointer));
 #endif
 }
 
-// blockIdx.x, read again: the compiler would keep what it read at the start of a kernel, and spill it, for a use at the end.
-NEOX_DEVICE unsigned block_index_again() {
+// Reads blockIdx.x again. For a use at the end of a kernel the compiler would keep the first read in a register, and spill it.
+NEOX_DEVICE unsigned reload_block_index() {
 #if defined(__CUDA_ARCH__)
     unsigned index;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -168,7 +190,7 @@ NEOX_DEVICE unsigned block_index_again() {
 #endif
 }
 
-// 2^x, a few ulp, flushes subnormal results.
+// 2^x with an error of a few ulp; subnormal results are flushed to zero.
 NEOX_DEVICE float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)
     float y;
@@ -179,7 +201,7 @@ NEOX_DEVICE float fast_exp2(float x) {
 #endif
 }
 
-// 1 / x, 1 ulp, for normal x and results.
+// 1 / x with an error of 1 ulp, for normal x and results.
 NEOX_DEVICE float fast_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
     float y;
@@ -190,7 +212,7 @@ NEOX_DEVICE float fast_reciprocal(float x) {
 #endif
 }
 
-// The 16-bit pair (low, high) as a register.
+// Rounds (low, high) to a pair of 16-bit values in one register.
 template <class T>
 NEOX_DEVICE uint32_t pack_pair(float low, float high) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {

@@ -1,5 +1,5 @@
-"""The end of cuda_check: registers, spills and shared memory of every kernel from ptxas's words, branches around exponentials in its PTX, and the
-CUDA library in this torch.
+"""Last step of cuda_check. Reports registers, spills and shared memory of every kernel (from ptxas), branches around exponentials (in the PTX) and
+instructions per tile of attention (in the SASS), and loads the CUDA library into the installed torch.
 
 usage: python tests/cuda/check_library.py LIBRARY FOLDER_OF_LOGS OPERATOR...
 """
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cuda import sass
+
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -23,15 +25,58 @@ SHARED = re.compile(r"(\d+) bytes smem")
 PTX_ENTRY = re.compile(r"^\s*(?:\.visible |\.weak )*\.entry (\w+)")
 PTX_BRANCH = re.compile(r"@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
 PTX_MEMORY = re.compile(r"\b(?:ld|st|red|atom|bar|barrier|cp|mma|ldmatrix|shfl|call)\.")
-HOST_ONLY = {"attention_shared"}  # asks for the shared memory of kernels and launches none
-SKIPPED_LINES = 60  # a branch over more than that is one that a person wrote
-# Files whose kernels may have so many: the softcap's, which all threads of a launch take or leave together.
+HOST_ONLY = {"attention_shared"}  # queries the shared memory of kernels and launches none
+SKIPPED_LINES = 60  # a branch over more lines was written by a person
+ATTENTION = re.compile(r"\d(forward|backward_keys|backward_queries)_kernelI.*?ShapeOfILi(\d+)ELb([01])EE")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Limit on the loop over tiles of an attention kernel, in SASS instructions per warp and tile on sm_90a.
+
+    Attributes:
+        limit: instructions on the path of an ordinary tile.
+        copies: cp.async instructions per thread and tile.
+        turns: iterations of the inner loop over rows per tile. The loop over channels of head_dim 256 counts once.
+    """
+
+    limit: int
+    copies: int
+    turns: int = 1
+
+
+# (kernel, head_dim, general) -> limit: the count with nvcc 13.0 plus 2 %.
+LOOPS = {
+    ("forward", 64, False): Loop(758, copies=8),
+    ("forward", 96, False): Loop(931, copies=12),
+    ("forward", 128, False): Loop(725, copies=8),
+    ("forward", 256, False): Loop(825, copies=16),
+    ("forward", 64, True): Loop(914, copies=4),
+    ("forward", 128, True): Loop(1121, copies=8),
+    ("forward", 256, True): Loop(816, copies=8),
+    ("backward_keys", 64, False): Loop(705, copies=5),
+    ("backward_keys", 96, False): Loop(858, copies=7),
+    ("backward_keys", 128, False): Loop(1163, copies=9, turns=2),
+    ("backward_keys", 256, False): Loop(585, copies=17),
+    ("backward_keys", 64, True): Loop(1943, copies=5, turns=2),
+    ("backward_keys", 128, True): Loop(2391, copies=9, turns=4),
+    ("backward_keys", 256, True): Loop(793, copies=17),
+    ("backward_queries", 64, False): Loop(456, copies=4),
+    ("backward_queries", 96, False): Loop(529, copies=6),
+    ("backward_queries", 128, False): Loop(668, copies=8),
+    ("backward_queries", 256, False): Loop(516, copies=16),
+    ("backward_queries", 64, True): Loop(745, copies=2),
+    ("backward_queries", 128, True): Loop(835, copies=4),
+    ("backward_queries", 256, True): Loop(966, copies=16),
+}
+LOOP_COLUMNS = ("HMMA", "LDSM", "MUFU", "FP", "LDGSTS", "integer", "branch", "other")
+# Files whose kernels may have that many branches: those of the softcap, which all threads of a launch take uniformly.
 SOFTCAP = {"attention_backward_keys_bf16": 16, "attention_backward_keys_fp16": 16, "attention_backward_queries_bf16": 16, "attention_backward_queries_fp16": 16}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of one kernel on one architecture, in bytes but for the registers; shared memory is the static part."""
+    """ptxas's report on one kernel for one architecture. Sizes are in bytes; `shared` is static shared memory."""
 
     name: str
     architecture: str
@@ -42,10 +87,10 @@ class Kernel:
 
 
 def kernels_of(log: str) -> Iterator[Kernel]:
-    """Kernels in the output of `nvcc -Xptxas -v`.
+    """Parses the output of `nvcc -Xptxas -v`.
 
     Raises:
-        ValueError: a kernel without its numbers: the format is not the one known here.
+        ValueError: a kernel's numbers are missing, so that the format is not the expected one.
     """
     pieces = re.split(r"(?=Compiling entry function)", log)[1:]
     for piece in pieces:
@@ -57,9 +102,9 @@ def kernels_of(log: str) -> Iterator[Kernel]:
 
 
 def guarded_exponentials(ptx: str) -> dict[str, int]:
-    """Kernel -> forward branches over a short run of arithmetic with an exponential or a reciprocal in it, in the output of `nvcc -ptx`.
+    """Counts, per kernel in the output of `nvcc -ptx`, forward branches over a short run of arithmetic with an exponential or a reciprocal.
 
-    nvcc speculates no inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element. Computed first and then selected, it is none.
+    nvcc does not speculate inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element, unless it is computed first and then selected.
     """
     lines: dict[str, list[str]] = {}
     for line in ptx.splitlines():
@@ -72,7 +117,7 @@ def guarded_exponentials(ptx: str) -> dict[str, int]:
 
 
 def guards_exponential(body: list[str]) -> Iterator[bool]:
-    """For each conditional forward branch of a kernel, whether it is one around an exponential."""
+    """Yields, for each conditional forward branch of a kernel, whether it skips an exponential."""
     labels = {line[:-1]: i for i, line in enumerate(body) if line.endswith(":")}
     for i, line in enumerate(body):
         branch = PTX_BRANCH.match(line)
@@ -83,7 +128,7 @@ def guards_exponential(body: list[str]) -> Iterator[bool]:
 
 
 def report_branches(files: list[Path]) -> list[str]:
-    """Prints how many branches around exponentials there are; returns the kernels with more than they may have."""
+    """Prints the number of branches around exponentials. Returns a problem per kernel with more than allowed."""
     problems, total = [], 0
     for file in files:
         operator = file.name.split("_cuda.", 1)[0]
@@ -95,8 +140,32 @@ def report_branches(files: list[Path]) -> list[str]:
     return problems
 
 
+def report_loops(cubins: list[Path]) -> list[str]:
+    """Prints the instructions per tile of the attention kernels. Returns a problem per kernel above its limit."""
+    if sass.nvdisasm() is None:
+        print("instructions per tile: skipped, nvdisasm not found; do=pip install nvidia-cuda-nvdisasm")
+        return []
+    problems = []
+    print(
+        f"{'per tile':>9} {'limit':>6} {'HMMA':>5} {'LDSM':>5} {'MUFU':>5} {'FP':>5} {'LDGSTS':>6} {'integer':>7} {'branch':>6} {'other':>5}  kernel on sm_90a"
+    )
+    for cubin in cubins:
+        for name, blocks in sass.functions(sass.disassemble(cubin)).items():
+            kernel = ATTENTION.search(name)
+            if not kernel:
+                continue
+            loop = LOOPS[kernel[1], int(kernel[2]), kernel[3] == "1"]
+            counts = sass.tile_counts(blocks, loop.copies, loop.turns)
+            total, classes = sum(counts.values()), sass.by_class(counts)
+            title = f"{kernel[1]} {kernel[2]}{' general' * (kernel[3] == '1')} {cubin.name.split('_cuda.', 1)[0].rsplit('_', 1)[1]}"
+            print(f"{total:9} {loop.limit:6}", *(f"{classes[column]:7}" for column in LOOP_COLUMNS), f" {title}")
+            if not 0 < total <= loop.limit:
+                problems.append(f"{title}: {total} instructions per tile, the limit is {loop.limit}")
+    return problems
+
+
 def readable(names: list[str]) -> dict[str, str]:
-    """Mangled names -> names as they are written, without parameters."""
+    """Maps mangled names to source names without parameters."""
     if shutil.which("c++filt") is None:
         return {name: name for name in names}
     lines = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
@@ -105,7 +174,7 @@ def readable(names: list[str]) -> dict[str, str]:
 
 
 def report(logs: list[Path]) -> list[str]:
-    """Prints the table, a row per kernel with the largest figure over its architectures; returns what is wrong."""
+    """Prints one row per kernel, with the largest figure over its architectures. Returns the problems found."""
     problems = []
     print(f"{'registers':>9} {'shared':>7} {'stack':>6} {'spilled':>7}  kernel")
     for log in logs:
@@ -123,16 +192,16 @@ def report(logs: list[Path]) -> list[str]:
 
 
 def implementations(operator: str) -> list[str]:
-    """Names that csrc/ops/<operator>/<operator>.cpp registers kernels for."""
+    """The operator names for which csrc/ops/<operator>/<operator>.cpp registers kernels."""
     source = (ROOT / "csrc" / "ops" / operator / f"{operator}.cpp").read_text()
     return re.findall(r'm\.impl\("(\w+)"', source)
 
 
 def load(library: Path, operators: list[str]) -> list[str]:
-    """Loads the library behind the CPU's; returns operators without a kernel for CUDA."""
+    """Loads the library after that of the CPU. Returns a problem per operator without a CUDA kernel."""
     import torch
 
-    import neox.ops  # noqa: F401 - its library defines the schemas
+    import neox.ops  # noqa: F401 - defines the schemas
 
     torch.ops.load_library(str(library))
     names = [name for operator in operators for name in implementations(operator)]
@@ -142,10 +211,13 @@ def load(library: Path, operators: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """0 when all is well."""
+    """Returns the exit code: 0 if there are no problems."""
     library, folder, *operators = sys.argv[1:]
     problems = (
-        report(sorted(Path(folder).glob("*.cu.o.log"))) + report_branches(sorted(Path(folder).glob("*.keep/*.compute_90.ptx"))) + load(Path(library), operators)
+        report(sorted(Path(folder).glob("*.cu.o.log")))
+        + report_branches(sorted(Path(folder).glob("*.keep/*.compute_90.ptx")))
+        + report_loops(sorted(Path(folder).glob("*.keep/attention_*.sm_90a.cubin")))
+        + load(Path(library), operators)
     )
     for problem in problems:
         print(f"cuda_check: {problem}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The table of cuda_check: ptxas's words are read, a spill and a missing kernel are found."""
+"""cuda_check: parsing of ptxas's report, and detection of spills, missing kernels, branches around exponentials and slow loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_kernels_are_read():
     assert second == check_library.Kernel("_Z3addPf", "sm_90a", registers=255, shared=0, stack=16, spilled=20)
 
 
-def test_another_form_of_output_is_refused():
+def test_an_unknown_format_is_rejected():
     with pytest.raises(ValueError, match="another form"):
         list(check_library.kernels_of(LOG.replace("bytes spill stores", "spilled")))
 
@@ -67,7 +67,7 @@ $L__BB0_3:
 
 
 def test_branches_around_exponentials_are_counted():
-    """Not those around memory, which is what they spare, and not loops."""
+    """Branches that skip memory accesses, and loops, do not count."""
     assert check_library.guarded_exponentials(PTX) == {"_Z7guardedPf": 1, "_Z8selectedPf": 0}
 
 

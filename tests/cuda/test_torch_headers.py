@@ -1,4 +1,4 @@
-"""Headers out of a wheel by range requests, and the version that they are asked for."""
+"""Extraction of headers from a wheel by range requests, and the version of torch that they belong to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADER = b"#pragma once\n"
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A wheel of 4 MiB, most of it no header."""
+    """A wheel of 4 MiB, most of which is not headers."""
     path = tmp_path / "torch-0.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("torch/lib/libtorch_cpu.so", os.urandom(4 << 20))
@@ -29,7 +29,7 @@ def wheel(tmp_path):
 
 @pytest.fixture
 def serve():
-    """serve(bytes, ranges) -> URL and a list of how many bytes each answer had."""
+    """serve(bytes, ranges) -> (URL, sizes of the responses)."""
     servers = []
 
     def start(content: bytes, ranges: bool = True):
@@ -63,7 +63,7 @@ def serve():
 
 
 def check_extracted(folder):
-    """Exactly the headers of the stable ABI are there."""
+    """Asserts that exactly the headers of the stable ABI were extracted."""
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert found == ["include/torch/csrc/stable/tensor.h", "include/torch/headeronly/util/Half.h"]
     assert (folder / found[0]).read_bytes() == HEADER * 1000
@@ -76,18 +76,18 @@ def test_headers_are_read_without_the_rest_of_the_wheel(wheel, serve, tmp_path):
     assert sum(sent) < 2.5 * torch_headers.BLOCK
 
 
-def test_a_wheel_in_a_folder_is_read(wheel, tmp_path):
+def test_a_local_wheel_is_read(wheel, tmp_path):
     torch_headers.extract(wheel.as_uri(), tmp_path / "out")
     check_extracted(tmp_path / "out")
 
 
-def test_a_server_without_ranges_is_no_source(wheel, serve, tmp_path):
+def test_a_server_without_range_requests_is_rejected(wheel, serve, tmp_path):
     url, _ = serve(wheel.read_bytes(), ranges=False)
     with pytest.raises(torch_headers.Unavailable, match=r"127\.0\.0\.1 does not answer range requests"):
         torch_headers.extract(url, tmp_path / "out")
 
 
-def test_no_index_is_one_line_and_a_code_of_its_own(tmp_path, monkeypatch, capsys):
+def test_a_missing_index_is_reported_in_one_line_with_its_exit_code(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
@@ -97,9 +97,9 @@ def test_no_index_is_one_line_and_a_code_of_its_own(tmp_path, monkeypatch, capsy
     assert out.startswith("oldest-torch: skipped, pip finds no torch ") and out.count("\n") == 1
 
 
-def test_headers_that_are_there_are_kept(tmp_path, monkeypatch):
+def test_existing_headers_are_reused(tmp_path, monkeypatch):
     (tmp_path / "version").write_text(torch_headers.oldest_supported())
-    monkeypatch.setattr(torch_headers, "wheel_url", lambda _: pytest.fail("asked for the wheel"))
+    monkeypatch.setattr(torch_headers, "wheel_url", lambda _: pytest.fail("requested the wheel again"))
     assert torch_headers.provide(tmp_path) == torch_headers.oldest_supported()
 
 

@@ -1,4 +1,4 @@
-"""A small GPT trains on the emulated CUDA kernels as it does on the CPU kernels."""
+"""A small GPT trained on the emulated CUDA kernels has the losses of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-STEPS, BOUND = 20, 1e-5  # largest relative difference of a loss: both sum in fp32, in other orders
+STEPS, BOUND = 20, 1e-5  # largest relative difference of a loss; both sum in fp32, in different orders
 
 TRAIN = f"""
 import json, sys, torch
@@ -18,7 +18,7 @@ from neox.config.schema import ModelConfig
 from neox.model.gpt import GPT
 from neox.ops import ISA
 from neox.parallel.mesh import Mesh
-# attention's CUDA kernels take 16-bit types alone
+# the CUDA kernels of attention support 16-bit types only
 sizes = dict(num_layers=2, hidden_size=64, num_attention_heads=4, max_position_embeddings=32, vocab_size=96)
 config = ModelConfig(**sizes, rotary_pct=0.25, parallel_residual=True, attention_backend="sdpa")
 model = GPT(config, Mesh.single(), dtype=torch.float32, seed=1).train()
@@ -36,7 +36,7 @@ print(json.dumps([ISA, losses]))
 
 
 def train(repository, *library: str) -> tuple[str, list[float]]:
-    """Name of the library and its losses, from a process of its own: schemas are defined once."""
+    """Returns the name of the loaded library and its losses, from a separate process, because schemas can be defined once only."""
     done = subprocess.run([sys.executable, "-c", TRAIN, *library], capture_output=True, text=True, timeout=300, cwd=repository)
     assert done.returncode == 0, done.stderr[-2000:]
     name, losses = json.loads(done.stdout.splitlines()[-1])
@@ -50,5 +50,5 @@ def test_emulated_kernels_give_the_losses_of_the_cpu_kernels(repository):
     _, want = train(repository)
     name, got = train(repository, str(library))
     assert name == "loaded by the process"
-    assert got[-1] < 0.5 * got[0]  # it learns the text by heart
+    assert got[-1] < 0.5 * got[0]  # it memorises the text
     assert [mine / other for mine, other in zip(got, want, strict=True)] == pytest.approx([1.0] * STEPS, rel=BOUND)

@@ -1,10 +1,10 @@
-"""The stable-ABI headers of the oldest torch that pyproject.toml supports, read out of its wheel without downloading the wheel.
+"""Extracts the stable-ABI headers of the oldest torch that pyproject.toml supports from its wheel, without downloading the wheel.
 
 usage: python tests/cuda/torch_headers.py FOLDER
 
-pip finds the wheel in its configured index. A wheel is a zip file, so its directory and the headers are read by HTTP range requests:
-some megabytes of half a gigabyte. FOLDER/include then holds the headers; a second call keeps them. Exit code 3: they cannot be had
-here, and one line on stdout says why.
+pip locates the wheel in its configured index. A wheel is a zip file, so its directory and the headers can be read by HTTP range requests: a few
+megabytes of half a gigabyte. The headers are written to FOLDER/include; a second call reuses them. Exit code 3: the headers are not available on this
+machine, for the reason printed to stdout.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ UNAVAILABLE = 3
 
 
 class Unavailable(Exception):
-    """The headers cannot be had on this machine."""
+    """The headers are not available on this machine."""
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind an HTTP server that answers range requests."""
+    """A remote file, read by HTTP range requests."""
 
     def __init__(self, url: str):
         self.url, self.position, self.size = url, 0, 0
@@ -57,11 +57,11 @@ class RemoteFile(io.RawIOBase):
             return answer.read()
 
     def readable(self) -> bool:
-        """As io.RawIOBase wants it."""
+        """See io.RawIOBase."""
         return True
 
     def seekable(self) -> bool:
-        """As io.RawIOBase wants it."""
+        """See io.RawIOBase."""
         return True
 
     def tell(self) -> int:
@@ -74,7 +74,7 @@ class RemoteFile(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:
-        """One request for as many bytes as the buffer takes."""
+        """Fills the buffer with one request."""
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0
@@ -90,13 +90,13 @@ def oldest_supported() -> str:
 
 
 def wheel_url(version: str) -> str:
-    """Where pip would get torch from.
+    """The URL from which pip would download torch.
 
     Raises:
         Unavailable: pip's index has no such wheel for this interpreter and machine, or is not reachable.
     """
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:"]
-    # A constraint on torch, as a machine's configuration may hold one, is about what is installed. Nothing is installed here.
+    # A machine's configuration may constrain torch. That concerns installations, and nothing is installed here.
     environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     done = subprocess.run([*command, "--report", "-", f"torch=={version}"], capture_output=True, text=True, env=environment, timeout=300)
     if done.returncode:
@@ -105,7 +105,7 @@ def wheel_url(version: str) -> str:
 
 
 def extract(url: str, folder: Path) -> None:
-    """Write the headers of the wheel at a URL (http, https or file) below FOLDER/include."""
+    """Writes the headers of the wheel at a URL (http, https or file) to FOLDER/include."""
     parts = urllib.parse.urlsplit(url)
     source = urllib.request.url2pathname(parts.path) if parts.scheme == "file" else io.BufferedReader(RemoteFile(url), BLOCK)
     with zipfile.ZipFile(source) as wheel:
@@ -119,10 +119,10 @@ def extract(url: str, folder: Path) -> None:
 
 
 def provide(folder: Path) -> str:
-    """Headers of the oldest supported torch in a folder; returns its version.
+    """Puts the headers of the oldest supported torch into a folder and returns its version.
 
     Raises:
-        Unavailable: they cannot be had here.
+        Unavailable: the headers are not available on this machine.
     """
     version, stamp = oldest_supported(), folder / "version"
     if not stamp.exists() or stamp.read_text() != version:
@@ -136,7 +136,7 @@ def provide(folder: Path) -> str:
 
 
 def main() -> int:
-    """0, or 3 where the headers cannot be had."""
+    """Returns the exit code: 0, or 3 if the headers are not available."""
     try:
         version = provide(Path(sys.argv[1]))
     except Unavailable as reason:

@@ -26,7 +26,7 @@ struct Thread {
     uint3 index3{};
     int index = 0, lane = 0, warp = 0;
     State state = State::kReady;
-    // While it waits in a collective or barrier:
+    // While the thread waits in a collective or barrier:
     WarpFunction function = nullptr;
     uint32_t mask = 0;
     void* operands = nullptr;
@@ -54,7 +54,7 @@ struct SharedArray {
 
 constexpr int kNumBarriers = 16;
 
-// The block that runs now. There is one: blocks run one after the other, as kernels must allow.
+// The running block. Blocks run one after another, which kernels must tolerate.
 struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
@@ -121,7 +121,7 @@ void run_thread(Fiber& from, Thread& next, bool last) {
     Fiber::switch_to(from, next.fiber, last);
 }
 
-// Leaves the launch from inside a thread; the other threads of the block never run again.
+// Ends the launch from inside a thread. The other threads of the block never run again.
 [[noreturn]] void abandon(const std::string& message) {
     if (block.error.empty()) block.error = message;
     Thread& self = *block.running;
@@ -131,7 +131,7 @@ void run_thread(Fiber& from, Thread& next, bool last) {
     std::abort();
 }
 
-// The running thread waits or is done: run another one.
+// The running thread waits or has finished: switches to another one.
 void yield_processor(Thread& self) {
     Thread* const next = next_ready();
     if (next == &self) return;
@@ -140,7 +140,7 @@ void yield_processor(Thread& self) {
         run_thread(self.fiber, *next, last);
         return;
     }
-    if (block.live > 0) abandon("dead-lock: no thread of the block can run" + waiting_threads());
+    if (block.live > 0) abandon("deadlock: no thread of the block can run" + waiting_threads());
     block.running = nullptr;
     Fiber::switch_to(self.fiber, block.scheduler, last);
 }
@@ -254,7 +254,7 @@ Stats& stats() { return the_stats; }
 void fail(const std::string& message) { throw Error(message); }
 int lane_id() { return block.running->lane; }
 
-// The checker must not throw through instrumented code, which the compiler takes for code that cannot throw.
+// The checker must not throw through instrumented code, which the compiler assumes not to throw.
 void abandon_launch(const std::string& message) { abandon(message); }
 int running_thread() { return block.running ? block.running->index : -1; }
 
@@ -264,7 +264,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
         fail("invalid grid size: " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
     }
-    if (block.thread_main) fail("a kernel launches a kernel");
+    if (block.thread_main) fail("a kernel launched a kernel");
     ++the_stats.launches;
     check::begin_launch();
     random_bits.seed(the_config.seed);
@@ -305,14 +305,14 @@ void require_shared(const void* address, size_t bytes, const char* what) {
 namespace {
 
 void check_collective(const Thread& self, const Warp& warp, uint32_t mask, WarpFunction function, const char* what) {
-    const auto complain = [what](const std::string& of) { fail(what + (": " + of)); };  // no string is made in the common case
-    if (!(mask >> self.lane & 1)) complain("the calling lane " + std::to_string(self.lane) + " is not in its own mask");
+    const auto complain = [what](const std::string& of) { fail(what + (": " + of)); };  // builds no string in the common case
+    if (!(mask >> self.lane & 1)) complain("the calling lane " + std::to_string(self.lane) + " is not in the mask that it passed");
     if (mask & ~warp.exists) complain("the mask names a lane that does not exist");
     if (mask & warp.exited) complain("lane " + std::to_string(__builtin_ctz(mask & warp.exited)) + " of the mask has exited");
     if (mask & warp.in_barrier) complain("lane " + std::to_string(__builtin_ctz(mask & warp.in_barrier)) + " of the mask waits in a block barrier instead");
     const uint32_t peers = mask & warp.waiting;
     if (!peers) return;
-    // Those who wait agree among each other: agreeing with one is agreeing with all.
+    // The waiting lanes are consistent with each other, so that comparing with one of them suffices.
     const Thread& peer = block.threads[static_cast<size_t>(self.warp * 32 + __builtin_ctz(peers))];
     if (peer.function != function || peer.mask != mask) complain("divergent, lane " + std::to_string(peer.lane) + " waits in " + peer.waits_in);
 }
@@ -375,11 +375,12 @@ uint32_t ballot(uint32_t mask, bool predicate, const char* what) {
 
 int block_barrier(int id, int count, bool predicate, const char* what) {
     Thread& self = *block.running;
-    if (id < 0 || id >= kNumBarriers) fail(std::string(what) + ": there is no barrier " + std::to_string(id));
+    if (id < 0 || id >= kNumBarriers) fail(std::string(what) + ": no such barrier: " + std::to_string(id));
     Barrier& barrier = block.barriers[id];
     ++the_stats.barriers;
     if (count < 0 && block.live != block.num_threads) fail(std::string(what) + ": other threads of the block have exited");
-    if (count >= 0 && (count % 32 || count > block.num_threads || !count)) fail(std::string(what) + ": a named barrier counts whole warps");
+    if (count >= 0 && (count % 32 || count > block.num_threads || !count))
+        fail(std::string(what) + ": the count of a named barrier must be a multiple of the warp size");
     const int expected = count < 0 ? block.num_threads : count;
     if (!barrier.arrived.empty() && barrier.expected != expected) fail(std::string(what) + ": threads disagree on the count of the barrier");
     barrier.expected = expected;
@@ -415,7 +416,7 @@ void cp_async(void* shared, const void* global, int bytes, int bytes_read) {
     check::in_flight(shared, size, true);
     const bool late = the_config.order == Order::kRandom ? random_bits() & 1 : the_config.late_copies;
     if (late) {
-        std::memset(shared, 0xff, size);  // neither the old nor the new data may be relied on
+        std::memset(shared, 0xff, size);  // neither the old nor the new data is valid until the wait
     } else {
         land(copy);
     }

@@ -1,9 +1,9 @@
 // SIMT emulator: runs CUDA kernel sources on the CPU, every CUDA thread of a block as a fiber on one OS thread.
 //
-// It models what decides whether a kernel is right: block and warp barriers, warp collectives with their masks, shared memory that
-// starts as NaN, cp.async that lands as late as it may, tensor-core fragments, limits of grid, block and shared memory. Misuse (a
-// divergent collective, a dead-lock, an exited lane in a mask, a misaligned or foreign address) ends the launch with simt::Error,
-// which names block, threads and what they wait for. Not modelled: time, caches, occupancy, registers, other blocks running at once.
+// It models what determines the correctness of a kernel: block and warp barriers, warp collectives with their masks, shared memory initialised to NaN,
+// cp.async that completes as late as allowed, tensor-core fragments, limits of grid, block and shared memory. Misuse (a divergent collective, a
+// deadlock, an exited lane in a mask, a misaligned or invalid address) ends the launch with simt::Error, which names block, threads and what they wait
+// for. Not modelled: time, caches, occupancy, registers, concurrent blocks.
 #pragma once
 
 #include <functional>
@@ -25,22 +25,22 @@ struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Which runnable thread, and which block, goes next.
+// The order in which runnable threads, and blocks, are scheduled.
 enum class Order { kRoundRobin, kReverse, kRandom };
 
 struct Config {
     Order order = Order::kRoundRobin;
     uint64_t seed = 1;        // of kRandom
-    bool late_copies = true;  // cp.async lands at its wait (true) or at once (false); kRandom mixes both
+    bool late_copies = true;  // cp.async completes at its wait (true) or immediately (false); kRandom mixes both
     size_t stack_bytes = 256 << 10;
     size_t shared_limit = 227 << 10;
-    int multiprocessors = 4;  // what cudaDeviceGetAttribute answers
+    int multiprocessors = 4;  // returned by cudaDeviceGetAttribute
 };
 Config& config();
 
 struct Stats {
     uint64_t launches = 0, blocks = 0, switches = 0, collectives = 0, barriers = 0;
-    uint64_t mma = 0;                 // of warps
+    uint64_t mma = 0;                 // per warp
     uint64_t ldmatrix_conflicts = 0;  // rows of an 8x8 matrix that share a bank group with another of its rows
 };
 Stats& stats();
@@ -53,17 +53,17 @@ void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes, const char* name);  // one array per key and block
 void require_shared(const void* address, size_t bytes, const char* what);
 
-// A GPU refuses an access that its own size does not divide.
+// A GPU rejects an access whose address is not a multiple of its size.
 inline void require_aligned(const void* address, size_t bytes, const char* what) {
     if (reinterpret_cast<uintptr_t>(address) % bytes) fail(std::string(what) + ": misaligned access of " + std::to_string(bytes) + " bytes");
 }
 
-// Meets all lanes of `mask`. The last one to arrive calls run(operands, mask) once for the warp; operands[lane] is null outside mask.
+// Synchronises all lanes of `mask`. The last lane to arrive calls run(operands, mask) once for the warp; operands[lane] is null outside the mask.
 using WarpFunction = void (*)(void** operands, uint32_t mask);
 void warp_collective(WarpFunction run, uint32_t mask, void* operands, const char* what);
 void sync_warp(uint32_t mask);
 
-// Meets `count` threads (all of the block when negative) at barrier `id`; returns for how many of them the predicate held.
+// Synchronises `count` threads (the full block if negative) at barrier `id`. Returns for how many of them the predicate held.
 int block_barrier(int id, int count, bool predicate, const char* what);
 
 void cp_async(void* shared, const void* global, int bytes, int bytes_read);
@@ -127,7 +127,7 @@ inline void __syncwarp(unsigned mask = ~0u) { simt::sync_warp(mask); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// Lanes of a shuffle of width w stay within their aligned group of w; a lane whose source is outside keeps its own value.
+// Lanes of a shuffle of width w stay within their aligned group of w. A lane whose source is outside the group gets its input back.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int w = 32) {
     const int lane = simt::lane_id();
@@ -158,7 +158,7 @@ T __ldg(const T* address) {
     return *address;
 }
 
-// One OS thread runs all fibers, so plain code is atomic. Not instrumented: the race checker is told what it is.
+// One OS thread runs all fibers, so that ordinary code is atomic. It is not instrumented; the race checker is notified instead.
 #define SIMT_ATOMIC(name, result)                                             \
     template <class T, class U>                                               \
     __attribute__((noinline, no_sanitize("thread"))) T name(T* target, U u) { \

@@ -1,5 +1,5 @@
-// attention's CUDA kernels against fp64: every mask, every instance of head_dim, packed and split layouts, both backwards; leaks and repetition
-// to the bit; no bank conflicts of ldmatrix; no product for tiles that nobody sees.
+// The CUDA kernels of attention against fp64: every mask, every head_dim instance, packed and split layouts, both backwards. Masked keys do not leak, and
+// results are reproducible, bit for bit. ldmatrix has no bank conflicts, and fully masked tiles are skipped.
 #include <limits>
 
 #include "common/philox.h"
@@ -16,14 +16,14 @@ struct Case {
     int64_t batch, queries, keys, groups, heads, dim;
     bool causal = true;
     int64_t window = 0;
-    std::vector<int64_t> borders = {};  // where segments begin
+    std::vector<int64_t> boundaries = {};  // positions at which segments start
     bool alibi = false;
     float softcap = 0, dropout = 0, scale = 0.2f;
     int64_t gap = 0;  // elements between heads
     size_t offset = 0;
 };
 
-// q, k and v as one projection [batch, keys, groups, heads + 2, dim + gap]: queries lie at the last positions. Gradients likewise.
+// q, k and v as one projection [batch, keys, groups, heads + 2, dim + gap], with the queries at the last positions. Gradients have the same layout.
 template <class T>
 struct Run {
     Case shape;
@@ -47,9 +47,9 @@ struct Run {
           lse("lse", rows(c)) {
         qkv.random(1), dout.random(2);
         for (size_t i = 0; i < dqkv.size(); ++i) dqkv[i] = T(0.0f);  // gaps and unused positions are not written
-        for (int64_t i = 0; i < c.batch * c.keys && !c.borders.empty(); ++i) {
+        for (int64_t i = 0; i < c.batch * c.keys && !c.boundaries.empty(); ++i) {
             int32_t id = 0;
-            for (const int64_t border : c.borders) id += i % c.keys >= border + i / c.keys;  // one later in each batch
+            for (const int64_t boundary : c.boundaries) id += i % c.keys >= boundary + i / c.keys;  // one position later in each batch
             segments.push_back(id);
         }
         for (int64_t h = 0; h < c.groups * c.heads && c.alibi; ++h) slopes.push_back(0.5f / static_cast<float>(h + 1));
@@ -99,7 +99,7 @@ struct Expected {
     std::vector<double> out, dqkv;
 };
 
-// The formulas of attention.h, all probabilities written out.
+// The formulas of attention.h with the full matrix of probabilities.
 template <class T>
 Expected expect(const Run<T>& run) {
     const Case& c = run.shape;
@@ -123,7 +123,7 @@ Expected expect(const Run<T>& run) {
             }
             if (c.alibi) score -= static_cast<double>(run.slopes[static_cast<size_t>(g * c.heads + h)]) * std::abs(static_cast<double>(position - j));
             bool visible = (!c.causal || j <= position) && (!c.window || j > position - c.window);
-            if (visible && !c.borders.empty()) {
+            if (visible && !c.boundaries.empty()) {
                 visible = run.segments[static_cast<size_t>(b * c.keys + j)] == run.segments[static_cast<size_t>(b * c.keys + position)];
             }
             p[at] = visible ? std::exp(score) : 0.0;
@@ -164,10 +164,10 @@ std::vector<float> copy(const Buffer<T>& of) {
     return values;
 }
 
-// dq has a kernel of its own, deterministic or not: attention_backward_cuda.cu.
+// Whether dq has a separate kernel even if not deterministic (see attention_backward_cuda.cu).
 bool has_one_backward(const Case& c) { return c.dim > 128 || c.alibi || c.softcap > 0 || c.dropout > 0 || c.scale <= 0; }
 
-// Results of the first schedule: every later one must give the same bits.
+// Results of the first schedule. Every later one must give the same bits.
 std::vector<std::vector<float>>& first_results() {
     static std::vector<std::vector<float>> results;
     return results;
@@ -175,7 +175,7 @@ std::vector<std::vector<float>>& first_results() {
 
 template <class T>
 void check(const Case& c, size_t index) {
-    static std::vector<Expected> known;  // of every case: computed once for all schedules
+    static std::vector<Expected> known;  // of every case, computed once for all schedules
     const std::string what = "case " + std::to_string(index) + " " + emu_test::name_of<T>();
     const uint64_t conflicts = simt::stats().ldmatrix_conflicts;
     Run<T> run(c);
@@ -194,10 +194,10 @@ void check(const Case& c, size_t index) {
     EXPECT(simt::stats().ldmatrix_conflicts == conflicts);
     if (!std::is_same_v<T, __nv_bfloat16>) return;
     for (const auto& values : {copy(run.out), copy(run.dqkv)}) {
-        const size_t place = 2 * index + (values.size() == run.dqkv.size());
-        if (first_results().size() <= place) first_results().resize(place + 1);
-        if (first_results()[place].empty()) first_results()[place] = values;
-        emu_test::tally.check(first_results()[place] == values, (what + ": the same bits in every schedule").c_str(), __FILE__, __LINE__);
+        const size_t slot = 2 * index + (values.size() == run.dqkv.size());
+        if (first_results().size() <= slot) first_results().resize(slot + 1);
+        if (first_results()[slot].empty()) first_results()[slot] = values;
+        emu_test::tally.check(first_results()[slot] == values, (what + ": the same bits in every schedule").c_str(), __FILE__, __LINE__);
     }
 }
 
@@ -211,54 +211,54 @@ std::vector<Case> masks() {
     return {{1, 1, 1, 1, 1, 64},
             {1, 17, 17, 1, 1, 64},
             {1, 129, 129, 1, 1, 64},
-            {1, 300, 17, 1, 1, 64},                                          // whole blocks of rows see nothing
-            {2, 1, 300, 1, 4, 64},                                           // decoding: parts of the keys
-            {1, 41, 700, 1, 1, 128},                                         // the same with 11 tiles in 3 parts
-            {1, 66, 128, 1, 1, 64},                                          // a tile of keys ends one key after the first row's position
-            with({1, 100, 164, 1, 1, 64}, [](Case& c) { c.window = 163; }),  // a tile begins one key before the last row's window
+            {1, 300, 17, 1, 1, 64},                                          // full blocks of rows see no key
+            {2, 1, 300, 1, 4, 64},                                           // decoding: splits of the keys
+            {1, 41, 700, 1, 1, 128},                                         // the same with 11 tiles in 3 splits
+            {1, 66, 128, 1, 1, 64},                                          // a key tile ends one key after the first row's position
+            with({1, 100, 164, 1, 1, 64}, [](Case& c) { c.window = 163; }),  // a tile starts one key before the last row's window
             with({1, 65, 65, 1, 1, 64}, [](Case& c) { c.window = 1; }),
             with({1, 130, 160, 1, 2, 64}, [](Case& c) { c.window = 33; }),
-            with({2, 129, 129, 1, 2, 64}, [](Case& c) { c.borders = {40, 41, 101}; }),
+            with({2, 129, 129, 1, 2, 64}, [](Case& c) { c.boundaries = {40, 41, 101}; }),
             // a block of one document against a tile of two, and a block of two against a tile of one
-            with({1, 300, 300, 1, 1, 64}, [](Case& c) { c.borders = {100, 290}; }),
-            with({1, 70, 129, 1, 1, 32}, [](Case& c) { c.causal = false, c.borders = {64, 100}; }),
-            with({1, 300, 300, 1, 1, 64}, [](Case& c) { c.causal = false, c.borders = {100, 290}; }),
+            with({1, 300, 300, 1, 1, 64}, [](Case& c) { c.boundaries = {100, 290}; }),
+            with({1, 70, 129, 1, 1, 32}, [](Case& c) { c.causal = false, c.boundaries = {64, 100}; }),
+            with({1, 300, 300, 1, 1, 64}, [](Case& c) { c.causal = false, c.boundaries = {100, 290}; }),
             with({1, 65, 129, 2, 1, 64}, [](Case& c) { c.causal = false; }),
             // maxima that grow from tile to tile
             with({1, 200, 200, 1, 1, 64}, [](Case& c) { c.scale = 1.5f, c.causal = false; }),
-            with({1, 65, 65, 1, 2, 33}, [](Case& c) { c.gap = 2, c.offset = 3; }),  // nothing is aligned
+            with({1, 65, 65, 1, 2, 33}, [](Case& c) { c.gap = 2, c.offset = 3; }),  // no alignment
             with({1, 65, 65, 1, 2, 40}, [](Case& c) { c.gap = 8; })};
 }
 
-// The general kernels: one reason at a time, then all.
+// The general kernels: one feature at a time, then all.
 std::vector<Case> generals() {
     return {with({1, 65, 129, 2, 2, 64}, [](Case& c) { c.alibi = true, c.causal = false; }),
             with({1, 65, 129, 1, 2, 64}, [](Case& c) { c.softcap = 1.5f, c.causal = false; }),
             with({2, 65, 129, 1, 2, 64}, [](Case& c) { c.dropout = 0.3f, c.causal = false; }),
             with({1, 33, 70, 1, 1, 64}, [](Case& c) { c.scale = -0.3f; }),
             with({1, 65, 129, 1, 2, 64}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 90; }),
-            with({1, 40, 66, 1, 1, 128}, [](Case& c) { c.dropout = 0.2f, c.causal = false, c.borders = {20, 50}; }),
-            with({1, 65, 129, 1, 2, 80}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.borders = {40, 101}; }),
+            with({1, 40, 66, 1, 1, 128}, [](Case& c) { c.dropout = 0.2f, c.causal = false, c.boundaries = {20, 50}; }),
+            with({1, 65, 129, 1, 2, 80}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.boundaries = {40, 101}; }),
             with({1, 65, 97, 1, 2, 256}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 50; })};
 }
 
-// Every instance of head_dim: causal with grouped heads, and all masks of the plain kernels together.
+// Every instance of head_dim: causal with grouped heads, and all masks of the basic kernels together.
 std::vector<Case> sizes() {
     std::vector<Case> all;
     for (const int64_t dim : {32, 64, 80, 96, 128, 160, 192, 256}) {
         all.push_back({1, 65, 65, 1, 2, dim});
         if (dim == 32 || dim % 64) continue;
         Case c{1, 80, 150, 2, 1, dim};
-        c.window = 70, c.borders = {60, 110};
+        c.window = 70, c.boundaries = {60, 110};
         all.push_back(c);
     }
     return all;
 }
 
-// Tokens after a border, or of another document, never move a bit of what lies before it.
+// Tokens after a boundary, or of another document, do not change a bit of the results before it.
 void leaks(bool by_document) {
     Case c{1, 200, 200, 1, 2, 64};
-    if (by_document) c.causal = false, c.borders = {131};
+    if (by_document) c.causal = false, c.boundaries = {131};
     std::vector<float> before[2];
     for (int pass = 0; pass < 2; ++pass) {
         Run<__nv_bfloat16> run(c);
@@ -266,20 +266,20 @@ void leaks(bool by_document) {
         run.forward();
         if (by_document) run.backward(true);
         const std::vector<float> out = copy(run.out), gradient = copy(run.dqkv);
-        const auto border = static_cast<ptrdiff_t>(131 * c.groups * c.heads * c.dim), gradient_border = static_cast<ptrdiff_t>(131 * run.row);
-        before[pass].assign(out.begin(), out.begin() + border);
+        const auto boundary = static_cast<ptrdiff_t>(131 * c.groups * c.heads * c.dim), gradient_border = static_cast<ptrdiff_t>(131 * run.row);
+        before[pass].assign(out.begin(), out.begin() + boundary);
         before[pass].insert(before[pass].end(), gradient.begin(), gradient.begin() + gradient_border);
     }
     EXPECT(before[0] == before[1]);
 }
 
-// Exactly the tiles with a visible pair are multiplied: 2 products of 128 x 64 in the forward and 3 for dq, 4 of 64 x 128 for dk and dv.
+// Only tiles with a visible pair are multiplied: 2 products of 128 x 64 in the forward and 3 for dq, 4 of 64 x 128 for dk and dv.
 void work(const Case& c) {
     Run<__nv_bfloat16> run(c);
     const auto seen = [&](int64_t i, int64_t j) {
         const int64_t position = i + c.keys - c.queries;
         if (i >= c.queries || j >= c.keys || (c.causal && j > position) || (c.window && j <= position - c.window)) return false;
-        return c.borders.empty() || run.segments[static_cast<size_t>(j)] == run.segments[static_cast<size_t>(position)];
+        return c.boundaries.empty() || run.segments[static_cast<size_t>(j)] == run.segments[static_cast<size_t>(position)];
     };
     const auto tiles = [&](int64_t rows, int64_t keys) {
         uint64_t count = 0;
@@ -306,8 +306,8 @@ __global__ void block_order_kernel(neox::attention::BlockOrder order, int* seen)
     if (threadIdx.x == 0) ++seen[pair * order.tiles + tile];
 }
 
-// The blocks of a grid do every tile of every pair once, however the pairs are chunked.
-void places() {
+// The blocks of a grid cover every tile of every pair exactly once, for any chunking of the pairs.
+void block_order() {
     for (const int chunk : {1, 2, 3, 5, 7}) {
         for (const bool reversed : {false, true}) {
             const neox::attention::BlockOrder order{4, 5, chunk, reversed};
@@ -319,7 +319,7 @@ void places() {
     }
 }
 
-// Quotients by a product and a shift are those of a division: at the ends, around multiples, and of divisors of every length.
+// Quotients by product and shift equal those of a division, at the ends, around multiples, and for divisors of every length.
 void quotients() {
     size_t wrong = 0;
     for (int64_t divisor = 1; divisor <= INT32_MAX; divisor = divisor < 130 ? divisor + 1 : divisor * 5 / 3 + 1) {
@@ -333,7 +333,7 @@ void quotients() {
     EXPECT(wrong == 0);
 }
 
-// Every instance needs some shared memory, and what a chip without 227 KB cannot do is known before a launch.
+// Every instance reports its shared memory, so that a device with less than 227 KB can be rejected before the launch.
 void shared_memory() {
     for (const int64_t dim : {64, 96, 128, 256}) {
         for (const bool general : {false, true}) {
@@ -345,7 +345,7 @@ void shared_memory() {
     }
 }
 
-// A refused launch leaves no error behind for the next caller that asks CUDA.
+// A failed launch clears CUDA's error, so that the next caller does not see it.
 void last_error() {
     emulated_last_error() = cudaErrorInvalidValue;
     EXPECT(neox::message(cudaErrorInvalidValue) != nullptr);
@@ -361,18 +361,18 @@ void values() {
     for (const auto& group : {masks(), generals(), sizes()}) {
         for (const Case& c : group) {
             check<__nv_bfloat16>(c, index);
-            // one key too many of 64 is within bf16's tolerance: the cases of a tile's last and first key are for fp16
+            // one extra key of 64 is within the tolerance of bf16, so fp16 runs the cases of a tile's first and last key
             if (index % 6 == 2 || index == 6 || index == 7) check<__half>(c, index);
             ++index;
         }
     }
     leaks(false);
     leaks(true);
-    places();
+    block_order();
     work({1, 300, 300, 1, 1, 64});
     work(with({1, 300, 400, 1, 1, 64}, [](Case& c) { c.window = 60; }));
-    work(with({1, 400, 400, 1, 1, 64}, [](Case& c) { c.borders = {64, 200, 320}; }));
-    work(with({1, 400, 400, 1, 1, 64}, [](Case& c) { c.causal = false, c.borders = {70, 256}; }));
+    work(with({1, 400, 400, 1, 1, 64}, [](Case& c) { c.boundaries = {64, 200, 320}; }));
+    work(with({1, 400, 400, 1, 1, 64}, [](Case& c) { c.causal = false, c.boundaries = {70, 256}; }));
 }
 
 const emu_test::Operator registered{"attention", values, nullptr};

@@ -1,4 +1,4 @@
-// The emulator's own tests: what its collectives compute, fragment layouts against the strides that CuTe publishes for them, and misuse.
+// Tests of the emulator: results of its collectives, fragment layouts against the strides published by CuTe, and detection of misuse.
 #include <cmath>
 #include <random>
 #include <vector>
@@ -55,7 +55,7 @@ void test_barriers() {
     int position = 0;
     run(1, 96, 0, [&] { counts[threadIdx.x] = __syncthreads_count(threadIdx.x % 5 == 0); });
     for (int t = 0; t < 96; ++t) EXPECT(counts[t] == 20);
-    run(1, 128, 0, [&] {  // two named barriers, each of half the block
+    run(1, 128, 0, [&] {  // two named barriers with half of the block each
         const int t = static_cast<int>(threadIdx.x), half = t / 64;
         neox::named_barrier(1 + half, 64);
         if (half == 0) order[t] = position++;
@@ -124,9 +124,9 @@ void test_ldmatrix_layout() {
         for (int i = 0; i < 8; ++i) elements[lane * 8 + i] = static_cast<uint16_t>(lane * 8 + i);
         __syncthreads();
         uint32_t r[4];
-        neox::ldmatrix_x4(r, elements + lane * 8);
+        neox::ldmatrix_x4(r, neox::shared_address(elements + lane * 8));
         std::memcpy(&plain[static_cast<size_t>(lane) * 4], r, sizeof(r));
-        neox::ldmatrix_x4<true>(r, elements + lane * 8);
+        neox::ldmatrix_x4<true>(r, neox::shared_address(elements + lane * 8));
         std::memcpy(&transposed[static_cast<size_t>(lane) * 4], r, sizeof(r));
     });
     for (int lane = 0; lane < 32; ++lane) {
@@ -156,7 +156,7 @@ void test_cp_async() {
 }
 
 void test_16_bit_floats() {
-    for (uint32_t bits = 0; bits < 65536; ++bits) {  // every value survives the way through fp32
+    for (uint32_t bits = 0; bits < 65536; ++bits) {  // every value survives a round trip through fp32
         const auto code = static_cast<uint16_t>(bits);
         const float as_half = simt::decode_half(code), as_bfloat16 = simt::decode_bfloat16(code);
         if (as_half == as_half) EXPECT(simt::encode_half(as_half) == code);
@@ -164,9 +164,9 @@ void test_16_bit_floats() {
     }
     EXPECT(simt::encode_half(65519.9f) == 0x7bff);
     EXPECT(simt::encode_half(65520.0f) == 0x7c00);
-    EXPECT(simt::encode_half(std::ldexp(1.0f, -25)) == 0);  // half way to the smallest subnormal: to even
+    EXPECT(simt::encode_half(std::ldexp(1.0f, -25)) == 0);  // a tie with the smallest subnormal rounds to even
     EXPECT(simt::encode_half(std::ldexp(1.5f, -25)) == 1);
-    EXPECT(simt::encode_bfloat16(1.00390625f) == 0x3f80);  // half way: to even
+    EXPECT(simt::encode_bfloat16(1.00390625f) == 0x3f80);  // a tie rounds to even
     EXPECT(simt::encode_bfloat16(1.01171875f) == 0x3f82);
 }
 
@@ -180,14 +180,14 @@ void test_bytes_moved() {
         simt::check::reset_traffic();
         run(2, 32, 0, [&] {
             const unsigned at = blockIdx.x * 32 + threadIdx.x;
-            const volatile unsigned* const source = &in[at].x;  // volatile: every read stays in the program
+            const volatile unsigned* const source = &in[at].x;  // volatile, so that every read is performed
             unsigned keep = 0;
             for (int i = 0; i < reads; ++i) keep += *source;
             out[at] = uint4{keep + table[0].x, 0, 0, 0};
         });
         return simt::check::moved();
     };
-    EXPECT(copy(1) == 64 * 4 + 64 * 16 + 4);  // one member of each element read, all of it written, the table once
+    EXPECT(copy(1) == 64 * 4 + 64 * 16 + 4);  // one member of each element is read, every element written, the table read once
     EXPECT(copy(3) == 3 * 64 * 4 + 64 * 16 + 4);
     EXPECT(simt::check::traffic(in.data()).touched == 64 * 4);
     simt::check::untrack(table.data());
@@ -212,8 +212,8 @@ void test_misuse() {
             });
         },
         "exit");
-    EXPECT_ERROR([] { run(1, 64, 0, [] { neox::named_barrier(threadIdx.x < 32 ? 1 : 2, 64); }); }, "dead-lock");
-    EXPECT_ERROR([] { run(1, 32, 0, [] { (void)__shfl_sync(0x1u, 1, 0); }); }, "own mask");
+    EXPECT_ERROR([] { run(1, 64, 0, [] { neox::named_barrier(threadIdx.x < 32 ? 1 : 2, 64); }); }, "deadlock");
+    EXPECT_ERROR([] { run(1, 32, 0, [] { (void)__shfl_sync(0x1u, 1, 0); }); }, "mask that it passed");
     EXPECT_ERROR([] { run(1, 16, 0, [] { (void)__shfl_xor_sync(~0u, 1, 1); }); }, "does not exist");
     EXPECT_ERROR([] { run(1, 32, 0, [] { (void)__shfl_sync(threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u, 1, 0); }); }, "not in the mask");
     EXPECT_ERROR(
@@ -221,7 +221,7 @@ void test_misuse() {
             run(1, 32, 1024, [] {
                 DYNAMIC_SMEM(raw);
                 uint32_t r[4];
-                neox::ldmatrix_x4(r, raw + 8);
+                neox::ldmatrix_x4(r, neox::shared_address(raw + 8));
             });
         },
         "aligned");
@@ -232,7 +232,7 @@ void test_misuse() {
                 reinterpret_cast<uint2*>(raw)[threadIdx.x] = uint2{};
                 __syncthreads();
                 uint32_t r[4];
-                neox::ldmatrix_x4(r, raw + 16 * threadIdx.x);
+                neox::ldmatrix_x4(r, neox::shared_address(raw + 16 * threadIdx.x));
             });
         },
         "not in shared");

@@ -1,15 +1,15 @@
-// Backward: s and dy are read once and ds is written once, in one persistent kernel of one block per multiprocessor.
+// Backward: s and dy are read once and ds is written once, by one persistent kernel with one block per multiprocessor.
 //
-// A thread keeps the same packs of columns over all its rows, so the sums over rows (dweight, dbias) are its own: they stand in shared memory
-// in slots that no other thread touches until the end, cost no barrier and one instruction per element, and leave the registers to the loads.
-// A block of 1,024 threads works on several rows at a time (4 of 2,048 bf16 elements); each row has a barrier of its own, one per row, and
-// the next row's packs are requested before it, so that loads are in flight through reductions and stores: 32 KiB a multiprocessor at 1,024
-// threads, where bandwidth times latency is about 20 KiB. Then the block adds the slots of its rows and writes one line of `partial`; one
-// block per multiprocessor keeps that at a few hundred lines, 1 to 2 % of the traffic at 16,384 rows. add_stripes sums the lines. The
-// order of every sum depends on the shape and the number of multiprocessors only.
+// A thread processes the same packs of columns in all its rows, so that the sums over rows (dweight, dbias) are private to it. They live in shared
+// memory, in slots that no other thread accesses until the end: no barrier, one instruction per element, and the registers are left for loads. A block
+// of 1,024 threads processes several rows at a time (4 of 2,048 bf16 elements). Each row has a separate barrier, and the packs of the next row are
+// requested before it, so that loads are in flight during reductions and stores: 32 KiB per multiprocessor at 1,024 threads, where bandwidth times
+// latency is about 20 KiB. At the end the block adds the slots of its rows and writes one line of `partial`. With one block per multiprocessor these are
+// a few hundred lines, 1 to 2 % of the traffic at 16,384 rows. add_stripes sums the lines. The order of every sum depends on the shape and the number
+// of multiprocessors only.
 //
-// Rows whose slots do not fit into shared memory (bf16: more than 16,384 columns, 12,288 with two outputs) take two kernels that read s
-// and dy twice more, mostly from L2: one for ds, one for the column sums.
+// Rows whose slots do not fit into shared memory (bf16: more than 16,384 columns, 12,288 with two outputs) take two kernels, one for ds and one for the
+// column sums, which read s and dy twice more, mostly from L2.
 #include "common/columns.cuh"
 #include "common/reduce.cuh"
 #include "common/row_packs.cuh"
@@ -20,14 +20,14 @@ namespace {
 
 constexpr int kMaxThreads = 1024, kMostPacks = 8;
 
-// Threads of a block by packs of s and dy that each holds: what the 65,536 registers of a multiprocessor allow without a spill on any target.
-// Registers are given out by 4 warps, one for each quarter of a multiprocessor, so only multiples of 128 threads count.
+// Threads of a block, by packs of s and dy per thread: as many as the 65,536 registers of a multiprocessor allow without spills on any target. Registers
+// are allocated to 4 warps at a time, one per quarter of a multiprocessor, so only multiples of 128 threads matter.
 constexpr int threads_at_most(int packs, int outputs) {
     const int held = packs * (outputs + 1);
     return held <= 2 ? 1024 : held <= 6 ? 512 : held <= 12 ? 384 : 256;
 }
 
-// Matrices of `partial`: dweight of each output, and dbias of each where any has a bias.
+// Matrices of `partial`: dweight of each output, and dbias of each if any output has a bias.
 inline __host__ __device__ bool has_bias(const NormBackward& op) { return op.dbias[0] || op.dbias[1]; }
 inline __host__ __device__ int planes(const NormBackward& op) { return op.outputs * (has_bias(op) ? 2 : 1); }
 
@@ -37,7 +37,7 @@ struct RowStatistics {
 
 NEOX_DEVICE RowStatistics statistics_of(const NormBackward& op, int64_t row) { return {op.rms ? 0.0f : __ldg(op.mean + row), __ldg(op.rstd + row)}; }
 
-// One thread's packs of one row. Beyond the last row: zeros, which add nothing to any sum.
+// One thread's packs of one row. Past the last row they are zeros, which do not change any sum.
 template <class T, bool kVector, int kPacks, int kOutputs>
 struct RowPacks {
     uint4 s[kPacks], dy[kOutputs][kPacks];
@@ -63,7 +63,7 @@ NEOX_DEVICE void add_to(float4* slot, const float* value) {
     *slot = sum;
 }
 
-// n and g of one pack, from what the row and the parameters hold.
+// Computes n and g of one pack.
 template <class T, int kOutputs>
 struct Terms {
     static constexpr int kSize = Pack<T>::kSize;
@@ -82,7 +82,7 @@ struct Terms {
             for (int k = 0; k < kSize; ++k) g[k] += dy[output][k] * w[k];
         }
     }
-    // Adds to the sums of g and of g n; elements beyond the row have g = 0.
+    // Adds to the sums of g and of g n. Elements past the end of the row have g = 0.
     __device__ __forceinline__ void add_to_sums(float (&sums)[2]) const {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
@@ -113,7 +113,7 @@ NEOX_DEVICE void write_partial(const NormBackward& op, const float4* slots) {
         }
         const int quad = i / threads % kQuads, p = i / (threads * kQuads) % kPacks, plane = i / (threads * kQuads * kPacks);
         const int64_t col = static_cast<int64_t>(p * threads + i % threads) * kSize + quad * 4;
-        float* const line = op.partial + (static_cast<int64_t>(plane) * gridDim.x + block_index_again()) * op.cols + col;
+        float* const line = op.partial + (static_cast<int64_t>(plane) * gridDim.x + reload_block_index()) * op.cols + col;
         const float value[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -126,8 +126,8 @@ NEOX_DEVICE void write_partial(const NormBackward& op, const float4* slots) {
 template <class T, bool kVector, int kPacks, int kOutputs>
 __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward(NormBackward op) {
     constexpr int kSize = Pack<T>::kSize, kQuads = kSize / 4;
-    // What there are registers for: the next row, the weights (else read again from L1), and what the second look at a pack needs.
-    // fp16 takes more of them to convert: with its weights resident, one pack in 1,024 threads spilled 8 bytes on sm_100.
+    // What the registers can hold: the next row, the weights (else read again from L1), and the values for the second pass over a pack. fp16 needs more
+    // registers for conversions: with resident weights, one pack in 1,024 threads spilled 8 bytes on sm_100.
     constexpr bool kTight = std::is_same_v<T, __half> && kPacks * kOutputs == 1;
     constexpr bool kAhead = kVector && kPacks * (kOutputs + 1) <= 8, kResident = kVector && !kTight && kPacks * kOutputs <= 2, kKeep = kPacks == 1;
     STATIC_SMEM(float, scratch, [2][2 * kMaxThreads / kWarpSize]);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
 #pragma unroll
         for (int k = 0; k < kOutputs; ++k) {
             const T* pointer = static_cast<const T*>(op.weight[k]);
-            if (!kResident) forget(pointer);
+            if (!kResident) make_opaque(pointer);
             weight[k] = load_raw<kVector>(pointer + column(p), static_cast<int>(op.cols) - column(p));
         }
     };
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
         for (int k = 0; k < kOutputs; ++k) dy[k] = here.dy[k][p];
         return Terms<T, kOutputs>(here.s[p], dy, kResident ? resident[p] : weight, here.statistics);
     };
-    // All threads go round equally often, those without a row too: a warp may hold several rows.
+    // All threads iterate equally often, even those without a row, because a warp may hold several rows.
     int parity = 0;
     for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < op.rows; base += step, parity ^= 1) {
         const int64_t row = base + threadIdx.y;
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
             if (!kKeep) {
-                forget(here.s[p]);
-                for (auto& dy : here.dy) forget(dy[p]);
+                make_opaque(here.s[p]);
+                for (auto& dy : here.dy) make_opaque(dy[p]);
                 dsum = load_dsum(p);
             }
             const uint4 ds = terms(p).gradient(dsum, mean_g, mean_gn, here.statistics.rstd);
@@ -205,11 +205,11 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
             here.load(op, row + step);
         }
     }
-    __syncthreads();  // every row's sums are in the slots before they are added
+    __syncthreads();  // the slots of all rows are complete
     write_partial<T, kPacks>(op, reinterpret_cast<const float4*>(memory));
 }
 
-// Loads one pack of the terms of a row.
+// Loads one pack of a row's terms.
 template <class T, bool kVector, int kOutputs>
 NEOX_DEVICE Terms<T, kOutputs> load_terms(const NormBackward& op, int64_t row, int64_t col, RowStatistics statistics) {
     uint4 dy[kOutputs], weight[kOutputs];
@@ -222,7 +222,7 @@ NEOX_DEVICE Terms<T, kOutputs> load_terms(const NormBackward& op, int64_t row, i
     return Terms<T, kOutputs>(load_raw<kVector>(static_cast<const T*>(op.s) + row * op.s_stride + col, valid), dy, weight, statistics);
 }
 
-// ds of one row of any length.
+// Computes ds of one row of any length.
 template <class T, bool kVector, int kOutputs>
 __global__ void __launch_bounds__(kMaxThreads) backward_looped(NormBackward op) {
     STATIC_SMEM(float, scratch, [2 * kMaxThreads / kWarpSize]);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_looped(NormBackward op) 
     }
 }
 
-// The column sums of a ColumnSums block.
+// Computes the column sums of a ColumnSums block.
 template <class T, bool kVector, int kOutputs>
 __global__ void __launch_bounds__(ColumnSums::kThreads, 2) parameter_gradients(NormBackward op) {
     constexpr int kSize = Pack<T>::kSize;
@@ -269,8 +269,8 @@ __global__ void __launch_bounds__(ColumnSums::kThreads, 2) parameter_gradients(N
 }
 
 struct Plan {
-    int threads, rows, packs;  // of a row; of a block at a time; of a thread. packs 0: looped
-    int64_t lines;             // of partial
+    int threads, rows, packs;  // threads per row, rows per block, packs per thread; packs 0: looped
+    int64_t lines;             // rows of partial
     size_t shared;
 };
 
@@ -286,7 +286,7 @@ Plan plan(const NormBackward& op, int pack_size) {
             rows = std::min({rows, kNamedBarriers, std::max<int64_t>(wanted, 1)});
         }
         const size_t shared = static_cast<size_t>(rows * planes(op) * each * threads * pack_size) * sizeof(float);
-        if (shared > shared_memory_limit() - 1024) break;  // scratch needs some
+        if (shared > shared_memory_limit() - 1024) break;  // leaves room for the static scratch
         return {static_cast<int>(threads), static_cast<int>(rows), each, std::min<int64_t>(multiprocessors(), (op.rows + rows - 1) / rows), shared};
     }
     return {0, 0, 0, ColumnSums::stripes(op.rows, op.cols), 0};
@@ -303,7 +303,7 @@ cudaError_t launch_rows(const NormBackward& op, const Plan& plan, Stream stream)
     }
     auto kernel = backward<T, kVector, 1, kOutputs>;
     if (plan.packs == 4) kernel = backward<T, kVector, 4, kOutputs>;
-    if constexpr (kOutputs == 1) {  // one output has more threads at one pack than it would have at two
+    if constexpr (kOutputs == 1) {  // with one output, one pack allows more threads than two packs
         if (plan.packs == kMostPacks) kernel = backward<T, kVector, kMostPacks, 1>;
     } else {
         if (plan.packs == 2) kernel = backward<T, kVector, 2, 2>;

@@ -1,9 +1,10 @@
-// Forward: memory-bound, so what counts is that loads are in flight all the time. A row lives in registers as it came (packs of 16 bytes, up
-// to 8 a thread, all requested before the first is used): x is read once, and the three looks at it (mean, squares, result) cost no memory.
-// A row of up to 256 packs (bf16: 2,048 elements) belongs to one warp or a part of one, which needs no barrier: 16 such warps on a
-// multiprocessor of an H100 ask for 64 KiB at a time, where its share of bandwidth times latency is about 20 KiB. Longer rows take as many
-// warps as keep a thread at 8 packs; blocks stay small, so that one block's loads cover another's barriers. Rows beyond 3,072 packs are
-// looped over. Weights and biases come from L1.
+// Forward: memory-bound, so that loads must be in flight at all times. A row is held in registers in its storage type (packs of 16 bytes, up to 8 per
+// thread, all requested before the first is used): x is read once, and the three passes over it (mean, squares, result) cost no memory traffic.
+//
+// A row of up to 256 packs (bf16: 2,048 elements) is processed by a warp or a part of one and needs no barrier. 16 such warps on a multiprocessor of an
+// H100 request 64 KiB at a time, where bandwidth times latency per multiprocessor is about 20 KiB. Longer rows take as many warps as leave 8 packs per
+// thread. Blocks stay small, so that the loads of one block overlap the barriers of another. Rows of more than 3,072 packs are processed in a loop.
+// Weights and biases are read from L1.
 #include "common/reduce.cuh"
 #include "common/row_packs.cuh"
 #include "ops/norm/norm.h"
@@ -11,11 +12,11 @@
 namespace neox {
 namespace {
 
-constexpr int kMaxThreads = 384;  // for a row that lies in registers
+constexpr int kMaxThreads = 384;  // of a row held in registers
 constexpr int kLoopThreads = 1024;
-constexpr int kMaxPacks = 8;  // for a thread
-constexpr int kBlock = 128;   // threads, where a row has no more than a warp
-constexpr int kResident = 6;  // such blocks per multiprocessor: without a number nvcc aims at more and spills
+constexpr int kMaxPacks = 8;  // per thread
+constexpr int kBlock = 128;   // threads of a block if a row has at most a warp
+constexpr int kResident = 6;  // such blocks per multiprocessor; without a bound nvcc aims at more and spills
 
 // x + residual, rounded to T.
 template <class T>
@@ -45,7 +46,7 @@ NEOX_DEVICE float sum_of(const uint4& raw) {
     return sum;
 }
 
-// Sum of (s - mean)^2: the mean of the squares less the square of the mean would cancel where the mean is large.
+// Sum of (s - mean)^2. The mean of squares minus the squared mean would cancel if the mean is large.
 template <class T>
 NEOX_DEVICE float squares_of(const uint4& raw, float mean, int valid) {
     float value[Pack<T>::kSize], sum = 0.0f;
@@ -58,7 +59,7 @@ NEOX_DEVICE float squares_of(const uint4& raw, float mean, int valid) {
     return sum;
 }
 
-// The sum and the outputs of one pack.
+// Stores the sum and the outputs of one pack.
 template <class T, bool kVector>
 NEOX_DEVICE void write_outputs(const NormForward& op, int64_t row, int64_t col, int valid, const uint4& s, float mean, float rstd) {
     constexpr int kSize = Pack<T>::kSize;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kPacks < kMaxPacks ? kBlock : kMaxThreads, kPa
     constexpr int kSize = Pack<T>::kSize;
     STATIC_SMEM(float, scratch, [2][kMaxThreads / kWarpSize]);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-    const int cols = row < op.rows ? static_cast<int>(op.cols) : 0;  // a row beyond the last is empty, but its threads take part in the warp's sums
+    const int cols = row < op.rows ? static_cast<int>(op.cols) : 0;  // rows past the last one are empty, but their threads take part in the warp's reductions
     const int step = static_cast<int>(blockDim.x) * kSize, first = static_cast<int>(threadIdx.x) * kSize;
     const auto valid = [&](int p) { return cols - (first + p * step); };
     uint4 s[kPacks];
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kPacks < kMaxPacks ? kBlock : kMaxThreads, kPa
     if (!op.rms) {
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
-            if (kPacks > 1) forget(s[p]);  // its fp32 values would take twice its registers until the end
+            if (kPacks > 1) make_opaque(s[p]);  // otherwise its fp32 values, twice the registers, would stay live to the end
             mean[0] += sum_of<T>(s[p]);
         }
         row_sums(mean, scratch[0]);
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kPacks < kMaxPacks ? kBlock : kMaxThreads, kPa
     }
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-        if (kPacks > 1) forget(s[p]);
+        if (kPacks > 1) make_opaque(s[p]);
         squares[0] += squares_of<T>(s[p], mean[0], valid(p));
     }
     row_sums(squares, scratch[1]);
@@ -126,12 +127,12 @@ __global__ void __launch_bounds__(kPacks < kMaxPacks ? kBlock : kMaxThreads, kPa
     write_statistics(op, row, mean[0], rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-        if (kPacks > 1) forget(s[p]);
+        if (kPacks > 1) make_opaque(s[p]);
         if (valid(p) > 0) write_outputs<T, kVector>(op, row, first + p * step, valid(p), s[p], mean[0], rstd);
     }
 }
 
-// A block takes one row of any length; after the first look its packs come from L2.
+// One block per row of any length. After the first pass its packs are read from L2.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kLoopThreads) forward_looped(NormForward op) {
     constexpr int kSize = Pack<T>::kSize;
@@ -174,12 +175,12 @@ cudaError_t launch_forward(const NormForward& op, Stream stream) {
 
 template <class T>
 bool packs_fit_all(const NormForward& op) {
-    bool fit = can_vectorize<T>(op.x, op.x_stride, op.cols) && can_vectorize<T>(op.residual, op.residual ? op.residual_stride : 0, op.cols);
+    bool vectorized = can_vectorize<T>(op.x, op.x_stride, op.cols) && can_vectorize<T>(op.residual, op.residual ? op.residual_stride : 0, op.cols);
     for (const void* pointer : {op.parameters[0].weight, op.parameters[0].bias, op.parameters[1].weight, op.parameters[1].bias}) {
-        fit = fit && can_vectorize<T>(pointer, 0, 0);
+        vectorized = vectorized && can_vectorize<T>(pointer, 0, 0);
     }
-    for (const void* pointer : {op.y[0], op.y[1], op.sum}) fit = fit && can_vectorize<T>(pointer, 0, 0);
-    return fit;
+    for (const void* pointer : {op.y[0], op.y[1], op.sum}) vectorized = vectorized && can_vectorize<T>(pointer, 0, 0);
+    return vectorized;
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ namespace {
 
 using namespace attention;
 
-// dq by atomics in the kernel of the keys: 5 products instead of 7, in an order of sums that varies from run to run.
+// Whether the dk and dv kernel also sums dq, with atomics: 5 matrix products instead of 7, but an order of summation that varies from run to run.
 bool sums_queries(const Attention& in, bool deterministic) { return !deterministic && !is_general(in) && in.head_dim <= 128; }
 
 template <class T>

@@ -1,4 +1,4 @@
-// The backward's instances of dk and dv, and of dq by atomics, for bfloat16.
+// Instances of the dk and dv kernel for bfloat16.
 #include "ops/attention/cuda/backward_keys_instances.cuh"
 
 namespace neox::attention {

@@ -1,4 +1,4 @@
-// The backward's instances of dk and dv, and of dq by atomics, for float16.
+// Instances of the dk and dv kernel for float16.
 #include "ops/attention/cuda/backward_keys_instances.cuh"
 
 namespace neox::attention {

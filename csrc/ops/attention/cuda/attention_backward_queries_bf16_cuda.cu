@@ -1,4 +1,4 @@
-// The backward's instances of dq in a fixed order for bfloat16.
+// Instances of the deterministic dq kernel for bfloat16.
 #include "ops/attention/cuda/backward_queries_instances.cuh"
 
 namespace neox::attention {

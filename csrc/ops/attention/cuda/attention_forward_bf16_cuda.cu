@@ -1,4 +1,4 @@
-// The forward's instances for bfloat16.
+// Instances of the forward kernel for bfloat16.
 #include "ops/attention/cuda/forward_instances.cuh"
 
 namespace neox::attention {

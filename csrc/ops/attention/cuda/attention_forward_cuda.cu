@@ -5,7 +5,7 @@ namespace neox {
 namespace attention {
 namespace {
 
-// The table of segment ids: one warp per entry.
+// Computes the table of segment ids, one warp per entry.
 __global__ void __launch_bounds__(128) segment_table_kernel(const int32_t* segments, int2* table, int64_t entries, int entries_per_batch, int keys) {
     const int64_t entry = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarpSize;
     if (entry >= entries) return;
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(128) segment_table_kernel(const int32_t* segme
 
 static_assert(kSegmentTile == kWarpSize, "one lane per key of an entry");
 
-// Parts of the keys: where the blocks are too few to fill the GPU, as in decoding, each takes a part of at least 256 keys.
+// Number of splits of the keys. If there are too few blocks to fill the GPU, as in decoding, each takes a split of at least 256 keys.
 int64_t key_splits(const Attention& in) {
     const int64_t blocks = std::max<int64_t>(in.batch * in.groups * ceil_divide(in.queries * in.heads, kForwardRows), 1), wanted = 2 * multiprocessors();
     const int64_t seen = in.window ? std::min(in.keys, in.window + in.queries) : in.keys;

@@ -1,4 +1,4 @@
-// The forward's instances for float16.
+// Instances of the forward kernel for float16.
 #include "ops/attention/cuda/forward_instances.cuh"
 
 namespace neox::attention {

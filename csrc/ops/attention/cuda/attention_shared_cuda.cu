@@ -1,4 +1,4 @@
-// How much shared memory the kernels of a problem need. The kernels themselves are instantiated elsewhere.
+// Shared memory that the kernels need per block. The kernels themselves are instantiated elsewhere.
 #include "ops/attention/cuda/backward_keys_instances.cuh"
 #include "ops/attention/cuda/backward_queries_instances.cuh"
 #include "ops/attention/cuda/forward_instances.cuh"

@@ -1,8 +1,9 @@
-// What the backward kernels share: the task, the two numbers per row, and what brackets the kernels.
+// Shared by the backward kernels: the task, two statistics per row (lse and delta), and the kernels that run before and after.
 //
-//   p = 2^(score - lse)   dv_j = sum_i p dout_i   dp = dout_i . v_j   ds = p (dp - delta_i)   dq_i = scale sum_j ds k_j   dk_j = scale sum_i ds q_i
+//   p = 2^(score - lse)    dv_j = sum_i p dout_i         dp = dout_i . v_j
+//   ds = p (dp - delta_i)  dq_i = scale sum_j ds k_j     dk_j = scale sum_i ds q_i
 //
-// with delta_i = dout_i . out_i, which is the sum over j of p dp (arXiv:2205.14135, section 3.2).
+// with delta_i = dout_i . out_i, which equals the sum over j of p dp (arXiv:2205.14135, section 3.2).
 #pragma once
 
 #include "common/vec.cuh"
@@ -20,12 +21,12 @@ struct Backward {
     Matrix<const T> q, k, v, out, dout;
     Matrix<T> dq, dk, dv;
     const float* lse;  // of the forward
-    float2* rows;      // [pairs, padded_rows]: lse in base 2, infinite for rows that see nothing and for padding; delta
+    float2* rows;      // [pairs, padded_rows]: {lse in base 2, infinite for padding and for rows that see no key; delta}
     int padded_rows;
-    float* dq_sums;  // [pairs, padded_rows, kDim], sums over the blocks of keys by atomics; null: dq has a kernel of its own
+    float* dq_sums;  // [pairs, padded_rows, kDim], summed over key blocks with atomics; null: a separate kernel computes dq
 };
 
-// rows[...] = {lse, delta}: 8 lanes per row.
+// Computes rows[...] = {lse, delta} with 8 lanes per row.
 template <class T>
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Backward<T> task) {
     const Params& in = task.in;
@@ -74,22 +75,22 @@ __global__ void __launch_bounds__(256) finish_dq_kernel(const __grid_constant__ 
     }
 }
 
-// An element of the general kernels. `product` of query and key becomes the probability, zero where dropout takes it and not yet divided where not;
-// `dp`, the product of dout and value, becomes ds, not yet scaled.
-NEOX_DEVICE void finish_element(const Params& in, float slope, int distance, bool visible, bool kept, float lse, float delta, float& product, float& dp) {
-    float score = product * (in.scale * kLog2E), bend = 1.0f;  // bend: the gradient through the softcap
+// One element of the general kernels. `product`, query times key, becomes the probability: zero if dropout removes it, else not yet divided by
+// 1 - dropout. `dp`, dout times value, becomes ds, not yet scaled.
+NEOX_DEVICE void finish_element(const Params& in, float slope, int distance, bool visible, bool keep, float lse, float delta, float& product, float& dp) {
+    float score = product * (in.scale * kLog2E), cap_slope = 1.0f;  // cap_slope: derivative of the softcap
     if (in.softcap > 0.0f) {
         const float t = in.capped(product);
         score = in.softcap * kLog2E * t;
-        bend = 1.0f - t * t;
+        cap_slope = 1.0f - t * t;
     }
     score -= slope * fabsf(static_cast<float>(distance));
     const float power = fast_exp2(score - lse), p = visible ? power : 0.0f;
-    dp = p * ((kept ? dp * in.keep_scale : 0.0f) - delta) * bend;
-    product = kept ? p : 0.0f;
+    dp = p * ((keep ? dp * in.keep_scale : 0.0f) - delta) * cap_slope;
+    product = keep ? p : 0.0f;
 }
 
-// Kernels of the instance for a problem, one object per kernel and element type: dk and dv, and dq_sums where they are wanted; dq.
+// Launch the instance for a problem; one object file per kernel and element type. The first computes dk, dv and, if requested, dq_sums; the second dq.
 template <class T>
 cudaError_t launch_backward_keys(const Attention& in, const Backward<T>& task, Stream stream);
 template <class T>

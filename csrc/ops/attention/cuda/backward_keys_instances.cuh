@@ -1,4 +1,4 @@
-// Which tiles the kernel of dk and dv takes for a head_dim; docs/attention.md has the arithmetic.
+// Tile shapes of the dk and dv kernel per head_dim. docs/attention.md derives them.
 #pragma once
 
 #include "ops/attention/cuda/backward_keys.cuh"
@@ -6,7 +6,7 @@
 
 namespace neox::attention {
 
-// {kDim, keys, rows, rows in registers, whether it can sum dq}
+// {kDim, keys, rows, rows in registers, computes dq}
 template <int kDim, bool kGeneral>
 struct KeysShapeOf;
 template <>
@@ -30,16 +30,16 @@ cudaError_t launch_backward_keys(const Attention& in, const Backward<T>& task, S
         constexpr int kDim = decltype(dim)::value;
         constexpr bool kGeneral = decltype(general)::value;
         using Shape = KeysShapeOf<kDim, kGeneral>;
-        Backward<T> own = task;
-        own.order = block_order(in, ceil_divide(in.keys, Shape::kKeys), false);
-        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(own.order.tiles) * own.order.pairs)), block(Shape::kThreads);
+        Backward<T> keys_task = task;
+        keys_task.order = block_order(in, ceil_divide(in.keys, Shape::kKeys), false);
+        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(keys_task.order.tiles) * keys_task.order.pairs)), block(Shape::kThreads);
         if (grid.x == 0) return cudaSuccess;
         if constexpr (kDim <= 128) {
-            return launch(backward_keys_kernel<T, Shape, kGeneral, true, true>, grid, block, Shape::kSharedBytes, stream, own);
-        } else {  // the sums of both gradients would not fit the registers
-            const cudaError_t error = launch(backward_keys_kernel<T, Shape, kGeneral, false, true>, grid, block, Shape::kSharedBytes, stream, own);
+            return launch(backward_keys_kernel<T, Shape, kGeneral, true, true>, grid, block, Shape::kSharedBytes, stream, keys_task);
+        } else {  // the sums of both gradients do not fit in registers
+            const cudaError_t error = launch(backward_keys_kernel<T, Shape, kGeneral, false, true>, grid, block, Shape::kSharedBytes, stream, keys_task);
             if (error != cudaSuccess) return error;
-            return launch(backward_keys_kernel<T, Shape, kGeneral, true, false>, grid, block, Shape::kSharedBytes, stream, own);
+            return launch(backward_keys_kernel<T, Shape, kGeneral, true, false>, grid, block, Shape::kSharedBytes, stream, keys_task);
         }
     });
 }

@@ -1,4 +1,4 @@
-// Which tiles the kernel of dq takes for a head_dim; docs/attention.md has the arithmetic.
+// Tile shapes of the dq kernel per head_dim. docs/attention.md derives them.
 #pragma once
 
 #include "ops/attention/cuda/backward_queries.cuh"
@@ -28,11 +28,11 @@ template <class T>
 cudaError_t launch_backward_queries(const Attention& in, const Backward<T>& task, Stream stream) {
     return dispatch_instance(instance_dim(in), is_general(in), [&](auto dim, auto general) {
         using Shape = QueriesShapeOf<decltype(dim)::value, decltype(general)::value>;
-        Backward<T> own = task;
-        own.order = block_order(in, ceil_divide(in.queries * in.heads, Shape::kRows), in.causal);
-        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(own.order.tiles) * own.order.pairs));
+        Backward<T> queries_task = task;
+        queries_task.order = block_order(in, ceil_divide(in.queries * in.heads, Shape::kRows), in.causal);
+        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(queries_task.order.tiles) * queries_task.order.pairs));
         if (grid.x == 0) return cudaSuccess;
-        return launch(backward_queries_kernel<T, Shape, decltype(general)::value>, grid, dim3(Shape::kThreads), Shape::kSharedBytes, stream, own);
+        return launch(backward_queries_kernel<T, Shape, decltype(general)::value>, grid, dim3(Shape::kThreads), Shape::kSharedBytes, stream, queries_task);
     });
 }
 

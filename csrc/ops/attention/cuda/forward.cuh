@@ -1,8 +1,8 @@
 // The forward kernel: a block of rows against the tiles of keys that they see.
 //
-// Each warp owns 16 kM rows and all keys of a tile, so that the softmax needs no shared memory. Tiles of keys and of values take turns in one
-// ring of kStages slots, filled kStages - 1 tiles ahead by cp.async. The loop over tiles (run_tiles) is all that a variant with other copies or
-// other tensor-core instructions has to replace: mask, softmax and epilogue work on its sums.
+// Each warp owns 16 kM rows and all keys of a tile, so that the softmax needs no shared memory. Key and value tiles alternate in a ring of kStages
+// slots, which cp.async fills kStages - 1 tiles ahead. A variant with other copy or tensor-core instructions replaces the loop over tiles (run_tiles)
+// only; mask, softmax and epilogue operate on its accumulators.
 #pragma once
 
 #include "common/vec.cuh"
@@ -11,12 +11,12 @@
 
 namespace neox::attention {
 
-constexpr int kForwardRows = 128;  // of a block, in every instance
+constexpr int kForwardRows = 128;  // rows of a block in every instance
 
 template <int kDim_, int kRows_, int kKeys_, int kWarps_, int kStages_, int kBlocks_>
 struct ForwardShape {
     static constexpr int kDim = kDim_, kRows = kRows_, kKeys = kKeys_, kWarps = kWarps_, kStages = kStages_;
-    static constexpr int kBlocks = kBlocks_;  // of a multiprocessor at once, for the register budget
+    static constexpr int kBlocks = kBlocks_;  // resident per multiprocessor; sets the register budget
     static constexpr int kThreads = kWarps * kWarpSize, kM = kRows / kWarps / 16;
     static constexpr size_t kSharedBytes = static_cast<size_t>(kRows + kStages * kKeys) * kDim * 2;
     static_assert(kKeys % kSegmentTile == 0 && kRows == kM * kWarps * 16);
@@ -29,16 +29,16 @@ struct Forward {
     Matrix<const T> q, k, v;
     Matrix<T> out;
     float* lse;          // [batch, groups * heads, queries]
-    int splits;          // parts of the keys, one per gridDim.y; above 1 the results go to:
-    float* partial_out;  // [splits, pairs, rows, kDim], each part divided by its own sum
+    int splits;          // of the keys, one per gridDim.y; with more than one the results go to:
+    float* partial_out;  // [splits, pairs, rows, kDim], each split divided by its sum
     float* partial_lse;  // [splits, pairs, rows], base 2
 };
 
-// Softmax of this lane's 2 kM rows, as far as the tiles have come.
+// State of the online softmax of this lane's 2 kM rows.
 template <int kM>
 struct RunningSoftmax {
-    float reference[kM][2];  // the largest score so far, which exponents are taken relative to
-    float total[kM][2];      // of this lane's columns
+    float reference[kM][2];  // the largest score so far; exponents are relative to it
+    float total[kM][2];      // sum of probabilities over this lane's columns
 
     __device__ __forceinline__ RunningSoftmax() {
 #pragma unroll
@@ -49,12 +49,12 @@ struct RunningSoftmax {
     }
 };
 
-// s [16 kM, kKeys] becomes 2^(factor s - reference). Where a row's maximum has grown, its reference moves and its sums in `out` are rescaled.
-// Each row decides for itself, so that its bits don't depend on other rows; the multiplication by 1 is skipped by whole warps.
+// s [16 kM, kKeys] becomes 2^(factor s - reference). If a row's maximum grows, its reference follows and its sums in `out` are rescaled. The decision is
+// per row, so that the bits of a row do not depend on other rows; a warp skips the rescaling if none of its rows needs it.
 //
-// With a reference that may lag behind the maximum, as saves most of the rescaling, the largest probability of a row is no longer 1, and loses up
-// to 2^-9 of itself in bf16 ahead of the product with the values. Where one key has nearly all of the attention nothing averages that out: the
-// output, and through dout . out every gradient of the scores, is off by twice what rounding the output costs.
+// A lazy reference, which lags the maximum, would save most of the rescaling. But the largest probability of a row would no longer be 1, and rounding it
+// to bf16 for the product with the values loses up to 2^-9 of it. Where one key takes nearly all of the attention nothing averages that error out: the
+// output, and through dout . out every gradient of the scores, would be off by twice the rounding error of the output.
 template <int kM, int kKeys, int kDim>
 NEOX_DEVICE void online_softmax(float (&s)[kM][kKeys / 8][4], float factor, RunningSoftmax<kM>& row, float (&out)[kM][kDim / 8][4]) {
     float rescale[kM][2];
@@ -109,7 +109,7 @@ NEOX_DEVICE void online_softmax(float (&s)[kM][kKeys / 8][4], float factor, Runn
     }
 }
 
-// Fills the ring: keys and values of the visible tiles by turns, one slot each.
+// Fills the ring with the visible tiles, keys and values alternating, one slot each.
 template <class T, class Shape>
 struct TileLoader {
     const Forward<T>& task;
@@ -117,24 +117,22 @@ struct TileLoader {
     const T *keys, *values;
     T* ring;
     int tile, slot = 0;
-    bool is_values = false;
 
+    template <bool kValues>
     __device__ __forceinline__ void load_next() {
         if (tile < tiles.end) {
             const int first = tile * Shape::kKeys;
-            const int64_t stride = is_values ? task.v.strides.sequence : task.k.strides.sequence;
-            const T* const base = (is_values ? values : keys) + first * stride;
-            load_tile<Shape::kKeys, Shape::kDim, Shape::kThreads>(ring + slot * (Shape::kKeys * Shape::kDim), task.in.keys - first, task.in.head_dim,
-                                                                  is_values ? task.v.vectorized : task.k.vectorized, [&](int i) { return base + i * stride; });
+            const Matrix<const T>& from = kValues ? task.v : task.k;
+            load_rows<Shape::kKeys, Shape::kDim, Shape::kThreads>(ring + slot * (Shape::kKeys * Shape::kDim), kValues ? values : keys, from.strides.sequence,
+                                                                  first, task.in.keys - first, task.in.head_dim, from.vectorized);
             slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
-            if (is_values) tile = tiles.next(tile + 1);
-            is_values = !is_values;
+            if (kValues) tile = tiles.next(tile + 1);
         }
-        cp_async_commit();  // also without copies: waits count groups
+        cp_async_commit();  // even without copies, because waits count groups
     }
 };
 
-// The sums of this warp's rows over all tiles. Rows beyond the last are zeros and come to nothing that is stored.
+// Accumulates this warp's rows over all tiles. Rows past the last one are zeros and are not stored.
 template <class T, class Shape, bool kGeneral>
 NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>& tiles, int pair, int row, const T* q_tile, TileLoader<T, Shape>& loader,
                            RunningSoftmax<Shape::kM>& softmax, float (&out)[Shape::kM][Shape::kDim / 8][4]) {
@@ -142,22 +140,25 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
     const Params& in = task.in;
     const int warp_row = threadIdx.x / kWarpSize * (16 * kM);
     const float factor = kGeneral ? 1.0f : in.scale * kLog2E;
-    constexpr bool kHold = kDim <= 64;  // the queries stay in registers where those suffice
+    constexpr bool kHold = kDim <= 64;  // small heads leave registers to hold the queries
     uint32_t q[kHold ? kM : 1][kHold ? kDim / 16 : 1][4];
+    const auto q_base = FragmentAddress<kDim>::rows_first(q_tile, warp_row);
     bool fresh = true;
     int slot = 0;
     for (int tile = tiles.next(tiles.begin); tile < tiles.end; tile = tiles.next(tile + 1)) {
         uint32_t p[kM][kKeys / 16][4];
         cp_async_wait<Shape::kStages - 2>();
-        __syncthreads();  // everyone's part of the keys has landed, and nobody reads the slot that is filled next
-        loader.load_next();
+        __syncthreads();                                       // the key tile is complete, and all warps have left the slot that is filled next
+        loader.template load_next<Shape::kStages % 2 == 0>();  // the kind of tile kStages - 1 slots ahead of these keys
         float s[kM][kKeys / 8][4] = {};
+        // Opaque again in each tile, or its XOR variants would occupy registers throughout the loop: at head_dim 96 they spill.
+        const FragmentAddress<kDim> q_address{opaque(q_base.base)};
         if constexpr (kHold) {
             if (fresh) {
 #pragma unroll
                 for (int m = 0; m < kM; ++m) {
 #pragma unroll
-                    for (int k = 0; k < kDim / 16; ++k) load_a<kDim>(q[m][k], q_tile, warp_row + m * 16, k * 2);
+                    for (int k = 0; k < kDim / 16; ++k) ldmatrix_x4(q[m][k], q_address.at(m * 16, k * 2));
                 }
             }
             fresh = false;
@@ -166,7 +167,7 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
             if constexpr (kHold) {
                 copy_fragment(a, q[m][k]);
             } else {
-                load_a<kDim>(a, q_tile, warp_row + m * 16, k * 2);
+                ldmatrix_x4(a, q_address.at(m * 16, k * 2));
             }
         };
         gemm_nt<T, kDim, kM, kKeys>(s, q_of, loader.ring + slot * (kKeys * kDim), 0);
@@ -177,26 +178,26 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
             if (in.has_dropout) apply_dropout<kM, kKeys>(in, pair, row, tile * kKeys, s);
         }
 #pragma unroll
-        for (int m = 0; m < kM; ++m) sums_as_a<T, kKeys>(s[m], p[m]);
+        for (int m = 0; m < kM; ++m) accumulators_as_a<T, kKeys>(s[m], p[m]);
         slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
         cp_async_wait<Shape::kStages - 2>();
-        __syncthreads();  // the same for the values
-        loader.load_next();
+        __syncthreads();  // the same for the value tile
+        loader.template load_next<Shape::kStages % 2 == 1>();
         const auto p_of = [&](int m, int k, uint32_t (&a)[4]) { copy_fragment(a, p[m][k]); };
-        gemm_nn<T, kDim, kM, kKeys, kDim>(out, p_of, loader.ring + slot * (kKeys * kDim), 0, 0);
+        gemm_nn<T, kM, kKeys, kDim>(out, p_of, FragmentAddress<kDim>::rows_first(loader.ring + slot * (kKeys * kDim), 0));
         slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
     }
     cp_async_wait<0>();
-    __syncthreads();  // without any tile, the copies of others into this warp's queries would still be under way when out takes their place
+    __syncthreads();  // with no visible tile, cp.async into the query tile may still be in flight; it is reused for the output
 }
 
-// Divides by the sums, writes lse, and out through this warp's own rows of the tile of queries.
+// Divides by the sums and writes lse and out. out is staged in this warp's rows of the query tile.
 template <class T, class Shape>
 NEOX_DEVICE void finish_rows(const Forward<T>& task, int pair, int row, const RunningSoftmax<Shape::kM>& softmax,
                              const float (&out)[Shape::kM][Shape::kDim / 8][4], T* q_tile) {
     const Params& in = task.in;
     const int lane = threadIdx.x % kWarpSize, warp_row = threadIdx.x / kWarpSize * (16 * Shape::kM);
-    const float kept = in.has_dropout ? in.keep_scale : 1.0f;
+    const float keep_scale = in.has_dropout ? in.keep_scale : 1.0f;
 #pragma unroll
     for (int m = 0; m < Shape::kM; ++m) {
         float inverse[2];
@@ -206,7 +207,7 @@ NEOX_DEVICE void finish_rows(const Forward<T>& task, int pair, int row, const Ru
             total += __shfl_xor_sync(kFullWarp, total, 1);
             total += __shfl_xor_sync(kFullWarp, total, 2);
             const bool no_keys = total == 0.0f;
-            inverse[half] = no_keys ? 0.0f : kept / total;
+            inverse[half] = no_keys ? 0.0f : keep_scale / total;
             const int at = row + m * 16 + half * 8 + lane / 4;
             const float lse = no_keys ? -INFINITY : softmax.reference[m][half] + log2f(total);
             if (at < in.rows && lane % 4 == 0) {
@@ -253,7 +254,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) forward_kerne
                                                           [&](int i) { return queries + in.row_offset(first_row + i, task.q.strides); });
     TileLoader<T, Shape> loader{task, tiles, task.k.at(batch, group), task.v.at(batch, group), q_tile + Shape::kRows * Shape::kDim, tiles.next(tiles.begin)};
 #pragma unroll 1
-    for (int i = 0; i < Shape::kStages - 1; ++i) loader.load_next();
+    for (int i = 0; i < (Shape::kStages - 1) / 2; ++i) {
+        loader.template load_next<false>();
+        loader.template load_next<true>();
+    }
+    if constexpr (Shape::kStages % 2 == 0) loader.template load_next<false>();
 
     const int row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * (16 * Shape::kM);
     RunningSoftmax<Shape::kM> softmax;
@@ -262,7 +267,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) forward_kerne
     finish_rows<T, Shape>(task, pair, row, softmax, out, q_tile);
 }
 
-// One row per warp: the parts of its keys, weighed by their sums, in order.
+// Combines the splits of the keys in order, weighted by their sums. One row per warp.
 template <class T>
 __global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ Forward<T> task, int dim) {
     const Params& in = task.in;
@@ -287,7 +292,7 @@ __global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ Fo
     if (lane == 0) task.lse[in.index(pair, row)] = total == 0.0f ? -INFINITY : (base + log2f(total)) * kLn2;
 }
 
-// forward_kernel of the instance (forward_instances.cuh), one object per element type.
+// Launches the instance for a problem (forward_instances.cuh); one object file per element type.
 template <class T>
 cudaError_t launch_forward(const Forward<T>& task, int dim, bool general, Stream stream);
 

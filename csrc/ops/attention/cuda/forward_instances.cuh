@@ -1,4 +1,4 @@
-// Which tiles the forward takes for a head_dim; docs/attention.md has the arithmetic.
+// Tile shapes of the forward kernel per head_dim. docs/attention.md derives them.
 #pragma once
 
 #include "ops/attention/cuda/forward.cuh"
@@ -17,7 +17,7 @@ template <>
 struct ForwardShapeOf<128, false> : ForwardShape<128, 128, 32, 4, 6, 2> {};
 template <>
 struct ForwardShapeOf<256, false> : ForwardShape<256, 128, 64, 8, 3, 1> {};
-// Half as many rows per warp leave registers for what happens to the scores.
+// Half as many rows per warp: softcap, ALiBi and dropout need the registers.
 template <>
 struct ForwardShapeOf<64, true> : ForwardShape<64, 128, 64, 8, 4, 1> {};
 template <>

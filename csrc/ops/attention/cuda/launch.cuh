@@ -1,4 +1,4 @@
-// Host side of the CUDA kernels: a problem as the device sees it, choice of instances, and the workspace. No torch.
+// Host side of the CUDA kernels: kernel parameters, choice of instances, workspace. No torch.
 #pragma once
 
 #include <algorithm>
@@ -9,16 +9,16 @@
 
 namespace neox::attention {
 
-// Pieces of one allocation, each at a multiple of 256 bytes. With a null base it only counts.
+// Carves buffers out of one allocation, aligned to 256 bytes. With a null base it only counts bytes.
 class Workspace {
   public:
     explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
 
     template <class T>
     T* allocate(int64_t count) {
-        T* const piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+        T* const buffer = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
         used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-        return piece;
+        return buffer;
     }
     int64_t used() const { return used_; }
 
@@ -29,8 +29,8 @@ class Workspace {
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether all rows of a tensor can be copied in packs of 8 elements. Strides of dimensions of one element have no say, but for the sequence's:
-// tiles address rows behind the last, though they do not read them.
+// Whether all rows of a tensor can be copied 16 bytes, 8 elements, at a time. The stride of a dimension of size 1 does not matter, except that of the
+// sequence: tiles compute addresses past the last row, although they do not read them.
 inline bool rows_vectorize(const Attention& in, const void* data, const AttentionStrides& strides, int64_t heads) {
     const auto fits = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && in.head_dim % 8 == 0 && fits(in.batch, strides.batch) && strides.sequence % 8 == 0 &&
@@ -76,18 +76,18 @@ inline Params make_params(const Attention& in, Workspace& workspace) {
     return params;
 }
 
-// The plain kernels do masks only, and fold a positive scale into the exponent. The general ones also do softcap, ALiBi, dropout and any scale.
+// The basic kernels implement masks only and fold a positive scale into the exponent. The general ones add softcap, ALiBi, dropout and any scale.
 inline bool is_general(const Attention& in) { return in.softcap > 0 || in.slopes || in.dropout > 0 || !(in.scale > 0); }
 
 inline BlockOrder block_order(const Attention& in, int64_t tiles, bool reversed) {
-    constexpr int64_t kCacheBytes = 24 << 20;  // of the 40 MB (A100) and 50 MB (H100) of L2
+    constexpr int64_t kCacheBytes = 24 << 20;  // of 40 MB (A100) and 50 MB (H100) of L2
     const int64_t pairs = in.batch * in.groups, bytes_per_pair = std::max<int64_t>(4 * in.keys * in.head_dim, 1);
     const int64_t chunk = std::min(std::max<int64_t>(kCacheBytes / bytes_per_pair, 1), std::max<int64_t>(pairs, 1));
     return {static_cast<int>(tiles), static_cast<int>(pairs), static_cast<int>(chunk), reversed};
 }
 
-// head_dim of the instance that does a problem: channels up to it are zeros in shared memory. Fewer sizes would waste more products, more would cost
-// more compilation than the rare sizes are worth.
+// head_dim of the instance that handles a problem; the channels past the problem's are zeros in shared memory. Fewer instances would waste more
+// multiplications, and more would cost compile time that the rare sizes are not worth.
 inline int instance_dim(int64_t head_dim, bool general) {
     if (head_dim <= 64) return 64;
     if (head_dim <= 96 && !general) return 96;
@@ -96,7 +96,7 @@ inline int instance_dim(int64_t head_dim, bool general) {
 
 inline int instance_dim(const Attention& in) { return instance_dim(in.head_dim, is_general(in)); }
 
-// Calls body(zero of the element type).
+// Calls body with a zero of the element type.
 template <class Body>
 cudaError_t dispatch_type(const Attention& in, const Body& body) {
     if (in.head_dim > kMostChannelsCuda) return cudaErrorInvalidValue;
@@ -105,7 +105,7 @@ cudaError_t dispatch_type(const Attention& in, const Body& body) {
     return cudaErrorInvalidValue;
 }
 
-// Calls body(head_dim of the instance, whether it is general), both as constants.
+// Calls body(head_dim of the instance, general) with both as compile-time constants.
 template <class Body>
 cudaError_t dispatch_instance(int dim, bool general, const Body& body) {
     const auto with = [&](auto constant) { return general ? body(constant, std::true_type{}) : body(constant, std::false_type{}); };
@@ -123,7 +123,7 @@ cudaError_t dispatch_instance(int dim, bool general, const Body& body) {
     }
 }
 
-// Writes the table of segment ids where there are segments (attention_forward_cuda.cu).
+// Writes the table of segment ids, if there are segments (attention_forward_cuda.cu).
 cudaError_t fill_segment_table(const Params& params, Stream stream);
 
 }  // namespace neox::attention

@@ -1,11 +1,11 @@
-// What happens to a block of products of queries and keys, [16 kM rows, kKeys], in registers: softcap, ALiBi, masks, dropout.
+// Softcap, ALiBi, masks and dropout on a block of scores [16 kM rows, kKeys] in registers.
 #pragma once
 
 #include "ops/attention/cuda/dropout.cuh"
 
 namespace neox::attention {
 
-// Softcap and ALiBi: products become scores in base 2.
+// Applies softcap and ALiBi: products of queries and keys become scores in base 2.
 template <int kM, int kKeys>
 NEOX_DEVICE void apply_softcap_and_alibi(const Params& in, int group, int first_row, int first_key, float (&s)[kM][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane % 4 * 2;
@@ -27,7 +27,7 @@ NEOX_DEVICE void apply_softcap_and_alibi(const Params& in, int group, int first_
     }
 }
 
-// Scores of keys that a row does not see become -inf.
+// Sets the scores of keys that a row does not see to -inf.
 template <int kM, int kKeys>
 NEOX_DEVICE void mask_scores(const Params& in, int batch, int first_row, int first_key, float (&s)[kM][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane % 4 * 2, left = in.keys - key;
@@ -46,19 +46,19 @@ NEOX_DEVICE void mask_scores(const Params& in, int batch, int first_row, int fir
                 }
             }
             if (!ids) continue;
-            const int32_t own = __ldg(ids + min(position, in.keys - 1));  // positions beyond the last are those of no row
+            const int32_t row_id = __ldg(ids + min(position, in.keys - 1));  // rows past the last one read the last id; they are not stored
 #pragma unroll
             for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    if (__ldg(ids + min(key + n * 8 + i, in.keys - 1)) != own) s[m][n][2 * half + i] = -INFINITY;
+                    if (__ldg(ids + min(key + n * 8 + i, in.keys - 1)) != row_id) s[m][n][2 * half + i] = -INFINITY;
                 }
             }
         }
     }
 }
 
-// Dropped probabilities become zeros; the others are divided by 1 - dropout at the end.
+// Sets dropped probabilities to zero. The epilogue divides the others by 1 - dropout.
 template <int kM, int kKeys>
 NEOX_DEVICE void apply_dropout(const Params& in, int pair, int first_row, int first_key, float (&p)[kM][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize;
@@ -66,9 +66,9 @@ NEOX_DEVICE void apply_dropout(const Params& in, int pair, int first_row, int fi
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
-            const unsigned kept = keep_bits(in, pair, first_row + m * 16 + lane / 4, first_key + n * 8);
+            const unsigned keep = keep_bits(in, pair, first_row + m * 16 + lane / 4, first_key + n * 8);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) p[m][n][i] = kept >> i & 1 ? p[m][n][i] : 0.0f;
+            for (int i = 0; i < 4; ++i) p[m][n][i] = keep >> i & 1 ? p[m][n][i] : 0.0f;
         }
     }
 }

@@ -1,7 +1,7 @@
-// What the CUDA kernels know of a problem: its rows, what they see, and what happens to a score between the two products.
+// Kernel parameters of attention: the geometry of rows and keys, which tiles are visible, and the map from products to scores.
 //
-// A row is a (query, head of the kv group) pair, heads innermost: row r is query r / heads. Rows of one kv head share its keys, so grouped and
-// multi-query heads fill tiles also in decoding, and the backward sums over the heads of a group without a second pass.
+// A row is a (query, head of the kv group) pair, heads innermost: row r is query r / heads. The rows of a kv head share its keys. Grouped and
+// multi-query heads therefore fill tiles even in decoding, and the backward sums over the heads of a group without a second pass.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -13,7 +13,7 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr int kSegmentTile = 32;  // keys per entry of the table of segment ids; tiles of keys are multiples of it
 
-// A tensor [batch, sequence, groups, heads, head_dim]; vectorized: all its rows begin at multiples of 16 bytes and are multiples of 16 bytes long.
+// A tensor [batch, sequence, groups, heads, head_dim]. vectorized: every row starts at a multiple of 16 bytes and its length is one.
 template <class T>
 struct Matrix {
     T* data;
@@ -23,8 +23,8 @@ struct Matrix {
     __device__ __forceinline__ T* at(int batch, int group) const { return data + batch * strides.batch + group * strides.group; }
 };
 
-// Division by a number that the host knows, for dividends from 0 to 2^31 - 1: a product and a shift, where the GPU's own division of integers
-// is some 20 instructions. With 2^shift >= divisor the factor ceil(2^(31 + shift) / divisor) is too large by less than one part in 2^31
+// Division of 0 to 2^31 - 1 by a divisor known on the host, as a product and a shift; the GPU's integer division takes some 20 instructions.
+// With 2^shift >= divisor the factor ceil(2^(31 + shift) / divisor) is too large by less than one part in 2^31
 // (Granlund and Montgomery, "Division by invariant integers using multiplication", theorem 4.2).
 struct Divisor {
     uint32_t factor;
@@ -45,17 +45,17 @@ struct Params {
     int rows;  // queries * heads
     Divisor by_heads;
     int offset;      // keys - queries: position of query 0
-    unsigned reach;  // key j is visible to position p only if unsigned(p - j) <= reach: the causal mask and the window in one comparison
+    unsigned reach;  // causal mask and window in one comparison: key j is visible to position p if unsigned(p - j) <= reach
     bool causal;
-    int window;                 // 0: none
+    int window;                 // 0: no window
     const int32_t* segments;    // [batch, keys], or null
     const int2* segment_table;  // [batch, ceil(keys / kSegmentTile)]: lowest and highest id
     int segment_entries;
     const float* slopes;   // [groups * heads], or null
-    float scale, softcap;  // softcap 0: none
-    bool has_dropout;      // by Philox words of this seed
+    float scale, softcap;  // softcap 0: no softcap
+    bool has_dropout;      // drawn from Philox with this seed
     uint64_t seed[2];
-    uint32_t threshold;  // dropout keeps words of at least this
+    uint32_t threshold;  // an element is retained if its word is at least this
     float keep_scale;    // 1 / (1 - dropout)
 
     __device__ __forceinline__ int query(int row) const { return by_heads.quotient(row); }
@@ -65,21 +65,21 @@ struct Params {
         const int i = query(row);
         return i * strides.sequence + (row - i * heads) * strides.head;
     }
-    // tanh(scale product / softcap) by 1 - 2 / (1 + e^2x): exact to 1e-7 of one, and at both ends.
+    // tanh(scale product / softcap) as 1 - 2 / (1 + e^2x): absolute error 1e-7, exact at both ends.
     __device__ __forceinline__ float capped(float product) const {
         return 1.0f - __fdividef(2.0f, 1.0f + fast_exp2(product * (scale * (2.0f * kLog2E) / softcap)));
     }
-    // From a product of query and key to a score in base 2, without ALiBi.
+    // The score in base 2 of a product of query and key, without ALiBi.
     __device__ __forceinline__ float score(float product) const { return softcap > 0.0f ? softcap * kLog2E * capped(product) : product * (scale * kLog2E); }
-    // Of row `row` in a [batch, groups * heads, queries] tensor.
+    // Index of row `row` in a [batch, groups * heads, queries] tensor.
     __device__ __forceinline__ int64_t index(int pair, int row) const {
         const int i = query(row);
         return (static_cast<int64_t>(pair) * heads + (row - i * heads)) * queries + i;
     }
 };
 
-// Which tile of which (batch, group) pair a block of the grid does. Pairs go in chunks whose keys and values fit the L2 cache together;
-// within a chunk all pairs' tiles of one place come before those of the next, longest first under a causal mask.
+// Maps a block of the grid to a (batch, group) pair and a tile. Pairs are processed in chunks whose keys and values fit into the L2 cache together.
+// Within a chunk, tile i of all pairs precedes tile i + 1; under a causal mask the longest tiles come first.
 struct BlockOrder {
     int tiles, pairs, chunk;
     bool reversed;
@@ -88,14 +88,14 @@ struct BlockOrder {
         int pair, tile;
     };
     __device__ __forceinline__ Tile current() const {
-        const int64_t index = blockIdx.x, whole = static_cast<int64_t>(chunk) * tiles;
-        const int first = static_cast<int>(index / whole) * chunk, rest = static_cast<int>(index % whole);
+        const int64_t index = blockIdx.x, chunk_blocks = static_cast<int64_t>(chunk) * tiles;
+        const int first = static_cast<int>(index / chunk_blocks) * chunk, rest = static_cast<int>(index % chunk_blocks);
         const int size = min(chunk, pairs - first), tile = rest / size;
         return {first + rest - tile * size, reversed ? tiles - 1 - tile : tile};
     }
 };
 
-// Lowest and highest segment id of some keys; empty where low > high.
+// Lowest and highest segment id of a range of keys; empty if low > high.
 struct SegmentRange {
     int low = 2147483647, high = -2147483647 - 1;
 
@@ -103,7 +103,7 @@ struct SegmentRange {
     __device__ __forceinline__ bool is_single() const { return low == high; }
 };
 
-// Of the entries that hold keys [first, last]: a superset of them.
+// The range of the table entries that cover keys [first, last], which may include further keys.
 NEOX_DEVICE SegmentRange segments_of(const Params& in, int batch, int first, int last) {
     SegmentRange range;
     first = max(first, 0) / kSegmentTile;
@@ -116,21 +116,20 @@ NEOX_DEVICE SegmentRange segments_of(const Params& in, int batch, int first, int
     return range;
 }
 
-// A block of rows against all tiles of kKeys keys (kOfKeys), or a block of keys against all tiles of kTile rows.
 struct Span {
-    int first, last;  // positions of rows, or keys
+    int first, last;  // positions of rows, or keys; inclusive
 };
 
 NEOX_DEVICE bool all_masked(const Params& in, Span positions, Span keys) {
     return (in.causal && keys.first > positions.last) || (in.window && keys.last <= positions.first - in.window);
 }
 
-// The masks hide none of the keys from any position; segments aside.
+// Whether causal mask and window hide no key from any position. Segments are checked separately.
 NEOX_DEVICE bool none_masked(const Params& in, Span positions, Span keys) {
     return keys.last < in.keys && (!in.causal || keys.last <= positions.first) && (!in.window || keys.first > positions.last - in.window);
 }
 
-// The first of tiles [tile, end) that visible(tile) holds for, or end. Each warp looks at 32 tiles at a time; all come to the same.
+// The first of tiles [tile, end) for which visible(tile) holds, or end. A warp tests 32 tiles at a time; all warps get the same result.
 template <class Visible>
 NEOX_DEVICE int first_visible(int tile, int end, const Visible& visible) {
     const int lane = threadIdx.x % kWarpSize;
@@ -147,25 +146,25 @@ struct KeyTiles {
     const Params& in;
     int batch, begin, end;
     Span positions;
-    SegmentRange own;
+    SegmentRange block_segments;
 
     __device__ __forceinline__ KeyTiles(const Params& params, int batch_index, int first_row, int last_row) : in(params), batch(batch_index) {
         positions = {in.position(first_row), in.position(last_row)};
         const int last = in.causal ? min(in.keys - 1, positions.last) : in.keys - 1;
         begin = in.window ? max(positions.first - in.window + 1, 0) / kTile : 0;
         end = last < 0 ? 0 : last / kTile + 1;
-        if (in.segments) own = segments_of(in, batch, positions.first, positions.last);
+        if (in.segments) block_segments = segments_of(in, batch, positions.first, positions.last);
     }
     __device__ __forceinline__ SegmentRange segments(int tile) const { return segments_of(in, batch, tile * kTile, tile * kTile + kTile - 1); }
     __device__ __forceinline__ int next(int tile) const {
         if (!in.segments) return tile;
-        return first_visible(tile, end, [&](int i) { return own.overlaps(segments(i)); });
+        return first_visible(tile, end, [&](int i) { return block_segments.overlaps(segments(i)); });
     }
     __device__ __forceinline__ bool unmasked(int tile) const {
         if (!none_masked(in, positions, {tile * kTile, tile * kTile + kTile - 1})) return false;
         if (!in.segments) return true;
         const SegmentRange range = segments(tile);
-        return own.is_single() && range.is_single() && own.low == range.low;
+        return block_segments.is_single() && range.is_single() && block_segments.low == range.low;
     }
 };
 
@@ -175,18 +174,18 @@ struct RowTiles {
     const Params& in;
     int batch, begin, end;
     Span keys;
-    SegmentRange own;
+    SegmentRange block_segments;
 
     __device__ __forceinline__ RowTiles(const Params& params, int batch_index, int first_key, int last_key) : in(params), batch(batch_index) {
         keys = {first_key, last_key};
         const int last = min(last_key, in.keys - 1);
-        // queries at positions [first_key, last + window - 1]; int64: the window may be wide
+        // queries at positions [first_key, last + window - 1]; int64, because the window may be wide
         const int64_t first_query = in.causal ? max(first_key - in.offset, 0) : 0;
         const int64_t last_query =
             in.window ? min(static_cast<int64_t>(last) + in.window - 1 - in.offset, static_cast<int64_t>(in.queries - 1)) : in.queries - 1;
         begin = static_cast<int>(first_query * in.heads / kTile);
         end = last_query < first_query ? begin : static_cast<int>(((last_query + 1) * in.heads + kTile - 1) / kTile);
-        if (in.segments) own = segments_of(in, batch, first_key, last_key);
+        if (in.segments) block_segments = segments_of(in, batch, first_key, last_key);
     }
     __device__ __forceinline__ Span positions(int tile) const { return {in.position(tile * kTile), in.position(min(tile * kTile + kTile, in.rows) - 1)}; }
     __device__ __forceinline__ SegmentRange segments(int tile) const {
@@ -195,13 +194,13 @@ struct RowTiles {
     }
     __device__ __forceinline__ int next(int tile) const {
         if (!in.segments) return tile;
-        return first_visible(tile, end, [&](int i) { return own.overlaps(segments(i)); });
+        return first_visible(tile, end, [&](int i) { return block_segments.overlaps(segments(i)); });
     }
     __device__ __forceinline__ bool unmasked(int tile) const {
         if (!none_masked(in, positions(tile), keys)) return false;
         if (!in.segments) return true;
         const SegmentRange range = segments(tile);
-        return own.is_single() && range.is_single() && own.low == range.low;
+        return block_segments.is_single() && range.is_single() && block_segments.low == range.low;
     }
 };
 
