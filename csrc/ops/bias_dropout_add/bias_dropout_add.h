@@ -1,11 +1,15 @@
-// y = residual + dropout(x + bias), dropout (Srivastava et al., JMLR 15, 2014) scaled by 1 / (1 - p) at training time.
+// y = residual + dropout(x + bias), with dropout scaled by 1 / (1 - p) in training.
 //
-//   dx = dropout(dy) by the same mask,   dbias = sum over rows of dx,   dresidual = dy
+//   dx = dropout(dy) with the same mask,   dbias = sum over rows of dx,   dresidual = dy
 //
-// Element (row, column) draws word w mod 4 of philox(seed[0], w / 4, seed[1]), w = row * (cols rounded up to a multiple of 4) + column: a pure
-// function of seed and place, so that no mask is stored and the backward draws the forward's.
+// Element (row, column) draws word w mod 4 of philox(seed[0], w / 4, seed[1]), w = row * (cols rounded up to a multiple of 4) + column. The mask is a
+// pure function of seed and position: it is not stored, and the backward recomputes it.
+//
+// Shapes: x, residual, y, dy, dx [rows, cols]; bias, dbias [cols]; seed [2].
 //
 // Bytes moved per element, times its size: forward 3 (read x, residual; write y), backward 2 (read dy, write dx), or 1 without dropout.
+//
+// Source: Srivastava et al., JMLR 15, 2014; the fusion is that of Megatron-LM (arXiv:1909.08053).
 #pragma once
 
 #include <cstdint>
@@ -17,7 +21,7 @@
 namespace neox {
 
 struct Dropout {
-    const int64_t* seed;  // [2] in the host's memory for both devices, or null for no dropout
+    const int64_t* seed;  // [2], in host memory on every device; null: no dropout
     double p;             // 0 <= p <= 1
 };
 
@@ -38,12 +42,12 @@ struct BiasDropoutAddBackward {
     const void* dy;  // [rows, cols], rows dy_stride apart
     int64_t dy_stride;
     Dropout dropout;
-    void* dx;        // [rows, cols] contiguous; null without dropout, where dx is dy
+    void* dx;        // [rows, cols] contiguous; null without dropout, where dx equals dy
     void* dbias;     // [cols], or null
-    float* partial;  // [bias_dropout_add_partials(rows, cols), cols] scratch where there is dbias
+    float* partial;  // [bias_dropout_add_partials(rows, cols), cols] fp32 scratch, if there is dbias
 };
 
-// y [rows, cols] contiguous. The CUDA forms return null, or what CUDA said.
+// y [rows, cols] contiguous. The CUDA launchers return null or CUDA's error message.
 void bias_dropout_add_forward_cpu(const BiasDropoutAdd& op, void* y, const Parallel& parallel);
 const char* bias_dropout_add_forward_cuda(const BiasDropoutAdd& op, void* y, Stream stream);
 

@@ -1,10 +1,15 @@
-// y = gelu(x + bias), with the exact or the tanh form of gelu (Hendrycks & Gimpel, arXiv:1606.08415).
+// y = gelu(x + bias), with the exact or the tanh form of gelu.
 //
-//   exact  gelu(u) = u P(u),                    d gelu/du = P(u) + u p(u)       P, p: cdf and density of the normal distribution
+//   exact  gelu(u) = u P(u),                    gelu'(u) = P(u) + u p(u)    P, p: normal cdf and density
 //   tanh   gelu(u) = u s(2 c (u + a u^3)),      s = logistic function, c = sqrt(2 / pi), a = 0.044715
 //
-// Bytes moved per element of x: forward 2 (read x, write y), backward 3 (read dy and x, write dx), times the size of an element.
-// The bias gradient comes out of the same pass.
+//   dx = dy gelu'(x + bias),   dbias = sum over rows of dx, computed in the same pass
+//
+// Shapes: x, y, dy, dx [rows, cols]; bias, dbias [cols].
+//
+// Bytes moved per element, times its size: forward 2 (read x, write y), backward 3 (read dy and x, write dx).
+//
+// Source: Hendrycks & Gimpel, arXiv:1606.08415; the fusion with the bias is that of Megatron-LM (arXiv:1909.08053).
 #pragma once
 
 #include <cstdint>
@@ -24,12 +29,12 @@ struct BiasGelu {
     const void* bias;  // [cols], or null
 };
 
-// y [rows, cols] contiguous. The CUDA forms return null, or what CUDA said.
+// y [rows, cols] contiguous. The CUDA launchers return null or CUDA's error message.
 void bias_gelu_forward_cpu(const BiasGelu& in, void* y, const Parallel& parallel);
 const char* bias_gelu_forward_cuda(const BiasGelu& in, void* y, Stream stream);
 
-// dy [rows, cols], rows dy_stride apart; dx [rows, cols] contiguous; dbias [cols] where there is a bias;
-// partial [bias_gelu_partials(rows, cols), cols] fp32 scratch where there is a bias.
+// dy [rows, cols], rows dy_stride apart; dx [rows, cols] contiguous. With a bias: dbias [cols], and fp32 scratch partial
+// [bias_gelu_partials(rows, cols), cols].
 void bias_gelu_backward_cpu(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, const Parallel& parallel);
 const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, Stream stream);
 

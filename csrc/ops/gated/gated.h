@@ -1,8 +1,12 @@
-// y = act(x) gate, act one of silu, gelu (exact), relu: the gated units of Shazeer, arXiv:2002.05202.
+// y = act(x) gate, where act is silu (SwiGLU), exact gelu (GeGLU) or relu (ReGLU).
 //
 //   dx = dy gate act'(x),   dgate = dy act(x)
 //
+// Shapes: all [rows, cols].
+//
 // Bytes moved per element, times its size: forward 3 (read x, gate; write y), backward 5 (read dy, x, gate; write dx, dgate).
+//
+// Source: Shazeer, arXiv:2002.05202.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +29,7 @@ struct Gated {
     int64_t gate_stride;
 };
 
-// y [rows, cols] contiguous. The CUDA forms return null, or what CUDA said.
+// y [rows, cols] contiguous. The CUDA launchers return null or CUDA's error message.
 void gated_forward_cpu(const Gated& in, void* y, const Parallel& parallel);
 const char* gated_forward_cuda(const Gated& in, void* y, Stream stream);
 

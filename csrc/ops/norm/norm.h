@@ -1,15 +1,20 @@
-// Layer norm (Ba et al., arXiv:1607.06450) and RMS norm (Zhang & Sennrich, arXiv:1910.07467) over the last dimension, with one or two sets of
-// parameters on the same normalised rows (the parallel residual of GPT-NeoX norms one x for attention and for the MLP).
+// Layer norm and RMS norm over the last dimension, with one or two sets of parameters on the same normalised rows (the parallel residual of GPT-NeoX
+// normalises one x for attention and for the MLP).
 //
-//   s = x + residual, or x                       rounded to the element type, as a caller who adds first would see it
-//   layer  n = (s - mean s) r,  r = 1 / sqrt(mean (s - mean s)^2 + eps)          rms  n = s r,  r = 1 / sqrt(mean s^2 + eps)
+//   s = x + residual, or x                       rounded to the element type, as if added by a separate operator
+//   layer  n = (s - mean s) r,  r = 1 / sqrt(mean (s - mean s)^2 + eps)
+//   rms    n = s r,             r = 1 / sqrt(mean s^2 + eps)
 //   y_k = n w_k + b_k
 //
 //   g = sum_k dy_k w_k,   ds = dsum + r (g - mean g - n mean(g n))               rms: without mean g
 //   dw_k = sum over rows of dy_k n,   db_k = sum over rows of dy_k
 //
-// Bytes moved per element, times its size: forward 2 (read x, write y), +2 with a residual (read it, write s), +1 per second output;
-// backward 3 (read dy, s; write ds), +1 with dsum, +1 per second output. Rows are read from memory once, then from the nearest cache.
+// Shapes: x, residual, s, y, ds [rows, cols]; w, b [cols]; mean and rstd [rows] in fp32.
+//
+// Bytes moved per element, times its size: forward 2 (read x, write y), +2 with a residual (read it, write s), +1 with a second output;
+// backward 3 (read dy, s; write ds), +1 with dsum, +1 with a second output. A row is read from memory once.
+//
+// Source: Ba et al., arXiv:1607.06450 (layer norm); Zhang & Sennrich, arXiv:1910.07467 (RMS norm).
 #pragma once
 
 #include <cstdint>
@@ -37,7 +42,7 @@ struct NormForward {
     int64_t residual_stride;
     NormParameters parameters[2];
     void* y[2];   // [rows, cols]
-    void* sum;    // [rows, cols] where there is a residual
+    void* sum;    // [rows, cols]; written if there is a residual
     float* mean;  // [rows]; not written by rms
     float* rstd;  // [rows]
 };
@@ -47,7 +52,7 @@ struct NormBackward {
     bool rms;
     int outputs;
     int64_t rows, cols;
-    const void* s;  // [rows, cols], rows s_stride apart: x, or the sum where there was a residual
+    const void* s;  // [rows, cols], rows s_stride apart: x, or the sum if there was a residual
     int64_t s_stride;
     const float* mean;  // [rows]
     const float* rstd;  // [rows]
@@ -62,13 +67,13 @@ struct NormBackward {
     float* partial;    // [2 outputs, norm_partials(op), cols] scratch
 };
 
-// The CUDA forms return null, or what CUDA said.
+// The CUDA launchers return null or CUDA's error message.
 void norm_forward_cpu(const NormForward& op, const Parallel& parallel);
 const char* norm_forward_cuda(const NormForward& op, Stream stream);
 void norm_backward_cpu(const NormBackward& op, const Parallel& parallel);
 const char* norm_backward_cuda(const NormBackward& op, Stream stream);
 
-// Lines of each matrix of partial; asks for nothing but the shape, the dtype and which gradients there are.
+// Rows of each matrix of partial. Depends on the shape, the dtype and the requested gradients only.
 inline int64_t norm_partials_cpu(const NormBackward& op) { return Blocks(op.rows).count; }
 int64_t norm_partials_cuda(const NormBackward& op);
 

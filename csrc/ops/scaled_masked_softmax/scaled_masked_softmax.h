@@ -1,11 +1,20 @@
-// y = softmax(scale x) along the last dimension over the columns that a row may see; hidden columns are 0, and so is a row that sees none.
+// y = softmax(scale x) along the last dimension over the columns visible to a row:
 //
-//   masked   mask [b or 1, 1, s, t], nonzero hides a column
-//   causal   row i of s sees the columns j <= i + t - s: the last row is aligned with the last column
-//   dx = scale y (dy - sum_j y[j] dy[j])
+//   y[j] = e^(scale x[j] - m) / sum over visible k of e^(scale x[k] - m),   m = max over visible k of scale x[k]
+//   dx   = scale y (dy - sum_j y[j] dy[j])
 //
-// Any number of columns. Elements moved per element: forward 2 (x, y) and a byte of mask, backward 3 (dy, y, dx); causal rows read and
-// compute only what they see. Rows longer than what the CUDA kernels hold in registers (16,384 columns, or 4,096 misaligned ones) are read twice.
+//   masked   mask nonzero: the column is hidden
+//   causal   row i of s sees columns j <= i + t - s; the last row is aligned with the last column
+//
+// Hidden columns are 0. A row without visible columns is 0.
+//
+// Shapes: x, y [b, n, s, t], mask [b or 1, 1, s, t]. Any number of columns.
+//
+// Bytes moved per element, times its size: forward 2 (read x, write y) and 1 byte of mask; backward 3 (read dy, y; write dx). Causal rows read and
+// compute only visible columns. Rows longer than the CUDA kernels hold in registers (16,384 columns, 4,096 if misaligned) are read twice.
+//
+// Source: the fused softmax of Megatron-LM (scaled_masked_softmax, scaled_upper_triang_masked_softmax; arXiv:1909.08053). Longer rows: online softmax,
+// arXiv:1805.02867.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +34,11 @@ struct ScoreRows {
     bool causal;
 };
 
-// x: rows x_stride elements apart; y [rows, cols] contiguous. The CUDA forms return null, or what CUDA said.
+// x: rows x_stride elements apart; y [rows, cols] contiguous. The CUDA launchers return null or CUDA's error message.
 void scaled_masked_softmax_forward_cpu(const ScoreRows& rows, const void* x, int64_t x_stride, void* y, const Parallel& parallel);
 const char* scaled_masked_softmax_forward_cuda(const ScoreRows& rows, const void* x, int64_t x_stride, void* y, Stream stream);
 
-// dx [rows, cols] contiguous. The mask is not read: y is 0 where it hides.
+// dx [rows, cols] contiguous. The mask is not read, because y is 0 in hidden columns.
 void scaled_masked_softmax_backward_cpu(const ScoreRows& rows, const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, void* dx,
                                         const Parallel& parallel);
 const char* scaled_masked_softmax_backward_cuda(const ScoreRows& rows, const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, void* dx,
