@@ -1,8 +1,8 @@
-// gelu, silu and relu with their slopes, for elements of type T.
+// gelu, silu and relu with their derivatives (slopes), for elements of type T.
 //
-// The formulas of vec.h: each takes one exponential and one reciprocal. For fp32 they hold vec.h's accuracy. A kernel that moves 4 bytes per
-// 16-bit element has time for some 27 instructions on it (H200: 132 x 128 lanes, 1.7 GHz, 4.3 TB/s), so those make do with
-// less: relative errors of 1e-5, a twentieth of the last place of fp16. normcdff and expf would take 50 instructions.
+// The formulas are those of vec.h, with one exponential and one reciprocal each. In fp32 their accuracy is that of vec.h. A kernel that moves 4 bytes
+// per 16-bit element has time for some 27 instructions per element (H200: 132 x 128 lanes, 1.7 GHz, 4.3 TB/s), so the 16-bit types use cheaper
+// polynomials with relative errors of 1e-5, a twentieth of an ulp of fp16. normcdff and expf would take 50 instructions.
 #pragma once
 
 #include "common/exp.cuh"
@@ -13,7 +13,7 @@ struct ValueAndSlope {
     float value, slope;
 };
 
-// 1 / (1 + e^-v), and its slope s (1 - s) by e, where s (1 - s) cancels for s near 1.
+// s = 1 / (1 + e^-v), and its slope, computed from e^-v because s (1 - s) cancels for s near 1.
 template <class T>
 NEOX_DEVICE ValueAndSlope logistic(float v) {
     const float e = exp_nonpositive<T>(-fabsf(v));
@@ -21,11 +21,11 @@ NEOX_DEVICE ValueAndSlope logistic(float v) {
     return {v < 0.0f ? other : inverse, other * inverse};
 }
 
-// The normal distribution's cdf, exact in its lower tail where (1 + erf) / 2 cancels, and its density as the slope: normal() of vec.h, and
-// for 16 bits a polynomial of degree 5 (error 9e-6).
+// Cdf of the normal distribution, accurate in the lower tail, where (1 + erf) / 2 cancels, with the density as slope: normal() of vec.h. 16-bit types
+// use a polynomial of degree 5 (error 9e-6).
 template <class T>
 NEOX_DEVICE ValueAndSlope normal(float v) {
-    const float a = fabsf(v) > 14.5f ? 14.5f : fabsf(v);  // fminf would lose NaN
+    const float a = fabsf(v) > 14.5f ? 14.5f : fabsf(v);  // fminf would drop NaN
     const float gauss = exp_nonpositive<T>(-0.5f * (a * a));
     const float t = fast_reciprocal(1.0f + 0.3f * a);
     float q;
@@ -50,7 +50,7 @@ NEOX_DEVICE ValueAndSlope normal(float v) {
     return {v < 0.0f ? tail : 1.0f - tail, gauss * 0.398942280f};
 }
 
-// In all: where a slope has vanished its factor may be infinite.
+// In all of them, the factor of a slope that has underflowed to 0 may be infinite.
 
 template <class T>
 NEOX_DEVICE ValueAndSlope silu(float u) {

@@ -1,4 +1,4 @@
-// What every binding needs of torch: its threads, its allocator, and tensors seen as rows.
+// What the bindings use of torch: its threads, its allocator, and tensors viewed as rows.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,7 @@
 #if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-// Lives in torch's CUDA library alone: weak, so that the operators also load into a CPU-only torch.
+// Defined in torch's CUDA library only. Weak, so that the operators also load into a CPU-only torch.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream) __attribute__((weak));
 #endif
 
@@ -24,8 +24,8 @@ namespace neox {
 
 using torch::headeronly::ScalarType;
 
-// A string argument, which the operator receives as a handle that it owns. Declared as std::string it would leak: torch's conversion
-// (ToImpl<std::string> in torch 2.11 to 2.13) returns a copy of a string that it allocates and never frees, at every call.
+// A string argument. The operator receives a handle and owns it. Declared as std::string it would leak: torch's conversion (ToImpl<std::string> in torch
+// 2.11 to 2.13) allocates a string that it never frees and returns a copy of it.
 inline std::string take(StringHandle handle) {
     const char* data = nullptr;
     size_t length = 0;
@@ -36,11 +36,10 @@ inline std::string take(StringHandle handle) {
     return text;
 }
 
-// A binding is compiled once per library: with the kernels of <op>_cpu.cpp, or (NEOX_CUDA_KERNELS) with those of <op>_cuda.cu, for a GPU or
-// for the emulator. NEOX_RUN(f, like, arguments...) calls f_cpu or f_cuda with the threads, or with the current stream of the GPU that holds
-// `like`; NEOX_QUERY(f, like, arguments...) asks it for a number, such as the size of a workspace. Both make that GPU the current device: how
-// many multiprocessors there are, and how much shared memory, differs between devices. Schemas are defined once, by the library that is
-// loaded first.
+// A binding is compiled once per library: with the kernels of <op>_cpu.cpp, or (NEOX_CUDA_KERNELS) with those of <op>_cuda.cu, for a GPU or for the
+// emulator. NEOX_RUN(f, like, arguments...) calls f_cpu with torch's threads, or f_cuda with the current stream of the GPU that holds `like`.
+// NEOX_QUERY(f, like, arguments...) returns a number, such as the size of a workspace. Both make that GPU the current device, because the number of
+// multiprocessors and the size of shared memory differ between devices. Schemas are defined once, by the library that is loaded first.
 #if defined(NEOX_CUDA_KERNELS)
 #define NEOX_QUERY(name, like, ...) neox::query_device(like, [&] { return name##_cuda(__VA_ARGS__); })
 #define NEOX_RUN(name, like, ...) neox::run_on_device(#name, like, [&](neox::Stream stream) { return name##_cuda(__VA_ARGS__, stream); })
@@ -63,7 +62,7 @@ inline Parallel torch_parallel() {
 }
 
 #if defined(NEOX_CUDA_KERNELS)
-// What query() returns with the GPU of `like` current.
+// Returns query(), called with the GPU of `like` as the current device.
 template <class Query>
 auto query_device([[maybe_unused]] const Tensor& like, const Query& query) {
 #if !defined(SIMT_EMU)
@@ -72,7 +71,7 @@ auto query_device([[maybe_unused]] const Tensor& like, const Query& query) {
     return query();
 }
 
-// Calls launcher(stream) with the GPU of `like` current; it returns null, or what CUDA said.
+// Calls launcher(stream) with the GPU of `like` as the current device. It returns null or CUDA's error message.
 template <class Launcher>
 void run_on_device(const char* name, [[maybe_unused]] const Tensor& like, const Launcher& launcher) {
 #if defined(SIMT_EMU)
@@ -98,15 +97,15 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
     return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// Contiguous and uninitialised, device of `like`, dtype of `like` unless given.
+// A contiguous uninitialised tensor on the device of `like`, with its dtype unless given.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype = std::nullopt) {
     return torch::stable::new_empty(like, shape, dtype);
 }
 
 inline Tensor contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
-// A tensor [..., size] as `count` rows of `size` contiguous elements, `stride` elements apart. Any tensor whose leading dimensions
-// collapse into one (a slice of a wider buffer, say) is used in place; any other is copied.
+// A tensor [..., size] as `count` rows of `size` contiguous elements, `stride` elements apart. A tensor whose leading dimensions collapse into one, such as
+// a slice of a wider buffer, is used in place; any other is copied.
 struct Rows {
     Tensor tensor;  // keeps the memory alive
     int64_t count;
@@ -131,7 +130,7 @@ struct Rows {
     }
 
   private:
-    // Sets stride. Dimensions of one element have no say.
+    // Sets stride. Dimensions of size 1 are ignored.
     bool collapses(const Tensor& source) {
         const int64_t last = source.dim() - 1;
         if (source.size(last) != 1 && source.stride(last) != 1) return false;

@@ -1,5 +1,5 @@
-// Checks of the bindings. Each failure throws std::invalid_argument (ValueError in Python) of the form
-//     <op>: <argument> <rule>; got <what it was>
+// Argument checks of the bindings. A failure throws std::invalid_argument (ValueError in Python) of the form
+//     <op>: <argument> <rule>; got <value>
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,8 +16,8 @@ namespace neox {
 
 using torch::stable::Tensor;
 
-// Pieces of a message, written out only when a check fails: an operator makes some twenty checks per call, and a string costs half a
-// microsecond. They hold references and live no longer than the call of check() that they are written in.
+// Parts of a message, formatted only when a check fails: an operator makes about twenty checks per call, and a string costs half a microsecond. They hold
+// references and must not outlive the call of check() in which they are written.
 template <class... Parts>
 struct Concat {
     std::tuple<const Parts&...> parts;
@@ -57,7 +57,7 @@ void check(const char* op, bool ok, const char* argument, const Rule& rule, cons
     if (!ok) throw std::invalid_argument(concat(op, ": ", argument, " ", rule, "; got ", got));
 }
 
-// The library's own device: a GPU for the CUDA library, else the CPU (emulated CUDA kernels read CPU tensors).
+// The device of the library: a GPU for the CUDA library, else the CPU. Emulated CUDA kernels read CPU tensors.
 inline void check_device(const char* op, const Tensor& tensor, const char* argument) {
 #if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
     check(op, tensor.is_cuda(), argument, "must be on the GPU", tensor.is_cpu() ? "a CPU tensor" : "a tensor of another device");
@@ -66,7 +66,7 @@ inline void check_device(const char* op, const Tensor& tensor, const char* argum
 #endif
 }
 
-// float32 or bfloat16, and float16 where CUDA kernels run; on the library's device.
+// float32 or bfloat16, with CUDA kernels also float16, on the device of the library.
 inline void check_float(const char* op, const Tensor& tensor, const char* argument) {
     using torch::headeronly::ScalarType;
     check_device(op, tensor, argument);
@@ -103,7 +103,7 @@ inline void check_same_shape(const char* op, const Tensor& tensor, const char* a
     check(op, ok, argument, concat("must have the shape of ", like_name, ", ", shape_text(like)), shape_text(tensor));
 }
 
-// A vector as long as the last dimension of `like`.
+// A vector with the length of the last dimension of `like`.
 inline void check_last_dim(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
     check_rank(op, tensor, argument, 1, 1);
     const int64_t size = like.size(like.dim() - 1);

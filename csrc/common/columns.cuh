@@ -1,15 +1,15 @@
-// Work over a matrix [rows, cols]: how to cut it for element-wise kernels, and column sums in two deterministic stages.
+// Kernels over a matrix [rows, cols]: partition for element-wise kernels, and column sums in two deterministic stages.
 #pragma once
 
 #include "common/vec.cuh"
 
 namespace neox {
 
-// Packs of a [rows, cols] matrix, dealt to the threads of a grid one after the other: consecutive threads get consecutive packs.
-// One division per thread; every step is an addition.
+// Assigns the packs of a [rows, cols] matrix to the threads of a grid: consecutive threads get consecutive packs. One division per thread; each step is
+// an addition.
 struct PackWalk {
-    int64_t row, col;            // of this thread's pack, in packs
-    int64_t row_step, col_step;  // from one of its packs to the next
+    int64_t row, col;            // of this thread's pack, col in packs
+    int64_t row_step, col_step;  // to the thread's next pack
     int64_t rows, cols;
 
     __device__ __forceinline__ PackWalk(int64_t rows_in, int64_t packs_per_row) : rows(rows_in), cols(packs_per_row) {
@@ -31,8 +31,8 @@ struct PackWalk {
     }
 };
 
-// Calls read(row, col) for kDepth packs at a time and then write(row, col, what it returned) for each of them: a thread has that many times
-// the loads of one pack in flight before it uses any. Pass raw packs, not fp32: a conversion would wait for its load.
+// Calls read(row, col) for kDepth packs and then write(row, col, result) for each of them, so that a thread has the loads of kDepth packs in flight.
+// Results should be raw packs, not fp32: a conversion would wait for its load.
 template <int kDepth, class Read, class Write>
 NEOX_DEVICE void for_packs(int64_t rows, int64_t packs_per_row, const Read& read, const Write& write) {
     for (PackWalk at(rows, packs_per_row); at.inside();) {
@@ -52,26 +52,26 @@ NEOX_DEVICE void for_packs(int64_t rows, int64_t packs_per_row, const Read& read
     }
 }
 
-// Blocks that take `each` of the items, but no more than `waves` per multiprocessor.
+// Number of blocks for `each` items per block, at most `waves` per multiprocessor.
 inline unsigned blocks_for(int64_t items, int each, int waves) {
     const int64_t needed = (items + each - 1) / each, most = static_cast<int64_t>(multiprocessors()) * waves;
     return static_cast<unsigned>(needed < 1 ? 1 : needed < most ? needed : most);
 }
 
-// Column sums. Stage one: a block of kLanes x kRows threads owns kLanes packs of columns and a stripe of rows; each thread adds up its
-// pack over every kRows-th row of the stripe, the block adds its kRows parts and writes one row of `partial` [stripes, cols].
-// Stage two adds the stripes in order. Both orders depend on the shape alone, so sums repeat bit for bit.
+// Column sums. Stage one: a block of kLanes x kRows threads owns kLanes packs of columns and a stripe of rows. Each thread sums its pack over every
+// kRows-th row of the stripe; the block adds the kRows partial sums and writes one row of `partial` [stripes, cols]. Stage two adds the stripes in
+// order. The order depends on the shape only, so that sums are reproducible bit for bit.
 struct ColumnSums {
     static constexpr int kLanes = 32, kRows = 8, kThreads = kLanes * kRows;
-    static constexpr int kBlocks = 4;  // per multiprocessor: 64 registers a thread, and stripes() makes two full waves of them
+    static constexpr int kBlocks = 4;  // per multiprocessor, at 64 registers per thread; stripes() makes two full waves
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-    static constexpr int kResident = 2;  // code for sm_100 needs more registers: held to 64 or 80 it spills
+    static constexpr int kResident = 2;  // code for sm_100 needs more registers; limited to 64 or 80 it spills
 #else
     static constexpr int kResident = kBlocks;
 #endif
 
-    // Stripes of rows: enough blocks to fill the GPU, at least 4 rows for each thread. Independent of dtype, so that the scratch can be
-    // sized without knowing whether packs fit.
+    // Number of stripes: enough blocks to fill the GPU, at least 4 rows per thread. Independent of the dtype, so that the scratch can be sized without
+    // knowing the alignment.
     static int64_t stripes(int64_t rows, int64_t cols) {
         const int64_t tiles = (cols + kLanes * 8 - 1) / (kLanes * 8);
         const int64_t wanted = (static_cast<int64_t>(multiprocessors()) * 2 * kBlocks + tiles - 1) / tiles;
@@ -81,7 +81,7 @@ struct ColumnSums {
     }
 };
 
-// This block's share of rows, [begin, end).
+// This block's rows [begin, end).
 struct Stripe {
     int64_t begin, end;
     __device__ __forceinline__ explicit Stripe(int64_t rows) {
@@ -91,7 +91,7 @@ struct Stripe {
     }
 };
 
-// Calls read(row) and then write(row, what it returned) for this thread's rows of the stripe, kDepth rows at a time as in for_packs.
+// Calls read(row) and then write(row, result) for this thread's rows of the stripe, kDepth rows at a time as in for_packs.
 template <int kDepth, class Read, class Write>
 NEOX_DEVICE void for_stripe_rows(const Stripe& stripe, const Read& read, const Write& write) {
     for (int64_t row = stripe.begin + threadIdx.x / ColumnSums::kLanes; row < stripe.end; row += kDepth * ColumnSums::kRows) {
@@ -107,14 +107,14 @@ NEOX_DEVICE void for_stripe_rows(const Stripe& stripe, const Read& read, const W
     }
 }
 
-// Adds the threads' parts of a ColumnSums block and writes them to partial[stripe][column .. column + kPack). All threads call it.
+// Adds the partial sums of a ColumnSums block's threads and writes them to partial[stripe][column, column + kPack). All threads must call it.
 template <int kPack>
 NEOX_DEVICE void write_stripe_sum(const float (&part)[kPack], float* partial, int64_t column, int64_t cols) {
     STATIC_SMEM(float, parts, [ColumnSums::kRows][ColumnSums::kLanes * kPack + 1]);
     const int lane = threadIdx.x % ColumnSums::kLanes, row = threadIdx.x / ColumnSums::kLanes;
 #pragma unroll
     for (int k = 0; k < kPack; ++k) parts[row][lane * kPack + k] = part[k];
-    __syncthreads();  // all parts are written before they are added
+    __syncthreads();  // all partial sums are written
     for (int i = threadIdx.x; i < ColumnSums::kLanes * kPack; i += ColumnSums::kThreads) {
         const int64_t at = column - static_cast<int64_t>(lane) * kPack + i;  // the block's first column, plus i
         float sum = parts[0][i];
@@ -122,11 +122,11 @@ NEOX_DEVICE void write_stripe_sum(const float (&part)[kPack], float* partial, in
         for (int r = 1; r < ColumnSums::kRows; ++r) sum += parts[r][i];
         if (at < cols) partial[blockIdx.y * cols + at] = sum;
     }
-    __syncthreads();  // read before a second call writes
+    __syncthreads();  // all reads precede the writes of a second call
 }
 
-// Stage two for up to four matrices of partial sums at once: blockIdx.y chooses. A launch costs microseconds, so there is one; and a block
-// gives 16 threads to a column, so that its stripes are read side by side and not one after the other.
+// Stage two for up to four matrices of partial sums in one launch, since a launch costs microseconds; blockIdx.y selects the matrix. A block assigns 16
+// threads to a column, so that its stripes are read in parallel.
 template <class T>
 struct StripeSums {
     static constexpr int kColumns = 32, kRows = 16;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(StripeSums<T>::kColumns* StripeSums<T>::kRows)
         for (int64_t stripe = first; stripe < stripes; stripe += Shape::kRows) sum += partial[stripe * cols];
     }
     parts[first][lane] = sum;
-    __syncthreads();  // all parts are written before they are added
+    __syncthreads();  // all partial sums are written
     if (first != 0 || column >= cols) return;
 #pragma unroll
     for (int row = 1; row < Shape::kRows; ++row) sum += parts[row][lane];

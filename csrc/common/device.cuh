@@ -1,7 +1,7 @@
-// What every kernel file includes: the CUDA toolkit, or the SIMT emulator in the test build (-DSIMT_EMU, tests/emu).
+// Included by every kernel file: the CUDA toolkit, or the SIMT emulator in the test build (-DSIMT_EMU, tests/emu).
 //
-// Three spellings are ours because the emulator cannot redefine the language's: STATIC_SMEM and DYNAMIC_SMEM for shared memory, and
-// launch() for <<<>>>. Inline PTX lives in ptx.cuh alone.
+// Three constructs replace CUDA syntax that the emulator cannot redefine: STATIC_SMEM and DYNAMIC_SMEM for shared memory, and launch() for <<<>>>.
+// Inline PTX is in ptx.cuh only.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ namespace neox {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with the opt-in that more than 48 KiB of shared memory needs.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with the opt-in for more than 48 KiB of shared memory.
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream, Arguments&&... arguments) {
     std::tuple<Parameters...> fixed(static_cast<Parameters>(arguments)...);
@@ -48,7 +48,7 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
     const void* const address = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
         cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-        // All of the L1 as shared memory: left alone, the driver may keep too little of it for the second block of a multiprocessor.
+        // The maximum carve-out: by default the driver may reserve too little shared memory for a second block per multiprocessor.
         if (error == cudaSuccess) error = cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
         if (error != cudaSuccess) return error;
     }
@@ -61,29 +61,29 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 #endif
 }
 
-// Streaming multiprocessors of the current device.
+// Number of streaming multiprocessors of the current device.
 inline int multiprocessors() {
     int device = 0, count = 1;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
     return count;
 }
 
-// Shared memory that one block may have on the current device.
+// Largest shared memory of a block on the current device, in bytes.
 inline size_t shared_memory_limit() {
     int device = 0, bytes = 0;
     const bool known = cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
     return known ? static_cast<size_t>(bytes) : 48 * 1024;
 }
 
-// What a launcher returns: null, or what CUDA said. CUDA keeps the error of a refused launch until it is asked for; left there, the next caller
-// that asks, torch among them, would take it for its own.
+// Return value of a launcher: null or CUDA's error message. CUDA stores the error of a failed launch until it is queried, and the next caller that
+// queries, such as torch, would attribute it to itself; it is therefore cleared.
 inline const char* message(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();
     return cudaGetErrorString(error);
 }
 
-// Calls body with a value of the device type that belongs to dtype, and returns its cudaError_t.
+// Calls body with a value of the device type for dtype and returns its cudaError_t.
 template <class Body>
 cudaError_t dispatch_device(DType dtype, const Body& body) {
     switch (dtype) {

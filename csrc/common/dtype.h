@@ -1,4 +1,4 @@
-// Element types of the kernels. No torch here: kernels take raw pointers of these types.
+// Element types of the kernels, without torch: kernels take raw pointers of these types.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ inline bf16 from_float<bf16>(float value) {
     return bf16{static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16)};
 }
 
-// Calls body with a value of the C++ type that belongs to dtype: dispatch(dtype, [&](auto zero) { using T = decltype(zero); ... }).
+// Calls body with a value of the C++ type of dtype: dispatch(dtype, [&](auto zero) { using T = decltype(zero); ... }).
 template <class Body>
 void dispatch(DType dtype, const Body& body) {
     if (dtype == DType::kBFloat16) {

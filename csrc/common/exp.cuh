@@ -1,11 +1,11 @@
-// The exponential of what is not positive, for results of type T.
+// Exponential of non-positive arguments, for results of type T.
 #pragma once
 
 #include "common/ptx.cuh"
 
 namespace neox {
 
-// e^v for v <= 0, 0 where it would be subnormal, NaN for NaN. v log2(e) is rounded; for fp32 its error is put back.
+// e^v for v <= 0; 0 if the result would be subnormal, NaN for NaN. The rounding error of v log2(e) is compensated for fp32.
 template <class T>
 NEOX_DEVICE float exp_nonpositive(float v) {
     const float power = v * 1.44269504f;

@@ -1,4 +1,4 @@
-// Threads for the kernels without knowing whose they are: the binding passes torch's, native tests pass a serial loop.
+// Parallel loops for the kernels, independent of the thread pool: bindings pass torch's, native tests a serial loop.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +6,8 @@
 
 namespace neox {
 
-// Splits [0, count) into ranges of at least `grain` and runs them on several threads. Kernels must not let their result depend on
-// how the range is split: reductions across rows go through Blocks below.
+// Splits [0, count) into ranges of at least `grain` and runs them on several threads. The result of a kernel must not depend on the split; reductions
+// across rows therefore use Blocks below.
 struct Parallel {
     using Body = void (*)(int64_t begin, int64_t end, void* context);
     using For = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
@@ -26,11 +26,11 @@ inline Parallel serial() {
     return Parallel{[](int64_t begin, int64_t end, int64_t, Parallel::Body body, void* context) { body(begin, end, context); }};
 }
 
-// A division of rows into at most 32 blocks that depends on nothing but their number. A sum over rows is formed per block and the
-// blocks are added in order, so it is the same bits for every number of threads.
+// Partition of rows into at most 32 blocks that depends on the number of rows only. A sum over rows is computed per block and the blocks are added in
+// order, so that its bits do not depend on the number of threads.
 struct Blocks {
     int64_t rows;
-    int64_t size;   // rows in each block but the last
+    int64_t size;   // rows in each block except the last
     int64_t count;  // number of blocks
 
     explicit Blocks(int64_t rows_in) : rows(rows_in), size(std::max<int64_t>((rows_in + 31) / 32, 8)), count((rows_in + size - 1) / size) {}

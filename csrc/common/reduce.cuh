@@ -1,4 +1,4 @@
-// Sums and maxima over a warp and over a block. Every thread gets the result; the order of additions is fixed, so results repeat.
+// Sums and maxima over a warp and over a block. Every thread gets the result. The order of additions is fixed, so that results are reproducible.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -25,24 +25,24 @@ NEOX_DEVICE float warp_reduce(float value) {
 NEOX_DEVICE float warp_sum(float value) { return warp_reduce<Sum>(value); }
 NEOX_DEVICE float warp_max(float value) { return warp_reduce<Max>(value); }
 
-// All threads of the block take part; the block is whole warps. scratch: one float per warp, free again when the call returns to all.
+// All threads of the block take part; the block size is a multiple of the warp size. scratch: one float per warp, reusable after the call.
 template <class Reduction, int kWarps>
 NEOX_DEVICE float block_reduce(float value, float* scratch) {
     value = warp_reduce<Reduction>(value);
     if constexpr (kWarps == 1) return value;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     if (lane == 0) scratch[warp] = value;
-    __syncthreads();  // every warp's part is written before any is read
+    __syncthreads();  // all warps have written their partial results
     float total = scratch[0];
 #pragma unroll
     for (int i = 1; i < kWarps; ++i) total = Reduction::combine(total, scratch[i]);
-    __syncthreads();  // every warp has read before the next call writes
+    __syncthreads();  // all reads precede the writes of the next call
     return total;
 }
 
-constexpr int64_t kNamedBarriers = 15;  // of a block, beside that of __syncthreads
+constexpr int64_t kNamedBarriers = 15;  // of a block, in addition to that of __syncthreads
 
-// Threads for a row of `packs`, at most `each` a thread: a power of two up to a warp, or whole warps.
+// Threads for a row of `packs` packs, at most `each` per thread: a power of two up to a warp, or a multiple of warps.
 inline int64_t row_threads(int64_t packs, int64_t each) {
     if (packs > kWarpSize * each) return (packs + kWarpSize * each - 1) / (kWarpSize * each) * kWarpSize;
     int64_t threads = 1;
@@ -50,11 +50,11 @@ inline int64_t row_threads(int64_t packs, int64_t each) {
     return threads;
 }
 
-// Sums over the threads that share a row, blockDim.x of them in a block of (threads of a row, rows): a power of two up to a warp, or whole
-// warps. Rows that are wider than a warp meet at a named barrier of their own (15 rows at most), so rows of a block do not wait for each other.
+// Sums over the threads that share a row: blockDim.x threads of a block (threads of a row, rows), a power of two up to a warp, or a multiple of warps.
+// Rows wider than a warp synchronise at a named barrier per row (at most 15 rows), so that the rows of a block do not wait for each other.
 //
-// scratch: kValues floats per warp of the block. A call may use it again only when another call, on another scratch, lies between: a thread
-// that comes to the third call has met the others in the second, after they read in the first.
+// scratch: kValues floats per warp of the block. Consecutive calls must alternate between two scratch buffers: a thread in the third call has passed the
+// barrier of the second, before which all threads have finished reading in the first.
 template <int kValues>
 NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
     const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
@@ -73,7 +73,7 @@ NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
 #pragma unroll
         for (int k = 0; k < kValues; ++k) row[threadIdx.x / kWarpSize * kValues + k] = value[k];
     }
-    named_barrier(1 + static_cast<int>(threadIdx.y), threads);  // every warp's part is written before any is read
+    named_barrier(1 + static_cast<int>(threadIdx.y), threads);  // all warps have written their partial results
 #pragma unroll
     for (int k = 0; k < kValues; ++k) value[k] = row[k];
     for (int warp = 1; warp < threads / kWarpSize; ++warp) {
@@ -82,14 +82,14 @@ NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
     }
 }
 
-// e^x for x <= 0: the instruction's few ulp plus 2^-24 |x|, which is nothing beside e^0.
+// e^x for x <= 0. Error: the instruction's few ulp plus 2^-24 |x| relative, negligible next to the term e^0.
 NEOX_DEVICE float exp_nonpositive(float x) { return fast_exp2(x * 1.44269504f); }
 
-// The maximum of some numbers and the sum of e^(x - max), found in one pass. No numbers: (-infinity, 0). NaN, +infinity: the sum is NaN.
+// Running maximum and sum of e^(x - max), in one pass. Initially (-infinity, 0). NaN or +infinity in the input makes the sum NaN.
 struct MaxSum {
     float max = -INFINITY, sum = 0.0f;
 
-    // A sum kept for maximum `from`, as kept for `to` >= from. Where `to` is -infinity there is nothing but e^-infinity to sum.
+    // Rescales a sum from maximum `from` to maximum `to` >= from. If `to` is -infinity, all terms are e^-infinity.
     NEOX_DEVICE float rescaled(float sum, float from, float to) { return sum * exp_nonpositive(from - (to == -INFINITY ? 0.0f : to)); }
 
     template <int kCount>
@@ -105,7 +105,7 @@ struct MaxSum {
     }
 };
 
-// Merges those of all threads of the block, kWarps warps; every thread gets the result. scratch: as for block_reduce.
+// Merges the values of all threads of a block of kWarps warps. Every thread gets the result. scratch: as for block_reduce.
 template <int kWarps>
 NEOX_DEVICE MaxSum block_merge(const MaxSum& mine, float* scratch) {
     MaxSum all;

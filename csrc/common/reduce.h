@@ -1,4 +1,4 @@
-// The second half of a sum over rows: per-block sums added in order of the blocks (parallel.h says why).
+// Second stage of a sum over rows: adds the per-block sums in order (see Blocks in parallel.h).
 #pragma once
 
 #include "common/dtype.h"

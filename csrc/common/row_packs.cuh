@@ -1,4 +1,4 @@
-// Rows that stay in registers as they came: a pack of 16 bytes takes half the registers of its fp32 values, which are made anew at each look.
+// Rows held in registers in their storage type: a pack of 16 bytes takes half the registers of its fp32 values, which are converted at each use.
 #pragma once
 
 #include "common/vec.cuh"
@@ -17,15 +17,14 @@ NEOX_DEVICE uint4 pack(const float (&in)[Pack<T>::kSize]) {
     return pack_of<T>(in).word[0];
 }
 
-// How many of a pack's elements lie in a row that has `left` more.
+// Number of elements of a pack within a row that has `left` more.
 template <class T>
 NEOX_DEVICE int valid_of(int64_t left) {
     return static_cast<int>(left < Pack<T>::kSize ? left : Pack<T>::kSize);
 }
 
-// The first `valid` elements of the pack at `pointer`, zeros after them. kVector: rows are aligned (can_vectorize), and the whole pack is read if
-// any of it is valid. Else it goes element by element, with the same elements in the same thread, so that results do not depend on the
-// alignment.
+// Loads the first `valid` elements of the pack at `pointer`, followed by zeros. kVector: rows are aligned (can_vectorize), and the full pack is read if any
+// element is valid. Otherwise elements are loaded one by one, into the same thread, so that results do not depend on the alignment.
 template <bool kVector, class T>
 NEOX_DEVICE uint4 load_raw(const T* pointer, int valid) {
     if constexpr (kVector) {
@@ -35,7 +34,7 @@ NEOX_DEVICE uint4 load_raw(const T* pointer, int valid) {
     }
 }
 
-// The same of memory that the kernel also writes.
+// The same for memory that the kernel also writes.
 template <bool kVector, class T>
 NEOX_DEVICE uint4 load_written(const T* pointer, int valid) {
     if constexpr (kVector) {

@@ -1,4 +1,4 @@
-// A CUDA stream as the torch-free interfaces pass it: a cudaStream_t, or null in the emulator.
+// A CUDA stream in interfaces without CUDA headers: a cudaStream_t, or null in the emulator.
 #pragma once
 
 namespace neox {

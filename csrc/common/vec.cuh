@@ -1,4 +1,4 @@
-// Wide access: a Pack is a few consecutive elements as they lie in memory, moved by accesses of up to 128 bits, held as fp32 while worked on.
+// Vectorized access: a Pack is a few consecutive elements in storage type, moved by accesses of up to 128 bits and converted to fp32 for arithmetic.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,7 @@ NEOX_DEVICE T from_fp32(float value) {
     }
 }
 
-// kCount elements, a power of two: 16 bytes unless said otherwise.
+// kCount elements, a power of two; 16 bytes by default.
 template <class T, int kCount = 16 / static_cast<int>(sizeof(T))>
 struct Pack {
     static constexpr int kSize = kCount;
@@ -37,13 +37,13 @@ struct Pack {
     __device__ __forceinline__ void set(int k, T value) { reinterpret_cast<T*>(word)[k] = value; }
 };
 
-// Whether rows that start at `pointer` and are `stride` elements apart, `size` long, can be moved in packs of kCount.
+// Whether rows that start at `pointer`, `stride` elements apart and `size` long, can be moved in packs of kCount.
 template <class T, int kCount = Pack<T>::kSize>
 inline bool can_vectorize(const void* pointer, int64_t stride, int64_t size) {
     return reinterpret_cast<uintptr_t>(pointer) % alignof(typename Pack<T, kCount>::Word) == 0 && stride % kCount == 0 && size % kCount == 0;
 }
 
-// A pack of data that no thread of the launch writes.
+// Loads a pack of data that no thread of the launch writes.
 template <int kCount, class T>
 NEOX_DEVICE Pack<T, kCount> fetch(const T* pointer) {
     Pack<T, kCount> pack;
@@ -53,7 +53,7 @@ NEOX_DEVICE Pack<T, kCount> fetch(const T* pointer) {
     return pack;
 }
 
-// The same where the launch writes too: __ldg may read a cache that stores do not reach.
+// The same for data that the launch writes: __ldg may read a cache that is not coherent with stores.
 template <int kCount, class T>
 NEOX_DEVICE Pack<T, kCount> fetch_mutable(const T* pointer) {
     Pack<T, kCount> pack;
@@ -63,7 +63,7 @@ NEOX_DEVICE Pack<T, kCount> fetch_mutable(const T* pointer) {
     return pack;
 }
 
-// The first `count` elements one by one, for rows that packs do not fit; zeros beyond.
+// Loads the first `count` elements one by one, for misaligned rows, followed by zeros.
 template <int kCount, class T>
 NEOX_DEVICE Pack<T, kCount> fetch_first(const T* pointer, int64_t count) {
     Pack<T, kCount> pack = {};

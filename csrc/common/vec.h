@@ -1,8 +1,8 @@
-// Vectors of floats through the compiler's vector extensions, and the functions the kernels need on them.
+// Vectors of floats, by the compiler's vector extensions, and the functions that the kernels use on these vectors.
 //
-// Vec has NEOX_VEC_WIDTH lanes: by default as many as one register of the instruction set holds. The width can be overridden, so that
-// code for 16 lanes can be tested on a machine whose registers hold 8 (the compiler splits it). Error bounds below are the largest found
-// over a dense sweep of the argument (tests/cpp/test_vec.cpp).
+// Vec has NEOX_VEC_WIDTH lanes, by default as many as one register of the instruction set holds. The width can be overridden, so that code for 16 lanes
+// can be tested on a machine whose registers hold 8 (the compiler splits it). Error bounds are the largest errors over a dense sweep of the argument
+// (tests/cpp/test_vec.cpp).
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // every function here is inlined: no vector crosses an ABI boundary
+#pragma GCC diagnostic ignored "-Wpsabi"  // all functions are inlined, so that no vector crosses an ABI boundary
 #endif
 
 #define NEOX_INLINE inline __attribute__((always_inline))
@@ -89,7 +89,7 @@ NEOX_INLINE Vec load(const T* p, int64_t count) {
 
 NEOX_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
-// Rounds as from_float<bf16>, but for denormals, which the instruction of AVX512_BF16 turns into zero.
+// Rounds like from_float<bf16>, except that AVX512_BF16's instruction flushes denormals to zero.
 NEOX_INLINE void store(bf16* p, Vec v) {
 #if defined(__AVX512BF16__) && NEOX_VEC_WIDTH == 16
     const auto half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
@@ -116,8 +116,8 @@ NEOX_INLINE void store(T* p, Vec v, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-// Calls body(i, load, store) for i = 0, kVecWidth, ...: the last call, if the size is no multiple of the width, gets a load and a store
-// that touch only what is left. One body therefore serves the whole row and its tail, with the same arithmetic.
+// Calls body(i, load, store) for i = 0, kVecWidth, ... If the size is not a multiple of the width, the load and store of the last call access only the
+// rest. One body therefore serves a row and its tail with the same arithmetic.
 template <class Body>
 NEOX_INLINE void for_each_vec(int64_t size, const Body& body) {
     int64_t i = 0;
@@ -138,7 +138,7 @@ NEOX_INLINE Vec copysign(Vec magnitude, Vec sign) { return from_bits((bits(magni
 
 typedef float Quad __attribute__((vector_size(16)));
 
-// Folds quarters of the vector with `join`, then the lanes of what is left: the order is fixed by the width alone.
+// Folds quarters of the vector with `join`, then the remaining lanes. The order depends on the width only.
 template <class Join>
 NEOX_INLINE float fold(Vec v, const Join& join) {
     constexpr int kQuads = kVecWidth / 4;
@@ -188,9 +188,9 @@ NEOX_INLINE Vec sum_lanes(Vec (&rows)[kVecWidth]) {
     return rows[0];
 }
 
-// Sum over a row of what body(i, load, keep) returns, a Vec or a struct with +=, as four interleaved partial sums: an addition takes four
-// cycles and two can start in each. The order depends on the size alone. Beyond the row's end load gives zeros; a body that makes anything
-// else of them passes its vector through keep, which clears those lanes.
+// Sum over a row of the results of body(i, load, keep), a Vec or a struct with +=, as four interleaved partial sums: an addition takes four cycles and
+// two can start per cycle. The order depends on the size only. Past the end of the row load returns zeros; a body that maps zero to another value must
+// pass its vector through keep, which clears those lanes.
 template <class Sum, class Body>
 NEOX_INLINE Sum accumulate(int64_t size, const Body& body) {
     const auto load_all = [](const auto* p) { return neox::load(p); };
@@ -226,7 +226,7 @@ NEOX_INLINE Vec reciprocal(Vec v) {
 // v = n ln 2 + r with |r| <= ln 2 / 2, in two parts of ln 2: e^r by a polynomial (minimax, weighted by e^-r), and n.
 struct Exponential {
     Vec fraction;   // e^r
-    Vec n;          // whole
+    Vec n;          // integer-valued
     VecInt biased;  // n + 0x4b400000
 };
 
@@ -241,14 +241,14 @@ NEOX_INLINE Exponential exponential(Vec x) {
     return {(p * r) * r + r + 1.0f, n, bits(shifted)};
 }
 
-// e^v, error <= 1.5 ulp, denormal results, infinities and NaN included.
+// e^v, error <= 1.5 ulp, including denormal results, infinities and NaN.
 NEOX_INLINE Vec exp(Vec v) {
-    const Vec x = max(splat(-104.0f), min(splat(89.0f), v));  // this order of the operands lets NaN through
+    const Vec x = max(splat(-104.0f), min(splat(89.0f), v));  // this order of operands propagates NaN
     const Exponential e = exponential(x);
 #if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
     return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(e.fraction), reinterpret_cast<__m512>(e.n)));
 #else
-    // 2^n in two factors: n runs from -150 to 128 and one exponent field holds neither end.
+    // 2^n as two factors: n ranges from -150 to 128, and one exponent field holds neither end.
     const VecInt n = e.biased - 0x4b400000;
     const VecInt half = n >> 1;
     return (e.fraction * from_bits((half + 127) << 23)) * from_bits((n - half + 127) << 23);
@@ -264,10 +264,10 @@ NEOX_INLINE Vec exp_nonpositive(Vec v) {
 
 struct Logistic {
     Vec value;  // 1 / (1 + e^-v)
-    Vec slope;  // value (1 - value), without its cancellation
+    Vec slope;  // value (1 - value), without cancellation
 };
 
-// Error <= 3 ulp, of the slope 4.
+// Error <= 3 ulp; of the slope <= 4 ulp.
 NEOX_INLINE Logistic logistic(Vec v) {
     const Vec e = exp_nonpositive(-abs(v));
     const Vec inverse = reciprocal(1.0f + e);
@@ -296,7 +296,7 @@ struct Normal {
     Vec pdf;  // its density e^(-v^2/2) / sqrt(2 pi)
 };
 
-// Both from one exponential. The cdf keeps its relative accuracy in the lower tail (3e-6 for v >= -9; absolute error 2e-7), where (1 + erf) / 2 would
+// Both from one exponential. The cdf retains relative accuracy in the lower tail (3e-6 for v >= -9; absolute error 2e-7), where (1 + erf) / 2 would
 // cancel: cdf(-a) = e^(-a^2/2) t Q(t), t = 1 / (1 + 0.3 a), with Q a minimax polynomial of erfcx(a / sqrt 2) / 2t on [0, 14].
 NEOX_INLINE Normal normal(Vec v) {
     const Vec a = min(splat(14.5f), abs(v));

@@ -1,5 +1,5 @@
-// vec.h and philox.h against libm in double and against plain loops. Prints each bound it finds; the exit status is the number of failures,
-// or 77 where the CPU lacks the instructions this was compiled for.
+// vec.h and philox.h against libm in double precision and against scalar loops. Prints each error bound found. The exit status is the number of failures,
+// or 77 if the CPU lacks the instructions for which the test was compiled.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -40,7 +40,7 @@ void sweep(const char* what, double low, double high, double limit, const F& f, 
     expect(worst <= limit, what, worst, limit);
 }
 
-double ulp(double value) {  // of a float near value
+double ulp(double value) {  // spacing of floats near value
     const float magnitude = std::max(static_cast<float>(std::abs(value)), std::numeric_limits<float>::min());
     return std::nextafter(magnitude, std::numeric_limits<float>::infinity()) - magnitude;
 }
@@ -91,7 +91,7 @@ void test_special_values() {
     check("normal(nan).pdf", neox::normal(v(nan)).pdf, nan);
 }
 
-// Every bf16 is read exactly; every float is stored as from_float rounds it.
+// Every bf16 loads exactly. Every float is stored with the rounding of from_float.
 void test_bf16() {
     int wrong = 0;
     for (uint32_t bits = 0; bits < 0x10000; bits += kVecWidth) {
@@ -102,7 +102,7 @@ void test_bf16() {
         neox::store(out, neox::load(in));
         for (int i = 0; i < kVecWidth; ++i) {
             const float want = neox::to_float(in[i]);
-            const bool denormal = (in[i].bits & 0x7f80) == 0;  // AVX512_BF16 stores them as zero
+            const bool denormal = (in[i].bits & 0x7f80) == 0;  // AVX512_BF16 flushes them to zero
             wrong += !(values[i] == want || (std::isnan(values[i]) && std::isnan(want)));
             wrong += !(out[i].bits == in[i].bits || denormal || (std::isnan(want) && std::isnan(neox::to_float(out[i]))));
         }
@@ -124,11 +124,11 @@ void test_bf16() {
     expect(wrong == 0, "bf16 conversions that differ", wrong, 0);
 }
 
-// Rows of every length around a few vectors: nothing beyond the row is touched, and sums count each element once.
+// Rows of every length up to a few vectors: nothing past the row is accessed, and sums count each element once.
 void test_rows() {
     int wrong = 0;
     for (int size = 0; size <= 9 * kVecWidth + 1; ++size) {
-        std::vector<float> in(size), out(size + kVecWidth, -1.0f);  // in is exactly as long as it may be read: the sanitizers watch
+        std::vector<float> in(size), out(size + kVecWidth, -1.0f);  // in has exactly the readable length, which the sanitizers check
         for (int i = 0; i < size; ++i) in[i] = static_cast<float>(i + 1);
         neox::for_each_vec(size, [&](int64_t i, auto load, auto store) { store(out.data() + i, load(in.data() + i) * 2.0f); });
         for (int i = 0; i < size + kVecWidth; ++i) wrong += out[i] != (i < size ? 2.0f * (i + 1) : -1.0f);

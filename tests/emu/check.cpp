@@ -1,4 +1,4 @@
-// Vector clocks behind the callbacks of -fsanitize=thread. See check.h.
+// Vector clocks, driven by the callbacks of -fsanitize=thread. See check.h.
 #include "check.h"
 
 #include <dlfcn.h>
@@ -38,7 +38,7 @@ struct Region {
     std::vector<bool> touched;
 };
 
-// What a thread has synchronised with: a clock per thread, common to all that met in the last barrier, and the thread's own.
+// What a thread has synchronised with: the clocks of all threads, shared by those that met at the last barrier, and the thread's local clock.
 struct Clock {
     std::shared_ptr<const std::vector<uint32_t>> others;
     uint32_t own = 1;
@@ -52,7 +52,7 @@ bool active = false;
 
 bool happened_before(const Access& access, int thread) {
     if (access.thread == kNobody || (access.thread == thread && access.block == block_number)) return true;
-    if (access.block != block_number) return false;  // nothing orders blocks of a launch
+    if (access.block != block_number) return false;  // the blocks of a launch are unordered
     return (*clocks[static_cast<size_t>(thread)].others)[static_cast<size_t>(access.thread)] >= access.clock;
 }
 
@@ -122,7 +122,7 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
             return report(kind == Kind::kRead ? "race (read after write)" : "race (write after write)", *region, at, thread, cell.writer, code);
         }
         if (kind == Kind::kRead) {
-            // Two readers are remembered: a later writer is unordered with one of them if it is with any but one.
+            // Two readers are stored. If a later writer is unordered with more than one reader, it is unordered with one of them.
             const bool replace_first = cell.readers[0].thread == kNobody || happened_before(cell.readers[0], thread);
             cell.readers[replace_first ? 0 : 1] = now;
             continue;
@@ -136,13 +136,13 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
     }
 }
 
-// All of `threads` have seen what any of them has seen.
+// Merges the clocks of `threads`.
 void join(const std::vector<int>& threads) {
     auto merged = std::make_shared<std::vector<uint32_t>>(clocks.size(), 0);
     const std::vector<uint32_t>* last = nullptr;
     for (const int thread : threads) {
         const Clock& clock = clocks[static_cast<size_t>(thread)];
-        if (clock.others.get() == last) continue;  // as after a barrier of the whole block: the same vector in all
+        if (clock.others.get() == last) continue;  // as after a barrier of the full block: all share the vector
         last = clock.others.get();
         for (size_t i = 0; i < merged->size(); ++i) (*merged)[i] = std::max((*merged)[i], (*last)[i]);
     }

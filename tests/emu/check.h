@@ -1,9 +1,8 @@
-// Happens-before checker and traffic counter behind gcc's -fsanitize=thread instrumentation.
+// Happens-before checker and traffic counter, driven by gcc's -fsanitize=thread instrumentation.
 //
-// Kernels are compiled with -fsanitize=thread and linked without its runtime: check.cpp supplies the callbacks. It then finds in any
-// one schedule: races through shared or tracked global memory (also between blocks), reads of shared memory that nobody wrote, and
-// data of cp.async that is used before its wait. As in CUDA only barriers and __syncwarp order memory; shuffles and votes do not.
-// In a build without SIMT_CHECK all of this is empty.
+// Kernels are compiled with -fsanitize=thread and linked without its runtime; check.cpp supplies the callbacks. From a single schedule it finds races
+// through shared or tracked global memory (also between blocks), reads of unwritten shared memory, and data of cp.async that is used before its wait.
+// As in CUDA, barriers and __syncwarp order memory; shuffles and votes do not. In a build without SIMT_CHECK all of this is empty.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +11,7 @@
 
 namespace simt::check {
 
-// Bytes that threads asked for in one tracked buffer since it was tracked or reset; `touched` counts each byte once.
+// Bytes that threads accessed in one tracked buffer since it was tracked or reset. `touched` counts each byte once.
 struct Traffic {
     std::string name;
     uint64_t read = 0, written = 0, touched = 0;
@@ -20,7 +19,7 @@ struct Traffic {
 
 #ifdef SIMT_CHECK
 constexpr bool kEnabled = true;
-constexpr size_t kGuard = 64;  // bytes behind every shared array that belong to it and that no thread may touch
+constexpr size_t kGuard = 64;  // guard bytes after every shared array, which no thread may access
 void begin_launch();
 void begin_block(int num_threads);
 void end_block();
@@ -32,13 +31,13 @@ void barrier_arrive(int thread, int id);
 void barrier_complete(int id);
 void warp_sync(int warp, uint32_t mask);
 void atomic(const void* address, size_t bytes);
-// Tests register device buffers. `cached`: of parameters and tables that every row reads, only the first read goes to memory.
+// Registers a device buffer. `cached`: only the first read of each byte counts as memory traffic, as for parameters and tables that every row reads.
 void track(const void* address, size_t bytes, const char* name, bool cached = false);
 void untrack(const void* address);
 void untrack_all();
 Traffic traffic(const void* address);
 void reset_traffic();
-uint64_t moved();  // bytes that go to memory: all that was read and written, of cached buffers what was touched
+uint64_t moved();  // bytes of memory traffic: all reads and writes; of cached buffers, the bytes touched
 #else
 constexpr bool kEnabled = false;
 constexpr size_t kGuard = 0;

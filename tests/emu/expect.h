@@ -6,7 +6,7 @@
 
 #include "simt.h"
 
-// A launch that ends with an error leaves its threads where they are, with what they own.
+// A launch that ends with an error abandons its threads without unwinding, so that their allocations leak.
 extern "C" inline __attribute__((used, visibility("default"))) const char* __asan_default_options() { return "detect_leaks=0"; }
 
 namespace emu_test {
@@ -25,7 +25,7 @@ struct Tally {
 
 inline Tally tally;
 
-// The message with which a launch ends, empty if it succeeds.
+// The error message of a launch, empty if it succeeds.
 template <class Launch>
 std::string error_of(const Launch& run) {
     try {

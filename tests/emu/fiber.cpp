@@ -17,7 +17,7 @@ constexpr size_t kGuard = 4096;
 }
 
 #if defined(__x86_64__)
-// switch_stack(save: rdi, load: rsi): callee-saved registers go on the old stack, then come from the new one.
+// switch_stack(save: rdi, load: rsi): pushes the callee-saved registers on the old stack and pops them from the new one.
 asm(R"(.text
 .type simt_switch_stack,@function
 simt_switch_stack:
@@ -62,14 +62,14 @@ void Fiber::prepare(void (*entry)(), size_t stack_bytes) {
         owns_stack_ = true;
     }
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack_, stack_bytes_);  // the last thread left it without unwinding
+    __asan_unpoison_memory_region(stack_, stack_bytes_);  // the previous thread left it without unwinding
     asan_frames_ = nullptr;
 #endif
 #if defined(__x86_64__)
     auto** top = reinterpret_cast<void**>(stack_ + stack_bytes_ - 64);
-    *--top = nullptr;  // the entry sees rsp % 16 == 8, as after a call
+    *--top = nullptr;  // at entry rsp % 16 == 8, as after a call
     *--top = reinterpret_cast<void*>(entry);
-    for (int i = 0; i < 6; ++i) *--top = nullptr;  // the registers that the switch pops
+    for (int i = 0; i < 6; ++i) *--top = nullptr;  // the registers popped by the switch
     stack_pointer_ = top;
 #else
     getcontext(&context_);
@@ -100,7 +100,7 @@ void Fiber::entered([[maybe_unused]] Fiber& self, [[maybe_unused]] Fiber& creato
     const void* stack;
     size_t bytes;
     __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
-    if (!creator.stack_bytes_) {  // the first fiber learns where the thread's own stack is
+    if (!creator.stack_bytes_) {  // the first fiber records the bounds of the OS thread's stack
         creator.stack_ = static_cast<char*>(const_cast<void*>(stack));
         creator.stack_bytes_ = bytes;
     }

@@ -1,4 +1,4 @@
-// Stackful coroutines: 15 instructions a switch on x86-64, ucontext elsewhere.
+// Stackful coroutines: 15 instructions per switch on x86-64, ucontext elsewhere.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace simt {
 
-// One stack and the registers of what runs on it. The entry function must not return: it switches away for good.
+// A stack and the saved registers of its code. The entry function must not return; it ends by switching away.
 class Fiber {
   public:
     Fiber() = default;
@@ -18,17 +18,17 @@ class Fiber {
     Fiber(Fiber&& other) noexcept;
     ~Fiber();
 
-    // Makes the next switch to this fiber call entry() on a fresh stack of `stack_bytes`, with a guard page below.
+    // The next switch to this fiber will call entry() on a fresh stack of `stack_bytes`, with a guard page below.
     void prepare(void (*entry)(), size_t stack_bytes);
-    // Suspends `from`, which must be running, and runs `to`. `last`: from never runs again.
+    // Suspends `from`, which must be running, and resumes `to`. `last`: `from` never runs again.
     static void switch_to(Fiber& from, Fiber& to, bool last);
-    // First statement of an entry function.
+    // Must be the first statement of an entry function.
     static void entered(Fiber& self, Fiber& creator);
 
   private:
     void* stack_pointer_ = nullptr;
     char* stack_ = nullptr;
-    bool owns_stack_ = false;  // false: this is the stack that the OS thread came with
+    bool owns_stack_ = false;  // false for the stack of the OS thread
     size_t stack_bytes_ = 0;
     void* asan_frames_ = nullptr;
 #if !defined(__x86_64__)

@@ -1,4 +1,4 @@
-// Runs the operators' tests that are linked in: test_ops_<variant> [OP] [--bytes].
+// Runs the linked operator tests: test_ops_<variant> [OP] [--bytes].
 #include <algorithm>
 #include <cstring>
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Orders of threads and blocks. The race checker needs one; the sanitizers see every access in any.
+// Orders of threads and blocks. One is enough for the race checker and the sanitizers, which see every access in any order.
 std::vector<simt::Order> schedules() {
 #if defined(__SANITIZE_ADDRESS__)
     return {simt::Order::kRoundRobin};

@@ -1,6 +1,6 @@
-// What a test of an operator's CUDA kernels needs: device buffers that start as NaN, comparison with fp64, and bytes against their floor.
+// Helpers for tests of an operator's CUDA kernels: device buffers initialised to NaN, comparison with fp64, and bytes moved against their floor.
 //
-// tests/emu/test_<op>.cpp checks the launchers of csrc/ops/<op>/<op>_cuda.cu and registers itself:
+// tests/emu/test_<op>.cpp tests the launchers of csrc/ops/<op>/<op>_cuda.cu and registers itself:
 //
 //     void values() { ... EXPECT_NEAR(y, expected, "y"); }
 //     void bytes() { emu_test::expect_bytes("layer_norm forward", "64x2048 bf16", floor, [&] { launch; }); }
@@ -33,7 +33,7 @@ constexpr const char* name_of() {
     return std::is_same_v<T, __nv_bfloat16> ? "bf16" : std::is_same_v<T, __half> ? "fp16" : "fp32";
 }
 
-// Largest error allowed, relative to the largest magnitude expected: as in tests/reference.py.
+// Largest allowed error, relative to the largest expected magnitude, as in tests/reference.py.
 template <class T>
 constexpr double tolerance() {
     return std::is_same_v<T, __nv_bfloat16> ? 1.6e-2 : std::is_same_v<T, __half> ? 2e-3 : 2e-6;
@@ -47,10 +47,10 @@ void for_each_type(const Body& body) {
     body(__half{});
 }
 
-// How a buffer's bytes count: each access goes to memory, or (parameters and tables that every row reads) only the first.
+// How accesses to a buffer count as memory traffic: all of them, or only the first of each byte (parameters and tables that every row reads).
 enum class Role { kStream, kCached };
 
-// Device memory of `size` elements, `offset` elements past a 16-byte boundary, every byte 0xff: NaN. The checker knows it by its name.
+// Device memory of `size` elements, `offset` elements past a 16-byte boundary, filled with 0xff, which is NaN. Tracked by the checker under `name`.
 template <class T>
 class Buffer {
   public:
@@ -86,7 +86,7 @@ class Buffer {
     size_t size_;
 };
 
-// An input of rows that lie cols + gap elements apart. Inputs of one operator are to have different gaps: whose stride a kernel uses shows.
+// An input whose rows are cols + gap elements apart. The inputs of an operator should have different gaps, so that a swapped stride is detected.
 template <class T>
 struct Rows : Buffer<T> {
     int64_t stride;
@@ -96,7 +96,7 @@ struct Rows : Buffer<T> {
     double at(int64_t row, int64_t col) const { return static_cast<float>((*this)[static_cast<size_t>(row * stride + col)]); }
 };
 
-// Fails unless max |got - expected| <= limit * max |expected|. NaN and infinity never pass.
+// Fails unless max |got - expected| <= limit * max |expected|. NaN and infinity fail.
 template <class T>
 void expect_near(const Buffer<T>& got, const std::vector<double>& expected, const std::string& what, const char* file, int line,
                  double limit = tolerance<T>()) {
@@ -118,7 +118,7 @@ void expect_near(const Buffer<T>& got, const std::vector<double>& expected, cons
 }
 #define EXPECT_NEAR(got, ...) emu_test::expect_near(got, __VA_ARGS__, __FILE__, __LINE__)
 
-// Runs launches and compares the bytes they move in tracked buffers with the floor: within 5 %. Prints a row. Race checker only.
+// Runs launches and compares the bytes that they move in tracked buffers with the floor, within 5 %. Prints a row. Race checker only.
 template <class Run>
 void expect_bytes(const std::string& what, const std::string& setting, double floor, const Run& run, double slack = 0.05) {
     if constexpr (simt::check::kEnabled) {
@@ -130,7 +130,7 @@ void expect_bytes(const std::string& what, const std::string& setting, double fl
     }
 }
 
-// One operator's tests. `values` runs once per schedule, `bytes` once and with the race checker only (it may be null).
+// The tests of an operator. `values` runs once per schedule; `bytes`, which may be null, runs once with the race checker only.
 struct Operator {
     const char* name;
     void (*values)();

@@ -1,4 +1,4 @@
-// mma.sync.m16n8k16 and ldmatrix, as warp collectives. Lane l has group g = l / 4 and place t = 2 (l % 4).
+// mma.sync.m16n8k16 and ldmatrix, as warp collectives. Lane l has group g = l / 4 and column t = 2 (l % 4).
 #include "simt.h"
 
 namespace simt {
@@ -8,14 +8,14 @@ namespace {
 
 constexpr int kLanes = 32;
 
-typedef float Quad __attribute__((vector_size(16)));  // the compiler's vectors: any machine has them
+typedef float Quad __attribute__((vector_size(16)));  // compiler vector, portable
 
 // Registers of 16-bit pairs: element i of a fragment is half i % 2 of register i / 2.
 uint16_t element(const uint32_t* registers, int i) { return static_cast<uint16_t>(registers[i / 2] >> (16 * (i % 2))); }
 
 template <float (*Decode)(uint16_t)>
 void mma_m16n8k16(void** operands, uint32_t mask) {
-    if (mask != ~0u) fail("mma.sync needs the whole warp");
+    if (mask != ~0u) fail("mma.sync needs the full warp");
     ++stats().mma;
     float a[16][16], b[16][8], c[16][8];
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -43,7 +43,7 @@ void mma_m16n8k16(void** operands, uint32_t mask) {
     }
 }
 
-// The 8 rows of a matrix are read in one pass if they fall in 8 different groups of 4 banks.
+// The 8 rows of a matrix are read in one pass if they fall into 8 different groups of 4 banks.
 void count_conflicts(void** operands, int matrix) {
     unsigned groups = 0;
     for (int row = 0; row < 8; ++row) {
@@ -58,7 +58,7 @@ void mma_m16n8k16_bf16(void** operands, uint32_t mask) { mma_m16n8k16<decode_bfl
 void mma_m16n8k16_f16(void** operands, uint32_t mask) { mma_m16n8k16<decode_half>(operands, mask); }
 
 void load_matrix(void** operands, uint32_t mask) {
-    if (mask != ~0u) fail("ldmatrix needs the whole warp");
+    if (mask != ~0u) fail("ldmatrix needs the full warp");
     const LoadMatrix& first = *static_cast<LoadMatrix*>(operands[0]);
     const int warp_start = running_thread() / kLanes * kLanes;
     uint16_t rows[kLanes][8];

@@ -1,5 +1,5 @@
-// bias_dropout_add's CUDA kernels: with and without bias and dropout, odd sizes, strided and misaligned rows; their mask bit for bit; and the
-// bytes they move.
+// The CUDA kernels of bias_dropout_add: with and without bias and dropout, odd sizes, strided and misaligned rows; the dropout mask bit for bit; and the
+// bytes moved.
 #include "common/philox.h"
 #include "op_test.h"
 #include "ops/bias_dropout_add/bias_dropout_add.h"
@@ -54,15 +54,15 @@ void values() {
         check<T>(1, 1, 0, 0, true, 0.3);
         check<T>(5, 17, 3, 1, true, 0.3);
         check<T>(9, 819, 0, 0, true, 0.5);
-        check<T>(77, 264, 8, 0, true, 0.1);  // whole packs, strided rows, more rows than a block takes at a time
+        check<T>(77, 264, 8, 0, true, 0.1);  // full packs, strided rows, more rows than a block processes at a time
         check<T>(37, 264, 0, 0, false, 0.3);
         check<T>(37, 264, 0, 0, true, 0.0);
         check<T>(3, 33, 0, 0, true, 1.0);
-        check<T>(0, 16, 0, 0, true, 0.3);  // dbias of no rows is zero
+        check<T>(0, 16, 0, 0, true, 0.3);  // without rows, dbias is zero
     });
 }
 
-// The residual streams of Pythia-1.4B and Pythia-160M, fewer tokens.
+// The residual streams of Pythia-1.4B and Pythia-160M with fewer tokens.
 void bytes() {
     using T = __nv_bfloat16;
     for (const int64_t cols : {2048, 768}) {

@@ -1,4 +1,4 @@
-// bias_gelu's CUDA kernels: odd sizes, strided and misaligned rows, with and without bias, both forms; and the bytes they move.
+// The CUDA kernels of bias_gelu: odd sizes, strided and misaligned rows, with and without bias, both forms; and the bytes moved.
 #include "op_test.h"
 #include "ops/bias_gelu/bias_gelu.h"
 
@@ -46,15 +46,15 @@ void values() {
         using T = decltype(zero);
         check<T>(1, 1, 0, 0, true, false);
         check<T>(5, 17, 3, 1, true, true);
-        check<T>(37, 264, 8, 0, true, false);  // whole packs, strided rows
+        check<T>(37, 264, 8, 0, true, false);  // full packs, strided rows
         check<T>(37, 264, 0, 0, false, true);
         check<T>(3, 819, 0, 0, true, false);
-        check<T>(640, 8, 0, 0, true, false);  // more stripes than a thread of the second stage takes at a time
-        check<T>(0, 16, 0, 0, true, false);   // dbias of no rows is zero
+        check<T>(640, 8, 0, 0, true, false);  // more stripes than a thread of the second stage reads at a time
+        check<T>(0, 16, 0, 0, true, false);   // without rows, dbias is zero
     });
 }
 
-// The MLPs of Pythia-1.4B and Pythia-160M, fewer tokens.
+// The MLPs of Pythia-1.4B and Pythia-160M with fewer tokens.
 void bytes() {
     using T = __nv_bfloat16;
     for (const int64_t cols : {4 * 2048, 4 * 768}) {

@@ -1,5 +1,5 @@
-// The CUDA kernels of cross entropy: whole vocabularies and shards of one, padding columns, ignored and wrong targets, z-loss and smoothing,
-// gradients beside the logits and in place, strided and misaligned rows; and the bytes they move.
+// The CUDA kernels of cross_entropy: full and sharded vocabularies, padding columns, ignored and invalid targets, z-loss and label smoothing, in-place
+// gradients and gradients in a separate buffer, strided and misaligned rows; and the bytes moved.
 #include "op_test.h"
 #include "ops/cross_entropy/cross_entropy.h"
 
@@ -22,7 +22,7 @@ struct Case {
 
 size_t index(int64_t at) { return static_cast<size_t>(at); }
 
-// The columns of one process, and what comes of them.
+// The columns of one process and their results.
 template <class T>
 struct Shard {
     Case in;
@@ -47,7 +47,7 @@ struct Shard {
     float dlogit(int64_t row, int64_t col) { return static_cast<float>(static_cast<const T*>(dlogits())[row * dstride() + col]); }
 };
 
-// What a process group does between the kernels.
+// Combines the statistics as a process group does between the kernels.
 template <class T>
 void combine(std::vector<std::unique_ptr<Shard<T>>>& shards, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -74,7 +74,7 @@ void check(const Case& in) {
     dloss.random(2);
     const neox::LossTerms terms{in.vocab_size, in.z_loss, in.label_smoothing};
     std::vector<std::unique_ptr<Shard<T>>> shards;
-    std::vector<double> x;  // [rows, shards * cols], before a gradient takes their place
+    std::vector<double> x;  // [rows, shards * cols], copied before gradients overwrite them
     for (int64_t i = 0; i < in.shards; ++i) shards.push_back(std::make_unique<Shard<T>>(in, i));
     for (int64_t row = 0; row < in.rows; ++row) {
         for (auto& shard : shards) {
@@ -114,21 +114,21 @@ void check(const Case& in) {
                           "error " + std::to_string(error) + ", scale " + std::to_string(scale));
 }
 
-// Statistics and gradient in one kernel give what the two give; rows whose dloss is another than foretold are scaled, the others not touched.
+// The fused kernel matches the two separate kernels. Rows whose dloss differs from the predicted one are rescaled, the others are not accessed.
 template <class T>
 void check_fused(const Case& in) {
-    constexpr float kForetold = 0.5f;
+    constexpr float kPredicted = 0.5f;
     Buffer<int64_t> targets("targets", index(in.rows));
     for (int64_t row = 0; row < in.rows; ++row) targets[index(row)] = row == 1 ? kIgnored : row == in.rows - 1 ? in.vocab_size - 1 : row * 5 % in.vocab_size;
     Buffer<float> dloss("dloss", index(in.rows));
     dloss.random(2);
-    for (int64_t row = 0; row < in.rows; row += 2) dloss[index(row)] = kForetold;
+    for (int64_t row = 0; row < in.rows; row += 2) dloss[index(row)] = kPredicted;
     const neox::LossTerms terms{in.vocab_size, in.z_loss, in.label_smoothing};
     Shard<T> apart(in, 0), fused(in, 0);
     EXPECT(!neox::cross_entropy_statistics_cuda(apart.describe(targets), apart.rows_of(), in.label_smoothing > 0, nullptr));
     EXPECT(!neox::cross_entropy_backward_cuda(apart.describe(targets), terms, apart.rows_of(), dloss.data(), apart.dlogits(), apart.dstride(), nullptr));
-    EXPECT(!neox::cross_entropy_fused_cuda(fused.describe(targets), terms, fused.rows_of(), kForetold, fused.dlogits(), fused.dstride(), nullptr));
-    const neox::FusedGradient gradient{emu_test::dtype_of<T>(), in.rows, in.cols, fused.dlogits(), fused.dstride(), kForetold};
+    EXPECT(!neox::cross_entropy_fused_cuda(fused.describe(targets), terms, fused.rows_of(), kPredicted, fused.dlogits(), fused.dstride(), nullptr));
+    const neox::FusedGradient gradient{emu_test::dtype_of<T>(), in.rows, in.cols, fused.dlogits(), fused.dstride(), kPredicted};
     const auto row_of = [&](int64_t row) { return static_cast<const T*>(fused.dlogits()) + row * fused.dstride(); };
     const std::vector<T> left(row_of(0), row_of(0) + in.cols);
     EXPECT(!neox::cross_entropy_rescale_cuda(gradient, dloss.data(), nullptr));
@@ -136,7 +136,7 @@ void check_fused(const Case& in) {
     const std::string setting = std::string(emu_test::name_of<T>()) + " " + std::to_string(in.rows) + "x" + std::to_string(in.cols);
     std::vector<double> expected(4 * index(in.rows));
     for (size_t i = 0; i < expected.size(); ++i) expected[i] = i / index(in.rows) == 3 && in.label_smoothing == 0 ? 0.0 : apart.statistics[i];
-    emu_test::expect_near(fused.statistics, expected, setting + " fused statistics", __FILE__, __LINE__, 1e-5);  // both fp32 sums, in other orders
+    emu_test::expect_near(fused.statistics, expected, setting + " fused statistics", __FILE__, __LINE__, 1e-5);  // both are fp32 sums, in different orders
     double scale = 0, error = 0;
     for (int64_t row = 0; row < in.rows; ++row) {
         for (int64_t col = 0; col < in.cols; ++col) {
@@ -149,7 +149,7 @@ void check_fused(const Case& in) {
                           "error " + std::to_string(error) + ", scale " + std::to_string(scale));
 }
 
-// A target that no host refused makes its own loss NaN and no other.
+// An invalid target makes its loss NaN, and no other.
 void wrong_targets() {
     Buffer<float> statistics("statistics", 12), loss("loss", 3);
     statistics.random(1, 0.1f, 2.0f);
@@ -168,16 +168,16 @@ void values() {
         check<T>({4, 17, 3, 1, 17, 1, 0.0, 0.0, false});       // misaligned
         check<T>({5, 819, 0, 0, 800, 1, 0.05, 0.1, true});     // odd rows with padding, in place
         check<T>({5, 1032, 8, 0, 1029, 1, 0.1, 0.0, false});   // packs, the last one partly padding
-        check<T>({3, 10000, 0, 0, 10000, 1, 0.0, 0.2, true});  // several rounds of a block
+        check<T>({3, 10000, 0, 0, 10000, 1, 0.0, 0.2, true});  // several iterations of a block
         check<T>({4, 264, 0, 0, 500, 2, 0.05, 0.1, true});     // two shards
-        check<T>({4, 40, 0, 0, 30, 2, 0.0, 0.1, false});       // a shard of padding alone
+        check<T>({4, 40, 0, 0, 30, 2, 0.0, 0.1, false});       // a shard of padding only
         check<T>({1, 1, 0, 0, 1, 1, 0.0, 0.0, false});
         check<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 3, 0});         // aligned logits, the gradient's stride is not
         check<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 0, 1});         // aligned logits, the gradient's base is not
-        check_fused<T>({4, 17, 3, 1, 17, 1, 0.0, 0.0, true});          // misaligned: looked at twice
-        check_fused<T>({5, 819, 0, 0, 800, 1, 0.05, 0.1, false});      // the gradient beside the logits
+        check_fused<T>({4, 17, 3, 1, 17, 1, 0.0, 0.0, true});          // misaligned: read twice
+        check_fused<T>({5, 819, 0, 0, 800, 1, 0.05, 0.1, false});      // the gradient in a separate buffer
         check_fused<T>({5, 1032, 8, 0, 1029, 1, 0.1, 0.0, true});      // packs, the last one partly padding
-        check_fused<T>({3, 20000, 0, 0, 20000, 1, 0.0, 0.2, true});    // several rounds of a block
+        check_fused<T>({3, 20000, 0, 0, 20000, 1, 0.0, 0.2, true});    // several iterations of a block
         check_fused<T>({2, 120000, 0, 0, 119999, 1, 0.0, 0.0, true});  // more than shared memory holds
         check_fused<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 3, 0});   // aligned logits, the gradient's stride is not
         check_fused<T>({3, 64, 0, 0, 60, 1, 0.0, 0.1, false, 0, 1});   // aligned logits, the gradient's base is not
@@ -185,7 +185,7 @@ void values() {
     wrong_targets();
 }
 
-// The vocabulary of Pythia, fewer tokens.
+// The vocabulary of Pythia with fewer tokens.
 void bytes() {
     using T = __nv_bfloat16;
     const Case in{24, 50304, 0, 0, 50277, 1, 1e-4, 0.0, true};
@@ -201,7 +201,7 @@ void bytes() {
     emu_test::expect_bytes("cross_entropy backward, in place", setting, 2 * size, [&] {
         neox::cross_entropy_backward_cuda(shard.describe(targets), terms, shard.rows_of(), dloss.data(), shard.dlogits(), shard.dstride(), nullptr);
     });
-    emu_test::expect_bytes("cross_entropy both, foretold", setting, 2 * size, [&] {
+    emu_test::expect_bytes("cross_entropy fused", setting, 2 * size, [&] {
         neox::cross_entropy_fused_cuda(shard.describe(targets), terms, shard.rows_of(), 0.5f, shard.dlogits(), shard.dstride(), nullptr);
         neox::cross_entropy_rescale_cuda({emu_test::dtype_of<T>(), in.rows, in.cols, shard.dlogits(), shard.dstride(), 0.5f}, dloss.data(), nullptr);
     });

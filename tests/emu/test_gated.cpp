@@ -1,4 +1,4 @@
-// gated's CUDA kernels: every activation, odd sizes, strided, misaligned and joined rows; and the bytes they move.
+// The CUDA kernels of gated: every activation, odd sizes, strided, misaligned and contiguous rows; and the bytes moved.
 #include "op_test.h"
 #include "ops/gated/gated.h"
 
@@ -49,13 +49,13 @@ void values() {
         check<T>(Activation::kSilu, 1, 1, 0, 0, 0);
         check<T>(Activation::kGelu, 5, 17, 3, 9, 1);
         check<T>(Activation::kRelu, 5, 819, 0, 3, 1);
-        check<T>(Activation::kSilu, 37, 264, 8, 24, 0);  // whole packs, strided rows
-        check<T>(Activation::kGelu, 8, 819, 0, 0, 0);    // whole packs once the rows are joined
+        check<T>(Activation::kSilu, 37, 264, 8, 24, 0);  // full packs, strided rows
+        check<T>(Activation::kGelu, 8, 819, 0, 0, 0);    // full packs, because the rows are contiguous
         check<T>(Activation::kRelu, 0, 16, 0, 0, 0);
     });
 }
 
-// The feed-forward of a Llama, few tokens; x and gate are halves of one buffer.
+// The MLP of Llama with few tokens. x and gate are halves of one buffer.
 void bytes() {
     using T = __nv_bfloat16;
     const int64_t rows = 32, cols = 5632;

@@ -1,5 +1,5 @@
-// The CUDA kernels of the norms: one and two outputs, with and without mean, bias, residual and the gradient of the sum; every way in which
-// rows are dealt to threads (parts of a warp, warps, several packs, loops), strided and misaligned; and the bytes they move.
+// The CUDA kernels of norm: one and two outputs, with and without mean, bias, residual and the gradient of the sum; every mapping of rows to threads
+// (parts of a warp, warps, several packs, loops), strided and misaligned; and the bytes moved.
 #include "op_test.h"
 #include "ops/norm/norm.h"
 
@@ -18,7 +18,7 @@ struct Case {
 
 size_t index(int64_t at) { return static_cast<size_t>(at); }
 
-// The buffers of a case, and the descriptions that the launchers take.
+// The buffers of a case and the arguments of the launchers.
 template <class T>
 struct Norm {
     Case in;
@@ -28,7 +28,7 @@ struct Norm {
     Buffer<T> w1{"w1", cols, Role::kCached, in.offset}, w2{"w2", cols, Role::kCached, in.offset};
     Buffer<T> b1{"b1", cols, Role::kCached, in.offset}, b2{"b2", cols, Role::kCached, in.offset};
     Buffer<T> y1{"y1", count}, y2{"y2", two ? count : 0}, sum{"sum", in.residual ? count : 0};
-    // 8 bytes a row, which all threads of the row read: one line of a cache.
+    // 8 bytes per row, read by all threads of the row: one cache line.
     Buffer<float> mean{"mean", in.rms ? 0 : index(in.rows), Role::kCached}, rstd{"rstd", index(in.rows), Role::kCached};
     Buffer<T> ds{"ds", count}, dw1{"dw1", cols}, dw2{"dw2", cols}, db1{"db1", cols}, db2{"db2", cols};
     std::unique_ptr<Buffer<float>> partial;
@@ -63,7 +63,7 @@ struct Norm {
     }
 };
 
-// What the formulas of norm.h give in fp64, from the same inputs; s is rounded to T as norm.h says.
+// The formulas of norm.h in fp64 on the same inputs. s is rounded to T, as specified there.
 struct Expected {
     std::vector<double> y[2], s, ds, dw[2], db[2];
 };
@@ -133,23 +133,23 @@ void values() {
         using T = decltype(zero);
         check<T>({21, 17, 3, 1, false, true, true, 1});    // parts of a warp, misaligned
         check<T>({37, 64, 8, 0, true, false, false, 2});   // parts of a warp, packs, strided
-        check<T>({9, 264, 0, 0, false, true, true, 2});    // a warp, two packs a thread
-        check<T>({11, 819, 0, 0, false, true, false, 1});  // a row's warps meet at a named barrier
-        check<T>({13, 1032, 0, 0, true, false, true, 1});  // four packs, several rows a block
+        check<T>({9, 264, 0, 0, false, true, true, 2});    // a warp, two packs per thread
+        check<T>({11, 819, 0, 0, false, true, false, 1});  // the warps of a row synchronise at a named barrier
+        check<T>({13, 1032, 0, 0, true, false, true, 1});  // four packs, several rows per block
         check<T>({3, 2056, 8, 0, false, true, true, 2});   // several warps, eight packs
-        check<T>({2, 4500, 0, 0, false, true, false, 1});  // backward: one pack (fp32: four) a thread
+        check<T>({2, 4500, 0, 0, false, true, false, 1});  // backward: one pack (fp32: four) per thread
         check<T>({1, 5000, 0, 0, true, true, true, 2});    // two outputs: two (fp32: four) packs
-        check<T>({0, 16, 0, 0, false, true, false, 1});    // parameters' gradients of no rows are zero
+        check<T>({0, 16, 0, 0, false, true, false, 1});    // without rows, gradients of the parameters are zero
     });
     check<__nv_bfloat16>({1, 9000, 0, 0, false, true, false, 2});   // two outputs, four packs
-    check<__nv_bfloat16>({1, 9000, 0, 0, true, false, true, 1});    // four packs a thread
-    check<__nv_bfloat16>({1, 14000, 0, 0, false, false, true, 1});  // eight packs a thread
-    check<float>({2, 7000, 0, 0, false, true, false, 1});           // eight packs a thread
+    check<__nv_bfloat16>({1, 9000, 0, 0, true, false, true, 1});    // four packs per thread
+    check<__nv_bfloat16>({1, 14000, 0, 0, false, false, true, 1});  // eight packs per thread
+    check<float>({2, 7000, 0, 0, false, true, false, 1});           // eight packs per thread
     check<float>({2, 12601, 0, 0, false, true, true, 2});           // looped in both directions, scalar
-    check<__nv_bfloat16>({2, 24584, 8, 0, true, false, false, 1});  // the same in packs, strided
+    check<__nv_bfloat16>({2, 24584, 8, 0, true, false, false, 1});  // the same with packs, strided
 }
 
-// The blocks of Pythia-1.4B and Pythia-160M, fewer tokens: layer norm, its dual form, and with a residual.
+// The norms of Pythia-1.4B and Pythia-160M with fewer tokens: layer norm, its dual form, and with a residual.
 void bytes() {
     using T = __nv_bfloat16;
     for (const int64_t cols : {2048, 768}) {

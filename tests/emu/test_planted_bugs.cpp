@@ -1,7 +1,8 @@
-// Small kernels with one bug each: every class of bug must be found, and the same kernel without the bug must pass.
+// Small kernels with one injected bug each. Every class of bug must be found, and the same kernel without the bug must pass.
 //
-//   test_planted_bugs           runs all that the build can find: the race checker (SIMT_CHECK), or wrong results over several schedules
-//   test_planted_bugs NAME      runs one; under AddressSanitizer the out-of-range and misaligned ones end the process, as they should
+//   test_planted_bugs        runs all bugs that the build can find: by the race checker (SIMT_CHECK), or by wrong
+//                            results in several schedules
+//   test_planted_bugs NAME   runs one; under AddressSanitizer, invalid accesses must end the process
 #include <cstring>
 #include <vector>
 
@@ -37,7 +38,7 @@ enum class Bug {
 
 constexpr int kThreads = 128;
 
-// y[block] = sum of a row of 4 kThreads elements, twice, staged through shared memory. Each bug is one line less or one line wrong.
+// y[block] = sum of a row of 4 kThreads elements, twice, staged through shared memory. Each bug is one line missing or one line wrong.
 __global__ void staged_sum(const float* x, float* y, int bug_code) {
     const Bug bug = static_cast<Bug>(bug_code);
     STATIC_SMEM(float, tile, [4 * kThreads]);
@@ -57,7 +58,7 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
         float value = tile[4 * from] + tile[4 * from + 1] + tile[4 * from + 2] + tile[4 * from + 3];
         if (bug == Bug::kMissingCopyWait) neox::cp_async_wait<0>();
 
-        neighbours[t] = value;  // the value of the lane next door, through shared memory
+        neighbours[t] = value;  // the value of the neighbouring lane, through shared memory
         if (bug != Bug::kMissingWarpBarrier) __syncwarp();
         value = neighbours[t ^ 1];
 
@@ -81,7 +82,7 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
         for (int i = 0; i < kThreads / 32 + overrun; ++i) total += parts[i];
         if (bug != Bug::kMissingBarrierBeforeReuse) __syncthreads();
         if (rounds[0] != kThreads) total += 1.0f;
-        if (lane == 0) parts[warp] = 0.0f;  // the scratch is used again
+        if (lane == 0) parts[warp] = 0.0f;  // the scratch is reused
     }
     if (bug == Bug::kGlobalOverrun && t == 0) total += row[4 * kThreads * (gridDim.x - blockIdx.x)];
     if (bug == Bug::kMisalignedDereference) total += 0.0f * __uint_as_float(reinterpret_cast<const uint4*>(row + 1)->x);
@@ -115,8 +116,8 @@ Outcome run(Bug bug) {
 struct Planted {
     Bug bug;
     const char* name;
-    const char* error;   // what the race checker, or the emulator itself, must say
-    bool needs_checker;  // else the emulator reports it, or results are wrong in some schedule
+    const char* error;   // expected in the report of the race checker or the emulator
+    bool needs_checker;  // otherwise the emulator reports it, or results are wrong in some schedule
     bool needs_sanitizer;
 };
 
@@ -136,11 +137,11 @@ const Planted kPlanted[] = {
     {Bug::kPlainStoreFromTwoBlocks, "plain_store_from_two_blocks", "another block", true, false},
     {Bug::kPlainStoreBesideAtomics, "plain_store_beside_atomics", "race", true, false},
     {Bug::kMissingNamedBarrier, "missing_named_barrier", "halves", false, false},
-    {Bug::kWrongBarrierCount, "wrong_barrier_count", "dead-lock", false, false},
+    {Bug::kWrongBarrierCount, "wrong_barrier_count", "deadlock", false, false},
     {Bug::kExitedLane, "exited_lane", "exit", false, false},
 };
 
-// The checker needs one schedule; without it a bug must show in the result of one of several.
+// The checker needs one schedule. Without it, a bug must change the result of one of several.
 bool found(const Planted& planted, std::string* message) {
     using simt::Order;
     for (int schedule = 0; schedule < 8; ++schedule) {

@@ -1,5 +1,5 @@
-// rotary's CUDA kernel: every width of access, in place on packed projections and out of place, both directions, tables per sequence; that in
-// place nothing but rotated channels is touched; and the bytes it moves.
+// The CUDA kernel of rotary: every access width, in place on packed projections and out of place, both directions, tables per sequence; in place, only
+// rotated channels are accessed; and the bytes moved.
 #include "op_test.h"
 #include "ops/rotary/rotary.h"
 
@@ -16,7 +16,7 @@ struct Shape {
     size_t offset;  // elements past a 16-byte boundary
 };
 
-// Row of r entries of the tables for a token.
+// The row of the tables, r entries, for a token.
 int64_t table_row(const Shape& s, int64_t b, int64_t t) { return ((s.per_sequence ? b * s.seq : 0) + t) * s.rotary_dim; }
 
 // Calls body(batch, position, group, head).
@@ -28,7 +28,7 @@ void for_each_head(const Shape& s, const Body& body) {
                 for (int64_t h = 0; h < s.heads; ++h) body(b, t, g, h);
 }
 
-// The head that starts at x, turned.
+// The head that starts at x, rotated.
 template <class T>
 std::vector<double> turned(const Shape& s, const T* x, const float* cos, const float* sin) {
     const int64_t half = s.rotary_dim / 2;
@@ -41,7 +41,7 @@ std::vector<double> turned(const Shape& s, const T* x, const float* cos, const f
     return y;
 }
 
-// A projection [b, s, g, heads + 2, d] of which the first `heads` of each group are turned: in place, and into a contiguous y.
+// A projection [b, s, g, heads + 2, d] whose first `heads` heads of each group are rotated in place, and into a contiguous y.
 template <class T>
 void check(const Shape& s) {
     const int64_t all = s.heads + 2, token = s.groups * all * s.head_dim;
@@ -77,13 +77,13 @@ void values() {
         check<T>({1, 9, 3, 1, 80, 20, true, false, 0});   // Pythia-2.8B: halves of 10
         check<T>({2, 5, 3, 2, 64, 16, false, true, 0});   // Pythia-160M
         check<T>({2, 3, 2, 5, 128, 128, true, true, 0});
-        check<T>({1, 3, 2, 2, 10, 8, false, false, 0});  // heads that do not start where packs of a half may
+        check<T>({1, 3, 2, 2, 10, 8, false, false, 0});  // heads that are not aligned to packs of a half
         check<T>({1, 3, 1, 2, 64, 32, false, false, 2});
         check<T>({0, 3, 1, 2, 64, 32, false, false, 0});
     });
 }
 
-// The projections of Pythia-1.4B and Pythia-160M, fewer tokens, in place; then all channels out of place.
+// The projections of Pythia-1.4B and Pythia-160M with fewer tokens, in place, then all channels out of place.
 void bytes() {
     using T = __nv_bfloat16;
     for (const Shape& s : {Shape{1, 64, 16, 2, 128, 32, false, false, 0}, Shape{1, 64, 12, 2, 64, 16, false, false, 0}}) {

@@ -1,5 +1,5 @@
-// scaled_masked_softmax's CUDA kernels: every cut of a row from one column to rows that are read twice, masks of one and of every batch, the
-// causal one, rows that see nothing, strided and misaligned rows; and the bytes they move.
+// The CUDA kernels of scaled_masked_softmax: every partition of a row, from one column to rows that are read twice; shared and per-batch masks, the causal
+// mask, rows without visible columns, strided and misaligned rows; and the bytes moved.
 #include "op_test.h"
 #include "ops/scaled_masked_softmax/scaled_masked_softmax.h"
 
@@ -20,7 +20,7 @@ struct Case {
     Hide hide;
 };
 
-// Columns that a row sees.
+// Number of columns before the causal limit of a row.
 std::vector<bool> visible(const Case& c, int64_t row, const Buffer<uint8_t>& mask) {
     std::vector<bool> seen(static_cast<size_t>(c.cols), true);
     const int64_t i = row % c.seq, batch = c.hide == Hide::kMaskPerBatch ? row / (kHeads * c.seq) : 0;
@@ -39,7 +39,7 @@ void check(const Case& c) {
     Buffer<uint8_t> mask("mask", static_cast<size_t>(kBatches * c.seq * c.cols), Role::kCached);
     x.random(1, 3.0f), dy.random(2);
     std::mt19937 generator(3);
-    for (size_t i = 0; i < mask.size(); ++i) mask[i] = static_cast<int64_t>(i) / c.cols % c.seq == 0 || generator() % 3 == 0;  // first rows see nothing
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = static_cast<int64_t>(i) / c.cols % c.seq == 0 || generator() % 3 == 0;  // the first rows see no column
     const bool masked = c.hide == Hide::kMask || c.hide == Hide::kMaskPerBatch;
     const ScoreRows in{emu_test::dtype_of<T>(), kBatches, kHeads, c.seq, c.cols, kScale, masked ? mask.data() : nullptr, masked ? mask_batches : 0,
                        c.hide == Hide::kCausal};
@@ -78,11 +78,11 @@ void values() {
             check<T>({1, 1816, 0, 0, hide});
         }
         check<T>({9, 40, 0, 0, Hide::kCausal});
-        check<T>({40, 16, 0, 0, Hide::kCausal});  // the first rows see nothing
+        check<T>({40, 16, 0, 0, Hide::kCausal});  // the first rows see no column
     });
 }
 
-// One row of each of the long cuts, and rows that are read twice.
+// One row of each partition of long rows, and rows that are read twice.
 void long_rows() {
     using T = __nv_bfloat16;
     for (const Hide hide : {Hide::kMask, Hide::kCausal}) {
@@ -96,7 +96,7 @@ void all_values() {
     long_rows();
 }
 
-// The scores of shapes A and B, fewer of them: full, with a mask, and the causal triangle.
+// The scores of shapes A and B, reduced: unmasked, masked, and causal.
 void bytes() {
     using T = __nv_bfloat16;
     const int64_t seq = 64, cols = 512;

@@ -1,5 +1,5 @@
 // Stand-ins for the CUDA language and its vector and 16-bit types, so that kernel sources compile with a host compiler.
-// Part of the test-only SIMT emulator; a GPU build never sees this file.
+// Part of the test-only SIMT emulator; a GPU build does not include this file.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@
 #define __device__
 #define __host__
 #define __constant__
-#define __forceinline__ inline  // not always_inline: expanding all of it takes the compiler twice the time
+#define __forceinline__ inline  // not always_inline, which would double the compile time
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-// Static shared memory of a function template cannot be redirected by a keyword: kernels say STATIC_SMEM (csrc/common/device.cuh).
+// A keyword cannot redirect static shared memory of a function template, so kernels use STATIC_SMEM (csrc/common/device.cuh).
 #define __shared__ use_STATIC_SMEM_or_DYNAMIC_SMEM
 
 struct uint3 {
@@ -52,7 +52,7 @@ inline float float_of(uint32_t bits) {
     return value;
 }
 
-// bfloat16, rounded to nearest even; every NaN becomes the one that the hardware's conversion gives.
+// bfloat16, rounded to nearest even. Every NaN becomes the hardware's canonical NaN.
 inline uint16_t encode_bfloat16(float value) {
     const uint32_t bits = bits_of(value);
     if (value != value) return 0x7fff;
@@ -81,7 +81,7 @@ inline float decode_half(uint16_t bits) {
     return float_of(sign | ((exponent + 112) << 23) | (fraction << 13));
 }
 
-// A 16-bit float that converts through fp32, as kernels must do anyway: it has no arithmetic of its own.
+// A 16-bit float without arithmetic: kernels must convert through fp32.
 template <uint16_t (*Encode)(float), float (*Decode)(uint16_t)>
 struct alignas(2) Float16 {
     uint16_t bits;
@@ -129,7 +129,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 using std::max;
 using std::min;
 
-// The little of the runtime API that launchers use.
+// The parts of the runtime API that launchers use.
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };

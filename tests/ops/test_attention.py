@@ -556,7 +556,7 @@ def test_backend_choice(caplog):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.ones(1, 3, 2, 8), r"attention: q must be bfloat16 or float16 on a GPU; backend \"sdpa\" takes float32; got Float"),
+        (torch.ones(1, 3, 2, 8), r"attention: q must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32; got Float"),
         (torch.ones(1, 3, 2, 257).bfloat16(), r"attention: q must have at most 256 channels per head on a GPU; got 257"),
     ],
 )

@@ -363,7 +363,7 @@ STATISTICS = torch.ones(4, 2)
             lambda: native.cross_entropy_fused_(torch.ones(5, 2).T, T, *COLUMNS, 0.0, 0.0, 1.0),
             "logits must be contiguous in its last dimension to be overwritten",
         ),
-        (lambda: native.cross_entropy_fused_(X.clone(), T, 5, 5, 10, -100, 0.0, 0.0, 1.0), "num_columns must be vocab_size 10: the whole vocabulary; got 5"),
+        (lambda: native.cross_entropy_fused_(X.clone(), T, 5, 5, 10, -100, 0.0, 0.0, 1.0), "num_columns must be the full vocab_size, 10; got 5"),
         (lambda: native.cross_entropy_rescale_(X.clone(), torch.ones(3), 1.0), r"dloss must be float32, one for each of the 2 rows of dlogits; got \[3\]"),
     ],
 )

@@ -102,8 +102,8 @@ def test_opcheck():
         ({"keys": torch.ones(2, GROUPS, CAPACITY, DIM).transpose(1, 2)}, "keys must be contiguous"),
         ({"parameters": [None]}, "parameters must be 16 tensors or None; got 1"),
         ({"activation": "relu"}, "activation must be gelu, gelu_tanh, swiglu, geglu or reglu; got relu"),
-        ({"activation": "gelu"}, "gate.weight belongs to a gated activation; got one"),
-        ({"sin": None}, "cos, sin must come together; got one of them"),
+        ({"activation": "gelu"}, "gate.weight must be given if and only if the activation is gated; got one"),
+        ({"sin": None}, "cos, sin must be given together; got one of them"),
         ({"cos": torch.ones(2, 1, 3), "sin": torch.ones(2, 1, 3)}, r"cos, sin must be fp32 \[1, r\] or \[2, 1, r\], r even, <= 8; got \[2, 1, 3\]"),
         ({"segment_ids": torch.zeros(2, LENGTH, dtype=torch.int32)}, r"segment_ids must be int32 \[2, 6\]; got \[2, 5\]"),
         ({"alibi_slopes": torch.ones(4)}, r"alibi_slopes must be fp32 \[6\]; got \[4\]"),
@@ -126,7 +126,7 @@ def test_errors(changes, message):
         ({"attention__qkv__weight": None}, "qkv.weight must be a matrix; got none"),
         ({"attention__out__weight": (H, 7)}, r"out.weight must have shape \[12, 48\]; got \[12, 7\]"),
         ({"mlp__up__bias": (3,)}, r"up.bias must have shape \[20\]; got \[3\]"),
-        ({"mlp__gate__weight": None}, "gate.weight belongs to a gated activation; got none"),
+        ({"mlp__gate__weight": None}, "gate.weight must be given if and only if the activation is gated; got none"),
     ],
 )
 def test_parameter_errors(shapes, message):

@@ -15,8 +15,8 @@ struct Options {
     std::optional<Tensor> segment_ids, alibi_slopes, seed;
     bool causal;
     double scale;
-    int64_t window;  // 0: none
-    double softcap;  // 0: none
+    int64_t window;  // 0: no window
+    double softcap;  // 0: no softcap
     double dropout_p;
 };
 
@@ -62,7 +62,7 @@ void check_segments(const Tensor& segments, int64_t batch, int64_t queries, int6
     check(kOp, ok, "segment_ids", concat("must have one id per key, shape [", batch, ", ", keys, "]"), shape_text(segments));
 }
 
-// The numbers, and the tensors that don't depend on the layout. Makes those tensors contiguous.
+// Checks the scalars and the optional tensors, and makes the latter contiguous.
 void check_options(Options& options, int64_t batch, int64_t queries, int64_t keys, int64_t heads) {
     check(kOp, queries <= INT32_MAX && keys <= INT32_MAX, "q, k", "must be shorter than 2^31", std::max(queries, keys));
     check(kOp, std::isfinite(options.scale), "scale", "must be finite", options.scale);
@@ -87,10 +87,10 @@ void check_options(Options& options, int64_t batch, int64_t queries, int64_t key
     }
 }
 
-// What the CUDA kernels don't do.
+// Checks the restrictions of the CUDA kernels.
 void check_kernel([[maybe_unused]] const Attention& in) {
 #if defined(NEOX_CUDA_KERNELS)
-    check(kOp, in.dtype != DType::kFloat32, "q", "must be bfloat16 or float16 on a GPU; backend \"sdpa\" takes float32", "Float");
+    check(kOp, in.dtype != DType::kFloat32, "q", "must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32", "Float");
     check(kOp, in.head_dim <= kMostChannelsCuda, "q", concat("must have at most ", kMostChannelsCuda, " channels per head on a GPU"), in.head_dim);
     check(kOp, in.queries * in.heads <= INT32_MAX, "q", "must have fewer than 2^31 (query, head of a group) pairs", in.queries * in.heads);
 #endif
@@ -129,7 +129,7 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, Options& o
     return in;
 }
 
-// The three parts of a [b, s, g, m + 2, d] tensor.
+// Strides and offsets of q, k and v in a packed tensor [b, s, g, m + 2, d].
 struct Packed {
     AttentionStrides strides;
     int64_t key, value;  // offsets of the first key and value, in elements
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor> run_forward(const Attention& in, const Tensor& like) 
     return {out, lse};
 }
 
-// dout, out and lse of the forward; the contiguous copies live as long as the struct.
+// dout, and out and lse of the forward. Owns the contiguous copies.
 struct Saved {
     Tensor dout, out, lse;
 
@@ -204,7 +204,7 @@ void run_backward(const Attention& in, const Saved& saved, AttentionGradients gr
     Tensor workspace = empty(saved.dout, {NEOX_QUERY(attention_backward_workspace, saved.dout, in, deterministic)}, ScalarType::Byte);
     NEOX_RUN(attention_backward, saved.dout, in, grad, deterministic, workspace.mutable_data_ptr());
 #else
-    attention_backward_cpu(in, grad, torch::stable::get_num_threads(), torch_parallel());  // always the same bits
+    attention_backward_cpu(in, grad, torch::stable::get_num_threads(), torch_parallel());  // always deterministic
 #endif
 }
 
@@ -250,7 +250,7 @@ Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, s
     return dqkv;
 }
 
-// (bytes of the forward, bytes of the backward, bytes that a block may have) of the GPU that holds q; zeros where there are no kernels for a GPU.
+// Shared memory per block in bytes: (forward, backward, limit of the GPU that holds q). Zeros in a library without CUDA kernels.
 std::tuple<int64_t, int64_t, int64_t> attention_shared([[maybe_unused]] Tensor q, [[maybe_unused]] bool general) {
 #if defined(NEOX_CUDA_KERNELS)
     const AttentionShared bytes = NEOX_QUERY(attention_shared, q, q.size(q.dim() - 1), general);

@@ -50,7 +50,7 @@ Tensor bias_dropout_add(Tensor x, std::optional<Tensor> bias, Tensor residual, s
     return y;
 }
 
-// (dx, dbias): dx has no elements without a seed, where it is dy; dbias none without a bias.
+// (dx, dbias). Without a seed dx equals dy and is an empty tensor here; without a bias so is dbias.
 std::tuple<Tensor, Tensor> bias_dropout_add_backward(Tensor dy, std::optional<Tensor> seed, double p, bool has_bias) {
     check_float(kOp, dy, "dy");
     check_rank(kOp, dy, "dy", 1, 64);

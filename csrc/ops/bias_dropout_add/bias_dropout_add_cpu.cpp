@@ -6,8 +6,8 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
-constexpr int64_t kChunk = 256;    // columns whose words are drawn at a time; a multiple of 4 and of kVecWidth
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
+constexpr int64_t kChunk = 256;    // columns per batch of random words; a multiple of 4 and of kVecWidth
 
 // Draws and applies the mask of one chunk of a row.
 class Mask {
@@ -25,7 +25,7 @@ class Mask {
         philox_block<kChunk / 4>(static_cast<uint64_t>(dropout_.seed[0]), start, static_cast<uint64_t>(dropout_.seed[1]), words_);
     }
 
-    // v scaled where kept, zero elsewhere; i counts from the chunk's first column.
+    // v scaled, or zero if dropped. i counts from the first column of the chunk.
     NEOX_INLINE Vec apply(Vec v, int64_t i) const {
         if (!dropout_.seed) return v;
         if (threshold_ > UINT32_MAX) return Vec{};
@@ -42,7 +42,7 @@ class Mask {
     uint32_t words_[kChunk];
 };
 
-// Calls body(first, size) for each chunk of a row, its words drawn.
+// Draws the words of each chunk of a row and calls body(first, size).
 template <class Body>
 void for_chunks(Mask& mask, int64_t row, int64_t cols, const Body& body) {
     for (int64_t first = 0; first < cols; first += kChunk) {

@@ -6,15 +6,15 @@ namespace neox {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWaves = 64;         // blocks per multiprocessor at most: so many that a last, half-empty wave costs little
-constexpr int kForwardDepth = 2;   // packs in flight per thread and input: 64 bytes in all, forward and backward
-constexpr int kBackwardDepth = 4;  // 1,024 threads with 64 bytes each: twice what covers the latency
-constexpr int kQuad = 4;           // columns that share a Philox counter; what a thread takes of rows that packs do not fit
+constexpr int kWaves = 64;         // most blocks per multiprocessor; with this many, a partial last wave costs little
+constexpr int kForwardDepth = 2;   // packs in flight per thread and input: 64 bytes per thread in both passes
+constexpr int kBackwardDepth = 4;  // 1,024 threads with 64 bytes each: twice what hides the latency
+constexpr int kQuad = 4;           // columns that share a Philox counter; also a thread's share of misaligned rows
 
-// Ten rounds of two multiplications (half rate) and two logical instructions per four elements: 15 issue slots an element of the 40 that
-// moving 6 bytes leaves (H200).
+// Ten rounds of two multiplications (half rate) and two logical instructions per four elements: 15 issue slots per element. Moving 6 bytes leaves 40
+// (H200).
 struct Mask {
-    bool drops;
+    bool has_dropout;
     uint64_t key, counter_high;
     uint32_t threshold;
     bool drops_all;
@@ -22,19 +22,19 @@ struct Mask {
     int64_t quads;  // groups of four columns in a row
 
     Mask(const Dropout& dropout, int64_t cols)
-        : drops(dropout.seed),
-          key(drops ? static_cast<uint64_t>(dropout.seed[0]) : 0),
-          counter_high(drops ? static_cast<uint64_t>(dropout.seed[1]) : 0),
+        : has_dropout(dropout.seed),
+          key(has_dropout ? static_cast<uint64_t>(dropout.seed[0]) : 0),
+          counter_high(has_dropout ? static_cast<uint64_t>(dropout.seed[1]) : 0),
           threshold(static_cast<uint32_t>(dropout_threshold(dropout.p))),
           drops_all(dropout_threshold(dropout.p) > UINT32_MAX),
           scale(dropout.p < 1 ? static_cast<float>(1 / (1 - dropout.p)) : 0.0f),
           quads((cols + kQuad - 1) / kQuad) {}
 
-    // v scaled where kept and zero elsewhere, for columns [column, column + kPack) of a row; column is a multiple of 4.
+    // v scaled, or zero if dropped, for columns [column, column + kPack) of a row. column is a multiple of 4.
     template <int kPack>
     __device__ __forceinline__ void apply(int64_t row, int64_t column, float (&v)[kPack]) const {
         static_assert(kPack % kQuad == 0);
-        if (!drops) return;
+        if (!has_dropout) return;
         const auto counter = static_cast<uint64_t>(row) * static_cast<uint64_t>(quads) + static_cast<uint64_t>(column / kQuad);
 #pragma unroll
         for (int quad = 0; quad < kPack / kQuad; ++quad) {
@@ -62,7 +62,7 @@ struct ForwardItem {
     Pack<T, kPack> x, residual;
 };
 
-// A pack, or where packs do not fit the rows, the columns that are left of a quad.
+// A pack, or the rest of a quad if the rows are misaligned.
 template <bool kWhole, int kPack, class T>
 NEOX_DEVICE Pack<T, kPack> fetch_columns(const T* row, int64_t column, int64_t cols) {
     if constexpr (kWhole) return fetch<kPack>(row + column);
@@ -113,7 +113,7 @@ struct Backward {
     Mask mask;
 };
 
-// A ColumnSums block: dx for its columns and its stripe of rows, and their column sums for the gradient of the bias.
+// One ColumnSums block: computes dx for its columns and stripe of rows, and their column sums for dbias.
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kResident) backward(Backward<T> in) {
     constexpr int kPack = kColumns<T, kWhole>;
@@ -165,9 +165,9 @@ const char* bias_dropout_add_forward_cuda(const BiasDropoutAdd& op, void* y, Str
                               op.rows,
                               op.cols,
                               Mask(op.dropout, op.cols)};
-        const bool whole = can_vectorize<T>(op.x, op.x_stride, op.cols) && can_vectorize<T>(op.residual, op.residual_stride, op.cols) &&
-                           can_vectorize<T>(y, op.cols, op.cols) && can_vectorize<T>(op.bias, 0, 0);
-        return whole ? launch_forward<T, true>(task, stream) : launch_forward<T, false>(task, stream);
+        const bool vectorized = can_vectorize<T>(op.x, op.x_stride, op.cols) && can_vectorize<T>(op.residual, op.residual_stride, op.cols) &&
+                                can_vectorize<T>(y, op.cols, op.cols) && can_vectorize<T>(op.bias, 0, 0);
+        return vectorized ? launch_forward<T, true>(task, stream) : launch_forward<T, false>(task, stream);
     }));
 }
 
@@ -177,8 +177,8 @@ const char* bias_dropout_add_backward_cuda(const BiasDropoutAddBackward& op, Str
         using T = decltype(zero);
         const Backward<T> task{static_cast<const T*>(op.dy), op.dy_stride, static_cast<T*>(op.dx), op.dbias ? op.partial : nullptr, op.rows, op.cols,
                                Mask(op.dropout, op.cols)};
-        const bool whole = can_vectorize<T>(op.dy, op.dy_stride, op.cols) && can_vectorize<T>(op.dx, op.cols, op.cols);
-        const cudaError_t error = whole ? launch_backward<T, true>(task, stream) : launch_backward<T, false>(task, stream);
+        const bool vectorized = can_vectorize<T>(op.dy, op.dy_stride, op.cols) && can_vectorize<T>(op.dx, op.cols, op.cols);
+        const cudaError_t error = vectorized ? launch_backward<T, true>(task, stream) : launch_backward<T, false>(task, stream);
         if (error != cudaSuccess || !op.dbias) return error;
         StripeSums<T> sums;
         sums.add(op.partial, static_cast<T*>(op.dbias));

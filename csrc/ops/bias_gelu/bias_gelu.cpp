@@ -33,7 +33,7 @@ Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, StringHandle form) {
     return y;
 }
 
-// (dx, dbias); dbias has no elements when there is no bias.
+// (dx, dbias). dbias is an empty tensor if there is no bias.
 std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, Tensor x, std::optional<Tensor> bias, StringHandle form) {
     const std::string approximate = take(form);
     check_bias_gelu(x, bias, approximate);

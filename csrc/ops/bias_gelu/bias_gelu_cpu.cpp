@@ -5,7 +5,7 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
 
 struct ValueAndSlope {
     Vec value, slope;
@@ -19,7 +19,7 @@ NEOX_INLINE ValueAndSlope gelu(Vec u) {
         const Vec dz = square * 0.214064449f + 1.59576912f;        // 2c(1 + 3a u^2)
         const Logistic s = logistic(z);
         const Vec bend = u * dz * s.slope;
-        return {u * s.value, s.value + (s.slope > 0.0f ? bend : Vec{})};  // where the slope is 0, u dz may be infinite
+        return {u * s.value, s.value + (s.slope > 0.0f ? bend : Vec{})};  // if the slope is 0, u dz may be infinite
     } else {
         const Normal normal_u = normal(u);
         return {u * normal_u.cdf, normal_u.cdf + u * normal_u.pdf};

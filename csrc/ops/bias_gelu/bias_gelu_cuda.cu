@@ -6,7 +6,7 @@ namespace neox {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWaves = 64;  // blocks per multiprocessor at most: so many that a last, half-empty wave costs little
+constexpr int kWaves = 64;  // most blocks per multiprocessor; with this many, a partial last wave costs little
 constexpr int kDepth = 2;   // packs in flight per thread and input
 
 template <class T, bool kTanh>
@@ -42,7 +42,7 @@ struct BackwardItem {
     Pack<T, kPack> x, dy;
 };
 
-// A ColumnSums block: dx for its columns and its stripe of rows, and their column sums for the gradient of the bias.
+// One ColumnSums block: computes dx for its columns and stripe of rows, and their column sums for dbias.
 template <class T, bool kTanh, int kPack>
 __global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kResident) backward(Backward<T> in) {
     const int64_t column = (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + threadIdx.x % ColumnSums::kLanes) * kPack;
@@ -93,9 +93,9 @@ const char* bias_gelu_forward_cuda(const BiasGelu& in, void* y, Stream stream) {
     return message(dispatch_device(in.dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int kPack = Pack<T>::kSize;
-        const bool packs = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(y, in.cols, in.cols) && can_vectorize<T>(in.bias, 0, 0);
-        if (in.tanh) return packs ? launch_forward<T, true, kPack>(in, y, stream) : launch_forward<T, true, 1>(in, y, stream);
-        return packs ? launch_forward<T, false, kPack>(in, y, stream) : launch_forward<T, false, 1>(in, y, stream);
+        const bool vectorized = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(y, in.cols, in.cols) && can_vectorize<T>(in.bias, 0, 0);
+        if (in.tanh) return vectorized ? launch_forward<T, true, kPack>(in, y, stream) : launch_forward<T, true, 1>(in, y, stream);
+        return vectorized ? launch_forward<T, false, kPack>(in, y, stream) : launch_forward<T, false, 1>(in, y, stream);
     }));
 }
 
@@ -113,10 +113,10 @@ const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t 
                                in.bias ? partial : nullptr,
                                in.rows,
                                in.cols};
-        const bool packs = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(dy, dy_stride, in.cols) && can_vectorize<T>(dx, in.cols, in.cols) &&
-                           can_vectorize<T>(in.bias, 0, 0);
-        const auto run = in.tanh ? (packs ? launch_backward<T, true, kPack> : launch_backward<T, true, 1>)
-                                 : (packs ? launch_backward<T, false, kPack> : launch_backward<T, false, 1>);
+        const bool vectorized = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(dy, dy_stride, in.cols) &&
+                                can_vectorize<T>(dx, in.cols, in.cols) && can_vectorize<T>(in.bias, 0, 0);
+        const auto run = in.tanh ? (vectorized ? launch_backward<T, true, kPack> : launch_backward<T, true, 1>)
+                                 : (vectorized ? launch_backward<T, false, kPack> : launch_backward<T, false, 1>);
         const cudaError_t error = run(task, stream);
         if (error != cudaSuccess || !in.bias) return error;
         StripeSums<T> sums;

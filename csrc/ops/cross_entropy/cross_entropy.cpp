@@ -9,12 +9,12 @@ namespace {
 
 constexpr const char* kOp = "cross_entropy";
 
-// Which of the vocabulary's columns a tensor of logits holds.
+// The columns of the vocabulary that a tensor of logits holds.
 struct Columns {
     int64_t first, count, vocab_size, ignore_index;
 };
 
-// A GPU's ids cannot be read without waiting for it: there a wrong one makes its loss NaN, which ends a training run.
+// Checks ids on the CPU only. On a GPU this would need a synchronisation; an invalid id gives a NaN loss there, which stops training.
 void check_targets([[maybe_unused]] const Tensor& targets, [[maybe_unused]] const Columns& columns) {
 #if !defined(NEOX_CUDA_KERNELS) || defined(SIMT_EMU)
     const int64_t* const ids = static_cast<const int64_t*>(targets.const_data_ptr());
@@ -74,8 +74,8 @@ Tensor cross_entropy_statistics(Tensor logits, Tensor targets, int64_t first_col
     return statistics;
 }
 
-// The loss follows from the statistics; logits are what its gradient is taken of, and `inplace` whether that overwrites them. With made_for
-// they hold it already, as cross_entropy_fused_ left it.
+// Computes the loss from the statistics. The gradient is with respect to `logits`, and overwrites them if `inplace`. With made_for they hold it already,
+// written by cross_entropy_fused_.
 Tensor cross_entropy(Tensor logits, Tensor targets, Tensor statistics, int64_t first_column, int64_t num_columns, int64_t vocab_size, int64_t ignore_index,
                      double z_loss, double label_smoothing, bool, std::optional<double>) {
     check_cross_entropy(logits, targets, Columns{first_column, num_columns, vocab_size, ignore_index});
@@ -110,7 +110,7 @@ Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tenso
     return dlogits;
 }
 
-// The rows of a tensor that is to be overwritten.
+// A tensor as rows that will be overwritten.
 Rows rows_in_place(const Tensor& tensor, const char* argument) {
     Rows rows(tensor);
     check(kOp, rows.tensor.mutable_data_ptr() == tensor.mutable_data_ptr(), argument, "must be contiguous in its last dimension to be overwritten",
@@ -118,7 +118,7 @@ Rows rows_in_place(const Tensor& tensor, const char* argument) {
     return rows;
 }
 
-// Logits become their gradient.
+// Overwrites logits with their gradient.
 void cross_entropy_backward_(Tensor logits, Tensor dloss, Tensor targets, Tensor statistics, int64_t first_column, int64_t num_columns, int64_t vocab_size,
                              int64_t ignore_index, double z_loss, double label_smoothing) {
     const Rows rows = rows_in_place(logits, "logits");
@@ -126,12 +126,12 @@ void cross_entropy_backward_(Tensor logits, Tensor dloss, Tensor targets, Tensor
     backward_into(logits.mutable_data_ptr(), rows.stride, rows, dloss, targets, statistics, columns, LossTerms{vocab_size, z_loss, label_smoothing});
 }
 
-// Logits become the gradient that a dloss of `dloss` for each row will ask for; returns the statistics of what they were.
+// Overwrites logits with their gradient for the same `dloss` in every row; returns the statistics of the logits.
 Tensor cross_entropy_fused_(Tensor logits, Tensor targets, int64_t first_column, int64_t num_columns, int64_t vocab_size, int64_t ignore_index, double z_loss,
                             double label_smoothing, double dloss) {
     const Columns columns{first_column, num_columns, vocab_size, ignore_index};
     check_cross_entropy(logits, targets, columns);
-    check(kOp, first_column == 0 && num_columns == vocab_size, "num_columns", concat("must be vocab_size ", vocab_size, ": the whole vocabulary"), num_columns);
+    check(kOp, first_column == 0 && num_columns == vocab_size, "num_columns", concat("must be the full vocab_size, ", vocab_size), num_columns);
     check(kOp, std::isnormal(static_cast<float>(dloss)), "dloss", "must be a finite number other than zero", dloss);
     targets = neox::contiguous(targets);
     check_targets(targets, columns);
@@ -142,7 +142,7 @@ Tensor cross_entropy_fused_(Tensor logits, Tensor targets, int64_t first_column,
     return statistics;
 }
 
-// The gradient that cross_entropy_fused_ made for made_for becomes that for dloss [rows]: rows whose dloss is made_for are not touched.
+// Rescales the gradient that cross_entropy_fused_ computed for made_for to dloss [rows]. Rows whose dloss is made_for are not accessed.
 void cross_entropy_rescale_(Tensor dlogits, Tensor dloss, double made_for) {
     check_float(kOp, dlogits, "dlogits");
     check_rank(kOp, dlogits, "dlogits", 2, 2);

@@ -7,11 +7,11 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
-constexpr int kChains = 4;         // independent partial results, so that additions do not wait for one another
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
+constexpr int kChains = 4;         // independent partial results, which hide the latency of the additions
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// fold(accumulator, values) over a row; lanes beyond its end hold `filler`. Accumulators start at `start`.
+// Folds a row with fold(accumulator, values). Accumulators start at `start`; lanes past the end of the row hold `filler`.
 template <class T, class Fold>
 NEOX_INLINE void fold_row(const T* x, int64_t size, float filler, Vec (&accumulators)[kChains], const Fold& fold) {
     constexpr int64_t kStep = kChains * kVecWidth;
@@ -33,7 +33,7 @@ float row_max(const T* x, int64_t size) {
     return max_lane(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// NaN in the row reaches the sum, though not the maximum.
+// A NaN in the row propagates to the sum, but not to the maximum.
 template <class T>
 float row_sum_exp(const T* x, int64_t size, float shift) {
     Vec sums[kChains] = {};
@@ -82,7 +82,7 @@ void gradient_of_row(const Logits& in, const LossTerms& terms, const RowStatisti
     const double factor = dloss * (1 + 2 * terms.z_loss * log_sum) / stats.sum[row];
     const int64_t column = in.targets[row] - in.first_column;
     const bool local = column >= 0 && column < in.num_columns;
-    const float logit = local ? to_float(x[column]) : 0;  // before dx, which may be x, is written
+    const float logit = local ? to_float(x[column]) : 0;  // read before dx, which may alias x, is written
     backward_row(x, dx, in.num_columns, stats.max[row], static_cast<float>(factor), static_cast<float>(dloss * smooth));
     if (local) {
         const double share = std::exp(static_cast<double>(logit) - stats.max[row]) * factor;
@@ -90,7 +90,7 @@ void gradient_of_row(const Logits& in, const LossTerms& terms, const RowStatisti
     }
 }
 
-// Calls body(row) for all rows; a row is the work of one thread.
+// Calls body(row) for all rows. One thread processes a row.
 template <class Body>
 void for_rows(int64_t rows, int64_t cols, const Parallel& parallel, const Body& body) {
     parallel(rows, kGrain / (cols + 1), [&](int64_t begin, int64_t end) {
@@ -130,7 +130,7 @@ void cross_entropy_backward_cpu(const Logits& logits, const LossTerms& terms, co
     });
 }
 
-// A row is in the thread's cache when its gradient is taken.
+// The row is still in the thread's cache when its gradient is computed.
 void cross_entropy_fused_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss, void* dlogits, int64_t dstride,
                              const Parallel& parallel) {
     dispatch(logits.dtype, [&](auto zero) {

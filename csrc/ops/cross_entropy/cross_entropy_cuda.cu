@@ -1,13 +1,14 @@
-// The logits are the largest tensor of a model, and a row of them is long: a block takes one. Maximum and sum are found in one pass by rescaling
-// the sum when the maximum grows (one more exponential per 32 elements), so the statistics read the logits once and need no room for a row;
-// the gradient reads and writes them once, each pack by one thread, which is why it may be in place. Each thread requests 64 bytes before
-// it uses any: 16 KiB a block, 4 or 5 blocks and 64 KiB a multiprocessor, where an H100's bandwidth times latency is about 20 KiB; there is
-// no barrier until the end of the row, and other blocks load while one reduces. Two exponentials and some ten instructions an element
-// take about half of the time that its 6 bytes take.
+// The logits are the largest tensor of a model and their rows are long: one block processes one row. Maximum and sum are computed in one pass by
+// rescaling the sum when the maximum grows (one more exponential per 32 elements), so that the statistics read the logits once and buffer no row. The
+// gradient reads and writes them once. Each pack is read and written by the same thread, so that it may be in place.
 //
-// `fused` does all at one look: a row waits in shared memory, all of it requested at once, until its sum is known. Two rows of 50,304 bf16
-// columns (98 KiB) lie on a multiprocessor of 227 KiB: one comes while the other is worked on. A thread reads back only what it requested
-// itself. Rows that do not fit, or are misaligned, are looked at twice, the second time mostly from L2.
+// Each thread requests 64 bytes before it uses any: 16 KiB per block, 4 or 5 blocks and 64 KiB per multiprocessor, where bandwidth times latency of an
+// H100 is about 20 KiB. There is no barrier before the end of the row, and other blocks load while one reduces. Two exponentials and some ten
+// instructions per element take about half of the time of its 6 bytes.
+//
+// `fused` reads the logits once: a row is requested at once and stays in shared memory until its sum is known. Two rows of 50,304 bf16 columns (98 KiB)
+// fit into the 227 KiB of a multiprocessor, so that one loads while the other is processed. A thread reads back only what it requested itself. Rows that
+// do not fit or are misaligned are read twice, the second time mostly from L2.
 #include "common/reduce.cuh"
 #include "common/row_packs.cuh"
 #include "ops/cross_entropy/cross_entropy.h"
@@ -19,7 +20,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
 constexpr int kAhead = 4;  // packs that a thread requests at a time
 constexpr int kFusedThreads = 384, kFusedWarps = kFusedThreads / kWarpSize;
 
-// Adds packs to the statistics of a row; raw: kAhead of them, `apart` columns from one to the next, the first at `col`.
+// Adds kAhead packs to the statistics of a row: raw[0] at column `col`, each next one `apart` columns further.
 template <class T>
 NEOX_DEVICE void add_packs(const uint4 (&raw)[kAhead], int64_t col, int64_t apart, int64_t columns, bool need_total, MaxSum& row, float& total) {
     constexpr int kSize = Pack<T>::kSize;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) statistics(Logits in, RowStatistics 
     out.target[row] = column >= 0 && column < in.num_columns ? to_fp32(x[column]) : 0.0f;
 }
 
-// A target outside the vocabulary, which only the host could refuse, gives NaN.
+// A target outside the vocabulary gives NaN. Only the host could raise an error.
 __global__ void __launch_bounds__(kThreads)
     losses(int64_t rows, const int64_t* targets, int64_t ignore_index, LossTerms terms, RowStatistics stats, float* loss) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -83,10 +84,10 @@ __global__ void __launch_bounds__(kThreads)
 struct Gradient {
     void* dlogits;
     int64_t stride;
-    float z_loss, hot, smooth;  // what is taken off: of the target 1 - label smoothing + smooth, of others smooth: label smoothing / vocab_size
+    float z_loss, hot, smooth;  // subtracted from the probability of the target, 1 - label smoothing + smooth; of others, label smoothing / vocab_size
 };
 
-// What makes a row's gradient of its logits.
+// The map from a row's logits to their gradient.
 struct RowGradient {
     int64_t column;  // of the target
     float shift, factor, hot, smooth;
@@ -95,7 +96,7 @@ struct RowGradient {
         : column(column_in), shift(max), hot(dloss * out.hot), smooth(dloss * out.smooth) {
         factor = dloss * (1.0f + 2.0f * out.z_loss * (max + logf(sum))) / sum;
     }
-    // Of the pack at `col`, whose elements from `valid` on are padding.
+    // Gradient of the pack at `col`. Elements from `valid` on are padding.
     template <class T>
     __device__ __forceinline__ uint4 of(const uint4& raw, int64_t col, int valid) const {
         float value[Pack<T>::kSize];
@@ -103,7 +104,7 @@ struct RowGradient {
 #pragma unroll
         for (int k = 0; k < Pack<T>::kSize; ++k) {
             const float gradient = exp_nonpositive(value[k] - shift) * factor - (col + k == column ? hot : smooth);
-            value[k] = k >= valid ? 0.0f : gradient;  // computed before it is selected: as an operand of ?: the exponential would be a branch
+            value[k] = k >= valid ? 0.0f : gradient;  // computed first, then selected: inside ?: nvcc would branch around the exponential
         }
         return pack<T>(value);
     }
@@ -113,7 +114,7 @@ template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads) backward(Logits in, RowStatistics stats, Gradient out, const float* dloss) {
     constexpr int kSize = Pack<T>::kSize;
     const int64_t row = blockIdx.x, target = in.targets[row];
-    const int64_t columns = target == in.ignore_index ? 0 : in.num_columns;  // beyond them: zeros
+    const int64_t columns = target == in.ignore_index ? 0 : in.num_columns;  // zeros past them
     const T* const x = static_cast<const T*>(in.data) + row * in.stride;
     T* const dx = static_cast<T*>(out.dlogits) + row * out.stride;
     const RowGradient gradient(out, target - in.first_column, stats.max[row], stats.sum[row], dloss[row]);
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) backward(Logits in, RowStatistics st
     }
 }
 
-// kStaged: a row fits into shared memory, one uint4 for each of its packs.
+// kStaged: a row fits into shared memory, one uint4 per pack.
 template <class T, bool kVector, bool kStaged>
 __global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatistics out, Gradient gradient, float dloss, bool need_total) {
     static_assert(kVector || !kStaged);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatisti
     const int64_t columns = target == in.ignore_index ? 0 : in.num_columns, mine = static_cast<int64_t>(threadIdx.x) * kSize;
     const T* const x = static_cast<const T*>(in.data) + row * in.stride;
     T* const dx = static_cast<T*>(gradient.dlogits) + row * gradient.stride;
-    // The thread's pack at `col`, from where it lies.
+    // The thread's pack at `col`, from shared memory or from global memory.
     const auto pack_at = [&](int64_t col) {
         if constexpr (kStaged) {
             return col < columns ? staged[col / kSize] : make_uint4(0, 0, 0, 0);
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatisti
         for (int64_t col = mine; col < columns; col += kRound) cp_async_16(staged + col / kSize, x + col);
         cp_async_commit();
     }
-    // Before the barriers of block_merge, after which others write the gradient over it.
+    // Read before the barriers of block_merge: after them other threads overwrite the logits with the gradient.
     const float logit = threadIdx.x == 0 && column >= 0 && column < columns ? to_fp32(x[column]) : 0.0f;
     if constexpr (kStaged) cp_async_wait<0>();
     MaxSum part;
@@ -210,7 +211,7 @@ Gradient gradient_of(const LossTerms& terms, void* dlogits, int64_t dstride) {
 }
 
 template <class T>
-bool rows_fit(const Logits& in) {
+bool rows_vectorize(const Logits& in) {
     return can_vectorize<T>(in.data, in.stride, in.cols);
 }
 
@@ -220,7 +221,7 @@ const char* cross_entropy_statistics_cuda(const Logits& logits, const RowStatist
     if (logits.rows == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const auto kernel = rows_fit<T>(logits) ? statistics<T, true> : statistics<T, false>;
+        const auto kernel = rows_vectorize<T>(logits) ? statistics<T, true> : statistics<T, false>;
         return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, out, need_total);
     }));
 }
@@ -237,8 +238,8 @@ const char* cross_entropy_backward_cuda(const Logits& logits, const LossTerms& t
     if (logits.rows == 0 || logits.cols == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const bool fit = rows_fit<T>(logits) && can_vectorize<T>(dlogits, dstride, logits.cols);
-        const auto kernel = fit ? backward<T, true> : backward<T, false>;
+        const bool vectorized = rows_vectorize<T>(logits) && can_vectorize<T>(dlogits, dstride, logits.cols);
+        const auto kernel = vectorized ? backward<T, true> : backward<T, false>;
         const Gradient out = gradient_of(terms, dlogits, dstride);
         return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, statistics, out, dloss);
     }));
@@ -249,10 +250,10 @@ const char* cross_entropy_fused_cuda(const Logits& logits, const LossTerms& term
     if (logits.rows == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const bool fit = rows_fit<T>(logits) && can_vectorize<T>(dlogits, dstride, logits.cols);
+        const bool vectorized = rows_vectorize<T>(logits) && can_vectorize<T>(dlogits, dstride, logits.cols);
         const size_t row = static_cast<size_t>(logits.cols) * sizeof(T);
-        const bool staged = fit && row + 1024 <= shared_memory_limit();  // scratch needs some
-        const auto kernel = staged ? fused<T, true, true> : fit ? fused<T, true, false> : fused<T, false, false>;
+        const bool staged = vectorized && row + 1024 <= shared_memory_limit();  // leaves room for the static scratch
+        const auto kernel = staged ? fused<T, true, true> : vectorized ? fused<T, true, false> : fused<T, false, false>;
         return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kFusedThreads), staged ? row : 0, stream, logits, out,
                       gradient_of(terms, dlogits, dstride), dloss, terms.label_smoothing > 0);
     }));

@@ -10,7 +10,7 @@ namespace {
 constexpr const char* kOp = "decode_block";
 using Optional = std::optional<Tensor>;
 
-// Places in the list of parameters, which neox/ops/decode_block.py makes.
+// Indices into the list of parameters that neox/ops/decode_block.py builds.
 enum Part { kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kQueryNorm, kKeyNorm, kQkv, kQkvBias, kOut, kOutBias, kGate, kGateBias, kUp, kUpBias, kDown, kDownBias };
 constexpr const char* kNames[] = {"norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "query_norm", "key_norm", "qkv.weight",  "qkv.bias",
                                   "out.weight",   "out.bias",   "gate.weight",  "gate.bias",  "up.weight",  "up.bias",  "down.weight", "down.bias"};
@@ -31,7 +31,7 @@ BlockActivation activation_of(const std::string& name) {
     throw std::invalid_argument(concat(kOp, ": activation must be gelu, gelu_tanh, swiglu, geglu or reglu; got ", name));
 }
 
-// The parameters of a block, checked one by one as they are asked for.
+// The parameters of a block. Each is checked when it is accessed.
 class Parameters {
   public:
     Parameters(const std::vector<Optional>& list, const Tensor& stream) : list_(list), stream_(stream) {
@@ -45,7 +45,7 @@ class Parameters {
         return list_[part]->size(0);
     }
 
-    // Memory of [out, in], or of [out] with in = 0; null where there is none.
+    // Data pointer of a parameter [out, in], or [out] if in = 0; null if the parameter is absent.
     const void* get(Part part, int64_t out, int64_t in) const {
         if (!has(part)) return nullptr;
         const Tensor& tensor = *list_[part];
@@ -88,7 +88,7 @@ void set_parameters(DecodeBlock& op, const Parameters& parameters) {
     op.up = parameters.projection(kUp, op.width, hidden);
     op.down = parameters.projection(kDown, hidden, op.width);
     const bool gated = op.activation != BlockActivation::kGelu && op.activation != BlockActivation::kGeluTanh;
-    check(kOp, gated == parameters.has(kGate), "gate.weight", "belongs to a gated activation", gated ? "none" : "one");
+    check(kOp, gated == parameters.has(kGate), "gate.weight", "must be given if and only if the activation is gated", gated ? "none" : "one");
     if (gated) op.gate = parameters.projection(kGate, op.width, hidden);
 }
 
@@ -101,7 +101,7 @@ void check_cache(const Tensor& cache, const char* name, const Tensor& like, int6
 }
 
 void set_tables(DecodeBlock& op, const Optional& cos, const Optional& sin) {
-    check(kOp, cos.has_value() == sin.has_value(), "cos, sin", "must come together", "one of them");
+    check(kOp, cos.has_value() == sin.has_value(), "cos, sin", "must be given together", "one of them");
     if (!cos) return;
     for (const Tensor* table : {&*cos, &*sin}) {
         check_device(kOp, *table, "cos, sin");

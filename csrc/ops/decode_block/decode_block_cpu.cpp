@@ -9,7 +9,7 @@
 namespace neox {
 namespace {
 
-// Buffers of one call, cut from one allocation; element size of the widest type.
+// Buffers of one call, carved out of one allocation, sized for the widest element type.
 class Buffers {
   public:
     explicit Buffers(const DecodeBlock& op)
@@ -25,7 +25,7 @@ class Buffers {
         statistics = take(2 * rows * (1 + op.heads));
     }
 
-    const int64_t rows, packed, mixed;  // packed, mixed: channels of a row of qkv and of the attention's output
+    const int64_t rows, packed, mixed;  // packed, mixed: channels per row of qkv and of the attention output
     void *normed[2], *qkv, *attended, *up, *gate, *inner;
     float *lse, *statistics;
 
@@ -33,9 +33,9 @@ class Buffers {
     static constexpr int64_t kAlign = 16;
 
     float* take(int64_t count) {
-        float* const piece = floats_.data() + used_;
+        float* const buffer = floats_.data() + used_;
         used_ += (count + kAlign - 1) / kAlign * kAlign;
-        return piece;
+        return buffer;
     }
 
     std::vector<float> floats_;
@@ -50,7 +50,7 @@ class Step {
         const void* const addend = op_.delta;
         if (!addend) std::memcpy(stream, op_.stream, bytes(buffers_.rows * op_.hidden));
         const bool dual = op_.parallel && op_.norms[1].weight;
-        // the branch's output goes first: the order of the addends of the ordinary path
+        // the branch's output is the first addend, as in the operators' path
         norm(addend ? addend : op_.stream, addend ? op_.stream : nullptr, stream, 0, dual ? 2 : 1);
         attend();
         project(op_.out, buffers_.attended, buffers_.mixed, op_.hidden, nullptr, delta);
@@ -67,7 +67,7 @@ class Step {
 
     void* at(const void* base, int64_t elements) const { return static_cast<char*>(const_cast<void*>(base)) + static_cast<int64_t>(bytes(elements)); }
 
-    // normed[0 ..] of x + residual, which goes to sum, with the parameters from `first` on.
+    // Writes x + residual to sum, and its norms with parameters [first, ...) to normed.
     void norm(const void* x, const void* residual, void* sum, int first, int outputs) {
         NormForward norm = {};
         norm.dtype = op_.dtype, norm.rms = op_.rms, norm.outputs = outputs;
@@ -94,8 +94,8 @@ class Step {
         few_rows_cpu(FewRows{op_.dtype, buffers_.rows, in, out, x, in, projection.weight, in, projection.bias, added}, y, parallel_);
     }
 
-    // Keys and queries rotated, keys and values into the cache, queries where they were.
-    void place() {
+    // Rotates keys and queries. Keys and values are written to the cache, queries in place.
+    void rotate_and_store() {
         const int64_t d = op_.head_dim, group = (op_.heads + 2) * d, row = buffers_.packed, cached_row = op_.groups * d;
         void* const key = at(buffers_.qkv, op_.heads * d);
         void* const keys = at(op_.keys, op_.length * cached_row);
@@ -125,7 +125,7 @@ class Step {
             norm_heads(at(buffers_.qkv, i * group), op_.heads, op_.query_norm);
             norm_heads(at(buffers_.qkv, i * group + op_.heads * d), 1, op_.key_norm);
         }
-        place();
+        rotate_and_store();
         Attention in = {};
         in.dtype = op_.dtype;
         in.batch = op_.batch, in.queries = op_.seq, in.keys = op_.length + op_.seq;
@@ -138,10 +138,10 @@ class Step {
         attention_forward_cpu(in, buffers_.attended, buffers_.lse, parallel_);
     }
 
-    // delta = mlp(x) + added; delta and added may be one.
+    // delta = mlp(x) + added; delta and added may alias.
     void feed_forward(const void* x, const void* added, void* delta) {
         const bool gated = op_.gate.weight != nullptr;
-        const Projection up{op_.up.weight, gated ? op_.up.bias : nullptr};  // a plain activation adds the bias itself
+        const Projection up{op_.up.weight, gated ? op_.up.bias : nullptr};  // an activation without a gate adds the bias itself
         project(up, x, op_.hidden, op_.width, nullptr, buffers_.up);
         if (gated) {
             project(op_.gate, x, op_.hidden, op_.width, nullptr, buffers_.gate);

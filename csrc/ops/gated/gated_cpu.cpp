@@ -4,7 +4,7 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
 
 struct ValueAndSlope {
     Vec value, slope;
@@ -14,7 +14,7 @@ template <Activation kActivation>
 NEOX_INLINE ValueAndSlope activate(Vec u) {
     if constexpr (kActivation == Activation::kSilu) {
         const Logistic s = logistic(u);
-        return {u * s.value, s.value + (s.slope > 0.0f ? u * s.slope : Vec{})};  // where the slope is 0, u may be infinite
+        return {u * s.value, s.value + (s.slope > 0.0f ? u * s.slope : Vec{})};  // if the slope is 0, u may be infinite
     } else if constexpr (kActivation == Activation::kGelu) {
         const Normal p = normal(u);
         return {u * p.cdf, p.cdf + (p.pdf > 0.0f ? u * p.pdf : Vec{})};

@@ -6,8 +6,8 @@ namespace neox {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWaves = 64;  // blocks per multiprocessor at most: so many that a last, half-empty wave costs little
-constexpr int kDepth = 2;   // packs in flight per thread and input: 64 bytes forward, 96 backward; 32 KiB per multiprocessor cover the latency
+constexpr int kWaves = 64;  // most blocks per multiprocessor; with this many, a partial last wave costs little
+constexpr int kDepth = 2;   // packs in flight per thread and input: 64 bytes in the forward, 96 in the backward; 32 KiB per multiprocessor hide the latency
 
 template <Activation kActivation, class T>
 NEOX_DEVICE ValueAndSlope activate(float u) {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) forward(Forward<T> in) {
 
 template <class T>
 struct Backward {
-    Forward<T> in;  // y is not used
+    Forward<T> in;  // y is unused
     const T* dy;
     int64_t dy_stride;
     T *dx, *dgate;
@@ -109,7 +109,7 @@ Forward<T> describe(const Gated& in, void* y) {
     return {static_cast<const T*>(in.x), static_cast<const T*>(in.gate), in.x_stride, in.gate_stride, static_cast<T*>(y), in.rows, in.cols};
 }
 
-// Rows that follow one another without gaps are one long row: their ends need not be those of packs.
+// Contiguous rows are treated as one long row, so that packs may cross the ends of rows.
 template <class T>
 void join_rows(Forward<T>& in, int64_t& other_stride) {
     if (in.x_stride != in.cols || in.gate_stride != in.cols || other_stride != in.cols) return;
@@ -146,9 +146,9 @@ const char* gated_backward_cuda(const Gated& in, const void* dy, int64_t dy_stri
         Backward<T> task{describe<T>(in, nullptr), static_cast<const T*>(dy), dy_stride, static_cast<T*>(dx), static_cast<T*>(dgate)};
         join_rows(task.in, task.dy_stride);
         const int64_t cols = task.in.cols;
-        const bool fit =
+        const bool vectorized =
             packs(task.in) && can_vectorize<T>(dy, task.dy_stride, cols) && can_vectorize<T>(dx, cols, cols) && can_vectorize<T>(dgate, cols, cols);
-        return with_kernel<T>(in.activation, fit, [&](auto activation, auto pack) {
+        return with_kernel<T>(in.activation, vectorized, [&](auto activation, auto pack) {
             const unsigned blocks = blocks_for(task.in.rows * (cols / pack()), kThreads * kDepth, kWaves);
             return launch(backward<T, activation(), pack()>, dim3(blocks), dim3(kThreads), 0, stream, task);
         });

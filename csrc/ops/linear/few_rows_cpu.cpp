@@ -1,7 +1,7 @@
-// A few rows of x times a matrix: every weight is read once, in the order in which it lies in memory, and met by all rows.
+// A few rows of x times a matrix. Every weight is read once, in memory order, and multiplied with all rows.
 //
-// The tile is R rows of x by O rows of W with R O = kResults: a few streams through memory that the prefetcher follows (a row of W each), and kChains partial
-// sums per result, enough to keep the adders busy. The order of a result's additions is the same in every tile.
+// A tile is R rows of x by O rows of W with R O = kResults. Each row of W is a memory stream, few enough for the hardware prefetcher, and each result has
+// kChains partial sums, which hide the latency of the additions. The order of a result's additions is the same in every tile.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -12,12 +12,12 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // products worth a thread
+constexpr int64_t kGrain = 16384;  // minimum products per thread
 
-constexpr int kResults = kVecWidth > 8 ? kVecWidth / 2 : 4;  // of a tile
+constexpr int kResults = kVecWidth > 8 ? kVecWidth / 2 : 4;  // results of a tile
 constexpr int kChains = 2;                                   // 16 partial sums in 32 registers, 8 in 16
 
-// How weights of type T meet x: sum + the products of kStep neighbours, or of the first `count` of them.
+// Dot-product step for weights of type T: adds the products of kStep consecutive elements, or of the first `count` of them.
 template <class T>
 struct Products {
     using Input = float;  // x is widened once
@@ -28,7 +28,7 @@ struct Products {
 };
 
 #if defined(__AVX512BF16__) && NEOX_VEC_WIDTH == 16
-// Dot products of pairs in one instruction, which takes denormals for zeros.
+// One instruction computes dot products of pairs. It treats denormals as zeros.
 template <>
 struct Products<bf16> {
     using Input = bf16;
@@ -75,7 +75,7 @@ NEOX_INLINE void tile(const typename Products<T>::Input* x, const T* weight, int
     }
 }
 
-// Outputs [begin, begin + kResults / R), `used` of them, of R rows of x from `row` on.
+// Computes the first `used` of outputs [begin, begin + kResults / R) for rows [row, row + R) of x.
 template <int R, class T>
 NEOX_INLINE void finish(const FewRows& op, const float (&results)[kResults], int64_t row, int64_t begin, int64_t used, T* y) {
     const T* const bias = static_cast<const T*>(op.bias);
@@ -91,7 +91,7 @@ NEOX_INLINE void finish(const FewRows& op, const float (&results)[kResults], int
     }
 }
 
-// Outputs [begin, end) of R rows of x from `row` on.
+// Computes outputs [begin, end) for rows [row, row + R) of x.
 template <int R, class T>
 void multiply(const FewRows& op, const typename Products<T>::Input* x, int64_t row, int64_t begin, int64_t end, T* y) {
     constexpr int64_t kOut = kResults / R;
@@ -103,13 +103,13 @@ void multiply(const FewRows& op, const typename Products<T>::Input* x, int64_t r
         tile<R, T>(rows, weight + out * op.weight_stride, op.weight_stride, op.in, results);
         finish<R, T>(op, results, row, out, kOut, y);
     }
-    for (; out < end; ++out) {  // one row of W in every place
+    for (; out < end; ++out) {  // fills the tile with the same row of W
         tile<R, T>(rows, weight + out * op.weight_stride, 0, op.in, results);
         finish<R, T>(op, results, row, out, 1, y);
     }
 }
 
-// x as contiguous rows of what the products take; `room` keeps the copy where one is made.
+// x as contiguous rows of the products' input type. `room` owns the copy if one is needed.
 template <class T>
 const typename Products<T>::Input* input_rows(const FewRows& op, std::vector<typename Products<T>::Input>& room) {
     const T* const x = static_cast<const T*>(op.x);

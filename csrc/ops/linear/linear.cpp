@@ -8,7 +8,7 @@ namespace neox {
 namespace {
 
 constexpr const char* kOp = "linear";
-constexpr int64_t kSliceElements = 2 << 20;  // of the fp32 output side: 8 MiB
+constexpr int64_t kSliceElements = 2 << 20;  // elements of the fp32 output of a slice: 8 MiB
 
 void check_bfloat16(const Tensor& tensor, const char* argument) {
     check_device(kOp, tensor, argument);
@@ -28,7 +28,7 @@ void check_linear(const Tensor& x, const Tensor& weight) {
     check_shapes(x, weight);
 }
 
-// The bias, contiguous.
+// The bias as a contiguous tensor.
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
     if (!bias) return bias;
     check_rank(kOp, *bias, "bias", 1, 1);
@@ -48,7 +48,7 @@ Tensor widened(const Tensor& like, const Matrix16& from) {
     return to;
 }
 
-// Output channels at a time, so that the fp32 output of `rows` rows stays in cache; a multiple of 64 where there are several slices.
+// Output channels per slice, such that the fp32 output of `rows` rows stays in cache. A multiple of 64 if there are several slices.
 int64_t slice_width(int64_t rows, int64_t out) {
     const int64_t width = std::max<int64_t>(kSliceElements / std::max<int64_t>(rows, 1) / 64 * 64, 256);
     return width * 3 / 2 >= out ? out : width;
@@ -81,7 +81,7 @@ FewRows few_rows(const Rows& x, const Rows& weight, const std::optional<Tensor>&
                    nullptr};
 }
 
-// x W^T + b for few rows of x, without a gradient.
+// x W^T + b for a few rows of x, without a gradient.
 Tensor linear_few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     check_float(kOp, x, "x");
     check_same_type(kOp, weight, "weight", x, "x");
@@ -120,7 +120,7 @@ Tensor linear_bf16(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     return y;
 }
 
-// dy [..., out], x [..., in], weight [out, in] -> (dx, dweight, dbias); those not needed have no elements.
+// dy [..., out], x [..., in], weight [out, in] -> (dx, dweight, dbias). Gradients that are not needed are empty tensors.
 std::tuple<Tensor, Tensor, Tensor> linear_bf16_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias) {
     check_linear(x, weight);
     check_bfloat16(dy, "dy");

@@ -5,7 +5,7 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
 
 }  // namespace
 

@@ -19,7 +19,7 @@ void check_like_x(const char* op, const Optional& tensor, const char* argument, 
     check_same_shape(op, *tensor, argument, x, "x");
 }
 
-// The name errors carry: of the public function that leads to these arguments.
+// Name in error messages: the public function that takes these arguments.
 const char* name_of(bool rms, bool dual) { return dual ? (rms ? "dual_rms_norm" : "dual_layer_norm") : (rms ? "rms_norm" : "layer_norm"); }
 
 void check_norm(const Tensor& x, const Optional& residual, const Tensor& weight, const Optional& bias, const Optional& weight2, const Optional& bias2,
@@ -40,7 +40,7 @@ Optional contiguous(const Optional& tensor) { return tensor ? Optional(contiguou
 const void* pointer(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 Tensor nothing(const Tensor& like) { return empty(like, {0}); }
 
-// (y1, y2, sum, mean, rstd): y2 only with weight2, sum only with a residual, mean only for layer norms; the others have no elements.
+// (y1, y2, sum, mean, rstd). y2 needs weight2, sum a residual, mean a layer norm; otherwise they are empty tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(Tensor x, Optional residual, Tensor weight, Optional bias, Optional weight2, Optional bias2, double eps,
                                                         bool rms) {
     check_norm(x, residual, weight, bias, weight2, bias2, eps, rms);
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(Tensor x, Optional resid
     return {y1, y2, sum, mean, rstd};
 }
 
-// (ds, dweight1, dbias1, dweight2, dbias2); gradients of what is absent have no elements. s is x, or the sum where there was a residual.
+// (ds, dweight1, dbias1, dweight2, dbias2). Gradients of absent parameters are empty tensors. s is x, or the sum if there was a residual.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Optional dy2, Optional dsum, Tensor s, Tensor mean, Tensor rstd, Tensor weight,
                                                                  bool has_bias, Optional weight2, bool has_bias2, bool rms) {
     const char* const name = name_of(rms, weight2.has_value());

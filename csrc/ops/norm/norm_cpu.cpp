@@ -7,14 +7,14 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
 
 template <class T>
 const T* row_of(const void* base, int64_t row, int64_t stride) {
     return base ? static_cast<const T*>(base) + row * stride : nullptr;
 }
 
-// s = x + residual, written to sum; returns s.
+// Writes s = x + residual to sum and returns it.
 template <class T>
 const T* add_residual(const NormForward& op, int64_t row) {
     const T* const x = row_of<T>(op.x, row, op.x_stride);
@@ -29,7 +29,7 @@ struct Statistics {
     float mean, rstd;
 };
 
-// Variance from centred values: the mean of the squares less the square of the mean cancels where the mean is large.
+// Variance of centred values. The mean of squares minus the squared mean would cancel if the mean is large.
 template <class T, bool kRms>
 Statistics statistics(const T* s, int64_t cols, float eps) {
     const float size = static_cast<float>(cols);
@@ -70,7 +70,7 @@ struct GradientSums {
     }
 };
 
-// One row: ds, and the row's share of dw_k and db_k added to the block's sums.
+// Processes one row: writes ds and adds the row's terms of dw_k and db_k to the block's sums.
 template <class T, bool kRms, int kOutputs>
 void backward_row(const NormBackward& op, int64_t row, float* const* dweight, float* const* dbias) {
     const T* const s = row_of<T>(op.s, row, op.s_stride);
@@ -107,7 +107,7 @@ void backward_row(const NormBackward& op, int64_t row, float* const* dweight, fl
 template <class T, bool kRms, int kOutputs>
 void backward(const NormBackward& op, const Parallel& parallel) {
     const Blocks blocks(op.rows);
-    const int64_t plane = blocks.count * op.cols;  // of one parameter in partial
+    const int64_t plane = blocks.count * op.cols;  // elements per parameter in partial
     const auto partial = [&](int k, bool bias, int64_t block) {
         return bias && !op.dbias[k] ? nullptr : op.partial + (2 * k + (bias ? 1 : 0)) * plane + block * op.cols;
     };

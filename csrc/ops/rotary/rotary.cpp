@@ -31,15 +31,15 @@ RotaryTables describe_tables(const Tensor& cos, const Tensor& sin, bool transpos
                         transposed};
 }
 
-Heads plain_heads(const Tensor& x) { return Heads{x.stride(0), x.stride(1), 0, x.stride(2), 1, x.size(2)}; }
+Heads unpacked_heads(const Tensor& x) { return Heads{x.stride(0), x.stride(1), 0, x.stride(2), 1, x.size(2)}; }
 
-// x [b, s, n, d], any strides but d's, rotated into a new contiguous tensor.
+// Rotates x [b, s, n, d], contiguous in d, into a new contiguous tensor.
 Tensor rotated(const Tensor& x, const RotaryTables& tables) {
     const bool usable = x.size(3) == 1 || x.stride(3) == 1;
     const Tensor source = usable ? x : torch::stable::contiguous(x);
     Tensor y = empty(x, shape_of(x));
     const RotarySize size{x.size(0), x.size(1), x.size(3)};
-    NEOX_RUN(rotary, x, dtype_of(x), size, tables, source.const_data_ptr(), plain_heads(source), y.mutable_data_ptr(), plain_heads(y));
+    NEOX_RUN(rotary, x, dtype_of(x), size, tables, source.const_data_ptr(), unpacked_heads(source), y.mutable_data_ptr(), unpacked_heads(y));
     return y;
 }
 
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
     return {rotated(q, tables), rotated(k, tables)};
 }
 
-// Queries and keys of the packed projection [b, s, g, m + 2, d], in place.
+// Rotates queries and keys of the packed projection [b, s, g, m + 2, d] in place.
 void rotary_qkv_(Tensor qkv, Tensor cos, Tensor sin, bool transposed) {
     const char* const op = "rotary_qkv";
     check_float(op, qkv, "qkv");

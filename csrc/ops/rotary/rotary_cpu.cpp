@@ -5,9 +5,9 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
 
-// Scalar code that the compiler vectorises, at 8 lanes too where r/2 fills no wider register (r = 16 of Pythia-160M).
+// Scalar code that the compiler vectorises, with 8 lanes if r / 2 does not fill a wider register (r = 16 in Pythia-160M).
 template <class T>
 inline void turn(const T* x, T* y, const float* cos, const float* sin, int64_t half) {
 #pragma GCC ivdep
@@ -19,7 +19,7 @@ inline void turn(const T* x, T* y, const float* cos, const float* sin, int64_t h
     }
 }
 
-// The transposed map: each sine meets the other half.
+// Transposed map: each sine multiplies the other half.
 template <class T>
 inline void turn_transposed(const T* x, T* y, const float* cos, const float* sin, int64_t half) {
 #pragma GCC ivdep

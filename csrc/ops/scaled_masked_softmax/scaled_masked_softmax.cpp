@@ -5,7 +5,7 @@
 namespace neox {
 namespace {
 
-// x [..., s, t] with `heads` rows of a mask's batch.
+// Describes x [..., s, t], where `heads` heads share a batch of the mask.
 ScoreRows describe(const Tensor& x, double scale) {
     const int64_t dims = x.dim();
     int64_t outer = 1;
@@ -46,7 +46,7 @@ Tensor scaled_causal_softmax(Tensor x, double scale) {
     return run_forward(scores, x);
 }
 
-// Of both: y is the forward's result.
+// The backward of both operators. y is the output of the forward.
 Tensor scaled_softmax_backward(Tensor dy, Tensor y, double scale, bool causal) {
     const char* const op = "scaled_softmax_backward";
     check_float(op, y, "y");

@@ -9,12 +9,12 @@
 namespace neox {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kGrain = 16384;  // minimum elements per thread
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef uint8_t VecByte __attribute__((vector_size(NEOX_VEC_WIDTH)));
 
-// Lanes that the mask hides become minus infinity.
+// Sets lanes hidden by the mask to minus infinity.
 NEOX_INLINE Vec hide(Vec v, const uint8_t* mask) {
     VecByte hidden;
     std::memcpy(&hidden, mask, sizeof(hidden));
@@ -26,7 +26,7 @@ NEOX_INLINE Vec hide(Vec v, const uint8_t* mask) {
     return wide != 0 ? splat(-kInfinity) : v;
 }
 
-// The same for the last `count` < kVecWidth elements of a row; lanes beyond them are hidden too.
+// The same for the last `count` < kVecWidth elements of a row. Lanes past them are hidden too.
 NEOX_INLINE Vec hide(Vec v, const uint8_t* mask, int64_t count) {
     uint8_t lanes[kVecWidth];
     std::memset(lanes, 1, sizeof(lanes));
@@ -34,7 +34,7 @@ NEOX_INLINE Vec hide(Vec v, const uint8_t* mask, int64_t count) {
     return hide(v, lanes);
 }
 
-// scores: scratch of `size` fp32, rounded up to whole vectors, so that x is read and rounded once.
+// scores: scratch of `size` fp32 elements, rounded up to full vectors, so that x is read and converted once.
 template <class T>
 void forward_row(const T* x, const uint8_t* mask, int64_t size, float scale, float* scores, T* y) {
     Vec best = splat(-kInfinity);
@@ -49,7 +49,7 @@ void forward_row(const T* x, const uint8_t* mask, int64_t size, float scale, flo
         best = max(best, v);
     });
     const float shift = max_lane(best);
-    if (shift == -kInfinity) {  // sees nothing; a NaN that a comparison lost is put back
+    if (shift == -kInfinity) {  // no visible column, or NaN, which the comparisons of max drop; it is restored here
         for (int64_t i = 0; i < size; ++i) y[i] = from_float<T>(std::isnan(scores[i]) ? scores[i] : 0.0f);
         return;
     }
@@ -71,7 +71,7 @@ void backward_row(const T* dy, const T* y, int64_t size, float scale, T* dx) {
     for_each_vec(size, [&](int64_t i, auto load, auto store) { store(dx + i, (load(dy + i) - mean) * load(y + i) * scale); });
 }
 
-// Columns that a row may see before any mask.
+// Columns visible to a row before the mask is applied.
 int64_t visible(const ScoreRows& in, int64_t row) {
     if (!in.causal) return in.cols;
     return std::min(in.cols, std::max<int64_t>(0, row % in.seq + 1 + in.cols - in.seq));

@@ -8,9 +8,9 @@
 namespace neox {
 namespace {
 
-// How rows are cut: kWarps warps share a row, each lane takes kElements of it in packs that lie kWarps * 32 packs apart, and holds them in
-// registers, so that memory is read once. Rows of one warp need no barrier; four of them make a block. A lane has 64 bytes in flight, twice
-// that in the backward: with the 600 threads that some 100 registers each allow, 40 KiB per multiprocessor, where 32 cover the latency.
+// Partition of a row: kWarps warps share it, and each lane holds kElements of it in registers, in packs kWarps * 32 packs apart, so that memory is read
+// once. Rows of one warp need no barrier; four of them form a block. A lane has 64 bytes in flight, twice that in the backward. About 100 registers per
+// thread allow 600 threads, hence 40 KiB in flight per multiprocessor; 32 KiB hide the latency.
 template <int kElements_, int kWarps_>
 struct Cut {
     static constexpr int kElements = kElements_, kWarps = kWarps_;
@@ -20,19 +20,19 @@ struct Cut {
     static constexpr int64_t kColumns = static_cast<int64_t>(kElements) * kLanes;
 };
 
-// Longer rows, this much at a time.
+// Longer rows are processed in a loop, this much per iteration.
 struct Looped {
     static constexpr int kElements = 32, kWarps = 16;
     static constexpr int kThreads = kWarps * kWarpSize;
 };
 
 struct Visibility {
-    const uint8_t* mask;  // rows of `cols`, or null
-    int64_t mask_batch;   // rows of x that share a batch of the mask: heads * seq, or 0 where one mask serves all
+    const uint8_t* mask;  // rows of `cols` columns, or null
+    int64_t mask_batch;   // rows of x per batch of the mask: heads * seq, or 0 if one mask serves all
     int64_t rows, seq, cols;
     bool causal;
 
-    // Columns that a row may see before any mask.
+    // Columns visible to a row before the mask is applied.
     __device__ __forceinline__ int64_t columns(int64_t row) const {
         if (!causal) return cols;
         const int64_t seen = row % seq + 1 + cols - seq;
@@ -75,7 +75,7 @@ NEOX_DEVICE Scores<T, kPack> fetch_scores(const T* x, const uint8_t* mask, int64
     return scores;
 }
 
-// scale x, and minus infinity where the row does not see.
+// scale x, or minus infinity in hidden columns.
 template <class T, int kPack>
 NEOX_DEVICE void unpack_scores(const Scores<T, kPack>& scores, float scale, int64_t left, float (&v)[kPack]) {
     unpack(scores.x, v);
@@ -83,7 +83,7 @@ NEOX_DEVICE void unpack_scores(const Scores<T, kPack>& scores, float scale, int6
     for (int k = 0; k < kPack; ++k) v[k] = k < left && !scores.mask.get(k) ? v[k] * scale : -INFINITY;
 }
 
-// y of a row in which nothing but NaN is seen: fmaxf lost that.
+// y of a row whose visible values are all NaN, which fmaxf drops.
 NEOX_DEVICE float unseen(float v) { return v == v ? 0.0f : v; }
 
 template <class T, int kPack, class C>
@@ -115,13 +115,13 @@ __global__ void __launch_bounds__(C::kThreads) forward(Forward<T> in) {
         }
         shift = block_reduce<Max, C::kWarps>(shift, scratch);
         const bool nothing = shift == -INFINITY;
-        if (nothing) shift = 0.0f;  // every term is then exp(-inf) = 0, or a NaN that fmaxf lost
+        if (nothing) shift = 0.0f;  // every term is exp(-inf) = 0, or NaN, which fmaxf dropped
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
             const bool seen = (i * C::kLanes + lane) * kPack < visible;
 #pragma unroll
             for (int k = 0; k < kPack; ++k) {
-                const float e = exp_nonpositive<T>(v[i][k] - shift);  // before the selection, which would make a branch of it
+                const float e = exp_nonpositive<T>(v[i][k] - shift);  // computed before the selection: nvcc would turn it into a branch
                 v[i][k] = seen ? e : 0.0f;
                 sum += v[i][k];
             }
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(C::kThreads) forward(Forward<T> in) {
     }
 }
 
-// The same in two readings: maximum and sum of what each thread has seen so far go along the first, rescaled when the maximum grows.
+// The same with two reads of the row. The first keeps each thread's maximum and sum, rescaled when the maximum grows.
 template <class T, int kPack>
 __global__ void __launch_bounds__(Looped::kThreads) forward_looped(Forward<T> in) {
     constexpr int kPacks = kPack == 1 ? 4 : Looped::kElements / kPack;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(Looped::kThreads) forward_looped(Forward<T> in
 #pragma unroll
                 for (int k = 0; k < kPack; ++k) grown = fmaxf(grown, v[i][k]);
             }
-            const float shift = grown == -INFINITY ? 0.0f : grown;  // all hidden so far: every term is 0
+            const float shift = grown == -INFINITY ? 0.0f : grown;  // no visible column so far: every term is 0
             sum *= exp_nonpositive<T>(best - shift);
 #pragma unroll
             for (int i = 0; i < kPacks; ++i) {
@@ -199,7 +199,7 @@ struct Gradient {
     Pack<T, kPack> y, dy;
 };
 
-// What the pack adds to sum_j y[j] dy[j].
+// A pack's contribution to sum_j y[j] dy[j].
 template <class T, int kPack>
 NEOX_DEVICE float dot(const Gradient<T, kPack>& item, int64_t left) {
     float y[kPack], dy[kPack], sum = 0.0f;
@@ -284,11 +284,11 @@ cudaError_t launch_rows(void (*kernel)(Task), int threads, int rows_per_block, c
     return launch(kernel, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX))), dim3(static_cast<unsigned>(threads)), 0, stream, task);
 }
 
-// Calls body with the Cut that holds a row, or with Looped.
+// Calls body with the Cut that fits a row, or with Looped.
 template <int kPack, class Body>
 cudaError_t with_cut(int64_t cols, const Body& body) {
     if (cols <= Cut<8, 1>::kColumns) return body(Cut<8, 1>{});
-    if constexpr (kPack == 1) {  // half as much per lane: single loads take more registers
+    if constexpr (kPack == 1) {  // half as many elements per lane: scalar loads need more registers
         if (cols <= Cut<16, 4>::kColumns) return body(Cut<16, 4>{});
         if (cols <= Cut<16, 8>::kColumns) return body(Cut<16, 8>{});
     } else {
@@ -335,9 +335,9 @@ const char* scaled_masked_softmax_forward_cuda(const ScoreRows& rows, const void
         using T = decltype(zero);
         constexpr int kPack = Pack<T>::kSize;
         const Forward<T> task{static_cast<const T*>(x), x_stride, static_cast<T*>(y), visibility, static_cast<float>(rows.scale)};
-        const bool packs = can_vectorize<T>(x, x_stride, rows.cols) && can_vectorize<T>(y, rows.cols, rows.cols) &&
-                           can_vectorize<uint8_t, kPack>(rows.mask, rows.cols, rows.cols);
-        return packs ? launch_forward<T, kPack>(task, stream) : launch_forward<T, 1>(task, stream);
+        const bool vectorized = can_vectorize<T>(x, x_stride, rows.cols) && can_vectorize<T>(y, rows.cols, rows.cols) &&
+                                can_vectorize<uint8_t, kPack>(rows.mask, rows.cols, rows.cols);
+        return vectorized ? launch_forward<T, kPack>(task, stream) : launch_forward<T, 1>(task, stream);
     }));
 }
 
@@ -349,8 +349,9 @@ const char* scaled_masked_softmax_backward_cuda(const ScoreRows& rows, const voi
         using T = decltype(zero);
         const Backward<T> task{static_cast<const T*>(dy),     static_cast<const T*>(y), dy_stride, y_stride, static_cast<T*>(dx), visibility,
                                static_cast<float>(rows.scale)};
-        const bool packs = can_vectorize<T>(dy, dy_stride, rows.cols) && can_vectorize<T>(y, y_stride, rows.cols) && can_vectorize<T>(dx, rows.cols, rows.cols);
-        return packs ? launch_backward<T, Pack<T>::kSize>(task, stream) : launch_backward<T, 1>(task, stream);
+        const bool vectorized =
+            can_vectorize<T>(dy, dy_stride, rows.cols) && can_vectorize<T>(y, y_stride, rows.cols) && can_vectorize<T>(dx, rows.cols, rows.cols);
+        return vectorized ? launch_backward<T, Pack<T>::kSize>(task, stream) : launch_backward<T, 1>(task, stream);
     }));
 }
 

@@ -8,16 +8,16 @@ namespace {
 
 using namespace attention;
 
-// Which gradients a pass over (block of queries, tile of keys) pairs computes. One pass computes all of them where there are as many kv heads
-// as threads; else a pass over blocks of queries computes dq and one over ranges of keys dk and dv, at 7 products instead of 5.
+// Which gradients a pass over (query block, key tile) pairs computes. With as many kv heads as threads, one pass computes all of them. Otherwise one
+// pass over query blocks computes dq and one over key ranges computes dk and dv, at 7 matrix products instead of 5.
 //
-// Every sum runs in the same order in both: over the tiles of keys in order for dq, over the blocks of queries in order for dk and dv. The bits
-// therefore depend neither on the threads nor on the number of passes.
+// The order of summation is the same in both: dq over the key tiles in order, dk and dv over the query blocks in order. The bits therefore depend
+// neither on the number of threads nor on the number of passes.
 struct Wanted {
     bool queries, keys;
 };
 
-// A block of queries while the tiles of keys go by.
+// State of a query block during the loop over key tiles.
 template <class E>
 struct BlockState {
     QueryBlock block;
@@ -43,7 +43,7 @@ struct Backward {
 
     Backward(const Attention& in, int64_t range) : scratch(floats(in, range)) {
         const int64_t padded = padded_channels<E>(in.head_dim), tile = kKeys * kQueries;
-        E* const shared = scratch.allocate<E>(kQueries * padded / kTerms<E>);  // pairs along the channels are not needed after the loading of a block
+        E* const shared = scratch.allocate<E>(kQueries * padded / kTerms<E>);  // pairs along the channels are not used after a block is loaded
         for (BlockState<E>& of : rows) {
             for (Operand<E>* operand : {&of.queries, &of.douts}) {
                 operand->across = scratch.allocate<E>(kQueries * padded / kTerms<E>);
@@ -70,38 +70,38 @@ struct Backward {
         dquery_rows = scratch.allocate(kQueries * padded);
     }
 
-    // An upper bound.
+    // Upper bound on the scratch, in floats.
     static int64_t floats(const Attention& in, int64_t range) {
         const int64_t padded = padded_channels<E>(in.head_dim);
         return kShared * (5 * padded + 2) * kQueries + 6 * kKeys * kQueries + (3 * kKeys + 2 * range + 2 * kQueries) * padded;
     }
 };
 
-// The rows of a block: queries, dout, both transposed, and the two numbers per row.
+// Loads a block: queries and dout, both also transposed, and lse and delta of each row.
 template <class T, class E>
 void load_block(const Attention& in, const AttentionGradients& grad, const BlockState<E>& rows) {
     const QueryBlock& block = rows.block;
     const int64_t heads = in.groups * in.heads, padded = padded_channels<E>(in.head_dim);
-    // out goes where the queries go afterwards: only its product with dout is needed
+    // out temporarily occupies the buffer of the queries: only its product with dout is needed
     load_queries(in, block, static_cast<const T*>(grad.out), {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim},
                  rows.queries.along);
     to_columns(in, block, rows.queries.along, rows.query_columns);
     load_queries(in, block, static_cast<const T*>(grad.dout), grad.dout_strides, rows.douts.along);
     to_columns(in, block, rows.douts.along, rows.dout_columns);
     pair_rows(rows.douts, block.padded, padded);
-    // over the channels in the order of the product dout . value: a row that sees one key then gets a score gradient of exactly zero
+    // in the channel order of the product dout . value, so that a row that sees one key gets a score gradient of exactly zero
     product_of_columns(in.head_dim, block.padded, rows.query_columns, rows.dout_columns, rows.delta);
     for (int64_t i = 0; i < block.padded; ++i) {
         const int64_t head = block.group * in.heads + block.head[i];
         const float lse = grad.lse[(block.batch * heads + head) * in.queries + block.row[i]];
-        rows.lse[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // a row that saw nothing: 2^(score - inf) = 0
+        rows.lse[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // a row without visible keys: 2^(score - inf) = 0
     }
     load_queries(in, block, static_cast<const T*>(in.q), in.q_strides, rows.queries.along);
     to_columns(in, block, rows.queries.along, rows.query_columns);
     pair_rows(rows.queries, block.padded, padded);
 }
 
-// p = 2^(score - lse) where not dropped; dscores, which comes in as dout . value, becomes the gradient of the score. Both as operands.
+// p becomes 2^(score - lse) with dropout applied; dscores, dout . value on entry, becomes the gradient of the score. Both are written as operands.
 template <class E>
 void differentiate_softmax(const BlockState<E>& rows, int64_t keys, const Backward<E>& work) {
     using Scalar = typename Arithmetic<E>::Scalar;
@@ -112,10 +112,10 @@ void differentiate_softmax(const BlockState<E>& rows, int64_t keys, const Backwa
             for (int64_t k = 0; k < kTerms<E>; ++k) {
                 const int64_t at = (j + k) * kQueries + i;
                 const Vec p = exp2(load(work.p + at) - load(rows.lse + i));
-                const Vec kept = work.dropped ? load(work.dropped + at) : splat(1.0f);
-                dscore[k] = p * (load(work.dscores + at) * kept - load(rows.delta + i));
+                const Vec keep = work.dropped ? load(work.dropped + at) : splat(1.0f);
+                dscore[k] = p * (load(work.dscores + at) * keep - load(rows.delta + i));
                 if (work.cap_slope) dscore[k] *= load(work.cap_slope + at);
-                store(p_rows + at, p * kept);
+                store(p_rows + at, p * keep);
                 store(dscore_rows + at, dscore[k]);
             }
             if (kTerms<E> > 1) store(work.dscore_pairs + j / kTerms<E> * kQueries + i, Arithmetic<E>::join(dscore));
@@ -123,7 +123,7 @@ void differentiate_softmax(const BlockState<E>& rows, int64_t keys, const Backwa
     }
 }
 
-// Keys [begin, end), which lie in the loaded tile; dkeys and dvalues begin at key `first`.
+// Adds keys [begin, end) of the loaded tile. dkeys and dvalues start at key `first`.
 template <class E>
 void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible, Wanted wanted, int64_t first,
               const Backward<E>& work) {
@@ -159,7 +159,7 @@ void store_dqueries(const Attention& in, const AttentionGradients& grad, const B
     store_queries(in, rows.block, dquery_rows, padded, static_cast<T*>(grad.dq), grad.dq_strides);
 }
 
-// The blocks of one unit against keys [range.begin, range.end); a tile is loaded when the first of them needs it.
+// Processes the blocks of one unit against keys [range.begin, range.end). A tile is loaded when the first block needs it.
 template <class T, class E>
 void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t pair, int64_t unit, KeyRange range, Wanted wanted, Backward<E>& work) {
     const int64_t count = std::min(kShared, num_query_blocks(in) - unit * kShared);
@@ -176,14 +176,14 @@ void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t 
         bool loaded = false;
         for (int64_t i = 0; i < count; ++i) {
             const BlockState<E>& rows = work.rows[i];
-            const KeyRange part = whole_elements<E>(intersection({tile, tile + kKeys}, rows.range));
+            const KeyRange part = align_to_elements<E>(intersection({tile, tile + kKeys}, rows.range));
             if (part.begin >= part.end) continue;
             const Visible visible = visibility(in, rows.block, part.begin, part.end);
             if (visible == Visible::kNone) continue;
             if (!loaded) {
-                const KeyRange whole = intersection({tile, tile + kKeys}, {0, in.keys});
-                load_keys<T>(in, rows.block, whole, in.k, in.k_strides, work.keys);
-                load_keys<T>(in, rows.block, whole, in.v, in.v_strides, work.values);
+                const KeyRange tile_keys = intersection({tile, tile + kKeys}, {0, in.keys});
+                load_keys<T>(in, rows.block, tile_keys, in.k, in.k_strides, work.keys);
+                load_keys<T>(in, rows.block, tile_keys, in.v, in.v_strides, work.values);
                 loaded = true;
             }
             add_keys(in, rows, part.begin, part.end, visible, wanted, range.begin, work);
@@ -203,7 +203,7 @@ void store_keys(const Attention& in, int64_t batch, int64_t group, KeyRange rang
     }
 }
 
-// All blocks of queries against a range of keys.
+// Processes all query blocks against a range of keys.
 template <class T, class E>
 void backward_keys(const Attention& in, const AttentionGradients& grad, int64_t pair, KeyRange range, Wanted wanted, Backward<E>& work) {
     const int64_t size = (range.end - range.begin) * padded_channels<E>(in.head_dim), batch = pair / in.groups, group = pair % in.groups;
@@ -222,7 +222,7 @@ void backward_one_pass(const Attention& in, const AttentionGradients& grad, cons
     });
 }
 
-constexpr int64_t kRange = 8 * kKeys;  // keys of a unit of the pass for dk and dv
+constexpr int64_t kRange = 8 * kKeys;  // keys per unit of work in the pass for dk and dv
 
 template <class T>
 void backward_two_passes(const Attention& in, const AttentionGradients& grad, const Parallel& parallel) {
@@ -247,7 +247,7 @@ void backward_two_passes(const Attention& in, const AttentionGradients& grad, co
 void attention_backward_cpu(const Attention& in, const AttentionGradients& grad, int64_t threads, const Parallel& parallel) {
     dispatch(in.dtype, [&](auto zero) {
         using T = decltype(zero);
-        // a pair's gradients are 5 products in one pass, and 7 that any number of threads can share in two
+        // one pass takes 5 products per (batch, group) pair; two passes take 7, which any number of threads can share
         const int64_t pairs = in.batch * in.groups;
         if (5 * threads * ((pairs + threads - 1) / threads) <= 7 * pairs || in.keys <= kRange) {
             backward_one_pass<T>(in, grad, parallel);

@@ -9,7 +9,7 @@ namespace {
 
 using namespace attention;
 
-// A block of queries while the tiles of keys go by.
+// State of a query block during the loop over key tiles.
 template <class E>
 struct BlockState {
     QueryBlock block;
@@ -28,9 +28,9 @@ struct Forward {
     float* out_rows;          // [query][channel]
     Operand<E> keys, values;  // sums over the channels of keys, over the rows of values
     float* scores;            // [key][query]
-    E* probabilities;         // [key / kTerms][query], in the place of the scores
+    E* probabilities;         // [key / kTerms][query], overwrites the scores
     float* dropped;           // [key][query] factors of dropout, or null
-    float* rescale;           // [query] what a tile multiplies the sums by
+    float* rescale;           // [query] factor that a tile applies to the sums
 
     Forward(int64_t padded, bool has_dropout)
         : scratch((2 + 2 * kShared) * kQueries * padded + 3 * kKeys * padded + (1 + has_dropout) * kKeys * kQueries + (1 + 2 * kShared) * kQueries) {
@@ -52,7 +52,8 @@ struct Forward {
     }
 };
 
-// Scores of a tile to 2^(score - peak), less what dropout takes, for V vectors of queries from lane i on; peak and total move on. True if a peak rose.
+// Replaces the scores of a tile by 2^(score - peak) with dropout applied, for V vectors of queries from lane i on, and updates peak and total. Returns
+// whether a peak rose.
 template <int V, class E>
 bool online_softmax(const Forward<E>& work, const BlockState<E>& rows, int64_t i, int64_t keys) {
     Vec peak[V], base[V], sum[V] = {};
@@ -99,7 +100,7 @@ void rescale_out(const Forward<E>& work, const BlockState<E>& rows, int64_t head
     }
 }
 
-// Keys [begin, end), which lie in the loaded tile: the softmax moves on and the values are added.
+// Adds keys [begin, end) of the loaded tile: one step of the online softmax, then the product with the values.
 template <class E>
 void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible, const Forward<E>& work) {
     const QueryBlock& block = rows.block;
@@ -127,7 +128,7 @@ void start_block(const Attention& in, const Forward<E>& work, const BlockState<E
     std::fill(rows.total, rows.total + kQueries, 0.0f);
 }
 
-// Divides by the sums and writes the rows of the block.
+// Divides by the sums and writes the block's rows of out and lse.
 template <class T, class E>
 void finish_block(const Attention& in, const Forward<E>& work, const BlockState<E>& rows, T* out, float* lse) {
     const QueryBlock& block = rows.block;
@@ -144,8 +145,8 @@ void finish_block(const Attention& in, const Forward<E>& work, const BlockState<
     store_queries(in, block, work.out_rows, padded, out, {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim});
 }
 
-// The blocks of one unit. A tile is loaded when the first of them needs it: heads lie interleaved in memory, so that loading costs a quarter of
-// the time of one block.
+// Processes the blocks of one unit. A tile is loaded when the first block needs it and is shared, because heads are interleaved in memory: loading
+// costs a quarter of the time of one block.
 template <class T, class E>
 void forward_unit(const Attention& in, int64_t pair, int64_t unit, Forward<E>& work, T* out, float* lse) {
     const int64_t count = std::min(kShared, num_query_blocks(in) - unit * kShared);
@@ -161,14 +162,14 @@ void forward_unit(const Attention& in, int64_t pair, int64_t unit, Forward<E>& w
         bool loaded = false;
         for (int64_t i = 0; i < count; ++i) {
             const BlockState<E>& rows = work.rows[i];
-            const KeyRange part = whole_elements<E>(intersection({tile, tile + kKeys}, rows.range));
+            const KeyRange part = align_to_elements<E>(intersection({tile, tile + kKeys}, rows.range));
             if (part.begin >= part.end) continue;
             const Visible visible = visibility(in, rows.block, part.begin, part.end);
             if (visible == Visible::kNone) continue;
             if (!loaded) {
-                const KeyRange whole = intersection({tile, tile + kKeys}, {0, in.keys});
-                load_keys<T>(in, rows.block, whole, in.k, in.k_strides, work.keys);
-                load_keys<T>(in, rows.block, whole, in.v, in.v_strides, work.values);
+                const KeyRange tile_keys = intersection({tile, tile + kKeys}, {0, in.keys});
+                load_keys<T>(in, rows.block, tile_keys, in.k, in.k_strides, work.keys);
+                load_keys<T>(in, rows.block, tile_keys, in.v, in.v_strides, work.values);
                 loaded = true;
             }
             add_keys(in, rows, part.begin, part.end, visible, work);

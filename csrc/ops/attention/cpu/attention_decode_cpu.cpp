@@ -1,8 +1,7 @@
-// Forward for a few query rows per kv head against many keys, as in decoding with a cache: bound by reading the keys and values once.
+// Forward for a few query rows per kv head against many keys, as in decoding with a KV cache. It is bound by reading the keys and values once.
 //
-// Here the channels lie in the lanes (the blocks of attention_cpu.cpp would leave most lanes idle), and the keys are cut into spans of a fixed
-// length that threads share. Each span gives a partial softmax; the partials are then combined in order, so that the bits don't depend on the
-// number of threads.
+// Vector lanes hold channels, because the query blocks of attention_cpu.cpp would leave most lanes idle. Threads share fixed-length spans of keys. Each
+// span yields a partial softmax; the partials are combined in order, so that the bits do not depend on the number of threads.
 #include <cmath>
 
 #include "ops/attention/attention.h"
@@ -15,7 +14,7 @@ namespace {
 using namespace attention;
 
 constexpr int64_t kSpan = 512;     // keys of a partial softmax
-constexpr int64_t kPrefetch = 16;  // rows read ahead: heads interleave in memory, which hides the sequence from the prefetcher
+constexpr int64_t kPrefetch = 16;  // rows to prefetch: heads are interleaved, a stride that the hardware prefetcher does not follow
 
 template <class T>
 NEOX_INLINE void prefetch_row(const T* row, int64_t head_dim) {
@@ -25,7 +24,7 @@ NEOX_INLINE void prefetch_row(const T* row, int64_t head_dim) {
 // scores[row][j] = query row * key j. queries [rows][padded], scores [rows][kSpan].
 template <class T>
 void score_span(const float* queries, int64_t rows, int64_t head_dim, const T* keys, int64_t stride, int64_t count, float* scores) {
-    const int64_t padded = round_up(head_dim), whole = head_dim / kVecWidth * kVecWidth;
+    const int64_t padded = round_up(head_dim), full = head_dim / kVecWidth * kVecWidth;
     for (int64_t j = 0; j < count; j += kVecWidth) {
         const int64_t used = std::min<int64_t>(kVecWidth, count - j);
         for (int64_t i = 0; i < used && j + i + kPrefetch < count; ++i) prefetch_row(keys + (j + i + kPrefetch) * stride, head_dim);
@@ -35,8 +34,8 @@ void score_span(const float* queries, int64_t rows, int64_t head_dim, const T* k
             for (int64_t i = 0; i < used; ++i) {
                 const T* const key = keys + (j + i) * stride;
                 Vec total = {};
-                for (int64_t c = 0; c < whole; c += kVecWidth) total += load(key + c) * load(query + c);
-                if (whole < head_dim) total += load(key + whole, head_dim - whole) * load(query + whole);
+                for (int64_t c = 0; c < full; c += kVecWidth) total += load(key + c) * load(query + c);
+                if (full < head_dim) total += load(key + full, head_dim - full) * load(query + full);
                 products[i] = total;
             }
             store(scores + r * kSpan + j, sum_lanes(products));
@@ -44,7 +43,7 @@ void score_span(const float* queries, int64_t rows, int64_t head_dim, const T* k
     }
 }
 
-// Cap, bias and masks of one row's scores against keys [begin, end), the lanes being keys.
+// Applies softcap, ALiBi and masks to one row's scores against keys [begin, end). Lanes hold keys.
 void finish_row(const Attention& in, const QueryBlock& block, int64_t row, int64_t begin, int64_t end, float* scores) {
     const int32_t* const segments = in.segments ? in.segments + block.batch * in.keys : nullptr;
     const int32_t position = block.position[row];
@@ -68,7 +67,7 @@ struct Partial {
     float peak, total;
 };
 
-// Scores of a row to 2^(score - peak); the lanes after the last key become zeros.
+// Replaces the scores of a row by 2^(score - peak). Lanes past the last key become zeros.
 Partial online_softmax_row(int64_t count, float* scores) {
     Vec peaks = splat(-kInfinity), totals = {};
     for (int64_t j = 0; j < count; j += kVecWidth) peaks = max(load(scores + j), peaks);
@@ -82,7 +81,7 @@ Partial online_softmax_row(int64_t count, float* scores) {
     return {peak, sum(totals)};
 }
 
-// out[row][c ...] = sum over j of p[row][j] * values[j][c ...] for R rows and V vectors of channels; the last vector may be cut to `rest`.
+// out[row][c ...] = sum over j of p[row][j] * values[j][c ...] for R rows and V vectors of channels; the last vector holds `rest` channels unless that is 0.
 template <int R, int V, class T>
 NEOX_INLINE void weigh_block(const float* p, const T* values, int64_t stride, int64_t count, int64_t rest, float* out, int64_t out_row) {
     Vec total[R][V] = {};
@@ -119,7 +118,7 @@ void weigh_span(const float* p, int64_t rows, int64_t head_dim, const T* values,
     for (; r < rows; ++r) weigh_rows<1>(p + r * kSpan, values, stride, count, head_dim, out + r * padded);
 }
 
-// One span of keys: per row the partial softmax, and its weighted values, not yet divided.
+// Processes one span of keys: the partial softmax of each row and its weighted sum of the values, not yet divided.
 template <class T>
 void decode_span(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, float* queries, float* scores, Partial* partials, float* out) {
     const int64_t padded = round_up(in.head_dim), count = end - begin;
@@ -137,7 +136,7 @@ void decode_span(const Attention& in, const QueryBlock& block, int64_t begin, in
     weigh_span(scores, block.count, in.head_dim, rows_of(in.v, in.v_strides), in.v_strides.sequence, count, out);
 }
 
-// The rows of one kv head from its spans.
+// Combines the spans of one kv head.
 template <class T>
 void combine_spans(const Attention& in, const QueryBlock& block, int64_t spans, const Partial* partials, float* out_parts, T* out, float* lse) {
     const int64_t padded = round_up(in.head_dim), heads = in.groups * in.heads;
@@ -149,7 +148,7 @@ void combine_spans(const Attention& in, const QueryBlock& block, int64_t spans, 
             const float weight = part.peak == -kInfinity ? 0.0f : std::exp2(part.peak - peak);
             total += part.total * weight;
             float* const values = out_parts + (s * block.count + r) * padded;
-            float* const sums = out_parts + r * padded;  // span 0's place
+            float* const sums = out_parts + r * padded;  // in the buffer of span 0
             for (int64_t c = 0; c < padded; c += kVecWidth) store(sums + c, s ? load(sums + c) + load(values + c) * weight : load(values + c) * weight);
         }
         const float inverse = total == 0.0f ? 0.0f : 1.0f / total;

@@ -1,16 +1,16 @@
-// The forward for a few query rows per kv head (attention_decode_cpu.cpp). No torch.
+// Forward for a few query rows per kv head (attention_decode_cpu.cpp). No torch.
 #pragma once
 
 #include "ops/attention/attention.h"
 
 namespace neox {
 
-constexpr int64_t kDecodeRows = 8;  // (query, head) pairs per kv head up to which lanes of channels beat lanes of queries
+constexpr int64_t kDecodeRows = 8;  // up to as many (query, head) pairs per kv head, channels in the lanes are faster than queries in the lanes
 
-// Whether attention_decode_cpu does this problem, and does it faster than the blocks.
+// Whether attention_decode_cpu supports this problem and is faster than the query blocks.
 bool attention_decodes(const Attention& in);
 
-// As attention_forward_cpu.
+// Same contract as attention_forward_cpu.
 void attention_decode_cpu(const Attention& in, void* out, float* lse, const Parallel& parallel);
 
 }  // namespace neox

@@ -1,7 +1,7 @@
-// Tile arithmetic of the attention kernels on CPU: matrix products of small tiles, summed in fp32, and transposes. No torch.
+// Matrix products of small tiles with fp32 accumulation, and transposes, for the attention kernels on CPU. No torch.
 //
-// The elements of an operand are floats, or pairs of bf16 values that are neighbours in the direction of the sum: where one instruction
-// multiplies both and adds them (AVX512_BF16), a product of bf16 takes half the instructions and half the memory.
+// The elements of an operand are floats, or pairs of bf16 values adjacent along the summed dimension. With AVX512_BF16 one instruction multiplies and
+// adds both values of a pair: a bf16 product takes half the instructions and half the memory.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace neox::attention {
 
-// Rows of a product that are kept in registers for `vectors` columns: 24 accumulators of 32 registers, 12 of 16. Two
-// multiply-adds per cycle at 4 cycles latency need 8 in flight.
+// Rows of a product held in registers for `vectors` vectors of columns: 24 accumulators of 32 registers, or 12 of 16. Two multiply-adds per cycle at
+// 4 cycles latency need 8 in flight.
 #if defined(__AVX512F__)
 constexpr int kMaxVectors = 4;
 constexpr int product_rows(int vectors) { return vectors >= 4 ? 6 : vectors == 3 ? 8 : 12; }
@@ -30,7 +30,7 @@ static_assert(sizeof(Pair) == sizeof(float));
 using neox::load;
 using neox::store;
 
-// kVecWidth elements, or one in all lanes, as bits.
+// load and store move kVecWidth elements as bits; spread broadcasts one to all lanes.
 NEOX_INLINE Vec load(const Pair* p) {
     Vec v;
     std::memcpy(&v, p, sizeof(v));
@@ -47,7 +47,7 @@ NEOX_INLINE Vec spread(const Pair* p) {
     return from_bits(splat_int(word));
 }
 
-// Arithmetic on vectors of elements, each of which holds kTerms terms of a sum.
+// Arithmetic on vectors of elements. An element holds kTerms terms of a sum.
 template <class E>
 struct Arithmetic;
 
@@ -58,11 +58,11 @@ struct Arithmetic<float> {
 
     static NEOX_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
 
-    // Elements of every lane from their terms.
+    // Packs the terms of each lane into elements.
     static NEOX_INLINE Vec join(const Vec (&terms)[1]) { return terms[0]; }
 };
 
-// What the rows of a tensor of T become in a tile.
+// Element type of a tile loaded from a tensor of T.
 template <class T>
 struct ElementOf {
     using type = float;
@@ -74,7 +74,7 @@ struct Arithmetic<Pair> {
     using Scalar = bf16;
     static constexpr int64_t kTerms = 2;
 
-    // Denormals count as zeros, as everywhere in this extension.
+    // Denormals are treated as zeros, as by every instruction of AVX512_BF16.
     static NEOX_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
         return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
     }
@@ -84,7 +84,7 @@ struct Arithmetic<Pair> {
         return reinterpret_cast<Vec>(_mm512_permutexvar_epi16(neighbours(0, kVecWidth), reinterpret_cast<__m512i>(halves)));
     }
 
-    // to[c] = (first[c], second[c]) for the 2 * kVecWidth values of each.
+    // to[c] = (first[c], second[c]) for 2 * kVecWidth values.
     static NEOX_INLINE void interleave(Vec first, Vec second, Pair* to) {
         const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
         store(to, reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, neighbours(0, 2 * kVecWidth), b)));
@@ -92,7 +92,7 @@ struct Arithmetic<Pair> {
     }
 
   private:
-    // Words begin, begin + apart, begin + 1, begin + 1 + apart, ...
+    // Indices begin, begin + apart, begin + 1, begin + 1 + apart, ...
     static NEOX_INLINE __m512i neighbours(int begin, int apart) {
         return reinterpret_cast<__m512i>((lane_index() + begin) | ((lane_index() + begin + apart) << 16));
     }
@@ -110,7 +110,7 @@ using Element = typename ElementOf<T>::type;
 template <class E>
 constexpr int64_t kTerms = Arithmetic<E>::kTerms;
 
-// The left operand of a product, read one element at a time: element (i, k) is data[i * row + k * step]; one of both is 1.
+// Left operand of a product, read one element at a time. Element (i, k) is data[i * row + k * step]; row or step is 1.
 template <class E>
 struct Left {
     const E* data;
@@ -118,7 +118,7 @@ struct Left {
     int64_t step;
 };
 
-// Where a product goes: added to what is there, or `factor` times the product in its place.
+// Destination of a product: the product is added, or stored times `factor`.
 struct Into {
     float* data;
     int64_t row;
@@ -126,8 +126,8 @@ struct Into {
     float factor = 1.0f;
 };
 
-// c[i][0:V*width] = sum over k of a(i, k) * b[k][0:V*width], i < R. Each sum starts at zero and runs over k in order; it is then added to c:
-// sums over many tiles round once per tile, not once per element. The bits of a row don't depend on R, V, or on the rows beside it.
+// c[i][0:V*width] = sum over k of a(i, k) * b[k][0:V*width] for i < R. Each sum starts at zero, runs over k in order and is then added to c, so that
+// sums over many tiles round once per tile instead of once per element. The bits of a row do not depend on R, V or neighbouring rows.
 template <int R, int V, bool kUnitRow, class E>
 NEOX_INLINE void product_block(int64_t depth, Left<E> a, const E* b, int64_t b_row, Into c) {
     Vec sum[R][V] = {};
@@ -153,14 +153,14 @@ NEOX_INLINE void product_block(int64_t depth, Left<E> a, const E* b, int64_t b_r
     }
 }
 
-// GCC 12 allocates registers loop by loop and then spills some of the right operand's although they fit.
+// GCC 12 allocates registers loop by loop and would spill parts of the right operand although it fits.
 #if defined(__GNUC__) && !defined(__clang__)
 #define NEOX_ONE_REGION __attribute__((optimize("ira-region=one")))
 #else
 #define NEOX_ONE_REGION
 #endif
 
-// One panel of V vectors of columns, all rows.
+// Computes all rows of a panel of V vectors of columns.
 template <int V, bool kUnitRow, class E>
 NEOX_ONE_REGION inline void product_panel(int64_t rows, int64_t depth, Left<E> a, const E* b, int64_t b_row, Into c) {
     constexpr int R = product_rows(V);

@@ -1,7 +1,7 @@
-// A block of query rows, the keys it sees, and the scores of a tile of keys against it. No torch.
+// A block of query rows, the keys visible to it, and its scores against a tile of keys. No torch.
 //
-// Scores are stored [key][query]: the queries lie in the lanes of the vectors, so that the softmax over keys needs no sum across lanes, and
-// the keys and values are read one element at a time in the order in which they lie in memory.
+// Scores are stored [key][query]. Vector lanes hold queries, so that the softmax over keys needs no reduction across lanes, and the elements of keys
+// and values are broadcast one at a time in memory order.
 #pragma once
 
 #include <algorithm>
@@ -16,21 +16,21 @@
 namespace neox::attention {
 
 constexpr int64_t kQueries = 64;  // rows of a block: (query, head of the group) pairs, heads innermost
-constexpr int64_t kKeys = 48;     // keys of a tile, a multiple of the 6 rows of a product; tiles begin at multiples of it
-constexpr int64_t kShared = 4;    // blocks that use a tile once it is loaded
+constexpr int64_t kKeys = 48;     // keys of a tile, a multiple of the 6 rows of a product block; tiles start at multiples of it
+constexpr int64_t kShared = 4;    // blocks that share a loaded tile
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t size) { return (size + kVecWidth - 1) / kVecWidth * kVecWidth; }
 
-// Elements that hold `count` terms of a sum.
+// Number of elements that hold `count` terms of a sum.
 template <class E>
 inline int64_t elements(int64_t count) {
     return (count + kTerms<E> - 1) / kTerms<E>;
 }
 
-// Channels of a row in a tile of elements E: whole vectors of elements, the channels beyond head_dim zero.
+// Channels of a tile row with elements E: head_dim rounded up to full vectors. The padding is zero.
 template <class E>
 inline int64_t padded_channels(int64_t head_dim) {
     return kTerms<E> * round_up(elements<E>(head_dim));
@@ -38,12 +38,12 @@ inline int64_t padded_channels(int64_t head_dim) {
 
 struct QueryBlock {
     int64_t batch, group;
-    int64_t count;   // rows in use; the lanes after them repeat the last row
-    int64_t padded;  // count rounded up to whole vectors
+    int64_t count;   // rows in use; the lanes past them repeat the last row
+    int64_t padded;  // count rounded up to full vectors
     int64_t row[kQueries], head[kQueries];
     alignas(64) int32_t position[kQueries];
     alignas(64) int32_t segment[kQueries];
-    alignas(64) float slope[kQueries];  // of ALiBi, for scores in base 2
+    alignas(64) float slope[kQueries];  // ALiBi slopes for scores in base 2
     int64_t first_position, last_position;
     int32_t low_segment, high_segment;
 };
@@ -81,7 +81,7 @@ struct KeyRange {
     int64_t begin, end;
 };
 
-// The smallest range that holds every key that a row of the block sees, as far as first and last key go.
+// The smallest contiguous range that contains every key visible to a row of the block.
 inline KeyRange visible_keys(const Attention& in, const QueryBlock& block) {
     KeyRange range{0, in.keys};
     if (in.causal) range.end = std::min(range.end, block.last_position + 1);
@@ -99,7 +99,7 @@ inline KeyRange intersection(const KeyRange& a, const KeyRange& b) { return {std
 
 enum class Visible { kNone, kSome, kAll };
 
-// What the rows of the block see of keys [begin, end).
+// How much of keys [begin, end) the rows of the block see.
 inline Visible visibility(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end) {
     bool all = true;
     if (in.causal) all = all && end - 1 <= block.first_position;
@@ -117,9 +117,9 @@ inline Visible visibility(const Attention& in, const QueryBlock& block, int64_t 
     return all ? Visible::kAll : Visible::kSome;
 }
 
-// 2^x to 8e-8 relative; exactly 0 below 2^-126, NaN for NaN.
+// 2^x with relative error 8e-8; exactly 0 below 2^-126, NaN for NaN.
 NEOX_INLINE Vec exp2(Vec x) {
-    const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits are x rounded to an integer
+    const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits become x rounded to an integer
     const Vec f = x - (shifted - 12582912.0f);
     Vec p = f * 1.535336180e-4f + 1.339887445e-3f;
     p = p * f + 9.618437358e-3f;
@@ -130,10 +130,10 @@ NEOX_INLINE Vec exp2(Vec x) {
     return x < -126.0f ? Vec{} : from_bits(bits(p) + (bits(shifted) << 23));
 }
 
-// What the products of queries are multiplied by, so that the scores come out in base 2, or as the argument of tanh under softcap.
+// Factor on products of queries and keys that gives scores in base 2, or with softcap the argument of tanh.
 inline float query_factor(const Attention& in) { return in.softcap > 0 ? in.scale / in.softcap : in.scale * kLog2E; }
 
-// scores [key][query] become softcap * tanh(scores) in base 2; slope, unless null, the derivative 1 - tanh^2.
+// scores [key][query] become softcap * tanh(scores) in base 2. Unless null, slope becomes the derivative 1 - tanh^2.
 inline void cap_scores(const Attention& in, const QueryBlock& block, int64_t keys, float* scores, float* slope) {
     const float cap = in.softcap * kLog2E;
     for (int64_t j = 0; j < keys; ++j) {
@@ -160,7 +160,7 @@ inline void add_alibi(const QueryBlock& block, int64_t begin, int64_t end, float
     }
 }
 
-// Scores of keys that a row does not see become -inf.
+// Sets the scores of keys that a row does not see to -inf.
 inline void mask_scores(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, float* scores) {
     const int32_t* const segments = in.segments ? in.segments + block.batch * in.keys : nullptr;
     const int32_t reach = static_cast<int32_t>(std::min<int64_t>(in.window, std::numeric_limits<int32_t>::max()));
@@ -177,19 +177,19 @@ inline void mask_scores(const Attention& in, const QueryBlock& block, int64_t be
     }
 }
 
-// Everything between the product of queries and keys and the softmax.
+// Applies softcap, ALiBi and masks: all between the product of queries and keys and the softmax.
 inline void finish_scores(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, Visible visible, float* scores, float* cap_slope) {
     if (in.softcap > 0) cap_scores(in, block, end - begin, scores, cap_slope);
     if (in.slopes) add_alibi(block, begin, end, scores);
     if (visible == Visible::kSome) mask_scores(in, block, begin, end, scores);
 }
 
-// What dropout multiplies the probabilities of keys [begin, end) by: 0 or 1 / (1 - p), [key][query]. The random word of key j for row i of head h
-// in batch b has number ((b * n + h) * s + i) * ceil(t / 4) * 4 + j, whatever the tiles are.
+// Dropout factors [key][query] of the probabilities of keys [begin, end): 0 or 1 / (1 - p). The random word of key j for row i of head h in batch b
+// has index ((b * n + h) * s + i) * ceil(t / 4) * 4 + j, which does not depend on the tiling.
 inline void draw_dropout(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, float* factors) {
     const int64_t quads = (in.keys + 3) / 4, heads = in.groups * in.heads;
     const uint32_t threshold = static_cast<uint32_t>(dropout_threshold(in.dropout));
-    const float kept = 1.0f / (1.0f - in.dropout);
+    const float keep_scale = 1.0f / (1.0f - in.dropout);
     uint64_t first[kQueries];
     for (int64_t i = 0; i < block.padded; ++i) {
         const int64_t head = block.batch * heads + block.group * in.heads + block.head[i];
@@ -202,12 +202,12 @@ inline void draw_dropout(const Attention& in, const QueryBlock& block, int64_t b
             for (int w = 0; w < 4; ++w) words[w][i] = drawn.word[w];
         }
         for (int64_t j = std::max(quad * 4, begin); j < std::min(quad * 4 + 4, end); ++j) {
-            for (int64_t i = 0; i < block.padded; ++i) factors[(j - begin) * kQueries + i] = words[j % 4][i] >= threshold ? kept : 0.0f;
+            for (int64_t i = 0; i < block.padded; ++i) factors[(j - begin) * kQueries + i] = words[j % 4][i] >= threshold ? keep_scale : 0.0f;
         }
     }
 }
 
-// One row of head_dim channels to `padded`, the channels beyond head_dim zero.
+// Loads a row of head_dim channels and pads it with zeros to `padded` channels.
 template <class T>
 inline void load_row(const T* from, int64_t head_dim, int64_t padded, float* to) {
     int64_t c = 0;
@@ -218,9 +218,9 @@ inline void load_row(const T* from, int64_t head_dim, int64_t padded, float* to)
 inline void load_row(const bf16* from, int64_t head_dim, int64_t padded, Pair* to) {
     constexpr int64_t kStep = 2 * kVecWidth;
     int64_t c = 0;
-    const auto copy = [&](const bf16* whole) {
+    const auto copy = [&](const bf16* values) {
         Vec words;
-        std::memcpy(&words, whole, sizeof(words));
+        std::memcpy(&words, values, sizeof(words));
         store(to + c / 2, words);
     };
     for (; c + kStep <= head_dim; c += kStep) copy(from + c);
@@ -238,7 +238,7 @@ inline void store_row(const float* from, int64_t head_dim, T* to) {
     if (c < head_dim) store(to + c, load(from + c), head_dim - c);
 }
 
-// Rows of a [batch, sequence, groups, heads, head_dim] tensor for the lanes of a block; lanes beyond its rows become zeros.
+// Loads a block's rows of a [batch, sequence, groups, heads, head_dim] tensor. Lanes past its rows become zeros.
 template <class T, class E>
 inline void load_queries(const Attention& in, const QueryBlock& block, const T* data, const AttentionStrides& strides, E* rows) {
     const int64_t padded = padded_channels<E>(in.head_dim), row = padded / kTerms<E>;
@@ -249,7 +249,7 @@ inline void load_queries(const Attention& in, const QueryBlock& block, const T* 
     std::fill(rows + block.count * row, rows + block.padded * row, E{});
 }
 
-// rows [row][padded] of fp32.
+// Stores a block's rows, fp32 [row][padded], to such a tensor.
 template <class T>
 inline void store_queries(const Attention& in, const QueryBlock& block, const float* rows, int64_t padded, T* data, const AttentionStrides& strides) {
     T* const base = data + block.batch * strides.batch + block.group * strides.group;
@@ -258,15 +258,15 @@ inline void store_queries(const Attention& in, const QueryBlock& block, const fl
     }
 }
 
-// A tile's rows as operands of sums over their channels, [row][channel / kTerms], and of sums over the rows, [row / kTerms][channel]. Both are the
-// same floats; pairs of bf16 need a copy of each, and `across` is null where nothing sums over the rows.
+// A tile as operand of sums over channels, along [row][channel / kTerms], and of sums over rows, across [row / kTerms][channel]. For floats both are
+// the same buffer. Pairs of bf16 need one copy of each; `across` is null if nothing sums over the rows.
 template <class E>
 struct Operand {
     E* along;
     E* across;
 };
 
-// across from along; a last row without a neighbour is paired with zeros.
+// Fills across from along. An unpaired last row is paired with zeros.
 template <class E>
 inline void pair_rows(const Operand<E>& operand, int64_t rows, int64_t padded) {
     if constexpr (kTerms<E> == 2) {
@@ -280,7 +280,7 @@ inline void pair_rows(const Operand<E>& operand, int64_t rows, int64_t padded) {
     }
 }
 
-// Rows [range.begin, range.end) of the keys or values of one batch and group.
+// Loads rows [range.begin, range.end) of the keys or values of one batch and group.
 template <class T, class E>
 inline void load_keys(const Attention& in, const QueryBlock& block, KeyRange range, const void* data, const AttentionStrides& strides, const Operand<E>& to) {
     const int64_t padded = padded_channels<E>(in.head_dim), row = padded / kTerms<E>;
@@ -289,14 +289,14 @@ inline void load_keys(const Attention& in, const QueryBlock& block, KeyRange ran
     if (to.across) pair_rows(to, range.end - range.begin, padded);
 }
 
-// columns [channel / kTerms][query] of rows [query][channel / kTerms].
+// Transposes rows [query][channel / kTerms] to columns [channel / kTerms][query].
 template <class E>
 inline void to_columns(const Attention& in, const QueryBlock& block, const E* rows, E* columns) {
     const int64_t row = padded_channels<E>(in.head_dim) / kTerms<E>;
     transpose(rows, row, block.padded, row, columns, kQueries);
 }
 
-// products[query] = sum over channels, in the order of `product`, of a [channel][query] * b [channel][query].
+// products[query] = sum over channels of a [channel][query] * b [channel][query], in the order of `product`.
 template <class E>
 inline void product_of_columns(int64_t channels, int64_t queries, const E* a, const E* b, float* products) {
     for (int64_t i = 0; i < queries; i += kVecWidth) {
@@ -306,19 +306,19 @@ inline void product_of_columns(int64_t channels, int64_t queries, const E* a, co
     }
 }
 
-// The keys of a tile that a block sees, from a key on with which an element begins.
+// The range extended to start at the first key of an element.
 template <class E>
-inline KeyRange whole_elements(KeyRange range) {
+inline KeyRange align_to_elements(KeyRange range) {
     return {range.begin - range.begin % kTerms<E>, range.end};
 }
 
-// A tile of scores or their gradients, [key][query], whose last element lacks a term: that term's row becomes `value`.
+// Sets the missing row of a tile of scores or their gradients, [key][query], to `value` if the last element is incomplete.
 template <class E>
 inline void fill_last(int64_t keys, float value, float* tile) {
     if (keys % kTerms<E>) std::fill_n(tile + keys * kQueries, kQueries, value);
 }
 
-// Scratch of one thread, in elements of 4 bytes, cut into aligned pieces. It starts as zeros.
+// Scratch memory of one thread, zero-initialised, from which buffers aligned to 64 bytes are carved. Sizes count elements of 4 bytes.
 class Scratch {
   public:
     explicit Scratch(int64_t elements) : lines_(static_cast<size_t>((elements + 15) / 16 + 64)) {}
@@ -326,9 +326,9 @@ class Scratch {
     template <class E = float>
     E* allocate(int64_t elements) {
         static_assert(sizeof(E) == sizeof(float));
-        float* const piece = lines_.data()->x + used_;
+        float* const buffer = lines_.data()->x + used_;
         used_ += (elements + 15) / 16 * 16;
-        return reinterpret_cast<E*>(piece);
+        return reinterpret_cast<E*>(buffer);
     }
 
   private:
@@ -339,7 +339,7 @@ class Scratch {
     int64_t used_ = 0;
 };
 
-// The order in which n blocks of growing cost are handed to threads, so that equal ranges cost about the same: 0, n - 1, 1, n - 2, ...
+// Order in which n blocks of growing cost are assigned to threads, so that equal ranges cost about the same: 0, n - 1, 1, n - 2, ...
 inline int64_t alternating(int64_t index, int64_t n) { return index % 2 == 0 ? index / 2 : n - 1 - index / 2; }
 
 }  // namespace neox::attention
