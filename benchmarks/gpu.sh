@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that a GPU machine can tell in ten minutes: builds the libraries for its GPU, loads them, runs the operators' tests on it, the
-# benchmarks of every operator and a short training run. No network. A step that fails or runs out of time is reported, the others go on;
+# All that a GPU machine can show in ten minutes: builds the libraries for its GPU, loads them, runs the operators' tests on it, the
+# benchmarks of every operator and a short training run. No network. A step that fails or runs out of time is reported, the others still run;
 # the exit status is 1 when any did.
 #
 #   OUT=results benchmarks/gpu.sh             needs python3 with torch 2.11 or later, nvcc, g++, and what pyproject.toml lists for import
@@ -10,14 +10,14 @@
 #
 # What a step needs and the machine lacks is named, and the step left out; a kernel that fails takes its own tests and its own rows along.
 #
-# Leaves in $OUT: report.txt (summary and tables), results.json (all rows), log.txt (what every step said).
+# Leaves in $OUT: report.txt (summary and tables), results.json (all rows), log.txt (the output of every step).
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-benchmarks/results/gpu}
 DEVICE=${DEVICE:-cuda}
 PYTHON=${PYTHON:-python3}
-BUDGET=${BUDGET:-570} # seconds for the whole; steps that no longer fit are left out
+BUDGET=${BUDGET:-570} # seconds in total; steps that no longer fit are left out
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 mkdir -p "$OUT"
@@ -28,7 +28,7 @@ MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export MAX_JOBS
 failures=0
 
-# step NAME SECONDS COMMAND...: runs it under a time limit; what it says goes to the log, and its outcome to the summary.
+# step NAME SECONDS COMMAND...: runs it under a time limit; its output goes to the log, and its outcome to the summary.
 step() {
     local name=$1 limit=$2 start=$SECONDS status=0 verdict
     shift 2
@@ -63,7 +63,7 @@ lacking() {
     "$PYTHON" -c 'import importlib.util, sys; print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))' "$@"
 }
 
-# bench NAME SECONDS COMMAND...: a step whose rows are kept: the table for the report, the JSON for results.json.
+# bench NAME SECONDS COMMAND...: a step whose rows are recorded: the table for the report, the JSON for results.json.
 bench() {
     local name=$1
     step "$name" "$2" "$PYTHON" "${@:3}" --json
@@ -89,7 +89,7 @@ lacks=$(lacking numpy orjson pydantic pytest tensorboard tokenizers transformers
 quick=(--quick)
 if [ "$DEVICE" = cuda ]; then
     quick=()
-    # nvcc on the PATH may be a link or a wrapper: it tells its own root.
+    # nvcc on the PATH may be a link or a wrapper: it reports its own root.
     CUDA_HOME=${CUDA_HOME:-$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p' | head -n 1)}
     export CUDA_HOME
     # 9.0 has instructions of its own, which need the target 9.0a; a list of one architecture compiles in a third of the time.
@@ -141,7 +141,7 @@ lacks=$(lacking orjson pydantic tensorboard tokenizers transformers yaml)
 if [ -n "$lacks" ]; then
     left_out training "no ${lacks// /, no }"
 else
-    bench training 120 benchmarks/train/bench_gpu.py --quick # Pythia-160M; without a GPU it says so and has no rows
+    bench training 120 benchmarks/train/bench_gpu.py --quick # Pythia-160M; without a GPU it reports that and has no rows
 fi
 
 "$PYTHON" - "$WORK" "$OUT/results.json" <<'END'

@@ -3,7 +3,7 @@
 A round times each contestant once, one after another, so that a change of clock or a busy neighbour meets all of them; the figure of a
 contestant is its median over the rounds. Inputs are random: zeros run faster than data.
 
-On a GPU (--device cuda) a call is timed by events around it, after a write that is far larger than the caches has gone before it: the
+On a GPU (--device cuda) a call is timed by events around it, after a write that is far larger than the caches has preceded it: the
 caches are cold, and while the GPU writes the host gets ahead, so that launch gaps are not part of the figure. An operator in GB/s has a row
 with the peer "memory copy", the same number of bytes copied in the same rounds: its ratio is the share of the copy bandwidth that ours reaches.
 """

@@ -1,7 +1,7 @@
 """The main job on real text, start to end: `make demo`.
 
 Corpus: the sources of the running Python's standard library. Trains a tokenizer, preprocesses, trains under DeepSpeed,
-is killed half way and resumes, evaluates on held-out files, generates, exports to Hugging Face. Every step is the command
+is killed halfway and resumes, evaluates on held-out files, generates, exports to Hugging Face. Every step is the command
 that a user would type. Ends in a table of PASS/FAIL lines; exits 1 if one failed.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yml"
-HELD_OUT_EVERY = 20  # one file in so many is never trained on
+HELD_OUT_EVERY = 20  # one file in this many is never trained on
 OVERLAP = 12  # steps computed twice: once before the kill, once after the resume
 LOSS_BOUND = 0.60  # validation loss, as a share of the first step's loss
 LOGIT_BOUND = 1e-4  # largest difference between our logits and Hugging Face's
@@ -98,7 +98,7 @@ def shown(word: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The environment of the commands: one thread for each of the two training processes unless the user says otherwise."""
+    """The environment of the commands: one thread for each of the two training processes unless the user sets another number."""
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
     env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
@@ -165,7 +165,7 @@ def kill_tree(process: subprocess.Popen) -> None:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            continue  # gone already
+            continue  # exited already
     process.wait()
 
 

@@ -27,7 +27,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real corpora, tokenizers and fixtures that lie beside the checkout; skips where it is absent."""
+    """Folder of real corpora, tokenizers and fixtures that lie next to the checkout; skips where it is absent."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the test data folder {SHARED_DATA}, which is not part of the repository")
     return SHARED_DATA
@@ -85,7 +85,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the library that was asked for before neox.ops looks for one, and choose the device before any tensor is made."""
+    """Load the requested library before neox.ops searches for one, and choose the device before any tensor is made."""
     library, device = config.getoption("--ops-library"), config.getoption("--device")
     if library is None and device == "cpu":
         return

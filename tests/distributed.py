@@ -1,7 +1,7 @@
 """Real process groups for tests: N processes of a function or a command over gloo, forked from a warm one, and real launches of train.py, with time limits.
 
 Nothing here is mocked: processes get what a launcher would give them, their output is captured, and on a time-out the
-whole process group is killed and its output printed.
+complete process group is killed and its output printed.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class Patience:
         self.since = self.begin
 
     def is_over(self, progress: Callable[[], object]) -> bool:
-        """Ask at every look; `progress` is asked for only when the time is up."""
+        """Ask at every poll; `progress` is asked for only when the time is up."""
         now = time.monotonic()
         if now - self.begin < self.timeout:
             return False
@@ -245,7 +245,7 @@ def innermost_call(output: str) -> str:
     blocks = re.split(r"\n(?=(?:Current thread|Thread) 0x)", stacks)
     calls = re.findall(r'File "([^"]*)", line (\d+) in (\S+)', blocks[-1])
     if not dumped or not calls:
-        return "an unknown place: it wrote no stack"
+        return "an unknown position: it wrote no stack"
     ours = [call for call in calls if Path(call[0]).is_relative_to(ROOT) and "site-packages" not in call[0]]
     file, line, function = (ours or calls)[0]
     return f"{os.path.relpath(file, ROOT) if ours else file}:{line} {function}"

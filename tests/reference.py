@@ -20,10 +20,10 @@ OPERATORS = Path(__file__).parents[1] / "csrc" / "ops"
 DEVICE = torch.get_default_device()
 CUDA_KERNELS = DEVICE.type == "cuda" or ISA == LOADED
 
-# largest error allowed, relative to the largest magnitude in the reference: four units in the last place of the 16-bit types
+# largest error allowed, relative to the largest magnitude in the reference: four ulps of the 16-bit types
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
-# what the checks of all operators say of a dtype that their kernels do not have
+# the error of every operator for a dtype that its kernels lack
 FLOAT_RULE = r"must be float32(?: or bfloat16|, bfloat16 or float16)"
 
 SIZES = (1, 17, 819)
@@ -189,7 +189,7 @@ def philox(key: int, counter_low: np.ndarray, counter_high: int) -> np.ndarray:
 
 
 def dropout_mask(rows: int, cols: int, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """[rows, cols] bool, True = kept: word of element (r, c) at r * ceil4(cols) + c must be at least p 2^32."""
+    """[rows, cols] bool, True = not dropped: word of element (r, c) at r * ceil4(cols) + c must be at least p 2^32."""
     quads = (cols + 3) // 4
     words = philox(int(seed[0]), np.arange(rows * quads), int(seed[1])).reshape(rows, 4 * quads)[:, :cols]
     return torch.from_numpy(words >= np.uint64(p * 2**32)).to(DEVICE)

@@ -89,7 +89,7 @@ def module_prefix(module: str, parts: int) -> str:
 
 
 def floor_violations(tree: ast.AST, module: str) -> Iterator[Finding]:
-    """Imports of the same or a higher floor, of torch where it has no place, of deepspeed outside the engine."""
+    """Imports of the same or a higher floor, of torch where it is not allowed, of deepspeed outside the engine."""
     package = package_of(module)
     for line, name in imported_modules(tree, module.rpartition(".")[0]):
         target = package_of(name)

@@ -72,7 +72,7 @@ def test_the_innermost_call_is_one_of_ours_where_there_is_one():
     inner, outer = '  File "/usr/lib/torch.py", line 7 in barrier\n', f'  File "{ROOT}/neox/x.py", line 9 in step\n'
     assert innermost_call(dump + inner + outer) == "neox/x.py:9 step"
     assert innermost_call(dump + inner) == "/usr/lib/torch.py:7 barrier"
-    assert innermost_call("no stacks") == "an unknown place: it wrote no stack"
+    assert innermost_call("no stacks") == "an unknown position: it wrote no stack"
 
 
 def test_a_process_group_that_is_left_is_closed():

@@ -45,7 +45,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def keys(text: str) -> list[str]:
-    """What looks like a config key in backquotes: section.key, with or without a value."""
+    """Anything like a config key in backquotes: section.key, with or without a value."""
     return [key for key in KEY.findall(text) if key.split(".")[0] in SECTIONS and not key.endswith(FILE_ENDINGS)]
 
 

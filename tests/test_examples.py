@@ -42,7 +42,7 @@ def module(name: str):
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
     """What examples/own_data.sh writes."""
-    folder = tmp_path_factory.mktemp("own data")
+    folder = tmp_path_factory.mktemp("my data")
     (folder / "texts").mkdir()
     for page in sorted((ROOT / "docs").glob("[a-m]*.md")):
         (folder / "texts" / f"{page.stem}.txt").write_bytes(page.read_bytes())
@@ -52,7 +52,7 @@ def own(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_own_data_learns(own):
+def test_training_on_a_folder_of_text_learns(own):
     assert len(losses(own / "run")) == STEPS
     assert losses(own / "run")[-1] < losses(own / "run")[0]
 

@@ -1,4 +1,4 @@
-"""The Slurm script on this machine, with stand-ins for Slurm's own programs; and what can be said of the Dockerfile without Docker."""
+"""The Slurm script on this machine, with stand-ins for Slurm's own programs; and what can be checked of the Dockerfile without Docker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.train.corpus import make_config, make_corpus, records
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# srun as the script uses it: so many tasks on this node, each with Slurm's variables; ends with the highest exit code. SLURM_SIGNAL stands for the signal
+# srun as the script uses it: that many tasks on this node, each with Slurm's variables; ends with the highest exit code. SLURM_SIGNAL stands for the signal
 # that Slurm sends to the tasks ahead of the time limit: here once the run has made that many steps.
 SRUN = """#!/usr/bin/env bash
 tasks=1
@@ -96,7 +96,7 @@ def test_the_exit_code_of_a_failed_run_is_the_jobs(slurm, tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
-def test_outside_of_a_job_the_script_says_how_to_start_it():
+def test_outside_of_a_job_the_script_reports_how_to_start_it():
     done = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sh")], env={"PATH": environment()["PATH"]}, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "start this by sbatch" in done.stderr
 

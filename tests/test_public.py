@@ -31,7 +31,7 @@ def test_a_model_needs_no_mesh():
     assert model.mesh.world_size == 1
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_declares_that_it_is_typed():
     folder = Path(neox.__file__).parent
     assert (folder / "py.typed").is_file()
     stub = ast.parse((folder / "__init__.pyi").read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ class Contest:
         self.target = {f"{kind}/{name}": torch.zeros_like(tensor) for (name, kind), tensor in state.items()}
 
     def save_ours(self) -> None:
-        """A whole checkpoint: checksums, fsync of files and folders, renames, manifest."""
+        """A complete checkpoint: checksums, fsync of files and folders, renames, manifest."""
         shutil.rmtree(self.root, ignore_errors=True)
         save(
             self.root,

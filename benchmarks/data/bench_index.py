@@ -103,7 +103,7 @@ def blend_rows(loops: ctypes.CDLL, size: int, rounds: int) -> Iterator[dict[str,
 
 
 def open_rows(folder: str, documents: int, rounds: int) -> Iterator[dict[str, object]]:
-    """Opening with the whole structural check, and the order of an epoch. The peer is the bar of half a second for 20 million documents."""
+    """Opening with the full structural check, and the order of an epoch. The peer is the bar of half a second for 20 million documents."""
     prefix = Path(folder) / "large"
     random = np.random.default_rng(2)
     with IndexedWriter(prefix, "uint16") as writer:

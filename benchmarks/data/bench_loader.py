@@ -1,7 +1,7 @@
 """Tokens per processor second of the loader, warm, in the caller's thread, against plain numpy: a view of the map, a copy to int64, a stack of the rows.
 
 The dataset has documents of lognormal lengths; it is read once before, so that checksums are done and the pages are there. With
---dataset PREFIX an own one is read. Batches are of 16 samples of 2,048 tokens, four to a step, and every id is compared with the vocabulary.
+--dataset PREFIX that dataset is read. Batches are of 16 samples of 2,048 tokens, four to a step, and every id is compared with the vocabulary.
 
 Two more rows: a step's batches of the demo (configs/demo.yml) against a hundredth of its training step, both in processor time of one thread, and the
 memory that the process has after ten epochs against that after the first.
@@ -33,7 +33,7 @@ VOCABULARY = 50_432
 
 
 def write(prefix: Path, tokens: int) -> None:
-    """A dataset of about so many tokens."""
+    """A dataset of about that many tokens."""
     random = np.random.default_rng(1)
     with IndexedWriter(prefix, "uint16") as writer:
         while writer.num_tokens < tokens:

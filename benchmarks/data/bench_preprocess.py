@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--rounds", type=int, default=5, help="runs of every contestant (default: 5)")
-    parser.add_argument("--every-id", action="store_true", help="give the tokenizers library the whole corpus and compare every document")
+    parser.add_argument("--every-id", action="store_true", help="give the tokenizers library the full corpus and compare every document")
     parser.add_argument("--corpus", nargs="+", default=[str(SHARED / "text" / name) for name in ("books.jsonl.zst", "multilingual.jsonl.zst")])
     parser.add_argument("--tokenizers", nargs="+", type=Path, default=[SHARED / "tokenizers" / f"{name}.json" for name in ("gpt-neox-20b", "gpt2")])
     for hidden, kind in (("--contestant", str), ("--tokenizer", str), ("--out", str), ("--eod", int), ("--workers", int)):

@@ -1,6 +1,6 @@
 """Write the checkpoints of tests/convert/gpt_neox with the original GPT-NeoX: `python fixtures.py CHECKOUT OUT`.
 
-Each is a form of forms.py at an even smaller size, trained on this CPU as compare.py does it. What is kept: the step's folder as GPT-NeoX
+Each is a form of forms.py at an even smaller size, trained on this CPU as compare.py does it. What is stored: the step's folder as GPT-NeoX
 wrote it without the optimizer's files, the logits and losses that GPT-NeoX computed, the dataset that its builder wrote, and the tokenizer.
 """
 

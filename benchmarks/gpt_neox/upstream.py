@@ -1,6 +1,6 @@
 """One process of the original GPT-NeoX, trained on a CPU: `python upstream.py CHECKOUT JOB.json`, started once per rank by compare.py.
 
-Its code runs as it is in the checkout. What it needs and a CPU does not have is put in its place at run time, in this process only: the
+Its code runs as it is in the checkout. What it needs and a CPU does not have is substituted at run time, in this process only: the
 few calls of torch.cuda that it makes, Apex's fused Adam (torch's AdamW computes the same), and modules that it imports without using
 them here. JOB names the YAML files, the folder for the results, and the tokens of the probe; the first process writes `losses.json`,
 and the one that holds the logits of the probe after the last step writes `logits.npy`.
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy
 import packaging.version
 import torch
-import transformers  # noqa: F401 before the empty modules: it looks at what is installed
+import transformers  # noqa: F401 before the empty modules: it inspects what is installed
 
 UNUSED = ("boto3", "ftfy", "hf_transfer", "lm_dataformat", "sentencepiece", "tiktoken", "mpi4py", "best_download", "lm_eval")
 
@@ -84,7 +84,7 @@ def pipeline_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def probe(args, model, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits of the probe over the whole vocabulary; None on a process that holds none."""
+    """Logits of the probe over the full vocabulary; None on a process that holds none."""
     from megatron import mpu
     from megatron.utils import get_ltor_masks_and_position_ids
 
@@ -104,7 +104,7 @@ def probe(args, model, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def train(job: dict, rank: int, world_size: int) -> None:
-    """Train as the YAML files say, and write down what comes out."""
+    """Train as the YAML files specify, and record the results."""
     import deepspeed
     from megatron import training
     from megatron.neox_arguments import NeoXArgs

@@ -1,9 +1,9 @@
 """attention against torch's scaled_dot_product_attention: forward, and backward alone, over masks and for decoding.
 
-On a GPU the peers are sdpa's flash and cuDNN backends where is_causal says it all, and what sdpa chooses for a whole mask where it does not.
+On a GPU the peers are sdpa's flash and cuDNN backends where is_causal suffices, and what sdpa chooses for a full mask where it does not.
 
 GFLOP/s count the pairs that the mask leaves visible: 4 operations per pair and channel forward, 10 backward. sdpa is given is_causal where that
-says it all, and the whole mask, made outside of the timing, where it does not.
+suffices, and the full mask, made outside of the timing, where it does not.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def plain(self) -> bool:
-        """Whether sdpa needs no mask: is_causal says it all."""
+        """Whether sdpa needs no mask: is_causal suffices."""
         return self.s == self.keys and not {"window", "segment_ids", "alibi_slopes"} & set(self.options)
 
     def visible(self) -> torch.Tensor:
@@ -73,7 +73,7 @@ GPU_CASES = (
 
 
 def gpu_cases(quick: bool) -> list[Case]:
-    """The shapes of the goals first; masks that sdpa must be given whole behind them."""
+    """The shapes of the goals first; masks that sdpa must be given in full after them."""
     ids = documents(4096, 8)
     masks = [
         Case("documents of 1/8", 4096, 128, n=16, g=16, options={"segment_ids": ids}),

@@ -1,10 +1,10 @@
 """One training step of Pythia-160M on a CPU, ours against transformers' GPTNeoXForCausalLM with sdpa: forward, loss, backward, fused AdamW.
 
 Every contestant is a process of its own, so that its peak memory is its own too, and a round lets each make one step. All start from the same
-weights and see the same tokens; their losses are compared before anything is timed. Peers: transformers as it is, and with freed memory kept in the
+weights and see the same tokens; their losses are compared before anything is timed. Peers: transformers as it is, and with freed memory retained in the
 process as `neox train` keeps it (neox/train/memory.py), which no script of theirs does; in bf16 also autocast over fp32 weights. bf16 is otherwise bf16
 weights and activations for both. The peer's own bf16 product is far slower than its fp32 one on CPUs without fast bf16 dot products, so bf16 gets few
-rounds; `neox.ops.backend("linear")` says what ours runs. The last row sets our arithmetic (GPT.flops_per_token:
+rounds; `neox.ops.backend("linear")` reports what ours runs. The last row sets our arithmetic (GPT.flops_per_token:
 attention in full) against torch's fp32 product of 2048^3 in the same round. --quick takes 1 x 128 tokens instead of 4 x 512.
 """
 
@@ -39,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative
 ROUNDS = {"fp32": 5, "bf16": 3}
 OURS = "neox"
-PEERS = {"fp32": ("transformers", "transformers kept"), "bf16": ("transformers", "transformers kept", "transformers autocast")}
+PEERS = {"fp32": ("transformers", "transformers retained"), "bf16": ("transformers", "transformers retained", "transformers autocast")}
 PRODUCT = 2048  # side of the matrices of the fp32 product
 
 
@@ -85,7 +85,7 @@ def step_of(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
 
 def contestant(name: str, dtype: str, batch: int, seq: int) -> Callable[[], float]:
     """The step of one contestant."""
-    if name in (OURS, "transformers kept"):
+    if name in (OURS, "transformers retained"):
         keep_freed_memory()
     autocast = name == "transformers autocast"
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """Bytes that a process sends in one training step under each layout, counted, against the least that the layout's algorithm allows.
 
 Counted: every collective and message that torch.distributed is asked for in one step of a real engine (fp32, gloo, up to four processes), each
-weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S of a whole tensor of S bytes, a message S,
+weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S of a full tensor of S bytes, a message S,
 a broadcast or reduce S (n - 1)/n. The least: neox.plan.communication, whose formula stands in the row's setting. Rows with "stage" are of one pipeline
-stage. A ratio of 1 says that nothing beyond the least is sent; small sums (loss, norm, stop flag, clipping) are counted too. Nothing is timed.
+stage. A ratio of 1 means that nothing beyond the least is sent; small sums (loss, norm, stop flag, clipping) are counted too. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ CASES = (
 )
 
 
-# c10d operator -> (weight times (n - 1)/n, position of the argument that holds the tensors, whether they are one member's share of the whole)
+# c10d operator -> (weight times (n - 1)/n, position of the argument that holds the tensors, whether they are one member's share of it)
 COLLECTIVES = {
     "allreduce_": (2.0, 0, False),
     "allreduce_coalesced_": (2.0, 0, False),
@@ -161,7 +161,7 @@ def run_case(case: Case) -> dict:
 
 
 def child(processes: int, out: str) -> None:
-    """The life of one of so many processes: all their cases; its launcher's variables say which one it is."""
+    """One process of a group: runs all its cases; the launcher's variables identify it."""
     dist.init_process_group("gloo")
     answers = []
     for case in CASES:
@@ -176,7 +176,7 @@ def child(processes: int, out: str) -> None:
 
 
 def count(processes: int) -> list[list[dict]]:
-    """What every process sent, for each case of so many processes, from processes of their own.
+    """What every process sent, for each case of that many processes, from new processes.
 
     Raises:
         RuntimeError: a process failed; its output is in the message.
