@@ -123,6 +123,10 @@ def test_stop_texts_begin_with_the_space_that_follows_the_prompt(llama_run, caps
     [
         ([], "no prompt; where=neox generate; want=--prompt TEXT, --prompt-file FILE, --unconditional N or --interactive"),
         (["--prompt", "a", "--temperature", "-1"], "sampling parameter out of range; where=temperature"),
+        (["--prompt", "a", "--batch-size", "0"], "option out of range; where=--batch-size; got=0; want=> 0"),
+        (["--unconditional", "0"], "option out of range; where=--unconditional; got=0; want=> 0"),
+        (["--unconditional", "-1"], "option out of range; where=--unconditional; got=-1; want=> 0"),
+        (["--prompt", "a", "--unconditional", "1"], "what to continue.*one of them"),
         (["--prompt", "a", "--tokenizer", "nowhere.json"], r"nowhere\.json"),
         (["--prompt-file", "nowhere.txt"], "cannot read the prompts; where=nowhere.txt; got=No such file or directory;"),
         (["--prompt", ""], "empty prompt"),

@@ -75,6 +75,19 @@ def test_only_the_new_tokens_are_written():
     assert torch.equal(inputs["delta"], before["delta"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_first_block_adds_nothing_to_the_stream(parallel, dtype):
+    """No delta is a delta of zeros; the stream comes out as it went in, plus the attention where the branches follow each other."""
+    inputs, zeros = operands(seq=2, dtype=dtype) | {"parallel": parallel}, operands(seq=2, dtype=dtype) | {"parallel": parallel}
+    inputs["delta"] = None
+    zeros["delta"] = torch.zeros_like(zeros["delta"])
+    stream, delta = decode_block(**inputs)
+    wanted_stream, wanted_delta = decode_block(**zeros)
+    assert torch.equal(stream, wanted_stream) and torch.equal(delta, wanted_delta)
+    assert torch.equal(stream, inputs["stream"]) == parallel
+
+
 def test_tables_and_masks_in_any_layout():
     want = decode_block(**operands())
     inputs = operands()
