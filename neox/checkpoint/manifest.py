@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what is stored where. It is written last, and checked before anything in it is used.
+r"""The manifest of a checkpoint: what is stored where. It is written last, and checked before anything in it is used.
 
 `manifest.json` is one line of JSON with a fixed frame around its body, so that the checksum covers exact bytes:
 

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug: bool) -> int:
     """Report what kept this process from joining, and tell the others, which would wait for it. What all processes meet, such as a wrong config, is
-    reported once. Returns the exit code."""
+    reported once. Returns the exit code.
+    """
     known = as_problem(error, "train")
     notice = make_notice(launch.rank, 1 if known is None else known.exit_code, f"{type(error).__name__}: {error}" if known is None else known.line())
     stop = partial(getattr, signals, "requested")

@@ -12,7 +12,8 @@ from neox.parallel.mesh import Mesh
 
 class Batch(Protocol):
     """One micro-batch (neox.data.samples.loader.Batch): int64 [b, s] tokens and targets, int32 segment_ids, int64 position_ids or None, int64 sample_ids;
-    of pairs also int64 [b] ends, fp32 [b] reference."""
+    of pairs also int64 [b] ends, fp32 [b] reference.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor

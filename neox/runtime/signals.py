@@ -65,7 +65,8 @@ class StopSignals:
 
     def end_at_once(self, action: Callable[[signal.Signals], None] | None) -> None:
         """What the first signal does while there is nothing to save: `action` ends the process, from a thread, wherever the main thread is. None: a
-        signal asks for a checkpoint."""
+        signal asks for a checkpoint.
+        """
         self.at_once = action
         if action is not None and self.received is not None:
             action(self.received)

@@ -25,7 +25,8 @@ DROPPED = "metrics.dropped.jsonl"
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What MFU is a share of, FLOP/s: the data sheet's dense peak of a known GPU; on a CPU the larger of what its vector units can do and of a matrix
-    product measured here; else the measured product."""
+    product measured here; else the measured product.
+    """
     if device.type == "cuda":
         known = of_cuda_name(torch.cuda.get_device_name(device))
         if known is not None:

@@ -15,7 +15,8 @@ PAIRS, CHATS = 96, 200
 
 def make_answers(folder: Path) -> None:
     """folder/chat and its labels: a question of noise, then an answer that counts upwards, which alone is learned.
-    folder/chosen and rejected, with labels: the same question, answers that count upwards and downwards."""
+    folder/chosen and rejected, with labels: the same question, answers that count upwards and downwards.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
 

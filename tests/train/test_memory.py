@@ -116,7 +116,8 @@ sys.exit(code)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
 def test_a_step_leaves_nothing_behind(tmp_path):
     """What a step keeps lies between the blocks that the next ones free, and lets resident memory grow by many times its size. 50 bytes a step are Python's;
-    a copy of a string argument that each `bias_gelu` and its backward leave behind is 816."""
+    a copy of a string argument that each `bias_gelu` and its backward leave behind is 816.
+    """
     make_corpus(tmp_path)
     (tmp_path / "a.yml").write_text(config_text(tmp_path, tmp_path / "run"))
     changes = ["train.train_iters=100", "evaluate.interval=0", "checkpoint.save_interval=0", "guard.drift_interval=0", "zero.stage=1"]

@@ -12,7 +12,8 @@ from neox.data.samples.provenance import Coverage, DocumentSlice
 
 class Sample(NamedTuple):
     """tokens int64 [s + 1]: inputs and, one further, targets. segment_ids int32 [s]: running number of each input's document, or None.
-    labels int64 [s + 1]: the tokens, -100 where one is not to be learned; None: all are. end: the last input that is no padding."""
+    labels int64 [s + 1]: the tokens, -100 where one is not to be learned; None: all are. end: the last input that is no padding.
+    """
 
     tokens: np.ndarray
     segment_ids: np.ndarray | None
