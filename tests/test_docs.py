@@ -16,7 +16,7 @@ from neox.cli.main import COMMANDS, parse
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
 from neox.config.load import known_keys
 from neox.errors import ConfigError
-from tests import language
+from tests import language, sentences
 from tests.source_rules import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +103,23 @@ def test_what_is_wrong_is_seen():
 def test_every_command_is_described_somewhere():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [name for name in COMMANDS if not re.search(rf"\bneox {name}\b", text) and name != "train"] == []
+
+
+WRAPPED = {"attention", "clusters", "coming-from-gpt-neox", "config", "config-reference", "conversion", "data", "evaluation"}
+WRAPPED |= {"generation", "gpt-neox-keys", "kernels", "model", "ops", "parallelism", "plan", "post-training", "training", "troubleshooting"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in WRAPPED], ids=lambda page: page.name)
+def test_a_line_is_a_sentence(page):
+    text = page.read_text(encoding="utf-8")
+    assert [line for line in sentences.one_a_line(text).split("\n") if line not in text.split("\n")] == []
+
+
+def test_sentences_get_lines_of_their_own():
+    page = "# A. B\n\nOne, e.g. this\nline. Two `a. B` (three).\n\n- Item. More.\n\n| x. Y | z |\n```\nA. B\n```\n    code. A\n"
+    wanted = "# A. B\n\nOne, e.g. this line.\nTwo `a. B` (three).\n\n- Item.\n  More.\n\n| x. Y | z |\n```\nA. B\n```\n    code. A\n"
+    assert sentences.one_a_line(page) == wanted
+    assert sentences.one_a_line(wanted) == wanted
 
 
 def layers_of(text: str) -> dict[str, int]:
