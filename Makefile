@@ -29,7 +29,7 @@ REQUIREMENTS = import sys; from setuptools.config.pyprojecttoml import read_conf
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels docs wheel bench lint format clean
+.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels docs wheel bench lint types format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -133,6 +133,10 @@ lint: setup  ## ruff, clang-format, the glossary, and the rule against pickle, e
 	ruff format --check .
 	$(PY) -m pytest -q tests/test_layout.py tests/test_language.py -k "forbidden or pickles or glossary"
 	clang-format --dry-run -Werror $(C_SOURCES)
+
+types: setup  ## pyright in basic mode; joins lint when it reports nothing
+	$(PIP) pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 format: setup  ## rewrite the sources with ruff and clang-format
 	ruff check --fix .
