@@ -2,7 +2,8 @@
 
 Reading: a FIFO without a writer does not block, and a device does not fill the memory.
 
-Writing: a file is either complete or absent. The protocol is: temporary name -> write -> fsync -> rename, then fsync of the folder.
+Writing: a file is either complete or absent. The protocol is: temporary name -> write -> fsync -> rename, then fsync of
+    the folder.
 `FileSystem` holds the system calls, one method each, so that a test can inject failures, torn writes or a recorder.
 """
 
@@ -123,7 +124,10 @@ class FileSystem:
         return os.write(descriptor, data)
 
     def begin_sync(self, descriptor: int, offset: int, count: int) -> None:
-        """Hint that these bytes may be written back now, while the next ones are copied. Promises nothing and never fails."""
+        """Hint that these bytes may be written back now, while the next ones are copied.
+
+        Promises nothing and never fails.
+        """
 
     def sync(self, descriptor: int) -> None:
         """Make a file's bytes durable."""
@@ -222,15 +226,13 @@ class FileWriter:
 def write_durably(path: Path, content: bytes, *, sole_writer: bool = False, storage: FileSystem = LOCAL) -> None:
     """Write or replace a small file. After a crash it is complete, old or new, or absent. Durable on return.
 
-    The temporary name is random: several processes may write the same file, and in a folder that others can write, a link
+    The temporary name is random: several processes may write the same file, and in a folder that others can write, a
+        link
     planted under a predictable name would redirect the write.
 
-    Args:
-        path: file to write; a link is replaced, not followed.
-        content: its bytes.
-        sole_writer: the caller is the only process that writes this file (it holds the folder's lock). The temporary name is
-            then fixed, and a leftover of an interrupted write is removed first.
-        storage: system calls.
+    Args: path: file to write; a link is replaced, not followed. content: its bytes. sole_writer: the caller is the only
+        process that writes this file (it holds the folder's lock). The temporary name is then fixed, and a leftover of
+        an interrupted write is removed first. storage: system calls.
 
     Raises:
         DiskError: the folder cannot be written or is full; no temporary file remains.
@@ -259,7 +261,10 @@ def disk_error(error: OSError, path: Path, need: int | None = None) -> DiskError
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes available to this user on the file system of `path` or of its nearest existing parent; None where statvfs fails."""
+    """Bytes available to this user on the file system of `path` or of its nearest existing parent.
+
+    None where statvfs fails.
+    """
     for folder in (path, *path.parents):
         try:
             info = os.statvfs(folder)
@@ -310,7 +315,7 @@ def make_dirs(path: Path, *, storage: FileSystem = LOCAL) -> None:
 
 
 def probe(root: str | Path, *, storage: FileSystem = LOCAL) -> None:
-    """Write, sync, rename and remove a small file in `root`, to find a folder that is not writable before the first step.
+    """Write, sync, rename and remove a small file in `root`, to detect a read-only folder before the first step.
 
     Creates `root` if it is missing. Raises DiskError.
     """
@@ -328,7 +333,10 @@ def open_no_link(name: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. The kernel releases it when the process dies. Does nothing on a file system without locks."""
+    """Hold an exclusive lock on a file.
+
+    The kernel releases it when the process dies. Does nothing on a file system without locks.
+    """
     with open(path, "ab", opener=open_no_link) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

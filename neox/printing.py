@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import orjson
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    r"""A path as text that every Unicode encoding accepts: a byte that is not UTF-8 becomes \xNN, a lone surrogate \uNNNN."""
+    r"""A path as text that every Unicode encoding accepts: bad bytes become \xNN, lone surrogates \uNNNN."""
     text = os.fspath(path)
     try:
         text.encode("utf-8")
@@ -18,7 +17,7 @@ def printable(path: str | os.PathLike[str]) -> str:
         return "".join(map(_printable_character, text))
 
 
-def json_line(value: Any) -> str:
+def json_line(value: object) -> str:
     """A value as JSON on one line, for output. Names that are not UTF-8 are written as `printable` writes them."""
     try:
         return orjson.dumps(value).decode()
@@ -26,7 +25,7 @@ def json_line(value: Any) -> str:
         return orjson.dumps(_printable_value(value)).decode()
 
 
-def _printable_value(value: Any) -> Any:
+def _printable_value(value: object) -> object:
     if isinstance(value, dict):
         return {_printable_value(key): _printable_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

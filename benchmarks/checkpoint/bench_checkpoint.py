@@ -1,9 +1,12 @@
-"""Saving and loading a training state, ours against the raw file, torch.save and safetensors; how long a step waits for an asynchronous save.
+"""Saving and loading a training state, ours against the raw file, torch.save and safetensors.
 
-The state is that of AdamW: a weight and two moments per parameter, fp32. "Raw file" writes the same bytes with plain write calls and one fsync,
-or reads them with plain read calls. Every contestant writes durably (fsync), reads from the page cache, and fills the tensors of a model
-that is there, as a resumed training does; they take turns in the same rounds. Figures are GB/s. The stall is the longest wait of a
-step in which a save begins, in steps.
+How long a step waits for an asynchronous save.
+
+The state is that of AdamW: a weight and two moments per parameter, fp32. "Raw file" writes the same bytes with plain
+    write calls and one fsync,
+or reads them with plain read calls. Every contestant writes durably (fsync), reads from the page cache, and fills the
+tensors of a model that is there, as a resumed training does; they take turns in the same rounds. Figures are GB/s. The
+stall is the longest wait of a step in which a save begins, in steps.
 """
 
 from __future__ import annotations
@@ -133,7 +136,10 @@ def bandwidth(options: Options, folder: Path) -> Iterator[Row]:
 
 
 def stall(options: Options, folder: Path) -> Row:
-    """How long a step waits for a save that begins in it, against the step itself; the steps are the time of a fixed computation."""
+    """How long a step waits for a save that begins in it, against the step itself.
+
+    The steps are the time of a fixed computation.
+    """
     state = make_state(96 if options.quick else 384)
     saver = Saver(folder / "stall", keep=1, lineage=start_lineage(folder / "stall"), background=True)
     a = torch.randn(1024, 1024)

@@ -1,8 +1,10 @@
 """What all safety costs a step of the demo's model under two processes.
 
-On: the control channel with its heartbeat, the watch for hangs, the guard against loss spikes, the comparison of replicas every 10 steps. Off: none
-of them. Both trainings live in the same two processes and take turns of a few steps, so that whatever else the machine does meets both; the
-figure is the median over the turns. Checks for values that are not finite cannot be turned off and are in both.
+On: the control channel with its heartbeat, the watch for hangs, the guard against loss spikes, the comparison of
+    replicas every 10 steps. Off: none
+of them. Both trainings live in the same two processes and take turns of a few steps, so that whatever else the machine
+does meets both; the figure is the median over the turns. Checks for values that are not finite cannot be turned off and
+are in both.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ from neox.train.progress import Progress
 
 SETTINGS = {"on": ("guard.drift_interval=10",), "off": ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0")}
 STEPS = 10  # of one training before it is the other's turn: one comparison of replicas
-RANKS = "import sys; sys.path[:0] = [sys.argv[1]]; import bench_safety; bench_safety.take_turns(sys.argv[2], int(sys.argv[3]))"
+RANKS = """import sys
+sys.path[:0] = [sys.argv[1]]
+import bench_safety
+bench_safety.take_turns(sys.argv[2], int(sys.argv[3]))"""
 
 
 def make_corpus(folder: Path) -> None:
@@ -111,7 +116,8 @@ def rows(options: Options) -> Iterator[Row]:
         make_corpus(folder)
         program = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641", "--no-python", sys.executable, "-c", RANKS]
         command = [sys.executable, *program, str(Path(__file__).parent), name, str(turns)]
-        everywhere = partial(os.sched_setaffinity, 0, range(os.cpu_count()))  # this process is bound to as many CPUs as it has threads
+        # this process is bound to as many CPUs as it has threads
+        everywhere = partial(os.sched_setaffinity, 0, range(os.cpu_count()))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, preexec_fn=everywhere)
         times = json.loads((folder / "times.json").read_text())

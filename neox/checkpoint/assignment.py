@@ -1,4 +1,4 @@
-"""Assignment of a save: ranks offer the segments they hold, and each element of each tensor is assigned to exactly one rank."""
+"""Assignment of a save: each element of each tensor is assigned to exactly one of the ranks that hold it."""
 
 from __future__ import annotations
 

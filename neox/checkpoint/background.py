@@ -1,8 +1,10 @@
 """Asynchronous saving: the state is copied at the call, and a thread writes it while the next steps run.
 
-There is one writer: a save that is due while the previous one is still being written waits for it. `outcomes` reports how saves
-ended, identically on every rank. The copies lie in one block of memory, which the next save reuses; it is as large as what this
-process stores. For tensors on a GPU it is page-locked, so that they are copied at bus speed. `Saver.reserve` allocates it before the first step.
+There is one writer: a save that is due while the previous one is still being written waits for it. `outcomes` reports
+    how saves
+ended, identically on every rank. The copies lie in one block of memory, which the next save reuses; it is as large as
+what this process stores. For tensors on a GPU it is page-locked, so that they are copied at bus speed. `Saver.reserve`
+allocates it before the first step.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ ALIGNMENT = 64  # bytes of a cache line; a multiple of every element's size
 class HostBlock:
     """A block of host memory.
 
-    Pages are locked by registering ordinary memory with CUDA: torch's allocator of page-locked memory rounds every request up to a
+    Pages are locked by registering ordinary memory with CUDA: torch's allocator of page-locked memory rounds every
+        request up to a
     power of two. They stay locked until the block is freed.
 
-    Args:
-        size: bytes.
-        locked: lock its pages. Where the system refuses (`ulimit -l`, a container's limit), the memory stays pageable and a warning is logged.
+    Args: size: bytes. locked: lock its pages. Where the system refuses (`ulimit -l`, a container's limit), the memory
+        stays pageable and a warning is logged.
     """
 
     def __init__(self, size: int, locked: bool):
@@ -66,7 +68,9 @@ def padded_bytes(count: int, dtype: torch.dtype) -> int:
 
 
 class Snapshot:
-    """Copies of fragments in host memory, in one block that the next snapshot reuses; only a larger snapshot reallocates.
+    """Copies of fragments in host memory, in one block that the next snapshot reuses.
+
+    Only a larger snapshot reallocates.
 
     Args:
         allocate: (bytes, whether to lock the pages) -> HostBlock.
@@ -130,16 +134,20 @@ class Saver:
         self.world_size = world_size
         self.background = background
         self._storage = storage
-        # A separate group: the thread's messages must not mix with those of training. gloo, because the thread must not use a GPU stream.
+        # A separate group: the thread's messages must not mix with those of training. gloo, because the thread must not
+        # use a GPU stream.
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
     def reserve(self, fragments: Iterable[Fragment]) -> None:
-        """Allocate the memory for the copies of `fragments`. Locking pages takes time: better before training than during it.
+        """Allocate the memory for the copies of `fragments`.
 
-        Does nothing without `background`, or where no fragment is on a GPU: pageable memory costs nothing until it is written.
+        Locking pages takes time: better before training than during it.
+
+        Does nothing without `background`, or where no fragment is on a GPU: pageable memory costs nothing until it is
+            written.
         """
         size, locked = 0, False
         if self.background:
@@ -159,14 +167,15 @@ class Saver:
         model_config: JsonObject,
         layout: JsonObject,
     ) -> float:
-        """Begin a checkpoint of `step`; arguments as in `neox.checkpoint.save`. The saved bytes are those at the time of this call.
+        """Begin a checkpoint of `step`; arguments as in `neox.checkpoint.save`.
+
+        The saved bytes are those at the time of this call.
 
         Returns:
             Seconds for which training was blocked.
 
-        Raises:
-            DiskError, CheckpointError: the save did not begin: the ranks could not agree on what to write, or a folder could not be created.
-                Errors of the write itself are in the `Outcome`.
+        Raises: DiskError, CheckpointError: the save did not begin: the ranks could not agree on what to write, or a
+            folder could not be created. Errors of the write itself are in the `Outcome`.
         """
         begin = time.perf_counter()
         self.join()
@@ -194,7 +203,10 @@ class Saver:
         return [self._outcomes.get() for _ in range(self._outcomes.qsize())]
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the writer, at most `timeout` seconds; returns whether it has ended. Raises nothing, so that it can be called after an error."""
+        """Wait for the writer, at most `timeout` seconds; returns whether it has ended.
+
+        Raises nothing, so that it can be called after an error.
+        """
         if self._thread is None:
             return True
         self._thread.join(timeout)

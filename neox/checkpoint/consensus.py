@@ -55,7 +55,10 @@ class RankGroup:
         return [part[: int(length)].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
     def run_on_all(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` on every rank and return every rank's result (plain JSON). If it fails on one rank, all raise that rank's error."""
+        """Run `work` on every rank and return every rank's result (plain JSON).
+
+        If it fails on one rank, all raise that rank's error.
+        """
         result, problem = None, None
         try:
             result = work()

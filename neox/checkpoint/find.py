@@ -20,13 +20,13 @@ LOG = logging.getLogger(__name__)
 def find(root: str | Path, resume: str, *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None) -> Path | None:
     """The checkpoint to resume from, fully verified; None to start at step 0.
 
-    Collective where world_size > 1: ranks divide the verification, and all return the same path or raise the same error.
+    Collective where world_size > 1: ranks divide the verification, and all return the same path or raise the same
+    error.
 
-    Args:
-        root: folder of the run's checkpoints.
-        resume: "auto": the newest valid one, with a warning for each damaged one that is skipped; None if there never was one.
-            "must": as auto, but an error if there is none. "never": None, but an error if the folder has any.
-            Anything else: the path of a checkpoint or of a folder with checkpoints (its newest); a damaged one is an error.
+    Args: root: folder of the run's checkpoints. resume: "auto": the newest valid one, with a warning for each damaged
+        one that is skipped; None if there never was one. "must": as auto, but an error if there is none. "never": None,
+        but an error if the folder has any. Anything else: the path of a checkpoint or of a folder with checkpoints (its
+        newest); a damaged one is an error.
 
     Raises:
         CheckpointError: as above; it lists what the folder holds.
@@ -103,8 +103,8 @@ def _first_problem(path: Path, ranks: RankGroup) -> CheckpointError | None:
 def resolve(path: str | Path) -> Path:
     """The checkpoint that a path refers to: itself, or the newest in a folder of checkpoints or of a run.
 
-    Raises:
-        CheckpointError: there is none (it lists what the folder holds), or the newest is damaged: an older one is never used silently.
+    Raises: CheckpointError: there is none (it lists what the folder holds), or the newest is damaged: an older one is
+        never used silently.
     """
     path = Path(path)
     if os.path.lexists(path / MANIFEST) or (folder_step(path.name) is not None and path.is_dir()):

@@ -14,7 +14,9 @@ from neox.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """The flat values of a fragment, computed on demand. It implements the part of the tensor interface that save() uses.
+    """The flat values of a fragment, computed on demand.
+
+    It implements the part of the tensor interface that save() uses.
 
     Attributes:
         make: computes the complete logical tensor; called once for every segment that is written.

@@ -1,10 +1,12 @@
 """One job at a time in a folder of checkpoints.
 
-The kernel holds the lock (flock) and releases it when the process dies, however it dies. While it is held, a second job is refused; the file's text
-names the holder. There is one exception: a forked child may still hold the lock of a process that is known to have exited.
+The kernel holds the lock (flock) and releases it when the process dies, however it dies. While it is held, a second job
+is refused; the file's text names the holder. There is one exception: a forked child may still hold the lock of a
+process that is known to have exited.
 
-A file system without flock (some Lustre and FUSE mounts) leaves only the text: the file is then created exclusively, and is taken over only if
-its holder is known to have exited. Where that cannot be known (another host, another container, a file of an earlier version), the user decides.
+A file system without flock (some Lustre and FUSE mounts) leaves only the text: the file is then created exclusively,
+and is taken over only if its holder is known to have exited. Where that cannot be known (another host, another
+container, a file of an earlier version), the user decides.
 """
 
 from __future__ import annotations
@@ -107,11 +109,14 @@ class FolderLock:
             where=self.path,
             got=", ".join(f"{key} {_clean(holder.get(key))}" for key in ("host", "pid", "started")) if holder else unknown,
             want="one job per run.dir",
-            do="stop that job, or choose another run.dir; if it has exited on every host and in every container, remove the file",
+            do="stop that job, or choose another run.dir; remove the file if it has exited on every host and container",
         )
 
     def _remove_stale(self, descriptor: int) -> None:
-        """Remove the file of an exited process. One job at a time: a second one could remove the file that the first has created since."""
+        """Remove the file of an exited process.
+
+        One job at a time: a second one could remove the file that the first has created since.
+        """
         try:
             with _folder_locked(self.path.parent):
                 if _same_file(descriptor, self.path):

@@ -1,4 +1,4 @@
-"""A checkpoint of a run with low-rank adapters, read as one of the model without them: W is replaced by W + alpha / rank B A."""
+"""A checkpoint with low-rank adapters, read as one of the model without them: W becomes W + alpha / rank B A."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ class MergedCheckpoint(Checkpoint):
 
 
 def open_weights(path: str | Path) -> Checkpoint:
-    """Open a checkpoint as that of a model without adapters, whether it has any or not. Raises CheckpointError as Checkpoint does."""
+    """Open a checkpoint as that of a model without adapters, whether it has any or not.
+
+    Raises CheckpointError as Checkpoint does.
+    """
     checkpoint = Checkpoint(path)
     if checkpoint.model_config.get("lora") is None:
         return checkpoint

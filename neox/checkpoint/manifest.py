@@ -39,7 +39,10 @@ _DIGITS = {"sha256": _HEX, "xxh3": re.compile(r"[0-9a-f]{16}")}
 
 
 def shard_name(save_id: str, rank: int, index: int) -> str:
-    """File name of the index-th shard of a rank; unique to the save, so that saving a step again never touches the old files."""
+    """File name of the index-th shard of a rank.
+
+    Unique to the save, so that saving a step again never touches the old files.
+    """
     return f"shard_{save_id}_{rank:05d}_{index:04d}.safetensors"
 
 
@@ -47,10 +50,9 @@ def shard_name(save_id: str, rank: int, index: int) -> str:
 class Lineage:
     """Which start of which run wrote a checkpoint.
 
-    Args:
-        id: 32 hex digits, new at every start of training.
-        generation: number of this start in its checkpoint folder, larger than that of every checkpoint found there.
-        ancestors: (lineage id, step) of the checkpoint this start resumed from, then of the one which that start resumed from, and so on.
+    Args: id: 32 hex digits, new at every start of training. generation: number of this start in its checkpoint folder,
+        larger than that of every checkpoint found there. ancestors: (lineage id, step) of the checkpoint this start
+        resumed from, then of the one which that start resumed from, and so on.
     """
 
     id: str
@@ -110,7 +112,7 @@ def stored_shape(slices: Slices, start: int, stop: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard: its size, the length and SHA-256 of its first `header` bytes (length field included), its segments in file order."""
+    """One shard: size, length and SHA-256 of its header (length field included), and its segments in file order."""
 
     name: str
     size: int
@@ -164,7 +166,10 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def to_plain_json(value: object, where: str) -> object:
-    """The value as JSON returns it, tuples as lists. Raises CheckpointError for values that JSON would change or refuse."""
+    """The value as JSON returns it, tuples as lists.
+
+    Raises CheckpointError for values that JSON would change or refuse.
+    """
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise CheckpointError("keys of a checkpoint's state must be strings", where=where, got=list(value)[:10])
@@ -192,7 +197,10 @@ def read_manifest(folder: Path, *, storage: Storage = LOCAL) -> Manifest:
 
 
 def decode(raw: bytes, where: Path | str = MANIFEST) -> Manifest:
-    """Parses and checks a manifest: frame, checksum, types, file names, and that every tensor is covered exactly once. Raises CheckpointError."""
+    """Parses and checks a manifest: frame, checksum, types, file names, and that every tensor is covered exactly once.
+
+    Raises CheckpointError.
+    """
     frame = _FRAME.match(raw)
     if frame is None or not raw.endswith(_TAIL) or frame[1].decode() != FORMAT:
         raise CheckpointError("not a manifest", where=where, got=f"{len(raw)} bytes: {raw[:40]!r}", want=f"the frame of format {FORMAT}")
@@ -210,7 +218,10 @@ def decode(raw: bytes, where: Path | str = MANIFEST) -> Manifest:
 
 
 def parse_json(raw: bytes) -> object:
-    """JSON from an untrusted file: no duplicate keys, no NaN, no nesting that exhausts the stack. Raises CheckpointError."""
+    """JSON from an untrusted file: no duplicate keys, no NaN, no nesting that exhausts the stack.
+
+    Raises CheckpointError.
+    """
     try:
         return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -341,7 +352,7 @@ def _decode_segment(item: _Reader, tensors: dict[tuple[str, str], TensorInfo], b
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Raises CheckpointError unless file names are unique, segments lie end to end, and every tensor is covered exactly once."""
+    """Raises CheckpointError unless file names are unique, segments contiguous, and tensors covered exactly once."""
     names = [file.name for file in manifest.files]
     if len(set(names)) != len(names):
         raise CheckpointError("a file is listed twice", where=MANIFEST, got=max(names, key=names.count))

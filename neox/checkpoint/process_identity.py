@@ -16,11 +16,15 @@ START_TOLERANCE = 2.0  # seconds between two readings of a process's start time
 
 
 def process_namespace() -> str:
-    """Identifies the boot of the machine and the PID namespace: a pid refers to the same process for all that share both. Empty if unknown."""
+    """An identifier of the boot of the machine and the PID namespace; empty if unknown.
+
+    A pid refers to the same process for all processes that share both.
+    """
     if sys.platform != "linux":  # no PID namespaces
         return f"{socket.gethostname()} {int(psutil.boot_time())}"
     try:
-        if os.readlink("/proc/self") != str(os.getpid()):  # /proc was mounted for another namespace: its pids are those of other processes
+        # /proc was mounted for another namespace: its pids are those of other processes
+        if os.readlink("/proc/self") != str(os.getpid()):
             return ""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -41,7 +45,8 @@ def describe_process() -> JsonObject:
 def has_exited(who: JsonObject) -> bool:
     """Whether a described process is known to have exited.
 
-    False where that cannot be known: on another host, after another boot, in another PID namespace, or where the description
+    False where that cannot be known: on another host, after another boot, in another PID namespace, or where the
+        description
     lacks these fields, as that of an earlier version does.
     """
     pid, born, space = who.get("pid"), who.get("born"), who.get("space")

@@ -1,7 +1,8 @@
 """Reading a checkpoint: any slice of any logical tensor, from whatever segments are stored.
 
 Nothing is used before it is checked: the manifest's checksum and structure when it is opened, a shard's header when
-it is first read, a block's checksum before its bytes are used. Only the blocks that hold the requested elements are read.
+it is first read, a block's checksum before its bytes are used. Only the blocks that hold the requested elements are
+read.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Checkpoint:
         path: folder of the checkpoint.
         storage: system calls.
 
-    Raises:
-        CheckpointError: the manifest is damaged, or files are missing, of another size, links, or not part of this checkpoint.
+    Raises: CheckpointError: the manifest is damaged, or files are missing, of another size, links, or not part of this
+        checkpoint.
     """
 
     def __init__(self, path: str | Path, *, storage: Storage = LOCAL):
@@ -101,7 +102,7 @@ class Checkpoint:
         return found
 
     def check(self, wanted: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
-        """Raises one CheckpointError that counts the differences between the stored tensors and the wanted ones, and lists the first.
+        """Raises one CheckpointError that counts the differences between stored and wanted tensors and lists the first.
 
         Args:
             wanted: (name, kind, logical shape). Tensors that are stored and not wanted count as differences where their
@@ -131,8 +132,8 @@ class Checkpoint:
         Returns:
             A new flat tensor of stop - start elements, on the CPU, in the stored dtype.
 
-        Raises:
-            CheckpointError: no such tensor, an address outside it, or a damaged shard (file, tensor and checksums named).
+        Raises: CheckpointError: no such tensor, an address outside it, or a damaged shard (file, tensor and checksums
+            named).
         """
         info = self.info(name, kind)
         slices = full_slices(info.shape) if slices is None else tuple((low, high) for low, high in slices)
@@ -143,7 +144,9 @@ class Checkpoint:
         return out
 
     def read_into(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int) -> None:
-        """As `read`, into a flat tensor of any dtype on any device; without a copy if it is of the stored dtype, on the CPU and contiguous.
+        """As `read`, into a flat tensor of any dtype on any device.
+
+        Without a copy if it is of the stored dtype, on the CPU and contiguous.
 
         After an error the content of `out` is undefined.
         """
@@ -156,9 +159,9 @@ class Checkpoint:
 
     @contextmanager
     def async_reads(self) -> Iterator[None]:
-        """In this block `read_into` may return before the bytes have arrived, so that threads need not wait between tensors.
+        """In this block `read_into` may return before the bytes have arrived: threads need not wait between tensors.
 
-        All bytes have arrived at the end of the block. Raises CheckpointError, in the block or at its end, as `read_into` does.
+        All bytes have arrived at its end. Raises CheckpointError as `read_into` does, in the block or at its end.
         """
         with self._reads.deferred():
             yield
@@ -186,12 +189,16 @@ class Checkpoint:
         self.close()
 
     def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int, *, wait_for: bool) -> None:
-        """`read` into a flat CPU tensor of the stored dtype. Without `wait_for`, reads may be pending on return (see `async_reads`)."""
+        """`read` into a flat CPU tensor of the stored dtype.
+
+        Without `wait_for`, reads may be pending on return (see `async_reads`).
+        """
         segments = self._segments[kind, name]
-        if len(segments) == 1 and (segments[0][1].slices, segments[0][1].start, segments[0][1].stop) == (slices, start, stop):  # as it was saved
+        if len(segments) == 1:
             file, segment = segments[0]
-            self._reads.run(file, segment, 0, out, wait_for)
-            return
+            if (segment.slices, segment.start, segment.stop) == (slices, start, stop):  # as it was saved
+                self._reads.run(file, segment, 0, out, wait_for)
+                return
         targets = logical_boxes(slices, start, stop)
         copied = 0
         for file, segment in segments:
@@ -210,7 +217,7 @@ class Checkpoint:
 
 
 class ShardReads:
-    """The reads of a checkpoint's shards: at most OPEN_FILES open files, READ_THREADS threads, and the pending reads of `deferred`.
+    """The reads of a checkpoint's shards: open files (at most OPEN_FILES), threads, and pending reads of `deferred`.
 
     Args:
         path: folder of the checkpoint.
@@ -227,7 +234,10 @@ class ShardReads:
         self._pending: deque[Future[CheckpointError | None]] | None = None  # None outside of `deferred`
 
     def run(self, file: ShardFile, segment: Segment, start: int, out: torch.Tensor, wait_for: bool) -> None:
-        """Read a segment's elements from `start` on into `out`; in `deferred` and without `wait_for`, only begin to. Raises the first error."""
+        """Read a segment's elements from `start` on into `out`; in `deferred` and without `wait_for`, only begin to.
+
+        Raises the first error.
+        """
         reads = self._reader(file).reads(segment, start, out)
         if self._pending is not None and not wait_for:
             self._pending.extend(self._threads.submit(read) for read in reads)

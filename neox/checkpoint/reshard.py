@@ -42,7 +42,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangular part of a box whose elements are contiguous in a flat range: [low, high) per dimension, at `offset` of the range."""
+    """A rectangular part [low, high) of a box whose elements are contiguous in a flat range, from `offset` on."""
 
     low: tuple[int, ...]
     high: tuple[int, ...]
@@ -65,7 +65,7 @@ def slice_shape(slices: Slices) -> tuple[int, ...]:
 
 
 def split_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Split the flat range [start, stop) of a row-major box into boxes, in flat order: at most 2 x dimensions - 1 of them."""
+    """Split the flat range [start, stop) of a row-major box into at most 2 x dimensions - 1 boxes, in flat order."""
     if start >= stop:
         return []
     if not shape:
@@ -118,7 +118,10 @@ class Overlap:
         return math.prod(high - low for low, high in zip(self.low, self.high, strict=True))
 
     def span(self, box: Box) -> tuple[int, int]:
-        """Flat range of the source or target that contains the shared part. It has holes unless its length is `size`."""
+        """Flat range of the source or target that contains the shared part.
+
+        It has holes unless its length is `size`.
+        """
         strides, stride = [], 1
         for size in reversed(box.shape):
             strides.insert(0, stride)
@@ -128,7 +131,10 @@ class Overlap:
         return box.offset + first, box.offset + last + 1
 
     def rows(self) -> Overlap:
-        """The same with the source restricted to the rows of the shared part; its `offset` is their start in the source's flat range."""
+        """The same with the source restricted to the rows of the shared part.
+
+        Its `offset` is their start in the source's flat range.
+        """
         if not self.low:
             return self
         row = math.prod(self.source.shape[1:])
@@ -174,7 +180,7 @@ def check_address(name: str, kind: str, shape: Sequence[int], slices: Slices, st
 
 
 def check_coverage(name: str, kind: str, shape: Sequence[int], segments: Iterable[tuple[Slices, int, int]]) -> None:
-    """Raises CheckpointError unless the segments (slices, start, stop) cover every element of the tensor exactly once."""
+    """Raises CheckpointError unless the segments (slices, start, stop) cover every element exactly once."""
     groups: dict[Slices, list[tuple[int, int]]] = {}
     for slices, start, stop in segments:
         check_address(name, kind, shape, slices, start, stop)

@@ -1,6 +1,7 @@
 """The folder of a run's checkpoints: its content, the newest one, and which ones may be removed.
 
-Order is by lineage and step number, never by string or clock: every start of training takes a generation above all found
+Order is by lineage and step number, never by string or clock: every start of training takes a generation above all
+    found
 in the folder, so (generation, step) orders checkpoints as training wrote them, even after a rollback to an older one.
 """
 
@@ -55,7 +56,10 @@ class StepFolder:
 
 
 def scan(root: Path) -> list[StepFolder]:
-    """Every checkpoint folder in `root`, complete or not, oldest first. Foreign entries are skipped. Reads manifests only. Raises DiskError."""
+    """Every checkpoint folder in `root`, complete or not, oldest first.
+
+    Foreign entries are skipped. Reads manifests only. Raises DiskError.
+    """
     if not root.is_dir():
         return []
     found = []
@@ -112,10 +116,13 @@ def read_latest(root: Path) -> str | None:
 
 
 def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Storage = LOCAL) -> list[Path]:
-    """Remove the oldest complete checkpoints among the ancestors of `lineage`, down to `keep`; returns the removed folders.
+    """Remove the oldest complete checkpoints among the ancestors of `lineage`, down to `keep`.
+
+    Returns the removed folders.
 
     Never removed: the checkpoint just written (`lineage`, `step`), the one resumed from, other branches (after a
-    rollback), damaged ones, links, and anything not named like a checkpoint. keep = 0 removes nothing. Raises DiskError.
+    rollback), damaged ones, links, and anything not named like a checkpoint. keep = 0 removes nothing. Raises
+    DiskError.
     """
     if keep <= 0:
         return []
@@ -136,7 +143,10 @@ def is_complete(found: StepFolder) -> bool:
 
 
 def remove_checkpoint(folder: Path, *, storage: Storage = LOCAL) -> None:
-    """Remove a checkpoint: its manifest first and durably, so that a crash leaves no damaged one. Foreign files remain. Raises DiskError."""
+    """Remove a checkpoint: its manifest first and durably, so that a crash leaves no damaged one.
+
+    Foreign files remain. Raises DiskError.
+    """
     if os.path.lexists(folder / MANIFEST):
         guarded(storage.unlink, folder / MANIFEST)
         sync_dir(folder, storage=storage)
@@ -158,7 +168,10 @@ def _remove_save_files(folder: Path, choose: Callable[[str], bool], storage: Sto
 
 
 def save_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, save id) of the files that a save writes next to its manifest: shards, and temporary files (id "" for the manifest's). Raises DiskError."""
+    """(name, save id) of the files that a save writes next to its manifest. Raises DiskError.
+
+    These are shards and temporary files; the id of the manifest's is "".
+    """
     for entry in sorted(guarded(os.scandir, folder), key=lambda one: one.name):
         name = entry.name.removesuffix(TEMPORARY)
         shard = SHARD_NAME.fullmatch(name)
@@ -171,10 +184,13 @@ def save_files(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def collect_leftovers(root: str | Path, *, storage: Storage = LOCAL) -> list[Path]:
-    """Remove the leftovers of crashed saves; returns the removed paths. Called at the start of a run by the process that holds the lock.
+    """Remove the leftovers of crashed saves; returns the removed paths.
 
-    Only files with names that a save gives are removed, in folders without a manifest or next to a valid manifest that does
-    not name them. A folder that `latest` names, or whose manifest is damaged, is evidence and remains. Raises DiskError.
+    Called at the start of a run by the process that holds the lock.
+
+    Only files with names that a save gives are removed, in folders without a manifest or next to a valid manifest that
+    does not name them. A folder that `latest` names, or whose manifest is damaged, is evidence and remains. Raises
+    DiskError.
     """
     root = Path(root)
     removed = [root / name for name in _stray_files(root)]

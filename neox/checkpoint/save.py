@@ -1,8 +1,8 @@
 """Saving: every rank writes its shards, then rank 0 publishes by renaming the manifest to its final name.
 
 Order, each step finished on every rank before the next begins: agree on the assignment -> shards, durable under final
-names -> manifest, durable, renamed -> `latest` hint -> retention. A crash before the rename leaves the old state, a crash
-after it the new one; other leftovers are removed at the next start. An error on any rank is raised on all.
+names -> manifest, durable, renamed -> `latest` hint -> retention. A crash before the rename leaves the old state, a
+crash after it the new one; other leftovers are removed at the next start. An error on any rank is raised on all.
 """
 
 from __future__ import annotations
@@ -83,15 +83,11 @@ def save(
 ) -> Path:
     """Write root/step_<step>. Every rank calls it, and either all return or all raise.
 
-    Args:
-        root: folder of the run's checkpoints, on a file system that all ranks see.
-        content: step, state, config and lineage.
-        fragments: what this rank holds. A range held by several ranks is stored once; together they must cover every tensor.
-        rng: this rank's generator states by name.
-        ranks: the ranks of the collective call; None: this process alone.
-        keep: newest checkpoints of this lineage to retain; 0: all.
-        shard_bytes: largest data size of a file.
-        storage: system calls.
+    Args: root: folder of the run's checkpoints, on a file system that all ranks see. content: step, state, config and
+        lineage. fragments: what this rank holds. A range held by several ranks is stored once; together they must cover
+        every tensor. rng: this rank's generator states by name. ranks: the ranks of the collective call; None: this
+        process alone. keep: newest checkpoints of this lineage to retain; 0: all. shard_bytes: largest data size of a
+        file. storage: system calls.
 
     Returns:
         The checkpoint's folder.
@@ -105,7 +101,10 @@ def save(
 
 
 class SaveJob:
-    """One save on one rank. `prepare` agrees on what each rank stores, `complete` writes it. Both are collective; both clean up when they fail."""
+    """One save on one rank.
+
+    `prepare` agrees on what each rank stores, `complete` writes it. Both are collective; both clean up when they fail.
+    """
 
     def __init__(self, root: Path, ranks: RankGroup, content: Content, storage: Storage):
         self.root = root
@@ -116,7 +115,10 @@ class SaveJob:
         self._save_id = ""
 
     def prepare(self, fragments: Iterable[Fragment], rng: dict[str, torch.Tensor]) -> tuple[list[Fragment], TensorTable]:
-        """Create the folder and agree on the assignment. Returns what this rank stores, as views, and the table of all tensors."""
+        """Create the folder and agree on the assignment.
+
+        Returns what this rank stores, as views, and the table of all tensors.
+        """
         try:
             return self.plan(lambda: [*map(check_fragment, fragments), *(rng_fragment(self._ranks.rank, *item) for item in sorted(rng.items()))])
         except BaseException:
@@ -227,7 +229,10 @@ class SaveJob:
         self._ranks.run_on_all(work)
 
     def clean_up(self) -> None:
-        """Remove what an unpublished save wrote, on rank 0. Does nothing where an unreadable manifest may refer to these files."""
+        """Remove what an unpublished save wrote, on rank 0.
+
+        Does nothing where an unreadable manifest may refer to these files.
+        """
         if self._ranks.rank != 0:
             return
         manifest = self.folder / MANIFEST
@@ -274,7 +279,10 @@ def narrow(fragment: Fragment, start: int, stop: int) -> Fragment:
 
 
 def group_into_shards(fragments: Iterable[Fragment], shard_bytes: int) -> list[list[Fragment]]:
-    """Group fragments into shards of at most `shard_bytes` of data and split larger ones; widest dtype first, so that all are aligned."""
+    """Group fragments into shards of at most `shard_bytes` of data and split larger ones.
+
+    Widest dtype first, so that all are aligned.
+    """
     shards: list[list[Fragment]] = []
     room = 0
     for fragment in sorted(fragments, key=lambda one: -ITEM_BYTES[dtype_name(one)]):

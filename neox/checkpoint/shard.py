@@ -1,8 +1,9 @@
 """Safetensors shards: a writer that computes checksums while it streams, and a header reader that validates everything.
 
-Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces so that data begins at a multiple of
-64, then the tensors end to end in header order (https://huggingface.co/docs/safetensors). The largest element size comes
-first, so that every tensor is aligned.
+Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces so that data begins at a multiple
+    of
+64, then the tensors end to end in header order (https://huggingface.co/docs/safetensors). The largest element size
+comes first, so that every tensor is aligned.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def build_header(segments: Sequence[Fragment]) -> bytes:
 
 
 def write_shard(path: Path, segments: Sequence[Fragment], threads: Executor, *, storage: Storage = LOCAL) -> ShardFile:
-    """Write one shard durably, except for its folder's entry; digests run on `threads` concurrently with the writes. Raises DiskError."""
+    """Write one shard durably, except for its folder's entry; digests run on `threads` concurrently with the writes.
+
+    Raises DiskError.
+    """
     header = build_header(segments)
     stored, offset = [], 0
     with FileWriter(path, need=len(header) + sum(num_bytes(segment) for segment in segments), storage=storage) as writer:

@@ -1,7 +1,7 @@
 """Reading shards block by block: each block is read into its destination and compared with its checksum.
 
-A block is read in parts that are still in the processor's cache when they are digested (csrc/data/xxh3.h), so that the comparison costs little
-compared to reading. Only a block that is needed in part is read into a buffer and copied.
+A block is read in parts that are still in the processor's cache when they are digested (csrc/data/xxh3.h), so that the
+comparison costs little compared to reading. Only a block that is needed in part is read into a buffer and copied.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class ShardReader:
         self._check_header()
 
     def reads(self, segment: Segment, start: int, out: torch.Tensor) -> list[Callable[[], CheckpointError | None]]:
-        """Calls that fill a flat tensor of the stored dtype with a segment's elements from `start` on; any threads may run them.
+        """Calls that fill a flat tensor of the stored dtype with a segment's elements from `start` on.
+
+        Any threads may run them.
 
         Each call returns an error if a block's checksum is wrong or the file cannot be read.
         """

@@ -11,7 +11,8 @@ from neox.files import JsonObject
 
 COUNT_LIMIT = 1 << 53  # steps, samples and tokens: integers that every JSON parser represents exactly
 STEP_LIMIT = 10**15  # the step is part of a folder's name, and further steps follow
-START_LIMIT = 1 << 40  # starts of training in one folder; far below the limit of the manifest's numbers, so that later ones are readable too
+# starts of training in one folder; far below the limit of the manifest's numbers, so that later ones are readable too
+START_LIMIT = 1 << 40
 PROCESS_LIMIT = 1 << 24
 LARGEST = sys.float_info.max
 

@@ -13,10 +13,13 @@ from neox.files import FileSystem
 
 
 class Storage(FileSystem):
-    """The system calls of checkpoints: those of durable writes, early write-back of large files, and opening for reading."""
+    """The system calls of checkpoints: durable writes, early write-back of large files, and opening for reading."""
 
     def begin_sync(self, descriptor: int, offset: int, count: int) -> None:
-        """Start the write-back of these bytes, so that the disk works while the next ones are copied. Promises nothing and never fails."""
+        """Start the write-back of these bytes, so that the disk works while the next ones are copied.
+
+        Promises nothing and never fails.
+        """
         core.start_writeback(descriptor, offset, count)
 
     def open_read(self, path: Path) -> int:
@@ -28,7 +31,10 @@ LOCAL = Storage()
 
 
 def read_file(path: Path, limit: int, *, storage: Storage = LOCAL) -> bytes:
-    """Read a regular file of at most `limit` bytes. Raises CheckpointError (missing, a link, not a file, too large, unreadable)."""
+    """Read a regular file of at most `limit` bytes.
+
+    Raises CheckpointError (missing, a link, not a file, too large, unreadable).
+    """
     descriptor, size = _open_regular(path, storage)
     try:
         if size > limit:

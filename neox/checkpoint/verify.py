@@ -31,7 +31,10 @@ class Report:
 
 
 def verify(path: str | Path, *, storage: Storage = LOCAL) -> Report:
-    """Check everything: manifest, coverage, files, headers, every checksum. Raises CheckpointError with the first problem and their number."""
+    """Check everything: manifest, coverage, files, headers, every checksum.
+
+    Raises CheckpointError with the first problem and their number.
+    """
     folder = Path(path)
     found = problems(folder, storage=storage)
     if found:
@@ -64,7 +67,9 @@ def problems(path: Path, *, part: int = 0, parts: int = 1, storage: Storage = LO
 
 
 def digest(path: str | Path) -> dict[str, str]:
-    """SHA-256 of every logical tensor by "kind/name": of its dtype, shape and row-major bytes, independent of the layout that wrote it.
+    """SHA-256 of every logical tensor by "kind/name": of its dtype, shape and row-major bytes.
+
+    It is independent of the layout that wrote the checkpoint.
 
     Raises CheckpointError where the checkpoint is damaged.
     """

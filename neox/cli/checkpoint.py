@@ -1,4 +1,6 @@
-"""Inspect, verify, hash or convert checkpoints. PATH is a checkpoint, or a folder of checkpoints or of a run (its newest is taken).
+"""Inspect, verify, hash or convert checkpoints.
+
+PATH is a checkpoint, or a folder of checkpoints or of a run (its newest is taken).
 
 inspect  what is in it: step, lineage, layout, counters, tensors; of a folder, all its checkpoints
 verify   read every byte and compare every checksum; exit code 4 and each problem on a line if it is damaged
@@ -17,7 +19,6 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,11 +27,12 @@ from neox.checkpoint.lazy_tensor import LazyTensor
 from neox.checkpoint.manifest import ITEM_BYTES, RNG_KIND, Manifest, read_manifest
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment, full_slices
-from neox.checkpoint.retention import is_complete, scan, start_lineage
+from neox.checkpoint.retention import StepFolder, is_complete, scan, start_lineage
 from neox.checkpoint.save import Content, save
 from neox.checkpoint.shard import DTYPES
 from neox.checkpoint.verify import digest, problems
 from neox.errors import CheckpointError, ConfigError
+from neox.files import JsonObject
 
 DTYPES_BY_NAME = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,7 +68,8 @@ def inspect(path: Path, as_json: bool) -> int:
     for key, value in about.items():
         if key not in ("tensors", "checkpoints"):
             if key == "state":
-                value = {name: part for name, part in value.items() if name != "guard"}  # the losses of its window: --json has them
+                # the losses of its window: --json has them
+                value = {name: part for name, part in value.items() if name != "guard"}
             print(f"{key:<14}{value if isinstance(value, (str, int)) else json.dumps(value)}")
     print("tensors")
     for name, kinds in about["tensors"].items():
@@ -76,9 +79,9 @@ def inspect(path: Path, as_json: bool) -> int:
     return 0
 
 
-def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
+def describe(path: Path, manifest: Manifest) -> JsonObject:
     """The content of a manifest as plain JSON."""
-    tensors: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, JsonObject] = {}
     for (kind, name), info in sorted(manifest.tensors.items(), key=lambda item: (item[0][1], item[0][0])):
         if kind != RNG_KIND:
             tensors.setdefault(name, {})[kind] = {"dtype": info.dtype, "shape": list(info.shape), "bytes": math.prod(info.shape) * ITEM_BYTES[info.dtype]}
@@ -99,7 +102,7 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _summary(one) -> dict[str, Any]:
+def _summary(one: StepFolder) -> JsonObject:
     if one.manifest is None:
         status = str(one.problem) if one.has_manifest else "unfinished save"
         return {"name": one.path.name, "step": one.step, "generation": None, "status": status}
@@ -108,7 +111,10 @@ def _summary(one) -> dict[str, Any]:
 
 
 def verify_all(path: Path, as_json: bool) -> int:
-    """Check every byte of a checkpoint, and if `path` is a folder of several, the manifests of the others; print each problem. Returns 0 or 4."""
+    """Check every byte of a checkpoint, and if `path` is a folder of several, the manifests of the others.
+
+    Print each problem. Returns 0 or 4.
+    """
     chosen = resolve(path)
     found = problems(chosen) + ([one.problem for one in damaged(chosen.parent)] if chosen != path else [])
     if as_json:
@@ -118,7 +124,8 @@ def verify_all(path: Path, as_json: bool) -> int:
         print("\n".join(problem.line() for problem in found), file=sys.stderr)
     else:
         manifest = read_manifest(chosen)
-        print(f"good: {chosen}: {len(manifest.files)} shards, {sum(file.size for file in manifest.files)} bytes, {len(manifest.tensors)} tensors")
+        size = sum(file.size for file in manifest.files)
+        print(f"good: {chosen}: {len(manifest.files)} shards, {size} bytes, {len(manifest.tensors)} tensors")
     return CheckpointError.exit_code if found else 0
 
 
@@ -130,7 +137,10 @@ def hash_tensors(path: Path, as_json: bool) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Writes a checkpoint again, after every byte of it was verified. Returns 0; raises ConfigError, CheckpointError, DiskError."""
+    """Writes a checkpoint again, after every byte of it was verified.
+
+    Returns 0; raises ConfigError, CheckpointError, DiskError.
+    """
     if args.out is None or (args.dtype and not args.weights_only) or not 0 < args.shard_gb < 1 << 20:
         got = f"--out {args.out} --dtype {args.dtype} --shard-gb {args.shard_gb}"
         raise ConfigError("convert needs --out, and --weights-only for --dtype", where="argv", got=got, do="neox checkpoint --help")

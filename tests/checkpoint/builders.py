@@ -1,4 +1,4 @@
-"""What the checkpoint tests build: a small model's state, cut in any layout, and a one-process save."""
+"""Builders of the checkpoint tests: a small model's state, partitioned in any layout, and a one-process save."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tp_slices(shape: tuple[int, ...], tp: int, rank: int, dim: int = 0):
 
 
 def cut_fragments(state: dict[tuple[str, str], torch.Tensor], *, tp: int, tp_rank: int, dp: int, dp_rank: int, zero: bool) -> list[Fragment]:
-    """What rank (tp_rank, dp_rank) holds: a slice of the matrices (qkv by columns), of which ZeRO keeps a flat range cut anywhere."""
+    """What rank (tp_rank, dp_rank) holds: a slice of the matrices (qkv by columns), of it a flat range under ZeRO."""
     held = []
     for (name, kind), value in state.items():
         slices = tp_slices(tuple(value.shape), tp, tp_rank, dim=1 if "qkv" in name else 0)
@@ -53,7 +53,10 @@ def cut_fragments(state: dict[tuple[str, str], torch.Tensor], *, tp: int, tp_ran
 
 
 def save_one(root: Path, step: int = 100, state=None, content=None, **changes) -> Path:
-    """Saves tensors `state` and counters `content` from one process; `changes` are other arguments of save() and Content()."""
+    """Saves tensors `state` and counters `content` from one process.
+
+    `changes` are other arguments of save() and Content().
+    """
     described = {
         "step": step,
         "state": {"step": step, "consumed": 8 * step} if content is None else content,

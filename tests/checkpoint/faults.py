@@ -61,7 +61,10 @@ class CountingStorage(Storage):
 
 
 class FailingStorage(CountingStorage):
-    """Raises OSError(number) at the count-th call of `name` ("any": of any kind), from 0; `forever`: at all later ones too."""
+    """Raises OSError(number) at the count-th call of `name` ("any": of any kind), from 0.
+
+    `forever`: at all later ones too.
+    """
 
     def __init__(self, name: str, count: int, number: int, forever: bool = False):
         self.name, self.left, self.number, self.forever = name, count, number, forever
@@ -134,7 +137,11 @@ class File:
     durable: bytes = b""
 
     def after_crash(self, mode: str) -> bytes:
-        """Bytes found after a crash: "retained" all, "lost" what was not synced, "torn" half of that to a multiple of 512, "zeroed" its length only."""
+        """Bytes found after a crash, by mode.
+
+        "retained": all; "lost": the synced ones; "torn": also half of the others, to a multiple of 512; "zeroed": zeros
+        instead of the others.
+        """
         if mode == "retained" or self.data == self.durable:
             return self.data
         extra = len(self.data) - len(self.durable)

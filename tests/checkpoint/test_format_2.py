@@ -1,6 +1,7 @@
 """A checkpoint that the code of version 0.1 wrote in format 2 is found, verified, resumed and exported.
 
-format_2/ holds step 2 of a four-step run of that code, and in expected.json its tensors' digests and the losses of steps 3 and 4.
+format_2/ holds step 2 of a four-step run of that code, and in expected.json its tensors' digests and the losses of
+steps 3 and 4.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def test_a_read_fills_an_existing_tensor(tmp_path):
     (name, kind), value = max(state.items(), key=lambda item: item[1].numel())
     place = ((1, value.shape[0]), *((0, size) for size in value.shape[1:]))
     want = value[1:].reshape(-1)[2:-1]
-    for dtype, step in ((value.dtype, 1), (torch.float64, 1), (value.dtype, 2)):  # the stored dtype; another one; not contiguous
+    # the stored dtype; another one; not contiguous
+    for dtype, step in ((value.dtype, 1), (torch.float64, 1), (value.dtype, 2)):
         out = torch.zeros(step * want.numel(), dtype=dtype)[::step]
         checkpoint.read_into(out, name, kind, place, 2, want.numel() + 2)
         assert torch.equal(out, want.to(dtype))

@@ -163,7 +163,7 @@ def test_a_missing_folder_is_a_disk_error(tmp_path):
 
 
 def test_a_start_from_another_run_is_newer_than_both(tmp_path):
-    """The generation of a new lineage exceeds those in its own folder and that of its parent, wherever the parent lies."""
+    """The generation of a new lineage exceeds those in its folder and that of its parent in any folder."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir(), elsewhere.mkdir()
     high = save_one(elsewhere, 7, lineage=Lineage("bb" * 16, 9, (("cc" * 16, 3),)))

@@ -1,4 +1,7 @@
-"""Blocks of a shard: any range of a segment, through complete and partial blocks; truncated files, failing reads, wrong headers."""
+"""Blocks of a shard: any range of a segment, through complete and partial blocks.
+
+Truncated files, failing reads, wrong headers.
+"""
 
 import dataclasses
 import hashlib

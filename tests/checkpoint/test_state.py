@@ -1,4 +1,7 @@
-"""Manifests with a right checksum and a wrong state: refused with checkpoint and field; what would be refused is never written."""
+"""Manifests with a right checksum and a wrong state: refused with checkpoint and field.
+
+What would be refused is never written.
+"""
 
 from __future__ import annotations
 

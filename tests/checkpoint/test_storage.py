@@ -44,7 +44,7 @@ def _scenario(root, name, storage=None):
 
 @pytest.mark.parametrize("name", ["first", "next", "keep 1", "again"])
 def test_after_a_crash_at_any_point_the_loader_sees_the_old_or_the_new_checkpoint(tmp_path, name):
-    """Every prefix of the recorded calls, each with unsynced names and bytes retained, lost, torn, zeroed or reordered."""
+    """Every prefix of the recorded calls, with unsynced names and bytes retained, lost, torn, zeroed or reordered."""
     root = tmp_path / "checkpoints"
     root.mkdir()
     storage = RecordingStorage()

@@ -56,7 +56,7 @@ def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path):
 
 
 def test_any_flipped_bit_is_refused_by_load_and_by_verify(tmp_path):
-    """One bit at each of 300 positions over all files, and every bit of the shard's length field and the manifest's frame."""
+    """One bit at each of 300 positions in all files, and every bit of the shard's length and the manifest's frame."""
     path = save_one(tmp_path)
     generator = random.Random(1)
     for file in sorted(path.iterdir()):

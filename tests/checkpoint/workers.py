@@ -38,7 +38,7 @@ def _save(root: str, step: int, layout: str, rank: int, world_size: int, storage
 
 
 def save_layouts(root: str, layouts: str) -> None:
-    """Saves root/<layout> for each layout "tpxdpxzero" of a list, then reads each in every layout and compares bit for bit."""
+    """Save root/<layout> for each layout "tpxdpxzero" of a list, then read each in every layout; compare bitwise."""
     rank, world_size = _start()
     names = layouts.split(",")
     for name in names:

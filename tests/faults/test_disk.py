@@ -17,7 +17,10 @@ CALLS = ("create", "write", "sync", "close", "rename", "publish", "sync_dir", "m
 
 
 def stops(server, corpus, folder, straight, fault: str, setting=SHORT) -> bool:
-    """Policy stop: code 5 and one clear line; complete checkpoints remain; the next start resumes. Returns whether the fault was reached."""
+    """Policy stop: code 5 and one clear line; complete checkpoints remain; the next start resumes.
+
+    Returns whether the fault was reached.
+    """
     training = server.start(arguments(corpus, folder / "run", setting), folder, ranks=setting.ranks, fault=fault)
     codes = training.wait()
     if codes == [0] * setting.ranks:
@@ -80,13 +83,16 @@ def test_a_folder_deleted_in_the_middle_ends_all_with_code_5(server, corpus, tmp
 
 
 def train_with_small_files(limit, *train_arguments):
-    """Entry of a process that can write no file beyond `limit` bytes: what is larger stops growing, as on a full disk."""
+    """Entry of a process that cannot write a file beyond `limit` bytes: a larger one fails, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     raise SystemExit(main(["train", *train_arguments]))
 
 
 def test_the_policy_holds_for_records_too(server, corpus, tmp_path):
-    """Checkpoints, and from some step on records and log, do not fit: training continues to its last checkpoint, which must be written."""
+    """Checkpoints, and from some step on records and log, do not fit.
+
+    Training continues to its last checkpoint, which must be written.
+    """
     more = ("train.train_iters=80", "logging.interval=1", "checkpoint.on_save_error=continue", "checkpoint.save_interval=20", "evaluate.interval=0")
     words = [12000, *arguments(corpus, tmp_path / "run", SHORT, *more)]
     training = server.call("tests.faults.test_disk:train_with_small_files", words, tmp_path)

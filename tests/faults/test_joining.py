@@ -1,4 +1,7 @@
-"""Before all processes have joined: one that fails, refuses, never comes, or is asked to end. The others learn of it within seconds."""
+"""Before all processes have joined: one that fails, refuses, never comes, or is asked to end.
+
+The others learn of it within seconds.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,13 @@ def test_a_process_that_fails_before_it_joins_ends_the_others(server, corpus, tm
     assert f"rank {rank} did not start, so this process ends: RuntimeError: fault raise@{rank}:start:1" in training.output(1 - rank)
 
 
+# A train.py whose rank 1 is killed in the first attempt.
+KILLED_ONCE = """#!/bin/sh
+[ "$TORCHELASTIC_RESTART_COUNT" = 0 ] && export FAULT=kill@1:backward:10
+exec "{python}" "{root}/train.py" "$@"
+"""
+
+
 def test_a_signal_to_one_that_waits_ends_all(server, corpus, tmp_path):
     training = server.start(
         arguments(
@@ -65,7 +75,10 @@ def test_a_signal_to_one_that_waits_ends_all(server, corpus, tmp_path):
 
 
 def by_hand(folder, ranks, train_arguments, path_of_last="") -> Processes:
-    """Processes of train.py with the variables that a user would set; the last one finds its modules in `path_of_last` first."""
+    """Processes of train.py with the variables that a user would set.
+
+    The last one finds its modules in `path_of_last` first.
+    """
     shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, str(ROOT / "train.py"), *map(str, train_arguments)]
     envs = [environment(**shared, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
@@ -114,7 +127,7 @@ def test_torchrun_restarts_a_run_that_resumes(corpus, tmp_path):
     """The agent keeps its store: the keys of the first attempt are there in the second."""
     setting = Setting(2, (*TINY, "train.train_iters=8", "checkpoint.save_interval=2", "evaluate.interval=0"))
     script = tmp_path / "attempt.sh"
-    script.write_text(f'#!/bin/sh\n[ "$TORCHELASTIC_RESTART_COUNT" = 0 ] && export FAULT=kill@1:backward:10\nexec "{sys.executable}" "{ROOT}/train.py" "$@"\n')
+    script.write_text(KILLED_ONCE.format(python=sys.executable, root=ROOT))
     script.chmod(0o755)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port()), "--no-python"]
     command = [*launcher, str(script), *map(str, arguments(corpus, tmp_path / "run", setting))]

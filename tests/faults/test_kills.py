@@ -1,4 +1,4 @@
-"""kill -9 at random moments, again and again: nothing that was complete is lost, and what is trained in the end is bitwise what was trained undisturbed."""
+"""kill -9 at random moments: no complete checkpoint is lost, and the result is bitwise that of an undisturbed run."""
 
 import random
 import signal

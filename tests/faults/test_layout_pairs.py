@@ -1,4 +1,4 @@
-"""A checkpoint of any layout loads into any other: what that one saves at once is the same, bit for bit, and the next loss is, to rounding."""
+"""A checkpoint of any layout loads into any other: saved again it is bitwise equal, the next loss up to rounding."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""One of several processes dies, stops or gets nowhere: all the others end within seconds, and the right one is named."""
+"""One of several processes dies, stops or hangs: all the others end within seconds, and the right one is named."""
 
 import re
 import signal
@@ -18,7 +18,11 @@ OFTEN = (*BATCH, "evaluate.interval=2", "checkpoint.save_interval=2", "checkpoin
 
 
 def run(server, corpus, folder, fault: str, ranks: int, *more: str):
-    """Start, wait until the fault has happened to `rank`, and return the training with the seconds that the others then took to end."""
+    """Start and wait until the fault has happened to `rank`.
+
+    Returns:
+        The training, and the seconds that the others then took to end.
+    """
     training = server.start(arguments(corpus, folder / "run", Setting(ranks, ENDLESS), *OFTEN, *more), folder, ranks=ranks, fault=f"note@*:updated:1+,{fault}")
     rank = int(fault.split("@")[1][0])
     if fault.startswith("kill"):
@@ -64,7 +68,8 @@ def dead(server, corpus, folder, ranks, fault):
         assert step, f"{line}\n{training.outputs()}"
         assert step[1] == (socket.gethostname() if rank else step[1])
         done = training.output(rank).count(":updated:")
-        assert int(step[2]) <= done + 1, line  # for a lost first process the step is that of the reporting one, which may be one ahead
+        # for a lost first process the step is that of the reporting one, which may be one ahead
+        assert int(step[2]) <= done + 1, line
 
 
 STUCK = [(2, "stop@1:backward:7"), (3, "spin@1:batch:4"), (2, "stop@0:step:5")]
@@ -99,7 +104,8 @@ def stuck(server, corpus, folder, ranks, fault, *more):
     assert all(line.startswith("error[12]") and f"where=rank {rank} on {socket.gethostname()}: last step" in line for line in lines), training.outputs()
     for i in range(ranks):
         assert f"stacks of rank {i}" in training.output(i), training.outputs()
-    if fault.startswith("spin"):  # a stopped process prints its stacks after it was woken, and has left the site by then
+    # a stopped process prints its stacks after it was woken, and has left the site by then
+    if fault.startswith("spin"):
         assert "faults.py" in training.output(rank).split(f"stacks of rank {rank}")[1]
 
 
@@ -135,7 +141,7 @@ def origin(server, corpus, folder, fault, code, text, ranks=2):
 
 
 def test_a_process_that_was_suspended_continues(server, corpus, tmp_path):
-    """All processes stopped for longer than the limit, as a suspended laptop or a frozen container does: nobody is stuck."""
+    """All processes stopped for longer than the limit, as by a suspended laptop: none is stuck."""
     training = server.start(arguments(corpus, tmp_path / "run", Setting(2, ENDLESS), f"guard.hang_timeout={LIMIT}"), tmp_path, ranks=2)
     metrics = tmp_path / "run" / "metrics.jsonl"
     training.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)

@@ -1,4 +1,4 @@
-"""Random damage to a checkpoint's files: every mutant is refused with its file named (and its tensor), and a resume falls back with a warning."""
+"""Random damage to a checkpoint's files: the error names file and tensor, and a resume falls back with a warning."""
 
 import logging
 import random

@@ -1,4 +1,4 @@
-"""NaN, infinity and overflow planted in losses, gradients and weights of one process: detected before the update, by all processes."""
+"""NaN, infinity and overflow in one process's losses, gradients and weights: all processes detect them in time."""
 
 import itertools
 
@@ -25,7 +25,7 @@ PER_STEP = {"loss": 2, "gradient": 2, "loss_number": 1}  # visits of a site per 
 
 
 def skipped(server, corpus, folder, layout: str, kind: str, site: str, rank: int, dtype: str) -> None:
-    """Step 3 is poisoned and skipped: the checkpoint after it holds the bytes of the one before, and training continues."""
+    """Step 3 is poisoned and skipped: the next checkpoint holds the bytes of the previous one; training continues."""
     ranks, overrides = LAYOUTS[layout]
     per_step = PER_STEP[site] if site == "loss_number" else accumulation(layout)
     setting = Setting(ranks, (*BASE, *overrides, f"precision.dtype={dtype}", "guard.non_finite=skip"))
@@ -61,7 +61,9 @@ def test_a_poisoned_step_is_skipped(server, corpus, tmp_path, layout, kind, site
 )
 def test_a_poisoned_step_is_skipped_in_every_layout(server, corpus, tmp_path, layout, kind, site, dtype):
     if layout == "tp2 zero0" and (site in ("loss", "loss_number") or kind == "huge"):
-        rank = 0  # the process that speaks for the tensor group, and has the half of the vocabulary that the corpus uses: 1e30 times no gradient is none
+        # the process that speaks for the tensor group, and has the half of the vocabulary that the corpus uses: 1e30
+        # times no gradient is none
+        rank = 0
     else:
         rank = 1
     skipped(server, corpus, tmp_path, layout, kind, site, rank, dtype)

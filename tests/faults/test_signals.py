@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 in every phase: one consistent checkpoint, exit code 10, and the resumed run is the undisturbed one."""
+"""SIGTERM, SIGINT and SIGUSR1 in every phase: a consistent checkpoint, code 10, and a bitwise equal resumed run."""
 
 import itertools
 import os

@@ -19,12 +19,13 @@ def test_a_training_comes_to_every_site(server, corpus, tmp_path):
     assert set(SITES) - seen[1] <= only_first
 
 
-# The state on the disk differs after these: nothing yet, a step without its record, a save begun, half a file, files without a manifest, two checkpoints.
+# The state on the disk differs after these: nothing yet, a step without its record, a save begun, half a file, files
+# without a manifest, two checkpoints.
 QUICK = ("build", "restore", "backward", "updated", "save", "write", "publish", "retain", "remove_dir")
 
 
 def killed_at(server, corpus, folder, long_straight, sites) -> None:
-    """One run of 60 steps, restarted after a kill at each site in turn: never a damaged checkpoint, and the end of it is the same, bit for bit."""
+    """One run of 60 steps, restarted after a kill at each site in turn: no damaged checkpoint, a bitwise equal end."""
     arguments = arguments_of(corpus, folder / "run", LONG)
     known: dict[str, str] = {}
     for site in sites:
@@ -46,7 +47,10 @@ def test_a_kill_at_every_site_in_one_run_after_another(server, corpus, tmp_path,
 
 
 def check_after_kill(run, known: dict[str, str], where: str, keep: int = 2) -> dict[str, str]:
-    """What was complete is complete, except for what the retention may take; nothing is damaged. Returns what is complete now."""
+    """What was complete is complete, except for what the retention may take; nothing is damaged.
+
+    Returns what is complete now.
+    """
     assert damaged(run) == [], where
     now = complete(run)
     must = sorted({*known, *now})[-keep:]
