@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 FLOORS = {
     "neox.errors": 0,
-    "neox.faults": 0,
+    "neox.phases": 0,
     "neox.files": 0,
     "neox.printing": 0,
     "neox._native": 0,
@@ -20,6 +20,7 @@ FLOORS = {
     "neox.convert": 4,
     "neox.engine": 4,
     "neox.runtime": 4,
+    "neox.testing": 4,
     "neox.generate": 4,
     "neox.evaluate": 5,
     "neox.plan": 5,

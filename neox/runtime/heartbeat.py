@@ -1,19 +1,22 @@
-"""Signs of life: what the main thread is doing, and a count that grows whenever it gets somewhere. The control channel reads it from its own thread."""
+"""Heartbeat of a process: the phase of its main thread, and a count that grows with its progress. The watchdog's thread reads it."""
 
 from __future__ import annotations
 
+import contextlib
+
 from neox.parallel.wait_tracker import WaitTracker
+from neox.phases import Observer
 
 
-class Heartbeat:
-    """Progress of one process's main thread.
+class Heartbeat(Observer):
+    """Progress of the main thread of one process.
 
     Attributes:
-        count: grows at each sign of life.
-        step: last step that was done.
-        phase: what is being done: start, data, build, step, evaluate, save.
-        waits: marks of the main thread's waiting for other processes.
-        watched: whether a standstill counts as a hang: from the first step on; what comes before may take long (index files, compiling).
+        count: grows at each phase.
+        step: last completed step.
+        phase: the current phase (neox.phases.PHASES).
+        waits: whether the main thread waits for other processes.
+        watched: whether no progress counts as a hang: from the first completed step on. Earlier phases may take long (index files, compilation).
     """
 
     def __init__(self):
@@ -23,9 +26,14 @@ class Heartbeat:
         self.watched = False
         self.waits = WaitTracker()
 
-    def __call__(self, phase: str, step: int | None = None) -> None:
-        """A sign of life."""
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Note a phase; `record` completes a step."""
         self.phase = phase
-        if step is not None:
+        if phase == "record" and step is not None:
             self.step = step
+            self.watched = True
         self.count += 1
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Mark the body of a `with` as waiting for other processes."""
+        return self.waits()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from neox.errors import EnvironmentProblem
-from neox.faults import KINDS, SITES, Fault, Faults, parse
+from neox.testing.faults import KINDS, SITES, Fault, FaultInjector, parse
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_values_of_the_variable():
@@ -37,48 +37,48 @@ def test_a_wrong_value_is_an_error_that_names_it(text):
 
 
 def test_a_fault_happens_on_its_rank_at_its_time_only():
-    faults = Faults(parse("raise@1:step:3"), rank=1)
+    faults = FaultInjector(parse("raise@1:step:3"), rank=1)
     for _ in range(2):
-        faults("step")
-        faults("forward")
+        faults.enter("step")
+        faults.enter("forward")
     with pytest.raises(RuntimeError, match=r"fault raise@1:step:3"):
-        faults("step")
-    faults("step")
-    other = Faults(parse("raise@1:step:3"), rank=0)
+        faults.enter("step")
+    faults.enter("step")
+    other = FaultInjector(parse("raise@1:step:3"), rank=0)
     assert not other
     for _ in range(4):
-        other("step")
+        other.enter("step")
 
 
 def test_from_a_time_on_and_at_every_site():
-    faults = Faults(parse("enospc@0:*:2+"))
+    faults = FaultInjector(parse("enospc@0:*:2+"))
     for site in ("write", "sync"):
-        faults(site)
+        faults.enter(site)
         for _ in range(3):
             with pytest.raises(OSError, match="No space left"):
-                faults(site)
+                faults.enter(site)
 
 
 def test_values_pass_through():
-    faults = Faults(parse("nan@0:loss:2,times10@0:gradient:1,inf@0:parameter:1"))
+    faults = FaultInjector(parse("nan@0:loss:2,times10@0:gradient:1,inf@0:parameter:1"))
     assert faults.value("loss", 1.0) == 1.0
     assert math.isnan(faults.value("loss", 1.0))
     assert faults.value("gradient", 2.0) == 20.0
     assert faults.value("parameter", 2.0) == math.inf
-    assert Faults().value("loss", 3.0) == 3.0
+    assert FaultInjector().value("loss", 3.0) == 3.0
 
 
 def test_kinds_that_raise_and_wait():
     with pytest.raises(MemoryError):
-        Faults(parse("memory@0:step:1"))("step")
+        FaultInjector(parse("memory@0:step:1")).enter("step")
     begin = time.monotonic()
-    Faults(parse("delay0.05@0:step:1"))("step")
+    FaultInjector(parse("delay0.05@0:step:1")).enter("step")
     assert time.monotonic() - begin > 0.05
 
 
 @pytest.mark.parametrize(("kind", "code"), [("kill", -signal.SIGKILL), ("term", -signal.SIGTERM), ("usr1", -signal.SIGUSR1), ("note", 0)])
 def test_kinds_that_end_a_process(kind, code):
-    program = f"from neox.faults import Faults, parse; Faults(parse('{kind}@0:step:1'))('step')"
+    program = f"from neox.testing.faults import FaultInjector, parse; FaultInjector(parse('{kind}@0:step:1')).enter('step')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
     assert done.returncode == code
     assert done.stderr == ("fault note@0:step:1\n" if kind == "note" else "")
@@ -89,16 +89,18 @@ def test_the_table_is_what_the_code_names():
     named = set()
     for path in (ROOT / "neox").glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("faults", "faults.value")):
-                named |= {part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)} if node.args else set()
+            if isinstance(node, ast.Call):
+                call = [node.func, *node.args] if ast.unparse(node.func) != "partial" else node.args
+                if ast.unparse(call[0]).endswith(("phases.enter", "phases.value", "injector.enter")):
+                    named |= {part.value for part in ast.walk(call[1]) if isinstance(part, ast.Constant)}
     assert named == set(SITES)
     assert len(set(KINDS)) == len(KINDS)
 
 
 def test_without_the_variable_a_site_costs_nothing():
-    faults = Faults()
+    faults = FaultInjector()
     begin = time.perf_counter()
     for _ in range(100_000):
-        faults("step")
+        faults.enter("step")
     assert (time.perf_counter() - begin) / 100_000 < 20e-6
     assert os.environ.get("FAULT") is None

@@ -1,0 +1,51 @@
+"""Phases reach every observer, in order; values pass through all of them."""
+
+from __future__ import annotations
+
+import contextlib
+
+from neox.phases import Observer, Phases
+
+
+class Diary(Observer):
+    """Writes down all it is called with, and adds to values."""
+
+    changes_values = True
+
+    def __init__(self, name: str, diary: list):
+        self.name = name
+        self.diary = diary
+
+    def enter(self, phase, step=None):
+        self.diary.append((self.name, phase, step))
+
+    def value(self, name, value):
+        return value * 2 + len(self.name)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        self.diary.append(f"{self.name} waits")
+        yield
+        self.diary.append(f"{self.name} continues")
+
+
+def test_an_observer_does_nothing_by_itself():
+    phases = Phases(Observer())
+    phases.enter("batch", 1)
+    assert phases.value("loss", 1.5) == 1.5 and not phases.changes_values
+    with phases.waiting():
+        pass
+
+
+def test_all_observers_are_called_in_order():
+    diary: list = []
+    phases = Phases(Diary("a", diary))
+    phases.attach(Diary("bb", diary))
+    phases.enter("batch", 3)
+    phases.enter("save")
+    assert diary == [("a", "batch", 3), ("bb", "batch", 3), ("a", "save", None), ("bb", "save", None)]
+    assert phases.changes_values and phases.value("loss", 10) == 44
+    diary.clear()
+    with phases.waiting():
+        assert diary == ["a waits", "bb waits"]
+    assert diary[2:] == ["bb continues", "a continues"]
