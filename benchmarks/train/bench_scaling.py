@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measure import Options, Row, show
 
 from neox.config.schema import Config
-from neox.config.validate import batch_sizes
 from neox.model.gpt import GPT
 from neox.parallel.mesh import create_mesh
 from neox.plan.communication import Traffic, traffic
@@ -146,8 +145,7 @@ def run_case(case: Case) -> dict:
 
     config = case.config()
     mesh = create_mesh(case.tensor, case.pipeline, context=case.context, sequence=case.sequence)
-    sizes = batch_sizes(config, case.processes)
-    engine = Engine(config, mesh, GPT(config.model, mesh), sizes, 2)
+    engine = Engine(config, mesh, GPT(config.model, mesh))
     generator = torch.Generator().manual_seed(mesh.dp_rank)
 
     def micro_batch() -> SimpleNamespace:

@@ -1,1 +1,1 @@
-"""The training engine: DeepSpeed's data-parallel machinery behind one small class. The only importer of deepspeed."""
+"""The training engine: one optimizer step on DeepSpeed's data-parallel machinery. The only importer of deepspeed."""

@@ -1,4 +1,4 @@
-"""Handing a model and an optimizer to DeepSpeed: its config, and the few of its defaults that have to be told otherwise."""
+"""Set-up of DeepSpeed: its config, and the defaults that are overridden."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import importlib
 import io
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,34 +17,21 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime import compiler
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 
+from neox.config.deepspeed_keys import OWNED_KEYS
 from neox.config.schema import Config
+from neox.config.validate import BatchSizes
 from neox.engine.footprint import bucket_elements, effective_stage
 from neox.engine.mpu import MeshMPU
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 from neox.parallel.wait_tracker import raise_group_timeouts
 
-# DeepSpeed keys that the config has under names of its own: key -> ours.
-OURS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "bf16": "precision.dtype",
-    "bfloat16": "precision.dtype",
-    "fp16": "precision",
-    "zero_optimization.stage": "zero.stage",
-    "managed_gradient_accumulation": "none: the engine owns it",
-    "data_types.grad_accum_dtype": "none: gradients accumulate in fp32",
-}
 
-
-class PlainCPU(CPU_Accelerator):
-    """DeepSpeed's CPU accelerator without operators of its own: it would compile them at the first start; gloo is enough."""
+class CPUWithoutOps(CPU_Accelerator):
+    """DeepSpeed's CPU accelerator without its operators, which it would compile at the first start; gloo needs none of them."""
 
     def create_op_builder(self, class_name):
         """No builder for any operator."""
@@ -54,7 +42,7 @@ class PlainCPU(CPU_Accelerator):
         return
 
     def is_fp16_supported(self):
-        """True: torch computes in fp16 on every CPU; DeepSpeed asks whether the CPU does so by itself, which few do. A run refuses fp16 here anyway."""
+        """True: torch computes in fp16 on every CPU. DeepSpeed asks for native fp16 instructions. A run refuses fp16 on a CPU in any case."""
         return True
 
 
@@ -67,44 +55,44 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_passed_through(raw: dict[str, Any]) -> None:
-    """Refuse keys under `deepspeed:` that have a key of their own.
+    """Check that no key under `deepspeed:` is set by a key of our config.
 
     Raises:
-        ConfigError: names the first such key and what to write instead.
+        ConfigError: the first such key and the key to set instead.
     """
-    for path, ours in OURS.items():
+    for path, ours in OWNED_KEYS.items():
         section, _, key = path.partition(".")
         value = raw.get(section)
         if section in raw and (not key or (isinstance(value, dict) and key in value)):
-            raise ConfigError("a DeepSpeed key that has a key of its own", where=f"deepspeed.{path}", got=value, want=f"set here: {ours}", do="remove it")
+            raise ConfigError("DeepSpeed key that we set", where=f"deepspeed.{path}", got=value, want=f"{ours} decides it", do=f"set {ours}")
 
 
-def deepspeed_config(config: Config, micro_batch_size: int, gradient_accumulation: int, replicas: int, num_parameters: int) -> dict[str, Any]:
-    """The config that DeepSpeed gets, the user's `deepspeed:` section merged in last.
+def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_parameters: int) -> dict[str, Any]:
+    """The config for DeepSpeed; the user's `deepspeed:` section is merged in last.
 
     Args:
         config: the run.
-        micro_batch_size, gradient_accumulation: resolved sizes of one process.
-        replicas: processes that hold the same parameters.
-        num_parameters: of this process; buckets need not be larger.
+        sizes: the complete batch sizes.
+        replicas: number of processes that hold the same parameters.
+        num_parameters: number of parameters of this process; buckets need not be larger.
 
     Raises:
-        ConfigError: `deepspeed:` sets what has a key of its own.
+        ConfigError: `deepspeed:` sets a key that has a key in our config.
     """
     check_passed_through(config.deepspeed)
     bucket = bucket_elements(num_parameters)
     precision = config.precision
     stage = effective_stage(config)
     base: dict[str, Any] = {
-        "train_batch_size": micro_batch_size * gradient_accumulation * replicas,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation,
-        "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,  # stage 0: Engine.clip_plain
+        "train_batch_size": sizes.micro_batch_size * sizes.gradient_accumulation * replicas,
+        "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
+        "gradient_accumulation_steps": sizes.gradient_accumulation,
+        "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,  # stage 0: Updater.clip_gradients
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "reduce_scatter": config.optimizer.type != "muon",  # DeepSpeed's Muon needs whole gradients
+            "reduce_scatter": config.optimizer.type != "muon",  # DeepSpeed's Muon needs complete gradients
         },
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -125,17 +113,19 @@ def deepspeed_config(config: Config, micro_batch_size: int, gradient_accumulatio
     return merge(base, config.deepspeed)
 
 
-def join_alone(device: torch.device) -> None:
-    """Give DeepSpeed the process group that it insists on where this process works alone."""
+def ensure_process_group(device: torch.device) -> None:
+    """Create the process group of one process, and the variable of a launcher, that DeepSpeed requires of a process without a launcher too."""
     if not dist.is_initialized():
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon without torch's compiler. Its ZeRO asks whether an optimizer is a Muon, whose module calls torch.compile when it is imported:
-    a second of every start.
+    """Import DeepSpeed's Muon without torch's compiler, in a run that does not use Muon.
 
-    For runs without Muon; one with it has imported it by now, compiled.
+    DeepSpeed's ZeRO checks whether an optimizer is a Muon, and imports its module, which calls torch.compile. The compiler's import takes 2.4 of the
+    3.4 s of CPU time of a small run (docs/log.md). The price is a function of DeepSpeed that is patched during one import;
+    tests/engine/test_deepspeed_setup.py fails if the compiler is imported.
     """
     compiled = compiler.compile
     compiler.compile = lambda: lambda function: function
@@ -147,7 +137,7 @@ def import_muon_uncompiled() -> None:
 
 @contextlib.contextmanager
 def frozen_objects() -> Iterator[None]:
-    """Keep what is there out of garbage collection: DeepSpeed collects half a dozen times as it starts, 0.4 s each over all that was imported."""
+    """Exclude all current objects from garbage collection: DeepSpeed collects six times as it starts, 0.4 s each over everything imported."""
     frozen_before = gc.get_freeze_count() > 0
     gc.freeze()
     try:
@@ -157,25 +147,28 @@ def frozen_objects() -> Iterator[None]:
             gc.unfreeze()
 
 
-def init_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.optim.Optimizer, sizes: tuple[int, int], mesh: Mesh) -> Any:
-    """Wrap the module and the optimizer; returns DeepSpeed's engine.
+def init_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.optim.Optimizer, sizes: BatchSizes, mesh: Mesh) -> DeepSpeedEngine:
+    """Wrap a module and its optimizer.
 
     Args:
-        module: parameters in fp32 on mesh.device; DeepSpeed rounds and cuts them in place.
-        sizes: (micro_batch_size, gradient_accumulation).
+        config: the run.
+        module: parameters in fp32 on mesh.device; DeepSpeed rounds and shards them in place.
+        optimizer: over the module's parameters.
+        sizes: the complete batch sizes.
+        mesh: the layout of processes.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if mesh.device.type == "cpu" and not isinstance(get_accelerator(), PlainCPU):
-        set_accelerator(PlainCPU())
-    join_alone(mesh.device)
+    if mesh.device.type == "cpu" and not isinstance(get_accelerator(), CPUWithoutOps):
+        set_accelerator(CPUWithoutOps())
+    ensure_process_group(mesh.device)
     count = sum(p.numel() for p in module.parameters())
-    settings = deepspeed_config(config, *sizes, mesh.replicas, count)
-    # Data parallelism alone goes without a grid: DeepSpeed has features (Muon in bf16) that refuse one, whatever it says.
-    grid = MeshMPU(mesh) if mesh.tp * mesh.pp * mesh.cp > 1 else None
+    settings = deepspeed_config(config, sizes, mesh.replicas, count)
+    # Pure data parallelism works without an mpu: some features of DeepSpeed (Muon in bf16) refuse any.
+    mpu = MeshMPU(mesh) if mesh.tp * mesh.pp * mesh.cp > 1 else None
     if config.optimizer.type != "muon":
         import_muon_uncompiled()
-    groups.mpu = grid  # else an engine without a grid would find that of the one before it in this process
-    with contextlib.redirect_stdout(io.StringIO()), frozen_objects():  # it prints memory statistics whatever its log level
-        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False)
-    raise_group_timeouts(config.guard.hang_timeout)  # of the groups that it has made
+    groups.mpu = mpu  # else an engine without an mpu would find that of an earlier engine in this process
+    with contextlib.redirect_stdout(io.StringIO()), frozen_objects():  # it prints memory statistics at any log level
+        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)
+    raise_group_timeouts(config.guard.hang_timeout)  # of the groups that DeepSpeed created
     return engine

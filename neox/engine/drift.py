@@ -1,7 +1,7 @@
-"""Whether parameters are finite, and whether processes that should hold the same ones do: checksums of the bits, compared.
+"""Checks of the parameters: whether they are finite, and whether replicas are identical, by checksums of their bits.
 
-A weight that no token of a batch meets can be NaN without any sign: an embedding's row is looked up when its token comes. A flipped bit in
-memory, or a reduction that one process left out, lets replicas drift apart without any other sign (BLOOM's norms did).
+A weight that no token of a batch uses can be NaN unnoticed: a row of the embedding is read only for its token. A flipped bit in memory, or a reduction
+that one process omits, lets replicas drift apart unnoticed (BLOOM's norms did).
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from neox.parallel.shard_spec import ShardSpec
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integers of that size
 SHOWN = 5
-SMALL = 1 << 16  # elements up to which tensors are joined before they are summed
+SMALL = 1 << 16  # elements up to which tensors are stacked before they are summed
 
 Named = Sequence[tuple[str, torch.nn.Parameter, ShardSpec]]
 
 
 @torch.no_grad()
 def largest(named: Named) -> torch.Tensor:
-    """Largest magnitude in what this process holds of each parameter, fp32 [parameters] on the device: NaN or infinite where a value is. One reading of all."""
+    """Largest magnitude of each parameter in this process, fp32 [parameters] on the device; NaN or infinite if a value is. One pass over all of them."""
     held = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for _, p, _ in named]
     return torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)]) if held else torch.zeros(0)
 
 
-def not_finite(named: Named) -> list[str]:
-    """Names of the parameters of which this process holds a value that is NaN or infinite."""
+def find_non_finite(named: Named) -> list[str]:
+    """Names of the parameters of which this process holds a NaN or infinite value."""
     return [name for (name, _, _), value in zip(named, largest(named).tolist(), strict=True) if not math.isfinite(value)]
 
 
-def known_to_all(findings: list[str], mesh: Mesh) -> list[str]:
+def gather_findings(findings: list[str], mesh: Mesh) -> list[str]:
     """The findings of all processes, sorted. Every process calls it."""
     if mesh.world_size == 1:
         return sorted(findings)
@@ -45,21 +45,21 @@ def known_to_all(findings: list[str], mesh: Mesh) -> list[str]:
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of the bit patterns as int64 scalar: any one flipped bit changes it."""
+    """Sum of the bit patterns, int64 scalar: any single flipped bit changes it."""
     return tensor.detach().view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """`checksum` of each, int64 [tensors].
 
-    Small tensors of one size and dtype, most of a model's, are summed together: each alone would cost a launch to read a few kilobytes. Large
-    ones are read where they lie, since joining them would copy the model.
+    Small tensors of the same size and dtype, which are most of a model's, are summed together: one by one, each would cost a kernel launch for a few
+    kilobytes. Large ones are read in place, because stacking them would copy the model.
     """
-    alike: dict[tuple[int, torch.dtype], list[int]] = {}
+    same_size: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        alike.setdefault((tensor.numel(), tensor.dtype), []).append(i)
+        same_size.setdefault((tensor.numel(), tensor.dtype), []).append(i)
     sums: dict[int, torch.Tensor] = {}
-    for (count, dtype), members in alike.items():
+    for (count, dtype), members in same_size.items():
         if count > SMALL:
             sums |= {i: checksum(tensors[i]) for i in members}
         else:
@@ -69,25 +69,25 @@ def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def replicated(named: Named, mesh: Mesh) -> list[tuple[dist.ProcessGroup, list[tuple[str, torch.nn.Parameter]]]]:
-    """What is held alike, by group: all parameters over the replicas, those that are not cut over the tensor group too.
+    """The parameters that several processes hold, by group: all over the replicas, and those that are not sharded over the tensor group.
 
-    What ZeRO's stage 3 has cut is nobody's replica; the small parameters that it keeps whole are.
+    ZeRO stage 3 shards parameters, which then have no replicas; the small ones that it does not shard have.
     """
-    there = [(name, p, layout) for name, p, layout in named if p.numel() and getattr(p, "ds_persist", True)]
+    local = [(name, p, layout) for name, p, layout in named if p.numel() and getattr(p, "ds_persist", True)]
     out = []
     if mesh.replica_group is not None:
-        out.append((mesh.replica_group, [(name, p) for name, p, _ in there]))
+        out.append((mesh.replica_group, [(name, p) for name, p, _ in local]))
     if mesh.tp_group is not None:
-        out.append((mesh.tp_group, [(name, p) for name, p, layout in there if layout.dim is None]))
+        out.append((mesh.tp_group, [(name, p) for name, p, layout in local if layout.dim is None]))
     return [(group, held) for group, held in out if held]
 
 
 @torch.no_grad()
 def check_replicas(named: Named, mesh: Mesh, step: int) -> None:
-    """Compare with the other holders. Every process calls it.
+    """Compare the parameters with their replicas. Every process calls it.
 
     Raises:
-        ReplicaDrift: names tensors and ranks; on every process, also those whose parameters agree.
+        ReplicaDrift: names tensors and ranks; on every process, including those whose parameters agree.
     """
     findings: list[str] = []
     for group, held in replicated(named, mesh):
@@ -102,19 +102,19 @@ def check_replicas(named: Named, mesh: Mesh, step: int) -> None:
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     if not flag.item():
         return
-    everything = known_to_all(findings, mesh)
+    everything = gather_findings(findings, mesh)
     more = f" and {len(everything) - SHOWN} more" if len(everything) > SHOWN else ""
     raise ReplicaDrift(
         "replicas have drifted apart",
         where=f"step {step}",
         got=", ".join(everything[:SHOWN]) + more,
-        want="the same bits everywhere",
+        want="identical bits in all replicas",
         do="resume from a checkpoint; the memory of the ranks named may be faulty",
     )
 
 
 def differing(names: Sequence[str], mine: torch.Tensor, group: dist.ProcessGroup) -> list[str]:
-    """`tensor on ranks ...` for every tensor whose checksums differ: the ranks outside of the majority, or all where there is none."""
+    """`tensor on ranks ...` for every tensor whose checksums differ: the ranks outside the majority, or all if there is none."""
     ranks = dist.get_process_group_ranks(group)
     everyone = [torch.empty_like(mine) for _ in ranks]
     dist.all_gather(everyone, mine, group=group)

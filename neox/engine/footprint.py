@@ -1,16 +1,13 @@
-"""What training keeps beside the model's parameters, in numbers: for the engine that asks for it, and for the plan that foretells it.
-
-Nothing here imports torch.
-"""
+"""What training stores besides the model's parameters, for the engine that allocates it and for the plan that predicts it. Does not import torch."""
 
 from __future__ import annotations
 
 from neox.config.schema import Config, OptimizerConfig
 
 BUCKET = 200_000_000  # elements that DeepSpeed reduces or gathers at a time
-LIVE = 1_000_000_000  # elements of parameters that its stage 3 keeps gathered at most
+LIVE = 1_000_000_000  # elements of parameters that its stage 3 holds gathered at most
 
-# Per-element state of each optimizer: what a checkpoint holds beside the fp32 weights. `step` counters are not per element.
+# Per-element state of each optimizer, which a checkpoint stores in addition to the fp32 weights. `step` counters are not per element.
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
 MUON_MATRIX_KEYS = ("momentum_buffer",)
 
@@ -21,18 +18,18 @@ def effective_stage(config: Config) -> int:
 
 
 def bucket_elements(num_parameters: int) -> int:
-    """Elements of DeepSpeed's bucket, even; no larger than the parameters of the process need it."""
+    """Elements of DeepSpeed's bucket: even, and no more than the process has parameters."""
     bucket = max(min(BUCKET, num_parameters), 1024)
     return bucket + bucket % 2
 
 
 def is_hidden_matrix(name: str, dimensions: int) -> bool:
-    """Whether Muon takes this parameter: matrices inside the blocks. Embeddings and the output head are left to AdamW (Muon's own advice)."""
+    """Whether Muon updates this parameter: a matrix in a block. Embeddings and the output head use AdamW, as Muon's authors advise."""
     return dimensions == 2 and name.startswith("layers.")
 
 
 def optimizer_state_keys(config: OptimizerConfig, name: str, dimensions: int) -> tuple[str, ...]:
-    """Names of the per-element state that the optimizer keeps for a parameter of this name and number of dimensions."""
+    """Names of the per-element optimizer state of a parameter with this name and number of dimensions."""
     if config.type == "muon" and is_hidden_matrix(name, dimensions):
         return MUON_MATRIX_KEYS
     return STATE_KEYS["adamw" if config.type == "muon" else config.type]

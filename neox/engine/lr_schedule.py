@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step and of the updates made, so that a resumed run needs no schedule state.
+"""Learning-rate schedules: pure functions of the step and of the number of updates, so a resumed run needs no schedule state.
 
 Steps count from 1: `learning_rate(n)` is the rate of the n-th optimizer step. With w = warmup_iters, d = decay_iters,
 c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1], `rule: native` is:
@@ -10,7 +10,7 @@ c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1], `rule: native` is:
     wsd            peak until d - c, then linear to min at d         (arXiv 2404.06395)
     inverse_sqrt   peak sqrt(max(w, 1) / n), never below min         (arXiv 1706.03762)
 
-Nothing moves after step d: the rate of step d is kept.
+The rate stays constant after step d.
 
 `rule: gpt_neox` is GPT-NeoX's AnnealingLR (megatron/learning_rates.py), which is stepped after the optimizer. With m updates made
 before the step (n - 1 where none was skipped), w a real number and x = (m - w) / (d - w), never cut:
@@ -20,7 +20,7 @@ before the step (n - 1 where none was skipped), w a real number and x = (m - w) 
     linear         peak (1 - x), never below min
     cosine         min + (peak - min) (1 + cos(pi x)) / 2
 
-Its cosine rises again after d. A skipped update (an fp16 overflow) does not move it. DeepSpeed's schedulers are not used.
+Its cosine rises again after d. A skipped update (an fp16 overflow) does not advance it. DeepSpeed's schedulers are not used.
 """
 
 from __future__ import annotations
@@ -105,6 +105,6 @@ FORMULAS = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd
 
 
 def build_lr_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, train_iters: int) -> LRSchedule:
-    """The schedule of a run; `decay_iters` left out means the end of the run."""
+    """The schedule of a run. Without `decay_iters`, it decays until the end of the run."""
     end = config.decay_iters or train_iters
     return LRSchedule(config.type, optimizer.lr, config.min_lr, config.warmup_iters, end, config.cooldown_iters, config.rule)

@@ -1,7 +1,7 @@
-"""Optimizers, built here rather than by DeepSpeed: we choose the groups, and every ZeRO stage steps the same code.
+"""Optimizers, built here rather than by DeepSpeed: we choose the parameter groups, and every ZeRO stage steps the same code.
 
-Weight decay is decoupled for all of them and touches matrices only: parameters of one dimension (biases, norms) are in a group of
-their own without decay. A group's `lr_scale` multiplies the learning rate that the engine sets at every step.
+Weight decay is decoupled in all of them and applies to matrices only: parameters of one dimension (biases, norms) are in a separate group
+without decay. A group's `lr_scale` multiplies the learning rate that the engine sets at every step.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from neox.engine.footprint import is_hidden_matrix
 ROW_BIASES = (".attention.out.bias", ".mlp.down.bias")
 
 
-class Plain:
-    """Mixin: torch's methods without the wrapper that keeps torch.compile away from them, whose first call imports the compiler (over a second of a start)."""
+class NoCompiler:
+    """Mixin: torch's methods without the decorator that disables torch.compile in them, because its first call imports the compiler.
+
+    The import takes 2.4 of the 3.4 s of CPU time of a small run (docs/log.md), in every process. The price is a dependency on `__wrapped__`, which
+    functools.wraps sets; tests/engine/test_deepspeed_setup.py fails if the compiler is imported.
+    """
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
@@ -28,8 +32,8 @@ class Plain:
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 
 
-class AdamW(Plain, torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101), torch's fused kernel and state; its own `step` is wrapped for torch.compile as well."""
+class AdamW(NoCompiler, torch.optim.AdamW):
+    """AdamW (arXiv 1711.05101), with torch's fused kernel and state. `step` is written here because torch's is decorated as well."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
@@ -38,11 +42,11 @@ class AdamW(Plain, torch.optim.AdamW):
     def step(self, closure=None):
         """One update of every parameter that has a gradient. `closure` is not supported."""
         for group in self.param_groups:
-            alike = defaultdict(list)  # the kernel takes tensors of one kind at a time
+            same_kind = defaultdict(list)  # the kernel takes tensors of one device and dtype at a time
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.device, p.dtype].append(p)
-            for params in alike.values():
+                    same_kind[p.device, p.dtype].append(p)
+            for params in same_kind.values():
                 self._update(params, group)
 
     def _update(self, params: list[torch.nn.Parameter], group: dict) -> None:
@@ -58,7 +62,7 @@ class AdamW(Plain, torch.optim.AdamW):
         torch._fused_adamw_(params, grads, averages, squares, [], steps, amsgrad=False, maximize=False, **settings)
 
 
-class Lion(Plain, Optimizer):
+class Lion(NoCompiler, Optimizer):
     """Lion (arXiv 2302.06675, algorithm 2): p <- p - lr (sign(b1 m + (1 - b1) g) + wd p), m <- b2 m + (1 - b2) g."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float):
@@ -84,7 +88,7 @@ class Lion(Plain, Optimizer):
             torch._foreach_lerp_(averages, grads, 1.0 - beta2)
 
 
-class SGD(Plain, Optimizer):
+class SGD(NoCompiler, Optimizer):
     """SGD with heavy-ball momentum and decoupled decay: m <- mu m + g, p <- p - lr (m + wd p)."""
 
     def __init__(self, params, lr: float, momentum: float, weight_decay: float):
@@ -108,9 +112,12 @@ class SGD(Plain, Optimizer):
 
 
 def groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict]:
-    """Parameter groups: decayed matrices, then one-dimensional parameters without decay; Muon's matrices come first in a group of their own.
+    """Parameter groups, in this order; empty ones are omitted.
 
-    Row-parallel biases come last in a group of their own where row_bias_lr_multiplier is above 1.
+    1. matrices that Muon updates;
+    2. other matrices, with weight decay;
+    3. parameters of one dimension, without weight decay;
+    4. row-parallel biases, if row_bias_lr_multiplier is above 1.
     """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     muon = [p for name, p in named if config.type == "muon" and is_hidden_matrix(name, p.ndim)]
@@ -128,8 +135,8 @@ def groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: O
 
 
 def build_muon(param_groups: list[dict], config: OptimizerConfig) -> Optimizer:
-    """DeepSpeed's Muon (it knows how ZeRO cuts matrices) with AdamW for the parameters that are no hidden matrices."""
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: this import alone takes two seconds
+    """DeepSpeed's Muon, which knows how ZeRO shards matrices, with AdamW for all other parameters."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here, because the import takes two seconds
 
     for group in param_groups:
         group["lr"] = config.lr
@@ -162,7 +169,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
 
 
 def counter(optimizer: Optimizer, group: dict, device: torch.device, updates: int) -> dict:
-    """The `step` entry of a parameter's state after `updates` updates, in the form in which the optimizer keeps it; empty where it has none."""
+    """The `step` entry of a parameter's state after `updates` updates, in the optimizer's form; empty if the optimizer has none."""
     if isinstance(optimizer, AdamW):
         return {"step": torch.tensor(float(updates), device=device)}
     if group.get("use_muon") is False:

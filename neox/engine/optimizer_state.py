@@ -1,7 +1,6 @@
-"""Where DeepSpeed keeps what a checkpoint stores: for every parameter, the part of its fp32 weight and optimizer state that this process holds.
+"""The fp32 weights and the optimizer state of one process, wherever the ZeRO stage stores them.
 
-Each ZeRO stage has its own place for them; a `Piece` hides which. Reading and writing both go through the views of a piece, so
-that what is saved and what is restored cannot disagree.
+A `ParameterShard` hides the location. Saving and restoring both go through the views of a shard, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment
 from neox.engine.optimizer import counter
+from neox.errors import CheckpointError
+from neox.model.adapters import HEAD, SCORE, is_added
 from neox.parallel.shard_spec import ShardSpec
 
 Named = Iterable[tuple[str, torch.nn.Parameter, ShardSpec]]
@@ -29,11 +30,11 @@ class ParameterShard:
     Attributes:
         name: logical name of the parameter.
         layout: where the local parameter lies in the logical tensor.
-        flat: the tensor that the optimizer steps (the parameter itself, or a flat partition of many).
-        offset: where in `flat` the range begins.
-        start, stop: range of the local parameter, padding of the vocabulary included.
-        group: index of the optimizer's parameter group; -1 where it has none of it.
-        owned: part of [start, stop) that this process writes to a checkpoint (ranges that others hold too are shared out).
+        flat: the tensor that the optimizer steps: the parameter itself, or a flat partition of many.
+        offset: start of the range in `flat`.
+        start, stop: range of the local parameter, vocabulary padding included.
+        group: index of the optimizer's parameter group; -1 for a frozen parameter.
+        owned: part of [start, stop) that this process writes to a checkpoint; a range that several processes hold is divided among them.
     """
 
     name: str
@@ -46,12 +47,12 @@ class ParameterShard:
     owned: tuple[int, int]
 
     def view(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the local parameter in `tensor`, which is shaped like `flat`."""
+        """Elements [start, stop) of the local parameter in `tensor`, which has the shape of `flat`."""
         return tensor.detach().view(-1)[self.offset + start - self.start : self.offset + stop - self.start]
 
 
 def replicated_shards(named: Named, optimizer: torch.optim.Optimizer, rank: int, size: int) -> Iterator[ParameterShard]:
-    """Stage 0: every process holds everything; each writes its share."""
+    """Stage 0: every process holds everything and writes its share."""
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     for name, p, layout in named:
         count = p.numel()
@@ -59,7 +60,7 @@ def replicated_shards(named: Named, optimizer: torch.optim.Optimizer, rank: int,
 
 
 def frozen_shards(named: Named, rank: int, size: int) -> Iterator[ParameterShard]:
-    """Parameters that are not trained: every process holds them whole, in the dtype of the forward pass; each writes its share."""
+    """Frozen parameters: every process holds all of them in the dtype of the forward pass and writes its share."""
     for name, p, layout in named:
         count = p.numel()
         yield ParameterShard(name, layout, p, 0, 0, count, -1, (count * rank // size, count * (rank + 1) // size))
@@ -78,7 +79,7 @@ def flat_partition_shards(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_O
 
 
 def stage3_shards(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, rank: int) -> Iterator[ParameterShard]:
-    """Stage 3: every parameter is cut evenly over the processes; the last cuts are padded."""
+    """Stage 3: every parameter is sharded evenly over the processes; the last shards are padded."""
     for name, p, layout in named:
         sub_group, offset, share = wrapper.grad_position[wrapper.get_param_id(p)]
         start = min(rank * share, p.ds_numel)
@@ -92,12 +93,12 @@ class OptimizerState:
     """The fp32 weights and the optimizer state of one process under any ZeRO stage.
 
     Args:
-        named: logical name, parameter and layout of all that this process holds; those without a gradient are frozen.
-        wrapper: DeepSpeed's optimizer, or ours where stage 0 leaves it bare.
+        named: logical name, parameter and layout of every parameter of this process; those without a gradient are frozen.
+        wrapper: DeepSpeed's optimizer; at stage 0, which has none, our optimizer.
         optimizer: our optimizer inside.
-        kinds: what the optimizer keeps for the elements of a parameter beside the weight, by name.
-        shapes: logical shape of every parameter of the whole model, those of other stages too.
-        place: this process's number among its replicas, and their number.
+        kinds: by parameter, the names of its per-element optimizer state, besides the weight.
+        shapes: logical shape of every parameter of the model, those of other pipeline stages included.
+        replica: rank of this process among its replicas, and their number.
     """
 
     def __init__(
@@ -107,13 +108,13 @@ class OptimizerState:
         optimizer: torch.optim.Optimizer,
         kinds: dict[str, tuple[str, ...]],
         shapes: dict[str, tuple[int, ...]],
-        place: tuple[int, int],
+        replica: tuple[int, int],
     ):
         self.wrapper = wrapper
         self.optimizer = optimizer
         self.kinds = kinds
         self.shapes = shapes
-        rank, size = place
+        rank, size = replica
         frozen, named = [row for row in named if not row[1].requires_grad], [row for row in named if row[1].requires_grad]
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             self.shards = list(stage3_shards(named, wrapper, rank))
@@ -124,17 +125,17 @@ class OptimizerState:
         self.shards += frozen_shards(frozen, rank, size)
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """(name, kind, logical shape) of all that a checkpoint of this training holds."""
+        """(name, kind, logical shape) of every tensor in a checkpoint of this run."""
         for name, shape in self.shapes.items():
             for kind in ("weight", *self.kinds[name]):
                 yield name, kind, shape
 
     def tensor(self, shard: ParameterShard, kind: str) -> torch.Tensor | None:
-        """The tensor, shaped like piece.flat, that holds a kind; None before the first update."""
+        """The tensor of a kind, with the shape of shard.flat; None before the first update."""
         return shard.flat if kind == "weight" else self.optimizer.state.get(shard.flat, {}).get(kind)
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this process writes to a checkpoint, without padding. Data are views, which change with the next update; of frozen 16-bit weights, copies."""
+        """What this process writes to a checkpoint, without padding: views, which change with the next update, or copies of frozen 16-bit weights."""
         for shard in self.shards:
             layout = shard.layout
             start, stop = shard.owned[0], min(shard.owned[1], layout.numel)
@@ -145,8 +146,49 @@ class OptimizerState:
                 data = torch.zeros(stop - start) if held is None else shard.view(held, start, stop).float()
                 yield Fragment(shard.name, kind, layout.shape, layout.slices, start, stop, data)
 
-    def prepare(self, updates: int) -> None:
-        """Create the optimizer state as after `updates` updates, zero where it is per element."""
+    def restore(self, checkpoint: Checkpoint, optimizer_type: str) -> None:
+        """Overwrite weights and optimizer state with those of a checkpoint, whatever layout wrote it.
+
+        Args:
+            checkpoint: an open checkpoint.
+            optimizer_type: optimizer.type of this run.
+
+        Raises:
+            CheckpointError: it holds other tensors than this model, no optimizer state, or that of another optimizer.
+        """
+        saved = checkpoint.state
+        if "optimizer" not in saved:
+            do = f"checkpoint.init_from: {checkpoint.path}, to start at step 0 from it"
+            raise CheckpointError("the checkpoint holds weights only: nothing to resume", where=checkpoint.path, do=do)
+        if saved["optimizer"] != optimizer_type:
+            raise CheckpointError(
+                "the checkpoint is of another optimizer",
+                where=f"{checkpoint.path}: optimizer.type",
+                got=saved["optimizer"],
+                want=optimizer_type,
+                do=f"optimizer.type: {saved['optimizer']}, or another run.dir to start from scratch",
+            )
+        checkpoint.check(self.tensors())
+        self.allocate(saved["updates"])
+        self.read(checkpoint)
+
+    def take_weights(self, checkpoint: Checkpoint) -> None:
+        """Overwrite the weights with those of a checkpoint, in fp32; the optimizer state stays as it is.
+
+        Adapters and the head of a reward model keep their initial values if the checkpoint has none. A reward model does not read the output head.
+
+        Raises:
+            CheckpointError: the checkpoint holds other tensors than this model.
+        """
+        available = set(checkpoint.names())
+        wanted = {name: shape for name, shape in self.shapes.items() if name in available or not is_added(name)}
+        if SCORE in self.shapes and HEAD in available:
+            wanted[HEAD] = checkpoint.info(HEAD).shape
+        checkpoint.check((name, "weight", shape) for name, shape in wanted.items())
+        self.read(checkpoint, weights_of=wanted.keys())
+
+    def allocate(self, updates: int) -> None:
+        """Create the optimizer state as it is after `updates` updates, with zeros for what is per element."""
         for shard in self.shards:
             if shard.group < 0:
                 continue
@@ -156,11 +198,12 @@ class OptimizerState:
             state.update(counter(self.optimizer, self.optimizer.param_groups[shard.group], shard.flat.device, updates))
 
     @torch.no_grad()
-    def write(self, checkpoint: Checkpoint, *, weights_of: Container[str] | None = None) -> None:
-        """Overwrite weights and optimizer state (for which `prepare` must have run), or some weights alone, with those of a checkpoint.
+    def read(self, checkpoint: Checkpoint, *, weights_of: Container[str] | None = None) -> None:
+        """Overwrite weights and optimizer state with those of a checkpoint; `allocate` must have run.
 
         Args:
-            weights_of: names whose weights are overwritten, and nothing else; None: everything of all.
+            checkpoint: an open checkpoint.
+            weights_of: names whose weights are overwritten, and nothing else; None overwrites everything.
         """
         with checkpoint.async_reads():
             for shard in self.shards:
@@ -174,7 +217,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
-        """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before they were rounded."""
+        """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before rounding."""
         for shard in self.shards:
             if shard.group < 0:
                 continue
@@ -182,7 +225,7 @@ class OptimizerState:
         self.publish()
 
     def publish(self) -> None:
-        """Bring the fp32 weights into the parameters that the forward pass uses, on every process."""
+        """Copy the fp32 weights to the parameters of the forward pass, on every process."""
         wrapper = self.wrapper
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             for sub_group in range(len(wrapper.fp16_groups)):
@@ -192,12 +235,12 @@ class OptimizerState:
             wrapper.update_lp_params()
 
     def gather_persistent(self) -> None:
-        """Stage 3: make whole the small parameters that every process keeps; DeepSpeed's step leaves them cut where it skips the update."""
+        """Stage 3: gather the small parameters that every process holds in full. DeepSpeed leaves them sharded when it skips an update."""
         if isinstance(self.wrapper, DeepSpeedZeroOptimizer_Stage3) and self.wrapper.persistent_parameters:
             self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)
 
 
-def held_gradients(wrapper: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer) -> Iterator[torch.Tensor]:
+def pending_gradients(wrapper: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer) -> Iterator[torch.Tensor]:
     """The reduced gradients of this process that the next step of DeepSpeed's optimizer would apply."""
     if isinstance(wrapper, BF16_Optimizer):
         yield from wrapper.fp32_groups_gradients_flat

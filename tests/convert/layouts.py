@@ -16,7 +16,6 @@ from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import Content, save
 from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
-from neox.config.validate import batch_sizes
 from neox.engine.engine import Engine
 from neox.generate.generate import load_model
 from neox.model.gpt import GPT
@@ -56,7 +55,7 @@ def write(path: Path, root: Path, mesh) -> None:
                 "train": {"micro_batch_size": 1},
             }
         )
-        engine = Engine(config, mesh, GPT(model, mesh), batch_sizes(config, mesh.world_size), 1)
+        engine = Engine(config, mesh, GPT(model, mesh))
         engine.take_weights(checkpoint)
     save(
         root,

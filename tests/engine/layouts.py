@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -84,7 +83,7 @@ class Cell:
 
 
 def matrix(processes: int, forms: Sequence[str] = MATRIX_FORMS) -> Iterator[Cell]:
-    """Every layout of tp 1, 2, 4, pp 1, 2, 4, dp 1, 2 with so many processes, each allowed ZeRO stage, sequence parallelism off and on."""
+    """Every layout of tp 1, 2, 4, pp 1, 2, 4, dp 1, 2 with this number of processes, each allowed ZeRO stage, sequence parallelism off and on."""
     for form in forms:
         for tp in (1, 2, 4):
             for pp in (1, 2, 4):
@@ -177,8 +176,8 @@ def run_cell(cell: Cell, mesh: Mesh, steps: int = STEPS) -> dict:
     model = GPT(config.model, mesh, seed=7, activation_checkpointing=cell.checkpointing, partition=cell.partition)
     with mutations.applied(cell.mutation):
         count = accumulation(mesh)
-        sizes = SimpleNamespace(micro_batch_size=cell.samples // (mesh.dp * count), gradient_accumulation=count, global_batch_size=cell.samples)
-        engine = Engine(config, mesh, model, sizes, steps)
+        sizes = {"micro_batch_size": cell.samples // (mesh.dp * count), "gradient_accumulation": count}
+        engine = Engine(config.model_copy(update={"train": config.train.model_copy(update=sizes)}), mesh, model)
         initial = logical(engine, ["weight"])
         losses, norms, gradient = [], [], {}
         for step in range(steps):
@@ -246,7 +245,7 @@ def write_references(cells: Sequence[Cell], path: Path, steps: int = STEPS) -> N
 
 
 def read_references(path: Path) -> dict[str, dict]:
-    """What `write_references` kept, by name of the reference cell."""
+    """The results that `write_references` stored, by name of the reference cell."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

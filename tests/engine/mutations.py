@@ -1,4 +1,4 @@
-"""Reductions broken on purpose, each as someone would forget it; the comparison of layouts has to see every one."""
+"""Injected errors in reductions, each one that is easily forgotten; the comparison of layouts must detect every one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unreduced(x, group):
 
 
 def same_gradient(self, gradient):
-    if hasattr(self, "last_backward") and self.last_backward:  # take the message, forget what it says
+    if hasattr(self, "last_backward") and self.last_backward:  # receive the message, ignore its content
         import torch
 
         from neox.parallel.p2p import send_recv
@@ -46,7 +46,7 @@ def one(self, batch):
 
 @contextmanager
 def applied(name: str) -> Iterator[None]:
-    """Break what `name` says while the context is open; nothing for an empty name."""
+    """Inject the error of this name while the context is open; none for an empty name."""
     if not name:
         yield
         return

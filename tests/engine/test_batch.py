@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from neox.engine.batch import LocalBatch, context_slice, to_device
-from neox.engine.objective import IGNORED, TokenLoss
+from neox.data.samples.loader import Batch
+from neox.engine.batch import context_slice, to_device
+from neox.engine.objective import TokenLoss
+from neox.parallel.cross_entropy import IGNORED
 from neox.parallel.mesh import Mesh
-from tests.engine.toy import Batch
 
 
 def make_batch() -> Batch:
     tokens = torch.arange(24).view(2, 12)
     targets = tokens.clone()
     targets[0, :5] = IGNORED
-    return Batch(tokens, targets, torch.tensor([3, 4]), segment_ids=torch.ones(2, 12, dtype=torch.int32), position_ids=tokens % 12)
+    return Batch(tokens, targets, torch.ones(2, 12, dtype=torch.int32), tokens % 12, torch.tensor([3, 4]))
 
 
 def test_ignored_targets_do_not_count():
@@ -24,12 +25,12 @@ def test_a_batch_that_is_there_is_not_copied():
     batch = make_batch()
     assert to_device(batch, torch.device("cpu")) is batch
     moved = to_device(batch, torch.device("meta"))
-    assert isinstance(moved, LocalBatch)
+    assert moved.sample_ids is batch.sample_ids
     assert moved.position_ids.device.type == "meta"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_the_sequence_is_cut_over_the_context_group_but_for_segment_ids(size):
+def test_the_sequence_is_sharded_over_the_context_group_except_for_segment_ids(size):
     batch = make_batch()
     single = Mesh.single()
     assert context_slice(batch, single) is batch

@@ -60,7 +60,7 @@ def test_alone_there_is_nothing_to_compare():
 
 
 def drift_on(out: str) -> None:
-    """Entry of a process of tp 2 x dp 2: plants one difference after the other and notes what the check says."""
+    """Entry of a process of tp 2 x dp 2: injects one difference after the other and records the result of the check."""
     dist.init_process_group("gloo")
     mesh = create_mesh(2)
     answers = {}
@@ -86,7 +86,7 @@ CASES = {  # name -> (tensor, ranks on which its lowest bit is flipped); tensor 
     "none": ("norm", ()),
     "a cut matrix": ("matrix", (3,)),
     "a norm of one tensor group's member": ("norm", (1, 3)),
-    "all alike": ("norm", (0, 1, 2, 3)),
+    "all replicas": ("norm", (0, 1, 2, 3)),
 }
 
 
@@ -96,6 +96,6 @@ def test_what_differs_is_named_on_every_process(tmp_path):
     answers = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(4)]
     assert all(answer == answers[0] for answer in answers)
     got = answers[0]
-    assert got["none"] == got["all alike"] == "same"
+    assert got["none"] == got["all replicas"] == "same"
     assert got["a cut matrix"].startswith("error[11] replicas have drifted apart; where=step 7; got=matrix on rank 1, 3;")
     assert "got=norm on rank 0, 1, norm on rank 2, 3;" in got["a norm of one tensor group's member"]

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ def assert_same_history(got, want, tolerance=1e-5):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_every_stage_and_accumulation_trains_alike_in_one_process(reference, stage, accumulation):
+def test_every_stage_and_accumulation_gives_the_same_training_in_one_process(reference, stage, accumulation):
     engine = make_engine(make_config(zero={"stage": stage}), Mesh.single(), accumulation)
     assert_same_history(run(engine, accumulation, STEPS), reference["history"])
     assert engine_padding(engine) == 0.0
@@ -39,7 +42,7 @@ def test_every_stage_and_accumulation_trains_alike_in_one_process(reference, sta
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_every_stage_trains_alike_over_two_processes(reference, tmp_path, accumulation):
+def test_every_stage_gives_the_same_training_over_two_processes(reference, tmp_path, accumulation):
     settings = {"stages": [0, 1, 2, 3], "accumulation": accumulation, "steps": STEPS}
     run_ranks("tests.engine.toy:train_ranks", 2, tmp_path, [json.dumps(settings), tmp_path / "out.json"])
     for answer in json.loads((tmp_path / "out.json").read_text()).values():
@@ -91,7 +94,7 @@ def test_the_loss_is_weighted_by_targets_over_the_global_batch():
 
 
 @pytest.mark.parametrize(("dtype", "stage"), LAYOUTS)
-def test_the_gradient_of_every_loss_is_the_one_that_the_model_was_told(dtype, stage):
+def test_the_gradient_of_every_loss_is_the_one_that_the_model_expected(dtype, stage):
     """To the bit: cross_entropy leaves that gradient in the logits and has to work again for any other."""
     engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": dtype}), Mesh.single(), 2)
     run(engine, 2, 3)
@@ -111,7 +114,7 @@ def test_gradients_are_clipped_to_the_norm(stage):
     before = {key: value.clone() for key, value in gathered(free).items() if key.startswith("weight")}
     norms = [run(engine, 1, 1)[0]["grad_norm"] for engine in (free, tight)]
     assert norms[0] == pytest.approx(norms[1])  # the norm that is reported is that before clipping
-    lr = free.schedule.learning_rate(1)
+    lr = free.updater.lr_schedule.learning_rate(1)
     moved = [math.sqrt(sum(float(((gathered(engine)[key] - value) / lr).square().sum()) for key, value in before.items())) for engine in (free, tight)]
     assert moved[0] == pytest.approx(norms[0], rel=1e-4)
     assert moved[1] == pytest.approx(0.05, rel=1e-3)
@@ -153,7 +156,7 @@ def test_fp16_skips_what_overflows_and_lowers_the_scale(stage):
     first = engine.train_step(micro_batches(0, engine.mesh, 1))
     assert first.skipped
     assert torch.equal(before, gathered(engine)["weight/norm.weight"])
-    assert (engine.step, engine.updates, engine.wrapper.loss_scale) == (1, 0, 2.0**29)
+    assert (engine.step, engine.updates, engine.updater.loss_scale) == (1, 0, 2.0**29)
     while first.skipped:
         first = engine.train_step(micro_batches(engine.step, engine.mesh, 1))
     assert engine.updates == 1
@@ -180,7 +183,7 @@ def test_what_is_not_finite_is_found_before_the_update(stage, dtype, poison):
 
 
 @pytest.mark.distributed
-def test_all_processes_decide_alike_when_one_is_poisoned(tmp_path):
+def test_all_processes_decide_the_same_when_one_is_poisoned(tmp_path):
     settings = {"stages": [0, 1, 2, 3], "dtypes": ["fp32", "bf16"]}
     run_ranks("tests.engine.toy:poison_ranks", 2, tmp_path, [json.dumps(settings), tmp_path / "out"])
     first, second = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1))
@@ -226,3 +229,16 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused():
         engine.restore(Stored(fewer, state))
     with pytest.raises(CheckpointError, match="another optimizer.*got=lion; want=adamw"):
         engine.restore(Stored(tensors, state | {"optimizer": "lion"}))
+
+
+@pytest.mark.slow
+def test_the_step_of_the_documentation_runs_without_a_launcher(repository):
+    """Fewer than twenty lines, no launcher, no dataset, no run folder; the loss falls."""
+    page = (repository / "docs" / "training.md").read_text(encoding="utf-8")
+    program = page.partition("```python\n")[2].partition("```")[0]
+    assert "engine.train_step" in program and program.count("\n") < 20
+    alone = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, env=alone, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.partition("loss=")[2].partition(",")[0]) for line in done.stdout.splitlines() if line.startswith("StepResult")]
+    assert len(losses) == 3 and losses[2] < losses[0]

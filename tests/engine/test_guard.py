@@ -1,4 +1,4 @@
-"""Policies for losses that jump and numbers that are not finite: on the engine with a toy model, and on whole runs."""
+"""Policies for loss spikes and numbers that are not finite, on the engine with a toy model."""
 
 import dataclasses
 import json
@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from neox.config.schema import GuardConfig
-from neox.engine.guard import FEWEST, Guard
+from neox.engine.guard import MIN_LOSSES, Guard
 from neox.errors import NonFinite
-from neox.faults import Faults, parse
 from neox.parallel.mesh import Mesh
+from neox.phases import Phases
+from neox.testing.faults import FaultInjector, parse
 from tests.engine.toy import gathered, make_config, make_engine, micro_batches, run
 
 
@@ -22,22 +23,22 @@ def guard(**values) -> Guard:
 def test_a_spike_is_measured_against_the_median_of_good_losses():
     one = guard(spike_factor=2.0, spike_window=20)
     for loss in (4.0, 3.9, 4.1, 4.0, 3.8, 4.2, 4.0):
-        assert not one.spikes(100.0), "too few losses"
+        assert not one.is_spike(100.0), "too few losses"
         one.accept(loss)
     one.accept(4.0)
-    assert len(one.losses) == FEWEST
-    assert one.spikes(8.01) and not one.spikes(8.0)
-    assert "8.4 is 2.1 times the median of the last 8" in one.spike(8.4)
-    assert not guard(loss_spike="off").spikes(1e9)
+    assert len(one.losses) == MIN_LOSSES
+    assert one.is_spike(8.01) and not one.is_spike(8.0)
+    assert "8.4 is 2.1 times the median of the last 8" in one.describe_spike(8.4)
+    assert not guard(loss_spike="off").is_spike(1e9)
 
 
-@pytest.mark.parametrize("window", [1, 2, FEWEST - 1, FEWEST, FEWEST + 1])
+@pytest.mark.parametrize("window", [1, 2, MIN_LOSSES - 1, MIN_LOSSES, MIN_LOSSES + 1])
 def test_a_short_window_finds_spikes_once_it_is_full(window):
     one = guard(spike_factor=2.0, spike_window=window)
-    for _ in range(min(window, FEWEST)):
-        assert not one.spikes(100.0)
+    for _ in range(min(window, MIN_LOSSES)):
+        assert not one.is_spike(100.0)
         one.accept(1.0)
-    assert one.spikes(2.01) and not one.spikes(2.0)
+    assert one.is_spike(2.01) and not one.is_spike(2.0)
 
 
 def test_the_window_forgets_the_oldest_loss_also_after_a_restore():
@@ -47,7 +48,7 @@ def test_the_window_forgets_the_oldest_loss_also_after_a_restore():
     other.restore(one.state_dict())
     for each in (one, other):
         each.accept(1.0)
-        assert list(each.losses) == [1.0, 1.0, 1.0] and each.spikes(2.01)
+        assert list(each.losses) == [1.0, 1.0, 1.0] and each.is_spike(2.01)
     shorter = guard(spike_window=2)
     shorter.restore({"losses": [1.0, 2.0, 3.0], "skipped": 1})
     assert list(shorter.losses) == [2.0, 3.0] and shorter.skipped == 1
@@ -56,11 +57,11 @@ def test_the_window_forgets_the_oldest_loss_also_after_a_restore():
 def test_what_is_not_finite_never_enters_the_window():
     """Else every later comparison is false."""
     one = guard(non_finite="skip", spike_factor=2.0)
-    for _ in range(FEWEST):
+    for _ in range(MIN_LOSSES):
         one.accept(1.0)
-    one.refuse(NonFinite("x"))
+    one.note_non_finite(NonFinite("x"))
     assert all(math.isfinite(loss) for loss in one.losses)
-    assert one.spikes(2.5)
+    assert one.is_spike(2.5)
     assert one.skipped == 1
     one.accept(1.0)
     assert one.skipped == 0
@@ -68,12 +69,12 @@ def test_what_is_not_finite_never_enters_the_window():
 
 def test_stop_raises_and_skip_counts():
     with pytest.raises(NonFinite, match="planted"):
-        guard().refuse(NonFinite("planted"))
+        guard().note_non_finite(NonFinite("planted"))
     one = guard(non_finite="skip", max_skipped=2)
-    one.refuse(NonFinite("planted"))
-    one.refuse(NonFinite("planted"))
+    one.note_non_finite(NonFinite("planted"))
+    one.note_non_finite(NonFinite("planted"))
     with pytest.raises(NonFinite, match="planted.*at most 2 steps skipped in a row"):
-        one.refuse(NonFinite("planted"))
+        one.note_non_finite(NonFinite("planted"))
 
 
 def test_the_state_survives_a_checkpoint():
@@ -94,7 +95,7 @@ def test_a_skipped_step_changes_no_byte_and_the_next_one_is_applied(stage, dtype
     if what.startswith("huge") and stage == 3:
         pytest.skip("DeepSpeed's norm of stage 3 does not overflow there: the update is clipped, and applied")
     config = make_config(zero={"stage": stage}, precision={"dtype": dtype}, guard={"non_finite": "skip"})
-    engine = make_engine(config, Mesh.single(), faults=Faults(parse(what)))
+    engine = make_engine(config, Mesh.single(), phases=Phases(FaultInjector(parse(what))))
     run(engine, 1, 2)
     before = {key: value.clone() for key, value in gathered(engine).items()}
     result = engine.train_step(micro_batches(2, engine.mesh, 1))
@@ -110,7 +111,7 @@ def test_a_skipped_step_changes_no_byte_and_the_next_one_is_applied(stage, dtype
 @pytest.mark.parametrize("policy", ["warn", "skip"])
 def test_a_spike(stage, policy):
     config = make_config(zero={"stage": stage}, guard={"loss_spike": policy, "spike_factor": 2.0})
-    engine = make_engine(config, Mesh.single(), faults=Faults(parse("times10@0:loss_number:10")))
+    engine = make_engine(config, Mesh.single(), phases=Phases(FaultInjector(parse("times10@0:loss_number:10"))))
     run(engine, 1, 9)
     before = gathered(engine)["weight/norm.weight"].clone()
     result = engine.train_step(micro_batches(9, engine.mesh, 1))
@@ -123,8 +124,8 @@ def test_a_spike(stage, policy):
 
 def test_spikes_that_do_not_end_stop_the_run():
     config = make_config(guard={"loss_spike": "skip", "spike_factor": 2.0, "max_skipped": 3})
-    engine = make_engine(config, Mesh.single(), faults=Faults(parse("times10@0:loss_number:10+")))
-    with pytest.raises(NonFinite, match="the loss jumps and does not come back.*at most 3"):
+    engine = make_engine(config, Mesh.single(), phases=Phases(FaultInjector(parse("times10@0:loss_number:10+"))))
+    with pytest.raises(NonFinite, match="loss spike did not recover.*at most 3"):
         run(engine, 1, 20)
     assert engine.updates == 9
 
@@ -134,7 +135,7 @@ def test_a_median_that_is_not_positive_measures_nothing(losses):
     one = guard(spike_factor=2.0)
     for loss in losses:
         one.accept(loss)
-    assert not one.spikes(5.0) and not one.spikes(0.0)
+    assert not one.is_spike(5.0) and not one.is_spike(0.0)
     one.accept(math.nan)
     assert list(one.losses) == losses
 
@@ -156,7 +157,7 @@ def test_a_step_without_targets_changes_nothing(stage):
     before = gathered(one)
     result = one.train_step(masked(micro_batches(3, mesh, 2), 0, 1))
     assert math.isnan(result.loss) and result.skipped and result.tokens == 0 and "no token" in result.problem and not result.spike
-    assert len(one.guard.losses) == 3 and one.guard.skipped == 0 and one.updates == 3 and one.step == 4
+    assert len(one.updater.guard.losses) == 3 and one.updater.guard.skipped == 0 and one.updates == 3 and one.step == 4
     after = gathered(one)
     assert before.keys() == after.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
     partly = [engine.train_step(masked(micro_batches(4, mesh, 2), 0)) for engine in engines]

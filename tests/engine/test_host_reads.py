@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import neox
 from neox.config.schema import ModelConfig
-from neox.engine.engine import on_the_host
+from neox.engine.engine import copy_to_host
 from neox.errors import ConfigError
 from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.parallel.wait_tracker import WaitTracker
+from neox.phases import Phases
+from neox.runtime.heartbeat import Heartbeat
 from tests.engine.toy import make_config, make_engine, micro_batches
 from tests.model.test_gpt import FORMS, SIZES, build
 
@@ -38,7 +40,7 @@ class HostReads(TorchDispatchMode):
     def __init__(self, waits: WaitTracker | None = None) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
-        self.marked: Counter[str] = Counter()  # of those, the ones where `waits` says that the process waits for others
+        self.marked: Counter[str] = Counter()  # of those, the ones during which `waits` marks the process as waiting
         self.waits = WaitTracker() if waits is None else waits
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -72,7 +74,7 @@ def test_ids_that_were_checked_are_not_read_outside_training(monkeypatch):
 
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4]]], ids=["one", "ragged"])
 def test_generation_checks_the_prompts_once(prompts, monkeypatch):
-    """The ids that it draws are places in the vocabulary: the tokens are all that it reads."""
+    """The ids that it draws are indices of the vocabulary: the tokens are all that it reads."""
     model = build("neox")
     asked = []
     forward = model.forward
@@ -103,9 +105,9 @@ def test_an_evaluation_counts_targets_where_the_loader_left_them_and_reads_once(
 def test_the_weights_before_rounding_wait_on_the_host():
     with FakeTensorMode():
         parameter = torch.nn.Parameter(torch.empty(3, device="cuda"))
-        assert on_the_host([("a", parameter)])["a"].is_cpu
+        assert copy_to_host([("a", parameter, None)])["a"].is_cpu
     parameter = torch.nn.Parameter(torch.ones(3))
-    copy = on_the_host([("a", parameter)])["a"]
+    copy = copy_to_host([("a", parameter, None)])["a"]
     assert torch.equal(copy, parameter)
     assert copy.data_ptr() != parameter.data_ptr()
 
@@ -129,19 +131,20 @@ def test_a_step_reads_its_loss_and_its_norm(stage, accumulation):
     engine.train_step(batches)
     with HostReads() as reads:
         engine.train_step(batches)
-    norm = {"clip_plain": 1} if stage == 0 else {"update": 1, "step_optimizer": 3}
+    norm = {"clip_gradients": 1} if stage == 0 else {"clip_and_step": 1, "step_optimizer": 3}
     assert reads.seen == {"count": accumulation, "train_step": 1, **norm}
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_every_read_of_the_device_is_marked_as_waiting_for_others(stage):
-    """A GPU's queue holds collectives, so a process that reads a result may be one that waits: the watcher must not take it for the stuck one."""
-    engine = make_engine(make_config(zero={"stage": stage}), Mesh.single())
+    """A GPU's queue holds collectives, so a process that reads a result may wait for others: the watchdog must not report it as stuck."""
+    heartbeat = Heartbeat()
+    engine = make_engine(make_config(zero={"stage": stage}), Mesh.single(), phases=Phases(heartbeat))
     batches = micro_batches(0, engine.mesh, 1)
     engine.train_step(batches)
-    with HostReads(engine.waits) as reads:
+    with HostReads(heartbeat.waits) as reads:
         engine.train_step(batches)
         engine.evaluate(batches)
     on_the_cpu = Counter(count=reads.seen["count"])
     assert reads.marked == reads.seen - on_the_cpu
-    assert not engine.waits.waiting
+    assert not heartbeat.waits.waiting

@@ -121,7 +121,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
-def test_what_is_kept_is_what_a_step_leaves(kind):
+def test_the_state_keys_are_those_of_a_step(kind):
     named = parameters()
     optimizer = build_optimizer(named.items(), config(kind))
     want = {name: optimizer_state_keys(config(kind), name, p.ndim) for name, p in named.items()}

@@ -1,4 +1,4 @@
-"""Pieces: whatever the stage, they cover every element of every parameter once, and what is written is what is read."""
+"""Shards cover every element of every parameter once in every stage, and what is written is what is read."""
 
 import math
 

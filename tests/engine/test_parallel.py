@@ -1,4 +1,4 @@
-"""The same model in every layout: a covering subset here, the whole matrix by `make parallel-test`."""
+"""The same model in every layout: a covering subset here, the complete matrix by `make parallel-test`."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def show(answers: list[dict], capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("form", MATRIX_FORMS)
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_whole_matrix(processes, form, tmp_path, capsys):
+def test_the_complete_matrix(processes, form, tmp_path, capsys):
     answers = run(list(matrix(processes, [form])), tmp_path, 20, timeout=3000.0)
     show(answers, capsys)
     assert not any(math.isnan(answer["loss"]) for answer in answers)

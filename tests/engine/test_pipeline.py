@@ -1,4 +1,4 @@
-"""The order of the schedule, played by threads in place of stages: every message must find its receiver, in every shape of pipeline."""
+"""The order of the schedule, with threads as stages: every message must find its receiver, in every shape of pipeline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neox.engine import pipeline
-from neox.engine.pipeline import OneForwardOneBackward, hand_over
+from neox.engine.pipeline import OneForwardOneBackward, backward_root
 from neox.parallel.mesh import Mesh
 
 WAIT = 5.0  # seconds after which a message counts as never sent
@@ -55,7 +55,7 @@ def play(stages: int, batches: list[torch.Tensor], monkeypatch) -> tuple[float, 
 
         def backward(output, gradient, last):
             diaries[rank].append("B!" if last else "B")
-            (output if gradient is None else hand_over(output, gradient)).backward()
+            (output if gradient is None else backward_root(output, gradient)).backward()
 
         try:
             losses[rank] = float(OneForwardOneBackward(mesh, forward, backward, lambda batch: tuple(batch.shape), torch.float32).train(batches))
@@ -74,7 +74,7 @@ def play(stages: int, batches: list[torch.Tensor], monkeypatch) -> tuple[float, 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
-def test_no_message_is_missed_and_gradients_are_those_of_the_whole(stages, count, monkeypatch):
+def test_no_message_is_missed_and_gradients_are_those_of_one_stage(stages, count, monkeypatch):
     batches = [torch.arange(3.0) + i for i in range(count)]
     loss, gradients, diaries = play(stages, batches, monkeypatch)
     total = sum(float(batch.sum()) for batch in batches)

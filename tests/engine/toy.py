@@ -1,39 +1,27 @@
-"""A model small enough to train in milliseconds, with the face of GPT that the engine uses, and runs of it for several processes."""
+"""A model small enough to train in milliseconds, with the interface of GPT that the engine uses, and runs of it for several processes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from neox.config.schema import Config
+from neox.data.samples.loader import Batch
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError, NonFinite
-from neox.faults import NO_FAULTS, Faults
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.parallel.shard_spec import ShardSpec
+from neox.phases import Phases
 
 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; launchers and `neox train` set it
 
 VOCAB, HIDDEN, ROWS, LENGTH = 60, 16, 64, 12  # ROWS: vocabulary with its padding
-
-
-@dataclass(frozen=True)
-class Batch:
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    sample_ids: torch.Tensor
-    segment_ids: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    ends: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
 
 
 class Toy(torch.nn.Module):
@@ -49,7 +37,7 @@ class Toy(torch.nn.Module):
         self.norm = torch.nn.ParameterDict({"weight": draw(HIDDEN)})
         self.dropout = dropout
         self.poison = None  # (rank, "loss" or "gradient", value): what goes wrong where
-        self.expected_dloss = []  # of every backward: the gradient that `loss` was told to expect, and what came
+        self.expected_dloss = []  # of every backward: the gradient that `loss` was to expect, and the one that came
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         out = {name: ShardSpec.replicated(*p.shape) for name, p in self.named_parameters()}
@@ -106,7 +94,7 @@ def make_config(**sections) -> Config:
 
 
 def global_batch(step: int, samples: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets of a step's whole batch; a varying number of targets per sample is ignored."""
+    """Tokens and targets of a step's global batch; a varying number of targets per sample is ignored."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCAB, (samples, LENGTH + 1), generator=generator)
     targets = tokens[:, 1:].clone()
@@ -120,14 +108,15 @@ def micro_batches(step: int, mesh: Mesh, accumulation: int, samples: int = 8) ->
     tokens, targets = global_batch(step, samples)
     size = samples // (mesh.dp * accumulation)
     rows = [range((m * mesh.dp + mesh.dp_rank) * size, (m * mesh.dp + mesh.dp_rank + 1) * size) for m in range(accumulation)]
-    return [Batch(tokens[list(r)], targets[list(r)], torch.tensor(list(r)) + step * samples) for r in rows]
+    return [Batch(tokens[list(r)], targets[list(r)], None, None, torch.tensor(list(r)) + step * samples) for r in rows]
 
 
 def make_engine(
-    config: Config, mesh: Mesh, accumulation: int = 1, total_steps: int = 20, samples: int = 8, dropout: float = 0.0, faults: Faults = NO_FAULTS
+    config: Config, mesh: Mesh, accumulation: int = 1, total_steps: int = 20, samples: int = 8, dropout: float = 0.0, phases: Phases | None = None
 ) -> Engine:
-    sizes = SimpleNamespace(micro_batch_size=samples // (mesh.dp * accumulation), gradient_accumulation=accumulation, global_batch_size=samples)
-    return Engine(config, mesh, Toy(dropout=dropout), sizes, total_steps, faults=faults)
+    sizes = {"micro_batch_size": samples // (mesh.dp * accumulation), "gradient_accumulation": accumulation, "train_iters": total_steps}
+    config = config.model_copy(update={"train": config.train.model_copy(update=sizes)})
+    return Engine(config, mesh, Toy(dropout=dropout), phases=phases)
 
 
 def run(engine: Engine, accumulation: int, steps: int) -> list[dict]:
@@ -152,7 +141,7 @@ def gathered(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 class Stored:
-    """A checkpoint in memory, with the face of neox.checkpoint.reader.Checkpoint."""
+    """A checkpoint in memory, with the interface of neox.checkpoint.reader.Checkpoint."""
 
     path = "memory"
 
