@@ -9,6 +9,7 @@ are in both.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -27,19 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measure import Options, Row, parse, show
 
-from neox.checkpoint.retention import start_lineage
 from neox.config.load import load
 from neox.config.schema import Config
 from neox.data import IndexedWriter
-from neox.faults import NO_FAULTS
-from neox.parallel.mesh import Mesh
+from neox.phases import Phases
 from neox.runtime.distributed import init_distributed
 from neox.runtime.heartbeat import Heartbeat
 from neox.runtime.launch import LaunchInfo, read_launch_info
-from neox.runtime.signals import StopSignals
 from neox.runtime.watchdog import connect
-from neox.train.loop import Folders, Life, Run
-from neox.train.progress import Progress
+from neox.train.loop import step
+from neox.train.setup import Training, build
 
 SETTINGS = {"on": ("guard.drift_interval=10",), "off": ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0")}
 STEPS = 10  # of one training before it is the other's turn: one comparison of replicas
@@ -69,11 +67,13 @@ def take_turns(folder: str, turns: int) -> None:
     launch = read_launch_info(os.environ)
     configs = {name: config_of(Path(folder), name) for name in SETTINGS}
     mesh = init_distributed(configs["on"].parallel, launch, "cpu")
-    runs = {name: open_run(config, mesh) for name, config in configs.items()}
+    heartbeats = {name: Heartbeat() for name in SETTINGS}
+    stack = contextlib.ExitStack()
+    runs = {name: stack.enter_context(build(config, mesh, phases=Phases(heartbeats[name]))) for name, config in configs.items()}
     times: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
     for turn in range(-1, turns):  # the first is for warming up
         for name in sorted(SETTINGS, reverse=turn % 2 == 0):
-            seconds = steps_of(runs[name], launch, configs[name].guard.hang_timeout)
+            seconds = steps_of(runs[name], heartbeats[name], launch, configs[name].guard.hang_timeout)
             if turn >= 0:
                 times[name].append(seconds)
     if launch.rank == 0:
@@ -82,24 +82,14 @@ def take_turns(folder: str, turns: int) -> None:
     os._exit(0)
 
 
-def open_run(config: Config, mesh: Mesh) -> Run:
-    """A training that is ready for its first step."""
-    folders = Folders(Path(config.run.dir))
-    folders.checkpoints.mkdir(parents=True, exist_ok=True)
-    progress = Progress(None, None, config.train.train_iters, config.logging.interval)
-    run = Run(config, mesh, folders, progress, start_lineage(folders.checkpoints), Life(StopSignals(), NO_FAULTS, Heartbeat()))
-    run.start(None)
-    return run
-
-
-def steps_of(run: Run, launch: LaunchInfo, limit: float) -> list[float]:
-    """Seconds of each step of one turn; the channel is up for the turn where it has a limit."""
-    watchdog = connect(launch, limit=limit, heartbeat=run.heartbeat) if limit else None
+def steps_of(training: Training, heartbeat: Heartbeat, launch: LaunchInfo, limit: float) -> list[float]:
+    """Seconds of each step of one turn; the watchdog runs during the turn if it has a limit."""
+    watchdog = connect(launch, limit=limit, heartbeat=heartbeat) if limit else None
     seconds = []
     dist.barrier()
     for _ in range(STEPS):
         begin = time.perf_counter()
-        run.advance(first=False)
+        step(training)
         seconds.append(time.perf_counter() - begin)
     dist.barrier()
     if watchdog is not None:

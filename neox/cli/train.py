@@ -28,12 +28,13 @@ from functools import partial
 
 from neox.cli.main import as_problem, report
 from neox.config.load import load
+from neox.config.schema import Config
 from neox.config.validate import validate
 from neox.errors import ConfigError, StoppedBySignal
-from neox.faults import Faults, parse
 from neox.runtime.launch import LaunchInfo, read_launch_info
 from neox.runtime.signals import StopSignals
-from neox.runtime.store_protocol import AFTER_YOU, make_notice, post_refusal, serve_refusal
+from neox.runtime.store_protocol import REPORT_DELAY, make_notice, post_refusal, serve_refusal
+from neox.testing.faults import FaultInjector, parse
 
 PATIENCE = 15.0  # seconds to wait for processes that are to be told why this one does not join: they may be importing torch
 FAREWELL = 1.0  # seconds, after a signal
@@ -56,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
             launch = read_launch_info(os.environ)
             if launch.world_size > 1:
                 signals.end_at_once(partial(end_while_joining, launch))
-            return start(args, launch, signals, Faults(parse(os.environ.get("FAULT", "")), launch.rank))
+            injector = FaultInjector(parse(os.environ.get("FAULT", "")), launch.rank)
+            config, device = prepare(args, launch)
+            start = importlib.import_module("neox.train.start").start  # only now: a wrong config is reported before torch is imported
+            return start(config, launch, device, signals=signals, injector=injector, debug=args.debug)
         except Exception as error:
             if launch.world_size == 1:
                 raise
@@ -70,7 +74,7 @@ def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug:
     known = as_problem(error, "train")
     notice = make_notice(launch.rank, 1 if known is None else known.exit_code, f"{type(error).__name__}: {error}" if known is None else known.line())
     stop = partial(getattr, signals, "requested")
-    same = post_refusal(launch, notice, AFTER_YOU, stop) if launch.rank > 0 else None
+    same = post_refusal(launch, notice, REPORT_DELAY, stop) if launch.rank > 0 else None
     if same:
         return notice["code"]
     if known is None:
@@ -128,14 +132,18 @@ def leave_out_the_flight_recorder(environment: MutableMapping[str, str]) -> None
         environment["TORCH_FR_BUFFER_SIZE"] = "0"
 
 
-def start(args: argparse.Namespace, launch: LaunchInfo, signals: StopSignals, faults: Faults) -> int:
-    """Check the config, then hand over to neox.train."""
+def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
+    """Load and check the config, and set the variables that libraries read at their import. Returns the config and "cpu" or "cuda".
+
+    Raises:
+        ConfigError: the config is wrong.
+    """
     loaded = load(conf_files(args), args.set)
     if launch.rank == 0:
         for note in loaded.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
     if loaded.config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is created
     import torch  # only now: a wrong config is reported within a second
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,6 +151,6 @@ def start(args: argparse.Namespace, launch: LaunchInfo, signals: StopSignals, fa
     os.environ.setdefault("DS_ACCELERATOR", device)  # else DeepSpeed probes for hardware and warns that it found none
     if device == "cpu":
         leave_out_the_flight_recorder(os.environ)
-    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed insists on it
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed requires it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    return importlib.import_module("neox.train.start").start(loaded.config, launch, device, signals=signals, faults=faults, debug=args.debug)
+    return loaded.config, device

@@ -12,7 +12,7 @@ from neox.config.load import flatten, loads
 from neox.config.schema import Config
 from neox.errors import DataError
 
-INCIDENTS = ("resumed from", "training goes on without", "stopped", "error[", " -> ", "weights of")
+INCIDENTS = ("resumed from", "training continues without", "stopped", "error[", " -> ", "weights of")
 SPIKE = 1.5  # times the median of the losses before it
 WINDOW = 50  # steps of that median
 

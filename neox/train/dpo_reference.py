@@ -1,6 +1,6 @@
-"""Log-probabilities of all answers by the model that a DPO run starts from: computed once, before the first step, and kept in run.dir/reference.
+"""Reference log-probabilities of a DPO run: those of all answers by the initial model, computed before the first step and stored in run.dir/reference.
 
-They are the reference that the loss measures against, so that no second model is held while training. A resumed run reads them.
+The loss measures against them, so no second model is needed during training. A resumed run reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from neox.parallel.mesh import Mesh
 
 
 class InOrder:
-    """The pairs of a dataset by number; the last one again and again behind the end, so that all processes have as many batches."""
+    """The pairs of a dataset by number, padded with the last one, so that all processes have the same number of batches."""
 
     def __init__(self, pairs: PairDataset):
         self.pairs = pairs
@@ -36,24 +36,24 @@ class InOrder:
         return self.pairs.pair(min(index, len(self.pairs) - 1))
 
     def describe(self, index: int, token: int) -> str:
-        """Which pair it is."""
+        """Name a pair."""
         return f"{self.pairs.chosen.dataset.bin_path} pair {min(index, len(self.pairs) - 1)} token {token}"
 
 
 def pair_datasets(datasets: dict[str, Dataset]) -> Iterator[PairDataset]:
-    """The datasets of pairs behind the parts of a run, blends taken apart."""
+    """The datasets of pairs of all parts of a run, including those of blends."""
     for dataset in datasets.values():
         yield from dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
 
 
 def file_of(folder: Path, pairs: PairDataset, seq_length: int) -> Path:
-    """Where the numbers of a dataset are kept: a name made of its content and of where answers are cut off."""
+    """The file of a dataset's numbers. Its name identifies the content of the dataset and the length at which answers are truncated."""
     chosen, rejected = pairs.checksums()
     return folder / f"{chosen:016x}-{rejected:016x}-{seq_length}.npy"
 
 
 def compute(pairs: PairDataset, engine: Engine, mesh: Mesh, micro_batch_size: int, vocab_size: int) -> np.ndarray:
-    """Log-probabilities fp32 [pairs, 2] by the engine's model as it is. Every process calls it, computes a share, and gets all."""
+    """Log-probabilities fp32 [pairs, 2] by the current model. Every process calls it, computes a share, and gets all of them."""
     out = torch.zeros(len(pairs), 2, dtype=torch.float32)
     loader = Loader(InOrder(pairs), micro_batch_size=micro_batch_size, dp_rank=mesh.dp_rank, dp_size=mesh.dp, prefetch=1, vocab_size=vocab_size)
     with loader:
@@ -68,10 +68,10 @@ def compute(pairs: PairDataset, engine: Engine, mesh: Mesh, micro_batch_size: in
 
 
 def set_references(datasets: dict[str, Dataset], folder: Path, engine: Engine, *, micro_batch_size: int, fresh: bool) -> int:
-    """Give every dataset of pairs its reference: computed and stored where the run is `fresh`, read where it resumes. Returns the number of pairs.
+    """Set the reference of every dataset of pairs: computed and stored if the run is `fresh`, else read. Returns the number of pairs.
 
     Raises:
-        CheckpointError: the run resumes and a file is gone or damaged.
+        CheckpointError: the run resumes and a file is missing or damaged.
         DiskError: it cannot be written.
     """
     config, mesh = engine.config, engine.mesh
@@ -92,16 +92,16 @@ def set_references(datasets: dict[str, Dataset], folder: Path, engine: Engine, *
 
 
 def read(path: Path, count: int) -> np.ndarray:
-    """The stored log-probabilities fp32 [count, 2].
+    """Read stored log-probabilities, fp32 [count, 2].
 
     Raises:
-        CheckpointError: they are gone or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     try:
         values = np.load(path, allow_pickle=False)
         if values.shape != (count, 2) or values.dtype != np.float32:
             raise ValueError(f"{values.dtype} {values.shape}")
     except (OSError, ValueError, EOFError) as error:
-        do = "restore it; or start anew, from the weights of this checkpoint by checkpoint.init_from"
-        raise CheckpointError("reference log-probabilities of the run are not there", where=path, got=error, want=f"float32 [{count}, 2]", do=do) from error
+        do = "restore it; or start a new run from the weights of this checkpoint by checkpoint.init_from"
+        raise CheckpointError("reference log-probabilities are missing or damaged", where=path, got=error, want=f"float32 [{count}, 2]", do=do) from error
     return values

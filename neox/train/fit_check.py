@@ -1,7 +1,7 @@
-"""Whether a run fits into the memory of its hosts, checked before its first step; and what an allocation that failed means.
+"""Checks before the first step that a run fits into the memory of its hosts, and explains an allocation that failed.
 
-On a CPU the plan (neox.plan) is within a tenth of what training asks for, so a run that needs clearly more than there is would be killed by
-the kernel without a word: it is refused. On a GPU, where the plan has not been measured, it is a warning.
+On a CPU the plan (neox.plan) is within a tenth of what training allocates. A run that needs clearly more than is available would be killed by the
+kernel, so it is refused. On a GPU, where the plan has not been verified by measurement, it is a warning.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from neox.plan.devices import COMPILER, DEVICES, cpu, of_cuda_name
 from neox.plan.fit import estimate
 from neox.train.memory import available_bytes, in_use
 
-CERTAIN = 1.1  # a run is refused where it needs this many times what there is
-NEAR = 0.9  # from this share on a run is warned
+CERTAIN = 1.1  # ratio of needed to available memory above which a run is refused
+NEAR = 0.9  # ratio above which it is warned
 GB = 1e9
 
 
@@ -33,9 +33,9 @@ class Room:
     """Memory of the fullest host or GPU, bytes.
 
     Attributes:
-        need: of the processes that share it, planned.
-        have: that they may take.
-        processes: how many share it.
+        need: planned for the processes that share it.
+        have: available to them.
+        processes: number of processes that share it.
     """
 
     need: float
@@ -44,14 +44,14 @@ class Room:
 
 
 def planned_bytes(config: Config, world_size: int, stage: int, kind: str) -> float:
-    """Planned peak of a process of a pipeline stage, with what is not the model's."""
+    """Planned peak of a process of a pipeline stage, including the reserve of the device."""
     device = cpu(world_size) if kind == "cpu" else DEVICES[0]  # GPUs are planned in the same way, but for their time
     extra = COMPILER if kind == "cpu" and effective_stage(config) == 3 else 0.0
     return estimate(config, world_size, device).memories[stage].peak + device.reserve + extra
 
 
 def measure_room(config: Config, mesh: Mesh) -> Room | None:
-    """The fullest host or GPU of the run, the same on every process; None where the system does not report its memory. All processes call it."""
+    """The fullest host or GPU of the run, the same on every process; None if the system does not report its memory. All processes call it."""
     kind = mesh.device.type
     have = torch.cuda.mem_get_info(mesh.device)[0] if kind == "cuda" else available_bytes()
     host = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).digest()
@@ -70,9 +70,9 @@ def measure_room(config: Config, mesh: Mesh) -> Room | None:
 
 
 def largest_batch(config: Config, world_size: int, kind: str, have: float) -> dict[str, int] | None:
-    """The largest micro-batch with which each process is planned to stay within `have` bytes, as keys; None where one sample does not.
+    """The largest micro-batch with which each process is planned to stay within `have` bytes, as config keys; None if one sample does not.
 
-    A global batch that is given stays, by gradient accumulation.
+    A configured global batch stays the same, by gradient accumulation.
     """
     sizes = batch_sizes(config, world_size)
     total = config.train.global_batch_size
@@ -94,7 +94,7 @@ def largest_batch(config: Config, world_size: int, kind: str, have: float) -> di
 
 
 def last_that(fits: Callable[[int], bool], choices: list[int]) -> int | None:
-    """The last of ascending choices that fits; all before one that fits do too."""
+    """The last of ascending choices that fits; if one fits, all before it do."""
     low, high = 0, len(choices)
     while low < high:
         middle = (low + high) // 2
@@ -112,7 +112,10 @@ def advice(config: Config, mesh: Mesh, have: float) -> str:
 
 
 def check_fit(config: Config, mesh: Mesh) -> str | None:
-    """A warning where the run may not fit; None where it does. All processes call it.
+    """Check that the run fits. All processes call it.
+
+    Returns:
+        A warning if it may not fit; None if it does.
 
     Raises:
         MemoryExhausted: it cannot fit; the same on every process.
@@ -130,7 +133,7 @@ def check_fit(config: Config, mesh: Mesh) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is a failed allocation, of Python, of torch on a CPU or of a GPU."""
+    """Whether an exception is a failed allocation: of Python, of torch on a CPU, or of a GPU."""
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
@@ -138,7 +141,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def explain_exhaustion(error: BaseException, config: Config, mesh: Mesh) -> MemoryExhausted:
-    """The error for a failed allocation in a run: live and planned bytes, and what to change. No other process is asked."""
+    """The error for a failed allocation: live and planned bytes, and what to change. Does not communicate."""
     planned = planned_bytes(config, mesh.world_size, mesh.pp_rank, mesh.device.type)
     if mesh.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(mesh.device)
@@ -150,6 +153,6 @@ def explain_exhaustion(error: BaseException, config: Config, mesh: Mesh) -> Memo
         live, have = in_use() or 0, float(available_bytes() or 0)
         state = f"{live / GB:.2f} GB in use, {have / GB:.2f} GB available"
         have += live
-    within = min(NEAR * have, 0.75 * planned)  # the plan was exceeded where it says that the run fits
+    within = min(NEAR * have, 0.75 * planned)  # the plan was exceeded if the run fits by it
     got = f"{state}; {planned / GB:.2f} GB planned; {str(error)[:200]}"
     return MemoryExhausted("not enough memory", where=f"rank {mesh.rank}", got=got, do=advice(config, mesh, within))

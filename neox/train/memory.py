@@ -1,4 +1,4 @@
-"""Memory of a training process: what it asks of the C library's allocator, and how much its training took at most."""
+"""Memory of a training process: tuning of the C library's allocator, and measurement of peaks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """Let glibc keep the memory that tensors on the CPU free, for the next step to use again.
 
-    By default it gives large blocks back to the kernel, which hands the same memory out again page by page, cleared: a step of Pythia-160M then
+    By default glibc returns large blocks to the kernel, which hands out the same memory again page by page, cleared. A step of Pythia-160M then
     takes 200,000 page faults and spends a tenth of its time in the kernel (docs/log.md).
 
     Returns:
-        Whether it was done: there is a glibc, and it agreed.
+        Whether it was done: the C library is glibc, and accepted the settings.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -31,18 +31,18 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return False
-    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20))  # no blocks of their own, never trimmed
+    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20))  # no separate mappings, never trimmed
     return all(mallopt(parameter, value) == 1 for parameter, value in wanted)
 
 
 class FreedMemory:
     """Keeps freed memory with the process from step to step, and returns it to the kernel when the heap has fragmented.
 
-    Every step allocates the same blocks, but glibc (2.36) does not place them at the same addresses. torch aligns each tensor; what the alignment leaves
-    over goes to small blocks, some of which outlive the step, and the freed block is then too small for a request of its own size. So steps come to
-    touch more and more pages while the memory in use stays the same. A trim returns every free page of the heap; the next step faults in only those
-    that it needs. That costs up to half a step (docs/log.md), so it happens at most once every INTERVAL steps, and only if resident memory has grown
-    by GROWTH.
+    Every step allocates the same blocks, but glibc (2.36) does not put them at the same addresses. torch aligns each tensor. The remainder of the
+    alignment is used for small blocks, some of which outlive the step; the freed block is then too small for a request of its original size. Steps
+    therefore touch more and more pages while the memory in use stays the same. A trim returns every free page of the heap, and the next step faults
+    in only those that it needs. That costs up to half a step (docs/log.md), so it happens at most once every INTERVAL steps, and only if resident
+    memory has grown by GROWTH.
 
     Call `after_step` after every step. Tensors on a GPU are not affected.
     """
@@ -58,7 +58,7 @@ class FreedMemory:
         self.settled = 0  # bytes resident SETTLE steps after the last trim
 
     def after_step(self) -> None:
-        """Set up the allocator after the first step: what stays, the optimizer's state included, then lies outside of what steps reuse. Trim when due."""
+        """Set up the allocator after the first step, when everything that stays, such as optimizer state, is allocated. Trim when due."""
         if not self.started:
             self.started = True
             if keep_freed_memory():
@@ -84,7 +84,7 @@ class MallInfo(ctypes.Structure):
 
 
 def in_use() -> int | None:
-    """Bytes that this process has asked of the C library and not given back, tensors among them; None where the library does not tell."""
+    """Bytes that this process has allocated from the C library, tensors included; None if the library does not report it."""
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):  # another C library, or an old one
@@ -95,13 +95,13 @@ def in_use() -> int | None:
 
 
 class PeakMemory:
-    """The most memory that was in use at a time, beyond what was in use when this was made.
+    """Peak of the memory in use, relative to the memory in use when this was created.
 
-    On a GPU: torch's allocations. On a CPU: what the C library has handed out, looked at a hundred times a second until `rest` and whenever `look` is
-    called. Resident memory is larger on both: free blocks between those in use stay with the process.
+    On a GPU: torch's allocations. On a CPU: allocations from the C library, polled a hundred times a second until `stop_polling`, and whenever `poll` is
+    called. Resident memory is larger in both cases: free blocks between those in use stay with the process.
 
     Args:
-        device: where training computes.
+        device: the device of the training.
     """
 
     INTERVAL = 0.01  # seconds
@@ -123,33 +123,35 @@ class PeakMemory:
             self.poll()
 
     def poll(self) -> None:
-        """Take note of what is in use now."""
+        """Note the memory in use now."""
         if self.device.type != "cuda" and self.before is not None:
             self.peak = max(self.peak, in_use())
 
     def stop_polling(self) -> None:
-        """Look by itself no more: steps are alike."""
+        """Stop polling in the background: later steps are the same."""
         self.stopped.set()
 
     def peak_bytes(self) -> int | None:
-        """Bytes at the peak so far beyond those at the start; None where the system does not tell."""
+        """Bytes of the peak so far, relative to the start; None if the system does not report it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         return None if self.before is None else self.peak - self.before
 
     def resident(self) -> int:
-        """Bytes by which the resident peak of this process (on a GPU: what torch's allocator has reserved) is above what was resident at the start."""
+        """Peak of resident bytes relative to the start; on a GPU, the bytes that torch's allocator has reserved."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
         return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.resident_before, 0)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that the processes of this host can still take, swap included: what the kernel reports, or what the limits of our control groups (v1 or v2,
-    a container's among them) leave, whichever is less. None where the system does not report it.
+    """Bytes that the processes of this host can still allocate, swap included.
+
+    This is what the kernel reports, or what the limits of our control groups (v1 or v2, including a container's) leave, whichever is less. None if the
+    system does not report it.
 
     Args:
-        root: folder that stands for /, for tests.
+        root: folder that replaces / in tests.
     """
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
@@ -171,7 +173,7 @@ V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def group_room(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
-    """What the limit of one control group leaves, its reclaimable file pages included; None where there is no limit."""
+    """Bytes that the limit of one control group leaves, reclaimable file pages included; None if there is no limit."""
     try:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return int((folder / limit).read_text()) - int((folder / usage).read_text()) + int(stat.get(reclaimable, 0))
@@ -180,7 +182,7 @@ def group_room(folder: Path, limit: str, usage: str, reclaimable: str) -> int | 
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now; 0 where /proc does not tell."""
+    """Resident memory of this process now; 0 if /proc does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run records of every step: metrics.jsonl and TensorBoard."""
+"""Records of every step: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,9 +21,11 @@ from neox.train.tensorboard import EventFile, append
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"
 
+Record = dict[str, float | None]  # of a step: a line of metrics.jsonl
+
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What MFU is a share of, FLOP/s: the data sheet's dense peak of a known GPU; on a CPU the larger of what its vector units can do and of a matrix
+    """The peak that MFU refers to, FLOP/s: the data sheet's dense peak of a known GPU; on a CPU the larger of the peak of its vector units and a matrix
     product measured here; else the measured product.
     """
     if device.type == "cuda":
@@ -37,7 +38,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def vector_flops(dtype: torch.dtype) -> float:
-    """What this process's threads can do in vector units at the highest clock that the system names, FLOP/s; 0 where it names none.
+    """Peak of the vector units of this process's threads at the highest reported clock, FLOP/s; 0 if the system reports none.
 
     Two units of fused multiply-adds per core. A busy machine gives a measured product less than this, and MFU above 100 %.
     """
@@ -93,9 +94,9 @@ def memory_gb(device: torch.device) -> float:
 
 
 def drop_after(folder: Path, step: int) -> int:
-    """Move the records of steps after `step` to metrics.dropped.jsonl: a run that resumes there will record them anew.
+    """Move the records of steps after `step` to metrics.dropped.jsonl: a run that resumes there repeats them.
 
-    A last line that a crash cut short goes with them. The file is replaced in one move.
+    An incomplete last line, left by a crash, is moved too. The file is replaced atomically.
 
     Returns:
         Number of lines moved.
@@ -129,19 +130,19 @@ class MetricsLog:
 
     Args:
         folder: of the run.
-        step: last step that is done; records of later steps are moved aside.
+        step: last completed step; records of later steps are moved aside.
         tensorboard: whether to write events.
-        say: where it is given, a record that the disk refuses is counted and reported with it, and `write` raises nothing.
+        report: reports records that the disk refuses, in which case `write` does not raise; None to raise.
 
     Raises:
         DiskError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool, say: Callable[[str], None] | None = None):
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool, report: Callable[[str], None] | None = None):
         self.path = folder / METRICS
         self.board = None
-        self.say = say
-        self.lost: list[int] = []  # steps whose records were refused since the last one that was written
+        self.report = report
+        self.lost: list[int] = []  # steps whose records were refused since the last successful write
         try:
             self.dropped = drop_after(folder, step)
             self.file = self.path.open("ab", buffering=0)
@@ -151,11 +152,11 @@ class MetricsLog:
             where = error.filename or self.path
             raise DiskError("the run's records cannot be written", where=where, got=error.strerror, do="free space or change run.dir") from error
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one step. A record is written whole or not at all.
+    def write(self, record: Record) -> None:
+        """Append one step. A record is either complete or absent.
 
         Raises:
-            DiskError: the disk refuses, and there is no `say`.
+            DiskError: the disk refuses, and there is no `report`.
         """
         try:
             append(self.file, json.dumps(record, allow_nan=False).encode() + b"\n")
@@ -163,28 +164,28 @@ class MetricsLog:
                 self.board.add(record["step"], {key: value for key, value in record.items() if key != "step" and value is not None})
         except OSError as error:
             problem = DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume")
-            if self.say is None:
+            if self.report is None:
                 raise problem from error
             if not self.lost:
-                self.say(f"training continues without this record: {problem.line()}")
+                self.report(f"training continues without this record: {problem.line()}")
             self.lost.append(record["step"])
         else:
             self.report_lost()
 
     def report_lost(self) -> None:
-        """Say which records are missing, once the disk takes them again or the run ends."""
-        if self.lost and self.say is not None:
-            self.say(f"{len(self.lost)} records were lost, of steps {self.lost[0]} to {self.lost[-1]}: the disk refused them")
+        """Report the missing records, once the disk accepts records again or the run ends."""
+        if self.lost and self.report is not None:
+            self.report(f"{len(self.lost)} records were lost, of steps {self.lost[0]} to {self.lost[-1]}: the disk refused them")
         self.lost = []
 
-    def check_place(self) -> None:
-        """Raises DiskError where the file that is written is no longer the one in the run's folder: what is written would be lost."""
+    def check_same_file(self) -> None:
+        """Raises DiskError if the open file is no longer the one in the run's folder: records would be lost."""
         try:
             same = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
         except OSError:
             same = False
         if not same:
-            do = "put the folder back and resume, or start again"
+            do = "restore the folder and resume, or start again"
             raise DiskError(
                 "the run's folder was removed or replaced", where=self.path, got="another file or none", want="the file that this run opened", do=do
             )
@@ -192,7 +193,7 @@ class MetricsLog:
     def close(self) -> None:
         """Close the files."""
         self.report_lost()
-        with contextlib.suppress(OSError):  # it tries once more to write what `write` has reported as not written
+        with contextlib.suppress(OSError):  # closing retries what `write` has reported as not written
             self.file.close()
         if self.board is not None:
             self.board.close()

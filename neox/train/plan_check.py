@@ -1,4 +1,4 @@
-"""The plan of a run beside what the run measured: memory of the fullest process, and time of a step."""
+"""Comparison of a run's plan with its measurements: memory of the fullest process, and time of a step."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from neox.config.schema import Config
 from neox.engine.footprint import effective_stage
 from neox.files import write_durably
 from neox.parallel.mesh import Mesh
+from neox.phases import Observer
 from neox.plan.devices import COMPILER, DEVICES, Device, cpu, of_cuda_name
 from neox.plan.fit import estimate
 from neox.train.memory import PeakMemory
 
 FILE = "plan.json"
-WARM_UP = 2  # steps whose time is not looked at
-WATCHED = 5  # steps in which memory is looked at all the time
-WINDOW = 1000  # steps whose median is
+WARM_UP = 2  # steps whose time is ignored
+POLLED_STEPS = 5  # steps during which memory is polled
+WINDOW = 1000  # steps of the median
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Planned and measured, bytes and seconds; None for what was not measured or cannot be planned.
+    """Planned and measured bytes and seconds; None for what was not measured or cannot be planned.
 
     Attributes:
-        rank: of the process with the largest measured peak.
+        rank: rank of the process with the largest measured peak.
         stage: its pipeline stage.
-        memory: (planned, measured) peak of what is in use in that process.
-        resident: bytes that were resident at most, free blocks among them.
+        memory: (planned, measured) peak of the bytes in use in that process.
+        resident: peak of resident bytes, free blocks included.
         step_time: (planned, measured) seconds; measured is the median.
     """
 
@@ -44,7 +45,7 @@ class Comparison:
     step_time: tuple[float | None, float | None]
 
     def lines(self) -> list[str]:
-        """For the log."""
+        """Log lines."""
         out = []
         planned, measured = self.memory
         if measured:
@@ -57,7 +58,7 @@ class Comparison:
         return out
 
     def write(self, folder: Path) -> None:
-        """Leave plan.json in the run's folder. Raises DiskError."""
+        """Write plan.json to the run's folder. Raises DiskError."""
         memory, seconds = (dict(zip(("planned", "measured"), pair, strict=True)) for pair in (self.memory, self.step_time))
         write_durably(
             folder / FILE,
@@ -66,12 +67,12 @@ class Comparison:
         )
 
 
-class PlanCheck:
-    """Measures a run from its making on, to be compared with its plan. It is to be made before the model is.
+class PlanCheck(Observer):
+    """Measures a run, to compare it with its plan. Create it before the model: memory counts from then on.
 
     Args:
-        config: a checked config.
-        mesh: place of this process.
+        config: a validated config.
+        mesh: the layout of processes.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -80,37 +81,42 @@ class PlanCheck:
         self.memory = PeakMemory(mesh.device)
         self.steps = 0
         self.times: deque[float] = deque(maxlen=WINDOW)
-        self.saved_while_watched = False
+        self.saved_while_polled = False
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Note a checkpoint: its copies are in the memory that is polled."""
+        if phase == "save":
+            self.note_save()
 
     def note_save(self) -> None:
-        """Take note of a checkpoint: its copies lie in the memory that is looked at."""
-        self.saved_while_watched = self.saved_while_watched or self.steps < WATCHED
+        """Note that a checkpoint was saved while memory was polled."""
+        self.saved_while_polled = self.saved_while_polled or self.steps < POLLED_STEPS
 
-    def step(self, seconds: float) -> None:
-        """Take note of a step's time."""
+    def note_step(self, seconds: float) -> None:
+        """Note the duration of a step."""
         self.steps += 1
         if self.steps > WARM_UP:
             self.times.append(seconds)
-        if self.steps == WATCHED:
+        if self.steps == POLLED_STEPS:
             self.memory.stop_polling()
 
     def device(self, peak: float) -> Device | None:
-        """The device that the run is on, with its measured speed where it is a CPU; None for a GPU that is not in the table."""
+        """The device of the run, with the measured speed of a CPU; None for a GPU that is not in the table."""
         if self.mesh.device.type == "cuda":
             return of_cuda_name(torch.cuda.get_device_name(self.mesh.device))
         return replace(cpu(self.mesh.world_size), flops=peak, flops_fp32=peak)
 
-    def watched(self) -> Config:
-        """The config of the steps in which memory was looked at: without checkpoints where none was saved in them."""
-        if self.saved_while_watched:
+    def polled_config(self) -> Config:
+        """The config of the steps during which memory was polled: without checkpoints if none was saved."""
+        if self.saved_while_polled:
             return self.config
         return self.config.model_copy(update={"checkpoint": self.config.checkpoint.model_copy(update={"save_interval": 0, "save_iters": ()})})
 
     def compare(self, peak: float) -> Comparison:
-        """Planned beside measured, the same on every process. All of them call it.
+        """Compare plan and measurements. All processes call it and get the same result.
 
         Args:
-            peak: FLOP/s of a product, measured on the first process.
+            peak: FLOP/s of a matrix product, measured on the first process.
         """
         mesh = self.mesh
         self.memory.poll()
@@ -124,7 +130,7 @@ class PlanCheck:
         fullest = int(rows[:, 0].argmax())
         stage = int(rows[fullest, 1])
         device = self.device(float(rows[0, 2]))
-        found = estimate(self.watched(), mesh.world_size, device or DEVICES[0])  # the memory of GPUs is planned alike, their time is not
+        found = estimate(self.polled_config(), mesh.world_size, device or DEVICES[0])  # all GPUs have the same memory plan, not the same time
         planned = found.memories[stage].peak
         if device is not None and device.kind == "cpu":
             planned += device.reserve + (COMPILER if effective_stage(self.config) == 3 else 0)

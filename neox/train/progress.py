@@ -1,4 +1,4 @@
-"""The line that a run prints: loss, speed, memory, time left."""
+"""Progress lines on the terminal and in log.txt: loss, speed, memory, time left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from neox.errors import DiskError
+from neox.train.metrics import Record
 
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -21,15 +22,15 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, with days where there are any."""
+    """Seconds as h:mm:ss, with days if there are any."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def progress_line(record: dict, total_steps: int, seconds_per_step: float) -> str:
-    """One step as a person reads it.
+def progress_line(record: Record, total_steps: int, seconds_per_step: float) -> str:
+    """The line of a step.
 
     Args:
-        record: what metrics.jsonl gets (neox.train.metrics).
+        record: the record of the step in metrics.jsonl.
         total_steps: length of the run.
         seconds_per_step: smoothed time of a step, for the time left.
     """
@@ -44,8 +45,8 @@ def progress_line(record: dict, total_steps: int, seconds_per_step: float) -> st
     return " | ".join(parts)
 
 
-def tell(stream: TextIO, text: str) -> TextIO | None:
-    """Print a line. Returns the stream; None where its reader is gone (`| head`). That, or a full disk behind it, is no reason to stop training."""
+def print_line(stream: TextIO, text: str) -> TextIO | None:
+    """Print a line. Returns the stream; None if its reader has exited (`| head`). Neither that nor a full disk is a reason to stop training."""
     try:
         stream.write(text + "\n")
         stream.flush()
@@ -66,8 +67,8 @@ class Progress:
     """Prints lines to the terminal and log.txt.
 
     Args:
-        terminal: stream for people; None on processes that do not speak.
-        log: stream of log.txt; None: until `keep` is called, lines are held for it.
+        terminal: stream of the terminal; None on processes that do not print.
+        log: stream of log.txt; if None, lines are buffered until `write_to` is called.
         total_steps: length of the run.
         interval: steps between lines.
         lossy: whether a log that cannot be written is reported on the terminal, once, and training continues.
@@ -89,10 +90,10 @@ class Progress:
 
     @property
     def on_refusal(self) -> Callable[[str], None] | None:
-        """What a lossy run says a record with that the disk refuses; None: the run ends."""
-        return self.say if self.lossy else None
+        """Reports a record that the disk refuses, if the run is lossy; None if the run ends."""
+        return self.report if self.lossy else None
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Print a line to the terminal and to the log.
 
         Raises:
@@ -100,11 +101,11 @@ class Progress:
         """
         if self.log is None:
             self.held += [text] if self.speaks else []
-        self.terminal = self.terminal and tell(self.terminal, text)
+        self.terminal = self.terminal and print_line(self.terminal, text)
         self.write(text)
 
-    def keep(self, log: TextIO) -> None:
-        """Write to this log from now on, and what was printed so far.
+    def write_to(self, log: TextIO) -> None:
+        """Write to this log from now on, starting with the lines so far.
 
         Raises:
             DiskError: the log cannot be written.
@@ -125,15 +126,15 @@ class Progress:
             if not self.lossy:
                 raise problem from error
             if self.terminal and not self.refused:
-                self.terminal = tell(self.terminal, f"training continues without these lines: {problem.line()}")
+                self.terminal = print_line(self.terminal, f"training continues without these lines: {problem.line()}")
             self.refused = True
 
-    def step(self, record: dict, *, first: bool) -> None:
-        """Take note of a step, and print it where it is due: the first, the last, every `interval`-th, and those with an evaluation."""
+    def step(self, record: Record, *, first: bool) -> None:
+        """Note a step, and print it if it is due: the first, the last, every `interval`-th, and those with an evaluation."""
         time = record["step_time"]
         self.steps += 1
-        warming = self.steps <= 2  # the first step is slow: nothing is warm yet
+        warming = self.steps <= 2  # the first steps are slow
         self.seconds = time if warming else self.SMOOTHING * self.seconds + (1 - self.SMOOTHING) * time
         due = record["step"] % self.interval == 0 or record["step"] == self.total_steps
         if (self.terminal or self.log) and (first or due or "validation_loss" in record):
-            self.say(progress_line(record, self.total_steps, self.seconds))
+            self.report(progress_line(record, self.total_steps, self.seconds))

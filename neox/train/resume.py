@@ -1,4 +1,4 @@
-"""What a run takes from the checkpoint that it resumes, and what it reports of the differences."""
+"""What a run reads from the checkpoint that it resumes, and how its config differs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.engine.lr_schedule import build_lr_schedule
 from neox.errors import CheckpointError, ConfigError
 
-QUIET = ("run.", "checkpoint.resume", "checkpoint.accept_data_change")  # keys about this start alone
+QUIET = ("run.", "checkpoint.resume", "checkpoint.accept_data_change")  # keys that concern only this start
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Resumed:
 
     Attributes:
         path: its folder.
-        step: optimizer steps done.
+        step: number of completed optimizer steps.
         state: counters and the data cursor.
-        config: of the start that wrote it; None where this version cannot read it.
-        problem: why not.
-        world_size: processes that wrote it.
+        config: config of the start that wrote it; None if this version cannot read it.
+        problem: the reason.
+        world_size: number of processes that wrote it.
     """
 
     path: Path
@@ -39,11 +39,11 @@ class Resumed:
 
     @property
     def consumed(self) -> int:
-        """Samples read."""
+        """Number of samples read."""
         return self.state["consumed"]
 
     def saved_data(self, accept: bool) -> SavedCursor | None:
-        """The data cursor; None where nothing is known of it."""
+        """The data cursor; None if it is unknown."""
         if "data" in self.state:
             cursor = Cursor.from_json(self.state["data"])
         elif self.config is not None:
@@ -54,10 +54,10 @@ class Resumed:
 
 
 def read_resumed(path: Path, config: Config) -> Resumed:
-    """Read what the start depends on.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: the manifest is damaged, or there is nothing to resume in it.
+        CheckpointError: the manifest is damaged, or contains nothing to resume.
         ConfigError: the run would end before the checkpoint's step.
     """
     manifest = read_manifest(path)
@@ -80,8 +80,8 @@ def read_resumed(path: Path, config: Config) -> Resumed:
     return Resumed(path, manifest.step, manifest.state, before, problem, manifest.world_size)
 
 
-def changes(resumed: Resumed, config: Config, world_size: int) -> list[str]:
-    """What differs between the config of a checkpoint and that of this start, values that follow from others included."""
+def describe_changes(resumed: Resumed, config: Config, world_size: int) -> list[str]:
+    """Lines about the differences between the config of a checkpoint and that of this start, including derived values."""
     out = [f"resumed from {resumed.path} at step {resumed.step}"]
     if "data" not in resumed.state:
         out.append("the checkpoint is of an earlier version and does not record its data: whether the content of the datasets changed cannot be checked")
@@ -98,7 +98,7 @@ def changes(resumed: Resumed, config: Config, world_size: int) -> list[str]:
 
 
 def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
-    """Key -> (value, what it follows from) of the values that a config leaves open."""
+    """Key -> (value, its source) of the values that are derived from others."""
     out: dict[str, tuple[Any, str]] = {}
     if config.schedule.decay_iters is None:
         out["schedule.decay_iters"] = (config.train.train_iters, "train.train_iters")
@@ -106,7 +106,7 @@ def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
         out["schedule.decay_iters"] = (config.schedule.decay_iters, "schedule.decay_iters")
     try:
         sizes = batch_sizes(config, world_size)
-    except ConfigError:  # of a converted checkpoint, whose number of processes is another
+    except ConfigError:  # of a converted checkpoint, with another number of processes
         return out
     for name in ("micro_batch_size", "gradient_accumulation", "global_batch_size"):
         out[f"train.{name}"] = (getattr(sizes, name), "the other batch sizes and the number of processes")
@@ -115,7 +115,7 @@ def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
 
 
 def learning_rate(resumed: Resumed, config: Config) -> list[str]:
-    """A line where the rate of the next step is another one than the checkpoint's config gives."""
+    """A line if the learning rate of the next step differs from that of the checkpoint's config."""
     step, updates = resumed.step + 1, resumed.state["updates"]
     rates = [build_lr_schedule(one.schedule, one.optimizer, one.train.train_iters).learning_rate(step, updates) for one in (resumed.config, config)]
     return [] if rates[0] == rates[1] else [f"learning rate of step {step}: {rates[0]:.6g} -> {rates[1]:.6g}"]

@@ -1,4 +1,4 @@
-"""The folder of a run: taken for this start by its first process, and written to only after the start was accepted."""
+"""The folder of a run: locked by the first process, and written to only after the start was accepted."""
 
 from __future__ import annotations
 
@@ -21,59 +21,63 @@ WITNESS = "has_checkpoints"
 
 
 @dataclass(frozen=True)
-class Folders:
-    """Where a run leaves its files."""
+class RunDir:
+    """Where a run writes its files.
 
-    run: Path
+    Attributes:
+        path: `run.dir`.
+    """
+
+    path: Path
 
     @property
     def checkpoints(self) -> Path:
         """Checkpoints of the run."""
-        return self.run / "checkpoints"
+        return self.path / "checkpoints"
 
 
-def claim(config: Config, folders: Folders, stack: contextlib.ExitStack) -> None:
-    """First process: lock the run's folder and check that it can be written. What a run has left there stays as it was.
+def claim(config: Config, run_dir: RunDir, stack: contextlib.ExitStack) -> None:
+    """First process: lock the run's folder and check that it can be written. Existing files stay unchanged.
 
     Raises:
         DiskError: it cannot be written.
-        CheckpointError: another job holds it, or the run's checkpoints were removed.
+        CheckpointError: another job holds it, or its checkpoints were removed.
     """
     if config.checkpoint.resume in ("auto", "must"):
-        refuse_lost_checkpoints(folders)
-    make_dirs(folders.checkpoints)
-    stack.callback(FolderLock(folders.checkpoints).release)
-    probe(folders.checkpoints)
+        refuse_lost_checkpoints(run_dir)
+    make_dirs(run_dir.checkpoints)
+    stack.callback(FolderLock(run_dir.checkpoints).release)
+    probe(run_dir.checkpoints)
 
 
-def accept(config: Config, folders: Folders, progress: Progress, stack: contextlib.ExitStack) -> None:
-    """First process, once the start can no longer be refused: clear what a crash left, write config.lock.yml, open log.txt.
+def accept(config: Config, run_dir: RunDir, progress: Progress, stack: contextlib.ExitStack) -> None:
+    """First process, once the start can no longer be refused: delete leftovers of a crash, write config.lock.yml, open log.txt.
 
     Raises:
         DiskError: the folder cannot be written.
     """
-    collect_leftovers(folders.checkpoints)
-    write_durably(folders.run / "config.lock.yml", dump(config).encode(), sole_writer=True)
-    stack.callback(close_log, open_log(folders, progress))
+    collect_leftovers(run_dir.checkpoints)
+    write_durably(run_dir.path / "config.lock.yml", dump(config).encode(), sole_writer=True)
+    stack.callback(close_log, open_log(run_dir, progress))
 
 
-def open_log(folders: Folders, progress: Progress) -> TextIO:
-    """Open log.txt and hand it to `progress`. Raises DiskError."""
-    path = folders.run / "log.txt"
+def open_log(run_dir: RunDir, progress: Progress) -> TextIO:
+    """Open log.txt for `progress`. Raises DiskError."""
+    path = run_dir.path / "log.txt"
     try:
         log = path.open("a", encoding="utf-8")
     except OSError as error:
         raise DiskError("the log cannot be written", where=path, got=error.strerror, do="change run.dir") from error
-    progress.keep(log)
+    progress.write_to(log)
     return log
 
 
-def refuse_lost_checkpoints(folders: Folders) -> None:
-    """Raise CheckpointError where the run had checkpoints, or their folder, and has them no longer: training must not start at step 0 by silence."""
-    root = folders.checkpoints
+def refuse_lost_checkpoints(run_dir: RunDir) -> None:
+    """Raise CheckpointError if the run had checkpoints, or their folder, and no longer has: training must not restart at step 0 unnoticed."""
+    root = run_dir.checkpoints
     there = root.is_dir() and any(folder_step(path.name) is not None for path in root.iterdir())
-    steps = recorded_steps(folders.run / METRICS)
-    witness = (folders.run / WITNESS).exists()
+    steps = recorded_steps(run_dir.path / METRICS)
+    witness = (run_dir.path / WITNESS).exists()
     if there or not (witness or (steps and not root.is_dir())):
         return
     got = f"{METRICS} has steps to {steps}, " if steps else ""
@@ -81,20 +85,20 @@ def refuse_lost_checkpoints(folders: Folders) -> None:
         "the run's checkpoints are missing",
         where=root,
         got=got + ("an empty folder" if root.is_dir() else "no such folder"),
-        want="the checkpoints that the run has saved",
-        do="restore them, choose another run.dir, or start at step 0 again by --set checkpoint.resume=never",
+        want="the checkpoints that the run saved",
+        do="restore them, choose another run.dir, or restart at step 0 with --set checkpoint.resume=never",
     )
 
 
-def note_checkpoint(folders: Folders, saved: Path) -> None:
-    """Leave a witness outside of checkpoints/ that the run has saved one. Raises DiskError."""
-    path = folders.run / WITNESS
+def note_checkpoint(run_dir: RunDir, saved: Path) -> None:
+    """Note outside of checkpoints/ that the run has saved a checkpoint. Raises DiskError."""
+    path = run_dir.path / WITNESS
     if not path.exists():
-        write_durably(path, f"{saved.name} was saved here. Without checkpoints/ the run does not start again at step 0 unasked.\n".encode(), sole_writer=True)
+        write_durably(path, f"{saved.name} was saved here. Without checkpoints/ the run does not restart at step 0 by itself.\n".encode(), sole_writer=True)
 
 
 def recorded_steps(path: Path) -> int:
-    """The last step of metrics.jsonl; 0 where there is none."""
+    """The last step of metrics.jsonl; 0 if there is none."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""TensorBoard's event files, written by the thread that trains.
+"""TensorBoard's event files, written by the main thread.
 
-TensorBoard's own writer hands records to a thread; when the disk is full that thread dies, and closing the writer waits for it for ever.
+TensorBoard's writer passes records to a thread. When the disk is full that thread dies, and closing the writer waits for it forever.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class EventFile:
     """A new event file of scalars.
 
     Args:
-        folder: where it goes; made if it is missing.
-        first_step: step of the first record: TensorBoard forgets what older files hold from there on.
+        folder: its folder, created if missing.
+        first_step: step of the first record. TensorBoard ignores older files from there on.
 
     Raises:
-        OSError: it cannot be written; so do the methods.
+        OSError: the file cannot be written; the methods raise it too.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -48,12 +48,12 @@ class EventFile:
         self.put(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Close the file; nothing is left to be written."""
+        """Close the file."""
         self.file.close()
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """Append to an unbuffered file, all or nothing: the part of a record that fits on a full disk would spoil the file for its readers. Raises OSError."""
+    """Append to an unbuffered file, all or nothing: an incomplete record on a full disk would make the file unreadable. Raises OSError."""
     size = os.fstat(file.fileno()).st_size
     view = memoryview(data)
     try:

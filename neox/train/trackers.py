@@ -1,8 +1,8 @@
-"""Services that show a run: Weights & Biases and Comet, where `logging.wandb` and `logging.comet` configure them.
+"""Experiment trackers: Weights & Biases and Comet, if `logging.wandb` and `logging.comet` configure them.
 
-Training does not depend on them. Where a service cannot be reached at the start the run is recorded offline, in run.dir, and a line says how to upload
-it; what fails later ends the recording, not the run. Keys are read by the packages themselves, from WANDB_API_KEY, COMET_API_KEY or their
-own files: no config, log or checkpoint of ours ever holds one.
+Training does not depend on them. If a service cannot be reached at the start, the run is recorded offline in run.dir, and a line shows how to upload
+it. A later failure ends the recording, not the run. The packages read keys themselves, from WANDB_API_KEY, COMET_API_KEY or their configuration files:
+no config, log or checkpoint contains one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, Protocol
 from neox.config.load import flatten
 from neox.config.schema import CometConfig, Config, WandbConfig
 from neox.errors import EnvironmentProblem
+from neox.train.metrics import Record
 
-WAIT = 60  # seconds that a service gets to answer, at the start and at the end
-Say = Callable[[str], object]
+WAIT = 60  # seconds that a service has to answer, at the start and at the end
+Report = Callable[[str], object]
 
 
 class Tracker(Protocol):
@@ -36,16 +37,16 @@ class Tracker(Protocol):
 
 
 class Wandb:
-    """A run on Weights & Biases. It has the id that is kept in run.dir/wandb.id, so that a resumed run goes on where it was.
+    """A run on Weights & Biases. Its id is stored in run.dir/wandb.id, so that a resumed run continues the same record.
 
     Args:
         settings: `logging.wandb`.
         config: of the run, shown with it.
         folder: run.dir.
-        say: told where the records are.
+        report: reports where the records are.
     """
 
-    def __init__(self, settings: WandbConfig, config: Config, folder: Path, say: Say):
+    def __init__(self, settings: WandbConfig, config: Config, folder: Path, report: Report):
         package = load("wandb")
         common = {
             "project": settings.project,
@@ -67,10 +68,10 @@ class Wandb:
         except Exception as error:  # the package raises several kinds, none of which may end a training
             if settings.mode == "offline":
                 raise EnvironmentProblem("wandb does not start", where="logging.wandb", got=first_line(error)) from error
-            say(f"Weights & Biases cannot be reached ({first_line(error)}): recording offline")
+            report(f"Weights & Biases cannot be reached ({first_line(error)}): recording offline")
             self.run = package.init(mode="offline", settings=package.Settings(**quiet), **common)
         where = f"{folder / 'wandb'}; upload by `wandb sync`" if self.run.offline else self.run.url
-        say(f"Weights & Biases: {where}")
+        report(f"Weights & Biases: {where}")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record the numbers of a step."""
@@ -88,10 +89,10 @@ class Comet:
         settings: `logging.comet`.
         config: of the run, shown with it.
         folder: run.dir; offline records go to run.dir/comet.
-        say: told where the records are.
+        report: reports where the records are.
     """
 
-    def __init__(self, settings: CometConfig, config: Config, folder: Path, say: Say):
+    def __init__(self, settings: CometConfig, config: Config, folder: Path, report: Report):
         package = load("comet_ml")
         common = {
             "project_name": settings.project,
@@ -107,13 +108,13 @@ class Comet:
             try:
                 self.experiment = package.Experiment(**common)
             except Exception as error:  # see Wandb
-                say(f"Comet cannot be reached ({first_line(error)}): recording offline")
+                report(f"Comet cannot be reached ({first_line(error)}): recording offline")
                 self.experiment = offline()
         if settings.name is not None:
             self.experiment.set_name(settings.name)
         self.experiment.add_tags(list(settings.tags))
         self.experiment.log_parameters(dict(flatten(config)))
-        say(f"Comet: {self.experiment.url or folder / 'comet'}")
+        report(f"Comet: {self.experiment.url or folder / 'comet'}")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record the numbers of a step."""
@@ -125,7 +126,7 @@ class Comet:
 
 
 def partial_offline(package: ModuleType, folder: Path, common: Mapping[str, Any]) -> Callable[[], Any]:
-    """What makes an experiment that is kept in `folder`."""
+    """A function that creates an experiment stored in `folder`."""
 
     def make() -> Any:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,17 +136,17 @@ def partial_offline(package: ModuleType, folder: Path, common: Mapping[str, Any]
 
 
 def load(name: str) -> ModuleType:
-    """A package of the extras. Raises EnvironmentProblem where it is not installed."""
+    """Import a package of the extras. Raises EnvironmentProblem if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         extra = "comet" if name == "comet_ml" else name
-        do = f"pip install neox-train[{extra}], or take logging.{extra} out of the config"
+        do = f"pip install neox-train[{extra}], or remove logging.{extra} from the config"
         raise EnvironmentProblem(f"{name} is not installed", where=f"logging.{extra}", got=error, do=do) from error
 
 
 def run_id(path: Path, make: Callable[[], str]) -> str:
-    """The id kept in a file; made and kept there the first time."""
+    """The id stored in a file; created the first time."""
     with contextlib.suppress(FileNotFoundError):
         return path.read_text(encoding="utf-8").strip()
     made = make()
@@ -154,11 +155,11 @@ def run_id(path: Path, make: Callable[[], str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in a few words."""
+    """The first line of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def open_trackers(config: Config, folder: Path, say: Say) -> list[Tracker]:
+def open_trackers(config: Config, folder: Path, report: Report) -> list[Tracker]:
     """The services that the config asks for, started.
 
     Raises:
@@ -167,21 +168,21 @@ def open_trackers(config: Config, folder: Path, say: Say) -> list[Tracker]:
     section = config.logging
     found: list[Tracker] = []
     if section.wandb is not None:
-        found.append(Wandb(section.wandb, config, folder, say))
+        found.append(Wandb(section.wandb, config, folder, report))
     if section.comet is not None:
-        found.append(Comet(section.comet, config, folder, say))
+        found.append(Comet(section.comet, config, folder, report))
     return found
 
 
 class Trackers:
-    """The services of a run; one that fails is told of once and left behind."""
+    """The services of a run. One that fails is reported once and closed."""
 
-    def __init__(self, config: Config, folder: Path, say: Say):
-        self._say = say
-        self._open = open_trackers(config, folder, say)
+    def __init__(self, config: Config, folder: Path, report: Report):
+        self._report = report
+        self._open = open_trackers(config, folder, report)
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Record what metrics.jsonl gets of a step."""
+    def log(self, record: Record) -> None:
+        """Record a step."""
         numbers = {key: value for key, value in record.items() if key != "step" and value is not None}
         for tracker in list(self._open):
             with self.guarded(tracker):
@@ -196,9 +197,9 @@ class Trackers:
 
     @contextlib.contextmanager
     def guarded(self, tracker: Tracker) -> Iterator[None]:
-        """Leave a service behind that raises."""
+        """Stop using a service that raises."""
         try:
             yield
-        except Exception as error:  # whatever a service does, the run goes on
+        except Exception as error:  # the run continues whatever a service does
             self._open.remove(tracker)
-            self._say(f"{type(tracker).__name__} stopped recording: {first_line(error)}")
+            self._report(f"{type(tracker).__name__} stopped recording: {first_line(error)}")

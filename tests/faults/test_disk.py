@@ -56,7 +56,7 @@ def test_every_call_of_a_run_may_fail(server, corpus, tmp_path, straight, call):
 def test_training_continues_where_the_policy_allows_it(server, corpus, tmp_path, straight, fault):
     training = server.start(arguments(corpus, tmp_path / "run", SHORT, "checkpoint.on_save_error=continue"), tmp_path, fault=fault)
     assert training.wait() == [0], training.outputs()
-    assert training.output().count("training goes on without this checkpoint: error[5]") == 1
+    assert training.output().count("training continues without this checkpoint: error[5]") == 1
     assert_same_run(tmp_path / "run", straight)
     assert damaged(tmp_path / "run") == []
     assert len(complete(tmp_path / "run")) == 3

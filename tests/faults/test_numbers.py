@@ -106,8 +106,8 @@ def test_a_spike_rolls_back_to_the_newest_checkpoint_and_continues_with_other_da
     training = server.start(arguments(corpus, tmp_path / "run", setting), tmp_path, ranks=2, fault="times10@*:loss_number:11")
     assert training.wait() == [0, 0], training.outputs()
     text = training.output()
-    assert "step 11: loss" in text and "times the median of the last 10, the update is left out" in text
-    assert f"rolled back to {tmp_path / 'run' / 'checkpoints' / 'step_00000008'}; the data go on at sample 88" in text
+    assert "step 11: loss" in text and "times the median of the last 10, the update is skipped" in text
+    assert f"rolled back to {tmp_path / 'run' / 'checkpoints' / 'step_00000008'}; the data continues at sample 88" in text
     rows = records(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 17))
     assert [row["samples"] for row in rows] == [8 * n for n in range(1, 9)] + [88 + 8 * n for n in range(1, 9)]
@@ -118,7 +118,7 @@ def test_a_spike_without_a_checkpoint_ends_the_run(server, corpus, tmp_path):
     setting = Setting(1, (*TINY, "train.train_iters=16", "checkpoint.save_iters=[15]", "checkpoint.save_interval=0", "guard.loss_spike=rollback"))
     training = server.start(arguments(corpus, tmp_path / "run", setting), tmp_path, fault="times10@0:loss_number:11")
     assert training.wait() == [11], training.outputs()
-    assert "error[11] the loss jumps, and there is no way back; where=step 11; got=no checkpoint" in training.output()
+    assert "error[11] loss spike, and no checkpoint to roll back to; where=step 11; got=no checkpoint" in training.output()
 
 
 def test_a_flipped_bit_in_one_replica_is_found_within_the_interval(server, corpus, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from neox.faults import SITES
+from neox.testing.faults import SITES
 from tests.faults.runs import LONG, PAIR, assert_same_run, complete, damaged, newest
 from tests.faults.runs import arguments as arguments_of
 

@@ -10,6 +10,7 @@ import numpy as np
 from neox.config.load import loads
 from neox.config.schema import Config
 from neox.data import IndexedWriter
+from neox.runtime.signals import StopSignals
 
 VOCAB = 120
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
@@ -76,3 +77,16 @@ def records(run: Path) -> list[dict]:
 def curve(run: Path) -> list[tuple]:
     """What must be equal, bit for bit, between two runs that are the same."""
     return [(r["step"], r["loss"], r["lr"], r["grad_norm"], r["tokens"], r["samples"], r.get("validation_loss")) for r in records(run)]
+
+
+class StopAfter(StopSignals):
+    """Stands for a signal that arrives during the n-th step: it is polled once per step."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.left = steps
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left <= 0

@@ -1,4 +1,4 @@
-"""Stored log-probabilities: what the model says of every answer, whatever the order, batch and process."""
+"""Stored log-probabilities are those of the model, whatever the order, batch and process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neox.config.validate import batch_sizes
 from neox.data.samples.builder import build_datasets
 from neox.engine.engine import Engine
 from neox.errors import CheckpointError
@@ -39,14 +38,14 @@ def test_every_answer_by_hand_and_from_the_file(tmp_path):
     make_answers(tmp_path)
     config = pair_config(tmp_path, tmp_path / "run", "dpo", "model.hidden_dropout=0.2")
     datasets = build_datasets(config, {"train": 10})
-    engine = Engine(config, Mesh.single(), GPT(config.model, Mesh.single()), batch_sizes(config, 1), 10)
+    engine = Engine(config, Mesh.single(), GPT(config.model, Mesh.single()))
     assert set_references(datasets, tmp_path / "reference", engine, micro_batch_size=5, fresh=True) == PAIRS
     (pairs,) = pair_datasets(datasets)
     engine.model.eval()
     np.testing.assert_allclose(pairs.reference, by_hand(pairs, engine.model), rtol=2e-5)
     stored = read(file_of(tmp_path / "reference", pairs, 32), PAIRS)
     assert np.array_equal(stored, pairs.reference)
-    with pytest.raises(CheckpointError, match=r"not there; where=.*npy.*init_from"):
+    with pytest.raises(CheckpointError, match=r"missing or damaged; where=.*npy.*init_from"):
         read(file_of(tmp_path / "nowhere", pairs, 32), PAIRS)
     with pytest.raises(CheckpointError, match=r"want=float32 \[97, 2\]"):
         read(file_of(tmp_path / "reference", pairs, 32), PAIRS + 1)
@@ -59,7 +58,7 @@ def compute_with(folder: str, tensor: str, pipeline: str) -> None:
     mesh = create_mesh(int(tensor), int(pipeline))
     (pairs,) = pair_datasets(build_datasets(config, {"train": 10}))
     model = GPT(config.model, mesh)
-    engine = Engine(config, mesh, model, batch_sizes(config, mesh.dp), 10)
+    engine = Engine(config, mesh, model)
     values = compute(pairs, engine, mesh, 5, config.model.vocab_size)
     if mesh.rank == 0:
         np.save(f"{folder}/found.npy", values)
@@ -69,7 +68,7 @@ def compute_with(folder: str, tensor: str, pipeline: str) -> None:
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2)])
 def test_the_same_in_every_layout(tmp_path, tensor, pipeline):
     make_answers(tmp_path)
-    run_ranks("tests.train.test_reference:compute_with", 2, tmp_path / "out", [tmp_path, tensor, pipeline])
+    run_ranks("tests.train.test_dpo_reference:compute_with", 2, tmp_path / "out", [tmp_path, tensor, pipeline])
     config = pair_config(tmp_path, tmp_path / "run", "dpo")
     (pairs,) = pair_datasets(build_datasets(config, {"train": 10}))
     np.testing.assert_allclose(np.load(tmp_path / "found.npy"), by_hand(pairs, GPT(config.model, Mesh.single()).eval()), rtol=2e-5)

@@ -54,8 +54,8 @@ def conf(tmp_path) -> Path:
 PDSH = """#!{python}
 import os, subprocess, sys
 table = {table}
-place = sys.argv.index("-w")
-hosts, command = sys.argv[place + 1].split(","), " ".join(sys.argv[place + 2 :])
+flag = sys.argv.index("-w")
+hosts, command = sys.argv[flag + 1].split(","), " ".join(sys.argv[flag + 2 :])
 if command.startswith("pkill"):
     sys.exit("this stand-in ends no processes")
 running = []

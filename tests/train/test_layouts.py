@@ -54,7 +54,7 @@ def test_train_in_one_layout_resume_in_others(given, tmp_path):
 
 
 @pytest.mark.distributed
-def test_generation_and_evaluation_over_processes_say_the_same(given, tmp_path):
+def test_generation_and_evaluation_over_processes_agree(given, tmp_path):
     prompt = ["--checkpoint", given / "one", "--prompt", "a b c", "--prompt", "d", "--max-new-tokens", 6, "--temperature", 0.7, "--json"]
     assert last_line(1, tmp_path, "generate", *prompt) == last_line(4, tmp_path, "generate", *prompt, "--tensor", 2, "--pipeline", 2)
     data = ["--checkpoint", given / "one", "--data", given / "data" / "valid", "--max-documents", 7, "--json"]

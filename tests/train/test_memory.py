@@ -1,4 +1,4 @@
-"""Memory of training processes: freed memory stays with the process, and steps leave nothing behind. Measured in processes of their own."""
+"""Memory of training processes: freed memory stays with the process, and steps leak nothing. Measured in separate processes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_steps_no_longer_use_is_returned(settings, grows):
     assert faults < 2000  # 8,192 for each step that faults all of its pages in
 
 
-# Prints the bytes per call that operators with a string among their arguments leave behind.
+# Prints the bytes per call that operators with a string among their arguments leak.
 CALLS = """
 import torch
 from neox import ops
@@ -114,9 +114,9 @@ sys.exit(code)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
-def test_a_step_leaves_nothing_behind(tmp_path):
+def test_a_step_leaks_nothing(tmp_path):
     """What a step keeps lies between the blocks that the next ones free, and lets resident memory grow by many times its size. 50 bytes a step are Python's;
-    a copy of a string argument that each `bias_gelu` and its backward leave behind is 816.
+    a copy of a string argument that each `bias_gelu` and its backward leak is 816.
     """
     make_corpus(tmp_path)
     (tmp_path / "a.yml").write_text(config_text(tmp_path, tmp_path / "run"))
@@ -134,7 +134,7 @@ torch.ones(64 << 20)  # 256 MB before the measurement, given back
 peak = PeakMemory(torch.device("cpu"))
 held = torch.ones(16 << 20)
 passing = torch.ones(8 << 20)
-{look}
+{action}
 del passing
 peak.poll()
 peak.stop_polling()
@@ -143,7 +143,7 @@ print(peak.peak_bytes())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
-@pytest.mark.parametrize("look", ["peak.poll()", "import time; time.sleep(0.3)"], ids=["asked", "by itself"])
-def test_the_peak_is_counted_from_its_start(look):
-    result = subprocess.run([sys.executable, "-c", GROWTH.format(look=look)], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("action", ["peak.poll()", "import time; time.sleep(0.3)"], ids=["asked", "by itself"])
+def test_the_peak_is_counted_from_its_start(action):
+    result = subprocess.run([sys.executable, "-c", GROWTH.format(action=action)], capture_output=True, text=True, check=True)
     assert int(result.stdout) == pytest.approx(96 << 20, abs=4 << 20)

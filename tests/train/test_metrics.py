@@ -89,7 +89,7 @@ def test_a_disk_that_fills_up_is_an_error_and_not_a_hang(tmp_path, tensorboard):
 @pytest.mark.parametrize("tensorboard", [True, False])
 def test_lost_records_are_counted_and_no_line_is_torn(tmp_path, tensorboard):
     told: list[str] = []
-    log = MetricsLog(tmp_path, 0, tensorboard=tensorboard, say=told.append)
+    log = MetricsLog(tmp_path, 0, tensorboard=tensorboard, report=told.append)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     log.write({"step": 1, "loss": 0.5})
     resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 9, limits[1]))
@@ -150,13 +150,13 @@ def test_the_peak_of_a_cpu_is_at_least_that_of_its_vector_units(monkeypatch):
 
 def test_a_file_that_was_removed_or_replaced_under_the_run_is_noticed(tmp_path):
     log = MetricsLog(tmp_path, 0, tensorboard=False)
-    log.check_place()
+    log.check_same_file()
     (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
     with pytest.raises(DiskError, match="the run's folder was removed or replaced"):
-        log.check_place()
+        log.check_same_file()
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(DiskError, match="removed or replaced"):
-        log.check_place()
+        log.check_same_file()
     log.close()
 
 

@@ -34,7 +34,7 @@ def test_steps_without_targets(tmp_path):
     assert 0 < len(empty) < 30 and all(row["loss"] is None and row["grad_norm"] is None for row in empty)
     assert all(row["loss"] > 0 for row in rows if row["targets"])
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert f"step {empty[0]['step']}: no token of the global batch is a target: there is no loss, the update is left out\n" in log
+    assert f"step {empty[0]['step']}: no token of the global batch is a target: there is no loss, the update is skipped\n" in log
     assert log.splitlines()[-1] == "done: step 30 of 30" and "loss jumps" not in log
     assert all(row["validation_loss"] is None or row["validation_loss"] > 0 for row in rows if "validation_loss" in row)
     report = read_run(tmp_path / "run")

@@ -17,13 +17,12 @@ from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
 from tests.distributed import train as launch
-from tests.train.corpus import config_text, curve, make_config, records
-from tests.train.test_loop import StopAfter
+from tests.train.corpus import StopAfter, config_text, curve, make_config, records
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 
 
-def test_best_fit_resumes_bit_for_bit_and_says_its_fill_rate(corpus, tmp_path, capsys):
+def test_best_fit_resumes_bit_for_bit_and_reports_its_fill_rate(corpus, tmp_path, capsys):
     options = ("data.packing=best_fit", "train.train_iters=6", "checkpoint.save_interval=0", "evaluate.interval=3")
     train(make_config(corpus, tmp_path / "whole", *options), Mesh.single(), StopSignals())
     said = capsys.readouterr().out
@@ -36,7 +35,7 @@ def test_best_fit_resumes_bit_for_bit_and_says_its_fill_rate(corpus, tmp_path, c
 
 
 def test_padding_is_masked_from_loss_and_attention(corpus, tmp_path):
-    """Documents behind one another in a sample with a mask, or each in a sample of its own: the same targets, so the same loss of a first step."""
+    """Several documents in a sample with a mask, or each in its own sample: the same targets, so the same loss of a first step."""
     rng = np.random.default_rng(3)
     rows = [rng.integers(1, 120, size=size) for size in (20, 12, 25, 7, 30, 2, 17, 15)]
     with IndexedWriter(tmp_path / "few", "uint16", vocab_size=120) as writer:

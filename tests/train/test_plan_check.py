@@ -1,4 +1,4 @@
-"""The plan beside what a run measured."""
+"""The plan of a run and its measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed import train
 from tests.train.corpus import make_corpus
 
 
-def test_both_are_told():
+def test_planned_and_measured_are_reported():
     lines = Comparison(3, 1, (1.1e9, 1.0e9), 1.3e9, (2.0, 2.5)).lines()
     assert lines == [
         "memory: 1.100 GB planned, 1.000 GB measured (+10.0 %), 1.300 GB resident, on rank 3, stage 1",
@@ -25,7 +25,7 @@ def test_both_are_told():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
 @pytest.mark.parametrize("extra", [{}, {"train.train_iters": 7, "checkpoint.save_interval": 6}, {"zero.stage": 3}], ids=["plain", "saved later", "stage 3"])
 def test_planned_memory_is_within_a_tenth_of_a_real_run(tmp_path, extra):
-    """Also where the first checkpoint's copies come after the steps that are looked at, and with what stage 3 imports."""
+    """Even if the copies of the first checkpoint come after the steps during which memory is polled, and with the imports of stage 3."""
     make_corpus(tmp_path)
     settings = {
         "model.num_layers": 4,

@@ -51,25 +51,25 @@ def test_printed_at_the_interval_the_first_and_the_last():
 def test_a_log_that_cannot_be_written_is_a_disk_error():
     log = open("/dev/full", "w")  # noqa: SIM115, closing it fails too
     with pytest.raises(DiskError, match=r"log cannot be written; where=/dev/full; got=No space left"):
-        Progress(None, log, 10, 1).say("line")
+        Progress(None, log, 10, 1).report("line")
     close_log(log)
     assert log.closed
 
 
-def test_a_terminal_whose_reader_is_gone_is_left_alone():
+def test_a_terminal_whose_reader_has_exited_is_ignored():
     reader, writer = os.pipe()
     os.close(reader)
     log = io.StringIO()
     progress = Progress(os.fdopen(writer, "w"), log, 10, 1)
-    progress.say("one")
-    progress.say("two")
+    progress.report("one")
+    progress.report("two")
     assert progress.terminal is None and log.getvalue() == "one\ntwo\n"
 
 
 def test_other_processes_are_silent():
     progress = Progress(None, None, 10, 1)
     progress.step(RECORD, first=True)
-    progress.say("nothing")
+    progress.report("nothing")
 
 
 def test_the_first_step_does_not_count_for_the_time_left():

@@ -14,7 +14,8 @@ from neox.checkpoint.reader import Checkpoint
 from neox.errors import CheckpointError, ConfigError, NeoxError, StoppedBySignal
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
-from neox.train.loop import Run, train
+from neox.train import loop
+from neox.train.loop import train
 from neox.train.resume import derived
 from neox.train.run_dir import WITNESS
 from tests.train.corpus import make_config, records
@@ -60,7 +61,7 @@ REFUSED = {
     "no validation data": (("evaluate.interval=2", "data.validation=[]"), NeoxError),
     "an end before the checkpoint": (("train.train_iters=4",), ConfigError),
     "checkpoints although never": (("checkpoint.resume=never",), CheckpointError),
-    "a checkpoint that is not there": (("checkpoint.resume=/nowhere/at/all",), CheckpointError),
+    "a missing checkpoint": (("checkpoint.resume=/nowhere/at/all",), CheckpointError),
 }
 
 
@@ -94,10 +95,10 @@ def test_values_that_follow_from_others_are_named(run, corpus):
     assert derived(config, 2)["data-parallel size"][0] == 2 and derived(config, 2)["train.gradient_accumulation"][0] == 2
 
 
-def test_nothing_is_said_of_what_stayed(run, corpus):
+def test_unchanged_keys_are_not_reported(run, corpus):
     said = start(corpus, run)
     assert said.splitlines()[0].startswith("resumed from ") and "->" not in said
-    assert said.splitlines()[-1] == "done: step 6 of 6: nothing was left to do; raise train.train_iters to continue"
+    assert said.splitlines()[-1] == "done: step 6 of 6; nothing was left to do, raise train.train_iters to continue"
 
 
 def test_a_change_is_accepted_once(run, corpus):
@@ -180,13 +181,12 @@ def test_an_evaluation_that_was_cut_short_and_is_now_another(corpus, tmp_path, n
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert ("validation_loss" in rows[1]) == (not off)
     if off:
-        assert "step 2: its evaluation, which a signal cut short, is left out" in (tmp_path / "run" / "log.txt").read_text()
+        assert "step 2: skipped its interrupted evaluation, because evaluate.interval is 0" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_the_lock_is_written_by_accepted_starts_alone(run, corpus, monkeypatch):
     before = (run / "config.lock.yml").read_text()
     seen = []
-    monkeypatch.setattr(Run, "begin", lambda self: seen.append((run / "config.lock.yml").read_text()))
-    monkeypatch.setattr(Run, "go", lambda self: None)
+    monkeypatch.setattr(loop, "run", lambda training: seen.append((run / "config.lock.yml").read_text()))
     start(corpus, run, "train.train_iters=9")
     assert "train_iters: 6" in before and "train_iters: 9" in seen[0]

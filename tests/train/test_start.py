@@ -28,10 +28,10 @@ def test_a_good_run_is_0_and_a_user_error_is_one_line(tmp_path, capfd):
 
 
 def test_a_bug_keeps_its_traceback_below_the_line(tmp_path, capfd, monkeypatch):
-    def broken(config, mesh, signals, *, faults, heartbeat):
+    def broken(config, mesh):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(module, "train", broken)
+    monkeypatch.setattr(module, "check_fit", broken)
     assert start(make_config(tmp_path, tmp_path), LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("error[1] ZeroDivisionError: a bug")

@@ -48,7 +48,7 @@ def files_with(text: str, folder: Path) -> list[Path]:
 
 
 def log_records(path: Path) -> list[bytes]:
-    """The records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
     data, at, parts, out = path.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         left = BLOCK - at % BLOCK
@@ -58,7 +58,7 @@ def log_records(path: Path) -> list[bytes]:
         _, size, kind = struct.unpack_from("<IHB", data, at)
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or the last piece
+        if kind in (1, 4):  # complete, or the last chunk
             out.append(parts)
             parts = b""
     return out
@@ -113,7 +113,7 @@ class Failing:
 
     def log(self, step, numbers):
         if step == 2:
-            raise ConnectionError("gone\nand more")
+            raise ConnectionError("lost\nand more")
         self.steps.append((step, dict(numbers)))
 
     def finish(self):
@@ -128,10 +128,10 @@ def test_a_service_that_fails_is_left_behind(corpus, tmp_path, monkeypatch):
         services.log({"step": step, "loss": 0.5, "grad_norm": None})
     services.close()
     assert service.steps == [(1, {"loss": 0.5})]
-    assert said == ["Failing stopped recording: gone"]
+    assert said == ["Failing stopped recording: lost"]
 
 
-def test_a_package_that_is_not_there(monkeypatch):
+def test_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(EnvironmentProblem, match=r"wandb is not installed; where=logging.wandb.*pip install neox-train\[wandb\]"):
         load("wandb")

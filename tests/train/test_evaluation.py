@@ -1,0 +1,50 @@
+"""When a run evaluates, over which batches, and what a signal interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from neox.runtime.signals import StopSignals
+from neox.train.evaluation import Evaluation, Evaluator
+
+
+class Parts:
+    """Stands for the engine: every batch is the triple that it evaluates to."""
+
+    def __init__(self):
+        self.asked = []
+
+    def evaluate_part(self, batch, *, stop):
+        self.asked.append(stop)
+        return (*batch, stop)
+
+
+def evaluator(batches, engine=None, signals=None, iters: int = 2) -> Evaluator:
+    config = SimpleNamespace(evaluate=SimpleNamespace(interval=4, iters=iters), train=SimpleNamespace(train_iters=10))
+    return Evaluator(config, engine or Parts(), signals or StopSignals(), lambda: contextlib.nullcontext(iter(batches)))
+
+
+def test_due_at_the_interval_and_at_the_end():
+    assert [step for step in range(1, 11) if evaluator([]).is_due(step)] == [4, 8, 10]
+
+
+def test_the_mean_is_over_targets_and_over_the_same_batches_every_time():
+    one = evaluator([(6.0, 2.0), (2.0, 2.0), (9.0, 9.0)])
+    assert one.evaluate() == one.evaluate() == Evaluation(2.0, False)
+
+
+def test_no_target_has_no_loss():
+    assert math.isnan(evaluator([(0.0, 0.0)] * 2).evaluate().loss)
+
+
+@pytest.mark.parametrize(("iters", "loss"), [(2, None), (1, 3.0)])
+def test_a_signal_interrupts_it_before_the_last_batch(iters, loss):
+    signals, engine = StopSignals(), Parts()
+    signals.received = signal.SIGTERM
+    assert evaluator([(6.0, 2.0)] * 2, engine, signals, iters).evaluate() == Evaluation(loss, True)
+    assert engine.asked == [True]

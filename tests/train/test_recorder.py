@@ -1,0 +1,79 @@
+"""The record of a step, and what a run reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from neox.config.schema import Config
+from neox.config.validate import batch_sizes
+from neox.engine.engine import StepResult
+from neox.errors import DiskError
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+from neox.train.plan_check import PlanCheck
+from neox.train.progress import Progress
+from neox.train.recorder import Recorder, describe_layout
+from neox.train.run_dir import RunDir
+
+RESULT = StepResult(step=1, loss=2.5, grad_norm=0.5, lr=0.1, tokens=60, skipped=False, stop=False)
+
+
+def make_recorder(folder: Path, terminal: io.StringIO) -> Recorder:
+    model = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 32}
+    config = Config.model_validate(
+        {"model": model, "data": {"seq_length": 16}, "train": {"micro_batch_size": 4, "train_iters": 9}, "run": {"dir": str(folder)}}
+    )
+    mesh = Mesh.single()
+    progress = Progress(terminal, None, 9, 1)
+    return Recorder(config, batch_sizes(config, 1), mesh, RunDir(folder), progress, PlanCheck(config, mesh), GPT(config.model, mesh))
+
+
+def test_a_record_goes_to_metrics_and_to_the_terminal(tmp_path):
+    terminal = io.StringIO()
+    recorder = make_recorder(tmp_path, terminal)
+    recorder.open(0)
+    record = recorder.make_record(RESULT, 0.5, tokens=64, samples=4)
+    recorder.write(record)
+    recorder.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record
+    assert (record["loss"], record["targets"], record["tokens"], record["samples"], record["tokens_per_s"]) == (2.5, 60, 64, 4, 128.0)
+    assert "step 1/9 | loss 2.5000" in terminal.getvalue()
+
+
+def test_a_skipped_update_has_no_norm_and_is_reported(tmp_path):
+    terminal = io.StringIO()
+    recorder = make_recorder(tmp_path, terminal)
+    result = dataclasses.replace(RESULT, loss=float("nan"), skipped=True, problem="the loss is not finite")
+    record = recorder.make_record(result, 0.5, tokens=64, samples=4)
+    assert record["loss"] is None and record["grad_norm"] is None
+    assert terminal.getvalue() == "step 1: the loss is not finite, the update is skipped\n"
+
+
+def test_a_rollback_moves_later_records_aside(tmp_path):
+    recorder = make_recorder(tmp_path, io.StringIO())
+    recorder.open(0)
+    for step in (1, 2, 3):
+        recorder.write(recorder.make_record(dataclasses.replace(RESULT, step=step), 0.5, tokens=64, samples=4))
+    recorder.reopen(1)
+    recorder.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_replaced_folder_is_an_error(tmp_path):
+    recorder = make_recorder(tmp_path, io.StringIO())
+    recorder.open(0)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "other")
+    with pytest.raises(DiskError):
+        recorder.check_files()
+    recorder.close()
+
+
+def test_the_layout_as_text():
+    assert describe_layout(Mesh.single()) == ""
+    assert describe_layout(dataclasses.replace(Mesh.single(), dp=4)) == ""
+    assert describe_layout(dataclasses.replace(Mesh.single(), tp=2, dp=4, sequence=True)) == " (tensor 2, data 4, sequence parallel)"
