@@ -1,4 +1,4 @@
-"""Whether all processes of a run were given the same: config, data, versions. A difference is refused before anything is computed."""
+"""Checks that all processes of a run have the same config, data and versions, before anything is computed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from neox.config.load import flatten
 from neox.config.schema import Config
 from neox.errors import ConfigError
 
-EDGE = 1 << 16  # bytes at either end of an index that are looked at
+EDGE = 1 << 16  # bytes at either end of a file that are hashed
 SHOWN = 5  # differing keys that an error names
 
 
 def fingerprint(path: Path) -> str:
-    """What tells two versions of a file apart at little cost: its size, and a digest of its first and last 64 KiB."""
+    """A cheap identity of a file's content: its size, and a digest of its first and last 64 KiB."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -33,7 +33,7 @@ def fingerprint(path: Path) -> str:
 
 
 def fingerprint_run(config: Config) -> dict[str, str]:
-    """All that has to be alike on every process, as text by name."""
+    """Everything that must be identical on every process, as text by name."""
     known = {key: json.dumps(value, default=str) for key, value in flatten(config)}
     data = config.data
     sources = [source for part in (data.train, data.validation, data.test) for source in part]
@@ -47,10 +47,10 @@ def fingerprint_run(config: Config) -> dict[str, str]:
 
 
 def check_consistency(known: Mapping[str, str], peers: RankGroup) -> None:
-    """Compare with the other processes; all call it. One digest each travels, and the whole only where digests differ.
+    """Compare with the other processes. All processes call it. Only a digest is exchanged unless digests differ.
 
     Raises:
-        ConfigError: on every process, with the keys that differ, their values and whose they are.
+        ConfigError: on every process, with the keys that differ, their values and ranks.
     """
     digest = hashlib.sha256(json.dumps(dict(known), sort_keys=True).encode()).hexdigest()
     digests = peers.all_gather_json(digest)
@@ -64,7 +64,7 @@ def check_consistency(known: Mapping[str, str], peers: RankGroup) -> None:
         lines.append(f"{key}: {everyone[0].get(key)} on rank 0, {everyone[other].get(key)} on rank {other}")
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     raise ConfigError(
-        "the processes were given different things",
+        "config, data or versions differ between processes",
         where=", ".join(keys[:SHOWN]) + more,
         got="; ".join(lines).replace(";", ","),
         want="the same config, data and versions everywhere",

@@ -1,4 +1,7 @@
-"""Joining the other processes of a launch. No DeepSpeed here: commands that print JSON join too, and DeepSpeed writes to the output at its import."""
+"""Initialises torch.distributed among the processes of a launch.
+
+DeepSpeed is not imported: commands that print JSON run on several processes too, and DeepSpeed writes to stdout when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,23 @@ from neox.runtime.rendezvous import Attempt, claim_rank
 
 
 def init_distributed(layout: ParallelConfig, launch: LaunchInfo, device: str, *, limit: float = 0.0) -> Mesh:
-    """Meet the processes that the launcher's variables name, within `limit` seconds (0: no limit), form the process group, and arrange them.
+    """Join the other processes of the launch, create the process group, and arrange the processes in a mesh.
 
-    Raises: as `register`.
+    Args:
+        layout: sizes of tensor, pipeline and context parallelism.
+        launch: rank, size and address from the launcher.
+        device: "cpu" or "cuda".
+        limit: seconds to wait for the others; 0 for no limit.
+
+    Raises:
+        NeoxError: as `claim_rank`.
     """
     attempt = claim_rank(launch, limit) if launch.world_size > 1 else None
     return form_process_group(layout, launch, device, attempt)
 
 
 def form_process_group(layout: ParallelConfig, launch: LaunchInfo, device: str, attempt: Attempt | None) -> Mesh:
-    """Form the process group of an attempt, and arrange the processes; None for a process that is alone."""
+    """Create the process group of an attempt, and the mesh; `attempt` is None for a single process."""
     here = local_device(launch, device)
     if device == "cuda":
         torch.cuda.set_device(here)
@@ -36,7 +46,7 @@ def form_process_group(layout: ParallelConfig, launch: LaunchInfo, device: str, 
 
 
 def local_device(launch: LaunchInfo, device: str) -> torch.device:
-    """The device of this process: the GPU of its local rank, or the only one where the launcher shows each process its own.
+    """The device of this process: the GPU of its local rank, or the only visible one.
 
     Raises:
         EnvironmentProblem: there are several GPUs, but fewer than local processes.
@@ -56,6 +66,6 @@ def local_device(launch: LaunchInfo, device: str) -> torch.device:
 
 
 def destroy() -> None:
-    """Leave the process group while the interpreter is whole: a group that is torn down after it may end the process by std::terminate."""
+    """Destroy the process group before the interpreter shuts down: later, its destructor may call std::terminate."""
     if dist.is_initialized():
         dist.destroy_process_group()

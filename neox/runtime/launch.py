@@ -1,4 +1,4 @@
-"""What the environment says about this process's place: deepspeed and torchrun, Slurm's srun, mpirun, or nothing."""
+"""Rank, world size and address of this process, from the variables of a launcher: deepspeed, torchrun, Slurm's srun, mpirun, or none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from neox.runtime.nodelist import expand_hosts
 MOST_PROCESSES = 1 << 20
 DEFAULT_PORT = "29500"
 
-# Launcher -> the names of its variables for RANK, LOCAL_RANK and WORLD_SIZE. The first whose last one is set is taken. SLURM_STEP_NUM_TASKS is set by srun
-# alone: SLURM_NTASKS is there too in a batch script or a shell of salloc, where this process has no siblings.
+# Launcher -> the names of its variables for RANK, LOCAL_RANK and WORLD_SIZE. The first launcher whose WORLD_SIZE is set is used. Only srun sets
+# SLURM_STEP_NUM_TASKS; a batch script or a shell of salloc has SLURM_NTASKS too, but no sibling processes.
 LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -22,16 +22,15 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """Number of this process, number of processes, and where the first one listens.
+    """Rank of this process, number of processes, and address of the rendezvous store. The default is a single process.
 
     Attributes:
-        rank: among all processes.
-        local_rank: among those of this machine; the GPU it takes.
+        rank: rank among all processes.
+        local_rank: rank among the processes of this host; the index of its GPU.
         world_size: number of processes.
-        address, port: of the first process.
-        source: the launcher and its variables that said so, for people.
-        agent_store: whether a process of the launcher (torchrun's agent) serves the store at address:port, and not rank 0. It outlives the attempts
-            of a job that is restarted.
+        address, port: where the first process, or the launcher's agent, serves the store.
+        source: the launcher and the variables that were read, for messages.
+        agent_store: whether torchrun's agent serves the store, not rank 0. It outlives the attempts of a job that is restarted.
     """
 
     rank: int = 0
@@ -49,10 +48,10 @@ class LaunchInfo:
 
 
 def read_number(environment: Mapping[str, str], name: str, low: int, high: int) -> int:
-    """An integer variable of the launcher.
+    """Read an integer variable of the launcher.
 
     Raises:
-        EnvironmentProblem: it is absent or no number from low to high.
+        EnvironmentProblem: it is missing, or not a number from low to high.
     """
     text = environment.get(name)
     if text is None or not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
@@ -67,12 +66,12 @@ def read_number(environment: Mapping[str, str], name: str, low: int, high: int) 
 
 
 def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
-    """This process's place from the variables of a launcher; alone where there are none.
+    """Read the variables of a launcher; without any, this is a single process.
 
-    RANK or WORLD_SIZE, which torchrun and deepspeed set, come before those of Slurm and MPI, under which they may run.
+    RANK and WORLD_SIZE, which torchrun and deepspeed set, take precedence over those of Slurm and MPI, under which torchrun may run.
 
     Raises:
-        EnvironmentProblem: names the variable that is absent or wrong.
+        EnvironmentProblem: names the variable that is missing or wrong.
     """
     check_threads(environment)
     names, launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed, or variables set by hand"
@@ -99,7 +98,7 @@ def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
             where="MASTER_ADDR",
             got=environment.get("MASTER_ADDR"),
             want="host name of the first process",
-            do=f"export MASTER_ADDR; {launcher} does not say it",
+            do=f"export MASTER_ADDR; {launcher} does not set it",
         )
     port = environment if "MASTER_PORT" in environment or launcher not in LAUNCHERS else {"MASTER_PORT": DEFAULT_PORT}
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -107,7 +106,7 @@ def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
 
 
 def check_threads(environment: Mapping[str, str]) -> None:
-    """OMP_NUM_THREADS is a number, or a list of them with one for each level of nested parallelism.
+    """Check that OMP_NUM_THREADS is a number, or a list with one for each level of nested parallelism.
 
     Raises:
         EnvironmentProblem: it is neither.
@@ -123,6 +122,6 @@ def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: `node[03-05,9],login` -> node03; empty for an empty list.
 
     Raises:
-        EnvironmentProblem: the text is no such list.
+        EnvironmentProblem: the text is not such a list.
     """
     return next(expand_hosts(nodes), "")

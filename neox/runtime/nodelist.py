@@ -9,10 +9,10 @@ from neox.errors import EnvironmentProblem
 
 
 def expand_hosts(nodes: str) -> Iterator[str]:
-    """Yield the hosts of a list in Slurm's order, without building the whole list.
+    """Yield the hosts of a list in Slurm's order, without building the complete list.
 
-    A name may have several brackets, with text between and behind them, and brackets inside of brackets; the last bracket varies fastest. The
-    lower bound of a range gives the number of digits: `n[08-10]` is n08, n09, n10.
+    A name may have several brackets, with text between and after them, and nested brackets; the last bracket varies fastest. The lower bound
+    of a range gives the number of digits: `n[08-10]` is n08, n09, n10.
 
     Raises:
         EnvironmentProblem: the text is not such a list.
@@ -64,13 +64,13 @@ def product(parts: list) -> Iterator[tuple[str, ...]]:
 
 
 def closing(name: str) -> int:
-    """Index of the bracket that closes the one at 0; there is one."""
+    """Index of the bracket that closes the one at 0, which exists."""
     depths = itertools.accumulate((letter == "[") - (letter == "]") for letter in name)
     return next(index for index, depth in enumerate(depths) if depth == 0)
 
 
 class Brackets:
-    """What stands in one pair of brackets; can be iterated more than once."""
+    """The content of one pair of brackets; can be iterated more than once."""
 
     def __init__(self, inside: str, nodes: str):
         self.items = split(inside, nodes)

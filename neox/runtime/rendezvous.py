@@ -1,11 +1,11 @@
-"""Which processes are together in one attempt of a job, agreed on through the rendezvous store itself.
+"""Rendezvous: the processes of one attempt of a job find each other through the rendezvous store.
 
-Under torchrun the store belongs to the launcher's agent and outlives the processes: after a restart it holds the keys of dead ones, and each agent
-counts only its own restarts. So every process posts an identity that it has drawn (`hello/RANK`), rank 0 answers each one (`seat/RANK`: that identity
-and the attempt's token), the process confirms, and when all have confirmed, rank 0 opens the attempt. Whoever confirms is alive; an answer to a dead
-process is never confirmed, and is replaced when a living one says hello. All keys of an open attempt are below its token.
+Under torchrun the store belongs to the launcher's agent and outlives the processes. After a restart it holds the keys of dead processes, and each agent
+counts only its own restarts. So every process posts a random identity (`hello/RANK`), and rank 0 answers each one with that identity and the attempt's
+token (`seat/RANK`). The process confirms, and when all have confirmed, rank 0 opens the attempt. A process that confirms is alive; an answer to a dead
+process is never confirmed, and is replaced when a living one posts its identity. All keys of an open attempt are below its token.
 
-Waiting happens in Python, never inside of the store: signals are handled, a line says who is missing, and `limit` holds.
+Processes wait in Python, never inside the store: signals are handled, the missing ranks are printed, and `limit` holds.
 """
 
 from __future__ import annotations
@@ -16,54 +16,53 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
 from neox.checkpoint.process_identity import describe_process
 from neox.errors import EnvironmentProblem, HangError, NeoxError, PeerLost
 from neox.runtime.launch import LaunchInfo
-from neox.runtime.store_protocol import PREFIX, REFUSED, NotAStore, RefusalNotice, StoreConnection, listen, make_notice, process_name, read_notice
+from neox.runtime.store_protocol import PREFIX, REFUSED, NotAStore, Notice, RefusalNotice, StoreConnection, listen, make_notice, process_name, read_notice
 
-FIRST_LINE = 5.0  # seconds until a process that waits says so; then at intervals that double
+FIRST_LINE = 5.0  # seconds until a process reports that it waits; the interval then doubles
 LONGEST_INTERVAL = 60.0
 STORE_TIMEOUT = timedelta(minutes=30)  # of an operation of the process group on the store
-FOREIGN_SECONDS = 30.0  # an answer that is no store's for so long: another program has the port
+FOREIGN_SECONDS = 30.0  # of answers that are not a store's, after which another program has the port
 OLD_ATTEMPT_SECONDS = 40.0  # an agent kills the processes of an attempt that has ended within 30 s
 CURRENT = "current"
 
 
-class Told(NeoxError):
-    """Another process has ended before all had joined, and has said why; this one ends with its exit code."""
+class PeerRefused(NeoxError):
+    """Another process ended before all had joined, and posted its error. This process ends with the same exit code."""
 
-    def __init__(self, notice: dict[str, Any]):
+    def __init__(self, notice: Notice):
         self.exit_code = notice["code"]
         self.notice = notice
         super().__init__(notice["line"])
 
     def line(self) -> str:
-        """Names the other process; the error itself is printed by it."""
+        """Names the other process, which prints the error."""
         return f"rank {self.notice['rank']} did not start, so this process ends: {self.notice['line']}"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An open attempt: the store, and the token that sets its keys apart from those of other attempts."""
+    """An open attempt: the store, and the token that separates its keys from those of other attempts."""
 
     store: dist.Store
     token: str
 
     def keys(self, part: str) -> dist.Store:
-        """The store with keys for one purpose."""
+        """The store, with keys for one purpose."""
         return dist.PrefixStore(f"{self.token}/{part}", self.store)
 
 
 class Waiting:
-    """How long this process has waited: the line that says for whom, and the limit.
+    """Reports which ranks this process waits for, and enforces the limit.
 
     Args:
-        place: of this process.
-        limit: seconds; 0: none.
+        launch: rank, size and address from the launcher.
+        limit: seconds; 0 for no limit.
     """
 
     def __init__(self, launch: LaunchInfo, limit: float):
@@ -74,14 +73,14 @@ class Waiting:
 
     @property
     def seconds(self) -> float:
-        """Since the wait began."""
+        """Seconds since the wait began."""
         return time.monotonic() - self.begin
 
     def check(self, missing: list[int], why: str = "", *, quiet: bool = False, kind: type[NeoxError] = HangError) -> None:
-        """Say who is missing where a line is due.
+        """Print the missing ranks at intervals.
 
         Raises:
-            HangError, or `kind`: the limit has passed.
+            HangError: the limit has passed; `kind` names another error.
         """
         world_size = self.launch.world_size
         names, verb = f"rank{'s' if len(missing) > 1 else ''} {spans(missing)} of {world_size}", "have" if len(missing) > 1 else "has"
@@ -91,7 +90,7 @@ class Waiting:
                 where=f"rank {self.launch.rank}, store at {self.launch.endpoint}",
                 got=f"waited {self.seconds:.0f} s{f', {why}' if why else ''}",
                 want="guard.hang_timeout",
-                do="look at the logs of the missing processes; check that every host starts its processes and reaches MASTER_ADDR:MASTER_PORT",
+                do="read the logs of the missing processes; check that every host starts its processes and reaches MASTER_ADDR:MASTER_PORT",
             )
         if self.seconds > self.due and not quiet:
             detail = f" ({why})" if why else ""
@@ -100,7 +99,7 @@ class Waiting:
             self.due = self.seconds + self.interval
 
     def sleep(self) -> None:
-        """Until the store is asked again."""
+        """Sleep until the next poll of the store."""
         time.sleep(0.02 if self.seconds < 2 else 0.2)
 
 
@@ -116,16 +115,16 @@ def spans(ranks: list[int]) -> str:
 
 
 def claim_rank(launch: LaunchInfo, limit: float = 0.0) -> Attempt:
-    """Meet all processes of the launch.
+    """Join all processes of the launch under this rank.
 
     Args:
-        place: of this process.
-        limit: seconds to wait for the others; 0: for ever.
+        launch: rank, size and address from the launcher.
+        limit: seconds to wait for the others; 0 for no limit.
 
     Raises:
-        Told: another process has ended instead of joining.
-        HangError: not all have come within the limit.
-        EnvironmentProblem: another process has this rank, the port is in use, or the address names no store.
+        PeerRefused: another process ended instead of joining.
+        HangError: not all have joined within the limit.
+        EnvironmentProblem: another process has this rank, the port is in use, or the address is not that of a store.
         PeerLost: the store was lost.
     """
     waiting = Waiting(launch, limit)
@@ -133,7 +132,7 @@ def claim_rank(launch: LaunchInfo, limit: float = 0.0) -> Attempt:
     member = Member(launch, store, waiting)
     try:
         token = member.gather() if launch.rank == 0 else member.follow()
-    except Told:
+    except PeerRefused:
         raise
     except NeoxError as error:
         member.post(error)
@@ -144,13 +143,13 @@ def claim_rank(launch: LaunchInfo, limit: float = 0.0) -> Attempt:
             "the rendezvous store was lost",
             where=f"rank {launch.rank}, store at {launch.endpoint}",
             got=got,
-            do="look at the log of rank 0 and of the launcher",
+            do="read the logs of rank 0 and of the launcher",
         ) from error
     return Attempt(store, token)
 
 
 def open_store(launch: LaunchInfo, waiting: Waiting) -> dist.Store:
-    """Serve the store as rank 0, unless the launcher does; connect to it else."""
+    """Serve the store as rank 0, unless the launcher does; otherwise connect to it."""
     if launch.rank == 0 and not launch.agent_store:
         listener = listen(launch)
         port = listener.getsockname()[1]
@@ -160,7 +159,7 @@ def open_store(launch: LaunchInfo, waiting: Waiting) -> dist.Store:
 
 
 def client(launch: LaunchInfo, timeout: timedelta) -> dist.TCPStore:
-    """A connection of its own to the store. Raises RuntimeError where it is gone, after `timeout`."""
+    """A new connection to the store. Raises RuntimeError after `timeout` if the store has exited."""
     address = "127.0.0.1" if launch.rank == 0 and not launch.agent_store else launch.address
     return dist.TCPStore(address, launch.port, None, False, wait_for_workers=False, timeout=timeout)
 
@@ -169,7 +168,7 @@ def reach(launch: LaunchInfo, waiting: Waiting) -> None:
     """Wait until the store answers.
 
     Raises:
-        Told: rank 0 serves an error instead.
+        PeerRefused: rank 0 serves an error instead.
         EnvironmentProblem: another program has the port; or MASTER_ADDR cannot be resolved until the limit.
         HangError: nothing listens until the limit.
     """
@@ -179,14 +178,14 @@ def reach(launch: LaunchInfo, waiting: Waiting) -> None:
         try:
             StoreConnection(launch).socket.close()
             return
-        except RefusalNotice as told:
-            raise Told(told.notice) from told
+        except RefusalNotice as refusal:
+            raise PeerRefused(refusal.notice) from refusal
         except NotAStore as error:
             foreign = time.monotonic() if foreign is None else foreign
             why = f"{launch.endpoint}: {error}"
             if time.monotonic() - foreign > FOREIGN_SECONDS:
                 raise EnvironmentProblem(
-                    "what listens at MASTER_ADDR:MASTER_PORT is no rendezvous store",
+                    "the program at MASTER_ADDR:MASTER_PORT is not a rendezvous store",
                     where=launch.endpoint,
                     got=str(error),
                     want="the store of rank 0",
@@ -201,12 +200,12 @@ def reach(launch: LaunchInfo, waiting: Waiting) -> None:
 
 
 class Member:
-    """This process among those that meet.
+    """This process during the rendezvous.
 
     Args:
-        place: of this process.
+        launch: rank, size and address from the launcher.
         store: the store, with our prefix.
-        waiting: how long it has waited.
+        waiting: reports and limits the wait.
     """
 
     def __init__(self, launch: LaunchInfo, store: dist.Store, waiting: Waiting):
@@ -216,24 +215,30 @@ class Member:
         self.me = describe_process()
         self.id = secrets.token_hex(8)
         self.names = (self.id, process_name())
-        self.running: dict[str, Any] = {}
+        self.running: dict[str, int] = {}
         if not launch.agent_store and store.check([CURRENT]):
             raise self.taken()
         store.set(f"hello/{launch.rank}", self.id)
 
     def gather(self) -> str:
-        """Rank 0: answer every process, and open the attempt when all are there. Returns its token."""
+        """Rank 0: answer every process, and open the attempt when all have joined. Returns its token."""
         token = secrets.token_hex(8)
         seated: dict[int, str] = {}
         self.collect(token, "here", seated)
         self.store.set(f"{token}/all", "")
-        self.collect(token, "ready", seated)  # those that came first may have died since
+        self.collect(token, "ready", seated)  # the first ones may have died since
         self.store.set(CURRENT, token)
         self.store.set(f"{token}/open", "")
         return token
 
     def collect(self, token: str, stage: str, seated: dict[int, str]) -> None:
-        """Answer those that say hello, until all have come to a stage. `seated`: identity of each rank that was answered."""
+        """Answer new processes until all have reached a stage.
+
+        Args:
+            token: of the attempt.
+            stage: `here` or `ready`.
+            seated: identity of each rank that was answered; updated.
+        """
         missing = list(range(1, self.launch.world_size))
         while missing:
             self.check_refused()
@@ -269,11 +274,11 @@ class Member:
             self.waiting.sleep()
 
     def check_rank(self) -> None:
-        """Raise where another living process has this rank: it came later and said hello, or it is in an attempt that runs."""
+        """Raise EnvironmentProblem if another living process has this rank: it joined later, or is in an attempt that runs."""
         if self.store.get(f"hello/{self.launch.rank}").decode() != self.id:
             raise self.taken()
         if self.launch.agent_store and self.waiting.seconds > OLD_ATTEMPT_SECONDS and self.store.check([CURRENT]):
-            beat = f"{self.store.get(CURRENT).decode()}/control/beat/0"
+            beat = f"{self.store.get(CURRENT).decode()}/watchdog/beat/0"
             now = json.loads(self.store.get(beat))["n"] if self.store.check([beat]) else None
             if now is not None and now != self.running.setdefault(beat, now):
                 raise self.taken()
@@ -284,16 +289,16 @@ class Member:
         return EnvironmentProblem("two processes have the same rank", where=self.launch.source, got=got, want=want)
 
     def check_refused(self) -> None:
-        """Raise what another process has posted that ended instead of joining."""
+        """Raise PeerRefused if another process ended instead of joining."""
         if not self.store.check([REFUSED]):
             return
         notice = read_notice(self.store.get(REFUSED))
         stale = self.launch.agent_store and notice is not None and notice["time"] < self.me["born"]  # of a process of an earlier attempt
         if notice is not None and not stale and notice.get("process") not in self.names:
-            raise Told(notice)
+            raise PeerRefused(notice)
 
     def post(self, error: NeoxError) -> None:
-        """Tell those that wait; the process of the store leaves them a moment to read it."""
+        """Post an error to the processes that wait. The process of the store gives them a moment to read it."""
         try:
             self.store.set(REFUSED, json.dumps({**make_notice(self.launch.rank, error.exit_code, error.line()), "process": self.id}))
             time.sleep(1.0 if self.launch.rank == 0 and not self.launch.agent_store else 0.0)

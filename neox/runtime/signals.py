@@ -1,11 +1,11 @@
-"""Stopping by signal: the first asks for a checkpoint at the next step boundary, a repeated one ends the process at once.
+"""Stopping by signal: the first signal asks for a checkpoint at the next step boundary, a repeated one ends the process at once.
 
-Launchers pass a Ctrl-C on as a SIGTERM (DeepSpeed's does, torchrun's too), so that one wish to stop arrives as two different signals within moments. A
-signal therefore counts as repeated only when the same one comes again, later than REPEAT_AFTER seconds after the first.
+Launchers forward a Ctrl-C as a SIGTERM (DeepSpeed's does, torchrun's too), so one request to stop arrives as two different signals within moments. A
+signal therefore counts as repeated only if the same one arrives later than REPEAT_AFTER seconds after the first.
 
-Python runs handlers between two instructions of the main thread, so not while that waits in a collective or in C++. The signal's number is
-therefore also read from a pipe (`signal.set_wakeup_fd`) by a thread, which ends the process on a repeated one wherever the main thread is. While a
-process waits for others to join, there is nothing to save, and the thread ends it on the first one (`end_at_once`).
+Python runs handlers between two instructions of the main thread, not while it waits in a collective or in C++. A thread therefore also reads the
+signal's number from a pipe (`signal.set_wakeup_fd`), and ends the process on a repeated signal wherever the main thread is. While a process waits
+for others to join, there is nothing to save, and the thread ends it on the first signal (`end_at_once`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class StopSignals:
     """Context manager that catches SIGTERM, SIGINT and SIGUSR1 while it is open. Main thread only.
 
     Args:
-        until_exit: the process ends when this is closed, and its exit code is decided: signals are ignored from then on, so that one that comes while
-            the interpreter is torn down does not turn 0 into 143.
+        until_exit: the process ends when this is closed. Signals are ignored from then on, so that one that arrives during the interpreter's shutdown
+            does not turn exit code 0 into 143.
     """
 
     def __init__(self, *, until_exit: bool = False):
@@ -55,24 +55,26 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self.received is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the wish."""
+        """Record the signal."""
         if self.received is None:
             self.received = signal.Signals(number)
 
     def end_at_once(self, action: Callable[[signal.Signals], None] | None) -> None:
-        """What the first signal does while there is nothing to save: `action` ends the process, from a thread, wherever the main thread is. None: a
-        signal asks for a checkpoint.
+        """Set the action of the first signal while there is nothing to save.
+
+        Args:
+            action: ends the process; called on a thread, wherever the main thread is. None: a signal asks for a checkpoint.
         """
         self.at_once = action
         if action is not None and self.received is not None:
             action(self.received)
 
     def watch(self, reader: int) -> None:
-        """Thread: end the process, without saving, where the first signal comes again later than REPEAT_AFTER seconds after it."""
+        """Thread: end the process without saving if the first signal is repeated later than REPEAT_AFTER seconds after it."""
         first, since = 0, 0.0
         while data := os.read(reader, 64):
             for number in data:

@@ -1,7 +1,7 @@
-"""The rendezvous store's protocol in plain Python, for processes that cannot or need not import torch: one that refuses its config tells the others.
+"""The rendezvous store's protocol in pure Python, for a process that fails before it imports torch: it posts its error to the others.
 
-The store is torch's TCPStore; of its requests (torch/csrc/distributed/c10d/TCPStoreBackend.hpp) five are used here: VALIDATE, SET, GET, CHECK, PING.
-Rank 0 serves the store, so where rank 0 fails before it has one, a listener in its place answers every connection with the error (`serve_refusal`).
+The store is torch's TCPStore, of whose requests (torch/csrc/distributed/c10d/TCPStoreBackend.hpp) five are used: VALIDATE, SET, GET, CHECK, PING.
+Rank 0 serves the store. If rank 0 fails before the store exists, a listener on its port answers every connection with the error (`serve_refusal`).
 """
 
 from __future__ import annotations
@@ -15,32 +15,42 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 from neox.errors import EnvironmentProblem
 from neox.runtime.launch import LaunchInfo
 
 VALIDATE, SET, GET, CHECK, PING = (bytes([number]) for number in (0, 1, 3, 5, 13))
-MAGIC = 0x3C85F7CE  # the store closes a connection that begins otherwise
+MAGIC = 0x3C85F7CE  # the store closes a connection that starts with anything else
 NONCE = 0x6E656F78
 ANSWER = struct.pack("<I", NONCE)
-PREFIX = "neox"  # of all keys of ours
-REFUSED = "refused"  # key of the error that a process met before it had joined
-NOTICE = b"neox-refused "  # what a listener in the store's place says, before the error
+PREFIX = "neox"  # of all our keys
+REFUSED = "refused"  # key of the error of a process that has not joined
+NOTICE = b"neox-refused "  # a listener on the store's port sends this before the error
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0
-AFTER_YOU = 3.0  # seconds that the other processes leave to rank 0 to report what all of them found
-LONGEST = 1 << 20  # bytes of an answer
+REPORT_DELAY = 3.0  # seconds for which other ranks let rank 0 report an error that all of them have
+MAX_ANSWER = 1 << 20  # bytes
+
+
+class Notice(TypedDict):
+    """The error of a process that ends before it has joined."""
+
+    rank: int
+    code: int
+    line: str
+    time: float
+    process: str
 
 
 class NotAStore(Exception):
-    """What listens at the address is no rendezvous store."""
+    """The program at the address is not a rendezvous store."""
 
 
 class RefusalNotice(Exception):
-    """The first process has failed; `notice` is what it posted."""
+    """The first process has failed; `notice` is its error."""
 
-    def __init__(self, notice: dict[str, Any]):
+    def __init__(self, notice: Notice):
         super().__init__(notice.get("line"))
         self.notice = notice
 
@@ -49,7 +59,7 @@ class StoreConnection:
     """A connection to the rendezvous store. Use as a context manager.
 
     Raises:
-        OSError: nobody listens, or the name cannot be resolved.
+        OSError: nothing listens, or the name cannot be resolved.
         NotAStore: another program listens.
         RefusalNotice: rank 0 serves its error instead of a store.
     """
@@ -70,7 +80,7 @@ class StoreConnection:
             if answer == ANSWER:
                 return
             if answer == NOTICE[: len(ANSWER)]:
-                while len(answer) < LONGEST and (more := self.socket.recv(1 << 16)):
+                while len(answer) < MAX_ANSWER and (more := self.socket.recv(1 << 16)):
                     answer += more
         except TimeoutError as error:
             raise NotAStore(f"no answer in {ANSWER_SECONDS:.0f} s") from error
@@ -92,13 +102,13 @@ class StoreConnection:
         self.socket.sendall(SET + counted(stored(key)) + counted(value))
 
     def get(self, key: str) -> bytes | None:
-        """Read a key; None where it is not set."""
+        """Read a key; None if it is not set."""
         self.socket.sendall(CHECK + struct.pack("<Q", 1) + counted(stored(key)))
         if self._receive(1) != b"\0":
             return None
         self.socket.sendall(GET + counted(stored(key)))
         (size,) = struct.unpack("<Q", self._receive(8))
-        if size > LONGEST:
+        if size > MAX_ANSWER:
             raise NotAStore(f"an answer of {size} bytes")
         return self._receive(size)
 
@@ -118,12 +128,12 @@ def stored(key: str) -> bytes:
 
 
 def counted(data: bytes) -> bytes:
-    """Bytes behind their number."""
+    """Bytes, preceded by their number."""
     return struct.pack("<Q", len(data)) + data
 
 
-def read_notice(text: bytes | str) -> dict[str, Any] | None:
-    """A posted error, or None where the text is none."""
+def read_notice(text: bytes | str) -> Notice | None:
+    """Parse a posted error; None if the text is not one."""
     try:
         notice = json.loads(text)
         valid = isinstance(notice["line"], str) and type(notice["code"]) is int and type(notice["rank"]) is int and isinstance(notice["time"], float)
@@ -132,21 +142,21 @@ def read_notice(text: bytes | str) -> dict[str, Any] | None:
     return notice if valid else None
 
 
-def make_notice(rank: int, code: int, line: str) -> dict[str, Any]:
-    """What a process posts that ends before it has joined."""
+def make_notice(rank: int, code: int, line: str) -> Notice:
+    """The error of a process that ends before it has joined."""
     return {"rank": rank, "code": code, "line": line, "time": time.time(), "process": process_name()}
 
 
 def process_name() -> str:
-    """Tells this process's notices from those of others."""
+    """Identifies the notices of this process."""
     return f"{socket.gethostname()} {os.getpid()}"
 
 
-def post_refusal(launch: LaunchInfo, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> bool | None:
-    """Tell the others through the store, which may take `patience` seconds to come up.
+def post_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Callable[[], bool] = lambda: False) -> bool | None:
+    """Post an error to the other processes through the store, which may take `patience` seconds to start.
 
     Returns:
-        Whether rank 0 has met the same error, which it reports for all; None: no store has come up.
+        Whether rank 0 has the same error, which it reports for all; None if no store was reached.
     """
     end, posted = time.monotonic() + patience, False
     while True:
@@ -157,47 +167,47 @@ def post_refusal(launch: LaunchInfo, notice: dict[str, Any], patience: float, st
                         return True
                     if not posted:
                         store.set(REFUSED, json.dumps(notice).encode())
-                        posted, end = True, min(end, time.monotonic() + AFTER_YOU)
+                        posted, end = True, min(end, time.monotonic() + REPORT_DELAY)
                         store.get(REFUSED)  # when it answers, or rank 0 has ended, the store has read what was sent before
-            except RefusalNotice as told:
-                return is_same(told.notice, notice)
+            except RefusalNotice as refusal:
+                return is_same(refusal.notice, notice)
         waits = launch.rank > 0 and launch.agent_store  # else it is rank 0 that serves the store, so it has not failed
         if time.monotonic() > end or stop() or (posted and not waits):
             return False if posted else None
         time.sleep(0.1)
 
 
-def is_same(first: dict[str, Any] | None, notice: dict[str, Any]) -> bool:
+def is_same(first: Notice | None, notice: Notice) -> bool:
     """Whether rank 0 posted the same error."""
     return first is not None and first["rank"] == 0 and first["line"] == notice["line"]
 
 
-def serve_refusal(launch: LaunchInfo, notice: dict[str, Any], patience: float, stop: Callable[[], bool] = lambda: False) -> int:
-    """In place of the store that rank 0 does not get to: tell the error to the others as they come, for at most `patience` seconds. Returns how many."""
+def serve_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Callable[[], bool] = lambda: False) -> int:
+    """Rank 0, without a store: answer the other processes with an error as they connect, for at most `patience` seconds. Returns how many were answered."""
     try:
         listener = listen(launch, retry=0.0)
     except EnvironmentProblem:
         return 0
-    told, end = 0, time.monotonic() + patience
+    answered, end = 0, time.monotonic() + patience
     with listener:
-        while told < launch.world_size - 1 and time.monotonic() < end and not stop():
+        while answered < launch.world_size - 1 and time.monotonic() < end and not stop():
             if select.select([listener], [], [], 0.1)[0]:
                 connection, _ = listener.accept()
                 with connection, contextlib.suppress(OSError):
                     connection.settimeout(CONNECT_SECONDS)
                     connection.sendall(NOTICE + json.dumps(notice).encode())
                     connection.shutdown(socket.SHUT_WR)
-                    told += len(connection.recv(64)) > 0
+                    answered += len(connection.recv(64)) > 0
                     while connection.recv(1 << 16):  # until the other side closes: a reset would discard what it has not read
                         pass
-    return told
+    return answered
 
 
 def listen(launch: LaunchInfo, retry: float = 2.0) -> socket.socket:
-    """A socket that listens on the port, on all addresses of this host. A port in use is tried for `retry` seconds: a run that was just ended may hold it.
+    """Listen on the port, on all addresses of this host. A port in use is retried for `retry` seconds: a run that has just ended may hold it.
 
     Raises:
-        EnvironmentProblem: the port cannot be had.
+        EnvironmentProblem: the port is in use.
     """
     end = time.monotonic() + retry
     while True:
@@ -216,7 +226,7 @@ def listen(launch: LaunchInfo, retry: float = 2.0) -> socket.socket:
 
 
 def bind(port: int) -> socket.socket:
-    """A listening socket for IPv6 and IPv4, or for IPv4 where the host has no IPv6."""
+    """A listening socket for IPv6 and IPv4, or for IPv4 alone if the host has no IPv6."""
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)

@@ -1,70 +1,67 @@
-"""The channel beside the collectives: one process's failure ends all of them, with its message and its exit code.
+"""The watchdog: the failure of one process ends all of them, with its message and its exit code.
 
-A thread of every process looks into the rendezvous store twice a second, also while the main thread is stuck in a collective:
-- **An error that was posted** ends it with the error's code. The first error posted is the origin; what breaks in its wake (lost connections) is not reported.
-- **Its own sign of life** is written there, and its neighbour's (rank + 1, in a ring) is read. A neighbour on the same host that has died is a lost peer
-  at once; one that writes nothing for `limit` seconds is stuck (stopped, or a thread that never lets go of Python's lock).
-- **Its own main thread**, if it gets nowhere for `limit` seconds: outside of collectives it is the stuck one and says so; inside it waits for another
-  to be named, and after GRACE seconds reports that all wait.
-A second thread watches the first, because a store whose process is stopped never answers.
+A thread of every process polls the rendezvous store twice a second, even while the main thread is stuck in a collective:
+- An error that was posted ends the process with the code of the error. Only the first error is reported: those in its wake, such as lost connections, are not.
+- Every process writes its heartbeat there and reads that of its neighbour (rank + 1, in a ring). A neighbour on the same host that has exited is a lost peer
+  at once; one without a heartbeat for `limit` seconds is stuck: stopped, or in a thread that never releases Python's lock.
+- If the main thread makes no progress for `limit` seconds outside of collectives, this process is the stuck one and reports itself. Inside a collective it
+  waits for another process to be reported, and after GRACE seconds reports that all wait.
+A second thread watches the first one, because a store whose process is stopped never answers.
 
-The time is counted in looks, not by the clock: a process that was stopped itself does not take all others for stuck when it goes on.
+Time is counted in polls, not by the clock: a process that was stopped itself does not report all others as stuck when it continues.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import NoReturn
 
-import psutil
 import torch.distributed as dist
 
 from neox.checkpoint.process_identity import describe_process
-from neox.errors import HangError, MemoryExhausted, NeoxError, PeerLost
+from neox.errors import HangError, NeoxError, PeerLost
+from neox.runtime.failure_channel import ACKNOWLEDGED, FAREWELL, FailureChannel, PostedError, as_neox_error
 from neox.runtime.heartbeat import Heartbeat
 from neox.runtime.launch import LaunchInfo
+from neox.runtime.processes import ProcessInfo, find_launchers, is_running, kill_stuck, resume_stopped
 from neox.runtime.rendezvous import client
+from neox.runtime.stacks import dump_stacks, in_collective
 from neox.runtime.store_protocol import PREFIX
 
-POLL = 0.5  # seconds between two looks at the store
-FAREWELL = 5.0  # seconds that a failed process waits for the others to learn of it
-GRACE = 3.0  # seconds that a process which waits in a collective leaves to the others to find the stuck one
-ERROR, SEEN = "error", "seen"
-LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.launch", "torchrun", "deepspeed")
-COLLECTIVES = ("neox.parallel.collectives", "neox.parallel.p2p")
+POLL = 0.5  # seconds between two polls of the store
+GRACE = 3.0  # seconds for which a process that waits in a collective leaves it to the others to find the stuck one
 
 
 class Watchdog:
-    """The channel of one process.
+    """Watches one process, its neighbour and its launchers.
 
     Args:
-        store: connection to the rendezvous store that nothing else uses; None where this process works alone.
-        rank, world_size: of this process.
-        limit: seconds without a sign of life after which a process counts as stuck; 0: none does.
-        pulse: signs of life of this process's main thread.
+        store: connection to the rendezvous store that nothing else uses; None if there is only one process.
+        rank: rank of this process.
+        world_size: number of processes.
+        limit: seconds without a heartbeat after which a process counts as stuck; 0 to never report one.
+        heartbeat: heartbeat of this process's main thread.
         source: host of the store's process.
     """
 
     def __init__(self, store: dist.Store | None, rank: int, world_size: int, *, limit: float = 0.0, heartbeat: Heartbeat | None = None, source: str = ""):
         self.store = store
+        self.channel = None if store is None else FailureChannel(store, rank)
         self.rank = rank
         self.world_size = world_size
         self.limit = limit
         self.heartbeat = Heartbeat() if heartbeat is None else heartbeat
-        self.source = source
         self.closed = threading.Event()
-        self.launchers = launchers()
+        self.launchers = find_launchers()
         self.me = {"rank": rank, **describe_process()}
-        self.host_of_store: dict[str, Any] = {"rank": 0, "host": source}
+        self.host_of_store: ProcessInfo = {"rank": 0, "host": source}
         self.polls = 0
         self.main = StallCounter()
         self.neighbour = StallCounter()
@@ -80,155 +77,122 @@ class Watchdog:
             thread.start()
 
     def handshake(self) -> None:
-        """Wait until all processes have opened their channel and know the first one: nothing happens to it before.
+        """Wait until all processes watch, and know the first one. Nothing happens to it before.
 
         Raises:
-            PeerLost: it is gone already.
+            PeerLost: it has exited already.
         """
         if self.store is None:
             return
         try:
             self.host_of_store = json.loads(self.store.get("beat/0"))
         except RuntimeError as error:
-            raise self.lost(self.host_of_store, 0, str(error).splitlines()[0][:120]) from error
+            raise lost_error(self.host_of_store, 0, str(error).splitlines()[0][:120]) from error
         dist.barrier()
 
     def watch(self) -> None:
-        """Thread: look until the end of the run, or of this process."""
+        """Thread: poll until the end of the run, or of this process."""
         while not self.closed.wait(POLL):
             try:
                 self.poll()
             except RuntimeError as error:
                 if not self.closed.is_set():
-                    print(self.lost(self.host_of_store, self.heartbeat.step, str(error)[:120]).line(), file=sys.stderr, flush=True)
+                    print(lost_error(self.host_of_store, self.heartbeat.step, str(error)[:120]).line(), file=sys.stderr, flush=True)
                     self.leave(PeerLost.exit_code)
 
     def poll(self) -> None:
-        """Write the own sign of life, and look for an error, at the neighbour, and at the own main thread."""
-        if self.store.check([ERROR]) and not self.closed.is_set():
-            self.follow(json.loads(self.store.get(ERROR)))
+        """Check for a posted error, then this process's progress, its neighbour and its launchers; write the heartbeat."""
+        posted = self.channel.posted()
+        if posted is not None and not self.closed.is_set():
+            self.closed.set()
+            self.end_together(posted)
         self.polls += 1
-        still = self.main.note(self.heartbeat.count) * POLL
+        stalled = self.main.note(self.heartbeat.count) * POLL
         self.beat()
         self.check_neighbour((self.rank + 1) % self.world_size)
         self.check_launchers()
-        if self.limit and self.heartbeat.watched and still > self.limit:
+        if self.limit and self.heartbeat.watched and stalled > self.limit:
             waiting = self.heartbeat.waits.waiting or in_collective()
-            if not waiting or still > self.limit + GRACE:
+            if not waiting or stalled > self.limit + GRACE:
                 what = "all processes wait for each other" if waiting else "a process makes no progress"
-                self.report_peer(self.stuck(self.me, what, self.heartbeat.step, self.heartbeat.phase))
+                self.report_peer(stuck_error(self.me, what, self.heartbeat.step, self.heartbeat.phase, self.limit))
 
     def watch_launchers(self) -> None:
-        """Thread of a process that works alone under a launcher."""
+        """Thread of a single process under a launcher."""
         while not self.closed.wait(POLL):
             self.check_launchers()
 
     def check_launchers(self) -> None:
-        """End where a launcher has ended without ending this process, as one that was killed does: nobody would find what is left over."""
+        """Exit if a launcher has exited without ending this process, as one that was killed does: nobody would find the process that is left."""
         for who in self.launchers:
             if not is_running(who):
-                got = f"process {who['pid']} ({who['name']}) has ended"
-                self.report_peer(PeerLost("the launcher is gone", where=f"rank {self.rank}", got=got, do="start again to resume"))
+                got = f"process {who['pid']} ({who['name']}) has exited"
+                self.report_peer(PeerLost("launcher exited", where=f"rank {self.rank}", got=got, do="start again to resume"))
 
     def beat(self) -> None:
-        """Write the own sign of life."""
+        """Write the heartbeat of this process."""
         self.store.set(f"beat/{self.rank}", json.dumps({**self.me, "n": self.polls, "step": self.heartbeat.step, "phase": self.heartbeat.phase}))
 
     def check_neighbour(self, other: int) -> None:
-        """Accuse the neighbour where it has died, or is silent for too long."""
+        """Report the neighbour if it has exited, or has no heartbeat for too long."""
         if other == self.rank or not self.store.check([f"beat/{other}"]):
             return
         beat = json.loads(self.store.get(f"beat/{other}"))
         silent = self.neighbour.note(beat["n"]) * POLL
         if beat["space"] and beat["space"] == self.me["space"] and not is_running(beat) and not self.closed.is_set():
-            self.report_peer(self.lost(beat, beat["step"], "its process has ended without a word"), gone=beat)
+            self.report_peer(lost_error(beat, beat["step"], "process exited without reporting an error"), lost=beat)
         elif self.limit and silent > self.limit:
-            self.report_peer(self.stuck(beat, "a process is stopped or stuck", beat["step"], beat["phase"]), gone=beat)
+            self.report_peer(stuck_error(beat, "a process is stopped or stuck", beat["step"], beat["phase"], self.limit), lost=beat)
 
     def watch_store(self) -> None:
-        """Thread: end this process where the store has not answered for longer than a process may be silent, because rank 0 is stopped."""
-        answer, patience = StallCounter(), self.limit + (0.0 if self.rank == 1 else GRACE)  # one speaks; where it can wake rank 0, the others hear of it
+        """Thread: exit if the store has not answered for longer than a process may be silent, because rank 0 is stopped."""
+        answer, patience = StallCounter(), self.limit + (0.0 if self.rank == 1 else GRACE)  # rank 1 reports; if it can resume rank 0, the others read it there
         while not self.closed.wait(POLL):
             if answer.note(self.polls) * POLL > patience:
                 self.closed.set()
-                where = self.host_of_store
-                print(self.stuck(where, "a process is stopped or stuck", self.heartbeat.step, "unknown").line(), file=sys.stderr, flush=True)
+                first = self.host_of_store
+                print(stuck_error(first, "a process is stopped or stuck", self.heartbeat.step, "unknown", self.limit).line(), file=sys.stderr, flush=True)
                 dump_stacks(self.rank)
-                wake(where, self.me["space"])
-                threading.Thread(target=self.post_late, args=(where,), daemon=True).start()  # it waits for ever where rank 0 does not wake
-                end(where, self.me["space"])
+                resume_stopped(first, self.me["space"])
+                threading.Thread(target=self.post_late, args=(first,), daemon=True).start()  # it never returns if rank 0 does not continue
+                kill_stuck(first, self.me["space"])
                 self.leave(HangError.exit_code)
 
-    def post_late(self, gone: dict[str, Any]) -> None:
-        """Tell a woken rank 0, and through it the others, what it is accused of."""
+    def post_late(self, lost: ProcessInfo) -> None:
+        """Post the error to a resumed rank 0, and through it to the others."""
         with contextlib.suppress(RuntimeError):
-            self.post(HangError.exit_code, gone)
-            self.store.add(SEEN, 1)
+            self.channel.post(HangError.exit_code, lost)
+            self.store.add(ACKNOWLEDGED, 1)
 
-    def lost(self, who: dict[str, Any], step: int, got: str) -> PeerLost:
-        """The error for a process that died."""
-        where = f"rank {who['rank']} on {who['host']}: last step {step}"
-        return PeerLost(
-            "the first process is gone" if who["rank"] == 0 else "a process was lost", where=where, got=got, do="look at its log; start again to resume"
-        )
-
-    def stuck(self, who: dict[str, Any], what: str, step: int, phase: str) -> HangError:
-        """The error for a process that gets nowhere."""
-        return HangError(
-            what,
-            where=f"rank {who['rank']} on {who['host']}: last step {step}, {phase}",
-            got=f"no progress for {self.limit:.0f} s",
-            want="guard.hang_timeout",
-            do="look at the stacks of all processes below; start again to resume",
-        )
-
-    def report_peer(self, error: NeoxError, gone: dict[str, Any] | None = None) -> None:
-        """Report what this thread found, unless another error was posted first, and end this process."""
+    def report_peer(self, error: NeoxError, lost: ProcessInfo | None = None) -> None:
+        """Report what this thread found, unless another error was posted first, and exit."""
         if self.closed.is_set():
             return
         self.closed.set()
-        if self.store is None:
+        if self.channel is None:
             print(error.line(), file=sys.stderr, flush=True)
             self.leave(error.exit_code)
             return
-        posted = self.post(error.exit_code, gone)
-        if self.is_mine_now(posted):
+        posted = self.channel.post(error.exit_code, lost)
+        if self.channel.from_this_thread(posted):
             print(error.line(), file=sys.stderr, flush=True)
         self.end_together(posted)
 
-    def follow(self, posted: dict[str, Any]) -> None:
-        """End this process for an error that another one posted."""
-        self.closed.set()
-        self.end_together(posted)
-
-    def end_together(self, posted: dict[str, Any]) -> None:
-        """Stacks where something hangs, a last chance for the stopped process to show its own, then the end of this one."""
-        gone = posted.get("gone")
+    def end_together(self, posted: PostedError) -> None:
+        """Print stacks after a hang, let the stopped process print its stacks, then exit."""
+        lost = posted["lost"]
         if posted["code"] == HangError.exit_code:
             dump_stacks(self.rank)
-            if gone is not None and gone["rank"] != self.rank:
-                wake(gone, self.me["space"])
-        self.acknowledge(self.world_size - (posted["code"] == PeerLost.exit_code and gone is not None))
-        if gone is not None and gone["rank"] != self.rank:
-            end(gone, self.me["space"])
+            if lost is not None and lost["rank"] != self.rank:
+                resume_stopped(lost, self.me["space"])
+        self.channel.acknowledge(self.world_size - has_lost_a_process(posted))
+        if lost is not None and lost["rank"] != self.rank:
+            kill_stuck(lost, self.me["space"])
         self.leave(posted["code"])
 
-    def post(self, code: int, gone: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Post an error of this process; returns the one that came first."""
-        mine = {"rank": self.rank, "code": code, "id": os.getpid(), "thread": threading.get_ident(), "gone": gone}
-        return json.loads(self.store.compare_set(ERROR, "", json.dumps(mine)))
-
-    def is_mine(self, posted: dict[str, Any]) -> bool:
-        """Whether a posted error is this process's."""
-        return (posted["rank"], posted["id"]) == (self.rank, os.getpid())
-
-    def is_mine_now(self, posted: dict[str, Any]) -> bool:
-        """Whether it is this thread's."""
-        return self.is_mine(posted) and posted["thread"] == threading.get_ident()
-
     def finish(self) -> None:
-        """The good end of a run: stop watching, then leave together."""
-        self.heartbeat("end")
+        """Stop watching at the end of a run, and leave the process group, together with the other processes."""
+        self.heartbeat.enter("end")
         if self.store is not None:
             dist.barrier()
             self.closed.set()
@@ -236,196 +200,107 @@ class Watchdog:
             dist.destroy_process_group()
         self.closed.set()
         for thread in self.threads:
-            thread.join(FAREWELL)  # one that is inside the store while the interpreter ends would take the process down
+            thread.join(FAREWELL)  # a thread inside the store at the interpreter's exit would crash the process
 
     def fail(self, error: BaseException, report: Callable[[], None]) -> int:
-        """Report this process's failure to all; returns the exit code of all.
+        """Share the failure of this process with all.
 
         Args:
             error: what ended this process.
-            report: prints it. Called where this process is the origin, before the others end: a launcher that sees them go says so at once,
-                and ends the rest.
+            report: prints the error. Called if this process is the origin, before the others exit: a launcher that sees an exit reports it at once, and
+                ends the rest.
+
+        Returns:
+            The exit code of all processes.
         """
-        mine = as_neox_error(error, self.rank)
-        code = mine.exit_code if mine is not None else 1
-        if self.store is None:
+        known = as_neox_error(error, self.rank)
+        code = known.exit_code if known is not None else 1
+        if self.channel is None:
             report()
             return code
-        if isinstance(mine, PeerLost):
-            self.wait_for_origin()  # the thread goes on looking meanwhile: it knows who was lost
+        if isinstance(known, PeerLost):
+            self.channel.wait_for_error(4 * POLL)  # from the process that broke the connection, or from our thread, which finds the one that exited
         self.closed.set()
         try:
-            posted = self.post(code)
+            posted = self.channel.post(code)
         except RuntimeError:
             report()
             return code
-        if self.is_mine_now(posted):
+        if self.channel.from_this_thread(posted):
             report()
-        elif self.is_mine(posted):
-            time.sleep(2 * FAREWELL)  # the other thread says what it found, and ends this process
+        elif self.channel.from_this_process(posted):
+            time.sleep(2 * FAREWELL)  # the other thread reports what it found, and ends this process
         elif posted["code"] == HangError.exit_code:
             dump_stacks(self.rank)
-        missing = posted["code"] == PeerLost.exit_code and posted.get("gone") is not None
-        self.acknowledge(self.world_size - missing)
+        self.channel.acknowledge(self.world_size - has_lost_a_process(posted))
         return posted["code"]
 
-    def wait_for_origin(self) -> None:
-        """A connection broke: whoever broke it may be about to say why, or the thread to find who died."""
-        stop = time.monotonic() + 4 * POLL
-        try:
-            while time.monotonic() < stop and not self.store.check([ERROR]):
-                time.sleep(0.05)
-        except RuntimeError:
-            time.sleep(2 * POLL)  # the thread says that the first process is gone
-
-    def acknowledge(self, count: int) -> None:
-        """Tell that this process has seen the error; the store's own process waits until all `count` have, or FAREWELL seconds."""
-        try:
-            self.store.add(SEEN, 1)
-            stop = time.monotonic() + FAREWELL
-            while self.rank == 0 and time.monotonic() < stop and self.store.add(SEEN, 0) < count:
-                time.sleep(0.05)
-            time.sleep(0.2 if self.rank == 0 else 0.0)
-        except RuntimeError:
-            return
-
     def leave(self, code: int) -> None:
-        """End the process now; its main thread may be stuck in a collective."""
-        with contextlib.suppress(OSError):  # the reader may be gone
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+        """End this process."""
+        exit_now(code)
 
 
 class StallCounter:
-    """Counts how many looks in a row showed the same."""
+    """Counts polls in a row that returned the same value."""
 
     def __init__(self):
         self.value: int | None = None
         self.count = 0
 
     def note(self, value: int) -> int:
-        """Looks at `value` without a change, this one not included."""
+        """Number of polls before this one that returned `value` in a row."""
         self.count = self.count + 1 if value == self.value else 0
         self.value = value
         return self.count
 
 
 def connect(launch: LaunchInfo, token: str = "", *, limit: float = 0.0, heartbeat: Heartbeat | None = None, patience: float = 30.0) -> Watchdog:
-    """Open the channel of an attempt over the rendezvous store, which must be up.
+    """Start the watchdog over the rendezvous store, which must be running.
+
+    Args:
+        launch: rank, size and address from the launcher.
+        token: of the attempt (neox.runtime.rendezvous).
+        limit: seconds after which a process counts as stuck; 0 to never report one.
+        heartbeat: heartbeat of this process's main thread.
+        patience: seconds to wait for the store.
 
     Raises:
-        PeerLost: the store's process is gone already.
+        PeerLost: the store's process has exited already.
     """
     if launch.world_size == 1:
         return Watchdog(None, launch.rank, launch.world_size, heartbeat=heartbeat)
     try:
-        store = dist.PrefixStore(f"{PREFIX}/{token}/control", client(launch, timedelta(seconds=patience)))
+        store = dist.PrefixStore(f"{PREFIX}/{token}/watchdog", client(launch, timedelta(seconds=patience)))
     except RuntimeError as error:
-        got = str(error).splitlines()[0][:120]
-        raise PeerLost(
-            "the first process is gone", where=f"rank 0 on {launch.address}: last step 0", got=got, do="look at its log; start again to resume"
-        ) from error
+        raise lost_error({"rank": 0, "host": launch.address}, 0, str(error).splitlines()[0][:120]) from error
     return Watchdog(store, launch.rank, launch.world_size, limit=limit, heartbeat=heartbeat, source=launch.address)
 
 
-def launchers() -> list[dict[str, Any]]:
-    """The launchers above this process, nearest first: parents that are expected to outlive it, up to the first that is none, such as a shell.
-
-    `deepspeed` is two of them, a front end and one launcher per host; neither notices when the front end is killed.
-    """
-    found = []
-    with contextlib.suppress(psutil.Error):
-        for parent in psutil.Process().parents():
-            interpreter, *words = parent.cmdline() or [""]
-            name = next((word for word in words if not word.startswith("-")), "").rpartition("/")[2]  # a script, or the module of -m
-            if name not in LAUNCHERS or "python" not in interpreter:
-                break
-            found.append({"pid": parent.pid, "born": parent.create_time(), "name": name})
-    return found
+def lost_error(who: ProcessInfo, step: int, got: str) -> PeerLost:
+    """The error for a process that exited."""
+    what = "the first process exited" if who["rank"] == 0 else "a process was lost"
+    return PeerLost(what, where=f"rank {who['rank']} on {who['host']}: last step {step}", got=got, do="read its log; start again to resume")
 
 
-def is_running(who: dict[str, Any]) -> bool:
-    """Whether a process of this host is there and is no zombie."""
-    try:
-        process = psutil.Process(who["pid"])
-        return abs(process.create_time() - who["born"]) < 2.0 and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
+def stuck_error(who: ProcessInfo, what: str, step: int, phase: str, limit: float) -> HangError:
+    """The error for a process that has made no progress for `limit` seconds."""
+    return HangError(
+        what,
+        where=f"rank {who['rank']} on {who['host']}: last step {step}, {phase}",
+        got=f"no progress for {limit:.0f} s",
+        want="guard.hang_timeout",
+        do="read the stacks of all processes below; start again to resume",
+    )
 
 
-def wake(who: dict[str, Any], space: str) -> None:
-    """Let a stopped process of this host go on, so that it sees the error, shows its stacks and ends."""
-    if space and who.get("space") == space and is_running(who):
-        with contextlib.suppress(OSError):
-            os.kill(who["pid"], signal.SIGCONT)
+def has_lost_a_process(posted: PostedError) -> bool:
+    """Whether a posted error is about a process that has exited, which cannot acknowledge it."""
+    return posted["code"] == PeerLost.exit_code and posted["lost"] is not None
 
 
-def end(who: dict[str, Any], space: str, patience: float = 2.0) -> None:
-    """End a stuck process of this host that does not go by itself: it would be left over, with its memory and its GPU."""
-    if not space or who.get("space") != space:
-        return
-    stop = time.monotonic() + patience
-    while is_running(who):
-        if time.monotonic() > stop:
-            with contextlib.suppress(OSError):
-                os.kill(who["pid"], signal.SIGKILL)
-            return
-        time.sleep(0.05)
-
-
-def in_collective() -> bool:
-    """Whether this process waits for others: a thread that is not a watcher is inside a collective, or waits for one that was started.
-
-    The thread that writes checkpoints counts only where the main thread waits for it.
-    """
-    frames = sys._current_frames()
-    stacks = {thread.name: stack_of(frames.get(thread.ident)) for thread in threading.enumerate()}
-    main = stacks[threading.main_thread().name]
-    watchers = {"neox-watchdog", "neox-watchdog-store", "neox-signals"}
-    if not any(module == "neox.checkpoint.background" for module, _ in main):
-        watchers.add("neox-checkpoint")
-    return any(waits(stack) for name, stack in stacks.items() if name not in watchers)
-
-
-def stack_of(frame: Any) -> list[tuple[str, str]]:
-    """(module, function) of every call, innermost first."""
-    calls = []
-    while frame is not None:
-        calls.append((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
-        frame = frame.f_back
-    return calls
-
-
-def waits(stack: list[tuple[str, str]]) -> bool:
-    """Whether a stack is in a collective or waits for one that was started before. Reads of its result are marked (neox.parallel.wait_tracker)."""
-    if any(module.startswith("torch.distributed") or module in COLLECTIVES for module, _ in stack):
-        return True
-    return bool(stack) and stack[0][1] in ("wait", "synchronize") and stack[0][0].startswith(("torch", "deepspeed"))
-
-
-def dump_stacks(rank: int) -> None:
-    """Print the stack of every thread."""
-    with contextlib.suppress(OSError, ValueError):  # the reader may be gone, or stderr no file
-        print(f"stacks of rank {rank}, innermost call first:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-
-
-def as_neox_error(error: BaseException, rank: int = 0) -> NeoxError | None:
-    """The error as one of ours where it is one in substance: out of memory, or a connection that a lost process broke."""
-    if isinstance(error, NeoxError):
-        return error
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        return MemoryExhausted(
-            "not enough memory",
-            where=f"rank {rank}",
-            got=text[:200],
-            do="smaller train.micro_batch_size, train.activation_checkpointing: full, or a higher zero.stage",
-        )
-    lost = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "remote process exited", "socket timeout")
-    if isinstance(error, RuntimeError) and any(word in text.lower() for word in lost):
-        return PeerLost("another process was lost", where=f"rank {rank}", got=text[:200], do="look at its log; start again to resume")
-    return None
+def exit_now(code: int) -> NoReturn:
+    """End the process without an orderly exit, which would wait for a collective that never completes."""
+    with contextlib.suppress(OSError):  # the reader of a pipe may have exited
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

@@ -1,4 +1,4 @@
-"""Processes that were given different things are stopped, each saying which key differs."""
+"""Processes with different configs, data or versions are stopped; every one names the key that differs."""
 
 from __future__ import annotations
 

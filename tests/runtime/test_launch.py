@@ -1,4 +1,4 @@
-"""What the variables of launchers say about a process's place."""
+"""Rank, size and address from the variables of launchers."""
 
 import pytest
 

@@ -40,6 +40,6 @@ def test_a_long_list_is_not_expanded_for_its_first_host():
 
 
 @pytest.mark.parametrize("nodes", ["n[1-", "n1]", "n[1-2]]", "n[]", "n[2-1]", "n[a-b]", "n[1-2-3]", "a,,b", "n[1,]", ",", "n[[1-2]", "n[\u0661-2]"])
-def test_what_is_no_list_is_refused(nodes):
+def test_malformed_lists_are_refused(nodes):
     with pytest.raises(EnvironmentProblem, match=r"error\[14\] cannot read Slurm's host list; where=SLURM_STEP_NODELIST.*MASTER_ADDR"):
         list(expand_hosts(nodes))

@@ -1,4 +1,4 @@
-"""Meeting through a real store: first attempts, restarts over the keys of dead processes, ranks that are missing, taken twice, or that refuse."""
+"""Rendezvous through a real store: first attempts, restarts over the keys of dead processes, ranks that are missing, used twice, or that refuse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from neox.errors import EnvironmentProblem, HangError, NeoxError
 from neox.runtime import rendezvous as module
 from neox.runtime.launch import LaunchInfo
-from neox.runtime.rendezvous import Member, Told, Waiting, claim_rank, client, spans
+from neox.runtime.rendezvous import Member, PeerRefused, Waiting, claim_rank, client, spans
 from neox.runtime.store_protocol import REFUSED, make_notice, serve_refusal
 from tests.distributed import free_port
 
@@ -75,7 +75,7 @@ def test_a_process_that_died_while_it_waited_is_replaced(agent, dead):
 
 
 def test_a_process_that_dies_after_it_was_answered_is_replaced(agent):
-    """Rank 2 comes late; rank 1 has said that it is here, and is gone when the attempt would open."""
+    """Rank 2 joins late; rank 1 has confirmed, and has exited when the attempt would open."""
     members = launches(3, agent.port, agent_store=True)
     store = dist.PrefixStore(module.PREFIX, client(members[1], module.STORE_TIMEOUT))
     with ThreadPoolExecutor(3) as pool:
@@ -136,7 +136,7 @@ def test_a_rank_of_a_running_attempt_is_taken(agent, monkeypatch):
     def beat() -> None:
         number = 0
         while not stopped.wait(0.05):
-            met.keys("control").set("beat/0", json.dumps({"n": (number := number + 1)}))
+            met.keys("watchdog").set("beat/0", json.dumps({"n": (number := number + 1)}))
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -149,7 +149,7 @@ def test_a_rank_of_a_running_attempt_is_taken(agent, monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "names"), [(0, "ranks 1, 3 of 4 have not joined"), (1, "rank 0 of 4 has not joined")])
-def test_who_is_missing_is_said_and_ends_the_wait(monkeypatch, capfd, rank, names):
+def test_missing_ranks_are_reported_and_the_wait_ends(monkeypatch, capfd, rank, names):
     monkeypatch.setattr(module, "FIRST_LINE", 0.3)
     members = launches(4, free_port())
     with ThreadPoolExecutor(2) as pool:
@@ -158,7 +158,7 @@ def test_who_is_missing_is_said_and_ends_the_wait(monkeypatch, capfd, rank, name
             claim_rank(members[rank], 2.0)
         for future in other:
             told = future.exception()
-            assert isinstance(told, Told) and told.exit_code == 12 and names in told.line()
+            assert isinstance(told, PeerRefused) and told.exit_code == 12 and names in told.line()
     assert f"rank {rank} waits: {names}" in capfd.readouterr().err
 
 
@@ -193,7 +193,7 @@ def test_another_program_on_the_port(monkeypatch):
                 break
             with connection:
                 connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        assert "is no rendezvous store" in str(future.exception())
+        assert "is not a rendezvous store" in str(future.exception())
 
 
 def test_the_refusal_of_a_process_ends_the_others():
@@ -204,7 +204,7 @@ def test_the_refusal_of_a_process_ends_the_others():
         store.set(REFUSED, json.dumps({**make_notice(2, 2, "error[2] unknown key"), "process": "another"}))
         for future in futures:
             told = future.exception()
-            assert isinstance(told, Told) and told.exit_code == 2
+            assert isinstance(told, PeerRefused) and told.exit_code == 2
             assert told.line() == "rank 2 did not start, so this process ends: error[2] unknown key"
 
 
@@ -224,7 +224,7 @@ def test_a_first_process_that_refuses_ends_the_others():
     with ThreadPoolExecutor(2) as pool:
         futures = start(pool, members[1:])
         assert serve_refusal(members[0], make_notice(0, 14, "error[14] no torch"), 60) == 2
-        assert [(type(future.exception()), future.exception().exit_code) for future in futures] == [(Told, 14)] * 2
+        assert [(type(future.exception()), future.exception().exit_code) for future in futures] == [(PeerRefused, 14)] * 2
 
 
 def test_an_address_of_ipv6():

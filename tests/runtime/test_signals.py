@@ -1,4 +1,4 @@
-"""Signals: the first is a wish, a repeated one the end."""
+"""Signals: the first one asks to stop, a repeated one ends the process."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def wait_for_signals(path):
 
 
 def test_the_descriptor_that_signals_are_written_to_comes_back():
-    """An event loop that was there before goes on to hear of signals."""
+    """An event loop that existed before still receives signals."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     before = signal.set_wakeup_fd(writer)
     try:

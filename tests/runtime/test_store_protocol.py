@@ -1,4 +1,4 @@
-"""The store's protocol as torch's own store speaks it, and the listener that stands in for the store of a rank 0 that fails."""
+"""The store's protocol as torch's own store speaks it, and the listener that replaces the store of a rank 0 that fails."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_what_rank_0_has_reported_is_not_reported_again(store):
 @pytest.mark.parametrize("agent_store", [False, True])
 def test_the_same_error_of_a_rank_that_is_not_0_is_reported_by_both(store, monkeypatch, agent_store):
     """Only rank 0 reports for all: two others that relied on each other would leave no report at all."""
-    monkeypatch.setattr(wire, "AFTER_YOU", 0.3)
+    monkeypatch.setattr(wire, "REPORT_DELAY", 0.3)
     line = "error[2] unknown key"
     assert post_refusal(at(store.port, 2, 3, agent_store=agent_store), make_notice(2, 2, line), 10.0) is False
     assert post_refusal(at(store.port, 1, 3, agent_store=agent_store), make_notice(1, 2, line), 10.0) is False
 
 
-def test_a_first_process_that_fails_tells_all():
+def test_a_first_process_that_fails_notifies_all():
     port, told = free_port(), []
     thread = threading.Thread(target=lambda: told.append(serve_refusal(at(port, rank=0, world_size=3), make_notice(0, 2, "error[2] x"), 60.0)))
     thread.start()
@@ -78,7 +78,7 @@ def test_a_first_process_that_fails_tells_all():
     assert told == [2]
 
 
-def test_nobody_comes_to_be_told():
+def test_nobody_connects():
     assert serve_refusal(at(free_port(), rank=0), make_notice(0, 2, "x"), 0.0) == 0
     assert serve_refusal(at(free_port(), rank=0), make_notice(0, 2, "x"), 60.0, lambda: True) == 0
     with socket.create_server(("127.0.0.1", 0)) as other:

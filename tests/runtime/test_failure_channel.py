@@ -1,0 +1,56 @@
+"""The first error that is posted is the one that all processes report."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from neox.errors import DataError, HangError, MemoryExhausted, PeerLost
+from neox.runtime import failure_channel
+from neox.runtime.failure_channel import ACKNOWLEDGED, FailureChannel, as_neox_error
+
+
+def test_the_first_error_is_retained():
+    store = dist.HashStore()
+    one, other = FailureChannel(store, 0), FailureChannel(store, 1)
+    assert one.posted() is None
+    first = one.post(3)
+    assert other.post(13, {"rank": 0}) == first == one.posted() == other.posted()
+    assert (first["rank"], first["code"], first["lost"]) == (0, 3, None)
+    assert one.from_this_thread(first) and not other.from_this_process(first)
+
+
+def test_threads_of_a_process_are_distinguished():
+    channel = FailureChannel(dist.HashStore(), 0)
+    thread = threading.Thread(target=channel.post, args=(HangError.exit_code,))
+    thread.start()
+    thread.join()
+    posted = channel.posted()
+    assert channel.from_this_process(posted) and not channel.from_this_thread(posted)
+
+
+def test_rank_0_waits_for_the_others_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr(failure_channel, "FAREWELL", 0.1)
+    store = dist.HashStore()
+    FailureChannel(store, 0).acknowledge(2)
+    FailureChannel(store, 1).acknowledge(2)
+    assert store.add(ACKNOWLEDGED, 0) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), MemoryExhausted),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), MemoryExhausted),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryExhausted),
+        (RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:2"), PeerLost),
+        (DataError("x"), DataError),
+        (ValueError("x"), None),
+        (RuntimeError("shapes differ"), None),
+    ],
+)
+def test_errors_whose_cause_is_known(error, kind):
+    found = as_neox_error(error)
+    assert found is None if kind is None else isinstance(found, kind)
