@@ -56,6 +56,7 @@ void values() {
         check<T>(9, 819, 0, 0, true, 0.5);
         check<T>(77, 264, 8, 0, true, 0.1);  // full packs, strided rows, more rows than a block processes at a time
         check<T>(37, 264, 0, 0, false, 0.3);
+        check<T>(5, 264, 3, 0, true, 0.1);  // rows of complete packs, strides that are not multiples of one
         check<T>(37, 264, 0, 0, true, 0.0);
         check<T>(3, 33, 0, 0, true, 1.0);
         check<T>(0, 16, 0, 0, true, 0.3);  // without rows, dbias is zero

@@ -48,6 +48,7 @@ void values() {
         check<T>(5, 17, 3, 1, true, true);
         check<T>(37, 264, 8, 0, true, false);  // full packs, strided rows
         check<T>(37, 264, 0, 0, false, true);
+        check<T>(5, 264, 3, 0, true, false);  // rows of complete packs, strides that are not multiples of one
         check<T>(3, 819, 0, 0, true, false);
         check<T>(640, 8, 0, 0, true, false);  // more stripes than a thread of the second stage reads at a time
         check<T>(0, 16, 0, 0, true, false);   // without rows, dbias is zero

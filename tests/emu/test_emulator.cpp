@@ -5,6 +5,7 @@
 
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
+#include "common/vec.cuh"
 #include "expect.h"
 
 namespace {
@@ -259,10 +260,25 @@ void test_misuse() {
         "misaligned");
 }
 
+// Packs of 16 bytes need an aligned pointer, and a stride and a size that are multiples of a pack.
+template <class T>
+void test_rows_that_packs_fit() {
+    constexpr int64_t kPack = 16 / static_cast<int64_t>(sizeof(T));
+    alignas(16) const unsigned char row[32] = {};
+    EXPECT(neox::can_vectorize<T>(row, 0, 0) && neox::can_vectorize<T>(row, 3 * kPack, kPack));
+    EXPECT(!neox::can_vectorize<T>(row + sizeof(T), 3 * kPack, kPack));
+    for (int64_t rest = 1; rest < kPack; ++rest) {
+        EXPECT(!neox::can_vectorize<T>(row, kPack + rest, kPack));
+        EXPECT(!neox::can_vectorize<T>(row, kPack, kPack + rest));
+    }
+}
+
 }  // namespace
 
 int main() {
     test_16_bit_floats();
+    test_rows_that_packs_fit<float>();
+    test_rows_that_packs_fit<__nv_bfloat16>();
     for (const auto order : {simt::Order::kRoundRobin, simt::Order::kReverse, simt::Order::kRandom}) {
         simt::config().order = order;
         test_shuffles();

@@ -133,6 +133,7 @@ void values() {
         using T = decltype(zero);
         check<T>({21, 17, 3, 1, false, true, true, 1});    // parts of a warp, misaligned
         check<T>({37, 64, 8, 0, true, false, false, 2});   // parts of a warp, packs, strided
+        check<T>({5, 264, 3, 0, false, true, true, 2});    // rows of complete packs, strides that are not multiples of one
         check<T>({9, 264, 0, 0, false, true, true, 2});    // a warp, two packs per thread
         check<T>({11, 819, 0, 0, false, true, false, 1});  // the warps of a row synchronise at a named barrier
         check<T>({13, 1032, 0, 0, true, false, true, 1});  // four packs, several rows per block

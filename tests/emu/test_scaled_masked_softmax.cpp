@@ -74,6 +74,7 @@ void values() {
             check<T>({3, 17, 3, 1, hide});  // scalar, one warp
             check<T>({2, 819, 0, 0, hide});
             check<T>({3, 248, 8, 0, hide});  // packs, one warp
+            check<T>({3, 248, 3, 0, hide});  // rows of complete packs, strides that are not multiples of one
             check<T>({2, 1000, 0, 0, hide});
             check<T>({1, 1816, 0, 0, hide});
         }
