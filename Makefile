@@ -79,6 +79,7 @@ oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding agains
 	    if [ $$code = 0 ]; then cmake --build build/native --parallel $(JOBS) --target oldest_torch; elif [ $$code != 3 ]; then exit $$code; fi
 
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
+	if command -v nvcc > /dev/null && ! command -v nvdisasm > /dev/null; then $(PIP) nvidia-cuda-nvdisasm || true; fi  # counts instructions
 	cmake --build build/native --parallel $(JOBS) --target cuda_check
 
 parallel-test: setup  ## compare every layout of up to four processes with one process, and print a table
