@@ -172,6 +172,12 @@ NEOX_DEVICE void make_opaque([[maybe_unused]] uint4& value) {
 #endif
 }
 
+NEOX_DEVICE void make_opaque([[maybe_unused]] int& value) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(value));
+#endif
+}
+
 template <class T>
 NEOX_DEVICE void make_opaque([[maybe_unused]] const T*& pointer) {
 #if defined(__CUDA_ARCH__)

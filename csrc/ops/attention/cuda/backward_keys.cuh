@@ -43,18 +43,12 @@ struct KeysShared {
     __device__ __forceinline__ float2* rows(int i) const { return reinterpret_cast<float2*>(dout(i) + Shape::kRows * Shape::kDim); }
 };
 
-// The rows of a (batch, group) pair.
-template <class T>
-struct PairRows {
-    const T *queries, *dout;
-    const float2* stats;  // lse and delta
-};
-
 template <class T, class Shape>
-NEOX_DEVICE void fill_rows(const Backward<T>& task, const PairRows<T>& from, int tile, const KeysShared<T, Shape>& shared, int stage) {
+NEOX_DEVICE void fill_rows(const Backward<T>& task, int batch, int group, int tile, const KeysShared<T, Shape>& shared, int stage) {
     const Params& in = task.in;
     const int first = tile * Shape::kRows, count = in.rows - first, thread = threadIdx.x;
-    const T *const queries = from.queries, *const dout = from.dout;
+    make_opaque(batch), make_opaque(group);  // or the pointers would occupy registers throughout the loop over tiles
+    const T *const queries = task.q.at(batch, group), *const dout = task.dout.at(batch, group);
     if (in.heads == 1) {
         load_rows<Shape::kRows, Shape::kDim, Shape::kThreads>(shared.queries(stage), queries, task.q.strides.sequence, first, count, in.head_dim,
                                                               task.q.vectorized);
@@ -66,7 +60,8 @@ NEOX_DEVICE void fill_rows(const Backward<T>& task, const PairRows<T>& from, int
         load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(shared.dout(stage), count, in.head_dim, task.dout.vectorized,
                                                               [&](int i) { return dout + in.row_offset(first + i, task.dout.strides); });
     }
-    if (thread < Shape::kRows / 2) cp_async_16(shared.rows(stage) + 2 * thread, from.stats + first + 2 * thread);
+    if (thread < Shape::kRows / 2)
+        cp_async_16(shared.rows(stage) + 2 * thread, task.rows + static_cast<int64_t>(batch * in.groups + group) * task.padded_rows + first + 2 * thread);
 }
 
 // Sets scores s [16 keys, kStep rows] of masked pairs to -inf.
@@ -136,9 +131,9 @@ NEOX_DEVICE void add_rows(const Backward<T>& task, int pair, int tile, int step,
     const Params& in = task.in;
     const int lane = threadIdx.x % kWarpSize, warp_key = threadIdx.x / kWarpSize * 16, first_row = tile * Shape::kRows + step;
     const float4* const row_stats = reinterpret_cast<const float4*>(shared.rows(stage) + step) + lane % 4;  // each holds two rows
-    const auto keys = FragmentAddress<kDim>::rows_first(shared.keys, warp_key), values = FragmentAddress<kDim>::rows_first(shared.values, warp_key);
+    const auto keys = FragmentAddress<kDim>::rows_first(shared.keys, warp_key);                             // the values follow kKeys rows later
     const auto multiply_values = [&](float (&ds)[1][kStep / 8][4]) {
-        gemm_nt<T, kDim, 1, kStep>(ds, [&](int, int k, uint32_t (&a)[4]) { ldmatrix_x4(a, values.at(0, k * 2)); }, shared.dout(stage), step);
+        gemm_nt<T, kDim, 1, kStep>(ds, [&](int, int k, uint32_t (&a)[4]) { ldmatrix_x4(a, keys.at(Shape::kKeys, k * 2)); }, shared.dout(stage), step);
     };
 
     float p[1][kStep / 8][4] = {};
@@ -235,7 +230,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
     const int first_key = block_key + static_cast<int>(threadIdx.x) / kWarpSize * 16;  // of this warp
     const RowTiles<Shape::kRows> tiles(in, batch, block_key, block_key + kKeys - 1);
 
-    const PairRows<T> rows{task.q.at(batch, group), task.dout.at(batch, group), task.rows + static_cast<int64_t>(pair) * task.padded_rows};
     const int count = in.keys - block_key;
     load_rows<kKeys, kDim, Shape::kThreads>(shared.keys, task.k.at(batch, group), task.k.strides.sequence, block_key, count, in.head_dim, task.k.vectorized);
     if constexpr (kWantK) {
@@ -244,13 +238,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
     }
     KeySums<kDim, kWantK, kWantV> sums;
     int tile = tiles.next(tiles.begin), stage = 0;
-    if (tile < tiles.end) fill_rows<T, Shape>(task, rows, tile, shared, 0);
+    if (tile < tiles.end) fill_rows<T, Shape>(task, batch, group, tile, shared, 0);
     cp_async_commit();
     while (tile < tiles.end) {
         cp_async_wait<0>();
         __syncthreads();  // the tile is complete; all warps have left the other stage and ds
         const int next = tiles.next(tile + 1);
-        if (next < tiles.end) fill_rows<T, Shape>(task, rows, next, shared, stage ^ 1);
+        if (next < tiles.end) fill_rows<T, Shape>(task, batch, group, next, shared, stage ^ 1);
         cp_async_commit();
         const bool unmasked = tiles.unmasked(tile);
 #pragma unroll 1

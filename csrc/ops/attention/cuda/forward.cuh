@@ -142,7 +142,7 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
     const float factor = kGeneral ? 1.0f : in.scale * kLog2E;
     constexpr bool kHold = kDim <= 64;  // small heads leave registers to hold the queries
     uint32_t q[kHold ? kM : 1][kHold ? kDim / 16 : 1][4];
-    const auto q_base = FragmentAddress<kDim>::rows_first(q_tile, warp_row);
+    const auto q_address = FragmentAddress<kDim>::rows_first(q_tile, warp_row);
     bool fresh = true;
     int slot = 0;
     for (int tile = tiles.next(tiles.begin); tile < tiles.end; tile = tiles.next(tile + 1)) {
@@ -151,8 +151,6 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
         __syncthreads();                                       // the key tile is complete, and all warps have left the slot that is filled next
         loader.template load_next<Shape::kStages % 2 == 0>();  // the kind of tile kStages - 1 slots ahead of these keys
         float s[kM][kKeys / 8][4] = {};
-        // Opaque again in each tile, or its XOR variants would occupy registers throughout the loop: at head_dim 96 they spill.
-        const FragmentAddress<kDim> q_address{opaque(q_base.base)};
         if constexpr (kHold) {
             if (fresh) {
 #pragma unroll
