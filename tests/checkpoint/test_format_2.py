@@ -42,9 +42,11 @@ def test_it_is_found_and_every_tensor_is_as_it_was_saved(run):
     assert digest(path) == EXPECTED["digests"]
 
 
-def test_it_resumes_with_the_losses_of_the_code_that_wrote_it(run):
-    make_corpus(run.parent / "corpus")
-    train(make_config(run.parent / "corpus", run, *MODEL, "train.train_iters=4", "evaluate.interval=0"), Mesh.single(), StopSignals())
+def test_it_resumes_with_the_losses_of_the_code_that_wrote_it(run, monkeypatch):
+    monkeypatch.chdir(run.parent)  # that run read the same files under the same relative names
+    make_corpus(Path("corpus"))
+    config = make_config(Path("corpus"), Path("run"), *MODEL, "train.train_iters=4", "evaluate.interval=0")
+    train(config, Mesh.single(), StopSignals())
     losses = {str(row["step"]): row["loss"] for row in records(run)}
     assert losses == pytest.approx(EXPECTED["losses"], rel=1e-5)
 
