@@ -106,7 +106,7 @@ def test_every_command_is_described_somewhere():
 
 
 WRAPPED = {"attention", "clusters", "coming-from-gpt-neox", "config", "config-reference", "conversion", "data", "evaluation"}
-WRAPPED |= {"generation", "gpt-neox-keys", "kernels", "model", "ops", "plan"}
+WRAPPED |= {"generation", "gpt-neox-keys", "model", "ops", "plan"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in WRAPPED], ids=lambda page: page.name)
