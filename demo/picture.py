@@ -25,11 +25,23 @@ def picture(run_dir: Path) -> str:
     before = [entry for entry in steps if entry["step"] <= saved] + dropped
     lines = [
         Line("before the kill", [(entry["step"], entry["loss"]) for entry in before]),
-        Line("resumed: identical where they overlap", [(entry["step"], entry["loss"]) for entry in steps if entry["step"] > saved], 1),
-        Line("validation", [(entry["step"], entry["validation_loss"]) for entry in steps if entry.get("validation_loss")], 2, dots=True),
+        Line(
+            "resumed: identical where they overlap",
+            [(entry["step"], entry["loss"]) for entry in steps if entry["step"] > saved],
+            1,
+        ),
+        Line(
+            "validation",
+            [(entry["step"], entry["validation_loss"]) for entry in steps if entry.get("validation_loss")],
+            2,
+            dots=True,
+        ),
     ]
     svg = re.search(r"<svg.*</svg>", plot(TITLE.format(kill=kill, saved=saved), lines), re.DOTALL).group()
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f"><style>{STYLE}</style>", 1) + "\n"
+    return (
+        svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f"><style>{STYLE}</style>", 1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

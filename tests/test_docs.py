@@ -14,7 +14,7 @@ import yaml
 
 from neox.cli.main import COMMANDS, parse
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
-from neox.config.load import known_keys
+from neox.config.values import known_keys
 from neox.errors import ConfigError
 from tests import language, sentences
 from tests.source_rules import FLOORS

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from neox.config.load import to_builtins
+from neox.config.values import to_builtins
 from tests.distributed import environment, free_port
 from tests.train.corpus import make_config, make_corpus, records
 

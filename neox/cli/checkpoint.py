@@ -38,18 +38,18 @@ DTYPES_BY_NAME = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `neox checkpoint`."""
+    """Declare the arguments of `neox checkpoint`."""
     parser.add_argument("action", choices=("inspect", "verify", "hash", "convert"), help="what to do")
     parser.add_argument("path", metavar="PATH", help="checkpoint, folder of checkpoints, or folder of a run")
     parser.add_argument("--out", metavar="DIR", help="convert: folder of checkpoints to write to, such as RUN/checkpoints")
-    parser.add_argument("--weights-only", action="store_true", help="convert: leave out optimizer state, counters and random streams")
+    parser.add_argument("--weights-only", action="store_true", help="convert: omit optimizer state, counters and generator states")
     parser.add_argument("--dtype", choices=sorted(DTYPES_BY_NAME), help="convert, with --weights-only: dtype of the weights")
-    parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help="convert: largest size of a file, 2^30 bytes (default %(default)s)")
+    parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help="convert: maximum size of a file, 2^30 bytes (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the action; returns the exit code. Raises CheckpointError."""
+    """Run the action and return the exit code. Raises CheckpointError."""
     if args.action == "convert":
         return convert(args)
     actions = {"inspect": inspect, "verify": verify_all, "hash": hash_tensors}
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(path: Path, as_json: bool) -> int:
-    """Prints what a checkpoint holds, after the list of its neighbours where `path` is a folder of several."""
+    """Print the content of a checkpoint, and the list of checkpoints if `path` is a folder of several."""
     chosen = resolve(path)
     about = describe(chosen, read_manifest(chosen))
     if chosen != path:
@@ -68,7 +68,7 @@ def inspect(path: Path, as_json: bool) -> int:
     for key, value in about.items():
         if key not in ("tensors", "checkpoints"):
             if key == "state":
-                # the losses of its window: --json has them
+                # the losses of the spike window, which --json includes
                 value = {name: part for name, part in value.items() if name != "guard"}
             print(f"{key:<14}{value if isinstance(value, (str, int)) else json.dumps(value)}")
     print("tensors")
@@ -106,7 +106,7 @@ def _summary(one: StepFolder) -> JsonObject:
     if one.manifest is None:
         status = str(one.problem) if one.has_manifest else "unfinished save"
         return {"name": one.path.name, "step": one.step, "generation": None, "status": status}
-    status = "complete" if is_complete(one) else "files missing or of another size"
+    status = "complete" if is_complete(one) else "files are missing or have another size"
     return {"name": one.path.name, "step": one.step, "generation": one.manifest.lineage.generation, "status": status}
 
 
@@ -130,7 +130,7 @@ def verify_all(path: Path, as_json: bool) -> int:
 
 
 def hash_tensors(path: Path, as_json: bool) -> int:
-    """Prints the digest of every logical tensor."""
+    """Print the digest of every logical tensor."""
     digests = digest(resolve(path))
     print(json.dumps(digests) if as_json else "\n".join(f"{value}  {key}" for key, value in digests.items()))
     return 0
@@ -150,7 +150,7 @@ def convert(args: argparse.Namespace) -> int:
         raise found[0]
     target = Path(args.out) / source.name
     if target.exists():
-        raise CheckpointError("there is a checkpoint already", where=target, do="choose another --out")
+        raise CheckpointError("checkpoint already exists", where=target, do="choose another --out")
     with Checkpoint(source) as checkpoint:
         written = save(
             args.out,
@@ -188,5 +188,5 @@ def converted(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype | N
 
 
 def read(checkpoint: Checkpoint, name: str, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another dtype."""
+    """Read a tensor and convert its dtype."""
     return checkpoint.tensor(name, kind).to(dtype)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from neox.checkpoint.retention import scan
-from neox.config.validate import data_parallel_size
+from neox.config.rules import data_parallel_size
 from neox.data.samples.run_provenance import BatchLayout, CheckpointRecord, RunProvenance
 from neox.errors import ConfigError
 from neox.printing import json_line

@@ -1,4 +1,4 @@
-"""Say what this machine and installation have and lack, a line each; exit code 14 when something needed is missing.
+"""Check this machine and the installation, one line per check; exit code 14 if something required is missing.
 
 example: neox doctor
          neox doctor --json
@@ -25,15 +25,28 @@ from neox.errors import NeoxError
 
 PYTHON = (3, 10)
 TORCH = (2, 11)
-PACKAGES = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "orjson", "zstandard", "jinja2", "rich", "tensorboard", "psutil")
-PACKAGE_OF = {"yaml": "PyYAML"}  # import name -> distribution, where they differ
-EXTRAS = {  # distribution, never needed for training -> (what it is for, how to get it)
+PACKAGES = (
+    "deepspeed",
+    "numpy",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "tokenizers",
+    "orjson",
+    "zstandard",
+    "jinja2",
+    "rich",
+    "tensorboard",
+    "psutil",
+)
+PACKAGE_OF = {"yaml": "PyYAML"}  # import name -> distribution, if they differ
+EXTRAS = {  # distribution, not needed for training -> (purpose, how to install it)
     "transformers": ("compares exports and imports", "pip install transformers"),
     "lm_eval": ("neox evaluate --tasks", "pip install lm-eval==0.4.13 -c constraints.txt"),
     "wandb": ("logging.wandb", "pip install wandb -c constraints.txt"),
     "comet_ml": ("logging.comet", "pip install comet_ml -c constraints.txt"),
 }
-VARIABLES = {  # documented variables that must be numbers -> smallest value
+VARIABLES = {  # documented variables that must be numbers -> minimum
     "OMP_NUM_THREADS": 1,
     "WORLD_SIZE": 1,
     "RANK": 0,
@@ -47,11 +60,11 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
-        ok: whether it is as it should be.
+        name: what was checked.
+        ok: whether the check passed.
         text: what was found.
-        needed: whether training needs it.
-        do: what mends it.
+        needed: whether training requires it.
+        do: how to fix it.
     """
 
     name: str
@@ -62,13 +75,13 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `neox doctor`."""
+    """Declare the arguments of `neox doctor`."""
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; returns 14 when something needed is missing, else 0."""
-    findings = [finding for look in CHECKS for finding in look()]
+    """Print the report. Return 14 if something required is missing, else 0."""
+    findings = [finding for check in CHECKS for finding in check()]
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -79,57 +92,68 @@ def run(args: argparse.Namespace) -> int:
 
 
 def line(finding: Finding, width: int) -> str:
-    """`ok`, `--` (absent, not needed) or `FAIL`, the name, what was found."""
+    """Format a finding: `ok`, `--` (missing, not required) or `FAIL`, the name, what was found."""
     mark = "ok" if finding.ok else "FAIL" if finding.needed else "--"
-    return f"{mark:<5}{finding.name:<{width}}  {' '.join(finding.text.split())}" + (f"; do={finding.do}" if finding.do and not finding.ok else "")
+    return f"{mark:<5}{finding.name:<{width}}  {' '.join(finding.text.split())}" + (
+        f"; do={finding.do}" if finding.do and not finding.ok else ""
+    )
 
 
 def attempt(name: str, action: Callable[[], str], needed: bool = True, do: str | None = None) -> Finding:
-    """A finding from an action that returns what it found or raises; what it prints is swallowed."""
+    """Run an action that returns what it found or raises. Its output is discarded."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return Finding(name, True, action(), needed)
     except NeoxError as error:
-        return Finding(name, False, f"{error.what}; where={error.where}; got={error.got}", needed, do or error.do)
-    except Exception as error:  # a broken package may raise anything on import; the doctor reports it and goes on
+        return Finding(
+            name,
+            False,
+            f"{error.what}; where={error.where}; got={error.got}",
+            needed,
+            do or (None if error.do is None else str(error.do)),
+        )
+    except Exception as error:  # a broken package may raise anything on import
         return Finding(name, False, f"{type(error).__name__}: {error}", needed, do)
 
 
 def python() -> Iterator[Finding]:
-    """The interpreter and our own version."""
+    """Check the interpreter, and show the version of neox."""
     want = ".".join(map(str, PYTHON))
     yield Finding(
-        "python", sys.version_info >= PYTHON, f"{platform.python_version()} ({sys.executable}), want {want} or later", do=f"use Python {want} or later"
+        "python",
+        sys.version_info >= PYTHON,
+        f"{platform.python_version()} ({sys.executable}), want {want} or later",
+        do=f"use Python {want} or later",
     )
     yield Finding("neox", True, f"{neox.__version__} ({Path(neox.__file__).parent})")
 
 
 def torch_version() -> Iterator[Finding]:
-    """torch, new enough for the native operators."""
+    """Check that torch is recent enough for the native operators."""
 
-    def look() -> str:
+    def version() -> str:
         torch = importlib.import_module("torch")
         found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
         if found < TORCH:
             raise ImportError(f"{torch.__version__} is older than {'.'.join(map(str, TORCH))}")
         return f"{torch.__version__}, {torch.get_num_threads()} threads"
 
-    yield attempt("torch", look, do="make setup")
+    yield attempt("torch", version, do="make setup")
 
 
 def packages() -> Iterator[Finding]:
-    """Packages that training imports, each by importing it."""
+    """Import each package that training needs."""
     for name in PACKAGES:
 
-        def look(name: str = name) -> str:
+        def version(name: str = name) -> str:
             importlib.import_module(name)
             return importlib.metadata.version(PACKAGE_OF.get(name, name))
 
-        yield attempt(name, look, do="make setup")
+        yield attempt(name, version, do="make setup")
 
 
 def extras() -> Iterator[Finding]:
-    """Packages that single commands use; looked up, not imported, because some take seconds."""
+    """Look up packages that single commands use. They are not imported, because some take seconds."""
     for name, (purpose, do) in EXTRAS.items():
         try:
             yield Finding(name, True, f"{importlib.metadata.version(name)} ({purpose})", needed=False)
@@ -138,7 +162,7 @@ def extras() -> Iterator[Finding]:
 
 
 def native() -> Iterator[Finding]:
-    """Our own libraries."""
+    """Check the native libraries of neox."""
 
     def operators() -> str:
         library = importlib.import_module("neox.ops._library")
@@ -158,13 +182,21 @@ def native() -> Iterator[Finding]:
 
 
 def machine() -> Iterator[Finding]:
-    """CPU, memory, disk."""
-    yield Finding("cpu", True, f"{cpu_name()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores")
+    """Show CPU, memory and disk."""
+    yield Finding(
+        "cpu",
+        True,
+        f"{cpu_name()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
+    )
 
     flags = cpu_flags()
     if flags:
         fast = "avx2" in flags and "fma" in flags
-        text = "AVX2" + (" and AVX-512" if "avx512f" in flags else "") if fast else "no AVX2: the portable kernels run, several times slower"
+        text = (
+            "AVX2" + (" and AVX-512" if "avx512f" in flags else "")
+            if fast
+            else "no AVX2: the portable kernels are several times slower"
+        )
         yield Finding("vector instructions", fast, text, needed=False, do="use a CPU with AVX2 (x86-64 since 2013)")
 
     def memory() -> str:
@@ -176,7 +208,7 @@ def machine() -> Iterator[Finding]:
 
 
 def cpu_flags() -> set[str]:
-    """Instruction set extensions as Linux on x86 tells them; empty elsewhere."""
+    """Return the instruction set extensions that Linux reports on x86; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -185,7 +217,7 @@ def cpu_flags() -> set[str]:
 
 
 def cpu_name() -> str:
-    """Model of the CPU as Linux tells it, else what Python knows."""
+    """Return the model of the CPU, from Linux or from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -195,7 +227,7 @@ def cpu_name() -> str:
 
 
 def accelerators() -> Iterator[Finding]:
-    """GPUs that torch sees, and the compilers for building."""
+    """Show the GPUs that torch can use, and the compilers."""
 
     def gpus() -> str:
         cuda = importlib.import_module("torch").cuda
@@ -212,13 +244,18 @@ def accelerators() -> Iterator[Finding]:
 
 
 def environment() -> Iterator[Finding]:
-    """Variables that we read: a value that cannot be meant is named."""
+    """Check the values of environment variables that neox reads."""
     for name, smallest in VARIABLES.items():
         text = os.environ.get(name)
         if text is None:
             continue
         good = text.isascii() and text.isdecimal() and int(text) >= smallest
-        yield Finding(name, good, f"{text!r}" + ("" if good else f", want a number of at least {smallest}"), do=f"unset {name}, or give it a number")
+        yield Finding(
+            name,
+            good,
+            f"{text!r}" + ("" if good else f", want a number of at least {smallest}"),
+            do=f"unset {name}, or set it to a number",
+        )
 
 
 CHECKS = (python, torch_version, packages, extras, native, machine, accelerators, environment)

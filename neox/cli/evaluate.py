@@ -1,4 +1,4 @@
-"""`neox evaluate`: loss, perplexity and bits per byte of a trained model on held-out documents, or its answers to tasks of lm-evaluation-harness."""
+"""`neox evaluate`: loss, perplexity and bits per byte on held-out documents, or tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -32,38 +32,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `neox evaluate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
-    parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder")
+    parser.add_argument(
+        "--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder"
+    )
     parser.add_argument("--data", help="prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)")
-    parser.add_argument("--tasks", metavar="A,B", help="tasks or groups of lm-evaluation-harness (pip install neox-train[eval])")
-    parser.add_argument("--task-files", metavar="DIR", help="folder of further task YAML files; tasks that are in it need no network")
-    parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: as the task says)")
-    parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="tasks or groups of lm-evaluation-harness (pip install neox-train[eval])"
+    )
+    parser.add_argument(
+        "--task-files", metavar="DIR", help="folder of additional task YAML files; tasks in it need no network"
+    )
+    parser.add_argument(
+        "--num-fewshot", type=int, help="examples before each question (default: as defined by the task)"
+    )
+    parser.add_argument("--limit", type=int, help="questions per task (default: all)")
     parser.add_argument("--tokenizer", help="tokenizer file; default: tokenizer.file of the run")
-    parser.add_argument("--seq-length", type=int, help="tokens of a window (default: data.seq_length of the run)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows or texts of one forward pass (default 8)")
-    parser.add_argument("--max-documents", type=int, help="read only so many documents")
+    parser.add_argument("--seq-length", type=int, help="tokens per window (default: data.seq_length of the run)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows or texts per forward pass (default 8)")
+    parser.add_argument("--max-documents", type=int, help="maximum number of documents")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of the weights (default fp32)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if available)",
+    )
     add_layout_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def show_progress(done: int, total: int) -> None:
-    """One line that counts windows, on a terminal only."""
+    """Print the number of windows, on a terminal only."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r{done}/{total} windows" + ("\n" if done == total else ""))
         sys.stderr.flush()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print; returns the exit code."""
+    """Evaluate and print. Return the exit code."""
     for key in ("seq_length", "batch_size", "max_documents", "limit"):
         value = vars(args)[key]
         if value is not None and value <= 0:
             raise ConfigError("option out of range", where=f"--{key.replace('_', '-')}", got=value, want="> 0")
     usable_device(args.device)
     if (args.data is None) == (args.tasks is None):
-        raise ConfigError("what to evaluate on?", where="neox evaluate", want="--data PREFIX or --tasks A,B, one of them")
+        raise ConfigError(
+            "no data or tasks", where="neox evaluate", want="exactly one of --data PREFIX and --tasks A,B"
+        )
     if args.task_files is not None and not Path(args.task_files).is_dir():
         raise ConfigError("no such folder", where="--task-files", got=args.task_files, want="a folder of YAML files")
     if args.tasks is not None:
@@ -77,7 +91,13 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
     progress = show_progress if mesh.rank == 0 else None
     result = evaluate(
-        model, dataset, seq_length=seq_length, tokenizer=tokenizer, batch_size=args.batch_size, max_documents=args.max_documents, on_batch=progress
+        model,
+        dataset,
+        seq_length=seq_length,
+        tokenizer=tokenizer,
+        batch_size=args.batch_size,
+        max_documents=args.max_documents,
+        on_batch=progress,
     )
     if mesh.rank > 0:
         return 0
@@ -90,13 +110,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_on_tasks(args: argparse.Namespace) -> int:
-    """Evaluate on tasks of lm-evaluation-harness, and print its results as a table or as JSON."""
+    """Evaluate on tasks of lm-evaluation-harness and print the results as a table or as JSON."""
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
     mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
     model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    found = run_tasks(model, tokenizer, names, task_files=args.task_files, num_fewshot=args.num_fewshot, limit=args.limit, batch_size=args.batch_size)
+    found = run_tasks(
+        model,
+        tokenizer,
+        names,
+        task_files=args.task_files,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        batch_size=args.batch_size,
+    )
     if mesh.rank > 0:
         return 0
     if args.json:
@@ -107,7 +135,7 @@ def run_on_tasks(args: argparse.Namespace) -> int:
 
 
 def table(results: dict, counts: dict) -> str:
-    """Results of tasks as lines: task, metric, value, standard error, questions."""
+    """Format the results of tasks as a table: task, metric, value, standard error, questions."""
     rows = [("task", "metric", "value", "stderr", "questions")]
     for task, values in results.items():
         for name, value in values.items():
@@ -118,4 +146,6 @@ def table(results: dict, counts: dict) -> str:
             shown = f"{error:.4f}" if isinstance(error, (int, float)) else ""
             rows.append((task, metric, f"{value:.4f}", shown, str(counts.get(task, {}).get("effective", ""))))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,6 +1,6 @@
 """Write a checkpoint as a Hugging Face model: config.json, safetensors, tokenizer files.
 
-OUT appears only when it is complete and, unless --no-check is given, transformers computes the same logits from it.
+OUT appears only after it is complete and, without --no-check, transformers computes the same logits from it.
 
 example: neox export --checkpoint runs/default --out exported
 """
@@ -32,24 +32,38 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `neox export`."""
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint, or a folder of checkpoints or of a run (its newest is taken)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must be absent or empty")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the written weights; default: precision.dtype of the run")
-    parser.add_argument("--tokenizer", metavar="FILE", help="`tokenizers` JSON file; default: tokenizer.file of the run")
+    """Declare the arguments of `neox export`."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="checkpoint, or a folder of checkpoints or of a run (its newest checkpoint)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; it must be missing or empty")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="dtype of the written weights; default: precision.dtype of the run"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="`tokenizers` JSON file; default: tokenizer.file of the run"
+    )
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
-    help_check = f"compare logits with transformers' on real text; exit code 4 when they differ by more than {LOGIT_TOLERANCE} (default: do)"
+    help_check = (
+        f"compare logits with transformers on real text; exit code 4 if they differ by more than {LOGIT_TOLERANCE} "
+        "(default)"
+    )
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help=help_check)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports; returns 0. Raises CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem."""
+    """Export and return 0. Raises CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws a bar for --check; a pipe is to stay quiet
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # no progress bars of transformers in a pipe
     out = Path(args.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("export would overwrite files", where=out, want="a folder that is absent or empty", do="choose another --out")
+        raise CheckpointError(
+            "export would overwrite files", where=out, want="a missing or empty folder", do="choose another --out"
+        )
     with open_weights(resolve(args.checkpoint)) as checkpoint:
         config = loads(checkpoint.config_lock)
         dtype = DTYPES[args.dtype or config.precision.dtype]
@@ -62,31 +76,42 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"out": args.out, "max_logit_difference": difference}))
     else:
-        print(f"wrote {args.out}" + ("" if difference is None else f"; logits differ from transformers' by at most {difference:.2g}"))
+        print(
+            f"wrote {args.out}"
+            + ("" if difference is None else f"; logits differ from those of transformers by at most {difference:.2g}")
+        )
     return 0
 
 
 def tokenizer_file(args: argparse.Namespace, config: Config) -> Path | None:
-    """The tokenizer to put beside the model; None without one.
+    """Return the tokenizer to export; None with --no-tokenizer.
 
     Raises:
-        ConfigError: the run had none and none is given, or the file is gone.
+        ConfigError: neither the run nor the command line has one, or the file is missing.
     """
     if args.no_tokenizer:
         return None
     name = args.tokenizer or config.tokenizer.file
     if name is None:
-        raise ConfigError("no tokenizer to export", where="tokenizer.file of the run", do="give --tokenizer FILE, or --no-tokenizer")
+        raise ConfigError(
+            "no tokenizer to export", where="tokenizer.file of the run", do="pass --tokenizer FILE, or --no-tokenizer"
+        )
     if not Path(name).is_file():
-        raise ConfigError("tokenizer file is not there", where=name, do="start in the folder of the run, give --tokenizer FILE, or --no-tokenizer")
+        raise ConfigError(
+            "tokenizer file is missing",
+            where=name,
+            do="start in the working folder of the run, or pass --tokenizer FILE or --no-tokenizer",
+        )
     return Path(name)
 
 
-def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dtype, tokenizer: Path | None, check: bool) -> float | None:
-    """Write the model into `stage`; the largest difference of logits where that is to be checked.
+def _export(
+    checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dtype, tokenizer: Path | None, check: bool
+) -> float | None:
+    """Write the model into `stage`. With `check` return the largest difference of logits.
 
     Raises:
-        CheckpointError: the checkpoint lacks weights, or the logits differ by more than LOGIT_TOLERANCE or are not finite.
+        CheckpointError: weights are missing, or the logits differ by more than LOGIT_TOLERANCE or are not finite.
     """
     model_config = ModelConfig(**checkpoint.model_config)
     model = GPT(model_config, Mesh.single("meta"))
@@ -98,7 +123,13 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
             yield name, checkpoint.tensor(name)
 
     to_huggingface(
-        model_config, weights(), stage, tokenizer_file=tokenizer, eod_token=config.tokenizer.eod_token, dtype=dtype, special_ids=config.tokenizer.special_ids
+        model_config,
+        weights(),
+        stage,
+        tokenizer_file=tokenizer,
+        eod_token=config.tokenizer.eod_token,
+        dtype=dtype,
+        special_ids=config.tokenizer.special_ids,
     )
     if not check:
         return None
@@ -106,7 +137,7 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
     difference = compare(stage, model)
     if not difference <= LOGIT_TOLERANCE:
         raise CheckpointError(
-            "exported model computes other logits",
+            "exported model computes different logits",
             where=checkpoint.path,
             got=difference,
             want=f"a difference of at most {LOGIT_TOLERANCE}",
@@ -116,7 +147,7 @@ def _export(checkpoint: Checkpoint, config: Config, stage: Path, dtype: torch.dt
 
 
 def make_stage(out: Path) -> Path:
-    """A new folder beside `out`, on the same file system."""
+    """Create a folder next to `out`, on the same file system."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -125,7 +156,7 @@ def make_stage(out: Path) -> Path:
 
 
 def publish(stage: Path, out: Path) -> None:
-    """Give the finished folder its name, once its bytes are on the disk."""
+    """Sync the completed folder to disk and rename it to `out`."""
     try:
         for path in [*stage.iterdir(), stage]:
             descriptor = os.open(path, os.O_RDONLY)
@@ -136,4 +167,6 @@ def publish(stage: Path, out: Path) -> None:
         stage.chmod(0o755)
         stage.rename(out)
     except OSError as error:
-        raise DiskError("export cannot be written", where=out, got=error, do="free space or choose another --out") from error
+        raise DiskError(
+            "export cannot be written", where=out, got=error, do="free space or choose another --out"
+        ) from error

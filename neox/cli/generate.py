@@ -1,4 +1,4 @@
-"""`neox generate`: continue prompts with a trained model: from the command line, from a file, from nothing, or in a dialogue."""
+"""`neox generate`: continue prompts from the command line or a file, generate unconditionally, or hold a dialogue."""
 
 from __future__ import annotations
 
@@ -45,90 +45,136 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `neox generate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
-    parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
-    parser.add_argument("--prompt-file", help="UTF-8 file with one prompt per line; lines end in \\n or \\r\\n alone")
-    parser.add_argument("--unconditional", type=int, metavar="N", help="N texts that begin after the end-of-document token")
-    parser.add_argument("--interactive", action="store_true", help="read lines and answer each, with everything said before; /reset forgets, /quit ends")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text ends before this (\\n is a line's end); may be given several times")
-    parser.add_argument("--no-bos", action="store_true", help="leave out the tokens that the tokenizer puts around a text, such as a leading <s>")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts continued at a time (default 8)")
+    parser.add_argument(
+        "--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder"
+    )
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be repeated")
+    parser.add_argument("--prompt-file", help="UTF-8 file with one prompt per line; only \\n and \\r\\n end a line")
+    parser.add_argument(
+        "--unconditional", type=int, metavar="N", help="N texts that start after the end-of-document token"
+    )
+    parser.add_argument(
+        "--interactive",
+        action="store_true",
+        help="answer each input line, with the dialogue as context; /reset clears it, /quit exits",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop before this text (\\n is a line feed); may be repeated",
+    )
+    parser.add_argument(
+        "--no-bos", action="store_true", help="omit the tokens that the tokenizer adds to a text, such as a leading <s>"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts per batch (default 8)")
     parser.add_argument("--tokenizer", help="tokenizer file; default: tokenizer.file of the run")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens generated at most per prompt (default 64)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1)")
-    parser.add_argument("--top-k", type=int, help="draw from the k most likely tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the most likely tokens that hold this probability together")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the draws (default 1234)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="maximum number of new tokens per prompt (default 64)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 selects the most likely token (default 1)")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
+    parser.add_argument("--top-p", type=float, help="sample from the most likely tokens with this total probability")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (default 1234)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of the weights (default fp32)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if available)",
+    )
     add_layout_arguments(parser)
-    parser.add_argument("--no-cache", action="store_true", help="recompute all tokens at every step (slow; to check the cache)")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="recompute all tokens in every step (slow; to verify the cache)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON list of {prompt, text, tokens}")
-    parser.add_argument("--jsonl", action="store_true", help="print one such object per line, each batch as it is ready")
-    parser.add_argument("--out", metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument("--jsonl", action="store_true", help="print one such object per line, batch by batch")
+    parser.add_argument("--out", metavar="FILE", help="write to FILE instead of the terminal")
 
 
 def usable_device(name: str) -> str:
-    """The device, once a number was read from it.
+    """Return the device if it can be used.
 
     Raises:
-        ConfigError: torch does not know it, or this machine has none.
+        ConfigError: torch does not know the device, or this machine does not have it.
     """
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError("device cannot be used", where="--device", got=f"{name}: {reason}", want="cpu, or cuda on a machine with a GPU") from error
+        raise ConfigError(
+            "device cannot be used",
+            where="--device",
+            got=f"{name}: {reason}",
+            want="cpu, or cuda on a machine with a GPU",
+        ) from error
     return name
 
 
 def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with, or the one named instead.
+    """Return the tokenizer of a file or, without one, the tokenizer of the run.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither exists.
     """
     section = loads(Checkpoint(checkpoint).config_lock).tokenizer
     ends = () if section.special_ids is None else section.special_ids.ends()
     if file is not None:
         return Tokenizer(file, end_ids=ends)
     if section.file is None:
-        raise ConfigError("the run names no tokenizer", where=f"{checkpoint}: tokenizer.file", do="give --tokenizer FILE")
+        raise ConfigError("the run has no tokenizer", where=f"{checkpoint}: tokenizer.file", do="pass --tokenizer FILE")
     if not Path(section.file).is_file():
-        raise ConfigError("the run's tokenizer is not there", where=f"{checkpoint}: tokenizer.file", got=section.file, do="give --tokenizer FILE")
+        raise ConfigError(
+            "tokenizer of the run is missing",
+            where=f"{checkpoint}: tokenizer.file",
+            got=section.file,
+            do="pass --tokenizer FILE",
+        )
     return Tokenizer(section.file, section.eod_token, end_ids=ends)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of the command line and of the prompt file.
+    """Return the prompts of the command line and of the prompt file.
 
     Raises:
-        ConfigError: none given, or a file that cannot be read.
+        ConfigError: there are none, or the file cannot be read.
     """
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:
-            lines = read_text(args.prompt_file, LARGEST_FILE).split("\n")  # not splitlines: U+2028, form feeds and others are text
+            # Not splitlines, which would split at U+2028 and form feeds.
+            lines = read_text(args.prompt_file, LARGEST_FILE).split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError("cannot read the prompts", where=args.prompt_file, got=reason, want="a UTF-8 text file, one prompt per line") from error
+            raise ConfigError(
+                "cannot read the prompts",
+                where=args.prompt_file,
+                got=reason,
+                want="a UTF-8 text file, one prompt per line",
+            ) from error
         prompts += [line for line in lines if line]
     if not prompts:
-        raise ConfigError("no prompt", where="neox generate", want="--prompt TEXT, --prompt-file FILE, --unconditional N or --interactive")
+        raise ConfigError(
+            "no prompt",
+            where="neox generate",
+            want="--prompt TEXT, --prompt-file FILE, --unconditional N or --interactive",
+        )
     return prompts
 
 
 class Writer:
-    """Generates texts and writes them; a signal ends it at the next token, after the texts of every finished batch were written.
+    """Generates and writes texts. A signal stops it after the current token; texts of completed batches are written.
 
     Args:
-        args: of the command line.
-        model, tokenizer, params: what continues the prompts, and how.
-        out: where to.
-        signals: asked after every token.
+        args: arguments of the command line.
+        source: model, tokenizer and sampling parameters.
+        out: file to write to.
+        signals: checked after every token.
     """
 
-    def __init__(self, args: argparse.Namespace, source: tuple[GPT, Tokenizer, SamplingParams], out: TextIO, signals: StopSignals):
+    def __init__(
+        self, args: argparse.Namespace, source: tuple[GPT, Tokenizer, SamplingParams], out: TextIO, signals: StopSignals
+    ):
         self.args = args
         self.model, self.tokenizer, self.params = source
         self.out = out
@@ -140,12 +186,12 @@ class Writer:
         """Continue all prompts.
 
         Raises:
-            StoppedBySignal: a signal ended it.
+            StoppedBySignal: a signal arrived.
         """
         self.total = len(prompts)
         if len(prompts) > 1 or self.args.json or self.args.jsonl:
             self._write_all(self._answers(prompts, encoded))
-        elif self.stops:  # only when it is known where it ends
+        elif self.stops:  # printed only after the end of the text is known
             print(prompts[0] + next(self._answers(prompts, encoded))["text"], file=self.out)
         else:
             self._stream(prompts[0], encoded[0])
@@ -157,12 +203,22 @@ class Writer:
             raise StoppedBySignal("generation stopped by a signal", where=self.args.out or "standard output", got=got)
 
     def _answers(self, prompts: list[str], encoded: list[list[int]]) -> Iterator[dict]:
-        """{prompt, text, tokens} of each prompt, in order, batch by batch; a prompt draws the same tokens in any batch."""
+        """Yield {prompt, text, tokens} of each prompt, in order. The tokens do not depend on the batch."""
         for start in range(0, len(prompts), self.args.batch_size):
             batch = encoded[start : start + self.args.batch_size]
             texts = [AnswerText(self.tokenizer, prompt) for prompt in batch]
-            is_done = (lambda row, tokens, texts=texts: cut(texts[row].decode(tokens), self.stops)[1]) if self.stops else None
-            rows = generate(self.model, batch, self.params, **self._options(), is_done=is_done, first_stream=start, on_token=lambda *_: self._check_signals())
+            is_done = (
+                (lambda row, tokens, texts=texts: cut(texts[row].decode(tokens), self.stops)[1]) if self.stops else None
+            )
+            rows = generate(
+                self.model,
+                batch,
+                self.params,
+                **self._options(),
+                is_done=is_done,
+                first_stream=start,
+                on_token=lambda *_: self._check_signals(),
+            )
             for prompt, text, tokens in zip(prompts[start : start + len(batch)], texts, rows, strict=True):
                 yield {"prompt": prompt, "text": cut(text.decode(tokens), self.stops)[0], "tokens": tokens}
 
@@ -170,17 +226,19 @@ class Writer:
         return {"eod_id": self.tokenizer.end_ids, "use_cache": not self.args.no_cache}
 
     def _write_all(self, rows: Iterator[dict]) -> None:
-        """Texts, a JSON list, or JSON lines."""
+        """Write texts, a JSON list, or JSON lines."""
         listed, stopped = [], None
         try:
             for row in rows:
                 if self.args.json:
                     listed.append(row)
                 else:
-                    line = json.dumps(row, ensure_ascii=False) if self.args.jsonl else f"--- {row['prompt']}{row['text']}"
+                    line = (
+                        json.dumps(row, ensure_ascii=False) if self.args.jsonl else f"--- {row['prompt']}{row['text']}"
+                    )
                     print(line, file=self.out, flush=self.args.jsonl)
                 self.written += 1
-        except StoppedBySignal as signal:  # any other error leaves no list that looks whole
+        except StoppedBySignal as signal:  # after any other error the list is not written
             stopped = signal
         if self.args.json:
             print(json.dumps(listed, ensure_ascii=False), file=self.out)
@@ -188,56 +246,87 @@ class Writer:
             raise stopped
 
     def _stream(self, prompt: str, encoded: list[int]) -> None:
-        """One text, printed while it is generated."""
+        """Print one text while it is generated."""
         self.out.write(prompt)
         printer = TextStream(self.tokenizer, lambda text: (self.out.write(text), self.out.flush()), encoded)
+
+        def on_token(_: int, token: int) -> None:
+            printer.add(token)
+            self._check_signals()
+
         try:
-            generate(self.model, [encoded], self.params, **self._options(), on_token=lambda _, token: (printer.add(token), self._check_signals()))
+            generate(self.model, [encoded], self.params, **self._options(), on_token=on_token)
         finally:
             print(file=self.out)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print; returns the exit code.
+    """Generate and print. Return the exit code.
 
     Raises:
-        StoppedBySignal: a signal ended it, after the texts of every finished batch were written. A dialogue ends by the interrupt alone.
+        StoppedBySignal: a signal arrived; the texts of all completed batches are written. A dialogue stops at an
+            interrupt.
     """
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     for name in ("unconditional", "batch_size"):
         if vars(args)[name] is not None and vars(args)[name] <= 0:
-            raise ConfigError("option out of range", where=f"--{name.replace('_', '-')}", got=vars(args)[name], want="> 0")
-    asked = [bool(args.prompt or args.prompt_file), args.unconditional is not None, args.interactive]
-    if sum(asked) > 1:
-        raise ConfigError("what to continue?", where="neox generate", want="prompts, --unconditional or --interactive, one of them")
+            raise ConfigError(
+                "option out of range", where=f"--{name.replace('_', '-')}", got=vars(args)[name], want="> 0"
+            )
+    modes = [bool(args.prompt or args.prompt_file), args.unconditional is not None, args.interactive]
+    if sum(modes) > 1:
+        raise ConfigError(
+            "conflicting options",
+            where="neox generate",
+            want="exactly one of --prompt (or --prompt-file), --unconditional, --interactive",
+        )
     prompts = [] if args.interactive else [""] * args.unconditional if args.unconditional else read_prompts(args)
-    with contextlib.nullcontext(None) if args.interactive else StopSignals() as signals:  # waiting for a line, only the interrupt's own exception ends it
+    with (
+        contextlib.nullcontext(None) if args.interactive else StopSignals() as signals
+    ):  # an interrupt raises KeyboardInterrupt while it waits for a line
         usable_device(args.device)
         checkpoint = resolve(args.checkpoint)
         tokenizer = run_tokenizer(checkpoint, args.tokenizer)
         config = ModelConfig(**Checkpoint(checkpoint).model_config)
         encoded = [
-            first_tokens(tokenizer, bos=not args.no_bos) if args.unconditional else encode_prompt(tokenizer, prompt, bos=not args.no_bos) for prompt in prompts
+            first_tokens(tokenizer, bos=not args.no_bos)
+            if args.unconditional
+            else encode_prompt(tokenizer, prompt, bos=not args.no_bos)
+            for prompt in prompts
         ]
-        check_prompts(config, encoded, params)  # all of them, before anything is loaded
+        check_prompts(config, encoded, params)  # before the model is loaded
         mesh = join_or_stop(args, config, signals)
         model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
         if signals is None:
             if mesh.world_size > 1:
                 got = f"{mesh.world_size} processes"
-                raise ConfigError("a dialogue over several processes", where="--interactive, --tensor, --pipeline", got=got, want="one process")
-            return converse(Session(model, tokenizer, params, [stop.replace("\\n", "\n") for stop in args.stop], bos=not args.no_bos))
-        name = args.out if mesh.rank == 0 else os.devnull  # every process knows the texts; one writes them
+                raise ConfigError(
+                    "dialogue on several processes",
+                    where="--interactive, --tensor, --pipeline",
+                    got=got,
+                    want="one process",
+                )
+            return converse(
+                Session(
+                    model, tokenizer, params, [stop.replace("\\n", "\n") for stop in args.stop], bos=not args.no_bos
+                )
+            )
+        name = args.out if mesh.rank == 0 else os.devnull  # every process has the texts; one writes them
         with contextlib.nullcontext(sys.stdout) if name is None else open_output(name) as out:
             Writer(args, (model, tokenizer, params), out, signals).write(prompts, encoded)
     return 0
 
 
 def join_or_stop(args: argparse.Namespace, config: ModelConfig, signals: StopSignals | None) -> Mesh:
-    """`join_layout`, ended by a signal: while this process waits for the others, it has generated nothing that could be written."""
+    """Call `join_layout`, and exit on a signal: while this process waits for the others, nothing has been written."""
 
-    def stop(received: signal.Signals) -> None:  # called on a thread, because the main one is inside of torch
-        error = StoppedBySignal("stopped by a signal before all processes joined", where="neox generate", got=received.name, do="start again")
+    def stop(received: signal.Signals) -> None:  # called on a thread, because the main thread is in torch
+        error = StoppedBySignal(
+            "stopped by a signal before all processes joined",
+            where="neox generate",
+            got=received.name,
+            do="start again",
+        )
         with contextlib.suppress(OSError):  # stderr may be closed
             print(error.line(), file=sys.stderr, flush=True)
         os._exit(error.exit_code)
@@ -252,7 +341,7 @@ def join_or_stop(args: argparse.Namespace, config: ModelConfig, signals: StopSig
 
 
 def first_tokens(tokenizer: Tokenizer, *, bos: bool = True) -> list[int]:
-    """What a text without a prompt begins after: the tokens that the tokenizer puts before a text, else end-of-document.
+    """Return the tokens before a text without a prompt: those that the tokenizer adds, else end-of-document.
 
     Raises:
         ConfigError: the tokenizer has no end-of-document token.
@@ -260,15 +349,20 @@ def first_tokens(tokenizer: Tokenizer, *, bos: bool = True) -> list[int]:
     if bos and tokenizer.template_tokens[0]:
         return list(tokenizer.template_tokens[0])
     if tokenizer.eod_id is None:
-        raise ConfigError("nothing to begin from", where=tokenizer.file, want="an end-of-document token", do="give --prompt, or set tokenizer.eod_token")
+        raise ConfigError(
+            "no start token",
+            where=tokenizer.file,
+            want="an end-of-document token",
+            do="pass --prompt, or set tokenizer.eod_token",
+        )
     return [tokenizer.eod_id]
 
 
 def open_output(name: str) -> TextIO:
-    """A file to write to.
+    """Open a file for writing.
 
     Raises:
-        DiskError: it cannot be made.
+        DiskError: the file cannot be created.
     """
     try:
         return open(name, "w", encoding="utf-8")
@@ -277,7 +371,7 @@ def open_output(name: str) -> TextIO:
 
 
 def converse(session: Session) -> int:
-    """Answer lines until /quit or the end of the input."""
+    """Answer input lines until /quit or the end of the input."""
     terminal = sys.stdin.isatty()
     while True:
         if terminal:

@@ -1,9 +1,9 @@
-"""Write the files that launchers start into a folder of your own, for an installation without a checkout.
+"""Write the files for launchers into a folder, for an installation without a checkout.
 
     neox init my-project
     cd my-project && deepspeed train.py --conf pythia/14M.yml mine.yml
 
-It writes train.py and launch/slurm.sh. A file that exists is left as it is.
+It writes train.py and launch/slurm.sh. Existing files are not changed.
 
 example: neox init my-project
 """
@@ -15,19 +15,21 @@ import shutil
 import sys
 from pathlib import Path
 
-from neox.config.load import SHARED_FILES
+from neox.config.files import SHARED_FILES
 from neox.errors import ConfigError, DiskError
 
 FILES = ("train.py", "launch/slurm.sh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `neox init`."""
-    parser.add_argument("folder", nargs="?", default=".", help="where to write; made if it does not exist (default: the current folder)")
+    """Declare the arguments of `neox init`."""
+    parser.add_argument(
+        "folder", nargs="?", default=".", help="folder to write to, created if missing (default: the current folder)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy the files; returns 0.
+    """Copy the files and return 0.
 
     Raises:
         ConfigError: the folder is a file.
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     for name in FILES:
         target = folder / name
         if target.exists():
-            print(f"{target}: exists, left as it is", file=sys.stderr)
+            print(f"{target}: exists, not changed", file=sys.stderr)
             continue
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Running a command that reads a model over several processes, for models that do not fit one device."""
+"""Options for commands that load a model on several processes, for models that do not fit on one device."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ from neox.runtime.launch import read_launch_info
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare --tensor and --pipeline."""
-    parser.add_argument("--tensor", type=int, default=1, help="processes that share each layer; start them with torchrun (default 1)")
-    parser.add_argument("--pipeline", type=int, default=1, help="stages the layers are cut into (default 1)")
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="processes that share each layer; start them with torchrun (default 1)"
+    )
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default 1)")
 
 
 def join_layout(args: argparse.Namespace, model: ModelConfig) -> Mesh:
-    """The mesh that the options and the launcher's variables give; a mesh of one process where there is no launcher.
+    """Create the mesh from the options and the variables of the launcher; without a launcher, of one process.
 
     Raises:
-        ConfigError: sizes that fit neither the processes nor the model, before any process group.
+        ConfigError: the sizes do not match the processes or the model. It is raised before any process group exists.
     """
     launch = read_launch_info(os.environ)
     tensor, pipeline = args.tensor, args.pipeline
     if min(tensor, pipeline) < 1 or tensor * pipeline != launch.world_size:
         raise ConfigError(
-            "the layout is not that of the processes",
+            "layout does not match the number of processes",
             where="--tensor, --pipeline",
             got=f"{tensor} x {pipeline} with {launch.world_size} processes",
             want="tensor x pipeline = number of processes",
             do=f"torchrun --nproc-per-node {max(tensor * pipeline, 1)} -m neox.cli.main ...",
         )
-    for name in ("num_attention_heads", "num_kv_heads", "intermediate_size"):
-        if dict(model)[name] % tensor:
-            raise ConfigError(
-                "the tensor group does not divide the model",
-                where=f"--tensor, model.{name}",
-                got=f"{tensor}, {dict(model)[name]}",
-                want="a multiple",
-            )
+    for name in model.undivided(tensor):
+        got = f"{tensor}, {getattr(model, name)}"
+        raise ConfigError(
+            "tensor parallelism does not divide the model", where=f"--tensor, model.{name}", got=got, want="a multiple"
+        )
     if pipeline > model.num_layers:
-        raise ConfigError("more stages than layers", where="--pipeline, model.num_layers", got=f"{pipeline}, {model.num_layers}", want="at most num_layers")
+        raise ConfigError(
+            "more pipeline stages than layers",
+            where="--pipeline, model.num_layers",
+            got=f"{pipeline}, {model.num_layers}",
+            want="at most num_layers",
+        )
     device = torch.device(args.device)
     if launch.world_size == 1:
         return Mesh.single(device)

@@ -1,4 +1,4 @@
-"""`neox COMMAND ...`: picks the command's module, runs it, turns errors into one line and an exit code."""
+"""Entry point `neox COMMAND ...`: imports the module of the command, runs it, and prints errors as one line."""
 
 from __future__ import annotations
 
@@ -20,39 +20,44 @@ COMMANDS = {
     "init": ("neox.cli.init", "write train.py and launch/slurm.sh into a folder"),
     "tokenizer": ("neox.cli.tokenizer", "train a tokenizer"),
     "preprocess": ("neox.cli.preprocess", "turn text into an indexed dataset (.bin, .idx)"),
-    "data": ("neox.cli.data", "inspect, verify, merge or compare datasets; say which data a run has read"),
+    "data": ("neox.cli.data", "inspect, verify, merge or compare datasets; show which data a run has read"),
     "config": ("neox.cli.config", "show, explain, compare or convert configs"),
-    "plan": ("neox.cli.plan", "say what a run will need, and whether it fits, before it starts"),
-    "train": ("neox.cli.train", "train a model (what train.py and the launchers run)"),
+    "plan": ("neox.cli.plan", "predict memory and time of a run, and whether it fits"),
+    "train": ("neox.cli.train", "train a model (train.py and the launchers run this)"),
     "generate": ("neox.cli.generate", "continue prompts with a trained model"),
     "evaluate": ("neox.cli.evaluate", "loss and bits per byte of a trained model on held-out data"),
     "export": ("neox.cli.export", "write a checkpoint as a Hugging Face model"),
-    "import": ("neox.cli.importer", "make a checkpoint from a Hugging Face model or a checkpoint of GPT-NeoX"),
+    "import": ("neox.cli.importer", "convert a Hugging Face model or a checkpoint of GPT-NeoX to a checkpoint"),
     "checkpoint": ("neox.cli.checkpoint", "inspect, verify, hash or convert checkpoints"),
-    "verify-resume": ("neox.cli.verify_resume", "train, kill, resume, and compare with an undisturbed run, bit for bit"),
+    "verify-resume": (
+        "neox.cli.verify_resume",
+        "train, kill, resume, and compare with an uninterrupted run, bit for bit",
+    ),
     "report": ("neox.cli.report", "write an HTML page about runs"),
-    "doctor": ("neox.cli.doctor", "say what this machine and installation have and lack"),
+    "doctor": ("neox.cli.doctor", "check this machine and the installation"),
 }
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others."""
+    """A parser that reports its errors like all other errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print.
+        """Raise the message that argparse would print.
 
         Raises:
             ConfigError: always.
         """
         raise ConfigError(message, where=self.prog, do=f"{self.prog} --help")
 
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        """As argparse's, but an option that is unknown is a complaint of the action that was asked for.
+    def parse_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse arguments like argparse, but attribute an unknown option to the requested action.
 
         Raises:
-            ConfigError: the arguments don't fit.
+            ConfigError: the arguments are invalid.
         """
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace or argparse.Namespace())
         if unknown:
             self.prog = " ".join([self.prog, *filter(None, [getattr(parsed, "action", None)])])
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -60,33 +65,49 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def usage() -> str:
-    """The overview that `neox --help` prints."""
-    lines = ["usage: neox [--debug] [--version] COMMAND ...", "", "Pre-training of GPT-style language models.", "", "commands:"]
+    """Return the overview for `neox --help`."""
+    lines = [
+        "usage: neox [--debug] [--version] COMMAND ...",
+        "",
+        "Pre-training of GPT-style language models.",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<15}{summary}" for name, (_, summary) in COMMANDS.items()]
-    lines += ["", "`neox COMMAND --help` says more. --debug prints the traceback of a failure.", "example: neox config show 1-3B.yml --set train.seed=7"]
+    lines += [
+        "",
+        "See `neox COMMAND --help`. --debug prints the traceback of an error.",
+        "example: neox config show 1-3B.yml --set train.seed=7",
+    ]
     return "\n".join(lines)
 
 
 def parse(argv: list[str]) -> tuple[str, argparse.ArgumentParser, list[str]]:
-    """Pick the command and build its parser; the module of no other command is imported.
+    """Import the module of the command and build its parser.
 
     Raises:
-        ConfigError: no such command.
+        ConfigError: there is no such command.
     """
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise ConfigError("unknown command", where="argv", got=name, want=f"one of {', '.join(COMMANDS)}", do="neox --help")
+        raise ConfigError(
+            "unknown command", where="argv", got=name, want=f"one of {', '.join(COMMANDS)}", do="neox --help"
+        )
     module, summary = COMMANDS[name]
     command = importlib.import_module(module)
-    parser = CommandParser(prog=f"neox {name}", description=command.__doc__ or summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="print the traceback of a failure")
+    parser = CommandParser(
+        prog=f"neox {name}",
+        description=command.__doc__ or summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     command.add_arguments(parser)
     parser.set_defaults(neox_run=command.run)
     return name, parser, rest
 
 
 def report(error: NeoxError, debug: bool) -> int:
-    """Print an error the way every command does; returns the exit code."""
+    """Print an error and return its exit code."""
     if debug:
         traceback.print_exception(error)
     print(error.line(), file=sys.stderr, flush=True)
@@ -94,23 +115,36 @@ def report(error: NeoxError, debug: bool) -> int:
 
 
 def as_problem(error: Exception, command: str) -> NeoxError | None:
-    """The error of ours that an exception is, or means: a package that cannot be imported. None: a bug."""
+    """Convert an exception to an error for the user, such as a missing package. None if it is a bug."""
     if isinstance(error, NeoxError):
         return error
-    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:  # from a name on the command line or in a file
-        got, want = printable(error.object[max(error.start - 40, 0) : error.end + 40]), "text that UTF-8 can write"
-        return ConfigError("a name or text holds bytes that are not UTF-8", where=f"neox {command}", got=got, want=want, do="rename the file or folder")
+    if (
+        isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason
+    ):  # from a name on the command line or in a file
+        got, want = printable(error.object[max(error.start - 40, 0) : error.end + 40]), "text that UTF-8 can encode"
+        return ConfigError(
+            "a name or text has bytes that are not UTF-8",
+            where=f"neox {command}",
+            got=got,
+            want=want,
+            do="rename the file or folder",
+        )
     if not isinstance(error, ImportError) or (error.name or "neox").startswith("neox"):
         return None
     if isinstance(error, ModuleNotFoundError):
-        return EnvironmentProblem("a package is missing", where=f"neox {command}", got=error.name, do="make setup")
-    return EnvironmentProblem("a package cannot be imported", where=f"neox {command}: {error.name}", got=str(error)[:300], do="neox doctor; make setup")
+        return EnvironmentProblem("package is missing", where=f"neox {command}", got=error.name, do="make setup")
+    return EnvironmentProblem(
+        "package cannot be imported",
+        where=f"neox {command}: {error.name}",
+        got=str(error)[:300],
+        do="neox doctor; make setup",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, or that of the error (docs/troubleshooting.md).
+    """Run one command and return its exit code: 0, or that of the error (docs/troubleshooting.md).
 
-    A failure the user can act on prints one line. Anything else is our own bug and keeps its traceback.
+    An error that the user can act on is printed as one line. Anything else is a bug of neox, with a traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -123,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"neox {__version__}")
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8, and the terminal may take less than that
+        # File names need not be UTF-8, and the terminal may support less.
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
     try:
         _, parser, rest = parse(argv)
@@ -147,20 +182,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave_stdout() -> None:
-    """The reader of a pipe went away (`| head`): nobody is left to tell."""
+    """Discard further output after the reader of a pipe has exited (`| head`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command() -> NoReturn:
-    """What `neox` runs: `main`, and then the end of the process.
+    """Run `main` and exit.
 
-    Python would first take all its objects apart, for as long as it takes to encode some megabytes of text. Only torch has something to tidy up.
+    Without torch, os._exit skips the teardown of the interpreter (about 20 ms of a command that takes 100 ms). Only
+    torch
+    needs an orderly exit.
     """
     code: int | str | None = 0
     try:
         try:
             code = main()
-        except SystemExit as end:  # of --help
+        except SystemExit as end:  # --help
             code = end.code
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Write one HTML page about one or more runs: numbers, curves, incidents, differences of their configs. It opens without network.
+"""Write an HTML page about one or more runs: numbers, curves, incidents, differences of the configs.
 
 example: neox report runs/default --out report.html
          neox report runs/a runs/b --out comparison.html
@@ -15,22 +15,36 @@ from neox.report.runs import read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `neox report`."""
+    """Declare the arguments of `neox report`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (run.dir)")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="page to write (default report.html)")
     parser.add_argument("--json", action="store_true", help="print the numbers of each run as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page; returns 0. Raises DataError for a folder that is no run, DiskError."""
+    """Write the page and return 0.
+
+    Raises:
+        DataError: a folder is not that of a run.
+        DiskError: the page cannot be written.
+    """
     runs = [read_run(folder) for folder in args.runs]
     try:
         with open(args.out, "w", encoding="utf-8") as file:
             file.write(page(runs))
     except OSError as error:
-        raise DiskError("cannot write the report", where=args.out, got=error.strerror, do="choose another --out") from error
+        raise DiskError(
+            "cannot write the report", where=args.out, got=error.strerror, do="choose another --out"
+        ) from error
     if args.json:
-        print(json.dumps({"out": args.out, "runs": [{"run": each.name, **each.summary(), "incidents": each.incidents()} for each in runs]}))
+        print(
+            json.dumps(
+                {
+                    "out": args.out,
+                    "runs": [{"run": each.name, **each.summary(), "incidents": each.incidents()} for each in runs],
+                }
+            )
+        )
     else:
         print(f"wrote {args.out}")
     return 0

@@ -7,8 +7,8 @@
 
 example: python train.py --conf my.yml --set run.dir=runs/first
 
-Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 disk, 6 memory, 10 stopped by a signal after saving, 11 not finite,
-or replicas that differ, 12 a process is stuck, 13 another process was lost, 14 environment.
+Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 disk, 6 memory, 10 stopped by a signal after saving, 11 NaN or
+infinite loss or diverged replicas, 12 a process is stuck, 13 another process was lost, 14 environment.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from neox.runtime.signals import StopSignals
 from neox.runtime.store_protocol import REPORT_DELAY, make_notice, post_refusal, serve_refusal
 from neox.testing.faults import FaultInjector, parse
 
-PATIENCE = 15.0  # seconds to wait for processes that are to be told why this one does not join: they may be importing torch
-FAREWELL = 1.0  # seconds, after a signal
+NOTIFY_TIMEOUT = 15.0  # seconds to wait for processes to notify; they may still be importing torch
+NOTIFY_TIMEOUT_AFTER_SIGNAL = 1.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `train`."""
-    parser.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="config files, later wins; a bare name is looked for under configs/ too")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="the same as --conf, as GPT-NeoX's deepy.py takes them; they come before --conf")
+    """Declare the options of `train`."""
+    parser.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="config files, a later one wins; names are also searched under configs/")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="the same as --conf, as for deepy.py of GPT-NeoX; they precede --conf")
     parser.add_argument("-d", "--conf_dir", "--conf-dir", metavar="DIR", help="folder of the config files")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single values, as section.key=value")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says the same
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it, and sets LOCAL_RANK too
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns the exit code, which is the same for all processes."""
+    """Train and return the exit code, which is the same for all processes."""
     launch = LaunchInfo()
-    with StopSignals(until_exit=True) as signals:  # before anything slow: a signal during the import of torch counts too
+    with StopSignals(until_exit=True) as signals:  # first, so that a signal during the import of torch is handled
         try:
             launch = read_launch_info(os.environ)
             if launch.world_size > 1:
@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug: bool) -> int:
-    """Report what kept this process from joining, and tell the others, which would wait for it. What all processes meet, such as a wrong config, is
-    reported once. Returns the exit code.
+    """Report why this process cannot join, and notify the others, which would wait for it. Return the exit code.
+
+    An error that all processes encounter, such as an invalid config, is reported once.
     """
     known = as_problem(error, "train")
     notice = make_notice(launch.rank, 1 if known is None else known.exit_code, f"{type(error).__name__}: {error}" if known is None else known.line())
@@ -81,40 +82,40 @@ def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug:
         traceback.print_exception(error)
     else:
         report(known, debug)
-    signals.end_at_once(None)  # from here on one only ends the waiting
+    signals.end_at_once(None)  # from now on a signal only ends the waiting
     if launch.rank == 0 and not launch.agent_store:
-        serve_refusal(launch, notice, PATIENCE, stop)
+        serve_refusal(launch, notice, NOTIFY_TIMEOUT, stop)
     elif same is None:
-        post_refusal(launch, notice, PATIENCE, stop)
+        post_refusal(launch, notice, NOTIFY_TIMEOUT, stop)
     return notice["code"]
 
 
 def end_while_joining(launch: LaunchInfo, received: signal.Signals) -> None:
-    """End this process, which a signal has reached before all had joined; called on a thread, as the main one may be anywhere."""
+    """Exit after a signal that arrived before all processes joined. It runs on a thread, as the main thread may be busy."""
     error = StoppedBySignal(
         "stopped by a signal before all processes had joined, so there is nothing to save",
         where=f"rank {launch.rank} of {launch.world_size}",
         got=received.name,
         do="start again",
     )
-    with contextlib.suppress(OSError):  # the reader may be gone
+    with contextlib.suppress(OSError):  # the reader may have exited
         print(error.line(), file=sys.stderr, flush=True)
     notice = make_notice(launch.rank, error.exit_code, error.line())
     if launch.rank == 0 and not launch.agent_store:
         launch = replace(launch, address="127.0.0.1")
-        if not serve_refusal(launch, notice, FAREWELL):  # this process may serve the store already
+        if not serve_refusal(launch, notice, NOTIFY_TIMEOUT_AFTER_SIGNAL):  # this process may already serve the store
             post_refusal(launch, notice, 0.0)
-            time.sleep(FAREWELL / 2)
+            time.sleep(NOTIFY_TIMEOUT_AFTER_SIGNAL / 2)
     else:
         post_refusal(launch, notice, 0.0)
     os._exit(error.exit_code)
 
 
 def conf_files(args: argparse.Namespace) -> list[str]:
-    """The config files that the command names.
+    """Return the config files of the command line.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: there are none.
     """
     names = [*args.files, *args.conf]
     if not names:
@@ -122,11 +123,11 @@ def conf_files(args: argparse.Namespace) -> list[str]:
     return names if args.conf_dir is None else [os.path.join(args.conf_dir, name) for name in names]
 
 
-def leave_out_the_flight_recorder(environment: MutableMapping[str, str]) -> None:
-    """Keep torch from recording the Python stack of each of the last 2,000 collectives, unless the user asks for it.
+def disable_flight_recorder(environment: MutableMapping[str, str]) -> None:
+    """Disable torch's record of the Python stacks of the last 2,000 collectives, unless the user sets its size.
 
-    The records come to lie between the tensors of the steps, and on a CPU, where both are in one heap, no two free blocks around one can be joined:
-    resident memory grows until 2,000 collectives are recorded. The watchdog reports where a process is stuck without them.
+    On a CPU the records are in the same heap as the tensors of the steps and fragment it: resident memory grows until
+    2,000 collectives are recorded. The watchdog reports where a process is stuck without them.
     """
     if not any(name in environment for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")):
         environment["TORCH_FR_BUFFER_SIZE"] = "0"
@@ -144,13 +145,13 @@ def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
             print(f"note: {note}", file=sys.stderr, flush=True)
     if loaded.config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is created
-    import torch  # only now: a wrong config is reported within a second
+    import torch  # late, so that an invalid config is reported within a second
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     validate(loaded.config, launch.world_size, device, loaded.origins)
-    os.environ.setdefault("DS_ACCELERATOR", device)  # else DeepSpeed probes for hardware and warns that it found none
+    os.environ.setdefault("DS_ACCELERATOR", device)  # otherwise DeepSpeed probes for hardware and warns if there is none
     if device == "cpu":
-        leave_out_the_flight_recorder(os.environ)
+        disable_flight_recorder(os.environ)
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed requires it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return loaded.config, device

@@ -1,12 +1,12 @@
-"""The keys of DeepSpeed 0.19's config that may stand under `deepspeed:`, those that we own, and those it dropped.
+"""Keys of DeepSpeed 0.19's config: those allowed under `deepspeed:`, those that neox sets, and those it removed.
 
-DeepSpeed itself lets a misspelt top-level key pass. It is not imported here; tests/config/test_deepspeed_keys.py compares
-these tables to the installed one.
+DeepSpeed ignores a misspelt top-level key. It is not imported here, because that is slow;
+tests/config/test_deepspeed_keys.py compares these tables with the installed version.
 """
 
 from __future__ import annotations
 
-# key -> keys below it; None: a value, or a mapping that is not checked further
+# key -> keys below it; None: a value, or a mapping whose keys are not checked
 DEEPSPEED_KEYS: dict[str, tuple[str, ...] | None] = {
     "activation_checkpointing": (
         "partition_activations",
@@ -18,9 +18,25 @@ DEEPSPEED_KEYS: dict[str, tuple[str, ...] | None] = {
     ),
     "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
     "autotuning": None,
-    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "bf16": (
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    ),
     "checkpoint": None,
-    "comet": ("enabled", "samples_log_interval", "project", "workspace", "api_key", "experiment_name", "experiment_key", "online", "mode"),
+    "comet": (
+        "enabled",
+        "samples_log_interval",
+        "project",
+        "workspace",
+        "api_key",
+        "experiment_name",
+        "experiment_key",
+        "online",
+        "mode",
+    ),
     "comms_logger": ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
     "communication_data_type": None,
     "compile": None,
@@ -33,7 +49,15 @@ DEEPSPEED_KEYS: dict[str, tuple[str, ...] | None] = {
     "disable_python_gc": None,
     "dump_state": None,
     "expert_parallel": None,
-    "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
+    "flops_profiler": (
+        "enabled",
+        "recompute_fwd_factor",
+        "profile_step",
+        "module_depth",
+        "top_modules",
+        "detailed",
+        "output_file",
+    ),
     "fp16": (
         "enabled",
         "auto_cast",
@@ -119,10 +143,11 @@ DEEPSPEED_KEYS: dict[str, tuple[str, ...] | None] = {
     ),
 }
 
-# what we set ourselves: dotted DeepSpeed key -> our key that decides it
+# dotted DeepSpeed key -> the key of neox that sets it
 OWNED_KEYS = {
     "activation_checkpointing": "train.activation_checkpointing",
     "bf16": "precision.dtype",
+    "bfloat16": "precision.dtype",  # DeepSpeed's second name for bf16
     "checkpoint": "checkpoint",
     "data_types": "precision.dtype",
     "expert_parallel": "parallel",
@@ -143,7 +168,7 @@ OWNED_KEYS = {
     "zero_optimization.stage": "zero.stage",
 }
 
-# what DeepSpeed refuses since it removed the feature
+# keys of removed features, which DeepSpeed rejects
 REMOVED_KEYS = (
     "amp",
     "compression_training",

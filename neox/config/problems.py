@@ -1,4 +1,4 @@
-"""Several config problems as one error: everything that is wrong is said at once, a line each."""
+"""Several config problems as one error with one line each, and suggestions for misspelt keys."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from neox.errors import ConfigError
 
-SHOWN = 50  # lines of one report; the rest is counted
+SHOWN = 50  # lines of one report; the others are counted
 
 
 class ConfigErrors(ConfigError):
-    """More than one problem. `line()` has a line for each.
+    """More than one problem. `line()` has one line for each.
 
     Args:
-        problems: the single errors, in the order they are printed.
+        problems: the errors, in the order in which they are printed.
     """
 
     def __init__(self, problems: Sequence[ConfigError]):
@@ -23,7 +23,7 @@ class ConfigErrors(ConfigError):
         super().__init__(first.what, where=first.where, got=first.got, want=first.want, do=first.do)
 
     def line(self) -> str:
-        """One `error[2] ...` line per problem."""
+        """Return one `error[2] ...` line per problem."""
         lines = [problem.line() for problem in self.problems[:SHOWN]]
         if len(self.problems) > SHOWN:
             lines.append(f"error[{self.exit_code}] and {len(self.problems) - SHOWN} more problems like these")
@@ -31,7 +31,7 @@ class ConfigErrors(ConfigError):
 
 
 def raise_problems(problems: Iterable[ConfigError]) -> None:
-    """Raise what was collected, each distinct line once; does nothing when there is nothing.
+    """Raise the collected problems, without duplicates. Does nothing if there are none.
 
     Raises:
         ConfigError: the only problem, or a ConfigErrors of all of them.
@@ -44,9 +44,10 @@ def raise_problems(problems: Iterable[ConfigError]) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known dotted key that a wrong one most likely means, or None.
+    """Return the known dotted key that an unknown one most likely means, or None.
 
-    The same last part in another section (wrong nesting) wins over a typo in the same section, which wins over a typo elsewhere.
+    The same name in another section (wrong nesting) is preferred to a typo in the same section, and that to a typo in
+    another section.
     """
     candidates = sorted(known)
     section, _, name = word.rpartition(".")
@@ -64,15 +65,17 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def same_word(name: str, known: Iterable[str]) -> list[str]:
-    """The known flat key that `name` is a misspelling of, underscores aside; at most one."""
+    """Return the known flat key of which `name` is a misspelling, ignoring underscores; at most one."""
     bare = {key.replace("_", ""): key for key in sorted(known)}
     return [bare[match] for match in difflib.get_close_matches(name.replace("_", ""), list(bare), n=1, cutoff=0.9)]
 
 
 def similar_words(name: str, known: Iterable[str]) -> list[str]:
-    """Known flat keys that hold every word of `name`, in any order, and at most as many others; those with the fewest others, at most three.
+    """Return known flat keys that contain every word of `name`, in any order, and at most as many additional words.
 
-    A key that only shares some words with `name` means something else: `wandb_run_name` is not `wandb_team`.
+    The keys with the fewest additional words are returned, at most three. A key that shares only some of the words
+    means
+    something else: `wandb_run_name` is not `wandb_team`.
     """
     words = name.split("_")
     found = []
@@ -92,6 +95,6 @@ def similar_words(name: str, known: Iterable[str]) -> list[str]:
 
 
 def brief(value: object, limit: int = 80) -> str:
-    """A value as one short piece of text for `got=`."""
+    """Return a short representation of a value, for `got=`."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,6 +1,8 @@
-"""What to do about a text that is not YAML. PyYAML says what its scanner met; the cause is usually on the line before, or where a bracket was opened.
+"""Advice on YAML syntax errors.
 
-Only line numbers and punctuation are named: a file that was included by mistake may hold what must not be printed.
+PyYAML reports what its scanner found; the cause is usually on the line before, or at an opening bracket. The advice
+names
+line numbers and punctuation only, because a file included by mistake may hold secrets.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ import yaml
 
 
 def advice(error: yaml.MarkedYAMLError, text: str) -> str | None:
-    """The next action for a syntax error; None where the message says it all."""
+    """Return the next action for a syntax error, or None if PyYAML's message is sufficient."""
+    if error.problem_mark is None:
+        return None
     problem, line = error.problem or "", error.problem_mark.line
     opened = None if error.context_mark is None else error.context_mark.line + 1
     if "'\\t'" in problem:
@@ -31,7 +35,7 @@ def advice(error: yaml.MarkedYAMLError, text: str) -> str | None:
 
 
 def _misplaced_colon(lines: list[str], line: int) -> str:
-    """Advice for a ': ' where no key can be: the line before ends a value, or the line itself holds two of them."""
+    """Return advice on a ': ' where a key is not allowed: the line before ends a value, or the line has two of them."""
     before = next((number for number in range(line - 1, -1, -1) if lines[number].split("#")[0].strip()), None)
     if before is None or lines[line].count(": ") > 1:
         return "quote the value: it holds ': '"

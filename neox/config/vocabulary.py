@@ -1,4 +1,4 @@
-"""The size of a vocabulary, and the ids of its tokens, read from a tokenizer's file."""
+"""Vocabulary size and token ids of a tokenizer file, without the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ from neox.files import read_json
 
 
 def tokenizer_vocab_size(file: str) -> int:
-    """Largest id + 1 of a `tokenizers` JSON file, added tokens included. Raises as `tokenizer_ids`."""
+    """Return the largest id + 1 of a `tokenizers` JSON file, including added tokens. Raises as `tokenizer_ids`."""
     return max(tokenizer_ids(file).values()) + 1
 
 
 def tokenizer_ids(file: str) -> dict[str, int]:
-    """token -> id of a `tokenizers` JSON file, added tokens included.
+    """Return token -> id of a `tokenizers` JSON file, including added tokens.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no tokenizer.
+        OSError: the file cannot be read.
+        ValueError: the file is not a tokenizer.
     """
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError("no `model` in it")
+        raise ValueError("missing `model`")
     vocabulary = content["model"].get("vocab")
     if isinstance(vocabulary, dict):
         ids = dict(vocabulary)
     elif isinstance(vocabulary, list):
-        ids = {str(entry[0] if isinstance(entry, list) and entry else entry): number for number, entry in enumerate(vocabulary)}
+        ids = {
+            str(entry[0] if isinstance(entry, list) and entry else entry): number
+            for number, entry in enumerate(vocabulary)
+        }
     else:
-        raise ValueError("no `model.vocab` in it")
-    ids |= {str(token.get("content")): token.get("id") for token in content.get("added_tokens") or [] if isinstance(token, dict)}
+        raise ValueError("missing `model.vocab`")
+    ids |= {
+        str(token.get("content")): token.get("id")
+        for token in content.get("added_tokens") or []
+        if isinstance(token, dict)
+    }
     if not ids or not all(type(number) is int and number >= 0 for number in ids.values()):
-        raise ValueError("its ids are no numbers")
+        raise ValueError("token ids that are not numbers")
     return ids

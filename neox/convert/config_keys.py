@@ -1,7 +1,8 @@
-"""Typed reading of a config.json: every key has a kind, a default where it is missing, and a stated meaning of null.
+"""Typed reading of a config.json: every key has a type, a default, and a defined meaning of null.
 
-A missing key and null differ: `"sliding_window": null` is full attention, while a missing one is the class's 4096. The tables of
-neox.convert.families follow the configuration classes of transformers, which refuse null where a value has no "none".
+A missing key and null differ: `"sliding_window": null` is full attention, while a missing one is 4096, the default of
+    the
+class. The tables in family_keys.py follow the configuration classes of transformers.
 """
 
 from __future__ import annotations
@@ -15,19 +16,18 @@ from typing import Any, Literal
 from neox import files
 from neox.config.problems import brief
 from neox.errors import CheckpointError, ConfigError
+from neox.files import JsonObject
 
-Json = dict[str, Any]
-
-REQUIRED: Any = object()  # as a default: the key must be there
+REQUIRED: Any = object()  # as a default: the key is required
 LARGEST_COUNT = 1 << 31
 LARGEST_NUMBER = 1e30
 
 WANTED = {
     "count": "a positive whole number",
-    "index": "a whole number from 0",
+    "index": "a whole number of at least 0",
     "number": "a number",
     "positive": "a positive number",
-    "share": "a number from 0 to below 1",
+    "share": "a number of at least 0 and below 1",
     "flag": "true or false",
     "name": "text",
     "id": "a token id",
@@ -42,9 +42,9 @@ class Key:
     """One key of a config.json.
 
     Attributes:
-        kind: what values it takes.
-        default: its value where it is missing.
-        nullable: null is a value of its own, read as None; else it is an error.
+        kind: type of the value.
+        default: value of a missing key.
+        nullable: null is valid and read as None; otherwise it is an error.
     """
 
     kind: Literal["count", "index", "number", "positive", "share", "flag", "name", "id", "ids", "names", "object"]
@@ -60,49 +60,63 @@ def _fits(kind: str, value: Any) -> bool:
         return all(type(item) is int and abs(item) < LARGEST_COUNT for item in items)
     if kind in ("number", "positive", "share"):
         low, high = {"number": (-math.inf, math.inf), "positive": (0, math.inf), "share": (0, 1)}[kind]
-        return type(value) in (int, float) and low <= value < high and abs(value) < LARGEST_NUMBER and (kind != "positive" or value > 0)
+        return (
+            type(value) in (int, float)
+            and low <= value < high
+            and abs(value) < LARGEST_NUMBER
+            and (kind != "positive" or value > 0)
+        )
     if kind == "names":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return isinstance(value, {"flag": bool, "name": str, "object": dict}[kind])
 
 
-def read_keys(table: Mapping[str, Key], theirs: Json, where: str = "config.json") -> Json:
-    """The values of all keys of a table; keys of `theirs` that the table lacks are left out.
+def read_keys(table: Mapping[str, Key], theirs: JsonObject, where: str = "config.json") -> JsonObject:
+    """Read the values of all keys in a table. Other keys of the JSON object are ignored.
 
     Args:
         table: keys by name.
         theirs: the JSON object.
-        where: what to call it in errors.
+        where: name of the object in errors.
 
     Raises:
-        ConfigError: a key is missing, null where null means nothing, or of another type or range.
+        ConfigError: a key is missing, is null although it is not nullable, or has another type or range.
     """
-    found: Json = {}
+    found: JsonObject = {}
     for name, key in table.items():
         if name not in theirs:
             if key.default is REQUIRED:
-                raise ConfigError(f"{where} lacks a key", where=f"{where}: {name}", want=WANTED[key.kind], do="get the model's own config.json")
+                raise ConfigError(
+                    f"key is missing in {where}",
+                    where=f"{where}: {name}",
+                    want=WANTED[key.kind],
+                    do="use the original config.json of the model",
+                )
             found[name] = key.default
             continue
         value = theirs[name]
         if not (value is None and key.nullable) and not _fits(key.kind, value):
             want = WANTED[key.kind] + (" or null" if key.nullable else "")
-            raise ConfigError("value cannot be used", where=f"{where}: {name}", got="null" if value is None else brief(value), want=want)
+            raise ConfigError(
+                "invalid value", where=f"{where}: {name}", got="null" if value is None else brief(value), want=want
+            )
         found[name] = value
     return found
 
 
-def read_json(path: Path) -> Json:
-    """A JSON object from a file.
+def read_json(path: Path) -> JsonObject:
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or is not a JSON object.
     """
     try:
         value = files.read_json(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)[:200]
-        raise CheckpointError("file cannot be read", where=path, got=reason, want="a JSON object", do="copy the file again") from error
+        raise CheckpointError(
+            "file cannot be read", where=path, got=reason, want="a JSON object", do="copy the file again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError("file cannot be read", where=path, got=type(value).__name__, want="a JSON object")
     return value

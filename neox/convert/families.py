@@ -1,24 +1,33 @@
-"""The Hugging Face architectures we read and write: how their configs and weight names correspond to ours.
+"""Hugging Face architectures that neox imports and exports: conversion of their configs and weights.
 
-A family maps configs both ways and gives one rule per parameter of ours, so that weights stream tensor by tensor in either
-direction. Facts are from the architectures' published configs and weight names.
+A family converts configs both ways, and has one rule per neox parameter, so that weights are converted tensor by tensor
+in either direction. Sources: the published configs and weight names of the architectures.
+
+In this package "ours" is a name or value of neox, and "theirs" one of Hugging Face.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from neox.config.schema import GATED, ModelConfig
-from neox.convert.config_keys import Json, Key
-from neox.convert.family_keys import GPT2_ALIASES, GPT2_KEYS, GPT_NEOX_KEYS, LLAMA_KEYS, MISTRAL_KEYS, QWEN2_KEYS, QWEN3_KEYS
+from neox.convert.config_keys import Key
+from neox.convert.family_keys import (
+    GPT2_ALIASES,
+    GPT2_KEYS,
+    GPT_NEOX_KEYS,
+    LLAMA_KEYS,
+    MISTRAL_KEYS,
+    QWEN2_KEYS,
+    QWEN3_KEYS,
+)
+from neox.convert.family_rules import Rule, contiguous_qkv, same, separate_qkv, transposed
 from neox.convert.rope import positions_to_json, rope_from_json, rope_misfits, rope_to_json
 from neox.errors import ConfigError
+from neox.files import JsonObject
 
-PLAIN_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}  # ours -> theirs
+UNGATED_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}  # neox -> Hugging Face
 THEIR_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -32,66 +41,17 @@ THEIR_GATES = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "re
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How one parameter of ours is held by them.
-
-    Attributes:
-        names: their tensor names.
-        split: our tensor -> theirs, in the order of names.
-        join: theirs -> ours.
-    """
-
-    names: tuple[str, ...]
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-    join: Callable[..., torch.Tensor]
-
-
-def same(name: str) -> Rule:
-    """The same tensor under another name."""
-    return Rule((name,), lambda x: (x,), lambda x: x)
-
-
-def transposed(name: str) -> Rule:
-    """A matrix stored [in, out]."""
-    return Rule((name,), lambda x: (x.t(),), lambda x: x.t())
-
-
-def split_qkv(packed: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Our packed rows [g (m + 2) d, ...] -> q [n d, ...], k [g d, ...], v [g d, ...]."""
-    heads = packed.unflatten(0, (config.num_kv_heads, -1, config.head_dim))
-    return heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
-
-
-def join_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """The inverse of split_qkv."""
-    parts = [x.unflatten(0, (config.num_kv_heads, -1, config.head_dim)) for x in (q, k, v)]
-    return torch.cat(parts, dim=1).flatten(0, 2)
-
-
-def separate_qkv(prefix: str, kind: str, config: ModelConfig) -> Rule:
-    """Three tensors q_proj, k_proj, v_proj."""
-    names = tuple(f"{prefix}.{part}_proj.{kind}" for part in "qkv")
-    return Rule(names, lambda x: split_qkv(x, config), lambda q, k, v: join_qkv(q, k, v, config))
-
-
-def contiguous_qkv(name: str, config: ModelConfig, *, transpose: bool) -> Rule:
-    """One tensor with all queries, then all keys, then all values; stored [in, out] where `transpose`."""
-    turn = torch.t if transpose else (lambda x: x)
-    sizes = [config.num_attention_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
-    return Rule((name,), lambda x: (turn(torch.cat(split_qkv(x, config))),), lambda x: join_qkv(*turn(x).split(sizes), config))
-
-
-@dataclass(frozen=True)
 class Family:
-    """One architecture of theirs.
+    """One Hugging Face architecture.
 
     Attributes:
-        model_type, architecture: as in config.json.
-        keys: the keys of config.json that it reads, with the defaults of their config class and what null means.
-        misfits: our config -> what it has that the architecture has not; empty: it fits.
-        to_json: our config -> the architecture's own keys of config.json.
-        from_json: the values of all keys -> fields of our config.
-        rules: our config -> our parameter name -> Rule.
+        model_type: as in config.json.
+        architecture: class name, as in config.json.
+        keys: the keys of config.json that it reads, with the defaults of the class and the meaning of null.
+        misfits: neox config -> settings that the architecture does not support; empty if all are supported.
+        to_json: neox config -> the keys of config.json that are specific to the architecture.
+        from_json: values of all keys -> fields of the neox config.
+        rules: neox config -> neox parameter name -> Rule.
         aliases: other names of keys.
     """
 
@@ -99,16 +59,20 @@ class Family:
     architecture: str
     keys: dict[str, Key]
     misfits: Callable[[ModelConfig], list[str]]
-    to_json: Callable[[ModelConfig], Json]
-    from_json: Callable[[Json], Json]
+    to_json: Callable[[ModelConfig], JsonObject]
+    from_json: Callable[[JsonObject], JsonObject]
     rules: Callable[[ModelConfig], dict[str, Rule]]
     aliases: dict[str, str] = field(default_factory=dict)
 
 
-def _unlike(config: ModelConfig, **wanted: Any) -> list[str]:
-    """Keys of our config whose value is not the wanted one (or one of a tuple of wanted ones)."""
+def _unlike(config: ModelConfig, **wanted: object) -> list[str]:
+    """List the keys of a config whose value is not the wanted one, or one of a tuple of wanted ones."""
     fields = config.model_dump()
-    return [f"{key}={fields[key]}" for key, want in wanted.items() if fields[key] not in (want if isinstance(want, tuple) else (want,))]
+    return [
+        f"{key}={fields[key]}"
+        for key, want in wanted.items()
+        if fields[key] not in (want if isinstance(want, tuple) else (want,))
+    ]
 
 
 def _lookup(table: dict[str, str], value: str, where: str) -> str:
@@ -121,21 +85,34 @@ def _lookup(table: dict[str, str], value: str, where: str) -> str:
 
 
 def _rotates_evenly(head_dim: int, rotary_pct: float) -> bool:
-    """Whether head_dim x rotary_pct is even: for odd numbers theirs rotates one channel more, ours one less."""
+    """Whether head_dim x rotary_pct is even. For odd numbers Hugging Face rotates one channel more, neox one less."""
     return int(head_dim * rotary_pct) % 2 == 0
 
 
 def _gpt_neox_misfits(config: ModelConfig) -> list[str]:
     fixed = rope_misfits(config) + _unlike(
-        config, norm="layernorm", position_embedding="rotary", mlp_bias=True, qk_norm=False, sliding_window=None, attention_softcap=None
+        config,
+        norm="layernorm",
+        position_embedding="rotary",
+        mlp_bias=True,
+        qk_norm=False,
+        sliding_window=None,
+        attention_softcap=None,
     )
-    fixed += _unlike(config, activation=tuple(PLAIN_ACTIVATIONS), num_kv_heads=config.num_attention_heads, attention_out_bias=config.qkv_bias)
+    fixed += _unlike(
+        config,
+        activation=tuple(UNGATED_ACTIVATIONS),
+        num_kv_heads=config.num_attention_heads,
+        attention_out_bias=config.qkv_bias,
+    )
     fixed += _unlike(config, head_dim=config.hidden_size // config.num_attention_heads)
-    fixed += _unlike(config, rotary_pct=config.rotary_pct if _rotates_evenly(config.head_dim, config.rotary_pct) else None)
+    fixed += _unlike(
+        config, rotary_pct=config.rotary_pct if _rotates_evenly(config.head_dim, config.rotary_pct) else None
+    )
     return fixed + (_unlike(config, shared_residual_norm=False) if config.parallel_residual else [])
 
 
-def _gpt_neox_to_json(config: ModelConfig) -> Json:
+def _gpt_neox_to_json(config: ModelConfig) -> JsonObject:
     rope = rope_to_json(config)
     rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_pct
     return rope | {
@@ -143,7 +120,7 @@ def _gpt_neox_to_json(config: ModelConfig) -> Json:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size,
-        "hidden_act": PLAIN_ACTIVATIONS[config.activation],
+        "hidden_act": UNGATED_ACTIVATIONS[config.activation],
         "max_position_embeddings": positions_to_json(config),
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel_residual,
@@ -155,11 +132,16 @@ def _gpt_neox_to_json(config: ModelConfig) -> Json:
     }
 
 
-def _gpt_neox_from_json(theirs: Json) -> Json:
+def _gpt_neox_from_json(theirs: JsonObject) -> JsonObject:
     rope = rope_from_json(theirs, theirs["rotary_emb_base"], theirs["rotary_pct"])
     head_dim = theirs["hidden_size"] // theirs["num_attention_heads"]
     if not _rotates_evenly(head_dim, rope["rotary_pct"]):
-        raise ConfigError("odd number of rotary channels", where="config.json: rotary_pct", got=f"{head_dim} x {rope['rotary_pct']}", want="an even number")
+        raise ConfigError(
+            "odd number of rotary channels",
+            where="config.json: rotary_pct",
+            got=f"{head_dim} x {rope['rotary_pct']}",
+            want="an even number",
+        )
     return rope | {
         "num_layers": theirs["num_hidden_layers"],
         "norm_eps": theirs["layer_norm_eps"],
@@ -194,12 +176,24 @@ def _gpt_neox_rules(config: ModelConfig) -> dict[str, Rule]:
 
 
 def _gpt2_misfits(config: ModelConfig) -> list[str]:
-    fixed = _unlike(config, norm="layernorm", position_embedding="learned", parallel_residual=False, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
-    fixed += _unlike(config, qk_norm=False, sliding_window=None, attention_softcap=None, num_kv_heads=config.num_attention_heads)
-    return fixed + _unlike(config, activation=tuple(PLAIN_ACTIVATIONS), head_dim=config.hidden_size // config.num_attention_heads)
+    fixed = _unlike(
+        config,
+        norm="layernorm",
+        position_embedding="learned",
+        parallel_residual=False,
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+    )
+    fixed += _unlike(
+        config, qk_norm=False, sliding_window=None, attention_softcap=None, num_kv_heads=config.num_attention_heads
+    )
+    return fixed + _unlike(
+        config, activation=tuple(UNGATED_ACTIVATIONS), head_dim=config.hidden_size // config.num_attention_heads
+    )
 
 
-def _gpt2_to_json(config: ModelConfig) -> Json:
+def _gpt2_to_json(config: ModelConfig) -> JsonObject:
     return {
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,
@@ -207,7 +201,7 @@ def _gpt2_to_json(config: ModelConfig) -> Json:
         "n_inner": config.intermediate_size,
         "n_positions": config.max_position_embeddings,
         "n_ctx": config.max_position_embeddings,
-        "activation_function": PLAIN_ACTIVATIONS[config.activation],
+        "activation_function": UNGATED_ACTIVATIONS[config.activation],
         "layer_norm_epsilon": config.norm_eps,
         "attn_pdrop": config.attention_dropout,
         "resid_pdrop": config.hidden_dropout,
@@ -215,8 +209,12 @@ def _gpt2_to_json(config: ModelConfig) -> Json:
     }
 
 
-def _gpt2_from_json(theirs: Json) -> Json:
-    for key, want in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
+def _gpt2_from_json(theirs: JsonObject) -> JsonObject:
+    for key, want in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
         if theirs[key] is not want:
             raise ConfigError("GPT-2 option is not supported", where=f"config.json: {key}", got=theirs[key], want=want)
     return {
@@ -234,7 +232,10 @@ def _gpt2_from_json(theirs: Json) -> Json:
 
 
 def _gpt2_rules(config: ModelConfig) -> dict[str, Rule]:
-    rules = {"embedding.word.weight": same("transformer.wte.weight"), "embedding.position.weight": same("transformer.wpe.weight")}
+    rules = {
+        "embedding.word.weight": same("transformer.wte.weight"),
+        "embedding.position.weight": same("transformer.wpe.weight"),
+    }
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         rules.update(_with_biases(f"{ours}.norm1", f"{theirs}.ln_1"))
@@ -251,14 +252,20 @@ def _gpt2_rules(config: ModelConfig) -> dict[str, Rule]:
 # Llama and its descendants
 
 
-def _llama_misfits(config: ModelConfig, wanted: Json) -> list[str]:
+def _llama_misfits(config: ModelConfig, wanted: JsonObject) -> list[str]:
     fixed = rope_misfits(config) + _unlike(
-        config, norm="rmsnorm", position_embedding="rotary", rotary_pct=1.0, parallel_residual=False, attention_softcap=None, hidden_dropout=0.0
+        config,
+        norm="rmsnorm",
+        position_embedding="rotary",
+        rotary_pct=1.0,
+        parallel_residual=False,
+        attention_softcap=None,
+        hidden_dropout=0.0,
     )
     return fixed + _unlike(config, activation=tuple(GATED), **wanted)
 
 
-def _llama_to_json(config: ModelConfig) -> Json:
+def _llama_to_json(config: ModelConfig) -> JsonObject:
     return rope_to_json(config) | {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -275,11 +282,11 @@ def _llama_to_json(config: ModelConfig) -> Json:
     }
 
 
-def _mistral_to_json(config: ModelConfig) -> Json:
+def _mistral_to_json(config: ModelConfig) -> JsonObject:
     return _llama_to_json(config) | {"sliding_window": config.sliding_window}
 
 
-def _qwen_to_json(config: ModelConfig) -> Json:
+def _qwen_to_json(config: ModelConfig) -> JsonObject:
     windowed = config.sliding_window is not None
     return _llama_to_json(config) | {
         "use_sliding_window": windowed,
@@ -289,12 +296,17 @@ def _qwen_to_json(config: ModelConfig) -> Json:
     }
 
 
-def _llama_from_json(theirs: Json, attention_bias: bool = False, mlp_bias: bool = False) -> Json:
-    """Fields of all descendants of Llama; only Llama itself has both biases as keys."""
+def _llama_from_json(theirs: JsonObject, attention_bias: bool = False, mlp_bias: bool = False) -> JsonObject:
+    """Return the fields shared by Llama and its descendants. Only Llama itself has keys for both biases."""
     heads, head_dim = theirs["num_attention_heads"], theirs["head_dim"]
     rope = rope_from_json(theirs, theirs["rope_theta"], theirs["partial_rotary_factor"] or 1.0)
     if rope["rotary_pct"] != 1:
-        raise ConfigError("part of the channels is rotated", where="config.json: partial_rotary_factor", got=rope["rotary_pct"], want="1, as in Llama")
+        raise ConfigError(
+            "partial rotary embedding is not supported",
+            where="config.json: partial_rotary_factor",
+            got=rope["rotary_pct"],
+            want="1, as in Llama",
+        )
     return rope | {
         "num_layers": theirs["num_hidden_layers"],
         "num_kv_heads": heads if theirs["num_key_value_heads"] is None else theirs["num_key_value_heads"],
@@ -308,15 +320,15 @@ def _llama_from_json(theirs: Json, attention_bias: bool = False, mlp_bias: bool 
     }
 
 
-def _mistral_from_json(theirs: Json) -> Json:
+def _mistral_from_json(theirs: JsonObject) -> JsonObject:
     return _llama_from_json(theirs) | {"sliding_window": theirs["sliding_window"]}
 
 
-def _qwen_window(theirs: Json) -> int | None:
-    """The window where every layer has it, None where no layer has.
+def _qwen_window(theirs: JsonObject) -> int | None:
+    """Return the window if every layer has it, None if no layer has one.
 
     Raises:
-        ConfigError: some layers have a window and some have not.
+        ConfigError: only some layers have a window.
     """
     window = theirs["sliding_window"] if theirs["use_sliding_window"] else None
     layers, kinds = theirs["num_hidden_layers"], theirs["layer_types"]
@@ -328,18 +340,31 @@ def _qwen_window(theirs: Json) -> int | None:
         strange = sorted(set(kinds) - {"sliding_attention", "full_attention"})
         if strange or len(kinds) != layers:
             got = ", ".join(strange[:4]) or f"{len(kinds)} layers"
-            raise ConfigError("layer types cannot be used", where="config.json: layer_types", got=got, want=f"{layers} x full_attention or sliding_attention")
+            raise ConfigError(
+                "layer types are not supported",
+                where="config.json: layer_types",
+                got=got,
+                want=f"{layers} x full_attention or sliding_attention",
+            )
     if sliding not in (0, layers):
-        raise ConfigError("layers differ in their attention window", where="config.json: layer_types", got=f"{sliding} of {layers} slide", want="all or none")
+        raise ConfigError(
+            "layers differ in their attention window",
+            where="config.json: layer_types",
+            got=f"{sliding} of {layers} have a window",
+            want="all or none",
+        )
     return window if sliding else None
 
 
-def _qwen2_from_json(theirs: Json) -> Json:
+def _qwen2_from_json(theirs: JsonObject) -> JsonObject:
     return _llama_from_json(theirs) | {"sliding_window": _qwen_window(theirs), "qkv_bias": True}
 
 
-def _qwen3_from_json(theirs: Json) -> Json:
-    return _llama_from_json(theirs, theirs["attention_bias"]) | {"sliding_window": _qwen_window(theirs), "qk_norm": True}
+def _qwen3_from_json(theirs: JsonObject) -> JsonObject:
+    return _llama_from_json(theirs, theirs["attention_bias"]) | {
+        "sliding_window": _qwen_window(theirs),
+        "qk_norm": True,
+    }
 
 
 def _llama_rules(config: ModelConfig) -> dict[str, Rule]:
@@ -360,17 +385,27 @@ def _llama_rules(config: ModelConfig) -> dict[str, Rule]:
     return rules | ({} if config.tie_embeddings else {"head.weight": same("lm_head.weight")})
 
 
-_LLAMA_PLAIN = {"qk_norm": False, "sliding_window": None}
+_LLAMA_FIXED = {"qk_norm": False, "sliding_window": None}
 _QWEN2_FIXED = {"qk_norm": False, "qkv_bias": True, "attention_out_bias": False, "mlp_bias": False}
 
 FAMILIES = (
-    Family("gpt_neox", "GPTNeoXForCausalLM", GPT_NEOX_KEYS, _gpt_neox_misfits, _gpt_neox_to_json, _gpt_neox_from_json, _gpt_neox_rules),
-    Family("gpt2", "GPT2LMHeadModel", GPT2_KEYS, _gpt2_misfits, _gpt2_to_json, _gpt2_from_json, _gpt2_rules, GPT2_ALIASES),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        GPT_NEOX_KEYS,
+        _gpt_neox_misfits,
+        _gpt_neox_to_json,
+        _gpt_neox_from_json,
+        _gpt_neox_rules,
+    ),
+    Family(
+        "gpt2", "GPT2LMHeadModel", GPT2_KEYS, _gpt2_misfits, _gpt2_to_json, _gpt2_from_json, _gpt2_rules, GPT2_ALIASES
+    ),
     Family(
         "llama",
         "LlamaForCausalLM",
         LLAMA_KEYS,
-        lambda config: _llama_misfits(config, _LLAMA_PLAIN | {"attention_out_bias": config.qkv_bias}),
+        lambda config: _llama_misfits(config, _LLAMA_FIXED | {"attention_out_bias": config.qkv_bias}),
         _llama_to_json,
         lambda theirs: _llama_from_json(theirs, theirs["attention_bias"], theirs["mlp_bias"]),
         _llama_rules,
@@ -379,17 +414,29 @@ FAMILIES = (
         "mistral",
         "MistralForCausalLM",
         MISTRAL_KEYS,
-        lambda config: _llama_misfits(config, {"qk_norm": False, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}),
+        lambda config: _llama_misfits(
+            config, {"qk_norm": False, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+        ),
         _mistral_to_json,
         _mistral_from_json,
         _llama_rules,
     ),
-    Family("qwen2", "Qwen2ForCausalLM", QWEN2_KEYS, lambda config: _llama_misfits(config, _QWEN2_FIXED), _qwen_to_json, _qwen2_from_json, _llama_rules),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        QWEN2_KEYS,
+        lambda config: _llama_misfits(config, _QWEN2_FIXED),
+        _qwen_to_json,
+        _qwen2_from_json,
+        _llama_rules,
+    ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         QWEN3_KEYS,
-        lambda config: _llama_misfits(config, {"qk_norm": True, "attention_out_bias": config.qkv_bias, "mlp_bias": False}),
+        lambda config: _llama_misfits(
+            config, {"qk_norm": True, "attention_out_bias": config.qkv_bias, "mlp_bias": False}
+        ),
         _qwen_to_json,
         _qwen3_from_json,
         _llama_rules,
@@ -398,31 +445,37 @@ FAMILIES = (
 
 
 def family_for(config: ModelConfig) -> Family:
-    """The architecture that holds this config exactly.
+    """Return the architecture that represents this config exactly.
 
     Raises:
-        ConfigError: there is none; says what stands in the way of the nearest.
+        ConfigError: there is none; names the settings that the closest one does not support.
     """
     if config.output == "score":
-        raise ConfigError("reward models are not exported", where="model.output", got="score", want="tokens")
+        raise ConfigError("reward models cannot be exported", where="model.output", got="score", want="tokens")
     ranked = sorted(FAMILIES, key=lambda family: len(family.misfits(config)))
     misfits = ranked[0].misfits(config)
     if misfits:
         raise ConfigError(
-            "no Hugging Face architecture holds this model", where="model", got=", ".join(misfits), want=f"what {ranked[0].architecture}, the nearest, has"
+            "no Hugging Face architecture represents this model",
+            where="model",
+            got=", ".join(misfits),
+            want=f"settings that {ranked[0].architecture}, the closest architecture, supports",
         )
     return ranked[0]
 
 
 def family_named(model_type: object) -> Family:
-    """The architecture that config.json names.
+    """Return the architecture of a model_type in config.json.
 
     Raises:
-        ConfigError: one we don't read.
+        ConfigError: it is not supported.
     """
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
     raise ConfigError(
-        "architecture is not supported", where="config.json: model_type", got=model_type, want=", ".join(family.model_type for family in FAMILIES)
+        "architecture is not supported",
+        where="config.json: model_type",
+        got=model_type,
+        want=", ".join(family.model_type for family in FAMILIES),
     )

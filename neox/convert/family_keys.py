@@ -1,6 +1,6 @@
-"""The keys of config.json that each architecture reads: their defaults and what null means, as in the classes of transformers.
+"""The keys of config.json that each architecture reads, with the defaults of the classes in transformers.
 
-Only the width is required. Everything else has the class's default, since files leave keys out that have it.
+Only the width is required, because files omit keys that have their default.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from neox.convert.config_keys import Key
 from neox.convert.rope import ROPE_OBJECTS
 
 _SHARED = {
-    "initializer_range": Key("number", None, nullable=True),  # of no effect on what the model computes
+    "initializer_range": Key("number", None, nullable=True),  # does not affect what the model computes
     "pad_token_id": Key("id", None, nullable=True),
 }
 GPT_NEOX_KEYS = {
@@ -52,7 +52,12 @@ GPT2_KEYS = {
     "resid_pdrop": Key("share", 0.1),
     "tie_word_embeddings": Key("flag", True),
 }
-GPT2_ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 _LLAMA_SHARED = {
     **_SHARED,
     **ROPE_OBJECTS,

@@ -1,4 +1,4 @@
-"""Weights on their way in: each parameter of ours as something that can be made when it is needed."""
+"""Conversion of weights on demand, and the checkpoint of an import: one parameter is in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from neox.checkpoint.lazy_tensor import LazyTensor, lazy_fragment
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import Content, save
-from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
+from neox.config.values import dump, to_builtins
 from neox.errors import CheckpointError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -21,67 +21,55 @@ SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Source:
-    """One parameter of ours, converted when it is asked for.
+class WeightSource:
+    """A neox parameter that is read and converted on demand.
 
     Attributes:
-        make: reads and converts it.
-        dtype: that it will have.
+        make: reads and converts the parameter.
+        dtype: dtype of the result.
     """
 
     make: Callable[[], torch.Tensor]
     dtype: torch.dtype
 
     def __call__(self) -> torch.Tensor:
-        """The tensor, made now."""
+        """Read and convert the parameter."""
         return self.make()
 
 
-class InMemoryTensors:
-    """Tensors in memory, with the face of TensorFiles."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self._tensors = tensors
-
-    def names(self) -> list[str]:
-        """All tensors."""
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._tensors[name].dtype
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor."""
-        return self._tensors[name]
-
-
-def save_weights(config: Config, weights: Mapping[str, Source], root: Path) -> Path:
-    """Write a checkpoint of step 0 that holds weights only, one tensor in memory at a time.
+def save_weights(config: Config, weights: Mapping[str, WeightSource], root: Path) -> Path:
+    """Write a checkpoint of step 0 with weights only. One tensor is in memory at a time.
 
     Args:
-        config: of the run that may start from it.
+        config: config of the run that may start from the checkpoint.
         weights: every parameter by name.
         root: folder of checkpoints.
 
     Returns:
-        the checkpoint's folder.
+        the folder of the checkpoint.
 
     Raises:
         CheckpointError: parameters are missing, unknown or of another shape.
-        DiskError: it cannot be written.
+        DiskError: the checkpoint cannot be written.
     """
     specs = GPT(config.model, Mesh.single("meta")).shard_specs()
     wrong = sorted(specs.keys() ^ weights.keys())
     if wrong:
-        raise CheckpointError("weights do not fit the model", where=", ".join(wrong[:4]), got=f"{len(weights)} weights", want=f"{len(specs)}")
-    return save(
-        root,
-        Content(0, {"step": 0, "weights_only": True}, start_lineage(root), config_lock=dump(config), model_config=to_builtins(config.model)),
-        [lazy_fragment(name, LazyTensor(source.make, tuple(specs[name].shape), source.dtype)) for name, source in weights.items()],
-        shard_bytes=SHARD_BYTES,
+        raise CheckpointError(
+            "weights do not match the model",
+            where=", ".join(wrong[:4]),
+            got=f"{len(weights)} weights",
+            want=f"{len(specs)}",
+        )
+    content = Content(
+        0,
+        {"step": 0, "weights_only": True},
+        start_lineage(root),
+        config_lock=dump(config),
+        model_config=to_builtins(config.model),
     )
+    fragments = [
+        lazy_fragment(name, LazyTensor(source.make, tuple(specs[name].shape), source.dtype))
+        for name, source in weights.items()
+    ]
+    return save(root, content, fragments, shard_bytes=SHARD_BYTES)

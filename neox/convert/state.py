@@ -1,9 +1,9 @@
-"""What a pickled state dict may hold: named, dense tensors of floating-point numbers that lie in memory, the same on every rank."""
+"""Tensors by name: checks of a state dict from another program, and the interface of weights to import."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -15,31 +15,85 @@ State = dict[str, torch.Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def named_tensors(content: Any, where: object) -> State:
-    """The tensors of a state dict by name; other values are left out.
+class Tensors(Protocol):
+    """Tensors by name, from files or from memory."""
+
+    def names(self) -> list[str]:
+        """All names, in the order of the source."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor. Raises CheckpointError if it cannot be read."""
+        ...
+
+
+class InMemoryTensors:
+    """Tensors of a state dict."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        """All names, in the order of the state dict."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return self._tensors[name].dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor."""
+        return self._tensors[name]
+
+
+def named_tensors(content: object, where: object) -> State:
+    """Return the tensors of a state dict by name. Other values are omitted.
 
     Args:
-        content: what a file held.
-        where: what to call the file in errors.
+        content: content of a file.
+        where: name of the file in errors.
 
     Raises:
-        CheckpointError: it is no dictionary, or a key is no string.
+        CheckpointError: the content is not a dictionary, or a key is not a string.
     """
     if not isinstance(content, dict):
-        raise CheckpointError("no state dict", where=where, got=type(content).__name__, want="tensors by name")
+        raise CheckpointError("not a state dict", where=where, got=type(content).__name__, want="tensors by name")
     strange = [key for key in content if not isinstance(key, str)]
     if strange:
-        raise CheckpointError("key of a state dict is not a name", where=where, got=brief(strange[0]), want="tensors by name")
+        raise CheckpointError(
+            "key of a state dict is not a name", where=where, got=brief(strange[0]), want="tensors by name"
+        )
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def check_tensor(tensor: torch.Tensor, where: object) -> None:
-    """Raise CheckpointError unless a tensor can be read as weights: copying it must take no more memory than its file has bytes."""
+    """Raise CheckpointError unless a tensor can be read as weights.
+
+    A copy must not need more memory than its file has bytes.
+    """
     problem = None
     if tensor.is_meta:
         problem = "a meta tensor, which has no values"
     elif tensor.is_quantized or tensor.layout != torch.strided or tensor.is_nested:
-        problem = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        problem = (
+            "quantized"
+            if tensor.is_quantized
+            else "nested"
+            if tensor.is_nested
+            else str(tensor.layout).removeprefix("torch.")
+        )
     elif tensor.dtype not in DTYPES:
         problem = str(tensor.dtype).removeprefix("torch.")
     elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -50,15 +104,19 @@ def check_tensor(tensor: torch.Tensor, where: object) -> None:
 
 
 def check_ranks(states: Sequence[State], where: object) -> None:
-    """Raise CheckpointError unless all tensor ranks hold readable tensors of the same names and shapes."""
+    """Raise CheckpointError unless all tensor-parallel ranks have readable tensors of the same names and shapes."""
     for rank, state in enumerate(states):
         for name, tensor in state.items():
             check_tensor(tensor, f"{where}, rank {rank}: {name}")
         differing = sorted(state.keys() ^ states[0].keys())
         if differing:
             lacking = rank if differing[0] in states[0] else 0
-            raise CheckpointError("tensor ranks hold different weights", where=f"{where}: {differing[0]}", got=f"rank {lacking} lacks it")
+            raise CheckpointError(
+                "tensor-parallel ranks have different weights",
+                where=f"{where}: {differing[0]}",
+                got=f"missing on rank {lacking}",
+            )
         for name, tensor in state.items():
             if tensor.shape != states[0][name].shape:
                 got = f"{tuple(states[0][name].shape)} on rank 0, {tuple(tensor.shape)} on rank {rank}"
-                raise CheckpointError("tensor ranks hold different shapes", where=f"{where}: {name}", got=got)
+                raise CheckpointError("tensor-parallel ranks have different shapes", where=f"{where}: {name}", got=got)

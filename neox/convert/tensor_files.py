@@ -1,6 +1,6 @@
-"""Safetensors files of other programs, one tensor at a time in either direction: never more than one is held.
+"""Reading and writing of safetensors files, with one tensor in memory at a time.
 
-Files are read, not mapped: mapped pages would count as memory of the process as they are touched.
+Files are not memory-mapped, because mapped pages count as memory of the process once they are accessed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from neox.checkpoint.shard import DTYPE_NAMES, DTYPES, HEADER_LIMIT, check_heade
 from neox.errors import CheckpointError
 from neox.files import open_regular
 
-ENTRY_BYTES = 160  # room of one tensor in a header, beside its name
+ENTRY_BYTES = 160  # bytes of one tensor in a header, without its name
 ALIGNMENT = 64
 LFS_POINTER = b"version https://git-lfs"
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], int]:
-    """A file's tensors with their offsets in its data, and where its data begin. Raises CheckpointError."""
+    """Return the tensors of a file with their offsets in the data, and the offset of the data.
+
+    Raises CheckpointError.
+    """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -32,42 +35,52 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], int]:
             file.seek(0)
             raw = file.read(8 + min(length, HEADER_LIMIT, size))
         if raw.startswith(LFS_POINTER):
-            raise CheckpointError("a Git LFS pointer instead of the contents", where=path, do="git lfs pull, or hf download NAME --local-dir DIR")
+            raise CheckpointError(
+                "Git LFS pointer instead of the content",
+                where=path,
+                do="git lfs pull, or hf download NAME --local-dir DIR",
+            )
         return check_header(raw, size, path), 8 + length
     except OSError as error:
-        raise CheckpointError("weights cannot be read", where=path, got=error.strerror, do="copy the file again") from error
+        raise CheckpointError(
+            "weights cannot be read", where=path, got=error.strerror, do="copy the file again"
+        ) from error
     except CheckpointError as error:
         got = error.what if error.got is None else f"{error.what}: {error.got}"
-        raise CheckpointError("weights cannot be read", where=error.where, got=got, want=error.want, do=error.do or "copy the file again") from error
+        raise CheckpointError(
+            "weights cannot be read", where=error.where, got=got, want=error.want, do=error.do or "copy the file again"
+        ) from error
 
 
 class TensorFiles:
-    """Tensors by name over several files; headers are checked at once, data are read when they are asked for.
+    """Tensors by name in several files. Headers are checked at once, data is read on demand.
 
     Raises:
-        CheckpointError: a file is absent or damaged, or a name is in two files.
+        CheckpointError: a file is missing or damaged, or a name is in two files.
     """
 
     def __init__(self, paths: Iterable[Path]):
-        self._places: dict[str, tuple[Path, TensorInfo, int]] = {}
+        self._entries: dict[str, tuple[Path, TensorInfo, int]] = {}
         for path in paths:
             table, begin = _read_header(path)
             for name, (info, offset) in table.items():
-                if name in self._places:
-                    raise CheckpointError("weight is in two files", where=name, got=f"{self._places[name][0].name}, {path.name}")
-                self._places[name] = (path, info, begin + offset)
+                if name in self._entries:
+                    raise CheckpointError(
+                        "weight is in two files", where=name, got=f"{self._entries[name][0].name}, {path.name}"
+                    )
+                self._entries[name] = (path, info, begin + offset)
 
     def names(self) -> list[str]:
         """All tensors, in the order of the files."""
-        return list(self._places)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._places[name][1].shape
+        return self._entries[name][1].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor."""
-        return DTYPES[self._places[name][1].dtype]
+        return DTYPES[self._entries[name][1].dtype]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor.
@@ -75,7 +88,7 @@ class TensorFiles:
         Raises:
             CheckpointError: the file cannot be read.
         """
-        path, info, offset = self._places[name]
+        path, info, offset = self._entries[name]
         count = torch.Size(info.shape).numel()
         data = bytearray(count * ITEM_BYTES[info.dtype])
         try:
@@ -85,21 +98,23 @@ class TensorFiles:
                 while done < len(data):
                     read = file.readinto(view[done:])
                     if not read:
-                        raise OSError("the file is shorter than its header says")
+                        raise OSError("the file is shorter than its header states")
                     done += read
         except OSError as error:
-            raise CheckpointError("weights cannot be read", where=f"{path}: {name}", got=error, do="copy the file again") from error
+            raise CheckpointError(
+                "weights cannot be read", where=f"{path}: {name}", got=error, do="copy the file again"
+            ) from error
         if count == 0:
             return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
 class TensorFileWriter:
-    """Writes one file whose tensors come one by one: the header, which must come first, gets its room in advance.
+    """Writes one file tensor by tensor. Space for the header, which precedes the data, is reserved.
 
     Args:
-        path: file to make.
-        names: every name that may be added; they decide the room.
+        path: file to create.
+        names: every name that may be added; they determine the size of the header.
     """
 
     def __init__(self, path: Path, names: Iterable[str]):
@@ -113,12 +128,16 @@ class TensorFileWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append a tensor."""
         view = tensor_bytes(tensor)
-        self._table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self.size, self.size + len(view)]}
+        self._table[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self.size, self.size + len(view)],
+        }
         self._file.write(view)
         self.size += len(view)
 
     def close(self) -> None:
-        """Write the header; the file is complete after this."""
+        """Write the header, which completes the file."""
         text = json.dumps(self._table, separators=(",", ":")).encode()
         text += b" " * (self._begin - 8 - len(text))
         self._file.seek(0)
@@ -128,7 +147,9 @@ class TensorFileWriter:
     def __enter__(self) -> TensorFileWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:

@@ -64,7 +64,7 @@ def check_passed_through(raw: dict[str, Any]) -> None:
         section, _, key = path.partition(".")
         value = raw.get(section)
         if section in raw and (not key or (isinstance(value, dict) and key in value)):
-            raise ConfigError("DeepSpeed key that we set", where=f"deepspeed.{path}", got=value, want=f"{ours} decides it", do=f"set {ours}")
+            raise ConfigError("DeepSpeed key that neox sets", where=f"deepspeed.{path}", got=value, want=f"set by {ours}", do=f"set {ours}")
 
 
 def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_parameters: int) -> dict[str, Any]:

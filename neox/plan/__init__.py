@@ -1,1 +1,1 @@
-"""What a run will need, said before it starts: memory, communication, time (docs/plan.md). Nothing here imports torch."""
+"""Prediction of what a run needs: memory, communication, time (docs/plan.md). Nothing here imports torch."""

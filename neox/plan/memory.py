@@ -1,35 +1,39 @@
-"""Memory of one process of every stage: what stays, what comes and goes, and the moment at which there is most of it.
+"""Memory of one process of every pipeline stage: resident and temporary memory, and the phase of a step with the peak.
 
-The sums follow DeepSpeed's stages as neox.engine.deepspeed_setup configures them (stage_1_and_2.py, stage3.py of DeepSpeed 0.19): fp32 masters, moments and
-accumulated gradients whatever the dtype of the weights; buckets of at most BUCKET elements.
+The sums follow DeepSpeed's ZeRO stages as neox.engine.deepspeed_setup configures them (stage_1_and_2.py and stage3.py
+of
+DeepSpeed 0.19): master weights, moments and accumulated gradients are fp32 for any dtype of the weights, and buckets
+have
+at most BUCKET elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from neox.config.schema import Config
 from neox.engine.footprint import LIVE, bucket_elements, effective_stage
 from neox.plan.activations import Activations, activations
-from neox.plan.sizes import ELEMENT, Layout, Stage, optimizer_elements
+from neox.plan.sizes import ELEMENT, ResolvedLayout, Stage, optimizer_elements
 
 FP32 = 4  # bytes
+STAGE_0_BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time at stage 0
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one process of a stage.
+class StageMemory:
+    """Memory of one process of a stage, bytes.
 
     Attributes:
-        parameters: weights that the forward reads; with ZeRO 3 the own share and what is gathered.
-        optimizer: fp32 masters and the optimizer's state.
-        gradients: accumulated ones.
-        buffers: DeepSpeed's buckets, messages between stages, the copy of a tied embedding.
-        activations: of the stage.
-        phases: total at each moment, by name.
-        host: bytes of host memory beside a GPU: copies for checkpoints, what is offloaded.
-        checkpoint: bytes that this process writes to a checkpoint.
+        parameters: weights of the forward pass; with ZeRO 3 the local shard and gathered weights.
+        optimizer: fp32 master weights and optimizer state.
+        gradients: accumulated gradients.
+        buffers: buckets of DeepSpeed, messages between stages, the copy of a tied embedding.
+        activations: activations of the stage.
+        phases: total in each phase, by name.
+        host: host memory in addition to a GPU: copies for checkpoints, offloaded state.
+        checkpoint: size of the checkpoint files that this process writes.
     """
 
     parameters: int
@@ -43,27 +47,29 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Largest total."""
+        """Largest total of all phases."""
         return max(self.phases.values())
 
     @property
     def moment(self) -> str:
-        """When it is reached."""
+        """Phase with the largest total."""
         return max(self.phases, key=lambda name: self.phases[name])
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that the optimizer's side of a process holds; `_share` is what one of the replicas has.
+class OptimizerMemory:
+    """Memory of weights, gradients and optimizer in one process, bytes.
 
     Attributes:
-        weights, masters, state: as in Memory.
-        gradients: accumulated over micro-batches.
-        bucket: of the reduction.
+        weights: weights of the forward pass.
+        masters: fp32 master weights.
+        state: optimizer state.
+        gradients: gradients accumulated over micro-batches.
+        bucket: bucket of the reduction.
+        share: the share of one replica of the fp32 gradients.
+        flat: copy of the share that the update reads; 0 if it reads the share itself.
+        fresh: gradient of the largest parameter before it is accumulated.
         second: another bucket, which stages 1 and 2 fill while the first is reduced; 0 without `overlap_comm`.
-        share: of the fp32 gradients.
-        flat: copy of the share that the update reads; 0 where it reads the share itself.
-        fresh: gradient of the largest parameter before it is added to the others.
     """
 
     weights: int
@@ -77,106 +83,156 @@ class Held:
     second: int = 0
 
 
-def held(config: Config, layout: Layout, stage: Stage) -> Held:
-    """Weights, masters, optimizer state and gradients under the ZeRO stage that DeepSpeed runs."""
+def optimizer_memory(config: Config, layout: ResolvedLayout, stage: Stage) -> OptimizerMemory:
+    """Compute the memory of weights, master weights, optimizer state and gradients under the effective ZeRO stage.
+
+    Frozen weights (LoRA) have no master weights, gradients or optimizer state.
+    """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
-    count, replicas = stage.parameters, layout.replicas
+    count, trained, replicas = stage.parameters, stage.trained, layout.replicas
     state = FP32 * optimizer_elements(config, stage)
     single = config.precision.dtype == "fp32"
     accumulates = layout.batch.gradient_accumulation > 1
-    bucket, share = int(zero_section(config).get("reduce_bucket_size", bucket_elements(count))), -(-count // replicas)
+    bucket, share = int(zero_section(config).get("reduce_bucket_size", bucket_elements(count))), -(-trained // replicas)
     fresh = element * stage.largest if accumulates or not single else 0
     if zero == 0:
-        return Held(element * count, 0, state, FP32 * count, FP32 * min(count, 500_000_000), 0, 0, fresh)
-    common = {"masters": FP32 * share, "state": -(-state // replicas), "share": FP32 * share, "flat": FP32 * share if single else 0, "fresh": fresh}
+        gradients, flat_bucket = FP32 * trained, FP32 * min(trained, STAGE_0_BUCKET)
+        return OptimizerMemory(element * count, 0, state, gradients, flat_bucket, 0, 0, fresh)
+    memory = OptimizerMemory(
+        weights=element * count,
+        masters=FP32 * share,
+        state=-(-state // replicas),
+        gradients=FP32 * (trained if zero == 1 else share),
+        bucket=(FP32 if zero == 1 else element) * bucket,
+        share=FP32 * share,
+        flat=FP32 * share if single else 0,
+        fresh=fresh,
+    )
+    if zero == 3:
+        weights = element * (share + min(count, LIVE)) if replicas > 1 else element * count
+        return replace(memory, weights=weights)
+    if zero == 2 and single and accumulates:
+        memory = replace(memory, gradients=2 * memory.gradients)
     overlaps = zero_section(config).get("overlap_comm") is True
-    if zero == 1:
-        return Held(weights=element * count, gradients=FP32 * count, bucket=FP32 * bucket, second=FP32 * bucket * overlaps, **common)
-    if zero == 2:
-        gradients = FP32 * share * (2 if single and accumulates else 1)
-        return Held(weights=element * count, gradients=gradients, bucket=element * bucket, second=element * bucket * overlaps, **common)
-    weights = element * (share + min(count, LIVE)) if replicas > 1 else element * count
-    return Held(weights=weights, gradients=FP32 * share, bucket=element * bucket, **common)
+    return replace(memory, second=memory.bucket if overlaps else 0)
 
 
-def phases(config: Config, layout: Layout, stage: Stage, have: Held, act: Activations) -> dict[str, int]:
-    """Bytes at the moments that can be the largest, resident copies for checkpoints aside.
+def phases(
+    config: Config, layout: ResolvedLayout, stage: Stage, have: OptimizerMemory, act: Activations
+) -> dict[str, int]:
+    """Compute the memory of each phase that can have the peak, bytes, without copies for checkpoints.
 
-    start: model, its unrounded copy and DeepSpeed's flat tensors; loss: logits and their gradient; backward: the blocks; reduce: gradients and
-    buckets after the last backward; update: gradients and the copy that the optimizer reads.
+    - start: the model, its unrounded copy, and the flat tensors of DeepSpeed.
+    - loss: logits and their gradient.
+    - backward: backward pass of the blocks.
+    - reduce: gradients and buckets after the last backward pass.
+    - update: gradients, and the copy that the optimizer reads.
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
-    count = stage.parameters
     resident = have.weights + have.masters + have.state + stage.tied * (element + FP32)
-    # The model is made whole, in fp32; rounded dtypes keep a copy of it until the masters are written; stages 1 and 2 flatten group by group.
-    exact = 0 if element == FP32 else FP32 * count
-    start = FP32 * count + exact
-    if zero in (1, 2):
-        start = max(start, exact + 2 * element * count, exact + element * count + have.masters)
-    elif zero == 3:
-        start = max(start, exact + have.weights + have.masters)
-    repeated = layout.batch.gradient_accumulation > 1
-    cut = zero >= 2
-    before = (have.gradients if repeated or cut else 0) + (have.bucket + have.second if repeated and zero > 0 else 0)
+    repeated, sharded = layout.batch.gradient_accumulation > 1, zero >= 2
     messages = 2 * act.boundary if layout.pp > 1 else 0
-    loss = resident + before + act.resident + act.logits + messages + have.fresh
-    during = have.gradients if repeated or cut else element * stage.largest  # else the head's is the first, and others come as activations go
     bucket = have.bucket if zero > 0 else 0
-    backward = resident + during + bucket + have.second + act.resident + act.recomputed + act.working + messages + (have.fresh if repeated else 0)
-    # Gradients move into the bucket; where it is smaller than they are, the reduced share grows beside it.
-    moved = max(have.gradients + bucket, max(have.gradients - bucket, 0) + bucket + have.share) if zero == 1 else have.gradients + have.bucket
-    if zero in (1, 2) and layout.replicas > 1:
-        filled = min(have.bucket, (FP32 if zero == 1 else element) * count)  # a config may ask for a bucket that the model never fills
-        moved += filled + (filled // 2 if zero == 1 and element < FP32 else 0)  # owners' parts are reduced in a copy, of 16 bits where weights are
+
+    accumulated = have.gradients if repeated or sharded else 0
+    buckets = bucket + have.second if repeated else 0
+    loss = resident + accumulated + buckets + act.resident + act.logits + messages + have.fresh
+
+    # Without accumulation the gradient of the head is the first, and the others replace activations.
+    gradients = accumulated or element * stage.largest
+    temporary = act.resident + act.recomputed + act.working + messages + (have.fresh if repeated else 0)
+    backward = resident + gradients + bucket + have.second + temporary
+
+    last = act.working + max(act.recomputed, act.saved // stage.blocks)  # backward pass of the first block
     update = resident + (have.gradients if zero == 0 else have.share) + have.flat
     if zero == 1 and layout.replicas > 1:
-        update += have.bucket  # small gradients of others lie in it until they are let go
-    last = act.working + max(act.recomputed, act.kept // stage.blocks)  # the first block's backward
-    return {"start": start, "loss": loss, "backward": backward, "reduce": resident + moved + have.second + last, "update": update}
+        update += have.bucket  # small gradients of other owners stay in it until they are freed
+    return {
+        "start": start_memory(config, stage, have),
+        "loss": loss,
+        "backward": backward,
+        "reduce": resident + reduction_memory(config, layout, stage, have) + have.second + last,
+        "update": update,
+    }
+
+
+def start_memory(config: Config, stage: Stage, have: OptimizerMemory) -> int:
+    """Compute the memory while DeepSpeed is initialised.
+
+    The model is created in fp32. With 16-bit weights an exact copy of the trained weights exists until the master weights
+    are written. Stages 1 and 2 flatten the trained weights group by group.
+    """
+    zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
+    weights, exact = element * stage.parameters, 0 if element == FP32 else FP32 * stage.trained
+    created = FP32 * stage.parameters + exact
+    if zero in (1, 2):
+        return max(created, exact + weights + element * stage.trained, exact + weights + have.masters)
+    return max(created, exact + have.weights + have.masters) if zero == 3 else created
+
+
+def reduction_memory(config: Config, layout: ResolvedLayout, stage: Stage, have: OptimizerMemory) -> int:
+    """Compute the memory of gradients and buckets while gradients are reduced after the last backward pass."""
+    zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
+    moved = have.gradients + have.bucket
+    if zero == 1:
+        # Gradients move into the bucket. If it is smaller than the gradients, the reduced share grows in addition.
+        moved = max(moved, max(have.gradients - have.bucket, 0) + have.bucket + have.share)
+    if zero in (1, 2) and layout.replicas > 1:
+        # The config may set a bucket that the gradients never fill.
+        filled = min(have.bucket, (FP32 if zero == 1 else element) * stage.trained)
+        moved += filled
+        if zero == 1 and element < FP32:
+            moved += filled // 2  # the parts of each owner are reduced in a copy with the dtype of the weights
+    return moved
 
 
 def zero_section(config: Config) -> dict:
-    """What the config hands to DeepSpeed under zero_optimization."""
+    """Return what the config passes to DeepSpeed under zero_optimization."""
     section = config.deepspeed.get("zero_optimization")
     return section if isinstance(section, dict) else {}
 
 
 def offloaded(config: Config) -> bool:
-    """Whether deepspeed: moves the optimizer's state to the host."""
+    """Whether the config offloads optimizer state to the host."""
     target = zero_section(config).get("offload_optimizer")
     return isinstance(target, dict) and target.get("device") in ("cpu", "nvme")
 
 
-def stage_memory(config: Config, layout: Layout, stage: Stage, kind: str) -> Memory:
-    """Memory of one process of a stage.
+def stage_memory(config: Config, layout: ResolvedLayout, stage: Stage, kind: str) -> StageMemory:
+    """Compute the memory of one process of a stage.
 
     Args:
-        config: the run.
+        config: config of the run.
         layout: from `resolve`.
         stage: one of layout.stages.
-        kind: of the device: on a "cpu" copies for checkpoints lie in the memory that the model lies in.
+        kind: kind of the device; on a "cpu" copies for checkpoints are in the same memory as the model.
     """
-    have = held(config, layout, stage)
+    have = optimizer_memory(config, layout, stage)
     act = activations(config, layout, stage)
-    # Masters are the weights of a checkpoint; at stage 0 the replicas share the writing.
-    checkpoint = -(-(FP32 * stage.parameters + FP32 * optimizer_elements(config, stage)) // layout.replicas)
+    # A checkpoint has the master weights. At stage 0 the replicas divide the writing.
+    frozen = ELEMENT[config.precision.dtype] * (stage.parameters - stage.trained)
+    checkpoint = -(-(FP32 * (stage.trained + optimizer_elements(config, stage)) + frozen) // layout.replicas)
     copies = checkpoint if config.checkpoint.in_background else 0
     moments = phases(config, layout, stage, have, act)
-    aside = have.masters + have.state if offloaded(config) else 0
-    moments = {name: total - (aside if name != "start" else 0) for name, total in moments.items()}
+    offloaded_bytes = have.masters + have.state if offloaded(config) else 0
+    moments = {name: total - (offloaded_bytes if name != "start" else 0) for name, total in moments.items()}
     if kind == "cpu":
         every = config.checkpoint.save_interval
-        saved_before_end = bool(every and every < config.train.train_iters) or any(0 < step < config.train.train_iters for step in config.checkpoint.save_iters)
+        saved_before_end = bool(every and every < config.train.train_iters) or any(
+            0 < step < config.train.train_iters for step in config.checkpoint.save_iters
+        )
         resident = have.weights + have.masters + have.state
-        moments = {name: total + (copies if saved_before_end and name != "start" else 0) for name, total in moments.items()}
+        moments = {
+            name: total + (copies if saved_before_end and name != "start" else 0) for name, total in moments.items()
+        }
         moments["checkpoint"] = resident + (have.gradients if effective_stage(config) == 0 else 0) + copies
-    return Memory(
+    return StageMemory(
         parameters=have.weights,
-        optimizer=have.masters + have.state - aside,
+        optimizer=have.masters + have.state - offloaded_bytes,
         gradients=have.gradients,
         buffers=have.bucket + have.second + have.flat + stage.tied * (ELEMENT[config.precision.dtype] + FP32),
         activations=act,
         phases=moments,
-        host=aside + (copies if kind == "cuda" else 0),
+        host=offloaded_bytes + (copies if kind == "cuda" else 0),
         checkpoint=checkpoint,
     )

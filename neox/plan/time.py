@@ -1,11 +1,14 @@
-"""Time of a step: arithmetic and traffic of the slowest stage at the device's speeds, bubbles of the pipeline, the update.
+"""Time of a step: computation and communication of the slowest stage, the pipeline bubble, and the optimizer update.
 
-A model of first order. Matrix products reach `efficiency` of the peak, everything else is bound by memory, messages within a step are not hidden (the
-sums over the tensor group partly are, which is not counted), and nothing waits for data. docs/plan.md says how far it was from what was measured.
+This is a first-order model. Matrix products reach `efficiency` of the peak, everything else is bound by memory
+bandwidth,
+communication within a step is not overlapped, and the step never waits for data. docs/plan.md compares it with measured
+times.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neox.config.schema import Config
@@ -13,27 +16,27 @@ from neox.engine.footprint import effective_stage
 from neox.model.shapes import block_parameters, flops_per_token
 from neox.plan.communication import traffic
 from neox.plan.devices import Device
-from neox.plan.memory import Memory
-from neox.plan.sizes import Layout, Stage
+from neox.plan.memory import StageMemory
+from neox.plan.sizes import ResolvedLayout, Stage
 
-TOUCHED = 3.0  # times that what a block keeps is read or written beside the products, forward and backward
-STREAMING = 0.8  # share of the memory's bandwidth that element-wise work reaches
+TOUCHED = 3.0  # reads and writes of each saved activation outside of matrix products, forward and backward
+STREAMING = 0.8  # fraction of the memory bandwidth that element-wise kernels reach
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, and what they are made of.
+    """Time of one step and its parts, in seconds unless stated otherwise.
 
     Attributes:
-        total: of the step.
+        total: the step.
         products: matrix products and attention of the slowest stage.
-        elementwise: the rest of the forward and backward.
-        messages: tensor, context and pipeline traffic.
-        bubble: waiting of the pipeline.
-        reduction: gradients and weights over the replicas.
-        update: the optimizer.
-        flops: of the whole model, all processes, recomputation not counted.
-        executed: FLOPs of a process of the slowest stage, recomputation counted, masked halves of the attention not.
+        elementwise: other kernels of the forward and backward pass.
+        messages: tensor, context and pipeline communication.
+        bubble: pipeline bubble.
+        reduction: communication of gradients and weights over the replicas.
+        update: optimizer update.
+        flops: FLOPs of the model over all processes, without recomputation.
+        executed: FLOPs of a process of the slowest stage, with recomputation, without masked attention.
     """
 
     total: float
@@ -47,8 +50,8 @@ class StepTime:
     executed: float
 
 
-def stage_flops(config: Config, layout: Layout, stage: Stage) -> float:
-    """FLOPs that one process of a stage executes for one micro-batch: causal attention looks at half of the keys, recomputed blocks count again."""
+def stage_flops(config: Config, layout: ResolvedLayout, stage: Stage) -> float:
+    """Return the FLOPs of one process for one micro-batch, with recomputed blocks and without masked attention."""
     model, length = config.model, config.data.seq_length
     tokens = layout.batch.micro_batch_size * length / layout.cp
     window = min(length, model.sliding_window or length)
@@ -59,35 +62,41 @@ def stage_flops(config: Config, layout: Layout, stage: Stage) -> float:
     return tokens * (stage.blocks * block * forwards + head) / layout.tp
 
 
-def bandwidth_of(axis: str, layout: Layout, device: Device) -> float:
-    """Bytes/s of a group: the link where its ranks are of one node (rank = ((pp DP + dp) CP + cp) TP + tp), else the network."""
+def bandwidth_of(axis: str, layout: ResolvedLayout, device: Device) -> float:
+    """Return the bandwidth of a group in bytes/s: that of the link if its ranks are in one node, else of the network.
+
+    Ranks are ((pp DP + dp) CP + cp) TP + tp.
+    """
     reach = {"tensor": layout.tp, "context": layout.tp * layout.cp, "data": layout.tp * layout.cp * layout.dp}
     reach["pipeline"] = reach["data"] * layout.pp
     return device.link if reach[axis] <= device.per_node else device.network
 
 
-def step_time(config: Config, layout: Layout, memories: list[Memory], device: Device) -> StepTime:
-    """The time of a step."""
-    repeats = layout.batch.gradient_accumulation
-    peak = device.peak(config.precision.dtype) * device.efficiency
-    best: StepTime | None = None
-    for stage, memory in zip(layout.stages, memories, strict=True):
-        act = memory.activations
-        executed = stage_flops(config, layout, stage) * repeats
-        products = executed / peak
-        touched = TOUCHED * (act.whole + act.recomputed * stage.blocks) + 4 * act.logits
-        elementwise = repeats * touched / (device.bandwidth * STREAMING)
-        sent = {"tensor": 0.0, "context": 0.0, "pipeline": 0.0, "data": 0.0}
-        for row in traffic(config, layout, stage):
-            sent[row.axis] += row.sent / bandwidth_of(row.axis, layout, device)
-        messages = sent["tensor"] + sent["context"] + sent["pipeline"]
-        bubble = (products + elementwise + messages) * (layout.pp - 1) / repeats
-        # Masters and state are read and written, gradients read, weights written.
-        update = (2 * memory.optimizer + memory.gradients / (layout.replicas if effective_stage(config) == 1 else 1) + memory.parameters) / (
-            device.bandwidth * STREAMING
-        )
-        total = products + elementwise + messages + bubble + sent["data"] + update
-        if best is None or total > best.total:
-            flops = flops_per_token(config.model, config.data.seq_length) * layout.batch.global_batch_size * config.data.seq_length
-            best = StepTime(total, products, elementwise, messages, bubble, sent["data"], update, flops, executed)
-    return best
+def step_time(config: Config, layout: ResolvedLayout, memories: Sequence[StageMemory], device: Device) -> StepTime:
+    """Estimate the time of a step: that of the slowest stage."""
+    pairs = zip(layout.stages, memories, strict=True)
+    return max((stage_time(config, layout, *pair, device) for pair in pairs), key=lambda time: time.total)
+
+
+def stage_time(config: Config, layout: ResolvedLayout, stage: Stage, memory: StageMemory, device: Device) -> StepTime:
+    """Estimate the time of a step if all stages were as slow as this one."""
+    repeats, act = layout.batch.gradient_accumulation, memory.activations
+    executed = stage_flops(config, layout, stage) * repeats
+    products = executed / (device.peak(config.precision.dtype) * device.efficiency)
+    touched = TOUCHED * (act.uncheckpointed + act.recomputed * stage.blocks) + 4 * act.logits
+    elementwise = repeats * touched / (device.bandwidth * STREAMING)
+
+    sent = {"tensor": 0.0, "context": 0.0, "pipeline": 0.0, "data": 0.0}
+    for row in traffic(config, layout, stage):
+        sent[row.axis] += row.sent / bandwidth_of(row.axis, layout, device)
+    messages = sent["tensor"] + sent["context"] + sent["pipeline"]
+    bubble = (products + elementwise + messages) * (layout.pp - 1) / repeats
+
+    # Master weights and state are read and written, gradients are read, weights are written.
+    gradients = memory.gradients / (layout.replicas if effective_stage(config) == 1 else 1)
+    update = (2 * memory.optimizer + gradients + memory.parameters) / (device.bandwidth * STREAMING)
+
+    length = config.data.seq_length
+    flops = flops_per_token(config.model, length) * layout.batch.global_batch_size * length
+    total = products + elementwise + messages + bubble + sent["data"] + update
+    return StepTime(total, products, elementwise, messages, bubble, sent["data"], update, flops, executed)

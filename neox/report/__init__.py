@@ -1,1 +1,1 @@
-"""The page of a run: what happened, readable without network or server."""
+"""Report pages about runs, readable without network or server."""

@@ -1,12 +1,11 @@
-"""One self-contained HTML page about one or more runs: numbers, plots, incidents, config. It needs no network and runs no script."""
+"""A self-contained HTML page about one or more runs: numbers, plots, incidents, config. It has no scripts."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
 
-from neox.config.explain import inline
-from neox.config.load import flatten
+from neox.config.values import flatten, inline
 from neox.report.plot import COLORS, Line, plot
 from neox.report.runs import RunRecord, differences
 
@@ -16,10 +15,12 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 1.5rem 
 h1, h2, summary { overflow-wrap: anywhere; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; font-size: 14px; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
+vertical-align: top; }
 th { font-weight: 600; } tr + tr td { border-top: 1px solid #8884; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); gap: .6rem; }
-figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; margin-left: 4rem; } svg { width: 100%; height: auto; }
+figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; margin-left: 4rem; } svg { width: 100%; height: auto;
+}
 svg text { font-size: 11px; fill: currentColor; } svg text.n { font-weight: 600; } .g { stroke: #8883; }
 code, pre { font: 12.5px/1.4 ui-monospace, monospace; } pre { overflow-x: auto; }
 """
@@ -34,7 +35,7 @@ PLOTS = (  # title, key of metrics.jsonl, logarithmic
 
 
 def page(runs: list[RunRecord]) -> str:
-    """The page's text; the same runs give the same page."""
+    """Return the HTML of the page. The same runs give the same page."""
     title = "neox report: " + ", ".join(run.name for run in runs)
     body = [f"<h1>{escape(title)}</h1>", summary(runs), plots(runs), incidents(runs)]
     if len(runs) > 1:
@@ -42,26 +43,27 @@ def page(runs: list[RunRecord]) -> str:
     body += [data_mix(run) + config(run) for run in runs]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{screen}<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{screen}<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of texts."""
+    """Return an HTML table."""
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{cells}</tr>{lines}</table></div>'
 
 
 def summary(runs: list[RunRecord]) -> str:
-    """The runs side by side in numbers."""
+    """Return a table with the summary of each run."""
     facts = [run.summary() for run in runs]
     names = dict.fromkeys(name for each in facts for name in each)
     return table(["", *(run.name for run in runs)], [[name, *(each.get(name, "") for each in facts)] for name in names])
 
 
 def plots(runs: list[RunRecord]) -> str:
-    """All figures; the loss has the validation loss beside it."""
+    """Return all figures. The figure of the loss includes the validation loss."""
     figures, names = [], short_names([run.name for run in runs])
     for title, key, log in PLOTS:
         lines = [Line(names[i] if len(runs) > 1 else title, run.series(key), i) for i, run in enumerate(runs)]
@@ -74,7 +76,7 @@ def plots(runs: list[RunRecord]) -> str:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Paths without the folders that they share, which a legend has no room for."""
+    """Shorten paths for a legend by the folders that they have in common."""
     parts = [Path(name).parts for name in names]
     shared = 0
     while parts and all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
@@ -83,19 +85,21 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def incidents(runs: list[RunRecord]) -> str:
-    """What happened beside steps."""
+    """Return the incidents of the runs."""
     rows = [[run.name, text] for run in runs for text in run.incidents()]
     return "<h2>Incidents</h2>" + (table(["run", "what"], rows) if rows else "<p>None.</p>")
 
 
 def difference_table(runs: list[RunRecord]) -> str:
-    """Config keys that differ."""
+    """Return the config keys that differ."""
     rows = [[key, *values] for key, values in differences(runs)]
-    return "<h2>Differences of the configs</h2>" + (table(["key", *(run.name for run in runs)], rows) if rows else "<p>None.</p>")
+    return "<h2>Differences of the configs</h2>" + (
+        table(["key", *(run.name for run in runs)], rows) if rows else "<p>None.</p>"
+    )
 
 
 def data_mix(run: RunRecord) -> str:
-    """Sources of the training data and their shares."""
+    """Return the sources of the training data and their shares."""
     sources = run.config.data.train
     total = sum(source.weight for source in sources)
     rows = [[source.path, f"{100 * source.weight / total:.2f} %"] for source in sources] if total else []
@@ -105,6 +109,6 @@ def data_mix(run: RunRecord) -> str:
 
 
 def config(run: RunRecord) -> str:
-    """The whole config, folded away."""
+    """Return the complete config, collapsed."""
     text = "\n".join(f"{key}: {inline(value)}" for key, value in flatten(run.config))
     return f"<details><summary>Config of {escape(run.name)}</summary><pre>{escape(text)}</pre></details>"

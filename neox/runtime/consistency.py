@@ -11,8 +11,8 @@ import torch
 
 import neox
 from neox.checkpoint.consensus import RankGroup
-from neox.config.load import flatten
 from neox.config.schema import Config
+from neox.config.values import flatten
 from neox.errors import ConfigError
 
 EDGE = 1 << 16  # bytes at either end of a file that are hashed

@@ -14,8 +14,8 @@ from neox.checkpoint.lora_merge import open_weights
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.storage import Storage
-from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
+from neox.config.values import dump, to_builtins
 from neox.data.samples.cursor import Cursor
 from neox.engine.engine import Engine
 from neox.errors import DiskError, NonFinite

@@ -19,7 +19,7 @@ from neox.config.validate import batch_sizes
 from neox.engine.footprint import effective_stage
 from neox.errors import MemoryExhausted
 from neox.parallel.mesh import Mesh
-from neox.plan.devices import COMPILER, DEVICES, cpu, of_cuda_name
+from neox.plan.devices import COMPILER, DEVICES, cpu, device_of_cuda_name
 from neox.plan.fit import estimate
 from neox.train.memory import available_bytes, in_use
 
@@ -147,7 +147,7 @@ def explain_exhaustion(error: BaseException, config: Config, mesh: Mesh) -> Memo
         free, total = torch.cuda.mem_get_info(mesh.device)
         live, peak, have = torch.cuda.memory_allocated(mesh.device), torch.cuda.max_memory_allocated(mesh.device), float(total)
         state = f"{live / GB:.2f} GB in use, {peak / GB:.2f} GB at the peak, {free / GB:.2f} of {total / GB:.2f} GB free"
-        device = of_cuda_name(torch.cuda.get_device_name(mesh.device))
+        device = device_of_cuda_name(torch.cuda.get_device_name(mesh.device))
         have = min(have, device.memory) if device else have
     else:
         live, have = in_use() or 0, float(available_bytes() or 0)

@@ -15,7 +15,7 @@ import torch
 
 from neox.errors import DiskError
 from neox.files import open_no_link, write_durably
-from neox.plan.devices import of_cuda_name
+from neox.plan.devices import device_of_cuda_name
 from neox.train.tensorboard import EventFile, append
 
 METRICS = "metrics.jsonl"
@@ -29,7 +29,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     product measured here; else the measured product.
     """
     if device.type == "cuda":
-        known = of_cuda_name(torch.cuda.get_device_name(device))
+        known = device_of_cuda_name(torch.cuda.get_device_name(device))
         if known is not None:
             return known.peak("fp32" if dtype == torch.float32 else "bf16")
     if device.type != "cpu":

@@ -16,7 +16,7 @@ from neox.engine.footprint import effective_stage
 from neox.files import write_durably
 from neox.parallel.mesh import Mesh
 from neox.phases import Observer
-from neox.plan.devices import COMPILER, DEVICES, Device, cpu, of_cuda_name
+from neox.plan.devices import COMPILER, DEVICES, Device, cpu, device_of_cuda_name
 from neox.plan.fit import estimate
 from neox.train.memory import PeakMemory
 
@@ -103,7 +103,7 @@ class PlanCheck(Observer):
     def device(self, peak: float) -> Device | None:
         """The device of the run, with the measured speed of a CPU; None for a GPU that is not in the table."""
         if self.mesh.device.type == "cuda":
-            return of_cuda_name(torch.cuda.get_device_name(self.mesh.device))
+            return device_of_cuda_name(torch.cuda.get_device_name(self.mesh.device))
         return replace(cpu(self.mesh.world_size), flops=peak, flops_fp32=peak)
 
     def polled_config(self) -> Config:

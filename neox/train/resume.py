@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.manifest import read_manifest
-from neox.config.load import flatten, loads
+from neox.config.load import loads
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
+from neox.config.values import flatten
 from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.engine.lr_schedule import build_lr_schedule
 from neox.errors import CheckpointError, ConfigError

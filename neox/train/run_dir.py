@@ -10,8 +10,8 @@ from typing import TextIO
 
 from neox.checkpoint.lock import FolderLock
 from neox.checkpoint.retention import collect_leftovers, folder_step
-from neox.config.load import dump
 from neox.config.schema import Config
+from neox.config.values import dump
 from neox.errors import CheckpointError, DiskError
 from neox.files import make_dirs, probe, write_durably
 from neox.train.metrics import METRICS

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from neox.config.load import flatten
 from neox.config.schema import CometConfig, Config, WandbConfig
+from neox.config.values import flatten
 from neox.errors import EnvironmentProblem
 from neox.train.metrics import Record
 

@@ -13,7 +13,7 @@ from neox.cli.main import main
 from tests.checkpoint.builders import make_state, save_one
 
 
-def test_inspect_says_what_is_there(tmp_path, capsys):
+def test_inspect_shows_the_content(tmp_path, capsys):
     path = save_one(tmp_path / "checkpoints", 9)
     save_one(tmp_path / "checkpoints", 10, layout={"tp": 1})
     assert main(["checkpoint", "inspect", str(path), "--json"]) == 0
@@ -46,7 +46,7 @@ def test_verify_lists_every_problem_and_exits_4(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["good"] is False
 
 
-def test_verify_of_a_run_sees_a_damaged_manifest_beside_the_newest(tmp_path, capsys):
+def test_verify_of_a_run_sees_a_damaged_manifest_of_an_older_step(tmp_path, capsys):
     old = save_one(tmp_path / "checkpoints", 9)
     save_one(tmp_path / "checkpoints", 10)
     (old / "manifest.json").write_bytes(b"{}")
@@ -55,7 +55,7 @@ def test_verify_of_a_run_sees_a_damaged_manifest_beside_the_newest(tmp_path, cap
     assert "not a manifest; where=" + str(old) in capsys.readouterr().err
 
 
-def test_hash_tells_equal_from_different(tmp_path, capsys):
+def test_hash_distinguishes_equal_and_different(tmp_path, capsys):
     state = make_state()
     one, same = save_one(tmp_path / "a", 1, state), save_one(tmp_path / "b", 2, state, shard_bytes=64)
     state["scale", "exp_avg"] = state["scale", "exp_avg"] * 2
@@ -89,7 +89,7 @@ def test_convert_merges_and_keeps_every_bit(tmp_path, capsys):
     assert digest(tmp_path / "small" / path.name) == digest(path)
     assert len(list((tmp_path / "small" / path.name).glob("*.safetensors"))) > 5
     assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "whole")]) == 4
-    assert "there is a checkpoint already" in capsys.readouterr().err
+    assert "checkpoint already exists" in capsys.readouterr().err
 
 
 def test_convert_to_weights_of_another_dtype(tmp_path):

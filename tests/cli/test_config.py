@@ -44,7 +44,7 @@ def test_explain(files, capsys):
     assert (content["value"], content["origin"], content["overridden"]) == (3, "a.yml:3", [])
     assert "optimizer.lr: peak learning rate" in output(capsys, "explain", "optimizer")
     assert "model: The architecture." in output(capsys, "explain")
-    assert json.loads(output(capsys, "explain", "--json"))["run"] == "Where a run leaves its files."
+    assert json.loads(output(capsys, "explain", "--json"))["run"] == "Output folder of a run."
 
 
 def test_diff(files, capsys):
@@ -101,7 +101,7 @@ def test_convert_writes_gpt_neox_files_in_our_form(tmp_path, monkeypatch, capsys
     assert load(["new.yml"]).config == load(["old.yml"]).config
     assert "# old.yml:" in (tmp_path / "new.yml").read_text()
     assert main(["config", "convert", "old.yml", "-o", "new.yml"]) == 2
-    assert "would overwrite a file" in capsys.readouterr().err
+    assert "file already exists" in capsys.readouterr().err
     assert "activation: gelu_tanh" in output(capsys, "convert", "old.yml", "--set", "train.seed=5")
     assert "50277 ids" in output(capsys, "show", "old.yml")
     assert len(json.loads(output(capsys, "show", "old.yml", "--json"))["notes"]) == 3

@@ -64,7 +64,7 @@ def test_good_variables_pass(monkeypatch):
     assert all(finding.ok for finding in doctor.environment())
 
 
-def test_every_part_of_the_installation_is_looked_at():
+def test_every_part_of_the_installation_is_checked():
     names = {finding.name for look in doctor.CHECKS for finding in look()}
     assert {"python", "neox", "torch", "deepspeed", "numpy", "native operators", "native data core", "cpu", "memory", "disk", "gpu", "g++", "nvcc"} <= names
 
@@ -77,7 +77,7 @@ def test_an_old_torch_fails(monkeypatch):
     assert not finding.ok and "2.9.1+cpu is older than 2.11" in finding.text
 
 
-def test_missing_extras_say_how_to_get_them(monkeypatch):
+def test_missing_extras_name_the_command_that_installs_them(monkeypatch):
     monkeypatch.setattr(doctor, "EXTRAS", {"pytest": ("tests", "x"), "no-such-package": ("nothing", "pip install it")})
     here, absent = doctor.extras()
     assert here.ok and "tests" in here.text
@@ -87,7 +87,7 @@ def test_missing_extras_say_how_to_get_them(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "ok", "text"), [({"avx2", "fma"}, True, "AVX2"), ({"sse4_2"}, False, "no AVX2: the portable kernels run"), (set(), None, "")]
 )
-def test_a_cpu_without_avx2_is_told(monkeypatch, flags, ok, text):
+def test_a_cpu_without_avx2_is_reported(monkeypatch, flags, ok, text):
     monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)
     found = [finding for finding in doctor.machine() if finding.name == "vector instructions"]
     assert [finding.ok for finding in found] == ([] if ok is None else [ok])

@@ -56,7 +56,7 @@ def test_counts_below_one_are_refused(place, capsys, option):
         assert f"option out of range; where={option}; got={value}" in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there_is_named(place, capsys):
+def test_a_missing_device_is_named(place, capsys):
     assert call("--checkpoint", place / "run", "--data", place / "text", "--device", "abacus") == 2
     assert capsys.readouterr().err.startswith("error[2] device cannot be used; where=--device; got=abacus")
 
@@ -104,6 +104,6 @@ def test_tasks_of_the_harness(place, tmp_path, capsys):
 def test_data_or_tasks(place, capsys):
     assert call("--checkpoint", place / "run") == 2
     assert call("--checkpoint", place / "run", "--data", place / "text", "--tasks", "x") == 2
-    assert "--data PREFIX or --tasks A,B" in capsys.readouterr().err
+    assert "--data PREFIX and --tasks A,B" in capsys.readouterr().err
     assert call("--checkpoint", place / "run", "--tasks", "x", "--task-files", place / "none") == 2
     assert "error[2] no such folder; where=--task-files" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import Content, save
 from neox.cli import export
 from neox.cli.main import main
-from neox.config.load import dump
 from neox.config.schema import Config
+from neox.config.values import dump
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
@@ -76,7 +76,7 @@ def test_differing_logits_leave_nothing_and_exit_4(run_folder, tmp_path, capsys,
     for difference in (2e-4, float("nan")):
         monkeypatch.setattr(export, "compare", lambda out, model, difference=difference: difference)
         assert call("--checkpoint", run_folder, "--out", tmp_path / "out", "--no-tokenizer", "--check") == 4
-        assert "error[4] exported model computes other logits" in capsys.readouterr().err
+        assert "error[4] exported model computes different logits" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -102,7 +102,7 @@ def test_out_is_never_overwritten(run_folder, tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         ([], 2, "no tokenizer to export"),
-        (["--tokenizer", "nowhere.json"], 2, "tokenizer file is not there"),
+        (["--tokenizer", "nowhere.json"], 2, "tokenizer file is missing"),
     ],
 )
 def test_tokenizer_must_be_found_or_declined(run_folder, tmp_path, capsys, arguments, code, message):
@@ -116,7 +116,7 @@ def test_no_checkpoint(tmp_path, capsys):
     assert "no checkpoint found" in capsys.readouterr().err
 
 
-def test_unwritable_place(run_folder, tmp_path, capsys):
+def test_an_unwritable_folder(run_folder, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert call("--checkpoint", run_folder, "--out", tmp_path / "file" / "out", "--no-tokenizer") == 5
     assert "error[5]" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_json_holds_prompt_text_and_tokens(run_folder, capsys):
     assert [entry["text"] for entry in report] == [tokenizer.decode(tokens) for tokens in expected]
 
 
-def test_one_prompt_is_streamed_and_is_the_whole_text(run_folder, capsys):
+def test_one_prompt_is_streamed_and_equals_the_full_text(run_folder, capsys):
     options = ["--checkpoint", run_folder, "--prompt", "東京", "--max-new-tokens", 25, "--seed", 5]
     assert call(*options, "--json") == 0
     expected = json.loads(capsys.readouterr().out)[0]["text"]
@@ -126,7 +126,7 @@ def test_stop_texts_begin_with_the_space_that_follows_the_prompt(llama_run, caps
         (["--prompt", "a", "--batch-size", "0"], "option out of range; where=--batch-size; got=0; want=> 0"),
         (["--unconditional", "0"], "option out of range; where=--unconditional; got=0; want=> 0"),
         (["--unconditional", "-1"], "option out of range; where=--unconditional; got=-1; want=> 0"),
-        (["--prompt", "a", "--unconditional", "1"], "what to continue.*one of them"),
+        (["--prompt", "a", "--unconditional", "1"], "conflicting options.*exactly one of"),
         (["--prompt", "a", "--tokenizer", "nowhere.json"], r"nowhere\.json"),
         (["--prompt-file", "nowhere.txt"], "cannot read the prompts; where=nowhere.txt; got=No such file or directory;"),
         (["--prompt", ""], "empty prompt"),
@@ -142,16 +142,16 @@ def test_wrong_options_get_one_line(run_folder, capsys, arguments, message):
     assert re.search(message, error)
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
+def test_a_missing_checkpoint(tmp_path, capsys):
     assert call("--checkpoint", tmp_path / "nowhere", "--prompt", "a") == 4
     assert "no checkpoint found" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_moved_is_named(run_folder, tmp_path, capsys):
     model = load_model(run_folder)
-    save_model(tmp_path / "run", model, tokenizer=str(tmp_path / "gone.json"))
+    save_model(tmp_path / "run", model, tokenizer=str(tmp_path / "missing.json"))
     assert call("--checkpoint", tmp_path / "run", "--prompt", "a") == 2
-    assert "gone.json; do=give --tokenizer FILE" in capsys.readouterr().err
+    assert "missing.json; do=pass --tokenizer FILE" in capsys.readouterr().err
 
 
 def test_json_lines_in_any_batch_size_to_a_file(run_folder, tmp_path):
@@ -201,7 +201,7 @@ def test_a_dialogue_remembers_and_forgets(run_folder, capsys, monkeypatch):
 def test_one_kind_of_prompt(run_folder, capsys):
     assert call("--checkpoint", run_folder, "--prompt", "a", "--interactive") == 2
     assert call("--checkpoint", run_folder, "--unconditional", 0) == 2
-    assert "one of them" in capsys.readouterr().err
+    assert "exactly one of" in capsys.readouterr().err
 
 
 def test_a_list_cut_short_by_an_error_is_not_printed(run_folder, capsys, monkeypatch):
@@ -225,7 +225,7 @@ def test_a_signal_ends_it_after_the_texts_that_are_finished(run_folder, tmp_path
     running.wait_for(lambda: out.exists() and out.read_text().count("\n") >= 3)
     running.signal(number)
     assert running.wait() == [10], running.output()
-    rows = [json.loads(line) for line in out.read_text().splitlines()]  # whole lines only
+    rows = [json.loads(line) for line in out.read_text().splitlines()]  # complete lines only
     assert 3 <= len(rows) < asked
     assert f"error[10] generation stopped by a signal; where={out}; got={number.name}; {len(rows)} of {asked} texts are written" in running.output()
     listed = tmp_path / "texts.json"

@@ -32,7 +32,7 @@ def options(*arguments: str) -> argparse.Namespace:
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Set a launcher's variables for so many processes."""
+    """Set the variables of a launcher for a number of processes."""
 
     def pretend(count: int) -> None:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

@@ -1,4 +1,4 @@
-"""`neox`: choice of the command, and what failures look like from outside."""
+"""`neox`: selection of the command, and the output and exit codes of errors."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def test_no_arguments_is_a_usage_error(capsys):
 
 def test_a_missing_package_is_an_environment_error(monkeypatch, capsys):
     def run(args):
-        raise ModuleNotFoundError("No module named 'gone'", name="gone")
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
 
     install_command(monkeypatch, run)
     assert cli.main(["probe"]) == 14
-    assert "got=gone" in capsys.readouterr().err
+    assert "got=absent" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_a_complaint_of_the_action(capsys):
@@ -163,5 +163,5 @@ def test_a_surrogate_that_gets_as_far_as_an_encoder_is_one_line():
         "caf\udce9/x".encode()
     problem = cli.as_problem(caught.value, "data")
     assert problem.line() == (
-        r"error[2] a name or text holds bytes that are not UTF-8; where=neox data; got=caf\xe9/x; want=text that UTF-8 can write; do=rename the file or folder"
+        r"error[2] a name or text has bytes that are not UTF-8; where=neox data; got=caf\xe9/x; want=text that UTF-8 can encode; do=rename the file or folder"
     )

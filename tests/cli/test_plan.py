@@ -15,7 +15,7 @@ def test_the_plan_is_printed(capsys):
     assert "70,426,624 parameters" in out and "FITS" in out and "tokens/s" in out
 
 
-def test_json_says_whether_it_fits(capsys):
+def test_json_states_whether_it_fits(capsys):
     assert main(["plan", "--conf", "pythia/12B.yml", "--world-size", "8", "--device", "a100-40gb", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] is False and plan["parameters"] == 11_846_072_320

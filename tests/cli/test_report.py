@@ -21,4 +21,4 @@ def test_what_is_no_run_and_where_nothing_can_be_written(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 3
     write_run(tmp_path / "a")
     assert main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "nowhere" / "x.html")]) == 5
-    assert "no run here" in capsys.readouterr().err
+    assert "not the folder of a run" in capsys.readouterr().err

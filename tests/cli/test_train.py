@@ -1,4 +1,4 @@
-"""`neox train`: what a launcher says, and the errors that come before any process group."""
+"""`neox train`: variables of launchers, and errors before any process group exists."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from neox.cli.main import parse
-from neox.cli.train import conf_files, leave_out_the_flight_recorder
+from neox.cli.train import conf_files, disable_flight_recorder
 from tests.config.gpt_neox.sample_files import flow_text
 from tests.distributed import ROOT, environment
 from tests.train.corpus import VOCAB, make_corpus
@@ -66,7 +66,7 @@ def test_config_files_are_named_as_for_deepy_too(arguments, files):
 )
 def test_collectives_are_recorded_where_the_user_asks_for_it(given, size):
     variables = dict(given)
-    leave_out_the_flight_recorder(variables)
+    disable_flight_recorder(variables)
     assert variables.get("TORCH_FR_BUFFER_SIZE") == size
 
 
@@ -112,12 +112,12 @@ def test_files_of_gpt_neox_train_as_they_are(tmp_path):
         "launcher": "slurm",
     }
     paths = {f"{part}-data-paths": [str(tmp_path / ("train" if part == "train" else "valid"))] for part in ("train", "valid", "test")}
-    paths |= {"tokenizer-type": "HFTokenizer", "vocab-file": "gone.json", "save": str(tmp_path / "run"), "load": str(tmp_path / "run")}
+    paths |= {"tokenizer-type": "HFTokenizer", "vocab-file": "missing.json", "save": str(tmp_path / "run"), "load": str(tmp_path / "run")}
     (tmp_path / "model.yml").write_text(flow_text(model))
     (tmp_path / "paths.yml").write_text(flow_text(paths))
     command = [sys.executable, str(ROOT / "train.py"), "--conf", "model.yml", "paths.yml"]
     run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=300)
-    assert "where=paths.yml:7 vocab_file; got='gone.json'" in run(command).stderr
+    assert "where=paths.yml:7 vocab_file; got='missing.json'" in run(command).stderr
     done = run([*command, "--set", f"model.vocab_size={VOCAB}"])
     assert done.returncode == 0, done.stderr
     assert "gelu_tanh" in done.stderr

@@ -56,7 +56,7 @@ def test_a_killed_and_resumed_run_is_the_same(conf, tmp_path, capsys):
     code = verify_resume.compare(parser.parse_args(rest), tmp_path / "runs", forked(tmp_path))
     check(code, capsys.readouterr().out, tmp_path / "runs")
     assert main(arguments_of(conf, tmp_path / "runs")) == 2
-    assert "there is a run already" in capsys.readouterr().err
+    assert "run already exists" in capsys.readouterr().err
 
 
 @pytest.mark.faults
@@ -89,5 +89,5 @@ def test_a_gpu_is_asked_for_algorithms_that_repeat(gpu, conf, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("steps", "kill", "processes"), [(5, 5, 1), (5, 0, 1), (0, 0, 1), (5, 3, 0)])
 def test_impossible_steps(steps, kill, processes):
-    with pytest.raises(ConfigError, match="the run cannot be killed there"):
+    with pytest.raises(ConfigError, match="invalid --steps, --kill-at or --processes"):
         verify_resume.run(argparse.Namespace(steps=steps, kill_at=kill, processes=processes, dir=None))

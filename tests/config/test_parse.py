@@ -72,7 +72,7 @@ def test_quotes_make_strings():
     assert read("a: '1e-4'\nb: \"true\"") == {"a": "1e-4", "b": "true"}
 
 
-def test_leaves_know_their_lines():
+def test_leaves_have_lines():
     reader = Reader("x.yml")
     leaves = {leaf.path: leaf for leaf in reader.read("model:\n  num_layers: 2\n\ndata:\n  train:\n    - a\n    - path: b\n      weight: 2\n")}
     assert leaves[("model", "num_layers")].line == 2
@@ -90,18 +90,18 @@ def test_hyphens_are_underscores_but_not_below_deepspeed():
         ("a: 1\nb: 2\na: 3", ["key given twice", "x.yml:3 a", "line 1"]),
         ("m:\n  num-layers: 1\n  num_layers: 2", ["key given twice", "x.yml:3 m.num_layers", "line 2", "num-layers"]),
         ("d: [{path: a, path: b}]", ["key given twice", "x.yml:1"]),
-        ("a: !!python/object/apply:os.system ['touch canary']", ["tag is not allowed", "x.yml:1 a", "python/object"]),
-        ("a: !!python/name:os.system", ["not a value", "x.yml:1 a", "python/name"]),
-        ("!!python/dict {a: 1}", ["tag is not allowed", "x.yml:1"]),
+        ("a: !!python/object/apply:os.system ['touch canary']", ["YAML tag is not allowed; where=x.yml:1 a; want="]),
+        ("a: !!python/name:os.system", ["YAML tag is not allowed; where=x.yml:1 a; want="]),
+        ("!!python/dict {a: 1}", ["YAML tag is not allowed; where=x.yml:1; want="]),
         ("a: !!int abc", ["not a value", "got='abc'"]),
-        ("a: !!binary aGk=", ["not a value", "binary"]),
+        ("a: !!binary aGk=", ["YAML tag is not allowed"]),
         ("a: " + "9" * 5000, ["not a value", "40 digits"]),
         ("a: 1\n---\nb: 2", ["not YAML", "x.yml:2"]),
         ("a: \0", ["not YAML"]),
         ("- 1\n- 2", ["mapping of sections", "x.yml:1"]),
         ("just text", ["mapping of sections"]),
         ("a: &x [*x]", ["nested too deeply", "x.yml:1"]),
-        ("? [1, 2]\n: 3", ["a key must be a word"]),
+        ("? [1, 2]\n: 3", ["a key must be a scalar"]),
         ("a: {<<: {b: 1}}", ["merge keys", "include"]),
         ("a: " + "[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2), ["nested too deeply"]),
         ("a: " + "[" * 20000, ["nested too deeply"]),
@@ -126,10 +126,10 @@ def test_plain_aliases_work():
     assert read("a: &x [1, 2]\nb: *x") == {"a": [1, 2], "b": [1, 2]}
 
 
-def test_an_empty_file_says_nothing():
+def test_an_empty_file_sets_nothing():
     assert read("") == {} and read("# only a comment\n") == {}
 
 
-def test_a_refused_value_leaves_no_leaf():
+def test_a_rejected_value_gives_no_leaf():
     reader = Reader("x.yml")
     assert [leaf.path for leaf in reader.read("a: !!int abc\nb: 1")] == [("b",)]

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neox.config.load import PRESETS, dump, load, loads
+from neox.config.files import PRESETS
+from neox.config.load import load, loads
 from neox.config.schema import ModelConfig
 from neox.config.validate import validate
+from neox.config.values import dump
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
@@ -44,7 +46,7 @@ PARAMETERS = {
 }
 WITH_A_COUNT = sorted(PARAMETERS)
 SHIPPED = sorted(str(path.relative_to(PRESETS).with_suffix("")) for path in PRESETS.glob("**/*.yml"))
-OF_THE_DEMO = ["demo"]  # its vocabulary and data are made by the demo
+OF_THE_DEMO = ["demo"]  # the demo creates its vocabulary and data
 
 
 def count_parameters(model: ModelConfig) -> int:

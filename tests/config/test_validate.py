@@ -1,4 +1,4 @@
-"""The batch triangle and the shape of a report; the rules themselves are in test_rules.py."""
+"""Batch sizes, and the form of a report. The rules themselves are tested in rules/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lines_of(config, world_size=1, device="cpu", origins=None) -> list[str]:
 @pytest.mark.parametrize("micro", [None, 3])
 @pytest.mark.parametrize("accumulation", [None, 4])
 @pytest.mark.parametrize("total", [None, 24])
-def test_any_one_of_the_batch_sizes_may_be_left_out(micro, accumulation, total):
+def test_any_one_of_the_batch_sizes_may_be_omitted(micro, accumulation, total):
     given = {"micro_batch_size": micro, "gradient_accumulation": accumulation, "global_batch_size": total}
     overrides = ["model.vocab_size=100", *(f"train.{key}={value}" for key, value in given.items() if value)]
     config = load_config(overrides=overrides)
@@ -57,11 +57,11 @@ def test_batch_sizes_are_checked():
         batch_sizes(config_of("train.global_batch_size=5"), 2)
 
 
-def test_data_parallel_size_is_what_tensor_and_pipeline_leave():
+def test_the_data_parallel_size_is_what_tensor_and_pipeline_leave():
     assert batch_sizes(config_of("parallel.tensor=2", "parallel.pipeline=2"), 8) == BatchSizes(1, 1, 2, 2)
 
 
-def test_a_sound_config_passes():
+def test_a_valid_config_passes():
     validate(config_of(), 1, "cpu")
     validate(config_of("precision.dtype=fp16"), 8, "cuda")
 
@@ -80,12 +80,12 @@ def test_a_report_names_files_lines_values_and_the_rule(tmp_path, monkeypatch):
     (tmp_path / "a.yml").write_text("model:\n  vocab_size: 9\n  num_attention_heads: 7\ndata: {train: [x]}\ntrain: {micro_batch_size: 1}\n")
     loaded = load(["a.yml"], ["model.hidden_size=100"])
     assert lines_of(loaded.config, origins=loaded.origins) == [
-        "error[2] the heads do not divide the hidden size; where=--set model.hidden_size, a.yml:3 model.num_attention_heads; "
+        "error[2] heads do not divide the hidden size; where=--set model.hidden_size, a.yml:3 model.num_attention_heads; "
         "got=model.hidden_size = 100, model.num_attention_heads = 7; want=hidden_size a multiple of num_attention_heads; do=change one, or set model.head_dim"
     ]
 
 
 @pytest.mark.parametrize(("world_size", "device"), [(0, "cpu"), (1, "tpu")])
-def test_a_caller_that_does_not_know_its_machine_is_a_bug(world_size, device):
+def test_invalid_arguments_are_a_bug_of_the_caller(world_size, device):
     with pytest.raises(ValueError, match="world_size"):
         validate(config_of(), world_size, device)

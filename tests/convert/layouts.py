@@ -14,8 +14,8 @@ from neox.checkpoint.find import resolve
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import Content, save
-from neox.config.load import dump, to_builtins
 from neox.config.schema import Config
+from neox.config.values import dump, to_builtins
 from neox.engine.engine import Engine
 from neox.generate.generate import load_model
 from neox.model.gpt import GPT

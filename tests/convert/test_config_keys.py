@@ -17,7 +17,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden
 def test_missing_null_and_value_are_three_things():
     table = {"a": Key("count", 7, nullable=True)}
     assert [read_keys(table, given)["a"] for given in ({}, {"a": None}, {"a": 3})] == [7, None, 3]
-    with pytest.raises(ConfigError, match=r"lacks a key; where=config.json: a"):
+    with pytest.raises(ConfigError, match=r"key is missing in config.json; where=config.json: a"):
         read_keys({"a": Key("count")}, {})
 
 
@@ -39,7 +39,7 @@ def test_kinds(kind, right, wrong):
     for value in right:
         assert read_keys({"a": Key(kind)}, {"a": value})["a"] == value
     for value in wrong:
-        with pytest.raises(ConfigError, match="value cannot be used; where=config.json: a") as caught:
+        with pytest.raises(ConfigError, match="invalid value; where=config.json: a") as caught:
             read_keys({"a": Key(kind)}, {"a": value})
         assert len(caught.value.line()) < 300
 

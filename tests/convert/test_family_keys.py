@@ -40,7 +40,7 @@ def theirs(content: dict, folder) -> dict:
 
 
 @pytest.mark.parametrize(("model_type", "key", "change"), CASES)
-def test_a_missing_key_and_null_mean_what_the_class_of_transformers_says(model_type, key, change, tmp_path):
+def test_missing_keys_and_null_have_the_meaning_of_the_class_in_transformers(model_type, key, change, tmp_path):
     content = changed(model_type, key, change)
     try:
         full = theirs(content, tmp_path)
@@ -105,6 +105,6 @@ def test_gpt2_takes_the_common_names_of_its_sizes(tmp_path):
 
 
 def test_keys_of_another_family_are_not_read():
-    """Mistral and Qwen2 have no such keys: transformers builds them without these biases whatever the file says."""
+    """Mistral and Qwen2 have no such keys: transformers builds them without these biases in any case."""
     assert not config_from_json({"model_type": "mistral", **SIZES, "attention_bias": True, "mlp_bias": True}).mlp_bias
     assert not config_from_json({"model_type": "qwen2", **SIZES, "attention_bias": True}).attention_out_bias

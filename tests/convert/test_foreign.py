@@ -1,4 +1,4 @@
-"""Folders of other programs are named, with what to do, instead of "no model here"."""
+"""Folders of other programs are named, with what to do, instead of "not a model"."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FOLDERS = {
     "DeepSpeed ZeRO ": ["global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
     "universal checkpoint of DeepSpeed": ["zero/layer.weight/fp32.pt", "zero/layer.weight/exp_avg.pt"],
     "GGUF": ["model-Q4_K_M.gguf"],
-    "Meta's": ["params.json", "consolidated.00.pth", "tokenizer.model"],
+    "Meta or Mistral": ["params.json", "consolidated.00.pth", "tokenizer.model"],
     "litgpt": ["lit_model.pth", "model_config.yaml", "tokenizer.json"],
     "NeMo": ["model_config.yaml", "model_weights/x"],
     "JAX": ["_CHECKPOINT_METADATA", "default/x"],
     "ONNX": ["model.onnx"],
     "run or checkpoint of neox": ["config.lock.yml", "checkpoints/step_00000003/manifest.json"],
-    "in a folder below": ["snapshots/abc/config.json", "snapshots/abc/model.safetensors"],
+    "in a subfolder": ["snapshots/abc/config.json", "snapshots/abc/model.safetensors"],
     "dataset": ["data-00000-of-00001.arrow", "dataset_info.json"],
 }
 
@@ -71,7 +71,7 @@ def test_a_trainer_folder_whose_weights_deepspeed_holds_is_named(tmp_path, capsy
 
 def test_files_links_in_a_circle_and_unknown_folders(tmp_path):
     (tmp_path / "model.gguf").touch()
-    assert "give the folder" in describe(tmp_path / "model.gguf").line()
+    assert "pass the folder" in describe(tmp_path / "model.gguf").line()
     (tmp_path / "empty").mkdir()
     os.symlink(tmp_path / "empty", tmp_path / "empty" / "loop")
     assert describe(tmp_path / "empty") is None

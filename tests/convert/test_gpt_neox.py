@@ -74,16 +74,16 @@ def test_the_folder_is_found(old, tmp_path):
 def test_what_is_missing_is_named(old):
     folder, config = old
     (folder / "global_step7" / "layer_03-model_01-model_states.pt").rename(folder / "gone")
-    with pytest.raises(CheckpointError, match="tensor rank are missing"):
+    with pytest.raises(CheckpointError, match="tensor-parallel rank are missing"):
         open_gpt_neox_checkpoint(folder, config)
-    (folder / "global_step7" / "layer_03-model_00-model_states.pt").rename(folder / "gone too")
+    (folder / "global_step7" / "layer_03-model_00-model_states.pt").rename(folder / "missing too")
     with pytest.raises(CheckpointError, match="layer_03"):
         open_gpt_neox_checkpoint(folder, config)
 
 
 def test_another_model_is_refused(old):
     folder, config = old
-    with pytest.raises(CheckpointError, match=r"of no use to this model.*attention.dense.bias"):
+    with pytest.raises(CheckpointError, match=r"do not belong to the model.*attention.dense.bias"):
         open_gpt_neox_checkpoint(folder, config.model_copy(update={"attention_out_bias": False}))
     with pytest.raises(CheckpointError, match=r"mlp|layer 3"):
         open_gpt_neox_checkpoint(folder, config.model_copy(update={"num_layers": 1}))
@@ -103,7 +103,7 @@ def test_copies_that_drifted_apart_are_averaged(old):
 
 def test_gpt_neox_has_no_parallel_residual_with_attention_where_the_mlp_has_no_biases(old):
     folder, config = old
-    with pytest.raises(CheckpointError, match="leaves the attention out of the sum"):
+    with pytest.raises(CheckpointError, match="omits the attention from the sum"):
         open_gpt_neox_checkpoint(folder, config.model_copy(update={"mlp_bias": False}))
 
 
@@ -114,7 +114,7 @@ def test_slopes_of_alibi_are_checked(tmp_path):
     state = torch.load(path, weights_only=True)
     state["attention.alibi_embed.slopes"] = state["attention.alibi_embed.slopes"] * 1.1
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match="slopes are others"):
+    with pytest.raises(CheckpointError, match="slopes differ"):
         open_gpt_neox_checkpoint(tmp_path, config)
 
 
@@ -125,7 +125,7 @@ class Foreign:
 def test_a_pickle_that_holds_more_than_tensors_is_not_run(old):
     folder, config = old
     torch.save({"norm1": Foreign()}, folder / "global_step7" / "layer_00-model_00-model_states.pt")
-    with pytest.raises(CheckpointError, match=r"holds more than tensors.*layer_00.*got=[\w.]+\.Foreign;"):
+    with pytest.raises(CheckpointError, match=r"contains more than tensors.*layer_00.*got=[\w.]+\.Foreign;"):
         open_gpt_neox_checkpoint(folder, config)
     (folder / "global_step7" / "layer_00-model_00-model_states.pt").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="file cannot be read"):
@@ -158,8 +158,8 @@ WORDS = "word_embeddings.weight"
         (lambda state: state.update({WORDS: state[WORDS].to(torch.float8_e4m3fn)}), "got=float8_e4m3fn"),
         (lambda state: state.update({WORDS: state[WORDS].to(torch.complex64)}), "got=complex64"),
         (lambda state: state.update({WORDS: torch.zeros(1, 1).expand(1 << 20, 1 << 20)}), "over 4 bytes"),
-        (lambda state: state.update({WORDS: state[WORDS].tolist()}), "rank 0 lacks it"),
-        (lambda state: state.pop(WORDS), "rank 0 lacks it"),
+        (lambda state: state.update({WORDS: state[WORDS].tolist()}), "missing on rank 0"),
+        (lambda state: state.pop(WORDS), "missing on rank 0"),
     ],
 )
 def test_tensors_that_are_no_weights(old, edit, match):
@@ -173,7 +173,7 @@ def test_tensors_that_are_no_weights(old, edit, match):
 def test_a_state_that_is_no_dictionary(old):
     folder, config = old
     torch.save([torch.zeros(2)], torch_file(folder, 0))
-    with pytest.raises(CheckpointError, match="no state dict"):
+    with pytest.raises(CheckpointError, match="not a state dict"):
         open_gpt_neox_checkpoint(folder, config)
 
 
@@ -181,7 +181,7 @@ def test_a_state_that_is_no_dictionary(old):
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
-        (lambda state: state.pop("attention.dense.weight"), "rank {} lacks it"),
+        (lambda state: state.pop("attention.dense.weight"), "missing on rank {}"),
         (lambda state: state.update({"attention.dense.weight": torch.zeros(24, 7)}), "different shapes"),
     ],
 )

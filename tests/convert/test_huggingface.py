@@ -242,7 +242,7 @@ def test_export_refuses_unknown_weights(tmp_path):
 
 def test_export_refuses_a_tokenizer_with_more_ids(tmp_path, shared_data):
     config, weights = from_huggingface(MODELS["llama"]())
-    with pytest.raises(DataError, match="tokenizer does not fit"):
+    with pytest.raises(DataError, match="tokenizer does not match"):
         to_huggingface(config, weights, tmp_path, tokenizer_file=shared_data / "tokenizers" / "gpt2.json")
 
 
@@ -256,7 +256,11 @@ def test_export_takes_a_tokenizer_that_just_fits(tmp_path, vocab_size):
         to_huggingface(config, weights, tmp_path / "out", tokenizer_file=Path(file))
         assert (tmp_path / "out" / "tokenizer.json").is_file()
     else:
-        with pytest.raises(DataError, match=r"tokenizer does not fit the model; .*got=ids up to 299; want=ids below model\.vocab_size 299"):
+        with pytest.raises(
+            DataError,
+            match=r"tokenizer does not match the model; .*got=ids up to 299; want=ids below "
+            r"model\.vocab_size 299",
+        ):
             to_huggingface(config, weights, tmp_path / "out", tokenizer_file=Path(file))
 
 

@@ -53,7 +53,7 @@ def test_any_other_global_is_named_in_words_of_ours(tmp_path, value, name):
     with pytest.raises(CheckpointError) as caught:
         read_pickle(tmp_path / "a.pt")
     line = caught.value.line()
-    assert f"file holds more than tensors; where={tmp_path / 'a.pt'}; got={name}; want=" in line
+    assert f"file contains more than tensors; where={tmp_path / 'a.pt'}; got={name}; want=" in line
     assert not re.search(r"\x1b|[Ww]eights.only|allowlist|option", line)
 
 

@@ -74,6 +74,6 @@ def test_exports_name_the_scaling_for_transformers_4_and_5(scaling, family):
         assert config_from_json(common | left) == config
 
 
-def test_exports_without_scaling_say_so():
+def test_exports_without_scaling_have_the_default_type():
     config = ModelConfig(**SIZES, **LLAMA)
     assert family_for(config).to_json(config)["rope_scaling"] is None

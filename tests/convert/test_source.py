@@ -7,7 +7,8 @@ import torch
 
 from neox.checkpoint.reader import Checkpoint
 from neox.config.schema import Config
-from neox.convert.source import InMemoryTensors, Source, save_weights
+from neox.convert.source import WeightSource, save_weights
+from neox.convert.state import InMemoryTensors
 from neox.errors import CheckpointError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -15,9 +16,9 @@ from neox.parallel.mesh import Mesh
 CONFIG = Config(model={"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 30})
 
 
-def sources(dtype: torch.dtype = torch.float32) -> dict[str, Source]:
+def sources(dtype: torch.dtype = torch.float32) -> dict[str, WeightSource]:
     weights = dict(GPT(CONFIG.model, Mesh.single()).logical_weights())
-    return {name: Source(lambda tensor=tensor: tensor.to(dtype), dtype) for name, tensor in weights.items()}
+    return {name: WeightSource(lambda tensor=tensor: tensor.to(dtype), dtype) for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -52,7 +52,7 @@ def test_generation_ends_at_the_ids_of_both_files(tmp_path):
 
 @pytest.mark.parametrize("value", ["2", True, 2.0, [2, "7"], [True], {}, 1 << 40])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_ids_that_are_no_numbers(value, name, tmp_path):
+def test_ids_that_are_not_numbers(value, name, tmp_path):
     write(tmp_path, model_type="llama", **SIZES)
     write(tmp_path, name, **({"model_type": "llama", **SIZES} if name == "config.json" else {}), eos_token_id=value)
     with pytest.raises(ConfigError, match=f"where={name}: eos_token_id"):

@@ -43,9 +43,9 @@ def test_what_is_not_dense_numbers(make, got):
 
 def test_ranks_hold_the_same_names_and_shapes():
     check_ranks([{"a": GOOD}, {"a": GOOD + 1}], "layer 2")
-    with pytest.raises(CheckpointError, match=r"where=layer 2: b; got=rank 0 lacks it"):
+    with pytest.raises(CheckpointError, match=r"where=layer 2: b; got=missing on rank 0"):
         check_ranks([{"a": GOOD}, {"a": GOOD, "b": GOOD}], "layer 2")
-    with pytest.raises(CheckpointError, match=r"where=layer 2: b; got=rank 1 lacks it"):
+    with pytest.raises(CheckpointError, match=r"where=layer 2: b; got=missing on rank 1"):
         check_ranks([{"a": GOOD, "b": GOOD}, {"a": GOOD}], "layer 2")
     with pytest.raises(CheckpointError, match=r"\(2, 3\) on rank 0, \(3, 2\) on rank 1"):
         check_ranks([{"a": GOOD}, {"a": GOOD.t()}], "layer 2")

@@ -102,8 +102,8 @@ def test_a_package_that_cannot_be_imported_on_one_host_ends_all(corpus, tmp_path
     (broken / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file', name='torch')\n")
     results = by_hand(tmp_path, 2, arguments(corpus, tmp_path / "run", BRIEF), broken).wait(120)
     assert [result.returncode for result in results] == [14, 14], results
-    assert "error[14] a package cannot be imported" in results[1].output
-    assert "rank 1 did not start, so this process ends: error[14] a package cannot be imported" in results[0].output
+    assert "error[14] package cannot be imported" in results[1].output
+    assert "rank 1 did not start, so this process ends: error[14] package cannot be imported" in results[0].output
 
 
 def test_a_port_in_use_is_one_line(server, corpus, tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import Content, save
-from neox.config.load import dump
 from neox.config.schema import Config, DataConfig, TokenizerConfig
+from neox.config.values import dump
 from neox.model.gpt import GPT
 
 

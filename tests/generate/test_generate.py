@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from neox.checkpoint.reader import Checkpoint
-from neox.config.load import dump
 from neox.config.schema import Config, ModelConfig
+from neox.config.values import dump
 from neox.convert.huggingface import from_huggingface
 from neox.errors import CheckpointError, ConfigError
 from neox.evaluate.scoring import log_likelihoods

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 
 from neox.errors import ConfigError
-from neox.plan.devices import DEVICES, cpu, find, of_cuda_name
+from neox.plan.devices import DEVICES, cpu, device_of_cuda_name, find_device
 
 
 def test_every_device_is_complete_and_found_by_its_name():
     for device in DEVICES:
-        assert find(device.name) is device
+        assert find_device(device.name) is device
         assert device.source and device.usable < device.memory and device.peak("bf16") >= device.peak("fp32") > 0
 
 
@@ -28,27 +28,27 @@ def test_every_device_is_complete_and_found_by_its_name():
     ],
 )
 def test_cuda_names_are_known(cuda, name):
-    assert of_cuda_name(cuda).name == name
+    assert device_of_cuda_name(cuda).name == name
 
 
 @pytest.mark.parametrize("cuda", ["Quadro", "NVIDIA H100 64GB HBM2", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40", ""])
 def test_other_variants_and_parts_of_a_chip_are_not_taken_for_it(cuda):
-    assert of_cuda_name(cuda) is None
+    assert device_of_cuda_name(cuda) is None
 
 
 def test_processes_share_the_cpu():
     assert cpu(4).memory == pytest.approx(cpu(1).memory / 4)
-    assert find("cpu", 2).flops == pytest.approx(find("cpu").flops / 2)
+    assert find_device("cpu", 2).flops == pytest.approx(find_device("cpu").flops / 2)
 
 
 def test_a_file_gives_a_device(tmp_path):
     path = tmp_path / "mine.yml"
     path.write_text("memory: 24e9\nflops: 1e14\nflops_fp32: 2e13\nbandwidth: 1e12\nlink: 1e10\nnetwork: 1e9\nper_node: 2\n")
-    device = find(str(path))
+    device = find_device(str(path))
     assert (device.name, device.memory, device.per_node, device.kind) == ("mine", 24e9, 2, "cuda")
     path.write_text("base: h100\nmemory: 94e9\nname: h100-nvl\n")
-    assert (find(str(path)).name, find(str(path)).memory, find(str(path)).flops) == ("h100-nvl", 94e9, 989e12)
-    assert find(str(path)).source.startswith(f"{path}; what it leaves out: NVIDIA H100 data sheet")
+    assert (find_device(str(path)).name, find_device(str(path)).memory, find_device(str(path)).flops) == ("h100-nvl", 94e9, 989e12)
+    assert find_device(str(path)).source.startswith(f"{path}; other values: NVIDIA H100 data sheet")
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_a_file_gives_a_device(tmp_path):
     [
         ("base: h1000", "unknown device.*did you mean h100"),
         ("base: h100\nmemry: 1e9", "unknown key of a device.*did you mean memory"),
-        ("base: h100\nmemory: lots", "wrong value.*lots"),
-        ("base: h100\nmemory: 0", "wrong value"),
-        ("base: h100\nkind: tpu", "wrong value.*tpu"),
-        ("memory: 1e9", "not complete.*flops"),
+        ("base: h100\nmemory: lots", "bad value.*lots"),
+        ("base: h100\nmemory: 0", "bad value"),
+        ("base: h100\nkind: tpu", "bad value.*tpu"),
+        ("memory: 1e9", "incomplete.*flops"),
         ("base: h100\nbase: h200", "twice"),
     ],
 )
@@ -67,11 +67,11 @@ def test_a_wrong_file_is_refused(text, message, tmp_path):
     path = tmp_path / "device.yml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        find(str(path))
+        find_device(str(path))
 
 
 def test_unknown_names_and_absent_files_are_refused():
     with pytest.raises(ConfigError, match="did you mean a100-40gb"):
-        find("a100-40g")
+        find_device("a100-40g")
     with pytest.raises(ConfigError, match="cannot read the device"):
-        find("absent.yml")
+        find_device("absent.yml")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from neox.config.load import load_config
-from neox.plan.devices import find
+from neox.plan.devices import find_device
 from neox.plan.fit import changed, changes, combinations, conflicts, estimate, options
 
-A100 = find("a100-40gb")
+A100 = find_device("a100-40gb")
 
 
 def small(*overrides: str):
@@ -73,10 +73,10 @@ def test_the_global_batch_stays(given):
 @pytest.mark.parametrize(
     ("overrides", "world", "what"),
     [
-        (["parallel.tensor=5"], 5, "the tensor group does not divide the model"),
-        (["parallel.pipeline=2", "zero.stage=2"], 2, "ZeRO stage and pipeline exclude each other"),
-        (["train.global_batch_size=100"], 8, "the global batch cannot be divided"),
-        (["parallel.tensor=2"], 3, "the processes cannot be divided"),
+        (["parallel.tensor=5"], 5, "tensor parallelism does not divide the model"),
+        (["parallel.pipeline=2", "zero.stage=2"], 2, "ZeRO stage is incompatible with pipeline parallelism"),
+        (["train.global_batch_size=100"], 8, "global batch size is not divisible"),
+        (["parallel.tensor=2"], 3, "world size does not match the parallel layout"),
     ],
 )
 def test_conflicts_are_found_without_data(overrides, world, what):

@@ -1,12 +1,14 @@
-"""Memory of the stages, against sums made by hand; what a run really takes is compared in tests/train/test_planned.py."""
+"""Memory of the stages against sums by hand. tests/train/test_plan_check.py compares it with real runs."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 
 from neox.config.load import load_config
 from neox.engine.footprint import BUCKET
-from neox.plan.memory import held, stage_memory
+from neox.plan.memory import optimizer_memory, stage_memory
 from neox.plan.sizes import resolve
 
 
@@ -20,10 +22,10 @@ def plan(*overrides: str, world: int = 1, kind: str = "cuda", name: str = "pythi
     ("zero", "weights", "masters", "gradients"),
     [(1, 2, 4 / 8, 4), (2, 2, 4 / 8, 4 / 8), (3, 2 / 8 + 2, 4 / 8, 4 / 8)],  # bytes per parameter over 8 replicas
 )
-def test_zero_stages_cut_what_they_say(zero, weights, masters, gradients):
+def test_zero_stages_shard_optimizer_state_gradients_and_weights(zero, weights, masters, gradients):
     config, layout, _ = plan(f"zero.stage={zero}", world=8)
     (stage,) = layout.stages
-    have = held(config, layout, stage)
+    have = optimizer_memory(config, layout, stage)
     count = stage.parameters
     assert have.weights == pytest.approx(weights * count, rel=1e-6)
     assert have.masters == pytest.approx(masters * count, rel=1e-6)
@@ -33,35 +35,35 @@ def test_zero_stages_cut_what_they_say(zero, weights, masters, gradients):
 
 def test_stage_0_in_fp32_has_no_masters():
     config, layout, _ = plan("zero.stage=0", "precision.dtype=fp32", world=2)
-    have = held(config, layout, layout.stages[0])
+    have = optimizer_memory(config, layout, layout.stages[0])
     assert (have.masters, have.weights, have.gradients) == (0, 4 * layout.stages[0].parameters, 4 * layout.stages[0].parameters)
     assert have.state == 8 * layout.stages[0].parameters
 
 
-def test_stage_0_in_bf16_is_planned_as_the_stage_that_runs():
+def test_stage_0_in_bf16_is_planned_as_the_effective_stage():
     config, layout, _ = plan("zero.stage=0", world=2)
-    assert held(config, layout, layout.stages[0]) == held(*plan("zero.stage=1", world=2)[:2], layout.stages[0])
+    assert optimizer_memory(config, layout, layout.stages[0]) == optimizer_memory(*plan("zero.stage=1", world=2)[:2], layout.stages[0])
 
 
 def test_buckets_are_no_larger_than_the_parameters():
     config, layout, _ = plan()
-    assert held(config, layout, layout.stages[0]).bucket == 4 * layout.stages[0].parameters
+    assert optimizer_memory(config, layout, layout.stages[0]).bucket == 4 * layout.stages[0].parameters
     config, layout, _ = plan(name="pythia/1B.yml")
-    assert held(config, layout, layout.stages[0]).bucket == 4 * BUCKET
+    assert optimizer_memory(config, layout, layout.stages[0]).bucket == 4 * BUCKET
     config, layout, _ = plan("deepspeed.zero_optimization.reduce_bucket_size=1000")
-    assert held(config, layout, layout.stages[0]).bucket == 4000
+    assert optimizer_memory(config, layout, layout.stages[0]).bucket == 4000
 
 
 @pytest.mark.parametrize("zero", [1, 2])
-def test_overlap_takes_a_second_bucket(zero):
+def test_overlap_needs_a_second_bucket(zero):
     config, layout, (alone,) = plan(f"zero.stage={zero}", world=2)
     _, _, (both,) = plan(f"zero.stage={zero}", "deepspeed.zero_optimization.overlap_comm=true", world=2)
-    bucket = held(config, layout, layout.stages[0]).bucket
+    bucket = optimizer_memory(config, layout, layout.stages[0]).bucket
     assert {name: both.phases[name] - alone.phases[name] for name in alone.phases} == {"start": 0, "loss": 0, "backward": bucket, "reduce": bucket, "update": 0}
     assert both.buffers - alone.buffers == bucket
 
 
-def test_a_bucket_larger_than_the_model_is_not_copied_whole():
+def test_a_bucket_larger_than_the_model_is_copied_up_to_the_model():
     _, layout, (fitting,) = plan(world=2)
     count = layout.stages[0].parameters
     _, _, (large,) = plan(f"deepspeed.zero_optimization.reduce_bucket_size={2 * count}", world=2)
@@ -77,14 +79,25 @@ def test_a_bucket_larger_than_the_model_is_not_copied_whole():
         ("bf16", 3, 2 / 8 + 2 + 12 / 8, 4 / 8),
     ],
 )
-def test_the_update_reads_the_gradients_that_a_process_owns(dtype, zero, resident, gradients):
+def test_the_update_reads_the_local_share_of_the_gradients(dtype, zero, resident, gradients):
     config, layout, (memory,) = plan(f"zero.stage={zero}", f"precision.dtype={dtype}", world=8)
     (stage,) = layout.stages
-    bucket = held(config, layout, stage).bucket if zero == 1 else 0  # of stage 1, which holds others' gradients until the end of the update
+    bucket = optimizer_memory(config, layout, stage).bucket if zero == 1 else 0  # of stage 1, which holds others' gradients until the end of the update
     assert memory.phases["update"] == pytest.approx((resident + gradients) * stage.parameters + bucket, rel=1e-6)
 
 
-def test_offloaded_state_is_the_hosts():
+def test_frozen_weights_have_no_gradients_masters_or_optimizer_state():
+    _, layout, (adapted,) = plan("model.lora={rank: 8}")
+    (stage,) = layout.stages
+    factors = [math.prod(shape) for name, shape in stage.block.items() if "lora" in name]
+    assert stage.trained == stage.blocks * sum(factors) < stage.parameters // 100
+    assert (adapted.parameters, adapted.optimizer, adapted.gradients) == (2 * stage.parameters, 12 * stage.trained, 4 * stage.trained)
+    assert adapted.checkpoint == 12 * stage.trained + 2 * (stage.parameters - stage.trained)
+    _, _, (full,) = plan()
+    assert adapted.peak < full.peak / 2
+
+
+def test_offloaded_state_is_host_memory():
     _, layout, (here,) = plan()
     _, _, (away,) = plan("deepspeed.zero_optimization.offload_optimizer.device=cpu")
     assert here.optimizer == 12 * layout.stages[0].parameters and away.optimizer == 0
@@ -92,7 +105,7 @@ def test_offloaded_state_is_the_hosts():
     assert away.peak < here.peak
 
 
-def test_copies_for_checkpoints_are_host_memory_or_on_a_cpu_the_models():
+def test_copies_for_checkpoints_are_in_host_memory():
     _, layout, (gpu,) = plan()
     assert gpu.checkpoint == gpu.host == 12 * layout.stages[0].parameters
     _, _, (one,) = plan(kind="cpu")
@@ -100,16 +113,16 @@ def test_copies_for_checkpoints_are_host_memory_or_on_a_cpu_the_models():
     assert one.peak - none.peak == one.checkpoint and one.host == 0
 
 
-def test_checkpoints_are_shared_out_over_replicas_and_stages():
+def test_replicas_and_stages_divide_a_checkpoint():
     _, layout, memories = plan("parallel.pipeline=2", world=8)
     total = sum(memory.checkpoint for memory in memories) * layout.replicas
     assert total == pytest.approx(12 * 162_322_944, rel=1e-6)  # fp32 weights and two moments of all parameters
 
 
-def test_early_stages_hold_more_micro_batches():
+def test_early_stages_have_more_micro_batches_in_flight():
     _, _, memories = plan("parallel.pipeline=4", "train.gradient_accumulation=8", world=4)
     assert [memory.activations.in_flight for memory in memories] == [4, 3, 2, 1]
-    assert memories[1].activations.resident == 3 * memories[1].activations.kept
+    assert memories[1].activations.resident == 3 * memories[1].activations.saved
 
 
 @pytest.mark.parametrize(("smaller", "larger"), [("full", "selective"), ("selective", "none")])
@@ -117,4 +130,4 @@ def test_checkpointing_lowers_the_peak(smaller, larger):
     _, _, (one,) = plan(f"train.activation_checkpointing={smaller}", "train.micro_batch_size=16")
     _, _, (other,) = plan(f"train.activation_checkpointing={larger}", "train.micro_batch_size=16")
     assert one.peak < other.peak
-    assert one.activations.whole == other.activations.whole
+    assert one.activations.uncheckpointed == other.activations.uncheckpointed

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neox.config.load import PRESETS, load_config
+from neox.config.files import PRESETS
+from neox.config.load import load_config
 from neox.config.schema import Config
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -52,7 +53,7 @@ def test_the_tokens_of_a_process_are_counted():
     config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 4, "global_batch_size": None})})
     micro = micro_batch(config, resolve(config, 8))
     assert micro.tokens == 4 * 2048 // 2
-    assert micro.stream == micro.tokens // 2 * 512 * 2 and micro.whole == 2 * micro.stream
+    assert micro.stream == micro.tokens // 2 * 512 * 2 and micro.full_stream == 2 * micro.stream
     assert micro.qkv == micro.tokens * 3 * 512 // 2 * 2
     assert micro.logits == micro.tokens * 50432 // 2 * 2  # 50,304 rounded up to a multiple of 256
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from neox.config.load import load_config
-from neox.plan.devices import find
+from neox.plan.devices import find_device
 from neox.plan.fit import estimate
 from neox.plan.time import bandwidth_of, stage_flops
 
-H100 = find("h100")
+H100 = find_device("h100")
 
 
 def made(*overrides: str, world: int = 1, device=H100):

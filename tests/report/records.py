@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from neox.config.load import dump
 from neox.config.schema import Config
+from neox.config.values import dump
 
 
 def write_run(folder: Path, *, steps: int = 120, lr: float = 1e-3, spike: int | None = 80, skipped: int | None = 30) -> Path:

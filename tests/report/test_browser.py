@@ -41,7 +41,7 @@ def chromium() -> str:
 
 
 def look(chromium: str, html: str, folder: Path) -> tuple[str, set[str], Path]:
-    """What the console said, the addresses that were requested beside the page's own, and the screenshot."""
+    """The console output, the requested addresses except that of the page, and the screenshot."""
     address = folder / "report.html"
     address.write_text(html, encoding="utf-8")
     shot, log = folder / "shot.png", folder / "net.json"
@@ -64,13 +64,13 @@ def bands(mask: np.ndarray) -> int:
 
 
 def test_the_page_opens_quietly_and_shows_its_plots(chromium, tmp_path):
-    image = pytest.importorskip("PIL.Image", reason="needs Pillow to look at the screenshot")
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow to read the screenshot")
     console, requests, shot = look(chromium, page([read_run(write_run(tmp_path / "run"))]), tmp_path)
     assert console == "" and requests == set()
     pixels = np.asarray(image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     assert COLORS[0] == "#1f6fb2"
-    blue = pixels[..., 2] - pixels[..., 0] > 50  # the curve's colour, also where it is mixed with the white beside it
+    blue = pixels[..., 2] - pixels[..., 0] > 50  # the curve's colour, also where it is mixed with the adjacent white
     assert bands(blue[:, : WIDTH // 2]) + bands(blue[:, WIDTH // 2 :]) == len(PLOTS)
 
 

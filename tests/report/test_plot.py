@@ -1,4 +1,4 @@
-"""SVG plots: well formed, inside their box, spikes kept."""
+"""SVG plots: well formed, inside their box, spikes preserved."""
 
 from __future__ import annotations
 

@@ -23,7 +23,11 @@ def test_planned_and_measured_are_reported():
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
-@pytest.mark.parametrize("extra", [{}, {"train.train_iters": 7, "checkpoint.save_interval": 6}, {"zero.stage": 3}], ids=["plain", "saved later", "stage 3"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"train.train_iters": 7, "checkpoint.save_interval": 6}, {"zero.stage": 3}, {"model.lora": "{rank: 4}"}],
+    ids=["plain", "saved later", "stage 3", "adapters"],
+)
 def test_planned_memory_is_within_a_tenth_of_a_real_run(tmp_path, extra):
     """Even if the copies of the first checkpoint come after the steps during which memory is polled, and with the imports of stage 3."""
     make_corpus(tmp_path)

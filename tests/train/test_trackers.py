@@ -100,7 +100,7 @@ def test_comet_offline_holds_the_run_and_no_key(corpus, tmp_path):
 
 
 def corpus_text(corpus: Path, run: Path) -> str:
-    from neox.config.load import to_builtins
+    from neox.config.values import to_builtins
 
     return json.dumps(to_builtins(make_config(corpus, run, *QUICK)))
 

@@ -1,41 +1,42 @@
-"""GPT-NeoX's flat YAML files as settings of ours: upstream's meaning, upstream's defaults, every quirk spelt out.
+"""Translation of GPT-NeoX's flat YAML files to native settings, with GPT-NeoX's meaning and defaults.
 
-All upstream files of one command are one mapping, as upstream merges them (a later file wins here; upstream refuses twice the same
-key). What they say lies below native files and `--set`, which may also answer a question that the upstream file leaves open.
-Facts: EleutherAI/gpt-neox, `megatron/neox_arguments` and `megatron/model/transformer.py`.
+All GPT-NeoX files of a command are merged to one mapping, as in GPT-NeoX. A later file wins here; GPT-NeoX rejects a
+duplicate key. Native files and `--set` take precedence, and may supply values that the GPT-NeoX files lack.
+Sources: EleutherAI/gpt-neox, `megatron/neox_arguments` and `megatron/model/transformer.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from neox.config.gpt_neox import model, training
 from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
 from neox.config.gpt_neox.translation import Given, Translated, Translation
-from neox.config.parse import Leaf
+from neox.config.parse import Leaf, YamlValue
 from neox.config.schema import Config
 from neox.errors import ConfigError
 
-SHARED_NAMES = ("optimizer", "precision", "profile", "checkpoint", "deepspeed", "tokenizer", "include")  # top-level keys of both kinds of file
+# top-level keys in both kinds of files
+SHARED_NAMES = ("optimizer", "precision", "profile", "checkpoint", "deepspeed", "tokenizer", "include")
 
 
-def is_upstream(leaves: list[Leaf]) -> bool:
-    """Whether a file is GPT-NeoX's: it has keys of upstream and none of our sections."""
+def is_gpt_neox(leaves: list[Leaf]) -> bool:
+    """Whether a file is written for GPT-NeoX: it has keys of GPT-NeoX and no native section."""
     shared = {leaf.path[0] for leaf in leaves if leaf.path[0] in SHARED_NAMES}
-    upstream = {leaf.path[0] for leaf in leaves if leaf.path[0] in GPT_NEOX_KEYS} - shared
-    native = {leaf.path[0] for leaf in leaves if leaf.path[0] in Config.model_fields} - shared
+    theirs = {leaf.path[0] for leaf in leaves if leaf.path[0] in GPT_NEOX_KEYS} - shared
+    native = {leaf.path[0] for leaf in leaves if leaf.path[0] in Config.attributes()} - shared
     if any(
-        leaf.path[:2] == ("optimizer", "params") or (leaf.path in (("precision",), ("profile",), ("deepspeed",)) and leaf.value not in (None, {}))
+        leaf.path[:2] == ("optimizer", "params")
+        or (leaf.path in (("precision",), ("profile",), ("deepspeed",)) and leaf.value not in (None, {}))
         for leaf in leaves
     ):
-        upstream |= shared
-    return bool(upstream) and not native
+        theirs |= shared
+    return bool(theirs) and not native
 
 
 def collect(leaves: list[Leaf], source: str) -> dict[str, Given]:
-    """The leaves of an upstream file as one flat mapping, values below a key nested again."""
-    tree: dict[str, Any] = {}
+    """Collect the leaves of a GPT-NeoX file in one flat mapping. Values below a key are nested again."""
+    tree: dict[str, YamlValue] = {}
     lines: dict[str, int] = {}
     for leaf in leaves:
         lines.setdefault(leaf.path[0], leaf.line)
@@ -47,18 +48,17 @@ def collect(leaves: list[Leaf], source: str) -> dict[str, Given]:
 
 
 def translate(
-    given: Mapping[str, Given], native: Mapping[tuple[str, ...], Any], embedding_rows: int | None = None
+    given: Mapping[str, Given], native: Mapping[tuple[str, ...], YamlValue], embedding_rows: int | None = None
 ) -> tuple[list[Translated], list[str], list[ConfigError]]:
-    """Native settings from upstream ones.
+    """Translate GPT-NeoX settings to native ones.
 
     Args:
-        given: the merged upstream files.
-        native: what native files and `--set` say; a problem of a key that they decide is none.
-
-        embedding_rows: of the checkpoint that the files describe, where there is one.
+        given: the merged GPT-NeoX files.
+        native: values of native files and `--set`; a problem of a key that they set is not reported.
+        embedding_rows: rows of the embedding in a checkpoint that the files describe, if there is one.
 
     Returns:
-        Settings; notes for people, a line each; problems.
+        settings; notes for the user, one line each; problems.
     """
     work = Translation(given, native, embedding_rows)
     work.unknown_and_unsupported()

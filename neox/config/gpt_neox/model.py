@@ -1,23 +1,24 @@
-"""GPT-NeoX's description of a model as ours, every quirk of upstream spelt out as a value.
+"""Translation of GPT-NeoX's model keys. Implicit behaviour of GPT-NeoX becomes an explicit value.
 
-Facts: EleutherAI/gpt-neox, `megatron/neox_arguments` and `megatron/model/transformer.py`.
+Sources: EleutherAI/gpt-neox, `megatron/neox_arguments` and `megatron/model/transformer.py`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
 from neox.config.gpt_neox.translation import Translation
+from neox.config.parse import YamlValue
 from neox.config.schema import GATED
 from neox.config.vocabulary import tokenizer_vocab_size
 
 GPT2_IDS, NEOX_20B_IDS = 50257, 50277
 ACTIVATIONS = {"relu": "relu", "silu": "silu", "swish": "silu", "geglu": "geglu", "reglu": "reglu", "swiglu": "swiglu"}
-NO_ATTENTION = "with gpt_j_residual and an MLP without biases GPT-NeoX leaves the attention out of the sum"
+NO_ATTENTION = "with gpt_j_residual and an MLP without biases GPT-NeoX omits the attention from the sum"
 INITS = ("normal", "scaled_normal", "small_init", "wang_init")
-# (hidden_size, num_layers, num_kv_heads) of published models -> name, real width: some of upstream's files build another one
+# (hidden_size, num_layers, num_kv_heads) of published models -> name, real width; some of GPT-NeoX's files build
+# another one
 PUBLISHED_WIDTHS = {
     (4096, 32, 32): ("Llama 7B, Code Llama 7B and Llemma 7B", 11008),
     (4096, 32, 8): ("Mistral 7B and Llama 3 8B", 14336),
@@ -27,7 +28,7 @@ PUBLISHED_WIDTHS = {
 
 
 def renamed(work: Translation) -> None:
-    """Values that stand under another key, upstream's defaults included."""
+    """Copy renamed keys, including GPT-NeoX's defaults."""
     for name, row in GPT_NEOX_KEYS.items():
         value = work.given[name].value if name in work.given else row.default
         if row.kind == "renamed" and value is not None:
@@ -35,10 +36,10 @@ def renamed(work: Translation) -> None:
 
 
 def residual(work: Translation) -> None:
-    """One norm for both branches, and the embeddings tied or not."""
+    """Translate the shared norm of both branches, and tied embeddings."""
     shared = work.value("gpt_j_tied")
     if shared and not work.value("gpt_j_residual"):
-        work.note("no effect without gpt_j_residual, as upstream", "gpt_j_tied")
+        work.note("no effect without gpt_j_residual, as in GPT-NeoX", "gpt_j_tied")
         shared = False
     work.set("model.shared_residual_norm", shared, "gpt_j_tied")
     if work.value("gpt_j_residual") and not work.value("use_bias_in_mlp"):
@@ -46,23 +47,25 @@ def residual(work: Translation) -> None:
             "gpt_j_residual",
             NO_ATTENTION,
             want="use_bias_in_mlp: true, or gpt_j_residual: false",
-            do="--set model.parallel_residual=true to train another model than GPT-NeoX would: one with the attention",
+            do="--set model.parallel_residual=true trains the model with attention, unlike GPT-NeoX",
             decides="model.parallel_residual",
         )
     work.set("model.tie_embeddings", not work.value("no_weight_tying"), "no_weight_tying")
 
 
 def initialisation(work: Translation) -> None:
-    """Methods that both have."""
+    """Translate the initialisation methods that both projects have."""
     for name, key in (("init_method", "model.init"), ("output_layer_init_method", "model.output_init")):
         if work.value(name) in INITS:
             work.set(key, work.value(name), name)
         else:
-            work.refuse(name, "initialisation is not supported", want=", ".join(INITS), do=f"--set {key}=...", decides=key)
+            work.refuse(
+                name, "initialisation is not supported", want=", ".join(INITS), do=f"--set {key}=...", decides=key
+            )
 
 
 def norm(work: Translation) -> None:
-    """Kind, eps, bias."""
+    """Translate the type, epsilon and bias of norms."""
     kind = str(work.value("norm")).lower().removeprefix("te_")
     if kind not in ("layernorm", "rmsnorm"):
         work.refuse("norm", "norm is not supported", want="layernorm or rmsnorm")
@@ -75,13 +78,16 @@ def norm(work: Translation) -> None:
 
 
 def activation(work: Translation) -> None:
-    """Upstream's fused bias-GeLU is the tanh form, its unfused gelu the erf form."""
+    """Translate the activation. GPT-NeoX's fused bias-GeLU is the tanh form, its unfused GeLU the erf form."""
     name = str(work.value("activation")).lower()
     if name == "gelu":
         fused = bool(work.value("bias_gelu_fusion")) and not work.value("onnx_safe")
         work.set("model.activation", "gelu_tanh" if fused else "gelu", "bias_gelu_fusion" if fused else "activation")
         if fused:
-            work.note("upstream's fused kernel computes the tanh form of gelu: model.activation: gelu_tanh", "bias_gelu_fusion")
+            work.note(
+                "GPT-NeoX's fused kernel computes the tanh form of GeLU: model.activation: gelu_tanh",
+                "bias_gelu_fusion",
+            )
     elif name in ACTIVATIONS:
         work.set("model.activation", ACTIVATIONS[name], "activation")
     else:
@@ -89,10 +95,19 @@ def activation(work: Translation) -> None:
 
 
 def width(work: Translation) -> None:
-    """Width of the MLP. Upstream cuts that of a gated one to a third: int(x 2/3), rounded up to 2 multiples, of which half is the width."""
+    """Compute the width of the MLP.
+
+    For a gated MLP GPT-NeoX takes 2/3 of intermediate_size, rounded up to 2 x mlp_multiple_of; half of that is the
+    width.
+    """
     name = work.first("intermediate_size", "expansion_factor")
     if "intermediate_size" in work.given and "expansion_factor" in work.given:
-        work.refuse("expansion_factor", "the MLP's width is given twice", want="intermediate_size or expansion_factor", decides="model.intermediate_size")
+        work.refuse(
+            "expansion_factor",
+            "MLP width is given twice",
+            want="intermediate_size or expansion_factor",
+            decides="model.intermediate_size",
+        )
     hidden, multiple, given = work.number("hidden_size"), work.number("mlp_multiple_of"), work.number(name)
     if not hidden or not multiple:
         return
@@ -105,29 +120,42 @@ def width(work: Translation) -> None:
     inner, outer = -(-both // (2 * multiple)) * multiple, -(-(both // 2) // multiple) * multiple
     _set_width(work, name, inner, outer, size)
     if inner == outer:
-        work.note(f"gated: upstream makes {size} a width of {outer} (a third, rounded up to mlp_multiple_of {multiple})", name)
+        work.note(
+            f"gated: GPT-NeoX computes a width of {outer} from {size} (a third, rounded up to mlp_multiple_of "
+            f"{multiple})",
+            name,
+        )
         heads = work.number("num_kv_heads") or work.number("num_attention_heads")
         real_name, real = PUBLISHED_WIDTHS.get((hidden, work.number("num_layers"), heads), ("", outer))
         if real != outer:
-            work.note(f"this file describes another model than {real_name}, whose width is {real}: for that, intermediate_size: {3 * real}", name)
+            work.note(
+                f"this file does not describe {real_name}, whose width is {real}: set intermediate_size: {3 * real} "
+                "for that model",
+                name,
+            )
 
 
 def _set_width(work: Translation, name: str, inner: int, outer: int, size: int) -> None:
     if inner == outer:
         work.set("model.intermediate_size", outer, name)
         return
-    what = f"the file is wrong: upstream makes the MLP's matrices {inner} and {outer} wide, which do not fit"
+    what = f"invalid file: GPT-NeoX gives the two MLP matrices different widths, {inner} and {outer}"
     if name not in work.given:
         name = "hidden_size"
     do = f"intermediate_size: {3 * size} for a gated width of {size}, or --set model.intermediate_size={size}"
-    work.refuse(name, what, want="a width both can have", do=do, decides="model.intermediate_size")
+    work.refuse(name, what, want="one width for both", do=do, decides="model.intermediate_size")
 
 
 def positions(work: Translation) -> None:
-    """Rotary options only with rotary positions."""
+    """Translate the position embedding. Rotary options apply to rotary positions only."""
     kind = work.value("pos_emb")
     if kind not in ("rotary", "learned", "alibi", "none"):
-        work.refuse("pos_emb", "positions are not supported", want="rotary, learned, alibi or none", decides="model.position_embedding")
+        work.refuse(
+            "pos_emb",
+            "position embedding is not supported",
+            want="rotary, learned, alibi or none",
+            decides="model.position_embedding",
+        )
         return
     work.set("model.position_embedding", kind, "pos_emb")
     if kind == "rotary":
@@ -136,22 +164,27 @@ def positions(work: Translation) -> None:
 
 
 def attention(work: Translation) -> None:
-    """Dense attention in every layer; a window of upstream sees one key more than its width says."""
+    """Translate the attention, which must be dense in every layer.
+
+    A window of GPT-NeoX has one key more than its width.
+    """
     layers = work.value("num_layers")
-    kinds: list[Any] = ["global"] * layers if isinstance(layers, int) else []
+    kinds: list[YamlValue] = ["global"] * layers if isinstance(layers, int) else []
     if "attention_config" in work.given:
         try:
             kinds = expand(work.value("attention_config"), layers)
         except ValueError as reason:
-            work.refuse("attention_config", "cannot read the attention types", want=str(reason))
+            work.refuse("attention_config", "cannot parse the attention types", want=str(reason))
     other = sorted({str(kind) for kind in kinds} - {"global", "flash"})
     if other:
-        work.refuse("attention_config", f"attention is not supported: {', '.join(other)}", want="global or flash in every layer")
+        work.refuse(
+            "attention_config", f"attention is not supported: {', '.join(other)}", want="global or flash in every layer"
+        )
     elif isinstance(layers, int) and len(kinds) != layers:
         work.refuse(
             "attention_config",
-            "the file is wrong: attention types do not match the layers",
-            want=f"{layers} of them, got {len(kinds)}",
+            "invalid file: attention types do not match the layers",
+            want=f"{layers} types; the list has {len(kinds)}",
             decides="model.num_layers",
         )
     for bias in ("qkv_bias", "attention_out_bias"):
@@ -160,21 +193,26 @@ def attention(work: Translation) -> None:
     if window is not None and work.number("pipe_parallel_size") == 0 and "global" in kinds:
         work.refuse(
             "sliding_window_width",
-            "with pipe_parallel_size: 0 GPT-NeoX trains global attention without the window",
+            "with pipe_parallel_size: 0 GPT-NeoX ignores the window of global attention",
             want="pipe_parallel_size: 1, flash attention, or no sliding_window_width",
-            do=f"--set model.sliding_window={window + 1} to train another model than GPT-NeoX would: one with the window; =null for its own",
+            do=f"--set model.sliding_window={window + 1} trains with the window, unlike GPT-NeoX; =null trains "
+            "without, like GPT-NeoX",
             decides="model.sliding_window",
         )
     elif window is not None:
         work.set("model.sliding_window", window + 1, "sliding_window_width")
-        work.note(f"upstream's window of {window} sees {window + 1} keys, the query's own included: model.sliding_window: {window + 1}", "sliding_window_width")
+        work.note(
+            f"a window of {window} in GPT-NeoX has {window + 1} keys, the query itself included: model.sliding_window: "
+            f"{window + 1}",
+            "sliding_window_width",
+        )
 
 
-def expand(config: Any, layers: Any) -> list[str]:
-    """[[["local", "global"], 6], ...] -> one type per layer; "all" repeats to the end.
+def expand(config: YamlValue, layers: YamlValue) -> list[str]:
+    """Expand `[[["local", "global"], 6], ...]` to one type per layer. "all" repeats up to the last layer.
 
     Raises:
-        ValueError: it has another form.
+        ValueError: the list has another form.
     """
     want = "[[[type, ...], times], ...], times a number or all"
     kinds: list[str] = []
@@ -196,9 +234,10 @@ def expand(config: Any, layers: Any) -> list[str]:
 
 
 def vocabulary(work: Translation) -> None:
-    """Upstream's embedding has the tokenizer's ids padded to a multiple of make_vocab_size_divisible_by x model_parallel_size.
+    """Compute the vocabulary size.
 
-    Where the rows of a checkpoint are known they decide, unless a tokenizer that the file names has more ids.
+    GPT-NeoX pads the ids of the tokenizer to a multiple of make_vocab_size_divisible_by x model_parallel_size. The rows
+    of a checkpoint, if known, take precedence, unless the tokenizer of the file has more ids.
     """
     kind = str(work.value("tokenizer_type")).lower()
     file = work.value("vocab_file")
@@ -212,28 +251,41 @@ def vocabulary(work: Translation) -> None:
         except (OSError, ValueError):
             if Path(str(file)).name == "20B_tokenizer.json":
                 ids = NEOX_20B_IDS
-                work.note("is not here; taken for GPT-NeoX-20B's tokenizer. Generation from text needs tokenizer.file", "vocab_file")
+                work.note(
+                    "file not found; assumed to be the tokenizer of GPT-NeoX-20B. Generation from text needs "
+                    "tokenizer.file",
+                    "vocab_file",
+                )
     elif kind in ("gpt2bpetokenizer", "hfgpt2tokenizer"):
         ids = GPT2_IDS
         given = "is" if "tokenizer_type" in work.given else "is by default"
-        work.note(f"tokenizer_type {given} {work.value('tokenizer_type')}: {ids} ids; set tokenizer.file to generate from text, or for another tokenizer")
+        work.note(
+            f"tokenizer_type {given} {work.value('tokenizer_type')}: {ids} ids; set tokenizer.file to generate from "
+            "text, or to use another tokenizer"
+        )
     rows, named = work.embedding_rows, "tokenizer_type" in work.given or "vocab_file" in work.given
     if rows is not None and (ids is None or not named or ids <= rows):
         work.set("model.vocab_size", rows, work.first("vocab_file", "tokenizer_type"))
-        work.note(f"model.vocab_size: {rows}: the rows of the checkpoint's embedding")
+        work.note(f"model.vocab_size: {rows}, the embedding rows of the checkpoint")
         return
     multiple, tensor = work.number("make_vocab_size_divisible_by"), work.number("model_parallel_size")
     if ids is None or not multiple:
         name = work.first("vocab_file", "tokenizer_type")
         work.refuse(
-            name, "the vocabulary's size is unknown", want="vocab_file: a `tokenizers` JSON file", do="--set model.vocab_size=... or tokenizer.file=..."
+            name,
+            "vocabulary size is unknown",
+            want="vocab_file: a `tokenizers` JSON file",
+            do="--set model.vocab_size=... or tokenizer.file=...",
         )
         return
     multiple *= max(tensor or 1, 1)
     padded = -(-ids // multiple) * multiple
     work.set("model.vocab_size", padded, work.first("vocab_file", "tokenizer_type"))
     if padded != ids:
-        work.note(f"model.vocab_size: {padded}: the {ids} ids padded to a multiple of {multiple}, as in upstream's weights")
+        work.note(
+            f"model.vocab_size: {padded}, the {ids} ids padded to a multiple of {multiple}, as in the weights of "
+            "GPT-NeoX"
+        )
 
 
 STEPS = (renamed, residual, initialisation, norm, activation, width, positions, attention, vocabulary)

@@ -12,6 +12,7 @@ import numpy as np
 
 from neox._native import core
 from neox.config.schema import Config, DataConfig, DataSource
+from neox.config.validate import check_sources
 from neox.data.samples.blend import BlendedDataset, BlendPhase, MixedDataset, PhasedBlend, normalise_weights
 from neox.data.samples.cursor import Cursor, SavedCursor, Source, continued, first_phase, identify, same_shares, settings_of, tokenizer_of
 from neox.data.samples.documents import DocumentDataset, LabelledDataset, PairDataset, check_labels, check_same_documents
@@ -55,7 +56,7 @@ class RunDatasets:
     """
 
     def __init__(self, config: Config, num_samples: dict[str, int], saved: SavedCursor | None = None):
-        _check_section(config.data)
+        check_sources(config)
         wanted = {part: num_samples[part] for part in PARTS if num_samples.get(part, 0) > 0}
         text = Path(text_prefix(config)).name if config.data.text else None
         settings = settings_of(config, tokenizer_of(config), text)
@@ -191,7 +192,7 @@ def _text_folder(config: Config) -> Path:
 def documents_of_parts(config: Config) -> dict[str, list[tuple[IndexedDataset, tuple[int, int]]]]:
     """The documents [first, last) of each dataset that "train", "validation" and "test" are made of, as far as the config has them. Raises as above."""
     data = config.data
-    _check_section(data)
+    check_sources(config)
     path = prefix_to_split(config)
     if path is None:
         named = {part: [source.path for source in _sources(data, part)] for part in PARTS}
@@ -211,16 +212,6 @@ def notes(datasets: dict[str, Dataset]) -> list[str]:
     parts = [(name, part) for name, dataset in datasets.items() for part in (dataset.parts if isinstance(dataset, MixedDataset) else [dataset])]
     packed = [(name, part.samples if isinstance(part, FimDataset) else part) for name, part in parts]
     return [f"{name}: {part.note()}" for name, part in packed if isinstance(part, PackedDataset)]
-
-
-def _check_section(data: DataConfig) -> None:
-    given = [name for name, value in (("path", data.path), ("text", data.text), ("train", data.train)) if value]
-    if len(given) != 1:
-        want = "data.train (a list), or data.path or data.text with data.split"
-        raise ConfigError("training data must be named once", where="data", got=", ".join(given) or "nothing", want=want, do="--set data.train=[PREFIX]")
-    if not data.train and (data.validation or data.test):
-        got, do = "data.validation or data.test", f"name data.train instead of data.{given[0]}"
-        raise ConfigError(f"data.{given[0]} is cut by data.split and excludes lists", where="data", got=got, do=do)
 
 
 def _sources(data: DataConfig, part: str) -> tuple[DataSource, ...]:

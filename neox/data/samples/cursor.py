@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from neox.config.load import to_builtins
 from neox.config.schema import Config
+from neox.config.values import to_builtins
 from neox.data.samples.blend import BlendPhase, PhasedBlend, normalise_weights
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.tokenizer import file_hash

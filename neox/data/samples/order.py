@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 
 import numpy as np
 
 from neox._native import core
+from neox.config.schema import parse_split
 from neox.data.samples.provenance import Coverage, DocumentSlice, matching, merge_adjacent, slices_of
 from neox.data.samples.sample import BatchArrays, Collatable, Sample
 from neox.data.store.indexed import IndexedDataset
@@ -28,16 +28,12 @@ def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
         ConfigError: not one to three non-negative numbers with a sum above 0.
     """
     try:
-        shares = [float(part) for part in split.replace("/", ",").split(",")]
-    except ValueError:
-        shares = []
-    total = sum(shares)
-    if not 1 <= len(shares) <= 3 or any(not share >= 0 for share in shares) or not 0 < total < math.inf:
-        raise ConfigError("bad split", where="data.split", got=split, want="one to three non-negative numbers, such as 969,30,1")
-    shares += [0.0] * (3 - len(shares))
+        shares = parse_split(split)
+    except ValueError as reason:
+        raise ConfigError("cannot parse the split", where="data.split", got=split, want=reason) from None
     cuts = [0]
     for share in shares:
-        cuts.append(cuts[-1] + round(share / total * count))
+        cuts.append(cuts[-1] + round(share * count))
     excess = cuts[-1] - count
     # Upstream shifts every cut but the first by the rounding excess; where that makes one negative, it is 0 here.
     cuts = [0] + [max(cut - excess, 0) for cut in cuts[1:]]

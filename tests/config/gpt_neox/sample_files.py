@@ -1,4 +1,4 @@
-"""Small GPT-NeoX files for tests, and upstream's own arithmetic on them."""
+"""Small GPT-NeoX files for tests, and the parameter shapes that GPT-NeoX computes from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE: dict[str, Any] = {
 
 
 def flow_text(values: dict[str, Any], dash: bool = False) -> str:
-    """As GPT-NeoX writes its files: one flow mapping with quoted keys, Python's booleans, comments and a comma at the end."""
+    """Write values in the style of GPT-NeoX: one flow mapping with quoted keys, Python booleans and a trailing comma."""
     lines = [f'  "{key.replace("_", "-") if dash else key}": {flow(value)},  # {key}' for key, value in values.items()]
     return "\n".join(["# a file of GPT-NeoX", "{", *lines, "}", ""])
 
@@ -35,7 +35,7 @@ def flow(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def upstream_shapes(values: dict[str, Any], vocab_size: int) -> list[tuple[int, ...]]:
+def gpt_neox_shapes(values: dict[str, Any], vocab_size: int) -> list[tuple[int, ...]]:
     """Shapes of all parameters that GPT-NeoX builds from a flat file, sorted; its formulas, not ours.
 
     Its gated MLP is one matrix of both halves, which is two of ours; the vocabulary is the padded one.

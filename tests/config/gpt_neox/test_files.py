@@ -1,17 +1,17 @@
-"""GPT-NeoX's files through the same door as ours: detection, merging, layers, errors; and every file that upstream ships."""
+"""Loading of GPT-NeoX files: detection, merging, layers, errors, and every file that GPT-NeoX and Pythia ship."""
 
 from __future__ import annotations
 
 import pytest
 import yaml
 
-from neox.config.gpt_neox.files import collect, is_upstream
+from neox.config.gpt_neox.files import collect, is_gpt_neox
 from neox.config.load import Loaded, load
 from neox.config.parse import Reader
 from neox.errors import ConfigError, NeoxError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from tests.config.gpt_neox.sample_files import BASE, flow_text, upstream_shapes
+from tests.config.gpt_neox.sample_files import BASE, flow_text, gpt_neox_shapes
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def leaves(text: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "upstream"),
+    ("text", "detected"),
     [
         ('{"num-layers": 2, "hidden-size": 8}', True),
         ("num_layers: 2", True),
@@ -51,8 +51,8 @@ def leaves(text: str):
         ("profile: null", False),
     ],
 )
-def test_which_files_are_upstream(text, upstream):
-    assert is_upstream(leaves(text)) is upstream
+def test_detection_of_gpt_neox_files(text, detected):
+    assert is_gpt_neox(leaves(text)) is detected
 
 
 def test_values_below_a_key_are_nested_again():
@@ -76,10 +76,10 @@ def test_files_are_merged_and_the_later_one_wins(write):
     write("b.yml", {"seq-length": 32, "data-path": "corpus", "hidden_size": 96})
     config = load(["a.yml", "b.yml"]).config
     assert (config.data.seq_length, config.data.path, config.model.hidden_size) == (32, "corpus", 96)
-    assert config.model.intermediate_size == 4 * 96  # what follows from several keys is worked out once all files are read
+    assert config.model.intermediate_size == 4 * 96  # values that depend on several keys are computed after all files are read
 
 
-def test_native_files_and_settings_win_over_upstream_ones(write, tmp_path):
+def test_native_files_and_settings_take_precedence(write, tmp_path):
     write("a.yml", BASE)
     (tmp_path / "mine.yml").write_text("train: {train_iters: 7}\nrun: {dir: here}\n")
     loaded = load(["a.yml", "mine.yml"], ["model.num_layers=3"])
@@ -96,18 +96,18 @@ def refusal(*files: str, overrides: tuple[str, ...] = ()) -> str:
     return caught.value.line()
 
 
-def test_an_upstream_file_after_a_native_one_is_refused(write, tmp_path):
+def test_a_gpt_neox_file_after_a_native_one_is_refused(write, tmp_path):
     write("a.yml", BASE)
     (tmp_path / "mine.yml").write_text("train: {train_iters: 7}\n")
     assert "files out of order; where=a.yml; got=a GPT-NeoX file after mine.yml" in refusal("mine.yml", "a.yml")
 
 
-def test_a_part_of_a_config_says_what_is_missing(write):
+def test_a_partial_config_names_the_missing_keys(write):
     text = refusal(write("a.yml", {"data_path": "x", "hidden_size": 8}))
-    assert "not a whole GPT-NeoX config; where=a.yml; want=num_layers, num_attention_heads, max_position_embeddings" in text
+    assert "incomplete GPT-NeoX config; where=a.yml; want=num_layers, num_attention_heads, max_position_embeddings" in text
 
 
-def test_all_problems_at_once_each_with_its_line(write):
+def test_all_problems_are_reported_at_once_with_their_lines(write):
     text = refusal(write("a.yml", BASE | {"atention_dropout": 0.1, "moe_num_experts": 8, "use_mup": True, "hidden_dropout": "x"}))
     lines = text.splitlines()
     assert len(lines) == 4
@@ -116,13 +116,13 @@ def test_all_problems_at_once_each_with_its_line(write):
     assert "where=a.yml:18 model.hidden_dropout" in text
 
 
-def test_a_missing_comma_is_named():
+def test_a_missing_comma_is_reported():
     reader = Reader("a.yml")
     reader.read('{"a": 1\n "b": 2}')
     assert "a.yml:2" in reader.problems[0].line() and "comma" in reader.problems[0].line()
 
 
-UPSTREAM_PARTS = [
+PARTIAL_FILES = [
     "cpu_mock_config",
     "docker/pythia-paths",
     "eleutherai_cluster",
@@ -135,7 +135,7 @@ UPSTREAM_PARTS = [
     "sparse",
     "text_generation",
 ]
-UPSTREAM_REFUSED = {  # file -> key that the sentence names
+REFUSED_FILES = {  # file -> key in the error
     "configs/125M-dmoe": "moe_num_experts",
     "configs/gmlp_small": "attention_config",
     "configs/rwkv/170M": "attention_config",
@@ -146,50 +146,50 @@ UPSTREAM_REFUSED = {  # file -> key that the sentence names
     "models/12B/pythia-12b": "not YAML",
     **{f"configs/mamba/mamba-{size}": "attention_config" for size in ("130M", "370M", "790M", "1.4B", "2.8B")},
     **{f"post-training/configs/llama3-8b-{kind}": "train_impl" for kind in ("kto", "reinforce")},
-    **{f"configs/{name}": "not a whole GPT-NeoX config" for name in UPSTREAM_PARTS},
+    **{f"configs/{name}": "incomplete GPT-NeoX config" for name in PARTIAL_FILES},
 }
-WRONG_FILES = ("configs/mistral/7B", "configs/llemma/7B", "configs/llemma/34B", "models/12B/pythia-12b-deduped")
+INVALID_FILES = ("configs/mistral/7B", "configs/llemma/7B", "configs/llemma/34B", "models/12B/pythia-12b-deduped")
 
 
 def load_shipped(path) -> Loaded:
-    """A shipped file; where it leaves the vocabulary open, with a size given."""
+    """Load a shipped file. If it does not define the vocabulary size, use 50304."""
     try:
         return load([path])
     except NeoxError as error:
-        if "the vocabulary's size is unknown" not in error.line():
+        if "vocabulary size is unknown" not in error.line():
             raise
         return load([path], ["model.vocab_size=50304"])
 
 
-def test_every_file_that_upstream_ships_loads_to_its_model_or_is_refused_by_name(shared_data):
+def test_every_shipped_file_loads_to_its_model_or_is_refused_by_name(shared_data):
     folder = shared_data / "upstream-configs"
     paths = {str(path.relative_to(folder).with_suffix("")).partition("/")[2]: path for path in sorted(folder.glob("**/*.yml"))}
     assert len(paths) == 84
     loaded_count = 0
     for name, path in paths.items():
-        if name in UPSTREAM_REFUSED:
+        if name in REFUSED_FILES:
             with pytest.raises(ConfigError) as caught:
                 load_shipped(path)
-            assert UPSTREAM_REFUSED[name] in caught.value.line(), name
-            assert ("the file is wrong" in caught.value.line()) == (name in WRONG_FILES), name
+            assert REFUSED_FILES[name] in caught.value.line(), name
+            assert ("invalid file" in caught.value.line()) == (name in INVALID_FILES), name
             continue
         config = load_shipped(path).config
         values = {key.replace("-", "_"): value for key, value in yaml.safe_load(path.read_text()).items()}
         model = GPT(config.model, Mesh.single("meta"))
-        assert sorted(tuple(layout.shape) for layout in model.shard_specs().values()) == upstream_shapes(values, config.model.vocab_size), name
+        assert sorted(tuple(layout.shape) for layout in model.shard_specs().values()) == gpt_neox_shapes(values, config.model.vocab_size), name
         loaded_count += 1
-    assert loaded_count == 84 - len(UPSTREAM_REFUSED)
+    assert loaded_count == 84 - len(REFUSED_FILES)
 
 
 @pytest.mark.parametrize(("name", "real"), [("codellama_34B", 22016), ("codellama_7B", 11008)])
-def test_upstream_files_that_describe_another_model_say_so(shared_data, name, real):
+def test_a_note_names_files_that_describe_another_model(shared_data, name, real):
     loaded = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"])
     assert any(f"whose width is {real}" in note for note in loaded.notes)
     right = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"], [f"model.intermediate_size={real}"])
     assert right.config.model.intermediate_size == real
 
 
-def test_post_training_files_are_what_they_say(shared_data):
+def test_post_training_files_set_objective_and_data(shared_data):
     folder = shared_data / "upstream-configs" / "gpt-neox" / "post-training" / "configs"
     read = {kind: load_shipped(folder / f"llama3-8b-{kind}.yml").config for kind in ("sft", "dpo", "rm")}
     assert {kind: config.train.objective for kind, config in read.items()} == {"sft": "sft", "dpo": "dpo", "rm": "reward"}

@@ -1,4 +1,4 @@
-"""The table of GPT-NeoX's keys: whole, and true to our schema."""
+"""The table of GPT-NeoX's keys: complete, and consistent with the schema."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS
 from neox.config.gpt_neox.keys import GPT_NEOX_KEYS, IGNORED_BECAUSE, REQUIRED
-from neox.config.load import known_keys
+from neox.config.values import known_keys
 from tests.config.gpt_neox.test_model import result
 
 
-def test_every_row_says_what_is_done():
+def test_every_rule_is_complete():
     for name, row in GPT_NEOX_KEYS.items():
         assert row.to if row.kind == "renamed" else row.text, name
         assert (row.kind == "renamed") <= (len(row.to) == 1), name
@@ -24,7 +24,7 @@ ARGUMENTS = json.loads((Path(__file__).parent / "arguments.json").read_text())
 
 
 def test_every_argument_of_gpt_neox_is_known_with_its_default():
-    """arguments.json holds the fields of all classes in megatron/neox_arguments at commit ea7aefd8, and their defaults."""
+    """arguments.json has the fields of all classes in megatron/neox_arguments at commit ea7aefd8, and their defaults."""
     assert len(ARGUMENTS) == 318
     assert set(ARGUMENTS) - set(GPT_NEOX_KEYS) == set()
     for name, default in ARGUMENTS.items():
@@ -54,8 +54,8 @@ def unknown(name: str) -> str:
         ("vocab_size", None),
     ],
 )
-def test_an_unknown_key_is_answered_with_what_it_can_mean(wrong, meant):
-    assert unknown(wrong) == (meant or "`neox config reference --gpt-neox` lists the known keys; take this one out")
+def test_an_unknown_key_is_answered_with_a_suggestion(wrong, meant):
+    assert unknown(wrong) == (meant or "`neox config reference --gpt-neox` lists the known keys; remove this one")
 
 
 def test_native_keys_exist():
@@ -69,7 +69,7 @@ def test_no_key_is_ignored_for_two_reasons():
 
 
 @pytest.mark.parametrize("name", ["comet", "wandb", "comms_logger"])
-def test_deepspeed_keys_are_handed_on(name):
+def test_deepspeed_keys_are_passed_through(name):
     assert GPT_NEOX_KEYS[name].to == (f"deepspeed.{name}",)
 
 

@@ -10,7 +10,7 @@ from neox.config.gpt_neox.translation import Given
 from neox.config.schema import ModelConfig
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from tests.config.gpt_neox.sample_files import BASE, upstream_shapes
+from tests.config.gpt_neox.sample_files import BASE, gpt_neox_shapes
 
 
 def result(changes: dict, native: dict | None = None) -> tuple[dict, list[str], list[str]]:
@@ -65,44 +65,44 @@ def model(changes: dict) -> dict:
         ({"activation": "geglu"}, "intermediate_size", 64),
     ],
 )
-def test_a_quirk_becomes_a_value(changes, key, value):
+def test_implicit_behaviour_becomes_a_value(changes, key, value):
     assert model(changes)[key] == value
 
 
-def test_rotary_options_are_left_out_without_rotary_positions():
+def test_rotary_options_are_omitted_without_rotary_positions():
     assert {"rotary_pct", "rope_theta"} & set(model({"pos_emb": "alibi"})) == set()
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "parts"),
     [
         (
             {"activation": "swiglu", "intermediate_size": 14336},
-            ["the file is wrong", "4779 and 4778", "intermediate_size: 43008", "model.intermediate_size=14336"],
+            ["invalid file", "4779 and 4778", "intermediate_size: 43008", "model.intermediate_size=14336"],
         ),
         ({"activation": "mish"}, ["activation", "got='mish'", "swiglu"]),
         ({"norm": "scalenorm"}, ["norm", "layernorm or rmsnorm"]),
         ({"use_bias_in_norms": False}, ["use_bias_in_norms", "rmsnorm"]),
         ({"pos_emb": "rpe"}, ["pos_emb", "got='rpe'"]),
-        ({"gpt_j_residual": True, "use_bias_in_mlp": False}, ["GPT-NeoX leaves the attention out of the sum", "gpt_j_residual", "use_bias_in_mlp: true"]),
-        ({"sliding_window_width": 15}, ["pipe_parallel_size: 0 GPT-NeoX trains global attention without the window", "model.sliding_window=16"]),
+        ({"gpt_j_residual": True, "use_bias_in_mlp": False}, ["GPT-NeoX omits the attention from the sum", "gpt_j_residual", "use_bias_in_mlp: true"]),
+        ({"sliding_window_width": 15}, ["pipe_parallel_size: 0 GPT-NeoX ignores the window of global attention", "model.sliding_window=16"]),
         ({"init_method": "orthogonal"}, ["init_method", "model.init"]),
         ({"attention_config": [[["local", "global"], 1]]}, ["attention_config", "local"]),
-        ({"attention_config": [[["flash"], 3]]}, ["attention types do not match the layers", "2 of them, got 3"]),
-        ({"attention_config": [["flash", 2]]}, ["cannot read the attention types"]),
-        ({"tokenizer_type": "SPMTokenizer", "vocab_file": "x.model"}, ["the vocabulary's size is unknown", "x.model", "model.vocab_size"]),
-        ({"vocab_file": "other.json"}, ["the vocabulary's size is unknown"]),
+        ({"attention_config": [[["flash"], 3]]}, ["attention types do not match the layers", "2 types; the list has 3"]),
+        ({"attention_config": [["flash", 2]]}, ["cannot parse the attention types"]),
+        ({"tokenizer_type": "SPMTokenizer", "vocab_file": "x.model"}, ["vocabulary size is unknown", "x.model", "model.vocab_size"]),
+        ({"vocab_file": "other.json"}, ["vocabulary size is unknown"]),
         ({"intermediate_size": 96, "expansion_factor": 2.0}, ["given twice"]),
         ({"hidden_size": "48"}, ["hidden_size", "a number"]),
     ],
 )
-def test_what_cannot_be_said_is_refused_by_name(changes, said):
+def test_unsupported_values_are_refused_by_name(changes, parts):
     _, _, problems = result(changes)
     assert problems
-    assert all(part in "\n".join(problems) for part in said)
+    assert all(part in "\n".join(problems) for part in parts)
 
 
-def test_another_model_than_upstreams_is_built_where_a_native_key_asks_for_it():
+def test_a_native_key_may_select_a_model_that_gpt_neox_would_not_build():
     changes = {"gpt_j_residual": True, "use_bias_in_mlp": False, "activation": "swiglu"}
     assert result(changes, {("model", "parallel_residual"): True})[2] == []
     assert result(changes | {"gpt_j_residual": False})[2] == []
@@ -110,22 +110,22 @@ def test_another_model_than_upstreams_is_built_where_a_native_key_asks_for_it():
     assert result(changes | {"use_bias_in_mlp": True})[2] == []
 
 
-def test_a_native_value_answers_what_the_file_leaves_open():
+def test_a_native_value_supplies_what_the_file_lacks():
     _, _, problems = result({"activation": "swiglu", "intermediate_size": 14336, "vocab_file": "other.json"})
     assert len(problems) == 2
     native = {("model", "intermediate_size"): 14336, ("model", "vocab_size"): 100}
     assert result({"activation": "swiglu", "intermediate_size": 14336, "vocab_file": "other.json"}, native)[2] == []
 
 
-def test_notes_tell_what_was_translated():
+def test_notes_describe_the_translation():
     notes = "\n".join(result({"bias_gelu_fusion": True, "sliding_window_width": 15, "pipe_parallel_size": 1, "activation": "gelu"})[1])
-    assert "gelu_tanh" in notes and "sees 16 keys" in notes and "50277 ids padded to a multiple of 128" in notes
+    assert "gelu_tanh" in notes and "has 16 keys" in notes and "50277 ids padded to a multiple of 128" in notes
     shape = {"hidden_size": 8192, "num_layers": 48, "num_attention_heads": 64, "num_kv_heads": 8, "mlp_multiple_of": 256}
     gated = "\n".join(result(shape | {"activation": "swiglu"})[1])
-    assert "another model than Code Llama 34B" in gated and "intermediate_size: 66048" in gated
+    assert "does not describe Code Llama 34B" in gated and "intermediate_size: 66048" in gated
 
 
-def test_a_tokenizer_that_is_there_gives_the_vocabulary(tmp_path):
+def test_an_existing_tokenizer_gives_the_vocabulary_size(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text('{"model": {"vocab": {"a": 0, "b": 299}}}')
     settings, _, problems = result({"vocab_file": str(file)})
@@ -156,7 +156,7 @@ def test_attention_types_are_repeated(config, layers, kinds):
         {"activation": "geglu", "intermediate_size": 96},
     ],
 )
-def test_parameters_have_the_shapes_that_upstream_builds(changes):
+def test_parameters_have_the_shapes_that_gpt_neox_builds(changes):
     fields = model(changes)
     shapes = [tuple(layout.shape) for layout in GPT(ModelConfig(**fields), Mesh.single("meta")).shard_specs().values()]
-    assert sorted(shapes) == upstream_shapes(BASE | changes, fields["vocab_size"])
+    assert sorted(shapes) == gpt_neox_shapes(BASE | changes, fields["vocab_size"])

@@ -24,7 +24,7 @@ RATES = json.loads((Path(__file__).parent / "learning_rates.json").read_text())
 
 
 @pytest.mark.parametrize("row", RATES, ids=range(len(RATES)))
-def test_the_learning_rate_is_that_of_upstreams_own_scheduler(row, tmp_path):
+def test_the_learning_rate_matches_the_scheduler_of_gpt_neox(row, tmp_path):
     """The rates were written by megatron/training.py:get_learning_rate_scheduler, stepped unless the step overflowed."""
     keys = ("train_iters", "lr_decay_style", "min_lr", "warmup", "lr_decay_iters", "lr_decay_fraction")
     file = BASE | {key: row[key] for key in keys if key in row} | {"optimizer": {"type": "Adam", "params": {"lr": row["lr"]}}}
@@ -51,13 +51,13 @@ def test_the_schedule_follows_native_settings():
         assert "schedule.rule" not in got and got["schedule.warmup_iters"] == 2
 
 
-def test_odd_rates_of_upstream_are_named():
-    assert any("first step's learning rate is 5 times the peak" in note for note in result({"train_iters": 20, "warmup": 0.01})[1])
+def test_notes_mention_unusual_rates():
+    assert any("learning rate of the first step is 5 times the peak" in note for note in result({"train_iters": 20, "warmup": 0.01})[1])
     assert any("rises again after step 500" in note for note in result({"lr_decay_style": "cosine", "lr_decay_iters": 500})[1])
     assert not any("rises" in note for note in result({"lr_decay_style": "cosine", "lr_decay_iters": 1000})[1])
 
 
-def test_defaults_are_upstreams():
+def test_defaults_are_those_of_gpt_neox():
     got = settings({})
     wanted = {
         "optimizer.type": "adamw",
@@ -128,23 +128,23 @@ def test_defaults_are_upstreams():
         ({"deepspeed_extra_args": {"comms_logger": {"enabled": True}}}, {"deepspeed.comms_logger": {"enabled": True}}),
     ],
 )
-def test_a_key_becomes_ours(changes, wanted):
+def test_a_key_is_translated(changes, wanted):
     got = settings(changes)
     assert {key: got[key] for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("changes", [{"model_parallel_size": 4}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "model_parallel_size": 0}])
-def test_biases_that_are_added_once_learn_at_the_rate_of_the_others(changes):
+def test_biases_that_are_added_once_learn_at_the_common_rate(changes):
     assert "optimizer.row_bias_lr_multiplier" not in settings(changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "part"),
     [
         ({"optimizer": {"type": "sm3", "params": {}}}, "optimizer is not supported: sm3"),
         ({"optimizer": {"type": "Adam", "params": {"weight_decay": 0.3}}, "weight_decay": 0.1}, "given twice"),
         ({"lr_decay_style": "exponential"}, "constant, linear or cosine"),
-        ({"precision": "fp32", "fp16": {"enabled": True}}, "number formats contradict"),
+        ({"precision": "fp32", "fp16": {"enabled": True}}, "conflicting number formats"),
         ({"precision": "fp8"}, "precision"),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, "static loss scale"),
         ({"train_data_paths": ["a"], "train_data_weights": [1, 2]}, "train_data_weights"),
@@ -153,11 +153,11 @@ def test_biases_that_are_added_once_learn_at_the_rate_of_the_others(changes):
         ({"weight_by_num_documents": True}, "weight_by_num_documents"),
     ],
 )
-def test_what_cannot_be_said_is_refused_by_name(changes, said):
-    assert said in "\n".join(result(changes)[2])
+def test_unsupported_values_are_refused_by_name(changes, part):
+    assert part in "\n".join(result(changes)[2])
 
 
-def test_a_whole_file_passes_validation(tmp_path, monkeypatch):
+def test_a_complete_file_passes_validation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = {"data_path": "corpus", "zero_optimization": {"stage": 1, "reduce_scatter": True}, "checkpoint_factor": 100, "pipe_parallel_size": 1}
     (tmp_path / "a.yml").write_text(flow_text(BASE | more))

@@ -85,9 +85,9 @@ def test_order_cache_follows_the_content(make_dataset, tmp_path):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ({}, ConfigError, "named once; where=data; got=nothing"),
-        ({"train": ["a"], "path": "b"}, ConfigError, "named once; where=data; got=path, train"),
-        ({"path": "b", "validation": ["a"]}, ConfigError, "excludes lists"),
+        ({}, ConfigError, "no training data; where=data.train, data.path, data.text"),
+        ({"train": ["a"], "path": "b"}, ConfigError, "data is given twice; where=data.path, data.train"),
+        ({"path": "b", "validation": ["a"]}, ConfigError, "data is given twice; where=data.path, data.validation"),
         ({"train": ["nowhere/a"]}, DataError, r"cannot open data file; where=nowhere/a\.idx; got=No such file"),
     ],
 )

@@ -273,5 +273,5 @@ def test_split_rounds_as_upstream(split, count, wanted):
 
 @pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0", "nan,1", "inf,1"])
 def test_bad_splits_are_config_errors(split):
-    with pytest.raises(ConfigError, match=r"bad split; where=data\.split"):
+    with pytest.raises(ConfigError, match=r"cannot parse the split; where=data\.split"):
         split_ranges(split, 10)

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from neox.config.load import dump, loads
+from neox.config.load import loads
+from neox.config.values import dump
 from neox.data.samples.builder import build_datasets
 from neox.data.samples.loader import Loader
 from neox.data.samples.run_provenance import BatchLayout, RunProvenance

@@ -1,7 +1,7 @@
-"""Pairs of keys that are right alone and wrong together: the list that test_rules.py sweeps, printable on its own.
+"""Keys that are valid alone and contradict each other: the cases of test_rules.py.
 
-`python -m tests.config.contradictions` prints what each gets, one block per case; test_rules.py compares that under
-`python -O`.
+`python -m tests.config.rules.contradictions` prints the errors of each case. test_rules.py compares the output with that
+of `python -O`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BASE = (
 
 @dataclass(frozen=True)
 class Case:
-    """Overrides that contradict each other, and the keys that the report has to name."""
+    """Overrides that contradict each other, and the keys that the error must name."""
 
     overrides: tuple[str, ...]
     keys: tuple[str, ...]
@@ -160,7 +160,7 @@ def schedule_cases() -> list[Case]:
 
 
 def batch_cases() -> list[Case]:
-    """Batch sizes that do not multiply up."""
+    """Batch sizes that are inconsistent."""
     keys = ("train.micro_batch_size", "train.gradient_accumulation", "train.global_batch_size")
     cases = [
         Case((f"train.micro_batch_size={micro}", f"train.gradient_accumulation={steps}", f"train.global_batch_size={total}"), keys, world_size=world)
@@ -176,7 +176,7 @@ def batch_cases() -> list[Case]:
 
 
 def parallel_cases() -> list[Case]:
-    """Layouts that fit neither the model nor the processes."""
+    """Layouts that do not divide the model or the processes."""
     cases = [
         Case((f"parallel.tensor={tensor}", f"parallel.pipeline={stages}"), ("parallel.tensor", "parallel.pipeline"), world_size=3)
         for tensor, stages in ((2, 1), (1, 2), (2, 2))
@@ -200,7 +200,7 @@ def parallel_cases() -> list[Case]:
 
 
 def deepspeed_cases() -> list[Case]:
-    """Raw DeepSpeed keys that are ours, gone, misspelt, or of no use with the stage."""
+    """Raw DeepSpeed keys that neox sets, that were removed, are misspelt, or do not apply to the ZeRO stage."""
     cases = [Case((f"deepspeed.{key}=1",), (f"deepspeed.{key}", owner)) for key, owner in OWNED_KEYS.items()]
     cases += [Case((f"deepspeed.{key}=1",), (f"deepspeed.{key}",)) for key in REMOVED_KEYS]
     cases += [Case((f"deepspeed.{key}_x=1",), (f"deepspeed.{key}_x",)) for key in DEEPSPEED_KEYS]
@@ -213,7 +213,7 @@ def deepspeed_cases() -> list[Case]:
 
 
 def guard_cases() -> list[Case]:
-    """Policies without what they need."""
+    """Policies of `guard` without what they require."""
     return [
         Case(("guard.loss_spike=rollback", "data.order=neox"), ("guard.loss_spike", "data.order")),
         Case(("guard.loss_spike=rollback", "checkpoint.save_interval=0"), ("guard.loss_spike", "checkpoint.save_interval")),
@@ -221,7 +221,7 @@ def guard_cases() -> list[Case]:
 
 
 def objective_cases() -> list[Case]:
-    """Objectives and adapters without the data, the head or the layout that they need."""
+    """Objectives and adapters without the data, the head or the layout that they require."""
     kind, train, validation = "train.objective", "data.train", "data.validation"
     plain, labelled, pair = ("[{path: a}]", "[{path: a, labels: b}]", "[{path: a, rejected: b}]")
     cases = [Case((f"{kind}={name}", f"{train}={plain}"), (kind, train)) for name in ("sft", "dpo", "reward")]
@@ -253,7 +253,7 @@ def objective_cases() -> list[Case]:
 
 
 def axis_cases() -> list[Case]:
-    """Axes of the layout that share what they divide, and boundaries one above what is allowed."""
+    """Axes of the layout that divide the same dimension, and values one above a limit."""
     sequence, heads = ("data.seq_length", "parallel.tensor"), ("model.num_kv_heads", "parallel.context")
     cases = [
         Case(("parallel.sequence=true", "parallel.tensor=2", "parallel.context=2", f"data.seq_length={length}"), sequence, world_size=4)
@@ -289,7 +289,7 @@ CASES = tuple(
 
 
 def report(case: Case) -> str:
-    """The lines of the error that a case gets; empty when it gets none."""
+    """The error lines of a case; empty if it is valid."""
     config = load_config(overrides=[*BASE, *case.overrides])
     try:
         validate(config, case.world_size, case.device)

@@ -1,0 +1,85 @@
+"""The schema of a config: one frozen pydantic model per YAML section.
+
+Every key that a user may write is a field here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from neox.config.schema.base import Section
+from neox.config.schema.data import DataConfig, DataSource, FimConfig, SpecialIds, TokenizerConfig, parse_split
+from neox.config.schema.model import GATED, LoraConfig, ModelConfig, RopeScaling
+from neox.config.schema.run import (
+    CheckpointConfig,
+    CometConfig,
+    GuardConfig,
+    LoggingConfig,
+    ProfileConfig,
+    RunConfig,
+    WandbConfig,
+)
+from neox.config.schema.training import (
+    EvaluateConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "GATED",
+    "CheckpointConfig",
+    "CometConfig",
+    "Config",
+    "DataConfig",
+    "DataSource",
+    "EvaluateConfig",
+    "FimConfig",
+    "GuardConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "ProfileConfig",
+    "RopeScaling",
+    "RunConfig",
+    "ScheduleConfig",
+    "Section",
+    "SpecialIds",
+    "TokenizerConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "ZeroConfig",
+    "parse_split",
+]
+
+
+class Config(Section):
+    """The complete config of a run."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
+    guard: GuardConfig = GuardConfig()
+    run: RunConfig = RunConfig()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of DeepSpeed's own config, passed through; they are checked against the keys it knows",
+    )

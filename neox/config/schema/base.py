@@ -1,0 +1,34 @@
+"""What all sections of a config share: the base class and the constrained number types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen section. It rejects unknown keys and does not convert types: 1 is not a boolean."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    if TYPE_CHECKING:  # pydantic adds the method to frozen models at run time
+
+        def __hash__(self) -> int: ...
+
+    @classmethod
+    def attributes(cls) -> dict[str, str]:
+        """YAML key -> attribute. They differ where Python reserves the key as a keyword (`async`)."""
+        return {field.alias or name: name for name, field in cls.model_fields.items()}
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        """(YAML key, value) in the order of the schema."""
+        return ((key, getattr(self, name)) for key, name in self.attributes().items())
