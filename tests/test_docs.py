@@ -105,8 +105,7 @@ def test_every_command_is_described_somewhere():
     assert [name for name in COMMANDS if not re.search(rf"\bneox {name}\b", text) and name != "train"] == []
 
 
-WRAPPED = {"attention", "clusters", "coming-from-gpt-neox", "config", "config-reference", "conversion", "data", "evaluation"}
-WRAPPED |= {"generation", "gpt-neox-keys", "model", "ops", "plan"}
+WRAPPED = {"attention", "config-reference", "data", "evaluation", "generation", "model", "ops"}  # not rewritten yet; config-reference is generated
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in WRAPPED], ids=lambda page: page.name)
