@@ -10,6 +10,7 @@ FLOORS = {
     "neox.phases": 0,
     "neox.files": 0,
     "neox.printing": 0,
+    "neox.targets": 0,
     "neox._native": 0,
     "neox.config": 0,
     "neox.ops": 1,

@@ -1,7 +1,7 @@
 """What a run minimises: a sum over targets, or over pairs of a chosen and a rejected answer.
 
-The rows of a batch of pairs alternate: chosen, rejected, chosen, rejected. Every objective takes the per-token losses of `GPT.loss`, so it works in every
-layout that `GPT.loss` supports. Pairs exclude context parallelism, in which a process sees a part of each sequence.
+The rows of a batch of pairs alternate: chosen, rejected, chosen, rejected. Every objective takes the per-token losses of `GPT.forward`, so it works in every
+layout that `GPT.forward` supports. Pairs exclude context parallelism, in which a process sees a part of each sequence.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from neox.config.schema import TrainConfig
 from neox.data.samples.loader import Batch
 from neox.model.gpt import GPT
-from neox.parallel.cross_entropy import IGNORED
+from neox.targets import IGNORED
 
 
 class Objective(Protocol):
     """A loss that is a sum, and the number of its terms."""
 
     def __call__(self, out: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The sum, fp32 scalar; `out` is the result of GPT.loss, fp32 [rows * s]."""
+        """The sum, fp32 scalar; `out` is the result of GPT.forward, fp32 [rows * s]."""
 
     def count(self, batch: Batch) -> int:
         """Number of terms of a batch. The loss of a step is the sum over the global batch divided by its number of terms."""

@@ -13,14 +13,15 @@ from neox.data.store.indexed import IndexedDataset
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.model.gpt import GPT
+from neox.model.pipeline import token_losses
+from neox.targets import IGNORED
 
-IGNORED = -100  # target that has no loss
 OnBatch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What `evaluate` measured.
+    """The result of `evaluate`.
 
     Args:
         loss: mean negative log-likelihood of a token, nats.
@@ -41,15 +42,15 @@ class Perplexity:
 
 
 def windows(tokens: np.ndarray, seq_length: int, first_context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut a token stream so that every token is a target exactly once.
+    """Divide a token stream into windows so that every token is a target exactly once.
 
     Args:
         tokens: [n] the stream.
         seq_length: tokens of a window.
-        first_context: token that stands before the first one (the end-of-document token).
+        first_context: context of the first token: the end-of-document token.
 
     Yields:
-        inputs and targets, each [seq_length] int64; the last window is filled up with targets that are ignored.
+        inputs and targets, each [seq_length] int64; the last window is padded with targets that are IGNORED.
     """
     previous = np.concatenate([[first_context], tokens[:-1]]).astype(np.int64)
     for start in range(0, len(tokens), seq_length):
@@ -63,7 +64,7 @@ def windows(tokens: np.ndarray, seq_length: int, first_context: int) -> Iterator
 
 
 def text_bytes(dataset: IndexedDataset, documents: int, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the text of the first `documents` documents, end-of-document tokens left out."""
+    """UTF-8 bytes of the text of the first `documents` documents, without end-of-document tokens."""
     total = 0
     for document in range(documents):
         tokens = _document(dataset, document)
@@ -88,19 +89,19 @@ def evaluate(
     max_documents: int | None = None,
     on_batch: OnBatch | None = None,
 ) -> Perplexity:
-    """Read the documents one after the other in windows of seq_length tokens and predict every token once.
+    """Read the documents consecutively in windows of seq_length tokens and predict every token once.
 
     Args:
         model: the model, any device and dtype.
         dataset: the documents.
         seq_length: tokens of a window; a token sees those before it in its window.
-        tokenizer: gives bytes and the end-of-document token; None: no bits per byte.
+        tokenizer: gives bytes and the end-of-document token. Without it bits per byte are not computed.
         batch_size: windows of one forward pass.
-        max_documents: read only so many documents; None: all.
+        max_documents: read at most this many documents; None: all of them.
         on_batch: called with (windows done, windows in all).
 
     Raises:
-        DataError: no token to predict, or a token beyond the model's vocabulary.
+        DataError: no token to predict, or a token outside the model's vocabulary.
         ConfigError: windows longer than the model has positions.
     """
     config = model.config
@@ -124,12 +125,12 @@ def _check_tokens(tokens: np.ndarray, vocab_size: int, dataset: IndexedDataset) 
     worst = int(tokens.max())
     if worst >= vocab_size or int(tokens.min()) < 0:
         raise DataError(
-            "token beyond the model's vocabulary", where=dataset.prefix, got=worst, want=f"0 <= id < {vocab_size}", do="preprocess with the model's tokenizer"
+            "token outside the model's vocabulary", where=dataset.prefix, got=worst, want=f"0 <= id < {vocab_size}", do="preprocess with the model's tokenizer"
         )
 
 
 def _total_loss(model: GPT, tokens: np.ndarray, seq_length: int, eod: int, batch_size: int, on_batch: OnBatch | None) -> float:
-    """Sum of the negative log-likelihoods of all tokens, nats, added up in fp64."""
+    """Sum of the negative log-likelihoods of all tokens in nats, accumulated in fp64."""
     device = next(model.parameters()).device
     num_windows = -(-len(tokens) // seq_length)
     pairs = windows(tokens, seq_length, eod)
@@ -142,7 +143,7 @@ def _total_loss(model: GPT, tokens: np.ndarray, seq_length: int, eod: int, batch
                 rows = [next(pairs) for _ in range(min(batch_size, num_windows - done))]
                 inputs = torch.from_numpy(np.stack([row[0] for row in rows])).to(device)  # [b, s]
                 targets = torch.from_numpy(np.stack([row[1] for row in rows])).to(device)  # [b, s]
-                total += model.token_losses(inputs, targets).double().sum().item()
+                total += token_losses(model, inputs, targets).double().sum().item()
                 done += len(rows)
                 if on_batch is not None:
                     on_batch(done, num_windows)

@@ -1,4 +1,4 @@
-"""The loss over logits whose vocabulary is cut over the tensor group."""
+"""The loss over logits that are sharded along the vocabulary."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import torch
 
 from neox import ops
 from neox.parallel.mesh import Mesh
-
-IGNORED = -100
+from neox.targets import IGNORED
 
 
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, mesh: Mesh, *, vocab_size: int, expected_dloss: float | None = None
 ) -> torch.Tensor:
-    """Loss per token, without ever gathering the logits.
+    """Loss of each token; the logits are never gathered.
 
     Args:
-        logits: [..., v_padded/tp]; its memory may be overwritten by its gradient, so the caller must not read it again.
-        targets: int64 [...], over the whole vocabulary; -100 is ignored.
+        logits: [..., v/tp] with padding columns. The gradient may overwrite them: the caller must not read them again.
+        targets: int64 [...], ids of the complete vocabulary, or IGNORED.
         mesh: gives the tensor group.
-        vocab_size: real columns over the whole vocabulary; padding beyond takes no part.
-        expected_dloss: the gradient that every loss is going to get, where it is known (ops.cross_entropy).
+        vocab_size: v without padding columns, which take no part.
+        expected_dloss: the gradient that every loss will get, where it is known (ops.cross_entropy).
 
     Returns:
         fp32 [number of tokens], 0 where the target is ignored.

@@ -6,7 +6,7 @@ import torch
 from neox.data.samples.loader import Batch
 from neox.engine.batch import context_slice, to_device
 from neox.engine.objective import TokenLoss
-from neox.parallel.cross_entropy import IGNORED
+from neox.targets import IGNORED
 from neox.parallel.mesh import Mesh
 
 

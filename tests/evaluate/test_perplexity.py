@@ -9,9 +9,10 @@ import torch
 from neox.config.schema import ModelConfig
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.errors import ConfigError, DataError
-from neox.evaluate.perplexity import IGNORED, evaluate, windows
+from neox.evaluate.perplexity import evaluate, windows
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from neox.targets import IGNORED
 
 DOCUMENTS = [[5, 6, 7, 0], [0], [9, 9, 3, 4, 1, 1, 2, 8, 30, 0], [11, 0]]
 
@@ -51,7 +52,7 @@ class Letters:
         return "é" * len(tokens)
 
 
-def test_loss_equals_a_plain_computation(model, dataset):
+def test_loss_equals_a_direct_computation(model, dataset):
     stream = [token for document in DOCUMENTS for token in document]
     with torch.no_grad():
         logits = model(torch.tensor([[0, *stream[:-1]]])).double().log_softmax(-1)[0]
@@ -70,7 +71,7 @@ def test_batch_size_changes_nothing(model, dataset):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_model_is_as_before(model, dataset, training):
+def test_the_mode_of_the_model_is_restored(model, dataset, training):
     model.train(training)
     evaluate(model, dataset, seq_length=8)
     assert model.training == training and all(module.training == training for module in model.modules())
@@ -93,7 +94,7 @@ def test_wrong_data_is_named(model, tmp_path):
     for token in (31, 40):
         with IndexedWriter(tmp_path / f"wide{token}", "uint16") as writer:
             writer.add_document([1, token, 0])
-        with pytest.raises(DataError, match=rf"token beyond the model's vocabulary.*got={token}; want=0 <= id < 31"):
+        with pytest.raises(DataError, match=rf"token outside the model's vocabulary.*got={token}; want=0 <= id < 31"):
             evaluate(model, IndexedDataset(tmp_path / f"wide{token}"), seq_length=8)
     with IndexedWriter(tmp_path / "none", "uint16") as writer:
         writer.add_document([])

@@ -10,10 +10,10 @@ from neox.data.samples.provenance import Coverage, DocumentSlice, permuted_find,
 from neox.data.samples.sample import Collatable, Pair, Sample
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import DataError
+from neox.targets import IGNORED
 
 PADDING = 0  # an id that every vocabulary has; nothing is learned from it, and no earlier token sees it
 PADDED = -1  # mark of a token that is padding
-IGNORED = -100
 DOCUMENTS_AT_ONCE, TOKENS_AT_ONCE = 1 << 16, 1 << 20  # that check_labels reads
 
 

@@ -15,8 +15,8 @@ import torch
 from neox._native import core
 from neox.data.samples.sample import BatchArrays, BatchReader, Dataset, Pair, Sample
 from neox.errors import DataError
+from neox.targets import IGNORED
 
-IGNORED = -100  # target that is not learned
 MOST_KEPT = 64  # arrays of one shape that are watched for being free again
 ONLY_KEPT = 2  # references to an array that nobody uses: the collection's, and that of the argument of getrefcount
 POLL_SECONDS = 0.2  # how often a waiting side looks whether the other is still there

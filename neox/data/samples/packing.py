@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from neox._native import core
-from neox.data.samples.documents import IGNORED, PADDED, PADDING, check_learnable, check_same_documents
+from neox.data.samples.documents import PADDED, PADDING, check_learnable, check_same_documents
 from neox.data.samples.order import order_key
 from neox.data.samples.provenance import Coverage, DocumentSlice, permuted_find, permuted_sum
 from neox.data.samples.sample import Collatable, Sample
 from neox.data.store.indexed import IndexedDataset
+from neox.targets import IGNORED
 
 Packing = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -25,13 +25,13 @@ from neox.data.text.template_process import Messages, RefusedConversation, Templ
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.files import read_json, read_text
+from neox.targets import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np
 else:
     np = Lazy("numpy")
 
-IGNORED = -100
 MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
 TEMPLATES = {  # by name
     "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
