@@ -1,4 +1,9 @@
-"""Operators of the model as native kernels with their gradients: see docs/ops.md."""
+"""Operators of the model as native kernels with their gradients (docs/ops.md).
+
+Every docstring gives formula, shapes, dtypes and source; the letters in shapes are those of `neox.model`. Kernels on the
+CPU take float32 and bfloat16, kernels for CUDA also float16, and those of attention for CUDA bfloat16 and float16 only.
+Statistics and sums are float32. A wrong dtype, device, shape or option raises a ValueError that names it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +45,13 @@ HELPERS = frozenset({"backend", "rotary_frequencies", "rotary_tables"})  # run n
 
 
 def backend(op: str) -> str:
-    """What runs for an operator, and why: `backend("bias_gelu")` -> "native avx2: ...; on CUDA tensors: ...".
+    """Which implementation of an operator runs in this process, and why.
+
+    Args:
+        op: name of a public operator, such as "bias_gelu".
+
+    Returns:
+        a sentence such as "native avx2: the best library ...; on CUDA tensors: ...".
 
     Raises:
         ValueError: no operator has this name.

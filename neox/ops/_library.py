@@ -24,7 +24,7 @@ REQUIREMENTS = {
     "portable": set(),
 }
 
-# every operator that the modules beside this one call: a library that lacks one was built from older sources
+# every operator that this package calls: a library that lacks one was built from older sources
 OPERATORS = (
     "attention",
     "attention_backward",
@@ -67,10 +67,10 @@ def cpu_flags() -> set[str]:
 
 
 def choose(built: set[str], flags: set[str]) -> str:
-    """The best library among those built whose instructions the CPU has.
+    """The best of the built libraries whose instructions the CPU supports.
 
     Raises:
-        EnvironmentProblem: none was built, or the CPU can run none of them.
+        EnvironmentProblem: no library was built, or the CPU supports none of them.
     """
     fit = next((isa for isa, needed in REQUIREMENTS.items() if isa in built and needed <= flags), None)
     if fit is not None:
@@ -87,10 +87,10 @@ def choose(built: set[str], flags: set[str]) -> str:
 
 
 def load() -> str:
-    """Loads the library and returns its name.
+    """Load the library for this CPU and return its name.
 
     Raises:
-        EnvironmentProblem: nothing fits, the file does not load into this torch, or it lacks operators.
+        EnvironmentProblem: no library fits, it does not load into this torch, or it lacks operators.
     """
     isa = choose({path.stem for path in FOLDER.glob("*.so")} & set(REQUIREMENTS), cpu_flags())
     path = FOLDER / f"{isa}.so"
@@ -107,10 +107,13 @@ def load() -> str:
 
 
 def load_cuda(gpu: bool) -> str:
-    """Loads the CUDA kernels, which add themselves to the operators that `load` defined; says why not where there are none.
+    """Load the CUDA kernels, which register themselves with the operators that `load` defined.
 
     Args:
-        gpu: whether torch sees one.
+        gpu: whether torch sees a GPU.
+
+    Returns:
+        "loaded", or why there are no CUDA kernels.
 
     Raises:
         EnvironmentProblem: the file does not load into this torch.
@@ -130,11 +133,11 @@ def load_cuda(gpu: bool) -> str:
 
 
 def runs_on_cuda(op: str) -> bool:
-    """Whether the native operator has a kernel for CUDA tensors in this process."""
+    """Whether an operator of torch.ops.neox has a kernel for CUDA tensors in this process."""
     return hasattr(torch.ops.neox, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"neox::{op}", "CUDA")
 
 
-# A library that the process has loaded already, such as the emulated CUDA kernels of the tests, is used as it is.
+# A library that the process has loaded before, such as the emulated CUDA kernels of the tests, is used unchanged.
 ISA = LOADED if hasattr(torch.ops.neox, "bias_gelu") else load()
 CUDA = load_cuda(torch.cuda.is_available())
 native = torch.ops.neox

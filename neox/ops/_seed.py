@@ -1,4 +1,4 @@
-"""The randomness of operators that drop: drawn from torch's generator, so that torch's seed, RNG checkpointing and resuming govern it."""
+"""Seeds of the operators with dropout, drawn from torch's generator: seeding, recomputation and resuming control them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 def draw_seed() -> torch.Tensor:
     """A Philox (seed, offset), int64 [2] on the CPU, from torch's default generator.
 
-    It is a tensor and not two integers so that torch.compile and CUDA graphs see an input that changes from call to call.
+    It is a tensor, because torch.compile and CUDA graphs would treat integers as constants.
     """
     return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device="cpu")

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "native", "sdpa")
 
-# The faster backend per device and dtype (benchmarks/ops/bench_attention.py measures it; docs/attention.md has the numbers). The CUDA kernels have
-# not been measured yet: they run where they are asked for by name, and where sdpa cannot do what is asked.
+# The faster backend per device and dtype (measured by benchmarks/ops/bench_attention.py, numbers in docs/attention.md). The
+# CUDA kernels have not been measured yet: they run where they are selected by name, and where sdpa lacks an option.
 FASTER = {
     ("cpu", torch.float32): "native",
     ("cpu", torch.bfloat16): "native",
@@ -42,22 +42,26 @@ def attention(
 ) -> torch.Tensor:
     """softmax(mask(softcap(scale q k^T) + alibi)) v, differentiable in q, k and v.
 
-    Query i stands at position i + t - s: the last query is aligned with the last key, so that s < t is decoding with a cache. A query that sees
-    no key gives zeros and takes no gradient. Arithmetic is in float32. Method: arXiv:1805.02867, arXiv:2205.14135.
+    Query i has position i + t - s: the last query is aligned with the last key, so that s < t is decoding with a cache. A
+    query that sees no key gives zeros and gets no gradient. Arithmetic is float32. Method: online softmax over tiles
+    (arXiv:1805.02867, arXiv:2205.14135).
 
     Args:
-        q: [b, s, n, d], float32 or bfloat16; any strides with a contiguous last dimension, d of any size.
-        k: [b, t, g, d], dtype of q; n is a multiple of g, and query heads i n/g ... share kv head i.
-        v: [b, t, g, d].
+        q: [b, s, n, d]; float32 or bfloat16 on a CPU, bfloat16 or float16 in the native CUDA kernels, which take d up to
+            256; any strides with a contiguous last dimension.
+        k: [b, t, g, d], dtype of q; g divides n, and query heads i n/g .. (i + 1) n/g - 1 share key/value head i.
+        v: as k.
         causal: hide keys after the query's position.
-        scale: of the scores; 1 / sqrt(d) by default.
-        window: number of keys a query sees, the one at its own position included; needs causal.
-        segment_ids: [b, t] int32; keys of another id than the one at the query's position are hidden.
-        alibi_slopes: [n] float32, not differentiated; slope * |position - j| is subtracted from the scores (arXiv:2108.12409).
-        softcap: scores become softcap * tanh(scores / softcap) before the bias and the masks.
-        dropout_p: probability of zeroing an attention weight, the others are divided by 1 - p; the mask is Philox's, from torch's CPU generator.
-        backend: "native" for our kernel, "sdpa" for torch's scaled_dot_product_attention, "auto" for the faster by the table in this file.
-        mask_cache: where sdpa's full masks are kept for the other layers of a forward pass; None: each call makes its own.
+        scale: factor on the scores; 1 / sqrt(d) by default.
+        window: number of keys that a query sees, the one at its position included; needs causal.
+        segment_ids: [b, t] int32; keys whose id differs from the one at the query's position are hidden.
+        alibi_slopes: [n] float32, without gradient; slope * |position - j| is subtracted from the scores (arXiv:2108.12409).
+        softcap: scores become softcap * tanh(scores / softcap) before the bias and the masks (arXiv:2408.00118).
+        dropout_p: probability p of zeroing an attention weight; the others are divided by 1 - p. The Philox seed of the
+            mask is drawn from torch's CPU generator.
+        backend: "native" for the kernels of this package, "sdpa" for torch's scaled_dot_product_attention, "auto" for the
+            faster one by the table in this file.
+        mask_cache: stores sdpa's full masks for the other layers of a forward pass; None: each call computes its own.
 
     Returns:
         [b, s, n, d], contiguous, dtype of q.
@@ -88,10 +92,11 @@ def attention_qkv(
     backend: str = "auto",
     mask_cache: MaskCache | None = None,
 ) -> torch.Tensor:
-    """Attention on the output of a fused projection, read in place; the backward writes one gradient of the same layout.
+    """`attention` on the output of a fused projection, read in place; the backward writes one gradient of the same layout.
 
     Args:
-        qkv: [b, s, g, m + 2, d]: per kv head the m = n / g query heads that share it, then its key, then its value.
+        qkv: [b, s, g, m + 2, d], dtypes as for `attention`: per key/value head the m = n / g query heads that share it,
+            then its key, then its value.
         causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend, mask_cache: as in `attention`.
 
     Returns:
@@ -102,7 +107,8 @@ def attention_qkv(
     """
     check_options(window, softcap, alibi_slopes)
     if choose_backend(backend, qkv.device.type, qkv.dtype, softcap) == "sdpa":
-        q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)  # in the backward one write of dqkv; slices would each write a dqkv of zeros and add it
+        # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
+        q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
         spec = MaskSpec(causal, window, segment_ids, alibi_slopes)
         return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), spec, scale=scale, dropout_p=dropout_p, mask_cache=mask_cache)
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
@@ -112,10 +118,10 @@ def attention_qkv(
 
 
 def check_options(window: int | None, softcap: float | None, alibi_slopes: torch.Tensor | None) -> None:
-    """The spec the kernel cannot see, where None has become a number.
+    """The checks that the kernel cannot make, because there None has become a number.
 
     Raises:
-        ValueError: a window below 1, a softcap that is not positive, or slopes that ask for a gradient.
+        ValueError: a window below 1, a softcap that is not positive, or slopes that require a gradient.
     """
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1; got {window}")
@@ -126,27 +132,26 @@ def check_options(window: int | None, softcap: float | None, alibi_slopes: torch
 
 
 def check_shared_memory(needed: tuple[int, int], limit: int, head_dim: int, trains: bool) -> None:
-    """Refuse a problem whose kernels need more shared memory than a block of the GPU may have; before the forward, not at the backward's launch.
+    """Refuse, before the forward, kernels that need more shared memory than a block of the GPU can have.
 
     Args:
-        needed: bytes of a block of the forward and of the backward.
-        limit: bytes that a block may have; 0: there are no kernels for a GPU.
-        head_dim: for the message.
-        trains: whether there will be a backward.
+        needed: bytes per block of the forward and of the backward.
+        limit: bytes that a block can have; 0 without CUDA kernels.
+        head_dim: d, for the message.
+        trains: whether a backward will follow.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: a kernel does not fit.
     """
     for pass_name, size in zip(("forward", "backward"), needed if trains else needed[:1], strict=False):
         if size > limit > 0:
             raise ValueError(
-                f"attention: the {pass_name} of head_dim {head_dim} needs {size} bytes of shared memory per block, and this GPU has {limit}; "
-                'backend "sdpa" does it'
+                f'attention: the {pass_name} of head_dim {head_dim} needs {size} bytes of shared memory per block, and this GPU has {limit}; use backend "sdpa"'
             )
 
 
 def check_fits(q: torch.Tensor, softcap: float | None, alibi_slopes: torch.Tensor | None, dropout_p: float, scale: float) -> None:
-    """`check_shared_memory` for a problem on a GPU. Raises ValueError."""
+    """`check_shared_memory` for tensors on a GPU; arguments as for `attention`."""
     if q.device.type != "cuda" or torch.compiler.is_compiling() or isinstance(q, FakeTensor):
         return
     general = softcap is not None or alibi_slopes is not None or dropout_p > 0 or not scale > 0
@@ -155,7 +160,7 @@ def check_fits(q: torch.Tensor, softcap: float | None, alibi_slopes: torch.Tenso
 
 
 def choose_backend(backend: str, device: str, dtype: torch.dtype, softcap: float | None = None) -> str:
-    """The backend that will run: "native" or "sdpa". Logs each choice that "auto" makes once.
+    """The backend that will run, "native" or "sdpa". Each choice of "auto" is logged once.
 
     Args:
         backend: as configured.
@@ -164,7 +169,7 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, softcap: float
         softcap: as given to `attention`.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot do what is asked.
+        ValueError: an unknown name, or a backend that lacks softcap.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -180,27 +185,50 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, softcap: float
 
 @cache
 def log_choice(chosen: str, device: str, dtype: torch.dtype, softcap: bool = False) -> None:
-    """One line per choice and process."""
-    why = "measured faster" if (device, dtype) in FASTER else "the only one with softcap" if softcap else "native is not measured there"
+    """Log a choice once per process."""
+    why = "native is not measured there"
+    if (device, dtype) in FASTER:
+        why = "measured faster"
+    elif softcap:
+        why = "the only one with softcap"
     logger.info("attention runs %s on %s, %s: %s (neox/ops/attention.py)", chosen, device, dtype, why)
 
 
 @cache
 def log_mask(device: str, shape: tuple[int, ...], element_size: int) -> None:
-    """One line per size of mask and process."""
+    """Log the size of a mask once per process."""
     size = math.prod(shape) * element_size / 1e6
-    logger.info("attention through sdpa on %s builds a mask %s, %.1f MB for each forward pass: backend native needs none", device, list(shape), size)
+    logger.info(
+        "attention through sdpa on %s builds a mask %s, %.1f MB for each forward pass: backend native needs none",
+        device,
+        list(shape),
+        size,
+    )
 
 
-def visible_keys(s: int, t: int, causal: bool, window: int | None, segment_ids: torch.Tensor | None, device: torch.device | None = None) -> torch.Tensor | None:
-    """The mask in full, True where a query sees a key: [s, t], [b, 1, s, t] with segments, or None where everything is seen."""
+def visible_keys(
+    s: int,
+    t: int,
+    causal: bool,
+    window: int | None,
+    segment_ids: torch.Tensor | None,
+    device: torch.device | None = None,
+) -> torch.Tensor | None:
+    """The mask in full, True where a query sees a key.
+
+    Arguments as for `attention`; device is where the mask goes.
+
+    Returns:
+        bool [s, t], or [b, 1, s, t] with segments; None where every key is visible.
+    """
     position = torch.arange(t - s, t, device=device)[:, None]  # [s, 1]
     key = torch.arange(t, device=device)[None, :]  # [1, t]
     mask = None
     if causal:
         mask = key <= position
     if window is not None:
-        mask = mask & (key > position - window)
+        recent = key > position - window
+        mask = recent if mask is None else mask & recent
     if segment_ids is not None:
         same = segment_ids[:, None, t - s :, None] == segment_ids[:, None, None, :]  # [b, 1, s, t]
         mask = same if mask is None else same & mask
@@ -209,7 +237,7 @@ def visible_keys(s: int, t: int, causal: bool, window: int | None, segment_ids: 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What queries see, as in `attention`."""
+    """Which keys queries see, and their bias; attributes as the arguments of `attention`."""
 
     causal: bool
     window: int | None
@@ -217,7 +245,7 @@ class MaskSpec:
     alibi_slopes: torch.Tensor | None
 
     def mask(self, q: torch.Tensor, t: int) -> torch.Tensor | None:
-        """The mask in full for q [b, s, n, d] and t keys: bool, or with ALiBi a bias in q's dtype; None where everything is seen."""
+        """The mask in full for q [b, s, n, d] and t keys: bool, or with ALiBi a bias in q's dtype; None for no mask."""
         s = q.shape[1]
         mask = visible_keys(s, t, self.causal, self.window, self.segment_ids, q.device)
         if self.alibi_slopes is not None:
@@ -231,26 +259,36 @@ class MaskSpec:
 
 
 class MaskCache:
-    """The full masks of one forward pass of one model, whose layers have the same documents and slopes: made by the first layer, held once.
+    """The full masks of one forward pass, whose layers have the same segments and slopes.
 
-    Layers of other windows have masks of their own. Make a new object for each forward pass; recomputation in the backward is part of it.
+    The first layer computes a mask and the others reuse it; layers with different windows have different masks. Make a new
+    object for each forward pass. Recomputation in the backward uses the same one.
     """
 
     def __init__(self):
-        self._made: dict[tuple[object, ...], torch.Tensor | None] = {}
+        self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
 
     def get(self, spec: MaskSpec, q: torch.Tensor, t: int) -> torch.Tensor | None:
-        """`MaskSpec.mask`, made once for each window, length, dtype and device."""
+        """`MaskSpec.mask`, computed once for each window, length, dtype and device."""
         key = (spec.causal, spec.window, spec.segment_ids is None, spec.alibi_slopes is None, q.shape[:2], t, q.dtype, q.device)
-        if key not in self._made:
-            self._made[key] = spec.mask(q, t)
-        return self._made[key]
+        if key not in self._masks:
+            self._masks[key] = spec.mask(q, t)
+        return self._masks[key]
 
 
 def sdpa_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: MaskSpec, *, scale: float | None, dropout_p: float, mask_cache: MaskCache | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: MaskSpec,
+    *,
+    scale: float | None,
+    dropout_p: float,
+    mask_cache: MaskCache | None,
 ) -> torch.Tensor:
-    """The same through torch.nn.functional.scaled_dot_product_attention, which takes every mask but the plain causal one in full, O(s t).
+    """`attention` through torch's scaled_dot_product_attention, which needs every mask but the causal one in full, O(s t).
+
+    Arguments as for `attention`, the masks as a MaskSpec.
 
     Raises:
         ValueError: a window without causal.
@@ -259,14 +297,14 @@ def sdpa_attention(
     if window is not None and not spec.causal:
         raise ValueError(f"attention: window needs causal=True; got {window}")
     s, t = q.shape[1], k.shape[1]
-    if s == 1 and window is not None and window < t:  # a last query sees the last keys, all of them: no mask
+    if s == 1 and window is not None and window < t:  # the last query sees all of the last keys: no mask
         k, v = k[:, -window:], v[:, -window:]
         segment_ids = None if segment_ids is None else segment_ids[:, -window:]
         t = window
     window = None if window is not None and window >= t else window
     spec = replace(spec, window=window, segment_ids=segment_ids)
-    plain = (s == t or s == 1) and window is None and segment_ids is None and spec.alibi_slopes is None
-    if plain:
+    causal_only = (s == t or s == 1) and window is None and segment_ids is None and spec.alibi_slopes is None
+    if causal_only:
         mask = None
     elif mask_cache is None or torch.compiler.is_compiling():
         mask = spec.mask(q, t)
@@ -278,7 +316,7 @@ def sdpa_attention(
         v.transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout_p,
-        is_causal=plain and spec.causal and s > 1,
+        is_causal=causal_only and spec.causal and s > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -9,20 +9,20 @@ from neox.ops._seed import draw_seed
 
 
 def bias_dropout_add(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    """residual + dropout(x + bias).
+    """residual + dropout(x + bias), where dropout(u) = mask u / (1 - p) (arXiv:1207.0580).
 
-    The mask is a function of a seed, drawn from torch's default generator, and of each element's place; it is drawn again in the backward and
-    never stored. Nothing is drawn when nothing drops (p = 0, or not training).
+    The mask is a function (Philox) of a seed from torch's default generator and of each element's index. It is not stored:
+    the backward computes it again. No seed is drawn where there is no dropout (p = 0, or not training).
 
     Args:
-        x: [..., h], float32 or bfloat16, any strides.
+        x: [..., h], float32 or bfloat16, on CUDA also float16; any strides.
         bias: [h], dtype of x, or None.
         residual: shape and dtype of x.
-        p: probability of dropping, 0 to 1; what is kept is scaled by 1 / (1 - p).
+        p: probability of zeroing an element, 0 to 1.
         training: False turns dropout off.
 
     Returns:
-        [..., h], contiguous.
+        [..., h], dtype of x, contiguous.
 
     Raises:
         ValueError: a wrong dtype, device, shape or probability, named.

@@ -8,15 +8,15 @@ from neox.ops._library import native
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:
-    """gelu(x + bias).
+    """gelu(x + bias), where gelu(u) = u P(u) with the normal cdf P, or its tanh form (arXiv:1606.08415, section 2).
 
     Args:
-        x: [..., h], float32 or bfloat16, any strides.
-        bias: [h], dtype of x, or None.
-        approximate: "none" for the exact form with erf, "tanh" for the tanh form (arXiv:1606.08415, section 2).
+        x: [..., f], float32 or bfloat16, on CUDA also float16; any strides.
+        bias: [f], dtype of x, or None.
+        approximate: "none" for the exact form with erf, "tanh" for the tanh form.
 
     Returns:
-        [..., h], contiguous.
+        [..., f], dtype of x, contiguous.
 
     Raises:
         ValueError: a wrong dtype, device or shape, named.

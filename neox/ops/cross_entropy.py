@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that may be spread over a process group (csrc/ops/cross_entropy)."""
+"""Cross entropy over a vocabulary that may be distributed over a process group (csrc/ops/cross_entropy)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from neox.ops._library import native
+from neox.targets import IGNORED
 
 
 def cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     group: dist.ProcessGroup | None = None,
@@ -22,30 +23,33 @@ def cross_entropy(
     inplace: bool = False,
     expected_dloss: float | None = None,
 ) -> torch.Tensor:
-    """Loss of each token, with statistics and result in float32.
+    """Loss of each token.
 
-    (1 - a) (L - x[t]) + a (L - mean x) + z L^2 with L = log sum e^x, a = label_smoothing, z = z_loss (arXiv:2204.02311, section 5).
+    (1 - a) (L - x[t]) + a (L - mean x) + z L^2 with L = log sum e^x, a = label_smoothing, z = z_loss
+    (arXiv:1512.00567, section 7; arXiv:2204.02311, section 5).
 
     Args:
-        logits: [tokens, v/tp], float32 or bfloat16: the columns of this rank of `group`, ranks in order.
-        targets: [tokens] int64, ids in the whole vocabulary; the same on every rank.
-        ignore_index: target of tokens that count nothing: loss 0, gradient 0.
+        logits: [b s, v/tp], float32 or bfloat16, on CUDA also float16: the columns of this rank of `group`, in rank order.
+        targets: [b s] int64, ids of the complete vocabulary; the same on every rank.
+        ignore_index: target of tokens with loss 0 and gradient 0.
         z_loss: weight of L^2.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
-        group: processes that share the vocabulary; None: this one has it all.
-        vocab_size: real columns of the whole vocabulary; those beyond are padding, out of the softmax and without gradient. None: all.
-        inplace: the gradient overwrites the logits in the backward; whoever else saved them for a backward then gets torch's error.
-        expected_dloss: with inplace, the gradient that every loss is going to get, where the caller knows it: what a mean divides by, say. This
-            call then leaves the gradient in the logits as it reads them, which spares the backward: it scales the rows whose gradient came
-            out another, and finds no other work. Processes that share a vocabulary have to meet first, so with a group of several
-            it changes nothing.
+        group: processes that share the vocabulary; None: this process has all of it.
+        vocab_size: v without padding. Columns from there on are padding: outside the softmax, without gradient. None: all
+            columns count.
+        inplace: the gradient overwrites the logits in the backward. Another node that saved them for its backward then gets
+            torch's error.
+        expected_dloss: with inplace, the gradient that every loss will get, where the caller knows it, such as 1 / (b s)
+            for a mean. The forward then leaves the gradient in the logits as it reads them; the backward only rescales rows
+            whose gradient differs from it. It has no effect for a group of several processes, which exchange statistics
+            first.
 
     Returns:
-        [tokens] float32.
+        [b s] float32.
 
     Raises:
-        ValueError: a wrong dtype, device or shape, a target outside the vocabulary (its row is named), expected_dloss zero, not finite or
-            without inplace.
+        ValueError: a wrong dtype, device or shape; a target outside the vocabulary, with its row; expected_dloss zero, not
+            finite or without inplace.
     """
     if logits.dim() != 2:
         raise ValueError(f"cross_entropy: logits must have 2 dimensions; got {logits.dim()} in shape {list(logits.shape)}")
@@ -63,15 +67,15 @@ def cross_entropy(
     if ranks > 1:
         statistics = _combine(statistics, group)
     loss = native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace, expected)
-    # Whoever else saved the logits gets torch's error. Only now: logits that are a view of a newer version are given another place in the
-    # graph, by as_strided, whose backward makes a second buffer of their size. While compiling, what was traced keeps account of it.
+    # Another node that saved the logits gets torch's error. This must come last: autograd regenerates a view of a newer
+    # version by as_strided, whose backward allocates a second buffer of their size. A compiled graph tracks the change itself.
     if expected is not None and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(logits)
     return loss
 
 
 def _columns_of_rank(shard: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> tuple[int, int, int]:
-    """First column of this rank, how many of its `shard` are no padding, and the size of the whole vocabulary."""
+    """First column of this rank, how many of its `shard` columns are not padding, and v."""
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     if vocab_size is None:
         vocab_size = shard * ranks
@@ -81,7 +85,7 @@ def _columns_of_rank(shard: int, vocab_size: int | None, group: dist.ProcessGrou
 
 
 def _combine(statistics: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Statistics [4, tokens] of the whole vocabulary from those of each rank's columns: max, sum e^(x - max), x[t], sum x."""
+    """Statistics [4, b s] of the vocabulary from those of each rank's columns: max, sum e^(x - max), x[t], sum x."""
     largest = statistics[0].clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     rest = statistics[1:].clone()
@@ -122,7 +126,7 @@ def _(dlogits, dloss, expected_dloss):
 
 def _save(ctx, inputs, output):
     logits, targets, statistics, *ctx.options, ctx.inplace, ctx.expected_dloss = inputs
-    # A gradient that is there already is kept under a version of its own, which the news that the logits are gone does not touch.
+    # .data has its own version counter, so that marking the logits as overwritten does not invalidate a finished gradient
     ctx.save_for_backward(logits if ctx.expected_dloss is None else logits.data, targets, statistics)
 
 
@@ -134,7 +138,7 @@ def _backward(ctx, dloss):
             native.cross_entropy_backward_(dlogits, dloss, targets, statistics, *ctx.options)
         else:
             native.cross_entropy_rescale_(dlogits, dloss, ctx.expected_dloss)
-        torch.autograd.graph.increment_version(dlogits)  # the logits are gone: a second backward must fail
+        torch.autograd.graph.increment_version(dlogits)  # the logits are overwritten: a second backward must fail
     else:
         dlogits = native.cross_entropy_backward(dloss, logits, targets, statistics, *ctx.options)
     return dlogits, *[None] * 10

@@ -1,4 +1,4 @@
-"""A whole transformer block for a few new tokens on a CPU, keys and values of the earlier ones in a cache (csrc/ops/decode_block)."""
+"""A complete transformer block for a few new tokens on a CPU, with a key-value cache (csrc/ops/decode_block)."""
 
 from __future__ import annotations
 
@@ -38,27 +38,30 @@ def decode_block(
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block without gradients; the residual stream is stream + delta, before and after it.
+    """One block without gradients, on the CPU; the residual stream is stream + delta, before and after it.
+
+    Sequential: y = x + attention(norm1(x)), then y + mlp(norm2(y)). Parallel: x + attention(norm1(x)) + mlp(norm2(x)).
 
     Args:
         stream: [b, s, h], float32 or bfloat16.
-        delta: [b, s, h], or None for nothing.
-        keys: [b, capacity, g, d] contiguous; the new tokens' are written to length .. length + s - 1.
+        delta: [b, s, h], dtype of stream, or None for zero.
+        keys: [b, capacity, g, d], dtype of stream, contiguous. Keys of the new tokens are written to rows length ..
+            length + s - 1.
         values: as keys.
-        length: tokens of the cache that are in use.
-        parameters: those that PARAMETERS names, contiguous, None for what the block does not have.
-        rms: RMS norms, else layer norms.
-        parallel: both branches read the stream; with norm2 None, through norm1.
-        eps: of the norms.
+        length: tokens that the cache holds.
+        parameters: the tensors that PARAMETERS names, dtype of stream, contiguous; None for those that the block lacks.
+        rms: whether norms are RMS norms; otherwise layer norms.
+        parallel: whether the block is parallel; norm1 serves both branches where norm2 is None.
+        eps: epsilon of the norms.
         activation: one of ACTIVATIONS.
-        scale: of the attention's scores.
-        cos, sin: rotary table rows, fp32 [s, r] or [b, s, r].
+        scale: factor on the attention scores.
+        cos, sin: rows of the rotary table, float32 [s, r] or [b, s, r].
         segment_ids: int32 [b, length + s].
-        alibi_slopes: fp32 [n].
+        alibi_slopes: float32 [n].
         window, softcap: as in `attention`.
 
     Returns:
-        (stream, delta), each [b, s, h].
+        (stream, delta), each [b, s, h], dtype of stream.
 
     Raises:
         ValueError: a wrong dtype, shape or option, named.

@@ -1,4 +1,8 @@
-"""x W^T + b: torch's matrix product, for bfloat16 the one of torch's two that is faster on this CPU, and a kernel for few rows (csrc/ops/linear)."""
+"""x W^T + b (csrc/ops/linear).
+
+torch's matrix product; for bfloat16 on a CPU its bf16 or its fp32 product, whichever is faster there; and a native kernel
+for few rows.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,16 @@ import torch
 
 from neox.ops._library import cpu_flags, native
 
-FEW_ROWS = 8  # up to here a product without gradients is bound by reading the weight: our kernel, whatever torch's can do
+FEW_ROWS = 8  # up to here a product without gradients is bound by reading the weight, and the native kernel runs
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b, with fp32 accumulation. On a CPU, without gradients, a row among at most FEW_ROWS has the same bits as alone.
+    """x W^T + b, with fp32 accumulation.
+
+    On a CPU, without gradients and with at most FEW_ROWS rows, the bits of a row do not depend on the other rows.
 
     Args:
-        x: [..., in].
+        x: [..., in], any floating dtype of torch's matrix product; native kernels run for float32 and bfloat16 on a CPU.
         weight: [out, in], dtype of x.
         bias: [out], dtype of x, or None.
 
@@ -41,7 +47,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def linear_input_gradient(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """dx = dy W: [..., out], [out, in] -> [..., in]. For layers that overlap it with communication; others leave it to autograd."""
+    """dx = dy W: [..., out], [out, in] -> [..., in], for layers that overlap it with communication."""
     if dy.dtype == torch.bfloat16 and UPCASTS_BF16 and dy.device.type == "cpu":
         like_x = dy.new_empty((*dy.shape[:-1], weight.shape[1]))  # only its shape is used
         return native.linear_bf16_backward(dy, like_x, weight, True, False, False)[0]
@@ -51,7 +57,7 @@ def linear_input_gradient(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 def linear_weight_gradient(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_dweight: bool = True, need_dbias: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dW = dy^T x [out, in] and db = sum dy [out], over all rows of dy [..., out] and x [..., in]; None for what is not needed."""
+    """dW = dy^T x [out, in] and db = sum dy [out] over all rows of dy [..., out] and x [..., in]; None where not needed."""
     if dy.dtype == torch.bfloat16 and UPCASTS_BF16 and dy.device.type == "cpu":
         _, dweight, dbias = native.linear_bf16_backward(dy, x, weight, False, need_dweight, need_dbias)
         return dweight if need_dweight else None, dbias if need_dbias else None
@@ -61,9 +67,9 @@ def linear_weight_gradient(
 
 
 def upcasts_bf16(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]:
-    """Whether bfloat16 products run as fp32 products of widened operands, and why.
+    """Whether bfloat16 products run as fp32 products of upcast operands, and why.
 
-    Decided by what the CPU is, not by a clock, so that every run on a machine gives the same bits.
+    The CPU model decides and not a measurement, so that every run on a machine gives the same bits.
 
     Args:
         flags: instruction set extensions as /proc/cpuinfo spells them.
@@ -75,14 +81,14 @@ def upcasts_bf16(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]
     if "amx_bf16" in flags:
         return False, "torch: its bf16 product, on AMX tiles"
     if "avx512_bf16" not in flags:
-        return True, "fp32 product of widened operands: this CPU has no bf16 dot products, torch's bf16 product emulates them"
+        return True, "fp32 product of upcast operands: this CPU has no bf16 dot products, torch's bf16 product emulates them"
     if vendor == "AuthenticAMD":
         return False, "torch: its bf16 product, with dot products at twice the fp32 rate"
-    return True, "fp32 product of widened operands: bf16 dot products of this CPU are no faster than fp32 ones, torch's bf16 product is slower"
+    return True, "fp32 product of upcast operands: bf16 dot products of this CPU are no faster than fp32 ones, torch's bf16 product is slower"
 
 
 def cpu_vendor() -> str:
-    """vendor_id of /proc/cpuinfo; empty where there is none."""
+    """vendor_id of /proc/cpuinfo; empty where it is missing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

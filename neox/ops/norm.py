@@ -1,7 +1,7 @@
-"""Layer norm and RMS norm, alone or doubled, with an optional residual addition in the same pass (csrc/ops/norm).
+"""Layer norm and RMS norm, single or dual, with an optional residual addition in the same pass (csrc/ops/norm).
 
-The doubled forms normalise x once and scale it twice: the parallel residual of GPT-NeoX gives attention and MLP each a norm of the same x.
-With a residual the sum x + residual is one more output, rounded to the dtype of x before it is normalised.
+The dual forms normalise x once and scale it twice: in the parallel residual of GPT-NeoX, attention and MLP each have a norm
+of the same x. With a residual the sum x + residual is a further output, rounded to the dtype of x before it is normalised.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ def layer_norm(
     """(s - mean s) / sqrt(var s + eps) * weight + bias over the last dimension (arXiv:1607.06450), s = x + residual.
 
     Args:
-        x: [..., h], float32 or bfloat16, any strides, h > 0.
+        x: [..., h], h > 0, float32 or bfloat16, on CUDA also float16; any strides.
         weight: [h], dtype of x.
         bias: [h], dtype of x, or None.
         eps: added to the variance.
         residual: shape and dtype of x, or None.
 
     Returns:
-        [..., h]; with a residual (that, x + residual).
+        [..., h], dtype of x, contiguous; with a residual a pair, (normed, x + residual).
 
     Raises:
         ValueError: a wrong dtype, device or shape, named.
@@ -51,7 +51,7 @@ def dual_layer_norm(
     eps: float,
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """(layer_norm(s, weight1, bias1), layer_norm(s, weight2, bias2)), s = x + residual; with a residual s is the third.
+    """(layer_norm(s, weight1, bias1), layer_norm(s, weight2, bias2)), s = x + residual; with a residual, s is the third.
 
     Arguments and errors as for `layer_norm`.
     """
@@ -60,7 +60,7 @@ def dual_layer_norm(
 
 
 def dual_rms_norm(x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """(rms_norm(s, weight1), rms_norm(s, weight2)), s = x + residual; with a residual s is the third.
+    """(rms_norm(s, weight1), rms_norm(s, weight2)), s = x + residual; with a residual, s is the third.
 
     Arguments and errors as for `layer_norm`.
     """
@@ -79,7 +79,7 @@ def _(x, residual, weight, bias, weight2, bias2, eps, rms):
 @torch.library.register_fake("neox::norm_backward")
 def _(dy, dy2, dsum, s, mean, rstd, weight, has_bias, weight2, has_bias2, rms):
     h = s.shape[-1]
-    return s.new_empty(s.shape), *(s.new_empty([h if there else 0]) for there in (True, has_bias, weight2 is not None, has_bias2))
+    return s.new_empty(s.shape), *(s.new_empty([h if wanted else 0]) for wanted in (True, has_bias, weight2 is not None, has_bias2))
 
 
 def _save(ctx, inputs, output):

@@ -1,7 +1,7 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864): the tables of cos and sin, and the rotation of queries and keys.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864): tables of cos and sin, rotation of queries and keys (csrc/ops/rotary).
 
-Half-split layout (GPT-NeoX, Llama): of a head's first r channels, channel i turns together with channel i + r/2; the
-other d - r channels pass through.
+Half-split layout (GPT-NeoX, Llama): of the first r channels of a head, channel i is rotated with channel i + r/2. The other
+d - r channels are copied.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ if TYPE_CHECKING:  # operators run where pydantic is not installed
 
 
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys turned by their positions.
+    """Rotate queries and keys: (x_i, x_j) -> (x_i cos - x_j sin, x_j cos + x_i sin), j = i + r/2.
 
     Args:
-        q: [b, s, n, d], float32 or bfloat16, any strides.
+        q: [b, s, n, d], float32 or bfloat16, on CUDA also float16; any strides.
         k: [b, s, g, d], dtype of q.
-        cos, sin: [s, r], or [b, s, r] where positions differ between sequences; float32, r even, r <= d; no gradient flows into them.
+        cos, sin: [s, r], or [b, s, r] where positions differ between sequences; float32, r even, r <= d. They get no
+            gradient.
 
     Returns:
-        (q, k) rotated, new and contiguous; channels from r on are copies.
+        (q, k) rotated, dtype of q, in new contiguous memory.
 
     Raises:
         ValueError: a wrong dtype, device or shape, named.
@@ -35,13 +36,20 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     return native.rotary(q, k, cos, sin, False)
 
 
-def rotary_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_kv_heads: int | None = None, head_dim: int | None = None) -> torch.Tensor:
-    """Queries and keys of the packed projection turned in place: only the rotated channels are read and written.
+def rotary_qkv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+) -> torch.Tensor:
+    """Rotate queries and keys of the packed projection in place: only the rotated channels are read and written.
 
     Args:
-        qkv: [b, s, g, m + 2, d] (m queries, then a key, then a value per kv head), contiguous in d; or the projection itself,
-            [b, s, g (m + 2) d], with num_kv_heads and head_dim given. The second spares autograd the copies that an in-place change
-            of a view costs it. Overwritten; must not be a leaf that requires a gradient.
+        qkv: [b, s, g, m + 2, d], per key/value head m queries, a key and a value; or the projection itself,
+            [b, s, g (m + 2) d], with num_kv_heads and head_dim given, which saves autograd the copies that an in-place
+            change of a view costs. Float32 or bfloat16, on CUDA also float16; contiguous in the last dimension. It is overwritten and
+            must not be a leaf that requires a gradient.
         cos, sin: as for `rotary`.
         num_kv_heads: g, for the second form.
         head_dim: d, for the second form.
@@ -60,12 +68,14 @@ def rotary_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_kv_h
 
 
 def _packed(qkv: torch.Tensor, num_kv_heads: int | None, head_dim: int | None) -> torch.Tensor:
-    """[b, s, g (m + 2) d] seen as [b, s, g, m + 2, d]; the latter as it is."""
-    return qkv if num_kv_heads is None else qkv.view(*qkv.shape[:2], num_kv_heads, qkv.shape[2] // (num_kv_heads * head_dim), head_dim)
+    """[b, s, g (m + 2) d] as a view [b, s, g, m + 2, d]; the latter unchanged."""
+    if num_kv_heads is None or head_dim is None:
+        return qkv
+    return qkv.view(*qkv.shape[:2], num_kv_heads, qkv.shape[2] // (num_kv_heads * head_dim), head_dim)
 
 
 class _RotaryQkv(torch.autograd.Function):
-    """In place on its first input, which the graph from then on knows in its rotated state."""
+    """Rotates its first input in place, and marks it as changed for autograd."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, num_kv_heads=None, head_dim=None):
@@ -78,8 +88,8 @@ class _RotaryQkv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dqkv):
         cos, sin = ctx.saved_tensors
-        # A copy, although attention has just made this gradient for us alone: autograd does not say so. The same memory may be the caller's dout, an
-        # expanded scalar, a hook's argument or the gradient of another branch, and only private counts of C++ references would tell.
+        # The copy is needed although attention usually made this gradient for us alone: autograd does not guarantee it. The
+        # same memory may be the caller's dout, an expanded scalar, a hook's argument or the gradient of another branch.
         dqkv = dqkv.clone(memory_format=torch.contiguous_format)
         native.rotary_qkv_(_packed(dqkv, *ctx.heads), cos, sin, True)
         return dqkv, None, None, None, None
@@ -110,16 +120,16 @@ torch.library.register_autograd("neox::rotary", _backward, setup_context=_save)
 
 
 def rotary_tables(rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position below `length`.
+    """cos and sin of every position below `length`: the angle of pair i at position p is p / theta^(2i/r).
 
     Args:
         rotary_dim: r, rotated channels of a head; even.
-        length: positions, tokens. For `ntk` scaling also the length that the base is stretched for.
+        length: number of positions. For `ntk` scaling also the length that the base is adapted to.
         theta: base of the frequencies.
-        scaling: stretching beyond the trained length; the arithmetic, its order included, gives the values of `transformers`.
+        scaling: extension beyond the trained length; values are bit for bit those of `transformers`.
 
     Returns:
-        cos, sin: [length, r] fp32; the two halves of a row are equal. YaRN's attention factor is multiplied in.
+        cos, sin: [length, r] float32; the two halves of a row are equal. YaRN's attention factor is included.
 
     Raises:
         ConfigError: odd or non-positive rotary_dim; a scaling that lacks original_max_position_embeddings.
@@ -131,7 +141,10 @@ def rotary_tables(rotary_dim: int, length: int, theta: float = 10000.0, scaling:
 
 
 def rotary_frequencies(rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> tuple[torch.Tensor, float]:
-    """Radians per token of each channel pair, [r/2] fp32, and the factor on cos and sin. Arguments as for rotary_tables."""
+    """Radians per token of each channel pair, [r/2] float32, and the factor on cos and sin.
+
+    Arguments and errors as for `rotary_tables`.
+    """
     if rotary_dim <= 0 or rotary_dim % 2:
         raise ConfigError("rotary_dim must be even and positive", where="rotary_tables", got=rotary_dim, want="an even number of channels")
     if scaling is None:
@@ -151,7 +164,7 @@ def _wavelengths(rotary_dim: int, theta: float) -> torch.Tensor:
 
 
 def _ntk_base(rotary_dim: int, length: int, theta: float, scaling: RopeScaling) -> float:
-    """The base stretched so that the slowest pair covers the longer text ("NTK-aware"; dynamic where the trained length is known)."""
+    """The base raised so that the slowest pair covers the longer text ("NTK-aware"; dynamic with a trained length)."""
     if rotary_dim == 2:
         raise ConfigError("ntk scaling needs more than one channel pair", where="rotary_tables", got="rotary_dim 2", want="rotary_dim >= 4")
     stretch = scaling.factor
@@ -161,19 +174,19 @@ def _ntk_base(rotary_dim: int, length: int, theta: float, scaling: RopeScaling) 
 
 
 def _yarn(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often are kept, slow ones interpolated, a ramp in between."""
+    """YaRN (arXiv:2309.00071, section 3.2): fast pairs are unchanged, slow ones interpolated, with a ramp in between."""
     original = _trained_length(scaling)
 
     def pair_turning(rotations: float) -> float:
-        """Index of the channel pair that makes so many full turns within the trained length."""
+        """Index of the channel pair that makes this number of full turns within the trained length."""
         return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_turning(scaling.beta_slow)), rotary_dim - 1)
     width = high - low if high != low else 0.001
-    kept = 1 - ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    unchanged = 1 - ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     wavelengths = _wavelengths(rotary_dim, theta)
-    frequencies = 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+    frequencies = 1.0 / (scaling.factor * wavelengths) * (1 - unchanged) + 1.0 / wavelengths * unchanged
     factor = scaling.attention_factor
     if factor is None:
         factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
@@ -181,7 +194,7 @@ def _yarn(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Te
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Llama 3.1: wavelengths beyond the trained length / low_freq_factor are divided by factor, short ones kept, blended in between."""
+    """Llama 3.1: wavelengths above the trained length / low_freq_factor are scaled, short ones not, blended in between."""
     original = _trained_length(scaling)
     turns = original / (2 * math.pi / frequencies)  # full turns within the trained length
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -1,4 +1,4 @@
-"""softmax(scale x) under a mask or under the causal one, for attention written out as products (csrc/ops/scaled_masked_softmax)."""
+"""softmax(scale x) under a given or the causal mask, for attention as two matrix products (csrc/ops/scaled_masked_softmax)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from neox.ops._library import native
 
 
 def scaled_masked_softmax(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale x) over the columns that the mask leaves visible; a row that sees none is zeros.
+    """softmax(scale x) over the visible columns; a row with no visible column is zeros (Megatron-LM, arXiv:1909.08053).
 
     Args:
-        x: [b, n, s, t], float32 or bfloat16, any strides and any t.
-        mask: [b or 1, 1, s, t] bool, True hides.
+        x: [b, n, s, t], float32 or bfloat16, on CUDA also float16; any strides and any t.
+        mask: [b or 1, 1, s, t] bool; True hides a column.
         scale: factor on x.
 
     Returns:
-        [b, n, s, t], contiguous.
+        [b, n, s, t], dtype of x, contiguous.
 
     Raises:
         ValueError: a wrong dtype, device or shape, named.
@@ -25,14 +25,14 @@ def scaled_masked_softmax(x: torch.Tensor, mask: torch.Tensor, scale: float) -> 
 
 
 def scaled_causal_softmax(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale x) where row i of s sees columns j <= i + t - s (the last query is aligned with the last key).
+    """softmax(scale x) where row i of s sees the columns j <= i + t - s: the last query is aligned with the last key.
 
     Args:
-        x: [..., s, t], float32 or bfloat16, any strides and any t; rows that see nothing (t < s) are zeros.
+        x: [..., s, t], float32 or bfloat16, on CUDA also float16; any strides and any t. Rows without a visible column (t < s) are zeros.
         scale: factor on x.
 
     Returns:
-        [..., s, t], contiguous; zeros above the diagonal.
+        [..., s, t], dtype of x, contiguous; zeros above the diagonal.
 
     Raises:
         ValueError: a wrong dtype, device or shape, named.

@@ -44,7 +44,7 @@ class Draw:
         return self.random.choice(options)
 
     def size(self, most: int, least: int = 1) -> int:
-        """Mostly small, often at or beside a border, sometimes large."""
+        """Mostly small, often at or next to a border, sometimes large."""
         kind = self.random.random()
         if kind < 0.4:
             size = self.random.randint(1, 24)
@@ -205,7 +205,7 @@ def _scaled_masked_softmax(draw: Draw) -> Case:
 def _rounded(s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """fp64 values as `dtype` holds them, with the gradient of s.
 
-    Norms round x + residual before they normalise it, as their contract says. Of two bf16 columns that differ by little, rounding changes the
+    Norms round x + residual before they normalise it, as documented. Of two bf16 columns that differ by little, rounding changes the
     difference by as much as it is: held to the unrounded sum, no tolerance would fit.
     """
     return s + (s.detach().float().to(dtype).double() - s.detach())
@@ -273,7 +273,7 @@ def _attention(draw: Draw) -> Case:
     g, m, d, b = draw.choice(1, 2), draw.choice(1, 1, 2, 3), draw.choice(8, 16, 32, 40, 64, 80, 128), draw.choice(1, 2)
     if s * t * d > 40_000:  # one head of many scores costs what many small ones do
         g = m = b = 1
-    # Scores of a few units at most: of larger ones fp32 keeps fewer digits behind the point, and any kernel's error grows with them.
+    # Scores of a few units at most: of larger ones fp32 has fewer digits after the point, and any kernel's error grows with them.
     scale = draw.choice(None, 0.5 * d**-0.5, 1.5 * d**-0.5)
     options = {"causal": causal, "window": draw.choice(None, None, 1, 7, 64), "softcap": draw.choice(None, None, 2.0), "scale": scale}
     if not causal:

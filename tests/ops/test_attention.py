@@ -198,7 +198,7 @@ def test_rows_without_keys_give_zeros_and_no_gradient(dtype):
     assert dv.isfinite().all()
 
 
-def test_no_keys_or_queries_at_all():
+def test_no_keys_or_queries():
     ones = partial(torch.ones, dtype=DTYPES[0])
     q, k, v = ones(2, 3, 4, 8), ones(2, 0, 4, 8), ones(2, 0, 4, 8)
     out, dq, dk, _ = gradients(partial(attention, causal=False, backend="native"), q, k, v)
@@ -248,8 +248,8 @@ def test_documents_never_touch_each_other(dtype, repeatable):
 
 @pytest.mark.skipif(CUDA, reason="on a GPU tiles are other ones, and what lies in one is multiplied by zero where it is hidden")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_an_earlier_tile_held_is_not_taken_for_a_key(dtype, repeatable):
-    """The last tile has an odd number of keys; the place beside the last one still holds a key of another document, which is not a number."""
+def test_stale_data_of_an_earlier_tile_is_not_read_as_a_key(dtype, repeatable):
+    """The last tile has an odd number of keys; the slot after the last one still holds a key of another document, which is NaN."""
     ids = documents(2, 129, 128, 1)
     ids[1] = ids[0]
     run = partial(attention, segment_ids=ids, backend="native")
@@ -291,7 +291,7 @@ def test_a_window_ends_between_two_keys_whatever_tile_they_are_in(length, dtype)
             assert torch.allclose(dv[:, 0].float(), torch.full_like(dv[:, 0], weight).float(), atol=0.02 if weight else 0.0)
 
 
-def test_decoding_gives_the_rows_of_the_whole():
+def test_decoding_gives_the_rows_of_the_full_sequence():
     q, k, v = qkv_of(100, 100, 4, 2, 64).values()
     options = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01]), "window": 50, "backend": "native"}
     whole = attention(q, k, v, **options)
@@ -528,7 +528,7 @@ def test_a_gpu_with_too_little_shared_memory_is_refused_before_the_forward(limit
         check_shared_memory((100_000, 200_000), limit, 128, trains)
 
 
-def test_shared_memory_is_asked_of_the_library():
+def test_shared_memory_comes_from_the_library():
     """Zeros from the CPU's kernels; those of the GPU, or of its emulator, know what they need."""
     forward, backward, limit = native.attention_shared(torch.rand(1, 4, 1, 128), False)
     assert (forward, backward, limit) == (0, 0, 0) or 0 < forward < backward <= limit

@@ -1,4 +1,4 @@
-"""cross_entropy against fp64: padding columns, ignored tokens, z-loss, smoothing, in-place gradients, and a vocabulary spread over processes."""
+"""cross_entropy against fp64: padding columns, ignored tokens, z-loss, smoothing, in-place gradients, and a vocabulary distributed over processes."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_forward_and_backward(options, size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "vocab_size"), [(819, 800), (64, 1), (50304, 50277)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_columns_beyond_the_vocabulary_are_out(options, columns, vocab_size, dtype):
+def test_padding_columns_are_excluded(options, columns, vocab_size, dtype):
     logits = reference.random(5, columns, dtype=dtype, scale=3)
-    logits[:, vocab_size:] = 1e4  # would own the softmax
+    logits[:, vocab_size:] = 1e4  # would dominate the softmax
     reference.check_against(*both(targets_of(5, vocab_size), vocab_size=vocab_size, **options), {"logits": logits})
     logits.requires_grad_()
     cross_entropy(logits, targets_of(5, vocab_size), vocab_size=vocab_size, **options).sum().backward()
@@ -120,7 +120,7 @@ def test_in_place_gradient_cannot_be_taken_twice():
         loss.backward()
 
 
-def test_in_place_gradient_is_seen_by_others_who_saved_the_logits():
+def test_in_place_gradient_invalidates_other_saved_logits():
     leaf = reference.random(5, 17).requires_grad_()
     logits = leaf.tanh()  # its backward reads its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -203,7 +203,7 @@ def test_expected_gradient_of_layouts(layout):
     assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
 
 
-def test_expected_gradient_leaves_logits_alone_that_need_none():
+def test_expected_gradient_leaves_logits_without_gradient_unchanged():
     logits, targets = reference.random(5, 17), targets_of(5, 17)
     before = logits.clone()
     cross_entropy(logits, targets, inplace=True, expected_dloss=EXPECTED)
@@ -219,7 +219,7 @@ def test_expected_gradient_cannot_be_taken_twice():
         loss.backward()
 
 
-def test_expected_gradient_is_seen_by_others_who_saved_the_logits():
+def test_expected_gradient_invalidates_other_saved_logits():
     logits = reference.random(5, 17).requires_grad_().tanh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         cross_entropy(logits, targets_of(5, 17), inplace=True, expected_dloss=1.0).sum().backward()
@@ -277,7 +277,7 @@ def test_compile(options):
 
 
 def spread(folder: str) -> None:
-    """Run by each process: its shard's losses and gradients, exact to rounding, against the reference over the whole vocabulary."""
+    """Run by each process: its shard's losses and gradients, exact to rounding, against the reference over the complete vocabulary."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(range(ranks))

@@ -30,7 +30,7 @@ OPTIONS = {"rms": False, "parallel": True, "eps": 1e-5, "activation": "swiglu", 
 
 
 def operands(batch: int = 2, seq: int = 1, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...] | None) -> dict:
-    """Arguments of decode_block; a shape given for a parameter takes the place of the right one, None leaves the parameter out."""
+    """Arguments of decode_block; a shape given for a parameter replaces the right one, None omits the parameter."""
     shapes = SHAPES | {name.replace("__", "."): shape for name, shape in shapes.items()}
     parameters = [
         None if shapes.get(name) is None else reference.random(*shapes[name], dtype=dtype, seed=seed, scale=0.3) for seed, name in enumerate(PARAMETERS)

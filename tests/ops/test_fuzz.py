@@ -49,7 +49,7 @@ def test_a_few_cases(op):
 
 @pytest.mark.parametrize("op", fuzz_cases.MAKERS)
 def test_a_wrong_result_is_seen(op, monkeypatch):
-    """A case whose first output is off by a tenth at one place fails, with what was drawn."""
+    """A case whose first output is off by a tenth in one element fails, and the message names the case."""
     maker = fuzz_cases.MAKERS[op]
 
     def wrong(draw):

@@ -1,4 +1,4 @@
-"""Which native library is chosen, and what is said when there is none."""
+"""Which native library is selected, and the errors without one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_backend():
         neox.ops.backend("gelu")
 
 
-def test_cuda_library_says_why_there_is_none(tmp_path, monkeypatch):
+def test_missing_cuda_kernels_are_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(_library, "FOLDER", tmp_path)
     assert _library.load_cuda(gpu=False) == "not loaded: torch sees no GPU"
     assert _library.load_cuda(gpu=True).startswith("not built: needs nvcc and a torch with CUDA, then pip install")
@@ -73,7 +73,7 @@ def test_cuda_library_says_why_there_is_none(tmp_path, monkeypatch):
         _library.load_cuda(gpu=True)
 
 
-def test_backend_tells_of_cuda(monkeypatch):
+def test_backend_reports_cuda(monkeypatch):
     monkeypatch.setattr(neox.ops, "CUDA", "loaded")
     monkeypatch.setattr(neox.ops, "runs_on_cuda", {"gated": False, "norm": True, "rotary_qkv_": True}.__getitem__)
     assert neox.ops.backend("gated").endswith("on CUDA tensors: no kernel in neox/_ops/cuda.so")
@@ -93,7 +93,7 @@ def test_a_library_of_older_sources_is_named(monkeypatch):
         _library.load()
 
 
-def test_every_operator_that_is_called_is_looked_for():
+def test_every_called_operator_is_required():
     """A library of older sources would otherwise fail at the first call, with an AttributeError."""
     sources = "".join(path.read_text(encoding="utf-8") for path in Path(_library.__file__).parent.glob("*.py"))
     assert list(_library.OPERATORS) == sorted(set(re.findall(r"native\.([a-z]\w+)\(", sources)))

@@ -1,4 +1,4 @@
-"""linear against fp64 by both of its roads, the rule that chooses, and its errors."""
+"""linear against fp64 in both implementations, the rule that selects one, and its errors."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_forward_and_backward(size, out, dtype):
 @pytest.mark.parametrize("size", reference.SIZES)
 @pytest.mark.parametrize("rows", [(1,), (8,), (9,), (2, 3, 17)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_widened_forward_and_backward(rows, size, bias):
-    """The widened product itself, whichever of the two this machine chooses."""
+def test_upcast_forward_and_backward(rows, size, bias):
+    """The upcast product itself, whichever of the two this machine selects."""
     reference.check_against(lambda x, weight, bias=None: native.linear_bf16(x, weight, bias), product, inputs_of(rows, size, 33, bias=bias))
 
 
@@ -71,7 +71,7 @@ def test_few_rows_in_any_layout(dtype):
         assert torch.equal(native.linear_few_rows(**tensors), want)
 
 
-def test_few_rows_serve_where_nothing_is_to_be_differentiated():
+def test_few_rows_need_no_gradient():
     """Alone or among eight, a row then has the same bits; torch's products choose another order of additions."""
     inputs = inputs_of((8,), 300, 1030, torch.float32)
     with torch.no_grad():
@@ -82,12 +82,12 @@ def test_few_rows_serve_where_nothing_is_to_be_differentiated():
     assert x.grad is not None
 
 
-def test_widened_in_several_slices():
-    """So many output channels that they are done slice by slice, with a last slice that is not full."""
+def test_upcast_in_several_slices():
+    """Enough output channels for several slices, the last of which is not full."""
     reference.check_against(native.linear_bf16, product, inputs_of((5000,), 17, 700))
 
 
-def test_widened_result_is_rounded_once():
+def test_upcast_result_is_rounded_once():
     """2^-9 and 1 cancel nothing in fp32; a bf16 accumulator would lose them all."""
     x, weight = torch.ones(16, 512).bfloat16(), torch.full((1, 512), 2.0**-9).bfloat16()
     x[:, 0] = 512
@@ -158,7 +158,7 @@ def test_compile(dtype):
 
 
 @pytest.mark.parametrize(
-    ("flags", "vendor", "machine", "widened"),
+    ("flags", "vendor", "machine", "upcast"),
     [
         ({"avx2"}, "AuthenticAMD", "x86_64", True),
         ({"avx2", "avx512f"}, "GenuineIntel", "x86_64", True),
@@ -168,10 +168,10 @@ def test_compile(dtype):
         (set(), "", "aarch64", False),
     ],
 )
-def test_rule_by_cpu(flags, vendor, machine, widened):
+def test_rule_by_cpu(flags, vendor, machine, upcast):
     chosen, reason = upcasts_bf16(flags, vendor, machine)
-    assert chosen is widened
-    assert reason.startswith("fp32 product" if widened else "torch:")
+    assert chosen is upcast
+    assert reason.startswith("fp32 product" if upcast else "torch:")
 
 
 def test_backend_names_the_choice():
@@ -206,7 +206,7 @@ def test_errors(inputs, message):
         ((X.bfloat16(), W.bfloat16(), B[:2].bfloat16()), "bias must have as many elements as weight has rows, 3; got 2"),
     ],
 )
-def test_widened_errors(inputs, message):
+def test_upcast_errors(inputs, message):
     with pytest.raises(ValueError, match=message):
         native.linear_bf16(*inputs)
 
@@ -226,6 +226,6 @@ def test_few_rows_errors(inputs, message):
         native.linear_few_rows(*inputs)
 
 
-def test_widened_backward_error():
+def test_upcast_backward_error():
     with pytest.raises(ValueError, match=r"dy must be the gradient of 2 rows of 3 channels; got \[2, 4\]"):
         native.linear_bf16_backward(X.bfloat16(), X.bfloat16(), W.bfloat16(), True, True, True)

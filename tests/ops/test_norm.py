@@ -47,7 +47,7 @@ def theirs(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward(kind, residual, size, dtype):
     inputs = inputs_of(kind, size, dtype, residual)
-    if size == 1:  # small beside eps: elsewhere the gradient of rms is all cancellation
+    if size == 1:  # small compared with eps: elsewhere the gradient of rms is all cancellation
         inputs |= {name: inputs[name] * 0.02 for name in ("x", "residual") if name in inputs}
     # The gradient of a layer norm of one element is zero: what rounding leaves is held to 1 / sqrt(eps), the size of its terms.
     floor = EPS**-0.5 if size == 1 else 0.0

@@ -190,7 +190,7 @@ def test_packed_rotation_works_in_place_on_views():
     reference.assert_near(got, want.flatten(2))
 
 
-def test_packed_rotation_leaves_the_incoming_gradient_alone():
+def test_packed_rotation_does_not_modify_the_incoming_gradient():
     qkv, table = packed_inputs()
     dout = reference.random(*qkv.shape, seed=9)
     before = dout.clone()
@@ -198,7 +198,7 @@ def test_packed_rotation_leaves_the_incoming_gradient_alone():
     assert torch.equal(dout, before)
 
 
-def test_packed_rotation_leaves_a_gradient_alone_that_others_hold_too():
+def test_packed_rotation_does_not_modify_a_shared_gradient():
     """A sum gives both of its terms the very same gradient, and hooks may keep what they see: the backward must not turn it in place."""
     qkv, table = packed_inputs()
     other, weights = (reference.random(*qkv.shape, seed=seed) for seed in (8, 9))

@@ -30,7 +30,7 @@ def causal_by_definition(x, scale):
 
 
 def random_mask(*shape: int) -> torch.Tensor:
-    """Hides a third, and the whole of one row."""
+    """Hides a third of the columns, and all of one row."""
     mask = reference.random(*shape, seed=21) > 0.4
     mask[0, 0, shape[2] // 2] = True
     return mask
@@ -60,7 +60,7 @@ def test_causal_of_any_rank(shape):
     assert got.shape == shape
 
 
-def test_rows_that_see_nothing_are_zeros():
+def test_rows_without_visible_columns_are_zeros():
     mask = torch.ones(1, 1, 2, 33, dtype=torch.bool)
     mask[..., 1, 4] = False
     x = reference.random(1, 1, 2, 33)

@@ -1,4 +1,4 @@
-"""The seeds of operators that drop."""
+"""Seeds of the operators with dropout."""
 
 from __future__ import annotations
 
