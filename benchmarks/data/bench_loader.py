@@ -110,7 +110,7 @@ def demo_step(dataset: IndexedDataset, rounds: int) -> dict[str, object]:
         read = time.thread_time()
         for batch in batches:
             tokens = batch.tokens % vocabulary
-            model.loss(tokens, batch.targets % vocabulary, segment_ids=batch.segment_ids, position_ids=batch.position_ids).mean().backward()
+            model(tokens, batch.targets % vocabulary, segment_ids=batch.segment_ids, position_ids=batch.position_ids).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         reading.append(read - begin)

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import Options, Row, compare, parse, show
 
 from neox.config.schema import ModelConfig
-from neox.generate.cache import KVCache
 from neox.model.attention import Context
 from neox.model.gpt import GPT
+from neox.model.kv_cache import KVCache
 from neox.parallel.mesh import Mesh
 
 TOKENS = 256
@@ -25,7 +25,7 @@ SHAPES = {"demo": (256, 4), "Pythia-160M": (768, 12)}
 def contestant(model: GPT, batch: int, fused: bool):
     """One block's step for `batch` new tokens; without `fused` by the ordinary path."""
     block, dtype = model.layers["0"], next(model.parameters()).dtype
-    cache = KVCache(1, TOKENS + 1)
+    cache = KVCache(TOKENS + 1)
     cos, sin = model.rotary.rows(TOKENS, 1, None, TOKENS + 1, torch.device("cpu"))
     size = model.config.hidden_size
     with torch.no_grad():

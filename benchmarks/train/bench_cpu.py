@@ -93,7 +93,7 @@ def contestant(name: str, dtype: str, batch: int, seq: int) -> Callable[[], floa
     tokens, targets = torch.randint(VOCAB, (2, batch, seq), generator=torch.Generator().manual_seed(0))
     if name == OURS:
         ours = our_model(theirs, DTYPES[dtype])
-        return step_of(ours, lambda: ours.loss(tokens, targets).mean())
+        return step_of(ours, lambda: ours(tokens, targets).mean())
 
     def their_loss() -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

@@ -75,7 +75,7 @@ def loss_of(name: str, case: Case, device: torch.device) -> tuple[torch.nn.Modul
         config, weights = from_huggingface(theirs)
         ours = GPT(config, Mesh.single(device), dtype=torch.bfloat16)
         ours.load_weights(weights)
-        return ours.train(), lambda tokens, targets: ours.loss(tokens, targets, expected_dloss=1 / targets.numel()).mean()
+        return ours.train(), lambda tokens, targets: ours(tokens, targets, expected_dloss=1 / targets.numel()).mean()
 
     def their_loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(theirs(input_ids=tokens).logits.float().flatten(0, 1), targets.flatten())

@@ -236,7 +236,7 @@ def check(stage: Path, theirs: Path | None) -> dict[str, float]:
     tokens = probe_tokens(model.config, stage / "tokenizer.json")
     if theirs is None:
         with torch.inference_mode():
-            loss = float(model.loss(tokens[:, :-1], tokens[:, 1:]).mean())
+            loss = float(model(tokens[:, :-1], tokens[:, 1:]).mean())
         if not math.isfinite(loss):
             raise CheckpointError(
                 "loss of the imported model is not finite", got=loss, do="check the checkpoint and its config"

@@ -42,6 +42,7 @@ from neox.engine.update import Update, Updater, sum_over
 from neox.errors import NonFinite
 from neox.model.adapters import is_trained
 from neox.model.gpt import GPT
+from neox.model.pipeline import token_losses
 from neox.parallel.mesh import Mesh
 from neox.phases import Phases
 
@@ -231,7 +232,7 @@ class Engine:
         """Log-probability of the targets of each row by the current model, fp32 [rows] on the CPU. The training state is untouched."""
         self.deepspeed.eval()
         local = to_device(batch, self.mesh.device)
-        losses = self.model.token_losses(local.tokens, local.targets, checked=True)
+        losses = token_losses(self.model, local.tokens, local.targets, checked=True)
         self.deepspeed.train()
         return answer_log_probabilities(losses, len(local.tokens)).cpu()
 

@@ -94,7 +94,7 @@ class LossModule(torch.nn.Module):
         stage: dict[str, torch.Tensor | float] = {} if received is None else {"received": received}
         if expected_dloss is not None:
             stage["expected_dloss"] = expected_dloss
-        out = self.model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids, checked=True, **stage)
+        out = self.model(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids, checked=True, **stage)
         return self.objective(out, batch) if out.ndim == 1 else out
 
 

@@ -1,1 +1,1 @@
-"""Evaluation of a trained model on text."""
+"""Evaluation of a trained model: perplexity of a dataset, log-likelihoods, tasks of lm-evaluation-harness."""

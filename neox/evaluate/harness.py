@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (EleutherAI, 0.4) on our models: the tasks are its, the model is ours. An extra: pip install neox-train[eval].
+"""Tasks of lm-evaluation-harness (EleutherAI, 0.4) on our models. An optional extra: pip install neox-train[eval].
 
 Texts are encoded as its `hf` model encodes them, so that the numbers are the same: with the tokenizer's own template (a leading
 <s> where it has one), trailing spaces of a context moved to the continuation, an empty context replaced by the beginning-of-text token.
@@ -18,14 +18,14 @@ from neox.files import read_json
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 
-DEFAULT_NEW_TOKENS = 256  # of lm-evaluation-harness, where a task does not say
+DEFAULT_NEW_TOKENS = 256  # the default of lm-evaluation-harness
 
 
 def prefix_token(tokenizer: Tokenizer) -> int:
-    """The token that stands for an empty context: bos_token of a tokenizer_config.json beside the tokenizer, else end-of-document.
+    """The token used as an empty context: bos_token of the tokenizer_config.json next to the tokenizer, else end-of-document.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: neither exists.
     """
     settings = Path(tokenizer.file).with_name("tokenizer_config.json")
     if settings.is_file():
@@ -45,7 +45,7 @@ def sampling(options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
     """A task's generation_kwargs as sampling parameters and stop texts.
 
     Raises:
-        ConfigError: an option we don't have.
+        ConfigError: an unsupported option.
     """
     known = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "num_beams"}
     unknown = sorted(set(options) - known)
@@ -64,10 +64,10 @@ def sampling(options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
 
 
 def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
-    """Our model as a model of lm-evaluation-harness.
+    """An adapter that lm-evaluation-harness uses as its model.
 
     Raises:
-        EnvironmentProblem: it is not installed.
+        EnvironmentProblem: lm-evaluation-harness is not installed.
     """
     try:
         from lm_eval.api.model import TemplateLM  # an optional package, only here
@@ -80,7 +80,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
     end = tokenizer.eod_id if tokenizer.eod_id is not None else prefix
 
     class NeoxModel(TemplateLM):
-        """The four questions that the harness asks."""
+        """The four methods that the harness calls."""
 
         eot_token_id = end
         prefix_token_id = prefix
@@ -111,7 +111,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
 
 
 def group_by_options(options: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Each distinct set of options with the numbers of the requests that have it."""
+    """(options, numbers of the requests that have them) for each distinct set of options."""
     groups: dict[str, list[int]] = {}
     for i, each in enumerate(options):
         groups.setdefault(json.dumps(each, sort_keys=True, default=str), []).append(i)
@@ -119,7 +119,7 @@ def group_by_options(options: Sequence[dict[str, Any]]) -> list[tuple[dict[str, 
 
 
 def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: dict[str, Any], batch_size: int) -> list[str]:
-    """The texts that a task asks for; prompts too long for them lose their beginning.
+    """The texts that a task requests; the beginning of prompts that are too long is dropped.
 
     Raises:
         ConfigError: the task generates more tokens than the model reads.
@@ -153,13 +153,13 @@ def run_tasks(
         model: in evaluation mode.
         tokenizer: of its training data.
         tasks: names of tasks or groups.
-        task_files: folder of further task YAML files; tasks that are in it need no network.
-        num_fewshot: examples before each question; None: as the task says.
+        task_files: folder of further task YAML files; tasks in it need no network.
+        num_fewshot: examples before each question; None: the default of the task.
         limit: questions of each task; None: all.
         batch_size: texts of one forward pass.
 
     Returns:
-        its results: {"results": {task: {"acc,none": ..., ...}}, "n-samples": ..., "versions": ...}.
+        the harness's results: {"results": {task: {"acc,none": ..., ...}}, "n-samples": ..., "versions": ...}.
 
     Raises:
         EnvironmentProblem: lm-evaluation-harness is not installed.
@@ -176,7 +176,11 @@ def run_tasks(
     missing = [task for task in tasks if task not in manager.all_tasks]
     if missing:
         raise ConfigError(
-            "no such task", where="--tasks", got=", ".join(missing), want="names that lm-evaluation-harness or --task-files has", do="lm_eval ls tasks"
+            "no such task",
+            where="--tasks",
+            got=", ".join(missing),
+            want="tasks of lm-evaluation-harness or --task-files",
+            do="lm_eval ls tasks",
         )
     try:
         found = simple_evaluate(

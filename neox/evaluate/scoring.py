@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, and continuations themselves, in batches of similar length: what a benchmark asks of a model."""
+"""What benchmarks need of a model: log-likelihoods of continuations, and continuations, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch.nn.functional as F
 
 from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
+from neox.model import pipeline
 from neox.model.gpt import GPT
 
 OnDone = Callable[[int], None]
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, the longest first, so that little is padded and memory is highest at once."""
+    """Indices in batches of at most `size`, longest first: there is little padding, and memory peaks in the first batch."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -23,13 +24,19 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: GPT, pairs: Sequence[tuple[list[int], list[int]]], *, max_length: int, batch_size: int, on_done: OnDone | None = None
+    model: GPT,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    *,
+    max_length: int,
+    batch_size: int,
+    on_done: OnDone | None = None,
 ) -> list[tuple[float, bool]]:
-    """Sum of the log-probabilities of each continuation after its context, and whether it is what greedy decoding would say.
+    """Log-probability of each continuation after its context, and whether greedy decoding would generate it.
 
     Args:
         model: in evaluation mode.
-        pairs: (context, continuation) token ids, neither empty. Where both are longer than max_length + 1, the context loses its beginning.
+        pairs: (context, continuation) token ids, neither empty. Where they exceed max_length + 1 together, the beginning of
+            the context is dropped.
         max_length: tokens that the model reads at once.
         batch_size: pairs of one forward pass.
         on_done: called with the number of pairs of each batch.
@@ -46,14 +53,14 @@ def log_likelihoods(
         for line, i in enumerate(batch):
             inputs[line, : len(rows[i]) - 1] = torch.tensor(rows[i][:-1])
         lengths = torch.tensor([len(rows[i]) - 1 for i in batch])[:, None]
-        positions = torch.minimum(torch.arange(longest)[None], lengths - 1)  # padding is no part of a text's length (dynamic NTK)
+        positions = torch.minimum(torch.arange(longest)[None], lengths - 1)  # padding must not count in a text's length
         dynamic = model.rotary is not None and model.rotary.dynamic
-        logits = model(inputs.to(device), position_ids=positions.to(device) if dynamic else None)  # [b, s, v]
+        logits = pipeline.logits(model, inputs.to(device), position_ids=positions.to(device) if dynamic else None)  # [b, s, v]
         for line, i in enumerate(batch):
             end, count = len(rows[i]) - 1, min(len(pairs[i][1]), max_length)
             scores = F.log_softmax(logits[line, end - count : end].float(), dim=-1)  # [count, v]
             targets = torch.tensor(rows[i][-count:], device=device)
-            total = scores.gather(1, targets[:, None]).double().sum()  # in fp32 the last digit of a sum beyond 1,024 nats is 1e-4
+            total = scores.gather(1, targets[:, None]).double().sum()  # fp32 sums above 1,024 nats round to 1e-4
             results[i] = (float(total), bool((scores.argmax(dim=-1) == targets).all()))
         if on_done is not None:
             on_done(len(batch))
@@ -61,9 +68,9 @@ def log_likelihoods(
 
 
 def rolling_windows(tokens: list[int], prefix: int, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Cut a text into (context, continuation) pairs in which every token is predicted once, with as much context as fits.
+    """Divide a text into (context, continuation) pairs in which every token is predicted once, with as much context as fits.
 
-    The first window begins after `prefix`; the last one reaches back, so that it is full.
+    The context of the first window is `prefix`; the last window starts early enough to be full.
     """
     pairs = []
     done = 0
@@ -85,16 +92,16 @@ def complete(
     eod_id: int | Collection[int] | None,
     batch_size: int,
 ) -> list[str]:
-    """Continue each prompt until a stop text, end-of-document, or the length that params name; the stop text is not returned."""
+    """Continue each prompt until a stop text, end-of-document or params.max_new_tokens; the stop text is not returned."""
     results = [""] * len(prompts)
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
-        rows = generate(model, [prompts[i] for i in batch], params, eod_id=eod_id, is_done=lambda _, tokens: cut(decode(tokens), stops)[1])
+        rows = generate(model, [prompts[i] for i in batch], params, eod_id=eod_id, is_done=lambda _, tokens: truncate(decode(tokens), stops)[1])
         for i, tokens in zip(batch, rows, strict=True):
-            results[i] = cut(decode(tokens), stops)[0]
+            results[i] = truncate(decode(tokens), stops)[0]
     return results
 
 
-def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first stop text, and whether there was one."""
+def truncate(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the first stop text, and whether there was one."""
     ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
     return (text[: min(ends)], True) if ends else (text, False)

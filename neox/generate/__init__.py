@@ -1,1 +1,1 @@
-"""Text generation from a trained model: sampling, key-value cache, decoding loop, loading a checkpoint for inference."""
+"""Text generation from a trained model: loading a checkpoint for inference, the decoding loop, sampling, dialogues."""

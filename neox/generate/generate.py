@@ -1,4 +1,4 @@
-"""Decoding: prompts in, continuations out; and the model of a checkpoint, ready for it."""
+"""Text generation: a checkpoint's model for inference, and the decoding loop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from neox.checkpoint.find import resolve
 from neox.checkpoint.lora_merge import open_weights
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
-from neox.generate.cache import KVCache
 from neox.generate.sampling import SamplingParams, choose, prompt_generator
+from neox.model import pipeline
 from neox.model.gpt import GPT
+from neox.model.kv_cache import KVCache
 from neox.parallel.mesh import Mesh
 
 OnToken = Callable[[int, int], None]
@@ -25,16 +26,17 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     """The model of a checkpoint, in evaluation mode.
 
     Args:
-        path: a run folder (its newest complete checkpoint is taken), or one checkpoint folder.
+        path: a run folder, whose newest complete checkpoint is loaded, or a checkpoint folder.
         dtype: dtype of the weights; checkpoints hold fp32.
-        device: torch device.
-        mesh: layout over processes that load it together, whatever layout wrote it; its device is taken then. None: this process alone.
+        device: torch device, unless a mesh is given.
+        mesh: layout of the processes that load the model together, on mesh.device. It need not be the layout that wrote the
+            checkpoint. None: this process alone.
 
     Returns:
-        GPT: `model(tokens [b, s]) -> logits [b, s, v]`.
+        GPT: `model(tokens [b, s]) -> logits [b, s, v]`; with several pipeline stages use `neox.model.pipeline`.
 
     Raises:
-        CheckpointError: no checkpoint there, a damaged one, or one whose tensors are not those of its own config.
+        CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit its config.
     """
     checkpoint = open_weights(resolve(path))
     device = device if mesh is None else mesh.device
@@ -57,25 +59,26 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt.
 
-    Prompts of different lengths are padded on the left; padding is invisible to the attention (segment ids) and does not
-    count in the positions, so that a prompt gives the same text alone and in a batch. Under dynamic NTK a sequence is rotated by its own
-    current length; beyond the trained length every step computes all tokens, since what a cache holds belongs to an earlier length.
+    Prompts of different lengths are padded on the left. Padding is hidden from the attention (segment ids) and does not
+    count in positions, so that a prompt gives the same text alone and in a batch. Under dynamic NTK each sequence is rotated
+    by its own current length. Beyond the trained length every step recomputes all tokens, because cached keys were rotated
+    for a shorter length.
 
     Args:
         model: the model, any device and dtype.
         prompts: token ids, at least one per prompt.
-        params: how to draw, and how many tokens at most.
-        eod_id: a prompt stops when it, or one of them, is drawn (it is not returned); None: never.
-        use_cache: keep keys and values; False recomputes every token at every step (a slow check).
-        first_stream: number of the first prompt's random stream, so that a prompt draws the same in any batch.
-        is_done: asked with (number of the prompt, its new tokens) after each; true ends it.
-        on_token: called with (number of the prompt, token) as soon as a token is known.
+        params: how to sample, and the maximum number of tokens.
+        eod_id: ends a prompt when this id, or one of these, is sampled; it is not returned. None: nothing ends it.
+        use_cache: store keys and values. False recomputes every token at every step, which is slow and serves as a check.
+        on_token: called with (number of the prompt, token) for each new token.
+        is_done: called with (number of the prompt, its new tokens) after each token; true ends the prompt.
+        first_stream: number of the first prompt's random stream, so that a prompt's text is the same in any batch.
 
     Returns:
         the new token ids of every prompt.
 
     Raises:
-        ConfigError: an empty prompt, a token beyond the vocabulary, more tokens than the model has positions.
+        ConfigError: an empty prompt, a token outside the vocabulary, or more tokens than the model has positions.
     """
     check_prompts(model.config, prompts, params)
     if not prompts:
@@ -83,51 +86,51 @@ def generate(
     device = next(model.parameters()).device
     batch = _Batch(prompts, params.max_new_tokens, device)
     generators = [prompt_generator(params.seed, first_stream + row, device) for row in range(len(prompts))]
-    steady = model.rotary.steady_length if model.rotary is not None else None
-    cache = KVCache(model.config.num_layers, min(batch.capacity, steady or batch.capacity)) if use_cache else None
-    rows = _Rows(len(prompts), eod_id, on_token, is_done)
+    cacheable = model.rotary.original_length if model.rotary is not None else None  # dynamic NTK
+    cache = KVCache(min(batch.capacity, cacheable or batch.capacity)) if use_cache else None
+    continuations = _Continuations(len(prompts), eod_id, on_token, is_done)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for _ in range(params.max_new_tokens):
-                if steady is not None and batch.length > steady:
-                    cache = None  # every token changes the frequencies, so all keys and values are computed again
+                if cacheable is not None and batch.length > cacheable:
+                    cache = None  # every token changes the frequencies, and with them all keys
                 chosen = choose(batch.next_logits(model, cache), params, generators)  # [b]
-                if rows.add(chosen.tolist()):
+                if continuations.add(chosen.tolist()):
                     break
                 batch.append(chosen)
     finally:
         model.train(was_training)
-    return rows.generated
+    return continuations.tokens
 
 
-class _Rows:
+class _Continuations:
     """The new tokens of every prompt, and which of them have ended. Arguments as for `generate`."""
 
     def __init__(self, count: int, eod_id: int | Collection[int] | None, on_token: OnToken | None, is_done: IsDone | None):
-        self.generated: list[list[int]] = [[] for _ in range(count)]
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
         self._ends = frozenset(() if eod_id is None else (eod_id,) if isinstance(eod_id, int) else eod_id)
         self._done = [False] * count
         self._on_token = on_token
         self._is_done = is_done
 
     def add(self, chosen: list[int]) -> bool:
-        """Take one token per prompt; true when all have ended."""
+        """Add one token per prompt; returns whether all prompts have ended."""
         for row, token in enumerate(chosen):
             self._done[row] = self._done[row] or token in self._ends
             if not self._done[row]:
-                self.generated[row].append(token)
+                self.tokens[row].append(token)
                 if self._on_token is not None:
                     self._on_token(row, token)
-                self._done[row] = self._is_done is not None and self._is_done(row, self.generated[row])
+                self._done[row] = self._is_done is not None and self._is_done(row, self.tokens[row])
         return all(self._done)
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-    """Raise ConfigError for prompts that a model of this config cannot continue, and for one that continues none."""
+    """Raise ConfigError for prompts that a model of this config cannot continue."""
     if config.output == "score":
-        raise ConfigError("a reward model writes no text", where="model.output", got="score", want="tokens")
+        raise ConfigError("a reward model generates no text", where="model.output", got="score", want="tokens")
     vocab_size = config.vocab_size
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -135,7 +138,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], params:
         outside = [token for token in prompt if not 0 <= token < vocab_size]
         if outside:
             raise ConfigError(
-                "token beyond the vocabulary",
+                "token outside the vocabulary",
                 where=f"prompt {number}",
                 got=outside[0],
                 want=f"0 <= id < {vocab_size}",
@@ -154,7 +157,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], params:
 
 
 class _Batch:
-    """The growing token matrix of a batch of ragged prompts, padded on the left."""
+    """The tokens of a batch of prompts of different lengths, padded on the left, to which new ones are appended."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], room: int, device: torch.device):
         longest = max(len(prompt) for prompt in prompts)
@@ -173,22 +176,22 @@ class _Batch:
 
     @property
     def capacity(self) -> int:
-        """Columns that there is room for."""
+        """Tokens that fit in a row."""
         return self._buffer.shape[1]
 
     def next_logits(self, model: GPT, cache: KVCache | None) -> torch.Tensor:
-        """Logits of the token after the last one, [b, v]; reads only what the cache does not hold.
+        """Logits of the next token, [b, v]; computes only tokens that the cache does not hold.
 
-        The ids are not checked again: those of the prompts were (`check_prompts`), and the others are places in logits [b, v].
+        The ids need no check: those of prompts were checked by `check_prompts`, the others are indices of logits [b, v].
         """
         start = cache.length if cache is not None else 0
         tokens = self._buffer[:, start : self._length]
         if not self._ragged:
-            return model(tokens, cache=cache, checked=True)[:, -1]
+            return pipeline.logits(model, tokens, cache=cache, checked=True)[:, -1]
         columns = torch.arange(self._length, device=tokens.device)[None]  # [1, t]
         positions = (columns[:, start:] - self._pads).clamp(min=0)  # [b, t - start]
         segments = (columns >= self._pads).to(torch.int32)  # [b, t]; 0 is padding
-        return model(tokens, segment_ids=segments, position_ids=positions, cache=cache, checked=True)[:, -1]
+        return pipeline.logits(model, tokens, segment_ids=segments, position_ids=positions, cache=cache, checked=True)[:, -1]
 
     def append(self, chosen: torch.Tensor) -> None:
         """Add one token to every row."""

@@ -1,4 +1,4 @@
-"""Prompts as token ids, and the text of what follows them."""
+"""Prompts as token ids, and generated tokens as text."""
 
 from __future__ import annotations
 
@@ -6,42 +6,46 @@ from collections.abc import Callable, Sequence
 
 from neox.data.text.tokenizer import Tokenizer
 
-UNDECODED = "\ufffd"  # what a tokenizer shows for a character whose last bytes are not there yet
-CONTEXT = 8  # tokens of the prompt that an answer is decoded behind
+UNDECODED = "\ufffd"  # decoded in place of a character whose last bytes are still missing
+CONTEXT = 8  # last tokens of the prompt that an answer is decoded with
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True) -> list[int]:
-    """Token ids of a prompt, with the tokens that transformers' tokenizer puts around a text (a leading `<s>` where it has one).
+    """Token ids of a prompt.
 
-    They are left out with `bos=False`, and where the text begins with the leading ones already, as `neox evaluate --tasks` does.
+    Args:
+        tokenizer: of the model.
+        text: the prompt.
+        bos: add the tokens of the tokenizer's template, such as a leading `<s>`, unless the text begins with them. This is
+            what transformers and `neox evaluate --tasks` do.
     """
-    plain = tokenizer.encode(text)
-    before = tokenizer.template_tokens[0]
-    if not bos or (before and plain[: len(before)] == before):
-        return plain
+    tokens = tokenizer.encode(text)
+    prefix = tokenizer.template_tokens[0]
+    if not bos or (prefix and tokens[: len(prefix)] == prefix):
+        return tokens
     return tokenizer.encode(text, template=True)
 
 
 class AnswerText:
-    """The text of generated tokens as it follows its prompt.
+    """The text of generated tokens, as the continuation of their prompt.
 
-    Decoders of SentencePiece form drop the space before the first word of what they are given, so an answer decoded alone would lose it.
-    It is decoded behind the end of the prompt, whose text is then taken off.
+    SentencePiece decoders drop the space before the first word of a text, so that an answer decoded alone would lose it.
+    The answer is therefore decoded together with the end of the prompt, whose text is then removed.
 
     Args:
         tokenizer: of the model.
-        prompt: token ids, leading special tokens included.
+        prompt: token ids, with leading special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        before = tokenizer.template_tokens[0]
+        prefix = tokenizer.template_tokens[0]
         tokens = list(prompt)
-        if before and tokens[: len(before)] == before:
-            tokens = tokens[len(before) :]
+        if prefix and tokens[: len(prefix)] == prefix:
+            tokens = tokens[len(prefix) :]
         size = CONTEXT
         self._context = tokens[-size:]
-        while size < len(tokens) and UNDECODED in tokenizer.decode(self._context):  # it begins within a character
+        while size < len(tokens) and UNDECODED in tokenizer.decode(self._context):  # the context begins within a character
             size *= 2
             self._context = tokens[-size:]
         self._shown = tokenizer.decode(self._context)
@@ -53,12 +57,12 @@ class AnswerText:
 
 
 class TextStream:
-    """Turns tokens into text as they come, whole characters only.
+    """Writes generated tokens as text as they arrive, in complete characters.
 
     Args:
         tokenizer: of the model.
-        write: called with each new piece of text.
-        prompt: token ids that the text follows.
+        write: called with each new part of the text.
+        prompt: token ids that the text continues.
     """
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object], prompt: Sequence[int] = ()):
@@ -68,7 +72,7 @@ class TextStream:
         self._shown = 0
 
     def add(self, token: int) -> None:
-        """Take in one more token."""
+        """Append a token and write the characters that it completes."""
         self._tokens.append(token)
         text = self._text.decode(self._tokens)
         if not text.endswith(UNDECODED):
@@ -76,5 +80,5 @@ class TextStream:
             self._shown = len(text)
 
     def finish(self) -> None:
-        """Write what is left, a character cut short included."""
+        """Write the rest, which may be an incomplete character."""
         self._write(self._text.decode(self._tokens)[self._shown :])

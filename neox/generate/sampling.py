@@ -1,4 +1,4 @@
-"""Choosing the next token from the model's logits."""
+"""Sampling of the next token from the model's logits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd 64-bit constant: neighbouring prompts g
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Args:
-        max_new_tokens: tokens generated at most per prompt.
+        max_new_tokens: at most this many tokens are generated per prompt.
         temperature: logits are divided by it; 0 takes the most likely token (greedy).
-        top_k: keep the k most likely tokens; None keeps all.
-        top_p: keep the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
-            arXiv 1904.09751); None keeps all. Applied after top_k.
-        seed: every prompt draws from its own stream, a function of (seed, number of the prompt), so that a prompt's text
-            does not depend on how prompts are batched.
+        top_k: sample from the k most likely tokens; None: from all.
+        top_p: sample from the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
+            arXiv:1904.09751); None: from all. Applied after top_k.
+        seed: every prompt has its own random stream, a function of (seed, number of the prompt), so that its text does not
+            depend on how prompts are batched.
 
     Raises:
         ConfigError: a value out of range.
@@ -44,7 +44,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken, without drawing."""
+        """Whether the most likely token is taken, without sampling."""
         return self.temperature == 0
 
 
@@ -61,21 +61,21 @@ def prompt_generator(seed: int, prompt: int, device: torch.device | str = "cpu")
 
 
 def filter_logits(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Set the logits that may not be drawn to -inf; the most likely token always stays.
+    """Set the logits of excluded tokens to -inf; the most likely token is never excluded.
 
     Args:
-        logits: [b, v] fp32, temperature already applied.
+        logits: [b, v] fp32, divided by the temperature.
         top_k: see SamplingParams.
         top_p: see SamplingParams.
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]  # [b, 1]
-        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+        threshold = logits.topk(top_k, dim=-1).values[:, -1:]  # [b, 1]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probability = ordered.softmax(dim=-1)
-        before = probability.cumsum(dim=-1) - probability  # mass of the tokens that are more likely
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
+        preceding = probability.cumsum(dim=-1) - probability  # mass of the tokens that are more likely
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, preceding >= top_p)
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 
@@ -85,8 +85,8 @@ def choose(logits: torch.Tensor, params: SamplingParams, generators: list[torch.
 
     Args:
         logits: [b, v], any floating dtype.
-        params: how to draw.
-        generators: one per row (`prompt_generator`); not touched by greedy decoding.
+        params: how to sample.
+        generators: one per row (`prompt_generator`); greedy decoding does not use them.
 
     Returns:
         [b] int64.
@@ -94,7 +94,7 @@ def choose(logits: torch.Tensor, params: SamplingParams, generators: list[torch.
     logits = logits.float()
     if params.greedy:
         return logits.argmax(dim=-1)
-    kept = filter_logits(logits / params.temperature, params.top_k, params.top_p)
-    probability = kept.softmax(dim=-1)
+    filtered = filter_logits(logits / params.temperature, params.top_k, params.top_p)
+    probability = filtered.softmax(dim=-1)
     drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probability, generators, strict=True)]
     return torch.cat(drawn)

@@ -1,4 +1,4 @@
-"""A dialogue with a model: each turn continues everything said so far, as much of it as the model can read."""
+"""A dialogue with a model: each turn continues the history, or as much of it as fits the model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from neox.model.gpt import GPT
 
 
 class Session:
-    """What was said, in tokens, and the model that goes on with it.
+    """The history of a dialogue, in tokens, and the model that continues it.
 
     Args:
         model: the model.
         tokenizer: of its training data.
-        params: how to draw; the seed moves on by one each turn.
+        params: how to sample; the seed increases by one each turn.
         stops: an answer ends after the first of these texts.
-        bos: begin with the tokens that the tokenizer puts before a text; they stay when the beginning of a long history is left out.
+        bos: begin with the leading tokens of the tokenizer's template. They stay when a long history is truncated.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, params: SamplingParams, stops: Sequence[str] = (), *, bos: bool = True):
@@ -33,23 +33,23 @@ class Session:
         self.turns = 0
 
     def reset(self) -> None:
-        """Forget everything said."""
+        """Clear the history."""
         self.history = []
 
     def respond(self, text: str, write: Callable[[str], object]) -> str:
         """Add a text to the history and continue it.
 
         Args:
-            text: what the person says.
-            write: called with each piece of the answer as it comes.
+            text: the user's message.
+            write: called with each part of the answer as it arrives.
 
         Returns:
             the answer.
         """
-        said = encode_prompt(self.tokenizer, text, bos=False)
-        if not self.history and self.first and said[: len(self.first)] == self.first:
-            said = said[len(self.first) :]  # the text begins with it already
-        self.history += said
+        message = encode_prompt(self.tokenizer, text, bos=False)
+        if not self.history and self.first and message[: len(self.first)] == self.first:
+            message = message[len(self.first) :]  # the text itself begins with the template's tokens
+        self.history += message
         if not self.first and not self.history and self.tokenizer.eod_id is not None:
             self.history = [self.tokenizer.eod_id]
         room = max(self.model.config.max_position_embeddings - self.params.max_new_tokens - len(self.first), 1)

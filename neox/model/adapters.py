@@ -1,4 +1,4 @@
-"""Which parameters a run trains, and what it adds to those of the model it starts from: low-rank adapters, the head of a reward model."""
+"""Which parameters a run trains, and which it adds to the model it starts from: LoRA adapters, the head of a reward model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from neox.config.schema import LoraConfig, ModelConfig
 
-if TYPE_CHECKING:  # the plan asks for shapes without torch
+if TYPE_CHECKING:  # the plan computes shapes without torch
     from torch import nn
 
 ADAPTERS = ("lora_a", "lora_b")
@@ -15,16 +15,16 @@ SCORE, HEAD = "score.weight", "head.weight"
 
 
 def add_adapters(blocks: Iterable[nn.Module], lora: LoraConfig) -> None:
-    """Give the matrices of the blocks that `lora.targets` names their adapters; a target that the block has not is passed over."""
+    """Add adapters to the matrices that `lora.targets` names; targets that a block lacks are ignored."""
     for block in blocks:
         modules = dict(block.named_modules())
         for target in lora.targets:
             if modules.get(target) is not None:
-                modules[target].adapt(lora.rank, lora.alpha / lora.rank)
+                modules[target].add_adapter(lora.rank, lora.alpha / lora.rank)
 
 
 def adapter_shapes(lora: LoraConfig, block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapters of a block, by name, from those of its other parameters."""
+    """Shapes of the adapters of a block by name, given those of its other parameters."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in lora.targets:
         if f"{target}.weight" in block:
@@ -39,10 +39,10 @@ def is_adapter(name: str) -> bool:
 
 
 def is_trained(config: ModelConfig, name: str) -> bool:
-    """Whether a run with this config trains a parameter: all, or with LoRA the adapters and a reward model's head."""
+    """Whether a run with this config trains a parameter: any, or with LoRA only adapters and the head of a reward model."""
     return config.lora is None or is_adapter(name) or name == SCORE
 
 
 def is_added(name: str) -> bool:
-    """Whether a parameter may be new to the weights that a run starts from, and then begins at its initial value."""
+    """Whether the weights that a run starts from may lack a parameter, which then starts at its initial value."""
     return is_adapter(name) or name == SCORE

@@ -1,30 +1,35 @@
-"""Decoding on a CPU: a block as one operator, where there are so few tokens that calls would cost as much as arithmetic."""
+"""Decoding on a CPU: a block as one operator, for so few tokens that operator calls cost as much as the arithmetic."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from neox.model.attention import Context
+from neox.model.block import Block, ParallelBlock, Residual
+from neox.model.kv_cache import KVCache
 from neox.model.norm import RMSNorm
 from neox.ops.decode_block import ACTIVATIONS, AVAILABLE, PARAMETERS, decode_block
 from neox.ops.linear import FEW_ROWS
 
-FEW_TOKENS = FEW_ROWS  # of all sequences together; with more, the matrix products of torch are faster
+FEW_TOKENS = FEW_ROWS  # of all sequences together; above, torch's matrix products are faster
+
+Layer = Callable[[torch.Tensor, torch.Tensor | None, Context], Residual]
 
 
 class BlockDecoder:
-    """A block (neox.model.block.Block) in the form that `decode_block` takes. It keeps the block's tensors: make a new one when they are exchanged."""
+    """A block in the form that `decode_block` takes. It holds the block's tensors: make a new one when they change."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Block):
         attention = block.attention
         self.index = attention.index
-        self.parameters = [find(block, name) for name in PARAMETERS]
+        self.parameters = [find_parameter(block, name) for name in PARAMETERS]
         self.options = {
             "rms": isinstance(block.norm1, RMSNorm),
-            "parallel": block.parallel,
+            "parallel": isinstance(block, ParallelBlock),
             "eps": block.norm1.eps,
             "activation": block.mlp.activation,
             "scale": 1 / math.sqrt(attention.head_dim),
@@ -34,8 +39,12 @@ class BlockDecoder:
         }
 
     @staticmethod
-    def fits(block: nn.Module) -> bool:
-        """Whether `decode_block` computes this block: whole on this process, on a CPU, without adapters, kernels and activation ours."""
+    def supports(block: Block) -> bool:
+        """Whether `decode_block` computes this block.
+
+        It needs a CPU, fp32 or bf16, all weights on this process, no adapters, the native attention, and one of the
+        operator's activations.
+        """
         mesh, attention, mlp = block.mesh, block.attention, block.mlp
         layers = [layer for layer in (attention.qkv, attention.out, mlp.gate, mlp.up, mlp.down) if layer is not None]
         return (
@@ -49,9 +58,11 @@ class BlockDecoder:
             and block.norm1.weight.dtype in (torch.float32, torch.bfloat16)
         )
 
-    def __call__(self, stream: torch.Tensor, delta: torch.Tensor | None, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream, delta) of the block before -> those of this block; the cache takes in the tokens."""
+    def __call__(self, stream: torch.Tensor, delta: torch.Tensor | None, context: Context) -> Residual:
+        """(stream, delta) of the previous block -> those of this block. The tokens are added to the context's cache."""
         cache = context.cache
+        if cache is None:
+            raise ValueError("a BlockDecoder needs a context with a cache")
         keys, values = cache.buffers(self.index, stream.shape[1])
         return decode_block(
             *(stream, delta, keys, values, cache.length, self.parameters),
@@ -62,20 +73,28 @@ class BlockDecoder:
         )
 
 
-def find(block: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter by its path; None where a module of the path is missing."""
+def find_parameter(block: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter by its dotted name, detached; None where the block has none of that name."""
     found: object = block
     for part in name.split("."):
         found = getattr(found, part, None)
-    return None if found is None else found.detach()
+    return found.detach() if isinstance(found, torch.Tensor) else None
 
 
-def decoder(block: nn.Module, stream: torch.Tensor, context: Context) -> BlockDecoder | None:
-    """The decoder of a block for these tokens; None where the ordinary path is to be taken. It is made once per cache."""
-    cache = context.cache
-    if cache is None or stream.shape[0] * stream.shape[1] > FEW_TOKENS or torch.is_grad_enabled() or cache.length == 0:
-        return None
-    decoders = cache.decoders
-    if block.attention.index not in decoders:
-        decoders[block.attention.index] = BlockDecoder(block) if BlockDecoder.fits(block) else None
-    return decoders[block.attention.index]
+def decoding_layers(blocks: Iterable[Block], num_tokens: int, cache: KVCache) -> Sequence[Layer]:
+    """The blocks to run for new tokens of a cache: as one operator each where that is supported and faster.
+
+    Args:
+        blocks: of the model.
+        num_tokens: new tokens, of all sequences together.
+        cache: holds the earlier tokens, and the decoders made for it.
+    """
+    if num_tokens > FEW_TOKENS or torch.is_grad_enabled() or cache.length == 0:
+        return list(blocks)
+    layers: list[Layer] = []
+    for block in blocks:
+        index = block.attention.index
+        if index not in cache.decoders:
+            cache.decoders[index] = BlockDecoder(block) if BlockDecoder.supports(block) else None
+        layers.append(cache.decoders[index] or block)
+    return layers

@@ -1,7 +1,7 @@
 """Initial weights: a pure function of the seed and the parameter's name.
 
-Each logical tensor is drawn as a whole from its own generator and then cut, so that it does not depend on the layout over
-processes, on other parameters, or on the order they are made in.
+Each complete logical tensor is drawn from its own generator and then sliced, so that values depend neither on the layout
+over processes, nor on other parameters, nor on the order of construction.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from neox.config.schema import ModelConfig
 from neox.parallel.rng import derive_seed
 from neox.parallel.shard_spec import ShardSpec
 
-RESIDUAL_OUTPUTS = (".attention.out.weight", ".mlp.down.weight")
+RESIDUAL_OUTPUTS = ("out.weight", "down.weight")  # of attention and MLP
 
 
 def standard_deviation(config: ModelConfig, name: str) -> float:
     """Standard deviation of a weight matrix by its parameter name.
 
-    normal: init_std. scaled_normal: init_std / sqrt(2 num_layers) (GPT-2). small_init: sqrt(2 / 5h) (arXiv 1910.05895).
-    wang_init: 2 / (num_layers sqrt(h)) (GPT-J). Projections that write to the residual stream use config.output_init.
+    normal: init_std. scaled_normal: init_std / sqrt(2 num_layers) (GPT-2). small_init: sqrt(2 / 5h) (arXiv:1910.05895).
+    wang_init: 2 / (num_layers sqrt(h)) (GPT-J). Projections into the residual stream use config.output_init.
     """
     method = config.output_init if name.endswith(RESIDUAL_OUTPUTS) else config.init
     if method == "normal":
@@ -34,7 +34,9 @@ def standard_deviation(config: ModelConfig, name: str) -> float:
 
 
 def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The logical initial tensor, fp32 on the CPU: biases and B of adapters 0, norm weights 1, matrices normal with mean 0.
+    """The logical initial tensor, fp32 on the CPU.
+
+    Biases and the B of adapters are 0, norm weights 1, matrices normal with mean 0.
 
     Args:
         config: gives the methods and sizes.
@@ -53,7 +55,7 @@ def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: 
 
 @torch.no_grad()
 def fill(parameter: torch.Tensor, spec: ShardSpec, logical: torch.Tensor) -> None:
-    """Copy this process's slice of a logical tensor into a parameter; rows of padding become zero."""
+    """Copy this process's slice of a logical tensor into a parameter; padding rows become zero."""
     real = spec.unpad(parameter)
     real.copy_(spec.take(logical))
     parameter[real.shape[0] :] = 0

@@ -1,6 +1,6 @@
 """Norms that also carry the residual stream: the sum that a norm reads is formed inside the norm's kernel.
 
-Every norm takes what the last branch wrote (`delta`) and the residual stream it is still to be added to, and returns the
+Every norm takes the output of the last branch (`delta`) and the residual stream it is still to be added to, and returns the
 normed sum together with the sum.
 """
 
@@ -11,19 +11,20 @@ from torch import nn
 
 from neox import ops
 from neox.config.schema import ModelConfig
-from neox.parallel.mesh import Mesh
-from neox.parallel.shard_spec import ShardSpec
+from neox.parallel.mesh import ONE_PROCESS, Mesh
+from neox.parallel.shard_spec import ShardedLayer, ShardSpec
 
 
-class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (arXiv 1607.06450)."""
+class LayerNorm(ShardedLayer):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (arXiv:1607.06450)."""
 
-    def __init__(self, size: int, eps: float, mesh: Mesh, *, dtype: torch.dtype):
+    def __init__(self, size: int, eps: float, mesh: Mesh = ONE_PROCESS, *, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
         self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
-        self.shard_specs = {"weight": ShardSpec.replicated(size, partial=mesh.sequence), "bias": ShardSpec.replicated(size, partial=mesh.sequence)}
+        spec = ShardSpec.replicated(size, partial=mesh.sequence)
+        self.sharding = {"weight": spec, "bias": spec}
 
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
@@ -32,17 +33,30 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(delta, self.weight, self.bias, self.eps, residual=stream)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+class RMSNorm(ShardedLayer):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467).
 
-    `inside` says that the norm stands within a tensor-parallel region (per head): every member then sees other rows.
+    Args:
+        size: elements of the last dimension.
+        eps: added to the mean square.
+        mesh: layout over processes; by default this process alone.
+        dtype: dtype of the weight.
+        per_head: the norm acts on heads, of which each tensor-parallel process sees others.
     """
 
-    def __init__(self, size: int, eps: float, mesh: Mesh, *, dtype: torch.dtype, inside: bool = False):
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        mesh: Mesh = ONE_PROCESS,
+        *,
+        dtype: torch.dtype = torch.float32,
+        per_head: bool = False,
+    ):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=mesh.device))
-        self.shard_specs = {"weight": ShardSpec.replicated(size, partial=mesh.tp > 1 and (inside or mesh.sequence))}
+        self.sharding = {"weight": ShardSpec.replicated(size, partial=mesh.tp > 1 and (per_head or mesh.sequence))}
 
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
@@ -51,8 +65,8 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(delta, self.weight, self.eps, residual=stream)
 
 
-def make_norm(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> LayerNorm | RMSNorm:
-    """The norm that config.norm names, over hidden_size."""
+def make_norm(config: ModelConfig, mesh: Mesh = ONE_PROCESS, dtype: torch.dtype = torch.float32) -> LayerNorm | RMSNorm:
+    """The norm that config.norm selects, over hidden_size."""
     kind = LayerNorm if config.norm == "layernorm" else RMSNorm
     return kind(config.hidden_size, config.norm_eps, mesh, dtype=dtype)
 
@@ -60,8 +74,8 @@ def make_norm(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> LayerNorm 
 def dual_norm(
     first: LayerNorm | RMSNorm, second: LayerNorm | RMSNorm, delta: torch.Tensor, stream: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum), the statistics computed once."""
-    if isinstance(first, LayerNorm):
+    """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum). The statistics are computed once."""
+    if isinstance(first, LayerNorm) and isinstance(second, LayerNorm):
         weights, run = (first.weight, first.bias, second.weight, second.bias), ops.dual_layer_norm
     else:
         weights, run = (first.weight, second.weight), ops.dual_rms_norm

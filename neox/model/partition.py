@@ -1,36 +1,34 @@
-"""Partition of the blocks over pipeline stages."""
+"""How the blocks are divided among pipeline stages."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.shapes import block_parameters
 
+if TYPE_CHECKING:  # the plan divides layers without torch
+    from neox.parallel.mesh import Mesh
 
-def stage_costs(config: ModelConfig, method: str) -> tuple[float, float, float]:
-    """Cost of (embedding, one block, head) in units of one block's.
 
-    "parameters": what each holds; a tied head counts too, for the last stage keeps a copy of the table. "time": matrix products of the
-    forward and backward; looking up an embedding costs nothing beside them.
-    """
-    block = float(block_parameters(config))
-    table = float(config.vocab_size * config.hidden_size)
-    if method == "time":
-        return 0.0, 1.0, table / block
-    positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
-    return (table + positions) / block, 1.0, table / block
+def stage_layers(config: ModelConfig, mesh: Mesh, partition: str | Sequence[int] = "parameters") -> tuple[int, int]:
+    """(first, end) of the blocks that this process's stage holds; arguments and errors as for `partition_layers`."""
+    if mesh.pp == 1:
+        return 0, config.num_layers
+    return partition_layers(config, mesh.pp, partition)[mesh.pp_rank]
 
 
 def partition_layers(config: ModelConfig, stages: int, partition: str | Sequence[int] = "parameters") -> list[tuple[int, int]]:
-    """(first, behind the last) block of every stage; each stage has at least one.
+    """(first, end) of the blocks of every stage, end exclusive; each stage has at least one block.
 
     Args:
         config: the architecture.
         stages: parallel.pipeline.
-        partition: "parameters" or "time", which make the largest stage as small as they can, or the number of blocks of every stage.
+        partition: "parameters" or "time", which make the most expensive stage as cheap as possible, or the number of
+            blocks of every stage.
 
     Raises:
         ConfigError: more stages than blocks, or numbers that do not add up to num_layers.
@@ -52,14 +50,31 @@ def partition_layers(config: ModelConfig, stages: int, partition: str | Sequence
     return _balance(layers, stages, stage_costs(config, partition))
 
 
+def stage_costs(config: ModelConfig, method: str) -> tuple[float, float, float]:
+    """Costs of (embedding, one block, head), in units of the cost of one block.
+
+    Args:
+        config: the architecture.
+        method: "parameters" counts parameters; a tied head counts too, because the last stage has a copy of the table.
+            "time" counts matrix products of forward and backward; an embedding lookup costs nothing in comparison.
+    """
+    block = float(block_parameters(config))
+    table = float(config.vocab_size * config.hidden_size)
+    if method == "time":
+        return 0.0, 1.0, table / block
+    positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
+    return (table + positions) / block, 1.0, table / block
+
+
 def _balance(layers: int, stages: int, costs: tuple[float, float, float]) -> list[tuple[int, int]]:
-    """The cut whose most expensive stage is cheapest; among equals the one whose stages differ least (sum of squares)."""
+    """The division whose most expensive stage is cheapest; among equals the most even one (least sum of squares)."""
     first, block, last = costs
 
     def cost(stage: int, count: int) -> float:
         return count * block + (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
 
-    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]  # per stage: blocks placed so far -> (largest, squares, blocks of this stage)
+    # per stage: blocks placed so far -> (largest cost, sum of squares, blocks of this stage)
+    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
     for stage in range(stages):
         row: dict[int, tuple[float, float, int]] = {}
         for placed, (largest, squares, _) in best[-1].items():

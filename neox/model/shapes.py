@@ -9,7 +9,7 @@ from neox.model.adapters import adapter_shapes
 
 
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and logical shape of every parameter of the whole model, in the order of the layers; tied weights once."""
+    """Name and logical shape of every parameter of the complete model, in layer order; tied weights once."""
     h, f = config.hidden_size, config.intermediate_size
     norm = {"weight": (h,), **({"bias": (h,)} if config.norm == "layernorm" else {})}
     rows = (config.num_attention_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -43,7 +43,7 @@ def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Elements of the matrices of one block (vectors are left out: they don't weigh)."""
+    """Elements of the matrices of one block; vectors are negligible and not counted."""
     qkv = (config.num_attention_heads + 2 * config.num_kv_heads) * config.head_dim
     attention = config.hidden_size * (qkv + config.num_attention_heads * config.head_dim)
     return attention + (3 if config.gated else 2) * config.hidden_size * config.intermediate_size
@@ -55,10 +55,10 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
-    """FLOPs of forward and backward per token: 2 per multiply-add, backward twice the forward, recomputation not counted.
+    """FLOPs of forward and backward per token: 2 per multiply-add, the backward twice the forward, no recomputation.
 
-    Matrix products and attention only. Attention is counted in full, as in Megatron-LM's and llm-foundry's tables: every
-    query against all seq_length keys (sliding_window keys where that is fewer), though the causal mask hides half.
+    Only matrix products and attention count. Attention counts in full, as in the tables of Megatron-LM and llm-foundry:
+    every query against all seq_length keys (or sliding_window keys, if fewer), although the causal mask hides half.
     """
     matrices = config.num_layers * block_parameters(config) + config.vocab_size * config.hidden_size
     keys = min(seq_length, config.sliding_window or seq_length)

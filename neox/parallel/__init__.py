@@ -1,1 +1,1 @@
-"""Layouts over processes: the mesh, collectives that autograd understands, and the layers that are cut over a tensor group."""
+"""Layouts over processes: the mesh, differentiable collectives, and the layers of tensor parallelism."""

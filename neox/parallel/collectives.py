@@ -1,7 +1,7 @@
 """Collectives over a process group with their gradients. A group of None (size 1) makes each of them the identity.
 
-Forward and backward are conjugate (Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism: arXiv 2205.05198, section 4.2):
-what one side copies, its other side sums; what one side gathers, its other side sums and scatters.
+Forward and backward are conjugate (Megatron-LM, arXiv:1909.08053, section 3; sequence parallelism: arXiv:2205.05198,
+section 4.2). The gradient of a copy is a sum and vice versa; the gradient of a gather is a reduce-scatter and vice versa.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ SEQUENCE = 1  # dimension of [b, s, ...] that sequence and context parallelism c
 
 
 class Pending(NamedTuple):
-    """A collective that runs while this process computes; `wait` gives its result."""
+    """A collective that runs while this process computes; `wait` returns its result."""
 
     work: dist.Work | None
     buffer: torch.Tensor
-    dim: int | None  # dimension along which the buffer's first one is to be put, or None
+    dim: int | None  # the buffer's first dimension is concatenated along this one; None: it stays
 
     def wait(self) -> torch.Tensor:
-        """The result, once it is there."""
+        """Block until the collective is done, and return its result."""
         if self.work is not None:
             self.work.wait()
         return self.buffer if self.dim is None else self.buffer.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
 
 
 def start_all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
-    """Begin to sum over the group, in place where x is contiguous: x must not be read again."""
+    """Start to sum x over the group, in place where x is contiguous: x must not be read again."""
     x = x.detach().contiguous()
     return Pending(dist.all_reduce(x, group=group, async_op=True), x, None)
 
 
 def start_all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
-    """Begin to put the members' tensors, all of one shape, together along `dim`."""
+    """Start to concatenate the tensors of the group, all of one shape, along `dim`."""
     x = x.detach().contiguous()
     out = x.new_empty((dist.get_world_size(group), *x.shape))
     return Pending(dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=True), out, dim % x.dim())
 
 
 def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
-    """Begin to sum over the group and keep the own share of `dim`."""
+    """Start to sum x over the group; each process gets its share of `dim`."""
     parts = x.detach().unflatten(dim, (dist.get_world_size(group), -1)).movedim(dim, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
     return Pending(dist.reduce_scatter_tensor(out.view(-1), parts.view(-1), group=group, async_op=True), out, None)
@@ -54,17 +54,17 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """The members' tensors, all of one shape, put together along `dim`, in new memory."""
+    """The tensors of the group, all of one shape, concatenated along `dim`, in new memory."""
     return start_all_gather(x, dim, group).wait()
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This member's share, along `dim`, of the sum over the group, in new memory."""
+    """This process's share of the sum over the group, along `dim`, in new memory."""
     return start_reduce_scatter(x, dim, group).wait()
 
 
 def all_to_all(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Member i sends its j-th share of dimension `split` to member j and puts what it gets together along `join`, in new memory."""
+    """Process i sends share j of dimension `split` to process j and concatenates what it gets along `join`, in new memory."""
     size = dist.get_world_size(group)
     parts = x.detach().unflatten(split, (size, -1)).movedim(split, 0).contiguous()
     out = torch.empty_like(parts)
@@ -73,7 +73,7 @@ def all_to_all(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup)
 
 
 def local_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This member's share of a dimension, in new memory."""
+    """This process's share of a dimension, in new memory."""
     return x.chunk(dist.get_world_size(group), dim=dim)[dist.get_rank(group)].contiguous()
 
 
@@ -132,25 +132,28 @@ class _AllToAll(torch.autograd.Function):
 
 
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: x as it is, the same on every member. Backward: the gradient summed over the group."""
+    """Forward: x, which is the same on every process. Backward: the gradient is summed over the group."""
     return x if group is None else _Copy.apply(x, group)
 
 
 def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: x summed over the group. Backward: the gradient as it is."""
+    """Forward: x is summed over the group. Backward: the gradient passes unchanged."""
     return x if group is None else _Reduce.apply(x, group)
 
 
 def gather_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: shares of a dimension put together, for a use that is alike on every member. Backward: the own share of the gradient."""
+    """Forward: the shares of a dimension are concatenated. Backward: each process takes its share of the gradient.
+
+    Every process must use the result in the same way: the gradient is not summed.
+    """
     return x if group is None else _Gather.apply(x, dim, group)
 
 
 def reduce_scatter_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: the own share of the sum over the group. Backward: the shares of the gradient put together."""
+    """Forward: this process's share of the sum over the group. Backward: the shares of the gradient are concatenated."""
     return x if group is None else _ReduceScatter.apply(x, dim, group)
 
 
 def redistribute(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: `all_to_all`. Backward: the way back."""
+    """Forward: `all_to_all`. Backward: `all_to_all` with `split` and `join` exchanged."""
     return x if group is None else _AllToAll.apply(x, split, join, group)

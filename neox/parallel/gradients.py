@@ -1,4 +1,4 @@
-"""Gradients of parameters that every member of the tensor group holds whole but sees only in part."""
+"""Gradients of replicated parameters of which each tensor-parallel process computes only a part."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from neox.parallel.shard_spec import ShardSpec
 
 
 def sum_partial_gradients(module: nn.Module, specs: Mapping[str, ShardSpec], mesh: Mesh) -> None:
-    """Make the backward sum the gradients of parameters whose layout says `partial` over the tensor group.
+    """Register hooks that sum over the tensor group the gradients of parameters whose spec is `partial`.
 
-    Norm weights and biases under sequence parallelism (each member sees its part of the sequence) and per-head norms (each member
-    sees its heads). The sum happens as the gradient arrives, before anything accumulates, clips or reduces it, so that it holds under every
-    ZeRO stage; members run the same graph, so they meet in the same order.
+    These are norm weights and biases under sequence parallelism (each process sees its part of the sequence), per-head
+    norms (each sees its heads) and adapter factors. The hook runs when the gradient arrives, before anything accumulates,
+    clips or reduces it, so that it holds for every ZeRO stage. All processes run the same graph, hence the same order.
     """
     if mesh.tp_group is None:
         return

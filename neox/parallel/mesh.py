@@ -1,7 +1,7 @@
-"""The layout of processes as a value, and the place of a local tensor within its logical tensor.
+"""The layout of processes as a value.
 
 Ranks are numbered with the tensor group innermost, then context, data and pipeline:
-rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank, so that the processes which talk most sit on one node.
+rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank. Processes that communicate most thus share a node.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from neox.errors import ConfigError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes, own coordinates and process groups of one process. A group of size 1 is None: its collectives are no-ops.
+    """Sizes, coordinates and process groups of one process. A group of size 1 is None: its collectives are no-ops.
 
     Attributes:
-        tp, pp, dp, cp: processes that share each layer, stages, processes that read other samples, processes that share each sample's sequence.
-        rank, tp_rank, pp_rank, dp_rank, cp_rank: own number among all and along each axis.
+        tp: tensor-parallel processes, which share each layer.
+        pp: pipeline stages.
+        dp: data-parallel processes, which read different samples.
+        cp: context-parallel processes, which share each sequence.
+        rank: number of this process among all.
+        tp_rank, pp_rank, dp_rank, cp_rank: its coordinates.
         tp_group, pp_group, dp_group, cp_group: the processes along one axis.
-        replica_group: dp x cp, the processes that hold the same parameters: gradients are summed over them, ZeRO cuts over them.
-        model_group: pp x tp, the processes that hold one whole model together.
-        sequence: sequence parallelism: between the layers the sequence is cut over the tensor group.
+        replica_group: dp x cp, the processes with the same parameters. Gradients are summed and ZeRO shards over them.
+        model_group: pp x tp, the processes that hold one model together.
+        sequence: sequence parallelism: between the layers the sequence is sharded over the tensor group.
         device: where this process computes.
     """
 
@@ -49,7 +53,7 @@ class Mesh:
 
     @classmethod
     def single(cls, device: str | torch.device = "cpu") -> Mesh:
-        """The mesh of one process that works alone; `device` may be "meta"."""
+        """The mesh of a single process; `device` may be "meta"."""
         return cls(1, 1, 1, 0, 0, 0, 0, None, None, None, torch.device(device))
 
     @property
@@ -64,7 +68,7 @@ class Mesh:
 
     @property
     def replica_rank(self) -> int:
-        """Own number among them."""
+        """Number of this process among them."""
         return self.dp_rank * self.cp + self.cp_rank
 
     @property
@@ -77,36 +81,62 @@ class Mesh:
         """Whether this process computes logits and loss."""
         return self.pp_rank == self.pp - 1
 
+    def context_start(self, length: int) -> int:
+        """Position of the first token here, where every process of the context group has `length` tokens of a sequence."""
+        return self.cp_rank * length
+
+    def context_share(self, low: int, high: int) -> tuple[int, int]:
+        """This process's share of the heads low to high (exclusive), which the context group divides among itself."""
+        share = (high - low) // self.cp
+        return low + self.cp_rank * share, low + (self.cp_rank + 1) * share
+
+    def local_sequence(self, length: int) -> int:
+        """Tokens of the residual stream here, out of `length`: with sequence parallelism a share of them."""
+        return length // self.tp if self.sequence else length
+
     def stage_peer(self, pp_rank: int) -> int:
         """Global rank of the process with the same coordinates on another stage."""
         return self.rank + (pp_rank - self.pp_rank) * (self.world_size // self.pp)
 
 
+ONE_PROCESS = Mesh.single()  # on the CPU; the default layout of layers and models
+
+
 def split_evenly(size: int, mesh: Mesh, what: str) -> tuple[int, int]:
-    """The (low, high) that this process holds of `size` equal units cut over the tensor group.
+    """The range low to high (exclusive) that this process holds of `size` units divided over the tensor group.
 
     Raises:
         ConfigError: `size` is no multiple of the tensor-parallel size; `what` names it.
     """
     if size % mesh.tp:
         raise ConfigError(
-            f"{what} cannot be cut into equal parts", where="parallel.tensor", got=f"{size} over {mesh.tp}", want=f"{what} a multiple of parallel.tensor"
+            f"{what} is not a multiple of parallel.tensor",
+            where="parallel.tensor",
+            got=f"{size} over {mesh.tp}",
+            want=f"a divisor of {size}",
         )
     share = size // mesh.tp
     return mesh.tp_rank * share, (mesh.tp_rank + 1) * share
 
 
-def create_mesh(tensor: int = 1, pipeline: int = 1, device: str | torch.device = "cpu", *, context: int = 1, sequence: bool = False) -> Mesh:
-    """Build the mesh over the processes of torch.distributed (one process where that is not initialised).
+def create_mesh(
+    tensor: int = 1,
+    pipeline: int = 1,
+    device: str | torch.device = "cpu",
+    *,
+    context: int = 1,
+    sequence: bool = False,
+) -> Mesh:
+    """Build the mesh over the processes of torch.distributed, or over one process where that is not initialised.
 
-    Every process must call it, with the same sizes: it creates groups.
+    It creates process groups: every process must call it, with the same sizes.
 
     Args:
         tensor: processes that share each layer.
-        pipeline: stages the layers are cut into.
+        pipeline: stages that the layers are divided into.
         device: where this process computes.
         context: processes that share the sequence of each sample.
-        sequence: cut the residual stream over the tensor group.
+        sequence: shard the residual stream over the tensor group along the sequence.
 
     Raises:
         ConfigError: the world size is no multiple of tensor x pipeline x context.
@@ -115,12 +145,13 @@ def create_mesh(tensor: int = 1, pipeline: int = 1, device: str | torch.device =
     world, rank = (1, 0) if alone else (dist.get_world_size(), dist.get_rank())
     model = tensor * pipeline * context
     if min(tensor, pipeline, context) < 1 or world % model:
+        suffix = f", context={context}" if context > 1 else ""
         raise ConfigError(
             "world size does not match the parallel layout",
             where="parallel",
-            got=f"{world} processes, tensor={tensor}, pipeline={pipeline}" + (f", context={context}" if context > 1 else ""),
+            got=f"{world} processes, tensor={tensor}, pipeline={pipeline}" + suffix,
             want="a world size that is a multiple of parallel.tensor x parallel.pipeline x parallel.context",
-            do="start another number of processes or change the sizes under parallel",
+            do="change the number of processes or the sizes under parallel",
         )
     data = world // model
     grid = torch.arange(world).view(pipeline, data, context, tensor)
@@ -148,7 +179,7 @@ def create_mesh(tensor: int = 1, pipeline: int = 1, device: str | torch.device =
 
 
 def _group_over(grid: torch.Tensor, axes: tuple[int, int], rank: int, along: dict) -> dist.ProcessGroup | None:
-    """The group over two axes; that of one of them where the other has size 1."""
+    """The group over two axes, or over one of them where the other has size 1."""
     for one, other in (axes, axes[::-1]):
         if grid.shape[other] == 1:
             return along[(one,)]

@@ -1,7 +1,7 @@
-"""What passes between neighbouring pipeline stages. With one stage every function returns at once.
+"""Point-to-point transfers between pipeline stages. With one stage every function returns at once.
 
-Sends and receives of one moment are given to the backend together (`send_recv`), as NCCL demands of two processes that both send
-and both receive.
+Sends and receives that happen together are issued as one batch (`send_recv`): NCCL deadlocks otherwise where two processes
+both send and receive.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ from neox.parallel.mesh import Mesh
 
 
 def send_recv(mesh: Mesh, outgoing: list[tuple[torch.Tensor, int]], incoming: list[tuple[torch.Tensor, int]]) -> None:
-    """Send and receive tensors, each with the number of the other stage; returns when all have arrived and may be reused."""
-    ops = [dist.P2POp(dist.isend, tensor.detach().contiguous(), mesh.stage_peer(stage), group=mesh.pp_group) for tensor, stage in outgoing]
-    ops += [dist.P2POp(dist.irecv, tensor, mesh.stage_peer(stage), group=mesh.pp_group) for tensor, stage in incoming]
-    for work in dist.batch_isend_irecv(ops):
+    """Send and receive tensors; returns when all transfers are complete and the tensors may be reused.
+
+    Args:
+        mesh: gives the pipeline group.
+        outgoing: (tensor, stage that receives it).
+        incoming: (tensor to write into, stage that sends it).
+    """
+    transfers = [(dist.isend, tensor.detach().contiguous(), stage) for tensor, stage in outgoing]
+    transfers += [(dist.irecv, tensor, stage) for tensor, stage in incoming]
+    batch = [dist.P2POp(op, tensor, mesh.stage_peer(stage), group=mesh.pp_group) for op, tensor, stage in transfers]
+    for work in dist.batch_isend_irecv(batch):
         work.wait()
 
 
 def recv_forward(shape: tuple[int, ...], dtype: torch.dtype, mesh: Mesh) -> torch.Tensor | None:
-    """What the stage before sends; None on the first stage."""
+    """The tensor that the previous stage sends; None on the first stage."""
     if mesh.first_stage:
         return None
     out = torch.empty(shape, dtype=dtype, device=mesh.device)
@@ -30,15 +37,16 @@ def recv_forward(shape: tuple[int, ...], dtype: torch.dtype, mesh: Mesh) -> torc
 
 
 def send_forward(x: torch.Tensor, mesh: Mesh) -> None:
-    """Give x to the next stage; the last stage keeps it."""
+    """Send x to the next stage; on the last stage nothing happens."""
     if not mesh.last_stage:
         send_recv(mesh, [(x, mesh.pp_rank + 1)], [])
 
 
 def broadcast_from_last_stage(x: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, mesh: Mesh) -> torch.Tensor:
-    """The last stage's tensor on every stage."""
+    """The last stage's tensor, on every stage. The others pass None."""
+    out = torch.empty(shape, dtype=dtype, device=mesh.device) if x is None else x
     if mesh.pp == 1:
-        return x
-    out = torch.empty(shape, dtype=dtype, device=mesh.device) if x is None else x.contiguous()
+        return out
+    out = out.contiguous()
     dist.broadcast(out, mesh.stage_peer(mesh.pp - 1), group=mesh.pp_group)
     return out

@@ -1,16 +1,16 @@
-"""Random streams: seeds derived by name, and dropout that is alike or different over the tensor group, as it must be.
+"""Random streams: seeds derived by name, and dropout that is equal or different over the tensor group.
 
-Dropout on tensors that every member of the tensor group holds must be the same on all of them; dropout inside a
-tensor-parallel region (attention heads), or on a residual stream that is cut along the sequence, must differ. The first comes
-from torch's default generator, which is seeded alike over the group; the second from `tensor_parallel_stream`. It keeps no
-state of its own: a checkpoint of the default generator is a checkpoint of both.
+Dropout on replicated tensors must be equal on every process of the tensor group. Dropout inside a tensor-parallel region
+(attention heads), or on a residual stream that is cut along the sequence, must differ. The first is drawn from torch's
+default generator, which has the same seed over the group; the second from `tensor_parallel_stream`. That stream has no
+state: a checkpoint of the default generator restores both.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -18,22 +18,27 @@ from neox.parallel.mesh import Mesh
 
 
 def derive_seed(seed: int, *path: object) -> int:
-    """A 63-bit seed that is a pure function of a seed and a path of names or numbers (SHA-256)."""
+    """A 63-bit seed: a pure function (SHA-256) of a seed and a path of names or numbers."""
     text = "/".join([str(seed), *(str(part) for part in path)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def seed_default_generators(seed: int, mesh: Mesh) -> None:
-    """Seed torch's default generators: alike over the tensor group, different over data, context and pipeline ranks."""
+    """Seed torch's default generators: equally over the tensor group, differently over data, context and pipeline ranks."""
     context = (mesh.cp_rank,) if mesh.cp > 1 else ()
     torch.manual_seed(derive_seed(seed, "dropout", mesh.pp_rank, mesh.dp_rank, *context))
 
 
-def tensor_parallel_stream(mesh: Mesh, device: torch.device, differs: bool = True):
+def tensor_parallel_stream(mesh: Mesh, device: torch.device, differs: bool = True) -> AbstractContextManager[None]:
     """A context in which random numbers differ over the tensor group; without tensor parallelism nothing changes.
 
-    The default generator advances by one draw, the same on every member, whatever happens inside. Without `differs`, where nothing is drawn
-    inside or all members must draw alike, no generator is touched: saving and restoring the states costs more than a small operator.
+    The default generator advances by one draw on every process, whatever is drawn inside.
+
+    Args:
+        mesh: gives the tensor-parallel rank.
+        device: the GPU whose generator is forked too, or the CPU.
+        differs: False where nothing is drawn inside, or every process must draw the same. Then no generator is touched:
+            saving and restoring the states costs more than a small operator.
     """
     return _forked(mesh.tp_rank, device) if differs and mesh.tp > 1 else nullcontext()
 

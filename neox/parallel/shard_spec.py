@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Where a parameter lies within its logical tensor.
+    """The slice of a logical tensor that a local parameter holds.
 
     Attributes:
         shape: shape of the logical tensor, without vocabulary padding.
         slices: (low, high) per dimension that the local parameter holds. The local parameter may have further rows after
             these (vocabulary padding); its first prod(high - low) elements in row-major order are the slice.
-        dim: dimension that is cut over the tensor group; None: every member holds the whole.
-        partial: each member computes only a part of the gradient of this whole parameter, because it sees other tokens or heads;
-            the parts are summed over the tensor group (`neox.parallel.gradients`).
+        dim: dimension that is sharded over the tensor group; None: every process of the group holds the complete tensor.
+        partial: each process computes only a part of the gradient of this replicated parameter, because it sees other
+            tokens or heads; the parts are summed over the tensor group (`neox.parallel.gradients`).
     """
 
     shape: tuple[int, ...]
@@ -27,14 +29,15 @@ class ShardSpec:
 
     @classmethod
     def replicated(cls, *shape: int, partial: bool = False) -> ShardSpec:
-        """The layout of a tensor that every process of the tensor group holds as a whole."""
+        """A tensor that every process of the tensor group holds completely."""
         return cls(tuple(shape), tuple((0, size) for size in shape), partial=partial)
 
     @classmethod
     def sharded(cls, shape: tuple[int, ...], dim: int, low: int, high: int) -> ShardSpec:
-        """The layout of rows `low` to `high` along `dim`; bounds beyond the logical size (padding) are clipped."""
+        """Indices low to high (exclusive) of `dim`; bounds beyond the logical size, which are padding, are clipped."""
         size = shape[dim]
-        slices = tuple((min(low, size), min(high, size)) if i == dim else (0, length) for i, length in enumerate(shape))
+        clipped = min(low, size), min(high, size)
+        slices = tuple(clipped if i == dim else (0, length) for i, length in enumerate(shape))
         return cls(tuple(shape), slices, dim)
 
     @property
@@ -45,15 +48,22 @@ class ShardSpec:
     @property
     def numel(self) -> int:
         """Elements of the slice."""
-        count = 1
-        for size in self.local_shape:
-            count *= size
-        return count
+        return math.prod(self.local_shape)
 
     def take(self, logical: torch.Tensor) -> torch.Tensor:
-        """The slice of a logical tensor, a view."""
+        """The slice of a logical tensor, as a view."""
         return logical[tuple(slice(low, high) for low, high in self.slices)]
 
     def unpad(self, local: torch.Tensor) -> torch.Tensor:
-        """The local parameter without its padding rows, a view."""
+        """The local parameter without its padding rows, as a view."""
         return local[: self.local_shape[0]]
+
+
+class ShardedLayer(nn.Module):
+    """A layer whose direct parameters are shards of logical tensors.
+
+    Attributes:
+        sharding: the spec of each parameter, by its name in this layer.
+    """
+
+    sharding: dict[str, ShardSpec]

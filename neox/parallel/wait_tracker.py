@@ -1,4 +1,4 @@
-"""Waiting for other processes: the marks that tell a watcher of it, and how long torch lets a collective wait."""
+"""Waiting for other processes: marks that the watchdog reads, and the timeouts of collectives."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ MIN_GROUP_TIMEOUT = 24 * 3600.0  # seconds
 
 
 class WaitTracker:
-    """Marks the parts of a program in which its thread waits for other processes. Another thread reads `waiting`.
+    """Marks the sections in which a thread waits for other processes. Another thread reads `waiting`.
 
-    A collective on a GPU returns at once; what waits is whatever reads its result. No call on the stack tells such a read from a computation.
+    A collective on a GPU returns at once; the first read of its result waits. On the stack such a read cannot be
+    distinguished from a computation, hence the marks.
     """
 
     def __init__(self):
@@ -22,12 +23,12 @@ class WaitTracker:
 
     @property
     def waiting(self) -> bool:
-        """Whether the thread is in a marked part."""
+        """Whether the thread is in a marked section."""
         return self.depth > 0
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Mark the body of a `with`."""
+        """Mark the body of a `with` statement."""
         self.depth += 1
         try:
             yield
@@ -36,9 +37,10 @@ class WaitTracker:
 
 
 def raise_group_timeouts(hang_timeout: float) -> None:
-    """Set the timeout of every process group that exists beyond the time after which the run ends a stuck process itself.
+    """Raise the timeout of every existing process group above the watchdog's.
 
-    torch's own (10 minutes for NCCL) would abort first, without a name, and also while other processes wait for a long index build.
+    torch's default (10 minutes for NCCL) would abort first, without naming the stuck process, and also while processes wait
+    for a long index build.
 
     Args:
         hang_timeout: guard.hang_timeout, seconds.

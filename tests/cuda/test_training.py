@@ -26,7 +26,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 tokens = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(0))
 losses = []
 for _ in range({STEPS}):
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:], expected_dloss=1 / 64).mean()
+    loss = model(tokens[:, :-1], tokens[:, 1:], expected_dloss=1 / 64).mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

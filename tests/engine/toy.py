@@ -37,7 +37,7 @@ class Toy(torch.nn.Module):
         self.norm = torch.nn.ParameterDict({"weight": draw(HIDDEN)})
         self.dropout = dropout
         self.poison = None  # (rank, "loss" or "gradient", value): what goes wrong where
-        self.expected_dloss = []  # of every backward: the gradient that `loss` was to expect, and the one that came
+        self.expected_dloss = []  # of every backward: the gradient that the forward expects, and the one that came
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         out = {name: ShardSpec.replicated(*p.shape) for name, p in self.named_parameters()}
@@ -49,7 +49,7 @@ class Toy(torch.nn.Module):
     def boundary_shape(self, tokens) -> tuple[int, ...]:
         return (*tokens.shape, HIDDEN)
 
-    def loss(self, tokens, targets, *, segment_ids=None, position_ids=None, expected_dloss=None, checked=False):
+    def forward(self, tokens, targets, *, segment_ids=None, position_ids=None, expected_dloss=None, checked=False):
         x = F.embedding(tokens, self.embedding["word"])
         for layer in self.layers:
             x = x + torch.tanh(F.linear(x, layer["weight"], layer["bias"])) * self.norm["weight"]

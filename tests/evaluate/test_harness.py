@@ -23,7 +23,7 @@ TEXTS = [
     "Nobody knew why the river had turned green and the fishermen stayed at home",
     "She opened the letter, read it twice, and put it back into the drawer",
     "When the train arrived, the platform was empty but for a boy and his drum",
-    "They say that the garden behind the wall has never been seen by anyone",
+    "They wrote that the garden beyond the wall has never been seen by anyone",
 ]
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "num_kv_heads": 2}
 SIZES = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 32}
@@ -63,7 +63,7 @@ def train(config: ModelConfig, tokenizer: Tokenizer, texts: list[str], steps: in
     for step in range(steps):
         row = torch.tensor([rows[step % len(rows)]])[:, : config.max_position_embeddings]
         optimizer.zero_grad()
-        model.loss(row[:, :-1], row[:, 1:]).mean().backward()
+        model(row[:, :-1], row[:, 1:]).mean().backward()
         optimizer.step()
     return model.eval()
 
@@ -163,13 +163,13 @@ def test_on_lambada_and_blimp(shared_data, tmp_path):
     assert ours["local_lambada"]["perplexity,none"] == pytest.approx(theirs["local_lambada"]["perplexity,none"], rel=1e-4)
 
 
-def test_a_limit_only_where_it_is_asked_for(trained, place):
+def test_no_limit_by_default(trained, place):
     model, tokenizer, _ = trained
     assert run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place))["n-samples"]["local_blimp"]["effective"] == len(TEXTS)
     assert run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place), limit=2)["n-samples"]["local_blimp"]["effective"] == 2
 
 
-def test_unknown_tasks_and_lost_data_are_named(place, tmp_path):
+def test_unknown_tasks_and_missing_files_are_named(place, tmp_path):
     tokenizer = Tokenizer(place / "tokenizer.json")
     model = GPT(ModelConfig(**SIZES, vocab_size=tokenizer.vocab_size), Mesh.single("cpu"))
     with pytest.raises(ConfigError, match="no such task.*got=frobnicate"):
@@ -179,7 +179,7 @@ def test_unknown_tasks_and_lost_data_are_named(place, tmp_path):
         run_tasks(model, tokenizer, ["local_blimp"], task_files=str(tmp_path))
 
 
-def test_the_prefix_is_the_tokenizers_own(place, tmp_path):
+def test_the_prefix_comes_from_the_tokenizer(place, tmp_path):
     tokenizer = Tokenizer(place / "tokenizer.json")
     assert prefix_token(tokenizer) == tokenizer.eod_id
     (tmp_path / "tokenizer.json").write_text((place / "tokenizer.json").read_text())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.evaluate.scoring import batches, complete, cut, log_likelihoods, rolling_windows
+from neox.evaluate.scoring import batches, complete, log_likelihoods, rolling_windows, truncate
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -34,7 +34,7 @@ def test_log_likelihoods_do_not_depend_on_the_batch(model, batch_size):
         assert greedy == (scores.argmax(-1).tolist() == continuation)
 
 
-def test_greedy_is_what_greedy_decoding_says(model):
+def test_greedy_flag_agrees_with_greedy_decoding(model):
     with torch.no_grad():
         best = int(model(torch.tensor([[3, 4]]))[0, -1].argmax())
     assert log_likelihoods(model, [([3, 4], [best]), ([3, 4], [(best + 1) % 50])], max_length=16, batch_size=2)[0][1] is True
@@ -56,8 +56,8 @@ def test_batches_go_from_long_to_short():
 
 
 def test_texts_end_before_the_first_stop(model):
-    assert cut("ab\ncd.", [".", "\n"]) == ("ab", True)
-    assert cut("ab", ["x", ""]) == ("ab", False)
+    assert truncate("ab\ncd.", [".", "\n"]) == ("ab", True)
+    assert truncate("ab", ["x", ""]) == ("ab", False)
 
     def decode(tokens: list[int]) -> str:
         return "".join(chr(97 + token % 26) for token in tokens)

@@ -59,7 +59,7 @@ def test_greedy_equals_transformers():
         assert generate(ours, [prompt], SamplingParams(30, 0))[0] == expected[0, len(prompt) :].tolist()
 
 
-def test_trained_llama_writes_what_transformers_writes(shared_data):
+def test_trained_llama_generates_what_transformers_generates(shared_data):
     path = shared_data / "llama-260k"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     model_config, weights = from_huggingface(path)
@@ -93,7 +93,7 @@ def test_stops_at_each_of_several_ids():
 
 
 @pytest.mark.parametrize("name", ["neox", "gpt2"])
-def test_positions_are_counted_before_anything_runs(name):
+def test_too_many_tokens_are_refused_before_decoding(name):
     model = tiny(name)
     assert len(generate(model, [[1] * 60], SamplingParams(4, 0))[0]) == 4
     model.forward = None
@@ -101,7 +101,7 @@ def test_positions_are_counted_before_anything_runs(name):
         generate(model, [[1], [1] * 60], SamplingParams(5))
 
 
-def test_dynamic_ntk_depends_on_a_text_alone():
+def test_dynamic_ntk_does_not_depend_on_the_batch():
     """Neither on the batch nor on the cache, and equal to transformers' at batch 1, which is rotated by the length at hand without its cache."""
     torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
@@ -129,7 +129,7 @@ def test_wrong_prompts_are_named():
     model = tiny("gpt2")
     with pytest.raises(ConfigError, match="empty prompt; where=prompt 1"):
         generate(model, [[1], []], SamplingParams(1))
-    with pytest.raises(ConfigError, match="token beyond the vocabulary; where=prompt 0; got=97; want=0 <= id < 97"):
+    with pytest.raises(ConfigError, match="token outside the vocabulary; where=prompt 0; got=97; want=0 <= id < 97"):
         generate(model, [[1, 97]], SamplingParams(1))
     with pytest.raises(ConfigError, match="more tokens than the model has positions; where=prompt 0; got=60 of the prompt [+] 5 new; want=at most 64"):
         generate(model, [[1] * 60], SamplingParams(5))

@@ -31,15 +31,15 @@ def test_prompts_are_encoded_as_by_transformers(options, before, tmp_path):
     assert encode_prompt(tokenizer, PROMPT, bos=False) == tokenizer.encode(PROMPT)
 
 
-def test_a_prompt_that_begins_with_the_token_does_not_get_it_twice(llama):
+def test_a_leading_token_is_not_added_twice(llama):
     assert encode_prompt(llama, "<s>river").count(1) == 1
 
 
-def test_byte_level_tokenizers_put_nothing_around(tmp_path):
+def test_byte_level_tokenizers_add_no_tokens(tmp_path):
     assert train_tokenizer(["some text"] * 9, 270, tmp_path / "t.json").template_tokens == ([], [])
 
 
-def test_an_answer_keeps_its_first_space(llama):
+def test_an_answer_retains_its_first_space(llama):
     prompt, answer = encode_prompt(llama, PROMPT), llama.encode("story")
     assert llama.decode(answer) == "story"  # decoded alone it has lost it
     assert AnswerText(llama, prompt).decode(answer) == " story"
@@ -57,7 +57,7 @@ def test_prompt_and_answer_are_the_text_of_all_tokens(llama, prompt):
             assert llama.decode(ids) + AnswerText(llama, [1, *ids]).decode(tokens) == whole
 
 
-def test_pieces_of_a_stream_make_the_text(llama):
+def test_streamed_parts_concatenate_to_the_text(llama):
     prompt, answer = encode_prompt(llama, PROMPT), llama.encode("stone 東京 garden")
     pieces: list[str] = []
     stream = TextStream(llama, pieces.append, prompt)

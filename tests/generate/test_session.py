@@ -20,7 +20,7 @@ def parts(tmp_path_factory) -> tuple[GPT, Tokenizer]:
     return GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes), Mesh.single("cpu")), tokenizer
 
 
-def test_pieces_make_the_text_and_no_character_is_torn(parts):
+def test_streamed_parts_concatenate_and_split_no_character(parts):
     _, tokenizer = parts
     pieces: list[str] = []
     stream = TextStream(tokenizer, pieces.append)
@@ -31,7 +31,7 @@ def test_pieces_make_the_text_and_no_character_is_torn(parts):
     assert "".join(pieces) == "naïve 東京"
 
 
-def test_a_turn_continues_all_that_was_said(parts):
+def test_a_turn_continues_the_history(parts):
     model, tokenizer = parts
     session = Session(model, tokenizer, SamplingParams(5, 0.0))
     pieces: list[str] = []
@@ -54,7 +54,7 @@ def test_a_long_history_loses_its_beginning(parts):
     assert len(session.history) > 32
 
 
-def test_draws_differ_from_turn_to_turn_and_not_from_run_to_run(parts):
+def test_samples_differ_between_turns_and_not_between_runs(parts):
     model, tokenizer = parts
 
     def talk() -> list[str]:
@@ -68,7 +68,7 @@ def test_draws_differ_from_turn_to_turn_and_not_from_run_to_run(parts):
     assert talk() == talk() and len(set(talk())) > 1
 
 
-def test_nothing_said_begins_after_the_end_of_document(parts):
+def test_an_empty_history_starts_with_end_of_document(parts):
     model, tokenizer = parts
     session = Session(model, tokenizer, SamplingParams(3, 0.0), stops=[""])
     session.respond("", lambda text: None)

@@ -1,4 +1,4 @@
-"""What each of two processes runs for the tensor-parallel tests: the cut modules against whole ones made by the same seed."""
+"""Entry of each of two processes: tensor-parallel models against models on one process, from the same seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
 
 
 def models() -> None:
-    """Initial weights, logits, losses and gradients of cut models equal those of whole ones."""
+    """Initial weights, logits, losses and gradients equal those of one process."""
     dist.init_process_group("gloo")
     mesh = create_mesh(tensor=2)
     tokens = torch.randint(77, (2, 19), generator=torch.Generator().manual_seed(1))
@@ -36,25 +36,25 @@ def models() -> None:
     targets[0, 3] = -100
     for name, options in MODELS.items():
         config = ModelConfig(**COMMON, **options)
-        whole, cut = GPT(config, Mesh.single()), GPT(config, mesh)
-        if cut.num_parameters() != whole.num_parameters() or cut.flops_per_token(19) != whole.flops_per_token(19):
+        single, sharded = GPT(config, Mesh.single()), GPT(config, mesh)
+        if sharded.num_parameters() != single.num_parameters() or sharded.flops_per_token(19) != single.flops_per_token(19):
             raise AssertionError(f"{name}: counts depend on the layout")
-        for (key, want), (_, got) in zip(whole.logical_weights(), cut.logical_weights(), strict=True):
+        for (key, want), (_, got) in zip(single.logical_weights(), sharded.logical_weights(), strict=True):
             if not torch.equal(got, want):
                 raise AssertionError(f"{name}: initial {key} depends on the layout")
-        weights = {key: weight + 0.1 if key.endswith("bias") else weight.clone() for key, weight in whole.logical_weights()}
+        weights = {key: weight + 0.1 if key.endswith("bias") else weight.clone() for key, weight in single.logical_weights()}
         draws = torch.Generator().manual_seed(2)
         weights |= {key: torch.randn(weight.shape, generator=draws) * 0.3 for key, weight in weights.items() if key.endswith("lora_b")}  # zero at first
-        for model in (whole, cut):  # biases that are added twice or not at all must show
+        for model in (single, sharded):  # biases that are added twice or not at all must show
             model.load_weights(weights)
-        close(cut(tokens), whole(tokens), f"{name}: logits")
-        losses = [model.loss(tokens, targets) for model in (whole, cut)]
+        close(sharded(tokens), single(tokens), f"{name}: logits")
+        losses = [model(tokens, targets) for model in (single, sharded)]
         close(losses[1], losses[0], f"{name}: losses")
         for loss in losses:
             loss.sum().backward()
-        gradients = {key: parameter.grad for key, parameter in whole.named_parameters()}
-        specs = cut.shard_specs()
-        for key, parameter in cut.named_parameters():
+        gradients = {key: parameter.grad for key, parameter in single.named_parameters()}
+        specs = sharded.shard_specs()
+        for key, parameter in sharded.named_parameters():
             if not parameter.requires_grad:
                 continue
             close(specs[key].unpad(parameter.grad), specs[key].take(gradients[key]), f"{name}: gradient of {key}")

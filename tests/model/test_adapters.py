@@ -18,7 +18,7 @@ TOKENS = torch.arange(12).view(1, 12)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_adapter_changes_nothing_at_first_and_then_what_its_product_says(form):
+def test_a_new_adapter_is_neutral_and_a_trained_one_equals_the_merged_weight(form):
     plain = GPT(ModelConfig(**SIZES, **form), Mesh.single())
     model = GPT(ModelConfig(**SIZES, **form, lora=LORA), Mesh.single())
     assert torch.equal(model(TOKENS), plain(TOKENS))
@@ -41,7 +41,7 @@ def test_an_adapter_changes_nothing_at_first_and_then_what_its_product_says(form
 
 def test_only_adapters_and_a_new_head_have_gradients():
     model = GPT(ModelConfig(**SIZES, lora=LORA | {"targets": ["attention.qkv"]}, output="score"), Mesh.single())
-    model.loss(TOKENS, TOKENS).sum().backward()
+    model(TOKENS, TOKENS).sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {"score.weight", *(f"layers.{i}.attention.qkv.lora_{factor}" for i in range(2) for factor in "ab")}
     assert trained == {name for name in model.logical_shapes() if is_trained(model.config, name)} == {name for name in model.logical_shapes() if is_added(name)}
@@ -58,5 +58,5 @@ def test_a_reward_model_scores_positions():
     model = GPT(ModelConfig(**SIZES, output="score"), Mesh.single())
     scores = model(TOKENS)
     assert scores.shape == (1, 12, 1) and scores.dtype == torch.float32
-    assert torch.equal(model.loss(TOKENS, TOKENS), scores.flatten())
+    assert torch.equal(model(TOKENS, TOKENS), scores.flatten())
     assert "head.weight" not in dict(model.named_parameters())

@@ -17,7 +17,7 @@ from neox.parallel.mesh import Mesh
 
 def build(**options) -> Attention:
     config = ModelConfig(**({"num_layers": 1, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 5, "position_embedding": "none"} | options))
-    attention = Attention(config, Mesh.single(), 0, dtype=torch.float32)
+    attention = Attention(config)
     for i, parameter in enumerate(attention.parameters()):
         with torch.no_grad():
             parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(i))
@@ -70,7 +70,7 @@ def test_alibi_prefers_near_keys():
     assert (near(x, Context()) - far(x, Context())).abs().max() > 1e-3
 
 
-def test_heads_that_cannot_be_shared_out():
+def test_heads_that_do_not_divide():
     with pytest.raises(ConfigError, match=r"model\.num_kv_heads.*6 heads, 4 kv heads"):
         build(num_kv_heads=4)
 
@@ -87,7 +87,7 @@ def test_alibi_slopes_of_the_ranks_are_those_of_their_heads(heads, groups, tp, c
     assert slopes == torch.tensor(alibi_slopes(heads)).tolist()
 
 
-def test_generators_are_forked_where_there_is_dropout_only(monkeypatch):
+def test_generators_are_forked_for_dropout_only(monkeypatch):
     """Each fork saves and restores the states of the generators, on a GPU with a copy from it: per layer and step."""
     forks = []
     state = torch.get_rng_state
@@ -96,7 +96,7 @@ def test_generators_are_forked_where_there_is_dropout_only(monkeypatch):
     for dropout, training, want in ((0.0, True, 0), (0.5, False, 0), (0.5, True, 1)):
         attention = Attention(config, dataclasses.replace(Mesh.single(), tp=2), 0, dtype=torch.float32).train(training)
         attention.dropout = dropout
-        attention.mix(torch.ones(1, 3, 24), Context())
+        attention(torch.ones(1, 3, 24), Context())
         assert len(forks) == want
 
 
@@ -112,7 +112,7 @@ def test_layers_share_the_full_mask_of_a_forward_pass(recompute, monkeypatch):
     for borders in (3, 5):
         made.clear()
         segments = (torch.arange(9) >= borders).int().expand(2, 9)
-        losses = [model.loss(tokens, tokens, segment_ids=segments) for model in models]
+        losses = [model(tokens, tokens, segment_ids=segments) for model in models]
         for model, loss in zip(models, losses, strict=True):
             model.zero_grad()
             loss.sum().backward()
@@ -122,11 +122,11 @@ def test_layers_share_the_full_mask_of_a_forward_pass(recompute, monkeypatch):
         assert made == [4]
     made.clear()
     models[0].layers["1"].attention.window = 2
-    models[0].loss(tokens, tokens)
+    models[0](tokens, tokens)
     assert made == [4, 2]
 
 
-def test_a_sharing_forward_pass_keeps_lengths_and_dtypes_apart():
+def test_a_mask_cache_distinguishes_lengths_and_dtypes():
     cache = MaskCache()
     slopes = torch.tensor([0.5, 0.25])
     for s, t in ((3, 7), (2, 7), (7, 7), (3, 7)):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.generate.cache import KVCache
 from neox.model import decode
 from neox.model.gpt import GPT
+from neox.model.kv_cache import KVCache
 from neox.parallel.mesh import Mesh
 
 SHAPE = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 97, "max_position_embeddings": 64, "init_std": 0.2}
@@ -40,16 +40,16 @@ def model_of(form: str, dtype: torch.dtype = torch.float32, **extra) -> GPT:
 
 
 def logits_of(model: GPT, tokens: torch.Tensor, steps: list[int], pads: list[int] | None = None) -> tuple[torch.Tensor, KVCache]:
-    """Logits of all tokens [b, t, v], read in steps of so many tokens; pads: padding before each sequence."""
-    cache = KVCache(model.config.num_layers, tokens.shape[1])
+    """Logits of all tokens [b, t, v], read in steps of the given sizes; pads: padding before each sequence."""
+    cache = KVCache(tokens.shape[1])
     parts, columns = [], torch.arange(tokens.shape[1])[None]
     with torch.inference_mode():
         for step in steps:
             start, end = cache.length, cache.length + step
             options = {}
             if pads:
-                behind = torch.tensor(pads)[:, None]
-                options = {"segment_ids": (columns[:, :end] >= behind).int(), "position_ids": (columns[:, start:end] - behind).clamp(min=0)}
+                padding = torch.tensor(pads)[:, None]
+                options = {"segment_ids": (columns[:, :end] >= padding).int(), "position_ids": (columns[:, start:end] - padding).clamp(min=0)}
             parts.append(model(tokens[:, start:end], cache=cache, **options))
     return torch.cat(parts, 1), cache
 
@@ -81,7 +81,7 @@ def test_equals_the_ordinary_path(form, dtype, batch, pads, monkeypatch):
     ],
     ids=["activation", "sdpa", "lora"],
 )
-def test_what_the_operator_does_not_do_takes_the_ordinary_path(change):
+def test_unsupported_blocks_take_the_ordinary_path(change):
     model = GPT(ModelConfig(**SHAPE, **change), Mesh.single()).eval()
     tokens = torch.arange(10)[None]
     got, cache = logits_of(model, tokens, [8, 1, 1])
@@ -92,7 +92,7 @@ def test_what_the_operator_does_not_do_takes_the_ordinary_path(change):
 
 def test_gradients_and_dropout_take_the_ordinary_path():
     model = model_of("llama")
-    cache = KVCache(3, 10)
+    cache = KVCache(10)
     model(torch.arange(8)[None], cache=cache)
     model(torch.arange(1)[None], cache=cache)
     assert cache.decoders == {}

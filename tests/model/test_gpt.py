@@ -6,50 +6,16 @@ import pytest
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.errors import CheckpointError, ConfigError, DataError
-from neox.generate.cache import KVCache
+from neox.errors import ConfigError
 from neox.model.gpt import GPT
+from neox.model.kv_cache import KVCache
 from neox.parallel.mesh import Mesh
-
-SIZES = {
-    "num_layers": 2,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "vocab_size": 97,
-    "max_position_embeddings": 32,
-    "init_std": 0.3,
-    "output_init": "normal",
-}
-NO_BIAS = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
-FORMS = {
-    "neox": {"parallel_residual": True, "rotary_pct": 0.5},
-    "neox-sequential": {},
-    "gpt2": {"position_embedding": "learned", "tie_embeddings": True, "activation": "gelu_tanh"},
-    "gptj": {"parallel_residual": True, "shared_residual_norm": True, "qkv_bias": False, "attention_out_bias": False},
-    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2} | NO_BIAS,
-    "rms-parallel": {"norm": "rmsnorm", "activation": "geglu", "parallel_residual": True},
-    "qwen3-window": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 1, "qk_norm": True, "sliding_window": 5} | NO_BIAS,
-    "alibi": {"position_embedding": "alibi", "activation": "relu"},
-    "no-positions-softcap": {"position_embedding": "none", "attention_softcap": 5.0, "activation": "silu"},
-}
-
-
-def build(form: str, seed: int = 1234, **options) -> GPT:
-    model = GPT(ModelConfig(**(SIZES | FORMS[form] | options)), Mesh.single(), seed=seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(len(name)))
-    return model
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(97, shape, generator=torch.Generator().manual_seed(seed))
+from tests.model.models import FORMS, SIZES, build, draw
 
 
 def gradients(model: GPT, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model.loss(tokens, tokens.roll(-1, 1)).sum().backward()
+    model(tokens, tokens.roll(-1, 1)).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -58,7 +24,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(form):
     model, tokens = build(form), draw(2, 19)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = -100
-    loss = model.loss(tokens, targets)
+    loss = model(tokens, targets)
     want = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1).double(), targets.flatten(), reduction="none")
     assert (loss.shape, loss.dtype) == ((38,), torch.float32)
     assert torch.allclose(loss.double(), want, atol=1e-5)
@@ -104,9 +70,9 @@ def test_position_ids_move_positions(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_cached_decoding_gives_the_logits_of_the_whole(form):
+def test_cached_decoding_gives_the_logits_of_the_full_sequence(form):
     model, tokens = build(form).eval(), draw(2, 17)
-    cache = KVCache(model.config.num_layers, 17)
+    cache = KVCache(17)
     with torch.no_grad():
         want = model(tokens)
         parts = [model(tokens[:, start:stop], cache=cache) for start, stop in itertools.pairwise([0, 7, 8, 12, 17])]
@@ -126,7 +92,7 @@ def test_left_padded_batch_decodes_like_single_prompts(form):
     columns = torch.arange(total)
     segments = (columns >= padding[:, None]).to(torch.int32)
     positions = (columns - padding[:, None]).clamp(min=0)
-    cache = KVCache(model.config.num_layers, total)
+    cache = KVCache(total)
     with torch.no_grad():
         parts = [model(tokens, cache=cache, segment_ids=segments[:, :9], position_ids=positions[:, :9])]
         for i in range(3):
@@ -159,33 +125,12 @@ def test_dropout_acts_in_training_only_and_follows_the_seed(form, key):
 
     def run(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return model.loss(tokens, tokens)
+        return model(tokens, tokens)
 
     assert torch.equal(run(1), run(1))
     assert not torch.allclose(run(1), run(2), atol=1e-2)
     model.eval()
-    assert torch.allclose(run(1), plain.loss(tokens, tokens), atol=1e-5)
-
-
-def test_initial_weights_depend_on_seed_and_name_only():
-    deep = dict(build("neox", num_layers=3).logical_weights())
-    flat = dict(build("neox").logical_weights())
-    assert all(torch.equal(weight, deep[name]) for name, weight in flat.items())
-    assert not torch.equal(flat["layers.0.mlp.up.weight"], flat["layers.1.mlp.up.weight"])
-    other = dict(build("neox", seed=5).logical_weights())
-    assert not torch.equal(flat["head.weight"], other["head.weight"])
-    padded = dict(build("neox", vocab_multiple=1).logical_weights())
-    assert all(torch.equal(weight, padded[name]) for name, weight in flat.items())
-
-
-def test_meta_then_materialize_equals_direct():
-    config = ModelConfig(**(SIZES | FORMS["gpt2"]))
-    late = GPT(config, Mesh.single("meta"))
-    assert all(parameter.is_meta for parameter in late.parameters())
-    late.materialize("cpu")
-    direct = GPT(config, Mesh.single())
-    assert all(torch.equal(a, b) for a, b in zip(late.parameters(), direct.parameters(), strict=True))
-    assert torch.equal(late(draw(1, 5)), direct(draw(1, 5)))
+    assert torch.allclose(run(1), plain(tokens, tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["neox", "gpt2"])
@@ -226,78 +171,6 @@ def test_bf16_follows_fp32(form):
         got = model.to(torch.bfloat16)(tokens)
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).norm() <= 0.03 * want.norm()
-
-
-def test_weights_go_out_and_in():
-    source, target = build("llama", seed=1), build("llama", seed=2)
-    target.load_weights(source.logical_weights())
-    assert torch.equal(source(draw(1, 5)), target(draw(1, 5)))
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda w: w.pop("norm.weight"), r"weights are missing; where=norm\.weight"),
-        (lambda w: w.update(extra=torch.ones(1)), "no such parameter; where=extra"),
-        (lambda w: w.update({"norm.weight": torch.ones(47)}), r"another shape; where=norm\.weight; got=\(47,\); want=\(48,\)"),
-    ],
-)
-def test_weights_that_do_not_fit(change, match):
-    model = build("neox")
-    weights = dict(model.logical_weights())
-    change(weights)
-    with pytest.raises(CheckpointError, match=match):
-        model.load_weights(weights)
-
-
-def test_weight_given_twice():
-    model = build("neox")
-    with pytest.raises(CheckpointError, match="given twice"):
-        model.load_weights([*model.logical_weights(), ("norm.weight", torch.ones(48))])
-
-
-@pytest.mark.parametrize(
-    ("tokens", "match"),
-    [
-        (torch.tensor([[1, 97]]), r"token id outside the vocabulary.*got=97; want=0 \.\. 96"),
-        (torch.tensor([[-1, 3]]), "got=-1"),
-        (torch.zeros(1, 4, dtype=torch.int32), "wrong form.*torch.int32"),
-        (torch.zeros(4, dtype=torch.int64), "wrong form"),
-        (torch.zeros(1, 0, dtype=torch.int64), "wrong form"),
-    ],
-)
-def test_wrong_tokens(tokens, match):
-    with pytest.raises(DataError, match=match):
-        build("neox")(tokens)
-
-
-@pytest.mark.parametrize("target", [97, -1])
-def test_wrong_targets(target):
-    with pytest.raises(DataError, match=f"target id outside the vocabulary.*got={target}"):
-        build("neox").loss(draw(1, 3), torch.tensor([[1, target, -100]]))
-
-
-def test_targets_of_another_shape():
-    with pytest.raises(DataError, match="targets do not fit"):
-        build("neox").loss(draw(1, 3), draw(1, 4))
-
-
-@pytest.mark.parametrize("form", ["neox", "gpt2"])
-def test_positions_beyond_the_table(form):
-    model = build(form)
-    model(draw(1, 32))
-    with pytest.raises(DataError, match=r"longer than the model's positions; where=model\.max_position_embeddings; got=position 32; want=0 \.\. 31"):
-        model(draw(1, 33))
-    with pytest.raises(DataError, match="got=position 40"):
-        model(draw(1, 2), position_ids=torch.tensor([[0, 40]]))
-    cache = KVCache(model.config.num_layers, 33)
-    cache.length = 30
-    with pytest.raises(DataError, match="got=position 32"):
-        model(draw(1, 3), cache=cache)
-
-
-def test_alibi_has_no_longest_sequence():
-    assert build("alibi")(draw(1, 50)).shape == (1, 50, 97)
 
 
 def test_unknown_activation_checkpointing():

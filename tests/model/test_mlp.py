@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from neox.config.schema import ModelConfig
 from neox.model.mlp import MLP
-from neox.parallel.mesh import Mesh
 
 FUNCTIONS = {
     "gelu": F.gelu,
@@ -21,7 +20,7 @@ FUNCTIONS = {
 
 def build(activation: str, bias: bool, recompute: bool = False) -> MLP:
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=1, intermediate_size=23, vocab_size=5, activation=activation, mlp_bias=bias)
-    mlp = MLP(config, Mesh.single(), dtype=torch.float32, recompute=recompute)
+    mlp = MLP(config, recompute=recompute)
     for i, parameter in enumerate(mlp.parameters()):
         with torch.no_grad():
             parameter.normal_(generator=torch.Generator().manual_seed(i))
@@ -39,7 +38,7 @@ def test_formula(activation, bias):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_recomputing_keeps_less_and_changes_nothing(activation):
+def test_recomputation_stores_less_and_changes_nothing(activation):
     x, kept, gradients = torch.randn(64, 16), [], []
     for recompute in (False, True):
         mlp, sizes = build(activation, True, recompute), {}

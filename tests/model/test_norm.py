@@ -12,7 +12,7 @@ from neox.parallel.mesh import Mesh
 
 def norms(kind: str):
     config = ModelConfig(num_layers=1, hidden_size=17, num_attention_heads=1, vocab_size=5, norm=kind, norm_eps=0.1)
-    made = make_norm(config, Mesh.single(), torch.float32), make_norm(config, Mesh.single(), torch.float32)
+    made = make_norm(config), make_norm(config)
     for norm in made:
         for parameter in norm.parameters():
             torch.nn.init.normal_(parameter)
@@ -27,7 +27,7 @@ def formula(norm, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_norm_of_the_sum_and_the_sum(kind):
+def test_norm_returns_the_normed_sum_and_the_sum(kind):
     norm, _ = norms(kind)
     x, stream = 0.3 * torch.randn(2, 3, 17), 0.3 * torch.randn(2, 3, 17)
     normed, total = norm(x, stream)

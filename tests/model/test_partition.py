@@ -9,7 +9,7 @@ from neox.model.partition import partition_layers, stage_costs
 SIZES = {"num_layers": 6, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50, "vocab_multiple": 8, "max_position_embeddings": 16}
 
 
-def test_a_large_embedding_takes_blocks_off_the_ends():
+def test_a_large_embedding_leaves_fewer_blocks_to_the_end_stages():
     config = ModelConfig(**{**SIZES, "num_layers": 12, "vocab_size": 4 * 12 * 32})  # each table weighs as much as 4 blocks
     assert stage_costs(config, "parameters") == pytest.approx((4.0, 1.0, 4.0))
     assert [b - a for a, b in partition_layers(config, 4)] == [1, 5, 5, 1]
@@ -17,13 +17,13 @@ def test_a_large_embedding_takes_blocks_off_the_ends():
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 6])
-def test_every_stage_has_a_block_and_all_are_shared_out(stages):
+def test_every_stage_has_a_block_and_every_block_a_stage(stages):
     cuts = partition_layers(ModelConfig(**SIZES), stages)
     assert [i for low, high in cuts for i in range(low, high)] == list(range(6))
     assert all(low < high for low, high in cuts)
 
 
-def test_a_list_is_taken_as_it_is():
+def test_a_list_of_counts():
     assert partition_layers(ModelConfig(**SIZES), 3, [1, 2, 3]) == [(0, 1), (1, 3), (3, 6)]
     for wrong in ([1, 2], [1, 2, 4], [6, 0, 0]):
         with pytest.raises(ConfigError, match=r"parallel\.partition"):

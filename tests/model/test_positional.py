@@ -6,7 +6,6 @@ import torch
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.positional import PositionEmbedding, RotaryTable, alibi_slopes
-from neox.parallel.mesh import Mesh
 
 SIZES = {"num_layers": 1, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 10, "max_position_embeddings": 100}
 CPU = torch.device("cpu")
@@ -34,13 +33,13 @@ def test_rows_by_position_ids_and_growth():
     assert torch.equal(cos, long[ids])
 
 
-def test_table_is_kept():
+def test_table_is_reused():
     table = RotaryTable(ModelConfig(**SIZES))
     first, _ = table.rows(0, 70, None, 70, CPU)
     assert table.rows(0, 60, None, 60, CPU)[0].data_ptr() == first.data_ptr()
 
 
-def test_dynamic_ntk_depends_on_the_length_at_hand():
+def test_dynamic_ntk_depends_on_the_length():
     config = ModelConfig(**SIZES, rope_scaling={"type": "ntk", "factor": 2.0, "original_max_position_embeddings": 50})
     table, plain = RotaryTable(config), RotaryTable(ModelConfig(**SIZES))
     assert torch.allclose(table.rows(0, 40, None, 40, CPU)[0], plain.rows(0, 40, None, 40, CPU)[0], atol=1e-6)
@@ -54,7 +53,7 @@ def test_too_few_channels():
 
 
 def test_learned_positions():
-    table = PositionEmbedding(9, 4, Mesh.single(), dtype=torch.float32)
+    table = PositionEmbedding(9, 4)
     torch.nn.init.normal_(table.weight)
     assert torch.equal(table(2, 3, None), table.weight[2:5])
     assert torch.equal(table(0, 2, torch.tensor([[8, 1]])), table.weight[[8, 1]][None])

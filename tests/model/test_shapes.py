@@ -20,7 +20,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_shapes_are_those_of_the_modules_and_stages_share_them_out(form):
+def test_shapes_are_those_of_the_modules_over_all_stages(form):
     config = ModelConfig(**SIZES, **FORMS[form])
     want = {name: spec.shape for name, spec in GPT(config, Mesh.single("meta")).shard_specs().items()}
     assert logical_shapes(config) == want

@@ -21,16 +21,16 @@ def test_lookup_and_projection_share_a_table_when_tied():
     assert head(x[None]).shape == (1, 2, 8)
 
 
-def test_padding_lies_outside_the_layout():
+def test_padding_is_outside_the_shard():
     mesh = dataclasses.replace(Mesh.single("meta"), tp=2, tp_rank=1)
     table = VocabParallelEmbedding(13, 16, 3, mesh, dtype=torch.float32)
     assert (table.low, table.high) == (8, 16)
     assert table.weight.shape == (8, 3)
-    assert table.shard_specs["weight"].slices == ((8, 13), (0, 3))
+    assert table.sharding["weight"].slices == ((8, 13), (0, 3))
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_the_score_heads_gradient_is_summed_where_members_see_parts_of_the_sequence(sequence):
+def test_the_score_heads_gradient_is_summed_under_sequence_parallelism(sequence):
     mesh = dataclasses.replace(Mesh.single("meta"), tp=2, sequence=sequence)
-    spec = ScoreHead(3, mesh, dtype=torch.float32).shard_specs["weight"]
+    spec = ScoreHead(3, mesh, dtype=torch.float32).sharding["weight"]
     assert spec.partial == sequence and spec.shape == (1, 3) and spec.slices == ((0, 1), (0, 3))

@@ -42,16 +42,16 @@ def test_gradients_reach_weight_and_bias():
     assert torch.equal(layer.weight.grad, torch.full((6, 7), 3.0))
 
 
-def test_layouts_cut_rows_and_columns_by_units():
+def test_shards_are_rows_and_columns_of_complete_units():
     column = ColumnParallelLinear(7, 20, member(1), units=4, what="x", bias=True, dtype=torch.float32)
-    assert column.shard_specs["weight"].slices == ((10, 20), (0, 7))
-    assert column.shard_specs["bias"].slices == ((10, 20),)
+    assert column.sharding["weight"].slices == ((10, 20), (0, 7))
+    assert column.sharding["bias"].slices == ((10, 20),)
     row = RowParallelLinear(20, 7, member(1), units=4, what="x", bias=True, dtype=torch.float32)
-    assert row.shard_specs["weight"].slices == ((0, 7), (10, 20))
-    assert row.shard_specs["bias"].slices == ((0, 7),)
+    assert row.sharding["weight"].slices == ((0, 7), (10, 20))
+    assert row.sharding["bias"].slices == ((0, 7),)
     assert (column.weight.shape, row.weight.shape) == ((10, 7), (7, 10))
 
 
-def test_units_are_never_cut():
+def test_units_are_not_divided():
     with pytest.raises(ConfigError, match=r"model\.num_kv_heads cannot be cut.*3 over 2"):
         ColumnParallelLinear(7, 30, member(0), units=3, what="model.num_kv_heads", bias=False, dtype=torch.float32)

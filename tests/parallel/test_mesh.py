@@ -32,12 +32,12 @@ def test_ranks_of_every_process_and_its_peers_on_other_stages(sizes):
         assert [mesh.stage_peer(stage) for stage in range(pp)] == grid[:, dp_rank, cp_rank, tp_rank].tolist()
 
 
-def test_world_that_does_not_divide():
+def test_world_size_that_does_not_divide():
     with pytest.raises(ConfigError, match="1 processes, tensor=2, pipeline=1"):
         create_mesh(tensor=2)
 
 
 def test_split_evenly():
     assert [split_evenly(12, member(4, rank), "x") for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 12)]
-    with pytest.raises(ConfigError, match=r"the heads cannot be cut.*got=6 over 4"):
+    with pytest.raises(ConfigError, match=r"the heads is not a multiple.*got=6 over 4"):
         split_evenly(6, member(4, 0), "the heads")

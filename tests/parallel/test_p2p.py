@@ -6,7 +6,7 @@ from neox.parallel.mesh import Mesh
 from neox.parallel.p2p import broadcast_from_last_stage, recv_forward, send_forward
 
 
-def test_one_stage_has_nobody_to_talk_to():
+def test_one_stage_transfers_nothing():
     mesh = Mesh.single()
     x = torch.ones(3)
     assert recv_forward((3,), torch.float32, mesh) is None

@@ -25,7 +25,7 @@ def first_draw(mesh: Mesh) -> float:
     return torch.rand(()).item()
 
 
-def test_dropout_is_alike_over_the_tensor_group_only():
+def test_dropout_is_equal_over_the_tensor_group_only():
     assert first_draw(member(tp_rank=0)) == first_draw(member(tp_rank=1))
     assert len({first_draw(member(dp_rank=dp, pp_rank=pp)) for dp in (0, 1) for pp in (0, 1)}) == 4
 
@@ -38,7 +38,7 @@ def draws(tp_rank: int, inside: int = 1) -> tuple[float, float]:
     return within, torch.rand(()).item()
 
 
-def test_stream_differs_over_the_tensor_group_and_leaves_the_default_alike():
+def test_stream_differs_over_the_tensor_group_and_the_default_does_not():
     (within0, after0), (within1, after1) = draws(0), draws(1, inside=1000)
     assert within0 != within1
     assert after0 == after1
@@ -53,7 +53,7 @@ def test_one_process_draws_from_the_default_generator():
         assert torch.rand(()) == want
 
 
-def test_nothing_is_drawn_or_saved_where_nothing_differs(monkeypatch):
+def test_equal_streams_draw_and_save_nothing(monkeypatch):
     monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a state was saved"))
     seed_default_generators(7, member())
     want = torch.rand(())

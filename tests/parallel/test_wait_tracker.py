@@ -10,7 +10,7 @@ from neox.parallel.wait_tracker import MIN_GROUP_TIMEOUT, WaitTracker, raise_gro
 from tests.distributed import run_ranks
 
 
-def test_marks_nest_and_end_with_an_error():
+def test_marks_nest_and_end_on_errors():
     waits = WaitTracker()
     with waits():
         with pytest.raises(KeyError), waits():
@@ -20,7 +20,7 @@ def test_marks_nest_and_end_with_an_error():
 
 
 def check_timeouts():
-    """Entry of a process: the world's group and one made beside it."""
+    """Entry of a process: the world group and a second one."""
     dist.init_process_group("gloo")
     beside = dist.new_group([0, 1])
     for hang_timeout, seconds in ((0.0, MIN_GROUP_TIMEOUT), (1200.0, MIN_GROUP_TIMEOUT), (MIN_GROUP_TIMEOUT, 2 * MIN_GROUP_TIMEOUT)):
@@ -30,9 +30,9 @@ def check_timeouts():
     dist.barrier()  # the first process serves the store of the others
 
 
-def test_every_group_waits_longer_than_we_do(tmp_path):
+def test_every_group_outlasts_the_watchdog(tmp_path):
     run_ranks("tests.parallel.test_wait_tracker:check_timeouts", 2, tmp_path)
 
 
-def test_alone_there_is_nothing_to_set():
+def test_one_process_has_no_timeouts_to_raise():
     raise_group_timeouts(1200.0)

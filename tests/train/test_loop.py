@@ -238,14 +238,14 @@ def test_resume_policies(straight, corpus, tmp_path):
 
 
 def test_not_finite_stops_before_the_update_and_names_the_samples(corpus, tmp_path, monkeypatch):
-    loss = GPT.loss
+    loss = GPT.forward
     calls = []
 
     def poisoned(self, *args, **keys):
         calls.append(1)
         return loss(self, *args, **keys) * (float("nan") if len(calls) == 10 else 1.0)
 
-    monkeypatch.setattr(GPT, "loss", poisoned)
+    monkeypatch.setattr(GPT, "forward", poisoned)
     with pytest.raises(NonFinite, match=r"error\[11\] the loss is not finite.*step 3.*samples \[16, 17, 18, 19, 20, 21, 22, 23\]"):
         train(make_config(corpus, tmp_path, "evaluate.interval=0"), Mesh.single(), StopSignals())
     assert [row["step"] for row in records(tmp_path)] == [1, 2]

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on whole sets, LAMBADA and three of BLiMP: our models against its `hf` model, question by question. Run by `make harness-test`."""
+"""lm-evaluation-harness on full sets, LAMBADA and three of BLiMP: every question with our models and with its `hf` model. Run by `make harness-test`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def llama_model(folder: Path, data: Path) -> tuple[GPT, Tokenizer]:
 
 
 @pytest.mark.parametrize("make", [neox_model, llama_model])
-def test_every_question_of_whole_sets(make, shared_data, tmp_path):
+def test_every_question_of_the_full_sets(make, shared_data, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

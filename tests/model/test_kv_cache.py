@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from neox.errors import ConfigError
-from neox.generate.cache import KVCache
+from neox.model.kv_cache import KVCache
 
 
 def test_updates_are_appended_per_layer():
-    cache = KVCache(num_layers=2, capacity=7)
+    cache = KVCache(capacity=7)
     pieces = [torch.randn(3, s, 2, 4, generator=torch.Generator().manual_seed(s)) for s in (4, 1, 2)]
     for number, piece in enumerate(pieces):
         for layer in range(2):
@@ -22,7 +22,7 @@ def test_updates_are_appended_per_layer():
 
 
 def test_more_tokens_than_the_capacity_are_refused_and_nothing_is_overwritten():
-    cache = KVCache(num_layers=1, capacity=4)
+    cache = KVCache(capacity=4)
     first = torch.ones(1, 3, 1, 2)
     keys, _ = cache.update(0, first, first)
     cache.advance(3)

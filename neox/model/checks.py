@@ -1,0 +1,74 @@
+"""Checks of the inputs of a forward pass: shapes, vocabulary, positions."""
+
+from __future__ import annotations
+
+import torch
+
+from neox.config.schema import ModelConfig
+from neox.errors import DataError
+from neox.targets import IGNORED
+
+
+def check_tokens(tokens: torch.Tensor, config: ModelConfig, *, read: bool) -> None:
+    """Raise DataError unless tokens are int64 [b, s] and, where they are read, in the vocabulary."""
+    check_ids("token", tokens, config.vocab_size, read)
+
+
+def check_targets(targets: torch.Tensor, tokens: torch.Tensor, config: ModelConfig, *, read: bool) -> None:
+    """Raise DataError unless targets have the shape of the tokens and are in the vocabulary or IGNORED."""
+    if targets.shape != tokens.shape:
+        raise DataError("targets do not fit the tokens", where="GPT", got=tuple(targets.shape), want=tuple(tokens.shape))
+    check_ids("target", targets.masked_fill(targets == IGNORED, 0), config.vocab_size, read)
+
+
+def check_ids(what: str, ids: torch.Tensor, vocab_size: int, read: bool) -> None:
+    """Raise DataError unless ids are int64 [b, s] within the vocabulary.
+
+    Args:
+        what: "token" or "target", for the message.
+        ids: int64 [b, s].
+        vocab_size: v.
+        read: whether the values are read, which waits for them on a GPU.
+    """
+    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+        got = f"{ids.dtype} {tuple(ids.shape)}"
+        raise DataError(f"{what} ids have a wrong form", where="GPT", got=got, want="int64 [batch, sequence], not empty")
+    if ids.is_meta or torch.compiler.is_compiling() or not read:
+        return
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # one transfer from the device
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            f"{what} id outside the vocabulary",
+            where="GPT",
+            got=low if low < 0 else high,
+            want=f"0 .. {vocab_size - 1}",
+            do="use the tokenizer that the model was made for",
+        )
+
+
+def check_positions(config: ModelConfig, start: int, length: int, position_ids: torch.Tensor | None) -> int:
+    """The number of positions in use: one more than the highest.
+
+    Args:
+        config: the architecture.
+        start: position of the first token.
+        length: s.
+        position_ids: [b, s] or None. They are read on the CPU only; on a GPU they are taken to be below start + length.
+
+    Raises:
+        DataError: a position outside max_position_embeddings, where positions are limited (rotary, learned).
+    """
+    low, high = start, start + length - 1
+    if position_ids is not None and position_ids.is_cpu and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in torch.aminmax(position_ids))
+    readable = position_ids is None or position_ids.is_cpu
+    limited = config.position_embedding in ("rotary", "learned") and readable
+    if limited and (low < 0 or high >= config.max_position_embeddings):
+        raise DataError(
+            "sequence longer than the model's positions",
+            where="model.max_position_embeddings",
+            got=f"position {low if low < 0 else high}",
+            want=f"0 .. {config.max_position_embeddings - 1}",
+            do="shorten the input or raise model.max_position_embeddings",
+        )
+    return high + 1
