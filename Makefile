@@ -89,7 +89,7 @@ fault-test: setup  ## hundreds of kills, signals, full disks, dead and stuck pro
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/faults tests/cli/test_verify_resume.py
 
 harness-test: setup  ## compare with lm-evaluation-harness's hf model on the full LAMBADA and BLiMP sets; about 15 minutes
-	$(PY) -m pytest tests/evaluate/test_whole_sets.py -m harness -s
+	$(PY) -m pytest tests/evaluate/test_full_sets.py -m harness -s
 
 # The sanitizer runtimes must be loaded before python, whose interpreter is built without them.
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)"
