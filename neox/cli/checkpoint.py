@@ -29,12 +29,11 @@ from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment, full_slices
 from neox.checkpoint.retention import StepFolder, is_complete, scan, start_lineage
 from neox.checkpoint.save import Content, save
-from neox.checkpoint.shard import DTYPES
+from neox.checkpoint.shard import DTYPES as STORED_DTYPES
 from neox.checkpoint.verify import digest, problems
 from neox.errors import CheckpointError, ConfigError
 from neox.files import JsonObject
-
-DTYPES_BY_NAME = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from neox.model.dtypes import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="checkpoint, folder of checkpoints, or folder of a run")
     parser.add_argument("--out", metavar="DIR", help="convert: folder of checkpoints to write to, such as RUN/checkpoints")
     parser.add_argument("--weights-only", action="store_true", help="convert: omit optimizer state, counters and generator states")
-    parser.add_argument("--dtype", choices=sorted(DTYPES_BY_NAME), help="convert, with --weights-only: dtype of the weights")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="convert, with --weights-only: dtype of the weights")
     parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help="convert: maximum size of a file, 2^30 bytes (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
@@ -162,7 +161,7 @@ def convert(args: argparse.Namespace) -> int:
                 model_config=checkpoint.model_config,
                 layout={} if checkpoint.world_size > 1 else checkpoint.layout,
             ),
-            converted(checkpoint, args.weights_only, DTYPES_BY_NAME.get(args.dtype)),
+            converted(checkpoint, args.weights_only, DTYPES.get(args.dtype)),
             rng={} if args.weights_only or checkpoint.world_size > 1 else checkpoint.rng(0),
             shard_bytes=max(int(args.shard_gb * (1 << 30)), 1),
         )
@@ -180,7 +179,7 @@ def converted(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype | N
     out = []
     for name in checkpoint.names():
         for kind in ("weight",) if weights_only else checkpoint.kinds(name):
-            shape, stored = checkpoint.info(name, kind).shape, DTYPES[checkpoint.info(name, kind).dtype]
+            shape, stored = checkpoint.info(name, kind).shape, STORED_DTYPES[checkpoint.info(name, kind).dtype]
             wanted = dtype if dtype is not None and stored.is_floating_point else stored
             value = LazyTensor(partial(read, checkpoint, name, kind, wanted), shape, wanted)
             out.append(Fragment(name, kind, shape, full_slices(shape), 0, value.numel(), value))

@@ -12,7 +12,7 @@ import torch
 
 from neox.checkpoint.find import resolve
 from neox.checkpoint.reader import Checkpoint
-from neox.cli.generate import DTYPES, run_tokenizer, usable_device
+from neox.cli.generate import run_tokenizer, usable_device
 from neox.cli.layout import add_layout_arguments, join_layout
 from neox.config.load import loads
 from neox.config.schema import ModelConfig
@@ -21,6 +21,7 @@ from neox.errors import ConfigError
 from neox.evaluate.harness import run_tasks
 from neox.evaluate.perplexity import evaluate
 from neox.generate.generate import load_model
+from neox.model.dtypes import DTYPES
 
 EXAMPLE = """example:
   neox evaluate --checkpoint runs/mine --data data/heldout

@@ -25,10 +25,9 @@ from neox.config.load import loads
 from neox.config.schema import Config, ModelConfig
 from neox.convert.huggingface import LOGIT_TOLERANCE, compare, to_huggingface
 from neox.errors import CheckpointError, ConfigError, DiskError
+from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,12 +21,13 @@ from neox.config.load import loads
 from neox.config.schema import ModelConfig
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DiskError, StoppedBySignal
-from neox.evaluate.scoring import cut
+from neox.evaluate.scoring import truncate
 from neox.files import LARGEST_FILE, read_text
 from neox.generate.generate import check_prompts, generate, load_model
 from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session
+from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
@@ -37,8 +38,6 @@ EXAMPLE = """example:
   neox generate --checkpoint runs/demo/run --unconditional 10
   neox generate --checkpoint runs/demo/run --interactive --stop "\\n"
   torchrun --nproc-per-node 4 -m neox.cli.main generate --checkpoint runs/big --prompt "Once" --tensor 2 --pipeline 2"""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +207,7 @@ class Writer:
             batch = encoded[start : start + self.args.batch_size]
             texts = [AnswerText(self.tokenizer, prompt) for prompt in batch]
             is_done = (
-                (lambda row, tokens, texts=texts: cut(texts[row].decode(tokens), self.stops)[1]) if self.stops else None
+                (lambda row, tokens, texts=texts: truncate(texts[row].decode(tokens), self.stops)[1]) if self.stops else None
             )
             rows = generate(
                 self.model,
@@ -220,7 +219,7 @@ class Writer:
                 on_token=lambda *_: self._check_signals(),
             )
             for prompt, text, tokens in zip(prompts[start : start + len(batch)], texts, rows, strict=True):
-                yield {"prompt": prompt, "text": cut(text.decode(tokens), self.stops)[0], "tokens": tokens}
+                yield {"prompt": prompt, "text": truncate(text.decode(tokens), self.stops)[0], "tokens": tokens}
 
     def _options(self) -> dict:
         return {"eod_id": self.tokenizer.end_ids, "use_cache": not self.args.no_cache}

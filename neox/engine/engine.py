@@ -41,12 +41,11 @@ from neox.engine.pipeline import OneForwardOneBackward, TiedExchange, backward_r
 from neox.engine.update import Update, Updater, sum_over
 from neox.errors import NonFinite
 from neox.model.adapters import is_trained
+from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
 from neox.model.pipeline import token_losses
 from neox.parallel.mesh import Mesh
 from neox.phases import Phases
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -175,16 +175,21 @@ class Attention(nn.Module):
         return redistribute(mixed, SEQUENCE, HEADS, group)
 
 
-def queries_per_kv_head(heads: int, kv_heads: int) -> int:
+def queries_per_kv_head(heads: int, kv_heads: int, *, where: str = KV_HEADS) -> int:
     """m = n / g, the query heads that share a key/value head.
 
+    Args:
+        heads: n.
+        kv_heads: g.
+        where: the key that holds g, for the error.
+
     Raises:
-        ConfigError: num_kv_heads does not divide num_attention_heads.
+        ConfigError: g does not divide n.
     """
     if heads % kv_heads:
         raise ConfigError(
             "num_attention_heads is not a multiple of num_kv_heads",
-            where=KV_HEADS,
+            where=where,
             got=f"{heads} heads, {kv_heads} kv heads",
             want="a divisor of num_attention_heads",
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from neox.config.schema import Config
 from neox.config.validate import BatchSizes
 from neox.engine.engine import StepResult
+from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.train.metrics import DROPPED, MetricsLog, Record, memory_gb, peak_flops
@@ -16,8 +15,6 @@ from neox.train.plan_check import PlanCheck
 from neox.train.progress import Progress
 from neox.train.run_dir import RunDir
 from neox.train.trackers import Trackers
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Recorder:

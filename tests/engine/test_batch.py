@@ -6,8 +6,8 @@ import torch
 from neox.data.samples.loader import Batch
 from neox.engine.batch import context_slice, to_device
 from neox.engine.objective import TokenLoss
-from neox.targets import IGNORED
 from neox.parallel.mesh import Mesh
+from neox.targets import IGNORED
 
 
 def make_batch() -> Batch:
