@@ -23,7 +23,7 @@ def train(config: neox.Config, steps: int) -> list[float]:
     losses = []
     with Loader(data, micro_batch_size=batch_size, vocab_size=config.model.vocab_size) as loader:
         for _, (batch,) in zip(range(steps), loader, strict=False):
-            token_losses = model.loss(batch.tokens.to(device), batch.targets.to(device))  # fp32 [b, s]
+            token_losses = model(batch.tokens.to(device), batch.targets.to(device))  # fp32 [b s]
             loss = token_losses.sum() / (batch.targets != -100).sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)

@@ -1,39 +1,44 @@
-"""Checks of the inputs of a forward pass: shapes, vocabulary, positions."""
+"""Checks of a model's arguments: shapes, vocabulary, positions, activation checkpointing."""
 
 from __future__ import annotations
 
 import torch
 
 from neox.config.schema import ModelConfig
-from neox.errors import DataError
+from neox.errors import ConfigError, DataError
 from neox.targets import IGNORED
 
 
-def check_tokens(tokens: torch.Tensor, config: ModelConfig, *, read: bool) -> None:
-    """Raise DataError unless tokens are int64 [b, s] and, where they are read, in the vocabulary."""
-    check_ids("token", tokens, config.vocab_size, read)
+def check_inputs(tokens: torch.Tensor, targets: torch.Tensor | None, vocab_size: int, *, read_on_gpu: bool) -> None:
+    """Raise DataError unless tokens, and targets of the same shape, are int64 [b, s] within the vocabulary.
 
-
-def check_targets(targets: torch.Tensor, tokens: torch.Tensor, config: ModelConfig, *, read: bool) -> None:
-    """Raise DataError unless targets have the shape of the tokens and are in the vocabulary or IGNORED."""
+    Args:
+        tokens: int64 [b, s].
+        targets: int64 [b, s], or IGNORED; None without targets.
+        vocab_size: v.
+        read_on_gpu: whether values on a GPU are read, which waits for it. On a CPU they always are.
+    """
+    check_ids("token", tokens, vocab_size, read_on_gpu)
+    if targets is None:
+        return
     if targets.shape != tokens.shape:
         raise DataError("targets do not fit the tokens", where="GPT", got=tuple(targets.shape), want=tuple(tokens.shape))
-    check_ids("target", targets.masked_fill(targets == IGNORED, 0), config.vocab_size, read)
+    check_ids("target", targets.masked_fill(targets == IGNORED, 0), vocab_size, read_on_gpu)
 
 
-def check_ids(what: str, ids: torch.Tensor, vocab_size: int, read: bool) -> None:
+def check_ids(what: str, ids: torch.Tensor, vocab_size: int, read_on_gpu: bool) -> None:
     """Raise DataError unless ids are int64 [b, s] within the vocabulary.
 
     Args:
         what: "token" or "target", for the message.
         ids: int64 [b, s].
         vocab_size: v.
-        read: whether the values are read, which waits for them on a GPU.
+        read_on_gpu: as for `check_inputs`.
     """
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
         got = f"{ids.dtype} {tuple(ids.shape)}"
         raise DataError(f"{what} ids have a wrong form", where="GPT", got=got, want="int64 [batch, sequence], not empty")
-    if ids.is_meta or torch.compiler.is_compiling() or not read:
+    if ids.is_meta or torch.compiler.is_compiling() or not (ids.is_cpu or read_on_gpu):
         return
     low, high = torch.stack(torch.aminmax(ids)).tolist()  # one transfer from the device
     if low < 0 or high >= vocab_size:
@@ -72,3 +77,14 @@ def check_positions(config: ModelConfig, start: int, length: int, position_ids: 
             do="shorten the input or raise model.max_position_embeddings",
         )
     return high + 1
+
+
+def check_activation_checkpointing(mode: str) -> None:
+    """Raise ConfigError for an unknown mode of activation checkpointing."""
+    if mode not in ("none", "selective", "full"):
+        raise ConfigError(
+            "unknown activation checkpointing",
+            where="train.activation_checkpointing",
+            got=mode,
+            want="none, selective or full",
+        )

@@ -9,11 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from neox.config.schema import ModelConfig
-from neox.errors import ConfigError
 from neox.model.adapters import add_adapters, is_trained
 from neox.model.attention import Context
 from neox.model.block import make_block
-from neox.model.checks import check_positions, check_targets, check_tokens
+from neox.model.checks import check_activation_checkpointing, check_inputs, check_positions
 from neox.model.decode import decoding_layers
 from neox.model.embedding import Embedding
 from neox.model.kv_cache import KVCache
@@ -59,13 +58,7 @@ class GPT(ShardedModel):
     ):
         super().__init__(config, ONE_PROCESS if mesh is None else mesh, seed)
         mesh = self.mesh
-        if activation_checkpointing not in ("none", "selective", "full"):
-            raise ConfigError(
-                "unknown activation checkpointing",
-                where="train.activation_checkpointing",
-                got=activation_checkpointing,
-                want="none, selective or full",
-            )
+        check_activation_checkpointing(activation_checkpointing)
         self.recompute_blocks = activation_checkpointing == "full"
         recompute_mlp = activation_checkpointing == "selective"
         first, end = stage_layers(config, mesh, partition)
@@ -104,29 +97,24 @@ class GPT(ShardedModel):
     ) -> torch.Tensor:
         """Logits of the next token, or with targets the loss of each token.
 
-        With context parallelism tokens, targets and position_ids are this process's part of the sequence, segment_ids
-        cover the complete sequence.
-
         Args:
-            tokens: int64 [b, s].
+            tokens: int64 [b, s]; with context parallelism this process's part of the sequence.
             targets: int64 [b, s]; IGNORED (-100) has loss 0.
-            segment_ids: int32 [b, s], attention only between equal ids; with a cache [b, t], t = cache.length + s.
-            position_ids: int64 [b, s]; default cache.length + 0 .. s - 1.
+            segment_ids: int32 [b, t], attention only between equal ids; of the complete sequence, cached tokens included.
+            position_ids: int64 [b, s]; by default positions count from the first token of the sequence or cache.
             cache: keys and values of earlier tokens; those of these tokens are added.
             received: output of the previous pipeline stage, `boundary_shape`; None on the first stage.
             expected_dloss: the gradient that every token's loss will get, where it is known (ops.cross_entropy).
-            checked: the ids are known to be in the vocabulary. Reading them would wait for a GPU.
+            checked: the ids are known to be in the vocabulary; on a GPU they are then not read, which would wait for it.
 
         Returns:
-            logits [b, s, v] in the model's dtype, or loss fp32 [b s]. With `model.output: score` the scores, fp32
+            logits [b, s, v] in the model's dtype, or losses fp32 [b s]. With `model.output: score` the scores, fp32
             [b, s, 1] or, with targets, [b s]. A stage that is not the last returns its residual stream.
 
         Raises:
             DataError: ids outside the vocabulary, or positions outside max_position_embeddings.
         """
-        check_tokens(tokens, self.config, read=tokens.is_cpu or not (self.training or checked))
-        if targets is not None:
-            check_targets(targets, tokens, self.config, read=targets.is_cpu or not (self.training or checked))
+        check_inputs(tokens, targets, self.config.vocab_size, read_on_gpu=not (self.training or checked))
         length = tokens.shape[1]
         start = self.mesh.context_start(length) if cache is None else cache.length
         num_positions = check_positions(self.config, start, length, position_ids)

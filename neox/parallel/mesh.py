@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from neox.errors import ConfigError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -25,7 +27,6 @@ class Mesh:
         dp: data-parallel processes, which read different samples.
         cp: context-parallel processes, which share each sequence.
         rank: number of this process among all.
-        tp_rank, pp_rank, dp_rank, cp_rank: its coordinates.
         tp_group, pp_group, dp_group, cp_group: the processes along one axis.
         replica_group: dp x cp, the processes with the same parameters. Gradients are summed and ZeRO shards over them.
         model_group: pp x tp, the processes that hold one model together.
@@ -33,28 +34,44 @@ class Mesh:
         device: where this process computes.
     """
 
-    tp: int
-    pp: int
-    dp: int
-    rank: int
-    tp_rank: int
-    pp_rank: int
-    dp_rank: int
-    tp_group: dist.ProcessGroup | None
-    pp_group: dist.ProcessGroup | None
-    dp_group: dist.ProcessGroup | None
-    device: torch.device
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
     cp: int = 1
-    cp_rank: int = 0
+    rank: int = 0
+    tp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
     cp_group: dist.ProcessGroup | None = None
     replica_group: dist.ProcessGroup | None = None
     model_group: dist.ProcessGroup | None = None
     sequence: bool = False
+    device: torch.device = CPU
 
     @classmethod
     def single(cls, device: str | torch.device = "cpu") -> Mesh:
         """The mesh of a single process; `device` may be "meta"."""
-        return cls(1, 1, 1, 0, 0, 0, 0, None, None, None, torch.device(device))
+        return cls(device=torch.device(device))
+
+    @property
+    def tp_rank(self) -> int:
+        """Coordinate along the tensor axis."""
+        return self.rank % self.tp
+
+    @property
+    def cp_rank(self) -> int:
+        """Coordinate along the context axis."""
+        return self.rank // self.tp % self.cp
+
+    @property
+    def dp_rank(self) -> int:
+        """Coordinate along the data axis."""
+        return self.rank // (self.tp * self.cp) % self.dp
+
+    @property
+    def pp_rank(self) -> int:
+        """Coordinate along the pipeline axis: the number of the stage."""
+        return self.rank // (self.tp * self.cp * self.dp)
 
     @property
     def world_size(self) -> int:
@@ -155,35 +172,32 @@ def create_mesh(
         )
     data = world // model
     grid = torch.arange(world).view(pipeline, data, context, tensor)
-    pp_rank, dp_rank, cp_rank, tp_rank = (int(i) for i in (grid == rank).nonzero()[0])
-    along = {axes: _group_along(grid, axes, rank) for axes in ((0,), (1,), (2,), (3,))}
+    pp_group, dp_group, cp_group, tp_group = (_group_along(grid, (axis,), rank) for axis in range(4))
     return Mesh(
         tp=tensor,
         pp=pipeline,
         dp=data,
-        rank=rank,
-        tp_rank=tp_rank,
-        pp_rank=pp_rank,
-        dp_rank=dp_rank,
-        tp_group=along[(3,)],
-        pp_group=along[(0,)],
-        dp_group=along[(1,)],
-        device=torch.device(device),
         cp=context,
-        cp_rank=cp_rank,
-        cp_group=along[(2,)],
-        replica_group=_group_over(grid, (1, 2), rank, along),
-        model_group=_group_over(grid, (0, 3), rank, along),
+        rank=rank,
+        tp_group=tp_group,
+        pp_group=pp_group,
+        dp_group=dp_group,
+        cp_group=cp_group,
+        replica_group=_group_over(grid, {1: dp_group, 2: cp_group}, rank),
+        model_group=_group_over(grid, {0: pp_group, 3: tp_group}, rank),
         sequence=sequence and tensor > 1,
+        device=torch.device(device),
     )
 
 
-def _group_over(grid: torch.Tensor, axes: tuple[int, int], rank: int, along: dict) -> dist.ProcessGroup | None:
-    """The group over two axes, or over one of them where the other has size 1."""
-    for one, other in (axes, axes[::-1]):
-        if grid.shape[other] == 1:
-            return along[(one,)]
-    return _group_along(grid, axes, rank)
+def _group_over(grid: torch.Tensor, single: dict[int, dist.ProcessGroup | None], rank: int) -> dist.ProcessGroup | None:
+    """The group over two axes, given the groups along each: one of these where the other axis has size 1."""
+    first, second = single
+    if grid.shape[second] == 1:
+        return single[first]
+    if grid.shape[first] == 1:
+        return single[second]
+    return _group_along(grid, (first, second), rank)
 
 
 def _group_along(grid: torch.Tensor, axes: tuple[int, ...], rank: int) -> dist.ProcessGroup | None:

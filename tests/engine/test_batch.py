@@ -34,7 +34,7 @@ def test_the_sequence_is_sharded_over_the_context_group_except_for_segment_ids(s
     batch = make_batch()
     single = Mesh.single()
     assert context_slice(batch, single) is batch
-    parts = [context_slice(batch, Mesh(**{**vars(single), "cp": size, "cp_rank": rank})) for rank in range(size)]
+    parts = [context_slice(batch, Mesh(**{**vars(single), "cp": size, "rank": rank})) for rank in range(size)]
     for name in ("tokens", "targets", "position_ids"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(batch, name))
         assert all(getattr(part, name).shape == (2, 12 // size) for part in parts)

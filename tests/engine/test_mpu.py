@@ -28,7 +28,7 @@ def test_one_process_is_a_group_of_itself(lone_process):
 
 
 def test_coordinates_of_a_mesh_in_deepspeeds_words(lone_process):
-    mesh = dataclasses.replace(Mesh.single(), tp=2, pp=3, dp=5, cp=7, tp_rank=1, pp_rank=2, dp_rank=4, cp_rank=6)
+    mesh = dataclasses.replace(Mesh.single(), tp=2, pp=3, dp=5, cp=7, rank=2 * 3 * 5 * 7 - 1)
     grid = MeshMPU(mesh)
     assert (grid.get_data_parallel_world_size(), grid.get_data_parallel_rank()) == (35, 34)
     assert (grid.get_model_parallel_world_size(), grid.get_model_parallel_rank()) == (6, 5)

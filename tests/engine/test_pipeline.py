@@ -46,7 +46,7 @@ def play(stages: int, batches: list[torch.Tensor], monkeypatch) -> tuple[float, 
     problems = []
 
     def stage(rank: int) -> None:
-        mesh = dataclasses.replace(Mesh.single(), pp=stages, pp_rank=rank)
+        mesh = dataclasses.replace(Mesh.single(), pp=stages, rank=rank)
 
         def forward(batch, received):
             diaries[rank].append("F")

@@ -82,7 +82,7 @@ def test_alibi_slopes_of_the_ranks_are_those_of_their_heads(heads, groups, tp, c
     slopes = []
     for tp_rank in range(tp):
         for cp_rank in range(cp):
-            mesh = dataclasses.replace(Mesh.single("meta"), tp=tp, tp_rank=tp_rank, cp=cp, cp_rank=cp_rank)
+            mesh = dataclasses.replace(Mesh.single("meta"), tp=tp, cp=cp, rank=cp_rank * tp + tp_rank)
             slopes += Attention(config, mesh, 0, dtype=torch.float32).alibi.tolist()
     assert slopes == torch.tensor(alibi_slopes(heads)).tolist()
 

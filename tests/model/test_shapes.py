@@ -26,7 +26,7 @@ def test_shapes_are_those_of_the_modules_over_all_stages(form):
     assert logical_shapes(config) == want
     found = {}
     for rank in range(3):
-        stage = GPT(config, dataclasses.replace(Mesh.single("meta"), pp=3, pp_rank=rank))
+        stage = GPT(config, dataclasses.replace(Mesh.single("meta"), pp=3, rank=rank))
         for name, spec in stage.shard_specs().items():
             assert name not in found
             found[name] = spec.shape
@@ -41,7 +41,7 @@ def test_counts_of_a_published_model():
 
 def test_the_last_stage_of_a_tied_model_copies_the_table():
     config = ModelConfig(**SIZES, tie_embeddings=True)
-    meshes = [dataclasses.replace(Mesh.single(), pp=2, pp_rank=rank) for rank in range(2)]
+    meshes = [dataclasses.replace(Mesh.single(), pp=2, rank=rank) for rank in range(2)]
     first, last = (GPT(config, mesh) for mesh in meshes)
     assert "embedding.word.weight" not in dict(last.named_parameters())
     assert torch.equal(first.embedding.word.weight, last.tied.weight)

@@ -22,7 +22,7 @@ def test_lookup_and_projection_share_a_table_when_tied():
 
 
 def test_padding_is_outside_the_shard():
-    mesh = dataclasses.replace(Mesh.single("meta"), tp=2, tp_rank=1)
+    mesh = dataclasses.replace(Mesh.single("meta"), tp=2, rank=1)
     table = VocabParallelEmbedding(13, 16, 3, mesh, dtype=torch.float32)
     assert (table.low, table.high) == (8, 16)
     assert table.weight.shape == (8, 3)

@@ -11,7 +11,7 @@ from neox.parallel.mesh import Mesh
 
 
 def member(tp_rank: int) -> Mesh:
-    return dataclasses.replace(Mesh.single("meta"), tp=2, tp_rank=tp_rank)
+    return dataclasses.replace(Mesh.single("meta"), tp=2, rank=tp_rank)
 
 
 def filled(layer):

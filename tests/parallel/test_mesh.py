@@ -10,7 +10,7 @@ from neox.parallel.mesh import Mesh, create_mesh, split_evenly
 
 
 def member(tp: int, tp_rank: int) -> Mesh:
-    return Mesh(tp, 1, 1, tp_rank, tp_rank, 0, 0, None, None, None, torch.device("cpu"))
+    return Mesh(tp=tp, rank=tp_rank)
 
 
 def test_one_process_has_no_groups():
@@ -26,7 +26,8 @@ def test_ranks_of_every_process_and_its_peers_on_other_stages(sizes):
     grid = torch.arange(tp * pp * dp * cp).view(pp, dp, cp, tp)
     for pp_rank, dp_rank, cp_rank, tp_rank in itertools.product(range(pp), range(dp), range(cp), range(tp)):
         rank = int(grid[pp_rank, dp_rank, cp_rank, tp_rank])
-        mesh = Mesh(tp, pp, dp, rank, tp_rank, pp_rank, dp_rank, None, None, None, torch.device("cpu"), cp=cp, cp_rank=cp_rank)
+        mesh = Mesh(tp=tp, pp=pp, dp=dp, cp=cp, rank=rank)
+        assert (mesh.pp_rank, mesh.dp_rank, mesh.cp_rank, mesh.tp_rank) == (pp_rank, dp_rank, cp_rank, tp_rank)
         assert (mesh.world_size, mesh.replicas, mesh.replica_rank) == (grid.numel(), dp * cp, dp_rank * cp + cp_rank)
         assert (mesh.first_stage, mesh.last_stage) == (pp_rank == 0, pp_rank == pp - 1)
         assert [mesh.stage_peer(stage) for stage in range(pp)] == grid[:, dp_rank, cp_rank, tp_rank].tolist()

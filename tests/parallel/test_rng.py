@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -9,8 +7,8 @@ from neox.parallel.mesh import Mesh
 from neox.parallel.rng import derive_seed, seed_default_generators, tensor_parallel_stream
 
 
-def member(**coordinates) -> Mesh:
-    return dataclasses.replace(Mesh.single(), tp=2, dp=2, pp=2, **coordinates)
+def member(tp_rank: int = 0, dp_rank: int = 0, pp_rank: int = 0) -> Mesh:
+    return Mesh(tp=2, dp=2, pp=2, rank=(pp_rank * 2 + dp_rank) * 2 + tp_rank)
 
 
 def test_seeds_depend_on_every_part_of_the_path_and_never_change():

@@ -26,7 +26,8 @@ def shipped(name: str) -> Config:
 def built(config: Config, tp_rank: int, pp_rank: int) -> GPT:
     """One process's part of the model, on the meta device."""
     parallel = config.parallel
-    mesh = replace(Mesh.single("meta"), tp=parallel.tensor, pp=parallel.pipeline, tp_rank=tp_rank, pp_rank=pp_rank, sequence=parallel.sequence)
+    rank = pp_rank * parallel.tensor + tp_rank
+    mesh = replace(Mesh.single("meta"), tp=parallel.tensor, pp=parallel.pipeline, rank=rank, sequence=parallel.sequence)
     return GPT(config.model, mesh, partition=parallel.partition)
 
 
