@@ -17,18 +17,20 @@ from neox.parallel.collectives import all_gather
 from neox.parallel.embedding import TiedCopy
 from neox.parallel.gradients import sum_partial_gradients
 from neox.parallel.mesh import Mesh
-from neox.parallel.shard_spec import ShardSpec
+from neox.parallel.shard_spec import ShardedLayer, ShardSpec
 
 TIED = "embedding.word.weight"
 Layer = TypeVar("Layer", bound=nn.Module)
+Model = TypeVar("Model", bound="ShardedModel")
 
 
 def shard_specs(module: nn.Module) -> dict[str, ShardSpec]:
     """Logical shape and local slice of every parameter of a layer or model, by name."""
     found = {}
     for prefix, part in module.named_modules():
-        for name, _ in part.named_parameters(recurse=False):
-            found[f"{prefix}.{name}" if prefix else name] = part.sharding[name]
+        if isinstance(part, ShardedLayer):
+            for name, _ in part.named_parameters(recurse=False):
+                found[f"{prefix}.{name}" if prefix else name] = part.sharding[name]
     return found
 
 
@@ -86,7 +88,7 @@ class ShardedModel(nn.Module):
         """Register the hooks that sum gradients which each tensor-parallel process sees only in part."""
         sum_partial_gradients(self, self.shard_specs(), self.mesh)
 
-    def materialize(self: Layer, device: str | torch.device, *, initialize: bool = True) -> Layer:
+    def materialize(self: Model, device: str | torch.device, *, initialize: bool = True) -> Model:
         """Allocate a model built on "meta" on `device`; returns self.
 
         Args:

@@ -29,7 +29,7 @@ from neox.parallel.wait_tracker import WaitTracker
 from neox.phases import Phases
 from neox.runtime.heartbeat import Heartbeat
 from tests.engine.toy import make_config, make_engine, micro_batches
-from tests.model.test_gpt import FORMS, SIZES, build
+from tests.model.models import FORMS, SIZES, build
 
 PACKAGE = Path(neox.__file__).parent
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "unique_consecutive"}
