@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 
 FLOORS = {
+    "neox.cpu": 0,
     "neox.errors": 0,
     "neox.phases": 0,
     "neox.files": 0,

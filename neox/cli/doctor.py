@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import neox
+from neox.cpu import cpu_flags, cpuinfo
 from neox.errors import NeoxError
 
 PYTHON = (3, 10)
@@ -207,23 +208,9 @@ def machine() -> Iterator[Finding]:
     yield attempt("disk", lambda: f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in {Path.cwd()}", needed=False)
 
 
-def cpu_flags() -> set[str]:
-    """Return the instruction set extensions that Linux reports on x86; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
-
-
 def cpu_name() -> str:
     """Return the model of the CPU, from Linux or from Python."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
+    return next(iter(cpuinfo("model name")), "") or platform.processor() or platform.machine()
 
 
 def accelerators() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from neox.cpu import cpu_flags
 from neox.errors import EnvironmentProblem
 
 FOLDER = Path(__file__).parent.parent / "_ops"
@@ -55,15 +56,6 @@ OPERATORS = (
     "scaled_masked_softmax",
     "scaled_softmax_backward",
 )
-
-
-def cpu_flags() -> set[str]:
-    """Instruction set extensions of this CPU as Linux on x86 reports them; empty elsewhere, where only "portable" is built."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def choose(built: set[str], flags: set[str]) -> str:

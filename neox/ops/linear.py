@@ -7,11 +7,11 @@ for few rows.
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
 
-from neox.ops._library import cpu_flags, native
+from neox.cpu import cpu_flags, cpuinfo
+from neox.ops._library import native
 
 FEW_ROWS = 8  # up to here a product without gradients is bound by reading the weight, and the native kernel runs
 
@@ -87,16 +87,7 @@ def upcasts_bf16(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]
     return True, "fp32 product of upcast operands: bf16 dot products of this CPU are no faster than fp32 ones, torch's bf16 product is slower"
 
 
-def cpu_vendor() -> str:
-    """vendor_id of /proc/cpuinfo; empty where it is missing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
-UPCASTS_BF16, LINEAR_BACKEND = upcasts_bf16(cpu_flags(), cpu_vendor(), platform.machine())
+UPCASTS_BF16, LINEAR_BACKEND = upcasts_bf16(cpu_flags(), next(iter(cpuinfo("vendor_id")), ""), platform.machine())
 
 
 @torch.library.register_fake("neox::linear_few_rows")

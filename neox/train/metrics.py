@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from neox.cpu import cpu_flags, cpuinfo
 from neox.errors import DiskError
 from neox.files import open_no_link, write_durably
 from neox.plan.devices import device_of_cuda_name
@@ -42,13 +43,8 @@ def vector_flops(dtype: torch.dtype) -> float:
 
     Two units of fused multiply-adds per core. A busy machine gives a measured product less than this, and MFU above 100 %.
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0.0
-    values = [line.split(":", 1) for line in lines if ":" in line]
-    flags = next((set(value.split()) for key, value in values if key.strip() == "flags"), set())
-    clocks = [float(value) * 1e6 for key, value in values if key.strip() == "cpu MHz"]
+    flags = cpu_flags()
+    clocks = [float(value) * 1e6 for value in cpuinfo("cpu MHz")]
     lanes = 16 if "avx512f" in flags else 8 if {"avx2", "fma"} <= flags else 0
     if dtype == torch.bfloat16 and "avx512_bf16" in flags:
         lanes *= 2
