@@ -39,7 +39,7 @@ class RotaryTable:
         if scaling is not None and scaling.type == "ntk":
             self.original_length = scaling.original_max_position_embeddings
         self._key: tuple[torch.device, int | None] | None = None
-        self._cos = self._sin = torch.empty(0)
+        self.cos = self.sin = torch.empty(0)
 
     @property
     def dynamic(self) -> bool:
@@ -61,8 +61,8 @@ class RotaryTable:
         """
         self._extend(num_positions, device)
         if position_ids is None:
-            return self._cos[start : start + length], self._sin[start : start + length]
-        return F.embedding(position_ids, self._cos), F.embedding(position_ids, self._sin)
+            return self.cos[start : start + length], self.sin[start : start + length]
+        return F.embedding(position_ids, self.cos), F.embedding(position_ids, self.sin)
 
     def rows_by_length(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [b, s, r] of positions [b, s] under dynamic NTK, the base of each sequence set by its last position."""
@@ -76,13 +76,13 @@ class RotaryTable:
 
     def _extend(self, length: int, device: torch.device) -> None:
         key = (device, length if self.dynamic else None)
-        if self._key == key and self._cos.shape[0] >= length:
+        if self._key == key and self.cos.shape[0] >= length:
             return
         rows = length
         if not self.dynamic:
             rows = min(self.config.max_position_embeddings, max(64, 1 << (length - 1).bit_length()))
         cos, sin = self._tables(rows)
-        self._cos, self._sin = cos.to(device), sin.to(device)
+        self.cos, self.sin = cos.to(device), sin.to(device)
         self._key = key
 
     def _tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ def read_and_write(folder: str) -> None:
         path = resolve(place / "ours")
         for (tensor, pipeline), mesh in meshes.items():
             with torch.no_grad():
-                logits = load_model(path, mesh=mesh)(tokens)
+                logits = pipeline.logits(load_model(path, mesh=mesh), tokens)
             if mesh.rank == 0:
                 np.save(place / f"logits-{tensor}-{pipeline}.npy", logits.numpy())
             write(path, place / f"{tensor}-{pipeline}" / "checkpoints", mesh)

@@ -66,7 +66,7 @@ def held_by_autograd(config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
                 pack(argument)
         return torch.utils.checkpoint.checkpoint(function, *arguments, **options)
 
-    monkeypatch.setattr("neox.model.block.checkpoint", keep_arguments)
+    monkeypatch.setattr("neox.model.gpt.checkpoint", keep_arguments)
     monkeypatch.setattr("neox.model.mlp.checkpoint", keep_arguments)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(tokens, targets).sum()
