@@ -35,7 +35,7 @@ def cross_entropy(
         z_loss: weight of L^2.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         group: processes that share the vocabulary; None: this process has all of it.
-        vocab_size: v without padding columns, which are outside the softmax and get no gradient. None: no padding.
+        vocab_size: v without padding columns, which are outside the softmax and get no gradient; None without padding.
         inplace: the gradient overwrites the logits. Another node that saved them for its backward then gets torch's error.
         expected_dloss: with inplace, the gradient that every loss will get, where the caller knows it, such as 1 / (b s)
             for a mean. The forward then leaves the gradient in the logits as it reads them; the backward only rescales rows
