@@ -18,6 +18,7 @@ from neox.config.schema import Config
 from neox.config.values import dump, to_builtins
 from neox.engine.engine import Engine
 from neox.generate.generate import load_model
+from neox.model import pipeline
 from neox.model.gpt import GPT
 from neox.parallel.mesh import create_mesh
 
@@ -33,12 +34,12 @@ def read_and_write(folder: str) -> None:
     for place in sorted(Path(folder).iterdir()):
         tokens = torch.from_numpy(np.load(place / "tokens.npy"))
         path = resolve(place / "ours")
-        for (tensor, pipeline), mesh in meshes.items():
+        for (tp, pp), mesh in meshes.items():
             with torch.no_grad():
                 logits = pipeline.logits(load_model(path, mesh=mesh), tokens)
             if mesh.rank == 0:
-                np.save(place / f"logits-{tensor}-{pipeline}.npy", logits.numpy())
-            write(path, place / f"{tensor}-{pipeline}" / "checkpoints", mesh)
+                np.save(place / f"logits-{tp}-{pp}.npy", logits.numpy())
+            write(path, place / f"{tp}-{pp}" / "checkpoints", mesh)
     dist.destroy_process_group()
 
 
