@@ -82,9 +82,9 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
     class NeoxModel(TemplateLM):
         """The four methods that the harness calls."""
 
-        eot_token_id = end
-        prefix_token_id = prefix
-        tokenizer_name = tokenizer.file
+        eot_token_id = end  # pyright: ignore[reportAssignmentType]
+        prefix_token_id = prefix  # pyright: ignore[reportAssignmentType]
+        tokenizer_name = tokenizer.file  # pyright: ignore[reportAssignmentType]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
             template = not string.startswith(prefix_text) if add_special_tokens is None else add_special_tokens
@@ -183,7 +183,8 @@ def run_tasks(
             do="lm_eval ls tasks",
         )
     try:
-        found = simple_evaluate(
+        evaluate: Any = simple_evaluate  # its decorator hides the signature
+        found = evaluate(
             adapter, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000, verbosity="WARNING"
         )
     except (OSError, ConnectionError, ValueError) as error:

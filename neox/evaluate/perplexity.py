@@ -111,7 +111,7 @@ def evaluate(
     documents = documents if max_documents is None else min(documents, max_documents)
     tokens = np.concatenate([_document(dataset, document) for document in range(documents)]) if documents else np.empty(0, np.int64)
     _check_tokens(tokens, config.vocab_size, dataset)
-    eod = tokenizer.eod_id if tokenizer is not None else int(tokens[-1])
+    eod = tokenizer.eod_id if tokenizer is not None and tokenizer.eod_id is not None else int(tokens[-1])
     total = _total_loss(model, tokens, seq_length, eod, batch_size, on_batch)
     size = text_bytes(dataset, documents, tokenizer) if tokenizer is not None else None
     loss = total / len(tokens)

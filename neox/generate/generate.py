@@ -39,9 +39,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
         CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit its config.
     """
     checkpoint = open_weights(resolve(path))
-    device = device if mesh is None else mesh.device
+    target = device if mesh is None else mesh.device
     mesh = Mesh.single("meta") if mesh is None else replace(mesh, device=torch.device("meta"))
-    model = GPT(ModelConfig(**checkpoint.model_config), mesh, dtype=dtype).materialize(device, initialize=False)
+    model = GPT(ModelConfig(**checkpoint.model_config), mesh, dtype=dtype).materialize(target, initialize=False)
     model.load_weights((name, checkpoint.tensor(name)) for name in checkpoint.names())
     return model.eval()
 

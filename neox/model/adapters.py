@@ -20,7 +20,7 @@ def add_adapters(blocks: Iterable[nn.Module], lora: LoraConfig) -> None:
         modules = dict(block.named_modules())
         for target in lora.targets:
             if modules.get(target) is not None:
-                modules[target].add_adapter(lora.rank, lora.alpha / lora.rank)
+                modules[target].add_adapter(lora.rank, lora.alpha / lora.rank)  # pyright: ignore[reportCallIssue]
 
 
 def adapter_shapes(lora: LoraConfig, block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -43,7 +43,7 @@ class Embedding(nn.Module):
             length = x.shape[1]
             if self.mesh.sequence:
                 start += self.mesh.tp_rank * length
-                if position_ids is not None:
+                if position_ids is not None and self.mesh.tp_group is not None:
                     position_ids = local_slice(position_ids, SEQUENCE, self.mesh.tp_group)
             x = x + self.position(start, length, position_ids)
         if not self.dropout or not self.training:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from neox.config.schema import ModelConfig
 from neox.model.adapters import add_adapters, is_trained
 from neox.model.attention import Context
-from neox.model.block import make_block
+from neox.model.block import Block, make_block
 from neox.model.checks import check_activation_checkpointing, check_inputs, check_positions
 from neox.model.decode import decoding_layers
 from neox.model.embedding import Embedding
@@ -108,8 +109,8 @@ class GPT(ShardedModel):
             checked: the ids are known to be in the vocabulary; on a GPU they are then not read, which would wait for it.
 
         Returns:
-            logits [b, s, v] in the model's dtype, or losses fp32 [b s]. With `model.output: score` the scores, fp32
-            [b, s, 1] or, with targets, [b s]. A stage that is not the last returns its residual stream.
+            logits [b, s, v] in the model's dtype, or losses fp32 [b s]; of a reward model scores fp32 [b, s, 1] or [b s].
+            A pipeline stage that is not the last returns its residual stream.
 
         Raises:
             DataError: ids outside the vocabulary, or positions outside max_position_embeddings.
@@ -121,8 +122,11 @@ class GPT(ShardedModel):
         context = Context(segment_ids=segment_ids, cache=cache)
         if self.rotary is not None:
             context = context.rotated(self.rotary, start, length, position_ids, num_positions, tokens.device)
-        stream, delta = received if self.embedding is None else self.embedding(tokens, start, position_ids), None
-        blocks = self.layers.values() if cache is None else decoding_layers(self.layers.values(), tokens.numel(), cache)
+        stream = cast(torch.Tensor, received) if self.embedding is None else self.embedding(tokens, start, position_ids)
+        delta: torch.Tensor | None = None
+        blocks = cast("Iterable[Block]", self.layers.values())
+        if cache is not None:
+            blocks = decoding_layers(blocks, tokens.numel(), cache)
         for block in blocks:
             if self.recompute_blocks and torch.is_grad_enabled():
                 stream, delta = checkpoint(block, stream, delta, context, use_reentrant=False)
@@ -135,11 +139,10 @@ class GPT(ShardedModel):
         hidden = (self.norm(stream) if delta is None else self.norm(delta, stream))[0]
         if self.score is not None:
             return self.score(hidden) if targets is None else self.score(hidden).flatten()
-        logits = self.project(hidden)
-        vocab_size = self.config.vocab_size
+        logits, v = self.project(hidden), self.config.vocab_size
         if targets is None:
-            return gather_from(logits, -1, self.mesh.tp_group)[..., :vocab_size]
-        return vocab_parallel_cross_entropy(logits, targets, self.mesh, vocab_size=vocab_size, expected_dloss=expected_dloss)
+            return gather_from(logits, -1, self.mesh.tp_group)[..., :v]
+        return vocab_parallel_cross_entropy(logits, targets, self.mesh, vocab_size=v, expected_dloss=expected_dloss)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normed hidden states [b, s, h] -> logits [b, s, v/tp], padding columns included."""
@@ -147,7 +150,7 @@ class GPT(ShardedModel):
             return self.head(hidden)
         if self.tied is not None:
             return self.tied(hidden)
-        return project_to_vocabulary(hidden, self.embedding.word.weight, self.mesh)
+        return project_to_vocabulary(hidden, cast("Embedding", self.embedding).word.weight, self.mesh)
 
     def boundary_shape(self, tokens: torch.Tensor) -> tuple[int, int, int]:
         """Shape of what one pipeline stage passes to the next for these tokens [b, s]."""

@@ -63,8 +63,8 @@ class MLP(nn.Module):
     def _activate(self, *inner: torch.Tensor) -> torch.Tensor:
         """Products of gate and up, or of up alone and without its bias, each [b, s, f/tp] -> [b, s, f/tp]."""
         if self.gate is None:
-            return bias_activation(*inner, self.up.bias, self.activation)
-        return ops.gated(*inner, activation=GATED[self.activation])
+            return bias_activation(inner[0], self.up.bias, self.activation)
+        return ops.gated(inner[0], inner[1], activation=GATED[self.activation])
 
 
 def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:

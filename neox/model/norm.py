@@ -6,6 +6,8 @@ normed sum together with the sum.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -13,6 +15,8 @@ from neox import ops
 from neox.config.schema import ModelConfig
 from neox.parallel.mesh import ONE_PROCESS, Mesh
 from neox.parallel.shard_spec import ShardedLayer, ShardSpec
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class LayerNorm(ShardedLayer):
@@ -29,8 +33,8 @@ class LayerNorm(ShardedLayer):
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
         if stream is None:
-            return ops.layer_norm(delta, self.weight, self.bias, self.eps), delta
-        return ops.layer_norm(delta, self.weight, self.bias, self.eps, residual=stream)
+            return cast(torch.Tensor, ops.layer_norm(delta, self.weight, self.bias, self.eps)), delta
+        return cast(Pair, ops.layer_norm(delta, self.weight, self.bias, self.eps, residual=stream))
 
 
 class RMSNorm(ShardedLayer):
@@ -61,8 +65,8 @@ class RMSNorm(ShardedLayer):
     def forward(self, delta: torch.Tensor, stream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(stream + delta), stream + delta); without a stream, (norm(delta), delta). All [..., h]."""
         if stream is None:
-            return ops.rms_norm(delta, self.weight, self.eps), delta
-        return ops.rms_norm(delta, self.weight, self.eps, residual=stream)
+            return cast(torch.Tensor, ops.rms_norm(delta, self.weight, self.eps)), delta
+        return cast(Pair, ops.rms_norm(delta, self.weight, self.eps, residual=stream))
 
 
 def make_norm(config: ModelConfig, mesh: Mesh = ONE_PROCESS, dtype: torch.dtype = torch.float32) -> LayerNorm | RMSNorm:
@@ -76,9 +80,7 @@ def dual_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum). The statistics are computed once."""
     if isinstance(first, LayerNorm) and isinstance(second, LayerNorm):
-        weights, run = (first.weight, first.bias, second.weight, second.bias), ops.dual_layer_norm
+        out = ops.dual_layer_norm(delta, first.weight, first.bias, second.weight, second.bias, first.eps, residual=stream)
     else:
-        weights, run = (first.weight, second.weight), ops.dual_rms_norm
-    if stream is None:
-        return *run(delta, *weights, first.eps), delta
-    return run(delta, *weights, first.eps, residual=stream)
+        out = ops.dual_rms_norm(delta, first.weight, second.weight, first.eps, residual=stream)
+    return out[0], out[1], delta if stream is None else out[2]

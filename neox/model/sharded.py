@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -125,10 +125,11 @@ class ShardedModel(nn.Module):
         shapes = logical_shapes(self.config)
         missing = dict(shapes)
         specs = self.shard_specs()
-        held = {name: (parameter, specs[name]) for name, parameter in self.named_parameters()}
+        held: dict[str, tuple[torch.Tensor, ShardSpec]] = {name: (p, specs[name]) for name, p in self.named_parameters()}
         if self.tied is not None:
             held[TIED] = (self.tied.weight, self.tied.spec)
-        for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        pairs = weights.items() if isinstance(weights, Mapping) else weights
+        for name, tensor in cast("Iterable[tuple[str, torch.Tensor]]", pairs):
             if missing.pop(name, None) is None:
                 why = "given twice" if name in shapes else "no such parameter"
                 raise CheckpointError(

@@ -62,7 +62,7 @@ def cross_entropy(
         statistics = native.cross_entropy_fused_(logits.detach(), targets, *columns, z_loss, label_smoothing, expected)
     else:
         statistics = native.cross_entropy_statistics(logits.detach(), targets, *columns, label_smoothing > 0)
-    if ranks > 1:
+    if group is not None and ranks > 1:
         statistics = _combine(statistics, group)
     loss = native.cross_entropy(logits, targets, statistics, *columns, z_loss, label_smoothing, inplace, expected)
     # Another node that saved the logits gets torch's error. This must come last: autograd regenerates a view of a newer

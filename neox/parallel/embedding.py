@@ -90,6 +90,8 @@ class TiedCopy:
 
     def _collect(self, weight: torch.Tensor) -> None:
         gradient, weight.grad = weight.grad, None
+        if gradient is None:
+            return
         if self.gradient is None:
             self.gradient = gradient.float()
         else:

@@ -211,6 +211,6 @@ def _group_along(grid: torch.Tensor, axes: tuple[int, ...], rank: int) -> dist.P
     last = tuple(range(-len(axes), 0))
     for ranks in grid.movedim(axes, last).reshape(-1, size).tolist():
         group = dist.new_group(ranks)
-        if rank in ranks:
+        if rank in ranks and isinstance(group, dist.ProcessGroup):
             mine = group
     return mine
