@@ -53,5 +53,5 @@ def test_shards_are_rows_and_columns_of_complete_units():
 
 
 def test_units_are_not_divided():
-    with pytest.raises(ConfigError, match=r"model\.num_kv_heads cannot be cut.*3 over 2"):
+    with pytest.raises(ConfigError, match=r"model\.num_kv_heads is not a multiple.*3 over 2"):
         ColumnParallelLinear(7, 30, member(0), units=3, what="model.num_kv_heads", bias=False, dtype=torch.float32)
