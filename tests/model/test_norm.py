@@ -44,10 +44,10 @@ def test_gradients_are_partial_where_members_of_the_tensor_group_see_other_rows(
     """Under sequence parallelism each has other tokens; a norm per head has other heads."""
     mesh = replace(Mesh.single(), tp=tp, sequence=sequence)
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=1, vocab_size=5, norm=kind)
-    specs = make_norm(config, mesh, torch.float32).shard_specs
+    specs = make_norm(config, mesh, torch.float32).sharding
     assert {spec.partial for spec in specs.values()} == {sequence} and {spec.dim for spec in specs.values()} == {None}
     assert specs.keys() == ({"weight", "bias"} if kind == "layernorm" else {"weight"})
-    assert RMSNorm(16, 1e-5, mesh, dtype=torch.float32, inside=True).shard_specs["weight"].partial == (tp > 1)
+    assert RMSNorm(16, 1e-5, mesh, dtype=torch.float32, per_head=True).sharding["weight"].partial == (tp > 1)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
