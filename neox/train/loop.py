@@ -40,7 +40,7 @@ def run(training: Training) -> None:
     training.phases.enter("ready")
     if engine.any_process(training.signals.received is not None):  # the signal arrived during the start: stop before the first step
         stop_by_signal(training)
-    if training.state.pending is not None and finish_pending(training):
+    if training.state.pending is not None and finish_pending(training, training.state.pending):
         stop_by_signal(training)
     if engine.step == 0 and 0 in config.checkpoint.save_iters and checkpointer.saved_step != 0:
         checkpointer.save(training.loader.consumed, wait=False)
@@ -95,9 +95,8 @@ def evaluate_and_record(training: Training, record: Record, *, stop: bool = Fals
     return evaluation.stop
 
 
-def finish_pending(training: Training) -> bool:
+def finish_pending(training: Training, record: Record) -> bool:
     """Evaluate for the record whose evaluation a signal interrupted. Returns whether any process asks to stop."""
-    record = training.state.pending
     if training.config.evaluate.interval:
         return evaluate_and_record(training, record)
     training.recorder.report(f"step {record['step']}: skipped its interrupted evaluation, because evaluate.interval is 0")

@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from neox.train.tensorboard import EventFile, append
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"
 
-Record = dict[str, float | None]  # of a step: a line of metrics.jsonl
+Record = dict[str, Any]  # of a step: a line of metrics.jsonl, numbers or null by name
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
