@@ -85,7 +85,7 @@ def test_missing_extras_name_the_command_that_installs_them(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "ok", "text"), [({"avx2", "fma"}, True, "AVX2"), ({"sse4_2"}, False, "no AVX2: the portable kernels run"), (set(), None, "")]
+    ("flags", "ok", "text"), [({"avx2", "fma"}, True, "AVX2"), ({"sse4_2"}, False, "no AVX2: the portable kernels are several times slower"), (set(), None, "")]
 )
 def test_a_cpu_without_avx2_is_reported(monkeypatch, flags, ok, text):
     monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)
