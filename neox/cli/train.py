@@ -36,7 +36,7 @@ from neox.runtime.signals import StopSignals
 from neox.runtime.store_protocol import REPORT_DELAY, make_notice, post_refusal, serve_refusal
 from neox.testing.faults import FaultInjector, parse
 
-NOTIFY_TIMEOUT = 15.0  # seconds to wait for processes to notify; they may still be importing torch
+NOTIFY_TIMEOUT = 60.0  # seconds to wait for processes to notify; importing torch can take them most of a minute on a busy file system
 NOTIFY_TIMEOUT_AFTER_SIGNAL = 1.0  # seconds
 
 
