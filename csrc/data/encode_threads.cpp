@@ -105,7 +105,7 @@ void EncodeThreads::encode(EncodedChunk& chunk) {
         if (chunk.kind == ChunkKind::lines)
             encode_lines(encoder_, chunk.bytes, chunk.length, chunk.options, *state);
         else
-            chunk.valid = encode_text(encoder_, chunk.bytes, chunk.length, chunk.options.eod, *state);
+            chunk.valid = encode_text(encoder_, chunk.bytes, chunk.length, chunk.options, *state);
         chunk.count = state->ids.size();
         chunk.tokens = wide_ ? narrowed<int32_t>(state->ids.begin(), chunk.count) : narrowed<uint16_t>(state->ids.begin(), chunk.count);
         chunk.sizes = std::move(state->sizes);

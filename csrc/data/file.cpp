@@ -47,7 +47,7 @@ void write_fully(int fd, const std::string& path, const uint8_t* bytes, uint64_t
 int open_alone(const std::string& path, bool create) {
     for (;;) {
         const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | (create ? O_CREAT : 0), 0666);
-        if (fd < 0) throw write_fault(path, create ? "create file" : "go on with file", errno);
+        if (fd < 0) throw write_fault(path, create ? "create file" : "open file", errno);
         if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {  // any other error means a file system without locks
             ::close(fd);
             throw Fault("another process is writing this file").at(path).advise("wait for it, stop it, or choose another output");
@@ -194,7 +194,7 @@ void OutputFile::read_at(void* out, uint64_t bytes, uint64_t offset) {
 void OutputFile::publish(const std::string& final_path) {
     flush();
     if (::fsync(fd_) != 0) throw write_fault(path_, "sync", errno);
-    if (::rename(path_.c_str(), final_path.c_str()) != 0) throw write_fault(final_path, "rename into place", errno);
+    if (::rename(path_.c_str(), final_path.c_str()) != 0) throw write_fault(final_path, "rename file", errno);
     keep_ = true;
     sync_folder_of(final_path);
 }

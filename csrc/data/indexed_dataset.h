@@ -56,7 +56,7 @@ class Index {
     uint64_t bin_bytes() const { return num_tokens_ * type_->bytes; }
 
     int32_t size(uint64_t sequence) const { return load<int32_t>(kIndexHeader + 4 * sequence); }
-    // First token of a sequence, counted over the whole dataset; num_tokens() for sequence == num_sequences().
+    // First token of a sequence, counted over the complete dataset; num_tokens() for sequence == num_sequences().
     uint64_t first_token(uint64_t sequence) const {
         if (sequence >= num_sequences_) return num_tokens_;
         return load<uint64_t>(kIndexHeader + 4 * num_sequences_ + 8 * sequence) / type_->bytes;

@@ -6,19 +6,24 @@ namespace neox::data {
 
 namespace {
 
+void add_id(int64_t id, LineState& state) {
+    uint32_t* end = state.ids.room(1);
+    *end = static_cast<uint32_t>(id);
+    state.ids.set_end(end + 1);
+}
+
 // Encodes the text in state.text. A text without ids is counted as empty and not as a document.
-void add_document(const TextEncoder& encoder, uint64_t count, int64_t eod, LineState& state) {
+void add_document(const TextEncoder& encoder, uint64_t count, const LineOptions& options, LineState& state) {
     const uint64_t before = state.ids.size();
+    if (options.bos >= 0) add_id(options.bos, state);
+    const uint64_t first = state.ids.size();
     encoder.encode(state.text.begin(), count, state);
-    if (state.ids.size() == before) {
+    if (state.ids.size() == first) {
+        state.ids.shrink_to(before);
         ++state.empty;
         return;
     }
-    if (eod >= 0) {
-        uint32_t* end = state.ids.room(1);
-        *end = static_cast<uint32_t>(eod);
-        state.ids.set_end(end + 1);
-    }
+    if (options.eod >= 0) add_id(options.eod, state);
     state.sizes.push_back(static_cast<int32_t>(state.ids.size() - before));
 }
 
@@ -40,7 +45,7 @@ void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t cou
         uint64_t length = 0;
         switch (read_json_line(at, end, limit, options.key, state.text, length)) {
             case LineKind::text:
-                add_document(encoder, length, options.eod, state);
+                add_document(encoder, length, options, state);
                 break;
             case LineKind::blank:
                 ++state.blank;
@@ -53,10 +58,10 @@ void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t cou
     }
 }
 
-bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, int64_t eod, LineState& state) {
+bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state) {
     if (!valid_utf8(bytes, count)) return false;
     std::memcpy(state.text.room(count), bytes, count);
-    add_document(encoder, count, eod, state);
+    add_document(encoder, count, options, state);
     return true;
 }
 

@@ -28,14 +28,15 @@ struct LineState : TextEncoder::State {
 
 struct LineOptions {
     std::string key;   // of the text in a JSON object
-    int64_t eod = -1;  // id that ends each document; -1 for none
+    int64_t eod = -1;  // id appended to each document; -1 for none
+    int64_t bos = -1;  // id prepended to each document; -1 for none
 };
 
 // Encodes complete lines; the last one may lack its line feed.
 void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state);
 
 // Encodes one text. Returns false if it is not UTF-8.
-bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, int64_t eod, LineState& state);
+bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state);
 
 // A pool of encoder states for several threads: as many as ever run at the same time.
 class LineStates {

@@ -66,12 +66,12 @@ class Threads {
   public:
     Threads(const Encoder& encoder, int count) : threads_(encoder.encoder, encoder.wide, count), wide_(encoder.wide) {}
 
-    std::unique_ptr<Started> start(const py::bytes& content, ChunkKind kind, std::string key, int64_t eod) {
+    std::unique_ptr<Started> start(const py::bytes& content, ChunkKind kind, LineOptions options) {
         const std::string_view bytes = content;
         std::shared_ptr<EncodedChunk> chunk;
         {
             py::gil_scoped_release released;  // without threads the work is done here
-            chunk = threads_.start(as_bytes(bytes), bytes.size(), kind, {std::move(key), eod});
+            chunk = threads_.start(as_bytes(bytes), bytes.size(), kind, std::move(options));
         }
         return std::make_unique<Started>(threads_, content, std::move(chunk), wide_);
     }
@@ -119,18 +119,22 @@ void bind_text(py::module_& module) {
     py::class_<Started>(module, "Started", "A chunk that is being encoded")
         .def_property_readonly("done", &Started::done, "Whether `result` returns without waiting")
         .def("result", &Started::result,
-             "Wait: (tokens, sizes, blank lines, empty texts, [(first byte, last byte, line, document before which it stands)] of lines that need the full "
-             "parser), or None for a text that is not UTF-8");
+             "Wait for (tokens, sizes, blank lines, empty texts, lines that need the full parser as [(first byte, end byte, line, next document)]); "
+             "None for a text that is not UTF-8");
     py::class_<Threads>(module, "EncodeThreads", "Threads that encode chunks in the order of their start, without the interpreter lock")
         .def(py::init<const Encoder&, int>(), py::arg("encoder"), py::arg("threads"), py::keep_alive<1, 2>(),
-             "threads: 0: what is started is encoded before it is returned")
+             "With 0 threads, `lines` and `text` encode before they return")
         .def(
             "lines",
-            [](Threads& threads, const py::bytes& content, const std::string& key, int64_t eod) { return threads.start(content, ChunkKind::lines, key, eod); },
-            py::arg("content"), py::arg("key"), py::arg("eod"), py::keep_alive<0, 1>(), "Start JSON lines")
+            [](Threads& threads, const py::bytes& content, const std::string& key, int64_t eod, int64_t bos) {
+                return threads.start(content, ChunkKind::lines, {key, eod, bos});
+            },
+            py::arg("content"), py::arg("key"), py::arg("eod"), py::arg("bos") = -1, py::keep_alive<0, 1>(),
+            "Start JSON lines. eod, bos: ids appended and prepended to each document; -1 for none")
         .def(
-            "text", [](Threads& threads, const py::bytes& content, int64_t eod) { return threads.start(content, ChunkKind::text, {}, eod); },
-            py::arg("content"), py::arg("eod"), py::keep_alive<0, 1>(), "Start one text")
+            "text",
+            [](Threads& threads, const py::bytes& content, int64_t eod, int64_t bos) { return threads.start(content, ChunkKind::text, {{}, eod, bos}); },
+            py::arg("content"), py::arg("eod"), py::arg("bos") = -1, py::keep_alive<0, 1>(), "Start one text; see `lines`")
         .def("close", &Threads::close, py::call_guard<py::gil_scoped_release>(),
              "Cancel the chunks that have not begun, wait for the others, and end the threads");
     module.def(

@@ -59,7 +59,7 @@ def each(codes: list[int], before: str, after: str, normalise) -> list[str]:
 
 
 def combining_classes(codes: list[int]) -> dict[int, int]:
-    """Canonical combining class of every code point that has one, told by which known marks it is reordered with."""
+    """Canonical combining class of every code point that has one, found from the known marks that it is reordered with."""
     marks = {unicodedata.combining(chr(code)): chr(code) for code in code_points() if unicodedata.combining(chr(code))}
     above_lowest = each(codes, "a", LOW_MARK, NFD)
     below_highest = each(codes, "a" + HIGH_MARK, "", NFD)

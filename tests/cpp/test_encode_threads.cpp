@@ -63,7 +63,7 @@ void check_chunk(const TextEncoder& texts, const Case& one, const EncodedChunk& 
     if (one.kind == ChunkKind::lines)
         encode_lines(texts, one.bytes(), one.content.size(), {"text", kEod}, alone);
     else
-        valid = encode_text(texts, one.bytes(), one.content.size(), kEod, alone);
+        valid = encode_text(texts, one.bytes(), one.content.size(), {"", kEod}, alone);
     EXPECT_EQ(chunk.valid, valid);
     EXPECT(ids_of(chunk, wide) == std::vector<uint32_t>(alone.ids.begin(), alone.ids.begin() + alone.ids.size()));
     EXPECT(chunk.sizes == alone.sizes);

@@ -166,7 +166,7 @@ int main(int count, char** arguments) {
         EXPECT_EQ(together.blank, uint64_t{1});
         EXPECT_EQ(together.sizes.size() + together.empty, size_t{2});
         alone.clear();
-        EXPECT(encode_text(texts, reinterpret_cast<const uint8_t*>(text.data()), text.size(), 301, alone));
+        EXPECT(encode_text(texts, reinterpret_cast<const uint8_t*>(text.data()), text.size(), {"", 301}, alone));
         std::vector<uint32_t> start = ids(together);
         start.resize(std::min<size_t>(start.size(), alone.ids.size()));
         EXPECT(start == ids(alone));
