@@ -1,28 +1,24 @@
-"""Indexed datasets: PREFIX.bin and PREFIX.idx as GPT-NeoX and Megatron-LM write them, and our sidecar PREFIX.json (docs/data.md)."""
+"""Indexed datasets: PREFIX.bin and PREFIX.idx in the format of GPT-NeoX and Megatron-LM, and their sidecar."""
 
 from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from neox._native import core
-from neox.data.lazy import Lazy
-from neox.data.store.sidecar import BLOCK_BYTES, Sidecar, read_sidecar, sidecar_path, write_sidecar
+from neox.data.store.sidecar import BLOCK_BYTES, Sidecar, is_foreign, read_sidecar, sidecar_path, write_sidecar
 from neox.errors import DataError, DiskError
 
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = Lazy("numpy")
+# inputs, targets, segment ids or None, position ids or None; see neox.data.samples.sample.BatchArrays
+RowArrays = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
-Rows = "tuple[np.ndarray, np.ndarray, np.ndarray | None]"
-
-SMALL_VOCABULARY = 65_500  # ids below this are written as uint16 by upstream's writers
+SMALL_VOCABULARY = 65_500  # Megatron-LM writes ids below this as uint16
 
 
 def token_dtype(largest_id: int) -> str:
-    """Token type of a dataset whose ids are at most `largest_id` (added tokens included): uint16 below 65,500, else int32.
+    """Token type of a dataset with ids up to `largest_id`, added tokens included: uint16 below 65,500, else int32.
 
     Raises:
         DataError: the id does not fit int32.
@@ -33,30 +29,34 @@ def token_dtype(largest_id: int) -> str:
 
 
 def make_folder(folder: str) -> None:
-    """Make the folder of a dataset and those above it; "" is the current one.
+    """Create the folder of a dataset and its parents; "" is the current folder.
 
     Raises:
-        DiskError: it cannot be made.
+        DiskError: it cannot be created.
     """
     try:
         os.makedirs(folder or os.curdir, exist_ok=True)
     except OSError as problem:
-        raise DiskError("cannot make the folder of a dataset", where=folder, got=problem.strerror, do="choose another --out") from problem
+        raise DiskError("cannot create the folder of a dataset", where=folder, got=problem.strerror, do="choose another --out") from problem
 
 
 class IndexedDataset:
-    """A tokenized corpus, mapped. `len(dataset)` sequences; `dataset[i]` is a read-only numpy view of the tokens of sequence i.
+    """A tokenized corpus, memory-mapped.
 
-    Opening checks the whole structure of the index, the size of .bin and, where there is a sidecar, that it belongs to the two files.
-    Blocks of .bin are compared with the sidecar's checksums when `read` first touches them.
+    `len(dataset)` is its number of sequences; `dataset[i]` is a read-only numpy view of the tokens of sequence i.
+    Opening checks the complete structure of the index, the size of .bin, and, if there is a sidecar, that it belongs to
+    both files. Blocks of .bin are compared with the checksums of the sidecar when `read` first touches them.
+
+    Args:
+        prefix: path without suffix.
 
     Raises:
-        DataError: a file is missing, unreadable, truncated, damaged, or does not fit the others.
+        DataError: a file is missing, unreadable, truncated or damaged, or does not match the others.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]):
         self.prefix = os.fspath(prefix)
-        if "\0" in self.prefix:  # to the system the name would end there
+        if "\0" in self.prefix:  # the system would end the name there
             raise DataError("impossible path of a dataset", where=repr(self.prefix), got="a NUL character")
         self._core = core.Dataset(os.fsencode(self.prefix))
         self.dtype = np.dtype(self._core.dtype)
@@ -70,17 +70,17 @@ class IndexedDataset:
 
     @property
     def bin_path(self) -> str:
-        """Path of the tokens."""
+        """Path of the file with the tokens."""
         return f"{self.prefix}.bin"
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens of each sequence, int32 [len], mapped."""
+        """Tokens of each sequence: int32 [len(self)], memory-mapped."""
         return self._core.sizes
 
     @property
     def documents(self) -> np.ndarray:
-        """Sequence at which each document starts, and their number: int64 [num_documents + 1], mapped."""
+        """First sequence of each document, then the number of sequences: int64 [num_documents + 1], memory-mapped."""
         return self._core.documents
 
     def __len__(self) -> int:
@@ -94,46 +94,58 @@ class IndexedDataset:
         return f"IndexedDataset({self.prefix!r}, {self.num_documents} documents, {self.num_tokens} tokens, {self.dtype})"
 
     def checksum(self) -> int:
-        """XXH64 of .idx: names the content in caches. The sidecar's value, where there is one, was compared when opening."""
+        """XXH64 of .idx, which identifies the content in caches.
+
+        Opening compared it with the value of the sidecar, if any.
+        """
         return self._core.idx_checksum() if self.sidecar is None else self.sidecar.idx_sum
 
     def read(self, first: int, count: int, segments: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens [first, first + count) of the dataset as int64, and the running number of each one's document (int32) if asked.
+        """Tokens [first, first + count) of the dataset.
+
+        Returns:
+            tokens int64 [count], and with `segments` the running number of each token's document, int32 [count].
 
         Raises:
-            DataError: a checksum differs, or the file was cut short since it was opened.
+            DataError: a checksum differs, or the file was truncated since it was opened.
             IndexError: outside the dataset.
         """
         return self._core.read(first, count, segments)
 
     def read_ordered(self, order: np.ndarray, position: int, offset: int, count: int, segments: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """`count` tokens of the concatenation of sequences order[position:], the first `offset` tokens left out; see `read`."""
+        """`count` tokens of the concatenated sequences order[position:], without the first `offset`; see `read`."""
         return self._core.read_ordered(order, position, offset, count, segments)
 
-    def read_rows(self, firsts: np.ndarray, rows: np.ndarray, out: Rows) -> int:
-        """Samples of s + 1 tokens that start at tokens `firsts` of the dataset, each into a row of `out`, arrays of [b, s].
+    def read_rows(self, firsts: np.ndarray, rows: np.ndarray, out: RowArrays) -> int:
+        """Read samples of s + 1 tokens, sample i from token firsts[i] into row rows[i] of the arrays [b, s].
 
-        Returns: the largest id; where one is negative, 2^64 - 1.
+        Returns:
+            The largest id; 2^64 - 1 if an id is negative.
         """
         return self._core.read_rows(firsts, rows, *out)
 
-    def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: Rows) -> int:
-        """As `read_rows`, from `offsets` tokens behind the start of sequences order[positions]; see `read_ordered`."""
+    def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: RowArrays) -> int:
+        """As `read_rows`, with sample i from token offsets[i] of sequence order[positions[i]]; see `read_ordered`."""
         return self._core.read_ordered_rows(order, positions, offsets, rows, *out)
 
     def read_spans(self, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Tokens [firsts[i], firsts[i] + counts[i]) of the dataset, one i behind the other, int64."""
+        """Tokens [firsts[i], firsts[i] + counts[i]) of the dataset for all i, concatenated, int64."""
         return core.read_spans(self._core, firsts, counts)
 
     def document_statistics(self, first: int, last: int, eod_id: int | None) -> tuple[int | None, int | None, int, int, np.ndarray]:
-        """One pass over documents [first, last): (smallest id, largest id, tokens that are `eod_id`, documents that end in it, hashes uint64).
+        """Read documents [first, last) once.
 
-        A hash is of the ids of a document without a last `eod_id`: the same for every token type and place. Raises DataError.
+        Returns:
+            smallest id, largest id, occurrences of `eod_id`, documents that end in it, and uint64 [last - first] hashes
+            of the ids of each document without a final `eod_id`. A hash does not depend on the token type.
+
+        Raises:
+            DataError: the dataset is damaged.
         """
         return core.document_statistics(self._core, first, last, -1 if eod_id is None else eod_id)
 
     def document_starts(self) -> np.ndarray:
-        """Number of tokens before each document, and of all: int64 [num_documents + 1]."""
+        """Number of tokens before each document, then of all tokens: int64 [num_documents + 1]."""
         return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])[self.documents]
 
     def first_token(self, sequence: int) -> int:
@@ -149,33 +161,46 @@ class IndexedDataset:
         return self._core.first_sequence(document)
 
     def locate(self, token: int) -> tuple[int, int]:
-        """(document, offset in it) of a token of the dataset. Raises IndexError."""
+        """(document, offset in it) of a token of the dataset."""
         document = self._core.document_of_token(token)
         return document, token - self._core.first_token_of_document(document)
 
     def find_bad_token(self, vocab_size: int) -> int | None:
-        """First token of the dataset whose id is negative or >= vocab_size; None if all fit. Reads all of .bin."""
+        """First token of the dataset whose id is negative or >= vocab_size; None if there is none.
+
+        Reads all of .bin.
+        """
         found = self._core.find_bad_token(vocab_size)
         return None if found == self.num_tokens else found
 
     def check_tokenizer(self, tokenizer_hash: str, file: object) -> None:
-        """Refuse data of another tokenizer than `file`, whose content's hash is given. Without a sidecar nothing is known, and nothing refused.
+        """Check that the dataset was built with a tokenizer.
+
+        Without a sidecar the check passes, because nothing is known.
+
+        Args:
+            tokenizer_hash: hash of the tokenizer, see `neox.data.text.tokenizer.file_hash`.
+            file: its file, for the message.
 
         Raises:
-            DataError: the sidecar names another tokenizer.
+            DataError: the sidecar names a different tokenizer.
         """
         if self.sidecar is None or self.sidecar.tokenizer_hash in (None, tokenizer_hash):
             return
         raise DataError(
-            "data were made with another tokenizer",
+            "dataset was built with a different tokenizer",
             where=sidecar_path(self.prefix),
             got=f"tokenizer hash {self.sidecar.tokenizer_hash[:16]}",
             want=f"{tokenizer_hash[:16]} ({file})",
-            do="name the tokenizer that made the data, or preprocess again",
+            do="name the tokenizer of the dataset, or run neox preprocess again",
         )
 
     def verify(self) -> list[tuple[int, int]]:
-        """Compare all of .bin with the sidecar's checksums. Returns the damaged byte ranges [first, last); empty without a sidecar."""
+        """Compare all of .bin with the checksums of the sidecar.
+
+        Returns:
+            The damaged byte ranges [first, last); empty without a sidecar.
+        """
         if self.sidecar is None:
             return []
         size = self.sidecar.block_bytes
@@ -185,7 +210,7 @@ class IndexedDataset:
         ours = (self.dtype.name, self._length, self.num_documents, self.num_tokens, self.num_tokens * self.dtype.itemsize)
         theirs = (sidecar.dtype, sidecar.num_sequences, sidecar.num_documents, sidecar.num_tokens, sidecar.bin_bytes)
         where = sidecar_path(self.prefix)
-        do = "restore the three files from one source, or delete the sidecar to do without checksums"
+        do = "restore the three files from one source, or delete the sidecar to continue without checksums"
         if ours != theirs:
             raise DataError("sidecar does not belong to this dataset", where=where, got=theirs, want=ours, do=do)
         found = self._core.idx_checksum()
@@ -194,20 +219,25 @@ class IndexedDataset:
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin, PREFIX.idx and PREFIX.json. Nothing has its final name before `finish`; a failure leaves nothing behind.
+    """Writes PREFIX.bin, PREFIX.idx and PREFIX.json.
 
-    As a context manager: finishes on success, abandons on an exception.
+    No file has its final name before `finish`; a failure leaves no file.
+
+    As a context manager it finishes on success and abandons on an exception.
 
     Args:
         prefix: path without suffix.
         dtype: token type, `token_dtype(largest possible id)`.
-        overwrite: replace an existing dataset; else that is an error.
-        tokenizer_hash, vocab_size, eod_id: recorded in the sidecar; so is the attribute `source`. All are attributes, and may be set later.
-        resume: what `sync` returned to a process that ended: goes on with the partial files that it left.
+        overwrite: replace an existing dataset, which otherwise is an error.
+        tokenizer_hash: recorded in the sidecar, as are vocab_size, eod_id and the attribute `source`. All are
+            attributes and may be set later.
+        resume: what `sync` returned to a process that has ended. The writer continues with the partial files of that
+            process.
 
     Raises:
-        DataError: the dataset is there already, the partial files are shorter than `resume` says, or an id does not fit the token type.
-        DiskError: the folder cannot be written, or is full.
+        DataError: the dataset already exists, PREFIX.json is somebody else's file, the partial files are shorter than
+            `resume` states, or an id does not fit the token type.
+        DiskError: the folder cannot be written or is full.
     """
 
     def __init__(
@@ -224,13 +254,23 @@ class IndexedWriter:
         self.prefix = os.fspath(prefix)
         existing = [path for path in (f"{self.prefix}.idx", f"{self.prefix}.bin") if os.path.lexists(path)]
         if existing and not overwrite:
-            raise DataError("dataset is there already", where=existing[0], do="choose another --out, or pass --overwrite")
+            raise DataError("dataset already exists", where=existing[0], do="choose another --out, or pass --overwrite")
+        self._check_sidecar_path()
         make_folder(os.path.dirname(self.prefix))
         name = os.fsencode(self.prefix)
         self._core = core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
         self.tokenizer_hash, self.vocab_size, self.eod_id = tokenizer_hash, vocab_size, eod_id
         self.source: dict[str, object] | None = None
         self._open = True
+
+    def _check_sidecar_path(self) -> None:
+        path = sidecar_path(self.prefix)
+        try:
+            foreign = is_foreign(path)
+        except OSError as error:
+            raise DiskError("cannot replace sidecar", where=path, got=error.strerror) from error
+        if foreign:
+            raise DataError("PREFIX.json is not a sidecar of neox and would be overwritten", where=path, do="choose another --out, or move the file")
 
     @property
     def num_documents(self) -> int:
@@ -252,7 +292,7 @@ class IndexedWriter:
         self._core.add_sequence(np.asarray(tokens, dtype=np.int64))
 
     def end_document(self) -> None:
-        """The sequences since the last call are one document."""
+        """End the current document, which holds the sequences added since the last call."""
         self._core.end_document()
 
     def add_document(self, tokens: np.ndarray) -> None:
@@ -261,20 +301,24 @@ class IndexedWriter:
         self.end_document()
 
     def add_documents(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
-        """Add documents of one sequence each: `tokens` of the dataset's own dtype, cut by `sizes`."""
+        """Add documents of one sequence each: `tokens` in the dtype of the dataset, split by `sizes`."""
         self._core.add_documents(np.ascontiguousarray(tokens), sizes)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Append all documents of another dataset. Raises DataError when its token type differs."""
+        """Append all documents of another dataset.
+
+        Raises:
+            DataError: its token type differs.
+        """
         self._core.add_dataset(dataset._core)
 
     def finish(self) -> Sidecar:
-        """Make the dataset durable under its final names, .bin before .idx before .json."""
-        stale = sidecar_path(self.prefix)
+        """Make the dataset durable under its final names: .bin, then .idx, then .json."""
+        path = sidecar_path(self.prefix)
         try:
-            stale.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
-            raise DiskError("cannot replace sidecar", where=stale, got=error.strerror) from error
+            raise DiskError("cannot replace sidecar", where=path, got=error.strerror) from error
         self._core.finish()
         self._open = False
         sidecar = Sidecar(
@@ -295,15 +339,19 @@ class IndexedWriter:
         return sidecar
 
     def sync(self) -> tuple[int, int, int]:
-        """Make the partial files durable: a later writer goes on with them from what this returns. For documents of one sequence."""
+        """Make the partial files durable. Only for documents of one sequence.
+
+        Returns:
+            The argument `resume` of a later writer.
+        """
         return self._core.sync()
 
     def keep(self) -> None:
-        """The partial files stay when the writer is abandoned."""
+        """Leave the partial files when the writer is abandoned."""
         self._core.keep()
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove the partial files."""
         self._core.abandon()
         self._open = False
 

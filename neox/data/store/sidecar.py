@@ -1,33 +1,44 @@
-"""PREFIX.json: what made an indexed dataset, and checksums that find damage. A dataset from elsewhere has none and works without."""
+"""PREFIX.json: what an indexed dataset was made from, and checksums that detect damage.
+
+Only neox writes it. A dataset from elsewhere has none and works without.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
 from neox.errors import DataError
-from neox.files import read_bytes, write_durably
+from neox.files import open_regular, read_bytes, write_durably
 
 FORMAT = "neox.indexed"
 VERSION = 1
 BLOCK_BYTES = 1 << 20
+HEAD_BYTES = 1 << 12
+MARKS = (FORMAT.encode(), b'"largest_id"')  # one of them is in the head of every sidecar, also of a damaged one
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Sidecar:
     """The content of PREFIX.json.
 
-    Args:
+    Attributes:
         dtype: numpy name of the token type.
-        num_sequences, num_documents, num_tokens: counts.
+        num_sequences: number of sequences; num_documents and num_tokens likewise.
         largest_id: largest token id in the data; -1 without tokens.
-        tokenizer_hash, vocab_size, eod_id: of the tokenizer that made the data; None where not known.
-        block_bytes: bytes of .bin under one checksum; block_sums: XXH64 of each block.
-        bin_bytes: size of .bin. idx_sum: XXH64 of .idx.
-        source: what `neox preprocess` read, by the fields of its summary, and `hash`, which names input and options; None where not known.
+        bin_bytes: size of .bin.
+        idx_sum: XXH64 of .idx.
+        block_sums: XXH64 of each block of .bin.
+        block_bytes: bytes of .bin per checksum.
+        tokenizer_hash: hash of the tokenizer that made the data; None if unknown, as are vocab_size and eod_id.
+        source: what `neox preprocess` read: the counts of its summary, and `hash`, which identifies input and options.
+            None if unknown.
     """
 
     dtype: str
@@ -45,7 +56,7 @@ class Sidecar:
     source: dict[str, object] | None = None
 
     def to_json(self) -> bytes:
-        """The file's bytes."""
+        """The bytes of the file."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -63,15 +74,15 @@ class Sidecar:
 
     @classmethod
     def from_json(cls, content: bytes) -> Sidecar:
-        """Parse and check the types of a sidecar.
+        """Parse a sidecar and check its types.
 
         Raises:
-            ValueError, KeyError, TypeError: not a sidecar; the message says which part.
+            ValueError, KeyError, TypeError: not a sidecar; the message names the wrong part.
         """
         data = orjson.loads(content)
         if not isinstance(data, dict) or data.get("format") != FORMAT or _typed(data.get("version"), int) != VERSION:
             raise ValueError(f"not a {FORMAT} file of version {VERSION}")
-        made_by, bin_part = data["tokenizer"], data["bin"]
+        tokenizer, bin_part = data["tokenizer"], data["bin"]
         if _typed(bin_part["block_bytes"], int) < 1:
             raise ValueError(f"blocks of {bin_part['block_bytes']} bytes")
         return cls(
@@ -81,25 +92,29 @@ class Sidecar:
             num_tokens=_typed(data["tokens"], int),
             largest_id=_typed(data["largest_id"], int),
             bin_bytes=_typed(bin_part["bytes"], int),
-            idx_sum=_sum(data["idx"]["xxh64"]),
-            block_sums=tuple(map(_sum, _typed(bin_part["xxh64"], list))),
+            idx_sum=_checksum(data["idx"]["xxh64"]),
+            block_sums=tuple(map(_checksum, _typed(bin_part["xxh64"], list))),
             block_bytes=_typed(bin_part["block_bytes"], int),
-            tokenizer_hash=_typed(made_by["hash"], str, type(None)),
-            vocab_size=_typed(made_by["vocab_size"], int, type(None)),
-            eod_id=_typed(made_by["eod_id"], int, type(None)),
-            source=_typed(data.get("source"), dict, type(None)),
+            tokenizer_hash=_typed_or_none(tokenizer["hash"], str),
+            vocab_size=_typed_or_none(tokenizer["vocab_size"], int),
+            eod_id=_typed_or_none(tokenizer["eod_id"], int),
+            source=_typed_or_none(data.get("source"), dict),
         )
 
 
-def _typed(value: object, *types: type):
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not {' or '.join(t.__name__ for t in types)}")
+def _typed(value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not {kind.__name__}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{value} is no number of 64 bits")
+        raise ValueError(f"{value} does not fit 64 bits")
     return value
 
 
-def _sum(value: object) -> int:
+def _typed_or_none(value: object, kind: type[T]) -> T | None:
+    return None if value is None else _typed(value, kind)
+
+
+def _checksum(value: object) -> int:
     if not isinstance(value, str) or re.fullmatch("[0-9a-f]{16}", value) is None:
         raise ValueError(f"{value!r} is not 16 hexadecimal digits")
     return int(value, 16)
@@ -110,23 +125,41 @@ def sidecar_path(prefix: str) -> Path:
     return Path(f"{prefix}.json")
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a file exists and is not a sidecar, such as a corpus `data.json` next to `data.bin`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            head = file.read(HEAD_BYTES)
+    except FileNotFoundError:
+        return False
+    return not any(mark in head for mark in MARKS)
+
+
 def write_sidecar(prefix: str, sidecar: Sidecar) -> None:
-    """Write PREFIX.json durably. Raises DiskError."""
+    """Write PREFIX.json durably.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     write_durably(sidecar_path(prefix), sidecar.to_json())
 
 
 def read_sidecar(prefix: str) -> Sidecar | None:
-    """Read PREFIX.json; None when there is none.
+    """Read PREFIX.json; None if it does not exist or is somebody else's file.
 
     Raises:
-        DataError: it is there and cannot be read or is damaged.
+        DataError: it cannot be read or is damaged.
     """
     path = sidecar_path(prefix)
     try:
-        return Sidecar.from_json(read_bytes(path))
+        return None if is_foreign(path) else Sidecar.from_json(read_bytes(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError("cannot read sidecar", where=path, got=error.strerror) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError("sidecar is damaged", where=path, got=error, do="restore it, or delete it to do without checksums") from error
+        raise DataError("sidecar is damaged", where=path, got=error, do="restore it, or delete it to continue without checksums") from error

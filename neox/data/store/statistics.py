@@ -1,4 +1,4 @@
-"""What is in a dataset, by reading all of it: ids, document ends, lengths, documents that occur twice, here or in another dataset."""
+"""Statistics of complete datasets: ids, ends of documents, lengths, duplicates, and overlap of datasets."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import numpy as np
 from neox.data.store.indexed import IndexedDataset
 
 EXAMPLES = 10  # documents that a result names
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class DocumentStatistics:
-    """Documents [first, last) of a dataset, statistics_of.
+    """Statistics of documents [first, first + n) of a dataset.
 
     Attributes:
-        hashes: uint64, of the ids of each document without its last end-of-document token; 0 where nothing is left.
-        tokens: int64, of each document.
-        smallest, largest: ids; None without tokens.
-        eod_tokens: tokens that are the end-of-document token. ended: documents whose last token it is.
+        prefix: the dataset.
+        first: number of the first document.
+        hashes: uint64 [n], of the ids of each document without a final end-of-document token; 0 if nothing remains.
+        tokens: int64 [n], tokens of each document.
+        smallest: smallest id; None without tokens. largest likewise.
+        eod_tokens: occurrences of the end-of-document token.
+        ended: documents that end in it.
     """
 
     prefix: str
@@ -33,13 +35,17 @@ class DocumentStatistics:
     eod_tokens: int
     ended: int
 
-    def name(self, place: int) -> str:
-        """PREFIX document NUMBER, of a place in `hashes`."""
-        return f"{self.prefix} document {self.first + place}"
+    def name(self, index: int) -> str:
+        """PREFIX document NUMBER, for an index into `hashes`."""
+        return f"{self.prefix} document {self.first + index}"
 
 
-def document_statistics(dataset: IndexedDataset, eod_id: int | None, documents: Range | None = None) -> DocumentStatistics:
-    """Read documents [first, last) of a dataset, by default all. Raises DataError where it is damaged."""
+def document_statistics(dataset: IndexedDataset, eod_id: int | None, documents: tuple[int, int] | None = None) -> DocumentStatistics:
+    """Read documents [first, last) of a dataset; all of them by default.
+
+    Raises:
+        DataError: the dataset is damaged.
+    """
     first, last = documents or (0, dataset.num_documents)
     smallest, largest, eod_tokens, ended, hashes = dataset.document_statistics(first, last, eod_id)
     lengths = np.diff(dataset.document_starts()[first : last + 1])
@@ -47,18 +53,18 @@ def document_statistics(dataset: IndexedDataset, eod_id: int | None, documents: 
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Documents and their tokens by length, in classes [from, to) that double: 0, 1, 2, 4, 8, ..."""
+    """Documents and their tokens by length, in bins [from, to) that double: 0, 1, 2, 4, 8, ..."""
     edges = [0, 1]
     while lengths.size and edges[-1] <= lengths.max():
         edges.append(2 * edges[-1])
-    classes = np.searchsorted(edges, lengths, side="right") - 1
-    documents, tokens = np.bincount(classes, minlength=len(edges)), np.bincount(classes, weights=lengths, minlength=len(edges))
+    bins = np.searchsorted(edges, lengths, side="right") - 1
+    documents, tokens = np.bincount(bins, minlength=len(edges)), np.bincount(bins, weights=lengths, minlength=len(edges))
     rows = [{"from": low, "to": high, "documents": int(documents[i]), "tokens": int(tokens[i])} for i, (low, high) in enumerate(pairwise(edges))]
     return rows[int(np.argmax(documents > 0)) :]
 
 
 def duplicates(found: DocumentStatistics) -> dict[str, object]:
-    """Documents that occur more than once, token by token: how many could be left out, their tokens, the most frequent ones."""
+    """Documents with identical tokens: how many are redundant, their tokens, and the most frequent ones."""
     filled = np.flatnonzero(found.hashes)
     _, firsts, counts = np.unique(found.hashes[filled], return_index=True, return_counts=True)
     repeated = counts > 1
@@ -72,7 +78,7 @@ def duplicates(found: DocumentStatistics) -> dict[str, object]:
 
 
 def overlap(ours: list[DocumentStatistics], theirs: list[DocumentStatistics]) -> dict[str, object]:
-    """Documents of `theirs` that are, token by token, in `ours` too: how many of how many, their tokens, and some by name."""
+    """Documents of `theirs` whose tokens are identical to a document of `ours`: their number, tokens, and examples."""
     known = np.concatenate([part.hashes for part in ours])
     starts = np.cumsum([0, *(part.hashes.size for part in ours)])
     order = np.argsort(known, kind="stable")
@@ -80,10 +86,10 @@ def overlap(ours: list[DocumentStatistics], theirs: list[DocumentStatistics]) ->
     examples: list[str] = []
     for part in theirs:
         at = np.searchsorted(known, part.hashes, sorter=order)
-        places = order[np.minimum(at, max(known.size - 1, 0))] if known.size else np.zeros(part.hashes.size, dtype=np.int64)
-        same = (known[places] == part.hashes) & (part.hashes != 0) if known.size else np.zeros(part.hashes.size, dtype=bool)
+        matches = order[np.minimum(at, max(known.size - 1, 0))] if known.size else np.zeros(part.hashes.size, dtype=np.int64)
+        same = (known[matches] == part.hashes) & (part.hashes != 0) if known.size else np.zeros(part.hashes.size, dtype=bool)
         documents, tokens, total = documents + int(same.sum()), tokens + int(part.tokens[same].sum()), total + part.hashes.size
-        for place in np.flatnonzero(same)[: EXAMPLES - len(examples)].tolist():
-            owner = int(np.searchsorted(starts, places[place], side="right")) - 1
-            examples.append(f"{part.name(place)} is {ours[owner].name(int(places[place] - starts[owner]))}")
+        for index in np.flatnonzero(same)[: EXAMPLES - len(examples)].tolist():
+            owner = int(np.searchsorted(starts, matches[index], side="right")) - 1
+            examples.append(f"{part.name(index)} is {ours[owner].name(int(matches[index] - starts[owner]))}")
     return {"documents": documents, "of": total, "tokens": tokens, "examples": examples}

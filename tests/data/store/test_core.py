@@ -46,7 +46,7 @@ def test_xxh3_is_that_of_the_reference(tmp_path):
             assert out == content[:length]
 
 
-def test_reading_with_xxh3_says_what_fails(tmp_path):
+def test_reading_with_xxh3_reports_failures(tmp_path):
     (tmp_path / "f").write_bytes(b"12345")
     with (tmp_path / "f").open("rb") as file:
         with pytest.raises(EOFError):

@@ -114,7 +114,7 @@ def test_an_exception_abandons(tmp_path):
 
 def test_an_existing_dataset_is_replaced_only_when_asked(make_dataset, tmp_path):
     make_dataset([[1, 2, 3]])
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="dataset already exists"):
         IndexedWriter(tmp_path / "corpus", "uint16")
     assert make_dataset([[7]], overwrite=True)[0].tolist() == [7]
 
@@ -243,6 +243,20 @@ def test_sidecar_of_another_dataset_is_refused(make_dataset, tmp_path):
         IndexedDataset(tmp_path / "b")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_json_file_of_others_is_ignored_and_not_overwritten(corpus, tmp_path, overwrite):
+    content = b'{"text": "a corpus that is named like the dataset"}\n'
+    path = Path(f"{corpus.prefix}.json")
+    path.write_bytes(content)
+    dataset = IndexedDataset(corpus.prefix)
+    assert dataset.sidecar is None and dataset.verify() == [] and dataset[3].tolist() == corpus[3].tolist()
+    (tmp_path / "new.json").write_bytes(content)
+    for prefix in (tmp_path / "new", corpus.prefix) if overwrite else (tmp_path / "new",):
+        with pytest.raises(DataError, match="is not a sidecar of neox and would be overwritten; where=.*json"):
+            IndexedWriter(prefix, "uint16", overwrite=overwrite)
+    assert path.read_bytes() == content == (tmp_path / "new.json").read_bytes() and not list(tmp_path.glob("*.partial"))
+
+
 def test_a_flipped_bit_of_bin_is_found_by_verify_and_by_the_first_read_of_its_block(tmp_path):
     with IndexedWriter(tmp_path / "big", "uint16") as writer:
         for _ in range(5):
@@ -330,7 +344,7 @@ def test_the_folder_of_a_dataset_is_made(tmp_path):
         writer.add_document(np.array([1, 2]))
     assert IndexedDataset(tmp_path / "new" / "folder" / "text")[0].tolist() == [1, 2]
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot make the folder of a dataset"):
+    with pytest.raises(DiskError, match="cannot create the folder of a dataset"):
         IndexedWriter(tmp_path / "file" / "text", "uint16")
 
 

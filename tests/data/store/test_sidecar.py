@@ -1,4 +1,4 @@
-"""PREFIX.json: round trip, and refusal of anything that is not one."""
+"""PREFIX.json: round trip, damage is an error, and files of others are left alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import orjson
 import pytest
 
-from neox.data.store.sidecar import Sidecar, read_sidecar, sidecar_path, write_sidecar
+from neox.data.store.sidecar import Sidecar, is_foreign, read_sidecar, sidecar_path, write_sidecar
 from neox.errors import DataError
 
 EXAMPLE = Sidecar("uint16", 3, 2, 100, 99, 200, 2**64 - 1, (1, 2**63), 128, "ab", 300, 0, {"hash": "cd", "files": 2})
@@ -27,8 +27,8 @@ def damaged() -> list[bytes]:
     changed += [{**whole, key: value} for key in whole for value in (None, [], "x", True, 1.5) if (key, value) not in (("dtype", "x"), ("source", None))]
     changed += [{**whole, "bin": {**whole["bin"], "xxh64": [digits]}} for digits in ("zz", "1" * 17, "0x" + "1" * 14, "1" * 15)]
     changed += [{**whole, "bin": {**whole["bin"], "block_bytes": size}} for size in (0, -5, 2**63)]
-    changed += [{**whole, "idx": {"xxh64": "1" * 24}}, {**whole, "tokens": 2**63}, {**whole, "version": 2}, [], 5]
-    return [orjson.dumps(value) for value in changed] + [b"", b"{", b"\xff\xfe", EXAMPLE.to_json()[:-5]]
+    changed += [{**whole, "idx": {"xxh64": "1" * 24}}, {**whole, "tokens": 2**63}, {**whole, "version": 2}]
+    return [orjson.dumps(value) for value in changed] + [EXAMPLE.to_json()[:-5], EXAMPLE.to_json()[:40], EXAMPLE.to_json().replace(b"neox.", b"meox.")]
 
 
 @pytest.mark.parametrize("content", damaged())
@@ -37,6 +37,16 @@ def test_damage_is_an_error_that_names_the_file(tmp_path, content):
     sidecar_path(prefix).write_bytes(content)
     with pytest.raises(DataError, match=r"sidecar is damaged; where=.*d\.json"):
         read_sidecar(prefix)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"\xff\xfe", b'{"text": "a corpus"}\n', b"x" * 10_000])
+def test_a_file_of_others_is_not_a_sidecar(tmp_path, content):
+    prefix = str(tmp_path / "d")
+    sidecar_path(prefix).write_bytes(content)
+    assert is_foreign(sidecar_path(prefix)) and read_sidecar(prefix) is None
+    assert not is_foreign(tmp_path / "missing.json")
+    write_sidecar(str(tmp_path / "other"), EXAMPLE)
+    assert not is_foreign(tmp_path / "other.json")
 
 
 def test_unreadable_sidecar(tmp_path):

@@ -1,4 +1,4 @@
-"""Passes over a whole corpus: ids, document ends, lengths, duplicates and overlaps, against the plain way to count them."""
+"""Passes over a complete corpus: ids, document ends, lengths, duplicates and overlaps, against a direct count."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_counts(make_dataset):
 
 
 def test_hashes_are_of_the_text_alone(make_dataset):
-    """The same for another token type, another place, with or without a last end-of-document token; else different."""
+    """Equal for another token type or position, with or without a final end-of-document token; else different."""
     found = document_statistics(make_dataset(DOCUMENTS), EOD).hashes
     wide = document_statistics(make_dataset(DOCUMENTS[::-1], "wide", "int64"), EOD).hashes[::-1]
     assert np.array_equal(found, wide)
