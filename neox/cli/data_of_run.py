@@ -1,4 +1,4 @@
-"""`neox data which` and `neox data seen`: the data of a run, looked up afterwards."""
+"""`neox data which` and `neox data seen`: which data a run has read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from neox.printing import json_line
 
 
 def provenance_of(args: argparse.Namespace) -> RunProvenance:
-    """The data of the run, with what the checkpoints of its newest branch tell."""
+    """The provenance of the data of a run, from the checkpoints of its newest branch."""
     manifests = [(found.path, found.manifest) for found in scan(Path(args.run) / "checkpoints") if found.manifest is not None]
     newest = manifests[-1][1].lineage if manifests else None
     written = [
         CheckpointRecord(one.step, one.state["consumed"], one.config_lock, one.state.get("data"), str(path), one.world_size)
         for path, one in manifests
-        if newest.includes(one.lineage, one.step) and "consumed" in one.state
+        if newest is not None and newest.includes(one.lineage, one.step) and "consumed" in one.state
     ]
     return RunProvenance(Path(args.run), args.batch, sorted(written, key=lambda one: one.step))
 
@@ -35,38 +35,41 @@ def run_which(args: argparse.Namespace) -> int:
 
 
 def show_step(args: argparse.Namespace, data: RunProvenance) -> None:
-    """Print the samples of a step, those of one process if --rank names it."""
+    """Print the samples of a step, with --rank only those of one process."""
     layout = layout_of(data, args.step, args.world_size)
     rows = data.batch_of(args.step, layout)
     if args.rank is not None:
         world_size = layout.tp * layout.cp * layout.dp * data.config_span(args.step).config.parallel.pipeline
         if not 0 <= args.rank < world_size:
-            raise ConfigError("no such process", where="--rank", got=args.rank, want=f"0 to {world_size - 1}")
+            raise ConfigError("no such rank", where="--rank", got=args.rank, want=f"0 to {world_size - 1}")
         rows = [row for row in rows if row.dp_rank == layout.dp_rank(args.rank)]
     if args.json:
-        found = [{**vars(row), "pieces": [piece._asdict() for piece in row.pieces]} for row in rows]
+        found = [
+            {"sample": row.sample, "micro_batch": row.micro_batch, "dp_rank": row.dp_rank, "row": row.row, "pieces": [part._asdict() for part in row.slices]}
+            for row in rows
+        ]
         print(json_line({"step": args.step, "rows": found}))
         return
     first, last = data.span(args.step)
     print(f"step {args.step}: samples {first:,} to {last - 1:,}")
     for row in rows:
         print(f"sample {row.sample:,}: data-parallel rank {row.dp_rank}, micro-batch {row.micro_batch}, row {row.row}")
-        for piece in row.pieces:
-            print(f"  {piece.source} document {piece.document:,} tokens {piece.offset:,} to {piece.offset + piece.tokens - 1:,}")
+        for part in row.slices:
+            print(f"  {part.source} document {part.document:,} tokens {part.offset:,} to {part.offset + part.tokens - 1:,}")
 
 
 def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
-    """Print the steps that saw a document."""
+    """Print the steps that read a document."""
     sources = data.sources()
     source = args.source or sources[0]
     if (args.source is None and len(sources) > 1) or source not in sources:
-        raise ConfigError("the document's dataset is not known", where="--source", got=args.source, want=f"one of {', '.join(sources)}")
+        raise ConfigError("the dataset of the document is unknown", where="--source", got=args.source, want=f"one of {', '.join(sources)}")
     steps = data.steps_of(source, args.document)
     if args.json:
         found = [{"step": step, "samples": samples} for step, samples in steps]
         print(json_line({"source": source, "document": args.document, "steps": found}))
         return
-    print(f"{source} document {args.document:,}: {'no step' if not steps else f'{len(steps):,} steps'} of {data.last_step:,} saw it")
+    print(f"{source} document {args.document:,}: {'no step' if not steps else f'{len(steps):,} steps'} of {data.last_step:,} read it")
     for step, samples in steps:
         print(f"  step {step}: samples {', '.join(map(str, samples))}")
 
@@ -88,14 +91,14 @@ def run_seen(args: argparse.Namespace) -> int:
 
 
 def layout_of(data: RunProvenance, step: int, world_size: int | None) -> BatchLayout:
-    """How the batch of a step was shared out: by the number of processes, given or of the checkpoint that tells of it.
+    """The layout of the batch of a step, from the number of processes given or recorded in a checkpoint.
 
     Raises:
-        ConfigError: it cannot be known, or does not fit the batch.
+        ConfigError: the number of processes is unknown, or does not divide the batch.
     """
-    stage = data.config_span(step)
-    config = stage.config
-    world_size = world_size or stage.world_size
+    span = data.config_span(step)
+    config = span.config
+    world_size = world_size or span.world_size
     first, last = data.span(step)
     batch = last - first
     train = config.train
@@ -104,9 +107,9 @@ def layout_of(data: RunProvenance, step: int, world_size: int | None) -> BatchLa
     elif train.micro_batch_size and train.gradient_accumulation:
         dp = batch // (train.micro_batch_size * train.gradient_accumulation)
     else:
-        raise ConfigError("the number of processes is not known", where=data.run, got="no checkpoint", do="give --world-size")
+        raise ConfigError("the number of processes is unknown", where=data.run, got="no checkpoint", do="give --world-size")
     micro = train.micro_batch_size or batch // (dp * (train.gradient_accumulation or 1))
     if dp < 1 or batch % (micro * dp):
         got = f"batch {batch}, micro-batch {micro}, {dp} data-parallel processes"
-        raise ConfigError("the batch cannot be shared out so", where="--world-size", got=got, want="a multiple")
+        raise ConfigError("the processes do not divide the batch", where="--world-size", got=got, want="a multiple")
     return BatchLayout(micro, dp, config.parallel.tensor, config.parallel.context)

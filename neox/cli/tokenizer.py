@@ -1,6 +1,6 @@
-"""Train a byte-level BPE tokenizer on your own text.
+"""Train a byte-level BPE tokenizer on text.
 
-It encodes every text without loss and knows the end-of-document token <|endoftext|>.
+It encodes every text without loss and has the end-of-document token <|endoftext|>.
 
 example: neox tokenizer train --input corpus/ --suffix .py --vocab-size 8192 --out tokenizer.json
 """
@@ -24,23 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train a tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files and folders to read (as in neox preprocess)")
-    train.add_argument("--suffix", action="append", metavar="S", help="files to take from folders; may be repeated (default: JSON lines and .txt)")
-    train.add_argument("--format", choices=FORMS, default="auto", help="how all files are read, as in neox preprocess (default: auto)")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids wanted, the 256 bytes and end-of-document token included")
-    train.add_argument("--out", required=True, metavar="FILE", help="tokenizer to write, a `tokenizers` JSON file")
+    train.add_argument("--suffix", action="append", metavar="S", help="suffix of files to take from folders; may be repeated (default: JSON lines and .txt)")
+    train.add_argument("--format", choices=FORMS, default="auto", help="how to read all files, as in neox preprocess (default: auto)")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of ids, including the 256 bytes and the end-of-document token")
+    train.add_argument("--out", required=True, metavar="FILE", help="`tokenizers` JSON file to write")
     train.add_argument("--eod-token", default=EOD_NAMES[0], metavar="TOKEN", help="end-of-document token (default: <|endoftext|>)")
-    help_special = "another token that is matched as a whole, such as <|fim_prefix|>; may be repeated"
+    help_special = "another token that is never split, such as <|fim_prefix|>; may be repeated"
     train.add_argument("--special-token", action="append", default=[], metavar="TOKEN", help=help_special)
     train.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
-    train.add_argument("--bad-lines", choices=("fail", "skip"), default="fail", help="a line that gives no document: stop, or pass over it (default: fail)")
-    train.add_argument("--overwrite", action="store_true", help="replace an existing file: datasets made with it no longer fit it")
+    help_bad = "lines that give no document: fail stops, skip leaves them out (default: fail)"
+    train.add_argument("--bad-lines", choices=("fail", "skip"), default="fail", help=help_bad)
+    train.add_argument("--overwrite", action="store_true", help="replace an existing file; datasets built with it no longer match")
     train.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and print what was made."""
+    """Train a tokenizer and print the result."""
     if os.path.lexists(args.out) and not args.overwrite:
-        raise DataError("tokenizer is there already", where=args.out, do="choose another --out, or pass --overwrite")
+        raise DataError("tokenizer already exists", where=args.out, do="choose another --out, or pass --overwrite")
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
     texts = documents(files, args.json_key, args.bad_lines, args.format)
     tokenizer = train_tokenizer(
@@ -52,19 +53,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{args.out}: {tokenizer.vocab_size:,} tokens from {len(files):,} files, {tokenizer.eod_token} is {tokenizer.eod_id}")
         if tokenizer.vocab_size < args.vocab_size:
-            print(f"the text gave no more than {tokenizer.vocab_size:,} of the {args.vocab_size:,} tokens asked for")
+            print(f"the text gave only {tokenizer.vocab_size:,} of the {args.vocab_size:,} requested tokens")
     return 0
 
 
 def documents(files: Sequence[str], key: str, bad_lines: str, form: str = "auto") -> Iterator[str]:
-    """The documents of the files. Raises DataError at a bad line under "fail"."""
+    """The documents of the files.
+
+    Raises:
+        DataError: a bad line under "fail".
+    """
     for block in read_blocks(files, form=form):
         for item in block:
-            bad = [item] if isinstance(item, BadLine) else []
-            if not bad:
+            if isinstance(item, BadLine):
+                bad = [item]
+            else:
                 parsed = parse(item, key)
                 yield from parsed.texts
                 bad = parsed.bad
             if bad and bad_lines == "fail":
-                do = "mend the input, or pass --bad-lines skip"
+                do = "fix the input, or pass --bad-lines skip"
                 raise DataError("bad line" if bad[0].line else "bad file", where=bad[0].where, got=bad[0].reason, do=do)

@@ -1,4 +1,7 @@
-"""Datasets: `.bin/.idx` files, sample order, blending, tokenizing, loading. Names are imported on first use; only `Loader` and `Batch` need torch."""
+"""Datasets: `.bin/.idx` files, tokenizing, sample order, blending, loading.
+
+Names are imported on first use. Only `Loader` and `Batch` need torch.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_inspect_refuses_another_tokenizer(prefix, tmp_path, capsys):
     cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     other.write_text(json.dumps(json.loads((tmp_path / "t.json").read_text()) | {"truncation": cut}))
     assert main(["data", "inspect", prefix, "--tokenizer", str(other), "--samples", "1"]) == 3
-    assert capsys.readouterr().err.startswith(f"error[3] data were made with another tokenizer; where={prefix}.json")
+    assert capsys.readouterr().err.startswith(f"error[3] dataset was built with a different tokenizer; where={prefix}.json")
 
 
 def test_overlap(prefix, tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_overlap(prefix, tmp_path, capsys):
     assert main(["data", "overlap", prefix, held]) == 3
     printed = capsys.readouterr()
     assert f"1 of 2 documents of {held}" in printed.out
-    assert printed.err.startswith(f"error[3] data overlap; where={held}, {prefix}; got=1 of 2 documents")
+    assert printed.err.startswith(f"error[3] datasets overlap; where={held}, {prefix}; got=1 of 2 documents")
     assert main(["data", "overlap", prefix, held, "--json"]) == 3
     assert json.loads(capsys.readouterr().out)[0]["examples"] == [f"{held} document 1 is {prefix} document 1"]
     with IndexedWriter(tmp_path / "clean", "uint16", eod_id=0) as writer:
@@ -85,7 +85,7 @@ def test_inspect_of_an_empty_dataset(tmp_path, capsys):
 
 def test_verify(prefix, capsys):
     assert main(["data", "verify", prefix]) == 0
-    assert capsys.readouterr().out == f"{prefix}: whole\n"
+    assert capsys.readouterr().out == f"{prefix}: intact\n"
     with open(f"{prefix}.bin", "r+b") as file:
         file.write(b"\xfe")
     assert main(["data", "verify", prefix, "--json"]) == 3
@@ -99,7 +99,7 @@ def test_verify_ids_and_missing_files(prefix, capsys):
     assert "is outside a vocabulary of 256" in capsys.readouterr().out
     assert main(["data", "verify", prefix, f"{prefix}-none"]) == 3
     printed = capsys.readouterr()
-    assert f"{prefix}: whole" in printed.out and f"{prefix}-none: cannot open data file" in printed.out
+    assert f"{prefix}: intact" in printed.out and f"{prefix}-none: cannot open data file" in printed.out
     assert printed.err.startswith("error[3] cannot open data file") and printed.err.count("error[") == 1
 
 
@@ -111,7 +111,7 @@ def test_merge(prefix, tmp_path, capsys):
     assert all(np.array_equal(merged[i], source[i % 3]) for i in range(6))
     assert merged.sidecar.tokenizer_hash == source.sidecar.tokenizer_hash and merged.verify() == []
     assert main(["data", "merge", prefix, "--out", out]) == 3
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["data", "merge", prefix, "--out", prefix, "--overwrite"]) == 2
     assert "cannot be merged into itself" in capsys.readouterr().err
 

@@ -55,7 +55,7 @@ def test_which_document(run, capsys):
     found = said(capsys, "which", "--run", run / "run", "--document", piece["document"], "--source", piece["source"])
     assert 4 in [row["step"] for row in found["steps"]] and 24 in [sample for row in found["steps"] for sample in row["samples"]]
     assert main(["data", "which", "--run", str(run / "run"), "--document", "3"]) == 2
-    assert "the document's dataset is not known; where=--source" in capsys.readouterr().err
+    assert "the dataset of the document is unknown; where=--source" in capsys.readouterr().err
     assert main(["data", "which", "--run", str(run / "run"), "--document", "3", "--source", f"{run}/valid"]) == 0
     assert f"{run}/valid document 3: " in capsys.readouterr().out
 
@@ -91,13 +91,13 @@ def test_steps_keep_the_data_that_they_read(run, tmp_path, capsys):
     assert [row for row in after[3]["steps"] if row["step"] <= 6] == before[3]["steps"]
     samples = {row["step"]: {source["source"]: source["samples"] for source in row["sources"]} for row in said(capsys, "seen", "--run", tmp_path)}
     assert samples[9] == {f"{run}/train": 36 + 6, f"{run}/valid": 12 + 6}
-    assert samples[10] == {f"{run}/train": 2, f"{run}/valid": 2}  # the new order began anew
+    assert samples[10] == {f"{run}/train": 2, f"{run}/valid": 2}  # the new order started from its first sample
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000003")  # as retention does
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000006")
     assert said(capsys, *asked[0][:1], "--run", tmp_path, *asked[0][1:]) == before[0]
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000009")
     assert main(["data", "which", "--run", str(tmp_path), "--step", "2"]) == 3
-    assert "how the sample was read is not known: the run continued with other data after it" in capsys.readouterr().err
+    assert "it is unknown how the sample was read, because the data of the run changed later" in capsys.readouterr().err
 
 
 def test_checkpoints_of_a_branch_that_was_left_do_not_count(run, tmp_path, capsys):
@@ -119,8 +119,8 @@ def test_checkpoints_of_a_branch_that_was_left_do_not_count(run, tmp_path, capsy
 
 def test_wrong_questions(run, tmp_path, capsys):
     for arguments, what in (
-        (["which", "--run", run / "run", "--step", 1, "--rank", 9], "no such process; where=--rank; got=9"),
-        (["which", "--run", run / "run", "--step", 1, "--world-size", 3], "the batch cannot be shared out so"),
+        (["which", "--run", run / "run", "--step", 1, "--rank", 9], "no such rank; where=--rank; got=9"),
+        (["which", "--run", run / "run", "--step", 1, "--world-size", 3], "the processes do not divide the batch"),
         (["seen", "--run", tmp_path], "not the folder of a run"),
     ):
         assert main(["data", *map(str, arguments)]) == 2

@@ -71,7 +71,7 @@ def test_data_of_another_tokenizer_are_refused(place, tmp_path, capsys):
         with IndexedWriter(tmp_path / name, "uint16", tokenizer_hash=made_by) as writer:
             writer.add_document([1, 2, 3, 0])
         assert call("--checkpoint", place / "run", "--data", tmp_path / name) == code
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error[3] data were made with another tokenizer; where=")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error[3] dataset was built with a different tokenizer; where=")
 
 
 TASK = """

@@ -47,7 +47,24 @@ def test_a_bad_line_stops_with_code_3(corpus, capsys):
 
 def test_quarantine_is_named(corpus, capsys):
     assert call(corpus, "--bad-lines", "quarantine") == 0
-    assert f"bad lines are kept in {corpus / 'out'}.quarantine.jsonl" in capsys.readouterr().out
+    assert f"bad lines are stored in {corpus / 'out'}.quarantine.jsonl" in capsys.readouterr().out
+
+
+def test_a_bos_is_prepended_when_asked_for(corpus, capsys):
+    train_tokenizer(["one two three four"], 300, corpus / "t.json", special_tokens=["<s>", "<start>"])
+    assert call(corpus, "--bad-lines", "skip") == 0 and call(corpus, "--bad-lines", "skip", "--overwrite", "--no-prepend-bos") == 0
+    plain = IndexedDataset(corpus / "out")
+    documents = [plain[i].tolist() for i in range(2)]
+    for options, bos in ((["--prepend-bos"], 1), (["--prepend-bos", "--bos-token", "<start>"], 2)):
+        assert call(corpus, "--bad-lines", "skip", "--overwrite", *options) == 0
+        assert [IndexedDataset(corpus / "out")[i].tolist() for i in range(2)] == [[bos, *document] for document in documents]
+    capsys.readouterr()
+    assert call(corpus, "--overwrite", "--prepend-bos", "--bos-token", "<nowhere>") == 2
+    assert "error[2] tokenizer has no beginning-of-sequence token; where=" in capsys.readouterr().err
+    assert call(corpus, "--overwrite", "--bos-token", "<s>") == 2
+    assert "error[2] option without --prepend-bos; where=--bos-token" in capsys.readouterr().err
+    assert call(corpus, "--overwrite", "--chat", "--prepend-bos") == 2
+    assert "error[2] option does not apply to conversations; where=--prepend-bos" in capsys.readouterr().err
 
 
 def test_bad_options(corpus, capsys):

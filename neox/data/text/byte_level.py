@@ -1,4 +1,4 @@
-"""Our encoder for byte-level BPE (csrc/data/text_encoder.h): which `tokenizers` files it can stand in for, and the proof that it does."""
+"""The native encoder for byte-level BPE (csrc/data/text_encoder.h): which `tokenizers` files it supports."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from neox._native import core
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {GPT2_PATTERN: "gpt2", LLAMA_PATTERN: "llama", LLAMA_PATTERN.replace("{1,3}", ""): "qwen"}
-MOST_ADDED_BYTES = 1 << 16  # of all added tokens together: each byte is a node of a search tree
+MOST_ADDED_BYTES = 1 << 16  # of all added tokens together; each byte is a node of a search tree of 1 KiB
 
 
 class Unsupported(Exception):
-    """Why a tokenizer is left to the `tokenizers` library."""
+    """The reason why a tokenizer needs the `tokenizers` library."""
 
 
 def byte_of_letter() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for, in their order: printable ones for themselves, the others from U+0100 on (GPT-2)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """Letter of a byte-level vocabulary -> the byte it stands for, in the order of the bytes.
+
+    Printable bytes stand for themselves, the others are U+0100 and up (GPT-2).
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
-    return {chr(byte if byte in plain else next(others)): byte for byte in range(256)}
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
 
 
 def text_encoder(content: dict, specials_as_text: bool, wide: bool) -> core.TextEncoder:
     """The encoder for a parsed `tokenizers` file.
 
     Args:
-        specials_as_text: special tokens that occur in the text are encoded as text.
-        wide: give int32 ids, else uint16.
+        content: the parsed file.
+        specials_as_text: encode special tokens that occur in the text as text.
+        wide: give int32 ids instead of uint16.
 
     Raises:
-        Unsupported: the file asks for something else than byte-level BPE with a pattern that we know, and says what.
+        Unsupported: the file is not byte-level BPE with a known split pattern; the message names the difference.
     """
     try:
         pattern = split_pattern(content.get("pre_tokenizer"))
@@ -41,11 +45,11 @@ def text_encoder(content: dict, specials_as_text: bool, wide: bool) -> core.Text
         letters = "".join(byte_of_letter())
         return core.TextEncoder(letters, model["vocab"], model["merges"], pattern, normalise, added, whole, wide)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise Unsupported(f"a part of the file is not as expected: {error!r}") from error
+        raise Unsupported(f"unexpected content of the file: {error!r}") from error
 
 
 def split_pattern(pre_tokenizer: dict | None) -> str:
-    """Name of the pattern by which a pre-tokenizer splits text into words."""
+    """Name of the pattern that splits text into words."""
     if pre_tokenizer is None:
         raise Unsupported("no pre-tokenizer")
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
@@ -63,7 +67,7 @@ def split_pattern(pre_tokenizer: dict | None) -> str:
 
 
 def normaliser(normalizer: dict | None) -> bool:
-    """Whether text is brought to normalisation form C."""
+    """Whether text is normalised to form C."""
     if normalizer is None:
         return False
     if normalizer["type"] == "NFC" or (normalizer["type"] == "Sequence" and [step["type"] for step in normalizer["normalizers"]] == ["NFC"]):
@@ -72,7 +76,7 @@ def normaliser(normalizer: dict | None) -> bool:
 
 
 def require_supported_model(model: dict) -> None:
-    """Raise Unsupported for a model that is not plain BPE."""
+    """Raise Unsupported for a model that is not BPE, or BPE with unsupported options."""
     if model.get("type", "BPE") != "BPE":
         raise Unsupported(f"model {model['type']}")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
@@ -81,12 +85,12 @@ def require_supported_model(model: dict) -> None:
 
 
 def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) -> list[tuple[bytes, int, bool, bool]]:
-    """(text, id, looked for in the normalised text, left as text) of each added token."""
+    """(text, id, matched in the normalised text, encoded as text) of each added token."""
     added = []
     for token in tokens:
         text = token["content"]
         if any(token.get(option) for option in ("single_word", "lstrip", "rstrip")):
-            raise Unsupported(f"added token {text!r} takes its surroundings with it")
+            raise Unsupported(f"added token {text!r} includes the white space around it")
         if normalise and token["normalized"] and core.nfc(text) != text:
             raise Unsupported(f"added token {text!r} is changed by the normalizer")
         added.append((text.encode(), token["id"], bool(token["normalized"]), specials_as_text and bool(token["special"])))
@@ -96,6 +100,6 @@ def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) ->
 
 
 def whole_word_tokens(vocab: dict[str, int]) -> dict[bytes, int]:
-    """Bytes of the tokens that are taken whole when a word is one."""
+    """Bytes -> id of the tokens that encode a complete word without merges."""
     letters = byte_of_letter()
     return {bytes(letters[letter] for letter in token): number for token, number in vocab.items() if all(letter in letters for letter in token)}

@@ -1,7 +1,8 @@
-"""Conversations to tokens and labels: a chat template makes the text, and only what the assistant says is learned.
+"""Conversations to tokens and labels: a chat template renders the text; answers of the assistant are learned.
 
-A line of input is {"messages": [{"role": ..., "content": ...}, ...]}, or for preferences {"chosen": [...], "rejected": [...]}, each a list of messages.
-The text is encoded as a whole, as it is when the model is used; a token is learned where it holds a character of an answer of the assistant.
+A line of input is {"messages": [{"role": ..., "content": ...}, ...]}, or for preferences {"chosen": [...], "rejected":
+[...]}, each a list of messages. The complete text is encoded at once, as in generation. A token is learned if it holds
+a character of an answer of the assistant.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from neox.data.lazy import Lazy
+import numpy as np
+
 from neox.data.store.indexed import IndexedWriter, token_dtype
-from neox.data.text.preprocess import BAD_LINES, Summary, encoded_by_processes
+from neox.data.text.preprocess import DEFAULTS, Options, Summary, bad_line_error, encoded_by_processes
 from neox.data.text.quarantine import Quarantine
 from neox.data.text.reading import BLOCK_BYTES, BadLine, TextChunk, is_unicode, parse_object, read_blocks
 from neox.data.text.template_process import Messages, RefusedConversation, TemplateProcess
@@ -27,11 +29,6 @@ from neox.errors import ConfigError, DataError
 from neox.files import read_json, read_text
 from neox.targets import IGNORED
 
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = Lazy("numpy")
-
 MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
 TEMPLATES = {  # by name
     "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -39,7 +36,8 @@ TEMPLATES = {  # by name
     "plain": "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }
-TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"  # where Hugging Face keeps one, beside the tokenizer
+# next to the tokenizer in Hugging Face repositories
+TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,13 @@ class ChatEncoding:
     """How conversations become tokens.
 
     Attributes:
-        tokenizer: `tokenizers` JSON file. eod_token: see `Tokenizer`.
+        tokenizer: `tokenizers` JSON file.
+        eod_token: end-of-document token; see `Tokenizer`.
         template: text of the chat template (Jinja).
-        keys: of a JSON line: `messages`, or `chosen` and `rejected`.
+        keys: keys of a JSON line: `messages`, or `chosen` and `rejected`.
         append_eod: end each conversation with the end-of-document token, unless the template does.
-        last_only: learn the last answer of the assistant only.
-        form: how files are read, see `neox.data.text.input_files.read_as_lines`.
+        last_only: learn only the last answer of the assistant.
+        form: how files are read; see `neox.data.text.input_files.read_as_lines`.
     """
 
     tokenizer: str
@@ -66,14 +65,14 @@ class ChatEncoding:
 
 @dataclass
 class ChatSummary(Summary):
-    """What a run read, wrote and left out; `learned` tokens of `tokens` have a label."""
+    """What a run read, wrote and left out. `learned` is the number of tokens with a label."""
 
     learned: int = 0
 
 
 @dataclass(frozen=True)
 class EncodedChats:
-    """Conversations of one block: for each key (tokens, labels) of every line, int64."""
+    """The conversations of one block: for every line, (tokens, labels) of each key, int64."""
 
     rows: list[list[tuple[np.ndarray, np.ndarray]]]
     bad: list[BadLine]
@@ -85,11 +84,11 @@ def find_template(given: str | None, tokenizer: str) -> str:
     """The text of a chat template.
 
     Args:
-        given: a file, or a name in TEMPLATES; None: what lies beside the tokenizer.
-        tokenizer: the tokenizer's file.
+        given: a file, or a name in TEMPLATES; None for the template next to the tokenizer.
+        tokenizer: file of the tokenizer.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no template, or it cannot be read.
     """
     if given in TEMPLATES:
         return TEMPLATES[given]
@@ -101,7 +100,7 @@ def find_template(given: str | None, tokenizer: str) -> str:
             return read_text(folder / TEMPLATE_FILE)
         if (folder / SETTINGS_FILE).exists():
             found = read_json(folder / SETTINGS_FILE).get("chat_template")
-            if isinstance(found, list):  # several, by name
+            if isinstance(found, list):  # several templates, by name
                 found = {each.get("name"): each.get("template") for each in found}.get("default")
             if isinstance(found, str):
                 return found
@@ -113,12 +112,13 @@ def find_template(given: str | None, tokenizer: str) -> str:
 
 
 class ChatEncoder:
-    """Turns blocks of JSON lines into tokens and labels. Holds a process until it is closed."""
+    """Encodes blocks of JSON lines. Runs a process for the template until it is closed."""
 
     def __init__(self, encoding: ChatEncoding):
         self._encoding = encoding
         self.tokenizer = Tokenizer(encoding.tokenizer, encoding.eod_token)
-        if encoding.append_eod and self.tokenizer.eod_id is None:
+        self._eod = self.tokenizer.eod_id if encoding.append_eod else None
+        if encoding.append_eod and self._eod is None:
             do = "name it by --eod-token, or pass --no-append-eod"
             raise ConfigError("tokenizer has no end-of-document token", where=encoding.tokenizer, do=do)
         self._template = TemplateProcess(encoding.template, special_tokens(encoding.tokenizer, self.tokenizer.eod_token))
@@ -128,13 +128,13 @@ class ChatEncoder:
         self._template.close()
 
     def __call__(self, block: list[TextChunk | BadLine]) -> EncodedChats:
-        """Encode the lines of a block; what gives no conversation becomes a `BadLine`."""
+        """Encode the lines of a block. A line that gives no conversation becomes a `BadLine`."""
         rows, bad, blank = [], [item for item in block if isinstance(item, BadLine)], 0
-        for piece in (item for item in block if isinstance(item, TextChunk)):
-            if piece.line == 0:
-                bad.append(BadLine(piece.path, 0, "not JSON lines: conversations are read from .jsonl files", None))
+        for chunk in (item for item in block if isinstance(item, TextChunk)):
+            if chunk.line == 0:
+                bad.append(BadLine(chunk.path, 0, "not JSON lines: conversations are read from .jsonl files", None))
                 continue
-            for number, line in enumerate(piece.content.removesuffix(b"\n").split(b"\n"), piece.line):
+            for number, line in enumerate(chunk.content.removesuffix(b"\n").split(b"\n"), chunk.line):
                 if not line.strip():
                     blank += 1
                     continue
@@ -142,11 +142,15 @@ class ChatEncoder:
                     found, more = conversations(line, self._encoding.keys)
                     rows.append([self.encode(messages, more) for messages in found])
                 except RefusedConversation as reason:
-                    bad.append(BadLine(piece.path, number, str(reason), line))
+                    bad.append(BadLine(chunk.path, number, str(reason), line))
         return EncodedChats(rows, bad, blank, sum(len(item.content) for item in block if isinstance(item, TextChunk)))
 
     def encode(self, messages: Messages, more: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels of a conversation, int64. `more`: `tools` and `documents` for the template.
+        """Tokens and labels of a conversation, int64; the label of a token that is not learned is -100.
+
+        Args:
+            messages: the conversation.
+            more: `tools` and `documents` for the template.
 
         Raises:
             RefusedConversation: nothing in it would be learned, or the template refuses it.
@@ -156,17 +160,17 @@ class ChatEncoder:
             raise RefusedConversation("not JSON: a lone surrogate in the text")
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         learned = learned_tokens(offsets, spans[-1:] if self._encoding.last_only else spans)
-        if self._encoding.append_eod and ids[-1:] != [self.tokenizer.eod_id]:
-            ids.append(self.tokenizer.eod_id)
+        if self._eod is not None and ids[-1:] != [self._eod]:
+            ids.append(self._eod)
             learned.append(messages[-1]["role"] == "assistant")
         if not any(learned):
-            raise RefusedConversation("the assistant says nothing")
+            raise RefusedConversation("no answer of the assistant")
         tokens = np.array(ids, dtype=np.int64)
         return tokens, np.where(learned, tokens, IGNORED)
 
 
 def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """For each token, which stands for characters [start, end), whether it holds a character of one of the spans [start, end)."""
+    """For each token, which encodes characters [start, end), whether it overlaps one of the spans [start, end)."""
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     learned = [False] * len(offsets)
     for low, high in spans:
@@ -177,9 +181,9 @@ def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int
 
 
 def special_tokens(tokenizer: str, eod_token: str | None) -> dict[str, str]:
-    """What templates call bos_token, eos_token, pad_token, ...: those that tokenizer_config.json names."""
+    """bos_token, eos_token, pad_token, ... for the template, from tokenizer_config.json."""
     named: Any = {}
-    with contextlib.suppress(OSError, ValueError):  # the file is somebody else's: without it there is no bos_token
+    with contextlib.suppress(OSError, ValueError):  # an optional file; without it there is no bos_token
         named = read_json(Path(tokenizer).parent / SETTINGS_FILE)
     found = {}
     for key, value in named.items() if isinstance(named, dict) else ():
@@ -190,10 +194,10 @@ def special_tokens(tokenizer: str, eod_token: str | None) -> dict[str, str]:
 
 
 def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dict[str, Any]]:
-    """The conversations under some keys of a JSON line, a `prompt` (text, or messages) before each, and the line's `tools` and `documents`.
+    """The conversations under `keys` of a JSON line, each after its `prompt` if any, and its `tools` and `documents`.
 
     Raises:
-        RefusedConversation: it has another form.
+        RefusedConversation: the line has a different form.
     """
     value, reason = parse_object(line)
     if reason is not None:
@@ -209,25 +213,29 @@ def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dic
 
 
 def as_messages(value: Any, answers_prompt: bool) -> Any:
-    """A text that answers a prompt, as the assistant's message."""
+    """A text that answers a prompt, as a message of the assistant; any other value as it is."""
     return [{"role": "assistant", "content": value}] if isinstance(value, str) and answers_prompt else value
 
 
 def drop_repeated_prompt(messages: Messages, before: Messages) -> Messages:
-    """The conversation without its prompt where `chosen` and `rejected` begin with it themselves, as in common datasets."""
+    """The conversation without its prompt if `chosen` and `rejected` repeat it, as in common datasets."""
     count = len(before)
     return messages[count:] if count and messages[count : 2 * count] == before else messages
 
 
 def checked_messages(value: Any, key: str) -> Messages:
-    """Checked messages. Raises RefusedConversation."""
+    """The value, checked to be a list of messages.
+
+    Raises:
+        RefusedConversation: it is not.
+    """
     if not isinstance(value, list) or not all(map(is_message, value)):
         raise RefusedConversation(f"key {key!r} is not a list of messages with role and content")
     return value
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value is a message: a role, and content that may be missing where the assistant calls tools."""
+    """Whether a value is a message: a role and content, which may be missing if the assistant calls tools."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     return isinstance(value.get("content"), str) or (value.get("content") is None and isinstance(value.get("tool_calls"), list))
@@ -240,12 +248,12 @@ def encode_chats(encoding: ChatEncoding, block: list[TextChunk | BadLine]) -> En
 
 @functools.cache
 def chat_encoder_of(encoding: ChatEncoding) -> ChatEncoder:
-    """The encoder of this process."""
+    """The encoder of this process, loaded once."""
     return ChatEncoder(encoding)
 
 
 def prefixes(out: str, keys: Sequence[str]) -> list[tuple[str, str]]:
-    """Prefixes of tokens and labels for each key."""
+    """The prefixes of tokens and labels for each key."""
     names = [out] if len(keys) == 1 else [f"{out}_{key}" for key in keys]
     return [(name, f"{name}_labels") for name in names]
 
@@ -254,15 +262,13 @@ def preprocess_chat(
     files: Sequence[str],
     out: str | os.PathLike[str],
     encoding: ChatEncoding,
-    *,
-    workers: int = 0,
-    bad_lines: str = "fail",
-    overwrite: bool = False,
+    options: Options = DEFAULTS,
     progress: Callable[[Summary], None] | None = None,
 ) -> ChatSummary:
-    """Write OUT and OUT_labels, or with pairs OUT_chosen, OUT_chosen_labels, OUT_rejected and OUT_rejected_labels. Arguments and errors as `preprocess`."""
-    if bad_lines not in BAD_LINES:
-        raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=bad_lines, want=", ".join(BAD_LINES))
+    """Write OUT and OUT_labels; for pairs OUT_chosen, OUT_chosen_labels, OUT_rejected and OUT_rejected_labels.
+
+    Arguments and errors are those of `preprocess`; `options.resume` is ignored.
+    """
     started = time.monotonic()
     encoder = ChatEncoder(encoding)
     tokenizer = encoder.tokenizer
@@ -270,28 +276,28 @@ def preprocess_chat(
     summary = ChatSummary(os.fspath(out), dtype, len(files))
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
     read = read_blocks(files, BLOCK_BYTES, form=encoding.form)
-    blocks: Iterator[EncodedChats] = map(encoder, read) if workers == 0 else encoded_by_processes(read, encoding, workers, encode_chats)
-    kept = Quarantine(f"{summary.out}.quarantine.jsonl", bad_lines == "quarantine")
+    blocks: Iterator[EncodedChats] = map(encoder, read) if options.workers == 0 else encoded_by_processes(read, encoding, options.workers, encode_chats)
+    quarantine = Quarantine(f"{summary.out}.quarantine.jsonl", options.bad_lines == "quarantine")
     with contextlib.closing(encoder), contextlib.ExitStack() as stack:
-        places = prefixes(summary.out, encoding.keys)
-        writers = [
-            tuple(stack.enter_context(IndexedWriter(name, kind, overwrite=overwrite, **made_by)) for name, kind in zip(pair, (dtype, "int32"), strict=True))
-            for pair in places
-        ]
-        stack.enter_context(kept)
+
+        def opened(prefix: str, kind: str) -> IndexedWriter:
+            return stack.enter_context(IndexedWriter(prefix, kind, overwrite=options.overwrite, **made_by))
+
+        writers = [(opened(tokens, dtype), opened(labels, "int32")) for tokens, labels in prefixes(summary.out, encoding.keys)]
+        stack.enter_context(quarantine)
         for block in blocks:
             for bad in block.bad:
-                if bad_lines == "fail":
-                    raise DataError("bad line", where=bad.where, got=bad.reason, do="mend the input, or pass --bad-lines skip or quarantine")
+                if options.bad_lines == "fail":
+                    raise bad_line_error(bad)
                 summary.add_bad(bad)
-                kept.keep(bad)
+                quarantine.add(bad)
             write(block, writers, summary)
             summary.seconds = time.monotonic() - started
             if progress is not None:
                 progress(summary)
         if summary.documents == 0:
             raise DataError("input has no conversations", where=", ".join(files[:3]), got=f"{summary.bad_lines} bad, {summary.blank_lines} blank lines")
-    summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
+    summary.quarantine = str(quarantine.path) if options.bad_lines == "quarantine" and summary.bad_lines else None
     summary.seconds = time.monotonic() - started
     return summary
 

@@ -1,6 +1,7 @@
-"""Chat templates: rendered as transformers renders them, in a process of its own whose time and memory are limited (`template_process`).
+"""Renders chat templates as transformers does, in a separate process with limited time and memory (`template_process`).
 
-Templates come with downloaded tokenizers. Jinja's sandbox keeps them from the machine, but not from looping or allocating without end.
+Templates come with downloaded tokenizers. Jinja's sandbox denies them access to the system, but does not stop endless
+loops or allocations.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import resource
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jinja2
 import jinja2.ext
@@ -20,16 +21,17 @@ import jinja2.sandbox
 
 from neox.data.text.template_process import Messages, RefusedConversation, Span, receive, send
 
-START_SECONDS = 10  # processor time to compile a template
-SECONDS, SECOND_PER_BYTES = 5, 1 << 24  # processor time to render a conversation: so much, and a second for each so many bytes of it
-MEMORY, MEMORY_PER_BYTE = 1 << 29, 16  # address space to render a conversation, beyond what the process has: so much, and so much for each byte of it
-OUTPUT, OUTPUT_PER_BYTE = 1 << 24, 16  # characters of what a conversation may become
+START_SECONDS = 10  # CPU time to compile a template
+SECONDS, SECOND_PER_BYTES = 5, 1 << 24  # CPU time to render a conversation: 5 s, plus 1 s per 16 MiB of it
+# address space to render a conversation: 512 MiB more than before, plus 16 bytes per byte of it
+MEMORY, MEMORY_PER_BYTE = 1 << 29, 16
+OUTPUT, OUTPUT_PER_BYTE = 1 << 24, 16  # characters of a rendered conversation
 LONGEST_REASON = 300
-REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning, in the order of preference
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of the reasoning in a message, in order of preference
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the assistant wrote, and what is to be learned."""
+    """`{% generation %} ... {% endgeneration %}` marks the text of the assistant, which is learned."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -39,7 +41,7 @@ class Generation(jinja2.ext.Extension):
         self.spans: list[Span] = []
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block as a call of `_record` with its body."""
+        """Parse the block as a call of `_record` with its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
@@ -51,7 +53,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Template:
-    """A chat template and the special tokens that it may name.
+    """A chat template and the special tokens that it may use.
 
     Raises:
         jinja2.TemplateError, RecursionError, MemoryError: it cannot be compiled.
@@ -62,45 +64,60 @@ class Template:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = to_json
-        self._generation: Generation = environment.extensions[Generation.identifier]
+        self._generation = cast(Generation, environment.extensions[Generation.identifier])
         self._tokens = special_tokens
         self._template = environment.from_string(text)
         self.marks_answers = any(is_generation(block) for block in environment.parse(text).find_all(jinja2.nodes.CallBlock))
 
     def render(self, messages: Messages, more: dict[str, Any], *, ask: bool = False, most: int = sys.maxsize) -> tuple[str, list[Span]]:
-        """The text of a conversation and what `{% generation %}` blocks wrote of it; with `ask`, up to where the assistant is to answer.
+        """Render a conversation.
 
         Args:
-            more: `tools` and `documents` of the conversation.
+            messages: the conversation.
+            more: its `tools` and `documents`.
+            ask: end with the generation prompt, after which the assistant answers.
             most: characters that the text may have.
+
+        Returns:
+            The text, and the spans of it that `{% generation %}` blocks wrote.
 
         Raises:
             RefusedConversation: the template fails, or writes too much.
         """
-        pieces: list[str] = []
+        parts: list[str] = []
         marks = self._generation
         marks.written, marks.spans = 0, []
         known = {"tools": None, "documents": None, **more, **self._tokens}
         try:
-            for piece in self._template.generate(messages=messages, add_generation_prompt=ask, **known):
-                pieces.append(piece)
-                marks.written += len(piece)
+            for part in self._template.generate(messages=messages, add_generation_prompt=ask, **known):
+                parts.append(part)
+                marks.written += len(part)
                 if marks.written > most:
                     raise RefusedConversation(f"chat template writes more than {most} characters")
         except RefusedConversation:
             raise
         except MemoryError:
             raise RefusedConversation("chat template takes too much memory") from None
-        except Exception as error:  # templates call methods of strings and lists, which raise anything
+        except Exception as error:  # templates call methods of strings and lists, which may raise any exception
             reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-            raise RefusedConversation(f"chat template refuses it: {reason}") from error
-        return "".join(pieces), marks.spans
+            raise RefusedConversation(f"chat template refuses the conversation: {reason}") from error
+        return "".join(parts), marks.spans
 
     def render_with_answers(self, messages: Messages, more: dict[str, Any], most: int = sys.maxsize) -> tuple[str, list[Span]]:
-        """The text and where in it the assistant speaks, [start, end) each: what `{% generation %}` blocks wrote, or else each answer with its end.
+        """Render a conversation and locate the answers of the assistant.
+
+        Args:
+            messages: the conversation.
+            more: its `tools` and `documents`.
+            most: characters that the text may have.
+
+        Returns:
+            The text, and the spans [start, end) of the answers: what `{% generation %}` blocks wrote, or without such
+            blocks each answer and the end of its turn.
 
         Raises:
-            RefusedConversation: as `render`, or a template without such blocks writes a beginning differently once more follows.
+            RefusedConversation: as `render`, or the template has no such blocks and renders earlier messages
+                differently when later ones follow.
         """
         messages = [normalised_message(message) for message in messages]
         text, spans = self.render(messages, more, most=most)
@@ -113,36 +130,36 @@ class Template:
             openings = [self.render(messages[:i], more, ask=ask, most=most)[0] for ask in (True, False)] if i else [""]
             before = next((opening for opening in openings if until.startswith(opening)), None)
             if before is None or not text.startswith(until):
-                raise RefusedConversation("chat template does not append: what it writes of earlier messages depends on later ones")
+                raise RefusedConversation("chat template does not only append: its text for earlier messages depends on later ones")
             spans.append((len(before), len(until)))
         return text, spans
 
 
 def is_generation(node: jinja2.nodes.CallBlock) -> bool:
-    """Whether a call block is what `Generation.parse` makes."""
+    """Whether a call block was created by `Generation.parse`."""
     called = node.call.node
     return isinstance(called, jinja2.nodes.ExtensionAttribute) and called.identifier == Generation.identifier
 
 
 def normalised_message(message: dict[str, Any]) -> dict[str, Any]:
-    """The message as transformers 5 gives it to templates: without keys that are null, its reasoning under each name that they know."""
+    """The message as transformers 5 passes it to templates: without null values, its reasoning under each known key."""
     message = {key: value for key, value in message.items() if value is not None}
     found = next((message[key] for key in REASONING if key in message), None)
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def refuse(reason: str) -> None:
-    """What templates call `raise_exception`."""
+    """`raise_exception` in templates."""
     raise jinja2.TemplateError(reason)
 
 
 def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    """The filter `tojson`: JSON as it stands in a text, where Jinja's own escapes it for HTML."""
+    """The filter `tojson`. Unlike that of Jinja it does not escape for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def limit(seconds: float, memory: int) -> None:
-    """From now on: the kernel ends the process after so much more processor time, and refuses it more address space than that."""
+    """Limit this process to `seconds` more CPU time and `memory` more bytes of address space."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     for kind, value in ((resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1), (resource.RLIMIT_AS, address_space() + memory)):
         hard = resource.getrlimit(kind)[1]
@@ -150,7 +167,7 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def address_space() -> int:
-    """Bytes of this process's address space; 0 where the system does not say."""
+    """Bytes of address space of this process; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -159,21 +176,23 @@ def address_space() -> int:
 
 
 def compiled(text: str, special_tokens: dict[str, str]) -> tuple[Template | None, str | None]:
-    """The template and None, or None and what is wrong with it."""
+    """(template, None), or (None, reason)."""
     try:
         return Template(text, special_tokens), None
     except MemoryError:
         return None, "takes too much memory to compile"
-    except Exception as error:  # Python's compiler raises SyntaxError and RecursionError for what Jinja makes of some templates
+    except Exception as error:  # Python's compiler raises SyntaxError and RecursionError for the code of some templates
         return None, " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
 def serve() -> None:
-    """Compile the template that comes first on standard input and answer with what is wrong with it, or None; then render conversations until the input ends.
+    """Compile the template that is first on standard input, and answer with what is wrong with it or None.
 
-    Each is [messages, more] and gives {"text", "spans"} or {"refused"}.
+    Then render conversations.
+
+    A request is [messages, more]; the answer is {"text", "spans"} or {"refused"}. Ends at the end of the input.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what ends at a limit is no bug to be examined
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump: a process that ends at a limit is not a bug
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     found = receive(requests)
     if found is None:

@@ -1,4 +1,4 @@
-"""Which files an input names, and how each of them is read: as JSON lines or as one document."""
+"""Finds input files, and decides whether each is read as JSON lines or as one document."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from neox.printing import printable
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jl", ".jsonlines", ".json")  # one JSON object per line
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
-# Files that are taken from a folder unless other suffixes are named. A plain .json there is more often a tokenizer or a description of the data.
+# Taken from a folder by default. A .json file without compression there is more often a tokenizer or a description of
+# the data.
 FOLDER_SUFFIXES = (".jsonl", ".txt", ".ndjson", ".jl", ".jsonlines", *(f".json{codec}" for codec in CODECS))
 FORMS = ("auto", "jsonl", "txt")
-NAMED = 3  # files that a notice names
+NAMED = 3  # files that a warning names
 
 PARQUET = "import sys, pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True, force_ascii=False)"
 ARROW = "import sys, datasets; datasets.Dataset.from_file(sys.argv[1]).to_json(sys.argv[2], force_ascii=False)"
@@ -30,12 +31,13 @@ ROWS = (
     "import sys, csv, json; csv.field_size_limit(2**31 - 1); "
     "sys.stdout.writelines(json.dumps(row) + '\\n' for row in csv.DictReader(open(sys.argv[1], encoding='utf-8', newline=''){delimiter}))"
 )
-TABLES = {".csv": ("a CSV table", ""), ".tsv": ("a TSV table", ", delimiter='\\t'")}  # suffix -> name, argument of csv.DictReader
+# suffix -> name, argument of csv.DictReader
+TABLES = {".csv": ("a CSV table", ""), ".tsv": ("a TSV table", ", delimiter='\\t'")}
 
 FOREIGN_SUFFIXES = {".parquet": "a Parquet file", ".arrow": "an Arrow file", ".feather": "an Arrow file"}
 ARCHIVES = {".zip": "a zip archive", ".tar": "a tar archive", ".tgz": "a tar archive", ".7z": "a 7z archive", ".rar": "a rar archive"}
 OTHER_CODECS = {".lz4": "lz4", ".br": "brotli", ".lzma": "lzma", ".z": "compress", ".snappy": "snappy", ".lzo": "lzo"}
-MAGIC = (  # how files of other kinds begin, whatever their name
+MAGIC = (  # first bytes of files of other kinds, whatever their name
     (b"PAR1\x15", "a Parquet file"),
     (b"ARROW1\0", "an Arrow file"),
     (b"PK\x03\x04", "a zip archive"),
@@ -51,26 +53,28 @@ log = logging.getLogger("neox.data")
 
 
 def codec_of(path: str) -> str | None:
-    """How a file is compressed, by its suffix: "gzip", "zstd", "bz2", "xz", or None."""
+    """Compression of a file by its suffix: "gzip", "zstd", "bz2", "xz", or None."""
     return CODECS.get(os.path.splitext(path)[1].lower())
 
 
 def uncompressed_name(path: str) -> str:
-    """The name in lower case, without its folder and its compression suffix."""
+    """The name in lower case, without folder and compression suffix."""
     stem, suffix = os.path.splitext(os.path.basename(path).lower())
     return stem if suffix in CODECS else stem + suffix
 
 
 def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES) -> list[str]:
-    """Files named directly, and those in named folders (at any depth, sorted) that end in one of `suffixes`, compressed or not, in any case.
+    """Find the files that inputs name: files, and files in folders with one of `suffixes`, compressed or not.
 
-    Linked folders are followed. A file that is reached twice, by its name, a link or a hard link, is taken once. Hidden files and folders, and files
-    with other suffixes, are left out of folders. Each of these is reported as a warning.
+    Folders are searched at any depth, sorted by name; suffixes ignore case. Linked folders are followed. A file that is
+    reached twice, by its name, a link or a hard link, is taken once. Hidden files and folders, and files with other
+    suffixes, are left out of folders. Each of these is reported as a warning.
 
     Raises:
-        DataError: something named is missing, is no file or folder, is of a kind that is not read (Parquet, archives, ...), or a folder has no such file.
+        DataError: an input is missing, is neither a file nor a folder, or is of a kind that is not read (Parquet,
+            archives, ...), or a folder has no such file.
     """
-    finder = _Finder(suffixes)
+    finder = _InputFinder(suffixes)
     for name in inputs:
         if os.path.isdir(name):
             finder.add_folder(name)
@@ -88,13 +92,13 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES)
     return finder.files
 
 
-class _Finder:
-    """Collects input files, and what was left out."""
+class _InputFinder:
+    """Collects input files, and what is left out."""
 
     def __init__(self, suffixes: Sequence[str]):
         self.files: list[str] = []
         self._suffixes = tuple(suffix.lower() for suffix in suffixes)
-        self._seen: dict[tuple[int, int], str] = {}  # device and inode -> the name that it was taken under
+        self._seen: dict[tuple[int, int], str] = {}  # (device, inode) -> the name it was taken under
         self._twice: list[str] = []
         self._hidden: list[str] = []
         self._loops: list[str] = []
@@ -102,7 +106,7 @@ class _Finder:
         self._others: Counter[str] = Counter()  # suffix -> files
 
     def add(self, path: str) -> None:
-        """Take a file, unless it was taken before."""
+        """Take a file, unless it was already taken."""
         if self._is_new(path):
             self.files.append(path)
         else:
@@ -114,7 +118,11 @@ class _Finder:
         return found.st_ino == 0 or self._seen.setdefault(key, path) is path  # 0: a file system without inodes
 
     def add_folder(self, folder: str) -> None:
-        """Take the files of a folder. Raises DataError when there are none."""
+        """Take the files of a folder.
+
+        Raises:
+            DataError: there are none.
+        """
         before, others, on_path = len(self.files) + len(self._twice), Counter(self._others), {_identity(folder)}
         self._walk(folder, on_path)
         if len(self.files) + len(self._twice) == before:
@@ -162,7 +170,7 @@ class _Finder:
     def report(self) -> None:
         """Log what was left out."""
         if self._others:
-            log.warning("left out of folders: %d files with other suffixes%s; --suffix names what is taken", sum(self._others.values()), _counts(self._others))
+            log.warning("left out of folders: %d files with other suffixes%s; --suffix selects others", sum(self._others.values()), _counts(self._others))
         for paths, what in (
             (self._hidden, "hidden, left out"),
             (self._special, "neither files nor folders, left out"),
@@ -186,14 +194,14 @@ def _counts(suffixes: Counter[str]) -> str:
 
 
 def conversion(kind: str, path: str) -> str:
-    """The command that turns a file of another kind into JSON lines."""
+    """The command that converts a file of another kind to JSON lines."""
     code, packages = (PARQUET, "pandas pyarrow") if "Parquet" in kind else (ARROW, "datasets")
     target = os.path.splitext(path)[0] + ".jsonl"
     return f'pip install {packages}; python -c "{code}" {shlex.quote(path)} {shlex.quote(target)}'
 
 
 def refuse_by_name(path: str) -> None:
-    """Raise DataError for a file whose suffix names a kind that is not read."""
+    """Raise DataError for a file whose suffix is that of a kind that is not read."""
     stem, suffix = os.path.splitext(path.lower())
     inner = os.path.splitext(stem)[1]
     _refuse(path, FOREIGN_SUFFIXES.get(suffix) or ARCHIVES.get(suffix) or (ARCHIVES.get(inner) if suffix in CODECS else None))
@@ -217,7 +225,7 @@ def _refuse(path: str, kind: str | None) -> None:
 
 
 def refuse_saved_dataset(folder: str, names: set[str]) -> None:
-    """Raise DataError for a folder that `save_to_disk` of Hugging Face datasets wrote."""
+    """Raise DataError for a folder written by `save_to_disk` of Hugging Face datasets."""
     splits = "dataset_dict.json" in names
     if not splits and not {"state.json", "dataset_info.json"} <= names:
         return
@@ -230,15 +238,17 @@ def refuse_saved_dataset(folder: str, names: set[str]) -> None:
 def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
     """Whether a file is JSON lines and not one document.
 
-    The name decides: .jsonl, .ndjson, .jl, .jsonlines and .json are JSON lines. A file without a suffix, or with a number for one (part-00000), is JSON
-    lines where its first line is a JSON object. Any other file is one document.
+    The name decides: .jsonl, .ndjson, .jl, .jsonlines and .json are JSON lines. A file without a suffix, or with a
+    number as its suffix (part-00000), is JSON lines if its first line is a JSON object. Any other file is one document.
 
     Args:
-        start: the first bytes of the content, decompressed: complete, or at least the first line where that is of usual length.
-        form: one of FORMS; other than "auto" it decides alone.
+        path: the file.
+        start: the first decompressed bytes: all of them, or enough for a first line of usual length.
+        form: one of FORMS; other than "auto", it decides alone.
 
     Raises:
-        DataError: the file is of another kind (Parquet, a JSON array, ...), or its first line is a JSON object and its name says text.
+        DataError: the file is of another kind (Parquet, a JSON array, ...), or its first line is a JSON object but its
+            name is that of a text file.
     """
     _refuse(path, next((kind for magic, kind in MAGIC if start.startswith(magic)), None))
     if form != "auto":
@@ -259,7 +269,7 @@ def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
 
 
 def refuse_table(path: str, suffix: str) -> None:
-    """Raise DataError for a table of comma- or tab-separated values, which would be one document of all its rows."""
+    """Raise DataError for a table of comma- or tab-separated values, which would become one document."""
     if suffix not in TABLES:
         return
     kind, delimiter = TABLES[suffix]
@@ -271,7 +281,13 @@ def refuse_table(path: str, suffix: str) -> None:
 
 
 def refuse_one_value(path: str, first: bytes, more: bool) -> None:
-    """Raise DataError for a JSON file that holds one array or one object over several lines. `first`: its first line; `more` follows."""
+    """Raise DataError for a JSON file with one array, or one object over several lines.
+
+    Args:
+        path: the file.
+        first: its first line.
+        more: whether more lines follow.
+    """
     if first.startswith(b"[") and not _is_list_of_values(first):
         target = re.sub(r"(\.[a-z0-9]+)?$", ".jsonl", path, count=1) if not path.endswith(".jsonl") else f"{path}.jsonl"
         do = f'python -c "{ARRAY}" {shlex.quote(path)} > {shlex.quote(target)}'
@@ -282,7 +298,7 @@ def refuse_one_value(path: str, first: bytes, more: bool) -> None:
 
 
 def _is_list_of_values(line: bytes) -> bool:
-    """Whether a line is a complete JSON array without objects: a bad line like others, and not the start of an array of rows."""
+    """Whether a line is a complete JSON array without objects: a bad line, not the start of an array of rows."""
     try:
         return not any(isinstance(item, dict) for item in orjson.loads(line))
     except (orjson.JSONDecodeError, TypeError):
@@ -290,7 +306,7 @@ def _is_list_of_values(line: bytes) -> bool:
 
 
 def looks_like_an_object(line: bytes, complete: bool) -> bool:
-    """Whether a line is a JSON object with a key, or the beginning of one that is too long to be seen whole."""
+    """Whether a line is a JSON object with a key, or, if it is not complete, the start of one."""
     try:
         return line.startswith(b"{") and bool(orjson.loads(line))
     except orjson.JSONDecodeError:

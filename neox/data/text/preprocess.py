@@ -1,10 +1,14 @@
-"""Text to an indexed dataset: parse, encode and write, streaming, on several threads or processes. The output is the same for any number of them."""
+"""Text to an indexed dataset: parse, encode and write as a stream, on several threads or processes.
+
+The output is the same for any number of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -12,15 +16,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from neox.data.store.indexed import IndexedWriter, token_dtype
 from neox.data.text.byte_level import Unsupported
-from neox.data.text.encoding import Block, EncodedBlock, Encoding, HFEncoder, NativeEncoder, StartedBlock, encoder_for
-from neox.data.text.library_process import LibraryProcess
+from neox.data.text.encoding import Block, EncodedBlock, Encoding, HFEncoder, NativeEncoder, encoder_for
 from neox.data.text.progress import SOURCE_FIELDS, InputIdentity, ProgressFile, ResumePoint, finished_sidecar
 from neox.data.text.quarantine import Quarantine
 from neox.data.text.reading import BLOCK_BYTES, BadLine, read_blocks
@@ -28,13 +33,23 @@ from neox.data.text.tokenizer import TokenizerFile
 from neox.errors import ConfigError, DataError, MemoryExhausted
 
 BAD_LINES = ("fail", "skip", "quarantine")
-WAITING = 4  # blocks that are encoded or waited for, for each thread or process
-NOTE_SECONDS = 20.0  # at most that much work is lost when a run is killed
+WAITING = 4  # blocks in flight per thread or process
+SAVE_SECONDS = 20.0  # a killed run loses at most this much work
 EXAMPLES = 20  # bad lines that the summary names
 
 log = logging.getLogger("neox.data")
 
-Result = TypeVar("Result", Future, StartedBlock)
+T = TypeVar("T")
+Result = TypeVar("Result", covariant=True)
+Settings = TypeVar("Settings")
+
+
+class Pending(Protocol[Result]):
+    """A result that can be waited for: a `Future` or a `StartedBlock`."""
+
+    def result(self) -> Result:
+        """Wait for the result."""
+        ...
 
 
 @dataclass
@@ -65,7 +80,7 @@ class Summary:
         self.empty_documents += block.empty
 
     def add_bad(self, bad: BadLine) -> None:
-        """Count a bad line; the first ones are kept by name."""
+        """Count a bad line; the first ones are listed as examples."""
         self.bad_lines += 1
         reason = bad.reason.split(":")[0]
         self.bad_reasons[reason] = self.bad_reasons.get(reason, 0) + 1
@@ -73,170 +88,238 @@ class Summary:
             self.bad_examples.append({"where": bad.where, "reason": bad.reason})
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a run works; the tokens do not depend on it.
+
+    Attributes:
+        workers: threads that encode, or processes if the tokenizer needs the `tokenizers` library; 0 for the calling
+            thread.
+        bad_lines: what to do with a line that gives no document: "fail" stops, "skip" counts it, "quarantine" also
+            stores it in OUT.quarantine.jsonl.
+        overwrite: replace an existing dataset.
+        resume: continue a run of the same input, tokenizer and options that was ended, by kill -9 too. The output is
+            the same bytes. If that run had finished, its summary is returned. If there is none, the run starts from the
+            beginning. An exception leaves the unfinished files for the next attempt.
+        block_bytes: bytes of text per block.
+        save_seconds: time between two saves of the progress.
+
+    Raises:
+        ConfigError: unknown value of bad_lines.
+    """
+
+    workers: int = 0
+    bad_lines: str = "fail"
+    overwrite: bool = False
+    resume: bool = False
+    block_bytes: int = BLOCK_BYTES
+    save_seconds: float = SAVE_SECONDS
+
+    def __post_init__(self) -> None:
+        if self.bad_lines not in BAD_LINES:
+            raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=self.bad_lines, want=", ".join(BAD_LINES))
+
+
+DEFAULTS = Options()
+
+
 def preprocess(
     files: Sequence[str],
     out: str | os.PathLike[str],
     encoding: Encoding,
-    *,
-    workers: int = 0,
-    bad_lines: str = "fail",
-    overwrite: bool = False,
-    resume: bool = False,
+    options: Options = DEFAULTS,
     progress: Callable[[Summary], None] | None = None,
-    block_bytes: int = BLOCK_BYTES,
-    note_seconds: float = NOTE_SECONDS,
 ) -> Summary:
-    """Tokenize files (`neox.data.text.input_files.find_files`) into OUT.bin, OUT.idx and OUT.json.
+    """Tokenize files into OUT.bin, OUT.idx and OUT.json. Without `resume`, an exception leaves no file.
 
     Args:
-        workers: threads that encode, or processes where the tokenizer needs the `tokenizers` library; 0: this one.
-        bad_lines: what a line that gives no document does: "fail" stops, "skip" counts it, "quarantine" also keeps it in OUT.quarantine.jsonl.
-        resume: go on where a run of the same input, tokenizer and options was ended, by kill -9 too; the output is the same bytes. Where such a
-            run was done already, its summary is returned; without one this starts anew. An exception leaves the unfinished files for another try.
-        progress: called after each block. block_bytes: text that a worker gets at a time.
-        note_seconds: how often it is noted how far the run has come.
+        files: input files; see `neox.data.text.input_files.find_files`.
+        out: prefix of the dataset.
+        encoding: how documents become tokens.
+        options: how the run works.
+        progress: called after each block.
 
     Raises:
-        DataError: bad line under "fail" (file:line and reason), no documents, input unreadable or changed, or OUT is there already.
-        DiskError: OUT cannot be written. MemoryExhausted: a worker was killed. Without `resume` nothing is left behind in either case.
+        DataError: a bad line under "fail" (file:line and reason), no documents, input unreadable or changed, or OUT
+            exists.
+        DiskError: OUT cannot be written.
+        MemoryExhausted: a worker was killed.
     """
-    if bad_lines not in BAD_LINES:
-        raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=bad_lines, want=", ".join(BAD_LINES))
     started, out = time.monotonic(), os.fspath(out)
-    with LibraryProcess(encoding.tokenizer, encoding.specials_as_text) as library:  # first, since it takes a while to load
-        tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
-        dtype = token_dtype(tokenizer.vocab_size - 1)
-        origin = InputIdentity(files, lambda: {**asdict(encoding), "tokenizer": tokenizer.hash, "bad_lines": bad_lines}, block_bytes)
-        notes = ProgressFile(out, origin, note_seconds)
-        before = notes.read() if resume else None
-        if resume and before is None and (whole := finished_sidecar(out, origin.source, files)) is not None:
-            return Summary(out, dtype, documents=whole.num_documents, tokens=whole.num_tokens, **{key: whole.source[key] for key in SOURCE_FIELDS})
-        summary = Summary(out, dtype, len(files)) if before is None else Summary(**{**before.summary, "out": out})
-        started -= summary.seconds
-        first = done = 0 if before is None else before.blocks
-        blocks = encoded(islice(read_blocks(files, block_bytes, form=encoding.form), first, None), first, encoding, tokenizer, library, workers, summary)
-        if before:
-            restore_partial_names(out)
-        made_by = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "resume": before and before.writer}
-        kept = Quarantine(f"{out}.quarantine.jsonl", bad_lines == "quarantine", before.quarantine_bytes if before else 0)
-        with IndexedWriter(out, dtype, overwrite=overwrite, **made_by) as writer, kept, partial_files(notes, writer, kept, resume, before):
-            for done, block in enumerate(blocks, first + 1):
-                write_block(block, writer, kept, summary, bad_lines)
-                summary.seconds = time.monotonic() - started
-                origin.prepare()  # here, where other threads have work
-                if notes.due and summary.documents:
-                    notes.note(ResumePoint(done, writer.sync(), kept.sync(), asdict(summary)))
-                if progress is not None:
-                    progress(summary)
-            require_documents(summary, files)
-            publish(writer, kept, notes, ResumePoint(done, writer.sync(), kept.sync(), asdict(summary)), origin.source, tokenizer.hash)
-        summary.quarantine = str(kept.path) if bad_lines == "quarantine" and summary.bad_lines else None
-        summary.seconds = time.monotonic() - started
-        return summary
+    tokenizer = TokenizerFile(encoding.tokenizer, encoding.eod_token)
+    dtype = token_dtype(tokenizer.vocab_size - 1)
+    settings = {**encoding.settings(), "tokenizer": tokenizer.hash, "bad_lines": options.bad_lines}
+    inputs = InputIdentity(files, settings, options.block_bytes)
+    progress_file = ProgressFile(out, inputs, options.save_seconds)
+    before = progress_file.read() if options.resume else None
+    if options.resume and before is None and (found := finished_summary(out, inputs.source, files)) is not None:
+        return found
+    summary = Summary(out, dtype, len(files)) if before is None else Summary(**{**before.summary, "out": out})
+    started -= summary.seconds
+    first = 0 if before is None else before.blocks
+    read = islice(read_blocks(files, options.block_bytes, form=encoding.form), first, None)
+    blocks = encoded(read, first, encoding, tokenizer, options.workers, summary)
+    if before is not None:
+        restore_partial_names(out)
+    made_by = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
+    writer = IndexedWriter(out, dtype, overwrite=options.overwrite, **made_by, resume=None if before is None else before.writer)
+    quarantine = Quarantine(f"{out}.quarantine.jsonl", options.bad_lines == "quarantine", before.quarantine_bytes if before else 0)
+    output = Output(writer, quarantine, progress_file, summary, options, first)
+    with writer, quarantine, output.partial_files(before):
+        for block in blocks:
+            output.write(block)
+            summary.seconds = time.monotonic() - started
+            output.save_if_due()
+            if progress is not None:
+                progress(summary)
+        require_documents(summary, files)
+        output.publish(inputs.source, tokenizer.hash)
+    summary.quarantine = str(quarantine.path) if options.bad_lines == "quarantine" and summary.bad_lines else None
+    summary.seconds = time.monotonic() - started
+    return summary
 
 
-def write_block(block: EncodedBlock, writer: IndexedWriter, kept: Quarantine, summary: Summary, bad_lines: str) -> None:
-    """Write a block and count it. Raises DataError for a bad line under "fail"."""
-    for bad in block.bad:
-        if bad_lines == "fail":
-            do = "mend the input, or pass --bad-lines skip or quarantine"
-            raise DataError("bad line" if bad.line else "bad file", where=bad.where, got=bad.reason, do=do)
-        summary.add_bad(bad)
-        kept.keep(bad)
-    writer.add_documents(block.tokens, block.sizes)
-    summary.add(block)
+@dataclass
+class Output:
+    """The files that a run writes, and its counts; `blocks` is the number of blocks that were written."""
+
+    writer: IndexedWriter
+    quarantine: Quarantine
+    progress_file: ProgressFile
+    summary: Summary
+    options: Options
+    blocks: int
+
+    def write(self, block: EncodedBlock) -> None:
+        """Write a block and count it.
+
+        Raises:
+            DataError: a bad line under "fail".
+        """
+        for bad in block.bad:
+            if self.options.bad_lines == "fail":
+                raise bad_line_error(bad)
+            self.summary.add_bad(bad)
+            self.quarantine.add(bad)
+        self.writer.add_documents(block.tokens, block.sizes)
+        self.summary.add(block)
+        self.blocks += 1
+
+    def save_if_due(self) -> None:
+        """Save the progress if it is time to."""
+        if self.progress_file.due and self.summary.documents:
+            self.save()
+
+    def save(self) -> None:
+        """Make the files durable, and save the progress."""
+        point = ResumePoint(self.blocks, self.writer.sync(), self.quarantine.sync(), asdict(self.summary))
+        self.progress_file.save(point)
+
+    def publish(self, source: str, tokenizer_hash: str) -> None:
+        """Give the files their final names. The progress is saved first, in case of a kill between the renames."""
+        self.save()
+        counts = asdict(self.summary)
+        self.writer.tokenizer_hash = tokenizer_hash
+        self.writer.source = {"hash": source, **{key: counts[key] for key in SOURCE_FIELDS}}
+        self.quarantine.publish()
+        self.writer.finish()
+        self.progress_file.remove()
+
+    @contextlib.contextmanager
+    def partial_files(self, before: ResumePoint | None) -> Iterator[None]:
+        """After an exception, keep the unfinished files for the next attempt with `resume`, else remove them."""
+        if before is None:
+            # of an earlier run, which has ended, since this writer holds the lock on its files
+            self.progress_file.remove()
+        try:
+            yield
+        except BaseException:
+            if self.options.resume and self.progress_file.path.exists():
+                self.writer.keep()
+                self.quarantine.keep_partial = True
+            else:
+                self.progress_file.remove()
+            raise
+
+
+def bad_line_error(bad: BadLine) -> DataError:
+    """The error for a bad line under "fail"."""
+    do = "fix the input, or pass --bad-lines skip or quarantine"
+    return DataError("bad line" if bad.line else "bad file", where=bad.where, got=bad.reason, do=do)
 
 
 def require_documents(summary: Summary, files: Sequence[str]) -> None:
-    """Raise DataError when nothing was written."""
+    """Raise DataError if no document was written."""
     if summary.documents == 0:
         got = f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} files"
         raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
 
 
-def publish(writer: IndexedWriter, kept: Quarantine, notes: ProgressFile, progress: ResumePoint, source: str, tokenizer_hash: str) -> None:
-    """Give the files their names. There is a note before, for a kill between the renames."""
-    notes.note(progress)
-    writer.tokenizer_hash = tokenizer_hash
-    writer.source = {"hash": source, **{key: progress.summary[key] for key in SOURCE_FIELDS}}
-    kept.publish()
-    writer.finish()
-    notes.remove()
-
-
-@contextlib.contextmanager
-def partial_files(notes: ProgressFile, writer: IndexedWriter, kept: Quarantine, resume: bool, before: ResumePoint | None) -> Iterator[None]:
-    """After an exception, what is unfinished stays for another try or is removed."""
-    if before is None:
-        notes.remove()  # of an earlier run, which is known to have ended since the writer has its files
-    try:
-        yield
-    except BaseException:
-        if resume and notes.path.exists():
-            writer.keep()
-            kept.stays = True
-        else:
-            notes.remove()
-        raise
+def finished_summary(out: str, source: str, files: Sequence[str]) -> Summary | None:
+    """The summary of the finished dataset OUT, if it was made from `source`; else None."""
+    sidecar = finished_sidecar(out, source, files)
+    if sidecar is None or sidecar.source is None:
+        return None
+    counts: dict[str, Any] = {key: sidecar.source[key] for key in SOURCE_FIELDS}
+    return Summary(out, sidecar.dtype, documents=sidecar.num_documents, tokens=sidecar.num_tokens, **counts)
 
 
 def restore_partial_names(out: str) -> None:
-    """Give files that were published by a run that ended before it was done their temporary names again."""
+    """Give files that an interrupted run had already published their temporary names back."""
     for suffix in (".idx", ".bin", ".quarantine.jsonl"):
         final, partial = Path(out + suffix), Path(f"{out}{suffix}.partial")
         if final.exists() and not partial.exists():
             final.rename(partial)
 
 
-def encoded(
-    blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, library: LibraryProcess, workers: int, summary: Summary
-) -> Iterator[EncodedBlock]:
-    """The blocks encoded, in order, by our encoder where it can; `summary` says by which. `first` is the number of the first block."""
-    native = encoder_for(encoding, tokenizer, library)
+def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary) -> Iterator[EncodedBlock]:
+    """Encode blocks, the first of which is number `first`, in order and natively if possible.
+
+    Records the encoder in `summary`.
+    """
+    native = encoder_for(encoding, tokenizer)
     if isinstance(native, Unsupported):
         summary.encoder = f"tokenizers ({native})"
         log.warning("%s is encoded by the tokenizers library, which is slower: %s", encoding.tokenizer, native)
-        yield from encoded_by_processes(blocks, encoding, workers)
+        if workers == 0:
+            yield from map(HFEncoder(encoding), blocks)
+        else:
+            yield from encoded_by_processes(blocks, encoding, workers, encode_block)
         return
     for block in encoded_by_threads(enumerate(blocks, first), native, workers):
         if native.differs:
-            summary.encoder = "tokenizers (csrc/data gave other ids)"
+            summary.encoder = "tokenizers (csrc/data gave different ids)"
         yield block
 
 
 def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEncoder, workers: int) -> Iterator[EncodedBlock]:
-    """Encode numbered blocks on threads, or on this one for 0 workers; results come in the order of the blocks, and a bounded number of them waits."""
+    """Encode numbered blocks on threads (0: the calling one), in order and with a bounded number in flight."""
     with contextlib.closing(encoder.threads(workers)) as threads:
         yield from in_order((encoder.start(number, block, threads) for number, block in numbered), WAITING * workers)
 
 
-def encoded_by_processes(blocks: Iterable[Block], encoding: Any, workers: int, encode: Callable[[Any, Block], Any] | None = None) -> Iterator[Any]:
-    """Encode blocks on worker processes, otherwise as `encoded_by_threads`: by encode(encoding, block), else by the `tokenizers` library.
+def encoded_by_processes(blocks: Iterable[Block], settings: Settings, workers: int, encode: Callable[[Settings, Block], T]) -> Iterator[T]:
+    """Encode blocks by encode(settings, block) on worker processes, in order and with a bounded number in flight.
 
     Raises:
-        MemoryExhausted: a worker died, most likely for want of memory.
+        MemoryExhausted: a worker died, most likely because memory ran out.
     """
-    if workers == 0:
-        yield from map(HFEncoder(encoding) if encode is None else functools.partial(encode, encoding), blocks)
-        return
-    import multiprocessing  # these take as long to import as a block of text to encode, and are seldom needed
-    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-
-    context = multiprocessing.get_context("spawn")  # fork would copy the threads of this process half-way
+    # fork would copy the threads of this process in an inconsistent state
+    context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
-        yield from in_order((executor.submit(encode or encode_block, encoding, block) for block in blocks), WAITING * workers)
+        submitted: Iterator[Future[T]] = (executor.submit(encode, settings, block) for block in blocks)
+        yield from in_order(submitted, WAITING * workers)
     except BrokenProcessPool as error:
-        raise MemoryExhausted(
-            "a worker process died", where="preprocess", got=error, do="use fewer --workers, or look for the kernel's out-of-memory log"
-        ) from error
+        do = "use fewer --workers, or check the kernel's out-of-memory log"
+        raise MemoryExhausted("a worker process died", where="preprocess", got=error, do=do) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def in_order(submitted: Iterable[Result], ahead: int) -> Iterator[EncodedBlock]:
-    """Results in the order of their submission; `ahead` of them are under way while one is waited for."""
-    pending: deque[Result] = deque()
+def in_order(submitted: Iterable[Pending[T]], ahead: int) -> Iterator[T]:
+    """Results in the order of submission, with `ahead` more in flight."""
+    pending: deque[Pending[T]] = deque()
     for future in submitted:
         pending.append(future)
         if len(pending) > ahead:
@@ -252,20 +335,20 @@ def encode_block(encoding: Encoding, block: Block) -> EncodedBlock:
 
 @functools.cache
 def encoder_of(encoding: Encoding) -> HFEncoder:
-    """The encoder of this process: a tokenizer takes long to load."""
+    """The encoder of this process, loaded once."""
     return HFEncoder(encoding)
 
 
 def start_worker() -> None:
-    """Set up a worker: one thread, deaf to Ctrl-C (the parent decides), gone when the parent is gone."""
+    """Set up a worker: one thread, SIGINT ignored because the parent handles it, ended with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def exit_with_parent() -> None:
-    """Wait for the parent's end, by kill -9 too, and end this process."""
-    from multiprocessing import connection, parent_process
-
-    connection.wait([parent_process().sentinel])
-    os._exit(1)
+    """Wait for the end of the parent, by kill -9 too, and end this process."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+    os._exit(1)  # sys.exit would end only this thread

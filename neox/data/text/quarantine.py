@@ -1,4 +1,4 @@
-"""Bad lines kept aside: PREFIX.quarantine.jsonl, which appears when a run is done and had any."""
+"""Stores bad lines in PREFIX.quarantine.jsonl, which appears when a run has finished and had any."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from neox.printing import printable
 
 
 class Quarantine:
-    """Keeps bad lines as {file, line, reason, content_base64}, one a line. A context manager; nothing is left of it after an exception.
+    """Writes bad lines as {file, line, reason, content_base64}, one per line.
+
+    A context manager; no file is left after an exception, unless `keep_partial` is set.
 
     Args:
-        enabled: else it keeps nothing.
-        resume_at: bytes that an earlier run has made durable; it goes on behind them.
+        path: final path of the file.
+        enabled: write the file at all.
+        resume_at: bytes that an earlier run made durable; new lines are appended to them.
+
+    Attributes:
+        keep_partial: keep the unfinished file after an exception, for a later run.
 
     Raises:
         DiskError: the file cannot be written.
@@ -30,19 +36,23 @@ class Quarantine:
 
     def __init__(self, path: str, enabled: bool, resume_at: int = 0):
         self.path = Path(path)
+        self.keep_partial = False
         self._partial = Path(f"{path}.partial")
         self._resume_at = resume_at
         self._file: BinaryIO | None = None
         self._enabled = enabled
-        self.stays = False  # after an exception, for a run that goes on with it
 
-    def keep(self, bad: BadLine) -> None:
-        """Keep a bad line."""
+    def add(self, bad: BadLine) -> None:
+        """Write a bad line."""
         if self._file is not None:
             self._file.write(record(bad))
 
     def sync(self) -> int:
-        """Make what was kept durable; returns its bytes."""
+        """Make the lines so far durable.
+
+        Returns:
+            The size of the file in bytes.
+        """
         if self._file is None:
             return 0
         try:
@@ -50,10 +60,10 @@ class Quarantine:
             os.fsync(self._file.fileno())
             return self._file.tell()
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._write_error(error) from error
 
     def publish(self) -> None:
-        """Give the file its name, if there was a bad line; nothing is kept from here on."""
+        """Give the file its final name if it has a line. Later lines are dropped."""
         if self._file is None:
             return
         size = self.sync()
@@ -66,17 +76,18 @@ class Quarantine:
             else:
                 self._partial.unlink(missing_ok=True)
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._write_error(error) from error
 
     def __enter__(self) -> Quarantine:
         if not self._enabled:
             return self
         try:
-            self._file = open(self._partial, "r+b" if self._resume_at else "wb", opener=open_no_link)  # closed by publish and __exit__
+            # closed by publish and __exit__
+            self._file = open(self._partial, "r+b" if self._resume_at else "wb", opener=open_no_link)
             self._file.truncate(self._resume_at)
             self._file.seek(self._resume_at)
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._write_error(error) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -85,12 +96,12 @@ class Quarantine:
                 self.publish()
         finally:
             if self._file is not None:
-                with contextlib.suppress(OSError):  # the disk is full: said already
+                with contextlib.suppress(OSError):  # the disk is full, which has been reported
                     self._file.close()
-            if self._enabled and not self.stays:
+            if self._enabled and not self.keep_partial:
                 self._partial.unlink(missing_ok=True)
 
-    def _cannot(self, error: OSError) -> DiskError:
+    def _write_error(self, error: OSError) -> DiskError:
         return DiskError("cannot write quarantine", where=self.path, got=error.strerror)
 
 

@@ -1,6 +1,6 @@
-"""Reading of text corpora: JSON lines and text files, plain or compressed, in blocks of bounded size.
+"""Reads text corpora: JSON lines and text files, compressed or not, in blocks of bounded size.
 
-Nothing is lost with a bad line: what cannot be read becomes a `BadLine` with file, line and reason, and reading continues behind it.
+A line that cannot be read becomes a `BadLine` with file, line and reason, and reading continues after it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from neox.files import open_regular
 from neox.printing import printable
 
 BLOCK_BYTES = 1 << 20
-START_BYTES = 1 << 16  # of a file, which may decide how it is read
-LONGEST_DOCUMENT = 1 << 28  # bytes of a line or text file that is still read
-LARGEST_WINDOW = 1 << 31  # bytes of a zstd window, as `zstd -d --long=31` takes it; memory that a file may ask for
+START_BYTES = 1 << 16  # of a file; its content may decide how the file is read
+LONGEST_DOCUMENT = 1 << 28  # bytes of the longest line or text file that is read
+LARGEST_WINDOW = 1 << 31  # bytes of memory that a zstd file may ask for, as with `zstd -d --long=31`
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Whole lines of a JSON-lines file, the first of them number `line`; or, with line 0, a text file."""
+    """Complete lines of a JSON-lines file, starting with line number `line`; or, with line 0, a text file."""
 
     path: str
     line: int
@@ -41,7 +41,7 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line (or file: line 0) that gives no document. `content` is None where it was too long to keep."""
+    """A line, or with line 0 a file, that gives no document. `content` is None if it was too long to store."""
 
     path: str
     line: int
@@ -56,7 +56,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class ParsedLines:
-    """What lines gave: documents, bad lines, and how many lines were blank."""
+    """The result of parsing lines: documents, bad lines, and the number of blank lines."""
 
     texts: list[str]
     bad: list[BadLine]
@@ -66,18 +66,23 @@ class ParsedLines:
 def read_blocks(
     files: Iterable[str], block_bytes: int = BLOCK_BYTES, longest: int = LONGEST_DOCUMENT, form: str = "auto"
 ) -> Iterator[list[TextChunk | BadLine]]:
-    """Pieces and bad lines in order, gathered into blocks of about `block_bytes`. Memory: a block and the longest document.
+    """Chunks and bad lines of files, in order, in blocks of about `block_bytes`.
+
+    Holds one block and the longest document in memory.
 
     Args:
-        form: "jsonl" or "txt" for all files; "auto": see `neox.data.text.input_files.read_as_lines`.
+        files: the files to read.
+        block_bytes: bytes per block.
+        longest: bytes of the longest line or text file.
+        form: "jsonl" or "txt" for all files; for "auto" see `neox.data.text.input_files.read_as_lines`.
 
     Raises:
-        DataError: a file cannot be opened or read, or its name does not tell how it is to be read.
+        DataError: a file cannot be opened or read, or its name does not determine how to read it.
     """
     block: list[TextChunk | BadLine] = []
     size = 0
     for path in files:
-        for item in _pieces(path, block_bytes, longest, form):
+        for item in _file_chunks(path, block_bytes, longest, form):
             block.append(item)
             size += len(item.content or b"")
             if size >= block_bytes:
@@ -87,9 +92,9 @@ def read_blocks(
         yield block
 
 
-def _pieces(path: str, block_bytes: int, longest: int, form: str) -> Iterator[TextChunk | BadLine]:
-    """The content of a file. Its start decides how it is read where the name does not."""
-    chunks = _chunks(path, block_bytes)
+def _file_chunks(path: str, block_bytes: int, longest: int, form: str) -> Iterator[TextChunk | BadLine]:
+    """The content of a file. Its first bytes decide how it is read if its name does not."""
+    chunks = _decompressed(path, block_bytes)
     start: list[bytes] = []
     damage = None
     try:
@@ -99,28 +104,28 @@ def _pieces(path: str, block_bytes: int, longest: int, form: str) -> Iterator[Te
     except _Damaged as error:
         damage = error
     first_bytes = b"".join(chunk[:START_BYTES] for chunk in start)[:START_BYTES]
-    read = _line_pieces if read_as_lines(path, first_bytes, form) else _text_piece
+    read = _line_chunks if read_as_lines(path, first_bytes, form) else _text_chunk
     yield from read(path, _continued(start, damage, chunks), block_bytes, longest)
 
 
 def _continued(start: list[bytes], damage: _Damaged | None, chunks: Iterator[bytes]) -> Iterator[bytes]:
     while start:
-        yield start.pop(0)  # not held while the rest of the file is read
+        yield start.pop(0)  # released before the rest of the file is read
     if damage is not None:
         raise damage
     yield from chunks
 
 
-def parse(piece: TextChunk, key: str) -> ParsedLines:
-    """The documents of a piece. A JSON line must be an object whose `key` is a string; a text file must be UTF-8."""
-    if piece.line == 0:
+def parse(chunk: TextChunk, key: str) -> ParsedLines:
+    """Parse a chunk. A JSON line must be an object whose `key` is a string; a text file must be UTF-8."""
+    if chunk.line == 0:
         try:
-            return ParsedLines([piece.content.removeprefix(BOM).decode("utf-8")], [], 0)
+            return ParsedLines([chunk.content.removeprefix(BOM).decode("utf-8")], [], 0)
         except UnicodeDecodeError as error:
-            return ParsedLines([], [BadLine(piece.path, 0, f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", piece.content)], 0)
+            return ParsedLines([], [BadLine(chunk.path, 0, f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", chunk.content)], 0)
     texts, bad, blank = [], [], 0
-    content = piece.content.removesuffix(b"\n")
-    for number, line in enumerate(content.split(b"\n"), piece.line):
+    content = chunk.content.removesuffix(b"\n")
+    for number, line in enumerate(content.split(b"\n"), chunk.line):
         if not line.strip():
             blank += 1
             continue
@@ -128,12 +133,12 @@ def parse(piece: TextChunk, key: str) -> ParsedLines:
         if reason is None:
             texts.append(text)
         else:
-            bad.append(BadLine(piece.path, number, reason, line))
+            bad.append(BadLine(chunk.path, number, reason, line))
     return ParsedLines(texts, bad, blank)
 
 
 def parse_line(line: bytes, key: str) -> tuple[str, str | None]:
-    """(text, None), or ("", what is wrong)."""
+    """(text, None), or ("", reason)."""
     value, reason = parse_object(line)
     if reason is not None:
         return "", reason
@@ -149,7 +154,7 @@ LONE_SURROGATE = "not JSON: a lone surrogate in the text"
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogates, which UTF-8 cannot write."""
+    """Whether a text has no lone surrogates, which UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -158,9 +163,10 @@ def is_unicode(text: str) -> bool:
 
 
 def parse_object(line: bytes) -> tuple[dict[str, Any], str | None]:
-    """The object of a JSON line and None, or ({}, what is wrong).
+    """(object of a JSON line, None), or ({}, reason).
 
-    What Python's json writes beyond the standard is taken as well: NaN, Infinity, numbers of any size, escapes of lone surrogates.
+    Accepts what Python's json writes beyond the standard: NaN, Infinity, numbers of any size, escapes of lone
+    surrogates.
     """
     try:
         value = orjson.loads(line)
@@ -173,14 +179,20 @@ def parse_object(line: bytes) -> tuple[dict[str, Any], str | None]:
 
 
 def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) < 20 else float(digits)  # int() refuses thousands of digits, and takes quadratic time
+    # int() refuses thousands of digits and takes quadratic time
+    return int(digits) if len(digits) < 20 else float(digits)
 
 
 PYTHON_JSON = json.JSONDecoder(parse_int=_integer)
 
 
-def _chunks(path: str, size: int) -> Iterator[bytes]:
-    """The decompressed content. Raises DataError when it cannot be opened, _Damaged when compressed data is damaged or cut short."""
+def _decompressed(path: str, size: int) -> Iterator[bytes]:
+    """The decompressed content of a file, in parts of about `size` bytes.
+
+    Raises:
+        DataError: it cannot be opened or read.
+        _Damaged: compressed data is damaged or truncated.
+    """
     codec = codec_of(path)
     try:
         with open_regular(path) as file:
@@ -188,8 +200,8 @@ def _chunks(path: str, size: int) -> Iterator[bytes]:
                 yield from _zstd_chunks(file)
             else:
                 read = file.read if codec is None else DECOMPRESSORS[codec](file).read1
-                while chunk := read(size):
-                    yield chunk
+                while content := read(size):
+                    yield content
     except (EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise _Damaged(damage_of(error)) from error
     except OSError as error:
@@ -199,38 +211,38 @@ def _chunks(path: str, size: int) -> Iterator[bytes]:
 
 
 class _Damaged(Exception):
-    """Compressed data ends early, is not what it claims, or asks for too much memory."""
+    """Compressed data is truncated, damaged, or asks for too much memory."""
 
 
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {"gzip": lambda file: gzip.GzipFile(fileobj=file), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
 
 
 def damage_of(error: Exception) -> str:
-    """Why compressed data cannot be read."""
+    """The reason why compressed data cannot be read."""
     if "too much memory" in str(error):
         return f"zstd window is larger than {LARGEST_WINDOW} bytes: compress it with a window of at most --long=31"
     if "memory" in str(error):
         return f"not enough memory to decompress: {error}"
-    return f"compressed data are damaged: {error}"
+    return f"compressed data is damaged: {error}"
 
 
 def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """All frames of a zstd file. The library's own reader takes a cut-off frame for the end of the file; this does not."""
+    """All frames of a zstd file. Unlike the reader of the library, this reports a truncated frame."""
     frame = None
-    while piece := file.read(1 << 13):  # small: a hostile frame expands by up to 16,000
-        while piece:
+    while part := file.read(1 << 13):  # small, because a hostile frame expands by up to 16,000
+        while part:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
-            yield frame.decompress(piece)
-            piece = b""
+            yield frame.decompress(part)
+            part = b""
             if frame.eof:
-                piece, frame = frame.unused_data, None
+                part, frame = frame.unused_data, None
     if frame is not None:
-        raise EOFError("the last frame is cut off")
+        raise EOFError("the last frame is truncated")
 
 
-def _line_pieces(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[TextChunk | BadLine]:
-    """Cut a JSON-lines file at line ends. A line longer than `longest` is passed over without being kept."""
-    parts: list[memoryview] = []  # what was read since the last piece; copied once, into the next one
+def _line_chunks(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[TextChunk | BadLine]:
+    """Split a JSON-lines file at line ends. A line longer than `longest` is skipped without being stored."""
+    parts: list[memoryview] = []  # read since the last chunk; copied once, into the next one
     size, line, skipping = 0, 1, False
     try:
         for chunk in chunks:
@@ -267,7 +279,7 @@ def _line_pieces(path: str, chunks: Iterable[bytes], block_bytes: int, longest: 
         yield TextChunk(path, line, b"".join(parts))
 
 
-def _text_piece(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[TextChunk | BadLine]:
+def _text_chunk(path: str, chunks: Iterable[bytes], block_bytes: int, longest: int) -> Iterator[TextChunk | BadLine]:
     content = bytearray()
     try:
         for chunk in chunks:

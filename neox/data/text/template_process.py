@@ -1,4 +1,4 @@
-"""The process that renders a chat template, from the side that asks. A template that loops ends it, and not this process."""
+"""Client of the process that renders a chat template. A template that loops ends that process and not this one."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from neox.errors import ConfigError, EnvironmentProblem
 
-ROOT = str(Path(__file__).resolve().parents[3])  # where this package is, of an editable installation too
-LENGTH = struct.Struct("<Q")  # bytes of the message that follows
+ROOT = str(Path(__file__).resolve().parents[3])  # folder of this package, also in an editable installation
+LENGTH = struct.Struct("<Q")  # bytes of the next message
 START = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from neox.data.text.chat_template import serve; serve()"
-MOST_ENDED = 3  # conversations in a row that may end the process
+MOST_ENDED = 3  # consecutive conversations that may end the process
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
 
 class RefusedConversation(Exception):
-    """A conversation that the template does not render; the message says why."""
+    """A conversation that the template does not render. The message is the reason."""
 
 
 def send(stream: BinaryIO, message: Any) -> None:
-    """Write a JSON value and its length. A lone surrogate is escaped. Raises OSError, RecursionError."""
+    """Write the length of a JSON value, and the value with lone surrogates escaped.
+
+    Raises:
+        OSError, RecursionError: it cannot be written.
+    """
     content = json.dumps(message).encode()
     stream.write(LENGTH.pack(len(content)) + content)
     stream.flush()
 
 
 def receive(stream: BinaryIO) -> tuple[Any, int] | None:
-    """What `send` wrote, and its bytes; None: the other side is gone."""
+    """The next message of `send` and its bytes; None if the other side has exited."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
@@ -45,13 +49,15 @@ def receive(stream: BinaryIO) -> tuple[Any, int] | None:
 
 
 class TemplateProcess:
-    """Renders conversations by a chat template. A context manager; what `answers` gives is in the order of the calls.
+    """Renders conversations by a chat template. A context manager.
 
     Args:
-        text: the template (Jinja). special_tokens: names that it may use for them, and their texts.
+        text: the template (Jinja).
+        special_tokens: name in the template -> text of a special token.
 
     Raises:
-        ConfigError: the template cannot be compiled. EnvironmentProblem: no process can be started.
+        ConfigError: the template cannot be compiled.
+        EnvironmentProblem: no process can be started.
     """
 
     def __init__(self, text: str, special_tokens: dict[str, str]):
@@ -62,30 +68,30 @@ class TemplateProcess:
     def _started(self) -> subprocess.Popen:
         command = [sys.executable, "-I", "-S", "-c", START, os.pathsep.join([ROOT, *sys.path])]
         try:
-            # in a session of its own, since Ctrl-C is for the parent, with which it ends
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            process = subprocess.Popen(command, start_new_session=True, **pipes)
+            # in a new session, so that Ctrl-C reaches only the parent; the process ends with its parent
+            process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
             raise EnvironmentProblem("cannot start a process for the chat template", where="--chat-template", got=error.strerror) from error
-        with contextlib.suppress(OSError):  # it has ended: `receive` finds that
-            send(process.stdin, self._start)
-        found = receive(process.stdout)
+        with contextlib.suppress(OSError):  # it has exited, which `receive` detects
+            send(pipes(process)[0], self._start)
+        found = receive(pipes(process)[1])
         if found is None or found[0] is not None:
             reason = how_it_ended(process) if found is None else found[0]
             end(process)
-            raise ConfigError("chat template cannot be used", where="--chat-template", got=reason, want="a Jinja template as transformers takes it")
+            raise ConfigError("chat template cannot be used", where="--chat-template", got=reason, want="a Jinja template that transformers accepts")
         return process
 
     def render_with_answers(self, messages: Messages, more: dict[str, Any]) -> tuple[str, list[Span]]:
-        """The text of a conversation and where in it the assistant speaks; see `Template.answers`.
+        """Render a conversation and locate the answers of the assistant; see `Template.render_with_answers`.
 
         Raises:
             RefusedConversation: the template fails, takes too long, or takes too much memory.
-            ConfigError: it has ended its process for several conversations in a row.
+            ConfigError: the template ended its process for several consecutive conversations.
         """
         try:
-            send(self._process.stdin, [messages, more])
-            found = receive(self._process.stdout)
+            requests, answers = pipes(self._process)
+            send(requests, [messages, more])
+            found = receive(answers)
         except RecursionError:
             raise RefusedConversation("messages are nested too deeply") from None
         except OSError:
@@ -102,7 +108,7 @@ class TemplateProcess:
         end(self._process)
         self._ended += 1
         if self._ended == MOST_ENDED:
-            raise ConfigError("chat template cannot be used", where="--chat-template", got=f"{reason}, for {MOST_ENDED} conversations in a row")
+            raise ConfigError("chat template cannot be used", where="--chat-template", got=f"{reason}, for {MOST_ENDED} consecutive conversations")
         self._process = self._started()
         raise RefusedConversation(f"chat template {reason}")
 
@@ -117,18 +123,23 @@ class TemplateProcess:
         self.close()
 
 
+def pipes(process: subprocess.Popen) -> tuple[BinaryIO, BinaryIO]:
+    """Standard input and output of a process that was started with pipes."""
+    return cast("BinaryIO", process.stdin), cast("BinaryIO", process.stdout)
+
+
 def how_it_ended(process: subprocess.Popen) -> str:
-    """Why a process that no longer answers has ended."""
+    """Why a process has exited."""
     code = process.wait()
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):  # SIGKILL: at the hard limit
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):  # SIGKILL at the hard limit
         return "takes too long"
     return f"ended its process (signal {-code})" if code < 0 else f"ended its process (exit code {code})"
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process and close its pipes."""
+    """Kill a process and close its pipes."""
     process.kill()
-    for stream in (process.stdin, process.stdout):
+    for stream in pipes(process):
         with contextlib.suppress(OSError):
             stream.close()
     process.wait()

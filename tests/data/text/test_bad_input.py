@@ -1,4 +1,4 @@
-"""Corpora of bad input, from files to datasets, by both encoders: each gets the result that docs/data.md names, and the rest of the file is kept."""
+"""Corpora of bad input, from files to datasets, by both encoders: each gets the result that docs/data.md documents, and the rest of the file is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from neox._native import core
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.byte_level import text_encoder
 from neox.data.text.encoding import Encoding
-from neox.data.text.preprocess import Summary, preprocess
+from neox.data.text.preprocess import Options, Summary, preprocess
 from neox.data.text.tokenizer import Tokenizer, TokenizerFile, train_tokenizer
 from neox.errors import DataError
 
@@ -88,7 +88,7 @@ CORPORA: dict[str, tuple[bytes, list[str], dict[int, str], int, int]] = {
 def run(path: Path, tokenizer: str, policy: str) -> tuple[Summary, list[str]]:
     """The summary, and the texts of the dataset; its documents end in the end-of-document token."""
     out = path.parent / f"{path.name}-{Path(tokenizer).stem}-{policy}"
-    summary = preprocess([str(path)], out, Encoding(tokenizer), bad_lines=policy, block_bytes=1 << 16)
+    summary = preprocess([str(path)], out, Encoding(tokenizer), Options(bad_lines=policy, block_bytes=1 << 16))
     assert (summary.encoder == "native") == (Path(tokenizer).stem == "native")
     dataset, made_by = IndexedDataset(out), Tokenizer(tokenizer)
     assert dataset.verify() == [] and all(document[-1] == made_by.eod_id for document in dataset)
@@ -125,12 +125,12 @@ def test_compressed_files_that_are_cut_off(folder, tmp_path, suffix, encoder):
     path.write_bytes(packed[: len(packed) * 3 // 4])
     summary, found = run(path, str(folder / f"{encoder}.json"), "skip")
     assert found == LONG[: len(found)] and len(found) > 100 and summary.bad_lines == 1
-    assert summary.bad_examples[0]["where"] == f"{path}:{len(found) + 1}" and "compressed data are damaged" in summary.bad_examples[0]["reason"]
+    assert summary.bad_examples[0]["where"] == f"{path}:{len(found) + 1}" and "compressed data is damaged" in summary.bad_examples[0]["reason"]
 
 
 @pytest.mark.slow
 def test_a_line_of_a_gigabyte_is_passed_over_in_bounded_memory(folder, tmp_path):
-    """2^30 bytes, packed so that the file is small; what is around it is kept, and no more memory is taken than the longest line that is read needs."""
+    """2^30 bytes, compressed to a small file; the lines around it are read, with no more memory than the longest line that is read needs."""
     path = tmp_path / "in.jsonl.zst"
     with open(path, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as packed:
         packed.write(line(FIRST) + b'{"text": "')
@@ -139,8 +139,8 @@ def test_a_line_of_a_gigabyte_is_passed_over_in_bounded_memory(folder, tmp_path)
         packed.write(b'"}\n' + line(LAST))
     code = (
         "import json, re, sys; from dataclasses import asdict\n"
-        "from neox.data.text.encoding import Encoding; from neox.data.text.preprocess import preprocess\n"
-        "summary = preprocess([sys.argv[1]], sys.argv[2], Encoding(sys.argv[3]), bad_lines='quarantine')\n"
+        "from neox.data.text.encoding import Encoding; from neox.data.text.preprocess import Options, preprocess\n"
+        "summary = preprocess([sys.argv[1]], sys.argv[2], Encoding(sys.argv[3]), Options(bad_lines='quarantine'))\n"
         # not ru_maxrss, which begins with the peak of the process that started this one
         "peak = int(re.search('VmHWM: *\t *([0-9]+)', open('/proc/self/status').read())[1])\n"
         "print(json.dumps([asdict(summary), peak]))"
@@ -169,7 +169,7 @@ def seconds(encode: Callable[[str], object], text: str, runs: int) -> float:
 @pytest.mark.parametrize("encoder", ["native", "library"])
 @pytest.mark.parametrize("what", PATHOLOGICAL)
 def test_time_is_linear_on_one_character_again_and_again(shared_data, what, encoder):
-    """Eight times the text takes eight times as long; where merging looked at every pair again it would be 64 times."""
+    """Eight times the text takes eight times as long; if merging checked every pair again it would be 64 times."""
     file, size = shared_data / "tokenizers" / "gpt2.json", 40_000 if encoder == "native" else 8_000
     if encoder == "native":
         here = core.EncodeThreads(text_encoder(TokenizerFile(file).content, specials_as_text=False, wide=True), 0)

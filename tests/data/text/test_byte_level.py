@@ -106,14 +106,14 @@ def test_ids_are_those_of_tokenizers_on_real_text(name, shared_data):
     assert disagreement(TokenizerFile(path), path, [*texts, *(hostile(rng) for _ in range(1000))]) is None
 
 
-def test_long_words_and_short_ones_are_merged_alike(tmp_path):
+def test_long_and_short_words_are_merged_identically(tmp_path):
     file = bpe(tmp_path / "t.json", GPT2_PATTERN, size=4000)
     rng = random.Random(4)
     words = ["".join(rng.choice("abst日é") for _ in range(n)) for n in (*range(1, 40), 255, 256, 257, 300, 1000, 5000)]
     assert disagreement(file, tmp_path / "t.json", [*words, "a" * 3000, "ab" * 3000, "'" * 700, "日" * 900]) is None
 
 
-def test_ids_around_16_bits_are_remembered_whole(tmp_path):
+def test_ids_around_16_bits_are_cached_correctly(tmp_path):
     """Words are remembered with 16 or with 32 bits per id: a vocabulary whose ids lie on both sides, words of up to 23 ids, each met again."""
     path = tmp_path / "t.json"
     content = json.loads(json.dumps(bpe(path, GPT2_PATTERN).content))
@@ -214,7 +214,7 @@ LARGE_ID = ["a a"]  # a merge whose result gets an id that is too large
         ({"model": {"dropout": 0.1}}, "option dropout"),
         ({"model": {"byte_fallback": True}}, "option byte_fallback"),
         ({"model": {"vocab": {"a": 0}, "merges": []}}, "is not in the vocabulary"),
-        ({"model": {"merges": ["zz zzz"]}}, "not as expected"),
+        ({"model": {"merges": ["zz zzz"]}}, "unexpected content"),
         ({"model": {"merges": LARGE_ID}}, "id 1048575 of a merge"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
         ({"pre_tokenizer": None}, "no pre-tokenizer"),

@@ -1,4 +1,4 @@
-"""Conversations to tokens and labels: what is learned is what the assistant says, as the template writes it."""
+"""Conversations to tokens and labels: the answers of the assistant are learned, as the template renders them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from neox.data.text.chat import (
     special_tokens,
 )
 from neox.data.text.chat_template import Template
+from neox.data.text.preprocess import Options
 from neox.data.text.template_process import RefusedConversation
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
@@ -71,7 +72,7 @@ def test_an_end_that_the_template_writes_is_not_written_twice(tokenizer):
 
 def test_templates_that_do_not_append_and_those_that_refuse():
     forgetful = "{% for m in messages %}{{ m.content if loop.last else '...' }}|{% endfor %}"
-    with pytest.raises(RefusedConversation, match="does not append"):
+    with pytest.raises(RefusedConversation, match="does not only append"):
         Template(forgetful, {}).render_with_answers(TALK, {})
     with pytest.raises(RefusedConversation, match="no system messages"):
         Template("{{ raise_exception('no system messages') }}", {}).render_with_answers(TALK, {})
@@ -106,13 +107,13 @@ def test_pairs_in_their_usual_forms():
 
 
 def test_files_are_the_same_for_any_number_of_workers(tokenizer, tmp_path):
-    lines = [json.dumps({"messages": [said("user", f"say {i}"), said("assistant", f"{i} " * (i % 7 + 1))]}) for i in range(60)]
+    lines = [json.dumps({"messages": [said("user", f"question {i}"), said("assistant", f"{i} " * (i % 7 + 1))]}) for i in range(60)]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines[:30], "{oops", "", *lines[30:]]) + "\n")
     encoding = ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"])
     found = []
     for workers in (0, 2):
         out = tmp_path / f"out{workers}"
-        summary = preprocess_chat([str(tmp_path / "in.jsonl")], out, encoding, workers=workers, bad_lines="skip")
+        summary = preprocess_chat([str(tmp_path / "in.jsonl")], out, encoding, Options(workers=workers, bad_lines="skip"))
         assert (summary.documents, summary.bad_lines, summary.blank_lines) == (60, 1, 1)
         tokens, labels = IndexedDataset(out), IndexedDataset(f"{out}_labels")
         assert (tokens.sizes == labels.sizes).all() and labels.dtype == np.int32
@@ -185,7 +186,7 @@ def test_a_template_that_is_no_regular_file_is_refused_at_once(tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("bad_lines", ["skip", "quarantine", "fail"])
-def test_bad_conversations_are_kept_aside_only_where_asked(tokenizer, tmp_path, bad_lines):
+def test_bad_conversations_are_quarantined_only_if_requested(tokenizer, tmp_path, bad_lines):
     good = json.dumps({"messages": [said("user", "say"), said("assistant", "yes")]})
     (tmp_path / "in.jsonl").write_text(f"{good}\n{{oops\n")
     run = functools.partial(preprocess_chat, [str(tmp_path / "in.jsonl")], tmp_path / "out", ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]), workers=0)
@@ -206,8 +207,8 @@ def test_a_template_that_fails_is_a_bad_line_with_its_message(tokenizer, tmp_pat
     template = "{% if messages[0].content == 'bad' %}{{ 1 / 0 }}{% endif %}" + TEMPLATES["chatml"]
     for workers in (0, 1):
         out = tmp_path / f"out{workers}"
-        summary = preprocess_chat([str(tmp_path / "in.jsonl")], out, ChatEncoding(tokenizer.file, None, template), workers=workers, bad_lines="skip")
+        summary = preprocess_chat([str(tmp_path / "in.jsonl")], out, ChatEncoding(tokenizer.file, None, template), Options(workers=workers, bad_lines="skip"))
         assert (summary.documents, summary.bad_lines) == (2, 1)
-        assert summary.bad_examples[0]["reason"] == "chat template refuses it: division by zero"
+        assert summary.bad_examples[0]["reason"] == "chat template refuses the conversation: division by zero"
     with pytest.raises(ConfigError, match="chat template cannot be used; .*got=No filter named 'nowhere'"):
         preprocess_chat([str(tmp_path / "in.jsonl")], tmp_path / "no", ChatEncoding(tokenizer.file, None, "{{ 1 | nowhere }}"))

@@ -35,8 +35,8 @@ TEMPLATES = {  # in the style of known families, each with what is particular to
     "{%- if add_generation_prompt %}\n    {{- '<|start|>assistant<|end|>\n\n' }}\n{%- endif %}\n",
     "generation": "{%- for m in messages %}{{ '<|' + m.role + '|>\n' }}{%- if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% else %}{{ m.content }}\n{% endif %}{% endfor %}",
-    "generation in a macro": "{% macro said(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ said(m) }}{% else %}{{ m.content }}|{% endif %}{% endfor %}",
+    "generation in a macro": "{% macro text(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ text(m) }}{% else %}{{ m.content }}|{% endif %}{% endfor %}",
     "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
     "{{ m.content }}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}",
     "namespace": "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -94,7 +94,7 @@ def test_what_generation_blocks_write_is_learned(ours):
     encoder = ChatEncoder(ChatEncoding(ours.file, None, TEMPLATES["generation"], append_eod=False))
     tokens, labels = encoder.encode(TALK)
     assert ours.decode(label for label in labels if label != -100) == f"{TALK[2]['content']}<|endoftext|>{TALK[4]['content']}<|endoftext|>"
-    with pytest.raises(RefusedConversation, match="the assistant says nothing"):
+    with pytest.raises(RefusedConversation, match="no answer of the assistant"):
         encoder.encode(TALK[:2])
     encoder.close()
     assert tokens.tolist() == ours.encode(Template(TEMPLATES["generation"], {"eos_token": "<|endoftext|>"}).render(TALK, {})[0])

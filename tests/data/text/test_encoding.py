@@ -15,10 +15,10 @@ import tokenizers
 from neox.data.text.byte_level import Unsupported
 from neox.data.text.encoding import EncodedBlock, Encoding, HFEncoder, NativeEncoder, comparison_texts, encoder_for
 from neox.data.text.reading import BadLine, TextChunk
-from neox.data.text.tokenizer import TokenizerFile, train_tokenizer
+from neox.data.text.tokenizer import Tokenizer, TokenizerFile, train_tokenizer
 from neox.errors import ConfigError
 
-TEXTS = [f"document {i} says {'word ' * (i * 31 % 97)}and é日😀 <|endoftext|> \t\n  x" for i in range(60)]
+TEXTS = [f"document {i} has {'word ' * (i * 31 % 97)}and é日😀 <|endoftext|> \t\n  x" for i in range(60)]
 
 
 @pytest.fixture
@@ -69,6 +69,33 @@ def test_both_encoders_give_the_same_block(tokenizer, options, threads):
     assert encoded(native, 1, []).tokens.size == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"append_eod": False}, {"bos_token": "<|endoftext|>"}])
+def test_a_bos_begins_each_document(tmp_path, options):
+    file = train_tokenizer(TEXTS, 400, tmp_path / "bos.json", special_tokens=["<s>"]).file
+    bos = Tokenizer(file).token_id(options.get("bos_token", "<s>"))
+    encoding = Encoding(file, prepend_bos=True, **options)
+    native = encoder_for(encoding, TokenizerFile(file))
+    without = encoded(encoder_for(Encoding(file, append_eod=encoding.append_eod), TokenizerFile(file)), 0, block())
+    for found in (encoded(native, 0, block()), HFEncoder(encoding)(block())):
+        starts = np.cumsum(found.sizes) - found.sizes
+        assert found.tokens[starts].tolist() == [bos] * 123 and (found.sizes == without.sizes + 1).all()
+        assert np.array_equal(np.delete(found.tokens, starts), without.tokens) and found.empty == without.empty == 2
+
+
+def test_a_missing_bos_is_an_error(tokenizer):
+    for encode in (lambda encoding: encoder_for(encoding, TokenizerFile(tokenizer)), HFEncoder):
+        with pytest.raises(ConfigError, match=r"no beginning-of-sequence token; where=.*want=<\|begin_of_text\|> or <s> or <bos>; do=name it by --bos-token"):
+            encode(Encoding(tokenizer, prepend_bos=True))
+        with pytest.raises(ConfigError, match="no beginning-of-sequence token; .*got=<nowhere>"):
+            encode(Encoding(tokenizer, prepend_bos=True, bos_token="<nowhere>"))
+
+
+def test_settings_without_a_bos_are_those_of_earlier_versions(tokenizer):
+    """`--resume` compares them with those of datasets that exist."""
+    assert list(Encoding(tokenizer).settings()) == ["tokenizer", "eod_token", "append_eod", "json_key", "specials_as_text", "form"]
+    assert Encoding(tokenizer, prepend_bos=True).settings() != Encoding(tokenizer, prepend_bos=True, bos_token="<s>").settings()
+
+
 def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplog):
     """A tokenizer file whose merges were taken out after it was read stands for an encoder that is wrong."""
     file = TokenizerFile(tokenizer)
@@ -79,7 +106,7 @@ def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplo
         found = encoded(native, 0, block())
     wanted = HFEncoder(encoding)(block())
     assert native.differs and np.array_equal(found.tokens, wanted.tokens) and found.bad == wanted.bad
-    assert "gives other ids than tokenizers" in caplog.text
+    assert "give different ids" in caplog.text
 
 
 def test_threads_work_on_while_python_is_held(tokenizer):
@@ -90,11 +117,11 @@ def test_threads_work_on_while_python_is_held(tokenizer):
         started = [threads.lines(lines.content, b"text", 0) for _ in range(8)]
         del started[3]
         ctypes.PyDLL(None).usleep(1_000_000)  # with the lock: a thread that needed it would get nowhere
-        assert all(piece.done for piece in started)
-    assert len({piece.result()[0].tobytes() for piece in started}) == 1
+        assert all(chunk.done for chunk in started)
+    assert len({chunk.result()[0].tobytes() for chunk in started}) == 1
 
 
-def test_a_closed_pool_says_so(tokenizer):
+def test_a_closed_pool_raises(tokenizer):
     native = NativeEncoder(Encoding(tokenizer), TokenizerFile(tokenizer))
     content = b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 50
     threads = native.threads(1)
@@ -104,7 +131,7 @@ def test_a_closed_pool_says_so(tokenizer):
         started[-1].result()
 
 
-def test_every_fourth_block_is_looked_at():
+def test_every_fourth_block_is_compared():
     lines = TextChunk("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS))
     assert list(comparison_texts(0, [lines], "text")) == [text[:2048] for text in TEXTS[:8]]
     assert [len(list(comparison_texts(number, [lines], "text"))) for number in range(1, 9)] == [0, 0, 0, 1, 0, 0, 0, 1]

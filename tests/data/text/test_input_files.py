@@ -1,4 +1,4 @@
-"""Which files are read and how: none is left out, read twice or taken for text without a word."""
+"""Which files are read and how: none is left out, read twice or taken for text without a warning."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_folders_are_walked_in_order_by_suffix(tmp_path):
     assert find_files([str(tmp_path / "a" / "y.md"), str(tmp_path)], (".py",)) == [str(tmp_path / "a" / "y.md"), str(tmp_path / "a" / "x.py")]
 
 
-def test_inputs_that_are_not_there(tmp_path):
+def test_missing_inputs(tmp_path):
     (tmp_path / "a.py").write_text("")
     with pytest.raises(DataError, match=r"folder has no input files; .*got=1 other files \(\.py 1\); want=files that end in \.jsonl, .*--suffix \.py"):
         find_files([str(tmp_path)])
@@ -48,8 +48,8 @@ def test_inputs_that_are_not_there(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(DataError, match="neither a file nor a folder"):
         find_files([str(tmp_path / "fifo")])
-    with pytest.raises(DataError, match=r"cannot read input; where=.*gone\.txt; got=No such file"):
-        list(read_blocks([str(tmp_path / "gone.txt")]))
+    with pytest.raises(DataError, match=r"cannot read input; where=.*missing\.txt; got=No such file"):
+        list(read_blocks([str(tmp_path / "missing.txt")]))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.ndjson", "a.jl", "a.jsonlines", "a.json", "part-00000", "shard.0001", "A.JSONL.GZ", "part-00000.gz"])
@@ -143,7 +143,7 @@ def test_a_table_is_refused_with_the_command_that_converts_it(tmp_path, name, se
         texts(tmp_path, name)
     command, _, other = str(refused.value.do).rpartition("; or pass ")
     assert other == "--format txt"
-    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True)  # noqa: S602 - the command that a user is told to type
+    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True)  # noqa: S602 - the command in the error message
     assert texts(tmp_path, f"{name[0]}.jsonl") == ['one, "two"\nthree ü']
     (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\na\n"))
     with pytest.raises(DataError, match=r"file is a table; .*do=decompress it; .*c\.csv > .*c\.jsonl"):

@@ -19,11 +19,17 @@ import tokenizers
 
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.data.text.encoding import Encoding
-from neox.data.text.preprocess import preprocess, restore_partial_names
+from neox.data.text.preprocess import Options, Summary, restore_partial_names
+from neox.data.text.preprocess import preprocess as preprocess_files
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError, DiskError, MemoryExhausted
 
-TEXTS = [f"document {i} says {'word ' * (i * 31 % 97)}and é日😀" for i in range(300)]
+TEXTS = [f"document {i} has {'word ' * (i * 31 % 97)}and é日😀" for i in range(300)]
+
+
+def preprocess(files: list[str], out: Path, encoding: Encoding, progress=None, **options: object) -> Summary:
+    """`preprocess_files` with the fields of Options as keywords."""
+    return preprocess_files(files, out, encoding, Options(**options), progress)
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_bad_lines_by_policy(tokenizer, lines, tmp_path):
     content = lines.read_bytes().splitlines(keepends=True)
     content[4:5] = [b'{"text": "\xff"}\n', b"\n", b'{"text": 3}\n', b'{"text": ""}\n']
     lines.write_bytes(b"".join(content))
-    with pytest.raises(DataError, match=r"bad line; where=.*in\.jsonl:5; got=not JSON: str is not valid UTF-8.*do=mend"):
+    with pytest.raises(DataError, match=r"bad line; where=.*in\.jsonl:5; got=not JSON: str is not valid UTF-8.*do=fix"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
     assert not list(tmp_path.glob("out*"))
     skipped = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="skip")
@@ -121,10 +127,10 @@ def test_nothing_to_write_is_an_error(tokenizer, tmp_path):
 
 def test_existing_output_and_missing_eod(tokenizer, lines, tmp_path):
     (tmp_path / "out.idx").write_text("mine")
-    with pytest.raises(DataError, match=r"is there already; where=.*out\.idx"):
+    with pytest.raises(DataError, match=r"dataset already exists; where=.*out\.idx"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file))
     assert (tmp_path / "out.idx").read_text() == "mine"
-    with pytest.raises(DiskError, match=r"cannot make the folder of a dataset; where=.*in\.jsonl; got=File exists"):
+    with pytest.raises(DiskError, match=r"cannot create the folder of a dataset; where=.*in\.jsonl; got=File exists"):
         preprocess([str(lines)], lines / "out", Encoding(tokenizer.file))
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     plain.save(str(tmp_path / "plain.json"))
@@ -132,7 +138,7 @@ def test_existing_output_and_missing_eod(tokenizer, lines, tmp_path):
         preprocess([str(lines)], tmp_path / "new", Encoding(str(tmp_path / "plain.json")))
 
 
-def test_the_folder_is_made_before_anything_is_kept_in_it(tokenizer, lines, tmp_path):
+def test_the_folder_is_created_first(tokenizer, lines, tmp_path):
     lines.write_bytes(b"{bad\n" + lines.read_bytes())
     summary = preprocess([str(lines)], tmp_path / "new" / "folder" / "out", Encoding(tokenizer.file), bad_lines="quarantine")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["out.bin", "out.idx", "out.json", "out.quarantine.jsonl"]
@@ -147,7 +153,7 @@ def words(tmp_path: Path) -> str:
     return str(tmp_path / "words.json")
 
 
-def test_the_library_encodes_what_we_do_not_know_and_it_is_said_once(lines, tmp_path, caplog):
+def test_the_library_encodes_unsupported_tokenizers_with_one_warning(lines, tmp_path, caplog):
     file = words(tmp_path)
     results = []
     for workers in (0, 2):
@@ -176,7 +182,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(lines, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_kill_9_leaves_nothing_that_opens_and_a_rerun_is_whole(tokenizer, lines, tmp_path, repository):
+def test_kill_9_leaves_nothing_that_opens_and_a_rerun_is_complete(tokenizer, lines, tmp_path, repository):
     lines.write_bytes(lines.read_bytes() * 30)
     command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--input", str(lines), "--tokenizer", tokenizer.file, "--out", str(tmp_path / "out")]
     for workers in ("0", "2"):
@@ -206,8 +212,8 @@ def _group_lives(group: int) -> bool:
     return True
 
 
-def test_two_runs_to_one_place_do_not_meet(tokenizer, lines, tmp_path):
-    """The second is refused, and the first ends as if it had been alone."""
+def test_two_runs_with_the_same_output_do_not_interfere(tokenizer, lines, tmp_path):
+    """The second is refused, and the first ends as usual."""
     whole = preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file), block_bytes=2000)
     refused = []
 
@@ -217,7 +223,7 @@ def test_two_runs_to_one_place_do_not_meet(tokenizer, lines, tmp_path):
                 preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000, resume=resume)
             refused.append(error)
 
-    first = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000, note_seconds=0, resume=True, progress=second)
+    first = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000, save_seconds=0, resume=True, progress=second)
     assert len(refused) > 10 and first.documents == whole.documents
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
@@ -227,7 +233,7 @@ SUFFIXES = (".bin", ".idx", ".json", ".quarantine.jsonl")
 
 
 def interrupted(blocks: int):
-    """A progress function that ends the run after so many blocks, as Ctrl-C does."""
+    """A progress function that ends the run after that many blocks, as Ctrl-C does."""
     seen = 0
 
     def count(_: object) -> None:
@@ -250,13 +256,13 @@ def test_resume_gives_the_bytes_of_a_run_in_one_go(tokenizer, lines, tmp_path, w
     while True:
         try:
             summary = preprocess(
-                [str(lines)], tmp_path / "out", Encoding(tokenizer.file), workers=workers, resume=True, progress=interrupted(7), note_seconds=0, **options
+                [str(lines)], tmp_path / "out", Encoding(tokenizer.file), workers=workers, resume=True, progress=interrupted(7), save_seconds=0, **options
             )
             break
         except KeyboardInterrupt:
             tries += 1
             assert not (tmp_path / "out.idx").exists() and (tmp_path / "out.progress.json").exists()
-            for suffix in (".bin", ".idx"):  # what was written behind the last note does not matter
+            for suffix in (".bin", ".idx"):  # what was written after the last save does not matter
                 with open(tmp_path / f"out{suffix}.partial", "ab") as file:
                     file.write(b"torn")
     assert tries >= 3 and (summary.documents, summary.tokens, summary.bad_lines) == (whole.documents, whole.tokens, whole.bad_lines) == (298, whole.tokens, 2)
@@ -266,7 +272,7 @@ def test_resume_gives_the_bytes_of_a_run_in_one_go(tokenizer, lines, tmp_path, w
 
 
 def test_a_kill_between_the_last_renames_of_a_short_run(tokenizer, lines, tmp_path, monkeypatch):
-    """A run that ends before its first note is due can be gone on from all the same: there is a note before anything gets its name."""
+    """A run that ends before its first save is due can be resumed too: the progress is saved before any file gets its name."""
     whole = preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file))
     finish = IndexedWriter.finish
 
@@ -289,8 +295,8 @@ def test_a_kill_between_the_last_renames_of_a_short_run(tokenizer, lines, tmp_pa
 
 
 def test_resume_after_a_kill_between_the_last_renames(tokenizer, lines, tmp_path):
-    """.bin has its name, .idx has or has not; the notes are still there: the run is taken up and ends as if nothing had happened."""
-    options = {"block_bytes": 2000, "note_seconds": 0, "resume": True}
+    """.bin has its final name, .idx may have it, and the progress exists: the run resumes and ends as usual."""
+    options = {"block_bytes": 2000, "save_seconds": 0, "resume": True}
     whole = preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file), block_bytes=2000)
     for published in ((".bin",), (".bin", ".idx")):
         with pytest.raises(KeyboardInterrupt):
@@ -315,20 +321,20 @@ def test_resume_of_a_run_that_was_done_is_done(tokenizer, lines, tmp_path):
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("out*")} == written
     assert replace(again, seconds=0.0, bad_examples=[]) == replace(first, seconds=0.0, bad_examples=[]) and again.bad_lines == again.blank_lines == 1
     for other in ({"resume": True}, {"bad_lines": "skip"}):  # other options; no word of resuming
-        with pytest.raises(DataError, match="dataset is there already"):
+        with pytest.raises(DataError, match="dataset already exists"):
             preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **other)
     content = lines.read_bytes()
     lines.write_bytes(content.replace(b"word", b"wore"))  # as long as before
     os.utime(lines, ns=(0, (tmp_path / "out.idx").stat().st_mtime_ns + 1))
-    with pytest.raises(DataError, match="dataset is there already"):
+    with pytest.raises(DataError, match="dataset already exists"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options)
 
 
-def test_resume_of_another_run_is_refused_and_of_none_starts_anew(tokenizer, lines, tmp_path):
-    options = {"block_bytes": 2000, "note_seconds": 0, "resume": True}
+def test_resume_of_another_run_is_refused_and_of_none_starts_from_the_beginning(tokenizer, lines, tmp_path):
+    options = {"block_bytes": 2000, "save_seconds": 0, "resume": True}
     with pytest.raises(KeyboardInterrupt):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), progress=interrupted(5), **options)
-    with pytest.raises(DataError, match="progress is that of another run"):
+    with pytest.raises(DataError, match="progress belongs to another run"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file, append_eod=False), **options)
     os.truncate(tmp_path / "out.bin.partial", 10)
     with pytest.raises(DataError, match=r"unfinished file is shorter than its recorded progress; where=.*out\.bin\.partial; got=10 bytes"):
@@ -342,8 +348,8 @@ def test_resume_after_kill_9(tokenizer, lines, tmp_path, repository):
     lines.write_bytes(lines.read_bytes() * 150)
     preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file))
     run = (
-        "import sys; from neox.data.text.encoding import Encoding; from neox.data.text.preprocess import preprocess\n"
-        "preprocess([sys.argv[1]], sys.argv[2], Encoding(sys.argv[3]), workers=2, resume=True, note_seconds=0.02, block_bytes=20000)"
+        "import sys; from neox.data.text.encoding import Encoding; from neox.data.text.preprocess import Options, preprocess\n"
+        "preprocess([sys.argv[1]], sys.argv[2], Encoding(sys.argv[3]), Options(workers=2, resume=True, save_seconds=0.02, block_bytes=20000))"
     )
     command = [sys.executable, "-c", run, str(lines), str(tmp_path / "out"), tokenizer.file]
     kills = 0

@@ -13,13 +13,13 @@ PROGRESS = ResumePoint(7, (3, 40, 12), 5, {"documents": 3})
 
 
 def origin_of(name: str) -> InputIdentity:
-    return InputIdentity([], lambda: {"name": name}, 1)
+    return InputIdentity([], {"name": name}, 1)
 
 
 def test_what_is_noted_is_read_back(tmp_path):
     notes = ProgressFile(str(tmp_path / "out"), origin_of("one"), 0)
     assert notes.read() is None and notes.due
-    notes.note(PROGRESS)
+    notes.save(PROGRESS)
     assert ProgressFile(str(tmp_path / "out"), origin_of("one"), 1000).read() == PROGRESS
     assert not ProgressFile(str(tmp_path / "out"), origin_of("one"), 1000).due
     notes.remove()
@@ -29,8 +29,8 @@ def test_what_is_noted_is_read_back(tmp_path):
 
 def test_progress_of_another_run_or_damaged_is_refused(tmp_path):
     notes = ProgressFile(str(tmp_path / "out"), origin_of("one"), 0)
-    notes.note(PROGRESS)
-    with pytest.raises(DataError, match=r"that of another run; where=.*out\.progress\.json.*do=start again without --resume"):
+    notes.save(PROGRESS)
+    with pytest.raises(DataError, match=r"progress belongs to another run; where=.*out\.progress\.json.*do=start again without --resume"):
         ProgressFile(str(tmp_path / "out"), origin_of("other"), 0).read()
     for content in (b"", b"{}", b"[1]", notes.path.read_bytes()[:-10], notes.path.read_bytes().replace(b"12", b'"x", 3')):
         notes.path.write_bytes(content)
@@ -44,7 +44,7 @@ def test_identity_is_of_names_sizes_times_and_settings(tmp_path):
     b.write_text("x")
 
     def origin(files=(a,), setting: int = 1, block_bytes: int = 5) -> InputIdentity:
-        return InputIdentity([str(file) for file in files], lambda: {"k": setting}, block_bytes)
+        return InputIdentity([str(file) for file in files], {"k": setting}, block_bytes)
 
     first = origin()
     some = [first, origin([b]), origin(setting=2), origin([a, b])]
@@ -54,4 +54,4 @@ def test_identity_is_of_names_sizes_times_and_settings(tmp_path):
     assert origin().identity != first.identity and origin().source == first.source
     before = origin()
     a.write_text("xy")
-    assert origin().source != first.source and before.source == first.source, "the files are looked at once, when the run begins"
+    assert origin().source != first.source and before.source == first.source, "the files are checked once, when the run begins"

@@ -1,4 +1,4 @@
-"""Bad lines kept aside: whole or absent, and gone on with after the durable part."""
+"""The quarantine of bad lines: complete or absent, and resumed after the durable part."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ def records(path) -> list[tuple[int, bytes]]:
 def test_appears_at_the_end_if_there_was_anything(tmp_path):
     path = tmp_path / "q"
     with Quarantine(str(path), True) as kept:
-        kept.keep(BAD[0])
+        kept.add(BAD[0])
         assert not path.exists()
     assert records(path) == [(0, b"\xff0")]
     with Quarantine(str(tmp_path / "none"), True), Quarantine(str(tmp_path / "off"), False) as off:
-        off.keep(BAD[0])
+        off.add(BAD[0])
         assert off.sync() == 0
     assert [entry.name for entry in tmp_path.iterdir()] == ["q"]
 
 
-def test_goes_on_behind_the_durable_part(tmp_path):
+def test_resumes_after_the_durable_part(tmp_path):
     path = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt), Quarantine(str(path), True) as kept:
-        kept.keep(BAD[0])
+        kept.add(BAD[0])
         durable = kept.sync()
-        kept.keep(BAD[1])
-        kept.stays = True
+        kept.add(BAD[1])
+        kept.keep_partial = True
         raise KeyboardInterrupt
     assert not path.exists() and (tmp_path / "q.partial").stat().st_size >= durable
     with Quarantine(str(path), True, durable) as kept:
-        kept.keep(BAD[2])
+        kept.add(BAD[2])
     assert records(path) == [(0, b"\xff0"), (2, b"\xff2")] and not (tmp_path / "q.partial").exists()
 
 
 def test_nothing_is_left_after_an_exception(tmp_path):
     with pytest.raises(KeyboardInterrupt), Quarantine(str(tmp_path / "q"), True) as kept:
-        kept.keep(BAD[0])
+        kept.add(BAD[0])
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
     with pytest.raises(DiskError, match=r"cannot write quarantine; where=.*no_folder"), Quarantine(str(tmp_path / "no_folder" / "q"), True):

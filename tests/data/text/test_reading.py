@@ -1,4 +1,4 @@
-"""Reading text: every kind of bad input gets its documented result, and the rest of the file is kept."""
+"""Reading text: every kind of bad input gets its documented result, and the rest of the file is read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def documents(path: Path, key: str = "text", **limits: int) -> tuple[list[str], 
         (b"\x00", "not JSON"),
     ],
 )
-def test_a_bad_line_is_named_and_the_rest_is_kept(tmp_path, line, reason):
+def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path, line, reason):
     path = tmp_path / "f.jsonl"
     path.write_bytes(b'{"text": "first"}\n' + line + b'\n{"text": "last"}\n')
     texts, bad, _ = documents(path)
@@ -116,13 +116,13 @@ def test_damaged_compression_keeps_what_came_before(tmp_path, suffix, damage):
     broken.write_bytes(packed)
     good.write_bytes(b'{"text": "next file"}\n')
     texts, bad, blank = documents(broken, block_bytes=1 << 14)
-    assert bad and any(reason.startswith("compressed data are damaged") for _, reason in bad)
+    assert bad and any(reason.startswith("compressed data is damaged") for _, reason in bad)
     assert bad[-1][0] == len(texts) + len(bad) + blank and texts[:1000] == lines[:1000]
     items = [item for block in read_blocks([str(broken), str(good)]) for item in block]
     assert items[-1] == TextChunk(str(good), 1, b'{"text": "next file"}\n')
 
 
-def test_a_huge_line_is_passed_over_without_being_kept(tmp_path):
+def test_a_huge_line_is_skipped_without_being_stored(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"y" * 500_000 + b'"}\n{"text": "b"}\n\n{bad}\n')
     texts, bad, blank = documents(path, block_bytes=1000, longest=10_000)

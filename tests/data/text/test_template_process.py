@@ -46,7 +46,7 @@ def test_a_conversation_that_takes_too_much_memory_is_refused_and_the_next_ones_
     branches = "".join(f"{{% if messages[0].content == {name!r} %}}{text}{{% endif %}}" for name, text in MEMORY.items())
     with TemplateProcess(branches + BODY, {}) as process:
         for name in MEMORY:
-            reasons = r"takes too much memory|writes more than|refuses it: (Field width|width too large|Too many decimal)"
+            reasons = r"takes too much memory|writes more than|refuses the conversation: (Field width|width too large|Too many decimal)"
             with pytest.raises(RefusedConversation, match=reasons) as found:
                 process.render_with_answers([{"role": "user", "content": name}, GOOD[1]], {})
             assert "\n" not in str(found.value)
@@ -68,7 +68,7 @@ def test_a_template_that_takes_too_long_again_and_again_is_refused_itself(short)
         for _ in range(2):
             with pytest.raises(RefusedConversation, match="takes too long"):
                 process.render_with_answers(GOOD, {})
-        with pytest.raises(ConfigError, match="chat template cannot be used; .*takes too long, for 3 conversations in a row"):
+        with pytest.raises(ConfigError, match="chat template cannot be used; .*takes too long, for 3 consecutive conversations"):
             process.render_with_answers(GOOD, {})
 
 

@@ -1,4 +1,4 @@
-"""Text that a run tokenizes itself: the bytes of neox preprocess, made once for all processes, anew when the text or the tokenizer changes."""
+"""Text that a run tokenizes itself: the bytes of neox preprocess, built once for all processes, and again when the text or the tokenizer changes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ import pytest
 
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.encoding import Encoding
+from neox.data.text.input_files import find_files
 from neox.data.text.preprocess import preprocess
-from neox.data.text.text_cache import tokenized
+from neox.data.text.text_cache import RunText, tokenize
 from neox.data.text.tokenizer import train_tokenizer
 from neox.errors import DataError, DiskError
 
-TEXTS = [f"document {i} says {'word ' * (i % 17)}" for i in range(60)]
+TEXTS = [f"document {i} has {'word ' * (i % 17)}" for i in range(60)]
+
+
+def tokenized(paths: list[str], tokenizer: str, eod_token: str | None, folder: Path) -> str:
+    """Prefix of the dataset of some files and folders."""
+    return tokenize(RunText(find_files(paths), tokenizer, eod_token, folder))
 
 
 @pytest.fixture
@@ -52,7 +58,7 @@ def test_content_and_tokenizer_name_it(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("hurt", ["no sidecar", "no index", "cut short", "damaged index"])
-def test_what_is_not_whole_is_made_anew(corpus, tmp_path, hurt):
+def test_an_incomplete_dataset_is_rebuilt(corpus, tmp_path, hurt):
     paths, tokenizer = corpus
     prefix = tokenized(paths, tokenizer, None, tmp_path / "cache")
     wanted = Path(f"{prefix}.bin").read_bytes()
@@ -72,10 +78,11 @@ def test_processes_that_race_make_it_once(corpus, tmp_path, repository):
     paths, tokenizer = corpus
     code = (
         "import sys, time; from pathlib import Path; from neox.data.text import text_cache\n"
+        "from neox.data.text.input_files import find_files\n"
         "made = []\n"
         "real = text_cache.preprocess\n"
         "text_cache.preprocess = lambda *a, **k: made.append(1) or time.sleep(1) or real(*a, **k)\n"
-        "print(len(made), text_cache.tokenized([sys.argv[1]], sys.argv[2], None, Path(sys.argv[3])), len(made))"
+        "print(len(made), text_cache.tokenize(text_cache.RunText(find_files([sys.argv[1]]), sys.argv[2], None, Path(sys.argv[3]))), len(made))"
     )
     command = [sys.executable, "-c", code, paths[0], tokenizer, str(tmp_path / "cache")]
     running = [subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -93,5 +100,5 @@ def test_text_that_cannot_be_used(corpus, tmp_path):
         tokenized(paths, tokenizer, None, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.bin*"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot keep tokenized text"):
+    with pytest.raises(DiskError, match="cannot store tokenized text"):
         tokenized([f"{paths[0]}/a.txt"], tokenizer, None, tmp_path / "file" / "cache")
