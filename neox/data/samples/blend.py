@@ -1,4 +1,4 @@
-"""Blending: which dataset each sample comes from, by weight (csrc/data/blend.h)."""
+"""Blending: the dataset that each sample comes from, by weight (csrc/data/blend.h)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from neox._native import core
-from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset
 from neox.data.samples.provenance import Coverage, DocumentSlice
-from neox.data.samples.sample import BatchArrays, Collatable, Dataset, Pair, Sample
+from neox.data.samples.sample import BatchArrays, BatchReader, Collatable, Dataset, Pair, Sample
 from neox.errors import DataError
 
 
@@ -19,7 +18,7 @@ def normalise_weights(weights: Sequence[float]) -> np.ndarray:
     """Weights as shares that sum to 1, float64.
 
     Raises:
-        DataError: a weight is negative or not finite, all are 0, or there is none; names the dataset.
+        DataError: a weight is negative or not finite, all are 0, or there is none. The message names the dataset.
     """
     shares = np.asarray(weights, dtype=np.float64)
     if shares.ndim != 1 or shares.size == 0:
@@ -29,18 +28,19 @@ def normalise_weights(weights: Sequence[float]) -> np.ndarray:
         raise DataError("bad weight of a dataset", where=f"dataset {bad[0]}", got=shares[bad[0]], want="a finite number >= 0")
     total = shares.sum()
     if not 0 < total < np.inf:
-        raise DataError("weights of a blend have no finite sum above 0", got=total)
+        raise DataError("sum of the weights of a blend is not positive and finite", got=total)
     return shares / total
 
 
 def blend_indices(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample i comes from dataset_index[i] and is its dataset_sample_index[i]-th, as in GPT-NeoX.
+    """The dataset and its sample for each of the first `size` samples of a blend, as in GPT-NeoX.
 
-    Sample i goes to the dataset with the largest weight x max(i, 1) - samples given so far, the first on a tie; a dataset of
-    weight 0 never gets one. The result for a smaller size is a prefix of that for a larger one.
+    Sample i comes from the dataset with the largest weight x max(i, 1) - samples taken from it so far, the first on a
+    tie. A dataset of weight 0 never gives a sample. The result for a smaller size is a prefix of that for a larger one.
 
     Returns:
-        dataset_index int32 [size], dataset_sample_index int64 [size].
+        dataset_index int32 [size] and dataset_sample_index int64 [size]: sample i is sample dataset_sample_index[i] of
+        dataset dataset_index[i].
 
     Raises:
         DataError: see `normalise_weights`.
@@ -52,9 +52,9 @@ def blend_indices(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.n
 
 
 class Blend:
-    """The same sequence as `blend_indices`, unbounded, computed in blocks as samples are asked for.
+    """The unbounded sequence of `blend_indices`, computed in blocks on demand.
 
-    Two blocks are kept, and the counts at each block's start, so that going back costs one block.
+    Retains two blocks, and the counts at the start of each block, so that going back costs one block.
     """
 
     BLOCK = 1 << 16
@@ -71,14 +71,14 @@ class Blend:
         return int(dataset[offset]), int(inner[offset])
 
     def taken(self, count: int) -> np.ndarray:
-        """How many of the first `count` samples come from each dataset, int64."""
+        """The number of the first `count` samples that come from each dataset, int64."""
         out = np.zeros(self.shares.size, dtype=np.int64)
         for first in range(0, count, self.BLOCK):
             out = core.blend(self.shares, first, min(self.BLOCK, count - first), out)[2]
         return out
 
     def positions(self, inner: list[np.ndarray], count: int) -> np.ndarray:
-        """Where samples stand in the blend: those below `count` that are sample inner[k][j] of dataset k, int64, ascending."""
+        """Positions in the blend, below `count`, of samples inner[k][j] of dataset k: int64, ascending."""
         taken, found = np.zeros(self.shares.size, dtype=np.int64), [np.empty(0, dtype=np.int64)]
         for first in range(0, count, self.BLOCK):
             dataset, sample, taken = core.blend(self.shares, first, min(self.BLOCK, count - first), taken)
@@ -103,12 +103,12 @@ class Blend:
 
 @dataclass(frozen=True)
 class BlendPhase:
-    """Samples of a run that were blended by one set of weights.
+    """Samples of a run that are blended by one set of weights.
 
-    Args:
-        first: the run's first sample of the phase; it ends where the next one begins.
-        weights: of the datasets.
-        taken: samples that each dataset had given before it.
+    Attributes:
+        first: first sample of the phase, which ends where the next phase begins.
+        weights: weights of the datasets.
+        taken: number of samples taken from each dataset before the phase.
     """
 
     first: int
@@ -117,13 +117,13 @@ class BlendPhase:
 
 
 class PhasedBlend:
-    """A blend whose weights changed during the run: each dataset continues after the last sample that it gave.
+    """A blend whose weights changed during the run. Each dataset continues after its last sample.
 
     Args:
         phases: at least one, ascending by `first`.
 
     Raises:
-        DataError: bad weights, or a sample before the first phase is asked for.
+        DataError: bad weights, or a sample before the first phase is requested.
     """
 
     def __init__(self, phases: Sequence[BlendPhase]):
@@ -139,14 +139,14 @@ class PhasedBlend:
         return dataset, inner + int(self._before[number][dataset])
 
     def taken(self, count: int) -> np.ndarray:
-        """How many of the first `count` samples come from each dataset, int64."""
+        """The number of the first `count` samples that come from each dataset, int64."""
         if count == 0:
             return np.zeros_like(self._before[0])
         number = self._number(count)
         return self._before[number] + self._blends[number].taken(count - self._firsts[number])
 
     def positions(self, inner: list[np.ndarray], count: int) -> np.ndarray:
-        """Positions in the run of samples inner[k][j] of dataset k, those from the first phase on and below `count`, int64, ascending."""
+        """Positions in the run, below `count`, of samples inner[k][j] of dataset k: int64, ascending."""
         found = [np.empty(0, dtype=np.int64)]
         for number, (first, blend) in enumerate(zip(self._firsts, self._blends, strict=True)):
             end = min(count, self._firsts[number + 1]) if number + 1 < len(self._firsts) else count
@@ -156,22 +156,23 @@ class PhasedBlend:
         return np.concatenate(found)
 
     def _number(self, sample: int) -> int:
-        """The phase that a sample lies in."""
         if sample < self._firsts[0]:
             raise DataError(
-                "how the sample was read is not known: the run continued with other data after it",
+                "it is unknown how the sample was read, because the data of the run changed later",
                 got=f"sample {sample:,}",
                 want=f"{self._firsts[0]:,} or later",
-                do="keep a checkpoint from before the change (checkpoint.keep)",
+                do="retain a checkpoint from before the change (checkpoint.keep)",
             )
         return bisect_right(self._firsts, sample) - 1
 
 
 class MixedDataset(Collatable):
-    """Several datasets mixed by weight. `len` is the sum of theirs; each is read in its own order, one sample after the other.
+    """Several datasets blended by weight. `len` is the sum of their lengths; each is read in order.
 
     Args:
-        phases: how the run has blended them so far and continues; None: by `weights` from its first sample on.
+        datasets: the datasets.
+        weights: their weights.
+        phases: the phases of the blend; None for one phase with `weights`.
     """
 
     def __init__(self, datasets: list[Dataset], weights: list[float], phases: Sequence[BlendPhase] | None = None):
@@ -186,36 +187,37 @@ class MixedDataset(Collatable):
         return self.parts[dataset][inner]
 
     def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
+        """The location of token `token` of sample `index`: file, document, offset."""
         dataset, inner = self._blend[index]
         return self.parts[dataset].describe(inner, token)
 
     def slices(self, index: int) -> list[DocumentSlice]:
-        """The parts of documents that sample `index` is made of."""
+        """The slices of documents in sample `index`."""
         dataset, inner = self._blend[index]
         return self.parts[dataset].slices(inner)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
-        """The samples below `count` that hold a part of a document, int64."""
+        """The samples below `count` with a token of a document of dataset `prefix`, int64."""
         taken = self._blend.taken(count)
         inner = [part.find(prefix, document, given) for part, given in zip(self.parts, taken.tolist(), strict=True)]
         return self._blend.positions(inner, count)
 
     def coverage(self, count: int) -> list[Coverage]:
-        """What the first `count` samples have read."""
+        """What the first `count` samples have read of each source."""
         return [seen for part, given in zip(self.parts, self._blend.taken(count).tolist(), strict=True) for seen in part.coverage(given)]
 
 
 class BlendedDataset(MixedDataset):
-    """Datasets that are read many samples at a time, mixed by weight."""
+    """Several datasets blended by weight, which are read many samples at a time."""
 
-    def __init__(self, datasets: list[EpochDataset | GptNeoxOrderDataset], weights: list[float], phases: Sequence[BlendPhase] | None = None):
-        super().__init__(datasets, weights, phases)
+    def __init__(self, datasets: Sequence[BatchReader], weights: list[float], phases: Sequence[BlendPhase] | None = None):
+        super().__init__(list(datasets), weights, phases)
+        self._readers = datasets
         self.seq_length = datasets[0].seq_length
         self.document_mask = datasets[0].document_mask
 
     def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
-        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        """Read sample indices[i] into row rows[i]. Returns the largest id."""
         sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
-        owners = [(source, sources == source) for source in np.unique(sources).tolist()]
-        return max(self.parts[source].read_rows(inner[own], rows[own], out) for source, own in owners)
+        masks = [(source, sources == source) for source in np.unique(sources).tolist()]
+        return max(self._readers[source].read_rows(inner[mask], rows[mask], out) for source, mask in masks)

@@ -1,4 +1,4 @@
-"""From the `data` section of a config to the datasets of a run."""
+"""Builds the datasets of a run from the `data` section of its config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neox._native import core
 from neox.config.schema import Config, DataConfig, DataSource
 from neox.config.validate import check_sources
 from neox.data.samples.blend import BlendedDataset, BlendPhase, MixedDataset, PhasedBlend, normalise_weights
-from neox.data.samples.cursor import Cursor, SavedCursor, Source, continued, first_phase, identify, same_shares, settings_of, tokenizer_of
+from neox.data.samples.cursor import Cursor, SavedCursor, Source, continue_from, first_phase, identify, same_shares, settings_of, tokenizer_of
 from neox.data.samples.documents import DocumentDataset, LabelledDataset, PairDataset, check_labels, check_same_documents
 from neox.data.samples.fim import FimDataset, Transform
 from neox.data.samples.index_cache import PACKING_NAMES, cache_key, cached_order
@@ -23,47 +23,50 @@ from neox.data.samples.packing import PackedDataset, Packing, pack_documents
 from neox.data.samples.sample import BatchReader, Dataset
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.input_files import find_files
-from neox.data.text.text_cache import text_key, tokenized
+from neox.data.text.text_cache import RunText, tokenize
 from neox.data.text.tokenizer import file_hash
 from neox.errors import ConfigError, DataError
 
 PARTS = ("train", "validation", "test")
-BLEND_MARGIN = 1.005  # upstream asks each dataset of a blend for this much more than its share
+BLEND_MARGIN = 1.005  # GPT-NeoX requests this factor more than its share from each dataset of a blend
 
 
 def build_datasets(config: Config, num_samples: dict[str, int]) -> dict[str, Dataset]:
-    """The datasets that a run reads from its first sample on; see `RunDatasets`."""
+    """The datasets of a new run, by part; see `RunDatasets`."""
     return RunDatasets(config, num_samples).parts
 
 
 class RunDatasets:
-    """The datasets that a run reads, and what a count of their samples means.
+    """The datasets of a run, and what a count of their samples means.
 
     Args:
-        num_samples: samples needed of "train", "validation" and "test"; parts that are absent or 0 are not built.
-            Only `order: neox` makes its order for that number; `order: epoch` is unbounded.
-        saved: the data cursor of the checkpoint that the run resumes from; None: it begins.
+        config: the config of the run.
+        num_samples: samples needed of "train", "validation" and "test". A part that is missing or 0 is not built. Only
+            `order: neox` computes its order for that number; `order: epoch` is unbounded.
+        saved: the data cursor of the checkpoint that the run resumes from; None for a new run.
 
     Attributes:
         parts: part -> dataset, for the parts that the config has.
-        cursor: for the checkpoints of the run.
-        lines: what changed since the checkpoint.
+        cursor: the data cursor for the checkpoints of the run.
+        lines: what has changed since the checkpoint.
 
     Raises:
-        ConfigError: not one of data.path, data.text and data.train, a bad split, or a tokenizer without the tokens of fill in the middle.
-        DataError: files that are missing, damaged, from another tokenizer, with ids beyond the vocabulary, or too short; an empty split.
-        CheckpointError: the data is not that of the checkpoint. Nothing was written by then: no tokenized text, no arrays of an order or packing.
+        ConfigError: not exactly one of data.path, data.text and data.train, a bad split, or a tokenizer without the
+            tokens of fill in the middle.
+        DataError: a dataset is missing, damaged, built with a different tokenizer or too short, or has ids outside the
+            vocabulary; or a split is empty.
+        CheckpointError: the data differs from that of the checkpoint. No file has been written by then.
     """
 
     def __init__(self, config: Config, num_samples: dict[str, int], saved: SavedCursor | None = None):
         check_sources(config)
         wanted = {part: num_samples[part] for part in PARTS if num_samples.get(part, 0) > 0}
-        text = Path(text_prefix(config)).name if config.data.text else None
-        settings = settings_of(config, tokenizer_of(config), text)
-        if saved is not None and text is not None and saved.cursor.settings.get("data.text") not in (None, text):
-            unread = (Source("data.text", 1.0),)  # nothing is tokenized for a start that is refused
-            continued(saved, Cursor(settings, unread, (first_phase(unread),)), ())
-        path = prefix_to_split(config)
+        text = run_text(config)
+        settings = settings_of(config, tokenizer_of(config), None if text is None else text.key)
+        if saved is not None and text is not None and saved.cursor.settings.get("data.text") not in (None, text.key):
+            unread = (Source("data.text", 1.0),)  # a refused start must not tokenize the text
+            continue_from(saved, Cursor(settings, unread, (first_phase(unread),)), ())
+        path = config.data.path if text is None else tokenize(text)
         opened = _open_all(config, path, list(wanted))
         rows = {part: _rows(config, opened, path, part) for part in wanted}
         validation = [_described(config, opened, row) for row in rows.get("validation", ())]
@@ -74,7 +77,7 @@ class RunDatasets:
         self.cursor = Cursor(settings, tuple(sources), (first_phase(sources),))
         self.lines: list[str] = []
         if saved is not None:
-            found = continued(saved, self.cursor, validation)
+            found = continue_from(saved, self.cursor, validation)
             self.cursor, self.lines = replace(self.cursor, phases=found.phases), found.lines
         self.parts: dict[str, Dataset] = {}
         for part in (part for part in wanted if rows[part]):
@@ -99,7 +102,7 @@ class RunDatasets:
 
 
 class PartSource(NamedTuple):
-    """A source of a part: its files, the documents (order: neox: sequences) [first, last) of them, and its name for messages."""
+    """A source of a part: its files, documents (for order: neox, sequences) [first, last), and name in messages."""
 
     source: DataSource
     span: tuple[int, int]
@@ -107,10 +110,21 @@ class PartSource(NamedTuple):
 
 
 def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, part: str) -> list[PartSource]:
-    """The sources of a part. Raises DataError where data.split leaves none of the documents, ConfigError for bad weights."""
+    """The sources of a part.
+
+    Raises:
+        DataError: data.split leaves no document for it.
+        ConfigError: bad weights.
+    """
     data = config.data
     if path is not None:
-        return [PartSource(DataSource(path=path), _split_part(config, opened[path], part), "data.text" if data.text else path)]
+        return [
+            PartSource(
+                DataSource(path=path, weight=1.0, labels=None, rejected=None, rejected_labels=None),
+                _split_part(config, opened[path], part),
+                "data.text" if data.text else path,
+            )
+        ]
     rows = [PartSource(source, (0, _units(data, opened[source.path])), source.path) for source in _sources(data, part)]
     if rows:
         try:
@@ -121,7 +135,7 @@ def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, p
 
 
 def _needed(config: Config, rows: Sequence[PartSource], samples: int) -> list[int]:
-    """Samples that a run needs of each source."""
+    """Number of samples that a run needs of each source."""
     if not config.data.train:
         return [samples] * len(rows)
     shares = normalise_weights([row.source.weight for row in rows]) if rows else []
@@ -129,7 +143,7 @@ def _needed(config: Config, rows: Sequence[PartSource], samples: int) -> list[in
 
 
 def _described(config: Config, opened: dict[str, IndexedDataset], row: PartSource, samples: int = 0) -> Source:
-    """A source by its content. samples: that are needed of it, which the arrays of `order: neox` depend on."""
+    """A source by its content. `samples` is the number needed of it, which the arrays of `order: neox` depend on."""
     roles = {"tokens": row.source.path, "labels": row.source.labels, "rejected": row.source.rejected, "rejected_labels": row.source.rejected_labels}
     files = {role: identify(opened[prefix]) for role, prefix in roles.items() if prefix is not None}
     neox = config.data.order == "neox" and config.data.packing == "concatenate" and row.source.rejected is None and samples
@@ -138,14 +152,14 @@ def _described(config: Config, opened: dict[str, IndexedDataset], row: PartSourc
 
 
 def _epochs(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> int:
-    """Epochs of the arrays of `order: neox` that have so many samples."""
+    """Epochs of the arrays of `order: neox` for that many samples."""
     tokens = dataset.first_token(span[1]) - dataset.first_token(span[0])
     check_tokens(dataset, span, tokens, config.data.seq_length)
     return core.epochs_needed(tokens, config.data.seq_length, samples)
 
 
 def _samples_of(config: Config, dataset: IndexedDataset, span: tuple[int, int], epochs: int, samples: int) -> int:
-    """The samples to ask `gpt_neox_order` for, so that its arrays have that many epochs: `samples` where these give them already."""
+    """The number of samples for which the arrays of `gpt_neox_order` have `epochs` epochs; `samples` if it is one."""
     if _epochs(config, dataset, span, samples) == epochs:
         return samples
     return (epochs * (dataset.first_token(span[1]) - dataset.first_token(span[0])) - 1) // config.data.seq_length
@@ -154,7 +168,7 @@ def _samples_of(config: Config, dataset: IndexedDataset, span: tuple[int, int], 
 def _keep_epochs(
     config: Config, opened: dict[str, IndexedDataset], sources: list[Source], rows: Sequence[PartSource], saved: SavedCursor, samples: int
 ) -> list[Source]:
-    """The sources with as many epochs of `order: neox` as in the checkpoint, where these hold what the run still reads of them."""
+    """The sources, with the epochs of `order: neox` in the checkpoint if they suffice for what the run still reads."""
     before = saved.cursor
     taken = PhasedBlend(before.phases).taken(saved.consumed).tolist()
     weights = [row.source.weight for row in rows]
@@ -167,48 +181,49 @@ def _keep_epochs(
         if old is not None:
             needed = taken[old] + math.ceil(rest * share) + 1
             epochs = _epochs(config, dataset, row.span, needed) if reweighted else source.epochs
-            source = replace(source, epochs=max(epochs, before.sources[old].epochs or 1))
+            source = replace(source, epochs=max(epochs or 1, before.sources[old].epochs or 1))
         found.append(source)
     return found
 
 
-def prefix_to_split(config: Config) -> str | None:
-    """Prefix of the dataset that data.split cuts: data.path, or what data.text becomes, now or before. None where there are lists of sources."""
-    data = config.data
+def run_text(config: Config) -> RunText | None:
+    """The text that the run tokenizes itself (data.text); None if there is none.
+
+    Raises:
+        DataError: a file is missing or of a kind that is not read.
+    """
+    data, tokenizer = config.data, config.tokenizer
     if not data.text:
-        return data.path
-    return tokenized(data.text, config.tokenizer.file, config.tokenizer.eod_token, _text_folder(config))
-
-
-def text_prefix(config: Config) -> str:
-    """Prefix of the dataset that data.text becomes; it need not be there. Raises DataError."""
-    return str(_text_folder(config) / text_key(find_files(config.data.text), config.tokenizer.file, config.tokenizer.eod_token))
-
-
-def _text_folder(config: Config) -> Path:
-    return Path(config.data.text_cache) if config.data.text_cache is not None else Path(config.run.dir) / "text"
+        return None
+    folder = Path(config.run.dir) / "text" if data.text_cache is None else Path(data.text_cache)
+    return RunText(find_files(data.text), str(tokenizer.file), tokenizer.eod_token, folder)
 
 
 def documents_of_parts(config: Config) -> dict[str, list[tuple[IndexedDataset, tuple[int, int]]]]:
-    """The documents [first, last) of each dataset that "train", "validation" and "test" are made of, as far as the config has them. Raises as above."""
+    """The documents [first, last) of each dataset in "train", "validation" and "test".
+
+    Raises:
+        ConfigError, DataError: see `RunDatasets`.
+    """
     data = config.data
     check_sources(config)
-    path = prefix_to_split(config)
+    text = run_text(config)
+    path = data.path if text is None else tokenize(text)
     if path is None:
         named = {part: [source.path for source in _sources(data, part)] for part in PARTS}
         opened = {prefix: IndexedDataset(prefix) for prefixes in named.values() for prefix in prefixes}
-        whole = {prefix: (dataset, (0, dataset.num_documents)) for prefix, dataset in opened.items()}
-        return {part: [whole[prefix] for prefix in prefixes] for part, prefixes in named.items() if prefixes}
+        complete = {prefix: (dataset, (0, dataset.num_documents)) for prefix, dataset in opened.items()}
+        return {part: [complete[prefix] for prefix in prefixes] for part, prefixes in named.items() if prefixes}
     dataset = IndexedDataset(path)
     units = _units(data, dataset)
     spans = split_ranges(data.split, units)
-    if units != dataset.num_documents:  # sequences: the documents that begin in them
+    if units != dataset.num_documents:  # sequences: the documents that begin in a span
         spans = [tuple(np.searchsorted(dataset.documents[:-1], span).tolist()) for span in spans]
     return {part: [(dataset, span)] for part, span in zip(PARTS, spans, strict=True) if span[0] < span[1]}
 
 
 def notes(datasets: dict[str, Dataset]) -> list[str]:
-    """What a run says of its datasets at its start: how full packed samples are."""
+    """What a run logs about its datasets at its start: the fill rate of packed samples."""
     parts = [(name, part) for name, dataset in datasets.items() for part in (dataset.parts if isinstance(dataset, MixedDataset) else [dataset])]
     packed = [(name, part.samples if isinstance(part, FimDataset) else part) for name, part in parts]
     return [f"{name}: {part.note()}" for name, part in packed if isinstance(part, PackedDataset)]
@@ -219,7 +234,7 @@ def _sources(data: DataConfig, part: str) -> tuple[DataSource, ...]:
 
 
 def _open_all(config: Config, path: str | None, parts: list[str]) -> dict[str, IndexedDataset]:
-    """Open each prefix once and check it against the config; `path`: the dataset that data.split cuts."""
+    """Open each prefix once and check it against the config. `path` is the dataset that data.split divides."""
     data = config.data
     sources = [source for part in parts for source in _sources(data, part)]
     prefixes = [path] if path is not None else [prefix for source in sources for prefix in (source.path, source.rejected) if prefix]
@@ -234,7 +249,10 @@ def _open_all(config: Config, path: str | None, parts: list[str]) -> dict[str, I
 
 
 def _check_vocabulary(dataset: IndexedDataset, config: Config) -> None:
-    """What the sidecar knows about the tokenizer must fit the config. Without a sidecar the loader checks each batch."""
+    """Check the ids and the tokenizer in the sidecar against the config.
+
+    Without a sidecar the loader checks each batch.
+    """
     sidecar = dataset.sidecar
     if sidecar is None:
         return
@@ -246,14 +264,17 @@ def _check_vocabulary(dataset: IndexedDataset, config: Config) -> None:
             where=f"{dataset.bin_path} document {document} offset {offset}",
             got=f"largest id {sidecar.largest_id}",
             want=f"0 to {config.model.vocab_size - 1} (model.vocab_size)",
-            do="use the tokenizer that made the data, or raise model.vocab_size",
+            do="use the tokenizer of the dataset, or raise model.vocab_size",
         )
     if config.tokenizer.file is not None and sidecar.tokenizer_hash is not None:
         dataset.check_tokenizer(file_hash(config.tokenizer.file), config.tokenizer.file)
 
 
 def _split_part(config: Config, dataset: IndexedDataset, part: str) -> tuple[int, int]:
-    """The range of a part of data.path. `order: neox` cuts sequences, as upstream does; `order: epoch` cuts documents."""
+    """The range of a part of the dataset.
+
+    `order: neox` divides sequences, as GPT-NeoX does; `order: epoch` divides documents.
+    """
     data = config.data
     unit = _units(data, dataset)
     span = split_ranges(data.split, unit)[PARTS.index(part)]
@@ -269,29 +290,29 @@ def _split_part(config: Config, dataset: IndexedDataset, part: str) -> tuple[int
 
 
 def mixed(datasets: list[Dataset], weights: list[float], phases: Sequence[BlendPhase] | None) -> Dataset:
-    """One dataset of several; the only one itself where the run began with it."""
+    """The blend of several datasets; a single one is returned as it is if the run started with it."""
     if len(datasets) == 1 and (not phases or [phase.first for phase in phases] == [0]):
         return datasets[0]
-    by_rows = all(isinstance(dataset, BatchReader) for dataset in datasets)
-    return BlendedDataset(datasets, weights, phases) if by_rows else MixedDataset(datasets, weights, phases)
+    readers = [dataset for dataset in datasets if isinstance(dataset, BatchReader)]
+    return BlendedDataset(readers, weights, phases) if len(readers) == len(datasets) else MixedDataset(datasets, weights, phases)
 
 
 def _units(data: DataConfig, dataset: IndexedDataset) -> int:
-    """What a dataset is cut into: sequences in GPT-NeoX's order, else documents."""
+    """The number of units that data.split divides: sequences in GPT-NeoX's order, else documents."""
     return len(dataset) if data.order == "neox" and data.packing == "concatenate" else dataset.num_documents
 
 
 def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: PartSource, samples: int) -> Dataset:
-    """One source of a part, its samples made as data.packing says; those of the training set go through fill in the middle."""
+    """The dataset of one source, packed by data.packing; for training, with fill in the middle."""
     data = config.data
-    dataset, labels = opened[row.source.path], opened.get(row.source.labels)
+    dataset, labels = opened[row.source.path], _labels(opened, row.source.labels)
     longest = data.seq_length + 1 if data.packing == "document" or row.source.rejected is not None else None
     for tokens, learned in ((row.source.path, row.source.labels), (row.source.rejected, row.source.rejected_labels)):
-        if learned is not None and row.source.weight:
+        if tokens is not None and learned is not None and row.source.weight:
             check_same_documents(opened[tokens], opened[learned], "labels")
             check_labels(opened[learned], row.span, longest)
     if row.source.rejected is not None:
-        rejected = (opened[row.source.rejected], opened.get(row.source.rejected_labels))
+        rejected = (opened[row.source.rejected], _labels(opened, row.source.rejected_labels))
         return PairDataset((dataset, labels), rejected, data.seq_length, config.train.seed)
     if data.packing == "document":
         made = DocumentDataset(dataset, labels, data.seq_length, config.train.seed, row.span)
@@ -300,13 +321,17 @@ def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: P
     else:
         made = _ordered(config, dataset, row.span, samples)
         made = made if labels is None else LabelledDataset(made, dataset, labels)
-    if part != "train" or not data.fim.rate:
+    if part != "train" or not data.fim.rate or isinstance(made, LabelledDataset):
         return made
     return FimDataset(made, Transform(data.fim, config.tokenizer), dataset.checksum(), config.train.seed, data.document_mask)
 
 
+def _labels(opened: dict[str, IndexedDataset], prefix: str | None) -> IndexedDataset | None:
+    return None if prefix is None else opened.get(prefix)
+
+
 def _packed(config: Config, files: tuple[IndexedDataset, IndexedDataset | None], span: tuple[int, int]) -> PackedDataset:
-    """Documents of a range, best-fit packed; the packing is cached."""
+    """Documents [first, last), best-fit packed. The packing is cached."""
     data = config.data
     dataset, labels = files
     key = cache_key(packing=1, idx=dataset.checksum(), first=span[0], last=span[1], seq_length=data.seq_length)
@@ -318,14 +343,14 @@ def _packed(config: Config, files: tuple[IndexedDataset, IndexedDataset | None],
 
 
 def _cache_folders(config: Config, dataset: IndexedDataset) -> list[Path]:
-    """Where index arrays are looked for and kept."""
+    """Folders for index arrays, in order of preference."""
     if config.data.index_cache is not None:
         return [Path(config.data.index_cache)]
     return [Path(dataset.prefix).parent / "index_cache", Path(config.run.dir) / "index_cache"]
 
 
 def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> EpochDataset | GptNeoxOrderDataset:
-    """Documents (epoch) or sequences (neox) [first, last) in the order of the config."""
+    """Documents (order: epoch) or sequences (order: neox) [first, last) in the order of the config."""
     data, seed = config.data, config.train.seed
     if data.order == "epoch":
         return EpochDataset(dataset, span, data.seq_length, seed, data.document_mask)

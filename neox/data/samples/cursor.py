@@ -1,7 +1,8 @@
-"""What the data cursor of a checkpoint means: which datasets its count of samples runs over, in which order, and how they were blended.
+"""The data cursor of a checkpoint: the datasets that its count of samples refers to, their order and blending.
 
-A checkpoint keeps it beside the count. At a resume it is compared with the data of the config: what is unchanged continues where it was, a change of
-weights included; any other difference is an error, because the same count would mean other samples (docs/data.md, "Changing the data of a run").
+A resume compares the cursor with the data of the config. Unchanged sources continue after their last sample, also with
+different weights. Any other difference is an error, because the same count would mean different samples (docs/data.md,
+"Changing the data of a run").
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ from neox.data.store.indexed import IndexedDataset
 from neox.data.text.tokenizer import file_hash
 from neox.errors import CheckpointError, DataError
 
-SPOTS, SPOT_BYTES = 64, 1 << 16  # what is read of a .bin without a sidecar: that many spots, evenly spaced
-SHOWN = 4  # differences and sources that a message names
-REORDERS = ("data.seq_length", "data.order", "data.packing", "train.seed", "data.text")  # with another value, every sample is another one
+# number and size of the evenly spaced parts of a .bin without a sidecar that are hashed
+SPOTS, SPOT_BYTES = 64, 1 << 16
+SHOWN = 4  # differences or sources per message
+# a different value changes every sample
+REORDERS = ("data.seq_length", "data.order", "data.packing", "train.seed", "data.text")
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """A dataset by its content, wherever it lies.
+    """A dataset by its content, independent of its path.
 
-    Args:
-        index: XXH64 of .idx, hex digits.
-        tokens: digest of .bin: `blocks-...` of the sidecar's checksums, or `spots-...` of what was read of it.
-        num_documents, num_tokens: for messages.
+    Attributes:
+        index: XXH64 of .idx, in hex digits.
+        tokens: digest of .bin: `blocks-...` of the checksums in the sidecar, or `spots-...` of the parts that were
+            read.
+        num_documents: for messages, as is num_tokens.
     """
 
     index: str
@@ -42,17 +46,24 @@ class FileIdentity:
     num_tokens: int
 
     def same(self, other: FileIdentity) -> bool:
-        """Whether the content is the same, as far as both digests tell: where only one has a sidecar, the index alone is compared."""
+        """Whether the digests agree. If only one of both has a sidecar, only the index is compared."""
         comparable = self.tokens.split("-")[0] == other.tokens.split("-")[0]
         return self.index == other.index and (self.tokens == other.tokens or not comparable)
 
     def describe(self) -> str:
-        """For a message."""
+        """The dataset in a message."""
         return f"{self.num_documents:,} documents of {self.num_tokens:,} tokens ({self.index[:8]}, {self.tokens[-8:]})"
 
 
 def identify(dataset: IndexedDataset) -> FileIdentity:
-    """The identity of a dataset: from its sidecar, or else from its index and at most SPOTS x SPOT_BYTES bytes of .bin. Raises DataError."""
+    """The identity of a dataset, from its sidecar, else from its index and at most SPOTS x SPOT_BYTES of .bin.
+
+    Without a sidecar, a change of a larger .bin that keeps its lengths and is outside of these spots is not detected.
+    Reading all of it at every start would cost minutes for a large corpus.
+
+    Raises:
+        DataError: the dataset cannot be read.
+    """
     index = f"{dataset.checksum():016x}"
     if dataset.sidecar is not None:
         sums = ",".join(f"{value:016x}" for value in dataset.sidecar.block_sums)
@@ -65,8 +76,8 @@ def identify(dataset: IndexedDataset) -> FileIdentity:
 
 def _spots(path: str, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
-    whole = size <= SPOTS * SPOT_BYTES
-    starts = range(0, size, SPOT_BYTES) if whole else [(size - SPOT_BYTES) * spot // (SPOTS - 1) for spot in range(SPOTS)]
+    complete = size <= SPOTS * SPOT_BYTES
+    starts = range(0, size, SPOT_BYTES) if complete else [(size - SPOT_BYTES) * spot // (SPOTS - 1) for spot in range(SPOTS)]
     try:
         with open(path, "rb") as file:
             for start in starts:
@@ -81,13 +92,14 @@ def _spots(path: str, size: int) -> str:
 class Source:
     """One source of the training samples.
 
-    Args:
-        path: prefix of its tokens, or data.text; a name for messages, no part of the identity.
-        weight: as in the config.
-        files: role (tokens, labels, rejected, rejected_labels) -> identity; None: not known (a checkpoint of an earlier version).
-        span: documents (order: neox: sequences) [first, last) that it has; None: not known.
-        epochs: order: neox: epochs that its arrays were made for, which they depend on; None elsewhere, or not known.
-        samples: of one epoch; None: not known.
+    Attributes:
+        path: prefix of its tokens, or data.text; used in messages and not for identity.
+        weight: its weight in the config.
+        files: role (tokens, labels, rejected, rejected_labels) -> identity; None if unknown (a checkpoint of an earlier
+            version).
+        span: its documents (for order: neox, sequences) [first, last); None if unknown.
+        epochs: for order: neox, the epochs of its arrays, on which their content depends; else None, as if unknown.
+        samples: samples per epoch; None if unknown.
     """
 
     path: str
@@ -98,27 +110,27 @@ class Source:
     samples: int | None = None
 
     def same(self, other: Source) -> bool:
-        """Whether both are the same samples in the same order, under the same settings."""
+        """Whether both give the same samples in the same order, under the same settings."""
         if self.files is None or other.files is None:
             return self.path == other.path
         files = self.files.keys() == other.files.keys() and all(identity.same(other.files[role]) for role, identity in self.files.items())
         return files and self.span == other.span and self.epochs == other.epochs
 
     def same_tokens(self, other: Source) -> bool:
-        """Whether both read the same dataset, in whatever order and part of it."""
+        """Whether both read the same dataset, in any order and any part of it."""
         if self.files is None or other.files is None:
             return self.path == other.path
         return self.files["tokens"].same(other.files["tokens"])
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The JSON value in a checkpoint."""
         files = {role: [one.index, one.tokens, one.num_documents, one.num_tokens] for role, one in (self.files or {}).items()}
         span = None if self.span is None else list(self.span)
         return {"path": self.path, "weight": self.weight, "files": files, "span": span, "epochs": self.epochs, "samples": self.samples}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Source:
-        """From a checkpoint whose state was checked (neox.checkpoint.state)."""
+        """Parse a value that was validated by neox.checkpoint.state."""
         files = {role: FileIdentity(*parts) for role, parts in value["files"].items()}
         span = None if value["span"] is None else tuple(value["span"])
         return cls(value["path"], value["weight"], files or None, span, value["epochs"], value["samples"])
@@ -126,12 +138,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Cursor:
-    """What a count of samples means.
+    """What a count of samples refers to.
 
-    Args:
-        settings: key -> value of what the samples depend on besides their sources.
-        sources: of the training set.
-        phases: how they were blended, the last one until now.
+    Attributes:
+        settings: key -> value of everything that the samples depend on besides their sources.
+        sources: the sources of the training set.
+        phases: how they were blended; the last phase is the current one.
     """
 
     settings: Mapping[str, Any]
@@ -139,19 +151,19 @@ class Cursor:
     phases: tuple[BlendPhase, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The JSON value in a checkpoint."""
         phases = [[one.first, list(one.weights), list(one.taken)] for one in self.phases]
         return {"settings": dict(self.settings), "sources": [source.to_json() for source in self.sources], "stretches": phases}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Cursor:
-        """From a checkpoint whose state was checked (neox.checkpoint.state)."""
+        """Parse a value that was validated by neox.checkpoint.state."""
         phases = tuple(BlendPhase(first, tuple(weights), tuple(taken)) for first, weights, taken in value["stretches"])
         return cls(value["settings"], tuple(map(Source.from_json, value["sources"])), phases)
 
     @classmethod
     def of_config(cls, config: Config) -> Cursor:
-        """Of a checkpoint that has none: what its config tells, without the content of the files."""
+        """The cursor of a checkpoint without one, from its config, without the content of the files."""
         data = config.data
         named = [(source.path, source.weight) for source in data.train] or [(data.path or "data.text", 1.0)]
         sources = tuple(Source(path, weight) for path, weight in named)
@@ -162,11 +174,11 @@ class Cursor:
 class SavedCursor:
     """The data cursor of the checkpoint that a run resumes from.
 
-    Args:
+    Attributes:
         where: the checkpoint, for messages.
         consumed: samples read before it.
-        cursor: what that means.
-        accept: differences are accepted (checkpoint.accept_data_change).
+        cursor: its data cursor.
+        accept: accept differences (checkpoint.accept_data_change).
     """
 
     where: str
@@ -180,8 +192,8 @@ class Continuation:
     """How the data of a run continues from a checkpoint.
 
     Attributes:
-        phases: of the blend.
-        lines: what a person should know of it.
+        phases: phases of the blend.
+        lines: changes to log.
     """
 
     phases: tuple[BlendPhase, ...]
@@ -189,13 +201,13 @@ class Continuation:
 
 
 def first_phase(sources: Sequence[Source]) -> BlendPhase:
-    """The blend of a new run."""
+    """The first phase of the blend of a new run."""
     weights = normalise_weights([source.weight for source in sources]).tolist() if sources else []
     return BlendPhase(0, tuple(weights), (0,) * len(sources))
 
 
 def settings_of(config: Config, tokenizer: str | None, text: str | None = None) -> dict[str, Any]:
-    """What samples depend on besides their sources. tokenizer, text: hashes of tokenizer.file and data.text, None where not known."""
+    """The settings that samples depend on besides their sources. `tokenizer` and `text` are hashes; None if unknown."""
     data = config.data
     return {
         "data.seq_length": data.seq_length,
@@ -211,47 +223,53 @@ def settings_of(config: Config, tokenizer: str | None, text: str | None = None) 
 
 
 def tokenizer_of(config: Config) -> str | None:
-    """Hash of the config's tokenizer. Raises DataError."""
+    """Hash of the tokenizer of the config; None if it has none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     return None if config.tokenizer.file is None else file_hash(config.tokenizer.file)
 
 
-def continued(saved: SavedCursor, now: Cursor, validation: Sequence[Source]) -> Continuation:
-    """How a run continues whose data is `now`.
+def continue_from(saved: SavedCursor, now: Cursor, validation: Sequence[Source]) -> Continuation:
+    """How a run with the data of `now` continues from a checkpoint.
 
     Args:
-        saved: from the checkpoint.
-        now: of the config; its phases are not read.
+        saved: the cursor of the checkpoint.
+        now: the cursor of the config; its phases are ignored.
         validation: sources of the validation set.
 
     Raises:
-        CheckpointError: the data is not that of the checkpoint, and the difference is not accepted.
+        CheckpointError: the data differs from that of the checkpoint, and the difference is not accepted.
     """
     if not saved.consumed:
         return Continuation((first_phase(now.sources),))
     before = saved.cursor
     taken = PhasedBlend(before.phases).taken(saved.consumed).tolist()
     changed = changed_settings(before, now)
-    partner = {} if any(key in REORDERS for key in changed) else partners(before.sources, now.sources)
+    partner = {} if any(key in REORDERS for key in changed) else matched_sources(before.sources, now.sources)
     ended = [number for number, count in enumerate(taken) if count and number not in partner]
     if not changed and not ended:
         return reblended(saved, now, partner, taken)
     lines = differences(before, now, changed, ended) + consequences(before, now, taken, ended, validation)
     if not saved.accept:
         raise CheckpointError(
-            "the data of the run is not that of its checkpoint",
+            "the data of the run differs from that of its checkpoint",
             where=saved.where,
             got=", ".join(lines),
-            want=f"what the {saved.consumed:,} samples that the checkpoint counts were read from",
-            do="put back what changed, choose another run.dir, or accept this once by --set checkpoint.accept_data_change=true",
+            want=f"the data that the {saved.consumed:,} samples of the checkpoint were read from",
+            do="revert the change, choose another run.dir, or accept it once by --set checkpoint.accept_data_change=true",
         )
     lines = [f"accepted by checkpoint.accept_data_change: {line}" for line in lines]
     return Continuation((new_phase(saved, now, partner, taken),), lines)
 
 
 def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value before, value now) of the settings that differ. What either side does not know is no difference.
+    """Key -> (value before, value now) of the settings that differ.
 
-    data.split counts by the documents that it gives; by its text only where those of the checkpoint are not known.
+    A value that is unknown on either side is not compared.
+
+    data.split is compared by the documents that it selects; by its text only if those of the checkpoint are unknown.
     """
     found = {key: (before.settings.get(key), value) for key, value in now.settings.items() if before.settings.get(key) != value}
     for key in ("tokenizer.file", "data.text"):
@@ -262,8 +280,8 @@ def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def partners(before: Sequence[Source], now: Sequence[Source]) -> dict[int, int]:
-    """Number of a source before -> its number now, of those that are unchanged; each has at most one partner."""
+def matched_sources(before: Sequence[Source], now: Sequence[Source]) -> dict[int, int]:
+    """Number of an unchanged source before -> its number now. Each source is matched at most once."""
     found: dict[int, int] = {}
     for number, source in enumerate(before):
         free = (other for other, candidate in enumerate(now) if other not in found.values() and source.same(candidate))
@@ -274,7 +292,7 @@ def partners(before: Sequence[Source], now: Sequence[Source]) -> dict[int, int]:
 
 
 def new_phase(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> BlendPhase:
-    """The blend from the checkpoint on: sources that were there before continue, the others begin."""
+    """The phase that starts at the checkpoint: matched sources continue, the others begin."""
     counts = [0] * len(now.sources)
     for old, new in partner.items():
         counts[new] = taken[old]
@@ -282,7 +300,7 @@ def new_phase(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken
 
 
 def reblended(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> Continuation:
-    """The blend of a run whose sources are unchanged, or only added to, or left out before they were read; weights may differ."""
+    """The blend of a run whose sources are unchanged, added, or removed before they were read. Weights may differ."""
     phases = saved.cursor.phases
     weights = first_phase(now.sources).weights
     in_place = all(partner.get(old) == old for old in range(len(taken)))
@@ -290,7 +308,7 @@ def reblended(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken
         return Continuation(phases)
     phase = new_phase(saved, now, partner, taken)
     added = (0,) * (len(weights) - len(taken))
-    kept = [BlendPhase(one.first, one.weights + added, one.taken + added) for one in phases if one.first < saved.consumed] if in_place else []
+    earlier = [BlendPhase(one.first, one.weights + added, one.taken + added) for one in phases if one.first < saved.consumed] if in_place else []
     before, after = normalise_weights(phases[-1].weights), normalise_weights(weights)
     olds = {new: old for old, new in partner.items()}
     parts = []
@@ -298,27 +316,31 @@ def reblended(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken
         share = f"{after[number]:.4g}" if number not in olds else f"{before[olds[number]]:.4g} -> {after[number]:.4g}"
         parts.append(f"{source.path} at its sample {phase.taken[number]:,} (share {share})")
     more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-    line = f"data.train: the blend changes at sample {saved.consumed:,}, each source continues where it was, none is repeated or skipped: "
-    return Continuation((*kept, phase), [line + ", ".join(parts[:SHOWN]) + more])
+    line = f"data.train: the blend changes at sample {saved.consumed:,}, each source continues after its last sample, without repeats or skips: "
+    return Continuation((*earlier, phase), [line + ", ".join(parts[:SHOWN]) + more])
 
 
 def same_shares(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two lists of weights blend in the same way. Raises DataError for bad weights."""
+    """Whether two lists of weights are proportional.
+
+    Raises:
+        DataError: bad weights.
+    """
     return len(one) == len(other) and np.allclose(normalise_weights(one), normalise_weights(other), rtol=1e-12, atol=0.0)
 
 
 def differences(before: Cursor, now: Cursor, changed: Mapping[str, tuple[Any, Any]], ended: Iterable[int]) -> list[str]:
-    """What differs, for people."""
+    """Descriptions of the differences."""
     lines = [f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in changed.items()]
     if any(key in REORDERS for key in changed):
-        return lines  # every source is in another order, also where it is the same
+        return lines  # every source has a different order, even if it is unchanged
     found = []
     for number in ended:
         source = before.sources[number]
-        there = next((one for one in now.sources if source.same_tokens(one)), None)
+        current = next((one for one in now.sources if source.same_tokens(one)), None)
         named = next((one for one in now.sources if one.path == source.path), None)
-        if there is not None:
-            found.append(reading(source, there, before.settings.get("data.split"), now.settings.get("data.split")))
+        if current is not None:
+            found.append(reading(source, current, before.settings.get("data.split"), now.settings.get("data.split")))
         elif named is not None:
             found.append(f"the content of {source.path} changed: {content(source)} -> {content(named)}")
         else:
@@ -327,60 +349,60 @@ def differences(before: Cursor, now: Cursor, changed: Mapping[str, tuple[Any, An
     return lines + found[:SHOWN] + more
 
 
-def reading(source: Source, there: Source, split: str | None, new_split: str | None) -> str:
-    """What is different in how the same dataset is read."""
-    if source.span != there.span:
+def reading(source: Source, current: Source, split: str | None, new_split: str | None) -> str:
+    """How the same dataset is read differently."""
+    if source.span != current.span:
         splits = "" if split == new_split else f"data.split {split} -> {new_split}: "
-        return f"{splits}training reads documents {bounds(source.span)} of {source.path} -> {bounds(there.span)}"
-    if source.epochs != there.epochs:
-        return f"data.order neox: the order of {source.path} is made for {source.epochs} epochs -> {there.epochs}"
+        return f"{splits}training reads documents {bounds(source.span)} of {source.path} -> {bounds(current.span)}"
+    if source.epochs != current.epochs:
+        return f"data.order neox: the order of {source.path} has {source.epochs} epochs -> {current.epochs}"
     return f"labels or rejected answers of {source.path} changed"
 
 
 def consequences(before: Cursor, now: Cursor, taken: Sequence[int], ended: Iterable[int], validation: Sequence[Source]) -> list[str]:
-    """What would be read twice and what would never be read if the run continued, in numbers."""
+    """How many samples would be repeated or lost if the run continued."""
     lines, ended = [], list(ended)
     length = before.settings["data.seq_length"]
     for number in ended:
         source, count = before.sources[number], taken[number]
-        again = next((one for one in now.sources if source.same_tokens(one)), None)
+        current = next((one for one in now.sources if source.same_tokens(one)), None)
         same_name = any(one.path == source.path for one in now.sources)
         read = f"{count:,} samples ({count * length:,} tokens) read of {source.path}"
-        if again is not None:
-            lines.append(f"the {read} would come again, mixed with new ones, none would be lost")
+        if current is not None:
+            lines.append(f"the {read} would be repeated among new ones, and none would be lost")
         elif same_name:
             left = "" if source.samples is None else f", the other {source.samples - count % source.samples:,} of its epoch would be lost"
-            lines.append(f"what the new content shares with the {read} would come again{left}")
+            lines.append(f"what the new content shares with the {read} would be repeated{left}")
         else:
             left = "" if source.samples is None else f"{source.samples - count % source.samples:,} "
-            lines.append(f"the {left}samples of {source.path} that are still to come in its epoch would be lost, none would come again")
+            lines.append(f"the {left}remaining samples of the epoch of {source.path} would be lost, and none would be repeated")
         lines += [moved(source, one) for one in validation if source.same_tokens(one) and overlap(source.span, one.span)]
-    more = [f"and so for {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return lines[:SHOWN] + more or ["no sample would come again or be lost, but each would be made in another way"]
+    more = [f"and likewise for {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more or ["no sample would be repeated or lost, but each would be built differently"]
 
 
 def moved(source: Source, held_out: Source) -> str:
-    """Documents that change sides."""
+    """Documents that move from training to validation."""
     return f"documents {bounds(overlap(source.span, held_out.span))} of {source.path} were training data and would be validation data"
 
 
 def overlap(one: Span | None, other: Span | None) -> Span | None:
-    """What two ranges share; None: nothing, or it is not known."""
+    """The intersection of two ranges; None if it is empty or unknown."""
     if one is None or other is None or max(one[0], other[0]) >= min(one[1], other[1]):
         return None
     return max(one[0], other[0]), min(one[1], other[1])
 
 
 def bounds(span: Span | None) -> str:
-    """A range, for people."""
+    """A range in a message."""
     return "(not recorded)" if span is None else f"{span[0]:,} to {span[1] - 1:,}"
 
 
 def content(source: Source) -> str:
-    """The dataset of a source, for people."""
+    """The dataset of a source in a message."""
     return "(not recorded)" if source.files is None else source.files["tokens"].describe()
 
 
 def shown(value: Any) -> str:
-    """A setting's value, for people."""
+    """The value of a setting in a message."""
     return value[:16] if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""Samples that are whole documents: one for supervised fine-tuning, a chosen and a rejected one for preferences (`data.packing: document`)."""
+"""Samples of one document each (`data.packing: document`), and pairs of documents for preferences."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from neox.data.store.indexed import IndexedDataset
 from neox.errors import DataError
 from neox.targets import IGNORED
 
-PADDING = 0  # an id that every vocabulary has; nothing is learned from it, and no earlier token sees it
-PADDED = -1  # mark of a token that is padding
-DOCUMENTS_AT_ONCE, TOKENS_AT_ONCE = 1 << 16, 1 << 20  # that check_labels reads
+PADDING = 0  # an id of every vocabulary; it is never a target, and no earlier token attends to it
+PADDED = -1  # segment of padding
+DOCUMENTS_AT_ONCE, TOKENS_AT_ONCE = 1 << 16, 1 << 20  # limits of what check_labels reads at a time
 
 
 class DocumentSamples:
-    """The documents of a dataset, each cut off or padded to seq_length + 1 tokens.
+    """The documents of a dataset, each truncated or padded to seq_length + 1 tokens.
 
     Args:
         dataset: the tokens.
-        labels: a dataset of the same documents with the labels; None: every token is learned.
+        labels: a dataset of the labels; None if every token is learned.
+        seq_length: inputs per sample.
 
     Raises:
-        DataError: the labels are of other documents.
+        DataError: the labels do not belong to the documents.
     """
 
     def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int):
@@ -49,33 +50,39 @@ class DocumentSamples:
         return Sample(tokens, None, labels, min(count, self._length - 1) - 1)
 
     def slice_of(self, document: int) -> DocumentSlice:
-        """The part of a document that its sample has."""
+        """The slice of a document in its sample."""
         first, last = (self.dataset.first_token_of_document(number) for number in (document, document + 1))
         return DocumentSlice(self.dataset.prefix, document, 0, min(last - first, self._length))
 
     def coverage(self, order: core.EpochOrder, count: int, first: int, documents: int) -> Coverage:
-        """What the first `count` samples of an order over documents from `first` on have read."""
+        """What the first `count` samples of an order over `documents` documents from `first` have read."""
         read = np.minimum(np.diff(self.dataset.document_starts()[first : first + documents + 1]), self.seq_length)
         return Coverage(self.dataset.prefix, count, permuted_sum(order, read, count), count / documents)
 
 
 class DocumentDataset(Collatable):
-    """One document per sample: sample i is a pure function of (seed, data, i), for every i >= 0; an epoch has each document once. `len` is one epoch.
+    """One document per sample. Sample i is a pure function of (seed, data, i), for every i >= 0.
+
+    An epoch has each document once; `len` is one epoch.
 
     Args:
-        documents: [first, last) of the dataset; None: all.
+        dataset: the tokens.
+        labels: see `DocumentSamples`.
+        seq_length: inputs per sample.
+        seed: seed of the order.
+        documents: [first, last) of the dataset; None for all.
 
     Raises:
-        DataError: no document has two tokens, or the labels are of other documents.
+        DataError: no document has two tokens, or the labels do not belong to the documents.
     """
 
     def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int, seed: int, documents: tuple[int, int] | None = None):
         self._samples = DocumentSamples(dataset, labels, seq_length)
-        whole = (0, dataset.num_documents)
-        self._first, last = documents or whole
+        everything = (0, dataset.num_documents)
+        self._first, last = documents or everything
         check_learnable(dataset, (self._first, last))
         self._count = last - self._first
-        key = () if documents in (None, whole) else documents
+        key = () if documents in (None, everything) else documents
         self._order = document_order(dataset, seed, self._count, *key)
 
     def __len__(self) -> int:
@@ -88,37 +95,42 @@ class DocumentDataset(Collatable):
         return self._first + self._order.first_token(index)
 
     def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
+        """The location of token `token` of sample `index`: file, document, offset."""
         return f"{self._samples.dataset.bin_path} document {self._document(index)} offset {token}"
 
     def slices(self, index: int) -> list[DocumentSlice]:
-        """The document that sample `index` is."""
+        """The slice of the document of sample `index`."""
         return [self._samples.slice_of(self._document(index))]
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
-        """The samples below `count` that are a document, int64."""
+        """The samples below `count` of a document of dataset `prefix`, int64."""
         return permuted_find(self._order, np.array([document - self._first]), count if prefix == self._samples.dataset.prefix else 0)
 
     def coverage(self, count: int) -> list[Coverage]:
-        """What the first `count` samples have read."""
+        """What the first `count` samples have read of each source."""
         return [self._samples.coverage(self._order, count, self._first, self._count)]
 
     def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 [s + 1], and 0 for each, PADDED where it is padding, int32."""
-        (piece,) = self.slices(index)
-        marks = np.full(self._samples.seq_length + 1, PADDED, dtype=np.int32)
-        marks[: piece.tokens] = 0
-        return self[index].tokens, marks
+        """Tokens int64 [s + 1] and their segments int32 [s + 1]: 0, or PADDED for padding."""
+        (document,) = self.slices(index)
+        segments = np.full(self._samples.seq_length + 1, PADDED, dtype=np.int32)
+        segments[: document.tokens] = 0
+        return self[index].tokens, segments
 
 
 class PairDataset(Collatable):
-    """One pair per sample: document i of two datasets is the chosen and the rejected answer to the same. Order as DocumentDataset.
+    """One pair per sample: document i of two datasets is the chosen and the rejected answer.
+
+    The order is that of DocumentDataset.
 
     Args:
-        chosen, rejected: (tokens, labels) each.
+        chosen: (tokens, labels) of the chosen answers.
+        rejected: (tokens, labels) of the rejected answers.
+        seq_length: inputs per answer.
+        seed: seed of the order.
 
     Raises:
-        DataError: the two have another number of documents.
+        DataError: the two have different numbers of documents.
     """
 
     def __init__(
@@ -134,48 +146,48 @@ class PairDataset(Collatable):
                 "chosen and rejected answers are not pairs",
                 where=f"{chosen[0].prefix}, {rejected[0].prefix}",
                 got=f"{len(self.chosen)} and {len(self.rejected)} documents",
-                want="as many of each",
+                want="equal numbers",
             )
         self._seq_length = seq_length
         self._order = document_order(chosen[0], seed, chosen[0].num_documents)
-        self.reference: np.ndarray | None = None  # fp32 [pairs, 2], by number of the document
+        self.reference: np.ndarray | None = None  # fp32 [pairs, 2], by document number
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def pair(self, document: int) -> Pair:
-        """The pair with this number, whatever the order."""
+        """The pair of documents number `document`."""
         return Pair(self.chosen[document], self.rejected[document], None if self.reference is None else self.reference[document])
 
     def __getitem__(self, index: int) -> Pair:
         return self.pair(self._order.first_token(index))
 
     def describe(self, index: int, token: int) -> str:
-        """Where a token of the chosen answer lies or, counted on behind it, of the rejected one."""
+        """The location of a token of the chosen answer or, for tokens beyond its end, of the rejected one."""
         second, offset = divmod(token, self._seq_length + 1)
         return f"{(self.rejected if second else self.chosen).dataset.bin_path} document {self._order.first_token(index)} offset {offset}"
 
     def slices(self, index: int) -> list[DocumentSlice]:
-        """The chosen and the rejected document of a sample."""
+        """The slices of the chosen and of the rejected document of a sample."""
         document = self._order.first_token(index)
         return [self.chosen.slice_of(document), self.rejected.slice_of(document)]
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
-        """The samples below `count` that hold a document, int64."""
+        """The samples below `count` with a document of dataset `prefix`, int64."""
         known = prefix in (self.chosen.dataset.prefix, self.rejected.dataset.prefix)
         return permuted_find(self._order, np.array([document]), count if known else 0)
 
     def coverage(self, count: int) -> list[Coverage]:
-        """What the first `count` samples have read."""
+        """What the first `count` samples have read of each source."""
         return [side.coverage(self._order, count, 0, len(self)) for side in (self.chosen, self.rejected)]
 
     def checksums(self) -> tuple[int, int]:
-        """What names the two datasets."""
+        """Checksums that identify the two datasets."""
         return self.chosen.dataset.checksum(), self.rejected.dataset.checksum()
 
 
 class LabelledDataset(Collatable):
-    """Packed samples with labels: those of a dataset in any order, and the same ones of its labels."""
+    """Concatenated samples with labels: samples of a dataset in either order, and the same samples of its labels."""
 
     def __init__(self, samples: EpochDataset | GptNeoxOrderDataset, dataset: IndexedDataset, labels: IndexedDataset):
         check_same_documents(dataset, labels, "labels")
@@ -189,48 +201,53 @@ class LabelledDataset(Collatable):
         return self._samples[index]._replace(labels=self._labels[index].tokens)
 
     def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
+        """The location of token `token` of sample `index`: file, document, offset."""
         return self._samples.describe(index, token)
 
     def slices(self, index: int) -> list[DocumentSlice]:
-        """The parts of documents that sample `index` is made of."""
+        """The slices of documents in sample `index`."""
         return self._samples.slices(index)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
-        """The samples below `count` that hold a part of a document, int64."""
+        """The samples below `count` with a token of a document of dataset `prefix`, int64."""
         return self._samples.find(prefix, document, count)
 
     def coverage(self, count: int) -> list[Coverage]:
-        """What the first `count` samples have read."""
+        """What the first `count` samples have read of each source."""
         return self._samples.coverage(count)
 
 
-def document_order(dataset: IndexedDataset, seed: int, documents: int, *place: int) -> core.EpochOrder:
-    """The order of some documents: of samples of one token each. `place` tells a part of a dataset from the whole."""
+def document_order(dataset: IndexedDataset, seed: int, documents: int, *key: int) -> core.EpochOrder:
+    """The order of `documents` documents, as samples of one token each.
+
+    `key` distinguishes a part of the dataset from all of it.
+    """
     if documents == 0:
         raise DataError("dataset has no documents", where=dataset.prefix)
-    return core.EpochOrder(order_key(seed, dataset.checksum(), dataset.num_documents, *place), documents + 1, 1)
+    return core.EpochOrder(order_key(seed, dataset.checksum(), dataset.num_documents, *key), documents + 1, 1)
 
 
 def check_learnable(dataset: IndexedDataset, documents: tuple[int, int]) -> None:
-    """Raise DataError unless one of documents [first, last) has an input and a target."""
+    """Raise DataError unless some document of [first, last) has an input and a target."""
     lengths = np.diff(dataset.document_starts()[documents[0] : documents[1] + 1])
     if not (lengths > 1).any():
         raise DataError(
-            "no document has anything to learn",
+            "no document has a token to learn",
             where=f"{dataset.bin_path} documents {documents[0]} to {documents[1]}",
             got=f"{lengths.sum()} tokens in {lengths.size} documents",
-            want="a document of two tokens",
+            want="a document of at least two tokens",
             do="use more text, or another data.split",
         )
 
 
 def check_labels(labels: IndexedDataset, documents: tuple[int, int], longest: int | None = None) -> None:
-    """Raise DataError where no token of documents [first, last) is to be learned. Labels are read up to the first one that is.
+    """Raise DataError if no token of documents [first, last) is learned. Reads the labels up to the first one that is.
 
     Args:
         labels: the labels of a dataset.
-        longest: tokens of a document that a sample has room for, where what is behind them is cut off. The first token of a document is no target.
+        documents: [first, last).
+        longest: tokens of a document that fit a sample, if the rest is truncated. The first token of a document is not
+            a target.
     """
     if labels.sidecar is not None and labels.sidecar.largest_id < 0:
         raise nothing_to_learn(labels, documents)
@@ -251,11 +268,11 @@ def check_labels(labels: IndexedDataset, documents: tuple[int, int], longest: in
 def nothing_to_learn(labels: IndexedDataset, documents: tuple[int, int]) -> DataError:
     """The error for documents whose labels are all -100."""
     return DataError(
-        "no document has anything to learn",
+        "no document has a token to learn",
         where=f"{labels.bin_path} documents {documents[0]} to {documents[1]}",
-        got="no label but -100 where a sample has a target",
+        got="label -100 for every target",
         want="a label that is a token",
-        do="make tokens and labels by neox preprocess --chat, check its template, or raise data.seq_length where answers are cut off",
+        do="make tokens and labels by neox preprocess --chat, check its template, or raise data.seq_length if answers are truncated",
     )
 
 
@@ -263,8 +280,8 @@ def check_same_documents(dataset: IndexedDataset, other: IndexedDataset, what: s
     """Raise DataError unless the documents of two datasets have the same lengths."""
     if not np.array_equal(dataset.sizes, other.sizes) or not np.array_equal(dataset.documents, other.documents):
         raise DataError(
-            f"{what} are of other documents",
+            f"{what} do not belong to the documents",
             where=f"{dataset.prefix}, {other.prefix}",
             got=f"{dataset.num_documents} documents of {dataset.num_tokens} tokens, {other.num_documents} of {other.num_tokens}",
-            want="the same documents, token by token",
+            want="documents of the same lengths",
         )

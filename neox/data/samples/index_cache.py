@@ -1,4 +1,4 @@
-"""The arrays of `order: neox` and of `packing: best_fit` on disk: built once, keyed by content, complete or absent, mapped by every process."""
+"""Caches the arrays of `order: neox` and `packing: best_fit` on disk, keyed by content and memory-mapped."""
 
 from __future__ import annotations
 
@@ -28,15 +28,21 @@ log = logging.getLogger("neox.data")
 
 
 def cache_key(**settings: int) -> str:
-    """Name of the arrays that these settings give: a hash over all of them."""
+    """Name of the arrays for some settings: a hash of them."""
     return hashlib.sha256(orjson.dumps(["neox-order-1", settings], option=orjson.OPT_SORT_KEYS)).hexdigest()[:24]
 
 
 def cached_order(folders: Sequence[Path], key: str, build: Callable[[], Arrays], names: Sequence[str] = NAMES) -> Arrays:
-    """The arrays for `key`, from the first folder that has them whole; else built and kept in the first folder that can be written.
+    """The arrays for `key`, from the first folder that has them; else built and stored in the first writable folder.
 
-    Several processes may call this at once: one builds, the others wait for it and map what it wrote. A damaged cache is built anew.
-    When no folder can be written the arrays stay in memory, with a notice.
+    If several processes call this at once, one builds the arrays and the others wait for it. A damaged cache is
+    rebuilt. If no folder is writable, the arrays stay in memory, and a warning is logged.
+
+    Args:
+        folders: folders of caches, in order of preference.
+        key: name of the arrays, see `cache_key`.
+        build: computes the arrays.
+        names: names of the arrays.
     """
     for folder in folders:
         arrays = load(folder / key, names)
@@ -49,13 +55,17 @@ def cached_order(folders: Sequence[Path], key: str, build: Callable[[], Arrays],
                 arrays = load(folder / key, names)
                 return store(folder / key, build(), names) if arrays is None else arrays
         except (OSError, DiskError) as error:
-            log.warning("cannot keep the sample order in %s (%s)", folder, error)
-    log.warning("the sample order is kept in memory by every process; set data.index_cache to a folder that can be written")
+            log.warning("cannot store the sample order in %s (%s)", folder, error)
+    log.warning("every process holds the sample order in memory; set data.index_cache to a writable folder")
     return build()
 
 
 def store(folder: Path, arrays: Arrays, names: Sequence[str] = NAMES) -> Arrays:
-    """Write the arrays into a temporary folder and rename it into place; returns them mapped. Raises OSError."""
+    """Write the arrays to a temporary folder, rename it to `folder`, and map them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial.", dir=folder.parent))
     try:
         sums = {}
@@ -79,7 +89,7 @@ def store(folder: Path, arrays: Arrays, names: Sequence[str] = NAMES) -> Arrays:
 
 
 def load(folder: Path, names: Sequence[str] = NAMES) -> Arrays | None:
-    """The mapped arrays, or None when they are absent or any byte differs from what was written."""
+    """The memory-mapped arrays; None if they are missing or damaged."""
     try:
         sums = orjson.loads(read_bytes(folder / MANIFEST))
         for name in names:
@@ -89,6 +99,6 @@ def load(folder: Path, names: Sequence[str] = NAMES) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:
-        log.warning("sample order in %s is damaged and is built anew (%s)", folder, error)
+        log.warning("sample order in %s is damaged and is rebuilt (%s)", folder, error)
         return None
     return first, second, third

@@ -1,9 +1,10 @@
-"""Which tokens make up sample i: GPT-NeoX's shuffle (`order: neox`), or a keyed permutation (`order: epoch`). See docs/data.md."""
+"""The order of samples: GPT-NeoX's shuffle (`order: neox`), or a keyed permutation (`order: epoch`)."""
 
 from __future__ import annotations
 
 import copy
 import os
+from typing import cast
 
 import numpy as np
 
@@ -15,17 +16,17 @@ from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
 MASK64 = 2**64 - 1
-MOST_THREADS = 8  # of the sample index: it waits for memory, which a few cores use up
+MOST_THREADS = 8  # of the sample index, which a few cores make memory-bound
 
 
 def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
-    """Cut `count` documents into train, validation and test by shares such as "969,30,1", rounded as GPT-NeoX rounds.
+    """Split `count` documents into train, validation and test by shares such as "969,30,1", rounded as in GPT-NeoX.
 
     Returns:
-        [first, last) of each part; parts may be empty.
+        [first, last) of each part; a part may be empty.
 
     Raises:
-        ConfigError: not one to three non-negative numbers with a sum above 0.
+        ConfigError: not one to three non-negative numbers with a positive sum.
     """
     try:
         shares = parse_split(split)
@@ -35,7 +36,7 @@ def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
     for share in shares:
         cuts.append(cuts[-1] + round(share * count))
     excess = cuts[-1] - count
-    # Upstream shifts every cut but the first by the rounding excess; where that makes one negative, it is 0 here.
+    # GPT-NeoX shifts every cut but the first by the rounding excess. A cut that this makes negative is 0 here.
     cuts = [0] + [max(cut - excess, 0) for cut in cuts[1:]]
     return [(cuts[part], cuts[part + 1]) for part in range(3)]
 
@@ -46,14 +47,14 @@ def gpt_neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, nu
     Args:
         sizes: tokens of each document of the dataset, int32.
         documents: numbers of the documents to use, in order.
-        seq_length: tokens a sample feeds; it spans one more.
-        num_samples: samples needed; whole epochs are made until there are that many.
-        seed: of numpy's RandomState, below 2^32.
+        seq_length: inputs of a sample, which spans one token more.
+        num_samples: samples needed. There are as many complete epochs as that takes.
+        seed: seed of numpy's RandomState, below 2^32.
 
     Returns:
-        doc_idx [epochs x documents]: shuffled documents of all epochs. sample_idx [S + 1, 2]: (position in doc_idx, token offset)
-        where each sample starts. shuffle_idx [S]: the row of sample_idx that sample i reads. int32, int32 and uint32; 64-bit each
-        where numbers need it.
+        doc_idx [epochs x documents], the shuffled documents of all epochs; sample_idx [S + 1, 2], the (position in
+        doc_idx, token offset) at which each sample starts; shuffle_idx [S], the row of sample_idx that sample i reads.
+        They are int32, int32 and uint32, or 64-bit if the numbers need it.
 
     Raises:
         DataError: no tokens, a document number out of range, or a negative size.
@@ -79,10 +80,10 @@ def gpt_neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, nu
 
 
 def order_types(documents: int, positions: int, samples: int) -> tuple[type, type, type]:
-    """dtypes of doc_idx, sample_idx and shuffle_idx: upstream's, and 64 bits where 32 would not hold the numbers.
+    """dtypes of doc_idx, sample_idx and shuffle_idx: those of GPT-NeoX, or 64-bit if the numbers need it.
 
     Args:
-        documents: of the dataset, so document numbers are below it.
+        documents: number of documents of the dataset.
         positions: length of doc_idx, which sample_idx points into.
         samples: length of shuffle_idx.
     """
@@ -94,7 +95,7 @@ def order_types(documents: int, positions: int, samples: int) -> tuple[type, typ
 
 
 def order_key(seed: int, *content: int) -> int:
-    """64-bit key of a permutation: a hash of the seed and of what tells this data from other data."""
+    """64-bit key of a permutation: a hash of the seed and of numbers that identify the data."""
     key = core.mix(seed & MASK64, seed >> 64 & MASK64)
     for value in content:
         key = core.mix(key, value & MASK64)
@@ -102,12 +103,16 @@ def order_key(seed: int, *content: int) -> int:
 
 
 class EpochDataset(Collatable):
-    """Documents [first, last) of a dataset in `order: epoch`: sample i is a pure function of (seed, data, i), for every i >= 0.
+    """Documents [first, last) in `order: epoch`: sample i is a pure function of (seed, data, i), for every i >= 0.
 
-    `len` is the samples of one epoch. Sample i belongs to epoch i // len; each epoch visits each of its samples once, in an order
-    and with a phase of its own.
+    `len` is the number of samples per epoch. Sample i belongs to epoch i // len. Each epoch visits each of its samples
+    once, in a different order and with a different phase.
 
     Args:
+        dataset: the tokens.
+        documents: [first, last).
+        seq_length: inputs per sample.
+        seed: seed of the order.
         document_mask: give segment ids.
 
     Raises:
@@ -132,30 +137,31 @@ class EpochDataset(Collatable):
         return Sample(tokens, None if segments is None else segments[:-1])
 
     def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 [s + 1] and the running number of each one's document, int32."""
-        return self._dataset.read(self._first_token(index), self.seq_length + 1, True)
+        """Tokens int64 [s + 1] and the running number of the document of each, int32 [s + 1]."""
+        tokens, segments = self._dataset.read(self._first_token(index), self.seq_length + 1, True)
+        return tokens, cast("np.ndarray", segments)
 
     def with_dataset(self, other: IndexedDataset) -> EpochDataset:
-        """The same samples of another dataset, whose documents are as long."""
-        twin = copy.copy(self)
-        twin._dataset = other
-        return twin
+        """The same samples of another dataset whose documents have the same lengths."""
+        samples = copy.copy(self)
+        samples._dataset = other
+        return samples
 
     def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
-        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        """Read sample indices[i] into row rows[i]. Returns the largest id."""
         return self._dataset.read_rows(self._start + self._order.first_tokens(indices), rows, out)
 
     def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
+        """The location of token `token` of sample `index`: file, document, offset."""
         document, offset = self._dataset.locate(self._first_token(index) + token)
         return f"{self._dataset.bin_path} document {document} offset {offset}"
 
     def slices(self, index: int) -> list[DocumentSlice]:
-        """The parts of documents that sample `index` is made of."""
+        """The slices of documents in sample `index`."""
         return slices_of(self._dataset, self._first_token(index), self.seq_length + 1)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
-        """The samples below `count` that hold a part of a document, int64."""
+        """The samples below `count` with a token of a document of dataset `prefix`, int64."""
         if prefix != self._dataset.prefix:
             return np.empty(0, dtype=np.int64)
         first, last = (self._dataset.first_token_of_document(number) - self._start for number in (document, document + 1))
@@ -167,7 +173,7 @@ class EpochDataset(Collatable):
         return matching(count if first < last else 0, holds)
 
     def coverage(self, count: int) -> list[Coverage]:
-        """What the first `count` samples have read."""
+        """What the first `count` samples have read of each source."""
         return [Coverage(self._dataset.prefix, count, count * self.seq_length, count / len(self))]
 
     def _first_token(self, index: int) -> int:
@@ -177,7 +183,10 @@ class EpochDataset(Collatable):
 
 
 class GptNeoxOrderDataset(Collatable):
-    """Sequences of a dataset in `order: neox`, by the three arrays of `gpt_neox_order`. `len` is the samples of all epochs made."""
+    """Sequences of a dataset in `order: neox`, by the arrays of `gpt_neox_order`.
+
+    `len` is the number of samples of all epochs.
+    """
 
     def __init__(self, dataset: IndexedDataset, order: tuple[np.ndarray, np.ndarray, np.ndarray], seq_length: int, document_mask: bool = False):
         self._dataset = dataset
@@ -194,25 +203,26 @@ class GptNeoxOrderDataset(Collatable):
         return Sample(tokens, None if segments is None else segments[:-1])
 
     def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 [s + 1] and the running number of each one's sequence, int32."""
+        """Tokens int64 [s + 1] and the running number of the sequence of each, int32 [s + 1]."""
         position, offset = self._row(index)
-        return self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, True)
+        tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, True)
+        return tokens, cast("np.ndarray", segments)
 
     def with_dataset(self, other: IndexedDataset) -> GptNeoxOrderDataset:
-        """The same samples of another dataset, whose sequences are as long."""
-        twin = copy.copy(self)
-        twin._dataset = other
-        return twin
+        """The same samples of another dataset whose sequences have the same lengths."""
+        samples = copy.copy(self)
+        samples._dataset = other
+        return samples
 
     def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
-        """Sample indices[i] into row rows[i]. Returns the largest id."""
+        """Read sample indices[i] into row rows[i]. Returns the largest id."""
         for index in (indices.min(), indices.max()):
             self._check(int(index))
         starts = self._samples[self._shuffle[indices]].astype(np.int64)
         return self._dataset.read_ordered_rows(self._documents, np.ascontiguousarray(starts[:, 0]), np.ascontiguousarray(starts[:, 1]), rows, out)
 
     def describe(self, index: int, token: int) -> str:
-        """Where token `token` of sample `index` lies: file, document, offset."""
+        """The location of token `token` of sample `index`: file, document, offset."""
         position, offset = self._row(index)
         offset += token
         while offset >= (size := int(self._dataset.sizes[self._documents[position]])):
@@ -222,9 +232,9 @@ class GptNeoxOrderDataset(Collatable):
         return f"{self._dataset.bin_path} document {document} offset {offset}"
 
     def slices(self, index: int) -> list[DocumentSlice]:
-        """The parts of documents that sample `index` is made of."""
+        """The slices of documents in sample `index`."""
         position, offset = self._row(index)
-        left, found = self.seq_length + 1, []
+        left, found = self.seq_length + 1, list[DocumentSlice]()
         while left:
             sequence = int(self._documents[position])
             take = min(left, int(self._dataset.sizes[sequence]) - offset)
@@ -233,14 +243,15 @@ class GptNeoxOrderDataset(Collatable):
         return merge_adjacent(found)
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
-        """The samples below `count` that hold a part of a document, int64."""
+        """The samples below `count` with a token of a document of dataset `prefix`, int64."""
         if prefix != self._dataset.prefix:
             return np.empty(0, dtype=np.int64)
         first, last = self._dataset.first_sequence(document), self._dataset.first_sequence(document + 1)
         filled = first + np.flatnonzero(self._dataset.sizes[first:last])
         positions = np.flatnonzero(np.isin(self._documents, filled))
         starts = self._samples[:, 0]
-        # Sample r lies between row r of the index and, included, row r + 1; a row at the very end of a document starts in the next one.
+        # Row r of the index is the first token of sample r, row r + 1 the last one. A row at the end of a document is
+        # in the next document.
         rows = np.zeros(len(self), dtype=bool)
         lows, highs = np.searchsorted(starts, positions, side="left") - 1, np.searchsorted(starts, positions, side="right")
         for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
@@ -248,7 +259,7 @@ class GptNeoxOrderDataset(Collatable):
         return np.flatnonzero(rows[self._shuffle[:count]])
 
     def coverage(self, count: int) -> list[Coverage]:
-        """What the first `count` samples have read."""
+        """What the first `count` samples have read of each source."""
         tokens = int(self._dataset.sizes[np.unique(self._documents)].sum(dtype=np.int64))
         return [Coverage(self._dataset.prefix, count, count * self.seq_length, count * self.seq_length / tokens)]
 
@@ -260,12 +271,12 @@ class GptNeoxOrderDataset(Collatable):
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise DataError(
-                "sample is beyond the order", where=self._dataset.bin_path, got=index, want=f"below {len(self)}", do="raise train.train_iters to make more"
+                "sample is beyond the end of the order", where=self._dataset.bin_path, got=index, want=f"below {len(self)}", do="raise train.train_iters"
             )
 
 
 def check_tokens(dataset: IndexedDataset, documents: tuple[int, int], tokens: int, seq_length: int) -> None:
-    """Raise DataError unless a range of documents has the tokens of one sample."""
+    """Raise DataError unless a range of documents has enough tokens for one sample."""
     if tokens > seq_length:
         return
     first, last = documents

@@ -1,4 +1,4 @@
-"""From samples to documents and back: which parts of documents a sample is made of, which samples held a document, what was read of each source."""
+"""From samples to documents and back: the slices of documents in a sample, and what was read of each source."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from neox._native import core
 from neox.data.store.indexed import IndexedDataset
 
-BLOCK = 1 << 20  # samples that are looked at together
+BLOCK = 1 << 20  # samples examined at a time
 
 
 class DocumentSlice(NamedTuple):
-    """Tokens [offset, offset + tokens) of a document of the dataset with prefix `source`."""
+    """Tokens [offset, offset + tokens) of a document of dataset `source` (its prefix)."""
 
     source: str
     document: int
@@ -23,7 +23,7 @@ class DocumentSlice(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """What was read of a source: samples, tokens that are inputs and no padding, and how often the whole of it."""
+    """What was read of a source: samples, tokens (inputs without padding), and epochs."""
 
     source: str
     samples: int
@@ -32,30 +32,30 @@ class Coverage(NamedTuple):
 
 
 def slices_of(dataset: IndexedDataset, first: int, count: int) -> list[DocumentSlice]:
-    """The parts of documents that tokens [first, first + count) of a dataset are."""
-    pieces = []
+    """The slices of documents in tokens [first, first + count) of a dataset."""
+    slices = []
     while count:
         document, offset = dataset.locate(first)
         take = min(count, dataset.first_token_of_document(document + 1) - first)
-        pieces.append(DocumentSlice(dataset.prefix, document, offset, take))
+        slices.append(DocumentSlice(dataset.prefix, document, offset, take))
         first, count = first + take, count - take
-    return pieces
+    return slices
 
 
-def merge_adjacent(pieces: list[DocumentSlice]) -> list[DocumentSlice]:
-    """The pieces, those that go on where the one before ends joined to it: sequences of one document."""
+def merge_adjacent(slices: list[DocumentSlice]) -> list[DocumentSlice]:
+    """The slices, with each one that continues the previous one merged into it."""
     out: list[DocumentSlice] = []
-    for piece in pieces:
+    for part in slices:
         last = out[-1] if out else None
-        if last is not None and last[:2] == piece[:2] and last.offset + last.tokens == piece.offset:
-            out[-1] = last._replace(tokens=last.tokens + piece.tokens)
+        if last is not None and last[:2] == part[:2] and last.offset + last.tokens == part.offset:
+            out[-1] = last._replace(tokens=last.tokens + part.tokens)
         else:
-            out.append(piece)
+            out.append(part)
     return out
 
 
 def matching(count: int, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The numbers below `count` for which `holds` is true, int64, asked for in blocks."""
+    """The numbers below `count` for which `holds` is true, int64, evaluated in blocks."""
     found = [np.empty(0, dtype=np.int64)]
     for first in range(0, count, BLOCK):
         block = np.arange(first, min(first + BLOCK, count))
@@ -64,12 +64,12 @@ def matching(count: int, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarra
 
 
 def permuted_find(order: core.EpochOrder, wanted: np.ndarray, count: int) -> np.ndarray:
-    """The samples below `count` that an order over units of one token each (documents, packed samples) gives one of the `wanted` units."""
+    """The samples below `count` that are one of the `wanted` units of an order, int64."""
     return matching(count, lambda samples: np.isin(order.first_tokens(samples), wanted))
 
 
 def permuted_sum(order: core.EpochOrder, values: np.ndarray, count: int) -> int:
-    """Sum of `values` over the units that the first `count` samples of such an order are."""
+    """Sum of `values` over the units of the first `count` samples of such an order."""
     epochs, rest = divmod(count, values.size)
     done = epochs * values.size
     return epochs * int(values.sum(dtype=np.int64)) + int(values[order.first_tokens(np.arange(done, done + rest))].sum(dtype=np.int64))

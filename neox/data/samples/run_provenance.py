@@ -1,4 +1,4 @@
-"""Which data a run has read: the documents of a step's batch, the steps that saw a document, what was read of each source."""
+"""Which data a run has read: the documents of a step, the steps of a document, and the coverage of each source."""
 
 from __future__ import annotations
 
@@ -24,45 +24,49 @@ LOCK, METRICS = "config.lock.yml", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is shared out: micro_batch_size samples to each of dp data-parallel ranks, again and again. tp, cp: see Mesh."""
+    """How the samples of a global batch are distributed: micro_batch_size to each of dp data-parallel ranks in turn.
+
+    tp and cp are the sizes of tensor and context parallelism.
+    """
 
     micro_batch_size: int
     dp: int
     tp: int = 1
     cp: int = 1
 
-    def place(self, offset: int) -> tuple[int, int, int]:
-        """(micro-batch, data-parallel rank, row in it) of the sample that is `offset` samples behind the first of the batch."""
-        turn, row = divmod(offset, self.micro_batch_size)
-        micro_batch, dp_rank = divmod(turn, self.dp)
+    def locate(self, offset: int) -> tuple[int, int, int]:
+        """(micro-batch, data-parallel rank, row) of sample number `offset` of the batch."""
+        part, row = divmod(offset, self.micro_batch_size)
+        micro_batch, dp_rank = divmod(part, self.dp)
         return micro_batch, dp_rank, row
 
     def dp_rank(self, rank: int) -> int:
-        """Data-parallel rank of a process."""
+        """Data-parallel rank of a global rank."""
         return rank // (self.tp * self.cp) % self.dp
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One sample of a batch: its number in the run's order, who read it, and the parts of documents that it is made of."""
+    """One sample of a batch: its number in the run, where it was read, and its slices of documents."""
 
     sample: int
     micro_batch: int
     dp_rank: int
     row: int
-    pieces: list[DocumentSlice]
+    slices: list[DocumentSlice]
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What a checkpoint of the run tells of the steps up to it.
+    """What a checkpoint records about the steps before it.
 
-    Args:
-        step: that it was saved at. consumed: samples read by then.
-        config_lock: config of the start that wrote it.
-        data: its data cursor; None: of an earlier version.
+    Attributes:
+        step: its step.
+        consumed: samples read before it.
+        config_lock: config of the process that wrote it.
+        data: its data cursor; None in a checkpoint of an earlier version.
         where: its folder.
-        world_size: processes that wrote it.
+        world_size: number of processes that wrote it.
     """
 
     step: int
@@ -74,12 +78,14 @@ class CheckpointRecord:
 
 
 class ConfigSpan:
-    """The steps of a run up to `last` that were made by one config.
+    """Consecutive steps of a run with the same config.
 
-    Attributes:
-        config: theirs.
-        last: the last step; None: the run's latest.
-        world_size: processes; None where no checkpoint tells.
+    Args:
+        config: their config.
+        last: the last step; None for the latest step of the run.
+        world_size: number of processes; None if no checkpoint records it.
+        saved: data cursor of the checkpoint that they resumed from.
+        batch: samples per step; None for the config's.
     """
 
     def __init__(self, config: Config, last: int | None, world_size: int | None, saved: SavedCursor | None, batch: int | None):
@@ -88,59 +94,65 @@ class ConfigSpan:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """What they read. Raises CheckpointError where it is no longer what they read."""
+        """The training data of these steps.
+
+        Raises:
+            CheckpointError: the data has changed since.
+        """
         batch = self._batch or self.config.train.global_batch_size or 1
         return RunDatasets(self.config, {"train": self.config.train.train_iters * batch}, self._saved).parts["train"]
 
 
 class RunProvenance:
-    """The data of a run: by the config and data cursor of its checkpoints, by config.lock.yml for what came after them, and by metrics.jsonl.
+    """The data that a run has read.
 
-    Paths in the configs are as they were: ask from the same folder.
+    It is computed from the config and data cursor in each checkpoint, from config.lock.yml for later steps, and from
+    metrics.jsonl. Relative paths in the configs must be valid in the current folder.
 
     Args:
-        run: the run's folder.
-        batch: samples of an optimizer step; None: by the records of the steps, or else the config.
-        written: checkpoints of the run's newest branch, ascending by step.
+        run: folder of the run.
+        batch: samples per optimizer step; None to use metrics.jsonl or the config.
+        written: checkpoints of the newest branch of the run, ascending by step.
 
     Raises:
-        ConfigError: the folder has no config, or the batch is known from nowhere.
-        DataError: data or records cannot be read.
+        ConfigError: the folder has no config, or the batch size is unknown.
+        DataError: data or metrics cannot be read.
     """
 
     def __init__(self, run: Path, batch: int | None = None, written: Sequence[CheckpointRecord] = ()):
         self.run = run
         lock = run / LOCK
         if not lock.is_file():
-            raise ConfigError("not the folder of a run", where=run, got=f"no {LOCK}", do="name the folder that run.dir named")
+            raise ConfigError("not the folder of a run", where=run, got=f"no {LOCK}", do="name the run.dir of the run")
         self.config: Config = load_config(lock)
         self._steps, self._ends, self._batches = self._records()
         given = batch or self.config.train.global_batch_size
         if given is None and not self._steps.size:
-            raise ConfigError("the batch size is not known", where=run, got=f"neither train.global_batch_size nor {METRICS}", do="give --batch")
+            raise ConfigError("the batch size is unknown", where=run, got=f"neither train.global_batch_size nor {METRICS}", do="give --batch")
         self.batch = int(given or self._batches[-1])
         self.written = list(written)
         self._config_spans = list(config_spans(written, self.config, self.batch))
 
     def config_span(self, step: int) -> ConfigSpan:
-        """The stage that a step belongs to."""
-        return next(stage for stage in self._config_spans if stage.last is None or step <= stage.last)
+        """The span that a step belongs to."""
+        return next(span for span in self._config_spans if span.last is None or step <= span.last)
 
     @property
     def consumed(self) -> int:
-        """Samples read so far, by the records."""
+        """Samples read so far, from metrics.jsonl."""
         return int(self._ends[-1]) if self._ends.size else 0
 
     @property
     def last_step(self) -> int:
-        """The last step that is recorded; 0 without one."""
+        """The last recorded step; 0 if there is none."""
         return int(self._steps[-1]) if self._steps.size else 0
 
     def span(self, step: int) -> tuple[int, int]:
-        """The samples [first, last) of a step, counted from 1; of steps that are to come, where they will be.
+        """The samples [first, last) of a step, which may be in the future. Steps count from 1.
 
         Raises:
             ConfigError: no such step.
+            DataError: the step is not recorded.
         """
         if step < 1:
             raise ConfigError("no such step", where="--step", got=step, want="1 or more")
@@ -148,7 +160,7 @@ class RunProvenance:
         if at < self._steps.size and self._steps[at] == step:
             return int(self._ends[at] - self._batches[at]), int(self._ends[at])
         if at < self._steps.size:
-            raise DataError("the step has no record", where=self.run / METRICS, got=step, want=f"one of {self._steps[0]} to {self._steps[-1]}")
+            raise DataError("the step is not recorded", where=self.run / METRICS, got=step, want=f"one of {self._steps[0]} to {self._steps[-1]}")
         last = (int(self._steps[-1]), self.consumed) if self._steps.size else (0, 0)
         end = last[1] + (step - last[0]) * self.batch
         return end - self.batch, end
@@ -157,55 +169,57 @@ class RunProvenance:
         """The samples of a step."""
         first, last = self.span(step)
         dataset = self.config_span(step).dataset
-        return [BatchRow(sample, *layout.place(sample - first), dataset.slices(sample)) for sample in range(first, last)]
+        return [BatchRow(sample, *layout.locate(sample - first), dataset.slices(sample)) for sample in range(first, last)]
 
     def steps_of(self, prefix: str, document: int) -> list[tuple[int, list[int]]]:
-        """The recorded steps that saw a document of a source, each with the samples that held a part of it."""
-        seen: dict[int, list[int]] = {}
+        """The recorded steps that read a document of a source, each with the samples that contain a token of it."""
+        found: dict[int, list[int]] = {}
         before = 0
-        for stage in self._config_spans:
-            until = self.last_step if stage.last is None else stage.last
+        for span in self._config_spans:
+            until = self.last_step if span.last is None else span.last
             rows = np.flatnonzero((self._steps > before) & (self._steps <= until))
             before = max(before, until)
             if not rows.size:
                 continue
-            samples = stage.dataset.find(prefix, document, int(self._ends[rows[-1]]))
+            samples = span.dataset.find(prefix, document, int(self._ends[rows[-1]]))
             at = np.searchsorted(self._ends, samples, side="right")
-            recorded = (at >= rows[0]) & (samples >= self._ends[at] - self._batches[at])  # not those of steps that a rollback took back
+            # without steps that a rollback has undone
+            recorded = (at >= rows[0]) & (samples >= self._ends[at] - self._batches[at])
             for step, sample in zip(self._steps[at[recorded]].tolist(), samples[recorded].tolist(), strict=True):
-                seen.setdefault(step, []).append(sample)
-        return sorted(seen.items())
+                found.setdefault(step, []).append(sample)
+        return sorted(found.items())
 
     def sources(self) -> list[str]:
-        """Prefixes that the training samples come from."""
-        return list(dict.fromkeys(seen.source for stage in self._config_spans for seen in stage.dataset.coverage(0)))
+        """Prefixes of the sources of the training samples."""
+        return list(dict.fromkeys(part.source for span in self._config_spans for part in span.dataset.coverage(0)))
 
     def _records(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each recorded step: its number, the samples consumed after it, and those of it; int64."""
+        """For each recorded step: its number, the samples consumed after it, and its own samples; int64."""
         path = self.run / METRICS
         try:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            rows = [orjson.loads(line) for line in lines if line.endswith(b"\n")]  # the last one may be half written
+            rows = [orjson.loads(line) for line in lines if line.endswith(b"\n")]  # the last line may be incomplete
             numbers = np.array([(row["step"], row["samples"], row["tokens"]) for row in rows], dtype=np.int64).reshape(-1, 3)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError("records of the run cannot be read", where=path, got=error) from error
+            raise DataError("metrics of the run cannot be read", where=path, got=error) from error
         rows_of_sample = 2 if self.config.train.objective in ("dpo", "reward") else 1
         batches = np.diff(numbers[:, 2], prepend=0) // (rows_of_sample * self.config.data.seq_length)
-        if numbers.shape[0] and numbers[0, 0] != 1:  # it goes on from another run's checkpoint, whose tokens are counted in
+        # resumed from the checkpoint of another run, whose tokens are included
+        if numbers.shape[0] and numbers[0, 0] != 1:
             batches[0] = batches[1] if batches.size > 1 else self.config.train.global_batch_size or batches[0]
         return numbers[:, 0], numbers[:, 1], batches
 
 
 def config_spans(written: Sequence[CheckpointRecord], config: Config, batch: int) -> Iterator[ConfigSpan]:
-    """The config_spans of a run whose last start has this config: one for each start that checkpoints tell of, and the one since the last of them."""
+    """The spans of a run: one per start that wrote a checkpoint, and the steps after the last one, with `config`."""
     saved = None
     for number, one in enumerate(written):
-        then = loads(one.config_lock, one.where)
-        cursor = Cursor.of_config(then) if one.data is None else Cursor.from_json(one.data)
+        earlier = loads(one.config_lock, one.where)
+        cursor = Cursor.of_config(earlier) if one.data is None else Cursor.from_json(one.data)
         saved = SavedCursor(one.where, one.consumed, cursor)
         following = written[number + 1] if number + 1 < len(written) else None
         if following is None or (following.config_lock, following.data) != (one.config_lock, one.data):
-            yield ConfigSpan(then, one.step, one.world_size, saved, batch)
+            yield ConfigSpan(earlier, one.step, one.world_size, saved, batch)
     if saved is not None:
         saved = SavedCursor(saved.where, saved.consumed, saved.cursor, config.checkpoint.accept_data_change)
     yield ConfigSpan(config, None, written[-1].world_size if written else None, saved, batch)

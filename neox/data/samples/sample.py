@@ -1,4 +1,4 @@
-"""What a training sample is, and what the loader expects of a dataset of samples."""
+"""Training samples, and what the loader expects of a dataset of samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from neox.data.samples.provenance import Coverage, DocumentSlice
 
 
 class Sample(NamedTuple):
-    """tokens int64 [s + 1]: inputs and, one further, targets. segment_ids int32 [s]: running number of each input's document, or None.
-    labels int64 [s + 1]: the tokens, -100 where one is not to be learned; None: all are. end: the last input that is no padding.
+    """One training sample of s inputs.
+
+    Attributes:
+        tokens: int64 [s + 1]; inputs, and shifted by one, targets.
+        segment_ids: int32 [s], running number of the document of each input; None without a document mask.
+        labels: int64 [s + 1], the tokens, with -100 for a token that is not learned; None if all are learned.
+        end: the last input that is not padding; None if there is no padding at the end.
     """
 
     tokens: np.ndarray
@@ -22,7 +27,13 @@ class Sample(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A chosen and a rejected answer. reference: log-probability of each by the model at the start of the run, fp32 [2], or None."""
+    """A chosen and a rejected answer.
+
+    Attributes:
+        chosen: the chosen answer.
+        rejected: the rejected answer.
+        reference: fp32 [2], log-probability of each by the model at the start of the run; None if unknown.
+    """
 
     chosen: Sample
     rejected: Sample
@@ -30,29 +41,37 @@ class Pair(NamedTuple):
 
 
 class Dataset(Protocol):
-    """What the loader reads: `dataset[i]` for any i >= 0 it has; `describe(i, j)` names where token j of sample i lies.
-
-    pieces(i): what sample i is made of. find(prefix, document, count): the samples below `count` that hold a part of a document, int64.
-    seen(count): what the first `count` samples read of each source.
-    """
+    """A dataset of samples. `len` is one epoch or, for GPT-NeoX's order, all samples."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample | Pair: ...
 
-    def describe(self, index: int, token: int) -> str: ...
+    def describe(self, index: int, token: int) -> str:
+        """The location of token `token` of sample `index`: file, document, offset."""
+        ...
 
-    def slices(self, index: int) -> list[DocumentSlice]: ...
+    def slices(self, index: int) -> list[DocumentSlice]:
+        """The slices of documents in sample `index`."""
+        ...
 
-    def find(self, prefix: str, document: int, count: int) -> np.ndarray: ...
+    def find(self, prefix: str, document: int, count: int) -> np.ndarray:
+        """The samples below `count` with a token of a document of dataset `prefix`, int64."""
+        ...
 
-    def coverage(self, count: int) -> list[Coverage]: ...
+    def coverage(self, count: int) -> list[Coverage]:
+        """What the first `count` samples have read of each source."""
+        ...
 
 
 class BatchArrays(NamedTuple):
-    """Where samples go, one a row: inputs and targets int64 [b, s], targets one token further.
+    """Destination of a batch of b samples, one per row.
 
-    segment_ids int32 [b, s]: the running number of each token's document in the sample; position_ids int64 [b, s]: counted from the start of its part.
+    Attributes:
+        inputs: int64 [b, s].
+        targets: int64 [b, s], the tokens after the inputs.
+        segment_ids: int32 [b, s], running number of the document of each token in its sample.
+        position_ids: int64 [b, s], position of each token in its segment.
     """
 
     inputs: np.ndarray
@@ -61,12 +80,32 @@ class BatchArrays(NamedTuple):
     position_ids: np.ndarray | None = None
 
 
-class Collatable:
-    """What datasets of samples share, so that `torch.utils.data.DataLoader(dataset, batch_size=b)` can collate them.
+@runtime_checkable
+class BatchReader(Dataset, Protocol):
+    """A dataset that reads many samples at a time."""
 
-    Read through it, a sample is a dict of its fields without those that are None: tokens [b, s + 1], and segment_ids, labels, end where there are any.
-    A pair has `chosen` and `rejected`, each such a dict. `neox.data.Loader` is what training uses: it reads ahead, checks ids and can be resumed.
+    seq_length: int
+    document_mask: bool
+
+    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
+        """Read sample indices[i] into row rows[i] (both int64).
+
+        Returns:
+            The largest id; 2^64 - 1 if an id is negative.
+        """
+        ...
+
+
+class Collatable:
+    """Base of datasets that `torch.utils.data.DataLoader(dataset, batch_size=b)` can collate.
+
+    The DataLoader gets a sample as a dict of its fields that are not None: tokens [b, s + 1], and segment_ids, labels,
+    end if there are any. A pair has `chosen` and `rejected`, each such a dict. Training uses `neox.data.Loader`, which
+    reads ahead, checks ids and can be resumed.
     """
+
+    def __getitem__(self, index: int) -> Sample | Pair:
+        raise NotImplementedError
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         return [fields_of(self[index]) for index in indices]
@@ -75,16 +114,3 @@ class Collatable:
 def fields_of(sample: Sample | Pair) -> dict[str, Any]:
     """The fields of a sample or pair that are not None, by name."""
     return {name: fields_of(value) if isinstance(value, Sample) else value for name, value in sample._asdict().items() if value is not None}
-
-
-@runtime_checkable
-class BatchReader(Protocol):
-    """A dataset that reads many samples at a time: sample indices[i] into row rows[i] (both int64). Has what `Dataset` has.
-
-    read_rows returns the largest id; where one is negative, 2^64 - 1.
-    """
-
-    seq_length: int
-    document_mask: bool
-
-    def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int: ...

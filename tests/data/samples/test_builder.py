@@ -142,7 +142,7 @@ def test_data_of_another_tokenizer_are_refused(make_dataset, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text('{"a": 1}')
     prefix = make_dataset([[1] * 20], tokenizer_hash="f" * 64).prefix
-    with pytest.raises(DataError, match=r"another tokenizer; where=.*corpus\.json; got=tokenizer hash ffff"):
+    with pytest.raises(DataError, match=r"different tokenizer; where=.*corpus\.json; got=tokenizer hash ffff"):
         build_datasets(config({"train": [prefix]}, tokenizer={"file": str(file)}), {"train": 1})
 
 
@@ -181,7 +181,7 @@ def test_names_of_index_arrays_are_pinned_and_every_setting_is_in_them(corpus, m
 
 
 def test_index_arrays_of_two_parts_of_a_split_are_two(corpus, tmp_path):
-    """Of equal length, so that only the range tells them apart."""
+    """Of equal length, so that only the range distinguishes them."""
     cache = tmp_path / "cache"
     for packing, order in (("best_fit", "epoch"), ("concatenate", "neox")):
         made = config({"path": corpus.prefix, "index_cache": str(cache), "split": "1,1,0", "packing": packing, "order": order})
@@ -196,7 +196,7 @@ def test_index_arrays_of_two_parts_of_a_split_are_two(corpus, tmp_path):
     [("document", None, True), ("document", 30, True), ("document", 10, False), ("best_fit", 30, False), ("concatenate", 30, False), ("concatenate", 0, True)],
 )
 def test_labels_from_which_nothing_is_learned(make_dataset, tmp_path, sidecar, packing, learned, refused):
-    """A sample of one document is cut off behind 17 tokens; the first token of a document is no target."""
+    """A sample of one document is truncated after 17 tokens; the first token of a document is not a target."""
     tokens = [np.arange(1, 41)] * 12
     labels = [np.where(np.arange(40) == (learned if number == 7 else None), one, -100) for number, one in enumerate(tokens)]
     files = [make_dataset(rows, name, kind).prefix for name, kind, rows in (("t", "uint16", tokens), ("l", "int32", labels))]

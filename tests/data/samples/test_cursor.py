@@ -14,6 +14,7 @@ from neox.data.samples.builder import RunDatasets
 from neox.data.samples.cursor import Cursor, FileIdentity, SavedCursor, identify
 from neox.data.samples.order import EpochDataset
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
+from neox.data.text.tokenizer import train_tokenizer
 from neox.errors import CheckpointError, DataError
 
 SEQ, WANTED = 16, {"train": 200, "validation": 4}
@@ -37,7 +38,7 @@ def config_of(folder, data: dict, tokenizer: dict | None = None, **train):
 
 
 def saved_after(config, consumed: int, *, accept: bool = False, before: SavedCursor | None = None) -> SavedCursor:
-    """What a checkpoint of the run keeps after so many samples, read back from JSON."""
+    """What a checkpoint of the run stores after `consumed` samples, read back from JSON."""
     cursor = RunDatasets(config, WANTED, before).cursor
     return SavedCursor("step_1", consumed, Cursor.from_json(json.loads(json.dumps(cursor.to_json()))), accept)
 
@@ -91,7 +92,7 @@ def test_a_resume_without_a_change_is_the_same_run(sources, tmp_path):
 
 
 @pytest.mark.parametrize("order", ["epoch", "neox"])
-def test_one_source_becomes_two_and_changes_places(sources, tmp_path, order):
+def test_one_source_becomes_two_and_changes_position(sources, tmp_path, order):
     data = {"order": order}
     config = config_of(tmp_path, weighted(sources, a=1) | data)
     first = tokens_of(RunDatasets(config, WANTED).parts["train"], 0, 30)
@@ -129,7 +130,7 @@ def test_settings_that_the_samples_depend_on(sources, tmp_path, what):
     assert not (tmp_path / "run").exists() and not (tmp_path / "index_cache").exists()  # refused before anything is written
     run = RunDatasets(config, WANTED, SavedCursor(saved.where, 40, saved.cursor, accept=True))
     assert run.lines[0] == f"accepted by checkpoint.accept_data_change: {what}"
-    begin = 40 if "document_mask" in what else 0  # another order begins anew, the same one continues
+    begin = 40 if "document_mask" in what else 0  # a different order starts from the beginning, the same one continues
     assert tokens_of(run.parts["train"], 40, 45) == tokens_of(RunDatasets(config, WANTED).parts["train"], begin, begin + 5)
 
 
@@ -183,7 +184,7 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
     epoch = cursor.sources[0].samples
     saved = SavedCursor("step_1", 15, cursor)
     assert RunDatasets(config_of(tmp_path, data), {"train": epoch - 1}, saved).cursor.sources[0].epochs == 1
-    with pytest.raises(CheckpointError, match="data.order neox: the order of .*a is made for 1 epochs -> 2"):
+    with pytest.raises(CheckpointError, match="data.order neox: the order of .*a has 1 epochs -> 2"):
         RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}, saved)
     two = SavedCursor("step_1", 15, RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).cursor)
     shorter = RunDatasets(config_of(tmp_path, data), {"train": 20}, two)  # a shorter run reads on in the order that was made
@@ -203,9 +204,21 @@ def test_text_is_compared_before_it_is_tokenized(tmp_path):
     saved = SavedCursor("step_1", 10, RunDatasets(config, {"train": 20}).cursor)
     before = sorted((tmp_path / "run").rglob("*"))
     (tmp_path / "t.txt").write_text("abc defg " * 201)
-    with pytest.raises(CheckpointError, match=r"data.text: .* -> .*, the 10 samples \(160 tokens\) read of data.text would come again"):
+    with pytest.raises(CheckpointError, match=r"data.text: .* -> .*, the 10 samples \(160 tokens\) read of data.text would be repeated"):
         RunDatasets(config, {"train": 20}, saved)
     assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_files_of_data_text_are_listed_once(tmp_path, caplog):
+    """A warning about what is left out of a folder appears once per start."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.md", ".hidden"):
+        (tmp_path / "texts" / name).write_text("some words " * 99)
+    tokenizer = train_tokenizer(["some words"], 270, tmp_path / "tok.json").file
+    config = config_of(tmp_path, {"text": [str(tmp_path / "texts")], "split": "1,0,0"}, tokenizer={"file": tokenizer})
+    RunDatasets(config, {"train": 20})
+    warnings = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(warnings) == len(set(warnings)) == 2
 
 
 def test_a_checkpoint_without_a_cursor_is_compared_by_its_config(sources, tmp_path):
@@ -226,7 +239,7 @@ def test_nothing_read_is_nothing_lost(sources, tmp_path):
 
 
 def test_identity_of_large_files_without_a_sidecar(tmp_path):
-    """Read at evenly spaced places: both ends count, the file's name does not; a sidecar that came later is no difference."""
+    """Read at evenly spaced positions: both ends count, the name of the file does not, and a sidecar added later is not a difference."""
     tokens = np.random.default_rng(0).integers(0, 500, 3 << 20)
     for name, changed in (("a", None), ("b", None), ("first", 0), ("last", -1)):
         content = tokens.copy()

@@ -1,4 +1,4 @@
-"""Samples of whole documents: padding, cutting off, labels, pairs, order; and the batches made of them."""
+"""Samples of complete documents: padding, truncation, labels, pairs, order, and their batches."""
 
 from __future__ import annotations
 

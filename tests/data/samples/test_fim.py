@@ -47,7 +47,7 @@ def undone(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str, str, str]:
     return "psm", tokenizer.decode(ids[1 : at[0]]), tokenizer.decode(ids[at[1] + 1 :]), tokenizer.decode(ids[at[0] + 1 : at[1]])
 
 
-def test_the_document_comes_out_whole_with_its_middle_last(tokenizer):
+def test_the_document_is_complete_with_its_middle_last(tokenizer):
     fim, kinds, lengths = transform(tokenizer), [], []
     for number, text in enumerate(TEXTS):
         ids = np.array([*tokenizer.encode(text), tokenizer.eod_id])
@@ -60,7 +60,7 @@ def test_the_document_comes_out_whole_with_its_middle_last(tokenizer):
     assert 40 <= kinds.count("spm") <= 80 and min(lengths) < 10 and max(lengths) > 60
 
 
-def test_parts_are_encoded_anew(tokenizer):
+def test_parts_are_encoded_separately(tokenizer):
     """A model is asked with the ids of the prefix as text, not with those that it had inside the document."""
     fim = transform(tokenizer, spm_rate=0.0)
     cut_words = 0
@@ -172,7 +172,7 @@ def test_another_kind_of_tokenizer(tmp_path, tokenizer):
     assert "".join(undone(other, out)[1:]) == TEXTS[3]
 
 
-def test_tokens_that_are_not_there(tokenizer, tmp_path):
+def test_missing_tokens(tokenizer, tmp_path):
     plain = train_tokenizer(TEXTS, 300, tmp_path / "plain.json")
     with pytest.raises(ConfigError, match=r"not in the vocabulary; where=data\.fim\.prefix_token, .*plain\.json; got=<\|fim_prefix\|>; do=.*--special-token"):
         transform(plain)

@@ -1,4 +1,4 @@
-"""The cache of sample orders: whole or absent, built once, never trusted blindly."""
+"""The cache of sample orders: complete or absent, built once, never trusted blindly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_built_once_and_mapped_afterwards(tmp_path):
 
 @pytest.mark.parametrize("name", [*(f"{name}.npy" for name in NAMES), "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty"])
-def test_a_damaged_cache_is_built_anew(tmp_path, name, damage):
+def test_a_damaged_cache_is_rebuilt(tmp_path, name, damage):
     build = Builder()
     cached_order([tmp_path], "key", build)
     path = tmp_path / "key" / name

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neox.data.samples.blend import BlendedDataset
-from neox.data.samples.loader import Loader, Memory, positions_in_documents
+from neox.data.samples.loader import Loader, positions_in_documents
 from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order
 from neox.data.samples.sample import BatchArrays, Sample
 from neox.errors import DataError
@@ -244,19 +244,7 @@ def test_rows_are_checked_before_they_are_written(corpus):
     assert not marks.any() and not places.any()
 
 
-def test_memory_is_given_out_again_only_when_nothing_refers_to_it():
-    memory = Memory()
-    first = memory.array((2, 3), "int64")
-    address = first.ctypes.data
-    view = torch.from_numpy(first)[1]  # a view of a tensor of the array
-    del first
-    other = memory.array((2, 3), "int64")
-    assert other.ctypes.data != address and memory.array((3, 2), "int64").shape == (3, 2)
-    del view
-    assert memory.array((2, 3), "int64").ctypes.data == address
-
-
-def test_batches_that_are_kept_stay_as_they_are(corpus):
+def test_retained_batches_do_not_change(corpus):
     order = EpochDataset(corpus, (0, corpus.num_documents), 16, 1, True)
     with Loader(order, micro_batch_size=2, prefetch=2) as loader:
         kept = [next(loader)[0] for _ in range(12)]

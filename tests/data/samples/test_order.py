@@ -80,7 +80,7 @@ def test_rows_become_64_bit_when_they_must():
 
 @pytest.mark.parametrize("count", BEYOND)
 def test_order_types_hold_their_numbers(count):
-    """Arrays of this size cannot be made in a test; that each one's type holds its largest number can be told without."""
+    """Arrays of this size cannot be made in a test; that each dtype holds its largest number can be checked without them."""
     document, row, sample = order_types(count, count, count)
     assert np.iinfo(document).max >= count - 1
     assert np.iinfo(row).max >= count
@@ -114,7 +114,7 @@ def test_hostile_calls_are_errors():
         core.sample_index(np.array([1.0, 2.0]), np.array([0], dtype=np.int32), 4, 1, True)
 
 
-def test_neox_dataset_reads_what_the_arrays_say(corpus):
+def test_gpt_neox_dataset_reads_by_the_arrays(corpus):
     order = gpt_neox_order(corpus.sizes, np.arange(10, 90), 33, 100, 5)
     dataset = GptNeoxOrderDataset(corpus, order, 33, document_mask=True)
     stream = np.concatenate([corpus[d] for d in order[0]]).astype(np.int64)
@@ -175,7 +175,7 @@ def test_permutation_is_exact_at_large_sizes(size):
 
 
 def test_permutation_mixes_well():
-    """Each place is equally likely to hold each value, neighbours do not stay neighbours: chi-square within 5 sigma."""
+    """Each position is equally likely to hold each value, neighbours do not stay neighbours: chi-square within 5 sigma."""
     size, trials = 50, 4000
     counts = np.zeros((size, size))
     neighbours = 0
@@ -243,7 +243,7 @@ def test_epoch_dataset_stays_in_its_documents_and_marks_segments(corpus):
         assert np.array_equal(sample.segment_ids, np.unique(owner[start : start + 16], return_inverse=True)[1])
 
 
-def test_corpus_shorter_than_a_sample_says_tokens_have_and_need(make_dataset):
+def test_a_corpus_shorter_than_a_sample_reports_tokens_found_and_needed(make_dataset):
     dataset = make_dataset([[1] * 10, [2] * 6])
     assert len(EpochDataset(dataset, (0, 2), 15, 1)) == 1
     with pytest.raises(

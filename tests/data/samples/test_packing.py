@@ -1,4 +1,4 @@
-"""Best-fit packing: against its definition, what is learned and what is seen, order, labels, and that a run reads it alike on any number of ranks."""
+"""Best-fit packing: against its definition, what is learned and read, order, labels, and identical reads on any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neox.errors import DataError
 
 
 def reference(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing, by looking at every open sample."""
+    """Best-fit decreasing, by checking every open sample."""
     room, samples = [], []
     for piece in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         fitting = [sample for sample in range(len(samples)) if room[sample] >= sizes[piece]]
@@ -30,7 +30,7 @@ def reference(sizes: list[int], capacity: int) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("capacity", [1, 7, 64, 65, 300, 5000])
 def test_packing_is_best_fit_decreasing(seed, capacity):
-    """Which of several equally full samples gets a piece is free, so the samples are compared by how full they are."""
+    """Any of several equally full samples may get a segment, so the samples are compared by their fill."""
     random = np.random.default_rng(seed)
     sizes = np.minimum(random.geometric(1 / (1 + capacity / 3), 200), capacity).astype(np.int32)
     order, starts = core.best_fit(sizes, capacity)
@@ -69,17 +69,17 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once_per_epoch(c
     assert sorted(targets) == wanted
 
 
-def test_documents_that_fit_are_whole_and_the_fill_rate_is_said(corpus):
+def test_documents_that_fit_are_not_cut_and_the_fill_rate_is_reported(corpus):
     packed = PackedDataset(corpus, (0, 101), 40, seed=1)
     lengths = np.diff(corpus.document_starts())
     pieces = [piece for i in range(len(packed)) for piece in packed.slices(i)]
     assert sorted(piece.document for piece in pieces) == np.flatnonzero(lengths > 1).tolist() and all(piece.offset == 0 for piece in pieces)
     assert packed.fill == sum(piece.tokens for piece in pieces) / (41 * len(packed)) > 0.9
-    said = f"101 documents in {len(pieces)} pieces, best-fit packed into {len(packed)} samples; fill rate {100 * packed.fill:.2f} %, 0 documents cut"
+    said = f"101 documents in {len(pieces)} segments, best-fit packed into {len(packed)} samples; fill rate {100 * packed.fill:.2f} %, 0 documents cut"
     assert packed.note() == f"{corpus.prefix}: {said}"
 
 
-def test_pieces_and_padding_are_segments_of_their_own(make_dataset):
+def test_documents_and_padding_are_separate_segments(make_dataset):
     packed = PackedDataset(make_dataset([[1, 2, 3], [4, 5], [6]]), (0, 3), 6, seed=1, document_mask=True)
     assert len(packed) == 1  # the document of one token teaches nothing
     tokens, segments, labels, _ = packed[0]
@@ -90,7 +90,7 @@ def test_pieces_and_padding_are_segments_of_their_own(make_dataset):
     assert packed.describe(0, 4).endswith("document 1 offset 1") and "padding" in packed.describe(0, 5)
 
 
-def test_labels_are_those_of_the_pieces(make_dataset):
+def test_labels_follow_the_segments(make_dataset):
     tokens, labels = make_dataset([[1, 2, 3], [4, 5]]), make_dataset([[-100, 2, 3], [-100, -100]], "labels", "int32")
     packed = PackedDataset(tokens, (0, 2), 5, 1, labels=labels)
     assert packed[0].labels.tolist() == [-100, 2, 3, -100, -100, -100]
@@ -112,7 +112,7 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(corpus):
         packed[-1]
 
 
-def test_the_cursor_is_the_whole_state_for_any_number_of_ranks(corpus):
+def test_the_cursor_is_the_complete_state_for_any_number_of_ranks(corpus):
     packed = PackedDataset(corpus, (0, 101), 16, seed=1, document_mask=True)
 
     def rows(start: int, steps: int, dp: int) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ COUNT = 150
 
 
 def made(kind: str, make_dataset):
-    """A dataset of samples over `corpus` (and `other`), whose token k is k in the first and 5000 + k in the second: a token says where it is from."""
+    """A dataset of samples over `corpus` (and `other`), whose token k is k in the first and 5000 + k in the second: a token identifies its origin."""
     sizes = np.random.default_rng(1).integers(0, 30, 40)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     corpora = [make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(40)], name) for name, base in (("corpus", 0), ("other", 5000))]
@@ -40,7 +40,7 @@ KINDS = ["epoch", "neox", "packed", "document", "documents of a range", "labelle
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_are_the_tokens_of_the_sample(make_dataset, kind):
+def test_slices_are_the_tokens_of_the_sample(make_dataset, kind):
     dataset, corpora = made(kind, make_dataset)
     for index in range(COUNT):
         sides = [dataset[index]] if kind != "pairs" else list(dataset[index][:2])
@@ -54,7 +54,7 @@ def test_pieces_are_the_tokens_of_the_sample(make_dataset, kind):
 
 
 @pytest.mark.parametrize("kind", ["epoch", "neox", "packed", "document"])
-def test_whole_samples_mark_their_pieces(make_dataset, kind):
+def test_segments_follow_the_slices(make_dataset, kind):
     dataset, _ = made(kind, make_dataset)
     for index in range(COUNT):
         tokens, marks = dataset.tokens_and_segments(index)
@@ -101,6 +101,6 @@ def test_epochs_are_of_the_source(make_dataset):
     assert neox.coverage(len(neox))[0].epochs == pytest.approx(neox._documents.size / 40, rel=0.02)
 
 
-def test_sequences_of_one_document_are_one_piece():
+def test_sequences_of_one_document_are_one_slice():
     pieces = [DocumentSlice("a", 1, 0, 3), DocumentSlice("a", 1, 3, 2), DocumentSlice("a", 1, 0, 1), DocumentSlice("b", 1, 1, 1)]
     assert merge_adjacent(pieces) == [DocumentSlice("a", 1, 0, 5), *pieces[2:]]

@@ -37,7 +37,7 @@ def config_of(run, data: dict, **train):
 
 
 def leave(run, config, batches: list[int], start: int = 0) -> None:
-    """What a run leaves after so many samples in each step."""
+    """The files of a run with `batches` samples in each step."""
     run.mkdir(exist_ok=True)
     (run / "config.lock.yml").write_text(dump(config))
     ends = start + np.cumsum(batches)
@@ -63,7 +63,7 @@ DATA = {
 
 @pytest.mark.parametrize("dp", [1, 2])
 @pytest.mark.parametrize("kind", DATA)
-def test_what_it_says_is_what_the_loader_gave(sources, tmp_path, kind, dp):
+def test_provenance_equals_what_the_loader_read(sources, tmp_path, kind, dp):
     config = config_of(tmp_path / "run", DATA[kind](*(dataset.prefix for dataset in sources)))
     batch = 4 * dp
     leave(tmp_path / "run", config, [batch] * STEPS)
