@@ -255,8 +255,8 @@ class IndexedWriter:
         existing = [path for path in (f"{self.prefix}.idx", f"{self.prefix}.bin") if os.path.lexists(path)]
         if existing and not overwrite:
             raise DataError("dataset already exists", where=existing[0], do="choose another --out, or pass --overwrite")
-        self._check_sidecar_path()
         make_folder(os.path.dirname(self.prefix))
+        self._check_sidecar_path()
         name = os.fsencode(self.prefix)
         self._core = core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
         self.tokenizer_hash, self.vocab_size, self.eod_id = tokenizer_hash, vocab_size, eod_id

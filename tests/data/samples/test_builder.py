@@ -112,7 +112,7 @@ def test_corpora_without_a_sample_are_refused_and_not_waited_for(make_dataset, t
     prefix = make_dataset(documents).prefix
     made = config({"train": [prefix], "packing": packing}, tmp_path=tmp_path)
     got = f"{sum(map(len, documents))} tokens in {len(documents)} documents"
-    with pytest.raises(DataError, match=rf"(shorter than one sample|no document has anything to learn); where=.*corpus\.bin.*got={got}"):
+    with pytest.raises(DataError, match=rf"(shorter than one sample|no document has a token to learn); where=.*corpus\.bin.*got={got}"):
         build_datasets(made, {"train": 5})
 
 
@@ -127,7 +127,7 @@ def test_a_source_that_is_smaller_than_its_share_is_read_again(make_dataset, tmp
 
 
 def test_weights_all_zero_name_the_section(corpus):
-    with pytest.raises(ConfigError, match=r"no finite sum above 0; where=data\.train"):
+    with pytest.raises(ConfigError, match=r"is not positive and finite; where=data\.train"):
         build_datasets(config({"train": [{"path": corpus.prefix, "weight": 0}]}), ALL)
 
 
@@ -206,5 +206,5 @@ def test_labels_from_which_nothing_is_learned(make_dataset, tmp_path, sidecar, p
     if not refused:
         assert build_datasets(made, {"train": 4})["train"] is not None
         return
-    with pytest.raises(DataError, match="no document has anything to learn; where=.*l.bin documents 0 to 12"):
+    with pytest.raises(DataError, match="no document has a token to learn; where=.*l.bin documents 0 to 12"):
         build_datasets(made, {"train": 4})

@@ -66,7 +66,7 @@ def test_weights_change_and_each_source_continues(sources, tmp_path):
     found = tokens_of(RunDatasets(config_of(tmp_path, weighted(sources, a=1, b=1)), WANTED).parts["train"], 0, 40)
     second = saved_after(config_of(tmp_path, weighted(sources, a=1, b=1)), 40)
     run = RunDatasets(config_of(tmp_path, weighted(sources, a=9, b=1)), WANTED, second)
-    assert "a at its sample 20 (share 0.5 -> 0.9)" in run.lines[0] and "none is repeated or skipped" in run.lines[0]
+    assert "a at its sample 20 (share 0.5 -> 0.9)" in run.lines[0] and "without repeats or skips" in run.lines[0]
     found += tokens_of(run.parts["train"], 40, 80)
     third = saved_after(config_of(tmp_path, weighted(sources, a=9, b=1)), 80, before=second)
     assert RunDatasets(config_of(tmp_path, weighted(sources, a=18, b=2)), WANTED, third).lines == []  # the same shares
@@ -101,7 +101,7 @@ def test_one_source_becomes_two_and_changes_position(sources, tmp_path, order):
     whole = tokens_of(RunDatasets(config, WANTED).parts["train"], 0, 45)
     assert first + read_of(both, 0) == whole and len(read_of(both, 1000)) == 15
     assert "b at its sample 0 (share 0.5)" in run.lines[0]
-    with pytest.raises(DataError, match="how the sample was read is not known"):
+    with pytest.raises(DataError, match="it is unknown how the sample was read"):
         run.parts["train"][29]
 
 
@@ -120,13 +120,13 @@ def test_settings_that_the_samples_depend_on(sources, tmp_path, what):
     data, train = CHANGES[what]
     saved = saved_after(config_of(tmp_path, weighted(sources, a=1)), 40)
     config = config_of(tmp_path, weighted(sources, a=1) | data, **train)
-    with pytest.raises(CheckpointError, match="the data of the run is not that of its checkpoint") as problem:
+    with pytest.raises(CheckpointError, match="the data of the run differs from that of its checkpoint") as problem:
         RunDatasets(config, WANTED, saved)
     assert what in problem.value.got and "checkpoint.accept_data_change=true" in problem.value.do
     if "document_mask" in what:
-        assert "no sample would come again or be lost" in problem.value.got
+        assert "no sample would be repeated or lost" in problem.value.got
     else:
-        assert re.search(r"the 40 samples \(640 tokens\) read of .*a would come again, mixed with new ones, none would be lost", problem.value.got)
+        assert re.search(r"the 40 samples \(640 tokens\) read of .*a would be repeated among new ones, and none would be lost", problem.value.got)
     assert not (tmp_path / "run").exists() and not (tmp_path / "index_cache").exists()  # refused before anything is written
     run = RunDatasets(config, WANTED, SavedCursor(saved.where, 40, saved.cursor, accept=True))
     assert run.lines[0] == f"accepted by checkpoint.accept_data_change: {what}"
@@ -160,7 +160,7 @@ def test_another_content_under_the_same_name(make_dataset, tmp_path, sidecar):
 
 def test_labels_and_a_source_that_is_no_longer_read(make_dataset, sources, tmp_path):
     saved = saved_after(config_of(tmp_path, weighted(sources, a=1, b=1)), 40)
-    with pytest.raises(CheckpointError, match=r"b is no longer read, the \d+ samples of .*b that are still to come in its epoch would be lost"):
+    with pytest.raises(CheckpointError, match=r"b is no longer read, the \d+ remaining samples of the epoch of .*b would be lost"):
         RunDatasets(config_of(tmp_path, weighted(sources, a=1)), WANTED, saved)
     labels = make_dataset([np.where(np.arange(one.size) % 2, -100, one) for one in documents(0)], "labels", "int32")
     labelled = {"train": [{"path": sources["a"].prefix, "labels": labels.prefix}, {"path": sources["b"].prefix}]}

@@ -57,10 +57,10 @@ def test_batches_of_pairs_alternate_and_carry_the_reference(answers, make_datase
 def test_data_that_do_not_belong_together(answers, make_dataset):
     with pytest.raises(DataError, match="not pairs"):
         PairDataset(answers, (make_dataset(OTHERS[:3], "short"), None), 4, seed=1)
-    with pytest.raises(DataError, match="labels are of other documents"):
+    with pytest.raises(DataError, match="labels do not belong to the documents"):
         DocumentSamples(answers[0], make_dataset([[1, 2], [3], [4], [5]], "other"), 4)
     wrong = make_dataset([[-100, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12, 99, 14]], "wrong", "int32")
-    with pytest.raises(DataError, match=r"label is not the token; where=.*document 3 offset 2; got=label 99 at token 13"):
+    with pytest.raises(DataError, match=r"label differs from the token; where=.*document 3 offset 2; got=label 99 at token 13"):
         next(Loader(DocumentDataset(answers[0], wrong, 4, seed=1), micro_batch_size=4, prefetch=0))
     pairs = PairDataset(answers, (make_dataset(OTHERS, "rejected"), None), 4, seed=1)
     with pytest.raises(DataError, match=r"outside the vocabulary; where=.*rejected.bin document 3 offset 3; got=id 34"):

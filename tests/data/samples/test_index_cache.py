@@ -77,7 +77,7 @@ def test_folders_that_cannot_be_written_are_passed_over_with_a_notice(tmp_path, 
     (tmp_path / "file").write_text("not a folder")
     blocked = tmp_path / "file" / "cache"
     assert same(cached_order([blocked, tmp_path / "second"], "key", Builder()))
-    assert (tmp_path / "second" / "key").is_dir() and "cannot keep the sample order" in caplog.text
+    assert (tmp_path / "second" / "key").is_dir() and "cannot store the sample order" in caplog.text
     assert same(cached_order([blocked], "key", Builder())) and "in memory" in caplog.text
 
 

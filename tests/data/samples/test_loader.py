@@ -30,7 +30,7 @@ class Numbers:
     def __getitem__(self, index: int) -> Sample:
         self.read.append(index)
         if index >= self.length:
-            raise DataError("sample is beyond the order", got=index)
+            raise DataError("sample is beyond the end of the order", got=index)
         return Sample(np.arange(index, index + self.seq_length + 1), None)
 
     def describe(self, index: int, token: int) -> str:
@@ -141,7 +141,8 @@ class Labelled(Numbers):
 @pytest.mark.parametrize("place", [0, 2, 4])
 @pytest.mark.parametrize("label", [-1, -99, -101, 0, 9])
 def test_a_label_is_the_token_or_ignored(place, label):
-    with pytest.raises(DataError, match=rf"label is not the token; where=numbers\.bin document 0 offset {place}; got=label {label} at token {10 + place}"):
+    found = rf"label differs from the token; where=numbers\.bin document 0 offset {place}; got=label {label} at token {10 + place}"
+    with pytest.raises(DataError, match=found):
         next(Loader(Labelled(place, label), micro_batch_size=2, prefetch=0))
     batch = next(Loader(Labelled(place, -100), micro_batch_size=2, prefetch=0))[0]
     assert batch.targets[0].tolist() == [-100 if i == place else 10 + i for i in range(1, 5)]
@@ -151,7 +152,7 @@ def test_an_error_comes_at_the_step_it_belongs_to():
     loader = Loader(Numbers(length=5), micro_batch_size=2, prefetch=4)
     assert next(loader)[0].sample_ids.tolist() == [0, 1]
     assert next(loader)[0].sample_ids.tolist() == [2, 3]
-    with pytest.raises(DataError, match="beyond the order; got=5"):
+    with pytest.raises(DataError, match="beyond the end of the order; got=5"):
         next(loader)
     assert loader.consumed == 4
     with pytest.raises(ValueError, match="closed"):
@@ -216,7 +217,7 @@ def test_rows_are_the_samples_one_by_one(corpus, document_mask):
             assert batch.tokens[row].tolist() == tokens[:-1].tolist() and batch.targets[row].tolist() == tokens[1:].tolist()
             assert (segments is None) == (batch.segment_ids is None) == (not document_mask)
             assert segments is None or batch.segment_ids[row].tolist() == segments.tolist()
-    with pytest.raises(DataError, match="sample is beyond the order"):
+    with pytest.raises(DataError, match="sample is beyond the end of the order"):
         Loader(neox, micro_batch_size=3, start=len(neox) - 1, prefetch=0).__next__()
 
 

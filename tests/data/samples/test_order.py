@@ -124,7 +124,7 @@ def test_gpt_neox_dataset_reads_by_the_arrays(corpus):
     sample = dataset[4]
     owner = np.repeat(np.arange(order[0].size), corpus.sizes[order[0]])[33 * int(order[2][4]) :][:33]
     assert np.array_equal(sample.segment_ids, np.unique(owner, return_inverse=True)[1])
-    with pytest.raises(DataError, match=f"beyond the order; .*got={len(dataset)}"):
+    with pytest.raises(DataError, match=f"beyond the end of the order; .*got={len(dataset)}"):
         dataset[len(dataset)]
     assert dataset.describe(4, 0).startswith(f"{corpus.bin_path} document ")
 

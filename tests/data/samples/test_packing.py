@@ -94,12 +94,12 @@ def test_labels_follow_the_segments(make_dataset):
     tokens, labels = make_dataset([[1, 2, 3], [4, 5]]), make_dataset([[-100, 2, 3], [-100, -100]], "labels", "int32")
     packed = PackedDataset(tokens, (0, 2), 5, 1, labels=labels)
     assert packed[0].labels.tolist() == [-100, 2, 3, -100, -100, -100]
-    with pytest.raises(DataError, match="labels are of other documents"):
+    with pytest.raises(DataError, match="labels do not belong to the documents"):
         PackedDataset(tokens, (0, 2), 5, 1, labels=make_dataset([[1], [2, 3, 4, 5]], "other"))
 
 
 def test_no_document_has_a_target(make_dataset):
-    with pytest.raises(DataError, match="no document has anything to learn"):
+    with pytest.raises(DataError, match="no document has a token to learn"):
         PackedDataset(make_dataset([[1], [2], []]), (0, 3), 4, 1)
 
 

@@ -80,9 +80,9 @@ def test_provenance_equals_what_the_loader_read(sources, tmp_path, kind, dp):
             for number, micro in enumerate(next(loader)):
                 assert [row.sample for row in own if row.micro_batch == number] == micro.sample_ids.tolist()
                 for row in (row for row in own if row.micro_batch == number):
-                    tokens = texts(row.pieces, named)[:SEQ]
+                    tokens = texts(row.slices, named)[:SEQ]
                     assert micro.tokens[row.row, : tokens.size].tolist() == tokens.tolist() and not micro.tokens[row.row, tokens.size :].any()
-        for source, document in {piece[:2] for row in rows for piece in row.pieces}:
+        for source, document in {piece[:2] for row in rows for piece in row.slices}:
             seen.setdefault((source, document), set()).add(step)
     for prefix in data.sources():
         for document in range(0, 60, 3):
@@ -106,7 +106,7 @@ def test_steps_of_other_sizes_to_come_and_taken_back(sources, tmp_path):
 
 def test_a_run_before_its_first_step(sources, tmp_path):
     leave(tmp_path / "run", config_of(tmp_path / "run", {"train": [sources[0].prefix]}), [])
-    with pytest.raises(ConfigError, match=r"the batch size is not known; where=.*run; .*do=give --batch"):
+    with pytest.raises(ConfigError, match=r"the batch size is unknown; where=.*run; .*do=give --batch"):
         RunProvenance(tmp_path / "run")
     assert RunProvenance(tmp_path / "run", batch=8).span(3) == (16, 24)
     leave(tmp_path / "run", config_of(tmp_path / "run", {"train": [sources[0].prefix]}, global_batch_size=12), [])
@@ -118,7 +118,7 @@ def test_folders_that_are_no_runs(tmp_path, sources):
         RunProvenance(tmp_path)
     leave(tmp_path / "run", config_of(tmp_path / "run", {"train": [sources[0].prefix]}), [4])
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(DataError, match="records of the run cannot be read"):
+    with pytest.raises(DataError, match="metrics of the run cannot be read"):
         RunProvenance(tmp_path / "run")
 
 

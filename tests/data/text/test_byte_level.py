@@ -220,7 +220,7 @@ LARGE_ID = ["a a"]  # a merge whose result gets an id that is too large
         ({"pre_tokenizer": None}, "no pre-tokenizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer Whitespace"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "a space is added"),
-        ({"added_tokens": [{"id": 9, "content": "x", "lstrip": True, "normalized": False, "special": False}]}, "surroundings"),
+        ({"added_tokens": [{"id": 9, "content": "x", "lstrip": True, "normalized": False, "special": False}]}, "white space around it"),
         ({"normalizer": {"type": "NFC"}, "added_tokens": [{"id": 9, "content": "e\u0301", "normalized": True, "special": False}]}, "changed by the normalizer"),
     ],
 )

@@ -189,13 +189,13 @@ def test_a_template_that_is_no_regular_file_is_refused_at_once(tokenizer, tmp_pa
 def test_bad_conversations_are_quarantined_only_if_requested(tokenizer, tmp_path, bad_lines):
     good = json.dumps({"messages": [said("user", "say"), said("assistant", "yes")]})
     (tmp_path / "in.jsonl").write_text(f"{good}\n{{oops\n")
-    run = functools.partial(preprocess_chat, [str(tmp_path / "in.jsonl")], tmp_path / "out", ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]), workers=0)
+    run = functools.partial(preprocess_chat, [str(tmp_path / "in.jsonl")], tmp_path / "out", ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]))
     if bad_lines == "fail":
         with pytest.raises(DataError, match=r"bad line; where=.*in\.jsonl"):
-            run(bad_lines=bad_lines)
+            run(Options(bad_lines=bad_lines))
         assert not list(tmp_path.glob("out*"))
         return
-    summary = run(bad_lines=bad_lines)
+    summary = run(Options(bad_lines=bad_lines))
     kept = tmp_path / "out.quarantine.jsonl"
     assert (summary.documents, summary.bad_lines) == (1, 1)
     assert summary.quarantine == (str(kept) if bad_lines == "quarantine" else None) and kept.exists() == (bad_lines == "quarantine")
