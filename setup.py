@@ -1,9 +1,9 @@
 """Builds the native parts: neox._ops.<isa> (torch operators on the libtorch stable ABI) and neox._data (no torch).
 
 One operator library is built per CPU instruction set and one is loaded at run time, so that a build travels between
-machines of a cluster. NEOX_BUILD_ISA="avx2" (a comma-separated list) builds fewer, for development. Where there are nvcc and
-a torch with CUDA, neox._ops.cuda holds the CUDA kernels, for the architectures of TORCH_CUDA_ARCH_LIST, else sm_80, sm_90a,
-sm_100 and PTX as far as the nvcc knows them. NEOX_BUILD_CUDA=0 leaves it out.
+machines of a cluster. NEOX_BUILD_ISA="avx2" (a comma-separated list) builds fewer, for development. Where there are
+nvcc and a torch with CUDA, neox._ops.cuda holds the CUDA kernels, for the architectures of TORCH_CUDA_ARCH_LIST, else
+sm_80, sm_90a, sm_100 and PTX as far as the nvcc knows them. NEOX_BUILD_CUDA=0 leaves it out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,22 @@ STABLE_ABI = "0x020b000000000000"  # libtorch stable ABI of torch 2.11: one bina
 CPU_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
-    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512_bf16": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
     "portable": [],
 }
 
-# A plain `pip install -e .` builds in an isolated environment without torch. The extensions must be compiled against the torch they will run with, so
-# the packages of the environment that pip installs into are appended: what pip put into the isolated environment still comes first.
+# A plain `pip install -e .` builds in an isolated environment without torch. The extensions must be compiled against
+# the torch they will run with, so the packages of the environment that pip installs into are appended: what pip put
+# into the isolated environment still comes first.
 sys.path += [path for path in dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))) if path not in sys.path]
 
 try:
@@ -60,7 +70,10 @@ def cpu_isas() -> list[str]:
     chosen = os.environ.get("NEOX_BUILD_ISA", default).split(",")
     unknown = [isa for isa in chosen if isa not in CPU_ISA_FLAGS]
     if unknown:
-        sys.exit(f"error[14] unknown instruction set; where=NEOX_BUILD_ISA; got={unknown[0]}; want=one of {', '.join(CPU_ISA_FLAGS)}")
+        sys.exit(
+            f"error[14] unknown instruction set; where=NEOX_BUILD_ISA; got={unknown[0]}; want=one of "
+            f"{', '.join(CPU_ISA_FLAGS)}"
+        )
     return chosen
 
 
@@ -81,7 +94,8 @@ def cuda_architectures(nvcc: Path) -> list[str]:
         return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     flags, newest = [], ""
-    # sm_100 is assembled from the code for compute_90: that needs no instruction of later ones, takes fewer registers, and nvcc optimizes once for both
+    # sm_100 is assembled from the code for compute_90: that needs no instruction of later ones, takes fewer registers,
+    # and nvcc optimizes once for both
     for source, chips in {"compute_80": ("sm_80",), "compute_90": ("sm_90a", "sm_100")}.items():
         for chip in chips:
             if chip.rstrip("a") in known:  # the list leaves out the variants "a"
@@ -98,7 +112,10 @@ def cuda_ops() -> list[CppExtension]:
     kernels = sources("csrc/ops/**/*_cuda.cu")
     operators = sorted({Path(kernel).parts[2] for kernel in kernels})  # csrc/ops/<operator>/...
     bindings = [f"csrc/ops/{op}/{op}.cpp" for op in operators]
-    libraries = next((folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib") if glob(f"{CUDA_HOME}/{folder}/libcudart*")), "lib64")
+    libraries = next(
+        (folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib") if glob(f"{CUDA_HOME}/{folder}/libcudart*")),
+        "lib64",
+    )
     static = bool(glob(f"{CUDA_HOME}/{libraries}/libcudart_static.a"))
     host = [*HOST_FLAGS, "-O2"]
     return [
@@ -106,11 +123,27 @@ def cuda_ops() -> list[CppExtension]:
             "neox._ops.cuda",
             bindings + kernels,
             include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("NEOX_OP_DEVICE", "CUDA"), ("NEOX_CUDA_KERNELS", None), ("TORCH_TARGET_VERSION", STABLE_ABI)],
+            define_macros=[
+                ("NEOX_OP_DEVICE", "CUDA"),
+                ("NEOX_CUDA_KERNELS", None),
+                ("TORCH_TARGET_VERSION", STABLE_ABI),
+            ],
             library_dirs=[f"{CUDA_HOME}/{libraries}"],
             libraries=["cudart_static", "dl", "rt", "pthread"] if static else ["cudart"],
-            extra_compile_args={"cxx": host, "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "--threads=2", *cuda_architectures(nvcc)]},
-            extra_link_args=["-Wl,--no-as-needed", "-ltorch"],  # keeps libtorch, which brings torch's own CUDA library into the symbols' scope
+            extra_compile_args={
+                "cxx": host,
+                "nvcc": [
+                    "-std=c++17",
+                    "-O3",
+                    "-Xcompiler=-fvisibility=hidden",
+                    "--threads=2",
+                    *cuda_architectures(nvcc),
+                ],
+            },
+            extra_link_args=[
+                "-Wl,--no-as-needed",
+                "-ltorch",
+            ],  # keeps libtorch, which brings torch's own CUDA library into the symbols' scope
         )
     ]
 
@@ -127,7 +160,9 @@ def data_core() -> CppExtension:
 
 
 class BuildNative(BuildExtension):
-    """Keeps the objects of each library in a folder of its own under build/, so that a second build compiles only what changed."""
+    """Keeps the objects of each library in a folder of its own under build/, so that a second build compiles only
+    what changed.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Build one library."""
@@ -154,5 +189,8 @@ class BuildPackage(build_py):
 (ROOT / "neox" / "_ops").mkdir(exist_ok=True)  # an in-place build copies into it and does not create it
 setup(
     ext_modules=[*(cpu_ops(isa) for isa in cpu_isas()), *cuda_ops(), data_core()],
-    cmdclass={"build_py": BuildPackage, "build_ext": BuildNative.with_options(use_ninja=True, no_python_abi_suffix=True)},
+    cmdclass={
+        "build_py": BuildPackage,
+        "build_ext": BuildNative.with_options(use_ninja=True, no_python_abi_suffix=True),
+    },
 )

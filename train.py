@@ -1,4 +1,6 @@
-"""Entry for launchers: `deepspeed train.py --conf A.yml`, `torchrun ... train.py --conf A.yml`, `python train.py --conf A.yml`."""
+"""Entry for launchers: `deepspeed train.py --conf A.yml`, `torchrun ... train.py --conf A.yml`,
+`python train.py --conf A.yml`.
+"""
 
 import sys
 

@@ -1,11 +1,12 @@
 """Measuring by interleaved rounds, and the rows every benchmark prints.
 
-A round times each contestant once, one after another, so that a change of clock or a busy neighbour meets all of them; the figure of a
-contestant is its median over the rounds. Inputs are random: zeros run faster than data.
+A round times each contestant once, one after another, so that a change of clock or a busy neighbour meets all of them;
+the figure of a contestant is its median over the rounds. Inputs are random: zeros run faster than data.
 
-On a GPU (--device cuda) a call is timed by events around it, after a write that is far larger than the caches has preceded it: the
-caches are cold, and while the GPU writes the host gets ahead, so that launch gaps are not part of the figure. An operator in GB/s has a row
-with the peer "memory copy", the same number of bytes copied in the same rounds: its ratio is the share of the copy bandwidth that ours reaches.
+On a GPU (--device cuda) a call is timed by events around it, after a write that is far larger than the caches has
+preceded it: the caches are cold, and while the GPU writes the host gets ahead, so that launch gaps are not part of the
+figure. An operator in GB/s has a row with the peer "memory copy", the same number of bytes copied in the same rounds:
+its ratio is the share of the copy bandwidth that ours reaches.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ class Options:
     @property
     def place(self) -> str:
         """Where it ran, for the setting of a row."""
-        return torch.cuda.get_device_name() if self.device == "cuda" else f"{self.threads} thread" + ("s" if self.threads > 1 else "")
+        return (
+            torch.cuda.get_device_name()
+            if self.device == "cuda"
+            else f"{self.threads} thread" + ("s" if self.threads > 1 else "")
+        )
 
     def shapes(self, quick: Sequence, cpu: Sequence, cuda: Sequence) -> Sequence:
         """The shapes for this machine and this time."""
@@ -63,7 +68,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ours` and `peer` are in `unit`; ratio > 1 means that ours is better. `seconds` of one call of ours are for the table alone."""
+    """One comparison. `ours` and `peer` are in `unit`; ratio > 1 means that ours is better. `seconds` of one call of
+    ours are for the table alone.
+    """
 
     name: str
     setting: str
@@ -97,7 +104,9 @@ def gpu_seconds_per_call(call: Callable[[], object], calls: int) -> float:
 
 
 def medians(contestants: dict[str, Callable[[], object]], options: Options) -> dict[str, float]:
-    """Median seconds per call of each contestant over interleaved rounds, after a warm-up that also fixes the calls per round."""
+    """Median seconds per call of each contestant over interleaved rounds, after a warm-up that also fixes the calls
+    per round.
+    """
     clock = gpu_seconds_per_call if options.device == "cuda" else seconds_per_call
     calls = {}
     for name, call in contestants.items():
@@ -126,15 +135,27 @@ def compare(
         ours: one run of ours.
         peers: name -> one run of theirs, on the same inputs.
         options: from `parse`.
-        work: amount of work of one call in units of 1e-9 `unit` seconds (bytes for "GB/s", operations for "GFLOP/s"); without it the
-            figures are microseconds.
+        work: amount of work of one call in units of 1e-9 `unit` seconds (bytes for "GB/s", operations for "GFLOP/s");
+            without it the figures are microseconds.
         unit: "us", or what `work` makes of it.
     """
     if unit == "GB/s" and work:
         peers = {**peers, COPY: memory_copy(int(work))}
     times = medians({"": ours, **peers}, options)
     figure = {key: seconds * 1e6 if work is None else work / seconds / 1e9 for key, seconds in times.items()}
-    return [Row(name, f"{setting}, {options.place}", figure[""], figure[peer], peer, times[peer] / times[""], unit, times[""]) for peer in peers]
+    return [
+        Row(
+            name,
+            f"{setting}, {options.place}",
+            figure[""],
+            figure[peer],
+            peer,
+            times[peer] / times[""],
+            unit,
+            times[""],
+        )
+        for peer in peers
+    ]
 
 
 def memory_copy(moved: int) -> Callable[[], object]:
@@ -181,7 +202,15 @@ def compare_op(
 
     rows = []
     for part, run, work in (("forward", forward, forward_bytes), ("backward", backward, backward_bytes)):
-        rows += compare(f"{name} {part}", setting, run(ours), {peer: run(op) for peer, op in peers.items()}, options, work=work, unit="GB/s")
+        rows += compare(
+            f"{name} {part}",
+            setting,
+            run(ours),
+            {peer: run(op) for peer, op in peers.items()},
+            options,
+            work=work,
+            unit="GB/s",
+        )
     return rows
 
 
@@ -203,7 +232,9 @@ def parse(description: str) -> Options:
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="smaller inputs and fewer rounds: under a minute")
     parser.add_argument("--threads", type=int, default=1, help="threads of ours and of the peers")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU, at the shapes of Pythia-1.4B and 160M")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU, at the shapes of Pythia-1.4B and 160M"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.device == "cuda":
@@ -220,15 +251,23 @@ def parse(description: str) -> Options:
 
 
 def show(rows: Iterable[Row], options: Options) -> None:
-    """Prints the rows as they come, with --json on the error stream, and then the JSON: of the rows that there are, should one raise."""
+    """Prints the rows as they come, with --json on the error stream, and then the JSON: of the rows that there are,
+    should one raise.
+    """
     table, done = sys.stderr if options.json else sys.stdout, []
     print(f"torch {torch.__version__}, {os.uname().machine}; ratio > 1: ours is better", file=sys.stderr)
     try:
         for row in rows:
             done.append(row)
             time = f"{row.seconds * 1e6:9.1f} us" if row.seconds else ""
-            figures = f"{time:12}  ours {row.ours:10.4g}  {row.peer_name:20} {row.peer:10.4g} {row.unit:8} ratio {row.ratio:5.2f}"
+            figures = (
+                f"{time:12}  ours {row.ours:10.4g}  {row.peer_name:20} {row.peer:10.4g} {row.unit:8} ratio "
+                f"{row.ratio:5.2f}"
+            )
             print(f"{row.name:32} {row.setting:40} {figures}", file=table, flush=True)
     finally:
         if options.json:
-            print(json.dumps([{key: value for key, value in asdict(row).items() if key != "seconds"} for row in done]), flush=True)
+            print(
+                json.dumps([{key: value for key, value in asdict(row).items() if key != "seconds"} for row in done]),
+                flush=True,
+            )

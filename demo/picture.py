@@ -1,4 +1,6 @@
-"""The picture of the README, from the run that `make demo` leaves: `python demo/picture.py runs/demo/run docs/images/demo-run.svg`."""
+"""The picture of the README, from the run that `make demo` leaves:
+`python demo/picture.py runs/demo/run docs/images/demo-run.svg`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from pathlib import Path
 
 from neox.report.plot import Line, plot
 
-STYLE = "svg { background: #fff } text { font: 11px system-ui, sans-serif; fill: #444 } text.n { font-weight: 600 } .g { stroke: #ddd }"
+STYLE = (
+    "svg { background: #fff } text { font: 11px system-ui, sans-serif; fill: #444 } text.n { font-weight: 600 } .g { "
+    "stroke: #ddd }"
+)
 TITLE = "make demo: loss of a 5 M parameter model, killed with SIGKILL after step {kill} and resumed from step {saved}"
 
 

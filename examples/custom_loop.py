@@ -17,7 +17,9 @@ def train(config: neox.Config, steps: int) -> list[float]:
     """Train for some steps on one device and return the losses; no launcher, DeepSpeed or checkpoint."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = neox.GPT(config.model).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+    )
     batch_size = config.train.micro_batch_size or 1
     data = build_datasets(config, {"train": steps * batch_size})["train"]
     losses = []

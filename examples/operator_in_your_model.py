@@ -44,7 +44,9 @@ class TorchBlock(Block):
 
 
 class NeoxBlock(Block):
-    """The block on neox.ops: the residual add and the second norm are one kernel, and so are the gate and its product."""
+    """The block on neox.ops: the residual add and the second norm are one kernel, and so are the gate and its
+    product.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, s, h] -> [b, s, h]."""
@@ -63,7 +65,9 @@ def main() -> None:
     theirs(x).square().mean().backward()
     ours(x).square().mean().backward()
     print(f"largest difference of an output    {(theirs(x) - ours(x)).abs().max().item():.1e}")
-    differences = [(a.grad - b.grad).abs().max().item() for a, b in zip(theirs.parameters(), ours.parameters(), strict=True)]
+    differences = [
+        (a.grad - b.grad).abs().max().item() for a, b in zip(theirs.parameters(), ours.parameters(), strict=True)
+    ]
     print(f"largest difference of a gradient   {max(differences):.1e}")
     print(f"attention: {ops.backend('attention')}")
 

@@ -20,7 +20,19 @@ _LAZY = {
     "ops": None,
 }
 
-__all__ = ["GPT", "Config", "ModelConfig", "SamplingParams", "__version__", "config", "data", "errors", "load_config", "load_model", "ops"]
+__all__ = [
+    "GPT",
+    "Config",
+    "ModelConfig",
+    "SamplingParams",
+    "__version__",
+    "config",
+    "data",
+    "errors",
+    "load_config",
+    "load_model",
+    "ops",
+]
 
 
 def __getattr__(name: str):

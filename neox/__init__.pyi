@@ -12,4 +12,16 @@ from neox.generate.sampling import SamplingParams as SamplingParams
 from neox.model.gpt import GPT as GPT
 
 __version__: str
-__all__ = ["GPT", "Config", "ModelConfig", "SamplingParams", "__version__", "config", "data", "errors", "load_config", "load_model", "ops"]
+__all__ = [
+    "GPT",
+    "Config",
+    "ModelConfig",
+    "SamplingParams",
+    "__version__",
+    "config",
+    "data",
+    "errors",
+    "load_config",
+    "load_model",
+    "ops",
+]

@@ -1,4 +1,6 @@
-"""The dataset core (csrc/data), with an error that says what to do when it is not built, or was built from older sources."""
+"""The dataset core (csrc/data), with an error that says what to do when it is not built, or was built from older
+sources.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,16 @@ NAMES = (
 try:
     from neox import _data as core
 except ImportError as missing:
-    raise EnvironmentProblem("the dataset core is not built or does not load", where="neox._data", got=missing, do=INSTALL) from missing
+    raise EnvironmentProblem(
+        "the dataset core is not built or does not load", where="neox._data", got=missing, do=INSTALL
+    ) from missing
 
 if lacking := [name for name in NAMES if not hasattr(core, name)]:
-    raise EnvironmentProblem("the dataset core is older than the Python sources", where=core.__file__, got=f"no {', '.join(lacking)}", do=f"rebuild: {INSTALL}")
+    raise EnvironmentProblem(
+        "the dataset core is older than the Python sources",
+        where=core.__file__,
+        got=f"no {', '.join(lacking)}",
+        do=f"rebuild: {INSTALL}",
+    )
 
 __all__ = ["core"]

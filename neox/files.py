@@ -180,7 +180,9 @@ class FileWriter:
         DiskError: a system call failed.
     """
 
-    def __init__(self, path: Path, *, need: int | None = None, temporary: Path | None = None, storage: FileSystem = LOCAL):
+    def __init__(
+        self, path: Path, *, need: int | None = None, temporary: Path | None = None, storage: FileSystem = LOCAL
+    ):
         self.path = path
         self.size = 0
         self._need = need
@@ -257,7 +259,9 @@ def disk_error(error: OSError, path: Path, need: int | None = None) -> DiskError
     free = free_bytes(path)
     got = f"{error.strerror or error} ({code})" + ("" if free is None else f", {free} bytes free")
     want = None if need is None else f"{need} bytes written"
-    return DiskError("cannot write", where=path, got=got, want=want, do=_ADVICE.get(error.errno or 0, "check the file system"))
+    return DiskError(
+        "cannot write", where=path, got=got, want=want, do=_ADVICE.get(error.errno or 0, "check the file system")
+    )
 
 
 def free_bytes(path: Path) -> int | None:

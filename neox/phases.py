@@ -47,7 +47,8 @@ class Observer:
     """Follows the phases of a run. Every method does nothing until a subclass overrides it.
 
     Attributes:
-        changes_values: whether `value` may return another value. Hooks that cost time are installed only for such an observer.
+        changes_values: whether `value` may return another value. Hooks that cost time are installed only for such an
+            observer.
     """
 
     changes_values = False

@@ -35,7 +35,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """Close the process group of one that an engine opens for DeepSpeed in the test's process, so that no test depends on those before it.
+    """Close the process group of one that an engine opens for DeepSpeed in the test's process, so that no test depends
+    on those before it.
 
     Any other group that a test leaves open fails it.
     """
@@ -50,7 +51,9 @@ def no_process_group_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def signals_are_handled_as_before() -> Iterator[None]:
-    """Training in the test's own process leaves signals ignored, as at the end of a process; processes started later would inherit that."""
+    """Training in the test's own process leaves signals ignored, as at the end of a process; processes started later
+    would inherit that.
+    """
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -60,7 +63,9 @@ def signals_are_handled_as_before() -> Iterator[None]:
 
 
 def close_process_group() -> None:
-    """Close torch's default group, and make DeepSpeed forget it: it keeps its backend and a copy of the world in globals."""
+    """Close torch's default group, and make DeepSpeed forget it: it keeps its backend and a copy of the world in
+    globals.
+    """
     sys.modules["torch.distributed"].destroy_process_group()
     for module, name in (("deepspeed.comm.comm", "cdb"), ("deepspeed.utils.groups", "_WORLD_GROUP")):
         if module in sys.modules:
@@ -75,13 +80,23 @@ def process_group_size() -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Which kernels the operators' tests run: those that neox chooses, another build of them, or a GPU's."""
-    parser.addoption("--ops-library", help="library that defines torch.ops.neox instead, such as the emulated CUDA kernels")
+    parser.addoption(
+        "--ops-library", help="library that defines torch.ops.neox instead, such as the emulated CUDA kernels"
+    )
     parser.addoption("--fuzz-base", type=int, default=0, help="first seed of the fuzz suite (-m fuzz)")
     parser.addoption("--fuzz-case", help="OP:SEED, the one case of the fuzz suite to run")
     parser.addoption(
-        "--choices", default="cpu", choices=("cpu", "cuda"), help="cuda: the operators' tests choose backends and skip as they do with --device cuda"
+        "--choices",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="cuda: the operators' tests choose backends and skip as they do with --device cuda",
     )
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where tests make their tensors, and so whose kernels run")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where tests make their tensors, and so whose kernels run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

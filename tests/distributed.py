@@ -1,4 +1,5 @@
-"""Real process groups for tests: N processes of a function or a command over gloo, forked from a warm one, and real launches of train.py, with time limits.
+"""Real process groups for tests: N processes of a function or a command over gloo, forked from a warm one, and real
+launches of train.py, with time limits.
 
 Nothing here is mocked: processes get what a launcher would give them, their output is captured, and on a time-out the
 complete process group is killed and its output printed.
@@ -17,7 +18,17 @@ from pathlib import Path
 
 import psutil
 
-from tests.fork_server import DUMP_SECONDS, ROOT, Forks, Patience, Result, cpu_progress, environment, fork_server, free_port
+from tests.fork_server import (
+    DUMP_SECONDS,
+    ROOT,
+    Forks,
+    Patience,
+    Result,
+    cpu_progress,
+    environment,
+    fork_server,
+    free_port,
+)
 
 
 class Processes:
@@ -30,7 +41,15 @@ class Processes:
         self.processes = []
         for command, env, log in zip(commands, environments, self.logs, strict=True):
             with log.open("wb") as sink:
-                process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+                process = subprocess.Popen(
+                    command,
+                    env=env,
+                    cwd=ROOT,
+                    stdout=sink,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
             self.processes.append(process)
 
     def output(self, index: int = 0) -> str:
@@ -44,7 +63,9 @@ class Processes:
                 process.send_signal(number)
 
     def wait_for(self, condition: Callable[[], bool], timeout: float) -> None:
-        """Wait until `condition()` holds; fails with the outputs when it does not in time, or when every process has ended."""
+        """Wait until `condition()` holds; fails with the outputs when it does not in time, or when every process has
+        ended.
+        """
         patience = Patience(timeout)
         while not condition():
             ended = all(process.poll() is not None for process in self.processes)
@@ -57,7 +78,8 @@ class Processes:
         """Wait for all to end.
 
         Raises:
-            AssertionError: some still run after `timeout` seconds and get nowhere; they are killed, and the message holds all outputs.
+            AssertionError: some still run after `timeout` seconds and get nowhere; they are killed, and the message
+                holds all outputs.
         """
         patience = Patience(timeout)
         while any(process.poll() is None for process in self.processes):
@@ -84,7 +106,9 @@ class Processes:
         return "\n".join(f"--- process {i}\n{self.output(i)}" for i in range(len(self.processes)))
 
     def kill(self, with_stacks: bool = False) -> None:
-        """Kill the processes that we started, and what they started; `with_stacks`, each Python process first writes where its threads are."""
+        """Kill the processes that we started, and what they started; `with_stacks`, each Python process first writes
+        where its threads are.
+        """
         if with_stacks:
             self.abort()
         for process in self.processes:
@@ -93,7 +117,9 @@ class Processes:
                 process.wait()
 
     def abort(self) -> None:
-        """End every process by SIGABRT: the ranks all at once, then the launchers, which would end the others when one has ended."""
+        """End every process by SIGABRT: the ranks all at once, then the launchers, which would end the others when
+        one has ended.
+        """
         launchers = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
         ranks = [rank for launcher in launchers for rank in launcher.children(recursive=True)]
         for group in (ranks, launchers):
@@ -104,18 +130,24 @@ class Processes:
 
 
 def start_ranks(target: str, world_size: int, folder: Path, arguments: Sequence[object] = ()) -> Forks:
-    """Start `world_size` processes that call `target` ("module:function") with string arguments, with a launcher's variables set."""
+    """Start `world_size` processes that call `target` ("module:function") with string arguments, with a launcher's
+    variables set.
+    """
     return fork_server().call(target, arguments, folder, ranks=world_size)
 
 
-def run_ranks(target: str, world_size: int, folder: Path, arguments: Sequence[object] = (), timeout: float = 120.0) -> list[Result]:
+def run_ranks(
+    target: str, world_size: int, folder: Path, arguments: Sequence[object] = (), timeout: float = 120.0
+) -> list[Result]:
     """`start_ranks` and wait; every process must end with exit code 0."""
     return [result.check() for result in start_ranks(target, world_size, folder, arguments).results(timeout)]
 
 
 def run_command(processes: int, folder: Path, arguments: Sequence[object], timeout: float = 120.0) -> Result:
     """Run a command of neox on some processes; every one must end with exit code 0. Returns the first one's result."""
-    first, *_ = [result.check() for result in fork_server().command(arguments, folder, ranks=processes).results(timeout)]
+    first, *_ = [
+        result.check() for result in fork_server().command(arguments, folder, ranks=processes).results(timeout)
+    ]
     return first
 
 
@@ -126,18 +158,46 @@ def launch_command(launcher: str, num_processes: int, arguments: Sequence[object
         return [sys.executable, *script]
     if launcher == "deepspeed":
         program = str(Path(sys.executable).with_name("deepspeed"))
-        return [sys.executable, program, "--num_gpus", str(num_processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *script]
+        return [
+            sys.executable,
+            program,
+            "--num_gpus",
+            str(num_processes),
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(free_port()),
+            *script,
+        ]
     if launcher == "torchrun":
         port = str(free_port())
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--master-port", port, *script]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(num_processes),
+            "--master-port",
+            port,
+            *script,
+        ]
     raise ValueError(f"no launcher {launcher!r}")
 
 
-def start_training(launcher: str, num_processes: int, folder: Path, arguments: Sequence[object], **variables: object) -> Processes:
+def start_training(
+    launcher: str, num_processes: int, folder: Path, arguments: Sequence[object], **variables: object
+) -> Processes:
     """Start a real training run in the background; `variables` are added to its environment."""
     return Processes([launch_command(launcher, num_processes, arguments)], [environment(**variables)], folder)
 
 
-def train(launcher: str, num_processes: int, folder: Path, arguments: Sequence[object], timeout: float = 180.0, **variables: object) -> Result:
+def train(
+    launcher: str,
+    num_processes: int,
+    folder: Path,
+    arguments: Sequence[object],
+    timeout: float = 180.0,
+    **variables: object,
+) -> Result:
     """Run a real training to its end. The exit code is the caller's to judge."""
     return start_training(launcher, num_processes, folder, arguments, **variables).wait(timeout)[0]

@@ -1,7 +1,8 @@
-"""A process that has imported torch, deepspeed and neox, and forks whenever it is asked to: a start then costs milliseconds, not seconds.
+"""A process that has imported torch, deepspeed and neox, and forks whenever it is asked to: a start then costs
+milliseconds, not seconds.
 
-It speaks one line of JSON per request and answer over its standard input and output. Every fork runs a `neox` command as the command line
-would, or a function of a test, in a session of its own, with its output in a file.
+It speaks one line of JSON per request and answer over its standard input and output. Every fork runs a `neox` command
+as the command line would, or a function of a test, in a session of its own, with its output in a file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
 KEPT = ("FAULT", *LAUNCHER_VARIABLES)
 DUMP_SECONDS = 10.0  # for a process to write its stacks
 
@@ -56,7 +67,13 @@ def free_port() -> int:
 def environment(**extra: object) -> dict[str, str]:
     """This process's environment without a launcher's variables, one thread per process, plus `extra`."""
     env = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
-    env.update(OMP_NUM_THREADS="1", DS_BUILD_OPS="0", PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false", PYTHONFAULTHANDLER="1")
+    env.update(
+        OMP_NUM_THREADS="1",
+        DS_BUILD_OPS="0",
+        PYTHONUNBUFFERED="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONFAULTHANDLER="1",
+    )
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return env | {key: str(value) for key, value in extra.items()}
 
@@ -64,7 +81,11 @@ def environment(**extra: object) -> dict[str, str]:
 def serve() -> None:
     """The server: answers until its input ends."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
-    for name in ("neox.cli.main", "neox.train.start", "torch._dynamo"):  # torch, deepspeed, and what the first optimizer imports, for two seconds
+    for name in (
+        "neox.cli.main",
+        "neox.train.start",
+        "torch._dynamo",
+    ):  # torch, deepspeed, and what the first optimizer imports, for two seconds
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a fork's collections would else copy every page that holds an object
@@ -77,7 +98,9 @@ def serve() -> None:
             answer: object = {str(pid): ended.get(pid) for pid in request["pids"]}
         else:
             answer = start(request)
-            ended.pop(answer, None)  # numbers of processes come round: after an hour of forks this one may have been another's
+            ended.pop(
+                answer, None
+            )  # numbers of processes come round: after an hour of forks this one may have been another's
         print(json.dumps(answer), flush=True)
 
 
@@ -105,7 +128,9 @@ def start(request: dict) -> int:
 
 
 def run(request: dict) -> int:
-    """What a fork does: a command of neox by its arguments, or a function ("module:function"). Returns the exit code, as python would end with."""
+    """What a fork does: a command of neox by its arguments, or a function ("module:function"). Returns the exit
+    code, as python would end with.
+    """
     try:
         if "argv" in request:
             return sys.modules["neox.cli.main"].main(request["argv"])
@@ -141,7 +166,9 @@ class ForkServer:
         env = environment()
         for name in KEPT:
             env.pop(name, None)
-        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self.pids: list[int] = []
 
     def __enter__(self) -> ForkServer:
@@ -204,8 +231,8 @@ def fork_server() -> ForkServer:
 class Patience:
     """A time limit that a busy machine does not use up.
 
-    Over when `timeout` seconds have passed and the processes that are waited for have then made no progress for BREAK seconds; over in any case
-    after LONGEST times `timeout`.
+    Over when `timeout` seconds have passed and the processes that are waited for have then made no progress for BREAK
+    seconds; over in any case after LONGEST times `timeout`.
     """
 
     BREAK, LONGEST = 60.0, 8
@@ -229,7 +256,9 @@ class Patience:
 
 
 def cpu_progress(pid: int) -> list[float]:
-    """CPU time of a process in steps that only work takes: half seconds of its main thread, two seconds of all its threads; -1 where it has ended."""
+    """CPU time of a process in steps that only work takes: half seconds of its main thread, two seconds of all its
+    threads; -1 where it has ended.
+    """
     try:
         process = psutil.Process(pid)
         main = sum(thread.user_time + thread.system_time for thread in process.threads() if thread.id == pid)
@@ -240,7 +269,9 @@ def cpu_progress(pid: int) -> list[float]:
 
 
 def innermost_call(output: str) -> str:
-    """Where the main thread of a process stood, by the stacks that faulthandler wrote last: the innermost call of this repository, or of any code."""
+    """Where the main thread of a process stood, by the stacks that faulthandler wrote last: the innermost call of
+    this repository, or of any code.
+    """
     _, dumped, stacks = output.rpartition("Fatal Python error: Aborted")
     blocks = re.split(r"\n(?=(?:Current thread|Thread) 0x)", stacks)
     calls = re.findall(r'File "([^"]*)", line (\d+) in (\S+)', blocks[-1])
@@ -282,7 +313,9 @@ class Forks:
             time.sleep(0.01)
 
     def progress(self) -> tuple[float, ...]:
-        """What grows while a process makes progress: its CPU time and the length of its output. Waiting adds next to nothing."""
+        """What grows while a process makes progress: its CPU time and the length of its output. Waiting adds next to
+        nothing.
+        """
         grown = []
         for pid, log in zip(self.pids, self.logs, strict=True):
             grown += cpu_progress(pid)
@@ -297,18 +330,23 @@ class Forks:
         while None in self.server.poll(self.pids) and time.monotonic() < end:
             time.sleep(0.01)
         self.signal(signal.SIGKILL)
-        return "\n".join([*(f"rank {rank} waits in {innermost_call(self.output(rank))}" for rank in running), self.outputs()])
+        return "\n".join(
+            [*(f"rank {rank} waits in {innermost_call(self.output(rank))}" for rank in running), self.outputs()]
+        )
 
     def wait(self, timeout: float = 90.0) -> list[int]:
         """Exit codes of all, when all have ended; a negative one is the signal that ended the process.
 
         Raises:
-            AssertionError: some still run after `timeout` seconds and get nowhere, or after many times that; they are killed.
+            AssertionError: some still run after `timeout` seconds and get nowhere, or after many times that; they are
+                killed.
         """
         patience = Patience(timeout)
         while None in (codes := self.server.poll(self.pids)):
             if patience.is_over(self.progress):
-                raise AssertionError(f"still running after {time.monotonic() - patience.begin:.0f} s: {codes}\n{self.stop()}")
+                raise AssertionError(
+                    f"still running after {time.monotonic() - patience.begin:.0f} s: {codes}\n{self.stop()}"
+                )
             time.sleep(0.01)
         return codes
 

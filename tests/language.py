@@ -1,6 +1,8 @@
-"""The glossary of CONTRIBUTING.md as a checker: `python tests/language.py PATH...` prints each word that has a better one.
+"""The glossary of CONTRIBUTING.md as a checker: `python tests/language.py PATH...` prints each word that has a better
+one.
 
-It reads prose: Markdown, comments, docstrings, names of tests, and strings with a space in them, such as messages and help.
+It reads prose: Markdown, comments, docstrings, names of tests, and strings with a space in them, such as messages and
+    help.
 Names in backquotes, expressions in braces, and strings without a space are code and are not read.
 """
 
@@ -14,7 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py", "train.py", "Dockerfile")
+ROOTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "Makefile",
+    "pyproject.toml",
+    "setup.py",
+    "train.py",
+    "Dockerfile",
+)
 FOLDERS = ("neox", "csrc", "tests", "docs", "benchmarks", "configs", "demo", "examples", "launch")
 SUFFIXES = {".py", ".pyi", ".md", ".h", ".cpp", ".cu", ".cuh", ".yml", ".toml", ".sh", ".txt"}
 SPARED = ("tests/language.py", "tests/test_language.py", "tests/language_pending.txt")  # they quote the words
@@ -40,7 +52,9 @@ GLOSSARY = {
     r"(?<!its )(?<!their )(?<!your )(?<!our )(?<!'s )(?<!s' )own": "local, separate, its own",
     r"behind": "after, end (exclusive), past",
     r"whole": "complete, full, entire, all of",
-    r"(is|are) no (number|boolean|integer|string|list|mapping|float|file|folder|dataset|checkpoint|key|text)s?": "not a number, not a boolean",
+    r"(is|are) no (number|boolean|integer|string|list|mapping|float|file|folder|dataset|checkpoint|key|text)s?": (
+        "not a number, not a boolean"
+    ),
     r"data (are|were|have)": "data is, data was, data has",
     r"so many": "that many, up to N",
     r"(these|those) are few": "there are few",
@@ -59,7 +73,9 @@ ALLOWED = (
     r"sentence ?pieces?|word ?pieces?",
     r"(its|their|your|our|my|one's|'s) own",
 )
-BANNED = {re.compile(rf"(?<![\w/-])(?:{pattern})(?![\w/-])", re.IGNORECASE): better for pattern, better in GLOSSARY.items()}
+BANNED = {
+    re.compile(rf"(?<![\w/-])(?:{pattern})(?![\w/-])", re.IGNORECASE): better for pattern, better in GLOSSARY.items()
+}
 PASS = re.compile("|".join(rf"\b(?:{pattern})\b" for pattern in ALLOWED), re.IGNORECASE)
 CODE = re.compile(r"`[^`\n]*`|\]\([^)\s]*\)|https?://\S+")
 C_TEXT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
@@ -133,7 +149,12 @@ def sources() -> list[Path]:
     found = [ROOT / name for name in ROOTS if (ROOT / name).is_file()]
     for folder in FOLDERS:
         found += [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
-    return [path for path in found if str(path.relative_to(ROOT)) not in SPARED and not {"_ops", "__pycache__", "run"} & set(path.parts[len(ROOT.parts) :])]
+    return [
+        path
+        for path in found
+        if str(path.relative_to(ROOT)) not in SPARED
+        and not {"_ops", "__pycache__", "run"} & set(path.parts[len(ROOT.parts) :])
+    ]
 
 
 def files_of(words: list[str]) -> list[Path]:

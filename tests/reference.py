@@ -1,7 +1,7 @@
 """References in fp64, written out with torch's elementary functions, and the tolerances the operators are held to.
 
-A reference takes tensors of any float type, computes in float64 and is differentiated by torch, so that it shares no formula of a gradient
-with the kernels.
+A reference takes tensors of any float type, computes in float64 and is differentiated by torch, so that it shares no
+formula of a gradient with the kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from neox.ops._library import ISA, LOADED
 
 OPERATORS = Path(__file__).parents[1] / "csrc" / "ops"
 
-# Where tests make their tensors (pytest --device), and whether the kernels under test are CUDA's: on a GPU, or emulated (--ops-library).
+# Where tests make their tensors (pytest --device), and whether the kernels under test are CUDA's: on a GPU, or emulated
+# (--ops-library).
 DEVICE = torch.get_default_device()
 CUDA_KERNELS = DEVICE.type == "cuda" or ISA == LOADED
 
@@ -30,7 +31,9 @@ SIZES = (1, 17, 819)
 
 
 def dtypes(op: str) -> tuple[torch.dtype, ...]:
-    """What the kernels under test of csrc/ops/<op> take: float16 is for CUDA kernels alone, and float32 not for those of attention."""
+    """What the kernels under test of csrc/ops/<op> take: float16 is for CUDA kernels alone, and float32 not for
+    those of attention.
+    """
     cuda = CUDA_KERNELS and any((OPERATORS / op).rglob("*_cuda.cu"))
     if cuda and op == "attention":  # tensor cores
         return (torch.bfloat16, torch.float16)
@@ -48,8 +51,12 @@ def integers(high: int, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(high, shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
 
 
-def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None, what: str = "", floor: float = 0.0) -> None:
-    """Fails unless max |got - want| <= TOLERANCE[dtype] * max(max |want|, floor), and shapes agree. NaN and infinity never pass."""
+def assert_near(
+    got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None, what: str = "", floor: float = 0.0
+) -> None:
+    """Fails unless max |got - want| <= TOLERANCE[dtype] * max(max |want|, floor), and shapes agree. NaN and infinity
+    never pass.
+    """
     assert got.shape == want.shape, f"{what} shape {tuple(got.shape)}, want {tuple(want.shape)}"
     if want.numel() == 0:
         return
@@ -71,7 +78,9 @@ def check_against(op, reference, inputs: dict[str, torch.Tensor], *, seed: int =
     """
     ours = {name: value.detach().clone().requires_grad_(value.is_floating_point()) for name, value in inputs.items()}
     theirs = {
-        name: value.detach().to(torch.float64 if value.is_floating_point() else value.dtype).requires_grad_(value.is_floating_point())
+        name: value.detach()
+        .to(torch.float64 if value.is_floating_point() else value.dtype)
+        .requires_grad_(value.is_floating_point())
         for name, value in inputs.items()
     }
     got, want = op(**ours), reference(**theirs)
@@ -83,7 +92,9 @@ def check_against(op, reference, inputs: dict[str, torch.Tensor], *, seed: int =
     names = [name for name, value in ours.items() if value.requires_grad]
     dgot = torch.autograd.grad(got, [ours[name] for name in names], douts, allow_unused=True, materialize_grads=True)
     doubles = [dout.double() for dout in douts]
-    dwant = torch.autograd.grad(want, [theirs[name] for name in names], doubles, allow_unused=True, materialize_grads=True)
+    dwant = torch.autograd.grad(
+        want, [theirs[name] for name in names], doubles, allow_unused=True, materialize_grads=True
+    )
     for name, mine, other in zip(names, dgot, dwant, strict=True):
         assert_near(mine, other, what=f"d{name}", floor=floor)
 
@@ -97,7 +108,9 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def layouts(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same values [..., rows, h] in other memory layouts: misaligned, as a slice of a wider buffer, and with a strided last dimension."""
+    """The same values [..., rows, h] in other memory layouts: misaligned, as a slice of a wider buffer, and with a
+    strided last dimension.
+    """
     wide = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 3)
     wide[..., : tensor.shape[-1]] = tensor
     turned = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -117,7 +130,9 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
     return gelu(x.double() if bias is None else x.double() + bias.double(), approximate)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, var without Bessel's correction."""
     x = x.double()
     centred = x - x.mean(-1, keepdim=True)
@@ -151,7 +166,9 @@ def attention(
     softcap: float | None = None,
     keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention with all probabilities written out; keep [b, n, s, t] multiplies them as dropout does. A row without keys gives zeros."""
+    """Attention with all probabilities written out; keep [b, n, s, t] multiplies them as dropout does. A row without
+    keys gives zeros.
+    """
     q, k, v = q.double(), k.double(), v.double()
     s, t, heads = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(heads, dim=2), v.repeat_interleave(heads, dim=2)
@@ -179,11 +196,21 @@ def philox(key: int, counter_low: np.ndarray, counter_high: int) -> np.ndarray:
     """Philox-4x32-10 words (Salmon et al., SC 2011), uint32 [counters, 4], by whole-number arithmetic."""
     low = counter_low.astype(np.uint64)
     mask = np.uint64(0xFFFFFFFF)
-    c = [low & mask, low >> np.uint64(32), np.full_like(low, counter_high & 0xFFFFFFFF), np.full_like(low, counter_high >> 32)]
+    c = [
+        low & mask,
+        low >> np.uint64(32),
+        np.full_like(low, counter_high & 0xFFFFFFFF),
+        np.full_like(low, counter_high >> 32),
+    ]
     k = [key & 0xFFFFFFFF, key >> 32]
     for _ in range(10):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]), b & mask, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]), a & mask]
+        c = [
+            (b >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]),
+            b & mask,
+            (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]),
+            a & mask,
+        ]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return np.stack(c, -1).astype(np.uint32)
 

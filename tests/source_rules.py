@@ -1,4 +1,6 @@
-"""Rules of house style as functions over source text: each yields (line, what). tests/test_layout.py applies them to the repository."""
+"""Rules of house style as functions over source text: each yields (line, what). tests/test_layout.py applies them to
+the repository.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,20 @@ CALLS = {  # dotted call -> why not
     "torch.save": "writes pickle",
 }
 ENVIRONMENT = {"os.environ", "os.getenv", "os.putenv", "sys.argv", "os.environb"}
-MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear", "sort"}
+MUTATORS = {
+    "append",
+    "extend",
+    "insert",
+    "add",
+    "update",
+    "setdefault",
+    "pop",
+    "popitem",
+    "remove",
+    "discard",
+    "clear",
+    "sort",
+}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "stuff", "tools"}
 FUNCTION_LINES = 60
 FILE_LINES = 500
@@ -68,7 +83,9 @@ def dotted(node: ast.AST) -> str:
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import, relative ones resolved against `package`; `from a import b` gives a and a.b."""
+    """(line, dotted module) of every import, relative ones resolved against `package`; `from a import b` gives a and
+    a.b.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -101,7 +118,9 @@ def floor_violations(tree: ast.AST, module: str) -> Iterator[Finding]:
             if not both_ground:
                 yield line, f"{package} (floor {FLOORS[package]}) imports {target} (floor {FLOORS[target]})"
         top = name.split(".")[0]
-        if top in ("torch", "deepspeed") and (FLOORS.get(package) == 0 or (package == "neox.data" and module != "neox.data.samples.loader")):
+        if top in ("torch", "deepspeed") and (
+            FLOORS.get(package) == 0 or (package == "neox.data" and module != "neox.data.samples.loader")
+        ):
             yield line, f"{module} imports {top}"
         if top == "deepspeed" and package != "neox.engine":
             yield line, f"{module} imports deepspeed; only neox.engine may"
@@ -131,13 +150,18 @@ def forbidden_calls(tree: ast.AST) -> Iterator[Finding]:
         if name == "getattr" and len(node.args) == 3 and "config" in dotted(node.args[0]).lower():
             yield node.lineno, "getattr with a default on a config"
         for keyword in node.keywords:
-            if keyword.arg in ("shell", "allow_pickle", "trust_remote_code") and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False):
+            if keyword.arg in ("shell", "allow_pickle", "trust_remote_code") and not (
+                isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            ):
                 yield node.lineno, f"{keyword.arg}="
 
 
 def reads_weights_only(call: ast.Call) -> bool:
     """`torch.load(..., weights_only=True)`: builds tensors and plain values only."""
-    return any(keyword.arg == "weights_only" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True for keyword in call.keywords)
+    return any(
+        keyword.arg == "weights_only" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+        for keyword in call.keywords
+    )
 
 
 def torch_loads(tree: ast.AST) -> Iterator[Finding]:
@@ -158,7 +182,13 @@ def forbidden_statements(tree: ast.AST) -> Iterator[Finding]:
             yield node.lineno, "import *"
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and passes_keywords_through(node):
             yield node.lineno, f"**{node.args.kwarg.arg} passed through by {node.name}"
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         yield from ((node.lineno, f"import {name}") for name in names if name.split(".")[0] in SERIALISERS)
 
 
@@ -167,17 +197,27 @@ def passes_keywords_through(function: ast.FunctionDef | ast.AsyncFunctionDef) ->
     if function.args.kwarg is None:
         return False
     name = function.args.kwarg.arg
-    unpacked = [keyword.value for call in ast.walk(function) if isinstance(call, ast.Call) for keyword in call.keywords if keyword.arg is None]
+    unpacked = [
+        keyword.value
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg is None
+    ]
     return any(isinstance(value, ast.Name) and value.id == name for value in unpacked)
 
 
 def environment_reads(tree: ast.AST) -> Iterator[Finding]:
     """Reads of argv and the environment; setting a variable for a library is no read."""
-    written = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)}
+    written = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and dotted(node) in ENVIRONMENT and id(node) not in written:
             yield node.lineno, dotted(node)
-        elif isinstance(node, ast.ImportFrom) and any(f"{node.module}.{alias.name}" in ENVIRONMENT for alias in node.names):
+        elif isinstance(node, ast.ImportFrom) and any(
+            f"{node.module}.{alias.name}" in ENVIRONMENT for alias in node.names
+        ):
             yield node.lineno, f"from {node.module} import ..."
 
 
@@ -187,23 +227,37 @@ def local_imports(tree: ast.AST) -> Iterator[Finding]:
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for node in ast.walk(function):
                 if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "."]
-                    yield from ((node.lineno, f"{name} imported in {function.name}") for name in names if name.split(".")[0] in ("neox", ""))
+                    names = (
+                        [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "."]
+                    )
+                    yield from (
+                        (node.lineno, f"{name} imported in {function.name}")
+                        for name in names
+                        if name.split(".")[0] in ("neox", "")
+                    )
 
 
 def mutable_state(tree: ast.Module) -> Iterator[Finding]:
     """Module-level names that functions of the module change in place."""
     constants = {}
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         for target in targets:
-            if isinstance(target, ast.Name) and isinstance(node.value, (ast.Dict, ast.List, ast.Set, ast.Call, ast.DictComp, ast.ListComp, ast.SetComp)):
+            if isinstance(target, ast.Name) and isinstance(
+                node.value, (ast.Dict, ast.List, ast.Set, ast.Call, ast.DictComp, ast.ListComp, ast.SetComp)
+            ):
                 constants[target.id] = node.lineno
     for function in ast.walk(tree):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
-        own = {argument.arg for argument in [*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs]}
-        own |= {name.id for name in ast.walk(function) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        own = {
+            argument.arg for argument in [*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs]
+        }
+        own |= {
+            name.id for name in ast.walk(function) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        }
         for node in ast.walk(function):
             changed = None
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
@@ -237,7 +291,12 @@ def public_definitions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.A
 def is_declaration(method: ast.stmt) -> bool:
     """Whether a method has no body but `...`, as in a Protocol, whose docstring speaks for it."""
     body = method.body
-    return len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and body[0].value.value is ...
+    return (
+        len(body) == 1
+        and isinstance(body[0], ast.Expr)
+        and isinstance(body[0].value, ast.Constant)
+        and body[0].value.value is ...
+    )
 
 
 def sizes(tree: ast.AST, text: str) -> Iterator[Finding]:
@@ -263,12 +322,16 @@ def sizes(tree: ast.AST, text: str) -> Iterator[Finding]:
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """How many arguments a function takes, self and cls apart."""
     arguments = function.args
-    return sum(each.arg not in ("self", "cls") for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
+    return sum(
+        each.arg not in ("self", "cls") for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+    )
 
 
 def attributes(node: ast.ClassDef) -> set[str]:
     """Names of self that the methods of a class assign."""
-    stored = (child for child in ast.walk(node) if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store))
+    stored = (
+        child for child in ast.walk(node) if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store)
+    )
     return {child.attr for child in stored if dotted(child.value) == "self"}
 
 
@@ -287,7 +350,9 @@ def code_in_comments(text: str) -> Iterator[Finding]:
             statement = ast.parse(body[2:].strip()).body
         except SyntaxError:
             continue
-        if (statement and isinstance(statement[0], (ast.Assign, ast.Import, ast.ImportFrom, ast.Return))) or (statement and is_call(statement[0])):
+        if (statement and isinstance(statement[0], (ast.Assign, ast.Import, ast.ImportFrom, ast.Return))) or (
+            statement and is_call(statement[0])
+        ):
             yield number, f"commented-out code: {body[:60]}"
 
 
@@ -297,7 +362,9 @@ def is_call(statement: ast.stmt) -> bool:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Import cycles: the strongly connected components of more than one module (Tarjan), and modules that import themselves."""
+    """Import cycles: the strongly connected components of more than one module (Tarjan), and modules that import
+    themselves.
+    """
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

@@ -44,7 +44,9 @@ def test_a_hang_names_where_each_rank_waits(tmp_path, monkeypatch, way):
 @pytest.mark.distributed
 def test_work_of_threads_is_progress_and_polling_is_none(tmp_path):
     """Backward passes run outside of the main thread; heartbeats too, for next to no CPU time."""
-    busy, idle = (start_ranks(f"tests.test_distributed:{name}", 1, tmp_path) for name in ("work_in_a_thread", "never_ends"))
+    busy, idle = (
+        start_ranks(f"tests.test_distributed:{name}", 1, tmp_path) for name in ("work_in_a_thread", "never_ends")
+    )
     busy.wait_for(lambda: busy.progress()[1] >= 2)
     assert idle.progress()[1] <= 1
     for one in (busy, idle):
@@ -62,7 +64,10 @@ def test_a_launched_program_that_hangs_leaves_its_stacks(tmp_path):
     script = tmp_path / "sleeps.py"
     script.write_text("import time\n\ndef asleep():\n    time.sleep(1000)\n\nasleep()\n")
     running = Processes([[sys.executable, str(script)]], [environment()], tmp_path)
-    with pytest.raises(AssertionError, match=r"(?s)still running after 2 s.*Fatal Python error: Aborted.*sleeps\.py\", line 4 in asleep"):
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)still running after 2 s.*Fatal Python error: Aborted.*sleeps\.py\", line 4 in asleep",
+    ):
         running.wait(2.0)
 
 

@@ -1,4 +1,6 @@
-"""README, CONTRIBUTING and docs/: links and paths exist, commands parse, keys are known, and pages agree with the code they describe."""
+"""README, CONTRIBUTING and docs/: links and paths exist, commands parse, keys are known, and pages agree with the
+code they describe.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ ROOT_PAGES = ("examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.m
 PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").glob("*.md"))]
 KEY = re.compile(r"`((?:[a-z]+)\.[a-z_]+(?:\.[a-z_]+)?)(?::[^`]*)?`")
 SECTIONS = {key.split(".")[0] for key in known_keys()}
-PATH = re.compile(r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|examples|launch|neox|tests)/[\w./-]*\w")  # of this repository, and no pattern
+PATH = re.compile(
+    r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|examples|launch|neox|tests)/[\w./-]*\w"
+)  # of this repository, and no pattern
 FILE_ENDINGS = (".json", ".jsonl", ".yml", ".txt", ".md", ".py")  # `tokenizer.json` is a file
 
 
 def links(text: str) -> list[str]:
     """Targets of the relative links of a page."""
-    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+://|#", target)]
+    return [
+        target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+://|#", target)
+    ]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -71,7 +77,9 @@ def test_links_lead_somewhere(page):
     assert [target for target in links(page.read_text(encoding="utf-8")) if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)  # the log is history
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name
+)  # the log is history
 def test_files_are_there(page):
     assert [path for path in paths(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()] == []
 
@@ -90,11 +98,16 @@ def test_keys_exist(page):
 
 def test_what_is_wrong_is_seen():
     assert links("[a](docs/nowhere.md#part) [b](https://x.y) [c](#d)") == ["docs/nowhere.md"]
-    assert paths("`configs/a.yml` tests/b/test_<op>.py configs/{1,2}.yml `x/docs/c.md` neox/_ops/cuda.so [d](docs/d.md) csrc/e/.") == [
+    assert paths(
+        "`configs/a.yml` tests/b/test_<op>.py configs/{1,2}.yml `x/docs/c.md` neox/_ops/cuda.so [d](docs/d.md) csrc/e/."
+    ) == [
         "configs/a.yml",
         "csrc/e",
     ]
-    assert commands("```\nneox data inspect A  # what\n```\n    neox frob\nneox text\n") == [["data", "inspect", "A"], ["frob"]]
+    assert commands("```\nneox data inspect A  # what\n```\n    neox frob\nneox text\n") == [
+        ["data", "inspect", "A"],
+        ["frob"],
+    ]
     assert "unknown command" in unparsed(["frob"])
     assert "unrecognized arguments: --nope" in unparsed(["data", "verify", "A", "--nope"])
     assert keys("`train.seed` `train.sead: 3` `other.key`") == ["train.seed", "train.sead"]
@@ -115,8 +128,14 @@ def test_a_line_is_a_sentence(page):
 
 
 def test_sentences_get_lines_of_their_own():
-    page = "# A. B\n\nOne, e.g. this\nline. Two `a. B` (three).\n\n- Item. More.\n\n| x. Y | z |\n```\nA. B\n```\n    code. A\n"
-    wanted = "# A. B\n\nOne, e.g. this line.\nTwo `a. B` (three).\n\n- Item.\n  More.\n\n| x. Y | z |\n```\nA. B\n```\n    code. A\n"
+    page = (
+        "# A. B\n\nOne, e.g. this\nline. Two `a. B` (three).\n\n- Item. More.\n\n| x. Y | z |\n```\nA. B\n```\n    "
+        "code. A\n"
+    )
+    wanted = (
+        "# A. B\n\nOne, e.g. this line.\nTwo `a. B` (three).\n\n- Item.\n  More.\n\n| x. Y | z |\n```\nA. B\n```\n    "
+        "code. A\n"
+    )
     assert sentences.one_a_line(page) == wanted
     assert sentences.one_a_line(wanted) == wanted
 
@@ -139,14 +158,21 @@ def test_the_architecture_page_shows_the_layers_that_the_imports_obey():
 
 def test_the_glossary_of_contributing_is_what_the_checker_refuses():
     table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Glossary")[1].split("##")[0]
-    refused = [word for row in table.splitlines() if row.startswith("| `") for word in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    refused = [
+        word
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for word in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
     assert len(refused) > 20
     assert [word for word in refused if not list(language.findings("a.md", word))] == []
 
 
 def root_pages() -> dict[str, str]:
     """Page of the site -> file at the root, from docs/hooks.py, which imports mkdocs."""
-    pages = re.search(r"^PAGES = (\{.*?\})", (ROOT / "docs" / "hooks.py").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    pages = re.search(
+        r"^PAGES = (\{.*?\})", (ROOT / "docs" / "hooks.py").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     return ast.literal_eval(pages.group(1))
 
 
@@ -154,7 +180,11 @@ def test_every_page_is_in_the_navigation():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
 
     def leaves(node):
-        return [node] if isinstance(node, str) else [leaf for child in (node.values() if isinstance(node, dict) else node) for leaf in leaves(child)]
+        return (
+            [node]
+            if isinstance(node, str)
+            else [leaf for child in (node.values() if isinstance(node, dict) else node) for leaf in leaves(child)]
+        )
 
     pages = leaves(nav)
     assert len(pages) == len(set(pages))

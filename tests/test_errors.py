@@ -19,7 +19,11 @@ def test_line_breaks_never_reach_the_line():
 
 
 def test_exit_codes_are_the_published_ones():
-    codes = {kind.__name__: kind.exit_code for kind in errors.NeoxError.__subclasses__() if kind.__module__ == errors.__name__}
+    codes = {
+        kind.__name__: kind.exit_code
+        for kind in errors.NeoxError.__subclasses__()
+        if kind.__module__ == errors.__name__
+    }
     assert codes == {
         "ConfigError": 2,
         "DataError": 3,

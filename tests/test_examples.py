@@ -19,7 +19,12 @@ STEPS = 4
 
 def run(name: str, *words: object, **variables: str) -> str:
     """Run a script of examples/ with small sizes and return its output."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "STEPS": str(STEPS), **variables}
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "STEPS": str(STEPS),
+        **variables,
+    }
     command = ["bash", str(EXAMPLES / name), *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,8 +64,13 @@ def test_training_on_a_folder_of_text_learns(own):
 
 @pytest.mark.slow
 def test_fine_tune_starts_from_the_model(own, tmp_path):
-    turns = [[{"role": "user", "content": f"Count from {i}."}, {"role": "assistant", "content": f"{i} {i + 1}"}] for i in range(30)]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns), encoding="utf-8")
+    turns = [
+        [{"role": "user", "content": f"Count from {i}."}, {"role": "assistant", "content": f"{i} {i + 1}"}]
+        for i in range(30)
+    ]
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": turn}) + "\n" for turn in turns), encoding="utf-8"
+    )
     out = run("fine_tune.sh", own / "run", tmp_path / "chats.jsonl", tmp_path)
     assert f"weights of {own}/run/checkpoints/step_{STEPS:08}" in out
     assert len(losses(tmp_path / "run")) == STEPS
@@ -72,7 +82,9 @@ def test_another_layout_continues_the_run(own, tmp_path):
     out = run("resume_on_another_layout.sh", own / "config.yml", tmp_path / "moved", STEPS="2")
     assert re.findall(r"ZeRO (\d)", out) == ["1", "2", "1"]
     assert [int(step) for step in re.findall(r"^step +(\d+)  loss", out, re.MULTILINE)] == list(range(1, 7))
-    assert losses(tmp_path / "moved")[0] == pytest.approx(losses(own / "run")[0], rel=1e-5)  # the same weights and data in both layouts
+    assert losses(tmp_path / "moved")[0] == pytest.approx(
+        losses(own / "run")[0], rel=1e-5
+    )  # the same weights and data in both layouts
 
 
 def test_operators_compute_what_torch_computes(capsys):

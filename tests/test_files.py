@@ -40,7 +40,9 @@ def test_no_more_than_the_limit_is_read(tmp_path):
         files.read_text(tmp_path / "sparse")
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"[" * 100_000, "nested too deeply"), (b"{", "Expecting"), (b"\xff", "utf-8")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"[" * 100_000, "nested too deeply"), (b"{", "Expecting"), (b"\xff", "utf-8")]
+)
 def test_json_that_cannot_be_read_is_a_value_error(tmp_path, content, reason):
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(ValueError, match=reason):
@@ -121,7 +123,12 @@ def test_files_are_never_written_through_links(tmp_path):
 def test_make_dirs_makes_each_level_durable(tmp_path):
     storage = RecordingStorage()
     make_dirs(tmp_path / "a" / "b", storage=storage)
-    assert storage.trace == [("make_dir", tmp_path / "a"), ("sync_dir", tmp_path), ("make_dir", tmp_path / "a/b"), ("sync_dir", tmp_path / "a")]
+    assert storage.trace == [
+        ("make_dir", tmp_path / "a"),
+        ("sync_dir", tmp_path),
+        ("make_dir", tmp_path / "a/b"),
+        ("sync_dir", tmp_path / "a"),
+    ]
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DiskError):
         make_dirs(tmp_path / "file")

@@ -23,7 +23,9 @@ sys.path[:] = [path for path in sys.path if path not in hidden]
 def setup_py(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run setup.py in the checkout."""
     env = {**os.environ, "NEOX_BUILD_ISA": "portable", **variables}
-    return subprocess.run([sys.executable, "setup.py", *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "setup.py", *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
 
 
 def test_an_isolated_build_finds_the_torch_of_the_environment(tmp_path):
@@ -31,7 +33,9 @@ def test_an_isolated_build_finds_the_torch_of_the_environment(tmp_path):
     for name in ISOLATED:
         (tmp_path / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    hidden = subprocess.run([sys.executable, "-c", "import torch"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    hidden = subprocess.run(
+        [sys.executable, "-c", "import torch"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert "No module named 'torch'" in hidden.stderr
     found = setup_py("--name", PYTHONPATH=str(tmp_path))
     assert found.returncode == 0, found.stderr
@@ -42,7 +46,12 @@ def test_a_wheel_holds_presets_and_launch_files(tmp_path):
     built = setup_py("-q", "build_py", "--build-lib", tmp_path / "lib")
     assert built.returncode == 0, built.stderr
     share = tmp_path / "lib" / "neox" / "share"
-    want = {path.relative_to(ROOT) for folder in ("configs", "launch") for path in (ROOT / folder).rglob("*") if path.is_file()} | {Path("train.py")}
+    want = {
+        path.relative_to(ROOT)
+        for folder in ("configs", "launch")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    } | {Path("train.py")}
     assert {path.relative_to(share) for path in share.rglob("*") if path.is_file()} == want
     assert all((share / name).read_bytes() == (ROOT / name).read_bytes() for name in want)
     (tmp_path / "away").mkdir()
@@ -52,7 +61,9 @@ def test_a_wheel_holds_presets_and_launch_files(tmp_path):
         shown = subprocess.run(command, cwd=tmp_path / "away", env=env, capture_output=True, text=True, check=False)
         assert shown.returncode == 0, shown.stderr
         assert str(share / "configs") in shown.stdout or "train.py" in shown.stdout
-    assert (tmp_path / "away" / "mine" / "launch" / "slurm.sh").read_bytes() == (ROOT / "launch" / "slurm.sh").read_bytes()
+    assert (tmp_path / "away" / "mine" / "launch" / "slurm.sh").read_bytes() == (
+        ROOT / "launch" / "slurm.sh"
+    ).read_bytes()
 
 
 FIVE_STEPS = """
@@ -69,7 +80,9 @@ run: {dir: runs/mine}
 
 @pytest.mark.slow
 def test_a_wheel_trains_from_an_empty_folder(tmp_path):
-    """Built by pip, installed on its own, used where there is no checkout: a preset, a new project, data, five steps, generation."""
+    """Built by pip, installed on its own, used where there is no checkout: a preset, a new project, data, five
+    steps, generation.
+    """
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -79,11 +92,17 @@ def test_a_wheel_trains_from_an_empty_folder(tmp_path):
     assert modules == {path.relative_to(ROOT) for path in (ROOT / "neox").rglob("*.py")}
     empty = tmp_path / "empty"
     empty.mkdir()
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     env |= {"PYTHONPATH": str(site), "LOCAL_RANK": "0"}
 
     def run(*words: str, folder: Path = empty / "project") -> str:
-        done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -91,12 +110,16 @@ def test_a_wheel_trains_from_an_empty_folder(tmp_path):
     assert run("-c", "import neox; print(neox.__file__)", folder=empty).startswith(str(site))
     assert str(site / "neox" / "share" / "configs") in run(*neox, "config", "show", "pythia/14M.yml", folder=empty)
     run(*neox, "init", "project", folder=empty)
-    (empty / "project" / "text.txt").write_text("".join(f"Line {number} of a small text, {number**2} in all.\n" for number in range(500)))
+    (empty / "project" / "text.txt").write_text(
+        "".join(f"Line {number} of a small text, {number**2} in all.\n" for number in range(500))
+    )
     run(*neox, "tokenizer", "train", "--input", "text.txt", "--vocab-size", "300", "--out", "tokenizer.json")
     run(*neox, "preprocess", "--input", "text.txt", "--tokenizer", "tokenizer.json", "--out", "data/mine")
     (empty / "project" / "mine.yml").write_text(FIVE_STEPS)
     assert "done: step 5 of 5" in run("train.py", "--conf", "mine.yml")
-    assert run(*neox, "generate", "--checkpoint", "runs/mine", "--prompt", "Line 7 of", "--max-new-tokens", "4").startswith("Line 7 of")
+    assert run(
+        *neox, "generate", "--checkpoint", "runs/mine", "--prompt", "Line 7 of", "--max-new-tokens", "4"
+    ).startswith("Line 7 of")
 
 
 @pytest.mark.parametrize("folder", ["plain", "a b ü"])
@@ -106,7 +129,11 @@ def test_make_reads_file_names_in_a_folder_of_any_name(folder, tmp_path):
     (checkout / "csrc").mkdir(parents=True)
     for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
         (checkout / name).write_bytes((ROOT / name).read_bytes())
-    env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VENV", "PY", "TORCH")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VENV", "PY", "TORCH")
+    }
     plan = subprocess.run(["make", "-n", "setup"], cwd=checkout, env=env, capture_output=True, text=True, check=False)
     assert plan.returncode == 0 and f'-m venv "{checkout}/.venv"' in plan.stdout, plan.stderr
     stamps = [line.split('"')[1] for line in plan.stdout.splitlines() if line.startswith("touch ")]

@@ -1,4 +1,6 @@
-"""The prose of the repository uses the field's words: no word of the glossary's left column, and the checker sees one that is planted."""
+"""The prose of the repository uses the field's words: no word of the glossary's left column, and the checker sees
+one that is planted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ PENDING = language.ROOT / "tests" / "language_pending.txt"
 
 def pending() -> tuple[str, ...]:
     """Files and folders that are not clean yet."""
-    return tuple(line for line in PENDING.read_text(encoding="utf-8").split() if "/" in line or "." in line or line == "Makefile")
+    return tuple(
+        line for line in PENDING.read_text(encoding="utf-8").split() if "/" in line or "." in line or line == "Makefile"
+    )
 
 
 def words(name: str, text: str) -> list[tuple[int, str]]:
@@ -24,14 +28,21 @@ def test_the_glossary_is_followed():
     for path in language.sources():
         name = str(path.relative_to(language.ROOT))
         if not name.startswith(pending()):
-            found += [f"{name}:{line}: {word!r}: {better}" for line, word, better in language.findings(name, path.read_text(encoding="utf-8"))]
+            found += [
+                f"{name}:{line}: {word!r}: {better}"
+                for line, word, better in language.findings(name, path.read_text(encoding="utf-8"))
+            ]
     assert found == []
 
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.py", '"""A sign of life."""\nx = 1  # looks at it anew\n', [(1, "sign of life"), (2, "anew"), (2, "looks")]),
+        (
+            "a.py",
+            '"""A sign of life."""\nx = 1  # looks at it anew\n',
+            [(1, "sign of life"), (2, "anew"), (2, "looks")],
+        ),
         ("a.py", 'raise E(f"the launcher is gone; got={gone[0]}")\n', [(1, "gone")]),
         ("a.py", "def test_the_run_goes_on():\n    pass\n", [(1, "goes on")]),
         ("a.py", 'x = """One.\n\nData are kept."""\n', [(3, "Data are"), (3, "kept")]),
@@ -60,7 +71,13 @@ def test_names_and_terms_of_the_field_pass(name, text):
 
 
 def test_every_word_has_a_better_one_and_is_found():
-    samples = {"beside": "beside it", "piece": "a piece of it", "whole": "the whole file", "mend": "mends the file", "alike": "all alike"}
+    samples = {
+        "beside": "beside it",
+        "piece": "a piece of it",
+        "whole": "the whole file",
+        "mend": "mends the file",
+        "alike": "all alike",
+    }
     for word, text in samples.items():
         assert any(word in found for _, found in words("a.md", text)), word
     assert all(better for better in language.GLOSSARY.values())

@@ -1,4 +1,6 @@
-"""The Slurm script on this machine, with stand-ins for Slurm's own programs; and what can be checked of the Dockerfile without Docker."""
+"""The Slurm script on this machine, with stand-ins for Slurm's own programs; and what can be checked of the
+Dockerfile without Docker.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from tests.train.corpus import make_config, make_corpus, records
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# srun as the script uses it: that many tasks on this node, each with Slurm's variables; ends with the highest exit code. SLURM_SIGNAL stands for the signal
-# that Slurm sends to the tasks ahead of the time limit: here once the run has made that many steps.
+# srun as the script uses it: that many tasks on this node, each with Slurm's variables; ends with the highest exit
+# code. SLURM_SIGNAL stands for the signal that Slurm sends to the tasks ahead of the time limit: here once the run has
+# made that many steps.
 SRUN = """#!/usr/bin/env bash
 tasks=1
 while [[ $1 == --* ]]; do
@@ -59,9 +62,26 @@ def slurm(tmp_path):
     venv = Path(sys.prefix)
 
     def run(*arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
-        job = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_GPUS_ON_NODE": 2, "SLURM_CPUS_ON_NODE": 2, "SLURM_JOB_ID": 77, "MASTER_PORT": free_port(), "VENV": venv}
-        env = base | {key: str(value) for key, value in (job | variables).items()} | {"PATH": f"{programs}:{base['PATH']}"}
-        return subprocess.run(["bash", str(ROOT / "launch" / "slurm.sh"), *map(str, arguments)], env=env, capture_output=True, text=True, timeout=180)
+        job = {
+            "SLURM_SUBMIT_DIR": ROOT,
+            "SLURM_GPUS_ON_NODE": 2,
+            "SLURM_CPUS_ON_NODE": 2,
+            "SLURM_JOB_ID": 77,
+            "MASTER_PORT": free_port(),
+            "VENV": venv,
+        }
+        env = (
+            base
+            | {key: str(value) for key, value in (job | variables).items()}
+            | {"PATH": f"{programs}:{base['PATH']}"}
+        )
+        return subprocess.run(
+            ["bash", str(ROOT / "launch" / "slurm.sh"), *map(str, arguments)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
 
     return run
 
@@ -73,13 +93,24 @@ def test_a_job_stops_ahead_of_its_limit_queues_itself_and_resumes(slurm, tmp_pat
     # a batch for two processes, and steps long enough to be stopped between
     conf.write_text(
         json.dumps(
-            to_builtins(make_config(tmp_path / "corpus", tmp_path / "run", "train.train_iters=400", "checkpoint.save_interval=0", "evaluate.interval=0"))
+            to_builtins(
+                make_config(
+                    tmp_path / "corpus",
+                    tmp_path / "run",
+                    "train.train_iters=400",
+                    "checkpoint.save_interval=0",
+                    "evaluate.interval=0",
+                )
+            )
         )
     )
     queue = tmp_path / "requeued"
     first = slurm("--conf", conf, SIGNAL_AFTER=3, METRICS=tmp_path / "run" / "metrics.jsonl", REQUEUED=queue)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "2 processes by srun: SLURM_PROCID" in first.stdout and "error[10] stopped by a signal after saving" in first.stderr
+    assert (
+        "2 processes by srun: SLURM_PROCID" in first.stdout
+        and "error[10] stopped by a signal after saving" in first.stderr
+    )
     assert queue.read_text() == "requeue 77\n"
     stopped = records(tmp_path / "run")[-1]["step"]
     assert 3 <= stopped < 400
@@ -97,7 +128,13 @@ def test_the_exit_code_of_a_failed_run_is_the_jobs(slurm, tmp_path):
 
 
 def test_outside_of_a_job_the_script_reports_how_to_start_it():
-    done = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sh")], env={"PATH": environment()["PATH"]}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sh")],
+        env={"PATH": environment()["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode != 0 and "start this by sbatch" in done.stderr
 
 

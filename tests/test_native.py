@@ -10,7 +10,11 @@ from neox._native import NAMES
 
 
 def test_the_list_of_names_is_what_the_sources_use(repository):
-    used = {name for path in (repository / "neox").rglob("*.py") for name in re.findall(r"(?<![.\w])core\.([A-Za-z]\w*)", path.read_text(encoding="utf-8"))}
+    used = {
+        name
+        for path in (repository / "neox").rglob("*.py")
+        for name in re.findall(r"(?<![.\w])core\.([A-Za-z]\w*)", path.read_text(encoding="utf-8"))
+    }
     assert sorted(NAMES) == sorted(used)
 
 

@@ -20,9 +20,16 @@ def test_public_names_exist_and_are_listed():
 
 def test_importing_loads_nothing_else():
     """`neox --help` and every tool pay for what is imported here."""
-    code = "import sys; before = set(sys.modules); import neox; dir(neox); print(sorted(set(sys.modules) - before - {'importlib', '__future__'}))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(neox.__file__).parents[1])
-    assert [name for name in ast.literal_eval(run.stdout) if not name.startswith(("importlib", "_", "warnings"))] == ["neox"]
+    code = (
+        "import sys; before = set(sys.modules); import neox; dir(neox); print(sorted(set(sys.modules) - before - "
+        "{'importlib', '__future__'}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(neox.__file__).parents[1]
+    )
+    assert [name for name in ast.literal_eval(run.stdout) if not name.startswith(("importlib", "_", "warnings"))] == [
+        "neox"
+    ]
 
 
 def test_a_model_needs_no_mesh():

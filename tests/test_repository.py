@@ -58,7 +58,9 @@ def test_pre_commit_runs_the_tools_of_make_lint():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     entries = [hook["entry"].split() for repo in config["repos"] for hook in repo["hooks"]]
     lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
-    assert all(re.search(tool, lint) for tool in ("ruff check", "ruff format", "clang-format", "test_layout", "test_language"))
+    assert all(
+        re.search(tool, lint) for tool in ("ruff check", "ruff format", "clang-format", "test_layout", "test_language")
+    )
     assert {" ".join(entry[:2]) for entry in entries if entry[0] == "ruff"} == {"ruff check", "ruff format"}
     assert all((ROOT / word).exists() for entry in entries for word in entry if word.endswith(".py"))
 
@@ -88,7 +90,10 @@ def test_the_picture_shows_both_parts_of_a_killed_run(tmp_path):
     picture = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(picture)
     for name, steps in (("metrics.jsonl", range(1, 9)), ("metrics.dropped.jsonl", range(5, 7))):
-        rows = [json.dumps({"step": step, "loss": 9.0 - step, "validation_loss": 5.0 if step == 4 else None}) for step in steps]
+        rows = [
+            json.dumps({"step": step, "loss": 9.0 - step, "validation_loss": 5.0 if step == 4 else None})
+            for step in steps
+        ]
         (tmp_path / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     root = ElementTree.fromstring(picture.picture(tmp_path))
     assert "after step 6 and resumed from step 4" in root.attrib["aria-label"]

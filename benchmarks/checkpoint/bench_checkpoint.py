@@ -39,12 +39,19 @@ BLOCK = 16 << 20
 def make_state(megabytes: int) -> dict[tuple[str, str], torch.Tensor]:
     """(name, kind) -> tensor: matrices of 8 MB, with their moments."""
     count = max(megabytes // 24, 1)
-    return {(f"layers.{i}.weight", kind): torch.randn(1024, 2048) for i in range(count) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    return {
+        (f"layers.{i}.weight", kind): torch.randn(1024, 2048)
+        for i in range(count)
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }
 
 
 def fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
     """The state as one process holds it."""
-    return [Fragment(name, kind, tuple(t.shape), full_slices(tuple(t.shape)), 0, t.numel(), t.view(-1)) for (name, kind), t in state.items()]
+    return [
+        Fragment(name, kind, tuple(t.shape), full_slices(tuple(t.shape)), 0, t.numel(), t.view(-1))
+        for (name, kind), t in state.items()
+    ]
 
 
 class Contest:
@@ -132,7 +139,9 @@ def bandwidth(options: Options, folder: Path) -> Iterator[Row]:
                 times[name].append(seconds(runs[name]))
         speed = {name: contest.bytes / statistics.median(values) / 1e9 for name, values in times.items()}
         for peer, title in (("raw", "raw file"), ("torch", f"torch.{what}"), ("safetensors", "safetensors")):
-            yield Row(f"checkpoint {what}", setting, speed["ours"], speed[peer], title, speed["ours"] / speed[peer], "GB/s")
+            yield Row(
+                f"checkpoint {what}", setting, speed["ours"], speed[peer], title, speed["ours"] / speed[peer], "GB/s"
+            )
 
 
 def stall(options: Options, folder: Path) -> Row:
@@ -151,7 +160,11 @@ def stall(options: Options, folder: Path) -> Row:
 
     waits = []
     for number in range(1, 5):
-        waits.append(saver.save(number, fragments(state), state={"step": number}, rng={}, config_lock="", model_config={}, layout={}))
+        waits.append(
+            saver.save(
+                number, fragments(state), state={"step": number}, rng={}, config_lock="", model_config={}, layout={}
+            )
+        )
         for _ in range(8):
             step()
     saver.join()

@@ -39,7 +39,10 @@ from neox.runtime.watchdog import connect
 from neox.train.loop import step
 from neox.train.setup import Training, build
 
-SETTINGS = {"on": ("guard.drift_interval=10",), "off": ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0")}
+SETTINGS = {
+    "on": ("guard.drift_interval=10",),
+    "off": ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0"),
+}
 STEPS = 10  # of one training before it is the other's turn: one comparison of replicas
 RANKS = """import sys
 sys.path[:0] = [sys.argv[1]]
@@ -57,8 +60,19 @@ def make_corpus(folder: Path) -> None:
 
 def config_of(folder: Path, name: str) -> Config:
     """The demo's config on that dataset, with safety on or off."""
-    common = [f"data.train=[{json.dumps(str(folder / 'train'))}]", "data.validation=[]", "evaluate.interval=0", "tokenizer.file=null"]
-    common += ["model.vocab_size=4096", "schedule.warmup_iters=1", "train.train_iters=100000", "checkpoint.save_interval=0", "logging.tensorboard=false"]
+    common = [
+        f"data.train=[{json.dumps(str(folder / 'train'))}]",
+        "data.validation=[]",
+        "evaluate.interval=0",
+        "tokenizer.file=null",
+    ]
+    common += [
+        "model.vocab_size=4096",
+        "schedule.warmup_iters=1",
+        "train.train_iters=100000",
+        "checkpoint.save_interval=0",
+        "logging.tensorboard=false",
+    ]
     return load(["demo.yml"], [*common, f"run.dir={json.dumps(str(folder / name))}", *SETTINGS[name]]).config
 
 
@@ -69,7 +83,10 @@ def take_turns(folder: str, turns: int) -> None:
     mesh = init_distributed(configs["on"].parallel, launch, "cpu")
     heartbeats = {name: Heartbeat() for name in SETTINGS}
     stack = contextlib.ExitStack()
-    runs = {name: stack.enter_context(build(config, mesh, phases=Phases(heartbeats[name]))) for name, config in configs.items()}
+    runs = {
+        name: stack.enter_context(build(config, mesh, phases=Phases(heartbeats[name])))
+        for name, config in configs.items()
+    }
     times: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
     for turn in range(-1, turns):  # the first is for warming up
         for name in sorted(SETTINGS, reverse=turn % 2 == 0):
@@ -104,7 +121,18 @@ def rows(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="bench-safety-") as name:
         folder = Path(name)
         make_corpus(folder)
-        program = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641", "--no-python", sys.executable, "-c", RANKS]
+        program = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29641",
+            "--no-python",
+            sys.executable,
+            "-c",
+            RANKS,
+        ]
         command = [sys.executable, *program, str(Path(__file__).parent), name, str(turns)]
         # this process is bound to as many CPUs as it has threads
         everywhere = partial(os.sched_setaffinity, 0, range(os.cpu_count()))
@@ -114,7 +142,15 @@ def rows(options: Options) -> Iterator[Row]:
     on, off = ([statistics.mean(seconds) for seconds in times[name]] for name in ("on", "off"))
     ratios = sorted(without / with_all for with_all, without in zip(on, off, strict=True))
     setting = f"2 processes, 1 thread each, {turns} turns of {STEPS} steps, ratios {ratios[0]:.3f} to {ratios[-1]:.3f}"
-    yield Row("safety, step of the demo", setting, statistics.median(on) * 1e3, statistics.median(off) * 1e3, "everything off", statistics.median(ratios), "ms")
+    yield Row(
+        "safety, step of the demo",
+        setting,
+        statistics.median(on) * 1e3,
+        statistics.median(off) * 1e3,
+        "everything off",
+        statistics.median(ratios),
+        "ms",
+    )
 
 
 if __name__ == "__main__":

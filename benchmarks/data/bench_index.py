@@ -1,8 +1,10 @@
-"""Sample index, blending, and opening a corpus of 20 million documents, against plain C++ loops (plain_index.cpp). Equal arrays are a condition.
+"""Sample index, blending, and opening a corpus of 20 million documents, against plain C++ loops (plain_index.cpp).
+Equal arrays are a condition.
 
-Documents have lognormal lengths and are visited in a random order, as in a shuffled epoch; every visit is a cache miss of its own. The
-loops are built with the same compiler and -O3, without fused multiply-add, which would blend otherwise. Every call makes the arrays that it
-fills, ours and theirs, as the functions of GPT-NeoX do: the kernel's zeroing of fresh memory is half of our time for a blend of few datasets.
+Documents have lognormal lengths and are visited in a random order, as in a shuffled epoch; every visit is a cache miss
+of its own. The loops are built with the same compiler and -O3, without fused multiply-add, which would blend otherwise.
+Every call makes the arrays that it fills, ours and theirs, as the functions of GPT-NeoX do: the kernel's zeroing of
+fresh memory is half of our time for a blend of few datasets.
 """
 
 from __future__ import annotations
@@ -32,7 +34,20 @@ def plain_loops(folder: str) -> ctypes.CDLL:
     """The peer, built."""
     library = Path(folder) / "plain_index.so"
     source = Path(__file__).with_name("plain_index.cpp")
-    subprocess.run([os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", source, "-o", library], check=True)
+    subprocess.run(
+        [
+            os.environ.get("CXX", "g++"),
+            "-O3",
+            "-std=c++17",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            source,
+            "-o",
+            library,
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(library))
 
 
@@ -54,7 +69,15 @@ def seconds(*calls: Callable[[], object], rounds: int) -> list[float]:
 
 def row(name: str, setting: str, work: float, ours: float, peer: float, peer_name: str, unit: str) -> dict[str, object]:
     """One row of the table: `work` units done in `ours` and `peer` seconds."""
-    return {"name": name, "setting": setting, "ours": work / ours, "peer": work / peer, "peer_name": peer_name, "ratio": peer / ours, "unit": unit}
+    return {
+        "name": name,
+        "setting": setting,
+        "ours": work / ours,
+        "peer": work / peer,
+        "peer_name": peer_name,
+        "ratio": peer / ours,
+        "unit": unit,
+    }
 
 
 def sample_index_rows(loops: ctypes.CDLL, documents: int, rounds: int) -> Iterator[dict[str, object]]:
@@ -66,7 +89,9 @@ def sample_index_rows(loops: ctypes.CDLL, documents: int, rounds: int) -> Iterat
 
     def peer() -> np.ndarray:
         out = np.empty((rows, 2), dtype=np.int32)
-        loops.plain_sample_index(pointer(sizes), pointer(order), ctypes.c_int64(SEQ_LENGTH), ctypes.c_int64(rows), pointer(out))
+        loops.plain_sample_index(
+            pointer(sizes), pointer(order), ctypes.c_int64(SEQ_LENGTH), ctypes.c_int64(rows), pointer(out)
+        )
         return out
 
     def ours(threads: int) -> np.ndarray:
@@ -103,7 +128,9 @@ def blend_rows(loops: ctypes.CDLL, size: int, rounds: int) -> Iterator[dict[str,
 
 
 def open_rows(folder: str, documents: int, rounds: int) -> Iterator[dict[str, object]]:
-    """Opening with the full structural check, and the order of an epoch. The peer is the bar of half a second for 20 million documents."""
+    """Opening with the full structural check, and the order of an epoch. The peer is the bar of half a second for 20
+    million documents.
+    """
     prefix = Path(folder) / "large"
     random = np.random.default_rng(2)
     with IndexedWriter(prefix, "uint16") as writer:
@@ -119,7 +146,13 @@ def open_rows(folder: str, documents: int, rounds: int) -> Iterator[dict[str, ob
     opened()
     (time_to_open,) = seconds(opened, rounds=rounds)
     yield row(
-        "open and index, order: epoch", f"{documents / 1e6:g} M documents", documents / 1e6, time_to_open, documents / 20e6 * 0.5, "0.5 s", "M documents/s"
+        "open and index, order: epoch",
+        f"{documents / 1e6:g} M documents",
+        documents / 1e6,
+        time_to_open,
+        documents / 20e6 * 0.5,
+        "0.5 s",
+        "M documents/s",
     )
 
 

@@ -1,9 +1,13 @@
-"""Tokens per processor second of the loader, warm, in the caller's thread, against plain numpy: a view of the map, a copy to int64, a stack of the rows.
+"""Tokens per processor second of the loader, warm, in the caller's thread, against plain numpy: a view of the map, a
+copy to int64, a stack of the rows.
 
-The dataset has documents of lognormal lengths; it is read once before, so that checksums are done and the pages are there. With
---dataset PREFIX that dataset is read. Batches are of 16 samples of 2,048 tokens, four to a step, and every id is compared with the vocabulary.
+The dataset has documents of lognormal lengths; it is read once before, so that checksums are done and the pages are
+there. With
+--dataset PREFIX that dataset is read. Batches are of 16 samples of 2,048 tokens, four to a step, and every id is
+compared with the vocabulary.
 
-Two more rows: a step's batches of the demo (configs/demo.yml) against a hundredth of its training step, both in processor time of one thread, and the
+Two more rows: a step's batches of the demo (configs/demo.yml) against a hundredth of its training step, both in
+    processor time of one thread, and the
 memory that the process has after ten epochs against that after the first.
 """
 
@@ -41,7 +45,9 @@ def write(prefix: Path, tokens: int) -> None:
             writer.add_documents(random.integers(0, VOCABULARY, int(sizes.sum()), dtype=np.uint16), sizes)
 
 
-def plain(dataset: IndexedDataset, order: EpochDataset, steps: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+def plain(
+    dataset: IndexedDataset, order: EpochDataset, steps: int
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """The same batches as numpy code makes them."""
     tokens = np.memmap(dataset.bin_path, dtype=dataset.dtype, mode="r")
     first = order._order.first_token
@@ -70,7 +76,9 @@ def rows(dataset: IndexedDataset, rounds: int) -> Iterator[dict[str, object]]:
     steps = len(orders[False]) // (MICRO_BATCH * ACCUMULATION)
     found: dict[object, list[float]] = {False: [], True: [], "plain": []}
     loaders = {
-        mask: Loader(order, micro_batch_size=MICRO_BATCH, gradient_accumulation=ACCUMULATION, prefetch=0, vocab_size=VOCABULARY)
+        mask: Loader(
+            order, micro_batch_size=MICRO_BATCH, gradient_accumulation=ACCUMULATION, prefetch=0, vocab_size=VOCABULARY
+        )
         for mask, order in orders.items()
     }
     theirs = next(plain(dataset, orders[False], 1))
@@ -91,18 +99,41 @@ def rows(dataset: IndexedDataset, rounds: int) -> Iterator[dict[str, object]]:
         yield entry("loader, warm", setting, ours, peer, "numpy", ours / peer, "M tokens/cpu-s")
 
 
-def entry(name: str, setting: str, ours: float, peer: float, peer_name: str, ratio: float, unit: str) -> dict[str, object]:
+def entry(
+    name: str, setting: str, ours: float, peer: float, peer_name: str, ratio: float, unit: str
+) -> dict[str, object]:
     """A row of the table."""
-    return {"name": name, "setting": setting, "ours": ours, "peer": peer, "peer_name": peer_name, "ratio": ratio, "unit": unit}
+    return {
+        "name": name,
+        "setting": setting,
+        "ours": ours,
+        "peer": peer,
+        "peer_name": peer_name,
+        "ratio": ratio,
+        "unit": unit,
+    }
 
 
 def demo_step(dataset: IndexedDataset, rounds: int) -> dict[str, object]:
-    """Reading a step's batches of the demo against a hundredth of the step: two micro-batches of 8 x 256, forward, backward, fused AdamW."""
+    """Reading a step's batches of the demo against a hundredth of the step: two micro-batches of 8 x 256, forward,
+    backward, fused AdamW.
+    """
     vocabulary, length = 4096, 256
-    shape = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "rotary_pct": 0.25, "parallel_residual": True}
+    shape = {
+        "num_layers": 4,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "rotary_pct": 0.25,
+        "parallel_residual": True,
+    }
     model = GPT(ModelConfig(**shape, max_position_embeddings=length, vocab_size=vocabulary), Mesh.single())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    loader = Loader(EpochDataset(dataset, (0, dataset.num_documents), length, 1, True), micro_batch_size=8, gradient_accumulation=2, prefetch=0)
+    loader = Loader(
+        EpochDataset(dataset, (0, dataset.num_documents), length, 1, True),
+        micro_batch_size=8,
+        gradient_accumulation=2,
+        prefetch=0,
+    )
     reading, training = [], []
     for _ in range(10 * rounds):
         begin = time.thread_time()
@@ -110,7 +141,9 @@ def demo_step(dataset: IndexedDataset, rounds: int) -> dict[str, object]:
         read = time.thread_time()
         for batch in batches:
             tokens = batch.tokens % vocabulary
-            model(tokens, batch.targets % vocabulary, segment_ids=batch.segment_ids, position_ids=batch.position_ids).mean().backward()
+            model(
+                tokens, batch.targets % vocabulary, segment_ids=batch.segment_ids, position_ids=batch.position_ids
+            ).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         reading.append(read - begin)
@@ -123,7 +156,9 @@ def ten_epochs(dataset: IndexedDataset) -> dict[str, object]:
     """Resident memory after ten epochs and after one, the files' own pages left out."""
     order = EpochDataset(dataset, (0, dataset.num_documents), SEQ_LENGTH, 1, True)
     epoch = order._order.samples_per_epoch // (MICRO_BATCH * ACCUMULATION)
-    loader = Loader(order, micro_batch_size=MICRO_BATCH, gradient_accumulation=ACCUMULATION, prefetch=2, vocab_size=VOCABULARY)
+    loader = Loader(
+        order, micro_batch_size=MICRO_BATCH, gradient_accumulation=ACCUMULATION, prefetch=2, vocab_size=VOCABULARY
+    )
     used = []
     for _ in range(10):
         for _ in range(epoch):
@@ -131,7 +166,15 @@ def ten_epochs(dataset: IndexedDataset) -> dict[str, object]:
         memory = psutil.Process().memory_full_info()
         used.append((memory.rss - memory.shared) / 1e6)
     loader.close()
-    return entry("loader, memory", f"10 epochs of {dataset.num_tokens / 1e6:.0f} M tokens", used[-1], used[0], "1 epoch", used[0] / used[-1], "MB")
+    return entry(
+        "loader, memory",
+        f"10 epochs of {dataset.num_tokens / 1e6:.0f} M tokens",
+        used[-1],
+        used[0],
+        "1 epoch",
+        used[0] / used[-1],
+        "MB",
+    )
 
 
 def main() -> None:

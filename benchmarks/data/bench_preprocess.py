@@ -1,10 +1,13 @@
-"""JSONL to .bin/.idx, start of the process included: neox preprocess, tokenizers on several processes, a glue of orjson and gigatoken.
+"""JSONL to .bin/.idx, start of the process included: neox preprocess, tokenizers on several processes, a glue of orjson
+and gigatoken.
 
-Every contestant is a command of its own that reads the same files and writes a dataset; its processor seconds (user and system, all its
-processes and threads) are what the system counted. The corpus is given by --corpus (files and folders of JSON lines) and the sources of
-Python's standard library, one document each. The datasets are compared: every id of every contestant must be the same.
+Every contestant is a command of its own that reads the same files and writes a dataset; its processor seconds (user and
+system, all its processes and threads) are what the system counted. The corpus is given by --corpus (files and folders
+of JSON lines) and the sources of Python's standard library, one document each. The datasets are compared: every id of
+every contestant must be the same.
 
-The rows: MB of input per processor second of ours on one core against each peer, and the wall time of ours on two cores against one.
+The rows: MB of input per processor second of ours on one core against each peer, and the wall time of ours on two cores
+    against one.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ import zstandard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
-LIBRARY_MB = 10  # of the corpus that the tokenizers library gets: it takes longest, and its rate does not depend on the amount
+LIBRARY_MB = (
+    10  # of the corpus that the tokenizers library gets: it takes longest, and its rate does not depend on the amount
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ class Run:
 def lines_of(files: Iterable[str]) -> Iterator[bytes]:
     """The lines of plain and zstd files."""
     for file in files:
-        with io.BufferedReader(zstandard.open(file, "rb"), 1 << 20) if file.endswith(".zst") else open(file, "rb") as source:
+        with (
+            io.BufferedReader(zstandard.open(file, "rb"), 1 << 20)
+            if file.endswith(".zst")
+            else open(file, "rb") as source
+        ):
             yield from source
 
 
@@ -64,8 +73,18 @@ def write_dataset(out: str, documents: Iterable[np.ndarray]) -> None:
             file.write(ids.tobytes())
     offsets = np.concatenate([[0], np.cumsum(np.array(sizes[:-1], dtype=np.int64) * 2)])
     with open(f"{out}.idx", "wb") as file:
-        file.write(b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x08" + len(sizes).to_bytes(8, "little") + (len(sizes) + 1).to_bytes(8, "little"))
-        for array in (np.array(sizes, dtype=np.int32), offsets.astype(np.int64), np.arange(len(sizes) + 1, dtype=np.int64)):
+        file.write(
+            b"MMIDIDX\0\0"
+            + (1).to_bytes(8, "little")
+            + b"\x08"
+            + len(sizes).to_bytes(8, "little")
+            + (len(sizes) + 1).to_bytes(8, "little")
+        )
+        for array in (
+            np.array(sizes, dtype=np.int32),
+            offsets.astype(np.int64),
+            np.arange(len(sizes) + 1, dtype=np.int64),
+        ):
             file.write(array.tobytes())
 
 
@@ -99,20 +118,26 @@ def library_ids(line: bytes) -> list[int]:
 def library(files: list[str], tokenizer_file: str, out: str, eod: int, workers: int) -> None:
     """`tokenizers` on several processes: what GPT-NeoX's own script does."""
     with multiprocessing.get_context("spawn").Pool(workers, start_library, (tokenizer_file,)) as pool:
-        write_dataset(out, (np.array([*ids, eod], dtype=np.uint16) for ids in pool.imap(library_ids, lines_of(files), chunksize=16)))
+        write_dataset(
+            out,
+            (np.array([*ids, eod], dtype=np.uint16) for ids in pool.imap(library_ids, lines_of(files), chunksize=16)),
+        )
 
 
 def timed(command: list[str], megabytes: float, cores: int, out: Path) -> Run:
     """Run a command on the first `cores` of our cores and take its times. What it prints is shown when it fails.
 
-    What it wrote before is removed first: the system takes a while to give up a file's pages, and who writes a dataset seldom replaces one.
+    What it wrote before is removed first: the system takes a while to give up a file's pages, and who writes a dataset
+        seldom replaces one.
     """
     for old in out.parent.glob(f"{out.name}.*"):
         old.unlink()
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, allowed))
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, allowed)
+    )
     wall = time.perf_counter() - started
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{done.stdout}{done.stderr}")
@@ -127,7 +152,9 @@ def size_of(files: list[str]) -> float:
 
 def standard_library(out: Path) -> str:
     """The sources of Python's standard library as JSON lines."""
-    sources = sorted(path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py") if "site-packages" not in path.parts)
+    sources = sorted(
+        path for path in Path(sysconfig.get_path("stdlib")).rglob("*.py") if "site-packages" not in path.parts
+    )
     with open(out, "wb") as file:
         for path in sources:
             try:
@@ -149,7 +176,10 @@ def first_part(files: list[str], megabytes: float, out: Path) -> str:
 
 def same_datasets(one: Path, other: Path) -> bool:
     """Whether tokens and index are the same bytes."""
-    return all((one.parent / f"{one.name}{suffix}").read_bytes() == (other.parent / f"{other.name}{suffix}").read_bytes() for suffix in (".bin", ".idx"))
+    return all(
+        (one.parent / f"{one.name}{suffix}").read_bytes() == (other.parent / f"{other.name}{suffix}").read_bytes()
+        for suffix in (".bin", ".idx")
+    )
 
 
 class Contest:
@@ -163,15 +193,40 @@ class Contest:
 
     def ours(self, cores: int, sample: bool = False) -> Run:
         """neox preprocess."""
-        command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--tokenizer", str(self.tokenizer), "--out", str(self.folder / "ours")]
+        command = [
+            sys.executable,
+            "-m",
+            "neox.cli.main",
+            "preprocess",
+            "--tokenizer",
+            str(self.tokenizer),
+            "--out",
+            str(self.folder / "ours"),
+        ]
         files = [self.sample] if sample else self.files
-        return timed([*command, "--workers", str(cores), "--input", *files], self.megabytes[sample], cores, self.folder / "ours")
+        return timed(
+            [*command, "--workers", str(cores), "--input", *files], self.megabytes[sample], cores, self.folder / "ours"
+        )
 
     def peer(self, name: str, cores: int = 1, sample: bool = False) -> Run:
         """A contestant of this file."""
         files = [self.sample] if sample else self.files
-        command = [sys.executable, __file__, "--contestant", name, "--tokenizer", str(self.tokenizer), "--out", str(self.folder / name)]
-        return timed([*command, "--eod", str(self.eod), "--workers", str(cores), "--corpus", *files], self.megabytes[sample], cores, self.folder / name)
+        command = [
+            sys.executable,
+            __file__,
+            "--contestant",
+            name,
+            "--tokenizer",
+            str(self.tokenizer),
+            "--out",
+            str(self.folder / name),
+        ]
+        return timed(
+            [*command, "--eod", str(self.eod), "--workers", str(cores), "--corpus", *files],
+            self.megabytes[sample],
+            cores,
+            self.folder / name,
+        )
 
     def check(self, name: str) -> None:
         """Stop if the datasets of ours and of a peer differ."""
@@ -195,7 +250,14 @@ class Contest:
         setting = f"{self.tokenizer.stem}, {self.megabytes[False]:.0f} MB"
         ours = statistics.median(run.rate for run in runs["ours"])
         if has_glue:
-            yield row("preprocess", setting, ours, statistics.median(run.rate for run in runs["glue"]), "orjson + gigatoken glue", "MB/cpu-s")
+            yield row(
+                "preprocess",
+                setting,
+                ours,
+                statistics.median(run.rate for run in runs["glue"]),
+                "orjson + gigatoken glue",
+                "MB/cpu-s",
+            )
         else:
             print("gigatoken is not installed: no row for the glue", file=sys.stderr)
         yield row("preprocess", setting, ours, slow.rate, "tokenizers, 2 processes", "MB/cpu-s")
@@ -205,7 +267,15 @@ class Contest:
 
 def row(name: str, setting: str, ours: float, peer: float, peer_name: str, unit: str) -> dict[str, object]:
     """One row of the table."""
-    return {"name": name, "setting": setting, "ours": ours, "peer": peer, "peer_name": peer_name, "ratio": ours / peer, "unit": unit}
+    return {
+        "name": name,
+        "setting": setting,
+        "ours": ours,
+        "peer": peer,
+        "peer_name": peer_name,
+        "ratio": ours / peer,
+        "unit": unit,
+    }
 
 
 def main() -> None:
@@ -214,10 +284,27 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--rounds", type=int, default=5, help="runs of every contestant (default: 5)")
-    parser.add_argument("--every-id", action="store_true", help="give the tokenizers library the full corpus and compare every document")
-    parser.add_argument("--corpus", nargs="+", default=[str(SHARED / "text" / name) for name in ("books.jsonl.zst", "multilingual.jsonl.zst")])
-    parser.add_argument("--tokenizers", nargs="+", type=Path, default=[SHARED / "tokenizers" / f"{name}.json" for name in ("gpt-neox-20b", "gpt2")])
-    for hidden, kind in (("--contestant", str), ("--tokenizer", str), ("--out", str), ("--eod", int), ("--workers", int)):
+    parser.add_argument(
+        "--every-id", action="store_true", help="give the tokenizers library the full corpus and compare every document"
+    )
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[str(SHARED / "text" / name) for name in ("books.jsonl.zst", "multilingual.jsonl.zst")],
+    )
+    parser.add_argument(
+        "--tokenizers",
+        nargs="+",
+        type=Path,
+        default=[SHARED / "tokenizers" / f"{name}.json" for name in ("gpt-neox-20b", "gpt2")],
+    )
+    for hidden, kind in (
+        ("--contestant", str),
+        ("--tokenizer", str),
+        ("--out", str),
+        ("--eod", int),
+        ("--workers", int),
+    ):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant == "glue":
@@ -232,7 +319,9 @@ def main() -> None:
         files = [*args.corpus, standard_library(Path(folder) / "stdlib.jsonl")]
         sample = first_part(files, 2 if args.quick else LIBRARY_MB, Path(folder) / "sample.jsonl")
         for tokenizer in args.tokenizers:
-            rows += Contest(files, sample, tokenizer, Path(folder)).rows(1 if args.quick else args.rounds, args.every_id)
+            rows += Contest(files, sample, tokenizer, Path(folder)).rows(
+                1 if args.quick else args.rounds, args.every_id
+            )
     if args.json:
         print(json.dumps(rows))
         return None

@@ -1,6 +1,8 @@
-"""Greedy decoding on a CPU, ours against transformers.generate: the demo's model, batch 1 and 8, a prompt of 32 tokens and 96 new ones.
+"""Greedy decoding on a CPU, ours against transformers.generate: the demo's model, batch 1 and 8, a prompt of 32 tokens
+and 96 new ones.
 
-Both models have the same weights, and their tokens are compared before anything is timed. Figures are new tokens per second.
+Both models have the same weights, and their tokens are compared before anything is timed. Figures are new tokens per
+second.
 """
 
 from __future__ import annotations
@@ -60,13 +62,31 @@ def rows(options: Options) -> Iterator[Row]:
             return generate(ours, prompts.tolist(), params)
 
         def peer(prompts=prompts, count=count) -> torch.Tensor:
-            return theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+            return theirs.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+            )
 
-        agreed = sum(a == b for ours_row, theirs_row in zip(run(), peer()[:, PROMPT:].tolist(), strict=True) for a, b in zip(ours_row, theirs_row, strict=True))
+        agreed = sum(
+            a == b
+            for ours_row, theirs_row in zip(run(), peer()[:, PROMPT:].tolist(), strict=True)
+            for a, b in zip(ours_row, theirs_row, strict=True)
+        )
         if agreed < 0.99 * batch * count:
             raise SystemExit(f"tokens differ: {agreed} of {batch * count} agree")
         setting = f"batch {batch}, {PROMPT} + {count} tokens"
-        yield from compare("generate greedy fp32", setting, run, {"transformers.generate": peer}, options, work=batch * count * 1e9, unit="tokens/s")
+        yield from compare(
+            "generate greedy fp32",
+            setting,
+            run,
+            {"transformers.generate": peer},
+            options,
+            work=batch * count * 1e9,
+            unit="tokens/s",
+        )
 
 
 if __name__ == "__main__":

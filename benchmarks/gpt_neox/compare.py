@@ -1,13 +1,15 @@
-"""Train the same YAML files with the original GPT-NeoX and with neox on this CPU, and compare: `python compare.py CHECKOUT`.
+"""Train the same YAML files with the original GPT-NeoX and with neox on this CPU, and compare:
+`python compare.py CHECKOUT`.
 
-CHECKOUT is a clone of EleutherAI/gpt-neox; its code runs in processes of its own (upstream.py), and builds its C++ helper in its folder. For
-each form of forms.py GPT-NeoX trains 20 steps and saves steps 0 and 20. Then
+CHECKOUT is a clone of EleutherAI/gpt-neox; its code runs in processes of its own (upstream.py), and builds its C++
+helper in its folder. For each form of forms.py GPT-NeoX trains 20 steps and saves steps 0 and 20. Then
 
 - `neox import` of step 20 must give GPT-NeoX's logits on a probe,
-- `neox train` with the same YAML file, from the imported step 0 and in the same parallel layout, must give its loss at every step.
+- `neox train` with the same YAML file, from the imported step 0 and in the same parallel layout, must give its loss at
+    every step.
 
-A row per form; exit code 1 where a difference is above --logits or --losses. Nothing but this environment is needed (pybind11 and make
-build the helper); a form takes half a minute to two minutes.
+A row per form; exit code 1 where a difference is above --logits or --losses. Nothing but this environment is needed
+(pybind11 and make build the helper); a form takes half a minute to two minutes.
 """
 
 from __future__ import annotations
@@ -40,17 +42,32 @@ def main() -> int:
     """Compare the forms that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="clone of EleutherAI/gpt-neox")
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, metavar="NAME", help=f"default: all of {', '.join(FORMS)}")
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        default=list(FORMS),
+        choices=FORMS,
+        metavar="NAME",
+        help=f"default: all of {', '.join(FORMS)}",
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the files here; default: a temporary folder")
-    parser.add_argument("--logits", type=float, default=1e-5, help="largest difference of logits (default: %(default)g)")
-    parser.add_argument("--losses", type=float, default=2e-6, help="largest difference of losses (default: %(default)g)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for neox train on top of the YAML files")
+    parser.add_argument(
+        "--logits", type=float, default=1e-5, help="largest difference of logits (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--losses", type=float, default=2e-6, help="largest difference of losses (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for neox train on top of the YAML files"
+    )
     args = parser.parse_args()
     work = (args.keep or Path(tempfile.mkdtemp(prefix="gpt-neox-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
     try:
         prepare(args.checkout, work)
-        print(f"{'form':<20} {'logits differ by':>17} {'losses differ by':>17}   last loss of GPT-NeoX, neox", flush=True)
+        print(
+            f"{'form':<20} {'logits differ by':>17} {'losses differ by':>17}   last loss of GPT-NeoX, neox", flush=True
+        )
         failed = [name for name in args.forms if not compare(name, args, work)]
     finally:
         if args.keep is None:
@@ -86,7 +103,11 @@ def train_theirs(name: str, checkout: Path, work: Path, changes: dict[str, objec
     yaml = write_form(name, folder, work / "data", work / "tokenizer.json", changes or {})
     job = folder / "job.json"
     job.write_text(json.dumps({"conf": [str(yaml)], "out": str(folder), "tokens": probe_tokens()}))
-    run_ranks([sys.executable, str(HERE / "upstream.py"), str(checkout), str(job)], processes(FORMS[name]), folder / "upstream")
+    run_ranks(
+        [sys.executable, str(HERE / "upstream.py"), str(checkout), str(job)],
+        processes(FORMS[name]),
+        folder / "upstream",
+    )
     return json.loads((folder / "losses.json").read_text())
 
 
@@ -110,7 +131,13 @@ def train_ours(folder: Path, yaml: Path, ranks: int, settings: list[str]) -> lis
 
 def neox(*arguments: object) -> None:
     """Run a command of neox; ends this program where it fails."""
-    done = subprocess.run([sys.executable, "-m", "neox.cli.main", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    done = subprocess.run(
+        [sys.executable, "-m", "neox.cli.main", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
     if done.returncode:
         raise SystemExit(f"neox {' '.join(map(str, arguments))}\n{done.stdout}{done.stderr}")
 
@@ -120,7 +147,14 @@ def run_ranks(command: list[str], ranks: int, logs: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "PYTHONWARNINGS": "ignore"}
+    shared = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+        "PYTHONWARNINGS": "ignore",
+    }
     running, files = [], []
     for rank in range(ranks):
         variables = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
@@ -135,7 +169,9 @@ def run_ranks(command: list[str], ranks: int, logs: Path) -> None:
                 process.kill()
     if any(codes):
         worst = next(i for i, code in enumerate(codes) if code)
-        raise SystemExit(f"{' '.join(command)}\nexit codes {codes}\n" + files[worst].read_text(errors="replace")[-4000:])
+        raise SystemExit(
+            f"{' '.join(command)}\nexit codes {codes}\n" + files[worst].read_text(errors="replace")[-4000:]
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Write the checkpoints of tests/convert/gpt_neox with the original GPT-NeoX: `python fixtures.py CHECKOUT OUT`.
 
-Each is a form of forms.py at an even smaller size, trained on this CPU as compare.py does it. What is stored: the step's folder as GPT-NeoX
-wrote it without the optimizer's files, the logits and losses that GPT-NeoX computed, the dataset that its builder wrote, and the tokenizer.
+Each is a form of forms.py at an even smaller size, trained on this CPU as compare.py does it. What is stored: the
+step's folder as GPT-NeoX wrote it without the optimizer's files, the logits and losses that GPT-NeoX computed, the
+dataset that its builder wrote, and the tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ KEPT = {
     "gpt2": (STEPS,),
 }
 SMALL = {"hidden_size": 16, "zero_optimization": {"stage": 1}}  # stage 1: the optimizer's state has files of its own
-CHANGES = {"pythia-mp2-pp0": {"rotary_pct": 0.5}, "pythia-mp2-pp1": {"rotary_pct": 0.5}, "llama-mp2": {"intermediate_size": 120}}
+CHANGES = {
+    "pythia-mp2-pp0": {"rotary_pct": 0.5},
+    "pythia-mp2-pp1": {"rotary_pct": 0.5},
+    "llama-mp2": {"intermediate_size": 120},
+}
 
 
 def main() -> int:
@@ -41,7 +46,11 @@ def main() -> int:
             target = out / name
             shutil.rmtree(target, ignore_errors=True)
             for step in steps:
-                shutil.copytree(work / name / "checkpoints" / f"global_step{step}", target / f"global_step{step}", ignore=shutil.ignore_patterns("*optim*"))
+                shutil.copytree(
+                    work / name / "checkpoints" / f"global_step{step}",
+                    target / f"global_step{step}",
+                    ignore=shutil.ignore_patterns("*optim*"),
+                )
             shutil.copyfile(work / name / "logits.npy", target / "logits.npy")
             (target / "losses.json").write_text(json.dumps(losses) + "\n")
             print(name, sum(path.stat().st_size for path in target.rglob("*") if path.is_file()), flush=True)

@@ -1,7 +1,8 @@
-"""The models that compare.py trains in both programs: YAML files of GPT-NeoX, at toy size, and their data and tokenizer.
+"""The models that compare.py trains in both programs: YAML files of GPT-NeoX, at toy size, and their data and
+tokenizer.
 
-With two pipeline stages they use ZeRO stage 1, as GPT-NeoX's own files do: at stage 0 DeepSpeed's pipeline engine leaves norms and
-row-parallel biases of all stages but the first out of the norm that gradients are clipped by.
+With two pipeline stages they use ZeRO stage 1, as GPT-NeoX's own files do: at stage 0 DeepSpeed's pipeline engine
+leaves norms and row-parallel biases of all stages but the first out of the norm that gradients are clipped by.
 """
 
 from __future__ import annotations
@@ -66,10 +67,16 @@ LLAMA: dict[str, Any] = {
     "use_bias_in_attn_linear": False,
     "use_bias_in_mlp": False,
 }
-GPT2: dict[str, Any] = {"pos_emb": "learned", "no_weight_tying": False, "bias_gelu_fusion": True, "lr_decay_style": "linear"}
+GPT2: dict[str, Any] = {
+    "pos_emb": "learned",
+    "no_weight_tying": False,
+    "bias_gelu_fusion": True,
+    "lr_decay_style": "linear",
+}
 FORMS: dict[str, dict[str, Any]] = {
     **{
-        f"pythia-mp{mp}-pp{pp}": PYTHIA | {"model_parallel_size": mp, "pipe_parallel_size": pp, "zero_optimization": {"stage": int(pp == 2)}}
+        f"pythia-mp{mp}-pp{pp}": PYTHIA
+        | {"model_parallel_size": mp, "pipe_parallel_size": pp, "zero_optimization": {"stage": int(pp == 2)}}
         for mp in (1, 2)
         for pp in (0, 1, 2)
     },
@@ -81,7 +88,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "alibi-mp2": {"pos_emb": "alibi", "model_parallel_size": 2, "pipe_parallel_size": 1},
     "alibi-6-heads": {"pos_emb": "alibi", "hidden_size": 48, "num_attention_heads": 6},
     "geglu-mp2": {"activation": "geglu", "model_parallel_size": 2, "intermediate_size": 192},
-    "geglu-parallel-mp2": {"gpt_j_residual": True, "activation": "geglu", "model_parallel_size": 2, "intermediate_size": 192},
+    "geglu-parallel-mp2": {
+        "gpt_j_residual": True,
+        "activation": "geglu",
+        "model_parallel_size": 2,
+        "intermediate_size": 192,
+    },
     # at pipe_parallel_size 0 GPT-NeoX makes its mask again without the window (get_batch_sequential)
     "window": {"sliding_window_width": 7, "lr_decay_style": "linear", "pipe_parallel_size": 1},
 }
@@ -94,7 +106,12 @@ def processes(form: dict[str, Any]) -> int:
 
 def write_form(name: str, folder: Path, data: Path, tokenizer: Path, changes: dict[str, Any]) -> Path:
     """Write a form's YAML file; GPT-NeoX saves below `folder`."""
-    values = BASE | FORMS[name] | {"data_path": str(data), "vocab_file": str(tokenizer), "save": str(folder / "checkpoints")} | changes
+    values = (
+        BASE
+        | FORMS[name]
+        | {"data_path": str(data), "vocab_file": str(tokenizer), "save": str(folder / "checkpoints")}
+        | changes
+    )
     path = folder / f"{name}.yml"
     path.write_text(json.dumps(values, indent=1))
     return path
@@ -103,7 +120,15 @@ def write_form(name: str, folder: Path, data: Path, tokenizer: Path, changes: di
 def write_tokenizer(path: Path) -> None:
     """A tokenizer of IDS words."""
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, IDS)}
-    special = {"id": 0, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = {
+        "id": 0,
+        "content": "<|endoftext|>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     content = {
         "version": "1.0",
         "truncation": None,

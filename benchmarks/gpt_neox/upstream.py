@@ -1,9 +1,11 @@
-"""One process of the original GPT-NeoX, trained on a CPU: `python upstream.py CHECKOUT JOB.json`, started once per rank by compare.py.
+"""One process of the original GPT-NeoX, trained on a CPU: `python upstream.py CHECKOUT JOB.json`, started once per rank
+by compare.py.
 
-Its code runs as it is in the checkout. What it needs and a CPU does not have is substituted at run time, in this process only: the
-few calls of torch.cuda that it makes, Apex's fused Adam (torch's AdamW computes the same), and modules that it imports without using
-them here. JOB names the YAML files, the folder for the results, and the tokens of the probe; the first process writes `losses.json`,
-and the one that holds the logits of the probe after the last step writes `logits.npy`.
+Its code runs as it is in the checkout. What it needs and a CPU does not have is substituted at run time, in this
+process only: the few calls of torch.cuda that it makes, Apex's fused Adam (torch's AdamW computes the same), and
+modules that it imports without using them here. JOB names the YAML files, the folder for the results, and the tokens of
+the probe; the first process writes `losses.json`, and the one that holds the logits of the probe after the last step
+writes `logits.npy`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,17 @@ import packaging.version
 import torch
 import transformers  # noqa: F401 before the empty modules: it inspects what is installed
 
-UNUSED = ("boto3", "ftfy", "hf_transfer", "lm_dataformat", "sentencepiece", "tiktoken", "mpi4py", "best_download", "lm_eval")
+UNUSED = (
+    "boto3",
+    "ftfy",
+    "hf_transfer",
+    "lm_dataformat",
+    "sentencepiece",
+    "tiktoken",
+    "mpi4py",
+    "best_download",
+    "lm_eval",
+)
 
 
 def stand_in_for_cuda(world_size: int) -> None:
@@ -35,7 +47,13 @@ def stand_in_for_cuda(world_size: int) -> None:
     cuda.LongTensor = torch.LongTensor
     cuda.get_rng_state = torch.get_rng_state
     cuda.set_rng_state = torch.set_rng_state
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "reset_peak_memory_stats"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "reset_peak_memory_stats",
+    ):
         setattr(cuda, name, lambda *_: 0)
     torch.Tensor.cuda = lambda self, *_, **__: self
 
@@ -67,7 +85,9 @@ def write_data(prefix: Path, documents: list[list[int]]) -> None:
 
 
 def pipeline_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits of this rank's part of the vocabulary, on the last stage; its loss works in place, so they are copied before it."""
+    """Logits of this rank's part of the vocabulary, on the last stage; its loss works in place, so they are copied
+    before it.
+    """
     held, micro_batches = [], model.micro_batches
     model.micro_batches, model.first_output_send, model.pipe_recv_buf = 1, True, None
     if model.is_last_stage():
@@ -93,7 +113,9 @@ def probe(args, model, tokens: torch.Tensor) -> torch.Tensor | None:
         if args.is_pipe_parallel:
             logits = pipeline_logits(model, tokens)
         else:
-            mask, _, positions = get_ltor_masks_and_position_ids(tokens, 0, sliding_window_width=args.sliding_window_width)
+            mask, _, positions = get_ltor_masks_and_position_ids(
+                tokens, 0, sliding_window_width=args.sliding_window_width
+            )
             logits = model.module((tokens, positions, mask))
     model.train()
     if logits is None:
@@ -121,8 +143,16 @@ def train(job: dict, rank: int, world_size: int) -> None:
                 numpy.save(out / "logits.npy", logits.float().numpy())
 
     def initialized(model, optimizer, args, lr_scheduler, dist_init_required, model_parameters, mpu):
-        given = {"model": model, "optimizer": optimizer, "model_parameters": model_parameters, "lr_scheduler": lr_scheduler, "mpu": mpu}
-        return initialize(**given, dist_init_required=dist_init_required, config=args.deepspeed_config)  # args would have it as a property
+        given = {
+            "model": model,
+            "optimizer": optimizer,
+            "model_parameters": model_parameters,
+            "lr_scheduler": lr_scheduler,
+            "mpu": mpu,
+        }
+        return initialize(
+            **given, dist_init_required=dist_init_required, config=args.deepspeed_config
+        )  # args would have it as a property
 
     training.save_checkpoint = saved
     training.collect_loss_for_unit_test = lambda loss: losses.append(float(loss))

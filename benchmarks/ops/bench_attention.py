@@ -1,9 +1,10 @@
 """attention against torch's scaled_dot_product_attention: forward, and backward alone, over masks and for decoding.
 
-On a GPU the peers are sdpa's flash and cuDNN backends where is_causal suffices, and what sdpa chooses for a full mask where it does not.
+On a GPU the peers are sdpa's flash and cuDNN backends where is_causal suffices, and what sdpa chooses for a full mask
+where it does not.
 
-GFLOP/s count the pairs that the mask leaves visible: 4 operations per pair and channel forward, 10 backward. sdpa is given is_causal where that
-suffices, and the full mask, made outside of the timing, where it does not.
+GFLOP/s count the pairs that the mask leaves visible: 4 operations per pair and channel forward, 10 backward. sdpa is
+given is_causal where that suffices, and the full mask, made outside of the timing, where it does not.
 """
 
 from __future__ import annotations
@@ -51,7 +52,13 @@ class Case:
 
     def visible(self) -> torch.Tensor:
         """[s, t] or [b, 1, s, t] bool."""
-        mask = visible_keys(self.s, self.keys, self.options.get("causal", True), self.options.get("window"), self.options.get("segment_ids"))
+        mask = visible_keys(
+            self.s,
+            self.keys,
+            self.options.get("causal", True),
+            self.options.get("window"),
+            self.options.get("segment_ids"),
+        )
         return torch.ones(self.s, self.keys, dtype=torch.bool) if mask is None else mask
 
 
@@ -78,7 +85,9 @@ def gpu_cases(quick: bool) -> list[Case]:
     masks = [
         Case("documents of 1/8", 4096, 128, n=16, g=16, options={"segment_ids": ids}),
         Case("window 512", 4096, 128, n=16, g=16, options={"window": 512}),
-        Case("alibi", 2048, 128, b=2, n=16, g=16, options={"alibi_slopes": 2.0 ** -(torch.arange(1, 17).float() ** 0.5)}),
+        Case(
+            "alibi", 2048, 128, b=2, n=16, g=16, options={"alibi_slopes": 2.0 ** -(torch.arange(1, 17).float() ** 0.5)}
+        ),
     ]
     return [*GPU_CASES[:2]] if quick else [*GPU_CASES, *masks]
 
@@ -115,7 +124,12 @@ def sdpa(case: Case, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=plain and causal, enable_gqa=case.n != case.g
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=plain and causal,
+            enable_gqa=case.n != case.g,
         )
         return out.transpose(1, 2)
 
@@ -132,7 +146,9 @@ def through(backend: SDPBackend, run: Callable[..., torch.Tensor]) -> Callable[.
     return held
 
 
-def peers_of(case: Case, dtype: torch.dtype, options: Options, inputs: list[torch.Tensor]) -> dict[str, Callable[..., torch.Tensor]]:
+def peers_of(
+    case: Case, dtype: torch.dtype, options: Options, inputs: list[torch.Tensor]
+) -> dict[str, Callable[..., torch.Tensor]]:
     """What ours is compared with. A backend that refuses the case is left out, and named on the error stream."""
     run = sdpa(case, dtype)
     if options.device == "cpu" or not case.plain:
@@ -167,11 +183,21 @@ def measure(case: Case, dtype: torch.dtype, options: Options) -> Iterator[Row]:
     peers = peers_of(case, dtype, options, inputs)
     with torch.no_grad():
         forwards = {name: partial(peer, *inputs) for name, peer in peers.items()}
-        rows = compare("attention forward", setting, lambda: ours(*inputs), forwards, options, work=4 * pairs * case.d, unit="GFLOP/s")
+        rows = compare(
+            "attention forward",
+            setting,
+            lambda: ours(*inputs),
+            forwards,
+            options,
+            work=4 * pairs * case.d,
+            unit="GFLOP/s",
+        )
     yield from rows
     if case.s > 1:
         backwards = {name: backward(peer) for name, peer in peers.items()}
-        yield from compare("attention backward", setting, backward(ours), backwards, options, work=10 * pairs * case.d, unit="GFLOP/s")
+        yield from compare(
+            "attention backward", setting, backward(ours), backwards, options, work=10 * pairs * case.d, unit="GFLOP/s"
+        )
 
 
 def rows(options: Options) -> Iterator[Row]:

@@ -37,7 +37,16 @@ def rows(options: Options) -> Iterator[Row]:
                 return bias_dropout_add(x, bias, residual, p, training=True)
 
             leaves, backward = (x, bias, residual), (2 if p else 1) * size
-            yield from compare_op("bias_dropout_add", setting, ours, peers, leaves, options, forward_bytes=3 * size, backward_bytes=backward)
+            yield from compare_op(
+                "bias_dropout_add",
+                setting,
+                ours,
+                peers,
+                leaves,
+                options,
+                forward_bytes=3 * size,
+                backward_bytes=backward,
+            )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def rows(options: Options) -> Iterator[Row]:
         x, bias = torch.randn(tokens, hidden).to(dtype), torch.randn(hidden).to(dtype)
         setting = f"{tokens}x{hidden} {str(dtype).removeprefix('torch.')}"
         size = x.numel() * x.element_size()
-        yield from compare_op("bias_gelu", setting, bias_gelu, peers, (x, bias), options, forward_bytes=2 * size, backward_bytes=3 * size)
+        yield from compare_op(
+            "bias_gelu", setting, bias_gelu, peers, (x, bias), options, forward_bytes=2 * size, backward_bytes=3 * size
+        )
 
 
 if __name__ == "__main__":

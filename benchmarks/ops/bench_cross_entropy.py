@@ -38,13 +38,25 @@ def rows(options: Options) -> Iterator[Row]:
         peers = {name: partial(op, targets=targets) for name, op in with_compiled(theirs, options).items()}
         size = logits.numel() * logits.element_size()
         yield from compare_op(
-            "cross_entropy", setting, partial(cross_entropy, targets=targets), peers, (logits,), options, forward_bytes=size, backward_bytes=2 * size
+            "cross_entropy",
+            setting,
+            partial(cross_entropy, targets=targets),
+            peers,
+            (logits,),
+            options,
+            forward_bytes=size,
+            backward_bytes=2 * size,
         )
         in_place = partial(step, partial(cross_entropy, targets=targets, inplace=True), logits)
         both = {name: partial(step, op, logits) for name, op in peers.items()}
-        both |= {name: partial(step, partial(op, target=targets), logits) for name, op in liger("cross_entropy", options).items()}  # its own mean
+        both |= {
+            name: partial(step, partial(op, target=targets), logits)
+            for name, op in liger("cross_entropy", options).items()
+        }  # its own mean
         yield from compare("cross_entropy both, in place", setting, in_place, both, options, work=3 * size, unit="GB/s")
-        expected = partial(step, partial(cross_entropy, targets=targets, inplace=True, expected_dloss=1 / tokens), logits)
+        expected = partial(
+            step, partial(cross_entropy, targets=targets, inplace=True, expected_dloss=1 / tokens), logits
+        )
         yield from compare("cross_entropy both, expected", setting, expected, both, options, work=2 * size, unit="GB/s")
 
 

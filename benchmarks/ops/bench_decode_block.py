@@ -1,4 +1,6 @@
-"""decode_block against the same block operator by operator: one block of the demo's model and of Pythia-160M, 1 and 8 sequences, 256 tokens read before."""
+"""decode_block against the same block operator by operator: one block of the demo's model and of Pythia-160M, 1 and
+8 sequences, 256 tokens read before.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ def contestant(model: GPT, batch: int, fused: bool):
         model(torch.randint(64, (batch, TOKENS)), cache=cache)
     if not fused:
         cache.decoders[0] = None
-    stream, delta, context = torch.randn(batch, 1, size, dtype=dtype), torch.randn(batch, 1, size, dtype=dtype), Context(cos, sin, None, cache)
+    stream, delta, context = (
+        torch.randn(batch, 1, size, dtype=dtype),
+        torch.randn(batch, 1, size, dtype=dtype),
+        Context(cos, sin, None, cache),
+    )
 
     @torch.no_grad()
     def step() -> object:
@@ -45,11 +51,24 @@ def rows(options: Options) -> Iterator[Row]:
     """Microseconds of a block."""
     for name, (size, heads) in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
-            config = ModelConfig(num_layers=1, hidden_size=size, num_attention_heads=heads, vocab_size=64, max_position_embeddings=512, rotary_pct=0.25)
+            config = ModelConfig(
+                num_layers=1,
+                hidden_size=size,
+                num_attention_heads=heads,
+                vocab_size=64,
+                max_position_embeddings=512,
+                rotary_pct=0.25,
+            )
             model = GPT(config, Mesh.single(), dtype=dtype).eval()
             for batch in (1, 8):
                 setting = f"{name} batch {batch} {str(dtype).removeprefix('torch.')}"
-                yield from compare("decode_block", setting, contestant(model, batch, True), {"one by one": contestant(model, batch, False)}, options)
+                yield from compare(
+                    "decode_block",
+                    setting,
+                    contestant(model, batch, True),
+                    {"one by one": contestant(model, batch, False)},
+                    options,
+                )
 
 
 if __name__ == "__main__":

@@ -26,13 +26,24 @@ def rows(options: Options) -> Iterator[Row]:
     """A feed-forward width of 2,048."""
     tokens, ffn = options.shapes((256, 2048), (2048, 2048), (16384, 8192))
     for activation, act in (("silu", functional.silu), ("gelu", functional.gelu)):
-        peers = with_compiled(partial(theirs, act=act), options) | (liger("swiglu", options) if activation == "silu" else {})
+        peers = with_compiled(partial(theirs, act=act), options) | (
+            liger("swiglu", options) if activation == "silu" else {}
+        )
         for dtype in options.dtypes:
             x, gate = torch.randn(2, tokens, ffn).to(dtype)
             setting = f"{tokens}x{ffn} {str(dtype).removeprefix('torch.')}"
             size = x.numel() * x.element_size()
             ours = partial(gated, activation=activation)
-            yield from compare_op(f"gated {activation}", setting, ours, peers, (x, gate), options, forward_bytes=3 * size, backward_bytes=5 * size)
+            yield from compare_op(
+                f"gated {activation}",
+                setting,
+                ours,
+                peers,
+                (x, gate),
+                options,
+                forward_bytes=3 * size,
+                backward_bytes=5 * size,
+            )
 
 
 if __name__ == "__main__":

@@ -22,11 +22,20 @@ def rows(options: Options) -> Iterator[Row]:
     shapes = (
         ((tokens, 768, 3072), (8, 768, 3072))
         if options.quick
-        else ((tokens, 768, 2304), (tokens, 768, 3072), (tokens, 3072, 768), (tokens, 768, 50304), (1, 768, 3072), (8, 768, 3072))
+        else (
+            (tokens, 768, 2304),
+            (tokens, 768, 3072),
+            (tokens, 3072, 768),
+            (tokens, 768, 50304),
+            (1, 768, 3072),
+            (8, 768, 3072),
+        )
     )
     for dtype in (torch.float32, torch.bfloat16):
         for count, size, out in shapes:
-            leaves = tuple(torch.randn(*shape).to(dtype).requires_grad_() for shape in ((count, size), (out, size), (out,)))
+            leaves = tuple(
+                torch.randn(*shape).to(dtype).requires_grad_() for shape in ((count, size), (out, size), (out,))
+            )
             dy = torch.randn(count, out).to(dtype)
             setting = f"{count}x{size}x{out} {str(dtype).removeprefix('torch.')}"
             yield from both_ways(setting, leaves, dy, options)

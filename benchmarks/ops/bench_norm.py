@@ -50,20 +50,53 @@ def rows(options: Options) -> Iterator[Row]:
             size = x.numel() * x.element_size()
             cases = (  # name, ours, theirs, leaves, forward and backward traffic in tensors
                 ("layer_norm", lambda x, w, b: layer_norm(x, w, b, EPS), torch_layer_norm, (x, w1, b1), 2, 3),
-                ("layer_norm+residual", lambda x, r, w, b: layer_norm(x, w, b, EPS, r), torch_residual, (x, residual, w1, b1), 4, 4),
-                ("dual_layer_norm", lambda x, w1, b1, w2, b2: dual_layer_norm(x, w1, b1, w2, b2, EPS), torch_dual, (x, w1, b1, w2, b2), 3, 4),
+                (
+                    "layer_norm+residual",
+                    lambda x, r, w, b: layer_norm(x, w, b, EPS, r),
+                    torch_residual,
+                    (x, residual, w1, b1),
+                    4,
+                    4,
+                ),
+                (
+                    "dual_layer_norm",
+                    lambda x, w1, b1, w2, b2: dual_layer_norm(x, w1, b1, w2, b2, EPS),
+                    torch_dual,
+                    (x, w1, b1, w2, b2),
+                    3,
+                    4,
+                ),
                 ("rms_norm", lambda x, w: rms_norm(x, w, EPS), torch_rms_norm, (x, w1), 2, 3),
             )
             for name, ours, theirs, leaves, forward, backward in cases:
                 peers = with_compiled(theirs, options)
-                yield from compare_op(name, setting, ours, peers, leaves, options, forward_bytes=forward * size, backward_bytes=backward * size)
+                yield from compare_op(
+                    name,
+                    setting,
+                    ours,
+                    peers,
+                    leaves,
+                    options,
+                    forward_bytes=forward * size,
+                    backward_bytes=backward * size,
+                )
             traffic = {"forward_bytes": 2 * size, "backward_bytes": 3 * size}
             for peer, op in liger("layer_norm", options).items():
                 theirs = {peer: partial(op, eps=EPS)}
-                yield from compare_op("layer_norm", setting, lambda X, W, B: layer_norm(X, W, B, EPS), theirs, (x, w1, b1), options, **traffic)
+                yield from compare_op(
+                    "layer_norm",
+                    setting,
+                    lambda X, W, B: layer_norm(X, W, B, EPS),
+                    theirs,
+                    (x, w1, b1),
+                    options,
+                    **traffic,
+                )
             for peer, op in liger("rms_norm", options).items():
                 theirs = {peer: partial(op, eps=EPS, in_place=False)}
-                yield from compare_op("rms_norm", setting, lambda X, W: rms_norm(X, W, EPS), theirs, (x, w1), options, **traffic)
+                yield from compare_op(
+                    "rms_norm", setting, lambda X, W: rms_norm(X, W, EPS), theirs, (x, w1), options, **traffic
+                )
 
 
 if __name__ == "__main__":

@@ -35,21 +35,36 @@ def rows(options: Options) -> Iterator[Row]:
             q, k = (torch.randn(batch, seq, heads, head_dim).to(dtype) for _ in range(2))
             wide = cos[:, None].to(dtype), sin[:, None].to(dtype)
             setting = f"{batch}x{seq}x{heads}x{head_dim} r{rotary_dim} {str(dtype).removeprefix('torch.')}"
-            peers = {name: lambda q, k, op=op, wide=wide: op(q, k, *wide) for name, op in with_compiled(theirs, options).items()}
+            peers = {
+                name: lambda q, k, op=op, wide=wide: op(q, k, *wide)
+                for name, op in with_compiled(theirs, options).items()
+            }
             moved = 4 * q.numel() * q.element_size()
             ours = lambda q, k, cos=cos, sin=sin: rotary(q, k, cos, sin)  # noqa: E731
-            yield from compare_op("rotary", setting, ours, peers, (q, k), options, forward_bytes=moved, backward_bytes=moved)
+            yield from compare_op(
+                "rotary", setting, ours, peers, (q, k), options, forward_bytes=moved, backward_bytes=moved
+            )
             yield from packed(setting, torch.randn(batch, seq, heads, 3, head_dim).to(dtype), (cos, sin), wide, options)
 
 
-def packed(setting: str, qkv: torch.Tensor, tables: tuple[torch.Tensor, ...], wide: tuple[torch.Tensor, ...], options: Options) -> list[Row]:
+def packed(
+    setting: str, qkv: torch.Tensor, tables: tuple[torch.Tensor, ...], wide: tuple[torch.Tensor, ...], options: Options
+) -> list[Row]:
     """The forward on the packed projection: in place, against out of place on slices of it."""
 
     def eager():
         return theirs(qkv[:, :, :, 0], qkv[:, :, :, 1], *wide)
 
     moved = 4 * qkv[:, :, :, 0, : tables[0].shape[-1]].numel() * qkv.element_size()
-    return compare("rotary_qkv forward", setting, lambda: rotary_qkv(qkv, *tables), {"torch eager": eager}, options, work=moved, unit="GB/s")
+    return compare(
+        "rotary_qkv forward",
+        setting,
+        lambda: rotary_qkv(qkv, *tables),
+        {"torch eager": eager},
+        options,
+        work=moved,
+        unit="GB/s",
+    )
 
 
 if __name__ == "__main__":

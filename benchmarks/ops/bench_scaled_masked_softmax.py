@@ -35,7 +35,9 @@ def rows(options: Options) -> Iterator[Row]:
                 "scaled_causal_softmax": partial(scaled_causal_softmax, scale=0.125),
             }
             for name, op in ours.items():
-                yield from compare_op(name, setting, op, peers, (x,), options, forward_bytes=2 * size, backward_bytes=3 * size)
+                yield from compare_op(
+                    name, setting, op, peers, (x,), options, forward_bytes=2 * size, backward_bytes=3 * size
+                )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""One training step of Pythia-160M on a CPU, ours against transformers' GPTNeoXForCausalLM with sdpa: forward, loss, backward, fused AdamW.
+"""One training step of Pythia-160M on a CPU, ours against transformers' GPTNeoXForCausalLM with sdpa: forward, loss,
+backward, fused AdamW.
 
-Every contestant is a process of its own, so that its peak memory is its own too, and a round lets each make one step. All start from the same
-weights and see the same tokens; their losses are compared before anything is timed. Peers: transformers as it is, and with freed memory retained in the
-process as `neox train` keeps it (neox/train/memory.py), which no script of theirs does; in bf16 also autocast over fp32 weights. bf16 is otherwise bf16
-weights and activations for both. The peer's own bf16 product is far slower than its fp32 one on CPUs without fast bf16 dot products, so bf16 gets few
-rounds; `neox.ops.backend("linear")` reports what ours runs. The last row sets our arithmetic (GPT.flops_per_token:
-attention in full) against torch's fp32 product of 2048^3 in the same round. --quick takes 1 x 128 tokens instead of 4 x 512.
+Every contestant is a process of its own, so that its peak memory is its own too, and a round lets each make one step.
+All start from the same weights and see the same tokens; their losses are compared before anything is timed. Peers:
+transformers as it is, and with freed memory retained in the process as `neox train` keeps it (neox/train/memory.py),
+which no script of theirs does; in bf16 also autocast over fp32 weights. bf16 is otherwise bf16 weights and activations
+for both. The peer's own bf16 product is far slower than its fp32 one on CPUs without fast bf16 dot products, so bf16
+gets few rounds; `neox.ops.backend("linear")` reports what ours runs. The last row sets our arithmetic
+(GPT.flops_per_token: attention in full) against torch's fp32 product of 2048^3 in the same round. --quick takes 1 x 128
+tokens instead of 4 x 512.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CPUS = sorted(os.sched_getaffinity(0))  # before torch: with OMP_PROC_BIND its threads, the first too, are bound to one CPU each
+CPUS = sorted(
+    os.sched_getaffinity(0)
+)  # before torch: with OMP_PROC_BIND its threads, the first too, are bound to one CPU each
 
 import torch
 from torch.nn import functional
@@ -39,7 +44,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative
 ROUNDS = {"fp32": 5, "bf16": 3}
 OURS = "neox"
-PEERS = {"fp32": ("transformers", "transformers retained"), "bf16": ("transformers", "transformers retained", "transformers autocast")}
+PEERS = {
+    "fp32": ("transformers", "transformers retained"),
+    "bf16": ("transformers", "transformers retained", "transformers autocast"),
+}
 PRODUCT = 2048  # side of the matrices of the fp32 product
 
 
@@ -104,7 +112,9 @@ def contestant(name: str, dtype: str, batch: int, seq: int) -> Callable[[], floa
 
 
 def compete(args: argparse.Namespace) -> None:
-    """The life of a contestant's process: a line in, a step made, a line out: its seconds, its loss, peak resident bytes, GFLOP/s of a product."""
+    """The life of a contestant's process: a line in, a step made, a line out: its seconds, its loss, peak resident
+    bytes, GFLOP/s of a product.
+    """
     step = contestant(args.contestant, args.dtype[0], *args.shape)
     losses: list[float] = []
     a, b = torch.randn(2, PRODUCT, PRODUCT)
@@ -119,7 +129,9 @@ class Process:
 
     def __init__(self, name: str, dtype: str, threads: int, shape: tuple[int, int]):
         options = ["--contestant", name, "--dtype", dtype, "--threads", str(threads), "--shape", *map(str, shape)]
-        self.child = subprocess.Popen([sys.executable, __file__, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.child = subprocess.Popen(
+            [sys.executable, __file__, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def step(self) -> tuple[float, ...]:
         """(seconds, loss, peak resident bytes, GFLOP/s of the product) of one step.
@@ -160,14 +172,30 @@ def compare(dtype: str, threads: int, shape: tuple[int, int], rounds: int, peers
     tokens = shape[0] * shape[1]
     setting = f"Pythia-160M {shape[0]}x{shape[1]} {dtype}, {threads} thread{'s' if threads > 1 else ''}"
     for peer in peers:
-        yield Row("training step", setting, tokens / seconds[OURS], tokens / seconds[peer], peer, seconds[peer] / seconds[OURS], "tokens/s")
-        yield Row("training step, peak memory", setting, memory[OURS], memory[peer], peer, memory[peer] / memory[OURS], "GB")
+        yield Row(
+            "training step",
+            setting,
+            tokens / seconds[OURS],
+            tokens / seconds[peer],
+            peer,
+            seconds[peer] / seconds[OURS],
+            "tokens/s",
+        )
+        yield Row(
+            "training step, peak memory", setting, memory[OURS], memory[peer], peer, memory[peer] / memory[OURS], "GB"
+        )
     with torch.device("meta"):
         config = from_huggingface(their_model(torch.float32))[0]
         flops = GPT(config, Mesh.single(torch.device("meta"))).flops_per_token(shape[1]) * tokens
     product = statistics.median(result[OURS][3] for result in results)
     yield Row(
-        "training step, arithmetic", setting, flops / seconds[OURS] / 1e9, product, "torch fp32 product", flops / seconds[OURS] / 1e9 / product, "GFLOP/s"
+        "training step, arithmetic",
+        setting,
+        flops / seconds[OURS] / 1e9,
+        product,
+        "torch fp32 product",
+        flops / seconds[OURS] / 1e9 / product,
+        "GFLOP/s",
     )
 
 
@@ -176,11 +204,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="1 x 128 tokens and fewer rounds: under a minute")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, each of ours and of the peer")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, each of ours and of the peer"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and activations")
-    parser.add_argument("--peers", nargs="+", choices=PEERS["bf16"], default=list(PEERS["bf16"]), help="of these, those that the dtype has")
-    parser.add_argument("--rounds", type=int, help="timed steps of each contestant; 5 in fp32, 3 in bf16, 2 with --quick")
-    parser.add_argument("--contestant", choices=(OURS, *PEERS["bf16"]), help=argparse.SUPPRESS)  # the processes that this one starts
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS["bf16"],
+        default=list(PEERS["bf16"]),
+        help="of these, those that the dtype has",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="timed steps of each contestant; 5 in fp32, 3 in bf16, 2 with --quick"
+    )
+    parser.add_argument(
+        "--contestant", choices=(OURS, *PEERS["bf16"]), help=argparse.SUPPRESS
+    )  # the processes that this one starts
     parser.add_argument("--shape", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     counts = sorted(count for count in args.threads if 1 <= count <= len(CPUS))
@@ -192,8 +232,14 @@ def main() -> None:
     if len(counts) < len(args.threads):
         print(f"this process has {len(CPUS)} CPUs: thread counts beyond it are left out", file=sys.stderr)
     shape = (1, 128) if args.quick else (4, 512)
-    settings = ((n, dtype, tuple(peer for peer in PEERS[dtype] if peer in args.peers)) for n in counts for dtype in args.dtype)
-    rows = (row for n, dtype, peers in settings for row in compare(dtype, n, shape, args.rounds or (2 if args.quick else ROUNDS[dtype]), peers))
+    settings = (
+        (n, dtype, tuple(peer for peer in PEERS[dtype] if peer in args.peers)) for n in counts for dtype in args.dtype
+    )
+    rows = (
+        row
+        for n, dtype, peers in settings
+        for row in compare(dtype, n, shape, args.rounds or (2 if args.quick else ROUNDS[dtype]), peers)
+    )
     show(rows, Options(json=args.json, quick=args.quick, threads=max(counts, default=1)))
     return None
 

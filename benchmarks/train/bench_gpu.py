@@ -1,9 +1,13 @@
-"""One training step of Pythia-160M and Pythia-1.4B in bf16 on one GPU, ours against transformers' GPTNeoXForCausalLM with sdpa, eager and compiled.
+"""One training step of Pythia-160M and Pythia-1.4B in bf16 on one GPU, ours against transformers' GPTNeoXForCausalLM
+with sdpa, eager and compiled.
 
-All have bf16 weights and activations, fused AdamW and the same random tokens; first losses are compared before anything is timed. Each model is on the
-GPU alone: one after another, a warm-up that includes compilation, then timed steps between two events, without a transfer to the host inside. The rows give
-tokens/s; MFU counts attention in full (GPT.flops_per_token) against the data sheet's dense peak (neox/train/metrics.py). --quick takes Pythia-160M
-alone, and its compiled peer is left out. It has not been on a GPU yet.
+All have bf16 weights and activations, fused AdamW and the same random tokens; first losses are compared before anything
+is timed. Each model is on the GPU alone: one after another, a warm-up that includes compilation, then timed steps
+between two events, without a
+    transfer to the host inside. The rows give
+tokens/s; MFU counts attention in full (GPT.flops_per_token) against the data sheet's dense peak
+(neox/train/metrics.py). --quick takes Pythia-160M alone, and its compiled peer is left out. It has not been on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -57,7 +61,11 @@ def their_model(case: Case, device: torch.device) -> GPTNeoXForCausalLM:
         num_attention_heads=model.num_attention_heads,
         intermediate_size=model.intermediate_size,
         max_position_embeddings=model.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta, "partial_rotary_factor": model.rotary_pct},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": model.rope_theta,
+            "partial_rotary_factor": model.rotary_pct,
+        },
         use_parallel_residual=model.parallel_residual,
         tie_word_embeddings=model.tie_embeddings,
         use_cache=False,
@@ -68,7 +76,9 @@ def their_model(case: Case, device: torch.device) -> GPTNeoXForCausalLM:
         return GPTNeoXForCausalLM(config).to(torch.bfloat16).train()
 
 
-def loss_of(name: str, case: Case, device: torch.device) -> tuple[torch.nn.Module, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+def loss_of(
+    name: str, case: Case, device: torch.device
+) -> tuple[torch.nn.Module, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """A contestant's model, and its mean loss of (tokens, targets)."""
     theirs = their_model(case, device)
     if name == OURS:
@@ -87,7 +97,9 @@ def run(name: str, case: Case, device: torch.device) -> tuple[float, float]:
     """(first loss, seconds per step) of one contestant: median over rounds of STEPS steps."""
     model, mean_loss = loss_of(name, case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    tokens, targets = torch.randint(model.config.vocab_size, (2, case.batch, case.seq), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens, targets = torch.randint(
+        model.config.vocab_size, (2, case.batch, case.seq), generator=torch.Generator().manual_seed(0)
+    ).to(device)
 
     def step() -> torch.Tensor:
         loss = mean_loss(tokens, targets)
@@ -129,7 +141,15 @@ def compare(case: Case, peers: tuple[str, ...], device: torch.device) -> Iterato
     tokens = case.batch * case.seq
     setting = f"{case.preset.removesuffix('.yml')} {case.batch}x{case.seq} bf16, {torch.cuda.get_device_name(device)}"
     for peer in peers:
-        yield Row("training step", setting, tokens / seconds[OURS], tokens / seconds[peer], peer, seconds[peer] / seconds[OURS], "tokens/s")
+        yield Row(
+            "training step",
+            setting,
+            tokens / seconds[OURS],
+            tokens / seconds[peer],
+            peer,
+            seconds[peer] / seconds[OURS],
+            "tokens/s",
+        )
     flops = GPT(load_config(case.preset).model, Mesh.single("meta")).flops_per_token(case.seq) * tokens
     best = min(peers, key=lambda peer: seconds[peer])
     mfu = {name: flops / seconds[name] / peak_flops(device, torch.bfloat16) * 100 for name in (OURS, best)}
@@ -148,7 +168,10 @@ def main() -> int:
         return 0
     peers = ("transformers eager",) if args.quick else ("transformers eager", "transformers compiled")
     device = torch.device("cuda", torch.cuda.current_device())
-    show((row for case in CASES[: 1 if args.quick else None] for row in compare(case, peers, device)), Options(json=args.json, quick=args.quick, threads=1))
+    show(
+        (row for case in CASES[: 1 if args.quick else None] for row in compare(case, peers, device)),
+        Options(json=args.json, quick=args.quick, threads=1),
+    )
     return 0
 
 

@@ -1,9 +1,13 @@
 """Resident memory of a training process on a CPU over thousands of steps, compared with the memory it has in use.
 
-A small model is trained by `neox train` in a process of its own, in which a thread polls the C library (mallinfo2) and /proc every few milliseconds. In
-use at the peak: the most the C library had handed out since the previous row, plus what is resident outside its free blocks throughout the run, that
-is, the mapped files of torch and Python and the interpreter's own objects: resident memory after a full trim at the end, less what is in use then. The
-ratio is in use over resident: 1 is a heap without a hole, and 0.8 the limit (docs/training.md). --quick runs 100 steps instead of 5,000. Each row
+A small model is trained by `neox train` in a process of its own, in which a thread polls the C library (mallinfo2) and
+/proc every few milliseconds. In use at the peak: the most the C library had handed out since the previous row, plus
+what is resident outside its free
+    blocks throughout the run, that
+is, the mapped files of torch and Python and the interpreter's own objects: resident memory after a full trim at the
+end, less what is in use then. The ratio is in use over resident: 1 is a heap without a hole, and 0.8 the limit
+(docs/training.md). --quick runs 100 steps
+    instead of 5,000. Each row
 also has the page faults and the processor time per step since the previous row, on the error stream.
 """
 
@@ -73,7 +77,8 @@ class Poll(threading.Thread):
     """Polls memory until `stop`, and notes one row whenever metrics.jsonl has reached the next step of AT.
 
     Attributes:
-        rows: of step, bytes resident, most bytes that the C library had handed out, seconds of processor time, page faults; the last two so far.
+        rows: of step, bytes resident, most bytes that the C library had handed out, seconds of processor time, page
+            faults; the last two so far.
     """
 
     def __init__(self, metrics: Path):
@@ -123,8 +128,20 @@ def measure(options: Options, steps: int) -> Iterator[Row]:
         step, resident, most, cpu, faults = row
         needed = most + found["outside"]
         since = step - before[0]
-        print(f"step {step}: {1e3 * (cpu - before[3]) / since:.1f} ms of a processor and {(faults - before[4]) / since:.0f} faults a step", file=sys.stderr)
-        yield Row("resident memory", f"step {step}", resident / 1e6, needed / 1e6, "in use at the peak", needed / resident, "MB")
+        print(
+            f"step {step}: {1e3 * (cpu - before[3]) / since:.1f} ms of a processor and "
+            f"{(faults - before[4]) / since:.0f} faults a step",
+            file=sys.stderr,
+        )
+        yield Row(
+            "resident memory",
+            f"step {step}",
+            resident / 1e6,
+            needed / 1e6,
+            "in use at the peak",
+            needed / resident,
+            "MB",
+        )
         before = row
 
 

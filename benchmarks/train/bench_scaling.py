@@ -1,9 +1,13 @@
-"""Bytes that a process sends in one training step under each layout, counted, against the least that the layout's algorithm allows.
+"""Bytes that a process sends in one training step under each layout, counted, against the least that the layout's
+algorithm allows.
 
-Counted: every collective and message that torch.distributed is asked for in one step of a real engine (fp32, gloo, up to four processes), each
-weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S of a full tensor of S bytes, a message S,
-a broadcast or reduce S (n - 1)/n. The least: neox.plan.communication, whose formula stands in the row's setting. Rows with "stage" are of one pipeline
-stage. A ratio of 1 means that nothing beyond the least is sent; small sums (loss, norm, stop flag, clipping) are counted too. Nothing is timed.
+Counted: every collective and message that torch.distributed is asked for in one step of a real engine (fp32, gloo, up
+    to four processes), each
+weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S of
+    a full tensor of S bytes, a message S,
+a broadcast or reduce S (n - 1)/n. The least: neox.plan.communication, whose formula stands in the row's setting. Rows
+with "stage" are of one pipeline stage. A ratio of 1 means that nothing beyond the least is sent; small sums (loss,
+norm, stop flag, clipping) are counted too. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -35,7 +39,14 @@ from neox.parallel.mesh import create_mesh
 from neox.plan.communication import Traffic, traffic
 from neox.plan.sizes import resolve
 
-MODEL = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 8, "vocab_size": 1000, "max_position_embeddings": 64, "parallel_residual": True}
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "vocab_size": 1000,
+    "max_position_embeddings": 64,
+    "parallel_residual": True,
+}
 LENGTH, MICRO, ACCUMULATION = 64, 2, 4
 
 
@@ -58,7 +69,12 @@ class Case:
                 "model": MODEL,
                 "data": {"seq_length": LENGTH},
                 "precision": {"dtype": "fp32"},
-                "parallel": {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "sequence": self.sequence},
+                "parallel": {
+                    "tensor": self.tensor,
+                    "pipeline": self.pipeline,
+                    "context": self.context,
+                    "sequence": self.sequence,
+                },
                 "zero": {"stage": self.zero},
                 "train": {"micro_batch_size": MICRO, "gradient_accumulation": ACCUMULATION, "train_iters": 2},
                 "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
@@ -81,7 +97,8 @@ CASES = (
 )
 
 
-# c10d operator -> (weight times (n - 1)/n, position of the argument that holds the tensors, whether they are one member's share of it)
+# c10d operator -> (weight times (n - 1)/n, position of the argument that holds the tensors, whether they are one
+# member's share of it)
 COLLECTIVES = {
     "allreduce_": (2.0, 0, False),
     "allreduce_coalesced_": (2.0, 0, False),
@@ -124,7 +141,11 @@ class Counter(TorchDispatchMode):
             count = size_of(args[0])
         elif name in COLLECTIVES:
             weight, position, share = COLLECTIVES[name]
-            group = next(argument for argument in args if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()))
+            group = next(
+                argument
+                for argument in args
+                if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+            )
             members = dist.ProcessGroup.unbox(group).size()
             count = weight * (members - 1) / members * size_of(args[position]) * (members if share else 1)
         else:
@@ -141,7 +162,9 @@ def size_of(tensors: object) -> int:
 
 def run_case(case: Case) -> dict:
     """One process: two steps of a layout, of which the second is counted."""
-    from neox.engine.engine import Engine  # only here: it brings in DeepSpeed, which writes to the output at its import, ahead of the JSON
+    from neox.engine.engine import (
+        Engine,
+    )  # only here: it brings in DeepSpeed, which writes to the output at its import, ahead of the JSON
 
     config = case.config()
     mesh = create_mesh(case.tensor, case.pipeline, context=case.context, sequence=case.sequence)
@@ -150,7 +173,9 @@ def run_case(case: Case) -> dict:
 
     def micro_batch() -> SimpleNamespace:
         tokens, targets = torch.randint(0, MODEL["vocab_size"], (2, MICRO, LENGTH), generator=generator)
-        return SimpleNamespace(tokens=tokens, targets=targets, segment_ids=None, position_ids=None, sample_ids=torch.arange(MICRO))
+        return SimpleNamespace(
+            tokens=tokens, targets=targets, segment_ids=None, position_ids=None, sample_ids=torch.arange(MICRO)
+        )
 
     engine.train_step([micro_batch() for _ in range(ACCUMULATION)])
     with Counter() as counter:
@@ -185,10 +210,21 @@ def count(processes: int) -> list[list[dict]]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.json"
         command = [sys.executable, __file__, "--child", str(processes), str(out)]
-        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        shared = {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
         logs = [(Path(folder) / f"{rank}.txt").open("w+") for rank in range(processes)]
         children = [
-            subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
+            subprocess.Popen(
+                command,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=log,
+            )
             for rank, log in enumerate(logs)
         ]
         try:
@@ -214,13 +250,18 @@ def compare(processes: tuple[int, ...]) -> Iterator[Row]:
         for case, answers in zip(cases, count(number), strict=True):
             layout = resolve(case.config(), number)
             for stage in layout.stages:
-                most = max((each["sent"] for each in answers if each["stage"] == stage.number), key=lambda sent: sum(sent.values()))
+                most = max(
+                    (each["sent"] for each in answers if each["stage"] == stage.number),
+                    key=lambda sent: sum(sent.values()),
+                )
                 parts = traffic(case.config(), layout, stage, least=True)
                 least, sent = sum(row.sent for row in parts), sum(most.values())
                 where = f", stage {stage.number}" if case.pipeline > 1 else ""
                 kinds = ", ".join(f"{kind} {size / 1e3:.1f}" for kind, size in sorted(most.items()))
                 setting = f"{number} processes{where}: {formula(parts)}; counted, kB: {kinds}"
-                yield Row(case.name, setting, sent / 1e3, least / 1e3, "least", least / sent if sent else 1.0, "kB/step")
+                yield Row(
+                    case.name, setting, sent / 1e3, least / 1e3, "least", least / sent if sent else 1.0, "kB/step"
+                )
 
 
 def main() -> None:
@@ -228,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="two processes alone: under a minute on an idle machine")
-    parser.add_argument("--child", nargs=2, metavar=("PROCESSES", "OUT"), help=argparse.SUPPRESS)  # the processes that this one starts
+    parser.add_argument(
+        "--child", nargs=2, metavar=("PROCESSES", "OUT"), help=argparse.SUPPRESS
+    )  # the processes that this one starts
     args = parser.parse_args()
     if args.child:
         child(int(args.child[0]), args.child[1])

@@ -1,9 +1,11 @@
-"""Writes csrc/data/unicode_tables.inc: what the letters, numbers and spaces of a split pattern are, and the tables of normalisation form C.
+"""Writes csrc/data/unicode_tables.inc: what the letters, numbers and spaces of a split pattern are, and the tables of
+normalisation form C.
 
     python csrc/data/unicode_tables.py
 
-Everything is asked of the installed `tokenizers`, whose ids the encoder must give: its regular expressions and its normaliser follow a
-Unicode version of their own. tests/data/test_unicode.py compares the built tables with the library that a user has.
+Everything is asked of the installed `tokenizers`, whose ids the encoder must give: its regular expressions and its
+normaliser follow a Unicode version of their own. tests/data/test_unicode.py compares the built tables with the library
+that a user has.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def matching(pattern: str) -> list[int]:
 
 
 def each(codes: list[int], before: str, after: str, normalise) -> list[str]:
-    """normalise(before + c + after) of every c, in batches: a new line stands between them, which nothing combines with."""
+    """normalise(before + c + after) of every c, in batches: a new line stands between them, which nothing combines
+    with.
+    """
     results: list[str] = []
     for first in range(0, len(codes), 4096):
         joined = "\n".join(before + chr(code) + after for code in codes[first : first + 4096])
@@ -59,7 +63,9 @@ def each(codes: list[int], before: str, after: str, normalise) -> list[str]:
 
 
 def combining_classes(codes: list[int]) -> dict[int, int]:
-    """Canonical combining class of every code point that has one, found from the known marks that it is reordered with."""
+    """Canonical combining class of every code point that has one, found from the known marks that it is reordered
+    with.
+    """
     marks = {unicodedata.combining(chr(code)): chr(code) for code in code_points() if unicodedata.combining(chr(code))}
     above_lowest = each(codes, "a", LOW_MARK, NFD)
     below_highest = each(codes, "a" + HIGH_MARK, "", NFD)
@@ -68,8 +74,14 @@ def combining_classes(codes: list[int]) -> dict[int, int]:
         plain = NFD(chr(code)) if low != "a" + chr(code) + LOW_MARK else chr(code)
         if len(plain) > 1 or (low == "a" + plain + LOW_MARK and high == "a" + HIGH_MARK + plain):
             continue
-        passed = [k for k, mark in marks.items() if NFD("a" + plain + mark) != "a" + plain + mark]  # classes below that of `code`
-        held = [k for k, mark in marks.items() if k > max(passed, default=0) and NFD("a" + mark + plain) == "a" + mark + plain]  # and at or below it
+        passed = [
+            k for k, mark in marks.items() if NFD("a" + plain + mark) != "a" + plain + mark
+        ]  # classes below that of `code`
+        held = [
+            k
+            for k, mark in marks.items()
+            if k > max(passed, default=0) and NFD("a" + mark + plain) == "a" + mark + plain
+        ]  # and at or below it
         found[code] = min(held)
     return found
 
@@ -80,19 +92,30 @@ def write(path: Path) -> None:
     classes = combining_classes(codes)
     decomposed = {code: form for code, form in zip(codes, each(codes, "", "", NFD), strict=True) if form != chr(code)}
     composed = {code: form for code, form in zip(codes, each(codes, "", "", NFC), strict=True) if form != chr(code)}
-    pairs = sorted((NFC(form[:-1]), form[-1], code) for code, form in decomposed.items() if len(form) > 1 and code not in composed)
+    pairs = sorted(
+        (NFC(form[:-1]), form[-1], code) for code, form in decomposed.items() if len(form) > 1 and code not in composed
+    )
     assert all(len(first) == 1 and NFC(first + second) == chr(code) for first, second, code in pairs)
     jamo = [*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)]  # vowels and finals compose with what stands before them
     unstable = ranges(sorted({*composed, *classes, *(ord(second) for _, second, _ in pairs), *jamo}))
 
-    lines = [f"// Written by csrc/data/unicode_tables.py from tokenizers {tokenizers.__version__}. Not to be edited.", "// clang-format off"]
+    lines = [
+        f"// Written by csrc/data/unicode_tables.py from tokenizers {tokenizers.__version__}. Not to be edited.",
+        "// clang-format off",
+    ]
     for name, pattern in CLASSES.items():
-        lines += array(f"constexpr Range {name}Ranges[]", (f"{{{first:#x},{last:#x}}}" for first, last in ranges(matching(pattern))))
+        lines += array(
+            f"constexpr Range {name}Ranges[]",
+            (f"{{{first:#x},{last:#x}}}" for first, last in ranges(matching(pattern))),
+        )
     lines += array("constexpr Range kUnstableRanges[]", (f"{{{first:#x},{last:#x}}}" for first, last in unstable))
     lines += array("constexpr Mark kMarks[]", (f"{{{code:#x},{k}}}" for code, k in sorted(classes.items())))
     forms = (f"{{{code:#x},{{{','.join(f'{ord(c):#x}' for c in form)}}}}}" for code, form in sorted(decomposed.items()))
     lines += array("constexpr Decomposition kDecompositions[]", forms)
-    lines += array("constexpr Composition kCompositions[]", (f"{{{ord(first):#x},{ord(second):#x},{code:#x}}}" for first, second, code in pairs))
+    lines += array(
+        "constexpr Composition kCompositions[]",
+        (f"{{{ord(first):#x},{ord(second):#x},{code:#x}}}" for first, second, code in pairs),
+    )
     path.write_text("\n".join(lines) + "\n")
 
 

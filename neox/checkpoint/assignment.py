@@ -35,7 +35,10 @@ class Assignment:
 
 def encode_offers(fragments: Sequence[Fragment]) -> list[list]:
     """The addresses of fragments as plain JSON."""
-    return [[f.kind, f.name, dtype_name(f), list(f.shape), [list(pair) for pair in f.slices], f.start, f.stop] for f in fragments]
+    return [
+        [f.kind, f.name, dtype_name(f), list(f.shape), [list(pair) for pair in f.slices], f.start, f.stop]
+        for f in fragments
+    ]
 
 
 def decode_offers(message: list[list]) -> list[Offer]:
@@ -54,7 +57,12 @@ def tensor_table(offers: Sequence[Sequence[Offer]]) -> dict[tuple[str, str], Ten
             info = TensorInfo(offer.dtype, offer.shape)
             known = table.setdefault((offer.kind, offer.name), info)
             if known != info:
-                raise CheckpointError("ranks disagree about a tensor", where=f"rank {rank}: {offer.kind}/{offer.name}", got=info, want=known)
+                raise CheckpointError(
+                    "ranks disagree about a tensor",
+                    where=f"rank {rank}: {offer.kind}/{offer.name}",
+                    got=info,
+                    want=known,
+                )
     return table
 
 
@@ -87,7 +95,11 @@ def assign(offers: Sequence[Sequence[Offer]]) -> list[list[Assignment]]:
     return assigned
 
 
-def check_assignment(table: dict[tuple[str, str], TensorInfo], offers: Sequence[Sequence[Offer]], assigned: Sequence[Sequence[Assignment]]) -> None:
+def check_assignment(
+    table: dict[tuple[str, str], TensorInfo],
+    offers: Sequence[Sequence[Offer]],
+    assigned: Sequence[Sequence[Assignment]],
+) -> None:
     """Raises CheckpointError, naming every tensor at fault, unless the assignments cover each tensor exactly once."""
     segments: dict[tuple[str, str], list[tuple[Slices, int, int]]] = {key: [] for key in table}
     for local, taken in zip(offers, assigned, strict=True):

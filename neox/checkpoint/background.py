@@ -51,7 +51,11 @@ class HostBlock:
             return
         error = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
         if error:
-            logger.warning("cannot lock %.1f GB of host memory (CUDA error %d): copies for checkpoints are slower", size / 1e9, error)
+            logger.warning(
+                "cannot lock %.1f GB of host memory (CUDA error %d): copies for checkpoints are slower",
+                size / 1e9,
+                error,
+            )
             return
         # the callback holds the memory, so that it is not freed before it is unlocked
         weakref.finalize(self, unlock, self.memory).atexit = False
@@ -126,7 +130,17 @@ class Saver:
         storage: system calls.
     """
 
-    def __init__(self, root: Path, *, keep: int, lineage: Lineage, rank: int = 0, world_size: int = 1, background: bool = True, storage: Storage = LOCAL):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        lineage: Lineage,
+        rank: int = 0,
+        world_size: int = 1,
+        background: bool = True,
+        storage: Storage = LOCAL,
+    ):
         self.root = root
         self.keep = keep
         self.lineage = lineage
@@ -152,7 +166,10 @@ class Saver:
         size, locked = 0, False
         if self.background:
             for fragment in fragments:
-                size, locked = size + padded_bytes(fragment.data.numel(), fragment.data.dtype), locked or fragment.data.is_cuda
+                size, locked = (
+                    size + padded_bytes(fragment.data.numel(), fragment.data.dtype),
+                    locked or fragment.data.is_cuda,
+                )
         if locked:
             self._snapshot.reserve(size, True)
 
@@ -174,8 +191,9 @@ class Saver:
         Returns:
             Seconds for which training was blocked.
 
-        Raises: DiskError, CheckpointError: the save did not begin: the ranks could not agree on what to write, or a
-            folder could not be created. Errors of the write itself are in the `Outcome`.
+        Raises:
+            DiskError, CheckpointError: the save did not begin: the ranks could not agree on what to write, or a folder
+                could not be created. Errors of the write itself are in the `Outcome`.
         """
         begin = time.perf_counter()
         self.join()
@@ -184,7 +202,9 @@ class Saver:
         held, tensors = job.prepare(fragments, rng)
         if self.background:
             copies = self._snapshot.take(held)
-            self._thread = threading.Thread(target=self._run, args=(job, step, copies, tensors), name="neox-checkpoint", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(job, step, copies, tensors), name="neox-checkpoint", daemon=True
+            )
             self._thread.start()
         else:
             self._run(job, step, held, tensors)

@@ -41,7 +41,9 @@ class RankGroup:
         try:
             return [json.loads(part) for part in self._gather(raw)]
         except RuntimeError as error:
-            raise PeerLost("a rank was lost during a checkpoint", where=f"rank {self.rank}", got=str(error)[:200]) from error
+            raise PeerLost(
+                "a rank was lost during a checkpoint", where=f"rank {self.rank}", got=str(error)[:200]
+            ) from error
 
     def _gather(self, raw: bytes) -> list[bytes]:
         device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
@@ -66,7 +68,9 @@ class RankGroup:
             if self.world_size == 1:
                 raise
             problem = error
-        answers = self.all_gather_json({"result": result} if problem is None else {"error": describe(problem, self.rank)})
+        answers = self.all_gather_json(
+            {"result": result} if problem is None else {"error": describe(problem, self.rank)}
+        )
         first = next((answer["error"] for answer in answers if "error" in answer), None)
         if first is not None:
             raise revive(first) from problem
@@ -76,7 +80,11 @@ class RankGroup:
 def describe(error: Exception, rank: int) -> dict[str, str | None]:
     """An error as plain JSON, with the rank that raised it."""
     if isinstance(error, NeoxError):
-        parts = {key: None if value is None else str(value) for key, value in vars(error).items() if key in ("what", "where", "got", "want", "do")}
+        parts = {
+            key: None if value is None else str(value)
+            for key, value in vars(error).items()
+            if key in ("what", "where", "got", "want", "do")
+        }
         where = f"rank {rank}" if parts["where"] is None else f"rank {rank}: {parts['where']}"
         return {"class": type(error).__name__, **parts, "where": where}
     what = f"{type(error).__name__}: {error}"

@@ -17,7 +17,9 @@ from neox.errors import CheckpointError
 LOG = logging.getLogger(__name__)
 
 
-def find(root: str | Path, resume: str, *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None) -> Path | None:
+def find(
+    root: str | Path, resume: str, *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
+) -> Path | None:
     """The checkpoint to resume from, fully verified; None to start at step 0.
 
     Collective where world_size > 1: ranks divide the verification, and all return the same path or raise the same
@@ -49,12 +51,20 @@ def _refuse_existing(root: Path) -> None:
     there = [one.path.name for one in scan(root) if one.has_manifest]
     if there:
         raise CheckpointError(
-            "run has checkpoints, and checkpoint.resume is never", where=root, got=", ".join(there), do="choose another run.dir, or checkpoint.resume: auto"
+            "run has checkpoints, and checkpoint.resume is never",
+            where=root,
+            got=", ".join(there),
+            do="choose another run.dir, or checkpoint.resume: auto",
         )
 
 
 def _newest_good(root: Path, ranks: RankGroup, required: bool) -> Path | None:
-    lists = ranks.run_on_all(lambda: [[str(one.path) for one in reversed(scan(root)) if one.manifest], [str(one.problem) for one in damaged(root)]])
+    lists = ranks.run_on_all(
+        lambda: [
+            [str(one.path) for one in reversed(scan(root)) if one.manifest],
+            [str(one.problem) for one in damaged(root)],
+        ]
+    )
     candidates, bad = lists[0]
     for name in candidates:
         problem = _first_problem(Path(name), ranks)
@@ -80,9 +90,13 @@ def _refuse_silence(root: Path, bad: list[str], required: bool) -> None:
         raise CheckpointError("all checkpoints of the run are damaged", where=root, got=" | ".join(bad), do=restore)
     hint = read_latest(root)
     if hint is not None:
-        raise CheckpointError("the run's checkpoints are missing", where=root, got=f"latest names {hint!r}; {listing(root)}", do=restore)
+        raise CheckpointError(
+            "the run's checkpoints are missing", where=root, got=f"latest names {hint!r}; {listing(root)}", do=restore
+        )
     if required:
-        raise CheckpointError("no checkpoint to resume from", where=root, got=listing(root), do="checkpoint.resume: auto starts at step 0")
+        raise CheckpointError(
+            "no checkpoint to resume from", where=root, got=listing(root), do="checkpoint.resume: auto starts at step 0"
+        )
 
 
 def _first_problem(path: Path, ranks: RankGroup) -> CheckpointError | None:
@@ -103,8 +117,9 @@ def _first_problem(path: Path, ranks: RankGroup) -> CheckpointError | None:
 def resolve(path: str | Path) -> Path:
     """The checkpoint that a path refers to: itself, or the newest in a folder of checkpoints or of a run.
 
-    Raises: CheckpointError: there is none (it lists what the folder holds), or the newest is damaged: an older one is
-        never used silently.
+    Raises:
+        CheckpointError: there is none (it lists what the folder holds), or the newest is damaged: an older one is never
+            used silently.
     """
     path = Path(path)
     if os.path.lexists(path / MANIFEST) or (folder_step(path.name) is not None and path.is_dir()):
@@ -116,11 +131,16 @@ def resolve(path: str | Path) -> Path:
             if not good or one.path.name == hint or one.step > good[-1].step:
                 older = ", ".join(found.path.name for found in good)
                 do = f"valid by their manifests: {older}; name one of them" if older else "restore it"
-                raise CheckpointError(one.problem.what, where=one.problem.where, got=one.problem.got, want=one.problem.want, do=do)
+                raise CheckpointError(
+                    one.problem.what, where=one.problem.where, got=one.problem.got, want=one.problem.want, do=do
+                )
         if good:
             return good[-1].path
     parent = path if path.is_dir() else next(folder for folder in path.parents if folder.is_dir())
-    want, do = "a folder with manifest.json, or a folder of such folders", "name the folder of a run, or one step_... folder"
+    want, do = (
+        "a folder with manifest.json, or a folder of such folders",
+        "name the folder of a run, or one step_... folder",
+    )
     raise CheckpointError("no checkpoint found", where=path, got=listing(parent), want=want, do=do)
 
 

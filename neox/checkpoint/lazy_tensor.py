@@ -63,7 +63,9 @@ class LazyTensor:
         tensor = self.make()
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise CheckpointError("a converted tensor differs from its declaration", got=got, want=f"{self.dtype} {self.shape}")
+            raise CheckpointError(
+                "a converted tensor differs from its declaration", got=got, want=f"{self.dtype} {self.shape}"
+            )
         return tensor.to(device).reshape(-1)[self.start : self.start + self.numel()]
 
 

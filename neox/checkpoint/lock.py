@@ -105,9 +105,13 @@ class FolderLock:
             return False
         unknown = "a holder that is starting" if has_flock else "a file without a holder"
         raise CheckpointError(
-            "another job holds this folder" if has_flock else "another job may hold this folder: its file system has no locks (flock)",
+            "another job holds this folder"
+            if has_flock
+            else "another job may hold this folder: its file system has no locks (flock)",
             where=self.path,
-            got=", ".join(f"{key} {_clean(holder.get(key))}" for key in ("host", "pid", "started")) if holder else unknown,
+            got=", ".join(f"{key} {_clean(holder.get(key))}" for key in ("host", "pid", "started"))
+            if holder
+            else unknown,
             want="one job per run.dir",
             do="stop that job, or choose another run.dir; remove the file if it has exited on every host and container",
         )

@@ -37,7 +37,9 @@ class MergedCheckpoint(Checkpoint):
         """(kind, name) -> logical shape; see Checkpoint."""
         return {key: shape for key, shape in super().stored_shapes(kinds).items() if not key[1].endswith(FACTORS)}
 
-    def read(self, name: str, kind: str = "weight", slices: Slices | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, kind: str = "weight", slices: Slices | None = None, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
         """As Checkpoint.read, with the adapter of the weight added."""
         base = name.removesuffix(".weight")
         if kind != "weight" or not name.endswith(".weight") or not super().kinds(base + FACTORS[0]):

@@ -150,14 +150,20 @@ def encode(manifest: Manifest) -> bytes:
     body = {
         "step": manifest.step,
         "save": manifest.save_id,
-        "lineage": {"id": manifest.lineage.id, "generation": manifest.lineage.generation, "ancestors": [list(item) for item in manifest.lineage.ancestors]},
+        "lineage": {
+            "id": manifest.lineage.id,
+            "generation": manifest.lineage.generation,
+            "ancestors": [list(item) for item in manifest.lineage.ancestors],
+        },
         "world_size": manifest.world_size,
         "layout": to_plain_json(manifest.layout, "layout"),
         "state": to_plain_json(manifest.state, "state"),
         "model": to_plain_json(manifest.model_config, "model"),
         "config": manifest.config_lock,
         "block": manifest.block,
-        "tensors": [[kind, name, info.dtype, list(info.shape)] for (kind, name), info in sorted(manifest.tensors.items())],
+        "tensors": [
+            [kind, name, info.dtype, list(info.shape)] for (kind, name), info in sorted(manifest.tensors.items())
+        ],
         "files": [encode_file(file) for file in manifest.files],
     }
     raw = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
@@ -180,14 +186,26 @@ def to_plain_json(value: object, where: str) -> object:
     if value is None or finite or type(value) in (str, bool, int):
         return value
     raise CheckpointError(
-        "not plain JSON", where=where, got=f"{type(value).__name__} {str(value)[:60]}", want="dict, list, str, int, finite float, bool or None"
+        "not plain JSON",
+        where=where,
+        got=f"{type(value).__name__} {str(value)[:60]}",
+        want="dict, list, str, int, finite float, bool or None",
     )
 
 
 def encode_file(file: ShardFile) -> JsonObject:
     """A shard's record as plain JSON."""
-    entries = [[s.kind, s.name, [list(pair) for pair in s.slices], s.start, s.stop, s.offset, list(s.blocks)] for s in file.segments]
-    return {"name": file.name, "size": file.size, "header": file.header, "header_sha256": file.header_sha256, "entries": entries}
+    entries = [
+        [s.kind, s.name, [list(pair) for pair in s.slices], s.start, s.stop, s.offset, list(s.blocks)]
+        for s in file.segments
+    ]
+    return {
+        "name": file.name,
+        "size": file.size,
+        "header": file.header,
+        "header_sha256": file.header_sha256,
+        "entries": entries,
+    }
 
 
 def read_manifest(folder: Path, *, storage: Storage = LOCAL) -> Manifest:
@@ -203,14 +221,24 @@ def decode(raw: bytes, where: Path | str = MANIFEST) -> Manifest:
     """
     frame = _FRAME.match(raw)
     if frame is None or not raw.endswith(_TAIL) or frame[1].decode() != FORMAT:
-        raise CheckpointError("not a manifest", where=where, got=f"{len(raw)} bytes: {raw[:40]!r}", want=f"the frame of format {FORMAT}")
+        raise CheckpointError(
+            "not a manifest", where=where, got=f"{len(raw)} bytes: {raw[:40]!r}", want=f"the frame of format {FORMAT}"
+        )
     version = int(frame[2])
     if version not in DIGESTS:
-        raise CheckpointError("unknown checkpoint version", where=where, got=version, want=f"at most {VERSION}", do="use the release of neox that wrote it")
+        raise CheckpointError(
+            "unknown checkpoint version",
+            where=where,
+            got=version,
+            want=f"at most {VERSION}",
+            do="use the release of neox that wrote it",
+        )
     body = raw[frame.end() : -len(_TAIL)]
     actual = hashlib.sha256(body).hexdigest()
     if actual != frame[3].decode():
-        raise CheckpointError("manifest is damaged", where=where, got=f"sha256 {actual}", want=f"sha256 {frame[3].decode()}")
+        raise CheckpointError(
+            "manifest is damaged", where=where, got=f"sha256 {actual}", want=f"sha256 {frame[3].decode()}"
+        )
     try:
         return _decode_body(_Reader(parse_json(body), "body"), DIGESTS[version])
     except CheckpointError as error:
@@ -299,7 +327,10 @@ def _decode_body(body: _Reader, digest: str) -> Manifest:
     layout = body.get("layout")
     for axis in layout.table():
         layout.get(axis).below(PROCESS_LIMIT)
-    ancestors = tuple((one.text(), step.below(STEP_LIMIT)) for one, step in (item.items(2) for item in lineage.get("ancestors").items()))
+    ancestors = tuple(
+        (one.text(), step.below(STEP_LIMIT))
+        for one, step in (item.items(2) for item in lineage.get("ancestors").items())
+    )
     tensors = dict(_decode_tensor(item) for item in body.get("tensors").items())
     block = body.get("block").number()
     if not block:
@@ -327,7 +358,10 @@ def _decode_tensor(item: _Reader) -> tuple[tuple[str, str], TensorInfo]:
     kind, name, dtype, shape = item.items(4)
     if len(shape.items()) > MAX_DIMENSIONS:
         raise shape.fail(f"at most {MAX_DIMENSIONS} dimensions")
-    info = TensorInfo(dtype.match(ITEM_BYTES.__contains__, f"one of {list(ITEM_BYTES)}"), tuple(size.number() for size in shape.items()))
+    info = TensorInfo(
+        dtype.match(ITEM_BYTES.__contains__, f"one of {list(ITEM_BYTES)}"),
+        tuple(size.number() for size in shape.items()),
+    )
     return (kind.text(), name.text()), info
 
 
@@ -362,16 +396,26 @@ def check_manifest(manifest: Manifest) -> None:
         for segment in file.segments:
             if segment.offset != end:
                 raise CheckpointError(
-                    "segments do not lie end to end", where=f"{file.name}: {segment.key}", got=f"offset {segment.offset}", want=f"offset {end}"
+                    "segments do not lie end to end",
+                    where=f"{file.name}: {segment.key}",
+                    got=f"offset {segment.offset}",
+                    want=f"offset {end}",
                 )
             end += (segment.stop - segment.start) * ITEM_BYTES[manifest.tensors[segment.kind, segment.name].dtype]
             covered[segment.kind, segment.name].append((segment.slices, segment.start, segment.stop))
         if file.header < 8 or file.header + end != file.size:
-            raise CheckpointError("sizes contradict each other", where=file.name, got=f"{file.size} bytes", want=f"{file.header} + {end} bytes")
+            raise CheckpointError(
+                "sizes contradict each other",
+                where=file.name,
+                got=f"{file.size} bytes",
+                want=f"{file.header} + {end} bytes",
+            )
     check_segments(manifest.tensors, covered)
 
 
-def check_segments(table: dict[tuple[str, str], TensorInfo], segments: dict[tuple[str, str], list[tuple[Slices, int, int]]]) -> None:
+def check_segments(
+    table: dict[tuple[str, str], TensorInfo], segments: dict[tuple[str, str], list[tuple[Slices, int, int]]]
+) -> None:
     """Raises one CheckpointError that lists every tensor that is not covered exactly once."""
     problems = []
     for (kind, name), info in table.items():
@@ -382,6 +426,8 @@ def check_segments(table: dict[tuple[str, str], TensorInfo], segments: dict[tupl
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        shown = ", ".join(f"{error.where}: {error.what}, have {error.got}, want {error.want}" for error in problems[:50])
+        shown = ", ".join(
+            f"{error.where}: {error.what}, have {error.got}, want {error.want}" for error in problems[:50]
+        )
         more = f", and {len(problems) - 50} more" if len(problems) > 50 else ""
         raise CheckpointError(f"{len(problems)} tensors are not covered exactly once", got=shown + more)

@@ -39,7 +39,13 @@ def describe_process() -> JsonObject:
     except psutil.Error:  # /proc of another namespace
         born = time.time()
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))
-    return {"host": socket.gethostname(), "space": process_namespace(), "pid": os.getpid(), "born": born, "started": started}
+    return {
+        "host": socket.gethostname(),
+        "space": process_namespace(),
+        "pid": os.getpid(),
+        "born": born,
+        "started": started,
+    }
 
 
 def has_exited(who: JsonObject) -> bool:

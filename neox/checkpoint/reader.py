@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 
-from neox.checkpoint.manifest import MANIFEST, RNG_KIND, SHARD_NAME, Manifest, Segment, ShardFile, TensorInfo, read_manifest
+from neox.checkpoint.manifest import (
+    MANIFEST,
+    RNG_KIND,
+    SHARD_NAME,
+    Manifest,
+    Segment,
+    ShardFile,
+    TensorInfo,
+    read_manifest,
+)
 from neox.checkpoint.reshard import Slices, check_address, full_slices, logical_boxes, overlaps
 from neox.checkpoint.retention import folder_name, folder_step
 from neox.checkpoint.shard import DTYPES
@@ -33,6 +42,7 @@ OPEN_FILES = 64  # at most: one process may read the shards of thousands
 LISTED = 6  # differences that one message names
 
 Shapes = dict[tuple[str, str], tuple[int, ...]]  # (kind, name) -> logical shape
+Located = tuple[ShardFile, Segment]
 
 
 class Checkpoint:
@@ -42,15 +52,15 @@ class Checkpoint:
         path: folder of the checkpoint.
         storage: system calls.
 
-    Raises: CheckpointError: the manifest is damaged, or files are missing, of another size, links, or not part of this
-        checkpoint.
+    Raises:
+        CheckpointError: the manifest is damaged, or a file is missing, of another size, a link, or unknown.
     """
 
     def __init__(self, path: str | Path, *, storage: Storage = LOCAL):
         self.path = Path(path)
         self.manifest = read_manifest(self.path, storage=storage)
         check_folder(self.path, self.manifest)
-        self._segments: dict[tuple[str, str], list[tuple[ShardFile, Segment]]] = {key: [] for key in self.manifest.tensors}
+        self._segments: dict[tuple[str, str], list[Located]] = {key: [] for key in self.manifest.tensors}
         for file, segment in self.manifest.segments():
             self._segments[segment.kind, segment.name].append((file, segment))
         self._reads = ShardReads(self.path, self.manifest, storage)
@@ -119,9 +129,13 @@ class Checkpoint:
 
     def stored_shapes(self, kinds: set[str]) -> Shapes:
         """(kind, name) -> logical shape of every tensor of these kinds."""
-        return {key: info.shape for key, info in self.manifest.tensors.items() if key[0] in kinds and key[0] != RNG_KIND}
+        return {
+            key: info.shape for key, info in self.manifest.tensors.items() if key[0] in kinds and key[0] != RNG_KIND
+        }
 
-    def read(self, name: str, kind: str = "weight", slices: Slices | None = None, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, kind: str = "weight", slices: Slices | None = None, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
         """Read the flat range [start, stop) of a slice of a logical tensor.
 
         Args:
@@ -132,8 +146,8 @@ class Checkpoint:
         Returns:
             A new flat tensor of stop - start elements, on the CPU, in the stored dtype.
 
-        Raises: CheckpointError: no such tensor, an address outside it, or a damaged shard (file, tensor and checksums
-            named).
+        Raises:
+            CheckpointError: no such tensor, an address outside it, or a damaged shard.
         """
         info = self.info(name, kind)
         slices = full_slices(info.shape) if slices is None else tuple((low, high) for low, high in slices)
@@ -151,7 +165,12 @@ class Checkpoint:
         After an error the content of `out` is undefined.
         """
         info = self.info(name, kind)
-        if out.dtype != DTYPES[info.dtype] or out.device.type != "cpu" or not out.is_contiguous() or out.numel() != stop - start:
+        if (
+            out.dtype != DTYPES[info.dtype]
+            or out.device.type != "cpu"
+            or not out.is_contiguous()
+            or out.numel() != stop - start
+        ):
             out.copy_(self.read(name, kind, slices, start, stop))
             return
         check_address(name, kind, info.shape, slices, start, stop)
@@ -173,7 +192,12 @@ class Checkpoint:
     def rng(self, rank: int) -> dict[str, torch.Tensor]:
         """Generator states of a rank of the run that saved. Raises CheckpointError for a rank that it did not have."""
         if not 0 <= rank < self.world_size:
-            raise CheckpointError("no generator states of this rank", where=self.path, got=f"rank {rank}", want=f"0 to {self.world_size - 1}")
+            raise CheckpointError(
+                "no generator states of this rank",
+                where=self.path,
+                got=f"rank {rank}",
+                want=f"0 to {self.world_size - 1}",
+            )
         prefix = f"{rank}/"
         names = [name for kind, name in self.manifest.tensors if kind == RNG_KIND and name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name, RNG_KIND) for name in names}
@@ -188,7 +212,9 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fill(self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int, *, wait_for: bool) -> None:
+    def _fill(
+        self, out: torch.Tensor, name: str, kind: str, slices: Slices, start: int, stop: int, *, wait_for: bool
+    ) -> None:
         """`read` into a flat CPU tensor of the stored dtype.
 
         Without `wait_for`, reads may be pending on return (see `async_reads`).
@@ -213,7 +239,12 @@ class Checkpoint:
                     replace(rows, source=replace(rows.source, offset=0)).copy(buffer, out)
                 copied += shared.size
         if copied != stop - start:
-            raise CheckpointError("tensor is not covered", where=f"{self.path}: {kind}/{name}", got=f"{copied} elements", want=f"{stop - start} elements")
+            raise CheckpointError(
+                "tensor is not covered",
+                where=f"{self.path}: {kind}/{name}",
+                got=f"{copied} elements",
+                want=f"{stop - start} elements",
+            )
 
 
 class ShardReads:
@@ -298,7 +329,9 @@ def check_folder(path: Path, manifest: Manifest) -> None:
     """
     step = folder_step(path.name)
     if step is not None and step != manifest.step:
-        raise CheckpointError("folder holds another step", where=path, got=f"step {manifest.step}", want=folder_name(manifest.step))
+        raise CheckpointError(
+            "folder holds another step", where=path, got=f"step {manifest.step}", want=folder_name(manifest.step)
+        )
     want = {file.name: file.size for file in manifest.files}
     faults = []
     try:
@@ -316,8 +349,12 @@ def check_folder(path: Path, manifest: Manifest) -> None:
             faults.append(f"{name}: {have[name]} bytes, want {size}")
     for name in have:
         shard = SHARD_NAME.fullmatch(name.removesuffix(TEMPORARY))
-        leftover = name == MANIFEST + TEMPORARY or (shard and (shard[1] != manifest.save_id or name.endswith(TEMPORARY)))
+        leftover = name == MANIFEST + TEMPORARY or (
+            shard and (shard[1] != manifest.save_id or name.endswith(TEMPORARY))
+        )
         if name not in want and name != MANIFEST and not leftover:
             faults.append(f"{name}: not part of the checkpoint")
     if faults:
-        raise CheckpointError("checkpoint is damaged", where=path, got=", ".join(faults[:20]), want=f"{len(want)} shards and {MANIFEST}")
+        raise CheckpointError(
+            "checkpoint is damaged", where=path, got=", ".join(faults[:20]), want=f"{len(want)} shards and {MANIFEST}"
+        )

@@ -171,12 +171,21 @@ def overlaps(sources: Iterable[Box], targets: Iterable[Box]) -> list[Overlap]:
 def check_address(name: str, kind: str, shape: Sequence[int], slices: Slices, start: int, stop: int) -> None:
     """Raises CheckpointError if slices exceed the shape or the range exceeds the slice."""
     where = f"{kind}/{name}"
-    inside = len(slices) == len(shape) and all(0 <= low <= high <= size for (low, high), size in zip(slices, shape, strict=True))
+    inside = len(slices) == len(shape) and all(
+        0 <= low <= high <= size for (low, high), size in zip(slices, shape, strict=True)
+    )
     if not inside:
-        raise CheckpointError("slice outside the tensor", where=where, got=list(slices), want=f"[low, high) per dimension of {list(shape)}")
+        raise CheckpointError(
+            "slice outside the tensor",
+            where=where,
+            got=list(slices),
+            want=f"[low, high) per dimension of {list(shape)}",
+        )
     size = math.prod(slice_shape(slices))
     if not 0 <= start <= stop <= size:
-        raise CheckpointError("flat range outside the slice", where=where, got=f"{start}:{stop}", want=f"within 0:{size}")
+        raise CheckpointError(
+            "flat range outside the slice", where=where, got=f"{start}:{stop}", want=f"within 0:{size}"
+        )
 
 
 def check_coverage(name: str, kind: str, shape: Sequence[int], segments: Iterable[tuple[Slices, int, int]]) -> None:
@@ -191,13 +200,20 @@ def check_coverage(name: str, kind: str, shape: Sequence[int], segments: Iterabl
         end = 0
         for start, stop in sorted(ranges):
             if start < end:
-                raise CheckpointError("stored segments overlap", where=where, got=f"{start}:{stop} after :{end} of {list(slices)}", want="each element once")
+                raise CheckpointError(
+                    "stored segments overlap",
+                    where=where,
+                    got=f"{start}:{stop} after :{end} of {list(slices)}",
+                    want="each element once",
+                )
             end = stop
             have += stop - start
     _check_disjoint(where, list(groups))
     want = math.prod(shape)
     if have != want:
-        raise CheckpointError("tensor is not covered", where=where, got=f"{have} elements", want=f"{want} elements of shape {list(shape)}")
+        raise CheckpointError(
+            "tensor is not covered", where=where, got=f"{have} elements", want=f"{want} elements of shape {list(shape)}"
+        )
 
 
 def _check_disjoint(where: str, boxes: list[Slices]) -> None:
@@ -207,4 +223,9 @@ def _check_disjoint(where: str, boxes: list[Slices]) -> None:
             if one and other[0][0] >= one[0][1]:
                 break
             if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True)):
-                raise CheckpointError("stored slices overlap without being equal", where=where, got=f"{list(one)} and {list(other)}", want="disjoint slices")
+                raise CheckpointError(
+                    "stored slices overlap without being equal",
+                    where=where,
+                    got=f"{list(one)} and {list(other)}",
+                    want="disjoint slices",
+                )

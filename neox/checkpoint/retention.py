@@ -126,9 +126,17 @@ def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Stora
     """
     if keep <= 0:
         return []
-    ours = [one for one in scan(root) if one.manifest and lineage.includes(one.manifest.lineage, one.step) and is_complete(one)]
+    ours = [
+        one
+        for one in scan(root)
+        if one.manifest and lineage.includes(one.manifest.lineage, one.step) and is_complete(one)
+    ]
     protected = {(lineage.id, step), lineage.parent}
-    victims = [one for one in ours[:-keep] if (one.manifest.lineage.id, one.step) not in protected and not one.path.is_symlink()]
+    victims = [
+        one
+        for one in ours[:-keep]
+        if (one.manifest.lineage.id, one.step) not in protected and not one.path.is_symlink()
+    ]
     for one in victims:
         remove_checkpoint(one.path, storage=storage)
     return [one.path for one in victims]
@@ -137,7 +145,9 @@ def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Stora
 def is_complete(found: StepFolder) -> bool:
     """Whether the manifest is valid and every file it names exists with its size."""
     try:
-        return found.manifest is not None and all(os.lstat(found.path / file.name).st_size == file.size for file in found.manifest.files)
+        return found.manifest is not None and all(
+            os.lstat(found.path / file.name).st_size == file.size for file in found.manifest.files
+        )
     except OSError:
         return False
 

@@ -114,18 +114,27 @@ class SaveJob:
         self._storage = storage
         self._save_id = ""
 
-    def prepare(self, fragments: Iterable[Fragment], rng: dict[str, torch.Tensor]) -> tuple[list[Fragment], TensorTable]:
+    def prepare(
+        self, fragments: Iterable[Fragment], rng: dict[str, torch.Tensor]
+    ) -> tuple[list[Fragment], TensorTable]:
         """Create the folder and agree on the assignment.
 
         Returns what this rank stores, as views, and the table of all tensors.
         """
         try:
-            return self.plan(lambda: [*map(check_fragment, fragments), *(rng_fragment(self._ranks.rank, *item) for item in sorted(rng.items()))])
+            return self.plan(
+                lambda: [
+                    *map(check_fragment, fragments),
+                    *(rng_fragment(self._ranks.rank, *item) for item in sorted(rng.items())),
+                ]
+            )
         except BaseException:
             self.clean_up()
             raise
 
-    def complete(self, held: Iterable[Fragment], tensors: TensorTable, *, keep: int, shard_bytes: int = SHARD_BYTES) -> Path:
+    def complete(
+        self, held: Iterable[Fragment], tensors: TensorTable, *, keep: int, shard_bytes: int = SHARD_BYTES
+    ) -> Path:
         """Write the assigned segments, publish, apply the retention; returns the checkpoint's folder."""
         try:
             self.publish(self.write(group_into_shards(held, shard_bytes), tensors), tensors)
@@ -215,7 +224,9 @@ class SaveJob:
         if not same or wrong:
             got = ", ".join(wrong[:5]) or "another manifest"
             do = "check the disk; older checkpoints are untouched"
-            raise DiskError("the checkpoint reads back differently from what was written", where=self.folder, got=got, do=do)
+            raise DiskError(
+                "the checkpoint reads back differently from what was written", where=self.folder, got=got, do=do
+            )
 
     def finish(self, keep: int) -> None:
         """Write the `latest` hint, remove the files of an older save of this step, and apply the retention."""
@@ -262,13 +273,25 @@ def rng_fragment(rank: int, name: str, value: torch.Tensor) -> Fragment:
 def check_fragment(fragment: Fragment) -> Fragment:
     """The fragment, if its name, address and data agree. Raises CheckpointError."""
     where = f"{fragment.kind}/{fragment.name}"
-    invalid = any(part in where for part in ("..", "\\", "\0", "[")) or not fragment.name or not fragment.kind or fragment.kind == RNG_KIND
+    invalid = (
+        any(part in where for part in ("..", "\\", "\0", "["))
+        or not fragment.name
+        or not fragment.kind
+        or fragment.kind == RNG_KIND
+    )
     if invalid or "/" in fragment.kind or fragment.name.startswith("/"):
-        raise CheckpointError("name cannot be stored", where=where, want="no .., backslash or bracket; kind without / and other than rng")
+        raise CheckpointError(
+            "name cannot be stored", where=where, want="no .., backslash or bracket; kind without / and other than rng"
+        )
     check_address(fragment.name, fragment.kind, fragment.shape, fragment.slices, fragment.start, fragment.stop)
     if fragment.data.numel() != fragment.stop - fragment.start or fragment.data.dtype not in DTYPE_NAMES:
         got = f"{fragment.data.numel()} elements of {fragment.data.dtype}"
-        raise CheckpointError("data does not fit its address", where=where, got=got, want=f"{fragment.stop - fragment.start} elements of {list(DTYPE_NAMES)}")
+        raise CheckpointError(
+            "data does not fit its address",
+            where=where,
+            got=got,
+            want=f"{fragment.stop - fragment.start} elements of {list(DTYPE_NAMES)}",
+        )
     return fragment
 
 

@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 
 from neox._native import core
-from neox.checkpoint.manifest import BLOCK, ITEM_BYTES, Segment, ShardFile, TensorInfo, parse_json, segment_key, stored_shape
+from neox.checkpoint.manifest import (
+    BLOCK,
+    ITEM_BYTES,
+    Segment,
+    ShardFile,
+    TensorInfo,
+    parse_json,
+    segment_key,
+    stored_shape,
+)
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.storage import LOCAL, Storage
 from neox.errors import CheckpointError
@@ -68,7 +77,9 @@ def build_header(segments: Sequence[Fragment]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     if len(text) > HEADER_LIMIT:
-        raise CheckpointError("too many tensors for one shard", got=f"header of {len(text)} bytes", want=f"at most {HEADER_LIMIT}")
+        raise CheckpointError(
+            "too many tensors for one shard", got=f"header of {len(text)} bytes", want=f"at most {HEADER_LIMIT}"
+        )
     return len(text).to_bytes(8, "little") + text
 
 
@@ -79,14 +90,18 @@ def write_shard(path: Path, segments: Sequence[Fragment], threads: Executor, *, 
     """
     header = build_header(segments)
     stored, offset = [], 0
-    with FileWriter(path, need=len(header) + sum(num_bytes(segment) for segment in segments), storage=storage) as writer:
+    with FileWriter(
+        path, need=len(header) + sum(num_bytes(segment) for segment in segments), storage=storage
+    ) as writer:
         writer.write(header)
         for segment in segments:
             view = tensor_bytes(segment.data)
             digests = start_digests(view, BLOCK, threads)
             writer.write(view)
             blocks = tuple(digest if isinstance(digest, str) else digest.result() for digest in digests)
-            stored.append(Segment(segment.kind, segment.name, segment.slices, segment.start, segment.stop, offset, blocks))
+            stored.append(
+                Segment(segment.kind, segment.name, segment.slices, segment.start, segment.stop, offset, blocks)
+            )
             offset += num_bytes(segment)
         writer.commit()
     return ShardFile(path.name, writer.size, len(header), hashlib.sha256(header).hexdigest(), tuple(stored))
@@ -125,7 +140,12 @@ def check_header(raw: bytes | memoryview, size: int, where: object) -> dict[str,
     """
     length = int.from_bytes(raw[:8], "little")
     if size < 8 or length > min(size - 8, HEADER_LIMIT):
-        raise CheckpointError("header is longer than the file allows", where=where, got=f"{length} bytes", want=f"at most {min(size - 8, HEADER_LIMIT)}")
+        raise CheckpointError(
+            "header is longer than the file allows",
+            where=where,
+            got=f"{length} bytes",
+            want=f"at most {min(size - 8, HEADER_LIMIT)}",
+        )
     try:
         table = parse_json(bytes(raw[8 : 8 + length]))
     except CheckpointError as error:
@@ -138,10 +158,14 @@ def check_header(raw: bytes | memoryview, size: int, where: object) -> dict[str,
     for key, (_, begin, stop) in sorted(found.items(), key=lambda item: (item[1][1], item[1][2])):
         if begin != end:
             rule = "overlap" if begin < end else "leave a gap"
-            raise CheckpointError(f"tensors {rule}", where=f"{where}: {key}", got=f"offset {begin}", want=f"offset {end}")
+            raise CheckpointError(
+                f"tensors {rule}", where=f"{where}: {key}", got=f"offset {begin}", want=f"offset {end}"
+            )
         end = stop
     if 8 + length + end != size:
-        raise CheckpointError("tensors do not fill the file", where=where, got=f"{size} bytes", want=f"{8 + length + end} bytes")
+        raise CheckpointError(
+            "tensors do not fill the file", where=where, got=f"{size} bytes", want=f"{8 + length + end} bytes"
+        )
     return {key: (info, begin) for key, (info, begin, _) in found.items()}
 
 
@@ -150,12 +174,28 @@ def _check_tensor(key: str, value: object, where: object) -> tuple[TensorInfo, i
     if ".." in key or key.startswith("/") or "\0" in key or "\\" in key:
         raise CheckpointError("tensor name is a path", where=location)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError("tensor is malformed", where=location, got=repr(value)[:80], want="dtype, shape, data_offsets")
+        raise CheckpointError(
+            "tensor is malformed", where=location, got=repr(value)[:80], want="dtype, shape, data_offsets"
+        )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    numbers = isinstance(shape, list) and isinstance(offsets, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in shape + offsets)
+    numbers = (
+        isinstance(shape, list)
+        and isinstance(offsets, list)
+        and all(type(n) is int and 0 <= n < 1 << 62 for n in shape + offsets)
+    )
     if not numbers or len(offsets) != 2 or not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError("tensor is malformed", where=location, got=repr(value)[:80], want=f"dtype of {list(ITEM_BYTES)}, shape and offsets from 0 on")
+        raise CheckpointError(
+            "tensor is malformed",
+            where=location,
+            got=repr(value)[:80],
+            want=f"dtype of {list(ITEM_BYTES)}, shape and offsets from 0 on",
+        )
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != size:
-        raise CheckpointError("tensor size contradicts its shape", where=location, got=f"{offsets[1] - offsets[0]} bytes", want=f"{size} bytes")
+        raise CheckpointError(
+            "tensor size contradicts its shape",
+            where=location,
+            got=f"{offsets[1] - offsets[0]} bytes",
+            want=f"{size} bytes",
+        )
     return TensorInfo(dtype, tuple(shape)), offsets[0], offsets[1]

@@ -116,13 +116,17 @@ class ShardReader:
         location, do = f"{self.path}: {segment.key}, bytes {low} on", "resume from an older checkpoint"
         if actual is None:
             return CheckpointError("file has become shorter", where=location, want=f"{self.file.size} bytes", do=do)
-        return CheckpointError("shard is damaged", where=location, got=f"{algorithm} {actual}", want=f"{algorithm} {want}", do=do)
+        return CheckpointError(
+            "shard is damaged", where=location, got=f"{algorithm} {actual}", want=f"{algorithm} {want}", do=do
+        )
 
     def _check_header(self) -> None:
         """Raises CheckpointError unless the header matches its checksum and the manifest."""
         file = self.file
         if file.header > file.size:
-            raise CheckpointError("header is longer than the file", where=self.path, got=file.header, want=f"at most {file.size}")
+            raise CheckpointError(
+                "header is longer than the file", where=self.path, got=file.header, want=f"at most {file.size}"
+            )
         raw = memoryview(bytearray(file.header))
         try:
             actual = read_block(self.descriptor, 0, raw, "sha256")
@@ -131,12 +135,22 @@ class ShardReader:
         except OSError as error:
             raise unreadable(error, self.path) from error
         if actual != file.header_sha256:
-            raise CheckpointError("shard is damaged", where=f"{self.path}: header", got=f"sha256 {actual}", want=f"sha256 {file.header_sha256}")
+            raise CheckpointError(
+                "shard is damaged",
+                where=f"{self.path}: header",
+                got=f"sha256 {actual}",
+                want=f"sha256 {file.header_sha256}",
+            )
         found = check_header(raw, file.size, self.path)
         want = {}
         for segment in file.segments:
             dtype = self.manifest.tensors[segment.kind, segment.name].dtype
-            want[segment.key] = (TensorInfo(dtype, stored_shape(segment.slices, segment.start, segment.stop)), segment.offset)
+            want[segment.key] = (
+                TensorInfo(dtype, stored_shape(segment.slices, segment.start, segment.stop)),
+                segment.offset,
+            )
         if found != want:
             key = next(key for key in found.keys() | want.keys() if found.get(key) != want.get(key))
-            raise CheckpointError("shard contradicts the manifest", where=f"{self.path}: {key}", got=found.get(key), want=want.get(key))
+            raise CheckpointError(
+                "shard contradicts the manifest", where=f"{self.path}: {key}", got=found.get(key), want=want.get(key)
+            )

@@ -129,14 +129,28 @@ def state_check() -> Check:
         "optimizer": text,
     }
     record = table(
-        {"step": integer(STEP_LIMIT), "loss": optional(share), "lr": share, "grad_norm": optional(share), "step_time": share},
+        {
+            "step": integer(STEP_LIMIT),
+            "loss": optional(share),
+            "lr": share,
+            "grad_norm": optional(share),
+            "step_time": share,
+        },
         dict.fromkeys(("tokens", "samples", "targets", "tokens_per_s", "tflops", "mfu", "memory_gb"), share),
     )
     others = {
         "guard": table({}, {"losses": many(share), "skipped": count}),
-        "loss_scale": table({"cur_scale": positive, "cur_iter": count, "last_overflow_iter": number, "cur_hysteresis": count}),
+        "loss_scale": table(
+            {"cur_scale": positive, "cur_iter": count, "last_overflow_iter": number, "cur_hysteresis": count}
+        ),
         "pending": optional(record),
-        "data": table({"settings": table({"data.seq_length": integer(COUNT_LIMIT, 1)}), "sources": many(source), "stretches": many(stretch)}),
+        "data": table(
+            {
+                "settings": table({"data.seq_length": integer(COUNT_LIMIT, 1)}),
+                "sources": many(source),
+                "stretches": many(stretch),
+            }
+        ),
     }
     trained, weights = table(fields, others), table({}, fields | others)
 
@@ -174,8 +188,15 @@ def check_data(data: JsonObject, consumed: int, where: str) -> None:
     if firsts != sorted(set(firsts)) or firsts[-1] > consumed:
         raise fault(f"{where}.stretches", firsts, f"ascending numbers of samples, at most {consumed}")
     for index, (first, weights, taken) in enumerate(stretches):
-        if len(weights) != len(sources) or len(taken) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-            raise fault(f"{where}.stretches[{index}]", [first, weights, taken], f"weights and counts of {len(sources)} sources")
+        if (
+            len(weights) != len(sources)
+            or len(taken) != len(sources)
+            or min(weights) < 0
+            or not 0 < sum(weights) < math.inf
+        ):
+            raise fault(
+                f"{where}.stretches[{index}]", [first, weights, taken], f"weights and counts of {len(sources)} sources"
+            )
     for index, source in enumerate(sources):
         if source["files"] and "tokens" not in source["files"]:
             raise fault(f"{where}.sources[{index}].files", source["files"], "tokens among them")

@@ -42,7 +42,9 @@ def verify(path: str | Path, *, storage: Storage = LOCAL) -> Report:
         what = first.what if len(found) == 1 else f"{first.what} (and {len(found) - 1} more problems)"
         raise CheckpointError(what, where=first.where, got=first.got, want=first.want, do=first.do)
     manifest = read_manifest(folder, storage=storage)
-    return Report(folder, manifest.step, len(manifest.files), sum(file.size for file in manifest.files), len(manifest.tensors))
+    return Report(
+        folder, manifest.step, len(manifest.files), sum(file.size for file in manifest.files), len(manifest.tensors)
+    )
 
 
 def problems(path: Path, *, part: int = 0, parts: int = 1, storage: Storage = LOCAL) -> list[CheckpointError]:

@@ -40,10 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `neox checkpoint`."""
     parser.add_argument("action", choices=("inspect", "verify", "hash", "convert"), help="what to do")
     parser.add_argument("path", metavar="PATH", help="checkpoint, folder of checkpoints, or folder of a run")
-    parser.add_argument("--out", metavar="DIR", help="convert: folder of checkpoints to write to, such as RUN/checkpoints")
-    parser.add_argument("--weights-only", action="store_true", help="convert: omit optimizer state, counters and generator states")
+    parser.add_argument(
+        "--out", metavar="DIR", help="convert: folder of checkpoints to write to, such as RUN/checkpoints"
+    )
+    parser.add_argument(
+        "--weights-only", action="store_true", help="convert: omit optimizer state, counters and generator states"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="convert, with --weights-only: dtype of the weights")
-    parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help="convert: maximum size of a file, 2^30 bytes (default %(default)s)")
+    parser.add_argument(
+        "--shard-gb",
+        type=float,
+        default=4.0,
+        metavar="GB",
+        help="convert: maximum size of a file, 2^30 bytes (default %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 
@@ -83,7 +93,11 @@ def describe(path: Path, manifest: Manifest) -> JsonObject:
     tensors: dict[str, JsonObject] = {}
     for (kind, name), info in sorted(manifest.tensors.items(), key=lambda item: (item[0][1], item[0][0])):
         if kind != RNG_KIND:
-            tensors.setdefault(name, {})[kind] = {"dtype": info.dtype, "shape": list(info.shape), "bytes": math.prod(info.shape) * ITEM_BYTES[info.dtype]}
+            tensors.setdefault(name, {})[kind] = {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "bytes": math.prod(info.shape) * ITEM_BYTES[info.dtype],
+            }
     lineage = manifest.lineage
     return {
         "path": str(path),
@@ -117,7 +131,9 @@ def verify_all(path: Path, as_json: bool) -> int:
     chosen = resolve(path)
     found = problems(chosen) + ([one.problem for one in damaged(chosen.parent)] if chosen != path else [])
     if as_json:
-        parts = [{key: None if value is None else str(value) for key, value in vars(problem).items()} for problem in found]
+        parts = [
+            {key: None if value is None else str(value) for key, value in vars(problem).items()} for problem in found
+        ]
         print(json.dumps({"path": str(chosen), "good": not found, "problems": parts}))
     elif found:
         print("\n".join(problem.line() for problem in found), file=sys.stderr)
@@ -142,7 +158,9 @@ def convert(args: argparse.Namespace) -> int:
     """
     if args.out is None or (args.dtype and not args.weights_only) or not 0 < args.shard_gb < 1 << 20:
         got = f"--out {args.out} --dtype {args.dtype} --shard-gb {args.shard_gb}"
-        raise ConfigError("convert needs --out, and --weights-only for --dtype", where="argv", got=got, do="neox checkpoint --help")
+        raise ConfigError(
+            "convert needs --out, and --weights-only for --dtype", where="argv", got=got, do="neox checkpoint --help"
+        )
     source = resolve(args.path)
     found = problems(source)
     if found:

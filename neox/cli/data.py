@@ -50,11 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_inspect(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare `inspect`."""
-    action = actions.add_parser("inspect", help="counts, lengths, ids, samples", description="Report the content of a dataset.")
+    action = actions.add_parser(
+        "inspect", help="counts, lengths, ids, samples", description="Report the content of a dataset."
+    )
     action.add_argument("prefix", metavar="PREFIX", help="path of the dataset, without suffix")
     action.add_argument("--tokenizer", metavar="FILE", help="decode the samples with this tokenizer")
-    action.add_argument("--samples", type=int, default=0, metavar="N", help="show the start of N documents, evenly spaced")
-    help_scan = "read all tokens: range of ids, share of end-of-document tokens, duplicate documents (default: if .bin is below 1 GiB)"
+    action.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="show the start of N documents, evenly spaced"
+    )
+    help_scan = (
+        "read all tokens: range of ids, share of end-of-document tokens, duplicate documents (default: if .bin is "
+        "below 1 GiB)"
+    )
     action.add_argument("--scan", action=argparse.BooleanOptionalAction, help=help_scan)
     action.set_defaults(data_run=run_inspect)
 
@@ -81,7 +88,8 @@ def add_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def add_overlap(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare `overlap`."""
     description = (
-        "Find documents of B that are identical to a document of A. With --conf, compare the training, validation and test data "
+        "Find documents of B that are identical to a document of A. With --conf, compare the training, validation and "
+        "test data "
         "of a run. Exit code 3 if there are any."
     )
     action = actions.add_parser("overlap", help="documents that occur in two datasets", description=description)
@@ -145,7 +153,11 @@ def show(result: Result, as_json: bool) -> None:
         elif isinstance(value, list):
             print(f"{name}:", *(f"  {entry}" for entry in value), sep="\n")
         elif isinstance(value, dict):
-            print(f"{name}:", *(f"  {key}: {f'{inner:,}' if isinstance(inner, int) else inner}" for key, inner in value.items()), sep="\n")
+            print(
+                f"{name}:",
+                *(f"  {key}: {f'{inner:,}' if isinstance(inner, int) else inner}" for key, inner in value.items()),
+                sep="\n",
+            )
         else:
             print(f"{name}: {f'{value:,}' if isinstance(value, int) else value}")
 
@@ -155,7 +167,10 @@ def bars(rows: list[dict[str, int]]) -> Iterator[str]:
     most = max((row["documents"] for row in rows), default=1)
     for row in rows:
         bar = "#" * -(-row["documents"] * BAR // most)
-        yield f"  {row['from']:>13,} to {row['to'] - 1:>13,} tokens {row['documents']:>13,} documents {row['tokens']:>15,} tokens  {bar}"
+        yield (
+            f"  {row['from']:>13,} to {row['to'] - 1:>13,} tokens {row['documents']:>13,} documents "
+            f"{row['tokens']:>15,} tokens  {bar}"
+        )
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -177,7 +192,12 @@ def run_inspect(args: argparse.Namespace) -> int:
         "sidecar": "present, and matches the files" if sidecar else "none: only the structure can be checked",
     }
     if sidecar is not None:
-        result |= {"tokenizer_hash": sidecar.tokenizer_hash, "vocab_size": sidecar.vocab_size, "eod_id": sidecar.eod_id, "largest_id": sidecar.largest_id}
+        result |= {
+            "tokenizer_hash": sidecar.tokenizer_hash,
+            "vocab_size": sidecar.vocab_size,
+            "eod_id": sidecar.eod_id,
+            "largest_id": sidecar.largest_id,
+        }
     if dataset.num_documents:
         lengths = np.diff(dataset.document_starts())
         result |= {"document_tokens": describe_lengths(lengths), "histogram": histogram(lengths)}
@@ -217,7 +237,9 @@ def scan(dataset: IndexedDataset, eod_id: int | None) -> Result:
 
 def samples(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | None) -> Iterator[str]:
     """The start of `count` evenly spaced documents, as text with a tokenizer, else as ids."""
-    for document in np.unique(np.linspace(0, dataset.num_documents - 1, min(count, dataset.num_documents)).astype(int)).tolist():
+    for document in np.unique(
+        np.linspace(0, dataset.num_documents - 1, min(count, dataset.num_documents)).astype(int)
+    ).tolist():
         first = dataset.first_token_of_document(document)
         length = dataset.first_token_of_document(document + 1) - first
         ids = dataset.read(first, min(length, SHOWN_CHARACTERS))[0].tolist()
@@ -256,17 +278,25 @@ def verify(prefix: str, vocab_size: int | None) -> tuple[Result, DataError | Non
     except DataError as error:
         return {"prefix": prefix, "ok": False, "state": error.line().partition("] ")[2], "damaged": []}, error
     if damaged:
-        state = f"{len(damaged)} blocks of {dataset.bin_path} differ from their checksums, first bytes {damaged[0][0]} to {damaged[0][1]}"
+        state = (
+            f"{len(damaged)} blocks of {dataset.bin_path} differ from their checksums, first bytes {damaged[0][0]} to "
+            f"{damaged[0][1]}"
+        )
     elif bad is not None:
         document, offset = dataset.locate(bad)
-        state = f"id {dataset.read(bad, 1)[0][0]} in document {document} offset {offset} is outside a vocabulary of {vocab_size}"
+        state = (
+            f"id {dataset.read(bad, 1)[0][0]} in document {document} offset {offset} is outside a vocabulary of "
+            f"{vocab_size}"
+        )
     elif dataset.sidecar is None:
         state = "structure is intact; no sidecar, so no checksums to compare"
     else:
         state = "intact"
     wrong = None
     if damaged or bad is not None:
-        wrong = DataError("dataset is damaged", where=prefix, got=state, do="restore the file or preprocess the corpus again")
+        wrong = DataError(
+            "dataset is damaged", where=prefix, got=state, do="restore the file or preprocess the corpus again"
+        )
     return {"prefix": prefix, "ok": wrong is None, "state": state, "damaged": damaged}, wrong
 
 
@@ -278,23 +308,43 @@ def run_overlap(args: argparse.Namespace) -> int:
         ConfigError: not exactly two datasets, or a config.
     """
     if (len(args.prefix) == 2) == bool(args.conf):
-        raise ConfigError("specify two datasets, or a config", where="neox data overlap", got=" ".join(args.prefix) or None, want="A B, or --conf")
+        raise ConfigError(
+            "specify two datasets, or a config",
+            where="neox data overlap",
+            got=" ".join(args.prefix) or None,
+            want="A B, or --conf",
+        )
     if args.conf:
-        parts = {name: [statistics_of(*place) for place in places] for name, places in documents_of_parts(load_config(*args.conf)).items()}
+        parts = {
+            name: [statistics_of(*place) for place in places]
+            for name, places in documents_of_parts(load_config(*args.conf)).items()
+        }
     else:
         first, second = (IndexedDataset(prefix) for prefix in args.prefix)
         common_tokenizer([first, second], "")
         parts = {dataset.prefix: [statistics_of(dataset, (0, dataset.num_documents))] for dataset in (first, second)}
-        parts = parts if len(parts) == 2 else {first.prefix: parts[first.prefix], f"{first.prefix} (second)": parts[first.prefix]}
-    results = [{"in": ours, "from": theirs, **overlap(parts[ours], parts[theirs])} for ours, theirs in combinations(parts, 2)]
+        parts = (
+            parts
+            if len(parts) == 2
+            else {first.prefix: parts[first.prefix], f"{first.prefix} (second)": parts[first.prefix]}
+        )
+    results = [
+        {"in": ours, "from": theirs, **overlap(parts[ours], parts[theirs])} for ours, theirs in combinations(parts, 2)
+    ]
     for result in [] if args.json else results:
-        print(f"{result['documents']:,} of {result['of']:,} documents of {result['from']} ({result['tokens']:,} tokens) are in {result['in']}")
+        print(
+            f"{result['documents']:,} of {result['of']:,} documents of {result['from']} ({result['tokens']:,} tokens) "
+            f"are in {result['in']}"
+        )
         print(*(f"  {example}" for example in result["examples"]), sep="\n", end="\n" if result["examples"] else "")
     if args.json:
         print(json_line(results))
     found = [result for result in results if result["documents"]]
     if found:
-        got, do = f"{found[0]['documents']:,} of {found[0]['of']:,} documents", "remove them from one of the two before preprocessing"
+        got, do = (
+            f"{found[0]['documents']:,} of {found[0]['of']:,} documents",
+            "remove them from one of the two before preprocessing",
+        )
         raise DataError("datasets overlap", where=f"{found[0]['from']}, {found[0]['in']}", got=got, want="none", do=do)
     return 0
 
@@ -310,11 +360,21 @@ def run_merge(args: argparse.Namespace) -> int:
     made_by = common_tokenizer(datasets, args.out)
     with IndexedWriter(args.out, datasets[0].dtype.name, overwrite=args.overwrite) as writer:
         if made_by is not None:
-            writer.tokenizer_hash, writer.vocab_size, writer.eod_id = made_by.tokenizer_hash, made_by.vocab_size, made_by.eod_id
+            writer.tokenizer_hash, writer.vocab_size, writer.eod_id = (
+                made_by.tokenizer_hash,
+                made_by.vocab_size,
+                made_by.eod_id,
+            )
         for dataset in datasets:
             writer.add_dataset(dataset)
     merged = IndexedDataset(args.out)
-    result = {"out": args.out, "datasets": len(datasets), "documents": merged.num_documents, "tokens": merged.num_tokens, "dtype": merged.dtype.name}
+    result = {
+        "out": args.out,
+        "datasets": len(datasets),
+        "documents": merged.num_documents,
+        "tokens": merged.num_tokens,
+        "dtype": merged.dtype.name,
+    }
     show(result, args.json)
     return 0
 
@@ -330,7 +390,11 @@ def common_tokenizer(datasets: Sequence[IndexedDataset], out: str) -> Sidecar | 
         if dataset.prefix == out:
             raise ConfigError("a dataset cannot be merged into itself", where="--out", got=out)
     known = [(dataset, dataset.sidecar) for dataset in datasets if dataset.sidecar is not None]
-    named = [(dataset.prefix, sidecar, sidecar.tokenizer_hash) for dataset, sidecar in known if sidecar.tokenizer_hash is not None]
+    named = [
+        (dataset.prefix, sidecar, sidecar.tokenizer_hash)
+        for dataset, sidecar in known
+        if sidecar.tokenizer_hash is not None
+    ]
     for prefix, _, found in named[1:]:
         first, _, wanted = named[0]
         if found != wanted:

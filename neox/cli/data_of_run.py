@@ -14,10 +14,14 @@ from neox.printing import json_line
 
 def provenance_of(args: argparse.Namespace) -> RunProvenance:
     """The provenance of the data of a run, from the checkpoints of its newest branch."""
-    manifests = [(found.path, found.manifest) for found in scan(Path(args.run) / "checkpoints") if found.manifest is not None]
+    manifests = [
+        (found.path, found.manifest) for found in scan(Path(args.run) / "checkpoints") if found.manifest is not None
+    ]
     newest = manifests[-1][1].lineage if manifests else None
     written = [
-        CheckpointRecord(one.step, one.state["consumed"], one.config_lock, one.state.get("data"), str(path), one.world_size)
+        CheckpointRecord(
+            one.step, one.state["consumed"], one.config_lock, one.state.get("data"), str(path), one.world_size
+        )
         for path, one in manifests
         if newest is not None and newest.includes(one.lineage, one.step) and "consumed" in one.state
     ]
@@ -45,7 +49,13 @@ def show_step(args: argparse.Namespace, data: RunProvenance) -> None:
         rows = [row for row in rows if row.dp_rank == layout.dp_rank(args.rank)]
     if args.json:
         found = [
-            {"sample": row.sample, "micro_batch": row.micro_batch, "dp_rank": row.dp_rank, "row": row.row, "pieces": [part._asdict() for part in row.slices]}
+            {
+                "sample": row.sample,
+                "micro_batch": row.micro_batch,
+                "dp_rank": row.dp_rank,
+                "row": row.row,
+                "pieces": [part._asdict() for part in row.slices],
+            }
             for row in rows
         ]
         print(json_line({"step": args.step, "rows": found}))
@@ -55,7 +65,10 @@ def show_step(args: argparse.Namespace, data: RunProvenance) -> None:
     for row in rows:
         print(f"sample {row.sample:,}: data-parallel rank {row.dp_rank}, micro-batch {row.micro_batch}, row {row.row}")
         for part in row.slices:
-            print(f"  {part.source} document {part.document:,} tokens {part.offset:,} to {part.offset + part.tokens - 1:,}")
+            print(
+                f"  {part.source} document {part.document:,} tokens {part.offset:,} to "
+                f"{part.offset + part.tokens - 1:,}"
+            )
 
 
 def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
@@ -63,13 +76,21 @@ def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
     sources = data.sources()
     source = args.source or sources[0]
     if (args.source is None and len(sources) > 1) or source not in sources:
-        raise ConfigError("the dataset of the document is unknown", where="--source", got=args.source, want=f"one of {', '.join(sources)}")
+        raise ConfigError(
+            "the dataset of the document is unknown",
+            where="--source",
+            got=args.source,
+            want=f"one of {', '.join(sources)}",
+        )
     steps = data.steps_of(source, args.document)
     if args.json:
         found = [{"step": step, "samples": samples} for step, samples in steps]
         print(json_line({"source": source, "document": args.document, "steps": found}))
         return
-    print(f"{source} document {args.document:,}: {'no step' if not steps else f'{len(steps):,} steps'} of {data.last_step:,} read it")
+    print(
+        f"{source} document {args.document:,}: {'no step' if not steps else f'{len(steps):,} steps'} of "
+        f"{data.last_step:,} read it"
+    )
     for step, samples in steps:
         print(f"  step {step}: samples {', '.join(map(str, samples))}")
 
@@ -77,16 +98,24 @@ def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
 def run_seen(args: argparse.Namespace) -> int:
     """neox data seen."""
     data = provenance_of(args)
-    counts = {one.step: one.consumed for one in data.written} if args.step is None else {args.step: data.span(args.step)[1]}
+    counts = (
+        {one.step: one.consumed for one in data.written} if args.step is None else {args.step: data.span(args.step)[1]}
+    )
     found = {step: data.config_span(step).dataset.coverage(samples) for step, samples in counts.items()}
-    rows = [{"step": step, "samples": counts[step], "sources": [seen._asdict() for seen in sources]} for step, sources in found.items()]
+    rows = [
+        {"step": step, "samples": counts[step], "sources": [seen._asdict() for seen in sources]}
+        for step, sources in found.items()
+    ]
     if args.json:
         print(json_line(rows))
         return 0
     for row in rows:
         print(f"step {row['step']}: {row['samples']:,} samples")
         for seen in row["sources"]:
-            print(f"  {seen['source']}: {seen['samples']:,} samples, {seen['tokens']:,} tokens, {seen['epochs']:.3f} epochs")
+            print(
+                f"  {seen['source']}: {seen['samples']:,} samples, {seen['tokens']:,} tokens, {seen['epochs']:.3f} "
+                f"epochs"
+            )
     return 0
 
 
@@ -107,7 +136,9 @@ def layout_of(data: RunProvenance, step: int, world_size: int | None) -> BatchLa
     elif train.micro_batch_size and train.gradient_accumulation:
         dp = batch // (train.micro_batch_size * train.gradient_accumulation)
     else:
-        raise ConfigError("the number of processes is unknown", where=data.run, got="no checkpoint", do="give --world-size")
+        raise ConfigError(
+            "the number of processes is unknown", where=data.run, got="no checkpoint", do="give --world-size"
+        )
     micro = train.micro_batch_size or batch // (dp * (train.gradient_accumulation or 1))
     if dp < 1 or batch % (micro * dp):
         got = f"batch {batch}, micro-batch {micro}, {dp} data-parallel processes"

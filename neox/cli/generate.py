@@ -207,7 +207,9 @@ class Writer:
             batch = encoded[start : start + self.args.batch_size]
             texts = [AnswerText(self.tokenizer, prompt) for prompt in batch]
             is_done = (
-                (lambda row, tokens, texts=texts: truncate(texts[row].decode(tokens), self.stops)[1]) if self.stops else None
+                (lambda row, tokens, texts=texts: truncate(texts[row].decode(tokens), self.stops)[1])
+                if self.stops
+                else None
             )
             rows = generate(
                 self.model,

@@ -36,29 +36,51 @@ LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=33554432:glibc.malloc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files and folders to read, in this order")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files and folders to read, in this order"
+    )
     help_suffix = "suffix of files to take from folders, such as .py; may be repeated (default: .txt and JSON lines)"
     parser.add_argument("--suffix", action="append", metavar="S", help=help_suffix)
-    help_format = "how to read all files: jsonl, one JSON object per line; txt, one document per file (default: auto, by name and first line)"
+    help_format = (
+        "how to read all files: jsonl, one JSON object per line; txt, one document per file (default: auto, by name "
+        "and first line)"
+    )
     parser.add_argument("--format", choices=FORMS, default="auto", help=help_format)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="`tokenizers` JSON file")
     parser.add_argument("--out", required=True, metavar="PREFIX", help="path of the dataset, without suffix")
-    parser.add_argument("--json-key", metavar="KEY", help="key of the text in a JSON line (default: text; with --chat: messages)")
-    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end each document with the end-of-document token")
-    parser.add_argument("--eod-token", metavar="TOKEN", help=f"end-of-document token (default: the first of {', '.join(EOD_NAMES)})")
+    parser.add_argument(
+        "--json-key", metavar="KEY", help="key of the text in a JSON line (default: text; with --chat: messages)"
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the end-of-document token",
+    )
+    parser.add_argument(
+        "--eod-token", metavar="TOKEN", help=f"end-of-document token (default: the first of {', '.join(EOD_NAMES)})"
+    )
     help_bos = "begin each document with the beginning-of-sequence token, as Llama's tokenizer does (default: no)"
     parser.add_argument("--prepend-bos", action=argparse.BooleanOptionalAction, default=False, help=help_bos)
-    parser.add_argument("--bos-token", metavar="TOKEN", help=f"beginning-of-sequence token (default: the first of {', '.join(BOS_NAMES)})")
+    parser.add_argument(
+        "--bos-token",
+        metavar="TOKEN",
+        help=f"beginning-of-sequence token (default: the first of {', '.join(BOS_NAMES)})",
+    )
     parser.add_argument(
         "--special-tokens",
         choices=("match", "text"),
         default="match",
-        help="special tokens in the text: match encodes them as their ids, as GPT-NeoX does; text encodes them as text (default: match)",
+        help="special tokens in the text: match encodes them as their ids, as GPT-NeoX does; text encodes them as "
+        "text (default: match)",
     )
     add_chat_arguments(parser)
     help_workers = "threads that encode; 0 encodes in the thread that reads (default: one per CPU)"
     parser.add_argument("--workers", type=int, default=None, metavar="N", help=help_workers)
-    help_bad = "lines that give no document: fail stops, skip counts them, quarantine also stores them in PREFIX.quarantine.jsonl (default: fail)"
+    help_bad = (
+        "lines that give no document: fail stops, skip counts them, quarantine also stores them in "
+        "PREFIX.quarantine.jsonl (default: fail)"
+    )
     parser.add_argument("--bad-lines", choices=BAD_LINES, default="fail", help=help_bad)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     help_resume = "continue an interrupted run with the same input and options; the result is the same"
@@ -69,10 +91,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options for conversations."""
     parser.add_argument("--chat", action="store_true", help="read conversations, and write labels too")
-    parser.add_argument("--pairs", action="store_true", help="with --chat: a chosen and a rejected conversation per line")
+    parser.add_argument(
+        "--pairs", action="store_true", help="with --chat: a chosen and a rejected conversation per line"
+    )
     help_template = f"Jinja file, or one of {', '.join(TEMPLATES)} (default: the template next to the tokenizer)"
     parser.add_argument("--chat-template", metavar="FILE", help=help_template)
-    parser.add_argument("--last-only", action="store_true", help="with --chat: learn only the last answer of the assistant")
+    parser.add_argument(
+        "--last-only", action="store_true", help="with --chat: learn only the last answer of the assistant"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,12 +147,29 @@ def chat_encoding(args: argparse.Namespace) -> ChatEncoding:
     Raises:
         ConfigError: an option does not apply to conversations, or there is no template.
     """
-    given = {"--resume": args.resume, "--special-tokens text": args.special_tokens == "text", "--prepend-bos": args.prepend_bos, "--bos-token": args.bos_token}
+    given = {
+        "--resume": args.resume,
+        "--special-tokens text": args.special_tokens == "text",
+        "--prepend-bos": args.prepend_bos,
+        "--bos-token": args.bos_token,
+    }
     excluded = [name for name, value in given.items() if value]
     if excluded:
-        raise ConfigError("option does not apply to conversations", where=excluded[0], do="leave it out; the chat template adds the special tokens")
+        raise ConfigError(
+            "option does not apply to conversations",
+            where=excluded[0],
+            do="leave it out; the chat template adds the special tokens",
+        )
     keys = PAIR if args.pairs else (args.json_key or MESSAGES[0],)
-    return ChatEncoding(args.tokenizer, args.eod_token, find_template(args.chat_template, args.tokenizer), keys, args.append_eod, args.last_only, args.format)
+    return ChatEncoding(
+        args.tokenizer,
+        args.eod_token,
+        find_template(args.chat_template, args.tokenizer),
+        keys,
+        args.append_eod,
+        args.last_only,
+        args.format,
+    )
 
 
 @contextlib.contextmanager
@@ -147,14 +190,18 @@ def progress_line(summary: Summary) -> str:
     """The line that a terminal shows during the run."""
     rate = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
     bad = f", {summary.bad_lines:,} bad" if summary.bad_lines else ""
-    return f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.text_bytes / 1e6:,.0f} MB ({rate:.1f} MB/s){bad}"
+    return (
+        f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.text_bytes / 1e6:,.0f} MB ({rate:.1f} "
+        f"MB/s){bad}"
+    )
 
 
 def report(summary: Summary) -> str:
     """The summary as text."""
     rate = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
     lines = [
-        f"{summary.out}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype}) from {summary.files:,} files",
+        f"{summary.out}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype}) from "
+        f"{summary.files:,} files",
         f"{summary.text_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s: {rate:.1f} MB/s, encoder: {summary.encoder}",
         f"left out: {summary.bad_lines:,} bad, {summary.blank_lines:,} blank, {summary.empty_documents:,} empty",
     ]

@@ -36,17 +36,30 @@ from neox.runtime.signals import StopSignals
 from neox.runtime.store_protocol import REPORT_DELAY, make_notice, post_refusal, serve_refusal
 from neox.testing.faults import FaultInjector, parse
 
-NOTIFY_TIMEOUT = 60.0  # seconds to wait for processes to notify; importing torch can take them most of a minute on a busy file system
+# seconds to wait for processes to notify; importing torch can take them most of a minute on a busy file system
+NOTIFY_TIMEOUT = 60.0
 NOTIFY_TIMEOUT_AFTER_SIGNAL = 1.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `train`."""
-    parser.add_argument("--conf", nargs="+", default=[], metavar="FILE", help="config files, a later one wins; names are also searched under configs/")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="the same as --conf, as for deepy.py of GPT-NeoX; they precede --conf")
+    parser.add_argument(
+        "--conf",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="config files, a later one wins; names are also searched under configs/",
+    )
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="the same as --conf, as for deepy.py of GPT-NeoX; they precede --conf"
+    )
     parser.add_argument("-d", "--conf_dir", "--conf-dir", metavar="DIR", help="folder of the config files")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single values, as section.key=value")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it, and sets LOCAL_RANK too
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single values, as section.key=value"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it, and sets LOCAL_RANK too
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
                 signals.end_at_once(partial(end_while_joining, launch))
             injector = FaultInjector(parse(os.environ.get("FAULT", "")), launch.rank)
             config, device = prepare(args, launch)
-            start = importlib.import_module("neox.train.start").start  # only now: a wrong config is reported before torch is imported
+            start = importlib.import_module(
+                "neox.train.start"
+            ).start  # only now: a wrong config is reported before torch is imported
             return start(config, launch, device, signals=signals, injector=injector, debug=args.debug)
         except Exception as error:
             if launch.world_size == 1:
@@ -73,7 +88,11 @@ def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug:
     An error that all processes encounter, such as an invalid config, is reported once.
     """
     known = as_problem(error, "train")
-    notice = make_notice(launch.rank, 1 if known is None else known.exit_code, f"{type(error).__name__}: {error}" if known is None else known.line())
+    notice = make_notice(
+        launch.rank,
+        1 if known is None else known.exit_code,
+        f"{type(error).__name__}: {error}" if known is None else known.line(),
+    )
     stop = partial(getattr, signals, "requested")
     same = post_refusal(launch, notice, REPORT_DELAY, stop) if launch.rank > 0 else None
     if same:
@@ -91,7 +110,9 @@ def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug:
 
 
 def end_while_joining(launch: LaunchInfo, received: signal.Signals) -> None:
-    """Exit after a signal that arrived before all processes joined. It runs on a thread, as the main thread may be busy."""
+    """Exit after a signal that arrived before all processes joined. It runs on a thread, as the main thread may be
+    busy.
+    """
     error = StoppedBySignal(
         "stopped by a signal before all processes had joined, so there is nothing to save",
         where=f"rank {launch.rank} of {launch.world_size}",
@@ -119,7 +140,12 @@ def conf_files(args: argparse.Namespace) -> list[str]:
     """
     names = [*args.files, *args.conf]
     if not names:
-        raise ConfigError("no config file", where="argv", want="--conf FILE [FILE ...]", do="neox train --conf 1-3B.yml, or neox train --help")
+        raise ConfigError(
+            "no config file",
+            where="argv",
+            want="--conf FILE [FILE ...]",
+            do="neox train --conf 1-3B.yml, or neox train --help",
+        )
     return names if args.conf_dir is None else [os.path.join(args.conf_dir, name) for name in names]
 
 
@@ -134,7 +160,8 @@ def disable_flight_recorder(environment: MutableMapping[str, str]) -> None:
 
 
 def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
-    """Load and check the config, and set the variables that libraries read at their import. Returns the config and "cpu" or "cuda".
+    """Load and check the config, and set the variables that libraries read at their import. Returns the config and
+    "cpu" or "cuda".
 
     Raises:
         ConfigError: the config is wrong.
@@ -149,7 +176,9 @@ def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     validate(loaded.config, launch.world_size, device, loaded.origins)
-    os.environ.setdefault("DS_ACCELERATOR", device)  # otherwise DeepSpeed probes for hardware and warns if there is none
+    os.environ.setdefault(
+        "DS_ACCELERATOR", device
+    )  # otherwise DeepSpeed probes for hardware and warns if there is none
     if device == "cpu":
         disable_flight_recorder(os.environ)
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed requires it

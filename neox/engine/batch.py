@@ -11,7 +11,9 @@ from neox.parallel.mesh import Mesh
 
 
 def context_slice(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch with this rank's part of the sequence. Segment ids stay complete: attention sees the complete sequence."""
+    """The batch with this rank's part of the sequence. Segment ids stay complete: attention sees the complete
+    sequence.
+    """
     if mesh.cp == 1:
         return batch
     sliced = {
@@ -22,9 +24,14 @@ def context_slice(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`, except for sample_ids, which only the host reads. Returns the batch itself if it is there already."""
+    """The batch on `device`, except for sample_ids, which only the host reads. Returns the batch itself if it is
+    there already.
+    """
     if batch.tokens.device == device:
         return batch
     names = ("tokens", "targets", "segment_ids", "position_ids", "ends", "reference")
     tensors = {name: getattr(batch, name) for name in names}
-    return replace(batch, **{name: None if tensor is None else tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+    return replace(
+        batch,
+        **{name: None if tensor is None else tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
+    )

@@ -31,7 +31,9 @@ from neox.parallel.wait_tracker import raise_group_timeouts
 
 
 class CPUWithoutOps(CPU_Accelerator):
-    """DeepSpeed's CPU accelerator without its operators, which it would compile at the first start; gloo needs none of them."""
+    """DeepSpeed's CPU accelerator without its operators, which it would compile at the first start; gloo needs none
+    of them.
+    """
 
     def create_op_builder(self, class_name):
         """No builder for any operator."""
@@ -42,7 +44,9 @@ class CPUWithoutOps(CPU_Accelerator):
         return
 
     def is_fp16_supported(self):
-        """True: torch computes in fp16 on every CPU. DeepSpeed asks for native fp16 instructions. A run refuses fp16 on a CPU in any case."""
+        """True: torch computes in fp16 on every CPU. DeepSpeed asks for native fp16 instructions. A run refuses fp16
+        on a CPU in any case.
+        """
         return True
 
 
@@ -64,7 +68,13 @@ def check_passed_through(raw: dict[str, Any]) -> None:
         section, _, key = path.partition(".")
         value = raw.get(section)
         if section in raw and (not key or (isinstance(value, dict) and key in value)):
-            raise ConfigError("DeepSpeed key that neox sets", where=f"deepspeed.{path}", got=value, want=f"set by {ours}", do=f"set {ours}")
+            raise ConfigError(
+                "DeepSpeed key that neox sets",
+                where=f"deepspeed.{path}",
+                got=value,
+                want=f"set by {ours}",
+                do=f"set {ours}",
+            )
 
 
 def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_parameters: int) -> dict[str, Any]:
@@ -87,7 +97,9 @@ def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_param
         "train_batch_size": sizes.micro_batch_size * sizes.gradient_accumulation * replicas,
         "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
         "gradient_accumulation_steps": sizes.gradient_accumulation,
-        "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,  # stage 0: Updater.clip_gradients
+        "gradient_clipping": config.optimizer.gradient_clipping
+        if stage > 0
+        else 0.0,  # stage 0: Updater.clip_gradients
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": bucket,
@@ -114,18 +126,22 @@ def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_param
 
 
 def ensure_process_group(device: torch.device) -> None:
-    """Create the process group of one process, and the variable of a launcher, that DeepSpeed requires of a process without a launcher too."""
+    """Create the process group of one process, and the variable of a launcher, that DeepSpeed requires of a process
+    without a launcher too.
+    """
     if not dist.is_initialized():
         os.environ["LOCAL_RANK"] = str(device.index or 0)
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
+        )
 
 
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without torch's compiler, in a run that does not use Muon.
 
-    DeepSpeed's ZeRO checks whether an optimizer is a Muon, and imports its module, which calls torch.compile. The compiler's import takes 2.4 of the
-    3.4 s of CPU time of a small run (docs/log.md). The price is a function of DeepSpeed that is patched during one import;
-    tests/engine/test_deepspeed_setup.py fails if the compiler is imported.
+    DeepSpeed's ZeRO checks whether an optimizer is a Muon, and imports its module, which calls torch.compile. The
+    compiler's import takes 2.4 of the 3.4 s of CPU time of a small run (docs/log.md). The price is a function of
+    DeepSpeed that is patched during one import; tests/engine/test_deepspeed_setup.py fails if the compiler is imported.
     """
     compiled = compiler.compile
     compiler.compile = lambda: lambda function: function
@@ -137,7 +153,9 @@ def import_muon_uncompiled() -> None:
 
 @contextlib.contextmanager
 def frozen_objects() -> Iterator[None]:
-    """Exclude all current objects from garbage collection: DeepSpeed collects six times as it starts, 0.4 s each over everything imported."""
+    """Exclude all current objects from garbage collection: DeepSpeed collects six times as it starts, 0.4 s each
+    over everything imported.
+    """
     frozen_before = gc.get_freeze_count() > 0
     gc.freeze()
     try:
@@ -147,7 +165,9 @@ def frozen_objects() -> Iterator[None]:
             gc.unfreeze()
 
 
-def init_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.optim.Optimizer, sizes: BatchSizes, mesh: Mesh) -> DeepSpeedEngine:
+def init_deepspeed(
+    config: Config, module: torch.nn.Module, optimizer: torch.optim.Optimizer, sizes: BatchSizes, mesh: Mesh
+) -> DeepSpeedEngine:
     """Wrap a module and its optimizer.
 
     Args:
@@ -169,6 +189,8 @@ def init_deepspeed(config: Config, module: torch.nn.Module, optimizer: torch.opt
         import_muon_uncompiled()
     groups.mpu = mpu  # else an engine without an mpu would find that of an earlier engine in this process
     with contextlib.redirect_stdout(io.StringIO()), frozen_objects():  # it prints memory statistics at any log level
-        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)
+        engine, _, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+        )
     raise_group_timeouts(config.guard.hang_timeout)  # of the groups that DeepSpeed created
     return engine

@@ -1,6 +1,7 @@
 """Checks of the parameters: whether they are finite, and whether replicas are identical, by checksums of their bits.
 
-A weight that no token of a batch uses can be NaN unnoticed: a row of the embedding is read only for its token. A flipped bit in memory, or a reduction
+A weight that no token of a batch uses can be NaN unnoticed: a row of the embedding is read only for its token. A
+    flipped bit in memory, or a reduction
 that one process omits, lets replicas drift apart unnoticed (BLOOM's norms did).
 """
 
@@ -27,14 +28,18 @@ Named = Sequence[tuple[str, torch.nn.Parameter, ShardSpec]]
 
 @torch.no_grad()
 def largest(named: Named) -> torch.Tensor:
-    """Largest magnitude of each parameter in this process, fp32 [parameters] on the device; NaN or infinite if a value is. One pass over all of them."""
+    """Largest magnitude of each parameter in this process, fp32 [parameters] on the device; NaN or infinite if a
+    value is. One pass over all of them.
+    """
     held = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for _, p, _ in named]
     return torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)]) if held else torch.zeros(0)
 
 
 def find_non_finite(named: Named) -> list[str]:
     """Names of the parameters of which this process holds a NaN or infinite value."""
-    return [name for (name, _, _), value in zip(named, largest(named).tolist(), strict=True) if not math.isfinite(value)]
+    return [
+        name for (name, _, _), value in zip(named, largest(named).tolist(), strict=True) if not math.isfinite(value)
+    ]
 
 
 def gather_findings(findings: list[str], mesh: Mesh) -> list[str]:
@@ -52,8 +57,8 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """`checksum` of each, int64 [tensors].
 
-    Small tensors of the same size and dtype, which are most of a model's, are summed together: one by one, each would cost a kernel launch for a few
-    kilobytes. Large ones are read in place, because stacking them would copy the model.
+    Small tensors of the same size and dtype, which are most of a model's, are summed together: one by one, each would
+    cost a kernel launch for a few kilobytes. Large ones are read in place, because stacking them would copy the model.
     """
     same_size: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -69,7 +74,8 @@ def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def replicated(named: Named, mesh: Mesh) -> list[tuple[dist.ProcessGroup, list[tuple[str, torch.nn.Parameter]]]]:
-    """The parameters that several processes hold, by group: all over the replicas, and those that are not sharded over the tensor group.
+    """The parameters that several processes hold, by group: all over the replicas, and those that are not sharded over
+    the tensor group.
 
     ZeRO stage 3 shards parameters, which then have no replicas; the small ones that it does not shard have.
     """
@@ -114,7 +120,9 @@ def check_replicas(named: Named, mesh: Mesh, step: int) -> None:
 
 
 def differing(names: Sequence[str], mine: torch.Tensor, group: dist.ProcessGroup) -> list[str]:
-    """`tensor on ranks ...` for every tensor whose checksums differ: the ranks outside the majority, or all if there is none."""
+    """`tensor on ranks ...` for every tensor whose checksums differ: the ranks outside the majority, or all if there
+    is none.
+    """
     ranks = dist.get_process_group_ranks(group)
     everyone = [torch.empty_like(mine) for _ in ranks]
     dist.all_gather(everyone, mine, group=group)

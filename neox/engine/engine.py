@@ -1,14 +1,18 @@
-"""The engine: one optimizer step over a global batch, on DeepSpeed's data-parallel machinery, in any layout of processes.
+"""The engine: one optimizer step over a global batch, on DeepSpeed's data-parallel machinery, in any layout of
+processes.
 
     engine = Engine(config, Mesh.single(), GPT(config.model, Mesh.single()))
     result = engine.train_step([Batch(tokens, targets, None, None, sample_ids)])
 
 What DeepSpeed does and what is done here:
-- DeepSpeed reduces, shards and gathers (ZeRO 0 to 3), holds the fp32 master weights and gradient accumulators, and scales the loss in fp16.
+- DeepSpeed reduces, shards and gathers (ZeRO 0 to 3), holds the fp32 master weights and gradient accumulators, and
+    scales the loss in fp16.
 - The optimizer, its parameter groups, the learning rate and the weight of every token are ours. The loss of a step is
   sum(loss of tokens) / (number of targets in the GLOBAL batch); micro-batches with fewer targets weigh less.
-- Tensor and context parallelism are in the model; each pipeline stage runs this engine over its layers (neox.engine.pipeline).
-- A weight, loss or gradient that is not finite is found before the update, from numbers that all processes share, so that all decide the same.
+- Tensor and context parallelism are in the model; each pipeline stage runs this engine over its layers
+    (neox.engine.pipeline).
+- A weight, loss or gradient that is not finite is found before the update, from numbers that all processes share, so
+    that all decide the same.
 
 Stage 0 in bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 accumulation.
 """
@@ -91,23 +95,39 @@ class Engine:
         self.updates = 0
         self.token_weight = 1.0  # of a token's loss in the gradient of the current step
         self.objective = build_objective(config.train)
-        specs, shapes = model.shard_specs(), model.logical_shapes()  # before DeepSpeed, whose stage 3 empties the parameters
-        kinds = {name: optimizer_state_keys(config.optimizer, name, len(shape)) if is_trained(config.model, name) else () for name, shape in shapes.items()}
+        specs, shapes = (
+            model.shard_specs(),
+            model.logical_shapes(),
+        )  # before DeepSpeed, whose stage 3 empties the parameters
+        kinds = {
+            name: optimizer_state_keys(config.optimizer, name, len(shape)) if is_trained(config.model, name) else ()
+            for name, shape in shapes.items()
+        }
         parameters = [(name, p, specs[name]) for name, p in model.named_parameters()]
         self.trained = [row for row in parameters if row[1].requires_grad]
         for _, p, spec in self.trained:
-            p.tensor_model_parallel = spec.dim is not None and mesh.tp > 1  # DeepSpeed's norm counts others on one member of the tensor group only
+            p.tensor_model_parallel = (
+                spec.dim is not None and mesh.tp > 1
+            )  # DeepSpeed's norm counts others on one member of the tensor group only
         self.optimizer = build_optimizer([(name, p) for name, p, _ in self.trained], config.optimizer)
         rounded = config.precision.dtype != "fp32"
         initial = copy_to_host(self.trained) if rounded else {}
-        self.deepspeed = init_deepspeed(config, LossModule(model, self.objective), self.optimizer, batch_sizes(config, mesh.world_size), mesh)
-        self.state = OptimizerState(parameters, self.deepspeed.optimizer, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas))
+        self.deepspeed = init_deepspeed(
+            config, LossModule(model, self.objective), self.optimizer, batch_sizes(config, mesh.world_size), mesh
+        )
+        self.state = OptimizerState(
+            parameters, self.deepspeed.optimizer, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas)
+        )
         if rounded:
-            self.state.write_weights(initial)  # DeepSpeed made its master weights from weights that were already rounded
+            self.state.write_weights(
+                initial
+            )  # DeepSpeed made its master weights from weights that were already rounded
         self.updater = Updater(config, mesh, self.deepspeed, self.optimizer, self.state, self.phases)
         dtype = DTYPES[config.precision.dtype]
         self.tied: TiedExchange = tie_embedding(model, mesh, dtype)
-        self.pipeline = OneForwardOneBackward(mesh, self.forward, self.backward, lambda batch: model.boundary_shape(batch.tokens), dtype)
+        self.pipeline = OneForwardOneBackward(
+            mesh, self.forward, self.backward, lambda batch: model.boundary_shape(batch.tokens), dtype
+        )
         if self.phases.changes_values:
             self.trained[0][1].register_hook(partial(self.phases.value, "gradient"))
 
@@ -119,8 +139,8 @@ class Engine:
             stop: this process asks to stop; whether any process does is in the result.
 
         Raises:
-            NonFinite: a weight, the loss or the gradient is NaN or infinite, and guard.non_finite does not skip the step, or no longer does. No
-                parameter changed, on any process.
+            NonFinite: a weight, the loss or the gradient is NaN or infinite, and guard.non_finite does not skip the
+                step, or no longer does. No parameter changed, on any process.
         """
         step, mesh, phases = self.step + 1, self.mesh, self.phases
         phases.enter("step", step)
@@ -128,7 +148,9 @@ class Engine:
             self.pass_parameter()
         magnitudes = largest(self.trained)
         parts = [context_slice(batch, mesh) for batch in batches]
-        count = sum(self.objective.count(batch) for batch in parts)  # on the host: on the device, every micro-batch would wait for the work queued there
+        count = sum(
+            self.objective.count(batch) for batch in parts
+        )  # on the host: on the device, every micro-batch would wait for the work queued there
         with phases.waiting():
             targets = int(sum_over([count], mesh.replica_group, mesh.device)[0])
         self.token_weight = mesh.replicas / max(targets, 1)  # DeepSpeed averages gradients over the replicas
@@ -149,13 +171,25 @@ class Engine:
         self.tied.publish()
         self.step = step
         self.updates += not update.skipped
-        return StepResult(step, mean if targets else math.nan, update.grad_norm, lr, targets, update.skipped, stops > 0, update.problem, update.spike)
+        return StepResult(
+            step,
+            mean if targets else math.nan,
+            update.grad_norm,
+            lr,
+            targets,
+            update.skipped,
+            stops > 0,
+            update.problem,
+            update.spike,
+        )
 
     def update(self, step: int, mean: float, targets: int, batches: Sequence[Batch]) -> Update:
         """Update the parameters, or skip the update. All processes call it together. Raises NonFinite."""
         not_finite = partial(self.not_finite, step, batches)
         if not math.isfinite(mean):
-            found = gather_findings([f"{name} on rank {self.mesh.rank}" for name in find_non_finite(self.trained)], self.mesh)
+            found = gather_findings(
+                [f"{name} on rank {self.mesh.rank}" for name in find_non_finite(self.trained)], self.mesh
+            )
             problem = not_finite("weight", found[0]) if found else not_finite("loss", mean)
             return self.updater.apply(step, mean, problem, not_finite)
         return self.updater.apply(step, mean, None, not_finite) if targets else self.updater.skip_empty_batch()
@@ -174,16 +208,23 @@ class Engine:
     def forward(self, batch: Batch, received: torch.Tensor | None) -> torch.Tensor:
         """Forward pass of one micro-batch through this stage."""
         self.phases.enter("forward")
-        expected = self.token_weight * self.updater.loss_scale if torch.is_grad_enabled() and isinstance(self.objective, TokenLoss) else None
+        expected = (
+            self.token_weight * self.updater.loss_scale
+            if torch.is_grad_enabled() and isinstance(self.objective, TokenLoss)
+            else None
+        )
         return self.phases.value("loss", self.deepspeed(batch, received, expected))
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, last: bool) -> None:
-        """Backward pass of one micro-batch through this stage; after the last one, gradients are reduced over the replicas."""
+        """Backward pass of one micro-batch through this stage; after the last one, gradients are reduced over the
+        replicas.
+        """
         self.phases.enter("backward")
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.tied.last_backward = last
-        # Always weighted outside: DeepSpeed divides the gradient by gradient_accumulation after all if backward() gets the very tensor
-        # that forward() returned (its hook on the output then runs before the one that marks the graph as scaled).
+        # Always weighted outside: DeepSpeed divides the gradient by gradient_accumulation after all if backward() gets
+        # the very tensor that forward() returned (its hook on the output then runs before the one that marks the graph
+        # as scaled).
         root = output * self.token_weight if gradient is None else backward_root(output, gradient)
         self.deepspeed.backward(root, scale_wrt_gas=False)
 
@@ -202,13 +243,17 @@ class Engine:
             return sum_over([float(flag)], self.everyone, self.mesh.device)[0] > 0
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss per target over the batches of all processes, NaN if there is no target. Training state and random streams are untouched."""
+        """Mean loss per target over the batches of all processes, NaN if there is no target. Training state and
+        random streams are untouched.
+        """
         total, targets, _ = self.evaluate_part(batches)
         return total / targets if targets else math.nan
 
     @torch.no_grad()
     def evaluate_part(self, batches: Iterable[Batch], *, stop: bool = False) -> tuple[float, float, bool]:
-        """Part of an evaluation. Returns the sum of the losses, the number of targets, and whether any process asks to stop, over all processes."""
+        """Part of an evaluation. Returns the sum of the losses, the number of targets, and whether any process asks
+        to stop, over all processes.
+        """
         mesh = self.mesh
         self.phases.enter("evaluate")
         self.deepspeed.eval()
@@ -228,7 +273,9 @@ class Engine:
 
     @torch.no_grad()
     def log_probabilities(self, batch: Batch) -> torch.Tensor:
-        """Log-probability of the targets of each row by the current model, fp32 [rows] on the CPU. The training state is untouched."""
+        """Log-probability of the targets of each row by the current model, fp32 [rows] on the CPU. The training
+        state is untouched.
+        """
         self.deepspeed.eval()
         local = to_device(batch, self.mesh.device)
         losses = token_losses(self.model, local.tokens, local.targets, checked=True)
@@ -241,7 +288,12 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
-        state = {"step": self.step, "updates": self.updates, "optimizer": self.config.optimizer.type, "guard": self.updater.guard.state_dict()}
+        state = {
+            "step": self.step,
+            "updates": self.updates,
+            "optimizer": self.config.optimizer.type,
+            "guard": self.updater.guard.state_dict(),
+        }
         scaler = self.updater.scaler_state()
         return {**state, "loss_scale": scaler} if scaler else state
 
@@ -260,11 +312,15 @@ class Engine:
         self.updater.restore_scaler(saved.get("loss_scale", {}))
 
     def take_weights(self, checkpoint: Checkpoint) -> None:
-        """Start from the weights of a checkpoint, in fp32; step, optimizer and schedule stay at their start. Raises as `OptimizerState.take_weights`."""
+        """Start from the weights of a checkpoint, in fp32; step, optimizer and schedule stay at their start. Raises
+        as `OptimizerState.take_weights`.
+        """
         self.state.take_weights(checkpoint)
         self.tied.publish()
 
 
 def copy_to_host(trained: Iterable[tuple[str, torch.nn.Parameter, object]]) -> dict[str, torch.Tensor]:
-    """Copies in host memory, by name: on a GPU a second set of fp32 weights besides DeepSpeed's would be the peak of the start."""
+    """Copies in host memory, by name: on a GPU a second set of fp32 weights besides DeepSpeed's would be the peak of
+    the start.
+    """
     return {name: p.detach().to("cpu", copy=True) for name, p, _ in trained}

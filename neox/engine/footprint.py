@@ -1,4 +1,6 @@
-"""What training stores besides the model's parameters, for the engine that allocates it and for the plan that predicts it. Does not import torch."""
+"""What training stores besides the model's parameters, for the engine that allocates it and for the plan that
+predicts it. Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from neox.config.schema import Config, OptimizerConfig
 BUCKET = 200_000_000  # elements that DeepSpeed reduces or gathers at a time
 LIVE = 1_000_000_000  # elements of parameters that its stage 3 holds gathered at most
 
-# Per-element state of each optimizer, which a checkpoint stores in addition to the fp32 weights. `step` counters are not per element.
+# Per-element state of each optimizer, which a checkpoint stores in addition to the fp32 weights. `step` counters are
+# not per element.
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
 MUON_MATRIX_KEYS = ("momentum_buffer",)
 
@@ -24,7 +27,9 @@ def bucket_elements(num_parameters: int) -> int:
 
 
 def is_hidden_matrix(name: str, dimensions: int) -> bool:
-    """Whether Muon updates this parameter: a matrix in a block. Embeddings and the output head use AdamW, as Muon's authors advise."""
+    """Whether Muon updates this parameter: a matrix in a block. Embeddings and the output head use AdamW, as Muon's
+    authors advise.
+    """
     return dimensions == 2 and name.startswith("layers.")
 
 

@@ -1,4 +1,6 @@
-"""Checks of a step before its update is applied, and the policies for losses that are not finite and for loss spikes."""
+"""Checks of a step before its update is applied, and the policies for losses that are not finite and for loss
+spikes.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ class Guard:
 
     def describe_spike(self, loss: float) -> str:
         """Describe a spike."""
-        return f"loss {loss:.6g} is {loss / statistics.median(self.losses):.3g} times the median of the last {len(self.losses)}"
+        return (
+            f"loss {loss:.6g} is {loss / statistics.median(self.losses):.3g} times the median of the last "
+            f"{len(self.losses)}"
+        )
 
     def accept(self, loss: float) -> None:
         """Note an update that was applied."""
@@ -84,7 +89,8 @@ class Guard:
 
 
 def non_finite_error(what: str, got: object, step: int, sample_ids: Sequence[torch.Tensor], mesh: Mesh) -> NonFinite:
-    """The error for a weight, loss or gradient that is not finite, with the samples of the global batch. All processes call it together.
+    """The error for a weight, loss or gradient that is not finite, with the samples of the global batch. All processes
+    call it together.
 
     Args:
         what: weight, loss or gradient.
@@ -103,5 +109,6 @@ def non_finite_error(what: str, got: object, step: int, sample_ids: Sequence[tor
         where=f"rank {mesh.rank}: step {step}",
         got=f"{got}, samples {sorted(torch.cat(everyone).tolist())}",
         want="a finite number",
-        do="no update was applied; lower the learning rate, or inspect these samples (neox data which --run DIR --step N)",
+        do="no update was applied; lower the learning rate, or inspect these samples (neox data which --run DIR "
+        "--step N)",
     )

@@ -1,4 +1,5 @@
-"""Learning-rate schedules: pure functions of the step and of the number of updates, so a resumed run needs no schedule state.
+"""Learning-rate schedules: pure functions of the step and of the number of updates, so a resumed run needs no schedule
+state.
 
 Steps count from 1: `learning_rate(n)` is the rate of the n-th optimizer step. With w = warmup_iters, d = decay_iters,
 c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1], `rule: native` is:
@@ -12,15 +13,16 @@ c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1], `rule: native` is:
 
 The rate stays constant after step d.
 
-`rule: gpt_neox` is GPT-NeoX's AnnealingLR (megatron/learning_rates.py), which is stepped after the optimizer. With m updates made
-before the step (n - 1 where none was skipped), w a real number and x = (m - w) / (d - w), never cut:
+`rule: gpt_neox` is GPT-NeoX's AnnealingLR (megatron/learning_rates.py), which is stepped after the optimizer. With m
+updates made before the step (n - 1 where none was skipped), w a real number and x = (m - w) / (d - w), never cut:
 
     m <= w, w > 0  peak max(1, m) / w
     constant       peak
     linear         peak (1 - x), never below min
     cosine         min + (peak - min) (1 + cos(pi x)) / 2
 
-Its cosine rises again after d. A skipped update (an fp16 overflow) does not advance it. DeepSpeed's schedulers are not used.
+Its cosine rises again after d. A skipped update (an fp16 overflow) does not advance it. DeepSpeed's schedulers are not
+used.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class LRSchedule:
     rule: str = "native"
 
     def learning_rate(self, step: int, updates: int | None = None) -> float:
-        """The learning rate of optimizer step `step` (1 is the first), before which `updates` updates were made (None: step - 1)."""
+        """The learning rate of optimizer step `step` (1 is the first), before which `updates` updates were made
+        (None: step - 1).
+        """
         if self.rule == "gpt_neox":
             return gpt_neox(self, step - 1 if updates is None else updates)
         if step < self.warmup_iters:
@@ -87,7 +91,9 @@ def linear(schedule: LRSchedule, step: int) -> float:
 
 def cosine(schedule: LRSchedule, step: int) -> float:
     """Half a cosine from the peak to min_lr."""
-    return schedule.min_lr + (schedule.peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * schedule.progress(step, schedule.warmup_iters)))
+    return schedule.min_lr + (schedule.peak - schedule.min_lr) * 0.5 * (
+        1.0 + math.cos(math.pi * schedule.progress(step, schedule.warmup_iters))
+    )
 
 
 def wsd(schedule: LRSchedule, step: int) -> float:
@@ -107,4 +113,6 @@ FORMULAS = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd
 def build_lr_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, train_iters: int) -> LRSchedule:
     """The schedule of a run. Without `decay_iters`, it decays until the end of the run."""
     end = config.decay_iters or train_iters
-    return LRSchedule(config.type, optimizer.lr, config.min_lr, config.warmup_iters, end, config.cooldown_iters, config.rule)
+    return LRSchedule(
+        config.type, optimizer.lr, config.min_lr, config.warmup_iters, end, config.cooldown_iters, config.rule
+    )

@@ -10,8 +10,9 @@ from neox.parallel.mesh import Mesh
 class MeshMPU:
     """A Mesh with the methods that DeepSpeed calls.
 
-    DeepSpeed's "data parallel" processes are our replicas (dp x cp: the same parameters, other tokens), its "model parallel" group is our model
-    group (pp x tp), and its "tensor model parallel" or "slice" group is our tensor group. DeepSpeed's sequence parallelism is not used.
+    DeepSpeed's "data parallel" processes are our replicas (dp x cp: the same parameters, other tokens), its "model
+    parallel" group is our model group (pp x tp), and its "tensor model parallel" or "slice" group is our tensor group.
+    DeepSpeed's sequence parallelism is not used.
     """
 
     def __init__(self, mesh: Mesh):
@@ -35,7 +36,9 @@ class MeshMPU:
         return dist.get_process_group_ranks(self.get_data_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
-        """Rank within the model group. Without pipeline stages it equals the tensor rank, on which DeepSpeed's stage 3 relies."""
+        """Rank within the model group. Without pipeline stages it equals the tensor rank, on which DeepSpeed's stage
+        3 relies.
+        """
         return self.mesh.pp_rank * self.mesh.tp + self.mesh.tp_rank
 
     def get_model_parallel_world_size(self) -> int:

@@ -1,6 +1,7 @@
 """What a run minimises: a sum over targets, or over pairs of a chosen and a rejected answer.
 
-The rows of a batch of pairs alternate: chosen, rejected, chosen, rejected. Every objective takes the per-token losses of `GPT.forward`, so it works in every
+The rows of a batch of pairs alternate: chosen, rejected, chosen, rejected. Every objective takes the per-token losses
+    of `GPT.forward`, so it works in every
 layout that `GPT.forward` supports. Pairs exclude context parallelism, in which a process sees a part of each sequence.
 """
 
@@ -24,7 +25,9 @@ class Objective(Protocol):
         """The sum, fp32 scalar; `out` is the result of GPT.forward, fp32 [rows * s]."""
 
     def count(self, batch: Batch) -> int:
-        """Number of terms of a batch. The loss of a step is the sum over the global batch divided by its number of terms."""
+        """Number of terms of a batch. The loss of a step is the sum over the global batch divided by its number of
+        terms.
+        """
 
 
 class TokenLoss:
@@ -40,7 +43,8 @@ class TokenLoss:
 
 
 class PreferenceLoss:
-    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(beta ((c - c0) - (r - r0))), with the log-probabilities of the chosen and the rejected answer.
+    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(beta ((c - c0) - (r - r0))), with the log-probabilities of the
+    chosen and the rejected answer.
 
     Args:
         beta: weight of the distance from the reference model, whose log-probabilities c0, r0 are in the batch.
@@ -60,7 +64,9 @@ class PreferenceLoss:
 
 
 class RewardLoss:
-    """Bradley-Terry: -log sigmoid(score of the chosen - score of the rejected), each read at the last token of its answer."""
+    """Bradley-Terry: -log sigmoid(score of the chosen - score of the rejected), each read at the last token of its
+    answer.
+    """
 
     def __call__(self, out: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sum over the pairs."""
@@ -83,18 +89,28 @@ class LossModule(torch.nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch, received: torch.Tensor | None = None, expected_dloss: float | None = None) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, received: torch.Tensor | None = None, expected_dloss: float | None = None
+    ) -> torch.Tensor:
         """Sum of the batch's losses, fp32 scalar; on a stage that is not the last, the residual stream [b, s, h].
 
         Args:
             batch: one micro-batch, already checked by the loader.
             received: the residual stream of the stage before; None on the first stage.
-            expected_dloss: the gradient that the loss of every token will get in the backward pass; None if it is not known.
+            expected_dloss: the gradient that the loss of every token will get in the backward pass; None if it is not
+                known.
         """
         stage: dict[str, torch.Tensor | float] = {} if received is None else {"received": received}
         if expected_dloss is not None:
             stage["expected_dloss"] = expected_dloss
-        out = self.model(batch.tokens, batch.targets, segment_ids=batch.segment_ids, position_ids=batch.position_ids, checked=True, **stage)
+        out = self.model(
+            batch.tokens,
+            batch.targets,
+            segment_ids=batch.segment_ids,
+            position_ids=batch.position_ids,
+            checked=True,
+            **stage,
+        )
         return self.objective(out, batch) if out.ndim == 1 else out
 
 

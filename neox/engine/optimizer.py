@@ -1,6 +1,8 @@
-"""Optimizers, built here rather than by DeepSpeed: we choose the parameter groups, and every ZeRO stage steps the same code.
+"""Optimizers, built here rather than by DeepSpeed: we choose the parameter groups, and every ZeRO stage steps the same
+code.
 
-Weight decay is decoupled in all of them and applies to matrices only: parameters of one dimension (biases, norms) are in a separate group
+Weight decay is decoupled in all of them and applies to matrices only: parameters of one dimension (biases, norms) are
+    in a separate group
 without decay. A group's `lr_scale` multiplies the learning rate that the engine sets at every step.
 """
 
@@ -20,10 +22,12 @@ ROW_BIASES = (".attention.out.bias", ".mlp.down.bias")
 
 
 class NoCompiler:
-    """Mixin: torch's methods without the decorator that disables torch.compile in them, because its first call imports the compiler.
+    """Mixin: torch's methods without the decorator that disables torch.compile in them, because its first call imports
+    the compiler.
 
-    The import takes 2.4 of the 3.4 s of CPU time of a small run (docs/log.md), in every process. The price is a dependency on `__wrapped__`, which
-    functools.wraps sets; tests/engine/test_deepspeed_setup.py fails if the compiler is imported.
+    The import takes 2.4 of the 3.4 s of CPU time of a small run (docs/log.md), in every process. The price is a
+    dependency on `__wrapped__`, which functools.wraps sets; tests/engine/test_deepspeed_setup.py fails if the compiler
+    is imported.
     """
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
@@ -33,7 +37,9 @@ class NoCompiler:
 
 
 class AdamW(NoCompiler, torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101), with torch's fused kernel and state. `step` is written here because torch's is decorated as well."""
+    """AdamW (arXiv 1711.05101), with torch's fused kernel and state. `step` is written here because torch's is
+    decorated as well.
+    """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
@@ -52,13 +58,21 @@ class AdamW(NoCompiler, torch.optim.AdamW):
     def _update(self, params: list[torch.nn.Parameter], group: dict) -> None:
         for p in params:
             if not self.state[p]:
-                zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+                zeros = {
+                    name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")
+                }
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
         grads = [p.grad for p in params]
         steps, averages, squares = ([self.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq"))
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
-        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"]}
+        settings = {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": group["weight_decay"],
+            "eps": group["eps"],
+        }
         torch._fused_adamw_(params, grads, averages, squares, [], steps, amsgrad=False, maximize=False, **settings)
 
 
@@ -169,7 +183,9 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
 
 
 def counter(optimizer: Optimizer, group: dict, device: torch.device, updates: int) -> dict:
-    """The `step` entry of a parameter's state after `updates` updates, in the optimizer's form; empty if the optimizer has none."""
+    """The `step` entry of a parameter's state after `updates` updates, in the optimizer's form; empty if the
+    optimizer has none.
+    """
     if isinstance(optimizer, AdamW):
         return {"step": torch.tensor(float(updates), device=device)}
     if group.get("use_muon") is False:

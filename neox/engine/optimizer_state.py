@@ -1,6 +1,7 @@
 """The fp32 weights and the optimizer state of one process, wherever the ZeRO stage stores them.
 
-A `ParameterShard` hides the location. Saving and restoring both go through the views of a shard, so they cannot disagree.
+A `ParameterShard` hides the location. Saving and restoring both go through the views of a shard, so they cannot
+disagree.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ParameterShard:
         offset: start of the range in `flat`.
         start, stop: range of the local parameter, vocabulary padding included.
         group: index of the optimizer's parameter group; -1 for a frozen parameter.
-        owned: part of [start, stop) that this process writes to a checkpoint; a range that several processes hold is divided among them.
+        owned: part of [start, stop) that this process writes to a checkpoint; a range that several processes hold is
+            divided among them.
     """
 
     name: str
@@ -56,7 +58,9 @@ def replicated_shards(named: Named, optimizer: torch.optim.Optimizer, rank: int,
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     for name, p, layout in named:
         count = p.numel()
-        yield ParameterShard(name, layout, p, 0, 0, count, group_of[id(p)], (count * rank // size, count * (rank + 1) // size))
+        yield ParameterShard(
+            name, layout, p, 0, 0, count, group_of[id(p)], (count * rank // size, count * (rank + 1) // size)
+        )
 
 
 def frozen_shards(named: Named, rank: int, size: int) -> Iterator[ParameterShard]:
@@ -75,7 +79,16 @@ def flat_partition_shards(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_O
         flat = wrapper.optimizer.param_groups[fragment.param_group_index]["params"][0]
         start = fragment.lp_fragment_address.start
         stop = start + fragment.lp_fragment_address.numel
-        yield ParameterShard(name, layout, flat, fragment.hp_fragment_address.start, start, stop, fragment.param_group_index, (start, stop))
+        yield ParameterShard(
+            name,
+            layout,
+            flat,
+            fragment.hp_fragment_address.start,
+            start,
+            stop,
+            fragment.param_group_index,
+            (start, stop),
+        )
 
 
 def stage3_shards(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, rank: int) -> Iterator[ParameterShard]:
@@ -86,14 +99,17 @@ def stage3_shards(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, rank: in
         stop = min(start + share, p.ds_numel)
         if start < stop:
             flat = wrapper.fp32_partitioned_groups_flat[sub_group]
-            yield ParameterShard(name, layout, flat, offset, start, stop, wrapper.sub_group_to_group_id[sub_group], (start, stop))
+            yield ParameterShard(
+                name, layout, flat, offset, start, stop, wrapper.sub_group_to_group_id[sub_group], (start, stop)
+            )
 
 
 class OptimizerState:
     """The fp32 weights and the optimizer state of one process under any ZeRO stage.
 
     Args:
-        named: logical name, parameter and layout of every parameter of this process; those without a gradient are frozen.
+        named: logical name, parameter and layout of every parameter of this process; those without a gradient are
+            frozen.
         wrapper: DeepSpeed's optimizer; at stage 0, which has none, our optimizer.
         optimizer: our optimizer inside.
         kinds: by parameter, the names of its per-element optimizer state, besides the weight.
@@ -115,7 +131,10 @@ class OptimizerState:
         self.kinds = kinds
         self.shapes = shapes
         rank, size = replica
-        frozen, named = [row for row in named if not row[1].requires_grad], [row for row in named if row[1].requires_grad]
+        frozen, named = (
+            [row for row in named if not row[1].requires_grad],
+            [row for row in named if row[1].requires_grad],
+        )
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             self.shards = list(stage3_shards(named, wrapper, rank))
         elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
@@ -135,7 +154,9 @@ class OptimizerState:
         return shard.flat if kind == "weight" else self.optimizer.state.get(shard.flat, {}).get(kind)
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this process writes to a checkpoint, without padding: views, which change with the next update, or copies of frozen 16-bit weights."""
+        """What this process writes to a checkpoint, without padding: views, which change with the next update, or
+        copies of frozen 16-bit weights.
+        """
         for shard in self.shards:
             layout = shard.layout
             start, stop = shard.owned[0], min(shard.owned[1], layout.numel)
@@ -175,7 +196,8 @@ class OptimizerState:
     def take_weights(self, checkpoint: Checkpoint) -> None:
         """Overwrite the weights with those of a checkpoint, in fp32; the optimizer state stays as it is.
 
-        Adapters and the head of a reward model keep their initial values if the checkpoint has none. A reward model does not read the output head.
+        Adapters and the head of a reward model keep their initial values if the checkpoint has none. A reward model
+        does not read the output head.
 
         Raises:
             CheckpointError: the checkpoint holds other tensors than this model.
@@ -212,12 +234,16 @@ class OptimizerState:
                 if start >= stop or (weights_of is not None and shard.name not in weights_of):
                     continue
                 for kind in ("weight", *self.kinds[shard.name]) if weights_of is None else ("weight",):
-                    checkpoint.read_into(shard.view(self.tensor(shard, kind), start, stop), shard.name, kind, layout.slices, start, stop)
+                    checkpoint.read_into(
+                        shard.view(self.tensor(shard, kind), start, stop), shard.name, kind, layout.slices, start, stop
+                    )
         self.publish()
 
     @torch.no_grad()
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
-        """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before rounding."""
+        """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before
+        rounding.
+        """
         for shard in self.shards:
             if shard.group < 0:
                 continue
@@ -235,14 +261,23 @@ class OptimizerState:
             wrapper.update_lp_params()
 
     def gather_persistent(self) -> None:
-        """Stage 3: gather the small parameters that every process holds in full. DeepSpeed leaves them sharded when it skips an update."""
+        """Stage 3: gather the small parameters that every process holds in full. DeepSpeed leaves them sharded when
+        it skips an update.
+        """
         if isinstance(self.wrapper, DeepSpeedZeroOptimizer_Stage3) and self.wrapper.persistent_parameters:
             self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)
 
 
-def pending_gradients(wrapper: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer) -> Iterator[torch.Tensor]:
+def pending_gradients(
+    wrapper: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer,
+) -> Iterator[torch.Tensor]:
     """The reduced gradients of this process that the next step of DeepSpeed's optimizer would apply."""
     if isinstance(wrapper, BF16_Optimizer):
         yield from wrapper.fp32_groups_gradients_flat
     else:
-        yield from (gradient for group in wrapper.averaged_gradients.values() for gradient in group or () if gradient is not None)
+        yield from (
+            gradient
+            for group in wrapper.averaged_gradients.values()
+            for gradient in group or ()
+            if gradient is not None
+        )

@@ -1,9 +1,11 @@
-"""One-forward-one-backward over pipeline stages (PipeDream-flush, arXiv 2006.09503; schedule of arXiv 2104.04473, figure 4).
+"""One-forward-one-backward over pipeline stages (PipeDream-flush, arXiv 2006.09503; schedule of arXiv 2104.04473,
+figure 4).
 
-DeepSpeed's PipelineEngine is not used: it averages the losses of micro-batches, whereas ours are weighted by tokens; it steps before the loss has
-been checked; it controls the data iterator and evaluation; and it reduces tied weights as replicas, which clipping and checkpoints would see twice.
-Here every stage is an ordinary DeepSpeed engine over its layers (ZeRO 0 and 1, fp32 accumulation, loss scaling as without a pipeline), and this file
-defines the order in which it runs. With one stage it is a loop over micro-batches.
+DeepSpeed's PipelineEngine is not used: it averages the losses of micro-batches, whereas ours are weighted by tokens; it
+steps before the loss has been checked; it controls the data iterator and evaluation; and it reduces tied weights as
+replicas, which clipping and checkpoints would see twice. Here every stage is an ordinary DeepSpeed engine over its
+layers (ZeRO 0 and 1, fp32 accumulation, loss scaling as without a pipeline), and this file defines the order in which
+it runs. With one stage it is a loop over micro-batches.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from neox.parallel.p2p import send_recv
 
 
 class _BackwardRoot(torch.autograd.Function):
-    """A scalar whose backward pass gives `output` the gradient that the next stage sent: DeepSpeed's backward() starts from scalars only.
+    """A scalar whose backward pass gives `output` the gradient that the next stage sent: DeepSpeed's backward() starts
+    from scalars only.
 
     The incoming gradient is not read: the gradient that was sent includes loss scale and token weights.
     """
@@ -51,7 +54,8 @@ class OneForwardOneBackward:
     Args:
         mesh: the layout of processes.
         forward: (batch, received) -> output: what the next stage receives, or the loss on the last stage.
-        backward: (output, gradient of the output or None on the last stage, whether it is the last micro-batch) -> None.
+        backward: (output, gradient of the output or None on the last stage, whether it is the last micro-batch) ->
+            None.
         shape: batch -> shape of what stages receive.
         dtype: dtype of what stages receive.
     """
@@ -71,7 +75,9 @@ class OneForwardOneBackward:
         self.dtype = dtype
 
     def train(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Forward and backward of every micro-batch. Returns the sum of the losses, zero on a stage that is not the last."""
+        """Forward and backward of every micro-batch. Returns the sum of the losses, zero on a stage that is not the
+        last.
+        """
         mesh, count = self.mesh, len(batches)
         ahead = min(mesh.pp - mesh.pp_rank - 1, count)  # micro-batches whose forward comes before the first backward
         loss = torch.zeros((), device=mesh.device)
@@ -95,14 +101,21 @@ class OneForwardOneBackward:
             self.exchange(dx=self.backward_oldest(in_flight, gradient, last=len(in_flight) == 1))
         return loss
 
-    def backward_oldest(self, in_flight: deque[InFlight], gradient: torch.Tensor | None, *, last: bool) -> torch.Tensor | None:
+    def backward_oldest(
+        self, in_flight: deque[InFlight], gradient: torch.Tensor | None, *, last: bool
+    ) -> torch.Tensor | None:
         """Backward of the oldest micro-batch in flight. Returns the gradient of its input; None on the first stage."""
         micro_batch = in_flight.popleft()
         self.backward(micro_batch.output, gradient, last)
         return None if micro_batch.received is None else micro_batch.received.grad
 
     def exchange(
-        self, *, output: torch.Tensor | None = None, dx: torch.Tensor | None = None, batch: Batch | None = None, awaiting: tuple[int, ...] | None = None
+        self,
+        *,
+        output: torch.Tensor | None = None,
+        dx: torch.Tensor | None = None,
+        batch: Batch | None = None,
+        awaiting: tuple[int, ...] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Send to and receive from the neighbouring stages, in one batch of operations.
 
@@ -154,8 +167,8 @@ def backward_root(output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 class TiedExchange:
     """Synchronises the last stage's copy of a tied embedding with the first stage, which owns it.
 
-    The gradient of the copy over all micro-batches is added to the owner's in the last backward pass of the step, before ZeRO reduces it. The updated
-    weight is sent back. Without a weight and a copy, every method does nothing.
+    The gradient of the copy over all micro-batches is added to the owner's in the last backward pass of the step,
+    before ZeRO reduces it. The updated weight is sent back. Without a weight and a copy, every method does nothing.
 
     Args:
         mesh: the layout of processes.
@@ -196,7 +209,9 @@ class TiedExchange:
 
 
 def tie_embedding(model: GPT, mesh: Mesh, dtype: torch.dtype) -> TiedExchange:
-    """The exchange of a tied embedding between the first and the last stage; it does nothing in a model or on a stage that has none."""
+    """The exchange of a tied embedding between the first and the last stage; it does nothing in a model or on a
+    stage that has none.
+    """
     tied = mesh.pp > 1 and model.config.tie_embeddings and model.config.output == "tokens"
     if not tied:
         return TiedExchange(mesh, None, None)

@@ -30,7 +30,8 @@ class Update:
 
     Attributes:
         grad_norm: L2 norm of the gradient before clipping; infinite if the update was skipped.
-        skipped: no parameter changed: an fp16 gradient overflowed and the loss scale was lowered, no token was a target, or `problem`.
+        skipped: no parameter changed: an fp16 gradient overflowed and the loss scale was lowered, no token was a
+            target, or `problem`.
         problem: a description of what was wrong with the step: not finite, or a spike of the loss; None if nothing was.
         spike: whether it was a spike.
     """
@@ -53,12 +54,22 @@ class Updater:
         phases: marks where this process waits for others.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, deepspeed: DeepSpeedEngine, optimizer: Optimizer, state: OptimizerState, phases: Phases):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        deepspeed: DeepSpeedEngine,
+        optimizer: Optimizer,
+        state: OptimizerState,
+        phases: Phases,
+    ):
         self.config = config
         self.mesh = mesh
         self.deepspeed = deepspeed
         self.optimizer = optimizer
-        self.zero = None if deepspeed.optimizer is optimizer else deepspeed.optimizer  # DeepSpeed's optimizer around ours; stage 0 in fp32 has none
+        self.zero = (
+            None if deepspeed.optimizer is optimizer else deepspeed.optimizer
+        )  # DeepSpeed's optimizer around ours; stage 0 in fp32 has none
         self.state = state
         self.phases = phases
         self.guard = Guard(config.guard)
@@ -82,13 +93,17 @@ class Updater:
                 setattr(self.zero.loss_scaler, key, value)
 
     def set_learning_rate(self, step: int, updates: int) -> float:
-        """Set the learning rate of a step, before which `updates` updates were made, in the optimizer's groups. Returns it."""
+        """Set the learning rate of a step, before which `updates` updates were made, in the optimizer's groups.
+        Returns it.
+        """
         lr = self.lr_schedule.learning_rate(step, updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
         return lr
 
-    def apply(self, step: int, loss: float, problem: NonFinite | None, not_finite: Callable[[str, object], NonFinite]) -> Update:
+    def apply(
+        self, step: int, loss: float, problem: NonFinite | None, not_finite: Callable[[str, object], NonFinite]
+    ) -> Update:
         """Update, unless something is wrong with the step. All processes call it together.
 
         Args:
@@ -98,7 +113,8 @@ class Updater:
             not_finite: (what, value found) -> the error for a gradient that is not finite.
 
         Raises:
-            NonFinite: `guard.non_finite` does not skip the problem, or too many updates in a row were skipped. No parameter changed.
+            NonFinite: `guard.non_finite` does not skip the problem, or too many updates in a row were skipped. No
+                parameter changed.
         """
         spike = problem is None and self.guard.is_spike(loss)
         outcome: Update | NonFinite
@@ -117,11 +133,17 @@ class Updater:
         if not outcome.skipped:
             self.guard.accept(loss)
         elif spike:
-            self.guard.count_skipped(NonFinite("loss spike did not recover", where=f"step {step}", got=description, do="lower the learning rate"))
+            self.guard.count_skipped(
+                NonFinite(
+                    "loss spike did not recover", where=f"step {step}", got=description, do="lower the learning rate"
+                )
+            )
         return replace(outcome, problem=description, spike=spike)
 
     def clip_and_step(self, not_finite: Callable[[str, object], NonFinite]) -> Update | NonFinite:
-        """Clip the gradient and step the optimizer. If the gradient is not finite, no parameter changes and the error is returned."""
+        """Clip the gradient and step the optimizer. If the gradient is not finite, no parameter changes and the
+        error is returned.
+        """
         if self.zero is None:
             norm = self.clip_gradients()
             if not math.isfinite(norm):
@@ -139,7 +161,9 @@ class Updater:
         return not_finite("gradient", "NaN or infinity")
 
     def skip_empty_batch(self) -> Update:
-        """Skip the update of a batch without a target: neither weight decay nor momentum may move the weights. All processes call it together."""
+        """Skip the update of a batch without a target: neither weight decay nor momentum may move the weights. All
+        processes call it together.
+        """
         scaler = self.scaler_state()
         self.drop_gradients()
         self.restore_scaler(scaler)  # DeepSpeed counts dropped gradients as an overflow
@@ -156,7 +180,9 @@ class Updater:
         self.state.gather_persistent()
 
     def step_optimizer(self) -> None:
-        """Step DeepSpeed's engine. Its Muon is torch.compiled: on a CPU that would start a C++ compiler in the middle of a run, so it stays eager there."""
+        """Step DeepSpeed's engine. Its Muon is torch.compiled: on a CPU that would start a C++ compiler in the
+        middle of a run, so it stays eager there.
+        """
         eager = self.config.optimizer.type == "muon" and self.mesh.device.type == "cpu"
         with self.phases.waiting(), torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             self.deepspeed.step()  # reads the norm over all processes

@@ -1,7 +1,8 @@
 """Tasks of lm-evaluation-harness (EleutherAI, 0.4) on our models. An optional extra: pip install neox-train[eval].
 
-Texts are encoded as its `hf` model encodes them, so that the numbers are the same: with the tokenizer's own template (a leading
-<s> where it has one), trailing spaces of a context moved to the continuation, an empty context replaced by the beginning-of-text token.
+Texts are encoded as its `hf` model encodes them, so that the numbers are the same: with the tokenizer's own template (a
+leading <s> where it has one), trailing spaces of a context moved to the continuation, an empty context replaced by the
+beginning-of-text token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ DEFAULT_NEW_TOKENS = 256  # the default of lm-evaluation-harness
 
 
 def prefix_token(tokenizer: Tokenizer) -> int:
-    """The token used as an empty context: bos_token of the tokenizer_config.json next to the tokenizer, else end-of-document.
+    """The token used as an empty context: bos_token of the tokenizer_config.json next to the tokenizer, else
+    end-of-document.
 
     Raises:
         ConfigError: neither exists.
@@ -32,12 +34,16 @@ def prefix_token(tokenizer: Tokenizer) -> int:
         try:
             name = read_json(settings).get("bos_token")
         except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError("cannot read the tokenizer's settings", where=settings, got=error, want="a JSON object") from error
+            raise ConfigError(
+                "cannot read the tokenizer's settings", where=settings, got=error, want="a JSON object"
+            ) from error
         found = tokenizer.token_id(name.get("content", "") if isinstance(name, dict) else name) if name else None
         if found is not None:
             return found
     if tokenizer.eod_id is None:
-        raise ConfigError("the tokenizer has no end-of-document token", where=tokenizer.file, do="set tokenizer.eod_token")
+        raise ConfigError(
+            "the tokenizer has no end-of-document token", where=tokenizer.file, do="set tokenizer.eod_token"
+        )
     return tokenizer.eod_id
 
 
@@ -47,13 +53,30 @@ def sampling(options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
     Raises:
         ConfigError: an unsupported option.
     """
-    known = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "num_beams"}
+    known = {
+        "until",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_gen_toks",
+        "max_new_tokens",
+        "max_tokens",
+        "num_beams",
+    }
     unknown = sorted(set(options) - known)
     if unknown or options.get("num_beams", 1) != 1:
-        raise ConfigError("generation option of the task is not supported", where="generation_kwargs", got=", ".join(unknown) or "num_beams")
+        raise ConfigError(
+            "generation option of the task is not supported",
+            where="generation_kwargs",
+            got=", ".join(unknown) or "num_beams",
+        )
     until = options.get("until") or []
     sampled = options.get("do_sample", bool(options.get("temperature")))
-    count = next((options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if options.get(name)), DEFAULT_NEW_TOKENS)
+    count = next(
+        (options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if options.get(name)),
+        DEFAULT_NEW_TOKENS,
+    )
     params = SamplingParams(
         temperature=float(options.get("temperature") or 1.0) if sampled else 0.0,
         top_k=options.get("top_k") or None,
@@ -72,7 +95,9 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
     try:
         from lm_eval.api.model import TemplateLM  # an optional package, only here
     except ImportError as error:
-        raise EnvironmentProblem("lm-evaluation-harness is not installed", got=error, do="pip install 'lm-eval==0.4.13' -c constraints.txt") from error
+        raise EnvironmentProblem(
+            "lm-evaluation-harness is not installed", got=error, do="pip install 'lm-eval==0.4.13' -c constraints.txt"
+        ) from error
 
     prefix = prefix_token(tokenizer)
     prefix_text = tokenizer.decode([prefix])
@@ -96,13 +121,19 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
             windows = [rolling_windows(self.tok_encode(request.args[0]), prefix, max_length) for request in requests]
-            scores = iter(log_likelihoods(model, [pair for text in windows for pair in text], max_length=max_length, batch_size=batch_size))
+            scores = iter(
+                log_likelihoods(
+                    model, [pair for text in windows for pair in text], max_length=max_length, batch_size=batch_size
+                )
+            )
             return [sum(next(scores)[0] for _ in text) for text in windows]
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             answers = [""] * len(requests)
             for options, members in group_by_options([request.args[1] for request in requests]):
-                texts = continuations(model, tokenizer, [self.tok_encode(requests[i].args[0]) for i in members], options, batch_size)
+                texts = continuations(
+                    model, tokenizer, [self.tok_encode(requests[i].args[0]) for i in members], options, batch_size
+                )
                 for i, text in zip(members, texts, strict=True):
                     answers[i] = text
             return answers
@@ -118,7 +149,9 @@ def group_by_options(options: Sequence[dict[str, Any]]) -> list[tuple[dict[str, 
     return [(options[members[0]], members) for members in groups.values()]
 
 
-def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: dict[str, Any], batch_size: int) -> list[str]:
+def continuations(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: dict[str, Any], batch_size: int
+) -> list[str]:
     """The texts that a task requests; the beginning of prompts that are too long is dropped.
 
     Raises:
@@ -128,13 +161,20 @@ def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]]
     room = model.config.max_position_embeddings - params.max_new_tokens
     if room <= 0:
         want = f"< {model.config.max_position_embeddings}"
-        raise ConfigError("the task generates more tokens than the model reads", where="max_gen_toks", got=params.max_new_tokens, want=want)
+        raise ConfigError(
+            "the task generates more tokens than the model reads",
+            where="max_gen_toks",
+            got=params.max_new_tokens,
+            want=want,
+        )
 
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
     cut_prompts = [prompt[-room:] for prompt in prompts]
-    return complete(model, cut_prompts, params, decode=decode, stops=stops, eod_id=tokenizer.end_ids, batch_size=batch_size)
+    return complete(
+        model, cut_prompts, params, decode=decode, stops=stops, eod_id=tokenizer.end_ids, batch_size=batch_size
+    )
 
 
 def run_tasks(
@@ -185,8 +225,20 @@ def run_tasks(
     try:
         evaluate: Any = simple_evaluate  # its decorator hides the signature
         found = evaluate(
-            adapter, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000, verbosity="WARNING"
+            adapter,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+            verbosity="WARNING",
         )
     except (OSError, ConnectionError, ValueError) as error:
-        raise DataError("a task could not be evaluated", where=", ".join(tasks), got=error, do="without network, give local files with --task-files") from error
+        raise DataError(
+            "a task could not be evaluated",
+            where=", ".join(tasks),
+            got=error,
+            do="without network, give local files with --task-files",
+        ) from error
     return {key: found[key] for key in ("results", "groups", "n-samples", "n-shot", "versions") if key in found}

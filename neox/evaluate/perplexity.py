@@ -26,8 +26,8 @@ class Perplexity:
     Args:
         loss: mean negative log-likelihood of a token, nats.
         perplexity: exp(loss).
-        bits_per_byte: total negative log-likelihood in bits, end-of-document tokens included, over the bytes of the text; it
-            does not depend on the tokenizer. None without a tokenizer.
+        bits_per_byte: total negative log-likelihood in bits, end-of-document tokens included, over the bytes of the
+            text; it does not depend on the tokenizer. None without a tokenizer.
         tokens: tokens predicted.
         bytes: UTF-8 bytes of the documents' text; None without a tokenizer.
         documents: documents read.
@@ -76,7 +76,11 @@ def text_bytes(dataset: IndexedDataset, documents: int, tokenizer: Tokenizer) ->
 def _document(dataset: IndexedDataset, document: int) -> np.ndarray:
     """All tokens of one document, [n]."""
     first, last = int(dataset.documents[document]), int(dataset.documents[document + 1])
-    return np.concatenate([dataset[sequence] for sequence in range(first, last)]) if last > first else np.empty(0, np.int64)
+    return (
+        np.concatenate([dataset[sequence] for sequence in range(first, last)])
+        if last > first
+        else np.empty(0, np.int64)
+    )
 
 
 def evaluate(
@@ -106,10 +110,19 @@ def evaluate(
     """
     config = model.config
     if config.position_embedding == "learned" and seq_length > config.max_position_embeddings:
-        raise ConfigError("window longer than the model has positions", where="seq_length", got=seq_length, want=f"<= {config.max_position_embeddings}")
+        raise ConfigError(
+            "window longer than the model has positions",
+            where="seq_length",
+            got=seq_length,
+            want=f"<= {config.max_position_embeddings}",
+        )
     documents = len(dataset.documents) - 1
     documents = documents if max_documents is None else min(documents, max_documents)
-    tokens = np.concatenate([_document(dataset, document) for document in range(documents)]) if documents else np.empty(0, np.int64)
+    tokens = (
+        np.concatenate([_document(dataset, document) for document in range(documents)])
+        if documents
+        else np.empty(0, np.int64)
+    )
     _check_tokens(tokens, config.vocab_size, dataset)
     eod = tokenizer.eod_id if tokenizer is not None and tokenizer.eod_id is not None else int(tokens[-1])
     total = _total_loss(model, tokens, seq_length, eod, batch_size, on_batch)
@@ -125,11 +138,17 @@ def _check_tokens(tokens: np.ndarray, vocab_size: int, dataset: IndexedDataset) 
     worst = int(tokens.max())
     if worst >= vocab_size or int(tokens.min()) < 0:
         raise DataError(
-            "token outside the model's vocabulary", where=dataset.prefix, got=worst, want=f"0 <= id < {vocab_size}", do="preprocess with the model's tokenizer"
+            "token outside the model's vocabulary",
+            where=dataset.prefix,
+            got=worst,
+            want=f"0 <= id < {vocab_size}",
+            do="preprocess with the model's tokenizer",
         )
 
 
-def _total_loss(model: GPT, tokens: np.ndarray, seq_length: int, eod: int, batch_size: int, on_batch: OnBatch | None) -> float:
+def _total_loss(
+    model: GPT, tokens: np.ndarray, seq_length: int, eod: int, batch_size: int, on_batch: OnBatch | None
+) -> float:
     """Sum of the negative log-likelihoods of all tokens in nats, accumulated in fp64."""
     device = next(model.parameters()).device
     num_windows = -(-len(tokens) // seq_length)

@@ -1,4 +1,6 @@
-"""What benchmarks need of a model: log-likelihoods of continuations, and continuations, in batches of similar length."""
+"""What benchmarks need of a model: log-likelihoods of continuations, and continuations, in batches of similar
+length.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ OnDone = Callable[[int], None]
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, longest first: there is little padding, and memory peaks in the first batch."""
+    """Indices in batches of at most `size`, longest first: there is little padding, and memory peaks in the first
+    batch.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -35,8 +39,8 @@ def log_likelihoods(
 
     Args:
         model: in evaluation mode.
-        pairs: (context, continuation) token ids, neither empty. Where they exceed max_length + 1 together, the beginning of
-            the context is dropped.
+        pairs: (context, continuation) token ids, neither empty. Where they exceed max_length + 1 together, the
+            beginning of the context is dropped.
         max_length: tokens that the model reads at once.
         batch_size: pairs of one forward pass.
         on_done: called with the number of pairs of each batch.
@@ -55,7 +59,9 @@ def log_likelihoods(
         lengths = torch.tensor([len(rows[i]) - 1 for i in batch])[:, None]
         positions = torch.minimum(torch.arange(longest)[None], lengths - 1)  # padding must not count in a text's length
         dynamic = model.rotary is not None and model.rotary.dynamic
-        logits = pipeline.logits(model, inputs.to(device), position_ids=positions.to(device) if dynamic else None)  # [b, s, v]
+        logits = pipeline.logits(
+            model, inputs.to(device), position_ids=positions.to(device) if dynamic else None
+        )  # [b, s, v]
         for line, i in enumerate(batch):
             end, count = len(rows[i]) - 1, min(len(pairs[i][1]), max_length)
             scores = F.log_softmax(logits[line, end - count : end].float(), dim=-1)  # [count, v]
@@ -68,7 +74,8 @@ def log_likelihoods(
 
 
 def rolling_windows(tokens: list[int], prefix: int, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Divide a text into (context, continuation) pairs in which every token is predicted once, with as much context as fits.
+    """Divide a text into (context, continuation) pairs in which every token is predicted once, with as much context as
+    fits.
 
     The context of the first window is `prefix`; the last window starts early enough to be full.
     """
@@ -92,10 +99,18 @@ def complete(
     eod_id: int | Collection[int] | None,
     batch_size: int,
 ) -> list[str]:
-    """Continue each prompt until a stop text, end-of-document or params.max_new_tokens; the stop text is not returned."""
+    """Continue each prompt until a stop text, end-of-document or params.max_new_tokens; the stop text is not
+    returned.
+    """
     results = [""] * len(prompts)
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
-        rows = generate(model, [prompts[i] for i in batch], params, eod_id=eod_id, is_done=lambda _, tokens: truncate(decode(tokens), stops)[1])
+        rows = generate(
+            model,
+            [prompts[i] for i in batch],
+            params,
+            eod_id=eod_id,
+            is_done=lambda _, tokens: truncate(decode(tokens), stops)[1],
+        )
         for i, tokens in zip(batch, rows, strict=True):
             results[i] = truncate(decode(tokens), stops)[0]
     return results

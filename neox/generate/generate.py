@@ -22,15 +22,17 @@ OnToken = Callable[[int, int], None]
 IsDone = Callable[[int, list[int]], bool]
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", mesh: Mesh | None = None) -> GPT:
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", mesh: Mesh | None = None
+) -> GPT:
     """The model of a checkpoint, in evaluation mode.
 
     Args:
         path: a run folder, whose newest complete checkpoint is loaded, or a checkpoint folder.
         dtype: dtype of the weights; checkpoints hold fp32.
         device: torch device, unless a mesh is given.
-        mesh: layout of the processes that load the model together, on mesh.device. It need not be the layout that wrote the
-            checkpoint. None: this process alone.
+        mesh: layout of the processes that load the model together, on mesh.device. It need not be the layout that wrote
+            the checkpoint. None: this process alone.
 
     Returns:
         GPT: `model(tokens [b, s]) -> logits [b, s, v]`; with several pipeline stages use `neox.model.pipeline`.
@@ -60,16 +62,17 @@ def generate(
     """Continue every prompt.
 
     Prompts of different lengths are padded on the left. Padding is hidden from the attention (segment ids) and does not
-    count in positions, so that a prompt gives the same text alone and in a batch. Under dynamic NTK each sequence is rotated
-    by its own current length. Beyond the trained length every step recomputes all tokens, because cached keys were rotated
-    for a shorter length.
+    count in positions, so that a prompt gives the same text alone and in a batch. Under dynamic NTK each sequence is
+    rotated by its own current length. Beyond the trained length every step recomputes all tokens, because cached keys
+    were rotated for a shorter length.
 
     Args:
         model: the model, any device and dtype.
         prompts: token ids, at least one per prompt.
         params: how to sample, and the maximum number of tokens.
         eod_id: ends a prompt when this id, or one of these, is sampled; it is not returned. None: nothing ends it.
-        use_cache: store keys and values. False recomputes every token at every step, which is slow and serves as a check.
+        use_cache: store keys and values. False recomputes every token at every step, which is slow and serves as a
+            check.
         on_token: called with (number of the prompt, token) for each new token.
         is_done: called with (number of the prompt, its new tokens) after each token; true ends the prompt.
         first_stream: number of the first prompt's random stream, so that a prompt's text is the same in any batch.
@@ -108,7 +111,9 @@ def generate(
 class _Continuations:
     """The new tokens of every prompt, and which of them have ended. Arguments as for `generate`."""
 
-    def __init__(self, count: int, eod_id: int | Collection[int] | None, on_token: OnToken | None, is_done: IsDone | None):
+    def __init__(
+        self, count: int, eod_id: int | Collection[int] | None, on_token: OnToken | None, is_done: IsDone | None
+    ):
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self._ends = frozenset(() if eod_id is None else (eod_id,) if isinstance(eod_id, int) else eod_id)
         self._done = [False] * count
@@ -134,7 +139,12 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], params:
     vocab_size = config.vocab_size
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ConfigError("empty prompt", where=f"prompt {number}", want="at least one token", do="start from the end-of-document token")
+            raise ConfigError(
+                "empty prompt",
+                where=f"prompt {number}",
+                want="at least one token",
+                do="start from the end-of-document token",
+            )
         outside = [token for token in prompt if not 0 <= token < vocab_size]
         if outside:
             raise ConfigError(
@@ -182,7 +192,8 @@ class _Batch:
     def next_logits(self, model: GPT, cache: KVCache | None) -> torch.Tensor:
         """Logits of the next token, [b, v]; computes only tokens that the cache does not hold.
 
-        The ids need no check: those of prompts were checked by `check_prompts`, the others are indices of logits [b, v].
+        The ids need no check: those of prompts were checked by `check_prompts`, the others are indices of logits [b,
+            v].
         """
         start = cache.length if cache is not None else 0
         tokens = self._buffer[:, start : self._length]
@@ -191,7 +202,9 @@ class _Batch:
         columns = torch.arange(self._length, device=tokens.device)[None]  # [1, t]
         positions = (columns[:, start:] - self._pads).clamp(min=0)  # [b, t - start]
         segments = (columns >= self._pads).to(torch.int32)  # [b, t]; 0 is padding
-        return pipeline.logits(model, tokens, segment_ids=segments, position_ids=positions, cache=cache, checked=True)[:, -1]
+        return pipeline.logits(model, tokens, segment_ids=segments, position_ids=positions, cache=cache, checked=True)[
+            :, -1
+        ]
 
     def append(self, chosen: torch.Tensor) -> None:
         """Add one token to every row."""

@@ -16,8 +16,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True) -> list[
     Args:
         tokenizer: of the model.
         text: the prompt.
-        bos: add the tokens of the tokenizer's template, such as a leading `<s>`, unless the text begins with them. This is
-            what transformers and `neox evaluate --tasks` do.
+        bos: add the tokens of the tokenizer's template, such as a leading `<s>`, unless the text begins with them. This
+            is what transformers and `neox evaluate --tasks` do.
     """
     tokens = tokenizer.encode(text)
     prefix = tokenizer.template_tokens[0]
@@ -29,8 +29,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True) -> list[
 class AnswerText:
     """The text of generated tokens, as the continuation of their prompt.
 
-    SentencePiece decoders drop the space before the first word of a text, so that an answer decoded alone would lose it.
-    The answer is therefore decoded together with the end of the prompt, whose text is then removed.
+    SentencePiece decoders drop the space before the first word of a text, so that an answer decoded alone would lose
+    it. The answer is therefore decoded together with the end of the prompt, whose text is then removed.
 
     Args:
         tokenizer: of the model.
@@ -45,7 +45,9 @@ class AnswerText:
             tokens = tokens[len(prefix) :]
         size = CONTEXT
         self._context = tokens[-size:]
-        while size < len(tokens) and UNDECODED in tokenizer.decode(self._context):  # the context begins within a character
+        while size < len(tokens) and UNDECODED in tokenizer.decode(
+            self._context
+        ):  # the context begins within a character
             size *= 2
             self._context = tokens[-size:]
         self._shown = tokenizer.decode(self._context)

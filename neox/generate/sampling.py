@@ -22,8 +22,8 @@ class SamplingParams:
         top_k: sample from the k most likely tokens; None: from all.
         top_p: sample from the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
             arXiv:1904.09751); None: from all. Applied after top_k.
-        seed: every prompt has its own random stream, a function of (seed, number of the prompt), so that its text does not
-            depend on how prompts are batched.
+        seed: every prompt has its own random stream, a function of (seed, number of the prompt), so that its text does
+            not depend on how prompts are batched.
 
     Raises:
         ConfigError: a value out of range.
@@ -37,7 +37,12 @@ class SamplingParams:
 
     def __post_init__(self):
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "> 0")
-        _require(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "finite and >= 0")
+        _require(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            "temperature",
+            self.temperature,
+            "finite and >= 0",
+        )
         _require(self.top_k is None or self.top_k > 0, "top_k", self.top_k, "> 0")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         _require(self.seed >= 0, "seed", self.seed, ">= 0")
@@ -96,5 +101,7 @@ def choose(logits: torch.Tensor, params: SamplingParams, generators: list[torch.
         return logits.argmax(dim=-1)
     filtered = filter_logits(logits / params.temperature, params.top_k, params.top_p)
     probability = filtered.softmax(dim=-1)
-    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probability, generators, strict=True)]
+    drawn = [
+        torch.multinomial(row, 1, generator=generator) for row, generator in zip(probability, generators, strict=True)
+    ]
     return torch.cat(drawn)

@@ -23,7 +23,9 @@ class Session:
         bos: begin with the leading tokens of the tokenizer's template. They stay when a long history is truncated.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, params: SamplingParams, stops: Sequence[str] = (), *, bos: bool = True):
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, params: SamplingParams, stops: Sequence[str] = (), *, bos: bool = True
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.params = params

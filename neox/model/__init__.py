@@ -1,7 +1,7 @@
 """The decoder-only transformer: embedding, blocks of attention and MLP, norms and output heads.
 
-Start at `gpt.py`, which is the model; `block.py`, `attention.py` and `mlp.py` are its layers. `docs/model.md` shows how to
-run a single layer. Shapes are written in brackets, with one letter per size throughout the package:
+Start at `gpt.py`, which is the model; `block.py`, `attention.py` and `mlp.py` are its layers. `docs/model.md` shows how
+to run a single layer. Shapes are written in brackets, with one letter per size throughout the package:
 
     b  batch: sequences of a micro-batch       n  query heads (num_attention_heads)
     s  tokens of a sequence, queries           g  key/value heads (num_kv_heads)

@@ -1,10 +1,11 @@
 """The attention layer: one fused projection, rotation in place, exact attention on the packed buffer.
 
-Rows of the fused projection are [g, m + 2, d]: for each of g key/value heads its m = n / g query heads, then its key, then
-its value. With g = n that is GPT-NeoX's [n, 3, d]. Tensor parallelism cuts over g, so a shard has the same form.
+Rows of the fused projection are [g, m + 2, d]: for each of g key/value heads its m = n / g query heads, then its key,
+then its value. With g = n that is GPT-NeoX's [n, 3, d]. Tensor parallelism cuts over g, so a shard has the same form.
 
-With context parallelism (DeepSpeed-Ulysses, arXiv:2309.14509) a process holds a part of the sequence. Around the attention
-alone the context group redistributes the complete sequence of a part of the heads, so that masks need no change.
+With context parallelism (DeepSpeed-Ulysses, arXiv:2309.14509) a process holds a part of the sequence. Around the
+attention alone the context group redistributes the complete sequence of a part of the heads, so that masks need no
+change.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ class Attention(nn.Module):
         ConfigError: num_kv_heads does not divide num_attention_heads, or is no multiple of the tensor-parallel size.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh = ONE_PROCESS, index: int = 0, *, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh = ONE_PROCESS, index: int = 0, *, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         heads, groups, d = config.num_attention_heads, config.num_kv_heads, config.head_dim
         self.queries = queries_per_kv_head(heads, groups)
@@ -97,9 +100,13 @@ class Attention(nn.Module):
         self.index = index
         self.mesh = mesh
         rows, bias = groups * (self.queries + 2) * d, config.qkv_bias
-        self.qkv = ColumnParallelLinear(config.hidden_size, rows, mesh, units=groups, what=KV_HEADS, bias=bias, dtype=dtype)
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size, rows, mesh, units=groups, what=KV_HEADS, bias=bias, dtype=dtype
+        )
         bias = config.attention_out_bias
-        self.out = RowParallelLinear(heads * d, config.hidden_size, mesh, units=groups, what=KV_HEADS, bias=bias, dtype=dtype)
+        self.out = RowParallelLinear(
+            heads * d, config.hidden_size, mesh, units=groups, what=KV_HEADS, bias=bias, dtype=dtype
+        )
         self.query_norm = RMSNorm(d, config.norm_eps, mesh, dtype=dtype, per_head=True) if config.qk_norm else None
         self.key_norm = RMSNorm(d, config.norm_eps, mesh, dtype=dtype, per_head=True) if config.qk_norm else None
         self.backend = config.attention_backend
@@ -153,7 +160,9 @@ class Attention(nn.Module):
             k, v = context.cache.update(self.index, k, v)
         return q, k, v
 
-    def _attend(self, attention: Callable[..., torch.Tensor], operands: tuple[torch.Tensor, ...], context: Context) -> torch.Tensor:
+    def _attend(
+        self, attention: Callable[..., torch.Tensor], operands: tuple[torch.Tensor, ...], context: Context
+    ) -> torch.Tensor:
         """Run an attention operator on the complete sequence: [b, s, n/tp, d]."""
         dropout = self.dropout if self.training else 0.0
         if self.alibi is not None and self.alibi.device != operands[0].device:

@@ -56,7 +56,9 @@ class Block(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def _norm(norm: LayerNorm | RMSNorm, stream: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm(
+        norm: LayerNorm | RMSNorm, stream: torch.Tensor, delta: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return norm(stream) if delta is None else norm(delta, stream)
 
     def _has_dropout(self) -> bool:

@@ -22,7 +22,9 @@ def check_inputs(tokens: torch.Tensor, targets: torch.Tensor | None, vocab_size:
     if targets is None:
         return
     if targets.shape != tokens.shape:
-        raise DataError("targets do not fit the tokens", where="GPT", got=tuple(targets.shape), want=tuple(tokens.shape))
+        raise DataError(
+            "targets do not fit the tokens", where="GPT", got=tuple(targets.shape), want=tuple(tokens.shape)
+        )
     check_ids("target", targets.masked_fill(targets == IGNORED, 0), vocab_size, read_on_gpu)
 
 
@@ -37,7 +39,9 @@ def check_ids(what: str, ids: torch.Tensor, vocab_size: int, read_on_gpu: bool) 
     """
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
         got = f"{ids.dtype} {tuple(ids.shape)}"
-        raise DataError(f"{what} ids have a wrong form", where="GPT", got=got, want="int64 [batch, sequence], not empty")
+        raise DataError(
+            f"{what} ids have a wrong form", where="GPT", got=got, want="int64 [batch, sequence], not empty"
+        )
     if ids.is_meta or torch.compiler.is_compiling() or not (ids.is_cpu or read_on_gpu):
         return
     low, high = torch.stack(torch.aminmax(ids)).tolist()  # one transfer from the device

@@ -65,7 +65,9 @@ class GPT(ShardedModel):
         first, end = stage_layers(config, mesh, partition)
         self.rotary = RotaryTable(config) if config.position_embedding == "rotary" else None
         self.embedding = Embedding(config, mesh, dtype=dtype) if mesh.first_stage else None
-        self.layers = nn.ModuleDict({str(i): make_block(config, mesh, i, dtype=dtype, recompute_mlp=recompute_mlp) for i in range(first, end)})
+        self.layers = nn.ModuleDict(
+            {str(i): make_block(config, mesh, i, dtype=dtype, recompute_mlp=recompute_mlp) for i in range(first, end)}
+        )
         self.norm = make_norm(config, mesh, dtype) if mesh.last_stage else None
         self.score: ScoreHead | None = None
         self.head: VocabParallelHead | None = None
@@ -101,16 +103,16 @@ class GPT(ShardedModel):
         Args:
             tokens: int64 [b, s]; with context parallelism this process's part of the sequence.
             targets: int64 [b, s]; IGNORED (-100) has loss 0.
-            segment_ids: int32 [b, t], attention only between equal ids; of the complete sequence, cached tokens included.
+            segment_ids: int32 [b, t], cached tokens included; attention is only between equal ids.
             position_ids: int64 [b, s]; by default positions count from the first token of the sequence or cache.
             cache: keys and values of earlier tokens; those of these tokens are added.
             received: output of the previous pipeline stage, `boundary_shape`; None on the first stage.
             expected_dloss: the gradient that every token's loss will get, where it is known (ops.cross_entropy).
-            checked: the ids are known to be in the vocabulary; on a GPU they are then not read, which would wait for it.
+            checked: the ids are known to be in the vocabulary; a GPU's are then not read, which would wait for it.
 
         Returns:
-            logits [b, s, v] in the model's dtype, or losses fp32 [b s]; of a reward model scores fp32 [b, s, 1] or [b s].
-            A pipeline stage that is not the last returns its residual stream.
+            logits [b, s, v] in the model's dtype, or losses fp32 [b s]. Of a reward model: scores fp32 [b, s, 1] or
+            [b s]. A pipeline stage that is not the last returns its residual stream.
 
         Raises:
             DataError: ids outside the vocabulary, or positions outside max_position_embeddings.

@@ -1,7 +1,7 @@
 """Initial weights: a pure function of the seed and the parameter's name.
 
-Each complete logical tensor is drawn from its own generator and then sliced, so that values depend neither on the layout
-over processes, nor on other parameters, nor on the order of construction.
+Each complete logical tensor is drawn from its own generator and then sliced, so that values depend neither on the
+layout over processes, nor on other parameters, nor on the order of construction.
 """
 
 from __future__ import annotations

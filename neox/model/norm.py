@@ -1,7 +1,7 @@
 """Norms that also carry the residual stream: the sum that a norm reads is formed inside the norm's kernel.
 
-Every norm takes the output of the last branch (`delta`) and the residual stream it is still to be added to, and returns the
-normed sum together with the sum.
+Every norm takes the output of the last branch (`delta`) and the residual stream it is still to be added to, and returns
+the normed sum together with the sum.
 """
 
 from __future__ import annotations
@@ -78,9 +78,13 @@ def make_norm(config: ModelConfig, mesh: Mesh = ONE_PROCESS, dtype: torch.dtype 
 def dual_norm(
     first: LayerNorm | RMSNorm, second: LayerNorm | RMSNorm, delta: torch.Tensor, stream: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum). The statistics are computed once."""
+    """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum). The statistics are computed
+    once.
+    """
     if isinstance(first, LayerNorm) and isinstance(second, LayerNorm):
-        out = ops.dual_layer_norm(delta, first.weight, first.bias, second.weight, second.bias, first.eps, residual=stream)
+        out = ops.dual_layer_norm(
+            delta, first.weight, first.bias, second.weight, second.bias, first.eps, residual=stream
+        )
     else:
         out = ops.dual_rms_norm(delta, first.weight, second.weight, first.eps, residual=stream)
     return out[0], out[1], delta if stream is None else out[2]

@@ -21,7 +21,9 @@ def stage_layers(config: ModelConfig, mesh: Mesh, partition: str | Sequence[int]
     return partition_layers(config, mesh.pp, partition)[mesh.pp_rank]
 
 
-def partition_layers(config: ModelConfig, stages: int, partition: str | Sequence[int] = "parameters") -> list[tuple[int, int]]:
+def partition_layers(
+    config: ModelConfig, stages: int, partition: str | Sequence[int] = "parameters"
+) -> list[tuple[int, int]]:
     """(first, end) of the blocks of every stage, end exclusive; each stage has at least one block.
 
     Args:
@@ -46,7 +48,12 @@ def partition_layers(config: ModelConfig, stages: int, partition: str | Sequence
         ends = [sum(counts[: i + 1]) for i in range(stages)]
         return list(zip([0, *ends[:-1]], ends, strict=True))
     if stages > layers:
-        raise ConfigError("more stages than layers", where="parallel.pipeline", got=stages, want=f"at most model.num_layers = {layers}")
+        raise ConfigError(
+            "more stages than layers",
+            where="parallel.pipeline",
+            got=stages,
+            want=f"at most model.num_layers = {layers}",
+        )
     return _balance(layers, stages, stage_costs(config, partition))
 
 

@@ -46,7 +46,9 @@ class RotaryTable:
         """Whether frequencies depend on the length (dynamic NTK): they do for sequences beyond `original_length`."""
         return self.original_length is not None
 
-    def rows(self, start: int, length: int, position_ids: torch.Tensor | None, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(
+        self, start: int, length: int, position_ids: torch.Tensor | None, num_positions: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of consecutive or given positions.
 
         Args:
@@ -65,12 +67,20 @@ class RotaryTable:
         return F.embedding(position_ids, self.cos), F.embedding(position_ids, self.sin)
 
     def rows_by_length(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [b, s, r] of positions [b, s] under dynamic NTK, the base of each sequence set by its last position."""
+        """cos and sin [b, s, r] of positions [b, s] under dynamic NTK, the base of each sequence set by its last
+        position.
+        """
         lengths = (position_ids.amax(dim=1) + 1).tolist()
         tables = {length: self._tables(length) for length in set(lengths)}
         device = position_ids.device
         cos, sin = (
-            torch.stack([F.embedding(ids, tables[length][which].to(device)) for ids, length in zip(position_ids, lengths, strict=True)]) for which in (0, 1)
+            torch.stack(
+                [
+                    F.embedding(ids, tables[length][which].to(device))
+                    for ids, length in zip(position_ids, lengths, strict=True)
+                ]
+            )
+            for which in (0, 1)
         )
         return cos, sin
 
@@ -93,7 +103,9 @@ class RotaryTable:
 class PositionEmbedding(ShardedLayer):
     """Learned positions (GPT-2): a [max_position_embeddings, h] table, replicated over the tensor group."""
 
-    def __init__(self, positions: int, hidden_size: int, mesh: Mesh = ONE_PROCESS, *, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, positions: int, hidden_size: int, mesh: Mesh = ONE_PROCESS, *, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(positions, hidden_size, dtype=dtype, device=mesh.device))
         self.sharding = {"weight": ShardSpec.replicated(positions, hidden_size, partial=mesh.sequence)}
@@ -108,7 +120,8 @@ class PositionEmbedding(ShardedLayer):
 def alibi_slopes(num_heads: int) -> list[float]:
     """Slope of every head (arXiv:2108.12409).
 
-    For n a power of two 2^(-8i/n), i = 1 .. n; else those of the next lower power, then every other one of the next higher.
+    For n a power of two 2^(-8i/n), i = 1 .. n; else those of the next lower power, then every other one of the next
+    higher.
     """
     power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]

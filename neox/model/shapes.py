@@ -19,7 +19,9 @@ def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {f"{prefix}.weight": (out, into), **({f"{prefix}.bias": (out,)} if bias else {})}
 
     block = {f"norm1.{key}": shape for key, shape in norm.items()}
-    block |= linear("attention.qkv", rows, h, config.qkv_bias) | linear("attention.out", h, inner, config.attention_out_bias)
+    block |= linear("attention.qkv", rows, h, config.qkv_bias) | linear(
+        "attention.out", h, inner, config.attention_out_bias
+    )
     if config.qk_norm:
         block |= {"attention.query_norm.weight": (config.head_dim,), "attention.key_norm.weight": (config.head_dim,)}
     if not (config.parallel_residual and config.shared_residual_norm):

@@ -125,7 +125,9 @@ class ShardedModel(nn.Module):
         shapes = logical_shapes(self.config)
         missing = dict(shapes)
         specs = self.shard_specs()
-        held: dict[str, tuple[torch.Tensor, ShardSpec]] = {name: (p, specs[name]) for name, p in self.named_parameters()}
+        held: dict[str, tuple[torch.Tensor, ShardSpec]] = {
+            name: (p, specs[name]) for name, p in self.named_parameters()
+        }
         if self.tied is not None:
             held[TIED] = (self.tied.weight, self.tied.spec)
         pairs = weights.items() if isinstance(weights, Mapping) else weights
@@ -138,7 +140,9 @@ class ShardedModel(nn.Module):
                     do="check that the weights belong to this model config",
                 )
             if tuple(tensor.shape) != shapes[name]:
-                raise CheckpointError("weight has another shape", where=name, got=tuple(tensor.shape), want=shapes[name])
+                raise CheckpointError(
+                    "weight has another shape", where=name, got=tuple(tensor.shape), want=shapes[name]
+                )
             if name in held:
                 parameter, spec = held[name]
                 fill(parameter, spec, tensor)

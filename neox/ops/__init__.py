@@ -1,8 +1,8 @@
 """Operators of the model as native kernels with their gradients (docs/ops.md).
 
-Every docstring gives formula, shapes, dtypes and source; the letters in shapes are those of `neox.model`. Kernels on the
-CPU take float32 and bfloat16, kernels for CUDA also float16, and those of attention for CUDA bfloat16 and float16 only.
-Statistics and sums are float32. A wrong dtype, device, shape or option raises a ValueError that names it.
+Every docstring gives formula, shapes, dtypes and source; the letters in shapes are those of `neox.model`. Kernels on
+the CPU take float32 and bfloat16, kernels for CUDA also float16, and those of attention for CUDA bfloat16 and float16
+only. Statistics and sums are float32. A wrong dtype, device, shape or option raises a ValueError that names it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ __all__ = [
 ]
 
 # public name -> native operator, where they differ
-NATIVE = {"dual_layer_norm": "norm", "dual_rms_norm": "norm", "layer_norm": "norm", "rms_norm": "norm", "rotary_qkv": "rotary_qkv_"}
+NATIVE = {
+    "dual_layer_norm": "norm",
+    "dual_rms_norm": "norm",
+    "layer_norm": "norm",
+    "rms_norm": "norm",
+    "rotary_qkv": "rotary_qkv_",
+}
 HELPERS = frozenset({"backend", "rotary_frequencies", "rotary_tables"})  # run no kernel
 
 

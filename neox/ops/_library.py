@@ -68,7 +68,13 @@ def choose(built: set[str], flags: set[str]) -> str:
     if fit is not None:
         return fit
     if not built:
-        raise EnvironmentProblem("the native operators are not built", where=FOLDER, got="no library", want=f"one of {', '.join(REQUIREMENTS)}", do=INSTALL)
+        raise EnvironmentProblem(
+            "the native operators are not built",
+            where=FOLDER,
+            got="no library",
+            want=f"one of {', '.join(REQUIREMENTS)}",
+            do=INSTALL,
+        )
     raise EnvironmentProblem(
         "this CPU cannot run the native operators that are built",
         where=FOLDER,
@@ -90,11 +96,20 @@ def load() -> str:
         torch.ops.load_library(str(path))
     except OSError as problem:
         raise EnvironmentProblem(
-            "the native operators do not load", where=path, got=str(problem), want="a build for torch 2.11 or later", do=f"rebuild: {INSTALL}"
+            "the native operators do not load",
+            where=path,
+            got=str(problem),
+            want="a build for torch 2.11 or later",
+            do=f"rebuild: {INSTALL}",
         ) from problem
     missing = [name for name in OPERATORS if not hasattr(torch.ops.neox, name)]
     if missing:
-        raise EnvironmentProblem("the native operators are older than the Python sources", where=path, got=f"no {', '.join(missing)}", do=f"rebuild: {INSTALL}")
+        raise EnvironmentProblem(
+            "the native operators are older than the Python sources",
+            where=path,
+            got=f"no {', '.join(missing)}",
+            do=f"rebuild: {INSTALL}",
+        )
     return isa
 
 
@@ -119,7 +134,11 @@ def load_cuda(gpu: bool) -> str:
         torch.ops.load_library(str(path))
     except OSError as problem:
         raise EnvironmentProblem(
-            "the CUDA kernels do not load", where=path, got=str(problem), want="a build for torch 2.11 or later", do=f"rebuild: {INSTALL}"
+            "the CUDA kernels do not load",
+            where=path,
+            got=str(problem),
+            want="a build for torch 2.11 or later",
+            do=f"rebuild: {INSTALL}",
         ) from problem
     return "loaded"
 

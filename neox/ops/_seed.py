@@ -1,4 +1,6 @@
-"""Seeds of the operators with dropout, drawn from torch's generator: seeding, recomputation and resuming control them."""
+"""Seeds of the operators with dropout, drawn from torch's generator: seeding, recomputation and resuming control
+them.
+"""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "native", "sdpa")
 
-# The faster backend per device and dtype (measured by benchmarks/ops/bench_attention.py, numbers in docs/attention.md). The
-# CUDA kernels have not been measured yet: they run where they are selected by name, and where sdpa lacks an option.
+# The faster backend per device and dtype (measured by benchmarks/ops/bench_attention.py, numbers in docs/attention.md).
+# The CUDA kernels have not been measured yet: they run where they are selected by name, and where sdpa lacks an option.
 FASTER = {
     ("cpu", torch.float32): "native",
     ("cpu", torch.bfloat16): "native",
@@ -42,25 +42,26 @@ def attention(
 ) -> torch.Tensor:
     """softmax(mask(softcap(scale q k^T) + alibi)) v, differentiable in q, k and v.
 
-    Query i has position i + t - s: the last query is aligned with the last key, so that s < t is decoding with a cache. A
-    query that sees no key gives zeros and gets no gradient. Arithmetic is float32. Method: online softmax over tiles
+    Query i has position i + t - s: the last query is aligned with the last key, so that s < t is decoding with a cache.
+    A query that sees no key gives zeros and gets no gradient. Arithmetic is float32. Method: online softmax over tiles
     (arXiv:1805.02867, arXiv:2205.14135).
 
     Args:
-        q: [b, s, n, d]; float32 or bfloat16 on a CPU, bfloat16 or float16 in the native CUDA kernels, which take d up to
-            256; any strides with a contiguous last dimension.
+        q: [b, s, n, d]; float32 or bfloat16 on a CPU, bfloat16 or float16 in the native CUDA kernels, which take d up
+            to 256; any strides with a contiguous last dimension.
         k: [b, t, g, d], dtype of q; g divides n, and query heads i n/g .. (i + 1) n/g - 1 share key/value head i.
         v: as k.
         causal: hide keys after the query's position.
         scale: factor on the scores; 1 / sqrt(d) by default.
         window: number of keys that a query sees, the one at its position included; needs causal.
         segment_ids: [b, t] int32; keys whose id differs from the one at the query's position are hidden.
-        alibi_slopes: [n] float32, without gradient; slope * |position - j| is subtracted from the scores (arXiv:2108.12409).
+        alibi_slopes: [n] float32, without gradient; slope * |position - j| is subtracted from the scores
+            (arXiv:2108.12409).
         softcap: scores become softcap * tanh(scores / softcap) before the bias and the masks (arXiv:2408.00118).
         dropout_p: probability p of zeroing an attention weight; the others are divided by 1 - p. The Philox seed of the
             mask is drawn from torch's CPU generator.
-        backend: "native" for the kernels of this package, "sdpa" for torch's scaled_dot_product_attention, "auto" for the
-            faster one by the table in this file.
+        backend: "native" for the kernels of this package, "sdpa" for torch's scaled_dot_product_attention, "auto" for
+            the faster one by the table in this file.
         mask_cache: stores sdpa's full masks for the other layers of a forward pass; None: each call computes its own.
 
     Returns:
@@ -76,7 +77,9 @@ def attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     check_fits(q, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
-    return native.attention(q, k, v, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p)[0]
+    return native.attention(
+        q, k, v, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p
+    )[0]
 
 
 def attention_qkv(
@@ -92,7 +95,8 @@ def attention_qkv(
     backend: str = "auto",
     mask_cache: MaskCache | None = None,
 ) -> torch.Tensor:
-    """`attention` on the output of a fused projection, read in place; the backward writes one gradient of the same layout.
+    """`attention` on the output of a fused projection, read in place; the backward writes one gradient of the same
+    layout.
 
     Args:
         qkv: [b, s, g, m + 2, d], dtypes as for `attention`: per key/value head the m = n / g query heads that share it,
@@ -110,11 +114,15 @@ def attention_qkv(
         # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
         q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
         spec = MaskSpec(causal, window, segment_ids, alibi_slopes)
-        return sdpa_attention(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), spec, scale=scale, dropout_p=dropout_p, mask_cache=mask_cache)
+        return sdpa_attention(
+            q.flatten(2, 3), k.squeeze(3), v.squeeze(3), spec, scale=scale, dropout_p=dropout_p, mask_cache=mask_cache
+        )
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
     check_fits(qkv, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
-    return native.attention_qkv(qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p)[0]
+    return native.attention_qkv(
+        qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p
+    )[0]
 
 
 def check_options(window: int | None, softcap: float | None, alibi_slopes: torch.Tensor | None) -> None:
@@ -146,11 +154,14 @@ def check_shared_memory(needed: tuple[int, int], limit: int, head_dim: int, trai
     for pass_name, size in zip(("forward", "backward"), needed if trains else needed[:1], strict=False):
         if size > limit > 0:
             raise ValueError(
-                f'attention: the {pass_name} of head_dim {head_dim} needs {size} bytes of shared memory per block, and this GPU has {limit}; use backend "sdpa"'
+                f"attention: the {pass_name} of head_dim {head_dim} needs {size} bytes of shared memory per block, "
+                f'and this GPU has {limit}; use backend "sdpa"'
             )
 
 
-def check_fits(q: torch.Tensor, softcap: float | None, alibi_slopes: torch.Tensor | None, dropout_p: float, scale: float) -> None:
+def check_fits(
+    q: torch.Tensor, softcap: float | None, alibi_slopes: torch.Tensor | None, dropout_p: float, scale: float
+) -> None:
     """`check_shared_memory` for tensors on a GPU; arguments as for `attention`."""
     if q.device.type != "cuda" or torch.compiler.is_compiling() or isinstance(q, FakeTensor):
         return
@@ -261,8 +272,8 @@ class MaskSpec:
 class MaskCache:
     """The full masks of one forward pass, whose layers have the same segments and slopes.
 
-    The first layer computes a mask and the others reuse it; layers with different windows have different masks. Make a new
-    object for each forward pass. Recomputation in the backward uses the same one.
+    The first layer computes a mask and the others reuse it; layers with different windows have different masks. Make a
+    new object for each forward pass. Recomputation in the backward uses the same one.
     """
 
     def __init__(self):
@@ -270,7 +281,16 @@ class MaskCache:
 
     def get(self, spec: MaskSpec, q: torch.Tensor, t: int) -> torch.Tensor | None:
         """`MaskSpec.mask`, computed once for each window, length, dtype and device."""
-        key = (spec.causal, spec.window, spec.segment_ids is None, spec.alibi_slopes is None, q.shape[:2], t, q.dtype, q.device)
+        key = (
+            spec.causal,
+            spec.window,
+            spec.segment_ids is None,
+            spec.alibi_slopes is None,
+            q.shape[:2],
+            t,
+            q.dtype,
+            q.device,
+        )
         if key not in self._masks:
             self._masks[key] = spec.mask(q, t)
         return self._masks[key]
@@ -286,7 +306,8 @@ def sdpa_attention(
     dropout_p: float,
     mask_cache: MaskCache | None,
 ) -> torch.Tensor:
-    """`attention` through torch's scaled_dot_product_attention, which needs every mask but the causal one in full, O(s t).
+    """`attention` through torch's scaled_dot_product_attention, which needs every mask but the causal one in full, O(s
+    t).
 
     Arguments as for `attention`, the masks as a MaskSpec.
 
@@ -354,7 +375,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, dlse):
-    grads = native.attention_backward(dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled())
+    grads = native.attention_backward(
+        dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled()
+    )
     return *grads, *[None] * (3 + len(ctx.options))
 
 
@@ -366,7 +389,9 @@ def _save_qkv(ctx, inputs, output):
 
 
 def _backward_qkv(ctx, dout, dlse):
-    dqkv = native.attention_qkv_backward(dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled())
+    dqkv = native.attention_qkv_backward(
+        dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled()
+    )
     return dqkv, *[None] * (3 + len(ctx.options))
 
 

@@ -8,11 +8,13 @@ from neox.ops._library import native
 from neox.ops._seed import draw_seed
 
 
-def bias_dropout_add(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+def bias_dropout_add(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, training: bool
+) -> torch.Tensor:
     """residual + dropout(x + bias), where dropout(u) = mask u / (1 - p) (arXiv:1207.0580).
 
-    The mask is a function (Philox) of a seed from torch's default generator and of each element's index. It is not stored:
-    the backward computes it again. No seed is drawn where there is no dropout (p = 0, or not training).
+    The mask is a function (Philox) of a seed from torch's default generator and of each element's index. It is not
+    stored: the backward computes it again. No seed is drawn where there is no dropout (p = 0, or not training).
 
     Args:
         x: [..., h], float32 or bfloat16, on CUDA also float16; any strides.

@@ -10,7 +10,14 @@ from neox.ops._library import native
 
 # A block's parameters in the order in which the operator takes them.
 PARAMETERS = (
-    *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attention.query_norm.weight", "attention.key_norm.weight"),
+    *(
+        "norm1.weight",
+        "norm1.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "attention.query_norm.weight",
+        "attention.key_norm.weight",
+    ),
     *("attention.qkv.weight", "attention.qkv.bias", "attention.out.weight", "attention.out.bias"),
     *("mlp.gate.weight", "mlp.gate.bias", "mlp.up.weight", "mlp.up.bias", "mlp.down.weight", "mlp.down.bias"),
 )

@@ -11,7 +11,8 @@ def gated(x: torch.Tensor, gate: torch.Tensor, activation: str = "silu") -> torc
     """act(x) * gate (arXiv:2002.05202).
 
     Args:
-        x: [..., f], float32 or bfloat16, on CUDA also float16; any strides. One half of a wider buffer is read in place.
+        x: [..., f], float32 or bfloat16, on CUDA also float16; any strides. One half of a wider buffer is read
+            without a copy.
         gate: shape and dtype of x.
         activation: "silu" (SwiGLU), "gelu" (GeGLU, the exact form with erf) or "relu" (ReGLU).
 

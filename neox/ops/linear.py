@@ -1,7 +1,7 @@
 """x W^T + b (csrc/ops/linear).
 
-torch's matrix product; for bfloat16 on a CPU its bf16 or its fp32 product, whichever is faster there; and a native kernel
-for few rows.
+torch's matrix product; for bfloat16 on a CPU its bf16 or its fp32 product, whichever is faster there; and a native
+kernel for few rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     On a CPU, without gradients and with at most FEW_ROWS rows, the bits of a row do not depend on the other rows.
 
     Args:
-        x: [..., in], any floating dtype of torch's matrix product; native kernels run for float32 and bfloat16 on a CPU.
+        x: [..., in], any floating dtype of torch's matrix product; native kernels run for float32 and bfloat16 on a
+            CPU.
         weight: [out, in], dtype of x.
         bias: [out], dtype of x, or None.
 
@@ -33,16 +34,28 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         ValueError: a wrong dtype or shape, named.
     """
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(f"linear: weight and bias must have the dtype of x, {x.dtype}; got {weight.dtype}, {None if bias is None else bias.dtype}")
+        raise ValueError(
+            f"linear: weight and bias must have the dtype of x, {x.dtype}; got {weight.dtype}, "
+            f"{None if bias is None else bias.dtype}"
+        )
     if x.device.type == "cpu":
-        if x.dtype in (torch.float32, torch.bfloat16) and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+        if (
+            x.dtype in (torch.float32, torch.bfloat16)
+            and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+            and not torch.is_grad_enabled()
+        ):
             return native.linear_few_rows(x, weight, bias)
         if x.dtype == torch.bfloat16 and UPCASTS_BF16:
             return native.linear_bf16(x, weight, bias)
     if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"linear: weight must be [out, in] with in = x's channels; got x {list(x.shape)}, weight {list(weight.shape)}")
+        raise ValueError(
+            f"linear: weight must be [out, in] with in = x's channels; got x {list(x.shape)}, weight "
+            f"{list(weight.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear: bias must have as many elements as weight has rows, {weight.shape[0]}; got {list(bias.shape)}")
+        raise ValueError(
+            f"linear: bias must have as many elements as weight has rows, {weight.shape[0]}; got {list(bias.shape)}"
+        )
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -57,7 +70,9 @@ def linear_input_gradient(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 def linear_weight_gradient(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_dweight: bool = True, need_dbias: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dW = dy^T x [out, in] and db = sum dy [out] over all rows of dy [..., out] and x [..., in]; None where not needed."""
+    """dW = dy^T x [out, in] and db = sum dy [out] over all rows of dy [..., out] and x [..., in]; None where not
+    needed.
+    """
     if dy.dtype == torch.bfloat16 and UPCASTS_BF16 and dy.device.type == "cpu":
         _, dweight, dbias = native.linear_bf16_backward(dy, x, weight, False, need_dweight, need_dbias)
         return dweight if need_dweight else None, dbias if need_dbias else None
@@ -81,10 +96,17 @@ def upcasts_bf16(flags: set[str], vendor: str, machine: str) -> tuple[bool, str]
     if "amx_bf16" in flags:
         return False, "torch: its bf16 product, on AMX tiles"
     if "avx512_bf16" not in flags:
-        return True, "fp32 product of upcast operands: this CPU has no bf16 dot products, torch's bf16 product emulates them"
+        return (
+            True,
+            "fp32 product of upcast operands: this CPU has no bf16 dot products, torch's bf16 product emulates them",
+        )
     if vendor == "AuthenticAMD":
         return False, "torch: its bf16 product, with dot products at twice the fp32 rate"
-    return True, "fp32 product of upcast operands: bf16 dot products of this CPU are no faster than fp32 ones, torch's bf16 product is slower"
+    return (
+        True,
+        "fp32 product of upcast operands: bf16 dot products of this CPU are no faster than fp32 ones, torch's bf16 "
+        "product is slower",
+    )
 
 
 UPCASTS_BF16, LINEAR_BACKEND = upcasts_bf16(cpu_flags(), next(iter(cpuinfo("vendor_id")), ""), platform.machine())

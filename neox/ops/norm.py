@@ -1,7 +1,9 @@
 """Layer norm and RMS norm, single or dual, with an optional residual addition in the same pass (csrc/ops/norm).
 
-The dual forms normalise x once and scale it twice: in the parallel residual of GPT-NeoX, attention and MLP each have a norm
-of the same x. With a residual the sum x + residual is a further output, rounded to the dtype of x before it is normalised.
+The dual forms normalise x once and scale it twice: in the parallel residual of GPT-NeoX, attention and MLP each have a
+    norm
+of the same x. With a residual the sum x + residual is a further output, rounded to the dtype of x before it is
+normalised.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def layer_norm(
     return y if residual is None else (y, s)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """s / sqrt(mean s^2 + eps) * weight over the last dimension (arXiv:1910.07467), s = x + residual.
 
     Arguments, result and errors as for `layer_norm`.
@@ -51,7 +55,8 @@ def dual_layer_norm(
     eps: float,
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """(layer_norm(s, weight1, bias1), layer_norm(s, weight2, bias2)), s = x + residual; with a residual, s is the third.
+    """(layer_norm(s, weight1, bias1), layer_norm(s, weight2, bias2)), s = x + residual; with a residual, s is the
+    third.
 
     Arguments and errors as for `layer_norm`.
     """
@@ -59,7 +64,9 @@ def dual_layer_norm(
     return (y1, y2) if residual is None else (y1, y2, s)
 
 
-def dual_rms_norm(x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def dual_rms_norm(
+    x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """(rms_norm(s, weight1), rms_norm(s, weight2)), s = x + residual; with a residual, s is the third.
 
     Arguments and errors as for `layer_norm`.
@@ -73,13 +80,21 @@ def _(x, residual, weight, bias, weight2, bias2, eps, rms):
     rows = x.numel() // x.shape[-1]
     second = x.new_empty([0] if weight2 is None else x.shape)
     s = x.new_empty([0] if residual is None else x.shape)
-    return x.new_empty(x.shape), second, s, x.new_empty([0 if rms else rows], dtype=torch.float32), x.new_empty([rows], dtype=torch.float32)
+    return (
+        x.new_empty(x.shape),
+        second,
+        s,
+        x.new_empty([0 if rms else rows], dtype=torch.float32),
+        x.new_empty([rows], dtype=torch.float32),
+    )
 
 
 @torch.library.register_fake("neox::norm_backward")
 def _(dy, dy2, dsum, s, mean, rstd, weight, has_bias, weight2, has_bias2, rms):
     h = s.shape[-1]
-    return s.new_empty(s.shape), *(s.new_empty([h if wanted else 0]) for wanted in (True, has_bias, weight2 is not None, has_bias2))
+    return s.new_empty(s.shape), *(
+        s.new_empty([h if wanted else 0]) for wanted in (True, has_bias, weight2 is not None, has_bias2)
+    )
 
 
 def _save(ctx, inputs, output):
@@ -99,7 +114,9 @@ def _backward(ctx, dy, dy2, dsum, _dmean, _drstd):
     elif dy2 is None:
         dy2 = torch.zeros_like(s)
     dsum = dsum if ctx.has_residual else None
-    dx, dweight, dbias, dweight2, dbias2 = native.norm_backward(dy, dy2, dsum, s, mean, rstd, weight, ctx.has_bias, weight2, ctx.has_bias2, ctx.rms)
+    dx, dweight, dbias, dweight2, dbias2 = native.norm_backward(
+        dy, dy2, dsum, s, mean, rstd, weight, ctx.has_bias, weight2, ctx.has_bias2, ctx.rms
+    )
     return (
         dx,
         dx if ctx.has_residual else None,

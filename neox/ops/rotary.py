@@ -1,7 +1,8 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864): tables of cos and sin, rotation of queries and keys (csrc/ops/rotary).
+"""Rotary position embedding (RoFormer, arXiv:2104.09864): tables of cos and sin, rotation of queries and keys
+(csrc/ops/rotary).
 
-Half-split layout (GPT-NeoX, Llama): of the first r channels of a head, channel i is rotated with channel i + r/2. The other
-d - r channels are copied.
+Half-split layout (GPT-NeoX, Llama): of the first r channels of a head, channel i is rotated with channel i + r/2. The
+other d - r channels are copied.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def rotary_qkv(
     Args:
         qkv: [b, s, g, m + 2, d], per key/value head m queries, a key and a value; or the projection itself,
             [b, s, g (m + 2) d], with num_kv_heads and head_dim given, which saves autograd the copies that an in-place
-            change of a view costs. Float32 or bfloat16, on CUDA also float16; contiguous in the last dimension. It is overwritten and
-            must not be a leaf that requires a gradient.
+            change of a view costs. Float32 or bfloat16, on CUDA also float16; contiguous in the last dimension. It is
+            overwritten and must not be a leaf that requires a gradient.
         cos, sin: as for `rotary`.
         num_kv_heads: g, for the second form.
         head_dim: d, for the second form.
@@ -63,7 +64,10 @@ def rotary_qkv(
     if num_kv_heads is None or head_dim is None:
         return _RotaryQkv.apply(qkv, cos, sin)
     if qkv.dim() != 3 or qkv.shape[2] % (num_kv_heads * head_dim) or qkv.stride(2) != 1:
-        raise ValueError(f"rotary_qkv: qkv must be [b, s, g (m + 2) d] with g {num_kv_heads} and d {head_dim}, contiguous in the last; got {list(qkv.shape)}")
+        raise ValueError(
+            f"rotary_qkv: qkv must be [b, s, g (m + 2) d] with g {num_kv_heads} and d {head_dim}, contiguous in the "
+            f"last; got {list(qkv.shape)}"
+        )
     return _packed(_RotaryQkv.apply(qkv, cos, sin, num_kv_heads, head_dim), num_kv_heads, head_dim)
 
 
@@ -88,8 +92,9 @@ class _RotaryQkv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dqkv):
         cos, sin = ctx.saved_tensors
-        # The copy is needed although attention usually made this gradient for us alone: autograd does not guarantee it. The
-        # same memory may be the caller's dout, an expanded scalar, a hook's argument or the gradient of another branch.
+        # The copy is needed although attention usually made this gradient for us alone: autograd does not guarantee it.
+        # The same memory may be the caller's dout, an expanded scalar, a hook's argument or the gradient of another
+        # branch.
         dqkv = dqkv.clone(memory_format=torch.contiguous_format)
         native.rotary_qkv_(_packed(dqkv, *ctx.heads), cos, sin, True)
         return dqkv, None, None, None, None
@@ -119,7 +124,9 @@ def _backward(ctx, dq, dk):
 torch.library.register_autograd("neox::rotary", _backward, setup_context=_save)
 
 
-def rotary_tables(rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position below `length`: the angle of pair i at position p is p / theta^(2i/r).
 
     Args:
@@ -140,13 +147,20 @@ def rotary_tables(rotary_dim: int, length: int, theta: float = 10000.0, scaling:
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotary_frequencies(rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> tuple[torch.Tensor, float]:
+def rotary_frequencies(
+    rotary_dim: int, length: int, theta: float = 10000.0, scaling: RopeScaling | None = None
+) -> tuple[torch.Tensor, float]:
     """Radians per token of each channel pair, [r/2] float32, and the factor on cos and sin.
 
     Arguments and errors as for `rotary_tables`.
     """
     if rotary_dim <= 0 or rotary_dim % 2:
-        raise ConfigError("rotary_dim must be even and positive", where="rotary_tables", got=rotary_dim, want="an even number of channels")
+        raise ConfigError(
+            "rotary_dim must be even and positive",
+            where="rotary_tables",
+            got=rotary_dim,
+            want="an even number of channels",
+        )
     if scaling is None:
         return 1.0 / _wavelengths(rotary_dim, theta), 1.0
     if scaling.type == "linear":
@@ -166,15 +180,24 @@ def _wavelengths(rotary_dim: int, theta: float) -> torch.Tensor:
 def _ntk_base(rotary_dim: int, length: int, theta: float, scaling: RopeScaling) -> float:
     """The base raised so that the slowest pair covers the longer text ("NTK-aware"; dynamic with a trained length)."""
     if rotary_dim == 2:
-        raise ConfigError("ntk scaling needs more than one channel pair", where="rotary_tables", got="rotary_dim 2", want="rotary_dim >= 4")
+        raise ConfigError(
+            "ntk scaling needs more than one channel pair",
+            where="rotary_tables",
+            got="rotary_dim 2",
+            want="rotary_dim >= 4",
+        )
     stretch = scaling.factor
     if scaling.original_max_position_embeddings is not None:
-        stretch = scaling.factor * max(length, scaling.original_max_position_embeddings) / scaling.original_max_position_embeddings - (scaling.factor - 1)
+        stretch = scaling.factor * max(
+            length, scaling.original_max_position_embeddings
+        ) / scaling.original_max_position_embeddings - (scaling.factor - 1)
     return theta * stretch ** (rotary_dim / (rotary_dim - 2))
 
 
 def _yarn(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv:2309.00071, section 3.2): fast pairs are unchanged, slow ones interpolated, with a ramp in between."""
+    """YaRN (arXiv:2309.00071, section 3.2): fast pairs are unchanged, slow ones interpolated, with a ramp in
+    between.
+    """
     original = _trained_length(scaling)
 
     def pair_turning(rotations: float) -> float:
@@ -194,7 +217,9 @@ def _yarn(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Te
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Llama 3.1: wavelengths above the trained length / low_freq_factor are scaled, short ones not, blended in between."""
+    """Llama 3.1: wavelengths above the trained length / low_freq_factor are scaled, short ones not, blended in
+    between.
+    """
     original = _trained_length(scaling)
     turns = original / (2 * math.pi / frequencies)  # full turns within the trained length
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

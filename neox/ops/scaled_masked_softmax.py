@@ -1,4 +1,6 @@
-"""softmax(scale x) under a given or the causal mask, for attention as two matrix products (csrc/ops/scaled_masked_softmax)."""
+"""softmax(scale x) under a given or the causal mask, for attention as two matrix products
+(csrc/ops/scaled_masked_softmax).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def scaled_causal_softmax(x: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale x) where row i of s sees the columns j <= i + t - s: the last query is aligned with the last key.
 
     Args:
-        x: [..., s, t], float32 or bfloat16, on CUDA also float16; any strides and any t. Rows without a visible column (t < s) are zeros.
+        x: [..., s, t], float32 or bfloat16, on CUDA also float16; any strides and any t. Rows without a visible column
+            (t < s) are zeros.
         scale: factor on x.
 
     Returns:

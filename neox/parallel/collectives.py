@@ -1,7 +1,8 @@
 """Collectives over a process group with their gradients. A group of None (size 1) makes each of them the identity.
 
 Forward and backward are conjugate (Megatron-LM, arXiv:1909.08053, section 3; sequence parallelism: arXiv:2205.05198,
-section 4.2). The gradient of a copy is a sum and vice versa; the gradient of a gather is a reduce-scatter and vice versa.
+section 4.2). The gradient of a copy is a sum and vice versa; the gradient of a gather is a reduce-scatter and vice
+versa.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def start_all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Pen
     """Start to concatenate the tensors of the group, all of one shape, along `dim`."""
     x = x.detach().contiguous()
     out = x.new_empty((dist.get_world_size(group), *x.shape))
-    return Pending(dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=True), out, dim % x.dim())
+    return Pending(
+        dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=True), out, dim % x.dim()
+    )
 
 
 def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Pending:
@@ -64,7 +67,9 @@ def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch
 
 
 def all_to_all(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Process i sends share j of dimension `split` to process j and concatenates what it gets along `join`, in new memory."""
+    """Process i sends share j of dimension `split` to process j and concatenates what it gets along `join`, in new
+    memory.
+    """
     size = dist.get_world_size(group)
     parts = x.detach().unflatten(split, (size, -1)).movedim(split, 0).contiguous()
     out = torch.empty_like(parts)
@@ -150,7 +155,9 @@ def gather_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> t
 
 
 def reduce_scatter_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: this process's share of the sum over the group. Backward: the shares of the gradient are concatenated."""
+    """Forward: this process's share of the sum over the group. Backward: the shares of the gradient are
+    concatenated.
+    """
     return x if group is None else _ReduceScatter.apply(x, dim, group)
 
 

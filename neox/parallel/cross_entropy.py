@@ -26,5 +26,11 @@ def vocab_parallel_cross_entropy(
     """
     flat = logits.reshape(-1, logits.shape[-1])
     return ops.cross_entropy(
-        flat, targets.reshape(-1), ignore_index=IGNORED, group=mesh.tp_group, vocab_size=vocab_size, inplace=True, expected_dloss=expected_dloss
+        flat,
+        targets.reshape(-1),
+        ignore_index=IGNORED,
+        group=mesh.tp_group,
+        vocab_size=vocab_size,
+        inplace=True,
+        expected_dloss=expected_dloss,
     )

@@ -65,9 +65,9 @@ class ScoreHead(ShardedLayer):
 class TiedCopy:
     """The output projection of a tied model under pipeline parallelism: the last stage's copy of the word embedding.
 
-    The first stage owns the embedding. The copy is no parameter: no optimizer steps it, no checkpoint stores it, no norm
-    counts it. Its gradient is accumulated in fp32 over the micro-batches and sent to the owner, which sends the updated
-    weight back (neox.engine.pipeline).
+    The first stage owns the embedding. The copy is no parameter: no optimizer steps it, no checkpoint stores it, no
+    norm counts it. Its gradient is accumulated in fp32 over the micro-batches and sent to the owner, which sends the
+    updated weight back (neox.engine.pipeline).
 
     Attributes:
         weight: [v/tp, h] over the padded vocabulary, a leaf that requires a gradient.

@@ -17,8 +17,9 @@ def sum_partial_gradients(module: nn.Module, specs: Mapping[str, ShardSpec], mes
     """Register hooks that sum over the tensor group the gradients of parameters whose spec is `partial`.
 
     These are norm weights and biases under sequence parallelism (each process sees its part of the sequence), per-head
-    norms (each sees its heads) and adapter factors. The hook runs when the gradient arrives, before anything accumulates,
-    clips or reduces it, so that it holds for every ZeRO stage. All processes run the same graph, hence the same order.
+    norms (each sees its heads) and adapter factors. The hook runs when the gradient arrives, before anything
+    accumulates, clips or reduces it, so that it holds for every ZeRO stage. All processes run the same graph, hence the
+    same order.
     """
     if mesh.tp_group is None:
         return

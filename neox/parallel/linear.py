@@ -13,7 +13,15 @@ from torch import nn
 
 from neox import ops
 from neox.ops.linear import linear_input_gradient, linear_weight_gradient
-from neox.parallel.collectives import SEQUENCE, all_gather, reduce_from, reduce_scatter_from, start_all_gather, start_all_reduce, start_reduce_scatter
+from neox.parallel.collectives import (
+    SEQUENCE,
+    all_gather,
+    reduce_from,
+    reduce_scatter_from,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from neox.parallel.mesh import Mesh, split_evenly
 from neox.parallel.shard_spec import ShardedLayer, ShardSpec
 
@@ -21,9 +29,9 @@ from neox.parallel.shard_spec import ShardedLayer, ShardSpec
 class _ColumnProducts(torch.autograd.Function):
     """x W_i^T + b_i for several cut weights of one input [b, s, i].
 
-    The products are [b s, o_i] and no views, so that they may be changed in place. In the backward the gradients of x are
-    summed over the group once for all weights, while the gradients of the weights are computed. With sequence parallelism
-    the gathered input is not stored: it is gathered again while dx is computed.
+    The products are [b s, o_i] and no views, so that they may be changed in place. In the backward the gradients of x
+    are summed over the group once for all weights, while the gradients of the weights are computed. With sequence
+    parallelism the gathered input is not stored: it is gathered again while dx is computed.
     """
 
     @staticmethod
@@ -64,7 +72,9 @@ class _ColumnProducts(torch.autograd.Function):
         return None if reducing is None else reducing.wait(), None, *dweights, *dbiases
 
 
-def column_products(x: torch.Tensor, mesh: Mesh, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+def column_products(
+    x: torch.Tensor, mesh: Mesh, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
     """x W_i^T + b_i for weights sharded by rows over the tensor group.
 
     Args:
@@ -91,8 +101,8 @@ def reduce_partial(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 class AdaptableLinear(ShardedLayer):
     """A cut weight W to which a low-rank adapter can be added: W + scale B A (LoRA, arXiv:2106.09685).
 
-    The sum is formed before the product with x. Training therefore computes, bit for bit, what the merged weight computes,
-    under every layout and without communication. It costs a second copy of W while a block is computed.
+    The sum is formed before the product with x. Training therefore computes, bit for bit, what the merged weight
+    computes, under every layout and without communication. It costs a second copy of W while a block is computed.
 
     Attributes:
         weight: W, [o, i] or its local slice.

@@ -1,6 +1,7 @@
 """Point-to-point transfers between pipeline stages. With one stage every function returns at once.
 
-Sends and receives that happen together are issued as one batch (`send_recv`): NCCL deadlocks otherwise where two processes
+Sends and receives that happen together are issued as one batch (`send_recv`): NCCL deadlocks otherwise where two
+    processes
 both send and receive.
 """
 
@@ -42,7 +43,9 @@ def send_forward(x: torch.Tensor, mesh: Mesh) -> None:
         send_recv(mesh, [(x, mesh.pp_rank + 1)], [])
 
 
-def broadcast_from_last_stage(x: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, mesh: Mesh) -> torch.Tensor:
+def broadcast_from_last_stage(
+    x: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, mesh: Mesh
+) -> torch.Tensor:
     """The last stage's tensor, on every stage. The others pass None."""
     out = torch.empty(shape, dtype=dtype, device=mesh.device) if x is None else x
     if mesh.pp == 1:

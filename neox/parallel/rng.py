@@ -1,8 +1,9 @@
 """Random streams: seeds derived by name, and dropout that is equal or different over the tensor group.
 
-Dropout on replicated tensors must be equal on every process of the tensor group. Dropout inside a tensor-parallel region
-(attention heads), or on a residual stream that is cut along the sequence, must differ. The first is drawn from torch's
-default generator, which has the same seed over the group; the second from `tensor_parallel_stream`. That stream has no
+Dropout on replicated tensors must be equal on every process of the tensor group. Dropout inside a tensor-parallel
+region (attention heads), or on a residual stream that is cut along the sequence, must differ. The first is drawn from
+torch's default generator, which has the same seed over the group; the second from `tensor_parallel_stream`. That stream
+has no
 state: a checkpoint of the default generator restores both.
 """
 
@@ -24,7 +25,9 @@ def derive_seed(seed: int, *path: object) -> int:
 
 
 def seed_default_generators(seed: int, mesh: Mesh) -> None:
-    """Seed torch's default generators: equally over the tensor group, differently over data, context and pipeline ranks."""
+    """Seed torch's default generators: equally over the tensor group, differently over data, context and pipeline
+    ranks.
+    """
     context = (mesh.cp_rank,) if mesh.cp > 1 else ()
     torch.manual_seed(derive_seed(seed, "dropout", mesh.pp_rank, mesh.dp_rank, *context))
 

@@ -15,9 +15,10 @@ class ShardSpec:
 
     Attributes:
         shape: shape of the logical tensor, without vocabulary padding.
-        slices: (low, high) per dimension that the local parameter holds. The local parameter may have further rows after
-            these (vocabulary padding); its first prod(high - low) elements in row-major order are the slice.
-        dim: dimension that is sharded over the tensor group; None: every process of the group holds the complete tensor.
+        slices: (low, high) per dimension that the local parameter holds. The local parameter may have further rows
+            after these (vocabulary padding); its first prod(high - low) elements in row-major order are the slice.
+        dim: dimension that is sharded over the tensor group; None: every process of the group holds the complete
+            tensor.
         partial: each process computes only a part of the gradient of this replicated parameter, because it sees other
             tokens or heads; the parts are summed over the tensor group (`neox.parallel.gradients`).
     """

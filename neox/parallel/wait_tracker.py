@@ -39,8 +39,8 @@ class WaitTracker:
 def raise_group_timeouts(hang_timeout: float) -> None:
     """Raise the timeout of every existing process group above the watchdog's.
 
-    torch's default (10 minutes for NCCL) would abort first, without naming the stuck process, and also while processes wait
-    for a long index build.
+    torch's default (10 minutes for NCCL) would abort first, without naming the stuck process, and also while processes
+    wait for a long index build.
 
     Args:
         hang_timeout: guard.hang_timeout, seconds.

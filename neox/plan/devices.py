@@ -179,7 +179,8 @@ DEVICES = (
         32e9,
         25e9,
         cuda_name="NVIDIA L40S",
-        source="NVIDIA L40S data sheet: dense; PCIe 4 x16, 64 GB/s both ways; network assumed to be 200 Gb/s per device",
+        source="NVIDIA L40S data sheet: dense; PCIe 4 x16, 64 GB/s both ways; network assumed to be 200 Gb/s per "
+        "device",
     ),
     Device(
         "rtx-4090",

@@ -159,8 +159,8 @@ def phases(
 def start_memory(config: Config, stage: Stage, have: OptimizerMemory) -> int:
     """Compute the memory while DeepSpeed is initialised.
 
-    The model is created in fp32. With 16-bit weights an exact copy of the trained weights exists until the master weights
-    are written. Stages 1 and 2 flatten the trained weights group by group.
+    The model is created in fp32. With 16-bit weights an exact copy of the trained weights exists until the master
+    weights are written. Stages 1 and 2 flatten the trained weights group by group.
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
     weights, exact = element * stage.parameters, 0 if element == FP32 else FP32 * stage.trained

@@ -37,9 +37,18 @@ def fingerprint_run(config: Config) -> dict[str, str]:
     known = {key: json.dumps(value, default=str) for key, value in flatten(config)}
     data = config.data
     sources = [source for part in (data.train, data.validation, data.test) for source in part]
-    named = [data.path, *(prefix for source in sources for prefix in (source.path, source.labels, source.rejected, source.rejected_labels))]
+    named = [
+        data.path,
+        *(
+            prefix
+            for source in sources
+            for prefix in (source.path, source.labels, source.rejected, source.rejected_labels)
+        ),
+    ]
     prefixes = [prefix for prefix in named if prefix is not None]
-    known |= {f"{prefix}{suffix}": fingerprint(Path(prefix + suffix)) for prefix in prefixes for suffix in (".idx", ".bin")}
+    known |= {
+        f"{prefix}{suffix}": fingerprint(Path(prefix + suffix)) for prefix in prefixes for suffix in (".idx", ".bin")
+    }
     known |= {path: fingerprint(Path(path)) for path in data.text}
     if config.tokenizer.file is not None:
         known[config.tokenizer.file] = fingerprint(Path(config.tokenizer.file))
@@ -57,7 +66,9 @@ def check_consistency(known: Mapping[str, str], peers: RankGroup) -> None:
     if len(set(digests)) == 1:
         return
     everyone = peers.all_gather_json(dict(known))
-    keys = [key for key in sorted({key for one in everyone for key in one}) if len({one.get(key) for one in everyone}) > 1]
+    keys = [
+        key for key in sorted({key for one in everyone for key in one}) if len({one.get(key) for one in everyone}) > 1
+    ]
     lines = []
     for key in keys[:SHOWN]:
         other = next(rank for rank, one in enumerate(everyone) if one.get(key) != everyone[0].get(key))

@@ -1,6 +1,7 @@
 """Initialises torch.distributed among the processes of a launch.
 
-DeepSpeed is not imported: commands that print JSON run on several processes too, and DeepSpeed writes to stdout when it is imported.
+DeepSpeed is not imported: commands that print JSON run on several processes too, and DeepSpeed writes to stdout when it
+    is imported.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def form_process_group(layout: ParallelConfig, launch: LaunchInfo, device: str, 
         torch.cuda.set_device(here)
     if attempt is not None:
         backend, bound = ("nccl", here) if device == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, store=attempt.keys("group"), rank=launch.rank, world_size=launch.world_size, device_id=bound)
+        dist.init_process_group(
+            backend, store=attempt.keys("group"), rank=launch.rank, world_size=launch.world_size, device_id=bound
+        )
         atexit.register(destroy)
     return create_mesh(layout.tensor, layout.pipeline, here, context=layout.context, sequence=layout.sequence)
 

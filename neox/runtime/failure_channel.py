@@ -1,4 +1,6 @@
-"""The failure of a run, shared by its processes through the rendezvous store: the first error that is posted, and who has read it."""
+"""The failure of a run, shared by its processes through the rendezvous store: the first error that is posted, and
+who has read it.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,20 @@ from neox.runtime.processes import ProcessInfo
 
 ERROR, ACKNOWLEDGED = "error", "acknowledged"
 FAREWELL = 5.0  # seconds that the process of the store waits for the others to read the error
-CONNECTION_ERRORS = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "remote process exited", "socket timeout")
+CONNECTION_ERRORS = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "connection refused",
+    "remote process exited",
+    "socket timeout",
+)
 
 
 class PostedError(TypedDict):
-    """An error in the store: who posted it, the exit code of the run, and the process that was lost or is stuck, if any."""
+    """An error in the store: who posted it, the exit code of the run, and the process that was lost or is stuck, if
+    any.
+    """
 
     rank: int
     code: int
@@ -52,7 +63,13 @@ class FailureChannel:
             code: exit code of the run.
             lost: description of a process that is stuck or has exited; None for an ordinary error.
         """
-        error: PostedError = {"rank": self.rank, "code": code, "id": os.getpid(), "thread": threading.get_ident(), "lost": lost}
+        error: PostedError = {
+            "rank": self.rank,
+            "code": code,
+            "id": os.getpid(),
+            "thread": threading.get_ident(),
+            "lost": lost,
+        }
         return json.loads(self.store.compare_set(ERROR, "", json.dumps(error)))
 
     def wait_for_error(self, seconds: float) -> None:
@@ -95,5 +112,7 @@ def as_neox_error(error: BaseException, rank: int = 0) -> NeoxError | None:
             do="smaller train.micro_batch_size, train.activation_checkpointing: full, or a higher zero.stage",
         )
     if isinstance(error, RuntimeError) and any(word in text.lower() for word in CONNECTION_ERRORS):
-        return PeerLost("another process was lost", where=f"rank {rank}", got=text[:200], do="read its log; start again to resume")
+        return PeerLost(
+            "another process was lost", where=f"rank {rank}", got=text[:200], do="read its log; start again to resume"
+        )
     return None

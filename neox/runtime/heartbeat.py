@@ -1,4 +1,6 @@
-"""Heartbeat of a process: the phase of its main thread, and a count that grows with its progress. The watchdog's thread reads it."""
+"""Heartbeat of a process: the phase of its main thread, and a count that grows with its progress. The watchdog's
+thread reads it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class Heartbeat(Observer):
         step: last completed step.
         phase: the current phase (neox.phases.PHASES).
         waits: whether the main thread waits for other processes.
-        watched: whether no progress counts as a hang: from the first completed step on. Earlier phases may take long (index files, compilation).
+        watched: whether no progress counts as a hang: from the first completed step on. Earlier phases may take long
+            (index files, compilation).
     """
 
     def __init__(self):

@@ -1,4 +1,6 @@
-"""Rank, world size and address of this process, from the variables of a launcher: deepspeed, torchrun, Slurm's srun, mpirun, or none."""
+"""Rank, world size and address of this process, from the variables of a launcher: deepspeed, torchrun, Slurm's srun,
+mpirun, or none.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from neox.runtime.nodelist import expand_hosts
 MOST_PROCESSES = 1 << 20
 DEFAULT_PORT = "29500"
 
-# Launcher -> the names of its variables for RANK, LOCAL_RANK and WORLD_SIZE. The first launcher whose WORLD_SIZE is set is used. Only srun sets
-# SLURM_STEP_NUM_TASKS; a batch script or a shell of salloc has SLURM_NTASKS too, but no sibling processes.
+# Launcher -> the names of its variables for RANK, LOCAL_RANK and WORLD_SIZE. The first launcher whose WORLD_SIZE is set
+# is used. Only srun sets SLURM_STEP_NUM_TASKS; a batch script or a shell of salloc has SLURM_NTASKS too, but no sibling
+# processes.
 LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -30,7 +33,8 @@ class LaunchInfo:
         world_size: number of processes.
         address, port: where the first process, or the launcher's agent, serves the store.
         source: the launcher and the variables that were read, for messages.
-        agent_store: whether torchrun's agent serves the store, not rank 0. It outlives the attempts of a job that is restarted.
+        agent_store: whether torchrun's agent serves the store, not rank 0. It outlives the attempts of a job that is
+            restarted.
     """
 
     rank: int = 0
@@ -68,13 +72,17 @@ def read_number(environment: Mapping[str, str], name: str, low: int, high: int) 
 def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
     """Read the variables of a launcher; without any, this is a single process.
 
-    RANK and WORLD_SIZE, which torchrun and deepspeed set, take precedence over those of Slurm and MPI, under which torchrun may run.
+    RANK and WORLD_SIZE, which torchrun and deepspeed set, take precedence over those of Slurm and MPI, under which
+    torchrun may run.
 
     Raises:
         EnvironmentProblem: names the variable that is missing or wrong.
     """
     check_threads(environment)
-    names, launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed, or variables set by hand"
+    names, launcher = (
+        ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+        "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed, or variables set by hand",
+    )
     if "WORLD_SIZE" not in environment and "RANK" not in environment:
         found = next((name for name, variables in LAUNCHERS.items() if variables[2] in environment), None)
         if found is None:
@@ -88,7 +96,9 @@ def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
     if world_size == 1:
         return LaunchInfo(rank, local_rank, world_size)
     source = f"{launcher}: {names[0]}, {names[1]}, {names[2]}"
-    address = environment.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")  # an IPv6 address may be in brackets
+    address = (
+        environment.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")
+    )  # an IPv6 address may be in brackets
     if not address and launcher == "srun":
         address = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "")
         source += ", first of SLURM_STEP_NODELIST"

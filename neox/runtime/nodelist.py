@@ -11,8 +11,8 @@ from neox.errors import EnvironmentProblem
 def expand_hosts(nodes: str) -> Iterator[str]:
     """Yield the hosts of a list in Slurm's order, without building the complete list.
 
-    A name may have several brackets, with text between and after them, and nested brackets; the last bracket varies fastest. The lower bound
-    of a range gives the number of digits: `n[08-10]` is n08, n09, n10.
+    A name may have several brackets, with text between and after them, and nested brackets; the last bracket varies
+    fastest. The lower bound of a range gives the number of digits: `n[08-10]` is n08, n09, n10.
 
     Raises:
         EnvironmentProblem: the text is not such a list.

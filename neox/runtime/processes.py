@@ -1,6 +1,7 @@
 """Other processes of this host: the launchers above this one, and peers that have to be resumed or killed.
 
-A process is described by the dictionary of neox.checkpoint.process_identity; its `space` names the boot and the PID namespace in which its pid is valid.
+A process is described by the dictionary of neox.checkpoint.process_identity; its `space` names the boot and the PID
+namespace in which its pid is valid.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ START_TOLERANCE = 2.0  # seconds between two readings of a process's start time
 
 
 def find_launchers() -> list[ProcessInfo]:
-    """The launchers above this process, nearest first: parents that should outlive it, up to the first that is not a launcher, such as a shell.
+    """The launchers above this process, nearest first: parents that should outlive it, up to the first that is not a
+    launcher, such as a shell.
 
     `deepspeed` is two of them, a front end and one launcher per host; neither notices when the front end is killed.
     """
@@ -28,7 +30,9 @@ def find_launchers() -> list[ProcessInfo]:
     with contextlib.suppress(psutil.Error):
         for parent in psutil.Process().parents():
             interpreter, *words = parent.cmdline() or [""]
-            name = next((word for word in words if not word.startswith("-")), "").rpartition("/")[2]  # a script, or the module of -m
+            name = next((word for word in words if not word.startswith("-")), "").rpartition("/")[
+                2
+            ]  # a script, or the module of -m
             if name not in LAUNCHERS or "python" not in interpreter:
                 break
             found.append({"pid": parent.pid, "born": parent.create_time(), "name": name})
@@ -39,7 +43,10 @@ def is_running(who: ProcessInfo) -> bool:
     """Whether a process of this host exists and is not a zombie."""
     try:
         process = psutil.Process(who["pid"])
-        return abs(process.create_time() - who["born"]) < START_TOLERANCE and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return abs(process.create_time() - who["born"]) < START_TOLERANCE and process.status() not in (
+            psutil.STATUS_ZOMBIE,
+            psutil.STATUS_DEAD,
+        )
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
@@ -54,7 +61,9 @@ def resume_stopped(who: ProcessInfo, space: str) -> None:
 
 
 def kill_stuck(who: ProcessInfo, space: str, patience: float = 2.0) -> None:
-    """Kill a stuck process of this host that does not exit within `patience` seconds: it would hold its memory and its GPU."""
+    """Kill a stuck process of this host that does not exit within `patience` seconds: it would hold its memory and
+    its GPU.
+    """
     if not space or who.get("space") != space:
         return
     stop = time.monotonic() + patience

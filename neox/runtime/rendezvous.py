@@ -1,9 +1,10 @@
 """Rendezvous: the processes of one attempt of a job find each other through the rendezvous store.
 
-Under torchrun the store belongs to the launcher's agent and outlives the processes. After a restart it holds the keys of dead processes, and each agent
-counts only its own restarts. So every process posts a random identity (`hello/RANK`), and rank 0 answers each one with that identity and the attempt's
-token (`seat/RANK`). The process confirms, and when all have confirmed, rank 0 opens the attempt. A process that confirms is alive; an answer to a dead
-process is never confirmed, and is replaced when a living one posts its identity. All keys of an open attempt are below its token.
+Under torchrun the store belongs to the launcher's agent and outlives the processes. After a restart it holds the keys
+of dead processes, and each agent counts only its own restarts. So every process posts a random identity (`hello/RANK`),
+and rank 0 answers each one with that identity and the attempt's token (`seat/RANK`). The process confirms, and when all
+have confirmed, rank 0 opens the attempt. A process that confirms is alive; an answer to a dead process is never
+confirmed, and is replaced when a living one posts its identity. All keys of an open attempt are below its token.
 
 Processes wait in Python, never inside the store: signals are handled, the missing ranks are printed, and `limit` holds.
 """
@@ -22,7 +23,18 @@ import torch.distributed as dist
 from neox.checkpoint.process_identity import describe_process
 from neox.errors import EnvironmentProblem, HangError, NeoxError, PeerLost
 from neox.runtime.launch import LaunchInfo
-from neox.runtime.store_protocol import PREFIX, REFUSED, NotAStore, Notice, RefusalNotice, StoreConnection, listen, make_notice, process_name, read_notice
+from neox.runtime.store_protocol import (
+    PREFIX,
+    REFUSED,
+    NotAStore,
+    Notice,
+    RefusalNotice,
+    StoreConnection,
+    listen,
+    make_notice,
+    process_name,
+    read_notice,
+)
 
 FIRST_LINE = 5.0  # seconds until a process reports that it waits; the interval then doubles
 LONGEST_INTERVAL = 60.0
@@ -76,25 +88,35 @@ class Waiting:
         """Seconds since the wait began."""
         return time.monotonic() - self.begin
 
-    def check(self, missing: list[int], why: str = "", *, quiet: bool = False, kind: type[NeoxError] = HangError) -> None:
+    def check(
+        self, missing: list[int], why: str = "", *, quiet: bool = False, kind: type[NeoxError] = HangError
+    ) -> None:
         """Print the missing ranks at intervals.
 
         Raises:
             HangError: the limit has passed; `kind` names another error.
         """
         world_size = self.launch.world_size
-        names, verb = f"rank{'s' if len(missing) > 1 else ''} {spans(missing)} of {world_size}", "have" if len(missing) > 1 else "has"
+        names, verb = (
+            f"rank{'s' if len(missing) > 1 else ''} {spans(missing)} of {world_size}",
+            "have" if len(missing) > 1 else "has",
+        )
         if self.limit and self.seconds > self.limit:
             raise kind(
                 f"{names} {verb} not joined",
                 where=f"rank {self.launch.rank}, store at {self.launch.endpoint}",
                 got=f"waited {self.seconds:.0f} s{f', {why}' if why else ''}",
                 want="guard.hang_timeout",
-                do="read the logs of the missing processes; check that every host starts its processes and reaches MASTER_ADDR:MASTER_PORT",
+                do="read the logs of the missing processes; check that every host starts its processes and reaches "
+                "MASTER_ADDR:MASTER_PORT",
             )
         if self.seconds > self.due and not quiet:
             detail = f" ({why})" if why else ""
-            print(f"rank {self.launch.rank} waits: {names} {verb} not joined after {self.seconds:.0f} s{detail}", file=sys.stderr, flush=True)
+            print(
+                f"rank {self.launch.rank} waits: {names} {verb} not joined after {self.seconds:.0f} s{detail}",
+                file=sys.stderr,
+                flush=True,
+            )
             self.interval = min(2 * self.interval, LONGEST_INTERVAL)
             self.due = self.seconds + self.interval
 
@@ -153,7 +175,15 @@ def open_store(launch: LaunchInfo, waiting: Waiting) -> dist.Store:
     if launch.rank == 0 and not launch.agent_store:
         listener = listen(launch)
         port = listener.getsockname()[1]
-        return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, timeout=STORE_TIMEOUT, master_listen_fd=listener.detach())
+        return dist.TCPStore(
+            "127.0.0.1",
+            port,
+            None,
+            True,
+            wait_for_workers=False,
+            timeout=STORE_TIMEOUT,
+            master_listen_fd=listener.detach(),
+        )
     reach(launch, waiting)
     return client(launch, STORE_TIMEOUT)
 
@@ -249,13 +279,19 @@ class Member:
                     if seated.get(rank) != identity:
                         self.store.set(f"seat/{rank}", json.dumps([identity, token]))
                         seated[rank] = identity
-            missing = [rank for rank in missing if rank not in seated or not self.store.check([f"{token}/{stage}/{rank}/{seated[rank]}"])]
+            missing = [
+                rank
+                for rank in missing
+                if rank not in seated or not self.store.check([f"{token}/{stage}/{rank}/{seated[rank]}"])
+            ]
             if missing:
                 self.waiting.check(missing)
                 self.waiting.sleep()
 
     def follow(self) -> str:
-        """Other ranks: confirm the answer of rank 0, and wait until it opens the attempt. Returns the attempt's token."""
+        """Other ranks: confirm the answer of rank 0, and wait until it opens the attempt. Returns the attempt's
+        token.
+        """
         token, ready = None, False
         while True:
             self.check_refused()
@@ -270,11 +306,15 @@ class Member:
                 self.store.set(f"{token}/ready/{self.launch.rank}/{self.id}", "")
             if token is not None and self.store.check([f"{token}/open"]):
                 return token
-            self.waiting.check([0], "" if token is None else "it waits for others", quiet=token is not None or self.launch.rank > 1)
+            self.waiting.check(
+                [0], "" if token is None else "it waits for others", quiet=token is not None or self.launch.rank > 1
+            )
             self.waiting.sleep()
 
     def check_rank(self) -> None:
-        """Raise EnvironmentProblem if another living process has this rank: it joined later, or is in an attempt that runs."""
+        """Raise EnvironmentProblem if another living process has this rank: it joined later, or is in an attempt
+        that runs.
+        """
         if self.store.get(f"hello/{self.launch.rank}").decode() != self.id:
             raise self.taken()
         if self.launch.agent_store and self.waiting.seconds > OLD_ATTEMPT_SECONDS and self.store.check([CURRENT]):
@@ -293,14 +333,19 @@ class Member:
         if not self.store.check([REFUSED]):
             return
         notice = read_notice(self.store.get(REFUSED))
-        stale = self.launch.agent_store and notice is not None and notice["time"] < self.me["born"]  # of a process of an earlier attempt
+        stale = (
+            self.launch.agent_store and notice is not None and notice["time"] < self.me["born"]
+        )  # of a process of an earlier attempt
         if notice is not None and not stale and notice.get("process") not in self.names:
             raise PeerRefused(notice)
 
     def post(self, error: NeoxError) -> None:
         """Post an error to the processes that wait. The process of the store gives them a moment to read it."""
         try:
-            self.store.set(REFUSED, json.dumps({**make_notice(self.launch.rank, error.exit_code, error.line()), "process": self.id}))
+            self.store.set(
+                REFUSED,
+                json.dumps({**make_notice(self.launch.rank, error.exit_code, error.line()), "process": self.id}),
+            )
             time.sleep(1.0 if self.launch.rank == 0 and not self.launch.agent_store else 0.0)
         except RuntimeError:
             return

@@ -1,11 +1,14 @@
-"""Stopping by signal: the first signal asks for a checkpoint at the next step boundary, a repeated one ends the process at once.
+"""Stopping by signal: the first signal asks for a checkpoint at the next step boundary, a repeated one ends the process
+at once.
 
-Launchers forward a Ctrl-C as a SIGTERM (DeepSpeed's does, torchrun's too), so one request to stop arrives as two different signals within moments. A
-signal therefore counts as repeated only if the same one arrives later than REPEAT_AFTER seconds after the first.
+Launchers forward a Ctrl-C as a SIGTERM (DeepSpeed's does, torchrun's too), so one request to stop arrives as two
+different signals within moments. A signal therefore counts as repeated only if the same one arrives later than
+REPEAT_AFTER seconds after the first.
 
-Python runs handlers between two instructions of the main thread, not while it waits in a collective or in C++. A thread therefore also reads the
-signal's number from a pipe (`signal.set_wakeup_fd`), and ends the process on a repeated signal wherever the main thread is. While a process waits
-for others to join, there is nothing to save, and the thread ends it on the first signal (`end_at_once`).
+Python runs handlers between two instructions of the main thread, not while it waits in a collective or in C++. A thread
+therefore also reads the signal's number from a pipe (`signal.set_wakeup_fd`), and ends the process on a repeated signal
+wherever the main thread is. While a process waits for others to join, there is nothing to save, and the thread ends it
+on the first signal (`end_at_once`).
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ class StopSignals:
     """Context manager that catches SIGTERM, SIGINT and SIGUSR1 while it is open. Main thread only.
 
     Args:
-        until_exit: the process ends when this is closed. Signals are ignored from then on, so that one that arrives during the interpreter's shutdown
-            does not turn exit code 0 into 143.
+        until_exit: the process ends when this is closed. Signals are ignored from then on, so that one that arrives
+            during the interpreter's shutdown does not turn exit code 0 into 143.
     """
 
     def __init__(self, *, until_exit: bool = False):
@@ -67,14 +70,17 @@ class StopSignals:
         """Set the action of the first signal while there is nothing to save.
 
         Args:
-            action: ends the process; called on a thread, wherever the main thread is. None: a signal asks for a checkpoint.
+            action: ends the process; called on a thread, wherever the main thread is. None: a signal asks for a
+                checkpoint.
         """
         self.at_once = action
         if action is not None and self.received is not None:
             action(self.received)
 
     def watch(self, reader: int) -> None:
-        """Thread: end the process without saving if the first signal is repeated later than REPEAT_AFTER seconds after it."""
+        """Thread: end the process without saving if the first signal is repeated later than REPEAT_AFTER seconds
+        after it.
+        """
         first, since = 0, 0.0
         while data := os.read(reader, 64):
             for number in data:

@@ -1,7 +1,9 @@
-"""The rendezvous store's protocol in pure Python, for a process that fails before it imports torch: it posts its error to the others.
+"""The rendezvous store's protocol in pure Python, for a process that fails before it imports torch: it posts its error
+to the others.
 
-The store is torch's TCPStore, of whose requests (torch/csrc/distributed/c10d/TCPStoreBackend.hpp) five are used: VALIDATE, SET, GET, CHECK, PING.
-Rank 0 serves the store. If rank 0 fails before the store exists, a listener on its port answers every connection with the error (`serve_refusal`).
+The store is torch's TCPStore, of whose requests (torch/csrc/distributed/c10d/TCPStoreBackend.hpp) five are used:
+VALIDATE, SET, GET, CHECK, PING. Rank 0 serves the store. If rank 0 fails before the store exists, a listener on its
+port answers every connection with the error (`serve_refusal`).
 """
 
 from __future__ import annotations
@@ -136,7 +138,12 @@ def read_notice(text: bytes | str) -> Notice | None:
     """Parse a posted error; None if the text is not one."""
     try:
         notice = json.loads(text)
-        valid = isinstance(notice["line"], str) and type(notice["code"]) is int and type(notice["rank"]) is int and isinstance(notice["time"], float)
+        valid = (
+            isinstance(notice["line"], str)
+            and type(notice["code"]) is int
+            and type(notice["rank"]) is int
+            and isinstance(notice["time"], float)
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return notice if valid else None
@@ -152,7 +159,9 @@ def process_name() -> str:
     return f"{socket.gethostname()} {os.getpid()}"
 
 
-def post_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Callable[[], bool] = lambda: False) -> bool | None:
+def post_refusal(
+    launch: LaunchInfo, notice: Notice, patience: float, stop: Callable[[], bool] = lambda: False
+) -> bool | None:
     """Post an error to the other processes through the store, which may take `patience` seconds to start.
 
     Returns:
@@ -168,7 +177,9 @@ def post_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Call
                     if not posted:
                         store.set(REFUSED, json.dumps(notice).encode())
                         posted, end = True, min(end, time.monotonic() + REPORT_DELAY)
-                        store.get(REFUSED)  # when it answers, or rank 0 has ended, the store has read what was sent before
+                        store.get(
+                            REFUSED
+                        )  # when it answers, or rank 0 has ended, the store has read what was sent before
             except RefusalNotice as refusal:
                 return is_same(refusal.notice, notice)
         waits = launch.rank > 0 and launch.agent_store  # else it is rank 0 that serves the store, so it has not failed
@@ -183,7 +194,9 @@ def is_same(first: Notice | None, notice: Notice) -> bool:
 
 
 def serve_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Callable[[], bool] = lambda: False) -> int:
-    """Rank 0, without a store: answer the other processes with an error as they connect, for at most `patience` seconds. Returns how many were answered."""
+    """Rank 0, without a store: answer the other processes with an error as they connect, for at most `patience`
+    seconds. Returns how many were answered.
+    """
     try:
         listener = listen(launch, retry=0.0)
     except EnvironmentProblem:
@@ -198,13 +211,16 @@ def serve_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Cal
                     connection.sendall(NOTICE + json.dumps(notice).encode())
                     connection.shutdown(socket.SHUT_WR)
                     answered += len(connection.recv(64)) > 0
-                    while connection.recv(1 << 16):  # until the other side closes: a reset would discard what it has not read
+                    while connection.recv(
+                        1 << 16
+                    ):  # until the other side closes: a reset would discard what it has not read
                         pass
     return answered
 
 
 def listen(launch: LaunchInfo, retry: float = 2.0) -> socket.socket:
-    """Listen on the port, on all addresses of this host. A port in use is retried for `retry` seconds: a run that has just ended may hold it.
+    """Listen on the port, on all addresses of this host. A port in use is retried for `retry` seconds: a run that has
+    just ended may hold it.
 
     Raises:
         EnvironmentProblem: the port is in use.
@@ -220,7 +236,8 @@ def listen(launch: LaunchInfo, retry: float = 2.0) -> socket.socket:
                     where=f"{launch.endpoint} (MASTER_ADDR, MASTER_PORT)",
                     got=error.strerror,
                     want="a port that no other program uses",
-                    do="choose another port: --master-port of torchrun, --master_port of deepspeed, else MASTER_PORT; or end the job that uses it",
+                    do="choose another port: --master-port of torchrun, --master_port of deepspeed, else MASTER_PORT; "
+                    "or end the job that uses it",
                 ) from error
         time.sleep(0.1)
 

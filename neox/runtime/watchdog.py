@@ -1,14 +1,20 @@
 """The watchdog: the failure of one process ends all of them, with its message and its exit code.
 
-A thread of every process polls the rendezvous store twice a second, even while the main thread is stuck in a collective:
-- An error that was posted ends the process with the code of the error. Only the first error is reported: those in its wake, such as lost connections, are not.
-- Every process writes its heartbeat there and reads that of its neighbour (rank + 1, in a ring). A neighbour on the same host that has exited is a lost peer
-  at once; one without a heartbeat for `limit` seconds is stuck: stopped, or in a thread that never releases Python's lock.
-- If the main thread makes no progress for `limit` seconds outside of collectives, this process is the stuck one and reports itself. Inside a collective it
+A thread of every process polls the rendezvous store twice a second, even while the main thread is stuck in a
+collective:
+- An error that was posted ends the process with the code of the error. Only the first error is reported: those in its
+    wake, such as lost connections, are not.
+- Every process writes its heartbeat there and reads that of its neighbour (rank + 1, in a ring). A neighbour on the
+    same host that has exited is a lost peer
+  at once; one without a heartbeat for `limit` seconds is stuck: stopped, or in a thread that never releases Python's
+  lock.
+- If the main thread makes no progress for `limit` seconds outside of collectives, this process is the stuck one and
+    reports itself. Inside a collective it
   waits for another process to be reported, and after GRACE seconds reports that all wait.
 A second thread watches the first one, because a store whose process is stopped never answers.
 
-Time is counted in polls, not by the clock: a process that was stopped itself does not report all others as stuck when it continues.
+Time is counted in polls, not by the clock: a process that was stopped itself does not report all others as stuck when
+    it continues.
 """
 
 from __future__ import annotations
@@ -51,7 +57,16 @@ class Watchdog:
         source: host of the store's process.
     """
 
-    def __init__(self, store: dist.Store | None, rank: int, world_size: int, *, limit: float = 0.0, heartbeat: Heartbeat | None = None, source: str = ""):
+    def __init__(
+        self,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        *,
+        limit: float = 0.0,
+        heartbeat: Heartbeat | None = None,
+        source: str = "",
+    ):
         self.store = store
         self.channel = None if store is None else FailureChannel(store, rank)
         self.rank = rank
@@ -97,11 +112,17 @@ class Watchdog:
                 self.poll()
             except RuntimeError as error:
                 if not self.closed.is_set():
-                    print(lost_error(self.host_of_store, self.heartbeat.step, str(error)[:120]).line(), file=sys.stderr, flush=True)
+                    print(
+                        lost_error(self.host_of_store, self.heartbeat.step, str(error)[:120]).line(),
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     self.leave(PeerLost.exit_code)
 
     def poll(self) -> None:
-        """Check for a posted error, then this process's progress, its neighbour and its launchers; write the heartbeat."""
+        """Check for a posted error, then this process's progress, its neighbour and its launchers; write the
+        heartbeat.
+        """
         posted = self.channel.posted()
         if posted is not None and not self.closed.is_set():
             self.closed.set()
@@ -123,15 +144,22 @@ class Watchdog:
             self.check_launchers()
 
     def check_launchers(self) -> None:
-        """Exit if a launcher has exited without ending this process, as one that was killed does: nobody would find the process that is left."""
+        """Exit if a launcher has exited without ending this process, as one that was killed does: nobody would find
+        the process that is left.
+        """
         for who in self.launchers:
             if not is_running(who):
                 got = f"process {who['pid']} ({who['name']}) has exited"
-                self.report_peer(PeerLost("launcher exited", where=f"rank {self.rank}", got=got, do="start again to resume"))
+                self.report_peer(
+                    PeerLost("launcher exited", where=f"rank {self.rank}", got=got, do="start again to resume")
+                )
 
     def beat(self) -> None:
         """Write the heartbeat of this process."""
-        self.store.set(f"beat/{self.rank}", json.dumps({**self.me, "n": self.polls, "step": self.heartbeat.step, "phase": self.heartbeat.phase}))
+        self.store.set(
+            f"beat/{self.rank}",
+            json.dumps({**self.me, "n": self.polls, "step": self.heartbeat.step, "phase": self.heartbeat.phase}),
+        )
 
     def check_neighbour(self, other: int) -> None:
         """Report the neighbour if it has exited, or has no heartbeat for too long."""
@@ -142,19 +170,34 @@ class Watchdog:
         if beat["space"] and beat["space"] == self.me["space"] and not is_running(beat) and not self.closed.is_set():
             self.report_peer(lost_error(beat, beat["step"], "process exited without reporting an error"), lost=beat)
         elif self.limit and silent > self.limit:
-            self.report_peer(stuck_error(beat, "a process is stopped or stuck", beat["step"], beat["phase"], self.limit), lost=beat)
+            self.report_peer(
+                stuck_error(beat, "a process is stopped or stuck", beat["step"], beat["phase"], self.limit), lost=beat
+            )
 
     def watch_store(self) -> None:
-        """Thread: exit if the store has not answered for longer than a process may be silent, because rank 0 is stopped."""
-        answer, patience = StallCounter(), self.limit + (0.0 if self.rank == 1 else GRACE)  # rank 1 reports; if it can resume rank 0, the others read it there
+        """Thread: exit if the store has not answered for longer than a process may be silent, because rank 0 is
+        stopped.
+        """
+        answer, patience = (
+            StallCounter(),
+            self.limit + (0.0 if self.rank == 1 else GRACE),
+        )  # rank 1 reports; if it can resume rank 0, the others read it there
         while not self.closed.wait(POLL):
             if answer.note(self.polls) * POLL > patience:
                 self.closed.set()
                 first = self.host_of_store
-                print(stuck_error(first, "a process is stopped or stuck", self.heartbeat.step, "unknown", self.limit).line(), file=sys.stderr, flush=True)
+                print(
+                    stuck_error(
+                        first, "a process is stopped or stuck", self.heartbeat.step, "unknown", self.limit
+                    ).line(),
+                    file=sys.stderr,
+                    flush=True,
+                )
                 dump_stacks(self.rank)
                 resume_stopped(first, self.me["space"])
-                threading.Thread(target=self.post_late, args=(first,), daemon=True).start()  # it never returns if rank 0 does not continue
+                threading.Thread(
+                    target=self.post_late, args=(first,), daemon=True
+                ).start()  # it never returns if rank 0 does not continue
                 kill_stuck(first, self.me["space"])
                 self.leave(HangError.exit_code)
 
@@ -207,8 +250,8 @@ class Watchdog:
 
         Args:
             error: what ended this process.
-            report: prints the error. Called if this process is the origin, before the others exit: a launcher that sees an exit reports it at once, and
-                ends the rest.
+            report: prints the error. Called if this process is the origin, before the others exit: a launcher that sees
+                an exit reports it at once, and ends the rest.
 
         Returns:
             The exit code of all processes.
@@ -219,7 +262,9 @@ class Watchdog:
             report()
             return code
         if isinstance(known, PeerLost):
-            self.channel.wait_for_error(4 * POLL)  # from the process that broke the connection, or from our thread, which finds the one that exited
+            self.channel.wait_for_error(
+                4 * POLL
+            )  # from the process that broke the connection, or from our thread, which finds the one that exited
         self.closed.set()
         try:
             posted = self.channel.post(code)
@@ -254,7 +299,14 @@ class StallCounter:
         return self.count
 
 
-def connect(launch: LaunchInfo, token: str = "", *, limit: float = 0.0, heartbeat: Heartbeat | None = None, patience: float = 30.0) -> Watchdog:
+def connect(
+    launch: LaunchInfo,
+    token: str = "",
+    *,
+    limit: float = 0.0,
+    heartbeat: Heartbeat | None = None,
+    patience: float = 30.0,
+) -> Watchdog:
     """Start the watchdog over the rendezvous store, which must be running.
 
     Args:
@@ -279,7 +331,12 @@ def connect(launch: LaunchInfo, token: str = "", *, limit: float = 0.0, heartbea
 def lost_error(who: ProcessInfo, step: int, got: str) -> PeerLost:
     """The error for a process that exited."""
     what = "the first process exited" if who["rank"] == 0 else "a process was lost"
-    return PeerLost(what, where=f"rank {who['rank']} on {who['host']}: last step {step}", got=got, do="read its log; start again to resume")
+    return PeerLost(
+        what,
+        where=f"rank {who['rank']} on {who['host']}: last step {step}",
+        got=got,
+        do="read its log; start again to resume",
+    )
 
 
 def stuck_error(who: ProcessInfo, what: str, step: int, phase: str, limit: float) -> HangError:

@@ -1,9 +1,10 @@
-"""Fault injection for tests: triggers failures at named sites, configured by FAULT. Without the variable nothing happens.
+"""Fault injection for tests: triggers failures at named sites, configured by FAULT. Without the variable nothing
+happens.
 
     FAULT=KIND@RANK:SITE:COUNT[,...]
 
-KIND happens on RANK (`*` for all) the COUNT-th time that the process reaches SITE. `3+` means the third time and every later one; SITE `*` means every
-site, each with its own count. KINDS and SITES list what exists.
+KIND happens on RANK (`*` for all) the COUNT-th time that the process reaches SITE. `3+` means the third time and every
+later one; SITE `*` means every site, each with its own count. KINDS and SITES list what exists.
 """
 
 from __future__ import annotations
@@ -36,12 +37,34 @@ STORAGE_CALLS = {
     "retain": "the manifest of an old checkpoint is removed",
     "remove_dir": "a folder is removed",
 }
-SITES = {**PHASES, **{name: f"value: {text}" for name, text in VALUES.items()}, **{name: f"storage: {text}" for name, text in STORAGE_CALLS.items()}}
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
+SITES = {
+    **PHASES,
+    **{name: f"value: {text}" for name, text in VALUES.items()},
+    **{name: f"storage: {text}" for name, text in STORAGE_CALLS.items()},
+}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "int": signal.SIGINT,
+    "usr1": signal.SIGUSR1,
+}
 NUMBERS = {"nan": math.nan, "inf": math.inf, "huge": 1e30, "times10": 10.0}
 ERRNOS = {"enospc": errno.ENOSPC, "edquot": errno.EDQUOT, "eio": errno.EIO, "erofs": errno.EROFS}
-KINDS = (*SIGNALS, *NUMBERS, *ERRNOS, "raise", "memory", "oom", "spin", "delay", "note")  # delay takes seconds: delay2.5
-FORM = re.compile(r"(?P<kind>[a-z]+(?:10|1)?)(?P<seconds>\d+(?:\.\d+)?)?@(?P<rank>\*|\d+):(?P<site>\*|\w+):(?P<count>[1-9]\d*)(?P<repeat>\+?)")
+KINDS = (
+    *SIGNALS,
+    *NUMBERS,
+    *ERRNOS,
+    "raise",
+    "memory",
+    "oom",
+    "spin",
+    "delay",
+    "note",
+)  # delay takes seconds: delay2.5
+FORM = re.compile(
+    r"(?P<kind>[a-z]+(?:10|1)?)(?P<seconds>\d+(?:\.\d+)?)?@(?P<rank>\*|\d+):(?P<site>\*|\w+):(?P<count>[1-9]\d*)(?P<repeat>\+?)"
+)
 
 Value = TypeVar("Value")
 
@@ -83,16 +106,27 @@ def parse(text: str) -> tuple[Fault, ...]:
 def parse_one(text: str) -> Fault:
     """Parse one fault. Raises EnvironmentProblem as `parse` does."""
     match = FORM.fullmatch(text)
-    known = match is not None and match["kind"] in KINDS and match["site"] in ("*", *SITES) and (match["kind"] == "delay") == bool(match["seconds"])
+    known = (
+        match is not None
+        and match["kind"] in KINDS
+        and match["site"] in ("*", *SITES)
+        and (match["kind"] == "delay") == bool(match["seconds"])
+    )
     if not known:
-        want = f"KIND@RANK:SITE:COUNT with KIND of {' '.join(KINDS)} (delay with seconds: delay2.5) and SITE of * {' '.join(SITES)}"
+        want = (
+            f"KIND@RANK:SITE:COUNT with KIND of {' '.join(KINDS)} (delay with seconds: delay2.5) and SITE of * "
+            f"{' '.join(SITES)}"
+        )
         raise EnvironmentProblem("FAULT is malformed", where="FAULT", got=text, want=want, do="unset FAULT")
     rank = None if match["rank"] == "*" else int(match["rank"])
-    return Fault(match["kind"], rank, match["site"], int(match["count"]), bool(match["repeat"]), float(match["seconds"] or 0.0))
+    return Fault(
+        match["kind"], rank, match["site"], int(match["count"]), bool(match["repeat"]), float(match["seconds"] or 0.0)
+    )
 
 
 class FaultInjector(Observer):
-    """Injects the faults of one process: as an observer of the phases of a run, and at the calls of neox.testing.storage.
+    """Injects the faults of one process: as an observer of the phases of a run, and at the calls of
+    neox.testing.storage.
 
     Args:
         faults: faults of all processes.

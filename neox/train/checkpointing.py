@@ -56,7 +56,16 @@ class Checkpointer:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, state: RunState, cursor: Cursor, run_dir: RunDir, recorder: Recorder, *, lineage: Lineage, storage: Storage
+        self,
+        config: Config,
+        engine: Engine,
+        state: RunState,
+        cursor: Cursor,
+        run_dir: RunDir,
+        recorder: Recorder,
+        *,
+        lineage: Lineage,
+        storage: Storage,
     ):
         self.config = config
         self.engine = engine
@@ -80,7 +89,8 @@ class Checkpointer:
         )
 
     def restore(self, resumed: Resumed | None, data_changes: Iterable[str] = ()) -> dict[str, torch.Tensor] | None:
-        """Restore a checkpoint, or take the weights that checkpoint.init_from names. Nothing in the run's folder changes.
+        """Restore a checkpoint, or take the weights that checkpoint.init_from names. Nothing in the run's folder
+        changes.
 
         Args:
             resumed: the checkpoint to resume; None to start at step 0.
@@ -93,13 +103,16 @@ class Checkpointer:
         if resumed is not None:
             with Checkpoint(resumed.path) as checkpoint:
                 self.engine.restore(checkpoint)
-                # A state belongs to a rank of a layout. In another layout, rank 1 may have to draw what rank 0 draws, from which it differed before.
+                # A state belongs to a rank of a layout. In another layout, rank 1 may have to draw what rank 0 draws,
+                # from which it differed before.
                 if same_ranks(checkpoint.layout, self.layout):
                     rng = checkpoint.rng(self.mesh.rank) or None  # a converted checkpoint may have none
             self.state.tokens, self.state.pending = resumed.state["tokens"], resumed.state.get("pending")
             for line in (*describe_changes(resumed, self.config, self.mesh.world_size), *data_changes):
                 self.recorder.report(line)
-            if resumed.path.parent.resolve() == self.run_dir.checkpoints.resolve():  # else the checkpoint is another run's
+            if (
+                resumed.path.parent.resolve() == self.run_dir.checkpoints.resolve()
+            ):  # else the checkpoint is another run's
                 self.saved_step = self.engine.step
         elif self.config.checkpoint.init_from is not None:
             self.take_weights(resolve(self.config.checkpoint.init_from))
@@ -128,13 +141,19 @@ class Checkpointer:
             wait: return when the checkpoint is complete.
 
         Raises:
-            DiskError: this checkpoint or the one before could not be written, and `wait` is set or checkpoint.on_save_error is `stop`.
+            DiskError: this checkpoint or the one before could not be written, and `wait` is set or
+                checkpoint.on_save_error is `stop`.
         """
         self.engine.phases.enter("save")
         self.recorder.check_files()
         self.saver.join()
         self.collect_saves()
-        state = {**self.engine.state_dict(), "consumed": consumed, "tokens": self.state.tokens, "data": self.cursor.to_json()}
+        state = {
+            **self.engine.state_dict(),
+            "consumed": consumed,
+            "tokens": self.state.tokens,
+            "data": self.cursor.to_json(),
+        }
         if self.state.pending is not None:
             state["pending"] = self.state.pending
         try:
@@ -175,7 +194,8 @@ class Checkpointer:
         self.recorder.report(f"training continues without this checkpoint: {error.line()}")
 
     def roll_back(self, step: int) -> Path:
-        """Restore the newest checkpoint after a loss spike at `step`; the data is not rolled back. Returns the checkpoint.
+        """Restore the newest checkpoint after a loss spike at `step`; the data is not rolled back. Returns the
+        checkpoint.
 
         Raises:
             NonFinite: no checkpoint exists, or guard.max_skipped rollbacks were made since the start.
@@ -185,9 +205,17 @@ class Checkpointer:
         found = find(self.run_dir.checkpoints, "auto", rank=self.mesh.rank, world_size=self.mesh.world_size)
         self.rollbacks += 1
         if found is None or self.rollbacks > self.config.guard.max_skipped:
-            what = "loss spike, and no checkpoint to roll back to" if found is None else "loss spike, and no rollback left"
+            what = (
+                "loss spike, and no checkpoint to roll back to" if found is None else "loss spike, and no rollback left"
+            )
             got = "no checkpoint" if found is None else f"{self.rollbacks - 1} rollbacks in this start"
-            raise NonFinite(what, where=f"step {step}", got=got, want="guard.max_skipped", do="lower the learning rate, or inspect the data")
+            raise NonFinite(
+                what,
+                where=f"step {step}",
+                got=got,
+                want="guard.max_skipped",
+                do="lower the learning rate, or inspect the data",
+            )
         with Checkpoint(found) as checkpoint:
             self.engine.restore(checkpoint)
             self.state.tokens = checkpoint.state["tokens"]
@@ -195,5 +223,7 @@ class Checkpointer:
         return found
 
     def close(self) -> None:
-        """Wait CLOSE_SECONDS for a checkpoint that is being written. After an error, the other processes may have exited."""
+        """Wait CLOSE_SECONDS for a checkpoint that is being written. After an error, the other processes may have
+        exited.
+        """
         self.saver.join(CLOSE_SECONDS)

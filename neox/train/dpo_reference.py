@@ -1,4 +1,5 @@
-"""Reference log-probabilities of a DPO run: those of all answers by the initial model, computed before the first step and stored in run.dir/reference.
+"""Reference log-probabilities of a DPO run: those of all answers by the initial model, computed before the first step
+and stored in run.dir/reference.
 
 The loss measures against them, so no second model is needed during training. A resumed run reads them.
 """
@@ -24,7 +25,9 @@ from neox.parallel.mesh import Mesh
 
 
 class InOrder:
-    """The pairs of a dataset by number, padded with the last one, so that all processes have the same number of batches."""
+    """The pairs of a dataset by number, padded with the last one, so that all processes have the same number of
+    batches.
+    """
 
     def __init__(self, pairs: PairDataset):
         self.pairs = pairs
@@ -47,15 +50,26 @@ def pair_datasets(datasets: dict[str, Dataset]) -> Iterator[PairDataset]:
 
 
 def file_of(folder: Path, pairs: PairDataset, seq_length: int) -> Path:
-    """The file of a dataset's numbers. Its name identifies the content of the dataset and the length at which answers are truncated."""
+    """The file of a dataset's numbers. Its name identifies the content of the dataset and the length at which
+    answers are truncated.
+    """
     chosen, rejected = pairs.checksums()
     return folder / f"{chosen:016x}-{rejected:016x}-{seq_length}.npy"
 
 
 def compute(pairs: PairDataset, engine: Engine, mesh: Mesh, micro_batch_size: int, vocab_size: int) -> np.ndarray:
-    """Log-probabilities fp32 [pairs, 2] by the current model. Every process calls it, computes a share, and gets all of them."""
+    """Log-probabilities fp32 [pairs, 2] by the current model. Every process calls it, computes a share, and gets all
+    of them.
+    """
     out = torch.zeros(len(pairs), 2, dtype=torch.float32)
-    loader = Loader(InOrder(pairs), micro_batch_size=micro_batch_size, dp_rank=mesh.dp_rank, dp_size=mesh.dp, prefetch=1, vocab_size=vocab_size)
+    loader = Loader(
+        InOrder(pairs),
+        micro_batch_size=micro_batch_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp,
+        prefetch=1,
+        vocab_size=vocab_size,
+    )
     with loader:
         for _ in range(0, len(pairs), micro_batch_size * mesh.dp):
             (batch,) = next(loader)
@@ -67,8 +81,11 @@ def compute(pairs: PairDataset, engine: Engine, mesh: Mesh, micro_batch_size: in
     return out.cpu().numpy()
 
 
-def set_references(datasets: dict[str, Dataset], folder: Path, engine: Engine, *, micro_batch_size: int, fresh: bool) -> int:
-    """Set the reference of every dataset of pairs: computed and stored if the run is `fresh`, else read. Returns the number of pairs.
+def set_references(
+    datasets: dict[str, Dataset], folder: Path, engine: Engine, *, micro_batch_size: int, fresh: bool
+) -> int:
+    """Set the reference of every dataset of pairs: computed and stored if the run is `fresh`, else read. Returns the
+    number of pairs.
 
     Raises:
         CheckpointError: the run resumes and a file is missing or damaged.
@@ -103,5 +120,11 @@ def read(path: Path, count: int) -> np.ndarray:
             raise ValueError(f"{values.dtype} {values.shape}")
     except (OSError, ValueError, EOFError) as error:
         do = "restore it; or start a new run from the weights of this checkpoint by checkpoint.init_from"
-        raise CheckpointError("reference log-probabilities are missing or damaged", where=path, got=error, want=f"float32 [{count}, 2]", do=do) from error
+        raise CheckpointError(
+            "reference log-probabilities are missing or damaged",
+            where=path,
+            got=error,
+            want=f"float32 [{count}, 2]",
+            do=do,
+        ) from error
     return values

@@ -1,7 +1,8 @@
 """Checks before the first step that a run fits into the memory of its hosts, and explains an allocation that failed.
 
-On a CPU the plan (neox.plan) is within a tenth of what training allocates. A run that needs clearly more than is available would be killed by the
-kernel, so it is refused. On a GPU, where the plan has not been verified by measurement, it is a warning.
+On a CPU the plan (neox.plan) is within a tenth of what training allocates. A run that needs clearly more than is
+available would be killed by the kernel, so it is refused. On a GPU, where the plan has not been verified by
+measurement, it is a warning.
 """
 
 from __future__ import annotations
@@ -51,12 +52,18 @@ def planned_bytes(config: Config, world_size: int, stage: int, kind: str) -> flo
 
 
 def measure_room(config: Config, mesh: Mesh) -> Room | None:
-    """The fullest host or GPU of the run, the same on every process; None if the system does not report its memory. All processes call it."""
+    """The fullest host or GPU of the run, the same on every process; None if the system does not report its memory.
+    All processes call it.
+    """
     kind = mesh.device.type
     have = torch.cuda.mem_get_info(mesh.device)[0] if kind == "cuda" else available_bytes()
     host = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).digest()
     shared = float(int.from_bytes(host, "big")) if kind == "cpu" else float(mesh.rank)  # a GPU belongs to one process
-    row = torch.tensor([[shared, planned_bytes(config, mesh.world_size, mesh.pp_rank, kind), float(have or 0)]], dtype=torch.float64, device=mesh.device)
+    row = torch.tensor(
+        [[shared, planned_bytes(config, mesh.world_size, mesh.pp_rank, kind), float(have or 0)]],
+        dtype=torch.float64,
+        device=mesh.device,
+    )
     rows = [row]
     if mesh.world_size > 1:
         rows = [torch.empty_like(row) for _ in range(mesh.world_size)]
@@ -70,7 +77,8 @@ def measure_room(config: Config, mesh: Mesh) -> Room | None:
 
 
 def largest_batch(config: Config, world_size: int, kind: str, have: float) -> dict[str, int] | None:
-    """The largest micro-batch with which each process is planned to stay within `have` bytes, as config keys; None if one sample does not.
+    """The largest micro-batch with which each process is planned to stay within `have` bytes, as config keys; None if
+    one sample does not.
 
     A configured global batch stays the same, by gradient accumulation.
     """
@@ -123,12 +131,22 @@ def check_fit(config: Config, mesh: Mesh) -> str | None:
     room = measure_room(config, mesh)
     if room is None or room.need <= NEAR * room.have:
         return None
-    where = f"one GPU of {torch.cuda.get_device_name(mesh.device)}" if mesh.device.type == "cuda" else f"{room.processes} process(es) on one host"
+    where = (
+        f"one GPU of {torch.cuda.get_device_name(mesh.device)}"
+        if mesh.device.type == "cuda"
+        else f"{room.processes} process(es) on one host"
+    )
     micro = batch_sizes(config, mesh.world_size).micro_batch_size
     got = f"{room.need / GB:.2f} GB planned with micro_batch_size {micro}"
     do = advice(config, mesh, NEAR * room.have / room.processes)
     if mesh.device.type == "cpu" and room.need > CERTAIN * room.have:
-        raise MemoryExhausted("the run does not fit into memory", where=where, got=got, want=f"at most the {room.have / GB:.2f} GB available", do=do)
+        raise MemoryExhausted(
+            "the run does not fit into memory",
+            where=where,
+            got=got,
+            want=f"at most the {room.have / GB:.2f} GB available",
+            do=do,
+        )
     return f"memory may not be enough on {where}: {got}, {room.have / GB:.2f} GB available; {do}"
 
 
@@ -145,8 +163,14 @@ def explain_exhaustion(error: BaseException, config: Config, mesh: Mesh) -> Memo
     planned = planned_bytes(config, mesh.world_size, mesh.pp_rank, mesh.device.type)
     if mesh.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(mesh.device)
-        live, peak, have = torch.cuda.memory_allocated(mesh.device), torch.cuda.max_memory_allocated(mesh.device), float(total)
-        state = f"{live / GB:.2f} GB in use, {peak / GB:.2f} GB at the peak, {free / GB:.2f} of {total / GB:.2f} GB free"
+        live, peak, have = (
+            torch.cuda.memory_allocated(mesh.device),
+            torch.cuda.max_memory_allocated(mesh.device),
+            float(total),
+        )
+        state = (
+            f"{live / GB:.2f} GB in use, {peak / GB:.2f} GB at the peak, {free / GB:.2f} of {total / GB:.2f} GB free"
+        )
         device = device_of_cuda_name(torch.cuda.get_device_name(mesh.device))
         have = min(have, device.memory) if device else have
     else:

@@ -16,7 +16,14 @@ from neox.train.metrics import Record
 from neox.train.setup import Training, build
 
 
-def train(config: Config, mesh: Mesh, signals: StopSignals | None = None, *, phases: Phases | None = None, storage: Storage = LOCAL) -> None:
+def train(
+    config: Config,
+    mesh: Mesh,
+    signals: StopSignals | None = None,
+    *,
+    phases: Phases | None = None,
+    storage: Storage = LOCAL,
+) -> None:
     """Train to train_iters, from the checkpoint that checkpoint.resume names or from step 0. Every process calls it.
 
     Args: see `neox.train.setup.build`.
@@ -38,7 +45,9 @@ def run(training: Training) -> None:
     config, engine, checkpointer, recorder = training.config, training.engine, training.checkpointer, training.recorder
     recorder.report_start()
     training.phases.enter("ready")
-    if engine.any_process(training.signals.received is not None):  # the signal arrived during the start: stop before the first step
+    if engine.any_process(
+        training.signals.received is not None
+    ):  # the signal arrived during the start: stop before the first step
         stop_by_signal(training)
     if training.state.pending is not None and finish_pending(training, training.state.pending):
         stop_by_signal(training)
@@ -91,7 +100,9 @@ def evaluate_and_record(training: Training, record: Record, *, stop: bool = Fals
     evaluation = training.evaluator.evaluate()
     if evaluation.loss is not None:
         training.state.pending = None
-        training.recorder.write({**record, "validation_loss": evaluation.loss if math.isfinite(evaluation.loss) else None})
+        training.recorder.write(
+            {**record, "validation_loss": evaluation.loss if math.isfinite(evaluation.loss) else None}
+        )
     return evaluation.stop
 
 
@@ -99,14 +110,18 @@ def finish_pending(training: Training, record: Record) -> bool:
     """Evaluate for the record whose evaluation a signal interrupted. Returns whether any process asks to stop."""
     if training.config.evaluate.interval:
         return evaluate_and_record(training, record)
-    training.recorder.report(f"step {record['step']}: skipped its interrupted evaluation, because evaluate.interval is 0")
+    training.recorder.report(
+        f"step {record['step']}: skipped its interrupted evaluation, because evaluate.interval is 0"
+    )
     training.state.pending = None
     training.recorder.write(record)
     return False
 
 
 def roll_back(training: Training) -> None:
-    """Restore the newest checkpoint after a loss spike, and continue with new data. Raises NonFinite if that is not possible."""
+    """Restore the newest checkpoint after a loss spike, and continue with new data. Raises NonFinite if that is not
+    possible.
+    """
     found = training.checkpointer.roll_back(training.engine.step)
     training.recorder.reopen(training.engine.step)
     training.recorder.report(f"rolled back to {found}; the data continues at sample {training.loader.consumed}")

@@ -19,8 +19,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """Let glibc keep the memory that tensors on the CPU free, for the next step to use again.
 
-    By default glibc returns large blocks to the kernel, which hands out the same memory again page by page, cleared. A step of Pythia-160M then
-    takes 200,000 page faults and spends a tenth of its time in the kernel (docs/log.md).
+    By default glibc returns large blocks to the kernel, which hands out the same memory again page by page, cleared. A
+    step of Pythia-160M then takes 200,000 page faults and spends a tenth of its time in the kernel (docs/log.md).
 
     Returns:
         Whether it was done: the C library is glibc, and accepted the settings.
@@ -38,10 +38,11 @@ def keep_freed_memory() -> bool:
 class FreedMemory:
     """Keeps freed memory with the process from step to step, and returns it to the kernel when the heap has fragmented.
 
-    Every step allocates the same blocks, but glibc (2.36) does not put them at the same addresses. torch aligns each tensor. The remainder of the
-    alignment is used for small blocks, some of which outlive the step; the freed block is then too small for a request of its original size. Steps
-    therefore touch more and more pages while the memory in use stays the same. A trim returns every free page of the heap, and the next step faults
-    in only those that it needs. That costs up to half a step (docs/log.md), so it happens at most once every INTERVAL steps, and only if resident
+    Every step allocates the same blocks, but glibc (2.36) does not put them at the same addresses. torch aligns each
+    tensor. The remainder of the alignment is used for small blocks, some of which outlive the step; the freed block is
+    then too small for a request of its original size. Steps therefore touch more and more pages while the memory in use
+    stays the same. A trim returns every free page of the heap, and the next step faults in only those that it needs.
+    That costs up to half a step (docs/log.md), so it happens at most once every INTERVAL steps, and only if resident
     memory has grown by GROWTH.
 
     Call `after_step` after every step. Tensors on a GPU are not affected.
@@ -58,7 +59,9 @@ class FreedMemory:
         self.settled = 0  # bytes resident SETTLE steps after the last trim
 
     def after_step(self) -> None:
-        """Set up the allocator after the first step, when everything that stays, such as optimizer state, is allocated. Trim when due."""
+        """Set up the allocator after the first step, when everything that stays, such as optimizer state, is
+        allocated. Trim when due.
+        """
         if not self.started:
             self.started = True
             if keep_freed_memory():
@@ -79,12 +82,26 @@ class MallInfo(ctypes.Structure):
     """struct mallinfo2 of glibc 2.33 and later."""
 
     _fields_ = tuple(
-        (name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
     )
 
 
 def in_use() -> int | None:
-    """Bytes that this process has allocated from the C library, tensors included; None if the library does not report it."""
+    """Bytes that this process has allocated from the C library, tensors included; None if the library does not
+    report it.
+    """
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):  # another C library, or an old one
@@ -97,7 +114,8 @@ def in_use() -> int | None:
 class PeakMemory:
     """Peak of the memory in use, relative to the memory in use when this was created.
 
-    On a GPU: torch's allocations. On a CPU: allocations from the C library, polled a hundred times a second until `stop_polling`, and whenever `poll` is
+    On a GPU: torch's allocations. On a CPU: allocations from the C library, polled a hundred times a second until
+        `stop_polling`, and whenever `poll` is
     called. Resident memory is larger in both cases: free blocks between those in use stay with the process.
 
     Args:
@@ -147,8 +165,8 @@ class PeakMemory:
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Bytes that the processes of this host can still allocate, swap included.
 
-    This is what the kernel reports, or what the limits of our control groups (v1 or v2, including a container's) leave, whichever is less. None if the
-    system does not report it.
+    This is what the kernel reports, or what the limits of our control groups (v1 or v2, including a container's) leave,
+    whichever is less. None if the system does not report it.
 
     Args:
         root: folder that replaces / in tests.
@@ -164,7 +182,11 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         if number == "0" or "memory" in controllers.split(","):
             top, names = (root / "sys/fs/cgroup", V2) if number == "0" else (root / "sys/fs/cgroup/memory", V1)
             folder = top / path.lstrip("/")
-            rooms += [room for each in (folder, *folder.parents) if each.is_relative_to(top) and (room := group_room(each, *names)) is not None]
+            rooms += [
+                room
+                for each in (folder, *folder.parents)
+                if each.is_relative_to(top) and (room := group_room(each, *names)) is not None
+            ]
     return max(min(rooms), 0)
 
 

@@ -27,8 +27,8 @@ Record = dict[str, Any]  # of a step: a line of metrics.jsonl, numbers or null b
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The peak that MFU refers to, FLOP/s: the data sheet's dense peak of a known GPU; on a CPU the larger of the peak of its vector units and a matrix
-    product measured here; else the measured product.
+    """The peak that MFU refers to, FLOP/s: the data sheet's dense peak of a known GPU; on a CPU the larger of the peak
+    of its vector units and a matrix product measured here; else the measured product.
     """
     if device.type == "cuda":
         known = device_of_cuda_name(torch.cuda.get_device_name(device))
@@ -40,9 +40,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def vector_flops(dtype: torch.dtype) -> float:
-    """Peak of the vector units of this process's threads at the highest reported clock, FLOP/s; 0 if the system reports none.
+    """Peak of the vector units of this process's threads at the highest reported clock, FLOP/s; 0 if the system reports
+    none.
 
-    Two units of fused multiply-adds per core. A busy machine gives a measured product less than this, and MFU above 100 %.
+    Two units of fused multiply-adds per core. A busy machine gives a measured product less than this, and MFU above 100
+    %.
     """
     flags = cpu_flags()
     clocks = [float(value) * 1e6 for value in cpuinfo("cpu MHz")]
@@ -147,7 +149,12 @@ class MetricsLog:
                 self.board = EventFile(folder / "tensorboard", step + 1)
         except OSError as error:
             where = error.filename or self.path
-            raise DiskError("the run's records cannot be written", where=where, got=error.strerror, do="free space or change run.dir") from error
+            raise DiskError(
+                "the run's records cannot be written",
+                where=where,
+                got=error.strerror,
+                do="free space or change run.dir",
+            ) from error
 
     def write(self, record: Record) -> None:
         """Append one step. A record is either complete or absent.
@@ -158,9 +165,13 @@ class MetricsLog:
         try:
             append(self.file, json.dumps(record, allow_nan=False).encode() + b"\n")
             if self.board is not None:
-                self.board.add(record["step"], {key: value for key, value in record.items() if key != "step" and value is not None})
+                self.board.add(
+                    record["step"], {key: value for key, value in record.items() if key != "step" and value is not None}
+                )
         except OSError as error:
-            problem = DiskError("the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume")
+            problem = DiskError(
+                "the run's records cannot be written", where=self.path, got=error.strerror, do="free space and resume"
+            )
             if self.report is None:
                 raise problem from error
             if not self.lost:
@@ -172,7 +183,9 @@ class MetricsLog:
     def report_lost(self) -> None:
         """Report the missing records, once the disk accepts records again or the run ends."""
         if self.lost and self.report is not None:
-            self.report(f"{len(self.lost)} records were lost, of steps {self.lost[0]} to {self.lost[-1]}: the disk refused them")
+            self.report(
+                f"{len(self.lost)} records were lost, of steps {self.lost[0]} to {self.lost[-1]}: the disk refused them"
+            )
         self.lost = []
 
     def check_same_file(self) -> None:
@@ -184,7 +197,11 @@ class MetricsLog:
         if not same:
             do = "restore the folder and resume, or start again"
             raise DiskError(
-                "the run's folder was removed or replaced", where=self.path, got="another file or none", want="the file that this run opened", do=do
+                "the run's folder was removed or replaced",
+                where=self.path,
+                got="another file or none",
+                want="the file that this run opened",
+                do=do,
             )
 
     def close(self) -> None:

@@ -51,18 +51,33 @@ class Comparison:
         if measured:
             where = f"rank {self.rank}, stage {self.stage}"
             share = f"{100 * (planned / measured - 1):+.1f} %"
-            out.append(f"memory: {planned / 1e9:.3f} GB planned, {measured / 1e9:.3f} GB measured ({share}), {self.resident / 1e9:.3f} GB resident, on {where}")
+            out.append(
+                f"memory: {planned / 1e9:.3f} GB planned, {measured / 1e9:.3f} GB measured ({share}), "
+                f"{self.resident / 1e9:.3f} GB resident, on {where}"
+            )
         planned, measured = self.step_time
         if planned and measured:
-            out.append(f"step: {planned:.4g} s planned, {measured:.4g} s measured, median ({100 * (planned / measured - 1):+.1f} %)")
+            out.append(
+                f"step: {planned:.4g} s planned, {measured:.4g} s measured, median "
+                f"({100 * (planned / measured - 1):+.1f} %)"
+            )
         return out
 
     def write(self, folder: Path) -> None:
         """Write plan.json to the run's folder. Raises DiskError."""
-        memory, seconds = (dict(zip(("planned", "measured"), pair, strict=True)) for pair in (self.memory, self.step_time))
+        memory, seconds = (
+            dict(zip(("planned", "measured"), pair, strict=True)) for pair in (self.memory, self.step_time)
+        )
         write_durably(
             folder / FILE,
-            json.dumps({"memory_bytes": memory | {"resident": self.resident}, "step_seconds": seconds, "rank": self.rank, "stage": self.stage}).encode(),
+            json.dumps(
+                {
+                    "memory_bytes": memory | {"resident": self.resident},
+                    "step_seconds": seconds,
+                    "rank": self.rank,
+                    "stage": self.stage,
+                }
+            ).encode(),
             sole_writer=True,
         )
 
@@ -110,7 +125,9 @@ class PlanCheck(Observer):
         """The config of the steps during which memory was polled: without checkpoints if none was saved."""
         if self.saved_while_polled:
             return self.config
-        return self.config.model_copy(update={"checkpoint": self.config.checkpoint.model_copy(update={"save_interval": 0, "save_iters": ()})})
+        return self.config.model_copy(
+            update={"checkpoint": self.config.checkpoint.model_copy(update={"save_interval": 0, "save_iters": ()})}
+        )
 
     def compare(self, peak: float) -> Comparison:
         """Compare plan and measurements. All processes call it and get the same result.
@@ -130,10 +147,18 @@ class PlanCheck(Observer):
         fullest = int(rows[:, 0].argmax())
         stage = int(rows[fullest, 1])
         device = self.device(float(rows[0, 2]))
-        found = estimate(self.polled_config(), mesh.world_size, device or DEVICES[0])  # all GPUs have the same memory plan, not the same time
+        found = estimate(
+            self.polled_config(), mesh.world_size, device or DEVICES[0]
+        )  # all GPUs have the same memory plan, not the same time
         planned = found.memories[stage].peak
         if device is not None and device.kind == "cpu":
             planned += device.reserve + (COMPILER if effective_stage(self.config) == 3 else 0)
         median = statistics.median(self.times) if self.times else None
         measured = float(rows[fullest, 0]) or None
-        return Comparison(fullest, stage, (planned, measured), float(rows[fullest, 3]), (None if device is None else found.time.total, median))
+        return Comparison(
+            fullest,
+            stage,
+            (planned, measured),
+            float(rows[fullest, 3]),
+            (None if device is None else found.time.total, median),
+        )

@@ -1,6 +1,7 @@
 """torch's profiler over a window of steps: one trace per process, in run.dir/profile, for chrome://tracing or Perfetto.
 
-Each phase of a step is a range of the trace. On a GPU the window is also marked for Nsight (cudaProfilerStart and Stop, an NVTX range per step).
+Each phase of a step is a range of the trace. On a GPU the window is also marked for Nsight (cudaProfilerStart and Stop,
+an NVTX range per step).
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class StepProfiler(Observer):
         if not first or not first <= step <= last:
             return
         if self._profile is None:
-            self._profile = torch.profiler.profile(profile_memory=self.config.memory, record_shapes=True, acc_events=True)
+            self._profile = torch.profiler.profile(
+                profile_memory=self.config.memory, record_shapes=True, acc_events=True
+            )
             self._profile.start()
             if self.on_gpu:
                 torch.cuda.profiler.start()
@@ -97,5 +100,10 @@ class StepProfiler(Observer):
             make_dirs(self.path.parent)
             profile.export_chrome_trace(str(self.path))
         except OSError as error:
-            raise DiskError("the profile cannot be written", where=self.path, got=error.strerror or error, do="free space, or profile.start: 0") from error
+            raise DiskError(
+                "the profile cannot be written",
+                where=self.path,
+                got=error.strerror or error,
+                do="free space, or profile.start: 0",
+            ) from error
         self.report(f"profile in {self.path}")

@@ -35,18 +35,32 @@ def progress_line(record: Record, total_steps: int, seconds_per_step: float) -> 
         seconds_per_step: smoothed time of a step, for the time left.
     """
     missing = "no target" if record.get("targets") == 0 else "loss not finite"
-    parts = [f"step {record['step']}/{total_steps}", missing if record["loss"] is None else f"loss {record['loss']:.4f}"]
+    parts = [
+        f"step {record['step']}/{total_steps}",
+        missing if record["loss"] is None else f"loss {record['loss']:.4f}",
+    ]
     if "validation_loss" in record:
         validation = record["validation_loss"]
         parts.append("validation without a target" if validation is None else f"validation {validation:.4f}")
     norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
-    parts += [f"lr {record['lr']:.3g}", f"grad {norm}", f"{short(record['tokens_per_s'])} tok/s", f"{record['tflops']:.3g} TFLOP/s"]
-    parts += [f"MFU {100 * record['mfu']:.1f}%", f"{record['memory_gb']:.2f} GB", f"ETA {duration((total_steps - record['step']) * seconds_per_step)}"]
+    parts += [
+        f"lr {record['lr']:.3g}",
+        f"grad {norm}",
+        f"{short(record['tokens_per_s'])} tok/s",
+        f"{record['tflops']:.3g} TFLOP/s",
+    ]
+    parts += [
+        f"MFU {100 * record['mfu']:.1f}%",
+        f"{record['memory_gb']:.2f} GB",
+        f"ETA {duration((total_steps - record['step']) * seconds_per_step)}",
+    ]
     return " | ".join(parts)
 
 
 def print_line(stream: TextIO, text: str) -> TextIO | None:
-    """Print a line. Returns the stream; None if its reader has exited (`| head`). Neither that nor a full disk is a reason to stop training."""
+    """Print a line. Returns the stream; None if its reader has exited (`| head`). Neither that nor a full disk is a
+    reason to stop training.
+    """
     try:
         stream.write(text + "\n")
         stream.flush()
@@ -76,7 +90,9 @@ class Progress:
 
     SMOOTHING = 0.9  # weight of the past in the time of a step
 
-    def __init__(self, terminal: TextIO | None, log: TextIO | None, total_steps: int, interval: int, *, lossy: bool = False):
+    def __init__(
+        self, terminal: TextIO | None, log: TextIO | None, total_steps: int, interval: int, *, lossy: bool = False
+    ):
         self.lossy = lossy
         self.refused = False
         self.terminal = terminal
@@ -122,7 +138,9 @@ class Progress:
                 self.log.write(text + "\n")
                 self.log.flush()
         except OSError as error:
-            problem = DiskError("the log cannot be written", where=self.log.name, got=error.strerror, do="free space and resume")
+            problem = DiskError(
+                "the log cannot be written", where=self.log.name, got=error.strerror, do="free space and resume"
+            )
             if not self.lossy:
                 raise problem from error
             if self.terminal and not self.refused:
@@ -130,7 +148,9 @@ class Progress:
             self.refused = True
 
     def step(self, record: Record, *, first: bool) -> None:
-        """Note a step, and print it if it is due: the first, the last, every `interval`-th, and those with an evaluation."""
+        """Note a step, and print it if it is due: the first, the last, every `interval`-th, and those with an
+        evaluation.
+        """
         time = record["step_time"]
         self.steps += 1
         warming = self.steps <= 2  # the first steps are slow

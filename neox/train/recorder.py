@@ -30,7 +30,16 @@ class Recorder:
         model: whose size and FLOPs are reported.
     """
 
-    def __init__(self, config: Config, sizes: BatchSizes, mesh: Mesh, run_dir: RunDir, progress: Progress, plan: PlanCheck, model: GPT):
+    def __init__(
+        self,
+        config: Config,
+        sizes: BatchSizes,
+        mesh: Mesh,
+        run_dir: RunDir,
+        progress: Progress,
+        plan: PlanCheck,
+        model: GPT,
+    ):
         self.config = config
         self.sizes = sizes
         self.mesh = mesh
@@ -66,7 +75,9 @@ class Recorder:
 
     def open_metrics(self, step: int) -> MetricsLog:
         """Open metrics.jsonl for the steps after `step`."""
-        return MetricsLog(self.run_dir.path, step, tensorboard=self.config.logging.tensorboard, report=self.progress.on_refusal)
+        return MetricsLog(
+            self.run_dir.path, step, tensorboard=self.config.logging.tensorboard, report=self.progress.on_refusal
+        )
 
     def reopen(self, step: int) -> None:
         """Continue after a rollback to `step`."""
@@ -78,7 +89,8 @@ class Recorder:
         """Report the size of the model, the layout of processes, and the batch."""
         sizes, count = self.sizes, self.mesh.world_size
         self.report(
-            f"{self.parameters:,} parameters | {count} process{'es' if count > 1 else ''} on {self.mesh.device.type}{describe_layout(self.mesh)} | "
+            f"{self.parameters:,} parameters | {count} process{'es' if count > 1 else ''} on "
+            f"{self.mesh.device.type}{describe_layout(self.mesh)} | "
             f"ZeRO {self.config.zero.stage} | {self.config.precision.dtype} | "
             f"batch {sizes.global_batch_size} = {sizes.micro_batch_size} x {sizes.gradient_accumulation} x {sizes.dp}"
         )
@@ -99,7 +111,9 @@ class Recorder:
         self.peak = max(self.peak, tflops * 1e12)  # a faster step shows that the peak was measured too low
         return {
             "step": result.step,
-            "loss": result.loss if math.isfinite(result.loss) else None,  # the policy is to continue, or no token was a target
+            "loss": result.loss
+            if math.isfinite(result.loss)
+            else None,  # the policy is to continue, or no token was a target
             "targets": result.tokens,
             "lr": result.lr,
             "grad_norm": None if result.skipped else result.grad_norm,
@@ -146,5 +160,11 @@ class Recorder:
 
 def describe_layout(mesh: Mesh) -> str:
     """The layout of several processes as text; empty for one process or data parallelism alone."""
-    sizes = [f"{name} {size}" for name, size in (("tensor", mesh.tp), ("pipeline", mesh.pp), ("context", mesh.cp)) if size > 1]
-    return f" ({', '.join([*sizes, f'data {mesh.dp}'])}{', sequence parallel' if mesh.sequence else ''})" if sizes else ""
+    sizes = [
+        f"{name} {size}"
+        for name, size in (("tensor", mesh.tp), ("pipeline", mesh.pp), ("context", mesh.cp))
+        if size > 1
+    ]
+    return (
+        f" ({', '.join([*sizes, f'data {mesh.dp}'])}{', sequence parallel' if mesh.sequence else ''})" if sizes else ""
+    )

@@ -82,12 +82,21 @@ def read_resumed(path: Path, config: Config) -> Resumed:
 
 
 def describe_changes(resumed: Resumed, config: Config, world_size: int) -> list[str]:
-    """Lines about the differences between the config of a checkpoint and that of this start, including derived values."""
+    """Lines about the differences between the config of a checkpoint and that of this start, including derived
+    values.
+    """
     out = [f"resumed from {resumed.path} at step {resumed.step}"]
     if "data" not in resumed.state:
-        out.append("the checkpoint is of an earlier version and does not record its data: whether the content of the datasets changed cannot be checked")
+        out.append(
+            "the checkpoint is of an earlier version and does not record its data: whether the content of the "
+            "datasets changed cannot be checked"
+        )
     if resumed.config is None:
-        return [*out, f"the checkpoint's config cannot be read by this version ({resumed.problem}): its differences are not listed"]
+        return [
+            *out,
+            f"the checkpoint's config cannot be read by this version ({resumed.problem}): its differences are not "
+            f"listed",
+        ]
     before, after = dict(flatten(resumed.config)), dict(flatten(config))
     given = [key for key, value in after.items() if before.get(key) != value and not key.startswith(QUIET)]
     out += [f"{key}: {before.get(key)} -> {after[key]}" for key in given]
@@ -118,5 +127,8 @@ def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
 def learning_rate(resumed: Resumed, config: Config) -> list[str]:
     """A line if the learning rate of the next step differs from that of the checkpoint's config."""
     step, updates = resumed.step + 1, resumed.state["updates"]
-    rates = [build_lr_schedule(one.schedule, one.optimizer, one.train.train_iters).learning_rate(step, updates) for one in (resumed.config, config)]
+    rates = [
+        build_lr_schedule(one.schedule, one.optimizer, one.train.train_iters).learning_rate(step, updates)
+        for one in (resumed.config, config)
+    ]
     return [] if rates[0] == rates[1] else [f"learning rate of step {step}: {rates[0]:.6g} -> {rates[1]:.6g}"]

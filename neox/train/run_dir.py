@@ -51,7 +51,8 @@ def claim(config: Config, run_dir: RunDir, stack: contextlib.ExitStack) -> None:
 
 
 def accept(config: Config, run_dir: RunDir, progress: Progress, stack: contextlib.ExitStack) -> None:
-    """First process, once the start can no longer be refused: delete leftovers of a crash, write config.lock.yml, open log.txt.
+    """First process, once the start can no longer be refused: delete leftovers of a crash, write config.lock.yml, open
+    log.txt.
 
     Raises:
         DiskError: the folder cannot be written.
@@ -73,7 +74,9 @@ def open_log(run_dir: RunDir, progress: Progress) -> TextIO:
 
 
 def refuse_lost_checkpoints(run_dir: RunDir) -> None:
-    """Raise CheckpointError if the run had checkpoints, or their folder, and no longer has: training must not restart at step 0 unnoticed."""
+    """Raise CheckpointError if the run had checkpoints, or their folder, and no longer has: training must not
+    restart at step 0 unnoticed.
+    """
     root = run_dir.checkpoints
     there = root.is_dir() and any(folder_step(path.name) is not None for path in root.iterdir())
     steps = recorded_steps(run_dir.path / METRICS)
@@ -94,7 +97,8 @@ def note_checkpoint(run_dir: RunDir, saved: Path) -> None:
     """Note outside of checkpoints/ that the run has saved a checkpoint. Raises DiskError."""
     path = run_dir.path / WITNESS
     if not path.exists():
-        write_durably(path, f"{saved.name} was saved here. Without checkpoints/ the run does not restart at step 0 by itself.\n".encode(), sole_writer=True)
+        text = f"{saved.name} was saved here. Without checkpoints/ the run does not restart at step 0 by itself.\n"
+        write_durably(path, text.encode(), sole_writer=True)
 
 
 def recorded_steps(path: Path) -> int:

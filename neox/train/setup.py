@@ -68,8 +68,16 @@ class Training:
 
 
 @contextlib.contextmanager
-def build(config: Config, mesh: Mesh, signals: StopSignals | None = None, *, phases: Phases | None = None, storage: Storage = LOCAL) -> Iterator[Training]:
-    """Open a run: claim its folder, build model and engine, restore a checkpoint, open data and records. Every process calls it.
+def build(
+    config: Config,
+    mesh: Mesh,
+    signals: StopSignals | None = None,
+    *,
+    phases: Phases | None = None,
+    storage: Storage = LOCAL,
+) -> Iterator[Training]:
+    """Open a run: claim its folder, build model and engine, restore a checkpoint, open data and records. Every process
+    calls it.
 
     Args:
         config: a validated config.
@@ -106,7 +114,9 @@ def build(config: Config, mesh: Mesh, signals: StopSignals | None = None, *, pha
         profiler = StepProfiler(config.profile, run_dir.path, mesh, progress.report)
         phases.attach(plan, profiler)
         state = RunState()
-        checkpointer = Checkpointer(config, engine, state, data.cursor, run_dir, recorder, lineage=lineage, storage=storage)
+        checkpointer = Checkpointer(
+            config, engine, state, data.cursor, run_dir, recorder, lineage=lineage, storage=storage
+        )
 
         phases.enter("restore")
         rng = checkpointer.restore(resumed, data.lines)
@@ -120,17 +130,25 @@ def build(config: Config, mesh: Mesh, signals: StopSignals | None = None, *, pha
 
         if config.train.objective == "dpo":
             folder = run_dir.path / "reference"
-            count = set_references(data.parts, folder, engine, micro_batch_size=sizes.micro_batch_size, fresh=resumed is None)
+            count = set_references(
+                data.parts, folder, engine, micro_batch_size=sizes.micro_batch_size, fresh=resumed is None
+            )
             progress.report(f"reference log-probabilities of {count:,} pairs in {folder}")
-        recorder.open(engine.step - (state.pending is not None))  # the record of a pending evaluation is not written yet
+        recorder.open(
+            engine.step - (state.pending is not None)
+        )  # the record of a pending evaluation is not written yet
         consumed = 0 if resumed is None else resumed.consumed
         loader = stack.enter_context(make_loader(config, sizes, mesh, data, "train", consumed, config.data.prefetch))
-        evaluator = Evaluator(config, engine, signals, partial(make_loader, config, sizes, mesh, data, "validation", 0, 0))
+        evaluator = Evaluator(
+            config, engine, signals, partial(make_loader, config, sizes, mesh, data, "validation", 0, 0)
+        )
         set_generators(rng, config, mesh, engine.step)  # last, because nothing after it may draw random numbers
         yield Training(config, mesh, signals, phases, state, engine, loader, evaluator, checkpointer, recorder)
 
 
-def open_datasets(config: Config, sizes: BatchSizes, mesh: Mesh, resumed: Resumed | None, progress: Progress) -> RunDatasets:
+def open_datasets(
+    config: Config, sizes: BatchSizes, mesh: Mesh, resumed: Resumed | None, progress: Progress
+) -> RunDatasets:
     """Open the datasets. The first process does so before the others, so that index files are built once.
 
     Raises:
@@ -139,7 +157,10 @@ def open_datasets(config: Config, sizes: BatchSizes, mesh: Mesh, resumed: Resume
     """
     train_iters, interval = config.train.train_iters, config.evaluate.interval
     evaluations = train_iters // interval + 1 if interval else 0
-    samples = {"train": train_iters * sizes.global_batch_size, "validation": evaluations * config.evaluate.iters * sizes.global_batch_size}
+    samples = {
+        "train": train_iters * sizes.global_batch_size,
+        "validation": evaluations * config.evaluate.iters * sizes.global_batch_size,
+    }
     if mesh.rank != 0:
         dist.barrier()
     data = RunDatasets(config, samples, resumed and resumed.saved_data(config.checkpoint.accept_data_change))
@@ -147,7 +168,9 @@ def open_datasets(config: Config, sizes: BatchSizes, mesh: Mesh, resumed: Resume
         dist.barrier()
     if interval and "validation" not in data.parts:
         want = "data.validation, or a data.split with a second part"
-        raise DataError("no validation data", where="evaluate.interval", got=interval, want=want, do="evaluate.interval: 0")
+        raise DataError(
+            "no validation data", where="evaluate.interval", got=interval, want=want, do="evaluate.interval: 0"
+        )
     for note in notes(data.parts):
         progress.report(note)
     return data
@@ -156,13 +179,21 @@ def open_datasets(config: Config, sizes: BatchSizes, mesh: Mesh, resumed: Resume
 def make_progress(config: Config, mesh: Mesh) -> Progress:
     """The log lines of the run; only the first process prints."""
     lossy = config.checkpoint.on_save_error == "continue"
-    return Progress(sys.stdout if mesh.rank == 0 else None, None, config.train.train_iters, config.logging.interval, lossy=lossy)
+    return Progress(
+        sys.stdout if mesh.rank == 0 else None, None, config.train.train_iters, config.logging.interval, lossy=lossy
+    )
 
 
 def make_model(config: Config, mesh: Mesh) -> GPT:
     """The model of the run, with its initial weights."""
     train = config.train
-    return GPT(config.model, mesh, seed=train.seed, activation_checkpointing=train.activation_checkpointing, partition=config.parallel.partition)
+    return GPT(
+        config.model,
+        mesh,
+        seed=train.seed,
+        activation_checkpointing=train.activation_checkpointing,
+        partition=config.parallel.partition,
+    )
 
 
 def set_generators(states: dict[str, torch.Tensor] | None, config: Config, mesh: Mesh, step: int) -> None:
@@ -173,7 +204,9 @@ def set_generators(states: dict[str, torch.Tensor] | None, config: Config, mesh:
         restore_generators(states, mesh.device)
 
 
-def make_loader(config: Config, sizes: BatchSizes, mesh: Mesh, data: RunDatasets, part: str, start: int, prefetch: int) -> Loader:
+def make_loader(
+    config: Config, sizes: BatchSizes, mesh: Mesh, data: RunDatasets, part: str, start: int, prefetch: int
+) -> Loader:
     """A loader over one part of the data, from sample `start` on."""
     return Loader(
         data.parts[part],

@@ -1,4 +1,6 @@
-"""Start of a training process: from a checked config to a run, and from the way it ends to one exit code for all processes."""
+"""Start of a training process: from a checked config to a run, and from the way it ends to one exit code for all
+processes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,15 @@ from neox.train.loop import run
 from neox.train.setup import build
 
 
-def start(config: Config, launch: LaunchInfo, device: str, *, signals: StopSignals, injector: FaultInjector | None = None, debug: bool = False) -> int:
+def start(
+    config: Config,
+    launch: LaunchInfo,
+    device: str,
+    *,
+    signals: StopSignals,
+    injector: FaultInjector | None = None,
+    debug: bool = False,
+) -> int:
     """Join the other processes and train. After an error in a run of several processes, ends this process.
 
     Args:
@@ -70,7 +80,10 @@ def start(config: Config, launch: LaunchInfo, device: str, *, signals: StopSigna
         warning = check_fit(config, mesh)
         if warning is not None and launch.rank == 0:
             print(f"note: {warning}", file=sys.stderr, flush=True)
-        with memory_errors(config, mesh), build(config, mesh, signals, phases=phases, storage=storage_with(injector)) as training:
+        with (
+            memory_errors(config, mesh),
+            build(config, mesh, signals, phases=phases, storage=storage_with(injector)) as training,
+        ):
             run(training)
         watchdog.finish()
         return 0
@@ -93,9 +106,11 @@ def memory_errors(config: Config, mesh: Mesh) -> Iterator[None]:
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Make torch and our operators use algorithms that repeat results bit for bit, or the fastest. On a CPU all of ours repeat.
+    """Make torch and our operators use algorithms that repeat results bit for bit, or the fastest. On a CPU all of ours
+    repeat.
 
-    New memory is not filled: torch would write every new tensor for the sake of operations that read uninitialised memory, of which there are none.
+    New memory is not filled: torch would write every new tensor for the sake of operations that read uninitialised
+        memory, of which there are none.
     """
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -104,7 +119,11 @@ def choose_algorithms(deterministic: bool) -> None:
 def report(error: BaseException, rank: int, debug: bool) -> None:
     """Print the error line; the traceback too if it is asked for, or if the error is a bug."""
     known = as_neox_error(error, rank)
-    line = known or NeoxError(f"{type(error).__name__}: {error}", where=f"rank {rank}", do="this is a bug in neox: please report it with the lines below")
+    line = known or NeoxError(
+        f"{type(error).__name__}: {error}",
+        where=f"rank {rank}",
+        do="this is a bug in neox: please report it with the lines below",
+    )
     print(line.line(), file=sys.stderr, flush=True)
     if debug or known is None:
         traceback.print_exception(error)

@@ -1,6 +1,7 @@
 """TensorBoard's event files, written by the main thread.
 
-TensorBoard's writer passes records to a thread. When the disk is full that thread dies, and closing the writer waits for it forever.
+TensorBoard's writer passes records to a thread. When the disk is full that thread dies, and closing the writer waits
+for it forever.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class EventFile:
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """Append to an unbuffered file, all or nothing: an incomplete record on a full disk would make the file unreadable. Raises OSError."""
+    """Append to an unbuffered file, all or nothing: an incomplete record on a full disk would make the file
+    unreadable. Raises OSError.
+    """
     size = os.fstat(file.fileno()).st_size
     view = memoryview(data)
     try:

@@ -1,8 +1,8 @@
 """Experiment trackers: Weights & Biases and Comet, if `logging.wandb` and `logging.comet` configure them.
 
-Training does not depend on them. If a service cannot be reached at the start, the run is recorded offline in run.dir, and a line shows how to upload
-it. A later failure ends the recording, not the run. The packages read keys themselves, from WANDB_API_KEY, COMET_API_KEY or their configuration files:
-no config, log or checkpoint contains one.
+Training does not depend on them. If a service cannot be reached at the start, the run is recorded offline in run.dir,
+and a line shows how to upload it. A later failure ends the recording, not the run. The packages read keys themselves,
+from WANDB_API_KEY, COMET_API_KEY or their configuration files: no config, log or checkpoint contains one.
 """
 
 from __future__ import annotations
@@ -58,16 +58,27 @@ class Wandb:
             "resume": "allow",
             "config": dict(flatten(config)),
         }
-        quiet = {"console": "off", "save_code": False, "disable_git": True, "silent": True, "init_timeout": WAIT, "login_timeout": WAIT}
+        quiet = {
+            "console": "off",
+            "save_code": False,
+            "disable_git": True,
+            "silent": True,
+            "init_timeout": WAIT,
+            "login_timeout": WAIT,
+        }
         if settings.host is not None:
             quiet["base_url"] = settings.host
         try:
-            if settings.mode == "online" and not package.login(key=None, host=settings.host, timeout=1, verify=False, relogin=False, force=True):
+            if settings.mode == "online" and not package.login(
+                key=None, host=settings.host, timeout=1, verify=False, relogin=False, force=True
+            ):
                 raise RuntimeError("no key: set WANDB_API_KEY, or run `wandb login`")
             self.run = package.init(mode=settings.mode, settings=package.Settings(**quiet), **common)
         except Exception as error:  # the package raises several kinds, none of which may end a training
             if settings.mode == "offline":
-                raise EnvironmentProblem("wandb does not start", where="logging.wandb", got=first_line(error)) from error
+                raise EnvironmentProblem(
+                    "wandb does not start", where="logging.wandb", got=first_line(error)
+                ) from error
             report(f"Weights & Biases cannot be reached ({first_line(error)}): recording offline")
             self.run = package.init(mode="offline", settings=package.Settings(**quiet), **common)
         where = f"{folder / 'wandb'}; upload by `wandb sync`" if self.run.offline else self.run.url
@@ -98,7 +109,17 @@ class Comet:
             "project_name": settings.project,
             "workspace": settings.workspace,
             "display_summary_level": 0,
-            **dict.fromkeys(("log_code", "log_graph", "auto_param_logging", "auto_metric_logging", "parse_args", "auto_output_logging"), False),
+            **dict.fromkeys(
+                (
+                    "log_code",
+                    "log_graph",
+                    "auto_param_logging",
+                    "auto_metric_logging",
+                    "parse_args",
+                    "auto_output_logging",
+                ),
+                False,
+            ),
             **dict.fromkeys(("log_env_details", "log_git_metadata", "log_git_patch"), False),
         }
         offline = partial_offline(package, folder / "comet", common)

@@ -16,7 +16,12 @@ LINEAGE = Lineage("ab" * 16, 0)
 def make_state(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:
     """(name, kind) -> logical tensor: odd sizes, a scalar, several dtypes."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"embedding.word.weight": (19, 6), "layers.0.attention.qkv.weight": (12, 5), "layers.0.norm1.bias": (7,), "scale": ()}
+    shapes = {
+        "embedding.word.weight": (19, 6),
+        "layers.0.attention.qkv.weight": (12, 5),
+        "layers.0.norm1.bias": (7,),
+        "scale": (),
+    }
     state = {}
     for name, shape in shapes.items():
         for kind in ("weight", "exp_avg"):
@@ -28,7 +33,10 @@ def make_state(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:
 
 def full_fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
     """Each tensor as one fragment."""
-    return [Fragment(name, kind, tuple(value.shape), full_slices(value.shape), 0, value.numel(), value.reshape(-1)) for (name, kind), value in state.items()]
+    return [
+        Fragment(name, kind, tuple(value.shape), full_slices(value.shape), 0, value.numel(), value.reshape(-1))
+        for (name, kind), value in state.items()
+    ]
 
 
 def tp_slices(shape: tuple[int, ...], tp: int, rank: int, dim: int = 0):
@@ -39,7 +47,9 @@ def tp_slices(shape: tuple[int, ...], tp: int, rank: int, dim: int = 0):
     return tuple((bounds[rank], bounds[rank + 1]) if axis == dim else (0, size) for axis, size in enumerate(shape))
 
 
-def cut_fragments(state: dict[tuple[str, str], torch.Tensor], *, tp: int, tp_rank: int, dp: int, dp_rank: int, zero: bool) -> list[Fragment]:
+def cut_fragments(
+    state: dict[tuple[str, str], torch.Tensor], *, tp: int, tp_rank: int, dp: int, dp_rank: int, zero: bool
+) -> list[Fragment]:
     """What rank (tp_rank, dp_rank) holds: a slice of the matrices (qkv by columns), of it a flat range under ZeRO."""
     held = []
     for (name, kind), value in state.items():
@@ -64,7 +74,9 @@ def save_one(root: Path, step: int = 100, state=None, content=None, **changes) -
         "config_lock": "train: {seed: 1}\n",
         "model_config": {"num_layers": 1},
     }
-    described |= {key: changes.pop(key) for key in ("lineage", "config_lock", "model_config", "layout") if key in changes}
+    described |= {
+        key: changes.pop(key) for key in ("lineage", "config_lock", "model_config", "layout") if key in changes
+    }
     fragments = changes.pop("fragments", None)
     if fragments is None:
         fragments = full_fragments(make_state() if state is None else state)

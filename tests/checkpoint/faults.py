@@ -232,7 +232,9 @@ class Disk:
             if one.pending:
                 choices[f"folder {number} lost"] = {id(one): [False] * len(one.pending)}
             for index in range(len(one.pending)):
-                choices[f"folder {number} without change {index}"] = {id(one): [other != index for other in range(len(one.pending))]}
+                choices[f"folder {number} without change {index}"] = {
+                    id(one): [other != index for other in range(len(one.pending))]
+                }
         for names, retained in choices.items():
             for mode in ("retained", "lost", "torn", "zeroed"):
                 yield f"{names}, bytes {mode}", self._tree(self.root, retained, mode)

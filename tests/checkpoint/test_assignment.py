@@ -58,6 +58,8 @@ def test_ranks_that_disagree_are_refused():
 def test_offers_round_trip_through_json():
     fragments = cut_fragments(make_state(), tp=2, tp_rank=1, dp=2, dp_rank=1, zero=True)
     offers = decode_offers(encode_offers(fragments))
-    assert [(one.name, one.slices, one.start, one.stop) for one in offers] == [(one.name, one.slices, one.start, one.stop) for one in fragments]
+    assert [(one.name, one.slices, one.start, one.stop) for one in offers] == [
+        (one.name, one.slices, one.start, one.stop) for one in fragments
+    ]
     assert {one.dtype for one in offers if one.kind == "exp_avg_sq"} == {"BF16"}
     assert torch.bfloat16 in {one.data.dtype for one in fragments}

@@ -40,7 +40,9 @@ def saver(root, storage, **changes):
 
 
 def begin(saver, step, state):
-    return saver.save(step, full_fragments(state), state={"step": step}, rng={"cpu": torch.arange(5, dtype=torch.uint8)}, **REST)
+    return saver.save(
+        step, full_fragments(state), state={"step": step}, rng={"cpu": torch.arange(5, dtype=torch.uint8)}, **REST
+    )
 
 
 def test_the_saved_bytes_are_those_of_the_call_while_training_continues(tmp_path):
@@ -159,12 +161,25 @@ def test_a_snapshot_allocates_one_block_and_reallocates_only_a_larger_one():
     """Tensor by tensor, page-locked memory was up to twice as large as what it held."""
     allocations = Allocations()
     snapshot = Snapshot(allocations)
-    mixed = [torch.arange(count, dtype=dtype) for count in (1, 17, 4097, 0) for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.int64)]
-    fragments = [Fragment(str(i), "weight", (len(data),), ((0, len(data)),), 0, len(data), data) for i, data in enumerate(mixed)]
+    mixed = [
+        torch.arange(count, dtype=dtype)
+        for count in (1, 17, 4097, 0)
+        for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
+    ]
+    fragments = [
+        Fragment(str(i), "weight", (len(data),), ((0, len(data)),), 0, len(data), data) for i, data in enumerate(mixed)
+    ]
     for chosen in (fragments, fragments[::-1], fragments[3:], fragments):
         copies = snapshot.take(chosen)
-        assert all(torch.equal(copy.data, one.data) and copy.data.dtype == one.data.dtype for copy, one in zip(copies, chosen, strict=True))
-        assert all(copy.data.data_ptr() != one.data.data_ptr() for copy, one in zip(copies, chosen, strict=True) if one.data.numel())
+        assert all(
+            torch.equal(copy.data, one.data) and copy.data.dtype == one.data.dtype
+            for copy, one in zip(copies, chosen, strict=True)
+        )
+        assert all(
+            copy.data.data_ptr() != one.data.data_ptr()
+            for copy, one in zip(copies, chosen, strict=True)
+            if one.data.numel()
+        )
     ((size, locked),) = allocations.asked
     assert sum(data.nbytes for data in mixed) <= size < sum(data.nbytes for data in mixed) + 64 * len(mixed)
     assert not locked

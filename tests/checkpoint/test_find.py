@@ -81,7 +81,10 @@ def test_a_damaged_newest_is_not_replaced_by_an_older_one(tmp_path, hint):
     if not hint:
         (tmp_path / "checkpoints" / "latest").unlink()
     for path in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(CheckpointError, match=r"not a manifest; where=.*step_00000010.*valid by their manifests: step_00000009; name one of them"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"not a manifest; where=.*step_00000010.*valid by their manifests: step_00000009; name one of them",
+        ):
             resolve(path)
         with pytest.raises(CheckpointError, match="not a manifest"):
             find(tmp_path / "other", str(path))

@@ -110,7 +110,9 @@ def test_a_live_job_in_another_namespace_retains_its_lock(tmp_path, namespace):
     process = _hold(tmp_path, prefix=namespace)
     try:
         before = (tmp_path / LOCK).read_text()
-        with pytest.raises(CheckpointError, match=r"another job holds this folder; .*pid \d+, started \d{4}-.*in every container"):
+        with pytest.raises(
+            CheckpointError, match=r"another job holds this folder; .*pid \d+, started \d{4}-.*in every container"
+        ):
             FolderLock(tmp_path)
         assert (tmp_path / LOCK).read_text() == before
         assert not has_exited(json.loads(before))
@@ -122,13 +124,25 @@ def test_a_live_job_in_another_namespace_retains_its_lock(tmp_path, namespace):
 def test_a_job_in_another_namespace_refuses_to_take_a_live_lock(tmp_path, namespace):
     with FolderLock(tmp_path):
         before = (tmp_path / LOCK).read_text()
-        told = subprocess.run([*namespace, sys.executable, "-c", _HOLD, str(tmp_path), "alone"], capture_output=True, text=True, cwd=ROOT)
+        told = subprocess.run(
+            [*namespace, sys.executable, "-c", _HOLD, str(tmp_path), "alone"], capture_output=True, text=True, cwd=ROOT
+        )
         assert told.returncode == 1 and "another job holds this folder" in told.stderr, told.stderr
         assert (tmp_path / LOCK).read_text() == before
 
 
 @pytest.mark.parametrize(
-    "change", [{"space": None}, {"space": ""}, {"space": "another boot"}, {"host": "another"}, {"pid": -1}, {"pid": True}, {"pid": 1 << 70}, {"born": "x"}]
+    "change",
+    [
+        {"space": None},
+        {"space": ""},
+        {"space": "another boot"},
+        {"host": "another"},
+        {"pid": -1},
+        {"pid": True},
+        {"pid": 1 << 70},
+        {"born": "x"},
+    ],
 )
 def test_a_held_lock_of_a_holder_that_cannot_be_known_is_refused(tmp_path, change):
     """A file of an earlier version, which names no namespace, is one of them."""
@@ -137,7 +151,9 @@ def test_a_held_lock_of_a_holder_that_cannot_be_known_is_refused(tmp_path, chang
     gone = {**describe_process(), "pid": child.pid}
     assert has_exited(gone)
     first = FolderLock(tmp_path)
-    (tmp_path / LOCK).write_text(json.dumps({key: value for key, value in (gone | change).items() if value is not None}))
+    (tmp_path / LOCK).write_text(
+        json.dumps({key: value for key, value in (gone | change).items() if value is not None})
+    )
     with pytest.raises(CheckpointError, match="another job holds"):
         FolderLock(tmp_path)
     first.release()
@@ -165,7 +181,9 @@ def test_one_of_several_jobs_takes_over_a_stale_lock(tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     command = [sys.executable, "-c", _RACE, str(tmp_path)]
-    jobs = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
+    jobs = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)
+    ]
     try:
         assert [job.stdout.readline() for job in jobs] == ["ready\n"] * 4
         for job in jobs:

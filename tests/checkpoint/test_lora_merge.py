@@ -14,7 +14,12 @@ from tests.checkpoint.builders import save_one
 @pytest.fixture
 def saved(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    shapes = {"layers.0.mlp.up.weight": (10, 6), "layers.0.mlp.up.lora_a": (2, 6), "layers.0.mlp.up.lora_b": (10, 2), "norm.weight": (6,)}
+    shapes = {
+        "layers.0.mlp.up.weight": (10, 6),
+        "layers.0.mlp.up.lora_a": (2, 6),
+        "layers.0.mlp.up.lora_b": (10, 2),
+        "norm.weight": (6,),
+    }
     state = {(name, "weight"): torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     state["layers.0.mlp.up.lora_a", "exp_avg"] = torch.zeros(2, 6)
     path = save_one(tmp_path, state=state, model_config={"num_layers": 1, "lora": {"rank": 2, "alpha": 5.0}})
@@ -24,8 +29,13 @@ def saved(tmp_path):
 def test_adapters_are_merged_and_other_weights_unchanged(saved):
     path, tensors = saved
     with open_weights(path) as checkpoint:
-        assert checkpoint.names() == ["layers.0.mlp.up.weight", "norm.weight"] and checkpoint.model_config["lora"] is None
-        want = tensors["layers.0.mlp.up.weight"] + 2.5 * tensors["layers.0.mlp.up.lora_b"] @ tensors["layers.0.mlp.up.lora_a"]
+        assert (
+            checkpoint.names() == ["layers.0.mlp.up.weight", "norm.weight"] and checkpoint.model_config["lora"] is None
+        )
+        want = (
+            tensors["layers.0.mlp.up.weight"]
+            + 2.5 * tensors["layers.0.mlp.up.lora_b"] @ tensors["layers.0.mlp.up.lora_a"]
+        )
         torch.testing.assert_close(checkpoint.tensor("layers.0.mlp.up.weight"), want)
         assert torch.equal(checkpoint.tensor("norm.weight"), tensors["norm.weight"])
         part = checkpoint.read("layers.0.mlp.up.weight", slices=((3, 8), (1, 5)), start=6, stop=17)

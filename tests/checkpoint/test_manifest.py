@@ -16,7 +16,13 @@ from tests.checkpoint.builders import save_one
 def sign(body: object) -> bytes:
     """A manifest with this body and the right checksum."""
     raw = json.dumps(body, separators=(",", ":")).encode()
-    return b'{"format":"neox-checkpoint","version":2,"sha256":"' + hashlib.sha256(raw).hexdigest().encode() + b'","body":' + raw + b"}\n"
+    return (
+        b'{"format":"neox-checkpoint","version":2,"sha256":"'
+        + hashlib.sha256(raw).hexdigest().encode()
+        + b'","body":'
+        + raw
+        + b"}\n"
+    )
 
 
 @pytest.fixture

@@ -28,7 +28,18 @@ def test_a_process_that_has_exited():
     assert has_exited(who)
 
 
-@pytest.mark.parametrize("change", [{"space": ""}, {"space": "boot pid:[1]"}, {"host": "other"}, {"pid": "7"}, {"pid": 0}, {"pid": 1 << 70}, {"born": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"space": ""},
+        {"space": "boot pid:[1]"},
+        {"host": "other"},
+        {"pid": "7"},
+        {"pid": 0},
+        {"pid": 1 << 70},
+        {"born": None},
+    ],
+)
 def test_an_unknown_process_has_not_exited(change):
     child = subprocess.Popen(["true"])
     child.wait()

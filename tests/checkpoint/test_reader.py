@@ -47,7 +47,9 @@ def test_a_read_verifies_the_blocks_it_touches_and_no_other(tmp_path):
     flip_bit(shard, (os.path.getsize(shard) - 4) * 8)
     checkpoint = Checkpoint(path)
     assert torch.equal(checkpoint.read("w", start=5, stop=1000), value[5:1000])
-    with pytest.raises(CheckpointError, match=r"shard is damaged.*shard_.*weight/w.*got=xxh3 [0-9a-f]{16}; want=xxh3 [0-9a-f]{16}"):
+    with pytest.raises(
+        CheckpointError, match=r"shard is damaged.*shard_.*weight/w.*got=xxh3 [0-9a-f]{16}; want=xxh3 [0-9a-f]{16}"
+    ):
         checkpoint.read("w", start=5)
 
 
@@ -70,7 +72,9 @@ def test_a_read_fills_an_existing_tensor(tmp_path):
 def test_async_reads_are_complete_at_the_end(tmp_path, monkeypatch, open_files):
     monkeypatch.setattr("neox.checkpoint.reader.OPEN_FILES", open_files)
     monkeypatch.setattr("neox.checkpoint.reader.READS_AHEAD", 3)
-    state = make_state() | {(f"large.{i}", "weight"): torch.arange(i, BLOCK // 4 * 2 + 10 + i, dtype=torch.float32) for i in range(3)}
+    state = make_state() | {
+        (f"large.{i}", "weight"): torch.arange(i, BLOCK // 4 * 2 + 10 + i, dtype=torch.float32) for i in range(3)
+    }
     path = save_one(tmp_path, state=state, shard_bytes=BLOCK)
     out = {key: torch.zeros_like(value) for key, value in state.items()}
 
@@ -121,7 +125,9 @@ def test_check_lists_the_differences_weights_first(tmp_path):
     assert "weight/extra: have nothing want [1]" in line
     assert "weight/scale: have [] want nothing" in line
     several = [(f"a{number}", "exp_avg", (1,)) for number in range(9)]
-    with pytest.raises(CheckpointError, match=r"^(?=.*got=weight/extra: ).*exp_avg/a1: have nothing want \[1\], .*and \d+ more; do="):
+    with pytest.raises(
+        CheckpointError, match=r"^(?=.*got=weight/extra: ).*exp_avg/a1: have nothing want \[1\], .*and \d+ more; do="
+    ):
         checkpoint.check([*good, ("extra", "weight", (1,)), *several])
 
 

@@ -6,7 +6,15 @@ import random
 import pytest
 import torch
 
-from neox.checkpoint.reshard import check_address, check_coverage, full_slices, logical_boxes, overlaps, slice_shape, split_range
+from neox.checkpoint.reshard import (
+    check_address,
+    check_coverage,
+    full_slices,
+    logical_boxes,
+    overlaps,
+    slice_shape,
+    split_range,
+)
 from neox.errors import CheckpointError
 
 
@@ -16,7 +24,9 @@ def test_boxes_of_every_range_hold_its_elements_in_order(shape):
     logical = torch.arange(size).view(shape)
     for start, stop in itertools.combinations(range(size + 1), 2):
         boxes = split_range(shape, start, stop)
-        parts = [logical[tuple(slice(a, b) for a, b in zip(box.low, box.high, strict=True))].reshape(-1) for box in boxes]
+        parts = [
+            logical[tuple(slice(a, b) for a, b in zip(box.low, box.high, strict=True))].reshape(-1) for box in boxes
+        ]
         assert torch.cat(parts).tolist() == list(range(start, stop))
         assert [box.offset for box in boxes] == [int(part[0]) - start for part in parts]
         assert len(boxes) <= max(2 * len(shape) - 1, 1)
@@ -94,7 +104,10 @@ def test_coverage_of_random_slices_agrees_with_counting(shape):
     for _ in range(3000):
         cut = generator.randrange(len(shape))
         at = generator.randint(0, shape[cut])
-        halves = [tuple((low, high) if dim == cut else (0, size) for dim, size in enumerate(shape)) for low, high in ((0, at), (at, shape[cut]))]
+        halves = [
+            tuple((low, high) if dim == cut else (0, size) for dim, size in enumerate(shape))
+            for low, high in ((0, at), (at, shape[cut]))
+        ]
         pieces = [(slices, 0, torch.Size(slice_shape(slices)).numel()) for slices in halves if generator.random() < 0.9]
         pieces += [_random_piece(generator, shape) for _ in range(generator.choice((0, 0, 1, 2)))]
         pieces = [piece for piece in pieces if piece[1] < piece[2]]

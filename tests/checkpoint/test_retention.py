@@ -31,7 +31,15 @@ def test_folder_names():
     assert folder_name(100) == "step_00000100"
     assert folder_step("step_00000100") == 100
     assert folder_step(folder_name(10**9)) == 10**9
-    for foreign in ("step_100", "step_00000100.bak", "xstep_00000100", "step_000000100", "step_0000010a", "global_step100", "latest"):
+    for foreign in (
+        "step_100",
+        "step_00000100.bak",
+        "xstep_00000100",
+        "step_000000100",
+        "step_0000010a",
+        "global_step100",
+        "latest",
+    ):
         assert folder_step(foreign) is None
 
 
@@ -86,7 +94,16 @@ def test_only_complete_checkpoints_of_the_lineage_are_removed(tmp_path):
     save_one(tmp_path, 5, keep=1)
     assert os.listdir(tmp_path / folder_name(2)) == ["notes.txt"]
     assert sorted(os.listdir(tmp_path)) == sorted(
-        ["elsewhere", "latest", "notes.txt", "step_00000001.bak", folder_name(0), folder_name(2), folder_name(3), folder_name(5)]
+        [
+            "elsewhere",
+            "latest",
+            "notes.txt",
+            "step_00000001.bak",
+            folder_name(0),
+            folder_name(2),
+            folder_name(3),
+            folder_name(5),
+        ]
     )
     verify(tmp_path / folder_name(0))
 

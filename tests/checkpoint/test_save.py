@@ -34,7 +34,11 @@ def test_two_processes_save_and_load_any_layout(tmp_path):
             assert checkpoint.world_size == 2
             assert checkpoint.state == {"step": 100, "rank": 0}
             assert [int(checkpoint.rng(rank)["cpu"][0]) for rank in (0, 1)] == [0, 1]
-            data = sum(segment.stop - segment.start for _, segment in checkpoint.manifest.segments() if segment.kind == "weight")
+            data = sum(
+                segment.stop - segment.start
+                for _, segment in checkpoint.manifest.segments()
+                if segment.kind == "weight"
+            )
             assert data == 19 * 6 + 12 * 5 + 7 + 1, "each element is stored once"
             sizes = [file.size - file.header for file in checkpoint.manifest.files]
             assert len(sizes) == 2
@@ -100,10 +104,14 @@ def test_inconsistent_fragments_are_refused(tmp_path):
         "data does not fit its address": Fragment(one.name, one.kind, one.shape, one.slices, 0, 5, one.data),
         "slice outside the tensor": Fragment(one.name, one.kind, one.shape, ((0, 99), (0, 6)), 0, 5, one.data),
         "name cannot be stored": Fragment("../x", one.kind, one.shape, one.slices, one.start, one.stop, one.data),
-        "kind without / and other than rng": Fragment(one.name, "rng", one.shape, one.slices, one.start, one.stop, one.data),
+        "kind without / and other than rng": Fragment(
+            one.name, "rng", one.shape, one.slices, one.start, one.stop, one.data
+        ),
         "ranks disagree": Fragment(one.name, one.kind, one.shape, one.slices, one.start, one.stop, one.data.double()),
         "slices overlap": Fragment(one.name, one.kind, one.shape, ((0, 3), (0, 6)), 0, 18, one.data[:18]),
-        "elements of": Fragment(one.name, one.kind, one.shape, one.slices, one.start, one.stop, one.data.to(torch.complex64)),
+        "elements of": Fragment(
+            one.name, one.kind, one.shape, one.slices, one.start, one.stop, one.data.to(torch.complex64)
+        ),
     }
     for match, fragment in cases.items():
         with pytest.raises(CheckpointError, match=match):

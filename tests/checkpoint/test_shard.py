@@ -35,12 +35,17 @@ def test_the_header_reader_accepts_safetensors_files(tmp_path):
     safetensors.torch.save_file({"a": torch.ones(3, 2), "b": torch.zeros(5, dtype=torch.int64)}, tmp_path / "b")
     raw = (tmp_path / "b").read_bytes()
     found = check_header(raw, len(raw), "b")
-    assert {key: (info.dtype, info.shape) for key, (info, _) in found.items()} == {"a": ("F32", (3, 2)), "b": ("I64", (5,))}
+    assert {key: (info.dtype, info.shape) for key, (info, _) in found.items()} == {
+        "a": ("F32", (3, 2)),
+        "b": ("I64", (5,)),
+    }
 
 
 def test_blocks_are_checksummed_one_by_one(tmp_path):
     value = torch.arange(BLOCK // 4 + 3, dtype=torch.float32)
-    record = _write(tmp_path / "a", [Fragment("w", "weight", (value.numel(),), full_slices(value.shape), 0, value.numel(), value)])
+    record = _write(
+        tmp_path / "a", [Fragment("w", "weight", (value.numel(),), full_slices(value.shape), 0, value.numel(), value)]
+    )
     raw = value.numpy().tobytes()
     assert record.segments[0].blocks == (checksum(raw[:BLOCK]), checksum(raw[BLOCK:]))
 
@@ -52,7 +57,12 @@ def test_strided_data_is_stored_in_order(tmp_path):
 
 
 def test_shards_are_bounded_and_aligned(tmp_path):
-    path = save_one(tmp_path, fragments=full_fragments(make_state()), shard_bytes=100, rng={"odd": torch.zeros(33, dtype=torch.uint8)})
+    path = save_one(
+        tmp_path,
+        fragments=full_fragments(make_state()),
+        shard_bytes=100,
+        rng={"odd": torch.zeros(33, dtype=torch.uint8)},
+    )
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) > 8
     for shard in shards:
@@ -79,7 +89,13 @@ LIES = {
     "gap at the start": (_file({"a": _tensor(1, 4)}, 4), "leave a gap"),
     "short file": (_file({"a": _tensor(0, 8)}, 7), "do not fill the file"),
     "long file": (_file({"a": _tensor(0, 8)}, 9), "do not fill the file"),
-    "key twice": (_file('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1), "duplicate key"),
+    "key twice": (
+        _file(
+            '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+            1,
+        ),
+        "duplicate key",
+    ),
     "path": (_file({"../../root/.ssh/authorized_keys": _tensor(0, 1)}, 1), "name is a path"),
     "absolute path": (_file({"/etc/passwd": _tensor(0, 1)}, 1), "name is a path"),
     "huge header": ((1 << 60).to_bytes(8, "little") + bytes(100), "longer than the file allows"),
@@ -91,7 +107,10 @@ LIES = {
     "shape beyond memory": (_file({"a": _tensor(0, 4, shape=[1 << 61, 1 << 61])}, 4), "contradicts its shape"),
     "negative shape": (_file({"a": _tensor(0, 4, shape=[-2, -2])}, 4), "malformed"),
     "fraction": (_file({"a": _tensor(0, 4, shape=[4.0])}, 4), "malformed"),
-    "reversed offsets": (_file({"a": {"dtype": "U8", "shape": [0], "data_offsets": [4, 0]}}, 4), "contradicts its shape"),
+    "reversed offsets": (
+        _file({"a": {"dtype": "U8", "shape": [0], "data_offsets": [4, 0]}}, 4),
+        "contradicts its shape",
+    ),
     "one offset": (_file({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4]}}, 4), "malformed"),
     "three offsets": (_file({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}, 4), "malformed"),
     "unknown dtype": (_file({"a": _tensor(0, 4, dtype="Q8")}, 4), "malformed"),

@@ -47,7 +47,15 @@ def fill(reader: ShardReader, start: int, out: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("start", "stop"),
-    [(0, COUNT), (0, 1), (COUNT - 1, COUNT), (BLOCK // 4, BLOCK // 2), (BLOCK // 4 - 1, BLOCK // 4 + 1), (7, COUNT - 7), (BLOCK // 4 + 3, BLOCK // 4 + 9)],
+    [
+        (0, COUNT),
+        (0, 1),
+        (COUNT - 1, COUNT),
+        (BLOCK // 4, BLOCK // 2),
+        (BLOCK // 4 - 1, BLOCK // 4 + 1),
+        (7, COUNT - 7),
+        (BLOCK // 4 + 3, BLOCK // 4 + 9),
+    ],
 )
 def test_any_range_of_a_segment(saved, start, stop):
     reader = reader_of(saved)

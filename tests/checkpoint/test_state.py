@@ -20,7 +20,14 @@ from neox.checkpoint.storage import Storage
 from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import save_one
 
-SOURCE = {"path": "a", "weight": 1.0, "files": {"tokens": ["ab", "blocks-cd", 3, 40]}, "span": [0, 3], "epochs": None, "samples": 5}
+SOURCE = {
+    "path": "a",
+    "weight": 1.0,
+    "files": {"tokens": ["ab", "blocks-cd", 3, 40]},
+    "span": [0, 3],
+    "epochs": None,
+    "samples": 5,
+}
 STATE = {
     "step": 100,
     "updates": 99,
@@ -38,13 +45,38 @@ STATE = {
 }
 WRONG_COUNTS = (-1, 1.5, "abc", 2**70, 2**53, True, None, [], {})
 WRONG = [(key, value) for key in ("step", "updates", "consumed", "tokens") for value in WRONG_COUNTS]
-WRONG += [("pending", value) for value in (1, [], {}, "x", {**STATE["pending"], "step": 7}, {**STATE["pending"], "lr": "x"}, {"step": 100})]
-WRONG += [("guard.losses", [1.0, "x"]), ("guard.losses", 3), ("guard.losses", [10**400]), ("guard.skipped", -1), ("guard", [])]
+WRONG += [
+    ("pending", value)
+    for value in (1, [], {}, "x", {**STATE["pending"], "step": 7}, {**STATE["pending"], "lr": "x"}, {"step": 100})
+]
+WRONG += [
+    ("guard.losses", [1.0, "x"]),
+    ("guard.losses", 3),
+    ("guard.losses", [10**400]),
+    ("guard.skipped", -1),
+    ("guard", []),
+]
 WRONG += [("loss_scale", {}), ("loss_scale.cur_scale", 0), ("loss_scale.cur_scale", "x"), ("optimizer", 3)]
 WRONG += [("data", value) for value in (None, 3, {}, [])]
-WRONG += [("data.settings", {}), ("data.settings", {"data.seq_length": 0}), ("data.sources", []), ("data.sources", [{}]), ("data.sources", [SOURCE])]
-WRONG += [("data.stretches", value) for value in ([], [[0]], [[0, [1.0], [0]]], [[0, [1.0, -1.0], [0, 0]]], [[0, [0.0, 0.0], [0, 0]]])]
-WRONG += [("data.stretches", value) for value in ([[5, [1.0, 1.0], [0, -1]]], [[801, [1.0, 1.0], [0, 0]]], [[5, [1.0, 1.0], [0, 0]], [5, [1.0, 1.0], [0, 0]]])]
+WRONG += [
+    ("data.settings", {}),
+    ("data.settings", {"data.seq_length": 0}),
+    ("data.sources", []),
+    ("data.sources", [{}]),
+    ("data.sources", [SOURCE]),
+]
+WRONG += [
+    ("data.stretches", value)
+    for value in ([], [[0]], [[0, [1.0], [0]]], [[0, [1.0, -1.0], [0, 0]]], [[0, [0.0, 0.0], [0, 0]]])
+]
+WRONG += [
+    ("data.stretches", value)
+    for value in (
+        [[5, [1.0, 1.0], [0, -1]]],
+        [[801, [1.0, 1.0], [0, 0]]],
+        [[5, [1.0, 1.0], [0, 0]], [5, [1.0, 1.0], [0, 0]]],
+    )
+]
 
 
 def changed(state: dict, key: str, value: object) -> dict:
@@ -64,7 +96,9 @@ def rewritten(checkpoint: Path, change) -> None:
     change(value)
     text = json.dumps(value).encode()
     digest = hashlib.sha256(text).hexdigest().encode()
-    (checkpoint / "manifest.json").write_bytes(frame[: frame.index(b'"sha256":"')] + b'"sha256":"' + digest + b'","body":' + text + b"}\n")
+    (checkpoint / "manifest.json").write_bytes(
+        frame[: frame.index(b'"sha256":"')] + b'"sha256":"' + digest + b'","body":' + text + b"}\n"
+    )
 
 
 def test_a_valid_state_passes():
@@ -77,7 +111,9 @@ def test_a_valid_state_passes():
 def test_a_wrong_field_is_named(key, value):
     with pytest.raises(CheckpointError, match="the checkpoint's state is malformed") as problem:
         check_state(changed(STATE, key, value), 100)
-    assert problem.value.where.startswith(f"body.state.{key}".removesuffix(".sources").removesuffix(".stretches").removesuffix(".settings"))
+    assert problem.value.where.startswith(
+        f"body.state.{key}".removesuffix(".sources").removesuffix(".stretches").removesuffix(".settings")
+    )
 
 
 @pytest.mark.parametrize("key", ["step", "updates", "consumed", "tokens"])

@@ -52,7 +52,9 @@ def test_after_a_crash_at_any_point_the_loader_sees_the_old_or_the_new_checkpoin
     disk = Disk(root)
     new = digest(run())
     assert new != old
-    published = next(index for index, call in enumerate(storage.trace) if call[0] == "rename" and call[2].name == "manifest.json")
+    published = next(
+        index for index, call in enumerate(storage.trace) if call[0] == "rename" and call[2].name == "manifest.json"
+    )
     crash, done = tmp_path / "crash", set()
     for count in range(len(storage.trace) + 1):
         if count:
@@ -129,7 +131,9 @@ def _listing(root):
 
 
 def test_a_full_disk_reports_needed_and_free_bytes(tmp_path):
-    with pytest.raises(DiskError, match=r"No space left on device \(ENOSPC\), \d+ bytes free; want=\d+ bytes written; do=free space"):
+    with pytest.raises(
+        DiskError, match=r"No space left on device \(ENOSPC\), \d+ bytes free; want=\d+ bytes written; do=free space"
+    ):
         save_one(tmp_path, storage=FailingStorage("write", 1, errno.ENOSPC))
 
 
@@ -170,7 +174,9 @@ def small_disk(tmp_path):
     """A real file system of 1 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
     yield folder

@@ -27,7 +27,9 @@ def as_version_1(path: Path) -> None:
         raw = (path / file["name"]).read_bytes()[file["header"] :]
         for entry, following in zip(file["entries"], [*file["entries"][1:], None], strict=True):
             data = raw[entry[5] : following[5] if following else len(raw)]
-            entry[6] = [hashlib.sha256(data[begin : begin + (16 << 20)]).hexdigest() for begin in range(0, len(data), 16 << 20)]
+            entry[6] = [
+                hashlib.sha256(data[begin : begin + (16 << 20)]).hexdigest() for begin in range(0, len(data), 16 << 20)
+            ]
     text = json.dumps(body, separators=(",", ":"))
     frame = f'{{"format":"neox-checkpoint","version":1,"sha256":"{hashlib.sha256(text.encode()).hexdigest()}","body":'
     (path / "manifest.json").write_text(f"{frame}{text}}}\n")
@@ -89,7 +91,11 @@ def test_an_equivalent_header_with_other_bytes_is_damage(tmp_path):
 def test_damage_names_the_tensor(tmp_path):
     path = save_one(tmp_path)
     (shard,) = path.glob("*.safetensors")
-    offset = next(file.header + entry.offset for file, entry in Checkpoint(path).manifest.segments() if entry.name == "scale" and entry.kind == "exp_avg")
+    offset = next(
+        file.header + entry.offset
+        for file, entry in Checkpoint(path).manifest.segments()
+        if entry.name == "scale" and entry.kind == "exp_avg"
+    )
     flip_bit(shard, 8 * offset)
     (problem,) = problems(path)
     assert "exp_avg/scale[]0:1" in problem.line()

@@ -32,9 +32,13 @@ def _start() -> tuple[int, int]:
 def _save(root: str, step: int, layout: str, rank: int, world_size: int, storage=LOCAL, **changes) -> Path:
     tp, dp, zero = (int(part) for part in layout.split("x"))
     held = cut_fragments(make_state(), tp=tp, tp_rank=rank % tp, dp=dp, dp_rank=rank // tp, zero=bool(zero))
-    content = Content(step, changes.get("state", {"step": step, "rank": rank}), start_lineage(root), layout={"tp": tp, "dp": dp})
+    content = Content(
+        step, changes.get("state", {"step": step, "rank": rank}), start_lineage(root), layout={"tp": tp, "dp": dp}
+    )
     rng = {"cpu": torch.full((9,), rank, dtype=torch.uint8)}
-    return save(root, content, changes.get("fragments", held), rng=rng, ranks=RankGroup(rank, world_size), storage=storage)
+    return save(
+        root, content, changes.get("fragments", held), rng=rng, ranks=RankGroup(rank, world_size), storage=storage
+    )
 
 
 def save_layouts(root: str, layouts: str) -> None:
@@ -135,7 +139,15 @@ def save_beside_collectives(root: str) -> None:
             storage.left = 0
         state = make_state()
         held = cut_fragments(state, tp=1, tp_rank=0, dp=world_size, dp_rank=rank, zero=True)
-        saver.save(step, held, state={"step": step}, rng={"cpu": torch.arange(9, dtype=torch.uint8)}, config_lock="", model_config={}, layout={})
+        saver.save(
+            step,
+            held,
+            state={"step": step},
+            rng={"cpu": torch.arange(9, dtype=torch.uint8)},
+            config_lock="",
+            model_config={},
+            layout={},
+        )
         for fragment in held:
             fragment.data.zero_()
         busy = torch.ones(1000)

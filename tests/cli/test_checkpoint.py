@@ -78,7 +78,9 @@ def test_a_wrong_path_is_error_4_and_lists_what_is_there(tmp_path, capsys, actio
 
 def test_convert_merges_and_keeps_every_bit(tmp_path, capsys):
     path = save_one(tmp_path / "checkpoints", 9, shard_bytes=100)
-    assert main(["checkpoint", "convert", str(tmp_path / "checkpoints"), "--out", str(tmp_path / "whole"), "--json"]) == 0
+    assert (
+        main(["checkpoint", "convert", str(tmp_path / "checkpoints"), "--out", str(tmp_path / "whole"), "--json"]) == 0
+    )
     about = json.loads(capsys.readouterr().out)
     assert about["files"] == 1
     assert digest(about["path"]) == digest(path)
@@ -95,7 +97,10 @@ def test_convert_merges_and_keeps_every_bit(tmp_path, capsys):
 def test_convert_to_weights_of_another_dtype(tmp_path):
     state = make_state()
     path = save_one(tmp_path / "checkpoints", 9, state)
-    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "half"), "--weights-only", "--dtype", "bf16"]) == 0
+    assert (
+        main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "half"), "--weights-only", "--dtype", "bf16"])
+        == 0
+    )
     with Checkpoint(tmp_path / "half" / path.name) as checkpoint:
         assert checkpoint.names() == sorted({name for name, _ in state})
         assert all(checkpoint.kinds(name) == ["weight"] for name in checkpoint.names())

@@ -38,8 +38,13 @@ def test_show(files, capsys):
 
 
 def test_explain(files, capsys):
-    assert output(capsys, "explain", "model.rotary_pct").splitlines()[1:] == ["  type: number > 0, <= 1", "  default: 1.0"]
-    assert "  value: 9, from --set\n  overridden: 3, from a.yml:3\n" in output(capsys, "explain", "train.seed", "a.yml", "--set", "train.seed=9")
+    assert output(capsys, "explain", "model.rotary_pct").splitlines()[1:] == [
+        "  type: number > 0, <= 1",
+        "  default: 1.0",
+    ]
+    assert "  value: 9, from --set\n  overridden: 3, from a.yml:3\n" in output(
+        capsys, "explain", "train.seed", "a.yml", "--set", "train.seed=9"
+    )
     content = json.loads(output(capsys, "explain", "train.seed", "--conf", "a.yml", "--json"))
     assert (content["value"], content["origin"], content["overridden"]) == (3, "a.yml:3", [])
     assert "optimizer.lr: peak learning rate" in output(capsys, "explain", "optimizer")
@@ -50,8 +55,14 @@ def test_explain(files, capsys):
 def test_diff(files, capsys):
     assert output(capsys, "diff", "a.yml", "a.yml") == "no difference\n"
     lines = output(capsys, "diff", "a.yml", "b.yml").splitlines()
-    assert lines == ["model.vocab_size  100 (a.yml:1)  ->  200 (b.yml:1)", "train.seed        3 (a.yml:3)  ->  1234 (default)"]
-    assert [row["key"] for row in json.loads(output(capsys, "diff", "a.yml", "b.yml", "--json"))] == ["model.vocab_size", "train.seed"]
+    assert lines == [
+        "model.vocab_size  100 (a.yml:1)  ->  200 (b.yml:1)",
+        "train.seed        3 (a.yml:3)  ->  1234 (default)",
+    ]
+    assert [row["key"] for row in json.loads(output(capsys, "diff", "a.yml", "b.yml", "--json"))] == [
+        "model.vocab_size",
+        "train.seed",
+    ]
 
 
 @pytest.mark.parametrize(

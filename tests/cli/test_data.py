@@ -15,22 +15,42 @@ from neox.data.text.tokenizer import train_tokenizer
 @pytest.fixture
 def prefix(tmp_path) -> str:
     tokenizer = train_tokenizer(["hello world " * 20], 300, tmp_path / "t.json")
-    with IndexedWriter(tmp_path / "d", "uint16", tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size, eod_id=0) as writer:
+    with IndexedWriter(
+        tmp_path / "d", "uint16", tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size, eod_id=0
+    ) as writer:
         for text in ("hello world", "world", "hello"):
             writer.add_document([*tokenizer.encode(text), 0])
     return str(tmp_path / "d")
 
 
 def test_inspect(prefix, tmp_path, capsys):
-    assert main(["data", "inspect", prefix, "--tokenizer", str(tmp_path / "t.json"), "--samples", "2", "--scan", "--json"]) == 0
+    assert (
+        main(["data", "inspect", prefix, "--tokenizer", str(tmp_path / "t.json"), "--samples", "2", "--scan", "--json"])
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
-    assert (result["documents"], result["dtype"], result["eod_tokens"], result["eod_per_document"], result["smallest_id_found"]) == (3, "uint16", 3, 1.0, 0)
+    assert (
+        result["documents"],
+        result["dtype"],
+        result["eod_tokens"],
+        result["eod_per_document"],
+        result["smallest_id_found"],
+    ) == (3, "uint16", 3, 1.0, 0)
     assert result["largest_id"] == result["largest_id_found"]
     assert "hello world" in result["samples"][0] and len(result["samples"]) == 2
     assert main(["data", "inspect", prefix, "--samples", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "documents: 3" in printed and "document_tokens: shortest" in printed and "###" in printed and "duplicates:\n  documents: 0" in printed
-    assert result["histogram"][0]["documents"] > 0 and result["duplicates"]["documents"] == 0 and result["documents_that_end_in_eod"] == 3
+    assert (
+        "documents: 3" in printed
+        and "document_tokens: shortest" in printed
+        and "###" in printed
+        and "duplicates:\n  documents: 0" in printed
+    )
+    assert (
+        result["histogram"][0]["documents"] > 0
+        and result["duplicates"]["documents"] == 0
+        and result["documents_that_end_in_eod"] == 3
+    )
     assert main(["data", "inspect", prefix, "--no-scan", "--json"]) == 0
     assert "duplicates" not in json.loads(capsys.readouterr().out)
 
@@ -40,7 +60,9 @@ def test_inspect_refuses_another_tokenizer(prefix, tmp_path, capsys):
     cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     other.write_text(json.dumps(json.loads((tmp_path / "t.json").read_text()) | {"truncation": cut}))
     assert main(["data", "inspect", prefix, "--tokenizer", str(other), "--samples", "1"]) == 3
-    assert capsys.readouterr().err.startswith(f"error[3] dataset was built with a different tokenizer; where={prefix}.json")
+    assert capsys.readouterr().err.startswith(
+        f"error[3] dataset was built with a different tokenizer; where={prefix}.json"
+    )
 
 
 def test_overlap(prefix, tmp_path, capsys):

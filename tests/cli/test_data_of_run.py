@@ -38,22 +38,36 @@ def said(capsys, *arguments: object) -> object:
 
 def test_which_step(run, capsys):
     config = load_config(run / "run" / "config.lock.yml")
-    loader = Loader(build_datasets(config, {"train": 48})["train"], micro_batch_size=2, gradient_accumulation=4, start=32, prefetch=0)
+    loader = Loader(
+        build_datasets(config, {"train": 48})["train"],
+        micro_batch_size=2,
+        gradient_accumulation=4,
+        start=32,
+        prefetch=0,
+    )
     wanted = [sample for batch in next(loader) for sample in batch.sample_ids.tolist()]
     found = said(capsys, "which", "--run", run / "run", "--step", 5, "--rank", 0)
     assert [row["sample"] for row in found["rows"]] == wanted == list(range(32, 40))
     assert all(sum(piece["tokens"] for piece in row["pieces"]) == 33 for row in found["rows"])
-    halves = [said(capsys, "which", "--run", run / "run", "--step", 5, "--rank", rank, "--world-size", 2)["rows"] for rank in (0, 1)]
+    halves = [
+        said(capsys, "which", "--run", run / "run", "--step", 5, "--rank", rank, "--world-size", 2)["rows"]
+        for rank in (0, 1)
+    ]
     assert [[row["sample"] for row in half] for half in halves] == [[32, 33, 36, 37], [34, 35, 38, 39]]
     assert main(["data", "which", "--run", str(run / "run"), "--step", "1"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("step 1: samples 0 to 7\nsample 0: data-parallel rank 0, micro-batch 0, row 0\n  ") and f"{run}/train document " in printed
+    assert (
+        printed.startswith("step 1: samples 0 to 7\nsample 0: data-parallel rank 0, micro-batch 0, row 0\n  ")
+        and f"{run}/train document " in printed
+    )
 
 
 def test_which_document(run, capsys):
     piece = said(capsys, "which", "--run", run / "run", "--step", 4)["rows"][0]["pieces"][0]
     found = said(capsys, "which", "--run", run / "run", "--document", piece["document"], "--source", piece["source"])
-    assert 4 in [row["step"] for row in found["steps"]] and 24 in [sample for row in found["steps"] for sample in row["samples"]]
+    assert 4 in [row["step"] for row in found["steps"]] and 24 in [
+        sample for row in found["steps"] for sample in row["samples"]
+    ]
     assert main(["data", "which", "--run", str(run / "run"), "--document", "3"]) == 2
     assert "the dataset of the document is unknown; where=--source" in capsys.readouterr().err
     assert main(["data", "which", "--run", str(run / "run"), "--document", "3", "--source", f"{run}/valid"]) == 0
@@ -65,22 +79,34 @@ def test_seen_at_every_checkpoint(run, capsys):
     assert [(row["step"], row["samples"]) for row in found] == [(3, 24), (6, 48)]
     for row in found:
         shares = {source["source"]: (source["samples"], source["tokens"]) for source in row["sources"]}
-        assert shares == {f"{run}/{name}": (row["samples"] * share // 4, row["samples"] * share // 4 * 32) for name, share in (("train", 3), ("valid", 1))}
+        assert shares == {
+            f"{run}/{name}": (row["samples"] * share // 4, row["samples"] * share // 4 * 32)
+            for name, share in (("train", 3), ("valid", 1))
+        }
     assert said(capsys, "seen", "--run", run / "run", "--step", 5)[0]["samples"] == 40
     assert main(["data", "seen", "--run", str(run / "run")]) == 0
     assert f"step 6: 48 samples\n  {run}/train: 36 samples, 1,152 tokens, " in capsys.readouterr().out
 
 
 def test_steps_keep_the_data_that_they_read(run, tmp_path, capsys):
-    """Another mixture, batch and length after a resume: the steps before it are answered by the checkpoints of their time."""
+    """Another mixture, batch and length after a resume: the steps before it are answered by the checkpoints of their
+    time.
+    """
     options = ("checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
 
     def start(steps: int, weight: int, *more: str) -> None:
         sources = f'data.train=[{{"path": "{run}/train", "weight": {weight}}}, {{"path": "{run}/valid", "weight": 1}}]'
-        train(make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more), Mesh.single(), StopSignals())
+        train(
+            make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more),
+            Mesh.single(),
+            StopSignals(),
+        )
 
     start(6, 3)
-    asked = [("which", "--step", step) for step in (2, 6)] + [("seen", "--step", 6), ("which", "--document", 5, "--source", f"{run}/train")]
+    asked = [("which", "--step", step) for step in (2, 6)] + [
+        ("seen", "--step", 6),
+        ("which", "--document", 5, "--source", f"{run}/train"),
+    ]
     capsys.readouterr()
     before = [said(capsys, question[0], "--run", tmp_path, *question[1:]) for question in asked]
     start(9, 1, "train.global_batch_size=4")
@@ -89,7 +115,10 @@ def test_steps_keep_the_data_that_they_read(run, tmp_path, capsys):
     after = [said(capsys, question[0], "--run", tmp_path, *question[1:]) for question in asked]
     assert after[:3] == before[:3]
     assert [row for row in after[3]["steps"] if row["step"] <= 6] == before[3]["steps"]
-    samples = {row["step"]: {source["source"]: source["samples"] for source in row["sources"]} for row in said(capsys, "seen", "--run", tmp_path)}
+    samples = {
+        row["step"]: {source["source"]: source["samples"] for source in row["sources"]}
+        for row in said(capsys, "seen", "--run", tmp_path)
+    }
     assert samples[9] == {f"{run}/train": 36 + 6, f"{run}/valid": 12 + 6}
     assert samples[10] == {f"{run}/train": 2, f"{run}/valid": 2}  # the new order started from its first sample
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000003")  # as retention does
@@ -101,19 +130,28 @@ def test_steps_keep_the_data_that_they_read(run, tmp_path, capsys):
 
 
 def test_checkpoints_of_a_branch_that_was_left_do_not_count(run, tmp_path, capsys):
-    """A run that goes back to step 3 and reads another mixture: what the steps after it had read before is forgotten."""
+    """A run that goes back to step 3 and reads another mixture: what the steps after it had read before is
+    forgotten.
+    """
     options = ("checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
 
     def start(steps: int, weight: int, *more: str) -> None:
         sources = f'data.train=[{{"path": "{run}/train", "weight": {weight}}}, {{"path": "{run}/valid", "weight": 1}}]'
-        train(make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more), Mesh.single(), StopSignals())
+        train(
+            make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more),
+            Mesh.single(),
+            StopSignals(),
+        )
 
     start(6, 3)
     back = tmp_path / "checkpoints" / "step_00000003"
     start(5, 1, f"checkpoint.resume={back}", "checkpoint.accept_data_change=true")
     assert (tmp_path / "checkpoints" / "step_00000006").is_dir()
     capsys.readouterr()
-    found = {row["step"]: {one["source"]: one["samples"] for one in row["sources"]} for row in said(capsys, "seen", "--run", tmp_path)}
+    found = {
+        row["step"]: {one["source"]: one["samples"] for one in row["sources"]}
+        for row in said(capsys, "seen", "--run", tmp_path)
+    }
     assert found.keys() == {3, 5} and found[5][f"{run}/train"] - found[3][f"{run}/train"] == 8
 
 

@@ -27,7 +27,11 @@ def test_a_healthy_report_exits_0(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("look", "text"), [(broken, "OSError: undefined symbol; do=make setup"), (unbuilt, "not built; where=neox/_ops; got=no library; do=make setup")]
+    ("look", "text"),
+    [
+        (broken, "OSError: undefined symbol; do=make setup"),
+        (unbuilt, "not built; where=neox/_ops; got=no library; do=make setup"),
+    ],
 )
 def test_something_needed_that_fails_exits_14(monkeypatch, capsys, look, text):
     monkeypatch.setattr(doctor, "CHECKS", (lambda: [doctor.attempt("thing", look, do="make setup")],))
@@ -50,7 +54,15 @@ def test_json_is_one_list(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("WORLD_SIZE", "abc"), ("OMP_NUM_THREADS", "0"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", ""), ("RANK", "1.0"), ("RANK", "\u0661")]
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "abc"),
+        ("OMP_NUM_THREADS", "0"),
+        ("LOCAL_RANK", "-1"),
+        ("MASTER_PORT", ""),
+        ("RANK", "1.0"),
+        ("RANK", "\u0661"),
+    ],
 )
 def test_a_bad_variable_is_named_with_its_value(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
@@ -66,7 +78,21 @@ def test_good_variables_pass(monkeypatch):
 
 def test_every_part_of_the_installation_is_checked():
     names = {finding.name for look in doctor.CHECKS for finding in look()}
-    assert {"python", "neox", "torch", "deepspeed", "numpy", "native operators", "native data core", "cpu", "memory", "disk", "gpu", "g++", "nvcc"} <= names
+    assert {
+        "python",
+        "neox",
+        "torch",
+        "deepspeed",
+        "numpy",
+        "native operators",
+        "native data core",
+        "cpu",
+        "memory",
+        "disk",
+        "gpu",
+        "g++",
+        "nvcc",
+    } <= names
 
 
 def test_an_old_torch_fails(monkeypatch):
@@ -85,7 +111,12 @@ def test_missing_extras_name_the_command_that_installs_them(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "ok", "text"), [({"avx2", "fma"}, True, "AVX2"), ({"sse4_2"}, False, "no AVX2: the portable kernels are several times slower"), (set(), None, "")]
+    ("flags", "ok", "text"),
+    [
+        ({"avx2", "fma"}, True, "AVX2"),
+        ({"sse4_2"}, False, "no AVX2: the portable kernels are several times slower"),
+        (set(), None, ""),
+    ],
 )
 def test_a_cpu_without_avx2_is_reported(monkeypatch, flags, ok, text):
     monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)

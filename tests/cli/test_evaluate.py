@@ -25,7 +25,16 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     train_tokenizer(DOCUMENTS * 30, 300, root / "tokenizer.json")
     tokenizer = Tokenizer(root / "tokenizer.json")
-    model = GPT(ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=tokenizer.vocab_size, max_position_embeddings=64), Mesh.single())
+    model = GPT(
+        ModelConfig(
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=2,
+            vocab_size=tokenizer.vocab_size,
+            max_position_embeddings=64,
+        ),
+        Mesh.single(),
+    )
     save_model(root / "run", model, tokenizer=str(root / "tokenizer.json"))
     with IndexedWriter(root / "text", "uint16") as writer:
         for document in DOCUMENTS:
@@ -71,7 +80,11 @@ def test_data_of_another_tokenizer_are_refused(place, tmp_path, capsys):
         with IndexedWriter(tmp_path / name, "uint16", tokenizer_hash=made_by) as writer:
             writer.add_document([1, 2, 3, 0])
         assert call("--checkpoint", place / "run", "--data", tmp_path / name) == code
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error[3] dataset was built with a different tokenizer; where=")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("error[3] dataset was built with a different tokenizer; where=")
+    )
 
 
 TASK = """
@@ -90,7 +103,9 @@ metric_list:
 
 def test_tasks_of_the_harness(place, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra eval)")
-    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"good": text, "bad": text[::-1]}) for text in DOCUMENTS))
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(json.dumps({"good": text, "bad": text[::-1]}) for text in DOCUMENTS)
+    )
     (tmp_path / "pairs.yaml").write_text(TASK.format(folder=tmp_path))
     assert call("--checkpoint", place / "run", "--tasks", "local_pairs", "--task-files", tmp_path, "--json") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -16,19 +16,36 @@ from neox.config.values import dump
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
-MODEL = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.2, "vocab_multiple": 64}
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "init_std": 0.2,
+    "vocab_multiple": 64,
+}
 
 
 def write_checkpoint(root, tokenizer_file: str | None, vocab_size: int, dtype: str = "fp32", **options) -> None:
     """A checkpoint of one process with random weights, as a run leaves it."""
-    config = Config(model={**MODEL, "vocab_size": vocab_size, **options}, tokenizer={"file": tokenizer_file}, precision={"dtype": dtype})
+    config = Config(
+        model={**MODEL, "vocab_size": vocab_size, **options},
+        tokenizer={"file": tokenizer_file},
+        precision={"dtype": dtype},
+    )
     fragments = []
     for name, weight in GPT(config.model, Mesh.single()).logical_weights():
         slices = tuple((0, size) for size in weight.shape)
         fragments.append(Fragment(name, "weight", tuple(weight.shape), slices, 0, weight.numel(), weight.flatten()))
     save(
         root / "checkpoints",
-        Content(3, {"step": 3}, start_lineage(root / "checkpoints"), config_lock=dump(config), model_config=config.model.model_dump(mode="json")),
+        Content(
+            3,
+            {"step": 3},
+            start_lineage(root / "checkpoints"),
+            config_lock=dump(config),
+            model_config=config.model.model_dump(mode="json"),
+        ),
         fragments,
         rng={"cpu": torch.get_rng_state()},
     )
@@ -57,7 +74,17 @@ def test_export_checked(run_folder, tmp_path, capsys, dtype):
 
 
 def test_dtype_is_that_of_the_run(tmp_path):
-    write_checkpoint(tmp_path / "run", None, 101, dtype="bf16", norm="rmsnorm", activation="swiglu", qkv_bias=False, attention_out_bias=False, mlp_bias=False)
+    write_checkpoint(
+        tmp_path / "run",
+        None,
+        101,
+        dtype="bf16",
+        norm="rmsnorm",
+        activation="swiglu",
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+    )
     assert call("--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--no-tokenizer") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("llama", "bfloat16")

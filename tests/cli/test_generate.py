@@ -32,7 +32,15 @@ def run_folder(tmp_path_factory):
     train_tokenizer([TEXT], 300, root / "tokenizer.json")
     vocab_size = Tokenizer(root / "tokenizer.json").vocab_size
     model = GPT(
-        ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=vocab_size, max_position_embeddings=64, init_std=0.3), Mesh.single()
+        ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=2,
+            vocab_size=vocab_size,
+            max_position_embeddings=64,
+            init_std=0.3,
+        ),
+        Mesh.single(),
     )
     save_model(root / "run", model, tokenizer=str(root / "tokenizer.json"))
     return root / "run"
@@ -43,7 +51,22 @@ def call(*arguments: object) -> int:
 
 
 def test_json_holds_prompt_text_and_tokens(run_folder, capsys):
-    assert call("--checkpoint", run_folder, "--prompt", "the fox", "--prompt", "café", "--max-new-tokens", 9, "--temperature", 0, "--json") == 0
+    assert (
+        call(
+            "--checkpoint",
+            run_folder,
+            "--prompt",
+            "the fox",
+            "--prompt",
+            "café",
+            "--max-new-tokens",
+            9,
+            "--temperature",
+            0,
+            "--json",
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     tokenizer = Tokenizer(run_folder.parent / "tokenizer.json")
     prompts = [tokenizer.encode("the fox"), tokenizer.encode("café")]
@@ -64,7 +87,19 @@ def test_one_prompt_is_streamed_and_equals_the_full_text(run_folder, capsys):
 
 def test_prompts_from_a_file(run_folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("the\n\nfox\n", encoding="utf-8")
-    assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 3, "--temperature", 0) == 0
+    assert (
+        call(
+            "--checkpoint",
+            run_folder,
+            "--prompt-file",
+            tmp_path / "prompts.txt",
+            "--max-new-tokens",
+            3,
+            "--temperature",
+            0,
+        )
+        == 0
+    )
     lines = capsys.readouterr().out
     assert lines.count("--- the") == 1 and lines.count("--- fox") == 1
 
@@ -72,13 +107,21 @@ def test_prompts_from_a_file(run_folder, tmp_path, capsys):
 def test_lines_of_a_prompt_file_end_in_newlines_alone(run_folder, tmp_path, capsys):
     lines = ["first\u2028on", "second\x0con", "third\x85on", "fourth\x1con", "fifth\ron"]
     (tmp_path / "prompts.txt").write_bytes("\n".join(lines).encode() + b"\r\n\nlast\r\n")
-    assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 1, "--jsonl") == 0
+    assert (
+        call("--checkpoint", run_folder, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 1, "--jsonl")
+        == 0
+    )
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.rstrip("\n").split("\n")] == [*lines, "last"]
 
 
 def test_a_prompt_beyond_the_positions_is_refused_before_the_model_is_loaded(run_folder, capsys, monkeypatch):
     monkeypatch.setattr("neox.cli.generate.load_model", None)
-    assert call("--checkpoint", run_folder, "--prompt", "the", "--prompt", "the fox " * 40, "--max-new-tokens", 9, "--jsonl") == 2
+    assert (
+        call(
+            "--checkpoint", run_folder, "--prompt", "the", "--prompt", "the fox " * 40, "--max-new-tokens", 9, "--jsonl"
+        )
+        == 2
+    )
     printed = capsys.readouterr()
     assert not printed.out and "where=prompt 1; got=" in printed.err and printed.err.count("\n") == 1
 
@@ -88,8 +131,18 @@ def llama_run(tmp_path_factory):
     """A run whose tokenizer puts <s> before a text and drops a text's first space when it decodes."""
     root = tmp_path_factory.mktemp("llama")
     vocab_size = Tokenizer(write_tokenizer(root)).vocab_size
-    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3}
-    save_model(root / "run", GPT(ModelConfig(vocab_size=vocab_size, **sizes), Mesh.single()), tokenizer=str(root / "tokenizer.json"))
+    sizes = {
+        "num_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "init_std": 0.3,
+    }
+    save_model(
+        root / "run",
+        GPT(ModelConfig(vocab_size=vocab_size, **sizes), Mesh.single()),
+        tokenizer=str(root / "tokenizer.json"),
+    )
     return root / "run"
 
 
@@ -110,7 +163,17 @@ def test_prompts_get_the_tokens_that_the_tokenizer_puts_before_a_text(llama_run,
 
 
 def test_stop_texts_begin_with_the_space_that_follows_the_prompt(llama_run, capsys):
-    arguments = ["--checkpoint", llama_run, "--prompt", "river stone", "--max-new-tokens", 8, "--temperature", 0, "--json"]
+    arguments = [
+        "--checkpoint",
+        llama_run,
+        "--prompt",
+        "river stone",
+        "--max-new-tokens",
+        8,
+        "--temperature",
+        0,
+        "--json",
+    ]
     assert call(*arguments) == 0
     whole = json.loads(capsys.readouterr().out)[0]["text"]
     stop = whole[:3]
@@ -121,14 +184,21 @@ def test_stop_texts_begin_with_the_space_that_follows_the_prompt(llama_run, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no prompt; where=neox generate; want=--prompt TEXT, --prompt-file FILE, --unconditional N or --interactive"),
+        (
+            [],
+            "no prompt; where=neox generate; want=--prompt TEXT, --prompt-file FILE, --unconditional N or "
+            "--interactive",
+        ),
         (["--prompt", "a", "--temperature", "-1"], "sampling parameter out of range; where=temperature"),
         (["--prompt", "a", "--batch-size", "0"], "option out of range; where=--batch-size; got=0; want=> 0"),
         (["--unconditional", "0"], "option out of range; where=--unconditional; got=0; want=> 0"),
         (["--unconditional", "-1"], "option out of range; where=--unconditional; got=-1; want=> 0"),
         (["--prompt", "a", "--unconditional", "1"], "conflicting options.*exactly one of"),
         (["--prompt", "a", "--tokenizer", "nowhere.json"], r"nowhere\.json"),
-        (["--prompt-file", "nowhere.txt"], "cannot read the prompts; where=nowhere.txt; got=No such file or directory;"),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            "cannot read the prompts; where=nowhere.txt; got=No such file or directory;",
+        ),
         (["--prompt", ""], "empty prompt"),
         (["--prompt", "a", "--device", "abacus"], "device cannot be used; where=--device; got=abacus"),
         (["--prompt", "a", "--device", "meta"], "device cannot be used; where=--device; got=meta"),
@@ -161,7 +231,9 @@ def test_json_lines_in_any_batch_size_to_a_file(run_folder, tmp_path):
         assert call(*options, "--batch-size", size, "--out", tmp_path / f"{size}.jsonl") == 0
     rows = [json.loads(line) for line in (tmp_path / "1.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == ["the", "fox", "lazy dog"]
-    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text() == (tmp_path / "3.jsonl").read_text()
+    assert (
+        (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text() == (tmp_path / "3.jsonl").read_text()
+    )
     assert call(*options, "--out", tmp_path / "nowhere" / "x") == 5
 
 
@@ -190,9 +262,14 @@ def test_a_dialogue_remembers_and_forgets(run_folder, capsys, monkeypatch):
     assert call("--checkpoint", run_folder, "--interactive", "--max-new-tokens", 8, "--temperature", 0) == 0
     text = capsys.readouterr().out
     tokenizer = Tokenizer(run_folder.parent / "tokenizer.json")
-    first = generate(load_model(run_folder), [tokenizer.encode("the fox\n")], SamplingParams(8, 0), eod_id=tokenizer.eod_id)[0]
+    first = generate(
+        load_model(run_folder), [tokenizer.encode("the fox\n")], SamplingParams(8, 0), eod_id=tokenizer.eod_id
+    )[0]
     second = generate(
-        load_model(run_folder), [tokenizer.encode("the fox\n") + first + tokenizer.encode("the fox\n")], SamplingParams(8, 0), eod_id=tokenizer.eod_id
+        load_model(run_folder),
+        [tokenizer.encode("the fox\n") + first + tokenizer.encode("the fox\n")],
+        SamplingParams(8, 0),
+        eod_id=tokenizer.eod_id,
     )[0]
     answers = [tokenizer.decode(tokens) for tokens in (first, second, first)]
     assert text == "".join(f"{answer}\n" for answer in answers)
@@ -211,7 +288,22 @@ def test_a_list_cut_short_by_an_error_is_not_printed(run_folder, capsys, monkeyp
         return generate(model, batch, *args, first_stream=first_stream, **options)
 
     monkeypatch.setattr("neox.cli.generate.generate", fail_at_the_second)
-    assert call("--checkpoint", run_folder, "--prompt", "fox", "--prompt", "fox", "--batch-size", 1, "--max-new-tokens", 3, "--json") == 3
+    assert (
+        call(
+            "--checkpoint",
+            run_folder,
+            "--prompt",
+            "fox",
+            "--prompt",
+            "fox",
+            "--batch-size",
+            1,
+            "--max-new-tokens",
+            3,
+            "--json",
+        )
+        == 3
+    )
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error[3]")
 
@@ -219,7 +311,18 @@ def test_a_list_cut_short_by_an_error_is_not_printed(run_folder, capsys, monkeyp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_it_after_the_texts_that_are_finished(run_folder, tmp_path, number):
     asked = 4000
-    options = ["--checkpoint", run_folder, "--unconditional", asked, "--max-new-tokens", 40, "--temperature", 1.5, "--batch-size", 1]
+    options = [
+        "--checkpoint",
+        run_folder,
+        "--unconditional",
+        asked,
+        "--max-new-tokens",
+        40,
+        "--temperature",
+        1.5,
+        "--batch-size",
+        1,
+    ]
     out = tmp_path / "texts.jsonl"
     running = fork_server().command(["generate", *options, "--jsonl", "--out", out], tmp_path)
     running.wait_for(lambda: out.exists() and out.read_text().count("\n") >= 3)
@@ -227,7 +330,10 @@ def test_a_signal_ends_it_after_the_texts_that_are_finished(run_folder, tmp_path
     assert running.wait() == [10], running.output()
     rows = [json.loads(line) for line in out.read_text().splitlines()]  # complete lines only
     assert 3 <= len(rows) < asked
-    assert f"error[10] generation stopped by a signal; where={out}; got={number.name}; {len(rows)} of {asked} texts are written" in running.output()
+    assert (
+        f"error[10] generation stopped by a signal; where={out}; got={number.name}; {len(rows)} of {asked} texts are "
+        f"written" in running.output()
+    )
     listed = tmp_path / "texts.json"
     running = fork_server().command(["generate", *options, "--json", "--out", listed], tmp_path)
     running.wait_for(listed.exists)
@@ -253,10 +359,32 @@ def test_a_signal_ends_a_process_that_waits_for_its_peers(run_folder, tmp_path, 
             return True
 
         connections: list[socket.socket] = []
-        launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = ["generate", "--checkpoint", str(run_folder), "--prompt", "the fox", "--max-new-tokens", "4", "--tensor", "2"]
-        running = fork_server().fork({"argv": command}, tmp_path, 1, {name: str(value) for name, value in launcher.items()})
+        launcher = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [
+            "generate",
+            "--checkpoint",
+            str(run_folder),
+            "--prompt",
+            "the fox",
+            "--max-new-tokens",
+            "4",
+            "--tensor",
+            "2",
+        ]
+        running = fork_server().fork(
+            {"argv": command}, tmp_path, 1, {name: str(value) for name, value in launcher.items()}
+        )
         running.wait_for(is_waiting)
         running.signal(signal.SIGTERM)
         assert running.wait(30) == [10], running.output()
-    assert "error[10] stopped by a signal before all processes joined; where=neox generate; got=SIGTERM" in running.output()
+    assert (
+        "error[10] stopped by a signal before all processes joined; where=neox generate; got=SIGTERM"
+        in running.output()
+    )

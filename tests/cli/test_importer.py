@@ -40,7 +40,10 @@ def test_import_checked_and_export_give_the_same_bits(folder, tmp_path, capsys):
     assert call("--from", folder, "--out", tmp_path / "ours", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert 0 <= report["max_logit_difference"] <= 2e-5
-    assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "again"), "--no-tokenizer"]) == 0
+    assert (
+        main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "again"), "--no-tokenizer"])
+        == 0
+    )
     (config, weights), (config2, weights2) = from_huggingface(folder), from_huggingface(tmp_path / "again")
     assert config2 == config
     assert all(torch.equal(weights2[name], weights[name]) for name in weights)
@@ -52,11 +55,16 @@ def test_a_trained_llama_makes_the_same_tokens_there_and_back(shared_data, tmp_p
     from transformers import AutoModelForCausalLM
 
     assert call("--from", shared_data / "llama-260k", "--out", tmp_path / "ours") == 0
-    assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--no-tokenizer"]) == 0
+    assert (
+        main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--no-tokenizer"]) == 0
+    )
     prompt = [1, 403, 407, 261, 378]
     with torch.no_grad():
         want = [
-            AutoModelForCausalLM.from_pretrained(path).eval().generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0].tolist()
+            AutoModelForCausalLM.from_pretrained(path)
+            .eval()
+            .generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0]
+            .tolist()
             for path in (shared_data / "llama-260k", tmp_path / "back")
         ]
     assert want[0] == want[1]
@@ -67,13 +75,20 @@ def test_a_trained_llama_makes_the_same_tokens_there_and_back(shared_data, tmp_p
 def test_tokenizer_and_settings_go_there_and_back(shared_data, tmp_path, folder):
     config = json.loads((folder / "config.json").read_text())
     shutil.copyfile(shared_data / "tokenizers" / "gpt2.json", folder / "tokenizer.json")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages }}", "eos_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": "{{ messages }}",
+        "eos_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
     assert config["vocab_size"] == 101
     assert call("--from", folder, "--out", tmp_path / "ours", "--no-check") == 2  # 50,257 ids for 101 rows
     small = json.loads((folder / "tokenizer.json").read_text())
-    small["model"] |= {"vocab": {token: number for token, number in small["model"]["vocab"].items() if number < 100}, "merges": []}
+    small["model"] |= {
+        "vocab": {token: number for token, number in small["model"]["vocab"].items() if number < 100},
+        "merges": [],
+    }
     small["added_tokens"] = [small["added_tokens"][0] | {"id": 100}]
     (folder / "tokenizer.json").write_text(json.dumps(small))
     assert call("--from", folder, "--out", tmp_path / "ours", "--no-check") == 0
@@ -82,11 +97,17 @@ def test_tokenizer_and_settings_go_there_and_back(shared_data, tmp_path, folder)
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["temperature"] == 0.6
 
 
-@pytest.mark.parametrize(("bos", "eos", "ids"), [("<s>", "</s>", (1, [2, 7])), ("<\uff5cbegin\uff5c>", "<\uff5cend\uff5c>", (1, 2))])
+@pytest.mark.parametrize(
+    ("bos", "eos", "ids"), [("<s>", "</s>", (1, [2, 7])), ("<\uff5cbegin\uff5c>", "<\uff5cend\uff5c>", (1, 2))]
+)
 def test_special_ids_go_there_and_back_and_end_texts(bos, eos, ids, tmp_path, capsys):
     model = MODELS["llama-gqa-tied"]()
     model.resize_token_embeddings(400)
-    to_huggingface(*from_huggingface(model), tmp_path / "theirs", special_ids=SpecialIds(bos=ids[0], eos=tuple(ids[1]) if isinstance(ids[1], list) else ids[1]))
+    to_huggingface(
+        *from_huggingface(model),
+        tmp_path / "theirs",
+        special_ids=SpecialIds(bos=ids[0], eos=tuple(ids[1]) if isinstance(ids[1], list) else ids[1]),
+    )
     write_tokenizer(tmp_path / "theirs", bos=bos, eos=eos)
     (tmp_path / "theirs" / "generation_config.json").unlink()
     assert call("--from", tmp_path / "theirs", "--out", tmp_path / "ours", "--no-check") == 0
@@ -110,7 +131,13 @@ def test_differing_logits_leave_nothing_and_exit_4(folder, tmp_path, capsys, mon
 def test_a_checkpoint_of_gpt_neox_with_its_yaml(tmp_path, capsys, by_layer):
     config, weights = make("neox")
     write_gpt_neox(tmp_path / "old", weights, config, 2, by_layer=by_layer, padded_rows=50, old_names=True)
-    values = BASE | {"hidden_size": 24, "max_position_embeddings": 16, "seq_length": 16, "gpt_j_residual": True, "rotary_pct": 0.5}
+    values = BASE | {
+        "hidden_size": 24,
+        "max_position_embeddings": 16,
+        "seq_length": 16,
+        "gpt_j_residual": True,
+        "rotary_pct": 0.5,
+    }
     (tmp_path / "old" / "global_step7" / "configs").mkdir()
     (tmp_path / "old" / "global_step7" / "configs" / "model.yml").write_text(flow_text(values))
     assert call("--from", tmp_path / "old", "--out", tmp_path / "ours") == 4  # the file speaks of 50,304 ids
@@ -126,15 +153,27 @@ def test_a_flat_folder_as_it_is_published(tmp_path, capsys):
     config, weights = make("neox")
     write_gpt_neox(tmp_path / "old", weights, config, 2, by_layer=True, padded_rows=50, old_names=True)
     flat = (tmp_path / "old" / "global_step7").rename(tmp_path / "flat")
-    values = BASE | {"hidden_size": 24, "max_position_embeddings": 16, "seq_length": 16, "gpt_j_residual": True, "rotary_pct": 0.5}
+    values = BASE | {
+        "hidden_size": 24,
+        "max_position_embeddings": 16,
+        "seq_length": 16,
+        "gpt_j_residual": True,
+        "rotary_pct": 0.5,
+    }
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 45)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
     tokenizer.save(str(tmp_path / "words.json"))
-    for number, vocabulary in enumerate([{"vocab_file": "/not/here/words.json"}, {"vocab_file": None, "tokenizer_type": None}]):
-        (flat / "model.yml").write_text(flow_text({key: value for key, value in (values | vocabulary).items() if value is not None}))
+    for number, vocabulary in enumerate(
+        [{"vocab_file": "/not/here/words.json"}, {"vocab_file": None, "tokenizer_type": None}]
+    ):
+        (flat / "model.yml").write_text(
+            flow_text({key: value for key, value in (values | vocabulary).items() if value is not None})
+        )
         for i, conf in enumerate([[], ["--conf", flat / "model.yml"]]):
             out = tmp_path / f"ours{number}{i}"
-            assert call("--from", flat, *conf, "--out", out, "--tokenizer", tmp_path / "words.json", "--no-check") == 0, capsys.readouterr().err
+            assert (
+                call("--from", flat, *conf, "--out", out, "--tokenizer", tmp_path / "words.json", "--no-check") == 0
+            ), capsys.readouterr().err
             assert "model.vocab_size: 50, the embedding rows of the checkpoint" in capsys.readouterr().err
             with Checkpoint(resolve(out)) as checkpoint:
                 assert all(torch.equal(checkpoint.tensor(name), weights[name]) for name in weights)
@@ -153,7 +192,15 @@ def test_errors_name_why_an_import_fails(folder, tmp_path, capsys):
     assert call("--from", tmp_path / "old", "--out", tmp_path / "ours") == 2
     lines = capsys.readouterr().err.splitlines()
     for line, said in zip(
-        lines, ["not a model", "with a config on the command line", "tokenizer file is missing", "would overwrite", "checkpoint has no config"], strict=True
+        lines,
+        [
+            "not a model",
+            "with a config on the command line",
+            "tokenizer file is missing",
+            "would overwrite",
+            "checkpoint has no config",
+        ],
+        strict=True,
     ):
         assert said in line
     assert not (tmp_path / "ours").exists()

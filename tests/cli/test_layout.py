@@ -1,4 +1,6 @@
-"""Layouts of commands that read a model: what fits neither the processes nor the model is refused before any process group."""
+"""Layouts of commands that read a model: what fits neither the processes nor the model is refused before any process
+group.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,13 @@ def processes(monkeypatch):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         if count > 1:
-            for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", count), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 1)):
+            for name, value in (
+                ("RANK", 0),
+                ("LOCAL_RANK", 0),
+                ("WORLD_SIZE", count),
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", 1),
+            ):
                 monkeypatch.setenv(name, str(value))
 
     return pretend
@@ -71,7 +79,13 @@ def run_folder(tmp_path_factory):
     """run/ with a small random model, its tokenizer, and the dataset `text`."""
     root = tmp_path_factory.mktemp("layout")
     tokenizer = train_tokenizer(["the quick brown fox"] * 9, 300, root / "tokenizer.json")
-    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3}
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "init_std": 0.3,
+    }
     model = GPT(ModelConfig(**sizes, vocab_size=tokenizer.vocab_size), Mesh.single())
     save_model(root / "run", model, tokenizer=tokenizer.file)
     with IndexedWriter(root / "text", "uint16") as writer:
@@ -81,7 +95,9 @@ def run_folder(tmp_path_factory):
 
 @pytest.mark.distributed
 def test_the_output_of_a_launch_is_json_alone(run_folder, capfd):
-    """Over two processes, and the same as in one. DeepSpeed's launcher writes lines of its own there, so it is torchrun."""
+    """Over two processes, and the same as in one. DeepSpeed's launcher writes lines of its own there, so it is
+    torchrun.
+    """
     commands = {
         "generate": ["--prompt", "the fox", "--max-new-tokens", "5", "--temperature", "0", "--json"],
         "evaluate": ["--data", str(run_folder / "text"), "--json"],
@@ -90,9 +106,22 @@ def test_the_output_of_a_launch_is_json_alone(run_folder, capfd):
         words = [command, "--checkpoint", str(run_folder / "run"), *arguments]
         assert main(words) == 0
         alone = json.loads(capfd.readouterr().out)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            "-m",
+        ]
         launch = [*torchrun, "neox.cli.main", *words, "--pipeline", "2"]
-        done = subprocess.run(launch, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            launch, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         together = json.loads(done.stdout)
-        assert together == alone if command == "generate" else together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert (
+            together == alone if command == "generate" else together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        )

@@ -97,7 +97,10 @@ def test_a_missing_package_is_an_environment_error(monkeypatch, capsys):
 
 def test_an_unknown_option_is_a_complaint_of_the_action(capsys):
     assert cli.main(["tokenizer", "train", "--input", ".", "--vocab-size", "300", "--out", "t.json", "--nope"]) == 2
-    assert capsys.readouterr().err == "error[2] unrecognized arguments: --nope; where=neox tokenizer train; do=neox tokenizer train --help\n"
+    assert (
+        capsys.readouterr().err
+        == "error[2] unrecognized arguments: --nope; where=neox tokenizer train; do=neox tokenizer train --help\n"
+    )
     assert cli.main(["doctor", "--nope"]) == 2
     assert "where=neox doctor; do=neox doctor --help" in capsys.readouterr().err
 
@@ -131,7 +134,9 @@ cli.command()
 def test_a_reader_that_went_away_leaves_no_noise(argv):
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "neox.cli.main", *argv], stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "neox.cli.main", *argv], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
     os.close(writer)
     assert done.stderr == ""
 
@@ -163,5 +168,6 @@ def test_a_surrogate_that_gets_as_far_as_an_encoder_is_one_line():
         "caf\udce9/x".encode()
     problem = cli.as_problem(caught.value, "data")
     assert problem.line() == (
-        r"error[2] a name or text has bytes that are not UTF-8; where=neox data; got=caf\xe9/x; want=text that UTF-8 can encode; do=rename the file or folder"
+        r"error[2] a name or text has bytes that are not UTF-8; where=neox data; got=caf\xe9/x; want=text that UTF-8 "
+        r"can encode; do=rename the file or folder"
     )

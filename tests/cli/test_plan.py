@@ -29,14 +29,21 @@ def test_the_cpu_is_this_machine(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "no config to plan"), (["pythia/70M.yml", "--device", "h1000"], "unknown device"), (["pythia/70M.yml", "--world-size", "-1"], "wrong number")],
+    [
+        ([], "no config to plan"),
+        (["pythia/70M.yml", "--device", "h1000"], "unknown device"),
+        (["pythia/70M.yml", "--world-size", "-1"], "wrong number"),
+    ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-LARGE = (["pythia/12B.yml", "--world-size", "8", "--device", "a100-40gb"], ["gpt3/175B.yml", "--world-size", "1024", "--device", "h100"])
+LARGE = (
+    ["pythia/12B.yml", "--world-size", "8", "--device", "a100-40gb"],
+    ["gpt3/175B.yml", "--world-size", "1024", "--device", "h100"],
+)
 PROGRAM = """
 import resource, sys
 from neox.cli.main import main
@@ -50,6 +57,8 @@ sys.exit(code)
 @pytest.mark.parametrize("arguments", LARGE)
 def test_large_plans_take_less_than_two_seconds_of_computing(arguments):
     """By CPU time, so that a busy machine does not decide."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, "plan", *arguments], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "plan", *arguments], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stderr.splitlines()[-1]) < 2.0

@@ -25,13 +25,30 @@ def corpus(tmp_path):
 
 
 def call(corpus, *options: str) -> int:
-    return main(["preprocess", "--input", str(corpus / "in"), "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0", *options])
+    return main(
+        [
+            "preprocess",
+            "--input",
+            str(corpus / "in"),
+            "--tokenizer",
+            str(corpus / "t.json"),
+            "--out",
+            str(corpus / "out"),
+            "--workers",
+            "0",
+            *options,
+        ]
+    )
 
 
 def test_summary_in_words_and_json(corpus, capsys):
     assert call(corpus, "--bad-lines", "skip") == 0
     printed = capsys.readouterr()
-    assert "2 documents" in printed.out and "1 bad, 0 blank, 0 empty" in printed.out and "a.jsonl:3: not JSON" in printed.out
+    assert (
+        "2 documents" in printed.out
+        and "1 bad, 0 blank, 0 empty" in printed.out
+        and "a.jsonl:3: not JSON" in printed.out
+    )
     assert call(corpus, "--bad-lines", "skip", "--json", "--overwrite", "--suffix", ".py", "--suffix", ".jsonl") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["documents"], summary["files"], summary["bad_lines"]) == (3, 2, 1)
@@ -41,7 +58,11 @@ def test_summary_in_words_and_json(corpus, capsys):
 def test_a_bad_line_stops_with_code_3(corpus, capsys):
     assert call(corpus) == 3
     error = capsys.readouterr().err
-    assert error.startswith("error[3] bad line; where=") and "a.jsonl:3; got=not JSON" in error and len(error.splitlines()) == 1
+    assert (
+        error.startswith("error[3] bad line; where=")
+        and "a.jsonl:3; got=not JSON" in error
+        and len(error.splitlines()) == 1
+    )
     assert not (corpus / "out.idx").exists()
 
 
@@ -52,12 +73,17 @@ def test_quarantine_is_named(corpus, capsys):
 
 def test_a_bos_is_prepended_when_asked_for(corpus, capsys):
     train_tokenizer(["one two three four"], 300, corpus / "t.json", special_tokens=["<s>", "<start>"])
-    assert call(corpus, "--bad-lines", "skip") == 0 and call(corpus, "--bad-lines", "skip", "--overwrite", "--no-prepend-bos") == 0
+    assert (
+        call(corpus, "--bad-lines", "skip") == 0
+        and call(corpus, "--bad-lines", "skip", "--overwrite", "--no-prepend-bos") == 0
+    )
     plain = IndexedDataset(corpus / "out")
     documents = [plain[i].tolist() for i in range(2)]
     for options, bos in ((["--prepend-bos"], 1), (["--prepend-bos", "--bos-token", "<start>"], 2)):
         assert call(corpus, "--bad-lines", "skip", "--overwrite", *options) == 0
-        assert [IndexedDataset(corpus / "out")[i].tolist() for i in range(2)] == [[bos, *document] for document in documents]
+        assert [IndexedDataset(corpus / "out")[i].tolist() for i in range(2)] == [
+            [bos, *document] for document in documents
+        ]
     capsys.readouterr()
     assert call(corpus, "--overwrite", "--prepend-bos", "--bos-token", "<nowhere>") == 2
     assert "error[2] tokenizer has no beginning-of-sequence token; where=" in capsys.readouterr().err
@@ -79,11 +105,23 @@ def test_file_names_that_are_not_utf8_go_through_every_output(corpus, capfd):
     os.mkdir(folder)
     Path(os.fsdecode(folder + b"/caf\xe9.jsonl")).write_text('{"text": "one"}\n{oops}\n')
     name = os.fsdecode(folder)
-    options = ["--tokenizer", str(corpus / "t.json"), "--workers", "0", "--input", name, "--out", f"{name}/out", "--resume"]
+    options = [
+        "--tokenizer",
+        str(corpus / "t.json"),
+        "--workers",
+        "0",
+        "--input",
+        name,
+        "--out",
+        f"{name}/out",
+        "--resume",
+    ]
     for more in (["--bad-lines", "quarantine", "--json"], ["--bad-lines", "skip", "--overwrite"]):
         assert main(["preprocess", *options, *more]) == 0
         printed = capfd.readouterr().out
-        assert "caf\\xe9.jsonl:2" in (json.loads(printed)["bad_examples"][0]["where"] if printed.startswith("{") else printed)
+        assert "caf\\xe9.jsonl:2" in (
+            json.loads(printed)["bad_examples"][0]["where"] if printed.startswith("{") else printed
+        )
     (kept,) = Path(f"{name}/out.quarantine.jsonl").read_text().splitlines()
     assert json.loads(kept)["file"].endswith("caf\\xe9/caf\\xe9.jsonl")
     assert main(["preprocess", *options, "--overwrite"]) == 3
@@ -92,22 +130,66 @@ def test_file_names_that_are_not_utf8_go_through_every_output(corpus, capfd):
 
 
 def test_input_that_is_read_once_or_left_out_is_reported(corpus, capfd):
-    command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--input", str(corpus / "in"), str(corpus / "in" / "a.jsonl"), "--bad-lines", "skip"]
-    done = subprocess.run([*command, "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "neox.cli.main",
+        "preprocess",
+        "--input",
+        str(corpus / "in"),
+        str(corpus / "in" / "a.jsonl"),
+        "--bad-lines",
+        "skip",
+    ]
+    done = subprocess.run(
+        [*command, "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "2 documents" in done.stdout
-    assert "left out of folders: 1 files with other suffixes (.py 1)" in done.stderr and "reached twice, read once: " in done.stderr
+    assert (
+        "left out of folders: 1 files with other suffixes (.py 1)" in done.stderr
+        and "reached twice, read once: " in done.stderr
+    )
 
 
 def test_the_form_of_the_input_can_be_named(corpus, capsys):
     path = corpus / "lines.txt"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    common = ["preprocess", "--input", str(path), "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0", "--json"]
+    common = [
+        "preprocess",
+        "--input",
+        str(path),
+        "--tokenizer",
+        str(corpus / "t.json"),
+        "--out",
+        str(corpus / "out"),
+        "--workers",
+        "0",
+        "--json",
+    ]
     assert main(common) == 3
     assert "file may be JSON lines or one document" in capsys.readouterr().err
     for form, documents in (("jsonl", 2), ("txt", 1)):
         assert main([*common, "--format", form, "--overwrite"]) == 0
         assert json.loads(capsys.readouterr().out)["documents"] == documents
-    assert main(["tokenizer", "train", "--input", str(path), "--format", "jsonl", "--vocab-size", "300", "--out", str(corpus / "u.json")]) == 0
+    assert (
+        main(
+            [
+                "tokenizer",
+                "train",
+                "--input",
+                str(path),
+                "--format",
+                "jsonl",
+                "--vocab-size",
+                "300",
+                "--out",
+                str(corpus / "u.json"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_help_has_an_example(capsys):
@@ -118,12 +200,29 @@ def test_help_has_an_example(capsys):
 
 def test_conversations_and_pairs(corpus, capsys):
     talk = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
-    (corpus / "chat.jsonl").write_text(json.dumps({"messages": talk, "chosen": talk, "rejected": [talk[0], {"role": "assistant", "content": "three"}]}) + "\n")
-    options = ["preprocess", "--input", str(corpus / "chat.jsonl"), "--tokenizer", str(corpus / "t.json"), "--out", str(corpus / "out"), "--workers", "0"]
+    (corpus / "chat.jsonl").write_text(
+        json.dumps({"messages": talk, "chosen": talk, "rejected": [talk[0], {"role": "assistant", "content": "three"}]})
+        + "\n"
+    )
+    options = [
+        "preprocess",
+        "--input",
+        str(corpus / "chat.jsonl"),
+        "--tokenizer",
+        str(corpus / "t.json"),
+        "--out",
+        str(corpus / "out"),
+        "--workers",
+        "0",
+    ]
     assert main([*options, "--chat", "--chat-template", "plain"]) == 0
     assert "1 documents" in capsys.readouterr().out
     tokens, labels = IndexedDataset(corpus / "out")[0].tolist(), IndexedDataset(corpus / "out_labels")[0].tolist()
-    assert len(tokens) == len(labels) and {a for a, b in zip(tokens, labels, strict=True) if b == -100} and set(labels) - {-100} <= set(tokens)
+    assert (
+        len(tokens) == len(labels)
+        and {a for a, b in zip(tokens, labels, strict=True) if b == -100}
+        and set(labels) - {-100} <= set(tokens)
+    )
     assert main([*options, "--chat", "--pairs", "--chat-template", "plain", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["documents"] == 1 and 0 < summary["learned"] < summary["tokens"]

@@ -29,7 +29,10 @@ def test_trains_and_reports(folder, capsys):
     assert result == {"out": str(folder / "t.json"), "vocab_size": 262, "eod_id": 0, "hash": tokenizer.hash, "files": 2}
     before = (folder / "t.json").read_bytes()
     assert call(folder, "--vocab-size", "5000", "--bad-lines", "skip", "--eod-token", "</s>") == 3
-    assert "error[3] tokenizer already exists; where=" in capsys.readouterr().err and (folder / "t.json").read_bytes() == before
+    assert (
+        "error[3] tokenizer already exists; where=" in capsys.readouterr().err
+        and (folder / "t.json").read_bytes() == before
+    )
     assert call(folder, "--vocab-size", "5000", "--bad-lines", "skip", "--eod-token", "</s>", "--overwrite") == 0
     printed = capsys.readouterr().out
     assert "from 2 files, </s> is 0" in printed and "of the 5,000 tokens asked for" in printed

@@ -62,7 +62,9 @@ def test_config_files_are_named_as_for_deepy_too(arguments, files):
 
 
 @pytest.mark.parametrize(
-    ("given", "size"), [({}, "0"), ({"TORCH_FR_BUFFER_SIZE": "50"}, "50"), ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "50"}, None)], ids=["unset", "set", "old name"]
+    ("given", "size"),
+    [({}, "0"), ({"TORCH_FR_BUFFER_SIZE": "50"}, "50"), ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "50"}, None)],
+    ids=["unset", "set", "old name"],
 )
 def test_collectives_are_recorded_where_the_user_asks_for_it(given, size):
     variables = dict(given)
@@ -75,11 +77,15 @@ def test_positional_files_reach_the_run(tmp_path):
     assert "hiden_size" in run("-d", str(tmp_path), "a").stderr
     result = run("--set", "train.seed=1")
     assert result.returncode == 2
-    assert result.stderr.startswith("error[2] no config file; where=argv; want=--conf FILE [FILE ...]; do=neox train --conf 1-3B.yml")
+    assert result.stderr.startswith(
+        "error[2] no config file; where=argv; want=--conf FILE [FILE ...]; do=neox train --conf 1-3B.yml"
+    )
 
 
 def test_files_of_gpt_neox_train_as_they_are(tmp_path):
-    """Two of its flat files, merged: a model in hyphens and flow style, and paths; trained, then started again with nothing left to do."""
+    """Two of its flat files, merged: a model in hyphens and flow style, and paths; trained, then started again with
+    nothing left to do.
+    """
     make_corpus(tmp_path)
     model = {
         "pipe-parallel-size": 1,
@@ -96,7 +102,13 @@ def test_files_of_gpt_neox_train_as_they_are(tmp_path):
         "attention-config": [[["flash"], 2]],
         "bias-gelu-fusion": True,
         "optimizer": {"type": "Adam", "params": {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8}},
-        "zero_optimization": {"stage": 1, "allgather_bucket_size": 500000000, "overlap_comm": True, "contiguous_gradients": True, "cpu_offload": False},
+        "zero_optimization": {
+            "stage": 1,
+            "allgather_bucket_size": 500000000,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "cpu_offload": False,
+        },
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
         "checkpoint-activations": True,
@@ -111,8 +123,16 @@ def test_files_of_gpt_neox_train_as_they_are(tmp_path):
         "wall_clock_breakdown": True,
         "launcher": "slurm",
     }
-    paths = {f"{part}-data-paths": [str(tmp_path / ("train" if part == "train" else "valid"))] for part in ("train", "valid", "test")}
-    paths |= {"tokenizer-type": "HFTokenizer", "vocab-file": "missing.json", "save": str(tmp_path / "run"), "load": str(tmp_path / "run")}
+    paths = {
+        f"{part}-data-paths": [str(tmp_path / ("train" if part == "train" else "valid"))]
+        for part in ("train", "valid", "test")
+    }
+    paths |= {
+        "tokenizer-type": "HFTokenizer",
+        "vocab-file": "missing.json",
+        "save": str(tmp_path / "run"),
+        "load": str(tmp_path / "run"),
+    }
     (tmp_path / "model.yml").write_text(flow_text(model))
     (tmp_path / "paths.yml").write_text(flow_text(paths))
     command = [sys.executable, str(ROOT / "train.py"), "--conf", "model.yml", "paths.yml"]
@@ -124,6 +144,8 @@ def test_files_of_gpt_neox_train_as_they_are(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7)) and rows[-1]["loss"] < rows[0]["loss"]
     assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == [f"step_{n:08}" for n in (0, 1, 3, 6)]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == [
+        f"step_{n:08}" for n in (0, 1, 3, 6)
+    ]
     again = run([*command, "--set", f"model.vocab_size={VOCAB}"])
     assert again.returncode == 0 and "resumed from" in again.stdout

@@ -26,7 +26,9 @@ def forked(folder):
     """Runs the trainings as forks of a warm process instead of new ones."""
 
     def start(arguments, processes, variables):
-        (result,) = fork_server().command(arguments, folder, ranks=processes, fault=variables.get("FAULT", "")).results()
+        (result,) = (
+            fork_server().command(arguments, folder, ranks=processes, fault=variables.get("FAULT", "")).results()
+        )
         return result.returncode, result.output
 
     return start
@@ -34,7 +36,19 @@ def forked(folder):
 
 def arguments_of(conf, folder):
     settings = [*DROPOUT, "evaluate.interval=2"]
-    return ["verify-resume", str(conf), "--steps", "5", "--kill-at", "3", "--json", "--dir", str(folder), "--set", *settings]
+    return [
+        "verify-resume",
+        str(conf),
+        "--steps",
+        "5",
+        "--kill-at",
+        "3",
+        "--json",
+        "--dir",
+        str(folder),
+        "--set",
+        *settings,
+    ]
 
 
 def check(code, text, folder):
@@ -42,7 +56,9 @@ def check(code, text, folder):
     assert code == 0, rows
     names = [row["name"] for row in rows]
     assert names[:3] == ["loss", "grad_norm", "lr"]
-    assert {"final weight", "final exp_avg", "final exp_avg_sq", "random streams", "counters and data cursor"} <= set(names)
+    assert {"final weight", "final exp_avg", "final exp_avg_sq", "random streams", "counters and data cursor"} <= set(
+        names
+    )
     log = (folder / "resumed" / "log.txt").read_text()
     assert "at step 3" in log and log.count("resumed from") == 1
     metrics = folder / "resumed" / "metrics.jsonl"

@@ -52,7 +52,10 @@ def fields(model):
 
 print(json.dumps({
     "top": sorted(recorder.seen),
-    "removed": sorted([*config._REMOVED_TOP_LEVEL_CONFIG_KEYS, *("zero_optimization." + key for key in config._REMOVED_ZERO_CONFIG_KEYS)]),
+    "removed": sorted([
+        *config._REMOVED_TOP_LEVEL_CONFIG_KEYS,
+        *("zero_optimization." + key for key in config._REMOVED_ZERO_CONFIG_KEYS),
+    ]),
     "zero_optimization": fields(DeepSpeedZeroConfig),
     "bf16": fields(precision_config.DeepSpeedBF16Config),
     "fp16": fields(precision_config.DeepSpeedFP16Config),

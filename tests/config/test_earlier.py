@@ -29,8 +29,12 @@ def test_an_earlier_config_loads_to_the_same_values(name):
 def test_every_key_of_the_earlier_version_has_a_value_that_is_not_its_default():
     """Otherwise a key that is read wrongly could go unnoticed."""
     loaded = load([EARLIER / "every_key.yml"])
-    assert [key for key in VALUES["every_key"] if loaded.origins[key].source in ("default", "derived")] == ["tokenizer.file"]
-    same = [key for key, value in VALUES["defaults"].items() if value is not None and VALUES["every_key"].get(key) == value]
+    assert [key for key in VALUES["every_key"] if loaded.origins[key].source in ("default", "derived")] == [
+        "tokenizer.file"
+    ]
+    same = [
+        key for key, value in VALUES["defaults"].items() if value is not None and VALUES["every_key"].get(key) == value
+    ]
     assert same == ["model.vocab_size", "model.position_embedding"]
 
 

@@ -13,7 +13,15 @@ TINY = ["model.vocab_size=100", "data.train=[a, {path: b, weight: 2}]"]
 
 
 def test_show_is_yaml_that_loads_as_the_same_config():
-    loaded = load([], [*TINY, "model.rope_scaling={type: linear, factor: 2}", "run.dir='1e-4'", "deepspeed.zero_optimization.overlap_comm=true"])
+    loaded = load(
+        [],
+        [
+            *TINY,
+            "model.rope_scaling={type: linear, factor: 2}",
+            "run.dir='1e-4'",
+            "deepspeed.zero_optimization.overlap_comm=true",
+        ],
+    )
     assert loads(show(loaded)) == loaded.config
 
 
@@ -22,7 +30,12 @@ def test_show_names_the_origin_of_values_that_are_not_defaults(tmp_path, monkeyp
     (tmp_path / "a.yml").write_text("model:\n  vocab_size: 100\n")
     lines = show(load(["a.yml"], ["train.seed=7"])).splitlines()
     named = {line.split(":")[0].strip(): line.partition("# ")[2] for line in lines}
-    assert (named["vocab_size"], named["seed"], named["head_dim"], named["norm_eps"]) == ("a.yml:2", "--set", "derived", "")
+    assert (named["vocab_size"], named["seed"], named["head_dim"], named["norm_eps"]) == (
+        "a.yml:2",
+        "--set",
+        "derived",
+        "",
+    )
 
 
 def test_every_key_can_be_explained():
@@ -58,7 +71,10 @@ def test_explain_with_a_config_gives_value_origin_and_history(tmp_path, monkeypa
     assert [(str(origin), value) for origin, value in found.origin.overridden] == [("a.yml:3", 3)]
 
 
-@pytest.mark.parametrize(("key", "close"), [("train.lr", "optimizer.lr"), ("model.num_layer", "model.num_layers"), ("zzz", "sections are model, data")])
+@pytest.mark.parametrize(
+    ("key", "close"),
+    [("train.lr", "optimizer.lr"), ("model.num_layer", "model.num_layers"), ("zzz", "sections are model, data")],
+)
 def test_an_unknown_key_names_the_most_similar(key, close):
     with pytest.raises(ConfigError, match=close):
         explain(key)
@@ -72,9 +88,16 @@ def test_keys_of_a_source_and_of_deepspeed():
 
 
 def test_diff_lists_differing_keys_in_order():
-    left, right = load([], [*TINY, "train.seed=1", "deepspeed.wall_clock_breakdown=true"]), load([], [*TINY, "train.seed=2", "model.num_layers=3"])
+    left, right = (
+        load([], [*TINY, "train.seed=1", "deepspeed.wall_clock_breakdown=true"]),
+        load([], [*TINY, "train.seed=2", "model.num_layers=3"]),
+    )
     rows = [(row.key, row.left, row.right) for row in diff(left, right)]
-    assert rows == [("model.num_layers", 12, 3), ("train.seed", 1, 2), ("deepspeed.wall_clock_breakdown", True, "(absent)")]
+    assert rows == [
+        ("model.num_layers", 12, 3),
+        ("train.seed", 1, 2),
+        ("deepspeed.wall_clock_breakdown", True, "(absent)"),
+    ]
     assert diff(left, left) == []
 
 

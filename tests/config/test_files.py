@@ -16,7 +16,12 @@ def test_names_are_searched_under_configs_and_without_suffix(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "close"),
-    [("1-3b", "1-3B.yml"), ("pythia/160m.yml", "pythia/160M.yml"), ("pytha/160M.yml", "pythia/160M.yml"), ("configs/2-7B.yml", "gpt3/2-7B.yml")],
+    [
+        ("1-3b", "1-3B.yml"),
+        ("pythia/160m.yml", "pythia/160M.yml"),
+        ("pytha/160M.yml", "pythia/160M.yml"),
+        ("configs/2-7B.yml", "gpt3/2-7B.yml"),
+    ],
 )
 def test_a_missing_file_names_the_most_similar_preset(name, close, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

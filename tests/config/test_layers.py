@@ -16,13 +16,22 @@ def test_later_layers_win(write):
     write("a.yml", "include: base.yml\n" + MINIMAL + "train: {seed: 2, train_iters: 2}\n")
     write("b.yml", "train: {seed: 3}\n")
     config = load_config("a.yml", "b.yml", overrides=["train.seed=4"])
-    assert (config.optimizer.eps, config.optimizer.lr, config.train.train_iters, config.train.seed) == (1e-6, 1e-3, 2, 4)
+    assert (config.optimizer.eps, config.optimizer.lr, config.train.train_iters, config.train.seed) == (
+        1e-6,
+        1e-3,
+        2,
+        4,
+    )
     assert load_config("a.yml", "b.yml").train.seed == 3
     assert load_config("b.yml", "a.yml").train.seed == 2
 
 
 def test_lists_are_replaced_and_mappings_merged(write):
-    write("a.yml", MINIMAL + "data: {train: [a, b]}\ndeepspeed: {zero_optimization: {overlap_comm: true, reduce_scatter: false}}\n")
+    write(
+        "a.yml",
+        MINIMAL
+        + "data: {train: [a, b]}\ndeepspeed: {zero_optimization: {overlap_comm: true, reduce_scatter: false}}\n",
+    )
     config = load_config("a.yml", overrides=["data.train=[c]", "deepspeed.zero_optimization.reduce_scatter=true"])
     assert [source.path for source in config.data.train] == ["c"]
     assert config.deepspeed == {"zero_optimization": {"overlap_comm": True, "reduce_scatter": True}}
@@ -59,8 +68,21 @@ def test_overrides_are_literal(write, override, value):
 
 def test_overrides_are_typed(write):
     write("a.yml", MINIMAL)
-    config = load_config("a.yml", overrides=["optimizer.lr=1e-4", "optimizer.betas=[0.5, 0.6]", "data.document-mask=true", "data.train=[{path: a, weight: 2}]"])
-    assert (config.optimizer.lr, config.optimizer.betas, config.data.document_mask, config.data.train[0].weight) == (1e-4, (0.5, 0.6), True, 2.0)
+    config = load_config(
+        "a.yml",
+        overrides=[
+            "optimizer.lr=1e-4",
+            "optimizer.betas=[0.5, 0.6]",
+            "data.document-mask=true",
+            "data.train=[{path: a, weight: 2}]",
+        ],
+    )
+    assert (config.optimizer.lr, config.optimizer.betas, config.data.document_mask, config.data.train[0].weight) == (
+        1e-4,
+        (0.5, 0.6),
+        True,
+        2.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +155,9 @@ SECRETS = [
 
 @pytest.mark.parametrize("content", SECRETS)
 def test_the_content_of_a_file_that_is_not_a_config_is_not_printed(write, content):
-    """`include:` may name any file by mistake; its lines, and the values of keys that no config has, stay out of the log."""
+    """`include:` may name any file by mistake; its lines, and the values of keys that no config has, stay out of the
+    log.
+    """
     write("secret", content)
     write("main.yml", "include: secret\n" + MINIMAL)
     lines = refusal("main.yml")
@@ -145,7 +169,10 @@ def test_the_content_of_a_file_that_is_not_a_config_is_not_printed(write, conten
 def test_text_that_utf8_cannot_encode(write, name):
     write("main.yml", MINIMAL)
     (line,) = refusal("main.yml", overrides=(f"run.dir=runs/{name}",))
-    assert line.startswith("error[2] not a value; where=--set run.dir; got=runs/") and "want=characters that UTF-8 can encode" in line
+    assert (
+        line.startswith("error[2] not a value; where=--set run.dir; got=runs/")
+        and "want=characters that UTF-8 can encode" in line
+    )
     line.encode()
     (line,) = refusal(name)
     assert line.startswith("error[2] no such config file") and line.encode()

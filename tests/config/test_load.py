@@ -33,7 +33,9 @@ def test_a_section_without_spaces_after_its_colons(write):
 
 def test_all_problems_are_reported_at_once_with_their_locations(write):
     write(
-        "bad.yml", "model:\n  vocab_size: 100\n  hiden_size: 3\n  num_layers: 1.0\ntrain:\n  lr: 3\n  seed: '4'\nnum_layers: 3\nzero_optimisation: {stage: 1}\n"
+        "bad.yml",
+        "model:\n  vocab_size: 100\n  hiden_size: 3\n  num_layers: 1.0\ntrain:\n  lr: 3\n  seed: '4'\nnum_layers: "
+        "3\nzero_optimisation: {stage: 1}\n",
     )
     write("broken.yml", "a: [")
     lines = refusal("bad.yml", "broken.yml", "missing.yml", overrides=("train.sed=3", "oops"))
@@ -82,7 +84,10 @@ def test_all_problems_are_reported_at_once_with_their_locations(write):
         ("model.init=bogus", ["got='bogus'", "'small_init'"]),
         ("model.lora={rank: 2, targets: [x]}", ["model.lora.targets.0", "got='x'", "'mlp.up'"]),
         ("model.lora={rank: 2, targets: []}", ["model.lora.targets;", "got=[]", "want=a list of at least 1"]),
-        ("parallel.partition=[1, a]", ["--set parallel.partition;", "got=[1, 'a']", "one of parameters, time or list of integer > 0"]),
+        (
+            "parallel.partition=[1, a]",
+            ["--set parallel.partition;", "got=[1, 'a']", "one of parameters, time or list of integer > 0"],
+        ),
         ("parallel.partition=[1, -1]", ["--set parallel.partition;", "got=[1, -1]"]),
         ("tokenizer.special_ids={eos: [a]}", ["tokenizer.special_ids.eos;", "got=['a']"]),
     ],

@@ -74,7 +74,10 @@ def test_quotes_make_strings():
 
 def test_leaves_have_lines():
     reader = Reader("x.yml")
-    leaves = {leaf.path: leaf for leaf in reader.read("model:\n  num_layers: 2\n\ndata:\n  train:\n    - a\n    - path: b\n      weight: 2\n")}
+    leaves = {
+        leaf.path: leaf
+        for leaf in reader.read("model:\n  num_layers: 2\n\ndata:\n  train:\n    - a\n    - path: b\n      weight: 2\n")
+    }
     assert leaves[("model", "num_layers")].line == 2
     assert leaves[("data", "train")].line == 5
     assert leaves[("data", "train")].lines[(1, "weight")] == 8

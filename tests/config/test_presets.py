@@ -15,8 +15,8 @@ from neox.config.values import dump
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
-# Published counts, embeddings included (Pythia: arXiv 2304.01373, table 1 and the model cards; the others: the model cards'
-# weights). GPT-3's are printed as rounded in the paper: computed from its shapes.
+# Published counts, embeddings included (Pythia: arXiv 2304.01373, table 1 and the model cards; the others: the model
+# cards' weights). GPT-3's are printed as rounded in the paper: computed from its shapes.
 PARAMETERS = {
     "pythia/14M": 14_067_712,
     "pythia/31M": 30_494_720,
@@ -54,7 +54,9 @@ def count_parameters(model: ModelConfig) -> int:
     h, d, f = model.hidden_size, model.head_dim, model.intermediate_size
     norm = 2 * h if model.norm == "layernorm" else h
     qkv_rows = (model.num_attention_heads + 2 * model.num_kv_heads) * d
-    attention = h * qkv_rows + qkv_rows * model.qkv_bias + model.num_attention_heads * d * h + h * model.attention_out_bias
+    attention = (
+        h * qkv_rows + qkv_rows * model.qkv_bias + model.num_attention_heads * d * h + h * model.attention_out_bias
+    )
     attention += 2 * d if model.qk_norm else 0
     mlp = (3 if model.gated else 2) * h * f + (((2 if model.gated else 1) * f + h) if model.mlp_bias else 0)
     norms = norm if model.shared_residual_norm else 2 * norm
@@ -119,13 +121,28 @@ def test_pythia_is_trained_as_published(name, shared_data):
         "gradient_clipping": config.optimizer.gradient_clipping,
     }
     assert {key: theirs[key] for key in ours} == ours
-    assert (params["lr"], tuple(params["betas"]), params["eps"]) == (config.optimizer.lr, config.optimizer.betas, config.optimizer.eps)
+    assert (params["lr"], tuple(params["betas"]), params["eps"]) == (
+        config.optimizer.lr,
+        config.optimizer.betas,
+        config.optimizer.eps,
+    )
     assert theirs["warmup"] * theirs["train_iters"] == config.schedule.warmup_iters
-    assert (theirs.get("init_method", "normal"), theirs.get("output_layer_init_method", "scaled_normal")) == (config.model.init, config.model.output_init)
+    assert (theirs.get("init_method", "normal"), theirs.get("output_layer_init_method", "scaled_normal")) == (
+        config.model.init,
+        config.model.output_init,
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("neox-20b", "20B"), ("1-3B", "1-3B"), ("gpt3/125M", "125M"), ("gpt3/2-7B", "2-7B"), ("gpt3/13B", "13B"), ("gpt3/175B", "175B")]
+    ("name", "file"),
+    [
+        ("neox-20b", "20B"),
+        ("1-3B", "1-3B"),
+        ("gpt3/125M", "125M"),
+        ("gpt3/2-7B", "2-7B"),
+        ("gpt3/13B", "13B"),
+        ("gpt3/175B", "175B"),
+    ],
 )
 def test_shape_is_the_one_of_the_yaml_of_that_name(name, file, shared_data):
     theirs = upstream_yaml(shared_data / "upstream-configs" / "gpt-neox" / "configs" / f"{file}.yml")

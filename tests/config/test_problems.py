@@ -7,7 +7,15 @@ import pytest
 from neox.config.problems import SHOWN, ConfigErrors, brief, nearest, raise_problems, same_word, similar_words
 from neox.errors import ConfigError
 
-KEYS = ["model.num_layers", "model.num_attention_heads", "model.hidden_size", "optimizer.lr", "optimizer.eps", "model.norm_eps", "data.seq_length"]
+KEYS = [
+    "model.num_layers",
+    "model.num_attention_heads",
+    "model.hidden_size",
+    "optimizer.lr",
+    "optimizer.eps",
+    "model.norm_eps",
+    "data.seq_length",
+]
 
 
 def test_nothing_collected_raises_nothing():
@@ -54,7 +62,14 @@ def test_nearest(wrong, meant):
 
 
 def test_words_of_a_flat_key_match_in_any_order_and_none_is_left_over():
-    known = ["wandb_team", "wandb_group", "train_micro_batch_size_per_gpu", "num_kv_heads", "num_attention_heads", "a_very_long_key_with_heads"]
+    known = [
+        "wandb_team",
+        "wandb_group",
+        "train_micro_batch_size_per_gpu",
+        "num_kv_heads",
+        "num_attention_heads",
+        "a_very_long_key_with_heads",
+    ]
     assert similar_words("micro_batch_size", known) == ["train_micro_batch_size_per_gpu"]
     assert similar_words("heads_num", known) == ["num_attention_heads", "num_kv_heads"]
     assert similar_words("wandb_run_name", known) == similar_words("heads", ["a_very_long_key_with_heads"]) == []

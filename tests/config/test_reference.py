@@ -28,6 +28,6 @@ def test_no_key_is_left_out():
 
 def test_a_line_has_type_default_meaning_and_the_name_of_gpt_neox():
     assert (
-        "| `model.parallel_residual` | boolean | `false` | x + attention(norm1(x)) + mlp(norm2(x)) instead of two sequential steps | `gpt_j_residual` |"
-        in config_reference()
+        "| `model.parallel_residual` | boolean | `false` | x + attention(norm1(x)) + mlp(norm2(x)) instead of two "
+        "sequential steps | `gpt_j_residual` |" in config_reference()
     )

@@ -36,7 +36,9 @@ def test_any_one_of_the_batch_sizes_may_be_omitted(micro, accumulation, total):
     assert sizes.global_batch_size == sizes.micro_batch_size * sizes.gradient_accumulation * sizes.dp
     for key, value in given.items():
         assert value is None or dict(vars(sizes))[key] == value
-    expected = {(None, None): (12, 1), (3, None): (3, 4 if total else 1), (None, 4): (3, 4), (3, 4): (3, 4)}[(micro, accumulation)]
+    expected = {(None, None): (12, 1), (3, None): (3, 4 if total else 1), (None, 4): (3, 4), (3, 4): (3, 4)}[
+        (micro, accumulation)
+    ]
     assert (sizes.micro_batch_size, sizes.gradient_accumulation) == expected
 
 
@@ -68,7 +70,11 @@ def test_a_valid_config_passes():
 
 def test_everything_is_reported_at_once():
     config = config_of(
-        "model.num_attention_heads=10", "schedule.warmup_iters=2000", "precision.dtype=fp16", "train.global_batch_size=3", "deepspeed.fp16.enabled=true"
+        "model.num_attention_heads=10",
+        "schedule.warmup_iters=2000",
+        "precision.dtype=fp16",
+        "train.global_batch_size=3",
+        "deepspeed.fp16.enabled=true",
     )
     lines = lines_of(config, world_size=2)
     assert len(lines) == 5
@@ -77,11 +83,15 @@ def test_everything_is_reported_at_once():
 
 def test_a_report_names_files_lines_values_and_the_rule(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.yml").write_text("model:\n  vocab_size: 9\n  num_attention_heads: 7\ndata: {train: [x]}\ntrain: {micro_batch_size: 1}\n")
+    (tmp_path / "a.yml").write_text(
+        "model:\n  vocab_size: 9\n  num_attention_heads: 7\ndata: {train: [x]}\ntrain: {micro_batch_size: 1}\n"
+    )
     loaded = load(["a.yml"], ["model.hidden_size=100"])
     assert lines_of(loaded.config, origins=loaded.origins) == [
-        "error[2] heads do not divide the hidden size; where=--set model.hidden_size, a.yml:3 model.num_attention_heads; "
-        "got=model.hidden_size = 100, model.num_attention_heads = 7; want=hidden_size a multiple of num_attention_heads; do=change one, or set model.head_dim"
+        "error[2] heads do not divide the hidden size; where=--set model.hidden_size, a.yml:3 "
+        "model.num_attention_heads; "
+        "got=model.hidden_size = 100, model.num_attention_heads = 7; want=hidden_size a multiple of "
+        "num_attention_heads; do=change one, or set model.head_dim"
     ]
 
 

@@ -12,8 +12,10 @@ from neox.config.values import dump, flatten, inline, known_keys
 def test_the_lock_file_loads_to_an_equal_config(write):
     write(
         "a.yml",
-        "model: {vocab_size: 100, rope_scaling: {type: yarn, factor: 3.5}}\ndata: {train: [{path: 'no', weight: 0.1}, '1e-4', '010', '', 'a: b # c']}\n"
-        'run: {dir: "null"}\noptimizer: {lr: 1e-5, eps: 1.2345678901234567e-30}\ntokenizer: {eod_token: "\\u2028<|x|>\\t"}\n'
+        "model: {vocab_size: 100, rope_scaling: {type: yarn, factor: 3.5}}\ndata: {train: [{path: 'no', weight: 0.1}, "
+        "'1e-4', '010', '', 'a: b # c']}\n"
+        'run: {dir: "null"}\noptimizer: {lr: 1e-5, eps: 1.2345678901234567e-30}\n'
+        'tokenizer: {eod_token: "\\u2028<|x|>\\t"}\n'
         "deepspeed: {zero_optimization: {overlap_comm: true}, wandb: {project: 'yes'}}\n",
     )
     config = load_config("a.yml")

@@ -1,4 +1,6 @@
-"""Checkpoints as GPT-NeoX writes them, cut from a model's weights by its own rules (written from its layer classes, not from our reader)."""
+"""Checkpoints as GPT-NeoX writes them, cut from a model's weights by its own rules (written from its layer classes,
+not from our reader).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ State = dict[str, torch.Tensor]
 SHARES = (2, -1, 1, -1)  # of a bias that every rank adds its own part of: exact in any dtype, and their sum is the bias
 
 
-def layers_of_rank(weights: Mapping[str, torch.Tensor], config: ModelConfig, tp: int, rank: int, *, padded_rows: int, old_names: bool) -> dict[int, State]:
+def layers_of_rank(
+    weights: Mapping[str, torch.Tensor], config: ModelConfig, tp: int, rank: int, *, padded_rows: int, old_names: bool
+) -> dict[int, State]:
     """Layer number -> parameters that tensor rank `rank` of `tp` holds."""
     norm_kind = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
     scale = {"weight": "weight" if config.norm == "layernorm" else "scale", "bias": "bias"}
@@ -39,14 +43,18 @@ def layers_of_rank(weights: Mapping[str, torch.Tensor], config: ModelConfig, tp:
     into, out = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h") if old_names else ("mlp.linear1", "mlp.linear2")
     for i in range(config.num_layers):
         ours = f"layers.{i}"
-        second = f"{ours}.norm1" if config.shared_residual_norm else f"{ours}.norm2"  # GPT-NeoX stores one that it does not apply
+        second = (
+            f"{ours}.norm1" if config.shared_residual_norm else f"{ours}.norm2"
+        )  # GPT-NeoX stores one that it does not apply
         state = norm(f"{ours}.norm1", "input_layernorm") | norm(second, "post_attention_layernorm")
         if config.position_embedding == "alibi":
             state["attention.alibi_embed.slopes"] = torch.tensor(
                 [2.0 ** (-8.0 * (head + 1) / config.num_attention_heads) for head in range(config.num_attention_heads)]
             ).chunk(tp)[rank]
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-            state[f"attention.query_key_value.{kind}"] = packed(weights[f"{ours}.attention.qkv.{kind}"], config, tp, rank)
+            state[f"attention.query_key_value.{kind}"] = packed(
+                weights[f"{ours}.attention.qkv.{kind}"], config, tp, rank
+            )
         state["attention.dense.weight"] = columns(weights[f"{ours}.attention.out.weight"])
         state["mlp_down"] = columns(weights[f"{ours}.mlp.down.weight"])
         state[f"{out}.weight"] = state.pop("mlp_down")
@@ -70,7 +78,11 @@ def packed(x: torch.Tensor, config: ModelConfig, tp: int, rank: int) -> torch.Te
     groups, d = config.num_kv_heads, config.head_dim
     if groups == config.num_attention_heads:
         return x.chunk(tp, dim=0)[rank].clone()
-    heads = [x[(g * (config.num_attention_heads // groups + 2) + j) * d :][:d] for g in range(groups) for j in range(config.num_attention_heads // groups + 2)]
+    heads = [
+        x[(g * (config.num_attention_heads // groups + 2) + j) * d :][:d]
+        for g in range(groups)
+        for j in range(config.num_attention_heads // groups + 2)
+    ]
     per = config.num_attention_heads // groups + 2
     mine = range(rank * groups // tp, (rank + 1) * groups // tp)
     queries = [heads[g * per + j] for g in mine for j in range(per - 2)]
@@ -79,7 +91,14 @@ def packed(x: torch.Tensor, config: ModelConfig, tp: int, rank: int) -> torch.Te
 
 
 def write_gpt_neox(
-    folder: Path, weights: Mapping[str, torch.Tensor], config: ModelConfig, tp: int, *, by_layer: bool, padded_rows: int, old_names: bool
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    tp: int,
+    *,
+    by_layer: bool,
+    padded_rows: int,
+    old_names: bool,
 ) -> None:
     """Write folder/global_step7 and folder/latest."""
     step = folder / "global_step7"
@@ -92,5 +111,9 @@ def write_gpt_neox(
                 torch.save(state, step / f"layer_{number:02d}-model_{rank:02d}-model_states.pt")
             torch.save({"module": None, "iteration": 7}, step / f"mp_rank_{rank:02d}_model_states.pt")
         else:
-            module = {f"sequential.{number}.{name}": tensor for number, state in layers.items() for name, tensor in state.items()}
+            module = {
+                f"sequential.{number}.{name}": tensor
+                for number, state in layers.items()
+                for name, tensor in state.items()
+            }
             torch.save({"module": module, "iteration": 7}, step / f"mp_rank_{rank:02d}_model_states.pt")

@@ -1,4 +1,6 @@
-"""What each of four processes runs for the conversion tests: imported checkpoints read, and written again, in every layout."""
+"""What each of four processes runs for the conversion tests: imported checkpoints read, and written again, in every
+layout.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))  # tensor, pipeline
 
 
 def read_and_write(folder: str) -> None:
-    """For every model below `folder`: folder/NAME/logits-TP-PP.npy, and a checkpoint in folder/NAME/TP-PP written by that layout."""
+    """For every model below `folder`: folder/NAME/logits-TP-PP.npy, and a checkpoint in folder/NAME/TP-PP written by
+    that layout.
+    """
     dist.init_process_group("gloo")
     meshes = {layout: create_mesh(*layout) for layout in LAYOUTS}
     for place in sorted(Path(folder).iterdir()):
@@ -61,7 +65,11 @@ def write(path: Path, root: Path, mesh) -> None:
     save(
         root,
         Content(
-            1, engine.state_dict() | {"step": 1, "consumed": 0, "tokens": 0}, start_lineage(root), config_lock=dump(config), model_config=to_builtins(model)
+            1,
+            engine.state_dict() | {"step": 1, "consumed": 0, "tokens": 0},
+            start_lineage(root),
+            config_lock=dump(config),
+            model_config=to_builtins(model),
         ),
         engine.fragments(),
         ranks=RankGroup(mesh.rank, mesh.world_size),

@@ -11,7 +11,14 @@ from neox.convert.config_keys import Key, read_json, read_keys
 from neox.convert.huggingface import config_from_json
 from neox.errors import CheckpointError, ConfigError, NeoxError
 
-LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
 
 
 def test_missing_null_and_value_are_three_things():

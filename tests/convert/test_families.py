@@ -70,8 +70,30 @@ def test_unknown_architecture():
     ("theirs", "match"),
     [
         ({"model_type": "llama"}, "key is missing in config.json"),
-        ({"model_type": "gpt2", "vocab_size": 5, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8, "scale_attn_weights": False}, "scale_attn_weights"),
-        ({"model_type": "gpt2", "vocab_size": 5, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8, "activation_function": "mish"}, "got=mish"),
+        (
+            {
+                "model_type": "gpt2",
+                "vocab_size": 5,
+                "n_embd": 4,
+                "n_layer": 1,
+                "n_head": 1,
+                "n_positions": 8,
+                "scale_attn_weights": False,
+            },
+            "scale_attn_weights",
+        ),
+        (
+            {
+                "model_type": "gpt2",
+                "vocab_size": 5,
+                "n_embd": 4,
+                "n_layer": 1,
+                "n_head": 1,
+                "n_positions": 8,
+                "activation_function": "mish",
+            },
+            "got=mish",
+        ),
         (
             {
                 "model_type": "qwen3",

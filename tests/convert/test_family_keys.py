@@ -1,4 +1,6 @@
-"""Keys that are missing or null mean what transformers takes them for: its own configuration classes read the same JSON."""
+"""Keys that are missing or null mean what transformers takes them for: its own configuration classes read the same
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from tests.convert.models import llama, mistral, qwen2
 
-SIZES = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 96}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+}
 GPT2_SIZES = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96}
 CASES = [
     (family.model_type, key, change)
@@ -84,7 +93,11 @@ def test_windows(model_type, changes, window, tmp_path):
     ],
 )
 def test_logits_of_folders_with_nulls(make, changes, tmp_path):
-    options = {key: value for key, value in changes.items() if key in ("sliding_window", "use_sliding_window", "max_window_layers")}
+    options = {
+        key: value
+        for key, value in changes.items()
+        if key in ("sliding_window", "use_sliding_window", "max_window_layers")
+    }
     model = make(**options)
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
@@ -98,10 +111,22 @@ def test_logits_of_folders_with_nulls(make, changes, tmp_path):
 
 
 def test_gpt2_takes_the_common_names_of_its_sizes(tmp_path):
-    content = {"model_type": "gpt2", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 33}
+    content = {
+        "model_type": "gpt2",
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 33,
+    }
     config = config_from_json(content)
     assert config == config_from_json(theirs(content, tmp_path))
-    assert (config.hidden_size, config.num_layers, config.num_attention_heads, config.max_position_embeddings) == (64, 3, 4, 33)
+    assert (config.hidden_size, config.num_layers, config.num_attention_heads, config.max_position_embeddings) == (
+        64,
+        3,
+        4,
+        33,
+    )
 
 
 def test_keys_of_another_family_are_not_read():

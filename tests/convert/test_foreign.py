@@ -14,7 +14,12 @@ from neox.convert.foreign import describe
 
 FOLDERS = {
     "torch (DCP)": ["step-100/.metadata", "step-100/__0_0.distcp"],
-    "Megatron-core": ["iter_0000100/common.pt", "iter_0000100/metadata.json", "iter_0000100/.metadata", "iter_0000100/__0_0.distcp"],
+    "Megatron-core": [
+        "iter_0000100/common.pt",
+        "iter_0000100/metadata.json",
+        "iter_0000100/.metadata",
+        "iter_0000100/__0_0.distcp",
+    ],
     "Megatron-LM": ["latest_checkpointed_iteration.txt", "iter_0000100/mp_rank_00/model_optim_rng.pt"],
     "Megatron-LM ": ["release/mp_rank_01_003/model_optim_rng.pt"],
     "DeepSpeed ZeRO": ["latest", "zero_to_fp32.py", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"],
@@ -63,7 +68,13 @@ def test_what_torch_writes_is_known(tmp_path):
 
 def test_a_trainer_folder_whose_weights_deepspeed_holds_is_named(tmp_path, capsys):
     make(tmp_path / "from", ["global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"])
-    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     (tmp_path / "from" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}), encoding="utf-8")
     assert main(["import", "--from", str(tmp_path / "from"), "--out", str(tmp_path / "out")]) == 4
     assert "DeepSpeed ZeRO" in capsys.readouterr().err

@@ -16,7 +16,14 @@ from neox.parallel.mesh import Mesh
 from tests.convert.gpt_neox_checkpoints import write_gpt_neox
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 16}
-LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "intermediate_size": 40}
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "qkv_bias": False,
+    "attention_out_bias": False,
+    "mlp_bias": False,
+    "intermediate_size": 40,
+}
 MODELS = {
     "neox": {"parallel_residual": True, "rotary_pct": 0.5},
     "neox-shared-norm": {"parallel_residual": True, "shared_residual_norm": True},
@@ -50,7 +57,10 @@ def test_every_parameter_comes_back(tmp_path, kind, tp, by_layer):
 def test_heads_of_four_ranks(tmp_path):
     config, weights = make("neox")
     write_gpt_neox(tmp_path, weights, config, 4, by_layer=True, padded_rows=52, old_names=False)
-    assert all(torch.equal(source(), weights[name]) for name, source in open_gpt_neox_checkpoint(tmp_path / "global_step7", config).items())
+    assert all(
+        torch.equal(source(), weights[name])
+        for name, source in open_gpt_neox_checkpoint(tmp_path / "global_step7", config).items()
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Checkpoints that the original GPT-NeoX trained and wrote, against the logits and losses that it computed itself (see gpt_neox/README.md)."""
+"""Checkpoints that the original GPT-NeoX trained and wrote, against the logits and losses that it computed itself
+(see gpt_neox/README.md).
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,27 @@ def test_losses_of_a_run_from_step_0_are_those_of_gpt_neox(tmp_path):
     form = WRITTEN / "pythia-mp2-pp0"
     (conf,) = config_files(form / "global_step0")
     tokenizer = WRITTEN / "tokenizer.json"
-    assert main(["import", "--from", str(form / "global_step0"), "--out", str(tmp_path / "start"), "--tokenizer", str(tokenizer), "--no-check"]) == 0
+    assert (
+        main(
+            [
+                "import",
+                "--from",
+                str(form / "global_step0"),
+                "--out",
+                str(tmp_path / "start"),
+                "--tokenizer",
+                str(tokenizer),
+                "--no-check",
+            ]
+        )
+        == 0
+    )
     for name in ("data.bin", "data.idx"):
         shutil.copyfile(WRITTEN / name, tmp_path / name)
     places = {"data.path": tmp_path / "data", "run.dir": tmp_path / "run", "checkpoint.init_from": tmp_path / "start"}
     settings = places | {"parallel.tensor": 1, "model.vocab_size": 128, "checkpoint.save_iters": "[]"}
-    run_command(1, tmp_path / "out", ["train", "--conf", conf, "--set", *(f"{key}={value}" for key, value in settings.items())])
+    run_command(
+        1, tmp_path / "out", ["train", "--conf", conf, "--set", *(f"{key}={value}" for key, value in settings.items())]
+    )
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses == pytest.approx(json.loads((form / "losses.json").read_text()), rel=0, abs=2e-6)

@@ -57,7 +57,17 @@ def test_export_loads_and_import_gives_the_same_bits(theirs, tmp_path):
     assert all(torch.equal(read[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("name", ["neox-parallel-25", "neox-sequential-100", "gpt2", "llama-mqa-biases-geglu", "qwen3-window-bias", "mistral-window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "neox-parallel-25",
+        "neox-sequential-100",
+        "gpt2",
+        "llama-mqa-biases-geglu",
+        "qwen3-window-bias",
+        "mistral-window",
+    ],
+)
 def test_gradients_equal_transformers(name):
     model = MODELS[name]()
     config, _ = from_huggingface(model)
@@ -65,12 +75,17 @@ def test_gradients_equal_transformers(name):
     ids = tokens(101)
     targets = ids.roll(-1, 1)
     targets[:, -1] = -100
-    torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        model(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    ).backward()
     for parameter in model.parameters():
         parameter.data = parameter.grad  # so that the weight mapping carries the gradients over
     gpt(ids, targets).sum().backward()
     _, want = from_huggingface(model)
-    got = {name: layout.unpad(parameter.grad) for (name, parameter), layout in zip(gpt.named_parameters(), gpt.shard_specs().values(), strict=True)}
+    got = {
+        name: layout.unpad(parameter.grad)
+        for (name, parameter), layout in zip(gpt.named_parameters(), gpt.shard_specs().values(), strict=True)
+    }
     assert got.keys() == want.keys()
     for key, gradient in got.items():
         scale = want[key].abs().max().item()
@@ -104,7 +119,9 @@ def test_tokenizer_and_end_of_document_id(tmp_path, shared_data):
 
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=50304, vocab_multiple=1)
     gpt = GPT(config, Mesh.single())
-    to_huggingface(config, gpt.logical_weights(), tmp_path, tokenizer_file=shared_data / "tokenizers" / "gpt-neox-20b.json")
+    to_huggingface(
+        config, gpt.logical_weights(), tmp_path, tokenizer_file=shared_data / "tokenizers" / "gpt-neox-20b.json"
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.decode(tokenizer("Hello  world\n")["input_ids"]) == "Hello  world\n"
     assert tokenizer.eos_token == "<|endoftext|>"
@@ -164,7 +181,9 @@ def edit(folder, **changes):
 
 def test_missing_weight(folder):
     edit(folder, num_hidden_layers=4)
-    with pytest.raises(CheckpointError, match=re.escape("weight is missing; where=model.layers.3.input_layernorm.weight")):
+    with pytest.raises(
+        CheckpointError, match=re.escape("weight is missing; where=model.layers.3.input_layernorm.weight")
+    ):
         from_huggingface(folder)
 
 
@@ -199,7 +218,10 @@ def test_pickled_weights_are_read_where_there_are_no_others(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no weights.*pytorch_model\.bin"):
         from_huggingface(folder)
-    tensors |= {"model.layers.0.rotary_emb.inv_freq": torch.ones(2), "model.layers.0.attention.bias": torch.ones(1, 1, dtype=torch.bool)}
+    tensors |= {
+        "model.layers.0.rotary_emb.inv_freq": torch.ones(2),
+        "model.layers.0.attention.bias": torch.ones(1, 1, dtype=torch.bool),
+    }
     names = sorted(tensors)
     parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
     for file, held in parts.items():
@@ -277,7 +299,16 @@ def test_odd_rotary_channels_are_refused():
 
 @pytest.mark.parametrize(
     "table",
-    [["model.safetensors"], None, {}, {"a": 1}, {"a": None}, {"a": ["model.safetensors"]}, {"a": "../model.safetensors"}, {"a": "/etc/x.safetensors"}],
+    [
+        ["model.safetensors"],
+        None,
+        {},
+        {"a": 1},
+        {"a": None},
+        {"a": ["model.safetensors"]},
+        {"a": "../model.safetensors"},
+        {"a": "/etc/x.safetensors"},
+    ],
 )
 def test_index_that_is_damaged(folder, table):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
@@ -304,7 +335,9 @@ def test_many_layers_are_refused_before_anything_is_made_for_them(folder):
         from_huggingface(folder)
 
 
-@pytest.mark.parametrize("change", [lambda x: x[0], lambda x: x[0, 0], lambda x: x.to(torch.int8), lambda x: x.flatten(), lambda x: x[:0]])
+@pytest.mark.parametrize(
+    "change", [lambda x: x[0], lambda x: x[0, 0], lambda x: x.to(torch.int8), lambda x: x.flatten(), lambda x: x[:0]]
+)
 def test_embeddings_that_are_no_matrix_of_numbers(folder, change):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = change(tensors["model.embed_tokens.weight"]).clone()

@@ -1,4 +1,6 @@
-"""Import and export in every layout: random models of odd shapes, read by tp 1, 2 and pp 1, 2, written by them, and given back."""
+"""Import and export in every layout: random models of odd shapes, read by tp 1, 2 and pp 1, 2, written by them, and
+given back.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,20 @@ def test_every_architecture_in_every_layout(tmp_path, capsys):
             got = torch.from_numpy(np.load(place / f"logits-{tensor}-{pipeline}.npy"))
             assert (got - want).abs().max() <= TOLERANCE, cell
             back = place / f"back-{tensor}-{pipeline}"
-            assert main(["export", "--checkpoint", str(place / f"{tensor}-{pipeline}"), "--out", str(back), "--no-tokenizer", "--no-check"]) == 0
+            assert (
+                main(
+                    [
+                        "export",
+                        "--checkpoint",
+                        str(place / f"{tensor}-{pipeline}"),
+                        "--out",
+                        str(back),
+                        "--no-tokenizer",
+                        "--no-check",
+                    ]
+                )
+                == 0
+            )
             with torch.no_grad():
                 logits = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).eval()(tokens).logits
             assert (logits - want).abs().max() <= TOLERANCE, cell

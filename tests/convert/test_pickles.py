@@ -57,7 +57,9 @@ def test_any_other_global_is_named_in_words_of_ours(tmp_path, value, name):
     assert not re.search(r"\x1b|[Ww]eights.only|allowlist|option", line)
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04 cut short", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", b"PK\x03\x04 cut short", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_what_torch_save_did_not_make_is_refused(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pt"):

@@ -15,7 +15,13 @@ SIZES = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 6, "vocab_si
 SCALINGS = [
     {"type": "linear", "factor": 4.0},
     {"type": "ntk", "factor": 4.0, "original_max_position_embeddings": 16},
-    {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    {
+        "type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
     {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 30.0},
 ]
 
@@ -32,8 +38,14 @@ def read(positions: int = 64, **rope) -> dict:
         ({"rope_type": "yarn", "factor": 2.0, "mscale_all_dim": 0.5}, "got=mscale_all_dim"),
         ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate=false"),
         ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, r"got=rope_theta 1\.0"),
-        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "high_freq_factor; got=4.*more than low_freq_factor"),
-        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}, "high_freq_factor; got=1.*more than low_freq_factor"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            "high_freq_factor; got=4.*more than low_freq_factor",
+        ),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+            "high_freq_factor; got=1.*more than low_freq_factor",
+        ),
     ],
 )
 def test_unsupported_scalings(rope, match):
@@ -43,24 +55,40 @@ def test_unsupported_scalings(rope, match):
 
 def test_scaling_of_old_files():
     fields = read(rope_scaling={"type": "linear", "factor": 2.0})
-    assert (fields["rope_theta"], fields["rope_scaling"].type, fields["rope_scaling"].factor) == (10000.0, "linear", 2.0)
+    assert (fields["rope_theta"], fields["rope_scaling"].type, fields["rope_scaling"].factor) == (
+        10000.0,
+        "linear",
+        2.0,
+    )
 
 
 def test_rope_scaling_replaces_rope_parameters_as_in_transformers():
-    fields = read(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0})
+    fields = read(
+        rope_scaling={"type": "linear", "factor": 2.0},
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0},
+    )
     assert (fields["rope_theta"], fields["rope_scaling"].type) == (10000.0, "linear")
     assert read(rope_scaling={}, rope_parameters={"rope_type": "default", "rope_theta": 500.0})["rope_theta"] == 500.0
 
 
 def test_a_yarn_factor_of_null_is_the_ratio_of_the_lengths():
-    assert read(rope_scaling={"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16})["rope_scaling"].factor == 4.0
+    assert (
+        read(rope_scaling={"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16})[
+            "rope_scaling"
+        ].factor
+        == 4.0
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["type"])
 def test_exports_name_the_scaling_for_transformers_4_and_5(scaling, family):
-    """Version 4 reads rope_scaling and rope_theta alone, version 5 rope_parameters; without the former, 4 computes plain rotary."""
-    config = ModelConfig(**SIZES, **(LLAMA if family == "llama" else {"rotary_pct": 0.5}), rope_theta=500.0, rope_scaling=scaling)
+    """Version 4 reads rope_scaling and rope_theta alone, version 5 rope_parameters; without the former, 4 computes
+    plain rotary.
+    """
+    config = ModelConfig(
+        **SIZES, **(LLAMA if family == "llama" else {"rotary_pct": 0.5}), rope_theta=500.0, rope_scaling=scaling
+    )
     written = family_for(config).to_json(config)
     assert family_for(config).model_type == family
     kind = "dynamic" if scaling["type"] == "ntk" else scaling["type"]

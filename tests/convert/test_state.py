@@ -18,7 +18,10 @@ def test_values_that_are_no_tensors_are_left_out():
             named_tensors(content, "x.pt")
 
 
-@pytest.mark.parametrize("good", [GOOD, GOOD.t(), GOOD.half(), GOOD.bfloat16(), GOOD.double(), GOOD[:0], torch.nn.Parameter(GOOD.clone()), GOOD[1:]])
+@pytest.mark.parametrize(
+    "good",
+    [GOOD, GOOD.t(), GOOD.half(), GOOD.bfloat16(), GOOD.double(), GOOD[:0], torch.nn.Parameter(GOOD.clone()), GOOD[1:]],
+)
 def test_dense_tensors(good):
     check_tensor(good, "a")
 

@@ -19,7 +19,9 @@ TENSORS = {
 
 
 def test_reads_what_the_package_wrote(tmp_path):
-    save_file({name: TENSORS[name] for name in ("a", "b.weight")}, tmp_path / "one.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: TENSORS[name] for name in ("a", "b.weight")}, tmp_path / "one.safetensors", metadata={"format": "pt"}
+    )
     save_file({name: TENSORS[name] for name in ("c", "none", "half")}, tmp_path / "two.safetensors")
     files = TensorFiles([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
     assert set(files.names()) == set(TENSORS)

@@ -1,5 +1,6 @@
-"""Last step of cuda_check. Reports registers, spills and shared memory of every kernel (from ptxas), branches around exponentials (in the PTX) and
-instructions per tile of attention (in the SASS), and loads the CUDA library into the installed torch.
+"""Last step of cuda_check. Reports registers, spills and shared memory of every kernel (from ptxas), branches around
+exponentials (in the PTX) and instructions per tile of attention (in the SASS), and loads the CUDA library into the
+installed torch.
 
 usage: python tests/cuda/check_library.py LIBRARY FOLDER_OF_LOGS OPERATOR...
 """
@@ -71,7 +72,12 @@ LOOPS = {
 }
 LOOP_COLUMNS = ("HMMA", "LDSM", "MUFU", "FP", "LDGSTS", "integer", "branch", "other")
 # Files whose kernels may have that many branches: those of the softcap, which all threads of a launch take uniformly.
-SOFTCAP = {"attention_backward_keys_bf16": 16, "attention_backward_keys_fp16": 16, "attention_backward_queries_bf16": 16, "attention_backward_queries_fp16": 16}
+SOFTCAP = {
+    "attention_backward_keys_bf16": 16,
+    "attention_backward_keys_fp16": 16,
+    "attention_backward_queries_bf16": 16,
+    "attention_backward_queries_fp16": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,11 @@ def kernels_of(log: str) -> Iterator[Kernel]:
 
 
 def guarded_exponentials(ptx: str) -> dict[str, int]:
-    """Counts, per kernel in the output of `nvcc -ptx`, forward branches over a short run of arithmetic with an exponential or a reciprocal.
+    """Counts, per kernel in the output of `nvcc -ptx`, forward branches over a short run of arithmetic with an
+    exponential or a reciprocal.
 
-    nvcc does not speculate inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element, unless it is computed first and then selected.
+    nvcc does not speculate inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element, unless it is computed
+        first and then selected.
     """
     lines: dict[str, list[str]] = {}
     for line in ptx.splitlines():
@@ -124,7 +132,9 @@ def guards_exponential(body: list[str]) -> Iterator[bool]:
         end = labels.get(branch[1], -1) if branch else -1
         if i < end <= i + SKIPPED_LINES:
             skipped = body[i + 1 : end]
-            yield any(one.startswith(("ex2.approx", "rcp.approx")) for one in skipped) and not any(map(PTX_MEMORY.search, skipped))
+            yield any(one.startswith(("ex2.approx", "rcp.approx")) for one in skipped) and not any(
+                map(PTX_MEMORY.search, skipped)
+            )
 
 
 def report_branches(files: list[Path]) -> list[str]:
@@ -147,7 +157,8 @@ def report_loops(cubins: list[Path]) -> list[str]:
         return []
     problems = []
     print(
-        f"{'per tile':>9} {'limit':>6} {'HMMA':>5} {'LDSM':>5} {'MUFU':>5} {'FP':>5} {'LDGSTS':>6} {'integer':>7} {'branch':>6} {'other':>5}  kernel on sm_90a"
+        f"{'per tile':>9} {'limit':>6} {'HMMA':>5} {'LDSM':>5} {'MUFU':>5} {'FP':>5} {'LDGSTS':>6} {'integer':>7} "
+        f"{'branch':>6} {'other':>5}  kernel on sm_90a"
     )
     for cubin in cubins:
         for name, blocks in sass.functions(sass.disassemble(cubin)).items():
@@ -157,7 +168,10 @@ def report_loops(cubins: list[Path]) -> list[str]:
             loop = LOOPS[kernel[1], int(kernel[2]), kernel[3] == "1"]
             counts = sass.tile_counts(blocks, loop.copies, loop.turns)
             total, classes = sum(counts.values()), sass.by_class(counts)
-            title = f"{kernel[1]} {kernel[2]}{' general' * (kernel[3] == '1')} {cubin.name.split('_cuda.', 1)[0].rsplit('_', 1)[1]}"
+            title = (
+                f"{kernel[1]} {kernel[2]}{' general' * (kernel[3] == '1')} "
+                f"{cubin.name.split('_cuda.', 1)[0].rsplit('_', 1)[1]}"
+            )
             print(f"{total:9} {loop.limit:6}", *(f"{classes[column]:7}" for column in LOOP_COLUMNS), f" {title}")
             if not 0 < total <= loop.limit:
                 problems.append(f"{title}: {total} instructions per tile, the limit is {loop.limit}")
@@ -168,7 +182,9 @@ def readable(names: list[str]) -> dict[str, str]:
     """Maps mangled names to source names without parameters."""
     if shutil.which("c++filt") is None:
         return {name: name for name in names}
-    lines = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     short = [re.sub(r"neox::|\(anonymous namespace\)::|\(int\)|\(bool\)|void ", "", line) for line in lines]
     return dict(zip(names, short, strict=True))
 
@@ -183,9 +199,15 @@ def report(logs: list[Path]) -> list[str]:
         operator = log.name.removesuffix("_cuda.cu.o.log")
         for mangled, name in names.items():
             forms = [kernel for kernel in kernels if kernel.name == mangled]
-            most = [max(getattr(form, figure) for form in forms) for figure in ("registers", "shared", "stack", "spilled")]
+            most = [
+                max(getattr(form, figure) for form in forms) for figure in ("registers", "shared", "stack", "spilled")
+            ]
             print("{:9} {:7} {:6} {:7}  {} {}".format(*most, operator, name[:120]))
-            problems += [f"{operator} {name} spills {form.spilled} bytes on {form.architecture}" for form in forms if form.spilled]
+            problems += [
+                f"{operator} {name} spills {form.spilled} bytes on {form.architecture}"
+                for form in forms
+                if form.spilled
+            ]
         if not kernels and operator not in HOST_ONLY:
             problems.append(f"{log}: no kernel in it")
     return problems
@@ -206,7 +228,10 @@ def load(library: Path, operators: list[str]) -> list[str]:
     torch.ops.load_library(str(library))
     names = [name for operator in operators for name in implementations(operator)]
     missing = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(f"neox::{name}", "CUDA")]
-    print(f"{library.name} loads into torch {torch.__version__}: {len(names) - len(missing)} of {len(names)} operators of {', '.join(operators)}")
+    print(
+        f"{library.name} loads into torch {torch.__version__}: {len(names) - len(missing)} of {len(names)} operators "
+        f"of {', '.join(operators)}"
+    )
     return [f"{name} has no CUDA kernel" for name in missing] + ([] if names else ["no operator registers anything"])
 
 

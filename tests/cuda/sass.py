@@ -1,8 +1,10 @@
 """Instruction counts of the attention kernels' inner loops, from the SASS that nvdisasm prints.
 
-The loop over tiles has rare paths: masks at the diagonal, rows that 16-byte copies cannot read. What decides the speed is the path of an ordinary tile. It is
-found in the control-flow graph: of all paths once around the loop with the copies of one tile, the one with the most tensor-core instructions, then the most
-stores and multiplications (the rescaling of the sums), then the fewest instructions.
+The loop over tiles has rare paths: masks at the diagonal, rows that 16-byte copies cannot read. What decides the speed
+    is the path of an ordinary tile. It is
+found in the control-flow graph: of all paths once around the loop with the copies of one tile, the one with the most
+tensor-core instructions, then the most stores and multiplications (the rescaling of the sums), then the fewest
+instructions.
 """
 
 from __future__ import annotations
@@ -28,7 +30,25 @@ CLASSES = {
     "FP": ("FADD", "FMUL", "FFMA", "FMNMX", "FMNMX3", "FSEL", "FSETP", "F2FP", "HFMA2", "HADD2"),
     "branch": ("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "CALL", "RET", "BAR"),
     "integer": (
-        *("IMAD", "IADD3", "IADD", "VIADD", "LEA", "LOP3", "SHF", "ISETP", "SEL", "PLOP3", "PRMT", "VIMNMX", "VIMNMX3", "VIADDMNMX", "IABS", "MOV", "SGXT"),
+        *(
+            "IMAD",
+            "IADD3",
+            "IADD",
+            "VIADD",
+            "LEA",
+            "LOP3",
+            "SHF",
+            "ISETP",
+            "SEL",
+            "PLOP3",
+            "PRMT",
+            "VIMNMX",
+            "VIMNMX3",
+            "VIADDMNMX",
+            "IABS",
+            "MOV",
+            "SGXT",
+        ),
         *(
             "S2R",
             "S2UR",
@@ -70,7 +90,9 @@ class Block:
 
 
 def nvdisasm() -> str | None:
-    """Path of the disassembler: on PATH, in the CUDA toolkit, or from the PyPI package nvidia-cuda-nvdisasm. None if not found."""
+    """Path of the disassembler: on PATH, in the CUDA toolkit, or from the PyPI package nvidia-cuda-nvdisasm. None if
+    not found.
+    """
     found = shutil.which("nvdisasm")
     nvcc = shutil.which("nvcc")
     near = [Path(nvcc).resolve().parent / "nvdisasm"] if nvcc else []
@@ -175,7 +197,9 @@ Paths = dict[int, Counter[str]]  # number of copies -> the best path with that m
 
 
 def better_of(paths: Paths, more: Paths, extra: Counter[str]) -> None:
-    """Extends the paths of `more` by `extra` and merges them into `paths`, which keeps the best per number of copies."""
+    """Extends the paths of `more` by `extra` and merges them into `paths`, which keeps the best per number of
+    copies.
+    """
     for rest in more.values():
         path = rest + extra
         known = paths.get(path["LDGSTS"])
@@ -186,16 +210,26 @@ def better_of(paths: Paths, more: Paths, extra: Counter[str]) -> None:
 class Around:
     """The best paths once around a loop, per number of copies.
 
-    Inner loops with tensor-core instructions turn `turns` times; other inner loops, which serve rare paths, are passed once at most.
+    Inner loops with tensor-core instructions turn `turns` times; other inner loops, which serve rare paths, are passed
+    once at most.
     """
 
     def __init__(self, blocks: list[Block], loop: Loop, loops: list[Loop], turns: int):
         self.blocks, self.loop = blocks, loop
-        inner = [one for one in loops if one.head != loop.head and one.body < loop.body and any(blocks[at].counts["HMMA"] for at in one.body)]
+        inner = [
+            one
+            for one in loops
+            if one.head != loop.head and one.body < loop.body and any(blocks[at].counts["HMMA"] for at in one.body)
+        ]
         self.inner = {one.head: one for one in inner if not any(one.body < other.body for other in inner)}
         self.hidden = {at for one in self.inner.values() for at in one.body} - set(self.inner)
         self.turned = {
-            head: Counter({opcode: count * turns for opcode, count in max(Around(blocks, one, loops, turns).paths().values(), key=weight).items()})
+            head: Counter(
+                {
+                    opcode: count * turns
+                    for opcode, count in max(Around(blocks, one, loops, turns).paths().values(), key=weight).items()
+                }
+            )
             for head, one in self.inner.items()
         }
         self.known: dict[int, Paths] = {}
@@ -211,7 +245,11 @@ class Around:
             return self.known.get(at, {})
         self.pending.add(at)
         inner = self.inner.get(at)
-        exits = {target for one in inner.body for target in self.blocks[one].following if target not in inner.body} if inner else self.blocks[at].following
+        exits = (
+            {target for one in inner.body for target in self.blocks[one].following if target not in inner.body}
+            if inner
+            else self.blocks[at].following
+        )
         mine = self.turned[at] if inner else self.blocks[at].counts
         paths: Paths = {}
         for target in set(exits):
@@ -225,7 +263,8 @@ class Around:
 
 
 def tile_counts(blocks: list[Block], copies: int, turns: int = 1) -> Counter[str]:
-    """Counts of one ordinary tile: of the outermost loop with tensor-core instructions, along its best path with `copies` asynchronous copies.
+    """Counts of one ordinary tile: of the outermost loop with tensor-core instructions, along its best path with
+    `copies` asynchronous copies.
 
     Empty if there is no such loop or path.
     """

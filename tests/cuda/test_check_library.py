@@ -1,4 +1,6 @@
-"""cuda_check: parsing of ptxas's report, and detection of spills, missing kernels, branches around exponentials and slow loops."""
+"""cuda_check: parsing of ptxas's report, and detection of spills, missing kernels, branches around exponentials and
+slow loops.
+"""
 
 from __future__ import annotations
 

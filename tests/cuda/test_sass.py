@@ -8,7 +8,8 @@ from tests.cuda import check_library, sass
 
 NAME = "_ZN4neox9attention14forward_kernelI13__nv_bfloat16NS0_14ForwardShapeOfILi64ELb0EEELb0EEEvNS0_7ForwardIT_EE"
 
-# A loop (.L_x_1) with two copies, one of which a branch may skip; a rare path (.L_x_3); and an inner loop (.L_x_4) with a product.
+# A loop (.L_x_1) with two copies, one of which a branch may skip; a rare path (.L_x_3); and an inner loop (.L_x_4) with
+# a product.
 SASS = f"""
 	.section	.text.{NAME},"ax",@progbits
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -50,7 +51,13 @@ def test_inner_loops_count_by_their_iterations():
 
 
 def test_instructions_are_summed_by_class():
-    assert sass.by_class(sass.tile_counts(sass.functions(SASS)[NAME], 2)) == {"LDGSTS": 2, "branch": 4, "integer": 2, "HMMA": 1, "MUFU": 1}
+    assert sass.by_class(sass.tile_counts(sass.functions(SASS)[NAME], 2)) == {
+        "LDGSTS": 2,
+        "branch": 4,
+        "integer": 2,
+        "HMMA": 1,
+        "MUFU": 1,
+    }
 
 
 @pytest.mark.parametrize(("limit", "problems"), [(10, 0), (9, 1)])

@@ -41,7 +41,9 @@ def serve():
                 part = content[int(asked[1]) : int(asked[2]) + 1] if ranges else content
                 self.send_response(206 if ranges else 200)
                 if ranges:
-                    self.send_header("Content-Range", f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}")
+                    self.send_header(
+                        "Content-Range", f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}"
+                    )
                 self.send_header("Content-Length", str(len(part)))
                 self.end_headers()
                 sent.append(len(part))

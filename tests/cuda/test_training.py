@@ -36,8 +36,12 @@ print(json.dumps([ISA, losses]))
 
 
 def train(repository, *library: str) -> tuple[str, list[float]]:
-    """Returns the name of the loaded library and its losses, from a separate process, because schemas can be defined once only."""
-    done = subprocess.run([sys.executable, "-c", TRAIN, *library], capture_output=True, text=True, timeout=300, cwd=repository)
+    """Returns the name of the loaded library and its losses, from a separate process, because schemas can be defined
+    once only.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *library], capture_output=True, text=True, timeout=300, cwd=repository
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     name, losses = json.loads(done.stdout.splitlines()[-1])
     return name, losses

@@ -1,10 +1,11 @@
-"""Extracts the stable-ABI headers of the oldest torch that pyproject.toml supports from its wheel, without downloading the wheel.
+"""Extracts the stable-ABI headers of the oldest torch that pyproject.toml supports from its wheel, without downloading
+the wheel.
 
 usage: python tests/cuda/torch_headers.py FOLDER
 
-pip locates the wheel in its configured index. A wheel is a zip file, so its directory and the headers can be read by HTTP range requests: a few
-megabytes of half a gigabyte. The headers are written to FOLDER/include; a second call reuses them. Exit code 3: the headers are not available on this
-machine, for the reason printed to stdout.
+pip locates the wheel in its configured index. A wheel is a zip file, so its directory and the headers can be read by
+HTTP range requests: a few megabytes of half a gigabyte. The headers are written to FOLDER/include; a second call reuses
+them. Exit code 3: the headers are not available on this machine, for the reason printed to stdout.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "torch/include/"
-NEEDED = tuple(INSIDE + folder for folder in ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/"))
+NEEDED = tuple(
+    INSIDE + folder for folder in ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/")
+)
 BLOCK = 1 << 20  # bytes per request
 UNAVAILABLE = 3
 
@@ -95,10 +98,22 @@ def wheel_url(version: str) -> str:
     Raises:
         Unavailable: pip's index has no such wheel for this interpreter and machine, or is not reachable.
     """
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--no-deps",
+        "--ignore-installed",
+        "--only-binary=:all:",
+    ]
     # A machine's configuration may constrain torch. That concerns installations, and nothing is installed here.
     environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
-    done = subprocess.run([*command, "--report", "-", f"torch=={version}"], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [*command, "--report", "-", f"torch=={version}"], capture_output=True, text=True, env=environment, timeout=300
+    )
     if done.returncode:
         raise Unavailable(f"pip finds no torch {version}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout)["install"][0]["download_info"]["url"]
@@ -107,7 +122,9 @@ def wheel_url(version: str) -> str:
 def extract(url: str, folder: Path) -> None:
     """Writes the headers of the wheel at a URL (http, https or file) to FOLDER/include."""
     parts = urllib.parse.urlsplit(url)
-    source = urllib.request.url2pathname(parts.path) if parts.scheme == "file" else io.BufferedReader(RemoteFile(url), BLOCK)
+    source = (
+        urllib.request.url2pathname(parts.path) if parts.scheme == "file" else io.BufferedReader(RemoteFile(url), BLOCK)
+    )
     with zipfile.ZipFile(source) as wheel:
         members = [name for name in wheel.namelist() if name.startswith(NEEDED) and name.endswith(".h")]
         if not members:

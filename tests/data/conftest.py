@@ -15,7 +15,9 @@ from neox.data.store.indexed import IndexedDataset, IndexedWriter
 def make_dataset(tmp_path: Path) -> Callable[..., IndexedDataset]:
     """make_dataset(documents, name="corpus", dtype="uint16", **writer options) -> IndexedDataset."""
 
-    def make(documents: Sequence[Sequence[int]], name: str = "corpus", dtype: str = "uint16", **options: object) -> IndexedDataset:
+    def make(
+        documents: Sequence[Sequence[int]], name: str = "corpus", dtype: str = "uint16", **options: object
+    ) -> IndexedDataset:
         with IndexedWriter(tmp_path / name, dtype, **options) as writer:
             for document in documents:
                 writer.add_document(np.asarray(document, dtype=np.int64))

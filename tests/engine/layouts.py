@@ -1,6 +1,8 @@
-"""The promise of parallelism as something to run: one small model trained in every layout, against the same model in one process.
+"""The promise of parallelism as something to run: one small model trained in every layout, against the same model in
+one process.
 
-A cell is a form of the model and a layout. Many cells run in one group of processes, for starting Python is what takes time.
+A cell is a form of the model and a layout. Many cells run in one group of processes, for starting Python is what takes
+time.
 """
 
 from __future__ import annotations
@@ -34,7 +36,14 @@ COMMON = {
     "max_position_embeddings": 32,
     "init_std": 0.1,
 }
-LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 4, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "num_kv_heads": 4,
+    "qkv_bias": False,
+    "attention_out_bias": False,
+    "mlp_bias": False,
+}
 FORMS = {
     "neox": {"parallel_residual": True, "rotary_pct": 0.5},
     "neox-tied": {"rotary_pct": 0.5, "tie_embeddings": True},
@@ -71,11 +80,29 @@ class Cell:
 
     @property
     def name(self) -> str:
-        parts = [self.form, *(f"{key}{value}" for key, value in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("cp", self.cp)) if value > 1)]
-        parts += [f"zero{self.zero}", *(["sp"] if self.sequence else []), *([self.dtype] if self.dtype != "fp32" else [])]
+        parts = [
+            self.form,
+            *(
+                f"{key}{value}"
+                for key, value in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("cp", self.cp))
+                if value > 1
+            ),
+        ]
+        parts += [
+            f"zero{self.zero}",
+            *(["sp"] if self.sequence else []),
+            *([self.dtype] if self.dtype != "fp32" else []),
+        ]
         parts += [*([f"{self.samples}x{self.length}"] if self.length != LENGTH else [])]
-        parts += [*(["documents"] if self.documents else []), *([self.checkpointing] if self.checkpointing != "none" else [])]
-        return " ".join(parts + ([str(self.partition)] if self.partition != "parameters" else []) + ([f"broken: {self.mutation}"] if self.mutation else []))
+        parts += [
+            *(["documents"] if self.documents else []),
+            *([self.checkpointing] if self.checkpointing != "none" else []),
+        ]
+        return " ".join(
+            parts
+            + ([str(self.partition)] if self.partition != "parameters" else [])
+            + ([f"broken: {self.mutation}"] if self.mutation else [])
+        )
 
     def reference(self) -> Cell:
         """The same model and data in one process."""
@@ -83,7 +110,9 @@ class Cell:
 
 
 def matrix(processes: int, forms: Sequence[str] = MATRIX_FORMS) -> Iterator[Cell]:
-    """Every layout of tp 1, 2, 4, pp 1, 2, 4, dp 1, 2 with this number of processes, each allowed ZeRO stage, sequence parallelism off and on."""
+    """Every layout of tp 1, 2, 4, pp 1, 2, 4, dp 1, 2 with this number of processes, each allowed ZeRO stage,
+    sequence parallelism off and on.
+    """
     for form in forms:
         for tp in (1, 2, 4):
             for pp in (1, 2, 4):
@@ -119,7 +148,9 @@ def make_config(cell: Cell, steps: int) -> Config:
 
 
 def global_batch(step: int, cell: Cell) -> Batch:
-    """Tokens that repeat with noise (there is something to learn), targets of which a varying number is ignored, two documents per sample."""
+    """Tokens that repeat with noise (there is something to learn), targets of which a varying number is ignored, two
+    documents per sample.
+    """
     samples, length = cell.samples, cell.length
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCAB, (samples, 1), generator=generator) + 3 * torch.arange(length + 1)
@@ -137,7 +168,9 @@ def global_batch(step: int, cell: Cell) -> Batch:
 
 
 def accumulation(mesh: Mesh) -> int:
-    """Micro-batches of a step: as many as there are stages, so that all of them work at once; their number must not change what is computed."""
+    """Micro-batches of a step: as many as there are stages, so that all of them work at once; their number must not
+    change what is computed.
+    """
     return max(2, mesh.pp)
 
 
@@ -171,7 +204,9 @@ def logical(engine: Engine, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def run_cell(cell: Cell, mesh: Mesh, steps: int = STEPS) -> dict:
-    """Initial weights, gradient of step 1 (as Adam's first moment has it), losses and norms of every step, validation loss, final weights."""
+    """Initial weights, gradient of step 1 (as Adam's first moment has it), losses and norms of every step,
+    validation loss, final weights.
+    """
     config = make_config(cell, steps)
     model = GPT(config.model, mesh, seed=7, activation_checkpointing=cell.checkpointing, partition=cell.partition)
     with mutations.applied(cell.mutation):
@@ -187,7 +222,14 @@ def run_cell(cell: Cell, mesh: Mesh, steps: int = STEPS) -> dict:
             if step == 0:
                 gradient = logical(engine, ["exp_avg"])
         validation = engine.evaluate(micro_batches(999, mesh, cell))
-    return {"initial": initial, "gradient": gradient, "losses": losses, "norms": norms, "validation": validation, "weights": logical(engine, ["weight"])}
+    return {
+        "initial": initial,
+        "gradient": gradient,
+        "losses": losses,
+        "norms": norms,
+        "validation": validation,
+        "weights": logical(engine, ["weight"]),
+    }
 
 
 def compare(got: dict, want: dict) -> dict[str, float]:
@@ -222,7 +264,14 @@ def run_cells(cells: str, references: str, out: str) -> None:
     known = read_references(Path(references))
     answers = []
     for fields in json.loads(Path(cells).read_text()):
-        cell = Cell(**{**fields, "partition": tuple(fields["partition"]) if isinstance(fields["partition"], list) else fields["partition"]})
+        cell = Cell(
+            **{
+                **fields,
+                "partition": tuple(fields["partition"])
+                if isinstance(fields["partition"], list)
+                else fields["partition"],
+            }
+        )
         mesh = create_mesh(cell.tp, cell.pp, context=cell.cp, sequence=cell.sequence)
         want = known[cell.reference().name]
         answers.append({"name": cell.name, **compare(run_cell(cell, mesh, len(want["losses"])), want)})
@@ -240,7 +289,11 @@ def write_references(cells: Sequence[Cell], path: Path, steps: int = STEPS) -> N
     for cell in {cell.reference() for cell in cells}:
         result = run_cell(cell, Mesh.single(), steps)
         numbers[cell.name] = {key: result[key] for key in ("losses", "norms", "validation")}
-        tensors |= {f"{cell.name}|{part}|{key}": t.contiguous() for part in ("initial", "gradient", "weights") for key, t in result[part].items()}
+        tensors |= {
+            f"{cell.name}|{part}|{key}": t.contiguous()
+            for part in ("initial", "gradient", "weights")
+            for key, t in result[part].items()
+        }
     save_file(tensors, path, metadata={"numbers": json.dumps(numbers)})
 
 
@@ -249,7 +302,10 @@ def read_references(path: Path) -> dict[str, dict]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        out = {name: {**numbers, "initial": {}, "gradient": {}, "weights": {}} for name, numbers in json.loads(file.metadata()["numbers"]).items()}
+        out = {
+            name: {**numbers, "initial": {}, "gradient": {}, "weights": {}}
+            for name, numbers in json.loads(file.metadata()["numbers"]).items()
+        }
         for key in list(file.keys()):
             name, part, tensor = key.split("|")
             out[name][part][tensor] = file.get_tensor(key)

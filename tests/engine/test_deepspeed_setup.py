@@ -21,7 +21,11 @@ def settings(**sections):
 
 def test_batch_precision_and_clipping():
     got = settings(zero={"stage": 2}, precision={"dtype": "bf16"})
-    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (24, 2, 4)
+    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (
+        24,
+        2,
+        4,
+    )
     assert got["bf16"]["enabled"] and got["data_types"] == {"grad_accum_dtype": "fp32"}
     assert got["gradient_clipping"] == 0.1
     assert "fp16" not in got
@@ -35,7 +39,9 @@ def test_fp16_scales_dynamically():
     assert not got["bf16"]["enabled"]
 
 
-@pytest.mark.parametrize(("dtype", "stage", "runs"), [("fp32", 0, 0), ("bf16", 0, 1), ("fp16", 0, 1), ("bf16", 3, 3), ("fp32", 2, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "stage", "runs"), [("fp32", 0, 0), ("bf16", 0, 1), ("fp16", 0, 1), ("bf16", 3, 3), ("fp32", 2, 2)]
+)
 def test_the_stage_that_runs(dtype, stage, runs):
     assert effective_stage(make_config(zero={"stage": stage}, precision={"dtype": dtype})) == runs
 
@@ -44,7 +50,11 @@ def test_buckets_follow_the_model_and_stay_even():
     assert settings()["zero_optimization"]["reduce_bucket_size"] == 1024
     huge = deepspeed_config(make_config(), BatchSizes(1, 1, 1, 1), 1, 10**12)["zero_optimization"]
     assert huge["reduce_bucket_size"] == huge["allgather_bucket_size"] == BUCKET
-    assert deepspeed_config(make_config(), BatchSizes(1, 1, 1, 1), 1, 4097)["zero_optimization"]["allgather_bucket_size"] % 2 == 0
+    assert (
+        deepspeed_config(make_config(), BatchSizes(1, 1, 1, 1), 1, 4097)["zero_optimization"]["allgather_bucket_size"]
+        % 2
+        == 0
+    )
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -56,7 +66,9 @@ def test_the_throughput_timer_is_off_unless_asked_for(enabled):
 
 
 def test_raw_keys_are_merged_in():
-    got = settings(deepspeed={"zero_optimization": {"sub_group_size": 5}, "communication_data_type": "fp32"}, zero={"stage": 3})
+    got = settings(
+        deepspeed={"zero_optimization": {"sub_group_size": 5}, "communication_data_type": "fp32"}, zero={"stage": 3}
+    )
     assert got["zero_optimization"]["sub_group_size"] == 5
     assert got["zero_optimization"]["stage"] == 3
     assert got["communication_data_type"] == "fp32"
@@ -65,7 +77,13 @@ def test_raw_keys_are_merged_in():
 
 @pytest.mark.parametrize(
     "raw",
-    [{"train_batch_size": 8}, {"gradient_clipping": 1.0}, {"zero_optimization": {"stage": 1}}, {"optimizer": {"type": "Adam"}}, {"bf16": {"enabled": True}}],
+    [
+        {"train_batch_size": 8},
+        {"gradient_clipping": 1.0},
+        {"zero_optimization": {"stage": 1}},
+        {"optimizer": {"type": "Adam"}},
+        {"bf16": {"enabled": True}},
+    ],
 )
 def test_what_has_a_key_of_its_own_is_refused(raw):
     with pytest.raises(ConfigError, match=r"error\[2\].*deepspeed\."):
@@ -87,7 +105,9 @@ def test_nothing_is_compiled_and_nothing_is_printed(capfd):
 
 
 def test_a_training_starts_without_torchs_compiler(repository):
-    """Its import is a third of the start of a small run, in every process. (Stage 3 of DeepSpeed imports it whatever is done.)"""
+    """Its import is a third of the start of a small run, in every process. (Stage 3 of DeepSpeed imports it whatever
+    is done.)
+    """
     probe = (
         "import sys; from neox.parallel.mesh import Mesh; from tests.engine.toy import make_config, make_engine, run\n"
         "for dtype, stage in (('fp32', 0), ('bf16', 0), ('fp32', 1), ('bf16', 2)):\n"

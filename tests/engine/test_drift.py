@@ -26,7 +26,9 @@ def test_any_flipped_bit_changes_the_checksum(dtype):
         assert checksum(values) != want
         raw[bit // 8] ^= 1 << bit % 8
     assert checksum(values) == want
-    assert checksum(torch.full((3,), float("nan"), dtype=dtype)) == checksum(torch.full((3,), float("nan"), dtype=dtype))
+    assert checksum(torch.full((3,), float("nan"), dtype=dtype)) == checksum(
+        torch.full((3,), float("nan"), dtype=dtype)
+    )
 
 
 class Launches(TorchDispatchMode):
@@ -50,7 +52,10 @@ def test_small_tensors_of_one_size_are_summed_in_one_launch():
             mine = checksums(tensors)
         assert mine.tolist() == [int(checksum(tensor)) for tensor in tensors]
         counts.append(launches.seen)
-    assert counts == [2 * 4 + 2 + 1, 2 * 4 + 20 + 1]  # two for each of four sizes, one per large tensor, and one for all
+    assert counts == [
+        2 * 4 + 2 + 1,
+        2 * 4 + 20 + 1,
+    ]  # two for each of four sizes, one per large tensor, and one for all
 
 
 def test_alone_there_is_nothing_to_compare():
@@ -68,7 +73,11 @@ def drift_on(out: str) -> None:
         generator = torch.Generator().manual_seed(mesh.tp_rank)
         named = [
             ("norm", torch.nn.Parameter(torch.ones(5)), ShardSpec.replicated(5)),
-            ("matrix", torch.nn.Parameter(torch.randn(4, 3, generator=generator)), ShardSpec.sharded((8, 3), 0, 4 * mesh.tp_rank, 4 * mesh.tp_rank + 4)),
+            (
+                "matrix",
+                torch.nn.Parameter(torch.randn(4, 3, generator=generator)),
+                ShardSpec.sharded((8, 3), 0, 4 * mesh.tp_rank, 4 * mesh.tp_rank + 4),
+            ),
         ]
         if mesh.rank in ranks:
             {key: p for key, p, _ in named}[tensor].data.view(torch.int32).view(-1)[1] ^= 1
@@ -82,7 +91,9 @@ def drift_on(out: str) -> None:
     dist.destroy_process_group()
 
 
-CASES = {  # name -> (tensor, ranks on which its lowest bit is flipped); tensor groups are (0, 1) and (2, 3), replicas (0, 2) and (1, 3)
+# name -> (tensor, ranks on which its lowest bit is flipped); tensor groups are (0, 1) and (2, 3), replicas (0, 2) and
+# (1, 3)
+CASES = {
     "none": ("norm", ()),
     "a cut matrix": ("matrix", (3,)),
     "a norm of one tensor group's member": ("norm", (1, 3)),
@@ -97,5 +108,7 @@ def test_what_differs_is_named_on_every_process(tmp_path):
     assert all(answer == answers[0] for answer in answers)
     got = answers[0]
     assert got["none"] == got["all replicas"] == "same"
-    assert got["a cut matrix"].startswith("error[11] replicas have drifted apart; where=step 7; got=matrix on rank 1, 3;")
+    assert got["a cut matrix"].startswith(
+        "error[11] replicas have drifted apart; where=step 7; got=matrix on rank 1, 3;"
+    )
     assert "got=norm on rank 0, 1, norm on rank 2, 3;" in got["a norm of one tensor group's member"]

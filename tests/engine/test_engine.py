@@ -1,4 +1,6 @@
-"""The engine on a toy model: the same training under every ZeRO stage, world size and accumulation; what is not finite; evaluation."""
+"""The engine on a toy model: the same training under every ZeRO stage, world size and accumulation; what is not
+finite; evaluation.
+"""
 
 import json
 import math
@@ -21,7 +23,11 @@ STEPS = 20
 def reference():
     """One process, stage 0, no accumulation, 20 steps."""
     engine = make_engine(make_config(), Mesh.single())
-    return {"history": run(engine, 1, STEPS), "tensors": gathered(engine), "validation": engine.evaluate(micro_batches(777, engine.mesh, 2))}
+    return {
+        "history": run(engine, 1, STEPS),
+        "tensors": gathered(engine),
+        "validation": engine.evaluate(micro_batches(777, engine.mesh, 2)),
+    }
 
 
 def assert_same_history(got, want, tolerance=1e-5):
@@ -64,13 +70,19 @@ def test_saved_by_two_processes_at_stage_1_resumed_by_one_at_stage_3(reference, 
 
 
 LAYOUTS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 2)]
-RESUMED = [("adamw", *layout) for layout in LAYOUTS] + [(kind, *layout) for kind in ("lion", "sgd") for layout in LAYOUTS[::3]]
+RESUMED = [("adamw", *layout) for layout in LAYOUTS] + [
+    (kind, *layout) for kind in ("lion", "sgd") for layout in LAYOUTS[::3]
+]
 RESUMED += [("muon", "fp32", 0), ("muon", "bf16", 1), ("muon", "fp32", 3)]
 
 
 @pytest.mark.parametrize(("kind", "dtype", "stage"), RESUMED)
 def test_resume_is_bitwise(kind, dtype, stage):
-    config = make_config(zero={"stage": stage}, precision={"dtype": dtype}, optimizer={"type": kind, "lr": 0.01, "gradient_clipping": 0.1})
+    config = make_config(
+        zero={"stage": stage},
+        precision={"dtype": dtype},
+        optimizer={"type": kind, "lr": 0.01, "gradient_clipping": 0.1},
+    )
     straight = make_engine(config, Mesh.single(), 2)
     run(straight, 2, 4)
     stored = Stored({key: value.clone() for key, value in gathered(straight).items()}, straight.state_dict())
@@ -106,16 +118,27 @@ def test_the_gradient_of_every_loss_is_the_one_that_the_model_expected(dtype, st
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_gradients_are_clipped_to_the_norm(stage):
     free = make_engine(
-        make_config(zero={"stage": stage}, optimizer={"type": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.0}), Mesh.single()
+        make_config(
+            zero={"stage": stage},
+            optimizer={"type": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.0},
+        ),
+        Mesh.single(),
     )
     tight = make_engine(
-        make_config(zero={"stage": stage}, optimizer={"type": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.05}), Mesh.single()
+        make_config(
+            zero={"stage": stage},
+            optimizer={"type": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.05},
+        ),
+        Mesh.single(),
     )
     before = {key: value.clone() for key, value in gathered(free).items() if key.startswith("weight")}
     norms = [run(engine, 1, 1)[0]["grad_norm"] for engine in (free, tight)]
     assert norms[0] == pytest.approx(norms[1])  # the norm that is reported is that before clipping
     lr = free.updater.lr_schedule.learning_rate(1)
-    moved = [math.sqrt(sum(float(((gathered(engine)[key] - value) / lr).square().sum()) for key, value in before.items())) for engine in (free, tight)]
+    moved = [
+        math.sqrt(sum(float(((gathered(engine)[key] - value) / lr).square().sum()) for key, value in before.items()))
+        for engine in (free, tight)
+    ]
     assert moved[0] == pytest.approx(norms[0], rel=1e-4)
     assert moved[1] == pytest.approx(0.05, rel=1e-3)
 
@@ -143,7 +166,11 @@ def test_bf16_follows_fp32(reference, stage):
 def test_fp16_scales_the_loss_and_clips_what_is_unscaled(reference, stage):
     """The toy runs in fp16 on a CPU; the model's own kernels need a GPU for it."""
     for power in (4, 10, 15):
-        engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": "fp16", "initial_scale_power": power}), Mesh.single(), 2)
+        engine = make_engine(
+            make_config(zero={"stage": stage}, precision={"dtype": "fp16", "initial_scale_power": power}),
+            Mesh.single(),
+            2,
+        )
         for got, want in zip(run(engine, 2, STEPS), reference["history"], strict=True):
             assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
             assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=2e-2)
@@ -151,7 +178,9 @@ def test_fp16_scales_the_loss_and_clips_what_is_unscaled(reference, stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_skips_what_overflows_and_lowers_the_scale(stage):
-    engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": "fp16", "initial_scale_power": 30}), Mesh.single())
+    engine = make_engine(
+        make_config(zero={"stage": stage}, precision={"dtype": "fp16", "initial_scale_power": 30}), Mesh.single()
+    )
     before = gathered(engine)["weight/norm.weight"].clone()
     first = engine.train_step(micro_batches(0, engine.mesh, 1))
     assert first.skipped
@@ -169,13 +198,17 @@ def test_fp16_skips_what_overflows_and_lowers_the_scale(stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("poison", [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan), ("gradient", math.inf)])
+@pytest.mark.parametrize(
+    "poison", [("loss", math.nan), ("loss", math.inf), ("gradient", math.nan), ("gradient", math.inf)]
+)
 def test_what_is_not_finite_is_found_before_the_update(stage, dtype, poison):
     engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": dtype}), Mesh.single())
     run(engine, 1, 1)
     before = {key: value.clone() for key, value in gathered(engine).items()}
     engine.model.poison = (0, *poison)
-    with pytest.raises(NonFinite, match=rf"the {poison[0]} is not finite.*step 2.*samples \[8, 9, 10, 11, 12, 13, 14, 15\]"):
+    with pytest.raises(
+        NonFinite, match=rf"the {poison[0]} is not finite.*step 2.*samples \[8, 9, 10, 11, 12, 13, 14, 15\]"
+    ):
         engine.train_step(micro_batches(1, engine.mesh, 1))
     assert engine.step == 1
     for key, value in gathered(engine).items():
@@ -238,7 +271,13 @@ def test_the_step_of_the_documentation_runs_without_a_launcher(repository):
     program = page.partition("```python\n")[2].partition("```")[0]
     assert "engine.train_step" in program and program.count("\n") < 20
     alone = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, env=alone, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, env=alone, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    losses = [float(line.partition("loss=")[2].partition(",")[0]) for line in done.stdout.splitlines() if line.startswith("StepResult")]
+    losses = [
+        float(line.partition("loss=")[2].partition(",")[0])
+        for line in done.stdout.splitlines()
+        if line.startswith("StepResult")
+    ]
     assert len(losses) == 3 and losses[2] < losses[0]

@@ -142,12 +142,17 @@ def test_a_median_that_is_not_positive_measures_nothing(losses):
 
 def masked(batches, *ignored: int):
     """The batches, those with these numbers without a target."""
-    return [dataclasses.replace(batch, targets=torch.full_like(batch.targets, -100)) if i in ignored else batch for i, batch in enumerate(batches)]
+    return [
+        dataclasses.replace(batch, targets=torch.full_like(batch.targets, -100)) if i in ignored else batch
+        for i, batch in enumerate(batches)
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_without_targets_changes_nothing(stage):
-    """Neither decay nor momentum moves a weight, the guard's window stays, and the next step is that of a run without it."""
+    """Neither decay nor momentum moves a weight, the guard's window stays, and the next step is that of a run
+    without it.
+    """
     config = make_config(zero={"stage": stage})
     mesh = Mesh.single()
     engines = [make_engine(config, mesh, accumulation=2) for _ in range(2)]
@@ -156,7 +161,13 @@ def test_a_step_without_targets_changes_nothing(stage):
         run(engine, 2, 3)
     before = gathered(one)
     result = one.train_step(masked(micro_batches(3, mesh, 2), 0, 1))
-    assert math.isnan(result.loss) and result.skipped and result.tokens == 0 and "no token" in result.problem and not result.spike
+    assert (
+        math.isnan(result.loss)
+        and result.skipped
+        and result.tokens == 0
+        and "no token" in result.problem
+        and not result.spike
+    )
     assert len(one.updater.guard.losses) == 3 and one.updater.guard.skipped == 0 and one.updates == 3 and one.step == 4
     after = gathered(one)
     assert before.keys() == after.keys() and all(torch.equal(value, before[name]) for name, value in after.items())

@@ -1,6 +1,8 @@
-"""What a training step reads back from the device. A GPU would stop the host there: a step may read its loss and its norm, and nothing per micro-batch.
+"""What a training step reads back from the device. A GPU would stop the host there: a step may read its loss and its
+norm, and nothing per micro-batch.
 
-The model runs on meta tensors, which take the branches of a GPU and refuse to be read. The engine runs on a CPU, where a read is an operator of its own.
+The model runs on meta tensors, which take the branches of a GPU and refuse to be read. The engine runs on a CPU, where
+a read is an operator of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +34,16 @@ from tests.engine.toy import make_config, make_engine, micro_batches
 from tests.model.models import FORMS, SIZES, build
 
 PACKAGE = Path(neox.__file__).parent
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "unique_consecutive"}
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+}
 
 
 class HostReads(TorchDispatchMode):
@@ -62,10 +73,14 @@ def test_forward_and_backward_read_nothing(form):
 
 
 def test_ids_that_were_checked_are_not_read_outside_training(monkeypatch):
-    """The tensors are fake ones of a GPU: they take its branches, and refuse to be read. What else a forward reads would refuse as well."""
+    """The tensors are fake ones of a GPU: they take its branches, and refuse to be read. What else a forward reads
+    would refuse as well.
+    """
     monkeypatch.setattr(GPT, "initialize", lambda self: None)
     with FakeTensorMode(), torch.no_grad():
-        model = GPT(ModelConfig(**(SIZES | FORMS["no-positions-softcap"])), Mesh.single("cuda"), dtype=torch.bfloat16).eval()
+        model = GPT(
+            ModelConfig(**(SIZES | FORMS["no-positions-softcap"])), Mesh.single("cuda"), dtype=torch.bfloat16
+        ).eval()
         tokens = torch.zeros(2, 19, dtype=torch.int64, device="cuda")
         for call in (partial(model, tokens, tokens), partial(token_losses, model, tokens, tokens)):
             call(checked=True)
@@ -79,7 +94,9 @@ def test_generation_checks_the_prompts_once(prompts, monkeypatch):
     model = build("neox")
     asked = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *inputs, **options: asked.append(options["checked"]) or forward(*inputs, **options))
+    monkeypatch.setattr(
+        model, "forward", lambda *inputs, **options: asked.append(options["checked"]) or forward(*inputs, **options)
+    )
     generate(model, prompts, SamplingParams(max_new_tokens=3, temperature=0))
     assert asked == [True] * 3
     with pytest.raises(ConfigError, match="outside the vocabulary"):
@@ -90,10 +107,15 @@ def test_an_evaluation_counts_targets_where_the_loader_left_them_and_reads_once(
     engine = make_engine(make_config(), Mesh.single(), 3)
     batches = micro_batches(0, engine.mesh, 3)
     copies = []
-    monkeypatch.setattr("neox.engine.engine.to_device", lambda batch, _: copies.append(replace(batch, targets=batch.targets.clone())) or copies[-1])
+    monkeypatch.setattr(
+        "neox.engine.engine.to_device",
+        lambda batch, _: copies.append(replace(batch, targets=batch.targets.clone())) or copies[-1],
+    )
     counted = []
     count = engine.objective.count
-    monkeypatch.setattr(engine.objective, "count", lambda batch: counted.append(batch.targets.data_ptr()) or count(batch))
+    monkeypatch.setattr(
+        engine.objective, "count", lambda batch: counted.append(batch.targets.data_ptr()) or count(batch)
+    )
     with HostReads() as reads:
         loss = engine.evaluate(batches)
     assert counted == [batch.targets.data_ptr() for batch in batches]
@@ -126,7 +148,9 @@ def test_reads_are_seen():
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_step_reads_its_loss_and_its_norm(stage, accumulation):
-    """count: of targets, on the CPU, where the loader leaves them. step_optimizer: DeepSpeed's, for overflow, from ZeRO stage 1 on."""
+    """count: of targets, on the CPU, where the loader leaves them. step_optimizer: DeepSpeed's, for overflow, from
+    ZeRO stage 1 on.
+    """
     engine = make_engine(make_config(zero={"stage": stage}), Mesh.single(), accumulation)
     batches = micro_batches(0, engine.mesh, accumulation)
     engine.train_step(batches)
@@ -138,7 +162,9 @@ def test_a_step_reads_its_loss_and_its_norm(stage, accumulation):
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_every_read_of_the_device_is_marked_as_waiting_for_others(stage):
-    """A GPU's queue holds collectives, so a process that reads a result may wait for others: the watchdog must not report it as stuck."""
+    """A GPU's queue holds collectives, so a process that reads a result may wait for others: the watchdog must not
+    report it as stuck.
+    """
     heartbeat = Heartbeat()
     engine = make_engine(make_config(zero={"stage": stage}), Mesh.single(), phases=Phases(heartbeat))
     batches = micro_batches(0, engine.mesh, 1)

@@ -34,7 +34,9 @@ def test_linear():
 def test_cosine():
     s = schedule("cosine")
     for n in (10, 11, 43, 60, 109, 110):
-        assert s.learning_rate(n) == pytest.approx(LOW + (PEAK - LOW) * (1 + math.cos(math.pi * (n - 10) / 100)) / 2, rel=1e-12)
+        assert s.learning_rate(n) == pytest.approx(
+            LOW + (PEAK - LOW) * (1 + math.cos(math.pi * (n - 10) / 100)) / 2, rel=1e-12
+        )
 
 
 def test_wsd_is_flat_until_the_cooldown():
@@ -85,14 +87,22 @@ def test_build_takes_the_length_of_the_run():
 
 
 def test_gpt_neox_counts_updates_not_steps():
-    rates = build_lr_schedule(ScheduleConfig(rule="gpt_neox", type="linear", warmup_iters=2.5, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=10)
+    rates = build_lr_schedule(
+        ScheduleConfig(rule="gpt_neox", type="linear", warmup_iters=2.5, min_lr=1e-4),
+        OptimizerConfig(lr=1e-3),
+        train_iters=10,
+    )
     assert [rates.learning_rate(n) for n in (1, 2, 3, 4)] == pytest.approx([4e-4, 4e-4, 8e-4, 1e-3 * (1 - 0.5 / 7.5)])
     assert rates.learning_rate(8, updates=3) == rates.learning_rate(4)
     assert rates.learning_rate(11) == rates.learning_rate(500) == 1e-4
 
 
 def test_gpt_neox_cosine_rises_again():
-    rates = build_lr_schedule(ScheduleConfig(rule="gpt_neox", type="cosine", decay_iters=10, min_lr=1e-4), OptimizerConfig(lr=1e-3), train_iters=20)
+    rates = build_lr_schedule(
+        ScheduleConfig(rule="gpt_neox", type="cosine", decay_iters=10, min_lr=1e-4),
+        OptimizerConfig(lr=1e-3),
+        train_iters=20,
+    )
     assert rates.learning_rate(11) == pytest.approx(1e-4)
     assert rates.learning_rate(21) == pytest.approx(1e-3)
 
@@ -123,4 +133,6 @@ def test_an_overflow_and_a_resume_do_not_move_gpt_neox_off_its_rule():
     rows += [step() for _ in range(2)]
     assert rows[-1][1] == 4
     peak = config.optimizer.lr
-    assert [rate for rate, _ in rows] == pytest.approx([2 * peak if updates == 0 else peak * (8 - updates) / 7.5 for _, updates in rows])
+    assert [rate for rate, _ in rows] == pytest.approx(
+        [2 * peak if updates == 0 else peak * (8 - updates) / 7.5 for _, updates in rows]
+    )

@@ -22,7 +22,11 @@ def lone_process():
 
 def test_one_process_is_a_group_of_itself(lone_process):
     grid = MeshMPU(Mesh.single())
-    assert (grid.get_data_parallel_world_size(), grid.get_data_parallel_rank(), grid.get_data_parallel_group_ranks()) == (1, 0, [0])
+    assert (
+        grid.get_data_parallel_world_size(),
+        grid.get_data_parallel_rank(),
+        grid.get_data_parallel_group_ranks(),
+    ) == (1, 0, [0])
     assert (grid.get_model_parallel_world_size(), grid.get_model_parallel_group()) == (1, None)
     assert dist.get_world_size(grid.get_tensor_model_parallel_group()) == 1
 

@@ -36,7 +36,9 @@ def test_preferences(batch):
     logs = (-losses.view(ROWS, LENGTH).sum(1)).tolist()
     assert answer_log_probabilities(losses, ROWS).tolist() == pytest.approx(logs)
     reference = batch.reference.double().tolist()
-    want = sum(-math.log(sigmoid(0.3 * ((logs[i] - reference[i]) - (logs[i + 1] - reference[i + 1])))) for i in (0, 2, 4))
+    want = sum(
+        -math.log(sigmoid(0.3 * ((logs[i] - reference[i]) - (logs[i + 1] - reference[i + 1])))) for i in (0, 2, 4)
+    )
     assert float(PreferenceLoss(0.3)(losses, batch)) == pytest.approx(want, rel=1e-6)
     assert PreferenceLoss(0.3).count(batch) == 3
 
@@ -55,6 +57,8 @@ def test_tokens(batch):
     assert TokenLoss().count(batch) == ROWS * LENGTH - 3
 
 
-@pytest.mark.parametrize(("name", "kind"), [("pretrain", TokenLoss), ("sft", TokenLoss), ("dpo", PreferenceLoss), ("reward", RewardLoss)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("pretrain", TokenLoss), ("sft", TokenLoss), ("dpo", PreferenceLoss), ("reward", RewardLoss)]
+)
 def test_each_has_its_name(name, kind):
     assert type(build_objective(TrainConfig(objective=name))) is kind

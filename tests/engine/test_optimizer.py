@@ -20,7 +20,9 @@ NAMES = {
 
 def parameters(dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
-    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in NAMES.items()}
+    return {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in NAMES.items()
+    }
 
 
 def config(kind, **keys):
@@ -33,14 +35,18 @@ def test_only_matrices_decay(kind):
     before = {name: p.detach().clone() for name, p in named.items()}
     optimizer = build_optimizer(named.items(), config(kind))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {name: decays[id(p)] for name, p in named.items()} == {name: 0.25 if len(shape) > 1 else 0.0 for name, shape in NAMES.items()}
+    assert {name: decays[id(p)] for name, p in named.items()} == {
+        name: 0.25 if len(shape) > 1 else 0.0 for name, shape in NAMES.items()
+    }
     if kind == "muon":  # needs real gradients for its matrices
         return
     for p in named.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in named.items():
-        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.25) if p.ndim > 1 else before[name], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            p.detach(), before[name] * (1 - 0.1 * 0.25) if p.ndim > 1 else before[name], rtol=1e-6, atol=0
+        )
 
 
 def steps(kind, count=3, **keys):
@@ -103,13 +109,23 @@ def test_muon_takes_hidden_matrices_only():
 
 @pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
 def test_row_parallel_biases_have_a_learning_rate_of_their_own(kind):
-    shapes = {"attention.out.weight": (8, 8), "attention.out.bias": (8,), "attention.qkv.bias": (24,), "mlp.down.bias": (8,), "mlp.up.bias": (8,)}
+    shapes = {
+        "attention.out.weight": (8, 8),
+        "attention.out.bias": (8,),
+        "attention.qkv.bias": (24,),
+        "mlp.down.bias": (8,),
+        "mlp.up.bias": (8,),
+    }
     named = {f"layers.1.{name}": torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    scaled = [group for group in build_optimizer(named.items(), config(kind, row_bias_lr_multiplier=4)).param_groups if group.get("lr_scale", 1) != 1]
-    names = {id(p): name.removeprefix("layers.1.") for name, p in named.items()}
-    assert [(group["lr_scale"], group["weight_decay"], [names[id(p)] for p in group["params"]]) for group in scaled] == [
-        (4, 0.0, ["attention.out.bias", "mlp.down.bias"])
+    scaled = [
+        group
+        for group in build_optimizer(named.items(), config(kind, row_bias_lr_multiplier=4)).param_groups
+        if group.get("lr_scale", 1) != 1
     ]
+    names = {id(p): name.removeprefix("layers.1.") for name, p in named.items()}
+    assert [
+        (group["lr_scale"], group["weight_decay"], [names[id(p)] for p in group["params"]]) for group in scaled
+    ] == [(4, 0.0, ["attention.out.bias", "mlp.down.bias"])]
     assert all("lr_scale" not in group for group in build_optimizer(named.items(), config(kind)).param_groups)
 
 

@@ -36,7 +36,10 @@ def test_fragments_cover_the_logical_tensors_before_and_after_the_first_step(dty
 def test_what_is_written_is_read_back_and_reaches_the_model(dtype, stage):
     engine = engine_of(dtype, stage)
     generator = torch.Generator().manual_seed(8)
-    tensors = {f"{kind}/{name}": torch.rand(shape, generator=generator).view(-1) for name, kind, shape in engine.state.tensors()}
+    tensors = {
+        f"{kind}/{name}": torch.rand(shape, generator=generator).view(-1)
+        for name, kind, shape in engine.state.tensors()
+    }
     engine.restore(Stored(tensors, {"step": 3, "updates": 3, "optimizer": "adamw"}))
     for f in engine.fragments():
         assert torch.equal(f.data, tensors[f"{f.kind}/{f.name}"][f.start : f.stop])
@@ -52,10 +55,15 @@ def test_what_is_written_is_read_back_and_reaches_the_model(dtype, stage):
 @pytest.mark.parametrize(("dtype", "stage"), STAGES)
 def test_a_group_with_a_learning_rate_of_its_own_keeps_it_in_every_stage(dtype, stage, monkeypatch):
     monkeypatch.setattr("neox.engine.optimizer.ROW_BIASES", (".bias",))  # the toy's biases
-    sections = {"optimizer": {"lr": 0.01, "row_bias_lr_multiplier": 4, "weight_decay": 0.0}, "schedule": {"type": "constant"}}
+    sections = {
+        "optimizer": {"lr": 0.01, "row_bias_lr_multiplier": 4, "weight_decay": 0.0},
+        "schedule": {"type": "constant"},
+    }
     engine = make_engine(make_config(zero={"stage": stage}, precision={"dtype": dtype}, **sections), Mesh.single())
     weights = lambda: {f.name: f.data.clone() for f in engine.fragments() if f.kind == "weight"}  # noqa: E731
     before = weights()
     run(engine, 1, 1)
     moved = {name: float((data - before[name]).abs().max()) for name, data in weights().items()}
-    assert moved == pytest.approx({name: 0.04 if name.endswith(".bias") else 0.01 for name in moved}, rel=1e-3)  # Adam's first step is the rate
+    assert moved == pytest.approx(
+        {name: 0.04 if name.endswith(".bias") else 0.01 for name in moved}, rel=1e-3
+    )  # Adam's first step is the rate

@@ -34,10 +34,21 @@ SUBSET = {
         Cell("neox", cp=4, zero=1, documents=True),
     ),
 }
-BF16 = (Cell("neox", tp=2, pp=2, zero=1, dtype="bf16"), Cell("llama-tied", pp=4, zero=0, dtype="bf16"), Cell("llama", tp=2, dp=2, zero=2, dtype="bf16"))
-LONG = {  # context parallelism at 8,192 tokens, with document masks and without; one step takes seconds, so there are few
-    2: (Cell("llama", cp=2, length=8192, samples=2), Cell("neox", cp=2, zero=1, length=8192, samples=2, documents=True)),
-    4: (Cell("llama", cp=4, length=8192, samples=2), Cell("neox", cp=4, zero=1, length=8192, samples=2, documents=True)),
+BF16 = (
+    Cell("neox", tp=2, pp=2, zero=1, dtype="bf16"),
+    Cell("llama-tied", pp=4, zero=0, dtype="bf16"),
+    Cell("llama", tp=2, dp=2, zero=2, dtype="bf16"),
+)
+# context parallelism at 8,192 tokens, with document masks and without; one step takes seconds, so there are few
+LONG = {
+    2: (
+        Cell("llama", cp=2, length=8192, samples=2),
+        Cell("neox", cp=2, zero=1, length=8192, samples=2, documents=True),
+    ),
+    4: (
+        Cell("llama", cp=4, length=8192, samples=2),
+        Cell("neox", cp=4, zero=1, length=8192, samples=2, documents=True),
+    ),
 }
 LONG_STEPS = 3
 CAUGHT_BY = {  # mutation -> a layout in which it matters
@@ -54,13 +65,23 @@ def run(cells: list[Cell], folder: Path, steps: int, timeout: float = 420.0) -> 
     """Run cells that need the same number of processes; how far each is from one process."""
     write_references(cells, folder / "references", steps)
     write_cells(cells, folder / "cells.json")
-    run_ranks("tests.engine.layouts:run_cells", cells[0].world_size, folder, [folder / "cells.json", folder / "references", folder / "out.json"], timeout)
+    run_ranks(
+        "tests.engine.layouts:run_cells",
+        cells[0].world_size,
+        folder,
+        [folder / "cells.json", folder / "references", folder / "out.json"],
+        timeout,
+    )
     return json.loads((folder / "out.json").read_text())
 
 
 def far(answer: dict, limit: float = LIMIT) -> list[str]:
     """What is further from the reference than it may be; a NaN is."""
-    return [f"{answer['name']}: {key} {answer[key]:.2g}" for key in ("initial", "loss", "norm", "gradient", "validation") if not answer[key] <= limit]
+    return [
+        f"{answer['name']}: {key} {answer[key]:.2g}"
+        for key in ("initial", "loss", "norm", "gradient", "validation")
+        if not answer[key] <= limit
+    ]
 
 
 @pytest.mark.distributed
@@ -102,8 +123,13 @@ def show(answers: list[dict], capsys: pytest.CaptureFixture) -> None:
     with capsys.disabled():
         print()
         for answer in answers:
-            figures = "  ".join(f"{key} {answer[key]:.1e}" for key in ("loss", "gradient", "norm", "validation", "weights"))
-            print(f"{answer['name']:<34} {figures}  {'initial equal' if answer['initial'] == 0 else 'INITIAL DIFFERS'}  {'FAIL' if far(answer) else 'ok'}")
+            figures = "  ".join(
+                f"{key} {answer[key]:.1e}" for key in ("loss", "gradient", "norm", "validation", "weights")
+            )
+            print(
+                f"{answer['name']:<34} {figures}  {'initial equal' if answer['initial'] == 0 else 'INITIAL DIFFERS'}  "
+                f"{'FAIL' if far(answer) else 'ok'}"
+            )
 
 
 @pytest.mark.parallel

@@ -1,4 +1,6 @@
-"""The order of the schedule, with threads as stages: every message must find its receiver, in every shape of pipeline."""
+"""The order of the schedule, with threads as stages: every message must find its receiver, in every shape of
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ WAIT = 5.0  # seconds after which a message counts as never sent
 
 
 class Wires:
-    """Rendezvous between stages: a message is handed over when both sides are there, as a backend without buffers does it."""
+    """Rendezvous between stages: a message is handed over when both sides are there, as a backend without buffers
+    does it.
+    """
 
     def __init__(self, stages: int):
         self.queues = {(a, b): queue.Queue() for a in range(stages) for b in range(stages)}
@@ -37,7 +41,9 @@ class Wires:
 
 
 def play(stages: int, batches: list[torch.Tensor], monkeypatch) -> tuple[float, list[torch.Tensor], list[list[str]]]:
-    """Each stage multiplies by its weight, the last sums: the loss, the weights' gradients, and what each stage did in turn."""
+    """Each stage multiplies by its weight, the last sums: the loss, the weights' gradients, and what each stage did
+    in turn.
+    """
     wires = Wires(stages)
     monkeypatch.setattr(pipeline, "send_recv", wires.send_recv)
     weights = [torch.full((), 1.0 + i, requires_grad=True) for i in range(stages)]
@@ -58,7 +64,11 @@ def play(stages: int, batches: list[torch.Tensor], monkeypatch) -> tuple[float, 
             (output if gradient is None else backward_root(output, gradient)).backward()
 
         try:
-            losses[rank] = float(OneForwardOneBackward(mesh, forward, backward, lambda batch: tuple(batch.shape), torch.float32).train(batches))
+            losses[rank] = float(
+                OneForwardOneBackward(mesh, forward, backward, lambda batch: tuple(batch.shape), torch.float32).train(
+                    batches
+                )
+            )
         except BaseException as error:  # a thread's failure must fail the test
             problems.append(error)
 

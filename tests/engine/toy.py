@@ -1,4 +1,6 @@
-"""A model small enough to train in milliseconds, with the interface of GPT that the engine uses, and runs of it for several processes."""
+"""A model small enough to train in milliseconds, with the interface of GPT that the engine uses, and runs of it for
+several processes.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Toy(torch.nn.Module):
         draw = lambda *shape: torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.2)  # noqa: E731
         self.embedding = torch.nn.ParameterDict({"word": draw(ROWS, HIDDEN)})
         self.embedding["word"].data[VOCAB:] = 0
-        self.layers = torch.nn.ModuleList([torch.nn.ParameterDict({"weight": draw(HIDDEN, HIDDEN), "bias": draw(HIDDEN)}) for _ in range(2)])
+        self.layers = torch.nn.ModuleList(
+            [torch.nn.ParameterDict({"weight": draw(HIDDEN, HIDDEN), "bias": draw(HIDDEN)}) for _ in range(2)]
+        )
         self.norm = torch.nn.ParameterDict({"weight": draw(HIDDEN)})
         self.dropout = dropout
         self.poison = None  # (rank, "loss" or "gradient", value): what goes wrong where
@@ -107,14 +111,26 @@ def micro_batches(step: int, mesh: Mesh, accumulation: int, samples: int = 8) ->
     """This process's micro-batches of a step, in the sample order of the loader."""
     tokens, targets = global_batch(step, samples)
     size = samples // (mesh.dp * accumulation)
-    rows = [range((m * mesh.dp + mesh.dp_rank) * size, (m * mesh.dp + mesh.dp_rank + 1) * size) for m in range(accumulation)]
+    rows = [
+        range((m * mesh.dp + mesh.dp_rank) * size, (m * mesh.dp + mesh.dp_rank + 1) * size) for m in range(accumulation)
+    ]
     return [Batch(tokens[list(r)], targets[list(r)], None, None, torch.tensor(list(r)) + step * samples) for r in rows]
 
 
 def make_engine(
-    config: Config, mesh: Mesh, accumulation: int = 1, total_steps: int = 20, samples: int = 8, dropout: float = 0.0, phases: Phases | None = None
+    config: Config,
+    mesh: Mesh,
+    accumulation: int = 1,
+    total_steps: int = 20,
+    samples: int = 8,
+    dropout: float = 0.0,
+    phases: Phases | None = None,
 ) -> Engine:
-    sizes = {"micro_batch_size": samples // (mesh.dp * accumulation), "gradient_accumulation": accumulation, "train_iters": total_steps}
+    sizes = {
+        "micro_batch_size": samples // (mesh.dp * accumulation),
+        "gradient_accumulation": accumulation,
+        "train_iters": total_steps,
+    }
     config = config.model_copy(update={"train": config.train.model_copy(update=sizes)})
     return Engine(config, mesh, Toy(dropout=dropout), phases=phases)
 
@@ -192,12 +208,16 @@ def engine_padding(engine: Engine) -> float:
             for kind in ("weight", *engine.state.kinds[shard.name]):
                 held = engine.state.tensor(shard, kind)
                 if held is not None:
-                    largest = max(largest, float(shard.view(held, max(shard.start, shard.layout.numel), shard.stop).abs().max()))
+                    largest = max(
+                        largest, float(shard.view(held, max(shard.start, shard.layout.numel), shard.stop).abs().max())
+                    )
     return largest
 
 
 def poison_ranks(settings: str, out: str) -> None:
-    """Entry of a process: one good step, then a poisoned one on one rank, under every stage; writes what this rank saw."""
+    """Entry of a process: one good step, then a poisoned one on one rank, under every stage; writes what this rank
+    saw.
+    """
     dist.init_process_group("gloo")
     given = json.loads(settings)
     mesh = create_mesh()
@@ -215,7 +235,16 @@ def poison_ranks(settings: str, out: str) -> None:
                 except NonFinite as problem:
                     error = problem.line()
                 same = all(torch.equal(before[f"{f.kind}/{f.name}"], f.data) for f in engine.fragments())
-                answers.append({"stage": stage, "dtype": dtype, "where": where, "error": error, "unchanged": same, "step": engine.step})
+                answers.append(
+                    {
+                        "stage": stage,
+                        "dtype": dtype,
+                        "where": where,
+                        "error": error,
+                        "unchanged": same,
+                        "step": engine.step,
+                    }
+                )
     Path(f"{out}.{mesh.rank}").write_text(json.dumps(answers))
     dist.barrier()
     dist.destroy_process_group()

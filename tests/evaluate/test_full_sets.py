@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on full sets, LAMBADA and three of BLiMP: every question with our models and with its `hf` model. Run by `make harness-test`."""
+"""lm-evaluation-harness on full sets, LAMBADA and three of BLiMP: every question with our models and with its `hf`
+model. Run by `make harness-test`.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,22 @@ def questions(folder: Path, name: str) -> list[dict]:
 def neox_model(folder: Path, data: Path) -> tuple[GPT, Tokenizer]:
     """A small NeoX-form model, trained a little on LAMBADA's first texts, with GPT-2's tokenizer."""
     tokenizer = Tokenizer(data / "tokenizers" / "gpt2.json")
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, max_position_embeddings=256, vocab_size=50257, **FORMS["neox"])
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        vocab_size=50257,
+        **FORMS["neox"],
+    )
     return train(config, tokenizer, [row["text"] for row in questions(data, "lambada_test")[:60]], 60), tokenizer
 
 
 def llama_model(folder: Path, data: Path) -> tuple[GPT, Tokenizer]:
     """The trained Llama of 260,032 parameters, with a byte-level tokenizer of its 512 ids."""
-    tokenizer = train_tokenizer([row["text"] for row in questions(data, "lambada_test")[:800]], 512, folder / "tokenizer.json")
+    tokenizer = train_tokenizer(
+        [row["text"] for row in questions(data, "lambada_test")[:800]], 512, folder / "tokenizer.json"
+    )
     config, weights = from_huggingface(data / "llama-260k")
     model = GPT(config, Mesh.single())
     model.load_weights(weights)
@@ -65,16 +76,31 @@ def test_every_question_of_the_full_sets(make, shared_data, tmp_path):
         theirs = lm_eval.simple_evaluate(hf, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
         for task in tasks:
             assert ours[task]["acc,none"] == theirs[task]["acc,none"], (name, task)
-            print(make.__name__, name, task, ours[task]["acc,none"], theirs[task]["acc,none"], ours[task].get("perplexity,none"))
+            print(
+                make.__name__,
+                name,
+                task,
+                ours[task]["acc,none"],
+                theirs[task]["acc,none"],
+                ours[task].get("perplexity,none"),
+            )
         if "local_lambada" in tasks:
-            assert ours["local_lambada"]["perplexity,none"] == pytest.approx(theirs["local_lambada"]["perplexity,none"], rel=1e-4)
-    sentences = [row[key] for name in SETS for row in questions(shared_data, name) for key in ("sentence_good", "sentence_bad")]
+            assert ours["local_lambada"]["perplexity,none"] == pytest.approx(
+                theirs["local_lambada"]["perplexity,none"], rel=1e-4
+            )
+    sentences = [
+        row[key] for name in SETS for row in questions(shared_data, name) for key in ("sentence_good", "sentence_bad")
+    ]
     words = [row["text"].rpartition(" ") for row in lambada[:500]]
     pairs = [("", sentence) for sentence in sentences[::4]] + [(before, f" {last}") for before, _, last in words]
     ask = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     worst = 0.0
-    for (a, greedy), (b, greedy_hf) in zip(harness_model(model, tokenizer, 16).loglikelihood(ask), hf.loglikelihood(ask), strict=True):
+    for (a, greedy), (b, greedy_hf) in zip(
+        harness_model(model, tokenizer, 16).loglikelihood(ask), hf.loglikelihood(ask), strict=True
+    ):
         worst = max(worst, abs(a - b))
         assert greedy == greedy_hf
-        assert abs(a - b) <= max(1e-4, float(numpy.spacing(numpy.float32(abs(b)))))  # theirs is summed in fp32: beyond 1,024 nats its last digit is 1.2e-4
+        assert abs(a - b) <= max(
+            1e-4, float(numpy.spacing(numpy.float32(abs(b))))
+        )  # theirs is summed in fp32: beyond 1,024 nats its last digit is 1.2e-4
     print(make.__name__, "largest difference of a log-likelihood", worst, "over", len(pairs))

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on our models gives what its own `hf` model gives on the exported ones: NeoX and Llama form, local task files."""
+"""lm-evaluation-harness on our models gives what its own `hf` model gives on the exported ones: NeoX and Llama form,
+local task files.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ TEXTS = [
     "When the train arrived, the platform was empty but for a boy and his drum",
     "They wrote that the garden beyond the wall has never been seen by anyone",
 ]
-LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "num_kv_heads": 2}
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "qkv_bias": False,
+    "attention_out_bias": False,
+    "mlp_bias": False,
+    "num_kv_heads": 2,
+}
 SIZES = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "max_position_embeddings": 32}
 FORMS = {"neox": {"parallel_residual": True, "rotary_pct": 0.5}, "llama": LLAMA}
 
@@ -34,11 +43,15 @@ def write_tasks(folder: Path, continuations: list[dict], choices: list[dict]) ->
     """Tasks in the form of LAMBADA, BLiMP, WikiText and a generated answer, on local files."""
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, continuations)))
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, choices)))
-    texts, pairs = (f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}\ntest_split: test\n" for name in ("texts", "pairs"))
+    texts, pairs = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}\ntest_split: test\n"
+        for name in ("texts", "pairs")
+    )
     mean = "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
     perplexity = "  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
     (folder / "lambada.yaml").write_text(
-        f"task: local_lambada\n{texts}output_type: loglikelihood\ndoc_to_text: \"{{{{text.split(' ')[:-1]|join(' ')}}}}\"\n"
+        f"task: local_lambada\n{texts}output_type: loglikelihood\ndoc_to_text: \"{{{{text.split(' ')[:-1]|join(' "
+        f"')}}}}\"\n"
         f"doc_to_target: \"{{{{' '+text.split(' ')[-1]}}}}\"\nmetric_list:\n{perplexity}{mean}"
     )
     (folder / "blimp.yaml").write_text(
@@ -72,7 +85,11 @@ def train(config: ModelConfig, tokenizer: Tokenizer, texts: list[str], steps: in
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     swapped = [" ".join([*text.split(" ")[2:], *text.split(" ")[:2]]) for text in TEXTS]
-    write_tasks(folder, [{"text": text} for text in TEXTS], [{"sentence_good": a, "sentence_bad": b} for a, b in zip(TEXTS, swapped, strict=True)])
+    write_tasks(
+        folder,
+        [{"text": text} for text in TEXTS],
+        [{"sentence_good": a, "sentence_bad": b} for a, b in zip(TEXTS, swapped, strict=True)],
+    )
     train_tokenizer(TEXTS * 3, 400, folder / "tokenizer.json")
     return folder
 
@@ -119,13 +136,18 @@ def test_log_likelihoods_and_texts_are_those_of_the_hf_model(trained):
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer, out = trained
-    hf, ours = HFLM(pretrained=str(out), dtype="float32", device="cpu", batch_size=2), harness_model(model, tokenizer, 3)
+    hf, ours = (
+        HFLM(pretrained=str(out), dtype="float32", device="cpu", batch_size=2),
+        harness_model(model, tokenizer, 3),
+    )
     pairs = [(TEXTS[0], " and more"), ("", TEXTS[1]), ("trailing spaces  ", "word"), (" ".join(TEXTS), " the end")]
 
     def ask(kind: str, arguments: list[tuple]) -> list[Instance]:
         return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
-    for (a, greedy), (b, greedy_hf) in zip(ours.loglikelihood(ask("loglikelihood", pairs)), hf.loglikelihood(ask("loglikelihood", pairs)), strict=True):
+    for (a, greedy), (b, greedy_hf) in zip(
+        ours.loglikelihood(ask("loglikelihood", pairs)), hf.loglikelihood(ask("loglikelihood", pairs)), strict=True
+    ):
         assert a == pytest.approx(b, abs=1e-4) and greedy == greedy_hf
     long = [(" ".join(TEXTS),), (TEXTS[2],)]
     assert ours.loglikelihood_rolling(ask("loglikelihood_rolling", long)) == pytest.approx(
@@ -149,24 +171,42 @@ def test_on_lambada_and_blimp(shared_data, tmp_path):
     lambada, blimp = head("lambada_test", 40), head("blimp_adjunct_island", 60)
     write_tasks(tmp_path, lambada, blimp)
     tokenizer = Tokenizer(shared_data / "tokenizers" / "gpt2.json")
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, max_position_embeddings=256, vocab_size=50257, **FORMS["llama"])
-    model = train(config, tokenizer, [row["text"] for row in lambada[:8]] + [row["sentence_good"] for row in blimp[:8]], 32)
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        vocab_size=50257,
+        **FORMS["llama"],
+    )
+    model = train(
+        config, tokenizer, [row["text"] for row in lambada[:8]] + [row["sentence_good"] for row in blimp[:8]], 32
+    )
     to_huggingface(config, model.logical_weights(), tmp_path / "theirs", tokenizer_file=tokenizer.file)
     tasks = ["local_lambada", "local_blimp"]
     ours = run_tasks(model, tokenizer, tasks, task_files=str(tmp_path), batch_size=8)["results"]
     hf = HFLM(pretrained=str(tmp_path / "theirs"), dtype="float32", device="cpu", batch_size=8)
-    theirs = lm_eval.simple_evaluate(hf, tasks=tasks, task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0)[
-        "results"
-    ]
+    theirs = lm_eval.simple_evaluate(
+        hf, tasks=tasks, task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0
+    )["results"]
     assert ours["local_lambada"]["acc,none"] == theirs["local_lambada"]["acc,none"]
     assert ours["local_blimp"]["acc,none"] == theirs["local_blimp"]["acc,none"]
-    assert ours["local_lambada"]["perplexity,none"] == pytest.approx(theirs["local_lambada"]["perplexity,none"], rel=1e-4)
+    assert ours["local_lambada"]["perplexity,none"] == pytest.approx(
+        theirs["local_lambada"]["perplexity,none"], rel=1e-4
+    )
 
 
 def test_no_limit_by_default(trained, place):
     model, tokenizer, _ = trained
-    assert run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place))["n-samples"]["local_blimp"]["effective"] == len(TEXTS)
-    assert run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place), limit=2)["n-samples"]["local_blimp"]["effective"] == 2
+    assert run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place))["n-samples"]["local_blimp"][
+        "effective"
+    ] == len(TEXTS)
+    assert (
+        run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place), limit=2)["n-samples"]["local_blimp"][
+            "effective"
+        ]
+        == 2
+    )
 
 
 def test_unknown_tasks_and_missing_files_are_named(place, tmp_path):
@@ -199,8 +239,13 @@ def test_options_of_generation():
     params, stops = sampling({"until": "\n", "temperature": 0.7, "do_sample": True, "top_p": 0.9, "max_gen_toks": 5})
     assert (params.temperature, params.top_p, params.max_new_tokens, stops) == (0.7, 0.9, 5, ["\n"])
     assert sampling({"temperature": 0.7})[0].temperature == 0.7 and sampling({"do_sample": True})[0].temperature == 1.0
-    assert sampling({"temperature": 0.7, "do_sample": False})[0].greedy and sampling({"top_p": 0.9, "top_k": 3})[0].greedy
-    assert sampling({"do_sample": True, "top_k": 3})[0].top_k == 3 and sampling({"max_tokens": 6, "max_new_tokens": 7})[0].max_new_tokens == 7
+    assert (
+        sampling({"temperature": 0.7, "do_sample": False})[0].greedy and sampling({"top_p": 0.9, "top_k": 3})[0].greedy
+    )
+    assert (
+        sampling({"do_sample": True, "top_k": 3})[0].top_k == 3
+        and sampling({"max_tokens": 6, "max_new_tokens": 7})[0].max_new_tokens == 7
+    )
     assert sampling({"temperature": 0.0})[0].greedy and sampling({})[0].max_new_tokens == 256
     with pytest.raises(ConfigError, match="num_beams"):
         sampling({"num_beams": 4})

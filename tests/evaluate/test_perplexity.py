@@ -39,7 +39,9 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def model():
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=31, max_position_embeddings=32, init_std=0.3)
+    config = ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=31, max_position_embeddings=32, init_std=0.3
+    )
     return GPT(config, Mesh.single()).eval()
 
 
@@ -103,7 +105,14 @@ def test_wrong_data_is_named(model, tmp_path):
 
 
 def test_windows_longer_than_the_positions_are_refused(dataset):
-    config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=31, max_position_embeddings=16, position_embedding="learned")
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        vocab_size=31,
+        max_position_embeddings=16,
+        position_embedding="learned",
+    )
     with pytest.raises(ConfigError, match="window longer than the model has positions"):
         evaluate(GPT(config, Mesh.single()), dataset, seq_length=17)
     assert evaluate(GPT(config, Mesh.single()), dataset, seq_length=16).tokens == sum(map(len, DOCUMENTS))

@@ -14,7 +14,9 @@ from neox.parallel.mesh import Mesh
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=50, max_position_embeddings=16, init_std=0.3)
+    config = ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=50, max_position_embeddings=16, init_std=0.3
+    )
     return GPT(config, Mesh.single("cpu")).eval()
 
 
@@ -37,7 +39,10 @@ def test_log_likelihoods_do_not_depend_on_the_batch(model, batch_size):
 def test_greedy_flag_agrees_with_greedy_decoding(model):
     with torch.no_grad():
         best = int(model(torch.tensor([[3, 4]]))[0, -1].argmax())
-    assert log_likelihoods(model, [([3, 4], [best]), ([3, 4], [(best + 1) % 50])], max_length=16, batch_size=2)[0][1] is True
+    assert (
+        log_likelihoods(model, [([3, 4], [best]), ([3, 4], [(best + 1) % 50])], max_length=16, batch_size=2)[0][1]
+        is True
+    )
     assert log_likelihoods(model, [([3, 4], [(best + 1) % 50])], max_length=16, batch_size=2)[0][1] is False
 
 
@@ -45,7 +50,10 @@ def test_greedy_flag_agrees_with_greedy_decoding(model):
 def test_rolling_windows_are_those_of_the_harness(length):
     utils = pytest.importorskip("lm_eval.utils", reason="needs lm-evaluation-harness (the extra eval)")
     tokens = list(range(10, 10 + length))
-    theirs = [utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=4, context_len=1)]
+    theirs = [
+        utils.make_disjoint_window(pair)
+        for pair in utils.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=4, context_len=1)
+    ]
     ours = rolling_windows(tokens, 0, 4)
     assert ours == [(list(context), list(continuation)) for context, continuation in theirs]
     assert [token for _, continuation in ours for token in continuation] == tokens
@@ -64,6 +72,8 @@ def test_texts_end_before_the_first_stop(model):
 
     whole = complete(model, [[1], [2, 3]], SamplingParams(12, 0.0), decode=decode, stops=[], eod_id=None, batch_size=2)
     stop = whole[0][4]
-    stopped = complete(model, [[1], [2, 3]], SamplingParams(12, 0.0), decode=decode, stops=[stop], eod_id=None, batch_size=1)
+    stopped = complete(
+        model, [[1], [2, 3]], SamplingParams(12, 0.0), decode=decode, stops=[stop], eod_id=None, batch_size=1
+    )
     assert [len(text) for text in whole] == [12, 12]
     assert stopped == [text.split(stop)[0] for text in whole]

@@ -21,7 +21,17 @@ class Setting:
 
 
 SHORT = Setting(1, (*TINY, *DROPOUT, "train.train_iters=8", "checkpoint.save_interval=2", "evaluate.interval=4"))
-LONG = Setting(1, (*TINY, *DROPOUT, "train.train_iters=60", "checkpoint.save_interval=2", "checkpoint.keep=2", "evaluate.interval=15"))
+LONG = Setting(
+    1,
+    (
+        *TINY,
+        *DROPOUT,
+        "train.train_iters=60",
+        "checkpoint.save_interval=2",
+        "checkpoint.keep=2",
+        "evaluate.interval=15",
+    ),
+)
 PAIR = Setting(2, (*TINY, "train.train_iters=8", "checkpoint.save_interval=2", "evaluate.interval=4", "zero.stage=1"))
 ENDLESS = (*TINY, "train.train_iters=100000", "checkpoint.save_interval=0", "evaluate.interval=0")
 
@@ -41,7 +51,11 @@ def newest(run: Path) -> Path:
 
 def complete(run: Path) -> dict[str, str]:
     """Checkpoints without any problem, by name: their save ids."""
-    return {one.path.name: one.manifest.save_id for one in scan(run / "checkpoints") if one.manifest and not problems(one.path)}
+    return {
+        one.path.name: one.manifest.save_id
+        for one in scan(run / "checkpoints")
+        if one.manifest and not problems(one.path)
+    }
 
 
 def damaged(run: Path) -> list[str]:

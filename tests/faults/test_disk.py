@@ -26,7 +26,12 @@ def stops(server, corpus, folder, straight, fault: str, setting=SHORT) -> bool:
     if codes == [0] * setting.ranks:
         return False
     assert codes == [5] * setting.ranks, f"{fault}\n{training.outputs()}"
-    (line,) = [line for rank in range(setting.ranks) for line in training.output(rank).splitlines() if line.startswith("error[")]
+    (line,) = [
+        line
+        for rank in range(setting.ranks)
+        for line in training.output(rank).splitlines()
+        if line.startswith("error[")
+    ]
     assert NAMES[fault.split("@")[0]] in line and "bytes free" in line and "; do=" in line, line
     assert damaged(folder / "run") == [], fault
     training = server.start(arguments(corpus, folder / "run", setting), folder, ranks=setting.ranks)
@@ -54,7 +59,9 @@ def test_every_call_of_a_run_may_fail(server, corpus, tmp_path, straight, call):
 
 @pytest.mark.parametrize("fault", ["enospc@0:write:9", "eio@0:rename:3"])
 def test_training_continues_where_the_policy_allows_it(server, corpus, tmp_path, straight, fault):
-    training = server.start(arguments(corpus, tmp_path / "run", SHORT, "checkpoint.on_save_error=continue"), tmp_path, fault=fault)
+    training = server.start(
+        arguments(corpus, tmp_path / "run", SHORT, "checkpoint.on_save_error=continue"), tmp_path, fault=fault
+    )
     assert training.wait() == [0], training.outputs()
     assert training.output().count("training continues without this checkpoint: error[5]") == 1
     assert_same_run(tmp_path / "run", straight)
@@ -93,7 +100,13 @@ def test_the_policy_holds_for_records_too(server, corpus, tmp_path):
 
     Training continues to its last checkpoint, which must be written.
     """
-    more = ("train.train_iters=80", "logging.interval=1", "checkpoint.on_save_error=continue", "checkpoint.save_interval=20", "evaluate.interval=0")
+    more = (
+        "train.train_iters=80",
+        "logging.interval=1",
+        "checkpoint.on_save_error=continue",
+        "checkpoint.save_interval=20",
+        "evaluate.interval=0",
+    )
     words = [12000, *arguments(corpus, tmp_path / "run", SHORT, *more)]
     training = server.call("tests.faults.test_disk:train_with_small_files", words, tmp_path)
     assert training.wait() == [5], training.outputs()

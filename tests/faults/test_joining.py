@@ -20,12 +20,16 @@ from tests.train.corpus import records
 
 pytestmark = pytest.mark.distributed
 
-BRIEF = Setting(2, (*TINY, "train.train_iters=2", "schedule.warmup_iters=0", "evaluate.interval=0", "checkpoint.save_interval=0"))
+BRIEF = Setting(
+    2, (*TINY, "train.train_iters=2", "schedule.warmup_iters=0", "evaluate.interval=0", "checkpoint.save_interval=0")
+)
 
 
 @pytest.mark.parametrize(("absent", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
 def test_a_signal_ends_a_process_that_waits(server, corpus, tmp_path, absent, number):
-    training = server.start(arguments(corpus, tmp_path / "run", PAIR), tmp_path, ranks=2, fault=f"kill@{absent}:start:1")
+    training = server.start(
+        arguments(corpus, tmp_path / "run", PAIR), tmp_path, ranks=2, fault=f"kill@{absent}:start:1"
+    )
     here = 1 - absent
     training.wait_for(lambda: f"rank {absent} of 2 has not joined" in training.output(here))
     training.signal(number, here)
@@ -37,7 +41,12 @@ def test_a_signal_ends_a_process_that_waits(server, corpus, tmp_path, absent, nu
 
 @pytest.mark.parametrize("absent", [0, 1])
 def test_the_limit_holds_from_the_first_line_on(server, corpus, tmp_path, absent):
-    training = server.start(arguments(corpus, tmp_path / "run", PAIR, "guard.hang_timeout=3"), tmp_path, ranks=2, fault=f"kill@{absent}:start:1")
+    training = server.start(
+        arguments(corpus, tmp_path / "run", PAIR, "guard.hang_timeout=3"),
+        tmp_path,
+        ranks=2,
+        fault=f"kill@{absent}:start:1",
+    )
     codes = training.wait()
     assert codes[1 - absent] == 12, training.outputs()
     line = f"error[12] rank {absent} of 2 has not joined; where=rank {1 - absent}, store at 127.0.0.1:"
@@ -49,7 +58,10 @@ def test_a_process_that_fails_before_it_joins_ends_the_others(server, corpus, tm
     training = server.start(arguments(corpus, tmp_path / "run", PAIR), tmp_path, ranks=2, fault=f"raise@{rank}:start:1")
     assert training.wait() == [1, 1], training.outputs()
     assert "Traceback" in training.output(rank)
-    assert f"rank {rank} did not start, so this process ends: RuntimeError: fault raise@{rank}:start:1" in training.output(1 - rank)
+    assert (
+        f"rank {rank} did not start, so this process ends: RuntimeError: fault raise@{rank}:start:1"
+        in training.output(1 - rank)
+    )
 
 
 # A train.py whose rank 1 is killed in the first attempt.
@@ -62,7 +74,17 @@ exec "{python}" "{root}/train.py" "$@"
 def test_a_signal_to_one_that_waits_ends_all(server, corpus, tmp_path):
     training = server.start(
         arguments(
-            corpus, tmp_path / "run", Setting(3, (*PAIR.overrides, "train.micro_batch_size=1", "train.global_batch_size=3", "train.gradient_accumulation=1"))
+            corpus,
+            tmp_path / "run",
+            Setting(
+                3,
+                (
+                    *PAIR.overrides,
+                    "train.micro_batch_size=1",
+                    "train.global_batch_size=3",
+                    "train.gradient_accumulation=1",
+                ),
+            ),
         ),
         tmp_path,
         ranks=3,
@@ -99,7 +121,9 @@ def test_a_wrong_config_is_reported_once(tmp_path):
 def test_a_package_that_cannot_be_imported_on_one_host_ends_all(corpus, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file', name='torch')\n")
+    (broken / "torch.py").write_text(
+        "raise ImportError('libcudart.so.13: cannot open shared object file', name='torch')\n"
+    )
     results = by_hand(tmp_path, 2, arguments(corpus, tmp_path / "run", BRIEF), broken).wait(120)
     assert [result.returncode for result in results] == [14, 14], results
     assert "error[14] package cannot be imported" in results[1].output
@@ -110,7 +134,13 @@ def test_a_port_in_use_is_one_line(server, corpus, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         request = {"argv": ["train", *map(str, arguments(corpus, tmp_path / "run", PAIR))]}
-        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         log = tmp_path / "output.txt"
         pid = server.ask({**request, "variables": variables, "log": str(log)})
         server.pids.append(pid)
@@ -119,7 +149,10 @@ def test_a_port_in_use_is_one_line(server, corpus, tmp_path):
             time.sleep(0.05)
         assert server.poll([pid]) == [14], log.read_text()
     (line,) = [line for line in log.read_text().splitlines() if "error" in line.lower()]
-    assert line.startswith(f"error[14] rank 0 cannot listen on its port; where=127.0.0.1:{port}") and "Address already in use" in line
+    assert (
+        line.startswith(f"error[14] rank 0 cannot listen on its port; where=127.0.0.1:{port}")
+        and "Address already in use" in line
+    )
     assert "Traceback" not in log.read_text()
 
 
@@ -129,7 +162,18 @@ def test_torchrun_restarts_a_run_that_resumes(corpus, tmp_path):
     script = tmp_path / "attempt.sh"
     script.write_text(KILLED_ONCE.format(python=sys.executable, root=ROOT))
     script.chmod(0o755)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port()), "--no-python"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "--master-port",
+        str(free_port()),
+        "--no-python",
+    ]
     command = [*launcher, str(script), *map(str, arguments(corpus, tmp_path / "run", setting))]
     result = Processes([command], [environment()], tmp_path).wait(240)[0]
     assert result.returncode == 0 and "resumed from" in result.output, result.output

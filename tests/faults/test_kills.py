@@ -11,7 +11,22 @@ from tests.faults.test_sites import check_after_kill
 
 pytestmark = pytest.mark.distributed
 
-SITES = ("batch", "step", "forward", "backward", "update", "updated", "evaluate", "save", "saved", "create", "write", "sync", "sync_dir", "rename")
+SITES = (
+    "batch",
+    "step",
+    "forward",
+    "backward",
+    "update",
+    "updated",
+    "evaluate",
+    "save",
+    "saved",
+    "create",
+    "write",
+    "sync",
+    "sync_dir",
+    "rename",
+)
 RARE = ("publish", "retain", "unlink", "remove_dir", "close", "make_dir")
 
 
@@ -48,7 +63,9 @@ def test_twenty_interruptions_in_a_row(server, corpus, tmp_path, long_straight):
     """A kill in every second step or so, each start making a little progress."""
     known: dict[str, str] = {}
     for number in range(20):
-        training = server.start(arguments(corpus, tmp_path / "run", LONG), tmp_path, fault=f"kill@0:update:{3 + number % 3}")
+        training = server.start(
+            arguments(corpus, tmp_path / "run", LONG), tmp_path, fault=f"kill@0:update:{3 + number % 3}"
+        )
         assert training.wait() == [-9], training.outputs()
         known = check_after_kill(tmp_path / "run", known, f"interruption {number}")
     training = server.start(arguments(corpus, tmp_path / "run", LONG), tmp_path)
@@ -60,7 +77,9 @@ def test_twenty_interruptions_in_a_row(server, corpus, tmp_path, long_straight):
 def test_three_hundred_random_kills(server, corpus, tmp_path, long_straight):
     total, runs = 0, 0
     while total < 300:
-        total += interrupted_run(server, corpus, tmp_path / f"{runs}", long_straight, kills=min(40, 300 - total), seed=100 + runs)
+        total += interrupted_run(
+            server, corpus, tmp_path / f"{runs}", long_straight, kills=min(40, 300 - total), seed=100 + runs
+        )
         runs += 1
     print(f"{total} kills in {runs} runs")
 

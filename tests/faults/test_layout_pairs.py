@@ -17,7 +17,13 @@ QUICK = [("1x1x2", "2x2x1"), ("1x2x2", "2x1x1")]
 
 def setting(layout: str, stage: int, *more: str) -> Setting:
     dp, tp, pp = (int(part) for part in layout.split("x"))
-    sizes = (f"parallel.tensor={tp}", f"parallel.pipeline={pp}", f"zero.stage={stage}", "train.gradient_accumulation=null", "schedule.decay_iters=20")
+    sizes = (
+        f"parallel.tensor={tp}",
+        f"parallel.pipeline={pp}",
+        f"zero.stage={stage}",
+        "train.gradient_accumulation=null",
+        "schedule.decay_iters=20",
+    )
     return Setting(dp * tp * pp, ("checkpoint.save_interval=0", "evaluate.interval=0", *sizes, *more))
 
 
@@ -27,7 +33,9 @@ def stage_of(layout: str, number: int) -> int:
 
 
 def train(server, corpus, run, layout: str, stage: int, *more: str):
-    training = server.start(arguments(corpus, run, setting(layout, stage, *more)), run.parent, ranks=setting(layout, stage).ranks)
+    training = server.start(
+        arguments(corpus, run, setting(layout, stage, *more)), run.parent, ranks=setting(layout, stage).ranks
+    )
     codes = training.wait(120)
     assert set(codes) == {0}, f"{layout} stage {stage} {more}: {codes}\n{training.outputs()}"
 

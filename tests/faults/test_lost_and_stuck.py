@@ -14,7 +14,13 @@ pytestmark = pytest.mark.distributed
 LIMIT = 4
 SOON = 120  # seconds on a busy machine; 10 on an idle one. Without the control channel it would be torch's half hour
 BATCH = ("train.global_batch_size=12", "train.micro_batch_size=2")  # divides by two and by three processes
-OFTEN = (*BATCH, "evaluate.interval=2", "checkpoint.save_interval=2", "checkpoint.keep=2", f"guard.hang_timeout={LIMIT}")
+OFTEN = (
+    *BATCH,
+    "evaluate.interval=2",
+    "checkpoint.save_interval=2",
+    "checkpoint.keep=2",
+    f"guard.hang_timeout={LIMIT}",
+)
 
 
 def run(server, corpus, folder, fault: str, ranks: int, *more: str):
@@ -23,7 +29,12 @@ def run(server, corpus, folder, fault: str, ranks: int, *more: str):
     Returns:
         The training, and the seconds that the others then took to end.
     """
-    training = server.start(arguments(corpus, folder / "run", Setting(ranks, ENDLESS), *OFTEN, *more), folder, ranks=ranks, fault=f"note@*:updated:1+,{fault}")
+    training = server.start(
+        arguments(corpus, folder / "run", Setting(ranks, ENDLESS), *OFTEN, *more),
+        folder,
+        ranks=ranks,
+        fault=f"note@*:updated:1+,{fault}",
+    )
     rank = int(fault.split("@")[1][0])
     if fault.startswith("kill"):
         training.wait_for(lambda: server.poll(training.pids)[rank] is not None)
@@ -42,7 +53,12 @@ def run(server, corpus, folder, fault: str, ranks: int, *more: str):
 
 def errors(training) -> list[str]:
     """The error lines of all processes."""
-    return [line for rank in range(len(training.pids)) for line in training.output(rank).splitlines() if line.startswith("error[")]
+    return [
+        line
+        for rank in range(len(training.pids))
+        for line in training.output(rank).splitlines()
+        if line.startswith("error[")
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "fault"), [(2, "kill@1:forward:7"), (3, "kill@0:update:4"), (3, "kill@2:write:9")])
@@ -52,7 +68,21 @@ def test_a_dead_process_is_named_and_ends_all(server, corpus, tmp_path, ranks, f
 
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1, 2])
-@pytest.mark.parametrize("site", ["batch:4", "forward:6", "backward:6", "update:3", "evaluate:3", "save:2", "sync:3", "joined:1", "data:1", "build:1"])
+@pytest.mark.parametrize(
+    "site",
+    [
+        "batch:4",
+        "forward:6",
+        "backward:6",
+        "update:3",
+        "evaluate:3",
+        "save:2",
+        "sync:3",
+        "joined:1",
+        "data:1",
+        "build:1",
+    ],
+)
 def test_a_dead_process_is_named_wherever_it_dies(server, corpus, tmp_path, rank, site):
     dead(server, corpus, tmp_path, 3, f"kill@{rank}:{site}")
 
@@ -97,11 +127,16 @@ def test_a_stuck_stage_of_a_pipeline_is_named(server, corpus, tmp_path, kind, ra
 def stuck(server, corpus, folder, ranks, fault, *more):
     training, codes, seconds = run(server, corpus, folder, fault, ranks, *more)
     rank = int(fault.split("@")[1][0])
-    assert all(code in ((12, -9) if i == rank else (12,)) for i, code in enumerate(codes)), f"{codes}\n{training.outputs()}"
+    assert all(code in ((12, -9) if i == rank else (12,)) for i, code in enumerate(codes)), (
+        f"{codes}\n{training.outputs()}"
+    )
     assert seconds < LIMIT + SOON, seconds
     lines = errors(training)
     assert lines, training.outputs()
-    assert all(line.startswith("error[12]") and f"where=rank {rank} on {socket.gethostname()}: last step" in line for line in lines), training.outputs()
+    assert all(
+        line.startswith("error[12]") and f"where=rank {rank} on {socket.gethostname()}: last step" in line
+        for line in lines
+    ), training.outputs()
     for i in range(ranks):
         assert f"stacks of rank {i}" in training.output(i), training.outputs()
     # a stopped process prints its stacks after it was woken, and has left the site by then
@@ -109,7 +144,10 @@ def stuck(server, corpus, folder, ranks, fault, *more):
         assert "faults.py" in training.output(rank).split(f"stacks of rank {rank}")[1]
 
 
-@pytest.mark.parametrize(("fault", "code", "text"), [("raise@1:forward:6", 1, "fault raise@1:forward:6"), ("memory@0:backward:5", 6, "not enough memory")])
+@pytest.mark.parametrize(
+    ("fault", "code", "text"),
+    [("raise@1:forward:6", 1, "fault raise@1:forward:6"), ("memory@0:backward:5", 6, "not enough memory")],
+)
 def test_the_error_of_the_origin_ends_all(server, corpus, tmp_path, fault, code, text):
     origin(server, corpus, tmp_path, fault, code, text)
 
@@ -133,7 +171,9 @@ def test_the_error_of_the_origin_ends_all_wherever_it_begins(server, corpus, tmp
 
 def origin(server, corpus, folder, fault, code, text, ranks=2):
     rank = int(fault.split("@")[1][0])
-    training = server.start(arguments(corpus, folder / "run", Setting(ranks, ENDLESS), *OFTEN), folder, ranks=ranks, fault=fault)
+    training = server.start(
+        arguments(corpus, folder / "run", Setting(ranks, ENDLESS), *OFTEN), folder, ranks=ranks, fault=fault
+    )
     assert training.wait(60) == [code] * ranks, training.outputs()
     (line,) = errors(training)
     assert text in line
@@ -142,7 +182,9 @@ def origin(server, corpus, folder, fault, code, text, ranks=2):
 
 def test_a_process_that_was_suspended_continues(server, corpus, tmp_path):
     """All processes stopped for longer than the limit, as by a suspended laptop: none is stuck."""
-    training = server.start(arguments(corpus, tmp_path / "run", Setting(2, ENDLESS), f"guard.hang_timeout={LIMIT}"), tmp_path, ranks=2)
+    training = server.start(
+        arguments(corpus, tmp_path / "run", Setting(2, ENDLESS), f"guard.hang_timeout={LIMIT}"), tmp_path, ranks=2
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     training.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
     training.signal(signal.SIGSTOP)

@@ -72,7 +72,9 @@ def folder(path: Path, draw: random.Random) -> None:
 
 
 def foreign(path: Path, draw: random.Random) -> None:
-    (path.parent / draw.choice(["extra.bin", "shard.safetensors", "manifest.json.bak", "ü ber"])).write_bytes(draw.randbytes(9))
+    (path.parent / draw.choice(["extra.bin", "shard.safetensors", "manifest.json.bak", "ü ber"])).write_bytes(
+        draw.randbytes(9)
+    )
 
 
 MUTATIONS = (flip, flip, flip, truncate, empty, delete, lengthen, garbage, overwrite, zero_block, link, folder, foreign)
@@ -112,7 +114,12 @@ def check_mutant(pristine: Path, root: Path, seed: int, caplog) -> None:
     text = found[0].line()
     if mutate is not foreign:
         assert victim.name in text, f"{about}: {text}"
-    if victim.is_file() and victim.suffix == ".safetensors" and victim.stat().st_size == (pristine / bad.name / victim.name).stat().st_size and mutate is flip:
+    if (
+        victim.is_file()
+        and victim.suffix == ".safetensors"
+        and victim.stat().st_size == (pristine / bad.name / victim.name).stat().st_size
+        and mutate is flip
+    ):
         tensor = tensor_at(bad, pristine / bad.name, victim.name)
         assert tensor is None or tensor in text, f"{about}: {tensor} not in {text}"
     with pytest.raises(CheckpointError):

@@ -19,8 +19,21 @@ LAYOUTS = {
     "pp2 zero1": (2, ("zero.stage=1", "parallel.pipeline=2")),
     "tp2 zero0": (2, ("zero.stage=0", "parallel.tensor=2")),
 }
-VALUES = [("nan", "loss"), ("inf", "loss"), ("nan", "loss_number"), ("inf", "loss_number"), ("nan", "gradient"), ("inf", "gradient"), ("huge", "gradient")]
-QUICK = [("dp2 zero1", "nan", "loss"), ("dp2 zero3", "inf", "gradient"), ("pp2 zero1", "inf", "loss_number"), ("dp2 zero2", "inf", "loss_number")]
+VALUES = [
+    ("nan", "loss"),
+    ("inf", "loss"),
+    ("nan", "loss_number"),
+    ("inf", "loss_number"),
+    ("nan", "gradient"),
+    ("inf", "gradient"),
+    ("huge", "gradient"),
+]
+QUICK = [
+    ("dp2 zero1", "nan", "loss"),
+    ("dp2 zero3", "inf", "gradient"),
+    ("pp2 zero1", "inf", "loss_number"),
+    ("dp2 zero2", "inf", "loss_number"),
+]
 PER_STEP = {"loss": 2, "gradient": 2, "loss_number": 1}  # visits of a site per step: micro-batches of a process
 
 
@@ -82,11 +95,15 @@ def test_a_poisoned_weight_ends_the_run(server, corpus, tmp_path, layout, kind, 
 
 def stopped(server, corpus, folder, layout, fault):
     ranks, overrides = LAYOUTS[layout]
-    training = server.start(arguments(corpus, folder / "run", Setting(ranks, (*BASE, *overrides))), folder, ranks=ranks, fault=fault)
+    training = server.start(
+        arguments(corpus, folder / "run", Setting(ranks, (*BASE, *overrides))), folder, ranks=ranks, fault=fault
+    )
     assert training.wait() == [11] * ranks, f"{fault}\n{training.outputs()}"
     lines = [line for rank in range(ranks) for line in training.output(rank).splitlines() if line.startswith("error[")]
     assert len(lines) == 1, lines
-    assert "is not finite" in lines[0] and "step 3" in lines[0] and "samples [16, 17, 18, 19, 20, 21, 22, 23]" in lines[0]
+    assert (
+        "is not finite" in lines[0] and "step 3" in lines[0] and "samples [16, 17, 18, 19, 20, 21, 22, 23]" in lines[0]
+    )
     assert newest(folder / "run").name == "step_00000002"
     if ":parameter:" in fault:
         assert "the weight is not finite" in lines[0] and f" on rank {fault.split('@')[1][0]}" in lines[0]
@@ -101,13 +118,24 @@ def test_too_many_in_a_row_end_the_run(server, corpus, tmp_path):
 
 
 def test_a_spike_rolls_back_to_the_newest_checkpoint_and_continues_with_other_data(server, corpus, tmp_path):
-    overrides = (*TINY, "train.train_iters=16", "checkpoint.save_interval=4", "evaluate.interval=0", "guard.loss_spike=rollback", "zero.stage=1")
+    overrides = (
+        *TINY,
+        "train.train_iters=16",
+        "checkpoint.save_interval=4",
+        "evaluate.interval=0",
+        "guard.loss_spike=rollback",
+        "zero.stage=1",
+    )
     setting = Setting(2, overrides)
-    training = server.start(arguments(corpus, tmp_path / "run", setting), tmp_path, ranks=2, fault="times10@*:loss_number:11")
+    training = server.start(
+        arguments(corpus, tmp_path / "run", setting), tmp_path, ranks=2, fault="times10@*:loss_number:11"
+    )
     assert training.wait() == [0, 0], training.outputs()
     text = training.output()
     assert "step 11: loss" in text and "times the median of the last 10, the update is skipped" in text
-    assert f"rolled back to {tmp_path / 'run' / 'checkpoints' / 'step_00000008'}; the data continues at sample 88" in text
+    assert (
+        f"rolled back to {tmp_path / 'run' / 'checkpoints' / 'step_00000008'}; the data continues at sample 88" in text
+    )
     rows = records(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 17))
     assert [row["samples"] for row in rows] == [8 * n for n in range(1, 9)] + [88 + 8 * n for n in range(1, 9)]
@@ -115,15 +143,28 @@ def test_a_spike_rolls_back_to_the_newest_checkpoint_and_continues_with_other_da
 
 
 def test_a_spike_without_a_checkpoint_ends_the_run(server, corpus, tmp_path):
-    setting = Setting(1, (*TINY, "train.train_iters=16", "checkpoint.save_iters=[15]", "checkpoint.save_interval=0", "guard.loss_spike=rollback"))
+    setting = Setting(
+        1,
+        (
+            *TINY,
+            "train.train_iters=16",
+            "checkpoint.save_iters=[15]",
+            "checkpoint.save_interval=0",
+            "guard.loss_spike=rollback",
+        ),
+    )
     training = server.start(arguments(corpus, tmp_path / "run", setting), tmp_path, fault="times10@0:loss_number:11")
     assert training.wait() == [11], training.outputs()
-    assert "error[11] loss spike, and no checkpoint to roll back to; where=step 11; got=no checkpoint" in training.output()
+    assert (
+        "error[11] loss spike, and no checkpoint to roll back to; where=step 11; got=no checkpoint" in training.output()
+    )
 
 
 def test_a_flipped_bit_in_one_replica_is_found_within_the_interval(server, corpus, tmp_path):
     setting = Setting(2, (*BASE, "zero.stage=0", "train.train_iters=30", "guard.drift_interval=4"))
-    training = server.start(arguments(corpus, tmp_path / "run", setting), tmp_path, ranks=2, fault="times10@1:parameter:6")
+    training = server.start(
+        arguments(corpus, tmp_path / "run", setting), tmp_path, ranks=2, fault="times10@1:parameter:6"
+    )
     assert training.wait() == [11, 11], training.outputs()
     lines = [line for rank in (0, 1) for line in training.output(rank).splitlines() if line.startswith("error[")]
     assert len(lines) == 1

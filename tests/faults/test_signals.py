@@ -35,7 +35,15 @@ PHASES = {  # where -> which time
     "sync": 3,
     "publish": 2,
 }
-QUICK = [("term", "start"), ("int", "data"), ("usr1", "ready"), ("term", "forward"), ("usr1", "evaluate"), ("int", "publish"), ("term", "updated")]
+QUICK = [
+    ("term", "start"),
+    ("int", "data"),
+    ("usr1", "ready"),
+    ("term", "forward"),
+    ("usr1", "evaluate"),
+    ("int", "publish"),
+    ("term", "updated"),
+]
 
 
 def stop_and_go_on(server, corpus, folder, straight, setting, fault):
@@ -57,7 +65,9 @@ def test_a_signal_is_honoured(server, corpus, tmp_path, straight, kind, site):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("kind", "site"), [case for case in itertools.product(("term", "int", "usr1"), PHASES) if case not in QUICK])
+@pytest.mark.parametrize(
+    ("kind", "site"), [case for case in itertools.product(("term", "int", "usr1"), PHASES) if case not in QUICK]
+)
 def test_a_signal_is_honoured_in_every_phase(server, corpus, tmp_path, straight, kind, site):
     stop_and_go_on(server, corpus, tmp_path, straight, SHORT, f"{kind}@0:{site}:{PHASES[site]}")
 
@@ -76,7 +86,9 @@ def test_a_signal_to_one_of_two_processes(server, corpus, tmp_path, pair_straigh
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("site", "rank"), list(itertools.product([site for site in PHASES if site not in ("start", "publish")], (0, 1))))
+@pytest.mark.parametrize(
+    ("site", "rank"), list(itertools.product([site for site in PHASES if site not in ("start", "publish")], (0, 1)))
+)
 def test_a_signal_to_one_of_two_processes_in_every_phase(server, corpus, tmp_path, pair_straight, site, rank):
     stop_and_go_on(server, corpus, tmp_path, pair_straight, PAIR, f"term@{rank}:{site}:{PHASES[site]}")
 

@@ -13,7 +13,10 @@ def test_a_training_comes_to_every_site(server, corpus, tmp_path):
     more = ("checkpoint.keep=1", "train.train_iters=4", "evaluate.interval=2")
     training = server.start(arguments_of(corpus, tmp_path / "run", PAIR, *more), tmp_path, ranks=2, fault="note@*:*:1+")
     assert training.wait() == [0, 0], training.outputs()
-    seen = [{line.split(":")[1] for line in training.output(rank).splitlines() if line.startswith(f"fault note@{rank}:")} for rank in (0, 1)]
+    seen = [
+        {line.split(":")[1] for line in training.output(rank).splitlines() if line.startswith(f"fault note@{rank}:")}
+        for rank in (0, 1)
+    ]
     assert seen[0] == set(SITES)
     only_first = {"make_dir", "publish", "retain", "unlink", "remove_dir"}  # of the process that publishes
     assert set(SITES) - seen[1] <= only_first
@@ -29,7 +32,11 @@ def killed_at(server, corpus, folder, long_straight, sites) -> None:
     arguments = arguments_of(corpus, folder / "run", LONG)
     known: dict[str, str] = {}
     for site in sites:
-        training = server.start(arguments, folder, fault=f"kill@0:{site}:{5 if site in ('step', 'batch', 'update') else 2 if site == 'save' else 1}")
+        training = server.start(
+            arguments,
+            folder,
+            fault=f"kill@0:{site}:{5 if site in ('step', 'batch', 'update') else 2 if site == 'save' else 1}",
+        )
         assert training.wait() == [-9], f"{site}\n{training.outputs()}"
         known = check_after_kill(folder / "run", known, site)
     training = server.start(arguments, folder)

@@ -15,7 +15,11 @@ from neox.model.gpt import GPT
 
 def save_model(run_dir: Path, model: GPT, *, tokenizer: str | None = None, model_config: dict | None = None) -> Path:
     """Save the weights of a model as step 1 of a run and return the checkpoint folder."""
-    config = Config(model=model.config, tokenizer=TokenizerConfig(file=tokenizer), data=DataConfig(seq_length=32) if tokenizer else DataConfig())
+    config = Config(
+        model=model.config,
+        tokenizer=TokenizerConfig(file=tokenizer),
+        data=DataConfig(seq_length=32) if tokenizer else DataConfig(),
+    )
     fragments = []
     for name, weight in model.logical_weights():
         slices = tuple((0, size) for size in weight.shape)

@@ -22,7 +22,14 @@ SHAPE = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "vocab_si
 ARCHITECTURES = {
     "neox": {"rotary_pct": 0.25, "parallel_residual": True},
     "gpt2": {"position_embedding": "learned", "tie_embeddings": True},
-    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False},
+    "llama": {
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "qkv_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    },
     "window": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 1, "sliding_window": 5, "qk_norm": True},
     "alibi": {"position_embedding": "alibi"},
 }
@@ -35,7 +42,9 @@ def tiny(name: str, seed: int = 1) -> GPT:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("params", [SamplingParams(20, 0), SamplingParams(20, 0.9, top_k=20, top_p=0.9, seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(20, 0), SamplingParams(20, 0.9, top_k=20, top_p=0.9, seed=3)], ids=["greedy", "sampled"]
+)
 def test_cache_and_batching_change_nothing(name, params):
     model = tiny(name)
     together = generate(model, PROMPTS, params)
@@ -48,14 +57,22 @@ def test_cache_and_batching_change_nothing(name, params):
 def test_greedy_equals_transformers():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.3
+        vocab_size=131,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        initializer_range=0.3,
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     model_config, weights = from_huggingface(theirs)
     ours = GPT(model_config, Mesh.single()).eval()
     ours.load_weights(weights)
     for prompt in PROMPTS:
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         assert generate(ours, [prompt], SamplingParams(30, 0))[0] == expected[0, len(prompt) :].tolist()
 
 
@@ -66,7 +83,9 @@ def test_trained_llama_generates_what_transformers_generates(shared_data):
     ours = GPT(model_config, Mesh.single()).eval()
     ours.load_weights(weights)
     prompt = [1, 403, 407]
-    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert generate(ours, [prompt], SamplingParams(60, 0))[0] == expected[0, len(prompt) :].tolist()
 
 
@@ -76,7 +95,9 @@ def test_stops_at_end_of_document_and_streams(name):
     free = generate(model, PROMPTS, SamplingParams(20, 0))
     eod = free[1][4]
     seen: list[tuple[int, int]] = []
-    stopped = generate(model, PROMPTS, SamplingParams(20, 0), eod_id=eod, on_token=lambda row, token: seen.append((row, token)))
+    stopped = generate(
+        model, PROMPTS, SamplingParams(20, 0), eod_id=eod, on_token=lambda row, token: seen.append((row, token))
+    )
     for row in range(3):
         until = free[row].index(eod) if eod in free[row] else 20
         assert stopped[row] == free[row][:until]
@@ -102,27 +123,48 @@ def test_too_many_tokens_are_refused_before_decoding(name):
 
 
 def test_dynamic_ntk_does_not_depend_on_the_batch():
-    """Neither on the batch nor on the cache, and equal to transformers' at batch 1, which is rotated by the length at hand without its cache."""
+    """Neither on the batch nor on the cache, and equal to transformers' at batch 1, which is rotated by the length
+    at hand without its cache.
+    """
     torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16, initializer_range=0.3
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        initializer_range=0.3,
     )
     config.rope_parameters = rope
     theirs = transformers.LlamaForCausalLM(config).eval()
     model_config, weights = from_huggingface(theirs)
     ours = GPT(model_config, Mesh.single()).eval()
     ours.load_weights(weights)
-    prompts = [[3, 1, 4], list(range(5, 17)), list(range(30, 60))]  # below 16 positions, beyond them on the way, beyond from the start
+    prompts = [
+        [3, 1, 4],
+        list(range(5, 17)),
+        list(range(30, 60)),
+    ]  # below 16 positions, beyond them on the way, beyond from the start
     together = generate(ours, prompts, SamplingParams(10, 0))
     assert together == generate(ours, prompts, SamplingParams(10, 0), use_cache=False)
     for prompt, tokens in zip(prompts, together, strict=True):
         assert generate(ours, [prompt], SamplingParams(10, 0))[0] == tokens
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False)
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=False,
+        )
         assert tokens == expected[0, len(prompt) :].tolist()
     pairs = [(prompt, [7, 8]) for prompt in prompts]
     scores = [log_likelihoods(ours, [pair], max_length=64, batch_size=1)[0][0] for pair in pairs]
-    assert [score for score, _ in log_likelihoods(ours, pairs, max_length=64, batch_size=3)] == pytest.approx(scores, abs=1e-4)
+    assert [score for score, _ in log_likelihoods(ours, pairs, max_length=64, batch_size=3)] == pytest.approx(
+        scores, abs=1e-4
+    )
 
 
 def test_wrong_prompts_are_named():
@@ -131,7 +173,11 @@ def test_wrong_prompts_are_named():
         generate(model, [[1], []], SamplingParams(1))
     with pytest.raises(ConfigError, match="token outside the vocabulary; where=prompt 0; got=97; want=0 <= id < 97"):
         generate(model, [[1, 97]], SamplingParams(1))
-    with pytest.raises(ConfigError, match="more tokens than the model has positions; where=prompt 0; got=60 of the prompt [+] 5 new; want=at most 64"):
+    with pytest.raises(
+        ConfigError,
+        match="more tokens than the model has positions; where=prompt 0; got=60 of the prompt [+] 5 new; want=at most "
+        "64",
+    ):
         generate(model, [[1] * 60], SamplingParams(5))
     assert generate(model, [], SamplingParams(1)) == []
 

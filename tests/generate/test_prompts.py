@@ -20,10 +20,18 @@ def llama(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("options", "before"), [({}, [1]), ({"template": False}, []), ({"template": False, "add_bos_token": True}, []), ({"add_bos_token": False}, [1])]
+    ("options", "before"),
+    [
+        ({}, [1]),
+        ({"template": False}, []),
+        ({"template": False, "add_bos_token": True}, []),
+        ({"add_bos_token": False}, [1]),
+    ],
 )
 def test_prompts_are_encoded_as_by_transformers(options, before, tmp_path):
-    """The post-processor of tokenizer.json decides; transformers 5 does not read add_bos_token where that file exists."""
+    """The post-processor of tokenizer.json decides; transformers 5 does not read add_bos_token where that file
+    exists.
+    """
     tokenizer = Tokenizer(write_tokenizer(tmp_path, **options))
     assert tokenizer.template_tokens == (before, [])
     got = encode_prompt(tokenizer, PROMPT)
@@ -43,7 +51,9 @@ def test_an_answer_retains_its_first_space(llama):
     prompt, answer = encode_prompt(llama, PROMPT), llama.encode("story")
     assert llama.decode(answer) == "story"  # decoded alone it has lost it
     assert AnswerText(llama, prompt).decode(answer) == " story"
-    assert AnswerText(llama, [1]).decode(answer) == AnswerText(llama).decode(answer) == "story"  # nothing stands before it
+    assert (
+        AnswerText(llama, [1]).decode(answer) == AnswerText(llama).decode(answer) == "story"
+    )  # nothing stands before it
 
 
 @pytest.mark.parametrize("prompt", ["river", "river stone " * 9, "東京", "café 東京 " * 5, "a\n", " ", "<s>"])

@@ -89,7 +89,9 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch():
 
 
 def test_the_streams_of_prompts_are_pinned():
-    """Each prompt has a stream of its own; the first is not that of the bare seed, which training and other tools use."""
+    """Each prompt has a stream of its own; the first is not that of the bare seed, which training and other tools
+    use.
+    """
     seeds = [prompt_generator(seed, prompt).initial_seed() for seed, prompt in ((0, 0), (0, 1), (1, 0), (1234, 7))]
     assert seeds == [2177342782468422677, 4354685564936845354, 2177342782468422678, 8195370222892606842]
     assert prompt_generator(1234, 0).initial_seed() != 1234

@@ -15,8 +15,16 @@ from neox.parallel.mesh import Mesh
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> tuple[GPT, Tokenizer]:
-    tokenizer = train_tokenizer(["naïve café 東京 and so on "] * 30, 290, tmp_path_factory.mktemp("session") / "tokenizer.json")
-    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 32, "init_std": 0.4}
+    tokenizer = train_tokenizer(
+        ["naïve café 東京 and so on "] * 30, 290, tmp_path_factory.mktemp("session") / "tokenizer.json"
+    )
+    sizes = {
+        "num_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "init_std": 0.4,
+    }
     return GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes), Mesh.single("cpu")), tokenizer
 
 

@@ -24,7 +24,8 @@ FORMS = {
     "gptj": {"parallel_residual": True, "shared_residual_norm": True, "qkv_bias": False, "attention_out_bias": False},
     "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2} | NO_BIAS,
     "rms-parallel": {"norm": "rmsnorm", "activation": "geglu", "parallel_residual": True},
-    "qwen3-window": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 1, "qk_norm": True, "sliding_window": 5} | NO_BIAS,
+    "qwen3-window": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 1, "qk_norm": True, "sliding_window": 5}
+    | NO_BIAS,
     "alibi": {"position_embedding": "alibi", "activation": "relu"},
     "no-positions-softcap": {"position_embedding": "none", "attention_softcap": 5.0, "activation": "silu"},
 }

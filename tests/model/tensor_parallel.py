@@ -9,14 +9,33 @@ from neox.config.schema import ModelConfig
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh, create_mesh
 
-COMMON = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 77, "vocab_multiple": 8, "max_position_embeddings": 32, "init_std": 0.3}
+COMMON = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "vocab_size": 77,
+    "vocab_multiple": 8,
+    "max_position_embeddings": 32,
+    "init_std": 0.3,
+}
 MODELS = {
     "neox": {"parallel_residual": True, "rotary_pct": 0.5},
     "gpt2": {"position_embedding": "learned", "tie_embeddings": True},
-    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False},
+    "llama": {
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "qkv_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    },
     "alibi": {"position_embedding": "alibi", "parallel_residual": True, "shared_residual_norm": True, "qk_norm": True},
     "adapters": {"parallel_residual": True, "rotary_pct": 0.5, "lora": {"rank": 3, "alpha": 6.0}},
-    "gated adapters": {"activation": "swiglu", "lora": {"rank": 2, "alpha": 2.0, "targets": ["mlp.gate", "mlp.down"]}, "output": "score"},
+    "gated adapters": {
+        "activation": "swiglu",
+        "lora": {"rank": 2, "alpha": 2.0, "targets": ["mlp.gate", "mlp.down"]},
+        "output": "score",
+    },
 }
 
 
@@ -37,14 +56,22 @@ def models() -> None:
     for name, options in MODELS.items():
         config = ModelConfig(**COMMON, **options)
         single, sharded = GPT(config, Mesh.single()), GPT(config, mesh)
-        if sharded.num_parameters() != single.num_parameters() or sharded.flops_per_token(19) != single.flops_per_token(19):
+        if sharded.num_parameters() != single.num_parameters() or sharded.flops_per_token(19) != single.flops_per_token(
+            19
+        ):
             raise AssertionError(f"{name}: counts depend on the layout")
         for (key, want), (_, got) in zip(single.logical_weights(), sharded.logical_weights(), strict=True):
             if not torch.equal(got, want):
                 raise AssertionError(f"{name}: initial {key} depends on the layout")
-        weights = {key: weight + 0.1 if key.endswith("bias") else weight.clone() for key, weight in single.logical_weights()}
+        weights = {
+            key: weight + 0.1 if key.endswith("bias") else weight.clone() for key, weight in single.logical_weights()
+        }
         draws = torch.Generator().manual_seed(2)
-        weights |= {key: torch.randn(weight.shape, generator=draws) * 0.3 for key, weight in weights.items() if key.endswith("lora_b")}  # zero at first
+        weights |= {
+            key: torch.randn(weight.shape, generator=draws) * 0.3
+            for key, weight in weights.items()
+            if key.endswith("lora_b")
+        }  # zero at first
         for model in (single, sharded):  # biases that are added twice or not at all must show
             model.load_weights(weights)
         close(sharded(tokens), single(tokens), f"{name}: logits")

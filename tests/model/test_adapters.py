@@ -1,4 +1,6 @@
-"""Low-rank adapters: nothing at first, then exactly what the merged weight computes; what a run trains and what it adds."""
+"""Low-rank adapters: nothing at first, then exactly what the merged weight computes; what a run trains and what it
+adds.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from neox.model.gpt import GPT
 from neox.parallel.linear import merge_adapter
 from neox.parallel.mesh import Mesh
 
-SIZES = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "vocab_size": 32, "vocab_multiple": 32, "max_position_embeddings": 16, "init_std": 0.2}
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+    "vocab_multiple": 32,
+    "max_position_embeddings": 16,
+    "init_std": 0.2,
+}
 FORMS = [{"parallel_residual": True}, {"activation": "swiglu", "norm": "rmsnorm", "mlp_bias": False}]
 LORA = {"rank": 3, "alpha": 7.0}
 TOKENS = torch.arange(12).view(1, 12)
@@ -43,15 +53,25 @@ def test_only_adapters_and_a_new_head_have_gradients():
     model = GPT(ModelConfig(**SIZES, lora=LORA | {"targets": ["attention.qkv"]}, output="score"), Mesh.single())
     model(TOKENS, TOKENS).sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {"score.weight", *(f"layers.{i}.attention.qkv.lora_{factor}" for i in range(2) for factor in "ab")}
-    assert trained == {name for name in model.logical_shapes() if is_trained(model.config, name)} == {name for name in model.logical_shapes() if is_added(name)}
+    assert trained == {
+        "score.weight",
+        *(f"layers.{i}.attention.qkv.lora_{factor}" for i in range(2) for factor in "ab"),
+    }
+    assert (
+        trained
+        == {name for name in model.logical_shapes() if is_trained(model.config, name)}
+        == {name for name in model.logical_shapes() if is_added(name)}
+    )
 
 
 def test_names_and_shapes_are_those_of_the_model():
     for form in FORMS:
         model = GPT(ModelConfig(**SIZES, **form, lora=LORA), Mesh.single("meta"))
         assert {name: spec.shape for name, spec in model.shard_specs().items()} == model.logical_shapes()
-    assert adapter_shapes(LoraConfig(rank=2, targets=("mlp.gate", "mlp.up")), {"mlp.up.weight": (8, 5)}) == {"mlp.up.lora_a": (2, 5), "mlp.up.lora_b": (8, 2)}
+    assert adapter_shapes(LoraConfig(rank=2, targets=("mlp.gate", "mlp.up")), {"mlp.up.weight": (8, 5)}) == {
+        "mlp.up.lora_a": (2, 5),
+        "mlp.up.lora_b": (8, 2),
+    }
 
 
 def test_a_reward_model_scores_positions():

@@ -16,7 +16,18 @@ from neox.parallel.mesh import Mesh
 
 
 def build(**options) -> Attention:
-    config = ModelConfig(**({"num_layers": 1, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 5, "position_embedding": "none"} | options))
+    config = ModelConfig(
+        **(
+            {
+                "num_layers": 1,
+                "hidden_size": 24,
+                "num_attention_heads": 6,
+                "vocab_size": 5,
+                "position_embedding": "none",
+            }
+            | options
+        )
+    )
     attention = Attention(config)
     for i, parameter in enumerate(attention.parameters()):
         with torch.no_grad():
@@ -47,7 +58,9 @@ def test_rows_are_queries_then_key_then_value_of_each_group(groups):
 
 def test_partial_leaves_the_bias_out():
     attention, x = build(), torch.randn(2, 9, 24)
-    assert torch.allclose(attention(x, Context(), partial=True) + attention.out.bias, attention(x, Context()), atol=1e-5)
+    assert torch.allclose(
+        attention(x, Context(), partial=True) + attention.out.bias, attention(x, Context()), atol=1e-5
+    )
 
 
 def test_query_and_key_norms_act_per_head():
@@ -75,10 +88,20 @@ def test_heads_that_do_not_divide():
         build(num_kv_heads=4)
 
 
-@pytest.mark.parametrize(("heads", "groups", "tp", "cp"), [(8, 8, 1, 2), (8, 4, 2, 2), (12, 12, 1, 3), (8, 4, 1, 4), (8, 8, 4, 1)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "tp", "cp"), [(8, 8, 1, 2), (8, 4, 2, 2), (12, 12, 1, 3), (8, 4, 1, 4), (8, 8, 4, 1)]
+)
 def test_alibi_slopes_of_the_ranks_are_those_of_their_heads(heads, groups, tp, cp):
     """A tensor rank has consecutive heads; context ranks exchange sequence for consecutive shares of those."""
-    config = ModelConfig(num_layers=1, hidden_size=96, num_attention_heads=heads, num_kv_heads=groups, head_dim=12, vocab_size=8, position_embedding="alibi")
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=96,
+        num_attention_heads=heads,
+        num_kv_heads=groups,
+        head_dim=12,
+        vocab_size=8,
+        position_embedding="alibi",
+    )
     slopes = []
     for tp_rank in range(tp):
         for cp_rank in range(cp):
@@ -102,12 +125,24 @@ def test_generators_are_forked_for_dropout_only(monkeypatch):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_layers_share_the_full_mask_of_a_forward_pass(recompute, monkeypatch):
-    """ALiBi, a window and documents through sdpa: one mask [b, n, s, t] for three layers, forward and backward, and a new one for other documents."""
+    """ALiBi, a window and documents through sdpa: one mask [b, n, s, t] for three layers, forward and backward, and
+    a new one for other documents.
+    """
     made = []
     mask = MaskSpec.mask
     monkeypatch.setattr(MaskSpec, "mask", lambda self, q, t: made.append(self.window) or mask(self, q, t))
-    sizes = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 8, "position_embedding": "alibi", "sliding_window": 4}
-    models = [GPT(ModelConfig(**sizes, attention_backend=backend), activation_checkpointing=recompute) for backend in ("sdpa", "native")]
+    sizes = {
+        "num_layers": 3,
+        "hidden_size": 24,
+        "num_attention_heads": 6,
+        "vocab_size": 8,
+        "position_embedding": "alibi",
+        "sliding_window": 4,
+    }
+    models = [
+        GPT(ModelConfig(**sizes, attention_backend=backend), activation_checkpointing=recompute)
+        for backend in ("sdpa", "native")
+    ]
     tokens = torch.arange(18).reshape(2, 9) % 8
     for borders in (3, 5):
         made.clear()
@@ -131,6 +166,12 @@ def test_a_mask_cache_distinguishes_lengths_and_dtypes():
     slopes = torch.tensor([0.5, 0.25])
     for s, t in ((3, 7), (2, 7), (7, 7), (3, 7)):
         for dtype in (torch.float32, torch.bfloat16):
-            q, k, v = torch.rand(1, s, 2, 8, dtype=dtype), torch.rand(1, t, 2, 8, dtype=dtype), torch.rand(1, t, 2, 8, dtype=dtype)
-            shared, alone = (ops.attention(q, k, v, alibi_slopes=slopes, backend="sdpa", mask_cache=each) for each in (cache, None))
+            q, k, v = (
+                torch.rand(1, s, 2, 8, dtype=dtype),
+                torch.rand(1, t, 2, 8, dtype=dtype),
+                torch.rand(1, t, 2, 8, dtype=dtype),
+            )
+            shared, alone = (
+                ops.attention(q, k, v, alibi_slopes=slopes, backend="sdpa", mask_cache=each) for each in (cache, None)
+            )
             assert torch.equal(shared, alone)

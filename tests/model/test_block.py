@@ -7,11 +7,21 @@ from neox.config.schema import ModelConfig
 from neox.model.attention import Context
 from neox.model.block import Block, make_block
 
-FORMS = {"sequential": {}, "parallel": {"parallel_residual": True}, "shared": {"parallel_residual": True, "shared_residual_norm": True}}
+FORMS = {
+    "sequential": {},
+    "parallel": {"parallel_residual": True},
+    "shared": {"parallel_residual": True, "shared_residual_norm": True},
+}
 
 
 def build(form: str, **options) -> Block:
-    sizes = {"num_layers": 1, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 5, "position_embedding": "none"}
+    sizes = {
+        "num_layers": 1,
+        "hidden_size": 24,
+        "num_attention_heads": 6,
+        "vocab_size": 5,
+        "position_embedding": "none",
+    }
     block = make_block(ModelConfig(**(sizes | FORMS[form] | options)))
     for i, parameter in enumerate(block.parameters()):
         with torch.no_grad():

@@ -40,7 +40,11 @@ def test_targets_of_another_shape():
 def test_positions_beyond_the_table(form):
     model = build(form)
     model(draw(1, 32))
-    with pytest.raises(DataError, match=r"longer than the model's positions; where=model\.max_position_embeddings; got=position 32; want=0 \.\. 31"):
+    with pytest.raises(
+        DataError,
+        match=r"longer than the model's positions; where=model\.max_position_embeddings; got=position 32; want=0 \.\. "
+        r"31",
+    ):
         model(draw(1, 33))
     with pytest.raises(DataError, match="got=position 40"):
         model(draw(1, 2), position_ids=torch.tensor([[0, 40]]))

@@ -11,13 +11,25 @@ from neox.model.gpt import GPT
 from neox.model.kv_cache import KVCache
 from neox.parallel.mesh import Mesh
 
-SHAPE = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 97, "max_position_embeddings": 64, "init_std": 0.2}
+SHAPE = {
+    "num_layers": 3,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "init_std": 0.2,
+}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
 FORMS = {
     "neox": {"rotary_pct": 0.25, "parallel_residual": True},
     "sequential, exact gelu": {"parallel_residual": False, "activation": "gelu"},
     "shared norm": {"parallel_residual": True, "shared_residual_norm": True, "rotary_pct": 0.5},
-    "gpt2": {"position_embedding": "learned", "tie_embeddings": True, "parallel_residual": False, "activation": "gelu_tanh"},
+    "gpt2": {
+        "position_embedding": "learned",
+        "tie_embeddings": True,
+        "parallel_residual": False,
+        "activation": "gelu_tanh",
+    },
     "llama": {**LLAMA, "num_kv_heads": 2},
     "parallel rms": {**LLAMA, "activation": "geglu", "parallel_residual": True},
     "mlp bias": {"norm": "rmsnorm", "activation": "reglu", "num_kv_heads": 1},
@@ -39,7 +51,9 @@ def model_of(form: str, dtype: torch.dtype = torch.float32, **extra) -> GPT:
     return model
 
 
-def logits_of(model: GPT, tokens: torch.Tensor, steps: list[int], pads: list[int] | None = None) -> tuple[torch.Tensor, KVCache]:
+def logits_of(
+    model: GPT, tokens: torch.Tensor, steps: list[int], pads: list[int] | None = None
+) -> tuple[torch.Tensor, KVCache]:
     """Logits of all tokens [b, t, v], read in steps of the given sizes; pads: padding before each sequence."""
     cache = KVCache(tokens.shape[1])
     parts, columns = [], torch.arange(tokens.shape[1])[None]
@@ -49,7 +63,10 @@ def logits_of(model: GPT, tokens: torch.Tensor, steps: list[int], pads: list[int
             options = {}
             if pads:
                 padding = torch.tensor(pads)[:, None]
-                options = {"segment_ids": (columns[:, :end] >= padding).int(), "position_ids": (columns[:, start:end] - padding).clamp(min=0)}
+                options = {
+                    "segment_ids": (columns[:, :end] >= padding).int(),
+                    "position_ids": (columns[:, start:end] - padding).clamp(min=0),
+                }
             parts.append(model(tokens[:, start:end], cache=cache, **options))
     return torch.cat(parts, 1), cache
 

@@ -17,7 +17,10 @@ def test_the_examples_of_the_page_run(repository):
     found = blocks((repository / "docs" / "model.md").read_text(encoding="utf-8"))
     assert len(found) == 4
     assert all(block.count("\n") <= 10 for block in found)
-    checks = ["assert logits.shape == (2, 128, 5000) and losses.shape == (254,)", *["assert y.shape == (2, 16, 64) and y.std() > 1e-4"] * 3]
+    checks = [
+        "assert logits.shape == (2, 128, 5000) and losses.shape == (254,)",
+        *["assert y.shape == (2, 16, 64) and y.std() > 1e-4"] * 3,
+    ]
     script = "\n".join(f"{block}\n{check}\n" for block, check in zip(found, checks, strict=True))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, cwd=repository)
     assert done.returncode == 0, done.stderr

@@ -97,7 +97,14 @@ def test_left_padded_batch_decodes_like_single_prompts(form):
         parts = [model(tokens, cache=cache, segment_ids=segments[:, :9], position_ids=positions[:, :9])]
         for i in range(3):
             stop = 10 + i
-            parts.append(model(rest[:, i : i + 1], cache=cache, segment_ids=segments[:, :stop], position_ids=positions[:, stop - 1 : stop]))
+            parts.append(
+                model(
+                    rest[:, i : i + 1],
+                    cache=cache,
+                    segment_ids=segments[:, :stop],
+                    position_ids=positions[:, stop - 1 : stop],
+                )
+            )
         got = torch.cat(parts, 1)
         for row, prompt in enumerate(prompts):
             want = model(torch.cat((prompt, rest[row : row + 1]), 1))[0]
@@ -150,17 +157,21 @@ def test_counts(form):
     model = build(form)
     logical = sum(weight.numel() for _, weight in model.logical_weights())
     assert model.num_parameters() == logical
-    matrices = sum(w.numel() for name, w in model.logical_weights() if w.dim() == 2 and not name.startswith("embedding")) + (
-        97 * 48 if model.head is None else 0
-    )
+    matrices = sum(
+        w.numel() for name, w in model.logical_weights() if w.dim() == 2 and not name.startswith("embedding")
+    ) + (97 * 48 if model.head is None else 0)
     keys = 5 if form == "qwen3-window" else 19
     assert model.flops_per_token(19) == 6 * matrices + 12 * 2 * 4 * 12 * keys
 
 
 def test_flops_equal_the_published_formula():
     layers, hidden, sequence, vocab = 3, 64, 40, 100
-    model = GPT(ModelConfig(num_layers=layers, hidden_size=hidden, num_attention_heads=4, vocab_size=vocab), Mesh.single("meta"))
-    assert model.flops_per_token(sequence) == 72 * layers * hidden**2 * (1 + sequence / (6 * hidden) + vocab / (12 * layers * hidden))
+    model = GPT(
+        ModelConfig(num_layers=layers, hidden_size=hidden, num_attention_heads=4, vocab_size=vocab), Mesh.single("meta")
+    )
+    assert model.flops_per_token(sequence) == 72 * layers * hidden**2 * (
+        1 + sequence / (6 * hidden) + vocab / (12 * layers * hidden)
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,7 +14,12 @@ SIZES = {"num_layers": 8, "hidden_size": 50, "num_attention_heads": 5, "vocab_si
 
 @pytest.mark.parametrize(
     ("method", "want"),
-    [("normal", 0.02), ("scaled_normal", 0.02 / 4), ("small_init", math.sqrt(2 / 250)), ("wang_init", 2 / (8 * math.sqrt(50)))],
+    [
+        ("normal", 0.02),
+        ("scaled_normal", 0.02 / 4),
+        ("small_init", math.sqrt(2 / 250)),
+        ("wang_init", 2 / (8 * math.sqrt(50))),
+    ],
 )
 def test_methods(method, want):
     config = ModelConfig(**SIZES, init=method, output_init="normal")

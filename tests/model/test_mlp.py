@@ -19,7 +19,15 @@ FUNCTIONS = {
 
 
 def build(activation: str, bias: bool, recompute: bool = False) -> MLP:
-    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=1, intermediate_size=23, vocab_size=5, activation=activation, mlp_bias=bias)
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=1,
+        intermediate_size=23,
+        vocab_size=5,
+        activation=activation,
+        mlp_bias=bias,
+    )
     mlp = MLP(config, recompute=recompute)
     for i, parameter in enumerate(mlp.parameters()):
         with torch.no_grad():
@@ -32,7 +40,11 @@ def build(activation: str, bias: bool, recompute: bool = False) -> MLP:
 def test_formula(activation, bias):
     mlp, x = build(activation, bias), torch.randn(2, 3, 16)
     up = F.linear(x, mlp.up.weight, mlp.up.bias)
-    inner = FUNCTIONS[activation](up) if mlp.gate is None else FUNCTIONS[activation](F.linear(x, mlp.gate.weight, mlp.gate.bias)) * up
+    inner = (
+        FUNCTIONS[activation](up)
+        if mlp.gate is None
+        else FUNCTIONS[activation](F.linear(x, mlp.gate.weight, mlp.gate.bias)) * up
+    )
     assert torch.allclose(mlp(x), F.linear(inner, mlp.down.weight, mlp.down.bias), atol=1e-4)
     assert torch.allclose(mlp(x, partial=True), F.linear(inner, mlp.down.weight), atol=1e-4)
 

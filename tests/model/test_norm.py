@@ -23,7 +23,9 @@ def formula(norm, x: torch.Tensor) -> torch.Tensor:
     x = x.double()
     if hasattr(norm, "bias"):
         x = x - x.mean(-1, keepdim=True)
-    return x / (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight.double() + (norm.bias.double() if hasattr(norm, "bias") else 0)
+    return x / (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight.double() + (
+        norm.bias.double() if hasattr(norm, "bias") else 0
+    )
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

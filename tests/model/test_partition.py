@@ -6,11 +6,20 @@ from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.partition import partition_layers, stage_costs
 
-SIZES = {"num_layers": 6, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50, "vocab_multiple": 8, "max_position_embeddings": 16}
+SIZES = {
+    "num_layers": 6,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+    "vocab_multiple": 8,
+    "max_position_embeddings": 16,
+}
 
 
 def test_a_large_embedding_leaves_fewer_blocks_to_the_end_stages():
-    config = ModelConfig(**{**SIZES, "num_layers": 12, "vocab_size": 4 * 12 * 32})  # each table weighs as much as 4 blocks
+    config = ModelConfig(
+        **{**SIZES, "num_layers": 12, "vocab_size": 4 * 12 * 32}
+    )  # each table weighs as much as 4 blocks
     assert stage_costs(config, "parameters") == pytest.approx((4.0, 1.0, 4.0))
     assert [b - a for a, b in partition_layers(config, 4)] == [1, 5, 5, 1]
     assert [b - a for a, b in partition_layers(config, 4, "time")] == [4, 4, 3, 1]

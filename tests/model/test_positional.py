@@ -17,7 +17,9 @@ def angle(position: int, channel: int, channels: int, theta: float = 10000.0) ->
 
 def test_table_is_cos_and_sin_of_position_times_frequency():
     cos, sin = RotaryTable(ModelConfig(**SIZES, rotary_pct=0.5)).rows(3, 5, None, 8, CPU)
-    want = torch.tensor([[angle(position, channel, 6) for channel in range(6)] for position in range(3, 8)], dtype=torch.float64)
+    want = torch.tensor(
+        [[angle(position, channel, 6) for channel in range(6)] for position in range(3, 8)], dtype=torch.float64
+    )
     assert cos.dtype == torch.float32
     assert torch.allclose(cos.double(), want.cos(), atol=1e-6)
     assert torch.allclose(sin.double(), want.sin(), atol=1e-6)

@@ -10,12 +10,27 @@ from neox.model.gpt import GPT
 from neox.model.shapes import flops_per_token, logical_shapes, num_parameters
 from neox.parallel.mesh import Mesh
 
-SIZES = {"num_layers": 6, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50, "vocab_multiple": 8, "max_position_embeddings": 16}
+SIZES = {
+    "num_layers": 6,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+    "vocab_multiple": 8,
+    "max_position_embeddings": 16,
+}
 FORMS = {
     "neox": {"parallel_residual": True},
     "shared norm": {"parallel_residual": True, "shared_residual_norm": True},
     "gpt2": {"position_embedding": "learned", "tie_embeddings": True},
-    "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "qk_norm": True},
+    "llama": {
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "qkv_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "qk_norm": True,
+    },
 }
 
 
@@ -34,7 +49,9 @@ def test_shapes_are_those_of_the_modules_over_all_stages(form):
 
 
 def test_counts_of_a_published_model():
-    pythia = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50304, parallel_residual=True)
+    pythia = ModelConfig(
+        num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50304, parallel_residual=True
+    )
     assert num_parameters(pythia) == 162_322_944
     assert flops_per_token(pythia, 2048) == 6 * (12 * 12 * 768**2 + 50304 * 768 + 2 * 12 * 768 * 2048)
 

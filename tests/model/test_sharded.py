@@ -44,7 +44,10 @@ def test_weights_round_trip():
     [
         (lambda w: w.pop("norm.weight"), r"weights are missing; where=norm\.weight"),
         (lambda w: w.update(extra=torch.ones(1)), "no such parameter; where=extra"),
-        (lambda w: w.update({"norm.weight": torch.ones(47)}), r"another shape; where=norm\.weight; got=\(47,\); want=\(48,\)"),
+        (
+            lambda w: w.update({"norm.weight": torch.ones(47)}),
+            r"another shape; where=norm\.weight; got=\(47,\); want=\(48,\)",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(change, match):

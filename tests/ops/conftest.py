@@ -28,14 +28,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def choices(request, monkeypatch):
-    """With --choices cuda, "auto" is resolved as for a CUDA tensor, and is an error where that is not our kernel: the test would be one of torch."""
+    """With --choices cuda, "auto" is resolved as for a CUDA tensor, and is an error where that is not our kernel:
+    the test would be one of torch.
+    """
     if request.config.getoption("--choices") == "cuda":
-        module = importlib.import_module("neox.ops.attention")  # only now: this file is read before --ops-library is loaded
+        module = importlib.import_module(
+            "neox.ops.attention"
+        )  # only now: this file is read before --ops-library is loaded
         choose = module.choose_backend
 
         def choose_for_cuda(backend: str, _: str, dtype: torch.dtype, softcap: float | None = None) -> str:
             chosen = choose(backend, "cuda", dtype, softcap)
-            assert backend != "auto" or chosen == "native", "on a GPU this test runs torch's attention: name the backend that it means"
+            assert backend != "auto" or chosen == "native", (
+                "on a GPU this test runs torch's attention: name the backend that it means"
+            )
             return chosen
 
         monkeypatch.setattr(module, "choose_backend", choose_for_cuda)
@@ -43,7 +49,9 @@ def choices(request, monkeypatch):
 
 @pytest.fixture
 def repeatable(request):
-    """Algorithms that give the same bits every time, where a GPU's default ones do not: dq is summed by atomics there."""
+    """Algorithms that give the same bits every time, where a GPU's default ones do not: dq is summed by atomics
+    there.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before or chooses_for_cuda(request.config))
     yield

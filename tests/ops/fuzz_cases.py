@@ -1,7 +1,7 @@
 """Random cases of every operator: a case is a pure function of the operator and a seed.
 
-Shapes lean to the small and to the borders of packs, warps and blocks; layouts, dtypes, options, masks and scales are drawn too. References are
-those of tests/reference.py, in fp64.
+Shapes lean to the small and to the borders of packs, warps and blocks; layouts, dtypes, options, masks and scales are
+drawn too. References are those of tests/reference.py, in fp64.
 """
 
 from __future__ import annotations
@@ -69,13 +69,22 @@ class Draw:
         """One that the kernels under test take."""
         return self.choice(*reference.dtypes(op))
 
-    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, shift: float = 0.0, keep_last: bool = False) -> torch.Tensor:
+    def tensor(
+        self,
+        *shape: int,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        keep_last: bool = False,
+    ) -> torch.Tensor:
         """Normal values in a random layout; keep_last: one that is contiguous in the last dimension."""
         x = reference.random(*shape, seed=self.random.randrange(2**31), scale=scale) + shift
         return self.layout(x.to(dtype), keep_last)
 
     def layout(self, x: torch.Tensor, keep_last: bool = False) -> torch.Tensor:
-        """The same values in contiguous memory, off a vector boundary, as a slice of a wider or longer buffer of NaN, or with turned dimensions."""
+        """The same values in contiguous memory, off a vector boundary, as a slice of a wider or longer buffer of
+        NaN, or with turned dimensions.
+        """
         kind = self.choice("plain", "plain", "misaligned", "wide", "wide by packs", "turned", "long")
         if kind == "misaligned":
             return reference.misaligned(x)
@@ -95,7 +104,10 @@ class Draw:
 
 
 def _case(draw: Draw, op, theirs, inputs: dict[str, torch.Tensor], floor: float = 0.0, **drawn) -> Case:
-    shapes = ", ".join(f"{name} {list(t.shape)} strides {list(t.stride())} {str(t.dtype).removeprefix('torch.')}" for name, t in inputs.items())
+    shapes = ", ".join(
+        f"{name} {list(t.shape)} strides {list(t.stride())} {str(t.dtype).removeprefix('torch.')}"
+        for name, t in inputs.items()
+    )
     return Case(op, theirs, inputs, floor, f"{shapes}; {drawn}")
 
 
@@ -106,7 +118,9 @@ def _bias_gelu(draw: Draw) -> Case:
         inputs["bias"] = draw.tensor(cols, dtype=dtype)
     return _case(
         draw,
-        partial(ops.bias_gelu, bias=None, approximate=approximate) if len(inputs) == 1 else partial(ops.bias_gelu, approximate=approximate),
+        partial(ops.bias_gelu, bias=None, approximate=approximate)
+        if len(inputs) == 1
+        else partial(ops.bias_gelu, approximate=approximate),
         partial(reference.bias_gelu, approximate=approximate),
         inputs,
         approximate=approximate,
@@ -121,7 +135,13 @@ def _gated(draw: Draw) -> Case:
     else:
         x, gate = draw.tensor(*rows, 2 * cols, dtype=dtype, scale=scale).chunk(2, -1)
         inputs = {"x": x, "gate": gate}
-    return _case(draw, partial(ops.gated, activation=activation), partial(reference.gated, activation=activation), inputs, activation=activation)
+    return _case(
+        draw,
+        partial(ops.gated, activation=activation),
+        partial(reference.gated, activation=activation),
+        inputs,
+        activation=activation,
+    )
 
 
 def _bias_dropout_add(draw: Draw) -> Case:
@@ -137,7 +157,9 @@ def _bias_dropout_add(draw: Draw) -> Case:
 
     def theirs(x, residual, bias=None):
         count = x.numel() // cols
-        kept = reference.dropout_mask(count, cols, seed, p).view(x.shape) / max(1 - p, 1e-9) if p else torch.ones_like(x)
+        kept = (
+            reference.dropout_mask(count, cols, seed, p).view(x.shape) / max(1 - p, 1e-9) if p else torch.ones_like(x)
+        )
         return residual + (x if bias is None else x + bias) * kept
 
     return _case(draw, ours, theirs, inputs, p=p, seed=seed.tolist())
@@ -169,7 +191,10 @@ def _rotary(draw: Draw) -> Case:
             return torch.cat((heads, qkv[:, :, :, -1:].double()), dim=3)
 
         return _case(draw, packed, theirs, inputs, rotary_dim=rotary_dim, per_sequence=per_sequence)
-    inputs = {"q": draw.tensor(b, s, draw.size(9), d, dtype=dtype), "k": draw.tensor(b, s, draw.choice(1, 2, 3), d, dtype=dtype)}
+    inputs = {
+        "q": draw.tensor(b, s, draw.size(9), d, dtype=dtype),
+        "k": draw.tensor(b, s, draw.choice(1, 2, 3), d, dtype=dtype),
+    }
     return _case(
         draw,
         partial(ops.rotary, cos=cos, sin=sin),
@@ -193,26 +218,47 @@ def _scaled_masked_softmax(draw: Draw) -> Case:
     if draw.choice(True, False):
         mask = torch.arange(t)[None, :] > torch.arange(s)[:, None] + t - s
         return _case(
-            draw, partial(ops.scaled_causal_softmax, scale=scale), partial(_softmax_reference, mask=mask[None, None], scale=scale), inputs, scale, causal=True
+            draw,
+            partial(ops.scaled_causal_softmax, scale=scale),
+            partial(_softmax_reference, mask=mask[None, None], scale=scale),
+            inputs,
+            scale,
+            causal=True,
         )
     hidden = draw.choice(0.1, 0.5, 0.99)
-    mask = draw.layout((reference.random(draw.choice(1, b), 1, s, t, seed=draw.random.randrange(2**31)).abs() < hidden).float()).nan_to_num().bool()
+    mask = (
+        draw.layout(
+            (reference.random(draw.choice(1, b), 1, s, t, seed=draw.random.randrange(2**31)).abs() < hidden).float()
+        )
+        .nan_to_num()
+        .bool()
+    )
     return _case(
-        draw, partial(ops.scaled_masked_softmax, mask=mask, scale=scale), partial(_softmax_reference, mask=mask, scale=scale), inputs, scale, hidden=hidden
+        draw,
+        partial(ops.scaled_masked_softmax, mask=mask, scale=scale),
+        partial(_softmax_reference, mask=mask, scale=scale),
+        inputs,
+        scale,
+        hidden=hidden,
     )
 
 
 def _rounded(s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """fp64 values as `dtype` holds them, with the gradient of s.
 
-    Norms round x + residual before they normalise it, as documented. Of two bf16 columns that differ by little, rounding changes the
-    difference by as much as it is: held to the unrounded sum, no tolerance would fit.
+    Norms round x + residual before they normalise it, as documented. Of two bf16 columns that differ by little,
+    rounding changes the difference by as much as it is: held to the unrounded sum, no tolerance would fit.
     """
     return s + (s.detach().float().to(dtype).double() - s.detach())
 
 
 def _norm(draw: Draw) -> Case:
-    kind, dual, with_bias, with_residual = draw.choice("layer", "rms"), draw.choice(True, False), draw.choice(True, False), draw.choice(True, False)
+    kind, dual, with_bias, with_residual = (
+        draw.choice("layer", "rms"),
+        draw.choice(True, False),
+        draw.choice(True, False),
+        draw.choice(True, False),
+    )
     dtype = draw.dtype("norm")
     cols = draw.size(1200)
     rows = draw.rows(cols)
@@ -226,17 +272,24 @@ def _norm(draw: Draw) -> Case:
 
     def ours(x, w0, b0=None, w1=None, b1=None, residual=None):
         if dual:
-            return ops.dual_rms_norm(x, w0, w1, EPS, residual) if kind == "rms" else ops.dual_layer_norm(x, w0, b0, w1, b1, EPS, residual)
+            return (
+                ops.dual_rms_norm(x, w0, w1, EPS, residual)
+                if kind == "rms"
+                else ops.dual_layer_norm(x, w0, b0, w1, b1, EPS, residual)
+            )
         return ops.rms_norm(x, w0, EPS, residual) if kind == "rms" else ops.layer_norm(x, w0, b0, EPS, residual)
 
     def theirs(x, w0, b0=None, w1=None, b1=None, residual=None):
         s = x if residual is None else _rounded(x + residual, dtype)
         pairs = [(w0, b0), (w1, b1)] if dual else [(w0, b0)]
-        ys = tuple(reference.rms_norm(s, w, EPS) if kind == "rms" else reference.layer_norm(s, w, b, EPS) for w, b in pairs)
+        ys = tuple(
+            reference.rms_norm(s, w, EPS) if kind == "rms" else reference.layer_norm(s, w, b, EPS) for w, b in pairs
+        )
         ys = ys if residual is None else (*ys, s)
         return ys if len(ys) > 1 else ys[0]
 
-    # Few columns: gradients are what cancellation leaves of terms as large as 1 / sqrt(eps), times the weights and gradients of up to 4.
+    # Few columns: gradients are what cancellation leaves of terms as large as 1 / sqrt(eps), times the weights and
+    # gradients of up to 4.
     return _case(draw, ours, theirs, inputs, 16 * EPS**-0.5 if cols < 8 else 1.0, kind=kind, dual=dual)
 
 
@@ -244,7 +297,11 @@ def _cross_entropy(draw: Draw) -> Case:
     columns, dtype = draw.size(1200), draw.dtype("cross_entropy")
     tokens = draw.choice(0, 1, 2, 7, 19)
     vocab_size = draw.choice(columns, columns, max(1, columns - draw.random.randint(0, 9)))
-    options = {"z_loss": draw.choice(0.0, 0.0, 0.05), "label_smoothing": draw.choice(0.0, 0.0, 0.1), "ignore_index": -100}
+    options = {
+        "z_loss": draw.choice(0.0, 0.0, 0.05),
+        "label_smoothing": draw.choice(0.0, 0.0, 0.1),
+        "ignore_index": -100,
+    }
     inplace = draw.choice(True, False)
     logits = draw.tensor(tokens, columns, dtype=dtype, scale=draw.choice(1.0, 4.0), keep_last=inplace)
     targets = reference.integers(vocab_size, tokens, seed=draw.random.randrange(2**31))
@@ -260,10 +317,14 @@ def _cross_entropy(draw: Draw) -> Case:
 
     # In place a copy of the leaf is overwritten, in the leaf's layout where it has no gaps.
     expected = draw.choice(None, 1.0, 0.01, -2.0) if inplace else None
-    ours = partial(ops.cross_entropy, targets=targets, vocab_size=vocab_size, inplace=inplace, expected_dloss=expected, **options)
+    ours = partial(
+        ops.cross_entropy, targets=targets, vocab_size=vocab_size, inplace=inplace, expected_dloss=expected, **options
+    )
     op = (lambda logits: ours(logits * 1)) if inplace else (lambda logits: ours(logits))
     # A single column: the loss and its gradient are zero but for rounding.
-    return _case(draw, op, theirs, {"logits": logits}, 1.0, vocab_size=vocab_size, inplace=inplace, expected=expected, **options)
+    return _case(
+        draw, op, theirs, {"logits": logits}, 1.0, vocab_size=vocab_size, inplace=inplace, expected=expected, **options
+    )
 
 
 def _attention(draw: Draw) -> Case:
@@ -273,16 +334,24 @@ def _attention(draw: Draw) -> Case:
     g, m, d, b = draw.choice(1, 2), draw.choice(1, 1, 2, 3), draw.choice(8, 16, 32, 40, 64, 80, 128), draw.choice(1, 2)
     if s * t * d > 40_000:  # one head of many scores costs what many small ones do
         g = m = b = 1
-    # Scores of a few units at most: of larger ones fp32 has fewer digits after the point, and any kernel's error grows with them.
+    # Scores of a few units at most: of larger ones fp32 has fewer digits after the point, and any kernel's error grows
+    # with them.
     scale = draw.choice(None, 0.5 * d**-0.5, 1.5 * d**-0.5)
-    options = {"causal": causal, "window": draw.choice(None, None, 1, 7, 64), "softcap": draw.choice(None, None, 2.0), "scale": scale}
+    options = {
+        "causal": causal,
+        "window": draw.choice(None, None, 1, 7, 64),
+        "softcap": draw.choice(None, None, 2.0),
+        "scale": scale,
+    }
     if not causal:
         options["window"] = None
     if draw.choice(True, False, False):
         lengths = reference.integers(3, b, t, seed=draw.random.randrange(2**31)) == 0
         options["segment_ids"] = lengths.cumsum(1).div(draw.choice(1, 4, 16), rounding_mode="floor").int()
     if draw.choice(True, False, False):
-        options["alibi_slopes"] = torch.rand(g * m, generator=torch.Generator("cpu").manual_seed(draw.seed), device="cpu").to(reference.DEVICE)
+        options["alibi_slopes"] = torch.rand(
+            g * m, generator=torch.Generator("cpu").manual_seed(draw.seed), device="cpu"
+        ).to(reference.DEVICE)
     inputs = {
         "q": draw.tensor(b, s, g * m, d, dtype=dtype, keep_last=True),
         "k": draw.tensor(b, t, g, d, dtype=dtype, keep_last=True),
@@ -295,7 +364,10 @@ def _attention(draw: Draw) -> Case:
 
 def _linear(draw: Draw) -> Case:
     size, out, dtype = draw.size(300), draw.size(100), draw.choice(torch.float32, torch.bfloat16)
-    inputs = {"x": draw.tensor(*draw.rows(size), size, dtype=dtype), "weight": draw.tensor(out, size, dtype=dtype, scale=size**-0.5)}
+    inputs = {
+        "x": draw.tensor(*draw.rows(size), size, dtype=dtype),
+        "weight": draw.tensor(out, size, dtype=dtype, scale=size**-0.5),
+    }
     if draw.choice(True, False):
         inputs["bias"] = draw.tensor(out, dtype=dtype)
 
@@ -344,6 +416,8 @@ def _compare(case: Case, draw: Draw) -> None:
         reference.assert_near(mine.detach(), other.detach(), what=f"output {index}", floor=min(case.floor, 1.0))
     douts = [draw.tensor(*mine.shape, dtype=mine.dtype) for mine in got]
     dgot = torch.autograd.grad(got, list(ours.values()), douts, allow_unused=True, materialize_grads=True)
-    dwant = torch.autograd.grad(want, list(theirs.values()), [dout.double() for dout in douts], allow_unused=True, materialize_grads=True)
+    dwant = torch.autograd.grad(
+        want, list(theirs.values()), [dout.double() for dout in douts], allow_unused=True, materialize_grads=True
+    )
     for name, mine, other in zip(ours, dgot, dwant, strict=True):
         reference.assert_near(mine, other, what=f"d{name}", floor=case.floor)

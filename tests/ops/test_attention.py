@@ -1,4 +1,6 @@
-"""attention and attention_qkv against fp64: every mask, odd sizes, layouts, leaks, dropout, threads, backends and errors."""
+"""attention and attention_qkv against fp64: every mask, odd sizes, layouts, leaks, dropout, threads, backends and
+errors.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ native = torch.ops.neox
 
 
 def documents(b: int, t: int, *lengths: int) -> torch.Tensor:
-    """Segment ids [b, t]: documents of these lengths, the last one up to the end; each row of the batch starts one token later."""
+    """Segment ids [b, t]: documents of these lengths, the last one up to the end; each row of the batch starts one
+    token later.
+    """
     ids = torch.zeros(b, t, dtype=torch.int32)
     for row in range(b):
         for border in torch.tensor(lengths).cumsum(0).tolist():
@@ -115,18 +119,29 @@ def gradients(op, *inputs: torch.Tensor, seed: int = 5) -> tuple[torch.Tensor, .
 def test_forward_and_backward(name, dtype):
     *sizes, options = CASES[name]
     floor = FLOOR if CUDA else 0.0
-    reference.check_against(partial(attention, backend="native", **options), partial(reference.attention, **options), qkv_of(*sizes, dtype), floor=floor)
+    reference.check_against(
+        partial(attention, backend="native", **options),
+        partial(reference.attention, **options),
+        qkv_of(*sizes, dtype),
+        floor=floor,
+    )
 
 
 @pytest.mark.parametrize("d", [8, 24, 64, 72, 112, 160, 192])
 @pytest.mark.parametrize("s", [1, 16, 17, 63, 65, 97])
 def test_sizes(s, d):
-    reference.check_against(partial(attention, backend="native"), reference.attention, qkv_of(s, s, 1, 1, d), floor=FLOOR if CUDA else 0.0)
+    reference.check_against(
+        partial(attention, backend="native"), reference.attention, qkv_of(s, s, 1, 1, d), floor=FLOOR if CUDA else 0.0
+    )
 
 
-@pytest.mark.parametrize("name", ["causal long", "full", "grouped", "documents", "window"])  # full: q and k share numbers, a key has nearly all of a row
+@pytest.mark.parametrize(
+    "name", ["causal long", "full", "grouped", "documents", "window"]
+)  # full: q and k share numbers, a key has nearly all of a row
 def test_bf16_is_as_close_as_sdpa(name):
-    """Errors against fp64, not the limit of the tolerance: at most twice those of torch's own kernel on the same inputs."""
+    """Errors against fp64, not the limit of the tolerance: at most twice those of torch's own kernel on the same
+    inputs.
+    """
     *sizes, options = CASES[name]
     inputs = tuple(qkv_of(*sizes, torch.bfloat16).values())
     want = gradients(partial(reference.attention, **options), *(tensor.double() for tensor in inputs))
@@ -184,7 +199,9 @@ def test_shared_keys_by_zero_stride():
     """Keys expanded over the batch are read in place."""
     q, k, v = qkv_of(17, 17, 2, 2, 64).values()
     shared = k[:1].expand(2, -1, -1, -1)
-    assert torch.equal(attention(q, shared, v, backend="native"), attention(q, shared.contiguous(), v, backend="native"))
+    assert torch.equal(
+        attention(q, shared, v, backend="native"), attention(q, shared.contiguous(), v, backend="native")
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,10 +263,14 @@ def test_documents_never_touch_each_other(dtype, repeatable):
         assert not torch.equal(mine[:, :70], other[:, :70])
 
 
-@pytest.mark.skipif(CUDA, reason="on a GPU tiles are other ones, and what lies in one is multiplied by zero where it is hidden")
+@pytest.mark.skipif(
+    CUDA, reason="on a GPU tiles are other ones, and what lies in one is multiplied by zero where it is hidden"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stale_data_of_an_earlier_tile_is_not_read_as_a_key(dtype, repeatable):
-    """The last tile has an odd number of keys; the slot after the last one still holds a key of another document, which is NaN."""
+    """The last tile has an odd number of keys; the slot after the last one still holds a key of another document,
+    which is NaN.
+    """
     ids = documents(2, 129, 128, 1)
     ids[1] = ids[0]
     run = partial(attention, segment_ids=ids, backend="native")
@@ -275,7 +296,9 @@ def test_window_hides_what_lies_before_it(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [33, 64, 65, 96, 128, 129, 192, 256, 257, 384])
 def test_a_window_ends_between_two_keys_whatever_tile_they_are_in(length, dtype):
-    """The last query would give all of its weight to key 0, which lies one key before its window, or is the window's first."""
+    """The last query would give all of its weight to key 0, which lies one key before its window, or is the window's
+    first.
+    """
     for queries in (length, 1):
         q, k, v = qkv_of(length, length, 1, 1, 64, dtype).values()
         q = q[:, length - queries :].clone()
@@ -288,7 +311,9 @@ def test_a_window_ends_between_two_keys_whatever_tile_they_are_in(length, dtype)
             dout[:, -1] = 1
             _, dk, dv = torch.autograd.grad(out, inputs, dout)
             assert (dk[:, 0] == 0).all() or weight
-            assert torch.allclose(dv[:, 0].float(), torch.full_like(dv[:, 0], weight).float(), atol=0.02 if weight else 0.0)
+            assert torch.allclose(
+                dv[:, 0].float(), torch.full_like(dv[:, 0], weight).float(), atol=0.02 if weight else 0.0
+            )
 
 
 def test_decoding_gives_the_rows_of_the_full_sequence():
@@ -324,12 +349,17 @@ def test_same_bits_for_any_number_of_threads(name, threads):
 
 
 def test_deterministic_backward_repeats():
-    """Two documents of bf16 through both backwards: one product of order, the other with sums by atomics where the kernels have them."""
+    """Two documents of bf16 through both backwards: one product of order, the other with sums by atomics where the
+    kernels have them.
+    """
     q, k, v = qkv_of(200, 200, 4, 2, 64).values()
     masks = documents(2, 200, 70), None, None, True, 0.2, 0, 0.0, 0.0
     out, lse = native.attention(q, k, v, *masks)
     dout = reference.random(2, 200, 4, 64, dtype=out.dtype, seed=9)
-    first, second, fast = (native.attention_backward(dout, q, k, v, out, lse, *masks, deterministic) for deterministic in (True, True, False))
+    first, second, fast = (
+        native.attention_backward(dout, q, k, v, out, lse, *masks, deterministic)
+        for deterministic in (True, True, False)
+    )
     for mine, again, other in zip(first, second, fast, strict=True):
         assert torch.equal(mine, again)
         reference.assert_near(mine, other.double())
@@ -349,7 +379,9 @@ def peak_memory(run) -> int:
 
 @pytest.mark.skipif(CUDA, reason="reads the memory of the process, not of a GPU")
 def test_memory_is_linear():
-    """16,384 tokens: three inputs, their gradients, the output and its gradient; all else within a tenth of those. One matrix of scores would take 1 GiB."""
+    """16,384 tokens: three inputs, their gradients, the output and its gradient; all else within a tenth of those.
+    One matrix of scores would take 1 GiB.
+    """
     q, k, v = (reference.random(1, 16384, 8, 64, seed=seed).requires_grad_() for seed in range(3))
     tensor = q.numel() * q.element_size()
     dout = torch.ones_like(q)
@@ -366,7 +398,10 @@ def test_memory_is_linear():
 def dropout_keep(b: int, s: int, t: int, n: int, p: float) -> torch.Tensor:
     """What dropout multiplies the probabilities by, read off uniform attention over one-hot values."""
     zeros = partial(torch.zeros, dtype=DTYPES[0])
-    seen = [attention(zeros(b, s, n, 64), zeros(b, t, n, 64), v, causal=False, dropout_p=p, backend="native") for v in one_hot_values(b, t, n)]
+    seen = [
+        attention(zeros(b, s, n, 64), zeros(b, t, n, 64), v, causal=False, dropout_p=p, backend="native")
+        for v in one_hot_values(b, t, n)
+    ]
     keep = (torch.cat(seen, -1)[..., :t].double() * t).permute(0, 2, 1, 3)  # [b, n, s, t]
     kept = 1 / (1 - p)
     assert ((keep == 0) | ((keep - kept).abs() < (1e-2 if CUDA else 1e-5))).all()
@@ -418,12 +453,18 @@ def test_opcheck(dtype):
     masks = documents(2, 20, 5), torch.tensor([0.5, 0.25, 0.1, 0.1]), torch.tensor([5, 6], device="cpu")
     options = True, 0.25, 9, 2.0, 0.1
     out, lse = native.attention(q, k, v, *masks, *options)
-    torch.library.opcheck(native.attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *masks, *options, False))
-    torch.library.opcheck(native.attention.default, (*(tensor.requires_grad_() for tensor in (q, k, v)), *masks, *options))
+    torch.library.opcheck(
+        native.attention_backward.default, (torch.ones_like(out), q, k, v, out, lse, *masks, *options, False)
+    )
+    torch.library.opcheck(
+        native.attention.default, (*(tensor.requires_grad_() for tensor in (q, k, v)), *masks, *options)
+    )
     torch.library.opcheck(native.attention.default, (q, k, v, None, None, None, False, 0.25, 0, 0.0, 0.0))
     packed = documents(2, 17, 5), *masks[1:]
     out, lse = native.attention_qkv(qkv, *packed, *options)
-    torch.library.opcheck(native.attention_qkv_backward.default, (torch.ones_like(out), qkv, out, lse, *packed, *options, False))
+    torch.library.opcheck(
+        native.attention_qkv_backward.default, (torch.ones_like(out), qkv, out, lse, *packed, *options, False)
+    )
     torch.library.opcheck(native.attention_qkv.default, (qkv.requires_grad_(), *packed, *options))
 
 
@@ -440,7 +481,9 @@ def test_compile(repeatable):
 
 
 def test_compile_packed_with_dropout():
-    compiled = torch.compile(partial(attention_qkv, dropout_p=0.5, backend="native"), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        partial(attention_qkv, dropout_p=0.5, backend="native"), backend="aot_eager", fullgraph=True
+    )
     qkv = reference.random(2, 17, 2, 3, 32, dtype=DTYPES[0])
     out, dqkv = gradients(compiled, qkv)
     assert out.isfinite().all()
@@ -448,11 +491,26 @@ def test_compile_packed_with_dropout():
     assert not torch.equal(compiled(qkv), compiled(qkv))
 
 
-@pytest.mark.parametrize("name", ["causal", "grouped", "full, fewer queries", "decoding grouped", "window", "alibi", "alibi full", "documents", "left padding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal",
+        "grouped",
+        "full, fewer queries",
+        "decoding grouped",
+        "window",
+        "alibi",
+        "alibi full",
+        "documents",
+        "left padding",
+    ],
+)
 def test_sdpa_backend_means_the_same(name):
     *sizes, options = CASES[name]
     inputs = tuple(qkv_of(*sizes).values())
-    theirs, ours = (gradients(partial(attention, backend=backend, **options), *inputs) for backend in ("sdpa", "native"))
+    theirs, ours = (
+        gradients(partial(attention, backend=backend, **options), *inputs) for backend in ("sdpa", "native")
+    )
     for mine, other in zip(theirs, ours, strict=True):
         reference.assert_near(mine, other) if CUDA else torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)
 
@@ -518,13 +576,22 @@ def test_the_size_of_a_full_mask_is_logged_once(caplog):
 
 @pytest.mark.parametrize(
     ("limit", "trains", "refused"),
-    [(227 << 10, True, None), (150_000, True, "backward"), (150_000, False, None), (90_000, False, "forward"), (0, True, None)],
+    [
+        (227 << 10, True, None),
+        (150_000, True, "backward"),
+        (150_000, False, None),
+        (90_000, False, "forward"),
+        (0, True, None),
+    ],
 )
 def test_a_gpu_with_too_little_shared_memory_is_refused_before_the_forward(limit, trains, refused):
     if refused is None:
         check_shared_memory((100_000, 200_000), limit, 128, trains)
         return
-    with pytest.raises(ValueError, match=rf"the {refused} of head_dim 128 needs \d+ bytes of shared memory per block, and this GPU has {limit}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"the {refused} of head_dim 128 needs \d+ bytes of shared memory per block, and this GPU has {limit}",
+    ):
         check_shared_memory((100_000, 200_000), limit, 128, trains)
 
 
@@ -556,8 +623,14 @@ def test_backend_choice(caplog):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.ones(1, 3, 2, 8), r"attention: q must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32; got Float"),
-        (torch.ones(1, 3, 2, 257).bfloat16(), r"attention: q must have at most 256 channels per head on a GPU; got 257"),
+        (
+            torch.ones(1, 3, 2, 8),
+            r"attention: q must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32; got Float",
+        ),
+        (
+            torch.ones(1, 3, 2, 257).bfloat16(),
+            r"attention: q must have at most 256 channels per head on a GPU; got 257",
+        ),
     ],
 )
 def test_what_the_cuda_kernels_refuse(inputs, message):
@@ -587,7 +660,10 @@ GOOD = {"q": torch.ones(2, 3, 4, 8), "k": torch.ones(2, 5, 2, 8), "v": torch.one
         ({"q": turned(2, 3, 4, 8)}, r"q must have a contiguous last dimension; got stride 4"),
         ({"k": turned(2, 5, 2, 8)}, r"k must have a contiguous last dimension; got stride 2"),
         ({"v": turned(2, 5, 2, 8)}, r"v must have a contiguous last dimension; got stride 2"),
-        ({name: tensor[..., :0] for name, tensor in GOOD.items()} | {"scale": 1.0}, r"q must have at least one channel; got \[2, 3, 4, 0\]"),
+        (
+            {name: tensor[..., :0] for name, tensor in GOOD.items()} | {"scale": 1.0},
+            r"q must have at least one channel; got \[2, 3, 4, 0\]",
+        ),
         ({"scale": float("nan")}, r"scale must be finite; got nan"),
         ({"window": 0}, r"window must be at least 1; got 0"),
         ({"window": 3, "causal": False}, r"window needs causal=True; got 3"),
@@ -597,7 +673,10 @@ GOOD = {"q": torch.ones(2, 3, 4, 8), "k": torch.ones(2, 5, 2, 8), "v": torch.one
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\); got 1"),
         ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\); got -0.1"),
         ({"segment_ids": torch.zeros(2, 5)}, r"segment_ids must be Int \(int32\); got Float"),
-        ({"segment_ids": torch.zeros(2, 3).int()}, r"segment_ids must have one id per key, shape \[2, 5\]; got \[2, 3\]"),
+        (
+            {"segment_ids": torch.zeros(2, 3).int()},
+            r"segment_ids must have one id per key, shape \[2, 5\]; got \[2, 3\]",
+        ),
         (
             {"k": GOOD["k"][:, :2], "v": GOOD["v"][:, :2], "segment_ids": torch.zeros(2, 2).int()},
             r"segment_ids needs at least as many keys as queries, 3; got 2",
@@ -617,7 +696,10 @@ def test_errors(change, message):
     [
         (torch.ones(2, 3, 2, 4, 8).double(), rf"qkv {reference.FLOAT_RULE}; got Double"),
         (torch.ones(2, 3, 2, 4), r"qkv must have 5 dimensions; got 4"),
-        (torch.ones(2, 3, 2, 2, 8), r"qkv must hold at least one query, one key and one value per group in dimension 3; got \[2, 3, 2, 2, 8\]"),
+        (
+            torch.ones(2, 3, 2, 2, 8),
+            r"qkv must hold at least one query, one key and one value per group in dimension 3; got \[2, 3, 2, 2, 8\]",
+        ),
         (torch.ones(2, 3, 2, 8, 4).transpose(3, 4), r"qkv must have a contiguous last dimension; got stride 4"),
     ],
 )
@@ -641,8 +723,23 @@ def test_packed_errors(qkv, message):
     ],
 )
 def test_backward_errors(change, message):
-    inputs = {"dout": torch.ones(2, 3, 4, 8), **GOOD, "out": torch.ones(2, 3, 4, 8), "lse": torch.ones(2, 4, 3), "segment_ids": None, "alibi_slopes": None}
-    inputs |= {"seed": None, "causal": True, "scale": 1.0, "window": 0, "softcap": 0.0, "dropout_p": 0.0, "deterministic": False}
+    inputs = {
+        "dout": torch.ones(2, 3, 4, 8),
+        **GOOD,
+        "out": torch.ones(2, 3, 4, 8),
+        "lse": torch.ones(2, 4, 3),
+        "segment_ids": None,
+        "alibi_slopes": None,
+    }
+    inputs |= {
+        "seed": None,
+        "causal": True,
+        "scale": 1.0,
+        "window": 0,
+        "softcap": 0.0,
+        "dropout_p": 0.0,
+        "deterministic": False,
+    }
     with pytest.raises(ValueError, match=message):
         native.attention_backward(**(inputs | change))
 

@@ -34,11 +34,19 @@ GENERAL = ("alibi", "softcap", "all")
 
 
 def backwards(mask: str, d: int) -> tuple[bool, ...]:
-    """Values of `deterministic` that take kernels of their own: on a CPU there is one backward, on a GPU two where dq may be summed by atomics."""
+    """Values of `deterministic` that take kernels of their own: on a CPU there is one backward, on a GPU two where
+    dq may be summed by atomics.
+    """
     return (False, True) if CUDA and d <= 128 and mask not in GENERAL else (True,)
 
 
-CASES = [(s, mask, d, deterministic) for s in LENGTHS for mask in MASKS for d in HEAD_DIMS for deterministic in backwards(mask, d)]
+CASES = [
+    (s, mask, d, deterministic)
+    for s in LENGTHS
+    for mask in MASKS
+    for d in HEAD_DIMS
+    for deterministic in backwards(mask, d)
+]
 
 
 @pytest.mark.sweep
@@ -48,10 +56,15 @@ def test_every_mask(s, mask, d, deterministic, dtype):
     """Two query heads share a kv head; a backward in a fixed order gives the same bits twice."""
     options = MASKS[mask](s)
     run = partial(attention, backend="native", **options)
-    # seeds far apart: near ones give tensors of some shapes the same numbers, and keys equal to queries leave a row one key and dq a difference of equals
+    # seeds far apart: near ones give tensors of some shapes the same numbers, and keys equal to queries leave a row one
+    # key and dq a difference of equals
     shapes = {"q": (2, s, 2, d), "k": (2, s, 1, d), "v": (2, s, 1, d)}
-    inputs = {name: reference.random(*shape, dtype=dtype, seed=10_000 * i) for i, (name, shape) in enumerate(shapes.items())}
-    floor = 1.0 if s == 1 else FLOOR if CUDA else 0.0  # one key: dq and dk are exactly 0, by the difference of two sums of d products
+    inputs = {
+        name: reference.random(*shape, dtype=dtype, seed=10_000 * i) for i, (name, shape) in enumerate(shapes.items())
+    }
+    floor = (
+        1.0 if s == 1 else FLOOR if CUDA else 0.0
+    )  # one key: dq and dk are exactly 0, by the difference of two sums of d products
     torch.use_deterministic_algorithms(deterministic)
     try:
         reference.check_against(run, partial(reference.attention, **options), inputs, floor=floor)

@@ -14,13 +14,19 @@ SEED = torch.tensor([0x123456789ABCDEF, 0x7EDCBA987654321], device="cpu")
 
 
 def inputs_of(size, dtype=torch.float32, bias=True, rows=(3, 13)):
-    inputs = {"x": reference.random(*rows, size, dtype=dtype), "residual": reference.random(*rows, size, dtype=dtype, seed=1)}
+    inputs = {
+        "x": reference.random(*rows, size, dtype=dtype),
+        "residual": reference.random(*rows, size, dtype=dtype, seed=1),
+    }
     return inputs | ({"bias": reference.random(size, dtype=dtype, seed=2)} if bias else {})
 
 
 def test_reference_philox_has_the_published_words():
     """The known answers of the paper's own library, Random123, for all-zero and all-one counters and keys."""
-    zero, ones = reference.philox(0, np.array([0]), 0), reference.philox(2**64 - 1, np.array([2**64 - 1], dtype=np.uint64), 2**64 - 1)
+    zero, ones = (
+        reference.philox(0, np.array([0]), 0),
+        reference.philox(2**64 - 1, np.array([2**64 - 1], dtype=np.uint64), 2**64 - 1),
+    )
     assert [hex(word) for word in zero[0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
     assert [hex(word) for word in ones[0]] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
 
@@ -85,7 +91,9 @@ def test_same_mask_in_the_backward_and_under_recomputation():
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0)
     x.grad = None
-    y = torch.utils.checkpoint.checkpoint(lambda t: bias_dropout_add(t, None, residual, 0.5, True) ** 2, x, use_reentrant=False)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda t: bias_dropout_add(t, None, residual, 0.5, True) ** 2, x, use_reentrant=False
+    )
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0)
 
@@ -128,7 +136,9 @@ def test_opcheck(seed, bias):
     inputs = inputs_of(17, torch.bfloat16, bias)
     torch.library.opcheck(torch.ops.neox.bias_dropout_add_backward.default, (inputs["x"], seed, 0.3, bias))
     leaves = {name: value.requires_grad_() for name, value in inputs.items()}
-    torch.library.opcheck(torch.ops.neox.bias_dropout_add.default, (leaves["x"], leaves.get("bias"), leaves["residual"], seed, 0.3))
+    torch.library.opcheck(
+        torch.ops.neox.bias_dropout_add.default, (leaves["x"], leaves.get("bias"), leaves["residual"], seed, 0.3)
+    )
 
 
 def test_compile():

@@ -23,7 +23,10 @@ def both(approximate):
 @pytest.mark.parametrize("size", reference.SIZES)
 @pytest.mark.parametrize("approximate", FORMS)
 def test_forward_and_backward(approximate, size, dtype):
-    inputs = {"x": reference.random(3, 17, size, dtype=dtype, scale=2), "bias": reference.random(size, dtype=dtype, seed=5)}
+    inputs = {
+        "x": reference.random(3, 17, size, dtype=dtype, scale=2),
+        "bias": reference.random(size, dtype=dtype, seed=5),
+    }
     reference.check_against(*both(approximate), inputs)
 
 
@@ -118,7 +121,10 @@ def test_compile():
     [
         ((torch.ones(2, 4, dtype=torch.float64), None), rf"bias_gelu: x {reference.FLOAT_RULE}; got Double"),
         ((torch.ones(()), None), r"x must have 1 to 64 dimensions; got 0 in shape \[\]"),
-        ((torch.ones(2, 4), torch.ones(4, dtype=torch.bfloat16)), r"bias must have the dtype of x, Float; got BFloat16"),
+        (
+            (torch.ones(2, 4), torch.ones(4, dtype=torch.bfloat16)),
+            r"bias must have the dtype of x, Float; got BFloat16",
+        ),
         ((torch.ones(2, 4), torch.ones(3)), r"bias must have as many elements as the last dimension of x, 4; got 3"),
         ((torch.ones(2, 4), torch.ones(1, 4)), r"bias must have 1 dimension; got 2 in shape \[1, 4\]"),
         ((torch.ones(2, 4), torch.ones(4), "erf"), r'approximate must be "none" or "tanh"; got erf'),

@@ -1,4 +1,6 @@
-"""cross_entropy against fp64: padding columns, ignored tokens, z-loss, smoothing, in-place gradients, and a vocabulary distributed over processes."""
+"""cross_entropy against fp64: padding columns, ignored tokens, z-loss, smoothing, in-place gradients, and a
+vocabulary distributed over processes.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +181,9 @@ class Buffers(TorchDispatchMode):
 
 @pytest.mark.parametrize("expected", [None, EXPECTED])
 def test_no_second_buffer_of_the_logits_size(expected):
-    """Logits of [b, s, v] as a linear layer gives them: of its product, their views and their gradient, all is one buffer."""
+    """Logits of [b, s, v] as a linear layer gives them: of its product, their views and their gradient, all is one
+    buffer.
+    """
     hidden, weight = reference.random(2, 9, 4).requires_grad_(), reference.random(819, 4).requires_grad_()
     with Buffers(least=18 * 819 * 4) as buffers:
         logits = torch.nn.functional.linear(hidden, weight)  # [2, 9, 819]
@@ -187,7 +191,9 @@ def test_no_second_buffer_of_the_logits_size(expected):
         loss.backward(torch.full((18,), EXPECTED))
     assert buffers.seen == {logits.untyped_storage().data_ptr()}
     whole = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
-    loss_by_definition(torch.nn.functional.linear(*whole).view(-1, 819), targets_of(18, 819)).backward(torch.full((18,), EXPECTED).double())
+    loss_by_definition(torch.nn.functional.linear(*whole).view(-1, 819), targets_of(18, 819)).backward(
+        torch.full((18,), EXPECTED).double()
+    )
     for leaf, want in zip((hidden, weight), whole, strict=True):
         reference.assert_near(leaf.grad, want.grad)
 
@@ -213,7 +219,9 @@ def test_expected_gradient_leaves_logits_without_gradient_unchanged():
 
 
 def test_expected_gradient_cannot_be_taken_twice():
-    loss = cross_entropy(reference.random(5, 17).requires_grad_() * 1, targets_of(5, 17), inplace=True, expected_dloss=1.0).sum()
+    loss = cross_entropy(
+        reference.random(5, 17).requires_grad_() * 1, targets_of(5, 17), inplace=True, expected_dloss=1.0
+    ).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -255,12 +263,18 @@ def test_opcheck():
     torch.library.opcheck(native.cross_entropy_backward.default, (torch.ones(5), logits, *tail))
     torch.library.opcheck(native.cross_entropy_backward_.default, (logits.clone(), torch.ones(5), *tail))
     for inplace, expected_dloss in ((False, None), (True, None), (True, 1.0)):
-        torch.library.opcheck(native.cross_entropy.default, (logits.clone().requires_grad_(), *tail, inplace, expected_dloss))
+        torch.library.opcheck(
+            native.cross_entropy.default, (logits.clone().requires_grad_(), *tail, inplace, expected_dloss)
+        )
     torch.library.opcheck(native.cross_entropy_fused_.default, (logits.clone(), targets, *columns, 0.1, 0.1, 0.5))
     torch.library.opcheck(native.cross_entropy_rescale_.default, (logits.clone(), torch.ones(5), 0.5))
 
 
-@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"inplace": True, "expected_dloss": 3.0}, {"inplace": True, "expected_dloss": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"inplace": True}, {"inplace": True, "expected_dloss": 3.0}, {"inplace": True, "expected_dloss": 0.5}],
+    ids=str,
+)
 def test_compile(options):
     targets = targets_of(5, 17)
 
@@ -277,23 +291,33 @@ def test_compile(options):
 
 
 def spread(folder: str) -> None:
-    """Run by each process: its shard's losses and gradients, exact to rounding, against the reference over the complete vocabulary."""
+    """Run by each process: its shard's losses and gradients, exact to rounding, against the reference over the
+    complete vocabulary.
+    """
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(range(ranks))
     for dtype in (torch.float32, torch.bfloat16):
         for columns, vocab_size in ((34, 34), (34, 20), (34, 17), (34, 3), (1638, 1600)):
             for options in OPTIONS:
-                logits, targets, dloss = reference.random(19, columns, dtype=dtype, scale=3), targets_of(19, vocab_size), reference.random(19)
+                logits, targets, dloss = (
+                    reference.random(19, columns, dtype=dtype, scale=3),
+                    targets_of(19, vocab_size),
+                    reference.random(19),
+                )
                 shard = logits.chunk(ranks, dim=1)[rank].clone().requires_grad_()
                 loss = cross_entropy(shard, targets, group=group, vocab_size=vocab_size, **options)
                 loss.backward(dloss)
                 whole = logits.double().requires_grad_()
                 want = loss_by_definition(whole, targets, vocab_size=vocab_size, **options)
                 want.backward(dloss.double())
-                reference.assert_near(loss.detach(), want.detach(), what=f"loss {dtype} {columns} {vocab_size} {options}")
+                reference.assert_near(
+                    loss.detach(), want.detach(), what=f"loss {dtype} {columns} {vocab_size} {options}"
+                )
                 error = (shard.grad.double() - whole.grad.chunk(ranks, dim=1)[rank]).abs().max()
-                assert error <= reference.TOLERANCE[dtype] * whole.grad.abs().max(), f"dlogits {dtype} {columns} {vocab_size} {options}: {error}"
+                assert error <= reference.TOLERANCE[dtype] * whole.grad.abs().max(), (
+                    f"dlogits {dtype} {columns} {vocab_size} {options}: {error}"
+                )
     bad = torch.full((19,), 1600)
     try:
         cross_entropy(reference.random(19, 819), bad, group=group, vocab_size=1600)
@@ -322,7 +346,11 @@ X, T = torch.ones(2, 5), torch.tensor([1, 4])
         ((X, T.int()), {}, "targets must be int64; got Int"),
         ((X, T[None]), {}, "targets must have 1 dimension; got 2"),
         ((X, T[:1]), {}, "targets must have an id for each of the 2 rows of logits; got 1"),
-        ((X, torch.tensor([1, 5])), {}, "targets must be below vocab_size 5 and not negative, or ignore_index -100; got 5 in row 1"),
+        (
+            (X, torch.tensor([1, 5])),
+            {},
+            "targets must be below vocab_size 5 and not negative, or ignore_index -100; got 5 in row 1",
+        ),
         ((X, torch.tensor([-1, 0])), {}, "got -1 in row 0"),
         ((X, T), {"vocab_size": 4}, "targets must be below vocab_size 4 .* got 4 in row 1"),
         ((X, T), {"vocab_size": 6}, "vocab_size must be positive and at most the 5 columns of all ranks; got 6"),
@@ -331,8 +359,16 @@ X, T = torch.ones(2, 5), torch.tensor([1, 4])
         ((X, T), {"z_loss": float("inf")}, "z_loss must be finite and >= 0 .* got inf"),
         ((X, T), {"label_smoothing": float("nan")}, r"label_smoothing in \[0, 1\]; got 0.0 and nan"),
         ((X, T), {"expected_dloss": 1.0}, "expected_dloss needs inplace=True"),
-        ((X.clone().requires_grad_(), T), {"inplace": True, "expected_dloss": 0.0}, "dloss must be a finite number other than zero; got 0"),
-        ((X.clone().requires_grad_(), T), {"inplace": True, "expected_dloss": float("inf")}, "dloss must be a finite number other than zero; got inf"),
+        (
+            (X.clone().requires_grad_(), T),
+            {"inplace": True, "expected_dloss": 0.0},
+            "dloss must be a finite number other than zero; got 0",
+        ),
+        (
+            (X.clone().requires_grad_(), T),
+            {"inplace": True, "expected_dloss": float("inf")},
+            "dloss must be a finite number other than zero; got inf",
+        ),
         ((X, T), {"label_smoothing": 1.5}, r"label_smoothing in \[0, 1\]; got 0.0 and 1.5"),
     ],
 )
@@ -348,23 +384,40 @@ STATISTICS = torch.ones(4, 2)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: native.cross_entropy_statistics(X, T, 0, 6, 6, -100, False), "num_columns must lie within the 5 columns of logits and vocab_size 6; got 6"),
+        (
+            lambda: native.cross_entropy_statistics(X, T, 0, 6, 6, -100, False),
+            "num_columns must lie within the 5 columns of logits and vocab_size 6; got 6",
+        ),
         (
             lambda: native.cross_entropy(X, T, STATISTICS[:3], *COLUMNS, 0.0, 0.0, False, None),
             r"statistics must be float32 \[4, rows\], contiguous; got \[3, 2\]",
         ),
-        (lambda: native.cross_entropy_backward(torch.ones(3), X, T, STATISTICS, *COLUMNS, 0.0, 0.0), r"dloss must have the shape of targets, \[2\]; got \[3\]"),
-        (lambda: native.cross_entropy_backward(torch.ones(2).double(), X, T, STATISTICS, *COLUMNS, 0.0, 0.0), "dloss must be float32; got Double"),
         (
-            lambda: native.cross_entropy_backward_(torch.ones(5, 2).T, torch.ones(2), T, STATISTICS, *COLUMNS, 0.0, 0.0),
+            lambda: native.cross_entropy_backward(torch.ones(3), X, T, STATISTICS, *COLUMNS, 0.0, 0.0),
+            r"dloss must have the shape of targets, \[2\]; got \[3\]",
+        ),
+        (
+            lambda: native.cross_entropy_backward(torch.ones(2).double(), X, T, STATISTICS, *COLUMNS, 0.0, 0.0),
+            "dloss must be float32; got Double",
+        ),
+        (
+            lambda: native.cross_entropy_backward_(
+                torch.ones(5, 2).T, torch.ones(2), T, STATISTICS, *COLUMNS, 0.0, 0.0
+            ),
             "logits must be contiguous in its last dimension to be overwritten",
         ),
         (
             lambda: native.cross_entropy_fused_(torch.ones(5, 2).T, T, *COLUMNS, 0.0, 0.0, 1.0),
             "logits must be contiguous in its last dimension to be overwritten",
         ),
-        (lambda: native.cross_entropy_fused_(X.clone(), T, 5, 5, 10, -100, 0.0, 0.0, 1.0), "num_columns must be the full vocab_size, 10; got 5"),
-        (lambda: native.cross_entropy_rescale_(X.clone(), torch.ones(3), 1.0), r"dloss must be float32, one for each of the 2 rows of dlogits; got \[3\]"),
+        (
+            lambda: native.cross_entropy_fused_(X.clone(), T, 5, 5, 10, -100, 0.0, 0.0, 1.0),
+            "num_columns must be the full vocab_size, 10; got 5",
+        ),
+        (
+            lambda: native.cross_entropy_rescale_(X.clone(), torch.ones(3), 1.0),
+            r"dloss must be float32, one for each of the 2 rows of dlogits; got \[3\]",
+        ),
     ],
 )
 def test_native_errors(call, message):

@@ -29,11 +29,14 @@ SHAPES = {
 OPTIONS = {"rms": False, "parallel": True, "eps": 1e-5, "activation": "swiglu", "scale": 0.3}
 
 
-def operands(batch: int = 2, seq: int = 1, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...] | None) -> dict:
+def operands(
+    batch: int = 2, seq: int = 1, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...] | None
+) -> dict:
     """Arguments of decode_block; a shape given for a parameter replaces the right one, None omits the parameter."""
     shapes = SHAPES | {name.replace("__", "."): shape for name, shape in shapes.items()}
     parameters = [
-        None if shapes.get(name) is None else reference.random(*shapes[name], dtype=dtype, seed=seed, scale=0.3) for seed, name in enumerate(PARAMETERS)
+        None if shapes.get(name) is None else reference.random(*shapes[name], dtype=dtype, seed=seed, scale=0.3)
+        for seed, name in enumerate(PARAMETERS)
     ]
     return {
         "stream": reference.random(batch, seq, H, dtype=dtype, seed=91),
@@ -58,7 +61,11 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch(dtype, threads):
     threads(1)
     for row in range(3):
         alone = operands(3, dtype=dtype)
-        alone |= {name: value[row : row + 1].clone() for name, value in alone.items() if torch.is_tensor(value) and name != "alibi_slopes"}
+        alone |= {
+            name: value[row : row + 1].clone()
+            for name, value in alone.items()
+            if torch.is_tensor(value) and name != "alibi_slopes"
+        }
         alone_stream, alone_delta = decode_block(**alone)
         assert torch.equal(alone_stream, stream[row : row + 1])
         assert torch.equal(alone_delta, delta[row : row + 1])
@@ -78,8 +85,13 @@ def test_only_the_new_tokens_are_written():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_the_first_block_adds_nothing_to_the_stream(parallel, dtype):
-    """No delta is a delta of zeros; the stream comes out as it went in, plus the attention where the branches follow each other."""
-    inputs, zeros = operands(seq=2, dtype=dtype) | {"parallel": parallel}, operands(seq=2, dtype=dtype) | {"parallel": parallel}
+    """No delta is a delta of zeros; the stream comes out as it went in, plus the attention where the branches follow
+    each other.
+    """
+    inputs, zeros = (
+        operands(seq=2, dtype=dtype) | {"parallel": parallel},
+        operands(seq=2, dtype=dtype) | {"parallel": parallel},
+    )
     inputs["delta"] = None
     zeros["delta"] = torch.zeros_like(zeros["delta"])
     stream, delta = decode_block(**inputs)
@@ -98,7 +110,19 @@ def test_tables_and_masks_in_any_layout():
 
 def test_opcheck():
     inputs = operands()
-    order = ("stream", "delta", "keys", "values", "length", "cos", "sin", "segment_ids", "alibi_slopes", "parameters", *OPTIONS)
+    order = (
+        "stream",
+        "delta",
+        "keys",
+        "values",
+        "length",
+        "cos",
+        "sin",
+        "segment_ids",
+        "alibi_slopes",
+        "parameters",
+        *OPTIONS,
+    )
     torch.library.opcheck(native.decode_block.default, (*(inputs[name] for name in order), 0, 0.0))
 
 
@@ -110,15 +134,24 @@ def test_opcheck():
         ({"delta": torch.ones(2, 1, H + 1)}, r"delta must have the shape of stream, \[2, 1, 12\]; got \[2, 1, 13\]"),
         ({"length": CAPACITY}, r"keys must have room for 10 tokens; got \[2, 9, 2, 8\]"),
         ({"length": -1}, "length must not be negative; got -1"),
-        ({"keys": torch.ones(1, CAPACITY, GROUPS, DIM)}, r"keys must have the batch size of stream, 2; got \[1, 9, 2, 8\]"),
+        (
+            {"keys": torch.ones(1, CAPACITY, GROUPS, DIM)},
+            r"keys must have the batch size of stream, 2; got \[1, 9, 2, 8\]",
+        ),
         ({"values": torch.ones(2, CAPACITY + 1, GROUPS, DIM)}, r"values must have the shape of keys"),
         ({"keys": torch.ones(2, GROUPS, CAPACITY, DIM).transpose(1, 2)}, "keys must be contiguous"),
         ({"parameters": [None]}, "parameters must be 16 tensors or None; got 1"),
         ({"activation": "relu"}, "activation must be gelu, gelu_tanh, swiglu, geglu or reglu; got relu"),
         ({"activation": "gelu"}, "gate.weight must be given if and only if the activation is gated; got one"),
         ({"sin": None}, "cos, sin must be given together; got one of them"),
-        ({"cos": torch.ones(2, 1, 3), "sin": torch.ones(2, 1, 3)}, r"cos, sin must be fp32 \[1, r\] or \[2, 1, r\], r even, <= 8; got \[2, 1, 3\]"),
-        ({"segment_ids": torch.zeros(2, LENGTH, dtype=torch.int32)}, r"segment_ids must be int32 \[2, 6\]; got \[2, 5\]"),
+        (
+            {"cos": torch.ones(2, 1, 3), "sin": torch.ones(2, 1, 3)},
+            r"cos, sin must be fp32 \[1, r\] or \[2, 1, r\], r even, <= 8; got \[2, 1, 3\]",
+        ),
+        (
+            {"segment_ids": torch.zeros(2, LENGTH, dtype=torch.int32)},
+            r"segment_ids must be int32 \[2, 6\]; got \[2, 5\]",
+        ),
         ({"alibi_slopes": torch.ones(4)}, r"alibi_slopes must be fp32 \[6\]; got \[4\]"),
         ({"window": -1}, "window must be at least 1; got -1"),
         ({"scale": float("nan")}, "scale, softcap, eps must be finite"),

@@ -1,4 +1,6 @@
-"""The fuzz suite: 2,000 random cases of every operator against fp64, `make fuzz`. A failing case prints the line that runs it again."""
+"""The fuzz suite: 2,000 random cases of every operator against fp64, `make fuzz`. A failing case prints the line
+that runs it again.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_random_cases(op, chunk, request):
         try:
             fuzz_cases.run(op, seed)
         except AssertionError as problem:
-            again = f"pytest -m fuzz tests/ops/test_fuzz.py --fuzz-case {op}:{seed}" + (f" --ops-library {library}" if library else "")
+            again = f"pytest -m fuzz tests/ops/test_fuzz.py --fuzz-case {op}:{seed}" + (
+                f" --ops-library {library}" if library else ""
+            )
             pytest.fail(f"{problem}\nagain: {again}", pytrace=False)
     return None
 

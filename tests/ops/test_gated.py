@@ -18,8 +18,13 @@ ACTIVATIONS = ("silu", "gelu", "relu")
 @pytest.mark.parametrize("size", reference.SIZES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward(activation, size, dtype):
-    inputs = {"x": reference.random(3, 17, size, dtype=dtype, scale=2), "gate": reference.random(3, 17, size, dtype=dtype, seed=5)}
-    reference.check_against(partial(gated, activation=activation), partial(reference.gated, activation=activation), inputs)
+    inputs = {
+        "x": reference.random(3, 17, size, dtype=dtype, scale=2),
+        "gate": reference.random(3, 17, size, dtype=dtype, seed=5),
+    }
+    reference.check_against(
+        partial(gated, activation=activation), partial(reference.gated, activation=activation), inputs
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

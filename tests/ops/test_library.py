@@ -13,7 +13,9 @@ import neox.ops
 from neox.errors import EnvironmentProblem
 from neox.ops import _library
 
-pytestmark = pytest.mark.skipif(_library.ISA == _library.LOADED, reason="is about choosing a library: --ops-library has loaded one")
+pytestmark = pytest.mark.skipif(
+    _library.ISA == _library.LOADED, reason="is about choosing a library: --ops-library has loaded one"
+)
 
 ZEN3 = {"avx2", "fma", "f16c"}
 SKYLAKE = ZEN3 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -30,9 +32,16 @@ def test_best_library_that_the_cpu_can_run():
 
 def test_a_cpu_needs_every_flag_that_a_library_is_compiled_with():
     source = ast.parse((Path(_library.__file__).parents[2] / "setup.py").read_text(encoding="utf-8"))
-    (flags,) = [node.value for node in source.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CPU_ISA_FLAGS"]
+    (flags,) = [
+        node.value
+        for node in source.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CPU_ISA_FLAGS"
+    ]
     spelt = {"avx512bf16": "avx512_bf16"}  # the compiler's spelling -> the one of /proc/cpuinfo
-    compiled = {isa: {flag.removeprefix("-m") for flag in each if "prefer" not in flag} for isa, each in ast.literal_eval(flags).items()}
+    compiled = {
+        isa: {flag.removeprefix("-m") for flag in each if "prefer" not in flag}
+        for isa, each in ast.literal_eval(flags).items()
+    }
     assert {isa: {spelt.get(flag, flag) for flag in each} for isa, each in compiled.items()} == _library.REQUIREMENTS
     for isa, needed in _library.REQUIREMENTS.items():
         assert _library.choose({isa}, needed) == isa
@@ -46,7 +55,9 @@ def test_nothing_built():
 
 
 def test_nothing_fits():
-    with pytest.raises(EnvironmentProblem, match=r"cannot run the native operators that are built; .*got=libraries avx512 on "):
+    with pytest.raises(
+        EnvironmentProblem, match=r"cannot run the native operators that are built; .*got=libraries avx512 on "
+    ):
         _library.choose({"avx512"}, ZEN3)
 
 
@@ -89,7 +100,9 @@ def test_every_public_operator_names_a_native_one(name):
 
 def test_a_library_of_older_sources_is_named(monkeypatch):
     monkeypatch.setattr(_library, "OPERATORS", (*_library.OPERATORS, "invented_yesterday"))
-    with pytest.raises(EnvironmentProblem, match="older than the Python sources; .*got=no invented_yesterday; do=rebuild"):
+    with pytest.raises(
+        EnvironmentProblem, match="older than the Python sources; .*got=no invented_yesterday; do=rebuild"
+    ):
         _library.load()
 
 

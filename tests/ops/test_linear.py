@@ -19,7 +19,10 @@ def product(x, weight, bias=None):
 
 
 def inputs_of(rows: tuple[int, ...], size: int, out: int, dtype=torch.bfloat16, bias=True) -> dict[str, torch.Tensor]:
-    inputs = {"x": reference.random(*rows, size, dtype=dtype), "weight": reference.random(out, size, dtype=dtype, scale=size**-0.5)}
+    inputs = {
+        "x": reference.random(*rows, size, dtype=dtype),
+        "weight": reference.random(out, size, dtype=dtype, scale=size**-0.5),
+    }
     return inputs | ({"bias": reference.random(out, dtype=dtype)} if bias else {})
 
 
@@ -35,7 +38,9 @@ def test_forward_and_backward(size, out, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_upcast_forward_and_backward(rows, size, bias):
     """The upcast product itself, whichever of the two this machine selects."""
-    reference.check_against(lambda x, weight, bias=None: native.linear_bf16(x, weight, bias), product, inputs_of(rows, size, 33, bias=bias))
+    reference.check_against(
+        lambda x, weight, bias=None: native.linear_bf16(x, weight, bias), product, inputs_of(rows, size, 33, bias=bias)
+    )
 
 
 FEW = [(1,), (2,), (3,), (2, 2), (7,), (8,), (13,)]
@@ -59,7 +64,9 @@ def test_a_few_rows_are_the_same_bits_alone_and_together(dtype, threads):
     together = native.linear_few_rows(**inputs)
     threads(1)
     for count in range(1, 8):
-        assert torch.equal(native.linear_few_rows(inputs["x"][:count], inputs["weight"], inputs["bias"]), together[:count])
+        assert torch.equal(
+            native.linear_few_rows(inputs["x"][:count], inputs["weight"], inputs["bias"]), together[:count]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +74,9 @@ def test_few_rows_in_any_layout(dtype):
     inputs = inputs_of((2, 3), 37, 33, dtype)
     want = native.linear_few_rows(**inputs)
     for layout in ("misaligned", "slice", "transposed"):
-        tensors = {name: reference.layouts(t)[layout] if t.dim() > 1 else reference.misaligned(t) for name, t in inputs.items()}
+        tensors = {
+            name: reference.layouts(t)[layout] if t.dim() > 1 else reference.misaligned(t) for name, t in inputs.items()
+        }
         assert torch.equal(native.linear_few_rows(**tensors), want)
 
 
@@ -91,7 +100,9 @@ def test_upcast_result_is_rounded_once():
     """2^-9 and 1 cancel nothing in fp32; a bf16 accumulator would lose them all."""
     x, weight = torch.ones(16, 512).bfloat16(), torch.full((1, 512), 2.0**-9).bfloat16()
     x[:, 0] = 512
-    assert native.linear_bf16(x, weight, None).flatten().tolist() == [torch.tensor(1 + 511 / 512).bfloat16().item()] * 16
+    assert (
+        native.linear_bf16(x, weight, None).flatten().tolist() == [torch.tensor(1 + 511 / 512).bfloat16().item()] * 16
+    )
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "bias"])
@@ -111,10 +122,20 @@ def test_layouts_give_the_same_bits(layout):
     inputs = inputs_of((2, 9), 37, 33)
     dy = reference.random(2, 9, 33, dtype=torch.bfloat16, seed=4)
     results = []
-    for tensors in (inputs, {name: reference.layouts(t)[layout] if t.dim() > 1 else reference.misaligned(t) for name, t in inputs.items()}):
+    for tensors in (
+        inputs,
+        {name: reference.layouts(t)[layout] if t.dim() > 1 else reference.misaligned(t) for name, t in inputs.items()},
+    ):
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
         y = native.linear_bf16(**leaves)
-        results.append((y, *torch.autograd.grad(y, list(leaves.values()), dy if tensors is inputs else reference.layouts(dy)[layout])))
+        results.append(
+            (
+                y,
+                *torch.autograd.grad(
+                    y, list(leaves.values()), dy if tensors is inputs else reference.layouts(dy)[layout]
+                ),
+            )
+        )
     assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
 
 
@@ -145,7 +166,9 @@ def test_opcheck(bias):
     dy = reference.random(2, 9, 5, dtype=torch.bfloat16)
     torch.library.opcheck(native.linear_few_rows.default, (*inputs.values(), *([] if bias else [None])))
     torch.library.opcheck(native.linear_bf16_backward.default, (dy, inputs["x"], inputs["weight"], True, True, bias))
-    torch.library.opcheck(native.linear_bf16.default, (*(t.requires_grad_() for t in inputs.values()), *([] if bias else [None])))
+    torch.library.opcheck(
+        native.linear_bf16.default, (*(t.requires_grad_() for t in inputs.values()), *([] if bias else [None]))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -184,8 +207,14 @@ X, W, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3)
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ((X, W.bfloat16()), "linear: weight and bias must have the dtype of x, torch.float32; got torch.bfloat16, None"),
-        ((X, W, B.bfloat16()), "linear: weight and bias must have the dtype of x, torch.float32; got torch.float32, torch.bfloat16"),
+        (
+            (X, W.bfloat16()),
+            "linear: weight and bias must have the dtype of x, torch.float32; got torch.bfloat16, None",
+        ),
+        (
+            (X, W, B.bfloat16()),
+            "linear: weight and bias must have the dtype of x, torch.float32; got torch.float32, torch.bfloat16",
+        ),
         ((X, W.T), r"weight must be \[out, in\] with in = x's channels; got x \[2, 4\], weight \[4, 3\]"),
         ((X, W, B[:2]), r"bias must have as many elements as weight has rows, 3; got \[2\]"),
     ],
@@ -203,7 +232,10 @@ def test_errors(inputs, message):
         ((X.bfloat16(), W[0].bfloat16(), None), "weight must have 2 dimensions; got 1"),
         ((X.bfloat16(), W.T.bfloat16(), None), r"weight must have as many columns as x has channels, 4; got \[4, 3\]"),
         ((X.bfloat16(), W.bfloat16(), B), "bias must be bfloat16; got Float"),
-        ((X.bfloat16(), W.bfloat16(), B[:2].bfloat16()), "bias must have as many elements as weight has rows, 3; got 2"),
+        (
+            (X.bfloat16(), W.bfloat16(), B[:2].bfloat16()),
+            "bias must have as many elements as weight has rows, 3; got 2",
+        ),
     ],
 )
 def test_upcast_errors(inputs, message):

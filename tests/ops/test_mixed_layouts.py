@@ -1,4 +1,6 @@
-"""Operators of several tensors, each in a memory layout of its own: a stride belongs to one tensor, and so does a shape."""
+"""Operators of several tensors, each in a memory layout of its own: a stride belongs to one tensor, and so does a
+shape.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,10 @@ def test_one_tensor_in_another_layout_than_the_others(name, moved, size, layout)
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2])
-@pytest.mark.parametrize(("name", "cut"), [(name, tensor) for name, tensor in CASES if tensor not in ("x", "s", "y")] + [("gated_backward", "x")])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [(name, tensor) for name, tensor in CASES if tensor not in ("x", "s", "y")] + [("gated_backward", "x")],
+)
 def test_a_tensor_that_differs_in_one_dimension_is_refused(name, cut, dimension):
     tensors = inputs(name, 8)
     at = CALLS[name][1].index(cut)
@@ -77,7 +82,11 @@ def test_a_tensor_that_differs_in_one_dimension_is_refused(name, cut, dimension)
 @pytest.mark.parametrize("moved", ["dy", "x", "weight"])
 def test_one_operand_of_a_linear_layer_in_another_layout(moved, layout):
     dtype = torch.bfloat16
-    operands = {"dy": reference.random(20, 24, dtype=dtype), "x": reference.random(20, 40, dtype=dtype), "weight": reference.random(24, 40, dtype=dtype)}
+    operands = {
+        "dy": reference.random(20, 24, dtype=dtype),
+        "x": reference.random(20, 40, dtype=dtype),
+        "weight": reference.random(24, 40, dtype=dtype),
+    }
     changed = operands | {moved: reference.layouts(operands[moved])[layout]}
 
     def run(dy, x, weight):

@@ -1,4 +1,6 @@
-"""layer_norm, rms_norm and their dual forms against fp64, with and without a residual, in every layout, and their errors."""
+"""layer_norm, rms_norm and their dual forms against fp64, with and without a residual, in every layout, and their
+errors.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,27 @@ def inputs_of(kind, size, dtype, residual, rows=(3, 13)):
     inputs = {"x": reference.random(*rows, size, dtype=dtype, scale=2) + 1}
     if residual:
         inputs["residual"] = reference.random(*rows, size, dtype=dtype, seed=1)
-    names = {"layer": "w1 b1", "layer without bias": "w1", "rms": "w1", "dual layer": "w1 b1 w2 b2", "dual rms": "w1 w2"}[kind]
-    return inputs | {name: reference.random(size, dtype=dtype, seed=2 + index) + (name[0] == "w") for index, name in enumerate(names.split())}
+    names = {
+        "layer": "w1 b1",
+        "layer without bias": "w1",
+        "rms": "w1",
+        "dual layer": "w1 b1 w2 b2",
+        "dual rms": "w1 w2",
+    }[kind]
+    return inputs | {
+        name: reference.random(size, dtype=dtype, seed=2 + index) + (name[0] == "w")
+        for index, name in enumerate(names.split())
+    }
 
 
 def ours(kind):
     def op(x, w1, b1=None, w2=None, b2=None, residual=None):
         if kind.startswith("dual"):
-            return dual_rms_norm(x, w1, w2, EPS, residual) if kind == "dual rms" else dual_layer_norm(x, w1, b1, w2, b2, EPS, residual)
+            return (
+                dual_rms_norm(x, w1, w2, EPS, residual)
+                if kind == "dual rms"
+                else dual_layer_norm(x, w1, b1, w2, b2, EPS, residual)
+            )
         return rms_norm(x, w1, EPS, residual) if kind == "rms" else layer_norm(x, w1, b1, EPS, residual)
 
     return op
@@ -34,7 +49,9 @@ def theirs(kind):
     def op(x, w1, b1=None, w2=None, b2=None, residual=None):
         s = x if residual is None else x + residual
         pairs = [(w1, b1)] if w2 is None else [(w1, b1), (w2, b2)]
-        ys = tuple(reference.rms_norm(s, w, EPS) if "rms" in kind else reference.layer_norm(s, w, b, EPS) for w, b in pairs)
+        ys = tuple(
+            reference.rms_norm(s, w, EPS) if "rms" in kind else reference.layer_norm(s, w, b, EPS) for w, b in pairs
+        )
         ys = ys if residual is None else (*ys, s)
         return ys if len(ys) > 1 else ys[0]
 
@@ -49,7 +66,8 @@ def test_forward_and_backward(kind, residual, size, dtype):
     inputs = inputs_of(kind, size, dtype, residual)
     if size == 1:  # small compared with eps: elsewhere the gradient of rms is all cancellation
         inputs |= {name: inputs[name] * 0.02 for name in ("x", "residual") if name in inputs}
-    # The gradient of a layer norm of one element is zero: what rounding leaves is held to 1 / sqrt(eps), the size of its terms.
+    # The gradient of a layer norm of one element is zero: what rounding leaves is held to 1 / sqrt(eps), the size of
+    # its terms.
     floor = EPS**-0.5 if size == 1 else 0.0
     reference.check_against(ours(kind), theirs(kind), inputs, floor=floor)
 
@@ -68,7 +86,9 @@ def test_gradient_when_only_some_outputs_are_used(kind):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_what_is_normed_is_the_rounded_sum(kind, dtype):
-    """Of two columns that differ by little, rounding x + residual to 16 bits decides: the sum is rounded once, and the norm is of what it then is."""
+    """Of two columns that differ by little, rounding x + residual to 16 bits decides: the sum is rounded once, and
+    the norm is of what it then is.
+    """
     inputs = inputs_of(kind, 2, dtype, True, rows=(400,))
     inputs["residual"] = (inputs["x"][:, :1] - inputs["x"]) * 0.99 + 3  # nearly the same in both columns
     y, s = ours(kind)(**inputs)
@@ -93,7 +113,10 @@ def test_large_mean_keeps_the_variance():
 def test_layouts_give_the_same_bits(kind, layout):
     inputs = inputs_of(kind, 37, torch.float32, True, rows=(2, 5))
     want = ours(kind)(**inputs)
-    moved = {name: reference.layouts(value)[layout] if value.dim() > 1 else reference.misaligned(value) for name, value in inputs.items()}
+    moved = {
+        name: reference.layouts(value)[layout] if value.dim() > 1 else reference.misaligned(value)
+        for name, value in inputs.items()
+    }
     for got, expected in zip(ours(kind)(**moved), want, strict=True):
         assert torch.equal(got, expected)
 
@@ -108,7 +131,9 @@ def test_layouts_of_gradients_give_the_same_bits():
 
     want = gradients(lambda dout: dout)
     for layout in ("misaligned", "slice", "transposed"):
-        for got, expected in zip(gradients(lambda dout, layout=layout: reference.layouts(dout)[layout]), want, strict=True):
+        for got, expected in zip(
+            gradients(lambda dout, layout=layout: reference.layouts(dout)[layout]), want, strict=True
+        ):
             assert torch.equal(got, expected)
 
 
@@ -129,7 +154,10 @@ def test_same_bits_for_any_number_of_threads(kind, threads):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows(kind):
-    inputs = {name: value.clone().requires_grad_() for name, value in inputs_of(kind, 5, torch.float32, True, rows=(0,)).items()}
+    inputs = {
+        name: value.clone().requires_grad_()
+        for name, value in inputs_of(kind, 5, torch.float32, True, rows=(0,)).items()
+    }
     sum(y.sum() for y in ours(kind)(**inputs)).backward()
     assert inputs["x"].grad.shape == (0, 5)
     assert inputs["w1"].grad.tolist() == [0.0] * 5
@@ -146,7 +174,10 @@ def test_not_a_number_passes_through():
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind, residual):
-    inputs = {name: value.requires_grad_() for name, value in inputs_of(kind, 17, torch.bfloat16, residual, rows=(2, 3)).items()}
+    inputs = {
+        name: value.requires_grad_()
+        for name, value in inputs_of(kind, 17, torch.bfloat16, residual, rows=(2, 3)).items()
+    }
     args = tuple(inputs.get(name) for name in ("x", "residual", "w1", "b1", "w2", "b2"))
     torch.library.opcheck(torch.ops.neox.norm.default, (*args, EPS, "rms" in kind))
 
@@ -155,7 +186,10 @@ def test_opcheck_backward():
     x, w = reference.random(6, 17), reference.random(17)
     statistics = torch.zeros(6), torch.ones(6)
     torch.library.opcheck(torch.ops.neox.norm_backward.default, (x, x, x, x, *statistics, w, True, w, True, False))
-    torch.library.opcheck(torch.ops.neox.norm_backward.default, (x, None, None, x, torch.empty(0), statistics[1], w, False, None, False, True))
+    torch.library.opcheck(
+        torch.ops.neox.norm_backward.default,
+        (x, None, None, x, torch.empty(0), statistics[1], w, False, None, False, True),
+    )
 
 
 @pytest.mark.parametrize("kind", ["layer", "dual rms"])
@@ -177,15 +211,30 @@ W = torch.ones(4)
     [
         (lambda: layer_norm(X.double(), W, W, 1e-5), rf"^layer_norm: x {reference.FLOAT_RULE}; got Double"),
         (lambda: layer_norm(torch.ones(()), W, W, 1e-5), r"x must have 1 to 64 dimensions; got 0 in shape \[\]"),
-        (lambda: layer_norm(torch.ones(2, 0), torch.ones(0), None, 1e-5), r"x must not have an empty last dimension; got \[2, 0\]"),
+        (
+            lambda: layer_norm(torch.ones(2, 0), torch.ones(0), None, 1e-5),
+            r"x must not have an empty last dimension; got \[2, 0\]",
+        ),
         (lambda: layer_norm(X, W.bfloat16(), W, 1e-5), r"weight must have the dtype of x, Float; got BFloat16"),
-        (lambda: layer_norm(X, torch.ones(3), W, 1e-5), r"weight must have as many elements as the last dimension of x, 4; got 3"),
-        (lambda: layer_norm(X, W, torch.ones(5), 1e-5), r"bias must have as many elements as the last dimension of x, 4; got 5"),
+        (
+            lambda: layer_norm(X, torch.ones(3), W, 1e-5),
+            r"weight must have as many elements as the last dimension of x, 4; got 3",
+        ),
+        (
+            lambda: layer_norm(X, W, torch.ones(5), 1e-5),
+            r"bias must have as many elements as the last dimension of x, 4; got 5",
+        ),
         (lambda: layer_norm(X, W, W[None], 1e-5), r"bias must have 1 dimension; got 2 in shape \[1, 4\]"),
         (lambda: layer_norm(X, W, W, 1e-5, X[:1]), r"residual must have the shape of x, \[2, 4\]; got \[1, 4\]"),
-        (lambda: rms_norm(X, W, 1e-5, X.bfloat16()), r"^rms_norm: residual must have the dtype of x, Float; got BFloat16"),
+        (
+            lambda: rms_norm(X, W, 1e-5, X.bfloat16()),
+            r"^rms_norm: residual must have the dtype of x, Float; got BFloat16",
+        ),
         (lambda: rms_norm(X, W, -1.0), r"eps must not be negative or NaN; got -1"),
-        (lambda: dual_layer_norm(X, W[:3], W, W, W, 1e-5), r"^dual_layer_norm: weight1 must have as many elements .*; got 3"),
+        (
+            lambda: dual_layer_norm(X, W[:3], W, W, W, 1e-5),
+            r"^dual_layer_norm: weight1 must have as many elements .*; got 3",
+        ),
         (lambda: dual_layer_norm(X, W, W[:3], W, W, 1e-5), r"bias1 must have as many elements .*; got 3"),
         (lambda: dual_layer_norm(X, W, W, W, W[:3], 1e-5), r"bias2 must have as many elements .*; got 3"),
         (lambda: dual_rms_norm(X, W, W[:3], 1e-5), r"^dual_rms_norm: weight2 must have as many elements .*; got 3"),
@@ -206,6 +255,15 @@ def test_errors(call, message):
     ],
 )
 def test_backward_errors(change, message):
-    args = {"dy": X, "dy2": None, "dsum": None, "s": X, "mean": torch.ones(2), "rstd": torch.ones(2), "weight": W, "has_bias": True}
+    args = {
+        "dy": X,
+        "dy2": None,
+        "dsum": None,
+        "s": X,
+        "mean": torch.ones(2),
+        "rstd": torch.ones(2),
+        "weight": W,
+        "has_bias": True,
+    }
     with pytest.raises(ValueError, match=message):
         torch.ops.neox.norm_backward(**(args | {"weight2": None, "has_bias2": False, "rms": False} | change))

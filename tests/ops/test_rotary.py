@@ -31,18 +31,47 @@ def transformers_frequencies(rope_type: str, seq_len: int | None = None, **param
     ("scaling", "theirs"),
     [
         ({"type": "linear", "factor": 4.0}, ("linear", None, {"factor": 4.0})),
-        ({"type": "ntk", "factor": 2.0, "original_max_position_embeddings": TRAINED}, ("dynamic", LENGTH, {"factor": 2.0})),
+        (
+            {"type": "ntk", "factor": 2.0, "original_max_position_embeddings": TRAINED},
+            ("dynamic", LENGTH, {"factor": 2.0}),
+        ),
         (
             {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED},
             ("yarn", None, {"factor": 4.0, "original_max_position_embeddings": TRAINED}),
         ),
         (
-            {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": TRAINED, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5},
-            ("yarn", None, {"factor": 8.0, "original_max_position_embeddings": TRAINED, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5}),
+            {
+                "type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": TRAINED,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "attention_factor": 1.5,
+            },
+            (
+                "yarn",
+                None,
+                {
+                    "factor": 8.0,
+                    "original_max_position_embeddings": TRAINED,
+                    "beta_fast": 16.0,
+                    "beta_slow": 2.0,
+                    "attention_factor": 1.5,
+                },
+            ),
         ),
         (
             {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": TRAINED},
-            ("llama3", None, {"factor": 8.0, "original_max_position_embeddings": TRAINED, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+            (
+                "llama3",
+                None,
+                {
+                    "factor": 8.0,
+                    "original_max_position_embeddings": TRAINED,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                },
+            ),
         ),
     ],
     ids=["linear", "ntk", "yarn", "yarn_explicit", "llama3"],
@@ -59,7 +88,9 @@ def test_scaled_frequencies_equal_transformers(scaling, theirs):
 
 def test_tables_are_cos_and_sin_of_position_times_frequency():
     cos, sin = rotary_tables(16, 50, theta=500.0)
-    angle = torch.arange(50, dtype=torch.float64)[:, None] * 500.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    angle = torch.arange(50, dtype=torch.float64)[:, None] * 500.0 ** (
+        -torch.arange(0, 16, 2, dtype=torch.float64) / 16
+    )
     angle = torch.cat((angle, angle), dim=1)
     assert cos.shape == sin.shape == (50, 16)
     assert cos.dtype == sin.dtype == torch.float32
@@ -118,15 +149,22 @@ def tables(shape: tuple[int, ...], rotary_dim: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_rotation_forward_and_backward(head_dim, rotary_dim, per_sequence, dtype):
     table = tables((2, 17) if per_sequence else (17,), rotary_dim)
-    inputs = {"q": reference.random(2, 17, 4, head_dim, dtype=dtype), "k": reference.random(2, 17, 1, head_dim, dtype=dtype, seed=3)}
-    reference.check_against(lambda q, k: rotary(q, k, **table), lambda q, k: (turned(q, **table), turned(k, **table)), inputs)
+    inputs = {
+        "q": reference.random(2, 17, 4, head_dim, dtype=dtype),
+        "k": reference.random(2, 17, 1, head_dim, dtype=dtype, seed=3),
+    }
+    reference.check_against(
+        lambda q, k: rotary(q, k, **table), lambda q, k: (turned(q, **table), turned(k, **table)), inputs
+    )
 
 
 @pytest.mark.parametrize("length", [1, 17, 819])
 def test_rotation_by_real_tables_at_every_length(length):
     cos, sin = rotary_tables(16, length)
     inputs = {"q": reference.random(1, length, 2, 64), "k": reference.random(1, length, 2, 64, seed=3)}
-    reference.check_against(lambda q, k: rotary(q, k, cos, sin), lambda q, k: (turned(q, cos, sin), turned(k, cos, sin)), inputs)
+    reference.check_against(
+        lambda q, k: rotary(q, k, cos, sin), lambda q, k: (turned(q, cos, sin), turned(k, cos, sin)), inputs
+    )
 
 
 def test_scores_depend_on_distance_alone():
@@ -144,9 +182,15 @@ def test_layouts_give_the_same_bits(layout):
     q, k, table = reference.random(2, 5, 3, 20), reference.random(2, 5, 1, 20, seed=3), tables((5,), 8)
 
     def moved(x):
-        return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "heads_first" else reference.layouts(x)[layout]
+        return (
+            x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "heads_first" else reference.layouts(x)[layout]
+        )
 
-    for got, want in zip(rotary(moved(q), moved(k), **{name: reference.misaligned(t) for name, t in table.items()}), rotary(q, k, **table), strict=True):
+    for got, want in zip(
+        rotary(moved(q), moved(k), **{name: reference.misaligned(t) for name, t in table.items()}),
+        rotary(q, k, **table),
+        strict=True,
+    ):
         assert torch.equal(got, want)
         assert got.is_contiguous()
 
@@ -199,7 +243,9 @@ def test_packed_rotation_does_not_modify_the_incoming_gradient():
 
 
 def test_packed_rotation_does_not_modify_a_shared_gradient():
-    """A sum gives both of its terms the very same gradient, and hooks may keep what they see: the backward must not turn it in place."""
+    """A sum gives both of its terms the very same gradient, and hooks may keep what they see: the backward must not
+    turn it in place.
+    """
     qkv, table = packed_inputs()
     other, weights = (reference.random(*qkv.shape, seed=seed) for seed in (8, 9))
     other.requires_grad_()
@@ -229,13 +275,18 @@ def test_empty():
     q, k = rotary(torch.empty(2, 0, 3, 8), torch.empty(2, 0, 1, 8), **table)
     assert q.shape == (2, 0, 3, 8)
     assert k.shape == (2, 0, 1, 8)
-    nothing = torch.empty_strided((2, 0, 1, 3, 8), (0, 24, 24, 8, 1))  # what torch makes of an empty batch may have strides of 0
+    nothing = torch.empty_strided(
+        (2, 0, 1, 3, 8), (0, 24, 24, 8, 1)
+    )  # what torch makes of an empty batch may have strides of 0
     assert rotary_qkv(nothing, **table).shape == (2, 0, 1, 3, 8)
 
 
 def test_opcheck():
     table = tables((5,), 8)
-    q, k = reference.random(2, 5, 3, 20, dtype=torch.bfloat16).requires_grad_(), reference.random(2, 5, 1, 20, dtype=torch.bfloat16).requires_grad_()
+    q, k = (
+        reference.random(2, 5, 3, 20, dtype=torch.bfloat16).requires_grad_(),
+        reference.random(2, 5, 1, 20, dtype=torch.bfloat16).requires_grad_(),
+    )
     torch.library.opcheck(torch.ops.neox.rotary.default, (q, k, table["cos"], table["sin"], False))
     qkv, table = packed_inputs(torch.bfloat16)
     torch.library.opcheck(torch.ops.neox.rotary_qkv_.default, (qkv, table["cos"], table["sin"], False))
@@ -270,7 +321,10 @@ Q, K, TABLE = torch.ones(2, 5, 3, 8), torch.ones(2, 5, 1, 8), torch.ones(5, 4)
         ((Q, K, TABLE[:4], TABLE), r"cos must have a row for each of the 5 positions; got \[4, 4\]"),
         ((Q, K, TABLE.expand(3, 5, 4), TABLE), r"cos must have the batch size of the heads, 2; got \[3, 5, 4\]"),
         ((Q, K, torch.ones(5, 3), TABLE), r"cos must have an even number of columns, at most head_dim 8; got \[5, 3\]"),
-        ((Q, K, torch.ones(5, 10), TABLE), r"cos must have an even number of columns, at most head_dim 8; got \[5, 10\]"),
+        (
+            (Q, K, torch.ones(5, 10), TABLE),
+            r"cos must have an even number of columns, at most head_dim 8; got \[5, 10\]",
+        ),
         ((Q, K, TABLE, torch.ones(5, 2)), r"sin must have the shape of cos, \[5, 4\]; got \[5, 2\]"),
     ],
 )
@@ -285,7 +339,10 @@ def test_errors(inputs, message):
         (torch.ones(2, 5, 3, 8), "rotary_qkv: qkv must have 5 dimensions; got 4"),
         (torch.ones(2, 5, 1, 2, 8), "qkv must hold at least one query, one key and one value per group"),
         (torch.ones(2, 5, 1, 8, 3).transpose(3, 4), "qkv must be contiguous in its last dimension; got stride 3"),
-        (torch.ones(1, 5, 1, 3, 8).expand(2, 5, 1, 3, 8), "qkv must not be expanded: it is written in place; got stride 0 in dimension 0"),
+        (
+            torch.ones(1, 5, 1, 3, 8).expand(2, 5, 1, 3, 8),
+            "qkv must not be expanded: it is written in place; got stride 0 in dimension 0",
+        ),
     ],
 )
 def test_packed_errors(qkv, message):

@@ -42,14 +42,20 @@ def random_mask(*shape: int) -> torch.Tensor:
 def test_masked_forward_and_backward(mask_batch, keys, dtype):
     mask = random_mask(mask_batch, 1, 17, keys)
     x = reference.random(2, 3, 17, keys, dtype=dtype, scale=3)
-    reference.check_against(partial(scaled_masked_softmax, mask=mask, scale=0.7), partial(masked_by_definition, mask=mask, scale=0.7), {"x": x})
+    reference.check_against(
+        partial(scaled_masked_softmax, mask=mask, scale=0.7),
+        partial(masked_by_definition, mask=mask, scale=0.7),
+        {"x": x},
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (1, 819), (5, 819), (40, 17), (5, 9000)])
 def test_causal_forward_and_backward(queries, keys, dtype):
     x = reference.random(2, 3, queries, keys, dtype=dtype, scale=3)
-    reference.check_against(partial(scaled_causal_softmax, scale=0.3), partial(causal_by_definition, scale=0.3), {"x": x})
+    reference.check_against(
+        partial(scaled_causal_softmax, scale=0.3), partial(causal_by_definition, scale=0.3), {"x": x}
+    )
 
 
 @pytest.mark.parametrize("shape", [(17, 33), (4, 17, 33), (2, 1, 3, 17, 33)])
@@ -87,7 +93,9 @@ def test_nan_is_not_hidden_unless_masked(column):
 
 def test_large_scores():
     x = reference.random(1, 2, 5, 33) * 1e3
-    reference.check_against(partial(scaled_causal_softmax, scale=2.0), partial(causal_by_definition, scale=2.0), {"x": x})
+    reference.check_against(
+        partial(scaled_causal_softmax, scale=2.0), partial(causal_by_definition, scale=2.0), {"x": x}
+    )
 
 
 @pytest.mark.parametrize("layout", ["misaligned", "slice", "transposed"])
@@ -97,13 +105,22 @@ def test_layouts_give_the_same_bits(layout):
         wanted, moved = x.clone().requires_grad_(), reference.layouts(x)[layout].detach().requires_grad_()
         want, got = op(wanted), op(moved)
         assert torch.equal(got, want)
-        assert torch.equal(torch.autograd.grad(got, moved, reference.layouts(dy)[layout])[0], torch.autograd.grad(want, wanted, dy)[0])
-    assert torch.equal(scaled_masked_softmax(x, reference.layouts(mask)[layout], 0.5), scaled_masked_softmax(x, mask, 0.5))
+        assert torch.equal(
+            torch.autograd.grad(got, moved, reference.layouts(dy)[layout])[0], torch.autograd.grad(want, wanted, dy)[0]
+        )
+    assert torch.equal(
+        scaled_masked_softmax(x, reference.layouts(mask)[layout], 0.5), scaled_masked_softmax(x, mask, 0.5)
+    )
 
 
 def test_empty():
     assert scaled_causal_softmax(torch.empty(0, 3, 5, 5), 1.0).shape == (0, 3, 5, 5)
-    assert scaled_masked_softmax(torch.empty(2, 0, 5, 5), torch.ones(1, 1, 5, 5, dtype=torch.bool), 1.0).shape == (2, 0, 5, 5)
+    assert scaled_masked_softmax(torch.empty(2, 0, 5, 5), torch.ones(1, 1, 5, 5, dtype=torch.bool), 1.0).shape == (
+        2,
+        0,
+        5,
+        5,
+    )
     assert scaled_causal_softmax(torch.empty(2, 3, 5, 0), 1.0).shape == (2, 3, 5, 0)
 
 
@@ -132,16 +149,31 @@ X, M = torch.ones(2, 3, 4, 5), torch.ones(2, 1, 4, 5, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: scaled_masked_softmax(X.double(), M, 1.0), rf"scaled_masked_softmax: x {reference.FLOAT_RULE}; got Double"),
+        (
+            lambda: scaled_masked_softmax(X.double(), M, 1.0),
+            rf"scaled_masked_softmax: x {reference.FLOAT_RULE}; got Double",
+        ),
         (lambda: scaled_masked_softmax(X[0], M, 1.0), "x must have 4 dimensions; got 3"),
         (lambda: scaled_masked_softmax(X, M.float(), 1.0), "mask must be bool, True hides; got Float"),
         (lambda: scaled_masked_softmax(X, M[0], 1.0), "mask must have 4 dimensions; got 3"),
-        (lambda: scaled_masked_softmax(X, M.expand(2, 3, 4, 5), 1.0), r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 3, 4, 5\]"),
+        (
+            lambda: scaled_masked_softmax(X, M.expand(2, 3, 4, 5), 1.0),
+            r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 3, 4, 5\]",
+        ),
         (lambda: scaled_masked_softmax(X, M[..., :4], 1.0), r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 1, 4, 4\]"),
-        (lambda: scaled_causal_softmax(X.double(), 1.0), rf"scaled_causal_softmax: x {reference.FLOAT_RULE}; got Double"),
+        (
+            lambda: scaled_causal_softmax(X.double(), 1.0),
+            rf"scaled_causal_softmax: x {reference.FLOAT_RULE}; got Double",
+        ),
         (lambda: scaled_causal_softmax(X[0, 0, 0], 1.0), "x must have 2 to 64 dimensions; got 1"),
-        (lambda: native.scaled_softmax_backward(X[0], X, 1.0, True), r"dy must have the shape of y, \[2, 3, 4, 5\]; got \[3, 4, 5\]"),
-        (lambda: native.scaled_softmax_backward(X.bfloat16(), X, 1.0, True), "dy must have the dtype of y, Float; got BFloat16"),
+        (
+            lambda: native.scaled_softmax_backward(X[0], X, 1.0, True),
+            r"dy must have the shape of y, \[2, 3, 4, 5\]; got \[3, 4, 5\]",
+        ),
+        (
+            lambda: native.scaled_softmax_backward(X.bfloat16(), X, 1.0, True),
+            "dy must have the dtype of y, Float; got BFloat16",
+        ),
     ],
 )
 def test_errors(call, message):

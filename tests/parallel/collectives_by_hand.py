@@ -22,7 +22,12 @@ def collectives() -> None:
         (copy_to, (), x, torch.full((4,), 3.0)),
         (reduce_from, (), 2 * torch.arange(4.0) + 1, torch.full((4,), 1.0 + rank)),
         (gather_from, (-1,), torch.cat((torch.arange(4.0), torch.arange(4.0) + 1)), torch.full((4,), 1.0 + rank)),
-        (reduce_scatter_from, (0,), (2 * torch.arange(4.0) + 1)[2 * rank : 2 * rank + 2], torch.tensor([1.0, 1.0, 2.0, 2.0])),
+        (
+            reduce_scatter_from,
+            (0,),
+            (2 * torch.arange(4.0) + 1)[2 * rank : 2 * rank + 2],
+            torch.tensor([1.0, 1.0, 2.0, 2.0]),
+        ),
     ):
         leaf = x.clone().requires_grad_()
         out = function(leaf, *dims, group)

@@ -12,7 +12,9 @@ def test_loss_and_gradient_ignore_padding_and_masked_tokens():
     targets = torch.randint(13, (2, 7), generator=generator)
     targets[1, 2] = -100
     reference = hidden.detach().clone().requires_grad_()
-    want = torch.nn.functional.cross_entropy(reference[..., :13].flatten(0, 1).double(), targets.flatten(), reduction="none")
+    want = torch.nn.functional.cross_entropy(
+        reference[..., :13].flatten(0, 1).double(), targets.flatten(), reduction="none"
+    )
     want.sum().backward()
     loss = vocab_parallel_cross_entropy(hidden * 1.0, targets, Mesh.single(), vocab_size=13)
     loss.sum().backward()

@@ -23,7 +23,11 @@ def check_timeouts():
     """Entry of a process: the world group and a second one."""
     dist.init_process_group("gloo")
     beside = dist.new_group([0, 1])
-    for hang_timeout, seconds in ((0.0, MIN_GROUP_TIMEOUT), (1200.0, MIN_GROUP_TIMEOUT), (MIN_GROUP_TIMEOUT, 2 * MIN_GROUP_TIMEOUT)):
+    for hang_timeout, seconds in (
+        (0.0, MIN_GROUP_TIMEOUT),
+        (1200.0, MIN_GROUP_TIMEOUT),
+        (MIN_GROUP_TIMEOUT, 2 * MIN_GROUP_TIMEOUT),
+    ):
         raise_group_timeouts(hang_timeout)
         for group in (dist.group.WORLD, beside):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == seconds

@@ -14,7 +14,14 @@ from neox.plan.activations import activations
 from neox.plan.sizes import resolve
 
 SEEDS = 256  # bytes of dropout's seeds and ALiBi's slopes, which the plan leaves out
-LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "num_kv_heads": 2,
+    "qkv_bias": False,
+    "attention_out_bias": False,
+    "mlp_bias": False,
+}
 FORMS = {
     "neox": {"parallel_residual": True, "rotary_pct": 0.5},
     "sequential": {"rotary_pct": 0.5, "tie_embeddings": True},
@@ -48,16 +55,22 @@ def make_config(form: str, checkpointing: str = "none", dtype: str = "fp32") -> 
 
 
 def held_by_autograd(config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes of the distinct storages that the graph of a forward and its checkpoints hold, parameters and rotary tables aside."""
+    """Bytes of the distinct storages that the graph of a forward and its checkpoints hold, parameters and rotary
+    tables aside.
+    """
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    model = GPT(config.model, Mesh.single(), dtype=dtype, activation_checkpointing=config.train.activation_checkpointing).train()
+    model = GPT(
+        config.model, Mesh.single(), dtype=dtype, activation_checkpointing=config.train.activation_checkpointing
+    ).train()
     tokens = torch.randint(0, 500, (3, 48))
     targets = torch.randint(0, 500, (3, 48))
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
     def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # keeps it alive, so that an address is not used twice
+        storages[tensor.untyped_storage().data_ptr()] = (
+            tensor.untyped_storage()
+        )  # keeps it alive, so that an address is not used twice
         return tensor
 
     def keep_arguments(function, *arguments, **options):
@@ -97,7 +110,9 @@ def test_saved_activations_with_checkpointing_match_autograd(form, checkpointing
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_activations_of_adapted_layers_are_planned_from_above(checkpointing, monkeypatch):
-    """Adapted layers save their merged matrices. Inputs that only frozen weights would need are saved by the plan alone."""
+    """Adapted layers save their merged matrices. Inputs that only frozen weights would need are saved by the plan
+    alone.
+    """
     monkeypatch.setitem(FORMS, "adapters", {**LLAMA, "lora": {"rank": 4}})
     config = make_config("adapters", checkpointing)
     layout = resolve(config, 1)

@@ -17,7 +17,9 @@ STREAM = 2048 * 768 * 2  # bytes of [1, s, h] in bf16
 
 
 def sent(*overrides: str, world: int, stage: int = 0, least: bool = False) -> dict[str, float]:
-    config = load_config("pythia/160M.yml", overrides=["train.micro_batch_size=1", "train.global_batch_size=null", *overrides])
+    config = load_config(
+        "pythia/160M.yml", overrides=["train.micro_batch_size=1", "train.global_batch_size=null", *overrides]
+    )
     layout = resolve(config, world)
     out: dict[str, float] = {}
     for row in traffic(config, layout, layout.stages[stage], least=least):
@@ -36,12 +38,17 @@ def test_one_process_sends_nothing():
 
 
 def test_tensor_parallelism_sums_streams():
-    """Parallel residual: one sum forward and two backward per block, one each for embedding and head; the loss sums 16 bytes a token."""
+    """Parallel residual: one sum forward and two backward per block, one each for embedding and head; the loss sums
+    16 bytes a token.
+    """
     assert sent("parallel.tensor=2", world=2)["tensor"] == (12 * 3 + 2) * STREAM + 16 * 2048
 
 
 def test_sequence_parallelism_adds_only_the_regathering_of_inputs():
-    plain, cut = sent("parallel.tensor=4", world=4)["tensor"], sent("parallel.tensor=4", "parallel.sequence=true", world=4)["tensor"]
+    plain, cut = (
+        sent("parallel.tensor=4", world=4)["tensor"],
+        sent("parallel.tensor=4", "parallel.sequence=true", world=4)["tensor"],
+    )
     again = 0.75 * (12 * 2 + 1) * STREAM
     vectors = 1.5 * 2 * (12 * 6 + 2) * 768
     assert cut == pytest.approx(plain + again + vectors)
@@ -74,7 +81,9 @@ def test_what_cannot_stay_gathered_is_gathered_twice():
 def test_what_two_processes_send_is_what_is_planned():
     """Counted at torch's dispatcher; ZeRO 1 and 2 of DeepSpeed all-reduce, so that they send more than the least."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "bench_scaling.py"
-    done = subprocess.run([sys.executable, str(script), "--quick", "--json"], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--json"], capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     over = {"data parallel, ZeRO 1": 6 / 4, "data parallel, ZeRO 2": 9 / 5}

@@ -31,7 +31,9 @@ def test_cuda_names_are_known(cuda, name):
     assert device_of_cuda_name(cuda).name == name
 
 
-@pytest.mark.parametrize("cuda", ["Quadro", "NVIDIA H100 64GB HBM2", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40", ""])
+@pytest.mark.parametrize(
+    "cuda", ["Quadro", "NVIDIA H100 64GB HBM2", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40", ""]
+)
 def test_other_variants_and_parts_of_a_chip_are_not_taken_for_it(cuda):
     assert device_of_cuda_name(cuda) is None
 
@@ -43,11 +45,17 @@ def test_processes_share_the_cpu():
 
 def test_a_file_gives_a_device(tmp_path):
     path = tmp_path / "mine.yml"
-    path.write_text("memory: 24e9\nflops: 1e14\nflops_fp32: 2e13\nbandwidth: 1e12\nlink: 1e10\nnetwork: 1e9\nper_node: 2\n")
+    path.write_text(
+        "memory: 24e9\nflops: 1e14\nflops_fp32: 2e13\nbandwidth: 1e12\nlink: 1e10\nnetwork: 1e9\nper_node: 2\n"
+    )
     device = find_device(str(path))
     assert (device.name, device.memory, device.per_node, device.kind) == ("mine", 24e9, 2, "cuda")
     path.write_text("base: h100\nmemory: 94e9\nname: h100-nvl\n")
-    assert (find_device(str(path)).name, find_device(str(path)).memory, find_device(str(path)).flops) == ("h100-nvl", 94e9, 989e12)
+    assert (find_device(str(path)).name, find_device(str(path)).memory, find_device(str(path)).flops) == (
+        "h100-nvl",
+        94e9,
+        989e12,
+    )
     assert find_device(str(path)).source.startswith(f"{path}; other values: NVIDIA H100 data sheet")
 
 

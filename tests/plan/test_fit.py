@@ -12,7 +12,9 @@ A100 = find_device("a100-40gb")
 
 
 def small(*overrides: str):
-    return load_config("pythia/160M.yml", overrides=["train.micro_batch_size=32", "train.global_batch_size=256", *overrides])
+    return load_config(
+        "pythia/160M.yml", overrides=["train.micro_batch_size=32", "train.global_batch_size=256", *overrides]
+    )
 
 
 def test_one_key_is_enough_where_it_is():
@@ -45,7 +47,9 @@ def test_the_change_is_the_fastest_of_its_size_and_nothing_smaller_fits():
 
 
 def test_the_smallest_change_is_not_always_the_fastest():
-    """A tensor group and a smaller micro-batch are enough here; sequence parallelism, a third key, makes steps faster."""
+    """A tensor group and a smaller micro-batch are enough here; sequence parallelism, a third key, makes steps
+    faster.
+    """
     change, fastest = changes(small(), 8, replace(A100, memory=2e9 + A100.reserve))
     assert (len(change.keys), len(fastest.keys)) == (2, 3)
     assert fastest.estimate.time.total < change.estimate.time.total

@@ -36,13 +36,19 @@ def test_zero_stages_shard_optimizer_state_gradients_and_weights(zero, weights, 
 def test_stage_0_in_fp32_has_no_masters():
     config, layout, _ = plan("zero.stage=0", "precision.dtype=fp32", world=2)
     have = optimizer_memory(config, layout, layout.stages[0])
-    assert (have.masters, have.weights, have.gradients) == (0, 4 * layout.stages[0].parameters, 4 * layout.stages[0].parameters)
+    assert (have.masters, have.weights, have.gradients) == (
+        0,
+        4 * layout.stages[0].parameters,
+        4 * layout.stages[0].parameters,
+    )
     assert have.state == 8 * layout.stages[0].parameters
 
 
 def test_stage_0_in_bf16_is_planned_as_the_effective_stage():
     config, layout, _ = plan("zero.stage=0", world=2)
-    assert optimizer_memory(config, layout, layout.stages[0]) == optimizer_memory(*plan("zero.stage=1", world=2)[:2], layout.stages[0])
+    assert optimizer_memory(config, layout, layout.stages[0]) == optimizer_memory(
+        *plan("zero.stage=1", world=2)[:2], layout.stages[0]
+    )
 
 
 def test_buckets_are_no_larger_than_the_parameters():
@@ -59,7 +65,13 @@ def test_overlap_needs_a_second_bucket(zero):
     config, layout, (alone,) = plan(f"zero.stage={zero}", world=2)
     _, _, (both,) = plan(f"zero.stage={zero}", "deepspeed.zero_optimization.overlap_comm=true", world=2)
     bucket = optimizer_memory(config, layout, layout.stages[0]).bucket
-    assert {name: both.phases[name] - alone.phases[name] for name in alone.phases} == {"start": 0, "loss": 0, "backward": bucket, "reduce": bucket, "update": 0}
+    assert {name: both.phases[name] - alone.phases[name] for name in alone.phases} == {
+        "start": 0,
+        "loss": 0,
+        "backward": bucket,
+        "reduce": bucket,
+        "update": 0,
+    }
     assert both.buffers - alone.buffers == bucket
 
 
@@ -71,7 +83,12 @@ def test_a_bucket_larger_than_the_model_is_copied_up_to_the_model():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "zero", "resident", "gradients"),  # bytes per parameter over 8 replicas; resident: weights, masters and two moments
+    (
+        "dtype",
+        "zero",
+        "resident",
+        "gradients",
+    ),  # bytes per parameter over 8 replicas; resident: weights, masters and two moments
     [
         ("fp32", 0, 4 + 8, 4),
         ("bf16", 1, 2 + 12 / 8, 4 / 8),
@@ -82,7 +99,9 @@ def test_a_bucket_larger_than_the_model_is_copied_up_to_the_model():
 def test_the_update_reads_the_local_share_of_the_gradients(dtype, zero, resident, gradients):
     config, layout, (memory,) = plan(f"zero.stage={zero}", f"precision.dtype={dtype}", world=8)
     (stage,) = layout.stages
-    bucket = optimizer_memory(config, layout, stage).bucket if zero == 1 else 0  # of stage 1, which holds others' gradients until the end of the update
+    bucket = (
+        optimizer_memory(config, layout, stage).bucket if zero == 1 else 0
+    )  # of stage 1, which holds others' gradients until the end of the update
     assert memory.phases["update"] == pytest.approx((resident + gradients) * stage.parameters + bucket, rel=1e-6)
 
 
@@ -91,7 +110,11 @@ def test_frozen_weights_have_no_gradients_masters_or_optimizer_state():
     (stage,) = layout.stages
     factors = [math.prod(shape) for name, shape in stage.block.items() if "lora" in name]
     assert stage.trained == stage.blocks * sum(factors) < stage.parameters // 100
-    assert (adapted.parameters, adapted.optimizer, adapted.gradients) == (2 * stage.parameters, 12 * stage.trained, 4 * stage.trained)
+    assert (adapted.parameters, adapted.optimizer, adapted.gradients) == (
+        2 * stage.parameters,
+        12 * stage.trained,
+        4 * stage.trained,
+    )
     assert adapted.checkpoint == 12 * stage.trained + 2 * (stage.parameters - stage.trained)
     _, _, (full,) = plan()
     assert adapted.peak < full.peak / 2

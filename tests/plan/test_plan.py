@@ -21,7 +21,16 @@ def test_every_shipped_config_has_a_plan(name):
     assert plan.fits or (plan.change is not None and plan.change.estimate.peak <= 78e9)
     content = json.loads(json.dumps(as_json(plan)))
     estimate = content["estimate"] or content["change"]["estimate"]
-    assert {"parameters", "gradients", "optimizer", "activations", "buffers", "checkpoint", "peak", "sent_per_step"} <= estimate["stages"][0].keys()
+    assert {
+        "parameters",
+        "gradients",
+        "optimizer",
+        "activations",
+        "buffers",
+        "checkpoint",
+        "peak",
+        "sent_per_step",
+    } <= estimate["stages"][0].keys()
     activations = {"kept", "whole", "logits", "recomputed", "working", "boundary", "in_flight", "resident"}
     assert estimate["stages"][0]["activations"].keys() == activations
     assert estimate["time"]["total"] * config.train.train_iters == pytest.approx(estimate["total_seconds"])
@@ -57,8 +66,23 @@ def test_a_device_that_is_too_small_is_reported():
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        *((0.0123, "12.3 ms"), (0.99, "990 ms"), (1, "1 s"), (1.5, "1.5 s"), (130, "2.17 min"), (8000, "2.22 h"), (1e6, "11.6 days")),
-        *((119, "119 s"), (120, "2 min"), (7140, "119 min"), (7200, "2 h"), (169200, "47 h"), (172800, "2 days")),  # from two of a unit on
+        *(
+            (0.0123, "12.3 ms"),
+            (0.99, "990 ms"),
+            (1, "1 s"),
+            (1.5, "1.5 s"),
+            (130, "2.17 min"),
+            (8000, "2.22 h"),
+            (1e6, "11.6 days"),
+        ),
+        *(
+            (119, "119 s"),
+            (120, "2 min"),
+            (7140, "119 min"),
+            (7200, "2 h"),
+            (169200, "47 h"),
+            (172800, "2 days"),
+        ),  # from two of a unit on
     ],
 )
 def test_durations_are_readable(seconds, text):

@@ -15,7 +15,13 @@ from neox.parallel.mesh import Mesh
 from neox.plan.sizes import micro_batch, optimizer_elements, resolve
 
 SHIPPED = sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yml"))
-LAYOUTS = [{}, {"tensor": 2}, {"pipeline": 3}, {"tensor": 2, "pipeline": 2, "sequence": True}, {"pipeline": 2, "partition": "time"}]
+LAYOUTS = [
+    {},
+    {"tensor": 2},
+    {"pipeline": 3},
+    {"tensor": 2, "pipeline": 2, "sequence": True},
+    {"pipeline": 2, "partition": "time"},
+]
 
 
 def shipped(name: str) -> Config:
@@ -50,8 +56,12 @@ def test_parameters_are_those_of_the_model(name):
 
 def test_the_tokens_of_a_process_are_counted():
     config = shipped("pythia/70M.yml")
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"tensor": 2, "context": 2, "sequence": True})})
-    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 4, "global_batch_size": None})})
+    config = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"tensor": 2, "context": 2, "sequence": True})}
+    )
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch_size": 4, "global_batch_size": None})}
+    )
     micro = micro_batch(config, resolve(config, 8))
     assert micro.tokens == 4 * 2048 // 2
     assert micro.stream == micro.tokens // 2 * 512 * 2 and micro.full_stream == 2 * micro.stream
@@ -71,5 +81,9 @@ def test_muon_keeps_one_moment_of_matrices_in_blocks():
     config = shipped("pythia/14M.yml")
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"type": "muon"})})
     (stage,) = resolve(config, 1).stages
-    matrices = sum(torch.empty(shape, device="meta").numel() for name, shape in stage.shapes.items() if name.startswith("layers.") and len(shape) == 2)
+    matrices = sum(
+        torch.empty(shape, device="meta").numel()
+        for name, shape in stage.shapes.items()
+        if name.startswith("layers.") and len(shape) == 2
+    )
     assert optimizer_elements(config, stage) == 2 * stage.parameters - matrices

@@ -13,7 +13,9 @@ H100 = find_device("h100")
 
 
 def made(*overrides: str, world: int = 1, device=H100):
-    config = load_config("pythia/160M.yml", overrides=["train.micro_batch_size=4", "train.global_batch_size=null", *overrides])
+    config = load_config(
+        "pythia/160M.yml", overrides=["train.micro_batch_size=4", "train.global_batch_size=null", *overrides]
+    )
     return estimate(config, world, device)
 
 

@@ -34,7 +34,10 @@ GAP = 60  # rows without a curve between two plots
 @pytest.fixture(scope="module")
 def chromium() -> str:
     """The program; skips where there is none."""
-    found = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+    found = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))),
+        None,
+    )
     if found is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     return found
@@ -45,9 +48,23 @@ def look(chromium: str, html: str, folder: Path) -> tuple[str, set[str], Path]:
     address = folder / "report.html"
     address.write_text(html, encoding="utf-8")
     shot, log = folder / "shot.png", folder / "net.json"
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr"]
-    asked = [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}", f"--log-net-log={log}", "--net-log-capture-mode=Everything"]
-    done = subprocess.run([chromium, *options, *QUIET, *asked, address.as_uri()], capture_output=True, text=True, timeout=120)
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}",
+        "--enable-logging=stderr",
+    ]
+    asked = [
+        f"--window-size={WIDTH},{HEIGHT}",
+        f"--screenshot={shot}",
+        f"--log-net-log={log}",
+        "--net-log-capture-mode=Everything",
+    ]
+    done = subprocess.run(
+        [chromium, *options, *QUIET, *asked, address.as_uri()], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
     text = log.read_text()
@@ -75,7 +92,10 @@ def test_the_page_opens_quietly_and_shows_its_plots(chromium, tmp_path):
 
 
 def test_what_is_wrong_is_seen(chromium, tmp_path):
-    html = '<!doctype html><title>x</title><img src="http://127.0.0.1:9/a.png"><script>console.error("oh"); nothing()</script>'
+    html = (
+        '<!doctype html><title>x</title><img src="http://127.0.0.1:9/a.png"><script>console.error("oh"); '
+        "nothing()</script>"
+    )
     console, requests, _ = look(chromium, html, tmp_path)
     assert "oh" in console and "nothing is not defined" in console
     assert requests == {"http://127.0.0.1:9/a.png"}

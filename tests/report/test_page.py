@@ -11,7 +11,14 @@ from tests.report.records import write_run
 
 def test_one_run(tmp_path):
     text = page([read_run(write_run(tmp_path / "run"))])
-    for title in ("loss", "learning rate", "gradient norm, logarithmic", "tokens per second", "model FLOPs utilisation", "peak memory of a process, GB"):
+    for title in (
+        "loss",
+        "learning rate",
+        "gradient norm, logarithmic",
+        "tokens per second",
+        "model FLOPs utilisation",
+        "peak memory of a process, GB",
+    ):
         assert f"<figcaption>{title}</figcaption>" in text
     assert "validation" in text and "step 80" in text and "75.00 %" in text and "optimizer.lr: 0.001" in text
 
@@ -52,5 +59,9 @@ def test_a_narrow_screen_scrolls_tables_and_not_the_page(tmp_path):
     """At 400 pixels: tables scroll in their own box, plots shrink, long names break."""
     text = table(["key"], [["x" * 500]])
     assert text.startswith('<div class="wide"><table>') and text.endswith("</table></div>")
-    assert ".wide { overflow-x: auto; }" in STYLE and "minmax(min(430px, 100%), 1fr)" in STYLE and "overflow-wrap: anywhere" in STYLE
+    assert (
+        ".wide { overflow-x: auto; }" in STYLE
+        and "minmax(min(430px, 100%), 1fr)" in STYLE
+        and "overflow-wrap: anywhere" in STYLE
+    )
     assert 'name="viewport" content="width=device-width' in page([read_run(write_run(tmp_path / "a"))])

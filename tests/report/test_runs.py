@@ -13,13 +13,20 @@ from tests.report.records import write_run
 
 def test_numbers_and_incidents(tmp_path):
     record = read_run(write_run(tmp_path / "run"))
-    assert len(record.rows) == 120 and record.series("validation_loss")[0] == (40.0, pytest.approx(4.0 - 40 / 120 + 0.1))
+    assert len(record.rows) == 120 and record.series("validation_loss")[0] == (
+        40.0,
+        pytest.approx(4.0 - 40 / 120 + 0.1),
+    )
     found = record.incidents()
     assert any("step 30: update skipped" in text for text in found)
     assert next(text for text in found if "times the median" in text).startswith("step 80: loss 9.33")
     assert "resumed from runs/x at step 60" in found and len(found) == 3
     summary = record.summary()
-    assert summary["steps"] == "120 of 120" and summary["best validation loss"].endswith("at step 120") and summary["tokens/s, median"] in ("1,060", "1,061")
+    assert (
+        summary["steps"] == "120 of 120"
+        and summary["best validation loss"].endswith("at step 120")
+        and summary["tokens/s, median"] in ("1,060", "1,061")
+    )
     assert len(record.series("grad_norm")) == 119
 
 
@@ -34,7 +41,9 @@ def test_no_loss_is_a_spike_after_losses_of_zero(tmp_path):
     """A model that has learned its data by heart: a median of 0 measures nothing."""
     folder = write_run(tmp_path / "run", spike=None, skipped=None)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({**row, "loss": 0.5 if row["step"] == 90 else 0.0}) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({**row, "loss": 0.5 if row["step"] == 90 else 0.0}) + "\n" for row in rows)
+    )
     assert not any("times the median" in text for text in read_run(folder).incidents())
 
 
@@ -61,10 +70,18 @@ def test_a_line_being_written_is_left_out_a_damaged_one_is_named(tmp_path):
 def test_planned_and_measured_values_are_shown(tmp_path):
     folder = write_run(tmp_path / "run")
     assert not any("planned" in key for key in read_run(folder).summary())
-    content = {"memory_bytes": {"planned": 1.1e9, "measured": 1e9}, "step_seconds": {"planned": None, "measured": 2.0}, "rank": 0, "stage": 0}
+    content = {
+        "memory_bytes": {"planned": 1.1e9, "measured": 1e9},
+        "step_seconds": {"planned": None, "measured": 2.0},
+        "rank": 0,
+        "stage": 0,
+    }
     (folder / "plan.json").write_text(json.dumps(content))
     summary = read_run(folder).summary()
-    assert summary["memory, planned and measured"] == "1.1 and 1 GB (+10 %)" and "time of a step, planned and measured" not in summary
+    assert (
+        summary["memory, planned and measured"] == "1.1 and 1 GB (+10 %)"
+        and "time of a step, planned and measured" not in summary
+    )
     (folder / "plan.json").write_text("{}")
     with pytest.raises(DataError, match="cannot read plan.json"):
         read_run(folder)

@@ -24,7 +24,10 @@ class Told:
 
 def test_the_differing_key_is_named_with_its_values_and_ranks():
     with pytest.raises(ConfigError) as problem:
-        check_consistency({"optimizer.lr": "0.1", "a": "1"}, Told({"optimizer.lr": "0.1", "a": "1"}, {"optimizer.lr": "0.2", "a": "1"}))
+        check_consistency(
+            {"optimizer.lr": "0.1", "a": "1"},
+            Told({"optimizer.lr": "0.1", "a": "1"}, {"optimizer.lr": "0.2", "a": "1"}),
+        )
     assert problem.value.where == "optimizer.lr"
     assert problem.value.got == "optimizer.lr: 0.1 on rank 0, 0.2 on rank 2"
 

@@ -26,5 +26,8 @@ def test_fewer_gpus_than_processes_are_an_error(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert local_device(LaunchInfo(3, 3, 8), "cuda").index == 3
     for rank in (4, 5):
-        with pytest.raises(EnvironmentProblem, match=rf"more processes than GPUs on this machine; where=by hand; got=local rank {rank}, 4 GPUs visible"):
+        with pytest.raises(
+            EnvironmentProblem,
+            match=rf"more processes than GPUs on this machine; where=by hand; got=local rank {rank}, 4 GPUs visible",
+        ):
             local_device(LaunchInfo(rank, rank, 8, source="by hand"), "cuda")

@@ -44,7 +44,10 @@ def test_rank_0_waits_for_the_others_but_not_for_ever(monkeypatch):
     [
         (MemoryError(), MemoryExhausted),
         (RuntimeError("CUDA out of memory. Tried to allocate"), MemoryExhausted),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryExhausted),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+            MemoryExhausted,
+        ),
         (RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:2"), PeerLost),
         (DataError("x"), DataError),
         (ValueError("x"), None),

@@ -54,7 +54,13 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8",
 
 def test_from_slurm():
     launch = read_launch_info(SLURM)
-    assert (launch.rank, launch.local_rank, launch.world_size, launch.address, launch.port) == (5, 1, 8, "node03", 29500)
+    assert (launch.rank, launch.local_rank, launch.world_size, launch.address, launch.port) == (
+        5,
+        1,
+        8,
+        "node03",
+        29500,
+    )
     assert launch.source.startswith("srun: SLURM_PROCID")
     assert read_launch_info(SLURM | {"MASTER_ADDR": "other", "MASTER_PORT": "1"}).address == "other"
     batch_script = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
@@ -67,7 +73,9 @@ def test_from_mpi():
     assert (launch.rank, launch.local_rank, launch.world_size, launch.address) == (3, 1, 4, "a")
     with pytest.raises(EnvironmentProblem, match="where=MASTER_ADDR.*Open MPI"):
         read_launch_info(variables)
-    launch = read_launch_info({"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "77"})
+    launch = read_launch_info(
+        {"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "77"}
+    )
     assert (launch.rank, launch.world_size, launch.port) == (1, 2, 77)
 
 

@@ -23,7 +23,10 @@ from neox.runtime.nodelist import expand_hosts
         ("x1000c0s0b[0-1]n0", ["x1000c0s0b0n0", "x1000c0s0b1n0"]),
         ("c[1-2]n[3-4]", ["c1n3", "c1n4", "c2n3", "c2n4"]),
         ("gpu[01-02]-ib,gpu09", ["gpu01-ib", "gpu02-ib", "gpu09"]),
-        ("rack[1,3]-node[05-06].example.org,login", [f"rack{r}-node0{n}.example.org" for r in (1, 3) for n in (5, 6)] + ["login"]),
+        (
+            "rack[1,3]-node[05-06].example.org,login",
+            [f"rack{r}-node0{n}.example.org" for r in (1, 3) for n in (5, 6)] + ["login"],
+        ),
         ("[10-11]", ["10", "11"]),
         ("a[1][2-3]b", ["a12b", "a13b"]),
         ("n[0[1-2],1[0-1]]", ["n01", "n02", "n10", "n11"]),
@@ -39,7 +42,12 @@ def test_a_long_list_is_not_expanded_for_its_first_host():
     assert time.process_time() - begin < 1
 
 
-@pytest.mark.parametrize("nodes", ["n[1-", "n1]", "n[1-2]]", "n[]", "n[2-1]", "n[a-b]", "n[1-2-3]", "a,,b", "n[1,]", ",", "n[[1-2]", "n[\u0661-2]"])
+@pytest.mark.parametrize(
+    "nodes",
+    ["n[1-", "n1]", "n[1-2]]", "n[]", "n[2-1]", "n[a-b]", "n[1-2-3]", "a,,b", "n[1,]", ",", "n[[1-2]", "n[\u0661-2]"],
+)
 def test_malformed_lists_are_refused(nodes):
-    with pytest.raises(EnvironmentProblem, match=r"error\[14\] cannot read Slurm's host list; where=SLURM_STEP_NODELIST.*MASTER_ADDR"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"error\[14\] cannot read Slurm's host list; where=SLURM_STEP_NODELIST.*MASTER_ADDR"
+    ):
         list(expand_hosts(nodes))

@@ -36,8 +36,18 @@ def test_the_launchers_above_are_watched_up_to_a_shell(tmp_path):
         (tmp_path / name).write_text("import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)")
     deepspeed, torchrun = ([sys.executable, str(tmp_path / name)] for name in ("deepspeed", "torchrun"))
     shell = ["sh", "-c", '"$@"; exit $?', "sh"]
-    show = [sys.executable, "-c", "from neox.runtime.processes import find_launchers; print([one['name'] for one in find_launchers()])"]
-    found = subprocess.run([*deepspeed, *shell, *torchrun, *deepspeed, *show], capture_output=True, text=True, check=True, env=environment())
+    show = [
+        sys.executable,
+        "-c",
+        "from neox.runtime.processes import find_launchers; print([one['name'] for one in find_launchers()])",
+    ]
+    found = subprocess.run(
+        [*deepspeed, *shell, *torchrun, *deepspeed, *show],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
     assert found.stdout.splitlines()[-1] == "['deepspeed', 'torchrun']"
 
 

@@ -1,4 +1,6 @@
-"""Rendezvous through a real store: first attempts, restarts over the keys of dead processes, ranks that are missing, used twice, or that refuse."""
+"""Rendezvous through a real store: first attempts, restarts over the keys of dead processes, ranks that are missing,
+used twice, or that refuse.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_a_restart_over_the_keys_of_the_attempts_before(agent):
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_died_while_it_waited_is_replaced(agent, dead):
-    """Its greeting stays in the store; nobody confirms the answer to it. A dead rank 0 leaves answers of which nothing comes."""
+    """Its greeting stays in the store; nobody confirms the answer to it. A dead rank 0 leaves answers of which
+    nothing comes.
+    """
     members = launches(2, agent.port, agent_store=True)
     store = dist.PrefixStore(module.PREFIX, client(members[dead], module.STORE_TIMEOUT))
     if dead == 1:
@@ -92,7 +96,9 @@ def test_a_process_that_dies_after_it_was_answered_is_replaced(agent):
 
 
 def test_a_first_process_that_dies_after_all_were_ready_is_replaced(agent):
-    """Rank 1 has confirmed the answer of a rank 0 that has exited; it confirms the answer of the next one in both stages again."""
+    """Rank 1 has confirmed the answer of a rank 0 that has exited; it confirms the answer of the next one in both
+    stages again.
+    """
     members = launches(2, agent.port, agent_store=True)
     store = dist.PrefixStore(module.PREFIX, client(members[0], module.STORE_TIMEOUT))
     with ThreadPoolExecutor(2) as pool:
@@ -111,7 +117,9 @@ def test_a_rank_is_taken_once():
     members = launches(2, free_port())
     with ThreadPoolExecutor(2) as pool:
         met = [future.result() for future in start(pool, members)]
-        with pytest.raises(EnvironmentProblem, match=r"two processes have the same rank; where=by hand; got=rank 1 twice"):
+        with pytest.raises(
+            EnvironmentProblem, match=r"two processes have the same rank; where=by hand; got=rank 1 twice"
+        ):
             claim_rank(members[1], 60)
     assert len(met) == 2
 
@@ -122,7 +130,9 @@ def test_a_rank_that_two_waiting_processes_have():
     with ThreadPoolExecutor(3) as pool:
         futures = start(pool, [members[0], members[1], members[1]])
         errors = [future.exception() for future in futures]
-    assert sum(isinstance(error, EnvironmentProblem) and "rank 1 twice" in error.line() for error in errors) >= 1, errors
+    assert sum(isinstance(error, EnvironmentProblem) and "rank 1 twice" in error.line() for error in errors) >= 1, (
+        errors
+    )
     assert all(error.exit_code == 14 for error in errors), errors
 
 
@@ -165,7 +175,10 @@ def test_missing_ranks_are_reported_and_the_wait_ends(monkeypatch, capfd, rank, 
 def test_a_name_that_cannot_be_resolved(capfd, monkeypatch):
     monkeypatch.setattr(module, "FIRST_LINE", 0.1)
     launch = LaunchInfo(1, 1, 2, "no-such-host.invalid", 29500)
-    with pytest.raises(EnvironmentProblem, match=r"error\[14\] rank 0 of 2 has not joined; where=rank 1, store at no-such-host.invalid:29500"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"error\[14\] rank 0 of 2 has not joined; where=rank 1, store at no-such-host.invalid:29500",
+    ):
         claim_rank(launch, 0.5)
     assert "no-such-host.invalid:29500: " in capfd.readouterr().err
 
@@ -176,7 +189,11 @@ def test_a_port_in_use():
         other.listen()
         port = other.getsockname()[1]
         begin = time.monotonic()
-        with pytest.raises(EnvironmentProblem, match=rf"error\[14\] rank 0 cannot listen on its port; where=127.0.0.1:{port}.*in use.*do=choose another port"):
+        with pytest.raises(
+            EnvironmentProblem,
+            match=rf"error\[14\] rank 0 cannot listen on its port; where=127.0.0.1:{port}.*in use.*do=choose another "
+            rf"port",
+        ):
             claim_rank(launches(2, port)[0], 60)
         assert time.monotonic() - begin < 20
 
@@ -214,7 +231,9 @@ def reach_client(launch: LaunchInfo) -> dist.TCPStore:
 
 
 def test_the_refusal_of_an_earlier_attempt_is_stale(agent):
-    dist.PrefixStore(module.PREFIX, agent).set(REFUSED, json.dumps({**make_notice(1, 2, "error[2] unknown key"), "time": 1.0, "process": "x"}))
+    dist.PrefixStore(module.PREFIX, agent).set(
+        REFUSED, json.dumps({**make_notice(1, 2, "error[2] unknown key"), "time": 1.0, "process": "x"})
+    )
     with ThreadPoolExecutor(2) as pool:
         assert [future.exception() for future in start(pool, launches(2, agent.port, agent_store=True))] == [None, None]
 
@@ -224,7 +243,9 @@ def test_a_first_process_that_refuses_ends_the_others():
     with ThreadPoolExecutor(2) as pool:
         futures = start(pool, members[1:])
         assert serve_refusal(members[0], make_notice(0, 14, "error[14] no torch"), 60) == 2
-        assert [(type(future.exception()), future.exception().exit_code) for future in futures] == [(PeerRefused, 14)] * 2
+        assert [(type(future.exception()), future.exception().exit_code) for future in futures] == [
+            (PeerRefused, 14)
+        ] * 2
 
 
 def test_an_address_of_ipv6():

@@ -86,7 +86,9 @@ def test_the_descriptor_that_signals_are_written_to_comes_back():
 
 
 def repeat(running, number, rank=None):
-    """Send a signal again until it has ended the process. One that comes soon after the first does not count, and on a busy machine the first comes late."""
+    """Send a signal again until it has ended the process. One that comes soon after the first does not count, and on
+    a busy machine the first comes late.
+    """
     due = [time.monotonic() + 2 * REPEAT_AFTER]
 
     def ended():

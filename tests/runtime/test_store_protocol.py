@@ -1,4 +1,6 @@
-"""The store's protocol as torch's own store speaks it, and the listener that replaces the store of a rank 0 that fails."""
+"""The store's protocol as torch's own store speaks it, and the listener that replaces the store of a rank 0 that
+fails.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ import torch.distributed as dist
 from neox.errors import EnvironmentProblem
 from neox.runtime import store_protocol as wire
 from neox.runtime.launch import LaunchInfo
-from neox.runtime.store_protocol import NotAStore, RefusalNotice, StoreConnection, listen, make_notice, post_refusal, read_notice, serve_refusal
+from neox.runtime.store_protocol import (
+    NotAStore,
+    RefusalNotice,
+    StoreConnection,
+    listen,
+    make_notice,
+    post_refusal,
+    read_notice,
+    serve_refusal,
+)
 from tests.distributed import free_port
 
 
@@ -39,7 +50,9 @@ def test_keys_are_those_of_torch(store):
 
 def test_a_socket_of_ours_serves_torch():
     listener = listen(at(0))
-    server = dist.TCPStore("127.0.0.1", listener.getsockname()[1], None, True, wait_for_workers=False, master_listen_fd=listener.detach())
+    server = dist.TCPStore(
+        "127.0.0.1", listener.getsockname()[1], None, True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
     client = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False, timeout=timedelta(seconds=10))
     client.set("a", "b")
     assert server.get("a") == b"b"
@@ -70,7 +83,9 @@ def test_the_same_error_of_a_rank_that_is_not_0_is_reported_by_both(store, monke
 
 def test_a_first_process_that_fails_notifies_all():
     port, told = free_port(), []
-    thread = threading.Thread(target=lambda: told.append(serve_refusal(at(port, rank=0, world_size=3), make_notice(0, 2, "error[2] x"), 60.0)))
+    thread = threading.Thread(
+        target=lambda: told.append(serve_refusal(at(port, rank=0, world_size=3), make_notice(0, 2, "error[2] x"), 60.0))
+    )
     thread.start()
     assert post_refusal(at(port, 1), make_notice(1, 2, "error[2] x"), 60.0), "the same error"
     assert not post_refusal(at(port, 2), make_notice(2, 2, "error[2] y"), 60.0), "another one"
@@ -82,10 +97,14 @@ def test_nobody_connects():
     assert serve_refusal(at(free_port(), rank=0), make_notice(0, 2, "x"), 0.0) == 0
     assert serve_refusal(at(free_port(), rank=0), make_notice(0, 2, "x"), 60.0, lambda: True) == 0
     with socket.create_server(("127.0.0.1", 0)) as other:
-        assert serve_refusal(at(other.getsockname()[1], rank=0), make_notice(0, 2, "x"), 60.0) == 0, "another program has the port"
+        assert serve_refusal(at(other.getsockname()[1], rank=0), make_notice(0, 2, "x"), 60.0) == 0, (
+            "another program has the port"
+        )
 
 
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9\r\n", b"neox", wire.NOTICE + b"{}", wire.NOTICE + b"[" * 9999])
+@pytest.mark.parametrize(
+    "answer", [b"", b"SSH-2.0-OpenSSH_9\r\n", b"neox", wire.NOTICE + b"{}", wire.NOTICE + b"[" * 9999]
+)
 def test_another_program_is_no_store(answer):
     with socket.create_server(("127.0.0.1", 0)) as other:
 
@@ -117,10 +136,15 @@ def test_a_silent_program_is_no_store(monkeypatch):
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(EnvironmentProblem, match=rf"error\[14\] rank 0 cannot listen on its port; where=127.0.0.1:{port}"):
+        with pytest.raises(
+            EnvironmentProblem, match=rf"error\[14\] rank 0 cannot listen on its port; where=127.0.0.1:{port}"
+        ):
             listen(at(port, rank=0), retry=0.0)
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", json.dumps({"line": "x", "code": True, "rank": 0, "time": 1.0}), json.dumps({"line": 3})])
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "{}", json.dumps({"line": "x", "code": True, "rank": 0, "time": 1.0}), json.dumps({"line": 3})],
+)
 def test_what_is_no_notice(text):
     assert read_notice(text) is None

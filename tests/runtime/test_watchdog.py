@@ -37,7 +37,9 @@ def show(error: BaseException) -> None:
 
 
 def fail_on(rank: str, how: str) -> None:
-    """Entry of a process: one rank fails, the others are in a collective, in a loop, or fail differently a moment later."""
+    """Entry of a process: one rank fails, the others are in a collective, in a loop, or fail differently a moment
+    later.
+    """
     watchdog = open_watchdog()
     try:
         if dist.get_rank() == int(rank):
@@ -133,7 +135,10 @@ def test_a_process_alone_watches_its_launcher(monkeypatch, capfd):
     assert not left.wait(1.2)
     launcher.kill()
     assert left.wait(120) and watchdog.closed.is_set()
-    assert f"error[13] launcher exited; where=rank 0; got=process {launcher.pid} (deepspeed) has exited" in capfd.readouterr().err
+    assert (
+        f"error[13] launcher exited; where=rank 0; got=process {launcher.pid} (deepspeed) has exited"
+        in capfd.readouterr().err
+    )
     launcher.wait()
 
 

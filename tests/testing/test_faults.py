@@ -29,10 +29,23 @@ def test_values_of_the_variable():
 
 
 @pytest.mark.parametrize(
-    "text", ["kill", "kill@1:step", "kill@1:step:0", "kil@1:step:1", "kill@1:stepp:1", "kill@x:step:1", "delay@0:step:1", "kill3@0:step:1", "kill@0:step:-1"]
+    "text",
+    [
+        "kill",
+        "kill@1:step",
+        "kill@1:step:0",
+        "kil@1:step:1",
+        "kill@1:stepp:1",
+        "kill@x:step:1",
+        "delay@0:step:1",
+        "kill3@0:step:1",
+        "kill@0:step:-1",
+    ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(text):
-    with pytest.raises(EnvironmentProblem, match=rf"error\[14\] FAULT is malformed; where=FAULT; got={text}; want=KIND@RANK"):
+    with pytest.raises(
+        EnvironmentProblem, match=rf"error\[14\] FAULT is malformed; where=FAULT; got={text}; want=KIND@RANK"
+    ):
         parse(text)
 
 
@@ -76,10 +89,16 @@ def test_kinds_that_raise_and_wait():
     assert time.monotonic() - begin > 0.05
 
 
-@pytest.mark.parametrize(("kind", "code"), [("kill", -signal.SIGKILL), ("term", -signal.SIGTERM), ("usr1", -signal.SIGUSR1), ("note", 0)])
+@pytest.mark.parametrize(
+    ("kind", "code"), [("kill", -signal.SIGKILL), ("term", -signal.SIGTERM), ("usr1", -signal.SIGUSR1), ("note", 0)]
+)
 def test_kinds_that_end_a_process(kind, code):
-    program = f"from neox.testing.faults import FaultInjector, parse; FaultInjector(parse('{kind}@0:step:1')).enter('step')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    program = (
+        f"from neox.testing.faults import FaultInjector, parse; FaultInjector(parse('{kind}@0:step:1')).enter('step')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT
+    )
     assert done.returncode == code
     assert done.stderr == ("fault note@0:step:1\n" if kind == "note" else "")
 

@@ -12,7 +12,19 @@ from neox.testing.faults import FaultInjector, parse
 from neox.testing.storage import FaultyStorage, storage_with
 from tests.checkpoint.builders import save_one
 
-CALLS = ("make_dir", "create", "write", "sync", "close", "sync_dir", "rename", "publish", "unlink", "retain", "remove_dir")
+CALLS = (
+    "make_dir",
+    "create",
+    "write",
+    "sync",
+    "close",
+    "sync_dir",
+    "rename",
+    "publish",
+    "unlink",
+    "retain",
+    "remove_dir",
+)
 
 
 def test_without_faults_the_local_storage_is_used():

@@ -39,7 +39,12 @@ def config_text(corpus: Path, run: Path) -> str:
             "rotary_pct": 0.25,
             "parallel_residual": True,
         },
-        "data": {"train": [str(corpus / "train")], "validation": [str(corpus / "valid")], "seq_length": 32, "document_mask": True},
+        "data": {
+            "train": [str(corpus / "train")],
+            "validation": [str(corpus / "valid")],
+            "seq_length": 32,
+            "document_mask": True,
+        },
         "optimizer": {"lr": 0.003},
         "schedule": {"type": "cosine", "warmup_iters": 3, "min_lr": 0.0001},
         "precision": {"dtype": "fp32"},
@@ -76,7 +81,10 @@ def records(run: Path) -> list[dict]:
 
 def curve(run: Path) -> list[tuple]:
     """What must be equal, bit for bit, between two runs that are the same."""
-    return [(r["step"], r["loss"], r["lr"], r["grad_norm"], r["tokens"], r["samples"], r.get("validation_loss")) for r in records(run)]
+    return [
+        (r["step"], r["loss"], r["lr"], r["grad_norm"], r["tokens"], r["samples"], r.get("validation_loss"))
+        for r in records(run)
+    ]
 
 
 class StopAfter(StopSignals):

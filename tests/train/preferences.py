@@ -27,7 +27,10 @@ def make_answers(folder: Path) -> None:
         return (rng.integers(1, VOCAB) + step * np.arange(rng.integers(6, 14))) % (VOCAB - 1) + 1
 
     def write(name: str, rows: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        with IndexedWriter(folder / name, "uint16", vocab_size=VOCAB) as tokens, IndexedWriter(folder / f"{name}_labels", "int32") as labels:
+        with (
+            IndexedWriter(folder / name, "uint16", vocab_size=VOCAB) as tokens,
+            IndexedWriter(folder / f"{name}_labels", "int32") as labels,
+        ):
             for asked, answer in rows:
                 tokens.add_document(np.concatenate([asked, answer]))
                 labels.add_document(np.concatenate([np.full_like(asked, -100), answer]))
@@ -41,7 +44,15 @@ def make_answers(folder: Path) -> None:
 def chat_config(data: Path, run: Path, *overrides: str) -> Config:
     """A supervised run on the chats."""
     source = f'[{{"path": "{data}/chat", "labels": "{data}/chat_labels"}}]'
-    return make_config(data, run, f"data.train={source}", f"data.validation={source}", "train.objective=sft", "data.packing=document", *overrides)
+    return make_config(
+        data,
+        run,
+        f"data.train={source}",
+        f"data.validation={source}",
+        "train.objective=sft",
+        "data.packing=document",
+        *overrides,
+    )
 
 
 def pair_config(data: Path, run: Path, objective: str, *overrides: str) -> Config:

@@ -33,18 +33,30 @@ def test_a_full_disk_at_save_time(corpus, tmp_path):
             train(make_config(corpus, tmp_path / "stop", *quick), Mesh.single(), StopSignals())
         train_on = make_config(corpus, tmp_path / "on", *quick, "checkpoint.on_save_error=continue")
         with pytest.raises(DiskError):
-            train(train_on, Mesh.single(), StopAfter(4))  # asked to stop: a checkpoint that cannot be written must not count as success
+            train(
+                train_on, Mesh.single(), StopAfter(4)
+            )  # asked to stop: a checkpoint that cannot be written must not count as success
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert 2 <= len(records(tmp_path / "stop")) <= 4  # the disk refuses in the background, while step 3 may be under way
+    assert (
+        2 <= len(records(tmp_path / "stop")) <= 4
+    )  # the disk refuses in the background, while step 3 may be under way
     assert len(records(tmp_path / "on")) == 4
     assert "training continues without this checkpoint" in (tmp_path / "on" / "log.txt").read_text()
     assert not list((tmp_path / "stop" / "checkpoints").glob("step_*/manifest.json"))
 
 
 def test_extra_checkpoints_the_initial_weights_among_them(corpus, tmp_path):
-    train(make_config(corpus, tmp_path, "train.train_iters=5", "checkpoint.save_interval=0", "checkpoint.save_iters=[0, 1, 3]"), Mesh.single(), StopSignals())
-    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))] == [f"step_{n:08}" for n in (0, 1, 3, 5)]
+    train(
+        make_config(
+            corpus, tmp_path, "train.train_iters=5", "checkpoint.save_interval=0", "checkpoint.save_iters=[0, 1, 3]"
+        ),
+        Mesh.single(),
+        StopSignals(),
+    )
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))] == [
+        f"step_{n:08}" for n in (0, 1, 3, 5)
+    ]
     with Checkpoint(tmp_path / "checkpoints" / "step_00000000") as checkpoint:
         initial = GPT(make_config(corpus, tmp_path).model, Mesh.single("cpu"), seed=1234)
         for name, tensor in initial.logical_weights():

@@ -71,4 +71,6 @@ def test_the_same_in_every_layout(tmp_path, tensor, pipeline):
     run_ranks("tests.train.test_dpo_reference:compute_with", 2, tmp_path / "out", [tmp_path, tensor, pipeline])
     config = pair_config(tmp_path, tmp_path / "run", "dpo")
     (pairs,) = pair_datasets(build_datasets(config, {"train": 10}))
-    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), by_hand(pairs, GPT(config.model, Mesh.single()).eval()), rtol=2e-5)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "found.npy"), by_hand(pairs, GPT(config.model, Mesh.single()).eval()), rtol=2e-5
+    )

@@ -1,4 +1,6 @@
-"""Whether a run fits into memory: refused or warned before the first step, with a size that fits; a failed allocation is explained."""
+"""Whether a run fits into memory: refused or warned before the first step, with a size that fits; a failed
+allocation is explained.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ GB = 10**9
 
 
 def config(*overrides: str):
-    return load_config("pythia/14M.yml", overrides=["train.global_batch_size=null", "train.micro_batch_size=4096", *overrides])
+    return load_config(
+        "pythia/14M.yml", overrides=["train.global_batch_size=null", "train.micro_batch_size=4096", *overrides]
+    )
 
 
 def with_memory(monkeypatch, size: float) -> None:
@@ -31,7 +35,10 @@ def with_memory(monkeypatch, size: float) -> None:
 
 def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_does(monkeypatch):
     with_memory(monkeypatch, 23 * GB)
-    with pytest.raises(MemoryExhausted, match="does not fit into memory.*GB planned with micro_batch_size 4096.*at most the 23.00 GB available") as caught:
+    with pytest.raises(
+        MemoryExhausted,
+        match="does not fit into memory.*GB planned with micro_batch_size 4096.*at most the 23.00 GB available",
+    ) as caught:
         check_fit(config(), Mesh.single())
     best = int(caught.value.do.partition("train.micro_batch_size=")[2].partition(",")[0])
     assert 1 <= best < 4096
@@ -61,7 +68,11 @@ def test_last_that():
 
 
 def test_a_failed_allocation_is_explained():
-    for error in (MemoryError("x"), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    for error in (
+        MemoryError("x"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
         assert out_of_memory(error)
     assert not out_of_memory(RuntimeError("shape")) and not out_of_memory(ValueError("out of memory"))
     found = explain_exhaustion(MemoryError("x"), config(), Mesh.single())
@@ -100,7 +111,9 @@ def train(tmp_path, *changes: str, **variables: str) -> subprocess.CompletedProc
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="available memory is read from /proc")
 def test_a_run_ends_with_code_6_before_its_first_step_or_in_it(tmp_path):
-    result = train(tmp_path, "train.micro_batch_size=100000000", "train.global_batch_size=null", "train.gradient_accumulation=1")
+    result = train(
+        tmp_path, "train.micro_batch_size=100000000", "train.global_batch_size=null", "train.gradient_accumulation=1"
+    )
     assert result.returncode == 6, result.stderr
     assert "error[6] the run does not fit into memory" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -1,4 +1,6 @@
-"""How deep the call stack is between the command and the first matrix product: what a reader, a debugger or a profiler has to walk through."""
+"""How deep the call stack is between the command and the first matrix product: what a reader, a debugger or a
+profiler has to walk through.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import pytest
 from tests.distributed import environment
 from tests.train.corpus import config_text, make_corpus
 
-# Frames of this package from neox.cli.train.run: to the model (exclusive), and to the caller of the product (inclusive).
+# Frames of this package from neox.cli.train.run: to the model (exclusive), and to the caller of the product
+# (inclusive).
 TO_THE_MODEL, LIMIT = 8, 18
 PROGRAM = """
 import json, sys, traceback
@@ -48,8 +51,20 @@ Path(sys.argv[1]).write_text(json.dumps([code, first.frames]))
 def test_few_frames_are_between_the_command_and_the_first_product(tmp_path):
     make_corpus(tmp_path / "corpus")
     (tmp_path / "tiny.yml").write_text(config_text(tmp_path / "corpus", tmp_path / "run"))
-    options = ["--conf", str(tmp_path / "tiny.yml"), "--set", "train.train_iters=3", "evaluate.interval=0", "checkpoint.save_interval=0"]
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "out"), *options], check=True, env=environment(), capture_output=True)
+    options = [
+        "--conf",
+        str(tmp_path / "tiny.yml"),
+        "--set",
+        "train.train_iters=3",
+        "evaluate.interval=0",
+        "checkpoint.save_interval=0",
+    ]
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), *options],
+        check=True,
+        env=environment(),
+        capture_output=True,
+    )
     code, frames = json.loads((tmp_path / "out").read_text())
     assert code == 0 and frames[0] == "cli/train.py:run"
     assert frames.index("model/gpt.py:loss") <= TO_THE_MODEL, "\n".join(frames)

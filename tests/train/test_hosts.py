@@ -1,4 +1,6 @@
-"""Two hosts, made of network namespaces joined by a veth pair: each has its own address and loopback, as two machines have."""
+"""Two hosts, made of network namespaces joined by a veth pair: each has its own address and loopback, as two
+machines have.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,14 @@ def hosts():
     names = [f"neox{os.getpid()}{letter}" for letter in "ab"]
     links = [f"nx{os.getpid() % 10**6}{letter}" for letter in "ab"]
     try:
-        made = [ip("netns", "add", name) for name in names] + [ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])]
+        made = [ip("netns", "add", name) for name in names] + [
+            ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
+        ]
         if any(result.returncode for result in made):
-            pytest.skip(f"network namespaces cannot be made here: {[result.stderr.strip() for result in made if result.returncode]}")
+            pytest.skip(
+                f"network namespaces cannot be made here: "
+                f"{[result.stderr.strip() for result in made if result.returncode]}"
+            )
         for name, link, address in zip(names, links, ADDRESSES, strict=True):
             ip("link", "set", link, "netns", name)
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
@@ -70,18 +77,38 @@ OVERRIDES = ["--set", "parallel.pipeline=2", "train.train_iters=4", "zero.stage=
 
 @pytest.mark.distributed
 def test_torchrun_over_two_hosts(hosts, conf, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", ADDRESSES[0]]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--master-addr",
+        ADDRESSES[0],
+    ]
     script = ["--master-port", "29511", str(ROOT / "train.py"), "--conf", str(conf), *OVERRIDES]
-    commands = [["ip", "netns", "exec", name, *torchrun, "--node-rank", str(rank), *script] for rank, (name, _) in enumerate(hosts)]
-    for result in Processes(commands, [environment(GLOO_SOCKET_IFNAME=link) for _, link in hosts], tmp_path).wait(150.0):
+    commands = [
+        ["ip", "netns", "exec", name, *torchrun, "--node-rank", str(rank), *script]
+        for rank, (name, _) in enumerate(hosts)
+    ]
+    for result in Processes(commands, [environment(GLOO_SOCKET_IFNAME=link) for _, link in hosts], tmp_path).wait(
+        150.0
+    ):
         result.check()
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-@pytest.mark.skipif(" " in f"{sys.executable}{ROOT}", reason="DeepSpeed does not quote paths in the commands that it sends to other hosts")
+@pytest.mark.skipif(
+    " " in f"{sys.executable}{ROOT}",
+    reason="DeepSpeed does not quote paths in the commands that it sends to other hosts",
+)
 @pytest.mark.distributed
 def test_deepspeed_with_a_hostfile_over_two_hosts(hosts, conf, tmp_path):
-    """DeepSpeed reaches the hosts of a hostfile by pdsh; the program of that name here enters the namespace that has the address."""
+    """DeepSpeed reaches the hosts of a hostfile by pdsh; the program of that name here enters the namespace that has
+    the address.
+    """
     table = dict(zip(ADDRESSES, hosts, strict=True))
     (tmp_path / "bin").mkdir()
     pdsh = tmp_path / "bin" / "pdsh"
@@ -90,7 +117,15 @@ def test_deepspeed_with_a_hostfile_over_two_hosts(hosts, conf, tmp_path):
     (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     program = str(Path(sys.executable).with_name("deepspeed"))
-    command = [sys.executable, program, "--hostfile", str(tmp_path / "hostfile"), "--master_addr", ADDRESSES[0], "--no_ssh_check"]
+    command = [
+        sys.executable,
+        program,
+        "--hostfile",
+        str(tmp_path / "hostfile"),
+        "--master_addr",
+        ADDRESSES[0],
+        "--no_ssh_check",
+    ]
     command += ["--master_port", "29512", str(ROOT / "train.py"), "--conf", str(conf), *OVERRIDES]
     Processes([command], [env], tmp_path).wait(150.0)[0].check()
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]

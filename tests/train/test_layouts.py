@@ -40,10 +40,18 @@ def figures(run, key: str) -> dict[int, float]:
 @pytest.mark.distributed
 def test_train_in_one_layout_resume_in_others(given, tmp_path):
     common = ["train", "--conf", given / "conf.yml", "--set", f"run.dir={tmp_path / 'run'}"]
-    grid = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "zero.stage=1", "checkpoint.save_interval=7"]
+    grid = [
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.sequence=true",
+        "zero.stage=1",
+        "checkpoint.save_interval=7",
+    ]
     first = run_command(4, tmp_path, [*common, *grid, "train.train_iters=7", "schedule.decay_iters=20"])
     assert "(tensor 2, pipeline 2, data 1, sequence parallel)" in first.output
-    second = run_command(2, tmp_path, [*common, "parallel.tensor=2", "zero.stage=3", "train.train_iters=13", "schedule.decay_iters=20"])
+    second = run_command(
+        2, tmp_path, [*common, "parallel.tensor=2", "zero.stage=3", "train.train_iters=13", "schedule.decay_iters=20"]
+    )
     assert "at step 7" in second.output
     run_command(4, tmp_path, [*common, "parallel.pipeline=2", "parallel.context=2", "zero.stage=1"])
     for key in ("loss", "grad_norm"):
@@ -55,8 +63,22 @@ def test_train_in_one_layout_resume_in_others(given, tmp_path):
 
 @pytest.mark.distributed
 def test_generation_and_evaluation_over_processes_agree(given, tmp_path):
-    prompt = ["--checkpoint", given / "one", "--prompt", "a b c", "--prompt", "d", "--max-new-tokens", 6, "--temperature", 0.7, "--json"]
-    assert last_line(1, tmp_path, "generate", *prompt) == last_line(4, tmp_path, "generate", *prompt, "--tensor", 2, "--pipeline", 2)
+    prompt = [
+        "--checkpoint",
+        given / "one",
+        "--prompt",
+        "a b c",
+        "--prompt",
+        "d",
+        "--max-new-tokens",
+        6,
+        "--temperature",
+        0.7,
+        "--json",
+    ]
+    assert last_line(1, tmp_path, "generate", *prompt) == last_line(
+        4, tmp_path, "generate", *prompt, "--tensor", 2, "--pipeline", 2
+    )
     data = ["--checkpoint", given / "one", "--data", given / "data" / "valid", "--max-documents", 7, "--json"]
     one, two = (last_line(n, tmp_path, "evaluate", *data, *layout) for n, layout in ((1, ()), (2, ("--pipeline", 2))))
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)

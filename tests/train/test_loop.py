@@ -59,14 +59,29 @@ def assert_same_curve(got: Path, want: Path, begin: int = 0):
 def test_a_run_leaves_its_folder(straight, corpus):
     rows = records(straight)
     assert [row["step"] for row in rows] == list(range(1, 21))
-    keys = {"step", "loss", "lr", "grad_norm", "tokens", "samples", "tokens_per_s", "tflops", "mfu", "memory_gb", "step_time"}
+    keys = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "samples",
+        "tokens_per_s",
+        "tflops",
+        "mfu",
+        "memory_gb",
+        "step_time",
+    }
     assert all(keys <= set(row) for row in rows)
     assert [row["step"] for row in rows if "validation_loss" in row] == [10, 20]
     assert [row["samples"] for row in rows] == [8 * n for n in range(1, 21)]
     assert [row["tokens"] for row in rows] == [256 * n for n in range(1, 21)]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
     assert loads((straight / "config.lock.yml").read_text()) == make_config(corpus, straight, *DROPOUT)
-    assert [path.name for path in sorted((straight / "checkpoints").glob("step_*"))] == ["step_00000010", "step_00000020"]
+    assert [path.name for path in sorted((straight / "checkpoints").glob("step_*"))] == [
+        "step_00000010",
+        "step_00000020",
+    ]
     assert "step 20/20" in (straight / "log.txt").read_text()
 
 
@@ -103,7 +118,10 @@ def test_records_of_steps_made_again_move_aside(straight, corpus, tmp_path):
         file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
     train(config, Mesh.single(), StopSignals())
     assert curve(tmp_path) == curve(straight)
-    assert (tmp_path / "metrics.dropped.jsonl").read_text().splitlines() == ['{"step": 5, "loss": 1.0}', '{"step": 6, "lo']
+    assert (tmp_path / "metrics.dropped.jsonl").read_text().splitlines() == [
+        '{"step": 5, "loss": 1.0}',
+        '{"step": 6, "lo',
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -131,7 +149,11 @@ def test_accumulation_and_micro_batch_do_not_matter(plain, corpus, tmp_path):
 
 
 def test_tied_weights_under_stage_3(corpus, tmp_path):
-    tied = ("model.tie_embeddings=true", "train.train_iters=6", "deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
+    tied = (
+        "model.tie_embeddings=true",
+        "train.train_iters=6",
+        "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
+    )
     train(make_config(corpus, tmp_path / "a", *tied), Mesh.single(), StopSignals())
     train(make_config(corpus, tmp_path / "b", *tied, "zero.stage=3"), Mesh.single(), StopSignals())
     assert_same_curve(tmp_path / "b", tmp_path / "a")
@@ -143,7 +165,11 @@ def train_ranks(corpus: str, folder: str, *overrides: str) -> None:
     mesh = create_mesh()
     for stage in (0, 1, 2, 3):
         threshold = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"
-        train(make_config(Path(corpus), Path(folder) / f"stage{stage}", f"zero.stage={stage}", threshold, *overrides), mesh, StopSignals())
+        train(
+            make_config(Path(corpus), Path(folder) / f"stage{stage}", f"zero.stage={stage}", threshold, *overrides),
+            mesh,
+            StopSignals(),
+        )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -156,7 +182,11 @@ def test_every_stage_over_two_processes_and_back_to_one(plain, corpus, tmp_path)
         assert_same_curve(tmp_path / f"stage{stage}", plain)
     # saved by two processes under stage 1, resumed by one under stage 3
     middle = tmp_path / "stage1" / "checkpoints" / "step_00000010"
-    train(make_config(corpus, tmp_path / "one", "zero.stage=3", f"checkpoint.resume={middle}"), Mesh.single(), StopSignals())
+    train(
+        make_config(corpus, tmp_path / "one", "zero.stage=3", f"checkpoint.resume={middle}"),
+        Mesh.single(),
+        StopSignals(),
+    )
     assert_same_curve(tmp_path / "one", plain, begin=10)
     # the digests of the checkpoints are over logical tensors, whatever wrote them: same names, nothing of the padding
     assert digest(newest(tmp_path / "stage3")).keys() == digest(newest(plain)).keys()
@@ -168,7 +198,9 @@ def test_every_stage_over_two_processes_and_back_to_one(plain, corpus, tmp_path)
 def test_every_launcher_gives_the_same_training(plain, corpus, tmp_path, launcher, stage):
     conf = tmp_path / "tiny.yml"
     conf.write_text(config_text(corpus, tmp_path / "run"))
-    result = launch(launcher, 1 if launcher == "python" else 2, tmp_path, ["--conf", conf, "--set", f"zero.stage={stage}"])
+    result = launch(
+        launcher, 1 if launcher == "python" else 2, tmp_path, ["--conf", conf, "--set", f"zero.stage={stage}"]
+    )
     result.check()
     assert "step 20/20" in result.output
     assert "bf16_optimizer" not in result.output
@@ -180,12 +212,18 @@ def test_every_launcher_gives_the_same_training(plain, corpus, tmp_path, launche
 def test_a_signal_to_one_rank_saves_and_ends_all_with_code_10(corpus, tmp_path):
     conf = tmp_path / "tiny.yml"
     conf.write_text(config_text(corpus, tmp_path / "run"))
-    running = start_training("deepspeed", 2, tmp_path, ["--conf", conf, "--set", "train.train_iters=100000", "checkpoint.save_interval=0"])
+    running = start_training(
+        "deepspeed", 2, tmp_path, ["--conf", conf, "--set", "train.train_iters=100000", "checkpoint.save_interval=0"]
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     running.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, 120)
     launcher = running.processes[0].pid
-    ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{conf}"], capture_output=True, text=True, check=True).stdout.split()
-    family = subprocess.run(["ps", "-o", "pid=", "--sid", str(launcher)], capture_output=True, text=True, check=True).stdout.split()
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"local_rank=1.*{conf}"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    family = subprocess.run(
+        ["ps", "-o", "pid=", "--sid", str(launcher)], capture_output=True, text=True, check=True
+    ).stdout.split()
     (target,) = set(ranks) & set(family) - {str(launcher)} - set(children_that_launch(family))
     os.kill(int(target), signal.SIGUSR1)
     result = running.wait(60)[0]
@@ -193,7 +231,9 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_code_10(corpus, tmp_path):
     assert result.output.count("error[10]") == 1
     last = records(tmp_path / "run")[-1]["step"]
     with Checkpoint(newest(tmp_path / "run")) as checkpoint:
-        pending = checkpoint.state.get("pending")  # of a step whose evaluation the signal cut short: the resume writes its record
+        pending = checkpoint.state.get(
+            "pending"
+        )  # of a step whose evaluation the signal cut short: the resume writes its record
         assert checkpoint.step == (last if pending is None else last + 1)
     assert "Traceback" not in result.output
 
@@ -211,7 +251,9 @@ def test_an_error_on_one_rank_ends_all_with_its_message_and_code(corpus, tmp_pat
     blocked = tmp_path / "run" / "checkpoints" / "step_00000006"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where the folder of a checkpoint should be")
-    result = launch("deepspeed", 2, tmp_path, ["--conf", conf, "--set", "train.train_iters=100000", "checkpoint.save_interval=3"])
+    result = launch(
+        "deepspeed", 2, tmp_path, ["--conf", conf, "--set", "train.train_iters=100000", "checkpoint.save_interval=3"]
+    )
     assert result.returncode == 5, result.output
     assert result.output.count("error[5]") == 1
     assert blocked.name in result.output
@@ -223,13 +265,24 @@ def test_resume_policies(straight, corpus, tmp_path):
     with pytest.raises(CheckpointError, match=r"error\[4\].*no checkpoint"):
         train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=must"), Mesh.single(), StopSignals())
     with pytest.raises(CheckpointError, match=r"error\[4\].*nowhere"):
-        train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=/nowhere/at/all"), Mesh.single(), StopSignals())
+        train(
+            make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=/nowhere/at/all"),
+            Mesh.single(),
+            StopSignals(),
+        )
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
     train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=never"), Mesh.single(), StopSignals())
     with pytest.raises(CheckpointError, match="never"):
         train(make_config(corpus, tmp_path / "a", *quick, "checkpoint.resume=never"), Mesh.single(), StopSignals())
     train(
-        make_config(corpus, tmp_path / "a", "train.train_iters=4", "evaluate.interval=0", "checkpoint.resume=must", "optimizer.lr=0.001"),
+        make_config(
+            corpus,
+            tmp_path / "a",
+            "train.train_iters=4",
+            "evaluate.interval=0",
+            "checkpoint.resume=must",
+            "optimizer.lr=0.001",
+        ),
         Mesh.single(),
         StopSignals(),
     )
@@ -246,14 +299,20 @@ def test_not_finite_stops_before_the_update_and_names_the_samples(corpus, tmp_pa
         return loss(self, *args, **keys) * (float("nan") if len(calls) == 10 else 1.0)
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    with pytest.raises(NonFinite, match=r"error\[11\] the loss is not finite.*step 3.*samples \[16, 17, 18, 19, 20, 21, 22, 23\]"):
+    with pytest.raises(
+        NonFinite, match=r"error\[11\] the loss is not finite.*step 3.*samples \[16, 17, 18, 19, 20, 21, 22, 23\]"
+    ):
         train(make_config(corpus, tmp_path, "evaluate.interval=0"), Mesh.single(), StopSignals())
     assert [row["step"] for row in records(tmp_path)] == [1, 2]
 
 
 def test_another_model_is_refused(straight, corpus, tmp_path):
     with pytest.raises(CheckpointError, match=r"error\[4\].*layers\.2"):
-        train(make_config(corpus, tmp_path, "model.num_layers=3", f"checkpoint.resume={newest(straight)}"), Mesh.single(), StopSignals())
+        train(
+            make_config(corpus, tmp_path, "model.num_layers=3", f"checkpoint.resume={newest(straight)}"),
+            Mesh.single(),
+            StopSignals(),
+        )
 
 
 def test_sample_ids_continue_at_the_checkpoint(corpus, tmp_path, monkeypatch):
@@ -268,15 +327,25 @@ def test_sample_ids_continue_at_the_checkpoint(corpus, tmp_path, monkeypatch):
     config = make_config(corpus, tmp_path, "train.train_iters=5", "evaluate.interval=0")
     with pytest.raises(StoppedBySignal):
         train(config, Mesh.single(), StopAfter(2))
-    train(make_config(corpus, tmp_path, "train.train_iters=5", "evaluate.interval=0", "train.micro_batch_size=4"), Mesh.single(), StopSignals())
+    train(
+        make_config(corpus, tmp_path, "train.train_iters=5", "evaluate.interval=0", "train.micro_batch_size=4"),
+        Mesh.single(),
+        StopSignals(),
+    )
     assert sorted(seen) == list(range(40))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_from_the_weights_of_another(straight, corpus, tmp_path, stage):
-    """Loss of the first steps: that of the weights, from a fresh optimizer and schedule; stale masters would show at step 2."""
+    """Loss of the first steps: that of the weights, from a fresh optimizer and schedule; stale masters would show at
+    step 2.
+    """
     begin = f"checkpoint.init_from={json.dumps(str(straight))}"
-    train(make_config(corpus, tmp_path, begin, f"zero.stage={stage}", "train.train_iters=4", "evaluate.interval=1"), Mesh.single(), StopSignals())
+    train(
+        make_config(corpus, tmp_path, begin, f"zero.stage={stage}", "train.train_iters=4", "evaluate.interval=1"),
+        Mesh.single(),
+        StopSignals(),
+    )
     got = records(tmp_path)
     assert [row["step"] for row in got] == [1, 2, 3, 4]
     trained = records(straight)
@@ -288,4 +357,8 @@ def test_a_run_from_the_weights_of_another(straight, corpus, tmp_path, stage):
 
 def test_weights_of_another_shape_are_refused(straight, corpus, tmp_path):
     with pytest.raises(CheckpointError, match="do not fit the model; .*or another run.dir"):
-        train(make_config(corpus, tmp_path, f"checkpoint.init_from={json.dumps(str(straight))}", "model.hidden_size=64"), Mesh.single(), StopSignals())
+        train(
+            make_config(corpus, tmp_path, f"checkpoint.init_from={json.dumps(str(straight))}", "model.hidden_size=64"),
+            Mesh.single(),
+            StopSignals(),
+        )

@@ -1,4 +1,6 @@
-"""Memory of training processes: freed memory stays with the process, and steps leak nothing. Measured in separate processes."""
+"""Memory of training processes: freed memory stays with the process, and steps leak nothing. Measured in separate
+processes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ print(before - resident_bytes())
 
 
 def given_back(prepare: str) -> int:
-    result = subprocess.run([sys.executable, "-c", PROGRAM.format(prepare=prepare)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(prepare=prepare)], capture_output=True, text=True, check=True
+    )
     return int(result.stdout)
 
 
@@ -33,8 +37,8 @@ def test_freed_memory_stays_with_the_process():
     assert given_back("assert keep_freed_memory()") < 4 << 20
 
 
-# 250 steps of 32 MiB, one of which takes 160. Prints the bytes by which resident memory after the last step exceeds that after the 15th, and the page
-# faults of the last 100 steps.
+# 250 steps of 32 MiB, one of which takes 160. Prints the bytes by which resident memory after the last step exceeds
+# that after the 15th, and the page faults of the last 100 steps.
 SPIKE = """
 import resource, torch
 from neox.train.memory import FreedMemory, keep_freed_memory, resident_bytes
@@ -62,8 +66,12 @@ NEW = {"prepare": "memory = FreedMemory()", "after_step": "memory.after_step()"}
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 @pytest.mark.parametrize(("settings", "grows"), [(OLD, True), (NEW, False)], ids=["kept", "trimmed"])
 def test_what_steps_no_longer_use_is_returned(settings, grows):
-    """Free pages that steps do not touch any more go back to the kernel; those that every step uses stay, and fault no more."""
-    result = subprocess.run([sys.executable, "-c", SPIKE.format(**settings)], capture_output=True, text=True, check=True)
+    """Free pages that steps do not touch any more go back to the kernel; those that every step uses stay, and fault
+    no more.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", SPIKE.format(**settings)], capture_output=True, text=True, check=True
+    )
     growth, faults = map(int, result.stdout.split())
     assert growth > 100 << 20 if grows else growth < 8 << 20
     assert faults < 2000  # 8,192 for each step that faults all of its pages in
@@ -115,12 +123,19 @@ sys.exit(code)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
 def test_a_step_leaks_nothing(tmp_path):
-    """What a step keeps lies between the blocks that the next ones free, and lets resident memory grow by many times its size. 50 bytes a step are Python's;
-    a copy of a string argument that each `bias_gelu` and its backward leak is 816.
+    """What a step keeps lies between the blocks that the next ones free, and lets resident memory grow by many times
+    its size. 50 bytes a step are Python's; a copy of a string argument that each `bias_gelu` and its backward leak is
+    816.
     """
     make_corpus(tmp_path)
     (tmp_path / "a.yml").write_text(config_text(tmp_path, tmp_path / "run"))
-    changes = ["train.train_iters=100", "evaluate.interval=0", "checkpoint.save_interval=0", "guard.drift_interval=0", "zero.stage=1"]
+    changes = [
+        "train.train_iters=100",
+        "evaluate.interval=0",
+        "checkpoint.save_interval=0",
+        "guard.drift_interval=0",
+        "zero.stage=1",
+    ]
     command = [sys.executable, "-c", STEPS, "train", "--conf", str(tmp_path / "a.yml"), "--set", *changes]
     result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -145,5 +160,7 @@ print(peak.peak_bytes())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is asked what is in use")
 @pytest.mark.parametrize("action", ["peak.poll()", "import time; time.sleep(0.3)"], ids=["asked", "by itself"])
 def test_the_peak_is_counted_from_its_start(action):
-    result = subprocess.run([sys.executable, "-c", GROWTH.format(action=action)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH.format(action=action)], capture_output=True, text=True, check=True
+    )
     assert int(result.stdout) == pytest.approx(96 << 20, abs=4 << 20)

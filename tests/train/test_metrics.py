@@ -168,7 +168,14 @@ def test_resuming_keeps_the_last_good_step_in_tensorboard(tmp_path, monkeypatch)
             log.write({"step": step, "loss": time + step})
         log.close()
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(entry.step, entry.value) for entry in read.Scalars("loss")] == [(1, 1001), (2, 1002), (3, 1003), (4, 2004), (5, 2005), (6, 2006)]
+    assert [(entry.step, entry.value) for entry in read.Scalars("loss")] == [
+        (1, 1001),
+        (2, 1002),
+        (3, 1003),
+        (4, 2004),
+        (5, 2005),
+        (6, 2006),
+    ]
 
 
 def test_records_survive_a_rewrite_that_fails(tmp_path):
@@ -184,7 +191,9 @@ def test_records_survive_a_rewrite_that_fails(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     drop_after(tmp_path, 98)
-    assert steps(tmp_path / "metrics.jsonl") == list(range(1, 99)) and steps(tmp_path / "metrics.dropped.jsonl")[-2:] == [99, 100]
+    assert steps(tmp_path / "metrics.jsonl") == list(range(1, 99)) and steps(tmp_path / "metrics.dropped.jsonl")[
+        -2:
+    ] == [99, 100]
 
 
 def test_a_cut_line_does_not_join_the_next_one_that_is_dropped(tmp_path):
@@ -195,4 +204,8 @@ def test_a_cut_line_does_not_join_the_next_one_that_is_dropped(tmp_path):
         assert drop_after(tmp_path, 5) == 1
     write(tmp_path, [1, 2, 6])
     assert drop_after(tmp_path, 5) == 1
-    assert (tmp_path / "metrics.dropped.jsonl").read_text().splitlines() == ['{"step": 3, "lo', '{"step": 4, "lo', '{"step": 6, "loss": 2.0}']
+    assert (tmp_path / "metrics.dropped.jsonl").read_text().splitlines() == [
+        '{"step": 3, "lo',
+        '{"step": 4, "lo',
+        '{"step": 6, "loss": 2.0}',
+    ]

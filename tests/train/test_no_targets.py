@@ -1,4 +1,6 @@
-"""Steps and evaluations without a target: recorded as null, reported, and left out of what later steps are compared with."""
+"""Steps and evaluations without a target: recorded as null, reported, and left out of what later steps are compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,32 @@ def test_steps_without_targets(tmp_path):
             for row in rows:
                 writer.add_document(row)
     source = json.dumps([{"path": str(tmp_path / "m"), "labels": str(tmp_path / "m_labels")}])
-    options = ("data.packing=document", "train.objective=sft", "train.global_batch_size=2", "train.train_iters=30", "evaluate.interval=15", "evaluate.iters=1")
-    config = make_config(tmp_path, tmp_path / "run", f"data.train={source}", f"data.validation={source}", *options, "guard.spike_window=8")
+    options = (
+        "data.packing=document",
+        "train.objective=sft",
+        "train.global_batch_size=2",
+        "train.train_iters=30",
+        "evaluate.interval=15",
+        "evaluate.iters=1",
+    )
+    config = make_config(
+        tmp_path,
+        tmp_path / "run",
+        f"data.train={source}",
+        f"data.validation={source}",
+        *options,
+        "guard.spike_window=8",
+    )
     train(config, Mesh.single(), StopSignals())
     rows = records(tmp_path / "run")
     empty = [row for row in rows if row["targets"] == 0]
     assert 0 < len(empty) < 30 and all(row["loss"] is None and row["grad_norm"] is None for row in empty)
     assert all(row["loss"] > 0 for row in rows if row["targets"])
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert f"step {empty[0]['step']}: no token of the global batch is a target: there is no loss, the update is skipped\n" in log
+    assert (
+        f"step {empty[0]['step']}: no token of the global batch is a target: there is no loss, the update is skipped\n"
+        in log
+    )
     assert log.splitlines()[-1] == "done: step 30 of 30" and "times the median" not in log
     assert all(row["validation_loss"] is None or row["validation_loss"] > 0 for row in rows if "validation_loss" in row)
     report = read_run(tmp_path / "run")

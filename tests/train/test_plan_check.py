@@ -29,7 +29,9 @@ def test_planned_and_measured_are_reported():
     ids=["plain", "saved later", "stage 3", "adapters"],
 )
 def test_planned_memory_is_within_a_tenth_of_a_real_run(tmp_path, extra):
-    """Even if the copies of the first checkpoint come after the steps during which memory is polled, and with the imports of stage 3."""
+    """Even if the copies of the first checkpoint come after the steps during which memory is polled, and with the
+    imports of stage 3.
+    """
     make_corpus(tmp_path)
     settings = {
         "model.num_layers": 4,
@@ -47,13 +49,17 @@ def test_planned_memory_is_within_a_tenth_of_a_real_run(tmp_path, extra):
     }
     config = tmp_path / "config.yml"
     config.write_text("logging: {interval: 1}\n")
-    result = train("python", 1, tmp_path, ["--conf", config, "--set", *(f"{key}={value}" for key, value in settings.items())]).check()
+    result = train(
+        "python", 1, tmp_path, ["--conf", config, "--set", *(f"{key}={value}" for key, value in settings.items())]
+    ).check()
     assert "GB planned" in result.output and "s planned" in result.output
     content = (tmp_path / "run" / "plan.json").read_text()
     found = json.loads(content)
     assert found["memory_bytes"]["planned"] == pytest.approx(found["memory_bytes"]["measured"], rel=0.1)
     assert found["step_seconds"]["measured"] > 0
     if not extra:  # started again at its end it makes no step, and measures nothing
-        again = train("python", 1, tmp_path, ["--conf", config, "--set", *(f"{key}={value}" for key, value in settings.items())]).check()
+        again = train(
+            "python", 1, tmp_path, ["--conf", config, "--set", *(f"{key}={value}" for key, value in settings.items())]
+        ).check()
         assert "done: step 4 of 4" in again.output and "GB planned" not in again.output
         assert (tmp_path / "run" / "plan.json").read_text() == content

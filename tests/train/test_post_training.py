@@ -1,4 +1,6 @@
-"""Fine-tuning on the loop that pre-trains: each kind of run lowers its loss on a small task, resumes bitwise, and leaves what it should."""
+"""Fine-tuning on the loop that pre-trains: each kind of run lowers its loss on a small task, resumes bitwise, and
+leaves what it should.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def data(tmp_path_factory) -> Path:
 def base(data, tmp_path_factory) -> Path:
     """The newest checkpoint of 60 steps of pre-training."""
     run = tmp_path_factory.mktemp("base")
-    train(make_config(data, run, "train.train_iters=60", "optimizer.lr=0.01", "evaluate.interval=0"), Mesh.single(), StopSignals())
+    train(
+        make_config(data, run, "train.train_iters=60", "optimizer.lr=0.01", "evaluate.interval=0"),
+        Mesh.single(),
+        StopSignals(),
+    )
     return newest(run)
 
 
@@ -89,7 +95,9 @@ def test_preferences_start_at_ln_2_and_fall(data, base, tmp_path):
 
 
 def test_a_resumed_preference_run_reads_its_reference_and_is_bitwise_the_same(data, base, tmp_path):
-    straight, cut = (pair_config(data, tmp_path / name, "dpo", f"checkpoint.init_from={base}") for name in ("straight", "cut"))
+    straight, cut = (
+        pair_config(data, tmp_path / name, "dpo", f"checkpoint.init_from={base}") for name in ("straight", "cut")
+    )
     run_to_end(straight)
     with pytest.raises(StoppedBySignal):
         train(cut, Mesh.single(), StopAfter(7))
@@ -110,7 +118,13 @@ def test_a_reward_model_ranks_the_chosen_answers_first(data, base, tmp_path):
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "bf16")])
 def test_adapters_alone_are_trained_and_merge_exactly(data, base, tmp_path, stage, dtype):
-    lora = ("model.lora.rank=4", "model.lora.alpha=8.0", f"zero.stage={stage}", f"precision.dtype={dtype}", "optimizer.lr=0.02")
+    lora = (
+        "model.lora.rank=4",
+        "model.lora.alpha=8.0",
+        f"zero.stage={stage}",
+        f"precision.dtype={dtype}",
+        "optimizer.lr=0.02",
+    )
     rows = run_to_end(chat_config(data, tmp_path, f"checkpoint.init_from={base}", *lora))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
     before, after = weights(base), weights(newest(tmp_path))
@@ -125,11 +139,18 @@ def test_adapters_alone_are_trained_and_merge_exactly(data, base, tmp_path, stag
         merged = load_model(newest(tmp_path))
         assert merged.config.lora is None
         with open_weights(newest(tmp_path)) as checkpoint:
-            assert all(torch.equal(checkpoint.tensor(name), parameter) for name, parameter in merged.named_parameters() if parameter.shape[0] != 128)
+            assert all(
+                torch.equal(checkpoint.tensor(name), parameter)
+                for name, parameter in merged.named_parameters()
+                if parameter.shape[0] != 128
+            )
 
 
 def test_a_run_with_adapters_resumes_bitwise(data, base, tmp_path):
-    straight, cut = (chat_config(data, tmp_path / name, f"checkpoint.init_from={base}", "model.lora.rank=2") for name in ("straight", "cut"))
+    straight, cut = (
+        chat_config(data, tmp_path / name, f"checkpoint.init_from={base}", "model.lora.rank=2")
+        for name in ("straight", "cut")
+    )
     run_to_end(straight)
     with pytest.raises(StoppedBySignal):
         train(cut, Mesh.single(), StopAfter(6))
@@ -140,5 +161,15 @@ def test_a_run_with_adapters_resumes_bitwise(data, base, tmp_path):
 def test_a_full_run_may_start_from_merged_adapters(data, base, tmp_path):
     run_to_end(chat_config(data, tmp_path / "lora", f"checkpoint.init_from={base}", "model.lora.rank=2"))
     start = f"checkpoint.init_from={newest(tmp_path / 'lora')}"
-    rows = run_to_end(pair_config(data, tmp_path / "dpo", "dpo", start, "train.train_iters=2", "schedule.warmup_iters=0", "evaluate.interval=0"))
+    rows = run_to_end(
+        pair_config(
+            data,
+            tmp_path / "dpo",
+            "dpo",
+            start,
+            "train.train_iters=2",
+            "schedule.warmup_iters=0",
+            "evaluate.interval=0",
+        )
+    )
     assert rows[0]["loss"] == pytest.approx(np.log(2.0), abs=1e-6)

@@ -52,6 +52,10 @@ def test_a_run_that_ends_inside_the_window_leaves_its_trace(tmp_path):
 
 def test_in_a_run(tmp_path):
     make_corpus(tmp_path / "data")
-    train(make_config(tmp_path / "data", tmp_path / "run", "train.train_iters=4", "profile.start=2", "profile.steps=2"), Mesh.single(), StopSignals())
+    train(
+        make_config(tmp_path / "data", tmp_path / "run", "train.train_iters=4", "profile.start=2", "profile.steps=2"),
+        Mesh.single(),
+        StopSignals(),
+    )
     text = (tmp_path / "run" / "profile" / "rank0.json").read_text()
     assert "neox::" in text and "rank0.json" in (tmp_path / "run" / "log.txt").read_text()

@@ -23,7 +23,10 @@ RECORD = {
 
 def test_line():
     line = progress_line(RECORD, 100, 2.0)
-    assert line == "step 20/100 | loss 3.1416 | lr 0.0006 | grad 0.987 | 12.3k tok/s | 1.23 TFLOP/s | MFU 43.2% | 3.21 GB | ETA 0:02:40"
+    assert line == (
+        "step 20/100 | loss 3.1416 | lr 0.0006 | grad 0.987 | 12.3k tok/s | 1.23 TFLOP/s | MFU 43.2% | 3.21 GB | "
+        "ETA 0:02:40"
+    )
     assert "grad skipped |" in progress_line({**RECORD, "grad_norm": None}, 100, 2.0)
     assert "validation 2.5000" in progress_line({**RECORD, "validation_loss": 2.5}, 100, 2.0)
 

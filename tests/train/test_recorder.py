@@ -24,13 +24,26 @@ RESULT = StepResult(step=1, loss=2.5, grad_norm=0.5, lr=0.1, tokens=60, skipped=
 
 
 def make_recorder(folder: Path, terminal: io.StringIO) -> Recorder:
-    model = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 32}
+    model = {
+        "num_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+        "max_position_embeddings": 32,
+    }
     config = Config.model_validate(
-        {"model": model, "data": {"seq_length": 16}, "train": {"micro_batch_size": 4, "train_iters": 9}, "run": {"dir": str(folder)}}
+        {
+            "model": model,
+            "data": {"seq_length": 16},
+            "train": {"micro_batch_size": 4, "train_iters": 9},
+            "run": {"dir": str(folder)},
+        }
     )
     mesh = Mesh.single()
     progress = Progress(terminal, None, 9, 1)
-    return Recorder(config, batch_sizes(config, 1), mesh, RunDir(folder), progress, PlanCheck(config, mesh), GPT(config.model, mesh))
+    return Recorder(
+        config, batch_sizes(config, 1), mesh, RunDir(folder), progress, PlanCheck(config, mesh), GPT(config.model, mesh)
+    )
 
 
 def test_a_record_goes_to_metrics_and_to_the_terminal(tmp_path):
@@ -41,7 +54,13 @@ def test_a_record_goes_to_metrics_and_to_the_terminal(tmp_path):
     recorder.write(record)
     recorder.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record
-    assert (record["loss"], record["targets"], record["tokens"], record["samples"], record["tokens_per_s"]) == (2.5, 60, 64, 4, 128.0)
+    assert (record["loss"], record["targets"], record["tokens"], record["samples"], record["tokens_per_s"]) == (
+        2.5,
+        60,
+        64,
+        4,
+        128.0,
+    )
     assert "step 1/9 | loss 2.5000" in terminal.getvalue()
 
 
@@ -76,4 +95,7 @@ def test_a_replaced_folder_is_an_error(tmp_path):
 def test_the_layout_as_text():
     assert describe_layout(Mesh.single()) == ""
     assert describe_layout(dataclasses.replace(Mesh.single(), dp=4)) == ""
-    assert describe_layout(dataclasses.replace(Mesh.single(), tp=2, dp=4, sequence=True)) == " (tensor 2, data 4, sequence parallel)"
+    assert (
+        describe_layout(dataclasses.replace(Mesh.single(), tp=2, dp=4, sequence=True))
+        == " (tensor 2, data 4, sequence parallel)"
+    )

@@ -50,7 +50,11 @@ def start(corpus: Path, run: Path, *overrides: str) -> str:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, the lock of the job aside."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
 
 
 REFUSED = {
@@ -82,17 +86,25 @@ def test_a_refused_first_start_leaves_no_records(corpus, tmp_path):
 
 
 def test_an_end_before_the_checkpoint_is_named(run, corpus):
-    with pytest.raises(ConfigError, match=r"error\[2\] the run would end before .*where=train.train_iters; got=4, resuming .*step_00000006 at step 6; want=6"):
+    with pytest.raises(
+        ConfigError,
+        match=r"error\[2\] the run would end before .*where=train.train_iters; got=4, resuming .*step_00000006 at "
+        r"step 6; want=6",
+    ):
         start(corpus, run, "train.train_iters=4")
 
 
 def test_values_that_follow_from_others_are_named(run, corpus):
     said = start(corpus, run, "train.train_iters=8", "train.global_batch_size=4")
     assert "schedule.decay_iters: 6 -> 8 (follows from train.train_iters)\n" in said
-    assert "train.gradient_accumulation: 4 -> 2 (follows from the other batch sizes and the number of processes)\n" in said
+    assert (
+        "train.gradient_accumulation: 4 -> 2 (follows from the other batch sizes and the number of processes)\n" in said
+    )
     assert "learning rate of step 7: 0.0001 -> " in said
     config = make_config(corpus, run, *SHORT)
-    assert derived(config, 2)["data-parallel size"][0] == 2 and derived(config, 2)["train.gradient_accumulation"][0] == 2
+    assert (
+        derived(config, 2)["data-parallel size"][0] == 2 and derived(config, 2)["train.gradient_accumulation"][0] == 2
+    )
 
 
 def test_unchanged_keys_are_not_reported(run, corpus):
@@ -115,7 +127,9 @@ def test_checkpoints_that_were_removed(run, corpus, gone):
         (run / "checkpoints").mkdir()
     before = contents(run)
     for policy in ("auto", "must"):
-        with pytest.raises(CheckpointError, match=r"error\[4\] the run's checkpoints are missing.*metrics.jsonl has steps to 6"):
+        with pytest.raises(
+            CheckpointError, match=r"error\[4\] the run's checkpoints are missing.*metrics.jsonl has steps to 6"
+        ):
             start(corpus, run, f"checkpoint.resume={policy}")
     assert contents(run) == before
     start(corpus, run, "checkpoint.resume=never")  # asked for
@@ -133,7 +147,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(corpus, 
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     said = start(corpus, tmp_path / "run")
-    assert "1 records of steps after 0, which no checkpoint holds, moved to " in said and len(records(tmp_path / "run")) == 6
+    assert (
+        "1 records of steps after 0, which no checkpoint holds, moved to " in said
+        and len(records(tmp_path / "run")) == 6
+    )
 
 
 def rewritten(checkpoint: Path, change) -> None:
@@ -144,7 +161,9 @@ def rewritten(checkpoint: Path, change) -> None:
     change(value)
     text = json.dumps(value, separators=(",", ":")).encode()
     digest = hashlib.sha256(text).hexdigest().encode()
-    (checkpoint / "manifest.json").write_bytes(frame[: frame.rindex(b'"sha256":"')] + b'"sha256":"' + digest + b'","body":' + text + b"}\n")
+    (checkpoint / "manifest.json").write_bytes(
+        frame[: frame.rindex(b'"sha256":"')] + b'"sha256":"' + digest + b'","body":' + text + b"}\n"
+    )
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(run, corpus):
@@ -169,19 +188,26 @@ class StopAtStepTwo(StopSignals):
         return self.steps == 2
 
 
-@pytest.mark.parametrize("now", ["evaluate.interval=0", "evaluate.iters=1", "evaluate.interval=5", 'data.validation=["{corpus}/train"]'])
+@pytest.mark.parametrize(
+    "now", ["evaluate.interval=0", "evaluate.iters=1", "evaluate.interval=5", 'data.validation=["{corpus}/train"]']
+)
 def test_an_evaluation_that_was_cut_short_and_is_now_another(corpus, tmp_path, now):
     evaluated = ("train.train_iters=4", "evaluate.interval=2", "evaluate.iters=4", "checkpoint.save_interval=0")
     with pytest.raises(StoppedBySignal):
         train(make_config(corpus, tmp_path / "run", *evaluated), Mesh.single(), StopAtStepTwo())
     assert [row["step"] for row in records(tmp_path / "run")] == [1]
     off = () if now != "evaluate.interval=0" else ("data.validation=[]",)
-    train(make_config(corpus, tmp_path / "run", *evaluated, now.format(corpus=corpus), *off), Mesh.single(), StopSignals())
+    train(
+        make_config(corpus, tmp_path / "run", *evaluated, now.format(corpus=corpus), *off), Mesh.single(), StopSignals()
+    )
     rows = records(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert ("validation_loss" in rows[1]) == (not off)
     if off:
-        assert "step 2: skipped its interrupted evaluation, because evaluate.interval is 0" in (tmp_path / "run" / "log.txt").read_text()
+        assert (
+            "step 2: skipped its interrupted evaluation, because evaluate.interval is 0"
+            in (tmp_path / "run" / "log.txt").read_text()
+        )
 
 
 def test_the_lock_is_written_by_accepted_starts_alone(run, corpus, monkeypatch):

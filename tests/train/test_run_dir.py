@@ -47,7 +47,11 @@ def test_when_checkpoints_are_missed(tmp_path, records, witness, left):
     missed = left != "a checkpoint" and (witness or (left == "nothing" and bool(records)))
     for resume in ("auto", "must", "never"):
         with contextlib.ExitStack() as stack:
-            refused = pytest.raises(CheckpointError, match="the run's checkpoints are missing") if missed and resume != "never" else contextlib.nullcontext()
+            refused = (
+                pytest.raises(CheckpointError, match="the run's checkpoints are missing")
+                if missed and resume != "never"
+                else contextlib.nullcontext()
+            )
             with refused:
                 claim(config_of(tmp_path, resume), run_dir, stack)
     assert recorded_steps(tmp_path / "metrics.jsonl") == (2 if records else 0)

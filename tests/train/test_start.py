@@ -16,7 +16,16 @@ os.environ.setdefault("LOCAL_RANK", "0")
 def test_a_good_run_is_0_and_a_user_error_is_one_line(tmp_path, capfd):
     make_corpus(tmp_path / "corpus")
     quick = ("train.train_iters=2", "evaluate.interval=0")
-    assert start(make_config(tmp_path / "corpus", tmp_path / "run", *quick), LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 0
+    assert (
+        start(
+            make_config(tmp_path / "corpus", tmp_path / "run", *quick),
+            LaunchInfo(),
+            "cpu",
+            signals=StopSignals(),
+            debug=False,
+        )
+        == 0
+    )
     capfd.readouterr()
     missing = make_config(tmp_path / "gone", tmp_path / "other", *quick)
     assert start(missing, LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 3
@@ -45,5 +54,7 @@ def test_deterministic_algorithms_are_those_of_the_run(tmp_path):
     for wanted in ("true", "false"):
         config = make_config(tmp_path / "corpus", tmp_path / wanted, *quick, f"train.deterministic={wanted}")
         assert start(config, LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 0
-        chosen.append((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
+        chosen.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+        )
     assert chosen == [(True, False), (False, False)]

@@ -1,4 +1,6 @@
-"""Weights & Biases and Comet by their real packages, offline; a service that fails ends no run, and a key is in no file."""
+"""Weights & Biases and Comet by their real packages, offline; a service that fails ends no run, and a key is in no
+file.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def train_once(config, folder: Path) -> str:
     conf = folder / "config.yml"
     conf.write_text(config)
     secrets = environment(WANDB_API_KEY=KEY, COMET_API_KEY=KEY, HOME=folder)
-    done = subprocess.run([sys.executable, "train.py", "--conf", str(conf)], env=secrets, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--conf", str(conf)], env=secrets, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -133,7 +137,9 @@ def test_a_service_that_fails_is_left_behind(corpus, tmp_path, monkeypatch):
 
 def test_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(EnvironmentProblem, match=r"wandb is not installed; where=logging.wandb.*pip install neox-train\[wandb\]"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"wandb is not installed; where=logging.wandb.*pip install neox-train\[wandb\]"
+    ):
         load("wandb")
 
 

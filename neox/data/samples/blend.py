@@ -25,7 +25,9 @@ def normalise_weights(weights: Sequence[float]) -> np.ndarray:
         raise DataError("a blend needs a list of weights", got=f"shape {shares.shape}")
     bad = np.flatnonzero(~np.isfinite(shares) | (shares < 0))
     if bad.size:
-        raise DataError("bad weight of a dataset", where=f"dataset {bad[0]}", got=shares[bad[0]], want="a finite number >= 0")
+        raise DataError(
+            "bad weight of a dataset", where=f"dataset {bad[0]}", got=shares[bad[0]], want="a finite number >= 0"
+        )
     total = shares.sum()
     if not 0 < total < np.inf:
         raise DataError("sum of the weights of a blend is not positive and finite", got=total)
@@ -151,7 +153,9 @@ class PhasedBlend:
         for number, (first, blend) in enumerate(zip(self._firsts, self._blends, strict=True)):
             end = min(count, self._firsts[number + 1]) if number + 1 < len(self._firsts) else count
             if end > first:
-                wanted = [samples - before for samples, before in zip(inner, self._before[number].tolist(), strict=True)]
+                wanted = [
+                    samples - before for samples, before in zip(inner, self._before[number].tolist(), strict=True)
+                ]
                 found.append(first + blend.positions(wanted, end - first))
         return np.concatenate(found)
 
@@ -204,13 +208,19 @@ class MixedDataset(Collatable):
 
     def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read of each source."""
-        return [seen for part, given in zip(self.parts, self._blend.taken(count).tolist(), strict=True) for seen in part.coverage(given)]
+        return [
+            seen
+            for part, given in zip(self.parts, self._blend.taken(count).tolist(), strict=True)
+            for seen in part.coverage(given)
+        ]
 
 
 class BlendedDataset(MixedDataset):
     """Several datasets blended by weight, which are read many samples at a time."""
 
-    def __init__(self, datasets: Sequence[BatchReader], weights: list[float], phases: Sequence[BlendPhase] | None = None):
+    def __init__(
+        self, datasets: Sequence[BatchReader], weights: list[float], phases: Sequence[BlendPhase] | None = None
+    ):
         super().__init__(list(datasets), weights, phases)
         self._readers = datasets
         self.seq_length = datasets[0].seq_length
@@ -218,6 +228,9 @@ class BlendedDataset(MixedDataset):
 
     def read_rows(self, indices: np.ndarray, rows: np.ndarray, out: BatchArrays) -> int:
         """Read sample indices[i] into row rows[i]. Returns the largest id."""
-        sources, inner = (np.array(numbers, dtype=np.int64) for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True))
+        sources, inner = (
+            np.array(numbers, dtype=np.int64)
+            for numbers in zip(*(self._blend[index] for index in indices.tolist()), strict=True)
+        )
         masks = [(source, sources == source) for source in np.unique(sources).tolist()]
         return max(self._readers[source].read_rows(inner[mask], rows[mask], out) for source, mask in masks)

@@ -14,8 +14,24 @@ from neox._native import core
 from neox.config.schema import Config, DataConfig, DataSource
 from neox.config.validate import check_sources
 from neox.data.samples.blend import BlendedDataset, BlendPhase, MixedDataset, PhasedBlend, normalise_weights
-from neox.data.samples.cursor import Cursor, SavedCursor, Source, continue_from, first_phase, identify, same_shares, settings_of, tokenizer_of
-from neox.data.samples.documents import DocumentDataset, LabelledDataset, PairDataset, check_labels, check_same_documents
+from neox.data.samples.cursor import (
+    Cursor,
+    SavedCursor,
+    Source,
+    continue_from,
+    first_phase,
+    identify,
+    same_shares,
+    settings_of,
+    tokenizer_of,
+)
+from neox.data.samples.documents import (
+    DocumentDataset,
+    LabelledDataset,
+    PairDataset,
+    check_labels,
+    check_same_documents,
+)
 from neox.data.samples.fim import FimDataset, Transform
 from neox.data.samples.index_cache import PACKING_NAMES, cache_key, cached_order
 from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, check_tokens, gpt_neox_order, split_ranges
@@ -71,7 +87,9 @@ class RunDatasets:
         rows = {part: _rows(config, opened, path, part) for part in wanted}
         validation = [_described(config, opened, row) for row in rows.get("validation", ())]
         needed = _needed(config, rows.get("train", ()), wanted.get("train", 0))
-        sources = [_described(config, opened, row, count) for row, count in zip(rows.get("train", ()), needed, strict=True)]
+        sources = [
+            _described(config, opened, row, count) for row, count in zip(rows.get("train", ()), needed, strict=True)
+        ]
         if saved is not None and any(source.epochs for source in sources):
             sources = _keep_epochs(config, opened, sources, rows["train"], saved, wanted["train"])
         self.cursor = Cursor(settings, tuple(sources), (first_phase(sources),))
@@ -83,13 +101,19 @@ class RunDatasets:
         for part in (part for part in wanted if rows[part]):
             made = self._made(config, opened, part, rows[part], wanted[part])
             if part == "train":
-                per_epoch = [len(one) // (source.epochs or 1) for one, source in zip(made, self.cursor.sources, strict=True)]
-                sources = [replace(source, samples=count) for source, count in zip(self.cursor.sources, per_epoch, strict=True)]
+                per_epoch = [
+                    len(one) // (source.epochs or 1) for one, source in zip(made, self.cursor.sources, strict=True)
+                ]
+                sources = [
+                    replace(source, samples=count) for source, count in zip(self.cursor.sources, per_epoch, strict=True)
+                ]
                 self.cursor = replace(self.cursor, sources=tuple(sources))
             weights = normalise_weights([row.source.weight for row in rows[part]]).tolist()
             self.parts[part] = mixed(made, weights, self.cursor.phases if part == "train" else None)
 
-    def _made(self, config: Config, opened: dict[str, IndexedDataset], part: str, rows: Sequence[PartSource], samples: int) -> list[Dataset]:
+    def _made(
+        self, config: Config, opened: dict[str, IndexedDataset], part: str, rows: Sequence[PartSource], samples: int
+    ) -> list[Dataset]:
         """The datasets of a part, one per source."""
         needed = _needed(config, rows, samples)
         if part == "train":
@@ -130,7 +154,9 @@ def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, p
         try:
             normalise_weights([row.source.weight for row in rows])
         except DataError as error:
-            raise ConfigError(error.what, where=f"data.{part}: {error.where or ''}", got=error.got, want=error.want) from error
+            raise ConfigError(
+                error.what, where=f"data.{part}: {error.where or ''}", got=error.got, want=error.want
+            ) from error
     return rows
 
 
@@ -144,9 +170,16 @@ def _needed(config: Config, rows: Sequence[PartSource], samples: int) -> list[in
 
 def _described(config: Config, opened: dict[str, IndexedDataset], row: PartSource, samples: int = 0) -> Source:
     """A source by its content. `samples` is the number needed of it, which the arrays of `order: neox` depend on."""
-    roles = {"tokens": row.source.path, "labels": row.source.labels, "rejected": row.source.rejected, "rejected_labels": row.source.rejected_labels}
+    roles = {
+        "tokens": row.source.path,
+        "labels": row.source.labels,
+        "rejected": row.source.rejected,
+        "rejected_labels": row.source.rejected_labels,
+    }
     files = {role: identify(opened[prefix]) for role, prefix in roles.items() if prefix is not None}
-    neox = config.data.order == "neox" and config.data.packing == "concatenate" and row.source.rejected is None and samples
+    neox = (
+        config.data.order == "neox" and config.data.packing == "concatenate" and row.source.rejected is None and samples
+    )
     epochs = _epochs(config, opened[row.source.path], row.span, samples) if neox else None
     return Source(row.name, row.source.weight, files, row.span, epochs)
 
@@ -166,7 +199,12 @@ def _samples_of(config: Config, dataset: IndexedDataset, span: tuple[int, int], 
 
 
 def _keep_epochs(
-    config: Config, opened: dict[str, IndexedDataset], sources: list[Source], rows: Sequence[PartSource], saved: SavedCursor, samples: int
+    config: Config,
+    opened: dict[str, IndexedDataset],
+    sources: list[Source],
+    rows: Sequence[PartSource],
+    saved: SavedCursor,
+    samples: int,
 ) -> list[Source]:
     """The sources, with the epochs of `order: neox` in the checkpoint if they suffice for what the run still reads."""
     before = saved.cursor
@@ -177,7 +215,14 @@ def _keep_epochs(
     found = []
     for source, row, share in zip(sources, rows, normalise_weights(weights), strict=True):
         dataset = opened[row.source.path]
-        old = next((number for number, one in enumerate(before.sources) if one.files and replace(source, epochs=one.epochs).same(one)), None)
+        old = next(
+            (
+                number
+                for number, one in enumerate(before.sources)
+                if one.files and replace(source, epochs=one.epochs).same(one)
+            ),
+            None,
+        )
         if old is not None:
             needed = taken[old] + math.ceil(rest * share) + 1
             epochs = _epochs(config, dataset, row.span, needed) if reweighted else source.epochs
@@ -224,7 +269,11 @@ def documents_of_parts(config: Config) -> dict[str, list[tuple[IndexedDataset, t
 
 def notes(datasets: dict[str, Dataset]) -> list[str]:
     """What a run logs about its datasets at its start: the fill rate of packed samples."""
-    parts = [(name, part) for name, dataset in datasets.items() for part in (dataset.parts if isinstance(dataset, MixedDataset) else [dataset])]
+    parts = [
+        (name, part)
+        for name, dataset in datasets.items()
+        for part in (dataset.parts if isinstance(dataset, MixedDataset) else [dataset])
+    ]
     packed = [(name, part.samples if isinstance(part, FimDataset) else part) for name, part in parts]
     return [f"{name}: {part.note()}" for name, part in packed if isinstance(part, PackedDataset)]
 
@@ -237,7 +286,11 @@ def _open_all(config: Config, path: str | None, parts: list[str]) -> dict[str, I
     """Open each prefix once and check it against the config. `path` is the dataset that data.split divides."""
     data = config.data
     sources = [source for part in parts for source in _sources(data, part)]
-    prefixes = [path] if path is not None else [prefix for source in sources for prefix in (source.path, source.rejected) if prefix]
+    prefixes = (
+        [path]
+        if path is not None
+        else [prefix for source in sources for prefix in (source.path, source.rejected) if prefix]
+    )
     opened: dict[str, IndexedDataset] = {}
     for prefix in prefixes:
         if prefix not in opened:
@@ -294,7 +347,11 @@ def mixed(datasets: list[Dataset], weights: list[float], phases: Sequence[BlendP
     if len(datasets) == 1 and (not phases or [phase.first for phase in phases] == [0]):
         return datasets[0]
     readers = [dataset for dataset in datasets if isinstance(dataset, BatchReader)]
-    return BlendedDataset(readers, weights, phases) if len(readers) == len(datasets) else MixedDataset(datasets, weights, phases)
+    return (
+        BlendedDataset(readers, weights, phases)
+        if len(readers) == len(datasets)
+        else MixedDataset(datasets, weights, phases)
+    )
 
 
 def _units(data: DataConfig, dataset: IndexedDataset) -> int:
@@ -323,23 +380,37 @@ def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: P
         made = made if labels is None else LabelledDataset(made, dataset, labels)
     if part != "train" or not data.fim.rate or isinstance(made, LabelledDataset):
         return made
-    return FimDataset(made, Transform(data.fim, config.tokenizer), dataset.checksum(), config.train.seed, data.document_mask)
+    return FimDataset(
+        made, Transform(data.fim, config.tokenizer), dataset.checksum(), config.train.seed, data.document_mask
+    )
 
 
 def _labels(opened: dict[str, IndexedDataset], prefix: str | None) -> IndexedDataset | None:
     return None if prefix is None else opened.get(prefix)
 
 
-def _packed(config: Config, files: tuple[IndexedDataset, IndexedDataset | None], span: tuple[int, int]) -> PackedDataset:
+def _packed(
+    config: Config, files: tuple[IndexedDataset, IndexedDataset | None], span: tuple[int, int]
+) -> PackedDataset:
     """Documents [first, last), best-fit packed. The packing is cached."""
     data = config.data
     dataset, labels = files
     key = cache_key(packing=1, idx=dataset.checksum(), first=span[0], last=span[1], seq_length=data.seq_length)
 
     def packed() -> Packing:
-        return cached_order(_cache_folders(config, dataset), key, lambda: pack_documents(dataset, span, data.seq_length), PACKING_NAMES)
+        return cached_order(
+            _cache_folders(config, dataset), key, lambda: pack_documents(dataset, span, data.seq_length), PACKING_NAMES
+        )
 
-    return PackedDataset(dataset, span, data.seq_length, config.train.seed, document_mask=data.document_mask, labels=labels, packed=packed)
+    return PackedDataset(
+        dataset,
+        span,
+        data.seq_length,
+        config.train.seed,
+        document_mask=data.document_mask,
+        labels=labels,
+        packed=packed,
+    )
 
 
 def _cache_folders(config: Config, dataset: IndexedDataset) -> list[Path]:
@@ -349,7 +420,9 @@ def _cache_folders(config: Config, dataset: IndexedDataset) -> list[Path]:
     return [Path(dataset.prefix).parent / "index_cache", Path(config.run.dir) / "index_cache"]
 
 
-def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> EpochDataset | GptNeoxOrderDataset:
+def _ordered(
+    config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int
+) -> EpochDataset | GptNeoxOrderDataset:
     """Documents (order: epoch) or sequences (order: neox) [first, last) in the order of the config."""
     data, seed = config.data, config.train.seed
     if data.order == "epoch":
@@ -360,5 +433,9 @@ def _ordered(config: Config, dataset: IndexedDataset, span: tuple[int, int], sam
     def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return gpt_neox_order(dataset.sizes, np.arange(first, last), data.seq_length, samples, seed)
 
-    key = cache_key(idx=dataset.checksum(), first=first, last=last, seq_length=data.seq_length, num_samples=samples, seed=seed)
-    return GptNeoxOrderDataset(dataset, cached_order(_cache_folders(config, dataset), key, build), data.seq_length, data.document_mask)
+    key = cache_key(
+        idx=dataset.checksum(), first=first, last=last, seq_length=data.seq_length, num_samples=samples, seed=seed
+    )
+    return GptNeoxOrderDataset(
+        dataset, cached_order(_cache_folders(config, dataset), key, build), data.seq_length, data.document_mask
+    )

@@ -77,7 +77,9 @@ def identify(dataset: IndexedDataset) -> FileIdentity:
 def _spots(path: str, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     complete = size <= SPOTS * SPOT_BYTES
-    starts = range(0, size, SPOT_BYTES) if complete else [(size - SPOT_BYTES) * spot // (SPOTS - 1) for spot in range(SPOTS)]
+    starts = (
+        range(0, size, SPOT_BYTES) if complete else [(size - SPOT_BYTES) * spot // (SPOTS - 1) for spot in range(SPOTS)]
+    )
     try:
         with open(path, "rb") as file:
             for start in starts:
@@ -113,7 +115,9 @@ class Source:
         """Whether both give the same samples in the same order, under the same settings."""
         if self.files is None or other.files is None:
             return self.path == other.path
-        files = self.files.keys() == other.files.keys() and all(identity.same(other.files[role]) for role, identity in self.files.items())
+        files = self.files.keys() == other.files.keys() and all(
+            identity.same(other.files[role]) for role, identity in self.files.items()
+        )
         return files and self.span == other.span and self.epochs == other.epochs
 
     def same_tokens(self, other: Source) -> bool:
@@ -124,9 +128,18 @@ class Source:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON value in a checkpoint."""
-        files = {role: [one.index, one.tokens, one.num_documents, one.num_tokens] for role, one in (self.files or {}).items()}
+        files = {
+            role: [one.index, one.tokens, one.num_documents, one.num_tokens] for role, one in (self.files or {}).items()
+        }
         span = None if self.span is None else list(self.span)
-        return {"path": self.path, "weight": self.weight, "files": files, "span": span, "epochs": self.epochs, "samples": self.samples}
+        return {
+            "path": self.path,
+            "weight": self.weight,
+            "files": files,
+            "span": span,
+            "epochs": self.epochs,
+            "samples": self.samples,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Source:
@@ -153,7 +166,11 @@ class Cursor:
     def to_json(self) -> dict[str, Any]:
         """The JSON value in a checkpoint."""
         phases = [[one.first, list(one.weights), list(one.taken)] for one in self.phases]
-        return {"settings": dict(self.settings), "sources": [source.to_json() for source in self.sources], "stretches": phases}
+        return {
+            "settings": dict(self.settings),
+            "sources": [source.to_json() for source in self.sources],
+            "stretches": phases,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Cursor:
@@ -258,7 +275,8 @@ def continue_from(saved: SavedCursor, now: Cursor, validation: Sequence[Source])
             where=saved.where,
             got=", ".join(lines),
             want=f"the data that the {saved.consumed:,} samples of the checkpoint were read from",
-            do="revert the change, choose another run.dir, or accept it once by --set checkpoint.accept_data_change=true",
+            do="revert the change, choose another run.dir, or accept it once by --set "
+            "checkpoint.accept_data_change=true",
         )
     lines = [f"accepted by checkpoint.accept_data_change: {line}" for line in lines]
     return Continuation((new_phase(saved, now, partner, taken),), lines)
@@ -271,11 +289,17 @@ def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[Any, Any]]:
 
     data.split is compared by the documents that it selects; by its text only if those of the checkpoint are unknown.
     """
-    found = {key: (before.settings.get(key), value) for key, value in now.settings.items() if before.settings.get(key) != value}
+    found = {
+        key: (before.settings.get(key), value)
+        for key, value in now.settings.items()
+        if before.settings.get(key) != value
+    }
     for key in ("tokenizer.file", "data.text"):
         if None in found.get(key, ()):
             del found[key]
-    if "data.split" in found and (None in found["data.split"] or all(source.files is not None for source in before.sources)):
+    if "data.split" in found and (
+        None in found["data.split"] or all(source.files is not None for source in before.sources)
+    ):
         del found["data.split"]
     return found
 
@@ -285,7 +309,11 @@ def matched_sources(before: Sequence[Source], now: Sequence[Source]) -> dict[int
     found: dict[int, int] = {}
     for number, source in enumerate(before):
         free = (other for other, candidate in enumerate(now) if other not in found.values() and source.same(candidate))
-        match = number if number < len(now) and number not in found.values() and source.same(now[number]) else next(free, None)
+        match = (
+            number
+            if number < len(now) and number not in found.values() and source.same(now[number])
+            else next(free, None)
+        )
         if match is not None:
             found[number] = match
     return found
@@ -308,7 +336,11 @@ def reblended(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken
         return Continuation(phases)
     phase = new_phase(saved, now, partner, taken)
     added = (0,) * (len(weights) - len(taken))
-    earlier = [BlendPhase(one.first, one.weights + added, one.taken + added) for one in phases if one.first < saved.consumed] if in_place else []
+    earlier = (
+        [BlendPhase(one.first, one.weights + added, one.taken + added) for one in phases if one.first < saved.consumed]
+        if in_place
+        else []
+    )
     before, after = normalise_weights(phases[-1].weights), normalise_weights(weights)
     olds = {new: old for old, new in partner.items()}
     parts = []
@@ -316,7 +348,10 @@ def reblended(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken
         share = f"{after[number]:.4g}" if number not in olds else f"{before[olds[number]]:.4g} -> {after[number]:.4g}"
         parts.append(f"{source.path} at its sample {phase.taken[number]:,} (share {share})")
     more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-    line = f"data.train: the blend changes at sample {saved.consumed:,}, each source continues after its last sample, without repeats or skips: "
+    line = (
+        f"data.train: the blend changes at sample {saved.consumed:,}, each source continues after its last sample, "
+        f"without repeats or skips: "
+    )
     return Continuation((*earlier, phase), [line + ", ".join(parts[:SHOWN]) + more])
 
 
@@ -326,7 +361,9 @@ def same_shares(one: Sequence[float], other: Sequence[float]) -> bool:
     Raises:
         DataError: bad weights.
     """
-    return len(one) == len(other) and np.allclose(normalise_weights(one), normalise_weights(other), rtol=1e-12, atol=0.0)
+    return len(one) == len(other) and np.allclose(
+        normalise_weights(one), normalise_weights(other), rtol=1e-12, atol=0.0
+    )
 
 
 def differences(before: Cursor, now: Cursor, changed: Mapping[str, tuple[Any, Any]], ended: Iterable[int]) -> list[str]:
@@ -359,7 +396,9 @@ def reading(source: Source, current: Source, split: str | None, new_split: str |
     return f"labels or rejected answers of {source.path} changed"
 
 
-def consequences(before: Cursor, now: Cursor, taken: Sequence[int], ended: Iterable[int], validation: Sequence[Source]) -> list[str]:
+def consequences(
+    before: Cursor, now: Cursor, taken: Sequence[int], ended: Iterable[int], validation: Sequence[Source]
+) -> list[str]:
     """How many samples would be repeated or lost if the run continued."""
     lines, ended = [], list(ended)
     length = before.settings["data.seq_length"]
@@ -371,19 +410,30 @@ def consequences(before: Cursor, now: Cursor, taken: Sequence[int], ended: Itera
         if current is not None:
             lines.append(f"the {read} would be repeated among new ones, and none would be lost")
         elif same_name:
-            left = "" if source.samples is None else f", the other {source.samples - count % source.samples:,} of its epoch would be lost"
+            left = (
+                ""
+                if source.samples is None
+                else f", the other {source.samples - count % source.samples:,} of its epoch would be lost"
+            )
             lines.append(f"what the new content shares with the {read} would be repeated{left}")
         else:
             left = "" if source.samples is None else f"{source.samples - count % source.samples:,} "
-            lines.append(f"the {left}remaining samples of the epoch of {source.path} would be lost, and none would be repeated")
-        lines += [moved(source, one) for one in validation if source.same_tokens(one) and overlap(source.span, one.span)]
+            lines.append(
+                f"the {left}remaining samples of the epoch of {source.path} would be lost, and none would be repeated"
+            )
+        lines += [
+            moved(source, one) for one in validation if source.same_tokens(one) and overlap(source.span, one.span)
+        ]
     more = [f"and likewise for {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return lines[:SHOWN] + more or ["no sample would be repeated or lost, but each would be built differently"]
 
 
 def moved(source: Source, held_out: Source) -> str:
     """Documents that move from training to validation."""
-    return f"documents {bounds(overlap(source.span, held_out.span))} of {source.path} were training data and would be validation data"
+    return (
+        f"documents {bounds(overlap(source.span, held_out.span))} of {source.path} were training data and would be "
+        f"validation data"
+    )
 
 
 def overlap(one: Span | None, other: Span | None) -> Span | None:

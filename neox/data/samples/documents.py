@@ -76,7 +76,14 @@ class DocumentDataset(Collatable):
         DataError: no document has two tokens, or the labels do not belong to the documents.
     """
 
-    def __init__(self, dataset: IndexedDataset, labels: IndexedDataset | None, seq_length: int, seed: int, documents: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        labels: IndexedDataset | None,
+        seq_length: int,
+        seed: int,
+        documents: tuple[int, int] | None = None,
+    ):
         self._samples = DocumentSamples(dataset, labels, seq_length)
         everything = (0, dataset.num_documents)
         self._first, last = documents or everything
@@ -104,7 +111,9 @@ class DocumentDataset(Collatable):
 
     def find(self, prefix: str, document: int, count: int) -> np.ndarray:
         """The samples below `count` of a document of dataset `prefix`, int64."""
-        return permuted_find(self._order, np.array([document - self._first]), count if prefix == self._samples.dataset.prefix else 0)
+        return permuted_find(
+            self._order, np.array([document - self._first]), count if prefix == self._samples.dataset.prefix else 0
+        )
 
     def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read of each source."""
@@ -157,7 +166,9 @@ class PairDataset(Collatable):
 
     def pair(self, document: int) -> Pair:
         """The pair of documents number `document`."""
-        return Pair(self.chosen[document], self.rejected[document], None if self.reference is None else self.reference[document])
+        return Pair(
+            self.chosen[document], self.rejected[document], None if self.reference is None else self.reference[document]
+        )
 
     def __getitem__(self, index: int) -> Pair:
         return self.pair(self._order.first_token(index))
@@ -165,7 +176,10 @@ class PairDataset(Collatable):
     def describe(self, index: int, token: int) -> str:
         """The location of a token of the chosen answer or, for tokens beyond its end, of the rejected one."""
         second, offset = divmod(token, self._seq_length + 1)
-        return f"{(self.rejected if second else self.chosen).dataset.bin_path} document {self._order.first_token(index)} offset {offset}"
+        return (
+            f"{(self.rejected if second else self.chosen).dataset.bin_path} document {self._order.first_token(index)} "
+            f"offset {offset}"
+        )
 
     def slices(self, index: int) -> list[DocumentSlice]:
         """The slices of the chosen and of the rejected document of a sample."""
@@ -272,7 +286,8 @@ def nothing_to_learn(labels: IndexedDataset, documents: tuple[int, int]) -> Data
         where=f"{labels.bin_path} documents {documents[0]} to {documents[1]}",
         got="label -100 for every target",
         want="a label that is a token",
-        do="make tokens and labels by neox preprocess --chat, check its template, or raise data.seq_length if answers are truncated",
+        do="make tokens and labels by neox preprocess --chat, check its template, or raise data.seq_length if answers "
+        "are truncated",
     )
 
 
@@ -282,6 +297,7 @@ def check_same_documents(dataset: IndexedDataset, other: IndexedDataset, what: s
         raise DataError(
             f"{what} do not belong to the documents",
             where=f"{dataset.prefix}, {other.prefix}",
-            got=f"{dataset.num_documents} documents of {dataset.num_tokens} tokens, {other.num_documents} of {other.num_tokens}",
+            got=f"{dataset.num_documents} documents of {dataset.num_tokens} tokens, {other.num_documents} of "
+            f"{other.num_tokens}",
             want="documents of the same lengths",
         )

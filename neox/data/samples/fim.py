@@ -132,7 +132,12 @@ class Transform:
         library = Tokenizer(file, tokenizer.eod_token)
         self.fim = fim
         self.eod_id = library.eod_id
-        names = {"prefix_token": fim.prefix_token, "middle_token": fim.middle_token, "suffix_token": fim.suffix_token, "split_sample": fim.split_sample}
+        names = {
+            "prefix_token": fim.prefix_token,
+            "middle_token": fim.middle_token,
+            "suffix_token": fim.suffix_token,
+            "split_sample": fim.split_sample,
+        }
         ids = {name: library.token_id(token) for name, token in names.items() if token is not None}
         for name, number in ids.items():
             if number is None:
@@ -142,7 +147,9 @@ class Transform:
                     got=names[name],
                     do="name a token of the tokenizer, or train one with neox tokenizer train --special-token",
                 )
-        self._prefix, self._middle, self._suffix = (np.array([ids[name]]) for name in ("prefix_token", "middle_token", "suffix_token"))
+        self._prefix, self._middle, self._suffix = (
+            np.array([ids[name]]) for name in ("prefix_token", "middle_token", "suffix_token")
+        )
         self._divider = ids.get("split_sample")
         try:
             self._codec: Codec = NativeCodec(TokenizerFile(file, tokenizer.eod_token))

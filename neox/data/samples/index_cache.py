@@ -32,7 +32,9 @@ def cache_key(**settings: int) -> str:
     return hashlib.sha256(orjson.dumps(["neox-order-1", settings], option=orjson.OPT_SORT_KEYS)).hexdigest()[:24]
 
 
-def cached_order(folders: Sequence[Path], key: str, build: Callable[[], Arrays], names: Sequence[str] = NAMES) -> Arrays:
+def cached_order(
+    folders: Sequence[Path], key: str, build: Callable[[], Arrays], names: Sequence[str] = NAMES
+) -> Arrays:
     """The arrays for `key`, from the first folder that has them; else built and stored in the first writable folder.
 
     If several processes call this at once, one builds the arrays and the others wait for it. A damaged cache is

@@ -100,8 +100,15 @@ class Loader:
         prefetch: int = 2,
         vocab_size: int | None = None,
     ):
-        if min(micro_batch_size, gradient_accumulation, dp_size) < 1 or not 0 <= dp_rank < dp_size or min(start, prefetch) < 0:
-            raise ValueError(f"loader sizes out of range: {micro_batch_size=} {gradient_accumulation=} {dp_rank=} {dp_size=} {start=} {prefetch=}")
+        if (
+            min(micro_batch_size, gradient_accumulation, dp_size) < 1
+            or not 0 <= dp_rank < dp_size
+            or min(start, prefetch) < 0
+        ):
+            raise ValueError(
+                f"loader sizes out of range: {micro_batch_size=} {gradient_accumulation=} {dp_rank=} {dp_size=} "
+                f"{start=} {prefetch=}"
+            )
         self.consumed = start
         self._samples = StepSamples(micro_batch_size, gradient_accumulation, dp_rank, dp_size)
         self._read = StepReader(dataset, self._samples, vocab_size)
@@ -111,7 +118,11 @@ class Loader:
         if prefetch > 0:
             self._ready = queue.Queue(maxsize=prefetch)
             # The thread has no reference to the loader, so that garbage collection of the loader ends the thread.
-            self._thread = threading.Thread(target=read_ahead, args=(self._read, start, self._samples.global_batch_size, self._ready, self._stop), daemon=True)
+            self._thread = threading.Thread(
+                target=read_ahead,
+                args=(self._read, start, self._samples.global_batch_size, self._ready, self._stop),
+                daemon=True,
+            )
             self._thread.start()
             weakref.finalize(self, stop_thread, self._stop, self._thread)
 
@@ -121,7 +132,11 @@ class Loader:
     def __next__(self) -> list[Batch]:
         if self._stop.is_set():
             raise ValueError("loader is closed")
-        step = self._read(self.consumed) if self._ready is None or self._thread is None else take(self._ready, self._thread)
+        step = (
+            self._read(self.consumed)
+            if self._ready is None or self._thread is None
+            else take(self._ready, self._thread)
+        )
         if isinstance(step, BaseException):
             self.close()
             raise step
@@ -210,7 +225,11 @@ class StepReader:
     def _batch_of_samples(self, sample_ids: list[int]) -> Batch:
         """The batch of a dataset that reads one sample, or one pair, at a time."""
         samples = [self._dataset[sample] for sample in sample_ids]
-        rows = [row for sample in samples for row in ((sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,))]
+        rows = [
+            row
+            for sample in samples
+            for row in ((sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,))
+        ]
         tokens = np.stack([row.tokens for row in rows])  # [b, s + 1]
         self._check_vocabulary(tokens, sample_ids)
         targets = tokens if rows[0].labels is None else self._checked_labels(tokens, rows, sample_ids)
@@ -220,7 +239,9 @@ class StepReader:
             segment_ids, position_ids = torch.from_numpy(segments), torch.from_numpy(positions_in_documents(segments))
         if rows[0].end is not None:
             ends = torch.tensor([row.end for row in rows], dtype=torch.int64)
-        references = [sample.reference for sample in samples if isinstance(sample, Pair) and sample.reference is not None]
+        references = [
+            sample.reference for sample in samples if isinstance(sample, Pair) and sample.reference is not None
+        ]
         if references:
             reference = torch.from_numpy(np.concatenate(references))
         return Batch(

@@ -41,7 +41,9 @@ def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
     return [(cuts[part], cuts[part + 1]) for part in range(3)]
 
 
-def gpt_neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def gpt_neox_order(
+    sizes: np.ndarray, documents: np.ndarray, seq_length: int, num_samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """GPT-NeoX's packed order, bit for bit.
 
     Args:
@@ -63,7 +65,9 @@ def gpt_neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, nu
     sizes = np.asarray(sizes) if np.asarray(sizes).dtype == np.int32 else np.ascontiguousarray(sizes, dtype=np.int32)
     documents = np.asarray(documents)
     if documents.size and (documents.min() < 0 or documents.max() >= sizes.size):
-        raise DataError("document number out of range", got=f"{documents.min()} to {documents.max()}", want=f"0 to {sizes.size - 1}")
+        raise DataError(
+            "document number out of range", got=f"{documents.min()} to {documents.max()}", want=f"0 to {sizes.size - 1}"
+        )
     if not 0 <= seed < 2**32:
         raise ConfigError("seed is out of range for order: neox", where="train.seed", got=seed, want="0 to 4294967295")
     tokens_per_epoch = int(sizes[documents].sum(dtype=np.int64)) if documents.size else 0
@@ -73,7 +77,9 @@ def gpt_neox_order(sizes: np.ndarray, documents: np.ndarray, seq_length: int, nu
     random = np.random.RandomState(seed)
     doc_idx = np.tile(documents.astype(document_type), epochs)
     random.shuffle(doc_idx)
-    sample_idx = core.sample_index(sizes, doc_idx, seq_length, samples + 1, row_type == np.int64, min(len(os.sched_getaffinity(0)), MOST_THREADS))
+    sample_idx = core.sample_index(
+        sizes, doc_idx, seq_length, samples + 1, row_type == np.int64, min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    )
     shuffle_idx = np.arange(samples, dtype=sample_type)
     random.shuffle(shuffle_idx)
     return doc_idx, sample_idx, shuffle_idx
@@ -119,7 +125,14 @@ class EpochDataset(Collatable):
         DataError: fewer tokens than one sample needs.
     """
 
-    def __init__(self, dataset: IndexedDataset, documents: tuple[int, int], seq_length: int, seed: int, document_mask: bool = False):
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        documents: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        document_mask: bool = False,
+    ):
         first, last = documents
         self._dataset = dataset
         self.seq_length = seq_length
@@ -164,7 +177,9 @@ class EpochDataset(Collatable):
         """The samples below `count` with a token of a document of dataset `prefix`, int64."""
         if prefix != self._dataset.prefix:
             return np.empty(0, dtype=np.int64)
-        first, last = (self._dataset.first_token_of_document(number) - self._start for number in (document, document + 1))
+        first, last = (
+            self._dataset.first_token_of_document(number) - self._start for number in (document, document + 1)
+        )
 
         def holds(samples: np.ndarray) -> np.ndarray:
             starts = self._order.first_tokens(samples)
@@ -188,7 +203,13 @@ class GptNeoxOrderDataset(Collatable):
     `len` is the number of samples of all epochs.
     """
 
-    def __init__(self, dataset: IndexedDataset, order: tuple[np.ndarray, np.ndarray, np.ndarray], seq_length: int, document_mask: bool = False):
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        order: tuple[np.ndarray, np.ndarray, np.ndarray],
+        seq_length: int,
+        document_mask: bool = False,
+    ):
         self._dataset = dataset
         self._documents, self._samples, self._shuffle = order
         self.seq_length = seq_length
@@ -199,7 +220,9 @@ class GptNeoxOrderDataset(Collatable):
 
     def __getitem__(self, index: int) -> Sample:
         position, offset = self._row(index)
-        tokens, segments = self._dataset.read_ordered(self._documents, position, offset, self.seq_length + 1, self.document_mask)
+        tokens, segments = self._dataset.read_ordered(
+            self._documents, position, offset, self.seq_length + 1, self.document_mask
+        )
         return Sample(tokens, None if segments is None else segments[:-1])
 
     def tokens_and_segments(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +242,9 @@ class GptNeoxOrderDataset(Collatable):
         for index in (indices.min(), indices.max()):
             self._check(int(index))
         starts = self._samples[self._shuffle[indices]].astype(np.int64)
-        return self._dataset.read_ordered_rows(self._documents, np.ascontiguousarray(starts[:, 0]), np.ascontiguousarray(starts[:, 1]), rows, out)
+        return self._dataset.read_ordered_rows(
+            self._documents, np.ascontiguousarray(starts[:, 0]), np.ascontiguousarray(starts[:, 1]), rows, out
+        )
 
     def describe(self, index: int, token: int) -> str:
         """The location of token `token` of sample `index`: file, document, offset."""
@@ -253,7 +278,10 @@ class GptNeoxOrderDataset(Collatable):
         # Row r of the index is the first token of sample r, row r + 1 the last one. A row at the end of a document is
         # in the next document.
         rows = np.zeros(len(self), dtype=bool)
-        lows, highs = np.searchsorted(starts, positions, side="left") - 1, np.searchsorted(starts, positions, side="right")
+        lows, highs = (
+            np.searchsorted(starts, positions, side="left") - 1,
+            np.searchsorted(starts, positions, side="right"),
+        )
         for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
             rows[max(low, 0) : high] = True
         return np.flatnonzero(rows[self._shuffle[:count]])
@@ -271,7 +299,11 @@ class GptNeoxOrderDataset(Collatable):
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise DataError(
-                "sample is beyond the end of the order", where=self._dataset.bin_path, got=index, want=f"below {len(self)}", do="raise train.train_iters"
+                "sample is beyond the end of the order",
+                where=self._dataset.bin_path,
+                got=index,
+                want=f"below {len(self)}",
+                do="raise train.train_iters",
             )
 
 

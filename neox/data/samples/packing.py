@@ -37,7 +37,9 @@ def pack_documents(dataset: IndexedDataset, documents: tuple[int, int], seq_leng
     return (borders[owner] + offsets)[order], sizes[order], starts
 
 
-def sample_of(tokens: np.ndarray, segments: np.ndarray, labels: np.ndarray, document_mask: bool, isolated: bool) -> Sample:
+def sample_of(
+    tokens: np.ndarray, segments: np.ndarray, labels: np.ndarray, document_mask: bool, isolated: bool
+) -> Sample:
     """A sample of tokens [s + 1]; padding is not learned.
 
     Args:
@@ -92,7 +94,9 @@ class PackedDataset(Collatable):
         self.seq_length = seq_length
         self.document_mask = document_mask
         self.isolated = True
-        self._firsts, self._sizes, self._starts = pack_documents(dataset, documents, seq_length) if packed is None else packed()
+        self._firsts, self._sizes, self._starts = (
+            pack_documents(dataset, documents, seq_length) if packed is None else packed()
+        )
         if len(self) == 0:
             check_learnable(dataset, documents)
         self._order = core.EpochOrder(order_key(seed, dataset.checksum(), *documents, seq_length), len(self) + 1, 1)
@@ -108,9 +112,15 @@ class PackedDataset(Collatable):
     def note(self) -> str:
         """What a run logs about the packing at its start."""
         documents, parts = self._documents[1] - self._documents[0], self._sizes.size
-        cut = int((np.diff(self.dataset.document_starts()[self._documents[0] : self._documents[1] + 1]) > self.seq_length + 1).sum())
+        cut = int(
+            (
+                np.diff(self.dataset.document_starts()[self._documents[0] : self._documents[1] + 1])
+                > self.seq_length + 1
+            ).sum()
+        )
         return (
-            f"{self.dataset.prefix}: {documents:,} documents in {parts:,} segments, best-fit packed into {len(self):,} samples; "
+            f"{self.dataset.prefix}: {documents:,} documents in {parts:,} segments, best-fit packed into "
+            f"{len(self):,} samples; "
             f"fill rate {100 * self.fill:.2f} %, {cut:,} documents cut"
         )
 
@@ -153,7 +163,14 @@ class PackedDataset(Collatable):
     def coverage(self, count: int) -> list[Coverage]:
         """What the first `count` samples have read of each source."""
         used = np.add.reduceat(self._sizes, self._starts[:-1], dtype=np.int64)
-        return [Coverage(self.dataset.prefix, count, permuted_sum(self._order, np.minimum(used, self.seq_length), count), count / len(self))]
+        return [
+            Coverage(
+                self.dataset.prefix,
+                count,
+                permuted_sum(self._order, np.minimum(used, self.seq_length), count),
+                count / len(self),
+            )
+        ]
 
     def _segments(self, index: int) -> slice:
         if index < 0:

@@ -72,4 +72,6 @@ def permuted_sum(order: core.EpochOrder, values: np.ndarray, count: int) -> int:
     """Sum of `values` over the units of the first `count` samples of such an order."""
     epochs, rest = divmod(count, values.size)
     done = epochs * values.size
-    return epochs * int(values.sum(dtype=np.int64)) + int(values[order.first_tokens(np.arange(done, done + rest))].sum(dtype=np.int64))
+    return epochs * int(values.sum(dtype=np.int64)) + int(
+        values[order.first_tokens(np.arange(done, done + rest))].sum(dtype=np.int64)
+    )

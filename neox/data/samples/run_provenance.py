@@ -88,7 +88,9 @@ class ConfigSpan:
         batch: samples per step; None for the config's.
     """
 
-    def __init__(self, config: Config, last: int | None, world_size: int | None, saved: SavedCursor | None, batch: int | None):
+    def __init__(
+        self, config: Config, last: int | None, world_size: int | None, saved: SavedCursor | None, batch: int | None
+    ):
         self.config, self.last, self.world_size = config, last, world_size
         self._saved, self._batch = saved, batch
 
@@ -128,7 +130,12 @@ class RunProvenance:
         self._steps, self._ends, self._batches = self._records()
         given = batch or self.config.train.global_batch_size
         if given is None and not self._steps.size:
-            raise ConfigError("the batch size is unknown", where=run, got=f"neither train.global_batch_size nor {METRICS}", do="give --batch")
+            raise ConfigError(
+                "the batch size is unknown",
+                where=run,
+                got=f"neither train.global_batch_size nor {METRICS}",
+                do="give --batch",
+            )
         self.batch = int(given or self._batches[-1])
         self.written = list(written)
         self._config_spans = list(config_spans(written, self.config, self.batch))
@@ -160,7 +167,12 @@ class RunProvenance:
         if at < self._steps.size and self._steps[at] == step:
             return int(self._ends[at] - self._batches[at]), int(self._ends[at])
         if at < self._steps.size:
-            raise DataError("the step is not recorded", where=self.run / METRICS, got=step, want=f"one of {self._steps[0]} to {self._steps[-1]}")
+            raise DataError(
+                "the step is not recorded",
+                where=self.run / METRICS,
+                got=step,
+                want=f"one of {self._steps[0]} to {self._steps[-1]}",
+            )
         last = (int(self._steps[-1]), self.consumed) if self._steps.size else (0, 0)
         end = last[1] + (step - last[0]) * self.batch
         return end - self.batch, end
@@ -169,7 +181,9 @@ class RunProvenance:
         """The samples of a step."""
         first, last = self.span(step)
         dataset = self.config_span(step).dataset
-        return [BatchRow(sample, *layout.locate(sample - first), dataset.slices(sample)) for sample in range(first, last)]
+        return [
+            BatchRow(sample, *layout.locate(sample - first), dataset.slices(sample)) for sample in range(first, last)
+        ]
 
     def steps_of(self, prefix: str, document: int) -> list[tuple[int, list[int]]]:
         """The recorded steps that read a document of a source, each with the samples that contain a token of it."""
@@ -199,7 +213,9 @@ class RunProvenance:
         try:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             rows = [orjson.loads(line) for line in lines if line.endswith(b"\n")]  # the last line may be incomplete
-            numbers = np.array([(row["step"], row["samples"], row["tokens"]) for row in rows], dtype=np.int64).reshape(-1, 3)
+            numbers = np.array([(row["step"], row["samples"], row["tokens"]) for row in rows], dtype=np.int64).reshape(
+                -1, 3
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError("metrics of the run cannot be read", where=path, got=error) from error
         rows_of_sample = 2 if self.config.train.objective in ("dpo", "reward") else 1

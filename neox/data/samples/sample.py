@@ -113,4 +113,8 @@ class Collatable:
 
 def fields_of(sample: Sample | Pair) -> dict[str, Any]:
     """The fields of a sample or pair that are not None, by name."""
-    return {name: fields_of(value) if isinstance(value, Sample) else value for name, value in sample._asdict().items() if value is not None}
+    return {
+        name: fields_of(value) if isinstance(value, Sample) else value
+        for name, value in sample._asdict().items()
+        if value is not None
+    }

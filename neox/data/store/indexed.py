@@ -37,7 +37,9 @@ def make_folder(folder: str) -> None:
     try:
         os.makedirs(folder or os.curdir, exist_ok=True)
     except OSError as problem:
-        raise DiskError("cannot create the folder of a dataset", where=folder, got=problem.strerror, do="choose another --out") from problem
+        raise DiskError(
+            "cannot create the folder of a dataset", where=folder, got=problem.strerror, do="choose another --out"
+        ) from problem
 
 
 class IndexedDataset:
@@ -91,7 +93,9 @@ class IndexedDataset:
         return self._core.sequence(position)
 
     def __repr__(self) -> str:
-        return f"IndexedDataset({self.prefix!r}, {self.num_documents} documents, {self.num_tokens} tokens, {self.dtype})"
+        return (
+            f"IndexedDataset({self.prefix!r}, {self.num_documents} documents, {self.num_tokens} tokens, {self.dtype})"
+        )
 
     def checksum(self) -> int:
         """XXH64 of .idx, which identifies the content in caches.
@@ -112,7 +116,9 @@ class IndexedDataset:
         """
         return self._core.read(first, count, segments)
 
-    def read_ordered(self, order: np.ndarray, position: int, offset: int, count: int, segments: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    def read_ordered(
+        self, order: np.ndarray, position: int, offset: int, count: int, segments: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """`count` tokens of the concatenated sequences order[position:], without the first `offset`; see `read`."""
         return self._core.read_ordered(order, position, offset, count, segments)
 
@@ -124,7 +130,9 @@ class IndexedDataset:
         """
         return self._core.read_rows(firsts, rows, *out)
 
-    def read_ordered_rows(self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: RowArrays) -> int:
+    def read_ordered_rows(
+        self, order: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: RowArrays
+    ) -> int:
         """As `read_rows`, with sample i from token offsets[i] of sequence order[positions[i]]; see `read_ordered`."""
         return self._core.read_ordered_rows(order, positions, offsets, rows, *out)
 
@@ -132,7 +140,9 @@ class IndexedDataset:
         """Tokens [firsts[i], firsts[i] + counts[i]) of the dataset for all i, concatenated, int64."""
         return core.read_spans(self._core, firsts, counts)
 
-    def document_statistics(self, first: int, last: int, eod_id: int | None) -> tuple[int | None, int | None, int, int, np.ndarray]:
+    def document_statistics(
+        self, first: int, last: int, eod_id: int | None
+    ) -> tuple[int | None, int | None, int, int, np.ndarray]:
         """Read documents [first, last) once.
 
         Returns:
@@ -204,10 +214,18 @@ class IndexedDataset:
         if self.sidecar is None:
             return []
         size = self.sidecar.block_bytes
-        return [(block * size, min((block + 1) * size, self.sidecar.bin_bytes)) for block in self._core.damaged_blocks()]
+        return [
+            (block * size, min((block + 1) * size, self.sidecar.bin_bytes)) for block in self._core.damaged_blocks()
+        ]
 
     def _check_sidecar(self, sidecar: Sidecar) -> None:
-        ours = (self.dtype.name, self._length, self.num_documents, self.num_tokens, self.num_tokens * self.dtype.itemsize)
+        ours = (
+            self.dtype.name,
+            self._length,
+            self.num_documents,
+            self.num_tokens,
+            self.num_tokens * self.dtype.itemsize,
+        )
         theirs = (sidecar.dtype, sidecar.num_sequences, sidecar.num_documents, sidecar.num_tokens, sidecar.bin_bytes)
         where = sidecar_path(self.prefix)
         do = "restore the three files from one source, or delete the sidecar to continue without checksums"
@@ -215,7 +233,13 @@ class IndexedDataset:
             raise DataError("sidecar does not belong to this dataset", where=where, got=theirs, want=ours, do=do)
         found = self._core.idx_checksum()
         if found != sidecar.idx_sum:
-            raise DataError("index file is damaged: checksum differs", where=f"{self.prefix}.idx", got=f"{found:016x}", want=f"{sidecar.idx_sum:016x}", do=do)
+            raise DataError(
+                "index file is damaged: checksum differs",
+                where=f"{self.prefix}.idx",
+                got=f"{found:016x}",
+                want=f"{sidecar.idx_sum:016x}",
+                do=do,
+            )
 
 
 class IndexedWriter:
@@ -258,7 +282,9 @@ class IndexedWriter:
         make_folder(os.path.dirname(self.prefix))
         self._check_sidecar_path()
         name = os.fsencode(self.prefix)
-        self._core = core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
+        self._core = (
+            core.Writer(name, dtype, BLOCK_BYTES) if resume is None else core.Writer(name, dtype, BLOCK_BYTES, resume)
+        )
         self.tokenizer_hash, self.vocab_size, self.eod_id = tokenizer_hash, vocab_size, eod_id
         self.source: dict[str, object] | None = None
         self._open = True
@@ -270,7 +296,11 @@ class IndexedWriter:
         except OSError as error:
             raise DiskError("cannot replace sidecar", where=path, got=error.strerror) from error
         if foreign:
-            raise DataError("PREFIX.json is not a sidecar of neox and would be overwritten", where=path, do="choose another --out, or move the file")
+            raise DataError(
+                "PREFIX.json is not a sidecar of neox and would be overwritten",
+                where=path,
+                do="choose another --out, or move the file",
+            )
 
     @property
     def num_documents(self) -> int:
@@ -358,7 +388,9 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self.abandon()
         elif self._open:

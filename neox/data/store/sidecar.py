@@ -68,7 +68,11 @@ class Sidecar:
             "tokenizer": {"hash": self.tokenizer_hash, "vocab_size": self.vocab_size, "eod_id": self.eod_id},
             "source": self.source,
             "idx": {"xxh64": f"{self.idx_sum:016x}"},
-            "bin": {"bytes": self.bin_bytes, "block_bytes": self.block_bytes, "xxh64": [f"{value:016x}" for value in self.block_sums]},
+            "bin": {
+                "bytes": self.bin_bytes,
+                "block_bytes": self.block_bytes,
+                "xxh64": [f"{value:016x}" for value in self.block_sums],
+            },
         }
         return orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n"
 
@@ -162,4 +166,6 @@ def read_sidecar(prefix: str) -> Sidecar | None:
     except OSError as error:
         raise DataError("cannot read sidecar", where=path, got=error.strerror) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError("sidecar is damaged", where=path, got=error, do="restore it, or delete it to continue without checksums") from error
+        raise DataError(
+            "sidecar is damaged", where=path, got=error, do="restore it, or delete it to continue without checksums"
+        ) from error

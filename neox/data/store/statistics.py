@@ -40,7 +40,9 @@ class DocumentStatistics:
         return f"{self.prefix} document {self.first + index}"
 
 
-def document_statistics(dataset: IndexedDataset, eod_id: int | None, documents: tuple[int, int] | None = None) -> DocumentStatistics:
+def document_statistics(
+    dataset: IndexedDataset, eod_id: int | None, documents: tuple[int, int] | None = None
+) -> DocumentStatistics:
     """Read documents [first, last) of a dataset; all of them by default.
 
     Raises:
@@ -58,8 +60,14 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     while lengths.size and edges[-1] <= lengths.max():
         edges.append(2 * edges[-1])
     bins = np.searchsorted(edges, lengths, side="right") - 1
-    documents, tokens = np.bincount(bins, minlength=len(edges)), np.bincount(bins, weights=lengths, minlength=len(edges))
-    rows = [{"from": low, "to": high, "documents": int(documents[i]), "tokens": int(tokens[i])} for i, (low, high) in enumerate(pairwise(edges))]
+    documents, tokens = (
+        np.bincount(bins, minlength=len(edges)),
+        np.bincount(bins, weights=lengths, minlength=len(edges)),
+    )
+    rows = [
+        {"from": low, "to": high, "documents": int(documents[i]), "tokens": int(tokens[i])}
+        for i, (low, high) in enumerate(pairwise(edges))
+    ]
     return rows[int(np.argmax(documents > 0)) :]
 
 
@@ -73,7 +81,10 @@ def duplicates(found: DocumentStatistics) -> dict[str, object]:
     return {
         "documents": int((counts - 1).sum()),
         "tokens": int(((counts - 1) * found.tokens[firsts]).sum()),
-        "most_frequent": [f"{counts[i]:,} x document {found.first + int(firsts[i])} ({found.tokens[firsts[i]]:,} tokens)" for i in order.tolist()],
+        "most_frequent": [
+            f"{counts[i]:,} x document {found.first + int(firsts[i])} ({found.tokens[firsts[i]]:,} tokens)"
+            for i in order.tolist()
+        ],
     }
 
 
@@ -86,9 +97,19 @@ def overlap(ours: list[DocumentStatistics], theirs: list[DocumentStatistics]) ->
     examples: list[str] = []
     for part in theirs:
         at = np.searchsorted(known, part.hashes, sorter=order)
-        matches = order[np.minimum(at, max(known.size - 1, 0))] if known.size else np.zeros(part.hashes.size, dtype=np.int64)
-        same = (known[matches] == part.hashes) & (part.hashes != 0) if known.size else np.zeros(part.hashes.size, dtype=bool)
-        documents, tokens, total = documents + int(same.sum()), tokens + int(part.tokens[same].sum()), total + part.hashes.size
+        matches = (
+            order[np.minimum(at, max(known.size - 1, 0))] if known.size else np.zeros(part.hashes.size, dtype=np.int64)
+        )
+        same = (
+            (known[matches] == part.hashes) & (part.hashes != 0)
+            if known.size
+            else np.zeros(part.hashes.size, dtype=bool)
+        )
+        documents, tokens, total = (
+            documents + int(same.sum()),
+            tokens + int(part.tokens[same].sum()),
+            total + part.hashes.size,
+        )
         for index in np.flatnonzero(same)[: EXAMPLES - len(examples)].tolist():
             owner = int(np.searchsorted(starts, matches[index], side="right")) - 1
             examples.append(f"{part.name(index)} is {ours[owner].name(int(matches[index] - starts[owner]))}")

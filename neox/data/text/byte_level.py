@@ -5,7 +5,10 @@ from __future__ import annotations
 from neox._native import core
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PATTERNS = {GPT2_PATTERN: "gpt2", LLAMA_PATTERN: "llama", LLAMA_PATTERN.replace("{1,3}", ""): "qwen"}
 MOST_ADDED_BYTES = 1 << 16  # of all added tokens together; each byte is a node of a search tree of 1 KiB
 
@@ -70,7 +73,9 @@ def normaliser(normalizer: dict | None) -> bool:
     """Whether text is normalised to form C."""
     if normalizer is None:
         return False
-    if normalizer["type"] == "NFC" or (normalizer["type"] == "Sequence" and [step["type"] for step in normalizer["normalizers"]] == ["NFC"]):
+    if normalizer["type"] == "NFC" or (
+        normalizer["type"] == "Sequence" and [step["type"] for step in normalizer["normalizers"]] == ["NFC"]
+    ):
         return True
     raise Unsupported(f"normalizer {normalizer['type']}")
 
@@ -93,7 +98,9 @@ def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) ->
             raise Unsupported(f"added token {text!r} includes the white space around it")
         if normalise and token["normalized"] and core.nfc(text) != text:
             raise Unsupported(f"added token {text!r} is changed by the normalizer")
-        added.append((text.encode(), token["id"], bool(token["normalized"]), specials_as_text and bool(token["special"])))
+        added.append(
+            (text.encode(), token["id"], bool(token["normalized"]), specials_as_text and bool(token["special"]))
+        )
     if sum(len(text) for text, *_ in added) > MOST_ADDED_BYTES:
         raise Unsupported(f"{len(added)} added tokens")
     return added
@@ -102,4 +109,8 @@ def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) ->
 def whole_word_tokens(vocab: dict[str, int]) -> dict[bytes, int]:
     """Bytes -> id of the tokens that encode a complete word without merges."""
     letters = byte_of_letter()
-    return {bytes(letters[letter] for letter in token): number for token, number in vocab.items() if all(letter in letters for letter in token)}
+    return {
+        bytes(letters[letter] for letter in token): number
+        for token, number in vocab.items()
+        if all(letter in letters for letter in token)
+    }

@@ -31,9 +31,11 @@ from neox.targets import IGNORED
 
 MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
 TEMPLATES = {  # by name
-    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "plain": "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' }}\n{% endfor %}"
+    "plain": "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token if message.role == "
+    "'assistant' }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }
 # next to the tokenizer in Hugging Face repositories
@@ -106,9 +108,19 @@ def find_template(given: str | None, tokenizer: str) -> str:
                 return found
     except (OSError, ValueError, AttributeError) as error:
         got = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError("cannot read the chat template", where=given or folder, got=got, want="a Jinja file", do="check --chat-template") from error
+        raise ConfigError(
+            "cannot read the chat template",
+            where=given or folder,
+            got=got,
+            want="a Jinja file",
+            do="check --chat-template",
+        ) from error
     names = ", ".join(TEMPLATES)
-    raise ConfigError("no chat template", where=f"{folder}: {TEMPLATE_FILE}, {SETTINGS_FILE}", do=f"give --chat-template FILE, or one of {names}")
+    raise ConfigError(
+        "no chat template",
+        where=f"{folder}: {TEMPLATE_FILE}, {SETTINGS_FILE}",
+        do=f"give --chat-template FILE, or one of {names}",
+    )
 
 
 class ChatEncoder:
@@ -121,7 +133,9 @@ class ChatEncoder:
         if encoding.append_eod and self._eod is None:
             do = "name it by --eod-token, or pass --no-append-eod"
             raise ConfigError("tokenizer has no end-of-document token", where=encoding.tokenizer, do=do)
-        self._template = TemplateProcess(encoding.template, special_tokens(encoding.tokenizer, self.tokenizer.eod_token))
+        self._template = TemplateProcess(
+            encoding.template, special_tokens(encoding.tokenizer, self.tokenizer.eod_token)
+        )
 
     def close(self) -> None:
         """End the process that renders the template."""
@@ -207,7 +221,10 @@ def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dic
         raise RefusedConversation(f"no key {missing[0]!r}")
     prompt = value.get("prompt", []) if len(keys) > 1 else []
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    found = [[*checked_messages(before, "prompt"), *checked_messages(as_messages(value[key], bool(before)), key)] for key in keys]
+    found = [
+        [*checked_messages(before, "prompt"), *checked_messages(as_messages(value[key], bool(before)), key)]
+        for key in keys
+    ]
     more = {key: value[key] for key in ("tools", "documents") if isinstance(value.get(key), list)}
     return [drop_repeated_prompt(messages, before) for messages in found], more
 
@@ -238,7 +255,9 @@ def is_message(value: Any) -> bool:
     """Whether a value is a message: a role and content, which may be missing if the assistant calls tools."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
-    return isinstance(value.get("content"), str) or (value.get("content") is None and isinstance(value.get("tool_calls"), list))
+    return isinstance(value.get("content"), str) or (
+        value.get("content") is None and isinstance(value.get("tool_calls"), list)
+    )
 
 
 def encode_chats(encoding: ChatEncoding, block: list[TextChunk | BadLine]) -> EncodedChats:
@@ -276,14 +295,20 @@ def preprocess_chat(
     summary = ChatSummary(os.fspath(out), dtype, len(files))
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
     read = read_blocks(files, BLOCK_BYTES, form=encoding.form)
-    blocks: Iterator[EncodedChats] = map(encoder, read) if options.workers == 0 else encoded_by_processes(read, encoding, options.workers, encode_chats)
+    blocks: Iterator[EncodedChats] = (
+        map(encoder, read)
+        if options.workers == 0
+        else encoded_by_processes(read, encoding, options.workers, encode_chats)
+    )
     quarantine = Quarantine(f"{summary.out}.quarantine.jsonl", options.bad_lines == "quarantine")
     with contextlib.closing(encoder), contextlib.ExitStack() as stack:
 
         def opened(prefix: str, kind: str) -> IndexedWriter:
             return stack.enter_context(IndexedWriter(prefix, kind, overwrite=options.overwrite, **made_by))
 
-        writers = [(opened(tokens, dtype), opened(labels, "int32")) for tokens, labels in prefixes(summary.out, encoding.keys)]
+        writers = [
+            (opened(tokens, dtype), opened(labels, "int32")) for tokens, labels in prefixes(summary.out, encoding.keys)
+        ]
         stack.enter_context(quarantine)
         for block in blocks:
             for bad in block.bad:
@@ -296,7 +321,11 @@ def preprocess_chat(
             if progress is not None:
                 progress(summary)
         if summary.documents == 0:
-            raise DataError("input has no conversations", where=", ".join(files[:3]), got=f"{summary.bad_lines} bad, {summary.blank_lines} blank lines")
+            raise DataError(
+                "input has no conversations",
+                where=", ".join(files[:3]),
+                got=f"{summary.bad_lines} bad, {summary.blank_lines} blank lines",
+            )
     summary.quarantine = str(quarantine.path) if options.bad_lines == "quarantine" and summary.bad_lines else None
     summary.seconds = time.monotonic() - started
     return summary

@@ -61,15 +61,21 @@ class Template:
 
     def __init__(self, text: str, special_tokens: dict[str, str]):
         extensions = ["jinja2.ext.loopcontrols", Generation]
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+        )
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = to_json
         self._generation = cast(Generation, environment.extensions[Generation.identifier])
         self._tokens = special_tokens
         self._template = environment.from_string(text)
-        self.marks_answers = any(is_generation(block) for block in environment.parse(text).find_all(jinja2.nodes.CallBlock))
+        self.marks_answers = any(
+            is_generation(block) for block in environment.parse(text).find_all(jinja2.nodes.CallBlock)
+        )
 
-    def render(self, messages: Messages, more: dict[str, Any], *, ask: bool = False, most: int = sys.maxsize) -> tuple[str, list[Span]]:
+    def render(
+        self, messages: Messages, more: dict[str, Any], *, ask: bool = False, most: int = sys.maxsize
+    ) -> tuple[str, list[Span]]:
         """Render a conversation.
 
         Args:
@@ -103,7 +109,9 @@ class Template:
             raise RefusedConversation(f"chat template refuses the conversation: {reason}") from error
         return "".join(parts), marks.spans
 
-    def render_with_answers(self, messages: Messages, more: dict[str, Any], most: int = sys.maxsize) -> tuple[str, list[Span]]:
+    def render_with_answers(
+        self, messages: Messages, more: dict[str, Any], most: int = sys.maxsize
+    ) -> tuple[str, list[Span]]:
         """Render a conversation and locate the answers of the assistant.
 
         Args:
@@ -130,7 +138,9 @@ class Template:
             openings = [self.render(messages[:i], more, ask=ask, most=most)[0] for ask in (True, False)] if i else [""]
             before = next((opening for opening in openings if until.startswith(opening)), None)
             if before is None or not text.startswith(until):
-                raise RefusedConversation("chat template does not only append: its text for earlier messages depends on later ones")
+                raise RefusedConversation(
+                    "chat template does not only append: its text for earlier messages depends on later ones"
+                )
             spans.append((len(before), len(until)))
         return text, spans
 
@@ -153,7 +163,13 @@ def refuse(reason: str) -> None:
     raise jinja2.TemplateError(reason)
 
 
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """The filter `tojson`. Unlike that of Jinja it does not escape for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -161,7 +177,10 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
 def limit(seconds: float, memory: int) -> None:
     """Limit this process to `seconds` more CPU time and `memory` more bytes of address space."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    for kind, value in ((resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1), (resource.RLIMIT_AS, address_space() + memory)):
+    for kind, value in (
+        (resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1),
+        (resource.RLIMIT_AS, address_space() + memory),
+    ):
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 

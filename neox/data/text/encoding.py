@@ -128,7 +128,10 @@ class HFEncoder:
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Parse and encode. Documents without text or tokens are left out and counted."""
-        parsed = [ParsedLines([], [item], 0) if isinstance(item, BadLine) else parse(item, self._encoding.json_key) for item in block]
+        parsed = [
+            ParsedLines([], [item], 0) if isinstance(item, BadLine) else parse(item, self._encoding.json_key)
+            for item in block
+        ]
         texts = [text for part in parsed for text in part.texts]
         filled = [text for text in texts if text]
         encoded = [[*self._before, *ids, *self._after] for ids in self.tokenizer.encode_batch(filled) if ids]
@@ -215,7 +218,8 @@ class NativeEncoder:
             ours = self._here.text(text.encode(), -1).result()[0]
             if ours.tolist() != self._library.tokenizer.encode(text):
                 log.warning(
-                    "csrc/data and tokenizers give different ids for %r: the rest is encoded by tokenizers. Please report this",
+                    "csrc/data and tokenizers give different ids for %r: the rest is encoded by tokenizers. Please "
+                    "report this",
                     text[:200],
                 )
                 return False

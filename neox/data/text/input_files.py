@@ -22,20 +22,36 @@ FOLDER_SUFFIXES = (".jsonl", ".txt", ".ndjson", ".jl", ".jsonlines", *(f".json{c
 FORMS = ("auto", "jsonl", "txt")
 NAMED = 3  # files that a warning names
 
-PARQUET = "import sys, pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True, force_ascii=False)"
+PARQUET = (
+    "import sys, pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True, "
+    "force_ascii=False)"
+)
 ARROW = "import sys, datasets; datasets.Dataset.from_file(sys.argv[1]).to_json(sys.argv[2], force_ascii=False)"
 SAVED = "import sys, datasets; datasets.load_from_disk(sys.argv[1]).to_json(sys.argv[2], force_ascii=False)"
-SAVED_SPLITS = "import sys, datasets; [part.to_json(sys.argv[2] + '/' + name + '.jsonl') for name, part in datasets.load_from_disk(sys.argv[1]).items()]"
-ARRAY = "import sys, json; sys.stdout.writelines(json.dumps(row) + '\\n' for row in json.load(open(sys.argv[1], encoding='utf-8')))"
+SAVED_SPLITS = (
+    "import sys, datasets; [part.to_json(sys.argv[2] + '/' + name + '.jsonl') for name, part in "
+    "datasets.load_from_disk(sys.argv[1]).items()]"
+)
+ARRAY = (
+    "import sys, json; sys.stdout.writelines(json.dumps(row) + '\\n' for row in json.load(open(sys.argv[1], "
+    "encoding='utf-8')))"
+)
 ROWS = (
     "import sys, csv, json; csv.field_size_limit(2**31 - 1); "
-    "sys.stdout.writelines(json.dumps(row) + '\\n' for row in csv.DictReader(open(sys.argv[1], encoding='utf-8', newline=''){delimiter}))"
+    "sys.stdout.writelines(json.dumps(row) + '\\n' for row in csv.DictReader(open(sys.argv[1], encoding='utf-8', "
+    "newline=''){delimiter}))"
 )
 # suffix -> name, argument of csv.DictReader
 TABLES = {".csv": ("a CSV table", ""), ".tsv": ("a TSV table", ", delimiter='\\t'")}
 
 FOREIGN_SUFFIXES = {".parquet": "a Parquet file", ".arrow": "an Arrow file", ".feather": "an Arrow file"}
-ARCHIVES = {".zip": "a zip archive", ".tar": "a tar archive", ".tgz": "a tar archive", ".7z": "a 7z archive", ".rar": "a rar archive"}
+ARCHIVES = {
+    ".zip": "a zip archive",
+    ".tar": "a tar archive",
+    ".tgz": "a tar archive",
+    ".7z": "a 7z archive",
+    ".rar": "a rar archive",
+}
 OTHER_CODECS = {".lz4": "lz4", ".br": "brotli", ".lzma": "lzma", ".z": "compress", ".snappy": "snappy", ".lzo": "lzo"}
 MAGIC = (  # first bytes of files of other kinds, whatever their name
     (b"PAR1\x15", "a Parquet file"),
@@ -84,7 +100,9 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES)
         elif os.path.lexists(name):
             dangling = os.path.islink(name) and not os.path.exists(name)
             if dangling:
-                raise DataError("no such input", where=name, got="a dangling link", want="a file or a folder", do="check --input")
+                raise DataError(
+                    "no such input", where=name, got="a dangling link", want="a file or a folder", do="check --input"
+                )
             raise DataError("input is neither a file nor a folder", where=name)
         else:
             raise DataError("no such input", where=name, want="a file or a folder", do="check --input")
@@ -164,13 +182,21 @@ class _InputFinder:
             do = f"convert each: {conversion(FOREIGN_SUFFIXES[foreign[0]], f'FILE{foreign[0]}')}"
         else:
             suffix = next((name for name, _ in others.most_common() if name.startswith(".")), ".py")
-            do = f"name the suffix: --suffix {suffix}" if "no suffix" not in others else "name the files themselves: --input FOLDER/*"
+            do = (
+                f"name the suffix: --suffix {suffix}"
+                if "no suffix" not in others
+                else "name the files themselves: --input FOLDER/*"
+            )
         raise DataError("folder has no input files", where=folder, got=got, want=want, do=do)
 
     def report(self) -> None:
         """Log what was left out."""
         if self._others:
-            log.warning("left out of folders: %d files with other suffixes%s; --suffix selects others", sum(self._others.values()), _counts(self._others))
+            log.warning(
+                "left out of folders: %d files with other suffixes%s; --suffix selects others",
+                sum(self._others.values()),
+                _counts(self._others),
+            )
         for paths, what in (
             (self._hidden, "hidden, left out"),
             (self._special, "neither files nor folders, left out"),
@@ -204,7 +230,10 @@ def refuse_by_name(path: str) -> None:
     """Raise DataError for a file whose suffix is that of a kind that is not read."""
     stem, suffix = os.path.splitext(path.lower())
     inner = os.path.splitext(stem)[1]
-    _refuse(path, FOREIGN_SUFFIXES.get(suffix) or ARCHIVES.get(suffix) or (ARCHIVES.get(inner) if suffix in CODECS else None))
+    _refuse(
+        path,
+        FOREIGN_SUFFIXES.get(suffix) or ARCHIVES.get(suffix) or (ARCHIVES.get(inner) if suffix in CODECS else None),
+    )
     if suffix in OTHER_CODECS:
         _refuse(path, f"{OTHER_CODECS[suffix]} data")
 
@@ -232,7 +261,13 @@ def refuse_saved_dataset(folder: str, names: set[str]) -> None:
     code, target = (SAVED_SPLITS, folder.rstrip("/") + "-jsonl") if splits else (SAVED, folder.rstrip("/") + ".jsonl")
     made = f"mkdir -p {shlex.quote(target)}; " if splits else ""
     do = f'pip install datasets; {made}python -c "{code}" {shlex.quote(folder)} {shlex.quote(target)}'
-    raise DataError("folder holds a dataset of Hugging Face datasets", where=folder, got="Arrow files of save_to_disk", want="JSON lines or text", do=do)
+    raise DataError(
+        "folder holds a dataset of Hugging Face datasets",
+        where=folder,
+        got="Arrow files of save_to_disk",
+        want="JSON lines or text",
+        do=do,
+    )
 
 
 def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
@@ -265,7 +300,12 @@ def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
     if not suffix or suffix.isdigit():
         return True
     got = f"a first line that is a JSON object, in a file with suffix .{suffix}"
-    raise DataError("file may be JSON lines or one document", where=path, got=got, do="pass --format jsonl or --format txt, or rename it to .jsonl")
+    raise DataError(
+        "file may be JSON lines or one document",
+        where=path,
+        got=got,
+        do="pass --format jsonl or --format txt, or rename it to .jsonl",
+    )
 
 
 def refuse_table(path: str, suffix: str) -> None:
@@ -276,7 +316,10 @@ def refuse_table(path: str, suffix: str) -> None:
     end = path.lower().rindex(suffix)
     code = ROWS.format(delimiter=delimiter)
     first = "decompress it; " if codec_of(path) else ""
-    do = f'{first}python -c "{code}" {shlex.quote(path[: end + len(suffix)])} > {shlex.quote(path[:end] + ".jsonl")}; or pass --format txt'
+    do = (
+        f'{first}python -c "{code}" {shlex.quote(path[: end + len(suffix)])} > {shlex.quote(path[:end] + ".jsonl")}; '
+        f"or pass --format txt"
+    )
     raise DataError("file is a table", where=path, got=kind, want="JSON lines or text", do=do)
 
 
@@ -294,7 +337,9 @@ def refuse_one_value(path: str, first: bytes, more: bool) -> None:
         raise DataError("file is one JSON array and not JSON lines", where=path, want="one JSON object per line", do=do)
     if more and first.startswith(b"{") and first.endswith((b"{", b",", b"[", b":")):
         do = "write each object on one line, or pass --format txt for files that are one document each"
-        raise DataError("file is one JSON object over several lines", where=path, want="one JSON object per line", do=do)
+        raise DataError(
+            "file is one JSON object over several lines", where=path, want="one JSON object per line", do=do
+        )
 
 
 def _is_list_of_values(line: bytes) -> bool:

@@ -117,7 +117,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.bad_lines not in BAD_LINES:
-            raise ConfigError("unknown policy for bad lines", where="--bad-lines", got=self.bad_lines, want=", ".join(BAD_LINES))
+            raise ConfigError(
+                "unknown policy for bad lines", where="--bad-lines", got=self.bad_lines, want=", ".join(BAD_LINES)
+            )
 
 
 DEFAULTS = Options()
@@ -162,8 +164,12 @@ def preprocess(
     if before is not None:
         restore_partial_names(out)
     made_by = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
-    writer = IndexedWriter(out, dtype, overwrite=options.overwrite, **made_by, resume=None if before is None else before.writer)
-    quarantine = Quarantine(f"{out}.quarantine.jsonl", options.bad_lines == "quarantine", before.quarantine_bytes if before else 0)
+    writer = IndexedWriter(
+        out, dtype, overwrite=options.overwrite, **made_by, resume=None if before is None else before.writer
+    )
+    quarantine = Quarantine(
+        f"{out}.quarantine.jsonl", options.bad_lines == "quarantine", before.quarantine_bytes if before else 0
+    )
     output = Output(writer, quarantine, progress_file, summary, options, first)
     with writer, quarantine, output.partial_files(before):
         for block in blocks:
@@ -251,7 +257,10 @@ def bad_line_error(bad: BadLine) -> DataError:
 def require_documents(summary: Summary, files: Sequence[str]) -> None:
     """Raise DataError if no document was written."""
     if summary.documents == 0:
-        got = f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} files"
+        got = (
+            f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} "
+            f"files"
+        )
         raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
 
 
@@ -272,7 +281,9 @@ def restore_partial_names(out: str) -> None:
             final.rename(partial)
 
 
-def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary) -> Iterator[EncodedBlock]:
+def encoded(
+    blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary
+) -> Iterator[EncodedBlock]:
     """Encode blocks, the first of which is number `first`, in order and natively if possible.
 
     Records the encoder in `summary`.
@@ -292,13 +303,17 @@ def encoded(blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: 
         yield block
 
 
-def encoded_by_threads(numbered: Iterable[tuple[int, Block]], encoder: NativeEncoder, workers: int) -> Iterator[EncodedBlock]:
+def encoded_by_threads(
+    numbered: Iterable[tuple[int, Block]], encoder: NativeEncoder, workers: int
+) -> Iterator[EncodedBlock]:
     """Encode numbered blocks on threads (0: the calling one), in order and with a bounded number in flight."""
     with contextlib.closing(encoder.threads(workers)) as threads:
         yield from in_order((encoder.start(number, block, threads) for number, block in numbered), WAITING * workers)
 
 
-def encoded_by_processes(blocks: Iterable[Block], settings: Settings, workers: int, encode: Callable[[Settings, Block], T]) -> Iterator[T]:
+def encoded_by_processes(
+    blocks: Iterable[Block], settings: Settings, workers: int, encode: Callable[[Settings, Block], T]
+) -> Iterator[T]:
     """Encode blocks by encode(settings, block) on worker processes, in order and with a bounded number in flight.
 
     Raises:

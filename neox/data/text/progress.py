@@ -57,7 +57,9 @@ class InputIdentity:
 
     def __init__(self, files: Sequence[str], settings: Mapping[str, object], block_bytes: int):
         stats = [(printable(file), os.stat(file)) for file in files]
-        self.identity = _hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], {**settings, "block_bytes": block_bytes})
+        self.identity = _hash(
+            [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], {**settings, "block_bytes": block_bytes}
+        )
         self.source = _hash([[name, stat.st_size] for name, stat in stats], settings)
 
 
@@ -104,16 +106,26 @@ class ProgressFile:
         do = "start again without --resume"
         try:
             content = orjson.loads(read_bytes(self.path))
-            same = (content["format"], content["version"]) == (FORMAT, VERSION) and content["identity"] == self._inputs.identity
+            same = (content["format"], content["version"]) == (FORMAT, VERSION) and content[
+                "identity"
+            ] == self._inputs.identity
             documents, tokens, largest_id = content["writer"]
-            point = ResumePoint(content["blocks"], (documents, tokens, largest_id), content["quarantine_bytes"], content["summary"])
+            point = ResumePoint(
+                content["blocks"], (documents, tokens, largest_id), content["quarantine_bytes"], content["summary"]
+            )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError("progress of an earlier run cannot be read", where=self.path, got=error, do=do) from error
         if same:
             return point
-        raise DataError("progress belongs to another run", where=self.path, got="other input files, tokenizer or options", want="the same", do=do)
+        raise DataError(
+            "progress belongs to another run",
+            where=self.path,
+            got="other input files, tokenizer or options",
+            want="the same",
+            do=do,
+        )
 
     def remove(self) -> None:
         """Remove the file, because the run has finished or starts from the beginning."""
@@ -133,6 +145,11 @@ def finished_sidecar(out: str, source: str, files: Sequence[str]) -> Sidecar | N
         sidecar = IndexedDataset(out).sidecar
     except (OSError, DataError):
         return None
-    if sidecar is None or sidecar.source is None or sidecar.source.keys() != {"hash", *SOURCE_FIELDS} or sidecar.source["hash"] != source:
+    if (
+        sidecar is None
+        or sidecar.source is None
+        or sidecar.source.keys() != {"hash", *SOURCE_FIELDS}
+        or sidecar.source["hash"] != source
+    ):
         return None
     return sidecar if all(os.stat(file).st_mtime_ns <= written for file in files) else None

@@ -90,7 +90,9 @@ class Quarantine:
             raise self._write_error(error) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.publish()
@@ -108,4 +110,7 @@ class Quarantine:
 def record(bad: BadLine) -> bytes:
     """One line of the quarantine file."""
     content = None if bad.content is None else base64.b64encode(bad.content).decode()
-    return orjson.dumps({"file": printable(bad.path), "line": bad.line, "reason": bad.reason, "content_base64": content}, option=orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(
+        {"file": printable(bad.path), "line": bad.line, "reason": bad.reason, "content_base64": content},
+        option=orjson.OPT_APPEND_NEWLINE,
+    )

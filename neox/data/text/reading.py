@@ -122,7 +122,18 @@ def parse(chunk: TextChunk, key: str) -> ParsedLines:
         try:
             return ParsedLines([chunk.content.removeprefix(BOM).decode("utf-8")], [], 0)
         except UnicodeDecodeError as error:
-            return ParsedLines([], [BadLine(chunk.path, 0, f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", chunk.content)], 0)
+            return ParsedLines(
+                [],
+                [
+                    BadLine(
+                        chunk.path,
+                        0,
+                        f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}",
+                        chunk.content,
+                    )
+                ],
+                0,
+            )
     texts, bad, blank = [], [], 0
     content = chunk.content.removesuffix(b"\n")
     for number, line in enumerate(content.split(b"\n"), chunk.line):
@@ -214,7 +225,11 @@ class _Damaged(Exception):
     """Compressed data is truncated, damaged, or asks for too much memory."""
 
 
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {"gzip": lambda file: gzip.GzipFile(fileobj=file), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
+    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "bz2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+}
 
 
 def damage_of(error: Exception) -> str:

@@ -17,7 +17,10 @@ from neox.errors import ConfigError, EnvironmentProblem
 
 ROOT = str(Path(__file__).resolve().parents[3])  # folder of this package, also in an editable installation
 LENGTH = struct.Struct("<Q")  # bytes of the next message
-START = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from neox.data.text.chat_template import serve; serve()"
+START = (
+    "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from neox.data.text.chat_template import serve; "
+    "serve()"
+)
 MOST_ENDED = 3  # consecutive conversations that may end the process
 
 Messages = list[dict[str, Any]]
@@ -69,16 +72,29 @@ class TemplateProcess:
         command = [sys.executable, "-I", "-S", "-c", START, os.pathsep.join([ROOT, *sys.path])]
         try:
             # in a new session, so that Ctrl-C reaches only the parent; the process ends with its parent
-            process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command,
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
         except OSError as error:
-            raise EnvironmentProblem("cannot start a process for the chat template", where="--chat-template", got=error.strerror) from error
+            raise EnvironmentProblem(
+                "cannot start a process for the chat template", where="--chat-template", got=error.strerror
+            ) from error
         with contextlib.suppress(OSError):  # it has exited, which `receive` detects
             send(pipes(process)[0], self._start)
         found = receive(pipes(process)[1])
         if found is None or found[0] is not None:
             reason = how_it_ended(process) if found is None else found[0]
             end(process)
-            raise ConfigError("chat template cannot be used", where="--chat-template", got=reason, want="a Jinja template that transformers accepts")
+            raise ConfigError(
+                "chat template cannot be used",
+                where="--chat-template",
+                got=reason,
+                want="a Jinja template that transformers accepts",
+            )
         return process
 
     def render_with_answers(self, messages: Messages, more: dict[str, Any]) -> tuple[str, list[Span]]:
@@ -108,7 +124,11 @@ class TemplateProcess:
         end(self._process)
         self._ended += 1
         if self._ended == MOST_ENDED:
-            raise ConfigError("chat template cannot be used", where="--chat-template", got=f"{reason}, for {MOST_ENDED} consecutive conversations")
+            raise ConfigError(
+                "chat template cannot be used",
+                where="--chat-template",
+                got=f"{reason}, for {MOST_ENDED} consecutive conversations",
+            )
         self._process = self._started()
         raise RefusedConversation(f"chat template {reason}")
 
@@ -119,7 +139,9 @@ class TemplateProcess:
     def __enter__(self) -> TemplateProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

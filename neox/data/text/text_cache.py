@@ -48,9 +48,16 @@ class RunText:
             DataError: a file cannot be read.
         """
         content = [
-            [printable("".join(Path(file).suffixes[-2:])), os.path.getsize(file), f"{core.file_checksum(os.fsencode(file)):016x}"] for file in self.files
+            [
+                printable("".join(Path(file).suffixes[-2:])),
+                os.path.getsize(file),
+                f"{core.file_checksum(os.fsencode(file)):016x}",
+            ]
+            for file in self.files
         ]
-        return hashlib.sha256(orjson.dumps(["neox-text-1", content, file_hash(self.tokenizer), self.eod_token])).hexdigest()[:24]
+        return hashlib.sha256(
+            orjson.dumps(["neox-text-1", content, file_hash(self.tokenizer), self.eod_token])
+        ).hexdigest()[:24]
 
 
 def tokenize(text: RunText) -> str:
@@ -74,9 +81,16 @@ def tokenize(text: RunText) -> str:
                 encoding = Encoding(text.tokenizer, text.eod_token)
                 options = Options(workers=workers if workers > 1 else 0, overwrite=True)
                 summary = preprocess(text.files, prefix, encoding, options)
-                log.info("%s: %d documents, %d tokens in %.1f s", prefix, summary.documents, summary.tokens, summary.seconds)
+                log.info(
+                    "%s: %d documents, %d tokens in %.1f s", prefix, summary.documents, summary.tokens, summary.seconds
+                )
     except OSError as error:
-        raise DiskError("cannot store tokenized text", where=folder, got=error.strerror, do="set data.text_cache to a writable folder") from error
+        raise DiskError(
+            "cannot store tokenized text",
+            where=folder,
+            got=error.strerror,
+            do="set data.text_cache to a writable folder",
+        ) from error
     return str(prefix)
 
 

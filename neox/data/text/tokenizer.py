@@ -69,7 +69,9 @@ def may_be_renumbered(ids: dict[str, int], added: dict[str, int]) -> bool:
     The library numbers the added tokens that the vocabulary lacks consecutively from its size.
     """
     new = [number for token, number in added.items() if token not in ids]
-    return new != list(range(len(ids), len(ids) + len(new))) or any(ids.get(token, number) != number for token, number in added.items())
+    return new != list(range(len(ids), len(ids) + len(new))) or any(
+        ids.get(token, number) != number for token, number in added.items()
+    )
 
 
 def require_same_ids(content: bytes, tokenizer: tokenizers.Tokenizer, file: str | Path) -> None:
@@ -85,7 +87,8 @@ def require_same_ids(content: bytes, tokenizer: tokenizers.Tokenizer, file: str 
                 "the tokenizers library changes the id of a token of the file",
                 where=f"{file}: added token {name!r}",
                 got=f"id {number} in the file, {loaded} in the library and in transformers",
-                want="equal ids; the library numbers added tokens consecutively from the size of model.vocab, unless they are in it",
+                want="equal ids; the library numbers added tokens consecutively from the size of model.vocab, unless "
+                "they are in it",
                 do=f"add {name!r}: {number} to model.vocab of the file, or number the added tokens without a gap",
             )
 
@@ -97,7 +100,9 @@ def find_eod(id_of: Callable[[str], int | None], name: str | None, file: str | P
         ConfigError: `name` is not in the vocabulary.
     """
     if name is not None and id_of(name) is None:
-        raise ConfigError("end-of-document token is not in the vocabulary", where=f"tokenizer.eod_token, {file}", got=name)
+        raise ConfigError(
+            "end-of-document token is not in the vocabulary", where=f"tokenizer.eod_token, {file}", got=name
+        )
     for candidate in EOD_NAMES if name is None else (name,):
         found = id_of(candidate)
         if found is not None:
@@ -126,7 +131,14 @@ class Tokenizer:
         ConfigError: eod_token is not in the vocabulary.
     """
 
-    def __init__(self, file: str | Path, eod_token: str | None = None, *, specials_as_text: bool = False, end_ids: Iterable[int] = ()):
+    def __init__(
+        self,
+        file: str | Path,
+        eod_token: str | None = None,
+        *,
+        specials_as_text: bool = False,
+        end_ids: Iterable[int] = (),
+    ):
         import tokenizers  # takes 0.09 s, a third of `neox data verify`, which only needs TokenizerFile
 
         self.file = str(file)
@@ -134,7 +146,9 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._bytes)
         except Exception as error:  # the library raises Exception itself for any bad file
-            raise DataError("not a tokenizer file", where=self.file, got=error, want="a `tokenizers` JSON file") from error
+            raise DataError(
+                "not a tokenizer file", where=self.file, got=error, want="a `tokenizers` JSON file"
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = specials_as_text
@@ -251,7 +265,9 @@ def train_tokenizer(
     """
     least = SMALLEST_VOCABULARY + len(set(special_tokens) - {eod_token})
     if vocab_size < least:
-        raise ConfigError("vocabulary is too small for byte-level BPE", where="--vocab-size", got=vocab_size, want=f"at least {least}")
+        raise ConfigError(
+            "vocabulary is too small for byte-level BPE", where="--vocab-size", got=vocab_size, want=f"at least {least}"
+        )
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -21,7 +21,9 @@ BASE: dict[str, Any] = {
 
 
 def flow_text(values: dict[str, Any], dash: bool = False) -> str:
-    """Write values in the style of GPT-NeoX: one flow mapping with quoted keys, Python booleans and a trailing comma."""
+    """Write values in the style of GPT-NeoX: one flow mapping with quoted keys, Python booleans and a trailing
+    comma.
+    """
     lines = [f'  "{key.replace("_", "-") if dash else key}": {flow(value)},  # {key}' for key, value in values.items()]
     return "\n".join(["# a file of GPT-NeoX", "{", *lines, "}", ""])
 

@@ -76,7 +76,9 @@ def test_files_are_merged_and_the_later_one_wins(write):
     write("b.yml", {"seq-length": 32, "data-path": "corpus", "hidden_size": 96})
     config = load(["a.yml", "b.yml"]).config
     assert (config.data.seq_length, config.data.path, config.model.hidden_size) == (32, "corpus", 96)
-    assert config.model.intermediate_size == 4 * 96  # values that depend on several keys are computed after all files are read
+    assert (
+        config.model.intermediate_size == 4 * 96
+    )  # values that depend on several keys are computed after all files are read
 
 
 def test_native_files_and_settings_take_precedence(write, tmp_path):
@@ -104,14 +106,20 @@ def test_a_gpt_neox_file_after_a_native_one_is_refused(write, tmp_path):
 
 def test_a_partial_config_names_the_missing_keys(write):
     text = refusal(write("a.yml", {"data_path": "x", "hidden_size": 8}))
-    assert "incomplete GPT-NeoX config; where=a.yml; want=num_layers, num_attention_heads, max_position_embeddings" in text
+    assert (
+        "incomplete GPT-NeoX config; where=a.yml; want=num_layers, num_attention_heads, max_position_embeddings" in text
+    )
 
 
 def test_all_problems_are_reported_at_once_with_their_lines(write):
-    text = refusal(write("a.yml", BASE | {"atention_dropout": 0.1, "moe_num_experts": 8, "use_mup": True, "hidden_dropout": "x"}))
+    text = refusal(
+        write("a.yml", BASE | {"atention_dropout": 0.1, "moe_num_experts": 8, "use_mup": True, "hidden_dropout": "x"})
+    )
     lines = text.splitlines()
     assert len(lines) == 4
-    assert "unknown key of GPT-NeoX; where=a.yml:15 atention_dropout; got=0.1; do=did you mean attention_dropout?" in text
+    assert (
+        "unknown key of GPT-NeoX; where=a.yml:15 atention_dropout; got=0.1; do=did you mean attention_dropout?" in text
+    )
     assert "where=a.yml:16 moe_num_experts; got=8" in text and "where=a.yml:17 use_mup" in text
     assert "where=a.yml:18 model.hidden_dropout" in text
 
@@ -163,7 +171,10 @@ def load_shipped(path) -> Loaded:
 
 def test_every_shipped_file_loads_to_its_model_or_is_refused_by_name(shared_data):
     folder = shared_data / "upstream-configs"
-    paths = {str(path.relative_to(folder).with_suffix("")).partition("/")[2]: path for path in sorted(folder.glob("**/*.yml"))}
+    paths = {
+        str(path.relative_to(folder).with_suffix("")).partition("/")[2]: path
+        for path in sorted(folder.glob("**/*.yml"))
+    }
     assert len(paths) == 84
     loaded_count = 0
     for name, path in paths.items():
@@ -176,7 +187,9 @@ def test_every_shipped_file_loads_to_its_model_or_is_refused_by_name(shared_data
         config = load_shipped(path).config
         values = {key.replace("-", "_"): value for key, value in yaml.safe_load(path.read_text()).items()}
         model = GPT(config.model, Mesh.single("meta"))
-        assert sorted(tuple(layout.shape) for layout in model.shard_specs().values()) == gpt_neox_shapes(values, config.model.vocab_size), name
+        assert sorted(tuple(layout.shape) for layout in model.shard_specs().values()) == gpt_neox_shapes(
+            values, config.model.vocab_size
+        ), name
         loaded_count += 1
     assert loaded_count == 84 - len(REFUSED_FILES)
 
@@ -185,17 +198,30 @@ def test_every_shipped_file_loads_to_its_model_or_is_refused_by_name(shared_data
 def test_a_note_names_files_that_describe_another_model(shared_data, name, real):
     loaded = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"])
     assert any(f"whose width is {real}" in note for note in loaded.notes)
-    right = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"], [f"model.intermediate_size={real}"])
+    right = load(
+        [shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"],
+        [f"model.intermediate_size={real}"],
+    )
     assert right.config.model.intermediate_size == real
 
 
 def test_post_training_files_set_objective_and_data(shared_data):
     folder = shared_data / "upstream-configs" / "gpt-neox" / "post-training" / "configs"
     read = {kind: load_shipped(folder / f"llama3-8b-{kind}.yml").config for kind in ("sft", "dpo", "rm")}
-    assert {kind: config.train.objective for kind, config in read.items()} == {"sft": "sft", "dpo": "dpo", "rm": "reward"}
+    assert {kind: config.train.objective for kind, config in read.items()} == {
+        "sft": "sft",
+        "dpo": "dpo",
+        "rm": "reward",
+    }
     assert {config.data.packing for config in read.values()} == {"document"}
     assert read["sft"].data.train[0].labels == "data/sft/llama3_train_messages_label_document"
     pair = read["dpo"].data.validation[0]
-    assert (pair.path, pair.labels) == ("data/pairwise/llama3_dpo_val_chosen_document", "data/pairwise/llama3_dpo_val_chosen_label_document")
-    assert (pair.rejected, pair.rejected_labels) == ("data/pairwise/llama3_dpo_val_rejected_document", "data/pairwise/llama3_dpo_val_rejected_label_document")
+    assert (pair.path, pair.labels) == (
+        "data/pairwise/llama3_dpo_val_chosen_document",
+        "data/pairwise/llama3_dpo_val_chosen_label_document",
+    )
+    assert (pair.rejected, pair.rejected_labels) == (
+        "data/pairwise/llama3_dpo_val_rejected_document",
+        "data/pairwise/llama3_dpo_val_rejected_label_document",
+    )
     assert read["dpo"].train.dpo_beta == 0.01 and read["rm"].model.output == "score"

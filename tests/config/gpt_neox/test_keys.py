@@ -24,7 +24,9 @@ ARGUMENTS = json.loads((Path(__file__).parent / "arguments.json").read_text())
 
 
 def test_every_argument_of_gpt_neox_is_known_with_its_default():
-    """arguments.json has the fields of all classes in megatron/neox_arguments at commit ea7aefd8, and their defaults."""
+    """arguments.json has the fields of all classes in megatron/neox_arguments at commit ea7aefd8, and their
+    defaults.
+    """
     assert len(ARGUMENTS) == 318
     assert set(ARGUMENTS) - set(GPT_NEOX_KEYS) == set()
     for name, default in ARGUMENTS.items():

@@ -16,7 +16,9 @@ from tests.config.gpt_neox.sample_files import BASE, gpt_neox_shapes
 def result(changes: dict, native: dict | None = None) -> tuple[dict, list[str], list[str]]:
     """(native key -> value, notes, problems) of the base file with changes; None takes a key out."""
     values = {key: value for key, value in (BASE | changes).items() if value is not None}
-    settings, notes, problems = translate({key: Given(value, "a.yml", 1) for key, value in values.items()}, native or {})
+    settings, notes, problems = translate(
+        {key: Given(value, "a.yml", 1) for key, value in values.items()}, native or {}
+    )
     return {".".join(item.path): item.value for item in settings}, notes, [problem.line() for problem in problems]
 
 
@@ -56,7 +58,13 @@ def model(changes: dict) -> dict:
         ({"expansion_factor": 3.5}, "intermediate_size", 168),
         ({"intermediate_size": 100, "mlp_multiple_of": 32}, "intermediate_size", 128),
         (
-            {"activation": "swiglu", "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 32768, "mlp_multiple_of": 256},
+            {
+                "activation": "swiglu",
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "intermediate_size": 32768,
+                "mlp_multiple_of": 256,
+            },
             "intermediate_size",
             11008,
         ),
@@ -84,13 +92,25 @@ def test_rotary_options_are_omitted_without_rotary_positions():
         ({"norm": "scalenorm"}, ["norm", "layernorm or rmsnorm"]),
         ({"use_bias_in_norms": False}, ["use_bias_in_norms", "rmsnorm"]),
         ({"pos_emb": "rpe"}, ["pos_emb", "got='rpe'"]),
-        ({"gpt_j_residual": True, "use_bias_in_mlp": False}, ["GPT-NeoX omits the attention from the sum", "gpt_j_residual", "use_bias_in_mlp: true"]),
-        ({"sliding_window_width": 15}, ["pipe_parallel_size: 0 GPT-NeoX ignores the window of global attention", "model.sliding_window=16"]),
+        (
+            {"gpt_j_residual": True, "use_bias_in_mlp": False},
+            ["GPT-NeoX omits the attention from the sum", "gpt_j_residual", "use_bias_in_mlp: true"],
+        ),
+        (
+            {"sliding_window_width": 15},
+            ["pipe_parallel_size: 0 GPT-NeoX ignores the window of global attention", "model.sliding_window=16"],
+        ),
         ({"init_method": "orthogonal"}, ["init_method", "model.init"]),
         ({"attention_config": [[["local", "global"], 1]]}, ["attention_config", "local"]),
-        ({"attention_config": [[["flash"], 3]]}, ["attention types do not match the layers", "2 types; the list has 3"]),
+        (
+            {"attention_config": [[["flash"], 3]]},
+            ["attention types do not match the layers", "2 types; the list has 3"],
+        ),
         ({"attention_config": [["flash", 2]]}, ["cannot parse the attention types"]),
-        ({"tokenizer_type": "SPMTokenizer", "vocab_file": "x.model"}, ["vocabulary size is unknown", "x.model", "model.vocab_size"]),
+        (
+            {"tokenizer_type": "SPMTokenizer", "vocab_file": "x.model"},
+            ["vocabulary size is unknown", "x.model", "model.vocab_size"],
+        ),
         ({"vocab_file": "other.json"}, ["vocabulary size is unknown"]),
         ({"intermediate_size": 96, "expansion_factor": 2.0}, ["given twice"]),
         ({"hidden_size": "48"}, ["hidden_size", "a number"]),
@@ -106,7 +126,9 @@ def test_a_native_key_may_select_a_model_that_gpt_neox_would_not_build():
     changes = {"gpt_j_residual": True, "use_bias_in_mlp": False, "activation": "swiglu"}
     assert result(changes, {("model", "parallel_residual"): True})[2] == []
     assert result(changes | {"gpt_j_residual": False})[2] == []
-    assert all(result({"sliding_window_width": 15}, {("model", "sliding_window"): value})[2] == [] for value in (16, None))
+    assert all(
+        result({"sliding_window_width": 15}, {("model", "sliding_window"): value})[2] == [] for value in (16, None)
+    )
     assert result(changes | {"use_bias_in_mlp": True})[2] == []
 
 
@@ -118,9 +140,17 @@ def test_a_native_value_supplies_what_the_file_lacks():
 
 
 def test_notes_describe_the_translation():
-    notes = "\n".join(result({"bias_gelu_fusion": True, "sliding_window_width": 15, "pipe_parallel_size": 1, "activation": "gelu"})[1])
+    notes = "\n".join(
+        result({"bias_gelu_fusion": True, "sliding_window_width": 15, "pipe_parallel_size": 1, "activation": "gelu"})[1]
+    )
     assert "gelu_tanh" in notes and "has 16 keys" in notes and "50277 ids padded to a multiple of 128" in notes
-    shape = {"hidden_size": 8192, "num_layers": 48, "num_attention_heads": 64, "num_kv_heads": 8, "mlp_multiple_of": 256}
+    shape = {
+        "hidden_size": 8192,
+        "num_layers": 48,
+        "num_attention_heads": 64,
+        "num_kv_heads": 8,
+        "mlp_multiple_of": 256,
+    }
     gated = "\n".join(result(shape | {"activation": "swiglu"})[1])
     assert "does not describe Code Llama 34B" in gated and "intermediate_size: 66048" in gated
 
@@ -152,7 +182,14 @@ def test_attention_types_are_repeated(config, layers, kinds):
         {},
         {"gpt_j_residual": True, "gpt_j_tied": True},
         {"pos_emb": "learned", "no_weight_tying": False},
-        {"norm": "rmsnorm", "activation": "swiglu", "use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "num_kv_heads": 2, "mlp_multiple_of": 16},
+        {
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "use_bias_in_attn_linear": False,
+            "use_bias_in_mlp": False,
+            "num_kv_heads": 2,
+            "mlp_multiple_of": 16,
+        },
         {"activation": "geglu", "intermediate_size": 96},
     ],
 )

@@ -25,14 +25,23 @@ RATES = json.loads((Path(__file__).parent / "learning_rates.json").read_text())
 
 @pytest.mark.parametrize("row", RATES, ids=range(len(RATES)))
 def test_the_learning_rate_matches_the_scheduler_of_gpt_neox(row, tmp_path):
-    """The rates were written by megatron/training.py:get_learning_rate_scheduler, stepped unless the step overflowed."""
+    """The rates were written by megatron/training.py:get_learning_rate_scheduler, stepped unless the step
+    overflowed.
+    """
     keys = ("train_iters", "lr_decay_style", "min_lr", "warmup", "lr_decay_iters", "lr_decay_fraction")
-    file = BASE | {key: row[key] for key in keys if key in row} | {"optimizer": {"type": "Adam", "params": {"lr": row["lr"]}}}
+    file = (
+        BASE
+        | {key: row[key] for key in keys if key in row}
+        | {"optimizer": {"type": "Adam", "params": {"lr": row["lr"]}}}
+    )
     (tmp_path / "a.yml").write_text(flow_text(file | {"vocab_file": None, "tokenizer_type": "GPT2BPETokenizer"}))
     config = load([tmp_path / "a.yml"]).config
     schedule = build_lr_schedule(config.schedule, config.optimizer, config.train.train_iters)
     skipped = row.get("overflows", [])
-    got = {step: schedule.learning_rate(int(step), int(step) - 1 - sum(n < int(step) for n in skipped)) for step in row["rates"]}
+    got = {
+        step: schedule.learning_rate(int(step), int(step) - 1 - sum(n < int(step) for n in skipped))
+        for step in row["rates"]
+    }
     assert got == pytest.approx(row["rates"], rel=1e-12)
 
 
@@ -52,8 +61,13 @@ def test_the_schedule_follows_native_settings():
 
 
 def test_notes_mention_unusual_rates():
-    assert any("learning rate of the first step is 5 times the peak" in note for note in result({"train_iters": 20, "warmup": 0.01})[1])
-    assert any("rises again after step 500" in note for note in result({"lr_decay_style": "cosine", "lr_decay_iters": 500})[1])
+    assert any(
+        "learning rate of the first step is 5 times the peak" in note
+        for note in result({"train_iters": 20, "warmup": 0.01})[1]
+    )
+    assert any(
+        "rises again after step 500" in note for note in result({"lr_decay_style": "cosine", "lr_decay_iters": 500})[1]
+    )
     assert not any("rises" in note for note in result({"lr_decay_style": "cosine", "lr_decay_iters": 1000})[1])
 
 
@@ -84,13 +98,22 @@ def test_defaults_are_those_of_gpt_neox():
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "weight_decay": 0.3}}}, {"optimizer.type": "lion", "optimizer.weight_decay": 0.3}),
+        (
+            {"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "weight_decay": 0.3}}},
+            {"optimizer.type": "lion", "optimizer.weight_decay": 0.3},
+        ),
         ({"clip_grad": 0.5}, {"optimizer.gradient_clipping": 0.5}),
         ({"pack_impl": "unpacked"}, {"data.packing": "document", "data.order": "neox"}),
         ({"pack_impl": "pack_until_overflow"}, {"data.packing": "best_fit", "data.order": "epoch"}),
         ({"lr_decay_style": "constant", "min_lr": 1e-5}, {"schedule.type": "constant", "schedule.min_lr": 0.0}),
-        ({"lr_decay_fraction": 0.5, "lr_decay_style": "cosine"}, {"schedule.decay_iters": 500, "schedule.warmup_iters": 5}),
-        ({"lr_decay_fraction": 0.4999, "lr_decay_style": "cosine"}, {"schedule.decay_iters": 499, "schedule.warmup_iters": 4.99}),
+        (
+            {"lr_decay_fraction": 0.5, "lr_decay_style": "cosine"},
+            {"schedule.decay_iters": 500, "schedule.warmup_iters": 5},
+        ),
+        (
+            {"lr_decay_fraction": 0.4999, "lr_decay_style": "cosine"},
+            {"schedule.decay_iters": 499, "schedule.warmup_iters": 4.99},
+        ),
         ({"lr_decay_fraction": 0.5, "lr_decay_iters": 700}, {"schedule.decay_iters": 700, "schedule.warmup_iters": 7}),
         ({"precision": "bfloat16"}, {"precision.dtype": "bf16"}),
         ({"bf16": {"enabled": True}}, {"precision.dtype": "bf16"}),
@@ -103,15 +126,34 @@ def test_defaults_are_those_of_gpt_neox():
         ),
         (
             {"zero_optimization": {"stage": 2, "overlap_comm": True, "cpu_offload": True}},
-            {"zero.stage": 2, "deepspeed.zero_optimization.overlap_comm": True, "deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"}},
+            {
+                "zero.stage": 2,
+                "deepspeed.zero_optimization.overlap_comm": True,
+                "deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"},
+            },
         ),
-        ({"train_micro_batch_size_per_gpu": None, "batch_size": 3, "gas": 2}, {"train.micro_batch_size": 3, "train.gradient_accumulation": 2}),
+        (
+            {"train_micro_batch_size_per_gpu": None, "batch_size": 3, "gas": 2},
+            {"train.micro_batch_size": 3, "train.gradient_accumulation": 2},
+        ),
         ({"train_batch_size": 64}, {"train.global_batch_size": 64, "train.micro_batch_size": 4}),
-        ({"pipe_parallel_size": 0, "model_parallel_size": 1, "sequence_parallel": True}, {"parallel.tensor": 1, "parallel.sequence": False}),
-        ({"pipe_parallel_size": 2, "model_parallel_size": 2, "sequence_parallel": True}, {"parallel.pipeline": 2, "parallel.sequence": True}),
-        ({"checkpoint_factor": 100, "extra_save_iters": [0, 1, 2, 1]}, {"checkpoint.save_interval": 100, "checkpoint.save_iters": [0, 1, 2]}),
+        (
+            {"pipe_parallel_size": 0, "model_parallel_size": 1, "sequence_parallel": True},
+            {"parallel.tensor": 1, "parallel.sequence": False},
+        ),
+        (
+            {"pipe_parallel_size": 2, "model_parallel_size": 2, "sequence_parallel": True},
+            {"parallel.pipeline": 2, "parallel.sequence": True},
+        ),
+        (
+            {"checkpoint_factor": 100, "extra_save_iters": [0, 1, 2, 1]},
+            {"checkpoint.save_interval": 100, "checkpoint.save_iters": [0, 1, 2]},
+        ),
         ({"save_interval": 50, "keep_last_n_checkpoints": 3}, {"checkpoint.save_interval": 50, "checkpoint.keep": 3}),
-        ({"checkpoint_scale": "log", "checkpoint_factor": 10}, {"checkpoint.save_interval": 0, "checkpoint.save_iters": [1, 10, 100, 1000]}),
+        (
+            {"checkpoint_scale": "log", "checkpoint_factor": 10},
+            {"checkpoint.save_interval": 0, "checkpoint.save_iters": [1, 10, 100, 1000]},
+        ),
         ({"save": "out", "load": "out"}, {"run.dir": "out"}),
         ({"save": "out", "load": "old", "finetune": True}, {"run.dir": "out", "checkpoint.init_from": "old"}),
         ({"load": "old"}, {"checkpoint.resume": "old"}),
@@ -120,10 +162,16 @@ def test_defaults_are_those_of_gpt_neox():
         ({"train_data_paths": ["a", "b"]}, {"data.train": ["a", "b"]}),
         ({"valid_data_paths": ["a"], "valid_data_weights": [2.0]}, {"data.validation": [{"path": "a", "weight": 2.0}]}),
         ({"gpt_j_residual": True, "model_parallel_size": 4}, {"optimizer.row_bias_lr_multiplier": 4}),
-        ({"gpt_j_residual": True, "model_parallel_size": 2, "use_bias_in_attn_linear": False}, {"optimizer.row_bias_lr_multiplier": 2}),
+        (
+            {"gpt_j_residual": True, "model_parallel_size": 2, "use_bias_in_attn_linear": False},
+            {"optimizer.row_bias_lr_multiplier": 2},
+        ),
         ({"eval_interval": 7, "eval_iters": 3}, {"evaluate.interval": 7, "evaluate.iters": 3}),
         ({"eval_interval": 7, "eval_iters": 0}, {"evaluate.interval": 0}),
-        ({"profile": True, "memory_profiling": True}, {"profile.start": 10, "profile.steps": 2, "profile.memory": True}),
+        (
+            {"profile": True, "memory_profiling": True},
+            {"profile.start": 10, "profile.steps": 2, "profile.memory": True},
+        ),
         ({"flops_profiler": {"enabled": True}}, {"deepspeed.flops_profiler": {"enabled": True}}),
         ({"deepspeed_extra_args": {"comms_logger": {"enabled": True}}}, {"deepspeed.comms_logger": {"enabled": True}}),
     ],
@@ -133,7 +181,10 @@ def test_a_key_is_translated(changes, wanted):
     assert {key: got[key] for key in wanted} == wanted
 
 
-@pytest.mark.parametrize("changes", [{"model_parallel_size": 4}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "model_parallel_size": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_parallel_size": 4}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "model_parallel_size": 0}],
+)
 def test_biases_that_are_added_once_learn_at_the_common_rate(changes):
     assert "optimizer.row_bias_lr_multiplier" not in settings(changes)
 
@@ -159,7 +210,12 @@ def test_unsupported_values_are_refused_by_name(changes, part):
 
 def test_a_complete_file_passes_validation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    more = {"data_path": "corpus", "zero_optimization": {"stage": 1, "reduce_scatter": True}, "checkpoint_factor": 100, "pipe_parallel_size": 1}
+    more = {
+        "data_path": "corpus",
+        "zero_optimization": {"stage": 1, "reduce_scatter": True},
+        "checkpoint_factor": 100,
+        "pipe_parallel_size": 1,
+    }
     (tmp_path / "a.yml").write_text(flow_text(BASE | more))
     loaded = load(["a.yml"])
     validate(loaded.config, 1, "cpu", loaded.origins)

@@ -6,7 +6,9 @@ from neox.config.gpt_neox.translation import DEFAULT, Given, Translation
 
 
 def translation(native: dict | None = None, **values) -> Translation:
-    return Translation({name: Given(value, "a.yml", line) for line, (name, value) in enumerate(values.items(), 1)}, native or {})
+    return Translation(
+        {name: Given(value, "a.yml", line) for line, (name, value) in enumerate(values.items(), 1)}, native or {}
+    )
 
 
 def test_a_value_is_from_the_file_or_the_default_or_native():
@@ -18,7 +20,10 @@ def test_settings_have_a_line():
     work = translation(hidden_size=8, norm="rmsnorm")
     work.set("model.norm", "rmsnorm", "norm")
     work.set("model.init", "normal", "init_method")
-    assert [(item.path, item.source, item.line) for item in work.settings] == [(("model", "norm"), "a.yml", 2), (("model", "init"), DEFAULT, 0)]
+    assert [(item.path, item.source, item.line) for item in work.settings] == [
+        (("model", "norm"), "a.yml", 2),
+        (("model", "init"), DEFAULT, 0),
+    ]
 
 
 def test_a_native_value_suppresses_a_problem():

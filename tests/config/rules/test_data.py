@@ -17,7 +17,10 @@ def test_tokens_of_fill_in_the_middle_are_in_the_vocabulary(tmp_path):
     added = [{"content": f"<|fim_{name}|>", "id": 2 + number} for number, name in enumerate(("prefix", "suffix"))]
     file.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": added}))
     options = [*BASE, f"tokenizer.file={file}", "data.fim.rate=0.5"]
-    with pytest.raises(ConfigError, match=r"not in the vocabulary; where=data.fim.middle_token, .*got=data.fim.middle_token = '<\|fim_middle\|>'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"not in the vocabulary; where=data.fim.middle_token, .*got=data.fim.middle_token = '<\|fim_middle\|>'",
+    ):
         validate(load_config(overrides=options), 1, "cpu")
     validate(load_config(overrides=[*options, "data.fim.middle_token=a"]), 1, "cpu")
     with pytest.raises(ConfigError, match=r"where=.*data.fim.split_sample"):

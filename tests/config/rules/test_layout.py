@@ -20,7 +20,11 @@ VALID_LAYOUTS = [  # (processes, overrides): each condition of a rule but one
     (1, "model.position_embedding=alibi model.head_dim=9"),
     (1, "model.position_embedding=learned data.seq_length=64"),
     (1, "model.rope_scaling={type: linear, factor: 1}"),
-    (1, "model.rope_scaling={type: linear, factor: 2, low_freq_factor: 4, high_freq_factor: 4, beta_slow: 32, beta_fast: 32}"),
+    (
+        1,
+        "model.rope_scaling={type: linear, factor: 2, low_freq_factor: 4, high_freq_factor: 4, beta_slow: 32, "
+        "beta_fast: 32}",
+    ),
     (1, "model.rope_scaling={type: llama3, factor: 4, original_max_position_embeddings: 64}"),
     (1, "model.parallel_residual=true"),
     (1, "data.packing=best_fit"),
@@ -38,7 +42,11 @@ VALID_LAYOUTS = [  # (processes, overrides): each condition of a rule but one
     (1, "model.lora={rank: 2, targets: [mlp.gate, mlp.up]}"),
     (1, "model.lora={rank: 2} model.tie_embeddings=true"),
     (2, "model.lora={rank: 2} parallel.pipeline=2 model.tie_embeddings=false"),
-    (2, f"model.lora={{rank: 2}} parallel.pipeline=2 model.tie_embeddings=true train.objective=reward model.output=score {PAIRS}"),
+    (
+        2,
+        f"model.lora={{rank: 2}} parallel.pipeline=2 model.tie_embeddings=true train.objective=reward "
+        f"model.output=score {PAIRS}",
+    ),
     (1, "zero.stage=3"),
     (1, "schedule.type=wsd schedule.warmup_iters=99 schedule.cooldown_iters=1"),
     *((1, f"schedule.rule=gpt_neox schedule.type={kind}") for kind in ("constant", "linear", "cosine")),

@@ -16,6 +16,8 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path):
     file = tmp_path / "t.json"
     file.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 100}}}))
     config = load_config(overrides=[*BASE, f"tokenizer.file={file}"])
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 100, tokenizer.file = .*ids = 101; want=vocab_size at least 101"):
+    with pytest.raises(
+        ConfigError, match=r"model.vocab_size = 100, tokenizer.file = .*ids = 101; want=vocab_size at least 101"
+    ):
         validate(config, 1, "cpu")
     validate(load_config(overrides=[*BASE, f"tokenizer.file={file}", "model.vocab_size=101"]), 1, "cpu")

@@ -30,7 +30,9 @@ def test_a_contradiction_names_its_keys_their_values_and_the_rule(case: Case):
     lines = report(case).splitlines()
     naming = [line for line in lines if all(key in line for key in case.keys)]
     assert naming, lines
-    values = {key: value for key, value in flatten(load_config(overrides=[*BASE, *case.overrides])) if "api_key" not in key}
+    values = {
+        key: value for key, value in flatten(load_config(overrides=[*BASE, *case.overrides])) if "api_key" not in key
+    }
     for key in case.keys:
         if key in values:
             assert any(f"{key} = {values[key]!r}" in line for line in naming), (key, naming)
@@ -39,7 +41,10 @@ def test_a_contradiction_names_its_keys_their_values_and_the_rule(case: Case):
 
 def test_optimised_python_reports_the_same(repository):
     run = [sys.executable, "-m", "tests.config.rules.contradictions"]
-    plain, optimised = (subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=repository) for command in (run, [run[0], "-O", *run[1:]]))
+    plain, optimised = (
+        subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=repository)
+        for command in (run, [run[0], "-O", *run[1:]])
+    )
     assert plain.returncode == optimised.returncode == 0, plain.stderr + optimised.stderr
     assert plain.stdout == optimised.stdout
     assert plain.stdout.count("error[2] ") >= len(CASES)
@@ -107,7 +112,10 @@ def test_every_conflict_has_a_case(tmp_path, monkeypatch):
 
 def test_every_rule_is_listed():
     defined = {
-        name for module in MODULES for name, value in vars(module).items() if getattr(value, "__annotations__", {}).get("return") == "Iterator[Conflict]"
+        name
+        for module in MODULES
+        for name, value in vars(module).items()
+        if getattr(value, "__annotations__", {}).get("return") == "Iterator[Conflict]"
     }
     parts_of_rules = {"deepspeed_key", "offload", "source_lists", "split"}
     assert defined - parts_of_rules == {rule.__name__ for rule in rules.RULES}

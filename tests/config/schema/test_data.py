@@ -16,7 +16,13 @@ def test_sources_may_be_bare_prefixes():
 
 @pytest.mark.parametrize(
     ("text", "shares"),
-    [("969,30,1", (0.969, 0.03, 0.001)), ("1", (1, 0, 0)), ("3/1", (0.75, 0.25, 0)), (" 1, 1 ,2 ", (0.25, 0.25, 0.5)), ("0,1", (0, 1, 0))],
+    [
+        ("969,30,1", (0.969, 0.03, 0.001)),
+        ("1", (1, 0, 0)),
+        ("3/1", (0.75, 0.25, 0)),
+        (" 1, 1 ,2 ", (0.25, 0.25, 0.5)),
+        ("0,1", (0, 1, 0)),
+    ],
 )
 def test_a_split_is_normalised(text, shares):
     assert parse_split(text) == shares

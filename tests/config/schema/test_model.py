@@ -19,18 +19,25 @@ def test_derived_keys_are_filled_in():
     assert (given.num_kv_heads, given.head_dim, given.intermediate_size) == (2, 32, 100)
 
 
-@pytest.mark.parametrize(("head_dim", "share", "channels"), [(64, 0.25, 16), (64, 1.0, 64), (80, 0.25, 20), (96, 0.25, 24), (10, 0.5, 4)])
+@pytest.mark.parametrize(
+    ("head_dim", "share", "channels"), [(64, 0.25, 16), (64, 1.0, 64), (80, 0.25, 20), (96, 0.25, 24), (10, 0.5, 4)]
+)
 def test_rotary_dim_is_even_and_rounded_down(head_dim, share, channels):
     assert model(head_dim=head_dim, rotary_pct=share).rotary_dim == channels
     assert model(head_dim=head_dim, rotary_pct=share, position_embedding="learned").rotary_dim == 0
 
 
-@pytest.mark.parametrize(("vocab", "tp", "rows"), [(100, 1, 128), (128, 1, 128), (129, 1, 256), (50257, 1, 50304), (50257, 2, 50432), (1, 8, 1024)])
+@pytest.mark.parametrize(
+    ("vocab", "tp", "rows"),
+    [(100, 1, 128), (128, 1, 128), (129, 1, 256), (50257, 1, 50304), (50257, 2, 50432), (1, 8, 1024)],
+)
 def test_padded_vocab_size(vocab, tp, rows):
     assert model(vocab_size=vocab).padded_vocab_size(tp) == rows
 
 
-@pytest.mark.parametrize(("activation", "gated"), [("gelu", False), ("silu", False), ("swiglu", True), ("geglu", True), ("reglu", True)])
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("gelu", False), ("silu", False), ("swiglu", True), ("geglu", True), ("reglu", True)]
+)
 def test_gated(activation, gated):
     assert model(activation=activation).gated is gated
 

@@ -77,7 +77,11 @@ def test_unbounded_blend_equals_the_array_in_any_order_of_access():
     weights = [0.61, 0.3, 0.09]
     size = 3 * Blend.BLOCK + 100
     dataset, sample = blend_indices(weights, size)
-    for visit in (np.arange(0, size, 4999), np.arange(size - 1, -1, -9973), np.random.default_rng(0).integers(0, size, 50)):
+    for visit in (
+        np.arange(0, size, 4999),
+        np.arange(size - 1, -1, -9973),
+        np.random.default_rng(0).integers(0, size, 50),
+    ):
         blend = Blend(weights)
         for i in visit.tolist():
             assert blend[i] == (dataset[i], sample[i])
@@ -88,7 +92,9 @@ def test_what_was_taken_and_where_it_stands():
     weights, count = [0.2, 0.5, 0.0, 0.3], 2 * Blend.BLOCK + 1000
     dataset, sample = blend_indices(weights, count)
     blend = Blend(weights)
-    assert blend.taken(count).tolist() == np.bincount(dataset, minlength=4).tolist() and blend.taken(0).tolist() == [0] * 4
+    assert (
+        blend.taken(count).tolist() == np.bincount(dataset, minlength=4).tolist() and blend.taken(0).tolist() == [0] * 4
+    )
     inner = [np.array([0, 7, 20_000]), np.arange(30_000, 30_010), np.array([0]), np.empty(0, dtype=np.int64)]
     wanted = [i for i in range(count) if sample[i] in inner[dataset[i]].tolist()]
     assert blend.positions(inner, count).tolist() == wanted and len(wanted) == 13

@@ -21,14 +21,18 @@ ALL = {"train": 40, "validation": 10, "test": 10}
 
 def config(data: dict, vocab_size: int = 1000, tmp_path: Path | None = None, **sections: object) -> Config:
     run = {} if tmp_path is None else {"run": {"dir": str(tmp_path / "run")}}
-    return Config.model_validate({"model": {"vocab_size": vocab_size}, "data": {"seq_length": 16, **data}, **run, **sections})
+    return Config.model_validate(
+        {"model": {"vocab_size": vocab_size}, "data": {"seq_length": 16, **data}, **run, **sections}
+    )
 
 
 def test_lists_and_missing_parts(corpus):
     datasets = build_datasets(config({"train": [corpus.prefix], "validation": corpus.prefix}), ALL)
     assert sorted(datasets) == ["train", "validation"]
     assert len(datasets["train"]) == (corpus.num_tokens - 1) // 16
-    assert sorted(build_datasets(config({"train": [corpus.prefix], "validation": corpus.prefix}), {"train": 5, "validation": 0})) == ["train"]
+    assert sorted(
+        build_datasets(config({"train": [corpus.prefix], "validation": corpus.prefix}), {"train": 5, "validation": 0})
+    ) == ["train"]
 
 
 def test_split_parts_do_not_overlap(corpus):
@@ -99,11 +103,20 @@ def test_contradictory_data_sections(data, error, message):
 @pytest.mark.parametrize("order", ["epoch", "neox"])
 def test_empty_split_and_short_corpus(make_dataset, tmp_path, order):
     prefix = make_dataset([[1] * 30, [2] * 20]).prefix
-    with pytest.raises(DataError, match=r"split leaves no documents for validation; where=.*corpus\.bin, data\.split=1,0,0; got=0 of 2 documents"):
-        build_datasets(config({"path": prefix, "split": "1,0,0", "order": order}, tmp_path=tmp_path), {"train": 1, "validation": 1})
+    with pytest.raises(
+        DataError,
+        match=r"split leaves no documents for validation; where=.*corpus\.bin, data\.split=1,0,0; got=0 of 2 documents",
+    ):
+        build_datasets(
+            config({"path": prefix, "split": "1,0,0", "order": order}, tmp_path=tmp_path), {"train": 1, "validation": 1}
+        )
     with pytest.raises(DataError, match=r"shorter than one sample; .*got=50 tokens in 2 documents; want=at least 65"):
         build_datasets(config({"train": [prefix], "order": order, "seq_length": 64}, tmp_path=tmp_path), {"train": 1})
-    assert list(build_datasets(config({"path": prefix, "split": "1,0,0", "order": order}, tmp_path=tmp_path), {"train": 1, "validation": 0})) == ["train"]
+    assert list(
+        build_datasets(
+            config({"path": prefix, "split": "1,0,0", "order": order}, tmp_path=tmp_path), {"train": 1, "validation": 0}
+        )
+    ) == ["train"]
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit", "document"])
@@ -112,13 +125,17 @@ def test_corpora_without_a_sample_are_refused_and_not_waited_for(make_dataset, t
     prefix = make_dataset(documents).prefix
     made = config({"train": [prefix], "packing": packing}, tmp_path=tmp_path)
     got = f"{sum(map(len, documents))} tokens in {len(documents)} documents"
-    with pytest.raises(DataError, match=rf"(shorter than one sample|no document has a token to learn); where=.*corpus\.bin.*got={got}"):
+    with pytest.raises(
+        DataError, match=rf"(shorter than one sample|no document has a token to learn); where=.*corpus\.bin.*got={got}"
+    ):
         build_datasets(made, {"train": 5})
 
 
 def test_a_source_that_is_smaller_than_its_share_is_read_again(make_dataset, tmp_path):
     """Exact shares, by further epochs, for both orders."""
-    prefixes = [make_dataset([np.arange(size) % 500 + base], name=str(base)).prefix for size, base in ((40, 0), (4000, 100))]
+    prefixes = [
+        make_dataset([np.arange(size) % 500 + base], name=str(base)).prefix for size, base in ((40, 0), (4000, 100))
+    ]
     for order in ("epoch", "neox"):
         sources = [{"path": prefixes[0], "weight": 1}, {"path": prefixes[1], "weight": 1}]
         dataset = build_datasets(config({"train": sources, "order": order}, tmp_path=tmp_path), {"train": 100})["train"]
@@ -133,7 +150,10 @@ def test_weights_all_zero_name_the_section(corpus):
 
 def test_ids_beyond_the_vocabulary_are_found_before_training(make_dataset):
     prefix = make_dataset([[1] * 20, [3] * 10 + [77] + [3] * 10]).prefix
-    with pytest.raises(DataError, match=r"outside the vocabulary; where=.*corpus\.bin document 1 offset 10; got=largest id 77; want=0 to 76"):
+    with pytest.raises(
+        DataError,
+        match=r"outside the vocabulary; where=.*corpus\.bin document 1 offset 10; got=largest id 77; want=0 to 76",
+    ):
         build_datasets(config({"train": [prefix]}, vocab_size=77), {"train": 1})
     assert build_datasets(config({"train": [prefix]}, vocab_size=78), {"train": 1})
 
@@ -154,13 +174,18 @@ def test_data_without_a_sidecar_work(corpus):
 
 def cached_name(corpus, cache: Path, seed: int = 9, samples: int = 40, **data: object) -> str:
     """Name of the one folder of index arrays that a config leaves in a cache of its own."""
-    build_datasets(config({"path": corpus.prefix, "index_cache": str(cache), "split": "9,1,0", **data}, train={"seed": seed}), {"train": samples})
+    build_datasets(
+        config({"path": corpus.prefix, "index_cache": str(cache), "split": "9,1,0", **data}, train={"seed": seed}),
+        {"train": samples},
+    )
     (found,) = [path.name for path in cache.iterdir() if path.is_dir()]
     return found
 
 
 def test_names_of_index_arrays_are_pinned_and_every_setting_is_in_them(corpus, make_dataset, tmp_path):
-    """A setting that the name lacks gives one run the arrays of another. A name that changes makes every run build its arrays again."""
+    """A setting that the name lacks gives one run the arrays of another. A name that changes makes every run build
+    its arrays again.
+    """
     other = make_dataset([corpus[i][::-1] if i else [5] for i in range(101)], "other")
     packing = {
         "as it is": cached_name(corpus, tmp_path / "g", packing="best_fit"),
@@ -184,25 +209,44 @@ def test_index_arrays_of_two_parts_of_a_split_are_two(corpus, tmp_path):
     """Of equal length, so that only the range distinguishes them."""
     cache = tmp_path / "cache"
     for packing, order in (("best_fit", "epoch"), ("concatenate", "neox")):
-        made = config({"path": corpus.prefix, "index_cache": str(cache), "split": "1,1,0", "packing": packing, "order": order})
+        made = config(
+            {"path": corpus.prefix, "index_cache": str(cache), "split": "1,1,0", "packing": packing, "order": order}
+        )
         parts = build_datasets(made, {"train": 10, "validation": 10})
-        documents = [{piece.document for i in range(5) for piece in parts[part].slices(i)} for part in ("train", "validation")]
+        documents = [
+            {piece.document for i in range(5) for piece in parts[part].slices(i)} for part in ("train", "validation")
+        ]
         assert not documents[0] & documents[1]
 
 
 @pytest.mark.parametrize("sidecar", [True, False])
 @pytest.mark.parametrize(
     ("packing", "learned", "refused"),
-    [("document", None, True), ("document", 30, True), ("document", 10, False), ("best_fit", 30, False), ("concatenate", 30, False), ("concatenate", 0, True)],
+    [
+        ("document", None, True),
+        ("document", 30, True),
+        ("document", 10, False),
+        ("best_fit", 30, False),
+        ("concatenate", 30, False),
+        ("concatenate", 0, True),
+    ],
 )
 def test_labels_from_which_nothing_is_learned(make_dataset, tmp_path, sidecar, packing, learned, refused):
     """A sample of one document is truncated after 17 tokens; the first token of a document is not a target."""
     tokens = [np.arange(1, 41)] * 12
-    labels = [np.where(np.arange(40) == (learned if number == 7 else None), one, -100) for number, one in enumerate(tokens)]
-    files = [make_dataset(rows, name, kind).prefix for name, kind, rows in (("t", "uint16", tokens), ("l", "int32", labels))]
+    labels = [
+        np.where(np.arange(40) == (learned if number == 7 else None), one, -100) for number, one in enumerate(tokens)
+    ]
+    files = [
+        make_dataset(rows, name, kind).prefix for name, kind, rows in (("t", "uint16", tokens), ("l", "int32", labels))
+    ]
     if not sidecar:
         (tmp_path / "l.json").unlink()
-    made = config({"train": [{"path": files[0], "labels": files[1]}], "packing": packing}, tmp_path=tmp_path, train={"objective": "sft"})
+    made = config(
+        {"train": [{"path": files[0], "labels": files[1]}], "packing": packing},
+        tmp_path=tmp_path,
+        train={"objective": "sft"},
+    )
     if not refused:
         assert build_datasets(made, {"train": 4})["train"] is not None
         return

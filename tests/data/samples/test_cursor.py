@@ -126,12 +126,19 @@ def test_settings_that_the_samples_depend_on(sources, tmp_path, what):
     if "document_mask" in what:
         assert "no sample would be repeated or lost" in problem.value.got
     else:
-        assert re.search(r"the 40 samples \(640 tokens\) read of .*a would be repeated among new ones, and none would be lost", problem.value.got)
-    assert not (tmp_path / "run").exists() and not (tmp_path / "index_cache").exists()  # refused before anything is written
+        assert re.search(
+            r"the 40 samples \(640 tokens\) read of .*a would be repeated among new ones, and none would be lost",
+            problem.value.got,
+        )
+    assert (
+        not (tmp_path / "run").exists() and not (tmp_path / "index_cache").exists()
+    )  # refused before anything is written
     run = RunDatasets(config, WANTED, SavedCursor(saved.where, 40, saved.cursor, accept=True))
     assert run.lines[0] == f"accepted by checkpoint.accept_data_change: {what}"
     begin = 40 if "document_mask" in what else 0  # a different order starts from the beginning, the same one continues
-    assert tokens_of(run.parts["train"], 40, 45) == tokens_of(RunDatasets(config, WANTED).parts["train"], begin, begin + 5)
+    assert tokens_of(run.parts["train"], 40, 45) == tokens_of(
+        RunDatasets(config, WANTED).parts["train"], begin, begin + 5
+    )
 
 
 def test_what_the_order_does_not_depend_on(sources, tmp_path):
@@ -154,13 +161,18 @@ def test_another_content_under_the_same_name(make_dataset, tmp_path, sidecar):
     make_dataset(documents(900), "a", overwrite=True)  # other tokens, documents of the same lengths
     if not sidecar:
         (tmp_path / "a.json").unlink()
-    with pytest.raises(CheckpointError, match="the content of .*a changed: 60 documents of .*what the new content shares with the 40 samples"):
+    with pytest.raises(
+        CheckpointError,
+        match="the content of .*a changed: 60 documents of .*what the new content shares with the 40 samples",
+    ):
         RunDatasets(config, WANTED, saved)
 
 
 def test_labels_and_a_source_that_is_no_longer_read(make_dataset, sources, tmp_path):
     saved = saved_after(config_of(tmp_path, weighted(sources, a=1, b=1)), 40)
-    with pytest.raises(CheckpointError, match=r"b is no longer read, the \d+ remaining samples of the epoch of .*b would be lost"):
+    with pytest.raises(
+        CheckpointError, match=r"b is no longer read, the \d+ remaining samples of the epoch of .*b would be lost"
+    ):
         RunDatasets(config_of(tmp_path, weighted(sources, a=1)), WANTED, saved)
     labels = make_dataset([np.where(np.arange(one.size) % 2, -100, one) for one in documents(0)], "labels", "int32")
     labelled = {"train": [{"path": sources["a"].prefix, "labels": labels.prefix}, {"path": sources["b"].prefix}]}
@@ -171,11 +183,16 @@ def test_labels_and_a_source_that_is_no_longer_read(make_dataset, sources, tmp_p
 def test_a_split_moves_documents_to_validation(sources, tmp_path):
     path = sources["a"].prefix
     saved = saved_after(config_of(tmp_path, {"path": path, "split": "9,1,0"}), 40)
-    assert RunDatasets(config_of(tmp_path, {"path": path, "split": "90,10,0"}), WANTED, saved).lines == []  # the same documents
+    assert (
+        RunDatasets(config_of(tmp_path, {"path": path, "split": "90,10,0"}), WANTED, saved).lines == []
+    )  # the same documents
     with pytest.raises(CheckpointError) as problem:
         RunDatasets(config_of(tmp_path, {"path": path, "split": "8,2,0"}), WANTED, saved)
     assert "data.split 9,1,0 -> 8,2,0: training reads documents 0 to 53" in problem.value.got
-    assert "documents 48 to 53 of " in problem.value.got and "were training data and would be validation data" in problem.value.got
+    assert (
+        "documents 48 to 53 of " in problem.value.got
+        and "were training data and would be validation data" in problem.value.got
+    )
 
 
 def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
@@ -187,7 +204,9 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
     with pytest.raises(CheckpointError, match="data.order neox: the order of .*a has 1 epochs -> 2"):
         RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}, saved)
     two = SavedCursor("step_1", 15, RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).cursor)
-    shorter = RunDatasets(config_of(tmp_path, data), {"train": 20}, two)  # a shorter run reads on in the order that was made
+    shorter = RunDatasets(
+        config_of(tmp_path, data), {"train": 20}, two
+    )  # a shorter run reads on in the order that was made
     assert shorter.cursor.sources[0].epochs == 2
     straight = RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).parts["train"]
     assert tokens_of(shorter.parts["train"], 15, 20) == tokens_of(straight, 15, 20)
@@ -195,7 +214,14 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
 
 def test_text_is_compared_before_it_is_tokenized(tmp_path):
     vocabulary = {letter: number for number, letter in enumerate(["<|endoftext|>", *"abcdefgh "])}
-    tokenizer = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+    }
     model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": None}
     (tmp_path / "tok.json").write_text(json.dumps({**tokenizer, "model": model}))
     (tmp_path / "t.txt").write_text("abc defg " * 200)
@@ -204,7 +230,9 @@ def test_text_is_compared_before_it_is_tokenized(tmp_path):
     saved = SavedCursor("step_1", 10, RunDatasets(config, {"train": 20}).cursor)
     before = sorted((tmp_path / "run").rglob("*"))
     (tmp_path / "t.txt").write_text("abc defg " * 201)
-    with pytest.raises(CheckpointError, match=r"data.text: .* -> .*, the 10 samples \(160 tokens\) read of data.text would be repeated"):
+    with pytest.raises(
+        CheckpointError, match=r"data.text: .* -> .*, the 10 samples \(160 tokens\) read of data.text would be repeated"
+    ):
         RunDatasets(config, {"train": 20}, saved)
     assert sorted((tmp_path / "run").rglob("*")) == before
 
@@ -228,7 +256,9 @@ def test_a_checkpoint_without_a_cursor_is_compared_by_its_config(sources, tmp_pa
     assert run.cursor.phases[-1].taken == (20, 20) and run.cursor.sources[0].files is not None
     with pytest.raises(CheckpointError, match="train.seed: 1234 -> 9"):
         RunDatasets(config_of(tmp_path, weighted(sources, a=1, b=1), seed=9), WANTED, saved)
-    split = SavedCursor("step_1", 40, Cursor.of_config(config_of(tmp_path, {"path": sources["a"].prefix, "split": "9,1,0"})))
+    split = SavedCursor(
+        "step_1", 40, Cursor.of_config(config_of(tmp_path, {"path": sources["a"].prefix, "split": "9,1,0"}))
+    )
     with pytest.raises(CheckpointError, match="data.split: 9,1,0 -> 8,2,0"):
         RunDatasets(config_of(tmp_path, {"path": sources["a"].prefix, "split": "8,2,0"}), WANTED, split)
 
@@ -239,7 +269,9 @@ def test_nothing_read_is_nothing_lost(sources, tmp_path):
 
 
 def test_identity_of_large_files_without_a_sidecar(tmp_path):
-    """Read at evenly spaced positions: both ends count, the name of the file does not, and a sidecar added later is not a difference."""
+    """Read at evenly spaced positions: both ends count, the name of the file does not, and a sidecar added later is
+    not a difference.
+    """
     tokens = np.random.default_rng(0).integers(0, 500, 3 << 20)
     for name, changed in (("a", None), ("b", None), ("first", 0), ("last", -1)):
         content = tokens.copy()

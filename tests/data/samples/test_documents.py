@@ -21,8 +21,16 @@ def answers(make_dataset):
 
 def test_documents_are_padded_and_cut_off(answers):
     samples = DocumentSamples(*answers, seq_length=4)
-    assert samples[0].tokens.tolist() == [1, 2, 3, 0, 0] and samples[0].labels.tolist() == [-100, 2, 3, -100, -100] and samples[0].end == 2
-    assert samples[1].tokens.tolist() == [4, 5, 6, 7, 8] and samples[1].labels.tolist() == [-100, -100, 6, 7, 8] and samples[1].end == 3
+    assert (
+        samples[0].tokens.tolist() == [1, 2, 3, 0, 0]
+        and samples[0].labels.tolist() == [-100, 2, 3, -100, -100]
+        and samples[0].end == 2
+    )
+    assert (
+        samples[1].tokens.tolist() == [4, 5, 6, 7, 8]
+        and samples[1].labels.tolist() == [-100, -100, 6, 7, 8]
+        and samples[1].end == 3
+    )
     assert samples[2].end == 0 and samples[3].end == 3
     assert DocumentSamples(answers[0], None, 4)[3].labels.tolist() == [11, 12, 13, 14, -100]
 
@@ -37,7 +45,10 @@ def test_an_epoch_has_each_document_once_in_an_order_of_its_own(make_dataset):
 
 def test_batches_of_documents(answers):
     batch = next(Loader(DocumentDataset(*answers, 4, seed=1), micro_batch_size=4, prefetch=0, vocab_size=40))[0]
-    rows = {int(tokens[0]): (tokens.tolist(), targets.tolist(), int(end)) for tokens, targets, end in zip(batch.tokens, batch.targets, batch.ends, strict=True)}
+    rows = {
+        int(tokens[0]): (tokens.tolist(), targets.tolist(), int(end))
+        for tokens, targets, end in zip(batch.tokens, batch.targets, batch.ends, strict=True)
+    }
     assert rows[1] == ([1, 2, 3, 0], [2, 3, -100, -100], 2)
     assert rows[4] == ([4, 5, 6, 7], [-100, 6, 7, 8], 3)
     assert batch.segment_ids is None and batch.reference is None
@@ -60,7 +71,9 @@ def test_data_that_do_not_belong_together(answers, make_dataset):
     with pytest.raises(DataError, match="labels do not belong to the documents"):
         DocumentSamples(answers[0], make_dataset([[1, 2], [3], [4], [5]], "other"), 4)
     wrong = make_dataset([[-100, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12, 99, 14]], "wrong", "int32")
-    with pytest.raises(DataError, match=r"label differs from the token; where=.*document 3 offset 2; got=label 99 at token 13"):
+    with pytest.raises(
+        DataError, match=r"label differs from the token; where=.*document 3 offset 2; got=label 99 at token 13"
+    ):
         next(Loader(DocumentDataset(answers[0], wrong, 4, seed=1), micro_batch_size=4, prefetch=0))
     pairs = PairDataset(answers, (make_dataset(OTHERS, "rejected"), None), 4, seed=1)
     with pytest.raises(DataError, match=r"outside the vocabulary; where=.*rejected.bin document 3 offset 3; got=id 34"):
@@ -68,7 +81,9 @@ def test_data_that_do_not_belong_together(answers, make_dataset):
 
 
 def test_the_order_of_documents_is_pinned(make_dataset):
-    """The seed, the data and the range all choose the order. Never change these numbers: every resumed run would read other data."""
+    """The seed, the data and the range all choose the order. Never change these numbers: every resumed run would
+    read other data.
+    """
     dataset, other = make_dataset([[i, i] for i in range(50)]), make_dataset([[i, i, i] for i in range(50)], "other")
 
     def first(dataset=dataset, seed: int = 3, documents: tuple[int, int] | None = None) -> list[int]:

@@ -1,4 +1,6 @@
-"""Fill in the middle: what comes out is the document, its middle last; rates, fragments, room, order of random numbers, other tokenizers."""
+"""Fill in the middle: what comes out is the document, its middle last; rates, fragments, room, order of random
+numbers, other tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def undone(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str, str, str]:
         rest, last = ids[2 : ids.index(middle)], ids[ids.index(middle) + 1 :]
         return "spm", "", tokenizer.decode(last), tokenizer.decode(rest)
     at = ids.index(suffix), ids.index(middle)
-    return "psm", tokenizer.decode(ids[1 : at[0]]), tokenizer.decode(ids[at[1] + 1 :]), tokenizer.decode(ids[at[0] + 1 : at[1]])
+    return (
+        "psm",
+        tokenizer.decode(ids[1 : at[0]]),
+        tokenizer.decode(ids[at[1] + 1 :]),
+        tokenizer.decode(ids[at[0] + 1 : at[1]]),
+    )
 
 
 def test_the_document_is_complete_with_its_middle_last(tokenizer):
@@ -69,7 +76,14 @@ def test_parts_are_encoded_separately(tokenizer):
         out = fim.document(ids, 1000, Draws(number)).tolist()
         _, prefix, middle, suffix = undone(tokenizer, out)
         names = [tokenizer.token_id(token) for token in SENTINELS[:3]]
-        assert out == [names[0], *tokenizer.encode(prefix), names[2], *tokenizer.encode(suffix), names[1], *tokenizer.encode(middle)]
+        assert out == [
+            names[0],
+            *tokenizer.encode(prefix),
+            names[2],
+            *tokenizer.encode(suffix),
+            names[1],
+            *tokenizer.encode(middle),
+        ]
         cut_words += len(out) > ids.size + 3
     assert cut_words > 20  # some cuts fell inside a token
 
@@ -174,7 +188,11 @@ def test_another_kind_of_tokenizer(tmp_path, tokenizer):
 
 def test_missing_tokens(tokenizer, tmp_path):
     plain = train_tokenizer(TEXTS, 300, tmp_path / "plain.json")
-    with pytest.raises(ConfigError, match=r"not in the vocabulary; where=data\.fim\.prefix_token, .*plain\.json; got=<\|fim_prefix\|>; do=.*--special-token"):
+    with pytest.raises(
+        ConfigError,
+        match=r"not in the vocabulary; where=data\.fim\.prefix_token, .*plain\.json; got=<\|fim_prefix\|>; "
+        r"do=.*--special-token",
+    ):
         transform(plain)
     with pytest.raises(ConfigError, match=r"data\.fim\.split_sample"):
         transform(tokenizer, split_sample="<nope>")
@@ -215,21 +233,39 @@ def test_samples(files, tokenizer, kind):
 def test_padding_is_not_a_document(tokenizer, make_dataset, kind):
     """Padded samples: padding stays at the end, in a segment of its own, and no label is learned there."""
     files = make_dataset([tokenizer.encode(text) for text in TEXTS[:4]])
-    made = PackedDataset(files, (0, 4), 4096, 1, document_mask=True) if kind == "best_fit" else DocumentDataset(files, None, 4096, 1)
+    made = (
+        PackedDataset(files, (0, 4), 4096, 1, document_mask=True)
+        if kind == "best_fit"
+        else DocumentDataset(files, None, 4096, 1)
+    )
     sample = FimDataset(made, transform(tokenizer), 7, 1, document_mask=True)[0]
     documents = 4 if kind == "best_fit" else 1
     used = int((sample.tokens != PADDING).nonzero()[0][-1]) + 1
     assert used < 4000 and (sample.tokens[used:] == PADDING).all() and (sample.labels[used:] == -100).all()
     assert int((sample.tokens == tokenizer.token_id(SENTINELS[0])).sum()) == documents
-    assert sample.segment_ids.max() == documents and (sample.segment_ids[used:] == documents).all() and sample.segment_ids[used - 1] == documents - 1
+    assert (
+        sample.segment_ids.max() == documents
+        and (sample.segment_ids[used:] == documents).all()
+        and sample.segment_ids[used - 1] == documents - 1
+    )
 
 
 def test_resume_and_ranks_give_the_same_batches(files, tokenizer):
-    dataset = FimDataset(EpochDataset(files, (0, len(TEXTS)), 64, 1, True), transform(tokenizer), 7, 1, document_mask=True)
+    dataset = FimDataset(
+        EpochDataset(files, (0, len(TEXTS)), 64, 1, True), transform(tokenizer), 7, 1, document_mask=True
+    )
 
     def step(consumed: int, dp: int) -> torch.Tensor:
-        batches = [next(Loader(dataset, micro_batch_size=4 // dp, dp_rank=rank, dp_size=dp, start=consumed, prefetch=0))[0] for rank in range(dp)]
-        return torch.cat([torch.stack([batch.tokens, batch.targets, batch.position_ids, batch.segment_ids.long()], dim=1) for batch in batches])
+        batches = [
+            next(Loader(dataset, micro_batch_size=4 // dp, dp_rank=rank, dp_size=dp, start=consumed, prefetch=0))[0]
+            for rank in range(dp)
+        ]
+        return torch.cat(
+            [
+                torch.stack([batch.tokens, batch.targets, batch.position_ids, batch.segment_ids.long()], dim=1)
+                for batch in batches
+            ]
+        )
 
     with Loader(dataset, micro_batch_size=4) as loader:
         for consumed in range(0, 24, 4):
@@ -249,9 +285,18 @@ def test_random_numbers_are_pinned():
 def test_the_transform_of_a_sample_is_pinned(tokenizer, files):
     """The seed and the data both choose what becomes of a sample."""
     samples = EpochDataset(files, (0, len(TEXTS)), 200, 1, True)
-    keys = [FimDataset(samples, transform(tokenizer), checksum, seed, True)._key for checksum, seed in ((7, 1), (8, 1), (7, 2))]
+    keys = [
+        FimDataset(samples, transform(tokenizer), checksum, seed, True)._key
+        for checksum, seed in ((7, 1), (8, 1), (7, 2))
+    ]
     assert keys == [12685755375415042387, 3167579367964742092, 17376287802516322724]
-    assert all(len({tuple(FimDataset(samples, transform(tokenizer), *one, True)[i].tokens) for one in ((7, 1), (8, 1), (7, 2))}) == 3 for i in range(5))
+    assert all(
+        len(
+            {tuple(FimDataset(samples, transform(tokenizer), *one, True)[i].tokens) for one in ((7, 1), (8, 1), (7, 2))}
+        )
+        == 3
+        for i in range(5)
+    )
 
 
 PINNED = [223, 936, 101, 51, 997, 370]

@@ -45,7 +45,19 @@ def steps(dataset, count, **options):
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_ranks_and_micro_batches_share_the_global_batch(prefetch):
     mb, gas, dp = 3, 2, 2
-    ranks = [steps(Numbers(), 2, micro_batch_size=mb, gradient_accumulation=gas, dp_rank=r, dp_size=dp, start=7, prefetch=prefetch) for r in range(dp)]
+    ranks = [
+        steps(
+            Numbers(),
+            2,
+            micro_batch_size=mb,
+            gradient_accumulation=gas,
+            dp_rank=r,
+            dp_size=dp,
+            start=7,
+            prefetch=prefetch,
+        )
+        for r in range(dp)
+    ]
     for rank, (found, consumed) in enumerate(ranks):
         assert consumed == 7 + 2 * mb * gas * dp
         for step in range(2):
@@ -58,7 +70,19 @@ def test_global_sample_sequence_does_not_depend_on_the_layout(prefetch):
     """0 repeated, 0 skipped when batch, accumulation and ranks change at a resume."""
     seen, start = [], 0
     for mb, gas, dp in ((2, 3, 1), (1, 2, 3), (6, 1, 1), (3, 1, 2)):
-        found = [steps(Numbers(), 2, micro_batch_size=mb, gradient_accumulation=gas, dp_rank=r, dp_size=dp, start=start, prefetch=prefetch) for r in range(dp)]
+        found = [
+            steps(
+                Numbers(),
+                2,
+                micro_batch_size=mb,
+                gradient_accumulation=gas,
+                dp_rank=r,
+                dp_size=dp,
+                start=start,
+                prefetch=prefetch,
+            )
+            for r in range(dp)
+        ]
         seen += sorted(i for ids, _ in found for step in ids for batch in step for i in batch)
         start = found[0][1]
     assert seen == list(range(48)) and start == 48
@@ -83,7 +107,10 @@ def test_targets_are_the_tokens_one_further(corpus):
     dataset = EpochDataset(corpus, (0, 101), 16, seed=3)
     with Loader(dataset, micro_batch_size=5) as loader:
         batch = next(loader)[0]
-    assert batch.tokens.shape == batch.targets.shape == (5, 16) and batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert (
+        batch.tokens.shape == batch.targets.shape == (5, 16)
+        and batch.tokens.dtype == batch.targets.dtype == torch.int64
+    )
     assert batch.tokens.is_contiguous() and batch.targets.is_contiguous()
     for row in range(5):
         sample = dataset[row].tokens
@@ -111,7 +138,9 @@ def test_ids_outside_the_vocabulary_name_file_document_offset_and_id(make_datase
     documents = [[1] * 9, [2] * 9, [3, 4, bad, *[5] * 6]]
     dataset = EpochDataset(make_dataset(documents, dtype="int64"), (0, 3), 13, seed=1)
     loader = Loader(dataset, micro_batch_size=1, vocab_size=vocab_size, prefetch=prefetch)
-    with pytest.raises(DataError, match=rf"outside the vocabulary; where=.*corpus\.bin document 2 offset 2; got=id {bad}; want=0 to 49"):
+    with pytest.raises(
+        DataError, match=rf"outside the vocabulary; where=.*corpus\.bin document 2 offset 2; got=id {bad}; want=0 to 49"
+    ):
         for _ in range(4):
             next(loader)
 
@@ -120,7 +149,9 @@ def test_ids_outside_the_vocabulary_name_file_document_offset_and_id(make_datase
 def test_the_last_target_of_a_row_is_checked_too(make_dataset, bad):
     """No input of the row has that id: it is the one token that is a target only."""
     dataset = EpochDataset(make_dataset([[1, 2, 3, 4, bad]], dtype="int64"), (0, 1), 4, seed=1)
-    with pytest.raises(DataError, match=rf"outside the vocabulary; where=.*corpus\.bin document 0 offset 4; got=id {bad}; want=0 to 49"):
+    with pytest.raises(
+        DataError, match=rf"outside the vocabulary; where=.*corpus\.bin document 0 offset 4; got=id {bad}; want=0 to 49"
+    ):
         next(Loader(dataset, micro_batch_size=1, vocab_size=50, prefetch=0))
 
 
@@ -141,7 +172,10 @@ class Labelled(Numbers):
 @pytest.mark.parametrize("place", [0, 2, 4])
 @pytest.mark.parametrize("label", [-1, -99, -101, 0, 9])
 def test_a_label_is_the_token_or_ignored(place, label):
-    found = rf"label differs from the token; where=numbers\.bin document 0 offset {place}; got=label {label} at token {10 + place}"
+    found = (
+        rf"label differs from the token; where=numbers\.bin document 0 offset {place}; got=label {label} at token "
+        rf"{10 + place}"
+    )
     with pytest.raises(DataError, match=found):
         next(Loader(Labelled(place, label), micro_batch_size=2, prefetch=0))
     batch = next(Loader(Labelled(place, -100), micro_batch_size=2, prefetch=0))[0]
@@ -195,7 +229,12 @@ def test_a_dropped_loader_ends_its_thread():
 
 @pytest.mark.parametrize(
     "options",
-    [{"micro_batch_size": 0}, {"micro_batch_size": 1, "dp_rank": 1}, {"micro_batch_size": 1, "start": -1}, {"micro_batch_size": 1, "gradient_accumulation": 0}],
+    [
+        {"micro_batch_size": 0},
+        {"micro_batch_size": 1, "dp_rank": 1},
+        {"micro_batch_size": 1, "start": -1},
+        {"micro_batch_size": 1, "gradient_accumulation": 0},
+    ],
 )
 def test_bad_sizes_are_refused(options):
     with pytest.raises(ValueError, match="out of range"):
@@ -214,7 +253,10 @@ def test_rows_are_the_samples_one_by_one(corpus, document_mask):
             (batch,) = next(loader)
         for row, sample in enumerate(batch.sample_ids.tolist()):
             tokens, segments = dataset[sample][:2]
-            assert batch.tokens[row].tolist() == tokens[:-1].tolist() and batch.targets[row].tolist() == tokens[1:].tolist()
+            assert (
+                batch.tokens[row].tolist() == tokens[:-1].tolist()
+                and batch.targets[row].tolist() == tokens[1:].tolist()
+            )
             assert (segments is None) == (batch.segment_ids is None) == (not document_mask)
             assert segments is None or batch.segment_ids[row].tolist() == segments.tolist()
     with pytest.raises(DataError, match="sample is beyond the end of the order"):
@@ -252,5 +294,9 @@ def test_retained_batches_do_not_change(corpus):
     with Loader(order, micro_batch_size=2, prefetch=0) as loader:
         for batch in kept:
             again = next(loader)[0]
-            for one, other in ((batch.tokens, again.tokens), (batch.segment_ids, again.segment_ids), (batch.position_ids, again.position_ids)):
+            for one, other in (
+                (batch.tokens, again.tokens),
+                (batch.segment_ids, again.segment_ids),
+                (batch.position_ids, again.position_ids),
+            ):
                 assert torch.equal(one, other)

@@ -21,7 +21,13 @@ def test_neox_order_equals_upstream(shared_data, fixture):
     wanted = np.load(shared_data / "megatron" / f"{fixture}.npz")
     dataset = IndexedDataset(shared_data / "megatron" / "meg-gpt2-openwebtext_text_document")
     first, last = split_ranges(str(wanted["split"]), len(dataset))[int(wanted["part"])]
-    order = gpt_neox_order(dataset.sizes, np.arange(first, last), int(wanted["seq_length"]), int(wanted["num_samples"]), int(wanted["seed"]))
+    order = gpt_neox_order(
+        dataset.sizes,
+        np.arange(first, last),
+        int(wanted["seq_length"]),
+        int(wanted["num_samples"]),
+        int(wanted["seed"]),
+    )
     for name, array in zip(("doc_idx", "sample_idx", "shuffle_idx"), order, strict=True):
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
 
@@ -54,7 +60,9 @@ def test_sample_index_is_exact_beyond_32_bits(seq_length):
     """Documents of 2^31 - 1 tokens: totals pass 2^32 within a few, and no token needs to exist."""
     sizes = np.array([2**31 - 1, 0, 2**31 - 2, 5, 2**31 - 1], dtype=np.int32)
     doc_idx, sample_idx, shuffle_idx = gpt_neox_order(sizes, np.arange(5), seq_length, 40, 11)
-    assert sample_idx.tolist() == [list(row) for row in plain_sample_index(sizes, doc_idx, seq_length, shuffle_idx.size)]
+    assert sample_idx.tolist() == [
+        list(row) for row in plain_sample_index(sizes, doc_idx, seq_length, shuffle_idx.size)
+    ]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, *BEYOND])
@@ -80,7 +88,9 @@ def test_rows_become_64_bit_when_they_must():
 
 @pytest.mark.parametrize("count", BEYOND)
 def test_order_types_hold_their_numbers(count):
-    """Arrays of this size cannot be made in a test; that each dtype holds its largest number can be checked without them."""
+    """Arrays of this size cannot be made in a test; that each dtype holds its largest number can be checked without
+    them.
+    """
     document, row, sample = order_types(count, count, count)
     assert np.iinfo(document).max >= count - 1
     assert np.iinfo(row).max >= count
@@ -175,7 +185,9 @@ def test_permutation_is_exact_at_large_sizes(size):
 
 
 def test_permutation_mixes_well():
-    """Each position is equally likely to hold each value, neighbours do not stay neighbours: chi-square within 5 sigma."""
+    """Each position is equally likely to hold each value, neighbours do not stay neighbours: chi-square within 5
+    sigma.
+    """
     size, trials = 50, 4000
     counts = np.zeros((size, size))
     neighbours = 0
@@ -218,7 +230,9 @@ def test_epoch_dataset_visits_all_samples_once_per_epoch_in_a_new_order(corpus):
     epochs = []
     for epoch in range(3):
         starts = [dataset._first_token(epoch * length + i) for i in range(length)]
-        assert len({start % 16 for start in starts}) == 1 and sorted(starts) == list(range(min(starts), min(starts) + 16 * length, 16))
+        assert len({start % 16 for start in starts}) == 1 and sorted(starts) == list(
+            range(min(starts), min(starts) + 16 * length, 16)
+        )
         epochs.append([start // 16 for start in starts])
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     for i in (0, 5, length, 10**12):
@@ -247,7 +261,9 @@ def test_a_corpus_shorter_than_a_sample_reports_tokens_found_and_needed(make_dat
     dataset = make_dataset([[1] * 10, [2] * 6])
     assert len(EpochDataset(dataset, (0, 2), 15, 1)) == 1
     with pytest.raises(
-        DataError, match=r"corpus is shorter than one sample; where=.*corpus\.bin documents 0 to 2; got=16 tokens in 2 documents; want=at least 17"
+        DataError,
+        match=r"corpus is shorter than one sample; where=.*corpus\.bin documents 0 to 2; got=16 tokens in 2 "
+        r"documents; want=at least 17",
     ):
         EpochDataset(dataset, (0, 2), 16, 1)
     with pytest.raises(DataError, match="got=0 tokens in 0 documents"):

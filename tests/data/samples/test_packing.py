@@ -1,4 +1,6 @@
-"""Best-fit packing: against its definition, what is learned and read, order, labels, and identical reads on any number of ranks."""
+"""Best-fit packing: against its definition, what is learned and read, order, labels, and identical reads on any
+number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,14 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once_per_epoch(c
         assert sample.tokens.shape == sample.labels.shape == (seq_length + 1,) and sample.segment_ids is None
         learned = np.flatnonzero(sample.labels[1:] != -100) + 1
         assert np.array_equal(sample.labels[learned], sample.tokens[learned])
-        assert np.array_equal(sample.tokens[learned - 1], (sample.tokens[learned] - 1) % 1000)  # its input is the token before it
-        places = [(piece.document, piece.offset + k) for piece in packed.slices(len(packed) + i) for k in range(1, piece.tokens)]
+        assert np.array_equal(
+            sample.tokens[learned - 1], (sample.tokens[learned] - 1) % 1000
+        )  # its input is the token before it
+        places = [
+            (piece.document, piece.offset + k)
+            for piece in packed.slices(len(packed) + i)
+            for k in range(1, piece.tokens)
+        ]
         assert len(places) == len(learned)
         targets += places
     wanted = [(d, k) for d in range(5, 90) for k in range(1, int(starts[d + 1] - starts[d]))]
@@ -73,9 +81,14 @@ def test_documents_that_fit_are_not_cut_and_the_fill_rate_is_reported(corpus):
     packed = PackedDataset(corpus, (0, 101), 40, seed=1)
     lengths = np.diff(corpus.document_starts())
     pieces = [piece for i in range(len(packed)) for piece in packed.slices(i)]
-    assert sorted(piece.document for piece in pieces) == np.flatnonzero(lengths > 1).tolist() and all(piece.offset == 0 for piece in pieces)
+    assert sorted(piece.document for piece in pieces) == np.flatnonzero(lengths > 1).tolist() and all(
+        piece.offset == 0 for piece in pieces
+    )
     assert packed.fill == sum(piece.tokens for piece in pieces) / (41 * len(packed)) > 0.9
-    said = f"101 documents in {len(pieces)} segments, best-fit packed into {len(packed)} samples; fill rate {100 * packed.fill:.2f} %, 0 documents cut"
+    said = (
+        f"101 documents in {len(pieces)} segments, best-fit packed into {len(packed)} samples; fill rate "
+        f"{100 * packed.fill:.2f} %, 0 documents cut"
+    )
     assert packed.note() == f"{corpus.prefix}: {said}"
 
 
@@ -83,10 +96,21 @@ def test_documents_and_padding_are_separate_segments(make_dataset):
     packed = PackedDataset(make_dataset([[1, 2, 3], [4, 5], [6]]), (0, 3), 6, seed=1, document_mask=True)
     assert len(packed) == 1  # the document of one token teaches nothing
     tokens, segments, labels, _ = packed[0]
-    assert tokens.tolist() == [1, 2, 3, 4, 5, 0, 0] and labels.tolist() == [1, 2, 3, -100, 5, -100, -100] and segments.tolist() == [0, 0, 0, 1, 1, 2]
+    assert (
+        tokens.tolist() == [1, 2, 3, 4, 5, 0, 0]
+        and labels.tolist() == [1, 2, 3, -100, 5, -100, -100]
+        and segments.tolist() == [0, 0, 0, 1, 1, 2]
+    )
     with Loader(packed, micro_batch_size=2, prefetch=0, vocab_size=7) as loader:
         (batch,) = next(loader)
-    assert batch.targets[0].tolist() == [2, 3, -100, 5, -100, -100] and batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 0]
+    assert batch.targets[0].tolist() == [2, 3, -100, 5, -100, -100] and batch.position_ids[0].tolist() == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        0,
+    ]
     assert packed.describe(0, 4).endswith("document 1 offset 1") and "padding" in packed.describe(0, 5)
 
 
@@ -116,7 +140,9 @@ def test_the_cursor_is_the_complete_state_for_any_number_of_ranks(corpus):
     packed = PackedDataset(corpus, (0, 101), 16, seed=1, document_mask=True)
 
     def rows(start: int, steps: int, dp: int) -> list[torch.Tensor]:
-        loaders = [Loader(packed, micro_batch_size=4 // dp, dp_rank=rank, dp_size=dp, start=start) for rank in range(dp)]
+        loaders = [
+            Loader(packed, micro_batch_size=4 // dp, dp_rank=rank, dp_size=dp, start=start) for rank in range(dp)
+        ]
         return [torch.cat([next(loader)[0].tokens for loader in loaders]) for _ in range(steps)]
 
     whole = rows(0, 6, 1)
@@ -129,11 +155,17 @@ def test_packing_of_a_range_does_not_depend_on_what_lies_outside(corpus, make_da
     part = make_dataset([corpus[i] for i in range(20, 60)], name="part")
     firsts, sizes, starts = pack_documents(corpus, (20, 60), 16)
     shifted = pack_documents(part, (0, 40), 16)
-    assert np.array_equal(firsts - corpus.first_token_of_document(20), shifted[0]) and np.array_equal(sizes, shifted[1]) and np.array_equal(starts, shifted[2])
+    assert (
+        np.array_equal(firsts - corpus.first_token_of_document(20), shifted[0])
+        and np.array_equal(sizes, shifted[1])
+        and np.array_equal(starts, shifted[2])
+    )
 
 
 def test_the_order_of_packed_samples_is_pinned(corpus):
-    """The seed, the data, the range and the length of the samples all choose the order. Never change these numbers: every resumed run would read other data."""
+    """The seed, the data, the range and the length of the samples all choose the order. Never change these numbers:
+    every resumed run would read other data.
+    """
 
     def first(documents: tuple[int, int] = (0, 101), seq_length: int = 16, seed: int = 1) -> list[int]:
         packed = PackedDataset(corpus, documents, seq_length, seed)

@@ -15,10 +15,15 @@ COUNT = 150
 
 
 def made(kind: str, make_dataset):
-    """A dataset of samples over `corpus` (and `other`), whose token k is k in the first and 5000 + k in the second: a token identifies its origin."""
+    """A dataset of samples over `corpus` (and `other`), whose token k is k in the first and 5000 + k in the second:
+    a token identifies its origin.
+    """
     sizes = np.random.default_rng(1).integers(0, 30, 40)
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    corpora = [make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(40)], name) for name, base in (("corpus", 0), ("other", 5000))]
+    corpora = [
+        make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(40)], name)
+        for name, base in (("corpus", 0), ("other", 5000))
+    ]
     first, second = corpora
     epoch, packed = EpochDataset(first, (3, 37), 16, 1), PackedDataset(second, (0, 40), 16, 1)
     neox = GptNeoxOrderDataset(second, gpt_neox_order(second.sizes, np.arange(40), 16, COUNT, 3), 16)
@@ -47,7 +52,12 @@ def test_slices_are_the_tokens_of_the_sample(make_dataset, kind):
         pieces = dataset.slices(index)
         rows = [pieces] if kind != "pairs" else [pieces[:1], pieces[1:]]
         for sample, row in zip(sides, rows, strict=True):
-            parts = [corpora[piece.source].read(corpora[piece.source].first_token_of_document(piece.document) + piece.offset, piece.tokens)[0] for piece in row]
+            parts = [
+                corpora[piece.source].read(
+                    corpora[piece.source].first_token_of_document(piece.document) + piece.offset, piece.tokens
+                )[0]
+                for piece in row
+            ]
             tokens = np.concatenate(parts)
             assert np.array_equal(sample.tokens[: tokens.size], tokens) and not sample.tokens[tokens.size :].any()
             assert kind in ("packed", "mixed", "pairs") or kind.startswith("document") or tokens.size == 17
@@ -60,7 +70,10 @@ def test_segments_follow_the_slices(make_dataset, kind):
         tokens, marks = dataset.tokens_and_segments(index)
         sizes = [piece.tokens for piece in dataset.slices(index)]
         assert np.array_equal(tokens, dataset[index].tokens) and marks.shape == (17,)
-        assert np.array_equal(marks[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes)) and (marks[sum(sizes) :] == -1).all()
+        assert (
+            np.array_equal(marks[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes))
+            and (marks[sum(sizes) :] == -1).all()
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +86,10 @@ def test_find_names_the_samples_that_hold_a_document(make_dataset, kind):
     assert len(holders) > 10
     for prefix in corpora:
         for document in range(40):
-            assert dataset.find(prefix, document, COUNT).tolist() == holders.get((prefix, document), []), (prefix, document)
+            assert dataset.find(prefix, document, COUNT).tolist() == holders.get((prefix, document), []), (
+                prefix,
+                document,
+            )
     assert dataset.find("elsewhere", 0, COUNT).size == 0
 
 
@@ -92,7 +108,9 @@ def test_seen_counts_inputs(make_dataset, kind, count):
     found = {seen.source: [seen.samples, seen.tokens] for seen in dataset.coverage(count) if seen.samples}
     assert found == wanted
     for seen in dataset.coverage(count):
-        assert seen.epochs == pytest.approx(seen.samples / 20 if kind == "documents of a range" else seen.epochs) and (seen.epochs > 0) == (seen.samples > 0)
+        assert seen.epochs == pytest.approx(seen.samples / 20 if kind == "documents of a range" else seen.epochs) and (
+            seen.epochs > 0
+        ) == (seen.samples > 0)
 
 
 def test_epochs_are_of_the_source(make_dataset):
@@ -102,5 +120,10 @@ def test_epochs_are_of_the_source(make_dataset):
 
 
 def test_sequences_of_one_document_are_one_slice():
-    pieces = [DocumentSlice("a", 1, 0, 3), DocumentSlice("a", 1, 3, 2), DocumentSlice("a", 1, 0, 1), DocumentSlice("b", 1, 1, 1)]
+    pieces = [
+        DocumentSlice("a", 1, 0, 3),
+        DocumentSlice("a", 1, 3, 2),
+        DocumentSlice("a", 1, 0, 1),
+        DocumentSlice("b", 1, 1, 1),
+    ]
     assert merge_adjacent(pieces) == [DocumentSlice("a", 1, 0, 5), *pieces[2:]]

@@ -1,4 +1,6 @@
-"""The data of a run, looked up afterwards, against what the loader gives: every order, packing and blend, on one and two data-parallel ranks."""
+"""The data of a run, looked up afterwards, against what the loader gives: every order, packing and blend, on one and
+two data-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ def sources(make_dataset) -> list[IndexedDataset]:
     """Two datasets whose token k is k, and 5000 + k."""
     sizes = np.random.default_rng(1).integers(0, 30, 60)
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    return [make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(60)], name) for name, base in (("a", 0), ("b", 5000))]
+    return [
+        make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(60)], name)
+        for name, base in (("a", 0), ("b", 5000))
+    ]
 
 
 def config_of(run, data: dict, **train):
@@ -46,7 +51,14 @@ def leave(run, config, batches: list[int], start: int = 0) -> None:
 
 
 def texts(pieces, datasets: dict[str, IndexedDataset]) -> np.ndarray:
-    starts = [(datasets[piece.source], datasets[piece.source].first_token_of_document(piece.document) + piece.offset, piece.tokens) for piece in pieces]
+    starts = [
+        (
+            datasets[piece.source],
+            datasets[piece.source].first_token_of_document(piece.document) + piece.offset,
+            piece.tokens,
+        )
+        for piece in pieces
+    ]
     return np.concatenate([dataset.read(first, count)[0] for dataset, first, count in starts])
 
 
@@ -71,7 +83,9 @@ def test_provenance_equals_what_the_loader_read(sources, tmp_path, kind, dp):
     layout = BatchLayout(2, dp)
     trained = build_datasets(config, {"train": STEPS * batch})["train"]
     seen: dict[tuple[str, int], set[int]] = {}
-    loaders = [Loader(trained, micro_batch_size=2, gradient_accumulation=2, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    loaders = [
+        Loader(trained, micro_batch_size=2, gradient_accumulation=2, dp_rank=rank, dp_size=dp) for rank in range(dp)
+    ]
     for step in range(1, STEPS + 1):
         rows = data.batch_of(step, layout)
         assert len(rows) == batch
@@ -81,7 +95,10 @@ def test_provenance_equals_what_the_loader_read(sources, tmp_path, kind, dp):
                 assert [row.sample for row in own if row.micro_batch == number] == micro.sample_ids.tolist()
                 for row in (row for row in own if row.micro_batch == number):
                     tokens = texts(row.slices, named)[:SEQ]
-                    assert micro.tokens[row.row, : tokens.size].tolist() == tokens.tolist() and not micro.tokens[row.row, tokens.size :].any()
+                    assert (
+                        micro.tokens[row.row, : tokens.size].tolist() == tokens.tolist()
+                        and not micro.tokens[row.row, tokens.size :].any()
+                    )
         for source, document in {piece[:2] for row in rows for piece in row.slices}:
             seen.setdefault((source, document), set()).add(step)
     for prefix in data.sources():
@@ -93,14 +110,28 @@ def test_steps_of_other_sizes_to_come_and_taken_back(sources, tmp_path):
     config = config_of(tmp_path / "run", {"train": [sources[0].prefix]})
     leave(tmp_path / "run", config, [4, 4, 8, 8])
     data = RunProvenance(tmp_path / "run")
-    assert [data.span(step) for step in (1, 2, 3, 4, 5, 7)] == [(0, 4), (4, 8), (8, 16), (16, 24), (24, 32), (40, 48)] and data.last_step == 4
+    assert [data.span(step) for step in (1, 2, 3, 4, 5, 7)] == [
+        (0, 4),
+        (4, 8),
+        (8, 16),
+        (16, 24),
+        (24, 32),
+        (40, 48),
+    ] and data.last_step == 4
     with pytest.raises(ConfigError, match="no such step"):
         data.span(0)
-    rows = [{"step": 1, "samples": 4, "tokens": 4 * SEQ}, {"step": 2, "samples": 20, "tokens": 8 * SEQ}]  # steps 2 to 4 were rolled back
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "sam')
+    rows = [
+        {"step": 1, "samples": 4, "tokens": 4 * SEQ},
+        {"step": 2, "samples": 20, "tokens": 8 * SEQ},
+    ]  # steps 2 to 4 were rolled back
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "sam'
+    )
     data = RunProvenance(tmp_path / "run")
     assert data.span(2) == (16, 20)
-    samples = {sample for document in range(60) for _, found in data.steps_of(sources[0].prefix, document) for sample in found}
+    samples = {
+        sample for document in range(60) for _, found in data.steps_of(sources[0].prefix, document) for sample in found
+    }
     assert samples == {*range(4), *range(16, 20)}
 
 
@@ -110,7 +141,10 @@ def test_a_run_before_its_first_step(sources, tmp_path):
         RunProvenance(tmp_path / "run")
     assert RunProvenance(tmp_path / "run", batch=8).span(3) == (16, 24)
     leave(tmp_path / "run", config_of(tmp_path / "run", {"train": [sources[0].prefix]}, global_batch_size=12), [])
-    assert RunProvenance(tmp_path / "run").span(1) == (0, 12) and RunProvenance(tmp_path / "run").steps_of(sources[0].prefix, 1) == []
+    assert (
+        RunProvenance(tmp_path / "run").span(1) == (0, 12)
+        and RunProvenance(tmp_path / "run").steps_of(sources[0].prefix, 1) == []
+    )
 
 
 def test_folders_that_are_no_runs(tmp_path, sources):
@@ -124,4 +158,6 @@ def test_folders_that_are_no_runs(tmp_path, sources):
 
 def test_ranks_lie_as_in_the_mesh():
     layout = BatchLayout(2, dp=3, tp=2, cp=2)
-    assert [layout.dp_rank(rank) for rank in range(24)] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4  # two config_spans
+    assert [layout.dp_rank(rank) for rank in range(24)] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [
+        2
+    ] * 4  # two config_spans

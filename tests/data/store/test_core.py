@@ -62,7 +62,9 @@ def test_file_checksums(tmp_path):
     path = tmp_path / "f"
     path.write_bytes(content)
     assert core.file_checksum(bytes(path)) == core.checksum(content)
-    assert core.file_block_checksums(bytes(path), 300) == [core.checksum(content[i : i + 300]) for i in range(0, 1000, 300)]
+    assert core.file_block_checksums(bytes(path), 300) == [
+        core.checksum(content[i : i + 300]) for i in range(0, 1000, 300)
+    ]
     with pytest.raises(DataError, match="block_bytes must be positive"):
         core.file_block_checksums(bytes(path), 0)
 

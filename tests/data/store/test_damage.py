@@ -1,4 +1,6 @@
-"""Datasets with damage in one of the three files: refused with the file named, or read exactly as before. `make fuzz` does 20,000 of them."""
+"""Datasets with damage in one of the three files: refused with the file named, or read exactly as before.
+`make fuzz` does 20,000 of them.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def everything(prefix: Path) -> list[list[int]]:
     """All documents, as the loader reads them."""
     dataset = IndexedDataset(prefix)
     sequences = [dataset.read(dataset.first_token(i), int(size))[0].tolist() for i, size in enumerate(dataset.sizes)]
-    return [sequences[first:last] for first, last in zip(dataset.documents[:-1].tolist(), dataset.documents[1:].tolist(), strict=True)]
+    return [
+        sequences[first:last]
+        for first, last in zip(dataset.documents[:-1].tolist(), dataset.documents[1:].tolist(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.fuzz)])

@@ -1,4 +1,6 @@
-"""What a crash leaves of a dataset: every state of the disk that a power failure allows at any call, by the model that checkpoints are tested with."""
+"""What a crash leaves of a dataset: every state of the disk that a power failure allows at any call, by the model
+that checkpoints are tested with.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def recorder(tmp_path_factory) -> Path:
     if compiler is None:
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("recorder") / "record_calls.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, Path(__file__).with_name("record_calls.c"), "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-o", library, Path(__file__).with_name("record_calls.c"), "-ldl"],
+        check=True,
+    )
     return library
 
 
@@ -45,8 +50,12 @@ def recorded(recorder: Path, top: Path, program: str, *arguments: str) -> list[t
     log = top.parent / "calls.txt"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
-        env = environment(LD_PRELOAD=recorder, NEOX_RECORD_FD=descriptor, NEOX_RECORD_TOP=top, PYTHONDONTWRITEBYTECODE="1")
-        subprocess.run([sys.executable, "-c", program, *arguments], env=env, check=True, timeout=300, pass_fds=[descriptor])
+        env = environment(
+            LD_PRELOAD=recorder, NEOX_RECORD_FD=descriptor, NEOX_RECORD_TOP=top, PYTHONDONTWRITEBYTECODE="1"
+        )
+        subprocess.run(
+            [sys.executable, "-c", program, *arguments], env=env, check=True, timeout=300, pass_fds=[descriptor]
+        )
     finally:
         os.close(descriptor)
     calls: list[tuple] = []

@@ -26,10 +26,17 @@ def copy_dataset(folder: Path, to: Path, name: str = OPENWEBTEXT) -> Path:
     return to
 
 
-@pytest.mark.parametrize(("name", "dtype", "documents", "tokens"), [(OPENWEBTEXT, "uint16", 1000, 1_361_845), (AG_NEWS, "int32", 100, 5945)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "documents", "tokens"), [(OPENWEBTEXT, "uint16", 1000, 1_361_845), (AG_NEWS, "int32", 100, 5945)]
+)
 def test_megatron_fixture_is_read_and_rewritten_byte_for_byte(shared_data, tmp_path, name, dtype, documents, tokens):
     source = IndexedDataset(shared_data / "megatron" / name)
-    assert (source.dtype.name, len(source), source.num_documents, source.num_tokens) == (dtype, documents, documents, tokens)
+    assert (source.dtype.name, len(source), source.num_documents, source.num_tokens) == (
+        dtype,
+        documents,
+        documents,
+        tokens,
+    )
     with IndexedWriter(tmp_path / "copy", dtype) as writer:
         for i in range(len(source)):
             writer.add_document(source[i])
@@ -85,12 +92,21 @@ def test_every_token_type_keeps_its_extremes_and_refuses_more(tmp_path, dtype):
     dataset = IndexedDataset(tmp_path / "d")
     assert dataset[0].tolist() == [low, high, 0] and dataset.read(0, 3)[0].tolist() == [low, high, 0]
     if dtype != "int64":
-        with pytest.raises(DataError, match=rf"does not fit the token type.*token 1; got={high + 1}"), IndexedWriter(tmp_path / "e", dtype) as writer:
+        with (
+            pytest.raises(DataError, match=rf"does not fit the token type.*token 1; got={high + 1}"),
+            IndexedWriter(tmp_path / "e", dtype) as writer,
+        ):
             writer.add_document(np.array([0, high + 1]))
 
 
 def test_token_type_follows_the_largest_id():
-    assert [token_dtype(largest) for largest in (0, 65_499, 65_500, 65_543, 2**31 - 1)] == ["uint16", "uint16", "int32", "int32", "int32"]
+    assert [token_dtype(largest) for largest in (0, 65_499, 65_500, 65_543, 2**31 - 1)] == [
+        "uint16",
+        "uint16",
+        "int32",
+        "int32",
+        "int32",
+    ]
     with pytest.raises(DataError, match="too large"):
         token_dtype(2**31)
 
@@ -135,7 +151,10 @@ def test_a_write_that_fails_is_a_disk_error_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
-        with pytest.raises(DiskError, match=r"cannot write; where=.*d\.bin\.partial; got=File too large"), IndexedWriter(tmp_path / "d", "uint16") as writer:
+        with (
+            pytest.raises(DiskError, match=r"cannot write; where=.*d\.bin\.partial; got=File too large"),
+            IndexedWriter(tmp_path / "d", "uint16") as writer,
+        ):
             writer.add_document(np.zeros(3000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -148,7 +167,13 @@ def test_unreadable_files_are_named_with_the_reason(corpus, suffix, fault):
     path = Path(corpus.prefix + suffix)
     content = path.read_bytes()
     path.unlink()
-    reason = {"missing": "No such file", "folder": "a folder", "fifo": "a FIFO", "dangling link": "No such file", "no permission": "Permission denied"}[fault]
+    reason = {
+        "missing": "No such file",
+        "folder": "a folder",
+        "fifo": "a FIFO",
+        "dangling link": "No such file",
+        "no permission": "Permission denied",
+    }[fault]
     if fault == "folder":
         path.mkdir()
     elif fault == "fifo":
@@ -164,7 +189,9 @@ def test_unreadable_files_are_named_with_the_reason(corpus, suffix, fault):
         IndexedDataset(corpus.prefix)
 
 
-@pytest.mark.parametrize(("prefix", "reason"), [("n" * 300, "File name too long"), ("../nowhere/../corpus", "No such file")])
+@pytest.mark.parametrize(
+    ("prefix", "reason"), [("n" * 300, "File name too long"), ("../nowhere/../corpus", "No such file")]
+)
 def test_names_that_lead_nowhere(tmp_path, prefix, reason):
     with pytest.raises(DataError, match=rf"cannot open data file; where=.*{prefix}\.idx; got={reason}"):
         IndexedDataset(tmp_path / prefix)
@@ -177,7 +204,11 @@ def test_bin_of_another_length_names_sizes_and_document(corpus):
     content = path.read_bytes()
     cut = corpus.first_token_of_document(60) + 1
     path.write_bytes(content[: 2 * cut])
-    with pytest.raises(DataError, match=rf"does not fit its index; where=.*corpus\.bin; got={2 * cut} bytes, cut in document 60; want={len(content)} bytes"):
+    with pytest.raises(
+        DataError,
+        match=rf"does not fit its index; where=.*corpus\.bin; got={2 * cut} bytes, cut in document 60; "
+        rf"want={len(content)} bytes",
+    ):
         IndexedDataset(corpus.prefix)
     path.write_bytes(content + b"x")
     with pytest.raises(DataError, match=rf"got={len(content) + 1} bytes; want={len(content)} bytes"):
@@ -268,7 +299,10 @@ def test_a_flipped_bit_of_bin_is_found_by_verify_and_by_the_first_read_of_its_bl
     dataset = IndexedDataset(tmp_path / "big")
     assert dataset.verify() == [(2 << 20, 3 << 20)]
     assert dataset.read(0, 1000)[0][:3].tolist() == [0, 1, 2]
-    with pytest.raises(DataError, match=rf"checksum differs; where=.*big\.bin bytes {2 << 20} to {3 << 20}; got=block 2, starting in document 2"):
+    with pytest.raises(
+        DataError,
+        match=rf"checksum differs; where=.*big\.bin bytes {2 << 20} to {3 << 20}; got=block 2, starting in document 2",
+    ):
         dataset.read(1_100_000, 10)
 
 
@@ -353,5 +387,8 @@ def test_a_multimodal_dataset_of_megatron_core_is_named(make_dataset):
     os.unlink(f"{prefix}.json")
     with open(f"{prefix}.idx", "ab") as file:
         file.write(np.array([0, 1, 0], dtype=np.int8).tobytes())  # the mode of each sequence
-    with pytest.raises(DataError, match="dataset is multimodal; where=.*got=3 sequence modes, as megatron-core writes .*do=preprocess the text"):
+    with pytest.raises(
+        DataError,
+        match="dataset is multimodal; where=.*got=3 sequence modes, as megatron-core writes .*do=preprocess the text",
+    ):
         IndexedDataset(prefix)

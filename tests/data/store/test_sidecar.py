@@ -16,7 +16,10 @@ EXAMPLE = Sidecar("uint16", 3, 2, 100, 99, 200, 2**64 - 1, (1, 2**63), 128, "ab"
 def test_round_trip(tmp_path):
     prefix = str(tmp_path / "d")
     assert read_sidecar(prefix) is None
-    for sidecar in (EXAMPLE, replace(EXAMPLE, tokenizer_hash=None, vocab_size=None, eod_id=None, block_sums=(), source=None)):
+    for sidecar in (
+        EXAMPLE,
+        replace(EXAMPLE, tokenizer_hash=None, vocab_size=None, eod_id=None, block_sums=(), source=None),
+    ):
         write_sidecar(prefix, sidecar)
         assert read_sidecar(prefix) == sidecar
 
@@ -24,11 +27,22 @@ def test_round_trip(tmp_path):
 def damaged() -> list[bytes]:
     whole = orjson.loads(EXAMPLE.to_json())
     changed = [{k: v for k, v in whole.items() if k != key} for key in whole if key != "source"]
-    changed += [{**whole, key: value} for key in whole for value in (None, [], "x", True, 1.5) if (key, value) not in (("dtype", "x"), ("source", None))]
-    changed += [{**whole, "bin": {**whole["bin"], "xxh64": [digits]}} for digits in ("zz", "1" * 17, "0x" + "1" * 14, "1" * 15)]
+    changed += [
+        {**whole, key: value}
+        for key in whole
+        for value in (None, [], "x", True, 1.5)
+        if (key, value) not in (("dtype", "x"), ("source", None))
+    ]
+    changed += [
+        {**whole, "bin": {**whole["bin"], "xxh64": [digits]}} for digits in ("zz", "1" * 17, "0x" + "1" * 14, "1" * 15)
+    ]
     changed += [{**whole, "bin": {**whole["bin"], "block_bytes": size}} for size in (0, -5, 2**63)]
     changed += [{**whole, "idx": {"xxh64": "1" * 24}}, {**whole, "tokens": 2**63}, {**whole, "version": 2}]
-    return [orjson.dumps(value) for value in changed] + [EXAMPLE.to_json()[:-5], EXAMPLE.to_json()[:40], EXAMPLE.to_json().replace(b"neox.", b"meox.")]
+    return [orjson.dumps(value) for value in changed] + [
+        EXAMPLE.to_json()[:-5],
+        EXAMPLE.to_json()[:40],
+        EXAMPLE.to_json().replace(b"neox.", b"meox."),
+    ]
 
 
 @pytest.mark.parametrize("content", damaged())

@@ -64,13 +64,25 @@ def test_histogram():
 
 def test_duplicates(make_dataset):
     found = duplicates(document_statistics(make_dataset(DOCUMENTS), EOD))
-    assert (found["documents"], found["tokens"]) == (3, 8) and found["most_frequent"] == ["3 x document 0 (3 tokens)", "2 x document 1 (2 tokens)"]
-    assert duplicates(document_statistics(make_dataset([[1], [2], [EOD], [EOD]], "all"), EOD)) == {"documents": 0, "tokens": 0, "most_frequent": []}
+    assert (found["documents"], found["tokens"]) == (3, 8) and found["most_frequent"] == [
+        "3 x document 0 (3 tokens)",
+        "2 x document 1 (2 tokens)",
+    ]
+    assert duplicates(document_statistics(make_dataset([[1], [2], [EOD], [EOD]], "all"), EOD)) == {
+        "documents": 0,
+        "tokens": 0,
+        "most_frequent": [],
+    }
 
 
 def test_overlap_names_the_documents_of_both(make_dataset):
     a, b = make_dataset(DOCUMENTS, "a"), make_dataset([[9], [3, EOD], [EOD], [5] * 100, [5] * 99], "b")
-    found = overlap([document_statistics(a, EOD, (0, 4)), document_statistics(a, EOD, (4, 9))], [document_statistics(b, EOD)])
+    found = overlap(
+        [document_statistics(a, EOD, (0, 4)), document_statistics(a, EOD, (4, 9))], [document_statistics(b, EOD)]
+    )
     assert (found["documents"], found["of"], found["tokens"]) == (2, 5, 102)
-    assert found["examples"] == [f"{b.prefix} document 1 is {a.prefix} document 1", f"{b.prefix} document 3 is {a.prefix} document 8"]
+    assert found["examples"] == [
+        f"{b.prefix} document 1 is {a.prefix} document 1",
+        f"{b.prefix} document 3 is {a.prefix} document 8",
+    ]
     assert overlap([document_statistics(a, EOD, (3, 3))], [document_statistics(b, EOD)])["documents"] == 0

@@ -1,4 +1,6 @@
-"""Corpora of bad input, from files to datasets, by both encoders: each gets the result that docs/data.md documents, and the rest of the file is read."""
+"""Corpora of bad input, from files to datasets, by both encoders: each gets the result that docs/data.md documents,
+and the rest of the file is read.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def between(*middle: bytes) -> bytes:
     return line(FIRST) + b"".join(part + b"\n" for part in middle) + line(LAST)
 
 
-# what -> (content of a .jsonl file, texts between the first and the last, {line: start of the reason}, blank lines, empty documents)
+# what -> (content of a .jsonl file, texts between the first and the last, {line: start of the reason}, blank lines,
+# empty documents)
 CORPORA: dict[str, tuple[bytes, list[str], dict[int, str], int, int]] = {
     "invalid UTF-8": (between(b'{"text": "a\xff"}', b'{"text": "b"}', b'{"text": "\xc3\x28\xed\xa0\x80"}'), ["b"], {2: "not JSON", 4: "not JSON"}, 0, 0),
     "lone surrogates": (between(b'{"text": "\\ud800"}', b'{"text": "\\udc00 b"}', b'{"text": "\\ud83d\\ude00"}'), ["😀"], {2: "not JSON", 3: "not JSON"}, 0, 0),
@@ -125,12 +128,17 @@ def test_compressed_files_that_are_cut_off(folder, tmp_path, suffix, encoder):
     path.write_bytes(packed[: len(packed) * 3 // 4])
     summary, found = run(path, str(folder / f"{encoder}.json"), "skip")
     assert found == LONG[: len(found)] and len(found) > 100 and summary.bad_lines == 1
-    assert summary.bad_examples[0]["where"] == f"{path}:{len(found) + 1}" and "compressed data is damaged" in summary.bad_examples[0]["reason"]
+    assert (
+        summary.bad_examples[0]["where"] == f"{path}:{len(found) + 1}"
+        and "compressed data is damaged" in summary.bad_examples[0]["reason"]
+    )
 
 
 @pytest.mark.slow
 def test_a_line_of_a_gigabyte_is_passed_over_in_bounded_memory(folder, tmp_path):
-    """2^30 bytes, compressed to a small file; the lines around it are read, with no more memory than the longest line that is read needs."""
+    """2^30 bytes, compressed to a small file; the lines around it are read, with no more memory than the longest
+    line that is read needs.
+    """
     path = tmp_path / "in.jsonl.zst"
     with open(path, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as packed:
         packed.write(line(FIRST) + b'{"text": "')

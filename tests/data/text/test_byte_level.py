@@ -1,4 +1,6 @@
-"""Our byte-level encoder against `tokenizers`: every id, on hostile and on real text, for every kind of file that it takes; the others refused by name."""
+"""Our byte-level encoder against `tokenizers`: every id, on hostile and on real text, for every kind of file that it
+takes; the others refused by name.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,35 @@ ATOMS = [
     *["  ", "   ", "     ", " " * 23, " " * 24, " " * 25, " " * 49, "\n\n", "\r\n", "\n    ", "\t\t"],
     *"éèñßøÅàþȺſµªº²½Ⅷ٣४௧𝟘日本語中文字かなカナ한글각ㅎ가나ไทยहिन्दीதமிழ்עבריתعربيΩΣςя",
     *"\u0300\u0301\u0323\u0327\u0345\u0338\u093c\u09be\u09c7\u0bbe\u0cd5\u0d3e\u1161\u11a8\u3099\u309a\u05b4\u0651\u064b\U0001d165\U00011127",
-    *["e\u0301", "가\u11a8", "\u1100\u1161\u11a8", "か\u3099", "\u1e9b\u0323", "\u0958", "\u2126", "\u212b", "\uf900", "\U0002f800", "\u0344"],
+    *[
+        "e\u0301",
+        "가\u11a8",
+        "\u1100\u1161\u11a8",
+        "か\u3099",
+        "\u1e9b\u0323",
+        "\u0958",
+        "\u2126",
+        "\u212b",
+        "\uf900",
+        "\U0002f800",
+        "\u0344",
+    ],
     *["😀", "👩‍👩‍👧", "🇩🇪", "\U0001f3fd", "\U000e0101", "\ue000", "\uffff", "\U0010ffff"],
-    *["<|endoftext|>", "<|endoftext|", "<|", "|>", "<|pad|>", "hello", "world", "the", " the", "return", "the the", "ing", "tion"],
+    *[
+        "<|endoftext|>",
+        "<|endoftext|",
+        "<|",
+        "|>",
+        "<|pad|>",
+        "hello",
+        "world",
+        "the",
+        " the",
+        "return",
+        "the the",
+        "ing",
+        "tion",
+    ],
 ]
 
 
@@ -43,7 +71,15 @@ def hostile(rng: random.Random, most: int = 40) -> str:
     return "".join(parts)
 
 
-def bpe(path: Path, pattern: str, *, nfc: bool = False, added: tuple[AddedToken, ...] = (), ignore_merges: bool = False, size: int = 1500) -> TokenizerFile:
+def bpe(
+    path: Path,
+    pattern: str,
+    *,
+    nfc: bool = False,
+    added: tuple[AddedToken, ...] = (),
+    ignore_merges: bool = False,
+    size: int = 1500,
+) -> TokenizerFile:
     """Trains a tokenizer whose merges cross as many of ATOMS as they can."""
     rng = random.Random(1)
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
@@ -53,10 +89,14 @@ def bpe(path: Path, pattern: str, *, nfc: bool = False, added: tuple[AddedToken,
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator((hostile(rng, 60) for _ in range(400)), trainer)
     tokenizer.add_tokens(list(added))
     tokenizer.save(str(path))
@@ -80,7 +120,12 @@ KINDS = {
     "neox": (GPT2_PATTERN, {"nfc": True, "added": (AddedToken("<|pad|>", special=True, normalized=False), *SPACES)}),
     "many_added": (
         GPT2_PATTERN,
-        {"added": tuple(AddedToken(text, normalized=False) for text in ("the", "the the", "th", "ing", "日本", "!?", "x", "<|pad|>"))},
+        {
+            "added": tuple(
+                AddedToken(text, normalized=False)
+                for text in ("the", "the the", "th", "ing", "日本", "!?", "x", "<|pad|>")
+            )
+        },
     ),
     "llama": (LLAMA_PATTERN, {"ignore_merges": True}),
     "qwen": (QWEN_PATTERN, {"nfc": True}),
@@ -101,7 +146,10 @@ def test_ids_are_those_of_tokenizers_on_hostile_text(kind, tmp_path):
 def test_ids_are_those_of_tokenizers_on_real_text(name, shared_data):
     path = shared_data / "tokenizers" / f"{name}.json"
     lines = zstandard.open(shared_data / "text" / "multilingual.jsonl.zst").read().splitlines()[::40]
-    texts = [orjson.loads(line)["text"][:20_000] for line in lines] + [Path(json.__file__).read_text(), Path(random.__file__).read_text()]
+    texts = [orjson.loads(line)["text"][:20_000] for line in lines] + [
+        Path(json.__file__).read_text(),
+        Path(random.__file__).read_text(),
+    ]
     rng = random.Random(3)
     assert disagreement(TokenizerFile(path), path, [*texts, *(hostile(rng) for _ in range(1000))]) is None
 
@@ -114,7 +162,9 @@ def test_long_and_short_words_are_merged_identically(tmp_path):
 
 
 def test_ids_around_16_bits_are_cached_correctly(tmp_path):
-    """Words are remembered with 16 or with 32 bits per id: a vocabulary whose ids lie on both sides, words of up to 23 ids, each met again."""
+    """Words are remembered with 16 or with 32 bits per id: a vocabulary whose ids lie on both sides, words of up to
+    23 ids, each met again.
+    """
     path = tmp_path / "t.json"
     content = json.loads(json.dumps(bpe(path, GPT2_PATTERN).content))
     content["model"]["vocab"] = {token: number + 65_100 for token, number in content["model"]["vocab"].items()}
@@ -135,9 +185,14 @@ def test_classes_and_normal_form_are_those_of_the_library():
         assert core.split_words(text, byte_level.PATTERNS[pattern]) == theirs
     nfc = normalizers.NFC().normalize_str
     assert core.nfc("\n".join(text)) == nfc("\n".join(text))
-    marks = [chr(code) for code in codes if code >= 0x300 and nfc("a" + chr(code) + "\u0334") != "a" + chr(code) + "\u0334"]
+    marks = [
+        chr(code) for code in codes if code >= 0x300 and nfc("a" + chr(code) + "\u0334") != "a" + chr(code) + "\u0334"
+    ]
     rng = random.Random(5)
-    mixed = "\n".join("".join(rng.choice((rng.choice(marks), rng.choice(ATOMS), chr(rng.choice(codes)))) for _ in range(9)) for _ in range(20_000))
+    mixed = "\n".join(
+        "".join(rng.choice((rng.choice(marks), rng.choice(ATOMS), chr(rng.choice(codes)))) for _ in range(9))
+        for _ in range(20_000)
+    )
     assert len(marks) > 700 and core.nfc(mixed) == nfc(mixed)
 
 
@@ -148,17 +203,24 @@ def test_lines_are_parsed_or_left_to_the_caller(tmp_path):
     tokens, sizes, blank, empty, unsure = encoder.lines(content, b"text", 7).result()
     texts = ["a b", "cé😀\n", "end"]
     wanted = [[*encoder.text(text.encode(), -1).result()[0].tolist(), 7] for text in texts]
-    assert tokens.tolist() == [token for ids in wanted for token in ids] and sizes.tolist() == [len(ids) for ids in wanted] and tokens.dtype == np.uint16
+    assert (
+        tokens.tolist() == [token for ids in wanted for token in ids]
+        and sizes.tolist() == [len(ids) for ids in wanted]
+        and tokens.dtype == np.uint16
+    )
     assert (blank, empty) == (1, 1)
     assert [(content[first:last], line, document) for first, last, line, document in unsure] == [(b'{"text": 1}', 3, 1)]
 
 
 def test_what_is_accepted_is_what_the_full_parser_reads(tmp_path):
-    """Mutated lines: a text is taken only where the parser of lines that the native reader leaves gives the same text."""
+    """Mutated lines: a text is taken only where the parser of lines that the native reader leaves gives the same
+    text.
+    """
     encoder = core.EncodeThreads(text_encoder(bpe(tmp_path / "t.json", GPT2_PATTERN).content, False, wide=False), 0)
     rng = random.Random(6)
     seeds = [
-        b'{"text": "caf\xc3\xa9 \\"q\\" \\u00e9 \\ud83d\\ude00 and some more words of text", "n": [1, -2.5, {"text": "x"}], "t": true}',
+        b'{"text": "caf\xc3\xa9 \\"q\\" \\u00e9 \\ud83d\\ude00 and some more words of text", '
+        b'"n": [1, -2.5, {"text": "x"}], "t": true}',
         b'{"a": null, "text": "\xe6\x97\xa5\xe6\x9c\xac\\n\\t\\/", "text": "second", "z": "\xf0\x9f\x98\x80"}',
         b'  {"k":0.125,"text":"' + b"plain text of more than sixteen bytes " * 3 + b'"}\r',
     ]
@@ -220,8 +282,17 @@ LARGE_ID = ["a a"]  # a merge whose result gets an id that is too large
         ({"pre_tokenizer": None}, "no pre-tokenizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer Whitespace"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "a space is added"),
-        ({"added_tokens": [{"id": 9, "content": "x", "lstrip": True, "normalized": False, "special": False}]}, "white space around it"),
-        ({"normalizer": {"type": "NFC"}, "added_tokens": [{"id": 9, "content": "e\u0301", "normalized": True, "special": False}]}, "changed by the normalizer"),
+        (
+            {"added_tokens": [{"id": 9, "content": "x", "lstrip": True, "normalized": False, "special": False}]},
+            "white space around it",
+        ),
+        (
+            {
+                "normalizer": {"type": "NFC"},
+                "added_tokens": [{"id": 9, "content": "e\u0301", "normalized": True, "special": False}],
+            },
+            "changed by the normalizer",
+        ),
     ],
 )
 def test_other_tokenizers_are_refused_with_the_reason(change, reason, tmp_path):

@@ -34,7 +34,13 @@ def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-TALK = [said("system", "Be brief."), said("user", "How are you?"), said("assistant", "Fine é."), said("user", "And now?"), said("assistant", "Still fine.")]
+TALK = [
+    said("system", "Be brief."),
+    said("user", "How are you?"),
+    said("assistant", "Fine é."),
+    said("user", "And now?"),
+    said("assistant", "Still fine."),
+]
 
 
 @pytest.fixture
@@ -54,7 +60,10 @@ def encoded(encoding: ChatEncoding, messages: list[dict]) -> tuple[np.ndarray, n
 
 @pytest.mark.parametrize(
     ("last_only", "want"),
-    [(False, "Fine é.<|im_end|>\nStill fine.<|im_end|>\n<|endoftext|>"), (True, "Still fine.<|im_end|>\n<|endoftext|>")],
+    [
+        (False, "Fine é.<|im_end|>\nStill fine.<|im_end|>\n<|endoftext|>"),
+        (True, "Still fine.<|im_end|>\n<|endoftext|>"),
+    ],
 )
 def test_only_answers_are_learned(tokenizer, last_only, want):
     tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"], last_only=last_only), TALK)
@@ -67,7 +76,9 @@ def test_an_end_that_the_template_writes_is_not_written_twice(tokenizer):
     tokens, labels = encoded(ChatEncoding(tokenizer.file, None, template), TALK[1:3])
     assert tokens.tolist().count(tokenizer.eod_id) == 2 and tokens[-1] == labels[-1] == tokenizer.eod_id
     tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]), TALK[:4])
-    assert tokens[-1] == tokenizer.eod_id and labels[-1] == -100  # the person speaks last: nothing is learned of how it ends
+    assert (
+        tokens[-1] == tokenizer.eod_id and labels[-1] == -100
+    )  # the person speaks last: nothing is learned of how it ends
 
 
 def test_templates_that_do_not_append_and_those_that_refuse():
@@ -107,13 +118,18 @@ def test_pairs_in_their_usual_forms():
 
 
 def test_files_are_the_same_for_any_number_of_workers(tokenizer, tmp_path):
-    lines = [json.dumps({"messages": [said("user", f"question {i}"), said("assistant", f"{i} " * (i % 7 + 1))]}) for i in range(60)]
+    lines = [
+        json.dumps({"messages": [said("user", f"question {i}"), said("assistant", f"{i} " * (i % 7 + 1))]})
+        for i in range(60)
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines[:30], "{oops", "", *lines[30:]]) + "\n")
     encoding = ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"])
     found = []
     for workers in (0, 2):
         out = tmp_path / f"out{workers}"
-        summary = preprocess_chat([str(tmp_path / "in.jsonl")], out, encoding, Options(workers=workers, bad_lines="skip"))
+        summary = preprocess_chat(
+            [str(tmp_path / "in.jsonl")], out, encoding, Options(workers=workers, bad_lines="skip")
+        )
         assert (summary.documents, summary.bad_lines, summary.blank_lines) == (60, 1, 1)
         tokens, labels = IndexedDataset(out), IndexedDataset(f"{out}_labels")
         assert (tokens.sizes == labels.sizes).all() and labels.dtype == np.int32
@@ -145,7 +161,9 @@ def test_the_token_that_holds_the_first_character_of_an_answer_is_learned(tmp_pa
     tokenizer = train_tokenizer(["user: Is it? assistant: yes no yes no " * 20], 400, tmp_path / "t.json")
     talk = [said("user", "Is it?"), said("assistant", "yes")]
     tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["plain"]), talk)
-    assert learned(tokenizer, tokens, labels) == " yes<|endoftext|>\n<|endoftext|>"  # the token " yes" begins before the answer
+    assert (
+        learned(tokenizer, tokens, labels) == " yes<|endoftext|>\n<|endoftext|>"
+    )  # the token " yes" begins before the answer
 
 
 def test_learned_tokens_are_those_that_overlap_a_span():
@@ -164,9 +182,19 @@ def test_messages_that_call_tools_need_no_content():
 def test_special_tokens_are_those_of_the_settings(tokenizer, tmp_path):
     assert special_tokens(tokenizer.file, "<|endoftext|>") == {"eos_token": "<|endoftext|>"}
     assert special_tokens(tokenizer.file, None) == {}
-    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": None, "pad_token": "<pad>", "add_bos_token": True}
+    settings = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "unk_token": None,
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert special_tokens(tokenizer.file, "<|endoftext|>") == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    assert special_tokens(tokenizer.file, "<|endoftext|>") == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    }
     (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
     assert special_tokens(tokenizer.file, None) == {}
 
@@ -189,7 +217,12 @@ def test_a_template_that_is_no_regular_file_is_refused_at_once(tokenizer, tmp_pa
 def test_bad_conversations_are_quarantined_only_if_requested(tokenizer, tmp_path, bad_lines):
     good = json.dumps({"messages": [said("user", "say"), said("assistant", "yes")]})
     (tmp_path / "in.jsonl").write_text(f"{good}\n{{oops\n")
-    run = functools.partial(preprocess_chat, [str(tmp_path / "in.jsonl")], tmp_path / "out", ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]))
+    run = functools.partial(
+        preprocess_chat,
+        [str(tmp_path / "in.jsonl")],
+        tmp_path / "out",
+        ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]),
+    )
     if bad_lines == "fail":
         with pytest.raises(DataError, match=r"bad line; where=.*in\.jsonl"):
             run(Options(bad_lines=bad_lines))
@@ -198,7 +231,9 @@ def test_bad_conversations_are_quarantined_only_if_requested(tokenizer, tmp_path
     summary = run(Options(bad_lines=bad_lines))
     kept = tmp_path / "out.quarantine.jsonl"
     assert (summary.documents, summary.bad_lines) == (1, 1)
-    assert summary.quarantine == (str(kept) if bad_lines == "quarantine" else None) and kept.exists() == (bad_lines == "quarantine")
+    assert summary.quarantine == (str(kept) if bad_lines == "quarantine" else None) and kept.exists() == (
+        bad_lines == "quarantine"
+    )
 
 
 def test_a_template_that_fails_is_a_bad_line_with_its_message(tokenizer, tmp_path):
@@ -207,8 +242,15 @@ def test_a_template_that_fails_is_a_bad_line_with_its_message(tokenizer, tmp_pat
     template = "{% if messages[0].content == 'bad' %}{{ 1 / 0 }}{% endif %}" + TEMPLATES["chatml"]
     for workers in (0, 1):
         out = tmp_path / f"out{workers}"
-        summary = preprocess_chat([str(tmp_path / "in.jsonl")], out, ChatEncoding(tokenizer.file, None, template), Options(workers=workers, bad_lines="skip"))
+        summary = preprocess_chat(
+            [str(tmp_path / "in.jsonl")],
+            out,
+            ChatEncoding(tokenizer.file, None, template),
+            Options(workers=workers, bad_lines="skip"),
+        )
         assert (summary.documents, summary.bad_lines) == (2, 1)
         assert summary.bad_examples[0]["reason"] == "chat template refuses the conversation: division by zero"
     with pytest.raises(ConfigError, match="chat template cannot be used; .*got=No filter named 'nowhere'"):
-        preprocess_chat([str(tmp_path / "in.jsonl")], tmp_path / "no", ChatEncoding(tokenizer.file, None, "{{ 1 | nowhere }}"))
+        preprocess_chat(
+            [str(tmp_path / "in.jsonl")], tmp_path / "no", ChatEncoding(tokenizer.file, None, "{{ 1 | nowhere }}")
+        )

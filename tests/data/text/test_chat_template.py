@@ -19,32 +19,54 @@ TALK = [
     {"role": "user", "content": "And\tnow?"},
     {"role": "assistant", "content": "  Still 'fine' 日本."},
 ]
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "é <b>", "parameters": {"z": 1, "a": [1.5, None, True]}}}]
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}]}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "é <b>", "parameters": {"z": 1, "a": [1.5, None, True]}},
+    }
+]
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}],
+}
 TEMPLATES = {  # in the style of known families, each with what is particular to it
-    "mistral": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "mistral": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set "
+    "system = messages[0]['content'] %}"
     "{% else %}{% set loop_messages = messages %}{% endif %}{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{% if loop.first and system is defined %}{{ ' [INST] ' + system + '\n\n' + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' [INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% else %}{{ ' ' + message['content']|trim + eos_token }}{% endif %}{% endfor %}",
-    "llama": "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = '26 Jul 2024' %}\n{%- endif %}\n"
-    "{%- if tools is not none %}\n    {{- 'Environment: ipython\n' }}\n    {%- for t in tools %}\n        {{- t | tojson(indent=4) }}\n"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% "
+    "endif %}"
+    "{% if message['role'] == 'user' %}{% if loop.first and system is defined %}{{ ' [INST] ' + system + '\n\n' + "
+    "message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' [INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% else %}{{ ' ' + "
+    "message['content']|trim + eos_token }}{% endif %}{% endfor %}",
+    "llama": "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = '26 Jul 2024' %}\n{%- "
+    "endif %}\n"
+    "{%- if tools is not none %}\n    {{- 'Environment: ipython\n' }}\n    {%- for t in tools %}\n        {{- t | "
+    "tojson(indent=4) }}\n"
     "        {{- '\n\n' }}\n    {%- endfor %}\n{%- endif %}\n{%- for message in messages %}\n"
     "    {%- if message.tool_calls %}\n        {{- message.tool_calls[0].function | tojson }}\n    {%- else %}\n"
-    "        {{- '<|start|>' + message['role'] + '<|end|>\n\n' + message['content'] | trim + '<|eot|>' }}\n    {%- endif %}\n{%- endfor %}\n"
+    "        {{- '<|start|>' + message['role'] + '<|end|>\n\n' + message['content'] | trim + '<|eot|>' }}\n    {%- "
+    "endif %}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n    {{- '<|start|>assistant<|end|>\n\n' }}\n{%- endif %}\n",
     "generation": "{%- for m in messages %}{{ '<|' + m.role + '|>\n' }}{%- if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% else %}{{ m.content }}\n{% endif %}{% endfor %}",
     "generation in a macro": "{% macro text(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ text(m) }}{% else %}{{ m.content }}|{% endif %}{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ text(m) }}{% else %}{{ m.content }}|{% endif %}{% endfor "
+    "%}",
     "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
     "{{ m.content }}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}",
-    "namespace": "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% if m.reasoning_content is defined and loop.index0 > ns.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "namespace": "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = "
+    "loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.reasoning_content is defined and loop.index0 > ns.last %}<think>{{ "
+    "m.reasoning_content }}</think>{% endif %}"
     "{{ m.content.split('\n')[-1].lstrip('\n') }}{{ m.role.upper() }}{% endfor %}",
-    "reasoning": "{% for m in messages %}{{ m.get('reasoning_content', '') }}{{ m.thinking }}{{ m.content }}{% endfor %}",
-    "tojson": "{{ messages | tojson }}{{ tools | tojson }}{{ messages | tojson(sort_keys=True, separators=(',', ':'), ensure_ascii=True) }}",
-    "undefined": "{{ unk_token }}{{ nothing }}{% if documents is none and tools is none %}none{% endif %}{{ messages[0].name }}",
+    "reasoning": "{% for m in messages %}{{ m.get('reasoning_content', '') }}{{ m.thinking }}{{ m.content }}{% endfor "
+    "%}",
+    "tojson": "{{ messages | tojson }}{{ tools | tojson }}{{ messages | tojson(sort_keys=True, separators=(',', ':'), "
+    "ensure_ascii=True) }}",
+    "undefined": "{{ unk_token }}{{ nothing }}{% if documents is none and tools is none %}none{% endif %}{{ "
+    "messages[0].name }}",
     "white space": "  {% for m in messages %}\n  {{ m.content }}  \n  {%- endfor %}\n\n",
 }
 
@@ -52,7 +74,9 @@ TEMPLATES = {  # in the style of known families, each with what is particular to
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory) -> Tokenizer:
     texts = [str(message["content"]) for message in TALK] * 3
-    return train_tokenizer([*texts, " [INST] [/INST] assistant user <|assistant|>\n"], 330, tmp_path_factory.mktemp("t") / "t.json")
+    return train_tokenizer(
+        [*texts, " [INST] [/INST] assistant user <|assistant|>\n"], 330, tmp_path_factory.mktemp("t") / "t.json"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +96,9 @@ def test_the_text_is_that_of_transformers(theirs, name, more):
             want, why = None, str(error)
         if why is None:
             assert template.render(list(map(normalised_message, talk)), more)[0] == want
-            asked = theirs.apply_chat_template(talk, tokenize=False, chat_template=TEMPLATES[name], add_generation_prompt=True, **more)
+            asked = theirs.apply_chat_template(
+                talk, tokenize=False, chat_template=TEMPLATES[name], add_generation_prompt=True, **more
+            )
             assert template.render(list(map(normalised_message, talk)), more, ask=True)[0] == asked
         else:
             with pytest.raises(RefusedConversation) as found:
@@ -83,7 +109,9 @@ def test_the_text_is_that_of_transformers(theirs, name, more):
 @pytest.mark.parametrize("name", ["generation", "generation in a macro"])
 def test_the_mask_is_that_of_transformers(ours, theirs, name):
     for talk in (TALK, TALK[:3], TALK[1:2]):
-        want = theirs.apply_chat_template(talk, chat_template=TEMPLATES[name], return_assistant_tokens_mask=True, return_dict=True)
+        want = theirs.apply_chat_template(
+            talk, chat_template=TEMPLATES[name], return_assistant_tokens_mask=True, return_dict=True
+        )
         text, spans = Template(TEMPLATES[name], TOKENS).render_with_answers(talk, {})
         ids, offsets = ours.encode_with_offsets(text)
         assert ids == want["input_ids"]
@@ -93,11 +121,16 @@ def test_the_mask_is_that_of_transformers(ours, theirs, name):
 def test_what_generation_blocks_write_is_learned(ours):
     encoder = ChatEncoder(ChatEncoding(ours.file, None, TEMPLATES["generation"], append_eod=False))
     tokens, labels = encoder.encode(TALK)
-    assert ours.decode(label for label in labels if label != -100) == f"{TALK[2]['content']}<|endoftext|>{TALK[4]['content']}<|endoftext|>"
+    assert (
+        ours.decode(label for label in labels if label != -100)
+        == f"{TALK[2]['content']}<|endoftext|>{TALK[4]['content']}<|endoftext|>"
+    )
     with pytest.raises(RefusedConversation, match="no answer of the assistant"):
         encoder.encode(TALK[:2])
     encoder.close()
-    assert tokens.tolist() == ours.encode(Template(TEMPLATES["generation"], {"eos_token": "<|endoftext|>"}).render(TALK, {})[0])
+    assert tokens.tolist() == ours.encode(
+        Template(TEMPLATES["generation"], {"eos_token": "<|endoftext|>"}).render(TALK, {})[0]
+    )
 
 
 def test_the_time_is_that_of_the_clock():

@@ -1,4 +1,6 @@
-"""Blocks by our encoder and by the library: the same documents, the same bad lines; and what happens when the two disagree."""
+"""Blocks by our encoder and by the library: the same documents, the same bad lines; and what happens when the two
+disagree.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +65,16 @@ def test_both_encoders_give_the_same_block(tokenizer, options, threads):
     assert isinstance(native, NativeEncoder)
     ours, theirs = encoded(native, 0, block(), threads), HFEncoder(encoding)(block())
     assert ours.tokens.dtype == theirs.tokens.dtype == np.uint16 and ours.sizes.dtype == theirs.sizes.dtype == np.int32
-    assert np.array_equal(ours.tokens, theirs.tokens) and np.array_equal(ours.sizes, theirs.sizes) and ours.sizes.size == 123
+    assert (
+        np.array_equal(ours.tokens, theirs.tokens)
+        and np.array_equal(ours.sizes, theirs.sizes)
+        and ours.sizes.size == 123
+    )
     assert ours.bad == theirs.bad and [bad.line for bad in ours.bad] == [27, 29, 53, 54, 99, 0]
-    assert (ours.blank, ours.empty, ours.text_bytes) == (theirs.blank, theirs.empty, theirs.text_bytes) and (ours.blank, ours.empty) == (2, 2)
+    assert (ours.blank, ours.empty, ours.text_bytes) == (theirs.blank, theirs.empty, theirs.text_bytes) and (
+        ours.blank,
+        ours.empty,
+    ) == (2, 2)
     assert encoded(native, 1, []).tokens.size == 0
 
 
@@ -84,7 +93,11 @@ def test_a_bos_begins_each_document(tmp_path, options):
 
 def test_a_missing_bos_is_an_error(tokenizer):
     for encode in (lambda encoding: encoder_for(encoding, TokenizerFile(tokenizer)), HFEncoder):
-        with pytest.raises(ConfigError, match=r"no beginning-of-sequence token; where=.*want=<\|begin_of_text\|> or <s> or <bos>; do=name it by --bos-token"):
+        with pytest.raises(
+            ConfigError,
+            match=r"no beginning-of-sequence token; where=.*want=<\|begin_of_text\|> or <s> or <bos>; do=name it by "
+            r"--bos-token",
+        ):
             encode(Encoding(tokenizer, prepend_bos=True))
         with pytest.raises(ConfigError, match="no beginning-of-sequence token; .*got=<nowhere>"):
             encode(Encoding(tokenizer, prepend_bos=True, bos_token="<nowhere>"))
@@ -92,8 +105,18 @@ def test_a_missing_bos_is_an_error(tokenizer):
 
 def test_settings_without_a_bos_are_those_of_earlier_versions(tokenizer):
     """`--resume` compares them with those of datasets that exist."""
-    assert list(Encoding(tokenizer).settings()) == ["tokenizer", "eod_token", "append_eod", "json_key", "specials_as_text", "form"]
-    assert Encoding(tokenizer, prepend_bos=True).settings() != Encoding(tokenizer, prepend_bos=True, bos_token="<s>").settings()
+    assert list(Encoding(tokenizer).settings()) == [
+        "tokenizer",
+        "eod_token",
+        "append_eod",
+        "json_key",
+        "specials_as_text",
+        "form",
+    ]
+    assert (
+        Encoding(tokenizer, prepend_bos=True).settings()
+        != Encoding(tokenizer, prepend_bos=True, bos_token="<s>").settings()
+    )
 
 
 def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplog):
@@ -110,7 +133,9 @@ def test_ids_that_differ_are_noticed_and_the_library_takes_over(tokenizer, caplo
 
 
 def test_threads_work_on_while_python_is_held(tokenizer):
-    """What is started is encoded though no other thread gets Python's lock, and a block that is given up ends nothing."""
+    """What is started is encoded though no other thread gets Python's lock, and a block that is given up ends
+    nothing.
+    """
     native = NativeEncoder(Encoding(tokenizer), TokenizerFile(tokenizer))
     lines = TextChunk("a.jsonl", 1, b"".join(orjson.dumps({"text": text}) + b"\n" for text in TEXTS) * 20)
     with contextlib.closing(native.threads(1)) as threads:
@@ -137,7 +162,9 @@ def test_every_fourth_block_is_compared():
     assert [len(list(comparison_texts(number, [lines], "text"))) for number in range(1, 9)] == [0, 0, 0, 1, 0, 0, 0, 1]
     assert set(comparison_texts(4, [lines], "text")) <= set(TEXTS)
     assert next(iter(comparison_texts(8, [TextChunk("a.txt", 0, "é".encode() * 4)], "text"))).strip("é") == ""
-    assert list(comparison_texts(0, [BadLine("a", 1, "b", None)], "text")) == [] == list(comparison_texts(0, [], "text"))
+    assert (
+        list(comparison_texts(0, [BadLine("a", 1, "b", None)], "text")) == [] == list(comparison_texts(0, [], "text"))
+    )
 
 
 def test_other_tokenizers_are_left_to_the_library(tmp_path):

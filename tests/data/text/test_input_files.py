@@ -33,12 +33,19 @@ def test_folders_are_walked_in_order_by_suffix(tmp_path):
     (tmp_path / "d.txt").symlink_to(tmp_path / "b" / "1.txt")
     names = [Path(path).relative_to(tmp_path).as_posix() for path in find_files([str(tmp_path)])]
     assert names == ["c.jsonl", "d.txt", "b/2.jsonl.zst"]
-    assert find_files([str(tmp_path / "a" / "y.md"), str(tmp_path)], (".py",)) == [str(tmp_path / "a" / "y.md"), str(tmp_path / "a" / "x.py")]
+    assert find_files([str(tmp_path / "a" / "y.md"), str(tmp_path)], (".py",)) == [
+        str(tmp_path / "a" / "y.md"),
+        str(tmp_path / "a" / "x.py"),
+    ]
 
 
 def test_missing_inputs(tmp_path):
     (tmp_path / "a.py").write_text("")
-    with pytest.raises(DataError, match=r"folder has no input files; .*got=1 other files \(\.py 1\); want=files that end in \.jsonl, .*--suffix \.py"):
+    with pytest.raises(
+        DataError,
+        match=r"folder has no input files; .*got=1 other files \(\.py 1\); want=files that end in \.jsonl, .*--suffix "
+        r"\.py",
+    ):
         find_files([str(tmp_path)])
     with pytest.raises(DataError, match="no such input; where=nowhere"):
         find_files(["nowhere"])
@@ -52,7 +59,21 @@ def test_missing_inputs(tmp_path):
         list(read_blocks([str(tmp_path / "missing.txt")]))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.ndjson", "a.jl", "a.jsonlines", "a.json", "part-00000", "shard.0001", "A.JSONL.GZ", "part-00000.gz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl",
+        "A.JSONL",
+        "a.ndjson",
+        "a.jl",
+        "a.jsonlines",
+        "a.json",
+        "part-00000",
+        "shard.0001",
+        "A.JSONL.GZ",
+        "part-00000.gz",
+    ],
+)
 def test_json_lines_are_known_by_name_in_any_case_or_by_their_first_line(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(LINES) if name.lower().endswith("gz") else LINES)
     assert texts(tmp_path, name) == ["a", "b"]
@@ -72,7 +93,9 @@ def test_a_folder_gives_json_lines_under_all_their_names(tmp_path, caplog):
     names = ["a.jsonl", "b.json.gz", "c.ndjson", "d.JSONL", "e.jl", "f.jsonlines", "g.TXT"]
     for name in names:
         content = json.dumps({"text": name}).encode() + b"\n"
-        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else name.encode() if name.endswith("TXT") else content)
+        (tmp_path / name).write_bytes(
+            gzip.compress(content) if name.endswith("gz") else name.encode() if name.endswith("TXT") else content
+        )
     (tmp_path / "tokenizer.json").write_text("{}")  # not data
     assert texts(tmp_path) == sorted(names)
     with caplog.at_level(logging.WARNING):
@@ -89,7 +112,9 @@ def test_json_lines_under_the_name_of_a_text_are_asked_about(tmp_path, name):
     assert texts(tmp_path, name, form="txt") == [LINES.decode()]
 
 
-@pytest.mark.parametrize("content", ["plain text", "{not JSON}\n", "{\n}", "{}\n", "[1, 2]\n", '"text"', "", '{"a"} is a set\n'])
+@pytest.mark.parametrize(
+    "content", ["plain text", "{not JSON}\n", "{\n}", "{}\n", "[1, 2]\n", '"text"', "", '{"a"} is a set\n']
+)
 def test_text_stays_text(tmp_path, content):
     for name in ("a.txt", "LICENSE"):
         (tmp_path / name).write_text(content)
@@ -153,12 +178,18 @@ def test_a_table_is_refused_with_the_command_that_converts_it(tmp_path, name, se
 def test_folders_of_other_libraries_are_named(tmp_path):
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "x.parquet").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no input files; .*got=1 other files \(.parquet 1\); .*do=convert each: pip install pandas"):
+    with pytest.raises(
+        DataError, match=r"no input files; .*got=1 other files \(.parquet 1\); .*do=convert each: pip install pandas"
+    ):
         texts(tmp_path, "table")
     (tmp_path / "saved" / "train").mkdir(parents=True)
     for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
         (tmp_path / "saved" / "train" / name).write_text("{}")
-    with pytest.raises(DataError, match="Hugging Face datasets; .*got=Arrow files of save_to_disk; .*load_from_disk.*saved/train .*saved/train.jsonl"):
+    with pytest.raises(
+        DataError,
+        match="Hugging Face datasets; .*got=Arrow files of save_to_disk; .*load_from_disk.*saved/train "
+        ".*saved/train.jsonl",
+    ):
         texts(tmp_path, "saved/train")
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(DataError, match=r"mkdir -p .*saved-jsonl; python -c .*load_from_disk.*items\(\)"):

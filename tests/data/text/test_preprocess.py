@@ -1,4 +1,6 @@
-"""Text to datasets: the same bytes for any number of workers, bad lines by policy, nothing left after a failure or a kill."""
+"""Text to datasets: the same bytes for any number of workers, bad lines by policy, nothing left after a failure or a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,12 @@ def test_documents_are_the_tokenizers_ids_and_eod(tokenizer, lines, tmp_path):
     for i, text in enumerate(TEXTS):
         assert dataset[i].tolist() == [*reference.encode(text).ids, tokenizer.eod_id]
     sidecar = dataset.sidecar
-    assert (sidecar.tokenizer_hash, sidecar.vocab_size, sidecar.eod_id, sidecar.largest_id) == (tokenizer.hash, 400, 0, max(map(max, dataset)))
+    assert (sidecar.tokenizer_hash, sidecar.vocab_size, sidecar.eod_id, sidecar.largest_id) == (
+        tokenizer.hash,
+        400,
+        0,
+        max(map(max, dataset)),
+    )
     assert summary.text_bytes == lines.stat().st_size and summary.dtype == "uint16"
 
 
@@ -66,7 +73,12 @@ def test_output_is_the_same_for_any_number_of_workers(tokenizer, lines, tmp_path
     results = []
     for workers in (0, 1, 3):
         summary = preprocess(
-            [str(file) for file in files], tmp_path / f"out{workers}", Encoding(tokenizer.file), workers=workers, bad_lines="quarantine", block_bytes=3000
+            [str(file) for file in files],
+            tmp_path / f"out{workers}",
+            Encoding(tokenizer.file),
+            workers=workers,
+            bad_lines="quarantine",
+            block_bytes=3000,
         )
         suffixes = (".bin", ".idx", ".json", ".quarantine.jsonl")
         results.append([(tmp_path / f"out{workers}{suffix}").read_bytes() for suffix in suffixes])
@@ -83,7 +95,10 @@ def test_bad_lines_by_policy(tokenizer, lines, tmp_path):
     assert not list(tmp_path.glob("out*"))
     skipped = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="skip")
     assert (skipped.documents, skipped.bad_lines, skipped.blank_lines, skipped.empty_documents) == (299, 2, 1, 1)
-    assert [example["where"] for example in skipped.bad_examples] == [f"{lines}:5", f"{lines}:7"] and skipped.quarantine is None
+    assert [example["where"] for example in skipped.bad_examples] == [
+        f"{lines}:5",
+        f"{lines}:7",
+    ] and skipped.quarantine is None
     assert dict(skipped.bad_reasons) == {"not JSON": 1, "key 'text' is a int and not a string": 1}
     kept = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="quarantine", overwrite=True)
     records = [orjson.loads(line) for line in Path(kept.quarantine).read_bytes().splitlines()]
@@ -95,7 +110,11 @@ def test_bad_lines_by_policy(tokenizer, lines, tmp_path):
 
 def test_quarantine_leaves_no_file_without_bad_lines(tokenizer, lines, tmp_path):
     summary = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="quarantine")
-    assert summary.quarantine is None and sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.json"]
+    assert summary.quarantine is None and sorted(path.name for path in tmp_path.glob("out*")) == [
+        "out.bin",
+        "out.idx",
+        "out.json",
+    ]
 
 
 def test_options(tokenizer, tmp_path):
@@ -120,7 +139,9 @@ def test_widest_id_decides_the_dtype(tmp_path):
 def test_nothing_to_write_is_an_error(tokenizer, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('\n{"text": ""}\n')
-    with pytest.raises(DataError, match=r"input has no documents; where=.*in\.jsonl; got=0 bad, 1 blank, 1 empty in 1 files"):
+    with pytest.raises(
+        DataError, match=r"input has no documents; where=.*in\.jsonl; got=0 bad, 1 blank, 1 empty in 1 files"
+    ):
         preprocess([str(path)], tmp_path / "out", Encoding(tokenizer.file))
     assert not list(tmp_path.glob("out*"))
 
@@ -140,8 +161,15 @@ def test_existing_output_and_missing_eod(tokenizer, lines, tmp_path):
 
 def test_the_folder_is_created_first(tokenizer, lines, tmp_path):
     lines.write_bytes(b"{bad\n" + lines.read_bytes())
-    summary = preprocess([str(lines)], tmp_path / "new" / "folder" / "out", Encoding(tokenizer.file), bad_lines="quarantine")
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["out.bin", "out.idx", "out.json", "out.quarantine.jsonl"]
+    summary = preprocess(
+        [str(lines)], tmp_path / "new" / "folder" / "out", Encoding(tokenizer.file), bad_lines="quarantine"
+    )
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "out.bin",
+        "out.idx",
+        "out.json",
+        "out.quarantine.jsonl",
+    ]
     assert summary.documents == len(TEXTS)
 
 
@@ -158,7 +186,9 @@ def test_the_library_encodes_unsupported_tokenizers_with_one_warning(lines, tmp_
     results = []
     for workers in (0, 2):
         caplog.clear()
-        summary = preprocess([str(lines)], tmp_path / f"out{workers}", Encoding(file), workers=workers, block_bytes=3000)
+        summary = preprocess(
+            [str(lines)], tmp_path / f"out{workers}", Encoding(file), workers=workers, block_bytes=3000
+        )
         assert summary.encoder == "tokenizers (pre-tokenizer Whitespace)" and summary.documents == 300
         assert sum("encoded by the tokenizers library" in record.message for record in caplog.records) == 1
         results.append([(tmp_path / f"out{workers}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")])
@@ -171,20 +201,35 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(lines, tmp_path):
     def kill_one(_: object) -> None:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         for child in children:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # other children of this process come and go
+            with contextlib.suppress(
+                FileNotFoundError, ProcessLookupError
+            ):  # other children of this process come and go
                 if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(int(child), signal.SIGKILL)
 
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         pytest.skip("needs /proc/self/task/PID/children")
     with pytest.raises(MemoryExhausted, match="a worker process died"):
-        preprocess([str(lines)], tmp_path / "out", Encoding(words(tmp_path)), workers=1, progress=kill_one, block_bytes=500)
+        preprocess(
+            [str(lines)], tmp_path / "out", Encoding(words(tmp_path)), workers=1, progress=kill_one, block_bytes=500
+        )
     assert not list(tmp_path.glob("out*"))
 
 
 def test_kill_9_leaves_nothing_that_opens_and_a_rerun_is_complete(tokenizer, lines, tmp_path, repository):
     lines.write_bytes(lines.read_bytes() * 30)
-    command = [sys.executable, "-m", "neox.cli.main", "preprocess", "--input", str(lines), "--tokenizer", tokenizer.file, "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "neox.cli.main",
+        "preprocess",
+        "--input",
+        str(lines),
+        "--tokenizer",
+        tokenizer.file,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for workers in ("0", "2"):
         process = subprocess.Popen([*command, "--workers", workers], cwd=repository, start_new_session=True)
         deadline = time.monotonic() + 60
@@ -219,11 +264,21 @@ def test_two_runs_with_the_same_output_do_not_interfere(tokenizer, lines, tmp_pa
 
     def second(_: object) -> None:
         for resume in (False, True):
-            with pytest.raises(DataError, match=r"another process is writing this file; where=.*out\.bin\.partial") as error:
+            with pytest.raises(
+                DataError, match=r"another process is writing this file; where=.*out\.bin\.partial"
+            ) as error:
                 preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000, resume=resume)
             refused.append(error)
 
-    first = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000, save_seconds=0, resume=True, progress=second)
+    first = preprocess(
+        [str(lines)],
+        tmp_path / "out",
+        Encoding(tokenizer.file),
+        block_bytes=2000,
+        save_seconds=0,
+        resume=True,
+        progress=second,
+    )
     assert len(refused) > 10 and first.documents == whole.documents
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
@@ -256,7 +311,14 @@ def test_resume_gives_the_bytes_of_a_run_in_one_go(tokenizer, lines, tmp_path, w
     while True:
         try:
             summary = preprocess(
-                [str(lines)], tmp_path / "out", Encoding(tokenizer.file), workers=workers, resume=True, progress=interrupted(7), save_seconds=0, **options
+                [str(lines)],
+                tmp_path / "out",
+                Encoding(tokenizer.file),
+                workers=workers,
+                resume=True,
+                progress=interrupted(7),
+                save_seconds=0,
+                **options,
             )
             break
         except KeyboardInterrupt:
@@ -265,14 +327,20 @@ def test_resume_gives_the_bytes_of_a_run_in_one_go(tokenizer, lines, tmp_path, w
             for suffix in (".bin", ".idx"):  # what was written after the last save does not matter
                 with open(tmp_path / f"out{suffix}.partial", "ab") as file:
                     file.write(b"torn")
-    assert tries >= 3 and (summary.documents, summary.tokens, summary.bad_lines) == (whole.documents, whole.tokens, whole.bad_lines) == (298, whole.tokens, 2)
+    assert tries >= 3 and (summary.documents, summary.tokens, summary.bad_lines) == (
+        whole.documents,
+        whole.tokens,
+        whole.bad_lines,
+    ) == (298, whole.tokens, 2)
     for suffix in SUFFIXES:
         assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
     assert sorted(path.name for path in tmp_path.glob("out*")) == sorted(f"out{suffix}" for suffix in SUFFIXES)
 
 
 def test_a_kill_between_the_last_renames_of_a_short_run(tokenizer, lines, tmp_path, monkeypatch):
-    """A run that ends before its first save is due can be resumed too: the progress is saved before any file gets its name."""
+    """A run that ends before its first save is due can be resumed too: the progress is saved before any file gets
+    its name.
+    """
     whole = preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file))
     finish = IndexedWriter.finish
 
@@ -289,7 +357,9 @@ def test_a_kill_between_the_last_renames_of_a_short_run(tokenizer, lines, tmp_pa
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx.partial", "out.progress.json"]
-    assert preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), resume=True).documents == whole.documents
+    assert (
+        preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), resume=True).documents == whole.documents
+    )
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
@@ -303,12 +373,18 @@ def test_resume_after_a_kill_between_the_last_renames(tokenizer, lines, tmp_path
             preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), progress=interrupted(9), **options)
         for suffix in published:
             (tmp_path / f"out{suffix}.partial").rename(tmp_path / f"out{suffix}")
-        assert preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options).documents == whole.documents
+        assert (
+            preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options).documents == whole.documents
+        )
         for suffix in (".bin", ".idx", ".json"):
             assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
             (tmp_path / f"out{suffix}").unlink()
     restore_partial_names(str(tmp_path / "whole"))  # the names that a finished dataset would get back
-    assert sorted(path.name for path in tmp_path.glob("whole*")) == ["whole.bin.partial", "whole.idx.partial", "whole.json"]
+    assert sorted(path.name for path in tmp_path.glob("whole*")) == [
+        "whole.bin.partial",
+        "whole.idx.partial",
+        "whole.json",
+    ]
 
 
 def test_resume_of_a_run_that_was_done_is_done(tokenizer, lines, tmp_path):
@@ -319,7 +395,10 @@ def test_resume_of_a_run_that_was_done_is_done(tokenizer, lines, tmp_path):
     written = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("out*")}
     again = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("out*")} == written
-    assert replace(again, seconds=0.0, bad_examples=[]) == replace(first, seconds=0.0, bad_examples=[]) and again.bad_lines == again.blank_lines == 1
+    assert (
+        replace(again, seconds=0.0, bad_examples=[]) == replace(first, seconds=0.0, bad_examples=[])
+        and again.bad_lines == again.blank_lines == 1
+    )
     for other in ({"resume": True}, {"bad_lines": "skip"}):  # other options; no word of resuming
         with pytest.raises(DataError, match="dataset already exists"):
             preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **other)
@@ -337,10 +416,17 @@ def test_resume_of_another_run_is_refused_and_of_none_starts_from_the_beginning(
     with pytest.raises(DataError, match="progress belongs to another run"):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file, append_eod=False), **options)
     os.truncate(tmp_path / "out.bin.partial", 10)
-    with pytest.raises(DataError, match=r"unfinished file is shorter than its recorded progress; where=.*out\.bin\.partial; got=10 bytes"):
+    with pytest.raises(
+        DataError,
+        match=r"unfinished file is shorter than its recorded progress; where=.*out\.bin\.partial; got=10 bytes",
+    ):
         preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), **options)
     summary = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), block_bytes=2000)
-    assert summary.documents == 300 and not (tmp_path / "out.progress.json").exists() and not list(tmp_path.glob("*.partial"))
+    assert (
+        summary.documents == 300
+        and not (tmp_path / "out.progress.json").exists()
+        and not list(tmp_path.glob("*.partial"))
+    )
     assert preprocess([str(lines)], tmp_path / "fresh", Encoding(tokenizer.file), **options).documents == 300
 
 
@@ -348,8 +434,10 @@ def test_resume_after_kill_9(tokenizer, lines, tmp_path, repository):
     lines.write_bytes(lines.read_bytes() * 150)
     preprocess([str(lines)], tmp_path / "whole", Encoding(tokenizer.file))
     run = (
-        "import sys; from neox.data.text.encoding import Encoding; from neox.data.text.preprocess import Options, preprocess\n"
-        "preprocess([sys.argv[1]], sys.argv[2], Encoding(sys.argv[3]), Options(workers=2, resume=True, save_seconds=0.02, block_bytes=20000))"
+        "import sys; from neox.data.text.encoding import Encoding; from neox.data.text.preprocess import Options, "
+        "preprocess\n"
+        "preprocess([sys.argv[1]], sys.argv[2], Encoding(sys.argv[3]), Options(workers=2, resume=True, "
+        "save_seconds=0.02, block_bytes=20000))"
     )
     command = [sys.executable, "-c", run, str(lines), str(tmp_path / "out"), tokenizer.file]
     kills = 0

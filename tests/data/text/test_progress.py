@@ -30,9 +30,18 @@ def test_what_is_noted_is_read_back(tmp_path):
 def test_progress_of_another_run_or_damaged_is_refused(tmp_path):
     notes = ProgressFile(str(tmp_path / "out"), origin_of("one"), 0)
     notes.save(PROGRESS)
-    with pytest.raises(DataError, match=r"progress belongs to another run; where=.*out\.progress\.json.*do=start again without --resume"):
+    with pytest.raises(
+        DataError,
+        match=r"progress belongs to another run; where=.*out\.progress\.json.*do=start again without --resume",
+    ):
         ProgressFile(str(tmp_path / "out"), origin_of("other"), 0).read()
-    for content in (b"", b"{}", b"[1]", notes.path.read_bytes()[:-10], notes.path.read_bytes().replace(b"12", b'"x", 3')):
+    for content in (
+        b"",
+        b"{}",
+        b"[1]",
+        notes.path.read_bytes()[:-10],
+        notes.path.read_bytes().replace(b"12", b'"x", 3'),
+    ):
         notes.path.write_bytes(content)
         with pytest.raises(DataError, match=r"cannot be read; where=.*out\.progress\.json"):
             notes.read()
@@ -54,4 +63,6 @@ def test_identity_is_of_names_sizes_times_and_settings(tmp_path):
     assert origin().identity != first.identity and origin().source == first.source
     before = origin()
     a.write_text("xy")
-    assert origin().source != first.source and before.source == first.source, "the files are checked once, when the run begins"
+    assert origin().source != first.source and before.source == first.source, (
+        "the files are checked once, when the run begins"
+    )

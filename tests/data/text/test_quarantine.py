@@ -15,7 +15,10 @@ BAD = [BadLine("a.jsonl", n, f"reason {n}", b"\xff%d" % n) for n in range(4)]
 
 
 def records(path) -> list[tuple[int, bytes]]:
-    return [(record["line"], base64.b64decode(record["content_base64"])) for record in map(orjson.loads, path.read_bytes().splitlines())]
+    return [
+        (record["line"], base64.b64decode(record["content_base64"]))
+        for record in map(orjson.loads, path.read_bytes().splitlines())
+    ]
 
 
 def test_appears_at_the_end_if_there_was_anything(tmp_path):
@@ -49,7 +52,10 @@ def test_nothing_is_left_after_an_exception(tmp_path):
         kept.add(BAD[0])
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-    with pytest.raises(DiskError, match=r"cannot write quarantine; where=.*no_folder"), Quarantine(str(tmp_path / "no_folder" / "q"), True):
+    with (
+        pytest.raises(DiskError, match=r"cannot write quarantine; where=.*no_folder"),
+        Quarantine(str(tmp_path / "no_folder" / "q"), True),
+    ):
         pass
 
 

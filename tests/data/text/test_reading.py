@@ -127,7 +127,10 @@ def test_a_huge_line_is_skipped_without_being_stored(tmp_path):
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"y" * 500_000 + b'"}\n{"text": "b"}\n\n{bad}\n')
     texts, bad, blank = documents(path, block_bytes=1000, longest=10_000)
     assert texts == ["a", "b"] and blank == 1
-    assert [(line, reason.split(":")[0]) for line, reason in bad] == [(2, "line is longer than 10000 bytes"), (5, "not JSON")]
+    assert [(line, reason.split(":")[0]) for line, reason in bad] == [
+        (2, "line is longer than 10000 bytes"),
+        (5, "not JSON"),
+    ]
 
 
 def test_text_files_are_one_document(tmp_path):

@@ -21,7 +21,8 @@ MEMORY = {
     "multiplied text": "{{ messages[0].content * 10 ** 10 }}",
     "padding": "{{ messages[0].content.ljust(10 ** 10) }}{{ messages[0].content | center(10 ** 10) }}",
     "format": "{{ '{:>9999999999}'.format(messages|length) }}",
-    "doubled text": "{% set ns = namespace(t=messages[0].content) %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+    "doubled text": "{% set ns = namespace(t=messages[0].content) %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t "
+    "%}{% endfor %}",
     "multiplied list": "{{ (messages * 10 ** 9)|length }}",
     "replaced": "{{ (messages[0].content * 20000).replace('', messages[0].content * 20000)|length }}",
     "written": "{% for i in range(99999) %}{{ messages[0].content * 10000 }}{% endfor %}",
@@ -43,10 +44,15 @@ def short(monkeypatch) -> None:
 
 
 def test_a_conversation_that_takes_too_much_memory_is_refused_and_the_next_ones_are_rendered():
-    branches = "".join(f"{{% if messages[0].content == {name!r} %}}{text}{{% endif %}}" for name, text in MEMORY.items())
+    branches = "".join(
+        f"{{% if messages[0].content == {name!r} %}}{text}{{% endif %}}" for name, text in MEMORY.items()
+    )
     with TemplateProcess(branches + BODY, {}) as process:
         for name in MEMORY:
-            reasons = r"takes too much memory|writes more than|refuses the conversation: (Field width|width too large|Too many decimal)"
+            reasons = (
+                r"takes too much memory|writes more than|refuses the conversation: (Field width|width too large|Too "
+                r"many decimal)"
+            )
             with pytest.raises(RefusedConversation, match=reasons) as found:
                 process.render_with_answers([{"role": "user", "content": name}, GOOD[1]], {})
             assert "\n" not in str(found.value)
@@ -68,7 +74,9 @@ def test_a_template_that_takes_too_long_again_and_again_is_refused_itself(short)
         for _ in range(2):
             with pytest.raises(RefusedConversation, match="takes too long"):
                 process.render_with_answers(GOOD, {})
-        with pytest.raises(ConfigError, match="chat template cannot be used; .*takes too long, for 3 consecutive conversations"):
+        with pytest.raises(
+            ConfigError, match="chat template cannot be used; .*takes too long, for 3 consecutive conversations"
+        ):
             process.render_with_answers(GOOD, {})
 
 
@@ -90,7 +98,10 @@ def test_a_template_that_cannot_be_compiled_is_reported_once(text, reason):
 def test_constants_are_not_computed_without_limits_while_compiling(short):
     for text in ("{{ 10 ** (10 ** 10) }}", "{{ 'a' * 10 ** 10 }}", "{{ 'a' | center(10 ** 10) }}"):
         try:
-            with TemplateProcess(text, {}) as process, pytest.raises(RefusedConversation, match="too long|memory|refuses"):
+            with (
+                TemplateProcess(text, {}) as process,
+                pytest.raises(RefusedConversation, match="too long|memory|refuses"),
+            ):
                 process.render_with_answers(GOOD, {})
         except ConfigError as error:
             assert "takes too" in error.line()
@@ -111,7 +122,10 @@ def test_a_conversation_may_be_large():
 
 
 def test_nothing_of_a_template_reaches_the_machine():
-    with TemplateProcess("{{ messages.__class__.__mro__ }}{{ range.__globals__ }}" + BODY, {}) as process, pytest.raises(RefusedConversation, match="unsafe"):
+    with (
+        TemplateProcess("{{ messages.__class__.__mro__ }}{{ range.__globals__ }}" + BODY, {}) as process,
+        pytest.raises(RefusedConversation, match="unsafe"),
+    ):
         process.render_with_answers(GOOD, {})
 
 

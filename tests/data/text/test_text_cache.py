@@ -1,4 +1,6 @@
-"""Text that a run tokenizes itself: the bytes of neox preprocess, built once for all processes, and again when the text or the tokenizer changes."""
+"""Text that a run tokenizes itself: the bytes of neox preprocess, built once for all processes, and again when the
+text or the tokenizer changes.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,16 @@ def test_content_and_tokenizer_name_it(corpus, tmp_path):
     Path(paths[0]).rename(moved)
     assert tokenized([str(moved)], tokenizer, None, cache) == first  # the same text elsewhere
     other = train_tokenizer(TEXTS, 280, tmp_path / "other.json").file
-    assert len({first, tokenized([str(moved)], other, None, cache), tokenized([f"{moved}/b.jsonl"], tokenizer, None, cache)}) == 3
+    assert (
+        len(
+            {
+                first,
+                tokenized([str(moved)], other, None, cache),
+                tokenized([f"{moved}/b.jsonl"], tokenizer, None, cache),
+            }
+        )
+        == 3
+    )
     (moved / "a.txt").write_text(TEXTS[0].replace("document", "Document"))  # as long as before
     assert tokenized([str(moved)], tokenizer, None, cache) != first
 
@@ -82,7 +93,8 @@ def test_processes_that_race_make_it_once(corpus, tmp_path, repository):
         "made = []\n"
         "real = text_cache.preprocess\n"
         "text_cache.preprocess = lambda *a, **k: made.append(1) or time.sleep(1) or real(*a, **k)\n"
-        "print(len(made), text_cache.tokenize(text_cache.RunText(find_files([sys.argv[1]]), sys.argv[2], None, Path(sys.argv[3]))), len(made))"
+        "print(len(made), text_cache.tokenize(text_cache.RunText(find_files([sys.argv[1]]), sys.argv[2], None, "
+        "Path(sys.argv[3]))), len(made))"
     )
     command = [sys.executable, "-c", code, paths[0], tokenizer, str(tmp_path / "cache")]
     running = [subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -66,7 +66,9 @@ def test_largest_id_counts_added_tokens(tmp_path):
 
 def test_eod_can_be_named(trained):
     assert Tokenizer(trained.file, "a").eod_id == trained.encode("a")[0]
-    with pytest.raises(ConfigError, match=r"end-of-document token is not in the vocabulary; where=tokenizer\.eod_token.*got=<none>"):
+    with pytest.raises(
+        ConfigError, match=r"end-of-document token is not in the vocabulary; where=tokenizer\.eod_token.*got=<none>"
+    ):
         Tokenizer(trained.file, "<none>")
 
 
@@ -138,7 +140,11 @@ def test_a_gap_in_the_ids_is_the_same_for_every_reader(trained, tmp_path, ids, a
     (tmp_path / "in.txt").write_text(text)
     summary = preprocess([str(tmp_path / "in.txt")], tmp_path / "out", Encoding(file))
     assert summary.encoder == "native"
-    assert IndexedDataset(tmp_path / "out")[0].tolist() == [*ours.encode(text), ours.eod_id] == [*theirs.encode(text), theirs.eos_token_id]
+    assert (
+        IndexedDataset(tmp_path / "out")[0].tolist()
+        == [*ours.encode(text), ours.eod_id]
+        == [*theirs.encode(text), theirs.eos_token_id]
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,6 +160,8 @@ def test_ids_that_the_library_does_not_keep_are_refused(trained, tmp_path, ids, 
     file = edited(trained, tmp_path / "gap.json", ids, added)
     for read in (Tokenizer, TokenizerFile):
         with pytest.raises(
-            DataError, match=r"changes the id of a token of the file; where=.*gap.json: added token .*got=id \d+ in the file, \d+ in the library .*do=add "
+            DataError,
+            match=r"changes the id of a token of the file; where=.*gap.json: added token .*got=id \d+ in the file, "
+            r"\d+ in the library .*do=add ",
         ):
             read(file)
