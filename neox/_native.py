@@ -1,6 +1,4 @@
-"""The dataset core (csrc/data), with an error that says what to do when it is not built, or was built from older
-sources.
-"""
+"""The dataset core (csrc/data). Importing it raises a clear error if it is not built, or built from older sources."""
 
 from __future__ import annotations
 

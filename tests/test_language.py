@@ -8,15 +8,6 @@ import pytest
 
 from tests import language
 
-PENDING = language.ROOT / "tests" / "language_pending.txt"
-
-
-def pending() -> tuple[str, ...]:
-    """Files and folders that are not clean yet."""
-    return tuple(
-        line for line in PENDING.read_text(encoding="utf-8").split() if "/" in line or "." in line or line == "Makefile"
-    )
-
 
 def words(name: str, text: str) -> list[tuple[int, str]]:
     """(line, word) of the findings in a file's text."""
@@ -27,11 +18,10 @@ def test_the_glossary_is_followed():
     found = []
     for path in language.sources():
         name = str(path.relative_to(language.ROOT))
-        if not name.startswith(pending()):
-            found += [
-                f"{name}:{line}: {word!r}: {better}"
-                for line, word, better in language.findings(name, path.read_text(encoding="utf-8"))
-            ]
+        found += [
+            f"{name}:{line}: {word!r}: {better}"
+            for line, word, better in language.findings(name, path.read_text(encoding="utf-8"))
+        ]
     assert found == []
 
 

@@ -7,8 +7,7 @@ there. With
 compared with the vocabulary.
 
 Two more rows: a step's batches of the demo (configs/demo.yml) against a hundredth of its training step, both in
-    processor time of one thread, and the
-memory that the process has after ten epochs against that after the first.
+processor time of one thread, and the memory that the process has after ten epochs against that after the first.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ of JSON lines) and the sources of Python's standard library, one document each. 
 every contestant must be the same.
 
 The rows: MB of input per processor second of ours on one core against each peer, and the wall time of ours on two cores
-    against one.
+against one.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def timed(command: list[str], megabytes: float, cores: int, out: Path) -> Run:
     """Run a command on the first `cores` of our cores and take its times. What it prints is shown when it fails.
 
     What it wrote before is removed first: the system takes a while to give up a file's pages, and who writes a dataset
-        seldom replaces one.
+    seldom replaces one.
     """
     for old in out.parent.glob(f"{out.name}.*"):
         old.unlink()

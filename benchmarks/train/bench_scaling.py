@@ -2,12 +2,11 @@
 algorithm allows.
 
 Counted: every collective and message that torch.distributed is asked for in one step of a real engine (fp32, gloo, up
-    to four processes), each
-weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and all-to-all (n - 1)/n S of
-    a full tensor of S bytes, a message S,
-a broadcast or reduce S (n - 1)/n. The least: neox.plan.communication, whose formula stands in the row's setting. Rows
-with "stage" are of one pipeline stage. A ratio of 1 means that nothing beyond the least is sent; small sums (loss,
-norm, stop flag, clipping) are counted too. Nothing is timed.
+to four processes), each weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and
+all-to-all (n - 1)/n S of a full tensor of S bytes, a message S, a broadcast or reduce S (n - 1)/n. The least:
+neox.plan.communication, whose formula stands in the row's setting. Rows with "stage" are of one pipeline stage. A ratio
+of 1 means that nothing beyond the least is sent; small sums (loss, norm, stop flag, clipping) are counted too. Nothing
+is timed.
 """
 
 from __future__ import annotations

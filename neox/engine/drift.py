@@ -1,8 +1,7 @@
 """Checks of the parameters: whether they are finite, and whether replicas are identical, by checksums of their bits.
 
 A weight that no token of a batch uses can be NaN unnoticed: a row of the embedding is read only for its token. A
-    flipped bit in memory, or a reduction
-that one process omits, lets replicas drift apart unnoticed (BLOOM's norms did).
+flipped bit in memory, or a reduction that one process omits, lets replicas drift apart unnoticed (BLOOM's norms did).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a run minimises: a sum over targets, or over pairs of a chosen and a rejected answer.
 
 The rows of a batch of pairs alternate: chosen, rejected, chosen, rejected. Every objective takes the per-token losses
-    of `GPT.forward`, so it works in every
-layout that `GPT.forward` supports. Pairs exclude context parallelism, in which a process sees a part of each sequence.
+of `GPT.forward`, so it works in every layout that `GPT.forward` supports. Pairs exclude context parallelism, in which a
+process sees a part of each sequence.
 """
 
 from __future__ import annotations

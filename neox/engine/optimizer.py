@@ -2,8 +2,7 @@
 code.
 
 Weight decay is decoupled in all of them and applies to matrices only: parameters of one dimension (biases, norms) are
-    in a separate group
-without decay. A group's `lr_scale` multiplies the learning rate that the engine sets at every step.
+in a separate group without decay. A group's `lr_scale` multiplies the learning rate that the engine sets at every step.
 """
 
 from __future__ import annotations

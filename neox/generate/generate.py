@@ -193,7 +193,7 @@ class _Batch:
         """Logits of the next token, [b, v]; computes only tokens that the cache does not hold.
 
         The ids need no check: those of prompts were checked by `check_prompts`, the others are indices of logits [b,
-            v].
+        v].
         """
         start = cache.length if cache is not None else 0
         tokens = self._buffer[:, start : self._length]

@@ -1,8 +1,7 @@
 """Layer norm and RMS norm, single or dual, with an optional residual addition in the same pass (csrc/ops/norm).
 
 The dual forms normalise x once and scale it twice: in the parallel residual of GPT-NeoX, attention and MLP each have a
-    norm
-of the same x. With a residual the sum x + residual is a further output, rounded to the dtype of x before it is
+norm of the same x. With a residual the sum x + residual is a further output, rounded to the dtype of x before it is
 normalised.
 """
 

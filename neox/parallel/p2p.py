@@ -1,8 +1,7 @@
 """Point-to-point transfers between pipeline stages. With one stage every function returns at once.
 
 Sends and receives that happen together are issued as one batch (`send_recv`): NCCL deadlocks otherwise where two
-    processes
-both send and receive.
+processes both send and receive.
 """
 
 from __future__ import annotations

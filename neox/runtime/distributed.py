@@ -1,7 +1,7 @@
 """Initialises torch.distributed among the processes of a launch.
 
 DeepSpeed is not imported: commands that print JSON run on several processes too, and DeepSpeed writes to stdout when it
-    is imported.
+is imported.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ collective:
 A second thread watches the first one, because a store whose process is stopped never answers.
 
 Time is counted in polls, not by the clock: a process that was stopped itself does not report all others as stuck when
-    it continues.
+it continues.
 """
 
 from __future__ import annotations

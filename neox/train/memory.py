@@ -115,8 +115,8 @@ class PeakMemory:
     """Peak of the memory in use, relative to the memory in use when this was created.
 
     On a GPU: torch's allocations. On a CPU: allocations from the C library, polled a hundred times a second until
-        `stop_polling`, and whenever `poll` is
-    called. Resident memory is larger in both cases: free blocks between those in use stay with the process.
+    `stop_polling`, and whenever `poll` is called. Resident memory is larger in both cases: free blocks between those in
+    use stay with the process.
 
     Args:
         device: the device of the training.

@@ -110,7 +110,7 @@ def choose_algorithms(deterministic: bool) -> None:
     repeat.
 
     New memory is not filled: torch would write every new tensor for the sake of operations that read uninitialised
-        memory, of which there are none.
+    memory, of which there are none.
     """
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -112,7 +112,7 @@ def guarded_exponentials(ptx: str) -> dict[str, int]:
     exponential or a reciprocal.
 
     nvcc does not speculate inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element, unless it is computed
-        first and then selected.
+    first and then selected.
     """
     lines: dict[str, list[str]] = {}
     for line in ptx.splitlines():

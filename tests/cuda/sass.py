@@ -1,10 +1,9 @@
 """Instruction counts of the attention kernels' inner loops, from the SASS that nvdisasm prints.
 
 The loop over tiles has rare paths: masks at the diagonal, rows that 16-byte copies cannot read. What decides the speed
-    is the path of an ordinary tile. It is
-found in the control-flow graph: of all paths once around the loop with the copies of one tile, the one with the most
-tensor-core instructions, then the most stores and multiplications (the rescaling of the sums), then the fewest
-instructions.
+is the path of an ordinary tile. It is found in the control-flow graph: of all paths once around the loop with the
+copies of one tile, the one with the most tensor-core instructions, then the most stores and multiplications (the
+rescaling of the sums), then the fewest instructions.
 """
 
 from __future__ import annotations
