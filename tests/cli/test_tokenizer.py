@@ -35,7 +35,7 @@ def test_trains_and_reports(folder, capsys):
     )
     assert call(folder, "--vocab-size", "5000", "--bad-lines", "skip", "--eod-token", "</s>", "--overwrite") == 0
     printed = capsys.readouterr().out
-    assert "from 2 files, </s> is 0" in printed and "of the 5,000 tokens asked for" in printed
+    assert "from 2 files, </s> is 0" in printed and "of the 5,000 requested tokens" in printed
 
 
 def test_a_bad_line_stops_with_code_3_and_keeps_nothing(folder, capsys):
