@@ -36,7 +36,7 @@ from neox.runtime.distributed import init_distributed
 from neox.runtime.heartbeat import Heartbeat
 from neox.runtime.launch import LaunchInfo, read_launch_info
 from neox.runtime.watchdog import connect
-from neox.train.loop import step
+from neox.train.loop import after_step
 from neox.train.setup import Training, build
 
 SETTINGS = {
@@ -106,7 +106,10 @@ def steps_of(training: Training, heartbeat: Heartbeat, launch: LaunchInfo, limit
     dist.barrier()
     for _ in range(STEPS):
         begin = time.perf_counter()
-        step(training)
+        training.checkpointer.collect_saves()
+        training.phases.enter("batch", training.engine.step + 1)
+        result = training.engine.train_step(next(training.loader), stop=training.signals.requested)
+        after_step(training, result, time.perf_counter() - begin)
         seconds.append(time.perf_counter() - begin)
     dist.barrier()
     if watchdog is not None:

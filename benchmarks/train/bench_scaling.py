@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measure import Options, Row, show
 
 from neox.config.schema import Config
+from neox.data import Batch
 from neox.model.gpt import GPT
 from neox.parallel.mesh import create_mesh
 from neox.plan.communication import Traffic, traffic
@@ -170,9 +170,9 @@ def run_case(case: Case) -> dict:
     engine = Engine(config, mesh, GPT(config.model, mesh))
     generator = torch.Generator().manual_seed(mesh.dp_rank)
 
-    def micro_batch() -> SimpleNamespace:
+    def micro_batch() -> Batch:
         tokens, targets = torch.randint(0, MODEL["vocab_size"], (2, MICRO, LENGTH), generator=generator)
-        return SimpleNamespace(
+        return Batch(
             tokens=tokens, targets=targets, segment_ids=None, position_ids=None, sample_ids=torch.arange(MICRO)
         )
 

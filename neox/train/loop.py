@@ -7,6 +7,7 @@ import time
 
 from neox.checkpoint.storage import LOCAL, Storage
 from neox.config.schema import Config
+from neox.engine.engine import StepResult
 from neox.errors import StoppedBySignal
 from neox.parallel.mesh import Mesh
 from neox.phases import Phases
@@ -45,9 +46,7 @@ def run(training: Training) -> None:
     config, engine, checkpointer, recorder = training.config, training.engine, training.checkpointer, training.recorder
     recorder.report_start()
     training.phases.enter("ready")
-    if engine.any_process(
-        training.signals.received is not None
-    ):  # the signal arrived during the start: stop before the first step
+    if engine.any_process(training.signals.received is not None):  # a signal arrived during the start
         stop_by_signal(training)
     if training.state.pending is not None and finish_pending(training, training.state.pending):
         stop_by_signal(training)
@@ -55,7 +54,11 @@ def run(training: Training) -> None:
         checkpointer.save(training.loader.consumed, wait=False)
     freed_memory = FreedMemory()
     while engine.step < config.train.train_iters:
-        stop = step(training)
+        checkpointer.collect_saves()
+        training.phases.enter("batch", engine.step + 1)
+        begin = time.perf_counter()
+        result = engine.train_step(next(training.loader), stop=training.signals.requested)
+        stop = after_step(training, result, time.perf_counter() - begin)
         freed_memory.after_step()
         last = engine.step == config.train.train_iters
         if stop and (not last or training.state.pending is not None):
@@ -67,14 +70,9 @@ def run(training: Training) -> None:
     recorder.report_end(engine.step)
 
 
-def step(training: Training) -> bool:
-    """One optimizer step, its evaluation and its record. Returns whether any process asks to stop."""
+def after_step(training: Training, result: StepResult, seconds: float) -> bool:
+    """Check, evaluate and record a step that took `seconds`. Returns whether any process asks to stop."""
     engine, recorder, guard = training.engine, training.recorder, training.config.guard
-    training.checkpointer.collect_saves()
-    training.phases.enter("batch", engine.step + 1)
-    begin = time.perf_counter()
-    result = engine.train_step(next(training.loader), stop=training.signals.requested)
-    seconds = time.perf_counter() - begin
     training.phases.enter("record", result.step)
     training.state.tokens += recorder.tokens_per_step
     record = recorder.make_record(result, seconds, training.state.tokens, training.loader.consumed)

@@ -111,7 +111,8 @@ def test_a_live_job_in_another_namespace_retains_its_lock(tmp_path, namespace):
     try:
         before = (tmp_path / LOCK).read_text()
         with pytest.raises(
-            CheckpointError, match=r"another job holds this folder; .*pid \d+, started \d{4}-.*in every container"
+            CheckpointError,
+            match=r"another job holds this folder; .*pid \d+, started \d{4}-.*on every host and container",
         ):
             FolderLock(tmp_path)
         assert (tmp_path / LOCK).read_text() == before

@@ -13,7 +13,7 @@ from neox.errors import DiskError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
-from neox.train.loop import step, train
+from neox.train.loop import after_step, train
 from neox.train.setup import build
 from tests.train.corpus import StopAfter, make_config, records
 
@@ -74,10 +74,10 @@ def test_resuming_a_finished_run_does_nothing(corpus, tmp_path):
 
 def test_roll_back_restores_the_weights_and_continues_with_new_data(corpus, tmp_path):
     with build(make_config(corpus, tmp_path, "train.train_iters=9", "evaluate.interval=0"), Mesh.single()) as training:
-        step(training)
+        after_step(training, training.engine.train_step(next(training.loader)), 1.0)
         training.checkpointer.save(training.loader.consumed, wait=True)
         saved = {(f.kind, f.name): f.data.clone() for f in training.engine.fragments()}
-        step(training)
+        after_step(training, training.engine.train_step(next(training.loader)), 1.0)
         found = training.checkpointer.roll_back(2)
         assert found.name == "step_00000001"
         assert (training.engine.step, training.state.tokens, training.loader.consumed) == (1, 256, 16)
@@ -86,6 +86,6 @@ def test_roll_back_restores_the_weights_and_continues_with_new_data(corpus, tmp_
 
 def test_a_save_that_is_pending_is_complete_after_the_run_was_closed(corpus, tmp_path):
     with build(make_config(corpus, tmp_path, "evaluate.interval=0"), Mesh.single()) as training:
-        step(training)
+        after_step(training, training.engine.train_step(next(training.loader)), 1.0)
         training.checkpointer.save(training.loader.consumed, wait=False)
     assert Checkpoint(newest(tmp_path)).step == 1
