@@ -81,11 +81,8 @@ def environment(**extra: object) -> dict[str, str]:
 def serve() -> None:
     """The server: answers until its input ends."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
-    for name in (
-        "neox.cli.main",
-        "neox.train.start",
-        "torch._dynamo",
-    ):  # torch, deepspeed, and what the first optimizer imports, for two seconds
+    # torch, deepspeed, and what the first optimizer imports, for two seconds
+    for name in ("neox.cli.main", "neox.train.start", "torch._dynamo"):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a fork's collections would else copy every page that holds an object
@@ -98,9 +95,8 @@ def serve() -> None:
             answer: object = {str(pid): ended.get(pid) for pid in request["pids"]}
         else:
             answer = start(request)
-            ended.pop(
-                answer, None
-            )  # numbers of processes come round: after an hour of forks this one may have been another's
+            # numbers of processes come round: after an hour of forks this one may have been another's
+            ended.pop(answer, None)
         print(json.dumps(answer), flush=True)
 
 

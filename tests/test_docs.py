@@ -26,9 +26,8 @@ ROOT_PAGES = ("examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.m
 PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").glob("*.md"))]
 KEY = re.compile(r"`((?:[a-z]+)\.[a-z_]+(?:\.[a-z_]+)?)(?::[^`]*)?`")
 SECTIONS = {key.split(".")[0] for key in known_keys()}
-PATH = re.compile(
-    r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|examples|launch|neox|tests)/[\w./-]*\w"
-)  # of this repository, and no pattern
+# of this repository, and no pattern
+PATH = re.compile(r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|examples|launch|neox|tests)/[\w./-]*\w")
 FILE_ENDINGS = (".json", ".jsonl", ".yml", ".txt", ".md", ".py")  # `tokenizer.json` is a file
 
 

@@ -82,9 +82,8 @@ def test_another_layout_continues_the_run(own, tmp_path):
     out = run("resume_on_another_layout.sh", own / "config.yml", tmp_path / "moved", STEPS="2")
     assert re.findall(r"ZeRO (\d)", out) == ["1", "2", "1"]
     assert [int(step) for step in re.findall(r"^step +(\d+)  loss", out, re.MULTILINE)] == list(range(1, 7))
-    assert losses(tmp_path / "moved")[0] == pytest.approx(
-        losses(own / "run")[0], rel=1e-5
-    )  # the same weights and data in both layouts
+    # the same weights and data in both layouts
+    assert losses(tmp_path / "moved")[0] == pytest.approx(losses(own / "run")[0], rel=1e-5)
 
 
 def test_operators_compute_what_torch_computes(capsys):

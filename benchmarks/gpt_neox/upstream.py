@@ -150,9 +150,8 @@ def train(job: dict, rank: int, world_size: int) -> None:
             "lr_scheduler": lr_scheduler,
             "mpu": mpu,
         }
-        return initialize(
-            **given, dist_init_required=dist_init_required, config=args.deepspeed_config
-        )  # args would have it as a property
+        # args would have it as a property
+        return initialize(**given, dist_init_required=dist_init_required, config=args.deepspeed_config)
 
     training.save_checkpoint = saved
     training.collect_loss_for_unit_test = lambda loss: losses.append(float(loss))

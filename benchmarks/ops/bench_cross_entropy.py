@@ -49,10 +49,11 @@ def rows(options: Options) -> Iterator[Row]:
         )
         in_place = partial(step, partial(cross_entropy, targets=targets, inplace=True), logits)
         both = {name: partial(step, op, logits) for name, op in peers.items()}
+        # its own mean
         both |= {
             name: partial(step, partial(op, target=targets), logits)
             for name, op in liger("cross_entropy", options).items()
-        }  # its own mean
+        }
         yield from compare("cross_entropy both, in place", setting, in_place, both, options, work=3 * size, unit="GB/s")
         expected = partial(
             step, partial(cross_entropy, targets=targets, inplace=True, expected_dloss=1 / tokens), logits

@@ -22,9 +22,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CPUS = sorted(
-    os.sched_getaffinity(0)
-)  # before torch: with OMP_PROC_BIND its threads, the first too, are bound to one CPU each
+# before torch: with OMP_PROC_BIND its threads, the first too, are bound to one CPU each
+CPUS = sorted(os.sched_getaffinity(0))
 
 import torch
 from torch.nn import functional
@@ -218,9 +217,8 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, help="timed steps of each contestant; 5 in fp32, 3 in bf16, 2 with --quick"
     )
-    parser.add_argument(
-        "--contestant", choices=(OURS, *PEERS["bf16"]), help=argparse.SUPPRESS
-    )  # the processes that this one starts
+    # the processes that this one starts
+    parser.add_argument("--contestant", choices=(OURS, *PEERS["bf16"]), help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     counts = sorted(count for count in args.threads if 1 <= count <= len(CPUS))

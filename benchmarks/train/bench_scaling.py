@@ -161,9 +161,8 @@ def size_of(tensors: object) -> int:
 
 def run_case(case: Case) -> dict:
     """One process: two steps of a layout, of which the second is counted."""
-    from neox.engine.engine import (
-        Engine,
-    )  # only here: it brings in DeepSpeed, which writes to the output at its import, ahead of the JSON
+    # only here: it brings in DeepSpeed, which writes to the output at its import, ahead of the JSON
+    from neox.engine.engine import Engine
 
     config = case.config()
     mesh = create_mesh(case.tensor, case.pipeline, context=case.context, sequence=case.sequence)
@@ -268,9 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="two processes alone: under a minute on an idle machine")
-    parser.add_argument(
-        "--child", nargs=2, metavar=("PROCESSES", "OUT"), help=argparse.SUPPRESS
-    )  # the processes that this one starts
+    # the processes that this one starts
+    parser.add_argument("--child", nargs=2, metavar=("PROCESSES", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(int(args.child[0]), args.child[1])

@@ -74,14 +74,14 @@ def combining_classes(codes: list[int]) -> dict[int, int]:
         plain = NFD(chr(code)) if low != "a" + chr(code) + LOW_MARK else chr(code)
         if len(plain) > 1 or (low == "a" + plain + LOW_MARK and high == "a" + HIGH_MARK + plain):
             continue
-        passed = [
-            k for k, mark in marks.items() if NFD("a" + plain + mark) != "a" + plain + mark
-        ]  # classes below that of `code`
+        # classes below that of `code`
+        passed = [k for k, mark in marks.items() if NFD("a" + plain + mark) != "a" + plain + mark]
+        # and at or below it
         held = [
             k
             for k, mark in marks.items()
             if k > max(passed, default=0) and NFD("a" + mark + plain) == "a" + mark + plain
-        ]  # and at or below it
+        ]
         found[code] = min(held)
     return found
 

@@ -282,9 +282,8 @@ def run(args: argparse.Namespace) -> int:
             want="exactly one of --prompt (or --prompt-file), --unconditional, --interactive",
         )
     prompts = [] if args.interactive else [""] * args.unconditional if args.unconditional else read_prompts(args)
-    with (
-        contextlib.nullcontext(None) if args.interactive else StopSignals() as signals
-    ):  # an interrupt raises KeyboardInterrupt while it waits for a line
+    # an interrupt raises KeyboardInterrupt while it waits for a line
+    with contextlib.nullcontext(None) if args.interactive else StopSignals() as signals:
         usable_device(args.device)
         checkpoint = resolve(args.checkpoint)
         tokenizer = run_tokenizer(checkpoint, args.tokenizer)

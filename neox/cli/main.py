@@ -118,9 +118,8 @@ def as_problem(error: Exception, command: str) -> NeoxError | None:
     """Convert an exception to an error for the user, such as a missing package. None if it is a bug."""
     if isinstance(error, NeoxError):
         return error
-    if (
-        isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason
-    ):  # from a name on the command line or in a file
+    # from a name on the command line or in a file
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         got, want = printable(error.object[max(error.start - 40, 0) : error.end + 40]), "text that UTF-8 can encode"
         return ConfigError(
             "a name or text has bytes that are not UTF-8",

@@ -57,9 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single values, as section.key=value"
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it, and sets LOCAL_RANK too
+    # the deepspeed launcher adds it, and sets LOCAL_RANK too
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -176,9 +175,8 @@ def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     validate(loaded.config, launch.world_size, device, loaded.origins)
-    os.environ.setdefault(
-        "DS_ACCELERATOR", device
-    )  # otherwise DeepSpeed probes for hardware and warns if there is none
+    # otherwise DeepSpeed probes for hardware and warns if there is none
+    os.environ.setdefault("DS_ACCELERATOR", device)
     if device == "cpu":
         disable_flight_recorder(os.environ)
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed requires it

@@ -294,9 +294,8 @@ class ParameterConversion:
         config, layer, ours = self.config, i + FIRST_BLOCK, f"layers.{i}"
         self._norm(f"{ours}.norm1", layer, "input_layernorm")
         if config.parallel_residual and config.shared_residual_norm:
-            self.used |= {
-                (layer, f"post_attention_layernorm.{kind}") for kind in ("weight", "scale", "bias")
-            }  # stored, but never applied
+            # stored, but never applied
+            self.used |= {(layer, f"post_attention_layernorm.{kind}") for kind in ("weight", "scale", "bias")}
         else:
             self._norm(f"{ours}.norm2", layer, "post_attention_layernorm")
         if config.position_embedding == "alibi":

@@ -308,9 +308,8 @@ def _sources(config: ModelConfig, family: Family, theirs: Tensors) -> dict[str, 
     stored = {name: name for name in theirs.names()}
     if family.model_type == "gpt2" and "wte.weight" in stored:  # the published gpt2 files have no prefix
         stored = {f"transformer.{name}": name for name in stored}
-    if (
-        family.model_type == "gpt_neox" and "lm_head.weight" in stored
-    ):  # name of the module in transformers 5; files have embed_out
+    # name of the module in transformers 5; files have embed_out
+    if family.model_type == "gpt_neox" and "lm_head.weight" in stored:
         stored["embed_out.weight"] = stored.pop("lm_head.weight")
     if config.num_layers > len(stored):  # before creating a rule for each layer
         raise CheckpointError(

@@ -95,10 +95,8 @@ class Engine:
         self.updates = 0
         self.token_weight = 1.0  # of a token's loss in the gradient of the current step
         self.objective = build_objective(config.train)
-        specs, shapes = (
-            model.shard_specs(),
-            model.logical_shapes(),
-        )  # before DeepSpeed, whose stage 3 empties the parameters
+        # before DeepSpeed, whose stage 3 empties the parameters
+        specs, shapes = model.shard_specs(), model.logical_shapes()
         kinds = {
             name: optimizer_state_keys(config.optimizer, name, len(shape)) if is_trained(config.model, name) else ()
             for name, shape in shapes.items()
@@ -106,9 +104,8 @@ class Engine:
         parameters = [(name, p, specs[name]) for name, p in model.named_parameters()]
         self.trained = [row for row in parameters if row[1].requires_grad]
         for _, p, spec in self.trained:
-            p.tensor_model_parallel = (
-                spec.dim is not None and mesh.tp > 1
-            )  # DeepSpeed's norm counts others on one member of the tensor group only
+            # DeepSpeed's norm counts others on one member of the tensor group only
+            p.tensor_model_parallel = spec.dim is not None and mesh.tp > 1
         self.optimizer = build_optimizer([(name, p) for name, p, _ in self.trained], config.optimizer)
         rounded = config.precision.dtype != "fp32"
         initial = copy_to_host(self.trained) if rounded else {}
@@ -119,9 +116,8 @@ class Engine:
             parameters, self.deepspeed.optimizer, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas)
         )
         if rounded:
-            self.state.write_weights(
-                initial
-            )  # DeepSpeed made its master weights from weights that were already rounded
+            # DeepSpeed made its master weights from weights that were already rounded
+            self.state.write_weights(initial)
         self.updater = Updater(config, mesh, self.deepspeed, self.optimizer, self.state, self.phases)
         dtype = DTYPES[config.precision.dtype]
         self.tied: TiedExchange = tie_embedding(model, mesh, dtype)
@@ -148,9 +144,8 @@ class Engine:
             self.pass_parameter()
         magnitudes = largest(self.trained)
         parts = [context_slice(batch, mesh) for batch in batches]
-        count = sum(
-            self.objective.count(batch) for batch in parts
-        )  # on the host: on the device, every micro-batch would wait for the work queued there
+        # on the host: on the device, every micro-batch would wait for the work queued there
+        count = sum(self.objective.count(batch) for batch in parts)
         with phases.waiting():
             targets = int(sum_over([count], mesh.replica_group, mesh.device)[0])
         self.token_weight = mesh.replicas / max(targets, 1)  # DeepSpeed averages gradients over the replicas

@@ -67,9 +67,8 @@ class Updater:
         self.mesh = mesh
         self.deepspeed = deepspeed
         self.optimizer = optimizer
-        self.zero = (
-            None if deepspeed.optimizer is optimizer else deepspeed.optimizer
-        )  # DeepSpeed's optimizer around ours; stage 0 in fp32 has none
+        # DeepSpeed's optimizer around ours; stage 0 in fp32 has none
+        self.zero = None if deepspeed.optimizer is optimizer else deepspeed.optimizer
         self.state = state
         self.phases = phases
         self.guard = Guard(config.guard)

@@ -59,9 +59,8 @@ def log_likelihoods(
         lengths = torch.tensor([len(rows[i]) - 1 for i in batch])[:, None]
         positions = torch.minimum(torch.arange(longest)[None], lengths - 1)  # padding must not count in a text's length
         dynamic = model.rotary is not None and model.rotary.dynamic
-        logits = pipeline.logits(
-            model, inputs.to(device), position_ids=positions.to(device) if dynamic else None
-        )  # [b, s, v]
+        # [b, s, v]
+        logits = pipeline.logits(model, inputs.to(device), position_ids=positions.to(device) if dynamic else None)
         for line, i in enumerate(batch):
             end, count = len(rows[i]) - 1, min(len(pairs[i][1]), max_length)
             scores = F.log_softmax(logits[line, end - count : end].float(), dim=-1)  # [count, v]

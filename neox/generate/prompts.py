@@ -45,9 +45,8 @@ class AnswerText:
             tokens = tokens[len(prefix) :]
         size = CONTEXT
         self._context = tokens[-size:]
-        while size < len(tokens) and UNDECODED in tokenizer.decode(
-            self._context
-        ):  # the context begins within a character
+        # the context begins within a character
+        while size < len(tokens) and UNDECODED in tokenizer.decode(self._context):
             size *= 2
             self._context = tokens[-size:]
         self._shown = tokenizer.decode(self._context)

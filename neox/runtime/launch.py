@@ -96,9 +96,8 @@ def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
     if world_size == 1:
         return LaunchInfo(rank, local_rank, world_size)
     source = f"{launcher}: {names[0]}, {names[1]}, {names[2]}"
-    address = (
-        environment.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")
-    )  # an IPv6 address may be in brackets
+    # an IPv6 address may be in brackets
+    address = environment.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")
     if not address and launcher == "srun":
         address = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "")
         source += ", first of SLURM_STEP_NODELIST"

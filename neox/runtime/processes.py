@@ -30,9 +30,8 @@ def find_launchers() -> list[ProcessInfo]:
     with contextlib.suppress(psutil.Error):
         for parent in psutil.Process().parents():
             interpreter, *words = parent.cmdline() or [""]
-            name = next((word for word in words if not word.startswith("-")), "").rpartition("/")[
-                2
-            ]  # a script, or the module of -m
+            # a script, or the module of -m
+            name = next((word for word in words if not word.startswith("-")), "").rpartition("/")[2]
             if name not in LAUNCHERS or "python" not in interpreter:
                 break
             found.append({"pid": parent.pid, "born": parent.create_time(), "name": name})

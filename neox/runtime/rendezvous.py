@@ -333,9 +333,8 @@ class Member:
         if not self.store.check([REFUSED]):
             return
         notice = read_notice(self.store.get(REFUSED))
-        stale = (
-            self.launch.agent_store and notice is not None and notice["time"] < self.me["born"]
-        )  # of a process of an earlier attempt
+        # of a process of an earlier attempt
+        stale = self.launch.agent_store and notice is not None and notice["time"] < self.me["born"]
         if notice is not None and not stale and notice.get("process") not in self.names:
             raise PeerRefused(notice)
 

@@ -177,9 +177,8 @@ def post_refusal(
                     if not posted:
                         store.set(REFUSED, json.dumps(notice).encode())
                         posted, end = True, min(end, time.monotonic() + REPORT_DELAY)
-                        store.get(
-                            REFUSED
-                        )  # when it answers, or rank 0 has ended, the store has read what was sent before
+                        # when it answers, or rank 0 has ended, the store has read what was sent before
+                        store.get(REFUSED)
             except RefusalNotice as refusal:
                 return is_same(refusal.notice, notice)
         waits = launch.rank > 0 and launch.agent_store  # else it is rank 0 that serves the store, so it has not failed
@@ -211,9 +210,8 @@ def serve_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Cal
                     connection.sendall(NOTICE + json.dumps(notice).encode())
                     connection.shutdown(socket.SHUT_WR)
                     answered += len(connection.recv(64)) > 0
-                    while connection.recv(
-                        1 << 16
-                    ):  # until the other side closes: a reset would discard what it has not read
+                    # until the other side closes: a reset would discard what it has not read
+                    while connection.recv(1 << 16):
                         pass
     return answered
 

@@ -178,10 +178,8 @@ class Watchdog:
         """Thread: exit if the store has not answered for longer than a process may be silent, because rank 0 is
         stopped.
         """
-        answer, patience = (
-            StallCounter(),
-            self.limit + (0.0 if self.rank == 1 else GRACE),
-        )  # rank 1 reports; if it can resume rank 0, the others read it there
+        # rank 1 reports; if it can resume rank 0, the others read it there
+        answer, patience = StallCounter(), self.limit + (0.0 if self.rank == 1 else GRACE)
         while not self.closed.wait(POLL):
             if answer.note(self.polls) * POLL > patience:
                 self.closed.set()
@@ -262,9 +260,8 @@ class Watchdog:
             report()
             return code
         if isinstance(known, PeerLost):
-            self.channel.wait_for_error(
-                4 * POLL
-            )  # from the process that broke the connection, or from our thread, which finds the one that exited
+            # from the process that broke the connection, or from our thread, which finds the one that exited
+            self.channel.wait_for_error(4 * POLL)
         self.closed.set()
         try:
             posted = self.channel.post(code)

@@ -51,17 +51,8 @@ SIGNALS = {
 }
 NUMBERS = {"nan": math.nan, "inf": math.inf, "huge": 1e30, "times10": 10.0}
 ERRNOS = {"enospc": errno.ENOSPC, "edquot": errno.EDQUOT, "eio": errno.EIO, "erofs": errno.EROFS}
-KINDS = (
-    *SIGNALS,
-    *NUMBERS,
-    *ERRNOS,
-    "raise",
-    "memory",
-    "oom",
-    "spin",
-    "delay",
-    "note",
-)  # delay takes seconds: delay2.5
+# delay takes seconds: delay2.5
+KINDS = (*SIGNALS, *NUMBERS, *ERRNOS, "raise", "memory", "oom", "spin", "delay", "note")
 FORM = re.compile(
     r"(?P<kind>[a-z]+(?:10|1)?)(?P<seconds>\d+(?:\.\d+)?)?@(?P<rank>\*|\d+):(?P<site>\*|\w+):(?P<count>[1-9]\d*)(?P<repeat>\+?)"
 )

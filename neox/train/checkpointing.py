@@ -110,9 +110,8 @@ class Checkpointer:
             self.state.tokens, self.state.pending = resumed.state["tokens"], resumed.state.get("pending")
             for line in (*describe_changes(resumed, self.config, self.mesh.world_size), *data_changes):
                 self.recorder.report(line)
-            if (
-                resumed.path.parent.resolve() == self.run_dir.checkpoints.resolve()
-            ):  # else the checkpoint is another run's
+            # else the checkpoint is another run's
+            if resumed.path.parent.resolve() == self.run_dir.checkpoints.resolve():
                 self.saved_step = self.engine.step
         elif self.config.checkpoint.init_from is not None:
             self.take_weights(resolve(self.config.checkpoint.init_from))

@@ -147,9 +147,8 @@ class PlanCheck(Observer):
         fullest = int(rows[:, 0].argmax())
         stage = int(rows[fullest, 1])
         device = self.device(float(rows[0, 2]))
-        found = estimate(
-            self.polled_config(), mesh.world_size, device or DEVICES[0]
-        )  # all GPUs have the same memory plan, not the same time
+        # all GPUs have the same memory plan, not the same time
+        found = estimate(self.polled_config(), mesh.world_size, device or DEVICES[0])
         planned = found.memories[stage].peak
         if device is not None and device.kind == "cpu":
             planned += device.reserve + (COMPILER if effective_stage(self.config) == 3 else 0)

@@ -134,9 +134,8 @@ def build(
                 data.parts, folder, engine, micro_batch_size=sizes.micro_batch_size, fresh=resumed is None
             )
             progress.report(f"reference log-probabilities of {count:,} pairs in {folder}")
-        recorder.open(
-            engine.step - (state.pending is not None)
-        )  # the record of a pending evaluation is not written yet
+        # the record of a pending evaluation is not written yet
+        recorder.open(engine.step - (state.pending is not None))
         consumed = 0 if resumed is None else resumed.consumed
         loader = stack.enter_context(make_loader(config, sizes, mesh, data, "train", consumed, config.data.prefetch))
         evaluator = Evaluator(

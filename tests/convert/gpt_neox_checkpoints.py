@@ -43,9 +43,8 @@ def layers_of_rank(
     into, out = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h") if old_names else ("mlp.linear1", "mlp.linear2")
     for i in range(config.num_layers):
         ours = f"layers.{i}"
-        second = (
-            f"{ours}.norm1" if config.shared_residual_norm else f"{ours}.norm2"
-        )  # GPT-NeoX stores one that it does not apply
+        # GPT-NeoX stores one that it does not apply
+        second = f"{ours}.norm1" if config.shared_residual_norm else f"{ours}.norm2"
         state = norm(f"{ours}.norm1", "input_layernorm") | norm(second, "post_attention_layernorm")
         if config.position_embedding == "alibi":
             state["attention.alibi_embed.slopes"] = torch.tensor(

@@ -52,10 +52,8 @@ def test_small_tensors_of_one_size_are_summed_in_one_launch():
             mine = checksums(tensors)
         assert mine.tolist() == [int(checksum(tensor)) for tensor in tensors]
         counts.append(launches.seen)
-    assert counts == [
-        2 * 4 + 2 + 1,
-        2 * 4 + 20 + 1,
-    ]  # two for each of four sizes, one per large tensor, and one for all
+    # two for each of four sizes, one per large tensor, and one for all
+    assert counts == [2 * 4 + 2 + 1, 2 * 4 + 20 + 1]
 
 
 def test_alone_there_is_nothing_to_compare():

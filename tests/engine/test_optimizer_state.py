@@ -64,6 +64,5 @@ def test_a_group_with_a_learning_rate_of_its_own_keeps_it_in_every_stage(dtype, 
     before = weights()
     run(engine, 1, 1)
     moved = {name: float((data - before[name]).abs().max()) for name, data in weights().items()}
-    assert moved == pytest.approx(
-        {name: 0.04 if name.endswith(".bias") else 0.01 for name in moved}, rel=1e-3
-    )  # Adam's first step is the rate
+    # Adam's first step is the rate
+    assert moved == pytest.approx({name: 0.04 if name.endswith(".bias") else 0.01 for name in moved}, rel=1e-3)

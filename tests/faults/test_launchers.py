@@ -47,10 +47,8 @@ def test_a_killed_launcher_ends_all(corpus, tmp_path, launcher, ranks, victim):
         for one in psutil.wait_procs(processes, timeout=0.1)[1]:
             one.kill()
     lines = [line for line in running.output().splitlines() if line.startswith("error[")]
-    words = (
-        "error[13] launcher exited",
-        *(["error[13] the first process exited"] if launcher == "torchrun" else []),
-    )  # its agent holds the store too
+    # its agent holds the store too
+    words = ("error[13] launcher exited", *(["error[13] the first process exited"] if launcher == "torchrun" else []))
     assert lines and all(line.startswith(words) for line in lines), running.outputs()
     assert damaged(tmp_path / "run") == []
     kept = max(int(name[5:]) for name in complete(tmp_path / "run"))

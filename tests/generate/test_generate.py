@@ -142,11 +142,8 @@ def test_dynamic_ntk_does_not_depend_on_the_batch():
     model_config, weights = from_huggingface(theirs)
     ours = GPT(model_config, Mesh.single()).eval()
     ours.load_weights(weights)
-    prompts = [
-        [3, 1, 4],
-        list(range(5, 17)),
-        list(range(30, 60)),
-    ]  # below 16 positions, beyond them on the way, beyond from the start
+    # below 16 positions, beyond them on the way, beyond from the start
+    prompts = [[3, 1, 4], list(range(5, 17)), list(range(30, 60))]
     together = generate(ours, prompts, SamplingParams(10, 0))
     assert together == generate(ours, prompts, SamplingParams(10, 0), use_cache=False)
     for prompt, tokens in zip(prompts, together, strict=True):

@@ -51,9 +51,8 @@ def test_an_answer_retains_its_first_space(llama):
     prompt, answer = encode_prompt(llama, PROMPT), llama.encode("story")
     assert llama.decode(answer) == "story"  # decoded alone it has lost it
     assert AnswerText(llama, prompt).decode(answer) == " story"
-    assert (
-        AnswerText(llama, [1]).decode(answer) == AnswerText(llama).decode(answer) == "story"
-    )  # nothing stands before it
+    # nothing stands before it
+    assert AnswerText(llama, [1]).decode(answer) == AnswerText(llama).decode(answer) == "story"
 
 
 @pytest.mark.parametrize("prompt", ["river", "river stone " * 9, "東京", "café 東京 " * 5, "a\n", " ", "<s>"])

@@ -67,11 +67,12 @@ def models() -> None:
             key: weight + 0.1 if key.endswith("bias") else weight.clone() for key, weight in single.logical_weights()
         }
         draws = torch.Generator().manual_seed(2)
+        # zero at first
         weights |= {
             key: torch.randn(weight.shape, generator=draws) * 0.3
             for key, weight in weights.items()
             if key.endswith("lora_b")
-        }  # zero at first
+        }
         for model in (single, sharded):  # biases that are added twice or not at all must show
             model.load_weights(weights)
         close(sharded(tokens), single(tokens), f"{name}: logits")

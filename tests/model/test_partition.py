@@ -17,9 +17,8 @@ SIZES = {
 
 
 def test_a_large_embedding_leaves_fewer_blocks_to_the_end_stages():
-    config = ModelConfig(
-        **{**SIZES, "num_layers": 12, "vocab_size": 4 * 12 * 32}
-    )  # each table weighs as much as 4 blocks
+    # each table weighs as much as 4 blocks
+    config = ModelConfig(**{**SIZES, "num_layers": 12, "vocab_size": 4 * 12 * 32})
     assert stage_costs(config, "parameters") == pytest.approx((4.0, 1.0, 4.0))
     assert [b - a for a, b in partition_layers(config, 4)] == [1, 5, 5, 1]
     assert [b - a for a, b in partition_layers(config, 4, "time")] == [4, 4, 3, 1]

@@ -32,9 +32,8 @@ def choices(request, monkeypatch):
     the test would be one of torch.
     """
     if request.config.getoption("--choices") == "cuda":
-        module = importlib.import_module(
-            "neox.ops.attention"
-        )  # only now: this file is read before --ops-library is loaded
+        # only now: this file is read before --ops-library is loaded
+        module = importlib.import_module("neox.ops.attention")
         choose = module.choose_backend
 
         def choose_for_cuda(backend: str, _: str, dtype: torch.dtype, softcap: float | None = None) -> str:

@@ -62,9 +62,8 @@ def test_every_mask(s, mask, d, deterministic, dtype):
     inputs = {
         name: reference.random(*shape, dtype=dtype, seed=10_000 * i) for i, (name, shape) in enumerate(shapes.items())
     }
-    floor = (
-        1.0 if s == 1 else FLOOR if CUDA else 0.0
-    )  # one key: dq and dk are exactly 0, by the difference of two sums of d products
+    # one key: dq and dk are exactly 0, by the difference of two sums of d products
+    floor = 1.0 if s == 1 else FLOOR if CUDA else 0.0
     torch.use_deterministic_algorithms(deterministic)
     try:
         reference.check_against(run, partial(reference.attention, **options), inputs, floor=floor)

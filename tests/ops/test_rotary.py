@@ -275,9 +275,8 @@ def test_empty():
     q, k = rotary(torch.empty(2, 0, 3, 8), torch.empty(2, 0, 1, 8), **table)
     assert q.shape == (2, 0, 3, 8)
     assert k.shape == (2, 0, 1, 8)
-    nothing = torch.empty_strided(
-        (2, 0, 1, 3, 8), (0, 24, 24, 8, 1)
-    )  # what torch makes of an empty batch may have strides of 0
+    # what torch makes of an empty batch may have strides of 0
+    nothing = torch.empty_strided((2, 0, 1, 3, 8), (0, 24, 24, 8, 1))
     assert rotary_qkv(nothing, **table).shape == (2, 0, 1, 3, 8)
 
 

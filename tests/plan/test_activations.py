@@ -68,9 +68,8 @@ def held_by_autograd(config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
     storages = {}
 
     def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = (
-            tensor.untyped_storage()
-        )  # keeps it alive, so that an address is not used twice
+        # keeps it alive, so that an address is not used twice
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     def keep_arguments(function, *arguments, **options):

@@ -33,14 +33,12 @@ def test_a_full_disk_at_save_time(corpus, tmp_path):
             train(make_config(corpus, tmp_path / "stop", *quick), Mesh.single(), StopSignals())
         train_on = make_config(corpus, tmp_path / "on", *quick, "checkpoint.on_save_error=continue")
         with pytest.raises(DiskError):
-            train(
-                train_on, Mesh.single(), StopAfter(4)
-            )  # asked to stop: a checkpoint that cannot be written must not count as success
+            # asked to stop: a checkpoint that cannot be written must not count as success
+            train(train_on, Mesh.single(), StopAfter(4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (
-        2 <= len(records(tmp_path / "stop")) <= 4
-    )  # the disk refuses in the background, while step 3 may be under way
+    # the disk refuses in the background, while step 3 may be under way
+    assert 2 <= len(records(tmp_path / "stop")) <= 4
     assert len(records(tmp_path / "on")) == 4
     assert "training continues without this checkpoint" in (tmp_path / "on" / "log.txt").read_text()
     assert not list((tmp_path / "stop" / "checkpoints").glob("step_*/manifest.json"))

@@ -231,9 +231,8 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_code_10(corpus, tmp_path):
     assert result.output.count("error[10]") == 1
     last = records(tmp_path / "run")[-1]["step"]
     with Checkpoint(newest(tmp_path / "run")) as checkpoint:
-        pending = checkpoint.state.get(
-            "pending"
-        )  # of a step whose evaluation the signal cut short: the resume writes its record
+        # of a step whose evaluation the signal cut short: the resume writes its record
+        pending = checkpoint.state.get("pending")
         assert checkpoint.step == (last if pending is None else last + 1)
     assert "Traceback" not in result.output
 

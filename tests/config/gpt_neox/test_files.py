@@ -76,9 +76,8 @@ def test_files_are_merged_and_the_later_one_wins(write):
     write("b.yml", {"seq-length": 32, "data-path": "corpus", "hidden_size": 96})
     config = load(["a.yml", "b.yml"]).config
     assert (config.data.seq_length, config.data.path, config.model.hidden_size) == (32, "corpus", 96)
-    assert (
-        config.model.intermediate_size == 4 * 96
-    )  # values that depend on several keys are computed after all files are read
+    # values that depend on several keys are computed after all files are read
+    assert config.model.intermediate_size == 4 * 96
 
 
 def test_native_files_and_settings_take_precedence(write, tmp_path):

@@ -130,9 +130,8 @@ def test_settings_that_the_samples_depend_on(sources, tmp_path, what):
             r"the 40 samples \(640 tokens\) read of .*a would be repeated among new ones, and none would be lost",
             problem.value.got,
         )
-    assert (
-        not (tmp_path / "run").exists() and not (tmp_path / "index_cache").exists()
-    )  # refused before anything is written
+    # refused before anything is written
+    assert not (tmp_path / "run").exists() and not (tmp_path / "index_cache").exists()
     run = RunDatasets(config, WANTED, SavedCursor(saved.where, 40, saved.cursor, accept=True))
     assert run.lines[0] == f"accepted by checkpoint.accept_data_change: {what}"
     begin = 40 if "document_mask" in what else 0  # a different order starts from the beginning, the same one continues
@@ -183,9 +182,8 @@ def test_labels_and_a_source_that_is_no_longer_read(make_dataset, sources, tmp_p
 def test_a_split_moves_documents_to_validation(sources, tmp_path):
     path = sources["a"].prefix
     saved = saved_after(config_of(tmp_path, {"path": path, "split": "9,1,0"}), 40)
-    assert (
-        RunDatasets(config_of(tmp_path, {"path": path, "split": "90,10,0"}), WANTED, saved).lines == []
-    )  # the same documents
+    # the same documents
+    assert RunDatasets(config_of(tmp_path, {"path": path, "split": "90,10,0"}), WANTED, saved).lines == []
     with pytest.raises(CheckpointError) as problem:
         RunDatasets(config_of(tmp_path, {"path": path, "split": "8,2,0"}), WANTED, saved)
     assert "data.split 9,1,0 -> 8,2,0: training reads documents 0 to 53" in problem.value.got
@@ -204,9 +202,8 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
     with pytest.raises(CheckpointError, match="data.order neox: the order of .*a has 1 epochs -> 2"):
         RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}, saved)
     two = SavedCursor("step_1", 15, RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).cursor)
-    shorter = RunDatasets(
-        config_of(tmp_path, data), {"train": 20}, two
-    )  # a shorter run reads on in the order that was made
+    # a shorter run reads on in the order that was made
+    shorter = RunDatasets(config_of(tmp_path, data), {"train": 20}, two)
     assert shorter.cursor.sources[0].epochs == 2
     straight = RunDatasets(config_of(tmp_path, data), {"train": epoch + 5}).parts["train"]
     assert tokens_of(shorter.parts["train"], 15, 20) == tokens_of(straight, 15, 20)

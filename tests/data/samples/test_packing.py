@@ -63,9 +63,8 @@ def test_every_token_but_the_first_of_each_document_is_a_target_once_per_epoch(c
         assert sample.tokens.shape == sample.labels.shape == (seq_length + 1,) and sample.segment_ids is None
         learned = np.flatnonzero(sample.labels[1:] != -100) + 1
         assert np.array_equal(sample.labels[learned], sample.tokens[learned])
-        assert np.array_equal(
-            sample.tokens[learned - 1], (sample.tokens[learned] - 1) % 1000
-        )  # its input is the token before it
+        # its input is the token before it
+        assert np.array_equal(sample.tokens[learned - 1], (sample.tokens[learned] - 1) % 1000)
         places = [
             (piece.document, piece.offset + k)
             for piece in packed.slices(len(packed) + i)

@@ -120,10 +120,8 @@ def test_steps_of_other_sizes_to_come_and_taken_back(sources, tmp_path):
     ] and data.last_step == 4
     with pytest.raises(ConfigError, match="no such step"):
         data.span(0)
-    rows = [
-        {"step": 1, "samples": 4, "tokens": 4 * SEQ},
-        {"step": 2, "samples": 20, "tokens": 8 * SEQ},
-    ]  # steps 2 to 4 were rolled back
+    # steps 2 to 4 were rolled back
+    rows = [{"step": 1, "samples": 4, "tokens": 4 * SEQ}, {"step": 2, "samples": 20, "tokens": 8 * SEQ}]
     (tmp_path / "run" / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "sam'
     )

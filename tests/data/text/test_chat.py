@@ -76,9 +76,8 @@ def test_an_end_that_the_template_writes_is_not_written_twice(tokenizer):
     tokens, labels = encoded(ChatEncoding(tokenizer.file, None, template), TALK[1:3])
     assert tokens.tolist().count(tokenizer.eod_id) == 2 and tokens[-1] == labels[-1] == tokenizer.eod_id
     tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["chatml"]), TALK[:4])
-    assert (
-        tokens[-1] == tokenizer.eod_id and labels[-1] == -100
-    )  # the person speaks last: nothing is learned of how it ends
+    # the person speaks last: nothing is learned of how it ends
+    assert tokens[-1] == tokenizer.eod_id and labels[-1] == -100
 
 
 def test_templates_that_do_not_append_and_those_that_refuse():
@@ -161,9 +160,8 @@ def test_the_token_that_holds_the_first_character_of_an_answer_is_learned(tmp_pa
     tokenizer = train_tokenizer(["user: Is it? assistant: yes no yes no " * 20], 400, tmp_path / "t.json")
     talk = [said("user", "Is it?"), said("assistant", "yes")]
     tokens, labels = encoded(ChatEncoding(tokenizer.file, None, TEMPLATES["plain"]), talk)
-    assert (
-        learned(tokenizer, tokens, labels) == " yes<|endoftext|>\n<|endoftext|>"
-    )  # the token " yes" begins before the answer
+    # the token " yes" begins before the answer
+    assert learned(tokenizer, tokens, labels) == " yes<|endoftext|>\n<|endoftext|>"
 
 
 def test_learned_tokens_are_those_that_overlap_a_span():

@@ -201,9 +201,8 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(lines, tmp_path):
     def kill_one(_: object) -> None:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         for child in children:
-            with contextlib.suppress(
-                FileNotFoundError, ProcessLookupError
-            ):  # other children of this process come and go
+            # other children of this process come and go
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(int(child), signal.SIGKILL)
 
