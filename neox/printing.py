@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import orjson
-
 
 def printable(path: str | os.PathLike[str]) -> str:
     r"""A path as text that every Unicode encoding accepts: bad bytes become \xNN, lone surrogates \uNNNN."""
@@ -19,6 +17,8 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 def json_line(value: object) -> str:
     """A value as JSON on one line, for output. Names that are not UTF-8 are written as `printable` writes them."""
+    import orjson  # here, because every command imports this module, and orjson is a fifth of the time of `neox --help`
+
     try:
         return orjson.dumps(value).decode()
     except orjson.JSONEncodeError:

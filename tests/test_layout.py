@@ -323,6 +323,14 @@ def test_import_is_light():
     assert done.stdout.startswith("[] "), done.stdout
 
 
+def test_the_command_line_is_light():
+    """`neox --help` answers in the time of Python's own start."""
+    heavy = (*HEAVY, "orjson", "neox.config")
+    probe = f"import neox.cli.main, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_the_config_imports_no_torch():
     probe = (
         "import neox.config.load, neox.config.validate, neox.config.explain, neox.cli.config, sys; print('torch' in "

@@ -110,9 +110,10 @@ def choose_algorithms(deterministic: bool) -> None:
     repeat.
 
     New memory is not filled: torch would write every new tensor for the sake of operations that read uninitialised
-    memory, of which there are none.
+    memory, of which there are none. `torch.use_deterministic_algorithms` would also import torch's compiler, which
+    takes two seconds at every start and is not used.
     """
-    torch.use_deterministic_algorithms(deterministic)
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 

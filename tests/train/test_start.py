@@ -1,6 +1,8 @@
 """From a config to an exit code, in this process."""
 
 import os
+import subprocess
+import sys
 
 import torch
 
@@ -58,3 +60,19 @@ def test_deterministic_algorithms_are_those_of_the_run(tmp_path):
             (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
         )
     assert chosen == [(True, False), (False, False)]
+
+
+def test_a_start_does_not_import_torchs_compiler(tmp_path, repository):
+    """Its import takes two seconds in every process, and nothing is compiled."""
+    make_corpus(tmp_path / "corpus")
+    probe = (
+        "import sys; from pathlib import Path; from neox.runtime.launch import LaunchInfo\n"
+        "from neox.runtime.signals import StopSignals; from neox.train.start import start\n"
+        "from tests.train.corpus import make_config\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "config = make_config(folder / 'corpus', folder / 'run', 'train.train_iters=1', 'evaluate.interval=0')\n"
+        "code = start(config, LaunchInfo(), 'cpu', signals=StopSignals(), debug=True)\n"
+        "print(code, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, cwd=repository)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stdout + done.stderr
