@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,7 +238,7 @@ def write_durably(path: Path, content: bytes, *, sole_writer: bool = False, stor
     Raises:
         DiskError: the folder cannot be written or is full; no temporary file remains.
     """
-    temporary = temporary_path(path) if sole_writer else path.with_name(f"{path.name}.partial.{secrets.token_hex(8)}")
+    temporary = temporary_path(path) if sole_writer else path.with_name(f"{path.name}.partial.{os.urandom(8).hex()}")
     if sole_writer and os.path.lexists(temporary):
         guarded(storage.unlink, temporary)
     with FileWriter(path, need=len(content), temporary=temporary, storage=storage) as writer:

@@ -76,8 +76,8 @@ def test_no_link_is_followed(tmp_path, monkeypatch):
     target.symlink_to(victim)
     write_durably(target, b"new")
     assert victim.read_bytes() == b"precious" and target.read_bytes() == b"new" and not target.is_symlink()
-    monkeypatch.setattr("secrets.token_hex", lambda size: "known")
-    for name in ("f.partial.known", "f.tmp"):
+    monkeypatch.setattr("os.urandom", lambda size: b"known")
+    for name in (f"f.partial.{b'known'.hex()}", "f.tmp"):
         (tmp_path / name).symlink_to(victim)
     with pytest.raises(DiskError, match="File exists"):
         write_durably(target, b"newer")

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +14,11 @@ from neox._native import core
 from neox.data.store.indexed import token_dtype
 from neox.data.text.byte_level import Unsupported, text_encoder
 from neox.data.text.reading import BOM, BadLine, ParsedLines, TextChunk, parse, parse_line
-from neox.data.text.tokenizer import Tokenizer, TokenizerFile
+from neox.data.text.tokenizer import Tokenizer, TokenizerFile, load_library, read_bytes
 from neox.errors import ConfigError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")  # in order of preference
 COMPARED_FIRST = 1 << 14  # characters of the first block that both encoders must agree on
@@ -193,7 +197,7 @@ class NativeEncoder:
         if not self.differs and not self._ids_agree(number, block):
             self.differs = True
         if self.differs:
-            return self._library(block)
+            return self._replacement(block)
         parts: list[EncodedChunk] = []
         for item, chunk in zip(block, started, strict=True):
             if isinstance(item, BadLine):
@@ -210,13 +214,18 @@ class NativeEncoder:
         )
 
     @cached_property
-    def _library(self) -> HFEncoder:
+    def _replacement(self) -> HFEncoder:
         return HFEncoder(self._encoding)
+
+    @cached_property
+    def _library(self) -> tokenizers.Tokenizer:
+        file = self._encoding.tokenizer
+        return load_library(read_bytes(file), file, specials_as_text=self._encoding.specials_as_text)
 
     def _ids_agree(self, number: int, block: Block) -> bool:
         for text in comparison_texts(number, block, self._encoding.json_key):
             ours = self._here.text(text.encode(), -1).result()[0]
-            if ours.tolist() != self._library.tokenizer.encode(text):
+            if ours.tolist() != self._library.encode(text, add_special_tokens=False).ids:
                 log.warning(
                     "csrc/data and tokenizers give different ids for %r: the rest is encoded by tokenizers. Please "
                     "report this",

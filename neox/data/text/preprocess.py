@@ -8,18 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,7 +24,8 @@ from neox.data.text.progress import SOURCE_FIELDS, InputIdentity, ProgressFile, 
 from neox.data.text.quarantine import Quarantine
 from neox.data.text.reading import BLOCK_BYTES, BadLine, read_blocks
 from neox.data.text.tokenizer import TokenizerFile
-from neox.errors import ConfigError, DataError, MemoryExhausted
+from neox.data.text.worker_processes import worker_processes
+from neox.errors import ConfigError, DataError
 
 BAD_LINES = ("fail", "skip", "quarantine")
 WAITING = 4  # blocks in flight per thread or process
@@ -319,17 +314,8 @@ def encoded_by_processes(
     Raises:
         MemoryExhausted: a worker died, most likely because memory ran out.
     """
-    # fork would copy the threads of this process in an inconsistent state
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
-    try:
-        submitted: Iterator[Future[T]] = (executor.submit(encode, settings, block) for block in blocks)
-        yield from in_order(submitted, WAITING * workers)
-    except BrokenProcessPool as error:
-        do = "use fewer --workers, or check the kernel's out-of-memory log"
-        raise MemoryExhausted("a worker process died", where="preprocess", got=error, do=do) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    with worker_processes(workers) as executor:
+        yield from in_order((executor.submit(encode, settings, block) for block in blocks), WAITING * workers)
 
 
 def in_order(submitted: Iterable[Pending[T]], ahead: int) -> Iterator[T]:
@@ -352,18 +338,3 @@ def encode_block(encoding: Encoding, block: Block) -> EncodedBlock:
 def encoder_of(encoding: Encoding) -> HFEncoder:
     """The encoder of this process, loaded once."""
     return HFEncoder(encoding)
-
-
-def start_worker() -> None:
-    """Set up a worker: one thread, SIGINT ignored because the parent handles it, ended with the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def exit_with_parent() -> None:
-    """Wait for the end of the parent, by kill -9 too, and end this process."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-    os._exit(1)  # sys.exit would end only this thread
