@@ -15,6 +15,7 @@ from neox.config.schema import Config
 from neox.config.values import dump
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from tests.gpt_neox_tokenizer import write_gpt_neox_tokenizer
 
 MODEL = {
     "num_layers": 2,
@@ -90,10 +91,10 @@ def test_dtype_is_that_of_the_run(tmp_path):
     assert (config["model_type"], config["dtype"]) == ("llama", "bfloat16")
 
 
-def test_tokenizer_of_the_run_is_exported(tmp_path, shared_data):
+def test_tokenizer_of_the_run_is_exported(tmp_path):
     from transformers import AutoTokenizer
 
-    write_checkpoint(tmp_path / "run", str(shared_data / "tokenizers" / "gpt-neox-20b.json"), 50277)
+    write_checkpoint(tmp_path / "run", str(write_gpt_neox_tokenizer(tmp_path / "t.json")), 323)
     assert call("--checkpoint", tmp_path / "run", "--out", tmp_path / "out") == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from neox.config.load import load, load_config, tokenizer_vocab_size
+from neox.config.load import load, load_config
 from neox.config.values import flatten
 from tests.config.refusals import MINIMAL, refusal
 
@@ -120,10 +120,6 @@ def test_vocab_size_comes_from_the_tokenizer(write):
     assert loaded.config.model.vocab_size == 6
     assert str(loaded.origins["model.vocab_size"]) == "derived"
     assert load_config(overrides=["tokenizer.file=t.json", "model.vocab_size=9"]).model.vocab_size == 9
-
-
-def test_vocab_size_of_the_neox_tokenizer(shared_data):
-    assert tokenizer_vocab_size(str(shared_data / "tokenizers" / "gpt-neox-20b.json")) == 50277
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import yaml
 
 from neox.config.files import PRESETS
 from neox.config.load import load, loads
@@ -89,64 +86,56 @@ def test_the_model_is_built_with_that_count(name):
     assert GPT(load([name]).config.model, Mesh.single("meta")).num_parameters() == PARAMETERS[name]
 
 
-PYTHIA = {name: name.split("/")[1].replace("-", ".") for name in WITH_A_COUNT if name.startswith("pythia/")}
+# The published training files (EleutherAI/pythia, models/): layers, width, heads, lr, min_lr, micro batch per GPU
+PYTHIA = {
+    "14M": (6, 128, 4, 1e-3, 1e-4, 32),
+    "31M": (6, 256, 8, 1e-3, 1e-4, 32),
+    "70M": (6, 512, 8, 1e-3, 1e-4, 32),
+    "160M": (12, 768, 12, 6e-4, 6e-5, 32),
+    "410M": (24, 1024, 16, 3e-4, 3e-5, 32),
+    "1B": (16, 2048, 8, 2.5e-4, 2.5e-5, 16),
+    "1-4B": (24, 2048, 16, 2e-4, 2e-5, 16),
+    "2-8B": (32, 2560, 32, 1.6e-4, 1.6e-5, 16),
+    "6-9B": (32, 4096, 32, 1.2e-4, 1.2e-5, 8),
+    "12B": (36, 5120, 40, 1.2e-4, 1.2e-5, 8),
+}
 
 
-def upstream_yaml(path: Path) -> dict:
-    """An upstream config as a flat mapping with underscores; one published file lacks a comma."""
-    text = path.read_text().replace('[[["flash"], 36]]\n', '[[["flash"], 36]],\n')
-    return {key.replace("-", "_"): value for key, value in yaml.safe_load(text).items()}
-
-
-@pytest.mark.parametrize("name", sorted(PYTHIA))
-def test_pythia_is_trained_as_published(name, shared_data):
-    size = PYTHIA[name]
-    theirs = upstream_yaml(shared_data / "upstream-configs" / "pythia" / "models" / size / f"pythia-{size.lower()}.yml")
-    config = load([name]).config
-    params = theirs["optimizer"]["params"]
-    ours = {
-        "num_layers": config.model.num_layers,
-        "hidden_size": config.model.hidden_size,
-        "num_attention_heads": config.model.num_attention_heads,
-        "seq_length": config.data.seq_length,
-        "max_position_embeddings": config.model.max_position_embeddings,
-        "rotary_pct": config.model.rotary_pct,
-        "no_weight_tying": not config.model.tie_embeddings,
-        "gpt_j_residual": config.model.parallel_residual,
-        "min_lr": config.schedule.min_lr,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "train_iters": config.train.train_iters,
-        "lr_decay_iters": config.schedule.decay_iters,
-        "weight_decay": config.optimizer.weight_decay,
-        "gradient_clipping": config.optimizer.gradient_clipping,
-    }
-    assert {key: theirs[key] for key in ours} == ours
-    assert (params["lr"], tuple(params["betas"]), params["eps"]) == (
+@pytest.mark.parametrize("size", PYTHIA)
+def test_pythia_is_trained_as_published(size):
+    config = load([f"pythia/{size}"]).config
+    assert (
+        config.model.num_layers,
+        config.model.hidden_size,
+        config.model.num_attention_heads,
         config.optimizer.lr,
-        config.optimizer.betas,
-        config.optimizer.eps,
+        config.schedule.min_lr,
+        config.train.micro_batch_size,
+    ) == PYTHIA[size]
+    assert config.data.seq_length == config.model.max_position_embeddings == 2048
+    assert (config.model.rotary_pct, config.model.tie_embeddings, config.model.parallel_residual) == (0.25, False, True)
+    large = size in ("6-9B", "12B")
+    assert (config.model.init, config.model.output_init) == (
+        ("normal", "scaled_normal") if large else ("small_init", "wang_init")
     )
-    assert theirs["warmup"] * theirs["train_iters"] == config.schedule.warmup_iters
-    assert (theirs.get("init_method", "normal"), theirs.get("output_layer_init_method", "scaled_normal")) == (
-        config.model.init,
-        config.model.output_init,
-    )
+    assert config.train.train_iters == config.schedule.decay_iters == 143_000
+    assert config.schedule.warmup_iters == 0.01 * 143_000
+    assert (config.optimizer.betas, config.optimizer.eps) == ((0.9, 0.95), 1e-8)
+    assert (config.optimizer.weight_decay, config.optimizer.gradient_clipping) == (0.1, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
+    ("name", "published"),  # GPT-NeoX's configs/: layers, width, heads, positions, lr
     [
-        ("neox-20b", "20B"),
-        ("1-3B", "1-3B"),
-        ("gpt3/125M", "125M"),
-        ("gpt3/2-7B", "2-7B"),
-        ("gpt3/13B", "13B"),
-        ("gpt3/175B", "175B"),
+        ("neox-20b", (44, 6144, 64, 2048, 9.7e-5)),
+        ("1-3B", (24, 2048, 16, 2048, 2e-4)),
+        ("gpt3/125M", (12, 768, 12, 2048, 6e-4)),
+        ("gpt3/2-7B", (32, 2560, 32, 2048, 1.6e-4)),
+        ("gpt3/13B", (40, 5120, 40, 2048, 1e-4)),
+        ("gpt3/175B", (96, 12288, 96, 2048, 6e-5)),
     ],
 )
-def test_shape_is_the_one_of_the_yaml_of_that_name(name, file, shared_data):
-    theirs = upstream_yaml(shared_data / "upstream-configs" / "gpt-neox" / "configs" / f"{file}.yml")
+def test_shape_and_rate_are_those_of_the_published_file(name, published):
     config = load([name]).config
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
-        assert dict(config.model)[key] == theirs[key]
-    assert config.optimizer.lr == theirs["optimizer"]["params"]["lr"]
+    shape = (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads)
+    assert (*shape, config.model.max_position_embeddings, config.optimizer.lr) == published

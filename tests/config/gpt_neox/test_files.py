@@ -193,34 +193,58 @@ def test_every_shipped_file_loads_to_its_model_or_is_refused_by_name(shared_data
     assert loaded_count == 84 - len(REFUSED_FILES)
 
 
-@pytest.mark.parametrize(("name", "real"), [("codellama_34B", 22016), ("codellama_7B", 11008)])
-def test_a_note_names_files_that_describe_another_model(shared_data, name, real):
-    loaded = load([shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"])
+GATED = BASE | {"norm": "rmsnorm", "activation": "swiglu", "use_bias_in_attn_linear": False, "mlp_multiple_of": 256}
+
+
+@pytest.mark.parametrize(
+    ("shape", "real"),  # layers, width, heads, KV heads as in GPT-NeoX's files for Code Llama
+    [((48, 8192, 64, 8), 22016), ((32, 4096, 32, None), 11008)],
+    ids=["34B", "7B"],
+)
+def test_a_note_names_files_that_describe_another_model(write, shape, real):
+    names = ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads")
+    file = write("llama.yml", GATED | {key: value for key, value in zip(names, shape, strict=True) if value})
+    loaded = load([file], ["model.vocab_size=32000"])
     assert any(f"whose width is {real}" in note for note in loaded.notes)
-    right = load(
-        [shared_data / "upstream-configs" / "gpt-neox" / "configs" / "llama2" / f"{name}.yml"],
-        [f"model.intermediate_size={real}"],
-    )
+    right = load([file], ["model.vocab_size=32000", f"model.intermediate_size={real}"])
     assert right.config.model.intermediate_size == real
 
 
-def test_post_training_files_set_objective_and_data(shared_data):
-    folder = shared_data / "upstream-configs" / "gpt-neox" / "post-training" / "configs"
-    read = {kind: load_shipped(folder / f"llama3-8b-{kind}.yml").config for kind in ("sft", "dpo", "rm")}
+def pairs(folder: str) -> dict[str, object]:
+    """The data keys of GPT-NeoX's file for an objective on pairs."""
+    kinds = {"pos": "chosen", "neg": "rejected"}
+    files = {"train": "train", "valid": "val", "test": "val"}
+    return {"dataset_impl": "pairwise", "allow_chopped": False} | {
+        f"{side}_{part}_{label}data_paths": [f"data/{folder}_{file}_{kind}_{label}document"]
+        for side, kind in kinds.items()
+        for part, file in files.items()
+        for label in ("", "label_")
+    }
+
+
+def test_post_training_files_set_objective_and_data(write):
+    sft = {f"{part}_data_paths": [f"data/sft_{part}_document"] for part in ("train", "valid", "test")}
+    sft |= {f"{part}_label_data_paths": [f"data/sft_{part}_label_document"] for part in ("train", "valid", "test")}
+    kinds = {
+        "sft": sft,
+        "dpo": {"train_impl": "dpo", "dpo_fp32": True, "dpo_beta": 0.01, **pairs("dpo")},
+        "rm": {"train_impl": "rm", **pairs("rm")},
+    }
+    read = {
+        kind: load([write(f"{kind}.yml", BASE | {"pack_impl": "unpacked"} | values)], ["model.vocab_size=32000"]).config
+        for kind, values in kinds.items()
+    }
     assert {kind: config.train.objective for kind, config in read.items()} == {
         "sft": "sft",
         "dpo": "dpo",
         "rm": "reward",
     }
     assert {config.data.packing for config in read.values()} == {"document"}
-    assert read["sft"].data.train[0].labels == "data/sft/llama3_train_messages_label_document"
+    assert read["sft"].data.train[0].labels == "data/sft_train_label_document"
     pair = read["dpo"].data.validation[0]
-    assert (pair.path, pair.labels) == (
-        "data/pairwise/llama3_dpo_val_chosen_document",
-        "data/pairwise/llama3_dpo_val_chosen_label_document",
-    )
+    assert (pair.path, pair.labels) == ("data/dpo_val_chosen_document", "data/dpo_val_chosen_label_document")
     assert (pair.rejected, pair.rejected_labels) == (
-        "data/pairwise/llama3_dpo_val_rejected_document",
-        "data/pairwise/llama3_dpo_val_rejected_label_document",
+        "data/dpo_val_rejected_document",
+        "data/dpo_val_rejected_label_document",
     )
     assert read["dpo"].train.dpo_beta == 0.01 and read["rm"].model.output == "score"

@@ -8,6 +8,7 @@ import pytest
 from neox.data.samples.blend import Blend, BlendedDataset, blend_indices
 from neox.data.samples.order import EpochDataset
 from neox.errors import DataError
+from tests.data.samples.gpt_neox_arrays import GPT_NEOX, assert_equal
 
 
 def plain_blend(weights, size):
@@ -23,11 +24,10 @@ def plain_blend(weights, size):
     return dataset, sample
 
 
-def test_equals_upstream(shared_data):
-    wanted = np.load(shared_data / "megatron" / "order-blend-3.npz")
-    dataset, sample = blend_indices(wanted["weights"], int(wanted["size"]))
-    np.testing.assert_array_equal(dataset, wanted["dataset_index"])
-    np.testing.assert_array_equal(sample, wanted["dataset_sample_index"])
+def test_equals_upstream():
+    wanted = GPT_NEOX["blend"]
+    dataset, sample = blend_indices(wanted["weights"], wanted["size"])
+    assert_equal({"dataset_index": dataset, "dataset_sample_index": sample}, wanted["arrays"])
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [0.1, 0.7, 0.2], [3, 0, 1e-9, 5], [0, 1], [0, 0, 2, 2]])

@@ -9,27 +9,19 @@ import pytest
 
 from neox._native import core
 from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order, order_types, split_ranges
-from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
+from tests.data.samples.gpt_neox_arrays import GPT_NEOX, assert_equal
 
 BEYOND = [2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1]
 M64 = 2**64 - 1
 
 
-@pytest.mark.parametrize("fixture", ["order-train-seq128-seed1234", "order-valid-seq64-seed7"])
-def test_neox_order_equals_upstream(shared_data, fixture):
-    wanted = np.load(shared_data / "megatron" / f"{fixture}.npz")
-    dataset = IndexedDataset(shared_data / "megatron" / "meg-gpt2-openwebtext_text_document")
-    first, last = split_ranges(str(wanted["split"]), len(dataset))[int(wanted["part"])]
-    order = gpt_neox_order(
-        dataset.sizes,
-        np.arange(first, last),
-        int(wanted["seq_length"]),
-        int(wanted["num_samples"]),
-        int(wanted["seed"]),
-    )
-    for name, array in zip(("doc_idx", "sample_idx", "shuffle_idx"), order, strict=True):
-        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+@pytest.mark.parametrize("name", GPT_NEOX["orders"])
+def test_neox_order_equals_upstream(name):
+    wanted, sizes = GPT_NEOX["orders"][name], np.array(GPT_NEOX["sizes"], dtype=np.int32)
+    first, last = split_ranges(wanted["split"], len(sizes))[wanted["part"]]
+    order = gpt_neox_order(sizes, np.arange(first, last), wanted["seq_length"], wanted["num_samples"], wanted["seed"])
+    assert_equal(dict(zip(("doc_idx", "sample_idx", "shuffle_idx"), order, strict=True)), wanted["arrays"])
 
 
 def plain_sample_index(sizes, doc_idx, seq_length, samples):

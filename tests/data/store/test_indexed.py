@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import resource
@@ -14,50 +15,51 @@ import pytest
 
 from neox.data.store.indexed import IndexedDataset, IndexedWriter, token_dtype
 from neox.errors import DataError, DiskError
+from tests.data.samples.gpt_neox_arrays import GPT_NEOX
 
-OPENWEBTEXT = "meg-gpt2-openwebtext_text_document"
-AG_NEWS = "ag_news_prompt_inputs_document"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-
-
-def copy_dataset(folder: Path, to: Path, name: str = OPENWEBTEXT) -> Path:
-    for suffix in (".bin", ".idx"):
-        shutil.copyfile(folder / (name + suffix), f"{to}{suffix}")
-    return to
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "documents", "tokens"), [(OPENWEBTEXT, "uint16", 1000, 1_361_845), (AG_NEWS, "int32", 100, 5945)]
+# Files that Megatron wrote. Of the second only the index is compared, which depends on the lengths alone.
+AG_NEWS_TARGETS = (
+    "int32",
+    [[126148, 2]] * 78 + [[199808, 530, 28770, 2]] * 22,
+    {
+        ".bin": "acfa0c5e01e59987e1969844fe3eb45c69cff8cdb77c01ca7676afe6c40f58ab",
+        ".idx": "440ccf148725f3367a8be486c36f07caa4579f265b03aae855ef75c33065b7ce",
+    },
 )
-def test_megatron_fixture_is_read_and_rewritten_byte_for_byte(shared_data, tmp_path, name, dtype, documents, tokens):
-    source = IndexedDataset(shared_data / "megatron" / name)
-    assert (source.dtype.name, len(source), source.num_documents, source.num_tokens) == (
-        dtype,
-        documents,
-        documents,
-        tokens,
-    )
-    with IndexedWriter(tmp_path / "copy", dtype) as writer:
-        for i in range(len(source)):
-            writer.add_document(source[i])
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"copy{suffix}").read_bytes() == (shared_data / "megatron" / (name + suffix)).read_bytes()
-    copy = IndexedDataset(tmp_path / "copy")
-    assert copy.verify() == []
-    assert all(np.array_equal(copy[i], source[i]) for i in range(len(source)))
+OPENWEBTEXT = (
+    "uint16",
+    [np.zeros(size, dtype=np.int64) for size in GPT_NEOX["sizes"]],
+    {".idx": "6c66639d39299e15605f39283e4b08849cf1ea4172c0abce900849a5762c8e5c"},
+)
 
 
-def test_reading_equals_an_independent_parse_of_the_format(shared_data):
-    path = shared_data / "megatron" / OPENWEBTEXT
-    raw = Path(f"{path}.idx").read_bytes()
-    magic, version, code, sequences, borders = HEADER.unpack_from(raw)
-    assert (magic, version, code) == (b"MMIDIDX\0\0", 1, 8)
-    sizes = np.frombuffer(raw, "<i4", sequences, 34)
-    documents = np.frombuffer(raw, "<i8", borders, 34 + 12 * sequences)
-    tokens = np.fromfile(f"{path}.bin", "<u2")
-    dataset = IndexedDataset(path)
-    assert np.array_equal(dataset.sizes, sizes) and np.array_equal(dataset.documents, documents)
-    ends = np.cumsum(sizes)
+@pytest.mark.parametrize(("dtype", "documents", "digests"), [AG_NEWS_TARGETS, OPENWEBTEXT], ids=["int32", "uint16"])
+def test_written_files_are_those_of_megatron_byte_for_byte(tmp_path, dtype, documents, digests):
+    with IndexedWriter(tmp_path / "d", dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    found = {suffix: hashlib.sha256((tmp_path / f"d{suffix}").read_bytes()).hexdigest() for suffix in digests}
+    assert found == digests
+    dataset = IndexedDataset(tmp_path / "d")
+    assert dataset.verify() == [] and dataset.dtype.name == dtype and len(dataset) == len(documents)
+    assert all(np.array_equal(dataset[i], documents[i]) for i in range(len(dataset)))
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("<i4", 4), ("<u2", 8)])
+def test_files_that_follow_the_format_are_read(tmp_path, dtype, code):
+    """Written here by the definition of the format, without neox."""
+    rng = np.random.default_rng(code)
+    sizes = rng.integers(0, 60, 1000).astype("<i4")
+    tokens = rng.integers(0, 50_000, sizes.sum()).astype(dtype)
+    ends = np.cumsum(sizes, dtype="<i8")
+    pointers = (ends - sizes) * tokens.itemsize
+    raw = HEADER.pack(b"MMIDIDX\0\0", 1, code, 1000, 1001) + sizes.tobytes() + pointers.tobytes()
+    (tmp_path / "d.idx").write_bytes(raw + np.arange(1001, dtype="<i8").tobytes())
+    (tmp_path / "d.bin").write_bytes(tokens.tobytes())
+    dataset = IndexedDataset(tmp_path / "d")
+    assert np.array_equal(dataset.sizes, sizes) and dataset.documents.tolist() == list(range(1001))
+    assert (dataset.dtype, dataset.num_documents, dataset.num_tokens) == (np.dtype(dtype), 1000, tokens.size)
     for i in (0, 1, 500, 999):
         assert np.array_equal(dataset[i], tokens[ends[i] - sizes[i] : ends[i]])
         assert not dataset[i].flags.writeable

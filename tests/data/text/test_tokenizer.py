@@ -15,6 +15,7 @@ from neox.data.text.encoding import Encoding
 from neox.data.text.preprocess import preprocess
 from neox.data.text.tokenizer import Tokenizer, TokenizerFile, file_hash, train_tokenizer
 from neox.errors import ConfigError, DataError, DiskError
+from tests.gpt_neox_tokenizer import write_gpt_neox_tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "the quick brown fox jumps over the lazy dog " * 20, "données 日本語 😀"]
 
@@ -48,13 +49,15 @@ def test_special_tokens_in_text_follow_the_policy(trained):
     assert plain.encode_batch([text]) == [plain.encode(text)]
 
 
-def test_upstream_tokenizer(shared_data):
-    tokenizer = Tokenizer(shared_data / "tokenizers" / "gpt-neox-20b.json")
-    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.eod_token) == (50_277, 0, "<|endoftext|>")
-    reference = tokenizers.Tokenizer.from_file(str(shared_data / "tokenizers" / "gpt-neox-20b.json"))
-    for text in TEXTS:
+def test_tokenizer_of_the_form_of_gpt_neox(tmp_path):
+    file = write_gpt_neox_tokenizer(tmp_path / "t.json", 300)
+    tokenizer = Tokenizer(file)
+    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.eod_token) == (323, 0, "<|endoftext|>")
+    assert tokenizer_vocab_size(str(file)) == 323
+    reference = tokenizers.Tokenizer.from_file(str(file))
+    for text in (*TEXTS, "if x:\n        e\u0301"):
         assert tokenizer.encode(text) == reference.encode(text).ids
-    assert tokenizer.decode([50_276, 50_500, -3, *tokenizer.encode("x")]).endswith("x")
+    assert tokenizer.decode([322, 500, -3, *tokenizer.encode("x")]) == "  x"
 
 
 def test_largest_id_counts_added_tokens(tmp_path):
