@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+OUTSIDE = "data outside of the repository (see CONTRIBUTING.md)"
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +28,12 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real corpora, tokenizers and fixtures that lie next to the checkout; skips where it is absent."""
+    """Folder of full corpora, tokenizers and a trained model that lies next to the checkout; skips without it.
+
+    For what cannot be stored or generated in the repository: each such test is one that most people never run.
+    """
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"needs the test data folder {SHARED_DATA}, which is not part of the repository")
+        pytest.skip(OUTSIDE)
     return SHARED_DATA
 
 
@@ -97,6 +101,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cpu", "cuda"),
         help="where tests make their tensors, and so whose kernels run",
     )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Report the tests that lack their data in one line at the end, in place of one line per test."""
+    stats = terminalreporter.stats
+    skipped = stats.get("skipped", [])
+    others = [report for report in skipped if OUTSIDE not in str(report.longrepr)]
+    if len(others) == len(skipped):
+        return (yield)
+    stats["skipped"] = others
+    result = yield
+    stats["skipped"] = skipped  # the totals count them
+    count = len(skipped) - len(others)
+    terminalreporter.write_line(f"{count} test{'s' * (count != 1)} skipped: {OUTSIDE}")
+    return result
 
 
 def pytest_configure(config: pytest.Config) -> None:

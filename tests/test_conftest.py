@@ -1,0 +1,42 @@
+"""The line that counts the tests whose data lies outside of the repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+TESTS = """
+import pathlib
+import pytest
+from tests import conftest
+
+conftest.SHARED_DATA = pathlib.Path("missing")
+
+def test_a(shared_data): pass
+def test_b(shared_data): pass
+def test_c(): pytest.skip("another reason")
+def test_d(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "line", "totals"),
+    [
+        ("a or b or c or d", "2 tests skipped: data outside of the repository (see CONTRIBUTING.md)", "3 skipped"),
+        ("a or d", "1 test skipped: data outside of the repository (see CONTRIBUTING.md)", "1 skipped"),
+        ("c or d", None, "1 skipped"),
+    ],
+)
+def test_a_run_counts_the_tests_that_lack_their_data_in_one_line(tmp_path, repository, chosen, line, totals):
+    (tmp_path / "test_it.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-ra", "-p", "tests.conftest", "-p", "no:cacheprovider", "-k", chosen]
+    done = subprocess.run(
+        [*command, f"--rootdir={tmp_path}", str(tmp_path)], capture_output=True, text=True, cwd=repository
+    )
+    assert done.returncode == 0, done.stdout
+    lines = [text for text in done.stdout.splitlines() if "data outside" in text]
+    assert lines == ([line] if line else [])
+    assert ("SKIPPED [1] " in done.stdout) == ("c" in chosen.split())
+    assert f"1 passed, {totals}" in done.stdout.splitlines()[-1]
