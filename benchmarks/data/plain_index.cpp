@@ -1,8 +1,10 @@
-// The sample index and the blend as plain loops, the way that GPT-NeoX and Megatron-LM compute them: what bench_index.py measures against.
+// The sample index and the blend as plain loops, the way that GPT-NeoX and Megatron-LM compute them: what
+// bench_index.py measures against.
 #include <algorithm>
 #include <cstdint>
 
-extern "C" void plain_sample_index(const int32_t* sizes, const int32_t* order, int64_t seq_length, int64_t rows, int32_t* out) {
+extern "C" void plain_sample_index(const int32_t* sizes, const int32_t* order, int64_t seq_length, int64_t rows,
+                                   int32_t* out) {
     int64_t position = 0, offset = 0;
     out[0] = out[1] = 0;
     for (int64_t row = 1; row < rows; ++row) {
@@ -25,7 +27,8 @@ extern "C" void plain_sample_index(const int32_t* sizes, const int32_t* order, i
     }
 }
 
-extern "C" void plain_blend(const double* weights, int64_t num_datasets, int64_t size, int32_t* dataset, int64_t* sample, int64_t* taken) {
+extern "C" void plain_blend(const double* weights, int64_t num_datasets, int64_t size, int32_t* dataset,
+                            int64_t* sample, int64_t* taken) {
     std::fill(taken, taken + num_datasets, 0);
     for (int64_t i = 0; i < size; ++i) {
         const double scale = std::max(static_cast<double>(i), 1.0);

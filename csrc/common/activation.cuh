@@ -1,8 +1,9 @@
 // gelu, silu and relu with their derivatives (slopes), for elements of type T.
 //
-// The formulas are those of vec.h, with one exponential and one reciprocal each. In fp32 their accuracy is that of vec.h. A kernel that moves 4 bytes
-// per 16-bit element has time for some 27 instructions per element (H200: 132 x 128 lanes, 1.7 GHz, 4.3 TB/s), so the 16-bit types use cheaper
-// polynomials with relative errors of 1e-5, a twentieth of an ulp of fp16. normcdff and expf would take 50 instructions.
+// The formulas are those of vec.h, with one exponential and one reciprocal each. In fp32 their accuracy is that of
+// vec.h. A kernel that moves 4 bytes per 16-bit element has time for some 27 instructions per element (H200: 132 x 128
+// lanes, 1.7 GHz, 4.3 TB/s), so the 16-bit types use cheaper polynomials with relative errors of 1e-5, a twentieth of
+// an ulp of fp16. normcdff and expf would take 50 instructions.
 #pragma once
 
 #include "common/exp.cuh"
@@ -21,8 +22,8 @@ NEOX_DEVICE ValueAndSlope logistic(float v) {
     return {v < 0.0f ? other : inverse, other * inverse};
 }
 
-// Cdf of the normal distribution, accurate in the lower tail, where (1 + erf) / 2 cancels, with the density as slope: normal() of vec.h. 16-bit types
-// use a polynomial of degree 5 (error 9e-6).
+// Cdf of the normal distribution, accurate in the lower tail, where (1 + erf) / 2 cancels, with the density as slope:
+// normal() of vec.h. 16-bit types use a polynomial of degree 5 (error 9e-6).
 template <class T>
 NEOX_DEVICE ValueAndSlope normal(float v) {
     const float a = fabsf(v) > 14.5f ? 14.5f : fabsf(v);  // fminf would drop NaN

@@ -12,7 +12,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 // Defined in torch's CUDA library only. Weak, so that the operators also load into a CPU-only torch.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream) __attribute__((weak));
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
+    __attribute__((weak));
 #endif
 
 #include "common/check.h"
@@ -24,8 +25,9 @@ namespace neox {
 
 using torch::headeronly::ScalarType;
 
-// A string argument. The operator receives a handle and owns it. Declared as std::string it would leak: torch's conversion (ToImpl<std::string> in torch
-// 2.11 to 2.13) allocates a string that it never frees and returns a copy of it.
+// A string argument. The operator receives a handle and owns it. Declared as std::string it would leak: torch's
+// conversion (ToImpl<std::string> in torch 2.11 to 2.13) allocates a string that it never frees and returns a copy of
+// it.
 inline std::string take(StringHandle handle) {
     const char* data = nullptr;
     size_t length = 0;
@@ -36,19 +38,22 @@ inline std::string take(StringHandle handle) {
     return text;
 }
 
-// A binding is compiled once per library: with the kernels of <op>_cpu.cpp, or (NEOX_CUDA_KERNELS) with those of <op>_cuda.cu, for a GPU or for the
-// emulator. NEOX_RUN(f, like, arguments...) calls f_cpu with torch's threads, or f_cuda with the current stream of the GPU that holds `like`.
-// NEOX_QUERY(f, like, arguments...) returns a number, such as the size of a workspace. Both make that GPU the current device, because the number of
-// multiprocessors and the size of shared memory differ between devices. Schemas are defined once, by the library that is loaded first.
+// A binding is compiled once per library: with the kernels of <op>_cpu.cpp, or (NEOX_CUDA_KERNELS) with those of
+// <op>_cuda.cu, for a GPU or for the emulator. NEOX_RUN(f, like, arguments...) calls f_cpu with torch's threads, or
+// f_cuda with the current stream of the GPU that holds `like`. NEOX_QUERY(f, like, arguments...) returns a number, such
+// as the size of a workspace. Both make that GPU the current device, because the number of multiprocessors and the size
+// of shared memory differ between devices. Schemas are defined once, by the library that is loaded first.
 #if defined(NEOX_CUDA_KERNELS)
 #define NEOX_QUERY(name, like, ...) neox::query_device(like, [&] { return name##_cuda(__VA_ARGS__); })
-#define NEOX_RUN(name, like, ...) neox::run_on_device(#name, like, [&](neox::Stream stream) { return name##_cuda(__VA_ARGS__, stream); })
+#define NEOX_RUN(name, like, ...) \
+    neox::run_on_device(#name, like, [&](neox::Stream stream) { return name##_cuda(__VA_ARGS__, stream); })
 #else
 #define NEOX_QUERY(name, like, ...) name##_cpu(__VA_ARGS__)
 #define NEOX_RUN(name, like, ...) name##_cpu(__VA_ARGS__, neox::torch_parallel())
 #endif
 #if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
-#define NEOX_SCHEMAS(m) [[maybe_unused]] static void neox_schemas_of_the_cpu_library(torch::stable::detail::StableLibrary& m)
+#define NEOX_SCHEMAS(m) \
+    [[maybe_unused]] static void neox_schemas_of_the_cpu_library(torch::stable::detail::StableLibrary& m)
 #else
 #define NEOX_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(neox, m)
 #endif
@@ -89,7 +94,9 @@ void run_on_device(const char* name, [[maybe_unused]] const Tensor& like, const 
 
 inline DType dtype_of(const Tensor& tensor) {
     const auto type = tensor.scalar_type();
-    return type == ScalarType::BFloat16 ? DType::kBFloat16 : type == ScalarType::Half ? DType::kFloat16 : DType::kFloat32;
+    return type == ScalarType::BFloat16 ? DType::kBFloat16
+           : type == ScalarType::Half   ? DType::kFloat16
+                                        : DType::kFloat32;
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {
@@ -98,14 +105,17 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
 }
 
 // A contiguous uninitialised tensor on the device of `like`, with its dtype unless given.
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype = std::nullopt) {
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape,
+                    std::optional<ScalarType> dtype = std::nullopt) {
     return torch::stable::new_empty(like, shape, dtype);
 }
 
-inline Tensor contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline Tensor contiguous(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
-// A tensor [..., size] as `count` rows of `size` contiguous elements, `stride` elements apart. A tensor whose leading dimensions collapse into one, such as
-// a slice of a wider buffer, is used in place; any other is copied.
+// A tensor [..., size] as `count` rows of `size` contiguous elements, `stride` elements apart. A tensor whose leading
+// dimensions collapse into one, such as a slice of a wider buffer, is used in place; any other is copied.
 struct Rows {
     Tensor tensor;  // keeps the memory alive
     int64_t count;

@@ -16,8 +16,8 @@ namespace neox {
 
 using torch::stable::Tensor;
 
-// Parts of a message, formatted only when a check fails: an operator makes about twenty checks per call, and a string costs half a microsecond. They hold
-// references and must not outlive the call of check() in which they are written.
+// Parts of a message, formatted only when a check fails: an operator makes about twenty checks per call, and a string
+// costs half a microsecond. They hold references and must not outlive the call of check() in which they are written.
 template <class... Parts>
 struct Concat {
     std::tuple<const Parts&...> parts;
@@ -60,9 +60,11 @@ void check(const char* op, bool ok, const char* argument, const Rule& rule, cons
 // The device of the library: a GPU for the CUDA library, else the CPU. Emulated CUDA kernels read CPU tensors.
 inline void check_device(const char* op, const Tensor& tensor, const char* argument) {
 #if defined(NEOX_CUDA_KERNELS) && !defined(SIMT_EMU)
-    check(op, tensor.is_cuda(), argument, "must be on the GPU", tensor.is_cpu() ? "a CPU tensor" : "a tensor of another device");
+    check(op, tensor.is_cuda(), argument, "must be on the GPU",
+          tensor.is_cpu() ? "a CPU tensor" : "a tensor of another device");
 #else
-    check(op, tensor.is_cpu(), argument, "must be on the CPU", tensor.is_cuda() ? "a CUDA tensor" : "a tensor of another device");
+    check(op, tensor.is_cpu(), argument, "must be on the CPU",
+          tensor.is_cuda() ? "a CUDA tensor" : "a tensor of another device");
 #endif
 }
 
@@ -73,7 +75,8 @@ inline void check_float(const char* op, const Tensor& tensor, const char* argume
     const auto type = tensor.scalar_type();
     const bool ok = type == ScalarType::Float || type == ScalarType::BFloat16;
 #if defined(NEOX_CUDA_KERNELS)
-    check(op, ok || type == ScalarType::Half, argument, "must be float32, bfloat16 or float16", torch::headeronly::toString(type));
+    check(op, ok || type == ScalarType::Half, argument, "must be float32, bfloat16 or float16",
+          torch::headeronly::toString(type));
 #else
     check(op, ok, argument, "must be float32 or bfloat16", torch::headeronly::toString(type));
 #endif
@@ -83,31 +86,37 @@ inline void check_rank(const char* op, const Tensor& tensor, const char* argumen
     const bool ok = tensor.dim() >= least && tensor.dim() <= most;
     const char* const dimensions = most == 1 ? " dimension" : " dimensions";
     if (least == most) {
-        check(op, ok, argument, concat("must have ", least, dimensions), concat(tensor.dim(), " in shape ", shape_text(tensor)));
+        check(op, ok, argument, concat("must have ", least, dimensions),
+              concat(tensor.dim(), " in shape ", shape_text(tensor)));
     } else {
-        check(op, ok, argument, concat("must have ", least, " to ", most, dimensions), concat(tensor.dim(), " in shape ", shape_text(tensor)));
+        check(op, ok, argument, concat("must have ", least, " to ", most, dimensions),
+              concat(tensor.dim(), " in shape ", shape_text(tensor)));
     }
 }
 
 // Same device and dtype as `like`.
-inline void check_same_type(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
+inline void check_same_type(const char* op, const Tensor& tensor, const char* argument, const Tensor& like,
+                            const char* like_name) {
     check_device(op, tensor, argument);
     check(op, tensor.scalar_type() == like.scalar_type(), argument,
           concat("must have the dtype of ", like_name, ", ", torch::headeronly::toString(like.scalar_type())),
           torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_same_shape(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
+inline void check_same_shape(const char* op, const Tensor& tensor, const char* argument, const Tensor& like,
+                             const char* like_name) {
     bool ok = tensor.dim() == like.dim();
     for (int64_t i = 0; ok && i < like.dim(); ++i) ok = tensor.size(i) == like.size(i);
     check(op, ok, argument, concat("must have the shape of ", like_name, ", ", shape_text(like)), shape_text(tensor));
 }
 
 // A vector with the length of the last dimension of `like`.
-inline void check_last_dim(const char* op, const Tensor& tensor, const char* argument, const Tensor& like, const char* like_name) {
+inline void check_last_dim(const char* op, const Tensor& tensor, const char* argument, const Tensor& like,
+                           const char* like_name) {
     check_rank(op, tensor, argument, 1, 1);
     const int64_t size = like.size(like.dim() - 1);
-    check(op, tensor.size(0) == size, argument, concat("must have as many elements as the last dimension of ", like_name, ", ", size), tensor.size(0));
+    check(op, tensor.size(0) == size, argument,
+          concat("must have as many elements as the last dimension of ", like_name, ", ", size), tensor.size(0));
 }
 
 }  // namespace neox

@@ -5,8 +5,8 @@
 
 namespace neox {
 
-// Assigns the packs of a [rows, cols] matrix to the threads of a grid: consecutive threads get consecutive packs. One division per thread; each step is
-// an addition.
+// Assigns the packs of a [rows, cols] matrix to the threads of a grid: consecutive threads get consecutive packs. One
+// division per thread; each step is an addition.
 struct PackWalk {
     int64_t row, col;            // of this thread's pack, col in packs
     int64_t row_step, col_step;  // to the thread's next pack
@@ -31,8 +31,8 @@ struct PackWalk {
     }
 };
 
-// Calls read(row, col) for kDepth packs and then write(row, col, result) for each of them, so that a thread has the loads of kDepth packs in flight.
-// Results should be raw packs, not fp32: a conversion would wait for its load.
+// Calls read(row, col) for kDepth packs and then write(row, col, result) for each of them, so that a thread has the
+// loads of kDepth packs in flight. Results should be raw packs, not fp32: a conversion would wait for its load.
 template <int kDepth, class Read, class Write>
 NEOX_DEVICE void for_packs(int64_t rows, int64_t packs_per_row, const Read& read, const Write& write) {
     for (PackWalk at(rows, packs_per_row); at.inside();) {
@@ -58,9 +58,10 @@ inline unsigned blocks_for(int64_t items, int each, int waves) {
     return static_cast<unsigned>(needed < 1 ? 1 : needed < most ? needed : most);
 }
 
-// Column sums. Stage one: a block of kLanes x kRows threads owns kLanes packs of columns and a stripe of rows. Each thread sums its pack over every
-// kRows-th row of the stripe; the block adds the kRows partial sums and writes one row of `partial` [stripes, cols]. Stage two adds the stripes in
-// order. The order depends on the shape only, so that sums are reproducible bit for bit.
+// Column sums. Stage one: a block of kLanes x kRows threads owns kLanes packs of columns and a stripe of rows. Each
+// thread sums its pack over every kRows-th row of the stripe; the block adds the kRows partial sums and writes one row
+// of `partial` [stripes, cols]. Stage two adds the stripes in order. The order depends on the shape only, so that sums
+// are reproducible bit for bit.
 struct ColumnSums {
     static constexpr int kLanes = 32, kRows = 8, kThreads = kLanes * kRows;
     static constexpr int kBlocks = 4;  // per multiprocessor, at 64 registers per thread; stripes() makes two full waves
@@ -70,8 +71,8 @@ struct ColumnSums {
     static constexpr int kResident = kBlocks;
 #endif
 
-    // Number of stripes: enough blocks to fill the GPU, at least 4 rows per thread. Independent of the dtype, so that the scratch can be sized without
-    // knowing the alignment.
+    // Number of stripes: enough blocks to fill the GPU, at least 4 rows per thread. Independent of the dtype, so that
+    // the scratch can be sized without knowing the alignment.
     static int64_t stripes(int64_t rows, int64_t cols) {
         const int64_t tiles = (cols + kLanes * 8 - 1) / (kLanes * 8);
         const int64_t wanted = (static_cast<int64_t>(multiprocessors()) * 2 * kBlocks + tiles - 1) / tiles;
@@ -91,10 +92,12 @@ struct Stripe {
     }
 };
 
-// Calls read(row) and then write(row, result) for this thread's rows of the stripe, kDepth rows at a time as in for_packs.
+// Calls read(row) and then write(row, result) for this thread's rows of the stripe, kDepth rows at a time as in
+// for_packs.
 template <int kDepth, class Read, class Write>
 NEOX_DEVICE void for_stripe_rows(const Stripe& stripe, const Read& read, const Write& write) {
-    for (int64_t row = stripe.begin + threadIdx.x / ColumnSums::kLanes; row < stripe.end; row += kDepth * ColumnSums::kRows) {
+    for (int64_t row = stripe.begin + threadIdx.x / ColumnSums::kLanes; row < stripe.end;
+         row += kDepth * ColumnSums::kRows) {
         decltype(read(row)) item[kDepth];
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
@@ -107,7 +110,8 @@ NEOX_DEVICE void for_stripe_rows(const Stripe& stripe, const Read& read, const W
     }
 }
 
-// Adds the partial sums of a ColumnSums block's threads and writes them to partial[stripe][column, column + kPack). All threads must call it.
+// Adds the partial sums of a ColumnSums block's threads and writes them to partial[stripe][column, column + kPack). All
+// threads must call it.
 template <int kPack>
 NEOX_DEVICE void write_stripe_sum(const float (&part)[kPack], float* partial, int64_t column, int64_t cols) {
     STATIC_SMEM(float, parts, [ColumnSums::kRows][ColumnSums::kLanes * kPack + 1]);
@@ -125,8 +129,8 @@ NEOX_DEVICE void write_stripe_sum(const float (&part)[kPack], float* partial, in
     __syncthreads();  // all reads precede the writes of a second call
 }
 
-// Stage two for up to four matrices of partial sums in one launch, since a launch costs microseconds; blockIdx.y selects the matrix. A block assigns 16
-// threads to a column, so that its stripes are read in parallel.
+// Stage two for up to four matrices of partial sums in one launch, since a launch costs microseconds; blockIdx.y
+// selects the matrix. A block assigns 16 threads to a column, so that its stripes are read in parallel.
 template <class T>
 struct StripeSums {
     static constexpr int kColumns = 32, kRows = 16;
@@ -164,7 +168,8 @@ __global__ void __launch_bounds__(StripeSums<T>::kColumns* StripeSums<T>::kRows)
 template <class T>
 cudaError_t launch_add_stripes(const StripeSums<T>& in, int64_t stripes, int64_t cols, Stream stream) {
     using Shape = StripeSums<T>;
-    const dim3 grid(static_cast<unsigned>((cols + Shape::kColumns - 1) / Shape::kColumns), static_cast<unsigned>(in.count));
+    const dim3 grid(static_cast<unsigned>((cols + Shape::kColumns - 1) / Shape::kColumns),
+                    static_cast<unsigned>(in.count));
     return launch(add_stripes<T>, grid, dim3(Shape::kColumns * Shape::kRows), 0, stream, in, stripes, cols);
 }
 

@@ -1,7 +1,7 @@
 // Included by every kernel file: the CUDA toolkit, or the SIMT emulator in the test build (-DSIMT_EMU, tests/emu).
 //
-// Three constructs replace CUDA syntax that the emulator cannot redefine: STATIC_SMEM and DYNAMIC_SMEM for shared memory, and launch() for <<<>>>.
-// Inline PTX is in ptx.cuh only.
+// Three constructs replace CUDA syntax that the emulator cannot redefine: STATIC_SMEM and DYNAMIC_SMEM for shared
+// memory, and launch() for <<<>>>. Inline PTX is in ptx.cuh only.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ constexpr int kWarpSize = 32;
 
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with the opt-in for more than 48 KiB of shared memory.
 template <class... Parameters, class... Arguments>
-inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] Stream stream, Arguments&&... arguments) {
+inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                          [[maybe_unused]] Stream stream, Arguments&&... arguments) {
     std::tuple<Parameters...> fixed(static_cast<Parameters>(arguments)...);
 #if defined(SIMT_EMU)
     simt::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, fixed); });
@@ -47,9 +48,13 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 #else
     const void* const address = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
-        cudaError_t error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-        // The maximum carve-out: by default the driver may reserve too little shared memory for a second block per multiprocessor.
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        cudaError_t error =
+            cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        // The maximum carve-out: by default the driver may reserve too little shared memory for a second block per
+        // multiprocessor.
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
         if (error != cudaSuccess) return error;
     }
     return std::apply(
@@ -64,19 +69,22 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 // Number of streaming multiprocessors of the current device.
 inline int multiprocessors() {
     int device = 0, count = 1;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        return 1;
     return count;
 }
 
 // Largest shared memory of a block on the current device, in bytes.
 inline size_t shared_memory_limit() {
     int device = 0, bytes = 0;
-    const bool known = cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
     return known ? static_cast<size_t>(bytes) : 48 * 1024;
 }
 
-// Return value of a launcher: null or CUDA's error message. CUDA stores the error of a failed launch until it is queried, and the next caller that
-// queries, such as torch, would attribute it to itself; it is therefore cleared.
+// Return value of a launcher: null or CUDA's error message. CUDA stores the error of a failed launch until it is
+// queried, and the next caller that queries, such as torch, would attribute it to itself; it is therefore cleared.
 inline const char* message(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();

@@ -30,7 +30,8 @@ inline float from_float<float>(float value) {
     return value;
 }
 
-// Rounds to nearest, ties to even; any NaN becomes the quiet NaN 0x7fc0 (rounding its payload could carry into infinity).
+// Rounds to nearest, ties to even; any NaN becomes the quiet NaN 0x7fc0 (rounding its payload could carry into
+// infinity).
 template <>
 inline bf16 from_float<bf16>(float value) {
     uint32_t word;

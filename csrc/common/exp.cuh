@@ -5,7 +5,8 @@
 
 namespace neox {
 
-// e^v for v <= 0; 0 if the result would be subnormal, NaN for NaN. The rounding error of v log2(e) is compensated for fp32.
+// e^v for v <= 0; 0 if the result would be subnormal, NaN for NaN. The rounding error of v log2(e) is compensated for
+// fp32.
 template <class T>
 NEOX_DEVICE float exp_nonpositive(float v) {
     const float power = v * 1.44269504f;

@@ -1,5 +1,6 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): random bits as a pure function of (key, counter), identical on
-// host and device. Dropout indexes the words by element, so that forward and backward draw the same mask for any partition of the work.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): random bits as a pure
+// function of (key, counter), identical on host and device. Dropout indexes the words by element, so that forward and
+// backward draw the same mask for any partition of the work.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +34,8 @@ NEOX_HOST_DEVICE PhiloxWords philox(uint64_t key, uint64_t counter_low, uint64_t
 }
 
 #if !defined(__CUDACC__)
-// The words of kCount consecutive counters, [kCount][4], equal to kCount calls of philox. Computed round by round over all counters, which the compiler
-// vectorises: 2.8 times the speed of single calls with AVX-512, 1.3 times with AVX2.
+// The words of kCount consecutive counters, [kCount][4], equal to kCount calls of philox. Computed round by round over
+// all counters, which the compiler vectorises: 2.8 times the speed of single calls with AVX-512, 1.3 times with AVX2.
 template <int kCount>
 inline void philox_block(uint64_t key, uint64_t first, uint64_t counter_high, uint32_t* words) {
     uint32_t c0[kCount], c1[kCount], c2[kCount], c3[kCount];
@@ -66,7 +67,8 @@ inline void philox_block(uint64_t key, uint64_t first, uint64_t counter_high, ui
 }
 #endif
 
-// Dropout with probability p retains an element if its word is at least this. For p = 1 it is 2^32, which no word reaches.
+// Dropout with probability p retains an element if its word is at least this. For p = 1 it is 2^32, which no word
+// reaches.
 NEOX_HOST_DEVICE uint64_t dropout_threshold(double p) { return static_cast<uint64_t>(p * 4294967296.0); }
 
 NEOX_HOST_DEVICE bool dropout_keeps(uint32_t word, uint64_t threshold) { return word >= threshold; }

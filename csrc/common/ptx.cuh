@@ -1,5 +1,5 @@
-// Instructions without an equivalent in CUDA C++: inline PTX on the GPU, the emulator's model in the test build, nothing in nvcc's host pass. Layouts and
-// operands: PTX ISA, sections on mma.m16n8k16, ldmatrix, cp.async and bar.
+// Instructions without an equivalent in CUDA C++: inline PTX on the GPU, the emulator's model in the test build,
+// nothing in nvcc's host pass. Layouts and operands: PTX ISA, sections on mma.m16n8k16, ldmatrix, cp.async and bar.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +23,8 @@ NEOX_DEVICE SharedAddress shared_address(const void* pointer) {
 #endif
 }
 
-// Hides from the compiler how an address was computed. Otherwise it recomputes each address from its parts instead of using immediate offsets.
+// Hides from the compiler how an address was computed. Otherwise it recomputes each address from its parts instead of
+// using immediate offsets.
 NEOX_DEVICE SharedAddress opaque(SharedAddress address) {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(address));
@@ -31,7 +32,8 @@ NEOX_DEVICE SharedAddress opaque(SharedAddress address) {
     return address;
 }
 
-// Loads four 8x8 matrices of 16-bit elements from shared memory. Lane i supplies the address of row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit elements from shared memory. Lane i supplies the address of row i % 8 of matrix i
+// / 8.
 template <bool kTransposed = false>
 NEOX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
 #if defined(__CUDA_ARCH__)
@@ -41,7 +43,10 @@ NEOX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
                      : "r"(row)
                      : "memory");
     } else {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(row)
+                     : "memory");
     }
 #elif defined(SIMT_EMU)
     simt::LoadMatrix operands{reinterpret_cast<const void*>(row), r, 4, kTransposed};
@@ -55,17 +60,20 @@ NEOX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
     static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
 #if defined(__CUDA_ARCH__)
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 #elif defined(SIMT_EMU)
     simt::Mma operands{d, a, b, d};
-    simt::warp_collective(std::is_same_v<T, __nv_bfloat16> ? simt::mma_m16n8k16_bf16 : simt::mma_m16n8k16_f16, ~0u, &operands, "mma.sync");
+    simt::warp_collective(std::is_same_v<T, __nv_bfloat16> ? simt::mma_m16n8k16_bf16 : simt::mma_m16n8k16_f16, ~0u,
+                          &operands, "mma.sync");
 #endif
 }
 
@@ -80,13 +88,16 @@ NEOX_DEVICE void store_shared(SharedAddress to, uint32_t value) {
 // Copies 16 bytes from global to shared memory asynchronously. If `predicate` is false, writes zeros and does not read.
 NEOX_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool predicate = true) {
 #if defined(__CUDA_ARCH__)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(predicate ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(predicate ? 16 : 0)
+                 : "memory");
 #elif defined(SIMT_EMU)
     simt::cp_async(reinterpret_cast<void*>(shared), global, 16, predicate ? 16 : 0);
 #endif
 }
 
-NEOX_DEVICE void cp_async_16(void* shared, const void* global, bool predicate = true) { cp_async_16(shared_address(shared), global, predicate); }
+NEOX_DEVICE void cp_async_16(void* shared, const void* global, bool predicate = true) {
+    cp_async_16(shared_address(shared), global, predicate);
+}
 
 NEOX_DEVICE void cp_async_commit() {
 #if defined(__CUDA_ARCH__)
@@ -96,7 +107,8 @@ NEOX_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most kPending committed groups of the calling thread are in flight. Other threads see the data after a barrier.
+// Waits until at most kPending committed groups of the calling thread are in flight. Other threads see the data after a
+// barrier.
 template <int kPending>
 NEOX_DEVICE void cp_async_wait() {
 #if defined(__CUDA_ARCH__)
@@ -130,7 +142,9 @@ template <class Word>
 NEOX_DEVICE void store_global(Word* pointer, const Word& word) {
 #if defined(__CUDA_ARCH__)
     if constexpr (sizeof(Word) == 16) {
-        asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
+        asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "r"(word.x), "r"(word.y), "r"(word.z),
+                     "r"(word.w)
+                     : "memory");
     } else if constexpr (sizeof(Word) == 8) {
         asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(pointer), "r"(word.x), "r"(word.y) : "memory");
     } else {
@@ -150,7 +164,10 @@ NEOX_DEVICE Word load_global(const Word* pointer) {
 #if defined(__CUDA_ARCH__)
     Word word;
     if constexpr (sizeof(Word) == 16) {
-        asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(pointer) : "memory");
+        asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+                     : "l"(pointer)
+                     : "memory");
     } else if constexpr (sizeof(Word) == 8) {
         asm volatile("ld.global.v2.b32 {%0,%1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(pointer) : "memory");
     } else {
@@ -165,7 +182,8 @@ NEOX_DEVICE Word load_global(const Word* pointer) {
 #endif
 }
 
-// Hides a value from the optimiser. Values derived from it are recomputed or reloaded after this point instead of occupying registers.
+// Hides a value from the optimiser. Values derived from it are recomputed or reloaded after this point instead of
+// occupying registers.
 NEOX_DEVICE void make_opaque([[maybe_unused]] uint4& value) {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
@@ -185,7 +203,8 @@ NEOX_DEVICE void make_opaque([[maybe_unused]] const T*& pointer) {
 #endif
 }
 
-// Reads blockIdx.x again. For a use at the end of a kernel the compiler would keep the first read in a register, and spill it.
+// Reads blockIdx.x again. For a use at the end of a kernel the compiler would keep the first read in a register, and
+// spill it.
 NEOX_DEVICE unsigned reload_block_index() {
 #if defined(__CUDA_ARCH__)
     unsigned index;

@@ -1,4 +1,5 @@
-// Sums and maxima over a warp and over a block. Every thread gets the result. The order of additions is fixed, so that results are reproducible.
+// Sums and maxima over a warp and over a block. Every thread gets the result. The order of additions is fixed, so that
+// results are reproducible.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -18,14 +19,16 @@ struct Max {
 template <class Reduction>
 NEOX_DEVICE float warp_reduce(float value) {
 #pragma unroll
-    for (int offset = kWarpSize / 2; offset; offset /= 2) value = Reduction::combine(value, __shfl_xor_sync(kFullWarp, value, offset));
+    for (int offset = kWarpSize / 2; offset; offset /= 2)
+        value = Reduction::combine(value, __shfl_xor_sync(kFullWarp, value, offset));
     return value;
 }
 
 NEOX_DEVICE float warp_sum(float value) { return warp_reduce<Sum>(value); }
 NEOX_DEVICE float warp_max(float value) { return warp_reduce<Max>(value); }
 
-// All threads of the block take part; the block size is a multiple of the warp size. scratch: one float per warp, reusable after the call.
+// All threads of the block take part; the block size is a multiple of the warp size. scratch: one float per warp,
+// reusable after the call.
 template <class Reduction, int kWarps>
 NEOX_DEVICE float block_reduce(float value, float* scratch) {
     value = warp_reduce<Reduction>(value);
@@ -50,11 +53,12 @@ inline int64_t row_threads(int64_t packs, int64_t each) {
     return threads;
 }
 
-// Sums over the threads that share a row: blockDim.x threads of a block (threads of a row, rows), a power of two up to a warp, or a multiple of warps.
-// Rows wider than a warp synchronise at a named barrier per row (at most 15 rows), so that the rows of a block do not wait for each other.
+// Sums over the threads that share a row: blockDim.x threads of a block (threads of a row, rows), a power of two up to
+// a warp, or a multiple of warps. Rows wider than a warp synchronise at a named barrier per row (at most 15 rows), so
+// that the rows of a block do not wait for each other.
 //
-// scratch: kValues floats per warp of the block. Consecutive calls must alternate between two scratch buffers: a thread in the third call has passed the
-// barrier of the second, before which all threads have finished reading in the first.
+// scratch: kValues floats per warp of the block. Consecutive calls must alternate between two scratch buffers: a thread
+// in the third call has passed the barrier of the second, before which all threads have finished reading in the first.
 template <int kValues>
 NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
     const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
@@ -85,12 +89,15 @@ NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
 // e^x for x <= 0. Error: the instruction's few ulp plus 2^-24 |x| relative, negligible next to the term e^0.
 NEOX_DEVICE float exp_nonpositive(float x) { return fast_exp2(x * 1.44269504f); }
 
-// Running maximum and sum of e^(x - max), in one pass. Initially (-infinity, 0). NaN or +infinity in the input makes the sum NaN.
+// Running maximum and sum of e^(x - max), in one pass. Initially (-infinity, 0). NaN or +infinity in the input makes
+// the sum NaN.
 struct MaxSum {
     float max = -INFINITY, sum = 0.0f;
 
     // Rescales a sum from maximum `from` to maximum `to` >= from. If `to` is -infinity, all terms are e^-infinity.
-    NEOX_DEVICE float rescaled(float sum, float from, float to) { return sum * exp_nonpositive(from - (to == -INFINITY ? 0.0f : to)); }
+    NEOX_DEVICE float rescaled(float sum, float from, float to) {
+        return sum * exp_nonpositive(from - (to == -INFINITY ? 0.0f : to));
+    }
 
     template <int kCount>
     __device__ __forceinline__ void add(const float (&x)[kCount]) {
@@ -105,7 +112,8 @@ struct MaxSum {
     }
 };
 
-// Merges the values of all threads of a block of kWarps warps. Every thread gets the result. scratch: as for block_reduce.
+// Merges the values of all threads of a block of kWarps warps. Every thread gets the result. scratch: as for
+// block_reduce.
 template <int kWarps>
 NEOX_DEVICE MaxSum block_merge(const MaxSum& mine, float* scratch) {
     MaxSum all;

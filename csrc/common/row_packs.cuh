@@ -1,4 +1,5 @@
-// Rows held in registers in their storage type: a pack of 16 bytes takes half the registers of its fp32 values, which are converted at each use.
+// Rows held in registers in their storage type: a pack of 16 bytes takes half the registers of its fp32 values, which
+// are converted at each use.
 #pragma once
 
 #include "common/vec.cuh"
@@ -23,8 +24,9 @@ NEOX_DEVICE int valid_of(int64_t left) {
     return static_cast<int>(left < Pack<T>::kSize ? left : Pack<T>::kSize);
 }
 
-// Loads the first `valid` elements of the pack at `pointer`, followed by zeros. kVector: rows are aligned (can_vectorize), and the full pack is read if any
-// element is valid. Otherwise elements are loaded one by one, into the same thread, so that results do not depend on the alignment.
+// Loads the first `valid` elements of the pack at `pointer`, followed by zeros. kVector: rows are aligned
+// (can_vectorize), and the full pack is read if any element is valid. Otherwise elements are loaded one by one, into
+// the same thread, so that results do not depend on the alignment.
 template <bool kVector, class T>
 NEOX_DEVICE uint4 load_raw(const T* pointer, int valid) {
     if constexpr (kVector) {

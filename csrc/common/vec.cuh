@@ -1,4 +1,5 @@
-// Vectorized access: a Pack is a few consecutive elements in storage type, moved by accesses of up to 128 bits and converted to fp32 for arithmetic.
+// Vectorized access: a Pack is a few consecutive elements in storage type, moved by accesses of up to 128 bits and
+// converted to fp32 for arithmetic.
 #pragma once
 
 #include <type_traits>
@@ -29,7 +30,9 @@ struct Pack {
     static constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
     // The widest access that divides the pack.
     using Narrow = std::conditional_t<kBytes % 2 == 0, unsigned short, unsigned char>;
-    using Word = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes % 8 == 0, uint2, std::conditional_t<kBytes % 4 == 0, unsigned, Narrow>>>;
+    using Word = std::conditional_t<
+        kBytes % 16 == 0, uint4,
+        std::conditional_t<kBytes % 8 == 0, uint2, std::conditional_t<kBytes % 4 == 0, unsigned, Narrow>>>;
     static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
     Word word[kWords];
 
@@ -40,7 +43,8 @@ struct Pack {
 // Whether rows that start at `pointer`, `stride` elements apart and `size` long, can be moved in packs of kCount.
 template <class T, int kCount = Pack<T>::kSize>
 inline bool can_vectorize(const void* pointer, int64_t stride, int64_t size) {
-    return reinterpret_cast<uintptr_t>(pointer) % alignof(typename Pack<T, kCount>::Word) == 0 && stride % kCount == 0 && size % kCount == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % alignof(typename Pack<T, kCount>::Word) == 0 &&
+           stride % kCount == 0 && size % kCount == 0;
 }
 
 // Loads a pack of data that no thread of the launch writes.

@@ -1,8 +1,8 @@
 // Vectors of floats, by the compiler's vector extensions, and the functions that the kernels use on these vectors.
 //
-// Vec has NEOX_VEC_WIDTH lanes, by default as many as one register of the instruction set holds. The width can be overridden, so that code for 16 lanes
-// can be tested on a machine whose registers hold 8 (the compiler splits it). Error bounds are the largest errors over a dense sweep of the argument
-// (tests/cpp/test_vec.cpp).
+// Vec has NEOX_VEC_WIDTH lanes, by default as many as one register of the instruction set holds. The width can be
+// overridden, so that code for 16 lanes can be tested on a machine whose registers hold 8 (the compiler splits it).
+// Error bounds are the largest errors over a dense sweep of the argument (tests/cpp/test_vec.cpp).
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,8 @@ NEOX_INLINE VecInt lane_index() {
     return v;
 }
 
-// ---- memory: any alignment; with a count, only the first count < kVecWidth lanes are touched and the others read as zero ----
+// ---- memory: any alignment; with a count, only the first count < kVecWidth lanes are touched and the others read as
+// zero ----
 
 NEOX_INLINE Vec load(const float* p) {
     Vec v;
@@ -69,9 +70,11 @@ NEOX_INLINE Vec load(const float* p) {
 
 NEOX_INLINE Vec load(const bf16* p) {
 #if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
-    const VecUint words = reinterpret_cast<VecUint>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    const VecUint words =
+        reinterpret_cast<VecUint>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__AVX2__) && NEOX_VEC_WIDTH == 8
-    const VecUint words = reinterpret_cast<VecUint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    const VecUint words =
+        reinterpret_cast<VecUint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     VecHalf half;
     std::memcpy(&half, p, sizeof(half));
@@ -116,8 +119,8 @@ NEOX_INLINE void store(T* p, Vec v, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-// Calls body(i, load, store) for i = 0, kVecWidth, ... If the size is not a multiple of the width, the load and store of the last call access only the
-// rest. One body therefore serves a row and its tail with the same arithmetic.
+// Calls body(i, load, store) for i = 0, kVecWidth, ... If the size is not a multiple of the width, the load and store
+// of the last call access only the rest. One body therefore serves a row and its tail with the same arithmetic.
 template <class Body>
 NEOX_INLINE void for_each_vec(int64_t size, const Body& body) {
     int64_t i = 0;
@@ -125,7 +128,9 @@ NEOX_INLINE void for_each_vec(int64_t size, const Body& body) {
         body(i, [](const auto* p) { return neox::load(p); }, [](auto* p, Vec v) { neox::store(p, v); });
     }
     if (const int64_t rest = size - i; rest > 0) {
-        body(i, [rest](const auto* p) { return neox::load(p, rest); }, [rest](auto* p, Vec v) { neox::store(p, v, rest); });
+        body(
+            i, [rest](const auto* p) { return neox::load(p, rest); },
+            [rest](auto* p, Vec v) { neox::store(p, v, rest); });
     }
 }
 
@@ -134,7 +139,9 @@ NEOX_INLINE void for_each_vec(int64_t size, const Body& body) {
 NEOX_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 NEOX_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 NEOX_INLINE Vec abs(Vec v) { return from_bits(bits(v) & 0x7fffffff); }
-NEOX_INLINE Vec copysign(Vec magnitude, Vec sign) { return from_bits((bits(magnitude) & 0x7fffffff) | (bits(sign) & splat_int(INT32_MIN))); }
+NEOX_INLINE Vec copysign(Vec magnitude, Vec sign) {
+    return from_bits((bits(magnitude) & 0x7fffffff) | (bits(sign) & splat_int(INT32_MIN)));
+}
 
 typedef float Quad __attribute__((vector_size(16)));
 
@@ -160,8 +167,8 @@ NEOX_INLINE float max_lane(Vec v) {
     return fold(v, [](Quad a, Quad b) { return a > b ? a : b; });
 }
 
-// Transposes a square of kVecWidth vectors in registers: swaps one bit of the row index with the same bit of the lane index
-// per round.
+// Transposes a square of kVecWidth vectors in registers: swaps one bit of the row index with the same bit of the lane
+// index per round.
 template <int kBit>
 NEOX_INLINE void transpose_round(Vec (&rows)[kVecWidth]) {
     VecInt low, high;
@@ -188,9 +195,10 @@ NEOX_INLINE Vec sum_lanes(Vec (&rows)[kVecWidth]) {
     return rows[0];
 }
 
-// Sum over a row of the results of body(i, load, keep), a Vec or a struct with +=, as four interleaved partial sums: an addition takes four cycles and
-// two can start per cycle. The order depends on the size only. Past the end of the row load returns zeros; a body that maps zero to another value must
-// pass its vector through keep, which clears those lanes.
+// Sum over a row of the results of body(i, load, keep), a Vec or a struct with +=, as four interleaved partial sums: an
+// addition takes four cycles and two can start per cycle. The order depends on the size only. Past the end of the row
+// load returns zeros; a body that maps zero to another value must pass its vector through keep, which clears those
+// lanes.
 template <class Sum, class Body>
 NEOX_INLINE Sum accumulate(int64_t size, const Body& body) {
     const auto load_all = [](const auto* p) { return neox::load(p); };
@@ -205,7 +213,9 @@ NEOX_INLINE Sum accumulate(int64_t size, const Body& body) {
     }
     for (; i + kVecWidth <= size; i += kVecWidth) a += body(i, load_all, keep_all);
     if (const int64_t rest = size - i; rest > 0) {
-        b += body(i, [rest](const auto* p) { return neox::load(p, rest); }, [rest](Vec v) { return lane_index() < static_cast<int32_t>(rest) ? v : Vec{}; });
+        b += body(
+            i, [rest](const auto* p) { return neox::load(p, rest); },
+            [rest](Vec v) { return lane_index() < static_cast<int32_t>(rest) ? v : Vec{}; });
     }
     a += b;
     c += d;
@@ -216,7 +226,8 @@ NEOX_INLINE Sum accumulate(int64_t size, const Body& body) {
 // 1 / v for 2^-100 < v < 2^100, error <= 1 ulp.
 NEOX_INLINE Vec reciprocal(Vec v) {
 #if defined(__AVX512F__) && NEOX_VEC_WIDTH == 16
-    const Vec y = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));  // 14 bits, doubled by a Newton step
+    // 14 bits, doubled by a Newton step
+    const Vec y = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));
     return y + y * (1.0f - v * y);
 #else
     return 1.0f / v;
@@ -231,7 +242,8 @@ struct Exponential {
 };
 
 NEOX_INLINE Exponential exponential(Vec x) {
-    const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits of the sum's mantissa are the rounded integer
+    // 1.5 * 2^23: the low bits of the sum's mantissa are the rounded integer
+    const Vec shifted = x * 1.44269504f + 12582912.0f;
     const Vec n = shifted - 12582912.0f;
     const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     Vec p = r * 1.38146085e-3f + 8.36871156e-3f;
@@ -296,8 +308,9 @@ struct Normal {
     Vec pdf;  // its density e^(-v^2/2) / sqrt(2 pi)
 };
 
-// Both from one exponential. The cdf retains relative accuracy in the lower tail (3e-6 for v >= -9; absolute error 2e-7), where (1 + erf) / 2 would
-// cancel: cdf(-a) = e^(-a^2/2) t Q(t), t = 1 / (1 + 0.3 a), with Q a minimax polynomial of erfcx(a / sqrt 2) / 2t on [0, 14].
+// Both from one exponential. The cdf retains relative accuracy in the lower tail (3e-6 for v >= -9; absolute error
+// 2e-7), where (1 + erf) / 2 would cancel: cdf(-a) = e^(-a^2/2) t Q(t), t = 1 / (1 + 0.3 a), with Q a minimax
+// polynomial of erfcx(a / sqrt 2) / 2t on [0, 14].
 NEOX_INLINE Normal normal(Vec v) {
     const Vec a = min(splat(14.5f), abs(v));
     const Vec gauss = exp_nonpositive(a * a * -0.5f);

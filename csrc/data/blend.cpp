@@ -1,7 +1,8 @@
-// Speculative blending. Each sample depends on all samples before it, but the sequence forgets its state: started from different counts with the same
-// sum, two sequences soon choose the same datasets (after 1 to 100 samples with the weights of the benchmark). The samples are therefore split into
-// chunks that run in parallel in the lanes of vectors, each from guessed counts and a warm-up. A chunk is accepted only if its counts equal those at
-// the end of the previous chunk. If not, it is recomputed sample by sample until they are equal, so a wrong guess cannot change the result.
+// Speculative blending. Each sample depends on all samples before it, but the sequence forgets its state: started from
+// different counts with the same sum, two sequences soon choose the same datasets (after 1 to 100 samples with the
+// weights of the benchmark). The samples are therefore split into chunks that run in parallel in the lanes of vectors,
+// each from guessed counts and a warm-up. A chunk is accepted only if its counts equal those at the end of the previous
+// chunk. If not, it is recomputed sample by sample until they are equal, so a wrong guess cannot change the result.
 // Built with -ffp-contract=off: a fused multiply-add would round differently and pick other datasets.
 #include "data/blend.h"
 
@@ -19,7 +20,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define NEOX_BLEND_LANES 1
-#define NEOX_AVX2 __attribute__((target("avx2")))  // AVX-512 with its mask registers is 10 % slower for many datasets (Zen 4)
+// AVX-512 with its mask registers is 10 % slower for many datasets (Zen 4)
+#define NEOX_AVX2 __attribute__((target("avx2")))
 #endif
 
 namespace neox::data {
@@ -57,21 +59,23 @@ void run_serial(BlendState& state, int64_t first, int64_t count, int32_t* datase
 #ifdef NEOX_BLEND_LANES
 
 constexpr int kWide = 4, kVectors = 4, kLanes = kWide * kVectors;
-constexpr int64_t kFew = 4;                        // number of datasets up to which the counts stay in registers
-constexpr int64_t kWarmUp = 64;                    // samples
-constexpr int64_t kShortest = 264, kChunk = 2056;  // samples per lane; odd multiples of 8, so that lanes write to different cache sets
-constexpr int64_t kExact = int64_t{1} << 52;       // counts below it can be read from the mantissa of a sum with 2^52
+constexpr int64_t kFew = 4;      // number of datasets up to which the counts stay in registers
+constexpr int64_t kWarmUp = 64;  // samples
+// samples per lane; odd multiples of 8, so that lanes write to different cache sets
+constexpr int64_t kShortest = 264, kChunk = 2056;
+constexpr int64_t kExact = int64_t{1} << 52;  // counts below it can be read from the mantissa of a sum with 2^52
 
 typedef double Numbers __attribute__((vector_size(8 * kWide), aligned(8)));
 typedef int64_t Integers __attribute__((vector_size(8 * kWide), aligned(8)));
 typedef int32_t Halves __attribute__((vector_size(4 * kWide), aligned(4)));
 
 NEOX_AVX2 inline void set_scales(Numbers (&scale)[kVectors], int64_t first, int64_t spacing) {
-    for (int lane = 0; lane < kLanes; ++lane) scale[lane / kWide][lane % kWide] = static_cast<double>(first + spacing * lane);
+    for (int lane = 0; lane < kLanes; ++lane)
+        scale[lane / kWide][lane % kWide] = static_cast<double>(first + spacing * lane);
 }
 
-// Prefetches the cache lines after the one being written. The hardware prefetcher does not follow that many streams: without this, 4 datasets take
-// 1.7 times as long.
+// Prefetches the cache lines after the one being written. The hardware prefetcher does not follow that many streams:
+// without this, 4 datasets take 1.7 times as long.
 inline void fetch_ahead(Output out, int64_t at) {
     __builtin_prefetch(out.dataset + at + 32, 1);
     __builtin_prefetch(out.sample + at + 16, 1);
@@ -86,9 +90,11 @@ NEOX_AVX2 inline void transpose(Integers (&rows)[kWide]) {
     rows[2] = __builtin_shuffle(a, c, right), rows[3] = __builtin_shuffle(b, d, right);
 }
 
-// Computes `steps` samples (a multiple of 4) of every lane; lane l begins at sample first + l x spacing. `counts` is [datasets, lanes].
+// Computes `steps` samples (a multiple of 4) of every lane; lane l begins at sample first + l x spacing. `counts` is
+// [datasets, lanes].
 template <int n>
-NEOX_CLONES void run_few(const BlendState& state, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
+NEOX_CLONES void run_few(const BlendState& state, double* counts, int64_t first, int64_t spacing, int64_t steps,
+                         Output out) {
     Numbers scale[kVectors], weights[n], given[n][kVectors];
     Integers dataset[n], datasets[kVectors][kWide], samples[kVectors][kWide];
     set_scales(scale, first, spacing);
@@ -128,7 +134,8 @@ NEOX_CLONES void run_few(const BlendState& state, double* counts, int64_t first,
 }
 
 // The same for any number of datasets: counts are in memory, and only those of the chosen dataset are written.
-NEOX_AVX2 void run_many(const BlendState& state, double* counts, int64_t first, int64_t spacing, int64_t steps, Output out) {
+NEOX_AVX2 void run_many(const BlendState& state, double* counts, int64_t first, int64_t spacing, int64_t steps,
+                        Output out) {
     Numbers scale[kVectors];
     set_scales(scale, first, spacing);
     const auto n = static_cast<int64_t>(state.dataset.size());
@@ -158,14 +165,15 @@ NEOX_AVX2 void run_many(const BlendState& state, double* counts, int64_t first, 
     }
 }
 
-void run_lanes(const BlendState& state, std::vector<double>& given, int64_t first, int64_t spacing, int64_t steps, Output out) {
+void run_lanes(const BlendState& state, std::vector<double>& given, int64_t first, int64_t spacing, int64_t steps,
+               Output out) {
     using Run = void(const BlendState&, double*, int64_t, int64_t, int64_t, Output);
     static constexpr Run* kRuns[] = {run_many, run_few<1>, run_few<2>, run_few<3>, run_few<4>};
     kRuns[state.dataset.size() <= kFew ? state.dataset.size() : 0](state, given.data(), first, spacing, steps, out);
 }
 
-// Guesses the counts before sample `first` into one lane of `given`: the integer part of each share, plus one for the largest remainders (Hamilton's
-// method).
+// Guesses the counts before sample `first` into one lane of `given`: the integer part of each share, plus one for the
+// largest remainders (Hamilton's method).
 void guess(const BlendState& state, int64_t first, int lane, std::vector<double>& given) {
     const size_t n = state.dataset.size();
     std::vector<std::pair<double, size_t>> rests(n);  // negative, so that the first wins a tie
@@ -181,9 +189,10 @@ void guess(const BlendState& state, int64_t first, int lane, std::vector<double>
     for (size_t i = 0; i < more; ++i) given[rests[i].second * kLanes + lane] += 1;
 }
 
-// Recomputes a chunk from the true counts until they equal those of the lane that started it from `begin`. From there on the lane's samples are right,
-// and so are its counts at `end`. Returns the number of recomputed samples.
-int64_t correct(BlendState& state, const std::vector<double>& begin, const std::vector<double>& end, int lane, int64_t first, int64_t count, Output out) {
+// Recomputes a chunk from the true counts until they equal those of the lane that started it from `begin`. From there
+// on the lane's samples are right, and so are its counts at `end`. Returns the number of recomputed samples.
+int64_t correct(BlendState& state, const std::vector<double>& begin, const std::vector<double>& end, int lane,
+                int64_t first, int64_t count, Output out) {
     const size_t n = state.dataset.size();
     std::vector<double> ahead(n);  // counts of the lane
     double apart = 0;
@@ -192,7 +201,8 @@ int64_t correct(BlendState& state, const std::vector<double>& begin, const std::
         apart += std::abs(ahead[k]);
     }
     const auto move = [&](int32_t dataset, double by) {
-        double& distance = ahead[std::lower_bound(state.dataset.begin(), state.dataset.end(), dataset) - state.dataset.begin()];
+        double& distance =
+            ahead[std::lower_bound(state.dataset.begin(), state.dataset.end(), dataset) - state.dataset.begin()];
         apart -= std::abs(distance);
         apart += std::abs(distance += by);
     };
@@ -210,8 +220,10 @@ int64_t correct(BlendState& state, const std::vector<double>& begin, const std::
 // Writes as many samples as fill the lanes evenly and returns their number; fewer if many had to be recomputed.
 int64_t run_speculatively(BlendState& state, int64_t first, int64_t count, int32_t* dataset, int64_t* sample) {
     const size_t n = state.dataset.size();
-    const double most = *std::max_element(state.given.begin(), state.given.end()), least = *std::min_element(state.given.begin(), state.given.end());
-    if (!__builtin_cpu_supports("avx2") || least < 0 || most > kExact / 4 || first > kExact / 4 || count > kExact / 4) return 0;
+    const double most = *std::max_element(state.given.begin(), state.given.end()),
+                 least = *std::min_element(state.given.begin(), state.given.end());
+    if (!__builtin_cpu_supports("avx2") || least < 0 || most > kExact / 4 || first > kExact / 4 || count > kExact / 4)
+        return 0;
     std::vector<double> given(n * kLanes), begin;
     std::vector<int32_t> unused_datasets(kLanes * kWarmUp);
     std::vector<int64_t> unused_samples(kLanes * kWarmUp);
@@ -219,8 +231,10 @@ int64_t run_speculatively(BlendState& state, int64_t first, int64_t count, int32
     while ((count - done) / kLanes >= kShortest && corrected <= done / 2) {
         const int64_t start = first + done, chunk = (std::min(kChunk, (count - done) / kLanes) - 8) / 16 * 16 + 8;
         for (int lane = 1; lane < kLanes; ++lane) guess(state, start + lane * chunk - kWarmUp, lane, given);
-        run_lanes(state, given, start - kWarmUp, chunk, kWarmUp, {unused_datasets.data(), unused_samples.data(), kWarmUp});
-        for (size_t k = 0; k < n; ++k) given[k * kLanes] = state.given[k];  // the first lane starts from the true counts
+        run_lanes(state, given, start - kWarmUp, chunk, kWarmUp,
+                  {unused_datasets.data(), unused_samples.data(), kWarmUp});
+        // the first lane starts from the true counts
+        for (size_t k = 0; k < n; ++k) given[k * kLanes] = state.given[k];
         begin = given;
         run_lanes(state, given, start, chunk, chunk, {dataset + done, sample + done, chunk});
         for (int lane = 0; lane < kLanes; ++lane, done += chunk)
@@ -237,17 +251,22 @@ int64_t run_speculatively(BlendState&, int64_t, int64_t, int32_t*, int64_t*) { r
 
 }  // namespace
 
-void blend(const double* weights, int64_t num_datasets, int64_t first, int64_t count, int64_t* taken, int32_t* dataset, int64_t* sample) {
+void blend(const double* weights, int64_t num_datasets, int64_t first, int64_t count, int64_t* taken, int32_t* dataset,
+           int64_t* sample) {
     BlendState state;
     for (int64_t k = 0; k < num_datasets; ++k) {
         if (!std::isfinite(weights[k]) || weights[k] < 0)
-            throw Fault("bad weight of a dataset").at("dataset " + std::to_string(k)).found(std::to_string(weights[k])).expected("a finite number >= 0");
+            throw Fault("bad weight of a dataset")
+                .at("dataset " + std::to_string(k))
+                .found(std::to_string(weights[k]))
+                .expected("a finite number >= 0");
         if (weights[k] == 0) continue;
         state.dataset.push_back(static_cast<int32_t>(k));
         state.weights.push_back(weights[k]);
         state.given.push_back(static_cast<double>(taken[k]));
     }
-    if (state.dataset.empty()) throw Fault("no dataset has a weight above 0").found(std::to_string(num_datasets) + " datasets");
+    if (state.dataset.empty())
+        throw Fault("no dataset has a weight above 0").found(std::to_string(num_datasets) + " datasets");
     const int64_t head = first == 0 ? std::min<int64_t>(count, 1) : 0;  // sample 0 has a different scale
     run_serial(state, first, head, dataset, sample);
     const int64_t done = head + run_speculatively(state, first + head, count - head, dataset + head, sample + head);

@@ -28,14 +28,18 @@ int bits_for(uint64_t count) {
 
 }  // namespace
 
-BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right, std::vector<uint32_t> merged)
+BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left,
+                     const std::vector<uint32_t>& right, std::vector<uint32_t> merged)
     : byte_ids_(std::move(byte_ids)), merged_(std::move(merged)), byte_ranks_(256 * 256, kNone) {
-    if (byte_ids_.size() != 256 || left.size() != merged_.size() || right.size() != merged_.size()) throw Fault("merges and bytes have different sizes");
-    if (merged_.size() >= uint64_t{1} << kRankBits) throw Fault("too many merges").found(std::to_string(merged_.size())).expected("below 2^24");
+    if (byte_ids_.size() != 256 || left.size() != merged_.size() || right.size() != merged_.size())
+        throw Fault("merges and bytes have different sizes");
+    if (merged_.size() >= uint64_t{1} << kRankBits)
+        throw Fault("too many merges").found(std::to_string(merged_.size())).expected("below 2^24");
     const std::initializer_list<const std::vector<uint32_t>*> lists = {&left, &right, &merged_, &byte_ids_};
     for (const std::vector<uint32_t>* ids : lists)
         for (const uint32_t id : *ids)
-            if (id >= kMostIds && !(id == kNone && ids == &byte_ids_)) throw Fault("id is too large").found(std::to_string(id)).expected("below 2^20 - 1");
+            if (id >= kMostIds && !(id == kNone && ids == &byte_ids_))
+                throw Fault("id is too large").found(std::to_string(id)).expected("below 2^20 - 1");
     const int slot_bits = bits_for(2 * merged_.size());
     const int filter_bits = bits_for(kBitsPerPair * merged_.size());
     slot_shift_ = 64 - slot_bits;
@@ -51,7 +55,8 @@ BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>
     }
     for (uint32_t a = 0; a < 256; ++a)
         for (uint32_t b = 0; b < 256; ++b)
-            if (byte_ids_[a] != kNone && byte_ids_[b] != kNone) byte_ranks_[a << 8 | b] = rank(byte_ids_[a], byte_ids_[b]);
+            if (byte_ids_[a] != kNone && byte_ids_[b] != kNone)
+                byte_ranks_[a << 8 | b] = rank(byte_ids_[a], byte_ids_[b]);
     note_windows(left, right);
 }
 
@@ -66,7 +71,8 @@ void BytePairs::note_windows(const std::vector<uint32_t>& left, const std::vecto
         if (byte_ids_[b] != kNone) texts[byte_ids_[b]] = std::string(1, static_cast<char>(b));
     windows_.assign((uint64_t{1} << 24) / 64, 0);
     size_t unknown = merged_.size() + 1;
-    for (size_t before = unknown + 1; unknown != 0 && unknown < before;) {  // one pass suffices if every merge joins results of earlier ones
+    // one pass suffices if every merge joins results of earlier ones
+    for (size_t before = unknown + 1; unknown != 0 && unknown < before;) {
         before = unknown;
         unknown = 0;
         for (size_t r = 0; r < merged_.size(); ++r) {
@@ -92,7 +98,8 @@ inline uint32_t BytePairs::rank(uint32_t left, uint32_t right) const {
     const uint64_t pair = pair_of(left, right), hashed = hash(pair);
     if ((filter_[hashed >> filter_shift_ >> 6] >> (hashed >> filter_shift_ & 63) & 1) == 0) return kNone;
     for (uint64_t at = hashed >> slot_shift_;; at = (at + 1) & (slots_.size() - 1)) {
-        if (slots_[at] >> kRankBits == pair) return static_cast<uint32_t>(slots_[at] & ((uint64_t{1} << kRankBits) - 1));
+        if (slots_[at] >> kRankBits == pair)
+            return static_cast<uint32_t>(slots_[at] & ((uint64_t{1} << kRankBits) - 1));
         if (slots_[at] == kFree) return kNone;
     }
 }
@@ -103,10 +110,13 @@ uint64_t BytePairs::encode(const uint8_t* word, uint64_t count, uint32_t* out) c
         if (found != whole_.end()) return *out = found->second, 1;
     }
     if (count <= 1) return count == 0 ? 0 : (*out = byte_ids_[*word], 1);
-    return count <= kTiny ? encode_tiny(word, count, out) : count <= kShort ? encode_short(word, count, out) : encode_long(word, count, out);
+    return count <= kTiny    ? encode_tiny(word, count, out)
+           : count <= kShort ? encode_short(word, count, out)
+                             : encode_long(word, count, out);
 }
 
-// As encode_short, but scalar: a vector load of numbers just written one by one stalls until all stores have reached the cache.
+// As encode_short, but scalar: a vector load of numbers just written one by one stalls until all stores have reached
+// the cache.
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("no-tree-vectorize")))
 #endif
@@ -116,7 +126,8 @@ uint64_t BytePairs::encode_tiny(const uint8_t* word, uint64_t count, uint32_t* o
     const auto key = [](uint32_t rank, uint64_t place) { return static_cast<uint64_t>(rank) << 8 | place; };
     uint64_t size = count;
     for (uint64_t i = 0; i < size; ++i) ids[i] = byte_ids_[word[i]];
-    for (uint64_t i = 0; i + 1 < size; ++i) ranks[i] = key(byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]], i);
+    for (uint64_t i = 0; i + 1 < size; ++i)
+        ranks[i] = key(byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]], i);
     while (size > 1) {
         uint64_t best = ranks[0];
         for (uint64_t i = 1; i + 1 < size; ++i) best = std::min(best, ranks[i]);
@@ -125,7 +136,8 @@ uint64_t BytePairs::encode_tiny(const uint8_t* word, uint64_t count, uint32_t* o
         const uint64_t at = best & 0xFF;
         ids[at] = merged_[found];
         --size;
-        for (uint64_t i = at + 1; i < size; ++i) ids[i] = ids[i + 1], ranks[i - 1] = ranks[i] - 1;  // moves everything after it one position forward
+        // moves everything after it one position forward
+        for (uint64_t i = at + 1; i < size; ++i) ids[i] = ids[i + 1], ranks[i - 1] = ranks[i] - 1;
         if (at + 1 < size) ranks[at] = key(rank(ids[at], ids[at + 1]), at);
         if (at > 0) ranks[at - 1] = key(rank(ids[at - 1], ids[at]), at - 1);
     }
@@ -133,8 +145,8 @@ uint64_t BytePairs::encode_tiny(const uint8_t* word, uint64_t count, uint32_t* o
     return size;
 }
 
-// Positions keep their numbers; a merged position loses its key. A key is the rank of a pair with its position in the lowest bits, so the smallest key
-// is the lowest rank at its first position.
+// Positions keep their numbers; a merged position loses its key. A key is the rank of a pair with its position in the
+// lowest bits, so the smallest key is the lowest rank at its first position.
 NEOX_CLONES uint64_t BytePairs::encode_short(const uint8_t* word, uint64_t count, uint32_t* out) const {
     constexpr uint32_t kPlaceBits = 8, kPlace = (1u << kPlaceBits) - 1;
     static_assert(kShort == 1u << kPlaceBits);
@@ -144,8 +156,10 @@ NEOX_CLONES uint64_t BytePairs::encode_short(const uint8_t* word, uint64_t count
     const auto size = static_cast<uint32_t>(count);
     const uint32_t padded = (size + 15) & ~15u;
     const auto key = [](uint32_t rank, uint32_t place) { return rank == kNone ? kNone : rank << kPlaceBits | place; };
-    for (uint32_t i = 0; i < size; ++i) ids[i] = byte_ids_[word[i]], next[i] = static_cast<uint8_t>(i + 1), before[i] = static_cast<uint8_t>(i - 1);
-    for (uint32_t i = 0; i + 1 < size; ++i) keys[i] = key(byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]], i);
+    for (uint32_t i = 0; i < size; ++i)
+        ids[i] = byte_ids_[word[i]], next[i] = static_cast<uint8_t>(i + 1), before[i] = static_cast<uint8_t>(i - 1);
+    for (uint32_t i = 0; i + 1 < size; ++i)
+        keys[i] = key(byte_ranks_[static_cast<uint32_t>(word[i]) << 8 | word[i + 1]], i);
     for (uint32_t i = size - 1; i < padded; ++i) keys[i] = kNone;
     const uint32_t last = size & kPlace;  // value of `next` at the end: 0 for 256, which is no position's successor
     for (;;) {
@@ -172,7 +186,8 @@ NEOX_CLONES uint64_t BytePairs::encode_short(const uint8_t* word, uint64_t count
 
 // A heap of (rank, position) over a linked list; entries whose pair has changed are skipped.
 uint64_t BytePairs::encode_long(const uint8_t* word, uint64_t count, uint32_t* out) const {
-    if (count >= kNone) throw Fault("a word is too long").found(std::to_string(count) + " bytes").expected("below 4 GiB");
+    if (count >= kNone)
+        throw Fault("a word is too long").found(std::to_string(count) + " bytes").expected("below 4 GiB");
     const auto size = static_cast<uint32_t>(count);
     std::vector<uint32_t> next(size), before(size), ranks(size, kNone);
     std::vector<uint64_t> entries;

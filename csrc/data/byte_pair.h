@@ -1,5 +1,6 @@
-// Byte-pair encoding of one word: merges the adjacent pair with the lowest rank, the first on a tie, until no pair has a rank (Sennrich et al. 2016,
-// over bytes as in GPT-2). Gives the ids of BPE in `tokenizers` without dropout, unknown token and prefixes.
+// Byte-pair encoding of one word: merges the adjacent pair with the lowest rank, the first on a tie, until no pair has
+// a rank (Sennrich et al. 2016, over bytes as in GPT-2). Gives the ids of BPE in `tokenizers` without dropout, unknown
+// token and prefixes.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +17,16 @@ class BytePairs {
     static constexpr uint64_t kTiny = 16;
     static constexpr uint64_t kShort = 256;  // bytes of a word up to which the lowest pair is found by scanning
 
-    // byte_ids: id of each of the 256 bytes, kNone if the vocabulary lacks it. Merge r turns (left[r], right[r]) into merged[r].
-    // Throws Fault for ids >= kMostIds and for 2^24 merges or more.
-    BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right, std::vector<uint32_t> merged);
+    // byte_ids: id of each of the 256 bytes, kNone if the vocabulary lacks it. Merge r turns (left[r], right[r]) into
+    // merged[r]. Throws Fault for ids >= kMostIds and for 2^24 merges or more.
+    BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right,
+              std::vector<uint32_t> merged);
 
     // Tokens that encode a complete word without merges (`ignore_merges`).
     void take_whole(std::unordered_map<std::string, uint32_t> tokens) { whole_ = std::move(tokens); }
 
-    // Whether no token crosses the boundary before word[at], 0 < at < count. The two parts of the word can then be encoded separately.
+    // Whether no token crosses the boundary before word[at], 0 < at < count. The two parts of the word can then be
+    // encoded separately.
     bool parts(const uint8_t* word, uint64_t at, uint64_t count) const {
         if (byte_ranks_[static_cast<uint32_t>(word[at - 1]) << 8 | word[at]] != kNone) return false;
         if (at >= 2 && inside_token(word + at - 2)) return false;

@@ -44,7 +44,8 @@ uint64_t checksum(const void* bytes, uint64_t count, uint64_t seed) {
         hash = seed + kPrime5;
     }
     hash += count;
-    for (; left >= 8; left -= 8, at += 8) hash = rotate(hash ^ round_lane(0, load<uint64_t>(at)), 27) * kPrime1 + kPrime4;
+    for (; left >= 8; left -= 8, at += 8)
+        hash = rotate(hash ^ round_lane(0, load<uint64_t>(at)), 27) * kPrime1 + kPrime4;
     if (left >= 4) {
         hash = rotate(hash ^ (load<uint32_t>(at) * kPrime1), 23) * kPrime2 + kPrime3;
         left -= 4, at += 4;

@@ -35,11 +35,13 @@ py::tuple best_fit_arrays(const Array<int32_t>& sizes, int64_t capacity) {
 }
 
 // The tokens of several spans, concatenated.
-py::array_t<int64_t> read_spans(const IndexedDataset& dataset, const Array<int64_t>& firsts, const Array<int64_t>& counts) {
+py::array_t<int64_t> read_spans(const IndexedDataset& dataset, const Array<int64_t>& firsts,
+                                const Array<int64_t>& counts) {
     if (firsts.size() != counts.size()) throw py::value_error("firsts and counts must have the same length");
     uint64_t total = 0;
     for (py::ssize_t i = 0; i < counts.size(); ++i) {
-        if (firsts.data()[i] < 0 || counts.data()[i] < 0 || static_cast<uint64_t>(counts.data()[i]) > dataset.index().num_tokens())
+        if (firsts.data()[i] < 0 || counts.data()[i] < 0 ||
+            static_cast<uint64_t>(counts.data()[i]) > dataset.index().num_tokens())
             throw py::index_error("span " + std::to_string(i) + " is out of range");
         total += static_cast<uint64_t>(counts.data()[i]);
     }
@@ -48,12 +50,14 @@ py::array_t<int64_t> read_spans(const IndexedDataset& dataset, const Array<int64
     const int64_t *from = firsts.data(), *count = counts.data();
     const py::ssize_t spans = firsts.size();
     py::gil_scoped_release released;
-    for (py::ssize_t i = 0; i < spans; to += count[i++]) dataset.read(static_cast<uint64_t>(from[i]), static_cast<uint64_t>(count[i]), to, nullptr);
+    for (py::ssize_t i = 0; i < spans; to += count[i++])
+        dataset.read(static_cast<uint64_t>(from[i]), static_cast<uint64_t>(count[i]), to, nullptr);
     return out;
 }
 
 py::tuple statistics_of_documents(const IndexedDataset& dataset, int64_t first, int64_t last, int64_t eod) {
-    if (first < 0 || last < first || static_cast<uint64_t>(last) > dataset.index().num_documents()) throw py::index_error("documents are out of range");
+    if (first < 0 || last < first || static_cast<uint64_t>(last) > dataset.index().num_documents())
+        throw py::index_error("documents are out of range");
     py::array_t<uint64_t> hashes(static_cast<py::ssize_t>(last - first));
     uint64_t* to = hashes.mutable_data();
     DocumentStatistics found;
@@ -62,16 +66,20 @@ py::tuple statistics_of_documents(const IndexedDataset& dataset, int64_t first, 
         found = document_statistics(dataset, static_cast<uint64_t>(first), static_cast<uint64_t>(last), eod, to);
     }
     const bool any = found.smallest <= found.largest;
-    const auto id = [&](int64_t value) -> py::object { return any ? py::object(py::int_(value)) : py::object(py::none()); };
+    const auto id = [&](int64_t value) -> py::object {
+        return any ? py::object(py::int_(value)) : py::object(py::none());
+    };
     return py::make_tuple(id(found.smallest), id(found.largest), found.eod_tokens, found.ended, hashes);
 }
 
 }  // namespace
 
 void bind_corpus(py::module_& module) {
-    module.def("best_fit", &best_fit_arrays, py::arg("sizes"), py::arg("capacity"), "(order, starts) of the samples, see packing.h");
+    module.def("best_fit", &best_fit_arrays, py::arg("sizes"), py::arg("capacity"),
+               "(order, starts) of the samples, see packing.h");
     module.def("read_spans", &read_spans, py::arg("dataset"), py::arg("firsts"), py::arg("counts"));
-    module.def("document_statistics", &statistics_of_documents, py::arg("dataset"), py::arg("first"), py::arg("last"), py::arg("eod"),
+    module.def("document_statistics", &statistics_of_documents, py::arg("dataset"), py::arg("first"), py::arg("last"),
+               py::arg("eod"),
                "(smallest id, largest id, eod tokens, documents that end in eod, hash of each document)");
 }
 

@@ -12,18 +12,22 @@ constexpr uint64_t kPart = 1 << 18;  // tokens read and hashed at a time
 
 }  // namespace
 
-DocumentStatistics document_statistics(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod, uint64_t* hashes) {
+DocumentStatistics document_statistics(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod,
+                                       uint64_t* hashes) {
     const Index& index = dataset.index();
     std::vector<int64_t> tokens(kPart);
     std::vector<uint32_t> narrow(kPart);
-    uint64_t have = index.first_token_of_document(first), end = have;  // `tokens` holds tokens [have, end) of the dataset
+    // `tokens` holds tokens [have, end) of the dataset
+    uint64_t have = index.first_token_of_document(first), end = have;
     const uint64_t all = index.first_token_of_document(last);
     DocumentStatistics out;
     for (uint64_t document = first; document < last; ++document) {
-        uint64_t at = index.first_token_of_document(document), stop = index.first_token_of_document(document + 1), hash = 0;
+        uint64_t at = index.first_token_of_document(document), stop = index.first_token_of_document(document + 1),
+                 hash = 0;
         while (at < stop) {
             const uint64_t take = std::min(stop - at, kPart);
-            if (at + take > end) {  // parts are aligned to the start of a document, so that its hash does not depend on its position
+            // parts are aligned to the start of a document, so that its hash does not depend on its position
+            if (at + take > end) {
                 have = at;
                 end = at + std::min(all - at, kPart);
                 dataset.read(have, end - have, tokens.data(), nullptr);

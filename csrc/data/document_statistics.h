@@ -13,8 +13,9 @@ struct DocumentStatistics {
     uint64_t ended = 0;                                 // documents that end in it
 };
 
-// Statistics of documents [first, last) of a dataset. hashes[i] is XXH64 over the ids of document first + i, without a final `eod`; it does not depend
-// on the token type. `eod` is -1 if there is none. Throws Fault if the data is damaged.
-DocumentStatistics document_statistics(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod, uint64_t* hashes);
+// Statistics of documents [first, last) of a dataset. hashes[i] is XXH64 over the ids of document first + i, without a
+// final `eod`; it does not depend on the token type. `eod` is -1 if there is none. Throws Fault if the data is damaged.
+DocumentStatistics document_statistics(const IndexedDataset& dataset, uint64_t first, uint64_t last, int64_t eod,
+                                       uint64_t* hashes);
 
 }  // namespace neox::data

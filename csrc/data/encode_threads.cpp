@@ -20,7 +20,8 @@ std::unique_ptr<uint8_t[]> narrowed(const uint32_t* ids, uint64_t count) {
 
 EncodeThreads::EncodeThreads(const TextEncoder& encoder, bool wide, int threads) : encoder_(encoder), wide_(wide) {
     try {
-        for (int i = 0; i < threads; ++i) threads_.emplace_back([this, spare = i > 0 && i == threads - 1] { work(spare); });
+        for (int i = 0; i < threads; ++i)
+            threads_.emplace_back([this, spare = i > 0 && i == threads - 1] { work(spare); });
     } catch (const std::system_error&) {
         // no more threads can be started: the existing ones do the work, or `start` if there is none
     }
@@ -39,7 +40,8 @@ void EncodeThreads::close() {
     threads_.clear();
 }
 
-std::shared_ptr<EncodedChunk> EncodeThreads::start(const uint8_t* bytes, uint64_t length, ChunkKind kind, LineOptions options) {
+std::shared_ptr<EncodedChunk> EncodeThreads::start(const uint8_t* bytes, uint64_t length, ChunkKind kind,
+                                                   LineOptions options) {
     auto chunk = std::make_shared<EncodedChunk>();
     chunk->bytes = bytes, chunk->length = length, chunk->kind = kind, chunk->options = std::move(options);
     if (threads_.empty()) {
@@ -66,16 +68,20 @@ void EncodeThreads::wait(EncodedChunk& chunk) {
         std::unique_lock<std::mutex> held(mutex_);
         ++callers_waiting_;
         spare_given_.notify_one();
-        finished_.wait(held, [&] { return chunk.stage == EncodedChunk::done || chunk.stage == EncodedChunk::cancelled; });
+        finished_.wait(held,
+                       [&] { return chunk.stage == EncodedChunk::done || chunk.stage == EncodedChunk::cancelled; });
         --callers_waiting_;
     }
-    if (chunk.stage == EncodedChunk::cancelled) throw std::logic_error("the threads were closed before this chunk was encoded");
+    if (chunk.stage == EncodedChunk::cancelled)
+        throw std::logic_error("the threads were closed before this chunk was encoded");
     if (chunk.error) std::rethrow_exception(chunk.error);
 }
 
 void EncodeThreads::drop(EncodedChunk& chunk) {
     std::unique_lock<std::mutex> held(mutex_);
-    waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), [&](const auto& other) { return other.get() == &chunk; }), waiting_.end());
+    waiting_.erase(
+        std::remove_if(waiting_.begin(), waiting_.end(), [&](const auto& other) { return other.get() == &chunk; }),
+        waiting_.end());
     finished_.wait(held, [&] { return chunk.stage != EncodedChunk::running; });
 }
 
@@ -107,7 +113,8 @@ void EncodeThreads::encode(EncodedChunk& chunk) {
         else
             chunk.valid = encode_text(encoder_, chunk.bytes, chunk.length, chunk.options, *state);
         chunk.count = state->ids.size();
-        chunk.tokens = wide_ ? narrowed<int32_t>(state->ids.begin(), chunk.count) : narrowed<uint16_t>(state->ids.begin(), chunk.count);
+        chunk.tokens = wide_ ? narrowed<int32_t>(state->ids.begin(), chunk.count)
+                             : narrowed<uint16_t>(state->ids.begin(), chunk.count);
         chunk.sizes = std::move(state->sizes);
         chunk.unsure = std::move(state->unsure);
         chunk.blank = state->blank, chunk.empty = state->empty;

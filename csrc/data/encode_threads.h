@@ -1,5 +1,5 @@
-// Encodes chunks of a corpus on native threads. They never need Python's interpreter lock, so they continue while another thread holds it, for example
-// while it imports a module.
+// Encodes chunks of a corpus on native threads. They never need Python's interpreter lock, so they continue while
+// another thread holds it, for example while it imports a module.
 #pragma once
 
 #include <condition_variable>
@@ -33,8 +33,8 @@ struct EncodedChunk {
     enum { waiting, running, done, cancelled } stage = waiting;
 };
 
-// The last of several threads works only while the caller waits for a result. The other threads and the caller then use all processors, and the caller,
-// which reads the input, never waits for one.
+// The last of several threads works only while the caller waits for a result. The other threads and the caller then use
+// all processors, and the caller, which reads the input, never waits for one.
 class EncodeThreads {
   public:
     // With 0 threads, `start` itself encodes the chunk. The encoder must outlive this object.

@@ -1,4 +1,5 @@
-// The exception of the dataset core: the fields of the one-line error format (neox/errors.py), filled in where the error is detected.
+// The exception of the dataset core: the fields of the one-line error format (neox/errors.py), filled in where the
+// error is detected.
 #pragma once
 
 #include <stdexcept>

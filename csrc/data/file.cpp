@@ -48,12 +48,17 @@ int open_alone(const std::string& path, bool create) {
     for (;;) {
         const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | (create ? O_CREAT : 0), 0666);
         if (fd < 0) throw write_fault(path, create ? "create file" : "open file", errno);
-        if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {  // any other error means a file system without locks
+        // any other error means a file system without locks
+        if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
             ::close(fd);
-            throw Fault("another process is writing this file").at(path).advise("wait for it, stop it, or choose another output");
+            throw Fault("another process is writing this file")
+                .at(path)
+                .advise("wait for it, stop it, or choose another output");
         }
         struct stat opened{}, named{};
-        if (::fstat(fd, &opened) == 0 && ::stat(path.c_str(), &named) == 0 && opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) return fd;
+        if (::fstat(fd, &opened) == 0 && ::stat(path.c_str(), &named) == 0 && opened.st_ino == named.st_ino &&
+            opened.st_dev == named.st_dev)
+            return fd;
         ::close(fd);  // the other process has just published or removed it
     }
 }
@@ -125,7 +130,8 @@ Mapping::~Mapping() {
     if (bytes_ != nullptr) ::munmap(const_cast<uint8_t*>(bytes_), size_);
 }
 
-OutputFile::OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_at) : path_(std::move(path)), capacity_(buffer_bytes) {
+OutputFile::OutputFile(std::string path, uint64_t buffer_bytes, uint64_t resume_at)
+    : path_(std::move(path)), capacity_(buffer_bytes) {
     fd_ = open_alone(path_, resume_at == 0);
     struct stat info{};
     const bool whole = ::fstat(fd_, &info) == 0 && static_cast<uint64_t>(info.st_size) >= resume_at;
@@ -185,7 +191,9 @@ void OutputFile::reread() {
     }
 }
 
-void OutputFile::write_at(const void* bytes, uint64_t count, uint64_t offset) { write_fully(fd_, path_, static_cast<const uint8_t*>(bytes), count, offset); }
+void OutputFile::write_at(const void* bytes, uint64_t count, uint64_t offset) {
+    write_fully(fd_, path_, static_cast<const uint8_t*>(bytes), count, offset);
+}
 
 void OutputFile::read_at(void* out, uint64_t bytes, uint64_t offset) {
     if (!read_fully(fd_, path_, static_cast<uint8_t*>(out), bytes, offset)) throw write_fault(path_, "read back", EIO);

@@ -78,8 +78,8 @@ NEOX_CLONES void fill_run(int32_t* segments, int64_t* positions, uint64_t count,
 
 }  // namespace
 
-// Destination of count + 1 consecutive tokens: `tokens` gets the first `count`, `shifted` all but the first, `segments` and `positions` the number
-// of each token's document and its position in it. All but `tokens` may be null.
+// Destination of count + 1 consecutive tokens: `tokens` gets the first `count`, `shifted` all but the first, `segments`
+// and `positions` the number of each token's document and its position in it. All but `tokens` may be null.
 struct IndexedDataset::Target {
     int64_t* tokens;
     int64_t* shifted;
@@ -97,7 +97,9 @@ struct IndexedDataset::Target {
         widen(type, raw + skip * type.bytes, some - skip, shifted + at + skip - 1);
     }
     void mark(uint64_t from, uint64_t to, int32_t segment) const {
-        if (from < count) fill_run(segments + from, positions == nullptr ? nullptr : positions + from, std::min(to, count) - from, segment);
+        if (from < count)
+            fill_run(segments + from, positions == nullptr ? nullptr : positions + from, std::min(to, count) - from,
+                     segment);
     }
 };
 
@@ -140,11 +142,18 @@ Index::Index(const uint8_t* bytes, uint64_t count, std::string name) : bytes_(by
 }
 
 void Index::check_header(uint64_t count) {
-    const auto damaged = [&](const std::string& what) { return Fault(what).at(name_).advise("restore the file or preprocess the corpus again"); };
-    if (count < kIndexHeader) throw damaged("index file is truncated").found(number(count) + " bytes").expected("at least " + number(kIndexHeader));
-    if (std::memcmp(bytes_, kIndexMagic, sizeof kIndexMagic) != 0) throw damaged("not an index file").expected("it starts with MMIDIDX");
+    const auto damaged = [&](const std::string& what) {
+        return Fault(what).at(name_).advise("restore the file or preprocess the corpus again");
+    };
+    if (count < kIndexHeader)
+        throw damaged("index file is truncated")
+            .found(number(count) + " bytes")
+            .expected("at least " + number(kIndexHeader));
+    if (std::memcmp(bytes_, kIndexMagic, sizeof kIndexMagic) != 0)
+        throw damaged("not an index file").expected("it starts with MMIDIDX");
     const auto version = load<uint64_t>(9);
-    if (version != kIndexVersion) throw damaged("unsupported version of the index file").found(number(version)).expected(number(kIndexVersion));
+    if (version != kIndexVersion)
+        throw damaged("unsupported version of the index file").found(number(version)).expected(number(kIndexVersion));
     try {
         type_ = &token_type(bytes_[17]);
     } catch (Fault& fault) {
@@ -161,11 +170,13 @@ void Index::check_header(uint64_t count) {
             .at(name_)
             .found(number(num_sequences_) + " sequence modes, as megatron-core writes them for images and text")
             .expected("a dataset of text: 34 + 12 x sequences + 8 x document borders = " + number(want) + " bytes")
-            .advise("preprocess the text of the corpus with neox preprocess, or with megatron-core's preprocess_data.py");
+            .advise(
+                "preprocess the text of the corpus with neox preprocess, or with megatron-core's preprocess_data.py");
     if (!fits || want != count)
         throw damaged("index file has the wrong size")
             .found(number(count) + " bytes")
-            .expected("34 + 12 x " + number(num_sequences_) + " sequences + 8 x " + number(num_borders_) + " document borders");
+            .expected("34 + 12 x " + number(num_sequences_) + " sequences + 8 x " + number(num_borders_) +
+                      " document borders");
 }
 
 void Index::check_sequences() {
@@ -200,7 +211,8 @@ void Index::check_documents() const {
     for (uint64_t d = 0; d < num_borders_; ++d) {
         const uint64_t border = first_sequence(d);
         if (border < before || border > num_sequences_ || (d == 0 && border != 0))
-            throw damaged(d, std::to_string(static_cast<int64_t>(border)), d == 0 ? "0" : number(before) + " to " + number(num_sequences_));
+            throw damaged(d, std::to_string(static_cast<int64_t>(border)),
+                          d == 0 ? "0" : number(before) + " to " + number(num_sequences_));
         before = border;
     }
     if (before != num_sequences_) throw damaged(num_borders_ - 1, number(before), number(num_sequences_));
@@ -219,12 +231,19 @@ uint64_t Index::document_of_token(uint64_t token) const {
 }
 
 IndexedDataset::IndexedDataset(const std::string& prefix)
-    : idx_(prefix + ".idx"), bin_(prefix + ".bin"), map_(idx_), tokens_(bin_), index_(map_.bytes(), idx_.size_at_open(), idx_.path()) {
+    : idx_(prefix + ".idx"),
+      bin_(prefix + ".bin"),
+      map_(idx_),
+      tokens_(bin_),
+      index_(map_.bytes(), idx_.size_at_open(), idx_.path()) {
     const uint64_t have = bin_.size_at_open();
     if (have == index_.bin_bytes()) return;
     Fault fault("data file does not fit its index");
-    fault.at(bin_.path()).found(number(have) + " bytes").expected(number(index_.bin_bytes()) + " bytes, by " + idx_.path());
-    if (have < index_.bin_bytes()) fault.found(fault.got + ", cut in document " + number(index_.document_of_token(have / index_.type().bytes)));
+    fault.at(bin_.path())
+        .found(number(have) + " bytes")
+        .expected(number(index_.bin_bytes()) + " bytes, by " + idx_.path());
+    if (have < index_.bin_bytes())
+        fault.found(fault.got + ", cut in document " + number(index_.document_of_token(have / index_.type().bytes)));
     throw fault.advise("restore both files from the same source or preprocess the corpus again");
 }
 
@@ -239,7 +258,10 @@ void IndexedDataset::guard(uint64_t block_bytes, std::vector<uint64_t> sums) {
     const uint64_t bytes = bin_.size_at_open();
     const uint64_t blocks = block_bytes == 0 ? 0 : bytes / block_bytes + (bytes % block_bytes != 0);
     if (block_bytes == 0 || sums.size() != blocks)
-        throw Fault("checksums do not cover the data file").at(bin_.path()).found(number(sums.size()) + " blocks").expected(number(blocks));
+        throw Fault("checksums do not cover the data file")
+            .at(bin_.path())
+            .found(number(sums.size()) + " blocks")
+            .expected(number(blocks));
     block_bytes_ = block_bytes;
     sums_ = std::move(sums);
     verified_ = std::make_unique<std::atomic<bool>[]>(sums_.size());
@@ -265,8 +287,10 @@ void IndexedDataset::check_blocks(uint64_t first_byte, uint64_t last_byte) const
         if (verified_[block].load(std::memory_order_relaxed)) continue;
         if (!block_is_good(block))
             throw Fault("data file is damaged: checksum differs")
-                .at(bin_.path() + " bytes " + number(block * block_bytes_) + " to " + number(std::min((block + 1) * block_bytes_, bin_.size_at_open())))
-                .found("block " + number(block) + ", starting in document " + number(index_.document_of_token(block * block_bytes_ / index_.type().bytes)))
+                .at(bin_.path() + " bytes " + number(block * block_bytes_) + " to " +
+                    number(std::min((block + 1) * block_bytes_, bin_.size_at_open())))
+                .found("block " + number(block) + ", starting in document " +
+                       number(index_.document_of_token(block * block_bytes_ / index_.type().bytes)))
                 .advise("restore the file; `neox data verify` lists all damaged blocks");
         verified_[block].store(true, std::memory_order_relaxed);
     }
@@ -309,17 +333,22 @@ void IndexedDataset::read_to(uint64_t first, uint64_t count, const Target& to) c
 }
 
 template <typename T>
-void IndexedDataset::read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const {
+void IndexedDataset::read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count,
+                                  int64_t* out, int32_t* segments) const {
     idx_.check_unchanged();
     read_ordered_to(order, length, position, offset, count, Target{out, nullptr, segments, nullptr, count});
 }
 
 template <typename T>
-void IndexedDataset::read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, const Target& to) const {
+void IndexedDataset::read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset,
+                                     uint64_t count, const Target& to) const {
     int32_t segment = 0;
     for (uint64_t done = 0; done < count; ++position, offset = 0) {
         if (position >= length)
-            throw Fault("sample runs past the end of its order").at(bin_.path()).found("position " + number(position)).expected("below " + number(length));
+            throw Fault("sample runs past the end of its order")
+                .at(bin_.path())
+                .found("position " + number(position))
+                .expected("below " + number(length));
         const auto sequence = static_cast<uint64_t>(order[position]);
         if (sequence >= index_.num_sequences())
             throw Fault("order names a sequence that does not exist")
@@ -335,8 +364,10 @@ void IndexedDataset::read_ordered_to(const T* order, uint64_t length, uint64_t p
     }
 }
 
-template void IndexedDataset::read_ordered(const int32_t*, uint64_t, uint64_t, uint64_t, uint64_t, int64_t*, int32_t*) const;
-template void IndexedDataset::read_ordered(const int64_t*, uint64_t, uint64_t, uint64_t, uint64_t, int64_t*, int32_t*) const;
+template void IndexedDataset::read_ordered(const int32_t*, uint64_t, uint64_t, uint64_t, uint64_t, int64_t*,
+                                           int32_t*) const;
+template void IndexedDataset::read_ordered(const int64_t*, uint64_t, uint64_t, uint64_t, uint64_t, int64_t*,
+                                           int32_t*) const;
 
 template <typename Read>
 IdRange IndexedDataset::fill_rows(const Rows& to, const Read& read) const {
@@ -352,18 +383,24 @@ IdRange IndexedDataset::fill_rows(const Rows& to, const Read& read) const {
 }
 
 IdRange IndexedDataset::read_rows(const int64_t* firsts, const Rows& to) const {
-    return fill_rows(to, [&](uint64_t i, const Target& target) { read_to(static_cast<uint64_t>(firsts[i]), to.seq_length + 1, target); });
-}
-
-template <typename T>
-IdRange IndexedDataset::read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const {
     return fill_rows(to, [&](uint64_t i, const Target& target) {
-        read_ordered_to(order, length, static_cast<uint64_t>(positions[i]), static_cast<uint64_t>(offsets[i]), to.seq_length + 1, target);
+        read_to(static_cast<uint64_t>(firsts[i]), to.seq_length + 1, target);
     });
 }
 
-template IdRange IndexedDataset::read_ordered_rows(const int32_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
-template IdRange IndexedDataset::read_ordered_rows(const int64_t*, uint64_t, const int64_t*, const int64_t*, const Rows&) const;
+template <typename T>
+IdRange IndexedDataset::read_ordered_rows(const T* order, uint64_t length, const int64_t* positions,
+                                          const int64_t* offsets, const Rows& to) const {
+    return fill_rows(to, [&](uint64_t i, const Target& target) {
+        read_ordered_to(order, length, static_cast<uint64_t>(positions[i]), static_cast<uint64_t>(offsets[i]),
+                        to.seq_length + 1, target);
+    });
+}
+
+template IdRange IndexedDataset::read_ordered_rows(const int32_t*, uint64_t, const int64_t*, const int64_t*,
+                                                   const Rows&) const;
+template IdRange IndexedDataset::read_ordered_rows(const int64_t*, uint64_t, const int64_t*, const int64_t*,
+                                                   const Rows&) const;
 
 uint64_t IndexedDataset::find_bad_token(int64_t vocab_size) const {
     constexpr uint64_t kChunk = 1 << 16;

@@ -1,8 +1,9 @@
 // Reader of the indexed dataset of GPT-NeoX and Megatron-LM: PREFIX.idx (structure) and PREFIX.bin (tokens).
 //
-// PREFIX.idx, little endian: 0 magic "MMIDIDX\0\0" | 9 u64 version 1 | 17 u8 token type | 18 u64 N sequences | 26 u64 D document borders |
-// 34 i32 size[N] | i64 byte offset in .bin [N] | i64 document[D]: sequence at which each document starts, last entry N.
-// Opening checks the complete index for consistency, and against the size of .bin. No read of a file that passes can go out of bounds.
+// PREFIX.idx, little endian: 0 magic "MMIDIDX\0\0" | 9 u64 version 1 | 17 u8 token type | 18 u64 N sequences | 26 u64 D
+// document borders | 34 i32 size[N] | i64 byte offset in .bin [N] | i64 document[D]: sequence at which each document
+// starts, last entry N. Opening checks the complete index for consistency, and against the size of .bin. No read of a
+// file that passes can go out of bounds.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +29,8 @@ struct TokenType {
     int64_t lowest, highest;
 };
 
-// Types 1-5 (u8 i8 i16 i32 i64) and 8 (u16). Throws Fault for any other: 6 and 7 mean floats to some writers, u16 and u32 to others.
+// Types 1-5 (u8 i8 i16 i32 i64) and 8 (u16). Throws Fault for any other: 6 and 7 mean floats to some writers, u16 and
+// u32 to others.
 const TokenType& token_type(uint8_t code);
 const TokenType& token_type(const std::string& name);
 
@@ -62,7 +64,9 @@ class Index {
         return load<uint64_t>(kIndexHeader + 4 * num_sequences_ + 8 * sequence) / type_->bytes;
     }
     // First sequence of a document; num_sequences() for document == num_documents().
-    uint64_t first_sequence(uint64_t document) const { return load<uint64_t>(kIndexHeader + 12 * num_sequences_ + 8 * document); }
+    uint64_t first_sequence(uint64_t document) const {
+        return load<uint64_t>(kIndexHeader + 12 * num_sequences_ + 8 * document);
+    }
     uint64_t first_token_of_document(uint64_t document) const { return first_token(first_sequence(document)); }
 
     // The sequence or document that holds a token. Precondition: token < num_tokens().
@@ -106,17 +110,21 @@ class IndexedDataset {
     // Compares every block with its checksum; returns the numbers of those that differ.
     std::vector<uint64_t> damaged_blocks() const;
 
-    // Tokens [first, first + count) of the dataset, widened to 64 bits. `segments`, unless null, gets the running number of each token's document.
+    // Tokens [first, first + count) of the dataset, widened to 64 bits. `segments`, unless null, gets the running
+    // number of each token's document.
     void read(uint64_t first, uint64_t count, int64_t* out, int32_t* segments) const;
 
-    // `count` tokens from a concatenation of sequences: order[position] from token `offset` on, order[position + 1], ...
-    // T is int32_t or int64_t. Throws Fault if the order ends before `count` tokens, or names a sequence that does not exist.
+    // `count` tokens from a concatenation of sequences: order[position] from token `offset` on, order[position + 1],
+    // ... T is int32_t or int64_t. Throws Fault if the order ends before `count` tokens, or names a sequence that does
+    // not exist.
     template <typename T>
-    void read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out, int32_t* segments) const;
+    void read_ordered(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, int64_t* out,
+                      int32_t* segments) const;
 
-    // Destination of samples of seq_length + 1 tokens. Sample i goes to row rows[i] of `inputs` (all tokens but the last) and `targets` (all but
-    // the first), both [rows, seq_length]. `segments` (running number of each input's document) and `positions` (position in its segment) have
-    // the same shape and may be null. The reading functions return the range of the ids.
+    // Destination of samples of seq_length + 1 tokens. Sample i goes to row rows[i] of `inputs` (all tokens but the
+    // last) and `targets` (all but the first), both [rows, seq_length]. `segments` (running number of each input's
+    // document) and `positions` (position in its segment) have the same shape and may be null. The reading functions
+    // return the range of the ids.
     struct Rows {
         const int64_t* rows;
         uint64_t count, seq_length;
@@ -128,7 +136,8 @@ class IndexedDataset {
     IdRange read_rows(const int64_t* firsts, const Rows& to) const;
     // Sample i starts at token offsets[i] of sequence order[positions[i]]; see `read_ordered`.
     template <typename T>
-    IdRange read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets, const Rows& to) const;
+    IdRange read_ordered_rows(const T* order, uint64_t length, const int64_t* positions, const int64_t* offsets,
+                              const Rows& to) const;
 
     // First token id outside [0, vocab_size); num_tokens() if there is none.
     uint64_t find_bad_token(int64_t vocab_size) const;
@@ -139,7 +148,8 @@ class IndexedDataset {
     IdRange fill_rows(const Rows& to, const Read& read) const;
     void read_to(uint64_t first, uint64_t count, const Target& to) const;
     template <typename T>
-    void read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count, const Target& to) const;
+    void read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count,
+                         const Target& to) const;
     void read_tokens(uint64_t first, uint64_t count, const Target& to, uint64_t at) const;
     void check_blocks(uint64_t first_byte, uint64_t last_byte) const;
     bool block_is_good(uint64_t block) const;

@@ -42,11 +42,13 @@ IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, u
     if (block_bytes == 0) throw Fault("block_bytes must be positive").found("0");
     bin_ = std::make_unique<BlockFile>(prefix_ + ".bin" + kPartial, block_bytes, block_sums_);
     idx_ = std::make_unique<OutputFile>(prefix_ + ".idx" + kPartial, kBuffer);
-    const std::vector<uint8_t> header(kIndexHeader, 0);  // filled in by finish(); until then the file is not a valid index
+    // filled in by finish(); until then the file is not a valid index
+    const std::vector<uint8_t> header(kIndexHeader, 0);
     idx_->write(header.data(), header.size());
 }
 
-IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes, const WriterProgress& progress)
+IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes,
+                             const WriterProgress& progress)
     : prefix_(std::move(prefix)),
       type_(&token_type(type_name)),
       num_sequences_(progress.num_documents),
@@ -54,7 +56,8 @@ IndexedWriter::IndexedWriter(std::string prefix, const std::string& type_name, u
       num_tokens_(progress.num_tokens),
       largest_id_(progress.largest_id) {
     if (block_bytes == 0 || progress.num_tokens == 0) throw Fault("nothing to resume from").at(prefix_);
-    bin_ = std::make_unique<BlockFile>(prefix_ + ".bin" + kPartial, block_bytes, block_sums_, num_tokens_ * type_->bytes);
+    bin_ =
+        std::make_unique<BlockFile>(prefix_ + ".bin" + kPartial, block_bytes, block_sums_, num_tokens_ * type_->bytes);
     bin_->keep();  // until both files are known to be usable
     idx_ = std::make_unique<OutputFile>(prefix_ + ".idx" + kPartial, kBuffer, kIndexHeader + 4 * num_sequences_);
     idx_->keep();
@@ -68,7 +71,8 @@ IndexedWriter::~IndexedWriter() = default;
 
 WriterProgress IndexedWriter::sync() {
     check_open();
-    if (!borders_.empty() || num_sequences_ != num_documents_) throw Fault("only documents of one sequence can be resumed").at(prefix_);
+    if (!borders_.empty() || num_sequences_ != num_documents_)
+        throw Fault("only documents of one sequence can be resumed").at(prefix_);
     bin_->sync();
     idx_->sync();
     sync_folder_of(prefix_);
@@ -90,7 +94,10 @@ void IndexedWriter::abandon() {
 
 void IndexedWriter::add_size(uint64_t tokens) {
     if (tokens > static_cast<uint64_t>(std::numeric_limits<int32_t>::max()))
-        throw Fault("sequence is too long for the format").at(prefix_ + ".bin").found(std::to_string(tokens) + " tokens").expected("at most 2147483647");
+        throw Fault("sequence is too long for the format")
+            .at(prefix_ + ".bin")
+            .found(std::to_string(tokens) + " tokens")
+            .expected("at most 2147483647");
     const auto size = static_cast<int32_t>(tokens);
     idx_->write(&size, sizeof size);
     ++num_sequences_;
@@ -109,7 +116,8 @@ void IndexedWriter::add_sequence(const int64_t* tokens, uint64_t count) {
             throw Fault("token id does not fit the token type")
                 .at(prefix_ + ".bin document " + std::to_string(num_documents_) + " token " + std::to_string(i))
                 .found(std::to_string(tokens[i]))
-                .expected(std::string(type_->name) + ": " + std::to_string(type_->lowest) + " to " + std::to_string(type_->highest));
+                .expected(std::string(type_->name) + ": " + std::to_string(type_->lowest) + " to " +
+                          std::to_string(type_->highest));
     std::vector<uint8_t> raw;
     switch (type_->bytes) {
         case 1:
@@ -146,7 +154,11 @@ void IndexedWriter::add_documents(const void* tokens, uint64_t count, const int3
         if (sizes[d] < 0) throw Fault("negative document size").at(prefix_).found(std::to_string(sizes[d]));
         sum += static_cast<uint64_t>(sizes[d]);
     }
-    if (sum != count) throw Fault("document sizes do not add up to the tokens").at(prefix_).found(std::to_string(sum)).expected(std::to_string(count));
+    if (sum != count)
+        throw Fault("document sizes do not add up to the tokens")
+            .at(prefix_)
+            .found(std::to_string(sum))
+            .expected(std::to_string(count));
     add_raw(static_cast<const uint8_t*>(tokens), count);
     for (uint64_t d = 0; d < num_documents; ++d) {
         add_size(static_cast<uint64_t>(sizes[d]));
@@ -165,9 +177,11 @@ void IndexedWriter::add_dataset(const IndexedDataset& dataset) {
             .advise("preprocess one of the corpora again with the tokenizer of the other");
     dataset.check_unchanged();
     const uint64_t step = std::max<uint64_t>(1, kBuffer / type_->bytes);
-    for (uint64_t at = 0; at < index.num_tokens(); at += step) add_raw(dataset.mapped_tokens() + at * type_->bytes, std::min(step, index.num_tokens() - at));
+    for (uint64_t at = 0; at < index.num_tokens(); at += step)
+        add_raw(dataset.mapped_tokens() + at * type_->bytes, std::min(step, index.num_tokens() - at));
     for (uint64_t d = 0; d < index.num_documents(); ++d) {
-        for (uint64_t i = index.first_sequence(d); i < index.first_sequence(d + 1); ++i) add_size(static_cast<uint64_t>(index.size(i)));
+        for (uint64_t i = index.first_sequence(d); i < index.first_sequence(d + 1); ++i)
+            add_size(static_cast<uint64_t>(index.size(i)));
         end_document();
     }
 }
@@ -197,7 +211,9 @@ void IndexedWriter::write_documents() {
 
 void IndexedWriter::finish() {
     check_open();
-    const uint64_t closed = num_documents_ == 0 ? 0 : borders_.empty() ? num_documents_ : static_cast<uint64_t>(borders_.back());
+    const uint64_t closed = num_documents_ == 0 ? 0
+                            : borders_.empty()  ? num_documents_
+                                                : static_cast<uint64_t>(borders_.back());
     if (closed != num_sequences_) throw Fault("last document was not ended").at(prefix_);
     write_offsets();
     write_documents();

@@ -1,8 +1,8 @@
-// Writer of PREFIX.bin and PREFIX.idx, byte for byte as Megatron-LM writes them. Its memory does not grow with the corpus, except for 8 bytes per
-// document if documents have several sequences.
+// Writer of PREFIX.bin and PREFIX.idx, byte for byte as Megatron-LM writes them. Its memory does not grow with the
+// corpus, except for 8 bytes per document if documents have several sequences.
 //
-// No file has its final name before finish(), and PREFIX.idx appears after PREFIX.bin is durable. A process killed at any time therefore leaves no
-// dataset that opens.
+// No file has its final name before finish(), and PREFIX.idx appears after PREFIX.bin is durable. A process killed at
+// any time therefore leaves no dataset that opens.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +26,13 @@ class IndexedWriter {
     // Each block of `block_bytes` gets a checksum. Throws Fault if PREFIX.bin or PREFIX.idx cannot be created.
     IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes);
     // Resumes from the partial files that `sync` left, truncated to what it returned.
-    IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes, const WriterProgress& progress);
+    IndexedWriter(std::string prefix, const std::string& type_name, uint64_t block_bytes,
+                  const WriterProgress& progress);
     ~IndexedWriter();
 
     const TokenType& type() const { return *type_; }
-    // Adds one sequence to the current document. Throws Fault for an id that the token type cannot hold or more than 2^31 - 1 tokens.
+    // Adds one sequence to the current document. Throws Fault for an id that the token type cannot hold or more than
+    // 2^31 - 1 tokens.
     void add_sequence(const int64_t* tokens, uint64_t count);
     void end_document();
     // Adds documents of one sequence each: `count` tokens of the dataset's token type, split by `sizes`.
@@ -41,8 +43,8 @@ class IndexedWriter {
     // Publishes .bin, then .idx. Nothing can be added afterwards.
     void finish();
     void abandon();  // removes the partial files
-    // Makes the partial files durable and returns what a later writer needs to resume from them, in any process. Throws Fault if there is no
-    // document, if one has several sequences, or if the last one was not ended.
+    // Makes the partial files durable and returns what a later writer needs to resume from them, in any process. Throws
+    // Fault if there is no document, if one has several sequences, or if the last one was not ended.
     WriterProgress sync();
     void keep();  // the destructor leaves the partial files
 

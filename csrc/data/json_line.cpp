@@ -203,8 +203,10 @@ class LineParser {
         const auto byte = [&](int i, int bits) { out[i] = static_cast<uint8_t>(bits); };
         if (code < 0x80) return byte(0, code), 1;
         if (code < 0x800) return byte(0, 0xC0 | code >> 6), byte(1, 0x80 | (code & 0x3F)), 2;
-        if (code < 0x10000) return byte(0, 0xE0 | code >> 12), byte(1, 0x80 | (code >> 6 & 0x3F)), byte(2, 0x80 | (code & 0x3F)), 3;
-        byte(0, 0xF0 | code >> 18), byte(1, 0x80 | (code >> 12 & 0x3F)), byte(2, 0x80 | (code >> 6 & 0x3F)), byte(3, 0x80 | (code & 0x3F));
+        if (code < 0x10000)
+            return byte(0, 0xE0 | code >> 12), byte(1, 0x80 | (code >> 6 & 0x3F)), byte(2, 0x80 | (code & 0x3F)), 3;
+        byte(0, 0xF0 | code >> 18), byte(1, 0x80 | (code >> 12 & 0x3F)), byte(2, 0x80 | (code >> 6 & 0x3F)),
+            byte(3, 0x80 | (code & 0x3F));
         return 4;
     }
 
@@ -244,8 +246,10 @@ class LineParser {
         while (limit_ - at_ >= 16) {
             const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at_));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(out), here);
-            const __m128i low = _mm_cmplt_epi8(here, _mm_set1_epi8(0x20));  // signed: control characters, and every byte that is not ASCII
-            const __m128i marks = _mm_or_si128(_mm_cmpeq_epi8(here, _mm_set1_epi8('"')), _mm_cmpeq_epi8(here, _mm_set1_epi8('\\')));
+            // signed: control characters, and every byte that is not ASCII
+            const __m128i low = _mm_cmplt_epi8(here, _mm_set1_epi8(0x20));
+            const __m128i marks =
+                _mm_or_si128(_mm_cmpeq_epi8(here, _mm_set1_epi8('"')), _mm_cmpeq_epi8(here, _mm_set1_epi8('\\')));
             const auto mask = static_cast<uint32_t>(_mm_movemask_epi8(_mm_or_si128(low, marks)));
             const int plain = mask == 0 ? 16 : __builtin_ctz(mask);
             at_ += plain;
@@ -271,7 +275,8 @@ uint8_t* TextBuffer::room(uint64_t count) {
     return bytes_.get();
 }
 
-LineKind read_json_line(const uint8_t* at, const uint8_t* end, const uint8_t* limit, const std::string& key, TextBuffer& text, uint64_t& count) {
+LineKind read_json_line(const uint8_t* at, const uint8_t* end, const uint8_t* limit, const std::string& key,
+                        TextBuffer& text, uint64_t& count) {
     const uint8_t* first = at;
     while (first < end && (is_space(*first) || *first == '\v' || *first == '\f')) ++first;
     if (first == end) return LineKind::blank;

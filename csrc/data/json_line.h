@@ -1,5 +1,5 @@
-// Fast parser for the text of common JSON lines. Anything unusual is left to the caller's full parser, which also reports errors. It accepts JSON with
-// NaN, Infinity and numbers of any size, as Python's json writes and reads it.
+// Fast parser for the text of common JSON lines. Anything unusual is left to the caller's full parser, which also
+// reports errors. It accepts JSON with NaN, Infinity and numbers of any size, as Python's json writes and reads it.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,9 @@ enum class LineKind {
     unsure,  // anything else
 };
 
-// Reads one line [at, end), without its line feed. Bytes up to `limit` >= end may be read. For LineKind::text, `text` gets `count` bytes of valid
-// UTF-8. If a key occurs twice, the last one counts.
-LineKind read_json_line(const uint8_t* at, const uint8_t* end, const uint8_t* limit, const std::string& key, TextBuffer& text, uint64_t& count);
+// Reads one line [at, end), without its line feed. Bytes up to `limit` >= end may be read. For LineKind::text, `text`
+// gets `count` bytes of valid UTF-8. If a key occurs twice, the last one counts.
+LineKind read_json_line(const uint8_t* at, const uint8_t* end, const uint8_t* limit, const std::string& key,
+                        TextBuffer& text, uint64_t& count);
 
 }  // namespace neox::data

@@ -36,7 +36,8 @@ void LineState::clear() {
     blank = empty = 0;
 }
 
-void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state) {
+void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options,
+                  LineState& state) {
     const uint8_t* const limit = bytes + count;
     uint64_t line = 0;
     for (const uint8_t* at = bytes; at < limit; ++line) {
@@ -51,14 +52,16 @@ void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t cou
                 ++state.blank;
                 break;
             case LineKind::unsure:
-                state.unsure.push_back({static_cast<uint64_t>(at - bytes), static_cast<uint64_t>(end - bytes), line, state.sizes.size()});
+                state.unsure.push_back(
+                    {static_cast<uint64_t>(at - bytes), static_cast<uint64_t>(end - bytes), line, state.sizes.size()});
                 break;
         }
         at = feed == nullptr ? limit : feed + 1;
     }
 }
 
-bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state) {
+bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options,
+                 LineState& state) {
     if (!valid_utf8(bytes, count)) return false;
     std::memcpy(state.text.room(count), bytes, count);
     add_document(encoder, count, options, state);

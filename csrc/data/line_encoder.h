@@ -12,7 +12,8 @@
 
 namespace neox::data {
 
-// A line that the fast parser leaves to the caller: bytes [first, last) of the block, its line number `line`, before document `document`.
+// A line that the fast parser leaves to the caller: bytes [first, last) of the block, its line number `line`, before
+// document `document`.
 struct UnsureLine {
     uint64_t first, last, line, document;
 };
@@ -33,10 +34,12 @@ struct LineOptions {
 };
 
 // Encodes complete lines; the last one may lack its line feed.
-void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state);
+void encode_lines(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options,
+                  LineState& state);
 
 // Encodes one text. Returns false if it is not UTF-8.
-bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options, LineState& state);
+bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t count, const LineOptions& options,
+                 LineState& state);
 
 // A pool of encoder states for several threads: as many as ever run at the same time.
 class LineStates {

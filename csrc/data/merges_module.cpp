@@ -39,7 +39,8 @@ class Letters {
         }
     }
 
-    // Appends the bytes of a text; false if a letter stands for no byte. The first space is left out, and `space` gets its position.
+    // Appends the bytes of a text; false if a letter stands for no byte. The first space is left out, and `space` gets
+    // its position.
     bool append(const py::handle& text, Bytes& out, size_t& space) const {
         const auto length = static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr()));
         const void* data = PyUnicode_DATA(text.ptr());
@@ -93,7 +94,8 @@ class ByteVocabulary {
             }
             const long long number = PyLong_AsLongLong(id.ptr());
             if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
-            if (number < 0 || number > UINT32_MAX) throw py::value_error("id " + std::to_string(number) + " of a token");
+            if (number < 0 || number > UINT32_MAX)
+                throw py::value_error("id " + std::to_string(number) + " of a token");
             tokens_.push_back({start, bytes_.size() - start, static_cast<uint32_t>(number)});
             size_t at = hash(bytes_.at(start), bytes_.size() - start) >> shift_;
             while (slots_[at] != 0) at = (at + 1) & (slots_.size() - 1);
@@ -145,9 +147,12 @@ class ByteVocabulary {
 // Whether a byte can occur in UTF-8.
 bool occurs(int byte) { return byte != 0xC0 && byte != 0xC1 && byte < 0xF5; }
 
-// Reads the two sides of a merge into `both` and returns where the second begins; Letters::kNoSpace if a side is not the text of a token.
+// Reads the two sides of a merge into `both` and returns where the second begins; Letters::kNoSpace if a side is not
+// the text of a token.
 size_t read_merge(const Letters& letters, const py::handle& merge, Bytes& both) {
-    const auto refuse = [&](const char* reason) { throw py::value_error("merge " + std::string(py::str(merge)) + " " + reason); };
+    const auto refuse = [&](const char* reason) {
+        throw py::value_error("merge " + std::string(py::str(merge)) + " " + reason);
+    };
     both.set_size(0);
     size_t left = Letters::kNoSpace;
     if (PyUnicode_Check(merge.ptr())) {
@@ -185,8 +190,12 @@ Merges read_merges(const std::u32string& letters, const py::dict& vocab, const p
         const char* const bytes = text.at(0);
         const size_t size = text.size();
         int64_t ids[3] = {-1, -1, -1};
-        if (left != Letters::kNoSpace) ids[0] = tokens.find(bytes, left), ids[1] = tokens.find(bytes + left, size - left), ids[2] = tokens.find(bytes, size);
-        if (*std::min_element(ids, ids + 3) < 0) throw py::value_error("merge " + std::string(py::str(merge)) + " is of tokens that are not in the vocabulary");
+        if (left != Letters::kNoSpace)
+            ids[0] = tokens.find(bytes, left), ids[1] = tokens.find(bytes + left, size - left),
+            ids[2] = tokens.find(bytes, size);
+        if (*std::min_element(ids, ids + 3) < 0)
+            throw py::value_error("merge " + std::string(py::str(merge)) +
+                                  " is of tokens that are not in the vocabulary");
         const int64_t largest = *std::max_element(ids, ids + 3);
         if (largest >= BytePairs::kMostIds) throw py::value_error("id " + std::to_string(largest) + " of a merge");
         found.left.push_back(static_cast<uint32_t>(ids[0]));

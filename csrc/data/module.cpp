@@ -36,7 +36,8 @@ void raise_fault(const Fault& fault) {
     const auto add = [&](const char* name, const std::string& value) {
         // Paths are bytes; undecodable ones are shown as Python shows them.
         if (!value.empty())
-            parts[name] = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<Py_ssize_t>(value.size())));
+            parts[name] = py::reinterpret_steal<py::object>(
+                PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<Py_ssize_t>(value.size())));
     };
     add("where", fault.where);
     add("got", fault.got);
@@ -48,14 +49,16 @@ void raise_fault(const Fault& fault) {
 
 uint64_t check_below(int64_t value, uint64_t bound, const char* what) {
     if (value < 0 || static_cast<uint64_t>(value) > bound)
-        throw py::index_error(std::string(what) + " " + std::to_string(value) + " is out of range, have " + std::to_string(bound));
+        throw py::index_error(std::string(what) + " " + std::to_string(value) + " is out of range, have " +
+                              std::to_string(bound));
     return static_cast<uint64_t>(value);
 }
 
 // A read-only numpy view of mapped memory (unaligned for most dtypes) that keeps `owner` alive.
 py::array view(const py::dtype& dtype, uint64_t count, const uint8_t* bytes, const py::object& owner) {
     py::array array(dtype, {static_cast<py::ssize_t>(count)}, {dtype.itemsize()}, bytes, owner);
-    py::detail::array_proxy(array.ptr())->flags &= ~(py::detail::npy_api::NPY_ARRAY_WRITEABLE_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_);
+    py::detail::array_proxy(array.ptr())->flags &=
+        ~(py::detail::npy_api::NPY_ARRAY_WRITEABLE_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_);
     if (reinterpret_cast<uintptr_t>(bytes) % static_cast<uintptr_t>(dtype.itemsize()) == 0)
         py::detail::array_proxy(array.ptr())->flags |= py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     return array;
@@ -85,15 +88,16 @@ py::tuple read(const IndexedDataset& self, int64_t first, int64_t count, bool se
 }
 
 template <typename T>
-py::tuple read_ordered(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, int64_t position, int64_t offset, int64_t count,
-                       bool segments) {
+py::tuple read_ordered(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, int64_t position,
+                       int64_t offset, int64_t count, bool segments) {
     const auto length = static_cast<uint64_t>(order.size());
     check_below(position, length, "position");
     check_below(offset, INT32_MAX, "offset");
     check_below(count, INT64_MAX / 8, "token count");
     const T* data = order.data();
     return with_segments(static_cast<uint64_t>(count), segments, [&](int64_t* out, int32_t* marks) {
-        self.read_ordered(data, length, static_cast<uint64_t>(position), static_cast<uint64_t>(offset), static_cast<uint64_t>(count), out, marks);
+        self.read_ordered(data, length, static_cast<uint64_t>(position), static_cast<uint64_t>(offset),
+                          static_cast<uint64_t>(count), out, marks);
     });
 }
 
@@ -101,7 +105,8 @@ py::tuple read_ordered(const IndexedDataset& self, const py::array_t<T, py::arra
 template <typename T>
 T* data_like(const Exact<int64_t>& inputs, const py::object& given, const char* name) {
     if (given.is_none()) return nullptr;
-    if (!py::isinstance<Exact<T>>(given)) throw py::type_error(std::string(name) + " must be a contiguous array of its type");
+    if (!py::isinstance<Exact<T>>(given))
+        throw py::type_error(std::string(name) + " must be a contiguous array of its type");
     auto array = given.cast<Exact<T>>();
     if (array.ndim() != 2 || array.shape(0) != inputs.shape(0) || array.shape(1) != inputs.shape(1))
         throw py::value_error(std::string(name) + " must be [rows, seq_length]");
@@ -109,8 +114,8 @@ T* data_like(const Exact<int64_t>& inputs, const py::object& given, const char* 
 }
 
 // Checks the destination arrays: inputs, targets, segments or None, positions or None.
-IndexedDataset::Rows rows_of(const Array<int64_t>& rows, Exact<int64_t>& inputs, const py::object& targets, const py::object& segments,
-                             const py::object& positions) {
+IndexedDataset::Rows rows_of(const Array<int64_t>& rows, Exact<int64_t>& inputs, const py::object& targets,
+                             const py::object& segments, const py::object& positions) {
     if (inputs.ndim() != 2 || targets.is_none()) throw py::value_error("inputs and targets must be [rows, seq_length]");
     const IndexedDataset::Rows to{rows.data(),
                                   static_cast<uint64_t>(rows.size()),
@@ -121,7 +126,8 @@ IndexedDataset::Rows rows_of(const Array<int64_t>& rows, Exact<int64_t>& inputs,
                                   data_like<int64_t>(inputs, positions, "positions")};
     if (to.positions != nullptr && to.segments == nullptr) throw py::value_error("positions need segments");
     for (uint64_t i = 0; i < to.count; ++i)
-        if (to.rows[i] < 0 || to.rows[i] >= inputs.shape(0)) throw py::index_error("row " + std::to_string(to.rows[i]) + " is out of range");
+        if (to.rows[i] < 0 || to.rows[i] >= inputs.shape(0))
+            throw py::index_error("row " + std::to_string(to.rows[i]) + " is out of range");
     return to;
 }
 
@@ -131,10 +137,13 @@ void check_starts(const Array<int64_t>& starts, const IndexedDataset::Rows& to) 
 }
 
 // The largest id; 2^64 - 1 if some id is negative.
-uint64_t largest_of(const IdRange& range) { return range.smallest < 0 ? UINT64_MAX : static_cast<uint64_t>(std::max<int64_t>(range.largest, 0)); }
+uint64_t largest_of(const IdRange& range) {
+    return range.smallest < 0 ? UINT64_MAX : static_cast<uint64_t>(std::max<int64_t>(range.largest, 0));
+}
 
-uint64_t read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
-                   const py::object& segments, const py::object& position_ids) {
+uint64_t read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, const Array<int64_t>& rows,
+                   Exact<int64_t> inputs, const py::object& targets, const py::object& segments,
+                   const py::object& position_ids) {
     const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, position_ids);
     check_starts(firsts, to);
     const int64_t* from = firsts.data();
@@ -143,9 +152,10 @@ uint64_t read_rows(const IndexedDataset& self, const Array<int64_t>& firsts, con
 }
 
 template <typename T>
-uint64_t read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order, const Array<int64_t>& positions,
-                           const Array<int64_t>& offsets, const Array<int64_t>& rows, Exact<int64_t> inputs, const py::object& targets,
-                           const py::object& segments, const py::object& position_ids) {
+uint64_t read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::array::c_style>& order,
+                           const Array<int64_t>& positions, const Array<int64_t>& offsets, const Array<int64_t>& rows,
+                           Exact<int64_t> inputs, const py::object& targets, const py::object& segments,
+                           const py::object& position_ids) {
     const IndexedDataset::Rows to = rows_of(rows, inputs, targets, segments, position_ids);
     check_starts(positions, to);
     check_starts(offsets, to);
@@ -157,7 +167,8 @@ uint64_t read_ordered_rows(const IndexedDataset& self, const py::array_t<T, py::
 }
 
 template <typename Doc, typename Row>
-py::array sample_index_as(const uint8_t* sizes, int64_t num_sizes, const Array<Doc>& order, int64_t seq_length, int64_t rows, int threads) {
+py::array sample_index_as(const uint8_t* sizes, int64_t num_sizes, const Array<Doc>& order, int64_t seq_length,
+                          int64_t rows, int threads) {
     py::array_t<Row> out({static_cast<py::ssize_t>(rows), py::ssize_t{2}});
     const Doc* data = order.data();
     Row* to = out.mutable_data();
@@ -170,8 +181,10 @@ py::array sample_index_as(const uint8_t* sizes, int64_t num_sizes, const Array<D
 }
 
 // `sizes` may be an unaligned view of a mapped index, which numpy would copy to align it. The core reads it in place.
-py::array sample_index(const py::array& sizes, const py::array& order, int64_t seq_length, int64_t rows, bool wide, int threads) {
-    if (!sizes.dtype().equal(py::dtype::of<int32_t>()) || sizes.ndim() != 1 || (sizes.size() > 1 && sizes.strides(0) != 4))
+py::array sample_index(const py::array& sizes, const py::array& order, int64_t seq_length, int64_t rows, bool wide,
+                       int threads) {
+    if (!sizes.dtype().equal(py::dtype::of<int32_t>()) || sizes.ndim() != 1 ||
+        (sizes.size() > 1 && sizes.strides(0) != 4))
         throw py::type_error("sizes must be a contiguous int32 array");
     if (rows < 0) throw py::value_error("rows must not be negative");
     const auto* data = static_cast<const uint8_t*>(sizes.data());
@@ -245,7 +258,8 @@ int64_t first_outside_in(const Array<int64_t>& tokens, int64_t vocab_size) {
 
 // Position ids of each row.
 void positions_of_rows(const Exact<int32_t>& segments, Exact<int64_t>& out) {
-    if (segments.ndim() != 2 || out.ndim() != 2 || segments.shape(0) != out.shape(0) || segments.shape(1) != out.shape(1))
+    if (segments.ndim() != 2 || out.ndim() != 2 || segments.shape(0) != out.shape(0) ||
+        segments.shape(1) != out.shape(1))
         throw py::value_error("segments and out must be [rows, seq_length]");
     const int32_t* from = segments.data();
     int64_t* to = out.mutable_data();
@@ -257,7 +271,8 @@ void positions_of_rows(const Exact<int32_t>& segments, Exact<int64_t>& out) {
 void bind_dataset(py::module_& module) {
     py::class_<IndexedDataset>(module, "Dataset", "PREFIX.bin and PREFIX.idx, checked and memory-mapped")
         .def(py::init<const std::string&>(), py::arg("prefix"), NoGil())
-        .def_property_readonly("dtype", [](const IndexedDataset& self) { return std::string(self.index().type().name); })
+        .def_property_readonly("dtype",
+                               [](const IndexedDataset& self) { return std::string(self.index().type().name); })
         .def_property_readonly("num_sequences", [](const IndexedDataset& self) { return self.index().num_sequences(); })
         .def_property_readonly("num_documents", [](const IndexedDataset& self) { return self.index().num_documents(); })
         .def_property_readonly("num_tokens", [](const IndexedDataset& self) { return self.index().num_tokens(); })
@@ -269,28 +284,37 @@ void bind_dataset(py::module_& module) {
         .def_property_readonly("documents",
                                [](const py::object& self) {
                                    const auto& index = self.cast<const IndexedDataset&>().index();
-                                   return view(py::dtype::of<int64_t>(), index.num_documents() + 1, index.documents(), self);
+                                   return view(py::dtype::of<int64_t>(), index.num_documents() + 1, index.documents(),
+                                               self);
                                })
         .def("sequence",
              [](const py::object& object, int64_t i) {
                  const auto& self = object.cast<const IndexedDataset&>();
                  const auto& index = self.index();
                  if (i < 0 || static_cast<uint64_t>(i) >= index.num_sequences())
-                     throw py::index_error("sequence " + std::to_string(i) + " is out of range, have " + std::to_string(index.num_sequences()));
+                     throw py::index_error("sequence " + std::to_string(i) + " is out of range, have " +
+                                           std::to_string(index.num_sequences()));
                  self.check_unchanged();
                  const auto size = static_cast<uint64_t>(index.size(static_cast<uint64_t>(i)));
                  const py::dtype dtype(index.type().name);
                  if (size == 0) return py::array(dtype, {py::ssize_t{0}}, {});
-                 return view(dtype, size, self.mapped_tokens() + index.first_token(static_cast<uint64_t>(i)) * index.type().bytes, object);
+                 return view(dtype, size,
+                             self.mapped_tokens() + index.first_token(static_cast<uint64_t>(i)) * index.type().bytes,
+                             object);
              })
-        .def("first_token", [](const IndexedDataset& self,
-                               int64_t sequence) { return self.index().first_token(check_below(sequence, self.index().num_sequences(), "sequence")); })
+        .def("first_token",
+             [](const IndexedDataset& self, int64_t sequence) {
+                 return self.index().first_token(check_below(sequence, self.index().num_sequences(), "sequence"));
+             })
         .def("first_token_of_document",
              [](const IndexedDataset& self, int64_t document) {
-                 return self.index().first_token_of_document(check_below(document, self.index().num_documents(), "document"));
+                 return self.index().first_token_of_document(
+                     check_below(document, self.index().num_documents(), "document"));
              })
-        .def("first_sequence", [](const IndexedDataset& self,
-                                  int64_t document) { return self.index().first_sequence(check_below(document, self.index().num_documents(), "document")); })
+        .def("first_sequence",
+             [](const IndexedDataset& self, int64_t document) {
+                 return self.index().first_sequence(check_below(document, self.index().num_documents(), "document"));
+             })
         .def("document_of_token",
              [](const IndexedDataset& self, int64_t token) {
                  if (token < 0 || static_cast<uint64_t>(token) >= self.index().num_tokens())
@@ -303,27 +327,35 @@ void bind_dataset(py::module_& module) {
         .def("damaged_blocks", &IndexedDataset::damaged_blocks, NoGil())
         .def("find_bad_token", &IndexedDataset::find_bad_token, py::arg("vocab_size"), NoGil())
         .def("read", &read, py::arg("first"), py::arg("count"), py::arg("segments") = false)
-        .def("read_rows", &read_rows, py::arg("firsts"), py::arg("rows"), py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"),
-             py::arg("position_ids"))
-        .def("read_ordered_rows", &read_ordered_rows<int32_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
-             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("position_ids"))
-        .def("read_ordered_rows", &read_ordered_rows<int64_t>, py::arg("order").noconvert(), py::arg("positions"), py::arg("offsets"), py::arg("rows"),
-             py::arg("inputs").noconvert(), py::arg("targets"), py::arg("segments"), py::arg("position_ids"))
-        .def("read_ordered", &read_ordered<int32_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
-             py::arg("segments") = false)
-        .def("read_ordered", &read_ordered<int64_t>, py::arg("order").noconvert(), py::arg("position"), py::arg("offset"), py::arg("count"),
-             py::arg("segments") = false);
+        .def("read_rows", &read_rows, py::arg("firsts"), py::arg("rows"), py::arg("inputs").noconvert(),
+             py::arg("targets"), py::arg("segments"), py::arg("position_ids"))
+        .def("read_ordered_rows", &read_ordered_rows<int32_t>, py::arg("order").noconvert(), py::arg("positions"),
+             py::arg("offsets"), py::arg("rows"), py::arg("inputs").noconvert(), py::arg("targets"),
+             py::arg("segments"), py::arg("position_ids"))
+        .def("read_ordered_rows", &read_ordered_rows<int64_t>, py::arg("order").noconvert(), py::arg("positions"),
+             py::arg("offsets"), py::arg("rows"), py::arg("inputs").noconvert(), py::arg("targets"),
+             py::arg("segments"), py::arg("position_ids"))
+        .def("read_ordered", &read_ordered<int32_t>, py::arg("order").noconvert(), py::arg("position"),
+             py::arg("offset"), py::arg("count"), py::arg("segments") = false)
+        .def("read_ordered", &read_ordered<int64_t>, py::arg("order").noconvert(), py::arg("position"),
+             py::arg("offset"), py::arg("count"), py::arg("segments") = false);
 }
 
 void bind_writer(py::module_& module) {
     py::class_<IndexedWriter>(module, "Writer", "Writer of PREFIX.bin and PREFIX.idx")
-        .def(py::init<std::string, const std::string&, uint64_t>(), py::arg("prefix"), py::arg("dtype"), py::arg("block_bytes"))
-        .def(py::init([](std::string prefix, const std::string& dtype, uint64_t block_bytes, const std::tuple<uint64_t, uint64_t, int64_t>& resume) {
+        .def(py::init<std::string, const std::string&, uint64_t>(), py::arg("prefix"), py::arg("dtype"),
+             py::arg("block_bytes"))
+        .def(py::init([](std::string prefix, const std::string& dtype, uint64_t block_bytes,
+                         const std::tuple<uint64_t, uint64_t, int64_t>& resume) {
                  const auto [documents, tokens, largest] = resume;
-                 return std::make_unique<IndexedWriter>(std::move(prefix), dtype, block_bytes, WriterProgress{documents, tokens, largest});
+                 return std::make_unique<IndexedWriter>(std::move(prefix), dtype, block_bytes,
+                                                        WriterProgress{documents, tokens, largest});
              }),
              py::arg("prefix"), py::arg("dtype"), py::arg("block_bytes"), py::arg("resume"))
-        .def("add_sequence", [](IndexedWriter& self, const Array<int64_t>& tokens) { self.add_sequence(tokens.data(), static_cast<uint64_t>(tokens.size())); })
+        .def("add_sequence",
+             [](IndexedWriter& self, const Array<int64_t>& tokens) {
+                 self.add_sequence(tokens.data(), static_cast<uint64_t>(tokens.size()));
+             })
         .def("end_document", &IndexedWriter::end_document)
         .def("add_documents", &add_documents, py::arg("tokens"), py::arg("sizes"))
         .def("add_dataset", &IndexedWriter::add_dataset, NoGil())
@@ -362,13 +394,15 @@ PYBIND11_MODULE(_data, module) {
     bind_writer(module);
     bind_text(module);
     bind_corpus(module);
-    module.def("sample_index", &sample_index, py::arg("sizes"), py::arg("order"), py::arg("seq_length"), py::arg("rows"), py::arg("wide"),
-               py::arg("threads") = 1);
-    module.def("epochs_needed", &epochs_needed, py::arg("tokens_per_epoch"), py::arg("seq_length"), py::arg("num_samples"));
+    module.def("sample_index", &sample_index, py::arg("sizes"), py::arg("order"), py::arg("seq_length"),
+               py::arg("rows"), py::arg("wide"), py::arg("threads") = 1);
+    module.def("epochs_needed", &epochs_needed, py::arg("tokens_per_epoch"), py::arg("seq_length"),
+               py::arg("num_samples"));
     module.def("blend", &blend_block, py::arg("weights"), py::arg("first"), py::arg("count"), py::arg("taken"));
     module.def("permute", &permute, py::arg("key"), py::arg("size"), py::arg("value"));
     module.def("mix", &mix, py::arg("key"), py::arg("value"));
-    module.def("positions_in_segments", &positions_of_rows, py::arg("segments").noconvert(), py::arg("out").noconvert());
+    module.def("positions_in_segments", &positions_of_rows, py::arg("segments").noconvert(),
+               py::arg("out").noconvert());
     module.def("first_outside", &first_outside_in, py::arg("tokens"), py::arg("vocab_size"));
     module.def("checksum", [](const py::buffer& buffer) {
         const py::buffer_info info = buffer.request();
@@ -380,13 +414,16 @@ PYBIND11_MODULE(_data, module) {
         py::gil_scoped_release released;
         return xxh3(info.ptr, static_cast<uint64_t>(info.size * info.itemsize));
     });
-    module.def("start_writeback", &start_writeback, py::arg("descriptor"), py::arg("offset"), py::arg("count"), NoGil());
+    module.def("start_writeback", &start_writeback, py::arg("descriptor"), py::arg("offset"), py::arg("count"),
+               NoGil());
     module.def("read_xxh3", &read_xxh3_into, py::arg("descriptor"), py::arg("offset"), py::arg("out"));
     module.def("file_checksum", &file_checksum, py::arg("path"), NoGil());
     module.def("file_block_checksums", &file_block_checksums, py::arg("path"), py::arg("block_bytes"), NoGil());
-    py::class_<EpochOrder>(module, "EpochOrder", "Sample order over unbounded epochs: a pure function of key and sample number")
+    py::class_<EpochOrder>(module, "EpochOrder",
+                           "Sample order over unbounded epochs: a pure function of key and sample number")
         .def(py::init([](uint64_t key, uint64_t num_tokens, uint64_t seq_length) {
-                 if (seq_length == 0 || num_tokens <= seq_length) throw py::value_error("fewer tokens than one sample needs");
+                 if (seq_length == 0 || num_tokens <= seq_length)
+                     throw py::value_error("fewer tokens than one sample needs");
                  return EpochOrder{key, num_tokens, seq_length};
              }),
              py::arg("key"), py::arg("num_tokens"), py::arg("seq_length"))
@@ -397,7 +434,8 @@ PYBIND11_MODULE(_data, module) {
             [](const EpochOrder& self, const Array<int64_t>& samples) {
                 py::array_t<int64_t> out(samples.size());
                 for (py::ssize_t i = 0; i < samples.size(); ++i)
-                    out.mutable_data()[i] = static_cast<int64_t>(self.first_token(check_below(samples.data()[i], INT64_MAX, "sample")));
+                    out.mutable_data()[i] =
+                        static_cast<int64_t>(self.first_token(check_below(samples.data()[i], INT64_MAX, "sample")));
                 return out;
             },
             py::arg("samples"));

@@ -7,8 +7,8 @@
 namespace neox::data {
 namespace {
 
-// A set of numbers below a bound that finds its smallest member >= a number: one bit per number, and levels above with a bit for every word that is not
-// empty. Three levels cover 262,144 numbers, six cover int32.
+// A set of numbers below a bound that finds its smallest member >= a number: one bit per number, and levels above with
+// a bit for every word that is not empty. Three levels cover 262,144 numbers, six cover int32.
 class SortedSet {
   public:
     explicit SortedSet(int64_t bound) {
@@ -68,19 +68,22 @@ std::vector<int64_t> longest_first(const int32_t* sizes, int64_t count, int64_t 
     }
     for (size_t i = 1; i < next.size(); ++i) next[i] += next[i - 1];
     std::vector<int64_t> order(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) order[static_cast<size_t>(next[static_cast<size_t>(capacity - sizes[i])]++)] = i;
+    for (int64_t i = 0; i < count; ++i)
+        order[static_cast<size_t>(next[static_cast<size_t>(capacity - sizes[i])]++)] = i;
     return order;
 }
 
 }  // namespace
 
 Packing best_fit(const int32_t* sizes, int64_t count, int64_t capacity) {
-    if (capacity < 1 || capacity > INT32_MAX) throw Fault("capacity of a sample is out of range").found(std::to_string(capacity));
+    if (capacity < 1 || capacity > INT32_MAX)
+        throw Fault("capacity of a sample is out of range").found(std::to_string(capacity));
     const std::vector<int64_t> segments = longest_first(sizes, count, capacity);
     SortedSet rooms(capacity + 1);                                     // amounts of room that some open sample has
     std::vector<int64_t> open(static_cast<size_t>(capacity) + 1, -1);  // room -> the latest sample with that room
-    std::vector<int64_t> below;                                        // sample -> the previous sample with the same room
-    std::vector<int64_t> sample_of(static_cast<size_t>(count));        // position in `segments` -> sample
+    // sample -> the previous sample with the same room
+    std::vector<int64_t> below;
+    std::vector<int64_t> sample_of(static_cast<size_t>(count));  // position in `segments` -> sample
     Packing out;
     out.starts.push_back(0);
     for (int64_t i = 0; i < count; ++i) {
@@ -108,7 +111,8 @@ Packing best_fit(const int32_t* sizes, int64_t count, int64_t capacity) {
     out.order.resize(static_cast<size_t>(count));
     std::vector<int64_t> next(out.starts.begin(), out.starts.end() - 1);
     for (int64_t i = 0; i < count; ++i)
-        out.order[static_cast<size_t>(next[static_cast<size_t>(sample_of[static_cast<size_t>(i)])]++)] = segments[static_cast<size_t>(i)];
+        out.order[static_cast<size_t>(next[static_cast<size_t>(sample_of[static_cast<size_t>(i)])]++)] =
+            segments[static_cast<size_t>(i)];
     return out;
 }
 

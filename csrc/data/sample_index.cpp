@@ -21,7 +21,8 @@ namespace {
 using Wide = unsigned __int128;
 
 constexpr int kRounds = 8;
-constexpr int64_t kAhead = 128;                   // documents to prefetch: the order is random, so every size is a cache miss
+// documents to prefetch: the order is random, so every size is a cache miss
+constexpr int64_t kAhead = 128;
 constexpr int64_t kSegment = 16384;               // documents whose sizes are gathered at a time: 64 KiB
 constexpr int64_t kWorthThreads = 16 * kSegment;  // documents of an order that is worth threads
 
@@ -37,7 +38,9 @@ uint64_t ceil_root(uint64_t value) {
     return root;
 }
 
-uint64_t add_modulo(uint64_t left, uint64_t right, uint64_t bound) { return left >= bound - right ? left - (bound - right) : left + right; }
+uint64_t add_modulo(uint64_t left, uint64_t right, uint64_t bound) {
+    return left >= bound - right ? left - (bound - right) : left + right;
+}
 
 template <typename Doc>
 [[noreturn]] void refuse(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t first, int64_t last) {
@@ -50,7 +53,10 @@ template <typename Doc>
                 .expected("0 to " + std::to_string(num_sizes - 1));
         int32_t size;
         std::memcpy(&size, sizes + 4 * document, sizeof size);
-        if (size < 0) throw Fault("negative document size").at("document " + std::to_string(document)).found(std::to_string(size));
+        if (size < 0)
+            throw Fault("negative document size")
+                .at("document " + std::to_string(document))
+                .found(std::to_string(size));
     }
     throw Fault("document order changed while it was read");
 }
@@ -59,8 +65,15 @@ template <typename Doc>
 template <typename Doc>
 class Gather {
   public:
-    Gather(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t first, int64_t last, int32_t* out)
-        : sizes_(sizes), bound_(static_cast<uint64_t>(num_sizes)), order_(order), length_(length), first_(first), last_(last), out_(out) {
+    Gather(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t first, int64_t last,
+           int32_t* out)
+        : sizes_(sizes),
+          bound_(static_cast<uint64_t>(num_sizes)),
+          order_(order),
+          length_(length),
+          first_(first),
+          last_(last),
+          out_(out) {
         if (bound_ == 0 && first < last) refuse(sizes, num_sizes, order, first, last);
     }
 
@@ -69,7 +82,8 @@ class Gather {
 
     NEOX_STEP void step(int64_t i) {
         const auto later = static_cast<uint64_t>(static_cast<int64_t>(order_[first_ + i + kAhead]));
-        __builtin_prefetch(sizes_ + 4 * (later < bound_ ? later : 0), 0, 2);  // into the second-level cache, which has more outstanding fetches than the first
+        // into the second-level cache, which has more outstanding fetches than the first
+        __builtin_prefetch(sizes_ + 4 * (later < bound_ ? later : 0), 0, 2);
         take(i);
     }
 
@@ -101,14 +115,17 @@ class Gather {
     uint32_t bad_ = 0;
 };
 
-// Writes the rows that start in documents [first, first + count) of the order, which hold tokens [start, end) of the stream.
+// Writes the rows that start in documents [first, first + count) of the order, which hold tokens [start, end) of the
+// stream.
 template <typename Row>
 class RowWriter {
   public:
-    RowWriter(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length, RowRange<Row> range)
+    RowWriter(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t end, int64_t seq_length,
+              RowRange<Row> range)
         : sizes_(sizes), first_(first), count_(count), seq_length_(seq_length) {
         const int64_t row = start / seq_length + (start % seq_length != 0);
-        const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));  // later rows belong to later documents
+        // later rows belong to later documents
+        const int64_t rows = std::min(range.last, end / seq_length + (end % seq_length != 0));
         if (row >= rows) return;
         offset_ = row * seq_length - start;
         out_ = range.out + 2 * (row - range.first), end_ = range.out + 2 * (rows - range.first);
@@ -119,7 +136,8 @@ class RowWriter {
     NEOX_STEP void step(int64_t i) {
         if (out_ == end_) return;
         const int64_t size = sizes_[i];
-        // Written unconditionally, to avoid a mispredicted branch: if the row does not start here, the next document overwrites it.
+        // Written unconditionally, to avoid a mispredicted branch: if the row does not start here, the next document
+        // overwrites it.
         out_[0] = static_cast<Row>(first_ + i);
         out_[1] = static_cast<Row>(offset_);
         offset_ -= size;
@@ -143,13 +161,20 @@ class RowWriter {
     Row *out_ = nullptr, *end_ = nullptr;
 };
 
-// Builds the index segment by segment. While a thread writes the rows of one segment it gathers the sizes of its next one, because gathering is nearly
-// all memory latency. Threads take segments in turn; each passes the start of the next segment in the stream to the thread that has it.
+// Builds the index segment by segment. While a thread writes the rows of one segment it gathers the sizes of its next
+// one, because gathering is nearly all memory latency. Threads take segments in turn; each passes the start of the next
+// segment in the stream to the thread that has it.
 template <typename Doc, typename Row>
 class Builder {
   public:
-    Builder(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, RowRange<Row> range)
-        : sizes_(sizes), num_sizes_(num_sizes), order_(order), length_(length), seq_length_(seq_length), range_(range) {}
+    Builder(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length,
+            RowRange<Row> range)
+        : sizes_(sizes),
+          num_sizes_(num_sizes),
+          order_(order),
+          length_(length),
+          seq_length_(seq_length),
+          range_(range) {}
 
     // Returns the number of tokens read: at least `needed`, or the complete stream.
     Wide run(Wide needed, int threads) {
@@ -158,7 +183,8 @@ class Builder {
         std::vector<int32_t> buffers(static_cast<size_t>(std::max(threads, 1) * each));
         std::vector<std::thread> others;
         try {
-            for (int i = 1; i < threads; ++i) others.emplace_back([this, buffer = buffers.data() + i * each] { work(buffer, buffer + kSegment); });
+            for (int i = 1; i < threads; ++i)
+                others.emplace_back([this, buffer = buffers.data() + i * each] { work(buffer, buffer + kSegment); });
         } catch (const std::system_error&) {
             // no more threads can be started: the existing ones do the work
         }
@@ -170,16 +196,19 @@ class Builder {
 
   private:
     void work(int32_t* sizes, int32_t* next_sizes) {
-        int64_t segment = 0, held = 0, start = 0, end = 0;  // segment held, number of its sizes, and its start and end in the stream
+        // segment held, number of its sizes, and its start and end in the stream
+        int64_t segment = 0, held = 0, start = 0, end = 0;
         while (true) {
             const int64_t next = next_++, first = next * kSegment, count = std::min(length_ - first, kSegment);
             RowWriter<Row> writer(sizes, segment * kSegment, held, start, end, seq_length_, range_);
             if (enough_ || count <= 0) return writer.finish(0);
             int64_t sum = 0;
             try {
-                sum = gather_and_write(Gather<Doc>(sizes_, num_sizes_, order_, length_, first, first + count, next_sizes), writer);
+                sum = gather_and_write(
+                    Gather<Doc>(sizes_, num_sizes_, order_, length_, first, first + count, next_sizes), writer);
             } catch (...) {
-                // The first fault in the order is reported, whichever thread finds one first: all earlier segments are finished.
+                // The first fault in the order is reported, whichever thread finds one first: all earlier segments are
+                // finished.
                 if (wait_for_turn(next)) fault_ = std::current_exception();
                 enough_ = true;
                 return;
@@ -203,7 +232,8 @@ class Builder {
         return gather.finish(i);
     }
 
-    // False if no more of the stream is needed. Only the thread whose turn it is decides that, and all waiting threads come after it.
+    // False if no more of the stream is needed. Only the thread whose turn it is decides that, and all waiting threads
+    // come after it.
     bool wait_for_turn(int64_t segment) const {
         while (turn_.load(std::memory_order_acquire) != segment) {
             if (enough_) return false;
@@ -228,7 +258,8 @@ class Builder {
 }  // namespace
 
 template <typename Row>
-void write_rows(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t seq_length, RowRange<Row> range) {
+void write_rows(const int32_t* sizes, int64_t first, int64_t count, int64_t start, int64_t seq_length,
+                RowRange<Row> range) {
     int64_t end = start;
     for (int64_t i = 0; i < count; ++i) end += sizes[i];
     RowWriter<Row>(sizes, first, count, start, end, seq_length, range).finish(0);
@@ -238,10 +269,12 @@ template void write_rows(const int32_t*, int64_t, int64_t, int64_t, int64_t, Row
 template void write_rows(const int32_t*, int64_t, int64_t, int64_t, int64_t, RowRange<int64_t>);
 
 template <typename Doc, typename Row>
-void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length, Row* out, int64_t rows, int threads) {
+void fill_sample_index(const uint8_t* sizes, int64_t num_sizes, const Doc* order, int64_t length, int64_t seq_length,
+                       Row* out, int64_t rows, int threads) {
     if (seq_length <= 0) throw Fault("seq_length must be positive").found(std::to_string(seq_length));
     if (rows <= 0) return;
-    const Wide needed = static_cast<Wide>(rows - 1) * static_cast<Wide>(seq_length) + 1;  // the last row starts at the last of these tokens
+    // the last row starts at the last of these tokens
+    const Wide needed = static_cast<Wide>(rows - 1) * static_cast<Wide>(seq_length) + 1;
     Builder<Doc, Row> builder(sizes, num_sizes, order, length, seq_length, RowRange<Row>{out, 0, rows});
     const Wide tokens = builder.run(needed, length < kWorthThreads ? 1 : threads);
     if (tokens < needed) {
@@ -258,13 +291,15 @@ template void fill_sample_index(const uint8_t*, int64_t, const int64_t*, int64_t
 template void fill_sample_index(const uint8_t*, int64_t, const int64_t*, int64_t, int64_t, int64_t*, int64_t, int);
 
 int64_t epochs_needed(int64_t tokens_per_epoch, int64_t seq_length, int64_t num_samples) {
-    if (tokens_per_epoch <= 0) throw Fault("dataset has no tokens").found(std::to_string(tokens_per_epoch)).expected("at least 1");
+    if (tokens_per_epoch <= 0)
+        throw Fault("dataset has no tokens").found(std::to_string(tokens_per_epoch)).expected("at least 1");
     if (seq_length <= 0) throw Fault("seq_length must be positive").found(std::to_string(seq_length));
     if (num_samples < 0) throw Fault("num_samples must not be negative").found(std::to_string(num_samples));
     const auto tokens = static_cast<Wide>(tokens_per_epoch);
     const Wide needed = static_cast<Wide>(num_samples) * static_cast<Wide>(seq_length) + 1;
     const Wide epochs = std::max<Wide>(1, (needed + tokens - 1) / tokens);
-    if (epochs * tokens > static_cast<Wide>(std::numeric_limits<int64_t>::max())) throw Fault("samples asked for exceed 2^63 tokens");
+    if (epochs * tokens > static_cast<Wide>(std::numeric_limits<int64_t>::max()))
+        throw Fault("samples asked for exceed 2^63 tokens");
     return static_cast<int64_t>(epochs);
 }
 

@@ -25,7 +25,8 @@ constexpr Mask kMask;
 
 // Calls `other` with the text between the matches and `matched` with the ids of the matches.
 template <typename Other, typename Matched>
-void cut(const StringMatcher& matcher, const uint8_t* at, const uint8_t* end, const Other& other, const Matched& matched) {
+void cut(const StringMatcher& matcher, const uint8_t* at, const uint8_t* end, const Other& other,
+         const Matched& matched) {
     if (matcher.empty()) return other(at, end);
     const uint8_t* search = at;
     while (at < end) {
@@ -76,7 +77,8 @@ uint32_t StringMatcher::match(const uint8_t* at, const uint8_t* end, uint64_t& l
     return value;
 }
 
-// The next position whose two bytes start some string; `end` if there is none. Uses vectors for few distinct starts, a table for many.
+// The next position whose two bytes start some string; `end` if there is none. Uses vectors for few distinct starts, a
+// table for many.
 const uint8_t* StringMatcher::next_start(const uint8_t* at, const uint8_t* end) const {
 #if defined(__SSE2__)
     constexpr size_t kFew = 4;
@@ -91,7 +93,9 @@ const uint8_t* StringMatcher::next_start(const uint8_t* at, const uint8_t* end) 
             const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
             const __m128i behind = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 1));
             __m128i hits = _mm_setzero_si128();
-            for (size_t i = 0; i < kFew; ++i) hits = _mm_or_si128(hits, _mm_and_si128(_mm_cmpeq_epi8(here, firsts[i]), _mm_cmpeq_epi8(behind, seconds[i])));
+            for (size_t i = 0; i < kFew; ++i)
+                hits = _mm_or_si128(hits,
+                                    _mm_and_si128(_mm_cmpeq_epi8(here, firsts[i]), _mm_cmpeq_epi8(behind, seconds[i])));
             const auto mask = static_cast<uint32_t>(_mm_movemask_epi8(hits));
             if (mask != 0) return std::min(at + __builtin_ctz(mask), end);
         }
@@ -128,13 +132,15 @@ void* zeroed_pages(uint64_t bytes) {
     void* made = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
     if (made == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (alignment == kHugePage) ::madvise(made, bytes, MADV_HUGEPAGE);  // only a hint: without huge pages it is a little slower
+    // only a hint: without huge pages it is a little slower
+    if (alignment == kHugePage) ::madvise(made, bytes, MADV_HUGEPAGE);
 #endif
     return std::memset(made, 0, bytes);
 }
 
 inline uint64_t WordCache::hash(const Key& key) {
-    const uint64_t mixed = (key.bytes[0] ^ key.bytes[0] >> 32) * 0x9E3779B97F4A7C15u + key.bytes[1] * 0xC2B2AE3D27D4EB4Fu + key.bytes[2] * 0x165667B19E3779F9u;
+    const uint64_t mixed = (key.bytes[0] ^ key.bytes[0] >> 32) * 0x9E3779B97F4A7C15u +
+                           key.bytes[1] * 0xC2B2AE3D27D4EB4Fu + key.bytes[2] * 0x165667B19E3779F9u;
     return (mixed + key.length) * 0xD6E8FEB86659FD93u;
 }
 
@@ -157,7 +163,8 @@ inline uint32_t* WordCache::copy(const Short& entry, uint32_t* out) {
         return out + (entry.count & kCount);
     }
 #if defined(__SSE2__)
-    const __m128i ids = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entry.ids)), zero = _mm_setzero_si128();  // the last element is the count
+    // the last element is the count
+    const __m128i ids = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entry.ids)), zero = _mm_setzero_si128();
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(ids, zero));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4), _mm_unpackhi_epi16(ids, zero));
 #else
@@ -170,14 +177,18 @@ inline uint32_t* WordCache::find(const Key& key, uint32_t* out) const {
     if (key.length <= kShort) {
         const Line& line = lines_[key.slot];
         const uint64_t high = tagged(key, 1);
-        const auto holds = [&](const Short& entry) { return ((entry.key[0] ^ key.bytes[0]) | (entry.key[1] ^ high)) == 0; };
+        const auto holds = [&](const Short& entry) {
+            return ((entry.key[0] ^ key.bytes[0]) | (entry.key[1] ^ high)) == 0;
+        };
         const bool first = holds(line.words[0]), second = holds(line.words[1]);
-        if (__builtin_expect(first | second, 1))
-            return copy(line.words[second], out);                     // one branch for both, so that the processor does not predict which of them it is
-        if ((line.words[0].count & kElsewhere) == 0) return nullptr;  // the common case; it saves fetching the line of the other table
+        // one branch for both, so that the processor does not predict which of them it is
+        if (__builtin_expect(first | second, 1)) return copy(line.words[second], out);
+        // the common case; it saves fetching the line of the other table
+        if ((line.words[0].count & kElsewhere) == 0) return nullptr;
     }
     const Long& line = long_line(key);
-    if (((line.key[0] ^ key.bytes[0]) | (line.key[1] ^ key.bytes[1]) | (line.key[2] ^ tagged(key, 2))) != 0) return nullptr;
+    if (((line.key[0] ^ key.bytes[0]) | (line.key[1] ^ key.bytes[1]) | (line.key[2] ^ tagged(key, 2))) != 0)
+        return nullptr;
     std::memcpy(out, line.ids, sizeof line.ids);
     return out + line.count;
 }
@@ -208,7 +219,8 @@ void WordCache::remember(const Key& key, const uint32_t* ids, uint64_t count) {
 
 TextEncoder::TextEncoder(BytePairs pairs, SplitPattern pattern, bool normalise, const std::vector<AddedToken>& added)
     : pairs_(std::move(pairs)), splitter_(pattern), normalise_(normalise) {
-    for (const AddedToken& token : added) (token.normalized ? normal_ : raw_).add(token.text, token.ignored ? kIgnored : token.id);
+    for (const AddedToken& token : added)
+        (token.normalized ? normal_ : raw_).add(token.text, token.ignored ? kIgnored : token.id);
 }
 
 // Collects words, so that the cache lines of many lookups are fetched at the same time.
@@ -220,10 +232,12 @@ class TextEncoder::Queue {
     // Reserves space for words of `bytes` bytes and for the text from `rest`.
     void expect(uint64_t bytes, const uint8_t* rest) {
         flush();
-        out_ = state_.ids.room(bytes + static_cast<uint64_t>(end_ - rest) + WordCache::kSpill);  // a byte gives one id at most
+        // a byte gives one id at most
+        out_ = state_.ids.room(bytes + static_cast<uint64_t>(end_ - rest) + WordCache::kSpill);
     }
 
-    // Long words, such as sentences in scripts without spaces, are split where no token can cross: the parts are short, and recur.
+    // Long words, such as sentences in scripts without spaces, are split where no token can cross: the parts are short,
+    // and recur.
     void add_word(const uint8_t* at, uint64_t length) {
         if (length <= kWhole || !may_part_) return add_part(at, length);
         uint64_t first = 0;
@@ -296,7 +310,9 @@ class TextEncoder::Queue {
 void TextEncoder::encode(const uint8_t* text, uint64_t count, State& state) const {
     Queue queue(*this, state, text + count);
     queue.expect(0, text);
-    cut(raw_, text, text + count, [&](const uint8_t* at, const uint8_t* end) { encode_part(at, end, state, queue); }, [&](uint32_t id) { queue.add_id(id); });
+    cut(
+        raw_, text, text + count, [&](const uint8_t* at, const uint8_t* end) { encode_part(at, end, state, queue); },
+        [&](uint32_t id) { queue.add_id(id); });
     queue.flush();
 }
 

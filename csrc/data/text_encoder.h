@@ -1,5 +1,5 @@
-// Encodes text as `tokenizers` does for byte-level BPE: cuts out added tokens, applies normalisation form C if the tokenizer asks for it, splits the
-// rest into words, and encodes each word. A cache of fixed size holds short words.
+// Encodes text as `tokenizers` does for byte-level BPE: cuts out added tokens, applies normalisation form C if the
+// tokenizer asks for it, splits the rest into words, and encodes each word. A cache of fixed size holds short words.
 #pragma once
 
 #include <array>
@@ -66,9 +66,9 @@ struct Free {
 template <typename T>
 using Table = std::unique_ptr<T[], Free>;
 
-// Caches the ids of short words. Most words have up to 15 bytes and up to 7 ids below 65,536 (or 3 of any size). Two of them share a cache line, and a
-// new one moves the other aside, so that a rare word does not evict a frequent one. Words of up to 23 bytes with up to 9 ids have a line each in a
-// second table.
+// Caches the ids of short words. Most words have up to 15 bytes and up to 7 ids below 65,536 (or 3 of any size). Two of
+// them share a cache line, and a new one moves the other aside, so that a rare word does not evict a frequent one.
+// Words of up to 23 bytes with up to 9 ids have a line each in a second table.
 class WordCache {
   public:
     static constexpr uint64_t kShort = 15, kLongest = 23;
@@ -78,10 +78,13 @@ class WordCache {
         uint32_t length;
         uint32_t slot;  // in the table for its length
     };
-    WordCache() : lines_(static_cast<Line*>(zeroed_pages(kLines * sizeof(Line)))), long_(static_cast<Long*>(zeroed_pages(kLongLines * sizeof(Long)))) {}
+    WordCache()
+        : lines_(static_cast<Line*>(zeroed_pages(kLines * sizeof(Line)))),
+          long_(static_cast<Long*>(zeroed_pages(kLongLines * sizeof(Long)))) {}
 
-    // Sets the key of a word of up to kLongest bytes and prefetches its cache line. Reads 24 bytes. The key is an output argument because returning it would
-    // copy it with vector loads, which stall on the scalar stores before them.
+    // Sets the key of a word of up to kLongest bytes and prefetches its cache line. Reads 24 bytes. The key is an
+    // output argument because returning it would copy it with vector loads, which stall on the scalar stores before
+    // them.
     void make_key(const uint8_t* word, uint64_t length, Key& key) const;
     // Copies the ids of a word to `out` and returns their end; nullptr if the word is not cached.
     uint32_t* find(const Key& key, uint32_t* out) const;
@@ -92,7 +95,9 @@ class WordCache {
     struct Short {
         uint64_t key[2];  // the bytes of the word, then its length in the last byte
         uint16_t ids[7];  // or three of 32 bits
-        uint16_t count;   // of ids, and kWide; in the first entry of a line also kElsewhere: some short word of this line is in the second table
+        // of ids, and kWide; in the first entry of a line also kElsewhere: some short word of this line is in the
+        // second table
+        uint16_t count;
     };
     struct alignas(64) Line {
         Short words[2];
@@ -105,7 +110,9 @@ class WordCache {
     static constexpr int kBits = 17, kLongBits = 14;
     static constexpr uint64_t kLines = uint64_t{1} << kBits, kLongLines = uint64_t{1} << kLongBits;
     static uint64_t hash(const Key& key);
-    static uint64_t tagged(const Key& key, int word) { return key.bytes[word] | static_cast<uint64_t>(key.length) << 56; }
+    static uint64_t tagged(const Key& key, int word) {
+        return key.bytes[word] | static_cast<uint64_t>(key.length) << 56;
+    }
     static uint32_t* copy(const Short& entry, uint32_t* out);
     const Long& long_line(const Key& key) const { return long_[hash(key) >> (64 - kLongBits)]; }
 

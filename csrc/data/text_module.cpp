@@ -28,7 +28,8 @@ struct Encoder {
 // A numpy array over `data`, which is part of `*owner`.
 template <typename Owner>
 py::array array_of(const std::string& dtype, uint64_t count, const void* data, std::shared_ptr<Owner> owner) {
-    const py::capsule keep(new std::shared_ptr<Owner>(std::move(owner)), [](void* held) { delete static_cast<std::shared_ptr<Owner>*>(held); });
+    const py::capsule keep(new std::shared_ptr<Owner>(std::move(owner)),
+                           [](void* held) { delete static_cast<std::shared_ptr<Owner>*>(held); });
     return py::array(py::dtype(dtype), {static_cast<py::ssize_t>(count)}, data, keep);
 }
 
@@ -50,9 +51,11 @@ class Started {
         }
         if (!chunk_->valid) return py::none();
         py::list unsure;
-        for (const UnsureLine& line : chunk_->unsure) unsure.append(py::make_tuple(line.first, line.last, line.line, line.document));
+        for (const UnsureLine& line : chunk_->unsure)
+            unsure.append(py::make_tuple(line.first, line.last, line.line, line.document));
         const py::array tokens = array_of(wide_ ? "int32" : "uint16", chunk_->count, chunk_->tokens.get(), chunk_);
-        return py::make_tuple(tokens, array_of("int32", chunk_->sizes.size(), chunk_->sizes.data(), chunk_), chunk_->blank, chunk_->empty, unsure);
+        return py::make_tuple(tokens, array_of("int32", chunk_->sizes.size(), chunk_->sizes.data(), chunk_),
+                              chunk_->blank, chunk_->empty, unsure);
     }
 
   private:
@@ -94,7 +97,8 @@ NEOX_CLONES int64_t count_byte(const char* bytes, size_t count, char wanted) {
     int64_t found = 0;
     for (size_t i = 0; i < count;) {
         uint8_t few = 0;  // counts up to 255 bytes, so that it fits a byte lane
-        for (const size_t end = std::min(count, i + 255); i < end; ++i) few = static_cast<uint8_t>(few + (bytes[i] == wanted));
+        for (const size_t end = std::min(count, i + 255); i < end; ++i)
+            few = static_cast<uint8_t>(few + (bytes[i] == wanted));
         found += few;
     }
     return found;
@@ -105,23 +109,28 @@ NEOX_CLONES int64_t count_byte(const char* bytes, size_t count, char wanted) {
 void bind_text(py::module_& module) {
     using Added = std::tuple<std::string, uint32_t, bool, bool>;
     py::class_<Encoder>(module, "TextEncoder", "Byte-level BPE: the ids of `tokenizers`")
-        .def(py::init([](const std::u32string& letters, const py::dict& vocab, const py::list& merges, const std::string& pattern, bool normalise,
-                         const std::vector<Added>& added, std::unordered_map<std::string, uint32_t> whole, bool wide) {
+        .def(py::init([](const std::u32string& letters, const py::dict& vocab, const py::list& merges,
+                         const std::string& pattern, bool normalise, const std::vector<Added>& added,
+                         std::unordered_map<std::string, uint32_t> whole, bool wide) {
                  Merges found = read_merges(letters, vocab, merges);
                  BytePairs pairs(std::move(found.byte_ids), found.left, found.right, std::move(found.merged));
                  pairs.take_whole(std::move(whole));
                  std::vector<AddedToken> tokens;
-                 for (const auto& [text, id, normalized, ignored] : added) tokens.push_back({text, id, normalized, ignored});
-                 return std::make_unique<Encoder>(Encoder{TextEncoder(std::move(pairs), pattern_of(pattern), normalise, tokens), wide});
+                 for (const auto& [text, id, normalized, ignored] : added)
+                     tokens.push_back({text, id, normalized, ignored});
+                 return std::make_unique<Encoder>(
+                     Encoder{TextEncoder(std::move(pairs), pattern_of(pattern), normalise, tokens), wide});
              }),
-             py::arg("letters"), py::arg("vocab"), py::arg("merges"), py::arg("pattern"), py::arg("normalise"), py::arg("added"), py::arg("whole"),
-             py::arg("wide"));
+             py::arg("letters"), py::arg("vocab"), py::arg("merges"), py::arg("pattern"), py::arg("normalise"),
+             py::arg("added"), py::arg("whole"), py::arg("wide"));
     py::class_<Started>(module, "Started", "A chunk that is being encoded")
         .def_property_readonly("done", &Started::done, "Whether `result` returns without waiting")
         .def("result", &Started::result,
-             "Wait for (tokens, sizes, blank lines, empty texts, lines that need the full parser as [(first byte, end byte, line, next document)]); "
+             "Wait for (tokens, sizes, blank lines, empty texts, lines that need the full parser as [(first byte, end "
+             "byte, line, next document)]); "
              "None for a text that is not UTF-8");
-    py::class_<Threads>(module, "EncodeThreads", "Threads that encode chunks in the order of their start, without the interpreter lock")
+    py::class_<Threads>(module, "EncodeThreads",
+                        "Threads that encode chunks in the order of their start, without the interpreter lock")
         .def(py::init<const Encoder&, int>(), py::arg("encoder"), py::arg("threads"), py::keep_alive<1, 2>(),
              "With 0 threads, `lines` and `text` encode before they return")
         .def(
@@ -133,8 +142,11 @@ void bind_text(py::module_& module) {
             "Start JSON lines. eod, bos: ids appended and prepended to each document; -1 for none")
         .def(
             "text",
-            [](Threads& threads, const py::bytes& content, int64_t eod, int64_t bos) { return threads.start(content, ChunkKind::text, {{}, eod, bos}); },
-            py::arg("content"), py::arg("eod"), py::arg("bos") = -1, py::keep_alive<0, 1>(), "Start one text; see `lines`")
+            [](Threads& threads, const py::bytes& content, int64_t eod, int64_t bos) {
+                return threads.start(content, ChunkKind::text, {{}, eod, bos});
+            },
+            py::arg("content"), py::arg("eod"), py::arg("bos") = -1, py::keep_alive<0, 1>(),
+            "Start one text; see `lines`")
         .def("close", &Threads::close, py::call_guard<py::gil_scoped_release>(),
              "Cancel the chunks that have not begun, wait for the others, and end the threads");
     module.def(

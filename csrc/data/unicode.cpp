@@ -32,7 +32,8 @@ constexpr uint32_t kVowels = 21, kFinals = 28, kLeads = 19, kSyllables = kLeads 
 
 template <typename Entry, size_t n>
 const Entry* find_code(const Entry (&table)[n], uint32_t code) {
-    const Entry* found = std::lower_bound(std::begin(table), std::end(table), code, [](const Entry& entry, uint32_t value) { return entry.code < value; });
+    const Entry* found = std::lower_bound(std::begin(table), std::end(table), code,
+                                          [](const Entry& entry, uint32_t value) { return entry.code < value; });
     return found != std::end(table) && found->code == code ? found : nullptr;
 }
 
@@ -44,8 +45,10 @@ uint8_t combining_class(uint32_t code) {
 
 // The character that two characters compose to; 0 if they do not compose.
 uint32_t compose(uint32_t first, uint32_t second) {
-    if (first - kLead < kLeads && second - kVowel < kVowels) return kSyllable + ((first - kLead) * kVowels + (second - kVowel)) * kFinals;
-    if (first - kSyllable < kSyllables && (first - kSyllable) % kFinals == 0 && second - kFinal - 1 < kFinals - 1) return first + (second - kFinal);
+    if (first - kLead < kLeads && second - kVowel < kVowels)
+        return kSyllable + ((first - kLead) * kVowels + (second - kVowel)) * kFinals;
+    if (first - kSyllable < kSyllables && (first - kSyllable) % kFinals == 0 && second - kFinal - 1 < kFinals - 1)
+        return first + (second - kFinal);
     const auto before = [](const Composition& entry, const Composition& wanted) {
         return entry.first != wanted.first ? entry.first < wanted.first : entry.second < wanted.second;
     };
@@ -73,10 +76,12 @@ void append_utf8(uint32_t code, std::string& out) {
     if (code < 0x80) return byte(code);
     if (code < 0x800) return byte(0xC0 | code >> 6), byte(0x80 | (code & 0x3F));
     if (code < 0x10000) return byte(0xE0 | code >> 12), byte(0x80 | (code >> 6 & 0x3F)), byte(0x80 | (code & 0x3F));
-    byte(0xF0 | code >> 18), byte(0x80 | (code >> 12 & 0x3F)), byte(0x80 | (code >> 6 & 0x3F)), byte(0x80 | (code & 0x3F));
+    byte(0xF0 | code >> 18), byte(0x80 | (code >> 12 & 0x3F)), byte(0x80 | (code >> 6 & 0x3F)),
+        byte(0x80 | (code & 0x3F));
 }
 
-// Decomposes one run of characters that nothing outside can compose with, sorts marks by class, and recomposes it (Unicode 3.11).
+// Decomposes one run of characters that nothing outside can compose with, sorts marks by class, and recomposes it
+// (Unicode 3.11).
 void append_stretch(const uint8_t* at, const uint8_t* end, std::vector<uint32_t>& codes, std::string& out) {
     codes.clear();
     for (int length; at < end; at += length) append_decomposed(decode(at, length), codes);
@@ -87,7 +92,8 @@ void append_stretch(const uint8_t* at, const uint8_t* end, std::vector<uint32_t>
         }
         size_t last = i;
         while (last < codes.size() && combining_class(codes[last]) != 0) ++last;
-        std::stable_sort(codes.begin() + static_cast<std::ptrdiff_t>(i), codes.begin() + static_cast<std::ptrdiff_t>(last),
+        std::stable_sort(codes.begin() + static_cast<std::ptrdiff_t>(i),
+                         codes.begin() + static_cast<std::ptrdiff_t>(last),
                          [](uint32_t left, uint32_t right) { return combining_class(left) < combining_class(right); });
         i = last;
     }

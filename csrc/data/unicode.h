@@ -1,4 +1,5 @@
-// UTF-8, the character classes of split patterns, and normalisation form C, with the tables of `tokenizers` (unicode_tables.py).
+// UTF-8, the character classes of split patterns, and normalisation form C, with the tables of `tokenizers`
+// (unicode_tables.py).
 #pragma once
 
 #include <cstdint>
@@ -45,7 +46,8 @@ inline int utf8_length(const uint8_t* at, const uint8_t* end) {
 
 bool valid_utf8(const uint8_t* bytes, uint64_t count);
 
-// First byte at or after `from` that starts a character which NFC may change or compose with the one before; `count` if there is none.
+// First byte at or after `from` that starts a character which NFC may change or compose with the one before; `count` if
+// there is none.
 uint64_t first_unstable(const uint8_t* bytes, uint64_t from, uint64_t count);
 
 // Appends the text in normalisation form C. Precondition: valid UTF-8.

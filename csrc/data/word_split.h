@@ -1,9 +1,9 @@
-// The split patterns of byte-level tokenizers as hand-written matchers: one pass, no backtracking. `split_words` calls emit(first byte, bytes) for each
-// word of [at, end), in order; the words concatenated are the text.
+// The split patterns of byte-level tokenizers as hand-written matchers: one pass, no backtracking. `split_words` calls
+// emit(first byte, bytes) for each word of [at, end), in order; the words concatenated are the text.
 //
 // gpt2:  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// llama: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-// qwen:  as llama with \p{N}
+// llama: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
+// ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+ qwen:  as llama with \p{N}
 #pragma once
 
 #include <cstdint>
@@ -47,10 +47,12 @@ class WordSplitter {
         const __m128i lower = _mm_or_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), _mm_set1_epi8(0x20));
         // Signed comparison after a shift of the range: 'a' to 'z' become the 26 lowest values.
         const __m128i shifted = _mm_add_epi8(lower, _mm_set1_epi8(static_cast<char>(0x80 - 'a')));
-        return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmplt_epi8(shifted, _mm_set1_epi8(static_cast<char>(0x80 + 26)))));
+        return static_cast<uint32_t>(
+            _mm_movemask_epi8(_mm_cmplt_epi8(shifted, _mm_set1_epi8(static_cast<char>(0x80 + 26)))));
 #else
         uint32_t mask = 0;
-        for (int i = 0; i < 16; ++i) mask |= static_cast<uint32_t>(static_cast<uint8_t>((at[i] | 0x20) - 'a') < 26) << i;
+        for (int i = 0; i < 16; ++i)
+            mask |= static_cast<uint32_t>(static_cast<uint8_t>((at[i] | 0x20) - 'a') < 26) << i;
         return mask;
 #endif
     }
@@ -58,7 +60,8 @@ class WordSplitter {
     const uint8_t* letter_run(const uint8_t* at, const uint8_t* end) const {
         for (;;) {
             const uint32_t others = ~letters(at);
-            const auto count = static_cast<uint32_t>(__builtin_ctz(others));  // 16 if all are letters: the upper bits of `others` are set
+            // 16 if all are letters: the upper bits of `others` are set
+            const auto count = static_cast<uint32_t>(__builtin_ctz(others));
             at += count;
             if (at >= end) return end;
             if (count == 16) continue;
@@ -83,7 +86,9 @@ class WordSplitter {
 
     // Bytes of 's 't 'm 'd 're 've 'll at an apostrophe; 0 for none. `fold` ignores case, and U+017F counts as s.
     static uint64_t contraction(const uint8_t* at, const uint8_t* end, bool fold) {
-        const auto letter = [&](int i) -> uint8_t { return at + i >= end ? 0 : fold && at[i] < 0x80 ? at[i] | 0x20 : at[i]; };
+        const auto letter = [&](int i) -> uint8_t {
+            return at + i >= end ? 0 : fold && at[i] < 0x80 ? at[i] | 0x20 : at[i];
+        };
         const uint8_t a = letter(1), b = letter(2);
         if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
         if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
@@ -110,7 +115,8 @@ class WordSplitter {
         if (const uint8_t kind = class_at(body); kind != kSpace) return run(kind, body, end);
         const uint8_t* last = at;
         const uint8_t* const stop = space_run(at, end, last);
-        return stop < end && last > at ? last : stop;  // the last space of a run belongs to the next word, or is a word by itself
+        // the last space of a run belongs to the next word, or is a word by itself
+        return stop < end && last > at ? last : stop;
     }
 
 #if defined(__SSE2__)
@@ -126,9 +132,13 @@ class WordSplitter {
         uint64_t wide = 0;  // not ASCII
         for (int i = 0; i < 64; i += 16) {
             const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + i));
-            const auto set = [&](uint64_t& bits, __m128i chosen) { bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(chosen))) << i; };
-            const auto below = [&](__m128i bytes, char first, int count) {  // unsigned byte - first < count, as a signed comparison
-                return _mm_cmplt_epi8(_mm_add_epi8(bytes, _mm_set1_epi8(static_cast<char>(0x80 - first))), _mm_set1_epi8(static_cast<char>(0x80 + count)));
+            const auto set = [&](uint64_t& bits, __m128i chosen) {
+                bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(chosen))) << i;
+            };
+            // unsigned byte - first < count, as a signed comparison
+            const auto below = [&](__m128i bytes, char first, int count) {
+                return _mm_cmplt_epi8(_mm_add_epi8(bytes, _mm_set1_epi8(static_cast<char>(0x80 - first))),
+                                      _mm_set1_epi8(static_cast<char>(0x80 + count)));
             };
             const __m128i blank = _mm_cmpeq_epi8(here, _mm_set1_epi8(' '));
             set(c.letter, below(_mm_or_si128(here, _mm_set1_epi8(0x20)), 'a', 26));
@@ -154,8 +164,9 @@ class WordSplitter {
         return c;
     }
 
-    // Starts of words of the gpt2 pattern among 64 bytes that begin with a word, where the class of the next byte is known. A word ends where the class
-    // changes; a blank belongs to the next word, and the last blank of longer white space is separate.
+    // Starts of words of the gpt2 pattern among 64 bytes that begin with a word, where the class of the next byte is
+    // known. A word ends where the class changes; a blank belongs to the next word, and the last blank of longer white
+    // space is separate.
     uint64_t starts_gpt2(const Classes& c, const uint8_t* at, const uint8_t* end) const {
         const uint64_t known = c.known == 64 ? ~uint64_t{0} : (uint64_t{1} << c.known) - 1;
         const uint64_t letter = c.letter & known, number = c.number & known, space = c.space | ~known;
@@ -164,7 +175,8 @@ class WordSplitter {
         uint64_t starts = (~space & ~same & ~(c.blank << 1)) | (space & ~(space << 1 & space >> 1)) | 1;
         for (uint64_t marks = c.apostrophe & starts; marks != 0; marks &= marks - 1) {
             const auto i = static_cast<uint32_t>(__builtin_ctzll(marks));
-            if ((starts >> i & 1) == 0 || (!c.all && i + 3 >= c.known)) continue;  // near the edge, leave words that this could change
+            // near the edge, leave words that this could change
+            if ((starts >> i & 1) == 0 || (!c.all && i + 3 >= c.known)) continue;
             const uint64_t length = contraction(at + i, end, false);
             if (length == 0) continue;
             starts &= ~(uint64_t{6} << i) | uint64_t{1} << (i + length);

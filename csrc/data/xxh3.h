@@ -1,5 +1,6 @@
 // XXH3, 64 bits, seed 0 (xxHash specification, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md).
-// Detects damage at memory speed, several times as fast as XXH64. It is not cryptographic: it does not detect deliberate changes.
+// Detects damage at memory speed, several times as fast as XXH64. It is not cryptographic: it does not detect
+// deliberate changes.
 #pragma once
 
 #include <array>
@@ -9,7 +10,8 @@ namespace neox::data {
 
 uint64_t xxh3(const void* bytes, uint64_t count);
 
-// The same for bytes that arrive in order, such as a file that is being read: each part is hashed while it is in the cache.
+// The same for bytes that arrive in order, such as a file that is being read: each part is hashed while it is in the
+// cache.
 class Xxh3 {
   public:
     // The `count` bytes at `bytes` may be written later.
@@ -28,13 +30,15 @@ class Xxh3 {
     alignas(64) std::array<uint64_t, 8> lanes_;
 };
 
-// What read_xxh3 read: fewer bytes than asked for where the file ends or a read fails; `error` is then its errno, else 0.
+// What read_xxh3 read: fewer bytes than asked for where the file ends or a read fails; `error` is then its errno, else
+// 0.
 struct HashedRead {
     uint64_t hash = 0, bytes = 0;
     int error = 0;
 };
 
-// Reads `count` bytes of a file from `offset` into `out` and hashes them, one cache-sized part after the other. The hash is 0 unless all were read.
+// Reads `count` bytes of a file from `offset` into `out` and hashes them, one cache-sized part after the other. The
+// hash is 0 unless all were read.
 HashedRead read_xxh3(int descriptor, uint64_t offset, void* out, uint64_t count);
 
 }  // namespace neox::data

@@ -189,8 +189,7 @@ def command() -> NoReturn:
     """Run `main` and exit.
 
     Without torch, os._exit skips the teardown of the interpreter (about 20 ms of a command that takes 100 ms). Only
-    torch
-    needs an orderly exit.
+    torch needs an orderly exit.
     """
     code: int | str | None = 0
     try:

@@ -1,8 +1,7 @@
 """Parsing of YAML 1.2 to leaves with line numbers. All problems of a document are reported at once.
 
 PyYAML's composer builds the node tree and constructs no objects. This module converts nodes to values itself, so that
-it
-can reject tags outside the core schema, duplicate keys and alias bombs, and record the line of every value.
+it can reject tags outside the core schema, duplicate keys and alias bombs, and record the line of every value.
 """
 
 from __future__ import annotations

@@ -74,8 +74,7 @@ def similar_words(name: str, known: Iterable[str]) -> list[str]:
     """Return known flat keys that contain every word of `name`, in any order, and at most as many additional words.
 
     The keys with the fewest additional words are returned, at most three. A key that shares only some of the words
-    means
-    something else: `wandb_run_name` is not `wandb_team`.
+    means something else: `wandb_run_name` is not `wandb_team`.
     """
     words = name.split("_")
     found = []

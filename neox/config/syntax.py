@@ -1,8 +1,7 @@
 """Advice on YAML syntax errors.
 
 PyYAML reports what its scanner found; the cause is usually on the line before, or at an opening bracket. The advice
-names
-line numbers and punctuation only, because a file included by mistake may hold secrets.
+names line numbers and punctuation only, because a file included by mistake may hold secrets.
 """
 
 from __future__ import annotations

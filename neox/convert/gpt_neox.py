@@ -6,8 +6,7 @@ output).
 
 Both are pickles. Column-parallel matrices are sharded along rows, row-parallel matrices along columns. Every rank has
 complete row-parallel biases and norms. With gpt_j_residual each rank adds a separate bias before the single all-reduce
-of
-a block, so the bias of the model is their sum; otherwise the bias is identical on all ranks and added once.
+of a block, so the bias of the model is their sum; otherwise the bias is identical on all ranks and added once.
 """
 
 from __future__ import annotations
@@ -343,8 +342,7 @@ class ParameterConversion:
         """Convert the QKV projection.
 
         Without grouped heads each head has its query, key and value together, as in neox. With grouped heads each rank
-        has
-        all queries, then all keys, then all values.
+        has all queries, then all keys, then all values.
         """
         config = self.config
         if config.num_kv_heads == config.num_attention_heads:

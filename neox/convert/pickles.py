@@ -1,9 +1,8 @@
 """Pickled tensors of other programs: checkpoints of GPT-NeoX, and the `.bin` files of Hugging Face models.
 
 Pickles are read with weights_only, and only in this module. In addition to what torch allows, a file may use the
-globals
-of pickled NumPy arrays, because GPT-NeoX stores the state of NumPy's generator next to the weights. Any other global is
-an error that names it.
+globals of pickled NumPy arrays, because GPT-NeoX stores the state of NumPy's generator next to the weights. Any other
+global is an error that names it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Memory of one process of every pipeline stage: resident and temporary memory, and the phase of a step with the peak.
 
 The sums follow DeepSpeed's ZeRO stages as neox.engine.deepspeed_setup configures them (stage_1_and_2.py and stage3.py
-of
-DeepSpeed 0.19): master weights, moments and accumulated gradients are fp32 for any dtype of the weights, and buckets
-have
-at most BUCKET elements.
+of DeepSpeed 0.19): master weights, moments and accumulated gradients are fp32 for any dtype of the weights, and buckets
+have at most BUCKET elements.
 """
 
 from __future__ import annotations

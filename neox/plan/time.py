@@ -1,9 +1,8 @@
 """Time of a step: computation and communication of the slowest stage, the pipeline bubble, and the optimizer update.
 
 This is a first-order model. Matrix products reach `efficiency` of the peak, everything else is bound by memory
-bandwidth,
-communication within a step is not overlapped, and the step never waits for data. docs/plan.md compares it with measured
-times.
+bandwidth, communication within a step is not overlapped, and the step never waits for data. docs/plan.md compares it
+with measured times.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// The length of a random test: the first argument is a number of cases, or of seconds with the suffix s (600s); the second is the seed.
+// The length of a random test: the first argument is a number of cases, or of seconds with the suffix s (600s); the
+// second is the seed.
 #pragma once
 
 #include <chrono>
@@ -10,7 +11,8 @@ namespace data_test {
 
 class Budget {
   public:
-    Budget(int count, char** arguments, uint64_t cases) : cases_(cases), seed_(count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1) {
+    Budget(int count, char** arguments, uint64_t cases)
+        : cases_(cases), seed_(count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1) {
         if (count < 2) return;
         const std::string limit = arguments[1];
         const uint64_t number = std::strtoull(limit.c_str(), nullptr, 10);

@@ -1,9 +1,10 @@
-// A corpus of inputs for a random test, stored in corpus/NAME.hex: one input per line, in hexadecimal. It is replayed first, and half of the random
-// inputs are mutations of one of its inputs.
+// A corpus of inputs for a random test, stored in corpus/NAME.hex: one input per line, in hexadecimal. It is replayed
+// first, and half of the random inputs are mutations of one of its inputs.
 //
-// An input is added if it reaches an edge between basic blocks of the code under test that no earlier input has reached: the sanitized
-// variant is compiled with -fsanitize-coverage=trace-pc, whose hook is in coverage.cpp. With NEOX_CORPUS_KEEP=1 the file is rewritten at the end,
-// without inputs that later ones make redundant. The plain variant only replays.
+// An input is added if it reaches an edge between basic blocks of the code under test that no earlier input has
+// reached: the sanitized variant is compiled with -fsanitize-coverage=trace-pc, whose hook is in coverage.cpp. With
+// NEOX_CORPUS_KEEP=1 the file is rewritten at the end, without inputs that later ones make redundant. The plain variant
+// only replays.
 #pragma once
 
 #include <algorithm>
@@ -26,11 +27,13 @@ class Corpus {
     using Run = std::function<void(const Bytes&)>;
 
     // Reads the file and runs all its inputs.
-    Corpus(const std::string& name, const Run& run) : path_(std::string(NEOX_CORPUS_FOLDER "/") + name + ".hex"), run_(run), known_(kSteps) {
+    Corpus(const std::string& name, const Run& run)
+        : path_(std::string(NEOX_CORPUS_FOLDER "/") + name + ".hex"), run_(run), known_(kSteps) {
         std::ifstream file(path_);
         for (std::string line; std::getline(file, line);) {
             Bytes input;
-            for (size_t i = 0; i + 1 < line.size(); i += 2) input.push_back(static_cast<uint8_t>(std::stoul(line.substr(i, 2), nullptr, 16)));
+            for (size_t i = 0; i + 1 < line.size(); i += 2)
+                input.push_back(static_cast<uint8_t>(std::stoul(line.substr(i, 2), nullptr, 16)));
             inputs_.push_back(input);
             try_input(input);
         }
@@ -49,7 +52,8 @@ class Corpus {
     void keep() {
         if (!std::getenv("NEOX_CORPUS_KEEP")) return;
         std::fill(known_.begin(), known_.end(), 0);
-        std::sort(inputs_.begin(), inputs_.end(), [](const Bytes& a, const Bytes& b) { return a.size() != b.size() ? a.size() < b.size() : a < b; });
+        std::sort(inputs_.begin(), inputs_.end(),
+                  [](const Bytes& a, const Bytes& b) { return a.size() != b.size() ? a.size() < b.size() : a < b; });
         std::ofstream file(path_);
         size_t kept = 0;
         for (const Bytes& input : inputs_) {

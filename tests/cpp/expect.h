@@ -1,4 +1,5 @@
-// Counts checks of a test executable and prints "N passed, N failed" at the end; each test has a separate temporary folder.
+// Counts checks of a test executable and prints "N passed, N failed" at the end; each test has a separate temporary
+// folder.
 #pragma once
 
 #include <stdlib.h>
@@ -47,8 +48,8 @@ std::string fault_of(const Call& call) {
     try {
         call();
     } catch (const neox::data::Fault& fault) {
-        return std::string(fault.what()) + "; where=" + fault.where + "; got=" + fault.got + "; want=" + fault.want + "; do=" + fault.action +
-               (fault.kind == neox::data::FaultKind::disk ? "; disk" : "");
+        return std::string(fault.what()) + "; where=" + fault.where + "; got=" + fault.got + "; want=" + fault.want +
+               "; do=" + fault.action + (fault.kind == neox::data::FaultKind::disk ? "; disk" : "");
     }
     return "";
 }
@@ -65,7 +66,10 @@ class Folder {
     Folder(const Folder&) = delete;
     Folder& operator=(const Folder&) = delete;
     std::string operator/(const std::string& name) const { return path_ + "/" + name; }
-    size_t num_files() const { return static_cast<size_t>(std::distance(std::filesystem::directory_iterator(path_), std::filesystem::directory_iterator())); }
+    size_t num_files() const {
+        return static_cast<size_t>(
+            std::distance(std::filesystem::directory_iterator(path_), std::filesystem::directory_iterator()));
+    }
 
   private:
     std::string path_;
@@ -77,20 +81,23 @@ inline std::vector<uint8_t> content_of(const std::string& path) {
 }
 
 inline void put(const std::string& path, const std::vector<uint8_t>& content) {
-    std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(content.data()), static_cast<std::streamsize>(content.size()));
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(content.data()), static_cast<std::streamsize>(content.size()));
 }
 
 }  // namespace data_test
 
 #define EXPECT(condition) data_test::tally.check((condition), #condition, __FILE__, __LINE__)
-#define EXPECT_EQ(got, want)                                                                                                                        \
-    do {                                                                                                                                            \
-        const auto got_ = (got);                                                                                                                    \
-        const decltype(got_) want_ = (want);                                                                                                        \
-        data_test::tally.check(got_ == want_, #got " == " #want, __FILE__, __LINE__, data_test::show(got_) + " and not " + data_test::show(want_)); \
+#define EXPECT_EQ(got, want)                                                                  \
+    do {                                                                                      \
+        const auto got_ = (got);                                                              \
+        const decltype(got_) want_ = (want);                                                  \
+        data_test::tally.check(got_ == want_, #got " == " #want, __FILE__, __LINE__,          \
+                               data_test::show(got_) + " and not " + data_test::show(want_)); \
     } while (0)
-#define EXPECT_FAULT(call, word)                                                                                                                \
-    do {                                                                                                                                        \
-        const std::string message_ = data_test::fault_of([&] { call; });                                                                        \
-        data_test::tally.check(message_.find(word) != std::string::npos, "the fault names " #word, __FILE__, __LINE__, "\"" + message_ + "\""); \
+#define EXPECT_FAULT(call, word)                                                                                       \
+    do {                                                                                                               \
+        const std::string message_ = data_test::fault_of([&] { call; });                                               \
+        data_test::tally.check(message_.find(word) != std::string::npos, "the fault names " #word, __FILE__, __LINE__, \
+                               "\"" + message_ + "\"");                                                                \
     } while (0)

@@ -33,7 +33,9 @@ inline std::vector<uint8_t> index_bytes(const IndexParts& parts) {
     return out;
 }
 
-inline uint32_t bytes_of_code(uint8_t code) { return code == 1 || code == 2 ? 1 : code == 3 || code == 8 ? 2 : code == 4 ? 4 : code == 5 ? 8 : 0; }
+inline uint32_t bytes_of_code(uint8_t code) {
+    return code == 1 || code == 2 ? 1 : code == 3 || code == 8 ? 2 : code == 4 ? 4 : code == 5 ? 8 : 0;
+}
 
 // Whether the bytes are a well-formed index.
 inline bool is_index(const std::vector<uint8_t>& bytes) {

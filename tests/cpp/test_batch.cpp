@@ -1,4 +1,5 @@
-// Passes over a batch against their definitions, at lengths around the group size and with tokens at the limits of the vocabulary.
+// Passes over a batch against their definitions, at lengths around the group size and with tokens at the limits of the
+// vocabulary.
 #include <random>
 #include <vector>
 
@@ -35,7 +36,8 @@ void positions_restart_at_each_segment(std::mt19937_64& random) {
         int32_t id = 0;
         for (auto& segment : segments) segment = id += static_cast<int32_t>(random() % (1 + random() % 100) == 0);
         std::vector<int64_t> positions(segments.size(), -1), wanted(segments.size());
-        for (size_t i = 0; i < segments.size(); ++i) wanted[i] = i > 0 && segments[i] == segments[i - 1] ? wanted[i - 1] + 1 : 0;
+        for (size_t i = 0; i < segments.size(); ++i)
+            wanted[i] = i > 0 && segments[i] == segments[i - 1] ? wanted[i - 1] + 1 : 0;
         positions_in_segments(segments.data(), static_cast<int64_t>(segments.size()), positions.data());
         EXPECT(positions == wanted);
     }

@@ -21,12 +21,14 @@ struct Blend {
     void run(int64_t first, int64_t count) {
         dataset.assign(static_cast<size_t>(count), -1);
         sample.assign(static_cast<size_t>(count), -1);
-        blend(weights.data(), static_cast<int64_t>(weights.size()), first, count, taken.data(), dataset.data(), sample.data());
+        blend(weights.data(), static_cast<int64_t>(weights.size()), first, count, taken.data(), dataset.data(),
+              sample.data());
     }
 };
 
 void equals_its_definition() {
-    for (const auto& weights : std::vector<std::vector<double>>{{1}, {0.5, 0.5}, {0.1, 0.7, 0.2}, {0, 1}, {0.375, 0, 1e-9, 0.625 - 1e-9}}) {
+    for (const auto& weights :
+         std::vector<std::vector<double>>{{1}, {0.5, 0.5}, {0.1, 0.7, 0.2}, {0, 1}, {0.375, 0, 1e-9, 0.625 - 1e-9}}) {
         Blend ours(weights);
         std::vector<int64_t> taken(weights.size(), 0);
         for (int64_t i = 0; i < 2000; ++i) {
@@ -34,8 +36,10 @@ void equals_its_definition() {
             size_t best = 0;
             double largest = -INFINITY;
             for (size_t k = 0; k < weights.size(); ++k) {
-                const volatile double target = weights[k] * static_cast<double>(std::max<int64_t>(i, 1));  // rounded before the difference
-                if (weights[k] > 0 && target - static_cast<double>(taken[k]) > largest) largest = target - static_cast<double>(taken[k]), best = k;
+                // rounded before the difference
+                const volatile double target = weights[k] * static_cast<double>(std::max<int64_t>(i, 1));
+                if (weights[k] > 0 && target - static_cast<double>(taken[k]) > largest)
+                    largest = target - static_cast<double>(taken[k]), best = k;
             }
             EXPECT_EQ(ours.dataset[static_cast<size_t>(i % 100)], static_cast<int32_t>(best));
             EXPECT_EQ(ours.sample[static_cast<size_t>(i % 100)], taken[best]);
@@ -77,9 +81,13 @@ std::vector<double> shares(std::vector<double> weights) {
     return weights;
 }
 
-// Numbers of samples around one and several fillings of the lanes (16 x 264 and 16 x 2056), starting at sample 0 and later.
+// Numbers of samples around one and several fillings of the lanes (16 x 264 and 16 x 2056), starting at sample 0 and
+// later.
 void chunks_run_in_parallel(std::mt19937_64& random) {
-    std::vector<std::vector<double>> cases = {{1}, {1, 1}, {1, 1, 1}, {5, 3, 2}, {0, 1, 0, 1}, {1, 2, 3e-6, 0.5}, {1, 1e-9, 1}, {0.375, 0, 1e-9, 0.625 - 1e-9}};
+    std::vector<std::vector<double>> cases = {{1},          {1, 1},
+                                              {1, 1, 1},    {5, 3, 2},
+                                              {0, 1, 0, 1}, {1, 2, 3e-6, 0.5},
+                                              {1, 1e-9, 1}, {0.375, 0, 1e-9, 0.625 - 1e-9}};
     for (const size_t count : {1, 2, 3, 4, 5, 6, 9, 22, 100}) {
         cases.emplace_back(count, 1.0);  // ties at every sample
         cases.emplace_back();
@@ -88,7 +96,8 @@ void chunks_run_in_parallel(std::mt19937_64& random) {
     cases.emplace_back(50, 1e-6);  // each is chosen once in a million samples
     cases.back().push_back(1);
     for (const auto& weights : cases) {
-        for (const int64_t count : {4223, 4224, 4226, 4300, 32895, 32897, 70001}) expect_equal(Blend(shares(weights)), 0, count);
+        for (const int64_t count : {4223, 4224, 4226, 4300, 32895, 32897, 70001})
+            expect_equal(Blend(shares(weights)), 0, count);
         Blend later(shares(weights));
         run_plain(later, 0, 777);
         expect_equal(later, 777, 5000);
@@ -97,15 +106,20 @@ void chunks_run_in_parallel(std::mt19937_64& random) {
 
 // Counts that no blend from sample 0 reaches: the guesses for the chunks are wrong, for a few samples or up to the end.
 void counts_that_are_guessed_wrong(std::mt19937_64& random) {
-    for (const auto& weights :
-         std::vector<std::vector<double>>{{1, 1}, {7, 2, 1}, {1, 2, 3e-6, 0.5}, {5, 4, 3, 2, 1, 1e-5, 1e-5}, std::vector<double>(30, 1)}) {
+    for (const auto& weights : std::vector<std::vector<double>>{
+             {1, 1}, {7, 2, 1}, {1, 2, 3e-6, 0.5}, {5, 4, 3, 2, 1, 1e-5, 1e-5}, std::vector<double>(30, 1)}) {
         for (const int64_t first : {1, 1000, 100'000}) {
             for (int round = 0; round < 4; ++round) {
                 Blend ours(shares(weights));
-                for (size_t k = 0; k < weights.size(); ++k) ours.taken[k] = std::llround(ours.weights[k] * static_cast<double>(first));
-                if (round > 0) ours.taken[random() % weights.size()] += static_cast<int64_t>(random() % 50);  // a sum that never becomes right
-                if (round > 1) ours.taken.back() += 5'000;                                                    // a dataset that gives no sample for a long time
-                if (round > 2) ours.taken[0] = std::max<int64_t>(0, ours.taken[0] - 5'000 - static_cast<int64_t>(random() % 40'000));
+                for (size_t k = 0; k < weights.size(); ++k)
+                    ours.taken[k] = std::llround(ours.weights[k] * static_cast<double>(first));
+                // a sum that never becomes right
+                if (round > 0) ours.taken[random() % weights.size()] += static_cast<int64_t>(random() % 50);
+                // a dataset that gives no sample for a long time
+                if (round > 1) ours.taken.back() += 5'000;
+                if (round > 2)
+                    ours.taken[0] =
+                        std::max<int64_t>(0, ours.taken[0] - 5'000 - static_cast<int64_t>(random() % 40'000));
                 expect_equal(ours, first, 50'000);
             }
         }
@@ -135,7 +149,8 @@ void many_datasets() {
         Blend ours(std::vector<double>(count, 1.0 / static_cast<double>(count)));
         const int64_t samples = count > 1000 ? 64 : 2 * static_cast<int64_t>(count);
         ours.run(0, samples);
-        for (int64_t i = 0; i < samples; ++i) EXPECT_EQ(ours.dataset[static_cast<size_t>(i)], static_cast<int32_t>(i % static_cast<int64_t>(count)));
+        for (int64_t i = 0; i < samples; ++i)
+            EXPECT_EQ(ours.dataset[static_cast<size_t>(i)], static_cast<int32_t>(i % static_cast<int64_t>(count)));
     }
 }
 

@@ -84,7 +84,8 @@ void words_split_where_no_token_crosses() {
         EXPECT(pairs.may_part());
         for (int w = 0; w < 20; ++w) {
             std::string word;
-            for (uint64_t length = 2 + random() % 12; word.size() < length;) word.push_back(static_cast<char>('a' + random() % alphabet));
+            for (uint64_t length = 2 + random() % 12; word.size() < length;)
+                word.push_back(static_cast<char>('a' + random() % alphabet));
             for (uint64_t at = 1; at < word.size(); ++at) {
                 if (!pairs.parts(reinterpret_cast<const uint8_t*>(word.data()), at, word.size())) {
                     ++whole;
@@ -139,7 +140,8 @@ void linear_time() {
     for (int i = 0; i < 2; ++i) {
         const std::string word(size_t{200'000} << (2 * i), 'a');
         const auto start = std::chrono::steady_clock::now();
-        EXPECT_EQ(encode(pairs, word).size(), word.size() / 4096 + static_cast<size_t>(__builtin_popcountll(word.size() % 4096)));
+        EXPECT_EQ(encode(pairs, word).size(),
+                  word.size() / 4096 + static_cast<size_t>(__builtin_popcountll(word.size() % 4096)));
         seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
     EXPECT(seconds[1] < 10 * seconds[0] + 0.1);

@@ -27,8 +27,9 @@ void digests_of_whole_lanes() {
         size_t count;
         uint64_t unseeded, seeded;
     } wanted[] = {
-        {31, 0xE4A0E629E519A4AEu, 0x0537871DB26141B6u}, {32, 0xCC6B8AAADA790B2Du, 0xB7228B42EB1FB68Bu},  {33, 0x35EC49850475A832u, 0xAC910C96071DD692u},
-        {63, 0xBF9F0BA3CF95B28Au, 0x6C4726061FA07EE6u}, {64, 0x155CCCE4BF32BEFCu, 0x6A63509BB0EF3CB5u},  {65, 0xDA5EE441A595CFB8u, 0xACC65644906B2839u},
+        {31, 0xE4A0E629E519A4AEu, 0x0537871DB26141B6u}, {32, 0xCC6B8AAADA790B2Du, 0xB7228B42EB1FB68Bu},
+        {33, 0x35EC49850475A832u, 0xAC910C96071DD692u}, {63, 0xBF9F0BA3CF95B28Au, 0x6C4726061FA07EE6u},
+        {64, 0x155CCCE4BF32BEFCu, 0x6A63509BB0EF3CB5u}, {65, 0xDA5EE441A595CFB8u, 0xACC65644906B2839u},
         {96, 0x7C874B795FA7AB0Cu, 0x677A616CBB551D82u}, {200, 0x2F074B6DD9094E34u, 0xA4ED13F48CB24DB2u},
     };
     for (const auto& of_count : wanted) {
@@ -41,8 +42,8 @@ void alignment_and_content() {
     std::vector<uint8_t> bytes(200 + 8);
     for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 37 + 11);
     for (size_t count = 0; count <= 200; ++count) {
-        const std::vector<uint8_t> exact(bytes.begin(),
-                                         bytes.begin() + static_cast<long>(count));  // exact size, so that the sanitizer detects reads past the end
+        // exact size, so that the sanitizer detects reads past the end
+        const std::vector<uint8_t> exact(bytes.begin(), bytes.begin() + static_cast<long>(count));
         const uint64_t sum = checksum(exact.data(), count);
         for (size_t shift = 1; shift < 8; ++shift) {
             std::vector<uint8_t> moved(count + shift);
@@ -65,7 +66,8 @@ void files() {
     put(folder / "empty", {});
     const auto sums = neox::data::file_block_checksums(folder / "file", 300);
     EXPECT_EQ(sums.size(), 4u);
-    for (size_t block = 0; block < sums.size(); ++block) EXPECT_EQ(sums[block], checksum(bytes.data() + 300 * block, block == 3 ? 100 : 300));
+    for (size_t block = 0; block < sums.size(); ++block)
+        EXPECT_EQ(sums[block], checksum(bytes.data() + 300 * block, block == 3 ? 100 : 300));
     EXPECT_EQ(neox::data::file_checksum(folder / "file"), checksum(bytes.data(), bytes.size()));
     EXPECT_EQ(neox::data::file_checksum(folder / "empty"), of(""));
     EXPECT(neox::data::file_block_checksums(folder / "empty", 300).empty());

@@ -1,6 +1,5 @@
-// Encoding chunks on threads: each result equals that of a single thread, for any number of threads and with other chunks dropped. Closing leaves no
-// chunk half encoded.
-// Arguments: see budget.h (default: 60 rounds).
+// Encoding chunks on threads: each result equals that of a single thread, for any number of threads and with other
+// chunks dropped. Closing leaves no chunk half encoded. Arguments: see budget.h (default: 60 rounds).
 #include <random>
 #include <stdexcept>
 
@@ -22,7 +21,8 @@ TextEncoder encoder() {
         left.push_back(static_cast<uint8_t>(pair[0])), right.push_back(static_cast<uint8_t>(pair[1]));
         merged.push_back(static_cast<uint32_t>(256 + merged.size()));
     }
-    return TextEncoder(BytePairs(bytes, left, right, merged), SplitPattern::gpt2, false, {{"<|end|>", 300, false, false}});
+    return TextEncoder(BytePairs(bytes, left, right, merged), SplitPattern::gpt2, false,
+                       {{"<|end|>", 300, false, false}});
 }
 
 struct Case {
@@ -68,7 +68,8 @@ void check_chunk(const TextEncoder& texts, const Case& one, const EncodedChunk& 
     EXPECT(ids_of(chunk, wide) == std::vector<uint32_t>(alone.ids.begin(), alone.ids.begin() + alone.ids.size()));
     EXPECT(chunk.sizes == alone.sizes);
     EXPECT_EQ(chunk.unsure.size(), alone.unsure.size());
-    for (size_t i = 0; i < std::min(chunk.unsure.size(), alone.unsure.size()); ++i) EXPECT_EQ(chunk.unsure[i].first, alone.unsure[i].first);
+    for (size_t i = 0; i < std::min(chunk.unsure.size(), alone.unsure.size()); ++i)
+        EXPECT_EQ(chunk.unsure[i].first, alone.unsure[i].first);
     EXPECT(chunk.blank == alone.blank && chunk.empty == alone.empty);
 }
 
@@ -79,7 +80,8 @@ void round(const TextEncoder& texts, std::mt19937_64& random, LineState& alone) 
     EncodeThreads threads(texts, wide, static_cast<int>(random() % 5));
     for (uint64_t left = random() % 60; left > 0; --left) {
         cases.push_back(std::make_unique<Case>(random_case(random)));
-        chunks.push_back(threads.start(cases.back()->bytes(), cases.back()->content.size(), cases.back()->kind, {"text", kEod}));
+        chunks.push_back(
+            threads.start(cases.back()->bytes(), cases.back()->content.size(), cases.back()->kind, {"text", kEod}));
     }
     for (size_t i = 0; i < chunks.size(); ++i) {
         if (random() % 8 == 0) {
@@ -117,7 +119,8 @@ void check_close(const TextEncoder& texts) {
     EXPECT(refused);
     threads.drop(*chunks.back());
     threads.close();
-    const auto later = threads.start(bytes, lines.size(), ChunkKind::lines, {"text", kEod});  // by this thread, since there are no others
+    // by this thread, since there are no others
+    const auto later = threads.start(bytes, lines.size(), ChunkKind::lines, {"text", kEod});
     EXPECT_EQ(later->sizes.size(), size_t{2'000});
 }
 

@@ -1,5 +1,6 @@
-// Damaged .idx files, with random and format-aware damage. The reader accepts exactly what an independent check of the format accepts, allocates
-// little memory, and no lookup in an accepted file goes out of bounds. Arguments: see budget.h (default: 100000 files).
+// Damaged .idx files, with random and format-aware damage. The reader accepts exactly what an independent check of the
+// format accepts, allocates little memory, and no lookup in an accepted file goes out of bounds. Arguments: see
+// budget.h (default: 100000 files).
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -82,9 +83,11 @@ class Damager {
             case 6:
                 return set(bytes, 34 + 4 * below(parts.sizes.size() + 1), interesting<int32_t>());
             case 7:
-                return set(bytes, 34 + 4 * parts.sizes.size() + 8 * below(parts.sizes.size() + 1), interesting<uint64_t>());
+                return set(bytes, 34 + 4 * parts.sizes.size() + 8 * below(parts.sizes.size() + 1),
+                           interesting<uint64_t>());
             default:
-                return set(bytes, 34 + 12 * parts.sizes.size() + 8 * below(parts.borders.size() + 1), interesting<uint64_t>());
+                return set(bytes, 34 + 12 * parts.sizes.size() + 8 * below(parts.borders.size() + 1),
+                           interesting<uint64_t>());
         }
     }
 
@@ -92,7 +95,9 @@ class Damager {
     void damage(IndexParts& parts) {
         if (!parts.sizes.empty() && below(2) == 0) parts.sizes[below(parts.sizes.size())] = interesting<int32_t>();
         if (below(2) == 0) parts.borders[below(parts.borders.size())] = interesting<int64_t>();
-        if (below(4) == 0) parts.borders.insert(parts.borders.begin() + static_cast<long>(below(parts.borders.size())), int64_t(below(20)));
+        if (below(4) == 0)
+            parts.borders.insert(parts.borders.begin() + static_cast<long>(below(parts.borders.size())),
+                                 int64_t(below(20)));
         if (below(4) == 0) parts.borders.erase(parts.borders.begin() + static_cast<long>(below(parts.borders.size())));
         if (below(8) == 0) parts.code = static_cast<uint8_t>(below(12));
     }
@@ -112,7 +117,8 @@ class Damager {
     template <typename T>
     T interesting() {
         const uint64_t powers[] = {0, 1, 7, 8, 15, 16, 30, 31, 32, 33, 60, 61, 62, 63};
-        uint64_t value = uint64_t{1} << powers[below(14)];  // one random draw per statement, so that their order is fixed
+        // one random draw per statement, so that their order is fixed
+        uint64_t value = uint64_t{1} << powers[below(14)];
         value *= 1 + below(3);
         value += below(3) - 1;
         switch (below(4)) {
@@ -135,13 +141,15 @@ uint64_t walk(const Index& index) {
         sum += static_cast<uint64_t>(index.size(s)) + index.first_token(s) + index.document_of_sequence(s);
         if (index.size(s) > 0) sum += index.sequence_of_token(index.first_token(s)) - s;
     }
-    for (uint64_t d = 0; d <= index.num_documents(); ++d) sum += index.first_sequence(d) + index.first_token_of_document(d);
+    for (uint64_t d = 0; d <= index.num_documents(); ++d)
+        sum += index.first_sequence(d) + index.first_token_of_document(d);
     for (const uint64_t token : {uint64_t{0}, index.num_tokens() / 2, index.num_tokens() - 1})
         if (token < index.num_tokens()) sum += index.document_of_token(token);
     return sum;
 }
 
-// Whether the reader accepts the bytes. They are in a separate allocation, so that the sanitizer detects reads past either end.
+// Whether the reader accepts the bytes. They are in a separate allocation, so that the sanitizer detects reads past
+// either end.
 bool takes(const std::vector<uint8_t>& bytes, Damager& damager, uint64_t& sum) {
     const size_t shift = damager.below(8);  // maps are aligned, views may not be
     std::vector<uint8_t> exact(bytes.size() + shift);
@@ -149,7 +157,8 @@ bool takes(const std::vector<uint8_t>& bytes, Damager& damager, uint64_t& sum) {
     const size_t before = allocated;
     const std::string fault = fault_of([&] { sum += walk(Index(exact.data() + shift, bytes.size(), "damaged.idx")); });
     EXPECT(allocated - before <= 2 * bytes.size() + 8192);  // 8 KiB for the texts of a message
-    EXPECT(fault.empty() || (fault.find("where=damaged.idx") != std::string::npos && fault.find("do=") != std::string::npos));
+    EXPECT(fault.empty() ||
+           (fault.find("where=damaged.idx") != std::string::npos && fault.find("do=") != std::string::npos));
     return fault.empty();
 }
 
@@ -169,7 +178,8 @@ int main(int count, char** arguments) {
         IndexParts parts = damager.parts();
         const std::vector<uint8_t> good = index_bytes(parts);
         EXPECT(is_index(good) && takes(good, damager, sum));
-        std::vector<uint8_t> bytes = corpus.inputs().empty() || damager.below(4) ? good : corpus.inputs()[damager.below(corpus.inputs().size())];
+        std::vector<uint8_t> bytes =
+            corpus.inputs().empty() || damager.below(4) ? good : corpus.inputs()[damager.below(corpus.inputs().size())];
         if (damager.below(3) == 0) damager.damage(parts), bytes = index_bytes(parts);
         if (bytes == good || damager.below(2) == 0)
             for (uint64_t more = 1 + damager.below(2); more > 0; --more) damager.damage(bytes, parts);
@@ -177,12 +187,14 @@ int main(int count, char** arguments) {
         refused += !taken;
         harmless += bytes == good;
         changed += taken && bytes != good;
-        // Damage that keeps the structure valid (a border moved between sequences) is found by the sidecar's checksum of .idx.
-        if (bytes != good) EXPECT(neox::data::checksum(bytes.data(), bytes.size()) != neox::data::checksum(good.data(), good.size()));
+        // Damage that keeps the structure valid (a border moved between sequences) is found by the sidecar's checksum
+        // of .idx.
+        if (bytes != good)
+            EXPECT(neox::data::checksum(bytes.data(), bytes.size()) != neox::data::checksum(good.data(), good.size()));
     }
     const auto files = static_cast<long>(budget.done());
-    std::printf("%ld files in %.1f s: %ld refused, %ld undamaged, %ld well-formed though changed (%llx)\n", files, budget.seconds(), refused, harmless, changed,
-                static_cast<unsigned long long>(sum));
+    std::printf("%ld files in %.1f s: %ld refused, %ld undamaged, %ld well-formed though changed (%llx)\n", files,
+                budget.seconds(), refused, harmless, changed, static_cast<unsigned long long>(sum));
     EXPECT(refused > files / 2);  // most damage is detected
     EXPECT(changed > 0);
     corpus.keep();

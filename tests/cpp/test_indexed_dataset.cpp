@@ -1,4 +1,5 @@
-// Reading of indexed datasets: every lookup against a linear scan, tokens beyond 2^32, files that change or are damaged.
+// Reading of indexed datasets: every lookup against a linear scan, tokens beyond 2^32, files that change or are
+// damaged.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -20,7 +21,8 @@ std::string write_dataset(const Folder& folder, const IndexParts& parts) {
     uint64_t tokens = 0;
     for (const int32_t size : parts.sizes) tokens += static_cast<uint64_t>(size);
     std::vector<uint8_t> bin;
-    for (uint64_t t = 0; t < tokens; ++t) bin.push_back(static_cast<uint8_t>(t)), bin.push_back(static_cast<uint8_t>(t >> 8));
+    for (uint64_t t = 0; t < tokens; ++t)
+        bin.push_back(static_cast<uint8_t>(t)), bin.push_back(static_cast<uint8_t>(t >> 8));
     put(folder / "data.idx", index_bytes(parts));
     put(folder / "data.bin", bin);
     return folder / "data";
@@ -29,7 +31,8 @@ std::string write_dataset(const Folder& folder, const IndexParts& parts) {
 IndexParts sample_parts() {
     IndexParts parts;
     parts.sizes = {3, 0, 5, 1, 0, 0, 700, 2};
-    parts.borders = {0, 1, 2, 4, 4, 7, 8};  // documents of one, two and three sequences, one without sequences, one without tokens
+    // documents of one, two and three sequences, one without sequences, one without tokens
+    parts.borders = {0, 1, 2, 4, 4, 7, 8};
     return parts;
 }
 
@@ -68,7 +71,8 @@ void index_beyond_32_bits() {
         const Index index(bytes.data(), bytes.size(), "large");
         EXPECT_EQ(index.num_tokens(), uint64_t{6} * INT32_MAX);
         EXPECT_EQ(index.bin_bytes(), uint64_t{6} * INT32_MAX * parts.token_bytes);
-        for (uint64_t border : {uint64_t{INT32_MAX}, uint64_t{1} << 31, uint64_t{2} * INT32_MAX, uint64_t{1} << 32, uint64_t{3} * INT32_MAX})
+        for (uint64_t border : {uint64_t{INT32_MAX}, uint64_t{1} << 31, uint64_t{2} * INT32_MAX, uint64_t{1} << 32,
+                                uint64_t{3} * INT32_MAX})
             for (uint64_t token = border - 1; token <= border + 1; ++token) {
                 EXPECT_EQ(index.sequence_of_token(token), token / INT32_MAX);
                 EXPECT_EQ(index.document_of_token(token), token / INT32_MAX);
@@ -86,7 +90,8 @@ void tokens_beyond_32_bits() {
     parts.borders = {0, 1, 2, 3};
     put(folder / "data.idx", index_bytes(parts));
     const int fd = ::open((folder / "data.bin").c_str(), O_RDWR | O_CREAT, 0644);
-    const uint64_t borders[] = {INT32_MAX, uint64_t{1} << 31, UINT32_MAX, uint64_t{1} << 32, uint64_t{3} * INT32_MAX - 2};
+    const uint64_t borders[] = {INT32_MAX, uint64_t{1} << 31, UINT32_MAX, uint64_t{1} << 32,
+                                uint64_t{3} * INT32_MAX - 2};
     bool made = ::ftruncate(fd, int64_t{3} * INT32_MAX) == 0;
     for (const uint64_t border : borders)
         for (uint64_t t = border - 1; t <= border + 1; ++t) {
@@ -127,7 +132,9 @@ void reads() {
             dataset.read(first, count, out.data(), segments.data());
             int32_t segment = 0;
             for (uint64_t i = 0; i < count; ++i) {
-                if (i > 0) segment += dataset.index().document_of_token(first + i) != dataset.index().document_of_token(first + i - 1);
+                if (i > 0)
+                    segment += dataset.index().document_of_token(first + i) !=
+                               dataset.index().document_of_token(first + i - 1);
                 EXPECT(out[i] == static_cast<int64_t>(first + i) && segments[i] == segment);
             }
         }
@@ -142,15 +149,20 @@ void reads() {
         out.assign(count, -1), segments.assign(count, -1);
         dataset.read_ordered(order, 5, 0, offset, count, out.data(), segments.data());
         EXPECT(std::equal(out.begin(), out.end(), stream.begin() + static_cast<long>(offset)));
-        for (uint64_t i = 1; i < count; ++i) EXPECT_EQ(segments[i] - segments[i - 1], static_cast<int32_t>(sequence[offset + i] != sequence[offset + i - 1]));
+        for (uint64_t i = 1; i < count; ++i)
+            EXPECT_EQ(segments[i] - segments[i - 1],
+                      static_cast<int32_t>(sequence[offset + i] != sequence[offset + i - 1]));
     }
     out.resize(2000);
     const int32_t bad[] = {0, 8}, negative[] = {-1};
-    EXPECT_FAULT(dataset.read_ordered(order, 5, 0, 0, stream.size() + 1, out.data(), nullptr), "past the end of its order");
+    EXPECT_FAULT(dataset.read_ordered(order, 5, 0, 0, stream.size() + 1, out.data(), nullptr),
+                 "past the end of its order");
     EXPECT_FAULT(dataset.read_ordered(bad, 2, 0, 0, 5, out.data(), nullptr), "a sequence that does not exist");
     EXPECT_FAULT(dataset.read_ordered(negative, 1, 0, 0, 1, out.data(), nullptr), "got=-1");
-    EXPECT_FAULT(dataset.read_ordered(order, 5, uint64_t{1} << 40, 0, 1, out.data(), nullptr), "past the end of its order");
-    EXPECT_FAULT(dataset.read_ordered(order, 5, 4, uint64_t{1} << 40, 1, out.data(), nullptr), "past the end of its order");
+    EXPECT_FAULT(dataset.read_ordered(order, 5, uint64_t{1} << 40, 0, 1, out.data(), nullptr),
+                 "past the end of its order");
+    EXPECT_FAULT(dataset.read_ordered(order, 5, 4, uint64_t{1} << 40, 1, out.data(), nullptr),
+                 "past the end of its order");
     EXPECT_FAULT(dataset.read(total, 1, out.data(), nullptr), "beyond the end");
     EXPECT_FAULT(dataset.read(1, ~uint64_t{0}, out.data(), nullptr), "beyond the end");
     EXPECT_FAULT(dataset.read(~uint64_t{0}, 2, out.data(), nullptr), "beyond the end");
@@ -214,7 +226,9 @@ void guarded_reads() {
 void token_types() {
     for (int code = 0; code < 256; ++code) {
         const bool known = bytes_of_code(static_cast<uint8_t>(code)) != 0;
-        const std::string fault = fault_of([&] { EXPECT_EQ(token_type(static_cast<uint8_t>(code)).bytes, bytes_of_code(static_cast<uint8_t>(code))); });
+        const std::string fault = fault_of([&] {
+            EXPECT_EQ(token_type(static_cast<uint8_t>(code)).bytes, bytes_of_code(static_cast<uint8_t>(code)));
+        });
         EXPECT_EQ(fault.empty(), known);
     }
     EXPECT_EQ(token_type("uint16").code, 8);

@@ -80,7 +80,8 @@ void bytes_of_every_type() {
         for (const bool high : {false, true}) {
             if (type.bytes == 8) continue;
             const int64_t beyond[] = {1, high ? type.highest + 1 : type.lowest - 1};
-            EXPECT_FAULT(writer.add_sequence(beyond, 2), "does not fit the token type; where=" + (folder / "data.bin document 0 token 1"));
+            EXPECT_FAULT(writer.add_sequence(beyond, 2),
+                         "does not fit the token type; where=" + (folder / "data.bin document 0 token 1"));
         }
         writer.end_document();
         EXPECT_EQ(writer.largest_id(), type.highest);

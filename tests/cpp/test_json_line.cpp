@@ -1,5 +1,5 @@
-// The fast reader of JSON lines: what it accepts and what it leaves to the full parser, and mutated lines in separate allocations, so that a sanitizer
-// detects every read past either end. Arguments: see budget.h (default: 100000 lines).
+// The fast reader of JSON lines: what it accepts and what it leaves to the full parser, and mutated lines in separate
+// allocations, so that a sanitizer detects every read past either end. Arguments: see budget.h (default: 100000 lines).
 #include <cstring>
 #include <random>
 
@@ -24,7 +24,8 @@ Read read(const std::string& line, const std::string& key = "text") {
     const std::vector<uint8_t> exact(line.begin(), line.end());
     TextBuffer text;
     uint64_t count = 0;
-    const LineKind kind = read_json_line(exact.data(), exact.data() + exact.size(), exact.data() + exact.size(), key, text, count);
+    const LineKind kind =
+        read_json_line(exact.data(), exact.data() + exact.size(), exact.data() + exact.size(), key, text, count);
     if (kind != LineKind::text) return {kind, ""};
     return {kind, std::string(reinterpret_cast<const char*>(text.begin()), count)};
 }
@@ -34,17 +35,22 @@ void gives(const std::string& line, const std::string& text) {
     tally.check(got.kind == LineKind::text && got.text == text, line.c_str(), __FILE__, __LINE__, got.text);
 }
 
-void leaves(const std::string& line) { tally.check(read(line).kind == LineKind::unsure, line.c_str(), __FILE__, __LINE__); }
+void leaves(const std::string& line) {
+    tally.check(read(line).kind == LineKind::unsure, line.c_str(), __FILE__, __LINE__);
+}
 
 void texts() {
     gives(R"({"text": "a"})", "a");
     gives("\t{ \"text\" :\"\" } \r", "");
-    gives(R"({"id": 17, "meta": {"text": "no", "list": [1, -2.5, [], {}, "x\n", null, true, false]}, "text": "yes"})", "yes");
+    gives(R"({"id": 17, "meta": {"text": "no", "list": [1, -2.5, [], {}, "x\n", null, true, false]}, "text": "yes"})",
+          "yes");
     gives(R"({"text": "first", "text": "last"})", "last");
-    gives(R"({"text": "\"\\\/\b\f\n\r\t\u0041\u00e9\u65E5\ud83D\uDE00"})", "\"\\/\b\f\n\r\tA\xC3\xA9\xE6\x97\xA5\xF0\x9F\x98\x80");
+    gives(R"({"text": "\"\\\/\b\f\n\r\t\u0041\u00e9\u65E5\ud83D\uDE00"})",
+          "\"\\/\b\f\n\r\tA\xC3\xA9\xE6\x97\xA5\xF0\x9F\x98\x80");
     gives("{\"text\": \"\xC3\xA9\xE6\x97\xA5\xF0\x9F\x98\x80 sixteen bytes and more \xC3\xA9\"}",
           "\xC3\xA9\xE6\x97\xA5\xF0\x9F\x98\x80 sixteen bytes and more \xC3\xA9");
-    gives("{\"text\": \"" + std::string(1000, 'x') + "\\n" + std::string(1000, 'y') + "\"}", std::string(1000, 'x') + "\n" + std::string(1000, 'y'));
+    gives("{\"text\": \"" + std::string(1000, 'x') + "\\n" + std::string(1000, 'y') + "\"}",
+          std::string(1000, 'x') + "\n" + std::string(1000, 'y'));
     gives(R"({"a": 0, "b": -0.5, "c": 12345678901234567, "text": "n"})", "n");
     EXPECT_EQ(read(R"({"corps": "a"})", "corps").text, std::string("a"));
     for (const char* blank : {"", " ", "\t\r", "\v\f "}) EXPECT(read(blank).kind == LineKind::blank);
@@ -94,7 +100,8 @@ void doubts() {
                              "\xEF\xBB\xBF{\"text\": \"a\"}",
                              "{'text': 'a'}"})
         leaves(line);
-    for (const char* bytes : {"\xFF", "\xC3", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xE6\x97", "\x01", "\x1F", "\t", "\n"})
+    for (const char* bytes :
+         {"\xFF", "\xC3", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xE6\x97", "\x01", "\x1F", "\t", "\n"})
         leaves("{\"text\": \"a" + std::string(bytes) + "\"}");
     leaves(std::string("{\"text\": \"a\0\"}", 14));
     leaves("{\"a\": " + std::string(100, '[') + std::string(100, ']') + ", \"text\": \"a\"}");
@@ -104,8 +111,10 @@ void doubts() {
 
 void mutated(Budget& budget) {
     const std::string seeds[] = {
-        "{\"text\": \"caf\xC3\xA9 \\\"q\\\" \\u00e9 \\ud83d\\ude00 and more words\", \"n\": [1, -2.5, {\"text\": \"x\"}], \"t\": true}",
-        "{\"a\": null, \"text\": \"\xE6\x97\xA5\xE6\x9C\xAC\\n\\t\\/\", \"text\": \"second\", \"z\": \"\xF0\x9F\x98\x80\"}",
+        "{\"text\": \"caf\xC3\xA9 \\\"q\\\" \\u00e9 \\ud83d\\ude00 and more words\", \"n\": [1, -2.5, {\"text\": "
+        "\"x\"}], \"t\": true}",
+        "{\"a\": null, \"text\": \"\xE6\x97\xA5\xE6\x9C\xAC\\n\\t\\/\", \"text\": \"second\", \"z\": "
+        "\"\xF0\x9F\x98\x80\"}",
         "  {\"k\":0.125,\"text\":\"plain text of more than sixteen bytes, and then some more of it\"}\r",
     };
     const std::string pieces[] = {"\"", "\\", "\\u", "\\ud800", "\xFF", "\xC3", "\xED\xA0\x80", "{",    "}",   "[",
@@ -124,7 +133,8 @@ void mutated(Budget& budget) {
     for (; budget.next(); ++cases) {
         const auto& found = corpus.inputs();
         const size_t chosen = found.empty() || random() % 2 ? found.size() : random() % found.size();
-        std::string line = chosen < found.size() ? std::string(found[chosen].begin(), found[chosen].end()) : seeds[random() % 3];
+        std::string line =
+            chosen < found.size() ? std::string(found[chosen].begin(), found[chosen].end()) : seeds[random() % 3];
         for (uint64_t changes = random() % 4; changes > 0; --changes) {
             const size_t at = random() % (line.size() + 1);
             switch (random() % 4) {
@@ -143,7 +153,8 @@ void mutated(Budget& budget) {
         }
         corpus(Bytes(line.begin(), line.end()));
     }
-    std::printf("%llu lines, %llu taken\n", static_cast<unsigned long long>(cases), static_cast<unsigned long long>(taken));
+    std::printf("%llu lines, %llu taken\n", static_cast<unsigned long long>(cases),
+                static_cast<unsigned long long>(taken));
     EXPECT(taken > cases / 20 && taken < cases * 9 / 10);
     corpus.keep();
 }

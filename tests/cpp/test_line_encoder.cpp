@@ -1,5 +1,6 @@
-// Encoding of lines and their words: random text in separate allocations, so that a sanitizer detects every read past the padding, against the gpt2
-// pattern written out alternative by alternative. The bytes after a text must not matter. Arguments: see budget.h (default: 5000 texts).
+// Encoding of lines and their words: random text in separate allocations, so that a sanitizer detects every read past
+// the padding, against the gpt2 pattern written out alternative by alternative. The bytes after a text must not matter.
+// Arguments: see budget.h (default: 5000 texts).
 #include <cstring>
 #include <random>
 
@@ -113,10 +114,11 @@ std::vector<size_t> split(const std::string& text, const std::string& padding) {
     const std::vector<uint8_t> exact(all.begin(), all.end());
     std::vector<size_t> found;
     size_t end = 0;
-    WordSplitter(SplitPattern::gpt2).split(exact.data(), exact.data() + text.size(), [&](const uint8_t* word, uint64_t length) {
-        if (word != exact.data() + end) found.push_back(0);  // a gap
-        found.push_back(end += length);
-    });
+    WordSplitter(SplitPattern::gpt2)
+        .split(exact.data(), exact.data() + text.size(), [&](const uint8_t* word, uint64_t length) {
+            if (word != exact.data() + end) found.push_back(0);  // a gap
+            found.push_back(end += length);
+        });
     return found;
 }
 
@@ -142,7 +144,8 @@ TextEncoder encoder() {
         left.push_back(static_cast<uint8_t>(pair[0])), right.push_back(static_cast<uint8_t>(pair[1]));
         merged.push_back(static_cast<uint32_t>(256 + merged.size()));
     }
-    return TextEncoder(BytePairs(bytes, left, right, merged), SplitPattern::gpt2, false, {{"<|end|>", 300, false, false}});
+    return TextEncoder(BytePairs(bytes, left, right, merged), SplitPattern::gpt2, false,
+                       {{"<|end|>", 300, false, false}});
 }
 
 std::vector<uint32_t> ids(LineState& state) { return {state.ids.begin(), state.ids.begin() + state.ids.size()}; }
@@ -159,7 +162,8 @@ int main(int count, char** arguments) {
         const std::vector<size_t> wanted = Pattern(text).ends();
         const char behind = "\0a 1'\n.\xC3"[random() % 8];
         tally.check(split(text, std::string(kPadding, behind)) == wanted, "words", __FILE__, __LINE__, json_of(text));
-        const std::string lines = json_of(text) + "\n" + (random() % 4 == 0 ? "{]\n" : "") + json_of(random_text(random));
+        const std::string lines =
+            json_of(text) + "\n" + (random() % 4 == 0 ? "{]\n" : "") + json_of(random_text(random));
         const std::vector<uint8_t> exact(lines.begin(), lines.end());
         together.clear();
         encode_lines(texts, exact.data(), exact.size(), {"text", 301}, together);

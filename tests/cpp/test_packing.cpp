@@ -40,7 +40,8 @@ void equals_its_rule() {
         std::vector<int64_t> full, seen = packing.order;
         for (size_t i = 0; i + 1 < packing.starts.size(); ++i) {
             int64_t total = 0;
-            for (int64_t k = packing.starts[i]; k < packing.starts[i + 1]; ++k) total += sizes[static_cast<size_t>(packing.order[static_cast<size_t>(k)])];
+            for (int64_t k = packing.starts[i]; k < packing.starts[i + 1]; ++k)
+                total += sizes[static_cast<size_t>(packing.order[static_cast<size_t>(k)])];
             full.push_back(total);
         }
         std::sort(full.rbegin(), full.rend());

@@ -1,5 +1,5 @@
-// vec.h and philox.h against libm in double precision and against scalar loops. Prints each error bound found. The exit status is the number of failures,
-// or 77 if the CPU lacks the instructions for which the test was compiled.
+// vec.h and philox.h against libm in double precision and against scalar loops. Prints each error bound found. The exit
+// status is the number of failures, or 77 if the CPU lacks the instructions for which the test was compiled.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -54,11 +54,15 @@ void test_functions() {
     const auto exact_exp = [](double x) { return std::exp(x); };
     sweep("exp, ulp", -103.5, 88.7, 1.5, [](Vec v) { return neox::exp(v); }, exact_exp, ulp);
     sweep("exp_nonpositive, ulp", -87.3, 0, 1.5, [](Vec v) { return neox::exp_nonpositive(v); }, exact_exp, ulp);
-    sweep("sigmoid, ulp", -87, 20, 3, [](Vec v) { return neox::sigmoid(v); }, [](double x) { return 1 / (1 + std::exp(-x)); }, ulp);
+    sweep(
+        "sigmoid, ulp", -87, 20, 3, [](Vec v) { return neox::sigmoid(v); },
+        [](double x) { return 1 / (1 + std::exp(-x)); }, ulp);
     const auto slope = [](double x) { return std::exp(-std::abs(x)) / std::pow(1 + std::exp(-std::abs(x)), 2); };
     sweep("logistic slope, ulp", -80, 80, 4, [](Vec v) { return neox::logistic(v).slope; }, slope, ulp);
     sweep("tanh, ulp", -10, 10, 3, [](Vec v) { return neox::tanh(v); }, [](double x) { return std::tanh(x); }, ulp);
-    sweep("reciprocal, ulp", 0.01, 1000, 1, [](Vec v) { return neox::reciprocal(v); }, [](double x) { return 1 / x; }, ulp);
+    sweep(
+        "reciprocal, ulp", 0.01, 1000, 1, [](Vec v) { return neox::reciprocal(v); }, [](double x) { return 1 / x; },
+        ulp);
     sweep("normal cdf, relative", -9, 9, 3e-6, [](Vec v) { return neox::normal(v).cdf; }, cdf, itself);
     sweep("normal cdf, absolute", -20, 20, 2e-7, [](Vec v) { return neox::normal(v).cdf; }, cdf, one);
     sweep("normal pdf, absolute", -20, 20, 1e-7, [](Vec v) { return neox::normal(v).pdf; }, pdf, one);
@@ -104,7 +108,8 @@ void test_bf16() {
             const float want = neox::to_float(in[i]);
             const bool denormal = (in[i].bits & 0x7f80) == 0;  // AVX512_BF16 flushes them to zero
             wrong += !(values[i] == want || (std::isnan(values[i]) && std::isnan(want)));
-            wrong += !(out[i].bits == in[i].bits || denormal || (std::isnan(want) && std::isnan(neox::to_float(out[i]))));
+            wrong +=
+                !(out[i].bits == in[i].bits || denormal || (std::isnan(want) && std::isnan(neox::to_float(out[i]))));
         }
     }
     for (uint64_t word = 0; word < (1ull << 32); word += 65521 * kVecWidth) {
@@ -118,7 +123,8 @@ void test_bf16() {
         for (int i = 0; i < kVecWidth; ++i) {
             const bf16 want = neox::from_float<bf16>(in[i]);
             const bool denormal = std::abs(in[i]) < std::numeric_limits<float>::min();
-            wrong += !(out[i].bits == want.bits || denormal || (std::isnan(in[i]) && std::isnan(neox::to_float(out[i]))));
+            wrong +=
+                !(out[i].bits == want.bits || denormal || (std::isnan(in[i]) && std::isnan(neox::to_float(out[i]))));
         }
     }
     expect(wrong == 0, "bf16 conversions that differ", wrong, 0);
@@ -128,13 +134,17 @@ void test_bf16() {
 void test_rows() {
     int wrong = 0;
     for (int size = 0; size <= 9 * kVecWidth + 1; ++size) {
-        std::vector<float> in(size), out(size + kVecWidth, -1.0f);  // in has exactly the readable length, which the sanitizers check
+        // in has exactly the readable length, which the sanitizers check
+        std::vector<float> in(size), out(size + kVecWidth, -1.0f);
         for (int i = 0; i < size; ++i) in[i] = static_cast<float>(i + 1);
-        neox::for_each_vec(size, [&](int64_t i, auto load, auto store) { store(out.data() + i, load(in.data() + i) * 2.0f); });
+        neox::for_each_vec(
+            size, [&](int64_t i, auto load, auto store) { store(out.data() + i, load(in.data() + i) * 2.0f); });
         for (int i = 0; i < size + kVecWidth; ++i) wrong += out[i] != (i < size ? 2.0f * (i + 1) : -1.0f);
-        const float sum = neox::sum(neox::accumulate<Vec>(size, [&](int64_t i, auto load, auto) { return load(in.data() + i); }));
+        const float sum =
+            neox::sum(neox::accumulate<Vec>(size, [&](int64_t i, auto load, auto) { return load(in.data() + i); }));
         wrong += sum != static_cast<float>(size * (size + 1) / 2);
-        const float ones = neox::sum(neox::accumulate<Vec>(size, [&](int64_t i, auto load, auto keep) { return keep(load(in.data() + i) * 0.0f + 1.0f); }));
+        const float ones = neox::sum(neox::accumulate<Vec>(
+            size, [&](int64_t i, auto load, auto keep) { return keep(load(in.data() + i) * 0.0f + 1.0f); }));
         wrong += ones != static_cast<float>(size);
     }
     for (int top = 0; top < kVecWidth; ++top) {
@@ -148,7 +158,8 @@ void test_rows() {
 
 void test_philox() {
     const neox::PhiloxWords zero = neox::philox(0, 0, 0);
-    const bool known = zero.word[0] == 0x6627e8d5 && zero.word[1] == 0xe169c58d && zero.word[2] == 0xbc57ac4c && zero.word[3] == 0x9b00dbd8;
+    const bool known = zero.word[0] == 0x6627e8d5 && zero.word[1] == 0xe169c58d && zero.word[2] == 0xbc57ac4c &&
+                       zero.word[3] == 0x9b00dbd8;
     expect(known, "philox: published words", zero.word[0], 0x6627e8d5);
     int wrong = 0;
     for (const uint64_t first : {uint64_t{0}, uint64_t{5}, uint64_t{0xffffffe0}, ~uint64_t{9}}) {
@@ -166,7 +177,8 @@ bool cpu_has_the_instructions() {
 #if defined(__AVX512BF16__)
     return __builtin_cpu_supports("avx512bf16");
 #elif defined(__AVX512F__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
 #elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else

@@ -18,16 +18,19 @@ std::vector<uint8_t> bytes_of(size_t count) {
 
 void reference_digests() {
     const std::pair<size_t, uint64_t> wanted[] = {
-        {0, 0x2d06800538d394c2u},   {1, 0xe12ef9d2eb86ceebu},   {3, 0x5c83885a0fb5d516u},    {4, 0x244f36de481e7522u},    {8, 0x96cc97a6768fd7a9u},
-        {9, 0x4781d83b8e99d495u},   {16, 0x913bd4a8038027a7u},  {17, 0x2bf6f66973a6179du},   {128, 0xc4399c7829d0628fu},  {129, 0x8433489056750b32u},
-        {240, 0x3c0bb96864e543a1u}, {241, 0xbff7215089202d8fu}, {1024, 0xac8e32e4ea3ba062u}, {1025, 0xc856c953bbdbc807u}, {5000, 0x882162ebfafc2c3fu},
+        {0, 0x2d06800538d394c2u},    {1, 0xe12ef9d2eb86ceebu},    {3, 0x5c83885a0fb5d516u},
+        {4, 0x244f36de481e7522u},    {8, 0x96cc97a6768fd7a9u},    {9, 0x4781d83b8e99d495u},
+        {16, 0x913bd4a8038027a7u},   {17, 0x2bf6f66973a6179du},   {128, 0xc4399c7829d0628fu},
+        {129, 0x8433489056750b32u},  {240, 0x3c0bb96864e543a1u},  {241, 0xbff7215089202d8fu},
+        {1024, 0xac8e32e4ea3ba062u}, {1025, 0xc856c953bbdbc807u}, {5000, 0x882162ebfafc2c3fu},
     };
     for (const auto& [count, digest] : wanted) EXPECT_EQ(xxh3(bytes_of(count).data(), count), digest);
 }
 
 void alignment_and_content() {
     for (size_t count = 0; count <= 1100; count += count < 300 ? 1 : 37) {
-        const std::vector<uint8_t> exact = bytes_of(count);  // exact size, so that the sanitizer detects reads past the end
+        // exact size, so that the sanitizer detects reads past the end
+        const std::vector<uint8_t> exact = bytes_of(count);
         const uint64_t sum = xxh3(exact.data(), count);
         for (size_t shift = 1; shift < 8; ++shift) {
             std::vector<uint8_t> moved(count + shift);
@@ -43,7 +46,8 @@ void alignment_and_content() {
 }
 
 void parts() {
-    for (const size_t count : {size_t{0}, size_t{100}, size_t{241}, size_t{1024}, size_t{1025}, size_t{4096}, size_t{9001}}) {
+    for (const size_t count :
+         {size_t{0}, size_t{100}, size_t{241}, size_t{1024}, size_t{1025}, size_t{4096}, size_t{9001}}) {
         const std::vector<uint8_t> whole = bytes_of(count);
         for (const size_t step : {size_t{1}, size_t{63}, size_t{1000}, size_t{1024}, size_t{5000}}) {
             std::vector<uint8_t> arriving(count);

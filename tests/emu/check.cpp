@@ -38,7 +38,8 @@ struct Region {
     std::vector<bool> touched;
 };
 
-// What a thread has synchronised with: the clocks of all threads, shared by those that met at the last barrier, and the thread's local clock.
+// What a thread has synchronised with: the clocks of all threads, shared by those that met at the last barrier, and the
+// thread's local clock.
 struct Clock {
     std::shared_ptr<const std::vector<uint32_t>> others;
     uint32_t own = 1;
@@ -82,10 +83,12 @@ std::string source_line(void* code) {
 
 void report(const char* kind, const Region& region, uintptr_t address, int thread, const Access& other, void* code) {
     active = false;
-    std::string text = std::string(kind) + ": thread " + std::to_string(thread) + ", " + (region.shared ? "shared " : "global ") + region.traffic.name + " + " +
+    std::string text = std::string(kind) + ": thread " + std::to_string(thread) + ", " +
+                       (region.shared ? "shared " : "global ") + region.traffic.name + " + " +
                        std::to_string(address - region.begin);
     if (other.thread != kNobody) {
-        text += ", against thread " + std::to_string(other.thread) + (other.block != block_number ? " of another block" : "");
+        text += ", against thread " + std::to_string(other.thread) +
+                (other.block != block_number ? " of another block" : "");
     }
     abandon_launch(text + source_line(code));
 }
@@ -109,26 +112,32 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
     if (!region) return;
     if (address + bytes > region->end) return report("out of bounds", *region, address, thread, {}, code);
     if (!region->shared) count(*region, address, bytes, kind);
-    const Access now{static_cast<int16_t>(thread), kind == Kind::kAtomic, clocks[static_cast<size_t>(thread)].own, block_number};
-    const size_t first = (address - region->begin) / kCellBytes, last = (address + bytes - 1 - region->begin) / kCellBytes;
+    const Access now{static_cast<int16_t>(thread), kind == Kind::kAtomic, clocks[static_cast<size_t>(thread)].own,
+                     block_number};
+    const size_t first = (address - region->begin) / kCellBytes,
+                 last = (address + bytes - 1 - region->begin) / kCellBytes;
     for (size_t i = first; i <= last; ++i) {
         Cell& cell = region->cells[i];
         const uintptr_t at = region->begin + i * kCellBytes;
-        if (cell.in_flight && kind != Kind::kAsync) return report("cp.async data used before its wait", *region, at, thread, {}, code);
+        if (cell.in_flight && kind != Kind::kAsync)
+            return report("cp.async data used before its wait", *region, at, thread, {}, code);
         if (kind == Kind::kRead && region->shared && !cell.written)
             return report("read of shared memory that was never written", *region, at, thread, {}, code);
         const bool both_atomic = kind == Kind::kAtomic && cell.writer.atomic;
         if (!both_atomic && !happened_before(cell.writer, thread)) {
-            return report(kind == Kind::kRead ? "race (read after write)" : "race (write after write)", *region, at, thread, cell.writer, code);
+            return report(kind == Kind::kRead ? "race (read after write)" : "race (write after write)", *region, at,
+                          thread, cell.writer, code);
         }
         if (kind == Kind::kRead) {
-            // Two readers are stored. If a later writer is unordered with more than one reader, it is unordered with one of them.
+            // Two readers are stored. If a later writer is unordered with more than one reader, it is unordered with
+            // one of them.
             const bool replace_first = cell.readers[0].thread == kNobody || happened_before(cell.readers[0], thread);
             cell.readers[replace_first ? 0 : 1] = now;
             continue;
         }
         for (const Access& reader : cell.readers) {
-            if (!happened_before(reader, thread)) return report("race (write after read)", *region, at, thread, reader, code);
+            if (!happened_before(reader, thread))
+                return report("race (write after read)", *region, at, thread, reader, code);
         }
         cell.writer = now;
         cell.written = true;
@@ -159,7 +168,8 @@ void join(const std::vector<int>& threads) {
 
 Region make_region(const void* address, size_t bytes, const char* name, bool shared, bool cached = false) {
     const auto begin = reinterpret_cast<uintptr_t>(address);
-    Region region{begin, begin + bytes, shared, cached, {}, std::vector<Cell>((bytes + kCellBytes - 1) / kCellBytes), {}};
+    Region region{begin, begin + bytes, shared, cached, {}, std::vector<Cell>((bytes + kCellBytes - 1) / kCellBytes),
+                  {}};
     region.traffic.name = name;
     if (!shared) region.touched.assign(bytes, false);
     return region;
@@ -185,11 +195,16 @@ void end_block() {
     shared_regions.clear();
 }
 
-void add_shared(const void* address, size_t bytes, const char* name) { shared_regions.push_back(make_region(address, bytes, name, true)); }
-void track(const void* address, size_t bytes, const char* name, bool cached) { global_regions.push_back(make_region(address, bytes, name, false, cached)); }
+void add_shared(const void* address, size_t bytes, const char* name) {
+    shared_regions.push_back(make_region(address, bytes, name, true));
+}
+void track(const void* address, size_t bytes, const char* name, bool cached) {
+    global_regions.push_back(make_region(address, bytes, name, false, cached));
+}
 void untrack(const void* address) {
     const auto begin = reinterpret_cast<uintptr_t>(address);
-    global_regions.erase(std::remove_if(global_regions.begin(), global_regions.end(), [&](const Region& region) { return region.begin == begin; }),
+    global_regions.erase(std::remove_if(global_regions.begin(), global_regions.end(),
+                                        [&](const Region& region) { return region.begin == begin; }),
                          global_regions.end());
 }
 void untrack_all() { global_regions.clear(); }
@@ -208,19 +223,27 @@ void reset_traffic() {
 
 uint64_t moved() {
     uint64_t bytes = 0;
-    for (const Region& region : global_regions) bytes += region.cached ? region.traffic.touched : region.traffic.read + region.traffic.written;
+    for (const Region& region : global_regions)
+        bytes += region.cached ? region.traffic.touched : region.traffic.read + region.traffic.written;
     return bytes;
 }
 
-void read(int thread, const void* address, size_t bytes) { touch(thread, address, bytes, Kind::kRead, __builtin_return_address(0)); }
-void atomic(const void* address, size_t bytes) { touch(running_thread(), address, bytes, Kind::kAtomic, __builtin_return_address(0)); }
-void async_write(int thread, const void* address, size_t bytes) { touch(thread, address, bytes, Kind::kAsync, nullptr); }
+void read(int thread, const void* address, size_t bytes) {
+    touch(thread, address, bytes, Kind::kRead, __builtin_return_address(0));
+}
+void atomic(const void* address, size_t bytes) {
+    touch(running_thread(), address, bytes, Kind::kAtomic, __builtin_return_address(0));
+}
+void async_write(int thread, const void* address, size_t bytes) {
+    touch(thread, address, bytes, Kind::kAsync, nullptr);
+}
 
 void in_flight(const void* address, size_t bytes, bool on) {
     const auto begin = reinterpret_cast<uintptr_t>(address);
     Region* const region = find(begin);
     if (!region) return;
-    for (size_t i = 0; i < bytes; i += kCellBytes) region->cells[(begin + i - region->begin) / kCellBytes].in_flight = on;
+    for (size_t i = 0; i < bytes; i += kCellBytes)
+        region->cells[(begin + i - region->begin) / kCellBytes].in_flight = on;
 }
 
 void barrier_arrive(int thread, int id) { arrived[id].push_back(thread); }
@@ -236,13 +259,17 @@ void warp_sync(int warp, uint32_t mask) {
     join(threads);
 }
 
-void instrumented(void* address, size_t bytes, bool write, void* code) { touch(running_thread(), address, bytes, write ? Kind::kWrite : Kind::kRead, code); }
+void instrumented(void* address, size_t bytes, bool write, void* code) {
+    touch(running_thread(), address, bytes, write ? Kind::kWrite : Kind::kRead, code);
+}
 
 }  // namespace check
 }  // namespace simt
 
-#define SIMT_CALLBACK(name, bytes, write) \
-    extern "C" void name(void* address) { simt::check::instrumented(address, bytes, write, __builtin_return_address(0)); }
+#define SIMT_CALLBACK(name, bytes, write)                                              \
+    extern "C" void name(void* address) {                                              \
+        simt::check::instrumented(address, bytes, write, __builtin_return_address(0)); \
+    }
 #define SIMT_CALLBACKS(bytes)                                 \
     SIMT_CALLBACK(__tsan_read##bytes, bytes, false)           \
     SIMT_CALLBACK(__tsan_write##bytes, bytes, true)           \
@@ -255,8 +282,12 @@ SIMT_CALLBACKS(8)
 SIMT_CALLBACKS(16)
 
 extern "C" {
-void __tsan_read_range(void* address, size_t bytes) { simt::check::instrumented(address, bytes, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* address, size_t bytes) { simt::check::instrumented(address, bytes, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* address, size_t bytes) {
+    simt::check::instrumented(address, bytes, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t bytes) {
+    simt::check::instrumented(address, bytes, true, __builtin_return_address(0));
+}
 void* __tsan_memset(void* target, int value, size_t bytes) {
     __tsan_write_range(target, bytes);
     return std::memset(target, value, bytes);

@@ -1,8 +1,9 @@
 // Happens-before checker and traffic counter, driven by gcc's -fsanitize=thread instrumentation.
 //
-// Kernels are compiled with -fsanitize=thread and linked without its runtime; check.cpp supplies the callbacks. From a single schedule it finds races
-// through shared or tracked global memory (also between blocks), reads of unwritten shared memory, and data of cp.async that is used before its wait.
-// As in CUDA, barriers and __syncwarp order memory; shuffles and votes do not. In a build without SIMT_CHECK all of this is empty.
+// Kernels are compiled with -fsanitize=thread and linked without its runtime; check.cpp supplies the callbacks. From a
+// single schedule it finds races through shared or tracked global memory (also between blocks), reads of unwritten
+// shared memory, and data of cp.async that is used before its wait. As in CUDA, barriers and __syncwarp order memory;
+// shuffles and votes do not. In a build without SIMT_CHECK all of this is empty.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +32,8 @@ void barrier_arrive(int thread, int id);
 void barrier_complete(int id);
 void warp_sync(int warp, uint32_t mask);
 void atomic(const void* address, size_t bytes);
-// Registers a device buffer. `cached`: only the first read of each byte counts as memory traffic, as for parameters and tables that every row reads.
+// Registers a device buffer. `cached`: only the first read of each byte counts as memory traffic, as for parameters and
+// tables that every row reads.
 void track(const void* address, size_t bytes, const char* name, bool cached = false);
 void untrack(const void* address);
 void untrack_all();

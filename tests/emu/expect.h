@@ -7,7 +7,9 @@
 #include "simt.h"
 
 // A launch that ends with an error abandons its threads without unwinding, so that their allocations leak.
-extern "C" inline __attribute__((used, visibility("default"))) const char* __asan_default_options() { return "detect_leaks=0"; }
+extern "C" inline __attribute__((used, visibility("default"))) const char* __asan_default_options() {
+    return "detect_leaks=0";
+}
 
 namespace emu_test {
 
@@ -39,8 +41,9 @@ std::string error_of(const Launch& run) {
 }  // namespace emu_test
 
 #define EXPECT(condition) emu_test::tally.check((condition), #condition, __FILE__, __LINE__)
-#define EXPECT_ERROR(run, word)                                                                                                  \
-    do {                                                                                                                         \
-        const std::string message = emu_test::error_of(run);                                                                     \
-        emu_test::tally.check(message.find(word) != std::string::npos, "error names \"" word "\"", __FILE__, __LINE__, message); \
+#define EXPECT_ERROR(run, word)                                                                                        \
+    do {                                                                                                               \
+        const std::string message = emu_test::error_of(run);                                                           \
+        emu_test::tally.check(message.find(word) != std::string::npos, "error names \"" word "\"", __FILE__, __LINE__, \
+                              message);                                                                                \
     } while (0)

@@ -17,7 +17,8 @@ constexpr size_t kGuard = 4096;
 }
 
 #if defined(__x86_64__)
-// switch_stack(save: rdi, load: rsi): pushes the callee-saved registers on the old stack and pops them from the new one.
+// switch_stack(save: rdi, load: rsi): pushes the callee-saved registers on the old stack and pops them from the new
+// one.
 asm(R"(.text
 .type simt_switch_stack,@function
 simt_switch_stack:
@@ -54,7 +55,8 @@ Fiber::~Fiber() {
 
 void Fiber::prepare(void (*entry)(), size_t stack_bytes) {
     if (!stack_) {
-        void* const memory = mmap(nullptr, stack_bytes + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* const memory = mmap(nullptr, stack_bytes + kGuard, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stack of an emulated thread");
         mprotect(memory, kGuard, PROT_NONE);
         stack_ = static_cast<char*>(memory) + kGuard;

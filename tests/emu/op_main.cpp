@@ -6,7 +6,8 @@
 
 namespace {
 
-// Orders of threads and blocks. One is enough for the race checker and the sanitizers, which see every access in any order.
+// Orders of threads and blocks. One is enough for the race checker and the sanitizers, which see every access in any
+// order.
 std::vector<simt::Order> schedules() {
 #if defined(__SANITIZE_ADDRESS__)
     return {simt::Order::kRoundRobin};
@@ -28,7 +29,8 @@ int main(int argc, char** argv) {
     const char* const only = argc > 1 && argv[1][0] != '-' ? argv[1] : nullptr;
     auto operators = emu_test::Operator::all();
     std::sort(operators.begin(), operators.end(), [](auto* a, auto* b) { return std::strcmp(a->name, b->name) < 0; });
-    if (bytes_only) std::printf("%-36s %-28s %12s %12s %7s\n", "bytes of global memory", "setting", "moved", "floor", "ratio");
+    if (bytes_only)
+        std::printf("%-36s %-28s %12s %12s %7s\n", "bytes of global memory", "setting", "moved", "floor", "ratio");
     for (const emu_test::Operator* op : operators) {
         if (only && std::strcmp(only, op->name)) continue;
         if (!bytes_only) {
@@ -40,6 +42,7 @@ int main(int argc, char** argv) {
         simt::config().order = simt::Order::kRoundRobin;
         if (simt::check::kEnabled && bytes_only && op->bytes) run(op->name, op->bytes);
     }
-    if (!emu_test::tally.passed && !emu_test::tally.failed) emu_test::tally.check(false, "no operator of this name", __FILE__, __LINE__, only ? only : "");
+    if (!emu_test::tally.passed && !emu_test::tally.failed)
+        emu_test::tally.check(false, "no operator of this name", __FILE__, __LINE__, only ? only : "");
     return emu_test::tally.finish();
 }

@@ -1,4 +1,5 @@
-// Helpers for tests of an operator's CUDA kernels: device buffers initialised to NaN, comparison with fp64, and bytes moved against their floor.
+// Helpers for tests of an operator's CUDA kernels: device buffers initialised to NaN, comparison with fp64, and bytes
+// moved against their floor.
 //
 // tests/emu/test_<op>.cpp tests the launchers of csrc/ops/<op>/<op>_cuda.cu and registers itself:
 //
@@ -25,7 +26,9 @@ using neox::DType;
 
 template <class T>
 constexpr DType dtype_of() {
-    return std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : std::is_same_v<T, __half> ? DType::kFloat16 : DType::kFloat32;
+    return std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16
+           : std::is_same_v<T, __half>      ? DType::kFloat16
+                                            : DType::kFloat32;
 }
 
 template <class T>
@@ -47,15 +50,19 @@ void for_each_type(const Body& body) {
     body(__half{});
 }
 
-// How accesses to a buffer count as memory traffic: all of them, or only the first of each byte (parameters and tables that every row reads).
+// How accesses to a buffer count as memory traffic: all of them, or only the first of each byte (parameters and tables
+// that every row reads).
 enum class Role { kStream, kCached };
 
-// Device memory of `size` elements, `offset` elements past a 16-byte boundary, filled with 0xff, which is NaN. Tracked by the checker under `name`.
+// Device memory of `size` elements, `offset` elements past a 16-byte boundary, filled with 0xff, which is NaN. Tracked
+// by the checker under `name`.
 template <class T>
 class Buffer {
   public:
     Buffer(const char* name, size_t size, Role role = Role::kStream, size_t offset = 0)
-        : memory_(static_cast<T*>(std::malloc((size + offset) * sizeof(T) + (size + offset == 0)))), data_(memory_.get() + offset), size_(size) {
+        : memory_(static_cast<T*>(std::malloc((size + offset) * sizeof(T) + (size + offset == 0)))),
+          data_(memory_.get() + offset),
+          size_(size) {
         std::memset(static_cast<void*>(memory_.get()), 0xff, (size + offset) * sizeof(T));
         if (size) simt::check::track(data_, size * sizeof(T), name, role == Role::kCached);
     }
@@ -86,20 +93,24 @@ class Buffer {
     size_t size_;
 };
 
-// An input whose rows are cols + gap elements apart. The inputs of an operator should have different gaps, so that a swapped stride is detected.
+// An input whose rows are cols + gap elements apart. The inputs of an operator should have different gaps, so that a
+// swapped stride is detected.
 template <class T>
 struct Rows : Buffer<T> {
     int64_t stride;
 
     Rows(const char* name, int64_t rows, int64_t cols, int64_t gap, size_t offset = 0)
-        : Buffer<T>(name, static_cast<size_t>(rows ? (rows - 1) * (cols + gap) + cols : 0), Role::kStream, offset), stride(cols + gap) {}
-    double at(int64_t row, int64_t col) const { return static_cast<float>((*this)[static_cast<size_t>(row * stride + col)]); }
+        : Buffer<T>(name, static_cast<size_t>(rows ? (rows - 1) * (cols + gap) + cols : 0), Role::kStream, offset),
+          stride(cols + gap) {}
+    double at(int64_t row, int64_t col) const {
+        return static_cast<float>((*this)[static_cast<size_t>(row * stride + col)]);
+    }
 };
 
 // Fails unless max |got - expected| <= limit * max |expected|. NaN and infinity fail.
 template <class T>
-void expect_near(const Buffer<T>& got, const std::vector<double>& expected, const std::string& what, const char* file, int line,
-                 double limit = tolerance<T>()) {
+void expect_near(const Buffer<T>& got, const std::vector<double>& expected, const std::string& what, const char* file,
+                 int line, double limit = tolerance<T>()) {
     double scale = 0.0, error = 0.0;
     size_t worst = 0;
     bool finite = got.size() == expected.size();
@@ -114,29 +125,37 @@ void expect_near(const Buffer<T>& got, const std::vector<double>& expected, cons
     }
     const bool holds = finite && error <= limit * scale;
     tally.check(holds, what.c_str(), file, line,
-                holds ? "" : "error " + std::to_string(error) + " at element " + std::to_string(worst) + ", scale " + std::to_string(scale));
+                holds ? ""
+                      : "error " + std::to_string(error) + " at element " + std::to_string(worst) + ", scale " +
+                            std::to_string(scale));
 }
 #define EXPECT_NEAR(got, ...) emu_test::expect_near(got, __VA_ARGS__, __FILE__, __LINE__)
 
-// Runs launches and compares the bytes that they move in tracked buffers with the floor, within 5 %. Prints a row. Race checker only.
+// Runs launches and compares the bytes that they move in tracked buffers with the floor, within 5 %. Prints a row. Race
+// checker only.
 template <class Run>
-void expect_bytes(const std::string& what, const std::string& setting, double floor, const Run& run, double slack = 0.05) {
+void expect_bytes(const std::string& what, const std::string& setting, double floor, const Run& run,
+                  double slack = 0.05) {
     if constexpr (simt::check::kEnabled) {
         simt::check::reset_traffic();
         run();
         const auto moved = static_cast<double>(simt::check::moved());
         std::printf("%-36s %-28s %12.0f %12.0f %7.3f\n", what.c_str(), setting.c_str(), moved, floor, moved / floor);
-        tally.check(std::abs(moved / floor - 1.0) <= slack, (what + " moves the floor's bytes").c_str(), setting.c_str(), 0);
+        tally.check(std::abs(moved / floor - 1.0) <= slack, (what + " moves the floor's bytes").c_str(),
+                    setting.c_str(), 0);
     }
 }
 
-// The tests of an operator. `values` runs once per schedule; `bytes`, which may be null, runs once with the race checker only.
+// The tests of an operator. `values` runs once per schedule; `bytes`, which may be null, runs once with the race
+// checker only.
 struct Operator {
     const char* name;
     void (*values)();
     void (*bytes)();
 
-    Operator(const char* name_, void (*values_)(), void (*bytes_)()) : name(name_), values(values_), bytes(bytes_) { all().push_back(this); }
+    Operator(const char* name_, void (*values_)(), void (*bytes_)()) : name(name_), values(values_), bytes(bytes_) {
+        all().push_back(this);
+    }
     static std::vector<const Operator*>& all() {
         static std::vector<const Operator*> operators;
         return operators;

@@ -74,7 +74,8 @@ Stats the_stats;
 std::mt19937_64 random_bits;
 
 std::string name_of(const Thread& thread) {
-    return "thread " + std::to_string(thread.index) + " (warp " + std::to_string(thread.warp) + ", lane " + std::to_string(thread.lane) + ")";
+    return "thread " + std::to_string(thread.index) + " (warp " + std::to_string(thread.warp) + ", lane " +
+           std::to_string(thread.lane) + ")";
 }
 
 std::string waiting_threads() {
@@ -154,7 +155,8 @@ void check_exit(const Thread& self) {
     const Warp& warp = block.warps[static_cast<size_t>(self.warp)];
     for (uint32_t left = warp.waiting; left; left &= left - 1) {
         const Thread& other = block.threads[static_cast<size_t>(self.warp * 32 + __builtin_ctz(left))];
-        if (other.mask >> self.lane & 1) abandon(name_of(self) + " has exited, but " + name_of(other) + " expects it in " + other.waits_in);
+        if (other.mask >> self.lane & 1)
+            abandon(name_of(self) + " has exited, but " + name_of(other) + " expects it in " + other.waits_in);
     }
 }
 
@@ -180,7 +182,8 @@ void* allocate_shared(const void* key, size_t bytes, const char* name) {
     size_t total = bytes;
     for (const SharedArray& array : block.shared) total += array.bytes;
     if (total > the_config.shared_limit) {
-        fail("too much shared memory: " + std::to_string(total) + " bytes, the limit is " + std::to_string(the_config.shared_limit));
+        fail("too much shared memory: " + std::to_string(total) + " bytes, the limit is " +
+             std::to_string(the_config.shared_limit));
     }
     void* memory = nullptr;
     if (posix_memalign(&memory, 1024, bytes + check::kGuard)) fail("out of memory");
@@ -235,7 +238,8 @@ void run_block(dim3 size, size_t shared_bytes) {
     start_block(size);
     run_thread(block.scheduler, *next_ready(), false);
     if (!block.error.empty()) {
-        fail("block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + "): " + block.error);
+        fail("block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+             std::to_string(blockIdx.z) + "): " + block.error);
     }
 }
 
@@ -260,9 +264,11 @@ int running_thread() { return block.running ? block.running->index : -1; }
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& thread_main) {
     const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
-    if (threads == 0 || threads > 1024 || size.z > 64) fail("invalid block size: " + std::to_string(threads) + " threads, z " + std::to_string(size.z));
+    if (threads == 0 || threads > 1024 || size.z > 64)
+        fail("invalid block size: " + std::to_string(threads) + " threads, z " + std::to_string(size.z));
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
-        fail("invalid grid size: " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
+        fail("invalid grid size: " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+             std::to_string(grid.z));
     }
     if (block.thread_main) fail("a kernel launched a kernel");
     ++the_stats.launches;
@@ -277,7 +283,8 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
     blockDim = size;
     gridDim = grid;
     for (const size_t index : block_order(static_cast<size_t>(grid.x) * grid.y * grid.z)) {
-        blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y), static_cast<unsigned>(index / grid.x / grid.y)};
+        blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
+                    static_cast<unsigned>(index / grid.x / grid.y)};
         run_block(size, shared_bytes);
     }
 }
@@ -305,16 +312,22 @@ void require_shared(const void* address, size_t bytes, const char* what) {
 namespace {
 
 void check_collective(const Thread& self, const Warp& warp, uint32_t mask, WarpFunction function, const char* what) {
-    const auto complain = [what](const std::string& of) { fail(what + (": " + of)); };  // builds no string in the common case
-    if (!(mask >> self.lane & 1)) complain("the calling lane " + std::to_string(self.lane) + " is not in the mask that it passed");
+    // builds no string in the common case
+    const auto complain = [what](const std::string& of) { fail(what + (": " + of)); };
+    if (!(mask >> self.lane & 1))
+        complain("the calling lane " + std::to_string(self.lane) + " is not in the mask that it passed");
     if (mask & ~warp.exists) complain("the mask names a lane that does not exist");
-    if (mask & warp.exited) complain("lane " + std::to_string(__builtin_ctz(mask & warp.exited)) + " of the mask has exited");
-    if (mask & warp.in_barrier) complain("lane " + std::to_string(__builtin_ctz(mask & warp.in_barrier)) + " of the mask waits in a block barrier instead");
+    if (mask & warp.exited)
+        complain("lane " + std::to_string(__builtin_ctz(mask & warp.exited)) + " of the mask has exited");
+    if (mask & warp.in_barrier)
+        complain("lane " + std::to_string(__builtin_ctz(mask & warp.in_barrier)) +
+                 " of the mask waits in a block barrier instead");
     const uint32_t peers = mask & warp.waiting;
     if (!peers) return;
     // The waiting lanes are consistent with each other, so that comparing with one of them suffices.
     const Thread& peer = block.threads[static_cast<size_t>(self.warp * 32 + __builtin_ctz(peers))];
-    if (peer.function != function || peer.mask != mask) complain("divergent, lane " + std::to_string(peer.lane) + " waits in " + peer.waits_in);
+    if (peer.function != function || peer.mask != mask)
+        complain("divergent, lane " + std::to_string(peer.lane) + " waits in " + peer.waits_in);
 }
 
 }  // namespace
@@ -352,7 +365,9 @@ void warp_collective(WarpFunction run, uint32_t mask, void* operands, const char
 
 void sync_warp(uint32_t mask) {
     int warp = block.running->warp;
-    const auto run = [](void** operands, uint32_t lanes) { check::warp_sync(*static_cast<int*>(operands[__builtin_ctz(lanes)]), lanes); };
+    const auto run = [](void** operands, uint32_t lanes) {
+        check::warp_sync(*static_cast<int*>(operands[__builtin_ctz(lanes)]), lanes);
+    };
     warp_collective(run, mask, &warp, "__syncwarp");
 }
 
@@ -367,7 +382,8 @@ uint32_t ballot(uint32_t mask, bool predicate, const char* what) {
             const int lane = __builtin_ctz(left);
             if (static_cast<Vote*>(operands[lane])->in) result |= 1u << lane;
         }
-        for (uint32_t left = lanes; left; left &= left - 1) static_cast<Vote*>(operands[__builtin_ctz(left)])->out = result;
+        for (uint32_t left = lanes; left; left &= left - 1)
+            static_cast<Vote*>(operands[__builtin_ctz(left)])->out = result;
     };
     warp_collective(run, mask, &vote, what);
     return vote.out;
@@ -378,11 +394,13 @@ int block_barrier(int id, int count, bool predicate, const char* what) {
     if (id < 0 || id >= kNumBarriers) fail(std::string(what) + ": no such barrier: " + std::to_string(id));
     Barrier& barrier = block.barriers[id];
     ++the_stats.barriers;
-    if (count < 0 && block.live != block.num_threads) fail(std::string(what) + ": other threads of the block have exited");
+    if (count < 0 && block.live != block.num_threads)
+        fail(std::string(what) + ": other threads of the block have exited");
     if (count >= 0 && (count % 32 || count > block.num_threads || !count))
         fail(std::string(what) + ": the count of a named barrier must be a multiple of the warp size");
     const int expected = count < 0 ? block.num_threads : count;
-    if (!barrier.arrived.empty() && barrier.expected != expected) fail(std::string(what) + ": threads disagree on the count of the barrier");
+    if (!barrier.arrived.empty() && barrier.expected != expected)
+        fail(std::string(what) + ": threads disagree on the count of the barrier");
     barrier.expected = expected;
     barrier.predicates += predicate;
     barrier.arrived.push_back(&self);
@@ -408,7 +426,8 @@ int block_barrier(int id, int count, bool predicate, const char* what) {
 void cp_async(void* shared, const void* global, int bytes, int bytes_read) {
     const auto size = static_cast<size_t>(bytes);
     require_shared(shared, size, "cp.async");
-    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % size) fail("cp.async: misaligned address");
+    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % size)
+        fail("cp.async: misaligned address");
     Thread& self = *block.running;
     if (bytes_read) check::read(self.index, global, static_cast<size_t>(bytes_read));
     Copy copy{static_cast<char*>(shared), static_cast<const char*>(global), bytes, bytes_read, false};

@@ -1,9 +1,10 @@
 // SIMT emulator: runs CUDA kernel sources on the CPU, every CUDA thread of a block as a fiber on one OS thread.
 //
-// It models what determines the correctness of a kernel: block and warp barriers, warp collectives with their masks, shared memory initialised to NaN,
-// cp.async that completes as late as allowed, tensor-core fragments, limits of grid, block and shared memory. Misuse (a divergent collective, a
-// deadlock, an exited lane in a mask, a misaligned or invalid address) ends the launch with simt::Error, which names block, threads and what they wait
-// for. Not modelled: time, caches, occupancy, registers, concurrent blocks.
+// It models what determines the correctness of a kernel: block and warp barriers, warp collectives with their masks,
+// shared memory initialised to NaN, cp.async that completes as late as allowed, tensor-core fragments, limits of grid,
+// block and shared memory. Misuse (a divergent collective, a deadlock, an exited lane in a mask, a misaligned or
+// invalid address) ends the launch with simt::Error, which names block, threads and what they wait for. Not modelled:
+// time, caches, occupancy, registers, concurrent blocks.
 #pragma once
 
 #include <functional>
@@ -55,15 +56,18 @@ void require_shared(const void* address, size_t bytes, const char* what);
 
 // A GPU rejects an access whose address is not a multiple of its size.
 inline void require_aligned(const void* address, size_t bytes, const char* what) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes) fail(std::string(what) + ": misaligned access of " + std::to_string(bytes) + " bytes");
+    if (reinterpret_cast<uintptr_t>(address) % bytes)
+        fail(std::string(what) + ": misaligned access of " + std::to_string(bytes) + " bytes");
 }
 
-// Synchronises all lanes of `mask`. The last lane to arrive calls run(operands, mask) once for the warp; operands[lane] is null outside the mask.
+// Synchronises all lanes of `mask`. The last lane to arrive calls run(operands, mask) once for the warp; operands[lane]
+// is null outside the mask.
 using WarpFunction = void (*)(void** operands, uint32_t mask);
 void warp_collective(WarpFunction run, uint32_t mask, void* operands, const char* what);
 void sync_warp(uint32_t mask);
 
-// Synchronises `count` threads (the full block if negative) at barrier `id`. Returns for how many of them the predicate held.
+// Synchronises `count` threads (the full block if negative) at barrier `id`. Returns for how many of them the predicate
+// held.
 int block_barrier(int id, int count, bool predicate, const char* what);
 
 void cp_async(void* shared, const void* global, int bytes, int bytes_read);
@@ -98,7 +102,8 @@ void run_shuffle(void** operands, uint32_t) {
     for (int lane = 0; lane < 32; ++lane) {
         auto* mine = static_cast<Shuffle<T>*>(operands[lane]);
         if (!mine) continue;
-        if (!operands[mine->source]) fail("shuffle reads lane " + std::to_string(mine->source) + ", which is not in the mask");
+        if (!operands[mine->source])
+            fail("shuffle reads lane " + std::to_string(mine->source) + ", which is not in the mask");
         mine->out = static_cast<Shuffle<T>*>(operands[mine->source])->in;
     }
 }
@@ -115,7 +120,8 @@ uint32_t ballot(uint32_t mask, bool predicate, const char* what);
 }  // namespace simt
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(simt::config().shared_limit) : simt::config().multiprocessors;
+    *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(simt::config().shared_limit)
+                                                                  : simt::config().multiprocessors;
     return cudaSuccess;
 }
 
@@ -127,7 +133,8 @@ inline void __syncwarp(unsigned mask = ~0u) { simt::sync_warp(mask); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// Lanes of a shuffle of width w stay within their aligned group of w. A lane whose source is outside the group gets its input back.
+// Lanes of a shuffle of width w stay within their aligned group of w. A lane whose source is outside the group gets its
+// input back.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int w = 32) {
     const int lane = simt::lane_id();
@@ -158,7 +165,8 @@ T __ldg(const T* address) {
     return *address;
 }
 
-// One OS thread runs all fibers, so that ordinary code is atomic. It is not instrumented; the race checker is notified instead.
+// One OS thread runs all fibers, so that ordinary code is atomic. It is not instrumented; the race checker is notified
+// instead.
 #define SIMT_ATOMIC(name, result)                                             \
     template <class T, class U>                                               \
     __attribute__((noinline, no_sanitize("thread"))) T name(T* target, U u) { \

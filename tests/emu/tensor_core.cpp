@@ -47,7 +47,8 @@ void mma_m16n8k16(void** operands, uint32_t mask) {
 void count_conflicts(void** operands, int matrix) {
     unsigned groups = 0;
     for (int row = 0; row < 8; ++row) {
-        groups |= 1u << (reinterpret_cast<uintptr_t>(static_cast<LoadMatrix*>(operands[matrix * 8 + row])->row) / 16 % 8);
+        groups |=
+            1u << (reinterpret_cast<uintptr_t>(static_cast<LoadMatrix*>(operands[matrix * 8 + row])->row) / 16 % 8);
     }
     stats().ldmatrix_conflicts += static_cast<uint64_t>(8 - __builtin_popcount(groups));
 }

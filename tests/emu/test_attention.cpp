@@ -1,5 +1,6 @@
-// The CUDA kernels of attention against fp64: every mask, every head_dim instance, packed and split layouts, both backwards. Masked keys do not leak, and
-// results are reproducible, bit for bit. ldmatrix has no bank conflicts, and fully masked tiles are skipped.
+// The CUDA kernels of attention against fp64: every mask, every head_dim instance, packed and split layouts, both
+// backwards. Masked keys do not leak, and results are reproducible, bit for bit. ldmatrix has no bank conflicts, and
+// fully masked tiles are skipped.
 #include <limits>
 
 #include "common/philox.h"
@@ -23,7 +24,8 @@ struct Case {
     size_t offset = 0;
 };
 
-// q, k and v as one projection [batch, keys, groups, heads + 2, dim + gap], with the queries at the last positions. Gradients have the same layout.
+// q, k and v as one projection [batch, keys, groups, heads + 2, dim + gap], with the queries at the last positions.
+// Gradients have the same layout.
 template <class T>
 struct Run {
     Case shape;
@@ -33,7 +35,9 @@ struct Run {
     Buffer<T> qkv, dout, out, dqkv;
     Buffer<float> lse;
 
-    static size_t size(const Case& c) { return static_cast<size_t>(c.batch * std::max(c.queries, c.keys) * c.groups * (c.heads + 2) * (c.dim + c.gap)); }
+    static size_t size(const Case& c) {
+        return static_cast<size_t>(c.batch * std::max(c.queries, c.keys) * c.groups * (c.heads + 2) * (c.dim + c.gap));
+    }
     static size_t rows(const Case& c) { return static_cast<size_t>(c.batch * c.queries * c.groups * c.heads); }
 
     explicit Run(const Case& c)
@@ -49,26 +53,34 @@ struct Run {
         for (size_t i = 0; i < dqkv.size(); ++i) dqkv[i] = T(0.0f);  // gaps and unused positions are not written
         for (int64_t i = 0; i < c.batch * c.keys && !c.boundaries.empty(); ++i) {
             int32_t id = 0;
-            for (const int64_t boundary : c.boundaries) id += i % c.keys >= boundary + i / c.keys;  // one position later in each batch
+            // one position later in each batch
+            for (const int64_t boundary : c.boundaries) id += i % c.keys >= boundary + i / c.keys;
             segments.push_back(id);
         }
         for (int64_t h = 0; h < c.groups * c.heads && c.alibi; ++h) slopes.push_back(0.5f / static_cast<float>(h + 1));
     }
 
     size_t at(int64_t b, int64_t i, int64_t g, int64_t h, int64_t d) const {
-        return static_cast<size_t>((b * positions + i) * row + (g * (shape.heads + 2) + h) * (shape.dim + shape.gap) + d);
+        return static_cast<size_t>((b * positions + i) * row + (g * (shape.heads + 2) + h) * (shape.dim + shape.gap) +
+                                   d);
     }
-    size_t query(int64_t b, int64_t i, int64_t g, int64_t h) const { return at(b, i + positions - shape.queries, g, h, 0); }
+    size_t query(int64_t b, int64_t i, int64_t g, int64_t h) const {
+        return at(b, i + positions - shape.queries, g, h, 0);
+    }
     size_t key(int64_t b, int64_t j, int64_t g) const { return at(b, j + positions - shape.keys, g, shape.heads, 0); }
-    size_t value(int64_t b, int64_t j, int64_t g) const { return at(b, j + positions - shape.keys, g, shape.heads + 1, 0); }
+    size_t value(int64_t b, int64_t j, int64_t g) const {
+        return at(b, j + positions - shape.keys, g, shape.heads + 1, 0);
+    }
 
     neox::Attention task() const {
         const Case& c = shape;
         neox::Attention in{};
         in.dtype = emu_test::dtype_of<T>();
-        in.batch = c.batch, in.queries = c.queries, in.keys = c.keys, in.groups = c.groups, in.heads = c.heads, in.head_dim = c.dim;
+        in.batch = c.batch, in.queries = c.queries, in.keys = c.keys, in.groups = c.groups, in.heads = c.heads,
+        in.head_dim = c.dim;
         in.q = qkv.data() + query(0, 0, 0, 0), in.k = qkv.data() + key(0, 0, 0), in.v = qkv.data() + value(0, 0, 0);
-        in.q_strides = in.k_strides = in.v_strides = {positions * row, row, (c.heads + 2) * (c.dim + c.gap), c.dim + c.gap};
+        in.q_strides = in.k_strides =
+            in.v_strides = {positions * row, row, (c.heads + 2) * (c.dim + c.gap), c.dim + c.gap};
         in.scale = c.scale, in.causal = c.causal, in.window = c.window, in.softcap = c.softcap, in.dropout = c.dropout;
         in.segments = segments.empty() ? nullptr : segments.data();
         in.slopes = slopes.empty() ? nullptr : slopes.data();
@@ -88,9 +100,11 @@ struct Run {
         const int64_t n = shape.groups * shape.heads * shape.dim;
         grad.dout = dout.data(), grad.out = out.data(), grad.lse = lse.data();
         grad.dout_strides = {shape.queries * n, n, shape.heads * shape.dim, shape.dim};
-        grad.dq = dqkv.data() + query(0, 0, 0, 0), grad.dk = dqkv.data() + key(0, 0, 0), grad.dv = dqkv.data() + value(0, 0, 0);
+        grad.dq = dqkv.data() + query(0, 0, 0, 0), grad.dk = dqkv.data() + key(0, 0, 0),
+        grad.dv = dqkv.data() + value(0, 0, 0);
         grad.dq_strides = grad.dk_strides = grad.dv_strides = in.q_strides;
-        Buffer<float> workspace("workspace", static_cast<size_t>(neox::attention_backward_workspace_cuda(in, deterministic)) / 4);
+        Buffer<float> workspace("workspace",
+                                static_cast<size_t>(neox::attention_backward_workspace_cuda(in, deterministic)) / 4);
         EXPECT(!neox::attention_backward_cuda(in, grad, deterministic, workspace.data(), nullptr));
     }
 };
@@ -108,28 +122,35 @@ Expected expect(const Run<T>& run) {
     const auto count = static_cast<size_t>(c.keys);
     const uint64_t threshold = neox::dropout_threshold(c.dropout), quads = (static_cast<uint64_t>(c.keys) + 3) / 4;
     for (int64_t r = 0; r < c.batch * c.groups * c.heads * c.queries; ++r) {
-        const int64_t i = r % c.queries, h = r / c.queries % c.heads, g = r / c.queries / c.heads % c.groups, b = r / c.queries / c.heads / c.groups;
+        const int64_t i = r % c.queries, h = r / c.queries % c.heads, g = r / c.queries / c.heads % c.groups,
+                      b = r / c.queries / c.heads / c.groups;
         const int64_t position = i + c.keys - c.queries;
-        const size_t q = run.query(b, i, g, h), o = static_cast<size_t>((((b * c.queries + i) * c.groups + g) * c.heads + h) * c.dim);
+        const size_t q = run.query(b, i, g, h),
+                     o = static_cast<size_t>((((b * c.queries + i) * c.groups + g) * c.heads + h) * c.dim);
         std::vector<double> p(count, 0.0), bend(count, 1.0), keep(count, 1.0), dp(count);
         double total = 0, delta = 0;
         for (int64_t j = 0; j < c.keys; ++j) {
             const auto at = static_cast<size_t>(j);
             double score = 0;
-            for (int64_t d = 0; d < c.dim; ++d) score += c.scale * x(q + static_cast<size_t>(d)) * x(run.key(b, j, g) + static_cast<size_t>(d));
+            for (int64_t d = 0; d < c.dim; ++d)
+                score += c.scale * x(q + static_cast<size_t>(d)) * x(run.key(b, j, g) + static_cast<size_t>(d));
             if (c.softcap > 0) {
                 const double t = std::tanh(score / c.softcap);
                 score = c.softcap * t, bend[at] = 1 - t * t;
             }
-            if (c.alibi) score -= static_cast<double>(run.slopes[static_cast<size_t>(g * c.heads + h)]) * std::abs(static_cast<double>(position - j));
+            if (c.alibi)
+                score -= static_cast<double>(run.slopes[static_cast<size_t>(g * c.heads + h)]) *
+                         std::abs(static_cast<double>(position - j));
             bool visible = (!c.causal || j <= position) && (!c.window || j > position - c.window);
             if (visible && !c.boundaries.empty()) {
-                visible = run.segments[static_cast<size_t>(b * c.keys + j)] == run.segments[static_cast<size_t>(b * c.keys + position)];
+                visible = run.segments[static_cast<size_t>(b * c.keys + j)] ==
+                          run.segments[static_cast<size_t>(b * c.keys + position)];
             }
             p[at] = visible ? std::exp(score) : 0.0;
             total += p[at];
             if (c.dropout > 0) {
-                const auto words = neox::philox(12345, static_cast<uint64_t>(r) * quads + static_cast<uint64_t>(j / 4), 678);
+                const auto words =
+                    neox::philox(12345, static_cast<uint64_t>(r) * quads + static_cast<uint64_t>(j / 4), 678);
                 keep[at] = words.word[j % 4] >= threshold ? 1 / (1 - static_cast<double>(c.dropout)) : 0.0;
             }
         }
@@ -165,7 +186,9 @@ std::vector<float> copy(const Buffer<T>& of) {
 }
 
 // Whether dq has a separate kernel even if not deterministic (see attention_backward_cuda.cu).
-bool has_one_backward(const Case& c) { return c.dim > 128 || c.alibi || c.softcap > 0 || c.dropout > 0 || c.scale <= 0; }
+bool has_one_backward(const Case& c) {
+    return c.dim > 128 || c.alibi || c.softcap > 0 || c.dropout > 0 || c.scale <= 0;
+}
 
 // Results of the first schedule. Every later one must give the same bits.
 std::vector<std::vector<float>>& first_results() {
@@ -197,7 +220,8 @@ void check(const Case& c, size_t index) {
         const size_t slot = 2 * index + (values.size() == run.dqkv.size());
         if (first_results().size() <= slot) first_results().resize(slot + 1);
         if (first_results()[slot].empty()) first_results()[slot] = values;
-        emu_test::tally.check(first_results()[slot] == values, (what + ": the same bits in every schedule").c_str(), __FILE__, __LINE__);
+        emu_test::tally.check(first_results()[slot] == values, (what + ": the same bits in every schedule").c_str(),
+                              __FILE__, __LINE__);
     }
 }
 
@@ -211,11 +235,12 @@ std::vector<Case> masks() {
     return {{1, 1, 1, 1, 1, 64},
             {1, 17, 17, 1, 1, 64},
             {1, 129, 129, 1, 1, 64},
-            {1, 300, 17, 1, 1, 64},                                          // full blocks of rows see no key
-            {2, 1, 300, 1, 4, 64},                                           // decoding: splits of the keys
-            {1, 41, 700, 1, 1, 128},                                         // the same with 11 tiles in 3 splits
-            {1, 66, 128, 1, 1, 64},                                          // a key tile ends one key after the first row's position
-            with({1, 100, 164, 1, 1, 64}, [](Case& c) { c.window = 163; }),  // a tile starts one key before the last row's window
+            {1, 300, 17, 1, 1, 64},   // full blocks of rows see no key
+            {2, 1, 300, 1, 4, 64},    // decoding: splits of the keys
+            {1, 41, 700, 1, 1, 128},  // the same with 11 tiles in 3 splits
+            {1, 66, 128, 1, 1, 64},   // a key tile ends one key after the first row's position
+            with({1, 100, 164, 1, 1, 64},
+                 [](Case& c) { c.window = 163; }),  // a tile starts one key before the last row's window
             with({1, 65, 65, 1, 1, 64}, [](Case& c) { c.window = 1; }),
             with({1, 130, 160, 1, 2, 64}, [](Case& c) { c.window = 33; }),
             with({2, 129, 129, 1, 2, 64}, [](Case& c) { c.boundaries = {40, 41, 101}; }),
@@ -236,10 +261,13 @@ std::vector<Case> generals() {
             with({1, 65, 129, 1, 2, 64}, [](Case& c) { c.softcap = 1.5f, c.causal = false; }),
             with({2, 65, 129, 1, 2, 64}, [](Case& c) { c.dropout = 0.3f, c.causal = false; }),
             with({1, 33, 70, 1, 1, 64}, [](Case& c) { c.scale = -0.3f; }),
-            with({1, 65, 129, 1, 2, 64}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 90; }),
+            with({1, 65, 129, 1, 2, 64},
+                 [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 90; }),
             with({1, 40, 66, 1, 1, 128}, [](Case& c) { c.dropout = 0.2f, c.causal = false, c.boundaries = {20, 50}; }),
-            with({1, 65, 129, 1, 2, 80}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.boundaries = {40, 101}; }),
-            with({1, 65, 97, 1, 2, 256}, [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 50; })};
+            with({1, 65, 129, 1, 2, 80},
+                 [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.boundaries = {40, 101}; }),
+            with({1, 65, 97, 1, 2, 256},
+                 [](Case& c) { c.alibi = true, c.softcap = 1.5f, c.dropout = 0.3f, c.window = 50; })};
 }
 
 // Every instance of head_dim: causal with grouped heads, and all masks of the basic kernels together.
@@ -262,24 +290,29 @@ void leaks(bool by_document) {
     std::vector<float> before[2];
     for (int pass = 0; pass < 2; ++pass) {
         Run<__nv_bfloat16> run(c);
-        for (size_t i = 131 * static_cast<size_t>(run.row); pass && i < run.qkv.size(); ++i) run.qkv[i] = 3.0f * static_cast<float>(run.qkv[i]) + 5.0f;
+        for (size_t i = 131 * static_cast<size_t>(run.row); pass && i < run.qkv.size(); ++i)
+            run.qkv[i] = 3.0f * static_cast<float>(run.qkv[i]) + 5.0f;
         run.forward();
         if (by_document) run.backward(true);
         const std::vector<float> out = copy(run.out), gradient = copy(run.dqkv);
-        const auto boundary = static_cast<ptrdiff_t>(131 * c.groups * c.heads * c.dim), gradient_border = static_cast<ptrdiff_t>(131 * run.row);
+        const auto boundary = static_cast<ptrdiff_t>(131 * c.groups * c.heads * c.dim),
+                   gradient_border = static_cast<ptrdiff_t>(131 * run.row);
         before[pass].assign(out.begin(), out.begin() + boundary);
         before[pass].insert(before[pass].end(), gradient.begin(), gradient.begin() + gradient_border);
     }
     EXPECT(before[0] == before[1]);
 }
 
-// Only tiles with a visible pair are multiplied: 2 products of 128 x 64 in the forward and 3 for dq, 4 of 64 x 128 for dk and dv.
+// Only tiles with a visible pair are multiplied: 2 products of 128 x 64 in the forward and 3 for dq, 4 of 64 x 128 for
+// dk and dv.
 void work(const Case& c) {
     Run<__nv_bfloat16> run(c);
     const auto seen = [&](int64_t i, int64_t j) {
         const int64_t position = i + c.keys - c.queries;
-        if (i >= c.queries || j >= c.keys || (c.causal && j > position) || (c.window && j <= position - c.window)) return false;
-        return c.boundaries.empty() || run.segments[static_cast<size_t>(j)] == run.segments[static_cast<size_t>(position)];
+        if (i >= c.queries || j >= c.keys || (c.causal && j > position) || (c.window && j <= position - c.window))
+            return false;
+        return c.boundaries.empty() ||
+               run.segments[static_cast<size_t>(j)] == run.segments[static_cast<size_t>(position)];
     };
     const auto tiles = [&](int64_t rows, int64_t keys) {
         uint64_t count = 0;
@@ -319,7 +352,8 @@ void block_order() {
     }
 }
 
-// Quotients by product and shift equal those of a division, at the ends, around multiples, and for divisors of every length.
+// Quotients by product and shift equal those of a division, at the ends, around multiples, and for divisors of every
+// length.
 void quotients() {
     size_t wrong = 0;
     for (int64_t divisor = 1; divisor <= INT32_MAX; divisor = divisor < 130 ? divisor + 1 : divisor * 5 / 3 + 1) {
@@ -338,7 +372,8 @@ void shared_memory() {
     for (const int64_t dim : {64, 96, 128, 256}) {
         for (const bool general : {false, true}) {
             const neox::AttentionShared bytes = neox::attention_shared_cuda(dim, general);
-            EXPECT(bytes.forward > 0 && bytes.backward > 0 && bytes.limit == static_cast<int64_t>(simt::config().shared_limit));
+            EXPECT(bytes.forward > 0 && bytes.backward > 0 &&
+                   bytes.limit == static_cast<int64_t>(simt::config().shared_limit));
             EXPECT(bytes.forward <= bytes.limit && bytes.backward <= bytes.limit);
             EXPECT(dim == 64 || bytes.backward > 99 << 10);
         }
@@ -361,7 +396,8 @@ void values() {
     for (const auto& group : {masks(), generals(), sizes()}) {
         for (const Case& c : group) {
             check<__nv_bfloat16>(c, index);
-            // one extra key of 64 is within the tolerance of bf16, so fp16 runs the cases of a tile's first and last key
+            // one extra key of 64 is within the tolerance of bf16, so fp16 runs the cases of a tile's first and last
+            // key
             if (index % 6 == 2 || index == 6 || index == 7) check<__half>(c, index);
             ++index;
         }

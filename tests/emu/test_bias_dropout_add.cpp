@@ -1,5 +1,5 @@
-// The CUDA kernels of bias_dropout_add: with and without bias and dropout, odd sizes, strided and misaligned rows; the dropout mask bit for bit; and the
-// bytes moved.
+// The CUDA kernels of bias_dropout_add: with and without bias and dropout, odd sizes, strided and misaligned rows; the
+// dropout mask bit for bit; and the bytes moved.
 #include "common/philox.h"
 #include "op_test.h"
 #include "ops/bias_dropout_add/bias_dropout_add.h"
@@ -13,22 +13,29 @@ const int64_t kSeed[2] = {0x123456789abcdef, 0x7edcba987654321};
 
 bool kept(int64_t row, int64_t col, int64_t cols, double p) {
     const auto word = static_cast<uint64_t>(row * ((cols + 3) / 4 * 4) + col);
-    return neox::philox(static_cast<uint64_t>(kSeed[0]), word / 4, static_cast<uint64_t>(kSeed[1])).word[word % 4] >= p * 4294967296.0;
+    return neox::philox(static_cast<uint64_t>(kSeed[0]), word / 4, static_cast<uint64_t>(kSeed[1])).word[word % 4] >=
+           p * 4294967296.0;
 }
 
 template <class T>
 void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bias, double p) {
     const auto count = static_cast<size_t>(rows * cols);
-    emu_test::Rows<T> x("x", rows, cols, gap, offset), residual("residual", rows, cols, 2 * gap, offset), dy("dy", rows, cols, 3 * gap, offset);
-    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset), y("y", count), dx("dx", count), dbias("dbias", static_cast<size_t>(cols));
+    emu_test::Rows<T> x("x", rows, cols, gap, offset), residual("residual", rows, cols, 2 * gap, offset),
+        dy("dy", rows, cols, 3 * gap, offset);
+    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset), y("y", count), dx("dx", count),
+        dbias("dbias", static_cast<size_t>(cols));
     x.random(1), residual.random(2), dy.random(3), bias.random(4);
     Buffer<float> partial("partial", static_cast<size_t>(neox::bias_dropout_add_partials_cuda(rows, cols) * cols));
     const neox::Dropout dropout{p > 0 ? kSeed : nullptr, p};
     const auto dtype = emu_test::dtype_of<T>();
-    EXPECT(!neox::bias_dropout_add_forward_cuda(
-        {dtype, rows, cols, x.data(), x.stride, with_bias ? bias.data() : nullptr, residual.data(), residual.stride, dropout}, y.data(), nullptr));
+    EXPECT(
+        !neox::bias_dropout_add_forward_cuda({dtype, rows, cols, x.data(), x.stride, with_bias ? bias.data() : nullptr,
+                                              residual.data(), residual.stride, dropout},
+                                             y.data(), nullptr));
     EXPECT(!neox::bias_dropout_add_backward_cuda(
-        {dtype, rows, cols, dy.data(), dy.stride, dropout, p > 0 ? dx.data() : nullptr, with_bias ? dbias.data() : nullptr, partial.data()}, nullptr));
+        {dtype, rows, cols, dy.data(), dy.stride, dropout, p > 0 ? dx.data() : nullptr,
+         with_bias ? dbias.data() : nullptr, partial.data()},
+        nullptr));
     std::vector<double> expected_y(count), expected_dx(count), expected_dbias(static_cast<size_t>(cols), 0.0);
     bool same_mask = true;
     for (int64_t row = 0; row < rows; ++row) {
@@ -78,10 +85,12 @@ void bytes() {
         const std::string setting = std::to_string(rows) + "x" + std::to_string(cols) + " bf16";
         const double size = static_cast<double>(count * sizeof(T));
         emu_test::expect_bytes("bias_dropout_add forward", setting, 3 * size, [&] {
-            neox::bias_dropout_add_forward_cuda({dtype, rows, cols, x.data(), cols, bias.data(), residual.data(), cols, dropout}, y.data(), nullptr);
+            neox::bias_dropout_add_forward_cuda(
+                {dtype, rows, cols, x.data(), cols, bias.data(), residual.data(), cols, dropout}, y.data(), nullptr);
         });
         emu_test::expect_bytes("bias_dropout_add backward", setting, 2 * size, [&] {
-            neox::bias_dropout_add_backward_cuda({dtype, rows, cols, dy.data(), cols, dropout, dx.data(), dbias.data(), partial.data()}, nullptr);
+            neox::bias_dropout_add_backward_cuda(
+                {dtype, rows, cols, dy.data(), cols, dropout, dx.data(), dbias.data(), partial.data()}, nullptr);
         });
     }
 }

@@ -1,4 +1,5 @@
-// The CUDA kernels of bias_gelu: odd sizes, strided and misaligned rows, with and without bias, both forms; and the bytes moved.
+// The CUDA kernels of bias_gelu: odd sizes, strided and misaligned rows, with and without bias, both forms; and the
+// bytes moved.
 #include "op_test.h"
 #include "ops/bias_gelu/bias_gelu.h"
 
@@ -8,7 +9,8 @@ using emu_test::Buffer;
 using emu_test::Role;
 
 double gelu(double u, bool tanh) {
-    return tanh ? 0.5 * u * (1 + std::tanh(std::sqrt(2 / M_PI) * (u + 0.044715 * u * u * u))) : 0.5 * u * std::erfc(-u * M_SQRT1_2);
+    return tanh ? 0.5 * u * (1 + std::tanh(std::sqrt(2 / M_PI) * (u + 0.044715 * u * u * u)))
+                : 0.5 * u * std::erfc(-u * M_SQRT1_2);
 }
 
 double slope(double u, bool tanh) {
@@ -20,10 +22,12 @@ template <class T>
 void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bias, bool tanh) {
     const auto count = static_cast<size_t>(rows * cols);
     emu_test::Rows<T> x("x", rows, cols, gap, offset), dy("dy", rows, cols, 2 * gap, offset);
-    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset), y("y", count), dx("dx", count), dbias("dbias", static_cast<size_t>(cols));
+    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset), y("y", count), dx("dx", count),
+        dbias("dbias", static_cast<size_t>(cols));
     x.random(1, 2.0f), dy.random(2), bias.random(3);
     Buffer<float> partial("partial", static_cast<size_t>(neox::bias_gelu_partials_cuda(rows, cols) * cols));
-    const neox::BiasGelu in{emu_test::dtype_of<T>(), tanh, rows, cols, x.data(), x.stride, with_bias ? bias.data() : nullptr};
+    const neox::BiasGelu in{emu_test::dtype_of<T>(),          tanh, rows, cols, x.data(), x.stride,
+                            with_bias ? bias.data() : nullptr};
     EXPECT(!neox::bias_gelu_forward_cuda(in, y.data(), nullptr));
     EXPECT(!neox::bias_gelu_backward_cuda(in, dy.data(), dy.stride, dx.data(), dbias.data(), partial.data(), nullptr));
     std::vector<double> expected_y(count), expected_dx(count), expected_dbias(static_cast<size_t>(cols), 0.0);
@@ -68,9 +72,11 @@ void bytes() {
         const neox::BiasGelu in{emu_test::dtype_of<T>(), false, rows, cols, x.data(), cols, bias.data()};
         const std::string setting = std::to_string(rows) + "x" + std::to_string(cols) + " bf16";
         const double size = static_cast<double>(count * sizeof(T));
-        emu_test::expect_bytes("bias_gelu forward", setting, 2 * size, [&] { neox::bias_gelu_forward_cuda(in, y.data(), nullptr); });
-        emu_test::expect_bytes("bias_gelu backward", setting, 3 * size,
-                               [&] { neox::bias_gelu_backward_cuda(in, dy.data(), cols, dx.data(), dbias.data(), partial.data(), nullptr); });
+        emu_test::expect_bytes("bias_gelu forward", setting, 2 * size,
+                               [&] { neox::bias_gelu_forward_cuda(in, y.data(), nullptr); });
+        emu_test::expect_bytes("bias_gelu backward", setting, 3 * size, [&] {
+            neox::bias_gelu_backward_cuda(in, dy.data(), cols, dx.data(), dbias.data(), partial.data(), nullptr);
+        });
     }
 }
 

@@ -1,4 +1,5 @@
-// Tests of the emulator: results of its collectives, fragment layouts against the strides published by CuTe, and detection of misuse.
+// Tests of the emulator: results of its collectives, fragment layouts against the strides published by CuTe, and
+// detection of misuse.
 #include <cmath>
 #include <random>
 #include <vector>
@@ -135,7 +136,8 @@ void test_ldmatrix_layout() {
             for (int i = 0; i < 2; ++i) {
                 const auto at = static_cast<size_t>(lane) * 4 + static_cast<size_t>(matrix);
                 EXPECT(static_cast<int>(plain[at] >> (16 * i) & 0xffff) == (lane * 32 + i * 16 + matrix * 1024) / 16);
-                EXPECT(static_cast<int>(transposed[at] >> (16 * i) & 0xffff) == (lane % 4 * 256 + lane / 4 * 16 + i * 128 + matrix * 1024) / 16);
+                EXPECT(static_cast<int>(transposed[at] >> (16 * i) & 0xffff) ==
+                       (lane % 4 * 256 + lane / 4 * 16 + i * 128 + matrix * 1024) / 16);
             }
         }
     }
@@ -188,7 +190,8 @@ void test_bytes_moved() {
         });
         return simt::check::moved();
     };
-    EXPECT(copy(1) == 64 * 4 + 64 * 16 + 4);  // one member of each element is read, every element written, the table read once
+    // one member of each element is read, every element written, the table read once
+    EXPECT(copy(1) == 64 * 4 + 64 * 16 + 4);
     EXPECT(copy(3) == 3 * 64 * 4 + 64 * 16 + 4);
     EXPECT(simt::check::traffic(in.data()).touched == 64 * 4);
     simt::check::untrack(table.data());
@@ -197,7 +200,8 @@ void test_bytes_moved() {
 }
 
 void test_misuse() {
-    EXPECT_ERROR([] { run(1, 32, 0, [] { threadIdx.x < 16 ? (void)__shfl_xor_sync(~0u, 1, 1) : __syncthreads(); }); }, "waits in");
+    EXPECT_ERROR([] { run(1, 32, 0, [] { threadIdx.x < 16 ? (void)__shfl_xor_sync(~0u, 1, 1) : __syncthreads(); }); },
+                 "waits in");
     EXPECT_ERROR(
         [] {
             run(1, 32, 0, [] {
@@ -205,7 +209,9 @@ void test_misuse() {
             });
         },
         "exited");
-    EXPECT_ERROR([] { run(1, 32, 0, [] { threadIdx.x % 2 ? (void)__shfl_xor_sync(~0u, 1, 2) : (void)__ballot_sync(~0u, 1); }); }, "divergent");
+    EXPECT_ERROR(
+        [] { run(1, 32, 0, [] { threadIdx.x % 2 ? (void)__shfl_xor_sync(~0u, 1, 2) : (void)__ballot_sync(~0u, 1); }); },
+        "divergent");
     EXPECT_ERROR(
         [] {
             run(1, 64, 0, [] {
@@ -216,7 +222,8 @@ void test_misuse() {
     EXPECT_ERROR([] { run(1, 64, 0, [] { neox::named_barrier(threadIdx.x < 32 ? 1 : 2, 64); }); }, "deadlock");
     EXPECT_ERROR([] { run(1, 32, 0, [] { (void)__shfl_sync(0x1u, 1, 0); }); }, "mask that it passed");
     EXPECT_ERROR([] { run(1, 16, 0, [] { (void)__shfl_xor_sync(~0u, 1, 1); }); }, "does not exist");
-    EXPECT_ERROR([] { run(1, 32, 0, [] { (void)__shfl_sync(threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u, 1, 0); }); }, "not in the mask");
+    EXPECT_ERROR([] { run(1, 32, 0, [] { (void)__shfl_sync(threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u, 1, 0); }); },
+                 "not in the mask");
     EXPECT_ERROR(
         [] {
             run(1, 32, 1024, [] {

@@ -22,7 +22,8 @@ double slope(double u, Activation activation) {
 template <class T>
 void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, int64_t dy_gap, size_t offset) {
     const auto count = static_cast<size_t>(rows * cols);
-    emu_test::Rows<T> x("x", rows, cols, gap, offset), gate("gate", rows, cols, 2 * gap, offset), dy("dy", rows, cols, dy_gap, offset);
+    emu_test::Rows<T> x("x", rows, cols, gap, offset), gate("gate", rows, cols, 2 * gap, offset),
+        dy("dy", rows, cols, dy_gap, offset);
     Buffer<T> y("y", count), dx("dx", count), dgate("dgate", count);
     x.random(1, 2.0f), gate.random(2), dy.random(3);
     const neox::Gated in{emu_test::dtype_of<T>(), activation, rows, cols, x.data(), x.stride, gate.data(), gate.stride};
@@ -51,7 +52,8 @@ void values() {
         check<T>(Activation::kRelu, 5, 819, 0, 3, 1);
         check<T>(Activation::kSilu, 37, 264, 8, 24, 0);  // full packs, strided rows
         check<T>(Activation::kGelu, 8, 819, 0, 0, 0);    // full packs, because the rows are contiguous
-        check<T>(Activation::kRelu, 5, 264, 3, 8, 0);    // rows of complete packs, a stride that is not a multiple of one
+        // rows of complete packs, a stride that is not a multiple of one
+        check<T>(Activation::kRelu, 5, 264, 3, 8, 0);
         check<T>(Activation::kRelu, 5, 264, 8, 3, 0);
         check<T>(Activation::kRelu, 0, 16, 0, 0, 0);
     });
@@ -64,9 +66,11 @@ void bytes() {
     const auto count = static_cast<size_t>(rows * cols);
     Buffer<T> both("x and gate", 2 * count), dy("dy", count), y("y", count), dx("dx", count), dgate("dgate", count);
     both.random(1), dy.random(2);
-    const neox::Gated in{emu_test::dtype_of<T>(), Activation::kSilu, rows, cols, both.data(), 2 * cols, both.data() + cols, 2 * cols};
+    const neox::Gated in{emu_test::dtype_of<T>(), Activation::kSilu, rows, cols, both.data(), 2 * cols,
+                         both.data() + cols,      2 * cols};
     const double size = static_cast<double>(count * sizeof(T));
-    emu_test::expect_bytes("gated forward", "32x5632 bf16", 3 * size, [&] { neox::gated_forward_cuda(in, y.data(), nullptr); });
+    emu_test::expect_bytes("gated forward", "32x5632 bf16", 3 * size,
+                           [&] { neox::gated_forward_cuda(in, y.data(), nullptr); });
     emu_test::expect_bytes("gated backward", "32x5632 bf16", 5 * size,
                            [&] { neox::gated_backward_cuda(in, dy.data(), cols, dx.data(), dgate.data(), nullptr); });
 }

@@ -1,5 +1,6 @@
-// The CUDA kernels of norm: one and two outputs, with and without mean, bias, residual and the gradient of the sum; every mapping of rows to threads
-// (parts of a warp, warps, several packs, loops), strided and misaligned; and the bytes moved.
+// The CUDA kernels of norm: one and two outputs, with and without mean, bias, residual and the gradient of the sum;
+// every mapping of rows to threads (parts of a warp, warps, several packs, loops), strided and misaligned; and the
+// bytes moved.
 #include "op_test.h"
 #include "ops/norm/norm.h"
 
@@ -24,7 +25,8 @@ struct Norm {
     Case in;
     size_t count = index(in.rows * in.cols), cols = index(in.cols);
     bool two = in.outputs > 1;
-    Rows<T> x = rows("x", 1), residual = rows("residual", 2, in.residual), dy1 = rows("dy1", 3), dy2 = rows("dy2", 4, two), dsum = rows("dsum", 5, in.residual);
+    Rows<T> x = rows("x", 1), residual = rows("residual", 2, in.residual), dy1 = rows("dy1", 3),
+            dy2 = rows("dy2", 4, two), dsum = rows("dsum", 5, in.residual);
     Buffer<T> w1{"w1", cols, Role::kCached, in.offset}, w2{"w2", cols, Role::kCached, in.offset};
     Buffer<T> b1{"b1", cols, Role::kCached, in.offset}, b2{"b2", cols, Role::kCached, in.offset};
     Buffer<T> y1{"y1", count}, y2{"y2", two ? count : 0}, sum{"sum", in.residual ? count : 0};
@@ -37,13 +39,18 @@ struct Norm {
         x.random(1, 2.0f, 1.0f), residual.random(2);
         w1.random(3, 1.0f, 1.0f), w2.random(4, 1.0f, 1.0f), b1.random(5), b2.random(6);
         dy1.random(7), dy2.random(8), dsum.random(9);
-        partial = std::make_unique<Buffer<float>>("partial", index(2 * in.outputs * neox::norm_partials_cuda(backward()) * in.cols));
+        partial = std::make_unique<Buffer<float>>(
+            "partial", index(2 * in.outputs * neox::norm_partials_cuda(backward()) * in.cols));
     }
-    Rows<T> rows(const char* name, int64_t gaps, bool wanted = true) const { return {name, wanted ? in.rows : 0, in.cols, gaps * in.gap, in.offset}; }
+    Rows<T> rows(const char* name, int64_t gaps, bool wanted = true) const {
+        return {name, wanted ? in.rows : 0, in.cols, gaps * in.gap, in.offset};
+    }
     neox::NormForward forward() {
         neox::NormForward op = {};
-        op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows, op.cols = in.cols, op.eps = 1e-3f;
-        op.x = x.data(), op.x_stride = x.stride, op.residual = in.residual ? residual.data() : nullptr, op.residual_stride = residual.stride;
+        op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows,
+        op.cols = in.cols, op.eps = 1e-3f;
+        op.x = x.data(), op.x_stride = x.stride, op.residual = in.residual ? residual.data() : nullptr,
+        op.residual_stride = residual.stride;
         op.parameters[0] = {w1.data(), in.bias ? b1.data() : nullptr};
         if (two) op.parameters[1] = {w2.data(), in.bias ? b2.data() : nullptr};
         op.y[0] = y1.data(), op.y[1] = y2.data(), op.sum = sum.data(), op.mean = mean.data(), op.rstd = rstd.data();
@@ -51,9 +58,11 @@ struct Norm {
     }
     neox::NormBackward backward() {
         neox::NormBackward op = {};
-        op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows, op.cols = in.cols;
+        op.dtype = emu_test::dtype_of<T>(), op.rms = in.rms, op.outputs = in.outputs, op.rows = in.rows,
+        op.cols = in.cols;
         op.s = in.residual ? sum.data() : x.data(), op.s_stride = in.residual ? in.cols : x.stride;
-        op.mean = mean.data(), op.rstd = rstd.data(), op.weight[0] = w1.data(), op.weight[1] = two ? w2.data() : nullptr;
+        op.mean = mean.data(), op.rstd = rstd.data(), op.weight[0] = w1.data(),
+        op.weight[1] = two ? w2.data() : nullptr;
         op.dy[0] = dy1.data(), op.dy[1] = dy2.data(), op.dy_stride[0] = dy1.stride, op.dy_stride[1] = dy2.stride;
         op.dsum = in.residual ? dsum.data() : nullptr, op.dsum_stride = dsum.stride, op.ds = ds.data();
         op.dweight[0] = dw1.data(), op.dweight[1] = dw2.data(), op.dbias[0] = in.bias ? db1.data() : nullptr;
@@ -74,7 +83,9 @@ Expected expected_of(Norm<T>& norm) {
     Expected out;
     for (auto* v : {&out.y[0], &out.y[1], &out.s, &out.ds}) v->assign(norm.count, 0.0);
     for (auto* v : {&out.dw[0], &out.dw[1], &out.db[0], &out.db[1]}) v->assign(norm.cols, 0.0);
-    const auto value = [](const Buffer<T>& buffer, size_t i) { return static_cast<double>(static_cast<float>(buffer[i])); };
+    const auto value = [](const Buffer<T>& buffer, size_t i) {
+        return static_cast<double>(static_cast<float>(buffer[i]));
+    };
     const Buffer<T>*weights[2] = {&norm.w1, &norm.w2}, *biases[2] = {&norm.b1, &norm.b2};
     const Rows<T>* dys[2] = {&norm.dy1, &norm.dy2};
     const double size = static_cast<double>(in.cols);
@@ -104,7 +115,8 @@ Expected expected_of(Norm<T>& norm) {
             mean_gn += g[i] * n[i] / size;
         }
         for (size_t i = 0; i < norm.cols; ++i) {
-            out.ds[to + i] = rstd * (g[i] - mean_g - n[i] * mean_gn) + (in.residual ? norm.dsum.at(row, static_cast<int64_t>(i)) : 0.0);
+            out.ds[to + i] = rstd * (g[i] - mean_g - n[i] * mean_gn) +
+                             (in.residual ? norm.dsum.at(row, static_cast<int64_t>(i)) : 0.0);
         }
     }
     return out;
@@ -116,7 +128,8 @@ void check(const Case& in) {
     EXPECT(!neox::norm_forward_cuda(norm.forward(), nullptr));
     EXPECT(!neox::norm_backward_cuda(norm.backward(), nullptr));
     const Expected want = expected_of(norm);
-    const std::string setting = std::string(emu_test::name_of<T>()) + " " + std::to_string(in.rows) + "x" + std::to_string(in.cols) + " ";
+    const std::string setting =
+        std::string(emu_test::name_of<T>()) + " " + std::to_string(in.rows) + "x" + std::to_string(in.cols) + " ";
     EXPECT_NEAR(norm.y1, want.y[0], setting + "y1");
     EXPECT_NEAR(norm.ds, want.ds, setting + "ds");
     EXPECT_NEAR(norm.dw1, want.dw[0], setting + "dw1");
@@ -131,9 +144,10 @@ void check(const Case& in) {
 void values() {
     emu_test::for_each_type([](auto zero) {
         using T = decltype(zero);
-        check<T>({21, 17, 3, 1, false, true, true, 1});    // parts of a warp, misaligned
-        check<T>({37, 64, 8, 0, true, false, false, 2});   // parts of a warp, packs, strided
-        check<T>({5, 264, 3, 0, false, true, true, 2});    // rows of complete packs, strides that are not multiples of one
+        check<T>({21, 17, 3, 1, false, true, true, 1});   // parts of a warp, misaligned
+        check<T>({37, 64, 8, 0, true, false, false, 2});  // parts of a warp, packs, strided
+        // rows of complete packs, strides that are not multiples of one
+        check<T>({5, 264, 3, 0, false, true, true, 2});
         check<T>({9, 264, 0, 0, false, true, true, 2});    // a warp, two packs per thread
         check<T>({11, 819, 0, 0, false, true, false, 1});  // the warps of a row synchronise at a named barrier
         check<T>({13, 1032, 0, 0, true, false, true, 1});  // four packs, several rows per block
@@ -160,10 +174,13 @@ void bytes() {
         for (const bool residual : {false, true}) {
             for (const int outputs : {1, 2}) {
                 Norm<T> norm({rows, cols, 0, 0, false, true, residual, outputs});
-                const std::string name = std::string(outputs > 1 ? "dual_" : "") + "layer_norm" + (residual ? "+residual" : "");
+                const std::string name =
+                    std::string(outputs > 1 ? "dual_" : "") + "layer_norm" + (residual ? "+residual" : "");
                 const double more = (residual ? 1 : 0), second = outputs - 1;
-                emu_test::expect_bytes(name + " forward", setting, (2 + 2 * more + second) * size, [&] { neox::norm_forward_cuda(norm.forward(), nullptr); });
-                emu_test::expect_bytes(name + " backward", setting, (3 + more + second) * size, [&] { neox::norm_backward_cuda(norm.backward(), nullptr); });
+                emu_test::expect_bytes(name + " forward", setting, (2 + 2 * more + second) * size,
+                                       [&] { neox::norm_forward_cuda(norm.forward(), nullptr); });
+                emu_test::expect_bytes(name + " backward", setting, (3 + more + second) * size,
+                                       [&] { neox::norm_backward_cuda(norm.backward(), nullptr); });
             }
         }
     }

@@ -1,4 +1,5 @@
-// Small kernels with one injected bug each. Every class of bug must be found, and the same kernel without the bug must pass.
+// Small kernels with one injected bug each. Every class of bug must be found, and the same kernel without the bug must
+// pass.
 //
 //   test_planted_bugs        runs all bugs that the build can find: by the race checker (SIMT_CHECK), or by wrong
 //                            results in several schedules
@@ -38,7 +39,8 @@ enum class Bug {
 
 constexpr int kThreads = 128;
 
-// y[block] = sum of a row of 4 kThreads elements, twice, staged through shared memory. Each bug is one line missing or one line wrong.
+// y[block] = sum of a row of 4 kThreads elements, twice, staged through shared memory. Each bug is one line missing or
+// one line wrong.
 __global__ void staged_sum(const float* x, float* y, int bug_code) {
     const Bug bug = static_cast<Bug>(bug_code);
     STATIC_SMEM(float, tile, [4 * kThreads]);
@@ -63,7 +65,8 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
         value = neighbours[t ^ 1];
 
         halves[t] = value;  // the value of the other warp of this half of the block
-        if (bug != Bug::kMissingNamedBarrier) neox::named_barrier(1 + t / 64, bug == Bug::kWrongBarrierCount ? 128 : 64);
+        if (bug != Bug::kMissingNamedBarrier)
+            neox::named_barrier(1 + t / 64, bug == Bug::kWrongBarrierCount ? 128 : 64);
         value = halves[t ^ 32];
 
         if (bug == Bug::kExitedLane && t == 37) return;
@@ -107,7 +110,9 @@ Outcome run(Bug bug) {
     simt::check::track(x.data(), x.size() * sizeof(float), "x");
     simt::check::track(y.data(), y.size() * sizeof(float), "y");
     Outcome outcome;
-    outcome.error = emu_test::error_of([&] { neox::launch(staged_sum, dim3(kBlocks), dim3(kThreads), 0, nullptr, x.data(), y.data(), static_cast<int>(bug)); });
+    outcome.error = emu_test::error_of([&] {
+        neox::launch(staged_sum, dim3(kBlocks), dim3(kThreads), 0, nullptr, x.data(), y.data(), static_cast<int>(bug));
+    });
     for (int i = 0; i < kBlocks; ++i) outcome.right = outcome.right && y[i] == static_cast<float>(expected[i]);
     simt::check::untrack_all();
     return outcome;
@@ -149,7 +154,8 @@ bool found(const Planted& planted, std::string* message) {
         simt::config().seed = static_cast<uint64_t>(schedule);
         const Outcome outcome = run(planted.bug);
         *message = outcome.error;
-        if (!outcome.error.empty()) return !simt::check::kEnabled || outcome.error.find(planted.error) != std::string::npos;
+        if (!outcome.error.empty())
+            return !simt::check::kEnabled || outcome.error.find(planted.error) != std::string::npos;
         if (simt::check::kEnabled) return false;
         if (!outcome.right) return true;
     }
@@ -161,7 +167,8 @@ bool found(const Planted& planted, std::string* message) {
 int main(int argc, char** argv) {
     for (const Planted& planted : kPlanted) {
         if (argc > 1 && std::strcmp(argv[1], planted.name)) continue;
-        const bool findable = simt::check::kEnabled ? !planted.needs_sanitizer : !planted.needs_checker && !planted.needs_sanitizer;
+        const bool findable =
+            simt::check::kEnabled ? !planted.needs_sanitizer : !planted.needs_checker && !planted.needs_sanitizer;
         if (argc == 1 && !findable) continue;
         std::string message;
         emu_test::tally.check(found(planted, &message), planted.name, __FILE__, __LINE__, message);
@@ -169,7 +176,8 @@ int main(int argc, char** argv) {
     for (const auto order : {simt::Order::kRoundRobin, simt::Order::kReverse, simt::Order::kRandom}) {
         simt::config().order = order;
         const Outcome clean = run(Bug::kNone);
-        emu_test::tally.check(clean.error.empty() && clean.right, "the kernel without a bug passes", __FILE__, __LINE__, clean.error);
+        emu_test::tally.check(clean.error.empty() && clean.right, "the kernel without a bug passes", __FILE__, __LINE__,
+                              clean.error);
     }
     return emu_test::tally.finish();
 }

@@ -1,5 +1,5 @@
-// The CUDA kernel of rotary: every access width, in place on packed projections and out of place, both directions, tables per sequence; in place, only
-// rotated channels are accessed; and the bytes moved.
+// The CUDA kernel of rotary: every access width, in place on packed projections and out of place, both directions,
+// tables per sequence; in place, only rotated channels are accessed; and the bytes moved.
 #include "op_test.h"
 #include "ops/rotary/rotary.h"
 
@@ -17,7 +17,9 @@ struct Shape {
 };
 
 // The row of the tables, r entries, for a token.
-int64_t table_row(const Shape& s, int64_t b, int64_t t) { return ((s.per_sequence ? b * s.seq : 0) + t) * s.rotary_dim; }
+int64_t table_row(const Shape& s, int64_t b, int64_t t) {
+    return ((s.per_sequence ? b * s.seq : 0) + t) * s.rotary_dim;
+}
 
 // Calls body(batch, position, group, head).
 template <class Body>
@@ -36,27 +38,38 @@ std::vector<double> turned(const Shape& s, const T* x, const float* cos, const f
     for (int64_t i = 0; i < half; ++i) {
         const double low = static_cast<float>(x[i]), high = static_cast<float>(x[i + half]);
         y[static_cast<size_t>(i)] = s.transposed ? cos[i] * low + sin[i + half] * high : cos[i] * low - sin[i] * high;
-        y[static_cast<size_t>(i + half)] = s.transposed ? cos[i + half] * high - sin[i] * low : cos[i + half] * high + sin[i + half] * low;
+        y[static_cast<size_t>(i + half)] =
+            s.transposed ? cos[i + half] * high - sin[i] * low : cos[i + half] * high + sin[i + half] * low;
     }
     return y;
 }
 
-// A projection [b, s, g, heads + 2, d] whose first `heads` heads of each group are rotated in place, and into a contiguous y.
+// A projection [b, s, g, heads + 2, d] whose first `heads` heads of each group are rotated in place, and into a
+// contiguous y.
 template <class T>
 void check(const Shape& s) {
     const int64_t all = s.heads + 2, token = s.groups * all * s.head_dim;
-    const auto count = static_cast<size_t>(s.batch * s.seq * token), turned_count = static_cast<size_t>(s.batch * s.seq * s.groups * s.heads * s.head_dim);
+    const auto count = static_cast<size_t>(s.batch * s.seq * token),
+               turned_count = static_cast<size_t>(s.batch * s.seq * s.groups * s.heads * s.head_dim);
     const auto table_size = static_cast<size_t>((s.per_sequence ? s.batch : 1) * s.seq * s.rotary_dim);
     Buffer<T> qkv("qkv", count, Role::kStream, s.offset), y("y", turned_count, Role::kStream, s.offset);
     Buffer<float> cos("cos", table_size, Role::kCached), sin("sin", table_size, Role::kCached);
     qkv.random(1), cos.random(2), sin.random(3);
     const Heads packed{s.seq * token, token, all * s.head_dim, s.head_dim, s.groups, s.heads},
-        plain{s.seq * s.groups * s.heads * s.head_dim, s.groups * s.heads * s.head_dim, s.heads * s.head_dim, s.head_dim, s.groups, s.heads};
-    const RotaryTables tables{cos.data(), sin.data(), s.per_sequence ? s.seq * s.rotary_dim : 0, s.rotary_dim, s.transposed};
+        plain{s.seq * s.groups * s.heads * s.head_dim,
+              s.groups * s.heads * s.head_dim,
+              s.heads * s.head_dim,
+              s.head_dim,
+              s.groups,
+              s.heads};
+    const RotaryTables tables{cos.data(), sin.data(), s.per_sequence ? s.seq * s.rotary_dim : 0, s.rotary_dim,
+                              s.transposed};
     std::vector<double> expected(count), expected_y;
     for (size_t i = 0; i < count; ++i) expected[i] = static_cast<float>(qkv[i]);
     for_each_head(s, [&](int64_t b, int64_t t, int64_t g, int64_t h) {
-        const int64_t at = b * packed.batch_stride + t * packed.seq_stride + g * packed.group_stride + h * packed.head_stride, row = table_row(s, b, t);
+        const int64_t at = b * packed.batch_stride + t * packed.seq_stride + g * packed.group_stride +
+                           h * packed.head_stride,
+                      row = table_row(s, b, t);
         const std::vector<double> head = turned(s, qkv.data() + at, cos.data() + row, sin.data() + row);
         std::copy(head.begin(), head.end(), expected.begin() + at);
         expected_y.insert(expected_y.end(), head.begin(), head.end());
@@ -86,23 +99,30 @@ void values() {
 // The projections of Pythia-1.4B and Pythia-160M with fewer tokens, in place, then all channels out of place.
 void bytes() {
     using T = __nv_bfloat16;
-    for (const Shape& s : {Shape{1, 64, 16, 2, 128, 32, false, false, 0}, Shape{1, 64, 12, 2, 64, 16, false, false, 0}}) {
+    for (const Shape& s :
+         {Shape{1, 64, 16, 2, 128, 32, false, false, 0}, Shape{1, 64, 12, 2, 64, 16, false, false, 0}}) {
         const int64_t all = s.heads + 1, token = s.groups * all * s.head_dim;
-        Buffer<T> qkv("qkv", static_cast<size_t>(s.seq * token)), q("q", static_cast<size_t>(s.seq * s.groups * s.head_dim)), y("y", q.size());
-        Buffer<float> cos("cos", static_cast<size_t>(s.seq * s.head_dim), Role::kCached), sin("sin", cos.size(), Role::kCached);
+        Buffer<T> qkv("qkv", static_cast<size_t>(s.seq * token)),
+            q("q", static_cast<size_t>(s.seq * s.groups * s.head_dim)), y("y", q.size());
+        Buffer<float> cos("cos", static_cast<size_t>(s.seq * s.head_dim), Role::kCached),
+            sin("sin", cos.size(), Role::kCached);
         qkv.random(1), q.random(2), cos.random(3), sin.random(4);
         const Heads packed{s.seq * token, token, all * s.head_dim, s.head_dim, s.groups, s.heads};
         const neox::RotarySize size{s.batch, s.seq, s.head_dim};
-        const std::string setting = std::to_string(s.seq) + "x" + std::to_string(s.groups) + "x" + std::to_string(s.head_dim) + " bf16";
+        const std::string setting =
+            std::to_string(s.seq) + "x" + std::to_string(s.groups) + "x" + std::to_string(s.head_dim) + " bf16";
         const double tables = static_cast<double>(2 * s.seq * s.rotary_dim * 4),
                      touched = static_cast<double>(2 * s.seq * s.groups * s.heads * s.rotary_dim * 2);
         emu_test::expect_bytes("rotary_qkv, a quarter in place", setting, touched + tables, [&] {
-            neox::rotary_cuda(emu_test::dtype_of<T>(), size, {cos.data(), sin.data(), 0, s.rotary_dim, false}, qkv.data(), packed, qkv.data(), packed, nullptr);
+            neox::rotary_cuda(emu_test::dtype_of<T>(), size, {cos.data(), sin.data(), 0, s.rotary_dim, false},
+                              qkv.data(), packed, qkv.data(), packed, nullptr);
         });
         const Heads plain{static_cast<int64_t>(q.size()), s.groups * s.head_dim, 0, s.head_dim, 1, s.groups};
         emu_test::expect_bytes(
-            "rotary, all out of place", setting, static_cast<double>(2 * q.size() * sizeof(T)) + static_cast<double>(2 * s.seq * s.head_dim * 4), [&] {
-                neox::rotary_cuda(emu_test::dtype_of<T>(), size, {cos.data(), sin.data(), 0, s.head_dim, false}, q.data(), plain, y.data(), plain, nullptr);
+            "rotary, all out of place", setting,
+            static_cast<double>(2 * q.size() * sizeof(T)) + static_cast<double>(2 * s.seq * s.head_dim * 4), [&] {
+                neox::rotary_cuda(emu_test::dtype_of<T>(), size, {cos.data(), sin.data(), 0, s.head_dim, false},
+                                  q.data(), plain, y.data(), plain, nullptr);
             });
     }
 }

@@ -16,7 +16,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-// A keyword cannot redirect static shared memory of a function template, so kernels use STATIC_SMEM (csrc/common/device.cuh).
+// A keyword cannot redirect static shared memory of a function template, so kernels use STATIC_SMEM
+// (csrc/common/device.cuh).
 #define __shared__ use_STATIC_SMEM_or_DYNAMIC_SMEM
 
 struct uint3 {
@@ -75,7 +76,8 @@ inline uint16_t encode_half(float value) {
 }
 
 inline float decode_half(uint16_t bits) {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31,
+                   fraction = bits & 1023;
     if (exponent == 31) return float_of(sign | 0x7f800000 | (fraction << 13));
     if (exponent == 0) return std::copysign(std::ldexp(static_cast<float>(fraction), -24), float_of(sign));
     return float_of(sign | ((exponent + 112) << 23) | (fraction << 13));

@@ -22,7 +22,8 @@ struct Options {
 
 void check_channels(const Tensor& tensor, const char* argument) {
     const int64_t last = tensor.dim() - 1;
-    check(kOp, tensor.size(last) == 1 || tensor.stride(last) == 1, argument, "must have a contiguous last dimension", concat("stride ", tensor.stride(last)));
+    check(kOp, tensor.size(last) == 1 || tensor.stride(last) == 1, argument, "must have a contiguous last dimension",
+          concat("stride ", tensor.stride(last)));
     check(kOp, tensor.size(last) >= 1, argument, "must have at least one channel", shape_text(tensor));
 }
 
@@ -33,7 +34,8 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
     check_rank(kOp, k, "k", 4, 4);
     check(kOp, k.size(0) == q.size(0), "k", concat("must have the batch size of q, ", q.size(0)), shape_text(k));
     check(kOp, k.size(3) == q.size(3), "k", concat("must have the head_dim of q, ", q.size(3)), shape_text(k));
-    check(kOp, k.size(2) >= 1 && q.size(2) % k.size(2) == 0, "q", concat("must have a multiple of k's ", k.size(2), " heads"), q.size(2));
+    check(kOp, k.size(2) >= 1 && q.size(2) % k.size(2) == 0, "q",
+          concat("must have a multiple of k's ", k.size(2), " heads"), q.size(2));
     check_same_type(kOp, v, "v", k, "k");
     check_same_shape(kOp, v, "v", k, "k");
     check_channels(q, "q");
@@ -44,22 +46,26 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
 void check_packed(const Tensor& qkv) {
     check_float(kOp, qkv, "qkv");
     check_rank(kOp, qkv, "qkv", 5, 5);
-    check(kOp, qkv.size(3) >= 3, "qkv", "must hold at least one query, one key and one value per group in dimension 3", shape_text(qkv));
+    check(kOp, qkv.size(3) >= 3, "qkv", "must hold at least one query, one key and one value per group in dimension 3",
+          shape_text(qkv));
     check_channels(qkv, "qkv");
 }
 
 void check_vector(const Tensor& tensor, const char* argument, ScalarType type, int64_t size) {
     check(kOp, tensor.scalar_type() == type, argument, concat("must be ", torch::headeronly::toString(type)),
           torch::headeronly::toString(tensor.scalar_type()));
-    check(kOp, tensor.dim() == 1 && tensor.size(0) == size, argument, concat("must have shape [", size, "]"), shape_text(tensor));
+    check(kOp, tensor.dim() == 1 && tensor.size(0) == size, argument, concat("must have shape [", size, "]"),
+          shape_text(tensor));
 }
 
 void check_segments(const Tensor& segments, int64_t batch, int64_t queries, int64_t keys) {
     check_device(kOp, segments, "segment_ids");
-    check(kOp, segments.scalar_type() == ScalarType::Int, "segment_ids", "must be Int (int32)", torch::headeronly::toString(segments.scalar_type()));
+    check(kOp, segments.scalar_type() == ScalarType::Int, "segment_ids", "must be Int (int32)",
+          torch::headeronly::toString(segments.scalar_type()));
     check(kOp, queries <= keys, "segment_ids", concat("needs at least as many keys as queries, ", queries), keys);
     const bool ok = segments.dim() == 2 && segments.size(0) == batch && segments.size(1) == keys;
-    check(kOp, ok, "segment_ids", concat("must have one id per key, shape [", batch, ", ", keys, "]"), shape_text(segments));
+    check(kOp, ok, "segment_ids", concat("must have one id per key, shape [", batch, ", ", keys, "]"),
+          shape_text(segments));
 }
 
 // Checks the scalars and the optional tensors, and makes the latter contiguous.
@@ -68,7 +74,8 @@ void check_options(Options& options, int64_t batch, int64_t queries, int64_t key
     check(kOp, std::isfinite(options.scale), "scale", "must be finite", options.scale);
     check(kOp, options.window >= 0, "window", "must be at least 1", options.window);
     check(kOp, options.window == 0 || options.causal, "window", "needs causal=True", options.window);
-    check(kOp, options.softcap >= 0 && std::isfinite(options.softcap), "softcap", "must be positive and finite", options.softcap);
+    check(kOp, options.softcap >= 0 && std::isfinite(options.softcap), "softcap", "must be positive and finite",
+          options.softcap);
     check(kOp, options.dropout_p >= 0 && options.dropout_p < 1, "dropout_p", "must be in [0, 1)", options.dropout_p);
     check(kOp, options.dropout_p == 0 || options.seed, "seed", "is needed with dropout", "none");
     if (options.segment_ids) {
@@ -90,9 +97,12 @@ void check_options(Options& options, int64_t batch, int64_t queries, int64_t key
 // Checks the restrictions of the CUDA kernels.
 void check_kernel([[maybe_unused]] const Attention& in) {
 #if defined(NEOX_CUDA_KERNELS)
-    check(kOp, in.dtype != DType::kFloat32, "q", "must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32", "Float");
-    check(kOp, in.head_dim <= kMostChannelsCuda, "q", concat("must have at most ", kMostChannelsCuda, " channels per head on a GPU"), in.head_dim);
-    check(kOp, in.queries * in.heads <= INT32_MAX, "q", "must have fewer than 2^31 (query, head of a group) pairs", in.queries * in.heads);
+    check(kOp, in.dtype != DType::kFloat32, "q",
+          "must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32", "Float");
+    check(kOp, in.head_dim <= kMostChannelsCuda, "q",
+          concat("must have at most ", kMostChannelsCuda, " channels per head on a GPU"), in.head_dim);
+    check(kOp, in.queries * in.heads <= INT32_MAX, "q", "must have fewer than 2^31 (query, head of a group) pairs",
+          in.queries * in.heads);
 #endif
 }
 
@@ -188,54 +198,63 @@ struct Saved {
         check(kOp, shape_of(dout) == shape, "dout", "must have the shape of the output", shape_text(dout));
         check_same_type(kOp, out, "out", like, "q");
         check(kOp, shape_of(out) == shape, "out", "must be the output of the forward", shape_text(out));
-        const bool fits = lse.scalar_type() == ScalarType::Float && shape_of(lse) == std::vector<int64_t>{in.batch, in.groups * in.heads, in.queries};
+        const bool fits = lse.scalar_type() == ScalarType::Float &&
+                          shape_of(lse) == std::vector<int64_t>{in.batch, in.groups * in.heads, in.queries};
         check(kOp, fits, "lse", "must be the lse of the forward", shape_text(lse));
         if (in.head_dim > 1 && dout.stride(3) != 1) dout = torch::stable::contiguous(dout);
     }
 };
 
-void run_backward(const Attention& in, const Saved& saved, AttentionGradients grad, [[maybe_unused]] bool deterministic) {
+void run_backward(const Attention& in, const Saved& saved, AttentionGradients grad,
+                  [[maybe_unused]] bool deterministic) {
     check_kernel(in);
     grad.dout = saved.dout.const_data_ptr();
     grad.dout_strides = strides_of(saved.dout, in.heads);
     grad.out = saved.out.const_data_ptr();
     grad.lse = static_cast<const float*>(saved.lse.const_data_ptr());
 #if defined(NEOX_CUDA_KERNELS)
-    Tensor workspace = empty(saved.dout, {NEOX_QUERY(attention_backward_workspace, saved.dout, in, deterministic)}, ScalarType::Byte);
+    Tensor workspace =
+        empty(saved.dout, {NEOX_QUERY(attention_backward_workspace, saved.dout, in, deterministic)}, ScalarType::Byte);
     NEOX_RUN(attention_backward, saved.dout, in, grad, deterministic, workspace.mutable_data_ptr());
 #else
     attention_backward_cpu(in, grad, torch::stable::get_num_threads(), torch_parallel());  // always deterministic
 #endif
 }
 
-std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> segment_ids, std::optional<Tensor> alibi_slopes,
-                                     std::optional<Tensor> seed, bool causal, double scale, int64_t window, double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> segment_ids,
+                                     std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal,
+                                     double scale, int64_t window, double softcap, double dropout_p) {
     Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
     return run_forward(describe(q, k, v, options), q);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> segment_ids,
-                                                      std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal, double scale, int64_t window,
-                                                      double softcap, double dropout_p, bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                      std::optional<Tensor> segment_ids,
+                                                      std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed,
+                                                      bool causal, double scale, int64_t window, double softcap,
+                                                      double dropout_p, bool deterministic) {
     Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
     const Attention in = describe(q, k, v, options);
     const Saved saved(in, dout, out, lse, q);
     Tensor dq = empty(q, shape_of(q)), dk = empty(k, shape_of(k)), dv = empty(v, shape_of(v));
     AttentionGradients grad{};
     grad.dq = dq.mutable_data_ptr(), grad.dk = dk.mutable_data_ptr(), grad.dv = dv.mutable_data_ptr();
-    grad.dq_strides = strides_of(dq, in.heads), grad.dk_strides = strides_of(dk, 1), grad.dv_strides = strides_of(dv, 1);
+    grad.dq_strides = strides_of(dq, in.heads), grad.dk_strides = strides_of(dk, 1),
+    grad.dv_strides = strides_of(dv, 1);
     run_backward(in, saved, grad, deterministic);
     return {dq, dk, dv};
 }
 
-std::tuple<Tensor, Tensor> attention_qkv(Tensor qkv, std::optional<Tensor> segment_ids, std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed,
-                                         bool causal, double scale, int64_t window, double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_qkv(Tensor qkv, std::optional<Tensor> segment_ids,
+                                         std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal,
+                                         double scale, int64_t window, double softcap, double dropout_p) {
     Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
     return run_forward(describe(qkv, options), qkv);
 }
 
-Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, std::optional<Tensor> segment_ids, std::optional<Tensor> alibi_slopes,
-                              std::optional<Tensor> seed, bool causal, double scale, int64_t window, double softcap, double dropout_p, bool deterministic) {
+Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, std::optional<Tensor> segment_ids,
+                              std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal, double scale,
+                              int64_t window, double softcap, double dropout_p, bool deterministic) {
     Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
     const Attention in = describe(qkv, options);
     const Saved saved(in, dout, out, lse, qkv);
@@ -250,7 +269,8 @@ Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, s
     return dqkv;
 }
 
-// Shared memory per block in bytes: (forward, backward, limit of the GPU that holds q). Zeros in a library without CUDA kernels.
+// Shared memory per block in bytes: (forward, backward, limit of the GPU that holds q). Zeros in a library without CUDA
+// kernels.
 std::tuple<int64_t, int64_t, int64_t> attention_shared([[maybe_unused]] Tensor q, [[maybe_unused]] bool general) {
 #if defined(NEOX_CUDA_KERNELS)
     const AttentionShared bytes = NEOX_QUERY(attention_shared, q, q.size(q.dim() - 1), general);
@@ -263,14 +283,18 @@ std::tuple<int64_t, int64_t, int64_t> attention_shared([[maybe_unused]] Tensor q
 }  // namespace
 }  // namespace neox
 
-#define NEOX_ATTENTION_OPTIONS "Tensor? segment_ids, Tensor? alibi_slopes, Tensor? seed, bool causal, float scale, int window, float softcap, float dropout_p"
+#define NEOX_ATTENTION_OPTIONS                                                                                       \
+    "Tensor? segment_ids, Tensor? alibi_slopes, Tensor? seed, bool causal, float scale, int window, float softcap, " \
+    "float dropout_p"
 
 NEOX_SCHEMAS(m) {
     m.def("attention(Tensor q, Tensor k, Tensor v, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
-    m.def("attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS
-          ", bool deterministic) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS
+        ", bool deterministic) -> (Tensor, Tensor, Tensor)");
     m.def("attention_qkv(Tensor qkv, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
-    m.def("attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS ", bool deterministic) -> Tensor");
+    m.def("attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS
+          ", bool deterministic) -> Tensor");
     m.def("attention_shared(Tensor q, bool general) -> (int, int, int)");
 }
 

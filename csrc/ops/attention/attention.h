@@ -8,16 +8,19 @@
 //   dv_j = sum_i p(i, j) keep(i, j) do_i       dp = keep(i, j) do_i . v_j      delta_i = do_i . o_i
 //   ds   = p (dp - delta_i) cap'               dq_i = scale sum_j ds k_j       dk_j = scale sum_i ds q_i
 //
-// position(i) = i + keys - queries: the last query is aligned with the last key. A row that sees no key gives zeros and lse = -inf.
+// position(i) = i + keys - queries: the last query is aligned with the last key. A row that sees no key gives zeros and
+// lse = -inf.
 //
-// Shapes: q, o [b, s, n, d], k, v [b, t, g, d], lse [b, n, s]; n query heads share g kv heads. The docs of neox/ops/attention.py list the layouts.
+// Shapes: q, o [b, s, n, d], k, v [b, t, g, d], lse [b, n, s]; n query heads share g kv heads. The docs of
+// neox/ops/attention.py list the layouts.
 //
-// Work per visible (query, key) pair and channel: forward 4 floating-point operations, backward 10 (14 if dq takes a pass of its own).
-// Bytes moved, in elements: forward q, k, v and o once, and 4 bytes of lse per row. Backward q, k, v, o, do read and dq, dk, dv written once; dq
-// summed with atomics adds fp32 read-modify-writes of dq. Keys and values are read again by every block of rows, from the L2 cache.
+// Work per visible (query, key) pair and channel: forward 4 floating-point operations, backward 10 (14 if dq takes a
+// pass of its own). Bytes moved, in elements: forward q, k, v and o once, and 4 bytes of lse per row. Backward q, k, v,
+// o, do read and dq, dk, dv written once; dq summed with atomics adds fp32 read-modify-writes of dq. Keys and values
+// are read again by every block of rows, from the L2 cache.
 //
-// Source: online softmax, Milakov & Gimelshein, arXiv:1805.02867; tiling and recomputation of the probabilities in the backward (section 3.2), Dao et
-// al., arXiv:2205.14135 and arXiv:2307.08691. docs/attention.md describes the tiles.
+// Source: online softmax, Milakov & Gimelshein, arXiv:1805.02867; tiling and recomputation of the probabilities in the
+// backward (section 3.2), Dao et al., arXiv:2205.14135 and arXiv:2307.08691. docs/attention.md describes the tiles.
 #pragma once
 
 #include <cstdint>
@@ -66,15 +69,17 @@ struct AttentionGradients {
 void attention_forward_cpu(const Attention& in, void* out, float* lse, const Parallel& parallel);
 
 // Writes all of dq, dk and dv. The bits do not depend on the number of threads.
-void attention_backward_cpu(const Attention& in, const AttentionGradients& grad, int64_t threads, const Parallel& parallel);
+void attention_backward_cpu(const Attention& in, const AttentionGradients& grad, int64_t threads,
+                            const Parallel& parallel);
 
-// bfloat16 and float16, head_dim up to kMostChannelsCuda, queries * heads below 2^31. `workspace` has the size that the corresponding function returns,
-// in bytes, and is aligned to 16. The launchers return null or CUDA's error message.
+// bfloat16 and float16, head_dim up to kMostChannelsCuda, queries * heads below 2^31. `workspace` has the size that the
+// corresponding function returns, in bytes, and is aligned to 16. The launchers return null or CUDA's error message.
 constexpr int64_t kMostChannelsCuda = 256;
 int64_t attention_forward_workspace_cuda(const Attention& in);
 const char* attention_forward_cuda(const Attention& in, void* out, float* lse, void* workspace, Stream stream);
 
-// deterministic: identical bits in every run, at 7 matrix products instead of 5. head_dim above 128 and the general kernels are always deterministic.
+// deterministic: identical bits in every run, at 7 matrix products instead of 5. head_dim above 128 and the general
+// kernels are always deterministic.
 int64_t attention_backward_workspace_cuda(const Attention& in, bool deterministic);
 
 // Shared memory per block in bytes: what forward and backward of a problem need, and the limit of the current device.
@@ -83,6 +88,7 @@ struct AttentionShared {
 };
 AttentionShared attention_shared_cuda(int64_t head_dim, bool general);
 
-const char* attention_backward_cuda(const Attention& in, const AttentionGradients& grad, bool deterministic, void* workspace, Stream stream);
+const char* attention_backward_cuda(const Attention& in, const AttentionGradients& grad, bool deterministic,
+                                    void* workspace, Stream stream);
 
 }  // namespace neox

@@ -12,10 +12,12 @@ void check_dropout(const std::optional<Tensor>& seed, double p) {
     if (!seed) return;
     check(kOp, seed->is_cpu(), "seed", "must be on the CPU", "a tensor of another device");
     const bool ok = seed->scalar_type() == ScalarType::Long && seed->dim() == 1 && seed->size(0) == 2;
-    check(kOp, ok, "seed", "must be int64 [2]", concat(torch::headeronly::toString(seed->scalar_type()), " ", shape_text(*seed)));
+    check(kOp, ok, "seed", "must be int64 [2]",
+          concat(torch::headeronly::toString(seed->scalar_type()), " ", shape_text(*seed)));
 }
 
-void check_bias_dropout_add(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual, const std::optional<Tensor>& seed, double p) {
+void check_bias_dropout_add(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual,
+                            const std::optional<Tensor>& seed, double p) {
     check_float(kOp, x, "x");
     check_rank(kOp, x, "x", 1, 64);
     if (bias) {
@@ -27,9 +29,13 @@ void check_bias_dropout_add(const Tensor& x, const std::optional<Tensor>& bias, 
     check_dropout(seed, p);
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) { return tensor ? std::optional<Tensor>(contiguous(*tensor)) : std::nullopt; }
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional<Tensor>(contiguous(*tensor)) : std::nullopt;
+}
 
-Dropout describe(const std::optional<Tensor>& seed, double p) { return Dropout{seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, p}; }
+Dropout describe(const std::optional<Tensor>& seed, double p) {
+    return Dropout{seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, p};
+}
 
 Tensor bias_dropout_add(Tensor x, std::optional<Tensor> bias, Tensor residual, std::optional<Tensor> seed, double p) {
     check_bias_dropout_add(x, bias, residual, seed, p);
@@ -59,7 +65,9 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(Tensor dy, std::optional<Te
     const Rows rows(dy);
     const Tensor dx = empty(dy, seed ? shape_of(dy) : std::vector<int64_t>{0});
     const Tensor dbias = empty(dy, {has_bias ? rows.size : 0});
-    const Tensor partial = empty(dy, {has_bias ? NEOX_QUERY(bias_dropout_add_partials, dy, rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
+    const Tensor partial =
+        empty(dy, {has_bias ? NEOX_QUERY(bias_dropout_add_partials, dy, rows.count, rows.size) : 0, rows.size},
+              ScalarType::Float);
     const BiasDropoutAddBackward op = {dtype_of(dy),
                                        rows.count,
                                        rows.size,

@@ -2,12 +2,13 @@
 //
 //   dx = dropout(dy) with the same mask,   dbias = sum over rows of dx,   dresidual = dy
 //
-// Element (row, column) draws word w mod 4 of philox(seed[0], w / 4, seed[1]), w = row * (cols rounded up to a multiple of 4) + column. The mask is a
-// pure function of seed and position: it is not stored, and the backward recomputes it.
+// Element (row, column) draws word w mod 4 of philox(seed[0], w / 4, seed[1]), w = row * (cols rounded up to a multiple
+// of 4) + column. The mask is a pure function of seed and position: it is not stored, and the backward recomputes it.
 //
 // Shapes: x, residual, y, dy, dx [rows, cols]; bias, dbias [cols]; seed [2].
 //
-// Bytes moved per element, times its size: forward 3 (read x, residual; write y), backward 2 (read dy, write dx), or 1 without dropout.
+// Bytes moved per element, times its size: forward 3 (read x, residual; write y), backward 2 (read dy, write dx), or 1
+// without dropout.
 //
 // Source: Srivastava et al., JMLR 15, 2014; the fusion is that of Megatron-LM (arXiv:1909.08053).
 #pragma once

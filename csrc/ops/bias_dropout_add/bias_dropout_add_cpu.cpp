@@ -21,8 +21,10 @@ class Mask {
     // For columns [first, first + kChunk) of a row; first is a multiple of kChunk.
     void draw(int64_t row, int64_t first) {
         if (!dropout_.seed) return;
-        const uint64_t start = static_cast<uint64_t>(row) * static_cast<uint64_t>(quads_) + static_cast<uint64_t>(first / 4);
-        philox_block<kChunk / 4>(static_cast<uint64_t>(dropout_.seed[0]), start, static_cast<uint64_t>(dropout_.seed[1]), words_);
+        const uint64_t start =
+            static_cast<uint64_t>(row) * static_cast<uint64_t>(quads_) + static_cast<uint64_t>(first / 4);
+        philox_block<kChunk / 4>(static_cast<uint64_t>(dropout_.seed[0]), start,
+                                 static_cast<uint64_t>(dropout_.seed[1]), words_);
     }
 
     // v scaled, or zero if dropped. i counts from the first column of the chunk.

@@ -11,8 +11,8 @@ constexpr int kForwardDepth = 2;   // packs in flight per thread and input: 64 b
 constexpr int kBackwardDepth = 4;  // 1,024 threads with 64 bytes each: twice what hides the latency
 constexpr int kQuad = 4;           // columns that share a Philox counter; also a thread's share of misaligned rows
 
-// Ten rounds of two multiplications (half rate) and two logical instructions per four elements: 15 issue slots per element. Moving 6 bytes leaves 40
-// (H200).
+// Ten rounds of two multiplications (half rate) and two logical instructions per four elements: 15 issue slots per
+// element. Moving 6 bytes leaves 40 (H200).
 struct Mask {
     bool has_dropout;
     uint64_t key, counter_high;
@@ -35,7 +35,8 @@ struct Mask {
     __device__ __forceinline__ void apply(int64_t row, int64_t column, float (&v)[kPack]) const {
         static_assert(kPack % kQuad == 0);
         if (!has_dropout) return;
-        const auto counter = static_cast<uint64_t>(row) * static_cast<uint64_t>(quads) + static_cast<uint64_t>(column / kQuad);
+        const auto counter =
+            static_cast<uint64_t>(row) * static_cast<uint64_t>(quads) + static_cast<uint64_t>(column / kQuad);
 #pragma unroll
         for (int quad = 0; quad < kPack / kQuad; ++quad) {
             const PhiloxWords words = philox(key, counter + quad, counter_high);
@@ -117,11 +118,13 @@ struct Backward {
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kResident) backward(Backward<T> in) {
     constexpr int kPack = kColumns<T, kWhole>;
-    const int64_t column = (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + threadIdx.x % ColumnSums::kLanes) * kPack;
+    const int64_t column =
+        (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + threadIdx.x % ColumnSums::kLanes) * kPack;
     float sums[kPack] = {};
     if (column < in.cols) {
         for_stripe_rows<kWhole ? kBackwardDepth : 1>(
-            Stripe(in.rows), [&](int64_t row) { return fetch_columns<kWhole, kPack>(in.dy + row * in.dy_stride, column, in.cols); },
+            Stripe(in.rows),
+            [&](int64_t row) { return fetch_columns<kWhole, kPack>(in.dy + row * in.dy_stride, column, in.cols); },
             [&](int64_t row, const Pack<T, kPack>& item) {
                 float d[kPack];
                 unpack(item, d);
@@ -144,7 +147,8 @@ cudaError_t launch_forward(const Forward<T>& task, Stream stream) {
 template <class T, bool kWhole>
 cudaError_t launch_backward(const Backward<T>& task, Stream stream) {
     const int64_t tile = ColumnSums::kLanes * kColumns<T, kWhole>;
-    const dim3 grid(static_cast<unsigned>((task.cols + tile - 1) / tile), static_cast<unsigned>(ColumnSums::stripes(task.rows, task.cols)));
+    const dim3 grid(static_cast<unsigned>((task.cols + tile - 1) / tile),
+                    static_cast<unsigned>(ColumnSums::stripes(task.rows, task.cols)));
     return launch(backward<T, kWhole>, grid, dim3(ColumnSums::kThreads), 0, stream, task);
 }
 
@@ -165,7 +169,8 @@ const char* bias_dropout_add_forward_cuda(const BiasDropoutAdd& op, void* y, Str
                               op.rows,
                               op.cols,
                               Mask(op.dropout, op.cols)};
-        const bool vectorized = can_vectorize<T>(op.x, op.x_stride, op.cols) && can_vectorize<T>(op.residual, op.residual_stride, op.cols) &&
+        const bool vectorized = can_vectorize<T>(op.x, op.x_stride, op.cols) &&
+                                can_vectorize<T>(op.residual, op.residual_stride, op.cols) &&
                                 can_vectorize<T>(y, op.cols, op.cols) && can_vectorize<T>(op.bias, 0, 0);
         return vectorized ? launch_forward<T, true>(task, stream) : launch_forward<T, false>(task, stream);
     }));
@@ -175,10 +180,13 @@ const char* bias_dropout_add_backward_cuda(const BiasDropoutAddBackward& op, Str
     if (op.cols == 0) return nullptr;
     return message(dispatch_device(op.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Backward<T> task{static_cast<const T*>(op.dy), op.dy_stride, static_cast<T*>(op.dx), op.dbias ? op.partial : nullptr, op.rows, op.cols,
+        const Backward<T> task{static_cast<const T*>(op.dy),    op.dy_stride, static_cast<T*>(op.dx),
+                               op.dbias ? op.partial : nullptr, op.rows,      op.cols,
                                Mask(op.dropout, op.cols)};
-        const bool vectorized = can_vectorize<T>(op.dy, op.dy_stride, op.cols) && can_vectorize<T>(op.dx, op.cols, op.cols);
-        const cudaError_t error = vectorized ? launch_backward<T, true>(task, stream) : launch_backward<T, false>(task, stream);
+        const bool vectorized =
+            can_vectorize<T>(op.dy, op.dy_stride, op.cols) && can_vectorize<T>(op.dx, op.cols, op.cols);
+        const cudaError_t error =
+            vectorized ? launch_backward<T, true>(task, stream) : launch_backward<T, false>(task, stream);
         if (error != cudaSuccess || !op.dbias) return error;
         StripeSums<T> sums;
         sums.add(op.partial, static_cast<T*>(op.dbias));

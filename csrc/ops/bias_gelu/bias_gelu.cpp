@@ -14,14 +14,23 @@ void check_bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, const s
         check_same_type(kOp, *bias, "bias", x, "x");
         check_last_dim(kOp, *bias, "bias", x, "x");
     }
-    check(kOp, approximate == "none" || approximate == "tanh", "approximate", "must be \"none\" or \"tanh\"", approximate);
+    check(kOp, approximate == "none" || approximate == "tanh", "approximate", "must be \"none\" or \"tanh\"",
+          approximate);
 }
 
 BiasGelu describe(const Rows& x, const std::optional<Tensor>& bias, const std::string& approximate) {
-    return BiasGelu{dtype_of(x.tensor), approximate == "tanh", x.count, x.size, x.tensor.const_data_ptr(), x.stride, bias ? bias->const_data_ptr() : nullptr};
+    return BiasGelu{dtype_of(x.tensor),
+                    approximate == "tanh",
+                    x.count,
+                    x.size,
+                    x.tensor.const_data_ptr(),
+                    x.stride,
+                    bias ? bias->const_data_ptr() : nullptr};
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) { return tensor ? std::optional<Tensor>(contiguous(*tensor)) : std::nullopt; }
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional<Tensor>(contiguous(*tensor)) : std::nullopt;
+}
 
 Tensor bias_gelu(Tensor x, std::optional<Tensor> bias, StringHandle form) {
     const std::string approximate = take(form);
@@ -43,9 +52,10 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, Tensor x, std::optional
     const Rows rows(x), dy_rows(dy);
     Tensor dx = empty(x, shape_of(x));
     Tensor dbias = empty(x, {bias ? rows.size : 0});
-    Tensor partial = empty(x, {bias ? NEOX_QUERY(bias_gelu_partials, x, rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
-    NEOX_RUN(bias_gelu_backward, x, describe(rows, bias, approximate), dy_rows.tensor.const_data_ptr(), dy_rows.stride, dx.mutable_data_ptr(),
-             dbias.mutable_data_ptr(), static_cast<float*>(partial.mutable_data_ptr()));
+    Tensor partial =
+        empty(x, {bias ? NEOX_QUERY(bias_gelu_partials, x, rows.count, rows.size) : 0, rows.size}, ScalarType::Float);
+    NEOX_RUN(bias_gelu_backward, x, describe(rows, bias, approximate), dy_rows.tensor.const_data_ptr(), dy_rows.stride,
+             dx.mutable_data_ptr(), dbias.mutable_data_ptr(), static_cast<float*>(partial.mutable_data_ptr()));
     return {dx, dbias};
 }
 

@@ -33,10 +33,12 @@ struct BiasGelu {
 void bias_gelu_forward_cpu(const BiasGelu& in, void* y, const Parallel& parallel);
 const char* bias_gelu_forward_cuda(const BiasGelu& in, void* y, Stream stream);
 
-// dy [rows, cols], rows dy_stride apart; dx [rows, cols] contiguous. With a bias: dbias [cols], and fp32 scratch partial
-// [bias_gelu_partials(rows, cols), cols].
-void bias_gelu_backward_cpu(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, const Parallel& parallel);
-const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, Stream stream);
+// dy [rows, cols], rows dy_stride apart; dx [rows, cols] contiguous. With a bias: dbias [cols], and fp32 scratch
+// partial [bias_gelu_partials(rows, cols), cols].
+void bias_gelu_backward_cpu(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias,
+                            float* partial, const Parallel& parallel);
+const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias,
+                                    float* partial, Stream stream);
 
 inline int64_t bias_gelu_partials_cpu(int64_t rows, int64_t) { return Blocks(rows).count; }
 int64_t bias_gelu_partials_cuda(int64_t rows, int64_t cols);

@@ -72,7 +72,8 @@ void bias_gelu_forward_cpu(const BiasGelu& in, void* y, const Parallel& parallel
     });
 }
 
-void bias_gelu_backward_cpu(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, const Parallel& parallel) {
+void bias_gelu_backward_cpu(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias,
+                            float* partial, const Parallel& parallel) {
     dispatch(in.dtype, [&](auto zero) {
         using T = decltype(zero);
         const auto run = in.tanh ? backward<T, true> : backward<T, false>;

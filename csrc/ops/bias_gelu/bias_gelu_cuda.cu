@@ -15,7 +15,8 @@ NEOX_DEVICE ValueAndSlope activate(float u) {
 }
 
 template <class T, bool kTanh, int kPack>
-__global__ void __launch_bounds__(kThreads) forward(const T* x, int64_t x_stride, const T* bias, T* y, int64_t rows, int64_t cols) {
+__global__ void __launch_bounds__(kThreads)
+    forward(const T* x, int64_t x_stride, const T* bias, T* y, int64_t rows, int64_t cols) {
     for_packs<kDepth>(
         rows, cols / kPack, [&](int64_t row, int64_t col) { return fetch<kPack>(x + row * x_stride + col * kPack); },
         [&](int64_t row, int64_t col, const Pack<T, kPack>& item) {
@@ -45,14 +46,16 @@ struct BackwardItem {
 // One ColumnSums block: computes dx for its columns and stripe of rows, and their column sums for dbias.
 template <class T, bool kTanh, int kPack>
 __global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kResident) backward(Backward<T> in) {
-    const int64_t column = (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + threadIdx.x % ColumnSums::kLanes) * kPack;
+    const int64_t column =
+        (static_cast<int64_t>(blockIdx.x) * ColumnSums::kLanes + threadIdx.x % ColumnSums::kLanes) * kPack;
     float sums[kPack] = {};
     if (column < in.cols) {
         const Pack<T, kPack> bias = in.bias ? fetch<kPack>(in.bias + column) : Pack<T, kPack>{};
         for_stripe_rows<kDepth>(
             Stripe(in.rows),
             [&](int64_t row) {
-                return BackwardItem<T, kPack>{fetch<kPack>(in.x + row * in.x_stride + column), fetch<kPack>(in.dy + row * in.dy_stride + column)};
+                return BackwardItem<T, kPack>{fetch<kPack>(in.x + row * in.x_stride + column),
+                                              fetch<kPack>(in.dy + row * in.dy_stride + column)};
             },
             [&](int64_t row, const BackwardItem<T, kPack>& item) {
                 float u[kPack], b[kPack], dz[kPack];
@@ -73,14 +76,15 @@ __global__ void __launch_bounds__(ColumnSums::kThreads, ColumnSums::kResident) b
 template <class T, bool kTanh, int kPack>
 cudaError_t launch_forward(const BiasGelu& in, void* y, Stream stream) {
     const unsigned blocks = blocks_for(in.rows * (in.cols / kPack), kThreads * kDepth, kWaves);
-    return launch(forward<T, kTanh, kPack>, dim3(blocks), dim3(kThreads), 0, stream, static_cast<const T*>(in.x), in.x_stride, static_cast<const T*>(in.bias),
-                  static_cast<T*>(y), in.rows, in.cols);
+    return launch(forward<T, kTanh, kPack>, dim3(blocks), dim3(kThreads), 0, stream, static_cast<const T*>(in.x),
+                  in.x_stride, static_cast<const T*>(in.bias), static_cast<T*>(y), in.rows, in.cols);
 }
 
 template <class T, bool kTanh, int kPack>
 cudaError_t launch_backward(const Backward<T>& in, Stream stream) {
     const int64_t tile = ColumnSums::kLanes * kPack;
-    const dim3 grid(static_cast<unsigned>((in.cols + tile - 1) / tile), static_cast<unsigned>(ColumnSums::stripes(in.rows, in.cols)));
+    const dim3 grid(static_cast<unsigned>((in.cols + tile - 1) / tile),
+                    static_cast<unsigned>(ColumnSums::stripes(in.rows, in.cols)));
     return launch(backward<T, kTanh, kPack>, grid, dim3(ColumnSums::kThreads), 0, stream, in);
 }
 
@@ -93,13 +97,17 @@ const char* bias_gelu_forward_cuda(const BiasGelu& in, void* y, Stream stream) {
     return message(dispatch_device(in.dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int kPack = Pack<T>::kSize;
-        const bool vectorized = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(y, in.cols, in.cols) && can_vectorize<T>(in.bias, 0, 0);
-        if (in.tanh) return vectorized ? launch_forward<T, true, kPack>(in, y, stream) : launch_forward<T, true, 1>(in, y, stream);
+        const bool vectorized = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(y, in.cols, in.cols) &&
+                                can_vectorize<T>(in.bias, 0, 0);
+        if (in.tanh)
+            return vectorized ? launch_forward<T, true, kPack>(in, y, stream)
+                              : launch_forward<T, true, 1>(in, y, stream);
         return vectorized ? launch_forward<T, false, kPack>(in, y, stream) : launch_forward<T, false, 1>(in, y, stream);
     }));
 }
 
-const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias, float* partial, Stream stream) {
+const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t dy_stride, void* dx, void* dbias,
+                                    float* partial, Stream stream) {
     if (in.cols == 0) return nullptr;
     return message(dispatch_device(in.dtype, [&](auto zero) {
         using T = decltype(zero);
@@ -113,8 +121,9 @@ const char* bias_gelu_backward_cuda(const BiasGelu& in, const void* dy, int64_t 
                                in.bias ? partial : nullptr,
                                in.rows,
                                in.cols};
-        const bool vectorized = can_vectorize<T>(in.x, in.x_stride, in.cols) && can_vectorize<T>(dy, dy_stride, in.cols) &&
-                                can_vectorize<T>(dx, in.cols, in.cols) && can_vectorize<T>(in.bias, 0, 0);
+        const bool vectorized = can_vectorize<T>(in.x, in.x_stride, in.cols) &&
+                                can_vectorize<T>(dy, dy_stride, in.cols) && can_vectorize<T>(dx, in.cols, in.cols) &&
+                                can_vectorize<T>(in.bias, 0, 0);
         const auto run = in.tanh ? (vectorized ? launch_backward<T, true, kPack> : launch_backward<T, true, 1>)
                                  : (vectorized ? launch_backward<T, false, kPack> : launch_backward<T, false, 1>);
         const cudaError_t error = run(task, stream);

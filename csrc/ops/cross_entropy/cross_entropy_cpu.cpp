@@ -11,13 +11,15 @@ constexpr int64_t kGrain = 16384;  // minimum elements per thread
 constexpr int kChains = 4;         // independent partial results, which hide the latency of the additions
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Folds a row with fold(accumulator, values). Accumulators start at `start`; lanes past the end of the row hold `filler`.
+// Folds a row with fold(accumulator, values). Accumulators start at `start`; lanes past the end of the row hold
+// `filler`.
 template <class T, class Fold>
 NEOX_INLINE void fold_row(const T* x, int64_t size, float filler, Vec (&accumulators)[kChains], const Fold& fold) {
     constexpr int64_t kStep = kChains * kVecWidth;
     int64_t i = 0;
     for (; i + kStep <= size; i += kStep) {
-        for (int chain = 0; chain < kChains; ++chain) accumulators[chain] = fold(accumulators[chain], load(x + i + chain * kVecWidth));
+        for (int chain = 0; chain < kChains; ++chain)
+            accumulators[chain] = fold(accumulators[chain], load(x + i + chain * kVecWidth));
     }
     for (; i + kVecWidth <= size; i += kVecWidth) accumulators[0] = fold(accumulators[0], load(x + i));
     if (i < size) {
@@ -68,11 +70,14 @@ void statistics_of_row(const Logits& in, const RowStatistics& out, bool need_tot
 
 template <class T>
 void backward_row(const T* x, T* dx, int64_t size, float shift, float factor, float offset) {
-    for_each_vec(size, [&](int64_t i, auto load, auto store) { store(dx + i, exp_nonpositive(load(x + i) - shift) * factor - offset); });
+    for_each_vec(size, [&](int64_t i, auto load, auto store) {
+        store(dx + i, exp_nonpositive(load(x + i) - shift) * factor - offset);
+    });
 }
 
 template <class T>
-void gradient_of_row(const Logits& in, const LossTerms& terms, const RowStatistics& stats, float dloss, T* dx, int64_t row) {
+void gradient_of_row(const Logits& in, const LossTerms& terms, const RowStatistics& stats, float dloss, T* dx,
+                     int64_t row) {
     const bool ignored = in.targets[row] == in.ignore_index;
     for (int64_t i = ignored ? 0 : in.num_columns; i < in.cols; ++i) dx[i] = from_float<T>(0);
     if (ignored) return;
@@ -100,39 +105,43 @@ void for_rows(int64_t rows, int64_t cols, const Parallel& parallel, const Body& 
 
 }  // namespace
 
-void cross_entropy_statistics_cpu(const Logits& logits, const RowStatistics& out, bool need_total, const Parallel& parallel) {
+void cross_entropy_statistics_cpu(const Logits& logits, const RowStatistics& out, bool need_total,
+                                  const Parallel& parallel) {
     dispatch(logits.dtype, [&](auto zero) {
-        for_rows(logits.rows, logits.cols, parallel, [&](int64_t row) { statistics_of_row<decltype(zero)>(logits, out, need_total, row); });
+        for_rows(logits.rows, logits.cols, parallel,
+                 [&](int64_t row) { statistics_of_row<decltype(zero)>(logits, out, need_total, row); });
     });
 }
 
-void cross_entropy_loss_cpu(int64_t rows, const int64_t* targets, int64_t ignore_index, const LossTerms& terms, const RowStatistics& stats, float* loss,
-                            const Parallel& parallel) {
+void cross_entropy_loss_cpu(int64_t rows, const int64_t* targets, int64_t ignore_index, const LossTerms& terms,
+                            const RowStatistics& stats, float* loss, const Parallel& parallel) {
     parallel(rows, kGrain / 16, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const double shift = stats.max[row];
             const double log_sum = std::log(static_cast<double>(stats.sum[row]));
             const double mean = stats.total[row] / static_cast<double>(terms.vocab_size);
             const double smoothed = terms.label_smoothing * (shift - mean + log_sum);
-            const double value = (1 - terms.label_smoothing) * (shift - stats.target[row] + log_sum) + (terms.label_smoothing > 0 ? smoothed : 0);
+            const double value = (1 - terms.label_smoothing) * (shift - stats.target[row] + log_sum) +
+                                 (terms.label_smoothing > 0 ? smoothed : 0);
             const double squared = terms.z_loss > 0 ? terms.z_loss * (shift + log_sum) * (shift + log_sum) : 0;
             loss[row] = targets[row] == ignore_index ? 0.0f : static_cast<float>(value + squared);
         }
     });
 }
 
-void cross_entropy_backward_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics, const float* dloss, void* dlogits,
-                                int64_t dstride, const Parallel& parallel) {
+void cross_entropy_backward_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics,
+                                const float* dloss, void* dlogits, int64_t dstride, const Parallel& parallel) {
     dispatch(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
-        for_rows(logits.rows, logits.cols, parallel,
-                 [&](int64_t row) { gradient_of_row(logits, terms, statistics, dloss[row], static_cast<T*>(dlogits) + row * dstride, row); });
+        for_rows(logits.rows, logits.cols, parallel, [&](int64_t row) {
+            gradient_of_row(logits, terms, statistics, dloss[row], static_cast<T*>(dlogits) + row * dstride, row);
+        });
     });
 }
 
 // The row is still in the thread's cache when its gradient is computed.
-void cross_entropy_fused_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss, void* dlogits, int64_t dstride,
-                             const Parallel& parallel) {
+void cross_entropy_fused_cpu(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss,
+                             void* dlogits, int64_t dstride, const Parallel& parallel) {
     dispatch(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
         for_rows(logits.rows, logits.cols, parallel, [&](int64_t row) {

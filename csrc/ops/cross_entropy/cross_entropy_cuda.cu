@@ -1,14 +1,17 @@
-// The logits are the largest tensor of a model and their rows are long: one block processes one row. Maximum and sum are computed in one pass by
-// rescaling the sum when the maximum grows (one more exponential per 32 elements), so that the statistics read the logits once and buffer no row. The
-// gradient reads and writes them once. Each pack is read and written by the same thread, so that it may be in place.
+// The logits are the largest tensor of a model and their rows are long: one block processes one row. Maximum and sum
+// are computed in one pass by rescaling the sum when the maximum grows (one more exponential per 32 elements), so that
+// the statistics read the logits once and buffer no row. The gradient reads and writes them once. Each pack is read and
+// written by the same thread, so that it may be in place.
 //
-// Each thread requests 64 bytes before it uses any: 16 KiB per block, 4 or 5 blocks and 64 KiB per multiprocessor, where bandwidth times latency of an
-// H100 is about 20 KiB. There is no barrier before the end of the row, and other blocks load while one reduces. Two exponentials and some ten
-// instructions per element take about half of the time of its 6 bytes.
+// Each thread requests 64 bytes before it uses any: 16 KiB per block, 4 or 5 blocks and 64 KiB per multiprocessor,
+// where bandwidth times latency of an H100 is about 20 KiB. There is no barrier before the end of the row, and other
+// blocks load while one reduces. Two exponentials and some ten instructions per element take about half of the time of
+// its 6 bytes.
 //
-// `fused` reads the logits once: a row is requested at once and stays in shared memory until its sum is known. Two rows of 50,304 bf16 columns (98 KiB)
-// fit into the 227 KiB of a multiprocessor, so that one loads while the other is processed. A thread reads back only what it requested itself. Rows that
-// do not fit or are misaligned are read twice, the second time mostly from L2.
+// `fused` reads the logits once: a row is requested at once and stays in shared memory until its sum is known. Two rows
+// of 50,304 bf16 columns (98 KiB) fit into the 227 KiB of a multiprocessor, so that one loads while the other is
+// processed. A thread reads back only what it requested itself. Rows that do not fit or are misaligned are read twice,
+// the second time mostly from L2.
 #include "common/reduce.cuh"
 #include "common/row_packs.cuh"
 #include "ops/cross_entropy/cross_entropy.h"
@@ -22,7 +25,8 @@ constexpr int kFusedThreads = 384, kFusedWarps = kFusedThreads / kWarpSize;
 
 // Adds kAhead packs to the statistics of a row: raw[0] at column `col`, each next one `apart` columns further.
 template <class T>
-NEOX_DEVICE void add_packs(const uint4 (&raw)[kAhead], int64_t col, int64_t apart, int64_t columns, bool need_total, MaxSum& row, float& total) {
+NEOX_DEVICE void add_packs(const uint4 (&raw)[kAhead], int64_t col, int64_t apart, int64_t columns, bool need_total,
+                           MaxSum& row, float& total) {
     constexpr int kSize = Pack<T>::kSize;
     float value[kAhead * kSize];
 #pragma unroll
@@ -51,11 +55,13 @@ __global__ void __launch_bounds__(kThreads) statistics(Logits in, RowStatistics 
     }
     MaxSum mine;
     float total = 0.0f;
-    for (int64_t first = static_cast<int64_t>(threadIdx.x) * kSize; first < in.num_columns; first += kThreads * kSize * kAhead) {
+    for (int64_t first = static_cast<int64_t>(threadIdx.x) * kSize; first < in.num_columns;
+         first += kThreads * kSize * kAhead) {
         uint4 raw[kAhead];
 #pragma unroll
         for (int p = 0; p < kAhead; ++p)
-            raw[p] = load_raw<kVector>(x + first + p * kThreads * kSize, valid_of<T>(in.num_columns - first - p * kThreads * kSize));
+            raw[p] = load_raw<kVector>(x + first + p * kThreads * kSize,
+                                       valid_of<T>(in.num_columns - first - p * kThreads * kSize));
         add_packs<T>(raw, first, kThreads * kSize, in.num_columns, need_total, mine, total);
     }
     const MaxSum all = block_merge<kWarps>(mine, scratch);
@@ -68,8 +74,8 @@ __global__ void __launch_bounds__(kThreads) statistics(Logits in, RowStatistics 
 }
 
 // A target outside the vocabulary gives NaN. Only the host could raise an error.
-__global__ void __launch_bounds__(kThreads)
-    losses(int64_t rows, const int64_t* targets, int64_t ignore_index, LossTerms terms, RowStatistics stats, float* loss) {
+__global__ void __launch_bounds__(kThreads) losses(int64_t rows, const int64_t* targets, int64_t ignore_index,
+                                                   LossTerms terms, RowStatistics stats, float* loss) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (row >= rows) return;
     const double shift = stats.max[row], log_sum = log(static_cast<double>(stats.sum[row]));
@@ -84,7 +90,9 @@ __global__ void __launch_bounds__(kThreads)
 struct Gradient {
     void* dlogits;
     int64_t stride;
-    float z_loss, hot, smooth;  // subtracted from the probability of the target, 1 - label smoothing + smooth; of others, label smoothing / vocab_size
+    // subtracted from the probability of the target, 1 - label smoothing + smooth; of others, label smoothing /
+    // vocab_size
+    float z_loss, hot, smooth;
 };
 
 // The map from a row's logits to their gradient.
@@ -104,7 +112,8 @@ struct RowGradient {
 #pragma unroll
         for (int k = 0; k < Pack<T>::kSize; ++k) {
             const float gradient = exp_nonpositive(value[k] - shift) * factor - (col + k == column ? hot : smooth);
-            value[k] = k >= valid ? 0.0f : gradient;  // computed first, then selected: inside ?: nvcc would branch around the exponential
+            // computed first, then selected: inside ?: nvcc would branch around the exponential
+            value[k] = k >= valid ? 0.0f : gradient;
         }
         return pack<T>(value);
     }
@@ -118,7 +127,8 @@ __global__ void __launch_bounds__(kThreads) backward(Logits in, RowStatistics st
     const T* const x = static_cast<const T*>(in.data) + row * in.stride;
     T* const dx = static_cast<T*>(out.dlogits) + row * out.stride;
     const RowGradient gradient(out, target - in.first_column, stats.max[row], stats.sum[row], dloss[row]);
-    for (int64_t first = static_cast<int64_t>(threadIdx.x) * kSize; first < in.cols; first += kThreads * kSize * kAhead) {
+    for (int64_t first = static_cast<int64_t>(threadIdx.x) * kSize; first < in.cols;
+         first += kThreads * kSize * kAhead) {
         uint4 raw[kAhead];
 #pragma unroll
         for (int p = 0; p < kAhead; ++p) {
@@ -128,14 +138,16 @@ __global__ void __launch_bounds__(kThreads) backward(Logits in, RowStatistics st
 #pragma unroll
         for (int p = 0; p < kAhead; ++p) {
             const int64_t col = first + p * kThreads * kSize;
-            store_raw<kVector>(dx + col, gradient.of<T>(raw[p], col, valid_of<T>(columns - col)), valid_of<T>(in.cols - col));
+            store_raw<kVector>(dx + col, gradient.of<T>(raw[p], col, valid_of<T>(columns - col)),
+                               valid_of<T>(in.cols - col));
         }
     }
 }
 
 // kStaged: a row fits into shared memory, one uint4 per pack.
 template <class T, bool kVector, bool kStaged>
-__global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatistics out, Gradient gradient, float dloss, bool need_total) {
+__global__ void __launch_bounds__(kFusedThreads, 2)
+    fused(Logits in, RowStatistics out, Gradient gradient, float dloss, bool need_total) {
     static_assert(kVector || !kStaged);
     constexpr int kSize = Pack<T>::kSize, kRound = kFusedThreads * kSize;
     STATIC_SMEM(float, scratch, [kFusedWarps]);
@@ -145,7 +157,8 @@ __global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatisti
         staged = reinterpret_cast<uint4*>(memory);
     }
     const int64_t row = blockIdx.x, target = in.targets[row], column = target - in.first_column;
-    const int64_t columns = target == in.ignore_index ? 0 : in.num_columns, mine = static_cast<int64_t>(threadIdx.x) * kSize;
+    const int64_t columns = target == in.ignore_index ? 0 : in.num_columns,
+                  mine = static_cast<int64_t>(threadIdx.x) * kSize;
     const T* const x = static_cast<const T*>(in.data) + row * in.stride;
     T* const dx = static_cast<T*>(gradient.dlogits) + row * gradient.stride;
     // The thread's pack at `col`, from shared memory or from global memory.
@@ -174,7 +187,8 @@ __global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatisti
     MaxSum all = block_merge<kFusedWarps>(part, scratch);
     if (need_total) total = block_reduce<Sum, kFusedWarps>(total, scratch);
     if (columns == 0) all.max = 0.0f, all.sum = 1.0f;
-    if (threadIdx.x == 0) out.max[row] = all.max, out.sum[row] = all.sum, out.target[row] = logit, out.total[row] = total;
+    if (threadIdx.x == 0)
+        out.max[row] = all.max, out.sum[row] = all.sum, out.target[row] = logit, out.total[row] = total;
     const RowGradient of_row(gradient, column, all.max, all.sum, dloss);
     for (int64_t first = mine; first < in.cols; first += kRound * kAhead) {
         uint4 raw[kAhead];
@@ -183,7 +197,8 @@ __global__ void __launch_bounds__(kFusedThreads, 2) fused(Logits in, RowStatisti
 #pragma unroll
         for (int p = 0; p < kAhead; ++p) {
             const int64_t col = first + p * kRound;
-            store_raw<kVector>(dx + col, of_row.of<T>(raw[p], col, valid_of<T>(columns - col)), valid_of<T>(in.cols - col));
+            store_raw<kVector>(dx + col, of_row.of<T>(raw[p], col, valid_of<T>(columns - col)),
+                               valid_of<T>(in.cols - col));
         }
     }
 }
@@ -207,7 +222,8 @@ __global__ void __launch_bounds__(kThreads) rescale(FusedGradient gradient, cons
 
 Gradient gradient_of(const LossTerms& terms, void* dlogits, int64_t dstride) {
     const double smooth = terms.label_smoothing / static_cast<double>(terms.vocab_size);
-    return {dlogits, dstride, static_cast<float>(terms.z_loss), static_cast<float>(1 - terms.label_smoothing + smooth), static_cast<float>(smooth)};
+    return {dlogits, dstride, static_cast<float>(terms.z_loss), static_cast<float>(1 - terms.label_smoothing + smooth),
+            static_cast<float>(smooth)};
 }
 
 template <class T>
@@ -217,36 +233,40 @@ bool rows_vectorize(const Logits& in) {
 
 }  // namespace
 
-const char* cross_entropy_statistics_cuda(const Logits& logits, const RowStatistics& out, bool need_total, Stream stream) {
+const char* cross_entropy_statistics_cuda(const Logits& logits, const RowStatistics& out, bool need_total,
+                                          Stream stream) {
     if (logits.rows == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
         const auto kernel = rows_vectorize<T>(logits) ? statistics<T, true> : statistics<T, false>;
-        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, out, need_total);
+        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, out,
+                      need_total);
     }));
 }
 
-const char* cross_entropy_loss_cuda(int64_t rows, const int64_t* targets, int64_t ignore_index, const LossTerms& terms, const RowStatistics& statistics,
-                                    float* loss, Stream stream) {
+const char* cross_entropy_loss_cuda(int64_t rows, const int64_t* targets, int64_t ignore_index, const LossTerms& terms,
+                                    const RowStatistics& statistics, float* loss, Stream stream) {
     if (rows == 0) return nullptr;
     const auto blocks = static_cast<unsigned>((rows + kThreads - 1) / kThreads);
-    return message(launch(losses, dim3(blocks), dim3(kThreads), 0, stream, rows, targets, ignore_index, terms, statistics, loss));
+    return message(
+        launch(losses, dim3(blocks), dim3(kThreads), 0, stream, rows, targets, ignore_index, terms, statistics, loss));
 }
 
-const char* cross_entropy_backward_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics, const float* dloss, void* dlogits,
-                                        int64_t dstride, Stream stream) {
+const char* cross_entropy_backward_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& statistics,
+                                        const float* dloss, void* dlogits, int64_t dstride, Stream stream) {
     if (logits.rows == 0 || logits.cols == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
         const bool vectorized = rows_vectorize<T>(logits) && can_vectorize<T>(dlogits, dstride, logits.cols);
         const auto kernel = vectorized ? backward<T, true> : backward<T, false>;
         const Gradient out = gradient_of(terms, dlogits, dstride);
-        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, statistics, out, dloss);
+        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kThreads), 0, stream, logits, statistics,
+                      out, dloss);
     }));
 }
 
-const char* cross_entropy_fused_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& out, float dloss, void* dlogits, int64_t dstride,
-                                     Stream stream) {
+const char* cross_entropy_fused_cuda(const Logits& logits, const LossTerms& terms, const RowStatistics& out,
+                                     float dloss, void* dlogits, int64_t dstride, Stream stream) {
     if (logits.rows == 0) return nullptr;
     return message(dispatch_device(logits.dtype, [&](auto zero) {
         using T = decltype(zero);
@@ -254,8 +274,8 @@ const char* cross_entropy_fused_cuda(const Logits& logits, const LossTerms& term
         const size_t row = static_cast<size_t>(logits.cols) * sizeof(T);
         const bool staged = vectorized && row + 1024 <= shared_memory_limit();  // leaves room for the static scratch
         const auto kernel = staged ? fused<T, true, true> : vectorized ? fused<T, true, false> : fused<T, false, false>;
-        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kFusedThreads), staged ? row : 0, stream, logits, out,
-                      gradient_of(terms, dlogits, dstride), dloss, terms.label_smoothing > 0);
+        return launch(kernel, dim3(static_cast<unsigned>(logits.rows)), dim3(kFusedThreads), staged ? row : 0, stream,
+                      logits, out, gradient_of(terms, dlogits, dstride), dloss, terms.label_smoothing > 0);
     }));
 }
 
@@ -263,7 +283,8 @@ const char* cross_entropy_rescale_cuda(const FusedGradient& gradient, const floa
     if (gradient.rows == 0 || gradient.cols == 0) return nullptr;
     return message(dispatch_device(gradient.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const auto kernel = can_vectorize<T>(gradient.data, gradient.stride, gradient.cols) ? rescale<T, true> : rescale<T, false>;
+        const auto kernel =
+            can_vectorize<T>(gradient.data, gradient.stride, gradient.cols) ? rescale<T, true> : rescale<T, false>;
         return launch(kernel, dim3(static_cast<unsigned>(gradient.rows)), dim3(kThreads), 0, stream, gradient, dloss);
     }));
 }

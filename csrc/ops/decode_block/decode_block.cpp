@@ -11,9 +11,27 @@ constexpr const char* kOp = "decode_block";
 using Optional = std::optional<Tensor>;
 
 // Indices into the list of parameters that neox/ops/decode_block.py builds.
-enum Part { kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kQueryNorm, kKeyNorm, kQkv, kQkvBias, kOut, kOutBias, kGate, kGateBias, kUp, kUpBias, kDown, kDownBias };
-constexpr const char* kNames[] = {"norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "query_norm", "key_norm", "qkv.weight",  "qkv.bias",
-                                  "out.weight",   "out.bias",   "gate.weight",  "gate.bias",  "up.weight",  "up.bias",  "down.weight", "down.bias"};
+enum Part {
+    kNorm1,
+    kNorm1Bias,
+    kNorm2,
+    kNorm2Bias,
+    kQueryNorm,
+    kKeyNorm,
+    kQkv,
+    kQkvBias,
+    kOut,
+    kOutBias,
+    kGate,
+    kGateBias,
+    kUp,
+    kUpBias,
+    kDown,
+    kDownBias
+};
+constexpr const char* kNames[] = {
+    "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "query_norm", "key_norm", "qkv.weight",  "qkv.bias",
+    "out.weight",   "out.bias",   "gate.weight",  "gate.bias",  "up.weight",  "up.bias",  "down.weight", "down.bias"};
 constexpr size_t kParts = sizeof(kNames) / sizeof(kNames[0]);
 
 BlockActivation activation_of(const std::string& name) {
@@ -28,7 +46,8 @@ BlockActivation activation_of(const std::string& name) {
     for (const auto& one : known) {
         if (name == one.name) return one.activation;
     }
-    throw std::invalid_argument(concat(kOp, ": activation must be gelu, gelu_tanh, swiglu, geglu or reglu; got ", name));
+    throw std::invalid_argument(
+        concat(kOp, ": activation must be gelu, gelu_tanh, swiglu, geglu or reglu; got ", name));
 }
 
 // The parameters of a block. Each is checked when it is accessed.
@@ -41,7 +60,8 @@ class Parameters {
     bool has(Part part) const { return list_[part].has_value(); }
 
     int64_t rows(Part part) const {
-        check(kOp, has(part) && list_[part]->dim() == 2, kNames[part], "must be a matrix", has(part) ? "another shape" : "none");
+        check(kOp, has(part) && list_[part]->dim() == 2, kNames[part], "must be a matrix",
+              has(part) ? "another shape" : "none");
         return list_[part]->size(0);
     }
 
@@ -51,10 +71,11 @@ class Parameters {
         const Tensor& tensor = *list_[part];
         check_same_type(kOp, tensor, kNames[part], stream_, "stream");
         if (in) {
-            check(kOp, tensor.dim() == 2 && tensor.size(0) == out && tensor.size(1) == in, kNames[part], concat("must have shape [", out, ", ", in, "]"),
-                  shape_text(tensor));
+            check(kOp, tensor.dim() == 2 && tensor.size(0) == out && tensor.size(1) == in, kNames[part],
+                  concat("must have shape [", out, ", ", in, "]"), shape_text(tensor));
         } else {
-            check(kOp, tensor.dim() == 1 && tensor.size(0) == out, kNames[part], concat("must have shape [", out, "]"), shape_text(tensor));
+            check(kOp, tensor.dim() == 1 && tensor.size(0) == out, kNames[part], concat("must have shape [", out, "]"),
+                  shape_text(tensor));
         }
         check(kOp, tensor.is_contiguous(), kNames[part], "must be contiguous", "strides of a view");
         return tensor.const_data_ptr();
@@ -65,7 +86,9 @@ class Parameters {
         return get(part, out, in);
     }
 
-    Projection projection(Part weight, int64_t out, int64_t in) const { return {need(weight, out, in), get(static_cast<Part>(weight + 1), out, 0)}; }
+    Projection projection(Part weight, int64_t out, int64_t in) const {
+        return {need(weight, out, in), get(static_cast<Part>(weight + 1), out, 0)};
+    }
 
   private:
     const std::vector<Optional>& list_;
@@ -75,12 +98,13 @@ class Parameters {
 void set_parameters(DecodeBlock& op, const Parameters& parameters) {
     const int64_t hidden = op.hidden, head_dim = op.head_dim;
     const int64_t mixed = parameters.rows(kQkv) - 2 * op.groups * head_dim;
-    check(kOp, mixed > 0 && mixed % (op.groups * head_dim) == 0, "qkv.weight", concat("must have (m + 2) ", op.groups, " x ", head_dim, " rows"),
-          parameters.rows(kQkv));
+    check(kOp, mixed > 0 && mixed % (op.groups * head_dim) == 0, "qkv.weight",
+          concat("must have (m + 2) ", op.groups, " x ", head_dim, " rows"), parameters.rows(kQkv));
     op.heads = mixed / (op.groups * head_dim);
     op.width = parameters.rows(kUp);
     op.norms[0] = {parameters.need(kNorm1, hidden, 0), parameters.get(kNorm1Bias, hidden, 0)};
-    op.norms[1] = {op.parallel ? parameters.get(kNorm2, hidden, 0) : parameters.need(kNorm2, hidden, 0), parameters.get(kNorm2Bias, hidden, 0)};
+    op.norms[1] = {op.parallel ? parameters.get(kNorm2, hidden, 0) : parameters.need(kNorm2, hidden, 0),
+                   parameters.get(kNorm2Bias, hidden, 0)};
     op.query_norm = parameters.get(kQueryNorm, head_dim, 0);
     op.key_norm = op.query_norm ? parameters.need(kKeyNorm, head_dim, 0) : nullptr;
     op.qkv = parameters.projection(kQkv, mixed + 2 * op.groups * head_dim, hidden);
@@ -88,7 +112,8 @@ void set_parameters(DecodeBlock& op, const Parameters& parameters) {
     op.up = parameters.projection(kUp, op.width, hidden);
     op.down = parameters.projection(kDown, hidden, op.width);
     const bool gated = op.activation != BlockActivation::kGelu && op.activation != BlockActivation::kGeluTanh;
-    check(kOp, gated == parameters.has(kGate), "gate.weight", "must be given if and only if the activation is gated", gated ? "none" : "one");
+    check(kOp, gated == parameters.has(kGate), "gate.weight", "must be given if and only if the activation is gated",
+          gated ? "none" : "one");
     if (gated) op.gate = parameters.projection(kGate, op.width, hidden);
 }
 
@@ -106,43 +131,49 @@ void set_tables(DecodeBlock& op, const Optional& cos, const Optional& sin) {
     for (const Tensor* table : {&*cos, &*sin}) {
         check_device(kOp, *table, "cos, sin");
         const int64_t dims = table->dim(), r = table->size(dims - 1);
-        const bool fits = table->scalar_type() == ScalarType::Float && (dims == 2 || (dims == 3 && table->size(0) == op.batch)) &&
-                          table->size(dims - 2) == op.seq && r > 0 && r % 2 == 0 && r <= op.head_dim;
-        check(kOp, fits, "cos, sin", concat("must be fp32 [", op.seq, ", r] or [", op.batch, ", ", op.seq, ", r], r even, <= ", op.head_dim),
+        const bool fits = table->scalar_type() == ScalarType::Float &&
+                          (dims == 2 || (dims == 3 && table->size(0) == op.batch)) && table->size(dims - 2) == op.seq &&
+                          r > 0 && r % 2 == 0 && r <= op.head_dim;
+        check(kOp, fits, "cos, sin",
+              concat("must be fp32 [", op.seq, ", r] or [", op.batch, ", ", op.seq, ", r], r even, <= ", op.head_dim),
               shape_text(*table));
     }
     check_same_shape(kOp, *sin, "sin", *cos, "cos");
     const int64_t r = cos->size(cos->dim() - 1);
-    op.tables = {static_cast<const float*>(cos->const_data_ptr()), static_cast<const float*>(sin->const_data_ptr()), cos->dim() == 3 ? op.seq * r : 0, r,
-                 false};
+    op.tables = {static_cast<const float*>(cos->const_data_ptr()), static_cast<const float*>(sin->const_data_ptr()),
+                 cos->dim() == 3 ? op.seq * r : 0, r, false};
 }
 
 void set_masks(DecodeBlock& op, const Optional& segment_ids, const Optional& alibi_slopes) {
     if (segment_ids) {
         check_device(kOp, *segment_ids, "segment_ids");
-        const bool fits = segment_ids->scalar_type() == ScalarType::Int && segment_ids->dim() == 2 && segment_ids->size(0) == op.batch &&
-                          segment_ids->size(1) == op.length + op.seq;
-        check(kOp, fits, "segment_ids", concat("must be int32 [", op.batch, ", ", op.length + op.seq, "]"), shape_text(*segment_ids));
+        const bool fits = segment_ids->scalar_type() == ScalarType::Int && segment_ids->dim() == 2 &&
+                          segment_ids->size(0) == op.batch && segment_ids->size(1) == op.length + op.seq;
+        check(kOp, fits, "segment_ids", concat("must be int32 [", op.batch, ", ", op.length + op.seq, "]"),
+              shape_text(*segment_ids));
         op.segments = static_cast<const int32_t*>(segment_ids->const_data_ptr());
     }
     if (alibi_slopes) {
         check_device(kOp, *alibi_slopes, "alibi_slopes");
-        const bool fits = alibi_slopes->scalar_type() == ScalarType::Float && alibi_slopes->dim() == 1 && alibi_slopes->size(0) == op.groups * op.heads;
-        check(kOp, fits, "alibi_slopes", concat("must be fp32 [", op.groups * op.heads, "]"), shape_text(*alibi_slopes));
+        const bool fits = alibi_slopes->scalar_type() == ScalarType::Float && alibi_slopes->dim() == 1 &&
+                          alibi_slopes->size(0) == op.groups * op.heads;
+        check(kOp, fits, "alibi_slopes", concat("must be fp32 [", op.groups * op.heads, "]"),
+              shape_text(*alibi_slopes));
         op.slopes = static_cast<const float*>(alibi_slopes->const_data_ptr());
     }
 }
 
-std::tuple<Tensor, Tensor> decode_block(Tensor stream, Optional delta, Tensor keys, Tensor values, int64_t length, Optional cos, Optional sin,
-                                        Optional segment_ids, Optional alibi_slopes, std::vector<Optional> parameters, bool rms, bool parallel, double eps,
+std::tuple<Tensor, Tensor> decode_block(Tensor stream, Optional delta, Tensor keys, Tensor values, int64_t length,
+                                        Optional cos, Optional sin, Optional segment_ids, Optional alibi_slopes,
+                                        std::vector<Optional> parameters, bool rms, bool parallel, double eps,
                                         StringHandle name, double scale, int64_t window, double softcap) {
     const std::string activation = take(name);
     check_float(kOp, stream, "stream");
     check_rank(kOp, stream, "stream", 3, 3);
     check(kOp, length >= 0, "length", "must not be negative", length);
     check(kOp, window >= 0, "window", "must be at least 1", window);
-    check(kOp, std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0 && eps >= 0, "scale, softcap, eps", "must be finite, the last two not negative",
-          scale);
+    check(kOp, std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0 && eps >= 0, "scale, softcap, eps",
+          "must be finite, the last two not negative", scale);
     stream = neox::contiguous(stream);
     for (Optional* table : {&cos, &sin, &segment_ids, &alibi_slopes}) {
         if (*table) *table = neox::contiguous(**table);
@@ -168,7 +199,8 @@ std::tuple<Tensor, Tensor> decode_block(Tensor stream, Optional delta, Tensor ke
     op.scale = static_cast<float>(scale), op.window = window, op.softcap = static_cast<float>(softcap);
     op.stream = stream.const_data_ptr(), op.delta = delta ? delta->const_data_ptr() : nullptr;
     Tensor new_stream = empty(stream, shape_of(stream)), new_delta = empty(stream, shape_of(stream));
-    if (stream.numel()) decode_block_cpu(op, new_stream.mutable_data_ptr(), new_delta.mutable_data_ptr(), torch_parallel());
+    if (stream.numel())
+        decode_block_cpu(op, new_stream.mutable_data_ptr(), new_delta.mutable_data_ptr(), torch_parallel());
     return {new_stream, new_delta};
 }
 
@@ -177,8 +209,10 @@ std::tuple<Tensor, Tensor> decode_block(Tensor stream, Optional delta, Tensor ke
 
 STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
     m.def(
-        "decode_block(Tensor stream, Tensor? delta, Tensor(a!) keys, Tensor(b!) values, int length, Tensor? cos, Tensor? sin, Tensor? segment_ids,"
-        " Tensor? alibi_slopes, Tensor?[] parameters, bool rms, bool parallel, float eps, str activation, float scale, int window, float softcap)"
+        "decode_block(Tensor stream, Tensor? delta, Tensor(a!) keys, Tensor(b!) values, int length, Tensor? cos, "
+        "Tensor? sin, Tensor? segment_ids,"
+        " Tensor? alibi_slopes, Tensor?[] parameters, bool rms, bool parallel, float eps, str activation, float scale, "
+        "int window, float softcap)"
         " -> (Tensor, Tensor)");
 }
 

@@ -16,7 +16,9 @@ class Buffers {
         : rows(op.batch * op.seq),
           packed(op.groups * (op.heads + 2) * op.head_dim),
           mixed(op.groups * op.heads * op.head_dim),
-          floats_(static_cast<size_t>(rows * (2 * op.hidden + packed + mixed + 3 * op.width + op.groups * op.heads + 2 * (1 + op.heads)) + 8 * kAlign)) {
+          floats_(static_cast<size_t>(
+              rows * (2 * op.hidden + packed + mixed + 3 * op.width + op.groups * op.heads + 2 * (1 + op.heads)) +
+              8 * kAlign)) {
         for (void** buffer : {&normed[0], &normed[1]}) *buffer = take(rows * op.hidden);
         qkv = take(rows * packed);
         attended = take(rows * mixed);
@@ -63,9 +65,13 @@ class Step {
     }
 
   private:
-    size_t bytes(int64_t elements) const { return static_cast<size_t>(elements) * (op_.dtype == DType::kFloat32 ? 4 : 2); }
+    size_t bytes(int64_t elements) const {
+        return static_cast<size_t>(elements) * (op_.dtype == DType::kFloat32 ? 4 : 2);
+    }
 
-    void* at(const void* base, int64_t elements) const { return static_cast<char*>(const_cast<void*>(base)) + static_cast<int64_t>(bytes(elements)); }
+    void* at(const void* base, int64_t elements) const {
+        return static_cast<char*>(const_cast<void*>(base)) + static_cast<int64_t>(bytes(elements));
+    }
 
     // Writes x + residual to sum, and its norms with parameters [first, ...) to normed.
     void norm(const void* x, const void* residual, void* sum, int first, int outputs) {
@@ -91,7 +97,8 @@ class Step {
     }
 
     void project(const Projection& projection, const void* x, int64_t in, int64_t out, const void* added, void* y) {
-        few_rows_cpu(FewRows{op_.dtype, buffers_.rows, in, out, x, in, projection.weight, in, projection.bias, added}, y, parallel_);
+        few_rows_cpu(FewRows{op_.dtype, buffers_.rows, in, out, x, in, projection.weight, in, projection.bias, added},
+                     y, parallel_);
     }
 
     // Rotates keys and queries. Keys and values are written to the cache, queries in place.
@@ -101,9 +108,11 @@ class Step {
         void* const keys = at(op_.keys, op_.length * cached_row);
         if (op_.tables.cos) {
             const RotarySize size{op_.batch, op_.seq, d};
-            const Heads queries{op_.seq * row, row, group, d, op_.groups, op_.heads}, from{op_.seq * row, row, group, 0, op_.groups, 1};
+            const Heads queries{op_.seq * row, row, group, d, op_.groups, op_.heads},
+                from{op_.seq * row, row, group, 0, op_.groups, 1};
             rotary_cpu(op_.dtype, size, op_.tables, buffers_.qkv, queries, buffers_.qkv, queries, serial());
-            rotary_cpu(op_.dtype, size, op_.tables, key, from, keys, Heads{op_.cache_batch_stride, cached_row, d, 0, op_.groups, 1}, serial());
+            rotary_cpu(op_.dtype, size, op_.tables, key, from, keys,
+                       Heads{op_.cache_batch_stride, cached_row, d, 0, op_.groups, 1}, serial());
         } else {
             copy_heads(key, keys);
         }
@@ -114,7 +123,8 @@ class Step {
         const int64_t d = op_.head_dim, group = (op_.heads + 2) * d;
         for (int64_t row = 0; row < buffers_.rows; ++row) {
             const int64_t target = row / op_.seq * op_.cache_batch_stride + row % op_.seq * op_.groups * d;
-            for (int64_t g = 0; g < op_.groups; ++g) std::memcpy(at(to, target + g * d), at(from, row * buffers_.packed + g * group), bytes(d));
+            for (int64_t g = 0; g < op_.groups; ++g)
+                std::memcpy(at(to, target + g * d), at(from, row * buffers_.packed + g * group), bytes(d));
         }
     }
 
@@ -141,18 +151,22 @@ class Step {
     // delta = mlp(x) + added; delta and added may alias.
     void feed_forward(const void* x, const void* added, void* delta) {
         const bool gated = op_.gate.weight != nullptr;
-        const Projection up{op_.up.weight, gated ? op_.up.bias : nullptr};  // an activation without a gate adds the bias itself
+        // an activation without a gate adds the bias itself
+        const Projection up{op_.up.weight, gated ? op_.up.bias : nullptr};
         project(up, x, op_.hidden, op_.width, nullptr, buffers_.up);
         if (gated) {
             project(op_.gate, x, op_.hidden, op_.width, nullptr, buffers_.gate);
             const Activation activation = op_.activation == BlockActivation::kGatedSilu   ? Activation::kSilu
                                           : op_.activation == BlockActivation::kGatedGelu ? Activation::kGelu
                                                                                           : Activation::kRelu;
-            gated_forward_cpu(Gated{op_.dtype, activation, buffers_.rows, op_.width, buffers_.gate, op_.width, buffers_.up, op_.width}, buffers_.inner,
-                              parallel_);
+            gated_forward_cpu(Gated{op_.dtype, activation, buffers_.rows, op_.width, buffers_.gate, op_.width,
+                                    buffers_.up, op_.width},
+                              buffers_.inner, parallel_);
         } else {
             const bool tanh = op_.activation == BlockActivation::kGeluTanh;
-            bias_gelu_forward_cpu(BiasGelu{op_.dtype, tanh, buffers_.rows, op_.width, buffers_.up, op_.width, op_.up.bias}, buffers_.inner, parallel_);
+            bias_gelu_forward_cpu(
+                BiasGelu{op_.dtype, tanh, buffers_.rows, op_.width, buffers_.up, op_.width, op_.up.bias},
+                buffers_.inner, parallel_);
         }
         project(op_.down, buffers_.inner, op_.width, op_.hidden, added, delta);
     }
@@ -164,6 +178,8 @@ class Step {
 
 }  // namespace
 
-void decode_block_cpu(const DecodeBlock& op, void* stream, void* delta, const Parallel& parallel) { Step(op, parallel).run(stream, delta); }
+void decode_block_cpu(const DecodeBlock& op, void* stream, void* delta, const Parallel& parallel) {
+    Step(op, parallel).run(stream, delta);
+}
 
 }  // namespace neox

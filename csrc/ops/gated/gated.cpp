@@ -8,7 +8,8 @@ namespace {
 constexpr const char* kOp = "gated";
 
 Activation activation_of(const std::string& name) {
-    check(kOp, name == "silu" || name == "gelu" || name == "relu", "activation", "must be \"silu\", \"gelu\" or \"relu\"", name);
+    check(kOp, name == "silu" || name == "gelu" || name == "relu", "activation",
+          "must be \"silu\", \"gelu\" or \"relu\"", name);
     return name == "silu" ? Activation::kSilu : name == "gelu" ? Activation::kGelu : Activation::kRelu;
 }
 
@@ -20,7 +21,8 @@ void check_gated(const Tensor& x, const Tensor& gate) {
 }
 
 Gated describe(const Rows& x, const Rows& gate, Activation activation) {
-    return Gated{dtype_of(x.tensor), activation, x.count, x.size, x.tensor.const_data_ptr(), x.stride, gate.tensor.const_data_ptr(), gate.stride};
+    return Gated{dtype_of(x.tensor),           activation, x.count, x.size, x.tensor.const_data_ptr(), x.stride,
+                 gate.tensor.const_data_ptr(), gate.stride};
 }
 
 Tensor gated(Tensor x, Tensor gate, StringHandle name) {
@@ -40,8 +42,8 @@ std::tuple<Tensor, Tensor> gated_backward(Tensor dy, Tensor x, Tensor gate, Stri
     check_same_shape(kOp, dy, "dy", x, "x");
     const Rows dy_rows(dy), x_rows(x), gate_rows(gate);
     const Tensor dx = empty(x, shape_of(x)), dgate = empty(x, shape_of(x));
-    NEOX_RUN(gated_backward, x, describe(x_rows, gate_rows, activation), dy_rows.tensor.const_data_ptr(), dy_rows.stride, dx.mutable_data_ptr(),
-             dgate.mutable_data_ptr());
+    NEOX_RUN(gated_backward, x, describe(x_rows, gate_rows, activation), dy_rows.tensor.const_data_ptr(),
+             dy_rows.stride, dx.mutable_data_ptr(), dgate.mutable_data_ptr());
     return {dx, dgate};
 }
 

@@ -4,7 +4,8 @@
 //
 // Shapes: all [rows, cols].
 //
-// Bytes moved per element, times its size: forward 3 (read x, gate; write y), backward 5 (read dy, x, gate; write dx, dgate).
+// Bytes moved per element, times its size: forward 3 (read x, gate; write y), backward 5 (read dy, x, gate; write dx,
+// dgate).
 //
 // Source: Shazeer, arXiv:2002.05202.
 #pragma once
@@ -34,7 +35,9 @@ void gated_forward_cpu(const Gated& in, void* y, const Parallel& parallel);
 const char* gated_forward_cuda(const Gated& in, void* y, Stream stream);
 
 // dy [rows, cols], rows dy_stride apart; dx, dgate [rows, cols] contiguous.
-void gated_backward_cpu(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate, const Parallel& parallel);
-const char* gated_backward_cuda(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate, Stream stream);
+void gated_backward_cpu(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate,
+                        const Parallel& parallel);
+const char* gated_backward_cuda(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate,
+                                Stream stream);
 
 }  // namespace neox

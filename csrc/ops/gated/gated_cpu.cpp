@@ -36,7 +36,9 @@ void forward(const Gated& in, T* y, const Parallel& parallel) {
     for_rows(in, parallel, [&](int64_t row, int64_t offset) {
         const T* const x = static_cast<const T*>(in.x) + row * in.x_stride;
         const T* const gate = static_cast<const T*>(in.gate) + row * in.gate_stride;
-        for_each_vec(in.cols, [&](int64_t i, auto load, auto store) { store(y + offset + i, activate<kActivation>(load(x + i)).value * load(gate + i)); });
+        for_each_vec(in.cols, [&](int64_t i, auto load, auto store) {
+            store(y + offset + i, activate<kActivation>(load(x + i)).value * load(gate + i));
+        });
     });
 }
 
@@ -73,15 +75,18 @@ void with_activation(Activation activation, const Body& body) {
 void gated_forward_cpu(const Gated& in, void* y, const Parallel& parallel) {
     dispatch(in.dtype, [&](auto zero) {
         using T = decltype(zero);
-        with_activation(in.activation, [&](auto activation) { forward<T, activation()>(in, static_cast<T*>(y), parallel); });
+        with_activation(in.activation,
+                        [&](auto activation) { forward<T, activation()>(in, static_cast<T*>(y), parallel); });
     });
 }
 
-void gated_backward_cpu(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate, const Parallel& parallel) {
+void gated_backward_cpu(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate,
+                        const Parallel& parallel) {
     dispatch(in.dtype, [&](auto zero) {
         using T = decltype(zero);
         with_activation(in.activation, [&](auto activation) {
-            backward<T, activation()>(in, static_cast<const T*>(dy), dy_stride, static_cast<T*>(dx), static_cast<T*>(dgate), parallel);
+            backward<T, activation()>(in, static_cast<const T*>(dy), dy_stride, static_cast<T*>(dx),
+                                      static_cast<T*>(dgate), parallel);
         });
     });
 }

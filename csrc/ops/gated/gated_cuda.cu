@@ -7,7 +7,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWaves = 64;  // most blocks per multiprocessor; with this many, a partial last wave costs little
-constexpr int kDepth = 2;   // packs in flight per thread and input: 64 bytes in the forward, 96 in the backward; 32 KiB per multiprocessor hide the latency
+// packs in flight per thread and input: 64 bytes in the forward, 96 in the backward; 32 KiB per multiprocessor hide the
+// latency
+constexpr int kDepth = 2;
 
 template <Activation kActivation, class T>
 NEOX_DEVICE ValueAndSlope activate(float u) {
@@ -35,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) forward(Forward<T> in) {
     for_packs<kDepth>(
         in.rows, in.cols / kPack,
         [&](int64_t row, int64_t col) {
-            return Item{fetch<kPack>(in.x + row * in.x_stride + col * kPack), fetch<kPack>(in.gate + row * in.gate_stride + col * kPack)};
+            return Item{fetch<kPack>(in.x + row * in.x_stride + col * kPack),
+                        fetch<kPack>(in.gate + row * in.gate_stride + col * kPack)};
         },
         [&](int64_t row, int64_t col, const Item& item) {
             float u[kPack], gate[kPack];
@@ -67,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) backward(Backward<T> task) {
     for_packs<kDepth>(
         in.rows, in.cols / kPack,
         [&](int64_t row, int64_t col) {
-            return Item{fetch<kPack>(in.x + row * in.x_stride + col * kPack), fetch<kPack>(in.gate + row * in.gate_stride + col * kPack),
+            return Item{fetch<kPack>(in.x + row * in.x_stride + col * kPack),
+                        fetch<kPack>(in.gate + row * in.gate_stride + col * kPack),
                         fetch<kPack>(task.dy + row * task.dy_stride + col * kPack)};
         },
         [&](int64_t row, int64_t col, const Item& item) {
@@ -91,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) backward(Backward<T> task) {
 template <class T, class Body>
 cudaError_t with_kernel(Activation activation, bool packs, const Body& body) {
     const auto with_pack = [&](auto chosen) {
-        return packs ? body(chosen, std::integral_constant<int, Pack<T>::kSize>{}) : body(chosen, std::integral_constant<int, 1>{});
+        return packs ? body(chosen, std::integral_constant<int, Pack<T>::kSize>{})
+                     : body(chosen, std::integral_constant<int, 1>{});
     };
     switch (activation) {
         case Activation::kSilu:
@@ -106,7 +111,13 @@ cudaError_t with_kernel(Activation activation, bool packs, const Body& body) {
 
 template <class T>
 Forward<T> describe(const Gated& in, void* y) {
-    return {static_cast<const T*>(in.x), static_cast<const T*>(in.gate), in.x_stride, in.gate_stride, static_cast<T*>(y), in.rows, in.cols};
+    return {static_cast<const T*>(in.x),
+            static_cast<const T*>(in.gate),
+            in.x_stride,
+            in.gate_stride,
+            static_cast<T*>(y),
+            in.rows,
+            in.cols};
 }
 
 // Contiguous rows are treated as one long row, so that packs may cross the ends of rows.
@@ -132,22 +143,25 @@ const char* gated_forward_cuda(const Gated& in, void* y, Stream stream) {
         Forward<T> task = describe<T>(in, y);
         int64_t y_stride = task.cols;
         join_rows(task, y_stride);
-        return with_kernel<T>(in.activation, packs(task) && can_vectorize<T>(y, y_stride, task.cols), [&](auto activation, auto pack) {
-            const unsigned blocks = blocks_for(task.rows * (task.cols / pack()), kThreads * kDepth, kWaves);
-            return launch(forward<T, activation(), pack()>, dim3(blocks), dim3(kThreads), 0, stream, task);
-        });
+        return with_kernel<T>(
+            in.activation, packs(task) && can_vectorize<T>(y, y_stride, task.cols), [&](auto activation, auto pack) {
+                const unsigned blocks = blocks_for(task.rows * (task.cols / pack()), kThreads * kDepth, kWaves);
+                return launch(forward<T, activation(), pack()>, dim3(blocks), dim3(kThreads), 0, stream, task);
+            });
     }));
 }
 
-const char* gated_backward_cuda(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate, Stream stream) {
+const char* gated_backward_cuda(const Gated& in, const void* dy, int64_t dy_stride, void* dx, void* dgate,
+                                Stream stream) {
     if (in.rows == 0 || in.cols == 0) return nullptr;
     return message(dispatch_device(in.dtype, [&](auto zero) {
         using T = decltype(zero);
-        Backward<T> task{describe<T>(in, nullptr), static_cast<const T*>(dy), dy_stride, static_cast<T*>(dx), static_cast<T*>(dgate)};
+        Backward<T> task{describe<T>(in, nullptr), static_cast<const T*>(dy), dy_stride, static_cast<T*>(dx),
+                         static_cast<T*>(dgate)};
         join_rows(task.in, task.dy_stride);
         const int64_t cols = task.in.cols;
-        const bool vectorized =
-            packs(task.in) && can_vectorize<T>(dy, task.dy_stride, cols) && can_vectorize<T>(dx, cols, cols) && can_vectorize<T>(dgate, cols, cols);
+        const bool vectorized = packs(task.in) && can_vectorize<T>(dy, task.dy_stride, cols) &&
+                                can_vectorize<T>(dx, cols, cols) && can_vectorize<T>(dgate, cols, cols);
         return with_kernel<T>(in.activation, vectorized, [&](auto activation, auto pack) {
             const unsigned blocks = blocks_for(task.in.rows * (cols / pack()), kThreads * kDepth, kWaves);
             return launch(backward<T, activation(), pack()>, dim3(blocks), dim3(kThreads), 0, stream, task);

@@ -1,7 +1,8 @@
 // A few rows of x times a matrix. Every weight is read once, in memory order, and multiplied with all rows.
 //
-// A tile is R rows of x by O rows of W with R O = kResults. Each row of W is a memory stream, few enough for the hardware prefetcher, and each result has
-// kChains partial sums, which hide the latency of the additions. The order of a result's additions is the same in every tile.
+// A tile is R rows of x by O rows of W with R O = kResults. Each row of W is a memory stream, few enough for the
+// hardware prefetcher, and each result has kChains partial sums, which hide the latency of the additions. The order of
+// a result's additions is the same in every tile.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -17,14 +18,17 @@ constexpr int64_t kGrain = 16384;  // minimum products per thread
 constexpr int kResults = kVecWidth > 8 ? kVecWidth / 2 : 4;  // results of a tile
 constexpr int kChains = 2;                                   // 16 partial sums in 32 registers, 8 in 16
 
-// Dot-product step for weights of type T: adds the products of kStep consecutive elements, or of the first `count` of them.
+// Dot-product step for weights of type T: adds the products of kStep consecutive elements, or of the first `count` of
+// them.
 template <class T>
 struct Products {
     using Input = float;  // x is widened once
     static constexpr int64_t kStep = kVecWidth;
 
     static NEOX_INLINE Vec add(Vec sum, const Input* x, const T* weight) { return sum + load(x) * load(weight); }
-    static NEOX_INLINE Vec add(Vec sum, const Input* x, const T* weight, int64_t count) { return sum + load(x, count) * load(weight, count); }
+    static NEOX_INLINE Vec add(Vec sum, const Input* x, const T* weight, int64_t count) {
+        return sum + load(x, count) * load(weight, count);
+    }
 };
 
 #if defined(__AVX512BF16__) && NEOX_VEC_WIDTH == 16
@@ -49,14 +53,16 @@ struct Products<bf16> {
 #endif
 
 template <int R, class T>
-NEOX_INLINE void tile(const typename Products<T>::Input* x, const T* weight, int64_t stride, int64_t in, float (&results)[kResults]) {
+NEOX_INLINE void tile(const typename Products<T>::Input* x, const T* weight, int64_t stride, int64_t in,
+                      float (&results)[kResults]) {
     constexpr int kOut = kResults / R;
     constexpr int64_t kStep = Products<T>::kStep;
     Vec sums[kResults][kChains] = {};
     const auto step = [&](int64_t i, int chain, auto... count) {
 #pragma GCC unroll 8
         for (int k = 0; k < kResults; ++k) {
-            sums[k][chain] = Products<T>::add(sums[k][chain], x + k / kOut * in + i, weight + k % kOut * stride + i, count...);
+            sums[k][chain] =
+                Products<T>::add(sums[k][chain], x + k / kOut * in + i, weight + k % kOut * stride + i, count...);
         }
     };
     int64_t i = 0;
@@ -77,7 +83,8 @@ NEOX_INLINE void tile(const typename Products<T>::Input* x, const T* weight, int
 
 // Computes the first `used` of outputs [begin, begin + kResults / R) for rows [row, row + R) of x.
 template <int R, class T>
-NEOX_INLINE void finish(const FewRows& op, const float (&results)[kResults], int64_t row, int64_t begin, int64_t used, T* y) {
+NEOX_INLINE void finish(const FewRows& op, const float (&results)[kResults], int64_t row, int64_t begin, int64_t used,
+                        T* y) {
     const T* const bias = static_cast<const T*>(op.bias);
     const T* const added = static_cast<const T*>(op.added);
     for (int r = 0; r < R; ++r) {

@@ -12,14 +12,16 @@ constexpr int64_t kSliceElements = 2 << 20;  // elements of the fp32 output of a
 
 void check_bfloat16(const Tensor& tensor, const char* argument) {
     check_device(kOp, tensor, argument);
-    check(kOp, tensor.scalar_type() == ScalarType::BFloat16, argument, "must be bfloat16", torch::headeronly::toString(tensor.scalar_type()));
+    check(kOp, tensor.scalar_type() == ScalarType::BFloat16, argument, "must be bfloat16",
+          torch::headeronly::toString(tensor.scalar_type()));
 }
 
 void check_shapes(const Tensor& x, const Tensor& weight) {
     check_rank(kOp, x, "x", 1, 64);
     check_rank(kOp, weight, "weight", 2, 2);
     const int64_t in = x.size(x.dim() - 1);
-    check(kOp, weight.size(1) == in, "weight", concat("must have as many columns as x has channels, ", in), shape_text(weight));
+    check(kOp, weight.size(1) == in, "weight", concat("must have as many columns as x has channels, ", in),
+          shape_text(weight));
 }
 
 void check_linear(const Tensor& x, const Tensor& weight) {
@@ -32,15 +34,20 @@ void check_linear(const Tensor& x, const Tensor& weight) {
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& weight) {
     if (!bias) return bias;
     check_rank(kOp, *bias, "bias", 1, 1);
-    check(kOp, bias->size(0) == weight.size(0), "bias", concat("must have as many elements as weight has rows, ", weight.size(0)), bias->size(0));
+    check(kOp, bias->size(0) == weight.size(0), "bias",
+          concat("must have as many elements as weight has rows, ", weight.size(0)), bias->size(0));
     return neox::contiguous(*bias);
 }
 
 Matrix16 matrix(const Rows& rows) { return Matrix16{rows.data<bf16>(), rows.count, rows.size, rows.stride}; }
 
-Matrix16 slice_rows(const Matrix16& from, int64_t begin, int64_t count) { return Matrix16{from.data + begin * from.stride, count, from.cols, from.stride}; }
+Matrix16 slice_rows(const Matrix16& from, int64_t begin, int64_t count) {
+    return Matrix16{from.data + begin * from.stride, count, from.cols, from.stride};
+}
 
-Matrix16 slice_cols(const Matrix16& from, int64_t begin, int64_t count) { return Matrix16{from.data + begin, from.rows, count, from.stride}; }
+Matrix16 slice_cols(const Matrix16& from, int64_t begin, int64_t count) {
+    return Matrix16{from.data + begin, from.rows, count, from.stride};
+}
 
 Tensor widened(const Tensor& like, const Matrix16& from) {
     Tensor to = empty(like, {from.rows, from.cols}, ScalarType::Float);
@@ -48,13 +55,16 @@ Tensor widened(const Tensor& like, const Matrix16& from) {
     return to;
 }
 
-// Output channels per slice, such that the fp32 output of `rows` rows stays in cache. A multiple of 64 if there are several slices.
+// Output channels per slice, such that the fp32 output of `rows` rows stays in cache. A multiple of 64 if there are
+// several slices.
 int64_t slice_width(int64_t rows, int64_t out) {
     const int64_t width = std::max<int64_t>(kSliceElements / std::max<int64_t>(rows, 1) / 64 * 64, 256);
     return width * 3 / 2 >= out ? out : width;
 }
 
-void multiply(Tensor& out, const Tensor& a, const Tensor& b) { TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get())); }
+void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
 
 void multiply_and_add(Tensor& out, const Tensor& a, const Tensor& b) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
@@ -114,20 +124,23 @@ Tensor linear_bf16(Tensor x, Tensor weight, std::optional<Tensor> bias) {
         const Tensor w32 = widened(x, slice_rows(w, begin, count));  // [count, in]
         Tensor y32 = empty(x, {x_rows.count, count}, ScalarType::Float);
         multiply(y32, x32, transposed(w32));
-        round_rows_cpu(static_cast<const float*>(y32.const_data_ptr()), x_rows.count, count, bias_data ? bias_data + begin : nullptr, y_data + begin, w.rows,
-                       torch_parallel());
+        round_rows_cpu(static_cast<const float*>(y32.const_data_ptr()), x_rows.count, count,
+                       bias_data ? bias_data + begin : nullptr, y_data + begin, w.rows, torch_parallel());
     }
     return y;
 }
 
-// dy [..., out], x [..., in], weight [out, in] -> (dx, dweight, dbias). Gradients that are not needed are empty tensors.
-std::tuple<Tensor, Tensor, Tensor> linear_bf16_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias) {
+// dy [..., out], x [..., in], weight [out, in] -> (dx, dweight, dbias). Gradients that are not needed are empty
+// tensors.
+std::tuple<Tensor, Tensor, Tensor> linear_bf16_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx,
+                                                        bool need_dweight, bool need_dbias) {
     check_linear(x, weight);
     check_bfloat16(dy, "dy");
     const Rows dy_rows(dy), x_rows(x), weight_rows(weight);
     const Matrix16 dy16 = matrix(dy_rows), w = matrix(weight_rows);
     const int64_t rows = x_rows.count, in = w.cols, out = w.rows;
-    check(kOp, dy16.rows == rows && dy16.cols == out, "dy", concat("must be the gradient of ", rows, " rows of ", out, " channels"), shape_text(dy));
+    check(kOp, dy16.rows == rows && dy16.cols == out, "dy",
+          concat("must be the gradient of ", rows, " rows of ", out, " channels"), shape_text(dy));
     const Tensor none = empty(x, {0});
     Tensor dx = need_dx ? empty(x, shape_of(x)) : none;
     Tensor dweight = need_dweight ? empty(x, {out, in}) : none;
@@ -141,7 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_bf16_backward(Tensor dy, Tensor x, Ten
         const Matrix16 slice = slice_cols(dy16, begin, count);
         Tensor dy32 = empty(x, {rows, count}, ScalarType::Float);
         if (need_dbias) {
-            widen_and_sum_cpu(slice, static_cast<float*>(dy32.mutable_data_ptr()), static_cast<bf16*>(dbias.mutable_data_ptr()) + begin,
+            widen_and_sum_cpu(slice, static_cast<float*>(dy32.mutable_data_ptr()),
+                              static_cast<bf16*>(dbias.mutable_data_ptr()) + begin,
                               static_cast<float*>(partial.mutable_data_ptr()), torch_parallel());
         } else {
             widen_cpu(slice, static_cast<float*>(dy32.mutable_data_ptr()), torch_parallel());
@@ -153,12 +167,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_bf16_backward(Tensor dy, Tensor x, Ten
         if (need_dweight) {
             Tensor dw32 = empty(x, {count, in}, ScalarType::Float);
             multiply(dw32, transposed(dy32), x32);
-            round_rows_cpu(static_cast<const float*>(dw32.const_data_ptr()), count, in, nullptr, static_cast<bf16*>(dweight.mutable_data_ptr()) + begin * in,
-                           in, torch_parallel());
+            round_rows_cpu(static_cast<const float*>(dw32.const_data_ptr()), count, in, nullptr,
+                           static_cast<bf16*>(dweight.mutable_data_ptr()) + begin * in, in, torch_parallel());
         }
     }
     if (need_dx)
-        round_rows_cpu(static_cast<const float*>(dx32.const_data_ptr()), rows, in, nullptr, static_cast<bf16*>(dx.mutable_data_ptr()), in, torch_parallel());
+        round_rows_cpu(static_cast<const float*>(dx32.const_data_ptr()), rows, in, nullptr,
+                       static_cast<bf16*>(dx.mutable_data_ptr()), in, torch_parallel());
     return {dx, dweight, dbias};
 }
 
@@ -168,7 +183,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bf16_backward(Tensor dy, Tensor x, Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(neox, m) {
     m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
     m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-    m.def("linear_bf16_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "linear_bf16_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias) -> "
+        "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neox, CPU, m) {

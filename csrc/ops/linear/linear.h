@@ -1,5 +1,5 @@
-// y = x W^T + b in bfloat16 with fp32 accumulation, for CPUs whose bf16 matrix products are slower than fp32 ones. Operands are widened, torch
-// multiplies them in fp32, and the results are rounded once.
+// y = x W^T + b in bfloat16 with fp32 accumulation, for CPUs whose bf16 matrix products are slower than fp32 ones.
+// Operands are widened, torch multiplies them in fp32, and the results are rounded once.
 //
 //   dx = dy W      dW = dy^T x      db = sum over rows of dy
 //
@@ -9,10 +9,11 @@
 //   round_rows   bf16 copy of an fp32 matrix, optionally plus a bias
 //   few_rows     y = x W^T + b itself for a few rows of x in fp32 or bf16, as in decoding, where reading W dominates
 //
-// Bytes moved: widen and round_rows 6 per element (2 in bf16, 4 in fp32); few_rows those of W. The binding slices the output channels so that the fp32
-// matrices stay in cache.
+// Bytes moved: widen and round_rows 6 per element (2 in bf16, 4 in fp32); few_rows those of W. The binding slices the
+// output channels so that the fp32 matrices stay in cache.
 //
-// Source: PyTorch's torch.nn.functional.linear; one rounding of an fp32 sum, as in BLAS bf16 products with fp32 accumulation (sbgemm).
+// Source: PyTorch's torch.nn.functional.linear; one rounding of an fp32 sum, as in BLAS bf16 products with fp32
+// accumulation (sbgemm).
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,8 @@ void widen_cpu(const Matrix16& from, float* to, const Parallel& parallel);
 void widen_and_sum_cpu(const Matrix16& from, float* to, bf16* sums, float* partial, const Parallel& parallel);
 
 // from [rows, cols] contiguous; bias [cols] or null; the rows of `to` are `to_stride` elements apart.
-void round_rows_cpu(const float* from, int64_t rows, int64_t cols, const bf16* bias, bf16* to, int64_t to_stride, const Parallel& parallel);
+void round_rows_cpu(const float* from, int64_t rows, int64_t cols, const bf16* bias, bf16* to, int64_t to_stride,
+                    const Parallel& parallel);
 
 constexpr int64_t kFewRows = 8;  // up to this many rows, a product is bound by reading the weight
 

@@ -39,12 +39,15 @@ void widen_and_sum_cpu(const Matrix16& from, float* to, bf16* sums, float* parti
     sum_blocks(partial, blocks.count, from.cols, sums, parallel);
 }
 
-void round_rows_cpu(const float* from, int64_t rows, int64_t cols, const bf16* bias, bf16* to, int64_t to_stride, const Parallel& parallel) {
+void round_rows_cpu(const float* from, int64_t rows, int64_t cols, const bf16* bias, bf16* to, int64_t to_stride,
+                    const Parallel& parallel) {
     parallel(rows, kGrain / (cols + 1), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const float* const source = from + row * cols;
             bf16* const target = to + row * to_stride;
-            for_each_vec(cols, [&](int64_t i, auto load, auto store) { store(target + i, bias ? load(source + i) + load(bias + i) : load(source + i)); });
+            for_each_vec(cols, [&](int64_t i, auto load, auto store) {
+                store(target + i, bias ? load(source + i) + load(bias + i) : load(source + i));
+            });
         }
     });
 }

@@ -20,10 +20,12 @@ void check_like_x(const char* op, const Optional& tensor, const char* argument, 
 }
 
 // Name in error messages: the public function that takes these arguments.
-const char* name_of(bool rms, bool dual) { return dual ? (rms ? "dual_rms_norm" : "dual_layer_norm") : (rms ? "rms_norm" : "layer_norm"); }
+const char* name_of(bool rms, bool dual) {
+    return dual ? (rms ? "dual_rms_norm" : "dual_layer_norm") : (rms ? "rms_norm" : "layer_norm");
+}
 
-void check_norm(const Tensor& x, const Optional& residual, const Tensor& weight, const Optional& bias, const Optional& weight2, const Optional& bias2,
-                double eps, bool rms) {
+void check_norm(const Tensor& x, const Optional& residual, const Tensor& weight, const Optional& bias,
+                const Optional& weight2, const Optional& bias2, double eps, bool rms) {
     const char* const op = name_of(rms, weight2.has_value());
     check_float(op, x, "x");
     check_rank(op, x, "x", 1, 64);
@@ -41,8 +43,8 @@ const void* pointer(const Optional& tensor) { return tensor ? tensor->const_data
 Tensor nothing(const Tensor& like) { return empty(like, {0}); }
 
 // (y1, y2, sum, mean, rstd). y2 needs weight2, sum a residual, mean a layer norm; otherwise they are empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(Tensor x, Optional residual, Tensor weight, Optional bias, Optional weight2, Optional bias2, double eps,
-                                                        bool rms) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(Tensor x, Optional residual, Tensor weight, Optional bias,
+                                                        Optional weight2, Optional bias2, double eps, bool rms) {
     check_norm(x, residual, weight, bias, weight2, bias2, eps, rms);
     const Rows rows(x), residual_rows(residual.value_or(x));
     weight = contiguous(weight);
@@ -70,18 +72,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm(Tensor x, Optional resid
     return {y1, y2, sum, mean, rstd};
 }
 
-// (ds, dweight1, dbias1, dweight2, dbias2). Gradients of absent parameters are empty tensors. s is x, or the sum if there was a residual.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Optional dy2, Optional dsum, Tensor s, Tensor mean, Tensor rstd, Tensor weight,
-                                                                 bool has_bias, Optional weight2, bool has_bias2, bool rms) {
+// (ds, dweight1, dbias1, dweight2, dbias2). Gradients of absent parameters are empty tensors. s is x, or the sum if
+// there was a residual.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Optional dy2, Optional dsum, Tensor s,
+                                                                 Tensor mean, Tensor rstd, Tensor weight, bool has_bias,
+                                                                 Optional weight2, bool has_bias2, bool rms) {
     const char* const name = name_of(rms, weight2.has_value());
     check_norm(s, std::nullopt, weight, std::nullopt, weight2, std::nullopt, 0.0, rms);
     check_like_x(name, dy, weight2 ? "dy1" : "dy", s);
-    check(name, dy2.has_value() == weight2.has_value(), "dy2", "must come with weight2", dy2 ? "dy2 alone" : "weight2 alone");
+    check(name, dy2.has_value() == weight2.has_value(), "dy2", "must come with weight2",
+          dy2 ? "dy2 alone" : "weight2 alone");
     check_like_x(name, dy2, "dy2", s);
     check_like_x(name, dsum, "dsum", s);
     const Rows rows(s), dy_rows(dy), dy2_rows(dy2.value_or(dy)), dsum_rows(dsum.value_or(dy));
-    check(name, mean.numel() == (rms ? 0 : rows.count) && rstd.numel() == rows.count, "mean, rstd", "must come from the forward",
-          concat(shape_text(mean), ", ", shape_text(rstd)));
+    check(name, mean.numel() == (rms ? 0 : rows.count) && rstd.numel() == rows.count, "mean, rstd",
+          "must come from the forward", concat(shape_text(mean), ", ", shape_text(rstd)));
     weight = contiguous(weight), weight2 = contiguous(weight2);
     const int outputs = weight2 ? 2 : 1;
     const Tensor ds = empty(s, shape_of(s));
@@ -93,14 +98,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Opti
     op.outputs = outputs;
     op.rows = rows.count, op.cols = rows.size;
     op.s = rows.tensor.const_data_ptr(), op.s_stride = rows.stride;
-    op.mean = static_cast<const float*>(mean.const_data_ptr()), op.rstd = static_cast<const float*>(rstd.const_data_ptr());
+    op.mean = static_cast<const float*>(mean.const_data_ptr()),
+    op.rstd = static_cast<const float*>(rstd.const_data_ptr());
     op.weight[0] = weight.const_data_ptr(), op.weight[1] = pointer(weight2);
     op.dy[0] = dy_rows.tensor.const_data_ptr(), op.dy_stride[0] = dy_rows.stride;
     op.dy[1] = dy2_rows.tensor.const_data_ptr(), op.dy_stride[1] = dy2_rows.stride;
     op.dsum = dsum ? dsum_rows.tensor.const_data_ptr() : nullptr, op.dsum_stride = dsum_rows.stride;
     op.ds = ds.mutable_data_ptr();
     op.dweight[0] = dweight.mutable_data_ptr(), op.dweight[1] = dweight2.mutable_data_ptr();
-    op.dbias[0] = has_bias ? dbias.mutable_data_ptr() : nullptr, op.dbias[1] = has_bias2 ? dbias2.mutable_data_ptr() : nullptr;
+    op.dbias[0] = has_bias ? dbias.mutable_data_ptr() : nullptr,
+    op.dbias[1] = has_bias2 ? dbias2.mutable_data_ptr() : nullptr;
     const Tensor partial = empty(s, {2 * outputs, NEOX_QUERY(norm_partials, s, op), rows.size}, ScalarType::Float);
     op.partial = static_cast<float*>(partial.mutable_data_ptr());
     NEOX_RUN(norm_backward, s, op);
@@ -112,10 +119,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor dy, Opti
 
 NEOX_SCHEMAS(m) {
     m.def(
-        "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? weight2, Tensor? bias2, float eps, bool rms)"
+        "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? weight2, Tensor? bias2, float eps, bool "
+        "rms)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "norm_backward(Tensor dy, Tensor? dy2, Tensor? dsum, Tensor s, Tensor mean, Tensor rstd, Tensor weight, bool has_bias, Tensor? weight2, bool has_bias2,"
+        "norm_backward(Tensor dy, Tensor? dy2, Tensor? dsum, Tensor s, Tensor mean, Tensor rstd, Tensor weight, bool "
+        "has_bias, Tensor? weight2, bool has_bias2,"
         " bool rms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

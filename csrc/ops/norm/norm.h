@@ -1,5 +1,5 @@
-// Layer norm and RMS norm over the last dimension, with one or two sets of parameters on the same normalised rows (the parallel residual of GPT-NeoX
-// normalises one x for attention and for the MLP).
+// Layer norm and RMS norm over the last dimension, with one or two sets of parameters on the same normalised rows (the
+// parallel residual of GPT-NeoX normalises one x for attention and for the MLP).
 //
 //   s = x + residual, or x                       rounded to the element type, as if added by a separate operator
 //   layer  n = (s - mean s) r,  r = 1 / sqrt(mean (s - mean s)^2 + eps)
@@ -11,8 +11,9 @@
 //
 // Shapes: x, residual, s, y, ds [rows, cols]; w, b [cols]; mean and rstd [rows] in fp32.
 //
-// Bytes moved per element, times its size: forward 2 (read x, write y), +2 with a residual (read it, write s), +1 with a second output;
-// backward 3 (read dy, s; write ds), +1 with dsum, +1 with a second output. A row is read from memory once.
+// Bytes moved per element, times its size: forward 2 (read x, write y), +2 with a residual (read it, write s), +1 with
+// a second output; backward 3 (read dy, s; write ds), +1 with dsum, +1 with a second output. A row is read from memory
+// once.
 //
 // Source: Ba et al., arXiv:1607.06450 (layer norm); Zhang & Sennrich, arXiv:1910.07467 (RMS norm).
 #pragma once

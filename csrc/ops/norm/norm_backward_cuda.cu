@@ -1,15 +1,16 @@
 // Backward: s and dy are read once and ds is written once, by one persistent kernel with one block per multiprocessor.
 //
-// A thread processes the same packs of columns in all its rows, so that the sums over rows (dweight, dbias) are private to it. They live in shared
-// memory, in slots that no other thread accesses until the end: no barrier, one instruction per element, and the registers are left for loads. A block
-// of 1,024 threads processes several rows at a time (4 of 2,048 bf16 elements). Each row has a separate barrier, and the packs of the next row are
-// requested before it, so that loads are in flight during reductions and stores: 32 KiB per multiprocessor at 1,024 threads, where bandwidth times
-// latency is about 20 KiB. At the end the block adds the slots of its rows and writes one line of `partial`. With one block per multiprocessor these are
-// a few hundred lines, 1 to 2 % of the traffic at 16,384 rows. add_stripes sums the lines. The order of every sum depends on the shape and the number
-// of multiprocessors only.
+// A thread processes the same packs of columns in all its rows, so that the sums over rows (dweight, dbias) are private
+// to it. They live in shared memory, in slots that no other thread accesses until the end: no barrier, one instruction
+// per element, and the registers are left for loads. A block of 1,024 threads processes several rows at a time (4 of
+// 2,048 bf16 elements). Each row has a separate barrier, and the packs of the next row are requested before it, so that
+// loads are in flight during reductions and stores: 32 KiB per multiprocessor at 1,024 threads, where bandwidth times
+// latency is about 20 KiB. At the end the block adds the slots of its rows and writes one line of `partial`. With one
+// block per multiprocessor these are a few hundred lines, 1 to 2 % of the traffic at 16,384 rows. add_stripes sums the
+// lines. The order of every sum depends on the shape and the number of multiprocessors only.
 //
-// Rows whose slots do not fit into shared memory (bf16: more than 16,384 columns, 12,288 with two outputs) take two kernels, one for ds and one for the
-// column sums, which read s and dy twice more, mostly from L2.
+// Rows whose slots do not fit into shared memory (bf16: more than 16,384 columns, 12,288 with two outputs) take two
+// kernels, one for ds and one for the column sums, which read s and dy twice more, mostly from L2.
 #include "common/columns.cuh"
 #include "common/reduce.cuh"
 #include "common/row_packs.cuh"
@@ -20,8 +21,9 @@ namespace {
 
 constexpr int kMaxThreads = 1024, kMostPacks = 8;
 
-// Threads of a block, by packs of s and dy per thread: as many as the 65,536 registers of a multiprocessor allow without spills on any target. Registers
-// are allocated to 4 warps at a time, one per quarter of a multiprocessor, so only multiples of 128 threads matter.
+// Threads of a block, by packs of s and dy per thread: as many as the 65,536 registers of a multiprocessor allow
+// without spills on any target. Registers are allocated to 4 warps at a time, one per quarter of a multiprocessor, so
+// only multiples of 128 threads matter.
 constexpr int threads_at_most(int packs, int outputs) {
     const int held = packs * (outputs + 1);
     return held <= 2 ? 1024 : held <= 6 ? 512 : held <= 12 ? 384 : 256;
@@ -35,7 +37,9 @@ struct RowStatistics {
     float mean, rstd;
 };
 
-NEOX_DEVICE RowStatistics statistics_of(const NormBackward& op, int64_t row) { return {op.rms ? 0.0f : __ldg(op.mean + row), __ldg(op.rstd + row)}; }
+NEOX_DEVICE RowStatistics statistics_of(const NormBackward& op, int64_t row) {
+    return {op.rms ? 0.0f : __ldg(op.mean + row), __ldg(op.rstd + row)};
+}
 
 // One thread's packs of one row. Past the last row they are zeros, which do not change any sum.
 template <class T, bool kVector, int kPacks, int kOutputs>
@@ -52,7 +56,8 @@ struct RowPacks {
             const int col = (p * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kSize;
             s[p] = load_raw<kVector>(static_cast<const T*>(op.s) + row * op.s_stride + col, cols - col);
 #pragma unroll
-            for (int k = 0; k < kOutputs; ++k) dy[k][p] = load_raw<kVector>(static_cast<const T*>(op.dy[k]) + row * op.dy_stride[k] + col, cols - col);
+            for (int k = 0; k < kOutputs; ++k)
+                dy[k][p] = load_raw<kVector>(static_cast<const T*>(op.dy[k]) + row * op.dy_stride[k] + col, cols - col);
         }
     }
 };
@@ -69,7 +74,9 @@ struct Terms {
     static constexpr int kSize = Pack<T>::kSize;
     float n[kSize], g[kSize], dy[kOutputs][kSize];
 
-    __device__ __forceinline__ Terms(const uint4& s, const uint4 (&raw_dy)[kOutputs], const uint4 (&weight)[kOutputs], RowStatistics row) : g() {
+    __device__ __forceinline__ Terms(const uint4& s, const uint4 (&raw_dy)[kOutputs], const uint4 (&weight)[kOutputs],
+                                     RowStatistics row)
+        : g() {
         unpack<T>(s, n);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) n[k] = (n[k] - row.mean) * row.rstd;
@@ -103,7 +110,8 @@ struct Terms {
 template <class T, int kPacks>
 NEOX_DEVICE void write_partial(const NormBackward& op, const float4* slots) {
     constexpr int kSize = Pack<T>::kSize, kQuads = kSize / 4;
-    const int threads = static_cast<int>(blockDim.x), count = planes(op) * kPacks * kQuads * threads;  // slots of one row
+    // slots of one row
+    const int threads = static_cast<int>(blockDim.x), count = planes(op) * kPacks * kQuads * threads;
     const int step = threads * static_cast<int>(blockDim.y);
     for (int i = static_cast<int>(threadIdx.y) * threads + static_cast<int>(threadIdx.x); i < count; i += step) {
         float4 sum = slots[i];
@@ -111,9 +119,11 @@ NEOX_DEVICE void write_partial(const NormBackward& op, const float4* slots) {
             const float4 other = slots[row * count + i];
             sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
         }
-        const int quad = i / threads % kQuads, p = i / (threads * kQuads) % kPacks, plane = i / (threads * kQuads * kPacks);
+        const int quad = i / threads % kQuads, p = i / (threads * kQuads) % kPacks,
+                  plane = i / (threads * kQuads * kPacks);
         const int64_t col = static_cast<int64_t>(p * threads + i % threads) * kSize + quad * 4;
-        float* const line = op.partial + (static_cast<int64_t>(plane) * gridDim.x + reload_block_index()) * op.cols + col;
+        float* const line =
+            op.partial + (static_cast<int64_t>(plane) * gridDim.x + reload_block_index()) * op.cols + col;
         const float value[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -126,15 +136,18 @@ NEOX_DEVICE void write_partial(const NormBackward& op, const float4* slots) {
 template <class T, bool kVector, int kPacks, int kOutputs>
 __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward(NormBackward op) {
     constexpr int kSize = Pack<T>::kSize, kQuads = kSize / 4;
-    // What the registers can hold: the next row, the weights (else read again from L1), and the values for the second pass over a pack. fp16 needs more
-    // registers for conversions: with resident weights, one pack in 1,024 threads spilled 8 bytes on sm_100.
+    // What the registers can hold: the next row, the weights (else read again from L1), and the values for the second
+    // pass over a pack. fp16 needs more registers for conversions: with resident weights, one pack in 1,024 threads
+    // spilled 8 bytes on sm_100.
     constexpr bool kTight = std::is_same_v<T, __half> && kPacks * kOutputs == 1;
-    constexpr bool kAhead = kVector && kPacks * (kOutputs + 1) <= 8, kResident = kVector && !kTight && kPacks * kOutputs <= 2, kKeep = kPacks == 1;
+    constexpr bool kAhead = kVector && kPacks * (kOutputs + 1) <= 8,
+                   kResident = kVector && !kTight && kPacks * kOutputs <= 2, kKeep = kPacks == 1;
     STATIC_SMEM(float, scratch, [2][2 * kMaxThreads / kWarpSize]);
     DYNAMIC_SMEM(memory);
     const bool bias = has_bias(op);
     const int threads = static_cast<int>(blockDim.x), plane = kPacks * kQuads * threads;
-    float4* const slots = reinterpret_cast<float4*>(memory) + static_cast<int>(threadIdx.y) * planes(op) * plane + static_cast<int>(threadIdx.x);
+    float4* const slots = reinterpret_cast<float4*>(memory) + static_cast<int>(threadIdx.y) * planes(op) * plane +
+                          static_cast<int>(threadIdx.x);
     for (int i = 0; i < planes(op) * kPacks * kQuads; ++i) slots[i * threads] = float4{};
     const auto column = [&](int p) { return (p * threads + static_cast<int>(threadIdx.x)) * kSize; };
     uint4 resident[kPacks][kOutputs];
@@ -164,7 +177,8 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
         const int64_t row = base + threadIdx.y;
         const int cols = row < op.rows ? static_cast<int>(op.cols) : 0;
         const auto load_dsum = [&](int p) {
-            return load_raw<kVector>(static_cast<const T*>(op.dsum) + row * op.dsum_stride + column(p), op.dsum ? cols - column(p) : 0);
+            return load_raw<kVector>(static_cast<const T*>(op.dsum) + row * op.dsum_stride + column(p),
+                                     op.dsum ? cols - column(p) : 0);
         };
         uint4 dsum = make_uint4(0, 0, 0, 0);
         if (kKeep) dsum = load_dsum(0);
@@ -188,7 +202,8 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
             }
         }
         row_sums(sums, scratch[parity]);
-        const float mean_g = op.rms ? 0.0f : sums[0] / static_cast<float>(op.cols), mean_gn = sums[1] / static_cast<float>(op.cols);
+        const float mean_g = op.rms ? 0.0f : sums[0] / static_cast<float>(op.cols),
+                    mean_gn = sums[1] / static_cast<float>(op.cols);
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
             if (!kKeep) {
@@ -219,24 +234,31 @@ NEOX_DEVICE Terms<T, kOutputs> load_terms(const NormBackward& op, int64_t row, i
         dy[k] = load_raw<kVector>(static_cast<const T*>(op.dy[k]) + row * op.dy_stride[k] + col, valid);
         weight[k] = load_raw<kVector>(static_cast<const T*>(op.weight[k]) + col, valid);
     }
-    return Terms<T, kOutputs>(load_raw<kVector>(static_cast<const T*>(op.s) + row * op.s_stride + col, valid), dy, weight, statistics);
+    return Terms<T, kOutputs>(load_raw<kVector>(static_cast<const T*>(op.s) + row * op.s_stride + col, valid), dy,
+                              weight, statistics);
 }
 
 // Computes ds of one row of any length.
 template <class T, bool kVector, int kOutputs>
 __global__ void __launch_bounds__(kMaxThreads) backward_looped(NormBackward op) {
     STATIC_SMEM(float, scratch, [2 * kMaxThreads / kWarpSize]);
-    const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * Pack<T>::kSize, first = static_cast<int64_t>(threadIdx.x) * Pack<T>::kSize;
+    const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * Pack<T>::kSize,
+                  first = static_cast<int64_t>(threadIdx.x) * Pack<T>::kSize;
     const RowStatistics statistics = statistics_of(op, row);
     float sums[2] = {};
-    for (int64_t col = first; col < op.cols; col += step) load_terms<T, kVector, kOutputs>(op, row, col, statistics).add_to_sums(sums);
+    for (int64_t col = first; col < op.cols; col += step)
+        load_terms<T, kVector, kOutputs>(op, row, col, statistics).add_to_sums(sums);
     row_sums(sums, scratch);
-    const float mean_g = op.rms ? 0.0f : sums[0] / static_cast<float>(op.cols), mean_gn = sums[1] / static_cast<float>(op.cols);
+    const float mean_g = op.rms ? 0.0f : sums[0] / static_cast<float>(op.cols),
+                mean_gn = sums[1] / static_cast<float>(op.cols);
     for (int64_t col = first; col < op.cols; col += step) {
         const int valid = valid_of<T>(op.cols - col);
-        const uint4 dsum = op.dsum ? load_raw<kVector>(static_cast<const T*>(op.dsum) + row * op.dsum_stride + col, valid) : make_uint4(0, 0, 0, 0);
+        const uint4 dsum = op.dsum
+                               ? load_raw<kVector>(static_cast<const T*>(op.dsum) + row * op.dsum_stride + col, valid)
+                               : make_uint4(0, 0, 0, 0);
         const auto terms = load_terms<T, kVector, kOutputs>(op, row, col, statistics);
-        store_raw<kVector>(static_cast<T*>(op.ds) + row * op.cols + col, terms.gradient(dsum, mean_g, mean_gn, statistics.rstd), valid);
+        store_raw<kVector>(static_cast<T*>(op.ds) + row * op.cols + col,
+                           terms.gradient(dsum, mean_g, mean_gn, statistics.rstd), valid);
     }
 }
 
@@ -287,7 +309,8 @@ Plan plan(const NormBackward& op, int pack_size) {
         }
         const size_t shared = static_cast<size_t>(rows * planes(op) * each * threads * pack_size) * sizeof(float);
         if (shared > shared_memory_limit() - 1024) break;  // leaves room for the static scratch
-        return {static_cast<int>(threads), static_cast<int>(rows), each, std::min<int64_t>(multiprocessors(), (op.rows + rows - 1) / rows), shared};
+        return {static_cast<int>(threads), static_cast<int>(rows), each,
+                std::min<int64_t>(multiprocessors(), (op.rows + rows - 1) / rows), shared};
     }
     return {0, 0, 0, ColumnSums::stripes(op.rows, op.cols), 0};
 }
@@ -295,7 +318,8 @@ Plan plan(const NormBackward& op, int pack_size) {
 template <class T, bool kVector, int kOutputs>
 cudaError_t launch_rows(const NormBackward& op, const Plan& plan, Stream stream) {
     if (plan.packs == 0) {
-        const cudaError_t error = launch(backward_looped<T, kVector, kOutputs>, dim3(static_cast<unsigned>(op.rows)), dim3(kMaxThreads), 0, stream, op);
+        const cudaError_t error = launch(backward_looped<T, kVector, kOutputs>, dim3(static_cast<unsigned>(op.rows)),
+                                         dim3(kMaxThreads), 0, stream, op);
         if (error != cudaSuccess) return error;
         const int64_t tile = ColumnSums::kLanes * Pack<T>::kSize;
         const dim3 grid(static_cast<unsigned>((op.cols + tile - 1) / tile), static_cast<unsigned>(plan.lines));
@@ -314,13 +338,15 @@ cudaError_t launch_rows(const NormBackward& op, const Plan& plan, Stream stream)
 
 template <class T>
 cudaError_t launch_backward(const NormBackward& op, Stream stream) {
-    bool vector = can_vectorize<T>(op.s, op.s_stride, op.cols) && can_vectorize<T>(op.dsum, op.dsum ? op.dsum_stride : 0, 0);
-    for (int k = 0; k < op.outputs; ++k) vector = vector && can_vectorize<T>(op.dy[k], op.dy_stride[k], 0) && can_vectorize<T>(op.weight[k], 0, 0);
+    bool vector =
+        can_vectorize<T>(op.s, op.s_stride, op.cols) && can_vectorize<T>(op.dsum, op.dsum ? op.dsum_stride : 0, 0);
+    for (int k = 0; k < op.outputs; ++k)
+        vector = vector && can_vectorize<T>(op.dy[k], op.dy_stride[k], 0) && can_vectorize<T>(op.weight[k], 0, 0);
     vector = vector && can_vectorize<T>(op.ds, 0, 0);
     const Plan chosen = plan(op, Pack<T>::kSize);
     if (op.rows > 0) {
-        const auto run =
-            op.outputs > 1 ? (vector ? launch_rows<T, true, 2> : launch_rows<T, false, 2>) : (vector ? launch_rows<T, true, 1> : launch_rows<T, false, 1>);
+        const auto run = op.outputs > 1 ? (vector ? launch_rows<T, true, 2> : launch_rows<T, false, 2>)
+                                        : (vector ? launch_rows<T, true, 1> : launch_rows<T, false, 1>);
         const cudaError_t error = run(op, chosen, stream);
         if (error != cudaSuccess) return error;
     }
@@ -336,7 +362,9 @@ cudaError_t launch_backward(const NormBackward& op, Stream stream) {
 
 }  // namespace
 
-int64_t norm_partials_cuda(const NormBackward& op) { return plan(op, op.dtype == DType::kFloat32 ? Pack<float>::kSize : Pack<__half>::kSize).lines; }
+int64_t norm_partials_cuda(const NormBackward& op) {
+    return plan(op, op.dtype == DType::kFloat32 ? Pack<float>::kSize : Pack<__half>::kSize).lines;
+}
 
 const char* norm_backward_cuda(const NormBackward& op, Stream stream) {
     return message(dispatch_device(op.dtype, [&](auto zero) { return launch_backward<decltype(zero)>(op, stream); }));

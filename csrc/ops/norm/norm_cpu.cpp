@@ -33,7 +33,8 @@ struct Statistics {
 template <class T, bool kRms>
 Statistics statistics(const T* s, int64_t cols, float eps) {
     const float size = static_cast<float>(cols);
-    const float mean = kRms ? 0.0f : sum(accumulate<Vec>(cols, [&](int64_t i, auto load, auto) { return load(s + i); })) / size;
+    const float mean =
+        kRms ? 0.0f : sum(accumulate<Vec>(cols, [&](int64_t i, auto load, auto) { return load(s + i); })) / size;
     const float squares = sum(accumulate<Vec>(cols, [&](int64_t i, auto load, auto keep) {
         const Vec centred = keep(load(s + i) - mean);
         return centred * centred;
@@ -118,12 +119,14 @@ void backward(const NormBackward& op, const Parallel& parallel) {
             for (float* sums : {dweight[0], dweight[1], dbias[0], dbias[1]}) {
                 if (sums) std::fill_n(sums, op.cols, 0.0f);
             }
-            for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) backward_row<T, kRms, kOutputs>(op, row, dweight, dbias);
+            for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row)
+                backward_row<T, kRms, kOutputs>(op, row, dweight, dbias);
         }
     });
     for (int k = 0; k < kOutputs; ++k) {
         sum_blocks(op.partial + 2 * k * plane, blocks.count, op.cols, static_cast<T*>(op.dweight[k]), parallel);
-        if (op.dbias[k]) sum_blocks(op.partial + (2 * k + 1) * plane, blocks.count, op.cols, static_cast<T*>(op.dbias[k]), parallel);
+        if (op.dbias[k])
+            sum_blocks(op.partial + (2 * k + 1) * plane, blocks.count, op.cols, static_cast<T*>(op.dbias[k]), parallel);
     }
 }
 

@@ -13,13 +13,17 @@ void check_tables(const char* op, const Tensor& cos, const Tensor& sin, int64_t 
     } tables[] = {{cos, "cos"}, {sin, "sin"}};
     for (const auto& [table, name] : tables) {
         check_device(op, table, name);
-        check(op, table.scalar_type() == ScalarType::Float, name, "must be float32", torch::headeronly::toString(table.scalar_type()));
+        check(op, table.scalar_type() == ScalarType::Float, name, "must be float32",
+              torch::headeronly::toString(table.scalar_type()));
         check_rank(op, table, name, 2, 3);
         const int64_t dims = table.dim();
-        check(op, table.size(dims - 2) == seq, name, concat("must have a row for each of the ", seq, " positions"), shape_text(table));
-        check(op, dims == 2 || table.size(0) == batch, name, concat("must have the batch size of the heads, ", batch), shape_text(table));
+        check(op, table.size(dims - 2) == seq, name, concat("must have a row for each of the ", seq, " positions"),
+              shape_text(table));
+        check(op, dims == 2 || table.size(0) == batch, name, concat("must have the batch size of the heads, ", batch),
+              shape_text(table));
         const int64_t r = table.size(dims - 1);
-        check(op, r > 0 && r % 2 == 0 && r <= head_dim, name, concat("must have an even number of columns, at most head_dim ", head_dim), shape_text(table));
+        check(op, r > 0 && r % 2 == 0 && r <= head_dim, name,
+              concat("must have an even number of columns, at most head_dim ", head_dim), shape_text(table));
     }
     check_same_shape(op, sin, "sin", cos, "cos");
 }
@@ -27,8 +31,8 @@ void check_tables(const char* op, const Tensor& cos, const Tensor& sin, int64_t 
 RotaryTables describe_tables(const Tensor& cos, const Tensor& sin, bool transposed) {
     const int64_t dims = cos.dim();
     const int64_t batch_stride = dims == 3 ? cos.size(1) * cos.size(2) : 0;
-    return RotaryTables{static_cast<const float*>(cos.const_data_ptr()), static_cast<const float*>(sin.const_data_ptr()), batch_stride, cos.size(dims - 1),
-                        transposed};
+    return RotaryTables{static_cast<const float*>(cos.const_data_ptr()),
+                        static_cast<const float*>(sin.const_data_ptr()), batch_stride, cos.size(dims - 1), transposed};
 }
 
 Heads unpacked_heads(const Tensor& x) { return Heads{x.stride(0), x.stride(1), 0, x.stride(2), 1, x.size(2)}; }
@@ -39,7 +43,8 @@ Tensor rotated(const Tensor& x, const RotaryTables& tables) {
     const Tensor source = usable ? x : torch::stable::contiguous(x);
     Tensor y = empty(x, shape_of(x));
     const RotarySize size{x.size(0), x.size(1), x.size(3)};
-    NEOX_RUN(rotary, x, dtype_of(x), size, tables, source.const_data_ptr(), unpacked_heads(source), y.mutable_data_ptr(), unpacked_heads(y));
+    NEOX_RUN(rotary, x, dtype_of(x), size, tables, source.const_data_ptr(), unpacked_heads(source),
+             y.mutable_data_ptr(), unpacked_heads(y));
     return y;
 }
 
@@ -63,11 +68,13 @@ void rotary_qkv_(Tensor qkv, Tensor cos, Tensor sin, bool transposed) {
     const char* const op = "rotary_qkv";
     check_float(op, qkv, "qkv");
     check_rank(op, qkv, "qkv", 5, 5);
-    check(op, qkv.size(3) >= 3, "qkv", "must hold at least one query, one key and one value per group, [b, s, g, m + 2, d]", shape_text(qkv));
-    check(op, qkv.size(4) == 1 || qkv.stride(4) == 1, "qkv", "must be contiguous in its last dimension", concat("stride ", qkv.stride(4)));
+    check(op, qkv.size(3) >= 3, "qkv",
+          "must hold at least one query, one key and one value per group, [b, s, g, m + 2, d]", shape_text(qkv));
+    check(op, qkv.size(4) == 1 || qkv.stride(4) == 1, "qkv", "must be contiguous in its last dimension",
+          concat("stride ", qkv.stride(4)));
     for (int64_t i = 0; i < 4; ++i)
-        check(op, qkv.size(i) == 1 || qkv.stride(i) != 0 || qkv.numel() == 0, "qkv", "must not be expanded: it is written in place",
-              concat("stride 0 in dimension ", i));
+        check(op, qkv.size(i) == 1 || qkv.stride(i) != 0 || qkv.numel() == 0, "qkv",
+              "must not be expanded: it is written in place", concat("stride 0 in dimension ", i));
     check_tables(op, cos, sin, qkv.size(0), qkv.size(1), qkv.size(4));
     cos = neox::contiguous(cos);
     sin = neox::contiguous(sin);

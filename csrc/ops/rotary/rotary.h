@@ -3,12 +3,13 @@
 //   y[i]       = cos[i]       x[i]       - sin[i]       x[i + r/2]        0 <= i < r/2
 //   y[i + r/2] = cos[i + r/2] x[i + r/2] + sin[i + r/2] x[i]
 //
-// and y = x for the other channels. The gradient is the transposed map (`transposed`); for tables with equal halves that is the inverse rotation.
+// and y = x for the other channels. The gradient is the transposed map (`transposed`); for tables with equal halves
+// that is the inverse rotation.
 //
 // Shapes: x, y [b, s, n, d] or packed [b, s, g, m + 2, d]; cos, sin [s, r] or [b, s, r] in fp32.
 //
-// Bytes moved per element, times its size: 2 (read x, write y), in place for the rotated channels only. The tables stay in cache, because one row of
-// them serves all heads of a token.
+// Bytes moved per element, times its size: 2 (read x, write y), in place for the rotated channels only. The tables stay
+// in cache, because one row of them serves all heads of a token.
 //
 // Source: Su et al., arXiv:2104.09864; half-split layout as in GPT-NeoX and Llama.
 #pragma once
@@ -40,11 +41,11 @@ struct RotarySize {
     int64_t batch, seq, head_dim;
 };
 
-// x and y may be the same memory with the same strides; then only the rotated channels are accessed. The CUDA launcher returns null or CUDA's error
-// message.
-void rotary_cpu(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads, void* y, const Heads& y_heads,
-                const Parallel& parallel);
-const char* rotary_cuda(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads, void* y, const Heads& y_heads,
-                        Stream stream);
+// x and y may be the same memory with the same strides; then only the rotated channels are accessed. The CUDA launcher
+// returns null or CUDA's error message.
+void rotary_cpu(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads,
+                void* y, const Heads& y_heads, const Parallel& parallel);
+const char* rotary_cuda(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x,
+                        const Heads& x_heads, void* y, const Heads& y_heads, Stream stream);
 
 }  // namespace neox

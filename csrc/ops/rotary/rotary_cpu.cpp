@@ -7,7 +7,8 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // minimum elements per thread
 
-// Scalar code that the compiler vectorises, with 8 lanes if r / 2 does not fill a wider register (r = 16 in Pythia-160M).
+// Scalar code that the compiler vectorises, with 8 lanes if r / 2 does not fill a wider register (r = 16 in
+// Pythia-160M).
 template <class T>
 inline void turn(const T* x, T* y, const float* cos, const float* sin, int64_t half) {
 #pragma GCC ivdep
@@ -32,7 +33,8 @@ inline void turn_transposed(const T* x, T* y, const float* cos, const float* sin
 }
 
 template <class T>
-void rotate(const RotarySize& size, const RotaryTables& tables, const T* x, const Heads& x_heads, T* y, const Heads& y_heads, const Parallel& parallel) {
+void rotate(const RotarySize& size, const RotaryTables& tables, const T* x, const Heads& x_heads, T* y,
+            const Heads& y_heads, const Parallel& parallel) {
     const int64_t r = tables.rotary_dim;
     const int64_t half = r / 2;
     const int64_t row_size = x_heads.groups * x_heads.heads * size.head_dim;
@@ -43,8 +45,10 @@ void rotate(const RotarySize& size, const RotaryTables& tables, const T* x, cons
             const float* const sin = tables.sin + b * tables.batch_stride + s * r;
             for (int64_t g = 0; g < x_heads.groups; ++g) {
                 for (int64_t h = 0; h < x_heads.heads; ++h) {
-                    const T* const from = x + b * x_heads.batch_stride + s * x_heads.seq_stride + g * x_heads.group_stride + h * x_heads.head_stride;
-                    T* const to = y + b * y_heads.batch_stride + s * y_heads.seq_stride + g * y_heads.group_stride + h * y_heads.head_stride;
+                    const T* const from = x + b * x_heads.batch_stride + s * x_heads.seq_stride +
+                                          g * x_heads.group_stride + h * x_heads.head_stride;
+                    T* const to = y + b * y_heads.batch_stride + s * y_heads.seq_stride + g * y_heads.group_stride +
+                                  h * y_heads.head_stride;
                     (tables.transposed ? turn_transposed<T> : turn<T>)(from, to, cos, sin, half);
                     if (from != to) std::memcpy(to + r, from + r, (size.head_dim - r) * sizeof(T));
                 }
@@ -55,8 +59,8 @@ void rotate(const RotarySize& size, const RotaryTables& tables, const T* x, cons
 
 }  // namespace
 
-void rotary_cpu(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads, void* y, const Heads& y_heads,
-                const Parallel& parallel) {
+void rotary_cpu(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads,
+                void* y, const Heads& y_heads, const Parallel& parallel) {
     dispatch(dtype, [&](auto zero) {
         using T = decltype(zero);
         rotate<T>(size, tables, static_cast<const T*>(x), x_heads, static_cast<T*>(y), y_heads, parallel);

@@ -6,7 +6,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWaves = 64;  // most blocks per multiprocessor; with this many, a partial last wave costs little
-constexpr int kHeads = 4;   // heads of a token per thread: one read of the tables serves them, and 128 bytes are in flight
+// heads of a token per thread: one read of the tables serves them, and 128 bytes are in flight
+constexpr int kHeads = 4;
 
 template <class T>
 struct Task {
@@ -22,11 +23,12 @@ struct Task {
 // Offset of a head of a token.
 NEOX_DEVICE int64_t offset(const Heads& layout, int64_t batch, int64_t position, int64_t head) {
     const int64_t group = layout.groups == 1 ? 0 : head / layout.heads;
-    return batch * layout.batch_stride + position * layout.seq_stride + group * layout.group_stride + (head - group * layout.heads) * layout.head_stride;
+    return batch * layout.batch_stride + position * layout.seq_stride + group * layout.group_stride +
+           (head - group * layout.heads) * layout.head_stride;
 }
 
-// Rotates one pack of each half of the rotated channels, for up to kHeads heads, kStep apart: neighbouring threads rotate neighbouring heads. x and y
-// may alias, because each pack is read and written by the same thread.
+// Rotates one pack of each half of the rotated channels, for up to kHeads heads, kStep apart: neighbouring threads
+// rotate neighbouring heads. x and y may alias, because each pack is read and written by the same thread.
 template <class T, int kPack>
 NEOX_DEVICE void turn(const Task<T>& task, int64_t batch, int64_t position, int64_t first, int64_t pack) {
     const int64_t half = task.rotated * kPack, column = pack * kPack;
@@ -93,12 +95,14 @@ __global__ void __launch_bounds__(kThreads) rotate(Task<T> task) {
     }
 }
 
-// Whether every address at which a pack of kPack channels may start is a multiple of its size. Strides of dimensions of size 1 do not matter.
+// Whether every address at which a pack of kPack channels may start is a multiple of its size. Strides of dimensions of
+// size 1 do not matter.
 template <class T, int kPack>
 bool vectorizes(const RotarySize& size, const void* start, const Heads& layout) {
     const auto strides_fit = [](int64_t count, int64_t stride) { return count == 1 || stride % kPack == 0; };
-    return can_vectorize<T, kPack>(start, 0, 0) && strides_fit(size.batch, layout.batch_stride) && strides_fit(size.seq, layout.seq_stride) &&
-           strides_fit(layout.groups, layout.group_stride) && strides_fit(layout.heads, layout.head_stride);
+    return can_vectorize<T, kPack>(start, 0, 0) && strides_fit(size.batch, layout.batch_stride) &&
+           strides_fit(size.seq, layout.seq_stride) && strides_fit(layout.groups, layout.group_stride) &&
+           strides_fit(layout.heads, layout.head_stride);
 }
 
 template <class T, int kPack>
@@ -106,8 +110,8 @@ bool vectorizes(const RotarySize& size, const Task<T>& task) {
     const RotaryTables& tables = task.tables;
     const bool copies = task.x != task.y;
     return tables.rotary_dim / 2 % kPack == 0 && (!copies || (size.head_dim - tables.rotary_dim) % kPack == 0) &&
-           can_vectorize<float, kPack>(tables.cos, 0, 0) && can_vectorize<float, kPack>(tables.sin, 0, 0) && vectorizes<T, kPack>(size, task.x, task.x_heads) &&
-           vectorizes<T, kPack>(size, task.y, task.y_heads);
+           can_vectorize<float, kPack>(tables.cos, 0, 0) && can_vectorize<float, kPack>(tables.sin, 0, 0) &&
+           vectorizes<T, kPack>(size, task.x, task.x_heads) && vectorizes<T, kPack>(size, task.y, task.y_heads);
 }
 
 template <class T, int kPack>
@@ -120,14 +124,15 @@ cudaError_t launch_rotate(const RotarySize& size, Task<T> task, Stream stream) {
 
 }  // namespace
 
-const char* rotary_cuda(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x, const Heads& x_heads, void* y, const Heads& y_heads,
-                        Stream stream) {
+const char* rotary_cuda(DType dtype, const RotarySize& size, const RotaryTables& tables, const void* x,
+                        const Heads& x_heads, void* y, const Heads& y_heads, Stream stream) {
     const int64_t tokens = size.batch * size.seq, heads = x_heads.groups * x_heads.heads;
     if (tokens == 0 || heads == 0) return nullptr;
     return message(dispatch_device(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Task<T> task{static_cast<const T*>(x),     static_cast<T*>(y), x_heads, y_heads, tables, tokens, size.seq, 0, 0, heads,
-                           (heads + kHeads - 1) / kHeads};
+        const Task<T> task{
+            static_cast<const T*>(x),     static_cast<T*>(y), x_heads, y_heads, tables, tokens, size.seq, 0, 0, heads,
+            (heads + kHeads - 1) / kHeads};
         if constexpr (sizeof(T) == 2) {  // GPT-NeoX-20B rotates halves of 12 channels, Pythia-2.8B of 10
             if (vectorizes<T, 8>(size, task)) return launch_rotate<T, 8>(size, task, stream);
         }

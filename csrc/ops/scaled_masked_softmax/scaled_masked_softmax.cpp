@@ -11,7 +11,8 @@ ScoreRows describe(const Tensor& x, double scale) {
     int64_t outer = 1;
     for (int64_t i = 0; i + 2 < dims; ++i) outer *= x.size(i);
     const int64_t heads = dims == 4 ? x.size(1) : 1;
-    return ScoreRows{dtype_of(x), heads ? outer / heads : 0, heads, x.size(dims - 2), x.size(dims - 1), scale, nullptr, 0, false};
+    return ScoreRows{
+        dtype_of(x), heads ? outer / heads : 0, heads, x.size(dims - 2), x.size(dims - 1), scale, nullptr, 0, false};
 }
 
 Tensor run_forward(const ScoreRows& scores, const Tensor& x) {
@@ -26,10 +27,13 @@ Tensor scaled_masked_softmax(Tensor x, Tensor mask, double scale) {
     check_float(op, x, "x");
     check_rank(op, x, "x", 4, 4);
     check_device(op, mask, "mask");
-    check(op, mask.scalar_type() == ScalarType::Bool, "mask", "must be bool, True hides", torch::headeronly::toString(mask.scalar_type()));
+    check(op, mask.scalar_type() == ScalarType::Bool, "mask", "must be bool, True hides",
+          torch::headeronly::toString(mask.scalar_type()));
     check_rank(op, mask, "mask", 4, 4);
-    const bool fits = (mask.size(0) == 1 || mask.size(0) == x.size(0)) && mask.size(1) == 1 && mask.size(2) == x.size(2) && mask.size(3) == x.size(3);
-    check(op, fits, "mask", concat("must be [", x.size(0), " or 1, 1, ", x.size(2), ", ", x.size(3), "]"), shape_text(mask));
+    const bool fits = (mask.size(0) == 1 || mask.size(0) == x.size(0)) && mask.size(1) == 1 &&
+                      mask.size(2) == x.size(2) && mask.size(3) == x.size(3);
+    check(op, fits, "mask", concat("must be [", x.size(0), " or 1, 1, ", x.size(2), ", ", x.size(3), "]"),
+          shape_text(mask));
     mask = neox::contiguous(mask);
     ScoreRows scores = describe(x, scale);
     scores.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
@@ -57,8 +61,8 @@ Tensor scaled_softmax_backward(Tensor dy, Tensor y, double scale, bool causal) {
     ScoreRows scores = describe(y, scale);
     scores.causal = causal;
     Tensor dx = empty(y, shape_of(y));
-    NEOX_RUN(scaled_masked_softmax_backward, y, scores, dy_rows.tensor.const_data_ptr(), dy_rows.stride, y_rows.tensor.const_data_ptr(), y_rows.stride,
-             dx.mutable_data_ptr());
+    NEOX_RUN(scaled_masked_softmax_backward, y, scores, dy_rows.tensor.const_data_ptr(), dy_rows.stride,
+             y_rows.tensor.const_data_ptr(), y_rows.stride, dx.mutable_data_ptr());
     return dx;
 }
 

@@ -68,7 +68,8 @@ void backward_row(const T* dy, const T* y, int64_t size, float scale, T* dx) {
     Vec sums = {};
     for_each_vec(size, [&](int64_t i, auto load, auto) { sums += load(dy + i) * load(y + i); });
     const float mean = sum(sums);
-    for_each_vec(size, [&](int64_t i, auto load, auto store) { store(dx + i, (load(dy + i) - mean) * load(y + i) * scale); });
+    for_each_vec(size,
+                 [&](int64_t i, auto load, auto store) { store(dx + i, (load(dy + i) - mean) * load(y + i) * scale); });
 }
 
 // Columns visible to a row before the mask is applied.
@@ -84,7 +85,9 @@ void forward(const ScoreRows& in, const T* x, int64_t x_stride, T* y, const Para
         for (int64_t row = begin; row < end; ++row) {
             const int64_t size = visible(in, row);
             const uint8_t* mask = in.mask;
-            if (mask) mask += (in.mask_batches > 1 ? row / (in.heads * in.seq) * in.seq + row % in.seq : row % in.seq) * in.cols;
+            if (mask)
+                mask +=
+                    (in.mask_batches > 1 ? row / (in.heads * in.seq) * in.seq + row % in.seq : row % in.seq) * in.cols;
             forward_row(x + row * x_stride, mask, size, static_cast<float>(in.scale), scores.data(), y + row * in.cols);
             std::memset(static_cast<void*>(y + row * in.cols + size), 0, (in.cols - size) * sizeof(T));
         }
@@ -92,11 +95,13 @@ void forward(const ScoreRows& in, const T* x, int64_t x_stride, T* y, const Para
 }
 
 template <class T>
-void backward(const ScoreRows& in, const T* dy, int64_t dy_stride, const T* y, int64_t y_stride, T* dx, const Parallel& parallel) {
+void backward(const ScoreRows& in, const T* dy, int64_t dy_stride, const T* y, int64_t y_stride, T* dx,
+              const Parallel& parallel) {
     parallel(in.batches * in.heads * in.seq, kGrain / (in.cols + 1), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const int64_t size = visible(in, row);
-            backward_row(dy + row * dy_stride, y + row * y_stride, size, static_cast<float>(in.scale), dx + row * in.cols);
+            backward_row(dy + row * dy_stride, y + row * y_stride, size, static_cast<float>(in.scale),
+                         dx + row * in.cols);
             std::memset(static_cast<void*>(dx + row * in.cols + size), 0, (in.cols - size) * sizeof(T));
         }
     });
@@ -104,18 +109,20 @@ void backward(const ScoreRows& in, const T* dy, int64_t dy_stride, const T* y, i
 
 }  // namespace
 
-void scaled_masked_softmax_forward_cpu(const ScoreRows& rows, const void* x, int64_t x_stride, void* y, const Parallel& parallel) {
+void scaled_masked_softmax_forward_cpu(const ScoreRows& rows, const void* x, int64_t x_stride, void* y,
+                                       const Parallel& parallel) {
     dispatch(rows.dtype, [&](auto zero) {
         using T = decltype(zero);
         forward<T>(rows, static_cast<const T*>(x), x_stride, static_cast<T*>(y), parallel);
     });
 }
 
-void scaled_masked_softmax_backward_cpu(const ScoreRows& rows, const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, void* dx,
-                                        const Parallel& parallel) {
+void scaled_masked_softmax_backward_cpu(const ScoreRows& rows, const void* dy, int64_t dy_stride, const void* y,
+                                        int64_t y_stride, void* dx, const Parallel& parallel) {
     dispatch(rows.dtype, [&](auto zero) {
         using T = decltype(zero);
-        backward<T>(rows, static_cast<const T*>(dy), dy_stride, static_cast<const T*>(y), y_stride, static_cast<T*>(dx), parallel);
+        backward<T>(rows, static_cast<const T*>(dy), dy_stride, static_cast<const T*>(y), y_stride, static_cast<T*>(dx),
+                    parallel);
     });
 }
 

@@ -8,9 +8,10 @@
 namespace neox {
 namespace {
 
-// Partition of a row: kWarps warps share it, and each lane holds kElements of it in registers, in packs kWarps * 32 packs apart, so that memory is read
-// once. Rows of one warp need no barrier; four of them form a block. A lane has 64 bytes in flight, twice that in the backward. About 100 registers per
-// thread allow 600 threads, hence 40 KiB in flight per multiprocessor; 32 KiB hide the latency.
+// Partition of a row: kWarps warps share it, and each lane holds kElements of it in registers, in packs kWarps * 32
+// packs apart, so that memory is read once. Rows of one warp need no barrier; four of them form a block. A lane has 64
+// bytes in flight, twice that in the backward. About 100 registers per thread allow 600 threads, hence 40 KiB in flight
+// per multiprocessor; 32 KiB hide the latency.
 template <int kElements_, int kWarps_>
 struct Cut {
     static constexpr int kElements = kElements_, kWarps = kWarps_;
@@ -121,7 +122,8 @@ __global__ void __launch_bounds__(C::kThreads) forward(Forward<T> in) {
             const bool seen = (i * C::kLanes + lane) * kPack < visible;
 #pragma unroll
             for (int k = 0; k < kPack; ++k) {
-                const float e = exp_nonpositive<T>(v[i][k] - shift);  // computed before the selection: nvcc would turn it into a branch
+                // computed before the selection: nvcc would turn it into a branch
+                const float e = exp_nonpositive<T>(v[i][k] - shift);
                 v[i][k] = seen ? e : 0.0f;
                 sum += v[i][k];
             }
@@ -281,7 +283,8 @@ __global__ void __launch_bounds__(Looped::kThreads) backward_looped(Backward<T> 
 template <class Task>
 cudaError_t launch_rows(void (*kernel)(Task), int threads, int rows_per_block, const Task& task, Stream stream) {
     const int64_t blocks = (task.visibility.rows + rows_per_block - 1) / rows_per_block;
-    return launch(kernel, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX))), dim3(static_cast<unsigned>(threads)), 0, stream, task);
+    return launch(kernel, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX))),
+                  dim3(static_cast<unsigned>(threads)), 0, stream, task);
 }
 
 // Calls body with the Cut that fits a row, or with Looped.
@@ -323,34 +326,42 @@ cudaError_t launch_backward(const Backward<T>& task, Stream stream) {
 }
 
 Visibility describe(const ScoreRows& in) {
-    return {in.mask, in.mask_batches > 1 ? in.heads * in.seq : 0, in.batches * in.heads * in.seq, in.seq, in.cols, in.causal};
+    return {in.mask,  in.mask_batches > 1 ? in.heads * in.seq : 0, in.batches * in.heads * in.seq, in.seq, in.cols,
+            in.causal};
 }
 
 }  // namespace
 
-const char* scaled_masked_softmax_forward_cuda(const ScoreRows& rows, const void* x, int64_t x_stride, void* y, Stream stream) {
+const char* scaled_masked_softmax_forward_cuda(const ScoreRows& rows, const void* x, int64_t x_stride, void* y,
+                                               Stream stream) {
     const Visibility visibility = describe(rows);
     if (visibility.rows == 0 || visibility.cols == 0) return nullptr;
     return message(dispatch_device(rows.dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int kPack = Pack<T>::kSize;
-        const Forward<T> task{static_cast<const T*>(x), x_stride, static_cast<T*>(y), visibility, static_cast<float>(rows.scale)};
+        const Forward<T> task{static_cast<const T*>(x), x_stride, static_cast<T*>(y), visibility,
+                              static_cast<float>(rows.scale)};
         const bool vectorized = can_vectorize<T>(x, x_stride, rows.cols) && can_vectorize<T>(y, rows.cols, rows.cols) &&
                                 can_vectorize<uint8_t, kPack>(rows.mask, rows.cols, rows.cols);
         return vectorized ? launch_forward<T, kPack>(task, stream) : launch_forward<T, 1>(task, stream);
     }));
 }
 
-const char* scaled_masked_softmax_backward_cuda(const ScoreRows& rows, const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, void* dx,
-                                                Stream stream) {
+const char* scaled_masked_softmax_backward_cuda(const ScoreRows& rows, const void* dy, int64_t dy_stride, const void* y,
+                                                int64_t y_stride, void* dx, Stream stream) {
     const Visibility visibility = describe(rows);
     if (visibility.rows == 0 || visibility.cols == 0) return nullptr;
     return message(dispatch_device(rows.dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Backward<T> task{static_cast<const T*>(dy),     static_cast<const T*>(y), dy_stride, y_stride, static_cast<T*>(dx), visibility,
+        const Backward<T> task{static_cast<const T*>(dy),
+                               static_cast<const T*>(y),
+                               dy_stride,
+                               y_stride,
+                               static_cast<T*>(dx),
+                               visibility,
                                static_cast<float>(rows.scale)};
-        const bool vectorized =
-            can_vectorize<T>(dy, dy_stride, rows.cols) && can_vectorize<T>(y, y_stride, rows.cols) && can_vectorize<T>(dx, rows.cols, rows.cols);
+        const bool vectorized = can_vectorize<T>(dy, dy_stride, rows.cols) &&
+                                can_vectorize<T>(y, y_stride, rows.cols) && can_vectorize<T>(dx, rows.cols, rows.cols);
         return vectorized ? launch_backward<T, Pack<T>::kSize>(task, stream) : launch_backward<T, 1>(task, stream);
     }));
 }

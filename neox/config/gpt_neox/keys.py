@@ -214,8 +214,7 @@ DEEPSPEED = {
 IGNORED_BECAUSE = {
     "the kernels of neox are always fused and compute the same": """
         scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion rope_fusion
-        layernorm_fusion
-        rmsnorm_fusion use_flashattn_swiglu
+        layernorm_fusion rmsnorm_fusion use_flashattn_swiglu
     """,
     "scores, softmax and loss are always fp32": "dpo_fp32 attention_softmax_in_fp32 apply_query_key_layer_scaling "
     "fp16_lm_cross_entropy",
@@ -231,25 +230,22 @@ IGNORED_BECAUSE = {
     "applies with num_unique_layers, which is an error": "param_sharing_style",
     "computed from other keys": """
         padded_vocab_size optimizer_type lr zero_stage zero_reduce_scatter zero_contiguous_gradients
-        zero_reduce_bucket_size
-        zero_allgather_bucket_size is_pipe_parallel dynamic_loss_scale curriculum_seqlen config_files git_hash iteration
-        do_train do_valid
-        do_test save_iters tokenizer tensorboard_writer adlr_autoresume_object comet_experiment comet_experiment_key
+        zero_reduce_bucket_size zero_allgather_bucket_size is_pipe_parallel dynamic_loss_scale curriculum_seqlen
+        config_files git_hash iteration do_train do_valid do_test save_iters tokenizer tensorboard_writer
+        adlr_autoresume_object comet_experiment comet_experiment_key
     """,
     "stages are balanced by parameters; see parallel.partition": "pipe_partition_method",
     "moments are fp32: more memory, the same update": "use_bnb_optimizer",
     "an option of the launcher: pass it to `deepspeed`, torchrun or srun": """
         hostfile exclude num_nodes num_gpus master_port master_addr launcher force_multi detect_nvlink_pairs comment
-        autotuning_run
-        no_ssh_check user_script deepspeed_mpi deepspeed_slurm local_rank rank world_size global_num_gpus include
-        account lazy_mpu_init
+        autotuning_run no_ssh_check user_script deepspeed_mpi deepspeed_slurm local_rank rank world_size global_num_gpus
+        include account lazy_mpu_init
     """,
     "DeepSpeed is always used": "deepspeed deepscale deepscale_config",
     "NCCL on GPUs, gloo on CPUs": "distributed_backend",
     "complete blocks are recomputed, and their inputs stay in device memory": """
         checkpoint_num_layers partition_activations contiguous_checkpointing synchronize_each_layer
-        deepspeed_activation_checkpointing
-        checkpoint_in_cpu profile_backward activation_checkpointing
+        deepspeed_activation_checkpointing checkpoint_in_cpu profile_backward activation_checkpointing
     """,
     "all datasets are memory-mapped": "data_impl mmap_warmup use_shared_fs num_workers",
     "long documents are cut; all samples have the same length": "allow_chopped short_seq_prob",
@@ -272,15 +268,13 @@ IGNORED_BECAUSE = {
     "after a signal the run saves a checkpoint and stops": "adlr_autoresume adlr_autoresume_interval",
     "an option of neox generate": """
         text_gen_type temperature top_p top_k maximum_tokens prompt_end sample_input_file sample_output_file num_samples
-        recompute
-        return_logits precompute_model_name
+        recompute return_logits precompute_model_name
     """,
     "an option of neox evaluate": "eval_results_prefix eval_tasks",
     "applies with moe_num_experts above 1, which is an error": """
         moe_top_k use_tutel moe_loss_coeff moe_train_capacity_factor moe_glu moe_eval_capacity_factor moe_min_capacity
-        moe_token_dropping
-        moe_type create_moe_param_group moe_use_residual moe_expert_parallel_size moe_lbl_in_fp32 moe_jitter_eps
-        enable_expert_tensor_parallelism expert_interval moe_expert_interval moe_router_type
+        moe_token_dropping moe_type create_moe_param_group moe_use_residual moe_expert_parallel_size moe_lbl_in_fp32
+        moe_jitter_eps enable_expert_tensor_parallelism expert_interval moe_expert_interval moe_router_type
     """,
     "applies with use_mup, which is an error": """
         coord_check save_base_shapes base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult

@@ -8,11 +8,12 @@ namespace {
 
 using namespace attention;
 
-// Which gradients a pass over (query block, key tile) pairs computes. With as many kv heads as threads, one pass computes all of them. Otherwise one
-// pass over query blocks computes dq and one over key ranges computes dk and dv, at 7 matrix products instead of 5.
+// Which gradients a pass over (query block, key tile) pairs computes. With as many kv heads as threads, one pass
+// computes all of them. Otherwise one pass over query blocks computes dq and one over key ranges computes dk and dv, at
+// 7 matrix products instead of 5.
 //
-// The order of summation is the same in both: dq over the key tiles in order, dk and dv over the query blocks in order. The bits therefore depend
-// neither on the number of threads nor on the number of passes.
+// The order of summation is the same in both: dq over the key tiles in order, dk and dv over the query blocks in order.
+// The bits therefore depend neither on the number of threads nor on the number of passes.
 struct Wanted {
     bool queries, keys;
 };
@@ -43,7 +44,8 @@ struct Backward {
 
     Backward(const Attention& in, int64_t range) : scratch(floats(in, range)) {
         const int64_t padded = padded_channels<E>(in.head_dim), tile = kKeys * kQueries;
-        E* const shared = scratch.allocate<E>(kQueries * padded / kTerms<E>);  // pairs along the channels are not used after a block is loaded
+        // pairs along the channels are not used after a block is loaded
+        E* const shared = scratch.allocate<E>(kQueries * padded / kTerms<E>);
         for (BlockState<E>& of : rows) {
             for (Operand<E>* operand : {&of.queries, &of.douts}) {
                 operand->across = scratch.allocate<E>(kQueries * padded / kTerms<E>);
@@ -73,7 +75,8 @@ struct Backward {
     // Upper bound on the scratch, in floats.
     static int64_t floats(const Attention& in, int64_t range) {
         const int64_t padded = padded_channels<E>(in.head_dim);
-        return kShared * (5 * padded + 2) * kQueries + 6 * kKeys * kQueries + (3 * kKeys + 2 * range + 2 * kQueries) * padded;
+        return kShared * (5 * padded + 2) * kQueries + 6 * kKeys * kQueries +
+               (3 * kKeys + 2 * range + 2 * kQueries) * padded;
     }
 };
 
@@ -83,13 +86,15 @@ void load_block(const Attention& in, const AttentionGradients& grad, const Block
     const QueryBlock& block = rows.block;
     const int64_t heads = in.groups * in.heads, padded = padded_channels<E>(in.head_dim);
     // out temporarily occupies the buffer of the queries: only its product with dout is needed
-    load_queries(in, block, static_cast<const T*>(grad.out), {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim},
+    load_queries(in, block, static_cast<const T*>(grad.out),
+                 {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim},
                  rows.queries.along);
     to_columns(in, block, rows.queries.along, rows.query_columns);
     load_queries(in, block, static_cast<const T*>(grad.dout), grad.dout_strides, rows.douts.along);
     to_columns(in, block, rows.douts.along, rows.dout_columns);
     pair_rows(rows.douts, block.padded, padded);
-    // in the channel order of the product dout . value, so that a row that sees one key gets a score gradient of exactly zero
+    // in the channel order of the product dout . value, so that a row that sees one key gets a score gradient of
+    // exactly zero
     product_of_columns(in.head_dim, block.padded, rows.query_columns, rows.dout_columns, rows.delta);
     for (int64_t i = 0; i < block.padded; ++i) {
         const int64_t head = block.group * in.heads + block.head[i];
@@ -101,11 +106,13 @@ void load_block(const Attention& in, const AttentionGradients& grad, const Block
     pair_rows(rows.queries, block.padded, padded);
 }
 
-// p becomes 2^(score - lse) with dropout applied; dscores, dout . value on entry, becomes the gradient of the score. Both are written as operands.
+// p becomes 2^(score - lse) with dropout applied; dscores, dout . value on entry, becomes the gradient of the score.
+// Both are written as operands.
 template <class E>
 void differentiate_softmax(const BlockState<E>& rows, int64_t keys, const Backward<E>& work) {
     using Scalar = typename Arithmetic<E>::Scalar;
-    Scalar *const p_rows = reinterpret_cast<Scalar*>(work.p_rows), *const dscore_rows = reinterpret_cast<Scalar*>(work.dscore_rows);
+    Scalar *const p_rows = reinterpret_cast<Scalar*>(work.p_rows), *const dscore_rows =
+                                                                       reinterpret_cast<Scalar*>(work.dscore_rows);
     for (int64_t j = 0; j < keys; j += kTerms<E>) {
         for (int64_t i = 0; i < rows.block.padded; i += kVecWidth) {
             Vec dscore[kTerms<E>];
@@ -125,15 +132,18 @@ void differentiate_softmax(const BlockState<E>& rows, int64_t keys, const Backwa
 
 // Adds keys [begin, end) of the loaded tile. dkeys and dvalues start at key `first`.
 template <class E>
-void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible, Wanted wanted, int64_t first,
-              const Backward<E>& work) {
+void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible,
+              Wanted wanted, int64_t first, const Backward<E>& work) {
     const QueryBlock& block = rows.block;
-    const int64_t padded = padded_channels<E>(in.head_dim), keys = end - begin, row = padded / kTerms<E>, skip = begin % kKeys;
+    const int64_t padded = padded_channels<E>(in.head_dim), keys = end - begin, row = padded / kTerms<E>,
+                  skip = begin % kKeys;
     const int64_t channels = elements<E>(in.head_dim), block_rows = elements<E>(block.count);
     const auto left = [&](const E* data) { return Left<E>{data + skip * row, row, 1}; };
-    product<false>(keys, block.padded, channels, left(work.keys.along), rows.query_columns, kQueries, Into{work.p, kQueries, false, query_factor(in)});
+    product<false>(keys, block.padded, channels, left(work.keys.along), rows.query_columns, kQueries,
+                   Into{work.p, kQueries, false, query_factor(in)});
     finish_scores(in, block, begin, end, visible, work.p, work.cap_slope);
-    product<false>(keys, block.padded, channels, left(work.values.along), rows.dout_columns, kQueries, Into{work.dscores, kQueries, false});
+    product<false>(keys, block.padded, channels, left(work.values.along), rows.dout_columns, kQueries,
+                   Into{work.dscores, kQueries, false});
     fill_last<E>(keys, -kInfinity, work.p);
     fill_last<E>(keys, 0.0f, work.dscores);
     if (work.cap_slope) fill_last<E>(keys, 0.0f, work.cap_slope);
@@ -142,26 +152,33 @@ void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int
     if (wanted.keys) {
         const int64_t at = (begin - first) * padded, columns = round_up(in.head_dim);
         const auto transposed = [&](const E* data) { return Left<E>{data, kQueries / kTerms<E>, 1}; };
-        product<false>(keys, columns, block_rows, transposed(work.p_rows), rows.douts.across, padded, Into{work.dvalues + at, padded, true});
-        product<false>(keys, columns, block_rows, transposed(work.dscore_rows), rows.queries.across, padded, Into{work.dkeys + at, padded, true});
+        product<false>(keys, columns, block_rows, transposed(work.p_rows), rows.douts.across, padded,
+                       Into{work.dvalues + at, padded, true});
+        product<false>(keys, columns, block_rows, transposed(work.dscore_rows), rows.queries.across, padded,
+                       Into{work.dkeys + at, padded, true});
     }
     if (wanted.queries) {
         const Left<E> columns{work.keys.across + skip / kTerms<E> * padded, 1, padded};
-        product<true>(in.head_dim, block.padded, elements<E>(keys), columns, work.dscore_pairs, kQueries, Into{rows.dquery_columns, kQueries, true});
+        product<true>(in.head_dim, block.padded, elements<E>(keys), columns, work.dscore_pairs, kQueries,
+                      Into{rows.dquery_columns, kQueries, true});
     }
 }
 
 template <class T, class E>
-void store_dqueries(const Attention& in, const AttentionGradients& grad, const BlockState<E>& rows, float* dquery_rows) {
+void store_dqueries(const Attention& in, const AttentionGradients& grad, const BlockState<E>& rows,
+                    float* dquery_rows) {
     const int64_t padded = padded_channels<E>(in.head_dim);
-    for (int64_t at = 0; at < in.head_dim * kQueries; at += kVecWidth) store(rows.dquery_columns + at, load(rows.dquery_columns + at) * in.scale);
+    for (int64_t at = 0; at < in.head_dim * kQueries; at += kVecWidth)
+        store(rows.dquery_columns + at, load(rows.dquery_columns + at) * in.scale);
     transpose(rows.dquery_columns, kQueries, padded, rows.block.padded, dquery_rows, padded);
     store_queries(in, rows.block, dquery_rows, padded, static_cast<T*>(grad.dq), grad.dq_strides);
 }
 
-// Processes the blocks of one unit against keys [range.begin, range.end). A tile is loaded when the first block needs it.
+// Processes the blocks of one unit against keys [range.begin, range.end). A tile is loaded when the first block needs
+// it.
 template <class T, class E>
-void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t pair, int64_t unit, KeyRange range, Wanted wanted, Backward<E>& work) {
+void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t pair, int64_t unit, KeyRange range,
+                   Wanted wanted, Backward<E>& work) {
     const int64_t count = std::min(kShared, num_query_blocks(in) - unit * kShared);
     KeyRange all{in.keys, 0};
     for (int64_t i = 0; i < count; ++i) {
@@ -193,7 +210,8 @@ void backward_unit(const Attention& in, const AttentionGradients& grad, int64_t 
 }
 
 template <class T>
-void store_keys(const Attention& in, int64_t batch, int64_t group, KeyRange range, float* sums, float factor, T* data, const AttentionStrides& strides) {
+void store_keys(const Attention& in, int64_t batch, int64_t group, KeyRange range, float* sums, float factor, T* data,
+                const AttentionStrides& strides) {
     const int64_t padded = padded_channels<Element<T>>(in.head_dim);
     T* const base = data + batch * strides.batch + group * strides.group;
     for (int64_t j = range.begin; j < range.end; ++j) {
@@ -205,11 +223,14 @@ void store_keys(const Attention& in, int64_t batch, int64_t group, KeyRange rang
 
 // Processes all query blocks against a range of keys.
 template <class T, class E>
-void backward_keys(const Attention& in, const AttentionGradients& grad, int64_t pair, KeyRange range, Wanted wanted, Backward<E>& work) {
-    const int64_t size = (range.end - range.begin) * padded_channels<E>(in.head_dim), batch = pair / in.groups, group = pair % in.groups;
+void backward_keys(const Attention& in, const AttentionGradients& grad, int64_t pair, KeyRange range, Wanted wanted,
+                   Backward<E>& work) {
+    const int64_t size = (range.end - range.begin) * padded_channels<E>(in.head_dim), batch = pair / in.groups,
+                  group = pair % in.groups;
     std::fill_n(work.dkeys, size, 0.0f);
     std::fill_n(work.dvalues, size, 0.0f);
-    for (int64_t unit = 0; unit < num_block_groups(in); ++unit) backward_unit<T>(in, grad, pair, unit, range, wanted, work);
+    for (int64_t unit = 0; unit < num_block_groups(in); ++unit)
+        backward_unit<T>(in, grad, pair, unit, range, wanted, work);
     store_keys(in, batch, group, range, work.dkeys, in.scale, static_cast<T*>(grad.dk), grad.dk_strides);
     store_keys(in, batch, group, range, work.dvalues, 1.0f, static_cast<T*>(grad.dv), grad.dv_strides);
 }
@@ -218,7 +239,8 @@ template <class T>
 void backward_one_pass(const Attention& in, const AttentionGradients& grad, const Parallel& parallel) {
     parallel(in.batch * in.groups, 1, [&](int64_t begin, int64_t end) {
         Backward<Element<T>> work(in, in.keys);
-        for (int64_t pair = begin; pair < end; ++pair) backward_keys<T>(in, grad, pair, KeyRange{0, in.keys}, Wanted{true, true}, work);
+        for (int64_t pair = begin; pair < end; ++pair)
+            backward_keys<T>(in, grad, pair, KeyRange{0, in.keys}, Wanted{true, true}, work);
     });
 }
 
@@ -231,20 +253,23 @@ void backward_two_passes(const Attention& in, const AttentionGradients& grad, co
         Backward<Element<T>> work(in, kRange);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t first = alternating(i % ranges, ranges) * kRange;
-            backward_keys<T>(in, grad, i / ranges, KeyRange{first, std::min(first + kRange, in.keys)}, Wanted{false, true}, work);
+            backward_keys<T>(in, grad, i / ranges, KeyRange{first, std::min(first + kRange, in.keys)},
+                             Wanted{false, true}, work);
         }
     });
     parallel(pairs * units, 1, [&](int64_t begin, int64_t end) {
         Backward<Element<T>> work(in, 0);
         for (int64_t i = begin; i < end; ++i) {
-            backward_unit<T>(in, grad, i / units, alternating(i % units, units), KeyRange{0, in.keys}, Wanted{true, false}, work);
+            backward_unit<T>(in, grad, i / units, alternating(i % units, units), KeyRange{0, in.keys},
+                             Wanted{true, false}, work);
         }
     });
 }
 
 }  // namespace
 
-void attention_backward_cpu(const Attention& in, const AttentionGradients& grad, int64_t threads, const Parallel& parallel) {
+void attention_backward_cpu(const Attention& in, const AttentionGradients& grad, int64_t threads,
+                            const Parallel& parallel) {
     dispatch(in.dtype, [&](auto zero) {
         using T = decltype(zero);
         // one pass takes 5 products per (batch, group) pair; two passes take 7, which any number of threads can share

@@ -33,7 +33,8 @@ struct Forward {
     float* rescale;           // [query] factor that a tile applies to the sums
 
     Forward(int64_t padded, bool has_dropout)
-        : scratch((2 + 2 * kShared) * kQueries * padded + 3 * kKeys * padded + (1 + has_dropout) * kKeys * kQueries + (1 + 2 * kShared) * kQueries) {
+        : scratch((2 + 2 * kShared) * kQueries * padded + 3 * kKeys * padded + (1 + has_dropout) * kKeys * kQueries +
+                  (1 + 2 * kShared) * kQueries) {
         for (BlockState<E>& of : rows) {
             of.query_columns = scratch.allocate<E>(kQueries * padded / kTerms<E>);
             of.out_columns = scratch.allocate(kQueries * padded);
@@ -52,8 +53,8 @@ struct Forward {
     }
 };
 
-// Replaces the scores of a tile by 2^(score - peak) with dropout applied, for V vectors of queries from lane i on, and updates peak and total. Returns
-// whether a peak rose.
+// Replaces the scores of a tile by 2^(score - peak) with dropout applied, for V vectors of queries from lane i on, and
+// updates peak and total. Returns whether a peak rose.
 template <int V, class E>
 bool online_softmax(const Forward<E>& work, const BlockState<E>& rows, int64_t i, int64_t keys) {
     Vec peak[V], base[V], sum[V] = {};
@@ -102,11 +103,13 @@ void rescale_out(const Forward<E>& work, const BlockState<E>& rows, int64_t head
 
 // Adds keys [begin, end) of the loaded tile: one step of the online softmax, then the product with the values.
 template <class E>
-void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible, const Forward<E>& work) {
+void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int64_t end, Visible visible,
+              const Forward<E>& work) {
     const QueryBlock& block = rows.block;
     const int64_t padded = padded_channels<E>(in.head_dim), keys = end - begin, row = padded / kTerms<E>;
     const Left<E> tile{work.keys.along + begin % kKeys * row, row, 1};
-    product<false>(keys, block.padded, elements<E>(in.head_dim), tile, rows.query_columns, kQueries, Into{work.scores, kQueries, false, query_factor(in)});
+    product<false>(keys, block.padded, elements<E>(in.head_dim), tile, rows.query_columns, kQueries,
+                   Into{work.scores, kQueries, false, query_factor(in)});
     finish_scores(in, block, begin, end, visible, work.scores, nullptr);
     fill_last<E>(keys, -kInfinity, work.scores);
     if (work.dropped) draw_dropout(in, block, begin, end, work.dropped);
@@ -116,7 +119,8 @@ void add_keys(const Attention& in, const BlockState<E>& rows, int64_t begin, int
     for (; i < block.padded; i += kVecWidth) rose |= online_softmax<1>(work, rows, i, keys);
     if (rose) rescale_out(work, rows, in.head_dim);
     const Left<E> weighted{work.values.across + begin % kKeys / kTerms<E> * padded, 1, padded};
-    product<true>(in.head_dim, block.padded, elements<E>(keys), weighted, work.probabilities, kQueries, Into{rows.out_columns, kQueries, true});
+    product<true>(in.head_dim, block.padded, elements<E>(keys), weighted, work.probabilities, kQueries,
+                  Into{rows.out_columns, kQueries, true});
 }
 
 template <class T, class E>
@@ -138,15 +142,17 @@ void finish_block(const Attention& in, const Forward<E>& work, const BlockState<
         work.rescale[i] = no_keys ? 0.0f : 1.0f / rows.total[i];
         if (i >= block.count) continue;
         const int64_t head = block.group * in.heads + block.head[i];
-        lse[(block.batch * heads + head) * in.queries + block.row[i]] = no_keys ? -kInfinity : (rows.peak[i] + std::log2(rows.total[i])) * kLn2;
+        lse[(block.batch * heads + head) * in.queries + block.row[i]] =
+            no_keys ? -kInfinity : (rows.peak[i] + std::log2(rows.total[i])) * kLn2;
     }
     rescale_out(work, rows, in.head_dim);
     transpose(rows.out_columns, kQueries, padded, block.padded, work.out_rows, padded);
-    store_queries(in, block, work.out_rows, padded, out, {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim});
+    store_queries(in, block, work.out_rows, padded, out,
+                  {in.queries * heads * in.head_dim, heads * in.head_dim, in.heads * in.head_dim, in.head_dim});
 }
 
-// Processes the blocks of one unit. A tile is loaded when the first block needs it and is shared, because heads are interleaved in memory: loading
-// costs a quarter of the time of one block.
+// Processes the blocks of one unit. A tile is loaded when the first block needs it and is shared, because heads are
+// interleaved in memory: loading costs a quarter of the time of one block.
 template <class T, class E>
 void forward_unit(const Attention& in, int64_t pair, int64_t unit, Forward<E>& work, T* out, float* lse) {
     const int64_t count = std::min(kShared, num_query_blocks(in) - unit * kShared);
@@ -188,7 +194,8 @@ void attention_forward_cpu(const Attention& in, void* out, float* lse, const Par
         using E = Element<T>;
         parallel(in.batch * in.groups * units, 1, [&](int64_t begin, int64_t end) {
             Forward<E> work(padded_channels<E>(in.head_dim), in.dropout > 0);
-            for (int64_t i = begin; i < end; ++i) forward_unit(in, i / units, alternating(i % units, units), work, static_cast<T*>(out), lse);
+            for (int64_t i = begin; i < end; ++i)
+                forward_unit(in, i / units, alternating(i % units, units), work, static_cast<T*>(out), lse);
         });
     });
 }

@@ -5,7 +5,8 @@
 
 namespace neox {
 
-constexpr int64_t kDecodeRows = 8;  // up to as many (query, head) pairs per kv head, channels in the lanes are faster than queries in the lanes
+// up to as many (query, head) pairs per kv head, channels in the lanes are faster than queries in the lanes
+constexpr int64_t kDecodeRows = 8;
 
 // Whether attention_decode_cpu supports this problem and is faster than the query blocks.
 bool attention_decodes(const Attention& in);

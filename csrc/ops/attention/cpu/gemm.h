@@ -1,7 +1,8 @@
 // Matrix products of small tiles with fp32 accumulation, and transposes, for the attention kernels on CPU. No torch.
 //
-// The elements of an operand are floats, or pairs of bf16 values adjacent along the summed dimension. With AVX512_BF16 one instruction multiplies and
-// adds both values of a pair: a bf16 product takes half the instructions and half the memory.
+// The elements of an operand are floats, or pairs of bf16 values adjacent along the summed dimension. With AVX512_BF16
+// one instruction multiplies and adds both values of a pair: a bf16 product takes half the instructions and half the
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace neox::attention {
 
-// Rows of a product held in registers for `vectors` vectors of columns: 24 accumulators of 32 registers, or 12 of 16. Two multiply-adds per cycle at
-// 4 cycles latency need 8 in flight.
+// Rows of a product held in registers for `vectors` vectors of columns: 24 accumulators of 32 registers, or 12 of 16.
+// Two multiply-adds per cycle at 4 cycles latency need 8 in flight.
 #if defined(__AVX512F__)
 constexpr int kMaxVectors = 4;
 constexpr int product_rows(int vectors) { return vectors >= 4 ? 6 : vectors == 3 ? 8 : 12; }
@@ -76,19 +77,22 @@ struct Arithmetic<Pair> {
 
     // Denormals are treated as zeros, as by every instruction of AVX512_BF16.
     static NEOX_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
-        return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+        return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
+                                                      reinterpret_cast<__m512bh>(b)));
     }
 
     static NEOX_INLINE Vec join(const Vec (&terms)[2]) {
         const auto halves = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(terms[1]), reinterpret_cast<__m512>(terms[0]));
-        return reinterpret_cast<Vec>(_mm512_permutexvar_epi16(neighbours(0, kVecWidth), reinterpret_cast<__m512i>(halves)));
+        return reinterpret_cast<Vec>(
+            _mm512_permutexvar_epi16(neighbours(0, kVecWidth), reinterpret_cast<__m512i>(halves)));
     }
 
     // to[c] = (first[c], second[c]) for 2 * kVecWidth values.
     static NEOX_INLINE void interleave(Vec first, Vec second, Pair* to) {
         const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
         store(to, reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, neighbours(0, 2 * kVecWidth), b)));
-        store(to + kVecWidth, reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, neighbours(kVecWidth, 2 * kVecWidth), b)));
+        store(to + kVecWidth,
+              reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, neighbours(kVecWidth, 2 * kVecWidth), b)));
     }
 
   private:
@@ -126,8 +130,9 @@ struct Into {
     float factor = 1.0f;
 };
 
-// c[i][0:V*width] = sum over k of a(i, k) * b[k][0:V*width] for i < R. Each sum starts at zero, runs over k in order and is then added to c, so that
-// sums over many tiles round once per tile instead of once per element. The bits of a row do not depend on R, V or neighbouring rows.
+// c[i][0:V*width] = sum over k of a(i, k) * b[k][0:V*width] for i < R. Each sum starts at zero, runs over k in order
+// and is then added to c, so that sums over many tiles round once per tile instead of once per element. The bits of a
+// row do not depend on R, V or neighbouring rows.
 template <int R, int V, bool kUnitRow, class E>
 NEOX_INLINE void product_block(int64_t depth, Left<E> a, const E* b, int64_t b_row, Into c) {
     Vec sum[R][V] = {};
@@ -173,11 +178,13 @@ NEOX_ONE_REGION inline void product_panel(int64_t rows, int64_t depth, Left<E> a
     for (; i < rows; ++i) product_block<1, V, kUnitRow>(depth, from(i), b, b_row, to(i));
 }
 
-// c [rows, columns] = a [rows, depth] * b [depth, columns]; columns is a multiple of the vector width, depth counts elements.
+// c [rows, columns] = a [rows, depth] * b [depth, columns]; columns is a multiple of the vector width, depth counts
+// elements.
 template <bool kUnitRow, class E>
 inline void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, const E* b, int64_t b_row, Into c) {
     const auto panel = [&](auto vectors, int64_t j) {
-        product_panel<decltype(vectors)::value, kUnitRow>(rows, depth, a, b + j, b_row, Into{c.data + j, c.row, c.add, c.factor});
+        product_panel<decltype(vectors)::value, kUnitRow>(rows, depth, a, b + j, b_row,
+                                                          Into{c.data + j, c.row, c.add, c.factor});
         return decltype(vectors)::value * kVecWidth;
     };
     for (int64_t j = 0; j < columns;) {
@@ -207,7 +214,8 @@ NEOX_INLINE void transpose_square(const E* from, int64_t from_row, E* to, int64_
 template <class E>
 inline void transpose(const E* from, int64_t from_row, int64_t rows, int64_t columns, E* to, int64_t to_row) {
     for (int64_t i = 0; i < rows; i += kVecWidth) {
-        for (int64_t j = 0; j < columns; j += kVecWidth) transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+        for (int64_t j = 0; j < columns; j += kVecWidth)
+            transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
     }
 }
 

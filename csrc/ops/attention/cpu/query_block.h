@@ -1,7 +1,7 @@
 // A block of query rows, the keys visible to it, and its scores against a tile of keys. No torch.
 //
-// Scores are stored [key][query]. Vector lanes hold queries, so that the softmax over keys needs no reduction across lanes, and the elements of keys
-// and values are broadcast one at a time in memory order.
+// Scores are stored [key][query]. Vector lanes hold queries, so that the softmax over keys needs no reduction across
+// lanes, and the elements of keys and values are broadcast one at a time in memory order.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,9 @@
 namespace neox::attention {
 
 constexpr int64_t kQueries = 64;  // rows of a block: (query, head of the group) pairs, heads innermost
-constexpr int64_t kKeys = 48;     // keys of a tile, a multiple of the 6 rows of a product block; tiles start at multiples of it
-constexpr int64_t kShared = 4;    // blocks that share a loaded tile
+// keys of a tile, a multiple of the 6 rows of a product block; tiles start at multiples of it
+constexpr int64_t kKeys = 48;
+constexpr int64_t kShared = 4;  // blocks that share a loaded tile
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -88,14 +89,18 @@ inline KeyRange visible_keys(const Attention& in, const QueryBlock& block) {
     if (in.window) range.begin = std::max<int64_t>(range.begin, block.first_position - in.window + 1);
     if (in.segments) {
         const int32_t* const segments = in.segments + block.batch * in.keys;
-        const auto foreign = [&](int64_t j) { return segments[j] < block.low_segment || segments[j] > block.high_segment; };
+        const auto foreign = [&](int64_t j) {
+            return segments[j] < block.low_segment || segments[j] > block.high_segment;
+        };
         while (range.begin < range.end && foreign(range.begin)) ++range.begin;
         while (range.begin < range.end && foreign(range.end - 1)) --range.end;
     }
     return range;
 }
 
-inline KeyRange intersection(const KeyRange& a, const KeyRange& b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+inline KeyRange intersection(const KeyRange& a, const KeyRange& b) {
+    return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
+}
 
 enum class Visible { kNone, kSome, kAll };
 
@@ -154,7 +159,8 @@ inline VecInt load_int(const int32_t* p) {
 inline void add_alibi(const QueryBlock& block, int64_t begin, int64_t end, float* scores) {
     for (int64_t j = begin; j < end; ++j, scores += kQueries) {
         for (int64_t i = 0; i < block.padded; i += kVecWidth) {
-            const Vec distance = abs(__builtin_convertvector(load_int(block.position + i) - static_cast<int32_t>(j), Vec));
+            const Vec distance =
+                abs(__builtin_convertvector(load_int(block.position + i) - static_cast<int32_t>(j), Vec));
             store(scores + i, load(scores + i) - load(block.slope + i) * distance);
         }
     }
@@ -178,14 +184,16 @@ inline void mask_scores(const Attention& in, const QueryBlock& block, int64_t be
 }
 
 // Applies softcap, ALiBi and masks: all between the product of queries and keys and the softmax.
-inline void finish_scores(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, Visible visible, float* scores, float* cap_slope) {
+inline void finish_scores(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, Visible visible,
+                          float* scores, float* cap_slope) {
     if (in.softcap > 0) cap_scores(in, block, end - begin, scores, cap_slope);
     if (in.slopes) add_alibi(block, begin, end, scores);
     if (visible == Visible::kSome) mask_scores(in, block, begin, end, scores);
 }
 
-// Dropout factors [key][query] of the probabilities of keys [begin, end): 0 or 1 / (1 - p). The random word of key j for row i of head h in batch b
-// has index ((b * n + h) * s + i) * ceil(t / 4) * 4 + j, which does not depend on the tiling.
+// Dropout factors [key][query] of the probabilities of keys [begin, end): 0 or 1 / (1 - p). The random word of key j
+// for row i of head h in batch b has index ((b * n + h) * s + i) * ceil(t / 4) * 4 + j, which does not depend on the
+// tiling.
 inline void draw_dropout(const Attention& in, const QueryBlock& block, int64_t begin, int64_t end, float* factors) {
     const int64_t quads = (in.keys + 3) / 4, heads = in.groups * in.heads;
     const uint32_t threshold = static_cast<uint32_t>(dropout_threshold(in.dropout));
@@ -202,7 +210,8 @@ inline void draw_dropout(const Attention& in, const QueryBlock& block, int64_t b
             for (int w = 0; w < 4; ++w) words[w][i] = drawn.word[w];
         }
         for (int64_t j = std::max(quad * 4, begin); j < std::min(quad * 4 + 4, end); ++j) {
-            for (int64_t i = 0; i < block.padded; ++i) factors[(j - begin) * kQueries + i] = words[j % 4][i] >= threshold ? keep_scale : 0.0f;
+            for (int64_t i = 0; i < block.padded; ++i)
+                factors[(j - begin) * kQueries + i] = words[j % 4][i] >= threshold ? keep_scale : 0.0f;
         }
     }
 }
@@ -240,26 +249,31 @@ inline void store_row(const float* from, int64_t head_dim, T* to) {
 
 // Loads a block's rows of a [batch, sequence, groups, heads, head_dim] tensor. Lanes past its rows become zeros.
 template <class T, class E>
-inline void load_queries(const Attention& in, const QueryBlock& block, const T* data, const AttentionStrides& strides, E* rows) {
+inline void load_queries(const Attention& in, const QueryBlock& block, const T* data, const AttentionStrides& strides,
+                         E* rows) {
     const int64_t padded = padded_channels<E>(in.head_dim), row = padded / kTerms<E>;
     const T* const base = data + block.batch * strides.batch + block.group * strides.group;
     for (int64_t i = 0; i < block.count; ++i) {
-        load_row(base + block.row[i] * strides.sequence + block.head[i] * strides.head, in.head_dim, padded, rows + i * row);
+        load_row(base + block.row[i] * strides.sequence + block.head[i] * strides.head, in.head_dim, padded,
+                 rows + i * row);
     }
     std::fill(rows + block.count * row, rows + block.padded * row, E{});
 }
 
 // Stores a block's rows, fp32 [row][padded], to such a tensor.
 template <class T>
-inline void store_queries(const Attention& in, const QueryBlock& block, const float* rows, int64_t padded, T* data, const AttentionStrides& strides) {
+inline void store_queries(const Attention& in, const QueryBlock& block, const float* rows, int64_t padded, T* data,
+                          const AttentionStrides& strides) {
     T* const base = data + block.batch * strides.batch + block.group * strides.group;
     for (int64_t i = 0; i < block.count; ++i) {
-        store_row(rows + i * padded, in.head_dim, base + block.row[i] * strides.sequence + block.head[i] * strides.head);
+        store_row(rows + i * padded, in.head_dim,
+                  base + block.row[i] * strides.sequence + block.head[i] * strides.head);
     }
 }
 
-// A tile as operand of sums over channels, along [row][channel / kTerms], and of sums over rows, across [row / kTerms][channel]. For floats both are
-// the same buffer. Pairs of bf16 need one copy of each; `across` is null if nothing sums over the rows.
+// A tile as operand of sums over channels, along [row][channel / kTerms], and of sums over rows, across [row /
+// kTerms][channel]. For floats both are the same buffer. Pairs of bf16 need one copy of each; `across` is null if
+// nothing sums over the rows.
 template <class E>
 struct Operand {
     E* along;
@@ -282,10 +296,12 @@ inline void pair_rows(const Operand<E>& operand, int64_t rows, int64_t padded) {
 
 // Loads rows [range.begin, range.end) of the keys or values of one batch and group.
 template <class T, class E>
-inline void load_keys(const Attention& in, const QueryBlock& block, KeyRange range, const void* data, const AttentionStrides& strides, const Operand<E>& to) {
+inline void load_keys(const Attention& in, const QueryBlock& block, KeyRange range, const void* data,
+                      const AttentionStrides& strides, const Operand<E>& to) {
     const int64_t padded = padded_channels<E>(in.head_dim), row = padded / kTerms<E>;
     const T* const base = static_cast<const T*>(data) + block.batch * strides.batch + block.group * strides.group;
-    for (int64_t j = range.begin; j < range.end; ++j) load_row(base + j * strides.sequence, in.head_dim, padded, to.along + (j - range.begin) * row);
+    for (int64_t j = range.begin; j < range.end; ++j)
+        load_row(base + j * strides.sequence, in.head_dim, padded, to.along + (j - range.begin) * row);
     if (to.across) pair_rows(to, range.end - range.begin, padded);
 }
 
@@ -301,7 +317,8 @@ template <class E>
 inline void product_of_columns(int64_t channels, int64_t queries, const E* a, const E* b, float* products) {
     for (int64_t i = 0; i < queries; i += kVecWidth) {
         Vec total = {};
-        for (int64_t c = 0; c < elements<E>(channels); ++c) total = Arithmetic<E>::multiply_add(load(a + c * kQueries + i), load(b + c * kQueries + i), total);
+        for (int64_t c = 0; c < elements<E>(channels); ++c)
+            total = Arithmetic<E>::multiply_add(load(a + c * kQueries + i), load(b + c * kQueries + i), total);
         store(products + i, total);
     }
 }
@@ -312,13 +329,15 @@ inline KeyRange align_to_elements(KeyRange range) {
     return {range.begin - range.begin % kTerms<E>, range.end};
 }
 
-// Sets the missing row of a tile of scores or their gradients, [key][query], to `value` if the last element is incomplete.
+// Sets the missing row of a tile of scores or their gradients, [key][query], to `value` if the last element is
+// incomplete.
 template <class E>
 inline void fill_last(int64_t keys, float value, float* tile) {
     if (keys % kTerms<E>) std::fill_n(tile + keys * kQueries, kQueries, value);
 }
 
-// Scratch memory of one thread, zero-initialised, from which buffers aligned to 64 bytes are carved. Sizes count elements of 4 bytes.
+// Scratch memory of one thread, zero-initialised, from which buffers aligned to 64 bytes are carved. Sizes count
+// elements of 4 bytes.
 class Scratch {
   public:
     explicit Scratch(int64_t elements) : lines_(static_cast<size_t>((elements + 15) / 16 + 64)) {}
@@ -339,7 +358,8 @@ class Scratch {
     int64_t used_ = 0;
 };
 
-// Order in which n blocks of growing cost are assigned to threads, so that equal ranges cost about the same: 0, n - 1, 1, n - 2, ...
+// Order in which n blocks of growing cost are assigned to threads, so that equal ranges cost about the same: 0, n - 1,
+// 1, n - 2, ...
 inline int64_t alternating(int64_t index, int64_t n) { return index % 2 == 0 ? index / 2 : n - 1 - index / 2; }
 
 }  // namespace neox::attention

@@ -6,8 +6,11 @@ namespace {
 
 using namespace attention;
 
-// Whether the dk and dv kernel also sums dq, with atomics: 5 matrix products instead of 7, but an order of summation that varies from run to run.
-bool sums_queries(const Attention& in, bool deterministic) { return !deterministic && !is_general(in) && in.head_dim <= 128; }
+// Whether the dk and dv kernel also sums dq, with atomics: 5 matrix products instead of 7, but an order of summation
+// that varies from run to run.
+bool sums_queries(const Attention& in, bool deterministic) {
+    return !deterministic && !is_general(in) && in.head_dim <= 128;
+}
 
 template <class T>
 Backward<T> describe(const Attention& in, const AttentionGradients& grad, bool deterministic, Workspace& workspace) {
@@ -26,7 +29,8 @@ Backward<T> describe(const Attention& in, const AttentionGradients& grad, bool d
     task.lse = grad.lse;
     task.padded_rows = static_cast<int>(ceil_divide(in.queries * in.heads, kRowPadding) * kRowPadding);
     task.rows = workspace.allocate<float2>(pairs * task.padded_rows);
-    task.dq_sums = sums_queries(in, deterministic) ? workspace.allocate<float>(pairs * task.padded_rows * dim) : nullptr;
+    task.dq_sums =
+        sums_queries(in, deterministic) ? workspace.allocate<float>(pairs * task.padded_rows * dim) : nullptr;
     return task;
 }
 
@@ -34,8 +38,10 @@ template <class T>
 cudaError_t run_backward(const Attention& in, const Backward<T>& task, Stream stream) {
     const int64_t rows = in.batch * in.groups * task.padded_rows, dim = instance_dim(in);
     cudaError_t error = fill_segment_table(task.in, stream);
-    if (error == cudaSuccess && rows) error = launch(prepare_kernel<T>, dim3(static_cast<unsigned>(rows / 32)), dim3(256), 0, stream, task);
-    if (error == cudaSuccess && task.dq_sums && rows) error = cudaMemsetAsync(task.dq_sums, 0, rows * dim * sizeof(float), static_cast<cudaStream_t>(stream));
+    if (error == cudaSuccess && rows)
+        error = launch(prepare_kernel<T>, dim3(static_cast<unsigned>(rows / 32)), dim3(256), 0, stream, task);
+    if (error == cudaSuccess && task.dq_sums && rows)
+        error = cudaMemsetAsync(task.dq_sums, 0, rows * dim * sizeof(float), static_cast<cudaStream_t>(stream));
     if (error == cudaSuccess) error = launch_backward_keys(in, task, stream);
     if (error != cudaSuccess || rows == 0) return error;
     if (!task.dq_sums) return launch_backward_queries(in, task, stream);
@@ -53,7 +59,8 @@ int64_t attention_backward_workspace_cuda(const Attention& in, bool deterministi
     return workspace.used();
 }
 
-const char* attention_backward_cuda(const Attention& in, const AttentionGradients& grad, bool deterministic, void* workspace, Stream stream) {
+const char* attention_backward_cuda(const Attention& in, const AttentionGradients& grad, bool deterministic,
+                                    void* workspace, Stream stream) {
     if (in.batch * in.groups == 0) return nullptr;
     return message(dispatch_type(in, [&](auto zero) {
         using T = decltype(zero);

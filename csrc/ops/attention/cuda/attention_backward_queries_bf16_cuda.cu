@@ -3,6 +3,7 @@
 
 namespace neox::attention {
 
-template cudaError_t launch_backward_queries<__nv_bfloat16>(const Attention& in, const Backward<__nv_bfloat16>& task, Stream stream);
+template cudaError_t launch_backward_queries<__nv_bfloat16>(const Attention& in, const Backward<__nv_bfloat16>& task,
+                                                            Stream stream);
 
 }  // namespace neox::attention

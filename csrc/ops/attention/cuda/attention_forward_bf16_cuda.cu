@@ -3,6 +3,7 @@
 
 namespace neox::attention {
 
-template cudaError_t launch_forward<__nv_bfloat16>(const Forward<__nv_bfloat16>& task, int dim, bool general, Stream stream);
+template cudaError_t launch_forward<__nv_bfloat16>(const Forward<__nv_bfloat16>& task, int dim, bool general,
+                                                   Stream stream);
 
 }  // namespace neox::attention

@@ -6,11 +6,13 @@ namespace attention {
 namespace {
 
 // Computes the table of segment ids, one warp per entry.
-__global__ void __launch_bounds__(128) segment_table_kernel(const int32_t* segments, int2* table, int64_t entries, int entries_per_batch, int keys) {
+__global__ void __launch_bounds__(128)
+    segment_table_kernel(const int32_t* segments, int2* table, int64_t entries, int entries_per_batch, int keys) {
     const int64_t entry = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarpSize;
     if (entry >= entries) return;
     const int64_t batch = entry / entries_per_batch;
-    const int first = static_cast<int>(entry % entries_per_batch) * kSegmentTile, key = min(first + static_cast<int>(threadIdx.x) % kWarpSize, keys - 1);
+    const int first = static_cast<int>(entry % entries_per_batch) * kSegmentTile,
+              key = min(first + static_cast<int>(threadIdx.x) % kWarpSize, keys - 1);
     int low = segments[batch * keys + key], high = low;
 #pragma unroll
     for (int offset = kWarpSize / 2; offset; offset /= 2) {
@@ -22,9 +24,12 @@ __global__ void __launch_bounds__(128) segment_table_kernel(const int32_t* segme
 
 static_assert(kSegmentTile == kWarpSize, "one lane per key of an entry");
 
-// Number of splits of the keys. If there are too few blocks to fill the GPU, as in decoding, each takes a split of at least 256 keys.
+// Number of splits of the keys. If there are too few blocks to fill the GPU, as in decoding, each takes a split of at
+// least 256 keys.
 int64_t key_splits(const Attention& in) {
-    const int64_t blocks = std::max<int64_t>(in.batch * in.groups * ceil_divide(in.queries * in.heads, kForwardRows), 1), wanted = 2 * multiprocessors();
+    const int64_t blocks =
+                      std::max<int64_t>(in.batch * in.groups * ceil_divide(in.queries * in.heads, kForwardRows), 1),
+                  wanted = 2 * multiprocessors();
     const int64_t seen = in.window ? std::min(in.keys, in.window + in.queries) : in.keys;
     const int64_t most = std::min<int64_t>(ceil_divide(seen, 256), 64);
     return std::max<int64_t>(std::min(wanted / blocks, most), 1);
@@ -54,8 +59,9 @@ Forward<T> describe(const Attention& in, void* out, float* lse, Workspace& works
 cudaError_t fill_segment_table(const Params& params, Stream stream) {
     const int64_t entries = static_cast<int64_t>(params.batch) * params.segment_entries;
     if (!params.segments || entries == 0) return cudaSuccess;
-    return launch(segment_table_kernel, dim3(static_cast<unsigned>(ceil_divide(entries, 4))), dim3(128), 0, stream, params.segments,
-                  const_cast<int2*>(params.segment_table), entries, params.segment_entries, params.keys);
+    return launch(segment_table_kernel, dim3(static_cast<unsigned>(ceil_divide(entries, 4))), dim3(128), 0, stream,
+                  params.segments, const_cast<int2*>(params.segment_table), entries, params.segment_entries,
+                  params.keys);
 }
 
 }  // namespace attention
@@ -79,7 +85,8 @@ const char* attention_forward_cuda(const Attention& in, void* out, float* lse, v
         if (error == cudaSuccess) error = launch_forward<T>(task, dim, is_general(in), stream);
         if (error != cudaSuccess || task.splits == 1) return error;
         const int64_t rows = static_cast<int64_t>(task.order.pairs) * task.in.rows;
-        return launch(combine_kernel<T>, dim3(static_cast<unsigned>(ceil_divide(rows, 4))), dim3(128), 0, stream, task, dim);
+        return launch(combine_kernel<T>, dim3(static_cast<unsigned>(ceil_divide(rows, 4))), dim3(128), 0, stream, task,
+                      dim);
     }));
 }
 

@@ -13,7 +13,8 @@ AttentionShared attention_shared_cuda(int64_t head_dim, bool general) {
         constexpr int kDim = decltype(dim)::value;
         constexpr bool kGeneral = decltype(is_general)::value;
         bytes.forward = ForwardShapeOf<kDim, kGeneral>::kSharedBytes;
-        bytes.backward = std::max(KeysShapeOf<kDim, kGeneral>::kSharedBytes, QueriesShapeOf<kDim, kGeneral>::kSharedBytes);
+        bytes.backward =
+            std::max(KeysShapeOf<kDim, kGeneral>::kSharedBytes, QueriesShapeOf<kDim, kGeneral>::kSharedBytes);
         return cudaSuccess;
     });
     return bytes;

@@ -1,4 +1,5 @@
-// Shared by the backward kernels: the task, two statistics per row (lse and delta), and the kernels that run before and after.
+// Shared by the backward kernels: the task, two statistics per row (lse and delta), and the kernels that run before and
+// after.
 //
 //   p = 2^(score - lse)    dv_j = sum_i p dout_i         dp = dout_i . v_j
 //   ds = p (dp - delta_i)  dq_i = scale sum_j ds k_j     dk_j = scale sum_i ds q_i
@@ -21,9 +22,11 @@ struct Backward {
     Matrix<const T> q, k, v, out, dout;
     Matrix<T> dq, dk, dv;
     const float* lse;  // of the forward
-    float2* rows;      // [pairs, padded_rows]: {lse in base 2, infinite for padding and for rows that see no key; delta}
+    // [pairs, padded_rows]: {lse in base 2, infinite for padding and for rows that see no key; delta}
+    float2* rows;
     int padded_rows;
-    float* dq_sums;  // [pairs, padded_rows, kDim], summed over key blocks with atomics; null: a separate kernel computes dq
+    // [pairs, padded_rows, kDim], summed over key blocks with atomics; null: a separate kernel computes dq
+    float* dq_sums;
 };
 
 // Computes rows[...] = {lse, delta} with 8 lanes per row.
@@ -31,7 +34,8 @@ template <class T>
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Backward<T> task) {
     const Params& in = task.in;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x / 8;
-    const int pair = static_cast<int>(index / task.padded_rows), row = static_cast<int>(index % task.padded_rows), lane = threadIdx.x % 8;
+    const int pair = static_cast<int>(index / task.padded_rows), row = static_cast<int>(index % task.padded_rows),
+              lane = threadIdx.x % 8;
     float delta = 0.0f;
     if (row < in.rows) {
         const T* const out = task.out.at(pair / in.groups, pair % in.groups) + in.row_offset(row, task.out.strides);
@@ -60,7 +64,8 @@ template <class T>
 __global__ void __launch_bounds__(256) finish_dq_kernel(const __grid_constant__ Backward<T> task, int dim) {
     const Params& in = task.in;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, row_index = index / (dim / 8);
-    const int pair = static_cast<int>(row_index / task.padded_rows), row = static_cast<int>(row_index % task.padded_rows);
+    const int pair = static_cast<int>(row_index / task.padded_rows),
+              row = static_cast<int>(row_index % task.padded_rows);
     const int c = static_cast<int>(index % (dim / 8)) * 8;
     if (pair >= task.order.pairs || row >= in.rows || c >= in.head_dim) return;
     const float4* const sums = reinterpret_cast<const float4*>(task.dq_sums + row_index * dim + c);
@@ -75,9 +80,10 @@ __global__ void __launch_bounds__(256) finish_dq_kernel(const __grid_constant__ 
     }
 }
 
-// One element of the general kernels. `product`, query times key, becomes the probability: zero if dropout removes it, else not yet divided by
-// 1 - dropout. `dp`, dout times value, becomes ds, not yet scaled.
-NEOX_DEVICE void finish_element(const Params& in, float slope, int distance, bool visible, bool keep, float lse, float delta, float& product, float& dp) {
+// One element of the general kernels. `product`, query times key, becomes the probability: zero if dropout removes it,
+// else not yet divided by 1 - dropout. `dp`, dout times value, becomes ds, not yet scaled.
+NEOX_DEVICE void finish_element(const Params& in, float slope, int distance, bool visible, bool keep, float lse,
+                                float delta, float& product, float& dp) {
     float score = product * (in.scale * kLog2E), cap_slope = 1.0f;  // cap_slope: derivative of the softcap
     if (in.softcap > 0.0f) {
         const float t = in.capped(product);
@@ -90,7 +96,8 @@ NEOX_DEVICE void finish_element(const Params& in, float slope, int distance, boo
     product = keep ? p : 0.0f;
 }
 
-// Launch the instance for a problem; one object file per kernel and element type. The first computes dk, dv and, if requested, dq_sums; the second dq.
+// Launch the instance for a problem; one object file per kernel and element type. The first computes dk, dv and, if
+// requested, dq_sums; the second dq.
 template <class T>
 cudaError_t launch_backward_keys(const Attention& in, const Backward<T>& task, Stream stream);
 template <class T>

@@ -32,14 +32,18 @@ cudaError_t launch_backward_keys(const Attention& in, const Backward<T>& task, S
         using Shape = KeysShapeOf<kDim, kGeneral>;
         Backward<T> keys_task = task;
         keys_task.order = block_order(in, ceil_divide(in.keys, Shape::kKeys), false);
-        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(keys_task.order.tiles) * keys_task.order.pairs)), block(Shape::kThreads);
+        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(keys_task.order.tiles) * keys_task.order.pairs)),
+            block(Shape::kThreads);
         if (grid.x == 0) return cudaSuccess;
         if constexpr (kDim <= 128) {
-            return launch(backward_keys_kernel<T, Shape, kGeneral, true, true>, grid, block, Shape::kSharedBytes, stream, keys_task);
+            return launch(backward_keys_kernel<T, Shape, kGeneral, true, true>, grid, block, Shape::kSharedBytes,
+                          stream, keys_task);
         } else {  // the sums of both gradients do not fit in registers
-            const cudaError_t error = launch(backward_keys_kernel<T, Shape, kGeneral, false, true>, grid, block, Shape::kSharedBytes, stream, keys_task);
+            const cudaError_t error = launch(backward_keys_kernel<T, Shape, kGeneral, false, true>, grid, block,
+                                             Shape::kSharedBytes, stream, keys_task);
             if (error != cudaSuccess) return error;
-            return launch(backward_keys_kernel<T, Shape, kGeneral, true, false>, grid, block, Shape::kSharedBytes, stream, keys_task);
+            return launch(backward_keys_kernel<T, Shape, kGeneral, true, false>, grid, block, Shape::kSharedBytes,
+                          stream, keys_task);
         }
     });
 }

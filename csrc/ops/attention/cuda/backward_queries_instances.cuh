@@ -30,9 +30,11 @@ cudaError_t launch_backward_queries(const Attention& in, const Backward<T>& task
         using Shape = QueriesShapeOf<decltype(dim)::value, decltype(general)::value>;
         Backward<T> queries_task = task;
         queries_task.order = block_order(in, ceil_divide(in.queries * in.heads, Shape::kRows), in.causal);
-        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(queries_task.order.tiles) * queries_task.order.pairs));
+        const dim3 grid(
+            static_cast<unsigned>(static_cast<int64_t>(queries_task.order.tiles) * queries_task.order.pairs));
         if (grid.x == 0) return cudaSuccess;
-        return launch(backward_queries_kernel<T, Shape, decltype(general)::value>, grid, dim3(Shape::kThreads), Shape::kSharedBytes, stream, queries_task);
+        return launch(backward_queries_kernel<T, Shape, decltype(general)::value>, grid, dim3(Shape::kThreads),
+                      Shape::kSharedBytes, stream, queries_task);
     });
 }
 

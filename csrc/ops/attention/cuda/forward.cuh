@@ -1,8 +1,9 @@
 // The forward kernel: a block of rows against the tiles of keys that they see.
 //
-// Each warp owns 16 kM rows and all keys of a tile, so that the softmax needs no shared memory. Key and value tiles alternate in a ring of kStages
-// slots, which cp.async fills kStages - 1 tiles ahead. A variant with other copy or tensor-core instructions replaces the loop over tiles (run_tiles)
-// only; mask, softmax and epilogue operate on its accumulators.
+// Each warp owns 16 kM rows and all keys of a tile, so that the softmax needs no shared memory. Key and value tiles
+// alternate in a ring of kStages slots, which cp.async fills kStages - 1 tiles ahead. A variant with other copy or
+// tensor-core instructions replaces the loop over tiles (run_tiles) only; mask, softmax and epilogue operate on its
+// accumulators.
 #pragma once
 
 #include "common/vec.cuh"
@@ -49,14 +50,17 @@ struct RunningSoftmax {
     }
 };
 
-// s [16 kM, kKeys] becomes 2^(factor s - reference). If a row's maximum grows, its reference follows and its sums in `out` are rescaled. The decision is
-// per row, so that the bits of a row do not depend on other rows; a warp skips the rescaling if none of its rows needs it.
+// s [16 kM, kKeys] becomes 2^(factor s - reference). If a row's maximum grows, its reference follows and its sums in
+// `out` are rescaled. The decision is per row, so that the bits of a row do not depend on other rows; a warp skips the
+// rescaling if none of its rows needs it.
 //
-// A lazy reference, which lags the maximum, would save most of the rescaling. But the largest probability of a row would no longer be 1, and rounding it
-// to bf16 for the product with the values loses up to 2^-9 of it. Where one key takes nearly all of the attention nothing averages that error out: the
-// output, and through dout . out every gradient of the scores, would be off by twice the rounding error of the output.
+// A lazy reference, which lags the maximum, would save most of the rescaling. But the largest probability of a row
+// would no longer be 1, and rounding it to bf16 for the product with the values loses up to 2^-9 of it. Where one key
+// takes nearly all of the attention nothing averages that error out: the output, and through dout . out every gradient
+// of the scores, would be off by twice the rounding error of the output.
 template <int kM, int kKeys, int kDim>
-NEOX_DEVICE void online_softmax(float (&s)[kM][kKeys / 8][4], float factor, RunningSoftmax<kM>& row, float (&out)[kM][kDim / 8][4]) {
+NEOX_DEVICE void online_softmax(float (&s)[kM][kKeys / 8][4], float factor, RunningSoftmax<kM>& row,
+                                float (&out)[kM][kDim / 8][4]) {
     float rescale[kM][2];
     bool moved = false;
 #pragma unroll
@@ -123,8 +127,9 @@ struct TileLoader {
         if (tile < tiles.end) {
             const int first = tile * Shape::kKeys;
             const Matrix<const T>& from = kValues ? task.v : task.k;
-            load_rows<Shape::kKeys, Shape::kDim, Shape::kThreads>(ring + slot * (Shape::kKeys * Shape::kDim), kValues ? values : keys, from.strides.sequence,
-                                                                  first, task.in.keys - first, task.in.head_dim, from.vectorized);
+            load_rows<Shape::kKeys, Shape::kDim, Shape::kThreads>(
+                ring + slot * (Shape::kKeys * Shape::kDim), kValues ? values : keys, from.strides.sequence, first,
+                task.in.keys - first, task.in.head_dim, from.vectorized);
             slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
             if (kValues) tile = tiles.next(tile + 1);
         }
@@ -134,8 +139,9 @@ struct TileLoader {
 
 // Accumulates this warp's rows over all tiles. Rows past the last one are zeros and are not stored.
 template <class T, class Shape, bool kGeneral>
-NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>& tiles, int pair, int row, const T* q_tile, TileLoader<T, Shape>& loader,
-                           RunningSoftmax<Shape::kM>& softmax, float (&out)[Shape::kM][Shape::kDim / 8][4]) {
+NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>& tiles, int pair, int row,
+                           const T* q_tile, TileLoader<T, Shape>& loader, RunningSoftmax<Shape::kM>& softmax,
+                           float (&out)[Shape::kM][Shape::kDim / 8][4]) {
     constexpr int kM = Shape::kM, kKeys = Shape::kKeys, kDim = Shape::kDim;
     const Params& in = task.in;
     const int warp_row = threadIdx.x / kWarpSize * (16 * kM);
@@ -148,7 +154,8 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
     for (int tile = tiles.next(tiles.begin); tile < tiles.end; tile = tiles.next(tile + 1)) {
         uint32_t p[kM][kKeys / 16][4];
         cp_async_wait<Shape::kStages - 2>();
-        __syncthreads();                                       // the key tile is complete, and all warps have left the slot that is filled next
+        // the key tile is complete, and all warps have left the slot that is filled next
+        __syncthreads();
         loader.template load_next<Shape::kStages % 2 == 0>();  // the kind of tile kStages - 1 slots ahead of these keys
         float s[kM][kKeys / 8][4] = {};
         if constexpr (kHold) {
@@ -182,11 +189,13 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
         __syncthreads();  // the same for the value tile
         loader.template load_next<Shape::kStages % 2 == 1>();
         const auto p_of = [&](int m, int k, uint32_t (&a)[4]) { copy_fragment(a, p[m][k]); };
-        gemm_nn<T, kM, kKeys, kDim>(out, p_of, FragmentAddress<kDim>::rows_first(loader.ring + slot * (kKeys * kDim), 0));
+        gemm_nn<T, kM, kKeys, kDim>(out, p_of,
+                                    FragmentAddress<kDim>::rows_first(loader.ring + slot * (kKeys * kDim), 0));
         slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
     }
     cp_async_wait<0>();
-    __syncthreads();  // with no visible tile, cp.async into the query tile may still be in flight; it is reused for the output
+    // with no visible tile, cp.async into the query tile may still be in flight; it is reused for the output
+    __syncthreads();
 }
 
 // Divides by the sums and writes lse and out. out is staged in this warp's rows of the query tile.
@@ -216,7 +225,9 @@ NEOX_DEVICE void finish_rows(const Forward<T>& task, int pair, int row, const Ru
                 }
             }
             if (at < in.rows && task.splits > 1) {
-                float* const part = task.partial_out + ((static_cast<int64_t>(blockIdx.y) * task.order.pairs + pair) * in.rows + at) * Shape::kDim;
+                float* const part =
+                    task.partial_out +
+                    ((static_cast<int64_t>(blockIdx.y) * task.order.pairs + pair) * in.rows + at) * Shape::kDim;
 #pragma unroll
                 for (int n = 0; n < Shape::kDim / 8; ++n) {
                     *reinterpret_cast<float2*>(part + n * 8 + lane % 4 * 2) =
@@ -235,7 +246,8 @@ NEOX_DEVICE void finish_rows(const Forward<T>& task, int pair, int row, const Ru
 }
 
 template <class T, class Shape, bool kGeneral>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) forward_kernel(const __grid_constant__ Forward<T> task) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    forward_kernel(const __grid_constant__ Forward<T> task) {
     DYNAMIC_SMEM(shared);
     T* const q_tile = reinterpret_cast<T*>(shared);  // [kRows, kDim], then the ring of [kKeys, kDim]
     const Params& in = task.in;
@@ -248,9 +260,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) forward_kerne
         tiles.end = begin + static_cast<int>(static_cast<int64_t>(count) * (part + 1) / task.splits);
     }
     const T* const queries = task.q.at(batch, group);
-    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(q_tile, in.rows - first_row, in.head_dim, task.q.vectorized,
-                                                          [&](int i) { return queries + in.row_offset(first_row + i, task.q.strides); });
-    TileLoader<T, Shape> loader{task, tiles, task.k.at(batch, group), task.v.at(batch, group), q_tile + Shape::kRows * Shape::kDim, tiles.next(tiles.begin)};
+    load_tile<Shape::kRows, Shape::kDim, Shape::kThreads>(
+        q_tile, in.rows - first_row, in.head_dim, task.q.vectorized,
+        [&](int i) { return queries + in.row_offset(first_row + i, task.q.strides); });
+    TileLoader<T, Shape> loader{task,
+                                tiles,
+                                task.k.at(batch, group),
+                                task.v.at(batch, group),
+                                q_tile + Shape::kRows * Shape::kDim,
+                                tiles.next(tiles.begin)};
 #pragma unroll 1
     for (int i = 0; i < (Shape::kStages - 1) / 2; ++i) {
         loader.template load_next<false>();
@@ -270,13 +288,15 @@ template <class T>
 __global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ Forward<T> task, int dim) {
     const Params& in = task.in;
     const int lane = threadIdx.x % kWarpSize;
-    const int64_t row_index = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarpSize, all_rows = static_cast<int64_t>(task.order.pairs) * in.rows;
+    const int64_t row_index = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarpSize,
+                  all_rows = static_cast<int64_t>(task.order.pairs) * in.rows;
     if (row_index >= all_rows) return;
     const int pair = static_cast<int>(row_index / in.rows), row = static_cast<int>(row_index % in.rows);
     float peak = -INFINITY, total = 0.0f;
     for (int part = 0; part < task.splits; ++part) peak = fmaxf(peak, task.partial_lse[part * all_rows + row_index]);
     const float base = peak == -INFINITY ? 0.0f : peak;
-    for (int part = 0; part < task.splits; ++part) total += fast_exp2(task.partial_lse[part * all_rows + row_index] - base);
+    for (int part = 0; part < task.splits; ++part)
+        total += fast_exp2(task.partial_lse[part * all_rows + row_index] - base);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     T* const out = task.out.at(pair / in.groups, pair % in.groups) + in.row_offset(row, task.out.strides);
     for (int c = lane; c < in.head_dim; c += kWarpSize) {

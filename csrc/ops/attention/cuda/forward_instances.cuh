@@ -30,8 +30,10 @@ cudaError_t launch_forward(const Forward<T>& task, int dim, bool general, Stream
     return dispatch_instance(dim, general, [&](auto constant, auto is_general) {
         using Shape = ForwardShapeOf<decltype(constant)::value, decltype(is_general)::value>;
         static_assert(Shape::kRows == kForwardRows);
-        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(task.order.tiles) * task.order.pairs), static_cast<unsigned>(task.splits));
-        return launch(forward_kernel<T, Shape, decltype(is_general)::value>, grid, dim3(Shape::kThreads), Shape::kSharedBytes, stream, task);
+        const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(task.order.tiles) * task.order.pairs),
+                        static_cast<unsigned>(task.splits));
+        return launch(forward_kernel<T, Shape, decltype(is_general)::value>, grid, dim3(Shape::kThreads),
+                      Shape::kSharedBytes, stream, task);
     });
 }
 

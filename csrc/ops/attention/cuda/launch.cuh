@@ -29,21 +29,23 @@ class Workspace {
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether all rows of a tensor can be copied 16 bytes, 8 elements, at a time. The stride of a dimension of size 1 does not matter, except that of the
-// sequence: tiles compute addresses past the last row, although they do not read them.
+// Whether all rows of a tensor can be copied 16 bytes, 8 elements, at a time. The stride of a dimension of size 1 does
+// not matter, except that of the sequence: tiles compute addresses past the last row, although they do not read them.
 inline bool rows_vectorize(const Attention& in, const void* data, const AttentionStrides& strides, int64_t heads) {
     const auto fits = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && in.head_dim % 8 == 0 && fits(in.batch, strides.batch) && strides.sequence % 8 == 0 &&
-           fits(in.groups, strides.group) && fits(heads, strides.head);
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && in.head_dim % 8 == 0 && fits(in.batch, strides.batch) &&
+           strides.sequence % 8 == 0 && fits(in.groups, strides.group) && fits(heads, strides.head);
 }
 
 template <class T>
-Matrix<T> query_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data, const AttentionStrides& strides) {
+Matrix<T> query_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data,
+                       const AttentionStrides& strides) {
     return {static_cast<T*>(data), strides, rows_vectorize(in, data, strides, in.heads)};
 }
 
 template <class T>
-Matrix<T> key_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data, const AttentionStrides& strides) {
+Matrix<T> key_matrix(const Attention& in, std::conditional_t<std::is_const_v<T>, const void*, void*> data,
+                     const AttentionStrides& strides) {
     return {static_cast<T*>(data), strides, rows_vectorize(in, data, strides, 1)};
 }
 
@@ -56,8 +58,10 @@ inline AttentionStrides output_strides(const Attention& in) {
 inline Params make_params(const Attention& in, Workspace& workspace) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     Params params{};
-    params.batch = static_cast<int>(in.batch), params.groups = static_cast<int>(in.groups), params.heads = static_cast<int>(in.heads);
-    params.queries = static_cast<int>(in.queries), params.keys = static_cast<int>(in.keys), params.head_dim = static_cast<int>(in.head_dim);
+    params.batch = static_cast<int>(in.batch), params.groups = static_cast<int>(in.groups),
+    params.heads = static_cast<int>(in.heads);
+    params.queries = static_cast<int>(in.queries), params.keys = static_cast<int>(in.keys),
+    params.head_dim = static_cast<int>(in.head_dim);
     params.rows = static_cast<int>(in.queries * in.heads);
     params.by_heads = Divisor::by(params.heads);
     params.offset = static_cast<int>(in.keys - in.queries);
@@ -76,7 +80,8 @@ inline Params make_params(const Attention& in, Workspace& workspace) {
     return params;
 }
 
-// The basic kernels implement masks only and fold a positive scale into the exponent. The general ones add softcap, ALiBi, dropout and any scale.
+// The basic kernels implement masks only and fold a positive scale into the exponent. The general ones add softcap,
+// ALiBi, dropout and any scale.
 inline bool is_general(const Attention& in) { return in.softcap > 0 || in.slopes || in.dropout > 0 || !(in.scale > 0); }
 
 inline BlockOrder block_order(const Attention& in, int64_t tiles, bool reversed) {
@@ -86,8 +91,8 @@ inline BlockOrder block_order(const Attention& in, int64_t tiles, bool reversed)
     return {static_cast<int>(tiles), static_cast<int>(pairs), static_cast<int>(chunk), reversed};
 }
 
-// head_dim of the instance that handles a problem; the channels past the problem's are zeros in shared memory. Fewer instances would waste more
-// multiplications, and more would cost compile time that the rare sizes are not worth.
+// head_dim of the instance that handles a problem; the channels past the problem's are zeros in shared memory. Fewer
+// instances would waste more multiplications, and more would cost compile time that the rare sizes are not worth.
 inline int instance_dim(int64_t head_dim, bool general) {
     if (head_dim <= 64) return 64;
     if (head_dim <= 96 && !general) return 96;
@@ -108,7 +113,9 @@ cudaError_t dispatch_type(const Attention& in, const Body& body) {
 // Calls body(head_dim of the instance, general) with both as compile-time constants.
 template <class Body>
 cudaError_t dispatch_instance(int dim, bool general, const Body& body) {
-    const auto with = [&](auto constant) { return general ? body(constant, std::true_type{}) : body(constant, std::false_type{}); };
+    const auto with = [&](auto constant) {
+        return general ? body(constant, std::true_type{}) : body(constant, std::false_type{});
+    };
     switch (dim) {
         case 64:
             return with(std::integral_constant<int, 64>{});

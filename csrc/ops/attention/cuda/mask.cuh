@@ -7,13 +7,15 @@ namespace neox::attention {
 
 // Applies softcap and ALiBi: products of queries and keys become scores in base 2.
 template <int kM, int kKeys>
-NEOX_DEVICE void apply_softcap_and_alibi(const Params& in, int group, int first_row, int first_key, float (&s)[kM][kKeys / 8][4]) {
+NEOX_DEVICE void apply_softcap_and_alibi(const Params& in, int group, int first_row, int first_key,
+                                         float (&s)[kM][kKeys / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = min(first_row + m * 16 + half * 8 + lane / 4, in.rows - 1), distance = in.position(row) - key;
+            const int row = min(first_row + m * 16 + half * 8 + lane / 4, in.rows - 1),
+                      distance = in.position(row) - key;
             const float slope = slope_of(in, group, row);
 #pragma unroll
             for (int n = 0; n < kKeys / 8; ++n) {
@@ -46,7 +48,8 @@ NEOX_DEVICE void mask_scores(const Params& in, int batch, int first_row, int fir
                 }
             }
             if (!ids) continue;
-            const int32_t row_id = __ldg(ids + min(position, in.keys - 1));  // rows past the last one read the last id; they are not stored
+            // rows past the last one read the last id; they are not stored
+            const int32_t row_id = __ldg(ids + min(position, in.keys - 1));
 #pragma unroll
             for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll

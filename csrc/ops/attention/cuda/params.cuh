@@ -1,7 +1,9 @@
-// Kernel parameters of attention: the geometry of rows and keys, which tiles are visible, and the map from products to scores.
+// Kernel parameters of attention: the geometry of rows and keys, which tiles are visible, and the map from products to
+// scores.
 //
-// A row is a (query, head of the kv group) pair, heads innermost: row r is query r / heads. The rows of a kv head share its keys. Grouped and
-// multi-query heads therefore fill tiles even in decoding, and the backward sums over the heads of a group without a second pass.
+// A row is a (query, head of the kv group) pair, heads innermost: row r is query r / heads. The rows of a kv head share
+// its keys. Grouped and multi-query heads therefore fill tiles even in decoding, and the backward sums over the heads
+// of a group without a second pass.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -13,19 +15,22 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr int kSegmentTile = 32;  // keys per entry of the table of segment ids; tiles of keys are multiples of it
 
-// A tensor [batch, sequence, groups, heads, head_dim]. vectorized: every row starts at a multiple of 16 bytes and its length is one.
+// A tensor [batch, sequence, groups, heads, head_dim]. vectorized: every row starts at a multiple of 16 bytes and its
+// length is one.
 template <class T>
 struct Matrix {
     T* data;
     AttentionStrides strides;
     bool vectorized;
 
-    __device__ __forceinline__ T* at(int batch, int group) const { return data + batch * strides.batch + group * strides.group; }
+    __device__ __forceinline__ T* at(int batch, int group) const {
+        return data + batch * strides.batch + group * strides.group;
+    }
 };
 
-// Division of 0 to 2^31 - 1 by a divisor known on the host, as a product and a shift; the GPU's integer division takes some 20 instructions.
-// With 2^shift >= divisor the factor ceil(2^(31 + shift) / divisor) is too large by less than one part in 2^31
-// (Granlund and Montgomery, "Division by invariant integers using multiplication", theorem 4.2).
+// Division of 0 to 2^31 - 1 by a divisor known on the host, as a product and a shift; the GPU's integer division takes
+// some 20 instructions. With 2^shift >= divisor the factor ceil(2^(31 + shift) / divisor) is too large by less than one
+// part in 2^31 (Granlund and Montgomery, "Division by invariant integers using multiplication", theorem 4.2).
 struct Divisor {
     uint32_t factor;
     int divisor, shift;  // shift 0: by 1
@@ -33,10 +38,13 @@ struct Divisor {
     static Divisor by(int divisor) {
         int shift = 0;
         while (int64_t{1} << shift < divisor) ++shift;
-        return {static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + static_cast<uint64_t>(divisor) - 1) / static_cast<uint64_t>(divisor)), divisor, shift};
+        return {static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + static_cast<uint64_t>(divisor) - 1) /
+                                      static_cast<uint64_t>(divisor)),
+                divisor, shift};
     }
     __device__ __forceinline__ int quotient(int dividend) const {
-        return shift == 0 ? dividend : static_cast<int>(__umulhi(static_cast<unsigned>(dividend), factor) >> (shift - 1));
+        return shift == 0 ? dividend
+                          : static_cast<int>(__umulhi(static_cast<unsigned>(dividend), factor) >> (shift - 1));
     }
 };
 
@@ -44,8 +52,9 @@ struct Params {
     int batch, groups, heads, queries, keys, head_dim;
     int rows;  // queries * heads
     Divisor by_heads;
-    int offset;      // keys - queries: position of query 0
-    unsigned reach;  // causal mask and window in one comparison: key j is visible to position p if unsigned(p - j) <= reach
+    int offset;  // keys - queries: position of query 0
+    // causal mask and window in one comparison: key j is visible to position p if unsigned(p - j) <= reach
+    unsigned reach;
     bool causal;
     int window;                 // 0: no window
     const int32_t* segments;    // [batch, keys], or null
@@ -70,7 +79,9 @@ struct Params {
         return 1.0f - __fdividef(2.0f, 1.0f + fast_exp2(product * (scale * (2.0f * kLog2E) / softcap)));
     }
     // The score in base 2 of a product of query and key, without ALiBi.
-    __device__ __forceinline__ float score(float product) const { return softcap > 0.0f ? softcap * kLog2E * capped(product) : product * (scale * kLog2E); }
+    __device__ __forceinline__ float score(float product) const {
+        return softcap > 0.0f ? softcap * kLog2E * capped(product) : product * (scale * kLog2E);
+    }
     // Index of row `row` in a [batch, groups * heads, queries] tensor.
     __device__ __forceinline__ int64_t index(int pair, int row) const {
         const int i = query(row);
@@ -78,8 +89,9 @@ struct Params {
     }
 };
 
-// Maps a block of the grid to a (batch, group) pair and a tile. Pairs are processed in chunks whose keys and values fit into the L2 cache together.
-// Within a chunk, tile i of all pairs precedes tile i + 1; under a causal mask the longest tiles come first.
+// Maps a block of the grid to a (batch, group) pair and a tile. Pairs are processed in chunks whose keys and values fit
+// into the L2 cache together. Within a chunk, tile i of all pairs precedes tile i + 1; under a causal mask the longest
+// tiles come first.
 struct BlockOrder {
     int tiles, pairs, chunk;
     bool reversed;
@@ -99,7 +111,9 @@ struct BlockOrder {
 struct SegmentRange {
     int low = 2147483647, high = -2147483647 - 1;
 
-    __device__ __forceinline__ bool overlaps(const SegmentRange& other) const { return low <= other.high && other.low <= high; }
+    __device__ __forceinline__ bool overlaps(const SegmentRange& other) const {
+        return low <= other.high && other.low <= high;
+    }
     __device__ __forceinline__ bool is_single() const { return low == high; }
 };
 
@@ -126,10 +140,12 @@ NEOX_DEVICE bool all_masked(const Params& in, Span positions, Span keys) {
 
 // Whether causal mask and window hide no key from any position. Segments are checked separately.
 NEOX_DEVICE bool none_masked(const Params& in, Span positions, Span keys) {
-    return keys.last < in.keys && (!in.causal || keys.last <= positions.first) && (!in.window || keys.first > positions.last - in.window);
+    return keys.last < in.keys && (!in.causal || keys.last <= positions.first) &&
+           (!in.window || keys.first > positions.last - in.window);
 }
 
-// The first of tiles [tile, end) for which visible(tile) holds, or end. A warp tests 32 tiles at a time; all warps get the same result.
+// The first of tiles [tile, end) for which visible(tile) holds, or end. A warp tests 32 tiles at a time; all warps get
+// the same result.
 template <class Visible>
 NEOX_DEVICE int first_visible(int tile, int end, const Visible& visible) {
     const int lane = threadIdx.x % kWarpSize;
@@ -148,14 +164,17 @@ struct KeyTiles {
     Span positions;
     SegmentRange block_segments;
 
-    __device__ __forceinline__ KeyTiles(const Params& params, int batch_index, int first_row, int last_row) : in(params), batch(batch_index) {
+    __device__ __forceinline__ KeyTiles(const Params& params, int batch_index, int first_row, int last_row)
+        : in(params), batch(batch_index) {
         positions = {in.position(first_row), in.position(last_row)};
         const int last = in.causal ? min(in.keys - 1, positions.last) : in.keys - 1;
         begin = in.window ? max(positions.first - in.window + 1, 0) / kTile : 0;
         end = last < 0 ? 0 : last / kTile + 1;
         if (in.segments) block_segments = segments_of(in, batch, positions.first, positions.last);
     }
-    __device__ __forceinline__ SegmentRange segments(int tile) const { return segments_of(in, batch, tile * kTile, tile * kTile + kTile - 1); }
+    __device__ __forceinline__ SegmentRange segments(int tile) const {
+        return segments_of(in, batch, tile * kTile, tile * kTile + kTile - 1);
+    }
     __device__ __forceinline__ int next(int tile) const {
         if (!in.segments) return tile;
         return first_visible(tile, end, [&](int i) { return block_segments.overlaps(segments(i)); });
@@ -176,18 +195,22 @@ struct RowTiles {
     Span keys;
     SegmentRange block_segments;
 
-    __device__ __forceinline__ RowTiles(const Params& params, int batch_index, int first_key, int last_key) : in(params), batch(batch_index) {
+    __device__ __forceinline__ RowTiles(const Params& params, int batch_index, int first_key, int last_key)
+        : in(params), batch(batch_index) {
         keys = {first_key, last_key};
         const int last = min(last_key, in.keys - 1);
         // queries at positions [first_key, last + window - 1]; int64, because the window may be wide
         const int64_t first_query = in.causal ? max(first_key - in.offset, 0) : 0;
-        const int64_t last_query =
-            in.window ? min(static_cast<int64_t>(last) + in.window - 1 - in.offset, static_cast<int64_t>(in.queries - 1)) : in.queries - 1;
+        const int64_t last_query = in.window ? min(static_cast<int64_t>(last) + in.window - 1 - in.offset,
+                                                   static_cast<int64_t>(in.queries - 1))
+                                             : in.queries - 1;
         begin = static_cast<int>(first_query * in.heads / kTile);
         end = last_query < first_query ? begin : static_cast<int>(((last_query + 1) * in.heads + kTile - 1) / kTile);
         if (in.segments) block_segments = segments_of(in, batch, first_key, last_key);
     }
-    __device__ __forceinline__ Span positions(int tile) const { return {in.position(tile * kTile), in.position(min(tile * kTile + kTile, in.rows) - 1)}; }
+    __device__ __forceinline__ Span positions(int tile) const {
+        return {in.position(tile * kTile), in.position(min(tile * kTile + kTile, in.rows) - 1)};
+    }
     __device__ __forceinline__ SegmentRange segments(int tile) const {
         const Span of = positions(tile);
         return segments_of(in, batch, of.first, of.last);
