@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from neox.printing import printable
+
+
+class ErrorParts(TypedDict):
+    """The parts of an error as text; None for a part that it lacks."""
+
+    what: str
+    where: str | None
+    got: str | None
+    want: str | None
+    do: str | None
 
 
 class NeoxError(Exception):
@@ -27,6 +39,13 @@ class NeoxError(Exception):
         self.want = want
         self.do = do
         super().__init__(self.line())
+
+    def parts(self) -> ErrorParts:
+        """The parts as text, which is plain JSON."""
+        where, got, want, do = (
+            None if part is None else str(part) for part in (self.where, self.got, self.want, self.do)
+        )
+        return {"what": self.what, "where": where, "got": got, "want": want, "do": do}
 
     def line(self) -> str:
         """The complete message on one line."""

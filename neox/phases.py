@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 PHASES = {
     "start": "config checked, torch imported, nothing joined",
@@ -40,7 +40,16 @@ VALUES = {
     "parameter": "one weight of this process, before a step",
 }
 
-Value = TypeVar("Value")
+Product = TypeVar("Product")
+
+
+class Scalable(Protocol):
+    """A number or a tensor: what `Observer.value` may return multiplied by a number."""
+
+    def __mul__(self: Product, factor: float, /) -> Product: ...
+
+
+Value = TypeVar("Value", bound=Scalable)
 
 
 class Observer:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ class HostBlock:
         self.locked = locked
         if not locked or size == 0:
             return
-        error = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
+        error = int(cuda_runtime().cudaHostRegister(self.memory.data_ptr(), size, 0))
         if error:
             logger.warning(
                 "cannot lock %.1f GB of host memory (CUDA error %d): copies for checkpoints are slower",
@@ -63,7 +64,15 @@ class HostBlock:
 
 def unlock(memory: torch.Tensor) -> None:
     """Unlock the pages of a HostBlock."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    cuda_runtime().cudaHostUnregister(memory.data_ptr())
+
+
+def cuda_runtime() -> ModuleType:
+    """The functions of CUDA's runtime. Raises RuntimeError where torch was built without CUDA."""
+    runtime = torch.cuda.cudart()
+    if runtime is None:
+        raise RuntimeError("torch was built without CUDA")
+    return runtime
 
 
 def padded_bytes(count: int, dtype: torch.dtype) -> int:
@@ -150,7 +159,8 @@ class Saver:
         self._storage = storage
         # A separate group: the thread's messages must not mix with those of training. gloo, because the thread must not
         # use a GPU stream.
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group = group if isinstance(group, dist.ProcessGroup) else None
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from neox.errors import CheckpointError, NeoxError, PeerLost
+from neox.errors import CheckpointError, ErrorParts, NeoxError, PeerLost
 
 T = TypeVar("T")
 
@@ -61,38 +61,35 @@ class RankGroup:
 
         If it fails on one rank, all raise that rank's error.
         """
-        result, problem = None, None
+        results: list[T] = []  # its single result; empty after an error
+        problem = None
         try:
-            result = work()
+            results.append(work())
         except Exception as error:
             if self.world_size == 1:
                 raise
             problem = error
-        answers = self.all_gather_json(
-            {"result": result} if problem is None else {"error": describe(problem, self.rank)}
-        )
-        first = next((answer["error"] for answer in answers if "error" in answer), None)
+        description = None if problem is None else describe(problem, self.rank)
+        answers = self.all_gather_json((results, description))
+        first = next((description for _, description in answers if description is not None), None)
         if first is not None:
             raise revive(first) from problem
-        return [answer["result"] for answer in answers]
+        return [result for results, _ in answers for result in results]
 
 
-def describe(error: Exception, rank: int) -> dict[str, str | None]:
-    """An error as plain JSON, with the rank that raised it."""
-    if isinstance(error, NeoxError):
-        parts = {
-            key: None if value is None else str(value)
-            for key, value in vars(error).items()
-            if key in ("what", "where", "got", "want", "do")
-        }
-        where = f"rank {rank}" if parts["where"] is None else f"rank {rank}: {parts['where']}"
-        return {"class": type(error).__name__, **parts, "where": where}
-    what = f"{type(error).__name__}: {error}"
-    return {"class": "NeoxError", "what": what, "where": f"rank {rank}", "got": None, "want": None, "do": None}
+def describe(error: Exception, rank: int) -> tuple[str, ErrorParts]:
+    """The class and the parts of an error as plain JSON, with the rank that raised it."""
+    if not isinstance(error, NeoxError):
+        what = f"{type(error).__name__}: {error}"
+        return "NeoxError", {"what": what, "where": f"rank {rank}", "got": None, "want": None, "do": None}
+    parts = error.parts()
+    parts["where"] = f"rank {rank}" if parts["where"] is None else f"rank {rank}: {parts['where']}"
+    return type(error).__name__, parts
 
 
-def revive(parts: dict[str, str | None]) -> NeoxError:
+def revive(description: tuple[str, ErrorParts]) -> NeoxError:
     """The error that `describe` described."""
+    name, parts = description
     kinds = {kind.__name__: kind for kind in (NeoxError, *NeoxError.__subclasses__())}
-    kind = kinds.get(parts["class"] or "", NeoxError)
-    return kind(parts["what"] or "", where=parts["where"], got=parts["got"], want=parts["want"], do=parts["do"])
+    kind = kinds.get(name, NeoxError)
+    return kind(parts["what"], where=parts["where"], got=parts["got"], want=parts["want"], do=parts["do"])

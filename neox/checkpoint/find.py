@@ -12,7 +12,7 @@ from neox.checkpoint.consensus import RankGroup
 from neox.checkpoint.manifest import MANIFEST
 from neox.checkpoint.retention import StepFolder, folder_step, read_latest, scan
 from neox.checkpoint.verify import problems
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, ErrorParts
 
 LOG = logging.getLogger(__name__)
 
@@ -102,9 +102,9 @@ def _refuse_silence(root: Path, bad: list[str], required: bool) -> None:
 def _first_problem(path: Path, ranks: RankGroup) -> CheckpointError | None:
     """The first problem that any rank finds in its part of a checkpoint."""
 
-    def work() -> dict[str, str | None] | None:
+    def work() -> ErrorParts | None:
         found = problems(path, part=ranks.rank, parts=ranks.world_size)
-        return {key: None if value is None else str(value) for key, value in vars(found[0]).items()} if found else None
+        return found[0].parts() if found else None
 
     first = next((answer for answer in ranks.run_on_all(work) if answer), None)
     if first is None:
@@ -128,7 +128,7 @@ def resolve(path: str | Path) -> Path:
         good = [one for one in scan(root) if one.manifest]
         hint = read_latest(root)
         for one in damaged(root):
-            if not good or one.path.name == hint or one.step > good[-1].step:
+            if one.problem and (not good or one.path.name == hint or one.step > good[-1].step):
                 older = ", ".join(found.path.name for found in good)
                 do = f"valid by their manifests: {older}; name one of them" if older else "restore it"
                 raise CheckpointError(

@@ -69,6 +69,6 @@ class LazyTensor:
         return tensor.to(device).reshape(-1)[self.start : self.start + self.numel()]
 
 
-def lazy_fragment(name: str, value: LazyTensor) -> Fragment:
-    """A complete weight as a fragment."""
-    return Fragment(name, "weight", value.shape, full_slices(value.shape), 0, value.numel(), cast(torch.Tensor, value))
+def lazy_fragment(name: str, value: LazyTensor, kind: str = "weight") -> Fragment:
+    """A complete tensor of this kind as a fragment."""
+    return Fragment(name, kind, value.shape, full_slices(value.shape), 0, value.numel(), cast(torch.Tensor, value))

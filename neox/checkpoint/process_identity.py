@@ -56,7 +56,9 @@ def has_exited(who: JsonObject) -> bool:
     lacks these fields, as that of an earlier version does.
     """
     pid, born, space = who.get("pid"), who.get("born"), who.get("space")
-    if type(pid) is not int or pid < 1 or type(born) not in (int, float) or who.get("host") != socket.gethostname():
+    if type(pid) is not int or pid < 1 or who.get("host") != socket.gethostname():
+        return False
+    if type(born) is not int and type(born) is not float:
         return False
     if not space or space != process_namespace():
         return False

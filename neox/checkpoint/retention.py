@@ -135,7 +135,7 @@ def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Stora
     victims = [
         one
         for one in ours[:-keep]
-        if (one.manifest.lineage.id, one.step) not in protected and not one.path.is_symlink()
+        if one.manifest and (one.manifest.lineage.id, one.step) not in protected and not one.path.is_symlink()
     ]
     for one in victims:
         remove_checkpoint(one.path, storage=storage)

@@ -110,7 +110,7 @@ def write_shard(path: Path, segments: Sequence[Fragment], threads: Executor, *, 
 def tensor_bytes(data: torch.Tensor) -> memoryview:
     """The bytes of a flat tensor, copied to the host if necessary."""
     host = data.detach().to("cpu").contiguous().view(-1)
-    return memoryview(host.view(torch.uint8).numpy())
+    return host.view(torch.uint8).numpy().data
 
 
 def start_digests(view: memoryview, block: int, threads: Executor) -> list:

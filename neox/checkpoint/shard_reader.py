@@ -70,7 +70,7 @@ class ShardReader:
         Each call returns an error if a block's checksum is wrong or the file cannot be read.
         """
         width = out.element_size()
-        target = memoryview(out.view(torch.uint8).numpy())
+        target = out.view(torch.uint8).numpy().data
         block, begin = self.manifest.block, start * width
         jobs = range(begin // block, (begin + len(target) - 1) // block + 1)
         return [partial(self._read_part, segment, index, begin, target) for index in jobs]

@@ -16,7 +16,7 @@ START_LIMIT = 1 << 40
 PROCESS_LIMIT = 1 << 24
 LARGEST = sys.float_info.max
 
-Check = Callable[[object, str], None]
+Check = Callable[[object, str], object]  # what a check returns is ignored
 
 
 def integer(limit: int, least: int = 0) -> Check:
@@ -29,10 +29,11 @@ def integer(limit: int, least: int = 0) -> Check:
     return check
 
 
-def number(value: object, where: str) -> None:
-    """A finite number."""
+def number(value: object, where: str) -> float:
+    """A finite number; returns it."""
     if (type(value) is not int and type(value) is not float) or abs(value) > LARGEST or value != value:
         raise fault(where, value, "a finite number")
+    return value
 
 
 def text(value: object, where: str) -> None:
@@ -94,7 +95,8 @@ def values_of(inner: Check) -> Check:
     """An object with any keys."""
 
     def check(value: object, where: str) -> None:
-        table({})(value, where)
+        if not isinstance(value, dict):
+            raise fault(where, value, "an object")
         for key, item in value.items():
             inner(item, f"{where}.{key}")
 
@@ -162,8 +164,7 @@ def state_check() -> Check:
 
 def positive(value: object, where: str) -> None:
     """A finite number above 0."""
-    number(value, where)
-    if value <= 0:
+    if number(value, where) <= 0:
         raise fault(where, value, "a number above 0")
 
 

@@ -89,5 +89,5 @@ def _digest_tensor(checkpoint: Checkpoint, name: str, kind: str) -> str:
     size, step = math.prod(info.shape), DIGEST_BYTES // ITEM_BYTES[info.dtype]
     for start in range(0, size, step):
         part = checkpoint.read(name, kind, None, start, min(start + step, size))
-        result.update(part.view(torch.uint8).numpy())
+        result.update(part.view(torch.uint8).numpy().data)
     return result.hexdigest()

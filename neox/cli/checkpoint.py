@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from neox.checkpoint.find import damaged, resolve
-from neox.checkpoint.lazy_tensor import LazyTensor
+from neox.checkpoint.lazy_tensor import LazyTensor, lazy_fragment
 from neox.checkpoint.manifest import ITEM_BYTES, RNG_KIND, Manifest, read_manifest
 from neox.checkpoint.reader import Checkpoint
-from neox.checkpoint.reshard import Fragment, full_slices
+from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.retention import StepFolder, is_complete, scan, start_lineage
 from neox.checkpoint.save import Content, save
 from neox.checkpoint.shard import DTYPES as STORED_DTYPES
@@ -129,11 +129,11 @@ def verify_all(path: Path, as_json: bool) -> int:
     Print each problem. Returns 0 or 4.
     """
     chosen = resolve(path)
-    found = problems(chosen) + ([one.problem for one in damaged(chosen.parent)] if chosen != path else [])
+    found = problems(chosen)
+    if chosen != path:
+        found += [one.problem for one in damaged(chosen.parent) if one.problem]
     if as_json:
-        parts = [
-            {key: None if value is None else str(value) for key, value in vars(problem).items()} for problem in found
-        ]
+        parts = [problem.parts() for problem in found]
         print(json.dumps({"path": str(chosen), "good": not found, "problems": parts}))
     elif found:
         print("\n".join(problem.line() for problem in found), file=sys.stderr)
@@ -200,7 +200,7 @@ def converted(checkpoint: Checkpoint, weights_only: bool, dtype: torch.dtype | N
             shape, stored = checkpoint.info(name, kind).shape, STORED_DTYPES[checkpoint.info(name, kind).dtype]
             wanted = dtype if dtype is not None and stored.is_floating_point else stored
             value = LazyTensor(partial(read, checkpoint, name, kind, wanted), shape, wanted)
-            out.append(Fragment(name, kind, shape, full_slices(shape), 0, value.numel(), value))
+            out.append(lazy_fragment(name, value, kind))
     return out
 
 

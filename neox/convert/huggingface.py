@@ -194,11 +194,9 @@ def _write_tokenizer(folder: Path, file: Path, eod_token: str | None, config: Mo
         shutil.copyfile(file.parent / name, folder / name)
     if "tokenizer_config.json" in settings_files:
         return tokenizer.eod_id
-    names = (
-        {}
-        if tokenizer.eod_token is None
-        else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eod_token)
-    )
+    names: dict[str, str] = {}
+    if tokenizer.eod_token is not None:
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eod_token)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,

@@ -131,7 +131,8 @@ def read_run(folder: str | Path) -> RunRecord:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            float(row["step"]), float(row["loss"] or 0.0)  # null: a skipped step
+            float(row["step"])
+            float(row["loss"] or 0.0)  # null: a skipped step
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):  # an incomplete line at the end of a running training
                 break

@@ -19,10 +19,9 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TypeVar
 
 from neox.errors import EnvironmentProblem
-from neox.phases import PHASES, VALUES, Observer
+from neox.phases import PHASES, VALUES, Observer, Value
 
 STORAGE_CALLS = {
     "make_dir": "a folder is made",
@@ -56,8 +55,6 @@ KINDS = (*SIGNALS, *NUMBERS, *ERRNOS, "raise", "memory", "oom", "spin", "delay",
 FORM = re.compile(
     r"(?P<kind>[a-z]+(?:10|1)?)(?P<seconds>\d+(?:\.\d+)?)?@(?P<rank>\*|\d+):(?P<site>\*|\w+):(?P<count>[1-9]\d*)(?P<repeat>\+?)"
 )
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -97,13 +94,12 @@ def parse(text: str) -> tuple[Fault, ...]:
 def parse_one(text: str) -> Fault:
     """Parse one fault. Raises EnvironmentProblem as `parse` does."""
     match = FORM.fullmatch(text)
-    known = (
-        match is not None
-        and match["kind"] in KINDS
-        and match["site"] in ("*", *SITES)
-        and (match["kind"] == "delay") == bool(match["seconds"])
-    )
-    if not known:
+    if (
+        match is None
+        or match["kind"] not in KINDS
+        or match["site"] not in ("*", *SITES)
+        or (match["kind"] == "delay") != bool(match["seconds"])
+    ):
         want = (
             f"KIND@RANK:SITE:COUNT with KIND of {' '.join(KINDS)} (delay with seconds: delay2.5) and SITE of * "
             f"{' '.join(SITES)}"

@@ -61,7 +61,7 @@ __all__ = [
 ]
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """The complete config of a run."""
 
     model: ModelConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,20 +15,16 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Section(BaseModel):
+class Section(BaseModel, frozen=True):
     """A frozen section. It rejects unknown keys and does not convert types: 1 is not a boolean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    if TYPE_CHECKING:  # pydantic adds the method to frozen models at run time
-
-        def __hash__(self) -> int: ...
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     @classmethod
     def attributes(cls) -> dict[str, str]:
         """YAML key -> attribute. They differ where Python reserves the key as a keyword (`async`)."""
         return {field.alias or name: name for name, field in cls.model_fields.items()}
 
-    def entries(self) -> Iterator[tuple[str, Any]]:
+    def entries(self) -> Iterator[tuple[str, object]]:
         """(YAML key, value) in the order of the schema."""
         return ((key, getattr(self, name)) for key, name in self.attributes().items())

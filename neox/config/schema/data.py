@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from neox.config.schema.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
-class DataSource(Section):
+class DataSource(Section, frozen=True):
     """One indexed dataset of a blend."""
 
     path: str = Field(description="prefix of PREFIX.bin and PREFIX.idx")
@@ -26,7 +26,7 @@ class DataSource(Section):
     rejected_labels: str | None = Field(default=None, description="labels of `rejected`")
 
 
-class FimConfig(Section):
+class FimConfig(Section, frozen=True):
     """Fill in the middle (arXiv 2207.14255): the middle part of a training document is moved to its end."""
 
     rate: Fraction = Field(default=0.0, description="fraction of the documents that are transformed; 0: none")
@@ -55,7 +55,7 @@ class FimConfig(Section):
     suffix_token: str = Field(default="<|fim_suffix|>", description="token before the suffix")
 
 
-class DataConfig(Section):
+class DataConfig(Section, frozen=True):
     """The datasets: lists of sources for training, validation and test, or one path or text that `split` divides."""
 
     train: tuple[DataSource, ...] = Field(default=(), description="training datasets: prefixes, or {path, weight}")
@@ -140,7 +140,7 @@ def parse_split(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
-class SpecialIds(Section):
+class SpecialIds(Section, frozen=True):
     """Ids of special tokens as the files of an imported model give them.
 
     An export writes them back, and generation stops at `eos` and `stop`.
@@ -161,7 +161,7 @@ class SpecialIds(Section):
         return frozenset(eos) | frozenset(self.stop)
 
 
-class TokenizerConfig(Section):
+class TokenizerConfig(Section, frozen=True):
     """The tokenizer that the data was built with."""
 
     file: str | None = Field(

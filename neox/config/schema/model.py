@@ -14,7 +14,7 @@ Initialisation = Literal["normal", "scaled_normal", "small_init", "wang_init"]
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}  # activation -> function applied to the gate
 
 
-class RopeScaling(Section):
+class RopeScaling(Section, frozen=True):
     """Scaling of the rotary frequencies beyond the context length that they were trained for."""
 
     type: Literal["linear", "ntk", "yarn", "llama3"] = Field(
@@ -41,7 +41,7 @@ class RopeScaling(Section):
     )
 
 
-class LoraConfig(Section):
+class LoraConfig(Section, frozen=True):
     """Low-rank adapters (LoRA, arXiv 2106.09685): W + alpha / rank B A, where only A and B are trained."""
 
     rank: PositiveInt = Field(description="rank of the adapters: rows of A, columns of B")
@@ -52,7 +52,7 @@ class LoraConfig(Section):
     )
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     """The architecture.
 
     Keys that follow from others (`num_kv_heads`, `head_dim`, `intermediate_size`) are filled in before validation, so

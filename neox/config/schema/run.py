@@ -9,7 +9,7 @@ from pydantic import Field
 from neox.config.schema.base import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, frozen=True):
     """Saving and resuming. Checkpoints are in run.dir/checkpoints."""
 
     save_interval: NonNegativeInt = Field(
@@ -48,7 +48,7 @@ class CheckpointConfig(Section):
     )
 
 
-class WandbConfig(Section):
+class WandbConfig(Section, frozen=True):
     """Weights & Biases. The API key comes from WANDB_API_KEY or `wandb login`."""
 
     project: str = Field(default="neox", description="project of the run")
@@ -61,7 +61,7 @@ class WandbConfig(Section):
     )
 
 
-class CometConfig(Section):
+class CometConfig(Section, frozen=True):
     """Comet. The API key comes from COMET_API_KEY or `comet login`."""
 
     project: str = Field(default="neox", description="project of the experiment")
@@ -73,7 +73,7 @@ class CometConfig(Section):
     )
 
 
-class LoggingConfig(Section):
+class LoggingConfig(Section, frozen=True):
     """What a run prints and records. metrics.jsonl has every step, whatever the interval."""
 
     interval: PositiveInt = Field(default=10, description="iterations between lines on the terminal and in log.txt")
@@ -82,7 +82,7 @@ class LoggingConfig(Section):
     comet: CometConfig | None = Field(default=None, description="log to Comet; null: off")
 
 
-class ProfileConfig(Section):
+class ProfileConfig(Section, frozen=True):
     """A trace of the torch profiler, in run.dir/profile."""
 
     start: NonNegativeInt = Field(default=0, description="first step of the trace; 0: no trace")
@@ -90,7 +90,7 @@ class ProfileConfig(Section):
     memory: bool = Field(default=False, description="record memory allocations")
 
 
-class GuardConfig(Section):
+class GuardConfig(Section, frozen=True):
     """Health checks of a run, and its reaction to each of them."""
 
     non_finite: Literal["stop", "skip"] = Field(
@@ -117,7 +117,7 @@ class GuardConfig(Section):
     )
 
 
-class RunConfig(Section):
+class RunConfig(Section, frozen=True):
     """Output folder of a run."""
 
     dir: str = Field(default="runs/default", description="folder of the run")

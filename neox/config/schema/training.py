@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from neox.config.schema.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, frozen=True):
     """The optimizer. Weight decay never applies to biases, norms and other one-dimensional parameters."""
 
     type: Literal["adamw", "lion", "sgd", "muon"] = Field(
@@ -38,7 +38,7 @@ def integral(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(Section, frozen=True):
     """The learning rate over the iterations. After decay_iters it stays at min_lr, unless `rule` differs."""
 
     type: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
@@ -60,7 +60,7 @@ class ScheduleConfig(Section):
     min_lr: NonNegativeFloat = Field(default=0.0, description="learning rate at and after decay_iters")
 
 
-class PrecisionConfig(Section):
+class PrecisionConfig(Section, frozen=True):
     """Number formats. Master weights, moments, accumulated gradients and statistics are always fp32."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
@@ -75,7 +75,7 @@ class PrecisionConfig(Section):
     min_loss_scale: PositiveFloat = Field(default=1.0, description="fp16: minimum loss scale")
 
 
-class ParallelConfig(Section):
+class ParallelConfig(Section, frozen=True):
     """Model parallelism. The remaining processes are data-parallel."""
 
     tensor: PositiveInt = Field(default=1, description="tensor parallelism: processes that share each layer")
@@ -97,7 +97,7 @@ class ParallelConfig(Section):
     )
 
 
-class ZeroConfig(Section):
+class ZeroConfig(Section, frozen=True):
     """DeepSpeed ZeRO: what data-parallel processes shard instead of replicating."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = Field(
@@ -105,7 +105,7 @@ class ZeroConfig(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, frozen=True):
     """Length and batch size of a run.
 
     global_batch_size = micro_batch_size x gradient_accumulation x data-parallel size. One of the three may be omitted.
@@ -138,7 +138,7 @@ class TrainConfig(Section):
     )
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Section, frozen=True):
     """Validation during training."""
 
     interval: NonNegativeInt = Field(default=0, description="iterations between evaluations; 0: no evaluation")
