@@ -142,5 +142,6 @@ def layout_of(data: RunProvenance, step: int, world_size: int | None) -> BatchLa
     micro = train.micro_batch_size or batch // (dp * (train.gradient_accumulation or 1))
     if dp < 1 or batch % (micro * dp):
         got = f"batch {batch}, micro-batch {micro}, {dp} data-parallel processes"
-        raise ConfigError("the processes do not divide the batch", where="--world-size", got=got, want="a multiple")
+        want = "a batch that is a multiple of the micro-batch times the data-parallel processes"
+        raise ConfigError("the processes cannot share the batch equally", where="--world-size", got=got, want=want)
     return BatchLayout(micro, dp, config.parallel.tensor, config.parallel.context)

@@ -158,7 +158,10 @@ def test_checkpoints_of_a_branch_that_was_left_do_not_count(run, tmp_path, capsy
 def test_wrong_questions(run, tmp_path, capsys):
     for arguments, what in (
         (["which", "--run", run / "run", "--step", 1, "--rank", 9], "no such rank; where=--rank; got=9"),
-        (["which", "--run", run / "run", "--step", 1, "--world-size", 3], "the processes do not divide the batch"),
+        (
+            ["which", "--run", run / "run", "--step", 1, "--world-size", 3],
+            "the processes cannot share the batch equally",
+        ),
         (["seen", "--run", tmp_path], "not the folder of a run"),
     ):
         assert main(["data", *map(str, arguments)]) == 2

@@ -14,20 +14,20 @@ class Buffers {
   public:
     explicit Buffers(const DecodeBlock& op)
         : rows(op.batch * op.seq),
-          packed(op.groups * (op.heads + 2) * op.head_dim),
-          mixed(op.groups * op.heads * op.head_dim),
-          floats_(static_cast<size_t>(
-              rows * (2 * op.hidden + packed + mixed + 3 * op.width + op.groups * op.heads + 2 * (1 + op.heads)) +
-              8 * kAlign)) {
+          qkv_cols(op.groups * (op.heads + 2) * op.head_dim),
+          attended_cols(op.groups * op.heads * op.head_dim),
+          floats_(static_cast<size_t>(rows * (2 * op.hidden + qkv_cols + attended_cols + 3 * op.width +
+                                              op.groups * op.heads + 2 * (1 + op.heads)) +
+                                      8 * kAlign)) {
         for (void** buffer : {&normed[0], &normed[1]}) *buffer = take(rows * op.hidden);
-        qkv = take(rows * packed);
-        attended = take(rows * mixed);
+        qkv = take(rows * qkv_cols);
+        attended = take(rows * attended_cols);
         for (void** buffer : {&up, &gate, &inner}) *buffer = take(rows * op.width);
         lse = take(rows * op.groups * op.heads);
         statistics = take(2 * rows * (1 + op.heads));
     }
 
-    const int64_t rows, packed, mixed;  // packed, mixed: channels per row of qkv and of the attention output
+    const int64_t rows, qkv_cols, attended_cols;
     void *normed[2], *qkv, *attended, *up, *gate, *inner;
     float *lse, *statistics;
 
@@ -44,6 +44,7 @@ class Buffers {
     int64_t used_ = 0;
 };
 
+// One transformer block, one step of decoding: see decode_block.h.
 class Step {
   public:
     Step(const DecodeBlock& op, const Parallel& parallel) : op_(op), parallel_(parallel), buffers_(op) {}
@@ -55,7 +56,7 @@ class Step {
         // the branch's output is the first addend, as in the operators' path
         norm(addend ? addend : op_.stream, addend ? op_.stream : nullptr, stream, 0, dual ? 2 : 1);
         attend();
-        project(op_.out, buffers_.attended, buffers_.mixed, op_.hidden, nullptr, delta);
+        project(op_.out, buffers_.attended, buffers_.attended_cols, op_.hidden, nullptr, delta);
         if (op_.parallel) {
             feed_forward(buffers_.normed[dual ? 1 : 0], delta, delta);
         } else {
@@ -103,7 +104,8 @@ class Step {
 
     // Rotates keys and queries. Keys and values are written to the cache, queries in place.
     void rotate_and_store() {
-        const int64_t d = op_.head_dim, group = (op_.heads + 2) * d, row = buffers_.packed, cached_row = op_.groups * d;
+        const int64_t d = op_.head_dim, group = (op_.heads + 2) * d, row = buffers_.qkv_cols,
+                      cached_row = op_.groups * d;
         void* const key = at(buffers_.qkv, op_.heads * d);
         void* const keys = at(op_.keys, op_.length * cached_row);
         if (op_.tables.cos) {
@@ -124,12 +126,12 @@ class Step {
         for (int64_t row = 0; row < buffers_.rows; ++row) {
             const int64_t target = row / op_.seq * op_.cache_batch_stride + row % op_.seq * op_.groups * d;
             for (int64_t g = 0; g < op_.groups; ++g)
-                std::memcpy(at(to, target + g * d), at(from, row * buffers_.packed + g * group), bytes(d));
+                std::memcpy(at(to, target + g * d), at(from, row * buffers_.qkv_cols + g * group), bytes(d));
         }
     }
 
     void attend() {
-        const int64_t d = op_.head_dim, group = (op_.heads + 2) * d, row = buffers_.packed;
+        const int64_t d = op_.head_dim, group = (op_.heads + 2) * d, row = buffers_.qkv_cols;
         project(op_.qkv, buffers_.normed[0], op_.hidden, row, nullptr, buffers_.qkv);
         for (int64_t i = 0; op_.query_norm && i < buffers_.rows * op_.groups; ++i) {
             norm_heads(at(buffers_.qkv, i * group), op_.heads, op_.query_norm);
