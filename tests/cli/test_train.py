@@ -82,47 +82,49 @@ def test_positional_files_reach_the_run(tmp_path):
     )
 
 
+GPT_NEOX_MODEL = {
+    "pipe-parallel-size": 1,
+    "model-parallel-size": 1,
+    "num-layers": 2,
+    "hidden-size": 32,
+    "num-attention-heads": 4,
+    "seq-length": 32,
+    "max-position-embeddings": 32,
+    "pos-emb": "rotary",
+    "rotary-pct": 0.25,
+    "no-weight-tying": True,
+    "gpt-j-residual": True,
+    "attention-config": [[["flash"], 2]],
+    "bias-gelu-fusion": True,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8}},
+    "zero_optimization": {
+        "stage": 1,
+        "allgather_bucket_size": 500000000,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "cpu_offload": False,
+    },
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "checkpoint-activations": True,
+    "precision": "fp32",
+    "train-iters": 6,
+    "lr-decay-iters": 6,
+    "lr-decay-style": "cosine",
+    "checkpoint-factor": 3,
+    "extra-save-iters": [0, 1],
+    "eval-interval": 3,
+    "eval-iters": 2,
+    "wall_clock_breakdown": True,
+    "launcher": "slurm",
+}
+
+
 def test_files_of_gpt_neox_train_as_they_are(tmp_path):
     """Two of its flat files, merged: a model in hyphens and flow style, and paths; trained, then started again with
     nothing left to do.
     """
     make_corpus(tmp_path)
-    model = {
-        "pipe-parallel-size": 1,
-        "model-parallel-size": 1,
-        "num-layers": 2,
-        "hidden-size": 32,
-        "num-attention-heads": 4,
-        "seq-length": 32,
-        "max-position-embeddings": 32,
-        "pos-emb": "rotary",
-        "rotary-pct": 0.25,
-        "no-weight-tying": True,
-        "gpt-j-residual": True,
-        "attention-config": [[["flash"], 2]],
-        "bias-gelu-fusion": True,
-        "optimizer": {"type": "Adam", "params": {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8}},
-        "zero_optimization": {
-            "stage": 1,
-            "allgather_bucket_size": 500000000,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "cpu_offload": False,
-        },
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 2,
-        "checkpoint-activations": True,
-        "precision": "fp32",
-        "train-iters": 6,
-        "lr-decay-iters": 6,
-        "lr-decay-style": "cosine",
-        "checkpoint-factor": 3,
-        "extra-save-iters": [0, 1],
-        "eval-interval": 3,
-        "eval-iters": 2,
-        "wall_clock_breakdown": True,
-        "launcher": "slurm",
-    }
     paths = {
         f"{part}-data-paths": [str(tmp_path / ("train" if part == "train" else "valid"))]
         for part in ("train", "valid", "test")
@@ -133,7 +135,7 @@ def test_files_of_gpt_neox_train_as_they_are(tmp_path):
         "save": str(tmp_path / "run"),
         "load": str(tmp_path / "run"),
     }
-    (tmp_path / "model.yml").write_text(flow_text(model))
+    (tmp_path / "model.yml").write_text(flow_text(GPT_NEOX_MODEL))
     (tmp_path / "paths.yml").write_text(flow_text(paths))
     command = [sys.executable, str(ROOT / "train.py"), "--conf", "model.yml", "paths.yml"]
     run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=300)

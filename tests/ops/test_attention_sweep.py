@@ -9,7 +9,7 @@ import torch
 
 from neox.ops import attention
 from tests import reference
-from tests.ops.test_attention import CUDA, DTYPES, FLOOR, documents, gradients
+from tests.ops.attention_cases import CUDA, DTYPES, FLOOR, documents, gradients
 
 LENGTHS = (1, 17, 64, 129, 300, 819)
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)

@@ -36,8 +36,8 @@ class Case:
     device: str = "cpu"
 
 
-def model_cases() -> list[Case]:
-    """Contradictions inside the model."""
+def shape_cases() -> list[Case]:
+    """Contradictions between widths and heads."""
     cases = [
         Case(
             (f"model.hidden_size={hidden}", f"model.num_attention_heads={heads}"),
@@ -68,6 +68,12 @@ def model_cases() -> list[Case]:
         Case((f"model.head_dim={width}", f"model.rotary_pct={share}"), ("model.head_dim", "model.rotary_pct"))
         for width, share in ((9, 1.0), (20, 0.25), (8, 0.1), (4, 0.4))
     ]
+    return cases
+
+
+def model_cases() -> list[Case]:
+    """Contradictions inside the model."""
+    cases = shape_cases()
     for position in ("learned", "alibi", "none"):
         for option in ("rotary_pct=0.5", "rope_theta=500000", "rope_scaling={type: linear, factor: 2}"):
             cases.append(
