@@ -29,7 +29,7 @@ REQUIREMENTS = import sys; from setuptools.config.pyprojecttoml import read_conf
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test cuda-check sweep fuzz gpu-wheels docs wheel bench lint types format clean
+.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check sweep fuzz gpu-wheels docs wheel bench lint types format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -90,6 +90,12 @@ fault-test: setup  ## hundreds of kills, signals, full disks, dead and stuck pro
 
 harness-test: setup  ## compare with lm-evaluation-harness's hf model on the full LAMBADA and BLiMP sets; about 15 minutes
 	$(PY) -m pytest tests/evaluate/test_full_sets.py -m harness -s
+
+N ?= 20
+SEED ?= 1
+mutation-test: setup  ## change N random spots of MODULE=neox/... or csrc/..., one at a time, and print those that its tests do not notice
+	@test -n "$(MODULE)" || { echo "error[2] no module; where=MODULE; want=a file of neox/ or csrc/; do=make mutation-test MODULE=neox/train/progress.py"; exit 2; }
+	$(PY) -m tests.mutation.run $(MODULE) --number $(N) --seed $(SEED)
 
 # The sanitizer runtimes must be loaded before python, whose interpreter is built without them.
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)"
