@@ -30,7 +30,7 @@ def largest(named: Named) -> torch.Tensor:
     """Largest magnitude of each parameter in this process, fp32 [parameters] on the device; NaN or infinite if a
     value is. One pass over all of them.
     """
-    held = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for _, p, _ in named]
+    held: list[torch.Tensor] = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for _, p, _ in named]
     return torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)]) if held else torch.zeros(0)
 
 

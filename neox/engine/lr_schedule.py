@@ -53,10 +53,9 @@ class LRSchedule:
             return gpt_neox(self, step - 1 if updates is None else updates)
         if step < self.warmup_iters:
             return self.peak * step / self.warmup_iters
-        step = min(step, max(self.decay_iters, self.warmup_iters))
-        return FORMULAS[self.type](self, step)
+        return FORMULAS[self.type](self, min(step, max(self.decay_iters, self.warmup_iters)))
 
-    def progress(self, step: int, begin: float) -> float:
+    def progress(self, step: float, begin: float) -> float:
         """Share of the way from step `begin` to decay_iters, in [0, 1]."""
         if self.decay_iters <= begin:
             return 0.0 if step < self.decay_iters else 1.0
@@ -79,30 +78,30 @@ def gpt_neox(schedule: LRSchedule, updates: int) -> float:
     return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * passed))
 
 
-def constant(schedule: LRSchedule, step: int) -> float:
+def constant(schedule: LRSchedule, step: float) -> float:
     """The peak."""
     return schedule.peak
 
 
-def linear(schedule: LRSchedule, step: int) -> float:
+def linear(schedule: LRSchedule, step: float) -> float:
     """A straight line from the peak to min_lr."""
     return schedule.min_lr + (schedule.peak - schedule.min_lr) * (1.0 - schedule.progress(step, schedule.warmup_iters))
 
 
-def cosine(schedule: LRSchedule, step: int) -> float:
+def cosine(schedule: LRSchedule, step: float) -> float:
     """Half a cosine from the peak to min_lr."""
     return schedule.min_lr + (schedule.peak - schedule.min_lr) * 0.5 * (
         1.0 + math.cos(math.pi * schedule.progress(step, schedule.warmup_iters))
     )
 
 
-def wsd(schedule: LRSchedule, step: int) -> float:
+def wsd(schedule: LRSchedule, step: float) -> float:
     """The peak, then a straight line to min_lr over the last cooldown_iters."""
     begin = max(schedule.decay_iters - schedule.cooldown_iters, schedule.warmup_iters)
     return schedule.min_lr + (schedule.peak - schedule.min_lr) * (1.0 - schedule.progress(step, begin))
 
 
-def inverse_sqrt(schedule: LRSchedule, step: int) -> float:
+def inverse_sqrt(schedule: LRSchedule, step: float) -> float:
     """Falls with the root of the step; min_lr is a floor."""
     return max(schedule.min_lr, schedule.peak * math.sqrt(max(schedule.warmup_iters, 1) / max(step, 1)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.distributed as dist
 
 from neox.parallel.mesh import Mesh
@@ -17,7 +19,11 @@ class MeshMPU:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.alone = None if mesh.replica_group is not None and mesh.tp_group is not None else lone_group(mesh)
+        if mesh.replica_group is not None and mesh.tp_group is not None:
+            self.replica_group, self.tensor_group = mesh.replica_group, mesh.tp_group
+        else:
+            alone = lone_group(mesh)
+            self.replica_group, self.tensor_group = mesh.replica_group or alone, mesh.tp_group or alone
 
     def get_data_parallel_rank(self) -> int:
         """Rank among the replicas."""
@@ -29,7 +35,7 @@ class MeshMPU:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Group of the replicas."""
-        return self.mesh.replica_group or self.alone
+        return self.replica_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Global ranks of the replicas."""
@@ -59,7 +65,7 @@ class MeshMPU:
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
         """The tensor group."""
-        return self.mesh.tp_group or self.alone
+        return self.tensor_group
 
     def get_pipeline_model_parallel_rank(self) -> int:
         """Rank of the pipeline stage."""
@@ -73,5 +79,7 @@ class MeshMPU:
 def lone_group(mesh: Mesh) -> dist.ProcessGroup:
     """A group of this process alone: DeepSpeed requires a group even for one process."""
     if mesh.world_size == 1 and dist.get_world_size() == 1:
-        return dist.group.WORLD
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        group = dist.group.WORLD
+    else:
+        group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return cast(dist.ProcessGroup, group)  # the annotations allow for processes that are not in it

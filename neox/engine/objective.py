@@ -7,7 +7,7 @@ process sees a part of each sequence.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,13 @@ class Objective(Protocol):
 
     def __call__(self, out: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The sum, fp32 scalar; `out` is the result of GPT.forward, fp32 [rows * s]."""
+        ...
 
     def count(self, batch: Batch) -> int:
         """Number of terms of a batch. The loss of a step is the sum over the global batch divided by its number of
         terms.
         """
+        ...
 
 
 class TokenLoss:
@@ -55,7 +57,7 @@ class PreferenceLoss:
 
     def __call__(self, out: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sum over the pairs."""
-        gain = answer_log_probabilities(out, len(batch.tokens)) - batch.reference
+        gain = answer_log_probabilities(out, len(batch.tokens)) - cast(torch.Tensor, batch.reference)
         return -F.logsigmoid(self.beta * (gain[0::2] - gain[1::2])).sum()
 
     def count(self, batch: Batch) -> int:
@@ -70,7 +72,8 @@ class RewardLoss:
 
     def __call__(self, out: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Sum over the pairs."""
-        scores = out.view(len(batch.tokens), -1).gather(1, batch.ends[:, None])[:, 0]
+        ends = cast(torch.Tensor, batch.ends)
+        scores = out.view(len(batch.tokens), -1).gather(1, ends[:, None])[:, 0]
         return -F.logsigmoid(scores[0::2] - scores[1::2]).sum()
 
     def count(self, batch: Batch) -> int:

@@ -54,14 +54,14 @@ class AdamW(NoCompiler, torch.optim.AdamW):
             for params in same_kind.values():
                 self._update(params, group)
 
-    def _update(self, params: list[torch.nn.Parameter], group: dict) -> None:
+    def _update(self, params: list[torch.Tensor], group: dict) -> None:
         for p in params:
             if not self.state[p]:
                 zeros = {
                     name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")
                 }
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         steps, averages, squares = ([self.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq"))
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]

@@ -215,7 +215,7 @@ def tie_embedding(model: GPT, mesh: Mesh, dtype: torch.dtype) -> TiedExchange:
     tied = mesh.pp > 1 and model.config.tie_embeddings and model.config.output == "tokens"
     if not tied:
         return TiedExchange(mesh, None, None)
-    weight = model.embedding.word.weight if mesh.first_stage else None
+    weight = None if model.embedding is None else model.embedding.word.weight
     if weight is None and model.tied is not None and model.tied.weight.dtype != dtype:
         model.tied.replace(model.tied.weight.to(dtype))
     return TiedExchange(mesh, weight, model.tied)
