@@ -20,7 +20,7 @@ Stage 0 in bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 acc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,23 +31,17 @@ import torch.distributed as dist
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment
 from neox.config.schema import Config
-from neox.config.validate import batch_sizes
 from neox.data.samples.loader import Batch
 from neox.engine.batch import context_slice, to_device
-from neox.engine.deepspeed_setup import init_deepspeed
 from neox.engine.drift import check_replicas, find_non_finite, gather_findings, largest
-from neox.engine.footprint import optimizer_state_keys
 from neox.engine.guard import non_finite_error
-from neox.engine.objective import LossModule, TokenLoss, answer_log_probabilities, build_objective
-from neox.engine.optimizer import build_optimizer
-from neox.engine.optimizer_state import OptimizerState
-from neox.engine.pipeline import OneForwardOneBackward, TiedExchange, backward_root, tie_embedding
+from neox.engine.objective import TokenLoss, build_objective
+from neox.engine.pipeline import OneForwardOneBackward, backward_root, tie_embedding
+from neox.engine.sharding import shard_model
 from neox.engine.update import Update, Updater, sum_over
 from neox.errors import NonFinite
-from neox.model.adapters import is_trained
 from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
-from neox.model.pipeline import token_losses
 from neox.parallel.mesh import Mesh
 from neox.phases import Phases
 
@@ -95,32 +89,10 @@ class Engine:
         self.updates = 0
         self.token_weight = 1.0  # of a token's loss in the gradient of the current step
         self.objective = build_objective(config.train)
-        # before DeepSpeed, whose stage 3 empties the parameters
-        specs, shapes = model.shard_specs(), model.logical_shapes()
-        kinds = {
-            name: optimizer_state_keys(config.optimizer, name, len(shape)) if is_trained(config.model, name) else ()
-            for name, shape in shapes.items()
-        }
-        parameters = [(name, p, specs[name]) for name, p in model.named_parameters()]
-        self.trained = [row for row in parameters if row[1].requires_grad]
-        for _, p, spec in self.trained:
-            # DeepSpeed's norm counts others on one member of the tensor group only
-            p.tensor_model_parallel = spec.dim is not None and mesh.tp > 1
-        self.optimizer = build_optimizer([(name, p) for name, p, _ in self.trained], config.optimizer)
-        rounded = config.precision.dtype != "fp32"
-        initial = copy_to_host(self.trained) if rounded else {}
-        self.deepspeed = init_deepspeed(
-            config, LossModule(model, self.objective), self.optimizer, batch_sizes(config, mesh.world_size), mesh
-        )
-        self.state = OptimizerState(
-            parameters, self.deepspeed.optimizer, self.optimizer, kinds, shapes, (mesh.replica_rank, mesh.replicas)
-        )
-        if rounded:
-            # DeepSpeed made its master weights from weights that were already rounded
-            self.state.write_weights(initial)
-        self.updater = Updater(config, mesh, self.deepspeed, self.optimizer, self.state, self.phases)
+        self.trained, self.deepspeed, self.state = shard_model(config, mesh, model, self.objective)
+        self.updater = Updater(config, mesh, self.deepspeed, self.state, self.phases)
         dtype = DTYPES[config.precision.dtype]
-        self.tied: TiedExchange = tie_embedding(model, mesh, dtype)
+        self.tied = tie_embedding(model, mesh, dtype)
         self.pipeline = OneForwardOneBackward(
             mesh, self.forward, self.backward, lambda batch: model.boundary_shape(batch.tokens), dtype
         )
@@ -237,46 +209,6 @@ class Engine:
         with self.phases.waiting():
             return sum_over([float(flag)], self.everyone, self.mesh.device)[0] > 0
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss per target over the batches of all processes, NaN if there is no target. Training state and
-        random streams are untouched.
-        """
-        total, targets, _ = self.evaluate_part(batches)
-        return total / targets if targets else math.nan
-
-    @torch.no_grad()
-    def evaluate_part(self, batches: Iterable[Batch], *, stop: bool = False) -> tuple[float, float, bool]:
-        """Part of an evaluation. Returns the sum of the losses, the number of targets, and whether any process asks
-        to stop, over all processes.
-        """
-        mesh = self.mesh
-        self.phases.enter("evaluate")
-        self.deepspeed.eval()
-        parts = [context_slice(batch, mesh) for batch in batches]
-        count = sum(self.objective.count(batch) for batch in parts)  # where the loader left them, as in `train_step`
-        loss = self.pipeline.evaluate([to_device(batch, mesh.device) for batch in parts])
-        self.deepspeed.train()
-        counted = mesh.first_stage and mesh.tp_rank == 0
-        sums = torch.tensor([0.0, float(count) if counted else 0.0, float(stop)], dtype=torch.float64).to(mesh.device)
-        if mesh.last_stage and mesh.tp_rank == 0:
-            sums[0] = loss
-        with self.phases.waiting():  # the only one: the loss is summed before it is read
-            if self.everyone is not None:
-                dist.all_reduce(sums, group=self.everyone)
-            total, targets, stops = sums.tolist()
-        return total, targets, stops > 0
-
-    @torch.no_grad()
-    def log_probabilities(self, batch: Batch) -> torch.Tensor:
-        """Log-probability of the targets of each row by the current model, fp32 [rows] on the CPU. The training
-        state is untouched.
-        """
-        self.deepspeed.eval()
-        local = to_device(batch, self.mesh.device)
-        losses = token_losses(self.model, local.tokens, local.targets, checked=True)
-        self.deepspeed.train()
-        return answer_log_probabilities(losses, len(local.tokens)).cpu()
-
     def fragments(self) -> Iterator[Fragment]:
         """The fp32 weights and optimizer state that this process writes to a checkpoint (views, not copies)."""
         return self.state.fragments()
@@ -312,10 +244,3 @@ class Engine:
         """
         self.state.take_weights(checkpoint)
         self.tied.publish()
-
-
-def copy_to_host(trained: Iterable[tuple[str, torch.nn.Parameter, object]]) -> dict[str, torch.Tensor]:
-    """Copies in host memory, by name: on a GPU a second set of fp32 weights besides DeepSpeed's would be the peak of
-    the start.
-    """
-    return {name: p.detach().to("cpu", copy=True) for name, p, _ in trained}

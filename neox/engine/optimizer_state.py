@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -22,6 +24,7 @@ from neox.model.adapters import HEAD, SCORE, is_added
 from neox.parallel.shard_spec import ShardSpec
 
 Named = Iterable[tuple[str, torch.nn.Parameter, ShardSpec]]
+ZeroWrapper: TypeAlias = DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def frozen_shards(named: Named, rank: int, size: int) -> Iterator[ParameterShard
 def flat_partition_shards(named: Named, wrapper: DeepSpeedZeroOptimizer | BF16_Optimizer) -> Iterator[ParameterShard]:
     """Stages 1 and 2: DeepSpeed's fragment map gives the address of a parameter's part in the flat fp32 partition."""
     for name, p, layout in named:
-        fragment = p._hp_mapping
+        fragment = vars(p)["_hp_mapping"]
         if fragment is None:
             continue
         flat = wrapper.optimizer.param_groups[fragment.param_group_index]["params"][0]
@@ -95,8 +98,9 @@ def stage3_shards(named: Named, wrapper: DeepSpeedZeroOptimizer_Stage3, rank: in
     """Stage 3: every parameter is sharded evenly over the processes; the last shards are padded."""
     for name, p, layout in named:
         sub_group, offset, share = wrapper.grad_position[wrapper.get_param_id(p)]
-        start = min(rank * share, p.ds_numel)
-        stop = min(start + share, p.ds_numel)
+        count = vars(p)["ds_numel"]
+        start = min(rank * share, count)
+        stop = min(start + share, count)
         if start < stop:
             flat = wrapper.fp32_partitioned_groups_flat[sub_group]
             yield ParameterShard(
@@ -110,7 +114,7 @@ class OptimizerState:
     Args:
         named: logical name, parameter and layout of every parameter of this process; those without a gradient are
             frozen.
-        wrapper: DeepSpeed's optimizer; at stage 0, which has none, our optimizer.
+        wrapper: DeepSpeed's optimizer; None at stage 0, which has none.
         optimizer: our optimizer inside.
         kinds: by parameter, the names of its per-element optimizer state, besides the weight.
         shapes: logical shape of every parameter of the model, those of other pipeline stages included.
@@ -120,7 +124,7 @@ class OptimizerState:
     def __init__(
         self,
         named: Named,
-        wrapper: object,
+        wrapper: ZeroWrapper | None,
         optimizer: torch.optim.Optimizer,
         kinds: dict[str, tuple[str, ...]],
         shapes: dict[str, tuple[int, ...]],
@@ -137,7 +141,7 @@ class OptimizerState:
         )
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             self.shards = list(stage3_shards(named, wrapper, rank))
-        elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        elif wrapper is not None:
             self.shards = list(flat_partition_shards(named, wrapper))
         else:
             self.shards = list(replicated_shards(named, optimizer, rank, size))
@@ -234,9 +238,8 @@ class OptimizerState:
                 if start >= stop or (weights_of is not None and shard.name not in weights_of):
                     continue
                 for kind in ("weight", *self.kinds[shard.name]) if weights_of is None else ("weight",):
-                    checkpoint.read_into(
-                        shard.view(self.tensor(shard, kind), start, stop), shard.name, kind, layout.slices, start, stop
-                    )
+                    held = cast(torch.Tensor, self.tensor(shard, kind))
+                    checkpoint.read_into(shard.view(held, start, stop), shard.name, kind, layout.slices, start, stop)
         self.publish()
 
     @torch.no_grad()
@@ -257,7 +260,7 @@ class OptimizerState:
             for sub_group in range(len(wrapper.fp16_groups)):
                 wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
             self.gather_persistent()
-        elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        elif wrapper is not None:
             wrapper.update_lp_params()
 
     def gather_persistent(self) -> None:
@@ -268,9 +271,13 @@ class OptimizerState:
             self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)
 
 
-def pending_gradients(
-    wrapper: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer,
-) -> Iterator[torch.Tensor]:
+def zero_wrapper(deepspeed: DeepSpeedEngine) -> ZeroWrapper | None:
+    """DeepSpeed's optimizer around ours; None at stage 0, which has none."""
+    wrapper = deepspeed.optimizer
+    return wrapper if isinstance(wrapper, ZeroWrapper) else None
+
+
+def pending_gradients(wrapper: ZeroWrapper) -> Iterator[torch.Tensor]:
     """The reduced gradients of this process that the next step of DeepSpeed's optimizer would apply."""
     if isinstance(wrapper, BF16_Optimizer):
         yield from wrapper.fp32_groups_gradients_flat

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch.optim import Optimizer
 
 from neox.config.schema import Config
 from neox.engine.guard import Guard
@@ -49,7 +49,6 @@ class Updater:
         config: the run.
         mesh: the layout of processes.
         deepspeed: DeepSpeed's engine.
-        optimizer: our optimizer inside.
         state: the weights and optimizer state of this process.
         phases: marks where this process waits for others.
     """
@@ -59,16 +58,16 @@ class Updater:
         config: Config,
         mesh: Mesh,
         deepspeed: DeepSpeedEngine,
-        optimizer: Optimizer,
         state: OptimizerState,
         phases: Phases,
     ):
         self.config = config
         self.mesh = mesh
         self.deepspeed = deepspeed
-        self.optimizer = optimizer
-        # DeepSpeed's optimizer around ours; stage 0 in fp32 has none
-        self.zero = None if deepspeed.optimizer is optimizer else deepspeed.optimizer
+        self.optimizer = state.optimizer
+        self.zero = state.wrapper
+        fp16 = config.precision.dtype == "fp16"
+        self.scaled = self.zero if fp16 and not isinstance(self.zero, BF16_Optimizer) else None
         self.state = state
         self.phases = phases
         self.guard = Guard(config.guard)
@@ -77,19 +76,19 @@ class Updater:
     @property
     def loss_scale(self) -> float:
         """The factor of the loss in the backward pass; 1 unless the run is in fp16."""
-        return self.zero.loss_scale if self.config.precision.dtype == "fp16" else 1.0
+        return 1.0 if self.scaled is None else self.scaled.loss_scale
 
     def scaler_state(self) -> dict[str, float]:
         """The state of fp16's loss scaler; empty in other precisions."""
-        if self.config.precision.dtype != "fp16":
+        if self.scaled is None:
             return {}
-        return {key: getattr(self.zero.loss_scaler, key) for key in SCALER_STATE}
+        return {key: getattr(self.scaled.loss_scaler, key) for key in SCALER_STATE}
 
     def restore_scaler(self, state: dict[str, float]) -> None:
         """Restore what `scaler_state` returned; does nothing in other precisions than fp16."""
-        if self.config.precision.dtype == "fp16":
+        if self.scaled is not None:
             for key, value in state.items():
-                setattr(self.zero.loss_scaler, key, value)
+                setattr(self.scaled.loss_scaler, key, value)
 
     def set_learning_rate(self, step: int, updates: int) -> float:
         """Set the learning rate of a step, before which `updates` updates were made, in the optimizer's groups.
@@ -152,10 +151,11 @@ class Updater:
             return Update(norm, skipped=False)
         self.step_optimizer()  # DeepSpeed clips, and skips the update on overflow
         if not self.zero.overflow:
+            norm = self.deepspeed.get_global_grad_norm()
             with self.phases.waiting():
-                return Update(float(self.deepspeed.get_global_grad_norm()), skipped=False)
+                return Update(math.nan if norm is None else float(norm), skipped=False)
         self.state.gather_persistent()
-        if self.config.precision.dtype == "fp16" and self.zero.loss_scale > self.config.precision.min_loss_scale:
+        if self.scaled is not None and self.scaled.loss_scale > self.config.precision.min_loss_scale:
             return Update(math.inf, skipped=True)
         return not_finite("gradient", "NaN or infinity")
 

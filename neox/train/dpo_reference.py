@@ -19,6 +19,7 @@ from neox.data.samples.documents import PairDataset
 from neox.data.samples.loader import Loader
 from neox.data.samples.sample import Dataset, Pair
 from neox.engine.engine import Engine
+from neox.engine.evaluation import log_probabilities
 from neox.errors import CheckpointError
 from neox.files import make_dirs, write_durably
 from neox.parallel.mesh import Mesh
@@ -74,7 +75,7 @@ def compute(pairs: PairDataset, engine: Engine, mesh: Mesh, micro_batch_size: in
         for _ in range(0, len(pairs), micro_batch_size * mesh.dp):
             (batch,) = next(loader)
             inside = batch.sample_ids < len(pairs)
-            out[batch.sample_ids[inside]] = engine.log_probabilities(batch).view(-1, 2)[inside]
+            out[batch.sample_ids[inside]] = log_probabilities(engine, batch).view(-1, 2)[inside]
     if mesh.dp_group is not None:
         out = out.to(mesh.device)
         dist.all_reduce(out, group=mesh.dp_group)

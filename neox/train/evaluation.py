@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from neox.config.schema import Config
 from neox.data.samples.loader import Loader
 from neox.engine.engine import Engine
+from neox.engine.evaluation import evaluate_part
 from neox.runtime.signals import StopSignals
 
 
@@ -52,7 +53,7 @@ class Evaluator:
         loss, targets, stop = 0.0, 0.0, False
         with self.open_loader() as loader:
             for done in range(1, self.iters + 1):
-                part = self.engine.evaluate_part(next(loader), stop=self.signals.received is not None)
+                part = evaluate_part(self.engine, next(loader), stop=self.signals.received is not None)
                 loss, targets, stop = loss + part[0], targets + part[1], part[2]
                 if stop and done < self.iters:
                     return Evaluation(None, True)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from neox.config.schema import Config
 from neox.engine.engine import Engine
+from neox.engine.evaluation import evaluate
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh, create_mesh
 from tests.engine import mutations
@@ -221,7 +222,7 @@ def run_cell(cell: Cell, mesh: Mesh, steps: int = STEPS) -> dict:
             norms.append(result.grad_norm)
             if step == 0:
                 gradient = logical(engine, ["exp_avg"])
-        validation = engine.evaluate(micro_batches(999, mesh, cell))
+        validation = evaluate(engine, micro_batches(999, mesh, cell))
     return {
         "initial": initial,
         "gradient": gradient,

@@ -1,5 +1,5 @@
 """The engine on a toy model: the same training under every ZeRO stage, world size and accumulation; what is not
-finite; evaluation.
+finite.
 """
 
 import json
@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 
+from neox.engine.evaluation import evaluate
 from neox.errors import CheckpointError, NonFinite
 from neox.parallel.mesh import Mesh
 from tests.distributed import run_ranks
-from tests.engine.toy import VOCAB, Stored, engine_padding, gathered, make_config, make_engine, micro_batches, run
+from tests.engine.toy import Stored, engine_padding, gathered, make_config, make_engine, micro_batches, run
 
 STEPS = 20
 
@@ -26,7 +27,7 @@ def reference():
     return {
         "history": run(engine, 1, STEPS),
         "tensors": gathered(engine),
-        "validation": engine.evaluate(micro_batches(777, engine.mesh, 2)),
+        "validation": evaluate(engine, micro_batches(777, engine.mesh, 2)),
     }
 
 
@@ -226,25 +227,6 @@ def test_all_processes_decide_the_same_when_one_is_poisoned(tmp_path):
             assert answer["unchanged"], answer
             assert "samples [8, 9, 10, 11, 12, 13, 14, 15]" in answer["error"]
         assert a["error"].replace("rank 0", "") == b["error"].replace("rank 1", "")
-
-
-def test_evaluation_leaves_the_training_as_it_was():
-    results = []
-    for evaluate in (False, True):
-        engine = make_engine(make_config(), Mesh.single(), dropout=0.3)
-        torch.manual_seed(9)
-        history = run(engine, 1, 2)
-        if evaluate:
-            engine.evaluate(micro_batches(777, engine.mesh, 2))
-        results.append(history + run(engine, 1, 2))
-    assert results[0] == results[1]
-
-
-def test_evaluation_is_the_mean_over_targets_without_dropout():
-    engine = make_engine(make_config(), Mesh.single(), dropout=0.5)
-    a, b = engine.evaluate(micro_batches(777, engine.mesh, 1)), engine.evaluate(micro_batches(777, engine.mesh, 4))
-    assert a == pytest.approx(b, rel=1e-6)
-    assert 0.5 * math.log(VOCAB) < a < 2 * math.log(VOCAB)
 
 
 def test_the_wish_to_stop_comes_back():

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import neox
 from neox.config.schema import ModelConfig
-from neox.engine.engine import copy_to_host
+from neox.engine.evaluation import evaluate
 from neox.errors import ConfigError
 from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
@@ -108,7 +108,7 @@ def test_an_evaluation_counts_targets_where_the_loader_left_them_and_reads_once(
     batches = micro_batches(0, engine.mesh, 3)
     copies = []
     monkeypatch.setattr(
-        "neox.engine.engine.to_device",
+        "neox.engine.evaluation.to_device",
         lambda batch, _: copies.append(replace(batch, targets=batch.targets.clone())) or copies[-1],
     )
     counted = []
@@ -117,22 +117,12 @@ def test_an_evaluation_counts_targets_where_the_loader_left_them_and_reads_once(
         engine.objective, "count", lambda batch: counted.append(batch.targets.data_ptr()) or count(batch)
     )
     with HostReads() as reads:
-        loss = engine.evaluate(batches)
+        loss = evaluate(engine, batches)
     assert counted == [batch.targets.data_ptr() for batch in batches]
     assert len(copies) == 3
     assert reads.seen == {"count": 3}  # and one list, which on a CPU is no operator
     monkeypatch.undo()
-    assert loss == engine.evaluate(batches)
-
-
-def test_the_weights_before_rounding_wait_on_the_host():
-    with FakeTensorMode():
-        parameter = torch.nn.Parameter(torch.empty(3, device="cuda"))
-        assert copy_to_host([("a", parameter, None)])["a"].is_cpu
-    parameter = torch.nn.Parameter(torch.ones(3))
-    copy = copy_to_host([("a", parameter, None)])["a"]
-    assert torch.equal(copy, parameter)
-    assert copy.data_ptr() != parameter.data_ptr()
+    assert loss == evaluate(engine, batches)
 
 
 def test_reads_are_seen():
@@ -171,7 +161,7 @@ def test_every_read_of_the_device_is_marked_as_waiting_for_others(stage):
     engine.train_step(batches)
     with HostReads(heartbeat.waits) as reads:
         engine.train_step(batches)
-        engine.evaluate(batches)
+        evaluate(engine, batches)
     on_the_cpu = Counter(count=reads.seen["count"])
     assert reads.marked == reads.seen - on_the_cpu
     assert not heartbeat.waits.waiting

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neox.checkpoint.reshard import check_coverage
+from neox.engine.evaluation import evaluate
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import ROWS, VOCAB, Stored, engine_padding, make_config, make_engine, run
 
@@ -44,11 +45,11 @@ def test_what_is_written_is_read_back_and_reaches_the_model(dtype, stage):
     for f in engine.fragments():
         assert torch.equal(f.data, tensors[f"{f.kind}/{f.name}"][f.start : f.stop])
     assert engine_padding(engine) == 0.0
-    result = engine.evaluate([])
+    result = evaluate(engine, [])
     assert math.isnan(result)  # no target was given
     small = dict(engine.model.named_parameters())["norm.weight"]
     assert torch.equal(small.detach().float(), tensors["weight/norm.weight"].to(small.dtype).float())
-    counters = {float(state["step"]) for state in engine.optimizer.state.values()}
+    counters = {float(state["step"]) for state in engine.state.optimizer.state.values()}
     assert counters == {3.0}
 
 

@@ -37,5 +37,16 @@ def test_the_norm_is_that_before_clipping(limit):
     assert clipped == pytest.approx(min(norm, limit) if limit else norm, rel=1e-4)
 
 
+def test_a_norm_that_deepspeed_is_asked_not_to_compute_is_not_a_number():
+    sections = {
+        "optimizer": {"lr": 0.01, "gradient_clipping": 0.0},
+        "zero": {"stage": 1},
+        "deepspeed": {"zero_optimization": {"compute_grad_norm": False}},
+    }
+    engine = make_engine(make_config(**sections), Mesh.single())
+    result = engine.train_step(micro_batches(0, engine.mesh, 1))
+    assert math.isnan(result.grad_norm) and not result.skipped
+
+
 def test_the_sum_of_one_process():
     assert sum_over([1.0, 0.1 + 0.2], None, torch.device("cpu")) == [1.0, 0.1 + 0.2]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from neox.config.schema import Config
 from neox.data.samples.loader import Batch
 from neox.engine.engine import Engine
+from neox.engine.evaluation import evaluate
 from neox.errors import CheckpointError, NonFinite
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.parallel.shard_spec import ShardSpec
@@ -192,7 +193,7 @@ def train_ranks(settings: str, out: str) -> None:
             "tensors": {key: value.tolist() for key, value in tensors.items()},
             "state": engine.state_dict(),
             "padding": engine_padding(engine),
-            "validation": engine.evaluate(micro_batches(777, mesh, 2)),
+            "validation": evaluate(engine, micro_batches(777, mesh, 2)),
         }
     if mesh.rank == 0:
         Path(out).write_text(json.dumps(answers))
