@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from neox.errors import EnvironmentProblem
-
-INSTALL = "pip install --no-build-isolation -e ."
+from neox.errors import INSTALL, EnvironmentProblem
 
 # what the Python sources use of it
 NAMES = (

@@ -6,6 +6,8 @@ from typing import TypedDict
 
 from neox.printing import printable
 
+INSTALL = "pip install -e ."  # in a checkout: builds the native parts against the torch of the environment
+
 
 class ErrorParts(TypedDict):
     """The parts of an error as text; None for a part that it lacks."""

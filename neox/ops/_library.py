@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from neox.cpu import cpu_flags
-from neox.errors import EnvironmentProblem
+from neox.errors import INSTALL, EnvironmentProblem
 
 FOLDER = Path(__file__).parent.parent / "_ops"
 LOADED = "loaded by the process"
-INSTALL = "pip install --no-build-isolation -e ."
 
 # best first: library name -> CPU flags (as /proc/cpuinfo spells them) that its code needs
 REQUIREMENTS = {
