@@ -3,8 +3,8 @@
 Reading: a FIFO without a writer does not block, and a device does not fill the memory.
 
 Writing: a file is either complete or absent. The protocol is: temporary name -> write -> fsync -> rename, then fsync of
-    the folder.
-`FileSystem` holds the system calls, one method each, so that a test can inject failures, torn writes or a recorder.
+the folder. `FileSystem` holds the system calls, one method each, so that a test can inject failures, torn writes or a
+recorder.
 """
 
 from __future__ import annotations
@@ -228,12 +228,14 @@ def write_durably(path: Path, content: bytes, *, sole_writer: bool = False, stor
     """Write or replace a small file. After a crash it is complete, old or new, or absent. Durable on return.
 
     The temporary name is random: several processes may write the same file, and in a folder that others can write, a
-        link
-    planted under a predictable name would redirect the write.
+    link planted under a predictable name would redirect the write.
 
-    Args: path: file to write; a link is replaced, not followed. content: its bytes. sole_writer: the caller is the only
-        process that writes this file (it holds the folder's lock). The temporary name is then fixed, and a leftover of
-        an interrupted write is removed first. storage: system calls.
+    Args:
+        path: file to write; a link is replaced, not followed.
+        content: its bytes.
+        sole_writer: the caller is the only process that writes this file (it holds the folder's lock). The temporary
+            name is then fixed, and a leftover of an interrupted write is removed first.
+        storage: system calls.
 
     Raises:
         DiskError: the folder cannot be written or is full; no temporary file remains.

@@ -5,6 +5,7 @@ the repository.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 FLOORS = {
@@ -279,6 +280,21 @@ def missing_docstrings(tree: ast.Module) -> Iterator[Finding]:
             for method in public_definitions(node.body):
                 if ast.get_docstring(method) is None and not is_declaration(method):
                     yield method.lineno, f"{node.name}.{method.name} without a docstring"
+
+
+SECTION = re.compile(r"(?:Args|Attributes|Raises|Returns|Yields):(?P<rest>.*)")
+
+
+def broken_sections(tree: ast.Module) -> Iterator[Finding]:
+    """Sections of docstrings that a formatter has wrapped into a paragraph, or whose entries are not indented."""
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+            heading, *entries = paragraph.split("\n")
+            section = SECTION.fullmatch(heading)
+            if section and (": " in section["rest"] or any(not entry.startswith("    ") for entry in entries)):
+                yield getattr(node, "lineno", 1), f"section {heading.split(':')[0]} of a docstring is not a list"
 
 
 def public_definitions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:

@@ -198,6 +198,14 @@ def test_everything_public_has_a_docstring():
     )
 
 
+def test_sections_of_docstrings_are_lists():
+    assert found(lambda name: rules.broken_sections(TREES[name])) == []
+    wrapped = '"""Sum.\n\nArgs: x: one term. y: the other.\n"""'
+    outdented = '"""Sum.\n\nRaises:\n    ValueError: x is negative,\nor y is.\n"""'
+    assert [len(list(rules.broken_sections(ast.parse(text)))) for text in (wrapped, outdented)] == [1, 1]
+    assert not list(rules.broken_sections(ast.parse('"""Sum.\n\nArgs:\n    x: one term.\n"""')))
+
+
 def excused(row: str) -> bool:
     """Whether a finding of the sizes is one of the exceptions."""
     site, _, what = row.partition(" ")

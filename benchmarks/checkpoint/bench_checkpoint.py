@@ -3,10 +3,9 @@
 How long a step waits for an asynchronous save.
 
 The state is that of AdamW: a weight and two moments per parameter, fp32. "Raw file" writes the same bytes with plain
-    write calls and one fsync,
-or reads them with plain read calls. Every contestant writes durably (fsync), reads from the page cache, and fills the
-tensors of a model that is there, as a resumed training does; they take turns in the same rounds. Figures are GB/s. The
-stall is the longest wait of a step in which a save begins, in steps.
+write calls and one fsync, or reads them with plain read calls. Every contestant writes durably (fsync), reads from the
+page cache, and fills the tensors of an existing model, as a resumed training does; they take turns in the same rounds.
+Figures are GB/s. The stall is the longest wait of a step in which a save begins, in steps.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What all safety costs a step of the demo's model under two processes.
+"""What all safety features cost a step of the demo's model with two processes.
 
-On: the control channel with its heartbeat, the watch for hangs, the guard against loss spikes, the comparison of
-    replicas every 10 steps. Off: none
-of them. Both trainings live in the same two processes and take turns of a few steps, so that whatever else the machine
-does meets both; the figure is the median over the turns. Checks for values that are not finite cannot be turned off and
-are in both.
+On: the heartbeat and its store, the watchdog, the guard against loss spikes, the comparison of replicas every 10 steps.
+Off: none of them. Both trainings live in the same two processes and take turns of a few steps, so that other load of
+the machine slows both; the figure is the median over the turns. Checks for values that are not finite cannot be turned
+off and are in both.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ helper in its folder. For each form of forms.py GPT-NeoX trains 20 steps and sav
 
 - `neox import` of step 20 must give GPT-NeoX's logits on a probe,
 - `neox train` with the same YAML file, from the imported step 0 and in the same parallel layout, must give its loss at
-    every step.
+  every step.
 
 A row per form; exit code 1 where a difference is above --logits or --losses. Nothing but this environment is needed
 (pybind11 and make build the helper); a form takes half a minute to two minutes.

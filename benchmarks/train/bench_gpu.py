@@ -3,11 +3,9 @@ with sdpa, eager and compiled.
 
 All have bf16 weights and activations, fused AdamW and the same random tokens; first losses are compared before anything
 is timed. Each model is on the GPU alone: one after another, a warm-up that includes compilation, then timed steps
-between two events, without a
-    transfer to the host inside. The rows give
-tokens/s; MFU counts attention in full (GPT.flops_per_token) against the data sheet's dense peak
-(neox/train/metrics.py). --quick takes Pythia-160M alone, and its compiled peer is left out. It has not been on a GPU
-yet.
+between two events, without a transfer to the host inside. The rows give tokens/s; MFU counts attention in full
+(GPT.flops_per_token) against the data sheet's dense peak (neox/train/metrics.py). --quick takes Pythia-160M alone,
+without its compiled peer. It has not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """Resident memory of a training process on a CPU over thousands of steps, compared with the memory it has in use.
 
 A small model is trained by `neox train` in a process of its own, in which a thread polls the C library (mallinfo2) and
-/proc every few milliseconds. In use at the peak: the most the C library had handed out since the previous row, plus
-what is resident outside its free
-    blocks throughout the run, that
-is, the mapped files of torch and Python and the interpreter's own objects: resident memory after a full trim at the
-end, less what is in use then. The ratio is in use over resident: 1 is a heap without a hole, and 0.8 the limit
-(docs/training.md). --quick runs 100 steps
-    instead of 5,000. Each row
-also has the page faults and the processor time per step since the previous row, on the error stream.
+/proc every few milliseconds.
+
+In use at the peak: the most the C library had allocated since the previous row, plus what is resident outside its free
+blocks throughout the run, that is, the mapped files of torch and Python and the interpreter's objects: resident memory
+after a full trim at the end, less what is in use then. The ratio is in use over resident: 1 is a heap without a hole.
+Each row also has the page faults and the processor time per step since the previous row, on the error stream. --quick
+runs 100 steps instead of 5,000.
 """
 
 from __future__ import annotations

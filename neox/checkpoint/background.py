@@ -1,10 +1,11 @@
 """Asynchronous saving: the state is copied at the call, and a thread writes it while the next steps run.
 
 There is one writer: a save that is due while the previous one is still being written waits for it. `outcomes` reports
-    how saves
-ended, identically on every rank. The copies lie in one block of memory, which the next save reuses; it is as large as
-what this process stores. For tensors on a GPU it is page-locked, so that they are copied at bus speed. `Saver.reserve`
-allocates it before the first step.
+how saves ended, identically on every rank.
+
+The copies lie in one block of memory, which the next save reuses; it is as large as what this process stores. For
+tensors on a GPU it is page-locked, so that they are copied at bus speed. `Saver.reserve` allocates it before the first
+step.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ class HostBlock:
     """A block of host memory.
 
     Pages are locked by registering ordinary memory with CUDA: torch's allocator of page-locked memory rounds every
-        request up to a
-    power of two. They stay locked until the block is freed.
+    request up to a power of two. They stay locked until the block is freed.
 
-    Args: size: bytes. locked: lock its pages. Where the system refuses (`ulimit -l`, a container's limit), the memory
-        stays pageable and a warning is logged.
+    Args:
+        size: bytes.
+        locked: lock its pages. Where the system refuses (`ulimit -l`, a container's limit), the memory stays pageable
+            and a warning is logged.
     """
 
     def __init__(self, size: int, locked: bool):

@@ -25,10 +25,15 @@ def find(
     Collective where world_size > 1: ranks divide the verification, and all return the same path or raise the same
     error.
 
-    Args: root: folder of the run's checkpoints. resume: "auto": the newest valid one, with a warning for each damaged
-        one that is skipped; None if there never was one. "must": as auto, but an error if there is none. "never": None,
-        but an error if the folder has any. Anything else: the path of a checkpoint or of a folder with checkpoints (its
-        newest); a damaged one is an error.
+    Args:
+        root: folder of the run's checkpoints.
+        resume: "auto": the newest valid one, with a warning for each damaged one that is skipped; None if there never
+            was one. "must": as auto, but an error if there is none. "never": None, but an error if the folder has any.
+            Anything else: the path of a checkpoint or of a folder with checkpoints (its newest); a damaged one is an
+            error.
+        rank: of this process.
+        world_size: number of processes.
+        group: process group of the collective call; None for the default one.
 
     Raises:
         CheckpointError: as above; it lists what the folder holds.

@@ -50,9 +50,11 @@ def shard_name(save_id: str, rank: int, index: int) -> str:
 class Lineage:
     """Which start of which run wrote a checkpoint.
 
-    Args: id: 32 hex digits, new at every start of training. generation: number of this start in its checkpoint folder,
-        larger than that of every checkpoint found there. ancestors: (lineage id, step) of the checkpoint this start
-        resumed from, then of the one which that start resumed from, and so on.
+    Args:
+        id: 32 hex digits, new at every start of training.
+        generation: number of this start in its checkpoint folder, larger than that of every checkpoint found there.
+        ancestors: (lineage id, step) of the checkpoint that this start resumed from, then of the one that the earlier
+            start resumed from, and so on.
     """
 
     id: str

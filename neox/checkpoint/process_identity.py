@@ -52,8 +52,7 @@ def has_exited(who: JsonObject) -> bool:
     """Whether a described process is known to have exited.
 
     False where that cannot be known: on another host, after another boot, in another PID namespace, or where the
-        description
-    lacks these fields, as that of an earlier version does.
+    description lacks these fields, as that of an earlier version does.
     """
     pid, born, space = who.get("pid"), who.get("born"), who.get("space")
     if type(pid) is not int or pid < 1 or who.get("host") != socket.gethostname():

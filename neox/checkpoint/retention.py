@@ -1,8 +1,8 @@
 """The folder of a run's checkpoints: its content, the newest one, and which ones may be removed.
 
 Order is by lineage and step number, never by string or clock: every start of training takes a generation above all
-    found
-in the folder, so (generation, step) orders checkpoints as training wrote them, even after a rollback to an older one.
+that it finds in the folder, so (generation, step) orders checkpoints as training wrote them, even after a rollback to
+an older one.
 """
 
 from __future__ import annotations

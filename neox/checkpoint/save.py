@@ -83,11 +83,16 @@ def save(
 ) -> Path:
     """Write root/step_<step>. Every rank calls it, and either all return or all raise.
 
-    Args: root: folder of the run's checkpoints, on a file system that all ranks see. content: step, state, config and
-        lineage. fragments: what this rank holds. A range held by several ranks is stored once; together they must cover
-        every tensor. rng: this rank's generator states by name. ranks: the ranks of the collective call; None: this
-        process alone. keep: newest checkpoints of this lineage to retain; 0: all. shard_bytes: largest data size of a
-        file. storage: system calls.
+    Args:
+        root: folder of the run's checkpoints, on a file system that all ranks see.
+        content: step, state, config and lineage.
+        fragments: what this rank holds. A range held by several ranks is stored once; together they must cover every
+            tensor.
+        rng: this rank's generator states by name.
+        ranks: the ranks of the collective call; None: this process alone.
+        keep: newest checkpoints of this lineage to retain; 0: all.
+        shard_bytes: largest data size of a file.
+        storage: system calls.
 
     Returns:
         The checkpoint's folder.

@@ -1,8 +1,7 @@
 """Safetensors shards: a writer that computes checksums while it streams, and a header reader that validates everything.
 
 Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces so that data begins at a multiple
-    of
-64, then the tensors end to end in header order (https://huggingface.co/docs/safetensors). The largest element size
+of 64, then the tensors end to end in header order (https://huggingface.co/docs/safetensors). The largest element size
 comes first, so that every tensor is aligned.
 """
 
@@ -135,8 +134,8 @@ def check_header(raw: bytes | memoryview, size: int, where: object) -> dict[str,
         where: name of the file in errors.
 
     Raises:
-        CheckpointError: for a header that is longer than the file or the format's limit, is not JSON, names a key twice
-    or a key that is a path, whose tensors overlap, leave gaps, or do not fill the file exactly.
+        CheckpointError: the header is longer than the file or the format's limit, is not JSON, or has a key twice or a
+            key that is a path; or its tensors overlap, leave gaps, or do not fill the file exactly.
     """
     length = int.from_bytes(raw[:8], "little")
     if size < 8 or length > min(size - 8, HEADER_LIMIT):

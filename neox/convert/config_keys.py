@@ -1,8 +1,7 @@
 """Typed reading of a config.json: every key has a type, a default, and a defined meaning of null.
 
 A missing key and null differ: `"sliding_window": null` is full attention, while a missing one is 4096, the default of
-    the
-class. The tables in family_keys.py follow the configuration classes of transformers.
+the class. The tables in family_keys.py follow the configuration classes of transformers.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""The engine: one optimizer step over a global batch, on DeepSpeed's data-parallel machinery, in any layout of
-processes.
+"""The engine: one optimizer step over a global batch, on DeepSpeed's ZeRO, in any layout of processes.
 
     engine = Engine(config, Mesh.single(), GPT(config.model, Mesh.single()))
     result = engine.train_step([Batch(tokens, targets, None, None, sample_ids)])
 
 What DeepSpeed does and what is done here:
 - DeepSpeed reduces, shards and gathers (ZeRO 0 to 3), holds the fp32 master weights and gradient accumulators, and
-    scales the loss in fp16.
+  scales the loss in fp16.
 - The optimizer, its parameter groups, the learning rate and the weight of every token are ours. The loss of a step is
   sum(loss of tokens) / (number of targets in the GLOBAL batch); micro-batches with fewer targets weigh less.
 - Tensor and context parallelism are in the model; each pipeline stage runs this engine over its layers
-    (neox.engine.pipeline).
+  (neox.engine.pipeline).
 - A weight, loss or gradient that is not finite is found before the update, from numbers that all processes share, so
-    that all decide the same.
+  that all decide the same.
 
 Stage 0 in bf16 or fp16 runs on DeepSpeed's stage 1: its stage 0 has no fp32 accumulation.
 """

@@ -2,15 +2,16 @@
 
 A thread of every process polls the rendezvous store twice a second, even while the main thread is stuck in a
 collective:
+
 - An error that was posted ends the process with the code of the error. Only the first error is reported: those in its
-    wake, such as lost connections, are not.
+  wake, such as lost connections, are not.
 - Every process writes its heartbeat there and reads that of its neighbour (rank + 1, in a ring). A neighbour on the
-    same host that has exited is a lost peer
-  at once; one without a heartbeat for `limit` seconds is stuck: stopped, or in a thread that never releases Python's
-  lock.
+  same host that has exited is a lost peer at once; one without a heartbeat for `limit` seconds is stuck: stopped, or in
+  a thread that never releases Python's lock.
 - If the main thread makes no progress for `limit` seconds outside of collectives, this process is the stuck one and
-    reports itself. Inside a collective it
-  waits for another process to be reported, and after GRACE seconds reports that all wait.
+  reports itself. Inside a collective it waits for another process to be reported, and after GRACE seconds reports that
+  all wait.
+
 A second thread watches the first one, because a store whose process is stopped never answers.
 
 Time is counted in polls, not by the clock: a process that was stopped itself does not report all others as stuck when
