@@ -152,9 +152,12 @@ def hash_tensors(path: Path, as_json: bool) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Writes a checkpoint again, after every byte of it was verified.
+    """Rewrite a checkpoint after verifying every byte of it, and return 0.
 
-    Returns 0; raises ConfigError, CheckpointError, DiskError.
+    Raises:
+        ConfigError: the options do not fit together.
+        CheckpointError: the checkpoint is damaged, or the target exists.
+        DiskError: the target cannot be written.
     """
     if args.out is None or (args.dtype and not args.weights_only) or not 0 < args.shard_gb < 1 << 20:
         got = f"--out {args.out} --dtype {args.dtype} --shard-gb {args.shard_gb}"
