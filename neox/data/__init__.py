@@ -19,7 +19,7 @@ _LAZY = {
     "blend_indices": ("neox.data.samples.blend", "blend_indices"),
     "build_datasets": ("neox.data.samples.builder", "build_datasets"),
     "gpt_neox_order": ("neox.data.samples.order", "gpt_neox_order"),
-    "neox_order": ("neox.data.samples.order", "gpt_neox_order"),  # the name before 1.0
+    "neox_order": ("neox.data.samples.order", "gpt_neox_order"),  # its earlier name
     "split_ranges": ("neox.data.samples.order", "split_ranges"),
 }
 
