@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 from neox.errors import DiskError
 
-JsonObject = dict[str, Any]  # a parsed JSON object; whoever reads a value checks it
+JsonValue = Any  # parsed JSON of any type; the code that reads it checks it
+JsonObject = dict[str, JsonValue]
 
 LARGEST_FILE = 1 << 28  # bytes of a tokenizer, shard index, or list of prompts; published tokenizers are below 40 MB
 LARGEST_CONFIG = 1 << 24  # bytes of a config, template or manifest
@@ -89,7 +90,7 @@ def read_text(path: str | os.PathLike[str], limit: int = LARGEST_CONFIG) -> str:
     return read_bytes(path, limit).decode("utf-8").replace("\r\n", "\n")
 
 
-def read_json(path: str | os.PathLike[str], limit: int = LARGEST_FILE) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = LARGEST_FILE) -> JsonValue:
     """The value of a JSON file, NaN and Infinity included.
 
     Raises:
@@ -99,7 +100,7 @@ def read_json(path: str | os.PathLike[str], limit: int = LARGEST_FILE) -> Any:
     return parse_json(read_bytes(path, limit))
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes) -> JsonValue:
     """The value of JSON text in UTF-8. Raises ValueError, also where it is nested too deeply."""
     try:
         return json.loads(content.decode("utf-8"))

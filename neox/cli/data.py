@@ -15,7 +15,6 @@ import importlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -26,11 +25,12 @@ from neox.data.store.sidecar import Sidecar
 from neox.data.store.statistics import DocumentStatistics, document_statistics, duplicates, histogram, overlap
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
+from neox.files import JsonObject
 from neox.printing import json_line
 
 SCANNED_BYTES = 1 << 30  # of .bin; a larger one is read only with --scan
 SHOWN_CHARACTERS = 200
-Result = dict[str, Any]  # what --json prints
+Result = JsonObject  # what --json prints
 BAR = 40  # characters of the longest bar of a histogram
 
 

@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from neox import files
 from neox.config.problems import brief
 from neox.errors import CheckpointError, ConfigError
 from neox.files import JsonObject
 
-REQUIRED: Any = object()  # as a default: the key is required
+REQUIRED = object()  # as a default: the key is required
 LARGEST_COUNT = 1 << 31
 LARGEST_NUMBER = 1e30
 
@@ -47,11 +47,11 @@ class Key:
     """
 
     kind: Literal["count", "index", "number", "positive", "share", "flag", "name", "id", "ids", "names", "object"]
-    default: Any = REQUIRED
+    default: object = REQUIRED
     nullable: bool = False
 
 
-def _fits(kind: str, value: Any) -> bool:
+def _fits(kind: str, value: object) -> bool:
     if kind in ("count", "index"):
         return type(value) is int and (kind == "count") <= value < LARGEST_COUNT
     if kind in ("id", "ids"):
@@ -60,7 +60,8 @@ def _fits(kind: str, value: Any) -> bool:
     if kind in ("number", "positive", "share"):
         low, high = {"number": (-math.inf, math.inf), "positive": (0, math.inf), "share": (0, 1)}[kind]
         return (
-            type(value) in (int, float)
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
             and low <= value < high
             and abs(value) < LARGEST_NUMBER
             and (kind != "positive" or value > 0)

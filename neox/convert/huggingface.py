@@ -457,7 +457,7 @@ def probe_tokens(config: ModelConfig, tokenizer_file: Path) -> torch.Tensor:
     return drawn
 
 
-def _load_theirs(out: str | Path) -> Any:
+def _load_theirs(out: str | Path) -> torch.nn.Module:
     try:
         from transformers import AutoModelForCausalLM  # an optional package
     except ImportError as error:

@@ -11,7 +11,6 @@ import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -32,7 +31,7 @@ REFUSED_GLOBAL = re.compile(r"(?:unsupported global:? (?:global )?|but got <clas
 LFS_POINTER = b"version https://git-lfs"
 
 
-def read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> object:
     """Read a file of torch.save that has tensors, NumPy arrays and builtin values only.
 
     Raises:

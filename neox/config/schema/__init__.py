@@ -5,8 +5,6 @@ Every key that a user may write is a field here.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
 from neox.config.schema.base import Section
@@ -79,7 +77,7 @@ class Config(Section, frozen=True):
     profile: ProfileConfig = ProfileConfig()
     guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: dict[str, object] = Field(
         default_factory=dict,
         description="keys of DeepSpeed's own config, passed through; they are checked against the keys it knows",
     )

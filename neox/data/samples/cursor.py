@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from neox.data.samples.blend import BlendPhase, PhasedBlend, normalise_weights
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.tokenizer import file_hash
 from neox.errors import CheckpointError, DataError
+from neox.files import JsonObject, JsonValue
 
 # number and size of the evenly spaced parts of a .bin without a sidecar that are hashed
 SPOTS, SPOT_BYTES = 64, 1 << 16
@@ -126,7 +126,7 @@ class Source:
             return self.path == other.path
         return self.files["tokens"].same(other.files["tokens"])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The JSON value in a checkpoint."""
         files = {
             role: [one.index, one.tokens, one.num_documents, one.num_tokens] for role, one in (self.files or {}).items()
@@ -142,7 +142,7 @@ class Source:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Source:
+    def from_json(cls, value: JsonObject) -> Source:
         """Parse a value that was validated by neox.checkpoint.state."""
         files = {role: FileIdentity(*parts) for role, parts in value["files"].items()}
         span = None if value["span"] is None else tuple(value["span"])
@@ -159,11 +159,11 @@ class Cursor:
         phases: how they were blended; the last phase is the current one.
     """
 
-    settings: Mapping[str, Any]
+    settings: JsonObject
     sources: tuple[Source, ...]
     phases: tuple[BlendPhase, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The JSON value in a checkpoint."""
         phases = [[one.first, list(one.weights), list(one.taken)] for one in self.phases]
         return {
@@ -173,7 +173,7 @@ class Cursor:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Cursor:
+    def from_json(cls, value: JsonObject) -> Cursor:
         """Parse a value that was validated by neox.checkpoint.state."""
         phases = tuple(BlendPhase(first, tuple(weights), tuple(taken)) for first, weights, taken in value["stretches"])
         return cls(value["settings"], tuple(map(Source.from_json, value["sources"])), phases)
@@ -223,7 +223,7 @@ def first_phase(sources: Sequence[Source]) -> BlendPhase:
     return BlendPhase(0, tuple(weights), (0,) * len(sources))
 
 
-def settings_of(config: Config, tokenizer: str | None, text: str | None = None) -> dict[str, Any]:
+def settings_of(config: Config, tokenizer: str | None, text: str | None = None) -> JsonObject:
     """The settings that samples depend on besides their sources. `tokenizer` and `text` are hashes; None if unknown."""
     data = config.data
     return {
@@ -282,7 +282,7 @@ def continue_from(saved: SavedCursor, now: Cursor, validation: Sequence[Source])
     return Continuation((new_phase(saved, now, partner, taken),), lines)
 
 
-def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[Any, Any]]:
+def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[JsonValue, JsonValue]]:
     """Key -> (value before, value now) of the settings that differ.
 
     A value that is unknown on either side is not compared.
@@ -366,7 +366,9 @@ def same_shares(one: Sequence[float], other: Sequence[float]) -> bool:
     )
 
 
-def differences(before: Cursor, now: Cursor, changed: Mapping[str, tuple[Any, Any]], ended: Iterable[int]) -> list[str]:
+def differences(
+    before: Cursor, now: Cursor, changed: Mapping[str, tuple[object, object]], ended: Iterable[int]
+) -> list[str]:
     """Descriptions of the differences."""
     lines = [f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in changed.items()]
     if any(key in REORDERS for key in changed):
@@ -453,6 +455,6 @@ def content(source: Source) -> str:
     return "(not recorded)" if source.files is None else source.files["tokens"].describe()
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The value of a setting in a message."""
     return value[:16] if isinstance(value, str) else str(value)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -18,6 +17,7 @@ from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.data.samples.provenance import DocumentSlice
 from neox.data.samples.sample import Dataset
 from neox.errors import ConfigError, DataError
+from neox.files import JsonObject
 
 LOCK, METRICS = "config.lock.yml", "metrics.jsonl"
 
@@ -72,7 +72,7 @@ class CheckpointRecord:
     step: int
     consumed: int
     config_lock: str
-    data: dict[str, Any] | None
+    data: JsonObject | None
     where: str
     world_size: int
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -107,11 +107,11 @@ class Collatable:
     def __getitem__(self, index: int) -> Sample | Pair:
         raise NotImplementedError
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, object]]:
         return [fields_of(self[index]) for index in indices]
 
 
-def fields_of(sample: Sample | Pair) -> dict[str, Any]:
+def fields_of(sample: Sample | Pair) -> dict[str, object]:
     """The fields of a sample or pair that are not None, by name."""
     return {
         name: fields_of(value) if isinstance(value, Sample) else value

@@ -13,7 +13,7 @@ from typing import TypeVar
 import orjson
 
 from neox.errors import DataError
-from neox.files import open_regular, read_bytes, write_durably
+from neox.files import JsonObject, open_regular, read_bytes, write_durably
 
 FORMAT = "neox.indexed"
 VERSION = 1
@@ -53,7 +53,7 @@ class Sidecar:
     tokenizer_hash: str | None = None
     vocab_size: int | None = None
     eod_id: int | None = None
-    source: dict[str, object] | None = None
+    source: JsonObject | None = None
 
     def to_json(self) -> bytes:
         """The bytes of the file."""

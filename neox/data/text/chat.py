@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from neox.data.text.reading import BLOCK_BYTES, BadLine, TextChunk, is_unicode, 
 from neox.data.text.template_process import Messages, RefusedConversation, TemplateProcess
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
-from neox.files import read_json, read_text
+from neox.files import JsonObject, JsonValue, read_json, read_text
 from neox.targets import IGNORED
 
 MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
@@ -159,7 +158,7 @@ class ChatEncoder:
                     bad.append(BadLine(chunk.path, number, str(reason), line))
         return EncodedChats(rows, bad, blank, sum(len(item.content) for item in block if isinstance(item, TextChunk)))
 
-    def encode(self, messages: Messages, more: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, messages: Messages, more: JsonObject | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels of a conversation, int64; the label of a token that is not learned is -100.
 
         Args:
@@ -196,7 +195,7 @@ def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int
 
 def special_tokens(tokenizer: str, eod_token: str | None) -> dict[str, str]:
     """bos_token, eos_token, pad_token, ... for the template, from tokenizer_config.json."""
-    named: Any = {}
+    named: JsonValue = {}
     with contextlib.suppress(OSError, ValueError):  # an optional file; without it there is no bos_token
         named = read_json(Path(tokenizer).parent / SETTINGS_FILE)
     found = {}
@@ -207,7 +206,7 @@ def special_tokens(tokenizer: str, eod_token: str | None) -> dict[str, str]:
     return found if "eos_token" in found or eod_token is None else {**found, "eos_token": eod_token}
 
 
-def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dict[str, Any]]:
+def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], JsonObject]:
     """The conversations under `keys` of a JSON line, each after its `prompt` if any, and its `tools` and `documents`.
 
     Raises:
@@ -229,7 +228,7 @@ def conversations(line: bytes, keys: Sequence[str]) -> tuple[list[Messages], dic
     return [drop_repeated_prompt(messages, before) for messages in found], more
 
 
-def as_messages(value: Any, answers_prompt: bool) -> Any:
+def as_messages(value: object, answers_prompt: bool) -> object:
     """A text that answers a prompt, as a message of the assistant; any other value as it is."""
     return [{"role": "assistant", "content": value}] if isinstance(value, str) and answers_prompt else value
 
@@ -240,7 +239,7 @@ def drop_repeated_prompt(messages: Messages, before: Messages) -> Messages:
     return messages[count:] if count and messages[count : 2 * count] == before else messages
 
 
-def checked_messages(value: Any, key: str) -> Messages:
+def checked_messages(value: object, key: str) -> Messages:
     """The value, checked to be a list of messages.
 
     Raises:
@@ -251,7 +250,7 @@ def checked_messages(value: Any, key: str) -> Messages:
     return value
 
 
-def is_message(value: Any) -> bool:
+def is_message(value: object) -> bool:
     """Whether a value is a message: a role and content, which may be missing if the assistant calls tools."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False

@@ -11,7 +11,7 @@ import resource
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import jinja2
 import jinja2.ext
@@ -20,6 +20,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from neox.data.text.template_process import Messages, RefusedConversation, Span, receive, send
+from neox.files import JsonObject
 
 START_SECONDS = 10  # CPU time to compile a template
 SECONDS, SECOND_PER_BYTES = 5, 1 << 24  # CPU time to render a conversation: 5 s, plus 1 s per 16 MiB of it
@@ -74,7 +75,7 @@ class Template:
         )
 
     def render(
-        self, messages: Messages, more: dict[str, Any], *, ask: bool = False, most: int = sys.maxsize
+        self, messages: Messages, more: JsonObject, *, ask: bool = False, most: int = sys.maxsize
     ) -> tuple[str, list[Span]]:
         """Render a conversation.
 
@@ -110,7 +111,7 @@ class Template:
         return "".join(parts), marks.spans
 
     def render_with_answers(
-        self, messages: Messages, more: dict[str, Any], most: int = sys.maxsize
+        self, messages: Messages, more: JsonObject, most: int = sys.maxsize
     ) -> tuple[str, list[Span]]:
         """Render a conversation and locate the answers of the assistant.
 
@@ -151,7 +152,7 @@ def is_generation(node: jinja2.nodes.CallBlock) -> bool:
     return isinstance(called, jinja2.nodes.ExtensionAttribute) and called.identifier == Generation.identifier
 
 
-def normalised_message(message: dict[str, Any]) -> dict[str, Any]:
+def normalised_message(message: JsonObject) -> JsonObject:
     """The message as transformers 5 passes it to templates: without null values, its reasoning under each known key."""
     message = {key: value for key, value in message.items() if value is not None}
     found = next((message[key] for key in REASONING if key in message), None)
@@ -164,7 +165,7 @@ def refuse(reason: str) -> None:
 
 
 def to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

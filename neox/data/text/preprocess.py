@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from neox.data.store.indexed import IndexedWriter, token_dtype
 from neox.data.text.byte_level import Unsupported
@@ -264,7 +264,7 @@ def finished_summary(out: str, source: str, files: Sequence[str]) -> Summary | N
     sidecar = finished_sidecar(out, source, files)
     if sidecar is None or sidecar.source is None:
         return None
-    counts: dict[str, Any] = {key: sidecar.source[key] for key in SOURCE_FIELDS}
+    counts = {key: sidecar.source[key] for key in SOURCE_FIELDS}
     return Summary(out, sidecar.dtype, documents=sidecar.num_documents, tokens=sidecar.num_tokens, **counts)
 
 

@@ -8,14 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from neox.data.store.indexed import IndexedDataset
 from neox.data.store.sidecar import Sidecar
 from neox.errors import DataError
-from neox.files import read_bytes, sync_dir, write_durably
+from neox.files import JsonObject, read_bytes, sync_dir, write_durably
 from neox.printing import json_line, printable
 
 FORMAT = "neox.progress"
@@ -38,7 +37,7 @@ class ResumePoint:
     blocks: int
     writer: tuple[int, int, int]
     quarantine_bytes: int
-    summary: dict[str, Any]
+    summary: JsonObject
 
 
 class InputIdentity:

@@ -12,7 +12,8 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import BinaryIO
 
 import orjson
 import zstandard
@@ -20,7 +21,7 @@ import zstandard
 from neox._native import core
 from neox.data.text.input_files import codec_of, read_as_lines
 from neox.errors import DataError
-from neox.files import open_regular
+from neox.files import JsonObject, open_regular
 from neox.printing import printable
 
 BLOCK_BYTES = 1 << 20
@@ -173,7 +174,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def parse_object(line: bytes) -> tuple[dict[str, Any], str | None]:
+def parse_object(line: bytes) -> tuple[JsonObject, str | None]:
     """(object of a JSON line, None), or ({}, reason).
 
     Accepts what Python's json writes beyond the standard: NaN, Infinity, numbers of any size, escapes of lone
@@ -225,7 +226,7 @@ class _Damaged(Exception):
     """Compressed data is truncated, damaged, or asks for too much memory."""
 
 
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], BufferedIOBase]] = {
     "gzip": lambda file: gzip.GzipFile(fileobj=file),
     "bz2": bz2.BZ2File,
     "xz": lzma.LZMAFile,

@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from neox.errors import ConfigError, EnvironmentProblem
+from neox.files import JsonObject, JsonValue
 
 ROOT = str(Path(__file__).resolve().parents[3])  # folder of this package, also in an editable installation
 LENGTH = struct.Struct("<Q")  # bytes of the next message
@@ -23,7 +24,7 @@ START = (
 )
 MOST_ENDED = 3  # consecutive conversations that may end the process
 
-Messages = list[dict[str, Any]]
+Messages = list[JsonObject]
 Span = tuple[int, int]
 
 
@@ -31,7 +32,7 @@ class RefusedConversation(Exception):
     """A conversation that the template does not render. The message is the reason."""
 
 
-def send(stream: BinaryIO, message: Any) -> None:
+def send(stream: BinaryIO, message: object) -> None:
     """Write the length of a JSON value, and the value with lone surrogates escaped.
 
     Raises:
@@ -42,7 +43,7 @@ def send(stream: BinaryIO, message: Any) -> None:
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[Any, int] | None:
+def receive(stream: BinaryIO) -> tuple[JsonValue, int] | None:
     """The next message of `send` and its bytes; None if the other side has exited."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
@@ -97,7 +98,7 @@ class TemplateProcess:
             )
         return process
 
-    def render_with_answers(self, messages: Messages, more: dict[str, Any]) -> tuple[str, list[Span]]:
+    def render_with_answers(self, messages: Messages, more: JsonObject) -> tuple[str, list[Span]]:
         """Render a conversation and locate the answers of the assistant; see `Template.render_with_answers`.
 
         Raises:

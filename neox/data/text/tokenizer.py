@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -235,7 +235,7 @@ def read_bytes(file: str | Path) -> bytes:
         raise DataError("cannot read tokenizer", where=file, got=error.strerror, do=do) from error
 
 
-def parse_content(content: bytes, file: str | Path) -> Any:
+def parse_content(content: bytes, file: str | Path) -> files.JsonValue:
     """The JSON values of a tokenizer's file.
 
     Raises:
