@@ -5,7 +5,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from neox.config.schema import LoraConfig, ModelConfig
 
@@ -16,13 +16,23 @@ ADAPTERS = ("lora_a", "lora_b")
 SCORE, HEAD = "score.weight", "head.weight"
 
 
+@runtime_checkable
+class Adaptable(Protocol):
+    """A matrix that can get an adapter."""
+
+    def add_adapter(self, rank: int, scale: float) -> None:
+        """Add B A of this rank, scaled."""
+        ...
+
+
 def add_adapters(blocks: Iterable[nn.Module], lora: LoraConfig) -> None:
     """Add adapters to the matrices that `lora.targets` names; targets that a block lacks are ignored."""
     for block in blocks:
         modules = dict(block.named_modules())
         for target in lora.targets:
-            if modules.get(target) is not None:
-                modules[target].add_adapter(lora.rank, lora.alpha / lora.rank)  # pyright: ignore[reportCallIssue]
+            matrix = modules.get(target)
+            if isinstance(matrix, Adaptable):
+                matrix.add_adapter(lora.rank, lora.alpha / lora.rank)
 
 
 def adapter_shapes(lora: LoraConfig, block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
