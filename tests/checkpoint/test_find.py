@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from neox.checkpoint.find import find, resolve
+from neox.checkpoint.find import find, listing, resolve
 from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.retention import start_lineage
 from neox.errors import CheckpointError
@@ -23,8 +23,18 @@ def test_find_auto_takes_the_newest_valid_one(tmp_path, caplog):
         assert find(tmp_path, "auto") == old
     assert "skipped checkpoint" in caplog.text
     assert shard.name in caplog.text
-    with pytest.raises(CheckpointError, match="valid by their manifests: step_00099999"):
+    (tmp_path / "step_00000001").mkdir()  # a save that did not finish
+    with pytest.raises(CheckpointError, match=r"; do=valid by their manifests: step_00099999$"):
         find(tmp_path, str(new))
+
+
+def test_a_folder_is_listed_up_to_twenty_names(tmp_path):
+    assert listing(tmp_path) == f"{tmp_path} holds nothing"
+    for number in range(20, 0, -1):
+        (tmp_path / f"{number:02d}").touch()
+    assert listing(tmp_path) == f"{tmp_path} holds {', '.join(f'{n:02d}' for n in range(1, 21))}"
+    (tmp_path / "21").touch()
+    assert listing(tmp_path).endswith(", 19, 20 and 1 more")
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])

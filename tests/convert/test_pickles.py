@@ -83,6 +83,18 @@ def test_tensors_of_several_files(tmp_path, zipped):
         PickledTensors([tmp_path / "1.bin", tmp_path / "1.bin"])
 
 
+def test_tensors_of_a_gpu_are_read_into_memory(tmp_path):
+    torch.save({"a": torch.ones(2, 3)}, tmp_path / "1.bin")
+    rewritten(tmp_path / "1.bin", b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+    assert torch.equal(PickledTensors([tmp_path / "1.bin"]).tensor("a"), torch.ones(2, 3))
+
+
+def test_of_names_in_two_files_the_first_is_reported(tmp_path):
+    torch.save({f"{letter}": torch.ones(1) for letter in "hgfedcba"}, tmp_path / "1.bin")
+    with pytest.raises(CheckpointError, match=r"in two files; where=a; got=1\.bin"):
+        PickledTensors([tmp_path / "1.bin"] * 2)
+
+
 def test_a_tensor_that_holds_less_than_it_claims_is_not_read(tmp_path):
     torch.save({"a": torch.ones(1).expand(1 << 40)}, tmp_path / "1.bin")
     with pytest.raises(CheckpointError, match="over 4 bytes"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from neox.config.schema.data import DataSource
 from neox.errors import ConfigError
 from neox.runtime.consistency import check_consistency, fingerprint, fingerprint_run
 from tests.distributed import Processes, environment, free_port, launch_command
@@ -43,6 +44,48 @@ def test_facts_hold_config_data_and_versions(tmp_path):
     (tmp_path / "train.bin").write_bytes(raw)
     assert fingerprint(tmp_path / "train.bin") != before
     assert fingerprint(tmp_path / "none").startswith("unreadable")
+
+
+def test_a_fingerprint_is_of_the_size_and_of_both_ends(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(200000))
+    seen = {fingerprint(file)}
+    for at in (0, 65535, 200000 - 65536):
+        file.write_bytes(bytes(at) + b"x" + bytes(200000 - at - 1))
+        seen.add(fingerprint(file))
+    file.write_bytes(bytes(200001))
+    assert len(seen | {fingerprint(file)}) == 5
+    file.write_bytes(bytes(65536) + b"x" + bytes(200000 - 65537))  # the middle is not read
+    assert fingerprint(file) in seen
+
+
+def test_every_file_that_a_config_names_is_compared(tmp_path):
+    source = DataSource(path="a", labels="b", rejected="c", rejected_labels="d")
+    more = {"train": (source,), "validation": (DataSource(path="e"),), "test": (DataSource(path="f"),)}
+    config = make_config(tmp_path, tmp_path / "run")
+    data = config.data.model_copy(update={**more, "path": "g", "text": ("h.jsonl",)})
+    tokenizer = config.tokenizer.model_copy(update={"file": "tokenizer.json"})
+    known = fingerprint_run(config.model_copy(update={"data": data, "tokenizer": tokenizer}))
+    assert {f"{name}{end}" for name in "abcdefg" for end in (".idx", ".bin")} <= set(known)
+    assert known["h.jsonl"] == known["tokenizer.json"] == "unreadable: No such file or directory"
+
+
+@pytest.mark.parametrize(("number", "end"), [(5, "k4"), (6, "k4 and 1 more")])
+def test_no_more_than_five_keys_are_listed(number, end):
+    with pytest.raises(ConfigError) as problem:
+        check_consistency({f"k{i}": "1" for i in range(number)}, Told({}))
+    assert problem.value.where.endswith(end)
+    assert problem.value.got.startswith("k0: 1 on rank 0, None on rank 1, k1: ")
+    assert "k5" not in problem.value.got
+
+
+def test_processes_that_agree_pass():
+    class Same:
+        def all_gather_json(self, message):
+            assert isinstance(message, str), "only digests are exchanged"
+            return [message, message]
+
+    check_consistency({"a": "1"}, Same())
 
 
 def ranks(folder, confs, numbers) -> Processes:

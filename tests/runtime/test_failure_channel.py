@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -49,6 +50,12 @@ def test_rank_0_waits_for_the_others_but_not_for_ever(monkeypatch):
             MemoryExhausted,
         ),
         (RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:2"), PeerLost),
+        (RuntimeError("Connection reset by peer"), PeerLost),
+        (RuntimeError("Broken pipe"), PeerLost),
+        (RuntimeError("connect: Connection refused"), PeerLost),
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), PeerLost),
+        (RuntimeError("Socket Timeout"), PeerLost),
+        (OSError("Broken pipe"), None),  # of standard output, for one
         (DataError("x"), DataError),
         (ValueError("x"), None),
         (RuntimeError("shapes differ"), None),
@@ -57,3 +64,31 @@ def test_rank_0_waits_for_the_others_but_not_for_ever(monkeypatch):
 def test_errors_whose_cause_is_known(error, kind):
     found = as_neox_error(error)
     assert found is None if kind is None else isinstance(found, kind)
+    assert found is None or kind is DataError or found.where == "rank 0"
+
+
+def test_the_rank_is_named():
+    assert as_neox_error(MemoryError("x" * 300), 3).where == "rank 3"
+    assert as_neox_error(RuntimeError("broken pipe"), 4).where == "rank 4"
+
+
+def test_rank_0_waits_no_longer_than_the_last_reads_the_error(monkeypatch):
+    monkeypatch.setattr(failure_channel, "FAREWELL", 60.0)
+    store = dist.HashStore()
+    begin = time.monotonic()
+    FailureChannel(store, 1).acknowledge(2)
+    FailureChannel(store, 0).acknowledge(2)
+    assert time.monotonic() - begin < 30
+
+
+def test_an_error_is_waited_for_until_it_is_posted_or_time_is_up():
+    channel = FailureChannel(dist.HashStore(), 0)
+    begin = time.monotonic()
+    channel.wait_for_error(0.2)
+    assert time.monotonic() - begin >= 0.2
+    timer = threading.Timer(0.2, channel.post, (3,))
+    timer.start()
+    channel.wait_for_error(60.0)
+    timer.join()
+    assert channel.posted()["code"] == 3
+    assert time.monotonic() - begin < 30

@@ -16,3 +16,5 @@ def test_a_heartbeat_counts_phases_and_knows_the_last_completed_step():
     with phases.waiting():
         assert heartbeat.waits.waiting
     assert not heartbeat.waits.waiting
+    phases.enter("record")
+    assert (heartbeat.count, heartbeat.step) == (3, 1)

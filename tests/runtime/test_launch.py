@@ -35,7 +35,12 @@ def test_from_a_launcher():
         ("MASTER_ADDR", None),
         ("MASTER_PORT", "99999"),
         ("MASTER_PORT", None),
+        ("MASTER_PORT", "0"),
+        ("MASTER_PORT", "65536"),
+        ("LOCAL_RANK", "2"),
+        ("WORLD_SIZE", str((1 << 20) + 1)),
         ("OMP_NUM_THREADS", "0"),
+        ("OMP_NUM_THREADS", "65537"),
         ("OMP_NUM_THREADS", "2,"),
         ("OMP_NUM_THREADS", "2,0"),
         ("OMP_NUM_THREADS", "2;1"),
@@ -118,3 +123,25 @@ def test_first_host():
 
 def test_the_default_is_alone():
     assert (LaunchInfo().rank, LaunchInfo().local_rank, LaunchInfo().world_size) == (0, 0, 1)
+
+
+def test_the_largest_numbers_are_accepted():
+    largest = {"RANK": "1048575", "LOCAL_RANK": "1048575", "WORLD_SIZE": "1048576", "OMP_NUM_THREADS": "65536"}
+    launch = read_launch_info({**GOOD, **largest, "MASTER_PORT": "65535"})
+    assert (launch.rank, launch.local_rank, launch.world_size, launch.port) == (1048575, 1048575, 1048576, 65535)
+    assert read_launch_info({**GOOD, "MASTER_PORT": "1"}).port == 1
+
+
+def test_the_hosts_of_a_step_come_before_those_of_the_job():
+    old = {key: text for key, text in SLURM.items() if key != "SLURM_STEP_NODELIST"} | {"SLURM_NODELIST": "other[7-8]"}
+    assert read_launch_info(old).address == "other7"
+    assert read_launch_info(SLURM | old).address == "node03"
+    assert read_launch_info(SLURM).source.endswith("first of SLURM_STEP_NODELIST")
+    with pytest.raises(EnvironmentProblem, match="where=MASTER_ADDR"):
+        read_launch_info({**old, "SLURM_NODELIST": ""})
+
+
+def test_without_a_port_only_torchrun_and_hands_are_refused():
+    mpi = {"PMI_RANK": "0", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "a"}
+    assert read_launch_info(mpi).port == 29500
+    assert read_launch_info(SLURM | {"MASTER_PORT": "7"}).port == 7

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import psutil
+import pytest
 
 from neox.checkpoint.process_identity import process_namespace
 from neox.runtime.processes import find_launchers, is_running, kill_stuck, resume_stopped
@@ -62,3 +64,34 @@ def test_a_stopped_process_continues():
     assert psutil.Process(child.pid).status() != psutil.STATUS_STOPPED
     child.kill()
     child.wait()
+
+
+def test_a_start_time_is_read_with_a_tolerance_of_two_seconds():
+    born = psutil.Process().create_time()
+    for difference, same in ((1.5, True), (-1.5, True), (2.5, False), (-2.5, False)):
+        assert is_running({"pid": os.getpid(), "born": born + difference}) == same
+
+
+def test_a_process_that_may_not_be_inspected_runs(monkeypatch):
+    def refuse(pid):
+        raise psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    assert is_running({"pid": 1, "born": 0.0})
+
+
+def test_a_process_without_a_known_boot_is_left_alone(monkeypatch):
+    monkeypatch.setattr(os, "kill", lambda pid, number: pytest.fail("the pid may be another's"))
+    who = {"pid": os.getpid(), "born": psutil.Process().create_time(), "space": ""}
+    resume_stopped(who, "")
+    kill_stuck(who, "", patience=0.0)
+
+
+def test_a_process_that_exits_in_time_is_not_killed():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    who = {"pid": child.pid, "born": psutil.Process(child.pid).create_time(), "space": process_namespace()}
+    timer = threading.Timer(0.2, child.stdin.close)
+    timer.start()
+    kill_stuck(who, process_namespace(), patience=60.0)
+    timer.join()
+    assert child.wait() == 1  # EOFError

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
+import types
+
+import pytest
 
 from neox.runtime.stacks import dump_stacks, in_collective, is_waiting, stack_of
 
@@ -10,7 +14,11 @@ from neox.runtime.stacks import dump_stacks, in_collective, is_waiting, stack_of
 def test_what_counts_as_waiting():
     assert is_waiting([("torch.distributed.distributed_c10d", "all_reduce"), ("neox.engine.engine", "train_step")])
     assert is_waiting([("neox.parallel.p2p", "send_recv"), ("neox.engine.pipeline", "exchange")])
+    assert is_waiting([("neox.model.attention", "forward"), ("neox.parallel.collectives", "all_to_all")])
     assert is_waiting([("deepspeed.runtime.zero.partition_parameters", "wait")])
+    assert is_waiting([("torch.cuda.streams", "synchronize")])
+    assert not is_waiting([("torch.nn.modules.module", "forward"), ("torch.cuda.streams", "synchronize")])
+    assert not is_waiting([("torch.autograd.graph", "backward")])
     assert not is_waiting([("neox.engine.engine", "sum_over")])  # a name is no mark
     assert not is_waiting([("neox.data.samples.loader", "_take"), ("neox.train.loop", "advance")])
     assert not is_waiting([("threading", "wait"), ("queue", "get")])
@@ -26,3 +34,38 @@ def test_a_dump_names_the_rank_and_the_threads(capfd):
     dump_stacks(3)
     text = capfd.readouterr().err
     assert text.startswith("stacks of rank 3") and "test_a_dump_names_the_rank_and_the_threads" in text
+
+
+def in_module(name, function):
+    """The function as if it were defined in a module of this name."""
+    namespace = {**function.__globals__, "__name__": name}
+    return types.FunctionType(function.__code__, namespace, None, None, function.__closure__)
+
+
+@pytest.mark.parametrize(
+    ("thread", "main", "waits"),
+    [
+        ("autograd", "neox.train.loop", True),
+        ("neox-watchdog", "neox.train.loop", False),
+        ("neox-watchdog-store", "neox.train.loop", False),
+        ("neox-signals", "neox.train.loop", False),
+        ("neox-checkpoint", "neox.train.loop", False),
+        ("neox-checkpoint", "neox.checkpoint.background", True),  # the main thread waits for the save
+    ],
+)
+def test_whose_collective_counts(thread, main, waits):
+    inside, leave = threading.Event(), threading.Event()
+
+    def collective():
+        inside.set()
+        leave.wait()
+
+    other = threading.Thread(target=in_module("neox.parallel.collectives", collective), name=thread)
+    other.start()
+    inside.wait()
+    try:
+        assert in_module(main, lambda: in_collective())() == waits
+    finally:
+        leave.set()
+        other.join()
+    assert not in_collective()

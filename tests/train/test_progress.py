@@ -1,12 +1,13 @@
 """The progress line and when it is printed."""
 
+import contextlib
 import io
 import os
 
 import pytest
 
 from neox.errors import DiskError
-from neox.train.progress import Progress, close_log, duration, progress_line, short
+from neox.train.progress import Progress, close_log, duration, print_line, progress_line, short
 
 RECORD = {
     "step": 20,
@@ -33,6 +34,7 @@ def test_line():
 
 def test_short_and_duration():
     assert [short(x) for x in (0, 950, 12_345, 4_560_000, 7.8e9)] == ["0", "950", "12.3k", "4.56M", "7.8G"]
+    assert [short(x) for x in (999, 1000, 999_000, 1_000_000, 1_000_000_000)] == ["999", "1k", "999k", "1M", "1G"]
     assert duration(3661.4) == "1:01:01"
 
 
@@ -73,6 +75,9 @@ def test_other_processes_are_silent():
     progress = Progress(None, None, 10, 1)
     progress.step(RECORD, first=True)
     progress.report("nothing")
+    log = io.StringIO()
+    progress.write_to(log)
+    assert log.getvalue() == ""
 
 
 def test_the_first_step_does_not_count_for_the_time_left():
@@ -80,8 +85,54 @@ def test_the_first_step_does_not_count_for_the_time_left():
     for i, seconds in enumerate((100.0, 2.0, 2.0)):
         progress.step({**RECORD, "step_time": seconds}, first=i == 0)
     assert progress.seconds < 3
+    progress.step({**RECORD, "step_time": 12.0}, first=False)
+    assert progress.seconds == pytest.approx(0.9 * 2 + 0.1 * 12)
 
 
 def test_a_loss_that_is_not_finite_has_a_line_too():
     line = progress_line({**RECORD, "loss": None, "grad_norm": None}, 100, 2.0)
     assert "loss not finite" in line and "grad skipped" in line
+    assert "loss not finite" in progress_line({**RECORD, "loss": None, "targets": 3}, 100, 2.0)
+    line = progress_line({**RECORD, "loss": None, "targets": 0, "validation_loss": None}, 100, 2.0)
+    assert "| no target | validation without a target |" in line
+
+
+def test_lines_from_before_the_log_was_open_are_its_first():
+    terminal, log = io.StringIO(), io.StringIO()
+    progress = Progress(terminal, None, 10, 1)
+    progress.report("one")
+    progress.report("two")
+    progress.write_to(log)
+    assert log.getvalue() == "one\ntwo\n"
+    progress.report("three")
+    assert log.getvalue() == terminal.getvalue() == "one\ntwo\nthree\n"
+
+
+def test_a_line_is_in_the_file_at_once(tmp_path):
+    with (tmp_path / "log.txt").open("w") as log, (tmp_path / "terminal").open("w") as terminal:
+        Progress(terminal, log, 10, 1).step(RECORD, first=True)
+        assert (tmp_path / "log.txt").read_text() == (tmp_path / "terminal").read_text() != ""
+
+
+def test_a_full_disk_under_the_terminal_does_not_silence_it():
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        assert print_line(full, "line") is full
+
+
+def test_a_lossy_run_reports_a_refused_log_once():
+    terminal = io.StringIO()
+    log = open("/dev/full", "w")  # noqa: SIM115, closing it fails too
+    progress = Progress(terminal, log, 10, 1, lossy=True)
+    for text in ("one", "two"):
+        progress.report(text)
+    close_log(log)
+    one, problem, two = terminal.getvalue().splitlines()
+    assert (one, two) == ("one", "two")
+    assert problem.startswith("training continues without these lines: error[5] the log cannot be written")
+    assert progress.on_refusal == progress.report and Progress(terminal, None, 10, 1).on_refusal is None
+
+
+def test_a_log_without_a_terminal_has_the_lines_of_steps():
+    log = io.StringIO()
+    Progress(None, log, 100, 10).step(RECORD, first=False)
+    assert log.getvalue().startswith("step 20/100 | ") and "ETA 0:02:40" in log.getvalue()
