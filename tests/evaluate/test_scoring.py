@@ -21,15 +21,17 @@ def model() -> GPT:
 
 
 PAIRS = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9, 10]), ([11, 12], [13, 14]), ([1] * 20, [2, 3]), ([7], [7])]
+FULL = [([1], list(range(2, 18))), ([1], list(range(2, 19))), ([1] * 3, list(range(2, 30)))]  # 16 tokens are scored
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_log_likelihoods_do_not_depend_on_the_batch(model, batch_size):
     seen = []
-    got = log_likelihoods(model, PAIRS, max_length=16, batch_size=batch_size, on_done=seen.append)
-    assert sum(seen) == len(PAIRS)
-    for (context, continuation), (value, greedy) in zip(PAIRS, got, strict=True):
+    got = log_likelihoods(model, PAIRS + FULL, max_length=16, batch_size=batch_size, on_done=seen.append)
+    assert sum(seen) == len(PAIRS + FULL) and max(seen) == batch_size
+    for (context, continuation), (value, greedy) in zip(PAIRS + FULL, got, strict=True):
         row = (context + continuation)[-17:]
+        continuation = continuation[-16:]
         with torch.no_grad():
             scores = torch.log_softmax(model(torch.tensor([row[:-1]]))[0].double(), -1)[-len(continuation) :]
         assert value == pytest.approx(float(scores[range(len(continuation)), continuation].sum()), abs=1e-5)
@@ -66,6 +68,7 @@ def test_batches_go_from_long_to_short():
 def test_texts_end_before_the_first_stop(model):
     assert truncate("ab\ncd.", [".", "\n"]) == ("ab", True)
     assert truncate("ab", ["x", ""]) == ("ab", False)
+    assert truncate("\nab", ["b", "\n"]) == ("", True)
 
     def decode(tokens: list[int]) -> str:
         return "".join(chr(97 + token % 26) for token in tokens)

@@ -27,6 +27,25 @@ def test_values_out_of_range_are_named(change, key):
         SamplingParams(**change)
 
 
+def test_the_ends_of_every_range_are_accepted():
+    params = SamplingParams(max_new_tokens=1, temperature=0.0, top_k=1, top_p=1.0, seed=0)
+    assert params.greedy and not SamplingParams().greedy
+
+
+def test_top_p_is_of_the_tokens_that_top_k_left():
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log()  # 0.4, 0.3, 0.2, 0.1; of the first two: 4/7, 3/7
+    assert filter_logits(logits, 2, 0.55).isfinite().tolist() == [[True, False, False, False]]
+    assert filter_logits(logits, 4, 0.55).isfinite().tolist() == [[True, True, False, False]]
+
+
+def test_draws_are_from_the_tokens_that_are_left():
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log().repeat(200, 1)
+    for params, left in ((SamplingParams(top_k=2), {0, 1}), (SamplingParams(top_p=0.65), {0, 1})):
+        assert set(choose(logits, params, [prompt_generator(7, 0)] * 200).tolist()) == left
+    colder = SamplingParams(temperature=0.5, top_p=0.5)  # 16, 9, 4 and 1 of 30
+    assert set(choose(logits, colder, [prompt_generator(7, 0)] * 200).tolist()) == {0}
+
+
 def test_greedy_takes_the_largest_logit_and_draws_nothing():
     logits = torch.randn(5, 31, generator=torch.Generator().manual_seed(0))
     generator = prompt_generator(1, 0)

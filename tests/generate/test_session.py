@@ -11,6 +11,7 @@ from neox.generate.sampling import SamplingParams
 from neox.generate.session import Session, TextStream
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from tests.generate.sentencepiece import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,42 @@ def test_a_long_history_loses_its_beginning(parts):
     for _ in range(12):
         session.respond("and so on and so on ", lambda text: None)
     assert len(session.history) > 32
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_what_the_model_reads_of_a_long_history(parts, monkeypatch, tmp_path, bos):
+    model, _ = parts
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))  # begins every text with <s>
+    asked = []
+
+    def note(model, prompts, params, **options):
+        asked.append((prompts[0], params.seed, options))
+        return [[9, 8]]
+
+    monkeypatch.setattr("neox.generate.session.generate", note)
+    session = Session(model, tokenizer, SamplingParams(8, 0.0, seed=5), bos=bos)
+    first = [1] if bos else []
+    history = []
+    for turn in range(4):
+        history += tokenizer.encode("river stone garden")
+        session.respond("river stone garden", lambda text: None)
+        prompt, seed, options = asked[-1]
+        assert prompt == first + history[-(32 - 8 - len(first)) :] and seed == 5 + turn
+        assert options["eod_id"] == tokenizer.end_ids and options["is_done"] is None
+        history += [9, 8]
+        assert session.history == history
+    assert len(asked[-1][0]) == 24 < len(history)
+    Session(model, tokenizer, SamplingParams(40, 0.0), bos=False).respond("river stone", lambda text: None)
+    assert asked[-1][0] == tokenizer.encode("river stone")[-1:]  # no room: the last token alone
+    Session(model, tokenizer, SamplingParams(8, 0.0), bos=bos).respond("<s>river", lambda text: None)
+    assert asked[-1][0] == [1, *tokenizer.encode("<s>river")[1:]]
+
+
+def test_an_answer_ends_after_a_stop(parts):
+    model, tokenizer = parts
+    full = Session(model, tokenizer, SamplingParams(12, 0.0)).respond("so", lambda text: None)
+    answer = Session(model, tokenizer, SamplingParams(12, 0.0), stops=["", full[1]]).respond("so", lambda text: None)
+    assert full.startswith(answer) and full[1] in answer and len(answer) < len(full)
 
 
 def test_samples_differ_between_turns_and_not_between_runs(parts):

@@ -55,3 +55,17 @@ def test_a_signal_interrupts_it_before_the_last_batch(iters, loss):
     signals.received = signal.SIGTERM
     assert evaluator([(6.0, 2.0)] * 2, engine, signals, iters).evaluate() == Evaluation(loss, True)
     assert engine.asked == [True]
+
+
+def test_another_process_that_asks_to_stop_interrupts_it():
+    class Others(Parts):
+        def evaluate_part(self, batch, *, stop):
+            return (*batch, True)
+
+    assert evaluator([(6.0, 2.0)] * 2, Others()).evaluate() == Evaluation(None, True)
+
+
+def test_never_due_without_an_interval():
+    one = evaluator([])
+    one.interval = 0
+    assert not any(one.is_due(step) for step in range(1, 11))

@@ -23,7 +23,7 @@ from neox.train.run_dir import RunDir
 RESULT = StepResult(step=1, loss=2.5, grad_norm=0.5, lr=0.1, tokens=60, skipped=False, stop=False)
 
 
-def make_recorder(folder: Path, terminal: io.StringIO) -> Recorder:
+def make_recorder(folder: Path, terminal: io.StringIO, objective: str = "pretrain", **layout: int) -> Recorder:
     model = {
         "num_layers": 1,
         "hidden_size": 16,
@@ -35,11 +35,11 @@ def make_recorder(folder: Path, terminal: io.StringIO) -> Recorder:
         {
             "model": model,
             "data": {"seq_length": 16},
-            "train": {"micro_batch_size": 4, "train_iters": 9},
+            "train": {"micro_batch_size": 4, "train_iters": 9, "objective": objective},
             "run": {"dir": str(folder)},
         }
     )
-    mesh = Mesh.single()
+    mesh = dataclasses.replace(Mesh.single(), **layout)
     progress = Progress(terminal, None, 9, 1)
     return Recorder(
         config, batch_sizes(config, 1), mesh, RunDir(folder), progress, PlanCheck(config, mesh), GPT(config.model, mesh)
@@ -73,6 +73,65 @@ def test_a_skipped_update_has_no_norm_and_is_reported(tmp_path):
     assert terminal.getvalue() == "step 1: the loss is not finite, the update is skipped\n"
 
 
+def test_a_problem_without_a_skipped_update(tmp_path):
+    terminal = io.StringIO()
+    recorder = make_recorder(tmp_path, terminal)
+    record = recorder.make_record(dataclasses.replace(RESULT, problem="a spike"), 0.5, tokens=64, samples=4)
+    assert (record["loss"], record["grad_norm"]) == (2.5, 0.5)
+    assert terminal.getvalue() == "step 1: a spike\n"
+
+
+@pytest.mark.parametrize(("objective", "tokens"), [("pretrain", 64), ("sft", 64), ("dpo", 128), ("reward", 128)])
+def test_a_pair_is_two_sequences(tmp_path, objective, tokens):
+    recorder = make_recorder(tmp_path, io.StringIO(), objective)
+    assert recorder.tokens_per_step == tokens
+    assert recorder.flops_per_step == recorder.flops_per_step / tokens * recorder.tokens_per_step > 0
+    assert recorder.make_record(RESULT, 0.5, tokens=0, samples=0)["tokens_per_s"] == 2 * tokens
+
+
+def test_flops_are_per_process_and_utilisation_is_of_the_fastest_step(tmp_path):
+    recorder = make_recorder(tmp_path, io.StringIO(), dp=2)
+    recorder.peak = 1.0
+    fast, slow = (recorder.make_record(RESULT, seconds, tokens=0, samples=0) for seconds in (0.25, 1.0))
+    assert fast["tflops"] == pytest.approx(recorder.flops_per_step / 0.25 / 2 / 1e12)
+    assert (fast["mfu"], slow["mfu"]) == (1.0, pytest.approx(0.25))
+
+
+def test_only_the_first_process_writes_files(tmp_path):
+    recorder = make_recorder(tmp_path, io.StringIO(), rank=1)
+    recorder.open(0)
+    recorder.write(recorder.make_record(RESULT, 0.5, tokens=64, samples=4))
+    recorder.reopen(0)
+    recorder.check_files()
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_step_of_a_start_is_printed_and_the_second_at_its_interval(tmp_path):
+    terminal = io.StringIO()
+    recorder = make_recorder(tmp_path, terminal)
+    recorder.progress.interval = 100
+    for step in (4, 5):
+        recorder.write(recorder.make_record(dataclasses.replace(RESULT, step=step), 0.5, tokens=64, samples=4))
+    assert [line.split()[1] for line in terminal.getvalue().splitlines()] == ["4/9"]
+
+
+def test_records_that_are_moved_aside_are_reported(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    terminal = io.StringIO()
+    recorder = make_recorder(tmp_path, terminal)
+    recorder.open(1)
+    recorder.close()
+    moved = f"moved to {tmp_path / 'metrics.dropped.jsonl'}"
+    assert terminal.getvalue() == f"2 records of steps after 1, which no checkpoint holds, {moved}\n"
+
+
+def test_the_end_of_a_run_that_was_complete_already(tmp_path):
+    terminal = io.StringIO()
+    make_recorder(tmp_path, terminal).report_end(9)
+    assert terminal.getvalue() == ("done: step 9 of 9; nothing was left to do, raise train.train_iters to continue\n")
+
+
 def test_a_rollback_moves_later_records_aside(tmp_path):
     recorder = make_recorder(tmp_path, io.StringIO())
     recorder.open(0)
@@ -95,6 +154,7 @@ def test_a_replaced_folder_is_an_error(tmp_path):
 def test_the_layout_as_text():
     assert describe_layout(Mesh.single()) == ""
     assert describe_layout(dataclasses.replace(Mesh.single(), dp=4)) == ""
+    assert describe_layout(dataclasses.replace(Mesh.single(), pp=2, cp=3)) == " (pipeline 2, context 3, data 1)"
     assert (
         describe_layout(dataclasses.replace(Mesh.single(), tp=2, dp=4, sequence=True))
         == " (tensor 2, data 4, sequence parallel)"

@@ -7,9 +7,10 @@ import contextlib
 import pytest
 
 from neox.config.schema import Config
-from neox.errors import CheckpointError
+from neox.config.values import dump
+from neox.errors import CheckpointError, DiskError
 from neox.train.progress import Progress
-from neox.train.run_dir import WITNESS, RunDir, accept, claim, note_checkpoint, recorded_steps
+from neox.train.run_dir import WITNESS, RunDir, accept, claim, note_checkpoint, open_log, recorded_steps
 
 
 def config_of(run, resume: str = "auto") -> Config:
@@ -28,7 +29,47 @@ def test_the_folder_of_a_new_run_is_locked_and_empty_until_the_start_is_accepted
         accept(config_of(tmp_path / "run"), run_dir, progress, stack)
         progress.report("after")
     assert (tmp_path / "run" / "log.txt").read_text() == "before\nafter\n"
-    assert (tmp_path / "run" / "config.lock.yml").exists()
+    assert (tmp_path / "run" / "config.lock.yml").read_text() == dump(config_of(tmp_path / "run"))
+
+
+def test_a_later_start_removes_leftovers_and_appends_to_the_log(tmp_path):
+    run_dir = RunDir(tmp_path)
+    left = run_dir.checkpoints / "step_00000003"
+    left.mkdir(parents=True)
+    (left / f"shard_{'0' * 16}_00000_0000.safetensors").write_text("left by a crash")
+    (tmp_path / "log.txt").write_text("earlier\n")
+    with contextlib.ExitStack() as stack:
+        claim(config_of(tmp_path), run_dir, stack)
+        assert left.exists()
+        progress = Progress(None, None, 1, 1)
+        accept(config_of(tmp_path), run_dir, progress, stack)
+        progress.report("now")
+        with pytest.raises(CheckpointError), contextlib.ExitStack() as second:
+            claim(config_of(tmp_path), run_dir, second)
+    assert not left.exists()
+    assert progress.log.closed and (tmp_path / "log.txt").read_text() == "earlier\nnow\n"
+    with contextlib.ExitStack() as stack:
+        claim(config_of(tmp_path), run_dir, stack)
+
+
+def test_a_log_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(DiskError, match=rf"the log cannot be written; where={tmp_path}/log.txt; got=Is a directory"):
+        open_log(RunDir(tmp_path), Progress(None, None, 1, 1))
+
+
+def test_the_first_checkpoint_alone_is_noted(tmp_path):
+    for step in (2, 4):
+        note_checkpoint(RunDir(tmp_path), tmp_path / f"step_{step:08d}")
+    assert (tmp_path / WITNESS).read_text().startswith("step_00000002 was saved here.")
+
+
+@pytest.mark.parametrize(
+    ("text", "step"), [("", 0), ('{"step": 3}\n[1]\n7\n{"loss": 1}\n{"step": null}\n', 3), ("{}\n", 0)]
+)
+def test_lines_without_a_step_are_passed_over(tmp_path, text, step):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert recorded_steps(tmp_path / "metrics.jsonl") == step
 
 
 @pytest.mark.parametrize("records", ['{"step": 1}\n{"step": 2}\n{"step": 3, "lo', "", None])

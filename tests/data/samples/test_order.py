@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from neox._native import core
-from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order, order_types, split_ranges
+from neox.data.samples.order import (
+    EpochDataset,
+    GptNeoxOrderDataset,
+    gpt_neox_order,
+    order_key,
+    order_types,
+    split_ranges,
+)
 from neox.errors import ConfigError, DataError
 from tests.data.samples.gpt_neox_arrays import GPT_NEOX, assert_equal
 
@@ -90,6 +97,23 @@ def test_order_types_hold_their_numbers(count):
     assert order_types(1, count, 1)[1] == (np.int32 if count < 2**31 else np.int64)
     assert order_types(1, 1, count)[1] == np.int64  # upstream widens by the elements of the array
     assert order_types(1000, 1000, 1000) == (np.int32, np.int32, np.uint32)
+    assert order_types(2**31 - 1, 2**31 - 1, 2**30 - 2) == (np.int32, np.int32, np.uint32)
+    assert order_types(2**31, 1, 2**30 - 1)[:2] == (np.int64, np.int64)
+    assert order_types(1, 2**31, 1)[1] == np.int64
+    assert [order_types(1, 1, samples)[2] for samples in (2**32 - 3, 2**32 - 2)] == [np.uint32, np.int64]
+
+
+def test_keys_are_pinned():
+    """As those of test_epoch_order_is_pinned: a change changes the data of every resumed run."""
+    inputs = [(0,), (1234, 5, 6), (1234, 6, 5), (1234 + 2**64, 5, 6), (1, M64)]
+    assert [order_key(*numbers) for numbers in inputs] == [
+        5197578548964807871,
+        18080597463662749802,
+        9530376242459459878,
+        13785461007829143999,
+        4089853840048186974,
+    ]
+    assert order_key(2**128 + 7, 2**64 + 3) == order_key(7, 3) != order_key(6, 3)
 
 
 def test_hostile_calls_are_errors():
@@ -128,7 +152,11 @@ def test_gpt_neox_dataset_reads_by_the_arrays(corpus):
     assert np.array_equal(sample.segment_ids, np.unique(owner, return_inverse=True)[1])
     with pytest.raises(DataError, match=f"beyond the end of the order; .*got={len(dataset)}"):
         dataset[len(dataset)]
-    assert dataset.describe(4, 0).startswith(f"{corpus.bin_path} document ")
+    where = [(d, offset) for d in order[0] for offset in range(corpus.sizes[d])]
+    for i in range(len(dataset)):
+        for token in (0, 1, 20, 33):
+            document, offset = where[33 * int(order[2][i]) + token]
+            assert dataset.describe(i, token) == f"{corpus.bin_path} document {document} offset {offset}"
 
 
 def reference_mix(key: int, value: int) -> int:
