@@ -1,5 +1,6 @@
 """Assignment of segments to ranks: every element once, replicas distributed evenly."""
 
+import dataclasses
 import random
 
 import pytest
@@ -30,6 +31,13 @@ def test_replicas_are_stored_once_and_distributed():
     assert all(len(ranks) == 1 for ranks in _stored(offers, assigned).values())
     assert [sum(one.stop - one.start for one in local) for local in assigned] == [20, 20, 20, 20]
     check_assignment(tensor_table(offers), offers, assigned)
+
+
+def test_the_load_of_a_rank_is_in_bytes():
+    dtypes = {"a": "F32", "b": "BF16", "c": "BF16"}
+    local = [dataclasses.replace(_offer(0, 10, name), dtype=dtype) for name, dtype in dtypes.items()]
+    assigned = assign([local] * 2)
+    assert [[local[one.offer].name for one in taken] for taken in assigned] == [["a"], ["b", "c"]]
 
 
 def test_overlapping_ranges_are_trimmed():

@@ -84,8 +84,28 @@ def test_a_released_lock_can_be_acquired(tmp_path):
     lock = FolderLock(tmp_path / "new")
     lock.release()
     lock.release()
+    os.fstat(0)  # the second release closes nothing
     assert os.listdir(tmp_path / "new") == []
-    FolderLock(tmp_path / "new").release()
+    with FolderLock(tmp_path / "new") as again:
+        assert isinstance(again, FolderLock) and again.path.exists()
+    assert not again.path.exists()
+
+
+def test_others_may_read_the_file_and_not_change_it(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with FolderLock(tmp_path) as lock:
+            assert lock.path.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_a_link_to_the_file_is_not_the_file(tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.path.rename(tmp_path / "moved")
+    lock.path.symlink_to(tmp_path / "moved")
+    lock.release()
+    assert lock.path.is_symlink() and (tmp_path / "moved").exists()
 
 
 def test_garbage_in_the_lock_file_is_ignored(tmp_path):

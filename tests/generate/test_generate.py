@@ -54,6 +54,15 @@ def test_cache_and_batching_change_nothing(name, params):
         assert together == [generate(model, [prompt], params)[0] for prompt in PROMPTS]
 
 
+def test_a_step_reads_one_token_unless_the_cache_is_off():
+    model, read = tiny("neox"), []
+    hook = model.embedding.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[-1]))
+    generate(model, PROMPTS, SamplingParams(4, 0))
+    generate(model, PROMPTS, SamplingParams(4, 0), use_cache=False)
+    hook.remove()
+    assert read == [7, 1, 1, 1, 7, 8, 9, 10]
+
+
 def test_greedy_equals_transformers():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
