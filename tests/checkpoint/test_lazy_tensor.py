@@ -48,3 +48,11 @@ def test_a_tensor_must_match_its_declaration(tmp_path, wrong):
 def test_it_is_flat():
     with pytest.raises(ValueError, match="flat"):
         LazyTensor(lambda: VALUES, (5, 12), torch.float32).reshape(5)
+
+
+def test_a_part_of_a_part():
+    value = LazyTensor(lambda: VALUES, (5, 12), torch.float32)
+    part = value[3:9][1:4]
+    assert part.numel() == 3 and torch.equal(part.to("cpu"), torch.tensor([4.0, 5.0, 6.0]))
+    assert torch.equal(value[50:].to("cpu"), torch.arange(50.0, 60.0)) and value[50:].numel() == 10
+    assert torch.equal(value.reshape(-1).detach().to("cpu"), VALUES.flatten())

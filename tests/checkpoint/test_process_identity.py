@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -44,3 +45,20 @@ def test_an_unknown_process_has_not_exited(change):
     child = subprocess.Popen(["true"])
     child.wait()
     assert not has_exited({**describe_process(), "pid": child.pid, **change})
+
+
+def test_a_start_time_is_read_with_a_tolerance_of_two_seconds():
+    me = describe_process()
+    changes = (1.5, -1.5, 2.5, -2.5)
+    assert [has_exited({**me, "born": me["born"] + change}) for change in changes] == [False, False, True, True]
+
+
+def test_a_process_that_is_hidden_has_not_exited(monkeypatch):
+    me = describe_process()
+
+    def refuse(*pid):
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    assert not has_exited(me)
+    assert abs(describe_process()["born"] - time.time()) < 60

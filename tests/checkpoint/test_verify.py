@@ -147,3 +147,29 @@ def test_digests_do_not_depend_on_the_layout(tmp_path):
     state["scale", "weight"] = state["scale", "weight"] + 1
     changed = digest(save_one(tmp_path / "c", state=state))
     assert {key for key in one if one[key] != changed[key]} == {"weight/scale"}
+
+
+def test_ranks_divide_the_files_and_every_problem_is_counted(tmp_path):
+    path = save_one(tmp_path, shard_bytes=500)
+    files = Checkpoint(path).manifest.files
+    assert len(files) > 2
+    report = verify(path)
+    assert (report.path, report.step, report.num_files) == (path, 100, len(files))
+    assert report.num_bytes == sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    for file in files[:2]:
+        flip_bit(path / file.name, 8 * file.size - 1)
+    found = [[problem.where for problem in problems(path, part=part, parts=2)] for part in (0, 1)]
+    assert [len(each) for each in found] == [1, 1]
+    assert files[0].name in str(found[0]) and files[1].name in str(found[1])
+    with pytest.raises(CheckpointError, match=rf"shard is damaged \(and 1 more problems\); where=.*{files[0].name}"):
+        verify(path)
+
+
+def test_digests_are_of_dtype_shape_and_bytes(tmp_path, monkeypatch):
+    value = torch.arange(60, dtype=torch.bfloat16).view(5, 12)
+    path = save_one(tmp_path, state={("a", "weight"): value})
+    content = b"BF16 [5, 12]\n" + value.view(torch.uint8).numpy().tobytes()
+    wanted = {"weight/a": hashlib.sha256(content).hexdigest()}
+    assert digest(path) == wanted
+    monkeypatch.setattr("neox.checkpoint.verify.DIGEST_BYTES", 14)  # several reads, the last one shorter
+    assert digest(path) == wanted

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from neox.train import memory as module
+from neox.train.memory import FreedMemory
 from tests.distributed import ROOT, environment
 from tests.train.corpus import config_text, make_corpus
 
@@ -75,6 +77,19 @@ def test_what_steps_no_longer_use_is_returned(settings, grows):
     growth, faults = map(int, result.stdout.split())
     assert growth > 100 << 20 if grows else growth < 8 << 20
     assert faults < 2000  # 8,192 for each step that faults all of its pages in
+
+
+def test_when_free_pages_are_returned(monkeypatch):
+    """After 100 steps, or 200, and only where resident memory has grown by 5 % since the tenth."""
+    resident = {1: 500, 10: 1000, 11: 2000, 100: 1050, 101: 3000, 200: 1051, 201: 900, 210: 2000, 300: 2100, 431: 2101}
+    now, trims = [0], []
+    monkeypatch.setattr(module, "resident_bytes", lambda: resident[max(step for step in resident if step <= now[0])])
+    memory = FreedMemory()
+    memory.started, memory.trim = True, lambda pad: trims.append((now[0], pad))
+    for step in range(1, 501):
+        now[0] = step
+        memory.after_step()
+    assert trims == [(200, 0), (500, 0)]
 
 
 # Prints the bytes per call that operators with a string among their arguments leak.

@@ -148,6 +148,38 @@ def test_the_peak_of_a_cpu_is_at_least_that_of_its_vector_units(monkeypatch):
     assert peak_flops(torch.device("cpu"), torch.float32) == 1e20
 
 
+@pytest.mark.parametrize(
+    ("flags", "dtype", "per_cycle"),
+    [
+        ({"avx512f", "avx2", "fma"}, torch.float32, 64),
+        ({"avx2", "fma"}, torch.float32, 32),
+        ({"avx2"}, torch.float32, 0),
+        ({"avx512f", "avx512_bf16"}, torch.bfloat16, 128),
+        ({"avx512f", "avx512_bf16"}, torch.float32, 64),
+        ({"avx512f"}, torch.bfloat16, 64),
+    ],
+)
+def test_the_speed_of_vector_units(monkeypatch, flags, dtype, per_cycle):
+    """Two fused multiply-adds of a vector per cycle, at the highest clock, on every thread."""
+    monkeypatch.setattr("neox.train.metrics.cpu_flags", lambda: flags)
+    monkeypatch.setattr("neox.train.metrics.cpuinfo", lambda key: ["1000.5", "2000.0"] if key == "cpu MHz" else [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert vector_flops(dtype) == per_cycle * 2e9 * 3
+
+
+def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(monkeypatch):
+    monkeypatch.setattr("neox.train.metrics.measured_flops", lambda device, dtype: 7.0)
+    for name, peaks in (("NVIDIA H100 80GB HBM3", (989e12, 67e12)), ("NVIDIA Unknown", (7.0, 7.0))):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found = [peak_flops(torch.device("cuda"), dtype) for dtype in (torch.bfloat16, torch.float32)]
+        assert found == pytest.approx(peaks, rel=0.01)
+
+
+def test_memory_of_a_gpu_is_what_torch_allocated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2_500_000_000)
+    assert memory_gb(torch.device("cuda")) == 2.5
+
+
 def test_a_file_that_was_removed_or_replaced_under_the_run_is_noticed(tmp_path):
     log = MetricsLog(tmp_path, 0, tensorboard=False)
     log.check_same_file()

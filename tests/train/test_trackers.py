@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from neox.config.schema import WandbConfig
+from neox.config.values import flatten
 from neox.errors import EnvironmentProblem
 from neox.train import trackers
 from neox.train.trackers import Trackers, load, open_trackers, run_id
@@ -162,3 +163,124 @@ def test_without_a_key_the_run_is_recorded_offline(corpus, tmp_path, monkeypatch
     service.finish()
     assert said[0].startswith("Weights & Biases cannot be reached (") and said[0].endswith("): recording offline")
     assert "wandb sync" in said[1]
+
+
+class Service:
+    """Stands for the packages: notes every call, and fails to start online if it is told to."""
+
+    def __init__(self, fails: bool = False):
+        self.calls = []
+        self.fails = fails
+        self.offline, self.url = False, "https://example.org/run"
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            if self.fails and kwargs.get("mode") != "offline" and name in ("init", "Experiment"):
+                raise ConnectionError("no route\nto host")
+            return kwargs if name == "Settings" else self
+
+        return call
+
+    def of(self, name):
+        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+
+
+def opened(monkeypatch, corpus, folder, service, section):
+    monkeypatch.setattr(trackers, "load", lambda name: service)
+    said = []
+    config = make_config(corpus, folder, f"logging.{section}")
+    (tracker,) = open_trackers(config, folder, said.append)
+    return tracker, said, config
+
+
+def test_what_wandb_is_started_with(corpus, tmp_path, monkeypatch):
+    section = 'wandb={"project": "p", "entity": "e", "group": "g", "name": "n", "host": "https://h"}'
+    tracker, said, config = opened(monkeypatch, corpus, tmp_path, service := Service(), section)
+    ((_, login),) = service.of("login")
+    assert login == {"key": None, "host": "https://h", "timeout": 1, "verify": False, "relogin": False, "force": True}
+    ((_, init),) = service.of("init")
+    settings = init.pop("settings")
+    assert init == {
+        "mode": "online",
+        "project": "p",
+        "entity": "e",
+        "group": "g",
+        "name": "n",
+        "dir": os.fspath(tmp_path),
+        "id": (tmp_path / "wandb.id").read_text().strip(),
+        "resume": "allow",
+        "config": dict(flatten(config)),
+    }
+    assert len(init["id"]) == 8
+    assert settings == {
+        "console": "off",
+        "save_code": False,
+        "disable_git": True,
+        "silent": True,
+        "init_timeout": 60,
+        "login_timeout": 60,
+        "base_url": "https://h",
+    }
+    assert said == ["Weights & Biases: https://example.org/run"]
+    tracker.log(3, {"loss": 0.5})
+    tracker.finish()
+    assert service.of("log") == [(({"loss": 0.5},), {"step": 3})] and service.of("finish") == [((), {})]
+
+
+def test_a_wandb_that_cannot_be_reached_records_offline(corpus, tmp_path, monkeypatch):
+    _, said, _ = opened(monkeypatch, corpus, tmp_path, service := Service(fails=True), 'wandb={"project": "p"}')
+    first, second = (kwargs for _, kwargs in service.of("init"))
+    assert (first.pop("mode"), second.pop("mode")) == ("online", "offline") and first == second
+    assert said[0] == "Weights & Biases cannot be reached (no route): recording offline"
+
+
+def test_an_offline_wandb_that_does_not_start_is_an_error(corpus, tmp_path, monkeypatch):
+    service = Service()
+    service.init = lambda **_: 1 / 0
+    with pytest.raises(EnvironmentProblem, match=r"wandb does not start; where=logging\.wandb; got=division by zero"):
+        opened(monkeypatch, corpus, tmp_path, service, 'wandb={"mode": "offline"}')
+    assert service.of("login") == []
+
+
+def test_what_comet_is_started_with(corpus, tmp_path, monkeypatch):
+    section = 'comet={"project": "p", "workspace": "w", "name": "n", "tags": ["a", "b"]}'
+    tracker, said, config = opened(monkeypatch, corpus, tmp_path, service := Service(), section)
+    ((_, started),) = service.of("Experiment")
+    assert (started.pop("project_name"), started.pop("workspace")) == ("p", "w")
+    assert started.pop("display_summary_level") == 0
+    assert len(started) == 9 and not any(started.values())
+    assert service.of("OfflineExperiment") == [] and said == ["Comet: https://example.org/run"]
+    assert service.of("set_name") == [(("n",), {})] and service.of("add_tags") == [((["a", "b"],), {})]
+    assert service.of("log_parameters") == [((dict(flatten(config)),), {})]
+    tracker.log(3, {"loss": 0.5})
+    tracker.finish()
+    assert service.of("log_metrics") == [(({"loss": 0.5},), {"step": 3})] and service.of("end") == [((), {})]
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_comet_that_is_offline_or_cannot_be_reached(corpus, tmp_path, monkeypatch, mode):
+    service = Service(fails=True)
+    service.url = None
+    _, said, _ = opened(monkeypatch, corpus, tmp_path, service, f'comet={{"mode": "{mode}"}}')
+    ((_, started),) = service.of("OfflineExperiment")
+    assert started["offline_directory"] == os.fspath(tmp_path / "comet") and (tmp_path / "comet").is_dir()
+    assert len(service.of("Experiment")) == (mode == "online") and service.of("set_name") == []
+    unreachable = ["Comet cannot be reached (no route): recording offline"] if mode == "online" else []
+    assert said == [*unreachable, f"Comet: {tmp_path / 'comet'}"]
+
+
+def test_all_services_are_closed_although_one_fails(corpus, tmp_path, monkeypatch):
+    class Good:
+        finished = 0
+
+        def finish(self):
+            self.finished += 1
+
+    said, good = [], Good()
+    monkeypatch.setattr(trackers, "open_trackers", lambda *_: [Failing(), good])
+    services = Trackers(make_config(corpus, tmp_path), tmp_path, said.append)
+    services.close()
+    services.close()
+    assert good.finished == 1
+    assert said == ["Failing stopped recording: never reached: it was left behind"]
