@@ -166,7 +166,7 @@ def test_without_a_key_the_run_is_recorded_offline(corpus, tmp_path, monkeypatch
 
 
 class Service:
-    """Stands for the packages: notes every call, and fails to start online if it is told to."""
+    """Stands for the packages: notes every call, and fails to start online if it is asked to."""
 
     def __init__(self, fails: bool = False):
         self.calls = []

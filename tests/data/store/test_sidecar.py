@@ -24,6 +24,30 @@ def test_round_trip(tmp_path):
         assert read_sidecar(prefix) == sidecar
 
 
+def test_the_content_of_the_file_is_pinned():
+    """Datasets that exist have these keys."""
+    content = EXAMPLE.to_json()
+    assert content.endswith(b"}\n") and b'\n  "version": 1,\n' in content
+    assert orjson.loads(content) == {
+        "format": "neox.indexed",
+        "version": 1,
+        "dtype": "uint16",
+        "sequences": 3,
+        "documents": 2,
+        "tokens": 100,
+        "largest_id": 99,
+        "tokenizer": {"hash": "ab", "vocab_size": 300, "eod_id": 0},
+        "source": {"hash": "cd", "files": 2},
+        "idx": {"xxh64": "ffffffffffffffff"},
+        "bin": {"bytes": 200, "block_bytes": 128, "xxh64": ["0000000000000001", "8000000000000000"]},
+    }
+
+
+def test_the_largest_numbers_and_smallest_blocks_are_read():
+    for changed in (replace(EXAMPLE, num_tokens=2**63 - 1), replace(EXAMPLE, block_bytes=1, largest_id=-1)):
+        assert Sidecar.from_json(changed.to_json()) == changed
+
+
 def damaged() -> list[bytes]:
     whole = orjson.loads(EXAMPLE.to_json())
     changed = [{k: v for k, v in whole.items() if k != key} for key in whole if key != "source"]

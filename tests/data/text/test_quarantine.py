@@ -7,7 +7,7 @@ import base64
 import orjson
 import pytest
 
-from neox.data.text.quarantine import Quarantine
+from neox.data.text.quarantine import Quarantine, record
 from neox.data.text.reading import BadLine
 from neox.errors import DiskError
 
@@ -66,3 +66,32 @@ def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
     with pytest.raises(DiskError), Quarantine(str(tmp_path / "bad.jsonl"), True):
         pass
     assert victim.read_bytes() == b"precious"
+
+
+def test_a_line_without_content_and_the_size_after_a_resume(tmp_path):
+    path = tmp_path / "q"
+    with pytest.raises(KeyboardInterrupt), Quarantine(str(path), True) as kept:
+        kept.add(BadLine("a\nb", 7, "why", None))
+        kept.keep_partial = True
+        durable = kept.sync()
+        raise KeyboardInterrupt
+    assert durable == (tmp_path / "q.partial").stat().st_size > 0
+    with Quarantine(str(path), True, durable) as kept:
+        assert kept.sync() == durable
+        kept.add(BAD[1])
+        assert kept.sync() == durable + len(record(BAD[1]))
+        kept.publish()
+        kept.add(BAD[2])  # dropped
+    first, second = map(orjson.loads, path.read_bytes().splitlines())
+    assert (first["line"], first["content_base64"], second["line"]) == (7, None, 1)
+
+
+def test_lines_are_durable_before_their_size_is_noted_and_the_name_at_the_end(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: calls.append("fsync"))
+    monkeypatch.setattr("neox.data.text.quarantine.sync_dir", lambda folder: calls.append(folder))
+    with Quarantine(str(tmp_path / "q"), True) as kept:
+        kept.add(BAD[0])
+        kept.sync()
+        assert calls == ["fsync"]
+    assert calls == ["fsync", "fsync", tmp_path]
