@@ -7,7 +7,8 @@ from pathlib import Path
 
 from neox.checkpoint.retention import scan
 from neox.config.rules import data_parallel_size
-from neox.data.samples.run_provenance import BatchLayout, CheckpointRecord, RunProvenance
+from neox.data.samples.batch_layout import BatchLayout
+from neox.data.samples.run_provenance import CheckpointRecord, RunProvenance
 from neox.errors import ConfigError
 from neox.printing import json_line
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from neox._native import core
+from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.sample import BatchArrays, BatchReader, Dataset, Pair, Sample
 from neox.errors import DataError
 from neox.targets import IGNORED
@@ -41,29 +43,6 @@ class Batch:
     sample_ids: torch.Tensor
     ends: torch.Tensor | None = None
     reference: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class StepSamples:
-    """The samples of an optimizer step that a rank reads.
-
-    After `c` consumed samples, row j of micro-batch m is sample c + (m x dp_size + dp_rank) x micro_batch_size + j.
-    """
-
-    micro_batch_size: int
-    gradient_accumulation: int
-    dp_rank: int
-    dp_size: int
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples of an optimizer step over all ranks."""
-        return self.micro_batch_size * self.gradient_accumulation * self.dp_size
-
-    def sample_ids(self, consumed: int, micro_batch: int) -> list[int]:
-        """The samples of one micro-batch of this rank."""
-        first = consumed + (micro_batch * self.dp_size + self.dp_rank) * self.micro_batch_size
-        return list(range(first, first + self.micro_batch_size))
 
 
 class Loader:
@@ -110,8 +89,9 @@ class Loader:
                 f"{start=} {prefetch=}"
             )
         self.consumed = start
-        self._samples = StepSamples(micro_batch_size, gradient_accumulation, dp_rank, dp_size)
-        self._read = StepReader(dataset, self._samples, vocab_size)
+        self._global_batch_size = micro_batch_size * gradient_accumulation * dp_size
+        layout = BatchLayout(micro_batch_size, dp_size)
+        self._read = StepReader(dataset, [layout.samples(m, dp_rank) for m in range(gradient_accumulation)], vocab_size)
         self._ready: queue.Queue | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -120,7 +100,7 @@ class Loader:
             # The thread has no reference to the loader, so that garbage collection of the loader ends the thread.
             self._thread = threading.Thread(
                 target=read_ahead,
-                args=(self._read, start, self._samples.global_batch_size, self._ready, self._stop),
+                args=(self._read, start, self._global_batch_size, self._ready, self._stop),
                 daemon=True,
             )
             self._thread.start()
@@ -140,7 +120,7 @@ class Loader:
         if isinstance(step, BaseException):
             self.close()
             raise step
-        self.consumed += self._samples.global_batch_size
+        self.consumed += self._global_batch_size
         return step
 
     def close(self) -> None:
@@ -195,15 +175,21 @@ def read_ahead(read: StepReader, consumed: int, stride: int, ready: queue.Queue,
 
 
 class StepReader:
-    """Reads the batches of one optimizer step. They are a pure function of the samples consumed before."""
+    """Reads the batches of one optimizer step. They are a pure function of the samples consumed before.
 
-    def __init__(self, dataset: Dataset, samples: StepSamples, vocab_size: int | None):
+    Args:
+        dataset: the samples of the run.
+        micro_batches: samples of each micro-batch, counted from the start of the global batch.
+        vocab_size: ids must be below it; None disables the check.
+    """
+
+    def __init__(self, dataset: Dataset, micro_batches: Sequence[range], vocab_size: int | None):
         self._dataset = dataset
-        self._samples = samples
+        self._micro_batches = micro_batches
         self._vocab_size = vocab_size
 
     def __call__(self, consumed: int) -> list[Batch]:
-        return [self._batch(self._samples.sample_ids(consumed, m)) for m in range(self._samples.gradient_accumulation)]
+        return [self._batch([consumed + sample for sample in samples]) for samples in self._micro_batches]
 
     def _batch(self, sample_ids: list[int]) -> Batch:
         if not isinstance(self._dataset, BatchReader):

@@ -12,6 +12,7 @@ import orjson
 
 from neox.config.load import load_config, loads
 from neox.config.schema import Config
+from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.builder import RunDatasets
 from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.data.samples.provenance import DocumentSlice
@@ -20,29 +21,6 @@ from neox.errors import ConfigError, DataError
 from neox.files import JsonObject
 
 LOCK, METRICS = "config.lock.yml", "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How the samples of a global batch are distributed: micro_batch_size to each of dp data-parallel ranks in turn.
-
-    tp and cp are the sizes of tensor and context parallelism.
-    """
-
-    micro_batch_size: int
-    dp: int
-    tp: int = 1
-    cp: int = 1
-
-    def locate(self, offset: int) -> tuple[int, int, int]:
-        """(micro-batch, data-parallel rank, row) of sample number `offset` of the batch."""
-        part, row = divmod(offset, self.micro_batch_size)
-        micro_batch, dp_rank = divmod(part, self.dp)
-        return micro_batch, dp_rank, row
-
-    def dp_rank(self, rank: int) -> int:
-        """Data-parallel rank of a global rank."""
-        return rank // (self.tp * self.cp) % self.dp
 
 
 @dataclass(frozen=True)

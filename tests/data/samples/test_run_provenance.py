@@ -11,9 +11,10 @@ import pytest
 
 from neox.config.load import loads
 from neox.config.values import dump
+from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.builder import build_datasets
 from neox.data.samples.loader import Loader
-from neox.data.samples.run_provenance import BatchLayout, RunProvenance
+from neox.data.samples.run_provenance import RunProvenance
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
@@ -152,10 +153,3 @@ def test_folders_that_are_no_runs(tmp_path, sources):
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(DataError, match="metrics of the run cannot be read"):
         RunProvenance(tmp_path / "run")
-
-
-def test_ranks_lie_as_in_the_mesh():
-    layout = BatchLayout(2, dp=3, tp=2, cp=2)
-    assert [layout.dp_rank(rank) for rank in range(24)] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [
-        2
-    ] * 4  # two config_spans
