@@ -47,8 +47,7 @@ class Recorder:
         self.progress = progress
         self.plan = plan
         self.parameters = model.num_parameters()
-        sequences = 2 if config.train.objective in ("dpo", "reward") else 1  # of a sample: a pair is two
-        self.tokens_per_step = sizes.global_batch_size * sequences * config.data.seq_length
+        self.tokens_per_step = sizes.global_batch_size * config.train.rows_per_sample * config.data.seq_length
         self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.tokens_per_step
         self.peak = peak_flops(mesh.device, DTYPES[config.precision.dtype]) if mesh.rank == 0 else 1.0
         self.steps = 0  # of this start

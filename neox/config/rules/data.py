@@ -63,7 +63,7 @@ def packing(config: Config, _: Environment) -> Iterator[Conflict]:
     if config.data.order == "neox":
         keys, rule = ("data.packing", "data.order"), "order: epoch with best_fit"
         yield Conflict("the order of GPT-NeoX needs concatenated documents", keys, rule, "set data.order: epoch")
-    if config.train.objective in ("dpo", "reward"):
+    if config.train.on_pairs:
         keys = ("data.packing", "train.objective")
         yield Conflict(
             "preference pairs cannot be packed", keys, "packing: document or concatenate with dpo and reward"
@@ -100,7 +100,7 @@ def fill_in_the_middle(config: Config, _: Environment) -> Iterator[Conflict]:
 def objective(config: Config, _: Environment) -> Iterator[Conflict]:
     """The objective determines the data, the head and the layout."""
     kind, data, model = config.train.objective, config.data, config.model
-    pairs = kind in ("dpo", "reward")
+    pairs = config.train.on_pairs
     for part in ("train", "validation"):
         for source in getattr(data, part):
             keys = ("train.objective", f"data.{part}")

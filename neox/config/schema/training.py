@@ -137,6 +137,16 @@ class TrainConfig(Section, frozen=True):
         description="recompute in the backward pass: nothing, the inner activations of the MLP, complete blocks",
     )
 
+    @property
+    def on_pairs(self) -> bool:
+        """Whether a sample is a pair of a chosen and a rejected answer."""
+        return self.objective in ("dpo", "reward")
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of a batch that one sample takes: each answer of a pair has one."""
+        return 2 if self.on_pairs else 1
+
 
 class EvaluateConfig(Section, frozen=True):
     """Validation during training."""

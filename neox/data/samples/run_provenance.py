@@ -196,8 +196,8 @@ class RunProvenance:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError("metrics of the run cannot be read", where=path, got=error) from error
-        rows_of_sample = 2 if self.config.train.objective in ("dpo", "reward") else 1
-        batches = np.diff(numbers[:, 2], prepend=0) // (rows_of_sample * self.config.data.seq_length)
+        tokens_per_sample = self.config.train.rows_per_sample * self.config.data.seq_length
+        batches = np.diff(numbers[:, 2], prepend=0) // tokens_per_sample
         # resumed from the checkpoint of another run, whose tokens are included
         if numbers.shape[0] and numbers[0, 0] != 1:
             batches[0] = batches[1] if batches.size > 1 else self.config.train.global_batch_size or batches[0]

@@ -1,11 +1,11 @@
-"""The sections of the optimisation: strict types, and the warmup in steps."""
+"""The sections of the optimisation: strict types, the warmup in steps, and the rows of a sample."""
 
 from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
 
-from neox.config.schema import OptimizerConfig, ScheduleConfig, ZeroConfig
+from neox.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig, ZeroConfig
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,9 @@ def test_values_of_another_type_are_refused(section, values):
 def test_an_integral_warmup_stays_an_integer(given, kind):
     warmup = ScheduleConfig(warmup_iters=given).warmup_iters
     assert warmup == given and type(warmup) is kind
+
+
+@pytest.mark.parametrize(("objective", "rows"), [("pretrain", 1), ("sft", 1), ("dpo", 2), ("reward", 2)])
+def test_a_pair_takes_two_rows(objective, rows):
+    train = TrainConfig(objective=objective)
+    assert (train.rows_per_sample, train.on_pairs) == (rows, rows == 2)

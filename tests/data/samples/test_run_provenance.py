@@ -146,6 +146,15 @@ def test_a_run_before_its_first_step(sources, tmp_path):
     )
 
 
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_a_step_of_pairs_has_half_as_many_samples_as_rows(sources, tmp_path, objective):
+    config = config_of(tmp_path / "run", {"train": [sources[0].prefix]}, objective=objective)
+    leave(tmp_path / "run", config, [4])
+    row = {"step": 1, "samples": 4, "tokens": 4 * 2 * SEQ}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert RunProvenance(tmp_path / "run").span(1) == (0, 4)
+
+
 def test_folders_that_are_no_runs(tmp_path, sources):
     with pytest.raises(ConfigError, match="not the folder of a run"):
         RunProvenance(tmp_path)
