@@ -160,9 +160,7 @@ def data_core() -> CppExtension:
 
 
 class BuildNative(BuildExtension):
-    """Keeps the objects of each library in a folder of its own under build/, so that a second build compiles only
-    what changed.
-    """
+    """Keeps the objects of each library in its own folder, so that a second build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build one library."""

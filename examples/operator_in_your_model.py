@@ -44,9 +44,7 @@ class TorchBlock(Block):
 
 
 class NeoxBlock(Block):
-    """The block on neox.ops: the residual add and the second norm are one kernel, and so are the gate and its
-    product.
-    """
+    """The block on neox.ops: one kernel for residual add and second norm, one for the gate and its product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, s, h] -> [b, s, h]."""

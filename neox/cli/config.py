@@ -1,5 +1,4 @@
-"""Show a config with the origin of every value, explain a key, compare two configs, or convert GPT-NeoX files to a
-native config.
+"""Show a config with the origins of its values, explain a key, compare configs, or convert GPT-NeoX files.
 
 example: neox config show 1-3B.yml --set train.seed=7
          neox config explain model.rotary_pct

@@ -109,8 +109,9 @@ def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug:
 
 
 def end_while_joining(launch: LaunchInfo, received: signal.Signals) -> None:
-    """Exit after a signal that arrived before all processes joined. It runs on a thread, as the main thread may be
-    busy.
+    """Exit after a signal that arrived before all processes joined.
+
+    It runs on a thread, as the main thread may be busy.
     """
     error = StoppedBySignal(
         "stopped by a signal before all processes had joined, so there is nothing to save",
@@ -159,8 +160,9 @@ def disable_flight_recorder(environment: MutableMapping[str, str]) -> None:
 
 
 def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
-    """Load and check the config, and set the variables that libraries read at their import. Returns the config and
-    "cpu" or "cuda".
+    """Load and check the config, and set the variables that libraries read at their import.
+
+    Returns the config and "cpu" or "cuda".
 
     Raises:
         ConfigError: the config is wrong.

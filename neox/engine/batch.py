@@ -11,8 +11,9 @@ from neox.parallel.mesh import Mesh
 
 
 def context_slice(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch with this rank's part of the sequence. Segment ids stay complete: attention sees the complete
-    sequence.
+    """The batch with this rank's part of the sequence.
+
+    Segment ids stay complete: attention sees the complete sequence.
     """
     if mesh.cp == 1:
         return batch
@@ -24,8 +25,9 @@ def context_slice(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`, except for sample_ids, which only the host reads. Returns the batch itself if it is
-    there already.
+    """The batch on `device`, except for sample_ids, which only the host reads.
+
+    Returns the batch itself if it is there already.
     """
     if batch.tokens.device == device:
         return batch

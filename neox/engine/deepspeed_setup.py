@@ -31,8 +31,9 @@ from neox.parallel.wait_tracker import raise_group_timeouts
 
 
 class CPUWithoutOps(CPU_Accelerator):
-    """DeepSpeed's CPU accelerator without its operators, which it would compile at the first start; gloo needs none
-    of them.
+    """DeepSpeed's CPU accelerator without its operators, which it would compile at the first start.
+
+    Gloo needs none of them.
     """
 
     def create_op_builder(self, class_name):
@@ -44,8 +45,9 @@ class CPUWithoutOps(CPU_Accelerator):
         return
 
     def is_fp16_supported(self):
-        """True: torch computes in fp16 on every CPU. DeepSpeed asks for native fp16 instructions. A run refuses fp16
-        on a CPU in any case.
+        """True: torch computes in fp16 on every CPU.
+
+        DeepSpeed asks for native fp16 instructions. A run refuses fp16 on a CPU in any case.
         """
         return True
 
@@ -126,9 +128,7 @@ def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_param
 
 
 def ensure_process_group(device: torch.device) -> None:
-    """Create the process group of one process, and the variable of a launcher, that DeepSpeed requires of a process
-    without a launcher too.
-    """
+    """Create what DeepSpeed requires of a process without a launcher: a process group, and a launcher's variable."""
     if not dist.is_initialized():
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         dist.init_process_group(
@@ -153,8 +153,9 @@ def import_muon_uncompiled() -> None:
 
 @contextlib.contextmanager
 def frozen_objects() -> Iterator[None]:
-    """Exclude all current objects from garbage collection: DeepSpeed collects six times as it starts, 0.4 s each
-    over everything imported.
+    """Exclude all current objects from garbage collection.
+
+    DeepSpeed collects six times as it starts, 0.4 s each over everything imported.
     """
     frozen_before = gc.get_freeze_count() > 0
     gc.freeze()

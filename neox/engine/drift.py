@@ -73,8 +73,9 @@ def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def replicated(named: Named, mesh: Mesh) -> list[tuple[dist.ProcessGroup, list[tuple[str, torch.nn.Parameter]]]]:
-    """The parameters that several processes hold, by group: all over the replicas, and those that are not sharded over
-    the tensor group.
+    """The parameters that several processes hold, by group.
+
+    All over the replicas, and those that are not sharded over the tensor group.
 
     ZeRO stage 3 shards parameters, which then have no replicas; the small ones that it does not shard have.
     """
@@ -119,8 +120,9 @@ def check_replicas(named: Named, mesh: Mesh, step: int) -> None:
 
 
 def differing(names: Sequence[str], mine: torch.Tensor, group: dist.ProcessGroup) -> list[str]:
-    """`tensor on ranks ...` for every tensor whose checksums differ: the ranks outside the majority, or all if there
-    is none.
+    """`tensor on ranks ...` for every tensor whose checksums differ.
+
+    The ranks are those outside the majority, or all if there is none.
     """
     ranks = dist.get_process_group_ranks(group)
     everyone = [torch.empty_like(mine) for _ in ranks]

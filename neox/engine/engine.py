@@ -182,9 +182,7 @@ class Engine:
         return self.phases.value("loss", self.deepspeed(batch, received, expected))
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, last: bool) -> None:
-        """Backward pass of one micro-batch through this stage; after the last one, gradients are reduced over the
-        replicas.
-        """
+        """Backward pass of one micro-batch through this stage; the last one reduces gradients over the replicas."""
         self.phases.enter("backward")
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.tied.last_backward = last

@@ -25,8 +25,9 @@ def evaluate(engine: Engine, batches: Iterable[Batch]) -> float:
 
 @torch.no_grad()
 def evaluate_part(engine: Engine, batches: Iterable[Batch], *, stop: bool = False) -> tuple[float, float, bool]:
-    """Part of an evaluation. Returns the sum of the losses, the number of targets, and whether any process asks to
-    stop, over all processes.
+    """Part of an evaluation.
+
+    Returns the sum of the losses, the number of targets, and whether any process asks to stop, over all processes.
     """
     mesh = engine.mesh
     engine.phases.enter("evaluate")

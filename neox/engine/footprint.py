@@ -27,8 +27,9 @@ def bucket_elements(num_parameters: int) -> int:
 
 
 def is_hidden_matrix(name: str, dimensions: int) -> bool:
-    """Whether Muon updates this parameter: a matrix in a block. Embeddings and the output head use AdamW, as Muon's
-    authors advise.
+    """Whether Muon updates this parameter: a matrix in a block.
+
+    Embeddings and the output head use AdamW, as Muon's authors advise.
     """
     return dimensions == 2 and name.startswith("layers.")
 

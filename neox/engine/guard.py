@@ -1,6 +1,4 @@
-"""Checks of a step before its update is applied, and the policies for losses that are not finite and for loss
-spikes.
-"""
+"""Checks of a step before its update, and the policies for losses that are not finite and for loss spikes."""
 
 from __future__ import annotations
 
@@ -89,8 +87,9 @@ class Guard:
 
 
 def non_finite_error(what: str, got: object, step: int, sample_ids: Sequence[torch.Tensor], mesh: Mesh) -> NonFinite:
-    """The error for a weight, loss or gradient that is not finite, with the samples of the global batch. All processes
-    call it together.
+    """The error for a weight, loss or gradient that is not finite, with the samples of the global batch.
+
+    All processes call it together.
 
     Args:
         what: weight, loss or gradient.

@@ -1,5 +1,6 @@
-"""Learning-rate schedules: pure functions of the step and of the number of updates, so a resumed run needs no schedule
-state.
+"""Learning-rate schedules: pure functions of the step and of the number of updates.
+
+A resumed run therefore needs no schedule state.
 
 Steps count from 1: `learning_rate(n)` is the rate of the n-th optimizer step. With w = warmup_iters, d = decay_iters,
 c = cooldown_iters and p = (n - w) / (d - w) cut to [0, 1], `rule: native` is:
@@ -46,9 +47,7 @@ class LRSchedule:
     rule: str = "native"
 
     def learning_rate(self, step: int, updates: int | None = None) -> float:
-        """The learning rate of optimizer step `step` (1 is the first), before which `updates` updates were made
-        (None: step - 1).
-        """
+        """The learning rate of step `step` (from 1), before which `updates` updates were made (None: step - 1)."""
         if self.rule == "gpt_neox":
             return gpt_neox(self, step - 1 if updates is None else updates)
         if step < self.warmup_iters:

@@ -42,8 +42,9 @@ class MeshMPU:
         return dist.get_process_group_ranks(self.get_data_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
-        """Rank within the model group. Without pipeline stages it equals the tensor rank, on which DeepSpeed's stage
-        3 relies.
+        """Rank within the model group.
+
+        Without pipeline stages it equals the tensor rank, on which DeepSpeed's stage 3 relies.
         """
         return self.mesh.pp_rank * self.mesh.tp + self.mesh.tp_rank
 

@@ -26,8 +26,9 @@ class Objective(Protocol):
         ...
 
     def count(self, batch: Batch) -> int:
-        """Number of terms of a batch. The loss of a step is the sum over the global batch divided by its number of
-        terms.
+        """Number of terms of a batch.
+
+        The loss of a step is the sum over the global batch divided by its number of terms.
         """
         ...
 
@@ -45,8 +46,9 @@ class TokenLoss:
 
 
 class PreferenceLoss:
-    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(beta ((c - c0) - (r - r0))), with the log-probabilities of the
-    chosen and the rejected answer.
+    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(beta ((c - c0) - (r - r0))).
+
+    c and r are the log-probabilities of the chosen and the rejected answer.
 
     Args:
         beta: weight of the distance from the reference model, whose log-probabilities c0, r0 are in the batch.
@@ -66,8 +68,9 @@ class PreferenceLoss:
 
 
 class RewardLoss:
-    """Bradley-Terry: -log sigmoid(score of the chosen - score of the rejected), each read at the last token of its
-    answer.
+    """Bradley-Terry: -log sigmoid(score of the chosen - score of the rejected).
+
+    A score is read at the last token of its answer.
     """
 
     def __call__(self, out: torch.Tensor, batch: Batch) -> torch.Tensor:

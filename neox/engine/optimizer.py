@@ -1,5 +1,4 @@
-"""Optimizers, built here rather than by DeepSpeed: we choose the parameter groups, and every ZeRO stage steps the same
-code.
+"""Optimizers, built here rather than by DeepSpeed, so that every ZeRO stage makes the same update.
 
 Weight decay is decoupled in all of them and applies to matrices only: parameters of one dimension (biases, norms) are
 in a separate group without decay. A group's `lr_scale` multiplies the learning rate that the engine sets at every step.
@@ -21,8 +20,9 @@ ROW_BIASES = (".attention.out.bias", ".mlp.down.bias")
 
 
 class NoCompiler:
-    """Mixin: torch's methods without the decorator that disables torch.compile in them, because its first call imports
-    the compiler.
+    """Mixin: torch's methods without their decorator, whose first call imports the compiler.
+
+    The decorator disables torch.compile in them.
 
     The import takes 2.4 of the 3.4 s of CPU time of a small run (docs/log.md), in every process. The price is a
     dependency on `__wrapped__`, which functools.wraps sets; tests/engine/test_deepspeed_setup.py fails if the compiler
@@ -36,8 +36,9 @@ class NoCompiler:
 
 
 class AdamW(NoCompiler, torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101), with torch's fused kernel and state. `step` is written here because torch's is
-    decorated as well.
+    """AdamW (arXiv 1711.05101), with torch's fused kernel and state.
+
+    `step` is written here because torch's is decorated as well.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
@@ -182,9 +183,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
 
 
 def counter(optimizer: Optimizer, group: dict, device: torch.device, updates: int) -> dict:
-    """The `step` entry of a parameter's state after `updates` updates, in the optimizer's form; empty if the
-    optimizer has none.
-    """
+    """The `step` entry of a parameter's state after `updates` updates; empty if the optimizer has none."""
     if isinstance(optimizer, AdamW):
         return {"step": torch.tensor(float(updates), device=device)}
     if group.get("use_muon") is False:

@@ -244,9 +244,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def write_weights(self, values: dict[str, torch.Tensor]) -> None:
-        """Overwrite the fp32 weights with those of full local parameters, by name: the initial weights before
-        rounding.
-        """
+        """Overwrite the fp32 weights with full local parameters, by name: the initial weights before rounding."""
         for shard in self.shards:
             if shard.group < 0:
                 continue
@@ -264,8 +262,9 @@ class OptimizerState:
             wrapper.update_lp_params()
 
     def gather_persistent(self) -> None:
-        """Stage 3: gather the small parameters that every process holds in full. DeepSpeed leaves them sharded when
-        it skips an update.
+        """Stage 3: gather the small parameters that every process holds in full.
+
+        DeepSpeed leaves them sharded when it skips an update.
         """
         if isinstance(self.wrapper, DeepSpeedZeroOptimizer_Stage3) and self.wrapper.persistent_parameters:
             self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)

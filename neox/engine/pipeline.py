@@ -1,5 +1,4 @@
-"""One-forward-one-backward over pipeline stages (PipeDream-flush, arXiv 2006.09503; schedule of arXiv 2104.04473,
-figure 4).
+"""One-forward-one-backward over pipeline stages (PipeDream-flush, arXiv 2006.09503; arXiv 2104.04473, figure 4).
 
 DeepSpeed's PipelineEngine is not used: it averages the losses of micro-batches, whereas ours are weighted by tokens; it
 steps before the loss has been checked; it controls the data iterator and evaluation; and it reduces tied weights as
@@ -24,8 +23,9 @@ from neox.parallel.p2p import send_recv
 
 
 class _BackwardRoot(torch.autograd.Function):
-    """A scalar whose backward pass gives `output` the gradient that the next stage sent: DeepSpeed's backward() starts
-    from scalars only.
+    """A scalar whose backward pass gives `output` the gradient that the next stage sent.
+
+    DeepSpeed's backward() starts from scalars only.
 
     The incoming gradient is not read: the gradient that was sent includes loss scale and token weights.
     """
@@ -75,8 +75,9 @@ class OneForwardOneBackward:
         self.dtype = dtype
 
     def train(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Forward and backward of every micro-batch. Returns the sum of the losses, zero on a stage that is not the
-        last.
+        """Forward and backward of every micro-batch.
+
+        Returns the sum of the losses, zero on a stage that is not the last.
         """
         mesh, count = self.mesh, len(batches)
         ahead = min(mesh.pp - mesh.pp_rank - 1, count)  # micro-batches whose forward comes before the first backward
@@ -209,9 +210,7 @@ class TiedExchange:
 
 
 def tie_embedding(model: GPT, mesh: Mesh, dtype: torch.dtype) -> TiedExchange:
-    """The exchange of a tied embedding between the first and the last stage; it does nothing in a model or on a
-    stage that has none.
-    """
+    """The exchange of a tied embedding between the first and the last stage; does nothing elsewhere."""
     tied = mesh.pp > 1 and model.config.tie_embeddings and model.config.output == "tokens"
     if not tied:
         return TiedExchange(mesh, None, None)

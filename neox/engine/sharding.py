@@ -1,6 +1,4 @@
-"""A model's parameters with DeepSpeed and the optimizer around them: what a ZeRO stage makes of the model that the
-engine trains.
-"""
+"""A model's parameters under DeepSpeed: what a ZeRO stage makes of the model that the engine trains."""
 
 from __future__ import annotations
 
@@ -71,7 +69,8 @@ def shard_model(config: Config, mesh: Mesh, model: GPT, objective: Objective) ->
 
 
 def copy_to_host(trained: Named) -> dict[str, torch.Tensor]:
-    """Copies in host memory, by name: on a GPU a second set of fp32 weights besides DeepSpeed's would be the peak of
-    the start.
+    """Copies in host memory, by name.
+
+    On a GPU a second set of fp32 weights besides DeepSpeed's would be the peak of the start.
     """
     return {name: p.detach().to("cpu", copy=True) for name, p, _ in trained}

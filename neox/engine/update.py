@@ -92,6 +92,7 @@ class Updater:
 
     def set_learning_rate(self, step: int, updates: int) -> float:
         """Set the learning rate of a step, before which `updates` updates were made, in the optimizer's groups.
+
         Returns it.
         """
         lr = self.lr_schedule.learning_rate(step, updates)
@@ -139,8 +140,9 @@ class Updater:
         return replace(outcome, problem=description, spike=spike)
 
     def clip_and_step(self, not_finite: Callable[[str, object], NonFinite]) -> Update | NonFinite:
-        """Clip the gradient and step the optimizer. If the gradient is not finite, no parameter changes and the
-        error is returned.
+        """Clip the gradient and step the optimizer.
+
+        If the gradient is not finite, no parameter changes and the error is returned.
         """
         if self.zero is None:
             norm = self.clip_gradients()
@@ -160,8 +162,9 @@ class Updater:
         return not_finite("gradient", "NaN or infinity")
 
     def skip_empty_batch(self) -> Update:
-        """Skip the update of a batch without a target: neither weight decay nor momentum may move the weights. All
-        processes call it together.
+        """Skip the update of a batch without a target: neither weight decay nor momentum may move the weights.
+
+        All processes call it together.
         """
         scaler = self.scaler_state()
         self.drop_gradients()

@@ -23,8 +23,7 @@ DEFAULT_NEW_TOKENS = 256  # the default of lm-evaluation-harness
 
 
 def prefix_token(tokenizer: Tokenizer) -> int:
-    """The token used as an empty context: bos_token of the tokenizer_config.json next to the tokenizer, else
-    end-of-document.
+    """The token used as an empty context: bos_token of tokenizer_config.json, else end-of-document.
 
     Raises:
         ConfigError: neither exists.

@@ -1,6 +1,4 @@
-"""What benchmarks need of a model: log-likelihoods of continuations, and continuations, in batches of similar
-length.
-"""
+"""What benchmarks need: log-likelihoods of continuations, and continuations, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ OnDone = Callable[[int], None]
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, longest first: there is little padding, and memory peaks in the first
-    batch.
+    """Indices in batches of at most `size`, longest first.
+
+    There is little padding, and memory peaks in the first batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
@@ -73,8 +72,7 @@ def log_likelihoods(
 
 
 def rolling_windows(tokens: list[int], prefix: int, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Divide a text into (context, continuation) pairs in which every token is predicted once, with as much context as
-    fits.
+    """(context, continuation) pairs that predict every token of a text once, with as much context as fits.
 
     The context of the first window is `prefix`; the last window starts early enough to be full.
     """
@@ -98,9 +96,7 @@ def complete(
     eod_id: int | Collection[int] | None,
     batch_size: int,
 ) -> list[str]:
-    """Continue each prompt until a stop text, end-of-document or params.max_new_tokens; the stop text is not
-    returned.
-    """
+    """Continue each prompt to a stop text, end-of-document or max_new_tokens; the stop text is not returned."""
     results = [""] * len(prompts)
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
         rows = generate(

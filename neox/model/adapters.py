@@ -1,6 +1,4 @@
-"""Which parameters a run trains, and which it adds to the model it starts from: LoRA adapters, the head of a reward
-model.
-"""
+"""The parameters that a run trains, and those it adds to its base: LoRA adapters, the head of a reward model."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ def is_adapter(name: str) -> bool:
 
 
 def is_trained(config: ModelConfig, name: str) -> bool:
-    """Whether a run with this config trains a parameter: any, or with LoRA only adapters and the head of a reward
-    model.
-    """
+    """Whether a run trains a parameter: any, or with LoRA only adapters and the head of a reward model."""
     return config.lora is None or is_adapter(name) or name == SCORE
 
 

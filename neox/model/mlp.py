@@ -48,9 +48,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f, h, mesh, units=f, what=WIDTH, bias=bias, dtype=dtype)
 
     def forward(self, x: torch.Tensor, partial: bool = False) -> torch.Tensor:
-        """[b, s, h] -> [b, s, h]; with `partial`, without the sum over the tensor group and without the bias of
-        down.
-        """
+        """[b, s, h] -> [b, s, h]; with `partial`, without the sum over the tensor group and the bias of down."""
         if self.gate is None:
             inner: tuple[torch.Tensor, ...] = (self.up(x, add_bias=False),)
         elif self.mesh.tp == 1:

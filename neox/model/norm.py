@@ -78,8 +78,9 @@ def make_norm(config: ModelConfig, mesh: Mesh = ONE_PROCESS, dtype: torch.dtype 
 def dual_norm(
     first: LayerNorm | RMSNorm, second: LayerNorm | RMSNorm, delta: torch.Tensor, stream: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum). The statistics are computed
-    once.
+    """Two norms of one sum, for a parallel residual: (first(sum), second(sum), sum).
+
+    The statistics are computed once.
     """
     if isinstance(first, LayerNorm) and isinstance(second, LayerNorm):
         out = ops.dual_layer_norm(

@@ -67,9 +67,7 @@ class RotaryTable:
         return F.embedding(position_ids, self.cos), F.embedding(position_ids, self.sin)
 
     def rows_by_length(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [b, s, r] of positions [b, s] under dynamic NTK, the base of each sequence set by its last
-        position.
-        """
+        """cos and sin [b, s, r] of positions [b, s] under dynamic NTK; a sequence's last position sets its base."""
         lengths = (position_ids.amax(dim=1) + 1).tolist()
         tables = {length: self._tables(length) for length in set(lengths)}
         device = position_ids.device

@@ -1,6 +1,4 @@
-"""Seeds of the operators with dropout, drawn from torch's generator: seeding, recomputation and resuming control
-them.
-"""
+"""Seeds of the operators with dropout, drawn from torch's generator, whose state thereby controls them."""
 
 from __future__ import annotations
 

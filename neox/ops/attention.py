@@ -95,8 +95,7 @@ def attention_qkv(
     backend: str = "auto",
     mask_cache: MaskCache | None = None,
 ) -> torch.Tensor:
-    """`attention` on the output of a fused projection, read in place; the backward writes one gradient of the same
-    layout.
+    """`attention` on the output of a fused projection, read in place; the gradient has the same layout.
 
     Args:
         qkv: [b, s, g, m + 2, d], dtypes as for `attention`: per key/value head the m = n / g query heads that share it,
@@ -306,8 +305,9 @@ def sdpa_attention(
     dropout_p: float,
     mask_cache: MaskCache | None,
 ) -> torch.Tensor:
-    """`attention` through torch's scaled_dot_product_attention, which needs every mask but the causal one in full, O(s
-    t).
+    """`attention` through torch's scaled_dot_product_attention.
+
+    It needs every mask but the causal one in full, O(s t).
 
     Arguments as for `attention`, the masks as a MaskSpec.
 

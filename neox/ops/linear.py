@@ -70,9 +70,7 @@ def linear_input_gradient(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 def linear_weight_gradient(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_dweight: bool = True, need_dbias: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dW = dy^T x [out, in] and db = sum dy [out] over all rows of dy [..., out] and x [..., in]; None where not
-    needed.
-    """
+    """dW = dy^T x [out, in] and db = sum dy [out] over all rows of dy [..., out] and x [..., in], if needed."""
     if dy.dtype == torch.bfloat16 and UPCASTS_BF16 and dy.device.type == "cpu":
         _, dweight, dbias = native.linear_bf16_backward(dy, x, weight, False, need_dweight, need_dbias)
         return dweight if need_dweight else None, dbias if need_dbias else None

@@ -54,8 +54,7 @@ def dual_layer_norm(
     eps: float,
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """(layer_norm(s, weight1, bias1), layer_norm(s, weight2, bias2)), s = x + residual; with a residual, s is the
-    third.
+    """layer_norm of s = x + residual by (weight1, bias1) and by (weight2, bias2); with a residual, s is the third.
 
     Arguments and errors as for `layer_norm`.
     """

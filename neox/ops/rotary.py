@@ -1,5 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864): tables of cos and sin, rotation of queries and keys
-(csrc/ops/rotary).
+"""Rotary position embedding (arXiv:2104.09864): tables of cos and sin, rotation of queries and keys.
 
 Half-split layout (GPT-NeoX, Llama): of the first r channels of a head, channel i is rotated with channel i + r/2. The
 other d - r channels are copied.
@@ -195,9 +194,7 @@ def _ntk_base(rotary_dim: int, length: int, theta: float, scaling: RopeScaling) 
 
 
 def _yarn(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv:2309.00071, section 3.2): fast pairs are unchanged, slow ones interpolated, with a ramp in
-    between.
-    """
+    """YaRN (arXiv:2309.00071, section 3.2): fast pairs unchanged, slow ones interpolated, a ramp in between."""
     original = _trained_length(scaling)
 
     def pair_turning(rotations: float) -> float:
@@ -217,9 +214,7 @@ def _yarn(rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Te
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Llama 3.1: wavelengths above the trained length / low_freq_factor are scaled, short ones not, blended in
-    between.
-    """
+    """Llama 3.1: wavelengths above trained length / low_freq_factor are scaled, short ones not, others blended."""
     original = _trained_length(scaling)
     turns = original / (2 * math.pi / frequencies)  # full turns within the trained length
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

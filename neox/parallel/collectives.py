@@ -67,9 +67,7 @@ def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch
 
 
 def all_to_all(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Process i sends share j of dimension `split` to process j and concatenates what it gets along `join`, in new
-    memory.
-    """
+    """Process i sends share j of `split` to process j and concatenates what it gets along `join`, in new memory."""
     size = dist.get_world_size(group)
     parts = x.detach().unflatten(split, (size, -1)).movedim(split, 0).contiguous()
     out = torch.empty_like(parts)
@@ -155,8 +153,9 @@ def gather_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> t
 
 
 def reduce_scatter_from(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Forward: this process's share of the sum over the group. Backward: the shares of the gradient are
-    concatenated.
+    """Forward: this process's share of the sum over the group.
+
+    Backward: the shares of the gradient are concatenated.
     """
     return x if group is None else _ReduceScatter.apply(x, dim, group)
 

@@ -99,9 +99,7 @@ class Mesh:
         return self.pp_rank == self.pp - 1
 
     def context_start(self, length: int) -> int:
-        """Position of the first token here, where every process of the context group has `length` tokens of a
-        sequence.
-        """
+        """Position of the first local token, if each process of the context group has `length` tokens."""
         return self.cp_rank * length
 
     def context_share(self, low: int, high: int) -> tuple[int, int]:

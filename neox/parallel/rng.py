@@ -25,9 +25,7 @@ def derive_seed(seed: int, *path: object) -> int:
 
 
 def seed_default_generators(seed: int, mesh: Mesh) -> None:
-    """Seed torch's default generators: equally over the tensor group, differently over data, context and pipeline
-    ranks.
-    """
+    """Seed torch's default generators: equally over the tensor group, differently over the other axes."""
     context = (mesh.cp_rank,) if mesh.cp > 1 else ()
     torch.manual_seed(derive_seed(seed, "dropout", mesh.pp_rank, mesh.dp_rank, *context))
 

@@ -1,3 +1,4 @@
-"""Process management: launch information, rendezvous, process group, watchdog, signals. Importing this package does
-not import torch.
+"""Process management: launch information, rendezvous, process group, watchdog, signals.
+
+Importing this package does not import torch.
 """

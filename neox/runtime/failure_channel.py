@@ -1,6 +1,4 @@
-"""The failure of a run, shared by its processes through the rendezvous store: the first error that is posted, and
-who has read it.
-"""
+"""The failure of a run in the rendezvous store: the first error that is posted, and who has read it."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ CONNECTION_ERRORS = (
 
 
 class PostedError(TypedDict):
-    """An error in the store: who posted it, the exit code of the run, and the process that was lost or is stuck, if
-    any.
-    """
+    """An error in the store: who posted it, the run's exit code, and the process that was lost or stuck, if any."""
 
     rank: int
     code: int

@@ -1,5 +1,6 @@
-"""Heartbeat of a process: the phase of its main thread, and a count that grows with its progress. The watchdog's
-thread reads it.
+"""Heartbeat of a process: the phase of its main thread, and a count that grows with its progress.
+
+The watchdog's thread reads it.
 """
 
 from __future__ import annotations

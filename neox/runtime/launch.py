@@ -1,6 +1,4 @@
-"""Rank, world size and address of this process, from the variables of a launcher: deepspeed, torchrun, Slurm's srun,
-mpirun, or none.
-"""
+"""Rank, world size and address of this process, from the variables of deepspeed, torchrun, srun or mpirun."""
 
 from __future__ import annotations
 

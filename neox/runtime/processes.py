@@ -21,8 +21,7 @@ START_TOLERANCE = 2.0  # seconds between two readings of a process's start time
 
 
 def find_launchers() -> list[ProcessInfo]:
-    """The launchers above this process, nearest first: parents that should outlive it, up to the first that is not a
-    launcher, such as a shell.
+    """The launchers above this process, nearest first: its parents up to the first other program, such as a shell.
 
     `deepspeed` is two of them, a front end and one launcher per host; neither notices when the front end is killed.
     """
@@ -60,8 +59,9 @@ def resume_stopped(who: ProcessInfo, space: str) -> None:
 
 
 def kill_stuck(who: ProcessInfo, space: str, patience: float = 2.0) -> None:
-    """Kill a stuck process of this host that does not exit within `patience` seconds: it would hold its memory and
-    its GPU.
+    """Kill a stuck process of this host that does not exit within `patience` seconds.
+
+    It would hold its memory and its GPU.
     """
     if not space or who.get("space") != space:
         return

@@ -289,8 +289,9 @@ class Member:
                 self.waiting.sleep()
 
     def follow(self) -> str:
-        """Other ranks: confirm the answer of rank 0, and wait until it opens the attempt. Returns the attempt's
-        token.
+        """Other ranks: confirm the answer of rank 0, and wait until it opens the attempt.
+
+        Returns the attempt's token.
         """
         token, ready = None, False
         while True:
@@ -312,9 +313,7 @@ class Member:
             self.waiting.sleep()
 
     def check_rank(self) -> None:
-        """Raise EnvironmentProblem if another living process has this rank: it joined later, or is in an attempt
-        that runs.
-        """
+        """Raise EnvironmentProblem if another process has this rank: it joined later, or is in a running attempt."""
         if self.store.get(f"hello/{self.launch.rank}").decode() != self.id:
             raise self.taken()
         if self.launch.agent_store and self.waiting.seconds > OLD_ATTEMPT_SECONDS and self.store.check([CURRENT]):

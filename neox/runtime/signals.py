@@ -1,5 +1,4 @@
-"""Stopping by signal: the first signal asks for a checkpoint at the next step boundary, a repeated one ends the process
-at once.
+"""Stopping by signal: the first asks for a checkpoint after the step, a repeated one ends the process at once.
 
 Launchers forward a Ctrl-C as a SIGTERM (DeepSpeed's does, torchrun's too), so one request to stop arrives as two
 different signals within moments. A signal therefore counts as repeated only if the same one arrives later than
@@ -78,9 +77,7 @@ class StopSignals:
             action(self.received)
 
     def watch(self, reader: int) -> None:
-        """Thread: end the process without saving if the first signal is repeated later than REPEAT_AFTER seconds
-        after it.
-        """
+        """Thread: end the process without saving if the signal is repeated more than REPEAT_AFTER seconds later."""
         first, since = 0, 0.0
         while data := os.read(reader, 64):
             for number in data:

@@ -13,8 +13,7 @@ WATCHERS = ("neox-watchdog", "neox-watchdog-store", "neox-signals")  # threads
 
 
 def in_collective() -> bool:
-    """Whether this process waits for others: a thread that is not a watcher is inside a collective, or waits for one
-    that was started.
+    """Whether a thread other than a watcher is inside a collective, or waits for one that was started.
 
     The thread that writes checkpoints counts only if the main thread waits for it.
     """
@@ -37,8 +36,9 @@ def stack_of(frame: FrameType | None) -> list[tuple[str, str]]:
 
 
 def is_waiting(stack: list[tuple[str, str]]) -> bool:
-    """Whether a stack is in a collective or waits for one that was started before. Reads of its result are marked
-    (neox.phases).
+    """Whether a stack is in a collective or waits for one that was started before.
+
+    Reads of its result are marked (neox.phases).
     """
     if any(module.startswith("torch.distributed") or module in COLLECTIVES for module, _ in stack):
         return True

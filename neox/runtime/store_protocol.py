@@ -1,5 +1,6 @@
-"""The rendezvous store's protocol in pure Python, for a process that fails before it imports torch: it posts its error
-to the others.
+"""The rendezvous store's protocol in pure Python, for a process that fails before it imports torch.
+
+It posts its error to the others.
 
 The store is torch's TCPStore, of whose requests (torch/csrc/distributed/c10d/TCPStoreBackend.hpp) five are used:
 VALIDATE, SET, GET, CHECK, PING. Rank 0 serves the store. If rank 0 fails before the store exists, a listener on its
@@ -217,8 +218,9 @@ def serve_refusal(launch: LaunchInfo, notice: Notice, patience: float, stop: Cal
 
 
 def listen(launch: LaunchInfo, retry: float = 2.0) -> socket.socket:
-    """Listen on the port, on all addresses of this host. A port in use is retried for `retry` seconds: a run that has
-    just ended may hold it.
+    """Listen on the port, on all addresses of this host.
+
+    A port in use is retried for `retry` seconds: a run that has just ended may hold it.
 
     Raises:
         EnvironmentProblem: the port is in use.

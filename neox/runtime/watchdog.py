@@ -121,9 +121,7 @@ class Watchdog:
                     self.leave(PeerLost.exit_code)
 
     def poll(self) -> None:
-        """Check for a posted error, then this process's progress, its neighbour and its launchers; write the
-        heartbeat.
-        """
+        """Check for a posted error, this process's progress, its neighbour and launchers; write the heartbeat."""
         posted = self.channel.posted()
         if posted is not None and not self.closed.is_set():
             self.closed.set()
@@ -145,9 +143,7 @@ class Watchdog:
             self.check_launchers()
 
     def check_launchers(self) -> None:
-        """Exit if a launcher has exited without ending this process, as one that was killed does: nobody would find
-        the process that is left.
-        """
+        """Exit if a launcher has exited without ending this process, as one that was killed does."""
         for who in self.launchers:
             if not is_running(who):
                 got = f"process {who['pid']} ({who['name']}) has exited"
@@ -176,9 +172,7 @@ class Watchdog:
             )
 
     def watch_store(self) -> None:
-        """Thread: exit if the store has not answered for longer than a process may be silent, because rank 0 is
-        stopped.
-        """
+        """Thread: exit if the store is silent for longer than a process may be, because rank 0 is stopped."""
         # rank 1 reports; if it can resume rank 0, the others read it there
         answer, patience = StallCounter(), self.limit + (0.0 if self.rank == 1 else GRACE)
         while not self.closed.wait(POLL):

@@ -1,3 +1,4 @@
-"""Fault injection for tests: an observer of a run's phases, and storage whose calls fail. Importing this package
-does not import torch.
+"""Fault injection for tests: an observer of a run's phases, and storage whose calls fail.
+
+Importing this package does not import torch.
 """

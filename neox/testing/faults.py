@@ -1,5 +1,4 @@
-"""Fault injection for tests: triggers failures at named sites, configured by FAULT. Without the variable nothing
-happens.
+"""Fault injection for tests: triggers failures at named sites, as the variable FAULT asks.
 
     FAULT=KIND@RANK:SITE:COUNT[,...]
 
@@ -112,8 +111,7 @@ def parse_one(text: str) -> Fault:
 
 
 class FaultInjector(Observer):
-    """Injects the faults of one process: as an observer of the phases of a run, and at the calls of
-    neox.testing.storage.
+    """Injects the faults of one process, in the phases of a run and at the calls of neox.testing.storage.
 
     Args:
         faults: faults of all processes.

@@ -10,8 +10,9 @@ from neox.testing.faults import FaultInjector
 
 
 class FaultyStorage(Storage):
-    """Local storage that visits a site before each system call. Publishing a manifest and removing one are separate
-    sites.
+    """Local storage that visits a site before each system call.
+
+    Publishing a manifest and removing one are separate sites.
     """
 
     def __init__(self, injector: FaultInjector):

@@ -89,8 +89,7 @@ class Checkpointer:
         )
 
     def restore(self, resumed: Resumed | None, data_changes: Iterable[str] = ()) -> dict[str, torch.Tensor] | None:
-        """Restore a checkpoint, or take the weights that checkpoint.init_from names. Nothing in the run's folder
-        changes.
+        """Restore a checkpoint, or take the weights of checkpoint.init_from. The run's folder does not change.
 
         Args:
             resumed: the checkpoint to resume; None to start at step 0.
@@ -193,8 +192,9 @@ class Checkpointer:
         self.recorder.report(f"training continues without this checkpoint: {error.line()}")
 
     def roll_back(self, step: int) -> Path:
-        """Restore the newest checkpoint after a loss spike at `step`; the data is not rolled back. Returns the
-        checkpoint.
+        """Restore the newest checkpoint after a loss spike at `step`; the data is not rolled back.
+
+        Returns the checkpoint.
 
         Raises:
             NonFinite: no checkpoint exists, or guard.max_skipped rollbacks were made since the start.
@@ -222,7 +222,8 @@ class Checkpointer:
         return found
 
     def close(self) -> None:
-        """Wait CLOSE_SECONDS for a checkpoint that is being written. After an error, the other processes may have
-        exited.
+        """Wait CLOSE_SECONDS for a checkpoint that is being written.
+
+        After an error, the other processes may have exited.
         """
         self.saver.join(CLOSE_SECONDS)

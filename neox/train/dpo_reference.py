@@ -26,9 +26,7 @@ from neox.parallel.mesh import Mesh
 
 
 class InOrder:
-    """The pairs of a dataset by number, padded with the last one, so that all processes have the same number of
-    batches.
-    """
+    """The pairs of a dataset by number, padded with the last one so that all processes have as many batches."""
 
     def __init__(self, pairs: PairDataset):
         self.pairs = pairs
@@ -51,16 +49,18 @@ def pair_datasets(datasets: dict[str, Dataset]) -> Iterator[PairDataset]:
 
 
 def file_of(folder: Path, pairs: PairDataset, seq_length: int) -> Path:
-    """The file of a dataset's numbers. Its name identifies the content of the dataset and the length at which
-    answers are truncated.
+    """The file of a dataset's numbers.
+
+    Its name identifies the content of the dataset and the length at which answers are truncated.
     """
     chosen, rejected = pairs.checksums()
     return folder / f"{chosen:016x}-{rejected:016x}-{seq_length}.npy"
 
 
 def compute(pairs: PairDataset, engine: Engine, mesh: Mesh, micro_batch_size: int, vocab_size: int) -> np.ndarray:
-    """Log-probabilities fp32 [pairs, 2] by the current model. Every process calls it, computes a share, and gets all
-    of them.
+    """Log-probabilities fp32 [pairs, 2] by the current model.
+
+    Every process calls it, computes a share, and gets all of them.
     """
     out = torch.zeros(len(pairs), 2, dtype=torch.float32)
     loader = Loader(
@@ -85,8 +85,9 @@ def compute(pairs: PairDataset, engine: Engine, mesh: Mesh, micro_batch_size: in
 def set_references(
     datasets: dict[str, Dataset], folder: Path, engine: Engine, *, micro_batch_size: int, fresh: bool
 ) -> int:
-    """Set the reference of every dataset of pairs: computed and stored if the run is `fresh`, else read. Returns the
-    number of pairs.
+    """Set the reference of every dataset of pairs: computed and stored if the run is `fresh`, else read.
+
+    Returns the number of pairs.
 
     Raises:
         CheckpointError: the run resumes and a file is missing or damaged.

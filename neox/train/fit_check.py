@@ -53,6 +53,7 @@ def planned_bytes(config: Config, world_size: int, stage: int, kind: str) -> flo
 
 def measure_room(config: Config, mesh: Mesh) -> Room | None:
     """The fullest host or GPU of the run, the same on every process; None if the system does not report its memory.
+
     All processes call it.
     """
     kind = mesh.device.type
@@ -77,8 +78,7 @@ def measure_room(config: Config, mesh: Mesh) -> Room | None:
 
 
 def largest_batch(config: Config, world_size: int, kind: str, have: float) -> dict[str, int] | None:
-    """The largest micro-batch with which each process is planned to stay within `have` bytes, as config keys; None if
-    one sample does not.
+    """The largest micro-batch planned to stay within `have` bytes, as config keys; None if one sample does not.
 
     A configured global batch stays the same, by gradient accumulation.
     """

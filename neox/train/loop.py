@@ -117,8 +117,9 @@ def finish_pending(training: Training, record: Record) -> bool:
 
 
 def roll_back(training: Training) -> None:
-    """Restore the newest checkpoint after a loss spike, and continue with new data. Raises NonFinite if that is not
-    possible.
+    """Restore the newest checkpoint after a loss spike, and continue with new data.
+
+    Raises NonFinite if that is not possible.
     """
     found = training.checkpointer.roll_back(training.engine.step)
     training.recorder.reopen(training.engine.step)

@@ -59,8 +59,9 @@ class FreedMemory:
         self.settled = 0  # bytes resident SETTLE steps after the last trim
 
     def after_step(self) -> None:
-        """Set up the allocator after the first step, when everything that stays, such as optimizer state, is
-        allocated. Trim when due.
+        """Set up the allocator after the first step, when everything that stays, such as optimizer state, is allocated.
+
+        Trim when due.
         """
         if not self.started:
             self.started = True
@@ -99,9 +100,7 @@ class MallInfo(ctypes.Structure):
 
 
 def in_use() -> int | None:
-    """Bytes that this process has allocated from the C library, tensors included; None if the library does not
-    report it.
-    """
+    """Bytes allocated from the C library, tensors included; None if the library does not report it."""
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):  # another C library, or an old one

@@ -40,8 +40,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def vector_flops(dtype: torch.dtype) -> float:
-    """Peak of the vector units of this process's threads at the highest reported clock, FLOP/s; 0 if the system reports
-    none.
+    """Peak of this process's vector units at the highest reported clock, FLOP/s; 0 if the system reports none.
 
     Two units of fused multiply-adds per core. A busy machine gives a measured product less than this, and MFU above 100
     %.

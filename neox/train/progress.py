@@ -58,8 +58,10 @@ def progress_line(record: Record, total_steps: int, seconds_per_step: float) -> 
 
 
 def print_line(stream: TextIO, text: str) -> TextIO | None:
-    """Print a line. Returns the stream; None if its reader has exited (`| head`). Neither that nor a full disk is a
-    reason to stop training.
+    """Print a line.
+
+    Returns the stream; None if its reader has exited (`| head`). Neither that nor a full disk is a reason to stop
+    training.
     """
     try:
         stream.write(text + "\n")
@@ -148,9 +150,7 @@ class Progress:
             self.refused = True
 
     def step(self, record: Record, *, first: bool) -> None:
-        """Note a step, and print it if it is due: the first, the last, every `interval`-th, and those with an
-        evaluation.
-        """
+        """Note a step, and print it if due: the first, the last, every `interval`-th, and those with an evaluation."""
         time = record["step_time"]
         self.steps += 1
         warming = self.steps <= 2  # the first steps are slow

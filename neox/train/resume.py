@@ -82,9 +82,7 @@ def read_resumed(path: Path, config: Config) -> Resumed:
 
 
 def describe_changes(resumed: Resumed, config: Config, world_size: int) -> list[str]:
-    """Lines about the differences between the config of a checkpoint and that of this start, including derived
-    values.
-    """
+    """Differences between the config of a checkpoint and that of this start, derived values included, as lines."""
     out = [f"resumed from {resumed.path} at step {resumed.step}"]
     if "data" not in resumed.state:
         out.append(

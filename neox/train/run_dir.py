@@ -51,8 +51,7 @@ def claim(config: Config, run_dir: RunDir, stack: contextlib.ExitStack) -> None:
 
 
 def accept(config: Config, run_dir: RunDir, progress: Progress, stack: contextlib.ExitStack) -> None:
-    """First process, once the start can no longer be refused: delete leftovers of a crash, write config.lock.yml, open
-    log.txt.
+    """First process, once the start is certain: delete leftovers of a crash, write config.lock.yml, open log.txt.
 
     Raises:
         DiskError: the folder cannot be written.
@@ -74,8 +73,9 @@ def open_log(run_dir: RunDir, progress: Progress) -> TextIO:
 
 
 def refuse_lost_checkpoints(run_dir: RunDir) -> None:
-    """Raise CheckpointError if the run had checkpoints, or their folder, and no longer has: training must not
-    restart at step 0 unnoticed.
+    """Raise CheckpointError if the run had checkpoints, or their folder, and no longer has.
+
+    Training must not restart at step 0 unnoticed.
     """
     root = run_dir.checkpoints
     there = root.is_dir() and any(folder_step(path.name) is not None for path in root.iterdir())

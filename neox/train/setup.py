@@ -76,8 +76,9 @@ def build(
     phases: Phases | None = None,
     storage: Storage = LOCAL,
 ) -> Iterator[Training]:
-    """Open a run: claim its folder, build model and engine, restore a checkpoint, open data and records. Every process
-    calls it.
+    """Open a run: claim its folder, build model and engine, restore a checkpoint, open data and records.
+
+    Every process calls it.
 
     Args:
         config: a validated config.

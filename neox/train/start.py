@@ -1,6 +1,4 @@
-"""Start of a training process: from a checked config to a run, and from the way it ends to one exit code for all
-processes.
-"""
+"""Start of a training process: from a checked config to a run, and to one exit code for all processes."""
 
 from __future__ import annotations
 
@@ -106,8 +104,9 @@ def memory_errors(config: Config, mesh: Mesh) -> Iterator[None]:
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Make torch and our operators use algorithms that repeat results bit for bit, or the fastest. On a CPU all of ours
-    repeat.
+    """Make torch and our operators use algorithms that repeat results bit for bit, or the fastest.
+
+    On a CPU all of ours repeat.
 
     New memory is not filled: torch would write every new tensor for the sake of operations that read uninitialised
     memory, of which there are none. `torch.use_deterministic_algorithms` would also import torch's compiler, which

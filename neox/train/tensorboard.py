@@ -54,8 +54,9 @@ class EventFile:
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """Append to an unbuffered file, all or nothing: an incomplete record on a full disk would make the file
-    unreadable. Raises OSError.
+    """Append to an unbuffered file, all or nothing. Raises OSError.
+
+    An incomplete record on a full disk would make the file unreadable.
     """
     size = os.fstat(file.fileno()).st_size
     view = memoryview(data)
