@@ -154,7 +154,9 @@ def test_opcheck():
         ),
         ({"alibi_slopes": torch.ones(4)}, r"alibi_slopes must be fp32 \[6\]; got \[4\]"),
         ({"window": -1}, "window must be at least 1; got -1"),
-        ({"scale": float("nan")}, "scale, softcap, eps must be finite"),
+        ({"scale": float("nan")}, "scale must be finite; got nan"),
+        ({"softcap": -1.0}, "softcap must be positive and finite; got -1"),
+        ({"eps": -1.0}, "eps must not be negative; got -1"),
     ],
 )
 def test_errors(changes, message):

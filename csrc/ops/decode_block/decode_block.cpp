@@ -172,8 +172,9 @@ std::tuple<Tensor, Tensor> decode_block(Tensor stream, Optional delta, Tensor ke
     check_rank(kOp, stream, "stream", 3, 3);
     check(kOp, length >= 0, "length", "must not be negative", length);
     check(kOp, window >= 0, "window", "must be at least 1", window);
-    check(kOp, std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0 && eps >= 0, "scale, softcap, eps",
-          "must be finite, the last two not negative", scale);
+    check(kOp, std::isfinite(scale), "scale", "must be finite", scale);
+    check(kOp, std::isfinite(softcap) && softcap >= 0, "softcap", "must be positive and finite", softcap);
+    check(kOp, eps >= 0, "eps", "must not be negative", eps);
     stream = neox::contiguous(stream);
     for (Optional* table : {&cos, &sin, &segment_ids, &alibi_slopes}) {
         if (*table) *table = neox::contiguous(**table);
