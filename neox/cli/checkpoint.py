@@ -155,14 +155,19 @@ def convert(args: argparse.Namespace) -> int:
     """Rewrite a checkpoint after verifying every byte of it, and return 0.
 
     Raises:
-        ConfigError: the options do not fit together.
+        ConfigError: an option is missing, out of range, or does not fit the others.
         CheckpointError: the checkpoint is damaged, or the target exists.
         DiskError: the target cannot be written.
     """
-    if args.out is None or (args.dtype and not args.weights_only) or not 0 < args.shard_gb < 1 << 20:
-        got = f"--out {args.out} --dtype {args.dtype} --shard-gb {args.shard_gb}"
+    if args.out is None:
+        raise ConfigError("convert needs a folder to write to", where="--out", do="give --out DIR")
+    if args.dtype and not args.weights_only:
         raise ConfigError(
-            "convert needs --out, and --weights-only for --dtype", where="argv", got=got, do="neox checkpoint --help"
+            "dtype can be changed for weights only", where="--dtype", got=args.dtype, do="add --weights-only"
+        )
+    if not 0 < args.shard_gb < 1 << 20:
+        raise ConfigError(
+            "size of a file is out of range", where="--shard-gb", got=args.shard_gb, want="above 0, below 2^20"
         )
     source = resolve(args.path)
     found = problems(source)

@@ -110,8 +110,15 @@ def test_convert_to_weights_of_another_dtype(tmp_path):
 
 def test_convert_refuses_damage_and_contradictions(tmp_path, capsys):
     path = save_one(tmp_path / "checkpoints", 9)
-    assert main(["checkpoint", "convert", str(path)]) == 2
-    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "x"), "--dtype", "bf16"]) == 2
+    out = ["--out", str(tmp_path / "x")]
+    for options, where in (
+        ([], "where=--out; do=give --out DIR"),
+        ([*out, "--dtype", "bf16"], "where=--dtype; got=bf16; do=add --weights-only"),
+        ([*out, "--shard-gb", "0"], "where=--shard-gb; got=0.0; want=above 0, below 2^20"),
+        ([*out, "--shard-gb", "nan"], "where=--shard-gb; got=nan; want=above 0, below 2^20"),
+    ):
+        assert main(["checkpoint", "convert", str(path), *options]) == 2
+        assert where in capsys.readouterr().err
     (shard,) = path.glob("*.safetensors")
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
