@@ -108,3 +108,26 @@ QWEN2_KEYS = {
     "layer_types": Key("names", None, nullable=True),
 }
 QWEN3_KEYS = QWEN2_KEYS | {"head_dim": Key("count", 128), "attention_bias": Key("flag", False)}
+STABLELM_KEYS = {
+    **_SHARED,
+    **ROPE_OBJECTS,
+    "bos_token_id": Key("id", 0, nullable=True),
+    "eos_token_id": Key("ids", 0, nullable=True),
+    "vocab_size": Key("count", 50304),
+    "hidden_size": Key("count"),
+    "num_hidden_layers": Key("count", 32),
+    "num_attention_heads": Key("count", 32),
+    "num_key_value_heads": Key("count", 32),
+    "intermediate_size": Key("count", 6912),
+    "hidden_act": Key("name", "silu"),
+    "max_position_embeddings": Key("count", 4096),
+    "layer_norm_eps": Key("positive", 1e-5),
+    "rope_theta": Key("positive", 10000.0),
+    "partial_rotary_factor": Key("positive", 0.25),
+    "use_qkv_bias": Key("flag", False),
+    "qk_layernorm": Key("flag", False),
+    "use_parallel_residual": Key("flag", False),
+    "hidden_dropout": Key("share", 0.0),
+    "attention_dropout": Key("share", 0.0),
+    "tie_word_embeddings": Key("flag", False),
+}

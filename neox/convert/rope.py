@@ -75,6 +75,26 @@ def rope_misfits(config: ModelConfig) -> list[str]:
     return ["rope_scaling.type=ntk without original_max_position_embeddings"] if static else []
 
 
+def rotates_evenly(head_dim: int, rotary_pct: float) -> bool:
+    """Whether head_dim x rotary_pct is even. For odd numbers Hugging Face rotates one channel more, neox one less."""
+    return int(head_dim * rotary_pct) % 2 == 0
+
+
+def require_even_rotation(head_dim: int, rotary_pct: float) -> None:
+    """Check the rotary channels of a config.json.
+
+    Raises:
+        ConfigError: their number is odd.
+    """
+    if not rotates_evenly(head_dim, rotary_pct):
+        raise ConfigError(
+            "odd number of rotary channels",
+            where="config.json: partial_rotary_factor",
+            got=f"{head_dim} x {rotary_pct}",
+            want="an even number",
+        )
+
+
 def positions_to_json(config: ModelConfig) -> int:
     """Return max_position_embeddings for config.json; with dynamic NTK it is the original context length."""
     scaling = config.rope_scaling

@@ -40,6 +40,7 @@ PARAMETERS = {
     "llama/3-8B": 8_030_261_248,
     "mistral/7B": 7_241_732_096,
     "qwen3/0-6B": 596_049_920,
+    "stablelm/3B-4E1T": 2_795_443_200,
 }
 WITH_A_COUNT = sorted(PARAMETERS)
 SHIPPED = sorted(str(path.relative_to(PRESETS).with_suffix("")) for path in PRESETS.glob("**/*.yml"))

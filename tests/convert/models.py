@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 NEOX = {
@@ -77,6 +79,13 @@ def qwen2(**options) -> PreTrainedModel:
 
 def qwen3(**options) -> PreTrainedModel:
     return randomized(Qwen3ForCausalLM, Qwen3Config(**(LLAMA | {"num_key_value_heads": 2, "head_dim": 14} | options)))
+
+
+def stablelm(**options) -> PreTrainedModel:
+    sizes = {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"} | {"layer_norm_eps": 1e-2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4}  # 4 of 10 channels
+    sizes |= {"num_key_value_heads": 3, "rope_parameters": rope}
+    return randomized(StableLmForCausalLM, StableLmConfig(**(sizes | options)))
 
 
 def randomized(kind: type[PreTrainedModel], config) -> PreTrainedModel:
@@ -138,4 +147,6 @@ MODELS = {
     "qwen3-window-bias": lambda: qwen3(
         use_sliding_window=True, sliding_window=5, max_window_layers=0, attention_bias=True
     ),
+    "stablelm": stablelm,
+    "stablelm-parallel-bias": lambda: stablelm(use_parallel_residual=True, use_qkv_bias=True, tie_word_embeddings=True),
 }

@@ -69,6 +69,7 @@ def test_export_loads_and_import_gives_the_same_bits(theirs, tmp_path):
         "llama-mqa-biases-geglu",
         "qwen3-window-bias",
         "mistral-window",
+        "stablelm-parallel-bias",
     ],
 )
 def test_gradients_equal_transformers(name):

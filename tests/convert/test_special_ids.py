@@ -19,7 +19,7 @@ def write(folder, name: str = "config.json", **content) -> dict:
     return content
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "stablelm", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize(
     "ids",
     [
