@@ -81,8 +81,7 @@ def environment(**extra: object) -> dict[str, str]:
 def serve() -> None:
     """The server: answers until its input ends."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
-    # torch, deepspeed, and what the first optimizer imports, for two seconds
-    for name in ("neox.cli.main", "neox.train.start", "torch._dynamo"):
+    for name in ("neox.cli.main", "neox.train.start"):  # torch and deepspeed
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a fork's collections would else copy every page that holds an object

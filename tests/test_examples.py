@@ -2,33 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from tests.fork_server import fork_server
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 STEPS = 4
 
 
-def run(name: str, *words: object, **variables: str) -> str:
-    """Run a script of examples/ with small sizes and return its output."""
+# A command of an example, in bash: it leaves its name and arguments in $ASK and waits for its exit code and output.
+# A fork of a warm process answers them (tests/fork_server.py); each would else import torch and deepspeed for itself.
+ASKING = """#!/usr/bin/env bash
+if [ "${0##*/}" = python ] && [ "${1##*/}" != train.py ]; then exec %s "$@"; fi
+mkfifo "$ASK/$$.answer"
+printf '%%s\\0' "${0##*/}" "$@" > "$ASK/$$.part" && mv "$ASK/$$.part" "$ASK/$$.request"
+code=$(cat "$ASK/$$.answer")
+cat "$ASK/$$.output"
+exit "$code"
+"""
+
+
+def answer(request: Path) -> None:
+    """Run the command of a request: `neox ...`, `python train.py ...` or `torchrun --nproc-per-node N train.py ...`."""
+    program, *words = request.read_text(encoding="utf-8").split("\0")[:-1]
+    ranks = 1
+    if program != "neox":
+        script = [Path(word).name for word in words].index("train.py")
+        options, words = words[:script], ["train", *words[script + 1 :]]
+        assert options == ([] if program == "python" else ["--standalone", "--nproc-per-node", options[-1]])
+        ranks = int(options[-1]) if options else 1
+    results = fork_server().command(words, request.parent / request.stem, ranks=ranks).results(600)
+    request.with_suffix(".output").write_text("".join(result.output for result in results), encoding="utf-8")
+    request.unlink()
+    request.with_suffix(".answer").write_text(str(max(abs(result.returncode) for result in results)))
+
+
+def run(name: str, folder: Path, *words: object, **variables: str) -> str:
+    """Run a script of examples/ with small sizes and return its output; `folder` is for the commands it starts."""
+    (folder / "bin").mkdir()
+    for program in ("neox", "python", "torchrun"):
+        (folder / "bin" / program).write_text(ASKING % shlex.quote(sys.executable))
+        (folder / "bin" / program).chmod(0o755)
     env = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "ASK": str(folder),
         "STEPS": str(STEPS),
         **variables,
     }
     command = ["bash", str(EXAMPLES / name), *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    with (folder / "printed").open("wb") as sink:
+        script = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        while script.poll() is None:
+            for request in folder.glob("*.request"):
+                answer(request)
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its commands too, where an answer failed
+            os.killpg(script.pid, signal.SIGKILL)
+        script.wait()
+    printed = (folder / "printed").read_text(encoding="utf-8")
+    assert script.returncode == 0, printed
+    return printed
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -51,7 +102,7 @@ def own(tmp_path_factory) -> Path:
     (folder / "texts").mkdir()
     for page in sorted((ROOT / "docs").glob("[a-m]*.md")):
         (folder / "texts" / f"{page.stem}.txt").write_bytes(page.read_bytes())
-    out = run("own_data.sh", folder / "texts", folder, VOCAB="600", CONTEXT="64")
+    out = run("own_data.sh", tmp_path_factory.mktemp("commands"), folder / "texts", folder, VOCAB="600", CONTEXT="64")
     assert "FITS" in out and "bits per byte" in out and "\nThe " in out
     return folder
 
@@ -71,7 +122,7 @@ def test_fine_tune_starts_from_the_model(own, tmp_path):
     (tmp_path / "chats.jsonl").write_text(
         "".join(json.dumps({"messages": turn}) + "\n" for turn in turns), encoding="utf-8"
     )
-    out = run("fine_tune.sh", own / "run", tmp_path / "chats.jsonl", tmp_path)
+    out = run("fine_tune.sh", tmp_path, own / "run", tmp_path / "chats.jsonl", tmp_path)
     assert f"weights of {own}/run/checkpoints/step_{STEPS:08}" in out
     assert len(losses(tmp_path / "run")) == STEPS
 
@@ -79,7 +130,7 @@ def test_fine_tune_starts_from_the_model(own, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_another_layout_continues_the_run(own, tmp_path):
-    out = run("resume_on_another_layout.sh", own / "config.yml", tmp_path / "moved", STEPS="2")
+    out = run("resume_on_another_layout.sh", tmp_path, own / "config.yml", tmp_path / "moved", STEPS="2")
     assert re.findall(r"ZeRO (\d)", out) == ["1", "2", "1"]
     assert [int(step) for step in re.findall(r"^step +(\d+)  loss", out, re.MULTILINE)] == list(range(1, 7))
     # the same weights and data in both layouts

@@ -5,7 +5,6 @@ allocation is explained.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +16,7 @@ from neox.parallel.mesh import Mesh
 from neox.train import fit_check
 from neox.train.fit_check import check_fit, explain_exhaustion, largest_batch, last_that, out_of_memory, planned_bytes
 from neox.train.memory import available_bytes
-from tests.distributed import ROOT, environment
+from tests.fork_server import Result, fork_server
 from tests.train.corpus import config_text, make_corpus
 
 GB = 10**9
@@ -101,24 +100,24 @@ def test_the_limits_of_control_groups_count(tmp_path):
     assert available_bytes(tmp_path / "nowhere") is None
 
 
-def train(tmp_path, *changes: str, **variables: str) -> subprocess.CompletedProcess:
+def train(tmp_path, *changes: str, fault: str = "") -> Result:
     if not (tmp_path / "a.yml").exists():
         make_corpus(tmp_path)
         (tmp_path / "a.yml").write_text(config_text(tmp_path, tmp_path / "run"))
-    command = [sys.executable, str(ROOT / "train.py"), "--conf", str(tmp_path / "a.yml"), "--set", *changes]
-    return subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (result,) = fork_server().start(["--conf", tmp_path / "a.yml", "--set", *changes], tmp_path, fault=fault).results()
+    return result
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="available memory is read from /proc")
 def test_a_run_ends_with_code_6_before_its_first_step_or_in_it(tmp_path):
     result = train(
-        tmp_path, "train.micro_batch_size=100000000", "train.global_batch_size=null", "train.gradient_accumulation=1"
+        tmp_path, "train.micro_batch_size=10000000", "train.global_batch_size=null", "train.gradient_accumulation=1"
     )
-    assert result.returncode == 6, result.stderr
-    assert "error[6] the run does not fit into memory" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 6, result.output
+    assert "error[6] the run does not fit into memory" in result.output and "Traceback" not in result.output
     assert not (tmp_path / "run/metrics.jsonl").exists()
-    result = train(tmp_path, "train.train_iters=3", FAULT="oom@0:backward:5")
-    assert result.returncode == 6, result.stderr
-    assert "error[6] not enough memory; where=rank 0; got=" in result.stderr and "CUDA out of memory" in result.stderr
-    assert "GB in use" in result.stderr and "GB planned" in result.stderr and "Traceback" not in result.stderr
+    result = train(tmp_path, "train.train_iters=3", fault="oom@0:backward:5")
+    assert result.returncode == 6, result.output
+    assert "error[6] not enough memory; where=rank 0; got=" in result.output and "CUDA out of memory" in result.output
+    assert "GB in use" in result.output and "GB planned" in result.output and "Traceback" not in result.output
     assert len([json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]) == 1

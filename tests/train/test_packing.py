@@ -18,7 +18,7 @@ from neox.errors import StoppedBySignal
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
-from tests.distributed import train as launch
+from tests.distributed import run_command
 from tests.train.corpus import StopAfter, config_text, curve, make_config, records
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
@@ -70,7 +70,7 @@ def test_padding_is_masked_from_loss_and_attention(corpus, tmp_path):
 
 @pytest.mark.distributed
 def test_a_run_on_text_is_the_same_on_two_ranks(tmp_path):
-    """Two processes through train.py: the text is tokenized once, best-fit packed, its middles filled in; the losses
+    """Two processes of `neox train`: the text is tokenized once, best-fit packed, its middles filled in; the losses
     are those of one process.
     """
     texts = [f"def f_{i}(x):\n    return {i * i} * x  # {'word ' * (i % 9)}\n" for i in range(400)]
@@ -90,7 +90,7 @@ def test_a_run_on_text_is_the_same_on_two_ranks(tmp_path):
     values["train"] |= {"train_iters": 3}
     values["evaluate"] = {"interval": 3, "iters": 2}
     (tmp_path / "run.yml").write_text(json.dumps(values))
-    result = launch("torchrun", 2, tmp_path, ["--conf", tmp_path / "run.yml"]).check()
+    result = run_command(2, tmp_path, ["train", "--conf", tmp_path / "run.yml"])
     (made,) = (tmp_path / "two" / "text").glob("*.idx")
     assert IndexedDataset(made.with_suffix("")).num_documents == 400 and "fill rate" in result.output
     train(make_config_of(values, tmp_path / "one"), Mesh.single(), StopSignals())

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from neox.train.plan_check import Comparison
-from tests.distributed import train
+from tests.distributed import run_command
 from tests.train.corpus import make_corpus
 
 
@@ -49,17 +49,14 @@ def test_planned_memory_is_within_a_tenth_of_a_real_run(tmp_path, extra):
     }
     config = tmp_path / "config.yml"
     config.write_text("logging: {interval: 1}\n")
-    result = train(
-        "python", 1, tmp_path, ["--conf", config, "--set", *(f"{key}={value}" for key, value in settings.items())]
-    ).check()
+    command = ["train", "--conf", config, "--set", *(f"{key}={value}" for key, value in settings.items())]
+    result = run_command(1, tmp_path, command)
     assert "GB planned" in result.output and "s planned" in result.output
     content = (tmp_path / "run" / "plan.json").read_text()
     found = json.loads(content)
     assert found["memory_bytes"]["planned"] == pytest.approx(found["memory_bytes"]["measured"], rel=0.1)
     assert found["step_seconds"]["measured"] > 0
     if not extra:  # started again at its end it makes no step, and measures nothing
-        again = train(
-            "python", 1, tmp_path, ["--conf", config, "--set", *(f"{key}={value}" for key, value in settings.items())]
-        ).check()
+        again = run_command(1, tmp_path, command)
         assert "done: step 4 of 4" in again.output and "GB planned" not in again.output
         assert (tmp_path / "run" / "plan.json").read_text() == content
