@@ -28,6 +28,7 @@ KEY = re.compile(r"`((?:[a-z]+)\.[a-z_]+(?:\.[a-z_]+)?)(?::[^`]*)?`")
 SECTIONS = {key.split(".")[0] for key in known_keys()}
 # of this repository, and no pattern
 PATH = re.compile(r"(?<![\w./-])(?:benchmarks|configs|csrc|demo|docs|examples|launch|neox|tests)/[\w./-]*\w")
+CODE = (".py", ".h", ".cpp", ".cu", ".cuh")
 FILE_ENDINGS = (".json", ".jsonl", ".yml", ".txt", ".md", ".py")  # `tokenizer.json` is a file
 
 
@@ -81,6 +82,15 @@ def test_links_lead_somewhere(page):
 )  # the log is history
 def test_files_are_there(page):
     assert [path for path in paths(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()] == []
+
+
+def test_files_named_in_the_sources_are_there():
+    sources = [
+        path for folder in ("neox", "csrc") for path in sorted((ROOT / folder).rglob("*")) if path.suffix in CODE
+    ]
+    named = {(source, path) for source in sources for path in paths(source.read_text(encoding="utf-8"))}
+    assert sorted(f"{source.name}: {path}" for source, path in named if not (ROOT / path).exists()) == []
+    assert len(named) > 20
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -4,8 +4,8 @@ normalisation form C.
     python csrc/data/unicode_tables.py
 
 Everything is asked of the installed `tokenizers`, whose ids the encoder must give: its regular expressions and its
-normaliser follow a Unicode version of their own. tests/data/test_unicode.py compares the built tables with the library
-that a user has.
+normaliser follow a Unicode version of their own. tests/data/text/test_byte_level.py compares the built tables with the
+library that a user has.
 """
 
 from __future__ import annotations

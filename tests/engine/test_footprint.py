@@ -1,5 +1,6 @@
-"""The numbers that engine and plan share; their effects are tested with the engine (test_wrap.py, test_optimizer.py)
-and the plan.
+"""The numbers that engine and plan share.
+
+Their effects are tested with the engine (test_sharding.py, test_optimizer.py) and the plan.
 """
 
 from __future__ import annotations
