@@ -203,18 +203,14 @@ class Checkpointer:
         self.collect_saves()
         found = find(self.run_dir.checkpoints, "auto", rank=self.mesh.rank, world_size=self.mesh.world_size)
         self.rollbacks += 1
-        if found is None or self.rollbacks > self.config.guard.max_skipped:
-            what = (
-                "loss spike, and no checkpoint to roll back to" if found is None else "loss spike, and no rollback left"
-            )
-            got = "no checkpoint" if found is None else f"{self.rollbacks - 1} rollbacks in this start"
-            raise NonFinite(
-                what,
-                where=f"step {step}",
-                got=got,
-                want="guard.max_skipped",
-                do="lower the learning rate, or inspect the data",
-            )
+        where, limit = f"step {step}", self.config.guard.max_skipped
+        do = "lower the learning rate, or inspect the data"
+        if found is None:
+            what, want = "loss spike, and no checkpoint to roll back to", "a checkpoint of an earlier step"
+            raise NonFinite(what, where=where, got="no checkpoint", want=want, do=do)
+        if self.rollbacks > limit:
+            got, want = f"{self.rollbacks - 1} rollbacks in this start", f"at most guard.max_skipped = {limit}"
+            raise NonFinite("loss spike, and no rollback left", where=where, got=got, want=want, do=do)
         with Checkpoint(found) as checkpoint:
             self.engine.restore(checkpoint)
             self.state.tokens = checkpoint.state["tokens"]

@@ -9,7 +9,7 @@ import torch
 
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.verify import digest
-from neox.errors import DiskError
+from neox.errors import DiskError, NonFinite
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
@@ -80,6 +80,18 @@ def test_roll_back_restores_the_weights_and_continues_with_new_data(corpus, tmp_
         assert found.name == "step_00000001"
         assert (training.engine.step, training.state.tokens, training.loader.consumed) == (1, 256, 16)
         assert all(torch.equal(f.data, saved[f.kind, f.name]) for f in training.engine.fragments())
+
+
+def test_a_rollback_needs_a_checkpoint_and_is_limited(corpus, tmp_path):
+    config = make_config(corpus, tmp_path, "guard.max_skipped=1", "evaluate.interval=0")
+    with build(config, Mesh.single()) as training:
+        with pytest.raises(NonFinite, match="where=step 7; got=no checkpoint; want=a checkpoint of an earlier step;"):
+            training.checkpointer.roll_back(7)
+        training.checkpointer.save(training.loader.consumed, wait=True)
+        training.checkpointer.rollbacks = 1
+        limit = "no rollback left; where=step 9; got=1 rollbacks in this start; want=at most guard.max_skipped = 1;"
+        with pytest.raises(NonFinite, match=limit):
+            training.checkpointer.roll_back(9)
 
 
 def test_a_save_that_is_pending_is_complete_after_the_run_was_closed(corpus, tmp_path):

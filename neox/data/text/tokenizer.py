@@ -272,7 +272,7 @@ def train_tokenizer(
         show_progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: vocab_size below 257.
+        ConfigError: vocab_size below 257 and one more for each further special token.
         DataError: no text.
         DiskError: the file cannot be written.
     """
@@ -303,6 +303,6 @@ def train_tokenizer(
 
     tokenizer.train_from_iterator(counted(), trainer)
     if characters == 0:
-        raise DataError("no text to train a tokenizer on", got="0 characters")
+        raise DataError("no text to train a tokenizer on", got="0 characters", do="name files with text")
     write_durably(Path(out), tokenizer.to_str(pretty=True).encode())
     return Tokenizer(out, eod_token)
