@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from neox.cli.main import main
+from neox.convert import foreign
 from neox.convert.foreign import describe
 
 FOLDERS = {
@@ -87,3 +88,23 @@ def test_files_links_in_a_circle_and_unknown_folders(tmp_path):
     os.symlink(tmp_path / "empty", tmp_path / "empty" / "loop")
     assert describe(tmp_path / "empty") is None
     assert describe(tmp_path / "absent") is None
+
+
+def test_how_deep_a_file_may_lie(tmp_path):
+    for depth, known in ((3, True), (4, False)):
+        folder = tmp_path / str(depth)
+        make(folder, ["/".join(["a"] * depth) + "/model.gguf"])
+        assert (describe(folder) is not None) == known
+
+
+def test_no_more_names_are_read_than_identify_a_checkpoint(tmp_path, monkeypatch):
+    make(tmp_path, ["a", "b", "model.gguf"])
+    for limit, known in ((2, False), (3, True)):
+        monkeypatch.setattr(foreign, "LARGEST_LISTING", limit)
+        assert (describe(tmp_path) is not None) == known
+
+
+def test_several_models_in_subfolders(tmp_path):
+    make(tmp_path, [f"{name}/config.json" for name in "cbade"])
+    found = describe(tmp_path)
+    assert (found.got, found.do) == ("a, b, c, d", f"pass that folder: --from {tmp_path / 'e'}")

@@ -116,3 +116,30 @@ def test_windows_longer_than_the_positions_are_refused(dataset):
     with pytest.raises(ConfigError, match="window longer than the model has positions"):
         evaluate(GPT(config, Mesh.single()), dataset, seq_length=17)
     assert evaluate(GPT(config, Mesh.single()), dataset, seq_length=16).tokens == sum(map(len, DOCUMENTS))
+
+
+@pytest.mark.parametrize(("eod", "first"), [(0, 0), (3, 3), (None, 7)])
+def test_the_first_token_follows_the_end_of_a_document(model, tmp_path, eod, first):
+    """Without such a token, the last of the data."""
+    with IndexedWriter(tmp_path / "open", "uint16") as writer:
+        writer.add_document([5, 6, 7])
+    tokenizer = Letters()
+    tokenizer.eod_id = eod
+    with torch.no_grad():
+        scores = model(torch.tensor([[first, 5, 6]])).double().log_softmax(-1)[0]
+    seen = []
+    found = evaluate(
+        model,
+        IndexedDataset(tmp_path / "open"),
+        seq_length=3,
+        tokenizer=tokenizer,
+        on_batch=lambda *done: seen.append(done),
+    )
+    assert found.loss == pytest.approx(-float(scores[range(3), [5, 6, 7]].mean()), rel=1e-6)
+    assert seen == [(1, 1)]
+
+
+def test_progress_counts_windows(model, dataset):
+    seen = []
+    evaluate(model, dataset, seq_length=3, batch_size=4, on_batch=lambda *done: seen.append(done))
+    assert seen == [(4, 6), (6, 6)]  # 17 tokens

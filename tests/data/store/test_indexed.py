@@ -101,6 +101,25 @@ def test_every_token_type_keeps_its_extremes_and_refuses_more(tmp_path, dtype):
             writer.add_document(np.array([0, high + 1]))
 
 
+def test_more_sequences_and_tokens_than_a_buffer_holds(tmp_path):
+    """The index is written from its own sizes, 262,144 at a time, and a merge copies 1 MiB at a time."""
+    sizes = np.random.default_rng(5).integers(0, 4, 600_000).astype(np.int32)
+    tokens = (np.arange(int(sizes.sum())) % 60_000).astype(np.uint16)
+    with IndexedWriter(tmp_path / "d", "uint16") as writer:
+        writer.add_documents(tokens, sizes)
+    with IndexedWriter(tmp_path / "merged", "uint16") as writer:
+        writer.add_document([7])
+        writer.add_dataset(IndexedDataset(tmp_path / "d"))
+    ends = np.cumsum(sizes, dtype=np.int64)
+    for name, skipped in (("d", 0), ("merged", 1)):
+        dataset = IndexedDataset(tmp_path / name)
+        assert dataset.verify() == [] and len(dataset) == sizes.size + skipped
+        assert np.array_equal(dataset.sizes[skipped:], sizes)
+        assert np.array_equal(dataset.read(skipped, tokens.size)[0], tokens)
+        for i in (0, 262_143, 262_144, 262_145, 524_288, sizes.size - 1):
+            assert np.array_equal(dataset[i + skipped], tokens[ends[i] - sizes[i] : ends[i]])
+
+
 def test_token_type_follows_the_largest_id():
     assert [token_dtype(largest) for largest in (0, 65_499, 65_500, 65_543, 2**31 - 1)] == [
         "uint16",
