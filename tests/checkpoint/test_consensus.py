@@ -10,7 +10,7 @@ from neox.checkpoint.consensus import RankGroup, describe, revive
 
 @pytest.mark.parametrize("kind", [*errors.NeoxError.__subclasses__(), errors.NeoxError])
 def test_errors_retain_class_and_text(tmp_path, kind):
-    error = kind("what", where=tmp_path, got=3, do="this")
+    error = kind("what", where=tmp_path, got=3, want="that", do="this")
     back = revive(json.loads(json.dumps(describe(error, 5))))
     assert type(back) is kind
     assert back.line() == error.line().replace("where=", "where=rank 5: ")

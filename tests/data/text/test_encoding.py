@@ -15,7 +15,16 @@ import pytest
 import tokenizers
 
 from neox.data.text.byte_level import Unsupported
-from neox.data.text.encoding import EncodedBlock, Encoding, HFEncoder, NativeEncoder, comparison_texts, encoder_for
+from neox.data.text.encoding import (
+    COMPARED_FIRST,
+    EncodedBlock,
+    Encoding,
+    HFEncoder,
+    NativeEncoder,
+    comparison_texts,
+    encoder_for,
+    slices,
+)
 from neox.data.text.reading import BadLine, TextChunk
 from neox.data.text.tokenizer import Tokenizer, TokenizerFile, train_tokenizer
 from neox.errors import ConfigError
@@ -165,6 +174,31 @@ def test_every_fourth_block_is_compared():
     assert (
         list(comparison_texts(0, [BadLine("a", 1, "b", None)], "text")) == [] == list(comparison_texts(0, [], "text"))
     )
+
+
+def test_what_is_compared_of_a_chunk():
+    """The beginning of the first documents; later the end of the one around a byte, which other code encodes."""
+    texts = ["a" * 3000 + "b" * 3000, "", "c" * 3000 + "d" * 3000]
+    lines = TextChunk("a.jsonl", 1, b"\n".join([*(orjson.dumps({"text": text}) for text in texts), b" ", b"{bad"]))
+    assert list(slices(lines, 0, "text", 9)) == ["a" * 2048, "c" * 2048]
+    assert list(slices(lines, 0, "text", 2)) == ["a" * 2048]
+    second = lines.content.index(b"\n") + 1
+    third = lines.content.index(b"\n", second) + 1
+    for start in (1, second - 1):
+        assert list(slices(lines, start, "text", 1)) == ["b" * 2048]
+    assert list(slices(lines, second, "text", 1)) == []
+    for start in (third, third + 5):
+        assert list(slices(lines, start, "text", 1)) == ["d" * 2048]
+    text = TextChunk("a.txt", 0, b"x" * 10 + b"y" * 3000)
+    assert list(slices(text, 10, "text", 9)) == ["y" * 2048]
+
+
+def test_the_first_block_is_compared_up_to_a_limit():
+    chunks = [TextChunk("a.txt", 0, bytes([97 + i]) * 3000) for i in range(20)]
+    found = list(comparison_texts(0, chunks, "text"))
+    assert found == [bytes([97 + i]).decode() * 2048 for i in range(COMPARED_FIRST // 2048)]
+    later = [next(iter(comparison_texts(number, chunks[:3], "text")))[0] for number in (4, 8, 12)]
+    assert later == ["b", "c", "a"]
 
 
 def test_other_tokenizers_are_left_to_the_library(tmp_path):
