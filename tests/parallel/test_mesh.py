@@ -42,3 +42,21 @@ def test_split_evenly():
     assert [split_evenly(12, member(4, rank), "x") for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 12)]
     with pytest.raises(ConfigError, match=r"the heads is not a multiple.*got=6 over 4"):
         split_evenly(6, member(4, 0), "the heads")
+
+
+def test_shares_of_the_context_and_of_the_sequence():
+    meshes = [Mesh(tp=2, cp=3, rank=rank) for rank in range(6)]
+    assert [mesh.context_start(5) for mesh in meshes] == [0, 0, 5, 5, 10, 10]
+    assert [mesh.context_share(4, 10) for mesh in meshes[::2]] == [(4, 6), (6, 8), (8, 10)]
+    assert (member(4, 1).local_sequence(12), Mesh(tp=4, sequence=True).local_sequence(12)) == (12, 3)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, -1, 1), (1, 1, 2)])
+def test_sizes_below_one_and_above_the_world_are_refused(sizes):
+    tensor, pipeline, context = sizes
+    with pytest.raises(ConfigError, match="world size does not match"):
+        create_mesh(tensor, pipeline, context=context)
+
+
+def test_sequence_parallelism_needs_a_tensor_group():
+    assert not create_mesh(sequence=True).sequence

@@ -77,6 +77,69 @@ def test_what_cannot_stay_gathered_is_gathered_twice():
     assert small == pytest.approx(0.75 * (2 + 2) * 162_322_944) and large == pytest.approx(0.75 * (2 + 2 * 2) * count)
 
 
+def rows(*overrides: str, world: int = 2, stage: int = 0) -> list[tuple]:
+    config = load_config(
+        "pythia/160M.yml", overrides=["train.micro_batch_size=4", "train.global_batch_size=null", *overrides]
+    )
+    layout = resolve(config, world)
+    return [
+        (row.what, row.kind, row.size, row.count, row.members)
+        for row in traffic(config, layout, layout.stages[stage])
+        if row.axis != "data"
+    ]
+
+
+FULL = "train.activation_checkpointing=full"
+LOSS = ("statistics of the loss", "all_reduce", 16 * 4 * 2048, 1, 2)
+
+
+@pytest.mark.parametrize(("overrides", "passes"), [((), 2), ((FULL,), 3)])
+def test_context_parallelism_exchanges_heads_in_every_pass(overrides, passes):
+    assert rows("parallel.context=2", *overrides) == [
+        ("queries, keys, values", "all_to_all", 3 * 4 * STREAM / 2, passes * 12, 2),
+        ("outputs of the heads", "all_to_all", 4 * STREAM / 2, passes * 12, 2),
+    ]
+
+
+def test_blocks_one_after_the_other_have_two_sums():
+    assert rows("parallel.tensor=2", "model.parallel_residual=false", "model.qk_norm=true") == [
+        ("outputs of the blocks, embedding", "all_reduce", 4 * STREAM, 2 * 12 + 1, 2),
+        ("gradients of the inputs", "all_reduce", 4 * STREAM, 2 * 12 + 1, 2),
+        ("gradients of the heads' norms", "all_reduce", 64 * 2, 2 * 12, 2),
+        LOSS,
+    ]
+
+
+def test_recomputed_blocks_sum_again_what_dropout_needs():
+    assert rows("parallel.tensor=2", "model.hidden_dropout=0.1", FULL) == [
+        ("outputs of the blocks, embedding", "all_reduce", 4 * STREAM, 4 * 12 + 1, 2),
+        ("gradients of the inputs", "all_reduce", 4 * STREAM, 2 * 12 + 1, 2),
+        LOSS,
+    ]
+
+
+def test_recomputed_blocks_under_sequence_parallelism():
+    assert rows("parallel.tensor=2", "parallel.sequence=true", FULL) == [
+        ("outputs of the blocks, embedding", "reduce_scatter", 4 * STREAM, 12 + 1, 2),
+        ("inputs of the blocks, head", "all_gather", 4 * STREAM, 4 * 12 + 1, 2),
+        ("gradients of the inputs", "reduce_scatter", 4 * STREAM, 2 * 12 + 1, 2),
+        ("inputs for the weights' gradients", "all_gather", 4 * STREAM, 2 * 12 + 1, 2),
+        ("gradients of the outputs", "all_gather", 4 * STREAM, 12 + 1, 2),
+        ("gradients of norms and output biases", "all_reduce", (12 * 6 + 2) * 768 * 2, 1, 2),
+        LOSS,
+    ]
+
+
+def test_a_tied_embedding_is_sent_once_and_its_gradient_in_fp32():
+    table = 50304 * 768
+    first, last = (rows("parallel.pipeline=2", "model.tie_embeddings=true", stage=stage) for stage in (0, 1))
+    assert first == [("residual stream", "send", 4 * STREAM, 1, 2), ("tied embedding", "send", 2 * table, 1, 2)]
+    assert last == [
+        ("its gradient", "send", 4 * STREAM, 1, 2),
+        ("gradient of the tied embedding", "send", 4 * table, 1, 2),
+    ]
+
+
 @pytest.mark.distributed
 def test_what_two_processes_send_is_what_is_planned():
     """Counted at torch's dispatcher; ZeRO 1 and 2 of DeepSpeed all-reduce, so that they send more than the least."""

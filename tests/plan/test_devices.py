@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from neox.errors import ConfigError
-from neox.plan.devices import DEVICES, cpu, device_of_cuda_name, find_device
+from neox.plan.devices import DEVICES, cpu, device_of_cuda_name, find_device, from_keys
 
 
 def test_every_device_is_complete_and_found_by_its_name():
@@ -83,3 +83,73 @@ def test_unknown_names_and_absent_files_are_refused():
         find_device("a100-40g")
     with pytest.raises(ConfigError, match="cannot read the device"):
         find_device("absent.yml")
+
+
+# GB, TFLOP/s of bf16 and fp32, TB/s of memory, GB/s of link and network, devices per node, efficiency
+FIGURES = {
+    "a100-40gb": (40, 312, 19.5, 1.555, 300, 25, 8, 0.6),
+    "a100-80gb": (80, 312, 19.5, 2.039, 300, 25, 8, 0.6),
+    "h100": (80, 989, 67, 3.35, 450, 50, 8, 0.55),
+    "h200": (141, 989, 67, 4.8, 450, 50, 8, 0.55),
+    "a100-40gb-pcie": (40, 312, 19.5, 1.555, 32, 25, 8, 0.6),
+    "a100-80gb-pcie": (80, 312, 19.5, 1.935, 32, 25, 8, 0.6),
+    "h100-pcie": (80, 756, 51, 2.0, 64, 25, 8, 0.55),
+    "h100-nvl": (94, 835, 60, 3.9, 64, 25, 8, 0.55),
+    "h200-nvl": (141, 835, 60, 4.8, 64, 25, 8, 0.55),
+    "b200": (180, 2250, 80, 8.0, 900, 50, 8, 0.55),
+    "l40s": (48, 362, 91.6, 0.864, 32, 25, 8, 0.6),
+    "rtx-4090": (24, 165, 82.6, 1.008, 32, 1.25, 4, 0.6),
+}
+
+
+def test_figures_are_those_of_the_data_sheets():
+    assert {
+        device.name: pytest.approx(
+            (
+                device.memory / 1e9,
+                device.flops / 1e12,
+                device.flops_fp32 / 1e12,
+                device.bandwidth / 1e12,
+                device.link / 1e9,
+                device.network / 1e9,
+                device.per_node,
+                device.efficiency,
+            )
+        )
+        for device in DEVICES
+    } == FIGURES
+    assert all(device.kind == "cuda" and device.reserve == 2e9 for device in DEVICES)
+
+
+def test_a_cpu_is_described_by_its_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}[name])
+    device = cpu(2)
+    assert (device.memory, device.flops, device.flops_fp32, device.bandwidth) == (2**31, 520e9, 520e9, 40e9)
+    assert (device.link, device.network, device.per_node, device.kind) == (2e9, 1.25e9, 2, "cpu")
+    assert (device.usable, device.efficiency) == (2**31 - 2.6e7, 0.85)
+    assert cpu(1000).flops == pytest.approx(13e9)  # no less than a tenth of a core
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert cpu(1).flops == 130e9
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "good"),
+    [
+        ("reserve", 0, True),
+        ("reserve", True, False),
+        ("network", 0, False),
+        ("network", float("inf"), False),
+        ("network", "fast", False),
+        ("per_node", 1, True),
+        ("name", 7, False),
+        ("kind", "cpu", True),
+    ],
+)
+def test_values_of_a_file(key, value, good):
+    content = {"base": "h100", key: value}
+    if good:
+        assert getattr(from_keys(content, "a.yml"), key) == value
+    else:
+        with pytest.raises(ConfigError, match=f"bad value; where=a.yml {key}"):
+            from_keys(content, "a.yml")

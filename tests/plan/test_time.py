@@ -55,3 +55,42 @@ def test_groups_beyond_a_node_go_over_the_network():
     layout = made("parallel.tensor=8", "parallel.pipeline=2", world=32, device=H100).layout
     assert bandwidth_of("tensor", layout, H100) == H100.link
     assert bandwidth_of("data", layout, H100) == bandwidth_of("pipeline", layout, H100) == H100.network
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "parts"),
+    [
+        ((), 1, (0.012871, 0.0038002, 0, 0, 0, 0.001817)),
+        (("zero.stage=0", "precision.dtype=fp32"), 4, (0.19, 0.0075938, 0, 0, 0.0021643, 0.0014536)),
+        (("zero.stage=1",), 4, (0.012871, 0.0038002, 0, 0, 0.0016232, 0.00054511)),
+        (
+            ("zero.stage=3", "train.activation_checkpointing=full"),
+            16,
+            (0.015998, 0.0060037, 0, 0, 0.012174, 0.0002347),
+        ),
+        (
+            ("parallel.tensor=2", "parallel.sequence=true"),
+            2,
+            (0.0064356, 0.0019018, 0.0014126, 0, 0, 0.00090994),
+        ),
+        (("parallel.context=2",), 2, (0.0064356, 0.0019846, 0.00067109, 0, 0.0010822, 0.00096909)),
+        (
+            ("parallel.pipeline=2", "train.gradient_accumulation=4"),
+            2,
+            (0.032725, 0.010117, 0.00011185, 0.010738, 0, 0.00090853),
+        ),
+        (("model.sliding_window=256",), 1, (0.011565, 0.0038002, 0, 0, 0, 0.001817)),
+    ],
+)
+def test_the_parts_of_a_step_are_pinned(overrides, world, parts):
+    """Seconds on an H100. A change of the formulas changes them, and docs/plan.md."""
+    time = made(*overrides, world=world).time
+    found = (time.products, time.elementwise, time.messages, time.bubble, time.reduction, time.update)
+    assert found == pytest.approx(parts, rel=1e-3)
+
+
+def test_the_reach_of_every_group():
+    layout = made("parallel.tensor=2", "parallel.context=2", world=16).layout
+    links = [bandwidth_of(axis, layout, replace(H100, per_node=n)) == H100.link for n in (1, 2, 4, 16)
+             for axis in ("tensor", "context", "data", "pipeline")]  # fmt: skip
+    assert links == [False] * 4 + [True, False, False, False] + [True, True, False, False] + [True] * 4
