@@ -1,5 +1,6 @@
 """The failure of one process ends all, with its code: over real processes, even while the others are stuck."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,16 +8,19 @@ import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.process_identity import describe_process
 from neox.config.schema import ParallelConfig
 from neox.errors import ConfigError, DataError, PeerLost
+from neox.runtime import watchdog as module
 from neox.runtime.distributed import form_process_group
-from neox.runtime.failure_channel import ACKNOWLEDGED, as_neox_error
+from neox.runtime.failure_channel import ACKNOWLEDGED, FailureChannel, as_neox_error
 from neox.runtime.launch import LaunchInfo
 from neox.runtime.rendezvous import claim_rank
 from neox.runtime.watchdog import StallCounter, Watchdog, connect
@@ -147,3 +151,217 @@ def test_a_first_process_that_has_exited_is_a_lost_peer():
         connect(LaunchInfo(1, 1, 2, "127.0.0.1", free_port()), patience=1.0)
     assert "rank 0 on 127.0.0.1" in caught.value.line()
     assert caught.value.exit_code == 13
+
+
+class Rounds:
+    """Stands for the event that ends a watchdog's loops: counts the waits between polls instead of waiting."""
+
+    def __init__(self):
+        self.waits, self.over = 0, False
+
+    def wait(self, seconds):
+        self.waits += 1
+        assert self.waits < 100, "nothing was reported"
+        return self.over
+
+    def set(self):
+        self.over = True
+
+    def is_set(self):
+        return self.over
+
+
+class Quiet(Watchdog):
+    """A watchdog without threads, which notes what it would do to processes."""
+
+    def __init__(self, rank, world_size=3, limit=2.0, store=None):
+        self.done = []
+        super().__init__(store or dist.HashStore(), rank, world_size, limit=limit, source="first")
+        self.closed = Rounds()
+        self.heartbeat.enter("record", 5)
+        self.heartbeat.enter("forward")
+
+    def watch(self):
+        pass
+
+    def watch_store(self):
+        pass
+
+    def leave(self, code):
+        self.done.append(f"leave {code}")
+
+    def poll_until_it_leaves(self) -> int:
+        """Number of polls."""
+        while not self.done:
+            self.closed.wait(0.0)
+            self.poll()
+        return self.closed.waits
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """Makes watchdogs without threads that note stacks, signals and exits in `done`."""
+    watchdogs = []
+
+    def make(*arguments, **options):
+        watchdogs.append(Quiet(*arguments, **options))
+        return watchdogs[-1]
+
+    def note(what):
+        return lambda who, *_: watchdogs[-1].done.append(f"{what} {who if isinstance(who, int) else who['rank']}")
+
+    for name, what in (("dump_stacks", "stacks"), ("resume_stopped", "resume"), ("kill_stuck", "kill")):
+        monkeypatch.setattr(module, name, note(what))
+    monkeypatch.setattr(module, "FAREWELL", 0.0)
+    monkeypatch.setattr("neox.runtime.failure_channel.FAREWELL", 0.0)
+    return make
+
+
+@pytest.mark.parametrize(
+    ("waiting", "polls", "what"),
+    [(False, 6, "a process makes no progress"), (True, 12, "all processes wait for each other")],
+)
+def test_a_main_thread_without_progress(quiet, capfd, waiting, polls, what):
+    """After more than two seconds of polls; three later if it waits for others, who may find the stuck one."""
+    watchdog = quiet(1)
+    watchdog.heartbeat.waits = SimpleNamespace(waiting=waiting)
+    assert watchdog.poll_until_it_leaves() == polls
+    assert watchdog.done == ["stacks 1", "leave 12"]
+    assert capfd.readouterr().err == (
+        f"error[12] {what}; where=rank 1 on {watchdog.me['host']}: last step 5, forward; got=no progress for 2 s; "
+        "want=guard.hang_timeout; do=read the stacks of all processes below; start again to resume\n"
+    )
+    assert watchdog.channel.posted()["lost"] is None
+
+
+@pytest.mark.parametrize("why", ["no limit", "no step yet", "progress"])
+def test_no_progress_is_no_hang(quiet, why):
+    watchdog = quiet(1, limit=0.0 if why == "no limit" else 2.0)
+    watchdog.heartbeat.watched = why != "no step yet"
+    for _ in range(30):
+        watchdog.poll()
+        if why == "progress":
+            watchdog.heartbeat.enter("forward")
+    assert watchdog.done == [] and not watchdog.closed.is_set()
+
+
+def beat_of(rank, n=7, **changes):
+    who = {**describe_process(), "rank": rank, "n": n, "step": 3, "phase": "batch", **changes}
+    return json.dumps(who)
+
+
+def test_a_neighbour_without_a_heartbeat(quiet, capfd):
+    """Rank 2 of 3 watches rank 0: on another host, whose processes cannot be inspected."""
+    watchdog = quiet(2)
+    watchdog.heartbeat.watched = False
+    watchdog.store.set("beat/0", beat_of(0, host="far", space="elsewhere", pid=1 << 22))
+    watchdog.store.set("beat/1", beat_of(1, pid=1 << 22))
+    assert watchdog.poll_until_it_leaves() == 6
+    assert watchdog.done == ["stacks 2", "resume 0", "kill 0", "leave 12"]
+    line = capfd.readouterr().err
+    assert line.startswith("error[12] a process is stopped or stuck; where=rank 0 on far: last step 3, batch; got=no")
+    assert watchdog.channel.posted()["lost"]["rank"] == 0
+    assert watchdog.store.add(ACKNOWLEDGED, 0) == 1
+
+
+def test_a_neighbour_with_a_heartbeat_or_without_any_is_left_alone(quiet):
+    watchdog = quiet(0)
+    for n in range(30):
+        watchdog.heartbeat.enter("forward")
+        watchdog.poll()
+        if n > 9:
+            watchdog.store.set("beat/1", beat_of(1, n))
+    assert watchdog.done == []
+    assert json.loads(watchdog.store.get("beat/0"))["n"] == 30
+
+
+def test_a_neighbour_of_this_host_that_has_exited(quiet, capfd):
+    watchdog = quiet(1)
+    watchdog.store.set("beat/2", beat_of(2, pid=1 << 22))
+    assert watchdog.poll_until_it_leaves() == 1
+    assert watchdog.done == ["kill 2", "leave 13"]
+    line = capfd.readouterr().err
+    assert "error[13] a process was lost; where=rank 2 on " in line and "last step 3; got=process exited" in line
+
+
+@pytest.mark.parametrize(
+    ("code", "lost", "done"),
+    [
+        (3, None, ["leave 3"]),
+        (12, None, ["stacks 1", "leave 12"]),
+        (12, {"rank": 2}, ["stacks 1", "resume 2", "kill 2", "leave 12"]),
+        (12, {"rank": 1}, ["stacks 1", "leave 12"]),
+        (13, {"rank": 2}, ["kill 2", "leave 13"]),
+    ],
+)
+def test_what_others_posted_ends_this_process(quiet, code, lost, done, capfd):
+    watchdog = quiet(1)
+    FailureChannel(watchdog.store, 0).post(code, lost)
+    watchdog.poll()
+    assert watchdog.done == done and watchdog.closed.is_set()
+    assert capfd.readouterr().err == ""  # who posted it has printed it
+
+
+@pytest.mark.parametrize(("rank", "polls"), [(1, 6), (2, 12)])
+def test_a_store_that_does_not_answer(quiet, rank, polls, capfd):
+    """Rank 1 reports first: if it can resume rank 0, the others read the error there."""
+    watchdog = quiet(rank)
+    Watchdog.watch_store(watchdog)
+    assert watchdog.closed.waits == polls + 1  # and the one that ends the loop
+    assert watchdog.done == [f"stacks {rank}", "resume 0", "kill 0", "leave 12"]
+    line = capfd.readouterr().err
+    assert line.startswith("error[12] a process is stopped or stuck; where=rank 0 on first: last step 5, unknown; got=")
+    for thread in threading.enumerate():
+        if thread.name.endswith("(post_late)"):
+            thread.join()
+    assert watchdog.channel.posted()["lost"] == {"rank": 0, "host": "first"}
+    assert watchdog.store.add(ACKNOWLEDGED, 0) == 1
+
+
+def test_a_store_that_has_exited(quiet, monkeypatch, capfd):
+    watchdog = quiet(1)
+    monkeypatch.setattr(watchdog, "poll", lambda: (_ for _ in ()).throw(RuntimeError("Connection reset")))
+    watchdog.leave = lambda code: (watchdog.done.append(f"leave {code}"), watchdog.closed.set())
+    Watchdog.watch(watchdog)
+    assert watchdog.done == ["leave 13"]
+    assert "error[13] the first process exited; where=rank 0 on first: last step 5; got=Conn" in capfd.readouterr().err
+
+
+def test_the_error_of_another_ends_this_process_without_a_report(quiet):
+    watchdog = quiet(1)
+    FailureChannel(watchdog.store, 0).post(12)
+    assert watchdog.fail(DataError("in its wake"), lambda: pytest.fail("reported")) == 12
+    assert watchdog.done == ["stacks 1"] and watchdog.store.add(ACKNOWLEDGED, 0) == 1
+
+
+def test_a_lost_connection_waits_for_the_error_of_its_cause(quiet):
+    watchdog = quiet(1)
+    timer = threading.Timer(0.3, FailureChannel(watchdog.store, 0).post, (3,))
+    timer.start()
+    assert watchdog.fail(RuntimeError("Connection reset by peer"), lambda: pytest.fail("reported")) == 3
+    timer.join()
+
+
+def test_what_a_thread_of_this_process_posted_is_reported_there(quiet):
+    watchdog = quiet(1)
+    thread = threading.Thread(target=watchdog.channel.post, args=(12,))
+    thread.start()
+    thread.join()
+    assert watchdog.fail(DataError("x"), lambda: pytest.fail("reported twice")) == 12
+    assert watchdog.done == []
+
+
+def test_what_a_watchdog_is_started_with(monkeypatch):
+    monkeypatch.setattr(module, "client", lambda launch, patience: dist.HashStore())
+    monkeypatch.setattr(module, "Watchdog", lambda *arguments, **options: (arguments[1:], options))
+    arguments, options = connect(LaunchInfo(1, 0, 4, "host", 7), "token", limit=9.0, heartbeat="beats")
+    assert arguments == (1, 4) and options == {"limit": 9.0, "heartbeat": "beats", "source": "host"}
+
+
+@pytest.mark.parametrize(("rank", "limit", "names"), [(0, 5.0, 1), (1, 5.0, 2), (1, 0.0, 1)])
+def test_the_store_is_watched_by_the_others(rank, limit, names):
+    watchdog = Watchdog(dist.HashStore(), rank, 2, limit=limit)
+    assert [thread.name for thread in watchdog.threads] == ["neox-watchdog", "neox-watchdog-store"][:names]
+    watchdog.closed.set()
+    for thread in watchdog.threads:
+        thread.join()
