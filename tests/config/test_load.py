@@ -76,7 +76,7 @@ def test_all_problems_are_reported_at_once_with_their_locations(write):
         ("optimizer.betas=[a]", ["optimizer.betas.0", "got='a'", "want=number"]),
         ("optimizer.betas=0.9", ["optimizer.betas", "want=a list"]),
         ("data.train=[{path: a, wieght: 1}]", ["data.train.0.wieght", "did you mean data.train.weight?"]),
-        ("data.train=[{weight: 1}]", ["key is missing", "data.train.0.path"]),
+        ("data.train=[{weight: 1}]", ["key is missing", "data.train.0.path", "want=data.train.0.path"]),
         ("data.train=[{path: a, weight: -1}]", ["data.train.0.weight", "got=-1"]),
         ("train=3", ["train", "a section"]),
         ("model.rope_scaling=[1]", ["model.rope_scaling", "a section"]),

@@ -7,6 +7,8 @@ import torch
 
 from neox.checkpoint.reader import Checkpoint
 from neox.config.schema import Config
+from neox.config.values import dump, to_builtins
+from neox.convert import source
 from neox.convert.source import WeightSource, save_weights
 from neox.convert.state import InMemoryTensors
 from neox.errors import CheckpointError
@@ -26,8 +28,10 @@ def test_weights_keep_their_dtype_and_bits(tmp_path, dtype):
     wanted = sources(dtype)
     with Checkpoint(save_weights(CONFIG, wanted, tmp_path)) as checkpoint:
         assert checkpoint.state == {"step": 0, "weights_only": True}
-        for name, source in wanted.items():
-            assert torch.equal(checkpoint.tensor(name), source())
+        assert checkpoint.model_config == to_builtins(CONFIG.model)
+        assert checkpoint.manifest.config_lock == dump(CONFIG) and len(checkpoint.manifest.files) == 1
+        for name, made in wanted.items():
+            assert torch.equal(checkpoint.tensor(name), made())
 
 
 def test_missing_and_unknown_weights_are_named(tmp_path):
@@ -35,6 +39,18 @@ def test_missing_and_unknown_weights_are_named(tmp_path):
     wanted["more"] = wanted.pop("norm.weight")
     with pytest.raises(CheckpointError, match=r"more, norm\.weight"):
         save_weights(CONFIG, wanted, tmp_path)
+
+
+def test_the_first_of_many_wrong_names_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"where=a, b, c, d; got=\d+ weights; want=\d+$"):
+        save_weights(CONFIG, sources() | dict.fromkeys("hgfedcba", sources()["norm.weight"]), tmp_path)
+
+
+def test_large_models_are_cut_into_files(tmp_path, monkeypatch):
+    assert source.SHARD_BYTES == 4 << 30
+    monkeypatch.setattr(source, "SHARD_BYTES", 4000)
+    with Checkpoint(save_weights(CONFIG, sources(), tmp_path)) as checkpoint:
+        assert len(checkpoint.manifest.files) > 2
 
 
 def test_held_tensors_have_the_face_of_files():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neox.errors import DataError
+from neox.errors import ConfigError, DataError
+from neox.model.checks import check_activation_checkpointing, check_ids, check_positions
 from neox.model.kv_cache import KVCache
 from tests.model.models import build, draw
 
@@ -52,6 +53,34 @@ def test_positions_beyond_the_table(form):
     cache.length = 30
     with pytest.raises(DataError, match="got=position 32"):
         model(draw(1, 3), cache=cache)
+
+
+@pytest.mark.parametrize("form", ["neox", "gpt2", "alibi"])
+def test_the_number_of_positions_in_use(form):
+    config = build(form).config
+    assert check_positions(config, 0, 5, None) == 5 and check_positions(config, 7, 3, None) == 10
+    assert check_positions(config, 0, 32, None) == 32
+    assert check_positions(config, 0, 2, torch.tensor([[3, 9], [0, 1]])) == 10
+    assert check_positions(config, 4, 2, torch.empty(1, 2, dtype=torch.int64, device="meta")) == 6  # not read
+
+
+@pytest.mark.parametrize("form", ["neox", "gpt2"])
+def test_a_position_below_zero_is_named(form):
+    with pytest.raises(DataError, match=r"got=position -2; want=0 \.\. 31"):
+        check_positions(build(form).config, 0, 2, torch.tensor([[-2, 40]]))
+
+
+def test_values_on_another_device_are_read_if_asked_for():
+    check_ids("token", torch.empty(1, 2, dtype=torch.int64, device="meta"), 5, True)
+    with pytest.raises(DataError, match="got=7"):
+        check_ids("token", torch.tensor([[7]]), 7, False)
+
+
+def test_modes_of_activation_checkpointing():
+    for mode in ("none", "selective", "full"):
+        check_activation_checkpointing(mode)
+    with pytest.raises(ConfigError, match="got=some; want=none, selective or full"):
+        check_activation_checkpointing("some")
 
 
 def test_alibi_has_no_maximum_length():

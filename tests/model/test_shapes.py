@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from neox.config.schema import ModelConfig
 from neox.model.gpt import GPT
-from neox.model.shapes import flops_per_token, logical_shapes, num_parameters
+from neox.model.shapes import block_parameters, flops_per_token, logical_shapes, num_parameters
 from neox.parallel.mesh import Mesh
 
 SIZES = {
@@ -54,6 +55,17 @@ def test_counts_of_a_published_model():
     )
     assert num_parameters(pythia) == 162_322_944
     assert flops_per_token(pythia, 2048) == 6 * (12 * 12 * 768**2 + 50304 * 768 + 2 * 12 * 768 * 2048)
+
+
+def test_matrices_of_a_block():
+    llama = ModelConfig(**SIZES, **FORMS["llama"], intermediate_size=80)
+    shapes = {name: shape for name, shape in logical_shapes(llama).items() if name.startswith("layers.0.")}
+    assert block_parameters(llama) == sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+    gpt = ModelConfig(**SIZES)
+    assert block_parameters(gpt) == 12 * 32**2
+    windowed = ModelConfig(**SIZES, sliding_window=4)
+    assert flops_per_token(gpt, 16) - flops_per_token(windowed, 16) == 6 * 2 * 6 * 32 * 12
+    assert flops_per_token(windowed, 3) == flops_per_token(gpt, 3)
 
 
 def test_the_last_stage_of_a_tied_model_copies_the_table():

@@ -155,6 +155,50 @@ def test_notes_describe_the_translation():
     assert "does not describe Code Llama 34B" in gated and "intermediate_size: 66048" in gated
 
 
+@pytest.mark.parametrize(
+    ("hidden", "layers", "heads", "name", "real"),
+    [
+        (4096, 32, 32, "Llama 7B, Code Llama 7B and Llemma 7B", 11008),
+        (4096, 32, 8, "Mistral 7B and Llama 3 8B", 14336),
+        (8192, 48, 8, "Code Llama 34B and Llemma 34B", 22016),
+        (8192, 80, 8, "Llama 2 70B", 28672),
+    ],
+)
+def test_a_width_that_is_not_the_published_one_is_noted(hidden, layers, heads, name, real):
+    shape = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": 32, "num_kv_heads": heads}
+    gated = shape | {"activation": "swiglu", "mlp_multiple_of": 256}
+    wrong = f"this file does not describe {name}, whose width is {real}: set intermediate_size: {3 * real} for that"
+    assert any(wrong in note for note in result(gated | {"intermediate_size": 768})[1])
+    for other in (gated | {"intermediate_size": 3 * real}, gated | {"intermediate_size": 768, "num_layers": 31}):
+        assert not any("does not describe" in note for note in result(other)[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "size"),
+    [
+        (50432, {}, 50432),
+        (50277, {}, 50277),
+        (50276, {}, 50304),  # the tokenizer that the file names has more ids
+        (50200, {"tokenizer_type": None}, 50304),
+        (50200, {"vocab_file": None, "tokenizer_type": "GPT2BPETokenizer"}, 50304),
+        (50200, {"vocab_file": None, "tokenizer_type": None}, 50200),  # only the default has more
+        (512, {"vocab_file": "other.json"}, 512),
+    ],
+)
+def test_rows_of_a_checkpoint_are_its_vocabulary(rows, changes, size):
+    values = {key: value for key, value in (BASE | changes).items() if value is not None}
+    given = {key: Given(value, "a.yml", 1) for key, value in values.items()}
+    settings, notes, problems = translate(given, {}, rows)
+    assert problems == []
+    assert {".".join(item.path): item.value for item in settings}["model.vocab_size"] == size
+    assert any("the embedding rows of the checkpoint" in note for note in notes) == (size == rows)
+
+
+def test_the_vocabulary_is_padded_for_every_tensor_parallel_size():
+    sizes = [model({"model_parallel_size": size})["vocab_size"] for size in (None, 1, 2, 4)]
+    assert sizes == [50304, 50304, 50432, 50688]
+
+
 def test_an_existing_tokenizer_gives_the_vocabulary_size(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text('{"model": {"vocab": {"a": 0, "b": 299}}}')

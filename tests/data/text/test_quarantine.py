@@ -92,6 +92,24 @@ def test_lines_are_durable_before_their_size_is_noted_and_the_name_at_the_end(tm
     monkeypatch.setattr("neox.data.text.quarantine.sync_dir", lambda folder: calls.append(folder))
     with Quarantine(str(tmp_path / "q"), True) as kept:
         kept.add(BAD[0])
-        kept.sync()
+        assert kept.sync() == (tmp_path / "q.partial").stat().st_size > 0
         assert calls == ["fsync"]
     assert calls == ["fsync", "fsync", tmp_path]
+
+
+def test_a_disk_that_refuses_is_an_error_with_the_final_name(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with Quarantine(str(tmp_path / "off"), False) as off:
+        assert off.sync() == 0
+    refused = r"cannot write quarantine; where=.*/q; got=No space left"
+    with pytest.raises(DiskError, match=refused), Quarantine(str(tmp_path / "q"), True) as kept:
+        kept.add(BAD[0])
+        kept.sync()
+    monkeypatch.undo()
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(DiskError, match=refused), Quarantine(str(tmp_path / "q"), True) as kept:
+        kept.add(BAD[0])
+    assert list(tmp_path.iterdir()) == []
