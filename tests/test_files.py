@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import stat
@@ -163,8 +164,110 @@ def test_a_file_system_without_fsync_of_folders_is_accepted(tmp_path, monkeypatc
 
         return call
 
-    monkeypatch.setattr(os, "fsync", fails(errno.EINVAL))
-    write_durably(tmp_path / "f", b"one")
+    for number in (errno.EINVAL, errno.EOPNOTSUPP):
+        monkeypatch.setattr(os, "fsync", fails(number))
+        write_durably(tmp_path / "f", b"one")
     monkeypatch.setattr(os, "fsync", fails(errno.EIO))
     with pytest.raises(DiskError, match="EIO"):
         write_durably(tmp_path / "f", b"two")
+
+
+def test_text_has_unix_lines_and_json_its_limit(tmp_path):
+    (tmp_path / "text").write_bytes("é\r\nb\rc\n".encode())
+    assert files.read_text(tmp_path / "text") == "é\nb\rc\n"
+    (tmp_path / "a.json").write_text("[NaN, 1]")
+    assert files.read_json(tmp_path / "a.json", 8)[1] == 1
+    with pytest.raises(OSError, match="larger than 7 bytes"):
+        files.read_json(tmp_path / "a.json", 7)
+    (tmp_path / "bad").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="utf-8"):
+        files.read_text(tmp_path / "bad")
+
+
+def test_a_durable_write_is_synced_renamed_and_its_folder_synced(tmp_path):
+    storage = RecordingStorage()
+    write_durably(tmp_path / "f", b"one", sole_writer=True, storage=storage)
+    temporary = tmp_path / "f.tmp"
+    assert storage.trace == [
+        ("create", temporary),
+        ("write", temporary, b"one"),
+        ("sync", temporary),
+        ("rename", temporary, tmp_path / "f"),
+        ("sync_dir", tmp_path),
+    ]
+
+
+class Hesitant(files.FileSystem):
+    """Takes at most 1000 bytes at a time, and notes what it is given and hinted."""
+
+    def __init__(self):
+        self.given, self.hints = [], []
+
+    def write(self, descriptor, data):
+        self.given.append(len(data))
+        return super().write(descriptor, data[:1000])
+
+    def begin_sync(self, descriptor, offset, count):
+        self.hints.append((offset, count))
+
+
+def test_a_writer_repeats_until_all_bytes_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WRITE_BYTES", 1500)
+    storage, content = Hesitant(), os.urandom(2700)
+    with FileWriter(tmp_path / "f", storage=storage) as writer:
+        writer.write(content[:200])
+        writer.write(memoryview(content[200:]))
+        assert writer.size == 2700
+        writer.commit()
+    assert (tmp_path / "f").read_bytes() == content
+    assert storage.given == [200, 1500, 1500, 500]
+    assert storage.hints == [(0, 200), (200, 1000), (1200, 1000), (2200, 500)]
+
+
+@pytest.mark.parametrize(
+    ("number", "do"),
+    [
+        (errno.ENOSPC, "free space or choose another folder; existing files are untouched"),
+        (errno.EDQUOT, "raise the quota"),
+        (errno.EROFS, "mount it writable"),
+        (errno.EACCES, "fix the permissions"),
+        (errno.EPERM, "fix the permissions"),
+        (errno.ENOENT, "the folder is missing"),
+        (errno.EIO, "check the disk"),
+        (errno.EBADF, "check the file system"),
+        (None, "check the file system"),
+    ],
+)
+def test_errors_name_code_space_and_action(tmp_path, number, do):
+    problem = files.disk_error(OSError(number, "why") if number else OSError("why"), tmp_path / "a" / "b", 77)
+    code = errno.errorcode[number] if number else "OSError"
+    free = files.free_bytes(tmp_path)
+    assert problem.got.startswith(f"why ({code}), ") and problem.got.endswith(" bytes free") and free > 0
+    assert (problem.want, str(problem.where)) == ("77 bytes written", str(tmp_path / "a" / "b"))
+    assert problem.do.startswith(do)
+    assert files.disk_error(OSError("why"), tmp_path).want is None
+
+
+def test_a_lock_excludes_others_until_it_is_left(tmp_path):
+    with files.locked(tmp_path / "lock"), open(tmp_path / "lock", "ab") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / "lock", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_new_files_have_the_mode_of_the_user(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_durably(tmp_path / "f", b"")
+        os.close(open_no_link(str(tmp_path / "g"), os.O_WRONLY | os.O_CREAT))
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "fg"] == [0o640, 0o640]
+
+
+def test_a_descriptor_is_closed_after_a_refusal(tmp_path):
+    count = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(OSError, match="a folder"):
+            files.open_regular(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == count

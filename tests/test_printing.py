@@ -11,6 +11,8 @@ def test_names_that_are_not_utf8_become_text():
     assert printable("plain é") == "plain é"
     assert printable(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
     assert printable("\ud800") == "\\ud800"
+    ends = "\udc7f\udc80\udcff\udd00\udfff\ue000"
+    assert printable(ends) == "\\udc7f\\x80\\xff\\udd00\\udfff\ue000"
 
 
 def test_a_json_line_holds_names_that_are_not_utf8():

@@ -1,6 +1,7 @@
 """The value of FAULT, and when a fault happens. That every site is really reached is shown in tests/faults."""
 
 import ast
+import errno
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from neox.errors import EnvironmentProblem
 from neox.testing.faults import KINDS, SITES, Fault, FaultInjector, parse
@@ -101,6 +103,43 @@ def test_kinds_that_end_a_process(kind, code):
     )
     assert done.returncode == code
     assert done.stderr == ("fault note@0:step:1\n" if kind == "note" else "")
+
+
+def test_numbers_and_errors_of_every_kind():
+    numbers = FaultInjector(parse("huge@0:loss:1,inf@0:gradient:1,note@1:parameter:1"))
+    assert (numbers.value("loss", 2.0), numbers.value("gradient", 2.0)) == (2e30, math.inf)
+    for kind, number in (
+        ("enospc", errno.ENOSPC),
+        ("edquot", errno.EDQUOT),
+        ("eio", errno.EIO),
+        ("erofs", errno.EROFS),
+    ):
+        with pytest.raises(OSError) as caught:
+            FaultInjector(parse(f"{kind}@0:write:1")).enter("write")
+        assert caught.value.errno == number
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory.*fault oom@0:step:1"):
+        FaultInjector(parse("oom@0:step:1")).enter("step")
+    with pytest.raises(RuntimeError, match=r"fault raise@0:loss:1"):
+        FaultInjector(parse("raise@0:loss:1")).value("loss", 1.0)
+
+
+def test_a_site_must_exist():
+    with pytest.raises(KeyError):
+        FaultInjector(parse("raise@0:step:1")).enter("nowhere")
+    FaultInjector().enter("nowhere")  # no fault, no check
+
+
+def test_a_process_that_spins_does_not_return(monkeypatch):
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise InterruptedError
+
+    monkeypatch.setattr("time.sleep", nap)
+    with pytest.raises(InterruptedError):
+        FaultInjector(parse("spin@0:step:1")).enter("step")
 
 
 def test_the_table_is_what_the_code_names():
