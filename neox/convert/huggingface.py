@@ -31,6 +31,7 @@ from neox.convert.tensor_files import TensorFiles, TensorFileWriter
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError, DataError, DiskError, EnvironmentProblem
 from neox.files import JsonObject
+from neox.model.attention import queries_per_kv_head
 from neox.model.gpt import GPT
 from neox.model.shapes import logical_shapes
 
@@ -285,14 +286,8 @@ def config_from_json(theirs: JsonObject) -> ModelConfig:
         "init_std": keys["initializer_range"] or 0.02,
     }
     fields |= family.from_json(keys)
-    heads, groups = fields["num_attention_heads"], fields.get("num_kv_heads", fields["num_attention_heads"])
-    if heads % groups:
-        raise ConfigError(
-            "key/value heads do not divide the query heads",
-            where="config.json: num_key_value_heads",
-            got=groups,
-            want=f"a divisor of {heads} heads",
-        )
+    heads = fields["num_attention_heads"]
+    queries_per_kv_head(heads, fields.get("num_kv_heads", heads), where="config.json: num_key_value_heads")
     try:
         return ModelConfig.model_validate(fields | {"attention_dropout": fields["attention_dropout"] or 0.0})
     except ValidationError as error:
@@ -465,7 +460,7 @@ def _load_theirs(out: str | Path) -> torch.nn.Module:
             "transformers is not installed",
             got=error,
             want="transformers >= 5",
-            do="pip install transformers, or export without --check",
+            do="pip install transformers, or pass --no-check",
         ) from error
     try:
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(

@@ -197,9 +197,9 @@ def queries_per_kv_head(heads: int, kv_heads: int, *, where: str = KV_HEADS) -> 
     """
     if heads % kv_heads:
         raise ConfigError(
-            "num_attention_heads is not a multiple of num_kv_heads",
+            "key/value heads do not divide the query heads",
             where=where,
-            got=f"{heads} heads, {kv_heads} kv heads",
-            want="a divisor of num_attention_heads",
+            got=kv_heads,
+            want=f"a divisor of {heads} heads",
         )
     return heads // kv_heads

@@ -86,6 +86,12 @@ def test_values_that_no_model_has(changes):
     assert "\n" not in caught.value.line() and len(caught.value.line()) < 400
 
 
+def test_heads_that_do_not_divide_are_named_as_in_the_file():
+    wanted = "do not divide the query heads; where=config.json: num_key_value_heads; got=3; want=a divisor of "
+    with pytest.raises(ConfigError, match=wanted):
+        config_from_json(LLAMA | {"num_key_value_heads": 3})
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"[1]", b"null", b"{", b"\xff\xfe", b'{"a":' * 100_000, b"[" * 100_000, b'{"a": ' + b"9" * 5_000 + b"}"],
