@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from neox.config.schema import ModelConfig
 from neox.convert.huggingface import compare, from_huggingface, to_huggingface
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
-from neox.errors import CheckpointError, ConfigError, DataError
+from neox.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
@@ -347,3 +348,10 @@ def test_embeddings_that_are_no_matrix_of_numbers(folder, change):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"another shape|not floating-point"):
         from_huggingface(folder)
+
+
+def test_a_missing_transformers_names_the_option_that_does_without_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model = GPT(ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=11))
+    with pytest.raises(EnvironmentProblem, match="pip install transformers, or pass --no-check"):
+        compare(tmp_path, model)
