@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.verify import digest
 from neox.cli.main import main
@@ -127,3 +128,46 @@ def test_convert_refuses_damage_and_contradictions(tmp_path, capsys):
     assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "x")]) == 4
     assert shard.name in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_list_of_a_folder_names_what_is_wrong(tmp_path, capsys):
+    root = tmp_path / "checkpoints"
+    for step in (7, 8):
+        save_one(root, step)
+    lineage = Lineage("bb" * 16, 1, (("aa" * 16, 8),))
+    save_one(root, 9, lineage=lineage)
+    (root / "step_00000001").mkdir()
+    (root / "step_00000007" / "manifest.json").write_bytes(b"{}")
+    next((root / "step_00000008").glob("*.safetensors")).unlink()
+    assert main(["checkpoint", "inspect", str(root), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["step"], about["generation"]) == (9, 1)
+    assert about["resumed_from"] == {"lineage": "aa" * 16, "step": 8}
+    found = {one["step"]: (one["generation"], one["status"]) for one in about["checkpoints"]}
+    assert found[1] == (None, "unfinished save") and found[9] == (1, "complete")
+    assert found[8] == (0, "files are missing or have another size")
+    assert found[7][0] is None and "not a manifest" in found[7][1]
+    assert about["files"] == 1
+    assert about["bytes"] == next((root / "step_00000009").glob("*.safetensors")).stat().st_size
+
+
+def test_the_text_leaves_out_the_window_of_losses(tmp_path, capsys):
+    path = save_one(tmp_path, content={"step": 100, "guard": {"losses": [1.0] * 99}})
+    assert main(["checkpoint", "inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert 'state         {"step": 100}' in text and "checkpoints" not in text
+    assert main(["checkpoint", "inspect", str(path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["state"]["guard"]["losses"]) == 99
+
+
+def test_convert_keeps_integers_and_drops_what_belongs_to_a_process(tmp_path):
+    state = {("a", "weight"): torch.ones(3), ("count", "weight"): torch.tensor([5, 6])}
+    path = save_one(tmp_path / "c", 9, state, layout={"tp": 1})
+    arguments = ["checkpoint", "convert", str(path), "--out", str(tmp_path / "half"), "--weights-only"]
+    assert main([*arguments, "--dtype", "bf16", "--shard-gb", "1048575"]) == 0
+    with Checkpoint(tmp_path / "half" / path.name) as checkpoint:
+        assert checkpoint.tensor("count").tolist() == [5, 6] and checkpoint.tensor("a").dtype == torch.bfloat16
+        assert (checkpoint.layout, checkpoint.model_config) == ({"tp": 1}, {"num_layers": 1})
+        assert checkpoint.manifest.config_lock == "train: {seed: 1}\n"
+        assert checkpoint.rng(0) == {}
+    assert main([*arguments[:-2], str(tmp_path / "x"), "--shard-gb", "1048576"]) == 2

@@ -95,3 +95,52 @@ def test_a_loss_that_was_not_finite_is_no_damage(tmp_path):
     record = read_run(tmp_path / "run")
     assert len(record.rows) == 120 and len(record.series("loss")) == 119
     assert record.summary()["last loss"] == "not finite"
+
+
+def test_every_fact_of_a_summary(tmp_path):
+    record = read_run(write_run(tmp_path / "run", spike=None))
+    assert record.summary() == {
+        "steps": "120 of 120",
+        "tokens": "30,720",
+        "last loss": "3.0000",
+        "last validation loss": "3.1000",
+        "best validation loss": "3.1000 at step 120",
+        "tokens/s, median": "1,060",
+        "time of the steps": "0.02 h",
+        "peak memory of a process": "1.50 GB",
+        "model": "12 layers, hidden 768, 12 heads, vocabulary 100",
+    }
+    record.rows[39]["validation_loss"] = 1.0
+    record.rows[-1].update(loss=None, targets=0)
+    summary = record.summary()
+    assert summary["best validation loss"] == "1.0000 at step 40" and summary["last loss"] == "no target"
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1.49, False), (1.51, True)])
+def test_how_large_a_spike_is(tmp_path, factor, found):
+    folder = write_run(tmp_path / "run", spike=None, skipped=None)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    changed = [{**row, "loss": 2.0 * factor if row["step"] == 100 else 2.0} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    assert any("times the median of the 50 steps before" in text for text in read_run(folder).incidents()) == found
+
+
+@pytest.mark.parametrize(
+    ("line", "incident"),
+    [
+        ("training continues without this checkpoint: x", True),
+        ("training continues without this record: x", True),
+        ("stopped by a signal", True),
+        ("error[5] cannot write", True),
+        ("optimizer.lr: 1 -> 2", True),
+        ("weights of a checkpoint", True),
+        ("step 3/120 | loss 4", False),
+        ("done: step 120 of 120", False),
+    ],
+)
+def test_lines_of_the_log_that_are_incidents(tmp_path, line, incident):
+    folder = write_run(tmp_path / "run", spike=None, skipped=None)
+    (folder / "log.txt").write_text(line + "\n")
+    assert read_run(folder).incidents() == ([line] if incident else [])
+    (folder / "log.txt").unlink()
+    assert read_run(folder).incidents() == []
