@@ -68,7 +68,7 @@ def test_ticks_are_round_and_inside():
     assert [label(value) for value in (0.00012, 5.0, 1500.0, 25_000.0, 3e6)] == ["0.00012", "5", "1500", "25k", "3M"]
 
 
-def test_corners_of_the_data_are_corners_of_the_box():
+def test_the_smallest_and_largest_values_lie_at_the_margins():
     box = (10.0, 20.0, -1.0, 3.0)
     assert to_figure((10.0, -1.0), box) == pytest.approx((LEFT, HEIGHT - BOTTOM))
     assert to_figure((20.0, 3.0), box) == pytest.approx((WIDTH - RIGHT, TOP))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neox.data.samples.documents import DocumentDataset, DocumentSamples, PairDataset
+from neox.data.samples import documents as module
+from neox.data.samples.documents import (
+    DocumentDataset,
+    DocumentSamples,
+    PairDataset,
+    check_labels,
+    check_learnable,
+    document_order,
+)
 from neox.data.samples.loader import Loader
 from neox.errors import DataError
 
@@ -95,3 +103,66 @@ def test_the_order_of_documents_is_pinned(make_dataset):
     assert first(other) == [25, 5, 13, 3, 19, 23]
     assert first(documents=(0, 49)) == [36, 8, 26, 9, 44, 2]
     assert first(documents=(1, 50)) == [16, 13, 48, 3, 2, 32]
+
+
+@pytest.mark.parametrize("blocks", [(1 << 16, 1 << 20), (2, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("labels", "documents", "longest", "learnable"),
+    [
+        ([[5, -100], [-100] * 9, [5]], (0, 3), None, False),  # the first token is not a target
+        ([[5, -100], [-100] * 8 + [7], [5]], (0, 3), None, True),
+        ([[5, -100], [-100] * 8 + [7], [5]], (0, 1), None, False),
+        ([[5, -100], [-100] * 8 + [7], [5]], (2, 3), None, False),
+        ([[5, -100], [-100] * 8 + [7], [5]], (1, 2), 9, True),
+        ([[5, -100], [-100] * 8 + [7], [5]], (0, 3), 8, False),  # it is cut off
+        ([[-100], [-100], [-100], [-100], [-100, 3]], (0, 5), None, True),
+        ([[-100], [-100], [-100], [-100], [-100, 3]], (0, 4), 2, False),
+        ([[-100] * 4] * 4 + [[-100, -100, 3]], (1, 5), 3, True),
+    ],
+)
+def test_labels_must_have_a_target(make_dataset, monkeypatch, blocks, labels, documents, longest, learnable):
+    monkeypatch.setattr(module, "DOCUMENTS_AT_ONCE", blocks[0])
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", blocks[1])
+    dataset = make_dataset(labels, "labels", "int32")
+    if learnable:
+        check_labels(dataset, documents, longest)
+        return
+    where = rf"labels\.bin documents {documents[0]} to {documents[1]}; got=label -100 for every target"
+    with pytest.raises(DataError, match=rf"no document has a token to learn; where=.*{where}"):
+        check_labels(dataset, documents, longest)
+
+
+def test_labels_without_any_token_are_not_read(make_dataset, monkeypatch):
+    dataset = make_dataset([[-100] * 5], "labels", "int32")
+    monkeypatch.setattr(type(dataset), "read", lambda *_: pytest.fail("read"))
+    with pytest.raises(DataError, match="label -100 for every target"):
+        check_labels(dataset, (0, 1))
+
+
+def test_a_document_of_one_token_teaches_nothing(make_dataset):
+    dataset = make_dataset([[1], [2, 3], [4], []])
+    check_learnable(dataset, (0, 2))
+    for documents, got in (((0, 1), "1 tokens in 1 documents"), ((2, 4), "1 tokens in 2 documents")):
+        with pytest.raises(DataError, match=rf"documents {documents[0]} to {documents[1]}; got={got}"):
+            check_learnable(dataset, documents)
+    with pytest.raises(DataError, match="has no documents"):
+        document_order(make_dataset([], "none"), 1, 0)
+
+
+def test_slices_segments_and_coverage(answers):
+    dataset = DocumentDataset(*answers, 4, seed=1, documents=(1, 4))
+    prefix, lengths = answers[0].prefix, {1: 5, 2: 1, 3: 4}
+    numbers = []
+    for index in range(6):
+        (found,) = dataset.slices(index)
+        numbers.append(found.document)
+        assert found == (prefix, found.document, 0, lengths[found.document])
+        tokens, segments = dataset.tokens_and_segments(index)
+        assert np.array_equal(tokens, dataset[index].tokens) and segments.dtype == np.int32
+        assert segments.tolist() == [0] * lengths[found.document] + [-1] * (5 - lengths[found.document])
+    assert sorted(numbers[:3]) == sorted(numbers[3:]) == [1, 2, 3]
+    read = {1: 4, 2: 1, 3: 4}  # inputs
+    for count in range(7):
+        assert dataset.coverage(count) == [(prefix, count, sum(read[number] for number in numbers[:count]), count / 3)]
+    assert dataset.find(prefix, numbers[0], 6).tolist() == [i for i in range(6) if numbers[i] == numbers[0]]
+    assert dataset.find("other", numbers[0], 6).size == 0
