@@ -81,7 +81,8 @@ class Blend:
 
     def positions(self, inner: list[np.ndarray], count: int) -> np.ndarray:
         """Positions in the blend, below `count`, of samples inner[k][j] of dataset k: int64, ascending."""
-        taken, found = np.zeros(self.shares.size, dtype=np.int64), [np.empty(0, dtype=np.int64)]
+        taken = np.zeros(self.shares.size, dtype=np.int64)
+        found: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
         for first in range(0, count, self.BLOCK):
             dataset, sample, taken = core.blend(self.shares, first, min(self.BLOCK, count - first), taken)
             wanted = np.zeros(dataset.size, dtype=bool)

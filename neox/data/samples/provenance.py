@@ -56,7 +56,7 @@ def merge_adjacent(slices: list[DocumentSlice]) -> list[DocumentSlice]:
 
 def matching(count: int, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The numbers below `count` for which `holds` is true, int64, evaluated in blocks."""
-    found = [np.empty(0, dtype=np.int64)]
+    found: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for first in range(0, count, BLOCK):
         block = np.arange(first, min(first + BLOCK, count))
         found.append(block[holds(block)])
