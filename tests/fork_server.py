@@ -81,7 +81,8 @@ def environment(**extra: object) -> dict[str, str]:
 def serve() -> None:
     """The server: answers until its input ends."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
-    for name in ("neox.cli.main", "neox.train.start"):  # torch and deepspeed
+    # torch, deepspeed, and what DeepSpeed's stage 3 imports, for two seconds
+    for name in ("neox.cli.main", "neox.train.start", "torch._dynamo"):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a fork's collections would else copy every page that holds an object

@@ -10,7 +10,7 @@ import pytest
 from neox.cli.main import parse
 from neox.cli.train import conf_files, disable_flight_recorder
 from tests.config.gpt_neox.sample_files import flow_text
-from tests.distributed import ROOT, environment
+from tests.distributed import ROOT, environment, run_command
 from tests.train.corpus import VOCAB, make_corpus
 
 
@@ -149,5 +149,6 @@ def test_files_of_gpt_neox_train_as_they_are(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == [
         f"step_{n:08}" for n in (0, 1, 3, 6)
     ]
-    again = run([*command, "--set", f"model.vocab_size={VOCAB}"])
-    assert again.returncode == 0 and "resumed from" in again.stdout
+    files = [tmp_path / name for name in ("model.yml", "paths.yml")]
+    again = run_command(1, tmp_path, ["train", "--conf", *files, "--set", f"model.vocab_size={VOCAB}"])
+    assert "resumed from" in again.output
