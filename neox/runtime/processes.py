@@ -10,12 +10,13 @@ import contextlib
 import os
 import signal
 import time
-from typing import Any
 
 import psutil
 
+from neox.files import JsonObject
+
 LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.launch", "torchrun", "deepspeed")
-ProcessInfo = dict[str, Any]  # pid, born (its start time), and of peers: rank, host, space
+ProcessInfo = JsonObject  # pid, born (its start time), and of peers: rank, host, space
 
 START_TOLERANCE = 2.0  # seconds between two readings of a process's start time
 

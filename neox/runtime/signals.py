@@ -18,7 +18,9 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TypeAlias
 
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEAT_AFTER = 0.5  # seconds
 
@@ -34,16 +36,16 @@ class StopSignals:
     def __init__(self, *, until_exit: bool = False):
         self.until_exit = until_exit
         self.received: signal.Signals | None = None
-        self.previous: dict[int, object] = {}
+        self.previous: dict[int, Handler] = {}
         self.previous_pipe = -1
-        self.pipe: tuple[int, int] | None = None
+        self.writer = -1
         self.at_once: Callable[[signal.Signals], None] | None = None
 
     def __enter__(self) -> StopSignals:
-        self.pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(self.pipe[0], True)
-        threading.Thread(target=self.watch, args=(self.pipe[0],), name="neox-signals", daemon=True).start()
-        self.previous_pipe = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+        reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(reader, True)
+        threading.Thread(target=self.watch, args=(reader,), name="neox-signals", daemon=True).start()
+        self.previous_pipe = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         for number in SIGNALS:
             self.previous[number] = signal.signal(number, self.handle)
         return self
@@ -53,7 +55,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if self.until_exit else handler)
         self.previous = {}
         signal.set_wakeup_fd(self.previous_pipe)
-        os.close(self.pipe[1])  # the thread reads the end of the pipe, closes its side, and ends
+        os.close(self.writer)  # the thread reads the end of the pipe, closes its side, and ends
 
     @property
     def requested(self) -> bool:

@@ -20,7 +20,7 @@ def in_collective() -> bool:
     frames = sys._current_frames()
     stacks = {thread.name: stack_of(frames.get(thread.ident or 0)) for thread in threading.enumerate()}
     main = stacks[threading.main_thread().name]
-    ignored = set(WATCHERS)
+    ignored: set[str] = set(WATCHERS)
     if not any(module == "neox.checkpoint.background" for module, _ in main):
         ignored.add("neox-checkpoint")
     return any(is_waiting(stack) for name, stack in stacks.items() if name not in ignored)

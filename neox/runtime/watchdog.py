@@ -47,10 +47,90 @@ GRACE = 3.0  # seconds for which a process that waits in a collective leaves it 
 
 
 class Watchdog:
-    """Watches one process, its neighbour and its launchers.
+    """Watches the launchers of this process; all that a run of one process needs.
 
     Args:
-        store: connection to the rendezvous store that nothing else uses; None if there is only one process.
+        rank: rank of this process.
+        heartbeat: heartbeat of this process's main thread.
+    """
+
+    def __init__(self, rank: int, heartbeat: Heartbeat | None = None):
+        self.rank = rank
+        self.heartbeat = Heartbeat() if heartbeat is None else heartbeat
+        self.closed = threading.Event()
+        self.launchers = find_launchers()
+        self.threads: list[threading.Thread] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start to watch."""
+        if self.launchers:
+            self.start_thread(self.watch, "neox-watchdog")
+
+    def start_thread(self, target: Callable[[], None], name: str) -> None:
+        """Start a thread that does not outlive the main thread."""
+        self.threads.append(threading.Thread(target=target, name=name, daemon=True))
+        self.threads[-1].start()
+
+    def handshake(self) -> None:
+        """Wait until all processes watch. Raises PeerLost."""
+
+    def watch(self) -> None:
+        """Thread: poll until the end of the run, or of this process."""
+        while not self.closed.wait(POLL):
+            self.check_launchers()
+
+    def check_launchers(self) -> None:
+        """Exit if a launcher has exited without ending this process, as one that was killed does."""
+        for who in self.launchers:
+            if not is_running(who):
+                got = f"process {who['pid']} ({who['name']}) has exited"
+                self.report_peer(
+                    PeerLost("launcher exited", where=f"rank {self.rank}", got=got, do="start again to resume")
+                )
+
+    def report_peer(self, error: NeoxError) -> None:
+        """Report what a thread found, unless this process is ending, and exit."""
+        if not self.closed.is_set():
+            self.closed.set()
+            print(error.line(), file=sys.stderr, flush=True)
+            self.leave(error.exit_code)
+
+    def finish(self) -> None:
+        """Stop watching at the end of a run, and leave the process group, together with the other processes."""
+        self.heartbeat.enter("end")
+        self.leave_group()
+        self.closed.set()
+        for thread in self.threads:
+            thread.join(FAREWELL)  # a thread inside the store at the interpreter's exit would crash the process
+
+    def leave_group(self) -> None:
+        """Leave the process group at the end of a run."""
+
+    def fail(self, error: BaseException, report: Callable[[], None]) -> int:
+        """Report the failure of this process.
+
+        Args:
+            error: what ended this process.
+            report: prints the error.
+
+        Returns:
+            The exit code.
+        """
+        report()
+        known = as_neox_error(error, self.rank)
+        return known.exit_code if known is not None else 1
+
+    def leave(self, code: int) -> None:
+        """End this process."""
+        exit_now(code)
+
+
+class PeerWatchdog(Watchdog):
+    """Watches the launchers, the main thread and the neighbour of one process of several, and shares its failure.
+
+    Args:
+        store: connection to the rendezvous store that nothing else uses.
         rank: rank of this process.
         world_size: number of processes.
         limit: seconds without a heartbeat after which a process counts as stuck; 0 to never report one.
@@ -60,7 +140,7 @@ class Watchdog:
 
     def __init__(
         self,
-        store: dist.Store | None,
+        store: dist.Store,
         rank: int,
         world_size: int,
         *,
@@ -69,28 +149,22 @@ class Watchdog:
         source: str = "",
     ):
         self.store = store
-        self.channel = None if store is None else FailureChannel(store, rank)
-        self.rank = rank
+        self.channel = FailureChannel(store, rank)
         self.world_size = world_size
         self.limit = limit
-        self.heartbeat = Heartbeat() if heartbeat is None else heartbeat
-        self.closed = threading.Event()
-        self.launchers = find_launchers()
         self.me = {"rank": rank, **describe_process()}
         self.host_of_store: ProcessInfo = {"rank": 0, "host": source}
         self.polls = 0
         self.main = StallCounter()
         self.neighbour = StallCounter()
-        self.threads: list[threading.Thread] = []
-        if store is None and self.launchers:
-            self.threads.append(threading.Thread(target=self.watch_launchers, name="neox-watchdog", daemon=True))
-        if store is not None:
-            self.beat()
-            self.threads.append(threading.Thread(target=self.watch, name="neox-watchdog", daemon=True))
-            if limit > 0 and rank > 0:
-                self.threads.append(threading.Thread(target=self.watch_store, name="neox-watchdog-store", daemon=True))
-        for thread in self.threads:
-            thread.start()
+        super().__init__(rank, heartbeat)  # last, for it starts the threads
+
+    def start(self) -> None:
+        """Write the first heartbeat, and start to watch."""
+        self.beat()
+        self.start_thread(self.watch, "neox-watchdog")
+        if self.limit > 0 and self.rank > 0:
+            self.start_thread(self.watch_store, "neox-watchdog-store")
 
     def handshake(self) -> None:
         """Wait until all processes watch, and know the first one. Nothing happens to it before.
@@ -98,8 +172,6 @@ class Watchdog:
         Raises:
             PeerLost: it has exited already.
         """
-        if self.store is None:
-            return
         try:
             self.host_of_store = json.loads(self.store.get("beat/0"))
         except RuntimeError as error:
@@ -136,20 +208,6 @@ class Watchdog:
             if not waiting or stalled > self.limit + GRACE:
                 what = "all processes wait for each other" if waiting else "a process makes no progress"
                 self.report_peer(stuck_error(self.me, what, self.heartbeat.step, self.heartbeat.phase, self.limit))
-
-    def watch_launchers(self) -> None:
-        """Thread of a single process under a launcher."""
-        while not self.closed.wait(POLL):
-            self.check_launchers()
-
-    def check_launchers(self) -> None:
-        """Exit if a launcher has exited without ending this process, as one that was killed does."""
-        for who in self.launchers:
-            if not is_running(who):
-                got = f"process {who['pid']} ({who['name']}) has exited"
-                self.report_peer(
-                    PeerLost("launcher exited", where=f"rank {self.rank}", got=got, do="start again to resume")
-                )
 
     def beat(self) -> None:
         """Write the heartbeat of this process."""
@@ -201,14 +259,10 @@ class Watchdog:
             self.store.add(ACKNOWLEDGED, 1)
 
     def report_peer(self, error: NeoxError, lost: ProcessInfo | None = None) -> None:
-        """Report what this thread found, unless another error was posted first, and exit."""
+        """Report what a thread found, unless another error was posted first, and exit."""
         if self.closed.is_set():
             return
         self.closed.set()
-        if self.channel is None:
-            print(error.line(), file=sys.stderr, flush=True)
-            self.leave(error.exit_code)
-            return
         posted = self.channel.post(error.exit_code, lost)
         if self.channel.from_this_thread(posted):
             print(error.line(), file=sys.stderr, flush=True)
@@ -226,17 +280,12 @@ class Watchdog:
             kill_stuck(lost, self.me["space"])
         self.leave(posted["code"])
 
-    def finish(self) -> None:
-        """Stop watching at the end of a run, and leave the process group, together with the other processes."""
-        self.heartbeat.enter("end")
-        if self.store is not None:
-            dist.barrier()
-            self.closed.set()
-            dist.barrier()
-            dist.destroy_process_group()
+    def leave_group(self) -> None:
+        """Leave the process group when all processes are here and none watches the others any longer."""
+        dist.barrier()
         self.closed.set()
-        for thread in self.threads:
-            thread.join(FAREWELL)  # a thread inside the store at the interpreter's exit would crash the process
+        dist.barrier()
+        dist.destroy_process_group()
 
     def fail(self, error: BaseException, report: Callable[[], None]) -> int:
         """Share the failure of this process with all.
@@ -251,9 +300,6 @@ class Watchdog:
         """
         known = as_neox_error(error, self.rank)
         code = known.exit_code if known is not None else 1
-        if self.channel is None:
-            report()
-            return code
         if isinstance(known, PeerLost):
             # from the process that broke the connection, or from our thread, which finds the one that exited
             self.channel.wait_for_error(4 * POLL)
@@ -271,10 +317,6 @@ class Watchdog:
             dump_stacks(self.rank)
         self.channel.acknowledge(self.world_size - has_lost_a_process(posted))
         return posted["code"]
-
-    def leave(self, code: int) -> None:
-        """End this process."""
-        exit_now(code)
 
 
 class StallCounter:
@@ -312,12 +354,12 @@ def connect(
         PeerLost: the store's process has exited already.
     """
     if launch.world_size == 1:
-        return Watchdog(None, launch.rank, launch.world_size, heartbeat=heartbeat)
+        return Watchdog(launch.rank, heartbeat)
     try:
         store = dist.PrefixStore(f"{PREFIX}/{token}/watchdog", client(launch, timedelta(seconds=patience)))
     except RuntimeError as error:
         raise lost_error({"rank": 0, "host": launch.address}, 0, str(error).splitlines()[0][:120]) from error
-    return Watchdog(store, launch.rank, launch.world_size, limit=limit, heartbeat=heartbeat, source=launch.address)
+    return PeerWatchdog(store, launch.rank, launch.world_size, limit=limit, heartbeat=heartbeat, source=launch.address)
 
 
 def lost_error(who: ProcessInfo, step: int, got: str) -> PeerLost:

@@ -23,7 +23,7 @@ from neox.runtime.distributed import form_process_group
 from neox.runtime.failure_channel import ACKNOWLEDGED, FailureChannel, as_neox_error
 from neox.runtime.launch import LaunchInfo
 from neox.runtime.rendezvous import claim_rank
-from neox.runtime.watchdog import StallCounter, Watchdog, connect
+from neox.runtime.watchdog import PeerWatchdog, StallCounter, Watchdog, connect
 from tests.distributed import start_ranks
 from tests.fork_server import free_port
 
@@ -119,7 +119,7 @@ def test_a_single_process_has_no_channel():
 def test_the_origin_reports_before_anybody_exits(monkeypatch):
     monkeypatch.setattr("neox.runtime.failure_channel.FAREWELL", 0.1)
     store, acknowledged = dist.HashStore(), []
-    watchdog = Watchdog(store, 0, 2)
+    watchdog = PeerWatchdog(store, 0, 2)
     assert watchdog.fail(DataError("x"), lambda: acknowledged.append(store.add(ACKNOWLEDGED, 0))) == 3
     assert acknowledged == [0] and store.add(ACKNOWLEDGED, 0) == 1
 
@@ -135,7 +135,7 @@ def test_a_process_alone_watches_its_launcher(monkeypatch, capfd):
     who = {"pid": launcher.pid, "born": psutil.Process(launcher.pid).create_time(), "name": "deepspeed"}
     monkeypatch.setattr("neox.runtime.watchdog.find_launchers", lambda: [who])
     monkeypatch.setattr(Watchdog, "leave", lambda self, code: left.set() if code == PeerLost.exit_code else None)
-    watchdog = Watchdog(None, 0, 1)
+    watchdog = Watchdog(0)
     assert not left.wait(1.2)
     launcher.kill()
     assert left.wait(120) and watchdog.closed.is_set()
