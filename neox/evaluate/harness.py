@@ -8,16 +8,20 @@ beginning-of-text token.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError, EnvironmentProblem
 from neox.evaluate.scoring import complete, log_likelihoods, rolling_windows
-from neox.files import read_json
+from neox.files import JsonObject, read_json
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
+
+if TYPE_CHECKING:  # an optional package, and slow to import
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
 DEFAULT_NEW_TOKENS = 256  # the default of lm-evaluation-harness
 
@@ -46,7 +50,7 @@ def prefix_token(tokenizer: Tokenizer) -> int:
     return tokenizer.eod_id
 
 
-def sampling(options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
+def sampling(options: JsonObject) -> tuple[SamplingParams, list[str]]:
     """A task's generation_kwargs as sampling parameters and stop texts.
 
     Raises:
@@ -85,7 +89,7 @@ def sampling(options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
     return params, [until] if isinstance(until, str) else list(until)
 
 
-def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
+def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> LM:
     """An adapter that lm-evaluation-harness uses as its model.
 
     Raises:
@@ -104,11 +108,11 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
     end = tokenizer.eod_id if tokenizer.eod_id is not None else prefix
 
     class NeoxModel(TemplateLM):
-        """The four methods that the harness calls."""
+        """What the harness calls."""
 
-        eot_token_id = end  # pyright: ignore[reportAssignmentType]
-        prefix_token_id = prefix  # pyright: ignore[reportAssignmentType]
-        tokenizer_name = tokenizer.file  # pyright: ignore[reportAssignmentType]
+        eot_token_id = property(lambda self: end)
+        prefix_token_id = property(lambda self: prefix)
+        tokenizer_name = property(lambda self: tokenizer.file)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
             template = not string.startswith(prefix_text) if add_special_tokens is None else add_special_tokens
@@ -140,7 +144,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
     return NeoxModel()
 
 
-def group_by_options(options: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[int]]]:
+def group_by_options(options: Sequence[JsonObject]) -> list[tuple[JsonObject, list[int]]]:
     """(options, numbers of the requests that have them) for each distinct set of options."""
     groups: dict[str, list[int]] = {}
     for i, each in enumerate(options):
@@ -149,7 +153,7 @@ def group_by_options(options: Sequence[dict[str, Any]]) -> list[tuple[dict[str, 
 
 
 def continuations(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: dict[str, Any], batch_size: int
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: JsonObject, batch_size: int
 ) -> list[str]:
     """The texts that a task requests; the beginning of prompts that are too long is dropped.
 
@@ -185,7 +189,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluate on tasks of lm-evaluation-harness.
 
     Args:
@@ -207,6 +211,38 @@ def run_tasks(
     """
     adapter = harness_model(model, tokenizer, batch_size)
     from lm_eval import simple_evaluate  # optional, and slow to import
+
+    manager = find_tasks(tasks, task_files)
+    try:
+        # its decorator hides the signature
+        evaluate = cast(Callable[..., Mapping[str, object] | None], simple_evaluate)
+        found = evaluate(
+            adapter,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+            verbosity="WARNING",
+        )
+        results = found or {}  # None on all ranks but 0 of a process group
+    except (OSError, ConnectionError, ValueError) as error:
+        raise DataError(
+            "a task could not be evaluated",
+            where=", ".join(tasks),
+            got=error,
+            do="without network, give local files with --task-files",
+        ) from error
+    return {key: results[key] for key in ("results", "groups", "n-samples", "n-shot", "versions") if key in results}
+
+
+def find_tasks(tasks: Sequence[str], task_files: str | None) -> TaskManager:
+    """The harness's tasks that include `tasks`: those of a folder, and its own if the folder does not have all of them.
+
+    Raises:
+        ConfigError: no such task.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=task_files, include_defaults=False) if task_files else TaskManager()
@@ -221,23 +257,4 @@ def run_tasks(
             want="tasks of lm-evaluation-harness or --task-files",
             do="lm_eval ls tasks",
         )
-    try:
-        evaluate: Any = simple_evaluate  # its decorator hides the signature
-        found = evaluate(
-            adapter,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
-            bootstrap_iters=1000,
-            verbosity="WARNING",
-        )
-    except (OSError, ConnectionError, ValueError) as error:
-        raise DataError(
-            "a task could not be evaluated",
-            where=", ".join(tasks),
-            got=error,
-            do="without network, give local files with --task-files",
-        ) from error
-    return {key: found[key] for key in ("results", "groups", "n-samples", "n-shot", "versions") if key in found}
+    return manager
