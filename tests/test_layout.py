@@ -21,14 +21,8 @@ MODULES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
-# Exceptions to the sizes: file -> what may exceed them. An operator's function and fake kernel take what its schema
-# has.
+# The exception to the sizes: an operator's function and fake kernel take what its schema has.
 SCHEMAS = ("neox/ops/",)
-LONG: dict[str, tuple[str, ...]] = {  # this list only shrinks
-    "neox/evaluate/harness.py": ("run_tasks",),
-    "neox/runtime/watchdog.py": ("class Watchdog",),
-    "neox/train/setup.py": ("build",),
-}
 SMALL = 40  # lines: a module below this may be tested with its neighbours
 
 
@@ -210,9 +204,7 @@ def excused(row: str) -> bool:
     """Whether a finding of the sizes is one of the exceptions."""
     site, _, what = row.partition(" ")
     path = site.split(":")[0]
-    return any(what.startswith(name + " ") for name in LONG.get(path, ())) or (
-        path.startswith(SCHEMAS) and what.endswith("parameters")
-    )
+    return path.startswith(SCHEMAS) and what.endswith("parameters")
 
 
 def test_functions_classes_and_files_are_of_readable_size():

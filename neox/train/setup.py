@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from neox.checkpoint.find import find
+from neox.checkpoint.manifest import Lineage
 from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.storage import LOCAL, Storage
 from neox.config.schema import Config
@@ -67,6 +68,32 @@ class Training:
     recorder: Recorder
 
 
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads before its model is built.
+
+    Attributes:
+        run_dir: its folder.
+        progress: its log lines.
+        resumed: the checkpoint that it resumes; None if it starts at step 0.
+        lineage: of the checkpoints that it will save.
+        sizes: its batch sizes.
+        data: its datasets.
+    """
+
+    run_dir: RunDir
+    progress: Progress
+    resumed: Resumed | None
+    lineage: Lineage
+    sizes: BatchSizes
+    data: RunDatasets
+
+    @property
+    def consumed(self) -> int:
+        """Number of samples that earlier steps read."""
+        return 0 if self.resumed is None else self.resumed.consumed
+
+
 @contextlib.contextmanager
 def build(
     config: Config,
@@ -95,32 +122,24 @@ def build(
     """
     signals = StopSignals() if signals is None else signals
     phases = Phases() if phases is None else phases
-    run_dir = RunDir(Path(config.run.dir))
     with contextlib.ExitStack() as stack:
-        if mesh.rank == 0:
-            claim(config, run_dir, stack)
-        found = find(run_dir.checkpoints, config.checkpoint.resume, rank=mesh.rank, world_size=mesh.world_size)
-        progress = make_progress(config, mesh)
-        resumed = None if found is None else read_resumed(found, config)
-        lineage = start_lineage(run_dir.checkpoints, found)
-        sizes = batch_sizes(config, mesh.world_size)
-        phases.enter("data")
-        data = open_datasets(config, sizes, mesh, resumed, progress)
+        inputs = open_inputs(config, mesh, phases, stack)
+        run_dir, progress, data = inputs.run_dir, inputs.progress, inputs.data
         phases.enter("build")
         plan = PlanCheck(config, mesh)  # measures memory from here on: the model comes after it
         stack.callback(plan.memory.stop_polling)
         model = make_model(config, mesh)
         engine = Engine(config, mesh, model, phases=phases)
-        recorder = Recorder(config, sizes, mesh, run_dir, progress, plan, model)
+        recorder = Recorder(config, inputs.sizes, mesh, run_dir, progress, plan, model)
         profiler = StepProfiler(config.profile, run_dir.path, mesh, progress.report)
         phases.attach(plan, profiler)
         state = RunState()
         checkpointer = Checkpointer(
-            config, engine, state, data.cursor, run_dir, recorder, lineage=lineage, storage=storage
+            config, engine, state, data.cursor, run_dir, recorder, lineage=inputs.lineage, storage=storage
         )
 
         phases.enter("restore")
-        rng = checkpointer.restore(resumed, data.lines)
+        rng = checkpointer.restore(inputs.resumed, data.lines)
         if mesh.world_size > 1:
             dist.barrier()
         if mesh.rank == 0:  # from here on no process can refuse the start
@@ -130,20 +149,32 @@ def build(
         stack.callback(checkpointer.close)
 
         if config.train.objective == "dpo":
-            folder = run_dir.path / "reference"
-            count = set_references(
-                data.parts, folder, engine, micro_batch_size=sizes.micro_batch_size, fresh=resumed is None
-            )
-            progress.report(f"reference log-probabilities of {count:,} pairs in {folder}")
+            open_references(inputs, engine)
         # the record of a pending evaluation is not written yet
         recorder.open(engine.step - (state.pending is not None))
-        consumed = 0 if resumed is None else resumed.consumed
-        loader = stack.enter_context(make_loader(config, sizes, mesh, data, "train", consumed, config.data.prefetch))
-        evaluator = Evaluator(
-            config, engine, signals, partial(make_loader, config, sizes, mesh, data, "validation", 0, 0)
-        )
+        loader = stack.enter_context(make_loader(config, mesh, inputs, "train", inputs.consumed, config.data.prefetch))
+        evaluator = Evaluator(config, engine, signals, partial(make_loader, config, mesh, inputs, "validation"))
         set_generators(rng, config, mesh, engine.step)  # last, because nothing after it may draw random numbers
         yield Training(config, mesh, signals, phases, state, engine, loader, evaluator, checkpointer, recorder)
+
+
+def open_inputs(config: Config, mesh: Mesh, phases: Phases, stack: contextlib.ExitStack) -> RunInputs:
+    """Claim the folder of the run, find the checkpoint to resume, and open the data. Every process calls it.
+
+    Raises:
+        NeoxError: the run cannot start. Its folder is unchanged.
+    """
+    run_dir = RunDir(Path(config.run.dir))
+    if mesh.rank == 0:
+        claim(config, run_dir, stack)
+    found = find(run_dir.checkpoints, config.checkpoint.resume, rank=mesh.rank, world_size=mesh.world_size)
+    progress = make_progress(config, mesh)
+    resumed = None if found is None else read_resumed(found, config)
+    lineage = start_lineage(run_dir.checkpoints, found)
+    sizes = batch_sizes(config, mesh.world_size)
+    phases.enter("data")
+    data = open_datasets(config, sizes, mesh, resumed, progress)
+    return RunInputs(run_dir, progress, resumed, lineage, sizes, data)
 
 
 def open_datasets(
@@ -196,6 +227,19 @@ def make_model(config: Config, mesh: Mesh) -> GPT:
     )
 
 
+def open_references(inputs: RunInputs, engine: Engine) -> None:
+    """Compute the reference log-probabilities of a DPO run, or read them if it resumes."""
+    folder = inputs.run_dir.path / "reference"
+    count = set_references(
+        inputs.data.parts,
+        folder,
+        engine,
+        micro_batch_size=inputs.sizes.micro_batch_size,
+        fresh=inputs.resumed is None,
+    )
+    inputs.progress.report(f"reference log-probabilities of {count:,} pairs in {folder}")
+
+
 def set_generators(states: dict[str, torch.Tensor] | None, config: Config, mesh: Mesh, step: int) -> None:
     """Restore the random generators of a checkpoint, or seed new streams if there are none."""
     if states is None:
@@ -204,14 +248,12 @@ def set_generators(states: dict[str, torch.Tensor] | None, config: Config, mesh:
         restore_generators(states, mesh.device)
 
 
-def make_loader(
-    config: Config, sizes: BatchSizes, mesh: Mesh, data: RunDatasets, part: str, start: int, prefetch: int
-) -> Loader:
+def make_loader(config: Config, mesh: Mesh, inputs: RunInputs, part: str, start: int = 0, prefetch: int = 0) -> Loader:
     """A loader over one part of the data, from sample `start` on."""
     return Loader(
-        data.parts[part],
-        micro_batch_size=sizes.micro_batch_size,
-        gradient_accumulation=sizes.gradient_accumulation,
+        inputs.data.parts[part],
+        micro_batch_size=inputs.sizes.micro_batch_size,
+        gradient_accumulation=inputs.sizes.gradient_accumulation,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp,
         start=start,
