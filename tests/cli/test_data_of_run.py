@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 
@@ -20,14 +21,21 @@ from tests.train.corpus import make_config, make_corpus
 os.environ.setdefault("LOCAL_RANK", "0")
 
 
+def start_mixture(corpus, folder, steps: int, weight: int, *more: str) -> None:
+    """Train to `steps` on both datasets, the first one with this weight."""
+    sources = (
+        f'data.train=[{{"path": "{corpus}/train", "weight": {weight}}}, {{"path": "{corpus}/valid", "weight": 1}}]'
+    )
+    options = ("checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]", *more)
+    train(make_config(corpus, folder, sources, f"train.train_iters={steps}", *options), Mesh.single(), StopSignals())
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Six steps of 8 samples from two sources, a checkpoint after three."""
     folder = tmp_path_factory.mktemp("run")
     make_corpus(folder)
-    sources = f'data.train=[{{"path": "{folder}/train", "weight": 3}}, {{"path": "{folder}/valid", "weight": 1}}]'
-    options = ("train.train_iters=6", "checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
-    train(make_config(folder, folder / "run", sources, *options), Mesh.single(), StopSignals())
+    start_mixture(folder, folder / "run", 6, 3)
     return folder
 
 
@@ -92,16 +100,7 @@ def test_steps_keep_the_data_that_they_read(run, tmp_path, capsys):
     """Another mixture, batch and length after a resume: the steps before it are answered by the checkpoints of their
     time.
     """
-    options = ("checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
-
-    def start(steps: int, weight: int, *more: str) -> None:
-        sources = f'data.train=[{{"path": "{run}/train", "weight": {weight}}}, {{"path": "{run}/valid", "weight": 1}}]'
-        train(
-            make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more),
-            Mesh.single(),
-            StopSignals(),
-        )
-
+    start = partial(start_mixture, run, tmp_path)
     start(6, 3)
     asked = [("which", "--step", step) for step in (2, 6)] + [
         ("seen", "--step", 6),
@@ -133,16 +132,7 @@ def test_checkpoints_of_a_branch_that_was_left_do_not_count(run, tmp_path, capsy
     """A run that goes back to step 3 and reads another mixture: what the steps after it had read before is
     forgotten.
     """
-    options = ("checkpoint.save_interval=3", "evaluate.interval=0", "data.validation=[]")
-
-    def start(steps: int, weight: int, *more: str) -> None:
-        sources = f'data.train=[{{"path": "{run}/train", "weight": {weight}}}, {{"path": "{run}/valid", "weight": 1}}]'
-        train(
-            make_config(run, tmp_path, sources, f"train.train_iters={steps}", *options, *more),
-            Mesh.single(),
-            StopSignals(),
-        )
-
+    start = partial(start_mixture, run, tmp_path)
     start(6, 3)
     back = tmp_path / "checkpoints" / "step_00000003"
     start(5, 1, f"checkpoint.resume={back}", "checkpoint.accept_data_change=true")
