@@ -9,7 +9,6 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import deepspeed
 import torch
@@ -26,6 +25,7 @@ from neox.config.validate import BatchSizes
 from neox.engine.footprint import bucket_elements, effective_stage
 from neox.engine.mpu import MeshMPU
 from neox.errors import ConfigError
+from neox.files import JsonObject
 from neox.parallel.mesh import Mesh
 from neox.parallel.wait_tracker import raise_group_timeouts
 
@@ -52,7 +52,7 @@ class CPUWithoutOps(CPU_Accelerator):
         return True
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: JsonObject, over: JsonObject) -> JsonObject:
     """`base` with the values of `over`, section by section."""
     out = dict(base)
     for key, value in over.items():
@@ -60,7 +60,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def check_passed_through(raw: dict[str, Any]) -> None:
+def check_passed_through(raw: JsonObject) -> None:
     """Check that no key under `deepspeed:` is set by a key of our config.
 
     Raises:
@@ -79,7 +79,7 @@ def check_passed_through(raw: dict[str, Any]) -> None:
             )
 
 
-def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_parameters: int) -> JsonObject:
     """The config for DeepSpeed; the user's `deepspeed:` section is merged in last.
 
     Args:
@@ -95,7 +95,7 @@ def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_param
     bucket = bucket_elements(num_parameters)
     precision = config.precision
     stage = effective_stage(config)
-    base: dict[str, Any] = {
+    base: JsonObject = {
         "train_batch_size": sizes.micro_batch_size * sizes.gradient_accumulation * replicas,
         "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
         "gradient_accumulation_steps": sizes.gradient_accumulation,

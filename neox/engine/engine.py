@@ -22,7 +22,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +38,7 @@ from neox.engine.pipeline import OneForwardOneBackward, backward_root, tie_embed
 from neox.engine.sharding import shard_model
 from neox.engine.update import Update, Updater, sum_over
 from neox.errors import NonFinite
+from neox.files import JsonObject
 from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -210,7 +210,7 @@ class Engine:
         """The fp32 weights and optimizer state that this process writes to a checkpoint (views, not copies)."""
         return self.state.fragments()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """The rest of the state, as JSON."""
         state = {
             "step": self.step,

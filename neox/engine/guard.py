@@ -6,13 +6,13 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from neox.config.schema import GuardConfig
 from neox.errors import NonFinite
+from neox.files import JsonObject
 from neox.parallel.mesh import Mesh
 
 MIN_LOSSES = 8  # accepted losses before any loss counts as a spike
@@ -75,11 +75,11 @@ class Guard:
             want = f"at most {self.config.max_skipped} steps skipped in a row (guard.max_skipped)"
             raise NonFinite(problem.what, where=problem.where, got=problem.got, want=want, do=problem.do)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """The state, as JSON."""
         return {"losses": list(self.losses), "skipped": self.skipped}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Restore the state of a checkpoint. One written before guards had a state has an empty one."""
         losses: Sequence[float] = state.get("losses", ())
         self.losses = deque(losses, maxlen=self.config.spike_window)

@@ -179,7 +179,7 @@ class Checkpointer:
                 continue
             self.saved_step = outcome.step
             try:
-                if self.mesh.rank == 0:
+                if self.mesh.rank == 0 and outcome.folder is not None:
                     note_checkpoint(self.run_dir, outcome.folder)
             except DiskError as error:
                 self.handle_failure(error, wait=wait)

@@ -45,7 +45,8 @@ class InOrder:
 def pair_datasets(datasets: dict[str, Dataset]) -> Iterator[PairDataset]:
     """The datasets of pairs of all parts of a run, including those of blends."""
     for dataset in datasets.values():
-        yield from dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
+        parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
+        yield from (part for part in parts if isinstance(part, PairDataset))
 
 
 def file_of(folder: Path, pairs: PairDataset, seq_length: int) -> Path:

@@ -127,12 +127,15 @@ class PeakMemory:
         self.device = device
         self.stopped = threading.Event()
         self.resident_before = resident_bytes()
+        self.before: int | None
+        self.peak = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
-        self.before = self.peak = in_use()
+        self.before = in_use()
         if self.before is not None:
+            self.peak = self.before
             threading.Thread(target=self._watch, name="neox-memory", daemon=True).start()
 
     def _watch(self) -> None:
@@ -141,8 +144,9 @@ class PeakMemory:
 
     def poll(self) -> None:
         """Note the memory in use now."""
-        if self.device.type != "cuda" and self.before is not None:
-            self.peak = max(self.peak, in_use())
+        now = None if self.device.type == "cuda" else in_use()
+        if now is not None:
+            self.peak = max(self.peak, now)
 
     def stop_polling(self) -> None:
         """Stop polling in the background: later steps are the same."""
@@ -150,9 +154,10 @@ class PeakMemory:
 
     def peak_bytes(self) -> int | None:
         """Bytes of the peak so far, relative to the start; None if the system does not report it."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        return None if self.before is None else self.peak - self.before
+        if self.before is None:
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.peak
+        return peak - self.before
 
     def resident(self) -> int:
         """Peak of resident bytes relative to the start; on a GPU, the bytes that torch's allocator has reserved."""

@@ -10,20 +10,19 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from neox.cpu import cpu_flags, cpuinfo
 from neox.errors import DiskError
-from neox.files import open_no_link, write_durably
+from neox.files import JsonObject, open_no_link, write_durably
 from neox.plan.devices import device_of_cuda_name
 from neox.train.tensorboard import EventFile, append
 
 METRICS = "metrics.jsonl"
 DROPPED = "metrics.dropped.jsonl"
 
-Record = dict[str, Any]  # of a step: a line of metrics.jsonl, numbers or null by name
+Record = JsonObject  # of a step: a line of metrics.jsonl, numbers or null by name
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

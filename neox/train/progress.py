@@ -103,7 +103,7 @@ class Progress:
         self.interval = interval
         self.speaks = terminal is not None
         self.held: list[str] = []
-        self.seconds: float | None = None
+        self.seconds = 0.0
         self.steps = 0
 
     @property
@@ -135,10 +135,11 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Write a line to the log, if there is one. Raises DiskError."""
+        if self.log is None:
+            return
         try:
-            if self.log is not None:
-                self.log.write(text + "\n")
-                self.log.flush()
+            self.log.write(text + "\n")
+            self.log.flush()
         except OSError as error:
             problem = DiskError(
                 "the log cannot be written", where=self.log.name, got=error.strerror, do="free space and resume"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from neox.checkpoint.manifest import read_manifest
 from neox.config.load import loads
@@ -14,6 +13,7 @@ from neox.config.values import flatten
 from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.engine.lr_schedule import build_lr_schedule
 from neox.errors import CheckpointError, ConfigError
+from neox.files import JsonObject
 
 QUIET = ("run.", "checkpoint.resume", "checkpoint.accept_data_change")  # keys that concern only this start
 
@@ -33,7 +33,7 @@ class Resumed:
 
     path: Path
     step: int
-    state: dict[str, Any]
+    state: JsonObject
     config: Config | None
     problem: str | None
     world_size: int
@@ -102,12 +102,12 @@ def describe_changes(resumed: Resumed, config: Config, world_size: int) -> list[
     for key, (value, source) in new.items():
         if key in old and old[key][0] != value and key not in given:
             out.append(f"{key}: {old[key][0]} -> {value} (follows from {source})")
-    return out + learning_rate(resumed, config)
+    return out + learning_rate(resumed.config, config, resumed.step + 1, resumed.state["updates"])
 
 
-def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
+def derived(config: Config, world_size: int) -> dict[str, tuple[object, str]]:
     """Key -> (value, its source) of the values that are derived from others."""
-    out: dict[str, tuple[Any, str]] = {}
+    out: dict[str, tuple[object, str]] = {}
     if config.schedule.decay_iters is None:
         out["schedule.decay_iters"] = (config.train.train_iters, "train.train_iters")
     else:
@@ -122,11 +122,10 @@ def derived(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
     return out
 
 
-def learning_rate(resumed: Resumed, config: Config) -> list[str]:
-    """A line if the learning rate of the next step differs from that of the checkpoint's config."""
-    step, updates = resumed.step + 1, resumed.state["updates"]
+def learning_rate(before: Config, after: Config, step: int, updates: int) -> list[str]:
+    """A line if the learning rate of a step, before which `updates` updates were made, differs between two configs."""
     rates = [
         build_lr_schedule(one.schedule, one.optimizer, one.train.train_iters).learning_rate(step, updates)
-        for one in (resumed.config, config)
+        for one in (before, after)
     ]
     return [] if rates[0] == rates[1] else [f"learning rate of step {step}: {rates[0]:.6g} -> {rates[1]:.6g}"]

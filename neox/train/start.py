@@ -113,7 +113,8 @@ def choose_algorithms(deterministic: bool) -> None:
     takes two seconds at every start and is not used.
     """
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # a property, which torch adds by replacing the module's class
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def report(error: BaseException, rank: int, debug: bool) -> None:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+# protobuf makes the names at import
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
@@ -45,8 +45,10 @@ class EventFile:
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append the numbers of a step by name."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self.put(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        event = Event(wall_time=time.time(), step=step)
+        for name, value in scalars.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self.put(event)
 
     def close(self) -> None:
         """Close the file."""

@@ -122,7 +122,7 @@ class Comet:
             ),
             **dict.fromkeys(("log_env_details", "log_git_metadata", "log_git_patch"), False),
         }
-        offline = partial_offline(package, folder / "comet", common)
+        offline = partial(offline_experiment, package, folder / "comet", common)
         if settings.mode == "offline":
             self.experiment = offline()
         else:
@@ -146,14 +146,10 @@ class Comet:
         self.experiment.end()
 
 
-def partial_offline(package: ModuleType, folder: Path, common: Mapping[str, Any]) -> Callable[[], Any]:
-    """A function that creates an experiment stored in `folder`."""
-
-    def make() -> Any:
-        folder.mkdir(parents=True, exist_ok=True)
-        return package.OfflineExperiment(offline_directory=os.fspath(folder), **common)
-
-    return make
+def offline_experiment(package: ModuleType, folder: Path, common: Mapping[str, object]) -> Any:
+    """An experiment stored in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return package.OfflineExperiment(offline_directory=os.fspath(folder), **common)
 
 
 def load(name: str) -> ModuleType:

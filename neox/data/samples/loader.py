@@ -13,7 +13,7 @@ import torch
 
 from neox._native import core
 from neox.data.samples.batch_layout import BatchLayout
-from neox.data.samples.sample import BatchArrays, BatchReader, Dataset, Pair, Sample
+from neox.data.samples.sample import BatchArrays, BatchReader, Pair, Sample, Samples
 from neox.errors import DataError
 from neox.targets import IGNORED
 
@@ -69,7 +69,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Samples,
         *,
         micro_batch_size: int,
         gradient_accumulation: int = 1,
@@ -183,7 +183,7 @@ class StepReader:
         vocab_size: ids must be below it; None disables the check.
     """
 
-    def __init__(self, dataset: Dataset, micro_batches: Sequence[range], vocab_size: int | None):
+    def __init__(self, dataset: Samples, micro_batches: Sequence[range], vocab_size: int | None):
         self._dataset = dataset
         self._micro_batches = micro_batches
         self._vocab_size = vocab_size

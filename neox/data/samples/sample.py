@@ -40,8 +40,8 @@ class Pair(NamedTuple):
     reference: np.ndarray | None = None
 
 
-class Dataset(Protocol):
-    """A dataset of samples. `len` is one epoch or, for GPT-NeoX's order, all samples."""
+class Samples(Protocol):
+    """Samples by number, as a loader reads them."""
 
     def __len__(self) -> int: ...
 
@@ -50,6 +50,10 @@ class Dataset(Protocol):
     def describe(self, index: int, token: int) -> str:
         """The location of token `token` of sample `index`: file, document, offset."""
         ...
+
+
+class Dataset(Samples, Protocol):
+    """A dataset of samples. `len` is one epoch or, for GPT-NeoX's order, all samples."""
 
     def slices(self, index: int) -> list[DocumentSlice]:
         """The slices of documents in sample `index`."""
