@@ -124,7 +124,7 @@ def build(
     phases = Phases() if phases is None else phases
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(config, mesh, phases, stack)
-        run_dir, progress, data = inputs.run_dir, inputs.progress, inputs.data
+        run_dir, progress = inputs.run_dir, inputs.progress
         phases.enter("build")
         plan = PlanCheck(config, mesh)  # measures memory from here on: the model comes after it
         stack.callback(plan.memory.stop_polling)
@@ -135,15 +135,11 @@ def build(
         phases.attach(plan, profiler)
         state = RunState()
         checkpointer = Checkpointer(
-            config, engine, state, data.cursor, run_dir, recorder, lineage=inputs.lineage, storage=storage
+            config, engine, state, inputs.data.cursor, run_dir, recorder, lineage=inputs.lineage, storage=storage
         )
 
         phases.enter("restore")
-        rng = checkpointer.restore(inputs.resumed, data.lines)
-        if mesh.world_size > 1:
-            dist.barrier()
-        if mesh.rank == 0:  # from here on no process can refuse the start
-            accept(config, run_dir, progress, stack)
+        rng = restore(config, mesh, inputs, checkpointer, stack)
         stack.callback(recorder.close)
         stack.callback(profiler.close)
         stack.callback(checkpointer.close)
@@ -225,6 +221,20 @@ def make_model(config: Config, mesh: Mesh) -> GPT:
         activation_checkpointing=train.activation_checkpointing,
         partition=config.parallel.partition,
     )
+
+
+def restore(
+    config: Config, mesh: Mesh, inputs: RunInputs, checkpointer: Checkpointer, stack: contextlib.ExitStack
+) -> dict[str, torch.Tensor] | None:
+    """Restore the checkpoint that the run resumes, and begin to write to its folder. Returns the states of the random
+    generators; None if there are none to restore.
+    """
+    states = checkpointer.restore(inputs.resumed, inputs.data.lines)
+    if mesh.world_size > 1:
+        dist.barrier()
+    if mesh.rank == 0:  # from here on no process can refuse the start
+        accept(config, inputs.run_dir, inputs.progress, stack)
+    return states
 
 
 def open_references(inputs: RunInputs, engine: Engine) -> None:
