@@ -51,6 +51,11 @@ def block_parameters(config: ModelConfig) -> int:
     return attention + (3 if config.gated else 2) * config.hidden_size * config.intermediate_size
 
 
+def head_rows(config: ModelConfig) -> int:
+    """Rows of the output's matrix: the vocabulary, or one of a reward model."""
+    return 1 if config.output == "score" else config.vocab_size
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the logical model: without vocabulary padding, tied weights once."""
     return sum(math.prod(shape) for shape in logical_shapes(config).values())
@@ -62,7 +67,7 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     Only matrix products and attention count. Attention counts in full, as in the tables of Megatron-LM and llm-foundry:
     every query against all seq_length keys (or sliding_window keys, if fewer), although the causal mask hides half.
     """
-    matrices = config.num_layers * block_parameters(config) + config.vocab_size * config.hidden_size
+    matrices = config.num_layers * block_parameters(config) + head_rows(config) * config.hidden_size
     keys = min(seq_length, config.sliding_window or seq_length)
     attention = 2 * config.num_layers * config.num_attention_heads * config.head_dim * keys
     return 6 * (matrices + attention)

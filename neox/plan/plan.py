@@ -155,7 +155,7 @@ def memory_lines(found: Estimate) -> list[str]:
 def time_lines(found: Estimate, device: Device) -> list[str]:
     """Describe FLOPs, the time of a step and of the run."""
     time, batch, config = found.time, found.layout.batch, found.config
-    tokens = batch.global_batch_size * config.data.seq_length
+    tokens = batch.global_batch_size * config.tokens_per_sample
     processes = found.layout.replicas * found.layout.tp * found.layout.pp
     mfu = time.flops / time.total / processes / device.peak(config.precision.dtype)
     names = ("products", "elementwise", "messages", "bubble", "reduction", "update")
@@ -255,7 +255,7 @@ def estimate_json(found: Estimate) -> JsonObject:
         "stages": stages,
         "peak": found.peak,
         "time": asdict(found.time),
-        "flops_per_token": found.time.flops / batch.global_batch_size / found.config.data.seq_length,
+        "flops_per_token": found.time.flops / batch.global_batch_size / found.config.tokens_per_sample,
         "total_seconds": found.time.total * steps,
         "total_flops": found.time.flops * steps,
     }

@@ -225,7 +225,7 @@ class MicroBatch:
 def micro_batch(config: Config, layout: ResolvedLayout) -> MicroBatch:
     """Return the tensor sizes of one micro-batch."""
     model, element = config.model, ELEMENT[config.precision.dtype]
-    tokens = layout.batch.micro_batch_size * config.data.seq_length // layout.cp
+    tokens = layout.batch.micro_batch_size * config.tokens_per_sample // layout.cp
     share = tokens // layout.tp if layout.sequence else tokens
     heads, groups, channels = (
         model.num_attention_heads // layout.tp,
@@ -242,6 +242,8 @@ def micro_batch(config: Config, layout: ResolvedLayout) -> MicroBatch:
         queries_keys=tokens * (heads + groups) * channels * element,
         lse=tokens * heads * 4,
         inner=tokens * model.intermediate_size // layout.tp * element,
-        logits=tokens * model.padded_vocab_size(layout.tp) // layout.tp * element,
+        logits=tokens * 4  # fp32 scores
+        if model.output == "score"
+        else tokens * model.padded_vocab_size(layout.tp) // layout.tp * element,
         statistics=share * (8 if model.norm == "layernorm" else 4),
     )

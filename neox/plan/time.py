@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from neox.config.schema import Config
 from neox.engine.footprint import effective_stage
-from neox.model.shapes import block_parameters, flops_per_token
+from neox.model.shapes import block_parameters, flops_per_token, head_rows
 from neox.plan.communication import traffic
 from neox.plan.devices import Device
 from neox.plan.memory import StageMemory
@@ -52,12 +52,12 @@ class StepTime:
 def stage_flops(config: Config, layout: ResolvedLayout, stage: Stage) -> float:
     """Return the FLOPs of one process for one micro-batch, with recomputed blocks and without masked attention."""
     model, length = config.model, config.data.seq_length
-    tokens = layout.batch.micro_batch_size * length / layout.cp
+    tokens = layout.batch.micro_batch_size * config.tokens_per_sample / layout.cp
     window = min(length, model.sliding_window or length)
     keys = window * (1 - window / (2 * length))  # mean over the queries of a causal window
     block = 2 * block_parameters(model) + 4 * model.num_attention_heads * model.head_dim * keys
     forwards = 4 if config.train.activation_checkpointing == "full" else 3
-    head = 6 * model.vocab_size * model.hidden_size if stage.number == layout.pp - 1 else 0
+    head = 6 * head_rows(model) * model.hidden_size if stage.number == layout.pp - 1 else 0
     return tokens * (stage.blocks * block * forwards + head) / layout.tp
 
 
@@ -95,7 +95,7 @@ def stage_time(config: Config, layout: ResolvedLayout, stage: Stage, memory: Sta
     gradients = memory.gradients / (layout.replicas if effective_stage(config) == 1 else 1)
     update = (2 * memory.optimizer + gradients + memory.parameters) / (device.bandwidth * STREAMING)
 
-    length = config.data.seq_length
-    flops = flops_per_token(config.model, length) * layout.batch.global_batch_size * length
+    tokens = layout.batch.global_batch_size * config.tokens_per_sample
+    flops = flops_per_token(config.model, config.data.seq_length) * tokens
     total = products + elementwise + messages + bubble + sent["data"] + update
     return StepTime(total, products, elementwise, messages, bubble, sent["data"], update, flops, executed)

@@ -47,7 +47,7 @@ class Recorder:
         self.progress = progress
         self.plan = plan
         self.parameters = model.num_parameters()
-        self.tokens_per_step = sizes.global_batch_size * config.train.rows_per_sample * config.data.seq_length
+        self.tokens_per_step = sizes.global_batch_size * config.tokens_per_sample
         self.flops_per_step = model.flops_per_token(config.data.seq_length) * self.tokens_per_step
         self.peak = peak_flops(mesh.device, DTYPES[config.precision.dtype]) if mesh.rank == 0 else 1.0
         self.steps = 0  # of this start

@@ -87,3 +87,21 @@ def test_muon_keeps_one_moment_of_matrices_in_blocks():
         if name.startswith("layers.") and len(shape) == 2
     )
     assert optimizer_elements(config, stage) == 2 * stage.parameters - matrices
+
+
+def objective(kind: str) -> Config:
+    config = load_config("pythia/14M.yml", overrides=["train.micro_batch_size=2", "data.seq_length=64"])
+    model = config.model.model_copy(update={"output": "score" if kind == "reward" else "tokens"})
+    return config.model_copy(
+        update={"model": model, "train": config.train.model_copy(update={"objective": kind, "global_batch_size": None})}
+    )
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("pretrain", 2), ("sft", 2), ("dpo", 4), ("reward", 4)])
+def test_a_pair_is_two_rows_and_a_reward_model_gives_scores(kind, rows):
+    config = objective(kind)
+    sizes = micro_batch(config, resolve(config, 1))
+    assert sizes.tokens == rows * 64
+    out = GPT(config.model, Mesh.single())(torch.zeros(rows, 64, dtype=torch.long))
+    element = 4 if kind == "reward" else 2  # scores are fp32 in every precision; the preset trains in fp16
+    assert sizes.logits == out.numel() * element

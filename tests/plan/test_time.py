@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from neox.config.load import load_config
+from neox.model.shapes import block_parameters
 from neox.plan.devices import find_device
 from neox.plan.fit import estimate
 from neox.plan.time import bandwidth_of, stage_flops
@@ -94,3 +95,14 @@ def test_the_reach_of_every_group():
     links = [bandwidth_of(axis, layout, replace(H100, per_node=n)) == H100.link for n in (1, 2, 4, 16)
              for axis in ("tensor", "context", "data", "pipeline")]  # fmt: skip
     assert links == [False] * 4 + [True, False, False, False] + [True, True, False, False] + [True] * 4
+
+
+@pytest.mark.parametrize(("objective", "rows"), [("pretrain", 1), ("dpo", 2), ("reward", 2)])
+def test_the_arithmetic_of_a_step_counts_both_answers_of_a_pair(objective, rows):
+    output = "score" if objective == "reward" else "tokens"
+    found = made(f"train.objective={objective}", f"model.output={output}")
+    model, length = found.config.model, found.config.data.seq_length
+    head = model.hidden_size * (1 if output == "score" else model.vocab_size)
+    attention = 2 * model.num_layers * model.hidden_size * length
+    per_token = 6 * (model.num_layers * block_parameters(model) + head + attention)
+    assert found.time.flops == per_token * found.layout.batch.global_batch_size * rows * length

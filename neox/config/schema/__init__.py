@@ -81,3 +81,8 @@ class Config(Section, frozen=True):
         default_factory=dict,
         description="keys of DeepSpeed's own config, passed through; they are checked against the keys it knows",
     )
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Input tokens of a sample, both answers of a pair included."""
+        return self.train.rows_per_sample * self.data.seq_length

@@ -196,7 +196,7 @@ class RunProvenance:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError("metrics of the run cannot be read", where=path, got=error) from error
-        tokens_per_sample = self.config.train.rows_per_sample * self.config.data.seq_length
+        tokens_per_sample = self.config.tokens_per_sample
         batches = np.diff(numbers[:, 2], prepend=0) // tokens_per_sample
         # resumed from the checkpoint of another run, whose tokens are included
         if numbers.shape[0] and numbers[0, 0] != 1:
