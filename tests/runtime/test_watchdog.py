@@ -171,7 +171,7 @@ class Rounds:
         return self.over
 
 
-class Quiet(Watchdog):
+class Quiet(PeerWatchdog):
     """A watchdog without threads, which notes what it would do to processes."""
 
     def __init__(self, rank, world_size=3, limit=2.0, store=None):
@@ -306,7 +306,7 @@ def test_what_others_posted_ends_this_process(quiet, code, lost, done, capfd):
 def test_a_store_that_does_not_answer(quiet, rank, polls, capfd):
     """Rank 1 reports first: if it can resume rank 0, the others read the error there."""
     watchdog = quiet(rank)
-    Watchdog.watch_store(watchdog)
+    PeerWatchdog.watch_store(watchdog)
     assert watchdog.closed.waits == polls + 1  # and the one that ends the loop
     assert watchdog.done == [f"stacks {rank}", "resume 0", "kill 0", "leave 12"]
     line = capfd.readouterr().err
@@ -322,7 +322,7 @@ def test_a_store_that_has_exited(quiet, monkeypatch, capfd):
     watchdog = quiet(1)
     monkeypatch.setattr(watchdog, "poll", lambda: (_ for _ in ()).throw(RuntimeError("Connection reset")))
     watchdog.leave = lambda code: (watchdog.done.append(f"leave {code}"), watchdog.closed.set())
-    Watchdog.watch(watchdog)
+    PeerWatchdog.watch(watchdog)
     assert watchdog.done == ["leave 13"]
     assert "error[13] the first process exited; where=rank 0 on first: last step 5; got=Conn" in capfd.readouterr().err
 
@@ -353,14 +353,14 @@ def test_what_a_thread_of_this_process_posted_is_reported_there(quiet):
 
 def test_what_a_watchdog_is_started_with(monkeypatch):
     monkeypatch.setattr(module, "client", lambda launch, patience: dist.HashStore())
-    monkeypatch.setattr(module, "Watchdog", lambda *arguments, **options: (arguments[1:], options))
+    monkeypatch.setattr(module, "PeerWatchdog", lambda *arguments, **options: (arguments[1:], options))
     arguments, options = connect(LaunchInfo(1, 0, 4, "host", 7), "token", limit=9.0, heartbeat="beats")
     assert arguments == (1, 4) and options == {"limit": 9.0, "heartbeat": "beats", "source": "host"}
 
 
 @pytest.mark.parametrize(("rank", "limit", "names"), [(0, 5.0, 1), (1, 5.0, 2), (1, 0.0, 1)])
 def test_the_store_is_watched_by_the_others(rank, limit, names):
-    watchdog = Watchdog(dist.HashStore(), rank, 2, limit=limit)
+    watchdog = PeerWatchdog(dist.HashStore(), rank, 2, limit=limit)
     assert [thread.name for thread in watchdog.threads] == ["neox-watchdog", "neox-watchdog-store"][:names]
     watchdog.closed.set()
     for thread in watchdog.threads:
