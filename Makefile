@@ -135,14 +135,13 @@ wheel: setup  ## build a wheel into dist/, against the torch of the environment
 bench: setup  ## every benchmark in its quick setting
 	for script in $$(find benchmarks -name 'bench_*.py' | sort); do $(PY) "$$script" --quick; done
 
-lint: setup  ## ruff, clang-format, the glossary, and the rule against pickle, eval, shells and the like
+lint: setup types  ## ruff, pyright, clang-format, the glossary, and the rule against pickle, eval, shells and the like
 	ruff check .
 	ruff format --check .
 	$(PY) -m pytest -q tests/test_layout.py tests/test_language.py -k "forbidden or pickles or glossary"
 	clang-format --dry-run -Werror $(C_SOURCES)
 
-types: setup  ## pyright in basic mode; joins lint when it reports nothing
-	$(PIP) pyright
+types: setup  ## pyright in basic mode, which lint runs too
 	$(PY) -m pyright --pythonpath $(PY)
 
 format: setup  ## rewrite the sources with ruff and clang-format
