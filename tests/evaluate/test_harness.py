@@ -172,11 +172,23 @@ def test_no_limit_by_default(trained, place):
     )
 
 
-def test_unknown_tasks_and_missing_files_are_named(place, tmp_path):
+def test_unknown_tasks_and_missing_files_are_named(place, tmp_path, monkeypatch):
+    """An unknown task is sought among those of the harness too; reading its 14,000 files takes 14 s, so not here."""
+    from lm_eval.tasks import TaskManager
+
+    sought = []
+
+    class LocalTasks(TaskManager):
+        def __init__(self, include_path=None, include_defaults=True):
+            sought.append(include_defaults)
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", LocalTasks)
     tokenizer = Tokenizer(place / "tokenizer.json")
     model = GPT(ModelConfig(**SIZES, vocab_size=tokenizer.vocab_size), Mesh.single("cpu"))
     with pytest.raises(ConfigError, match="no such task.*got=frobnicate"):
         run_tasks(model, tokenizer, ["local_blimp", "frobnicate"], task_files=str(place))
+    assert sought == [False, True]
     (tmp_path / "x.yaml").write_text((place / "blimp.yaml").read_text().replace("pairs.jsonl", "gone.jsonl"))
     with pytest.raises(DataError, match="local_blimp"):
         run_tasks(model, tokenizer, ["local_blimp"], task_files=str(tmp_path))

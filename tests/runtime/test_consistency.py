@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+
 import pytest
 
 from neox.config.schema.data import DataSource
 from neox.errors import ConfigError
 from neox.runtime.consistency import check_consistency, fingerprint, fingerprint_run
-from tests.distributed import Processes, environment, free_port, launch_command
+from tests.fork_server import Forks, fork_server, free_port
 from tests.train.corpus import config_text, make_config, make_corpus
 
 
@@ -88,10 +91,16 @@ def test_processes_that_agree_pass():
     check_consistency({"a": "1"}, Same())
 
 
-def ranks(folder, confs, numbers) -> Processes:
-    shared = {"WORLD_SIZE": len(confs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    commands = [launch_command("python", 1, ["--conf", conf]) for conf in confs]
-    return Processes(commands, [environment(RANK=r, LOCAL_RANK=r, **shared) for r in numbers], folder)
+def ranks(folder: Path, confs: list[Path], numbers: tuple[int, ...]) -> Forks:
+    """Processes of one run with a config and a rank each."""
+    server, pids, logs = fork_server(), [], []
+    shared = {"WORLD_SIZE": str(len(confs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for i, (conf, number) in enumerate(zip(confs, numbers, strict=True)):
+        logs.append(folder / f"output-{i}.txt")
+        variables = {"RANK": str(number), "LOCAL_RANK": str(number), **shared}
+        pids.append(server.ask({"argv": ["train", "--conf", str(conf)], "variables": variables, "log": str(logs[-1])}))
+    server.pids += pids
+    return Forks(server, pids, logs)
 
 
 @pytest.mark.distributed
@@ -100,7 +109,7 @@ def test_a_run_with_two_configs_is_refused(tmp_path):
     text = config_text(tmp_path / "data", tmp_path / "run")
     for name, content in (("a.yml", text), ("b.yml", text.replace('"lr": 0.003', '"lr": 0.004'))):
         (tmp_path / name).write_text(content)
-    results = ranks(tmp_path, [tmp_path / "a.yml", tmp_path / "b.yml"], (0, 1)).wait(90.0)
+    results = ranks(tmp_path, [tmp_path / "a.yml", tmp_path / "b.yml"], (0, 1)).results()
     assert [result.returncode for result in results] == [2, 2]
     both = "".join(result.output for result in results)
     assert "where=optimizer.lr; got=optimizer.lr: 0.003 on rank 0, 0.004 on rank 1" in both
@@ -113,4 +122,4 @@ def test_a_rank_that_is_there_twice_is_refused(tmp_path):
     (tmp_path / "a.yml").write_text(config_text(tmp_path / "data", tmp_path / "run"))
     processes = ranks(tmp_path, [tmp_path / "a.yml"] * 4, (0, 1, 1, 3))
     processes.wait_for(lambda: "rank 1 twice" in processes.output(1) + processes.output(2), 90.0)
-    processes.kill()
+    processes.signal(signal.SIGKILL)
