@@ -157,8 +157,8 @@ def test_the_table_is_what_the_code_names():
 
 def test_without_the_variable_a_site_costs_nothing():
     faults = FaultInjector()
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(100_000):
         faults.enter("step")
-    assert (time.perf_counter() - begin) / 100_000 < 20e-6
+    assert (time.process_time() - begin) / 100_000 < 20e-6
     assert os.environ.get("FAULT") is None
