@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.mutation import cpp_source, python_source
 from tests.mutation.python_source import Mutation
 from tests.mutation.suites import native_tests_of, tests_of
-from tests.mutation.workplace import CAUGHT, NOT_BUILT, SURVIVED, Copy, preload
+from tests.mutation.workplace import CAUGHT, NOT_BUILT, SURVIVED, Copy, NativeSuite, preload
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +51,8 @@ def survivors(tree: Copy, module: str, args: argparse.Namespace, report: Callabl
     python = module.endswith(".py")
     tests = args.tests or tests_of(tree.root, module)
     suite = tree.suite(tests, native=None if python else native_tests_of(tree.root, module))
+    if isinstance(suite, NativeSuite) and not module.startswith("csrc/data/"):
+        suite.use_operators()
     if suite.run() != SURVIVED:
         report(f"{module}: its tests fail without a change\n{suite.output()}")
         return 1

@@ -37,7 +37,7 @@ class Copy:
             (folder / "shared").symlink_to(root.parent / "shared")
 
     def suite(self, tests: Sequence[str], native: Sequence[str] | None = None) -> Suite:
-        """Tests to run in the copy; `native` names C++ tests, for a change that must be compiled."""
+        """Tests to run in the copy; `native` names C++ tests of the dataset core, and is None for Python."""
         return Suite(self.folder, tests) if native is None else NativeSuite(self.folder, tests, native)
 
     @contextlib.contextmanager
@@ -116,18 +116,42 @@ class Suite:
         return self.log.read_text(errors="replace")
 
 
+# Runs setup.py for one of its extensions: the others, three libraries of operators, would be compiled in vain.
+BUILD_ONE = """
+import os, runpy, setuptools, sys
+setup, wanted = setuptools.setup, sys.argv.pop(1)
+def setup_one(**options):
+    setup(**{**options, "ext_modules": [each for each in options["ext_modules"] if each.name == wanted]})
+setuptools.setup = setup_one
+sys.argv[0] = "setup.py"
+runpy.run_path(os.path.abspath("setup.py"), run_name="__main__")
+"""
+LOADED = """
+from neox.cpu import cpu_flags
+from neox.ops._library import FOLDER, REQUIREMENTS, choose
+print("neox._ops." + choose({path.stem for path in FOLDER.glob("*.so")} & set(REQUIREMENTS), cpu_flags()))
+"""
+
+
 class NativeSuite(Suite):
-    """Tests of C++ code: builds the extensions and, in build/native, the C++ tests first."""
+    """Tests of C++ code: builds its extension and, in build/native, the C++ tests first."""
 
     def __init__(self, folder: Path, tests: Sequence[str], native: Sequence[str]):
         super().__init__(folder, tests)
         self.native = list(native)
+        self.extension = "neox._data"
         self.build_folder = folder / "build" / "native"
-        self.environment = {**os.environ, "PYTHONPATH": str(folder), **compiler_cache()}
+        self.environment = {**os.environ, "PYTHONPATH": str(folder), **compiler_cache(folder)}
+
+    def use_operators(self) -> None:
+        """Build the library of operators that this CPU loads, not the dataset core."""
+        command = [sys.executable, "-c", LOADED]
+        found = subprocess.run(command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, check=True)
+        self.extension = found.stdout.decode().split()[-1]
 
     def run(self) -> str:
         """Build, run the C++ tests, then those in Python."""
-        if not self.succeeds([sys.executable, "setup.py", "-q", "build_ext", "--inplace"]):
+        if not self.succeeds([sys.executable, "-c", BUILD_ONE, self.extension, "-q", "build_ext", "--inplace"]):
             return NOT_BUILT
         if self.native and not self.build_folder.exists():
             self.succeeds(
@@ -146,11 +170,12 @@ class NativeSuite(Suite):
             return wait(process.pid, limit) == 0
 
 
-def compiler_cache() -> dict[str, str]:
+def compiler_cache(folder: Path) -> dict[str, str]:
     """The environment that makes a build use ccache, where there is one."""
     if shutil.which("ccache") is None:
         return {}
-    return {f"CMAKE_{language}_COMPILER_LAUNCHER": "ccache" for language in ("CXX", "CUDA")}
+    launchers = {f"CMAKE_{language}_COMPILER_LAUNCHER": "ccache" for language in ("CXX", "CUDA")}
+    return {**launchers, "CCACHE_BASEDIR": str(folder), "CCACHE_NOHASHDIR": "1"}
 
 
 def wait(child: int, limit: float | None) -> int:

@@ -300,3 +300,35 @@ def test_the_transform_of_a_sample_is_pinned(tokenizer, files):
 
 
 PINNED = [223, 936, 101, 51, 997, 370]
+
+
+class Cuts:
+    """Draws that transform every document at these two cuts, and note the bounds that they were asked for."""
+
+    def __init__(self, *cuts: int):
+        self.cuts, self.bounds = list(cuts), []
+
+    def happens(self, rate: float) -> bool:
+        return rate > 0
+
+    def below(self, bound: int) -> int:
+        self.bounds.append(bound)
+        return self.cuts.pop(0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 9), (9, 0), (9, 9), (2, 5)])
+def test_both_cuts_lie_anywhere_from_the_first_character_to_behind_the_last(tokenizer, first, second):
+    fim, draws = transform(tokenizer, spm_rate=0.0), Cuts(first, second)
+    text = "def f_1(x"
+    out = fim.document(np.array(tokenizer.encode(text)), 1000, draws).tolist()
+    assert draws.bounds == [10, 10]
+    low, high = sorted((first, second))
+    assert undone(tokenizer, out)[1:] == (text[:low], text[low:high], text[high:])
+
+
+def test_ids_of_the_middle_of_a_character_alone_are_no_text(tokenizer):
+    codec = NativeCodec(TokenizerFile(tokenizer.file))
+    inside = [number for number, content in codec._bytes.items() if content and all(0x80 <= b < 0xC0 for b in content)]
+    assert len(inside) >= 64
+    assert codec.text(inside[:3]) is None
+    assert codec.text([*inside[:2], *tokenizer.encode("x")]) == (2, "x")

@@ -120,6 +120,19 @@ def test_more_sequences_and_tokens_than_a_buffer_holds(tmp_path):
             assert np.array_equal(dataset[i + skipped], tokens[ends[i] - sizes[i] : ends[i]])
 
 
+def test_a_writer_knows_what_it_has_and_records_the_tokenizer(tmp_path):
+    with IndexedWriter(tmp_path / "d", "uint16", tokenizer_hash="ab", vocab_size=99, eod_id=3) as writer:
+        assert (writer.num_documents, writer.num_tokens, writer.largest_id) == (0, 0, -1)
+        writer.add_document([5, 70, 3])
+        writer.add([6])
+        assert (writer.num_documents, writer.num_tokens, writer.largest_id) == (1, 4, 70)
+        writer.end_document()
+    sidecar = IndexedDataset(tmp_path / "d").sidecar
+    assert (sidecar.tokenizer_hash, sidecar.vocab_size, sidecar.eod_id, sidecar.source) == ("ab", 99, 3, None)
+    assert (sidecar.dtype, sidecar.num_sequences, sidecar.num_documents, sidecar.num_tokens) == ("uint16", 2, 2, 4)
+    assert (sidecar.largest_id, sidecar.bin_bytes) == (70, 8)
+
+
 def test_token_type_follows_the_largest_id():
     assert [token_dtype(largest) for largest in (0, 65_499, 65_500, 65_543, 2**31 - 1)] == [
         "uint16",
