@@ -91,6 +91,14 @@ def test_async_reads_are_complete_at_the_end(tmp_path, monkeypatch, open_files):
         read()
 
 
+def test_what_read_returns_is_complete_among_async_reads_too(tmp_path, monkeypatch):
+    state = make_state()
+    with Checkpoint(save_one(tmp_path, state=state)) as checkpoint, checkpoint.async_reads():
+        monkeypatch.setattr(checkpoint._reads._threads, "submit", lambda read: pytest.fail("left for later"))
+        for (name, kind), value in state.items():
+            assert torch.equal(checkpoint.read(name, kind), value.view(-1))
+
+
 def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr("neox.checkpoint.reader.OPEN_FILES", 2)
     state = make_state()
