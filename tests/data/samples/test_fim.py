@@ -317,7 +317,7 @@ class Cuts:
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 9), (9, 0), (9, 9), (2, 5)])
-def test_both_cuts_lie_anywhere_from_the_first_character_to_behind_the_last(tokenizer, first, second):
+def test_both_cuts_lie_anywhere_up_to_the_end_of_the_text(tokenizer, first, second):
     fim, draws = transform(tokenizer, spm_rate=0.0), Cuts(first, second)
     text = "def f_1(x"
     out = fim.document(np.array(tokenizer.encode(text)), 1000, draws).tolist()
@@ -326,7 +326,7 @@ def test_both_cuts_lie_anywhere_from_the_first_character_to_behind_the_last(toke
     assert undone(tokenizer, out)[1:] == (text[:low], text[low:high], text[high:])
 
 
-def test_ids_of_the_middle_of_a_character_alone_are_no_text(tokenizer):
+def test_ids_inside_a_character_alone_have_no_text(tokenizer):
     codec = NativeCodec(TokenizerFile(tokenizer.file))
     inside = [number for number, content in codec._bytes.items() if content and all(0x80 <= b < 0xC0 for b in content)]
     assert len(inside) >= 64
