@@ -62,8 +62,9 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     log = MetricsLog(tmp_path, 0, tensorboard=True)
     log.write({"step": 1, "loss": 2.5, "grad_norm": None})
     log.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in events.read_bytes()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert read.Tags()["scalars"] == ["loss"]  # neither the step nor what is null
+    assert [(entry.step, entry.value) for entry in read.Scalars("loss")] == [(1, 2.5)]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -128,6 +129,13 @@ def test_the_speed_of_an_unknown_gpu_is_of_a_product_that_fills_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert measured_flops(torch.device("cuda"), torch.float32, rounds=3) == pytest.approx(2 * 8192**3 / 2e-3)
     assert calls == ["event", torch.Size([8192, 8192]), "event", "synchronize"] * 4
+
+
+def test_a_product_is_computed_once_more_than_it_is_timed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: calls.append((a.dtype, tuple(a.shape))))
+    assert measured_flops(torch.device("cpu"), torch.bfloat16, size=16, rounds=3) > 0
+    assert calls == [(torch.bfloat16, (16, 16))] * 4
 
 
 def test_peak_and_memory_are_positive_and_leave_the_random_stream_alone():
