@@ -115,7 +115,7 @@ class Recorder:
             else None,  # the policy is to continue, or no token was a target
             "targets": result.tokens,
             "lr": result.lr,
-            "grad_norm": None if result.skipped else result.grad_norm,
+            "grad_norm": None if result.skipped or math.isnan(result.grad_norm) else result.grad_norm,
             "tokens": tokens,
             "samples": samples,
             "tokens_per_s": self.tokens_per_step / seconds,

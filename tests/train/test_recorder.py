@@ -73,6 +73,12 @@ def test_a_skipped_update_has_no_norm_and_is_reported(tmp_path):
     assert terminal.getvalue() == "step 1: the loss is not finite, the update is skipped\n"
 
 
+def test_a_norm_that_was_not_computed_is_null(tmp_path):
+    result = dataclasses.replace(RESULT, grad_norm=float("nan"))
+    record = make_recorder(tmp_path, io.StringIO()).make_record(result, 0.5, tokens=64, samples=4)
+    assert record["grad_norm"] is None
+
+
 def test_a_problem_without_a_skipped_update(tmp_path):
     terminal = io.StringIO()
     recorder = make_recorder(tmp_path, terminal)
