@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
-from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from neox.config.load import load_config
 from neox.plan.communication import traffic, wire_bytes
 from neox.plan.sizes import resolve
+from tests.distributed import run_ranks
 
 STREAM = 2048 * 768 * 2  # bytes of [1, s, h] in bf16
 
@@ -140,16 +141,24 @@ def test_a_tied_embedding_is_sent_once_and_its_gradient_in_fp32():
     ]
 
 
+def benchmark() -> ModuleType:
+    """benchmarks/train/bench_scaling.py, which finds its neighbours by sys.path."""
+    return importlib.import_module("benchmarks.train.bench_scaling")
+
+
+def count_sent(out: str) -> None:
+    """Entry of a process: runs every layout of two processes."""
+    benchmark().child(2, out)
+
+
 @pytest.mark.distributed
-def test_what_two_processes_send_is_what_is_planned():
+def test_what_two_processes_send_is_what_is_planned(tmp_path, monkeypatch):
     """Counted at torch's dispatcher; ZeRO 1 and 2 of DeepSpeed all-reduce, so that they send more than the least."""
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "bench_scaling.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--quick", "--json"], capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    run_ranks("tests.plan.test_communication:count_sent", 2, tmp_path, [tmp_path / "out.json"])
+    monkeypatch.setattr(benchmark(), "count", lambda processes: json.loads((tmp_path / "out.json").read_text()))
+    rows = list(benchmark().compare((2,)))
     over = {"data parallel, ZeRO 1": 6 / 4, "data parallel, ZeRO 2": 9 / 5}
-    assert len(rows) == 9 and {row["name"] for row in rows} > set(over)
+    assert len(rows) == 9 and {row.name for row in rows} > set(over)
     for row in rows:
-        assert row["ours"] == pytest.approx(row["peer"] * over.get(row["name"], 1.0), rel=0.01), row["name"]
+        assert row.ours == pytest.approx(row.peer * over.get(row.name, 1.0), rel=0.01), row.name
