@@ -8,8 +8,9 @@ measurement, it is a warning.
 from __future__ import annotations
 
 import hashlib
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,14 +95,21 @@ def largest_batch(config: Config, world_size: int, kind: str, have: float) -> di
         return max(needs) <= have
 
     steps = sizes.micro_batch_size * sizes.gradient_accumulation  # samples of a process in a step
-    choices = [n for n in range(1, sizes.micro_batch_size) if not total or steps % n == 0]
+    smaller = range(1, sizes.micro_batch_size)
+    choices = [n for n in divisors(steps) if n in smaller] if total else smaller
     best = last_that(fits, choices)
     if best is None:
         return None
     return {"train.micro_batch_size": best} | ({"train.gradient_accumulation": steps // best} if total else {})
 
 
-def last_that(fits: Callable[[int], bool], choices: list[int]) -> int | None:
+def divisors(n: int) -> list[int]:
+    """The divisors of a positive number, ascending."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
+def last_that(fits: Callable[[int], bool], choices: Sequence[int]) -> int | None:
     """The last of ascending choices that fits; if one fits, all before it do."""
     low, high = 0, len(choices)
     while low < high:

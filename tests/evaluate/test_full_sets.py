@@ -20,7 +20,7 @@ from neox.parallel.mesh import Mesh
 from tests.evaluate.test_harness import FORMS, train, write_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra eval)")
-pytestmark = pytest.mark.harness
+pytestmark = [pytest.mark.harness, pytest.mark.usefixtures("without_launcher")]
 
 SETS = ("blimp_adjunct_island", "blimp_determiner_noun_agreement_1", "blimp_regular_plural_subject_verb_agreement_1")
 

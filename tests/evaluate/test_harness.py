@@ -19,6 +19,7 @@ from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra eval)")
+pytestmark = pytest.mark.usefixtures("without_launcher")
 
 TEXTS = [
     "The cat that the dogs chase sleeps on the mat near the window of the old house",

@@ -14,7 +14,15 @@ from neox.config.load import load_config
 from neox.errors import MemoryExhausted
 from neox.parallel.mesh import Mesh
 from neox.train import fit_check
-from neox.train.fit_check import check_fit, explain_exhaustion, largest_batch, last_that, out_of_memory, planned_bytes
+from neox.train.fit_check import (
+    check_fit,
+    divisors,
+    explain_exhaustion,
+    largest_batch,
+    last_that,
+    out_of_memory,
+    planned_bytes,
+)
 from neox.train.memory import available_bytes
 from tests.fork_server import Result, fork_server
 from tests.train.corpus import config_text, make_corpus
@@ -59,6 +67,11 @@ def test_a_global_batch_that_is_given_stays():
     assert largest_batch(whole, 1, "cpu", have) == {"train.micro_batch_size": 512, "train.gradient_accumulation": 8}
     assert largest_batch(config(), 1, "cpu", have)["train.micro_batch_size"] >= 700
     assert largest_batch(config(), 1, "cpu", 1e6) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 36, 97, 1000])
+def test_divisors(n):
+    assert divisors(n) == [i for i in range(1, n + 1) if n % i == 0]
 
 
 def test_last_that():
