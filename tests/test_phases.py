@@ -49,3 +49,8 @@ def test_all_observers_are_called_in_order():
     with phases.waiting():
         assert diary == ["a waits", "bb waits"]
     assert diary[2:] == ["bb continues", "a continues"]
+
+
+def test_one_observer_of_many_may_change_values():
+    assert Phases(Observer(), Diary("a", [])).changes_values
+    assert not Phases().changes_values

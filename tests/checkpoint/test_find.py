@@ -107,6 +107,15 @@ def test_a_damaged_older_one_is_ignored(tmp_path):
     assert resolve(tmp_path) == new
 
 
+def test_a_damaged_one_that_the_hint_names_is_the_newest_whatever_its_step(tmp_path):
+    """A run that went back to an earlier step and saved there."""
+    for step in (9, 10, 8):
+        newest = save_one(tmp_path, step)
+    (newest / "manifest.json").write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=r"not a manifest; where=.*step_00000008"):
+        resolve(tmp_path)
+
+
 def test_newest_is_by_lineage_not_by_step(tmp_path):
     first = Lineage("aa" * 16, 0)
     for step in (10, 20, 30):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_export_checked(run_folder, tmp_path, capsys, dtype):
     assert 0 < report["max_logit_difference"] <= 1e-4
     assert json.loads((out / "config.json").read_text())["dtype"] == {"bf16": "bfloat16"}.get(dtype, "float32")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o755
 
 
 def test_dtype_is_that_of_the_run(tmp_path):

@@ -171,3 +171,8 @@ def test_a_surrogate_that_gets_as_far_as_an_encoder_is_one_line():
         r"error[2] a name or text has bytes that are not UTF-8; where=neox data; got=caf\xe9/x; want=text that UTF-8 "
         r"can encode; do=rename the file or folder"
     )
+
+
+def test_an_import_error_without_a_name_is_a_bug():
+    assert cli.as_problem(ImportError("x"), "data") is None
+    assert cli.as_problem(ImportError("x", name="torch"), "data").what == "package cannot be imported"

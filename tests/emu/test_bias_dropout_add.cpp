@@ -18,12 +18,12 @@ bool kept(int64_t row, int64_t col, int64_t cols, double p) {
 }
 
 template <class T>
-void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bias, double p) {
+void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bias, double p, size_t bias_offset = 0) {
     const auto count = static_cast<size_t>(rows * cols);
     emu_test::Rows<T> x("x", rows, cols, gap, offset), residual("residual", rows, cols, 2 * gap, offset),
         dy("dy", rows, cols, 3 * gap, offset);
-    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset), y("y", count), dx("dx", count),
-        dbias("dbias", static_cast<size_t>(cols));
+    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset + bias_offset), y("y", count),
+        dx("dx", count), dbias("dbias", static_cast<size_t>(cols));
     x.random(1), residual.random(2), dy.random(3), bias.random(4);
     Buffer<float> partial("partial", static_cast<size_t>(neox::bias_dropout_add_partials_cuda(rows, cols) * cols));
     const neox::Dropout dropout{p > 0 ? kSeed : nullptr, p};
@@ -65,6 +65,7 @@ void values() {
         check<T>(37, 264, 0, 0, false, 0.3);
         check<T>(5, 264, 3, 0, true, 0.1);  // rows of complete packs, strides that are not multiples of one
         check<T>(37, 264, 0, 0, true, 0.0);
+        check<T>(5, 264, 0, 0, true, 0.1, 1);  // the bias alone is misaligned
         check<T>(3, 33, 0, 0, true, 1.0);
         check<T>(0, 16, 0, 0, true, 0.3);  // without rows, dbias is zero
     });

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from neox.config.schema import TrainConfig
-from neox.engine.objective import PreferenceLoss, RewardLoss, TokenLoss, answer_log_probabilities, build_objective
+from neox.engine.objective import (
+    LossModule,
+    PreferenceLoss,
+    RewardLoss,
+    TokenLoss,
+    answer_log_probabilities,
+    build_objective,
+)
 
 ROWS, LENGTH = 6, 5
 
@@ -62,3 +69,28 @@ def test_tokens(batch):
 )
 def test_each_has_its_name(name, kind):
     assert type(build_objective(TrainConfig(objective=name))) is kind
+
+
+class Recorder(torch.nn.Module):
+    """Stands for a model; notes what it is called with."""
+
+    def forward(self, *arguments, **options):
+        self.seen = (*arguments, options)
+        return torch.ones(ROWS * LENGTH)
+
+
+def test_the_model_gets_the_complete_batch(batch):
+    batch.segment_ids, batch.position_ids = torch.zeros(1), torch.ones(1)
+    module = LossModule(Recorder(), TokenLoss())
+    received = torch.zeros(2)
+    assert float(module(batch, received, 0.5)) == ROWS * LENGTH
+    assert module.model.seen[:2] == (batch.tokens, batch.targets)
+    assert module.model.seen[2] == {
+        "segment_ids": batch.segment_ids,
+        "position_ids": batch.position_ids,
+        "checked": True,
+        "received": received,
+        "expected_dloss": 0.5,
+    }
+    module(batch)
+    assert module.model.seen[2].keys() == {"segment_ids", "position_ids", "checked"}

@@ -65,3 +65,12 @@ def test_shared_keys_by_zero_stride():
     assert torch.equal(
         attention(q, shared, v, backend="native"), attention(q, shared.contiguous(), v, backend="native")
     )
+
+
+def test_segment_ids_may_have_strides():
+    q, k, v = qkv_of(65, 65, 4, 2, 36).values()
+    ids = documents(2, 65, 20)
+    want, _ = native.attention(q, k, v, ids, None, None, True, 0.2, 0, 0.0, 0.0)
+    for strided in (ids.t().contiguous().t(), torch.stack([ids, -ids], dim=-1)[..., 0]):
+        got, _ = native.attention(q, k, v, strided, None, None, True, 0.2, 0, 0.0, 0.0)
+        assert torch.equal(got, want)

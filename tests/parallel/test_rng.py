@@ -58,3 +58,7 @@ def test_equal_streams_draw_and_save_nothing(monkeypatch):
     seed_default_generators(7, member())
     with tensor_parallel_stream(member(tp_rank=1), torch.device("cpu"), differs=False):
         assert torch.rand(()) == want
+
+
+def test_dropout_differs_over_the_context_group():
+    assert len({first_draw(Mesh(cp=2, dp=2, rank=rank)) for rank in range(4)}) == 4

@@ -118,3 +118,12 @@ def test_activations_of_adapted_layers_are_planned_from_above(checkpointing, mon
     plan = activations(config, layout, layout.stages[0])
     held = held_by_autograd(config, monkeypatch)
     assert held <= plan.saved + plan.logits <= 1.1 * held
+
+
+@pytest.mark.parametrize("form", ["neox", "sequential"])
+def test_a_single_checkpointed_block_saves_its_input(form, monkeypatch):
+    monkeypatch.setitem(FORMS, "single", {**FORMS[form], "num_layers": 1})
+    config = make_config("single", "full")
+    layout = resolve(config, 1)
+    plan = activations(config, layout, layout.stages[0])
+    assert held_by_autograd(config, monkeypatch) == pytest.approx(plan.saved + plan.logits, rel=0, abs=SEEDS)

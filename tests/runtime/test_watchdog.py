@@ -284,6 +284,15 @@ def test_a_neighbour_of_this_host_that_has_exited(quiet, capfd):
     assert "error[13] a process was lost; where=rank 2 on " in line and "last step 3; got=process exited" in line
 
 
+def test_a_neighbour_whose_pid_means_nothing_here_is_judged_by_its_heartbeat(quiet):
+    watchdog = quiet(1, limit=0.0)
+    watchdog.me["space"] = ""  # unknown, as that of the neighbour
+    watchdog.store.set("beat/2", beat_of(2, space="", pid=1 << 22))
+    for _ in range(3):
+        watchdog.poll()
+    assert watchdog.done == []
+
+
 @pytest.mark.parametrize(
     ("code", "lost", "done"),
     [

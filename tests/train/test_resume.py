@@ -210,6 +210,17 @@ def test_an_evaluation_that_was_cut_short_and_is_now_another(corpus, tmp_path, n
         )
 
 
+def test_the_record_of_an_evaluation_that_was_cut_short_is_written_once(corpus, tmp_path):
+    """The start that wrote it ended before its first checkpoint."""
+    evaluated = ("train.train_iters=4", "evaluate.interval=2", "checkpoint.save_interval=0")
+    with pytest.raises(StoppedBySignal):
+        train(make_config(corpus, tmp_path / "run", *evaluated), Mesh.single(), StopAtStepTwo())
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**records(tmp_path / "run")[0], "step": 2}) + "\n")
+    train(make_config(corpus, tmp_path / "run", *evaluated), Mesh.single(), StopSignals())
+    assert [row["step"] for row in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_the_lock_is_written_by_accepted_starts_alone(run, corpus, monkeypatch):
     before = (run / "config.lock.yml").read_text()
     seen = []

@@ -14,7 +14,7 @@ from neox.config.values import dump
 from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.builder import build_datasets
 from neox.data.samples.loader import Loader
-from neox.data.samples.run_provenance import RunProvenance
+from neox.data.samples.run_provenance import CheckpointRecord, RunProvenance
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
@@ -132,6 +132,15 @@ def test_steps_of_other_sizes_to_come_and_taken_back(sources, tmp_path):
         sample for document in range(60) for _, found in data.steps_of(sources[0].prefix, document) for sample in found
     }
     assert samples == {*range(4), *range(16, 20)}
+
+
+def test_a_step_is_counted_once_whatever_checkpoints_there_are(sources, tmp_path):
+    config, prefix = config_of(tmp_path / "run", {"train": [sources[0].prefix]}), sources[0].prefix
+    leave(tmp_path / "run", config, [4] * STEPS)
+    written = [CheckpointRecord(step, 4 * step, dump(config), None, f"step {step}", 1) for step in (2, 3)]
+    plain, data = RunProvenance(tmp_path / "run"), RunProvenance(tmp_path / "run", written=written)
+    for document in range(60):
+        assert data.steps_of(prefix, document) == plain.steps_of(prefix, document)
 
 
 def test_a_run_before_its_first_step(sources, tmp_path):

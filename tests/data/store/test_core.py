@@ -92,6 +92,6 @@ def test_first_outside():
     assert core.first_outside(np.array([0, -1]), 5) == 1 and core.first_outside(np.zeros(0, dtype=np.int64), 5) == -1
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"a", b"a\nb\r\n\n" * 1000 + b"c"])
+@pytest.mark.parametrize("content", [b"", b"\n", b"a", b"a\nb\r\n\n" * 1000 + b"c", b"\n" * 1000])
 def test_lines_are_counted(content):
     assert core.count_lines(content) == content.count(b"\n")

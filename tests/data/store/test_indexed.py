@@ -426,3 +426,14 @@ def test_a_multimodal_dataset_of_megatron_core_is_named(make_dataset):
         match="dataset is multimodal; where=.*got=3 sequence modes, as megatron-core writes .*do=preprocess the text",
     ):
         IndexedDataset(prefix)
+
+
+def test_an_abandoned_writer_that_resumed_leaves_nothing(tmp_path):
+    first = IndexedWriter(tmp_path / "a", "uint16")
+    first.add_document(np.arange(5))
+    progress = first.sync()
+    first.keep()
+    del first
+    assert len(list(tmp_path.iterdir())) == 2
+    IndexedWriter(tmp_path / "a", "uint16", resume=progress).abandon()
+    assert not list(tmp_path.iterdir())

@@ -131,3 +131,13 @@ def test_nothing_of_a_template_reaches_the_machine():
 
 def test_limits_count_from_now_on():
     assert chat_template.address_space() > 1 << 20
+
+
+def test_only_consecutive_conversations_that_end_the_process_refuse_the_template(monkeypatch):
+    monkeypatch.setattr("neox.data.text.template_process.MOST_ENDED", 2)
+    with TemplateProcess(BODY, {}) as process:
+        for _ in range(3):
+            os.kill(process._process.pid, signal.SIGSEGV)
+            with pytest.raises(RefusedConversation, match="signal 11"):
+                process.render_with_answers(GOOD, {})
+            assert process.render_with_answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"

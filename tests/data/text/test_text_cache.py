@@ -114,3 +114,9 @@ def test_text_that_cannot_be_used(corpus, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot store tokenized text"):
         tokenized([f"{paths[0]}/a.txt"], tokenizer, None, tmp_path / "file" / "cache")
+
+
+def test_the_end_of_document_token_names_it_too(corpus, tmp_path):
+    paths, tokenizer = corpus
+    keys = {RunText(find_files(paths), tokenizer, eod, tmp_path).key for eod in (None, "<|endoftext|>", "</s>")}
+    assert len(keys) == 3

@@ -20,8 +20,13 @@ def die() -> None:
 
 
 def test_workers_ignore_ctrl_c_and_use_one_thread():
-    with worker_processes(1) as executor:
-        assert executor.submit(settings_of_worker).result() == (True, "false")
+    # a job that a shell started in the background ignores it already, and so would its workers
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with worker_processes(1) as executor:
+            assert executor.submit(settings_of_worker).result() == (True, "false")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_worker_that_dies_is_reported():
