@@ -273,9 +273,10 @@ def innermost_call(output: str) -> str:
     calls = re.findall(r'File "([^"]*)", line (\d+) in (\S+)', blocks[-1])
     if not dumped or not calls:
         return "an unknown position: it wrote no stack"
-    ours = [call for call in calls if Path(call[0]).is_relative_to(ROOT) and "site-packages" not in call[0]]
+    root = str(ROOT).encode("ascii", "backslashreplace").decode()  # as faulthandler writes a path
+    ours = [call for call in calls if Path(call[0]).is_relative_to(root) and "site-packages" not in call[0]]
     file, line, function = (ours or calls)[0]
-    return f"{os.path.relpath(file, ROOT) if ours else file}:{line} {function}"
+    return f"{os.path.relpath(file, root) if ours else file}:{line} {function}"
 
 
 class Forks:
