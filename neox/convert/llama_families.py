@@ -175,9 +175,7 @@ def _stablelm_misfits(config: ModelConfig) -> list[str]:
 
 
 def _stablelm_to_json(config: ModelConfig) -> JsonObject:
-    rope = rope_to_json(config)
-    rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_pct
-    return rope | {
+    return rope_to_json(config, partial=True) | {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_attention_heads,

@@ -44,10 +44,17 @@ ROPE_OBJECTS = {
 # writing
 
 
-def rope_to_json(config: ModelConfig) -> JsonObject:
-    """Return `rope_parameters` for transformers 5, and `rope_scaling` and `rope_theta` for transformers 4."""
+def rope_to_json(config: ModelConfig, partial: bool = False) -> JsonObject:
+    """Return `rope_parameters` for transformers 5, and `rope_scaling` and `rope_theta` for transformers 4.
+
+    Args:
+        config: of the model.
+        partial: whether the family can rotate a part of the channels; then `rope_parameters` has their fraction.
+    """
     scaling = None if config.rope_scaling is None else _scaling_to_json(config, config.rope_scaling)
     parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
+    if partial:
+        parameters["partial_rotary_factor"] = config.rotary_pct
     # Before transformers 4.43 the key was `type`.
     old = None if scaling is None else {**scaling, "type": scaling["rope_type"]}
     return {"rope_parameters": parameters, "rope_scaling": old, "rope_theta": config.rope_theta}

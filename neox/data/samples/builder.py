@@ -84,45 +84,50 @@ class RunDatasets:
             continue_from(saved, Cursor(settings, unread, (first_phase(unread),)), ())
         path = config.data.path if text is None else tokenize(text)
         opened = _open_all(config, path, list(wanted))
-        rows = {part: _rows(config, opened, path, part) for part in wanted}
-        validation = [_described(config, opened, row) for row in rows.get("validation", ())]
-        needed = _needed(config, rows.get("train", ()), wanted.get("train", 0))
+        part_sources = {part: _part_sources(config, opened, path, part) for part in wanted}
+        train, num_train = part_sources.get("train", []), wanted.get("train", 0)
         sources = [
-            _described(config, opened, row, count) for row, count in zip(rows.get("train", ()), needed, strict=True)
+            _cursor_source(config, opened, source, count)
+            for source, count in zip(train, _samples_per_source(config, train, num_train), strict=True)
         ]
         if saved is not None and any(source.epochs for source in sources):
-            sources = _keep_epochs(config, opened, sources, rows["train"], saved, wanted["train"])
+            sources = _keep_epochs(config, opened, sources, train, saved, num_train)
         self.cursor = Cursor(settings, tuple(sources), (first_phase(sources),))
         self.lines: list[str] = []
         if saved is not None:
-            found = continue_from(saved, self.cursor, validation)
-            self.cursor, self.lines = replace(self.cursor, phases=found.phases), found.lines
+            validation = [_cursor_source(config, opened, source) for source in part_sources.get("validation", ())]
+            continuation = continue_from(saved, self.cursor, validation)
+            self.cursor, self.lines = replace(self.cursor, phases=continuation.phases), continuation.lines
         self.parts: dict[str, Dataset] = {}
-        for part in (part for part in wanted if rows[part]):
-            made = self._made(config, opened, part, rows[part], wanted[part])
+        for part in (part for part in wanted if part_sources[part]):
+            datasets = self._build_part(config, opened, part, part_sources[part], wanted[part])
             if part == "train":
-                per_epoch = [
-                    len(one) // (source.epochs or 1) for one, source in zip(made, self.cursor.sources, strict=True)
-                ]
-                sources = [
-                    replace(source, samples=count) for source, count in zip(self.cursor.sources, per_epoch, strict=True)
-                ]
-                self.cursor = replace(self.cursor, sources=tuple(sources))
-            weights = normalise_weights([row.source.weight for row in rows[part]]).tolist()
-            self.parts[part] = mixed(made, weights, self.cursor.phases if part == "train" else None)
+                self._note_samples_per_epoch(datasets)
+            weights = normalise_weights([row.source.weight for row in part_sources[part]]).tolist()
+            self.parts[part] = blended(datasets, weights, self.cursor.phases if part == "train" else None)
 
-    def _made(
+    def _build_part(
         self, config: Config, opened: dict[str, IndexedDataset], part: str, rows: Sequence[PartSource], samples: int
     ) -> list[Dataset]:
         """The datasets of a part, one per source."""
-        needed = _needed(config, rows, samples)
+        needed = _samples_per_source(config, rows, samples)
         if part == "train":
             lengths = [source.epochs for source in self.cursor.sources]
             needed = [
-                count if epochs is None else _samples_of(config, opened[row.source.path], row.span, epochs, count)
+                count
+                if epochs is None
+                else _samples_for_epochs(config, opened[row.source.path], row.span, epochs, count)
                 for row, epochs, count in zip(rows, lengths, needed, strict=True)
             ]
-        return [_source(config, opened, part, row, count) for row, count in zip(rows, needed, strict=True)]
+        return [_build_source(config, opened, part, row, count) for row, count in zip(rows, needed, strict=True)]
+
+    def _note_samples_per_epoch(self, datasets: Sequence[Dataset]) -> None:
+        """Add the number of samples per epoch to the cursor's sources."""
+        sources = [
+            replace(source, samples=len(dataset) // (source.epochs or 1))
+            for dataset, source in zip(datasets, self.cursor.sources, strict=True)
+        ]
+        self.cursor = replace(self.cursor, sources=tuple(sources))
 
 
 class PartSource(NamedTuple):
@@ -133,7 +138,7 @@ class PartSource(NamedTuple):
     name: str
 
 
-def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, part: str) -> list[PartSource]:
+def _part_sources(config: Config, opened: dict[str, IndexedDataset], path: str | None, part: str) -> list[PartSource]:
     """The sources of a part.
 
     Raises:
@@ -149,7 +154,10 @@ def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, p
                 "data.text" if data.text else path,
             )
         ]
-    rows = [PartSource(source, (0, _units(data, opened[source.path])), source.path) for source in _sources(data, part)]
+    rows = [
+        PartSource(source, (0, _split_units(data, opened[source.path])), source.path)
+        for source in _configured_sources(data, part)
+    ]
     if rows:
         try:
             normalise_weights([row.source.weight for row in rows])
@@ -160,7 +168,7 @@ def _rows(config: Config, opened: dict[str, IndexedDataset], path: str | None, p
     return rows
 
 
-def _needed(config: Config, rows: Sequence[PartSource], samples: int) -> list[int]:
+def _samples_per_source(config: Config, rows: Sequence[PartSource], samples: int) -> list[int]:
     """Number of samples that a run needs of each source."""
     if not config.data.train:
         return [samples] * len(rows)
@@ -168,7 +176,7 @@ def _needed(config: Config, rows: Sequence[PartSource], samples: int) -> list[in
     return [math.ceil(samples * share * BLEND_MARGIN) for share in shares]
 
 
-def _described(config: Config, opened: dict[str, IndexedDataset], row: PartSource, samples: int = 0) -> Source:
+def _cursor_source(config: Config, opened: dict[str, IndexedDataset], row: PartSource, samples: int = 0) -> Source:
     """A source by its content. `samples` is the number needed of it, which the arrays of `order: neox` depend on."""
     roles = {
         "tokens": row.source.path,
@@ -191,7 +199,9 @@ def _epochs(config: Config, dataset: IndexedDataset, span: tuple[int, int], samp
     return core.epochs_needed(tokens, config.data.seq_length, samples)
 
 
-def _samples_of(config: Config, dataset: IndexedDataset, span: tuple[int, int], epochs: int, samples: int) -> int:
+def _samples_for_epochs(
+    config: Config, dataset: IndexedDataset, span: tuple[int, int], epochs: int, samples: int
+) -> int:
     """The number of samples for which the arrays of `gpt_neox_order` have `epochs` epochs; `samples` if it is one."""
     if _epochs(config, dataset, span, samples) == epochs:
         return samples
@@ -255,12 +265,12 @@ def documents_of_parts(config: Config) -> dict[str, list[tuple[IndexedDataset, t
     text = run_text(config)
     path = data.path if text is None else tokenize(text)
     if path is None:
-        named = {part: [source.path for source in _sources(data, part)] for part in PARTS}
+        named = {part: [source.path for source in _configured_sources(data, part)] for part in PARTS}
         opened = {prefix: IndexedDataset(prefix) for prefixes in named.values() for prefix in prefixes}
         complete = {prefix: (dataset, (0, dataset.num_documents)) for prefix, dataset in opened.items()}
         return {part: [complete[prefix] for prefix in prefixes] for part, prefixes in named.items() if prefixes}
     dataset = IndexedDataset(path)
-    units = _units(data, dataset)
+    units = _split_units(data, dataset)
     spans = split_ranges(data.split, units)
     if units != dataset.num_documents:  # sequences: the documents that begin in a span
         spans = [tuple(np.searchsorted(dataset.documents[:-1], span).tolist()) for span in spans]
@@ -278,14 +288,14 @@ def notes(datasets: dict[str, Dataset]) -> list[str]:
     return [f"{name}: {part.note()}" for name, part in packed if isinstance(part, PackedDataset)]
 
 
-def _sources(data: DataConfig, part: str) -> tuple[DataSource, ...]:
+def _configured_sources(data: DataConfig, part: str) -> tuple[DataSource, ...]:
     return {"train": data.train, "validation": data.validation, "test": data.test}[part]
 
 
 def _open_all(config: Config, path: str | None, parts: list[str]) -> dict[str, IndexedDataset]:
     """Open each prefix once and check it against the config. `path` is the dataset that data.split divides."""
     data = config.data
-    sources = [source for part in parts for source in _sources(data, part)]
+    sources = [source for part in parts for source in _configured_sources(data, part)]
     prefixes = (
         [path]
         if path is not None
@@ -329,7 +339,7 @@ def _split_part(config: Config, dataset: IndexedDataset, part: str) -> tuple[int
     `order: neox` divides sequences, as GPT-NeoX does; `order: epoch` divides documents.
     """
     data = config.data
-    unit = _units(data, dataset)
+    unit = _split_units(data, dataset)
     span = split_ranges(data.split, unit)[PARTS.index(part)]
     if span[0] >= span[1]:
         raise DataError(
@@ -342,7 +352,7 @@ def _split_part(config: Config, dataset: IndexedDataset, part: str) -> tuple[int
     return span
 
 
-def mixed(datasets: list[Dataset], weights: list[float], phases: Sequence[BlendPhase] | None) -> Dataset:
+def blended(datasets: list[Dataset], weights: list[float], phases: Sequence[BlendPhase] | None) -> Dataset:
     """The blend of several datasets; a single one is returned as it is if the run started with it."""
     if len(datasets) == 1 and (not phases or [phase.first for phase in phases] == [0]):
         return datasets[0]
@@ -354,12 +364,14 @@ def mixed(datasets: list[Dataset], weights: list[float], phases: Sequence[BlendP
     )
 
 
-def _units(data: DataConfig, dataset: IndexedDataset) -> int:
+def _split_units(data: DataConfig, dataset: IndexedDataset) -> int:
     """The number of units that data.split divides: sequences in GPT-NeoX's order, else documents."""
     return len(dataset) if data.order == "neox" and data.packing == "concatenate" else dataset.num_documents
 
 
-def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: PartSource, samples: int) -> Dataset:
+def _build_source(
+    config: Config, opened: dict[str, IndexedDataset], part: str, row: PartSource, samples: int
+) -> Dataset:
     """The dataset of one source, packed by data.packing; for training, with fill in the middle."""
     data = config.data
     dataset, labels = opened[row.source.path], _labels(opened, row.source.labels)
@@ -372,16 +384,16 @@ def _source(config: Config, opened: dict[str, IndexedDataset], part: str, row: P
         rejected = (opened[row.source.rejected], _labels(opened, row.source.rejected_labels))
         return PairDataset((dataset, labels), rejected, data.seq_length, config.train.seed)
     if data.packing == "document":
-        made = DocumentDataset(dataset, labels, data.seq_length, config.train.seed, row.span)
+        result = DocumentDataset(dataset, labels, data.seq_length, config.train.seed, row.span)
     elif data.packing == "best_fit":
-        made = _packed(config, (dataset, labels), row.span)
+        result = _build_packed(config, (dataset, labels), row.span)
     else:
-        made = _ordered(config, dataset, row.span, samples)
-        made = made if labels is None else LabelledDataset(made, dataset, labels)
-    if part != "train" or not data.fim.rate or isinstance(made, LabelledDataset):
-        return made
+        result = _build_ordered(config, dataset, row.span, samples)
+        result = result if labels is None else LabelledDataset(result, dataset, labels)
+    if part != "train" or not data.fim.rate or isinstance(result, LabelledDataset):
+        return result
     return FimDataset(
-        made, Transform(data.fim, config.tokenizer), dataset.checksum(), config.train.seed, data.document_mask
+        result, Transform(data.fim, config.tokenizer), dataset.checksum(), config.train.seed, data.document_mask
     )
 
 
@@ -389,7 +401,7 @@ def _labels(opened: dict[str, IndexedDataset], prefix: str | None) -> IndexedDat
     return None if prefix is None else opened.get(prefix)
 
 
-def _packed(
+def _build_packed(
     config: Config, files: tuple[IndexedDataset, IndexedDataset | None], span: tuple[int, int]
 ) -> PackedDataset:
     """Documents [first, last), best-fit packed. The packing is cached."""
@@ -420,7 +432,7 @@ def _cache_folders(config: Config, dataset: IndexedDataset) -> list[Path]:
     return [Path(dataset.prefix).parent / "index_cache", Path(config.run.dir) / "index_cache"]
 
 
-def _ordered(
+def _build_ordered(
     config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int
 ) -> EpochDataset | GptNeoxOrderDataset:
     """Documents (order: epoch) or sequences (order: neox) [first, last) in the order of the config."""
