@@ -25,9 +25,15 @@ struct Access {
     uint32_t clock = 0, block = 0;
 };
 
+enum class Copy : uint8_t { kNone, kCpAsync, kBulk };  // in flight
+
 struct Cell {
     Access writer, readers[2];
-    bool written = false, in_flight = false;
+    bool written = false;
+    Copy in_flight = Copy::kNone;
+    bool unfenced = false;              // written by a thread, whose number of proxy fences then was `fences`
+    uint16_t asynchronous_readers = 0;  // wgmma in flight
+    uint32_t fences = 0;
 };
 
 struct Region {
@@ -43,11 +49,19 @@ struct Region {
 struct Clock {
     std::shared_ptr<const std::vector<uint32_t>> others;
     uint32_t own = 1;
+    uint32_t proxy_fences = 0;
+};
+
+// What the arrivals at an mbarrier have released: of the current phase, and with the last complete phase.
+struct Released {
+    std::vector<uint32_t> current;
+    std::shared_ptr<const std::vector<uint32_t>> complete;
 };
 
 std::vector<Region> shared_regions, global_regions;
 std::vector<Clock> clocks;
 std::vector<int> arrived[16];
+Released released[kMostMbarriers];
 uint32_t block_number = 0;
 bool active = false;
 
@@ -86,7 +100,9 @@ void report(const char* kind, const Region& region, uintptr_t address, int threa
     std::string text = std::string(kind) + ": thread " + std::to_string(thread) + ", " +
                        (region.shared ? "shared " : "global ") + region.traffic.name + " + " +
                        std::to_string(address - region.begin);
-    if (other.thread != kNobody) {
+    if (other.thread >= static_cast<int>(clocks.size())) {
+        text += ", against a bulk copy of mbarrier " + std::to_string(other.thread - static_cast<int>(clocks.size()));
+    } else if (other.thread != kNobody) {
         text += ", against thread " + std::to_string(other.thread) +
                 (other.block != block_number ? " of another block" : "");
     }
@@ -119,8 +135,12 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
     for (size_t i = first; i <= last; ++i) {
         Cell& cell = region->cells[i];
         const uintptr_t at = region->begin + i * kCellBytes;
-        if (cell.in_flight && kind != Kind::kAsync)
+        if (cell.in_flight == Copy::kBulk)
+            return report("data of a bulk copy used before its wait", *region, at, thread, {}, code);
+        if (cell.in_flight == Copy::kCpAsync && kind != Kind::kAsync)
             return report("cp.async data used before its wait", *region, at, thread, {}, code);
+        if (cell.asynchronous_readers && kind != Kind::kRead)
+            return report("write to data that a wgmma in flight reads", *region, at, thread, {}, code);
         if (kind == Kind::kRead && region->shared && !cell.written)
             return report("read of shared memory that was never written", *region, at, thread, {}, code);
         const bool both_atomic = kind == Kind::kAtomic && cell.writer.atomic;
@@ -141,13 +161,15 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
         }
         cell.writer = now;
         cell.written = true;
+        cell.unfenced = true;
+        cell.fences = clocks[static_cast<size_t>(thread)].proxy_fences;
         cell.readers[0] = cell.readers[1] = Access{};
     }
 }
 
 // Merges the clocks of `threads`.
 void join(const std::vector<int>& threads) {
-    auto merged = std::make_shared<std::vector<uint32_t>>(clocks.size(), 0);
+    auto merged = std::make_shared<std::vector<uint32_t>>(clocks.size() + kMostMbarriers, 0);
     const std::vector<uint32_t>* last = nullptr;
     for (const int thread : threads) {
         const Clock& clock = clocks[static_cast<size_t>(thread)];
@@ -184,8 +206,9 @@ void begin_launch() {
 void begin_block(int num_threads) {
     shared_regions.clear();
     ++block_number;
-    const auto nothing = std::make_shared<std::vector<uint32_t>>(static_cast<size_t>(num_threads), 0);
-    clocks.assign(static_cast<size_t>(num_threads), Clock{nothing, 1});
+    const auto nothing = std::make_shared<std::vector<uint32_t>>(static_cast<size_t>(num_threads + kMostMbarriers), 0);
+    clocks.assign(static_cast<size_t>(num_threads), Clock{nothing, 1, 0});
+    for (Released& barrier : released) barrier = Released{*nothing, nothing};
     for (auto& threads : arrived) threads.clear();
     active = true;
 }
@@ -231,6 +254,9 @@ uint64_t moved() {
 void read(int thread, const void* address, size_t bytes) {
     touch(thread, address, bytes, Kind::kRead, __builtin_return_address(0));
 }
+void write(int thread, const void* address, size_t bytes) {
+    touch(thread, address, bytes, Kind::kWrite, __builtin_return_address(0));
+}
 void atomic(const void* address, size_t bytes) {
     touch(running_thread(), address, bytes, Kind::kAtomic, __builtin_return_address(0));
 }
@@ -242,8 +268,12 @@ void in_flight(const void* address, size_t bytes, bool on) {
     const auto begin = reinterpret_cast<uintptr_t>(address);
     Region* const region = find(begin);
     if (!region) return;
-    for (size_t i = 0; i < bytes; i += kCellBytes)
-        region->cells[(begin + i - region->begin) / kCellBytes].in_flight = on;
+    for (size_t i = 0; i < bytes; i += kCellBytes) {
+        Cell& cell = region->cells[(begin + i - region->begin) / kCellBytes];
+        cell.in_flight = on ? Copy::kCpAsync : Copy::kNone;
+        // cp.async belongs to the generic proxy; a fence before its wait does not order it
+        if (running_thread() >= 0) cell.fences = clocks[static_cast<size_t>(running_thread())].proxy_fences;
+    }
 }
 
 void barrier_arrive(int thread, int id) { arrived[id].push_back(thread); }
@@ -257,6 +287,104 @@ void warp_sync(int warp, uint32_t mask) {
     std::vector<int> threads;
     for (uint32_t left = mask; left; left &= left - 1) threads.push_back(warp * 32 + __builtin_ctz(left));
     join(threads);
+}
+
+namespace {
+
+// Calls body(cell, address) for the cells of an access to shared memory by an asynchronous unit, after the checks that
+// reads and writes share.
+template <class Body>
+void touch_asynchronously(int thread, const void* pointer, size_t bytes, const Body& body) {
+    if (!active) return;
+    const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    Region* const region = find(begin);
+    for (size_t i = 0; region && i < bytes; i += kCellBytes) {
+        const uintptr_t at = begin + i;
+        Cell& cell = region->cells[(at - region->begin) / kCellBytes];
+        const auto complain = [&](const char* kind, const Access& other) {
+            report(kind, *region, at, thread, other, nullptr);
+        };
+        if (cell.in_flight != Copy::kNone) complain("data of a copy used before its wait", {});
+        if (!happened_before(cell.writer, thread)) complain("race (asynchronous access after write)", cell.writer);
+        const bool by_thread = cell.writer.thread >= 0 && cell.writer.thread < static_cast<int>(clocks.size());
+        if (cell.unfenced && by_thread && clocks[static_cast<size_t>(cell.writer.thread)].proxy_fences == cell.fences)
+            complain("asynchronous access to a byte that was written without a fence.proxy.async", cell.writer);
+        body(cell, complain);
+    }
+}
+
+// Raises `to` to the maximum with what a thread knows and has done.
+void merge(std::vector<uint32_t>& to, int thread) {
+    const Clock& clock = clocks[static_cast<size_t>(thread)];
+    for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], (*clock.others)[i]);
+    to[static_cast<size_t>(thread)] = std::max(to[static_cast<size_t>(thread)], clock.own);
+}
+
+}  // namespace
+
+void mbarrier_arrive(int thread, int barrier) {
+    merge(released[barrier].current, thread);
+    ++clocks[static_cast<size_t>(thread)].own;
+}
+
+void mbarrier_complete(int barrier, uint32_t phases) {
+    Released& of = released[barrier];
+    of.current[clocks.size() + static_cast<size_t>(barrier)] = phases;
+    of.complete = std::make_shared<const std::vector<uint32_t>>(of.current);
+}
+
+void mbarrier_acquire(int thread, int barrier) {
+    auto& known = clocks[static_cast<size_t>(thread)].others;
+    const auto& more = *released[barrier].complete;
+    bool news = false;
+    for (size_t i = 0; i < more.size() && !news; ++i) news = more[i] > (*known)[i];
+    if (!news) return;
+    auto merged = std::make_shared<std::vector<uint32_t>>(*known);
+    for (size_t i = 0; i < more.size(); ++i) (*merged)[i] = std::max((*merged)[i], more[i]);
+    known = std::move(merged);
+}
+
+void proxy_fence(int thread) { ++clocks[static_cast<size_t>(thread)].proxy_fences; }
+
+void bulk_write(int thread, int barrier, uint32_t phase, const void* address, size_t bytes) {
+    const auto agent = static_cast<int16_t>(static_cast<int>(clocks.size()) + barrier);
+    touch_asynchronously(thread, address, bytes, [&](Cell& cell, const auto& complain) {
+        for (const Access& reader : cell.readers) {
+            if (!happened_before(reader, thread)) complain("race (bulk copy after read)", reader);
+        }
+        if (cell.asynchronous_readers) complain("bulk copy over data that a wgmma in flight reads", {});
+        cell.writer = Access{agent, false, phase, block_number};
+        cell.written = true;
+        cell.unfenced = false;
+        cell.in_flight = Copy::kBulk;
+        cell.readers[0] = cell.readers[1] = Access{};
+    });
+}
+
+void bulk_landed(const void* address, size_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    Region* const region = find(begin);
+    for (size_t i = 0; region && i < bytes; i += kCellBytes)
+        region->cells[(begin + i - region->begin) / kCellBytes].in_flight = Copy::kNone;
+}
+
+void async_read_begin(int thread, const void* address, size_t bytes) {
+    touch_asynchronously(thread, address, bytes, [&](Cell& cell, const auto& complain) {
+        if (!cell.written) complain("read of shared memory that was never written", {});
+        ++cell.asynchronous_readers;
+    });
+}
+
+void async_read_end(int thread, const void* address, size_t bytes) {
+    const Access now{static_cast<int16_t>(thread), false, clocks[static_cast<size_t>(thread)].own, block_number};
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    Region* const region = find(begin);
+    for (size_t i = 0; region && i < bytes; i += kCellBytes) {
+        Cell& cell = region->cells[(begin + i - region->begin) / kCellBytes];
+        --cell.asynchronous_readers;
+        const bool replace_first = cell.readers[0].thread == kNobody || happened_before(cell.readers[0], thread);
+        cell.readers[replace_first ? 0 : 1] = now;
+    }
 }
 
 void instrumented(void* address, size_t bytes, bool write, void* code) {

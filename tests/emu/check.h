@@ -4,6 +4,11 @@
 // single schedule it finds races through shared or tracked global memory (also between blocks), reads of unwritten
 // shared memory, and data of cp.async that is used before its wait. As in CUDA, barriers and __syncwarp order memory;
 // shuffles and votes do not. In a build without SIMT_CHECK all of this is empty.
+//
+// The asynchronous units (async.h): the copies of an mbarrier's phase count as an agent, which those threads have
+// synchronised with that waited for the phase. A byte that wgmma reads must not be written between issue and wait. A
+// byte that a thread has written must not be read or overwritten asynchronously before that thread's
+// fence.proxy.async.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +23,8 @@ struct Traffic {
     uint64_t read = 0, written = 0, touched = 0;
 };
 
+constexpr int kMostMbarriers = 64;  // of a block
+
 #ifdef SIMT_CHECK
 constexpr bool kEnabled = true;
 constexpr size_t kGuard = 64;  // guard bytes after every shared array, which no thread may access
@@ -26,12 +33,21 @@ void begin_block(int num_threads);
 void end_block();
 void add_shared(const void* address, size_t bytes, const char* name);
 void read(int thread, const void* address, size_t bytes);
+void write(int thread, const void* address, size_t bytes);
 void async_write(int thread, const void* address, size_t bytes);
 void in_flight(const void* address, size_t bytes, bool on);
 void barrier_arrive(int thread, int id);
 void barrier_complete(int id);
 void warp_sync(int warp, uint32_t mask);
 void atomic(const void* address, size_t bytes);
+void mbarrier_arrive(int thread, int barrier);
+void mbarrier_complete(int barrier, uint32_t phases);  // now complete
+void mbarrier_acquire(int thread, int barrier);
+void proxy_fence(int thread);
+void bulk_write(int thread, int barrier, uint32_t phase, const void* address, size_t bytes);
+void bulk_landed(const void* address, size_t bytes);
+void async_read_begin(int thread, const void* address, size_t bytes);
+void async_read_end(int thread, const void* address, size_t bytes);
 // Registers a device buffer. `cached`: only the first read of each byte counts as memory traffic, as for parameters and
 // tables that every row reads.
 void track(const void* address, size_t bytes, const char* name, bool cached = false);
@@ -48,12 +64,21 @@ inline void begin_block(int) {}
 inline void end_block() {}
 inline void add_shared(const void*, size_t, const char*) {}
 inline void read(int, const void*, size_t) {}
+inline void write(int, const void*, size_t) {}
 inline void async_write(int, const void*, size_t) {}
 inline void in_flight(const void*, size_t, bool) {}
 inline void barrier_arrive(int, int) {}
 inline void barrier_complete(int) {}
 inline void warp_sync(int, uint32_t) {}
 inline void atomic(const void*, size_t) {}
+inline void mbarrier_arrive(int, int) {}
+inline void mbarrier_complete(int, uint32_t) {}
+inline void mbarrier_acquire(int, int) {}
+inline void proxy_fence(int) {}
+inline void bulk_write(int, int, uint32_t, const void*, size_t) {}
+inline void bulk_landed(const void*, size_t) {}
+inline void async_read_begin(int, const void*, size_t) {}
+inline void async_read_end(int, const void*, size_t) {}
 inline void track(const void*, size_t, const char*, bool = false) {}
 inline void untrack(const void*) {}
 inline void untrack_all() {}

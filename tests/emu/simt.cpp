@@ -8,11 +8,12 @@
 #include <vector>
 
 #include "fiber.h"
+#include "scheduler.h"
 
 namespace simt {
 namespace {
 
-enum class State { kReady, kInWarpCollective, kInBarrier, kDone };
+enum class State { kReady, kInWarpCollective, kInBarrier, kSuspended, kDone };
 
 struct Copy {
     char* shared;
@@ -50,6 +51,7 @@ struct SharedArray {
     const void* key;  // null: the dynamic allocation
     char* data;
     size_t bytes;
+    uint32_t window_address;  // what the GPU would have as its 32-bit address
 };
 
 constexpr int kNumBarriers = 16;
@@ -132,16 +134,20 @@ void run_thread(Fiber& from, Thread& next, bool last) {
     std::abort();
 }
 
-// The running thread waits or has finished: switches to another one.
+// The running thread waits or has finished: switches to another one. Bulk copies land when no thread can run, and in
+// random order also before.
 void yield_processor(Thread& self) {
-    Thread* const next = next_ready();
+    if (the_config.order == Order::kRandom && random_bits() % 4 == 0) async::land_one();
+    Thread* next = next_ready();
+    while (!next && async::land_one()) next = next_ready();
     if (next == &self) return;
     const bool last = self.state == State::kDone;
     if (next) {
         run_thread(self.fiber, *next, last);
         return;
     }
-    if (block.live > 0) abandon("deadlock: no thread of the block can run" + waiting_threads());
+    if (block.live > 0)
+        abandon("deadlock: no thread of the block can run" + waiting_threads() + async::open_barriers());
     block.running = nullptr;
     Fiber::switch_to(self.fiber, block.scheduler, last);
 }
@@ -152,6 +158,8 @@ void check_exit(const Thread& self) {
         const bool doomed = !barrier.arrived.empty() && barrier.expected > block.live - 1;
         if (doomed) abandon(name_of(self) + " exits while others wait in a block barrier" + waiting_threads());
     }
+    const std::string pending = async::in_flight_at_exit(self.index, block.live == 1);
+    if (!pending.empty()) abandon(name_of(self) + pending);
     const Warp& warp = block.warps[static_cast<size_t>(self.warp)];
     for (uint32_t left = warp.waiting; left; left &= left - 1) {
         const Thread& other = block.threads[static_cast<size_t>(self.warp * 32 + __builtin_ctz(left))];
@@ -180,7 +188,11 @@ void thread_entry() {
 
 void* allocate_shared(const void* key, size_t bytes, const char* name) {
     size_t total = bytes;
-    for (const SharedArray& array : block.shared) total += array.bytes;
+    uint32_t window_address = 0;
+    for (const SharedArray& array : block.shared) {
+        total += array.bytes;
+        window_address = array.window_address + static_cast<uint32_t>((array.bytes + 1023) / 1024 * 1024);
+    }
     if (total > the_config.shared_limit) {
         fail("too much shared memory: " + std::to_string(total) + " bytes, the limit is " +
              std::to_string(the_config.shared_limit));
@@ -189,7 +201,7 @@ void* allocate_shared(const void* key, size_t bytes, const char* name) {
     if (posix_memalign(&memory, 1024, bytes + check::kGuard)) fail("out of memory");
     std::memset(memory, 0xff, bytes);  // NaN in fp32, bf16 and fp16
     check::add_shared(memory, bytes, name);
-    block.shared.push_back({key, static_cast<char*>(memory), bytes});
+    block.shared.push_back({key, static_cast<char*>(memory), bytes, window_address});
     return memory;
 }
 
@@ -231,6 +243,7 @@ void start_block(dim3 size) {
 void run_block(dim3 size, size_t shared_bytes) {
     ++the_stats.blocks;
     check::begin_block(block.num_threads);
+    async::begin_block(block.num_threads);
     struct Cleanup {
         ~Cleanup() { free_shared(); }
     } cleanup;
@@ -261,6 +274,15 @@ int lane_id() { return block.running->lane; }
 // The checker must not throw through instrumented code, which the compiler assumes not to throw.
 void abandon_launch(const std::string& message) { abandon(message); }
 int running_thread() { return block.running ? block.running->index : -1; }
+
+void suspend(const char* what) {
+    Thread& self = *block.running;
+    self.state = State::kSuspended;
+    self.waits_in = what;
+    yield_processor(self);
+}
+
+void resume(int thread) { make_ready(block.threads[static_cast<size_t>(thread)]); }
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& thread_main) {
     const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
@@ -301,13 +323,24 @@ void* static_shared(const void* key, size_t bytes, const char* name) {
     return allocate_shared(key, bytes, name);
 }
 
-void require_shared(const void* address, size_t bytes, const char* what) {
+uint32_t window_address(const void* address, size_t bytes, const char* what) {
     const char* const at = static_cast<const char*>(address);
     for (const SharedArray& array : block.shared) {
-        if (at >= array.data && at + bytes <= array.data + array.bytes) return;
+        if (at >= array.data && at + bytes <= array.data + array.bytes)
+            return array.window_address + static_cast<uint32_t>(at - array.data);
     }
     fail(std::string(what) + ": address is not in shared memory");
 }
+
+char* window_data(uint32_t address, size_t bytes, const char* what) {
+    for (const SharedArray& array : block.shared) {
+        if (address >= array.window_address && address + bytes <= array.window_address + array.bytes)
+            return array.data + (address - array.window_address);
+    }
+    fail(std::string(what) + ": shared address " + std::to_string(address) + " is not allocated");
+}
+
+void require_shared(const void* address, size_t bytes, const char* what) { window_address(address, bytes, what); }
 
 namespace {
 

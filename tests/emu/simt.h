@@ -36,17 +36,20 @@ struct Config {
     size_t stack_bytes = 256 << 10;
     size_t shared_limit = 227 << 10;
     int multiprocessors = 4;  // returned by cudaDeviceGetAttribute
+    int compute_capability = 9;
 };
 Config& config();
 
 struct Stats {
     uint64_t launches = 0, blocks = 0, switches = 0, collectives = 0, barriers = 0;
     uint64_t mma = 0;                 // per warp
+    uint64_t wgmma = 0;               // per warp, each a quarter of an instruction's work
     uint64_t ldmatrix_conflicts = 0;  // rows of an 8x8 matrix that share a bank group with another of its rows
 };
 Stats& stats();
 
 [[noreturn]] void fail(const std::string& message);
+[[noreturn]] void abandon_launch(const std::string& message);  // as fail(), also outside of a thread's C++ frames
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread_main);
 
 int lane_id();
@@ -121,6 +124,7 @@ uint32_t ballot(uint32_t mask, bool predicate, const char* what);
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(simt::config().shared_limit)
+             : attribute == cudaDevAttrComputeCapabilityMajor     ? simt::config().compute_capability
                                                                   : simt::config().multiprocessors;
     return cudaSuccess;
 }
