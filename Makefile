@@ -61,14 +61,16 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
+test: ALL_ARCHITECTURES := OFF
 test: lint setup native-test oldest-torch cuda-check emulated-test  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
 
+# The headers for oldest-torch are downloaded while the compiler runs.
 native-test: setup build/native/CMakeCache.txt  ## C++ tests, also under sanitizers; emulated CUDA kernels with race and byte checks
-	cmake --build build/native --parallel $(JOBS)
+	$(PY) tests/cuda/torch_headers.py build/oldest-torch > /dev/null 2>&1 & cmake --build build/native --parallel $(JOBS); wait
 	ctest --test-dir build/native --output-on-failure --parallel $(JOBS) --exclude-regex emu.bytes
 	build/native/tests/emu/test_ops_check --bytes
 
@@ -80,8 +82,10 @@ oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding agains
 	@code=0; $(PY) tests/cuda/torch_headers.py build/oldest-torch || code=$$?; \
 	    if [ $$code = 0 ]; then cmake --build build/native --parallel $(JOBS) --target oldest_torch; elif [ $$code != 3 ]; then exit $$code; fi
 
+ALL_ARCHITECTURES := ON
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
 	if command -v nvcc > /dev/null && ! command -v nvdisasm > /dev/null; then $(PIP) nvidia-cuda-nvdisasm || true; fi  # counts instructions
+	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) build/native > /dev/null
 	cmake --build build/native --parallel $(JOBS) --target cuda_check
 
 parallel-test: setup  ## compare every layout of up to four processes with one process, and print a table

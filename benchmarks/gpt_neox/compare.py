@@ -36,6 +36,7 @@ from neox.generate.generate import load_model
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TIMEOUT = 900
+EXTENSIONS = tempfile.TemporaryDirectory(prefix="gpt-neox-extensions-")  # of this process, which removes it
 
 
 def main() -> int:
@@ -154,6 +155,8 @@ def run_ranks(command: list[str], ranks: int, logs: Path) -> None:
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": 1,
         "PYTHONWARNINGS": "ignore",
+        # DeepSpeed compiles an operator for it; in torch's shared folder, the lock of a killed process stops everyone.
+        "TORCH_EXTENSIONS_DIR": EXTENSIONS.name,
     }
     running, files = [], []
     for rank in range(ranks):
