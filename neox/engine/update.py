@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
 from neox.config.schema import Config
 from neox.engine.guard import Guard
@@ -68,6 +69,7 @@ class Updater:
         self.zero = state.wrapper
         fp16 = config.precision.dtype == "fp16"
         self.scaled = self.zero if fp16 and not isinstance(self.zero, BF16_Optimizer) else None
+        self.count_good_step = (lambda: None) if self.scaled is None else defer_growth(self.scaled.loss_scaler)
         self.state = state
         self.phases = phases
         self.guard = Guard(config.guard)
@@ -188,6 +190,8 @@ class Updater:
         eager = self.config.optimizer.type == "muon" and self.mesh.device.type == "cpu"
         with self.phases.waiting(), torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             self.deepspeed.step()  # reads the norm over all processes
+        if self.zero is not None and not self.zero.overflow:
+            self.count_good_step()
 
     def clip_gradients(self) -> float:
         """Stage 0: scale the reduced gradients to at most `optimizer.gradient_clipping`. Returns their norm before."""
@@ -201,6 +205,18 @@ class Updater:
         if 0.0 < limit < norm < math.inf:
             torch._foreach_mul_([p.grad for p in trained], limit / (norm + 1e-6))
         return norm
+
+
+def defer_growth(scaler: DynamicLossScaler | LossScaler) -> Callable[[], None]:
+    """Let a loss scaler grow only after a step, by the function that is returned.
+
+    DeepSpeed (0.19.8) grows the scale before it divides the gradient by it, so that the step would be made with half
+    of the gradient. The price is a method of DeepSpeed's that is replaced; tests/engine/test_fp16.py compares the steps
+    with plain PyTorch's.
+    """
+    update = scaler.update_scale
+    scaler.update_scale = lambda overflow: update(True) if overflow else None
+    return lambda: update(False)
 
 
 def sum_over(values: Sequence[float], group: dist.ProcessGroup | None, device: torch.device) -> list[float]:
