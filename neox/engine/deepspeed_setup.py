@@ -128,7 +128,13 @@ def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_param
 
 
 def ensure_process_group(device: torch.device) -> None:
-    """Create what DeepSpeed requires of a process without a launcher: a process group, and a launcher's variable."""
+    """Create what DeepSpeed requires: a process group, and the index of this process's GPU in the launcher's variables.
+
+    DeepSpeed makes cuda:LOCAL_RANK the current device, which does not exist where each process sees one GPU only. It
+    compares LOCAL_RANK with mpirun's variable.
+    """
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index or 0)
     if not dist.is_initialized():
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         dist.init_process_group(
