@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TypedDict
 
 from neox.printing import printable
@@ -54,7 +56,7 @@ class NeoxError(Exception):
         parts = [f"error[{self.exit_code}] {self.what}"]
         named = (("where", self.where), ("got", self.got), ("want", self.want), ("do", self.do))
         parts += [f"{name}={value}" for name, value in named if value is not None]
-        return printable("; ".join(" ".join(part.split()) for part in parts))
+        return one_line("; ".join(" ".join(part.split()) for part in parts))
 
 
 class ConfigError(NeoxError):
@@ -121,3 +123,61 @@ class EnvironmentProblem(NeoxError):
     """The machine or installation lacks something: an extension, a package, a variable, a device."""
 
     exit_code = 14
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a write fails with
+LIMITS = {  # what the system has no more of -> what to do
+    errno.EMFILE: "raise the limit on open files: ulimit -n",
+    errno.ENFILE: "end other programs that hold open files",
+    errno.EAGAIN: "raise the limit on processes and threads: ulimit -u",
+}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is a failed allocation: of Python, of torch on a CPU, or of a GPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def system_problem(error: BaseException, where: str) -> NeoxError | None:
+    """The error for what the system refused: memory, a file, a process. None for any other exception.
+
+    Code that opens a file that the user named reports its failure with more context. This is for the calls that do not
+    expect one: a name that is too long, a folder without permission, a full disk behind standard output.
+
+    Args:
+        error: any exception.
+        where: the command or process, for an exception without a file name.
+    """
+    if out_of_memory(error):
+        do = "end other programs, or process less at a time: smaller batches, shorter sequences"
+        return MemoryExhausted("not enough memory", where=where, got=str(error)[:200] or None, do=do)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return EnvironmentProblem("cannot start a thread", where=where, got=error, do=LIMITS[errno.EAGAIN])
+    if not isinstance(error, OSError) or isinstance(error, (ConnectionError, TimeoutError)):
+        return None
+    place, reason = where if error.filename is None else os.fsdecode(error.filename), error.strerror or str(error)
+    if error.errno in LIMITS:
+        return EnvironmentProblem(
+            "the system refused a file or process", where=place, got=reason, do=LIMITS[error.errno]
+        )
+    if error.errno in FULL:
+        do = "free space, or write to another folder"
+        return DiskError("cannot write", where=place, got=reason, do=do)
+    if error.errno is None or (error.filename is None and error.errno != errno.ENOENT):
+        return None
+    if error.filename is None:  # os.getcwd
+        return DiskError("working folder does not exist", where=where, got=reason, do="change to a folder that exists")
+    return DiskError("cannot use file or folder", where=place, got=reason, do="check its name and permissions")
+
+
+def one_line(text: str) -> str:
+    r"""Text for one line of a terminal: control characters become \xNN, which could move the cursor or hide a part."""
+    shown = printable(text)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        f"\\x{ord(letter):02x}" if ord(letter) < 32 or 127 <= ord(letter) < 160 else letter for letter in shown
+    )

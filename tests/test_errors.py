@@ -18,6 +18,37 @@ def test_line_breaks_never_reach_the_line():
     assert errors.DiskError("a\nb", where="x\r\ny").line() == "error[5] a b; where=x y"
 
 
+def test_control_characters_cannot_hide_a_part_of_the_line():
+    assert (
+        errors.ConfigError("bad\0 name", got="\x1b[2J\x7f\x9b é").line()
+        == r"error[2] bad\x00 name; got=\x1b[2J\x7f\x9b é"
+    )
+
+
+def test_failed_allocations_are_recognised():
+    for error in (
+        MemoryError("x"),
+        RuntimeError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        assert errors.out_of_memory(error)
+        assert (
+            errors.system_problem(error, "rank 3").line().startswith("error[6] not enough memory; where=rank 3; got=")
+        )
+    assert not errors.out_of_memory(RuntimeError("shape")) and not errors.out_of_memory(ValueError("out of memory"))
+
+
+def test_bugs_and_lost_connections_are_no_problems_of_the_system():
+    for error in (OSError("x"), OSError(22, "Invalid argument"), ConnectionResetError(104, "reset"), ValueError("x")):
+        assert errors.system_problem(error, "rank 0") is None
+
+
+def test_a_working_folder_that_was_removed_is_named():
+    found = errors.system_problem(FileNotFoundError(2, "No such file or directory"), "neox plan")
+    assert found.line().startswith("error[5] working folder does not exist; where=neox plan; got=No such file")
+    assert errors.system_problem(RuntimeError("can't start new thread"), "x").exit_code == 14
+
+
 def test_exit_codes_are_the_published_ones():
     codes = {
         kind.__name__: kind.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import logging
@@ -12,7 +13,7 @@ import traceback
 from typing import NoReturn
 
 from neox import __version__
-from neox.errors import ConfigError, EnvironmentProblem, NeoxError
+from neox.errors import ConfigError, EnvironmentProblem, NeoxError, system_problem
 from neox.printing import printable
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, one-line summary)
@@ -108,9 +109,10 @@ def parse(argv: list[str]) -> tuple[str, argparse.ArgumentParser, list[str]]:
 
 def report(error: NeoxError, debug: bool) -> int:
     """Print an error and return its exit code."""
-    if debug:
-        traceback.print_exception(error)
-    print(error.line(), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may have exited, the disk behind it may be full
+        if debug:
+            traceback.print_exception(error)
+        print(error.line(), file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -128,7 +130,9 @@ def as_problem(error: Exception, command: str) -> NeoxError | None:
             want=want,
             do="rename the file or folder",
         )
-    if not isinstance(error, ImportError) or (error.name or "neox").startswith("neox"):
+    if not isinstance(error, ImportError):
+        return system_problem(error, f"neox {command}")
+    if (error.name or "neox").startswith("neox"):
         return None
     if isinstance(error, ModuleNotFoundError):
         return EnvironmentProblem("package is missing", where=f"neox {command}", got=error.name, do="make setup")
@@ -145,44 +149,65 @@ def main(argv: list[str] | None = None) -> int:
 
     An error that the user can act on is printed as one line. Anything else is a bug of neox, with a traceback.
     """
+    open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     if argv and argv[0] == "--debug":
         argv = argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names need not be UTF-8, and the terminal may support less.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        leave_stdout()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        problem = as_problem(error, argv[0] if argv else "")
+        if problem is None:
+            raise
+        if isinstance(error, OSError) and error.filename is None:
+            leave_stdout()  # it may be full, and what is left in its buffer would fail again at the exit
+        return code or report(problem, debug)  # a command that has failed has reported why
+
+
+def run(argv: list[str]) -> int:
+    """Print the overview or the version, or run a command. Return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"neox {__version__}")
         return 0
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # File names need not be UTF-8, and the terminal may support less.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    code = 0
-    try:
-        _, parser, rest = parse(argv)
-        args = parser.parse_args(rest)
-        code = args.neox_run(args)
-        sys.stdout.flush()
-        return code
-    except NeoxError as error:
-        return report(error, debug)
-    except BrokenPipeError:
-        leave_stdout()
-        return code
-    except (ImportError, UnicodeEncodeError) as error:
-        problem = as_problem(error, argv[0])
-        if problem is None:
-            raise
-        return report(problem, debug)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    _, parser, rest = parse(argv)
+    args = parser.parse_args(rest)
+    return args.neox_run(args)
 
 
 def leave_stdout() -> None:
-    """Discard further output after the reader of a pipe has exited (`| head`)."""
+    """Discard further output after the reader of a pipe has exited (`| head`), or where the disk behind it is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started without standard input, output or error (`>&-`) empty ones.
+
+    Otherwise the next files that it opens, such as a checkpoint, get their numbers, and libraries print into them.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 def command() -> NoReturn:
@@ -198,12 +223,13 @@ def command() -> NoReturn:
         except SystemExit as end:  # --help
             code = end.code
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:  # after --help: the reader has exited, or the disk is full
         leave_stdout()
     if "torch" in sys.modules or not isinstance(code, int):
         sys.exit(code)
     logging.shutdown()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stderr.flush()
     os._exit(code)
 
 

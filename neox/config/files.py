@@ -34,7 +34,8 @@ def find_config(name: str, base: Path | None = None) -> Path | None:
         roots += [Path("configs"), PRESETS]
     for root in roots:
         for candidate in (root / given, root / f"{name}.yml"):
-            if candidate.exists() and not (candidate.is_dir() and candidate.suffix != ".yml"):
+            # os.path: Path.exists raises for a name that is too long
+            if os.path.exists(candidate) and not (os.path.isdir(candidate) and candidate.suffix != ".yml"):
                 return candidate.resolve()
     return None
 

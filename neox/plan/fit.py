@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -62,21 +63,25 @@ def options(config: Config, world_size: int, device: Device) -> dict[str, list[Y
     stronger = ["none", "selective", "full"]
     known = train.micro_batch_size is not None or any(batch(config, Environment(world_size, device.kind)))
     micro = (train.micro_batch_size or 1) if known else batch_sizes(config, world_size).micro_batch_size
-    divisors = [n for n in range(2, min(world_size, max(MAX_STAGES, device.per_node)) + 1) if world_size % n == 0]
+    sizes = [n for n in range(2, min(world_size, max(MAX_STAGES, device.per_node)) + 1) if world_size % n == 0]
     return {
         "train.activation_checkpointing": stronger[stronger.index(train.activation_checkpointing) + 1 :],
-        "train.micro_batch_size": [n for n in range(micro // 2, 0, -1) if micro % n == 0],
+        "train.micro_batch_size": divisors(micro)[-2::-1],
         "zero.stage": list(range(config.zero.stage + 1, 4)),
         "parallel.sequence": [] if layout.sequence else [True],
-        "parallel.tensor": [
-            n for n in divisors if n > layout.tensor and n % layout.tensor == 0 and n <= device.per_node
-        ],
+        "parallel.tensor": [n for n in sizes if n > layout.tensor and n % layout.tensor == 0 and n <= device.per_node],
         "parallel.pipeline": [
             n
-            for n in divisors
+            for n in sizes
             if n > layout.pipeline and n % layout.pipeline == 0 and n <= min(MAX_STAGES, config.model.num_layers)
         ],
     }
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of a positive number, ascending."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
 
 
 def changed(config: Config, world_size: int, keys: Mapping[str, YamlValue]) -> tuple[Config, dict[str, YamlValue]]:

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import torch.distributed as dist
 
-from neox.errors import MemoryExhausted, NeoxError, PeerLost
+from neox.errors import MemoryExhausted, NeoxError, PeerLost, out_of_memory, system_problem
 from neox.runtime.processes import ProcessInfo
 
 ERROR, ACKNOWLEDGED = "error", "acknowledged"
@@ -96,11 +96,11 @@ class FailureChannel:
 
 
 def as_neox_error(error: BaseException, rank: int = 0) -> NeoxError | None:
-    """The error as one of ours, if its cause is known: out of memory, or a connection to a process that exited."""
+    """The error as one of ours, if its cause is known: a lost process, or what the system refused (memory, a file)."""
     if isinstance(error, NeoxError):
         return error
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+    if out_of_memory(error):
         return MemoryExhausted(
             "not enough memory",
             where=f"rank {rank}",
@@ -111,4 +111,4 @@ def as_neox_error(error: BaseException, rank: int = 0) -> NeoxError | None:
         return PeerLost(
             "another process was lost", where=f"rank {rank}", got=text[:200], do="read its log; start again to resume"
         )
-    return None
+    return system_problem(error, f"rank {rank}")

@@ -8,7 +8,6 @@ measurement, it is a warning.
 from __future__ import annotations
 
 import hashlib
-import math
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from neox.engine.footprint import effective_stage
 from neox.errors import MemoryExhausted
 from neox.parallel.mesh import Mesh
 from neox.plan.devices import COMPILER, DEVICES, cpu, device_of_cuda_name
-from neox.plan.fit import estimate
+from neox.plan.fit import divisors, estimate
 from neox.train.memory import available_bytes, in_use
 
 CERTAIN = 1.1  # ratio of needed to available memory above which a run is refused
@@ -103,12 +102,6 @@ def largest_batch(config: Config, world_size: int, kind: str, have: float) -> di
     return {"train.micro_batch_size": best} | ({"train.gradient_accumulation": steps // best} if total else {})
 
 
-def divisors(n: int) -> list[int]:
-    """The divisors of a positive number, ascending."""
-    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
-    return sorted({*small, *(n // i for i in small)})
-
-
 def last_that(fits: Callable[[int], bool], choices: Sequence[int]) -> int | None:
     """The last of ascending choices that fits; if one fits, all before it do."""
     low, high = 0, len(choices)
@@ -156,14 +149,6 @@ def check_fit(config: Config, mesh: Mesh) -> str | None:
             do=do,
         )
     return f"memory may not be enough on {where}: {got}, {room.have / GB:.2f} GB available; {do}"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is a failed allocation: of Python, of torch on a CPU, or of a GPU."""
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
 
 
 def explain_exhaustion(error: BaseException, config: Config, mesh: Mesh) -> MemoryExhausted:

@@ -12,7 +12,7 @@ import torch
 
 from neox.checkpoint.consensus import RankGroup
 from neox.config.schema import Config
-from neox.errors import NeoxError
+from neox.errors import NeoxError, out_of_memory
 from neox.parallel.mesh import Mesh
 from neox.parallel.wait_tracker import raise_group_timeouts
 from neox.phases import Phases
@@ -26,7 +26,7 @@ from neox.runtime.signals import StopSignals
 from neox.runtime.watchdog import connect, exit_now
 from neox.testing.faults import FaultInjector
 from neox.testing.storage import storage_with
-from neox.train.fit_check import check_fit, explain_exhaustion, out_of_memory
+from neox.train.fit_check import check_fit, explain_exhaustion
 from neox.train.loop import run
 from neox.train.setup import build
 

@@ -146,12 +146,12 @@ def test_a_reader_that_went_away_leaves_no_noise(argv):
     [
         ["train", "--conf", b"caf\xe9.yml"],
         ["config", "show", b"caf\xe9.yml"],
-        ["data", "info", b"caf\xe9"],
+        ["data", "inspect", b"caf\xe9"],
         ["tokenizer", "train", "--input", b"caf\xe9.txt", "--vocab-size", "300", "--out", b"caf\xe9.json"],
         ["generate", "--checkpoint", b"caf\xe9", "--prompt", "x"],
         ["evaluate", "--checkpoint", b"caf\xe9", "--data", b"caf\xe9"],
         ["export", "--checkpoint", b"caf\xe9", "--out", b"caf\xe9-out"],
-        ["import", b"caf\xe9", b"caf\xe9-out"],
+        ["import", "--from", b"caf\xe9", "--out", b"caf\xe9-out"],
         ["checkpoint", "inspect", b"caf\xe9"],
         ["report", b"caf\xe9"],
     ],
@@ -161,6 +161,104 @@ def test_a_name_that_is_not_utf8_is_no_traceback(tmp_path, monkeypatch, capfd, a
     assert cli.main([word if isinstance(word, str) else os.fsdecode(word) for word in arguments]) in (2, 3, 4)
     printed = capfd.readouterr()
     assert printed.err.startswith("error[") and "Traceback" not in printed.err
+
+
+LONG = "a" * 300  # longer than any file system allows
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--conf", LONG],
+        ["config", "show", LONG],
+        ["init", LONG],
+        ["data", "inspect", LONG],
+        ["tokenizer", "train", "--input", LONG, "--vocab-size", "300", "--out", LONG],
+        ["generate", "--checkpoint", LONG, "--prompt", "x"],
+        ["evaluate", "--checkpoint", LONG, "--data", LONG],
+        ["export", "--checkpoint", LONG, "--out", LONG],
+        ["import", "--from", LONG, "--out", LONG],
+        ["checkpoint", "inspect", LONG],
+        ["report", LONG],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_is_too_long_is_no_traceback(tmp_path, monkeypatch, capfd, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) in (2, 3, 4, 5)
+    printed = capfd.readouterr()
+    assert printed.err.startswith("error[") and "Traceback" not in printed.err
+
+
+PROBE = """
+import os, sys, types
+from neox.cli import main as cli
+module = types.ModuleType("neox_probe_command", "A command.")
+module.add_arguments = lambda parser: None
+module.run = lambda args: {body}
+sys.modules["neox_probe_command"] = module
+cli.COMMANDS["probe"] = ("neox_probe_command", "a command")
+sys.argv = ["neox", *{argv}]
+cli.command()
+"""
+
+
+@pytest.mark.parametrize("argv", [["probe"], ["--help"]])
+def test_a_full_disk_behind_standard_output_is_an_error(argv):
+    with open("/dev/full", "wb") as full:
+        program = PROBE.format(body='print("x" * 100_000) or 0', argv=argv)
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5
+    assert done.stderr.startswith("error[5] cannot write; where=") and done.stderr.count("\n") == 1
+    assert "got=No space left on device" in done.stderr
+
+
+def test_a_failure_keeps_its_code_where_nothing_can_be_printed():
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        program = PROBE.format(body='print("x") or 4', argv=["probe"])
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, env=buffered)
+        assert done.returncode == 4
+        done = subprocess.run([sys.executable, "-m", "neox.cli.main", "nosuch"], stdout=full, stderr=full)
+        assert done.returncode == 2
+
+
+def test_closed_standard_streams_are_replaced_and_their_numbers_stay_taken(tmp_path):
+    """A file of the run with number 1 would get what libraries print."""
+    out = tmp_path / "out"
+    body = (
+        f'print("x") or os.write(os.open({str(out)!r}, os.O_WRONLY | os.O_CREAT), os.fsencode(sys.stdin.read())) or 7'
+    )
+    program = PROBE.format(body=f"{body} if os.open('/dev/null', os.O_RDONLY) > 2 else 9", argv=["probe"])
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, program])
+    assert done.returncode == 7 and out.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            "error[5] cannot use file or folder; where=a/b; got=Permission",
+        ),
+        (OSError(36, "File name too long", "a"), "error[5] cannot use file or folder; where=a; got=File name too long"),
+        (OSError(28, "No space left on device"), "error[5] cannot write; where=neox data; got=No space left"),
+        (OSError(24, "Too many open files", "a"), "error[14] the system refused a file or process; where=a; got=Too"),
+        (MemoryError(), "error[6] not enough memory; where=neox data; do="),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "error[6] not enough memory; where=neox data; got=",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, line):
+    def run(args):
+        raise error
+
+    install_command(monkeypatch, run)
+    monkeypatch.setattr(cli, "leave_stdout", lambda: None)
+    assert cli.main(["probe"]) == int(line[6:].partition("]")[0])
+    assert capsys.readouterr().err.startswith(line.replace("neox data", "neox probe"))
 
 
 def test_a_surrogate_that_gets_as_far_as_an_encoder_is_one_line():

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from neox.config.load import load_config
 from neox.plan.devices import find_device
-from neox.plan.fit import changed, changes, combinations, conflicts, estimate, options
+from neox.plan.fit import changed, changes, combinations, conflicts, divisors, estimate, options
 
 A100 = find_device("a100-40gb")
 
@@ -53,6 +54,19 @@ def test_the_smallest_change_is_not_always_the_fastest():
     change, fastest = changes(small(), 8, replace(A100, memory=2e9 + A100.reserve))
     assert (len(change.keys), len(fastest.keys)) == (2, 3)
     assert fastest.estimate.time.total < change.estimate.time.total
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 36, 97, 1000])
+def test_divisors(n):
+    assert divisors(n) == [i for i in range(1, n + 1) if n % i == 0]
+
+
+def test_a_huge_batch_takes_no_time():
+    """Every smaller divisor is an option; a loop over all numbers below would take a minute."""
+    before = time.process_time()
+    choices = options(small("train.micro_batch_size=2000000014", "train.global_batch_size=null"), 1, A100)
+    assert choices["train.micro_batch_size"] == [1000000007, 2, 1]
+    assert time.process_time() - before < 5
 
 
 def test_nothing_fits_in_no_memory():
