@@ -12,6 +12,7 @@ from pathlib import Path
 from neox.config.parse import Reader, YamlValue
 from neox.config.problems import raise_problems
 from neox.errors import ConfigError
+from neox.files import read_text
 
 CONTEXT = 2e9  # bytes of CUDA context, NCCL and cuBLAS buffers, fragmentation: an assumption
 RUNTIME = 2.6e7  # bytes that a process on a CPU uses in addition to its tensors (docs/log.md)
@@ -256,9 +257,11 @@ def read_device(path: Path) -> Device:
     """
     reader = Reader(str(path))
     try:
-        leaves = reader.read(path.read_text(encoding="utf-8"))
+        leaves = reader.read(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("cannot read the device file", where=path, got=error) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        want = "a YAML file that describes a device (docs/plan.md)"
+        raise ConfigError("cannot read the device file", where=path, got=reason, want=want) from error
     raise_problems(reader.problems)
     return from_keys({".".join(leaf.path): leaf.value for leaf in leaves}, str(path))
 

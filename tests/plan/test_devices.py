@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from neox.errors import ConfigError
@@ -41,6 +43,20 @@ def test_other_variants_and_parts_of_a_chip_are_not_taken_for_it(cuda):
 def test_processes_share_the_cpu():
     assert cpu(4).memory == pytest.approx(cpu(1).memory / 4)
     assert find_device("cpu", 2).flops == pytest.approx(find_device("cpu").flops / 2)
+
+
+def test_a_device_file_that_is_none(tmp_path):
+    """A FIFO without a writer is refused, and not waited for."""
+    os.mkfifo(tmp_path / "fifo.yml")
+    (tmp_path / "binary.yml").write_bytes(b"\xb5\xff")
+    for name, reason in (
+        ("fifo.yml", "a FIFO, not a regular file"),
+        ("no.yml", "No such file"),
+        ("binary.yml", "0xb5"),
+    ):
+        with pytest.raises(ConfigError, match="cannot read the device file") as caught:
+            find_device(str(tmp_path / name))
+        assert reason in str(caught.value.got)
 
 
 def test_a_file_gives_a_device(tmp_path):
