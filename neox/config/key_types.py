@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from neox.config.schema import Config
+from neox.config.schema.base import LARGEST_BATCH
 from neox.files import JsonObject
 
 
@@ -31,7 +32,10 @@ def _resolve(node: JsonObject, root: JsonObject) -> JsonObject:
 
 
 def type_text(schema: JsonObject) -> str:
-    """Describe a JSON schema in words: `integer > 0`, `one of a, b`, `list of ...`."""
+    """Describe a JSON schema in words: `integer > 0`, `one of a, b`, `list of ...`.
+
+    The upper bounds of all integers (docs/config.md) are left out.
+    """
     if "anyOf" in schema:
         return " or ".join(type_text(option) for option in schema["anyOf"])
     if "enum" in schema:
@@ -46,5 +50,7 @@ def type_text(schema: JsonObject) -> str:
     if kind == "object":
         return "mapping"
     bounds = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
-    limits = [f"{sign} {schema[name]:g}" for name, sign in bounds if name in schema]
+    limits = [
+        f"{sign} {schema[name]:g}" for name, sign in bounds if name in schema and abs(schema[name]) < LARGEST_BATCH
+    ]
     return " ".join([kind, ", ".join(limits)]).strip()

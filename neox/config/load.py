@@ -105,6 +105,8 @@ def derive_vocab_size(layers: Layers) -> None:
     """Set model.vocab_size from tokenizer.file if only the latter is given."""
     given = layers.settings.get(("model", "vocab_size"))
     file = layers.settings.get(("tokenizer", "file"))
+    if ("model",) in layers.settings:
+        return  # not a section, which the schema refuses; a key below it would replace it unnoticed
     if (given is not None and given.value is not None) or file is None or not isinstance(file.value, str):
         return
     try:

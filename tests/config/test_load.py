@@ -122,6 +122,29 @@ def test_vocab_size_comes_from_the_tokenizer(write):
     assert load_config(overrides=["tokenizer.file=t.json", "model.vocab_size=9"]).model.vocab_size == 9
 
 
+@pytest.mark.parametrize("value", ["3", "text", "[1]", "true"])
+def test_a_section_that_is_a_value_is_refused_and_not_replaced_by_defaults(write, value):
+    write("t.json", tokenizer_json({"a": 0, "b": 1}, []))
+    write("a.yml", "tokenizer: {file: t.json}\nmodel: {num_layers: 3}\n")
+    (line,) = refusal("a.yml", overrides=(f"model={value}",))
+    assert line.startswith("error[2] bad value; where=--set model; got=") and "a section: keys below it" in line
+
+
+def test_integers_have_bounds_within_which_all_arithmetic_is_exact():
+    for override in (
+        "train.train_iters=9007199254740993",
+        "train.micro_batch_size=2147483648",
+        "train.seed=9223372036854775808",
+        "model.num_layers=10001",
+        "precision.initial_scale_power=128",
+        "guard.hang_timeout=1000000001",
+    ):
+        key, _, value = override.partition("=")
+        (line,) = refusal(overrides=("model.vocab_size=100", override))
+        assert f"where=--set {key}; got={value}; want=less than" in line, line
+    assert load_config(overrides=["model.vocab_size=100", "train.seed=9223372036854775807"]).train.seed == 2**63 - 1
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [

@@ -116,13 +116,16 @@ def vocabulary(config: Config, _: Environment) -> Iterator[Conflict]:
 
 
 def lora(config: Config, _: Environment) -> Iterator[Conflict]:
-    """Adapters need a target in the model, and a layout that keeps frozen weights complete."""
+    """Adapters need a target in the model, a rank below its width, and a layout that keeps frozen weights complete."""
     if config.model.lora is None:
         return
     if set(config.model.lora.targets) == {"mlp.gate"} and not config.model.gated:
         keys = ("model.lora.targets", "model.activation")
         rule = "a matrix of the model: mlp.gate exists with a gated activation only"
         yield Conflict("no LoRA target exists in the model", keys, rule, "add mlp.up")
+    if config.model.lora.rank > config.model.hidden_size:
+        keys, rule = ("model.lora.rank", "model.hidden_size"), "rank at most hidden_size"
+        yield Conflict("adapters are larger than the matrices they adapt", keys, rule)
     if config.zero.stage > 2:
         keys = ("model.lora.rank", "zero.stage")
         yield Conflict("ZeRO stage 3 shards frozen weights", keys, "zero.stage 0 to 2 with LoRA", "set zero.stage: 2")

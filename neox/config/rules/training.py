@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import unicodedata
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS, REMOVED_KEYS
 from neox.config.problems import nearest
@@ -68,8 +69,13 @@ def folders(config: Config, _: Environment) -> Iterator[Conflict]:
         yield Conflict("run.dir has control characters in its name", keys, rule)
     if config.run.dir.strip() and os.path.realpath(config.run.dir.replace("\0", "")) == os.sep:
         yield Conflict("run.dir is the root of the file system", keys, "a separate folder, such as runs/first")
-    folder = Path(config.run.dir.replace("\0", ""))
-    if folder.exists() and not folder.is_dir():
+    try:
+        mode = os.stat(config.run.dir.replace("\0", "")).st_mode
+    except OSError as error:  # it does not exist, or its creation reports why it cannot be reached
+        if error.errno == errno.ENAMETOOLONG:
+            yield Conflict("run.dir has a name that is too long", keys, "a shorter name")
+        return
+    if not stat.S_ISDIR(mode):
         yield Conflict("run.dir is a file", keys, "a folder, or a name that does not exist")
 
 

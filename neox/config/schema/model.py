@@ -59,7 +59,7 @@ class ModelConfig(Section, frozen=True):
     that code which reads a config never meets None in place of a number.
     """
 
-    num_layers: PositiveInt = Field(default=12, description="transformer blocks")
+    num_layers: Annotated[int, Field(gt=0, le=10_000)] = Field(default=12, description="transformer blocks")
     hidden_size: PositiveInt = Field(default=768, description="width of the residual stream")
     num_attention_heads: PositiveInt = Field(default=12, description="query heads")
     num_kv_heads: PositiveInt = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from neox.config.schema.base import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from neox.config.schema.base import NonNegativeInt, PositiveInt, Section
 
 
 class CheckpointConfig(Section, frozen=True):
@@ -111,7 +111,7 @@ class GuardConfig(Section, frozen=True):
     drift_interval: NonNegativeInt = Field(
         default=100, description="steps between comparisons of parameters that are replicated across processes; 0: off"
     )
-    hang_timeout: NonNegativeFloat = Field(
+    hang_timeout: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = Field(
         default=1200.0,
         description="seconds without progress after which a process counts as stuck and the run stops; 0: off",
     )

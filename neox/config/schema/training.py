@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from neox.config.schema.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from neox.config.schema.base import (
+    BatchInt,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+    Seed,
+)
 
 
 class OptimizerConfig(Section, frozen=True):
@@ -66,7 +75,7 @@ class PrecisionConfig(Section, frozen=True):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="bf16", description="dtype of weights and activations in the forward and backward pass"
     )
-    initial_scale_power: NonNegativeInt = Field(
+    initial_scale_power: Annotated[int, Field(ge=0, le=127)] = Field(
         default=16, description="fp16: the initial loss scale is 2 to this power"
     )
     loss_scale_window: PositiveInt = Field(
@@ -112,14 +121,14 @@ class TrainConfig(Section, frozen=True):
     """
 
     train_iters: PositiveInt = Field(default=1000, description="optimizer steps")
-    micro_batch_size: PositiveInt | None = Field(default=None, description="samples per forward pass of one process")
-    gradient_accumulation: PositiveInt | None = Field(
+    micro_batch_size: BatchInt | None = Field(default=None, description="samples per forward pass of one process")
+    gradient_accumulation: BatchInt | None = Field(
         default=None, description="forward passes of one process per optimizer step"
     )
-    global_batch_size: PositiveInt | None = Field(
+    global_batch_size: BatchInt | None = Field(
         default=None, description="samples per optimizer step over all processes"
     )
-    seed: NonNegativeInt = Field(default=1234, description="seed of initialisation, data order and dropout")
+    seed: Seed = Field(default=1234, description="seed of initialisation, data order and dropout")
     deterministic: bool = Field(
         default=False,
         description="make runs on a GPU repeatable bit for bit: deterministic torch algorithms and a fixed cuBLAS "

@@ -124,6 +124,7 @@ def model_cases() -> list[Case]:
             ("model.rope_scaling.beta_slow", "model.rope_scaling.beta_fast"),
         ),
         Case(("model.lora={rank: 2, targets: [mlp.gate]}",), ("model.lora.targets", "model.activation")),
+        Case(("model.lora={rank: 769}",), ("model.lora.rank", "model.hidden_size")),
         Case(("tokenizer.file=no-such-tokenizer.json",), ("tokenizer.file",)),
     ]
     return cases
@@ -177,6 +178,7 @@ def data_cases() -> list[Case]:
         Case(("run.dir=' '",), ("run.dir",)),
         Case(("checkpoint.resume=''",), ("checkpoint.resume",)),
         Case(("run.dir=pyproject.toml",), ("run.dir",)),
+        Case((f"run.dir={'a' * 300}",), ("run.dir",)),
         Case(("run.dir=/",), ("run.dir",)),
     ]
     return cases
