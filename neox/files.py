@@ -25,6 +25,7 @@ JsonValue = Any  # parsed JSON of any type; the code that reads it checks it
 JsonObject = dict[str, JsonValue]
 
 LARGEST_FILE = 1 << 28  # bytes of a tokenizer, shard index, or list of prompts; published tokenizers are below 40 MB
+LARGEST_RECORD = 1 << 32  # bytes of metrics.jsonl or log.txt: tens of millions of steps
 LARGEST_CONFIG = 1 << 24  # bytes of a config, template or manifest
 TEMPORARY = ".tmp"
 WRITE_BYTES = 4 << 20  # largest single write call
@@ -65,6 +66,27 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def open_to_append(path: str | os.PathLike[str]) -> int:
+    """A descriptor that appends to a regular file, created if it is missing.
+
+    Raises:
+        OSError: it cannot be opened or is something else; `strerror` names what it is.
+    """
+    # O_NONBLOCK: a FIFO without a reader must not block
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.EINVAL, "a FIFO or socket, not a regular file", os.fspath(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        kind = KINDS.get(stat.S_IFMT(os.fstat(descriptor).st_mode), "a special file")
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file", os.fspath(path))
+    return descriptor
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
@@ -241,6 +263,7 @@ def write_durably(path: Path, content: bytes, *, sole_writer: bool = False, stor
     Raises:
         DiskError: the folder cannot be written or is full; no temporary file remains.
     """
+    refuse_special(path)
     temporary = temporary_path(path) if sole_writer else path.with_name(f"{path.name}.partial.{os.urandom(8).hex()}")
     if sole_writer and os.path.lexists(temporary):
         guarded(storage.unlink, temporary)
@@ -248,6 +271,28 @@ def write_durably(path: Path, content: bytes, *, sole_writer: bool = False, stor
         writer.write(content)
         writer.commit()
     sync_dir(path.parent, storage=storage)
+
+
+def refuse_special(path: Path) -> None:
+    """Check that a rename to a path would replace a regular file, a link, or nothing.
+
+    A rename replaces anything but a folder: `--out /dev/null` as root would remove the device for all programs.
+
+    Raises:
+        DiskError: it is a folder, a FIFO, a device or a socket.
+    """
+    try:
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+    except OSError:
+        return  # it does not exist, or the write reports why it cannot be reached
+    if kind not in (stat.S_IFREG, stat.S_IFLNK):
+        raise DiskError(
+            "cannot replace what is not a file",
+            where=path,
+            got=KINDS.get(kind, "a special file"),
+            want="a new name, or a regular file",
+            do="choose another name",
+        )
 
 
 def temporary_path(path: Path) -> Path:
@@ -306,7 +351,7 @@ def make_dirs(path: Path, *, storage: FileSystem = LOCAL) -> None:
     """Create a folder and its missing parents, each durable in its parent. Raises DiskError."""
     missing = []
     folder = Path(os.path.abspath(path))
-    while not folder.is_dir():
+    while not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         missing.append(folder)
         folder = folder.parent
     for folder in reversed(missing):

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -246,6 +247,39 @@ def test_errors_name_code_space_and_action(tmp_path, number, do):
     assert (problem.want, str(problem.where)) == ("77 bytes written", str(tmp_path / "a" / "b"))
     assert problem.do.startswith(do)
     assert files.disk_error(OSError("why"), tmp_path).want is None
+
+
+@pytest.mark.parametrize("sole_writer", [False, True])
+def test_a_write_replaces_files_and_links_but_no_folder_and_no_special_file(tmp_path, sole_writer):
+    """A rename would: `--out /dev/null` as root removed the device."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("fifo", "a FIFO"), ("folder", "a folder")):
+        with pytest.raises(DiskError, match="cannot replace what is not a file") as caught:
+            write_durably(tmp_path / name, b"x", sole_writer=sole_writer)
+        assert caught.value.got == kind
+    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode) and sorted(os.listdir(tmp_path)) == ["fifo", "folder"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "new", "new"):
+        write_durably(tmp_path / name, b"x", sole_writer=sole_writer)
+        assert (tmp_path / name).read_bytes() == b"x"
+
+
+def test_a_name_without_a_last_part_is_refused():
+    with pytest.raises(DiskError, match="got=a folder"):
+        write_durably(Path(), b"x")
+
+
+def test_only_regular_files_are_appended_to(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in ((tmp_path / "fifo", "a FIFO"), ("/dev/null", "a device"), (tmp_path, "Is a directory")):
+        with pytest.raises(OSError, match=kind):
+            files.open_to_append(path)
+    for _ in range(2):
+        descriptor = files.open_to_append(tmp_path / "file")
+        os.write(descriptor, b"x")
+        os.close(descriptor)
+    assert (tmp_path / "file").read_bytes() == b"xx"
 
 
 def test_a_lock_excludes_others_until_it_is_left(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 
 from neox.cpu import cpu_flags, cpuinfo
 from neox.errors import DiskError
-from neox.files import JsonObject, open_no_link, write_durably
+from neox.files import LARGEST_RECORD, JsonObject, open_no_link, open_to_append, parse_json, read_bytes, write_durably
 from neox.plan.devices import device_of_cuda_name
 from neox.train.tensorboard import EventFile, append
 
@@ -99,9 +100,10 @@ def drop_after(folder: Path, step: int) -> int:
         Number of lines moved.
     """
     path = folder / METRICS
-    if not path.exists():
+    try:
+        lines = read_bytes(path, LARGEST_RECORD).splitlines(keepends=True)
+    except FileNotFoundError:
         return 0
-    lines = path.read_bytes().splitlines(keepends=True)
     keep = [line for line in lines if step_of(line) <= step]
     drop = [line for line in lines if step_of(line) > step]
     if not drop:
@@ -117,9 +119,10 @@ def drop_after(folder: Path, step: int) -> int:
 def step_of(line: bytes) -> float:
     """The step of a record; infinity for a line that is not one."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        step = parse_json(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class MetricsLog:
@@ -142,7 +145,7 @@ class MetricsLog:
         self.lost: list[int] = []  # steps whose records were refused since the last successful write
         try:
             self.dropped = drop_after(folder, step)
-            self.file = self.path.open("ab", buffering=0)
+            self.file = io.FileIO(open_to_append(self.path), "ab")
             if tensorboard:
                 self.board = EventFile(folder / "tensorboard", step + 1)
         except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,7 +13,7 @@ from neox.checkpoint.retention import collect_leftovers, folder_step
 from neox.config.schema import Config
 from neox.config.values import dump
 from neox.errors import CheckpointError, DiskError
-from neox.files import make_dirs, probe, write_durably
+from neox.files import LARGEST_RECORD, make_dirs, open_to_append, parse_json, probe, read_bytes, write_durably
 from neox.train.metrics import METRICS
 from neox.train.progress import Progress, close_log
 
@@ -65,7 +65,7 @@ def open_log(run_dir: RunDir, progress: Progress) -> TextIO:
     """Open log.txt for `progress`. Raises DiskError."""
     path = run_dir.path / "log.txt"
     try:
-        log = path.open("a", encoding="utf-8")
+        log = os.fdopen(open_to_append(path), "a", encoding="utf-8")
     except OSError as error:
         raise DiskError("the log cannot be written", where=path, got=error.strerror, do="change run.dir") from error
     progress.write_to(log)
@@ -104,10 +104,11 @@ def note_checkpoint(run_dir: RunDir, saved: Path) -> None:
 def recorded_steps(path: Path) -> int:
     """The last step of metrics.jsonl; 0 if there is none."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_bytes(path, LARGEST_RECORD).splitlines()
     except OSError:
         return 0
     for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may have been cut short
-            return int(json.loads(line)["step"])
+        # the last line may have been cut short
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            return int(parse_json(line)["step"])
     return 0

@@ -1,6 +1,7 @@
 """metrics.jsonl: full precision, nothing twice after a resume, and what the numbers are measured against."""
 
 import json
+import os
 import resource
 
 import pytest
@@ -48,7 +49,10 @@ def test_nothing_to_move_leaves_the_file_alone(tmp_path):
     assert not (tmp_path / "metrics.dropped.jsonl").exists()
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 3}', b"\xff\xfe\n", b"[]\n", b"\n"])
+DAMAGED = [b'{"step": 3, "lo', b'{"step": 3}', b"\xff\xfe\n", b"[]\n", b"\n", b'{"step": "3"}\n', b'{"step": NaN}\n']
+
+
+@pytest.mark.parametrize("tail", [*DAMAGED, b"[" * 100_000 + b"\n"])
 def test_a_line_cut_short_by_a_crash_goes_too(tmp_path, tail):
     write(tmp_path, [1, 2])
     with (tmp_path / "metrics.jsonl").open("ab") as file:
@@ -186,6 +190,12 @@ def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(monkeypatch):
 def test_memory_of_a_gpu_is_what_torch_allocated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2_500_000_000)
     assert memory_gb(torch.device("cuda")) == 2.5
+
+
+def test_a_fifo_in_place_of_the_records_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(DiskError, match="records cannot be written; where=.*metrics.jsonl; got=a FIFO"):
+        MetricsLog(tmp_path, 0, tensorboard=False)
 
 
 def test_a_file_that_was_removed_or_replaced_under_the_run_is_noticed(tmp_path):

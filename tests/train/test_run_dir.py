@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import pytest
 
@@ -58,6 +59,14 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path):
         open_log(RunDir(tmp_path), Progress(None, None, 1, 1))
 
 
+def test_fifos_in_place_of_log_and_records_are_not_waited_for(tmp_path):
+    for name in ("log.txt", "metrics.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DiskError, match="the log cannot be written; where=.*log.txt; got=a FIFO"):
+        open_log(RunDir(tmp_path), Progress(None, None, 1, 1))
+    assert recorded_steps(tmp_path / "metrics.jsonl") == 0
+
+
 def test_the_first_checkpoint_alone_is_noted(tmp_path):
     for step in (2, 4):
         note_checkpoint(RunDir(tmp_path), tmp_path / f"step_{step:08d}")
@@ -65,7 +74,8 @@ def test_the_first_checkpoint_alone_is_noted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "step"), [("", 0), ('{"step": 3}\n[1]\n7\n{"loss": 1}\n{"step": null}\n', 3), ("{}\n", 0)]
+    ("text", "step"),
+    [("", 0), ('{"step": 3}\n[1]\n7\n{"loss": 1}\n{"step": null}\n', 3), ("{}\n", 0), ('{"step": 1e999}\n', 0)],
 )
 def test_lines_without_a_step_are_passed_over(tmp_path, text, step):
     (tmp_path / "metrics.jsonl").write_text(text)

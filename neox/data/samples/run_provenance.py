@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.data.samples.provenance import DocumentSlice
 from neox.data.samples.sample import Dataset
 from neox.errors import ConfigError, DataError
-from neox.files import JsonObject
+from neox.files import LARGEST_RECORD, JsonObject, read_bytes
 
 LOCK, METRICS = "config.lock.yml", "metrics.jsonl"
 
@@ -189,12 +190,12 @@ class RunProvenance:
         """For each recorded step: its number, the samples consumed after it, and its own samples; int64."""
         path = self.run / METRICS
         try:
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            lines = read_bytes(path, LARGEST_RECORD).splitlines(keepends=True) if os.path.lexists(path) else []
             rows = [orjson.loads(line) for line in lines if line.endswith(b"\n")]  # the last line may be incomplete
             numbers = np.array([(row["step"], row["samples"], row["tokens"]) for row in rows], dtype=np.int64).reshape(
                 -1, 3
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError("metrics of the run cannot be read", where=path, got=error) from error
         tokens_per_sample = self.config.tokens_per_sample
         batches = np.diff(numbers[:, 2], prepend=0) // tokens_per_sample
