@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations
 
 import numpy as np
 
+from neox.cli.options import require_at_least
 from neox.config.load import load_config
 from neox.data.samples.builder import documents_of_parts
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
@@ -179,6 +181,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     Raises:
         DataError: the dataset was built with a different tokenizer.
     """
+    require_at_least(args, 0, "samples")
     dataset = IndexedDataset(args.prefix)
     sidecar = dataset.sidecar
     size = dataset.num_tokens * dataset.dtype.itemsize
@@ -253,6 +256,7 @@ def run_verify(args: argparse.Namespace) -> int:
     Raises:
         DataError: something is wrong; the results are printed first.
     """
+    require_at_least(args, 1, "vocab_size")
     checked = [verify(prefix, args.vocab_size) for prefix in args.prefix]
     results = [result for result, _ in checked]
     for result in results if not args.json else []:
@@ -379,6 +383,14 @@ def run_merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def same_file(first: str, second: str) -> bool:
+    """Whether two names lead to the same file, through links too; a missing one does not."""
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
+
+
 def common_tokenizer(datasets: Sequence[IndexedDataset], out: str) -> Sidecar | None:
     """A sidecar with the tokenizer of all datasets; None if some dataset has no sidecar that names one.
 
@@ -387,7 +399,7 @@ def common_tokenizer(datasets: Sequence[IndexedDataset], out: str) -> Sidecar | 
         ConfigError: the result would replace one of its inputs.
     """
     for dataset in datasets:
-        if dataset.prefix == out:
+        if same_file(f"{dataset.prefix}.idx", f"{out}.idx"):
             raise ConfigError("a dataset cannot be merged into itself", where="--out", got=out)
     known = [(dataset, dataset.sidecar) for dataset in datasets if dataset.sidecar is not None]
     named = [

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from neox.checkpoint.retention import scan
+from neox.cli.options import require_at_least
 from neox.config.rules import data_parallel_size
 from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.run_provenance import CheckpointRecord, RunProvenance
@@ -31,6 +32,8 @@ def provenance_of(args: argparse.Namespace) -> RunProvenance:
 
 def run_which(args: argparse.Namespace) -> int:
     """neox data which."""
+    require_at_least(args, 1, "step", "batch", "world_size")
+    require_at_least(args, 0, "document", "rank")
     data = provenance_of(args)
     if args.step is not None:
         show_step(args, data)
@@ -98,6 +101,7 @@ def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
 
 def run_seen(args: argparse.Namespace) -> int:
     """neox data seen."""
+    require_at_least(args, 1, "step", "batch")
     data = provenance_of(args)
     counts = (
         {one.step: one.consumed for one in data.written} if args.step is None else {args.step: data.span(args.step)[1]}

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
+from neox.cli.options import require_at_least
 from neox.data.text.chat import MESSAGES, PAIR, TEMPLATES, ChatEncoding, ChatSummary, find_template, preprocess_chat
 from neox.data.text.encoding import BOS_NAMES, Encoding
 from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
@@ -105,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Preprocess and print the summary."""
     os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    if workers < 0:
-        raise ConfigError("bad number of workers", where="--workers", got=workers, want="0 or more")
+    require_at_least(args, 0, "workers")
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
     with progress_bar() as progress:
         options = Options(workers, args.bad_lines, args.overwrite, args.resume)
@@ -133,7 +133,7 @@ def text_encoding(args: argparse.Namespace) -> Encoding:
         tokenizer=args.tokenizer,
         eod_token=args.eod_token,
         append_eod=args.append_eod,
-        json_key=args.json_key or "text",
+        json_key="text" if args.json_key is None else args.json_key,
         specials_as_text=args.special_tokens == "text",
         form=args.format,
         prepend_bos=args.prepend_bos,
@@ -160,7 +160,7 @@ def chat_encoding(args: argparse.Namespace) -> ChatEncoding:
             where=excluded[0],
             do="leave it out; the chat template adds the special tokens",
         )
-    keys = PAIR if args.pairs else (args.json_key or MESSAGES[0],)
+    keys = PAIR if args.pairs else (MESSAGES[0] if args.json_key is None else args.json_key,)
     return ChatEncoding(
         args.tokenizer,
         args.eod_token,

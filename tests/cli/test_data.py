@@ -138,6 +138,34 @@ def test_merge(prefix, tmp_path, capsys):
     assert "cannot be merged into itself" in capsys.readouterr().err
 
 
+def test_merge_into_an_input_by_another_name_is_refused(prefix, tmp_path, monkeypatch, capsys):
+    """It would replace an input, and merging again would double it."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for out in ("d", "./d", "link/d", str(tmp_path / "link" / ".." / tmp_path.name / "d")):
+        assert main(["data", "merge", prefix, prefix, "--out", out, "--overwrite"]) == 2
+        assert "cannot be merged into itself" in capsys.readouterr().err
+    assert len(IndexedDataset(prefix)) == 3
+
+
+@pytest.mark.parametrize("name", ["", "/", "/.", "/.."])
+def test_a_prefix_without_a_name_is_refused(tmp_path, capsys, prefix, name):
+    """It would be written as the hidden files .bin and .idx."""
+    out = str(tmp_path / "folder") + name if name else ""
+    for arguments in (["merge", prefix, "--out", out], ["inspect", out], ["verify", out]):
+        assert main(["data", *arguments]) == 3
+        assert "error[3] name of a dataset is missing; where=" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_options_out_of_range(prefix, capsys):
+    assert main(["data", "inspect", prefix, "--samples", "-1"]) == 2
+    assert "option out of range; where=--samples; got=-1; want=at least 0" in capsys.readouterr().err
+    for size in ("0", "-5"):
+        assert main(["data", "verify", prefix, "--vocab-size", size]) == 2
+        assert f"option out of range; where=--vocab-size; got={size}" in capsys.readouterr().err
+
+
 def test_merge_refuses_other_tokenizers_and_types(prefix, tmp_path, capsys):
     with IndexedWriter(tmp_path / "o", "uint16", tokenizer_hash="0" * 64) as writer:
         writer.add_document([1])

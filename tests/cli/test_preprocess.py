@@ -95,7 +95,7 @@ def test_a_bos_is_prepended_when_asked_for(corpus, capsys):
 
 def test_bad_options(corpus, capsys):
     assert call(corpus, "--workers", "-1") == 2
-    assert "error[2] bad number of workers; where=--workers; got=-1" in capsys.readouterr().err
+    assert "error[2] option out of range; where=--workers; got=-1; want=at least 0" in capsys.readouterr().err
     assert call(corpus, "--suffix", ".md") == 3
     assert "folder has no input files" in capsys.readouterr().err
 

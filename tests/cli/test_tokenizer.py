@@ -44,6 +44,21 @@ def test_a_bad_line_stops_with_code_3_and_keeps_nothing(folder, capsys):
     assert not (folder / "t.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--vocab-size", "1000000000000"], "vocabulary is too large; where=--vocab-size"),
+        (["--vocab-size", "99999999999999999999999"], "vocabulary is too large; where=--vocab-size"),
+        (["--vocab-size", "300", "--eod-token", ""], "special token is empty"),
+        (["--vocab-size", "300", "--special-token", ""], "special token is empty"),
+    ],
+)
+def test_impossible_vocabularies_are_refused(folder, capsys, arguments, what):
+    """The library would abort the process for the first."""
+    assert call(folder, *arguments, "--bad-lines", "skip") == 2
+    assert f"error[2] {what}" in capsys.readouterr().err and not (folder / "t.json").exists()
+
+
 def test_a_small_vocabulary_is_refused(folder, capsys):
     assert call(folder, "--vocab-size", "100") == 2
     assert "at least 257" in capsys.readouterr().err

@@ -42,6 +42,21 @@ def make_folder(folder: str) -> None:
         ) from problem
 
 
+def check_prefix(prefix: str) -> None:
+    """Check that a prefix has a name that `.bin` can be appended to.
+
+    Raises:
+        DataError: it is empty, or a folder.
+    """
+    if os.path.basename(prefix) in ("", os.curdir, os.pardir):
+        raise DataError(
+            "name of a dataset is missing",
+            where=prefix or "''",
+            want="a path without suffix, such as data/corpus for data/corpus.bin",
+            do="append a name",
+        )
+
+
 class IndexedDataset:
     """A tokenized corpus, memory-mapped.
 
@@ -60,6 +75,7 @@ class IndexedDataset:
         self.prefix = os.fspath(prefix)
         if "\0" in self.prefix:  # the system would end the name there
             raise DataError("impossible path of a dataset", where=repr(self.prefix), got="a NUL character")
+        check_prefix(self.prefix)
         self._core = core.Dataset(os.fsencode(self.prefix))
         self.dtype = np.dtype(self._core.dtype)
         self.num_documents: int = self._core.num_documents
@@ -276,6 +292,7 @@ class IndexedWriter:
         resume: tuple[int, int, int] | None = None,
     ):
         self.prefix = os.fspath(prefix)
+        check_prefix(self.prefix)
         existing = [path for path in (f"{self.prefix}.idx", f"{self.prefix}.bin") if os.path.lexists(path)]
         if existing and not overwrite:
             raise DataError("dataset already exists", where=existing[0], do="choose another --out, or pass --overwrite")

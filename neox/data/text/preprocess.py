@@ -245,7 +245,7 @@ class Output:
 
 def bad_line_error(bad: BadLine) -> DataError:
     """The error for a bad line under "fail"."""
-    do = "fix the input, or pass --bad-lines skip or quarantine"
+    do = "fix the input, or leave bad lines out: neox preprocess --bad-lines skip (or quarantine)"
     return DataError("bad line" if bad.line else "bad file", where=bad.where, got=bad.reason, do=do)
 
 

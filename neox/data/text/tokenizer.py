@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # in order of preference
+LARGEST_VOCABULARY = 1 << 24  # the `tokenizers` library allocates for all of it, and aborts where it cannot
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
 
 
@@ -272,11 +273,16 @@ def train_tokenizer(
         show_progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: vocab_size below 257 and one more for each further special token.
+        ConfigError: vocab_size below 257 and one more for each further special token, or above 2^24; an empty token.
         DataError: no text.
         DiskError: the file cannot be written.
     """
     least = SMALLEST_VOCABULARY + len(set(special_tokens) - {eod_token})
+    if vocab_size > LARGEST_VOCABULARY:
+        want = f"at most {LARGEST_VOCABULARY}"
+        raise ConfigError("vocabulary is too large", where="--vocab-size", got=vocab_size, want=want)
+    if not all((eod_token, *special_tokens)):
+        raise ConfigError("special token is empty", where="--eod-token, --special-token", want="at least one character")
     if vocab_size < least:
         raise ConfigError(
             "vocabulary is too small for byte-level BPE", where="--vocab-size", got=vocab_size, want=f"at least {least}"
