@@ -14,6 +14,7 @@ from neox.checkpoint.find import resolve
 from neox.checkpoint.reader import Checkpoint
 from neox.cli.generate import run_tokenizer, usable_device
 from neox.cli.layout import add_layout_arguments, join_layout
+from neox.cli.options import require_at_least
 from neox.config.load import loads
 from neox.config.schema import ModelConfig
 from neox.data.store.indexed import IndexedDataset
@@ -70,10 +71,8 @@ def show_progress(done: int, total: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print. Return the exit code."""
-    for key in ("seq_length", "batch_size", "max_documents", "limit"):
-        value = vars(args)[key]
-        if value is not None and value <= 0:
-            raise ConfigError("option out of range", where=f"--{key.replace('_', '-')}", got=value, want="> 0")
+    require_at_least(args, 1, "seq_length", "batch_size", "max_documents", "limit")
+    require_at_least(args, 0, "num_fewshot")
     usable_device(args.device)
     if (args.data is None) == (args.tasks is None):
         raise ConfigError(
@@ -112,11 +111,13 @@ def run(args: argparse.Namespace) -> int:
 
 def run_on_tasks(args: argparse.Namespace) -> int:
     """Evaluate on tasks of lm-evaluation-harness and print the results as a table or as JSON."""
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("no task", where="--tasks", got=args.tasks, want="names, separated by commas")
     checkpoint = resolve(args.checkpoint)
     tokenizer = run_tokenizer(checkpoint, args.tokenizer)
     mesh = join_layout(args, ModelConfig(**Checkpoint(checkpoint).model_config))
     model = load_model(checkpoint, dtype=DTYPES[args.dtype], mesh=mesh)
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     found = run_tasks(
         model,
         tokenizer,

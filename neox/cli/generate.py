@@ -17,6 +17,7 @@ import torch
 from neox.checkpoint.find import resolve
 from neox.checkpoint.reader import Checkpoint
 from neox.cli.layout import add_layout_arguments, join_layout
+from neox.cli.options import require_at_least
 from neox.config.load import loads
 from neox.config.schema import ModelConfig
 from neox.data.text.tokenizer import Tokenizer
@@ -114,12 +115,22 @@ def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
     """Return the tokenizer of a file or, without one, the tokenizer of the run.
 
     Raises:
-        ConfigError: neither exists.
+        ConfigError: neither exists, or the file has more ids than the model.
     """
-    section = loads(Checkpoint(checkpoint).config_lock).tokenizer
+    config = loads(Checkpoint(checkpoint).config_lock)
+    section = config.tokenizer
     ends = () if section.special_ids is None else section.special_ids.ends()
     if file is not None:
-        return Tokenizer(file, end_ids=ends)
+        tokenizer = Tokenizer(file, end_ids=ends)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                "tokenizer ids exceed the vocabulary of the model",
+                where=f"--tokenizer {file}",
+                got=tokenizer.vocab_size,
+                want=f"at most {config.model.vocab_size}",
+                do="pass the tokenizer that the model was trained with",
+            )
+        return tokenizer
     if section.file is None:
         raise ConfigError("the run has no tokenizer", where=f"{checkpoint}: tokenizer.file", do="pass --tokenizer FILE")
     if not Path(section.file).is_file():
@@ -127,7 +138,7 @@ def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
             "tokenizer of the run is missing",
             where=f"{checkpoint}: tokenizer.file",
             got=section.file,
-            do="pass --tokenizer FILE",
+            do="start in the working folder of the run, or pass --tokenizer FILE",
         )
     return Tokenizer(section.file, section.eod_token, end_ids=ends)
 
@@ -269,11 +280,7 @@ def run(args: argparse.Namespace) -> int:
             interrupt.
     """
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    for name in ("unconditional", "batch_size"):
-        if vars(args)[name] is not None and vars(args)[name] <= 0:
-            raise ConfigError(
-                "option out of range", where=f"--{name.replace('_', '-')}", got=vars(args)[name], want="> 0"
-            )
+    require_at_least(args, 1, "unconditional", "batch_size")
     modes = [bool(args.prompt or args.prompt_file), args.unconditional is not None, args.interactive]
     if sum(modes) > 1:
         raise ConfigError(
@@ -281,6 +288,7 @@ def run(args: argparse.Namespace) -> int:
             where="neox generate",
             want="exactly one of --prompt (or --prompt-file), --unconditional, --interactive",
         )
+    refuse_unused(args)
     prompts = [] if args.interactive else [""] * args.unconditional if args.unconditional else read_prompts(args)
     # an interrupt raises KeyboardInterrupt while it waits for a line
     with contextlib.nullcontext(None) if args.interactive else StopSignals() as signals:
@@ -315,6 +323,19 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.nullcontext(sys.stdout) if name is None else open_output(name) as out:
             Writer(args, (model, tokenizer, params), out, signals).write(prompts, encoded)
     return 0
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        ConfigError: an option does not apply to a dialogue, or two formats are given.
+    """
+    given = [f"--{name}" for name in ("json", "jsonl", "out") if vars(args)[name]]
+    if args.interactive and given:
+        raise ConfigError("option does not apply to a dialogue", where=given[0], do="omit it, or omit --interactive")
+    if args.json and args.jsonl:
+        raise ConfigError("conflicting options", where="neox generate", want="--json or --jsonl")
 
 
 def join_or_stop(args: argparse.Namespace, config: ModelConfig, signals: StopSignals | None) -> Mesh:
@@ -358,25 +379,35 @@ def first_tokens(tokenizer: Tokenizer, *, bos: bool = True) -> list[int]:
     return [tokenizer.eod_id]
 
 
-def open_output(name: str) -> TextIO:
-    """Open a file for writing.
+@contextlib.contextmanager
+def open_output(name: str) -> Iterator[TextIO]:
+    """Open a file for writing, for the body of a `with`.
 
     Raises:
-        DiskError: the file cannot be created.
+        DiskError: the file cannot be created or written.
     """
     try:
-        return open(name, "w", encoding="utf-8")
+        with open(name, "w", encoding="utf-8") as file:
+            yield file
     except OSError as error:
         raise DiskError("cannot write the texts", where=name, got=error.strerror, do="choose another --out") from error
 
 
 def converse(session: Session) -> int:
-    """Answer input lines until /quit or the end of the input."""
+    """Answer input lines until /quit or the end of the input.
+
+    Raises:
+        ConfigError: the input is not UTF-8.
+    """
     terminal = sys.stdin.isatty()
     while True:
         if terminal:
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            got = f"byte {error.object[error.start]:#04x}"
+            raise ConfigError("input is not UTF-8", where="standard input", got=got, want="text in UTF-8") from error
         if not line or line.strip() == "/quit":
             return 0
         if line.strip() == "/reset":

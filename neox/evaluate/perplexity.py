@@ -109,7 +109,7 @@ def evaluate(
         ConfigError: windows longer than the model has positions.
     """
     config = model.config
-    if config.position_embedding == "learned" and seq_length > config.max_position_embeddings:
+    if config.position_embedding in ("rotary", "learned") and seq_length > config.max_position_embeddings:
         raise ConfigError(
             "window longer than the model has positions",
             where="seq_length",

@@ -143,7 +143,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], params:
                 "empty prompt",
                 where=f"prompt {number}",
                 want="at least one token",
-                do="start from the end-of-document token",
+                do="give a text, or start from the end-of-document token (--unconditional)",
             )
         outside = [token for token in prompt if not 0 <= token < vocab_size]
         if outside:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from neox.data.text.reading import is_unicode
 from neox.data.text.tokenizer import Tokenizer
+from neox.errors import ConfigError
+from neox.printing import printable
 
 UNDECODED = "\ufffd"  # decoded in place of a character whose last bytes are still missing
 CONTEXT = 8  # last tokens of the prompt that an answer is decoded with
@@ -18,7 +21,13 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True) -> list[
         text: the prompt.
         bos: add the tokens of the tokenizer's template, such as a leading `<s>`, unless the text begins with them. This
             is what transformers and `neox evaluate --tasks` do.
+
+    Raises:
+        ConfigError: the text has bytes that are not UTF-8.
     """
+    if not is_unicode(text):
+        got = printable(text[:80])
+        raise ConfigError("prompt is not UTF-8", where="--prompt", got=got, want="text that UTF-8 can encode")
     tokens = tokenizer.encode(text)
     prefix = tokenizer.template_tokens[0]
     if not bos or (prefix and tokens[: len(prefix)] == prefix):

@@ -9,6 +9,7 @@ import torch
 
 from neox.errors import ConfigError
 
+LOWEST_TEMPERATURE = 1e-5  # logits divided by less overflow in fp32
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd 64-bit constant: neighbouring prompts get seeds far apart
 
 
@@ -38,10 +39,10 @@ class SamplingParams:
     def __post_init__(self):
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "> 0")
         _require(
-            self.temperature >= 0 and math.isfinite(self.temperature),
+            self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf,
             "temperature",
             self.temperature,
-            "finite and >= 0",
+            f"0 (greedy), or finite and >= {LOWEST_TEMPERATURE}",
         )
         _require(self.top_k is None or self.top_k > 0, "top_k", self.top_k, "> 0")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")

@@ -58,6 +58,13 @@ def test_json_and_text_agree_with_the_function(place, capsys):
     assert f"loss {expected.loss:.4f}" in printed and f"bits per byte {expected.bits_per_byte:.4f}" in printed
 
 
+def test_no_task_and_few_shots_below_zero_are_refused(place, capsys):
+    assert call("--checkpoint", place / "run", "--tasks", " , ") == 2
+    assert "error[2] no task; where=--tasks" in capsys.readouterr().err
+    assert call("--checkpoint", place / "run", "--tasks", "a", "--num-fewshot", -1) == 2
+    assert "option out of range; where=--num-fewshot; got=-1; want=at least 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--seq-length", "--batch-size", "--max-documents", "--limit"])
 def test_counts_below_one_are_refused(place, capsys, option):
     for value in (0, -1):

@@ -190,9 +190,9 @@ def test_stop_texts_begin_with_the_space_that_follows_the_prompt(llama_run, caps
             "--interactive",
         ),
         (["--prompt", "a", "--temperature", "-1"], "sampling parameter out of range; where=temperature"),
-        (["--prompt", "a", "--batch-size", "0"], "option out of range; where=--batch-size; got=0; want=> 0"),
-        (["--unconditional", "0"], "option out of range; where=--unconditional; got=0; want=> 0"),
-        (["--unconditional", "-1"], "option out of range; where=--unconditional; got=-1; want=> 0"),
+        (["--prompt", "a", "--batch-size", "0"], "option out of range; where=--batch-size; got=0; want=at least 1"),
+        (["--unconditional", "0"], "option out of range; where=--unconditional; got=0; want=at least 1"),
+        (["--unconditional", "-1"], "option out of range; where=--unconditional; got=-1; want=at least 1"),
         (["--prompt", "a", "--unconditional", "1"], "conflicting options.*exactly one of"),
         (["--prompt", "a", "--tokenizer", "nowhere.json"], r"nowhere\.json"),
         (
@@ -273,6 +273,37 @@ def test_a_dialogue_remembers_and_forgets(run_folder, capsys, monkeypatch):
     )[0]
     answers = [tokenizer.decode(tokens) for tokens in (first, second, first)]
     assert text == "".join(f"{answer}\n" for answer in answers)
+
+
+@pytest.mark.parametrize("option", [["--json"], ["--jsonl"], ["--out", "answers.txt"]])
+def test_options_without_effect_on_a_dialogue_are_refused(run_folder, capsys, option):
+    assert call("--checkpoint", run_folder, "--interactive", *option) == 2
+    assert f"option does not apply to a dialogue; where={option[0]}" in capsys.readouterr().err
+    assert call("--checkpoint", run_folder, "--prompt", "a", "--json", "--jsonl") == 2
+    assert "want=--json or --jsonl" in capsys.readouterr().err
+
+
+def test_text_that_is_not_utf8_is_refused(run_folder, capsys, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"the fox\n\xff\xfe\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert call("--checkpoint", run_folder, "--interactive", "--max-new-tokens", 2) == 2
+    assert "error[2] input is not UTF-8; where=standard input; got=byte 0xff" in capsys.readouterr().err
+    assert call("--checkpoint", run_folder, "--prompt", "a\udcff") == 2
+    assert r"error[2] prompt is not UTF-8; where=--prompt; got=a\xff" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run_folder, tmp_path, capsys):
+    train_tokenizer([TEXT, "and more words of another corpus " * 9], 330, tmp_path / "other.json")
+    assert call("--checkpoint", run_folder, "--prompt", "a", "--tokenizer", tmp_path / "other.json") == 2
+    assert "tokenizer ids exceed the vocabulary of the model; where=--tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompts", [["--prompt", "a"], ["--prompt", "a", "--prompt", "b", "--jsonl"]])
+def test_a_full_disk_under_the_output_file_is_named(run_folder, capsys, prompts):
+    assert call("--checkpoint", run_folder, *prompts, "--max-new-tokens", 3, "--out", "/dev/full") == 5
+    assert capsys.readouterr().err == (
+        "error[5] cannot write the texts; where=/dev/full; got=No space left on device; do=choose another --out\n"
+    )
 
 
 def test_one_kind_of_prompt(run_folder, capsys):

@@ -104,14 +104,15 @@ def test_wrong_data_is_named(model, tmp_path):
         evaluate(model, IndexedDataset(tmp_path / "none"), seq_length=8)
 
 
-def test_windows_longer_than_the_positions_are_refused(dataset):
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_windows_longer_than_the_positions_are_refused(dataset, positions):
     config = ModelConfig(
         num_layers=1,
         hidden_size=32,
         num_attention_heads=2,
         vocab_size=31,
         max_position_embeddings=16,
-        position_embedding="learned",
+        position_embedding=positions,
     )
     with pytest.raises(ConfigError, match="window longer than the model has positions"):
         evaluate(GPT(config, Mesh.single()), dataset, seq_length=17)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox.errors import ConfigError
-from neox.generate.sampling import SamplingParams, choose, filter_logits, prompt_generator
+from neox.generate.sampling import LOWEST_TEMPERATURE, SamplingParams, choose, filter_logits, prompt_generator
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,7 @@ from neox.generate.sampling import SamplingParams, choose, filter_logits, prompt
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1e-320}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": 0}, "top_k"),
@@ -89,6 +90,12 @@ def test_draws_follow_the_distribution():
     share = choose(logits, SamplingParams(), [generator] * 4000).bincount(minlength=3) / 4000
     assert share[2] == 0
     assert abs(share[1].item() - 0.75) < 0.03
+
+
+def test_the_lowest_temperature_is_still_finite():
+    logits = torch.tensor([[1e4, 0.0, -1e4]])
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits, SamplingParams(temperature=LOWEST_TEMPERATURE), [generator]).tolist() == [0]
 
 
 def test_temperature_sharpens():
