@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
         DiskError: the page cannot be written.
     """
     runs = [read_run(folder) for folder in args.runs]
+    html = page(runs)  # before an earlier report is replaced
     try:
         with open(args.out, "w", encoding="utf-8") as file:
-            file.write(page(runs))
+            file.write(html)
     except OSError as error:
         raise DiskError(
             "cannot write the report", where=args.out, got=error.strerror, do="choose another --out"

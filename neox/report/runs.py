@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 from neox.config.load import loads
 from neox.config.schema import Config
 from neox.config.values import flatten
 from neox.errors import DataError
-from neox.files import JsonObject
+from neox.files import LARGEST_RECORD, JsonObject, JsonValue, parse_json, read_bytes, read_json, read_text
 
 # Parts of the lines in log.txt that are incidents.
 INCIDENTS = (
@@ -114,11 +115,13 @@ def read_run(folder: str | Path) -> RunRecord:
         DataError: metrics or config are missing or cannot be read.
     """
     path = Path(folder)
+    log = path / "log.txt"
     try:
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        config = loads((path / "config.lock.yml").read_text(encoding="utf-8"), str(path / "config.lock.yml"))
-        log = path / "log.txt"
-        text = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        lines = read_bytes(path / "metrics.jsonl", LARGEST_RECORD).split(b"\n")
+        config = loads(read_text(path / "config.lock.yml"), str(path / "config.lock.yml"))
+        text = read_bytes(log, LARGEST_RECORD).decode(errors="replace").splitlines() if os.path.isfile(log) else []
+    except UnicodeDecodeError as error:
+        raise DataError("config of the run is damaged", where=path / "config.lock.yml", got=error) from error
     except OSError as error:
         raise DataError(
             "not the folder of a run",
@@ -128,20 +131,35 @@ def read_run(folder: str | Path) -> RunRecord:
             do="pass the folder run.dir",
         ) from error
     rows = []
+    while lines and not lines[-1]:
+        lines.pop()
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            float(row["step"])
-            float(row["loss"] or 0.0)  # null: a skipped step
+            rows.append(read_row(line))
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):  # an incomplete line at the end of a running training
                 break
             raise DataError("metrics cannot be read", where=f"{path / 'metrics.jsonl'}:{number}", got=error) from error
-        rows.append(row)
     if not rows:
         raise DataError("no steps recorded", where=path / "metrics.jsonl", do="wait for the first step")
     events = [line for line in text if any(word in line for word in INCIDENTS)]
     return RunRecord(str(folder), config, rows, events, read_plan(path / "plan.json"))
+
+
+def read_row(line: bytes) -> JsonObject:
+    """Parse a line of metrics.jsonl: an object of numbers, texts and null, with `step` and `loss`.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is something else.
+    """
+    row = parse_json(line)
+    if not isinstance(row, dict) or isinstance(row["step"], bool) or not isinstance(row["step"], int):
+        raise TypeError("not an object with a step")
+    if not isinstance(row["loss"], (int, float, NoneType)):  # null: a skipped step
+        raise TypeError(f"loss is {row['loss']!r}")
+    if not isinstance(row.get("tokens", 0), int):
+        raise TypeError(f"tokens is {row['tokens']!r}")
+    return row
 
 
 def read_plan(path: Path) -> JsonObject:
@@ -150,16 +168,25 @@ def read_plan(path: Path) -> JsonObject:
     Raises:
         DataError: the file is damaged.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {
+        content = read_json(path)
+        found = {
             key: {which: content[key][which] for which in ("planned", "measured")}
             for key in ("memory_bytes", "step_seconds")
         }
+        wrong = [value for each in found.values() for value in each.values() if not is_number(value)]
+        if wrong:
+            raise TypeError(f"{wrong[0]!r} is not a number")
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("cannot read plan.json", where=path, got=error, do="remove it") from error
+
+
+def is_number(value: JsonValue) -> bool:
+    """Whether a JSON value is a number, or null for one that is unknown."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def differences(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:

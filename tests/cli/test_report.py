@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from neox.cli.main import main
 from tests.report.records import write_run
 
@@ -15,6 +17,20 @@ def test_report_of_two_runs(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [run["steps"] for run in found["runs"]] == ["120 of 120"] * 2 and len(found["runs"][0]["incidents"]) == 3
     assert out.read_text().startswith("<!doctype html>")
+
+
+def test_a_page_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    write_run(tmp_path / "a")
+    out = tmp_path / "page.html"
+    out.write_text("earlier")
+
+    def fail(runs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("neox.cli.report.page", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["report", str(tmp_path / "a"), "--out", str(out)])
+    assert out.read_text() == "earlier"
 
 
 def test_what_is_no_run_and_where_nothing_can_be_written(tmp_path, capsys):

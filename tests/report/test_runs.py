@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -65,6 +66,40 @@ def test_a_line_being_written_is_left_out_a_damaged_one_is_named(tmp_path):
         read_run(tmp_path / "run")
     with pytest.raises(DataError, match="not the folder of a run"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("metrics.jsonl", b"\xff\xfe\x00\n" * 9, "metrics cannot be read"),
+        ("metrics.jsonl", b"[" * 100_000 + b'\n{"step": 1, "loss": 1}\n', "metrics cannot be read"),
+        ("metrics.jsonl", b'{"step": "1", "loss": 1}\n{"step": 2, "loss": 1}\n', "metrics cannot be read"),
+        ("metrics.jsonl", b'{"step": NaN, "loss": 1}\n{"step": 2, "loss": 1}\n', "metrics cannot be read"),
+        ("metrics.jsonl", b'{"step": 1, "loss": "1"}\n{"step": 2, "loss": 1}\n', "loss is '1'"),
+        ("metrics.jsonl", b'{"step": 1, "loss": 1, "tokens": "x"}\n{"step": 2, "loss": 1}\n', "tokens is 'x'"),
+        ("config.lock.yml", b"\xff\xfe\x00", "config of the run is damaged"),
+        ("plan.json", b"\xff", "cannot read plan.json"),
+        (
+            "plan.json",
+            b'{"memory_bytes": {"planned": "a", "measured": 1}, "step_seconds": {"planned": 1, "measured": 2}}',
+            "'a' is not a number",
+        ),
+    ],
+)
+def test_records_that_are_garbage_are_named(tmp_path, name, content, problem):
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.lock.yml"])
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path, name):
+    folder = write_run(tmp_path / "run")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match="got=a FIFO, not a regular file"):
+        read_run(folder)
 
 
 def test_planned_and_measured_values_are_shown(tmp_path):
