@@ -146,6 +146,8 @@ def resolve(path: str | Path) -> Path:
         "a folder with manifest.json, or a folder of such folders",
         "name the folder of a run, or one step_... folder",
     )
+    if os.path.isfile(path / "config.json"):
+        do = "this may be a Hugging Face model: neox import --from it, and name the result"
     raise CheckpointError("no checkpoint found", where=path, got=listing(parent), want=want, do=do)
 
 

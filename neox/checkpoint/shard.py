@@ -138,7 +138,9 @@ def check_header(raw: bytes | memoryview, size: int, where: object) -> dict[str,
             key that is a path; or its tensors overlap, leave gaps, or do not fill the file exactly.
     """
     length = int.from_bytes(raw[:8], "little")
-    if size < 8 or length > min(size - 8, HEADER_LIMIT):
+    if size < 8:
+        raise CheckpointError("file is empty or too short for a header", where=where, got=f"{size} bytes")
+    if length > min(size - 8, HEADER_LIMIT):
         raise CheckpointError(
             "header is longer than the file allows",
             where=where,

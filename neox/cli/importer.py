@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise describe(source) or CheckpointError(
             "not a model",
             where=source,
+            got=None if os.path.lexists(source) else "no such folder",
             want="a folder with config.json, or a checkpoint of GPT-NeoX",
             do="download the model first: hf download NAME --local-dir DIR",
         )

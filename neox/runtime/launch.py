@@ -9,6 +9,7 @@ from neox.errors import EnvironmentProblem
 from neox.runtime.nodelist import expand_hosts
 
 MOST_PROCESSES = 1 << 20
+MOST_THREADS = 1 << 16
 DEFAULT_PORT = "29500"
 
 # Launcher -> the names of its variables for RANK, LOCAL_RANK and WORLD_SIZE. The first launcher whose WORLD_SIZE is set
@@ -105,7 +106,7 @@ def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
             where="MASTER_ADDR",
             got=environment.get("MASTER_ADDR"),
             want="host name of the first process",
-            do=f"export MASTER_ADDR; {launcher} does not set it",
+            do="export MASTER_ADDR=HOST",
         )
     port = environment if "MASTER_PORT" in environment or launcher not in LAUNCHERS else {"MASTER_PORT": DEFAULT_PORT}
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -121,8 +122,15 @@ def check_threads(environment: Mapping[str, str]) -> None:
     text = environment.get("OMP_NUM_THREADS")
     if text is None:
         return
-    for number in text.split(","):
-        read_number({"OMP_NUM_THREADS": number.strip()}, "OMP_NUM_THREADS", 1, 1 << 16)
+    for number in map(str.strip, text.split(",")):
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= MOST_THREADS:
+            raise EnvironmentProblem(
+                "number of threads is wrong",
+                where="OMP_NUM_THREADS",
+                got=text,
+                want=f"a number from 1 to {MOST_THREADS}, or such numbers separated by commas",
+                do="unset it, or export OMP_NUM_THREADS=1",
+            )
 
 
 def first_host(nodes: str) -> str:

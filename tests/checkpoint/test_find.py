@@ -82,6 +82,12 @@ def test_find_explicit_path(tmp_path):
         find(tmp_path, str(tmp_path / "wrong" / "path"))
 
 
+def test_a_hugging_face_model_is_told_from_a_mistyped_name(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint found.*do=this may be a Hugging Face model: neox import"):
+        resolve(tmp_path)
+
+
 @pytest.mark.parametrize("hint", [True, False])
 def test_a_damaged_newest_is_not_replaced_by_an_older_one(tmp_path, hint):
     """Its manifest has no readable generation: the hint, or its step, shows that it is the newest."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from neox.checkpoint.manifest import BLOCK, read_manifest
+from neox.checkpoint.shard import check_header
 from neox.checkpoint.shard_reader import ShardReader, read_block
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import save_one
@@ -98,6 +99,8 @@ def test_a_header_that_contradicts_the_manifest(saved):
     path, manifest, shard = saved
     with pytest.raises(CheckpointError, match=r"shard is damaged; where=.*header; got=sha256"):
         ShardReader(path, dataclasses.replace(manifest.files[0], header_sha256="0" * 64), manifest)
+    with pytest.raises(CheckpointError, match=r"file is empty or too short for a header; where=x; got=0 bytes"):
+        check_header(b"", 0, "x")
     with pytest.raises(CheckpointError, match="header is longer than the file"):
         ShardReader(path, dataclasses.replace(manifest.files[0], header=1 << 30), manifest)
     segment = dataclasses.replace(manifest.files[0].segments[0], stop=COUNT - 1)

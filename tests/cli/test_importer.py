@@ -196,7 +196,7 @@ def test_errors_name_why_an_import_fails(folder, tmp_path, capsys):
     for line, said in zip(
         lines,
         [
-            "not a model",
+            "got=no such folder; want=a folder with config.json",
             "with a config on the command line",
             "tokenizer file is missing",
             "would overwrite",

@@ -52,6 +52,8 @@ def test_a_wrong_variable_is_named(name, value):
     with pytest.raises(EnvironmentProblem, match=rf"error\[14\].*where={name}") as problem:
         read_launch_info(broken)
     assert problem.value.exit_code == 14
+    if name == "OMP_NUM_THREADS":  # which no launcher sets to such a value
+        assert problem.value.do == "unset it, or export OMP_NUM_THREADS=1"
 
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[03-04,9]"}
