@@ -30,11 +30,10 @@ def tokenizer_ids(file: str) -> dict[str, int]:
         }
     else:
         raise ValueError("missing `model.vocab`")
-    ids |= {
-        str(token.get("content")): token.get("id")
-        for token in content.get("added_tokens") or []
-        if isinstance(token, dict)
-    }
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise ValueError("`added_tokens` is not a list")
+    ids |= {str(token.get("content")): token.get("id") for token in added if isinstance(token, dict)}
     if not ids or not all(type(number) is int and number >= 0 for number in ids.values()):
         raise ValueError("token ids that are not numbers")
     return ids

@@ -151,6 +151,7 @@ def test_integers_have_bounds_within_which_all_arithmetic_is_exact():
         ("{", "t.json:"),
         ("[]", "missing `model`"),
         ('{"model": {}}', "missing `model.vocab`"),
+        ('{"model": {"vocab": {"a": 0}}, "added_tokens": 5}', "`added_tokens` is not a list"),
         ('{"model": {"vocab": {"a": "b"}}}', "not numbers"),
         (None, "No such file"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from neox.config.rules.conflict import Conflict, Environment
 from neox.config.schema import Config, ModelConfig
-from neox.config.vocabulary import tokenizer_vocab_size
+from neox.config.vocabulary import tokenizer_ids
 
 MAX_HEAD_DIM = 256  # of the native attention kernels
 
@@ -100,16 +100,21 @@ def row_biases(config: Config, _: Environment) -> Iterator[Conflict]:
 
 
 def vocabulary(config: Config, _: Environment) -> Iterator[Conflict]:
-    """The vocabulary must contain every id of the tokenizer."""
+    """The vocabulary must contain every id of the tokenizer, and the tokenizer the end-of-document token."""
     if config.tokenizer.file is None:
         return
     try:
-        size = tokenizer_vocab_size(config.tokenizer.file)
+        ids = tokenizer_ids(config.tokenizer.file)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         facts = (("reason", reason),)
         yield Conflict("cannot read the tokenizer", ("tokenizer.file",), "a `tokenizers` JSON file", facts=facts)
         return
+    size = max(ids.values()) + 1
+    eod_token = config.tokenizer.eod_token
+    if eod_token is not None and eod_token not in ids:
+        keys, rule = ("tokenizer.eod_token", "tokenizer.file"), "a token of tokenizer.file"
+        yield Conflict("end-of-document token is not in the vocabulary", keys, rule)
     if size > config.model.vocab_size:
         keys, rule = ("model.vocab_size", "tokenizer.file"), f"vocab_size at least {size}"
         yield Conflict("tokenizer ids exceed the vocabulary", keys, rule, "omit model.vocab_size", (("ids", size),))

@@ -21,3 +21,15 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path):
     ):
         validate(config, 1, "cpu")
     validate(load_config(overrides=[*BASE, f"tokenizer.file={file}", "model.vocab_size=101"]), 1, "cpu")
+
+
+def test_an_end_of_document_token_that_the_tokenizer_lacks(tmp_path):
+    """A run would train with it, and generation from its checkpoints would fail."""
+    file = tmp_path / "t.json"
+    added = [{"content": "<eod>", "id": 2}]
+    file.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": added}))
+    options = [*BASE, f"tokenizer.file={file}"]
+    with pytest.raises(ConfigError, match="token is not in the vocabulary; where=.*tokenizer.eod_token"):
+        validate(load_config(overrides=[*options, "tokenizer.eod_token=zzz"]), 1, "cpu")
+    for token in ("a", "<eod>", "null"):
+        validate(load_config(overrides=[*options, f"tokenizer.eod_token={token}"]), 1, "cpu")

@@ -98,7 +98,10 @@ def test_every_conflict_has_a_case(tmp_path, monkeypatch):
     for module in MODULES:
         monkeypatch.setattr(module, "Conflict", recorded)
     file = f"tokenizer.file={tmp_path}/t.json"
-    for case in (*CASES, Case((file,), ()), Case((file, "data.fim.rate=0.5"), ())):
+    long = f"run.dir={'a' * 300}"  # an error shows its beginning
+    for options in ((file,), (file, "data.fim.rate=0.5", "tokenizer.eod_token=x"), (long,)):
+        report(Case(options, ()))
+    for case in CASES:
         report(case)
     calls = {
         (module.__name__, node.lineno): ast.unparse(node.args[0])

@@ -16,6 +16,11 @@ def test_the_root_is_not_a_folder_of_a_run(name):
         validate(load_config(overrides=[*BASE, f"run.dir={name}"]), 1, "cpu")
 
 
+def test_a_folder_with_a_name_that_is_too_long():
+    with pytest.raises(ConfigError, match="run.dir has a name that is too long; where=.*run.dir"):
+        validate(load_config(overrides=[*BASE, f"run.dir={'a' * 300}"]), 1, "cpu")
+
+
 @pytest.mark.parametrize("letter", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028"])
 def test_control_characters_in_the_folder_of_a_run(letter):
     with pytest.raises(ConfigError, match="control characters in its name; where=.*run.dir") as caught:
