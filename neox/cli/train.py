@@ -22,15 +22,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 
-from neox.cli.main import as_problem, report
+from neox.cli.main import as_problem, leave_stdout, report
 from neox.config.load import load
 from neox.config.schema import Config
 from neox.config.validate import validate
-from neox.errors import ConfigError, StoppedBySignal
+from neox.errors import ConfigError, EnvironmentProblem, StoppedBySignal
 from neox.runtime.launch import LaunchInfo, read_launch_info
 from neox.runtime.signals import StopSignals
 from neox.runtime.store_protocol import REPORT_DELAY, make_notice, post_refusal, serve_refusal
@@ -38,6 +38,7 @@ from neox.testing.faults import FaultInjector, parse
 
 # seconds to wait for processes to notify; importing torch can take them most of a minute on a busy file system
 NOTIFY_TIMEOUT = 60.0
+RECORDER_SIZES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 NOTIFY_TIMEOUT_AFTER_SIGNAL = 1.0  # seconds
 
 
@@ -74,11 +75,21 @@ def run(args: argparse.Namespace) -> int:
             start = importlib.import_module(
                 "neox.train.start"
             ).start  # only now: a wrong config is reported before torch is imported
-            return start(config, launch, device, signals=signals, injector=injector, debug=args.debug)
+            code = start(config, launch, device, signals=signals, injector=injector, debug=args.debug)
+            flush_or_discard()
+            return code
         except Exception as error:
             if launch.world_size == 1:
                 raise
             return refuse(error, launch, signals, debug=args.debug)
+
+
+def flush_or_discard() -> None:
+    """Flush standard output. If that fails, discard its buffer: a full disk there is no failure of a run."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        leave_stdout()
 
 
 def refuse(error: Exception, launch: LaunchInfo, signals: StopSignals, *, debug: bool) -> int:
@@ -155,8 +166,21 @@ def disable_flight_recorder(environment: MutableMapping[str, str]) -> None:
     On a CPU the records are in the same heap as the tensors of the steps and fragment it: resident memory grows until
     2,000 collectives are recorded. The watchdog reports where a process is stuck without them.
     """
-    if not any(name in environment for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")):
+    if not any(name in environment for name in RECORDER_SIZES):
         environment["TORCH_FR_BUFFER_SIZE"] = "0"
+
+
+def check_recorder_sizes(environment: Mapping[str, str]) -> None:
+    """Check the variables of torch's flight recorder: torch aborts the process at a wrong one.
+
+    Raises:
+        EnvironmentProblem: names the variable.
+    """
+    for name in RECORDER_SIZES:
+        text = environment.get(name)
+        if text is not None and not (text.isascii() and text.isdigit() and len(text) < 10):
+            want = "a number of collectives, such as 2000"
+            raise EnvironmentProblem("variable is not a number", where=name, got=text, want=want, do="unset it")
 
 
 def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
@@ -171,6 +195,7 @@ def prepare(args: argparse.Namespace, launch: LaunchInfo) -> tuple[Config, str]:
     if launch.rank == 0:
         for note in loaded.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
+    check_recorder_sizes(os.environ)
     if loaded.config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is created
     import torch  # late, so that an invalid config is reported within a second

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 
 from neox.cli.main import parse
-from neox.cli.train import conf_files, disable_flight_recorder
+from neox.cli.train import check_recorder_sizes, conf_files, disable_flight_recorder, flush_or_discard
+from neox.errors import EnvironmentProblem
 from tests.config.gpt_neox.sample_files import flow_text
 from tests.distributed import ROOT, environment, run_command
 from tests.train.corpus import VOCAB, make_corpus
@@ -70,6 +71,25 @@ def test_collectives_are_recorded_where_the_user_asks_for_it(given, size):
     variables = dict(given)
     disable_flight_recorder(variables)
     assert variables.get("TORCH_FR_BUFFER_SIZE") == size
+
+
+@pytest.mark.parametrize("value", ["abc", "", "-1", "1.5", "9" * 10])
+def test_a_wrong_size_of_the_flight_recorder_is_named(value):
+    """Torch calls std::terminate for it."""
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        with pytest.raises(EnvironmentProblem, match=f"variable is not a number; where={name}; got="):
+            check_recorder_sizes({name: value})
+        check_recorder_sizes({name: "0"})
+        check_recorder_sizes({name: "2000"})
+
+
+def test_a_full_disk_behind_standard_output_is_no_failure_of_a_run(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        print("step 8")
+        flush_or_discard()
+        print("done")
+        full.flush()
 
 
 def test_positional_files_reach_the_run(tmp_path):
