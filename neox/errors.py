@@ -168,9 +168,20 @@ def system_problem(error: BaseException, where: str) -> NeoxError | None:
         return DiskError("cannot write", where=place, got=reason, do=do)
     if error.errno is None or (error.filename is None and error.errno != errno.ENOENT):
         return None
-    if error.filename is None:  # os.getcwd
+    if error.filename is None and not has_working_folder():
         return DiskError("working folder does not exist", where=where, got=reason, do="change to a folder that exists")
+    if error.filename is None:  # of the module tempfile
+        return DiskError("cannot use file or folder", where=where, got=reason, do="set TMPDIR to a writable folder")
     return DiskError("cannot use file or folder", where=place, got=reason, do="check its name and permissions")
+
+
+def has_working_folder() -> bool:
+    """Whether the working folder still exists."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def one_line(text: str) -> str:

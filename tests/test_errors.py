@@ -43,8 +43,11 @@ def test_bugs_and_lost_connections_are_no_problems_of_the_system():
         assert errors.system_problem(error, "rank 0") is None
 
 
-def test_a_working_folder_that_was_removed_is_named():
-    found = errors.system_problem(FileNotFoundError(2, "No such file or directory"), "neox plan")
+def test_a_working_folder_that_was_removed_is_named(monkeypatch):
+    unnamed = FileNotFoundError(2, "No such file or directory")
+    assert errors.system_problem(unnamed, "neox plan").do == "set TMPDIR to a writable folder"
+    monkeypatch.setattr(errors, "has_working_folder", lambda: False)
+    found = errors.system_problem(unnamed, "neox plan")
     assert found.line().startswith("error[5] working folder does not exist; where=neox plan; got=No such file")
     assert errors.system_problem(RuntimeError("can't start new thread"), "x").exit_code == 14
 

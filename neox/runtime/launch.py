@@ -106,7 +106,7 @@ def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
             where="MASTER_ADDR",
             got=environment.get("MASTER_ADDR"),
             want="host name of the first process",
-            do="export MASTER_ADDR=HOST",
+            do="export MASTER_ADDR=HOST" + (f", which {launcher} does not set" if launcher in LAUNCHERS else ""),
         )
     port = environment if "MASTER_PORT" in environment or launcher not in LAUNCHERS else {"MASTER_PORT": DEFAULT_PORT}
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -221,7 +221,9 @@ def test_a_tokenizer_that_moved_is_named(run_folder, tmp_path, capsys):
     model = load_model(run_folder)
     save_model(tmp_path / "run", model, tokenizer=str(tmp_path / "missing.json"))
     assert call("--checkpoint", tmp_path / "run", "--prompt", "a") == 2
-    assert "missing.json; do=pass --tokenizer FILE" in capsys.readouterr().err
+    assert (
+        "missing.json; do=start in the working folder of the run, or pass --tokenizer FILE" in capsys.readouterr().err
+    )
 
 
 def test_json_lines_in_any_batch_size_to_a_file(run_folder, tmp_path):
