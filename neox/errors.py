@@ -145,7 +145,7 @@ def system_problem(error: BaseException, where: str) -> NeoxError | None:
     """The error for what the system refused: memory, a file, a process. None for any other exception.
 
     Code that opens a file that the user named reports its failure with more context. This is for the calls that do not
-    expect one: a name that is too long, a folder without permission, a full disk behind standard output.
+    expect one: a name that is too long, a folder without permission, a full disk under standard output.
 
     Args:
         error: any exception.

@@ -287,7 +287,7 @@ def refuse_special(path: Path) -> None:
         return  # it does not exist, or the write reports why it cannot be reached
     if kind not in (stat.S_IFREG, stat.S_IFLNK):
         raise DiskError(
-            "cannot replace what is not a file",
+            "only a file can be replaced",
             where=path,
             got=KINDS.get(kind, "a special file"),
             want="a new name, or a regular file",

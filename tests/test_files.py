@@ -255,7 +255,7 @@ def test_a_write_replaces_files_and_links_but_no_folder_and_no_special_file(tmp_
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     for name, kind in (("fifo", "a FIFO"), ("folder", "a folder")):
-        with pytest.raises(DiskError, match="cannot replace what is not a file") as caught:
+        with pytest.raises(DiskError, match="only a file can be replaced") as caught:
             write_durably(tmp_path / name, b"x", sole_writer=sole_writer)
         assert caught.value.got == kind
     assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode) and sorted(os.listdir(tmp_path)) == ["fifo", "folder"]

@@ -109,7 +109,7 @@ def parse(argv: list[str]) -> tuple[str, argparse.ArgumentParser, list[str]]:
 
 def report(error: NeoxError, debug: bool) -> int:
     """Print an error and return its exit code."""
-    with contextlib.suppress(OSError):  # the terminal may have exited, the disk behind it may be full
+    with contextlib.suppress(OSError):  # the terminal may have exited, its disk may be full
         if debug:
             traceback.print_exception(error)
         print(error.line(), file=sys.stderr, flush=True)
@@ -191,7 +191,7 @@ def run(argv: list[str]) -> int:
 
 
 def leave_stdout() -> None:
-    """Discard further output after the reader of a pipe has exited (`| head`), or where the disk behind it is full."""
+    """Discard further output after the reader of a pipe has exited (`| head`), or where its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -82,7 +82,7 @@ def test_find_explicit_path(tmp_path):
         find(tmp_path, str(tmp_path / "wrong" / "path"))
 
 
-def test_a_hugging_face_model_is_told_from_a_mistyped_name(tmp_path):
+def test_a_hugging_face_model_is_recognised(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoint found.*do=this may be a Hugging Face model: neox import"):
         resolve(tmp_path)

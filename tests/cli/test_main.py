@@ -204,7 +204,7 @@ cli.command()
 
 
 @pytest.mark.parametrize("argv", [["probe"], ["--help"]])
-def test_a_full_disk_behind_standard_output_is_an_error(argv):
+def test_a_full_disk_under_standard_output_is_an_error(argv):
     with open("/dev/full", "wb") as full:
         program = PROBE.format(body='print("x" * 100_000) or 0', argv=argv)
         done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)

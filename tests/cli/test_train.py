@@ -83,7 +83,7 @@ def test_a_wrong_size_of_the_flight_recorder_is_named(value):
         check_recorder_sizes({name: "2000"})
 
 
-def test_a_full_disk_behind_standard_output_is_no_failure_of_a_run(monkeypatch):
+def test_a_full_disk_under_standard_output_is_no_failure_of_a_run(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         print("step 8")
