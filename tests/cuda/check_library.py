@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cuda import sass
+from tests.cuda import hopper_account, sass
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
@@ -26,7 +26,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 PTX_ENTRY = re.compile(r"^\s*(?:\.visible |\.weak )*\.entry (\w+)")
 PTX_BRANCH = re.compile(r"@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
 PTX_MEMORY = re.compile(r"\b(?:ld|st|red|atom|bar|barrier|cp|mma|ldmatrix|shfl|call)\.")
-HOST_ONLY = {"attention_shared"}  # queries the shared memory of kernels and launches none
+HOST_ONLY = {"attention_shared", "attention_hopper"}  # instantiate no kernel
 SKIPPED_LINES = 60  # a branch over more lines was written by a person
 ATTENTION = re.compile(r"\d(forward|backward_keys|backward_queries)_kernelI.*?ShapeOfILi(\d+)ELb([01])EE")
 
@@ -240,8 +240,9 @@ def main() -> int:
     library, folder, *operators = sys.argv[1:]
     problems = (
         report(sorted(Path(folder).glob("*.cu.o.log")))
-        + report_branches(sorted(Path(folder).glob("*.keep/*.compute_90.ptx")))
+        + report_branches(sorted(Path(folder).glob("*.keep/*.compute_90*.ptx")))
         + report_loops(sorted(Path(folder).glob("*.keep/attention_*.sm_90a.cubin")))
+        + hopper_account.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda.sm_90a.cubin")))
         + load(Path(library), operators)
     )
     for problem in problems:
