@@ -60,6 +60,8 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(Path(found).relative_to(ROOT)) for found in glob(str(ROOT / pattern), recursive=True))
 
 
+HOPPER = "_hopper_cuda.cu"  # the end of the names of sources for sm_90a only
+
 SHARED_FILES = [*sources("configs/**/*.yml"), "train.py", "launch/slurm.sh"]
 
 
@@ -109,7 +111,7 @@ def cuda_ops() -> list[CppExtension]:
     nvcc = Path(CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
     if torch.version.cuda is None or not nvcc.exists() or os.environ.get("NEOX_BUILD_CUDA") == "0":
         return []
-    kernels = sources("csrc/ops/**/*_cuda.cu")
+    kernels = [source for source in sources("csrc/ops/**/*_cuda.cu") if not source.endswith(HOPPER)]
     operators = sorted({Path(kernel).parts[2] for kernel in kernels})  # csrc/ops/<operator>/...
     bindings = [f"csrc/ops/{op}/{op}.cpp" for op in operators]
     libraries = next(
@@ -148,6 +150,24 @@ def cuda_ops() -> list[CppExtension]:
     ]
 
 
+def hopper_objects(folder: Path) -> list[str]:
+    """Compiles the kernels for sm_90a into a folder, and returns the objects.
+
+    No other target has their instructions, and setuptools knows one list of flags per library.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max((ROOT / source).stat().st_mtime for source in sources("csrc/**/*.*"))
+    objects = []
+    for source in sources(f"csrc/ops/**/*{HOPPER}"):
+        target = folder / f"{Path(source).stem}.o"
+        if not target.exists() or target.stat().st_mtime < newest:
+            command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            command += ["-gencode=arch=compute_90a,code=sm_90a", "-c", source, "-o", str(target)]
+            subprocess.run(command, check=True, cwd=ROOT)
+        objects.append(str(target))
+    return objects
+
+
 def data_core() -> CppExtension:
     """The dataset core; links no torch."""
     return Extension(
@@ -165,6 +185,8 @@ class BuildNative(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         """Build one library."""
         temporary, self.build_temp = self.build_temp, str(ROOT / "build" / "objects" / ext.name)
+        if ext.name == "neox._ops.cuda":
+            ext.extra_objects = hopper_objects(Path(self.build_temp))
         super().build_extension(ext)
         self.build_temp = temporary
 

@@ -51,7 +51,7 @@ class BlockDecoder:
             AVAILABLE
             and mesh.tp == mesh.cp == 1
             and not block.training
-            and attention.backend != "sdpa"
+            and attention.backend in ("auto", "native")
             and mlp.activation in ACTIVATIONS
             and all(layer.lora_a is None and layer.weight.is_contiguous() for layer in layers)
             and block.norm1.weight.is_cpu

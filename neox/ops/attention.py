@@ -15,10 +15,11 @@ from neox.ops._seed import draw_seed
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "native", "sdpa")
+BACKENDS = ("auto", "native", "sdpa", "hopper")
 
 # The faster backend per device and dtype (measured by benchmarks/ops/bench_attention.py, numbers in docs/attention.md).
 # The CUDA kernels have not been measured yet: they run where they are selected by name, and where sdpa lacks an option.
+# Those for Hopper run only where they are selected by name.
 FASTER = {
     ("cpu", torch.float32): "native",
     ("cpu", torch.bfloat16): "native",
@@ -61,7 +62,8 @@ def attention(
         dropout_p: probability p of zeroing an attention weight; the others are divided by 1 - p. The Philox seed of the
             mask is drawn from torch's CPU generator.
         backend: "native" for the kernels of this package, "sdpa" for torch's scaled_dot_product_attention, "auto" for
-            the faster one by the table in this file.
+            the faster one by the table in this file; "hopper": native with the kernels for sm_90a (bfloat16, float16;
+            head_dim 64 and 128; no ALiBi, softcap or dropout).
         mask_cache: stores sdpa's full masks for the other layers of a forward pass; None: each call computes its own.
 
     Returns:
@@ -71,14 +73,15 @@ def attention(
         ValueError: a wrong dtype, shape, stride or option, named.
     """
     check_options(window, softcap, alibi_slopes)
-    if choose_backend(backend, q.device.type, q.dtype, softcap) == "sdpa":
+    chosen = choose_backend(backend, q.device.type, q.dtype, softcap)
+    if chosen == "sdpa":
         spec = MaskSpec(causal, window, segment_ids, alibi_slopes)
         return sdpa_attention(q, k, v, spec, scale=scale, dropout_p=dropout_p, mask_cache=mask_cache)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     check_fits(q, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
     return native.attention(
-        q, k, v, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p
+        q, k, v, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p, *hopper(chosen)
     )[0]
 
 
@@ -109,7 +112,8 @@ def attention_qkv(
         ValueError: a wrong dtype, shape, stride or option, named.
     """
     check_options(window, softcap, alibi_slopes)
-    if choose_backend(backend, qkv.device.type, qkv.dtype, softcap) == "sdpa":
+    chosen = choose_backend(backend, qkv.device.type, qkv.dtype, softcap)
+    if chosen == "sdpa":
         # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
         q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
         spec = MaskSpec(causal, window, segment_ids, alibi_slopes)
@@ -120,8 +124,13 @@ def attention_qkv(
     check_fits(qkv, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
     return native.attention_qkv(
-        qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p
+        qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p, *hopper(chosen)
     )[0]
+
+
+def hopper(chosen: str) -> tuple[bool, ...]:
+    """The operators' last argument where the kernels for sm_90a are selected; it is False by default."""
+    return (True,) if chosen == "hopper" else ()
 
 
 def check_options(window: int | None, softcap: float | None, alibi_slopes: torch.Tensor | None) -> None:
@@ -170,7 +179,7 @@ def check_fits(
 
 
 def choose_backend(backend: str, device: str, dtype: torch.dtype, softcap: float | None = None) -> str:
-    """The backend that will run, "native" or "sdpa". Each choice of "auto" is logged once.
+    """The backend that will run, "native", "sdpa" or "hopper". Each choice of "auto" is logged once.
 
     Args:
         backend: as configured.
@@ -376,7 +385,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout, dlse):
     grads = native.attention_backward(
-        dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled()
+        dout, *ctx.saved_tensors, *ctx.options[:5], torch.are_deterministic_algorithms_enabled(), *ctx.options[5:]
     )
     return *grads, *[None] * (3 + len(ctx.options))
 
@@ -390,7 +399,7 @@ def _save_qkv(ctx, inputs, output):
 
 def _backward_qkv(ctx, dout, dlse):
     dqkv = native.attention_qkv_backward(
-        dout, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled()
+        dout, *ctx.saved_tensors, *ctx.options[:5], torch.are_deterministic_algorithms_enabled(), *ctx.options[5:]
     )
     return dqkv, *[None] * (3 + len(ctx.options))
 

@@ -238,11 +238,12 @@ def load(library: Path, operators: list[str]) -> list[str]:
 def main() -> int:
     """Returns the exit code: 0 if there are no problems."""
     library, folder, *operators = sys.argv[1:]
+    ptx = [*Path(folder).glob("*.keep/*.compute_90.ptx"), *Path(folder).glob("*.keep/*_hopper_cuda.ptx")]
     problems = (
         report(sorted(Path(folder).glob("*.cu.o.log")))
-        + report_branches(sorted(Path(folder).glob("*.keep/*.compute_90*.ptx")))
+        + report_branches(sorted(ptx))
         + report_loops(sorted(Path(folder).glob("*.keep/attention_*.sm_90a.cubin")))
-        + hopper_account.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda.sm_90a.cubin")))
+        + hopper_account.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda*.cubin")))
         + load(Path(library), operators)
     )
     for problem in problems:

@@ -15,6 +15,8 @@ from tests import reference
 from tests.ops.attention_cases import CASES, CUDA, DTYPES, gradients, qkv_of
 
 native = torch.ops.neox
+# an emulated GPU has compute capability 9
+HOPPER = CUDA and (reference.DEVICE.type != "cuda" or torch.cuda.get_device_capability()[0] == 9)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,41 @@ def test_sdpa_backend_means_the_same(name):
 def test_sdpa_backend_of_packed():
     qkv = reference.random(2, 17, 2, 5, 32, dtype=DTYPES[0])
     reference.assert_near(attention_qkv(qkv, backend="sdpa"), attention_qkv(qkv, backend="native"))
+
+
+@pytest.mark.skipif(CUDA, reason="the library has the kernels")
+def test_hopper_needs_a_gpu():
+    q, k, v = qkv_of(4, 4, 2, 2, 64).values()
+    with pytest.raises(ValueError, match=r'backend cannot be "hopper": its kernels need a GPU; got hopper'):
+        attention(q, k, v, backend="hopper")
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs the kernels for sm_90a")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [((130, 130, 4, 2, 64), {"window": 70}), ((33, 150, 3, 1, 128), {})],
+    ids=["window", "chunk after cache"],
+)
+def test_hopper_means_the_same(sizes, options, dtype):
+    inputs = tuple(qkv_of(*sizes, dtype=dtype).values())
+    mine, other = (
+        gradients(partial(attention, backend=backend, **options), *inputs) for backend in ("hopper", "native")
+    )
+    for got, want in zip(mine, other, strict=True):
+        reference.assert_near(got, want)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs the kernels for sm_90a")
+def test_hopper_of_packed_and_what_it_refuses():
+    qkv = reference.random(1, 65, 1, 4, 64, dtype=DTYPES[0])
+    mine, other = (gradients(partial(attention_qkv, backend=backend), qkv) for backend in ("hopper", "native"))
+    for got, want in zip(mine, other, strict=True):
+        reference.assert_near(got, want)
+    with pytest.raises(ValueError, match=r'backend cannot be "hopper": head_dim must be 64 or 128; got hopper'):
+        attention_qkv(qkv[..., :56], backend="hopper")
+    with pytest.raises(ValueError, match=r'backend cannot be "hopper": softcap, ALiBi'):
+        attention_qkv(qkv, softcap=30.0, backend="hopper")
 
 
 class FullSizeWrites(TorchDispatchMode):
@@ -139,7 +176,7 @@ def test_backend_choice(caplog):
         "attention runs sdpa on cuda, torch.float32: native is not measured there (neox/ops/attention.py)",
         "attention runs native on cuda, torch.bfloat16: the only one with softcap (neox/ops/attention.py)",
     ]
-    with pytest.raises(ValueError, match=r"backend must be one of auto, native, sdpa; got 'flash'"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, native, sdpa, hopper; got 'flash'"):
         choose_backend("flash", "cpu", torch.float32)
     with pytest.raises(ValueError, match=r"softcap needs the native backend; got backend 'sdpa'"):
         choose_backend("sdpa", "cpu", torch.float32, softcap=30.0)

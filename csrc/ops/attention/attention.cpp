@@ -18,6 +18,7 @@ struct Options {
     int64_t window;  // 0: no window
     double softcap;  // 0: no softcap
     double dropout_p;
+    bool hopper = false;
 };
 
 void check_channels(const Tensor& tensor, const char* argument) {
@@ -95,14 +96,18 @@ void check_options(Options& options, int64_t batch, int64_t queries, int64_t key
 }
 
 // Checks the restrictions of the CUDA kernels.
-void check_kernel([[maybe_unused]] const Attention& in) {
+void check_kernel(const Attention& in, [[maybe_unused]] const Tensor& like) {
 #if defined(NEOX_CUDA_KERNELS)
+    const char* const problem = in.hopper ? NEOX_QUERY(attention_hopper_problem, like, in) : nullptr;
+    check(kOp, !problem, "backend", concat("cannot be \"hopper\": ", problem ? problem : ""), "hopper");
     check(kOp, in.dtype != DType::kFloat32, "q",
           "must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32", "Float");
     check(kOp, in.head_dim <= kMostChannelsCuda, "q",
           concat("must have at most ", kMostChannelsCuda, " channels per head on a GPU"), in.head_dim);
     check(kOp, in.queries * in.heads <= INT32_MAX, "q", "must have fewer than 2^31 (query, head of a group) pairs",
           in.queries * in.heads);
+#else
+    check(kOp, !in.hopper, "backend", "cannot be \"hopper\": its kernels need a GPU", "hopper");
 #endif
 }
 
@@ -114,6 +119,7 @@ void set_options(Attention& in, const Options& options) {
     in.slopes = options.alibi_slopes ? static_cast<const float*>(options.alibi_slopes->const_data_ptr()) : nullptr;
     in.softcap = static_cast<float>(options.softcap);
     in.dropout = static_cast<float>(options.dropout_p);
+    in.hopper = options.hopper;
     if (options.seed) {
         const int64_t* const seed = static_cast<const int64_t*>(options.seed->const_data_ptr());
         in.seed[0] = static_cast<uint64_t>(seed[0]);
@@ -173,7 +179,7 @@ Attention describe(const Tensor& qkv, Options& options) {
 }
 
 std::tuple<Tensor, Tensor> run_forward(const Attention& in, const Tensor& like) {
-    check_kernel(in);
+    check_kernel(in, like);
     const int64_t heads = in.groups * in.heads;
     Tensor out = empty(like, {in.batch, in.queries, heads, in.head_dim});
     Tensor lse = empty(like, {in.batch, heads, in.queries}, ScalarType::Float);
@@ -207,7 +213,7 @@ struct Saved {
 
 void run_backward(const Attention& in, const Saved& saved, AttentionGradients grad,
                   [[maybe_unused]] bool deterministic) {
-    check_kernel(in);
+    check_kernel(in, saved.dout);
     grad.dout = saved.dout.const_data_ptr();
     grad.dout_strides = strides_of(saved.dout, in.heads);
     grad.out = saved.out.const_data_ptr();
@@ -223,8 +229,8 @@ void run_backward(const Attention& in, const Saved& saved, AttentionGradients gr
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> segment_ids,
                                      std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal,
-                                     double scale, int64_t window, double softcap, double dropout_p) {
-    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
+                                     double scale, int64_t window, double softcap, double dropout_p, bool hopper) {
+    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p, hopper};
     return run_forward(describe(q, k, v, options), q);
 }
 
@@ -232,8 +238,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
                                                       std::optional<Tensor> segment_ids,
                                                       std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed,
                                                       bool causal, double scale, int64_t window, double softcap,
-                                                      double dropout_p, bool deterministic) {
-    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
+                                                      double dropout_p, bool deterministic, bool hopper) {
+    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p, hopper};
     const Attention in = describe(q, k, v, options);
     const Saved saved(in, dout, out, lse, q);
     Tensor dq = empty(q, shape_of(q)), dk = empty(k, shape_of(k)), dv = empty(v, shape_of(v));
@@ -247,15 +253,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
 
 std::tuple<Tensor, Tensor> attention_qkv(Tensor qkv, std::optional<Tensor> segment_ids,
                                          std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal,
-                                         double scale, int64_t window, double softcap, double dropout_p) {
-    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
+                                         double scale, int64_t window, double softcap, double dropout_p, bool hopper) {
+    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p, hopper};
     return run_forward(describe(qkv, options), qkv);
 }
 
 Tensor attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, std::optional<Tensor> segment_ids,
                               std::optional<Tensor> alibi_slopes, std::optional<Tensor> seed, bool causal, double scale,
-                              int64_t window, double softcap, double dropout_p, bool deterministic) {
-    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p};
+                              int64_t window, double softcap, double dropout_p, bool deterministic, bool hopper) {
+    Options options{segment_ids, alibi_slopes, seed, causal, scale, window, softcap, dropout_p, hopper};
     const Attention in = describe(qkv, options);
     const Saved saved(in, dout, out, lse, qkv);
     Tensor dqkv = empty(qkv, shape_of(qkv));
@@ -288,13 +294,13 @@ std::tuple<int64_t, int64_t, int64_t> attention_shared([[maybe_unused]] Tensor q
     "float dropout_p"
 
 NEOX_SCHEMAS(m) {
-    m.def("attention(Tensor q, Tensor k, Tensor v, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
+    m.def("attention(Tensor q, Tensor k, Tensor v, " NEOX_ATTENTION_OPTIONS ", bool hopper=False) -> (Tensor, Tensor)");
     m.def(
         "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS
-        ", bool deterministic) -> (Tensor, Tensor, Tensor)");
-    m.def("attention_qkv(Tensor qkv, " NEOX_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
+        ", bool deterministic, bool hopper=False) -> (Tensor, Tensor, Tensor)");
+    m.def("attention_qkv(Tensor qkv, " NEOX_ATTENTION_OPTIONS ", bool hopper=False) -> (Tensor, Tensor)");
     m.def("attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, " NEOX_ATTENTION_OPTIONS
-          ", bool deterministic) -> Tensor");
+          ", bool deterministic, bool hopper=False) -> Tensor");
     m.def("attention_shared(Tensor q, bool general) -> (int, int, int)");
 }
 

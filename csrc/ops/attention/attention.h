@@ -54,6 +54,7 @@ struct Attention {
     float softcap;            // 0: no softcap
     float dropout;            // probability of zeroing, < 1
     uint64_t seed[2];         // of the dropout mask: key and high counter of Philox
+    bool hopper;              // CUDA: forward and backward run the kernels for sm_90a
 };
 
 struct AttentionGradients {
@@ -77,6 +78,9 @@ void attention_backward_cpu(const Attention& in, const AttentionGradients& grad,
 constexpr int64_t kMostChannelsCuda = 256;
 int64_t attention_forward_workspace_cuda(const Attention& in);
 const char* attention_forward_cuda(const Attention& in, void* out, float* lse, void* workspace, Stream stream);
+
+// Why the kernels for sm_90a do not take a problem on the current device, or null.
+const char* attention_hopper_problem_cuda(const Attention& in);
 
 // deterministic: identical bits in every run, at 7 matrix products instead of 5. head_dim above 128 and the general
 // kernels are always deterministic.

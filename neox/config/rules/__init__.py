@@ -9,7 +9,7 @@ from __future__ import annotations
 from neox.config.rules.conflict import Conflict, Environment
 from neox.config.rules.data import fill_in_the_middle, objective, packing, sources
 from neox.config.rules.layout import batch, context, data_parallel_size, parallel, stages
-from neox.config.rules.model import heads, lora, positions, residual, rope_scaling, row_biases, vocabulary
+from neox.config.rules.model import heads, hopper, lora, positions, residual, rope_scaling, row_biases, vocabulary
 from neox.config.rules.training import deepspeed, folders, precision, rollback, schedule
 
 __all__ = ["LAYOUT_RULES", "RULES", "Conflict", "Environment", "batch", "data_parallel_size"]
@@ -18,6 +18,7 @@ __all__ = ["LAYOUT_RULES", "RULES", "Conflict", "Environment", "batch", "data_pa
 LAYOUT_RULES = (heads, positions, residual, precision, parallel, stages, context, batch)
 RULES = (
     *LAYOUT_RULES,
+    hopper,
     rope_scaling,
     row_biases,
     vocabulary,

@@ -9,6 +9,7 @@ from neox.config.schema import Config, ModelConfig
 from neox.config.vocabulary import tokenizer_ids
 
 MAX_HEAD_DIM = 256  # of the native attention kernels
+HOPPER_HEAD_DIMS = (64, 128)
 
 
 def heads(config: Config, _: Environment) -> Iterator[Conflict]:
@@ -31,6 +32,24 @@ def heads(config: Config, _: Environment) -> Iterator[Conflict]:
         keys = ("model.attention_softcap", "model.attention_backend")
         rule = "attention_backend auto or native with a softcap"
         yield Conflict("attention backend does not support softcap", keys, rule)
+
+
+def hopper(config: Config, _: Environment) -> Iterator[Conflict]:
+    """The kernels for sm_90a mask keys, and have no other option."""
+    model = config.model
+    if model.attention_backend != "hopper":
+        return
+    unsupported = {
+        "head_dim": model.head_dim not in HOPPER_HEAD_DIMS,
+        "attention_softcap": model.attention_softcap is not None,
+        "attention_dropout": model.attention_dropout > 0,
+        "position_embedding": model.position_embedding == "alibi",
+    }
+    for name, is_unsupported in unsupported.items():
+        if is_unsupported:
+            keys = (f"model.{name}", "model.attention_backend")
+            rule = "head_dim 64 or 128, and no softcap, dropout or ALiBi, for attention_backend hopper"
+            yield Conflict(f"attention backend hopper does not support {name}", keys, rule, "use native or auto")
 
 
 def positions(config: Config, _: Environment) -> Iterator[Conflict]:

@@ -135,9 +135,10 @@ class ModelConfig(Section, frozen=True):
         description="tokens: logits over the vocabulary; score: one scalar per position (reward models)",
     )
     lora: LoraConfig | None = Field(default=None, description="train low-rank adapters only; null: train all weights")
-    attention_backend: Literal["auto", "native", "sdpa"] = Field(
+    attention_backend: Literal["auto", "native", "sdpa", "hopper"] = Field(
         default="auto",
-        description="native: neox kernels; sdpa: torch; auto: the faster one by the table in neox/ops/attention.py",
+        description="native: neox kernels; sdpa: torch; hopper: native, with the kernels for sm_90a; auto: the "
+        "faster one by the table in neox/ops/attention.py, never hopper",
     )
 
     @model_validator(mode="before")

@@ -68,6 +68,13 @@ def shape_cases() -> list[Case]:
         Case((f"model.head_dim={width}", f"model.rotary_pct={share}"), ("model.head_dim", "model.rotary_pct"))
         for width, share in ((9, 1.0), (20, 0.25), (8, 0.1), (4, 0.4))
     ]
+    cases += [
+        Case(
+            ("model.attention_backend=hopper", "model.head_dim=64", f"model.{option}"),
+            (f"model.{option.partition('=')[0]}", "model.attention_backend"),
+        )
+        for option in ("head_dim=80", "attention_softcap=30", "attention_dropout=0.1", "position_embedding=alibi")
+    ]
     return cases
 
 

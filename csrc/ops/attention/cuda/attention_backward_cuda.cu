@@ -1,4 +1,4 @@
-#include "ops/attention/cuda/backward.cuh"
+#include "ops/attention/cuda/hopper_backward.cuh"
 #include "ops/attention/cuda/launch.cuh"
 
 namespace neox {
@@ -42,7 +42,10 @@ cudaError_t run_backward(const Attention& in, const Backward<T>& task, Stream st
         error = launch(prepare_kernel<T>, dim3(static_cast<unsigned>(rows / 32)), dim3(256), 0, stream, task);
     if (error == cudaSuccess && task.dq_sums && rows)
         error = cudaMemsetAsync(task.dq_sums, 0, rows * dim * sizeof(float), static_cast<cudaStream_t>(stream));
-    if (error == cudaSuccess) error = launch_backward_keys(in, task, stream);
+    // The Hopper kernel sums dq with atomics, and copies rows of dout 16 bytes at a time.
+    const bool hopper = in.hopper && task.dq_sums && task.dout.vectorized;
+    if (error == cudaSuccess)
+        error = hopper ? launch_hopper_keys(in, task, stream) : launch_backward_keys(in, task, stream);
     if (error != cudaSuccess || rows == 0) return error;
     if (!task.dq_sums) return launch_backward_queries(in, task, stream);
     Backward<T> finish = task;
@@ -62,6 +65,7 @@ int64_t attention_backward_workspace_cuda(const Attention& in, bool deterministi
 const char* attention_backward_cuda(const Attention& in, const AttentionGradients& grad, bool deterministic,
                                     void* workspace, Stream stream) {
     if (in.batch * in.groups == 0) return nullptr;
+    if (const char* const problem = in.hopper ? attention_hopper_problem_cuda(in) : nullptr) return problem;
     return message(dispatch_type(in, [&](auto zero) {
         using T = decltype(zero);
         Workspace allocations(workspace);

@@ -1,4 +1,4 @@
-#include "ops/attention/cuda/forward.cuh"
+#include "ops/attention/cuda/hopper_forward.cuh"
 #include "ops/attention/cuda/launch.cuh"
 
 namespace neox {
@@ -76,13 +76,17 @@ int64_t attention_forward_workspace_cuda(const Attention& in) {
 
 const char* attention_forward_cuda(const Attention& in, void* out, float* lse, void* workspace, Stream stream) {
     if (in.batch * in.groups * in.queries * in.heads == 0) return nullptr;
+    if (const char* const problem = in.hopper ? attention_hopper_problem_cuda(in) : nullptr) return problem;
     return message(dispatch_type(in, [&](auto zero) {
         using T = decltype(zero);
         Workspace allocations(workspace);
         const Forward<T> task = describe<T>(in, out, lse, allocations);
         const int dim = instance_dim(in);
         cudaError_t error = fill_segment_table(task.in, stream);
-        if (error == cudaSuccess) error = launch_forward<T>(task, dim, is_general(in), stream);
+        if (error == cudaSuccess) {
+            error =
+                in.hopper ? launch_hopper<T>(in, task, stream) : launch_forward<T>(task, dim, is_general(in), stream);
+        }
         if (error != cudaSuccess || task.splits == 1) return error;
         const int64_t rows = static_cast<int64_t>(task.order.pairs) * task.in.rows;
         return launch(combine_kernel<T>, dim3(static_cast<unsigned>(ceil_divide(rows, 4))), dim3(128), 0, stream, task,
