@@ -101,12 +101,16 @@ class IndexedDataset {
     const Index& index() const { return index_; }
     const std::string& bin_path() const { return bin_.path(); }
     const std::string& idx_path() const { return idx_.path(); }
+    // The tokens as they are in the file. `check_blocks` finds damage in what is read from here.
     const uint8_t* mapped_tokens() const { return tokens_.bytes(); }
     uint64_t idx_checksum() const;
     void check_unchanged() const;
 
     // After this call, each block is compared with its checksum when a read first touches it.
     void guard(uint64_t block_bytes, std::vector<uint64_t> sums);
+    // Throws Fault if a block with a byte of [first_byte, last_byte] differs from its checksum. Without `guard`, none
+    // does.
+    void check_blocks(uint64_t first_byte, uint64_t last_byte) const;
     // Compares every block with its checksum; returns the numbers of those that differ.
     std::vector<uint64_t> damaged_blocks() const;
 
@@ -151,7 +155,6 @@ class IndexedDataset {
     void read_ordered_to(const T* order, uint64_t length, uint64_t position, uint64_t offset, uint64_t count,
                          const Target& to) const;
     void read_tokens(uint64_t first, uint64_t count, const Target& to, uint64_t at) const;
-    void check_blocks(uint64_t first_byte, uint64_t last_byte) const;
     bool block_is_good(uint64_t block) const;
 
     InputFile idx_, bin_;

@@ -177,8 +177,12 @@ void IndexedWriter::add_dataset(const IndexedDataset& dataset) {
             .advise("preprocess one of the corpora again with the tokenizer of the other");
     dataset.check_unchanged();
     const uint64_t step = std::max<uint64_t>(1, kBuffer / type_->bytes);
-    for (uint64_t at = 0; at < index.num_tokens(); at += step)
-        add_raw(dataset.mapped_tokens() + at * type_->bytes, std::min(step, index.num_tokens() - at));
+    for (uint64_t at = 0; at < index.num_tokens(); at += step) {
+        const uint64_t count = std::min(step, index.num_tokens() - at);
+        // the copy gets checksums of its own, which must not vouch for damaged tokens
+        dataset.check_blocks(at * type_->bytes, (at + count) * type_->bytes - 1);
+        add_raw(dataset.mapped_tokens() + at * type_->bytes, count);
+    }
     for (uint64_t d = 0; d < index.num_documents(); ++d) {
         for (uint64_t i = index.first_sequence(d); i < index.first_sequence(d + 1); ++i)
             add_size(static_cast<uint64_t>(index.size(i)));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +165,15 @@ def test_options_out_of_range(prefix, capsys):
     for size in ("0", "-5"):
         assert main(["data", "verify", prefix, "--vocab-size", size]) == 2
         assert f"option out of range; where=--vocab-size; got={size}" in capsys.readouterr().err
+
+
+def test_merge_does_not_give_damaged_tokens_new_checksums(prefix, tmp_path, capsys):
+    out, tokens = tmp_path / "m", bytearray(Path(f"{prefix}.bin").read_bytes())
+    tokens[2] ^= 1
+    Path(f"{prefix}.bin").write_bytes(tokens)
+    assert main(["data", "merge", prefix, "--out", str(out)]) == 3
+    assert "data file is damaged: checksum differs" in capsys.readouterr().err
+    assert not list(tmp_path.glob("m.*"))
 
 
 def test_merge_refuses_other_tokenizers_and_types(prefix, tmp_path, capsys):

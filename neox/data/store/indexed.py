@@ -355,7 +355,7 @@ class IndexedWriter:
         """Append all documents of another dataset.
 
         Raises:
-            DataError: its token type differs.
+            DataError: its token type differs, or its tokens differ from the checksums of its sidecar.
         """
         self._core.add_dataset(dataset._core)
 
