@@ -168,6 +168,8 @@ class ChatEncoder:
         Raises:
             RefusedConversation: nothing in it would be learned, or the template refuses it.
         """
+        if not messages:
+            raise RefusedConversation("no messages")
         text, spans = self._template.render_with_answers(messages, more or {})
         if not is_unicode(text):
             raise RefusedConversation("not JSON: a lone surrogate in the text")

@@ -105,6 +105,12 @@ def test_lines_that_are_no_conversation(line, reason):
         conversations(line.encode(), MESSAGES)
 
 
+@pytest.mark.parametrize("template", [TEMPLATES["plain"], "<|endoftext|>"])
+def test_a_conversation_without_messages_is_refused(tokenizer, template):
+    with pytest.raises(RefusedConversation, match="no messages"):
+        encoded(ChatEncoding(tokenizer.file, None, template), [])
+
+
 def test_pairs_in_their_usual_forms():
     question, yes, no = said("user", "Q"), said("assistant", "yes"), said("assistant", "no")
     for line in (
