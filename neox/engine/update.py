@@ -133,7 +133,7 @@ class Updater:
         description = self.guard.describe_spike(loss) if spike else None
         if not outcome.skipped:
             self.guard.accept(loss)
-        elif spike:
+        elif spike and self.guard.skips_spikes:  # with `warn`, an overflow in fp16 is what skipped the update
             self.guard.count_skipped(
                 NonFinite(
                     "loss spike did not recover", where=f"step {step}", got=description, do="lower the learning rate"

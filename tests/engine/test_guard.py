@@ -130,6 +130,18 @@ def test_spikes_that_do_not_end_stop_the_run():
     assert engine.updates == 9
 
 
+def test_an_overflow_is_not_a_skipped_spike():
+    """An fp16 update that overflows at a spike, which is only to be reported, is skipped by the loss scaler."""
+    precision = {"dtype": "fp16", "initial_scale_power": 30}
+    config = make_config(precision=precision, guard={"loss_spike": "warn", "spike_factor": 2.0, "max_skipped": 1})
+    engine = make_engine(config, Mesh.single())
+    for _ in range(MIN_LOSSES):
+        engine.updater.guard.accept(1e-3)
+    results = [engine.train_step(micro_batches(step, engine.mesh, 1)) for step in range(3)]
+    assert all(result.skipped and result.spike for result in results)
+    assert engine.updater.guard.skipped == 0
+
+
 @pytest.mark.parametrize("losses", [[0.0] * 8, [0.0] * 5 + [3.0] * 3, [-1.0] * 8])
 def test_a_median_that_is_not_positive_measures_nothing(losses):
     one = guard(spike_factor=2.0)
