@@ -52,11 +52,12 @@ class RunRecord:
 
     def incidents(self) -> list[str]:
         """List skipped updates, loss spikes, and incidents in the log."""
-        found = [
-            f"step {row['step']}: update skipped"
+        skipped = [
+            row["step"]
             for row in self.rows
-            if "grad_norm" in row and row["grad_norm"] is None
+            if self.config.computes_grad_norm and "grad_norm" in row and row["grad_norm"] is None
         ]
+        found = [f"step {step}: update skipped" for step in skipped]
         losses = self.series("loss")
         for i in range(WINDOW, len(losses)):
             middle = statistics.median(value for _, value in losses[i - WINDOW : i])

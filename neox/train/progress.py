@@ -26,13 +26,14 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def progress_line(record: Record, total_steps: int, seconds_per_step: float) -> str:
+def progress_line(record: Record, total_steps: int, seconds_per_step: float, *, grad_norm: bool = True) -> str:
     """The line of a step.
 
     Args:
         record: the record of the step in metrics.jsonl.
         total_steps: length of the run.
         seconds_per_step: smoothed time of a step, for the time left.
+        grad_norm: whether the run computes the norm; if it does, a record without one is of a skipped update.
     """
     missing = "no target" if record.get("targets") == 0 else "loss not finite"
     parts = [
@@ -42,14 +43,12 @@ def progress_line(record: Record, total_steps: int, seconds_per_step: float) -> 
     if "validation_loss" in record:
         validation = record["validation_loss"]
         parts.append("validation without a target" if validation is None else f"validation {validation:.4f}")
-    norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
+    parts.append(f"lr {record['lr']:.3g}")
+    if grad_norm:
+        parts.append("grad skipped" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3g}")
     parts += [
-        f"lr {record['lr']:.3g}",
-        f"grad {norm}",
         f"{short(record['tokens_per_s'])} tok/s",
         f"{record['tflops']:.3g} TFLOP/s",
-    ]
-    parts += [
         f"MFU {100 * record['mfu']:.1f}%",
         f"{record['memory_gb']:.2f} GB",
         f"ETA {duration((total_steps - record['step']) * seconds_per_step)}",
@@ -88,14 +87,23 @@ class Progress:
         total_steps: length of the run.
         interval: steps between lines.
         lossy: whether a log that cannot be written is reported on the terminal, once, and training continues.
+        grad_norm: whether the run computes the gradient norm.
     """
 
     SMOOTHING = 0.9  # weight of the past in the time of a step
 
     def __init__(
-        self, terminal: TextIO | None, log: TextIO | None, total_steps: int, interval: int, *, lossy: bool = False
+        self,
+        terminal: TextIO | None,
+        log: TextIO | None,
+        total_steps: int,
+        interval: int,
+        *,
+        lossy: bool = False,
+        grad_norm: bool = True,
     ):
         self.lossy = lossy
+        self.grad_norm = grad_norm
         self.refused = False
         self.terminal = terminal
         self.log = log
@@ -158,4 +166,4 @@ class Progress:
         self.seconds = time if warming else self.SMOOTHING * self.seconds + (1 - self.SMOOTHING) * time
         due = record["step"] % self.interval == 0 or record["step"] == self.total_steps
         if (self.terminal or self.log) and (first or due or "validation_loss" in record):
-            self.report(progress_line(record, self.total_steps, self.seconds))
+            self.report(progress_line(record, self.total_steps, self.seconds, grad_norm=self.grad_norm))

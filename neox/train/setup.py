@@ -205,9 +205,13 @@ def open_datasets(
 
 def make_progress(config: Config, mesh: Mesh) -> Progress:
     """The log lines of the run; only the first process prints."""
-    lossy = config.checkpoint.on_save_error == "continue"
     return Progress(
-        sys.stdout if mesh.rank == 0 else None, None, config.train.train_iters, config.logging.interval, lossy=lossy
+        sys.stdout if mesh.rank == 0 else None,
+        None,
+        config.train.train_iters,
+        config.logging.interval,
+        lossy=config.checkpoint.on_save_error == "continue",
+        grad_norm=config.computes_grad_norm,
     )
 
 

@@ -41,11 +41,16 @@ def test_a_norm_that_deepspeed_is_asked_not_to_compute_is_not_a_number():
     sections = {
         "optimizer": {"lr": 0.01, "gradient_clipping": 0.0},
         "zero": {"stage": 1},
+        "precision": {"dtype": "bf16"},
         "deepspeed": {"zero_optimization": {"compute_grad_norm": False}},
     }
     engine = make_engine(make_config(**sections), Mesh.single())
     result = engine.train_step(micro_batches(0, engine.mesh, 1))
     assert math.isnan(result.grad_norm) and not result.skipped
+    before = {key: value.clone() for key, value in gathered(engine).items()}
+    engine.pipeline.train(micro_batches(7, engine.mesh, 1))
+    assert engine.updater.skip_empty_batch().skipped
+    assert all(torch.equal(value, before[key]) for key, value in gathered(engine).items())
 
 
 def test_the_sum_of_one_process():

@@ -31,6 +31,15 @@ def test_numbers_and_incidents(tmp_path):
     assert len(record.series("grad_norm")) == 119
 
 
+def test_steps_of_a_run_that_computes_no_norm_are_not_reported_as_skipped(tmp_path):
+    folder = write_run(tmp_path / "run", spike=None)
+    config = folder / "config.lock.yml"
+    text = config.read_text()
+    assert "deepspeed: {}\n" in text
+    config.write_text(text.replace("deepspeed: {}\n", "deepspeed: {zero_optimization: {compute_grad_norm: false}}\n"))
+    assert read_run(folder).incidents() == ["resumed from runs/x at step 60"]
+
+
 @pytest.mark.parametrize(("step", "found"), [(50, False), (51, True), (52, True), (120, True)])
 def test_the_first_judged_step_has_a_window_before_it(tmp_path, step, found):
     incidents = read_run(write_run(tmp_path / "run", spike=step, skipped=None)).incidents()

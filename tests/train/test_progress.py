@@ -29,6 +29,7 @@ def test_line():
         "ETA 0:02:40"
     )
     assert "grad skipped |" in progress_line({**RECORD, "grad_norm": None}, 100, 2.0)
+    assert "lr 0.0006 | 12.3k tok/s" in progress_line({**RECORD, "grad_norm": None}, 100, 2.0, grad_norm=False)
     assert "validation 2.5000" in progress_line({**RECORD, "validation_loss": 2.5}, 100, 2.0)
 
 

@@ -108,6 +108,7 @@ def deepspeed(config: Config, _: Environment) -> Iterator[Conflict]:
         facts = (("key", "deepspeed.comet.api_key"),)
         yield Conflict("secret in a config", (), "secrets in the environment, as COMET_API_KEY", facts=facts)
     yield from offload(config)
+    yield from gradient_norm(config)
 
 
 def deepspeed_key(key: str, known: Collection[str]) -> Iterator[Conflict]:
@@ -130,3 +131,18 @@ def offload(config: Config) -> Iterator[Conflict]:
         if isinstance(section, dict) and section.get(name) is not None and config.zero.stage < stage:
             keys = (f"deepspeed.zero_optimization.{name}", "zero.stage")
             yield Conflict("cannot offload state that ZeRO does not shard", keys, f"zero.stage at least {stage}")
+
+
+def gradient_norm(config: Config) -> Iterator[Conflict]:
+    """Without the norm, DeepSpeed cannot clip and does not check gradients in fp32; only two ZeRO stages support it."""
+    if config.computes_grad_norm:
+        return
+    key = "deepspeed.zero_optimization.compute_grad_norm"
+    if config.precision.dtype == "fp32":
+        rule = "precision.dtype: bf16 or fp16, whose gradients are also checked without it"
+        yield Conflict("gradients in fp32 are checked by their norm", (key, "precision.dtype"), rule)
+    if config.optimizer.gradient_clipping:
+        keys = (key, "optimizer.gradient_clipping")
+        yield Conflict("gradients are clipped by their norm", keys, "gradient_clipping: 0 without the norm")
+    if config.zero.stage == 3:
+        yield Conflict("ZeRO stage 3 needs the gradient norm", (key, "zero.stage"), "zero.stage at most 2 without it")

@@ -86,3 +86,9 @@ class Config(Section, frozen=True):
     def tokens_per_sample(self) -> int:
         """Input tokens of a sample, both answers of a pair included."""
         return self.train.rows_per_sample * self.data.seq_length
+
+    @property
+    def computes_grad_norm(self) -> bool:
+        """Whether a step has a gradient norm, which a key of DeepSpeed can turn off."""
+        section = self.deepspeed.get("zero_optimization")
+        return bool(section.get("compute_grad_norm", True)) if isinstance(section, dict) else True

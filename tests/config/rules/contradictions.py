@@ -337,6 +337,13 @@ def deepspeed_cases() -> list[Case]:
                 )
             )
     cases.append(Case(("deepspeed.comet.api_key=s3cret",), ("deepspeed.comet.api_key",)))
+    norm = "deepspeed.zero_optimization.compute_grad_norm"
+    for *overrides, key in (
+        ("precision.dtype=fp32", "optimizer.gradient_clipping=0", "precision.dtype"),
+        ("precision.dtype=bf16", "optimizer.gradient_clipping=1", "optimizer.gradient_clipping"),
+        ("precision.dtype=bf16", "optimizer.gradient_clipping=0", "zero.stage=3", "zero.stage"),
+    ):
+        cases.append(Case((f"{norm}=false", *overrides), (norm, key)))
     return cases
 
 

@@ -73,6 +73,12 @@ VALID = [
     ("schedule.min_lr=6e-4",),
     ("schedule.type=constant",),
     ("zero.stage=3", "deepspeed.zero_optimization.offload_param.device=cpu"),
+    (
+        "deepspeed.zero_optimization.compute_grad_norm=false",
+        "precision.dtype=bf16",
+        "optimizer.gradient_clipping=0",
+        "zero.stage=2",
+    ),
     ("deepspeed.zero_optimization.overlap_comm=true", "deepspeed.wall_clock_breakdown=true"),
     ("deepspeed.wandb={enabled: true, project: x}",),
     ("train.gradient_accumulation=4", "train.global_batch_size=4"),
@@ -120,6 +126,6 @@ def test_every_rule_is_listed():
         for name, value in vars(module).items()
         if getattr(value, "__annotations__", {}).get("return") == "Iterator[Conflict]"
     }
-    parts_of_rules = {"deepspeed_key", "offload", "source_lists", "split"}
+    parts_of_rules = {"deepspeed_key", "gradient_norm", "offload", "source_lists", "split"}
     assert defined - parts_of_rules == {rule.__name__ for rule in rules.RULES}
     assert len(set(rules.RULES)) == len(rules.RULES)
