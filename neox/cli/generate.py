@@ -228,7 +228,7 @@ class Writer:
                 self.params,
                 **self._options(),
                 is_done=is_done,
-                first_stream=start,
+                streams=range(start, start + len(batch)),
                 on_token=lambda *_: self._check_signals(),
             )
             for prompt, text, tokens in zip(prompts[start : start + len(batch)], texts, rows, strict=True):

@@ -105,6 +105,7 @@ def complete(
             params,
             eod_id=eod_id,
             is_done=lambda _, tokens: truncate(decode(tokens), stops)[1],
+            streams=batch,
         )
         for i, tokens in zip(batch, rows, strict=True):
             results[i] = truncate(decode(tokens), stops)[0]

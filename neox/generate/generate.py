@@ -57,7 +57,7 @@ def generate(
     use_cache: bool = True,
     on_token: OnToken | None = None,
     is_done: IsDone | None = None,
-    first_stream: int = 0,
+    streams: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -75,7 +75,7 @@ def generate(
             check.
         on_token: called with (number of the prompt, token) for each new token.
         is_done: called with (number of the prompt, its new tokens) after each token; true ends the prompt.
-        first_stream: number of the first prompt's random stream, so that a prompt's text is the same in any batch.
+        streams: the number of each prompt's random stream, so that its text is the same in any batch. None: 0, 1, ...
 
     Returns:
         the new token ids of every prompt.
@@ -88,7 +88,7 @@ def generate(
         return []
     device = next(model.parameters()).device
     batch = _Batch(prompts, params.max_new_tokens, device)
-    generators = [prompt_generator(params.seed, first_stream + row, device) for row in range(len(prompts))]
+    generators = [prompt_generator(params.seed, stream, device) for stream in streams or range(len(prompts))]
     cacheable = model.rotary.original_length if model.rotary is not None else None  # dynamic NTK
     cache = KVCache(min(batch.capacity, cacheable or batch.capacity)) if use_cache else None
     continuations = _Continuations(len(prompts), eod_id, on_token, is_done)

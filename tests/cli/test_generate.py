@@ -315,10 +315,10 @@ def test_one_kind_of_prompt(run_folder, capsys):
 
 
 def test_a_list_cut_short_by_an_error_is_not_printed(run_folder, capsys, monkeypatch):
-    def fail_at_the_second(model, batch, *args, first_stream, **options):
-        if first_stream:
+    def fail_at_the_second(model, batch, *args, streams, **options):
+        if 1 in streams:
             raise DataError("an error halfway")
-        return generate(model, batch, *args, first_stream=first_stream, **options)
+        return generate(model, batch, *args, streams=streams, **options)
 
     monkeypatch.setattr("neox.cli.generate.generate", fail_at_the_second)
     assert (

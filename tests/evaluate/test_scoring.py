@@ -80,3 +80,17 @@ def test_texts_end_before_the_first_stop(model):
     )
     assert [len(text) for text in whole] == [12, 12]
     assert stopped == [text.split(stop)[0] for text in whole]
+
+
+def test_sampled_texts_do_not_depend_on_the_batch(model):
+    """Batches are formed by length, and every prompt has its own random stream, also if two prompts are equal."""
+
+    def decode(tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def texts(size: int) -> list[str]:
+        prompts = [[1], [2, 3], [1], [4, 5, 6]]
+        return complete(model, prompts, SamplingParams(8), decode=decode, stops=[], eod_id=None, batch_size=size)
+
+    alone = texts(1)
+    assert texts(2) == texts(4) == alone and len(set(alone)) == 4
