@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
     usable_device(args.device)
     if (args.data is None) == (args.tasks is None):
         raise ConfigError(
-            "no data or tasks", where="neox evaluate", want="exactly one of --data PREFIX and --tasks A,B"
+            "specify either data or tasks",
+            where="neox evaluate",
+            got="neither" if args.data is None else "both",
+            want="exactly one of --data PREFIX and --tasks A,B",
         )
     if args.task_files is not None and not Path(args.task_files).is_dir():
         raise ConfigError("no such folder", where="--task-files", got=args.task_files, want="a folder of YAML files")
@@ -105,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(result)))
         return 0
     print(f"{checkpoint} on {args.data}: {result.documents} documents, {result.tokens} tokens, {result.bytes} bytes")
-    print(f"loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  bits per byte {result.bits_per_byte:.4f}")
+    bits = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
+    print(f"loss {result.loss:.4f}  perplexity {result.perplexity:.3f}{bits}")
     return 0
 
 

@@ -74,13 +74,9 @@ def text_bytes(dataset: IndexedDataset, documents: int, tokenizer: Tokenizer) ->
 
 
 def _document(dataset: IndexedDataset, document: int) -> np.ndarray:
-    """All tokens of one document, [n]."""
-    first, last = int(dataset.documents[document]), int(dataset.documents[document + 1])
-    return (
-        np.concatenate([dataset[sequence] for sequence in range(first, last)])
-        if last > first
-        else np.empty(0, np.int64)
-    )
+    """All tokens of one document, [n] int64. Raises DataError if they differ from their checksums."""
+    first, end = dataset.first_token_of_document(document), dataset.first_token_of_document(document + 1)
+    return dataset.read(first, end - first)[0]
 
 
 def evaluate(
@@ -105,7 +101,7 @@ def evaluate(
         on_batch: called with (windows done, windows in all).
 
     Raises:
-        DataError: no token to predict, or a token outside the model's vocabulary.
+        DataError: no token to predict, a token outside the model's vocabulary, or the dataset is damaged.
         ConfigError: windows longer than the model has positions.
     """
     config = model.config
@@ -116,13 +112,9 @@ def evaluate(
             got=seq_length,
             want=f"<= {config.max_position_embeddings}",
         )
-    documents = len(dataset.documents) - 1
+    documents = dataset.num_documents
     documents = documents if max_documents is None else min(documents, max_documents)
-    tokens = (
-        np.concatenate([_document(dataset, document) for document in range(documents)])
-        if documents
-        else np.empty(0, np.int64)
-    )
+    tokens, _ = dataset.read(0, dataset.first_token_of_document(documents))
     _check_tokens(tokens, config.vocab_size, dataset)
     eod = tokenizer.eod_id if tokenizer is not None and tokenizer.eod_id is not None else int(tokens[-1])
     total = _total_loss(model, tokens, seq_length, eod, batch_size, on_batch)
@@ -135,12 +127,12 @@ def evaluate(
 def _check_tokens(tokens: np.ndarray, vocab_size: int, dataset: IndexedDataset) -> None:
     if len(tokens) == 0:
         raise DataError("nothing to evaluate", where=dataset.prefix, got="0 tokens", want="at least 1")
-    worst = int(tokens.max())
-    if worst >= vocab_size or int(tokens.min()) < 0:
+    largest, smallest = int(tokens.max()), int(tokens.min())
+    if largest >= vocab_size or smallest < 0:
         raise DataError(
             "token outside the model's vocabulary",
             where=dataset.prefix,
-            got=worst,
+            got=smallest if smallest < 0 else largest,
             want=f"0 <= id < {vocab_size}",
             do="preprocess with the model's tokenizer",
         )

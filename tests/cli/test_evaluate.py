@@ -65,6 +65,21 @@ def test_no_task_and_few_shots_below_zero_are_refused(place, capsys):
     assert "option out of range; where=--num-fewshot; got=-1; want=at least 0" in capsys.readouterr().err
 
 
+def test_documents_without_text_have_no_bits_per_byte(place, tmp_path, capsys):
+    with IndexedWriter(tmp_path / "d", "uint16") as writer:
+        writer.add_document([Tokenizer(place / "tokenizer.json").eod_id] * 3)
+    assert call("--checkpoint", place / "run", "--data", tmp_path / "d") == 0
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed and "0 bytes" in printed and "bits per byte" not in printed
+
+
+def test_either_data_or_tasks(place, capsys):
+    assert call("--checkpoint", place / "run") == 2
+    assert "specify either data or tasks; where=neox evaluate; got=neither" in capsys.readouterr().err
+    assert call("--checkpoint", place / "run", "--data", place / "text", "--tasks", "lambada_openai") == 2
+    assert "got=both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--seq-length", "--batch-size", "--max-documents", "--limit"])
 def test_counts_below_one_are_refused(place, capsys, option):
     for value in (0, -1):

@@ -98,10 +98,22 @@ def test_wrong_data_is_named(model, tmp_path):
             writer.add_document([1, token, 0])
         with pytest.raises(DataError, match=rf"token outside the model's vocabulary.*got={token}; want=0 <= id < 31"):
             evaluate(model, IndexedDataset(tmp_path / f"wide{token}"), seq_length=8)
+    with IndexedWriter(tmp_path / "negative", "int32") as writer:
+        writer.add_document([1, -100, 0])
+    with pytest.raises(DataError, match="got=-100; want=0 <= id < 31"):
+        evaluate(model, IndexedDataset(tmp_path / "negative"), seq_length=8)
     with IndexedWriter(tmp_path / "none", "uint16") as writer:
         writer.add_document([])
     with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate(model, IndexedDataset(tmp_path / "none"), seq_length=8)
+
+
+def test_a_damaged_dataset_is_not_evaluated(model, tmp_path):
+    with IndexedWriter(tmp_path / "d", "uint16") as writer:
+        writer.add_document([1, 2, 0])
+    (tmp_path / "d.bin").write_bytes(bytes([3, 0, 2, 0, 0, 0]))
+    with pytest.raises(DataError, match="checksum differs"):
+        evaluate(model, IndexedDataset(tmp_path / "d"), seq_length=8)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
