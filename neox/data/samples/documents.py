@@ -139,7 +139,7 @@ class PairDataset(Collatable):
         seed: seed of the order.
 
     Raises:
-        DataError: the two have different numbers of documents.
+        DataError: the two have different numbers of documents, or a document has no tokens.
     """
 
     def __init__(
@@ -157,6 +157,8 @@ class PairDataset(Collatable):
                 got=f"{len(self.chosen)} and {len(self.rejected)} documents",
                 want="equal numbers",
             )
+        check_answers(chosen[0])
+        check_answers(rejected[0])
         self._seq_length = seq_length
         self._order = document_order(chosen[0], seed, chosen[0].num_documents)
         self.reference: np.ndarray | None = None  # fp32 [pairs, 2], by document number
@@ -251,6 +253,19 @@ def check_learnable(dataset: IndexedDataset, documents: tuple[int, int]) -> None
             got=f"{lengths.sum()} tokens in {lengths.size} documents",
             want="a document of at least two tokens",
             do="use more text, or another data.split",
+        )
+
+
+def check_answers(dataset: IndexedDataset) -> None:
+    """Raise DataError if a document has no tokens: an answer of a pair must have a last token, which is scored."""
+    empty = np.flatnonzero(np.diff(dataset.document_starts()) == 0)
+    if empty.size:
+        raise DataError(
+            "an answer of a preference pair is empty",
+            where=f"{dataset.bin_path} document {empty[0]}",
+            got=f"{empty.size} documents without tokens",
+            want="at least one token in every document",
+            do="remove these pairs and preprocess again",
         )
 
 

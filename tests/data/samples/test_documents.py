@@ -76,6 +76,8 @@ def test_batches_of_pairs_alternate_and_carry_the_reference(answers, make_datase
 def test_data_that_do_not_belong_together(answers, make_dataset):
     with pytest.raises(DataError, match="not pairs"):
         PairDataset(answers, (make_dataset(OTHERS[:3], "short"), None), 4, seed=1)
+    with pytest.raises(DataError, match=r"pair is empty; where=.*gap.bin document 1; got=2 documents"):
+        PairDataset(answers, (make_dataset([[21], [], [], [22]], "gap"), None), 4, seed=1)
     with pytest.raises(DataError, match="labels do not belong to the documents"):
         DocumentSamples(answers[0], make_dataset([[1, 2], [3], [4], [5]], "other"), 4)
     wrong = make_dataset([[-100, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12, 99, 14]], "wrong", "int32")
