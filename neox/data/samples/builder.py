@@ -21,6 +21,7 @@ from neox.data.samples.cursor import (
     continue_from,
     first_phase,
     identify,
+    matched_sources,
     same_shares,
     settings_of,
     tokenizer_of,
@@ -99,27 +100,37 @@ class RunDatasets:
             continuation = continue_from(saved, self.cursor, validation)
             self.cursor, self.lines = replace(self.cursor, phases=continuation.phases), continuation.lines
         self.parts: dict[str, Dataset] = {}
-        for part in (part for part in wanted if part_sources[part]):
+        for part in wanted:
+            if not part_sources[part]:
+                continue
             datasets = self._build_part(config, opened, part, part_sources[part], wanted[part])
             if part == "train":
                 self._note_samples_per_epoch(datasets)
-            weights = normalise_weights([row.source.weight for row in part_sources[part]]).tolist()
+            weights = normalise_weights([part_source.source.weight for part_source in part_sources[part]]).tolist()
             self.parts[part] = blended(datasets, weights, self.cursor.phases if part == "train" else None)
 
     def _build_part(
-        self, config: Config, opened: dict[str, IndexedDataset], part: str, rows: Sequence[PartSource], samples: int
+        self,
+        config: Config,
+        opened: dict[str, IndexedDataset],
+        part: str,
+        part_sources: Sequence[PartSource],
+        samples: int,
     ) -> list[Dataset]:
         """The datasets of a part, one per source."""
-        needed = _samples_per_source(config, rows, samples)
+        needed = _samples_per_source(config, part_sources, samples)
         if part == "train":
             lengths = [source.epochs for source in self.cursor.sources]
             needed = [
                 count
                 if epochs is None
-                else _samples_for_epochs(config, opened[row.source.path], row.span, epochs, count)
-                for row, epochs, count in zip(rows, lengths, needed, strict=True)
+                else _samples_for_epochs(config, opened[part_source.source.path], part_source.span, epochs, count)
+                for part_source, epochs, count in zip(part_sources, lengths, needed, strict=True)
             ]
-        return [_build_source(config, opened, part, row, count) for row, count in zip(rows, needed, strict=True)]
+        return [
+            _build_source(config, opened, part, part_source, count)
+            for part_source, count in zip(part_sources, needed, strict=True)
+        ]
 
     def _note_samples_per_epoch(self, datasets: Sequence[Dataset]) -> None:
         """Add the number of samples per epoch to the cursor's sources."""
@@ -154,42 +165,45 @@ def _part_sources(config: Config, opened: dict[str, IndexedDataset], path: str |
                 "data.text" if data.text else path,
             )
         ]
-    rows = [
+    part_sources = [
         PartSource(source, (0, _split_units(data, opened[source.path])), source.path)
         for source in _configured_sources(data, part)
     ]
-    if rows:
+    if part_sources:
         try:
-            normalise_weights([row.source.weight for row in rows])
+            normalise_weights([part_source.source.weight for part_source in part_sources])
         except DataError as error:
             raise ConfigError(
                 error.what, where=f"data.{part}: {error.where or ''}", got=error.got, want=error.want
             ) from error
-    return rows
+    return part_sources
 
 
-def _samples_per_source(config: Config, rows: Sequence[PartSource], samples: int) -> list[int]:
+def _samples_per_source(config: Config, part_sources: Sequence[PartSource], samples: int) -> list[int]:
     """Number of samples that a run needs of each source."""
     if not config.data.train:
-        return [samples] * len(rows)
-    shares = normalise_weights([row.source.weight for row in rows]) if rows else []
+        return [samples] * len(part_sources)
+    shares = normalise_weights([part_source.source.weight for part_source in part_sources]) if part_sources else []
     return [math.ceil(samples * share * BLEND_MARGIN) for share in shares]
 
 
-def _cursor_source(config: Config, opened: dict[str, IndexedDataset], row: PartSource, samples: int = 0) -> Source:
+def _cursor_source(
+    config: Config, opened: dict[str, IndexedDataset], part_source: PartSource, samples: int = 0
+) -> Source:
     """A source by its content. `samples` is the number needed of it, which the arrays of `order: neox` depend on."""
+    source, data = part_source.source, config.data
     roles = {
-        "tokens": row.source.path,
-        "labels": row.source.labels,
-        "rejected": row.source.rejected,
-        "rejected_labels": row.source.rejected_labels,
+        "tokens": source.path,
+        "labels": source.labels,
+        "rejected": source.rejected,
+        "rejected_labels": source.rejected_labels,
     }
     files = {role: identify(opened[prefix]) for role, prefix in roles.items() if prefix is not None}
-    neox = (
-        config.data.order == "neox" and config.data.packing == "concatenate" and row.source.rejected is None and samples
-    )
-    epochs = _epochs(config, opened[row.source.path], row.span, samples) if neox else None
-    return Source(row.name, row.source.weight, files, row.span, epochs)
+    in_gpt_neox_order = data.order == "neox" and data.packing == "concatenate" and source.rejected is None
+    epochs = None
+    if samples and in_gpt_neox_order:
+        epochs = _epochs(config, opened[source.path], part_source.span, samples)
+    return Source(part_source.name, source.weight, files, part_source.span, epochs)
 
 
 def _epochs(config: Config, dataset: IndexedDataset, span: tuple[int, int], samples: int) -> int:
@@ -212,33 +226,31 @@ def _keep_epochs(
     config: Config,
     opened: dict[str, IndexedDataset],
     sources: list[Source],
-    rows: Sequence[PartSource],
+    part_sources: Sequence[PartSource],
     saved: SavedCursor,
     samples: int,
 ) -> list[Source]:
     """The sources, with the epochs of `order: neox` in the checkpoint if they suffice for what the run still reads."""
     before = saved.cursor
     taken = PhasedBlend(before.phases).taken(saved.consumed).tolist()
-    weights = [row.source.weight for row in rows]
+    weights = [part_source.source.weight for part_source in part_sources]
     reweighted = not same_shares(before.phases[-1].weights, weights)
-    rest = max(samples - saved.consumed, 0)
-    found = []
-    for source, row, share in zip(sources, rows, normalise_weights(weights), strict=True):
-        dataset = opened[row.source.path]
-        old = next(
-            (
-                number
-                for number, one in enumerate(before.sources)
-                if one.files and replace(source, epochs=one.epochs).same(one)
-            ),
-            None,
-        )
-        if old is not None:
-            needed = taken[old] + math.ceil(rest * share) + 1
-            epochs = _epochs(config, dataset, row.span, needed) if reweighted else source.epochs
-            source = replace(source, epochs=max(epochs or 1, before.sources[old].epochs or 1))
-        found.append(source)
-    return found
+    remaining = max(samples - saved.consumed, 0)
+    partner = matched_sources(_without_epochs(before.sources), _without_epochs(sources))
+    for old, new in partner.items():
+        saved_source, part_source = before.sources[old], part_sources[new]
+        if saved_source.files is None:
+            continue
+        epochs = sources[new].epochs
+        if reweighted:
+            needed = taken[old] + math.ceil(remaining * normalise_weights(weights)[new]) + 1
+            epochs = _epochs(config, opened[part_source.source.path], part_source.span, needed)
+        sources[new] = replace(sources[new], epochs=max(epochs or 1, saved_source.epochs or 1))
+    return sources
+
+
+def _without_epochs(sources: Sequence[Source]) -> list[Source]:
+    return [replace(source, epochs=None) for source in sources]
 
 
 def run_text(config: Config) -> RunText | None:
@@ -370,25 +382,25 @@ def _split_units(data: DataConfig, dataset: IndexedDataset) -> int:
 
 
 def _build_source(
-    config: Config, opened: dict[str, IndexedDataset], part: str, row: PartSource, samples: int
+    config: Config, opened: dict[str, IndexedDataset], part: str, part_source: PartSource, samples: int
 ) -> Dataset:
     """The dataset of one source, packed by data.packing; for training, with fill in the middle."""
-    data = config.data
-    dataset, labels = opened[row.source.path], _labels(opened, row.source.labels)
-    longest = data.seq_length + 1 if data.packing == "document" or row.source.rejected is not None else None
-    for tokens, learned in ((row.source.path, row.source.labels), (row.source.rejected, row.source.rejected_labels)):
-        if tokens is not None and learned is not None and row.source.weight:
+    data, source, span = config.data, part_source.source, part_source.span
+    dataset, labels = opened[source.path], _labels(opened, source.labels)
+    longest = data.seq_length + 1 if data.packing == "document" or source.rejected is not None else None
+    for tokens, learned in ((source.path, source.labels), (source.rejected, source.rejected_labels)):
+        if tokens is not None and learned is not None and source.weight:
             check_same_documents(opened[tokens], opened[learned], "labels")
-            check_labels(opened[learned], row.span, longest)
-    if row.source.rejected is not None:
-        rejected = (opened[row.source.rejected], _labels(opened, row.source.rejected_labels))
+            check_labels(opened[learned], span, longest)
+    if source.rejected is not None:
+        rejected = (opened[source.rejected], _labels(opened, source.rejected_labels))
         return PairDataset((dataset, labels), rejected, data.seq_length, config.train.seed)
     if data.packing == "document":
-        result = DocumentDataset(dataset, labels, data.seq_length, config.train.seed, row.span)
+        result = DocumentDataset(dataset, labels, data.seq_length, config.train.seed, span)
     elif data.packing == "best_fit":
-        result = _build_packed(config, (dataset, labels), row.span)
+        result = _build_packed(config, (dataset, labels), span)
     else:
-        result = _build_ordered(config, dataset, row.span, samples)
+        result = _build_ordered(config, dataset, span, samples)
         result = result if labels is None else LabelledDataset(result, dataset, labels)
     if part != "train" or not data.fim.rate or isinstance(result, LabelledDataset):
         return result

@@ -129,7 +129,8 @@ class Source:
     def to_json(self) -> JsonObject:
         """The JSON value in a checkpoint."""
         files = {
-            role: [one.index, one.tokens, one.num_documents, one.num_tokens] for role, one in (self.files or {}).items()
+            role: [file.index, file.tokens, file.num_documents, file.num_tokens]
+            for role, file in (self.files or {}).items()
         }
         span = None if self.span is None else list(self.span)
         return {
@@ -165,7 +166,7 @@ class Cursor:
 
     def to_json(self) -> JsonObject:
         """The JSON value in a checkpoint."""
-        phases = [[one.first, list(one.weights), list(one.taken)] for one in self.phases]
+        phases = [[phase.first, list(phase.weights), list(phase.taken)] for phase in self.phases]
         return {
             "settings": dict(self.settings),
             "sources": [source.to_json() for source in self.sources],
@@ -289,34 +290,29 @@ def changed_settings(before: Cursor, now: Cursor) -> dict[str, tuple[JsonValue, 
 
     data.split is compared by the documents that it selects; by its text only if those of the checkpoint are unknown.
     """
-    found = {
+    changed = {
         key: (before.settings.get(key), value)
         for key, value in now.settings.items()
         if before.settings.get(key) != value
     }
     for key in ("tokenizer.file", "data.text"):
-        if None in found.get(key, ()):
-            del found[key]
-    if "data.split" in found and (
-        None in found["data.split"] or all(source.files is not None for source in before.sources)
+        if None in changed.get(key, ()):
+            del changed[key]
+    if "data.split" in changed and (
+        None in changed["data.split"] or all(source.files is not None for source in before.sources)
     ):
-        del found["data.split"]
-    return found
+        del changed["data.split"]
+    return changed
 
 
 def matched_sources(before: Sequence[Source], now: Sequence[Source]) -> dict[int, int]:
-    """Number of an unchanged source before -> its number now. Each source is matched at most once."""
-    found: dict[int, int] = {}
-    for number, source in enumerate(before):
-        free = (other for other, candidate in enumerate(now) if other not in found.values() and source.same(candidate))
-        match = (
-            number
-            if number < len(now) and number not in found.values() and source.same(now[number])
-            else next(free, None)
-        )
-        if match is not None:
-            found[number] = match
-    return found
+    """Number of an unchanged source before -> its number now, the same one if possible. Each matches at most once."""
+    partner: dict[int, int] = {}
+    for old, source in enumerate(before):
+        free = [new for new, candidate in enumerate(now) if new not in partner.values() and source.same(candidate)]
+        if free:
+            partner[old] = old if old in free else free[0]
+    return partner
 
 
 def new_phase(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken: Sequence[int]) -> BlendPhase:
@@ -337,7 +333,7 @@ def reblended(saved: SavedCursor, now: Cursor, partner: Mapping[int, int], taken
     phase = new_phase(saved, now, partner, taken)
     added = (0,) * (len(weights) - len(taken))
     earlier = (
-        [BlendPhase(one.first, one.weights + added, one.taken + added) for one in phases if one.first < saved.consumed]
+        [BlendPhase(old.first, old.weights + added, old.taken + added) for old in phases if old.first < saved.consumed]
         if in_place
         else []
     )
@@ -373,19 +369,21 @@ def differences(
     lines = [f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in changed.items()]
     if any(key in REORDERS for key in changed):
         return lines  # every source has a different order, even if it is unchanged
-    found = []
+    per_source = []
     for number in ended:
         source = before.sources[number]
-        current = next((one for one in now.sources if source.same_tokens(one)), None)
-        named = next((one for one in now.sources if one.path == source.path), None)
+        current = next((candidate for candidate in now.sources if source.same_tokens(candidate)), None)
+        named = next((candidate for candidate in now.sources if candidate.path == source.path), None)
         if current is not None:
-            found.append(reading(source, current, before.settings.get("data.split"), now.settings.get("data.split")))
+            per_source.append(
+                reading(source, current, before.settings.get("data.split"), now.settings.get("data.split"))
+            )
         elif named is not None:
-            found.append(f"the content of {source.path} changed: {content(source)} -> {content(named)}")
+            per_source.append(f"the content of {source.path} changed: {content(source)} -> {content(named)}")
         else:
-            found.append(f"{source.path} is no longer read")
-    more = [f"and {len(found) - SHOWN} more sources"] if len(found) > SHOWN else []
-    return lines + found[:SHOWN] + more
+            per_source.append(f"{source.path} is no longer read")
+    more = [f"and {len(per_source) - SHOWN} more sources"] if len(per_source) > SHOWN else []
+    return lines + per_source[:SHOWN] + more
 
 
 def reading(source: Source, current: Source, split: str | None, new_split: str | None) -> str:
@@ -406,8 +404,8 @@ def consequences(
     length = before.settings["data.seq_length"]
     for number in ended:
         source, count = before.sources[number], taken[number]
-        current = next((one for one in now.sources if source.same_tokens(one)), None)
-        same_name = any(one.path == source.path for one in now.sources)
+        current = next((candidate for candidate in now.sources if source.same_tokens(candidate)), None)
+        same_name = any(candidate.path == source.path for candidate in now.sources)
         read = f"{count:,} samples ({count * length:,} tokens) read of {source.path}"
         if current is not None:
             lines.append(f"the {read} would be repeated among new ones, and none would be lost")
@@ -424,7 +422,9 @@ def consequences(
                 f"the {left}remaining samples of the epoch of {source.path} would be lost, and none would be repeated"
             )
         lines += [
-            moved(source, one) for one in validation if source.same_tokens(one) and overlap(source.span, one.span)
+            moved(source, held_out)
+            for held_out in validation
+            if source.same_tokens(held_out) and overlap(source.span, held_out.span)
         ]
     more = [f"and likewise for {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return lines[:SHOWN] + more or ["no sample would be repeated or lost, but each would be built differently"]

@@ -209,6 +209,18 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
     assert tokens_of(shorter.parts["train"], 15, 20) == tokens_of(straight, 15, 20)
 
 
+def test_neox_order_of_a_dataset_that_is_listed_twice(sources, tmp_path):
+    """Each entry has the epochs of its own share, and an unchanged config is resumed."""
+    prefix = sources["a"].prefix
+    data = {"train": [{"path": prefix, "weight": 3}, {"path": prefix, "weight": 1}], "order": "neox"}
+    config = config_of(tmp_path, data)
+    epoch = RunDatasets(config, {"train": 4}).cursor.sources[0].samples
+    straight = RunDatasets(config, {"train": 2 * epoch})
+    assert [source.epochs for source in straight.cursor.sources] == [2, 1]
+    resumed = RunDatasets(config, {"train": 2 * epoch}, SavedCursor("step_1", 15, straight.cursor))
+    assert resumed.cursor == straight.cursor and not resumed.lines
+
+
 def test_text_is_compared_before_it_is_tokenized(tmp_path):
     vocabulary = {letter: number for number, letter in enumerate(["<|endoftext|>", *"abcdefgh "])}
     tokenizer = {
