@@ -14,6 +14,11 @@ def test_names_are_searched_under_configs_and_without_suffix(write, tmp_path):
         assert find_config(name) == tmp_path / "configs/mine/tiny.yml"
 
 
+def test_a_name_that_no_file_can_have_is_a_missing_file():
+    assert find_config("x" * 5000) is None
+    assert "no such config file" in refusal("x" * 5000)[0]
+
+
 @pytest.mark.parametrize(
     ("name", "close"),
     [

@@ -44,8 +44,12 @@ class Quarantine:
 
     def add(self, bad: BadLine) -> None:
         """Write a bad line."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(record(bad))
+        except OSError as error:
+            raise self._write_error(error) from error
 
     def sync(self) -> int:
         """Make the lines so far durable.

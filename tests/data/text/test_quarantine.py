@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 
 import orjson
 import pytest
@@ -109,6 +110,11 @@ def test_a_disk_that_refuses_is_an_error_with_the_final_name(tmp_path, monkeypat
         kept.add(BAD[0])
         kept.sync()
     monkeypatch.undo()
+    large = BadLine("a.jsonl", 1, "reason", b"x" * (1 << 20))
+    with pytest.raises(DiskError, match=refused), Quarantine(str(tmp_path / "q"), True) as kept:
+        with open("/dev/full", "wb") as full:
+            os.dup2(full.fileno(), kept._file.fileno())
+        kept.add(large)
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(DiskError, match=refused), Quarantine(str(tmp_path / "q"), True) as kept:
         kept.add(BAD[0])
