@@ -44,8 +44,8 @@ def _translated(to: str, how: str, default: object = None) -> KeyRule:
 
 
 def _unsupported(do: str, *names: str, harmless: tuple[object, ...] = (None, False)) -> dict[str, KeyRule]:
-    row = KeyRule("unsupported", text=do, harmless=harmless)
-    return dict.fromkeys(names, row)
+    rule = KeyRule("unsupported", text=do, harmless=harmless)
+    return dict.fromkeys(names, rule)
 
 
 ARCHITECTURE = {

@@ -29,10 +29,10 @@ PUBLISHED_WIDTHS = {
 
 def renamed(work: Translation) -> None:
     """Copy renamed keys, including GPT-NeoX's defaults."""
-    for name, row in GPT_NEOX_KEYS.items():
-        value = work.given[name].value if name in work.given else row.default
-        if row.kind == "renamed" and value is not None:
-            work.set(row.to[0], value, name)
+    for name, rule in GPT_NEOX_KEYS.items():
+        value = work.given[name].value if name in work.given else rule.default
+        if rule.kind == "renamed" and value is not None:
+            work.set(rule.to[0], value, name)
 
 
 def residual(work: Translation) -> None:

@@ -110,7 +110,7 @@ def precision(work: Translation) -> None:
         sources["bf16" if fp16.get("type") == "bfloat16" else "fp16"] = "fp16"
     if bf16.get("enabled"):
         sources["bf16"] = "bf16"
-    named = {"bfloat16": "bf16", "fp16": "fp16", "fp32": "fp32"}.get(work.value("precision") or "")
+    named = {"bfloat16": "bf16", "fp16": "fp16", "fp32": "fp32"}.get(str(work.value("precision")))
     if work.value("precision") is not None and named is None:
         work.refuse("precision", "bad value", want="fp32, fp16 or bfloat16", decides="precision.dtype")
     if named is not None:
@@ -208,11 +208,12 @@ def checkpoints(work: Translation) -> None:
     """Translate when and where checkpoints are saved, how many are retained, and which one the run starts from."""
     name = work.first("checkpoint_factor", "save_interval")
     factor, retained = work.number(name), work.number("keep_last_n_checkpoints")
-    extra = work.value("extra_save_iters") or []
+    extra = list_of_steps(work, "extra_save_iters")
     if work.value("checkpoint_scale") == "log" and factor and factor > 1 and work.number("train_iters"):
         step = 1.0
         while step <= work.number("train_iters"):
-            extra, step = [*extra, int(step)], step * factor
+            extra.append(int(step))
+            step *= factor
         factor = 0
     work.set("checkpoint.save_interval", 0 if factor is None else int(factor), name)
     work.set("checkpoint.keep", retained or 0, "keep_last_n_checkpoints")
@@ -227,6 +228,17 @@ def checkpoints(work: Translation) -> None:
     elif load is not None and load != save:
         work.set("checkpoint.resume", load, "load")
         work.note("resumes from this neox checkpoint; convert a GPT-NeoX checkpoint with `neox import`", "load")
+
+
+def list_of_steps(work: Translation, name: str) -> list[int]:
+    """Return the steps that a key lists. Empty, and a problem, if it is not a list of integers."""
+    steps = work.value(name)
+    if not steps:
+        return []
+    if not isinstance(steps, list) or not all(type(step) is int for step in steps):
+        work.refuse(name, "bad value", want="a list of steps")
+        return []
+    return list(steps)
 
 
 def evaluation(work: Translation) -> None:
@@ -336,7 +348,9 @@ def blend(work: Translation, theirs: str, part: str, ours: str) -> None:
 
 def deepspeed(work: Translation) -> None:
     """Pass keys of DeepSpeed's config through, except those that neox sets."""
-    raw = {name: name for name, row in GPT_NEOX_KEYS.items() if row.to == (f"deepspeed.{name}",) and name in work.given}
+    raw = {
+        name: name for name, rule in GPT_NEOX_KEYS.items() if rule.to == (f"deepspeed.{name}",) and name in work.given
+    }
     values = {name: work.value(name) for name in raw}
     extra = work.value("deepspeed_extra_args")
     for name, value in extra.items() if isinstance(extra, dict) else ():

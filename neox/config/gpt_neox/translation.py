@@ -11,6 +11,7 @@ from neox.config.problems import brief, same_word, similar_words
 from neox.errors import ConfigError
 
 DEFAULT = "GPT-NeoX default"
+LARGEST = 2**63  # of a number; products of two still fit a float
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,19 @@ class Translation:
 
     def value(self, name: str) -> YamlValue:
         """Return the value of a key, or GPT-NeoX's default. For a renamed key a native value takes precedence."""
-        row = GPT_NEOX_KEYS[name]
-        if row.kind == "renamed" and (path := tuple(row.to[0].split("."))) in self.native:
+        rule = GPT_NEOX_KEYS[name]
+        if rule.kind == "renamed" and (path := tuple(rule.to[0].split("."))) in self.native:
             return self.native[path]
-        return self.given[name].value if name in self.given else GPT_NEOX_KEYS[name].default
+        return self.given[name].value if name in self.given else rule.default
 
     def number(self, name: str) -> YamlValue:
-        """Return the value of a key that must be a number. None, and a problem, if it is not."""
+        """Return the value of a key that must be a finite number. None, and a problem, if it is not."""
         value = self.value(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            self.refuse(name, "bad value", want="a number")
+        if value is None:
+            return None
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not -LARGEST <= value <= LARGEST:  # false for NaN
+            self.refuse(name, "bad value", want="a finite number" if is_number else "a number")
             return None
         return value
 
@@ -86,8 +90,8 @@ class Translation:
     def set(self, key: str, value: YamlValue, source: str = "") -> None:
         """Set a native key; `source` is the GPT-NeoX key that the value came from."""
         origin = self.given.get(source)
-        place = (origin.source, origin.line) if origin else (DEFAULT, 0)
-        self.settings.append(Translated(tuple(key.split(".")), value, *place))
+        file, line = (origin.source, origin.line) if origin else (DEFAULT, 0)
+        self.settings.append(Translated(tuple(key.split(".")), value, file, line))
 
     def note(self, text: str, name: str = "") -> None:
         """Add a note for the user about a key."""
@@ -118,9 +122,9 @@ class Translation:
     def unknown_and_unsupported(self) -> None:
         """Report keys that GPT-NeoX does not have, and keys that are not supported."""
         for name, origin in self.given.items():
-            row = GPT_NEOX_KEYS.get(name)
-            if row is None:
-                effective = [key for key, row in GPT_NEOX_KEYS.items() if row.kind != "ignored"]
+            rule = GPT_NEOX_KEYS.get(name)
+            if rule is None:
+                effective = [key for key, known in GPT_NEOX_KEYS.items() if known.kind != "ignored"]
                 close = same_word(name, GPT_NEOX_KEYS) or similar_words(name, effective)
                 do = (
                     f"did you mean {' or '.join(close)}?"
@@ -130,14 +134,14 @@ class Translation:
                 self.problems.append(
                     ConfigError("unknown key of GPT-NeoX", where=self.where(name), got=brief(origin.value), do=do)
                 )
-            elif row.kind == "unsupported" and not any(
-                origin.value == value and type(origin.value) is type(value) for value in row.harmless
+            elif rule.kind == "unsupported" and not any(
+                origin.value == value and type(origin.value) is type(value) for value in rule.harmless
             ):
-                wrong = row.text.startswith("not a key")
+                wrong = rule.text.startswith("not a key")
                 self.refuse(
                     name,
                     "invalid file: GPT-NeoX has no such key" if wrong else "GPT-NeoX key is not supported",
-                    do=row.text,
+                    do=rule.text,
                 )
 
     def complete(self) -> bool:

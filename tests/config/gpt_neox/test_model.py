@@ -114,6 +114,7 @@ def test_rotary_options_are_omitted_without_rotary_positions():
         ({"vocab_file": "other.json"}, ["vocabulary size is unknown"]),
         ({"intermediate_size": 96, "expansion_factor": 2.0}, ["given twice"]),
         ({"hidden_size": "48"}, ["hidden_size", "a number"]),
+        ({"expansion_factor": float("inf")}, ["expansion_factor", "a finite number"]),
     ],
 )
 def test_unsupported_values_are_refused_by_name(changes, parts):

@@ -202,6 +202,12 @@ def test_biases_that_are_added_once_learn_at_the_common_rate(changes):
         ({"train_epochs": 2}, "train_epochs"),
         ({"loss_scale": 1024}, "loss_scale"),
         ({"weight_by_num_documents": True}, "weight_by_num_documents"),
+        ({"precision": {"dtype": "bf16"}}, "bad value; where=a.yml:1 precision"),
+        ({"precision": ["bf16"]}, "bad value; where=a.yml:1 precision"),
+        ({"extra_save_iters": 5}, "want=a list of steps"),
+        ({"extra_save_iters": [5, "10"]}, "want=a list of steps"),
+        ({"train_iters": 10**400}, "want=a finite number"),
+        ({"lr_decay_fraction": float("nan")}, "want=a finite number"),
     ],
 )
 def test_unsupported_values_are_refused_by_name(changes, part):
