@@ -10,6 +10,7 @@ from neox.cli.options import require_at_least
 from neox.config.rules import data_parallel_size
 from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.run_provenance import CheckpointRecord, RunProvenance
+from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError
 from neox.printing import json_line
 
@@ -86,6 +87,10 @@ def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
             got=args.source,
             want=f"one of {', '.join(sources)}",
         )
+    documents = IndexedDataset(source).num_documents
+    if args.document >= documents:
+        want = f"0 to {documents - 1} in {source}"
+        raise ConfigError("no such document", where="--document", got=args.document, want=want)
     steps = data.steps_of(source, args.document)
     if args.json:
         found = [{"step": step, "samples": samples} for step, samples in steps]
@@ -144,8 +149,8 @@ def layout_of(data: RunProvenance, step: int, world_size: int | None) -> BatchLa
         raise ConfigError(
             "the number of processes is unknown", where=data.run, got="no checkpoint", do="give --world-size"
         )
-    micro = train.micro_batch_size or batch // (dp * (train.gradient_accumulation or 1))
-    if dp < 1 or batch % (micro * dp):
+    micro = train.micro_batch_size or batch // (max(dp, 1) * (train.gradient_accumulation or 1))
+    if dp < 1 or micro < 1 or batch % (micro * dp):
         got = f"batch {batch}, micro-batch {micro}, {dp} data-parallel processes"
         want = "a batch that is a multiple of the micro-batch times the data-parallel processes"
         raise ConfigError("the processes cannot share the batch equally", where="--world-size", got=got, want=want)

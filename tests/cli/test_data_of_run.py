@@ -78,6 +78,9 @@ def test_which_document(run, capsys):
     ]
     assert main(["data", "which", "--run", str(run / "run"), "--document", "3"]) == 2
     assert "the dataset of the document is unknown; where=--source" in capsys.readouterr().err
+    beyond = ("--document", "9999999", "--source", piece["source"])
+    assert main(["data", "which", "--run", str(run / "run"), *beyond]) == 2
+    assert "no such document; where=--document; got=9999999; want=0 to " in capsys.readouterr().err
     assert main(["data", "which", "--run", str(run / "run"), "--document", "3", "--source", f"{run}/valid"]) == 0
     assert f"{run}/valid document 3: " in capsys.readouterr().out
 
