@@ -211,8 +211,7 @@ class TiedExchange:
 
 def tie_embedding(model: GPT, mesh: Mesh, dtype: torch.dtype) -> TiedExchange:
     """The exchange of a tied embedding between the first and the last stage; does nothing elsewhere."""
-    tied = mesh.pp > 1 and model.config.tie_embeddings and model.config.output == "tokens"
-    if not tied:
+    if mesh.pp == 1 or not model.config.head_is_tied:
         return TiedExchange(mesh, None, None)
     weight = None if model.embedding is None else model.embedding.word.weight
     if weight is None and model.tied is not None and model.tied.weight.dtype != dtype:

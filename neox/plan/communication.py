@@ -112,7 +112,7 @@ def pipeline_traffic(config: Config, layout: ResolvedLayout, stage: Stage) -> li
         rows.append(Traffic("pipeline", "residual stream", "send", micro.stream, count, layout.pp))
     if not first:
         rows.append(Traffic("pipeline", "its gradient", "send", micro.stream, count, layout.pp))
-    if config.model.tie_embeddings and layout.pp > 1:
+    if config.model.head_is_tied and layout.pp > 1:
         table = config.model.padded_vocab_size(layout.tp) // layout.tp * config.model.hidden_size
         if first:
             rows.append(Traffic("pipeline", "tied embedding", "send", table * micro.element, 1, layout.pp))

@@ -295,6 +295,8 @@ def from_keys(content: Mapping[str, object], where: str) -> Device:
             raise ConfigError(
                 "bad value", where=f"{where} {key}", got=value, want="text" if key in texts else "a number above 0"
             )
+        if key == "per_node" and not isinstance(value, int):
+            raise ConfigError("bad value", where=f"{where} {key}", got=value, want="a whole number of devices")
     if given.get("kind", "cuda") not in ("cuda", "cpu"):
         raise ConfigError("bad value", where=f"{where} kind", got=given["kind"], want="cuda or cpu")
     given.setdefault("name", Path(where).stem)

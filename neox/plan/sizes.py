@@ -146,7 +146,7 @@ def make_stages(model: ModelConfig, tp: int, ranges: list[tuple[int, int]]) -> t
         last = number == len(ranges) - 1
         ends = {name: shape for name, shape in local.items() if name.startswith("embedding.") and number == 0}
         ends |= {name: shape for name, shape in local.items() if name.startswith(("norm.", "head.", "score.")) and last}
-        tied = math.prod(local["embedding.word.weight"]) if last and number > 0 and model.tie_embeddings else 0
+        tied = math.prod(local["embedding.word.weight"]) if last and number > 0 and model.head_is_tied else 0
         stages.append(Stage(number, first, end, block, ends, tied, frozenset(frozen)))
     return tuple(stages)
 

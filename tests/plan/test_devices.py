@@ -158,6 +158,7 @@ def test_a_cpu_is_described_by_its_cores(monkeypatch):
         ("network", float("inf"), False),
         ("network", "fast", False),
         ("per_node", 1, True),
+        ("per_node", 4.5, False),
         ("name", 7, False),
         ("kind", "cpu", True),
     ],

@@ -12,6 +12,7 @@ from neox.config.load import load_config
 from neox.config.schema import Config
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from neox.plan.communication import pipeline_traffic
 from neox.plan.sizes import micro_batch, optimizer_elements, resolve
 
 SHIPPED = sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yml"))
@@ -105,3 +106,14 @@ def test_a_pair_is_two_rows_and_a_reward_model_gives_scores(kind, rows):
     out = GPT(config.model, Mesh.single())(torch.zeros(rows, 64, dtype=torch.long))
     element = 4 if kind == "reward" else 2  # scores are fp32 in every precision; the preset trains in fp16
     assert sizes.logits == out.numel() * element
+
+
+def test_a_reward_model_has_no_copy_of_a_tied_embedding():
+    config = objective("reward")
+    model = config.model.model_copy(update={"tie_embeddings": True})
+    parallel = config.parallel.model_copy(update={"pipeline": 2})
+    config = config.model_copy(update={"model": model, "parallel": parallel})
+    layout = resolve(config, 2)
+    assert built(config, 0, 1).tied is None and [stage.tied for stage in layout.stages] == [0, 0]
+    rows = [row for stage in layout.stages for row in pipeline_traffic(config, layout, stage)]
+    assert [row.what for row in rows] == ["residual stream", "its gradient"]

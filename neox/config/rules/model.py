@@ -153,7 +153,7 @@ def lora(config: Config, _: Environment) -> Iterator[Conflict]:
     if config.zero.stage > 2:
         keys = ("model.lora.rank", "zero.stage")
         yield Conflict("ZeRO stage 3 shards frozen weights", keys, "zero.stage 0 to 2 with LoRA", "set zero.stage: 2")
-    if config.parallel.pipeline > 1 and config.model.tie_embeddings and config.model.output == "tokens":
+    if config.parallel.pipeline > 1 and config.model.head_is_tied:
         keys = ("model.lora.rank", "parallel.pipeline", "model.tie_embeddings")
         rule = "pipeline: 1 with LoRA and tied embeddings"
         yield Conflict("frozen tied embedding on two pipeline stages", keys, rule, "use parallel.tensor instead")

@@ -165,6 +165,11 @@ class ModelConfig(Section, frozen=True):
         return self.activation in GATED
 
     @property
+    def head_is_tied(self) -> bool:
+        """Whether the word embedding is also the head. The head of a reward model is a separate row."""
+        return self.tie_embeddings and self.output == "tokens"
+
+    @property
     def rotary_dim(self) -> int:
         """Rotated channels of a head, an even number."""
         if self.position_embedding != "rotary":
