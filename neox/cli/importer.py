@@ -186,14 +186,15 @@ def read_gpt_neox(source: Path, args: argparse.Namespace, out: Path) -> tuple[Co
     loaded = load(files, args.overrides, embedding_rows=embedding_rows(folder))
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
-    if (
-        args.tokenizer is None
-        and loaded.config.tokenizer.file is not None
-        and Path(loaded.config.tokenizer.file).is_file()
-    ):
-        args.tokenizer = loaded.config.tokenizer.file
+    named = loaded.config.tokenizer
+    if args.tokenizer is None and named.file is not None and Path(named.file).is_file():
+        args.tokenizer = named.file
     weights = open_gpt_neox_checkpoint(folder, loaded.config.model)
-    section = TokenizerConfig(file=str(out / "tokenizer.json") if args.tokenizer else None)
+    has_tokenizer = tokenizer_of(args, source) is not None
+    section = TokenizerConfig(
+        file=str(out / "tokenizer.json") if has_tokenizer else None,
+        eod_token=named.eod_token if has_tokenizer else None,
+    )
     return run_config(loaded.config.model, weights, section, out), weights
 
 
@@ -210,7 +211,7 @@ def tokenizer_of(args: argparse.Namespace, source: Path) -> Path | None:
 
 
 def copy_tokenizer(args: argparse.Namespace, source: Path, config: Config, stage: Path) -> None:
-    """Copy the tokenizer and the settings next to it, so that an export has them."""
+    """Copy the tokenizer and the settings of the source, so that an export has them."""
     file = tokenizer_of(args, source)
     if file is None or config.tokenizer.file is None:
         return

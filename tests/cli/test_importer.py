@@ -13,7 +13,7 @@ from neox.checkpoint.reader import Checkpoint
 from neox.cli import importer
 from neox.cli.generate import run_tokenizer
 from neox.cli.main import main
-from neox.config.load import loads
+from neox.config.load import load_config, loads
 from neox.config.schema import SpecialIds
 from neox.convert.huggingface import from_huggingface, to_huggingface
 from neox.generate.generate import generate, load_model
@@ -180,6 +180,12 @@ def test_a_flat_folder_as_it_is_published(tmp_path, capsys):
             with Checkpoint(resolve(out)) as checkpoint:
                 assert all(torch.equal(checkpoint.tensor(name), weights[name]) for name in weights)
             assert (out / "tokenizer.json").is_file()
+    (tmp_path / "words.json").rename(flat / "tokenizer.json")  # the default
+    out = tmp_path / "named"
+    assert call("--from", flat, "--out", out, "--no-check", "--set", "tokenizer.eod_token=w7") == 0
+    assert "no tokenizer" not in capsys.readouterr().err
+    assert (out / "tokenizer.json").is_file()
+    assert load_config(out / "config.lock.yml").tokenizer.eod_token == "w7"
 
 
 def test_errors_name_why_an_import_fails(folder, tmp_path, capsys):
