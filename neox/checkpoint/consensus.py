@@ -78,18 +78,26 @@ class RankGroup:
 
 
 def describe(error: Exception, rank: int) -> tuple[str, ErrorParts]:
-    """The class and the parts of an error as plain JSON, with the rank that raised it."""
+    """The class and the parts of an error as plain JSON, with the rank that raised it.
+
+    An error of a class that another one refines, such as several config errors in one, is described by the other.
+    """
     if not isinstance(error, NeoxError):
         what = f"{type(error).__name__}: {error}"
         return "NeoxError", {"what": what, "where": f"rank {rank}", "got": None, "want": None, "do": None}
     parts = error.parts()
     parts["where"] = f"rank {rank}" if parts["where"] is None else f"rank {rank}: {parts['where']}"
-    return type(error).__name__, parts
+    kind = next(kind for kind in type(error).__mro__ if kind in error_classes().values())
+    return kind.__name__, parts
 
 
 def revive(description: tuple[str, ErrorParts]) -> NeoxError:
     """The error that `describe` described."""
     name, parts = description
-    kinds = {kind.__name__: kind for kind in (NeoxError, *NeoxError.__subclasses__())}
-    kind = kinds.get(name, NeoxError)
+    kind = error_classes().get(name, NeoxError)
     return kind(parts["what"], where=parts["where"], got=parts["got"], want=parts["want"], do=parts["do"])
+
+
+def error_classes() -> dict[str, type[NeoxError]]:
+    """The classes that have an exit code of their own, by name."""
+    return {kind.__name__: kind for kind in (NeoxError, *NeoxError.__subclasses__())}

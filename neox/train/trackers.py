@@ -165,10 +165,12 @@ def load(name: str) -> ModuleType:
 def run_id(path: Path, make: Callable[[], str]) -> str:
     """The id stored in a file; created the first time."""
     with contextlib.suppress(FileNotFoundError):
-        return path.read_text(encoding="utf-8").strip()
-    made = make()
-    path.write_text(made + "\n", encoding="utf-8")
-    return made
+        stored = path.read_text(encoding="utf-8").strip()
+        if stored:  # not if a crash or a full disk left the file empty
+            return stored
+    created = make()
+    path.write_text(created + "\n", encoding="utf-8")
+    return created
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from neox import errors
 from neox.checkpoint.consensus import RankGroup, describe, revive
+from neox.config.problems import ConfigErrors
 
 
 @pytest.mark.parametrize("kind", [*errors.NeoxError.__subclasses__(), errors.NeoxError])
@@ -18,6 +19,12 @@ def test_errors_retain_class_and_text(tmp_path, kind):
 
 def test_an_error_without_a_location_gets_its_rank():
     assert revive(describe(errors.DataError("x"), 2)).line() == "error[3] x; where=rank 2"
+
+
+def test_several_config_errors_retain_their_exit_code():
+    several = ConfigErrors([errors.ConfigError("first", where="a"), errors.ConfigError("second", where="b")])
+    back = revive(json.loads(json.dumps(describe(several, 1))))
+    assert (type(back), back.exit_code, back.line()) == (errors.ConfigError, 2, "error[2] first; where=rank 1: a")
 
 
 def test_unexpected_exceptions_retain_their_class_name():

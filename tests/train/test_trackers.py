@@ -147,6 +147,8 @@ def test_a_missing_package(monkeypatch):
 def test_an_id_is_made_once(tmp_path):
     assert run_id(tmp_path / "id", lambda: "abc") == "abc"
     assert run_id(tmp_path / "id", lambda: "other") == "abc"
+    (tmp_path / "id").write_text("")  # a crash right after its creation
+    assert run_id(tmp_path / "id", lambda: "other") == "other"
 
 
 def test_without_a_key_the_run_is_recorded_offline(corpus, tmp_path, monkeypatch):
