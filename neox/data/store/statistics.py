@@ -60,10 +60,8 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     while lengths.size and edges[-1] <= lengths.max():
         edges.append(2 * edges[-1])
     bins = np.searchsorted(edges, lengths, side="right") - 1
-    documents, tokens = (
-        np.bincount(bins, minlength=len(edges)),
-        np.bincount(bins, weights=lengths, minlength=len(edges)),
-    )
+    documents = np.bincount(bins, minlength=len(edges))
+    tokens = np.bincount(bins, weights=lengths, minlength=len(edges))
     rows = [
         {"from": low, "to": high, "documents": int(documents[i]), "tokens": int(tokens[i])}
         for i, (low, high) in enumerate(pairwise(edges))
@@ -71,18 +69,18 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     return rows[int(np.argmax(documents > 0)) :]
 
 
-def duplicates(found: DocumentStatistics) -> dict[str, object]:
+def duplicates(statistics: DocumentStatistics) -> dict[str, object]:
     """Documents with identical tokens: how many are redundant, their tokens, and the most frequent ones."""
-    filled = np.flatnonzero(found.hashes)
-    _, firsts, counts = np.unique(found.hashes[filled], return_index=True, return_counts=True)
+    filled = np.flatnonzero(statistics.hashes)
+    _, firsts, counts = np.unique(statistics.hashes[filled], return_index=True, return_counts=True)
     repeated = counts > 1
     firsts, counts = filled[firsts[repeated]], counts[repeated]
     order = np.argsort(-counts, kind="stable")[:EXAMPLES]
     return {
         "documents": int((counts - 1).sum()),
-        "tokens": int(((counts - 1) * found.tokens[firsts]).sum()),
+        "tokens": int(((counts - 1) * statistics.tokens[firsts]).sum()),
         "most_frequent": [
-            f"{counts[i]:,} x document {found.first + int(firsts[i])} ({found.tokens[firsts[i]]:,} tokens)"
+            f"{counts[i]:,} x document {statistics.first + int(firsts[i])} ({statistics.tokens[firsts[i]]:,} tokens)"
             for i in order.tolist()
         ],
     }
@@ -91,26 +89,26 @@ def duplicates(found: DocumentStatistics) -> dict[str, object]:
 def overlap(ours: list[DocumentStatistics], theirs: list[DocumentStatistics]) -> dict[str, object]:
     """Documents of `theirs` whose tokens are identical to a document of `ours`: their number, tokens, and examples."""
     known = np.concatenate([part.hashes for part in ours])
-    starts = np.cumsum([0, *(part.hashes.size for part in ours)])
+    starts = np.cumsum([0, *(part.hashes.size for part in ours)])  # of each part of `ours` in `known`
     order = np.argsort(known, kind="stable")
     documents = tokens = total = 0
     examples: list[str] = []
     for part in theirs:
-        at = np.searchsorted(known, part.hashes, sorter=order)
-        matches = (
-            order[np.minimum(at, max(known.size - 1, 0))] if known.size else np.zeros(part.hashes.size, dtype=np.int64)
-        )
-        same = (
-            (known[matches] == part.hashes) & (part.hashes != 0)
-            if known.size
-            else np.zeros(part.hashes.size, dtype=bool)
-        )
-        documents, tokens, total = (
-            documents + int(same.sum()),
-            tokens + int(part.tokens[same].sum()),
-            total + part.hashes.size,
-        )
-        for index in np.flatnonzero(same)[: EXAMPLES - len(examples)].tolist():
-            owner = int(np.searchsorted(starts, matches[index], side="right")) - 1
-            examples.append(f"{part.name(index)} is {ours[owner].name(int(matches[index] - starts[owner]))}")
+        matches = first_matches(part.hashes, known, order)
+        identical = np.flatnonzero(matches >= 0)
+        documents += identical.size
+        tokens += int(part.tokens[identical].sum())
+        total += part.hashes.size
+        for index in identical[: EXAMPLES - len(examples)].tolist():
+            match = int(matches[index])
+            owner = int(np.searchsorted(starts, match, side="right")) - 1
+            examples.append(f"{part.name(index)} is {ours[owner].name(match - int(starts[owner]))}")
     return {"documents": documents, "of": total, "tokens": tokens, "examples": examples}
+
+
+def first_matches(hashes: np.ndarray, known: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The first index in `known` of each hash, int64 [n]; -1 if it is not there or is 0. `order` sorts `known`."""
+    if not known.size:
+        return np.full(hashes.size, -1)
+    candidates = order[np.minimum(np.searchsorted(known, hashes, sorter=order), known.size - 1)]
+    return np.where((known[candidates] == hashes) & (hashes != 0), candidates, -1)
