@@ -53,7 +53,7 @@ def find(
 
 
 def _refuse_existing(root: Path) -> None:
-    there = [one.path.name for one in scan(root) if one.has_manifest]
+    there = [folder.path.name for folder in scan(root) if folder.has_manifest]
     if there:
         raise CheckpointError(
             "run has checkpoints, and checkpoint.resume is never",
@@ -66,8 +66,8 @@ def _refuse_existing(root: Path) -> None:
 def _newest_good(root: Path, ranks: RankGroup, required: bool) -> Path | None:
     lists = ranks.run_on_all(
         lambda: [
-            [str(one.path) for one in reversed(scan(root)) if one.manifest],
-            [str(one.problem) for one in damaged(root)],
+            [str(folder.path) for folder in reversed(scan(root)) if folder.manifest],
+            [str(folder.problem) for folder in damaged(root)],
         ]
     )
     candidates, bad = lists[0]
@@ -85,7 +85,7 @@ def _newest_good(root: Path, ranks: RankGroup, required: bool) -> Path | None:
 def damaged(root: Path) -> list[StepFolder]:
     """Folders that were published once and have no valid manifest."""
     hint = read_latest(root)
-    return [one for one in scan(root) if one.problem and (one.has_manifest or hint == one.path.name)]
+    return [folder for folder in scan(root) if folder.problem and (folder.has_manifest or hint == folder.path.name)]
 
 
 def _refuse_silence(root: Path, bad: list[str], required: bool) -> None:
@@ -114,7 +114,7 @@ def _first_problem(path: Path, ranks: RankGroup) -> CheckpointError | None:
     first = next((answer for answer in ranks.run_on_all(work) if answer), None)
     if first is None:
         return None
-    others = [one.path.name for one in scan(path.parent) if one.manifest and one.path.name != path.name]
+    others = [folder.path.name for folder in scan(path.parent) if folder.manifest and folder.path.name != path.name]
     do = f"valid by their manifests: {', '.join(others)}" if others else first["do"]
     return CheckpointError(first["what"], where=first["where"], got=first["got"], want=first["want"], do=do)
 
@@ -130,14 +130,14 @@ def resolve(path: str | Path) -> Path:
     if os.path.lexists(path / MANIFEST) or (folder_step(path.name) is not None and path.is_dir()):
         return path
     for root in (path, path / "checkpoints"):
-        good = [one for one in scan(root) if one.manifest]
+        good = [folder for folder in scan(root) if folder.manifest]
         hint = read_latest(root)
-        for one in damaged(root):
-            if one.problem and (not good or one.path.name == hint or one.step > good[-1].step):
-                older = ", ".join(found.path.name for found in good)
+        for bad in damaged(root):
+            if bad.problem and (not good or bad.path.name == hint or bad.step > good[-1].step):
+                older = ", ".join(folder.path.name for folder in good)
                 do = f"valid by their manifests: {older}; name one of them" if older else "restore it"
                 raise CheckpointError(
-                    one.problem.what, where=one.problem.where, got=one.problem.got, want=one.problem.want, do=do
+                    bad.problem.what, where=bad.problem.where, got=bad.problem.got, want=bad.problem.want, do=do
                 )
         if good:
             return good[-1].path

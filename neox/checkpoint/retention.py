@@ -62,17 +62,17 @@ def scan(root: Path) -> list[StepFolder]:
     """
     if not root.is_dir():
         return []
-    found = []
-    for entry in sorted(guarded(os.scandir, root), key=lambda one: one.name):
+    folders = []
+    for entry in sorted(guarded(os.scandir, root), key=lambda entry: entry.name):
         step = folder_step(entry.name)
         if step is None or not entry.is_dir():
             continue
         path = root / entry.name
         try:
-            found.append(StepFolder(path, step, _named(path, step), None))
+            folders.append(StepFolder(path, step, _named(path, step), None))
         except CheckpointError as error:
-            found.append(StepFolder(path, step, None, error))
-    return sorted(found, key=lambda one: one.order)
+            folders.append(StepFolder(path, step, None, error))
+    return sorted(folders, key=lambda folder: folder.order)
 
 
 def _named(path: Path, step: int) -> Manifest:
@@ -91,7 +91,7 @@ def start_lineage(root: str | Path, resumed: str | Path | None = None) -> Lineag
 
     Raises CheckpointError where `resumed` cannot be read.
     """
-    generations = [one.manifest.lineage.generation for one in scan(Path(root)) if one.manifest]
+    generations = [folder.manifest.lineage.generation for folder in scan(Path(root)) if folder.manifest]
     ancestors: tuple[tuple[str, int], ...] = ()
     if resumed is not None:
         parent = read_manifest(Path(resumed))
@@ -127,26 +127,30 @@ def retain(root: Path, keep: int, lineage: Lineage, step: int, *, storage: Stora
     if keep <= 0:
         return []
     ours = [
-        one
-        for one in scan(root)
-        if one.manifest and lineage.includes(one.manifest.lineage, one.step) and is_complete(one)
+        checkpoint
+        for checkpoint in scan(root)
+        if checkpoint.manifest
+        and lineage.includes(checkpoint.manifest.lineage, checkpoint.step)
+        and is_complete(checkpoint)
     ]
     protected = {(lineage.id, step), lineage.parent}
     victims = [
-        one
-        for one in ours[:-keep]
-        if one.manifest and (one.manifest.lineage.id, one.step) not in protected and not one.path.is_symlink()
+        checkpoint
+        for checkpoint in ours[:-keep]
+        if checkpoint.manifest
+        and (checkpoint.manifest.lineage.id, checkpoint.step) not in protected
+        and not checkpoint.path.is_symlink()
     ]
-    for one in victims:
-        remove_checkpoint(one.path, storage=storage)
-    return [one.path for one in victims]
+    for checkpoint in victims:
+        remove_checkpoint(checkpoint.path, storage=storage)
+    return [checkpoint.path for checkpoint in victims]
 
 
-def is_complete(found: StepFolder) -> bool:
+def is_complete(checkpoint: StepFolder) -> bool:
     """Whether the manifest is valid and every file it names exists with its size."""
     try:
-        return found.manifest is not None and all(
-            os.lstat(found.path / file.name).st_size == file.size for file in found.manifest.files
+        return checkpoint.manifest is not None and all(
+            os.lstat(checkpoint.path / file.name).st_size == file.size for file in checkpoint.manifest.files
         )
     except OSError:
         return False
@@ -182,7 +186,7 @@ def save_files(folder: Path) -> Iterator[tuple[str, str]]:
 
     These are shards and temporary files; the id of the manifest's is "".
     """
-    for entry in sorted(guarded(os.scandir, folder), key=lambda one: one.name):
+    for entry in sorted(guarded(os.scandir, folder), key=lambda entry: entry.name):
         name = entry.name.removesuffix(TEMPORARY)
         shard = SHARD_NAME.fullmatch(name)
         if not entry.is_file(follow_symlinks=False):
@@ -207,18 +211,22 @@ def collect_leftovers(root: str | Path, *, storage: Storage = LOCAL) -> list[Pat
     for path in removed:
         guarded(storage.unlink, path)
     hint = read_latest(root)
-    for one in scan(root):
-        if one.path.is_symlink() or (one.manifest is None and (one.has_manifest or hint == one.path.name)):
+    for checkpoint in scan(root):
+        if checkpoint.path.is_symlink() or (
+            checkpoint.manifest is None and (checkpoint.has_manifest or hint == checkpoint.path.name)
+        ):
             continue
-        before = {name for name, _ in save_files(one.path)}
-        if one.manifest is None:  # need not be durable: what reappears after a crash is removed at the next start
-            _remove_save_files(one.path, lambda _: True, storage)
-            if not guarded(os.listdir, one.path):
-                guarded(storage.remove_dir, one.path)
+        before = {name for name, _ in save_files(checkpoint.path)}
+        if (
+            checkpoint.manifest is None
+        ):  # need not be durable: what reappears after a crash is removed at the next start
+            _remove_save_files(checkpoint.path, lambda _: True, storage)
+            if not guarded(os.listdir, checkpoint.path):
+                guarded(storage.remove_dir, checkpoint.path)
         else:
-            remove_superseded(one.path, one.manifest.save_id, storage=storage)
-            _remove_temporary(one.path, storage)
-        removed += [one.path / name for name in sorted(before) if not os.path.lexists(one.path / name)]
+            remove_superseded(checkpoint.path, checkpoint.manifest.save_id, storage=storage)
+            _remove_temporary(checkpoint.path, storage)
+        removed += [checkpoint.path / name for name in sorted(before) if not os.path.lexists(checkpoint.path / name)]
     return removed
 
 

@@ -70,7 +70,7 @@ def inspect(path: Path, as_json: bool) -> int:
     chosen = resolve(path)
     about = describe(chosen, read_manifest(chosen))
     if chosen != path:
-        about["checkpoints"] = [_summary(one) for one in scan(chosen.parent)]
+        about["checkpoints"] = [_summary(folder) for folder in scan(chosen.parent)]
     if as_json:
         print(json.dumps(about))
         return 0
@@ -82,7 +82,7 @@ def inspect(path: Path, as_json: bool) -> int:
             print(f"{key:<14}{value if isinstance(value, (str, int)) else json.dumps(value)}")
     print("tensors")
     for name, kinds in about["tensors"].items():
-        print(f"  {name}  " + "  ".join(f"{kind} {one['dtype']}{one['shape']}" for kind, one in kinds.items()))
+        print(f"  {name}  " + "  ".join(f"{kind} {tensor['dtype']}{tensor['shape']}" for kind, tensor in kinds.items()))
     for line in about.get("checkpoints", []):
         print(f"{line['name']:<14}generation {line['generation']}  {line['status']}")
     return 0
@@ -115,12 +115,17 @@ def describe(path: Path, manifest: Manifest) -> JsonObject:
     }
 
 
-def _summary(one: StepFolder) -> JsonObject:
-    if one.manifest is None:
-        status = str(one.problem) if one.has_manifest else "unfinished save"
-        return {"name": one.path.name, "step": one.step, "generation": None, "status": status}
-    status = "complete" if is_complete(one) else "files are missing or have another size"
-    return {"name": one.path.name, "step": one.step, "generation": one.manifest.lineage.generation, "status": status}
+def _summary(folder: StepFolder) -> JsonObject:
+    if folder.manifest is None:
+        status = str(folder.problem) if folder.has_manifest else "unfinished save"
+        return {"name": folder.path.name, "step": folder.step, "generation": None, "status": status}
+    status = "complete" if is_complete(folder) else "files are missing or have another size"
+    return {
+        "name": folder.path.name,
+        "step": folder.step,
+        "generation": folder.manifest.lineage.generation,
+        "status": status,
+    }
 
 
 def verify_all(path: Path, as_json: bool) -> int:
@@ -131,7 +136,7 @@ def verify_all(path: Path, as_json: bool) -> int:
     chosen = resolve(path)
     found = problems(chosen)
     if chosen != path:
-        found += [one.problem for one in damaged(chosen.parent) if one.problem]
+        found += [folder.problem for folder in damaged(chosen.parent) if folder.problem]
     if as_json:
         parts = [problem.parts() for problem in found]
         print(json.dumps({"path": str(chosen), "good": not found, "problems": parts}))

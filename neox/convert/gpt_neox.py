@@ -253,8 +253,8 @@ class ParameterConversion:
         """Convert one parameter. Raises CheckpointError for a shape that does not match the config."""
         states = self.layers.states(layer)
         try:
-            made = make(states, name).contiguous()
-            got = tuple(made.shape)
+            weight = make(states, name).contiguous()
+            got = tuple(weight.shape)
         except (RuntimeError, IndexError):
             got = f"{tuple(states[0][name].shape)} on each of {len(states)} ranks"
         if got != self.shapes[ours]:
@@ -262,7 +262,7 @@ class ParameterConversion:
             raise CheckpointError(
                 "weight has another shape", where=where, got=got, want=want, do="check the model section of --conf"
             )
-        return made
+        return weight
 
     def check_used(self) -> None:
         """Raise CheckpointError if a tensor of the checkpoint was not used."""

@@ -233,9 +233,9 @@ class FimDataset(Collatable):
         out, numbers = np.full(tokens.size, PADDING, dtype=np.int64), np.full(tokens.size, PADDED, dtype=np.int32)
         at = 0
         for number, document in enumerate(documents):
-            made = self._transform.document(document, tokens.size - at, draws)
-            out[at : at + made.size], numbers[at : at + made.size] = made, number
-            at += made.size
+            transformed = self._transform.document(document, tokens.size - at, draws)
+            out[at : at + transformed.size], numbers[at : at + transformed.size] = transformed, number
+            at += transformed.size
         return sample_of(out, numbers, out, self._document_mask, isinstance(self.samples, PackedDataset))
 
     def describe(self, index: int, token: int) -> str:

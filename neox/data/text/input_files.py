@@ -259,8 +259,8 @@ def refuse_saved_dataset(folder: str, names: set[str]) -> None:
     if not splits and not {"state.json", "dataset_info.json"} <= names:
         return
     code, target = (SAVED_SPLITS, folder.rstrip("/") + "-jsonl") if splits else (SAVED, folder.rstrip("/") + ".jsonl")
-    made = f"mkdir -p {shlex.quote(target)}; " if splits else ""
-    do = f'pip install datasets; {made}python -c "{code}" {shlex.quote(folder)} {shlex.quote(target)}'
+    make_target = f"mkdir -p {shlex.quote(target)}; " if splits else ""
+    do = f'pip install datasets; {make_target}python -c "{code}" {shlex.quote(folder)} {shlex.quote(target)}'
     raise DataError(
         "folder holds a dataset of Hugging Face datasets",
         where=folder,
