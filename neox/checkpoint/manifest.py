@@ -398,7 +398,7 @@ def check_manifest(manifest: Manifest) -> None:
         for segment in file.segments:
             if segment.offset != end:
                 raise CheckpointError(
-                    "segments do not lie end to end",
+                    "segments of a file are not contiguous",
                     where=f"{file.name}: {segment.key}",
                     got=f"offset {segment.offset}",
                     want=f"offset {end}",

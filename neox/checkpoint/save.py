@@ -292,7 +292,7 @@ def check_fragment(fragment: Fragment) -> Fragment:
     if fragment.data.numel() != fragment.stop - fragment.start or fragment.data.dtype not in DTYPE_NAMES:
         got = f"{fragment.data.numel()} elements of {fragment.data.dtype}"
         raise CheckpointError(
-            "data does not fit its address",
+            "data does not fill its range of the tensor",
             where=where,
             got=got,
             want=f"{fragment.stop - fragment.start} elements of {list(DTYPE_NAMES)}",

@@ -309,7 +309,7 @@ def run(args: argparse.Namespace) -> int:
             if mesh.world_size > 1:
                 got = f"{mesh.world_size} processes"
                 raise ConfigError(
-                    "dialogue on several processes",
+                    "a dialogue runs on one process",
                     where="--interactive, --tensor, --pipeline",
                     got=got,
                     want="one process",

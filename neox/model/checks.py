@@ -40,7 +40,7 @@ def check_ids(what: str, ids: torch.Tensor, vocab_size: int, read_on_gpu: bool) 
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
         got = f"{ids.dtype} {tuple(ids.shape)}"
         raise DataError(
-            f"{what} ids have a wrong form", where="GPT", got=got, want="int64 [batch, sequence], not empty"
+            f"{what} ids have the wrong shape or dtype", where="GPT", got=got, want="int64 [batch, sequence], not empty"
         )
     if ids.is_meta or torch.compiler.is_compiling() or not (ids.is_cpu or read_on_gpu):
         return

@@ -101,7 +101,9 @@ def test_inconsistent_fragments_are_refused(tmp_path):
     good = full_fragments(make_state())
     one = good[0]
     cases = {
-        "data does not fit its address": Fragment(one.name, one.kind, one.shape, one.slices, 0, 5, one.data),
+        "data does not fill its range of the tensor": Fragment(
+            one.name, one.kind, one.shape, one.slices, 0, 5, one.data
+        ),
         "slice outside the tensor": Fragment(one.name, one.kind, one.shape, ((0, 99), (0, 6)), 0, 5, one.data),
         "name cannot be stored": Fragment("../x", one.kind, one.shape, one.slices, one.start, one.stop, one.data),
         "kind without / and other than rng": Fragment(

@@ -16,9 +16,9 @@ from tests.model.models import build, draw
     [
         (torch.tensor([[1, 97]]), r"token id outside the vocabulary.*got=97; want=0 \.\. 96"),
         (torch.tensor([[-1, 3]]), "got=-1"),
-        (torch.zeros(1, 4, dtype=torch.int32), "wrong form.*torch.int32"),
-        (torch.zeros(4, dtype=torch.int64), "wrong form"),
-        (torch.zeros(1, 0, dtype=torch.int64), "wrong form"),
+        (torch.zeros(1, 4, dtype=torch.int32), "wrong shape or dtype.*torch.int32"),
+        (torch.zeros(4, dtype=torch.int64), "wrong shape or dtype"),
+        (torch.zeros(1, 0, dtype=torch.int64), "wrong shape or dtype"),
     ],
 )
 def test_wrong_tokens(tokens, match):

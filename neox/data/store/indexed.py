@@ -74,7 +74,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | os.PathLike[str]):
         self.prefix = os.fspath(prefix)
         if "\0" in self.prefix:  # the system would end the name there
-            raise DataError("impossible path of a dataset", where=repr(self.prefix), got="a NUL character")
+            raise DataError("invalid path of a dataset", where=repr(self.prefix), got="a NUL character")
         check_prefix(self.prefix)
         self._core = core.Dataset(os.fsencode(self.prefix))
         self.dtype = np.dtype(self._core.dtype)

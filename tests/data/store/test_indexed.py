@@ -229,7 +229,7 @@ def test_unreadable_files_are_named_with_the_reason(corpus, suffix, fault):
 def test_names_that_lead_nowhere(tmp_path, prefix, reason):
     with pytest.raises(DataError, match=rf"cannot open data file; where=.*{prefix}\.idx; got={reason}"):
         IndexedDataset(tmp_path / prefix)
-    with pytest.raises(DataError, match="impossible path of a dataset; where=.*got=a NUL character"):
+    with pytest.raises(DataError, match="invalid path of a dataset; where=.*got=a NUL character"):
         IndexedDataset(f"{tmp_path}/{prefix}\0.idx")
 
 
