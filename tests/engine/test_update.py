@@ -40,7 +40,7 @@ def test_the_norm_is_that_before_clipping(limit):
 def test_a_norm_that_deepspeed_is_asked_not_to_compute_is_not_a_number():
     sections = {
         "optimizer": {"lr": 0.01, "gradient_clipping": 0.0},
-        "zero": {"stage": 1},
+        "zero": {"stage": 2},
         "precision": {"dtype": "bf16"},
         "deepspeed": {"zero_optimization": {"compute_grad_norm": False}},
     }

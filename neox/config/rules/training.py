@@ -134,7 +134,7 @@ def offload(config: Config) -> Iterator[Conflict]:
 
 
 def gradient_norm(config: Config) -> Iterator[Conflict]:
-    """Without the norm, DeepSpeed cannot clip and does not check gradients in fp32; only two ZeRO stages support it."""
+    """Without the norm, DeepSpeed cannot clip, checks no gradient in fp32, and supports few ZeRO stages."""
     if config.computes_grad_norm:
         return
     key = "deepspeed.zero_optimization.compute_grad_norm"
@@ -144,5 +144,7 @@ def gradient_norm(config: Config) -> Iterator[Conflict]:
     if config.optimizer.gradient_clipping:
         keys = (key, "optimizer.gradient_clipping")
         yield Conflict("gradients are clipped by their norm", keys, "gradient_clipping: 0 without the norm")
-    if config.zero.stage == 3:
-        yield Conflict("ZeRO stage 3 needs the gradient norm", (key, "zero.stage"), "zero.stage at most 2 without it")
+    stages = (2,) if config.precision.dtype == "bf16" else (0, 1, 2)
+    if config.zero.stage not in stages:
+        rule = f"zero.stage: {' or '.join(map(str, stages))} without the norm in {config.precision.dtype}"
+        yield Conflict("ZeRO stage needs the gradient norm", (key, "zero.stage"), rule)

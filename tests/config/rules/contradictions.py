@@ -341,7 +341,8 @@ def deepspeed_cases() -> list[Case]:
     for *overrides, key in (
         ("precision.dtype=fp32", "optimizer.gradient_clipping=0", "precision.dtype"),
         ("precision.dtype=bf16", "optimizer.gradient_clipping=1", "optimizer.gradient_clipping"),
-        ("precision.dtype=bf16", "optimizer.gradient_clipping=0", "zero.stage=3", "zero.stage"),
+        ("precision.dtype=bf16", "optimizer.gradient_clipping=0", "zero.stage=1", "zero.stage"),
+        ("precision.dtype=fp16", "optimizer.gradient_clipping=0", "zero.stage=3", "zero.stage"),
     ):
         cases.append(Case((f"{norm}=false", *overrides), (norm, key)))
     return cases
