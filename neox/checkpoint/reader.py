@@ -290,10 +290,10 @@ class ShardReads:
             wait(pending)
 
     def close(self) -> None:
-        """Close the files and end the threads."""
+        """End the threads and close the files."""
+        self._threads.shutdown()  # first: after an error, reads may still be in progress
         while self._readers:
             self._readers.popitem()[1].close()
-        self._threads.shutdown()
 
     def _settle(self, most: int) -> None:
         """Wait until at most `most` reads are pending. Raises the first error."""
