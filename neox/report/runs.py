@@ -131,8 +131,6 @@ def read_run(folder: str | Path) -> RunRecord:
             want="metrics.jsonl and config.lock.yml",
             do="pass the folder run.dir",
         ) from error
-    except UnicodeDecodeError as error:
-        raise DataError("metrics or config are not UTF-8", where=path, got=error) from error
     rows = []
     while lines and not lines[-1]:
         lines.pop()

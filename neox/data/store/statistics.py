@@ -107,7 +107,7 @@ def overlap(ours: list[DocumentStatistics], theirs: list[DocumentStatistics]) ->
 
 
 def first_matches(hashes: np.ndarray, known: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The first index in `known` of each hash, int64 [n]; -1 if it is not there or is 0. `order` sorts `known`."""
+    """The first index in `known` of each hash, int64 [n]; -1 for a hash that is missing or 0. `order` sorts `known`."""
     if not known.size:
         return np.full(hashes.size, -1)
     candidates = order[np.minimum(np.searchsorted(known, hashes, sorter=order), known.size - 1)]
