@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from pathlib import Path
 
 from neox.config.explain import converted, diff, explain, show
 from neox.config.load import Loaded, load
 from neox.config.reference import config_reference, gpt_neox_reference
 from neox.config.schema import Config
 from neox.config.values import inline, to_builtins
-from neox.errors import ConfigError, DiskError
+from neox.errors import ConfigError
+from neox.files import write_durably
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,15 +112,9 @@ def convert(args: argparse.Namespace) -> int:
             end="\n" if args.json else "",
         )
         return 0
-    try:
-        with open(args.out, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(
-            "file already exists", where=args.out, do="choose another --out, or remove the file"
-        ) from None
-    except OSError as error:
-        raise DiskError("cannot write the config", where=args.out, got=error.strerror) from error
+    if os.path.lexists(args.out):
+        raise ConfigError("file already exists", where=args.out, do="choose another --out, or remove the file")
+    write_durably(Path(args.out), text.encode())
     print(
         json.dumps({"out": args.out, "notes": list(loaded.notes)})
         if args.json

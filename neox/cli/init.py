@@ -11,12 +11,14 @@ example: neox init my-project
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 
 from neox.config.files import SHARED_FILES
 from neox.errors import ConfigError, DiskError
+from neox.files import write_durably
 
 FILES = ("train.py", "launch/slurm.sh")
 
@@ -40,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("not a folder", where="neox init", got=args.folder, want="a folder, or the name of a new one")
     for name in FILES:
         target = folder / name
-        if target.exists():
+        if os.path.lexists(target):
             print(f"{target}: exists, not changed", file=sys.stderr)
             continue
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(SHARED_FILES / name, target)
+            source = SHARED_FILES / name
+            write_durably(target, source.read_bytes())  # complete or absent: a next run does not change what exists
+            shutil.copymode(source, target)
         except OSError as error:
             raise DiskError("cannot write file", where=target, got=error.strerror or str(error)) from error
         print(target)
