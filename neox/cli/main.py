@@ -213,8 +213,8 @@ def open_standard_streams() -> None:
 def command() -> NoReturn:
     """Run `main` and exit.
 
-    Without torch, os._exit skips the teardown of the interpreter (about 20 ms of a command that takes 100 ms). Only
-    torch needs an orderly exit.
+    os._exit skips the teardown of the interpreter (about 20 ms of a command that takes 100 ms). Only torch and worker
+    processes, whose semaphores would be reported as leaked, need an orderly exit.
     """
     code: int | str | None = 0
     try:
@@ -225,7 +225,7 @@ def command() -> NoReturn:
         sys.stdout.flush()
     except OSError:  # after --help: the reader has exited, or the disk is full
         leave_stdout()
-    if "torch" in sys.modules or not isinstance(code, int):
+    if {"torch", "multiprocessing.synchronize"} & sys.modules.keys() or not isinstance(code, int):
         sys.exit(code)
     logging.shutdown()
     with contextlib.suppress(OSError):  # a full disk

@@ -235,3 +235,24 @@ def test_conversations_and_pairs(corpus, capsys):
     ):
         assert main([*options, *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_bad_line_under_worker_processes_is_one_line(tmp_path):
+    """Without an orderly exit Python reports leaked semaphores after it."""
+    train_tokenizer(["hello world " * 20], 300, tmp_path / "t.json")
+    (tmp_path / "a.jsonl").write_text('{"text": "no messages"}\n')
+    command = [
+        sys.executable,
+        "-m",
+        "neox.cli.main",
+        "preprocess",
+        "--chat",
+        "--chat-template",
+        "chatml",
+        "--workers",
+        "1",
+    ]
+    command += ["--input", "a.jsonl", "--tokenizer", "t.json", "--out", "o"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 3 and done.stderr.startswith("error[3] bad line; where=a.jsonl:1")
+    assert done.stderr.count("\n") == 1, done.stderr

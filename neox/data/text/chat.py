@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -296,13 +296,13 @@ def preprocess_chat(
     summary = ChatSummary(os.fspath(out), dtype, len(files))
     made_by = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
     read = read_blocks(files, BLOCK_BYTES, form=encoding.form)
-    blocks: Iterator[EncodedChats] = (
-        map(encoder, read)
+    blocks = (
+        (encoder(block) for block in read)
         if options.workers == 0
         else encoded_by_processes(read, encoding, options.workers, encode_chats)
     )
     quarantine = Quarantine(f"{summary.out}.quarantine.jsonl", options.bad_lines == "quarantine")
-    with contextlib.closing(encoder), contextlib.ExitStack() as stack:
+    with contextlib.closing(encoder), contextlib.closing(blocks), contextlib.ExitStack() as stack:
 
         def opened(prefix: str, kind: str) -> IndexedWriter:
             return stack.enter_context(IndexedWriter(prefix, kind, overwrite=options.overwrite, **made_by))

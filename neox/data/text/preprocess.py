@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -166,7 +166,8 @@ def preprocess(
         f"{out}.quarantine.jsonl", options.bad_lines == "quarantine", before.quarantine_bytes if before else 0
     )
     output = Output(writer, quarantine, progress_file, summary, options, first)
-    with writer, quarantine, output.partial_files(before):
+    # closing: after an error, worker processes end before it is reported, and not at the interpreter's exit
+    with writer, quarantine, output.partial_files(before), contextlib.closing(blocks):
         for block in blocks:
             output.write(block)
             summary.seconds = time.monotonic() - started
@@ -278,7 +279,7 @@ def restore_partial_names(out: str) -> None:
 
 def encoded(
     blocks: Iterable[Block], first: int, encoding: Encoding, tokenizer: TokenizerFile, workers: int, summary: Summary
-) -> Iterator[EncodedBlock]:
+) -> Generator[EncodedBlock, None, None]:
     """Encode blocks, the first of which is number `first`, in order and natively if possible.
 
     Records the encoder in `summary`.
@@ -308,7 +309,7 @@ def encoded_by_threads(
 
 def encoded_by_processes(
     blocks: Iterable[Block], settings: Settings, workers: int, encode: Callable[[Settings, Block], T]
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Encode blocks by encode(settings, block) on worker processes, in order and with a bounded number in flight.
 
     Raises:
