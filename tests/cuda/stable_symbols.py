@@ -16,6 +16,7 @@ from pathlib import Path
 
 FUNCTION = re.compile(r"\b((?:aoti_)?torch_\w+)\s*\(")
 OPTIONAL = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}  # of every library
+STANDARD = re.compile(r"_Z(T[VISC])?N?K?St")  # namespace std; not every linker records the version of its symbols
 
 
 def declared(include: Path) -> set[str]:
@@ -27,7 +28,8 @@ def undefined(library: Path) -> set[str]:
     """Symbols that a library expects of others, except versioned ones, which are those of the C and C++ libraries."""
     command = ["nm", "-D", "--undefined-only", str(library)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {name for name in (line.split()[-1] for line in lines) if "@" not in name} - OPTIONAL
+    names = {line.split()[-1] for line in lines} - OPTIONAL
+    return {name for name in names if "@" not in name and not STANDARD.match(name)}
 
 
 def foreign(include: Path, libraries: Sequence[Path]) -> list[str]:
