@@ -49,6 +49,20 @@ def test_a_bug_keeps_its_traceback_below_the_line(tmp_path, capfd, monkeypatch):
     assert any("Traceback" in line for line in lines[1:])
 
 
+def test_groups_outlast_the_watchdog_as_soon_as_they_exist(tmp_path, capfd, monkeypatch):
+    """NCCL's 10 minutes would end the wait for a long index build."""
+    limits = []
+
+    def end(config, mesh):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "raise_group_timeouts", limits.append)
+    monkeypatch.setattr(module, "check_fit", end)
+    config = make_config(tmp_path, tmp_path, "guard.hang_timeout=77")
+    assert start(config, LaunchInfo(), "cpu", signals=StopSignals(), debug=False) == 1
+    assert limits == [77]
+
+
 def test_deterministic_algorithms_are_those_of_the_run(tmp_path):
     make_corpus(tmp_path / "corpus")
     quick = ("train.train_iters=1", "evaluate.interval=0")
