@@ -31,7 +31,7 @@ REQUIREMENTS = import sys; from setuptools.config.pyprojecttoml import read_conf
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check sweep fuzz gpu-wheels docs wheel bench lint types format clean
+.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check sweep fuzz gpu-bundle gpu-rehearsal docs wheel bench lint types format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -80,7 +80,8 @@ emulated-test: setup build/native/CMakeCache.txt  ## the operators' tests on the
 
 oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding against the headers of the oldest supported torch, if pip's index has its wheel
 	@code=0; $(PY) tests/cuda/torch_headers.py build/oldest-torch || code=$$?; \
-	    if [ $$code = 0 ]; then cmake --build build/native --parallel $(JOBS) --target oldest_torch; elif [ $$code != 3 ]; then exit $$code; fi
+	    if [ $$code = 0 ]; then cmake --build build/native --parallel $(JOBS) --target oldest_torch; \
+	        $(PY) tests/cuda/stable_symbols.py build/oldest-torch/include neox/_ops/*.so; elif [ $$code != 3 ]; then exit $$code; fi
 
 ALL_ARCHITECTURES := ON
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
@@ -123,12 +124,15 @@ fuzz: setup build/native/CMakeCache.txt  ## random sweeps of the dataset core (F
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m fuzz tests/ops --ops-library $(EMULATED).so
 	OMP_NUM_THREADS=1 $(SANITIZED) $(PY) -m pytest -n $(JOBS) -m fuzz tests/ops --ops-library $(EMULATED)_asan.so
 
-# Packages that an image with torch, pytest and transformers usually lacks. pip matches platforms exactly, so the common ones are listed.
-GPU_PYTHON ?= 3.12
-gpu-wheels: | $(VENV_PYTHON)  ## download the wheels that benchmarks/gpu.sh installs on a GPU machine without a network
-	$(PY) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
-	    $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) -d build/gpu-wheels -c constraints.txt \
-	    orjson pydantic pydantic-core annotated-types typing-inspection
+# GPU_PYTHON has the version of the GPU machine's Python; only its headers are used.
+GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
+gpu-bundle: setup build/native/CMakeCache.txt  ## what benchmarks/gpu.sh needs on a GPU machine without a network: libraries for sm_90a, wheels
+	cmake --build build/native --parallel $(JOBS) --target gpu_library
+	$(PY) benchmarks/gpu/bundle.py make --python "$(GPU_PYTHON)"
+	if [ -e build/oldest-torch/version ]; then $(PY) tests/cuda/stable_symbols.py build/oldest-torch/include build/gpu-bundle/neox/_ops/*.so; fi
+
+gpu-rehearsal: setup  ## both calls of benchmarks/gpu.sh to their ends on the CPU; about four minutes
+	for call in a b; do STRETCH=5 PYTHON=$(PY) DEVICE=cpu OUT=build/gpu-rehearsal/$$call benchmarks/gpu.sh $$call; done
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup  ## build the documentation site into site/, with strict links and the API reference

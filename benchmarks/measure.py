@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+import record
 import torch
 
 FLUSH_BYTES = 1 << 30
@@ -259,6 +260,7 @@ def show(rows: Iterable[Row], options: Options) -> None:
     try:
         for row in rows:
             done.append(row)
+            record.add(asdict(row))
             time = f"{row.seconds * 1e6:9.1f} us" if row.seconds else ""
             figures = (
                 f"{time:12}  ours {row.ours:10.4g}  {row.peer_name:20} {row.peer:10.4g} {row.unit:8} ratio "

@@ -5,7 +5,7 @@ All have bf16 weights and activations, fused AdamW and the same random tokens; f
 is timed. Each model is on the GPU alone: one after another, a warm-up that includes compilation, then timed steps
 between two events, without a transfer to the host inside. The rows give tokens/s; MFU counts attention in full
 (GPT.flops_per_token) against the data sheet's dense peak (neox/train/metrics.py). --quick takes Pythia-160M alone,
-without its compiled peer. It has not run on a GPU yet.
+without its compiled peer. --device cpu tries the script with Pythia-14M in fp32. It has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Case:
 
 
 CASES = (Case("pythia/160M.yml", 16), Case("pythia/1-4B.yml", 8))
+TRIAL = Case("pythia/14M.yml", 1, 64)  # on a CPU
 
 
 def their_model(case: Case, device: torch.device) -> GPTNeoXForCausalLM:
@@ -71,7 +73,26 @@ def their_model(case: Case, device: torch.device) -> GPTNeoXForCausalLM:
     )
     torch.manual_seed(0)
     with device:
-        return GPTNeoXForCausalLM(config).to(torch.bfloat16).train()
+        return GPTNeoXForCausalLM(config).to(dtype_on(device)).train()
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Of weights and activations: kernels for bf16 on a CPU would take the time of a measurement."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Time of a call, on a GPU by its own clock."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def loss_of(
@@ -81,7 +102,7 @@ def loss_of(
     theirs = their_model(case, device)
     if name == OURS:
         config, weights = from_huggingface(theirs)
-        ours = GPT(config, Mesh.single(device), dtype=torch.bfloat16)
+        ours = GPT(config, Mesh.single(device), dtype=dtype_on(device))
         ours.load_weights(weights)
         return ours.train(), lambda tokens, targets: ours(tokens, targets, expected_dloss=1 / targets.numel()).mean()
 
@@ -109,16 +130,12 @@ def run(name: str, case: Case, device: torch.device) -> tuple[float, float]:
     first = step().item()
     for _ in range(WARM_UP):
         step()
-    seconds = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+    def steps() -> None:
         for _ in range(STEPS):
             step()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / STEPS)
-    return first, statistics.median(seconds)
+
+    return first, statistics.median(seconds_of(steps, device) / STEPS for _ in range(ROUNDS))
 
 
 def compare(case: Case, peers: tuple[str, ...], device: torch.device) -> Iterator[Row]:
@@ -137,7 +154,10 @@ def compare(case: Case, peers: tuple[str, ...], device: torch.device) -> Iterato
         gc.collect()
         torch.cuda.empty_cache()
     tokens = case.batch * case.seq
-    setting = f"{case.preset.removesuffix('.yml')} {case.batch}x{case.seq} bf16, {torch.cuda.get_device_name(device)}"
+    dtype = dtype_on(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    shape = f"{case.preset.removesuffix('.yml')} {case.batch}x{case.seq}"
+    setting = f"{shape} {str(dtype).removeprefix('torch.')}, {where}"
     for peer in peers:
         yield Row(
             "training step",
@@ -150,7 +170,7 @@ def compare(case: Case, peers: tuple[str, ...], device: torch.device) -> Iterato
         )
     flops = GPT(load_config(case.preset).model, Mesh.single("meta")).flops_per_token(case.seq) * tokens
     best = min(peers, key=lambda peer: seconds[peer])
-    mfu = {name: flops / seconds[name] / peak_flops(device, torch.bfloat16) * 100 for name in (OURS, best)}
+    mfu = {name: flops / seconds[name] / peak_flops(device, dtype) * 100 for name in (OURS, best)}
     yield Row("training step, MFU", setting, mfu[OURS], mfu[best], best, mfu[OURS] / mfu[best], "%")
 
 
@@ -159,17 +179,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("--quick", action="store_true", help="Pythia-160M against the eager peer: under a minute")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial with a small model")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    options = Options(json=args.json, quick=args.quick, threads=1, device=args.device)
+    if args.device == "cuda" and not torch.cuda.is_available():
         print(f"{parser.prog}: torch sees no GPU here: nothing measured", file=sys.stderr)
-        show([], Options(json=args.json, quick=args.quick, threads=1))
+        show([], options)
         return 0
     peers = ("transformers eager",) if args.quick else ("transformers eager", "transformers compiled")
-    device = torch.device("cuda", torch.cuda.current_device())
-    show(
-        (row for case in CASES[: 1 if args.quick else None] for row in compare(case, peers, device)),
-        Options(json=args.json, quick=args.quick, threads=1),
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
+    cases = (TRIAL,) if args.device == "cpu" else CASES[: 1 if args.quick else None]
+    show((row for case in cases for row in compare(case, peers, device)), options)
     return 0
 
 

@@ -1,0 +1,202 @@
+"""What benchmarks/gpu.sh needs on a GPU machine without a network: made by `make gpu-bundle`, installed by gpu.sh.
+
+build/gpu-bundle holds the operator libraries, which depend neither on the version of Python nor on that of torch from
+2.11 on, the dataset core for one version of Python, and wheels of the packages that an image with torch and
+transformers lacks.
+
+usage: bundle.py make --python PYTHON3.12     bundle.py install --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import record
+from gpu.calls import ROOT
+
+BUNDLE = ROOT / "build" / "gpu-bundle"
+SITE = ROOT / "build" / "gpu-site"
+STAMP = ROOT / "neox" / "_ops" / "bundle.txt"
+CUDA_BUILD = ROOT / "build" / "native" / "tests" / "cuda" / "gpu"
+LIMIT_MB = 40
+
+WHEELS = ("annotated-types", "einops", "hjson", "msgpack", "orjson", "py-cpuinfo", "pydantic", "pydantic-core")
+WHEELS += ("typing-inspection", "zstandard")
+SOURCES = ("deepspeed",)  # published as sources only
+# pip matches platforms exactly, so the common ones are listed.
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+# What these packages need and an image with torch, transformers and pytest has.
+PRESENT = {"ninja", "numpy", "packaging", "psutil", "torch", "tqdm", "typing-extensions"}
+
+
+def sources_hash() -> str:
+    """Identifies the sources of the libraries."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"]):
+        if path.is_file():
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(*command: object) -> str:
+    """Runs a command and returns its output; its errors are shown. Ends this program if it fails."""
+    words = [str(word) for word in command]
+    if shutil.which(words[0]) is None:
+        sys.exit(f"error[14] no such program; where={' '.join(words)[:200]}; got={words[0]}")
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error[1] a command failed; where={' '.join(words)[:200]}; got=exit code {done.returncode}")
+    return done.stdout.strip()
+
+
+def normal(name: str) -> str:
+    """A distribution's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def make(python: str) -> None:
+    """Builds the bundle. Ends this program with an error if it is incomplete or too large."""
+    paths = "import sysconfig, sys; print(sysconfig.get_paths()['include'], '%d.%d' % sys.version_info[:2])"
+    include, version = run(python, "-c", paths).split()
+    shutil.rmtree(BUNDLE, ignore_errors=True)
+    (BUNDLE / "neox" / "_ops").mkdir(parents=True)
+    for library in sorted((ROOT / "neox" / "_ops").glob("*.so")):
+        if library.stem != "cuda":
+            shutil.copy(library, BUNDLE / "neox" / "_ops")
+    shutil.copy(CUDA_BUILD / "neox_gpu.so", BUNDLE / "neox" / "_ops" / "cuda.so")
+    compile_data_core(include)
+    run("strip", "--strip-unneeded", *BUNDLE.rglob("*.so"))
+    (BUNDLE / "kernels.json").write_text(json.dumps(kernels(), indent=1) + "\n")
+    fetch_wheels(version)
+    (BUNDLE / "bundle.json").write_text(json.dumps({"sources": sources_hash(), "python": version}) + "\n")
+    check()
+
+
+def compile_data_core(include: str) -> None:
+    """neox._data for another Python, with the flags of setup.py: it needs that Python's headers only."""
+    pybind11 = run(sys.executable, "-c", "import pybind11; print(pybind11.get_include())")
+    flags = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-O3", "-ffp-contract=off", "-DNDEBUG"]
+    sources = sorted((ROOT / "csrc" / "data").glob("*.cpp"))
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    folders = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11, "-isystem", include]
+    run(*compiler, *flags, "-shared", "-fPIC", "-pthread", *folders, *sources, "-o", BUNDLE / "neox" / "_data.so")
+
+
+def kernels() -> dict[str, list[str]]:
+    """Operator -> its kernels in the CUDA library, by their names in the source, from ptxas's output."""
+    found: dict[str, set[str]] = {}
+    for log in sorted(CUDA_BUILD.glob("*_cuda.cu.o.log")):
+        (source,) = (ROOT / "csrc" / "ops").rglob(log.name.removesuffix(".o.log"))
+        operator = source.relative_to(ROOT / "csrc" / "ops").parts[0]
+        mangled = sorted(set(re.findall(r"Compiling entry function '(\w+)'", log.read_text())))
+        found.setdefault(operator, set()).update(run("c++filt", *mangled).splitlines() if mangled else [])
+    return {operator: sorted(names) for operator, names in found.items()}
+
+
+def fetch_wheels(version: str) -> None:
+    """Downloads the wheels for a version of Python, and builds those that are published as sources."""
+    pip = (sys.executable, "-m", "pip")
+    folder, pinned = BUNDLE / "wheels", ("--no-deps", "-c", ROOT / "constraints.txt")
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    target = ("--only-binary=:all:", "--implementation", "cp", "--python-version", version, *platforms)
+    run(*pip, "download", "-q", *pinned, *target, "-d", folder, *WHEELS)
+    run(*pip, "wheel", "-q", *pinned, "--no-build-isolation", "-w", folder, *SOURCES)
+
+
+def requirements(wheel: Path) -> tuple[str, set[str]]:
+    """The name of a wheel's distribution, and those that it requires."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
+        lines = archive.read(name).decode().split("\n\n")[0].splitlines()
+    (title,) = (line.removeprefix("Name: ") for line in lines if line.startswith("Name: "))
+    needed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    return normal(title), {
+        normal(re.split(r"[^\w.-]", one)[0])
+        for one in needed
+        if "extra ==" not in one and "python_version <" not in one
+    }
+
+
+def check() -> None:
+    """Ends this program with an error unless every requirement is in the bundle or the image, and the size fits."""
+    wheels = dict(map(requirements, sorted((BUNDLE / "wheels").glob("*.whl"))))
+    missing = {f"{need} of {name}" for name, needs in wheels.items() for need in needs - wheels.keys() - PRESENT}
+    if missing:
+        sys.exit(f"error[1] the bundle lacks packages; where={BUNDLE}; got=no {', no '.join(sorted(missing))}")
+    files = {path.relative_to(BUNDLE): path.stat().st_size / 1e6 for path in BUNDLE.rglob("*") if path.is_file()}
+    for name, size in files.items():
+        print(f"{size:6.2f} MB  {name}")
+    total = sum(files.values())
+    print(f"{total:6.2f} MB  in all, in {BUNDLE.relative_to(ROOT)}")
+    if total > LIMIT_MB:
+        sys.exit(f"error[1] the bundle is too large; where={BUNDLE}; got={total:.1f} MB; want={LIMIT_MB} MB")
+
+
+def install(device: str) -> int:
+    """Installs what this machine lacks. Returns the exit code: 0, also if there is no bundle."""
+    if not (BUNDLE / "bundle.json").exists():  # written last
+        record.add({"bundle": "missing", "do": "make gpu-bundle elsewhere, and carry build/gpu-bundle"})
+        return 0
+    packages = install_packages()
+    about = json.loads((BUNDLE / "bundle.json").read_text())
+    fitting = about["sources"] == sources_hash()
+    installed = STAMP.read_text() if STAMP.exists() else ""
+    wanted = not loads(device) or installed not in ("", about["sources"])
+    if wanted and fitting:
+        for library in (BUNDLE / "neox").rglob("*.so"):
+            target = ROOT / library.relative_to(BUNDLE)
+            target.parent.mkdir(exist_ok=True)
+            target.unlink(missing_ok=True)  # a process may have it open
+            shutil.copy(library, target)
+        STAMP.write_text(about["sources"])
+    libraries = "copied" if wanted and fitting else "of other sources" if wanted else "not needed"
+    record.add({"bundle": about["sources"], "libraries": libraries, "packages": packages})
+    print(f"libraries {libraries}; packages {packages or 'none'}")
+    return 1 if wanted and not fitting else 0
+
+
+def install_packages() -> str:
+    """Installs the wheels of packages that this Python lacks, into a folder that gpu.sh adds to PYTHONPATH."""
+    present = {normal(found.metadata["Name"]) for found in importlib.metadata.distributions()}
+    wheels = {requirements(wheel)[0]: wheel for wheel in sorted((BUNDLE / "wheels").glob("*.whl"))}
+    lacking = {name: wheel for name, wheel in wheels.items() if name not in present}
+    if lacking:
+        options = ("-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", SITE)
+        run(sys.executable, "-m", "pip", "install", *options, *lacking.values())
+    return " ".join(sorted(lacking))
+
+
+def loads(device: str) -> bool:
+    """Whether the libraries that are in the checkout load into a process of this Python."""
+    program = "import sys, neox._native, neox.ops; sys.exit(sys.argv[1] == 'cuda' and neox.ops.CUDA != 'loaded')"
+    return subprocess.run([sys.executable, "-c", program, device], cwd=ROOT, check=False).returncode == 0
+
+
+def main() -> int:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "install"))
+    parser.add_argument("--python", default="python3.12", help="make: interpreter of the version that the machine has")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="install: what must load")
+    args = parser.parse_args()
+    if args.what == "install":
+        return install(args.device)
+    make(args.python)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Tiny cases for every CUDA kernel of an operator: all element types, vector and scalar accesses, and every length of
+row for which a kernel of its own exists. gpu/kernels.py reports the kernels that they do not launch.
+
+Import it after the default device is set, which tests/reference.py reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+
+from neox import ops
+from tests import reference
+from tests.ops.attention_cases import FLOOR, documents
+
+EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator and its reference in fp64, on the same inputs; both forward and backward are compared."""
+
+    text: str
+    op: Callable
+    reference: Callable
+    inputs: dict[str, torch.Tensor]
+    floor: float = 1.0
+    deterministic: bool = False
+
+    def check(self) -> None:
+        """Raises AssertionError if they differ."""
+        with algorithms(self.deterministic):
+            reference.check_against(self.op, self.reference, self.inputs, floor=self.floor)
+
+
+@contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Algorithms that repeat bit for bit, or the fastest."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def bias_gelu() -> Iterator[Case]:
+    """Both forms, with a bias and without."""
+    for dtype, cols, approximate in product(reference.dtypes("bias_gelu"), (64, 17), ("none", "tanh")):
+        x, bias = reference.random(5, cols, dtype=dtype), reference.random(cols, dtype=dtype, seed=1)
+        run, expected = (partial(f, approximate=approximate) for f in (ops.bias_gelu, reference.bias_gelu))
+        yield Case(f"{approximate} {cols} {name_of(dtype)}", run, expected, {"x": x, "bias": bias})
+
+
+def gated() -> Iterator[Case]:
+    """Every activation."""
+    for dtype, cols, activation in product(reference.dtypes("gated"), (64, 17), ("silu", "gelu", "relu")):
+        inputs = {name: reference.random(5, cols, dtype=dtype, seed=i) for i, name in enumerate(("x", "gate"))}
+        run, expected = (partial(f, activation=activation) for f in (ops.gated, reference.gated))
+        yield Case(f"{activation} {cols} {name_of(dtype)}", run, expected, inputs)
+
+
+def bias_dropout_add() -> Iterator[Case]:
+    """With dropout: the mask is recomputed by the reference."""
+    seed, p = torch.tensor([11, 22], device="cpu"), 0.25
+    for dtype, cols in product(reference.dtypes("bias_dropout_add"), (64, 17)):
+        inputs = {name: reference.random(5, cols, dtype=dtype, seed=i) for i, name in enumerate(("x", "residual"))}
+        inputs["bias"] = reference.random(cols, dtype=dtype, seed=2)
+        retained = reference.dropout_mask(5, cols, seed, p) / (1 - p)
+
+        def run(x, residual, bias):
+            return torch.ops.neox.bias_dropout_add(x, bias, residual, seed, p)
+
+        def expected(x, residual, bias, retained=retained):
+            return residual + (x + bias) * retained
+
+        yield Case(f"{cols} {name_of(dtype)}", run, expected, inputs)
+
+
+def rotary() -> Iterator[Case]:
+    """Halves of 8, 4, 2 and 1 channels at a time."""
+    for dtype, channels in product(reference.dtypes("rotary"), (32, 16, 8, 4, 2)):
+        cos, sin = reference.random(3, channels), reference.random(3, channels, seed=1)
+        inputs = {name: reference.random(2, 3, 2, 2 * channels, dtype=dtype, seed=i) for i, name in enumerate("qk")}
+
+        def rotated(x, cos=cos, sin=sin):
+            cos, sin, half = cos.double()[:, None], sin.double()[:, None], cos.shape[-1] // 2
+            low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+            return torch.cat((x[..., : 2 * half] * cos + torch.cat((-high, low), -1) * sin, rest), -1)
+
+        def expected(q, k, rotated=rotated):
+            return rotated(q), rotated(k)
+
+        yield Case(f"{channels} {name_of(dtype)}", partial(ops.rotary, cos=cos, sin=sin), expected, inputs)
+
+
+def scaled_masked_softmax() -> Iterator[Case]:
+    """Rows of a warp, of a block, and of a loop over a block."""
+    lengths = (64, 512, 1024, 2048, 4096, 16384, 24576)
+    for dtype, t in product(reference.dtypes("scaled_masked_softmax"), (*lengths, *(length + 1 for length in lengths))):
+        x = reference.random(1, 1, 2, t, dtype=dtype)
+        mask = torch.arange(t)[None, :] > torch.arange(2)[:, None] + t - 2
+
+        def expected(x, mask=mask):
+            return torch.softmax((x * 0.5).masked_fill(mask, -torch.inf), -1)
+
+        yield Case(f"{t} {name_of(dtype)}", partial(ops.scaled_causal_softmax, scale=0.5), expected, {"x": x}, 0.01)
+
+
+def norm() -> Iterator[Case]:
+    """One norm and two of the same input, at every number of packs per thread and at lengths that loop."""
+    for dtype in reference.dtypes("norm"):
+        pack = 16 // dtype.itemsize
+        lengths = [pack * packs for packs in (4, 64, 128, 200, 1500, 3000, 5000, 9000)]
+        for cols, dual in product((*lengths, *(length + 1 for length in lengths)), (False, True)):
+            inputs = {"x": reference.random(3, cols, dtype=dtype)}
+            names = ("w0", "b0", "w1", "b1") if dual else ("w0", "b0")
+            inputs |= {name: reference.random(cols, dtype=dtype, seed=i + 1) for i, name in enumerate(names)}
+            run, expected = (dual_norm, dual_norm_reference) if dual else (one_norm, one_norm_reference)
+            yield Case(f"{'two' if dual else 'one'} {cols} {name_of(dtype)}", run, expected, inputs)
+
+
+def one_norm(x, w0, b0):
+    """A layer norm."""
+    return ops.layer_norm(x, w0, b0, EPS)
+
+
+def one_norm_reference(x, w0, b0):
+    """The same in fp64."""
+    return reference.layer_norm(x, w0, b0, EPS)
+
+
+def dual_norm(x, w0, b0, w1, b1):
+    """Two layer norms of one input."""
+    return ops.dual_layer_norm(x, w0, b0, w1, b1, EPS)
+
+
+def dual_norm_reference(x, w0, b0, w1, b1):
+    """The same in fp64."""
+    return reference.layer_norm(x, w0, b0, EPS), reference.layer_norm(x, w1, b1, EPS)
+
+
+def cross_entropy() -> Iterator[Case]:
+    """In two passes; in one, with the gradient of the loss predicted right and wrong; rows beyond shared memory."""
+    for dtype, columns in product(reference.dtypes("cross_entropy"), (64, 17, 131072)):
+        targets = reference.integers(columns, 3)
+        logits = reference.random(3, columns, dtype=dtype, scale=2.0)
+
+        def expected(logits, targets=targets):
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+        for predicted in (None, 1.0, 0.5):
+            run = partial(cross_entropy_of_a_copy, targets=targets, predicted=predicted)
+            yield Case(f"{columns} predicted {predicted} {name_of(dtype)}", run, expected, {"logits": logits})
+
+
+def cross_entropy_of_a_copy(logits: torch.Tensor, targets: torch.Tensor, predicted: float | None) -> torch.Tensor:
+    """In place with a predicted gradient, hence of a copy; else in two passes."""
+    if predicted is None:
+        return ops.cross_entropy(logits, targets)
+    return ops.cross_entropy(logits * 1, targets, inplace=True, expected_dloss=predicted)
+
+
+def attention() -> Iterator[Case]:
+    """Every instance of head_dim, masks alone and with softcap, both backwards; decoding, whose keys are split."""
+    forms = {"causal": {}, "softcap": {"softcap": 2.0}, "documents": {"segment_ids": documents(1, 40, 13, 20)}}
+    for dtype, d, form, fixed in product(reference.dtypes("attention"), (64, 96, 128, 256), forms, (False, True)):
+        yield attention_case(dtype, (40, 40, 2, d), forms[form], fixed, f"{form} {'repeatable ' * fixed}")
+    for dtype in reference.dtypes("attention"):
+        yield attention_case(dtype, (1, 1100, 2, 64), {}, True, "decoding ")
+    if reference.DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+        for dtype, d, fixed in product(reference.dtypes("attention"), (64, 128), (False, True)):
+            text = f"hopper, causal {'repeatable ' * fixed}"
+            yield attention_case(dtype, (40, 40, 2, d), {}, fixed, text, backend="hopper")
+
+
+def attention_case(
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    options: dict,
+    fixed: bool,
+    text: str,
+    backend: str = "native",
+) -> Case:
+    """Queries, keys, heads per key/value head and head_dim."""
+    s, t, n, d = sizes
+    shapes = {"q": (1, s, n, d), "k": (1, t, 1, d), "v": (1, t, 1, d)}
+    inputs = {
+        name: reference.random(*shape, dtype=dtype, seed=10_000 * i) for i, (name, shape) in enumerate(shapes.items())
+    }
+    run = partial(ops.attention, backend=backend, **options)
+    text = f"{text}s {s} t {t} d {d} {name_of(dtype)}"
+    return Case(text, run, partial(reference.attention, **options), inputs, FLOOR, fixed)
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention": attention,
+    "bias_dropout_add": bias_dropout_add,
+    "bias_gelu": bias_gelu,
+    "cross_entropy": cross_entropy,
+    "gated": gated,
+    "norm": norm,
+    "rotary": rotary,
+    "scaled_masked_softmax": scaled_masked_softmax,
+}

@@ -1,0 +1,94 @@
+"""Kernels of a training step by their time: Pythia-160M in bf16 on a GPU, Pythia-14M in fp32 with `--device cpu`.
+
+A row per kernel, or per operator on a CPU, then one of the step: how much of its time the GPU is busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import record
+import torch
+
+from neox.config.load import load_config
+from neox.model.gpt import GPT
+from neox.parallel.mesh import Mesh
+
+WARM_UP, STEPS, ROWS = 3, 3, 40
+
+
+def build(device: torch.device) -> tuple[GPT, torch.Tensor]:
+    """The model with random weights, and tokens and targets [2, b, s]."""
+    wide = device.type == "cuda"
+    config = load_config("pythia/160M.yml" if wide else "pythia/14M.yml").model
+    model = GPT(config, Mesh.single(device), dtype=torch.bfloat16 if wide else torch.float32).train()
+    shape = (2, 16, 2048) if wide else (2, 1, 64)
+    return model, torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def profiled(device: torch.device) -> tuple[torch.profiler.profile, float]:
+    """The profile of STEPS steps, and their seconds."""
+    model, (tokens, targets) = build(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> torch.Tensor:
+        loss = model(tokens, targets, expected_dloss=1 / targets.numel()).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(WARM_UP):
+        step()
+    wait()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        wait()
+        seconds = time.perf_counter() - start
+    return profile, seconds
+
+
+def rows(profile: torch.profiler.profile, device: torch.device) -> list[dict[str, object]]:
+    """The events that take longest, per step."""
+    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == kind]
+    time_of = (
+        (lambda event: event.self_device_time_total) if device.type == "cuda" else (lambda e: e.self_cpu_time_total)
+    )
+    events.sort(key=time_of, reverse=True)
+    return [
+        {"kernel": event.key[:200], "us a step": time_of(event) / STEPS, "launches a step": event.count / STEPS}
+        for event in events
+    ]
+
+
+def main() -> int:
+    """Returns the exit code: 0 if something was profiled."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    device = torch.device(parser.parse_args().device)
+    profile, seconds = profiled(device)
+    found = rows(profile, device)
+    for row in found[:ROWS]:
+        record.add(row)
+        print(row)
+    busy = sum(float(str(row["us a step"])) for row in found) * STEPS / 1e6
+    record.add({"step_s": seconds / STEPS, "busy": busy / seconds, "kernels": len(found)})
+    return 0 if found and busy > 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Runs the steps of one call of benchmarks/gpu.sh: `run.py a` or `run.py b`.
+
+Each step has a time limit and a JSON file of its own in $OUT. It uses the standard library only, because the packages
+that the machine lacks are installed by the first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import record
+from gpu.calls import BUILD_LIMIT, CALLS, LIMITS, ROOT, Command, Step, build
+
+GRACE = 3  # seconds between SIGINT, which ends Python with what it has, and SIGKILL
+POLL = 0.05
+LOG_BYTES = 200_000  # of the output of one command
+
+
+@dataclass
+class Running:
+    """One command of a step."""
+
+    command: Command
+    process: subprocess.Popen[bytes]
+    output: Path
+    interrupted: bool = False
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the command and all that it started."""
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(self.process.pid, number)
+
+    def failure(self) -> str | None:
+        """Why it failed; None if it did not."""
+        name = " ".join(Path(word).name for word in self.command[1:3])
+        if self.interrupted:
+            return f"{name}: out of time"
+        code = self.process.returncode
+        if code == 0:
+            return None
+        lines = [line for line in tail_of(self.output).splitlines() if line.strip()]
+        return f"{name}: {f'signal {-code}' if code < 0 else f'exit code {code}'}: {lines[-1][:300] if lines else ''}"
+
+
+@dataclass
+class Call:
+    """A call in progress.
+
+    Attributes:
+        name: "a" or "b".
+        device: "cuda" or "cpu".
+        out: folder of the results.
+        limit: seconds of the call.
+        stretch: factor of the limits of its steps, for a trial on a busy machine.
+        start: when it began.
+        outcomes: one JSON document per step.
+    """
+
+    name: str
+    device: str
+    out: Path
+    limit: float
+    stretch: float = 1.0
+    start: float = field(default_factory=time.monotonic)
+    outcomes: list[dict] = field(default_factory=list)
+
+    def left(self) -> float:
+        """Seconds that remain."""
+        return self.limit - (time.monotonic() - self.start)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step ran and passed."""
+        return all(outcome["status"] == "ok" for outcome in self.outcomes)
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Runs the steps in turn, and the build if the libraries do not load."""
+        for step in steps:
+            outcome = self.step(step)
+            if step.name == "load" and outcome["status"] != "ok" and self.device == "cuda":
+                again = Step("load", BUILD_LIMIT, lambda _: build())
+                outcome = self.step(again, reason="; ".join(outcome["problems"]))
+            self.outcomes.append(outcome)
+            self.report()
+
+    def step(self, step: Step, reason: str = "") -> dict:
+        """Runs one step and returns its document."""
+        path = self.out / f"{step.name}.json"
+        limit = min(step.limit * self.stretch, self.left())
+        about = {"call": self.name, "step": step.name, "device": self.device, "limit_s": step.limit}
+        record.update(path, lambda document: document.update(about, status="running", rows=document.get("rows", [])))
+        print(f"{step.name} ...", flush=True)
+        start, problems = time.monotonic(), [f"repeated after: {reason}"] if reason else []
+        missing = lacking(step.needs)
+        if missing:
+            status, found = "left out", [f"no {', no '.join(missing)}"]
+        elif limit < 2 * GRACE:
+            status, found = "not run", [f"the {self.limit:.0f} s of the call are spent"]
+        else:
+            with (self.out / "log.txt").open("a", encoding="utf-8") as log:
+                found = list(self.commands(step, start + limit, path, log))
+            late = any(problem.endswith("out of time") for problem in found)
+            status = "out of time" if late else "failed" if found else "ok"
+        seconds = round(time.monotonic() - start, 1)
+        outcome = record.update(
+            path, lambda document: document.update(status=status, seconds=seconds, problems=problems + found)
+        )
+        path.with_suffix(".partial").unlink(missing_ok=True)
+        print(f"{line_of(outcome)}", flush=True)
+        return outcome
+
+    def commands(self, step: Step, deadline: float, path: Path, log: TextIO) -> Iterator[str]:
+        """Runs a step's commands, a failed one too, and yields what failed."""
+        environment = {**os.environ, **step.environment, record.VARIABLE: str(path)}
+        waiting = deque(step.commands(self.device))
+        running: list[Running] = []
+        while waiting or running:
+            now = time.monotonic()
+            while waiting and len(running) < step.parallel and now < deadline - GRACE:
+                running.append(start_command(waiting.popleft(), environment, self.out))
+            if waiting and not running:
+                yield from (f"{Path(command[1]).name} {command[2:3]}: out of time" for command in waiting)
+                return
+            for one in running:
+                if now >= deadline:
+                    one.signal(signal.SIGKILL)
+                elif now >= deadline - GRACE and not one.interrupted:
+                    one.interrupted = True
+                    one.signal(signal.SIGINT)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                one.signal(signal.SIGKILL)  # what it left running
+                failure = one.failure()
+                log.write(f"=== {step.name}: {' '.join(one.command)}\n{tail_of(one.output)}\n")
+                log.flush()
+                one.output.unlink()
+                if failure:
+                    yield failure
+            time.sleep(POLL)
+
+    def report(self) -> None:
+        """Writes report.txt: a line per step, then what failed and what was measured."""
+        lines = [line_of(outcome) for outcome in self.outcomes]
+        for outcome in self.outcomes:
+            lines += ["", outcome["step"], *(f"  {problem}" for problem in outcome["problems"])]
+            lines += [f"  {' '.join(f'{key}={short(value)}' for key, value in row.items())}" for row in outcome["rows"]]
+        (self.out / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def start_command(command: Command, environment: dict[str, str], folder: Path) -> Running:
+    """Starts a command in a session of its own, its output to a file."""
+    output = folder / f".output-{time.monotonic_ns()}"
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
+        )
+    return Running(command, process, output)
+
+
+def tail_of(path: Path) -> str:
+    """The last LOG_BYTES of a file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_BYTES))
+        return file.read().decode("utf-8", "replace")
+
+
+def short(value: object) -> str:
+    """A value of a row, for the report."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def line_of(outcome: dict) -> str:
+    """A step in one line."""
+    problems = outcome["problems"]
+    detail = f": {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
+    return (
+        f"{outcome['step']:12} {outcome['seconds']:6.1f} of {outcome['limit_s']:4} s  {len(outcome['rows']):4} rows  "
+        f"{outcome['status']}{detail}"
+    )
+
+
+def lacking(modules: Sequence[str]) -> list[str]:
+    """The modules that Python cannot find, those that the first step installed included."""
+    importlib.invalidate_caches()
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def main() -> int:
+    """Returns the exit code: 0 if every step passed."""
+    name = sys.argv[1]
+    out = Path(os.environ["OUT"]).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in (*out.glob("*.json"), *out.glob(".output-*"), out / "log.txt", out / "report.txt"):
+        old.unlink(missing_ok=True)
+    stretch = float(os.environ.get("STRETCH", "1"))
+    call = Call(name, os.environ["DEVICE"], out, LIMITS[name] * stretch, stretch)
+    call.run(CALLS[name])
+    print(f"{time.monotonic() - call.start:.0f} s of {call.limit:.0f} s; results in {out}")
+    return 0 if call.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
