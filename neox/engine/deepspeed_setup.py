@@ -8,15 +8,17 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.runtime import compiler
+from deepspeed.runtime import bf16_optimizer, compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import groups
 
 from neox.config.deepspeed_keys import OWNED_KEYS
@@ -157,6 +159,38 @@ def import_muon_uncompiled() -> None:
         compiler.compile = compiled
 
 
+def combined_norm_on_host(norm_groups: Iterable[torch.Tensor], norm_type: float = 2) -> torch.Tensor:
+    """DeepSpeed's function, with its result in host memory."""
+    return combine_grad_norm_groups(norm_groups, norm_type).cpu()
+
+
+def global_norm_on_host(
+    input_tensors: Iterable[torch.Tensor],
+    norm_type: float = 2,
+    mpu: MeshMPU | None = None,
+    moe_ep_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """DeepSpeed's function, with its result in host memory."""
+    return get_global_norm_of_tensors(input_tensors, norm_type, mpu, moe_ep_group).cpu()
+
+
+def read_norm_once(engine: DeepSpeedEngine) -> None:
+    """Let an update read one number from the device, the norm of the gradient.
+
+    DeepSpeed reads up to four: whether a gradient is not finite, after a pass over each of them; whether the norm is;
+    whether it is above the limit; and we report it. A gradient that is not finite has such a norm, so that the pass
+    finds nothing more. The price is that three functions of DeepSpeed are replaced; tests/cuda/test_fake_cuda.py fails
+    if a later version reads more.
+    """
+    vars(bf16_optimizer)["get_global_norm_of_tensors"] = global_norm_on_host
+    for module in (stage_1_and_2, stage3):
+        vars(module)["combine_grad_norm_groups"] = combined_norm_on_host
+    wrapper = engine.optimizer
+    zero = isinstance(wrapper, stage_1_and_2.DeepSpeedZeroOptimizer | stage3.DeepSpeedZeroOptimizer_Stage3)
+    if zero and getattr(wrapper, "compute_grad_norm", True):  # stage 3 always does
+        wrapper.has_overflow = lambda partition_gradients=True: False
+
+
 @contextlib.contextmanager
 def frozen_objects() -> Iterator[None]:
     """Exclude all current objects from garbage collection.
@@ -199,5 +233,6 @@ def init_deepspeed(
         engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
+    read_norm_once(engine)
     raise_group_timeouts(config.guard.hang_timeout)  # of the groups that DeepSpeed created
     return engine

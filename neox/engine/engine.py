@@ -122,13 +122,14 @@ class Engine:
         self.token_weight = mesh.replicas / max(targets, 1)  # DeepSpeed averages gradients over the replicas
         loss = self.pipeline.train([to_device(batch, mesh.device) for batch in parts])
         finite = torch.isfinite(magnitudes).all().to(loss.device)
-        with phases.waiting():  # the only wait of a step without an error: a GPU's queue holds collectives
-            loss = float(torch.where(finite, loss, math.nan))
-        loss = phases.value("loss_number", loss)
+        loss = phases.value("loss_number", torch.where(finite, loss, math.nan))
         self.tied.send_gradient()
-        reports = mesh.last_stage and mesh.tp_rank == 0
-        with phases.waiting():
-            loss_sum, stops = sum_over([loss if reports else 0.0 * loss, float(stop)], self.everyone, mesh.device)
+        reports = mesh.last_stage and mesh.tp_rank == 0  # 0 times what is not finite is not
+        sums = torch.stack([loss.double() * reports, loss.new_full((), stop, dtype=torch.float64)])
+        with phases.waiting():  # the only read of a step without an error before the norm; a queue holds collectives
+            if self.everyone is not None:
+                dist.all_reduce(sums, group=self.everyone)
+            loss_sum, stops = sums.tolist()
         mean = loss_sum / max(targets, 1)
         lr = self.updater.set_learning_rate(step, self.updates)
         phases.enter("update")

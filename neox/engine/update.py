@@ -198,10 +198,13 @@ class Updater:
         limit = self.config.optimizer.gradient_clipping
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         counted = [p.grad for p in trained if p.tensor_model_parallel or self.mesh.tp_rank == 0]
-        with self.phases.waiting():
-            square = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted)))) ** 2 if counted else 0.0
-            (total,) = sum_over([square], self.mesh.model_group, self.mesh.device)
-        norm = math.sqrt(total)
+        square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if counted:
+            square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted))).double().square()
+        with self.phases.waiting():  # one read, of the sum over the processes
+            if self.mesh.model_group is not None:
+                dist.all_reduce(square, group=self.mesh.model_group)
+            norm = math.sqrt(float(square))
         if 0.0 < limit < norm < math.inf:
             torch._foreach_mul_([p.grad for p in trained], limit / (norm + 1e-6))
         return norm

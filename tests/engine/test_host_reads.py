@@ -138,8 +138,8 @@ def test_reads_are_seen():
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_step_reads_its_loss_and_its_norm(stage, accumulation):
-    """count: of targets, on the CPU, where the loader leaves them. step_optimizer: DeepSpeed's, for overflow, from
-    ZeRO stage 1 on.
+    """count: of targets, on the CPU, where the loader leaves them. step_optimizer: DeepSpeed's, of the norm, which
+    is on the host then. The loss is read as a list, which on a CPU is no operator.
     """
     engine = make_engine(make_config(zero={"stage": stage}), Mesh.single(), accumulation)
     batches = micro_batches(0, engine.mesh, accumulation)
@@ -147,7 +147,7 @@ def test_a_step_reads_its_loss_and_its_norm(stage, accumulation):
     with HostReads() as reads:
         engine.train_step(batches)
     norm = {"clip_gradients": 1} if stage == 0 else {"clip_and_step": 1, "step_optimizer": 3}
-    assert reads.seen == {"count": accumulation, "train_step": 1, **norm}
+    assert reads.seen == {"count": accumulation, **norm}
 
 
 @pytest.mark.parametrize("stage", [0, 1])
