@@ -380,6 +380,7 @@ def _save(ctx, inputs, output):
     q, k, v, *tensors = inputs[:6]
     ctx.options = inputs[6:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else the backward would get zeros for lse
     ctx.save_for_backward(q, k, v, *output, *tensors)
 
 
@@ -394,6 +395,7 @@ def _save_qkv(ctx, inputs, output):
     qkv, *tensors = inputs[:4]
     ctx.options = inputs[4:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else the backward would get zeros for lse
     ctx.save_for_backward(qkv, *output, *tensors)
 
 

@@ -61,31 +61,38 @@ def rotary_qkv(
         ValueError: a wrong dtype, device, shape or stride, named.
     """
     if num_kv_heads is None or head_dim is None:
-        return _RotaryQkv.apply(qkv, cos, sin)
+        return _RotaryQkv.apply(_whole(qkv), cos, sin, qkv.shape).view(qkv.shape)
     if qkv.dim() != 3 or qkv.shape[2] % (num_kv_heads * head_dim) or qkv.stride(2) != 1:
         raise ValueError(
             f"rotary_qkv: qkv must be [b, s, g (m + 2) d] with g {num_kv_heads} and d {head_dim}, contiguous in the "
             f"last; got {list(qkv.shape)}"
         )
-    return _packed(_RotaryQkv.apply(qkv, cos, sin, num_kv_heads, head_dim), num_kv_heads, head_dim)
+    shape = (*qkv.shape[:2], num_kv_heads, qkv.shape[2] // (num_kv_heads * head_dim), head_dim)
+    return _RotaryQkv.apply(_whole(qkv), cos, sin, shape).view(shape)
 
 
-def _packed(qkv: torch.Tensor, num_kv_heads: int | None, head_dim: int | None) -> torch.Tensor:
-    """[b, s, g (m + 2) d] as a view [b, s, g, m + 2, d]; the latter unchanged."""
-    if num_kv_heads is None or head_dim is None:
+def _whole(qkv: torch.Tensor) -> torch.Tensor:
+    """The tensor of which qkv is a view, where both have the same elements in the same order; else qkv.
+
+    A projection of [b, s, h] returns a view of its product [b s, o]. For an in-place change of a view, autograd copies
+    the gradient of the product four times.
+    """
+    base = qkv._base
+    if base is None or torch.compiler.is_compiling():
         return qkv
-    return qkv.view(*qkv.shape[:2], num_kv_heads, qkv.shape[2] // (num_kv_heads * head_dim), head_dim)
+    same = base.is_contiguous() and qkv.is_contiguous() and base.numel() == qkv.numel() and base.dtype == qkv.dtype
+    return base if same else qkv
 
 
 class _RotaryQkv(torch.autograd.Function):
     """Rotates its first input in place, and marks it as changed for autograd."""
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_kv_heads=None, head_dim=None):
-        native.rotary_qkv_(_packed(qkv, num_kv_heads, head_dim), cos, sin, False)
+    def forward(ctx, qkv, cos, sin, shape):
+        native.rotary_qkv_(qkv.view(shape), cos, sin, False)
         ctx.mark_dirty(qkv)
         ctx.save_for_backward(cos, sin)
-        ctx.heads = (num_kv_heads, head_dim)
+        ctx.shape = shape
         return qkv
 
     @staticmethod
@@ -95,8 +102,8 @@ class _RotaryQkv(torch.autograd.Function):
         # The same memory may be the caller's dout, an expanded scalar, a hook's argument or the gradient of another
         # branch.
         dqkv = dqkv.clone(memory_format=torch.contiguous_format)
-        native.rotary_qkv_(_packed(dqkv, *ctx.heads), cos, sin, True)
-        return dqkv, None, None, None, None
+        native.rotary_qkv_(dqkv.view(ctx.shape), cos, sin, True)
+        return dqkv, None, None, None
 
 
 @torch.library.register_fake("neox::rotary")

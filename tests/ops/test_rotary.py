@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -232,6 +233,41 @@ def test_packed_rotation_works_in_place_on_views():
     leaf64 = qkv.double().requires_grad_()
     (want,) = torch.autograd.grad(turned_packed(leaf64, **table), leaf64, dout.double())
     reference.assert_near(got, want.flatten(2))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of tensors that are as large as `like`."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__()
+        self.like, self.count = like, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        copies = function.overloadpacket.__name__ in ("clone", "copy_", "new_zeros", "zeros", "new_empty_strided")
+        out = function(*args, **(kwargs or {}))
+        self.count += copies and out.numel() == self.like.numel()
+        return out
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_packed_rotation_of_a_projection_copies_its_gradient_once(packed):
+    """The product of [b, s, h] with a weight is a view, and autograd copies four times for a change of a view."""
+    qkv, table = packed_inputs()
+    x, weight = (reference.random(*shape, seed=7).requires_grad_() for shape in ((2, 17, 6), (200, 6)))
+    projected = torch.nn.functional.linear(x, weight, reference.random(200, seed=8).requires_grad_())
+    assert projected._is_view()
+    if packed:
+        out = rotary_qkv(projected.view(2, 17, 2, 5, 20), **table)
+    else:
+        out = rotary_qkv(projected, **table, num_kv_heads=2, head_dim=20)
+    assert out.data_ptr() == projected.data_ptr()
+    dout = reference.random(*qkv.shape, seed=9)
+    with Copies(qkv) as copies:
+        (got,) = torch.autograd.grad(out, weight, dout)
+    assert copies.count == 1
+    leaf = qkv.double().requires_grad_()
+    (dqkv,) = torch.autograd.grad(turned_packed(leaf, **table), leaf, dout.double())
+    reference.assert_near(got, dqkv.flatten(2).flatten(0, 1).t() @ x.detach().double().flatten(0, 1))
 
 
 def test_packed_rotation_does_not_modify_the_incoming_gradient():
