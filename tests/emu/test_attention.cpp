@@ -188,7 +188,7 @@ void block_order() {
 void quotients() {
     size_t wrong = 0;
     for (int64_t divisor = 1; divisor <= INT32_MAX; divisor = divisor < 130 ? divisor + 1 : divisor * 5 / 3 + 1) {
-        const auto by = neox::attention::Divisor::by(static_cast<int>(divisor));
+        const auto by = neox::Divisor::by(static_cast<int>(divisor));
         for (int64_t near = 0; near <= INT32_MAX; near += std::max<int64_t>(INT32_MAX / 97 / divisor, 1) * divisor) {
             for (int64_t n = std::max<int64_t>(near - 1, 0); n <= std::min<int64_t>(near + 1, INT32_MAX); ++n)
                 wrong += by.quotient(static_cast<int>(n)) != n / divisor;

@@ -1,11 +1,11 @@
-#include "common/columns.cuh"
+#include "common/divisor.cuh"
+#include "common/vec.cuh"
 #include "ops/rotary/rotary.h"
 
 namespace neox {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWaves = 64;  // most blocks per multiprocessor; with this many, a partial last wave costs little
 // heads of a token per thread: one read of the tables serves them, and 128 bytes are in flight
 constexpr int kHeads = 4;
 
@@ -15,34 +15,34 @@ struct Task {
     T* y;
     Heads x_heads, y_heads;
     RotaryTables tables;
-    int64_t tokens, seq;
-    int64_t rotated, copied;  // packs of half of the rotated channels; packs of the others, if they are copied
-    int64_t heads, chunks;    // chunks = ceil(heads / kHeads)
+    int heads, chunks;    // chunks = ceil(heads / kHeads)
+    int rotated, copied;  // packs of half of the rotated channels; packs of the others, if they are copied
+    unsigned items;       // one per thread: tokens x chunks x packs
+    Divisor by_token, by_packs, by_seq, by_x_group, by_y_group;
 };
 
-// Offset of a head of a token.
-NEOX_DEVICE int64_t offset(const Heads& layout, int64_t batch, int64_t position, int64_t head) {
-    const int64_t group = layout.groups == 1 ? 0 : head / layout.heads;
-    return batch * layout.batch_stride + position * layout.seq_stride + group * layout.group_stride +
-           (head - group * layout.heads) * layout.head_stride;
+// Offset of a head of a token, without that of the token.
+NEOX_DEVICE int64_t head_offset(const Heads& layout, const Divisor& by_group, int head) {
+    const int group = by_group.quotient(head);
+    return group * layout.group_stride + (head - group * by_group.divisor) * layout.head_stride;
 }
 
-// Rotates one pack of each half of the rotated channels, for up to kHeads heads, kStep apart: neighbouring threads
-// rotate neighbouring heads. x and y may alias, because each pack is read and written by the same thread.
+// Rotates one pack of each half of the rotated channels, for up to kHeads heads, task.chunks apart: neighbouring
+// threads rotate neighbouring heads. x and y may alias, because each pack is read and written by the same thread.
 template <class T, int kPack>
-NEOX_DEVICE void turn(const Task<T>& task, int64_t batch, int64_t position, int64_t first, int64_t pack) {
-    const int64_t half = task.rotated * kPack, column = pack * kPack;
-    const int64_t row = batch * task.tables.batch_stride + position * task.tables.rotary_dim + column;
+NEOX_DEVICE void turn(const Task<T>& task, const T* x, T* y, int64_t row, int first, int column) {
+    const int half = task.rotated * kPack;
     Pack<T, kPack> low[kHeads], high[kHeads];
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
-        const int64_t head = first + i * task.chunks;
+        const int head = first + i * task.chunks;
         if (head >= task.heads) continue;
-        const T* const x = task.x + offset(task.x_heads, batch, position, head) + column;
-        low[i] = fetch_mutable<kPack>(x);
-        high[i] = fetch_mutable<kPack>(x + half);
+        const T* const from = x + head_offset(task.x_heads, task.by_x_group, head) + column;
+        low[i] = fetch_mutable<kPack>(from);
+        high[i] = fetch_mutable<kPack>(from + half);
     }
     float cos_low[kPack], cos_high[kPack], from_high[kPack], from_low[kPack];
+    row += column;
     load(task.tables.cos + row, cos_low);
     load(task.tables.cos + row + half, cos_high);
     // Transposed map: each sine multiplies the other half, with the opposite sign.
@@ -51,7 +51,7 @@ NEOX_DEVICE void turn(const Task<T>& task, int64_t batch, int64_t position, int6
     const float sign = task.tables.transposed ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
-        const int64_t head = first + i * task.chunks;
+        const int head = first + i * task.chunks;
         if (head >= task.heads) continue;
         float a[kPack], b[kPack];
         unpack(low[i], a);
@@ -62,36 +62,39 @@ NEOX_DEVICE void turn(const Task<T>& task, int64_t batch, int64_t position, int6
             a[k] = cos_low[k] * x_low - sign * from_high[k] * x_high;
             b[k] = cos_high[k] * x_high + sign * from_low[k] * x_low;
         }
-        T* const y = task.y + offset(task.y_heads, batch, position, head) + column;
-        store(y, a);
-        store(y + half, b);
+        T* const to = y + head_offset(task.y_heads, task.by_y_group, head) + column;
+        store(to, a);
+        store(to + half, b);
     }
 }
 
 template <class T, int kPack>
-NEOX_DEVICE void copy(const Task<T>& task, int64_t batch, int64_t position, int64_t first, int64_t pack) {
-    const int64_t column = (2 * task.rotated + pack) * kPack;
+NEOX_DEVICE void copy(const Task<T>& task, const T* x, T* y, int first, int column) {
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
-        const int64_t head = first + i * task.chunks;
+        const int head = first + i * task.chunks;
         if (head >= task.heads) continue;
         float values[kPack];
-        load(task.x + offset(task.x_heads, batch, position, head) + column, values);
-        store(task.y + offset(task.y_heads, batch, position, head) + column, values);
+        load(x + head_offset(task.x_heads, task.by_x_group, head) + column, values);
+        store(y + head_offset(task.y_heads, task.by_y_group, head) + column, values);
     }
 }
 
 template <class T, int kPack>
-__global__ void __launch_bounds__(kThreads) rotate(Task<T> task) {
-    const int64_t columns = task.rotated + task.copied;
-    for (PackWalk at(task.tokens, columns * task.chunks); at.inside(); at.next()) {
-        const int64_t batch = at.row / task.seq, position = at.row % task.seq;
-        const int64_t first = at.col / columns, column = at.col % columns;
-        if (column < task.rotated) {
-            turn<T, kPack>(task, batch, position, first, column);
-        } else {
-            copy<T, kPack>(task, batch, position, first, column - task.rotated);
-        }
+__global__ void __launch_bounds__(kThreads) rotate(const __grid_constant__ Task<T> task) {
+    const unsigned item = blockIdx.x * kThreads + threadIdx.x;
+    if (item >= task.items) return;
+    const int index = static_cast<int>(item), token = task.by_token.quotient(index);
+    const int of_token = index - token * task.by_token.divisor, first = task.by_packs.quotient(of_token);
+    const int pack = of_token - first * task.by_packs.divisor;
+    const int64_t batch = task.by_seq.quotient(token), position = token - batch * task.by_seq.divisor;
+    const T* const x = task.x + batch * task.x_heads.batch_stride + position * task.x_heads.seq_stride;
+    T* const y = task.y + batch * task.y_heads.batch_stride + position * task.y_heads.seq_stride;
+    if (pack < task.rotated) {
+        const int64_t row = batch * task.tables.batch_stride + position * task.tables.rotary_dim;
+        turn<T, kPack>(task, x, y, row, first, pack * kPack);
+    } else {
+        copy<T, kPack>(task, x, y, first, (task.rotated + pack) * kPack);
     }
 }
 
@@ -116,10 +119,19 @@ bool vectorizes(const RotarySize& size, const Task<T>& task) {
 
 template <class T, int kPack>
 cudaError_t launch_rotate(const RotarySize& size, Task<T> task, Stream stream) {
-    task.rotated = task.tables.rotary_dim / 2 / kPack;
-    task.copied = task.x == task.y ? 0 : (size.head_dim - task.tables.rotary_dim) / kPack;
-    const unsigned blocks = blocks_for(task.tokens * task.chunks * (task.rotated + task.copied), kThreads, kWaves);
-    return launch(rotate<T, kPack>, dim3(blocks), dim3(kThreads), 0, stream, task);
+    task.rotated = static_cast<int>(task.tables.rotary_dim) / 2 / kPack;
+    task.copied = task.x == task.y ? 0 : static_cast<int>(size.head_dim - task.tables.rotary_dim) / kPack;
+    const int64_t packs = task.rotated + task.copied, tokens = size.batch * size.seq,
+                  items = tokens * task.chunks * packs;
+    if (items > INT32_MAX) return cudaErrorInvalidValue;  // 64 GB of misaligned heads, and 270 GB of others
+    task.items = static_cast<unsigned>(items);
+    task.by_token = Divisor::by(static_cast<int>(task.chunks * packs));
+    task.by_packs = Divisor::by(static_cast<int>(packs));
+    task.by_seq = Divisor::by(static_cast<int>(size.seq));
+    task.by_x_group = Divisor::by(static_cast<int>(task.x_heads.heads));
+    task.by_y_group = Divisor::by(static_cast<int>(task.y_heads.heads));
+    const int64_t blocks = (items + kThreads - 1) / kThreads;
+    return launch(rotate<T, kPack>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, task);
 }
 
 }  // namespace
@@ -130,9 +142,9 @@ const char* rotary_cuda(DType dtype, const RotarySize& size, const RotaryTables&
     if (tokens == 0 || heads == 0) return nullptr;
     return message(dispatch_device(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Task<T> task{
-            static_cast<const T*>(x),     static_cast<T*>(y), x_heads, y_heads, tables, tokens, size.seq, 0, 0, heads,
-            (heads + kHeads - 1) / kHeads};
+        Task<T> task{static_cast<const T*>(x), static_cast<T*>(y), x_heads, y_heads, tables};
+        task.heads = static_cast<int>(heads);
+        task.chunks = (task.heads + kHeads - 1) / kHeads;
         if constexpr (sizeof(T) == 2) {  // GPT-NeoX-20B rotates halves of 12 channels, Pythia-2.8B of 10
             if (vectorizes<T, 8>(size, task)) return launch_rotate<T, 8>(size, task, stream);
         }

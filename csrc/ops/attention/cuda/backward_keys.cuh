@@ -1,45 +1,49 @@
 // dk, dv and optionally dq: a block of keys against the tiles of rows that see them.
 //
-// Each warp owns 16 keys and all rows of a tile. Scores are computed transposed, [keys, rows]: p and ds then leave the
-// tensor cores in the layout of the left operands of dv += p^T dout and dk += ds^T q, and stay in registers. dq needs
-// ds of all warps, which they exchange through shared memory; the block's part of dq is added to global memory with
-// atomics.
+// kParts warps share 16 kM keys. Each computes the scores of its part of a tile's rows, and sums its part of the
+// channels of dk and dv. Scores are computed transposed, [keys, rows]: p and ds then leave the tensor cores in the
+// layout of the left operands of dv += p^T dout and dk += ds^T q, and stay in registers. What other warps need of them
+// goes through shared memory: p and ds for the other parts of the channels, ds of all keys for dq. The block's part of
+// dq is added to global memory with atomics.
+//
+// ldmatrix, not the tensor cores, limits this kernel. At head_dim 128, 16 keys per warp, which need no exchange, take
+// 200 per 320 mma (3,200 clocks of shared memory to 2,048 of the tensor cores of an H100); 32 keys in two parts take
+// 136.
 #pragma once
 
 #include "ops/attention/cuda/backward.cuh"
 
 namespace neox::attention {
 
-template <int kDim_, int kKeys_, int kRows_, int kStep_, bool kSumsQueries_>
+template <int kDim_, int kKeys_, int kRows_, int kStep_, bool kSumsQueries_, int kM_ = 1, int kParts_ = 1>
 struct KeysShape {
-    static constexpr int kDim = kDim_, kKeys = kKeys_, kRows = kRows_;
-    // Rows whose scores are in registers at once. Code for compute_100 needs about ten more registers; the largest
-    // instances spilled up to 8 bytes.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-    static constexpr int kStep = kSumsQueries_ && kDim > 64 ? kStep_ / 2 : kStep_;
-#else
-    static constexpr int kStep = kStep_;
-#endif
-    static constexpr int kStages = 2, kWarps = kKeys / 16, kThreads = kWarps * kWarpSize;
+    static constexpr int kDim = kDim_, kKeys = kKeys_, kRows = kRows_, kM = kM_, kParts = kParts_;
+    static constexpr int kStep = kStep_;  // rows whose scores are in registers at once
+    static constexpr int kStages = 2, kWarps = kKeys / (16 * kM) * kParts, kThreads = kWarps * kWarpSize;
+    static constexpr int kBlocks = 8 / kWarps > 0 ? 8 / kWarps : 1;  // per multiprocessor: its registers hold 8 warps
+    static constexpr int kPartRows = kRows / kParts, kPartDim = kDim / kParts;
     static constexpr bool kSumsQueries = kSumsQueries_;  // also dq, if task.dq_sums is not null
-    // keys, values; kStages of queries, dout and row statistics; ds
+    // keys, values; kStages of queries, dout and row statistics; ds and p
     static constexpr int kStageBytes = kRows * (2 * kDim * 2 + 8);
+    static constexpr int kExchanged = kParts > 1 ? 2 : kSumsQueries ? 1 : 0;
     static constexpr size_t kSharedBytes =
-        static_cast<size_t>(2 * kKeys * kDim * 2 + kStages * kStageBytes) + (kSumsQueries ? kKeys * kRows * 2 : 0);
-    static_assert(kKeys % kSegmentTile == 0 && kRowPadding % kRows == 0 && kRows % kStep == 0);
+        static_cast<size_t>(2 * kKeys * kDim * 2 + kStages * kStageBytes + kExchanged * kKeys * kRows * 2);
+    static_assert(kKeys % (16 * kM) == 0 && kPartRows % kStep == 0 && kPartDim % 16 == 0);
+    static_assert(kKeys % kSegmentTile == 0 && kRowPadding % kRows == 0);
 };
 
 template <class T, class Shape>
 struct KeysShared {
     T *keys, *values;  // [kKeys, kDim]
     T* stage;          // queries [kRows, kDim], dout [kRows, kDim], float2 [kRows]; kStages times
-    T* ds;             // [kKeys, kRows]
+    T *ds, *p;         // [kKeys, kRows]
 
     __device__ __forceinline__ explicit KeysShared(unsigned char* shared) {
         keys = reinterpret_cast<T*>(shared);
         values = keys + Shape::kKeys * Shape::kDim;
         stage = values + Shape::kKeys * Shape::kDim;
         ds = stage + Shape::kStages * (Shape::kStageBytes / 2);
+        p = ds + Shape::kKeys * Shape::kRows;
     }
     __device__ __forceinline__ T* queries(int i) const { return stage + i * (Shape::kStageBytes / 2); }
     __device__ __forceinline__ T* dout(int i) const { return queries(i) + Shape::kRows * Shape::kDim; }
@@ -74,15 +78,15 @@ NEOX_DEVICE void fill_rows(const Backward<T>& task, int batch, int group, int ti
             task.rows + static_cast<int64_t>(batch * in.groups + group) * task.padded_rows + first + 2 * thread);
 }
 
-// Sets scores s [16 keys, kStep rows] of masked pairs to -inf.
-template <int kStep>
+// Sets scores s [16 kM keys, kStep rows] of masked pairs to -inf.
+template <int kM, int kStep>
 NEOX_DEVICE void mask_transposed(const Params& in, int batch, int first_row, int first_key,
-                                 float (&s)[1][kStep / 8][4]) {
+                                 float (&s)[kM][kStep / 8][4]) {
     const int lane = threadIdx.x % kWarpSize, key = first_key + lane / 4;
     const int32_t* const ids = in.segments ? in.segments + static_cast<int64_t>(batch) * in.keys : nullptr;
-    int32_t key_ids[2];
+    int32_t key_ids[2 * kM];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) key_ids[half] = ids ? __ldg(ids + min(key + 8 * half, in.keys - 1)) : 0;
+    for (int i = 0; i < 2 * kM; ++i) key_ids[i] = ids ? __ldg(ids + min(key + 8 * i, in.keys - 1)) : 0;
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
@@ -90,11 +94,11 @@ NEOX_DEVICE void mask_transposed(const Params& in, int batch, int first_row, int
             const int position = in.position(first_row + n * 8 + lane % 4 * 2 + i);
             const int32_t id = ids ? __ldg(ids + min(position, in.keys - 1)) : 0;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int half = 0; half < 2 * kM; ++half) {
                 const int distance = position - key - 8 * half;
                 const bool visible =
                     key + 8 * half < in.keys && static_cast<unsigned>(distance) <= in.reach && id == key_ids[half];
-                if (!visible) s[0][n][2 * half + i] = -INFINITY;
+                if (!visible) s[half / 2][n][half % 2 * 2 + i] = -INFINITY;
             }
         }
     }
@@ -131,130 +135,198 @@ NEOX_DEVICE void finish_general(const Params& in, int pair, int first_row, int f
     }
 }
 
-// Sums of the gradients of 16 keys that a kernel computes: both, or one of them for large heads, which take two passes.
-template <int kDim, bool kWantK, bool kWantV>
-struct KeySums {
-    float dk[1][kWantK ? kDim / 8 : 1][4] = {}, dv[1][kWantV ? kDim / 8 : 1][4] = {};
+// The keys and channels of this warp.
+template <class Shape>
+struct KeysOfWarp {
+    int part, key;  // key: the first of 16 kM, in the block
+
+    __device__ __forceinline__ KeysOfWarp()
+        : part(static_cast<int>(threadIdx.x) / kWarpSize % Shape::kParts),
+          key(static_cast<int>(threadIdx.x) / kWarpSize / Shape::kParts * (16 * Shape::kM)) {}
+    // The channels of a part are every kParts-th pair of chunks of rows [row, ...) of a tile.
+    template <class T>
+    __device__ __forceinline__ FragmentAddress<Shape::kDim> channels(const T* tile, int row) const {
+        return FragmentAddress<Shape::kDim>::rows_first(tile, row, part * 2);
+    }
 };
 
-// Adds rows [step, step + kStep) of the tile in `stage` to the gradients of this warp's 16 keys.
+// Sums of the gradients of a warp's keys and channels that a kernel computes: both, or one of them for large heads,
+// which take two passes.
+template <class Shape, bool kWantK, bool kWantV>
+struct KeySums {
+    static constexpr int kM = Shape::kM, kColumns = Shape::kPartDim / 8;
+    float dk[kM][kWantK ? kColumns : 1][4] = {}, dv[kM][kWantV ? kColumns : 1][4] = {};
+};
+
+// sums += a b for rows [row, row + kRows) of a tile, a in registers.
+template <class T, class Shape, int kRows>
+NEOX_DEVICE void add_product(float (&sums)[Shape::kM][Shape::kPartDim / 8][4],
+                             const uint32_t (&a)[Shape::kM][kRows / 16][4], const T* tile, int row) {
+    gemm_nn<T, Shape::kM, kRows, Shape::kPartDim, Shape::kParts>(
+        sums, [&](int m, int k, uint32_t (&of)[4]) { copy_fragment(of, a[m][k]); },
+        KeysOfWarp<Shape>().channels(tile, row));
+}
+
+// Writes the A fragments of this warp's keys and rows [row, row + kRows) to a tile [kKeys, Shape::kRows].
+template <class T, class Shape, int kRows>
+NEOX_DEVICE void share(T* tile, int row, const uint32_t (&a)[Shape::kM][kRows / 16][4]) {
+    const int lane = threadIdx.x % kWarpSize, key = KeysOfWarp<Shape>().key + lane / 4;
+    const FragmentAddress<Shape::kRows> to{
+        opaque(shared_address(tile + Swizzle<Shape::kRows>::at(key, row / 8) + lane % 4 * 2))};
+#pragma unroll
+    for (int m = 0; m < Shape::kM; ++m) {
+#pragma unroll
+        for (int k = 0; k < kRows / 16; ++k) {
+#pragma unroll
+            // register i: key half i % 2, row half i / 2
+            for (int i = 0; i < 4; ++i) store_shared(to.at(m * 16 + i % 2 * 8, 2 * k + i / 2), a[m][k][i]);
+        }
+    }
+}
+
+// Adds rows [step, step + kStep) of the tile in `stage` to the gradients of this warp's keys.
 template <class T, class Shape, bool kGeneral, bool kWantK, bool kWantV>
 NEOX_DEVICE void add_rows(const Backward<T>& task, int pair, int tile, int step, int first_key, bool unmasked,
-                          const KeysShared<T, Shape>& shared, int stage, KeySums<Shape::kDim, kWantK, kWantV>& sums) {
-    constexpr int kDim = Shape::kDim, kStep = Shape::kStep;
+                          const KeysShared<T, Shape>& shared, int stage, KeySums<Shape, kWantK, kWantV>& sums) {
+    constexpr int kDim = Shape::kDim, kStep = Shape::kStep, kM = Shape::kM;
     const Params& in = task.in;
-    const int lane = threadIdx.x % kWarpSize, warp_key = threadIdx.x / kWarpSize * 16,
-              first_row = tile * Shape::kRows + step;
+    const int lane = threadIdx.x % kWarpSize, first_row = tile * Shape::kRows + step;
     // each holds two rows
     const float4* const row_stats = reinterpret_cast<const float4*>(shared.rows(stage) + step) + lane % 4;
     // the values follow kKeys rows later
-    const auto keys = FragmentAddress<kDim>::rows_first(shared.keys, warp_key);
-    const auto multiply_values = [&](float (&ds)[1][kStep / 8][4]) {
-        gemm_nt<T, kDim, 1, kStep>(
-            ds, [&](int, int k, uint32_t (&a)[4]) { ldmatrix_x4(a, keys.at(Shape::kKeys, k * 2)); }, shared.dout(stage),
-            step);
+    const auto keys = FragmentAddress<kDim>::rows_first(shared.keys, KeysOfWarp<Shape>().key);
+    const auto multiply_values = [&](float (&ds)[kM][kStep / 8][4]) {
+        gemm_nt<T, kDim, kM, kStep>(
+            ds, [&](int m, int k, uint32_t (&a)[4]) { ldmatrix_x4(a, keys.at(Shape::kKeys + m * 16, k * 2)); },
+            shared.dout(stage), step);
     };
 
-    float p[1][kStep / 8][4] = {};
-    gemm_nt<T, kDim, 1, kStep>(
-        p, [&](int, int k, uint32_t (&a)[4]) { ldmatrix_x4(a, keys.at(0, k * 2)); }, shared.queries(stage), step);
-    float general_ds[1][kStep / 8][4] = {};
+    float p[kM][kStep / 8][4] = {};
+    gemm_nt<T, kDim, kM, kStep>(
+        p, [&](int m, int k, uint32_t (&a)[4]) { ldmatrix_x4(a, keys.at(m * 16, k * 2)); }, shared.queries(stage),
+        step);
+    float general_ds[kM][kStep / 8][4] = {};
     if constexpr (kGeneral) {
         if constexpr (kWantK) multiply_values(general_ds);
         finish_general<kStep>(in, pair, first_row, first_key, unmasked, row_stats, p, general_ds);
     } else {
         const float factor = in.scale * kLog2E;
-        if (!unmasked) mask_transposed<kStep>(in, pair / in.groups, first_row, first_key, p);
+        if (!unmasked) mask_transposed<kM, kStep>(in, pair / in.groups, first_row, first_key, p);
 #pragma unroll
         for (int n = 0; n < kStep / 8; ++n) {
             const float4 row = row_stats[n * 4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) p[0][n][i] = fast_exp2(p[0][n][i] * factor - (i % 2 ? row.z : row.x));
+            for (int i = 0; i < 4 * kM; ++i) {
+                float& score = p[i / 4][n][i % 4];
+                score = fast_exp2(score * factor - (i % 2 ? row.z : row.x));
+            }
         }
     }
+    uint32_t a[kM][kStep / 16][4];
     if constexpr (kWantV) {
-        uint32_t a[kStep / 16][4];
-        accumulators_as_a<T, kStep>(p[0], a);
-        gemm_nn<T, 1, kStep, kDim>(
-            sums.dv, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); },
-            FragmentAddress<kDim>::rows_first(shared.dout(stage), step));
+#pragma unroll
+        for (int m = 0; m < kM; ++m) accumulators_as_a<T, kStep>(p[m], a[m]);
+        add_product<T, Shape, kStep>(sums.dv, a, shared.dout(stage), step);
+        if constexpr (Shape::kParts > 1) share<T, Shape, kStep>(shared.p, step, a);
     }
     if constexpr (kWantK) {
-        uint32_t a[kStep / 16][4];
         if constexpr (kGeneral) {
-            accumulators_as_a<T, kStep>(general_ds[0], a);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) accumulators_as_a<T, kStep>(general_ds[m], a[m]);
         } else {  // after dv: computed earlier, it would occupy registers while dv is summed
-            float ds[1][kStep / 8][4] = {};
+            float ds[kM][kStep / 8][4] = {};
             multiply_values(ds);
 #pragma unroll
             for (int n = 0; n < kStep / 8; ++n) {
                 const float4 row = row_stats[n * 4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - (i % 2 ? row.w : row.y));
+                for (int i = 0; i < 4 * kM; ++i) {
+                    float& element = ds[i / 4][n][i % 4];
+                    element = p[i / 4][n][i % 4] * (element - (i % 2 ? row.w : row.y));
+                }
             }
-            accumulators_as_a<T, kStep>(ds[0], a);
-        }
-        gemm_nn<T, 1, kStep, kDim>(
-            sums.dk, [&](int, int k, uint32_t (&of)[4]) { copy_fragment(of, a[k]); },
-            FragmentAddress<kDim>::rows_first(shared.queries(stage), step));
-        if (Shape::kSumsQueries && task.dq_sums) {
-            const T* const mine = shared.ds + Swizzle<Shape::kRows>::at(warp_key + lane / 4, step / 8) + lane % 4 * 2;
-            const FragmentAddress<Shape::kRows> to{opaque(shared_address(mine))};
 #pragma unroll
-            for (int k = 0; k < kStep / 16; ++k) {
-#pragma unroll
-                // register i: key half i % 2, row half i / 2
-                for (int i = 0; i < 4; ++i) store_shared(to.at(i % 2 * 8, 2 * k + i / 2), a[k][i]);
-            }
+            for (int m = 0; m < kM; ++m) accumulators_as_a<T, kStep>(ds[m], a[m]);
         }
+        add_product<T, Shape, kStep>(sums.dk, a, shared.queries(stage), step);
+        if (Shape::kParts > 1 || (Shape::kSumsQueries && task.dq_sums)) share<T, Shape, kStep>(shared.ds, step, a);
     }
 }
 
-// Adds the block's part of dq for a tile of rows: ds [kRows, kKeys] times keys [kKeys, kDim]. A warp computes 16 rows
-// and every kParts-th chunk pair.
+// Adds the rows whose p and ds other warps of the same keys computed.
+template <class T, class Shape>
+NEOX_DEVICE void add_other_parts(const KeysShared<T, Shape>& shared, int stage, KeySums<Shape, true, true>& sums) {
+    constexpr int kRows = Shape::kPartRows;
+    const KeysOfWarp<Shape> mine;
+#pragma unroll
+    for (int other = 1; other < Shape::kParts; ++other) {
+        const int row = (mine.part + other) % Shape::kParts * kRows;
+        const auto add = [&](float (&to)[Shape::kM][Shape::kPartDim / 8][4], const T* left, const T* right) {
+            const auto a = FragmentAddress<Shape::kRows>::rows_first(left, mine.key, row / 8);
+            gemm_nn<T, Shape::kM, kRows, Shape::kPartDim, Shape::kParts>(
+                to, [&](int m, int k, uint32_t (&of)[4]) { ldmatrix_x4(of, a.at(m * 16, k * 2)); },
+                mine.channels(right, row));
+        };
+        add(sums.dv, shared.p, shared.dout(stage));
+        add(sums.dk, shared.ds, shared.queries(stage));
+    }
+}
+
+// Adds the block's part of dq for a tile of rows: ds [kRows, kKeys] times keys [kKeys, kDim]. A warp computes 16 kM
+// rows and every kParts-th chunk pair.
 template <class T, class Shape>
 NEOX_DEVICE void add_dq(const Backward<T>& task, int pair, int tile, const KeysShared<T, Shape>& shared) {
-    constexpr int kDim = Shape::kDim, kParts = Shape::kWarps / (Shape::kRows / 16), kWide = kDim / kParts;
-    static_assert(kWide % 16 == 0 && (kParts & (kParts - 1)) == 0 && kParts * (Shape::kRows / 16) == Shape::kWarps);
+    constexpr int kDim = Shape::kDim;
+    // 32 rows take fewer ldmatrix, if the channels can be divided so
+    constexpr int kM = kDim % (Shape::kWarps * 32 * 16 / Shape::kRows) == 0 ? 2 : 1;
+    constexpr int kParts = Shape::kWarps * 16 * kM / Shape::kRows, kWide = kDim / kParts;
+    static_assert(kWide % 16 == 0 && (kParts & (kParts - 1)) == 0 && kParts * Shape::kRows == Shape::kWarps * 16 * kM);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, part = warp % kParts,
-              row = warp / kParts * 16;
-    float dq[1][kWide / 8][4] = {};
+              row = warp / kParts * (16 * kM);
+    float dq[kM][kWide / 8][4] = {};
     const auto ds = FragmentAddress<Shape::kRows>::chunks_first(shared.ds, 0, row / 8);
-    gemm_nn<T, 1, Shape::kKeys, kWide, kParts>(
-        dq, [&](int, int k, uint32_t (&a)[4]) { ldmatrix_x4<true>(a, ds.at(k * 16, 0)); },
+    gemm_nn<T, kM, Shape::kKeys, kWide, kParts>(
+        dq, [&](int m, int k, uint32_t (&a)[4]) { ldmatrix_x4<true>(a, ds.at(k * 16, m * 2)); },
         FragmentAddress<kDim>::rows_first(shared.keys, 0, part * 2));
     const int64_t at = static_cast<int64_t>(pair) * task.padded_rows + tile * Shape::kRows + row + lane / 4;
     float* const sums = task.dq_sums + at * kDim + part * 16 + lane % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < kWide / 8; ++n) {
-        const int column = n / 2 * (16 * kParts) + n % 2 * 8;
-        atomic_add_pair(sums + column, dq[0][n][0], dq[0][n][1]);
-        atomic_add_pair(sums + 8 * kDim + column, dq[0][n][2], dq[0][n][3]);
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kWide / 8; ++n) {
+            float* const to = sums + m * 16 * kDim + n / 2 * (16 * kParts) + n % 2 * 8;
+            atomic_add_pair(to, dq[m][n][0], dq[m][n][1]);
+            atomic_add_pair(to + 8 * kDim, dq[m][n][2], dq[m][n][3]);
+        }
     }
 }
 
-// Writes the gradient of a warp's 16 keys, staged in the warp's rows of a tile in shared memory.
-template <class T, int kDim>
-NEOX_DEVICE void store_keys(const Params& in, const Matrix<T>& to, int pair, int first_key, T* tile,
-                            const float (&sums)[kDim / 8][4], float factor) {
-    const int warp_key = threadIdx.x / kWarpSize * 16;
+// Writes the gradient of the block's keys, staged in a tile in shared memory.
+template <class T, class Shape>
+NEOX_DEVICE void store_keys(const Params& in, const Matrix<T>& to, int pair, int block_key, T* tile,
+                            const float (&sums)[Shape::kM][Shape::kPartDim / 8][4], float factor) {
+    constexpr int kRows = 16 * Shape::kM / Shape::kParts;  // that each warp stores
+    const KeysOfWarp<Shape> mine;
     T* const base = to.at(pair / in.groups, pair % in.groups);
-    stage_rows<kDim>(tile, warp_key, sums, factor, factor);
-    store_staged<16, kDim>(tile, warp_key, in.head_dim, to.vectorized, [&](int i) {
-        const int key = first_key + i - warp_key;
-        return key < in.keys ? base + key * to.strides.sequence : nullptr;
+#pragma unroll
+    for (int m = 0; m < Shape::kM; ++m)
+        stage_rows<Shape::kDim, Shape::kParts>(tile, mine.key + m * 16, sums[m], factor, factor, mine.part);
+    if (Shape::kParts > 1) __syncthreads();  // all parts of the channels are staged
+    store_staged<kRows, Shape::kDim>(tile, mine.key + mine.part * kRows, in.head_dim, to.vectorized, [&](int i) {
+        return block_key + i < in.keys ? base + (block_key + i) * to.strides.sequence : nullptr;
     });
 }
 
 template <class T, class Shape, bool kGeneral, bool kWantK, bool kWantV>
-__global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const __grid_constant__ Backward<T> task) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    backward_keys_kernel(const __grid_constant__ Backward<T> task) {
     constexpr int kDim = Shape::kDim, kKeys = Shape::kKeys;
     DYNAMIC_SMEM(raw);
     const KeysShared<T, Shape> shared(raw);
     const Params& in = task.in;
     const auto [pair, block] = task.order.current();
     const int batch = pair / in.groups, group = pair % in.groups, block_key = block * kKeys;
-    const int first_key = block_key + static_cast<int>(threadIdx.x) / kWarpSize * 16;  // of this warp
+    const KeysOfWarp<Shape> mine;
     const RowTiles<Shape::kRows> tiles(in, batch, block_key, block_key + kKeys - 1);
 
     const int count = in.keys - block_key;
@@ -264,7 +336,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
         load_rows<kKeys, kDim, Shape::kThreads>(shared.values, task.v.at(batch, group), task.v.strides.sequence,
                                                 block_key, count, in.head_dim, task.v.vectorized);
     }
-    KeySums<kDim, kWantK, kWantV> sums;
+    KeySums<Shape, kWantK, kWantV> sums;
     int tile = tiles.next(tiles.begin), stage = 0;
     if (tile < tiles.end) fill_rows<T, Shape>(task, batch, group, tile, shared, 0);
     cp_async_commit();
@@ -276,13 +348,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
         cp_async_commit();
         const bool unmasked = tiles.unmasked(tile);
 #pragma unroll 1
-        for (int step = 0; step < Shape::kRows; step += Shape::kStep) {
-            add_rows<T, Shape, kGeneral, kWantK, kWantV>(task, pair, tile, step, first_key, unmasked, shared, stage,
-                                                         sums);
+        for (int step = 0; step < Shape::kPartRows; step += Shape::kStep) {
+            add_rows<T, Shape, kGeneral, kWantK, kWantV>(task, pair, tile, mine.part * Shape::kPartRows + step,
+                                                         block_key + mine.key, unmasked, shared, stage, sums);
+        }
+        if constexpr (Shape::kParts > 1) {
+            __syncthreads();  // p and ds of all warps are written
+            add_other_parts<T, Shape>(shared, stage, sums);
         }
         if constexpr (kWantK && Shape::kSumsQueries) {
             if (task.dq_sums) {
-                __syncthreads();  // ds of all warps is written
+                if (Shape::kParts == 1) __syncthreads();  // ds of all warps is written
                 add_dq<T, Shape>(task, pair, tile, shared);
             }
         }
@@ -292,8 +368,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_keys_kernel(const
     cp_async_wait<0>();
     __syncthreads();  // all warps have read the keys; their tiles are reused for the gradients
     const float keep_scale = in.has_dropout ? in.keep_scale : 1.0f;
-    if constexpr (kWantK) store_keys<T, kDim>(in, task.dk, pair, first_key, shared.keys, sums.dk[0], in.scale);
-    if constexpr (kWantV) store_keys<T, kDim>(in, task.dv, pair, first_key, shared.values, sums.dv[0], keep_scale);
+    if constexpr (kWantK) store_keys<T, Shape>(in, task.dk, pair, block_key, shared.keys, sums.dk, in.scale);
+    if constexpr (kWantV) store_keys<T, Shape>(in, task.dv, pair, block_key, shared.values, sums.dv, keep_scale);
 }
 
 }  // namespace neox::attention

@@ -6,15 +6,15 @@
 
 namespace neox::attention {
 
-// {kDim, keys, rows, rows in registers, computes dq}
+// {kDim, keys, rows, rows in registers, computes dq, 16-key units per warp, warps that share them}
 template <int kDim, bool kGeneral>
 struct KeysShapeOf;
 template <>
-struct KeysShapeOf<64, false> : KeysShape<64, 128, 64, 64, true> {};
+struct KeysShapeOf<64, false> : KeysShape<64, 128, 64, 32, true, 2, 2> {};
 template <>
-struct KeysShapeOf<96, false> : KeysShape<96, 128, 64, 64, true> {};
+struct KeysShapeOf<96, false> : KeysShape<96, 128, 64, 32, true, 2, 2> {};
 template <>
-struct KeysShapeOf<128, false> : KeysShape<128, 128, 64, 32, true> {};
+struct KeysShapeOf<128, false> : KeysShape<128, 128, 64, 32, true, 2, 2> {};
 template <>
 struct KeysShapeOf<256, false> : KeysShape<256, 64, 32, 32, false> {};
 template <>

@@ -120,17 +120,16 @@ struct TileLoader {
     const KeyTiles<Shape::kKeys>& tiles;
     const T *keys, *values;
     T* ring;
-    int tile, slot = 0;
+    int tile;
 
     template <bool kValues>
-    __device__ __forceinline__ void load_next() {
+    __device__ __forceinline__ void load_next(int slot) {
         if (tile < tiles.end) {
             const int first = tile * Shape::kKeys;
             const Matrix<const T>& from = kValues ? task.v : task.k;
             load_rows<Shape::kKeys, Shape::kDim, Shape::kThreads>(
                 ring + slot * (Shape::kKeys * Shape::kDim), kValues ? values : keys, from.strides.sequence, first,
                 task.in.keys - first, task.in.head_dim, from.vectorized);
-            slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
             if (kValues) tile = tiles.next(tile + 1);
         }
         cp_async_commit();  // even without copies, because waits count groups
@@ -139,7 +138,7 @@ struct TileLoader {
 
 // Accumulates this warp's rows over all tiles. Rows past the last one are zeros and are not stored.
 template <class T, class Shape, bool kGeneral>
-NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>& tiles, int pair, int row,
+NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>& tiles, const BlockOrder::Tile* here,
                            const T* q_tile, TileLoader<T, Shape>& loader, RunningSoftmax<Shape::kM>& softmax,
                            float (&out)[Shape::kM][Shape::kDim / 8][4]) {
     constexpr int kM = Shape::kM, kKeys = Shape::kKeys, kDim = Shape::kDim;
@@ -151,12 +150,14 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
     const auto q_address = FragmentAddress<kDim>::rows_first(q_tile, warp_row);
     bool fresh = true;
     int slot = 0;
+    const auto before = [](int of) { return of == 0 ? Shape::kStages - 1 : of - 1; };  // the slot that is filled next
     for (int tile = tiles.next(tiles.begin); tile < tiles.end; tile = tiles.next(tile + 1)) {
         uint32_t p[kM][kKeys / 16][4];
         cp_async_wait<Shape::kStages - 2>();
         // the key tile is complete, and all warps have left the slot that is filled next
         __syncthreads();
-        loader.template load_next<Shape::kStages % 2 == 0>();  // the kind of tile kStages - 1 slots ahead of these keys
+        // the kind of tile that is kStages - 1 slots ahead of these keys
+        loader.template load_next<Shape::kStages % 2 == 0>(before(slot));
         float s[kM][kKeys / 8][4] = {};
         if constexpr (kHold) {
             if (fresh) {
@@ -176,18 +177,19 @@ NEOX_DEVICE void run_tiles(const Forward<T>& task, const KeyTiles<Shape::kKeys>&
             }
         };
         gemm_nt<T, kDim, kM, kKeys>(s, q_of, loader.ring + slot * (kKeys * kDim), 0);
-        if constexpr (kGeneral) apply_softcap_and_alibi<kM, kKeys>(in, pair % in.groups, row, tile * kKeys, s);
-        if (!tiles.unmasked(tile)) mask_scores<kM, kKeys>(in, pair / in.groups, row, tile * kKeys, s);
+        const auto row = [&] { return here->tile * Shape::kRows + warp_row; };
+        if constexpr (kGeneral) apply_softcap_and_alibi<kM, kKeys>(in, here->pair % in.groups, row(), tile * kKeys, s);
+        if (!tiles.unmasked(tile)) mask_scores<kM, kKeys>(in, tiles.batch, row(), tile * kKeys, s);
         online_softmax<kM, kKeys, kDim>(s, factor, softmax, out);
         if constexpr (kGeneral) {
-            if (in.has_dropout) apply_dropout<kM, kKeys>(in, pair, row, tile * kKeys, s);
+            if (in.has_dropout) apply_dropout<kM, kKeys>(in, here->pair, row(), tile * kKeys, s);
         }
 #pragma unroll
         for (int m = 0; m < kM; ++m) accumulators_as_a<T, kKeys>(s[m], p[m]);
         slot = slot + 1 == Shape::kStages ? 0 : slot + 1;
         cp_async_wait<Shape::kStages - 2>();
         __syncthreads();  // the same for the value tile
-        loader.template load_next<Shape::kStages % 2 == 1>();
+        loader.template load_next<Shape::kStages % 2 == 1>(before(slot));
         const auto p_of = [&](int m, int k, uint32_t (&a)[4]) { copy_fragment(a, p[m][k]); };
         gemm_nn<T, kM, kKeys, kDim>(out, p_of,
                                     FragmentAddress<kDim>::rows_first(loader.ring + slot * (kKeys * kDim), 0));
@@ -252,6 +254,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     T* const q_tile = reinterpret_cast<T*>(shared);  // [kRows, kDim], then the ring of [kKeys, kDim]
     const Params& in = task.in;
     const auto [pair, block] = task.order.current();
+    // For uses after the next barrier. In registers, which head_dim 128 does not have, they would be live throughout
+    // the loop over tiles.
+    STATIC_SMEM(BlockOrder::Tile, here, [1]);
+    if (threadIdx.x == 0) here[0] = {pair, block};
     const int batch = pair / in.groups, group = pair % in.groups, first_row = block * Shape::kRows;
     KeyTiles<Shape::kKeys> tiles(in, batch, first_row, min(first_row + Shape::kRows, in.rows) - 1);
     if (task.splits > 1) {
@@ -271,16 +277,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                                 tiles.next(tiles.begin)};
 #pragma unroll 1
     for (int i = 0; i < (Shape::kStages - 1) / 2; ++i) {
-        loader.template load_next<false>();
-        loader.template load_next<true>();
+        loader.template load_next<false>(2 * i);
+        loader.template load_next<true>(2 * i + 1);
     }
-    if constexpr (Shape::kStages % 2 == 0) loader.template load_next<false>();
+    if constexpr (Shape::kStages % 2 == 0) loader.template load_next<false>(Shape::kStages - 2);
 
-    const int row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * (16 * Shape::kM);
     RunningSoftmax<Shape::kM> softmax;
     float out[Shape::kM][Shape::kDim / 8][4] = {};
-    run_tiles<T, Shape, kGeneral>(task, tiles, pair, row, q_tile, loader, softmax, out);
-    finish_rows<T, Shape>(task, pair, row, softmax, out, q_tile);
+    run_tiles<T, Shape, kGeneral>(task, tiles, here, q_tile, loader, softmax, out);
+    const int row = here->tile * Shape::kRows + static_cast<int>(threadIdx.x) / kWarpSize * (16 * Shape::kM);
+    finish_rows<T, Shape>(task, here->pair, row, softmax, out, q_tile);
 }
 
 // Combines the splits of the keys in order, weighted by their sums. One row per warp.

@@ -14,7 +14,7 @@ struct ForwardShapeOf<64, false> : ForwardShape<64, 128, 64, 4, 4, 2> {};
 template <>
 struct ForwardShapeOf<96, false> : ForwardShape<96, 128, 64, 4, 4, 2> {};
 template <>
-struct ForwardShapeOf<128, false> : ForwardShape<128, 128, 32, 4, 6, 2> {};
+struct ForwardShapeOf<128, false> : ForwardShape<128, 128, 64, 4, 2, 2> {};
 template <>
 struct ForwardShapeOf<256, false> : ForwardShape<256, 128, 64, 8, 3, 1> {};
 // Half as many rows per warp: softcap, ALiBi and dropout need the registers.

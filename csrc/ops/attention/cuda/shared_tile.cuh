@@ -196,16 +196,18 @@ NEOX_DEVICE void accumulators_as_a(const float (&c)[kN / 8][4], uint32_t (&a)[kN
     }
 }
 
-// Writes accumulators c [16, kDim], scaled by `low` (rows 0-7) and `high` (rows 8-15), to rows [row, row + 16) of a
-// tile, which no other warp reads.
-template <int kDim, class T>
-NEOX_DEVICE void stage_rows(T* tile, int row, const float (&c)[kDim / 8][4], float low, float high) {
+// Writes accumulators c, scaled by `low` (rows 0-7) and `high` (rows 8-15), to rows [row, row + 16) of a tile. Their
+// columns are every kEvery-th pair of chunks, from pair `first_pair` on.
+template <int kDim, int kEvery = 1, class T>
+NEOX_DEVICE void stage_rows(T* tile, int row, const float (&c)[kDim / kEvery / 8][4], float low, float high,
+                            int first_pair = 0) {
     const int lane = threadIdx.x % kWarpSize, first = row + lane / 4, within = lane % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-        *reinterpret_cast<uint32_t*>(tile + Swizzle<kDim>::at(first, n) + within) =
+    for (int n = 0; n < kDim / kEvery / 8; ++n) {
+        const int chunk = (n / 2 * kEvery + first_pair) * 2 + n % 2;
+        *reinterpret_cast<uint32_t*>(tile + Swizzle<kDim>::at(first, chunk) + within) =
             pack_pair<T>(c[n][0] * low, c[n][1] * low);
-        *reinterpret_cast<uint32_t*>(tile + Swizzle<kDim>::at(first + 8, n) + within) =
+        *reinterpret_cast<uint32_t*>(tile + Swizzle<kDim>::at(first + 8, chunk) + within) =
             pack_pair<T>(c[n][2] * high, c[n][3] * high);
     }
 }
