@@ -17,20 +17,38 @@ struct PhiloxWords {
     uint32_t word[4];
 };
 
-NEOX_HOST_DEVICE PhiloxWords philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+// The keys of the ten rounds.
+struct PhiloxKeys {
+    uint32_t low[10], high[10];
+
+    NEOX_HOST_DEVICE explicit PhiloxKeys(uint64_t key) {
+        uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+        for (int round = 0; round < 10; ++round) {
+            low[round] = k0, high[round] = k1;
+            k0 += 0x9e3779b9u;
+            k1 += 0xbb67ae85u;
+        }
+    }
+};
+
+NEOX_HOST_DEVICE PhiloxWords philox(const PhiloxKeys& keys, uint64_t counter_low, uint64_t counter_high) {
     uint32_t c0 = static_cast<uint32_t>(counter_low), c1 = static_cast<uint32_t>(counter_low >> 32);
     uint32_t c2 = static_cast<uint32_t>(counter_high), c3 = static_cast<uint32_t>(counter_high >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
     for (int round = 0; round < 10; ++round) {
         const uint64_t product0 = 0xd2511f53ull * c0, product1 = 0xcd9e8d57ull * c2;
-        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ keys.low[round];
         c1 = static_cast<uint32_t>(product1);
-        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ keys.high[round];
         c3 = static_cast<uint32_t>(product0);
-        k0 += 0x9e3779b9u;
-        k1 += 0xbb67ae85u;
     }
     return {{c0, c1, c2, c3}};
+}
+
+NEOX_HOST_DEVICE PhiloxWords philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
+    return philox(PhiloxKeys(key), counter_low, counter_high);
 }
 
 #if !defined(__CUDACC__)

@@ -85,6 +85,29 @@ NEOX_DEVICE void store_shared(SharedAddress to, uint32_t value) {
 #endif
 }
 
+NEOX_DEVICE void store_shared(SharedAddress to, const float4& value) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(value.x), "f"(value.y), "f"(value.z),
+                 "f"(value.w)
+                 : "memory");
+#else
+    *reinterpret_cast<float4*>(to) = value;
+#endif
+}
+
+NEOX_DEVICE float4 load_shared(SharedAddress from) {
+#if defined(__CUDA_ARCH__)
+    float4 value;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(from)
+                 : "memory");
+    return value;
+#else
+    return *reinterpret_cast<const float4*>(from);
+#endif
+}
+
 // Copies 16 bytes from global to shared memory asynchronously. If `predicate` is false, writes zeros and does not read.
 NEOX_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool predicate = true) {
 #if defined(__CUDA_ARCH__)

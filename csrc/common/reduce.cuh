@@ -61,6 +61,8 @@ inline int64_t row_threads(int64_t packs, int64_t each) {
 // in the third call has passed the barrier of the second, before which all threads have finished reading in the first.
 template <int kValues>
 NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
+    static_assert(kValues == 1 || kValues == 2);
+    constexpr int kLanes = kWarpSize / kValues;  // of two values, each half of a warp sums one: half as many shuffles
     const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
     if (threads < kWarpSize) {
         for (int offset = threads / 2; offset; offset /= 2) {
@@ -69,20 +71,30 @@ NEOX_DEVICE void row_sums(float (&value)[kValues], float* scratch) {
         }
         return;
     }
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) value[k] = warp_sum(value[k]);
-    if (threads == kWarpSize) return;
-    float* const row = scratch + threadIdx.y * (threads / kWarpSize) * kValues;
-    if (lane == 0) {
-#pragma unroll
-        for (int k = 0; k < kValues; ++k) row[threadIdx.x / kWarpSize * kValues + k] = value[k];
+    float sum = value[0];
+    if constexpr (kValues == 2) {
+        const bool second = lane >= kLanes;
+        sum = second ? value[1] : value[0];
+        sum += __shfl_xor_sync(kFullWarp, second ? value[0] : value[1], kLanes);
     }
-    named_barrier(1 + static_cast<int>(threadIdx.y), threads);  // all warps have written their partial results
+    const auto add_lanes = [&] {
 #pragma unroll
-    for (int k = 0; k < kValues; ++k) value[k] = row[k];
-    for (int warp = 1; warp < threads / kWarpSize; ++warp) {
+        for (int offset = kLanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
+    };
+    add_lanes();
+    if (threads > kWarpSize) {
+        const int warps = threads / kWarpSize, at = lane % kLanes;
+        float* const row = scratch + (static_cast<int>(threadIdx.y) * kValues + lane / kLanes) * warps;
+        if (at == 0) row[threadIdx.x / kWarpSize] = sum;
+        named_barrier(1 + static_cast<int>(threadIdx.y), threads);  // all warps have written their partial results
+        sum = at < warps ? row[at] : 0.0f;
+        if (kLanes < kWarpSize && at + kLanes < warps) sum += row[at + kLanes];
+        add_lanes();
+    }
+    value[0] = sum;
+    if constexpr (kValues == 2) {
 #pragma unroll
-        for (int k = 0; k < kValues; ++k) value[k] += row[warp * kValues + k];
+        for (int k = 0; k < kValues; ++k) value[k] = __shfl_sync(kFullWarp, sum, k * kLanes);
     }
 }
 

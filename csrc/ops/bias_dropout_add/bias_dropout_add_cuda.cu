@@ -15,7 +15,8 @@ constexpr int kQuad = 4;           // columns that share a Philox counter; also 
 // element. Moving 6 bytes leaves 40 (H200).
 struct Mask {
     bool has_dropout;
-    uint64_t key, counter_high;
+    PhiloxKeys keys;  // derived in the kernel, they took a quarter of the backward's instructions
+    uint64_t counter_high;
     uint32_t threshold;
     bool drops_all;
     float scale;
@@ -23,7 +24,7 @@ struct Mask {
 
     Mask(const Dropout& dropout, int64_t cols)
         : has_dropout(dropout.seed),
-          key(has_dropout ? static_cast<uint64_t>(dropout.seed[0]) : 0),
+          keys(has_dropout ? static_cast<uint64_t>(dropout.seed[0]) : 0),
           counter_high(has_dropout ? static_cast<uint64_t>(dropout.seed[1]) : 0),
           threshold(static_cast<uint32_t>(dropout_threshold(dropout.p))),
           drops_all(dropout_threshold(dropout.p) > UINT32_MAX),
@@ -39,7 +40,7 @@ struct Mask {
             static_cast<uint64_t>(row) * static_cast<uint64_t>(quads) + static_cast<uint64_t>(column / kQuad);
 #pragma unroll
         for (int quad = 0; quad < kPack / kQuad; ++quad) {
-            const PhiloxWords words = philox(key, counter + quad, counter_high);
+            const PhiloxWords words = philox(keys, counter + quad, counter_high);
 #pragma unroll
             for (int k = 0; k < kQuad; ++k) {
                 float& element = v[quad * kQuad + k];

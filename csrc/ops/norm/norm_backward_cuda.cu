@@ -37,7 +37,7 @@ struct RowStatistics {
     float mean, rstd;
 };
 
-NEOX_DEVICE RowStatistics statistics_of(const NormBackward& op, int64_t row) {
+NEOX_DEVICE RowStatistics statistics_of(const NormBackward& op, unsigned row) {
     return {op.rms ? 0.0f : __ldg(op.mean + row), __ldg(op.rstd + row)};
 }
 
@@ -47,10 +47,11 @@ struct RowPacks {
     uint4 s[kPacks], dy[kOutputs][kPacks];
     RowStatistics statistics;
 
-    __device__ __forceinline__ void load(const NormBackward& op, int64_t row) {
+    __device__ __forceinline__ void load(const NormBackward& op, unsigned row) {
         constexpr int kSize = Pack<T>::kSize;
-        const int cols = row < op.rows ? static_cast<int>(op.cols) : 0;
-        statistics = row < op.rows ? statistics_of(op, row) : RowStatistics{};
+        const bool inside = row < static_cast<unsigned>(op.rows);
+        const int cols = inside ? static_cast<int>(op.cols) : 0;
+        statistics = inside ? statistics_of(op, row) : RowStatistics{};
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
             const int col = (p * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kSize;
@@ -62,10 +63,10 @@ struct RowPacks {
     }
 };
 
-NEOX_DEVICE void add_to(float4* slot, const float* value) {
-    float4 sum = *slot;
+NEOX_DEVICE void add_to(SharedAddress slot, const float* value) {
+    float4 sum = load_shared(slot);
     sum.x += value[0], sum.y += value[1], sum.z += value[2], sum.w += value[3];
-    *slot = sum;
+    store_shared(slot, sum);
 }
 
 // Computes n and g of one pack.
@@ -146,9 +147,11 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
     DYNAMIC_SMEM(memory);
     const bool bias = has_bias(op);
     const int threads = static_cast<int>(blockDim.x), plane = kPacks * kQuads * threads;
-    float4* const slots = reinterpret_cast<float4*>(memory) + static_cast<int>(threadIdx.y) * planes(op) * plane +
-                          static_cast<int>(threadIdx.x);
-    for (int i = 0; i < planes(op) * kPacks * kQuads; ++i) slots[i * threads] = float4{};
+    const SharedAddress slots =
+        opaque(shared_address(reinterpret_cast<float4*>(memory) + static_cast<int>(threadIdx.y) * planes(op) * plane +
+                              static_cast<int>(threadIdx.x)));
+    const auto slot = [&](int i) { return slots + static_cast<SharedAddress>(i * threads * sizeof(float4)); };
+    for (int i = 0; i < planes(op) * kPacks * kQuads; ++i) store_shared(slot(i), float4{});
     const auto column = [&](int p) { return (p * threads + static_cast<int>(threadIdx.x)) * kSize; };
     uint4 resident[kPacks][kOutputs];
     const auto load_weights = [&](int p, uint4(&weight)[kOutputs]) {
@@ -161,9 +164,10 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
     };
 #pragma unroll
     for (int p = 0; kResident && p < kPacks; ++p) load_weights(p, resident[p]);
-    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+    const unsigned step = gridDim.x * blockDim.y, rows = static_cast<unsigned>(op.rows);
+    const float inverse = 1.0f / static_cast<float>(op.cols);
     RowPacks<T, kVector, kPacks, kOutputs> here, next;
-    here.load(op, static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y);
+    here.load(op, blockIdx.x * blockDim.y + threadIdx.y);
     const auto terms = [&](int p) {
         uint4 dy[kOutputs], weight[kOutputs];
         if (!kResident) load_weights(p, weight);
@@ -173,9 +177,9 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
     };
     // All threads iterate equally often, even those without a row, because a warp may hold several rows.
     int parity = 0;
-    for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < op.rows; base += step, parity ^= 1) {
-        const int64_t row = base + threadIdx.y;
-        const int cols = row < op.rows ? static_cast<int>(op.cols) : 0;
+    for (unsigned base = blockIdx.x * blockDim.y; base < rows; base += step, parity ^= 1) {
+        const unsigned row = base + threadIdx.y;
+        const int cols = row < rows ? static_cast<int>(op.cols) : 0;
         const auto load_dsum = [&](int p) {
             return load_raw<kVector>(static_cast<const T*>(op.dsum) + row * op.dsum_stride + column(p),
                                      op.dsum ? cols - column(p) : 0);
@@ -195,15 +199,14 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
                     float dweight[4];
 #pragma unroll
                     for (int j = 0; j < 4; ++j) dweight[j] = pack.dy[k][quad * 4 + j] * pack.n[quad * 4 + j];
-                    float4* const slot = slots + (p * kQuads + quad) * threads + (bias ? 2 * k : k) * plane;
-                    add_to(slot, dweight);
-                    if (bias) add_to(slot + plane, pack.dy[k] + quad * 4);
+                    const int at = ((bias ? 2 * k : k) * kPacks + p) * kQuads + quad;
+                    add_to(slot(at), dweight);
+                    if (bias) add_to(slot(at + kPacks * kQuads), pack.dy[k] + quad * 4);
                 }
             }
         }
         row_sums(sums, scratch[parity]);
-        const float mean_g = op.rms ? 0.0f : sums[0] / static_cast<float>(op.cols),
-                    mean_gn = sums[1] / static_cast<float>(op.cols);
+        const float mean_g = op.rms ? 0.0f : sums[0] * inverse, mean_gn = sums[1] * inverse;
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
             if (!kKeep) {
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__(threads_at_most(kPacks, kOutputs), 1) backward
         }
         if (kAhead) {
             here = next;
-        } else if (base + step < op.rows) {
+        } else if (base + step < rows) {
             here.load(op, row + step);
         }
     }
@@ -244,7 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_looped(NormBackward op) 
     STATIC_SMEM(float, scratch, [2 * kMaxThreads / kWarpSize]);
     const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * Pack<T>::kSize,
                   first = static_cast<int64_t>(threadIdx.x) * Pack<T>::kSize;
-    const RowStatistics statistics = statistics_of(op, row);
+    const RowStatistics statistics = statistics_of(op, blockIdx.x);
     float sums[2] = {};
     for (int64_t col = first; col < op.cols; col += step)
         load_terms<T, kVector, kOutputs>(op, row, col, statistics).add_to_sums(sums);
@@ -271,7 +274,8 @@ __global__ void __launch_bounds__(ColumnSums::kThreads, 2) parameter_gradients(N
     float dweight[kOutputs][kSize] = {}, dbias[kOutputs][kSize] = {};
     const Stripe stripe(op.rows);
     for (int64_t row = stripe.begin + first; row < stripe.end; row += ColumnSums::kRows) {
-        const auto terms = load_terms<T, kVector, kOutputs>(op, row, column, statistics_of(op, row));
+        const auto terms =
+            load_terms<T, kVector, kOutputs>(op, row, column, statistics_of(op, static_cast<unsigned>(row)));
 #pragma unroll
         for (int k = 0; k < kOutputs; ++k) {
 #pragma unroll
@@ -344,6 +348,7 @@ cudaError_t launch_backward(const NormBackward& op, Stream stream) {
         vector = vector && can_vectorize<T>(op.dy[k], op.dy_stride[k], 0) && can_vectorize<T>(op.weight[k], 0, 0);
     vector = vector && can_vectorize<T>(op.ds, 0, 0);
     const Plan chosen = plan(op, Pack<T>::kSize);
+    if (op.rows > INT32_MAX) return cudaErrorInvalidValue;
     if (op.rows > 0) {
         const auto run = op.outputs > 1 ? (vector ? launch_rows<T, true, 2> : launch_rows<T, false, 2>)
                                         : (vector ? launch_rows<T, true, 1> : launch_rows<T, false, 1>);
