@@ -1,5 +1,5 @@
 """Last step of cuda_check. Reports registers, spills and shared memory of every kernel (from ptxas), branches around
-exponentials (in the PTX) and instructions per tile of attention (in the SASS), and loads the CUDA library into the
+exponentials (in the PTX) and the speed of the hot kernels by count (in the SASS), and loads the CUDA library into the
 installed torch.
 
 usage: python tests/cuda/check_library.py LIBRARY FOLDER_OF_LOGS OPERATOR...
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cuda import hopper_account, sass
+from tests.cuda import hopper_account, speed
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
@@ -28,49 +28,6 @@ PTX_BRANCH = re.compile(r"@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
 PTX_MEMORY = re.compile(r"\b(?:ld|st|red|atom|bar|barrier|cp|mma|ldmatrix|shfl|call)\.")
 HOST_ONLY = {"attention_shared", "attention_hopper"}  # instantiate no kernel
 SKIPPED_LINES = 60  # a branch over more lines was written by a person
-ATTENTION = re.compile(r"\d(forward|backward_keys|backward_queries)_kernelI.*?ShapeOfILi(\d+)ELb([01])EE")
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Limit on the loop over tiles of an attention kernel, in SASS instructions per warp and tile on sm_90a.
-
-    Attributes:
-        limit: instructions on the path of an ordinary tile.
-        copies: cp.async instructions per thread and tile.
-        turns: iterations of the inner loop over rows per tile. The loop over channels of head_dim 256 counts once.
-    """
-
-    limit: int
-    copies: int
-    turns: int = 1
-
-
-# (kernel, head_dim, general) -> limit: the count with nvcc 13.0 plus 2 %.
-LOOPS = {
-    ("forward", 64, False): Loop(758, copies=8),
-    ("forward", 96, False): Loop(931, copies=12),
-    ("forward", 128, False): Loop(725, copies=8),
-    ("forward", 256, False): Loop(825, copies=16),
-    ("forward", 64, True): Loop(914, copies=4),
-    ("forward", 128, True): Loop(1121, copies=8),
-    ("forward", 256, True): Loop(816, copies=8),
-    ("backward_keys", 64, False): Loop(728, copies=5),
-    ("backward_keys", 96, False): Loop(847, copies=7),
-    ("backward_keys", 128, False): Loop(1165, copies=9, turns=2),
-    ("backward_keys", 256, False): Loop(617, copies=17),
-    ("backward_keys", 64, True): Loop(1953, copies=5, turns=2),
-    ("backward_keys", 128, True): Loop(2422, copies=9, turns=4),
-    ("backward_keys", 256, True): Loop(797, copies=17),
-    ("backward_queries", 64, False): Loop(456, copies=4),
-    ("backward_queries", 96, False): Loop(529, copies=6),
-    ("backward_queries", 128, False): Loop(668, copies=8),
-    ("backward_queries", 256, False): Loop(516, copies=16),
-    ("backward_queries", 64, True): Loop(745, copies=2),
-    ("backward_queries", 128, True): Loop(835, copies=4),
-    ("backward_queries", 256, True): Loop(966, copies=16),
-}
-LOOP_COLUMNS = ("HMMA", "LDSM", "MUFU", "FP", "LDGSTS", "integer", "branch", "other")
 # Files whose kernels may have that many branches: those of the softcap, which all threads of a launch take uniformly.
 SOFTCAP = {
     "attention_backward_keys_bf16": 16,
@@ -150,34 +107,6 @@ def report_branches(files: list[Path]) -> list[str]:
     return problems
 
 
-def report_loops(cubins: list[Path]) -> list[str]:
-    """Prints the instructions per tile of the attention kernels. Returns a problem per kernel above its limit."""
-    if sass.nvdisasm() is None:
-        print("instructions per tile: skipped, nvdisasm not found; do=pip install nvidia-cuda-nvdisasm")
-        return []
-    problems = []
-    print(
-        f"{'per tile':>9} {'limit':>6} {'HMMA':>5} {'LDSM':>5} {'MUFU':>5} {'FP':>5} {'LDGSTS':>6} {'integer':>7} "
-        f"{'branch':>6} {'other':>5}  kernel on sm_90a"
-    )
-    for cubin in cubins:
-        for name, blocks in sass.functions(sass.disassemble(cubin)).items():
-            kernel = ATTENTION.search(name)
-            if not kernel:
-                continue
-            loop = LOOPS[kernel[1], int(kernel[2]), kernel[3] == "1"]
-            counts = sass.tile_counts(blocks, loop.copies, loop.turns)
-            total, classes = sum(counts.values()), sass.by_class(counts)
-            title = (
-                f"{kernel[1]} {kernel[2]}{' general' * (kernel[3] == '1')} "
-                f"{cubin.name.split('_cuda.', 1)[0].rsplit('_', 1)[1]}"
-            )
-            print(f"{total:9} {loop.limit:6}", *(f"{classes[column]:7}" for column in LOOP_COLUMNS), f" {title}")
-            if not 0 < total <= loop.limit:
-                problems.append(f"{title}: {total} instructions per tile, the limit is {loop.limit}")
-    return problems
-
-
 def readable(names: list[str]) -> dict[str, str]:
     """Maps mangled names to source names without parameters."""
     if shutil.which("c++filt") is None:
@@ -242,7 +171,7 @@ def main() -> int:
     problems = (
         report(sorted(Path(folder).glob("*.cu.o.log")))
         + report_branches(sorted(ptx))
-        + report_loops(sorted(Path(folder).glob("*.keep/attention_*.sm_90a.cubin")))
+        + speed.report(Path(folder))
         + hopper_account.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda*.cubin")))
         + load(Path(library), operators)
     )

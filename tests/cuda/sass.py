@@ -1,83 +1,33 @@
-"""Instruction counts of the attention kernels' inner loops, from the SASS that nvdisasm prints.
+"""Instruction counts of hot loops, from the SASS that nvdisasm prints.
 
-The loop over tiles has rare paths: masks at the diagonal, rows that 16-byte copies cannot read. What decides the speed
-is the path of an ordinary tile. It is found in the control-flow graph: of all paths once around the loop with the
-copies of one tile, the one with the most tensor-core instructions, then the most stores and multiplications (the
-rescaling of the sums), then the fewest instructions.
+A loop has rare paths: masks at the diagonal, rows that 16-byte accesses cannot read, the last pack of a row. What
+decides the speed is the ordinary path. It is found in the control-flow graph: of all paths once around the loop with
+the memory accesses of one pass, the one that ranks first (Pass).
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 SECTION = re.compile(r"\.section\s+(?:\.text\.(\w+))?")
 LABEL = re.compile(r"(\.L_x_\d+):$")
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([^;]*)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-CLASSES = {
-    "HMMA": ("HMMA",),
-    "LDSM": ("LDSM",),
-    "LDGSTS": ("LDGSTS",),
-    "MUFU": ("MUFU",),
-    "FP": ("FADD", "FMUL", "FFMA", "FMNMX", "FMNMX3", "FSEL", "FSETP", "F2FP", "HFMA2", "HADD2"),
-    "branch": ("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "CALL", "RET", "BAR"),
-    "integer": (
-        *(
-            "IMAD",
-            "IADD3",
-            "IADD",
-            "VIADD",
-            "LEA",
-            "LOP3",
-            "SHF",
-            "ISETP",
-            "SEL",
-            "PLOP3",
-            "PRMT",
-            "VIMNMX",
-            "VIMNMX3",
-            "VIADDMNMX",
-            "IABS",
-            "MOV",
-            "SGXT",
-        ),
-        *(
-            "S2R",
-            "S2UR",
-            "R2UR",
-            "I2F",
-            "I2FP",
-            "F2I",
-            "P2R",
-            "R2P",
-            "UIADD3",
-            "UIMAD",
-            "ULEA",
-            "ULOP3",
-            "USHF",
-            "UISETP",
-            "USEL",
-            "UMOV",
-            "UPLOP3",
-            "LDC",
-            "ULDC",
-        ),
-        *("CS2R", "IDP", "FLO", "POPC", "UVIADD", "LDCU"),
-    ),
-}
-CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
+SYMBOL_TABLE, SYMBOL_BYTES = 2, 24  # of ELF
 
 
 @dataclass
 class Block:
-    """A basic block: opcodes, and the blocks that may follow."""
+    """A basic block: opcodes with their modifiers, and the blocks that may follow."""
 
     opcodes: list[str] = field(default_factory=list)
     following: list[int] = field(default_factory=list)
@@ -86,6 +36,36 @@ class Block:
     def counts(self) -> Counter[str]:
         """Number of instructions per opcode."""
         return Counter(self.opcodes)
+
+
+def matching(counts: Counter[str], pattern: re.Pattern[str]) -> int:
+    """Number of instructions whose opcode begins with a match of the pattern."""
+    return sum(count for opcode, count in counts.items() if pattern.match(opcode))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How to find the ordinary path once around a loop, or through a kernel without one.
+
+    Attributes:
+        accesses: pattern of the opcodes that move the data of a pass.
+        count: number of these on the path.
+        work: patterns of opcodes; of several paths, the one with the most of the first is taken, then of the second,
+            and last the shortest.
+        turns: iterations per pass of inner loops with opcodes of the first pattern of `work`. Other inner loops are
+            rare paths and are passed once at most.
+        straight: the path leads through the kernel, not around a loop.
+    """
+
+    accesses: re.Pattern[str]
+    count: int
+    work: tuple[re.Pattern[str], ...]
+    turns: int = 1
+    straight: bool = False
+
+    def rank(self, counts: Counter[str]) -> tuple[int, ...]:
+        """Order of preference among paths with the same number of accesses. Ranks of a path's blocks can be added."""
+        return (*(matching(counts, pattern) for pattern in self.work), -sum(counts.values()))
 
 
 def nvdisasm() -> str | None:
@@ -99,8 +79,29 @@ def nvdisasm() -> str | None:
     return found or next((str(path) for path in (*near, *packaged) if path.is_file()), None)
 
 
-def disassemble(cubin: Path) -> str:
-    """The SASS of a cubin, with labels.
+def symbols_of(elf: bytes) -> dict[str, int]:
+    """Name -> index of the symbols of a 64-bit ELF file."""
+    (sections_at,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count = struct.unpack_from("<HH", elf, 0x3A)
+    # of a section: type, offset, size, index of the section with its names
+    sections = [
+        (*struct.unpack_from("<I", elf, at + 4), *struct.unpack_from("<QQI", elf, at + 24))
+        for at in range(sections_at, sections_at + size * count, size)
+    ]
+    found = {}
+    for kind, offset, length, names in sections:
+        if kind != SYMBOL_TABLE:
+            continue
+        for index in range(length // SYMBOL_BYTES):
+            (name_at,) = struct.unpack_from("<I", elf, offset + index * SYMBOL_BYTES)
+            start = sections[names][1] + name_at
+            found[elf[start : elf.index(b"\0", start)].decode()] = index
+    return found
+
+
+def disassemble(cubin: Path, kernels: list[re.Pattern[str]] | None = None) -> str:
+    """The SASS of the kernels of a cubin whose mangled names match, with labels. None: of all kernels, which may take
+    nvdisasm three times as long.
 
     Raises:
         FileNotFoundError: nvdisasm is missing.
@@ -108,11 +109,22 @@ def disassemble(cubin: Path) -> str:
     program = nvdisasm()
     if program is None:
         raise FileNotFoundError("nvdisasm is missing; do=pip install nvidia-cuda-nvdisasm")
-    return subprocess.run([program, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    if kernels is None:
+        return subprocess.run([program, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    symbols = symbols_of(cubin.read_bytes())
+    wanted = [
+        index
+        for name, index in symbols.items()
+        if name.startswith("_Z") and any(kernel.search(name) for kernel in kernels)
+    ]
+    if not wanted:
+        return ""
+    command = [program, "-c", "-fun", ",".join(map(str, wanted)), str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def functions(sass: str) -> dict[str, list[Block]]:
-    """Mangled kernel name -> its basic blocks, in order, from `nvdisasm -c`."""
+def bodies(sass: str) -> dict[str, list[str]]:
+    """Mangled kernel name -> its lines, from `nvdisasm -c`."""
     lines: dict[str, list[str]] = {}
     kernel: list[str] | None = None
     for line in map(str.strip, sass.splitlines()):
@@ -121,10 +133,10 @@ def functions(sass: str) -> dict[str, list[Block]]:
             kernel = lines.setdefault(section[1], []) if section[1] else None
         elif kernel is not None:
             kernel.append(line)
-    return {name: blocks_of(body) for name, body in lines.items()}
+    return lines
 
 
-def blocks_of(lines: list[str]) -> list[Block]:
+def blocks_of(lines: Iterable[str]) -> list[Block]:
     """Splits a kernel into basic blocks."""
     blocks, labels, jumps = [Block()], {}, []
     for line in lines:
@@ -135,9 +147,10 @@ def blocks_of(lines: list[str]) -> list[Block]:
             labels[label[1]] = len(blocks) - 1
         elif instruction:
             opcode, operands = instruction.groups()
+            base = opcode.split(".", 1)[0]
             blocks[-1].opcodes.append(opcode)
-            target = TARGET.search(operands) if opcode == "BRA" else None
-            if target or opcode in ("EXIT", "RET"):
+            target = TARGET.search(operands) if base == "BRA" else None
+            if target or base in ("EXIT", "RET"):
                 jumps.append((len(blocks) - 1, target[1] if target else None, conditional(line)))
                 blocks.append(Block())
     ends = {at for at, _, may_continue in jumps if not may_continue}
@@ -148,6 +161,14 @@ def blocks_of(lines: list[str]) -> list[Block]:
         if target is not None:
             blocks[at].following.append(labels[target])
     return blocks
+
+
+def functions(sass: str) -> dict[str, list[Block]]:
+    """Mangled kernel name -> its basic blocks, with opcodes without modifiers."""
+    kernels = {name: blocks_of(lines) for name, lines in bodies(sass).items()}
+    for block in (block for blocks in kernels.values() for block in blocks):
+        block.opcodes = [opcode.split(".", 1)[0] for opcode in block.opcodes]
+    return kernels
 
 
 def conditional(line: str) -> bool:
@@ -187,59 +208,57 @@ def loops_of(blocks: list[Block]) -> list[Loop]:
     return list(found.values())
 
 
-def weight(counts: Counter[str]) -> tuple[int, int, int]:
-    """Order of preference among paths with the same number of copies."""
-    return counts["HMMA"], counts["STS"] + counts["REDG"] + counts["FMUL"], -sum(counts.values())
+Chain = tuple[Counter[str], "Chain | None"]  # the counts of a block, and the rest of the path
 
 
-Paths = dict[int, Counter[str]]  # number of copies -> the best path with that many
+@dataclass(frozen=True)
+class Way:
+    """The best path known with some number of accesses."""
+
+    rank: tuple[int, ...]
+    chain: Chain | None
+
+    def counts(self) -> Counter[str]:
+        """Sum over the path's blocks."""
+        total: Counter[str] = Counter()
+        chain = self.chain
+        while chain:
+            total.update(chain[0])
+            chain = chain[1]
+        return total
 
 
-def better_of(paths: Paths, more: Paths, extra: Counter[str]) -> None:
-    """Extends the paths of `more` by `extra` and merges them into `paths`, which keeps the best per number of
-    copies.
-    """
-    for rest in more.values():
-        path = rest + extra
-        known = paths.get(path["LDGSTS"])
-        if known is None or weight(path) > weight(known):
-            paths[path["LDGSTS"]] = path
+Ways = dict[int, Way]  # number of accesses -> the best path with that many
 
 
 class Around:
-    """The best paths once around a loop, per number of copies.
+    """The best paths once around a loop, or from a block to the end of the kernel, per number of accesses."""
 
-    Inner loops with tensor-core instructions turn `turns` times; other inner loops, which serve rare paths, are passed
-    once at most.
-    """
-
-    def __init__(self, blocks: list[Block], loop: Loop, loops: list[Loop], turns: int):
-        self.blocks, self.loop = blocks, loop
+    def __init__(self, blocks: list[Block], loop: Loop, loops: list[Loop], wanted: Pass):
+        self.blocks, self.loop, self.wanted = blocks, loop, wanted
+        self.end = {0: Way((0,) * (len(wanted.work) + 1), None)}
         inner = [
             one
             for one in loops
-            if one.head != loop.head and one.body < loop.body and any(blocks[at].counts["HMMA"] for at in one.body)
+            if one.head != loop.head
+            and one.body < loop.body
+            and any(matching(blocks[at].counts, wanted.work[0]) for at in one.body)
         ]
         self.inner = {one.head: one for one in inner if not any(one.body < other.body for other in inner)}
         self.hidden = {at for one in self.inner.values() for at in one.body} - set(self.inner)
-        self.turned = {
-            head: Counter(
-                {
-                    opcode: count * turns
-                    for opcode, count in max(Around(blocks, one, loops, turns).paths().values(), key=weight).items()
-                }
-            )
-            for head, one in self.inner.items()
-        }
-        self.known: dict[int, Paths] = {}
+        self.turned: dict[int, Counter[str]] = {}
+        for head, one in self.inner.items():
+            best = max(Around(blocks, one, loops, wanted).ways().values(), key=lambda way: way.rank)
+            self.turned[head] = Counter({opcode: count * wanted.turns for opcode, count in best.counts().items()})
+        self.known: dict[int, Ways] = {}
         self.pending: set[int] = set()
 
-    def paths(self) -> Paths:
+    def ways(self) -> Ways:
         """Paths from the loop's head back to it."""
         return self.from_block(self.loop.head)
 
-    def from_block(self, at: int) -> Paths:
-        """Paths from a block to the loop's head that avoid the blocks on the way to it."""
+    def from_block(self, at: int) -> Ways:
+        """Paths from a block to the loop's head, or to the kernel's end, that avoid the blocks on the way to it."""
         if at in self.known or at in self.pending:
             return self.known.get(at, {})
         self.pending.add(at)
@@ -247,36 +266,40 @@ class Around:
         exits = (
             {target for one in inner.body for target in self.blocks[one].following if target not in inner.body}
             if inner
-            else self.blocks[at].following
+            else set(self.blocks[at].following)
         )
         mine = self.turned[at] if inner else self.blocks[at].counts
-        paths: Paths = {}
-        for target in set(exits):
+        rank, accesses = self.wanted.rank(mine), matching(mine, self.wanted.accesses)
+        ways: Ways = {}
+        if self.wanted.straight and not exits and mine["EXIT"]:
+            exits = {self.loop.head}
+        for target in exits:
             if target == self.loop.head:
-                better_of(paths, {0: Counter()}, mine)
+                rest = self.end
             elif target in self.loop.body and target not in self.hidden:
-                better_of(paths, self.from_block(target), mine)
+                rest = self.from_block(target)
+            else:
+                continue
+            for count, way in rest.items():
+                total = tuple(map(sum, zip(way.rank, rank, strict=True)))
+                known = ways.get(count + accesses)
+                if count + accesses <= self.wanted.count * 2 and (known is None or total > known.rank):
+                    ways[count + accesses] = Way(total, (mine, way.chain))
         self.pending.discard(at)
-        self.known[at] = paths
-        return paths
+        self.known[at] = ways
+        return ways
 
 
-def tile_counts(blocks: list[Block], copies: int, turns: int = 1) -> Counter[str]:
-    """Counts of one ordinary tile: of the outermost loop with tensor-core instructions, along its best path with
-    `copies` asynchronous copies.
-
-    Empty if there is no such loop or path.
+def pass_counts(blocks: list[Block], wanted: Pass) -> Counter[str]:
+    """Opcode counts of one ordinary pass; empty if there is none. Of the loops that have such a path, the outermost
+    with opcodes of the first pattern of `work` count, and of these the one that ranks first.
     """
     loops = loops_of(blocks)
-    hot = [loop for loop in loops if any(blocks[at].counts["HMMA"] for at in loop.body)]
-    outermost = [loop for loop in hot if not any(loop.body < other.body for other in hot)]
-    paths = [Around(blocks, loop, loops, turns).paths().get(copies, Counter()) for loop in outermost]
-    return max(paths, key=weight, default=Counter())
-
-
-def by_class(counts: Counter[str]) -> Counter[str]:
-    """Sums opcodes by class; unknown opcodes are 'other'."""
-    classes: Counter[str] = Counter()
-    for opcode, count in counts.items():
-        classes[CLASS_OF.get(opcode, "other")] += count
-    return classes
+    if wanted.straight:
+        candidates = [Loop(0, set(range(len(blocks))))]
+    else:
+        hot = [one for one in loops if any(matching(blocks[at].counts, wanted.work[0]) for at in one.body)]
+        candidates = [one for one in hot if not any(one.body < other.body for other in hot)]
+    found = [Around(blocks, loop, loops, wanted).ways().get(wanted.count) for loop in candidates]
+    best = max((way for way in found if way), key=lambda way: way.rank, default=None)
+    return best.counts() if best else Counter()

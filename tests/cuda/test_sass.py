@@ -1,17 +1,17 @@
-"""Instruction counts of loops in SASS: the usual path is found, with inner loops, and without rare or skipped code."""
+"""Instruction counts of loops in SASS: the ordinary path is found, with inner loops, without rare or skipped code."""
 
 from __future__ import annotations
 
-import pytest
+import re
+import subprocess
+from dataclasses import replace
 
-from tests.cuda import check_library, sass
-
-NAME = "_ZN4neox9attention14forward_kernelI13__nv_bfloat16NS0_14ForwardShapeOfILi64ELb0EEELb0EEEvNS0_7ForwardIT_EE"
+from tests.cuda import sass
 
 # A loop (.L_x_1) with two copies, one of which a branch may skip; a rare path (.L_x_3); and an inner loop (.L_x_4) with
 # a product.
-SASS = f"""
-	.section	.text.{NAME},"ax",@progbits
+SASS = """
+	.section	.text.loop,"ax",@progbits
         /*0000*/                   MOV R1, c[0x0][0x28] ;
 .L_x_1:
         /*0010*/                   LDGSTS.E.BYPASS.128 [R2], desc[UR8][R4.64] ;
@@ -34,49 +34,44 @@ SASS = f"""
         /*00e0*/                   BRA `(.L_x_5) ;
 	.section	.nv.constant0,"a",@progbits
 """
+PASS = sass.Pass(re.compile("LDGSTS"), 2, (re.compile("HMMA"),))
 
 
-def counts(copies: int, turns: int = 1) -> dict[str, int]:
-    return dict(sass.tile_counts(sass.functions(SASS)[NAME], copies, turns))
+def counts(**changes: object) -> dict[str, int]:
+    return dict(sass.pass_counts(sass.blocks_of(sass.bodies(SASS)["loop"]), replace(PASS, **changes)))
 
 
-def test_the_usual_path_has_the_copies_and_skips_rare_code():
-    assert counts(2) == {"LDGSTS": 2, "BRA": 4, "IADD3": 1, "HMMA": 1, "ISETP": 1, "MUFU": 1}
-    assert counts(1) == {"LDGSTS": 1, "BRA": 4, "HMMA": 1, "ISETP": 1, "MUFU": 1}
-    assert counts(3) == {}
+def test_the_ordinary_path_has_the_copies_and_skips_rare_code():
+    rest = {"HMMA.16816.F32.BF16": 1, "ISETP.NE.AND": 1, "MUFU.EX2": 1, "BRA": 4}
+    assert counts() == {"LDGSTS.E.BYPASS.128": 2, "IADD3": 1, **rest}
+    assert counts(count=1) == {"LDGSTS.E.BYPASS.128": 1, **rest}
+    assert counts(count=3) == {}
 
 
 def test_inner_loops_count_by_their_iterations():
-    assert counts(2, turns=4) == {"LDGSTS": 2, "BRA": 7, "IADD3": 1, "HMMA": 4, "ISETP": 4, "MUFU": 1}
+    rest = {"LDGSTS.E.BYPASS.128": 2, "IADD3": 1, "MUFU.EX2": 1}
+    assert counts(turns=4) == {**rest, "HMMA.16816.F32.BF16": 4, "ISETP.NE.AND": 4, "BRA": 7}
 
 
-def test_instructions_are_summed_by_class():
-    assert sass.by_class(sass.tile_counts(sass.functions(SASS)[NAME], 2)) == {
-        "LDGSTS": 2,
-        "branch": 4,
-        "integer": 2,
-        "HMMA": 1,
-        "MUFU": 1,
-    }
+def test_of_two_paths_the_one_with_more_work_counts():
+    work = (re.compile("HMMA"), re.compile("IMAD"))
+    assert counts(work=work)["IMAD"] == 2
 
 
-@pytest.mark.parametrize(("limit", "problems"), [(10, 0), (9, 1)])
-def test_a_loop_above_its_limit_is_a_problem(limit, problems, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sass, "nvdisasm", lambda: "nvdisasm")
-    monkeypatch.setattr(sass, "disassemble", lambda _: SASS)
-    monkeypatch.setitem(check_library.LOOPS, ("forward", 64, False), check_library.Loop(limit, copies=2))
-    found = check_library.report_loops([tmp_path / "attention_forward_bf16_cuda.compute_90.sm_90a.cubin"])
-    assert len(found) == problems
-    assert "forward 64 bf16" in capsys.readouterr().out
+def test_a_kernel_without_a_loop_is_counted_from_its_first_instruction_to_its_exit():
+    straight = counts(straight=True, count=1)  # the loop once
+    assert (straight["MOV"], straight["EXIT"], straight["LDGSTS.E.BYPASS.128"]) == (1, 1, 1)
 
 
-def test_a_loop_that_is_not_found_is_a_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(sass, "nvdisasm", lambda: "nvdisasm")
-    monkeypatch.setattr(sass, "disassemble", lambda _: SASS.replace("HMMA", "FFMA"))
-    assert check_library.report_loops([tmp_path / "attention_forward_bf16_cuda.compute_90.sm_90a.cubin"])
+def test_without_the_work_nothing_is_counted():
+    assert counts(work=(re.compile("DMMA"),)) == {}
 
 
-def test_without_a_disassembler_the_counts_are_skipped(monkeypatch, capsys):
-    monkeypatch.setattr(sass, "nvdisasm", lambda: None)
-    assert check_library.report_loops([]) == []
-    assert "skipped, nvdisasm not found" in capsys.readouterr().out
+def test_symbols_of_an_object_have_the_indices_that_the_linker_sees(tmp_path):
+    source, compiled = tmp_path / "two.c", tmp_path / "two.o"
+    source.write_text("int first(void) { return 1; }\nint second(void) { return 2; }\n")
+    subprocess.run(["cc", "-c", str(source), "-o", str(compiled)], check=True)
+    listed = subprocess.run(["readelf", "-sW", str(compiled)], capture_output=True, text=True, check=True).stdout
+    symbols = sass.symbols_of(compiled.read_bytes())
+    for name in ("first", "second"):
+        assert re.search(rf"^\s*{symbols[name]}: .* {name}$", listed, re.MULTILINE)
