@@ -14,6 +14,7 @@ namespace neox::attention {
 
 template <int kDim_, int kRows_>
 struct HopperBackwardShape {
+    static constexpr int kM = 1, kParts = 1, kPartDim = kDim_;  // of KeySums: a warp has 16 keys and all channels
     static constexpr int kDim = kDim_, kRows = kRows_, kKeys = 128, kStep = 64, kStages = 2;
     static constexpr int kConsumers = 2 * kWarpgroupSize, kThreads = kConsumers + kWarpgroupSize;
     static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
@@ -123,7 +124,7 @@ NEOX_DEVICE void produce_rows(const HopperBackward<T>& work, const RowTiles<Shap
 template <class T, class Shape>
 NEOX_DEVICE void add_hopper_rows(const Params& in, int pair, int first_row, int first_key, bool unmasked, int step,
                                  const HopperBackwardShared<T, Shape>& shared, int stage, unsigned char* gradients,
-                                 KeySums<Shape::kDim, true, true>& sums, uint32_t (&p)[Shape::kStep / 16][4],
+                                 KeySums<Shape, true, true>& sums, uint32_t (&p)[Shape::kStep / 16][4],
                                  uint32_t (&ds)[Shape::kStep / 16][4]) {
     constexpr int kDim = Shape::kDim, kStep = Shape::kStep;
     const int lane = threadIdx.x % kWarpSize, warp_key = static_cast<int>(threadIdx.x) / kWarpSize * 16,
@@ -140,7 +141,7 @@ NEOX_DEVICE void add_hopper_rows(const Params& in, int pair, int first_row, int 
     wgmma_wait<1>();  // scores, and the products before them
     pin(s[0]);
     const float factor = in.scale * kLog2E;
-    if (!unmasked) mask_transposed<kStep>(in, pair / in.groups, first_row, first_key, s);
+    if (!unmasked) mask_transposed<1, kStep>(in, pair / in.groups, first_row, first_key, s);
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
         const float4 row = row_stats[n * 4];
@@ -189,7 +190,7 @@ NEOX_DEVICE void add_to_global(const Backward<T>& task, int pair, int tile, cons
 // The gradients of a warpgroup's 64 keys.
 template <class T, class Shape>
 NEOX_DEVICE void consume_rows(const Backward<T>& task, const RowTiles<Shape::kRows>& tiles, int pair, int first_key,
-                              const HopperBackwardShared<T, Shape>& shared, KeySums<Shape::kDim, true, true>& sums) {
+                              const HopperBackwardShared<T, Shape>& shared, KeySums<Shape, true, true>& sums) {
     constexpr int kBarrier = 1;
     const Params& in = task.in;
     const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupSize;
@@ -244,11 +245,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     acquire_registers<Shape::kConsumerRegisters>();
     const int first_key = block_key + static_cast<int>(threadIdx.x) / kWarpSize * 16;  // of this warp
-    KeySums<Shape::kDim, true, true> sums;
+    KeySums<Shape, true, true> sums;
     consume_rows<T, Shape>(task, tiles, pair, first_key, shared, sums);
     named_barrier(1, Shape::kConsumers);  // both warpgroups have read the keys; their tiles are reused
-    store_keys<T, Shape::kDim>(in, task.dk, pair, first_key, reinterpret_cast<T*>(shared.keys()), sums.dk[0], in.scale);
-    store_keys<T, Shape::kDim>(in, task.dv, pair, first_key, reinterpret_cast<T*>(shared.values()), sums.dv[0], 1.0f);
+    store_keys<T, Shape>(in, task.dk, pair, block_key, reinterpret_cast<T*>(shared.keys()), sums.dk, in.scale);
+    store_keys<T, Shape>(in, task.dv, pair, block_key, reinterpret_cast<T*>(shared.values()), sums.dv, 1.0f);
 #endif
 }
 
