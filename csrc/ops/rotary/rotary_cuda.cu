@@ -142,7 +142,9 @@ const char* rotary_cuda(DType dtype, const RotarySize& size, const RotaryTables&
     if (tokens == 0 || heads == 0) return nullptr;
     return message(dispatch_device(dtype, [&](auto zero) {
         using T = decltype(zero);
-        Task<T> task{static_cast<const T*>(x), static_cast<T*>(y), x_heads, y_heads, tables};
+        Task<T> task{};
+        task.x = static_cast<const T*>(x), task.y = static_cast<T*>(y);
+        task.x_heads = x_heads, task.y_heads = y_heads, task.tables = tables;
         task.heads = static_cast<int>(heads);
         task.chunks = (task.heads + kHeads - 1) / kHeads;
         if constexpr (sizeof(T) == 2) {  // GPT-NeoX-20B rotates halves of 12 channels, Pythia-2.8B of 10
