@@ -1,0 +1,92 @@
+"""The account of a step (benchmarks/train/account.py): each rule on an operator whose cost is counted by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox import ops
+from tests.cuda.fake_cuda import FakeCuda
+
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "account.py"
+spec = importlib.util.spec_from_file_location("account", PATH)
+assert spec is not None and spec.loader is not None
+account = importlib.util.module_from_spec(spec)
+sys.modules["account"] = account
+spec.loader.exec_module(account)
+
+B, S, H = 2, 3, 8
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+X, IDS = ((4, 8), torch.bfloat16), ((5,), torch.int64)
+CALLS = {  # shapes and dtypes, the call, and (launches, bytes read, bytes written) of every operator
+    "add": ([X, X], lambda x, y: x + y, [(1, 128, 64)]),
+    "same operand twice": ([X], lambda x: x * x, [(1, 64, 64)]),
+    "broadcast": ([X, ((8,), torch.bfloat16)], lambda x, y: x + y, [(1, 80, 64)]),
+    "expanded": ([X, ((1,), torch.bfloat16)], lambda x, y: x + y.expand(4, 8), [(1, 66, 64)]),
+    "in place": ([X, X], lambda x, y: x.add_(y), [(1, 128, 64)]),
+    "fill": ([X], lambda x: x.zero_(), [(1, 0, 64)]),
+    "product": ([X, ((8, 2), torch.bfloat16)], lambda x, y: x @ y, [(1, 96, 16)]),
+    "lookup": ([IDS, ((100, 8), torch.bfloat16)], torch.nn.functional.embedding, [(1, 40 + 80, 80)]),
+    "norm": (
+        [((6, 8), torch.bfloat16), ((8,), torch.bfloat16), ((6, 8), torch.bfloat16)],
+        lambda x, weight, residual: ops.rms_norm(x, weight, 1e-5, residual=residual),
+        [(1, 2 * 96 + 16, 2 * 96 + 24)],
+    ),
+    "rotation": (
+        [((B, S, 1, 3, H), torch.bfloat16), ((S, 4), torch.float32)],
+        lambda qkv, table: ops.rotary_qkv(qkv, table, table),
+        [(1, B * S * 2 * 4 * 2 + 48, B * S * 2 * 4 * 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_costs_of_an_operator(name):
+    inputs, call, expected = CALLS[name]
+    with FakeCuda(), account.Account() as counted, torch.no_grad():
+        tensors = [tensor(*shape, dtype=dtype) for shape, dtype in inputs]
+        counted.start()
+        call(*tensors)
+    assert [(row.cost.launches, row.cost.read, row.cost.written) for row in counted.rows] == expected
+
+
+def test_flops_of_a_product_and_of_visible_pairs():
+    with FakeCuda(), account.Account() as counted, torch.no_grad():
+        tensor(4, 8) @ tensor(8, 2)
+        ops.attention_qkv(tensor(B, S, 1, 3, H), backend="native")
+    assert [row.cost.flops for row in counted.rows] == [2 * 4 * 8 * 2, 4 * B * (1 + 2 + 3) * H]
+
+
+def test_lists_take_as_many_kernels_as_torch_launches():
+    launches = account.multi_tensor_launches
+    assert launches([[torch.empty(10)] * 110]) == 1
+    assert launches([[torch.empty(10)] * 111]) == 2
+    assert (
+        launches([[torch.empty(10)] * 37, [torch.empty(10)] * 37, [torch.empty(10)] * 37, [torch.empty(10)] * 37]) == 2
+    )
+    assert launches([[torch.empty(320 * 65536, device="meta")]]) == 1
+    assert launches([[torch.empty(320 * 65536 + 1, device="meta")]]) == 2
+    assert launches([[]]) == 0
+
+
+def test_memory_at_the_peak_counts_what_was_alive_together():
+    with FakeCuda(), account.Account() as counted:
+        first = tensor(1000)
+        second = tensor(500)
+        view = first.view(10, 100)
+        del first
+        assert counted.memory.now == 3000
+        del view
+        assert counted.memory.now == 1000
+        third = tensor(600)
+        assert (counted.memory.now, counted.memory.peak) == (2200, 3000)
+        del second, third
