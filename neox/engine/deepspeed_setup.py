@@ -159,14 +159,14 @@ def import_muon_uncompiled() -> None:
         compiler.compile = compiled
 
 
-def combined_norm_on_host(norm_groups: Iterable[torch.Tensor], norm_type: float = 2) -> torch.Tensor:
+def combined_norm_on_host(norm_groups: Iterable[torch.Tensor], norm_type: int = 2) -> torch.Tensor:
     """DeepSpeed's function, with its result in host memory."""
     return combine_grad_norm_groups(norm_groups, norm_type).cpu()
 
 
 def global_norm_on_host(
     input_tensors: Iterable[torch.Tensor],
-    norm_type: float = 2,
+    norm_type: int = 2,
     mpu: MeshMPU | None = None,
     moe_ep_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
@@ -182,9 +182,12 @@ def read_norm_once(engine: DeepSpeedEngine) -> None:
     finds nothing more. The price is that three functions of DeepSpeed are replaced; tests/cuda/test_fake_cuda.py fails
     if a later version reads more.
     """
-    vars(bf16_optimizer)["get_global_norm_of_tensors"] = global_norm_on_host
-    for module in (stage_1_and_2, stage3):
-        vars(module)["combine_grad_norm_groups"] = combined_norm_on_host
+    for module, name, function in (
+        (bf16_optimizer, "get_global_norm_of_tensors", global_norm_on_host),
+        (stage_1_and_2, "combine_grad_norm_groups", combined_norm_on_host),
+        (stage3, "combine_grad_norm_groups", combined_norm_on_host),
+    ):
+        setattr(module, name, function)
     wrapper = engine.optimizer
     zero = isinstance(wrapper, stage_1_and_2.DeepSpeedZeroOptimizer | stage3.DeepSpeedZeroOptimizer_Stage3)
     if zero and getattr(wrapper, "compute_grad_norm", True):  # stage 3 always does
