@@ -115,7 +115,8 @@ LIES = {
     "three offsets": (_file({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}, 4), "malformed"),
     "unknown dtype": (_file({"a": _tensor(0, 4, dtype="Q8")}, 4), "malformed"),
     "no offsets": (_file({"a": {"dtype": "U8", "shape": [1]}}, 1), "malformed"),
-    "empty": (b"", "longer than the file allows"),
+    "empty": (b"", "too short for a header"),
+    "seven bytes": (bytes(7), "too short for a header"),
 }
 
 

@@ -25,6 +25,7 @@ from neox.parallel.wait_tracker import MIN_GROUP_TIMEOUT, raise_group_timeouts
 from neox.runtime.distributed import form_process_group
 from neox.runtime.launch import LaunchInfo
 from neox.runtime.rendezvous import Attempt
+from tests.conftest import close_process_group
 
 WORLD = 8
 
@@ -43,6 +44,8 @@ class Requests:
 @pytest.fixture
 def requests(monkeypatch) -> Requests:
     """A machine of 8 GPUs whose NCCL is torch's fake backend."""
+    if dist.is_initialized():  # by an engine of an earlier test
+        close_process_group()
     out = Requests()
     init, new_group = dist.init_process_group, dist.new_group
 

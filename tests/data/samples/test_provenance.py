@@ -18,13 +18,16 @@ def made(kind: str, make_dataset):
     """A dataset of samples over `corpus` (and `other`), whose token k is k in the first and 5000 + k in the second:
     a token identifies its origin.
     """
-    sizes = np.random.default_rng(1).integers(0, 30, 40)
+    sizes = np.random.default_rng(1).integers(kind == "pairs", 30, 40)  # an answer has at least one token
     starts = np.concatenate([[0], np.cumsum(sizes)])
     corpora = [
         make_dataset([np.arange(starts[d], starts[d + 1]) + base for d in range(40)], name)
         for name, base in (("corpus", 0), ("other", 5000))
     ]
     first, second = corpora
+    opened = {dataset.prefix: dataset for dataset in corpora}
+    if kind == "pairs":
+        return PairDataset((first, None), (second, None), 16, 1), opened
     epoch, packed = EpochDataset(first, (3, 37), 16, 1), PackedDataset(second, (0, 40), 16, 1)
     neox = GptNeoxOrderDataset(second, gpt_neox_order(second.sizes, np.arange(40), 16, COUNT, 3), 16)
     datasets = {
@@ -36,9 +39,8 @@ def made(kind: str, make_dataset):
         "labelled": LabelledDataset(epoch, first, first),
         "blended": BlendedDataset([epoch, neox], [0.3, 0.7]),
         "mixed": MixedDataset([epoch, packed], [0.6, 0.4]),
-        "pairs": PairDataset((first, None), (second, None), 16, 1),
     }
-    return datasets[kind], {dataset.prefix: dataset for dataset in corpora}
+    return datasets[kind], opened
 
 
 KINDS = ["epoch", "neox", "packed", "document", "documents of a range", "labelled", "blended", "mixed", "pairs"]
