@@ -43,7 +43,9 @@ inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
                           [[maybe_unused]] Stream stream, Arguments&&... arguments) {
     std::tuple<Parameters...> fixed(static_cast<Parameters>(arguments)...);
 #if defined(SIMT_EMU)
-    simt::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, fixed); });
+    simt::Launch task{reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, {}};
+    std::apply([&](auto&... values) { (task.arguments.push_back({&values, sizeof(values)}), ...); }, fixed);
+    simt::launch(task, [&] { std::apply(kernel, fixed); });
     return cudaSuccess;
 #else
     const void* const address = reinterpret_cast<const void*>(kernel);

@@ -53,7 +53,15 @@ struct Run {
             segments.push_back(id);
         }
         for (int64_t h = 0; h < c.groups * c.heads && c.alibi; ++h) slopes.push_back(0.5f / static_cast<float>(h + 1));
+        simt::add_memory(segments.data(), segments.size() * sizeof(int32_t), "segments");
+        simt::add_memory(slopes.data(), slopes.size() * sizeof(float), "slopes");
     }
+    ~Run() {
+        simt::remove_memory(segments.data());
+        simt::remove_memory(slopes.data());
+    }
+    Run(const Run&) = delete;
+    Run& operator=(const Run&) = delete;
 
     size_t at(int64_t b, int64_t i, int64_t g, int64_t h, int64_t d) const {
         return static_cast<size_t>((b * positions + i) * row + (g * (shape.heads + 2) + h) * (shape.dim + shape.gap) +

@@ -66,9 +66,14 @@ class Buffer {
           data_(memory_.get() + offset),
           size_(size) {
         std::memset(static_cast<void*>(memory_.get()), 0xff, (size + offset) * sizeof(T));
-        if (size) simt::check::track(data_, size * sizeof(T), name, role == Role::kCached);
+        if (!size) return;
+        simt::check::track(data_, size * sizeof(T), name, role == Role::kCached);
+        simt::add_memory(data_, size * sizeof(T), name);
     }
-    ~Buffer() { simt::check::untrack(data_); }
+    ~Buffer() {
+        simt::check::untrack(data_);
+        simt::remove_memory(data_);
+    }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 

@@ -7,7 +7,6 @@
 
 namespace simt {
 
-int running_thread();
 void suspend(const char* what);  // the running thread waits until resume(its index)
 void resume(int thread);
 

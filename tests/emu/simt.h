@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "check.h"
 #include "types.h"
@@ -52,7 +53,33 @@ Stats& stats();
 [[noreturn]] void abandon_launch(const std::string& message);  // as fail(), also outside of a thread's C++ frames
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread_main);
 
+// A launch, for a launcher that runs something else than the kernel's C++ (tests/ptx).
+struct Argument {
+    const void* data;
+    size_t bytes;
+};
+struct Launch {
+    const void* kernel;
+    dim3 grid, block;
+    size_t shared_bytes;
+    std::vector<Argument> arguments;
+};
+using Launcher = std::function<void(const Launch&, const std::function<void()>& thread_main)>;
+Launcher& launcher();  // null: run_grid
+void launch(const Launch& launch, const std::function<void()>& thread_main);
+
+// The memory that a test gives to kernels, for a launcher that checks or compares it.
+struct Memory {
+    const char* name;
+    char* begin;
+    size_t bytes;
+};
+const std::vector<Memory>& memory();
+void add_memory(void* begin, size_t bytes, const char* name);
+void remove_memory(const void* begin);
+
 int lane_id();
+int running_thread();  // index in the block; -1 outside of kernels
 void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes, const char* name);  // one array per key and block
 void require_shared(const void* address, size_t bytes, const char* what);

@@ -2,7 +2,6 @@
 #include "simt.h"
 
 namespace simt {
-int running_thread();
 
 namespace {
 

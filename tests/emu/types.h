@@ -12,7 +12,6 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline  // not always_inline, which would double the compile time
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
