@@ -31,7 +31,7 @@ REQUIREMENTS = import sys; from setuptools.config.pyprojecttoml import read_conf
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check sweep fuzz gpu-bundle gpu-rehearsal docs wheel bench lint types format clean
+.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check ptx-check ptx-test sweep fuzz gpu-bundle gpu-rehearsal docs wheel bench lint types format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -62,7 +62,7 @@ demo: setup  ## train, stop, resume, evaluate, generate and export a small model
 	$(PY) demo/demo.py
 
 test: ALL_ARCHITECTURES := OFF
-test: lint setup native-test oldest-torch cuda-check emulated-test  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
+test: lint setup native-test oldest-torch cuda-check ptx-check emulated-test  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
@@ -88,6 +88,12 @@ cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUD
 	if command -v nvcc > /dev/null && ! command -v nvdisasm > /dev/null; then $(PIP) nvidia-cuda-nvdisasm || true; fi  # counts instructions
 	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) build/native > /dev/null
 	cmake --build build/native --parallel $(JOBS) --target cuda_check
+
+ptx-check: setup build/native/CMakeCache.txt  ## run the operators' tests on nvcc's PTX, on the CPU, if nvcc is available
+	cmake --build build/native --parallel $(JOBS) --target ptx_check
+
+ptx-test: setup build/native/CMakeCache.txt  ## the same, then bit for bit against the emulated kernels, and planted faults
+	cmake --build build/native --parallel $(JOBS) --target ptx_test
 
 parallel-test: setup  ## compare every layout of up to four processes with one process, and print a table
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/engine/test_parallel.py -q -m parallel

@@ -1,0 +1,124 @@
+// The operators' tests (tests/emu/test_<op>.cpp) with nvcc's PTX instead of the kernels' C++:
+//
+//   test_ptx_ops [--op OP] FILE...            results against fp64, in one schedule
+//   test_ptx_ops --exact [--op OP] FILE...    each launch also runs the C++ from the same memory, and must leave the
+//                                             same bits; for PTX of nvcc -fmad=false, because the emulator's C++ does
+//                                             not fuse a product and a sum
+//
+// With --without PART, kernels whose names contain PART run as C++.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <set>
+
+#include "library.h"
+#include "op_test.h"
+#include "symbols.h"
+
+namespace {
+
+struct Options {
+    bool exact = false;
+    const char* op = nullptr;
+    std::vector<std::string> files, without;
+};
+
+struct Run {
+    ptx::Library library;
+    std::set<const ptx::Kernel*> ran, differ;
+    size_t launches = 0;
+};
+
+using Image = std::vector<std::vector<char>>;
+
+Image save() {
+    Image image;
+    for (const simt::Memory& memory : simt::memory()) image.emplace_back(memory.begin, memory.begin + memory.bytes);
+    return image;
+}
+
+void restore(const Image& image) {
+    for (size_t i = 0; i < image.size(); ++i) std::copy(image[i].begin(), image[i].end(), simt::memory()[i].begin);
+}
+
+// The first difference between memory and the image, empty if there is none.
+std::string difference(const Image& image) {
+    for (size_t i = 0; i < image.size(); ++i) {
+        const simt::Memory& memory = simt::memory()[i];
+        const auto [want, got] = std::mismatch(image[i].begin(), image[i].end(), memory.begin);
+        if (want != image[i].end())
+            return std::string(memory.name) + " + " + std::to_string(want - image[i].begin()) + " bytes";
+    }
+    return "";
+}
+
+void run_launch(Run& run, const Options& options, const simt::Launch& launch, const std::function<void()>& body) {
+    const auto run_emulated = [&] { simt::run_grid(launch.grid, launch.block, launch.shared_bytes, body); };
+    const std::string name = ptx::symbol_of(launch.kernel).name;
+    for (const std::string& part : options.without) {
+        if (name.find(part) != std::string::npos) return run_emulated();
+    }
+    const ptx::Kernel* const kernel = run.library.find(launch.kernel);
+    if (!kernel) return run_emulated();
+    run.ran.insert(kernel);
+    ++run.launches;
+    if (!options.exact) return ptx::run(*kernel, launch);
+    const Image before = save();
+    run_emulated();
+    const Image after = save();
+    restore(before);
+    ptx::run(*kernel, launch);
+    const std::string at = difference(after);
+    if (!at.empty() && run.differ.insert(kernel).second)
+        emu_test::tally.check(false, "PTX and C++ leave the same bits", __FILE__, __LINE__, name + ": " + at);
+}
+
+Options parse_options(int argc, char** argv) {
+    Options options;
+    for (int i = 1; i < argc; ++i) {
+        if (!std::strcmp(argv[i], "--exact")) {
+            options.exact = true;
+        } else if (!std::strcmp(argv[i], "--op") && i + 1 < argc) {
+            options.op = argv[++i];
+        } else if (!std::strcmp(argv[i], "--without") && i + 1 < argc) {
+            options.without.push_back(argv[++i]);
+        } else {
+            options.files.push_back(argv[i]);
+        }
+    }
+    return options;
+}
+
+void report(const Run& run, const Options& options) {
+    std::printf("%zu launches of %zu kernels, of %zu in the PTX\n", run.launches, run.ran.size(), run.library.size());
+    if (options.op) return;
+    std::set<std::string> names;  // a template of a header is in several files
+    for (const ptx::Kernel* kernel : run.ran) names.insert(ptx::demangle(kernel->name));
+    for (const auto& kernel : run.library.kernels()) {
+        const std::string name = ptx::demangle(kernel->name);
+        if (!names.count(name)) std::printf("not launched: %s\n", name.c_str());
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const Options options = parse_options(argc, argv);
+    Run run;
+    const std::string error = emu_test::error_of([&] {
+        for (const std::string& file : options.files) run.library.load(file);
+    });
+    emu_test::tally.check(error.empty(), "the PTX is understood", __FILE__, __LINE__, error);
+    if (!error.empty()) return emu_test::tally.finish();
+    simt::launcher() = [&](const simt::Launch& launch, const auto& body) { run_launch(run, options, launch, body); };
+    for (const emu_test::Operator* op : emu_test::Operator::all()) {
+        if (options.op && std::strcmp(options.op, op->name)) continue;
+        const auto start = std::chrono::steady_clock::now();
+        const std::string failure = emu_test::error_of(op->values);
+        emu_test::tally.check(failure.empty(), op->name, __FILE__, __LINE__, failure);
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        std::printf("%-24s %6.1f s\n", op->name, seconds.count());
+    }
+    report(run, options);
+    return emu_test::tally.finish();
+}
