@@ -1,6 +1,6 @@
 // Damaged .idx files, with random and format-aware damage. The reader accepts exactly what an independent check of the
 // format accepts, allocates little memory, and no lookup in an accepted file goes out of bounds. Arguments: see
-// budget.h (default: 100000 files).
+// budget.h (default: 100000 files, 30000 under sanitizers).
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -165,7 +165,11 @@ bool takes(const std::vector<uint8_t>& bytes, Damager& damager, uint64_t& sum) {
 }  // namespace
 
 int main(int count, char** arguments) {
+#if defined(__SANITIZE_ADDRESS__)
+    Budget budget(count, arguments, 30'000);
+#else
     Budget budget(count, arguments, 100'000);
+#endif
     Damager damager(budget.seed());
     long refused = 0, harmless = 0, changed = 0;
     uint64_t sum = 0;

@@ -58,8 +58,18 @@ void positions_beyond_32_bits() {
     }
 }
 
+// The largest orders under sanitizers are shorter, and only the most threads fill them: an access out of bounds depends
+// on neither.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
+std::vector<int> counts_of_threads(std::vector<int> all) { return kSanitized ? std::vector<int>{all.back()} : all; }
+
 void threads_give_the_same_rows(std::mt19937_64& random) {
-    std::vector<int32_t> sizes(5000), order(1'100'000);
+    std::vector<int32_t> sizes(5000), order(kSanitized ? 300'000 : 1'100'000);
     // half of them empty
     for (auto& size : sizes) size = static_cast<int32_t>(random() % 40) * static_cast<int32_t>(random() % 2);
     for (auto& document : order) document = static_cast<int32_t>(random() % sizes.size());
@@ -73,7 +83,7 @@ void threads_give_the_same_rows(std::mt19937_64& random) {
                               order.data(), static_cast<int64_t>(order.size()), seq_length, out.data(), count, threads);
         };
         fill(want, rows, 1);
-        for (const int threads : {2, 3, 8}) {
+        for (const int threads : counts_of_threads({2, 3, 8})) {
             std::fill(got.begin(), got.end(), -1);
             fill(got, rows, threads);
             EXPECT(got == want);
@@ -129,7 +139,7 @@ void segments_give_the_same_rows(std::mt19937_64& random) {
                           static_cast<int64_t>(order.size()), seq_length, got.data(), static_cast<int64_t>(rows),
                           threads);
     };
-    for (const int threads : {1, 2, 5}) {
+    for (const int threads : counts_of_threads({1, 2, 5})) {
         for (const size_t rows : {want.size() / 2, want.size() / 5, size_t{1}}) {
             fill(rows, threads);
             EXPECT(std::equal(got.begin(), got.end(), want.begin()));
@@ -307,11 +317,7 @@ void epoch_order() {
 }  // namespace
 
 int main(int count, char** arguments) {
-#if defined(__SANITIZE_ADDRESS__)
-    Budget budget(count, arguments, 80);  // as long as 240 rounds without sanitizers
-#else
-    Budget budget(count, arguments, 240);
-#endif
+    Budget budget(count, arguments, kSanitized ? 80 : 240);
     std::mt19937_64 random(20240500 + budget.seed());
     positions_beyond_32_bits<int32_t>();
     positions_beyond_32_bits<int64_t>();
