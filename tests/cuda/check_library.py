@@ -164,14 +164,28 @@ def load(library: Path, operators: list[str]) -> list[str]:
     return [f"{name} has no CUDA kernel" for name in missing] + ([] if names else ["no operator registers anything"])
 
 
+def architectures_of(logs: list[Path]) -> set[str]:
+    """The architectures that the logs report on, such as sm_90a."""
+    return {entry[2] for log in logs for entry in ENTRY.finditer(log.read_text())}
+
+
+def ptx_of(folder: Path) -> list[Path]:
+    """The newest PTX of each file for Hopper. nvcc names it by its architecture if there are several."""
+    kept = (
+        [*path.glob("*_cuda.compute_90.ptx"), *path.glob("*_cuda.ptx")]
+        for path in sorted(folder.glob("*_cuda.cu.keep"))
+    )
+    return [max(paths, key=lambda path: path.stat().st_mtime) for paths in kept if paths]
+
+
 def main() -> int:
     """Returns the exit code: 0 if there are no problems."""
     library, folder, *operators = sys.argv[1:]
-    ptx = [*Path(folder).glob("*.keep/*.compute_90.ptx"), *Path(folder).glob("*.keep/*_hopper_cuda.ptx")]
+    logs = sorted(Path(folder).glob("*.cu.o.log"))
     problems = (
-        report(sorted(Path(folder).glob("*.cu.o.log")))
-        + report_branches(sorted(ptx))
-        + speed.report(Path(folder))
+        report(logs)
+        + report_branches(ptx_of(Path(folder)))
+        + speed.report(Path(folder), architectures_of(logs))
         + hopper_account.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda*.cubin")))
         + load(Path(library), operators)
     )

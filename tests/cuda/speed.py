@@ -399,13 +399,18 @@ def line_of(row: Row, architecture: str) -> str:
     )
 
 
-def report(folder: Path, hot: list[Hot] = HOT) -> list[str]:
-    """Prints counts and bounds of the hot kernels. Returns a problem per kernel beyond a limit."""
+def report(folder: Path, compiled: set[str], hot: list[Hot] = HOT) -> list[str]:
+    """Prints counts and bounds of the hot kernels on the compiled architectures. Returns a problem per kernel that is
+    beyond a limit or was not found.
+    """
     if sass.nvdisasm() is None:
         print("speed by count: skipped, nvdisasm not found; do=pip install nvidia-cuda-nvdisasm")
         return []
     problems = []
     for architecture, device in DEVICES.items():
+        if architecture not in compiled:
+            print(f"speed by count: {architecture} was not compiled")
+            continue
         print(
             f"speed by count, {architecture} ({device.name}): instructions and clocks of a scheduler per warp and pass"
         )

@@ -4,6 +4,8 @@ slow loops.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.cuda import check_library
@@ -71,6 +73,24 @@ $L__BB0_3:
 def test_branches_around_exponentials_are_counted():
     """Branches that skip memory accesses, and loops, do not count."""
     assert check_library.guarded_exponentials(PTX) == {"_Z7guardedPf": 1, "_Z8selectedPf": 0}
+
+
+def test_the_newest_ptx_is_read_under_both_names_that_nvcc_gives_it(tmp_path):
+    kept = tmp_path / "sum_cuda.cu.keep"
+    kept.mkdir()
+    names = ("sum_cuda.compute_80.ptx", "sum_cuda.compute_90.ptx", "sum_cuda.ptx")
+    for age, name in enumerate(names):
+        (kept / name).touch()
+        os.utime(kept / name, (age, age))
+    assert check_library.ptx_of(tmp_path) == [kept / "sum_cuda.ptx"]
+    os.utime(kept / names[1], (9, 9))
+    assert check_library.ptx_of(tmp_path) == [kept / "sum_cuda.compute_90.ptx"]
+
+
+def test_the_architectures_are_those_of_the_logs(tmp_path):
+    log = tmp_path / "sum_cuda.cu.o.log"
+    log.write_text(LOG)
+    assert check_library.architectures_of([log]) == {"sm_80", "sm_90a"}
 
 
 def test_branches_around_exponentials_are_problems(tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_kernels_are_found_in_the_cubins_of_nvcc(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sass, "nvdisasm", lambda: "nvdisasm")
     monkeypatch.setattr(sass, "disassemble", lambda *_: SASS)
     found = row(TILE).hot
-    problems = speed.report(tmp_path, [found, replace(found, title="missing", file="missing")])
+    problems = speed.report(tmp_path, set(speed.DEVICES), [found, replace(found, title="missing", file="missing")])
     assert problems == [
         f"missing on {architecture}: 0 instructions per pass, the limit is 360" for architecture in ("sm_90a", "sm_80")
     ]
@@ -100,9 +100,16 @@ def test_the_newest_cubin_is_read_under_both_names_that_nvcc_gives_it(tmp_path):
     assert speed.cubin_of(tmp_path, "loop", "sm_80") is None
 
 
+def test_only_compiled_architectures_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sass, "nvdisasm", lambda: "nvdisasm")
+    (problem,) = speed.report(tmp_path, {"sm_90a"}, [row(TILE).hot])
+    assert "on sm_90a: 0 instructions" in problem
+    assert "sm_80 was not compiled" in capsys.readouterr().out
+
+
 def test_without_a_disassembler_the_counts_are_skipped(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sass, "nvdisasm", lambda: None)
-    assert speed.report(tmp_path) == []
+    assert speed.report(tmp_path, {"sm_90a"}) == []
     assert "skipped, nvdisasm not found" in capsys.readouterr().out
 
 
