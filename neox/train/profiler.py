@@ -56,7 +56,7 @@ class StepProfiler(Observer):
             return
         if self._profile is None:
             self._profile = torch.profiler.profile(
-                profile_memory=self.config.memory, record_shapes=True, acc_events=True
+                profile_memory=self.config.memory, with_stack=self.config.stacks, record_shapes=True, acc_events=True
             )
             self._profile.start()
             if self.on_gpu:

@@ -59,3 +59,10 @@ def test_in_a_run(tmp_path):
     )
     text = (tmp_path / "run" / "profile" / "rank0.json").read_text()
     assert "neox::" in text and "rank0.json" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_stacks_are_recorded_if_wanted(tmp_path):
+    for stacks in (False, True):
+        profiler = StepProfiler(ProfileConfig(start=1, steps=1, stacks=stacks), tmp_path, Mesh.single(), print)
+        run_steps(profiler, range(1, 2))
+        assert ("test_profiler.py" in profiler.path.read_text()) is stacks

@@ -88,6 +88,7 @@ class ProfileConfig(Section, frozen=True):
     start: NonNegativeInt = Field(default=0, description="first step of the trace; 0: no trace")
     steps: PositiveInt = Field(default=3, description="number of steps")
     memory: bool = Field(default=False, description="record memory allocations")
+    stacks: bool = Field(default=False, description="record the Python stack of each operator")
 
 
 class GuardConfig(Section, frozen=True):
