@@ -2,11 +2,10 @@
 // kernel without a bug must pass.
 //
 //   test_planted_async_bugs [NAME]   runs all bugs that the build can find, or one
-#include <cstring>
 #include <vector>
 
 #include "common/hopper.cuh"
-#include "expect.h"
+#include "planted.h"
 
 namespace {
 
@@ -197,11 +196,6 @@ __global__ void two_products(Task task) {
     consume(task, queries, ring);
 }
 
-struct Outcome {
-    std::string error;
-    bool right = true;
-};
-
 neox::TensorMap map_of(const std::vector<bf16>& rows, bool swizzled) {
     neox::TensorMap map;
     neox::make_tensor_map<bf16>(map, {rows.data(), {kDim, kTiles * kRows, 1, 1}, {1, kDim, 8, 8}, {64, kRows, 1, 1}});
@@ -209,7 +203,7 @@ neox::TensorMap map_of(const std::vector<bf16>& rows, bool swizzled) {
     return map;
 }
 
-Outcome run(Bug bug) {
+emu_test::Outcome run(Bug bug) {
     const auto size = [](int rows) { return static_cast<size_t>(rows) * kDim; };
     std::vector<bf16> q(size(kRows)), k(size(kTiles * kRows)), v(size(kTiles * kRows));
     // small integers, of which every product and sum is exact
@@ -221,7 +215,7 @@ Outcome run(Bug bug) {
     simt::check::track(out.data(), out.size() * sizeof(float), "out");
     const Task task{q.data(), map_of(k, bug != Bug::kUnswizzledCopy), map_of(v, bug != Bug::kUnswizzledCopy),
                     out.data(), bug};
-    Outcome outcome;
+    emu_test::Outcome outcome;
     outcome.error = emu_test::error_of([&] {
         neox::launch(two_products, dim3(1), dim3(3 * kWarpgroupSize), (1 + kSlots) * kTileBytes + 2 * kSlots * 8,
                      nullptr, task);
@@ -240,14 +234,7 @@ Outcome run(Bug bug) {
     return outcome;
 }
 
-struct Planted {
-    Bug bug;
-    const char* name;
-    const char* error;           // in the report of the emulator or the race checker; empty: wrong results
-    bool needs_checker = false;  // otherwise the emulator reports it, or results are wrong in some schedule
-};
-
-const Planted kPlanted[] = {
+const emu_test::Planted<Bug> kPlanted[] = {
     {Bug::kMissingWait, "missing_wait", "before its wait"},
     {Bug::kLateWait, "late_wait", "before its wait"},
     {Bug::kWrongParity, "wrong_parity", ""},
@@ -277,37 +264,6 @@ const Planted kPlanted[] = {
     {Bug::kSwappedCoordinates, "swapped_coordinates", ""},
 };
 
-// The checker needs one schedule. Without it, a bug must change the result of one of several.
-bool found(const Planted& planted, std::string* message) {
-    using simt::Order;
-    for (int schedule = 0; schedule < 6; ++schedule) {
-        simt::config().order = schedule == 0 ? Order::kRoundRobin : schedule == 1 ? Order::kReverse : Order::kRandom;
-        simt::config().seed = static_cast<uint64_t>(schedule);
-        const Outcome outcome = run(planted.bug);
-        *message = outcome.error;
-        if (!outcome.error.empty())
-            return !simt::check::kEnabled || outcome.error.find(planted.error) != std::string::npos;
-        if (!outcome.right) return true;
-        if (simt::check::kEnabled) return false;
-    }
-    return false;
-}
-
 }  // namespace
 
-int main(int argc, char** argv) {
-    for (const Planted& planted : kPlanted) {
-        if (argc > 1 && std::strcmp(argv[1], planted.name)) continue;
-        if (argc == 1 && planted.needs_checker && !simt::check::kEnabled) continue;
-        std::string message;
-        emu_test::tally.check(found(planted, &message), planted.name, __FILE__, __LINE__, message);
-        if (argc > 1) std::printf("%s\n", message.c_str());
-    }
-    for (const auto order : {simt::Order::kRoundRobin, simt::Order::kReverse, simt::Order::kRandom}) {
-        simt::config().order = order;
-        const Outcome clean = run(Bug::kNone);
-        emu_test::tally.check(clean.error.empty() && clean.right, "the kernel without a bug passes", __FILE__, __LINE__,
-                              clean.error);
-    }
-    return emu_test::tally.finish();
-}
+int main(int argc, char** argv) { return emu_test::run_planted(argc, argv, kPlanted, run); }

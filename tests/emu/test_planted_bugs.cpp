@@ -4,13 +4,12 @@
 //   test_planted_bugs        runs all bugs that the build can find: by the race checker (SIMT_CHECK), or by wrong
 //                            results in several schedules
 //   test_planted_bugs NAME   runs one; under AddressSanitizer, invalid accesses must end the process
-#include <cstring>
 #include <vector>
 
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
-#include "expect.h"
+#include "planted.h"
 
 namespace {
 
@@ -93,12 +92,7 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
     if (t == 0) y[bug == Bug::kPlainStoreFromTwoBlocks ? 0 : blockIdx.x] = total;
 }
 
-struct Outcome {
-    std::string error;
-    bool right = true;
-};
-
-Outcome run(Bug bug) {
+emu_test::Outcome run(Bug bug) {
     constexpr int kBlocks = 3;
     std::vector<float> x(kBlocks * 4 * kThreads), y(kBlocks, -1.0f);
     std::vector<double> expected(kBlocks, 0.0);
@@ -109,7 +103,7 @@ Outcome run(Bug bug) {
     simt::check::untrack_all();
     simt::check::track(x.data(), x.size() * sizeof(float), "x");
     simt::check::track(y.data(), y.size() * sizeof(float), "y");
-    Outcome outcome;
+    emu_test::Outcome outcome;
     outcome.error = emu_test::error_of([&] {
         neox::launch(staged_sum, dim3(kBlocks), dim3(kThreads), 0, nullptr, x.data(), y.data(), static_cast<int>(bug));
     });
@@ -118,66 +112,26 @@ Outcome run(Bug bug) {
     return outcome;
 }
 
-struct Planted {
-    Bug bug;
-    const char* name;
-    const char* error;   // expected in the report of the race checker or the emulator
-    bool needs_checker;  // otherwise the emulator reports it, or results are wrong in some schedule
-    bool needs_sanitizer;
-};
-
-const Planted kPlanted[] = {
-    {Bug::kMissingBarrierAfterWrite, "missing_barrier_after_write", "", false, false},
-    {Bug::kMissingBarrierBeforeReuse, "missing_barrier_before_reuse", "race", true, false},
-    {Bug::kMissingWarpBarrier, "missing_warp_barrier", "neighbours", true, false},
-    {Bug::kUnwrittenShared, "unwritten_shared", "never written", false, false},
-    {Bug::kMissingCopyWait, "missing_copy_wait", "cp.async", false, false},
-    {Bug::kSharedOverrun, "shared_overrun", "out of bounds", true, false},
+const emu_test::Planted<Bug> kPlanted[] = {
+    {Bug::kMissingBarrierAfterWrite, "missing_barrier_after_write", "never written"},
+    {Bug::kMissingBarrierBeforeReuse, "missing_barrier_before_reuse", "race", true},
+    {Bug::kMissingWarpBarrier, "missing_warp_barrier", "neighbours", true},
+    {Bug::kUnwrittenShared, "unwritten_shared", "never written"},
+    {Bug::kMissingCopyWait, "missing_copy_wait", "cp.async"},
+    {Bug::kSharedOverrun, "shared_overrun", "out of bounds", true},
     {Bug::kGlobalOverrun, "global_overrun", "", false, true},
-    {Bug::kMisalignedLoad, "misaligned_load", "misaligned", false, false},
+    {Bug::kMisalignedLoad, "misaligned_load", "misaligned"},
     {Bug::kMisalignedDereference, "misaligned_dereference", "", false, true},
-    {Bug::kDivergentShuffle, "divergent_shuffle", "divergent", false, false},
-    {Bug::kWrongMask, "wrong_mask", "divergent", false, false},
-    {Bug::kDivergentBarrier, "divergent_barrier", "", false, false},
-    {Bug::kPlainStoreFromTwoBlocks, "plain_store_from_two_blocks", "another block", true, false},
-    {Bug::kPlainStoreBesideAtomics, "plain_store_beside_atomics", "race", true, false},
-    {Bug::kMissingNamedBarrier, "missing_named_barrier", "halves", false, false},
-    {Bug::kWrongBarrierCount, "wrong_barrier_count", "deadlock", false, false},
-    {Bug::kExitedLane, "exited_lane", "exit", false, false},
+    {Bug::kDivergentShuffle, "divergent_shuffle", "divergent"},
+    {Bug::kWrongMask, "wrong_mask", "divergent"},
+    {Bug::kDivergentBarrier, "divergent_barrier", "never written"},
+    {Bug::kPlainStoreFromTwoBlocks, "plain_store_from_two_blocks", "another block", true},
+    {Bug::kPlainStoreBesideAtomics, "plain_store_beside_atomics", "race", true},
+    {Bug::kMissingNamedBarrier, "missing_named_barrier", "halves"},
+    {Bug::kWrongBarrierCount, "wrong_barrier_count", "deadlock"},
+    {Bug::kExitedLane, "exited_lane", "exit"},
 };
-
-// The checker needs one schedule. Without it, a bug must change the result of one of several.
-bool found(const Planted& planted, std::string* message) {
-    using simt::Order;
-    for (int schedule = 0; schedule < 8; ++schedule) {
-        simt::config().order = schedule == 0 ? Order::kRoundRobin : schedule == 1 ? Order::kReverse : Order::kRandom;
-        simt::config().seed = static_cast<uint64_t>(schedule);
-        const Outcome outcome = run(planted.bug);
-        *message = outcome.error;
-        if (!outcome.error.empty())
-            return !simt::check::kEnabled || outcome.error.find(planted.error) != std::string::npos;
-        if (simt::check::kEnabled) return false;
-        if (!outcome.right) return true;
-    }
-    return false;
-}
 
 }  // namespace
 
-int main(int argc, char** argv) {
-    for (const Planted& planted : kPlanted) {
-        if (argc > 1 && std::strcmp(argv[1], planted.name)) continue;
-        const bool findable =
-            simt::check::kEnabled ? !planted.needs_sanitizer : !planted.needs_checker && !planted.needs_sanitizer;
-        if (argc == 1 && !findable) continue;
-        std::string message;
-        emu_test::tally.check(found(planted, &message), planted.name, __FILE__, __LINE__, message);
-    }
-    for (const auto order : {simt::Order::kRoundRobin, simt::Order::kReverse, simt::Order::kRandom}) {
-        simt::config().order = order;
-        const Outcome clean = run(Bug::kNone);
-        emu_test::tally.check(clean.error.empty() && clean.right, "the kernel without a bug passes", __FILE__, __LINE__,
-                              clean.error);
-    }
-    return emu_test::tally.finish();
-}
+int main(int argc, char** argv) { return emu_test::run_planted(argc, argv, kPlanted, run); }
