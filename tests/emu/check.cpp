@@ -31,9 +31,9 @@ struct Cell {
     Access writer, readers[2];
     bool written = false;
     Copy in_flight = Copy::kNone;
-    bool unfenced = false;              // written by a thread, whose number of proxy fences then was `fences`
+    bool written_by_thread = false;     // by the generic proxy, not by a bulk copy
     uint16_t asynchronous_readers = 0;  // wgmma in flight
-    uint32_t fences = 0;
+    uint32_t fences = 0;                // the writer's proxy fences before the write
 };
 
 struct Region {
@@ -49,7 +49,7 @@ struct Region {
 struct Clock {
     std::shared_ptr<const std::vector<uint32_t>> others;
     uint32_t own = 1;
-    uint32_t proxy_fences = 0;
+    std::vector<uint32_t> proxy_fences;  // the local clock at each fence.proxy.async
 };
 
 // What the arrivals at an mbarrier have released: of the current phase, and with the last complete phase.
@@ -69,6 +69,17 @@ bool happened_before(const Access& access, int thread) {
     if (access.thread == kNobody || (access.thread == thread && access.block == block_number)) return true;
     if (access.block != block_number) return false;  // the blocks of a launch are unordered
     return (*clocks[static_cast<size_t>(thread)].others)[static_cast<size_t>(access.thread)] >= access.clock;
+}
+
+// Whether `thread` has synchronised with a fence.proxy.async of the cell's writer that follows the write.
+bool fenced(const Cell& cell, int thread) {
+    const std::vector<uint32_t>& fences = clocks[static_cast<size_t>(cell.writer.thread)].proxy_fences;
+    return cell.fences < fences.size() &&
+           happened_before(Access{cell.writer.thread, false, fences[cell.fences], cell.writer.block}, thread);
+}
+
+uint32_t fences_of(int thread) {
+    return static_cast<uint32_t>(clocks[static_cast<size_t>(thread)].proxy_fences.size());
 }
 
 Region* find(uintptr_t address) {
@@ -161,8 +172,8 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
         }
         cell.writer = now;
         cell.written = true;
-        cell.unfenced = true;
-        cell.fences = clocks[static_cast<size_t>(thread)].proxy_fences;
+        cell.written_by_thread = true;
+        cell.fences = fences_of(thread);
         cell.readers[0] = cell.readers[1] = Access{};
     }
 }
@@ -207,7 +218,7 @@ void begin_block(int num_threads) {
     shared_regions.clear();
     ++block_number;
     const auto nothing = std::make_shared<std::vector<uint32_t>>(static_cast<size_t>(num_threads + kMostMbarriers), 0);
-    clocks.assign(static_cast<size_t>(num_threads), Clock{nothing, 1, 0});
+    clocks.assign(static_cast<size_t>(num_threads), Clock{nothing, 1, {}});
     for (Released& barrier : released) barrier = Released{*nothing, nothing};
     for (auto& threads : arrived) threads.clear();
     active = true;
@@ -272,7 +283,7 @@ void in_flight(const void* address, size_t bytes, bool on) {
         Cell& cell = region->cells[(begin + i - region->begin) / kCellBytes];
         cell.in_flight = on ? Copy::kCpAsync : Copy::kNone;
         // cp.async belongs to the generic proxy; a fence before its wait does not order it
-        if (running_thread() >= 0) cell.fences = clocks[static_cast<size_t>(running_thread())].proxy_fences;
+        if (running_thread() >= 0) cell.fences = fences_of(running_thread());
     }
 }
 
@@ -306,8 +317,7 @@ void touch_asynchronously(int thread, const void* pointer, size_t bytes, const B
         };
         if (cell.in_flight != Copy::kNone) complain("data of a copy used before its wait", {});
         if (!happened_before(cell.writer, thread)) complain("race (asynchronous access after write)", cell.writer);
-        const bool by_thread = cell.writer.thread >= 0 && cell.writer.thread < static_cast<int>(clocks.size());
-        if (cell.unfenced && by_thread && clocks[static_cast<size_t>(cell.writer.thread)].proxy_fences == cell.fences)
+        if (cell.written_by_thread && !fenced(cell, thread))
             complain("asynchronous access to a byte that was written without a fence.proxy.async", cell.writer);
         body(cell, complain);
     }
@@ -344,7 +354,10 @@ void mbarrier_acquire(int thread, int barrier) {
     known = std::move(merged);
 }
 
-void proxy_fence(int thread) { ++clocks[static_cast<size_t>(thread)].proxy_fences; }
+void proxy_fence(int thread) {
+    Clock& clock = clocks[static_cast<size_t>(thread)];
+    clock.proxy_fences.push_back(clock.own);
+}
 
 void bulk_write(int thread, int barrier, uint32_t phase, const void* address, size_t bytes) {
     const auto agent = static_cast<int16_t>(static_cast<int>(clocks.size()) + barrier);
@@ -355,7 +368,7 @@ void bulk_write(int thread, int barrier, uint32_t phase, const void* address, si
         if (cell.asynchronous_readers) complain("bulk copy over data that a wgmma in flight reads", {});
         cell.writer = Access{agent, false, phase, block_number};
         cell.written = true;
-        cell.unfenced = false;
+        cell.written_by_thread = false;
         cell.in_flight = Copy::kBulk;
         cell.readers[0] = cell.readers[1] = Access{};
     });

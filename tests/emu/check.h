@@ -7,8 +7,9 @@
 //
 // The asynchronous units (async.h): the copies of an mbarrier's phase count as an agent, which those threads have
 // synchronised with that waited for the phase. A byte that wgmma reads must not be written between issue and wait. A
-// byte that a thread has written must not be read or overwritten asynchronously before that thread's
-// fence.proxy.async.
+// byte that a thread has written may be read or overwritten asynchronously only after that thread's fence.proxy.async
+// and a synchronisation that follows the fence. PTX also accepts a fence of the accessing thread after the
+// synchronisation; our kernels do not need it.
 #pragma once
 
 #include <cstddef>

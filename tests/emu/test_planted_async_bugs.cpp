@@ -20,6 +20,7 @@ enum class Bug {
     kWrongParity,
     kMissingProxyFence,
     kEarlyProxyFence,
+    kLateProxyFence,
     kTooFewBytes,
     kTooManyBytes,
     kUnswizzledCopy,
@@ -93,8 +94,11 @@ void copy_queries(const Task& task, bf16* tile) {
     neox::cp_async_commit();
     if (task.bug == Bug::kEarlyProxyFence) neox::fence_proxy_async();
     neox::cp_async_wait<0>();
-    if (task.bug != Bug::kMissingProxyFence && task.bug != Bug::kEarlyProxyFence) neox::fence_proxy_async();
+    const bool fences =
+        task.bug != Bug::kMissingProxyFence && task.bug != Bug::kEarlyProxyFence && task.bug != Bug::kLateProxyFence;
+    if (fences) neox::fence_proxy_async();
     neox::named_barrier(1, kWarpgroupSize);
+    if (task.bug == Bug::kLateProxyFence) neox::fence_proxy_async();
 }
 
 uint64_t with_stride(uint64_t descriptor, unsigned bytes) {
@@ -240,6 +244,7 @@ const emu_test::Planted<Bug> kPlanted[] = {
     {Bug::kWrongParity, "wrong_parity", ""},
     {Bug::kMissingProxyFence, "missing_proxy_fence", "fence.proxy.async", true},
     {Bug::kEarlyProxyFence, "early_proxy_fence", "fence.proxy.async", true},
+    {Bug::kLateProxyFence, "late_proxy_fence", "fence.proxy.async", true},
     {Bug::kTooFewBytes, "too_few_bytes", "more bytes than expected"},
     {Bug::kTooManyBytes, "too_many_bytes", "8192 bytes pending"},
     {Bug::kUnswizzledCopy, "unswizzled_copy", ""},

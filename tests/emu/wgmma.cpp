@@ -67,8 +67,8 @@ struct Descriptor {
           leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
           stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
           transposed(is_transposed) {
-        if (bits >> 62 != 1) fail("wgmma: the emulator knows descriptors with a 128-byte swizzle only");
-        if (bits >> 49 & 7) fail("wgmma: the emulator knows descriptors with base offset 0 only");
+        if (bits >> 62 != 1) fail("wgmma: the emulator supports descriptors with a 128-byte swizzle only");
+        if (bits >> 49 & 7) fail("wgmma: the emulator supports descriptors with base offset 0 only");
         if (start >> 7 & 7) fail("wgmma: the matrix must start in the first row of a swizzled pattern of 1024 bytes");
     }
     // Address of 8 consecutive elements: columns of a row, or rows of a column if transposed.
