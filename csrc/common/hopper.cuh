@@ -100,15 +100,11 @@ NEOX_DEVICE void bulk_load(void* shared, const TensorMap* map, uint64_t* barrier
 #endif
 }
 
-// Fetches a tensor map, a kernel parameter, before its first use.
-NEOX_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
-#if defined(__CUDA_ARCH__)
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-#endif
-}
+// Registers that the launch gives every thread of a block that has a multiprocessor for itself.
+constexpr int launched_registers(int threads) { return 65536 / threads / 8 * 8; }
 
 // Changes the number of registers per thread, by all warps of a warpgroup. Together the threads of a block must stay
-// within what it was launched with.
+// within what it was launched with: an increase waits for registers that other warps of the block release.
 template <int kRegisters>
 NEOX_DEVICE void release_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -171,7 +167,8 @@ NEOX_DEVICE void wgmma_wait() {
 #endif
 }
 
-// Keeps the compiler from moving accesses to registers of a wgmma across this point. Used after its issue and its wait.
+// Keeps the compiler from moving accesses to registers of a wgmma across this point, and from reusing them before it.
+// Used after the wait.
 template <class Word, int kColumns, int kPart>
 NEOX_DEVICE void pin([[maybe_unused]] Word (&registers)[kColumns][kPart]) {
 #if defined(__CUDA_ARCH__)

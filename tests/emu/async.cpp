@@ -38,7 +38,7 @@ struct State {
     std::vector<Part> parts;
     std::vector<int> registers;  // per thread
     std::vector<int> starved;    // threads that wait for registers
-    int free_registers = 0;      // per thread of the block
+    int free_registers = 0;      // that threads of the block have released
     std::mt19937_64 random_bits;
 };
 
@@ -148,7 +148,7 @@ void begin_block(int num_threads) {
     state.starved.clear();
     const int registers = std::min(kRegisterFile / num_threads / 8 * 8, 255);
     state.registers.assign(static_cast<size_t>(num_threads), registers);
-    state.free_registers = kRegisterFile - registers * num_threads;
+    state.free_registers = 0;  // the pool is that of the block: what the launch leaves of the file is not in it
     state.random_bits.seed(config().seed);
     wgmma::begin_block(num_threads);
 }

@@ -179,6 +179,16 @@ void test_misuse() {
         neox::release_registers<48>();
     };
     EXPECT_ERROR([&] { run(128, 1024, release_more); }, "setmaxnreg.dec: 48 from 40");
+    // Of three warpgroups with 168 registers per thread one releases 72. The file has another 8 per thread of a
+    // warpgroup, which are not the block's.
+    const auto move_registers = [](auto count) {
+        run(384, 1024, [] {
+            if (threadIdx.x < 128) neox::acquire_registers<decltype(count)::value>();
+            if (threadIdx.x >= 256) neox::release_registers<96>();
+        });
+    };
+    EXPECT(emu_test::error_of([&] { move_registers(std::integral_constant<int, 240>{}); }).empty());
+    EXPECT_ERROR([&] { move_registers(std::integral_constant<int, 248>{}); }, "setmaxnreg.inc");
     EXPECT_ERROR([] { run(128, 1024, [] { neox::release_registers<20>(); }); }, "multiple of 8");
     EXPECT_ERROR(
         [] {

@@ -17,7 +17,9 @@ struct HopperBackwardShape {
     static constexpr int kM = 1, kParts = 1, kPartDim = kDim_;  // of KeySums: a warp has 16 keys and all channels
     static constexpr int kDim = kDim_, kRows = kRows_, kKeys = 128, kStep = 64, kStages = 2;
     static constexpr int kConsumers = 2 * kWarpgroupSize, kThreads = kConsumers + kWarpgroupSize;
-    static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+    static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;  // per thread
+    static_assert(kConsumers * kConsumerRegisters + kWarpgroupSize * kProducerRegisters <=
+                  kThreads * launched_registers(kThreads));
     static constexpr unsigned kKeyPanelBytes = kKeys * kPanelRowBytes, kRowPanelBytes = kRows * kPanelRowBytes;
     static constexpr unsigned kKeyBytes = kDim / 64 * kKeyPanelBytes, kRowBytes = kDim / 64 * kRowPanelBytes,
                               kGradientBytes = kRows / 64 * kKeyPanelBytes;

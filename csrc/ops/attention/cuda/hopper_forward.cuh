@@ -19,8 +19,9 @@ struct HopperShape {
     static constexpr int kDim = kDim_, kSlots = kSlots_;  // tiles in the ring
     static constexpr int kRows = kForwardRows, kKeys = kHopperKeys, kM = 1;
     static constexpr int kConsumers = kRows / 64 * kWarpgroupSize, kThreads = kConsumers + kWarpgroupSize;
-    // per thread: 65,536 in all, of which the launch gives every thread 168
-    static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+    static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;  // per thread
+    static_assert(kConsumers * kConsumerRegisters + kWarpgroupSize * kProducerRegisters <=
+                  kThreads * launched_registers(kThreads));
     static constexpr unsigned kPanelBytes = kKeys * kPanelRowBytes, kTileBytes = kDim / 64 * kPanelBytes;
     static constexpr size_t kSharedBytes =
         static_cast<size_t>(kRows) * kDim * 2 + kSlots * (kTileBytes + 2 * sizeof(uint64_t));
