@@ -27,8 +27,8 @@ inline const char* tensor_map_problem(const TensorBox& of) {
     if (reinterpret_cast<uintptr_t>(of.data) % 16) return "its address must be a multiple of 16 bytes";
     for (int i = 0; i < 4; ++i) {
         if (of.sizes[i] < 1 || of.sizes[i] > int64_t{1} << 32) return "its sizes must be from 1 to 2^32";
-        if (i && (of.strides[i] * 2 % 16 || of.strides[i] < 0 || of.strides[i] * 2 >= int64_t{1} << 40))
-            return "its strides must be multiples of 16 bytes below 2^40";
+        if (i && (of.strides[i] * 2 % 16 || of.strides[i] <= 0 || of.strides[i] * 2 >= int64_t{1} << 40))
+            return "its strides must be positive multiples of 16 bytes below 2^40";
         if (of.box[i] < 1 || of.box[i] > 256) return "a box must have 1 to 256 elements per dimension";
     }
     return of.box[0] == 64 ? nullptr : "a row of the box must have 128 bytes, which its swizzle permutes";

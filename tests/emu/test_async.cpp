@@ -216,6 +216,7 @@ void test_tensor_maps() {
     EXPECT(broken([](neox::TensorBox& box) { box.sizes[1] = 0; }));
     EXPECT(broken([](neox::TensorBox& box) { box.strides[1] = 68; }));
     EXPECT(broken([](neox::TensorBox& box) { box.strides[3] = -8; }));
+    EXPECT(broken([](neox::TensorBox& box) { box.strides[2] = 0; }));
     EXPECT(broken([](neox::TensorBox& box) { box.box[1] = 257; }));
     EXPECT(broken([](neox::TensorBox& box) { box.box[0] = 32; }));
 }

@@ -102,6 +102,8 @@ void refusals() {
     names("scale that is not positive", [](neox::Attention& in) { in.scale = -1.0f; });
     names("multiples of 16 bytes", [](neox::Attention& in) { in.k = static_cast<const char*>(in.k) + 2; });
     names("multiples of 16 bytes", [](neox::Attention& in) { in.v_strides.sequence = 68; });
+    names("must not be expanded", [](neox::Attention& in) { in.k_strides.sequence = 0; });
+    names("must not be expanded", [](neox::Attention& in) { in.batch = 2, in.v_strides.batch = 0; });
     simt::config().compute_capability = 8;
     names("compute capability 9.0", [](neox::Attention&) {});
     simt::config().compute_capability = 9;

@@ -63,7 +63,12 @@ const char* attention_hopper_problem_cuda(const Attention& in) {
     if (is_general(in)) return "softcap, ALiBi, dropout and a scale that is not positive are not supported";
     const bool aligned = rows_vectorize(in, in.q, in.q_strides, in.heads) &&
                          rows_vectorize(in, in.k, in.k_strides, 1) && rows_vectorize(in, in.v, in.v_strides, 1);
-    return aligned ? nullptr : "rows of q, k and v must start at multiples of 16 bytes";
+    if (!aligned) return "rows of q, k and v must start at multiples of 16 bytes";
+    const auto expanded = [&](const AttentionStrides& of) {
+        return (in.keys > 1 && !of.sequence) || (in.groups > 1 && !of.group) || (in.batch > 1 && !of.batch);
+    };
+    const bool mapped = !expanded(in.k_strides) && !expanded(in.v_strides);  // a tensor map has no strides of 0
+    return mapped ? nullptr : "k and v must not be expanded";
 }
 
 }  // namespace neox
