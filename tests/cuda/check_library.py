@@ -22,6 +22,8 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+# such as wgmma that ptxas serialises, and setmaxnreg that it ignores; for nvcc no warning
+LOSS = re.compile(r"Potential Performance Loss: (.*)")
 
 PTX_ENTRY = re.compile(r"^\s*(?:\.visible |\.weak )*\.entry (\w+)")
 PTX_BRANCH = re.compile(r"@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
@@ -137,6 +139,7 @@ def report(logs: list[Path]) -> list[str]:
                 for form in forms
                 if form.spilled
             ]
+        problems += [f"{operator}: {loss}" for loss in sorted(set(LOSS.findall(log.read_text())))]
         if not kernels and operator not in HOST_ONLY:
             problems.append(f"{log}: no kernel in it")
     return problems

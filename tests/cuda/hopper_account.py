@@ -162,7 +162,7 @@ def account(counts: Counter[str], work: Work, head_dim: int) -> Account:
 def report(cubins: list[Path]) -> list[str]:
     """Prints the account of each kernel. Returns a problem per kernel whose bound is below its goal."""
     if sass.nvdisasm() is None:
-        return []  # the report of sass.py prints why
+        return []  # the report of speed.py prints why
     problems = []
     print("   instructions tensor shared  issue  exponentials  bound, serial in TFLOP/s  kernel on sm_90a")
     for cubin in cubins:

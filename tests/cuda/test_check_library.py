@@ -43,6 +43,13 @@ def test_spills_and_empty_logs_are_problems(tmp_path, capsys):
     assert "      255    1056     16      20  sum add" in capsys.readouterr().out
 
 
+def test_what_ptxas_serialises_is_a_problem(tmp_path):
+    log = tmp_path / "sum_cuda.cu.o.log"
+    loss = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
+    log.write_text(LOG.replace("8 bytes spill stores, 12", "0 bytes spill stores, 0") + loss * 2)
+    assert check_library.report([log]) == ["sum: wgmma.mma_async instructions are serialized"]
+
+
 def test_registrations_of_an_operator_are_found():
     assert check_library.implementations("bias_gelu") == ["bias_gelu", "bias_gelu_backward"]
 
