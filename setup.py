@@ -156,7 +156,8 @@ def hopper_objects(folder: Path) -> list[str]:
     No other target has their instructions, and setuptools knows one list of flags per library.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max((ROOT / source).stat().st_mtime for source in sources("csrc/**/*.*"))
+    read = ["setup.py", *sources("csrc/common/*.*"), *sources("csrc/ops/**/*.h"), *sources("csrc/ops/**/*.cu*")]
+    newest = max((ROOT / source).stat().st_mtime for source in read)
     objects = []
     for source in sources(f"csrc/ops/**/*{HOPPER}"):
         target = folder / f"{Path(source).stem}.o"
