@@ -49,8 +49,8 @@ void raise_fault(const Fault& fault) {
 
 uint64_t check_below(int64_t value, uint64_t bound, const char* what) {
     if (value < 0 || static_cast<uint64_t>(value) > bound)
-        throw py::index_error(std::string(what) + " " + std::to_string(value) + " is out of range, have " +
-                              std::to_string(bound));
+        throw py::index_error(std::string(what) + " " + std::to_string(value) +
+                              " is out of range: it must be from 0 to " + std::to_string(bound));
     return static_cast<uint64_t>(value);
 }
 
@@ -292,7 +292,7 @@ void bind_dataset(py::module_& module) {
                  const auto& self = object.cast<const IndexedDataset&>();
                  const auto& index = self.index();
                  if (i < 0 || static_cast<uint64_t>(i) >= index.num_sequences())
-                     throw py::index_error("sequence " + std::to_string(i) + " is out of range, have " +
+                     throw py::index_error("sequence " + std::to_string(i) + " is out of range: the dataset has " +
                                            std::to_string(index.num_sequences()));
                  self.check_unchanged();
                  const auto size = static_cast<uint64_t>(index.size(static_cast<uint64_t>(i)));

@@ -407,10 +407,10 @@ def check_manifest(manifest: Manifest) -> None:
             covered[segment.kind, segment.name].append((segment.slices, segment.start, segment.stop))
         if file.header < 8 or file.header + end != file.size:
             raise CheckpointError(
-                "sizes contradict each other",
+                "file size does not match its segments",
                 where=file.name,
                 got=f"{file.size} bytes",
-                want=f"{file.header} + {end} bytes",
+                want=f"{file.header} of the header and {end} of the segments",
             )
     check_segments(manifest.tensors, covered)
 

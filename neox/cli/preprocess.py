@@ -126,9 +126,9 @@ def text_encoding(args: argparse.Namespace) -> Encoding:
     """
     alone = [name for name in ("pairs", "last_only", "chat_template") if vars(args)[name]]
     if alone:
-        raise ConfigError("option without --chat", where=f"--{alone[0].replace('_', '-')}", do="add --chat")
+        raise ConfigError("option needs --chat", where=f"--{alone[0].replace('_', '-')}", do="add --chat")
     if args.bos_token is not None and not args.prepend_bos:
-        raise ConfigError("option without --prepend-bos", where="--bos-token", do="add --prepend-bos")
+        raise ConfigError("option needs --prepend-bos", where="--bos-token", do="add --prepend-bos")
     return Encoding(
         tokenizer=args.tokenizer,
         eod_token=args.eod_token,
@@ -158,7 +158,7 @@ def chat_encoding(args: argparse.Namespace) -> ChatEncoding:
         raise ConfigError(
             "option does not apply to conversations",
             where=excluded[0],
-            do="leave it out; the chat template adds the special tokens",
+            do="leave it out" + ("" if args.resume else ", because the chat template adds the special tokens"),
         )
     keys = PAIR if args.pairs else (MESSAGES[0] if args.json_key is None else args.json_key,)
     return ChatEncoding(

@@ -191,7 +191,7 @@ def train(
         errors = [line for line in lines if line.startswith("error[")] or lines[-3:]
         got = f"exit code {code}: {' | '.join(errors)}"
         raise CheckpointError(
-            "a run of the comparison failed",
+            "training run failed",
             where=run_folder,
             got=got,
             want=f"exit code {min(wanted)}",

@@ -85,7 +85,7 @@ HOSTILE = {
     "moved segment": (_entry(5, 4), "not contiguous"),
     "no checksum": (_entry(6, []), "one checksum"),
     "checksum not hexadecimal": (_entry(6, ["z" * 64]), "hex digits of xxh3"),
-    "header too long": (_set(("files", 0, "header"), 10_000_000), "sizes contradict"),
+    "header too long": (_set(("files", 0, "header"), 10_000_000), "does not match its segments"),
     "block of zero bytes": (_set(("block",), 0), "bytes per checksum"),
     "file twice": (lambda body: body["files"].append(body["files"][0]), "listed twice|overlap"),
     "file missing": (_set(("files",), []), "not covered exactly once"),

@@ -88,7 +88,7 @@ def test_a_bos_is_prepended_when_asked_for(corpus, capsys):
     assert call(corpus, "--overwrite", "--prepend-bos", "--bos-token", "<nowhere>") == 2
     assert "error[2] tokenizer has no beginning-of-sequence token; where=" in capsys.readouterr().err
     assert call(corpus, "--overwrite", "--bos-token", "<s>") == 2
-    assert "error[2] option without --prepend-bos; where=--bos-token" in capsys.readouterr().err
+    assert "error[2] option needs --prepend-bos; where=--bos-token" in capsys.readouterr().err
     assert call(corpus, "--overwrite", "--chat", "--prepend-bos") == 2
     assert "error[2] option does not apply to conversations; where=--prepend-bos" in capsys.readouterr().err
 
@@ -229,7 +229,7 @@ def test_conversations_and_pairs(corpus, capsys):
     for name in ("chosen", "chosen_labels", "rejected", "rejected_labels"):
         assert len(IndexedDataset(corpus / f"out_{name}")) == 1
     for arguments, message in (
-        (["--pairs"], "option without --chat; where=--pairs"),
+        (["--pairs"], "option needs --chat; where=--pairs"),
         (["--chat"], "no chat template"),
         (["--chat", "--chat-template", "plain", "--resume"], "where=--resume"),
     ):

@@ -85,7 +85,7 @@ def test_the_command_with_processes_of_its_own(conf, tmp_path, capsys):
 def test_a_run_that_fails_is_an_error_with_its_line(conf, tmp_path, capsys):
     code = main(["verify-resume", str(conf), "--steps", "3", "--kill-at", "1", "--set", "train.micro_batch_size=3"])
     assert code == 4
-    assert "a run of the comparison failed" in capsys.readouterr().err
+    assert "training run failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -60,8 +60,8 @@ class Parameters {
     bool has(Part part) const { return list_[part].has_value(); }
 
     int64_t rows(Part part) const {
-        check(kOp, has(part) && list_[part]->dim() == 2, kNames[part], "must be a matrix",
-              has(part) ? "another shape" : "none");
+        check(kOp, has(part), kNames[part], "is needed", "none");
+        check_rank(kOp, *list_[part], kNames[part], 2, 2);
         return list_[part]->size(0);
     }
 
@@ -99,7 +99,8 @@ void set_parameters(DecodeBlock& op, const Parameters& parameters) {
     const int64_t hidden = op.hidden, head_dim = op.head_dim;
     const int64_t mixed = parameters.rows(kQkv) - 2 * op.groups * head_dim;
     check(kOp, mixed > 0 && mixed % (op.groups * head_dim) == 0, "qkv.weight",
-          concat("must have (m + 2) ", op.groups, " x ", head_dim, " rows"), parameters.rows(kQkv));
+          concat("must have a multiple of ", op.groups * head_dim, " rows, at least ", 3 * op.groups * head_dim),
+          parameters.rows(kQkv));
     op.heads = mixed / (op.groups * head_dim);
     op.width = parameters.rows(kUp);
     op.norms[0] = {parameters.need(kNorm1, hidden, 0), parameters.get(kNorm1Bias, hidden, 0)};
