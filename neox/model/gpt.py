@@ -108,11 +108,12 @@ class GPT(ShardedModel):
             cache: keys and values of earlier tokens; those of these tokens are added.
             received: output of the previous pipeline stage, `boundary_shape`; None on the first stage.
             expected_dloss: the gradient that every token's loss will get, where it is known (ops.cross_entropy).
-            checked: the ids are known to be in the vocabulary; a GPU's are then not read, which would wait for it.
+            checked: the caller has checked that the ids are in the vocabulary. Otherwise evaluation reads them from a
+                GPU, which the host waits for.
 
         Returns:
-            logits [b, s, v] in the model's dtype, or losses fp32 [b s]. Of a reward model: scores fp32 [b, s, 1] or
-            [b s]. A pipeline stage that is not the last returns its residual stream.
+            Logits [b, s, v] in the model's dtype; with targets, losses fp32 [b s]. A reward model returns scores fp32
+            [b, s, 1]; with targets, [b s]. A pipeline stage that is not the last returns its residual stream.
 
         Raises:
             DataError: ids outside the vocabulary, or positions outside max_position_embeddings.

@@ -38,8 +38,8 @@ LLAMA = {
     "num_attention_heads": 6,
     "intermediate_size": 92,
     "rms_norm_eps": 1e-2,
+    "max_position_embeddings": 64,
 }
-LLAMA |= {"max_position_embeddings": 64}
 
 
 def neox(rotary_pct: float, **options) -> PreTrainedModel:

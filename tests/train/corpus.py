@@ -64,13 +64,13 @@ def make_config(corpus: Path, run: Path, *overrides: str) -> Config:
     for override in overrides:
         path, text = override.split("=", 1)
         *sections, key = path.split(".")
-        place = values
+        mapping = values
         for section in sections:
-            place = place.setdefault(section, {})
+            mapping = mapping.setdefault(section, {})
         try:
-            place[key] = json.loads(text)
+            mapping[key] = json.loads(text)
         except ValueError:
-            place[key] = text
+            mapping[key] = text
     return loads(json.dumps(values))
 
 
@@ -80,7 +80,7 @@ def records(run: Path) -> list[dict]:
 
 
 def curve(run: Path) -> list[tuple]:
-    """What must be equal, bit for bit, between two runs that are the same."""
+    """The metrics of each step that must match bit for bit between two equivalent runs."""
     return [
         (r["step"], r["loss"], r["lr"], r["grad_norm"], r["tokens"], r["samples"], r.get("validation_loss"))
         for r in records(run)

@@ -84,8 +84,8 @@ NEOX_DEVICE void unpack_scores(const Scores<T, kPack>& scores, float scale, int6
     for (int k = 0; k < kPack; ++k) v[k] = k < left && !scores.mask.get(k) ? v[k] * scale : -INFINITY;
 }
 
-// y of a row whose visible values are all NaN, which fmaxf drops.
-NEOX_DEVICE float unseen(float v) { return v == v ? 0.0f : v; }
+// y of an element of a row whose maximum is -inf: 0 if the element is hidden, NaN if it is NaN, which fmaxf drops.
+NEOX_DEVICE float without_maximum(float v) { return v == v ? 0.0f : v; }
 
 template <class T, int kPack, class C>
 __global__ void __launch_bounds__(C::kThreads) forward(Forward<T> in) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Looped::kThreads) forward_looped(Forward<T> in
 #pragma unroll
                 for (int k = 0; k < kPack; ++k) {
                     const float y = exp_nonpositive<T>(v[k] - shift) * inverse;
-                    v[k] = nothing ? unseen(v[k]) : y;
+                    v[k] = nothing ? without_maximum(v[k]) : y;
                 }
             }
             store(in.y + row * at.cols + column, v);
