@@ -54,7 +54,7 @@ struct Attention {
     float softcap;            // 0: no softcap
     float dropout;            // probability of zeroing, < 1
     uint64_t seed[2];         // of the dropout mask: key and high counter of Philox
-    bool hopper;              // CUDA: forward and backward run the kernels for sm_90a
+    bool hopper;              // CUDA: the kernels for sm_90a; in the backward if dq is summed with atomics
 };
 
 struct AttentionGradients {

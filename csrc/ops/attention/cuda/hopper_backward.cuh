@@ -1,10 +1,10 @@
 // dk, dv and dq for Hopper (sm_90a): backward_keys.cuh with warpgroup products.
 //
-// A block has 128 keys, whose tiles one bulk copy each brings. Two warpgroups have 64 of them each, and compute scores
-// transposed, [keys, rows]; p and ds stay in registers as left operands of dv += p^T dout and dk += ds^T q. A third
-// warpgroup fills two stages of queries, dout and row statistics; it copies rows one by one, because grouped heads put
-// the rows of a tile at two strides. ds goes through shared memory, where it becomes the left operand of dq = ds k: the
-// warpgroups share dq by channels (head_dim 128) or by rows (64), and add it to global memory with atomics.
+// A block has 128 keys, which bulk copies load with their values. Two warpgroups have 64 of them each, and compute
+// scores transposed, [keys, rows]; p and ds stay in registers as left operands of dv += p^T dout and dk += ds^T q. A
+// third warpgroup fills two stages of queries, dout and row statistics; it copies rows one by one, because grouped
+// heads put the rows of a tile at two strides. ds goes through shared memory, where it becomes the left operand of dq =
+// ds k: the warpgroups share dq by channels (head_dim 128) or by rows (64), and add it to global memory with atomics.
 #pragma once
 
 #include "ops/attention/cuda/backward_keys.cuh"
