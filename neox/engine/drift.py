@@ -31,7 +31,7 @@ def largest(named: Named) -> torch.Tensor:
     value is. One pass over all of them.
     """
     held: list[torch.Tensor] = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for _, p, _ in named]
-    return torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)]) if held else torch.zeros(0)
+    return torch.stack(torch._foreach_norm(held, math.inf)).float() if held else torch.zeros(0)
 
 
 def find_non_finite(named: Named) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox.engine.drift import SMALL, check_replicas, checksum, checksums, replicated
+from neox.engine.drift import SMALL, check_replicas, checksum, checksums, largest, replicated
 from neox.errors import ReplicaDrift
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.parallel.shard_spec import ShardSpec
@@ -54,6 +54,22 @@ def test_small_tensors_of_one_size_are_summed_in_one_launch():
         counts.append(launches.seen)
     # two for each of four sizes, one per large tensor, and one for all
     assert counts == [2 * 4 + 2 + 1, 2 * 4 + 20 + 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_of_all_parameters_take_a_few_launches(dtype):
+    counts = []
+    for number in (2, 20):
+        named = [
+            (str(i), torch.nn.Parameter(torch.full((i + 1,), -float(i), dtype=dtype)), ShardSpec.replicated(i + 1))
+            for i in range(number)
+        ]
+        with Launches() as launches:
+            found = largest(named)
+        assert found.dtype == torch.float32
+        assert found.tolist() == list(range(number))
+        counts.append(launches.seen)
+    assert counts[0] == counts[1] <= 3  # the norms, their stack, and its dtype
 
 
 def test_alone_there_is_nothing_to_compare():
