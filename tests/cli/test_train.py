@@ -1,15 +1,18 @@
 """`neox train`: variables of launchers, and errors before any process group exists."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
 
 import pytest
+import torch
 
 from neox.cli.main import parse
-from neox.cli.train import check_recorder_sizes, conf_files, disable_flight_recorder, flush_or_discard
+from neox.cli.train import check_recorder_sizes, conf_files, disable_flight_recorder, flush_or_discard, prepare
 from neox.errors import EnvironmentProblem
+from neox.runtime.launch import LaunchInfo
 from tests.config.gpt_neox.sample_files import flow_text
 from tests.distributed import ROOT, environment, run_command
 from tests.train.corpus import VOCAB, make_corpus
@@ -71,6 +74,34 @@ def test_collectives_are_recorded_where_the_user_asks_for_it(given, size):
     variables = dict(given)
     disable_flight_recorder(variables)
     assert variables.get("TORCH_FR_BUFFER_SIZE") == size
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "given", "workspace"),
+    [("true", None, ":4096:8"), ("true", ":16:8", ":16:8"), ("false", None, None)],
+    ids=["deterministic", "of the user", "default"],
+)
+def test_cublas_repeats_its_sums_where_a_run_is_deterministic(
+    deterministic, given, workspace, tmp_path, monkeypatch, request
+):
+    """cuBLAS reads the variable once, after CUDA has started: its sums would differ between runs from then on."""
+    request.addfinalizer(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    if given is not None:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = given
+    seen = []
+
+    def is_available() -> bool:
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    conf = {"model": {"vocab_size": 10}, "data": {"train": ["none"]}, "train": {"micro_batch_size": 1}}
+    (tmp_path / "a.yml").write_text(json.dumps(conf))
+    _, parser, rest = parse(["train", str(tmp_path / "a.yml"), "--set", f"train.deterministic={deterministic}"])
+    config, device = prepare(parser.parse_args(rest), LaunchInfo())
+    assert (config.train.deterministic, device) == (deterministic == "true", "cpu")
+    assert seen[0] == workspace
 
 
 @pytest.mark.parametrize("value", ["abc", "", "-1", "1.5", "9" * 10])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from neox.config.deepspeed_keys import OWNED_KEYS
 from neox.config.validate import BatchSizes
@@ -9,6 +10,7 @@ from neox.engine.deepspeed_setup import CPUWithoutOps, deepspeed_config, merge
 from neox.engine.footprint import BUCKET, effective_stage
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
+from neox.parallel.wait_tracker import MIN_GROUP_TIMEOUT
 from tests.engine.toy import make_config, make_engine
 
 
@@ -52,6 +54,17 @@ def test_buckets_follow_the_model_and_stay_even():
         % 2
         == 0
     )
+
+
+@pytest.mark.parametrize("hang_timeout", [1200.0, MIN_GROUP_TIMEOUT])
+def test_groups_that_deepspeed_creates_outlast_the_watchdog(hang_timeout):
+    """They have torch's timeout, 10 minutes for NCCL, whatever the other groups have."""
+    make_engine(make_config(zero={"stage": 1}, guard={"hang_timeout": hang_timeout}), Mesh.single())
+    groups = list(dist.distributed_c10d._world.pg_map)
+    assert len(groups) > 1  # that of this process, and DeepSpeed's
+    for group in groups:
+        seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        assert seconds == max(MIN_GROUP_TIMEOUT, 2 * hang_timeout)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
