@@ -172,6 +172,10 @@ std::string open_barriers() {
 
 std::string in_flight_at_exit(int thread, bool last) {
     if (last && !state.parts.empty()) return " ends the block with a bulk copy in flight";
+    for (size_t i = 0; last && i < state.registers.size(); ++i) {
+        if (state.registers[i] != state.registers[i / 128 * 128])
+            return " ends the block, in which not all warps of a warpgroup have executed the same setmaxnreg";
+    }
     return wgmma::in_flight_at_exit(thread);
 }
 

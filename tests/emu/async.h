@@ -9,10 +9,10 @@
 //   - A parity names the phase that a wait is for, as in hardware: a wrong one returns at once, or never.
 //   - setmaxnreg.inc waits until the block has released enough registers.
 // The launch ends with an error if a register operand or an accumulator changes under a wgmma, if the first wgmma of a
-// group has no wgmma.fence before it, if the warps of a warpgroup issue different instructions, or if a copy brings
-// more bytes than its barrier expects. The race checker adds (check.h): arrive and wait of an mbarrier are release and
-// acquire, and before an asynchronous access the writer of a byte must execute a fence.proxy.async and then synchronise
-// with the accessing thread.
+// group has no wgmma.fence before it, if the warps of a warpgroup issue different wgmma or setmaxnreg, or if a copy
+// brings more bytes than its barrier expects. The race checker adds (check.h): arrive and wait of an mbarrier are
+// release and acquire, and before an asynchronous access the writer of a byte must execute a fence.proxy.async and then
+// synchronise with the accessing thread.
 //
 // Not modelled: clusters, caches of tensor maps, registers written between wgmma.fence and wgmma.
 #pragma once

@@ -179,6 +179,10 @@ void test_misuse() {
         neox::release_registers<48>();
     };
     EXPECT_ERROR([&] { run(128, 1024, release_more); }, "setmaxnreg.dec: 48 from 40");
+    const auto release_of_one_warp = [] {
+        if (threadIdx.x < 32) neox::release_registers<40>();
+    };
+    EXPECT_ERROR([&] { run(128, 1024, release_of_one_warp); }, "the same setmaxnreg");
     // Of three warpgroups with 168 registers per thread one releases 72. The file has another 8 per thread of a
     // warpgroup, which are not the block's.
     const auto move_registers = [](auto count) {
