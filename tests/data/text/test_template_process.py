@@ -38,7 +38,7 @@ def short(monkeypatch) -> None:
     """Less processor time for each conversation, in the processes that are started."""
     start = (
         "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep)\n"
-        "from neox.data.text import chat_template as c; c.SECONDS = 0.5; c.START_SECONDS = 2; c.serve()"
+        "from neox.data.text import chat_template as c; c.SECONDS = c.START_SECONDS = 0.5; c.serve()"
     )
     monkeypatch.setattr("neox.data.text.template_process.START", start)
 
