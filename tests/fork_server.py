@@ -195,9 +195,18 @@ class ForkServer:
         """Start `neox train` on `ranks` processes; `fault` is the value of FAULT."""
         return self.command(["train", *arguments], folder, ranks=ranks, fault=fault)
 
-    def command(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1, fault: str = "") -> Forks:
-        """Start a command of neox on `ranks` processes."""
-        return self.fork({"argv": [*map(str, arguments)]}, folder, ranks, {"FAULT": fault} if fault else {})
+    def command(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        ranks: int = 1,
+        fault: str = "",
+        variables: dict[str, str] | None = None,
+    ) -> Forks:
+        """Start a command of neox on `ranks` processes; `variables` are added to their environment."""
+        added = {**(variables or {}), **({"FAULT": fault} if fault else {})}
+        return self.fork({"argv": [*map(str, arguments)]}, folder, ranks, added)
 
     def call(self, target: str, arguments: Sequence[object], folder: Path, *, ranks: int = 1) -> Forks:
         """Start `ranks` processes that call a function ("module:function") with string arguments."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from neox.config.values import flatten
 from neox.errors import EnvironmentProblem
 from neox.train import trackers
 from neox.train.trackers import Trackers, load, open_trackers, run_id
-from tests.distributed import environment
+from tests.fork_server import fork_server
 from tests.train.corpus import make_config, records
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -31,12 +30,9 @@ def train_once(config, folder: Path) -> str:
     """A run in a process of its own, with keys in the environment; returns what it printed."""
     conf = folder / "config.yml"
     conf.write_text(config)
-    secrets = environment(WANDB_API_KEY=KEY, COMET_API_KEY=KEY, HOME=folder)
-    done = subprocess.run(
-        [sys.executable, "train.py", "--conf", str(conf)], env=secrets, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    secrets = {"WANDB_API_KEY": KEY, "COMET_API_KEY": KEY, "HOME": str(folder)}
+    (done,) = fork_server().command(["train", "--conf", conf], folder, variables=secrets).results()
+    return done.check().output
 
 
 def files_with(text: str, folder: Path) -> list[Path]:
