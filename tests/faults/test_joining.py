@@ -1,6 +1,6 @@
 """Before all processes have joined: one that fails, refuses, never comes, or is asked to end.
 
-The others learn of it within seconds.
+The others learn of it within seconds. A restart by torchrun is in tests/train/test_loop.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import pytest
 from tests.distributed import ROOT, Processes
 from tests.faults.runs import PAIR, TINY, Setting, arguments
 from tests.fork_server import environment, free_port
-from tests.train.corpus import records
 
 pytestmark = pytest.mark.distributed
 
@@ -62,13 +61,6 @@ def test_a_process_that_fails_before_it_joins_ends_the_others(server, corpus, tm
         f"rank {rank} did not start, so this process ends: RuntimeError: fault raise@{rank}:start:1"
         in training.output(1 - rank)
     )
-
-
-# A train.py whose rank 1 is killed in the first attempt.
-KILLED_ONCE = """#!/bin/sh
-[ "$TORCHELASTIC_RESTART_COUNT" = 0 ] && export FAULT=kill@1:backward:10
-exec "{python}" "{root}/train.py" "$@"
-"""
 
 
 def test_a_signal_to_one_that_waits_ends_all(server, corpus, tmp_path):
@@ -154,27 +146,3 @@ def test_a_port_in_use_is_one_line(server, corpus, tmp_path):
         and "Address already in use" in line
     )
     assert "Traceback" not in log.read_text()
-
-
-def test_torchrun_restarts_a_run_that_resumes(corpus, tmp_path):
-    """The agent keeps its store: the keys of the first attempt are there in the second."""
-    setting = Setting(2, (*TINY, "train.train_iters=8", "checkpoint.save_interval=2", "evaluate.interval=0"))
-    script = tmp_path / "attempt.sh"
-    script.write_text(KILLED_ONCE.format(python=sys.executable, root=ROOT))
-    script.chmod(0o755)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-        "--master-port",
-        str(free_port()),
-        "--no-python",
-    ]
-    command = [*launcher, str(script), *map(str, arguments(corpus, tmp_path / "run", setting))]
-    result = Processes([command], [environment()], tmp_path).wait(240)[0]
-    assert result.returncode == 0 and "resumed from" in result.output, result.output
-    assert [row["step"] for row in records(tmp_path / "run")] == list(range(1, 9))

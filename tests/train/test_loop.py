@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,14 @@ from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
-from tests.distributed import run_ranks, start_training
-from tests.distributed import train as launch
+from tests.distributed import ROOT, Processes, environment, free_port, run_ranks, start_training
 from tests.fork_server import fork_server
 from tests.train.corpus import DROPOUT, StopAfter, config_text, curve, make_config, records
 
 os.environ.setdefault("LOCAL_RANK", "0")
+
+# Past the evaluation and the checkpoint of step 10. The last record has an evaluation that longer runs do not make.
+TWELVE_STEPS = ("train.train_iters=12", "schedule.decay_iters=20")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def newest(run: Path) -> Path:
 
 
 def assert_same_curve(got: Path, want: Path, begin: int = 0, end: int | None = None):
-    a, b = records(got)[:end], records(want)[begin:]
+    a, b = records(got)[:end], records(want)[begin:end]
     assert [r["step"] for r in a[-len(b) :]] == [r["step"] for r in b]
     for x, y in zip(a[-len(b) :], b, strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
@@ -140,8 +143,8 @@ def test_bf16_trains_and_resumes_bitwise(corpus, tmp_path, stage):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_in_one_process(plain, corpus, tmp_path, stage):
     threshold = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"
-    train(make_config(corpus, tmp_path, f"zero.stage={stage}", threshold), Mesh.single(), StopSignals())
-    assert_same_curve(tmp_path, plain)
+    train(make_config(corpus, tmp_path, f"zero.stage={stage}", threshold, *TWELVE_STEPS), Mesh.single(), StopSignals())
+    assert_same_curve(tmp_path, plain, end=11)
 
 
 def test_accumulation_and_micro_batch_do_not_matter(plain, corpus, tmp_path):
@@ -178,9 +181,9 @@ def train_ranks(corpus: str, folder: str, *overrides: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_every_stage_over_two_processes_and_back_to_one(plain, corpus, tmp_path):
-    run_ranks("tests.train.test_loop:train_ranks", 2, tmp_path, [corpus, tmp_path], timeout=240)
+    run_ranks("tests.train.test_loop:train_ranks", 2, tmp_path, [corpus, tmp_path, *TWELVE_STEPS], timeout=240)
     for stage in (0, 1, 2, 3):
-        assert_same_curve(tmp_path / f"stage{stage}", plain)
+        assert_same_curve(tmp_path / f"stage{stage}", plain, end=11)
     # saved by two processes under stage 1, resumed by one under stage 3
     middle = tmp_path / "stage1" / "checkpoints" / "step_00000010"
     train(
@@ -193,12 +196,26 @@ def test_every_stage_over_two_processes_and_back_to_one(plain, corpus, tmp_path)
     assert digest(newest(tmp_path / "stage3")).keys() == digest(newest(plain)).keys()
 
 
+# A train.py whose rank 1 is killed in step 5 of the first attempt.
+KILLED_ONCE = """#!/bin/sh
+[ "$TORCHELASTIC_RESTART_COUNT" = 0 ] && export FAULT=kill@1:backward:10
+exec "{python}" "{root}/train.py" "$@"
+"""
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_torchrun_gives_the_same_training(plain, corpus, tmp_path):
-    conf = tmp_path / "tiny.yml"
+def test_torchrun_restarts_a_run_that_resumes_and_gives_the_same_training(plain, corpus, tmp_path):
+    """One launch for both. The agent keeps its store: the keys of the first attempt are there in the second."""
+    conf, attempt = tmp_path / "tiny.yml", tmp_path / "attempt.sh"
     conf.write_text(config_text(corpus, tmp_path / "run"))
-    result = launch("torchrun", 2, tmp_path, ["--conf", conf, "--set", "zero.stage=1"]).check()
+    attempt.write_text(KILLED_ONCE.format(python=sys.executable, root=ROOT))
+    attempt.chmod(0o755)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    settings = ["--set", "zero.stage=1", "checkpoint.save_interval=2"]
+    command = [*torchrun, "--master-port", str(free_port()), "--no-python", str(attempt), "--conf", str(conf)]
+    result = Processes([[*command, *settings]], [environment()], tmp_path).wait(240)[0].check()
+    assert "resumed from" in result.output and "at step 4" in result.output, result.output
     assert "step 20/20" in result.output
     assert "bf16_optimizer" not in result.output
     assert_same_curve(tmp_path / "run", plain)
