@@ -60,7 +60,8 @@ def work_in_a_thread() -> None:
     thread.join()
 
 
-def test_a_launched_program_that_hangs_leaves_its_stacks(tmp_path):
+def test_a_launched_program_that_hangs_leaves_its_stacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(Patience, "BREAK", 2.0)
     script = tmp_path / "sleeps.py"
     script.write_text("import time\n\ndef asleep():\n    time.sleep(1000)\n\nasleep()\n")
     running = Processes([[sys.executable, str(script)]], [environment()], tmp_path)
