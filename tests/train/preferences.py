@@ -51,6 +51,7 @@ def chat_config(data: Path, run: Path, *overrides: str) -> Config:
         f"data.validation={source}",
         "train.objective=sft",
         "data.packing=document",
+        "train.micro_batch_size=4",
         *overrides,
     )
 
@@ -60,4 +61,5 @@ def pair_config(data: Path, run: Path, objective: str, *overrides: str) -> Confi
     names = {"path": "chosen", "labels": "chosen_labels", "rejected": "rejected", "rejected_labels": "rejected_labels"}
     inside = ", ".join(f'"{key}": "{data}/{name}"' for key, name in names.items())
     sources = (f"data.train=[{{{inside}}}]", f"data.validation=[{{{inside}}}]")
-    return make_config(data, run, *sources, f"train.objective={objective}", "data.document_mask=false", *overrides)
+    settings = (f"train.objective={objective}", "data.document_mask=false", "train.micro_batch_size=4")
+    return make_config(data, run, *sources, *settings, *overrides)

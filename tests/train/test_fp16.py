@@ -19,6 +19,7 @@ FP16 = (
     "precision.dtype=fp16",
     "precision.initial_scale_power=20",
     "precision.loss_scale_window=4",
+    "train.micro_batch_size=4",
     "checkpoint.save_interval=9",
     "evaluate.interval=0",
 )

@@ -41,7 +41,9 @@ def base(data, tmp_path_factory) -> Path:
     """The newest checkpoint of 60 steps of pre-training."""
     run = tmp_path_factory.mktemp("base")
     train(
-        make_config(data, run, "train.train_iters=60", "optimizer.lr=0.01", "evaluate.interval=0"),
+        make_config(
+            data, run, "train.train_iters=60", "train.micro_batch_size=8", "optimizer.lr=0.01", "evaluate.interval=0"
+        ),
         Mesh.single(),
         StopSignals(),
     )

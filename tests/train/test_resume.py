@@ -22,7 +22,13 @@ from tests.train.corpus import make_config, records
 
 os.environ.setdefault("LOCAL_RANK", "0")
 
-SHORT = ("train.train_iters=6", "checkpoint.save_interval=3", "evaluate.interval=0", "logging.tensorboard=true")
+SHORT = (
+    "train.train_iters=6",
+    "train.micro_batch_size=4",
+    "checkpoint.save_interval=3",
+    "evaluate.interval=0",
+    "logging.tensorboard=true",
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +104,12 @@ def test_values_that_follow_from_others_are_named(run, corpus):
     said = start(corpus, run, "train.train_iters=8", "train.global_batch_size=4")
     assert "schedule.decay_iters: 6 -> 8 (follows from train.train_iters)\n" in said
     assert (
-        "train.gradient_accumulation: 4 -> 2 (follows from the other batch sizes and the number of processes)\n" in said
+        "train.gradient_accumulation: 2 -> 1 (follows from the other batch sizes and the number of processes)\n" in said
     )
     assert "learning rate of step 7: 0.0001 -> " in said
     config = make_config(corpus, run, *SHORT)
     assert (
-        derived(config, 2)["data-parallel size"][0] == 2 and derived(config, 2)["train.gradient_accumulation"][0] == 2
+        derived(config, 2)["data-parallel size"][0] == 2 and derived(config, 2)["train.gradient_accumulation"][0] == 1
     )
 
 
