@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -133,7 +134,7 @@ class Attention(nn.Module):
         """
         qkv = self.qkv(x)  # [b, s, g(m+2)d/tp]
         if self.query_norm is None and context.cache is None:
-            mixed = self._attend(ops.attention_qkv, (self._packed(qkv, context),), context)
+            mixed = self._attend_packed(qkv, context)
         else:
             mixed = self._attend(ops.attention, self._split(self._grouped(qkv), context), context)
         return self.out(mixed.flatten(2), partial)
@@ -142,16 +143,22 @@ class Attention(nn.Module):
         """[b, s, g(m+2)d/tp] -> [b, s, g/tp, m + 2, d]."""
         return qkv.unflatten(2, (-1, self.queries + 2, self.head_dim))
 
-    def _packed(self, qkv: torch.Tensor, context: Context) -> torch.Tensor:
-        """The grouped projection, rotated in place."""
+    def _attend_packed(self, qkv: torch.Tensor, context: Context) -> torch.Tensor:
+        """Attention on the grouped projection, rotated in place: [b, s, n/tp, d]."""
+        packed, attention = self._grouped(qkv), ops.attention_qkv
         if context.cos is None or context.sin is None:
-            return self._grouped(qkv)
-        groups = qkv.shape[2] // ((self.queries + 2) * self.head_dim)
-        return ops.rotary_qkv(qkv, context.cos, context.sin, num_kv_heads=groups, head_dim=self.head_dim)
+            return self._attend(attention, (packed,), context)
+        rotary = context.cos, context.sin
+        if self.mesh.cp_group is None:
+            return self._attend(partial(attention, rotary=rotary), (packed,), context)
+        # each process rotates its part of the sequence, and attends to all of it
+        return self._attend(attention, (ops.rotary_qkv(packed, *rotary),), context)
 
     def _split(self, qkv: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normed and rotated q [b, s, n/tp, d], and k and v [b, t, g/tp, d] with the cached ones in front."""
-        q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+        # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
+        q, k, v = qkv.split([self.queries, 1, 1], dim=3)
+        q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)  # [b, s, n/tp, d] and [b, s, g/tp, d]
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q)[0], self.key_norm(k)[0]
         if context.cos is not None and context.sin is not None:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from neox.ops._library import native
 from neox.ops._seed import draw_seed
+from neox.ops.rotary import owner, rotary_qkv
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def attention_qkv(
     dropout_p: float = 0.0,
     backend: str = "auto",
     mask_cache: MaskCache | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`attention` on the output of a fused projection, read in place; the gradient has the same layout.
 
@@ -104,6 +106,8 @@ def attention_qkv(
         qkv: [b, s, g, m + 2, d], dtypes as for `attention`: per key/value head the m = n / g query heads that share it,
             then its key, then its value.
         causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend, mask_cache: as in `attention`.
+        rotary: cos and sin, as for `rotary_qkv`, by which queries and keys are rotated in place first. The native
+            backward then rotates the gradient in place, too, which `rotary_qkv` alone has to copy.
 
     Returns:
         [b, s, n, d], contiguous, dtype of qkv.
@@ -113,6 +117,10 @@ def attention_qkv(
     """
     check_options(window, softcap, alibi_slopes)
     chosen = choose_backend(backend, qkv.device.type, qkv.dtype, softcap)
+    rotated = owner(qkv)
+    # autograd refuses a view that is changed by a function with several results
+    if rotary is not None and (torch.compiler.is_compiling() or chosen == "sdpa" or rotated._is_view()):
+        qkv, rotary = rotary_qkv(qkv, *rotary), None
     if chosen == "sdpa":
         # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
         q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
@@ -123,9 +131,11 @@ def attention_qkv(
     scale = 1 / math.sqrt(qkv.shape[-1]) if scale is None else scale
     check_fits(qkv, softcap, alibi_slopes, dropout_p, scale)
     seed = draw_seed() if dropout_p else None
-    return native.attention_qkv(
-        qkv, segment_ids, alibi_slopes, seed, causal, scale, window or 0, softcap or 0.0, dropout_p, *hopper(chosen)
-    )[0]
+    tensors = (segment_ids, alibi_slopes, seed)
+    options = (causal, scale, window or 0, softcap or 0.0, dropout_p, *hopper(chosen))
+    if rotary is None:
+        return native.attention_qkv(qkv, *tensors, *options)[0]
+    return _RotatedAttention.apply(rotated, rotary, qkv.shape, tensors, options)[0]
 
 
 def hopper(chosen: str) -> tuple[bool, ...]:
@@ -400,10 +410,41 @@ def _save_qkv(ctx, inputs, output):
 
 
 def _backward_qkv(ctx, dout, dlse):
-    dqkv = native.attention_qkv_backward(
-        dout, *ctx.saved_tensors, *ctx.options[:5], torch.are_deterministic_algorithms_enabled(), *ctx.options[5:]
-    )
-    return dqkv, *[None] * (3 + len(ctx.options))
+    return _dqkv(dout, ctx.saved_tensors, ctx.options), *[None] * (3 + len(ctx.options))
+
+
+def _dqkv(dout, saved, options):
+    """The gradient of qkv, in new memory."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return native.attention_qkv_backward(dout, *saved, *options[:5], deterministic, *options[5:])
+
+
+class _RotatedAttention(torch.autograd.Function):
+    """Rotates its first input in place, marks it as changed for autograd, and attends.
+
+    Nobody else sees the gradient before it is rotated: no copy is needed.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, rotary, shape, tensors, options):
+        packed = qkv.view(shape)
+        native.rotary_qkv_(packed, *rotary, False)
+        out, lse = native.attention_qkv(packed, *tensors, *options)
+        ctx.mark_dirty(qkv)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*rotary, qkv, out, lse, *tensors)
+        ctx.shape, ctx.options = shape, options
+        return out, qkv
+
+    @staticmethod
+    def backward(ctx, dout, drotated):
+        cos, sin, qkv, *saved = ctx.saved_tensors
+        packed = qkv.view(ctx.shape)
+        dqkv = torch.zeros_like(packed) if dout is None else _dqkv(dout, (packed, *saved), ctx.options)
+        if drotated is not None:  # of another reader of the rotated projection
+            dqkv += drotated.view(ctx.shape)
+        native.rotary_qkv_(dqkv, cos, sin, True)
+        return dqkv.view(qkv.shape), None, None, None, None
 
 
 torch.library.register_autograd("neox::attention", _backward, setup_context=_save)

@@ -61,17 +61,17 @@ def rotary_qkv(
         ValueError: a wrong dtype, device, shape or stride, named.
     """
     if num_kv_heads is None or head_dim is None:
-        return _RotaryQkv.apply(_whole(qkv), cos, sin, qkv.shape).view(qkv.shape)
+        return _RotaryQkv.apply(owner(qkv), cos, sin, qkv.shape).view(qkv.shape)
     if qkv.dim() != 3 or qkv.shape[2] % (num_kv_heads * head_dim) or qkv.stride(2) != 1:
         raise ValueError(
             f"rotary_qkv: qkv must be [b, s, g (m + 2) d] with g {num_kv_heads} and d {head_dim}, contiguous in the "
             f"last; got {list(qkv.shape)}"
         )
     shape = (*qkv.shape[:2], num_kv_heads, qkv.shape[2] // (num_kv_heads * head_dim), head_dim)
-    return _RotaryQkv.apply(_whole(qkv), cos, sin, shape).view(shape)
+    return _RotaryQkv.apply(owner(qkv), cos, sin, shape).view(shape)
 
 
-def _whole(qkv: torch.Tensor) -> torch.Tensor:
+def owner(qkv: torch.Tensor) -> torch.Tensor:
     """The tensor of which qkv is a view, where both have the same elements in the same order; else qkv.
 
     A projection of [b, s, h] returns a view of its product [b s, o]. For an in-place change of a view, autograd copies
@@ -100,7 +100,7 @@ class _RotaryQkv(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         # The copy is needed although attention usually made this gradient for us alone: autograd does not guarantee it.
         # The same memory may be the caller's dout, an expanded scalar, a hook's argument or the gradient of another
-        # branch.
+        # branch. attention_qkv with `rotary` needs no copy.
         dqkv = dqkv.clone(memory_format=torch.contiguous_format)
         native.rotary_qkv_(dqkv.view(ctx.shape), cos, sin, True)
         return dqkv, None, None, None

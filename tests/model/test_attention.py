@@ -56,6 +56,19 @@ def test_rows_are_queries_then_key_then_value_of_each_group(groups):
     assert torch.allclose(attention(x, Context()).double(), reference(attention, x, groups), atol=5e-5)
 
 
+def test_the_gradients_of_normed_heads_are_joined_in_one_pass():
+    """The gradient of a slice is a tensor of zeros around it, and three of them are added."""
+    attention, x = build(num_kv_heads=2, qk_norm=True), torch.randn(2, 9, 24)
+    out = attention(x, Context())
+    nodes, names = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert "SplitWithSizesBackward0" in names
+    assert not names & {"SliceBackward0", "SelectBackward0"}
+
+
 def test_partial_leaves_the_bias_out():
     attention, x = build(), torch.randn(2, 9, 24)
     assert torch.allclose(
