@@ -25,6 +25,7 @@ from neox.config.deepspeed_keys import OWNED_KEYS
 from neox.config.schema import Config
 from neox.config.validate import BatchSizes
 from neox.engine.footprint import bucket_elements, effective_stage
+from neox.engine.gradients import shorten_gradient_path
 from neox.engine.mpu import MeshMPU
 from neox.errors import ConfigError
 from neox.files import JsonObject
@@ -112,7 +113,8 @@ def deepspeed_config(config: Config, sizes: BatchSizes, replicas: int, num_param
         },
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": precision.dtype == "bf16", "check_grad_overflow": True},
+        # a gradient is added to its fp32 sum, and freed, as soon as it is complete
+        "bf16": {"enabled": precision.dtype == "bf16", "check_grad_overflow": True, "immediate_grad_update": True},
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # on a GPU it synchronises at every micro-batch
         "steps_per_print": 1 << 62,
@@ -170,8 +172,9 @@ def global_norm_on_host(
     mpu: MeshMPU | None = None,
     moe_ep_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """DeepSpeed's function, with its result in host memory."""
-    return get_global_norm_of_tensors(input_tensors, norm_type, mpu, moe_ep_group).cpu()
+    """DeepSpeed's function, with its result in host memory, and few kernels instead of one per tensor."""
+    norms = torch.stack(torch._foreach_norm(list(input_tensors), norm_type))
+    return get_global_norm_of_tensors([norms], norm_type, mpu, moe_ep_group).cpu()
 
 
 def read_norm_once(engine: DeepSpeedEngine) -> None:
@@ -239,5 +242,6 @@ def init_deepspeed(
             model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
     read_norm_once(engine)
+    shorten_gradient_path(engine, mesh.replicas)
     raise_group_timeouts(config.guard.hang_timeout)  # of the groups that DeepSpeed created
     return engine
