@@ -12,6 +12,7 @@ The rules, the same for every model:
 - Our operators are the kernels that their CUDA launchers start, and the bytes that the headers in csrc/ops state,
   which the emulator's tests hold.
 - Attention is counted over the visible pairs of queries and keys.
+- Collectives are none: their time is that of a link, not of the device's memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +33,14 @@ FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
     "_local_scalar_dense", "device", "_fused_sdp_choice", "record_stream", "is_pinned", "resize_", "set_",
 }  # fmt: skip
-WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}  # do not read what they overwrite
+# do not read what they overwrite
+WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "_foreach_zero_"}
 # arguments that are not read in full: by name, those that are read as far as the output has elements, or not at all
 LOOKUPS = {"embedding": 0, "gather": 0, "index": 0, "index_select": 0}
-UNREAD = {"nll_loss_forward": (0,), "nll_loss_backward": (1,)}
+UNREAD = {"nll_loss_forward": (0,), "nll_loss_backward": (1,)} | dict.fromkeys(
+    ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"), (0,)
+)
+UNWRITTEN = {"_fused_adamw_": (1,)}  # arguments that the schema marks as changed, and this call leaves as they are
 CHUNK, BLOCKS = 65536, 320  # of ATen/native/cuda/MultiTensorApply.cuh
 MOST_TENSORS = (110, 64, 48, 36, 30)  # per launch, by the number of lists
 
@@ -105,9 +110,13 @@ class Account(TorchDispatchMode):
             cost = cost_of(function, args, kwargs, out)
             if cost.launches:
                 self.memory.borrow(cost.scratch)
-                first = (inputs or produced)[0]
-                self.rows.append(Row(self.phase, f"{function.namespace}.{name_of(function)}", tuple(first.shape), cost))
+                name, first = f"{function.namespace}.{name_of(function)}", (inputs or produced)[0]
+                self.rows.append(Row(self.phase_of_call(), name, tuple(first.shape), cost))
         return out
+
+    def phase_of_call(self) -> str:
+        """The phase to which the operator that just ran belongs."""
+        return self.phase
 
     def start(self) -> None:
         """Forget the rows and the peak; what is allocated stays."""
@@ -200,7 +209,7 @@ def cost_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: obj
     name = name_of(function)
     if function.namespace == "neox":
         return OURS[name](args, out) if name in OURS else generic(function, args, kwargs, out)
-    if name in FREE or is_view(function):
+    if name in FREE or function.namespace == "c10d" or is_view(function):
         return Cost()
     cost = ATTENTION[name](args, out) if name in ATTENTION else generic(function, args, kwargs, out)
     if name.startswith(("_foreach", "_fused")):
@@ -218,6 +227,7 @@ def generic(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: obj
     for i, parameter in enumerate(schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(parameter.name)
         writes = parameter.alias_info is not None and parameter.alias_info.is_write
+        writes = writes and i not in UNWRITTEN.get(name, ())
         if writes:
             written.append(value)
         unread = i in UNREAD.get(name, ()) or LOOKUPS.get(name) == i or parameter.is_out
@@ -229,7 +239,7 @@ def generic(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: obj
     return Cost(1, sum_of(read) + extra, sum_of(written))
 
 
-def multi_tensor_launches(lists: list[list[torch.Tensor]]) -> int:
+def multi_tensor_launches(lists: Sequence[Sequence[torch.Tensor]]) -> int:
     """Kernels that multi_tensor_apply launches: a launch is full at BLOCKS chunks, or at its number of tensors."""
     if not lists or not lists[0]:
         return 0

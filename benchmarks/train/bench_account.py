@@ -4,8 +4,14 @@ Nothing is measured: both models run on fake CUDA tensors (tests/cuda/fake_cuda.
 the rules of account.py, next to this file. It needs neither a GPU nor an idle machine.
 
 All have bf16 weights and activations, fused AdamW on the bf16 weights, and the same tokens. Ours runs once with the
-native attention and once with torch's flash attention (sdpa), which `auto` chooses on a GPU. The roofline is the time
-of every operator at the data sheet's peak or bandwidth, whichever is longer; `neox plan` estimates the same step.
+native attention and once with torch's flash attention (sdpa), which `auto` chooses on a GPU.
+
+megatron-core is a third peer where it is installed (megatron_account.py).
+
+"neox engine" is a step as `neox train` runs it: the native model under the engine, with DeepSpeed's ZeRO 1, fp32 master
+weights and moments, and the gradient clipped. Its phase "engine" is everything but the model: casts, accumulation,
+norms, AdamW, and copies of weights. The roofline is the time of every operator of that step at the data sheet's peak or
+bandwidth, whichever is longer; `neox plan` estimates the same step.
 --json prints one list; --quick takes Pythia-160M alone.
 """
 
@@ -20,19 +26,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tests.cuda import fake_device  # noqa: F401  # isort: skip  # before torch
 
 import argparse
+import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from account import Account, largest
+from megatron_account import installed, megatron_model
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed reports the accelerator that it finds
+    from engine_account import account_of_engine
+
 from neox.config.load import load_config
-from neox.config.schema import ModelConfig
+from neox.config.schema import Config, ModelConfig
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.plan.devices import DEVICES
@@ -41,9 +52,12 @@ from tests.cuda.fake_cuda import FakeCuda
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 OURS = ("neox native", "neox sdpa")
+ENGINE = "neox engine"
 PEERS = ("transformers sdpa", "transformers eager")  # by attn_implementation; no compiler in either
-PHASES = ("forward", "backward", "optimizer")
+MEGATRON = "megatron-core local"
+PHASES = ("forward", "backward", "optimizer", "engine")
 ADAM = 14  # bytes per parameter: weight, gradient and two moments in bf16 read, three of them written
+ADAM_FP32 = 28  # bf16 gradient, fp32 weight and moments read, these three written, and the bf16 weight
 
 
 @dataclass(frozen=True)
@@ -80,9 +94,11 @@ def their_model(model: ModelConfig, attention: str) -> PreTrainedModel:
     return GPTNeoXForCausalLM(config)
 
 
-def contestant(name: str, model: ModelConfig) -> tuple[torch.nn.Module, Loss]:
+def contestant(name: str, model: ModelConfig, length: int) -> tuple[torch.nn.Module, Loss]:
     """A model on the fake GPU, and its mean loss of (tokens, targets)."""
     attention = name.split()[1]
+    if name == MEGATRON:
+        return megatron_model(model, length)
     if name in OURS:
         config = model.model_copy(update={"attention_backend": attention})
         with mock.patch.object(GPT, "initialize", lambda self: None):
@@ -101,12 +117,29 @@ def contestant(name: str, model: ModelConfig) -> tuple[torch.nn.Module, Loss]:
     return theirs, loss
 
 
+def config_of(case: Case) -> Config:
+    """The run of `neox train`."""
+    return load_config(
+        case.preset,
+        overrides=[
+            f"train.micro_batch_size={case.batch}",
+            f"train.global_batch_size={case.batch}",
+            "train.activation_checkpointing=none",
+            f"data.seq_length={case.seq}",
+            "zero.stage=1",
+            "model.attention_backend=native",
+        ],
+    )
+
+
 def account_of(name: str, case: Case) -> Account:
     """The account of the second step of a contestant: the first one allocates the state of the optimizer."""
+    if name == ENGINE:
+        return account_of_engine(config_of(case))
     traced = mock.patch("transformers.masking_utils.is_tracing", lambda *_: False)  # else masks are built in full
     # transformers reads whether all positions of a sample belong to one document: they do
     with FakeCuda(read=lambda _: 1), Account() as account, traced:
-        model, mean_loss = contestant(name, load_config(case.preset).model)
+        model, mean_loss = contestant(name, load_config(case.preset).model, case.seq)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         tokens = torch.zeros(case.batch, case.seq, dtype=torch.int64, device="cuda")
         for _ in range(2):
@@ -123,10 +156,10 @@ def account_of(name: str, case: Case) -> Account:
     return account
 
 
-def floor_bytes(case: Case) -> float:
+def floor_bytes(case: Case, adam: int) -> float:
     """Bytes of a step of which each operand is read once and each result written once, with every element-wise
     operation fused as far as the list goes: embedding; per layer a norm per branch (two at once in a parallel block),
-    rotation in place, attention, activation; logits read and written once; AdamW.
+    rotation in place, attention, activation; logits read and written once; AdamW, `adam` bytes per parameter.
     """
     model, tokens = load_config(case.preset).model, case.batch * case.seq
     h, f, v = model.hidden_size, model.intermediate_size, model.vocab_size
@@ -145,21 +178,12 @@ def floor_bytes(case: Case) -> float:
     head = 3 * (h * v + tokens * (h + v)) + 2 * tokens * v
     embedding = 2 * tokens * h + tokens * h + h * v
     parameters = GPT(model, Mesh.single("meta")).num_parameters()
-    return 2 * (model.num_layers * layer + head + embedding) + ADAM * parameters
+    return 2 * (model.num_layers * layer + head + embedding) + adam * parameters
 
 
 def devices_of(case: Case, account: Account) -> list[dict[str, float | str]]:
     """Roofline of the account, and the time that `neox plan` estimates, of each device, in milliseconds."""
-    config = load_config(
-        case.preset,
-        overrides=[
-            f"train.micro_batch_size={case.batch}",
-            f"train.global_batch_size={case.batch}",
-            "train.activation_checkpointing=none",
-            f"data.seq_length={case.seq}",
-            "zero.stage=1",
-        ],
-    )
+    config = config_of(case)
     return [
         {
             "device": device.name,
@@ -170,34 +194,38 @@ def devices_of(case: Case, account: Account) -> list[dict[str, float | str]]:
     ]
 
 
-def rows(case: Case) -> Iterator[dict]:
-    """One object per contestant."""
-    floor = floor_bytes(case)
-    for name in (*OURS, *PEERS):
-        account = account_of(name, case)
-        yield {
-            "preset": case.preset.removesuffix(".yml"),
-            "batch": case.batch,
-            "seq": case.seq,
-            "contestant": name,
-            "launches": account.total("launches"),
-            "gigabytes": account.total("moved") / 1e9,
-            "over_floor": account.total("moved") / floor,
-            "teraflop": account.total("flops") / 1e12,
-            "peak_gigabytes": account.memory.peak / 1e9,
-            "by_phase": {
-                phase: [account.total("launches", phase), account.total("moved", phase) / 1e9] for phase in PHASES
-            },
-            "largest": [
-                {"phase": phase, "operator": operator, "launches": cost.launches, "gigabytes": cost.moved / 1e9}
-                for phase, operator, cost in largest(account, 25)
-            ],
-            "devices": devices_of(case, account) if name in OURS else [],
-        }
+def contestants() -> tuple[str, ...]:
+    """The names of all."""
+    return (*OURS, ENGINE, *PEERS, *((MEGATRON,) if installed() else ()))
+
+
+def row_of(case: Case, name: str) -> dict:
+    """The account of a contestant as one object."""
+    account, floor = account_of(name, case), floor_bytes(case, ADAM_FP32 if name == ENGINE else ADAM)
+    return {
+        "preset": case.preset.removesuffix(".yml"),
+        "batch": case.batch,
+        "seq": case.seq,
+        "contestant": name,
+        "parameters": GPT(load_config(case.preset).model, Mesh.single("meta")).num_parameters(),
+        "launches": account.total("launches"),
+        "gigabytes": account.total("moved") / 1e9,
+        "over_floor": account.total("moved") / floor,
+        "teraflop": account.total("flops") / 1e12,
+        "peak_gigabytes": account.memory.peak / 1e9,
+        "by_phase": {
+            phase: [account.total("launches", phase), account.total("moved", phase) / 1e9] for phase in PHASES
+        },
+        "largest": [
+            {"phase": phase, "operator": operator, "launches": cost.launches, "gigabytes": cost.moved / 1e9}
+            for phase, operator, cost in largest(account, 25)
+        ],
+        "devices": devices_of(case, account) if name == ENGINE else [],
+    }
 
 
 def show(row: dict) -> None:
-    """Print one contestant, and the largest operators of ours."""
+    """Print one contestant; of the engine also its local part, and the time of the step on each device."""
     print(
         f"{row['preset']:12} {row['batch']:>2}x{row['seq']:<5} {row['contestant']:20} {row['launches']:6.0f} launches "
         f"{row['gigabytes']:8.1f} GB ({row['over_floor']:.2f} of the floor) {row['teraflop']:7.1f} TFLOP "
@@ -205,6 +233,15 @@ def show(row: dict) -> None:
         file=sys.stderr,
         flush=True,
     )
+    launches, gigabytes = row["by_phase"]["engine"]
+    if launches:
+        print(f"{'':12} of these around the model: {launches} launches, {gigabytes:.1f} GB", file=sys.stderr)
+    for device in row["devices"]:
+        print(
+            f"{'':12} {device['device']:15} roofline {device['roofline_ms']:8.1f} ms, plan {device['plan_ms']:8.1f} ms",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def main() -> int:
@@ -215,9 +252,9 @@ def main() -> int:
     args = parser.parse_args()
     done = []
     for case in CASES[: 1 if args.quick else None]:
-        for row in rows(case):
-            done.append(row)
-            show(row)
+        for name in contestants():
+            done.append(row_of(case, name))
+            show(done[-1])
     if args.json:
         print(json.dumps(done, indent=1))
     return 0

@@ -17,6 +17,7 @@ A torch without CUDA needs tests.cuda.fake_device, imported before torch, for gr
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,18 +26,25 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
-import deepspeed
 import torch
 import torch.nn.functional as functional
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import neox
-
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
 COPIES = {"_to_copy", "copy_"}
 GB = 1 << 30
-PACKAGES = {"neox": Path(neox.__file__).parent, "deepspeed": Path(deepspeed.__file__).parent}
+
+
+def folder_of(package: str) -> Path:
+    """Where a package is installed; does not import it: DeepSpeed prints as it is imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"{package} is not installed")
+    return Path(spec.origin).parent
+
+
+PACKAGES = {name: folder_of(name) for name in ("neox", "deepspeed")}
 
 
 class Event(NamedTuple):

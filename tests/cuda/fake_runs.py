@@ -2,7 +2,8 @@
 
     python -m tests.cuda.fake_runs OUT
 
-writes, for every run, what the host waited for (tests.cuda.fake_cuda), or the error that ended it, as JSON.
+writes, for every run, what the host waited for (tests.cuda.fake_cuda), or the error that ended it, as JSON; for the
+run "account", what a step asks of the device (benchmarks/train/engine_account.py).
 """
 
 from __future__ import annotations
@@ -35,11 +36,17 @@ from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh, create_mesh
 from tests.conftest import close_process_group
+from tests.cuda import account_cases
 from tests.cuda.fake_cuda import FakeCuda
 from tests.model.models import FORMS, SIZES
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "train"))
+import account
+import engine_account
+
 ROWS, LENGTH, VOCAB = 2, 16, SIZES["vocab_size"]
 GPU = torch.device("cuda", 0)
+COPIES = ("aten.clone", "aten.copy_", "aten._to_copy", "aten.slice_backward", "aten.select_backward")
 Answer = dict[str, list]  # kind of event -> [site:line, count] of each
 
 
@@ -162,6 +169,47 @@ def train_engine(layout: Layout, gpu: FakeCuda) -> None:
         close_process_group()
 
 
+def in_the_model(row: account.Row) -> bool:
+    """Whether an operator of the model copies activations or their gradients."""
+    return row.name in COPIES and row.phase != "engine" and len(row.shape) > 1
+
+
+def account_for_step() -> Answer:
+    """A step in bf16 with ZeRO 1 on one GPU: the model's copies, and what is around the model."""
+    config = Config.model_validate(
+        {
+            "model": SIZES | FORMS["neox"] | {"attention_backend": "native"},
+            "optimizer": {"lr": 0.003, "gradient_clipping": 0.5},
+            "precision": {"dtype": "bf16"},
+            "data": {"seq_length": LENGTH},
+            "train": {"micro_batch_size": ROWS, "train_iters": 10},
+        }
+    )
+    try:
+        with engine_account.EngineAccount() as counted:
+            engine_account.train(counted, config)
+    finally:
+        close_process_group()
+    sizes = [parameter.numel() for parameter in GPT(config.model, Mesh.single("meta")).parameters()]
+    return {
+        "parameters": [["tensors", len(sizes)], ["elements", sum(sizes)]],
+        "engine": [[what, counted.total(what, "engine")] for what in ("launches", "moved")],
+        "copies": [[row.name, list(row.shape)] for row in counted.rows if in_the_model(row)],
+    }
+
+
+def account_for_copies() -> Answer:
+    """[launches, bytes read, bytes written] of the operators of each case."""
+    out: Answer = {}
+    with account.Account() as counted:
+        for name, (inputs, call, _) in account_cases.COPIES.items():
+            tensors = [torch.empty(shape, dtype=dtype, device=GPU) for shape, dtype in inputs]
+            counted.start()
+            call(*tensors)
+            out[name] = [[row.cost.launches, row.cost.read, row.cost.written] for row in counted.rows]
+    return out
+
+
 def planted() -> dict[str, Callable[[], object]]:
     """Faults, each of which must be found."""
     on_gpu, on_host = torch.ones(3, device=GPU), torch.ones(3)
@@ -183,7 +231,7 @@ def planted() -> dict[str, Callable[[], object]]:
     }
 
 
-def runs(gpu: FakeCuda) -> Iterator[tuple[str, Callable[[], None]]]:
+def runs(gpu: FakeCuda) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, run) of everything."""
     for form in FORMS:
         for checkpointing in ("none", "selective", "full"):
@@ -196,6 +244,8 @@ def runs(gpu: FakeCuda) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"generate {form} ragged", partial(generate_text, form, [[1, 2, 3], [4]])
     for name, fault in planted().items():
         yield f"planted {name}", fault
+    yield "account", account_for_step
+    yield "copies", account_for_copies
     for layout in LAYOUTS:
         yield f"engine {layout.name}", partial(train_engine, layout, gpu)
 
@@ -211,9 +261,12 @@ def main(out: str, only: str = "") -> None:
                 continue
             gpu.events.clear()
             try:
-                run()
+                result = run()
             except Exception:
                 answers[name] = traceback.format_exc()
+                continue
+            if isinstance(result, dict):
+                answers[name] = result
                 continue
             answer: Answer = {}
             for event, count in sorted(gpu.events.items()):

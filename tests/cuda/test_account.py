@@ -26,7 +26,8 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-X, IDS = ((4, 8), torch.bfloat16), ((5,), torch.int64)
+X, ROW, IDS = ((4, 8), torch.bfloat16), ((1, 8), torch.bfloat16), ((5,), torch.int64)
+WIDE = ((4, 8), torch.float32)
 CALLS = {  # shapes and dtypes, the call, and (launches, bytes read, bytes written) of every operator
     "add": ([X, X], lambda x, y: x + y, [(1, 128, 64)]),
     "same operand twice": ([X], lambda x: x * x, [(1, 64, 64)]),
@@ -34,6 +35,20 @@ CALLS = {  # shapes and dtypes, the call, and (launches, bytes read, bytes writt
     "expanded": ([X, ((1,), torch.bfloat16)], lambda x, y: x + y.expand(4, 8), [(1, 66, 64)]),
     "in place": ([X, X], lambda x, y: x.add_(y), [(1, 128, 64)]),
     "fill": ([X], lambda x: x.zero_(), [(1, 0, 64)]),
+    "fills of a list": ([X, X], lambda x, y: torch._foreach_zero_([x, y]), [(1, 0, 128)]),
+    "zeros": ([X], torch.zeros_like, [(1, 0, 64)]),
+    "new zeros": ([X], lambda x: x.new_zeros(2, 3), [(1, 0, 12)]),
+    "allocation": ([X], lambda x: (torch.empty_like(x), x.new_empty(100)), []),
+    "view": ([X], lambda x: x.view(-1).unflatten(0, (8, 4)).t().narrow(0, 1, 2).unsqueeze(0), []),
+    "split and chunk": ([X], lambda x: (x.split(2), x.chunk(2, 1), x.unbind(), x.select(0, 1)), []),
+    "expand": ([ROW], lambda row: row.expand(4, 8), []),
+    "contiguous already": ([X], lambda x: x.contiguous().reshape(32).to(torch.bfloat16), []),
+    "cast": ([X], lambda x: x.float(), [(1, 64, 128)]),
+    "clone of a slice": ([X], lambda x: x.narrow(1, 0, 4).clone(), [(1, 32, 32)]),
+    "clone of an expanded row": ([ROW], lambda row: row.expand(4, 8).clone(), [(1, 16, 64)]),
+    "reshape that copies": ([X], lambda x: x.t().reshape(-1), [(1, 64, 64)]),
+    "concatenation": ([X, ROW], lambda x, row: torch.cat([x, row]), [(1, 80, 80)]),
+    "sum into fp32": ([WIDE, X], lambda sums, x: sums.add_(x), [(1, 128 + 64, 128)]),
     "product": ([X, ((8, 2), torch.bfloat16)], lambda x, y: x @ y, [(1, 96, 16)]),
     "lookup": ([IDS, ((100, 8), torch.bfloat16)], torch.nn.functional.embedding, [(1, 40 + 80, 80)]),
     "norm": (

@@ -17,8 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda.account_cases import COPIES
+
 READS = 3  # per step: the number of targets, the loss, the norm
 PER_FLUSH = 1  # and per flush of a pipeline
+# around the model per parameter and step of one process in bf16: AdamW 28, the fp32 sum of the gradient 6, the copy of
+# the weight 6, the norm of the gradient 4, the largest magnitude of the weight 2
+BYTES = 46
+OTHER_LAUNCHES = 70  # besides one for each tensor's gradient
 
 
 @functools.cache
@@ -97,3 +103,19 @@ def test_a_step_copies_its_tokens_and_its_number_of_targets():
 def test_generation_reads_each_token_once():
     for name, sites in of_kind("read", "generate ").items():
         assert sum(count for _, count in sites) <= 3, (name, sites)
+
+
+def test_a_gradient_takes_few_bytes_to_the_optimizer_and_none_in_the_model():
+    """DeepSpeed alone takes 94 per parameter, and four kernels for each tensor."""
+    answer = answers()["account"]
+    assert isinstance(answer, dict), answer
+    tensors, elements = (count for _, count in answer["parameters"])
+    launches, moved = (count for _, count in answer["engine"])
+    assert BYTES <= moved / elements < BYTES + 0.5
+    assert tensors < launches < tensors + OTHER_LAUNCHES
+    assert answer["copies"] == []
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_costs_of_a_copy(name):
+    assert answers()["copies"][name] == COPIES[name][2]
