@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -158,15 +159,20 @@ def hopper_objects(folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     read = ["setup.py", *sources("csrc/common/*.*"), *sources("csrc/ops/**/*.h"), *sources("csrc/ops/**/*.cu*")]
     newest = max((ROOT / source).stat().st_mtime for source in read)
-    objects = []
-    for source in sources(f"csrc/ops/**/*{HOPPER}"):
-        target = folder / f"{Path(source).stem}.o"
-        if not target.exists() or target.stat().st_mtime < newest:
-            command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            command += ["-gencode=arch=compute_90a,code=sm_90a", "-c", source, "-o", str(target)]
-            subprocess.run(command, check=True, cwd=ROOT)
-        objects.append(str(target))
-    return objects
+    targets = {source: folder / f"{Path(source).stem}.o" for source in sources(f"csrc/ops/**/*{HOPPER}")}
+    flags = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags += ["-gencode=arch=compute_90a,code=sm_90a"]
+
+    def compile_source(source: str) -> None:
+        partial = targets[source].with_suffix(".partial.o")  # an interrupted build must not leave a target
+        subprocess.run([f"{CUDA_HOME}/bin/nvcc", *flags, "-c", source, "-o", str(partial)], check=True, cwd=ROOT)
+        partial.replace(targets[source])
+
+    stale = [source for source, target in targets.items() if not target.exists() or target.stat().st_mtime < newest]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
+        for _ in pool.map(compile_source, stale):  # raises what a compiler reported
+            pass
+    return [str(target) for target in targets.values()]
 
 
 def data_core() -> CppExtension:
