@@ -139,12 +139,15 @@ fuzz: setup build/native/CMakeCache.txt  ## random sweeps of the dataset core (F
 # GPU_PYTHON has the version of the GPU machine's Python; only its headers are used.
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
 gpu-bundle: setup build/native/CMakeCache.txt  ## what benchmarks/gpu.sh needs on a GPU machine without a network: libraries for sm_90a, wheels
+	@$(PY) benchmarks/gpu/bundle.py tools --python "$(GPU_PYTHON)"
+	cmake build/native > /dev/null  # an nvcc that was installed since
 	cmake --build build/native --parallel $(JOBS) --target gpu_library
 	$(PY) benchmarks/gpu/bundle.py make --python "$(GPU_PYTHON)"
 	if [ -e build/oldest-torch/version ]; then $(PY) tests/cuda/stable_symbols.py build/oldest-torch/include build/gpu-bundle/neox/_ops/*.so; fi
 
 gpu-rehearsal: setup  ## both calls of benchmarks/gpu.sh to their ends on the CPU; about four minutes
-	for call in a b; do STRETCH=5 PYTHON=$(PY) DEVICE=cpu OUT=build/gpu-rehearsal/$$call benchmarks/gpu.sh $$call; done
+	code=0; for call in a b; do \
+	    STRETCH=5 PYTHON=$(PY) DEVICE=cpu OUT=build/gpu-rehearsal/$$call benchmarks/gpu.sh $$call || code=$$?; done; exit $$code
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup  ## build the documentation site into site/, with strict links and the API reference

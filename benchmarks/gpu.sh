@@ -23,6 +23,7 @@ export OUT=${OUT:-benchmarks/results/gpu-$1}
 export DEVICE=${DEVICE:-cuda}
 export PYTHONPATH="$PWD:$PWD/build/gpu-site${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 DS_BUILD_OPS=0
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} # if the libraries must be built there
 # What DeepSpeed and setup.py look up. nvcc on the PATH may be a link or a wrapper: it reports its own root.
 if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
     CUDA_HOME=$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p' | head -n 1)

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "NEOX_RECORD"
+# What a row of the first step can ask for: {"then": BUILD or STOP, "because": why}.
+BUILD = "build the libraries"
+STOP = "end the call"
 
 
 @contextmanager

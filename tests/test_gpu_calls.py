@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,6 +140,7 @@ def test_a_killed_call_leaves_what_was_measured(gpu, tmp_path):
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     assert (document(tmp_path, "only")["status"], document(tmp_path, "only")["rows"]) == ("running", [{"x": 1}])
+    assert {path.name for path in tmp_path.iterdir()} <= {"only.json", "only.partial", "log.txt"}  # at most 8 come back
 
 
 def test_missing_packages_are_reported(gpu, call, tmp_path):
@@ -156,15 +158,43 @@ def test_steps_that_no_longer_fit_are_reported(gpu, tmp_path):
     assert "the 4 s of the call are spent" in (tmp_path / "report.txt").read_text()
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_libraries_are_built_only_where_loading_fails(gpu, tmp_path, monkeypatch, device):
+@pytest.mark.parametrize("asking", [True, False])
+def test_libraries_are_built_only_where_loading_fails(gpu, call, tmp_path, monkeypatch, asking):
+    """Building takes most of a call: what else fails in the first step does not cause it."""
     monkeypatch.setattr(gpu, "build", lambda: [python("record.add({'built': 1})")])
-    call = gpu.Call("a", device, tmp_path, limit=60)
-    call.run([step(gpu, "load", "raise SystemExit('undefined symbol')"), step(gpu, "next", "")])
+    asks = "record.add({'then': record.BUILD, 'because': 'undefined symbol'}); raise SystemExit(1)"
+    call.run([step(gpu, "load", asks if asking else "raise SystemExit('no wheel')"), step(gpu, "next", "")])
     load = document(tmp_path, "load")
-    assert load["status"] == ("ok" if device == "cuda" else "failed")
-    assert load["rows"] == ([{"built": 1}] if device == "cuda" else [])
-    assert "undefined symbol" in load["problems"][0]
+    assert load["status"] == ("ok" if asking else "failed")
+    assert ({"built": 1} in load["rows"]) == asking
+    assert ("undefined symbol" if asking else "no wheel") in load["problems"][0]
+    assert document(tmp_path, "next")["status"] == "ok"
+
+
+def test_a_call_without_a_gpu_ends_at_once(gpu, call, tmp_path):
+    stop = "record.add({'then': record.STOP, 'because': 'torch sees no GPU'}); raise SystemExit(1)"
+    call.run([step(gpu, "load", stop), step(gpu, "next", "record.add({'ran': 1})")])
+    assert document(tmp_path, "next")["status"] == "not run"
+    assert document(tmp_path, "next")["problems"] == ["torch sees no GPU"]
+    assert document(tmp_path, "next")["rows"] == []
+
+
+def test_a_step_may_use_what_those_before_it_leave(gpu, tmp_path):
+    call = gpu.Call("a", "cuda", tmp_path, limit=100)
+    call.run([step(gpu, "first", "", limit=30), step(gpu, "second", "", limit=10), step(gpu, "third", "", limit=60)])
+    limits = [document(tmp_path, name)["limit_s"] for name in ("first", "second", "third")]
+    assert limits[0] == 30 and 30 < limits[1] <= 40 and 90 < limits[2] <= 100
+
+
+def test_a_process_that_cannot_be_killed_is_abandoned(gpu, call, tmp_path, monkeypatch):
+    """As one that waits in a driver."""
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu, "STUCK", 0.5)
+    monkeypatch.setattr(gpu.Running, "signal", lambda *_: None)
+    start = time.monotonic()
+    call.run([step(gpu, "stuck", "time.sleep(15)", limit=2), step(gpu, "next", "")])
+    assert time.monotonic() - start < 12
+    assert document(tmp_path, "stuck")["status"] == "out of time"
     assert document(tmp_path, "next")["status"] == "ok"
 
 
@@ -233,6 +263,92 @@ def test_kernels_that_were_not_launched_are_named(gpu, tmp_path, monkeypatch):
     launched = ["void neox::(anonymous namespace)::forward<float, 8>(neox::(anonymous namespace)::Forward<float>)"]
     assert kernels.not_launched("gated", launched) == ["forward<float,1>"]
     assert kernels.not_launched("gated", known) == []
+
+
+@pytest.fixture
+def checkout(gpu, tmp_path, monkeypatch):
+    """A checkout with sources and a bundle of them, and one library."""
+    bundle = sys.modules["gpu.bundle"]
+    for name, path in {"ROOT": ".", "BUNDLE": "bundle", "SITE": "site", "STAMP": "neox/_ops/bundle.txt"}.items():
+        monkeypatch.setattr(bundle, name, tmp_path / path)
+    monkeypatch.setattr(bundle, "loads", lambda _: any((tmp_path / "neox" / "_ops").glob("*.so")))
+    monkeypatch.setenv(record_variable(), str(tmp_path / "rows.json"))
+    for folder in ("csrc", "neox/_ops", "bundle/neox/_ops"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "csrc" / "a.cpp").write_text("a")
+    (tmp_path / "setup.py").write_text("")
+    (tmp_path / "bundle" / "neox" / "_ops" / "cuda.so").write_text("bundled")
+    return bundle
+
+
+def record_variable() -> str:
+    return sys.modules["record"].VARIABLE
+
+
+def test_the_libraries_of_a_bundle_are_copied_once_and_only_for_its_sources(checkout, tmp_path):
+    library, sources = tmp_path / "neox" / "_ops" / "cuda.so", checkout.sources_hash()
+    assert checkout.install_libraries(sources, "cuda") == "copied"
+    assert library.read_text() == "bundled"
+    assert checkout.install_libraries(sources, "cuda") == "not needed"
+
+    (tmp_path / "csrc" / "a.cpp").write_text("b")  # a kernel is fixed, and the old bundle is carried
+    assert checkout.install_libraries(sources, "cuda") == "of other sources"
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["then"] == sys.modules["record"].BUILD
+    (tmp_path / "setup.py").write_text("open('neox/_ops/cuda.so', 'w').write('built')")
+    assert checkout.build() == 0 and library.read_text() == "built"
+    assert checkout.install_libraries(sources, "cuda") == "not needed"
+
+    (tmp_path / "csrc" / "a.cpp").write_text("c")  # another fix, with its bundle
+    (tmp_path / "bundle" / "neox" / "_ops" / "cuda.so").write_text("the newest")
+    assert checkout.install_libraries(checkout.sources_hash(), "cuda") == "copied"
+    assert library.read_text() == "the newest"
+
+
+def test_a_build_that_fails_leaves_the_libraries_of_other_sources(checkout, tmp_path):
+    checkout.install_libraries(checkout.sources_hash(), "cuda")
+    (tmp_path / "csrc" / "a.cpp").write_text("b")
+    (tmp_path / "setup.py").write_text("raise SystemExit(3)")
+    assert checkout.build() == 3
+    assert checkout.install_libraries("old", "cuda") == "of other sources"
+
+
+@pytest.mark.parametrize(
+    ("tool", "program", "error"),
+    [
+        ("nvcc", None, "error[14] no nvcc; where=PATH; want=CUDA"),
+        ("nvcc", "echo sm_70 sm_80", "error[14] nvcc is too old; where=.*/nvcc; got=up to sm_80; want=sm_90"),
+        (
+            "python",
+            None,
+            "error[14] no Python with its headers; where=GPU_PYTHON; got=.*/python: no such program; want=",
+        ),
+        ("python", "echo the shim knows no 3.12 >&2; exit 1", "got=.*/python: the shim knows no 3.12; want="),
+        ("python", "echo /none; echo 3.12", "got=no /none/Python.h; want=the version of the GPU machine; do=make"),
+    ],
+)
+def test_a_machine_that_cannot_make_the_bundle_gets_one_error(gpu, tmp_path, monkeypatch, tool, program, error):
+    bundle = sys.modules["gpu.bundle"]
+    (tmp_path / "Python.h").touch()
+    programs = dict.fromkeys(("c++filt", "strip", "nm", "g++"), "")
+    programs |= {"nvcc": "echo sm_80 sm_90", "python": f"echo {tmp_path}; echo 3.12"}
+
+    def write() -> None:
+        for name, text in programs.items():
+            if text is not None:
+                (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+                (tmp_path / name).chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "g++ -m64")
+    write()
+    bundle.tools(str(tmp_path / "python"))
+    (tmp_path / tool).unlink()
+    programs[tool] = program
+    write()
+    with pytest.raises(SystemExit) as refusal:
+        bundle.tools(str(tmp_path / "python"))
+    assert re.search(error.replace("[14]", r"\[14\]"), str(refusal.value))
 
 
 def wheel(folder: Path, name: str, *requirements: str) -> None:

@@ -4,7 +4,10 @@ build/gpu-bundle holds the operator libraries, which depend neither on the versi
 2.11 on, the dataset core for one version of Python, and wheels of the packages that an image with torch and
 transformers lacks.
 
-usage: bundle.py make --python PYTHON3.12     bundle.py install --device cuda
+usage: bundle.py tools --python PYTHON3.12    whether this machine has what `make` needs
+       bundle.py make --python PYTHON3.12
+       bundle.py install --device cuda        on the GPU machine
+       bundle.py build                        there, if the libraries do not load
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ SITE = ROOT / "build" / "gpu-site"
 STAMP = ROOT / "neox" / "_ops" / "bundle.txt"
 CUDA_BUILD = ROOT / "build" / "native" / "tests" / "cuda" / "gpu"
 LIMIT_MB = 40
+ARCHITECTURE = "sm_90"
 
 WHEELS = ("annotated-types", "einops", "hjson", "msgpack", "orjson", "py-cpuinfo", "pydantic", "pydantic-core")
 WHEELS += ("typing-inspection", "zstandard")
@@ -46,7 +50,7 @@ def sources_hash() -> str:
     """Identifies the sources of the libraries."""
     digest = hashlib.sha256()
     for path in sorted([*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"]):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pyc":
             digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -67,10 +71,37 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def headers(python: str) -> tuple[str, str]:
+    """The folder of an interpreter's headers, and its version. Ends this program with an error without them."""
+    program = "import sysconfig, sys; print(sysconfig.get_paths()['include']); print('%d.%d' % sys.version_info[:2])"
+    found, reason = [], "no such program"
+    if shutil.which(python):
+        done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
+        found, reason = done.stdout.splitlines(), (done.stderr.strip().splitlines() or ["no output"])[0]
+    if len(found) == 2 and (Path(found[0]) / "Python.h").exists():
+        return found[0], found[1]
+    reason = f"no {found[0]}/Python.h" if found else f"{python}: {reason}"
+    sys.exit(
+        f"error[14] no Python with its headers; where=GPU_PYTHON; got={reason}; want=the version of the GPU machine; "
+        "do=make gpu-bundle GPU_PYTHON=/path/to/python3.12"
+    )
+
+
+def tools(python: str) -> None:
+    """Ends this program with an error if this machine lacks a tool, before anything is compiled."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+    for name in ("nvcc", compiler, "c++filt", "strip", "nm"):
+        if shutil.which(name) is None:
+            sys.exit(f"error[14] no {name}; where=PATH; want=CUDA 12.8 or later, g++ and binutils; do=install it")
+    known = run("nvcc", "--list-gpu-code").split()
+    if ARCHITECTURE not in known:
+        sys.exit(f"error[14] nvcc is too old; where={shutil.which('nvcc')}; got=up to {known[-1]}; want={ARCHITECTURE}")
+    headers(python)
+
+
 def make(python: str) -> None:
     """Builds the bundle. Ends this program with an error if it is incomplete or too large."""
-    paths = "import sysconfig, sys; print(sysconfig.get_paths()['include'], '%d.%d' % sys.version_info[:2])"
-    include, version = run(python, "-c", paths).split()
+    include, version = headers(python)
     shutil.rmtree(BUNDLE, ignore_errors=True)
     (BUNDLE / "neox" / "_ops").mkdir(parents=True)
     for library in sorted((ROOT / "neox" / "_ops").glob("*.so")):
@@ -81,8 +112,11 @@ def make(python: str) -> None:
     run("strip", "--strip-unneeded", *BUNDLE.rglob("*.so"))
     (BUNDLE / "kernels.json").write_text(json.dumps(kernels(), indent=1) + "\n")
     fetch_wheels(version)
-    (BUNDLE / "bundle.json").write_text(json.dumps({"sources": sources_hash(), "python": version}) + "\n")
     check()
+    changed = run("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no") != ""
+    commit = run("git", "-C", ROOT, "rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    about = {"sources": sources_hash(), "python": version, "commit": commit}
+    (BUNDLE / "bundle.json").write_text(json.dumps(about) + "\n")
 
 
 def compile_data_core(include: str) -> None:
@@ -150,22 +184,44 @@ def install(device: str) -> int:
     if not (BUNDLE / "bundle.json").exists():  # written last
         record.add({"bundle": "missing", "do": "make gpu-bundle elsewhere, and carry build/gpu-bundle"})
         return 0
-    packages = install_packages()
     about = json.loads((BUNDLE / "bundle.json").read_text())
-    fitting = about["sources"] == sources_hash()
-    installed = STAMP.read_text() if STAMP.exists() else ""
-    wanted = not loads(device) or installed not in ("", about["sources"])
-    if wanted and fitting:
-        for library in (BUNDLE / "neox").rglob("*.so"):
-            target = ROOT / library.relative_to(BUNDLE)
-            target.parent.mkdir(exist_ok=True)
-            target.unlink(missing_ok=True)  # a process may have it open
-            shutil.copy(library, target)
-        STAMP.write_text(about["sources"])
-    libraries = "copied" if wanted and fitting else "of other sources" if wanted else "not needed"
-    record.add({"bundle": about["sources"], "libraries": libraries, "packages": packages})
+    libraries = install_libraries(about["sources"], device)
+    record.add({"bundle of": about["commit"], "for Python": about["python"], "libraries": libraries})
+    packages = install_packages()
+    record.add({"packages": packages})
     print(f"libraries {libraries}; packages {packages or 'none'}")
-    return 1 if wanted and not fitting else 0
+    return 0
+
+
+def install_libraries(bundled: str, device: str) -> str:
+    """Copies the libraries, unless the checkout has some of its sources that load. Returns what was done.
+
+    Libraries without a stamp were built in the checkout. A GPU's call asks for a build if the bundle's are of other
+    sources: what it measured would not be what the checkout describes.
+    """
+    sources, installed = sources_hash(), STAMP.read_text() if STAMP.exists() else ""
+    if installed in ("", sources) and loads(device):
+        return "not needed"
+    if bundled != sources:
+        if device == "cuda":
+            record.add({"then": record.BUILD, "because": "the bundle is of other sources; do=make gpu-bundle"})
+        return "of other sources"
+    for library in (BUNDLE / "neox").rglob("*.so"):
+        target = ROOT / library.relative_to(BUNDLE)
+        target.parent.mkdir(exist_ok=True)
+        target.unlink(missing_ok=True)  # a process may have it open
+        shutil.copy(library, target)
+    STAMP.write_text(sources)
+    return "copied"
+
+
+def build() -> int:
+    """Builds the libraries of this checkout. Returns the exit code of the build."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code == 0:
+        STAMP.write_text(sources_hash())
+    return code
 
 
 def install_packages() -> str:
@@ -181,6 +237,8 @@ def install_packages() -> str:
 
 def loads(device: str) -> bool:
     """Whether the libraries that are in the checkout load into a process of this Python."""
+    if not any((ROOT / "neox" / "_ops").glob("*.so")):  # a new checkout: the import of torch costs seconds there
+        return False
     program = "import sys, neox._native, neox.ops; sys.exit(sys.argv[1] == 'cuda' and neox.ops.CUDA != 'loaded')"
     return subprocess.run([sys.executable, "-c", program, device], cwd=ROOT, check=False).returncode == 0
 
@@ -188,13 +246,18 @@ def loads(device: str) -> bool:
 def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "install"))
+    parser.add_argument("what", choices=("tools", "make", "install", "build"))
     parser.add_argument("--python", default="python3.12", help="make: interpreter of the version that the machine has")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="install: what must load")
     args = parser.parse_args()
     if args.what == "install":
         return install(args.device)
-    make(args.python)
+    if args.what == "build":
+        return build()
+    if args.what == "tools":
+        tools(args.python)
+    else:
+        make(args.python)
     return 0
 
 

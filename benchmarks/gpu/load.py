@@ -1,6 +1,7 @@
 """Versions of what the machine has, and which kernels each operator runs: `load.py --device cuda`.
 
-It fails if the operators, the dataset core or, for a GPU, the CUDA kernels do not load.
+It fails if the operators, the dataset core or, for a GPU, the CUDA kernels do not load; the call then builds them.
+Without a GPU it ends the call.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import record
 import torch
+from gpu.bundle import BUNDLE
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pydantic", "orjson", "transformers", "triton", "pytest", "pytest-xdist")
 
@@ -31,9 +35,12 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout; a copy without its history has none."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit of the checkout, or in a copy without its history that of the bundle."""
+    git = shutil.which("git")
+    command = [git or "git", "rev-parse", "--short", "HEAD"]
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() if git else ""
+    about = BUNDLE / "bundle.json"
+    return text or (json.loads(about.read_text())["commit"] if about.exists() else "unknown")
 
 
 def machine(device: str) -> dict[str, object]:
@@ -50,8 +57,23 @@ def machine(device: str) -> dict[str, object]:
             "multiprocessors": properties.multi_processor_count,
         }
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-        row["driver, clocks"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        if shutil.which(query[0]):
+            row["driver, clocks"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return row
+
+
+def operators(device: str) -> str:
+    """Loads the libraries and records which kernels each operator runs. Returns what failed, or an empty text."""
+    try:
+        ops = importlib.import_module("neox.ops")
+        importlib.import_module("neox._native")
+    except Exception as problem:  # whatever a library of another machine or torch raises
+        return str(problem) or type(problem).__name__
+    for name in ops.__all__:
+        if name not in ops.HELPERS:
+            record.add({"operator": name, "backend": ops.backend(name)})
+            print(name, "|", ops.backend(name))
+    return f"the CUDA kernels are {ops.CUDA}" if device == "cuda" and ops.CUDA != "loaded" else ""
 
 
 def main() -> int:
@@ -60,19 +82,16 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     device = parser.parse_args().device
     if device == "cuda" and not torch.cuda.is_available():
+        record.add({"then": record.STOP, "because": "torch sees no GPU", **machine("cpu")})
         print("torch sees no GPU", file=sys.stderr)
         return 1
     record.add(machine(device))
-    ops = importlib.import_module("neox.ops")
-    importlib.import_module("neox._native")
-    for name in ops.__all__:
-        if name not in ops.HELPERS:
-            record.add({"operator": name, "backend": ops.backend(name)})
-            print(name, "|", ops.backend(name))
-    if device == "cuda" and ops.CUDA != "loaded":
-        print(f"the CUDA kernels are {ops.CUDA}", file=sys.stderr)
-        return 1
-    return 0
+    problem = operators(device)
+    if problem and device == "cuda":
+        record.add({"then": record.BUILD, "because": problem})
+    if problem:
+        print(problem, file=sys.stderr)
+    return 1 if problem else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,10 @@ import record
 from gpu.calls import BUILD_LIMIT, CALLS, LIMITS, ROOT, Command, Step, build
 
 GRACE = 3  # seconds between SIGINT, which ends Python with what it has, and SIGKILL
+STUCK = 2  # seconds after SIGKILL: a process that a driver holds is abandoned
 POLL = 0.05
 LOG_BYTES = 200_000  # of the output of one command
+LATE = "out of time"
 
 
 @dataclass
@@ -46,9 +49,9 @@ class Running:
 
     def failure(self) -> str | None:
         """Why it failed; None if it did not."""
-        name = " ".join(Path(word).name for word in self.command[1:3])
+        name = name_of(self.command)
         if self.interrupted:
-            return f"{name}: out of time"
+            return f"{name}: {LATE}"
         code = self.process.returncode
         if code == 0:
             return None
@@ -68,6 +71,8 @@ class Call:
         stretch: factor of the limits of its steps, for a trial on a busy machine.
         start: when it began.
         outcomes: one JSON document per step.
+        shares: seconds of the steps so far, by their limits.
+        stopped: why the remaining steps do not run.
     """
 
     name: str
@@ -77,10 +82,8 @@ class Call:
     stretch: float = 1.0
     start: float = field(default_factory=time.monotonic)
     outcomes: list[dict] = field(default_factory=list)
-
-    def left(self) -> float:
-        """Seconds that remain."""
-        return self.limit - (time.monotonic() - self.start)
+    shares: float = 0.0
+    stopped: str = ""
 
     @property
     def passed(self) -> bool:
@@ -88,32 +91,40 @@ class Call:
         return all(outcome["status"] == "ok" for outcome in self.outcomes)
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Runs the steps in turn, and the build if the libraries do not load."""
+        """Runs the steps in turn, and the build if the first step asks for it; a row of it can end the call, too."""
         for step in steps:
+            self.shares += step.limit * self.stretch
             outcome = self.step(step)
-            if step.name == "load" and outcome["status"] != "ok" and self.device == "cuda":
-                again = Step("load", BUILD_LIMIT, lambda _: build())
-                outcome = self.step(again, reason="; ".join(outcome["problems"]))
+            if reason := asked(outcome, record.BUILD):
+                outcome = self.step(Step(step.name, BUILD_LIMIT, lambda _: build()), reason=reason)
+            self.stopped = asked(outcome, record.STOP) or self.stopped
             self.outcomes.append(outcome)
             self.report()
+
+    def limit_of(self, step: Step) -> float:
+        """Seconds for a step: its limit, and what the steps before it left of theirs."""
+        passed = time.monotonic() - self.start
+        return min(max(step.limit * self.stretch, self.shares - passed), self.limit - passed)
 
     def step(self, step: Step, reason: str = "") -> dict:
         """Runs one step and returns its document."""
         path = self.out / f"{step.name}.json"
-        limit = min(step.limit * self.stretch, self.left())
-        about = {"call": self.name, "step": step.name, "device": self.device, "limit_s": step.limit}
+        limit = self.limit_of(step)
+        about = {"call": self.name, "step": step.name, "device": self.device, "limit_s": round(limit)}
         record.update(path, lambda document: document.update(about, status="running", rows=document.get("rows", [])))
         print(f"{step.name} ...", flush=True)
         start, problems = time.monotonic(), [f"repeated after: {reason}"] if reason else []
         missing = lacking(step.needs)
-        if missing:
+        if self.stopped:
+            status, found = "not run", [self.stopped]
+        elif missing:
             status, found = "left out", [f"no {', no '.join(missing)}"]
         elif limit < 2 * GRACE:
             status, found = "not run", [f"the {self.limit:.0f} s of the call are spent"]
         else:
-            with (self.out / "log.txt").open("a", encoding="utf-8") as log:
-                found = list(self.commands(step, start + limit, path, log))
-            late = any(problem.endswith("out of time") for problem in found)
+            with (self.out / "log.txt").open("a", encoding="utf-8") as log, tempfile.TemporaryDirectory() as folder:
+                found = list(self.commands(step, start + limit, path, log, Path(folder)))
+            late = any(problem.endswith(LATE) for problem in found)
             status = "out of time" if late else "failed" if found else "ok"
         seconds = round(time.monotonic() - start, 1)
         outcome = record.update(
@@ -123,34 +134,33 @@ class Call:
         print(f"{line_of(outcome)}", flush=True)
         return outcome
 
-    def commands(self, step: Step, deadline: float, path: Path, log: TextIO) -> Iterator[str]:
-        """Runs a step's commands, a failed one too, and yields what failed."""
+    def commands(self, step: Step, deadline: float, path: Path, log: TextIO, folder: Path) -> Iterator[str]:
+        """Runs a step's commands, the others after a failed one too, and yields what failed. Output goes to a folder
+        first: were it in $OUT, a call that is killed would leave too many files there.
+        """
         environment = {**os.environ, **step.environment, record.VARIABLE: str(path)}
         waiting = deque(step.commands(self.device))
         running: list[Running] = []
-        while waiting or running:
-            now = time.monotonic()
-            while waiting and len(running) < step.parallel and now < deadline - GRACE:
-                running.append(start_command(waiting.popleft(), environment, self.out))
-            if waiting and not running:
-                yield from (f"{Path(command[1]).name} {command[2:3]}: out of time" for command in waiting)
-                return
+        try:
+            while waiting or running:
+                now = time.monotonic()
+                while waiting and len(running) < step.parallel and now < deadline - GRACE:
+                    running.append(start_command(waiting.popleft(), environment, folder))
+                if waiting and not running:
+                    yield from (f"{name_of(command)}: {LATE}" for command in waiting)
+                    return
+                for one in ended(running, now - deadline):
+                    running.remove(one)
+                    failure = one.failure()
+                    log.write(f"=== {step.name}: {' '.join(one.command)}\n{tail_of(one.output)}\n")
+                    log.flush()
+                    one.output.unlink()
+                    if failure:
+                        yield failure
+                time.sleep(POLL)
+        finally:  # this program is interrupted
             for one in running:
-                if now >= deadline:
-                    one.signal(signal.SIGKILL)
-                elif now >= deadline - GRACE and not one.interrupted:
-                    one.interrupted = True
-                    one.signal(signal.SIGINT)
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                one.signal(signal.SIGKILL)  # what it left running
-                failure = one.failure()
-                log.write(f"=== {step.name}: {' '.join(one.command)}\n{tail_of(one.output)}\n")
-                log.flush()
-                one.output.unlink()
-                if failure:
-                    yield failure
-            time.sleep(POLL)
+                one.signal(signal.SIGKILL)
 
     def report(self) -> None:
         """Writes report.txt: a line per step, then what failed and what was measured."""
@@ -161,9 +171,38 @@ class Call:
         (self.out / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def name_of(command: Command) -> str:
+    """The program and its first argument."""
+    return " ".join(Path(word).name for word in command[1:3])
+
+
+def asked(outcome: dict, what: str) -> str:
+    """The reason, if a row of a step asks for something; else empty."""
+    return next((row["because"] for row in outcome["rows"] if row.get("then") == what), "")
+
+
+def ended(running: Sequence[Running], late: float) -> list[Running]:
+    """The commands that have ended or are abandoned, after a signal to those that are late.
+
+    Args:
+        running: the commands.
+        late: seconds since their deadline; negative before it.
+    """
+    for one in running:
+        if late >= 0:
+            one.signal(signal.SIGKILL)
+        elif late >= -GRACE and not one.interrupted:
+            one.interrupted = True
+            one.signal(signal.SIGINT)
+    found = [one for one in running if late >= STUCK or one.process.poll() is not None]
+    for one in found:
+        one.signal(signal.SIGKILL)  # what it left running
+    return found
+
+
 def start_command(command: Command, environment: dict[str, str], folder: Path) -> Running:
     """Starts a command in a session of its own, its output to a file."""
-    output = folder / f".output-{time.monotonic_ns()}"
+    output = folder / f"{time.monotonic_ns()}"
     with output.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
@@ -201,10 +240,11 @@ def lacking(modules: Sequence[str]) -> list[str]:
 
 def main() -> int:
     """Returns the exit code: 0 if every step passed."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what it started
     name = sys.argv[1]
     out = Path(os.environ["OUT"]).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("*.json"), *out.glob(".output-*"), out / "log.txt", out / "report.txt"):
+    for old in (*out.glob("*.json"), out / "log.txt", out / "report.txt"):
         old.unlink(missing_ok=True)
     stretch = float(os.environ.get("STRETCH", "1"))
     call = Call(name, os.environ["DEVICE"], out, LIMITS[name] * stretch, stretch)
