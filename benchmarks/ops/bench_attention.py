@@ -1,7 +1,7 @@
 """attention against torch's scaled_dot_product_attention: forward, and backward alone, over masks and for decoding.
 
 On a GPU the peers are sdpa's flash and cuDNN backends where is_causal suffices, and what sdpa chooses for a full mask
-where it does not.
+where it does not; and our kernels for Hopper, where they take the case.
 
 GFLOP/s count the pairs that the mask leaves visible: 4 operations per pair and channel forward, 10 backward. sdpa is
 given is_causal where that suffices, and the full mask, made outside of the timing, where it does not.
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import record
 from measure import Options, Row, compare, parse, show
 
 from neox.ops import attention
@@ -151,17 +152,21 @@ def peers_of(
 ) -> dict[str, Callable[..., torch.Tensor]]:
     """What ours is compared with. A backend that refuses the case is left out, and named on the error stream."""
     run = sdpa(case, dtype)
-    if options.device == "cpu" or not case.plain:
+    if options.device == "cpu":
         return {"sdpa": run}
+    tried: dict[str, Callable[..., torch.Tensor]] = {"sdpa": run}
+    if case.plain:
+        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+        tried = {name: through(backend, run) for name, backend in backends.items()}
     peers = {}
-    for name, backend in (("sdpa flash", SDPBackend.FLASH_ATTENTION), ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION)):
+    for name, peer in {**tried, "neox hopper": partial(attention, backend="hopper", **case.options)}.items():
         try:
-            through(backend, run)(*inputs)
-        except RuntimeError as problem:
+            peer(*inputs)
+        except (RuntimeError, ValueError) as problem:
             print(f"{case.label}: {name} is left out: {str(problem).splitlines()[0]}", file=sys.stderr)
         else:
-            peers[name] = through(backend, run)
-    return peers or {"sdpa": run}
+            peers[name] = peer
+    return peers if peers.keys() & tried.keys() else {"sdpa": run, **peers}
 
 
 def measure(case: Case, dtype: torch.dtype, options: Options) -> Iterator[Row]:
@@ -201,10 +206,21 @@ def measure(case: Case, dtype: torch.dtype, options: Options) -> Iterator[Row]:
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """All cases of the device in the dtypes that it is measured in."""
+    """All cases of the device in the dtypes that it is measured in.
+
+    Raises:
+        RuntimeError: cases failed, after the others were measured.
+    """
+    failed = []
     for dtype in options.dtypes:
         for case in gpu_cases(options.quick) if options.device == "cuda" else cases(options.quick):
-            yield from measure(case, dtype, options)
+            try:
+                yield from measure(case, dtype, options)
+            except (RuntimeError, ValueError) as problem:
+                failed.append(f"{case.label}: {problem}")
+                record.add({"failed": case.label, "error": str(problem)[:300]})
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 if __name__ == "__main__":
