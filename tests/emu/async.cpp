@@ -214,6 +214,11 @@ void mbarrier_arrive(uint64_t* address, uint32_t expected_bytes) {
     complete_if_done(index);
 }
 
+bool mbarrier_test(uint64_t* address, uint32_t parity) {
+    if (parity > 1) fail("mbarrier.try_wait: the parity must be 0 or 1");
+    return (state.barriers[static_cast<size_t>(index_of(address, "mbarrier.try_wait"))].phase & 1) != parity;
+}
+
 void mbarrier_wait(uint64_t* address, uint32_t parity) {
     const int index = index_of(address, "mbarrier.try_wait");
     if (parity > 1) fail("mbarrier.try_wait: the parity must be 0 or 1");

@@ -22,8 +22,9 @@
 
 namespace simt {
 
-// The information of a CUtensorMap for 16-bit elements. Dimension 0 is contiguous.
-struct alignas(64) TensorMap {
+// The information of a CUtensorMap for 16-bit elements, with its size and its alignment in CUDA 13. Dimension 0 is
+// contiguous.
+struct alignas(128) TensorMap {
     static constexpr int kMostDimensions = 5;
     const char* data;
     int dimensions;
@@ -32,11 +33,13 @@ struct alignas(64) TensorMap {
     uint32_t box[kMostDimensions];      // in elements
     bool swizzled;                      // 128-byte swizzle
 };
+static_assert(sizeof(TensorMap) == 128);
 
 void mbarrier_init(uint64_t* barrier, int arrivals);
 void fence_mbarrier_init();
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
+bool mbarrier_test(uint64_t* barrier, uint32_t parity);  // whether a wait would return at once
 void fence_proxy_async();
 
 // Copies the box at `coordinates` to shared memory and reports its bytes to the barrier. Coordinates may be outside of

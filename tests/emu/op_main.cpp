@@ -1,4 +1,4 @@
-// Runs the linked operator tests: test_ops_<variant> [OP] [--bytes].
+// Runs the linked operator tests: test_ops_<variant> [OP] [--all|--bytes].
 #include <algorithm>
 #include <cstring>
 
@@ -25,7 +25,8 @@ void run(const char* operator_name, void (*test)()) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const bool bytes_only = argc > 1 && !std::strcmp(argv[argc - 1], "--bytes");
+    const bool bytes_only = argc > 1 && !std::strcmp(argv[argc - 1], "--bytes"),
+               all = argc > 1 && !std::strcmp(argv[argc - 1], "--all");
     const char* const only = argc > 1 && argv[1][0] != '-' ? argv[1] : nullptr;
     auto operators = emu_test::Operator::all();
     std::sort(operators.begin(), operators.end(), [](auto* a, auto* b) { return std::strcmp(a->name, b->name) < 0; });
@@ -37,6 +38,7 @@ int main(int argc, char** argv) {
             for (const simt::Order order : schedules()) {
                 simt::config().order = order;
                 run(op->name, op->values);
+                if (all && op->instances) run(op->name, op->instances);
             }
         }
         simt::config().order = simt::Order::kRoundRobin;

@@ -7,7 +7,7 @@
 //     void bytes() { emu_test::expect_bytes("layer_norm forward", "64x2048 bf16", floor, [&] { launch; }); }
 //     const emu_test::Operator registered{"norm", values, bytes};
 //
-// All of them are linked into one executable per variant: test_ops_<plain|asan|check> [OP] [--bytes].
+// All of them are linked into one executable per variant: test_ops_<plain|asan|check> [OP] [--all|--bytes].
 #pragma once
 
 #include <cmath>
@@ -153,14 +153,17 @@ void expect_bytes(const std::string& what, const std::string& setting, double fl
     }
 }
 
-// The tests of an operator. `values` runs once per schedule; `bytes`, which may be null, runs once with the race
-// checker only.
+// The tests of an operator. All but `values` may be null.
 struct Operator {
     const char* name;
-    void (*values)();
-    void (*bytes)();
+    void (*values)();     // runs once per schedule
+    void (*bytes)();      // runs once, with the race checker only
+    void (*instances)();  // with --all: the kernels that values() does not launch
+    void (*sample)();     // instead of values() on a machine that is much slower (tests/ptx), unless --all
 
-    Operator(const char* name_, void (*values_)(), void (*bytes_)()) : name(name_), values(values_), bytes(bytes_) {
+    Operator(const char* name_, void (*values_)(), void (*bytes_)(), void (*instances_)() = nullptr,
+             void (*sample_)() = nullptr)
+        : name(name_), values(values_), bytes(bytes_), instances(instances_), sample(sample_) {
         all().push_back(this);
     }
     static std::vector<const Operator*>& all() {

@@ -188,7 +188,7 @@ void thread_entry() {
 
 void* allocate_shared(const void* key, size_t bytes, const char* name) {
     size_t total = bytes;
-    uint32_t window_address = 0;
+    uint32_t window_address = kSharedBase;
     for (const SharedArray& array : block.shared) {
         total += array.bytes;
         window_address = array.window_address + static_cast<uint32_t>((array.bytes + 1023) / 1024 * 1024);

@@ -78,6 +78,9 @@ const std::vector<Memory>& memory();
 void add_memory(void* begin, size_t bytes, const char* name);
 void remove_memory(const void* begin);
 
+// Addresses in shared memory start here: sm_90 reserves the first 1 KiB, and address 0 is invalid.
+constexpr uint32_t kSharedBase = 1024;
+
 int lane_id();
 int running_thread();  // index in the block; -1 outside of kernels
 void* dynamic_shared();

@@ -242,6 +242,15 @@ void values() {
     work(with({1, 400, 400, 1, 1, 64}, [](Case& c) { c.causal = false, c.boundaries = {70, 256}; }));
 }
 
-const emu_test::Operator registered{"attention", values, nullptr};
+// The sizes that values() checks in bf16 only.
+void instances() {
+    size_t index = masks().size() + generals().size() + sizes().size();
+    for (const Case& c : {Case{1, 65, 65, 1, 1, 96}, Case{1, 33, 33, 1, 1, 256},
+                          with({1, 40, 66, 1, 1, 128}, [](Case& c) { c.dropout = 0.2f; }),
+                          with({1, 33, 40, 1, 1, 256}, [](Case& c) { c.alibi = true; })})
+        check<__half>(c, index++);
+}
+
+const emu_test::Operator registered{"attention", values, nullptr, instances};
 
 }  // namespace

@@ -126,6 +126,12 @@ void values() {
     refusals();
 }
 
-const emu_test::Operator registered{"attention_hopper", values, nullptr};
+// Three tiles of keys with documents, head_dim 64.
+void sample() {
+    check<__nv_bfloat16>(with({1, 140, 300, 1, 1, 64}, [](Case& c) { c.boundaries = {40, 200}; }), cases().size());
+    simt::config().multiprocessors = 4;
+}
+
+const emu_test::Operator registered{"attention_hopper", values, nullptr, nullptr, sample};
 
 }  // namespace

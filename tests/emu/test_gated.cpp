@@ -52,6 +52,7 @@ void values() {
         check<T>(Activation::kRelu, 5, 819, 0, 3, 1);
         check<T>(Activation::kSilu, 37, 264, 8, 24, 0);  // full packs, strided rows
         check<T>(Activation::kGelu, 8, 819, 0, 0, 0);    // full packs, because the rows are contiguous
+        check<T>(Activation::kRelu, 3, 264, 0, 0, 0);
         // rows of complete packs, a stride that is not a multiple of one
         check<T>(Activation::kRelu, 5, 264, 3, 8, 0);
         check<T>(Activation::kRelu, 5, 264, 8, 3, 0);

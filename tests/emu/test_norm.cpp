@@ -164,6 +164,19 @@ void values() {
     check<__nv_bfloat16>({2, 24584, 8, 0, true, false, false, 1});  // the same with packs, strided
 }
 
+// Every number of packs per thread, forward and backward, up to the loops over long rows.
+void instances() {
+    emu_test::for_each_type([](auto zero) {
+        using T = decltype(zero);
+        for (const int64_t packs : {20, 50, 100, 250, 900, 1400, 2000, 3100}) {
+            for (const int outputs : {1, 2}) {
+                for (const size_t offset : {0, 1})
+                    check<T>({1, packs * 16 / static_cast<int64_t>(sizeof(T)), 0, offset, false, true, true, outputs});
+            }
+        }
+    });
+}
+
 // The norms of Pythia-1.4B and Pythia-160M with fewer tokens: layer norm, its dual form, and with a residual.
 void bytes() {
     using T = __nv_bfloat16;
@@ -187,6 +200,6 @@ void bytes() {
     }
 }
 
-const emu_test::Operator registered{"norm", values, bytes};
+const emu_test::Operator registered{"norm", values, bytes, instances};
 
 }  // namespace

@@ -117,6 +117,14 @@ void all_values() {
     long_rows();
 }
 
+// Long rows of the other types.
+void instances() {
+    for (const int64_t cols : {4096, 9000, 16640, 2049, 8193}) {
+        check<float>({1, cols, 0, 0, Hide::kMask});
+        check<__half>({1, cols, 0, 0, Hide::kMask});
+    }
+}
+
 // The scores of shapes A and B, reduced: unmasked, masked, and causal.
 void bytes() {
     using T = __nv_bfloat16;
@@ -147,6 +155,6 @@ void bytes() {
     });
 }
 
-const emu_test::Operator registered{"scaled_masked_softmax", all_values, bytes};
+const emu_test::Operator registered{"scaled_masked_softmax", all_values, bytes, instances};
 
 }  // namespace
