@@ -98,7 +98,7 @@ cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUD
 ptx-check: setup build/native/CMakeCache.txt  ## run the operators' tests on nvcc's PTX, on the CPU, if nvcc is available
 	cmake --build build/native --parallel $(JOBS) --target ptx_check
 
-ptx-test: setup build/native/CMakeCache.txt  ## the same, then bit for bit against the emulated kernels, and planted faults
+ptx-test: setup build/native/CMakeCache.txt  ## every kernel's PTX with the race checker, bit for bit against the emulated kernels, and planted faults
 	cmake --build build/native --parallel $(JOBS) --target ptx_test
 
 parallel-test: setup  ## compare every layout of up to four processes with one process, and print a table

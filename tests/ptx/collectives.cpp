@@ -66,10 +66,8 @@ template <bool kTransposed>
 const Instruction* load_matrices(Thread& t, const Instruction& i) {
     require_converged(t, i);
     const uint32_t address = t.at<uint32_t>(i.operands[4]) + static_cast<uint32_t>(i.operands[5]);
-    if (address < kSharedBase || address - kSharedBase + 16 > t.shared_bytes)
-        t.fail(i, "ldmatrix outside the shared memory of the block; got=" + std::to_string(address));
     uint32_t loaded[4];
-    simt::LoadMatrix operands{t.shared + (address - kSharedBase), loaded, 4, kTransposed};
+    simt::LoadMatrix operands{t.shared_at(i, address, 16), loaded, 4, kTransposed};
     simt::warp_collective(simt::load_matrix, ~0u, &operands, "ldmatrix");
     for (int k = 0; k < 4; ++k) t.at<uint32_t>(i.operands[k]) = loaded[k];
     return &i + 1;

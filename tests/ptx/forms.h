@@ -7,6 +7,8 @@
 //   s         special register, such as %tid.x
 //   L         label
 //   P S G     address in parameters, shared memory, global memory (also generic): two operands, register and immediate
+//   T         generic address of a tensor map, in the brackets that also hold the vector of coordinates after it
+//   _         no result
 //   { } |     vectors and pairs
 #pragma once
 
@@ -63,6 +65,7 @@ void add_floats(Forms& forms);
 void add_moves(Forms& forms);
 void add_memory(Forms& forms);
 void add_collectives(Forms& forms);
+void add_hopper(Forms& forms);
 
 // Pseudo-instructions before an instruction with a guard: they skip it unless the predicate holds, or does not.
 extern const Handler kSkipUnless, kSkipIf;

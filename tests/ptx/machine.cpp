@@ -12,12 +12,12 @@ std::string where(const Kernel& kernel, const Instruction& instruction) {
 }
 
 // The arguments, laid out as the kernel declares its parameters.
-std::vector<char> parameters_of(const Kernel& kernel, const simt::Launch& launch) {
+std::vector<Machine::ParameterLine> parameters_of(const Kernel& kernel, const simt::Launch& launch) {
     if (launch.arguments.size() != kernel.parameters.size()) {
         simt::fail(kernel.name + ": number of arguments; got=" + std::to_string(launch.arguments.size()) +
                    "; want=" + std::to_string(kernel.parameters.size()));
     }
-    std::vector<char> bytes(kernel.parameter_bytes);
+    std::vector<Machine::ParameterLine> lines((kernel.parameter_bytes + 127) / 128);
     for (size_t i = 0; i < launch.arguments.size(); ++i) {
         const Variable& parameter = kernel.parameters[i];
         if (launch.arguments[i].bytes != parameter.bytes) {
@@ -25,9 +25,9 @@ std::vector<char> parameters_of(const Kernel& kernel, const simt::Launch& launch
                        std::to_string(launch.arguments[i].bytes) + " bytes; want=" + std::to_string(parameter.bytes) +
                        "; do=compare the host's layout of the type with nvcc's");
         }
-        std::memcpy(bytes.data() + parameter.offset, launch.arguments[i].data, parameter.bytes);
+        std::memcpy(lines.data()->bytes + parameter.offset, launch.arguments[i].data, parameter.bytes);
     }
-    return bytes;
+    return lines;
 }
 
 void run_thread(Machine& machine, size_t shared_bytes) {
@@ -36,13 +36,15 @@ void run_thread(Machine& machine, size_t shared_bytes) {
     char* const registers = machine.registers.data() + static_cast<size_t>(index) * kernel.register_bytes;
     std::copy(kernel.constants.begin(), kernel.constants.end(), registers);
     std::memset(registers + kernel.constants.size(), 0xff, kernel.register_bytes - kernel.constants.size());
-    Thread thread{registers, shared_bytes ? static_cast<char*>(simt::dynamic_shared()) : nullptr, shared_bytes,
-                  index / 32, machine};
+    Thread thread{registers,    shared_bytes ? static_cast<char*>(simt::dynamic_shared()) : nullptr,
+                  shared_bytes, index / 32,
+                  machine,      {}};
     const Instruction* next = kernel.code.data();
     const Instruction* current = next;
     try {
         while (next) {
             current = next;
+            if constexpr (simt::check::kEnabled) machine.last = current;
             next = current->run(thread, *current);
         }
     } catch (const simt::Error& error) {
@@ -56,6 +58,14 @@ void run_thread(Machine& machine, size_t shared_bytes) {
 
 void Thread::fail(const Instruction& instruction, const std::string& what) const {
     simt::fail(what + where(machine.kernel, instruction));
+}
+
+char* Thread::shared_at(const Instruction& instruction, uint32_t address, size_t bytes) const {
+    if (address < kSharedBase || address - kSharedBase + bytes > shared_bytes) {
+        fail(instruction, "an access outside the shared memory of the block; got=" + std::to_string(bytes) +
+                              " bytes at " + std::to_string(address));
+    }
+    return shared + (address - kSharedBase);
 }
 
 int Machine::warp_lanes(int warp) const {
@@ -86,7 +96,13 @@ void run(const Kernel& kernel, const simt::Launch& launch) {
                     {},
                     std::vector<Machine::Meeting>((threads + 31) / 32)};
     for (const simt::Memory& memory : simt::memory()) machine.touched.emplace_back(memory.bytes);
-    simt::run_grid(launch.grid, launch.block, shared_bytes, [&] { run_thread(machine, shared_bytes); });
+    try {
+        simt::run_grid(launch.grid, launch.block, shared_bytes, [&] { run_thread(machine, shared_bytes); });
+    } catch (const simt::Error& error) {
+        const std::string what = error.what();
+        if (!machine.last || what.find("; where=") != std::string::npos) throw;
+        simt::fail(what + where(kernel, *machine.last));
+    }
 }
 
 }  // namespace ptx

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "products.h"
 #include "simt.h"
 
 namespace ptx {
@@ -49,13 +50,17 @@ struct Kernel {
     size_t register_bytes = 0;
 };
 
-// Addresses in shared memory start at 1 KiB, which sm_90 reserves: address 0 is invalid.
-constexpr uint32_t kSharedBase = 1024;
+using simt::kSharedBase;
 
 // What the threads of a launch share.
 struct Machine {
     const Kernel& kernel;
-    std::vector<char> parameters, registers;
+    // Aligned as a tensor map must be.
+    struct alignas(128) ParameterLine {
+        char bytes[128];
+    };
+    std::vector<ParameterLine> parameters;
+    std::vector<char> registers;
     // For each byte of each buffer (simt::memory()): whether the launch wrote it or read it with .nc.
     std::vector<std::vector<uint8_t>> touched;
     // The aligned instruction that some lanes of a warp have reached and others have not, and how many.
@@ -64,7 +69,10 @@ struct Machine {
         int arrived = 0;
     };
     std::vector<Meeting> meetings;  // of warps
+    // The last instruction of any thread, for the reports of the race checker.
+    const Instruction* last = nullptr;
     int warp_lanes(int warp) const;
+    char* parameter_data() { return parameters.empty() ? nullptr : parameters.data()->bytes; }
 };
 
 struct Thread {
@@ -73,11 +81,15 @@ struct Thread {
     size_t shared_bytes;
     int warp;
     Machine& machine;
+    Products products;
+    bool timed_out = false;  // the last mbarrier.try_wait
 
     template <class T>
     T& at(int32_t offset) const {
         return *reinterpret_cast<T*>(registers + offset);
     }
+    // The host's address of shared memory, whose bytes must exist.
+    char* shared_at(const Instruction& instruction, uint32_t address, size_t bytes) const;
     // Ends the launch. `what` is followed by kernel, file, line and instruction.
     [[noreturn]] void fail(const Instruction& instruction, const std::string& what) const;
 };

@@ -63,9 +63,7 @@ char* global(Thread& t, const Instruction& i, uint64_t address, size_t bytes) {
 
 char* shared(Thread& t, const Instruction& i, uint32_t address, size_t bytes) {
     require_aligned(t, i, address, bytes);
-    if (address < kSharedBase || address - kSharedBase + bytes > t.shared_bytes)
-        fail_outside(t, i, address, bytes, "the shared memory of the block");
-    return t.shared + (address - kSharedBase);
+    return t.shared_at(i, address, bytes);
 }
 
 // Host address of the operand that starts at operands[at].
@@ -80,9 +78,9 @@ char* address_of(Thread& t, const Instruction& i, int at, size_t bytes) {
         if constexpr (kSpace == Space::kGlobal) {
             return global<kAccess>(t, i, address, bytes);
         } else {
-            if (address + bytes > t.machine.parameters.size())
+            if (address + bytes > t.machine.kernel.parameter_bytes)
                 fail_outside(t, i, address, bytes, "the kernel's parameters");
-            return t.machine.parameters.data() + address;
+            return t.machine.parameter_data() + address;
         }
     }
 }
@@ -91,7 +89,9 @@ char* address_of(Thread& t, const Instruction& i, int at, size_t bytes) {
 template <Space kSpace, Access kAccess, class T, class D, int kCount>
 const Instruction* load(Thread& t, const Instruction& i) {
     std::array<T, kCount> values;
-    std::memcpy(values.data(), address_of<kSpace, kAccess>(t, i, kCount, sizeof(values)), sizeof(values));
+    const char* const from = address_of<kSpace, kAccess>(t, i, kCount, sizeof(values));
+    if constexpr (kSpace != Space::kParameter) simt::check::read(simt::running_thread(), from, sizeof(values));
+    std::memcpy(values.data(), from, sizeof(values));
     for (int k = 0; k < kCount; ++k) t.at<D>(i.operands[k]) = static_cast<D>(values[static_cast<size_t>(k)]);
     return &i + 1;
 }
@@ -100,7 +100,9 @@ template <Space kSpace, class T, int kCount>
 const Instruction* store(Thread& t, const Instruction& i) {
     std::array<T, kCount> values;
     for (int k = 0; k < kCount; ++k) values[static_cast<size_t>(k)] = t.at<T>(i.operands[2 + k]);
-    std::memcpy(address_of<kSpace, Access::kWrite>(t, i, 0, sizeof(values)), values.data(), sizeof(values));
+    char* const to = address_of<kSpace, Access::kWrite>(t, i, 0, sizeof(values));
+    simt::check::write(simt::running_thread(), to, sizeof(values));
+    std::memcpy(to, values.data(), sizeof(values));
     return &i + 1;
 }
 
@@ -172,10 +174,18 @@ const Instruction* copy_async(Thread& t, const Instruction& i) {
 // One OS thread runs all fibers, so that each of the two additions is atomic.
 const Instruction* add_pair(Thread& t, const Instruction& i) {
     char* const at = address_of<Space::kGlobal, Access::kWrite>(t, i, 0, 8);
+    simt::check::atomic(at, 8);
     float values[2];
     std::memcpy(values, at, sizeof(values));
     values[0] += t.at<float>(i.operands[2]), values[1] += t.at<float>(i.operands[3]);
     std::memcpy(at, values, sizeof(values));
+    return &i + 1;
+}
+
+// The generic address of a parameter.
+const Instruction* parameter_address(Thread& t, const Instruction& i) {
+    t.at<uint64_t>(i.operands[0]) =
+        reinterpret_cast<uint64_t>(t.machine.parameter_data()) + t.at<uint64_t>(i.operands[1]);
     return &i + 1;
 }
 
@@ -191,6 +201,7 @@ void add_memory(Forms& forms) {
     add_stores<Space::kGlobal>(forms, ".global");
     forms.add("cp.async.cg.shared.global", "SGww", copy_async);
     forms.add("red.global.add.v2.f32", "G{ww}", add_pair);
+    forms.add("cvta.param.u64", "xx", parameter_address);
 }
 
 }  // namespace ptx

@@ -48,7 +48,12 @@ std::vector<Token> tokenize(const std::string& operands) {
             tokens.push_back({operands[i++], ""});
         } else if (operands[i] == '[') {
             const size_t end = std::min(operands.find(']', i), operands.size() - 1);
-            tokens.push_back({'[', operands.substr(i + 1, end - i - 1)});
+            const std::string inside = operands.substr(i + 1, end - i - 1);
+            const size_t comma = inside.find(',');  // [tensor map, {coordinates}]
+            tokens.push_back({comma == std::string::npos ? '[' : 'T', inside.substr(0, comma)});
+            if (comma != std::string::npos) {
+                for (const Token& token : tokenize(inside.substr(comma))) tokens.push_back(token);
+            }
             i = end + 1;
         } else {
             const size_t end = std::min(operands.find_first_of(" ,{}|", i), operands.size());
@@ -107,8 +112,10 @@ bool Operands::match(const std::string& form, const std::vector<Token>& tokens) 
 
 bool Operands::fits(char kind, const Token& token) {
     if (std::strchr("{}|", kind)) return token.kind == kind;
+    if (kind == 'T') return token.kind == 'T' && address(token.text, 'G');
     if (std::strchr("PSG", kind)) return token.kind == '[' && address(token.text, kind);
     if (token.kind != 'a') return false;
+    if (kind == '_') return token.text == "_";
     if (kind == 'L') {
         branches_.push_back({kernel_.operands.size(), kernel_.code.size() - 1, token.text});
         return append(0, false);

@@ -24,7 +24,7 @@ size_t bytes_of_type(const std::string& type);
 
 // An operand in PTX text, without its commas.
 struct Token {
-    char kind;  // punctuation; '[' address; 'a' anything else
+    char kind;  // punctuation; '[' address; 'T' address before coordinates; 'a' anything else
     std::string text;
 };
 std::vector<Token> tokenize(const std::string& operands);

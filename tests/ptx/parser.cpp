@@ -116,7 +116,8 @@ void parse_limits(Kernel& kernel, const std::string& text) {
 const Forms& Forms::all() {
     static const Forms forms = [] {
         Forms made;
-        add_integers(made), add_floats(made), add_moves(made), add_memory(made), add_collectives(made);
+        add_integers(made), add_floats(made), add_moves(made), add_memory(made), add_collectives(made),
+            add_hopper(made);
         return made;
     }();
     return forms;

@@ -56,6 +56,7 @@ class Scanner {
         size_t end = at_;
         while (end < text_.size() && is_name(text_[end])) ++end;
         if (end == at_ || end == text_.size() || text_[end] != ':') return "";
+        if (text_.compare(end, 2, "::") == 0) return "";  // within an opcode: .shared::cta
         const std::string name = text_.substr(at_, end - at_);
         at_ = end + 1;
         return name;

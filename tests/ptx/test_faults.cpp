@@ -1,7 +1,7 @@
-// Faults in nvcc's PTX, one at a time: a wrong operand, modifier, predicate, lane, shift, address, barrier. The
-// operator's test must fail with each of them.
+// Faults in nvcc's PTX, one at a time: a wrong operand, modifier, predicate, lane, shift, address, barrier, descriptor,
+// fence. The operator's test, with the race checker, must fail with each of them.
 //
-//   test_ptx_faults FILE...
+//   test_ptx_faults [--op OP] FILE...
 #include <cstring>
 #include <map>
 #include <regex>
@@ -25,6 +25,13 @@ struct Fault {
 constexpr char kForward[] = "forward_kernel<__nv_bfloat16, neox::attention::ForwardShapeOf<64, false>";
 constexpr char kKeys[] = "backward_keys_kernel<__nv_bfloat16, neox::attention::KeysShapeOf<64, false>";
 constexpr char kForwardFile[] = "attention_forward_bf16_cuda", kKeysFile[] = "attention_backward_keys_bf16_cuda";
+constexpr char kHopperOp[] = "attention_hopper", kHopper[] =
+                                                     "hopper_forward_kernel<__nv_bfloat16, "
+                                                     "neox::attention::HopperShape<64, 8>";
+constexpr char kHopperBackward[] =
+    "hopper_backward_kernel<__nv_bfloat16, neox::attention::HopperBackwardShape<64, 128>";
+constexpr char kHopperFile[] = "attention_forward_bf16_hopper_cuda",
+               kHopperBackwardFile[] = "attention_backward_bf16_hopper_cuda";
 
 const Fault kFaults[] = {
     {"mma: swapped registers of A", "attention", kForwardFile, kForward,
@@ -68,6 +75,55 @@ const Fault kFaults[] = {
      R"((st\.global\.v4\.b32 \[%rd\d+\], )\{(%r\d+),(%r\d+),)", 1, "$1{$3,$2,", nullptr},
     {"red.v2: swapped registers", "attention", kKeysFile, kKeys,
      R"((red\.global\.add\.v2\.f32 \[%rd\d+\]), \{(%f\d+), (%f\d+)\})", 1, "$1, {$3, $2}", nullptr},
+    {"wgmma: swapped descriptors", kHopperOp, kHopperFile, kHopper, R"(\}, (%rd\d+), (%rd\d+), p,)", 1, "}, $2, $1, p,",
+     nullptr},
+    {"wgmma: swapped registers of A", kHopperOp, kHopperFile, kHopper, R"(\}, \{(%r\d+), (%r\d+),)", 1, "}, {$2, $1,",
+     nullptr},
+    {"wgmma: swapped accumulators", kHopperOp, kHopperFile, kHopper, R"((wgmma\.mma_async\S+) \{(%f\d+), (%f\d+),)", 1,
+     "$1 {$3, $2,", "accumulators"},
+    {"wgmma: B is not transposed", kHopperOp, kHopperFile, kHopper, R"(p, 1, 1, 1;)", 1, "p, 1, 1, 0;", nullptr},
+    {"wgmma: A is not transposed", kHopperOp, kHopperBackwardFile, kHopperBackward, R"(p, 1, 1, 1, 1;)", 1,
+     "p, 1, 1, 0, 1;", nullptr},
+    {"wgmma: fp16 instead of bf16", kHopperOp, kHopperFile, kHopper, R"(f32\.bf16\.bf16)", 1, "f32.f16.f16", nullptr},
+    {"wgmma: adds to the old sums", kHopperOp, kHopperFile, kHopper, R"(setp\.ne\.b32 p,)", 1, "setp.eq.b32 p,",
+     nullptr},
+    {"wgmma: a descriptor 32 bytes further", kHopperOp, kHopperFile, kHopper, R"(4611686293305294848)", 1,
+     "4611686293305294850", nullptr},
+    {"wgmma: a descriptor with half of the stride", kHopperOp, kHopperFile, kHopper, R"(4611686293305294848)", 1,
+     "4611686155866341376", nullptr},
+    {"wgmma: a descriptor without swizzle", kHopperOp, kHopperFile, kHopper, R"(4611686293305294848)", 1,
+     "274877906944", "swizzle"},
+    {"wgmma.fence: missing", kHopperOp, kHopperFile, kHopper, R"(wgmma\.fence\.sync\.aligned;)", 1, "", "wgmma.fence"},
+    {"wgmma.commit_group: missing", kHopperOp, kHopperFile, kHopper, R"(wgmma\.commit_group\.sync\.aligned;)", 1, "",
+     "not been committed"},
+    {"wgmma.wait_group: one group too few", kHopperOp, kHopperFile, kHopper, R"(wgmma\.wait_group\.sync\.aligned 0)", 1,
+     "wgmma.wait_group.sync.aligned 1", nullptr},
+    {"mbarrier.init: one arrival too many", kHopperOp, kHopperFile, kHopper, R"((mbarrier\.init\S+ \[%r\d+\]), %r\d+)",
+     1, "$1, 2", "deadlock"},
+    {"mbarrier.try_wait: the other parity", kHopperOp, kHopperFile, kHopper,
+     R"((mbarrier\.try_wait\S+ p, \[%r\d+\]), %r\d+)", 1, "$1, 1", "before its wait"},
+    {"mbarrier.try_wait: not repeated", kHopperOp, kHopperFile, kHopper, R"(selp\.u32 (%r\d+), 1, 0, p)", 1,
+     "selp.u32 $1, 1, 1, p", "before its wait"},
+    {"mbarrier.arrive: missing", kHopperOp, kHopperBackwardFile, kHopperBackward,
+     R"(mbarrier\.arrive\.release\S+ _, .*)", 1, "", "deadlock"},
+    {"mbarrier.arrive.expect_tx: too few bytes", kHopperOp, kHopperFile, kHopper,
+     R"((mbarrier\.arrive\.expect_tx\S+ _, \[%r\d+\]), %r\d+)", 1, "$1, 8192", "more bytes than expected"},
+    {"cp.async.bulk.tensor: swapped coordinates", kHopperOp, kHopperFile, kHopper,
+     R"((cp\.async\.bulk\S+ \[%r\d+\], \[%rd\d+, )\{(%r\d+), (%r\d+),)", 1, "$1{$3, $2,", nullptr},
+    {"cp.async.bulk.tensor: the next mbarrier", kHopperOp, kHopperFile, kHopper, R"((cp\.async\.bulk.*\[%r\d+)\];)", 1,
+     "$1+8];", nullptr},
+    {"fence.proxy.async: missing after cp.async", kHopperOp, kHopperFile, kHopper,
+     R"(fence\.proxy\.async\.shared::cta;)", 1, "", "fence.proxy.async"},
+    {"fence.proxy.async: missing after st.shared", kHopperOp, kHopperBackwardFile, kHopperBackward,
+     R"(fence\.proxy\.async\.shared::cta;)", 2, "", "fence.proxy.async"},
+    {"fence.mbarrier_init: missing", kHopperOp, kHopperFile, kHopper, R"(fence\.mbarrier_init\S+;)", 1, "",
+     "fence.mbarrier_init"},
+    {"setmaxnreg: inc instead of dec", kHopperOp, kHopperFile, kHopper, R"(setmaxnreg\.dec)", 1, "setmaxnreg.inc",
+     "setmaxnreg"},
+    {"setmaxnreg: more registers than there are", kHopperOp, kHopperFile, kHopper, R"(setmaxnreg\.inc(\S+) 232)", 1,
+     "setmaxnreg.inc$1 240", "deadlock"},
+    {"setmaxnreg: in divergent code", kHopperOp, kHopperFile, kHopper, R"(setmaxnreg\.inc)", 1, "@%p12 setmaxnreg.inc",
+     "divergent"},
 };
 
 // The text before the first kernel, and that of each kernel by its readable name.
@@ -115,7 +171,7 @@ std::string failure(const char* op_name, ptx::Library& library) {
     emu_test::tally.throws = true;
     std::string message;
     for (const emu_test::Operator* op : emu_test::Operator::all()) {
-        if (!std::strcmp(op->name, op_name)) message = emu_test::error_of(op->values);
+        if (!std::strcmp(op->name, op_name)) message = emu_test::error_of(op->sample ? op->sample : op->values);
     }
     emu_test::tally.throws = false;
     simt::launcher() = nullptr;
@@ -147,8 +203,11 @@ void test(const Fault& fault, const std::vector<File>& files) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    const bool one_op = argc > 2 && !std::strcmp(argv[1], "--op");
     std::vector<File> files;
-    for (int i = 1; i < argc; ++i) files.push_back(split_kernels(argv[i]));
-    for (const Fault& fault : kFaults) test(fault, files);
+    for (int i = one_op ? 3 : 1; i < argc; ++i) files.push_back(split_kernels(argv[i]));
+    for (const Fault& fault : kFaults) {
+        if (!one_op || !std::strcmp(fault.op, argv[2])) test(fault, files);
+    }
     return emu_test::tally.finish();
 }

@@ -229,6 +229,88 @@ void copies() {
             .empty());
 }
 
+// A wait returns at once if the phase is complete; else it may return without it once.
+void mbarriers() {
+    const std::string init =
+                          "mov.u32 %r2, 1024;\nmbarrier.init.shared::cta.b64 [%r2], 1;\n"
+                          "fence.mbarrier_init.release.cluster;\n",
+                      wait = "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 %p1, [%r2], ",
+                      arrive = "mbarrier.arrive.release.cta.shared::cta.b64 _, [%r2];\n";
+    const auto outcome = [](int bit) {
+        return "selp.b32 %r4, " + std::to_string(1 << bit) + ", 0, %p1;\nor.b32 %r1, %r1, %r4;\n";
+    };
+    Words out(1), in(1);
+    run(kernel_text("mov.u32 %r1, 0;\n" + init + wait + "1;\n" + outcome(0) + wait + "0;\n" + outcome(1) + arrive +
+                    wait + "0;\n" + outcome(2) + "st.global.u32 [%rd1], %r1;"),
+        out, in, 1, 8);
+    EXPECT(out[0] == 5);
+    EXPECT_FAILS(error(init + wait + "0;\n" + wait + "0;", 1, 8), "deadlock");
+    EXPECT_FAILS(error(init + wait + "2;", 1, 8), "parity");
+    EXPECT_FAILS(error("mov.u32 %r2, 1024;\n" + arrive, 1, 8), "no mbarrier");
+    EXPECT_FAILS(error(init, 1, 0), "outside the shared memory");
+}
+
+// d[m][n] = m n by a product of which only the first column of A and the first row of B are not zero, in 128 threads.
+// After `issue`, %f3 is read.
+std::string product(const std::string& instruction, const std::string& issue) {
+    std::string sums, text =
+                          "{\n.reg .f32 %d<32>;\nmov.u32 %r2, %tid.x;\nshl.b32 %r3, %r2, 7;\nadd.s32 %r3, %r3, 1024;\n"
+                          "setp.gt.u32 %p1, %r2, 63;\n@%p1 bra $L_filled;\n";
+    for (int i = 0; i < 8; ++i) {
+        text += "st.shared.v4.b32 [%r3+" + std::to_string(16 * i) + "], {0, 0, 0, 0};\n";
+    }
+    for (int i = 0; i < 32; ++i) sums += (i ? ", %d" : "%d") + std::to_string(i);
+    text +=
+        "and.b32 %r4, %r2, 7;\nshl.b32 %r4, %r4, 4;\nadd.s32 %r4, %r3, %r4;\n"  // the swizzle
+        "cvt.rn.f32.u32 %f1, %r2;\ncvt.rn.bf16.f32 %rs1, %f1;\nst.shared.u16 [%r4], %rs1;\n"
+        "$L_filled:\nfence.proxy.async.shared::cta;\nbar.sync 0;\n"
+        "shr.u32 %r4, %r2, 5;\nshl.b32 %r4, %r4, 4;\nshr.u32 %r5, %r2, 2;\nand.b32 %r5, %r5, 7;\n"
+        "add.s32 %r4, %r4, %r5;\ncvt.rn.f32.u32 %f1, %r4;\ncvt.rn.bf16.f32 %rs1, %f1;\n"
+        "add.s32 %r4, %r4, 8;\ncvt.rn.f32.u32 %f1, %r4;\ncvt.rn.bf16.f32 %rs2, %f1;\n"
+        "and.b32 %r6, %r2, 3;\nsetp.ne.s32 %p1, %r6, 0;\ncvt.u32.u16 %r7, %rs1;\ncvt.u32.u16 %r8, %rs2;\n"
+        "selp.b32 %r7, 0, %r7, %p1;\nselp.b32 %r8, 0, %r8, %p1;\nmov.u32 %r9, 0;\nsetp.ne.b32 %p2, %r9, 0;\n";
+    const uint64_t descriptor = 1024 >> 4 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+    text += "mov.u64 %rd3, " + std::to_string(descriptor) + ";\nwgmma.fence.sync.aligned;\n" + instruction + " {" +
+            sums + "}, {%r7, %r8, %r9, %r9}, %rd3, %p2, " + issue + "wgmma.wait_group.sync.aligned 0;\n";
+    text +=
+        "shl.b32 %r4, %r2, 7;\ncvt.u64.u32 %rd4, %r4;\nadd.s64 %rd4, %rd1, %rd4;\nshl.b32 %r5, %r2, 2;\n"
+        "cvt.u64.u32 %rd5, %r5;\nadd.s64 %rd5, %rd1, %rd5;\nst.global.f32 [%rd5+16384], %f3;\n";
+    for (int i = 0; i < 32; ++i)
+        text += "st.global.f32 [%rd4+" + std::to_string(4 * i) + "], %d" + std::to_string(i) + ";\n";
+    return text + "}";
+}
+
+void products() {
+    const std::string wgmma = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16",
+                      commit = "wgmma.commit_group.sync.aligned;\n";
+    const auto failure = [](const std::string& body) {
+        Words out(4224), in(1);
+        return emu_test::error_of([&] { run(kernel_text(body), out, in, 128, 8192); });
+    };
+    Words out(4224), in(1);
+    run(kernel_text(product(wgmma, "1, 1, 0;\n" + commit + "mov.f32 %f3, %d1;\n")), out, in, 128, 8192);
+    size_t wrong = 0;
+    for (uint32_t thread = 0; thread < 128; ++thread) {
+        for (uint32_t i = 0; i < 32; ++i) {
+            const uint32_t m = thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2),
+                           n = i / 4 * 8 + thread % 4 * 2 + i % 2;
+            wrong += simt::float_of(out[32 * thread + i]) != static_cast<float>(m * n);
+        }
+        wrong += !std::isnan(simt::float_of(out[4096 + thread]));  // before the wait
+    }
+    EXPECT(wrong == 0);
+    EXPECT_FAILS(failure(product(wgmma, "1, -1, 0;\n" + commit)), "a negated operand");
+    EXPECT_FAILS(failure(product(wgmma, "1, 1, 0;\n")), "not been committed");
+    EXPECT_FAILS(failure(product(wgmma, "1, 1, 0;\n" + commit + "mov.f32 %d7, %f1;\n")), "accumulator changed");
+    EXPECT_FAILS(failure(product(wgmma, "1, 1, 0;\n" + commit + "mov.u32 %r8, 1;\n")), "operand in registers changed");
+    EXPECT_FAILS(failure(product("@%p1 " + wgmma, "1, 1, 0;\n" + commit)), "divergent");
+    EXPECT_FAILS(failure(product("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "1, 1, 0;")),
+                 "does not take");
+    EXPECT_FAILS(error("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd1, "
+                       "{%r1, %r1, %r1, %r1}], [%r1];"),
+                 "not a kernel parameter");
+}
+
 void text() {
     EXPECT_FAILS(error("prmt.b32 %r1, %r2, %r3, %r4;"), "unknown opcode; got=prmt.b32");
     EXPECT_FAILS(error("prmt.b32 %r1, %r2, %r3, %r4;"), "where=k.ptx:");
@@ -262,6 +344,8 @@ int main() {
     shared_arrays();
     collectives();
     copies();
+    mbarriers();
+    products();
     text();
     return emu_test::tally.finish();
 }

@@ -1,11 +1,12 @@
 // The operators' tests (tests/emu/test_<op>.cpp) with nvcc's PTX instead of the kernels' C++:
 //
 //   test_ptx_ops [--op OP] FILE...            results against fp64, in one schedule
-//   test_ptx_ops --exact [--op OP] FILE...    each launch also runs the C++ from the same memory, and must leave the
+//   test_ptx_ops --all FILE...                the same for every kernel; one that no test launches is an error
+//   test_ptx_ops --exact [--all] FILE...      each launch also runs the C++ from the same memory, and must leave the
 //                                             same bits; for PTX of nvcc -fmad=false, because the emulator's C++ does
 //                                             not fuse a product and a sum
 //
-// With --without PART, kernels whose names contain PART run as C++.
+// test_ptx_ops_check also finds races, reads of unwritten shared memory and missing proxy fences (tests/emu/check.h).
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -18,9 +19,9 @@
 namespace {
 
 struct Options {
-    bool exact = false;
+    bool exact = false, all = false;
     const char* op = nullptr;
-    std::vector<std::string> files, without;
+    std::vector<std::string> files;
 };
 
 struct Run {
@@ -54,10 +55,6 @@ std::string difference(const Image& image) {
 
 void run_launch(Run& run, const Options& options, const simt::Launch& launch, const std::function<void()>& body) {
     const auto run_emulated = [&] { simt::run_grid(launch.grid, launch.block, launch.shared_bytes, body); };
-    const std::string name = ptx::symbol_of(launch.kernel).name;
-    for (const std::string& part : options.without) {
-        if (name.find(part) != std::string::npos) return run_emulated();
-    }
     const ptx::Kernel* const kernel = run.library.find(launch.kernel);
     if (!kernel) return run_emulated();
     run.ran.insert(kernel);
@@ -69,8 +66,10 @@ void run_launch(Run& run, const Options& options, const simt::Launch& launch, co
     restore(before);
     ptx::run(*kernel, launch);
     const std::string at = difference(after);
-    if (!at.empty() && run.differ.insert(kernel).second)
-        emu_test::tally.check(false, "PTX and C++ leave the same bits", __FILE__, __LINE__, name + ": " + at);
+    if (!at.empty() && run.differ.insert(kernel).second) {
+        emu_test::tally.check(false, "PTX and C++ leave the same bits", __FILE__, __LINE__,
+                              ptx::demangle(kernel->name) + ": " + at);
+    }
 }
 
 Options parse_options(int argc, char** argv) {
@@ -80,8 +79,8 @@ Options parse_options(int argc, char** argv) {
             options.exact = true;
         } else if (!std::strcmp(argv[i], "--op") && i + 1 < argc) {
             options.op = argv[++i];
-        } else if (!std::strcmp(argv[i], "--without") && i + 1 < argc) {
-            options.without.push_back(argv[++i]);
+        } else if (!std::strcmp(argv[i], "--all")) {
+            options.all = true;
         } else {
             options.files.push_back(argv[i]);
         }
@@ -89,15 +88,34 @@ Options parse_options(int argc, char** argv) {
     return options;
 }
 
+// A kernel with its file, unless it is a template of a header, which is the same in every file that has it.
+std::string name_of(const ptx::Kernel& kernel) {
+    const std::string name = ptx::demangle(kernel.name);
+    const bool local = name.find("(anonymous namespace)") != std::string::npos;
+    return local ? kernel.file.substr(kernel.file.rfind('/') + 1) + ": " + name : name;
+}
+
 void report(const Run& run, const Options& options) {
-    std::printf("%zu launches of %zu kernels, of %zu in the PTX\n", run.launches, run.ran.size(), run.library.size());
-    if (options.op) return;
-    std::set<std::string> names;  // a template of a header is in several files
-    for (const ptx::Kernel* kernel : run.ran) names.insert(ptx::demangle(kernel->name));
-    for (const auto& kernel : run.library.kernels()) {
-        const std::string name = ptx::demangle(kernel->name);
-        if (!names.count(name)) std::printf("not launched: %s\n", name.c_str());
+    std::set<std::string> names, ran;
+    for (const auto& kernel : run.library.kernels()) names.insert(name_of(*kernel));
+    for (const ptx::Kernel* kernel : run.ran) ran.insert(name_of(*kernel));
+    std::printf("%zu launches of %zu kernels, of %zu in the PTX\n", run.launches, ran.size(), names.size());
+    for (const std::string& name : names) {
+        if (options.all && !ran.count(name))
+            emu_test::tally.check(false, "every kernel is launched", __FILE__, __LINE__, name);
     }
+}
+
+void run_operator(const emu_test::Operator& op, const Options& options) {
+    const auto start = std::chrono::steady_clock::now();
+    const auto run = [&](void (*test)()) {
+        const std::string failure = emu_test::error_of(test);
+        emu_test::tally.check(failure.empty(), op.name, __FILE__, __LINE__, failure);
+    };
+    run(op.sample && !options.all && !options.op ? op.sample : op.values);
+    if (options.all && op.instances) run(op.instances);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    std::printf("%-24s %6.1f s\n", op.name, seconds.count());
 }
 
 }  // namespace
@@ -113,11 +131,7 @@ int main(int argc, char** argv) {
     simt::launcher() = [&](const simt::Launch& launch, const auto& body) { run_launch(run, options, launch, body); };
     for (const emu_test::Operator* op : emu_test::Operator::all()) {
         if (options.op && std::strcmp(options.op, op->name)) continue;
-        const auto start = std::chrono::steady_clock::now();
-        const std::string failure = emu_test::error_of(op->values);
-        emu_test::tally.check(failure.empty(), op->name, __FILE__, __LINE__, failure);
-        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        std::printf("%-24s %6.1f s\n", op->name, seconds.count());
+        run_operator(*op, options);
     }
     report(run, options);
     return emu_test::tally.finish();
