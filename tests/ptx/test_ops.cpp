@@ -42,10 +42,23 @@ void restore(const Image& image) {
     for (size_t i = 0; i < image.size(); ++i) std::copy(image[i].begin(), image[i].end(), simt::memory()[i].begin);
 }
 
+// Logarithms come from CUDA's library, and the host's, which may differ in the last bit.
+bool same_logarithms(const std::vector<char>& image, const simt::Memory& memory) {
+    for (size_t at = 0; at + sizeof(float) <= image.size(); at += sizeof(float)) {
+        float want, got;
+        std::memcpy(&want, image.data() + at, sizeof(want));
+        std::memcpy(&got, memory.begin + at, sizeof(got));
+        const bool same_bits = !std::memcmp(&want, &got, sizeof(want));
+        if (!same_bits && !(std::abs(want - got) <= 2.4e-7f * std::max(1.0f, std::abs(want)))) return false;
+    }
+    return true;
+}
+
 // The first difference between memory and the image, empty if there is none.
 std::string difference(const Image& image) {
     for (size_t i = 0; i < image.size(); ++i) {
         const simt::Memory& memory = simt::memory()[i];
+        if (!std::strcmp(memory.name, "lse") && same_logarithms(image[i], memory)) continue;
         const auto [want, got] = std::mismatch(image[i].begin(), image[i].end(), memory.begin);
         if (want != image[i].end())
             return std::string(memory.name) + " + " + std::to_string(want - image[i].begin()) + " bytes";
@@ -61,7 +74,9 @@ void run_launch(Run& run, const Options& options, const simt::Launch& launch, co
     ++run.launches;
     if (!options.exact) return ptx::run(*kernel, launch);
     const Image before = save();
+    const simt::Stats counted = simt::stats();  // tests count the work of one launch
     run_emulated();
+    simt::stats() = counted;
     const Image after = save();
     restore(before);
     ptx::run(*kernel, launch);
