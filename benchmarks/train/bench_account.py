@@ -6,8 +6,6 @@ the rules of account.py, next to this file. It needs neither a GPU nor an idle m
 All have bf16 weights and activations, fused AdamW on the bf16 weights, and the same tokens. Ours runs once with the
 native attention and once with torch's flash attention (sdpa), which `auto` chooses on a GPU.
 
-megatron-core is a third peer where it is installed (megatron_account.py).
-
 "neox engine" is a step as `neox train` runs it: the native model under the engine, with DeepSpeed's ZeRO 1, fp32 master
 weights and moments, and the gradient clipped. Its phase "engine" is everything but the model: casts, accumulation,
 norms, AdamW, and copies of weights. The roofline is the time of every operator of that step at the data sheet's peak or
@@ -35,7 +33,6 @@ from unittest import mock
 
 import torch
 from account import Account, largest
-from megatron_account import installed, megatron_model
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -54,7 +51,6 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 OURS = ("neox native", "neox sdpa")
 ENGINE = "neox engine"
 PEERS = ("transformers sdpa", "transformers eager")  # by attn_implementation; no compiler in either
-MEGATRON = "megatron-core local"
 PHASES = ("forward", "backward", "optimizer", "engine")
 ADAM = 14  # bytes per parameter: weight, gradient and two moments in bf16 read, three of them written
 ADAM_FP32 = 28  # bf16 gradient, fp32 weight and moments read, these three written, and the bf16 weight
@@ -94,11 +90,9 @@ def their_model(model: ModelConfig, attention: str) -> PreTrainedModel:
     return GPTNeoXForCausalLM(config)
 
 
-def contestant(name: str, model: ModelConfig, length: int) -> tuple[torch.nn.Module, Loss]:
+def contestant(name: str, model: ModelConfig) -> tuple[torch.nn.Module, Loss]:
     """A model on the fake GPU, and its mean loss of (tokens, targets)."""
     attention = name.split()[1]
-    if name == MEGATRON:
-        return megatron_model(model, length)
     if name in OURS:
         config = model.model_copy(update={"attention_backend": attention})
         with mock.patch.object(GPT, "initialize", lambda self: None):
@@ -139,7 +133,7 @@ def account_of(name: str, case: Case) -> Account:
     traced = mock.patch("transformers.masking_utils.is_tracing", lambda *_: False)  # else masks are built in full
     # transformers reads whether all positions of a sample belong to one document: they do
     with FakeCuda(read=lambda _: 1), Account() as account, traced:
-        model, mean_loss = contestant(name, load_config(case.preset).model, case.seq)
+        model, mean_loss = contestant(name, load_config(case.preset).model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         tokens = torch.zeros(case.batch, case.seq, dtype=torch.int64, device="cuda")
         for _ in range(2):
@@ -192,11 +186,6 @@ def devices_of(case: Case, account: Account) -> list[dict[str, float | str]]:
         }
         for device in DEVICES
     ]
-
-
-def contestants() -> tuple[str, ...]:
-    """The names of all."""
-    return (*OURS, ENGINE, *PEERS, *((MEGATRON,) if installed() else ()))
 
 
 def row_of(case: Case, name: str) -> dict:
@@ -252,7 +241,7 @@ def main() -> int:
     args = parser.parse_args()
     done = []
     for case in CASES[: 1 if args.quick else None]:
-        for name in contestants():
+        for name in (*OURS, ENGINE, *PEERS):
             done.append(row_of(case, name))
             show(done[-1])
     if args.json:
