@@ -15,7 +15,7 @@ from tests.ops.attention_cases import DTYPES, documents
 B, S, G, M, D, R = 2, 65, 2, 3, 64, 16
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+def inputs(dtype: torch.dtype = DTYPES[0]) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """x and a weight whose product is the projection, and tables."""
     x = reference.random(B, S, 8, dtype=dtype).requires_grad_()
     weight = reference.random(G * (M + 2) * D, 8, dtype=dtype, seed=1).requires_grad_()
