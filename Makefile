@@ -61,10 +61,11 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
-# native-test then compiles the CUDA library too, in the same call of ninja, and runs cuda-check and ptx-check next to its own tests: no core idles.
-test: ALL_ARCHITECTURES := OFF
-test: CUDA_LIBRARY := cuda_library
-test: lint setup native-test oldest-torch emulated-test  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
+# No core idles: pyright, which uses one, runs next to the compiler; one call of ninja compiles the CUDA library too; and cuda-check and ptx-check run
+# next to the C++ tests.
+test: setup  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
+	$(MAKE) --no-print-directory -j 2 lint native-test CUDA_LIBRARY=cuda_library ALL_ARCHITECTURES=OFF
+	$(MAKE) --no-print-directory oldest-torch emulated-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
@@ -160,8 +161,7 @@ wheel: setup  ## build a wheel into dist/, against the torch of the environment
 bench: setup  ## every benchmark in its quick setting
 	for script in $$(find benchmarks -name 'bench_*.py' | sort); do $(PY) "$$script" --quick; done
 
-lint: setup  ## ruff, pyright, clang-format, the glossary, and the rule against pickle, eval, shells and the like
-	$(MAKE) --no-print-directory -j 2 types style  # pyright uses one core, for half a minute
+lint: types style  ## ruff, pyright, clang-format, the glossary, and the rule against pickle, eval, shells and the like
 
 style: setup
 	ruff check .
