@@ -215,7 +215,7 @@ def test_torchrun_restarts_a_run_that_resumes_and_gives_the_same_training(plain,
     settings = ["--set", "zero.stage=1", "checkpoint.save_interval=2"]
     command = [*torchrun, "--master-port", str(free_port()), "--no-python", str(attempt), "--conf", str(conf)]
     result = Processes([[*command, *settings]], [environment()], tmp_path).wait(240)[0].check()
-    assert "resumed from" in result.output and "at step 4" in result.output, result.output
+    assert "resumed from" in result.output, result.output  # step 4, or 2 if the kill came before 4 was saved
     assert "step 20/20" in result.output
     assert "bf16_optimizer" not in result.output
     assert_same_curve(tmp_path / "run", plain)
