@@ -71,7 +71,7 @@ def kernels_in(library: Path, op: str) -> dict[int, str]:
 
 def launched(library: Path) -> set[int]:
     """Addresses in the file of the kernels that were launched since neox_record_launches()."""
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     base = next(int(line[0].split("-")[0], 16) for line in maps if line[-1] == str(library) and int(line[2], 16) == 0)
     addresses = (ctypes.c_void_p * MOST)()
     count = ctypes.CDLL(str(library)).neox_launched_kernels(addresses, MOST)
