@@ -89,7 +89,7 @@ oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding agains
 	        $(PY) tests/cuda/stable_symbols.py build/oldest-torch/include neox/_ops/*.so; elif [ $$code != 3 ]; then exit $$code; fi
 
 ALL_ARCHITECTURES := ON
-# counts instructions
+# nvdisasm counts the instructions of the hot loops.
 NVDISASM = if command -v nvcc > /dev/null && ! command -v nvdisasm > /dev/null; then $(PIP) nvidia-cuda-nvdisasm || true; fi
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
 	$(NVDISASM)
