@@ -93,7 +93,7 @@ class Watchdog:
         """Report what a thread found, unless this process is ending, and exit."""
         if not self.closed.is_set():
             self.closed.set()
-            print(error.line(), file=sys.stderr, flush=True)
+            print_error(error)
             self.leave(error.exit_code)
 
     def finish(self) -> None:
@@ -185,11 +185,7 @@ class PeerWatchdog(Watchdog):
                 self.poll()
             except RuntimeError as error:
                 if not self.closed.is_set():
-                    print(
-                        lost_error(self.host_of_store, self.heartbeat.step, str(error)[:120]).line(),
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    print_error(lost_error(self.host_of_store, self.heartbeat.step, str(error)[:120]))
                     self.leave(PeerLost.exit_code)
 
     def poll(self) -> None:
@@ -237,12 +233,8 @@ class PeerWatchdog(Watchdog):
             if answer.note(self.polls) * POLL > patience:
                 self.closed.set()
                 first = self.host_of_store
-                print(
-                    stuck_error(
-                        first, "a process is stopped or stuck", self.heartbeat.step, "unknown", self.limit
-                    ).line(),
-                    file=sys.stderr,
-                    flush=True,
+                print_error(
+                    stuck_error(first, "a process is stopped or stuck", self.heartbeat.step, "unknown", self.limit)
                 )
                 dump_stacks(self.rank)
                 resume_stopped(first, self.me["space"])
@@ -263,9 +255,14 @@ class PeerWatchdog(Watchdog):
         if self.closed.is_set():
             return
         self.closed.set()
-        posted = self.channel.post(error.exit_code, lost)
+        try:
+            posted = self.channel.post(error.exit_code, lost)
+        except RuntimeError:  # the store has exited since the poll that found this
+            print_error(error)
+            self.leave(error.exit_code)
+            return
         if self.channel.from_this_thread(posted):
-            print(error.line(), file=sys.stderr, flush=True)
+            print_error(error)
         self.end_together(posted)
 
     def end_together(self, posted: PostedError) -> None:
@@ -303,11 +300,17 @@ class PeerWatchdog(Watchdog):
         if isinstance(known, PeerLost):
             # from the process that broke the connection, or from our thread, which finds the one that exited
             self.channel.wait_for_error(4 * POLL)
+        reporting = self.closed.is_set()  # a thread of this process found the cause
         self.closed.set()
         try:
             posted = self.channel.post(code)
         except RuntimeError:
-            report()
+            if reporting:
+                time.sleep(FAREWELL)  # the thread ends this process
+            if isinstance(known, PeerLost):  # the broken connection led to the process of the store, which has exited
+                print_error(lost_error(self.host_of_store, self.heartbeat.step, str(error)[:120]))
+            else:
+                report()
             return code
         if self.channel.from_this_thread(posted):
             report()
@@ -382,6 +385,11 @@ def stuck_error(who: ProcessInfo, what: str, step: int, phase: str, limit: float
         want="guard.hang_timeout",
         do="read the stacks of all processes below; start again to resume",
     )
+
+
+def print_error(error: NeoxError) -> None:
+    """Print the line of an error, at once: the process may end with the next statement."""
+    print(error.line(), file=sys.stderr, flush=True)
 
 
 def has_lost_a_process(posted: PostedError) -> bool:

@@ -336,6 +336,48 @@ def test_a_store_that_has_exited(quiet, monkeypatch, capfd):
     assert "error[13] the first process exited; where=rank 0 on first: last step 5; got=Conn" in capfd.readouterr().err
 
 
+class GoneStore:
+    """A store whose process exits after a number of answers."""
+
+    def __init__(self, answers: int):
+        self.store, self.answers = dist.HashStore(), answers
+
+    def __getattr__(self, name):
+        self.answers -= 1
+        if self.answers < 0:
+            raise RuntimeError("Connection reset by peer")
+        return getattr(self.store, name)
+
+
+def test_a_first_process_that_exits_between_the_poll_and_the_report(quiet, capfd):
+    """Rank 2 finds that its neighbour, rank 0, has exited, and with it the store to post that in."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    beat = beat_of(0, pid=process.pid)
+    process.wait()
+    watchdog = quiet(2)
+    watchdog.store.set("beat/0", beat)
+    watchdog.channel.store = GoneStore(1)  # answers that no error is posted
+    watchdog.poll()
+    assert watchdog.done == ["leave 13"]
+    line = capfd.readouterr().err
+    assert line.count("error[") == 1 and "where=rank 0 on " in line and "without reporting an error" in line
+
+
+def test_a_broken_connection_to_a_first_process_that_has_exited_names_it(quiet, capfd):
+    """The main thread may notice before the thread that polls: its report names the same process."""
+    watchdog = quiet(1)
+    watchdog.channel.store = GoneStore(0)
+    assert watchdog.fail(RuntimeError("Connection reset by peer"), lambda: pytest.fail("does not name rank 0")) == 13
+    assert "error[13] the first process exited; where=rank 0 on first: last step 5; got=Conn" in capfd.readouterr().err
+
+
+def test_an_error_of_this_process_is_reported_without_a_store(quiet, capfd):
+    watchdog, reports = quiet(1), []
+    watchdog.channel.store = GoneStore(0)
+    assert watchdog.fail(DataError("no file"), lambda: reports.append("no file")) == DataError.exit_code
+    assert reports == ["no file"] and capfd.readouterr().err == ""
+
+
 def test_the_error_of_another_ends_this_process_without_a_report(quiet):
     watchdog = quiet(1)
     FailureChannel(watchdog.store, 0).post(12)
