@@ -61,12 +61,12 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
-# No core idles: pyright, which uses one, runs next to the compiler; one call of ninja compiles the CUDA library too; and cuda-check and ptx-check run
-# next to the C++ tests.
+# No core idles: pyright, which uses one, runs next to the compiler; one call of ninja compiles the CUDA library too; cuda-check and ptx-check run next to
+# the C++ tests; and one process more than there are cores runs the tests, of which many wait for other processes.
 test: setup  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
-	$(MAKE) --no-print-directory -j 2 lint native-test CUDA_LIBRARY=cuda_library ALL_ARCHITECTURES=OFF
+	$(MAKE) --no-print-directory -j 2 lint native-test CUDA_LIBRARY=cuda_library ALL_ARCHITECTURES=OFF SANITIZED_KERNELS=OFF
 	$(MAKE) --no-print-directory oldest-torch emulated-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($(JOBS) + 1)) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
@@ -74,7 +74,7 @@ build/native/CMakeCache.txt: | $(INSTALLED)
 # The headers for oldest-torch are downloaded while the compiler runs.
 native-test: setup build/native/CMakeCache.txt  ## C++ tests, also under sanitizers; emulated CUDA kernels with race and byte checks
 	$(if $(CUDA_LIBRARY),$(NVDISASM))
-	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) build/native > /dev/null
+	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) -D NEOX_SANITIZED_KERNELS=$(SANITIZED_KERNELS) build/native > /dev/null
 	$(PY) tests/cuda/torch_headers.py build/oldest-torch > /dev/null 2>&1 & cmake --build build/native --parallel $(JOBS) --target $(CUDA_LIBRARY) all; wait
 	ctest --test-dir build/native --output-on-failure --parallel $(JOBS) $(if $(CUDA_LIBRARY),,--exclude-regex 'nvcc|emu.bytes')
 	$(if $(CUDA_LIBRARY),,build/native/tests/emu/test_ops_check --bytes)
@@ -89,6 +89,7 @@ oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding agains
 	        $(PY) tests/cuda/stable_symbols.py build/oldest-torch/include neox/_ops/*.so; elif [ $$code != 3 ]; then exit $$code; fi
 
 ALL_ARCHITECTURES := ON
+SANITIZED_KERNELS := ON
 # nvdisasm counts the instructions of the hot loops.
 NVDISASM = if command -v nvcc > /dev/null && ! command -v nvdisasm > /dev/null; then $(PIP) nvidia-cuda-nvdisasm || true; fi
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
@@ -102,8 +103,8 @@ ptx-check: setup build/native/CMakeCache.txt  ## run the operators' tests on nvc
 ptx-test: setup build/native/CMakeCache.txt  ## every kernel's PTX with the race checker, bit for bit against the emulated kernels, and planted faults
 	cmake --build build/native --parallel $(JOBS) --target ptx_test
 
-parallel-test: setup  ## compare every layout of up to four processes with one process, and print a table
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/engine/test_parallel.py -q -m parallel
+parallel-test: setup  ## compare every layout of up to four processes with one process, and print a table; hosts, restarts, other layouts after a resume
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -m parallel
 
 fault-test: setup  ## hundreds of kills, signals, full disks, dead and stuck processes, and damaged checkpoints
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/faults tests/cli/test_verify_resume.py

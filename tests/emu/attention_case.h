@@ -1,7 +1,6 @@
 // A problem of attention for the emulated CUDA kernels: tensors in a packed layout, the launchers, and results in fp64.
 #pragma once
 
-#include "common/philox.h"
 #include "op_test.h"
 #include "ops/attention/attention.h"
 
@@ -19,12 +18,30 @@ struct Case {
     bool hopper = false;
 };
 
-// q, k and v as one projection [batch, keys, groups, heads + 2, dim + gap], with the queries at the last positions.
-// Gradients have the same layout.
-template <class T>
-struct Run {
+// Where the elements of a case are. q, k and v are one projection [batch, keys, groups, heads + 2, dim + gap], with the
+// queries at the last positions. Gradients have the same layout.
+struct Indices {
     Case shape;
     int64_t row, positions;
+
+    explicit Indices(const Case& c)
+        : shape(c), row(c.groups * (c.heads + 2) * (c.dim + c.gap)), positions(std::max(c.queries, c.keys)) {}
+
+    size_t at(int64_t b, int64_t i, int64_t g, int64_t h, int64_t d) const {
+        return static_cast<size_t>((b * positions + i) * row + (g * (shape.heads + 2) + h) * (shape.dim + shape.gap) +
+                                   d);
+    }
+    size_t query(int64_t b, int64_t i, int64_t g, int64_t h) const {
+        return at(b, i + positions - shape.queries, g, h, 0);
+    }
+    size_t key(int64_t b, int64_t j, int64_t g) const { return at(b, j + positions - shape.keys, g, shape.heads, 0); }
+    size_t value(int64_t b, int64_t j, int64_t g) const {
+        return at(b, j + positions - shape.keys, g, shape.heads + 1, 0);
+    }
+};
+
+template <class T>
+struct Run : Indices {
     std::vector<int32_t> segments;
     std::vector<float> slopes;
     Buffer<T> qkv, dout, out, dqkv;
@@ -36,9 +53,7 @@ struct Run {
     static size_t rows(const Case& c) { return static_cast<size_t>(c.batch * c.queries * c.groups * c.heads); }
 
     explicit Run(const Case& c)
-        : shape(c),
-          row(c.groups * (c.heads + 2) * (c.dim + c.gap)),
-          positions(std::max(c.queries, c.keys)),
+        : Indices(c),
           qkv("qkv", size(c), Role::kStream, c.offset),
           dout("dout", rows(c) * static_cast<size_t>(c.dim)),
           out("out", rows(c) * static_cast<size_t>(c.dim)),
@@ -62,18 +77,6 @@ struct Run {
     }
     Run(const Run&) = delete;
     Run& operator=(const Run&) = delete;
-
-    size_t at(int64_t b, int64_t i, int64_t g, int64_t h, int64_t d) const {
-        return static_cast<size_t>((b * positions + i) * row + (g * (shape.heads + 2) + h) * (shape.dim + shape.gap) +
-                                   d);
-    }
-    size_t query(int64_t b, int64_t i, int64_t g, int64_t h) const {
-        return at(b, i + positions - shape.queries, g, h, 0);
-    }
-    size_t key(int64_t b, int64_t j, int64_t g) const { return at(b, j + positions - shape.keys, g, shape.heads, 0); }
-    size_t value(int64_t b, int64_t j, int64_t g) const {
-        return at(b, j + positions - shape.keys, g, shape.heads + 1, 0);
-    }
 
     neox::Attention task() const {
         const Case& c = shape;
@@ -117,71 +120,23 @@ struct Expected {
     std::vector<double> out, lse, dqkv;
 };
 
-// The formulas of attention.h with the full matrix of probabilities.
+// The inputs of a case.
+struct Inputs {
+    std::vector<double> qkv, dout;
+    const int32_t* segments;
+    const float* slopes;
+};
+
+// The formulas of attention.h with the full matrix of probabilities, in fp64.
+Expected attention_reference(const Indices& indices, const Inputs& inputs);
+
 template <class T>
 Expected expected_of(const Run<T>& run) {
-    const Case& c = run.shape;
-    Expected result{std::vector<double>(run.out.size()), std::vector<double>(run.lse.size()),
-                    std::vector<double>(run.dqkv.size())};
-    const auto x = [&](size_t i) { return static_cast<double>(static_cast<float>(run.qkv[i])); };
-    const auto count = static_cast<size_t>(c.keys);
-    const uint64_t threshold = neox::dropout_threshold(c.dropout), quads = (static_cast<uint64_t>(c.keys) + 3) / 4;
-    for (int64_t r = 0; r < c.batch * c.groups * c.heads * c.queries; ++r) {
-        const int64_t i = r % c.queries, h = r / c.queries % c.heads, g = r / c.queries / c.heads % c.groups,
-                      b = r / c.queries / c.heads / c.groups;
-        const int64_t position = i + c.keys - c.queries;
-        const size_t q = run.query(b, i, g, h),
-                     o = static_cast<size_t>((((b * c.queries + i) * c.groups + g) * c.heads + h) * c.dim);
-        std::vector<double> p(count, 0.0), bend(count, 1.0), keep(count, 1.0), dp(count);
-        double total = 0, delta = 0;
-        for (int64_t j = 0; j < c.keys; ++j) {
-            const auto at = static_cast<size_t>(j);
-            double score = 0;
-            for (int64_t d = 0; d < c.dim; ++d)
-                score += c.scale * x(q + static_cast<size_t>(d)) * x(run.key(b, j, g) + static_cast<size_t>(d));
-            if (c.softcap > 0) {
-                const double t = std::tanh(score / c.softcap);
-                score = c.softcap * t, bend[at] = 1 - t * t;
-            }
-            if (c.alibi)
-                score -= static_cast<double>(run.slopes[static_cast<size_t>(g * c.heads + h)]) *
-                         std::abs(static_cast<double>(position - j));
-            bool visible = (!c.causal || j <= position) && (!c.window || j > position - c.window);
-            if (visible && !c.boundaries.empty()) {
-                visible = run.segments[static_cast<size_t>(b * c.keys + j)] ==
-                          run.segments[static_cast<size_t>(b * c.keys + position)];
-            }
-            p[at] = visible ? std::exp(score) : 0.0;
-            total += p[at];
-            if (c.dropout > 0) {
-                const auto words =
-                    neox::philox(12345, static_cast<uint64_t>(r) * quads + static_cast<uint64_t>(j / 4), 678);
-                keep[at] = words.word[j % 4] >= threshold ? 1 / (1 - static_cast<double>(c.dropout)) : 0.0;
-            }
-        }
-        result.lse[static_cast<size_t>(r)] = std::log(total);
-        for (size_t j = 0; j < count; ++j) p[j] = total > 0 ? p[j] / total : 0.0;
-        for (size_t j = 0; j < count; ++j) {
-            const size_t v = run.value(b, static_cast<int64_t>(j), g);
-            dp[j] = 0;
-            for (size_t d = 0; d < static_cast<size_t>(c.dim); ++d) {
-                const double dout = static_cast<float>(run.dout[o + d]);
-                result.out[o + d] += p[j] * keep[j] * x(v + d);
-                result.dqkv[v + d] += p[j] * keep[j] * dout;
-                dp[j] += keep[j] * dout * x(v + d);
-            }
-            delta += p[j] * dp[j];
-        }
-        for (size_t j = 0; j < count; ++j) {
-            const size_t k = run.key(b, static_cast<int64_t>(j), g);
-            const double ds = p[j] * (dp[j] - delta) * bend[j] * c.scale;
-            for (size_t d = 0; d < static_cast<size_t>(c.dim); ++d) {
-                result.dqkv[q + d] += ds * x(k + d);
-                result.dqkv[k + d] += ds * x(q + d);
-            }
-        }
-    }
-    return result;
+    Inputs inputs{std::vector<double>(run.qkv.size()), std::vector<double>(run.dout.size()), run.segments.data(),
+                  run.slopes.data()};
+    for (size_t i = 0; i < run.qkv.size(); ++i) inputs.qkv[i] = static_cast<float>(run.qkv[i]);
+    for (size_t i = 0; i < run.dout.size(); ++i) inputs.dout[i] = static_cast<float>(run.dout[i]);
+    return attention_reference(run, inputs);
 }
 
 inline Case with(Case c, void (*change)(Case&)) {

@@ -2,8 +2,9 @@
 //
 // Kernels are compiled with -fsanitize=thread and linked without its runtime; check.cpp supplies the callbacks. From a
 // single schedule it finds races through shared or tracked global memory (also between blocks), reads of unwritten
-// shared memory, and data of cp.async that is used before its wait. As in CUDA, barriers and __syncwarp order memory;
-// shuffles and votes do not. In a build without SIMT_CHECK all of this is empty.
+// shared memory, accesses next to a shared array or a guarded buffer, misaligned ones, and data of cp.async that is
+// used before its wait. As in CUDA, barriers and __syncwarp order memory; shuffles and votes do not. In a build without
+// SIMT_CHECK all of this is empty.
 //
 // The asynchronous units (async.h): the copies of an mbarrier's phase count as an agent, which those threads have
 // synchronised with that waited for the phase. A byte that wgmma reads must not be written between issue and wait. A
@@ -28,7 +29,8 @@ constexpr int kMostMbarriers = 64;  // of a block
 
 #ifdef SIMT_CHECK
 constexpr bool kEnabled = true;
-constexpr size_t kGuard = 64;  // guard bytes after every shared array, which no thread may access
+// Bytes after every shared array, and on both sides of a tracked buffer that is guarded, which no thread may access.
+constexpr size_t kGuard = 64;
 void begin_launch();
 void begin_block(int num_threads);
 void end_block();
@@ -51,7 +53,7 @@ void async_read_begin(int thread, const void* address, size_t bytes);
 void async_read_end(int thread, const void* address, size_t bytes);
 // Registers a device buffer. `cached`: only the first read of each byte counts as memory traffic, as for parameters and
 // tables that every row reads.
-void track(const void* address, size_t bytes, const char* name, bool cached = false);
+void track(const void* address, size_t bytes, const char* name, bool cached = false, bool guarded = false);
 void untrack(const void* address);
 void untrack_all();
 Traffic traffic(const void* address);
@@ -80,7 +82,7 @@ inline void bulk_write(int, int, uint32_t, const void*, size_t) {}
 inline void bulk_landed(const void*, size_t) {}
 inline void async_read_begin(int, const void*, size_t) {}
 inline void async_read_end(int, const void*, size_t) {}
-inline void track(const void*, size_t, const char*, bool = false) {}
+inline void track(const void*, size_t, const char*, bool = false, bool = false) {}
 inline void untrack(const void*) {}
 inline void untrack_all() {}
 inline Traffic traffic(const void*) { return {}; }

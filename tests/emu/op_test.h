@@ -62,12 +62,12 @@ template <class T>
 class Buffer {
   public:
     Buffer(const char* name, size_t size, Role role = Role::kStream, size_t offset = 0)
-        : memory_(static_cast<T*>(std::malloc((size + offset) * sizeof(T) + (size + offset == 0)))),
-          data_(memory_.get() + offset),
+        : memory_(static_cast<char*>(std::malloc((size + offset) * sizeof(T) + 2 * kGuard + (size + offset == 0)))),
+          data_(reinterpret_cast<T*>(memory_.get() + kGuard) + offset),
           size_(size) {
-        std::memset(static_cast<void*>(memory_.get()), 0xff, (size + offset) * sizeof(T));
+        std::memset(memory_.get() + kGuard, 0xff, (size + offset) * sizeof(T));
         if (!size) return;
-        simt::check::track(data_, size * sizeof(T), name, role == Role::kCached);
+        simt::check::track(data_, size * sizeof(T), name, role == Role::kCached, true);
         simt::add_memory(data_, size * sizeof(T), name);
     }
     ~Buffer() {
@@ -92,10 +92,11 @@ class Buffer {
     const T& operator[](size_t i) const { return data_[i]; }
 
   private:
+    static constexpr size_t kGuard = simt::check::kGuard;
     struct Free {
-        void operator()(T* pointer) const { std::free(pointer); }
+        void operator()(char* pointer) const { std::free(pointer); }
     };
-    std::unique_ptr<T, Free> memory_;
+    std::unique_ptr<char, Free> memory_;
     T* data_;
     size_t size_;
 };

@@ -19,7 +19,6 @@ struct Planted {
     const char* name;
     const char* error;           // in the report of the race checker or the emulator; empty: wrong results
     bool needs_checker = false;  // otherwise the emulator reports it, or results are wrong in some schedule
-    bool needs_sanitizer = false;
 };
 
 // Calls run() in several schedules until it fails. The checker needs one schedule.
@@ -44,8 +43,7 @@ template <class Bug, size_t kCount, class Run>
 int run_planted(int argc, char** argv, const Planted<Bug> (&bugs)[kCount], const Run& run) {
     for (const Planted<Bug>& planted : bugs) {
         if (argc > 1 && std::strcmp(argv[1], planted.name)) continue;
-        const bool findable = !planted.needs_sanitizer && (simt::check::kEnabled || !planted.needs_checker);
-        if (argc == 1 && !findable) continue;
+        if (argc == 1 && planted.needs_checker && !simt::check::kEnabled) continue;
         std::string message;
         const bool is_found = found(planted.error, &message, [&] { return run(planted.bug); });
         tally.check(is_found, planted.name, __FILE__, __LINE__, message);

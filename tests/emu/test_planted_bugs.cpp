@@ -9,6 +9,7 @@
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
+#include "op_test.h"
 #include "planted.h"
 
 namespace {
@@ -87,28 +88,27 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
         if (lane == 0) parts[warp] = 0.0f;  // the scratch is reused
     }
     if (bug == Bug::kGlobalOverrun && t == 0) total += row[4 * kThreads * (gridDim.x - blockIdx.x)];
-    if (bug == Bug::kMisalignedDereference) total += 0.0f * __uint_as_float(reinterpret_cast<const uint4*>(row + 1)->x);
+    if (bug == Bug::kMisalignedDereference) {
+        const uint4 pack = *reinterpret_cast<const uint4*>(row + 1);
+        total += 0.0f * (__uint_as_float(pack.x) + __uint_as_float(pack.w));
+    }
     if (bug == Bug::kMisalignedLoad) total += 0.0f * __uint_as_float(__ldg(reinterpret_cast<const uint4*>(row + 1)).x);
     if (t == 0) y[bug == Bug::kPlainStoreFromTwoBlocks ? 0 : blockIdx.x] = total;
 }
 
 emu_test::Outcome run(Bug bug) {
     constexpr int kBlocks = 3;
-    std::vector<float> x(kBlocks * 4 * kThreads), y(kBlocks, -1.0f);
+    emu_test::Buffer<float> x("x", kBlocks * 4 * kThreads), y("y", kBlocks);
     std::vector<double> expected(kBlocks, 0.0);
     for (size_t i = 0; i < x.size(); ++i) {
         x[i] = static_cast<float>(i % 13) + 0.25f;
         expected[i / (4 * kThreads)] += 2.0 * x[i];
     }
-    simt::check::untrack_all();
-    simt::check::track(x.data(), x.size() * sizeof(float), "x");
-    simt::check::track(y.data(), y.size() * sizeof(float), "y");
     emu_test::Outcome outcome;
     outcome.error = emu_test::error_of([&] {
         neox::launch(staged_sum, dim3(kBlocks), dim3(kThreads), 0, nullptr, x.data(), y.data(), static_cast<int>(bug));
     });
-    for (int i = 0; i < kBlocks; ++i) outcome.right = outcome.right && y[i] == static_cast<float>(expected[i]);
-    simt::check::untrack_all();
+    for (size_t i = 0; i < kBlocks; ++i) outcome.right = outcome.right && y[i] == static_cast<float>(expected[i]);
     return outcome;
 }
 
@@ -119,9 +119,9 @@ const emu_test::Planted<Bug> kPlanted[] = {
     {Bug::kUnwrittenShared, "unwritten_shared", "never written"},
     {Bug::kMissingCopyWait, "missing_copy_wait", "cp.async"},
     {Bug::kSharedOverrun, "shared_overrun", "out of bounds", true},
-    {Bug::kGlobalOverrun, "global_overrun", "", false, true},
+    {Bug::kGlobalOverrun, "global_overrun", "out of bounds", true},
     {Bug::kMisalignedLoad, "misaligned_load", "misaligned"},
-    {Bug::kMisalignedDereference, "misaligned_dereference", "", false, true},
+    {Bug::kMisalignedDereference, "misaligned_dereference", "misaligned", true},
     {Bug::kDivergentShuffle, "divergent_shuffle", "divergent"},
     {Bug::kWrongMask, "wrong_mask", "divergent"},
     {Bug::kDivergentBarrier, "divergent_barrier", "never written"},
