@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+LONG = ("tests/cuda/", "tests/engine/", "tests/faults/", "tests/train/", "tests/test_")
 OUTSIDE = "data outside of the repository (see CONTRIBUTING.md)"
 
 
@@ -131,6 +132,16 @@ def pytest_collection() -> Iterator[object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that at the end no process waits for another one's."""
+    items.sort(key=lambda item: not is_long(item))
+
+
+def is_long(item: pytest.Item) -> bool:
+    """Whether a test may take seconds: it trains, or starts processes."""
+    return item.get_closest_marker("distributed") is not None or item.nodeid.startswith(LONG)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -200,7 +200,6 @@ def test_every_page_is_in_the_navigation():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} | set(root_pages()) == set(pages)
 
 
-@pytest.mark.slow
 def test_the_site_builds_with_strict_links(tmp_path):
     pytest.importorskip("mkdocstrings", reason="needs the packages of `make docs`")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]

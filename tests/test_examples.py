@@ -107,13 +107,11 @@ def own(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_training_on_a_folder_of_text_learns(own):
     assert len(losses(own / "run")) == STEPS
     assert losses(own / "run")[-1] < losses(own / "run")[0]
 
 
-@pytest.mark.slow
 def test_fine_tune_starts_from_the_model(own, tmp_path):
     turns = [
         [{"role": "user", "content": f"Count from {i}."}, {"role": "assistant", "content": f"{i} {i + 1}"}]
@@ -127,7 +125,6 @@ def test_fine_tune_starts_from_the_model(own, tmp_path):
     assert len(losses(tmp_path / "run")) == STEPS
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_another_layout_continues_the_run(own, tmp_path):
     out = run("resume_on_another_layout.sh", tmp_path, own / "config.yml", tmp_path / "moved", STEPS="2")
@@ -143,7 +140,6 @@ def test_operators_compute_what_torch_computes(capsys):
     assert 0 < output < 5e-6 and gradient < 1e-6
 
 
-@pytest.mark.slow
 def test_the_custom_loop_makes_the_steps_of_a_run(own, capsys):
     module("custom_loop").main([str(own / "config.yml"), "--steps", "3"])
     found = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]

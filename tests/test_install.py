@@ -72,7 +72,6 @@ run: {dir: runs/mine}
 """
 
 
-@pytest.mark.slow
 def test_a_wheel_holds_presets_and_launch_files_and_trains_from_an_empty_folder(tmp_path):
     """Built by pip, installed on its own, used where there is no checkout: a preset, a new project, data, five
     steps, generation.

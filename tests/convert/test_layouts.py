@@ -26,8 +26,8 @@ MODELS = {  # heads and widths that two processes can share, else as odd as they
 }
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parallel
 def test_every_architecture_in_every_layout(tmp_path, capsys):
     (tmp_path / "models").mkdir()
     theirs = {}

@@ -246,7 +246,6 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused():
         engine.restore(Stored(tensors, state | {"optimizer": "lion"}))
 
 
-@pytest.mark.slow
 def test_the_step_of_the_documentation_runs_without_a_launcher(repository):
     """Fewer than twenty lines, no launcher, no dataset, no run folder; the loss falls."""
     page = (repository / "docs" / "training.md").read_text(encoding="utf-8")

@@ -92,6 +92,7 @@ def test_a_covering_subset_is_the_same_model(tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parallel
 def test_four_processes_in_fp32_and_in_bf16_within_its_bound(tmp_path):
     answers = run([*SUBSET[4], *BF16], tmp_path, SUBSET_STEPS)  # one start of four processes
     exact, rounded = answers[: len(SUBSET[4])], answers[len(SUBSET[4]) :]

@@ -8,7 +8,6 @@ import json
 import traceback
 from pathlib import Path
 
-import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neox
@@ -46,7 +45,6 @@ def record(out: str, *options: str) -> None:
     Path(out).write_text(json.dumps([code, first.frames]))
 
 
-@pytest.mark.slow
 def test_few_frames_are_between_the_command_and_the_first_product(tmp_path):
     make_corpus(tmp_path / "corpus")
     (tmp_path / "tiny.yml").write_text(config_text(tmp_path / "corpus", tmp_path / "run"))

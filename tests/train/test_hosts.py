@@ -76,6 +76,7 @@ OVERRIDES = ["--set", "parallel.pipeline=2", "train.train_iters=4", "zero.stage=
 
 
 @pytest.mark.distributed
+@pytest.mark.parallel
 def test_torchrun_over_two_hosts(hosts, conf, tmp_path):
     torchrun = [
         sys.executable,
@@ -105,6 +106,7 @@ def test_torchrun_over_two_hosts(hosts, conf, tmp_path):
     reason="DeepSpeed does not quote paths in the commands that it sends to other hosts",
 )
 @pytest.mark.distributed
+@pytest.mark.parallel
 def test_deepspeed_with_a_hostfile_over_two_hosts(hosts, conf, tmp_path):
     """DeepSpeed reaches the hosts of a hostfile by pdsh; the program of that name here enters the namespace that has
     the address.

@@ -38,6 +38,7 @@ def figures(run, key: str) -> dict[int, float]:
 
 
 @pytest.mark.distributed
+@pytest.mark.parallel
 def test_train_in_one_layout_resume_in_others(given, tmp_path):
     common = ["train", "--conf", given / "conf.yml", "--set", f"run.dir={tmp_path / 'run'}"]
     grid = [

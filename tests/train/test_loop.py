@@ -179,7 +179,6 @@ def train_ranks(corpus: str, folder: str, *overrides: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_every_stage_over_two_processes_and_back_to_one(plain, corpus, tmp_path):
     run_ranks("tests.train.test_loop:train_ranks", 2, tmp_path, [corpus, tmp_path, *TWELVE_STEPS], timeout=240)
     for stage in (0, 1, 2, 3):
@@ -204,7 +203,7 @@ exec "{python}" "{root}/train.py" "$@"
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.parallel
 def test_torchrun_restarts_a_run_that_resumes_and_gives_the_same_training(plain, corpus, tmp_path):
     """One launch for both. The agent keeps its store: the keys of the first attempt are there in the second."""
     conf, attempt = tmp_path / "tiny.yml", tmp_path / "attempt.sh"
@@ -222,7 +221,6 @@ def test_torchrun_restarts_a_run_that_resumes_and_gives_the_same_training(plain,
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_a_launch_gives_the_same_training_and_a_signal_to_one_rank_ends_it_with_code_10(plain, corpus, tmp_path):
     """One launch for both: DeepSpeed's launcher and two ranks import torch and deepspeed four times."""
     conf = tmp_path / "tiny.yml"
@@ -258,7 +256,6 @@ def children_that_launch(pids) -> list[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_its_message_and_code(corpus, tmp_path):
     conf = tmp_path / "tiny.yml"
     conf.write_text(config_text(corpus, tmp_path / "run"))

@@ -134,7 +134,6 @@ def test_compressed_files_that_are_cut_off(folder, tmp_path, suffix, encoder):
     )
 
 
-@pytest.mark.slow
 def test_a_line_of_a_gigabyte_is_passed_over_in_bounded_memory(folder, tmp_path):
     """2^30 bytes, compressed to a small file; the lines around it are read, with no more memory than the longest
     line that is read needs.
