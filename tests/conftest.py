@@ -68,6 +68,13 @@ def signals_are_handled_as_before() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Close a group that was opened for a fixture, which outlives its test, before the tests of another file."""
+    if (nextitem is None or nextitem.path != item.path) and process_group_size() == 1:
+        close_process_group()
+
+
 def close_process_group() -> None:
     """Close torch's default group, and make DeepSpeed forget it: it keeps its backend and a copy of the world in
     globals.
