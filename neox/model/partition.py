@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
-from neox.model.shapes import block_parameters
+from neox.model.shapes import block_parameters, head_rows
 
 if TYPE_CHECKING:  # the plan divides layers without torch
     from neox.parallel.mesh import Mesh
@@ -66,11 +66,11 @@ def stage_costs(config: ModelConfig, method: str) -> tuple[float, float, float]:
             "time" counts matrix products of forward and backward; an embedding lookup costs nothing in comparison.
     """
     block = float(block_parameters(config))
-    table = float(config.vocab_size * config.hidden_size)
+    head = head_rows(config) * config.hidden_size / block
     if method == "time":
-        return 0.0, 1.0, table / block
-    positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
-    return (table + positions) / block, 1.0, table / block
+        return 0.0, 1.0, head
+    rows = config.vocab_size + (config.max_position_embeddings if config.position_embedding == "learned" else 0)
+    return rows * config.hidden_size / block, 1.0, head
 
 
 def _balance(layers: int, stages: int, costs: tuple[float, float, float]) -> list[tuple[int, int]]:
