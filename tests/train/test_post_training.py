@@ -96,6 +96,20 @@ def test_preferences_start_at_ln_2_and_fall(data, base, tmp_path):
     assert values.shape == (PAIRS, 2) and values.dtype == np.float32 and (values < 0).all()
 
 
+def test_preferences_without_labels_train_in_the_same_way_on_a_shared_prompt(data, base, tmp_path):
+    """The log-probability of the prompt is the same in both answers, and cancels in loss and gradient."""
+    bare = f'[{{"path": "{data}/chosen", "rejected": "{data}/rejected"}}]'
+    options = (f"checkpoint.init_from={base}", "train.train_iters=6", "evaluate.interval=0")
+    curves = []
+    for name, sources in (("labels", ()), ("none", (f"data.train={bare}", f"data.validation={bare}"))):
+        rows = run_to_end(pair_config(data, tmp_path / name, "dpo", *options, *sources))
+        curves.append([row["loss"] for row in rows])
+    assert curves[0][-1] < np.log(2.0) - 0.02
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    first, second = (np.load(*(tmp_path / name / "reference").glob("*.npy")) for name in ("labels", "none"))
+    assert (second < first - 1).all()  # of the prompt, too
+
+
 def test_a_resumed_preference_run_reads_its_reference_and_is_bitwise_the_same(data, base, tmp_path):
     straight, cut = (
         pair_config(data, tmp_path / name, "dpo", f"checkpoint.init_from={base}") for name in ("straight", "cut")

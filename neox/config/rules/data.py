@@ -25,6 +25,9 @@ def sources(config: Config, _: Environment) -> Iterator[Conflict]:
         for source in blend:
             if not source.path.strip() or "\0" in source.path:
                 yield Conflict("source path is empty or invalid", (f"data.{part}",), "a prefix of .bin and .idx files")
+            if source.rejected_labels is not None and source.rejected is None:
+                rule, do = "`rejected` next to `rejected_labels`", "add the prefix of the rejected answers"
+                yield Conflict("labels of rejected answers without the answers", (f"data.{part}",), rule, do)
     yield from split(config)
 
 
@@ -111,6 +114,10 @@ def objective(config: Config, _: Environment) -> Iterator[Conflict]:
             elif (kind == "sft" and source.labels is None) or (kind == "pretrain" and source.labels is not None):
                 rule = "`labels` in every source with objective: sft, in none with pretrain"
                 yield Conflict("data does not match the objective", keys, rule)
+            elif kind == "dpo" and (source.labels is None) != (source.rejected_labels is None):
+                # the prompt would count in one of the two log-probabilities
+                rule = "`labels` and `rejected_labels`, or neither, in every source with objective: dpo"
+                yield Conflict("labels of one answer of the pairs only", keys, rule, "give the labels of both answers")
     for name in ("path", "text"):
         if kind != "pretrain" and getattr(data, name):
             keys, rule = ("train.objective", f"data.{name}"), "data.train, a list of {path, labels, ...}"

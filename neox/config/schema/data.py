@@ -23,7 +23,9 @@ class DataSource(Section, frozen=True):
     rejected: str | None = Field(
         default=None, description="prefix of the rejected answers; `path` then has the chosen ones, in the same order"
     )
-    rejected_labels: str | None = Field(default=None, description="labels of `rejected`")
+    rejected_labels: str | None = Field(
+        default=None, description="labels of `rejected`; with objective: dpo, given if and only if `labels` is"
+    )
 
 
 class FimConfig(Section, frozen=True):

@@ -369,6 +369,17 @@ def objective_cases() -> list[Case]:
         Case((f"{train}={labelled}",), (kind, train)),
         Case((f"{kind}=sft", f"{train}={labelled}", f"{validation}={plain}"), (kind, validation)),
         Case((f"{kind}=dpo", f"{train}={pair}", f"{validation}={plain}"), (kind, validation)),
+        *(
+            Case((f"{kind}=dpo", f"{part}=[{{path: a, rejected: b, {labels}: c}}]", *more), (kind, part))
+            for labels in ("labels", "rejected_labels")
+            for part, more in ((train, ()), (validation, (f"{train}={pair}",)))
+        ),
+        *(
+            Case(
+                (f"{kind}=sft", f"{train}={labelled}", f"{part}=[{{path: a, labels: b, rejected_labels: c}}]"), (part,)
+            )
+            for part in (train, validation, "data.test")
+        ),
         Case((f"{kind}=sft", f"{train}=[]", "data.path=x"), (kind, "data.path")),
         Case((f"{kind}=reward", f"{train}={pair}"), ("model.output", kind)),
         Case(("model.output=score",), ("model.output", kind)),
