@@ -25,6 +25,7 @@ from neox.config.load import loads
 from neox.config.schema import Config, ModelConfig
 from neox.convert.huggingface import LOGIT_TOLERANCE, compare, to_huggingface
 from neox.errors import CheckpointError, ConfigError, DiskError
+from neox.model.checks import with_supported_attention
 from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -113,7 +114,7 @@ def _export(
         CheckpointError: weights are missing, or the logits differ by more than LOGIT_TOLERANCE or are not finite.
     """
     model_config = ModelConfig(**checkpoint.model_config)
-    model = GPT(model_config, Mesh.single("meta"))
+    model = GPT(with_supported_attention(model_config, torch.float32, "cpu"), Mesh.single("meta"))
     specs = model.shard_specs()
     checkpoint.check((name, "weight", spec.shape) for name, spec in specs.items())
 

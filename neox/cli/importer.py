@@ -49,6 +49,7 @@ from neox.convert.source import WeightSource, save_weights
 from neox.convert.special_ids import read_special_ids
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import CheckpointError, ConfigError
+from neox.model.checks import with_supported_attention
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 
@@ -233,7 +234,8 @@ def check(stage: Path, theirs: Path | None) -> dict[str, float]:
         CheckpointError: logits differ by more than LOGIT_TOLERANCE, or are not finite.
     """
     with Checkpoint(resolve(stage)) as checkpoint:
-        model = GPT(ModelConfig(**checkpoint.model_config), Mesh.single("meta")).materialize("cpu", initialize=False)
+        config = with_supported_attention(ModelConfig(**checkpoint.model_config), torch.float32, "cpu")
+        model = GPT(config, Mesh.single("meta")).materialize("cpu", initialize=False)
         model.load_weights((name, checkpoint.tensor(name)) for name in checkpoint.names())
     model.eval()
     tokens = probe_tokens(model.config, stage / "tokenizer.json")

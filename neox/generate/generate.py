@@ -14,6 +14,7 @@ from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.generate.sampling import SamplingParams, choose, prompt_generator
 from neox.model import pipeline
+from neox.model.checks import with_supported_attention
 from neox.model.gpt import GPT
 from neox.model.kv_cache import KVCache
 from neox.parallel.mesh import Mesh
@@ -39,11 +40,13 @@ def load_model(
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit its config.
+        ConfigError: no attention kernels support the model in this dtype on this device.
     """
     checkpoint = open_weights(resolve(path))
-    target = device if mesh is None else mesh.device
+    target = torch.device(device) if mesh is None else mesh.device
     mesh = Mesh.single("meta") if mesh is None else replace(mesh, device=torch.device("meta"))
-    model = GPT(ModelConfig(**checkpoint.model_config), mesh, dtype=dtype).materialize(target, initialize=False)
+    config = with_supported_attention(ModelConfig(**checkpoint.model_config), dtype, target.type)
+    model = GPT(config, mesh, dtype=dtype).materialize(target, initialize=False)
     model.load_weights((name, checkpoint.tensor(name)) for name in checkpoint.names())
     return model.eval()
 

@@ -1,11 +1,18 @@
-"""Checks of a model's arguments: shapes, vocabulary, positions, activation checkpointing."""
+"""Checks of a model's arguments: shapes, vocabulary, positions, activation checkpointing, attention kernels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from neox.config.schema import ModelConfig
+from neox.config.rules import Environment
+from neox.config.rules.model import attention_kernels
+from neox.config.schema import Config, ModelConfig
+from neox.config.validate import problem
+from neox.config.values import flatten
 from neox.errors import ConfigError, DataError
+from neox.model.dtypes import DTYPES
 from neox.targets import IGNORED
 
 
@@ -92,3 +99,21 @@ def check_activation_checkpointing(mode: str) -> None:
             got=mode,
             want="none, selective or full",
         )
+
+
+def with_supported_attention(model: ModelConfig, dtype: torch.dtype, device: str) -> ModelConfig:
+    """The config for inference: attention_backend `auto` if the kernels of the training do not support dtype or device.
+
+    Raises:
+        ConfigError: `auto` has no such kernels either.
+    """
+    names = {value: name for name, value in DTYPES.items()}
+    if dtype not in names:
+        return model
+    config = Config.model_validate({"model": model, "precision": {"dtype": names[dtype]}})
+    if not any(attention_kernels(config, Environment(1, device))):
+        return model
+    config = config.model_copy(update={"model": model.model_copy(update={"attention_backend": "auto"})})
+    for conflict in attention_kernels(config, Environment(1, device)):
+        raise problem(replace(conflict, do="--dtype bf16"), dict(flatten(config)), {})
+    return config.model

@@ -189,6 +189,18 @@ def test_load_model_gives_the_saved_model(tmp_path, name):
     assert dump(Config(model=model.config)) == Checkpoint(path).config_lock
 
 
+def test_a_checkpoint_of_kernels_that_only_the_training_had_gives_the_same_logits(tmp_path):
+    """The kernels for Hopper need a GPU and 16 bits; --device and --dtype of a command decide for themselves."""
+    model = tiny("neox")
+    trained = json.loads(model.config.model_dump_json()) | {"attention_backend": "hopper"}
+    path = save_model(tmp_path / "run", model, model_config=trained)
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        loaded = load_model(path)
+        assert torch.equal(loaded(tokens), model(tokens))
+    assert loaded.config.attention_backend == "auto"
+
+
 def test_load_model_names_what_is_wrong(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint found"):
         load_model(tmp_path / "nothing")

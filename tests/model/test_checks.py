@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from neox.config.schema import ModelConfig
 from neox.errors import ConfigError, DataError
-from neox.model.checks import check_activation_checkpointing, check_ids, check_positions
+from neox.model.checks import check_activation_checkpointing, check_ids, check_positions, with_supported_attention
 from neox.model.kv_cache import KVCache
 from tests.model.models import build, draw
 
@@ -85,3 +86,31 @@ def test_modes_of_activation_checkpointing():
 
 def test_alibi_has_no_maximum_length():
     assert build("alibi")(draw(1, 50)).shape == (1, 50, 97)
+
+
+@pytest.mark.parametrize(
+    ("backend", "softcap", "dtype", "device", "found"),
+    [
+        ("hopper", None, torch.bfloat16, "cuda", "hopper"),
+        ("hopper", None, torch.float32, "cuda", "auto"),
+        ("hopper", None, torch.bfloat16, "cpu", "auto"),
+        ("native", None, torch.float32, "cuda", "auto"),
+        ("native", None, torch.float16, "cuda", "native"),
+        ("native", None, torch.float32, "cpu", "native"),
+        ("sdpa", None, torch.float32, "cuda", "sdpa"),
+        ("native", 30.0, torch.bfloat16, "cuda", "native"),
+        ("auto", 30.0, torch.float32, "cpu", "auto"),
+    ],
+)
+def test_inference_uses_the_kernels_of_the_training_where_they_run(backend, softcap, dtype, device, found):
+    config = ModelConfig(vocab_size=97, head_dim=64, attention_backend=backend, attention_softcap=softcap)
+    assert with_supported_attention(config, dtype, device).attention_backend == found
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_no_kernels_for_a_softcap_in_fp32_on_a_gpu(backend):
+    config = ModelConfig(vocab_size=97, attention_backend=backend, attention_softcap=30.0)
+    with pytest.raises(
+        ConfigError, match=r"softcap in fp32 .* GPU; where=model.attention_softcap.*got=.*30.0.*want=bf16.*do=--dtype"
+    ):
+        with_supported_attention(config, torch.float32, "cuda")

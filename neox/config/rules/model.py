@@ -34,22 +34,44 @@ def heads(config: Config, _: Environment) -> Iterator[Conflict]:
         yield Conflict("attention backend does not support softcap", keys, rule)
 
 
-def hopper(config: Config, _: Environment) -> Iterator[Conflict]:
+def attention_kernels(config: Config, environment: Environment) -> Iterator[Conflict]:
+    """The kernels of `attention_backend` must support the device, the number format and the options.
+
+    They would refuse it themselves in the first step, when data and model have been loaded.
+    """
+    backend, fp32 = config.model.attention_backend, config.precision.dtype == "fp32"
+    if backend == "hopper":
+        yield from hopper(config, environment)
+    elif fp32 and environment.device == "cuda":
+        device = (("device", environment.device),)
+        if config.model.attention_softcap is not None and backend != "sdpa":  # `auto` has no other kernels for it
+            keys, rule = ("model.attention_softcap", "precision.dtype"), "bf16 or fp16 with a softcap on a GPU"
+            yield Conflict("softcap in fp32 is not supported on a GPU", keys, rule, "set precision.dtype: bf16", device)
+        elif backend == "native":
+            keys, rule = ("model.attention_backend", "precision.dtype"), "bf16 or fp16 with native on a GPU"
+            do = "set attention_backend: auto, or precision.dtype: bf16"
+            yield Conflict("the native attention kernels do not support fp32 on a GPU", keys, rule, do, device)
+
+
+def hopper(config: Config, environment: Environment) -> Iterator[Conflict]:
     """The kernels for sm_90a mask keys, and have no other option."""
-    model = config.model
-    if model.attention_backend != "hopper":
-        return
-    unsupported = {
-        "head_dim": model.head_dim not in HOPPER_HEAD_DIMS,
-        "attention_softcap": model.attention_softcap is not None,
-        "attention_dropout": model.attention_dropout > 0,
-        "position_embedding": model.position_embedding == "alibi",
-    }
-    for name, is_unsupported in unsupported.items():
+    model, key = config.model, "model.attention_backend"
+    if environment.device != "cuda":
+        device = (("device", environment.device),)
+        rule, do = "native, sdpa or auto on a CPU", "use auto"
+        yield Conflict("attention backend hopper needs a GPU", (key,), rule, do, device)
+    unsupported = (
+        ("model.head_dim", "this head_dim", model.head_dim not in HOPPER_HEAD_DIMS),
+        ("model.attention_softcap", "softcap", model.attention_softcap is not None),
+        ("model.attention_dropout", "dropout", model.attention_dropout > 0),
+        ("model.position_embedding", "ALiBi", model.position_embedding == "alibi"),
+        ("precision.dtype", "fp32", config.precision.dtype == "fp32"),
+    )
+    rule = "head_dim 64 or 128, bf16 or fp16, and no softcap, dropout or ALiBi, for attention_backend hopper"
+    for name, option, is_unsupported in unsupported:
         if is_unsupported:
-            keys = (f"model.{name}", "model.attention_backend")
-            rule = "head_dim 64 or 128, and no softcap, dropout or ALiBi, for attention_backend hopper"
-            yield Conflict(f"attention backend hopper does not support {name}", keys, rule, "use native or auto")
+            do = "use auto, or native with bf16 or fp16"
+            yield Conflict(f"attention backend hopper does not support {option}", (name, key), rule, do)
 
 
 def positions(config: Config, _: Environment) -> Iterator[Conflict]:

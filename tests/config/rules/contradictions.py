@@ -75,6 +75,13 @@ def shape_cases() -> list[Case]:
         )
         for option in ("head_dim=80", "attention_softcap=30", "attention_dropout=0.1", "position_embedding=alibi")
     ]
+    backend, hopper = "model.attention_backend", ("model.attention_backend=hopper", "model.head_dim=64")
+    native, softcap = ("model.attention_backend=native",), ("model.attention_softcap=30",)
+    cases.append(Case(hopper, (backend,)))
+    cases += [
+        Case((*overrides, "precision.dtype=fp32"), (overrides[0].partition("=")[0], "precision.dtype"), device="cuda")
+        for overrides in (hopper, native, softcap, (*softcap, *native))
+    ]
     return cases
 
 

@@ -86,6 +86,21 @@ VALID = [
 ]
 
 
+VALID_ON_A_GPU = [
+    ("model.head_dim=64", "model.attention_backend=hopper", "precision.dtype=bf16"),
+    ("model.head_dim=128", "model.attention_backend=hopper", "precision.dtype=fp16"),
+    ("model.attention_backend=native", "precision.dtype=bf16"),
+    ("model.attention_softcap=30", "precision.dtype=fp16"),
+    ("model.attention_dropout=0.1", "precision.dtype=fp32"),
+    ("model.position_embedding=alibi", "model.attention_backend=sdpa", "precision.dtype=fp32"),
+]
+
+
+@pytest.mark.parametrize("overrides", VALID_ON_A_GPU, ids=" ".join)
+def test_valid_configs_pass_on_a_gpu(overrides):
+    validate(load_config(overrides=[*BASE, *overrides]), 1, "cuda")
+
+
 @pytest.mark.parametrize("overrides", VALID, ids=" ".join)
 def test_valid_configs_pass(overrides):
     validate(load_config(overrides=[*BASE, *overrides]), 1, "cpu")
@@ -126,6 +141,6 @@ def test_every_rule_is_listed():
         for name, value in vars(module).items()
         if getattr(value, "__annotations__", {}).get("return") == "Iterator[Conflict]"
     }
-    parts_of_rules = {"deepspeed_key", "gradient_norm", "offload", "source_lists", "split"}
+    parts_of_rules = {"deepspeed_key", "gradient_norm", "hopper", "offload", "source_lists", "split"}
     assert defined - parts_of_rules == {rule.__name__ for rule in rules.RULES}
     assert len(set(rules.RULES)) == len(rules.RULES)
