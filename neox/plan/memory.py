@@ -1,8 +1,9 @@
 """Memory of one process of every pipeline stage: resident and temporary memory, and the phase of a step with the peak.
 
-The sums follow DeepSpeed's ZeRO stages as neox.engine.deepspeed_setup configures them (stage_1_and_2.py and stage3.py
-of DeepSpeed 0.19): master weights, moments and accumulated gradients are fp32 for any dtype of the weights, and buckets
-have at most BUCKET elements.
+The sums follow DeepSpeed's ZeRO stages as neox.engine.deepspeed_setup configures them (stage_1_and_2.py, stage3.py and
+bf16_optimizer.py of DeepSpeed 0.19, and neox.engine.gradients): master weights, moments and accumulated gradients are
+fp32 for any dtype of the weights, and buckets have at most BUCKET elements. tests/plan/test_live_memory.py compares
+them with the tensors of an engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from neox.plan.activations import Activations, activations
 from neox.plan.sizes import ELEMENT, ResolvedLayout, Stage, optimizer_elements
 
 FP32 = 4  # bytes
-STAGE_0_BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time at stage 0
+LATE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time where it reduces after the backward pass
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class OptimizerMemory:
         masters: fp32 master weights.
         state: optimizer state.
         gradients: gradients accumulated over micro-batches.
-        bucket: bucket of the reduction.
+        bucket: bucket of the reduction; 0 if a single process reduces nothing.
         share: the share of one replica of the fp32 gradients.
         flat: copy of the share that the update reads; 0 if it reads the share itself.
         fresh: gradient of the largest parameter before it is accumulated.
@@ -94,8 +95,8 @@ def optimizer_memory(config: Config, layout: ResolvedLayout, stage: Stage) -> Op
     bucket, share = int(zero_section(config).get("reduce_bucket_size", bucket_elements(count))), -(-trained // replicas)
     fresh = element * stage.largest if accumulates or not single else 0
     if zero == 0:
-        gradients, flat_bucket = FP32 * trained, FP32 * min(trained, STAGE_0_BUCKET)
-        return OptimizerMemory(element * count, 0, state, gradients, flat_bucket, 0, 0, fresh)
+        late = FP32 * min(trained, LATE_BUCKET) if replicas > 1 else 0
+        return OptimizerMemory(element * count, 0, state, FP32 * trained, late, 0, 0, fresh)
     memory = OptimizerMemory(
         weights=element * count,
         masters=FP32 * share,
@@ -106,6 +107,10 @@ def optimizer_memory(config: Config, layout: ResolvedLayout, stage: Stage) -> Op
         flat=FP32 * share if single else 0,
         fresh=fresh,
     )
+    if holds_gradient_sums(config):
+        # matrices and vectors are two flat tensors, which are joined if both fit, and rounded
+        late = (FP32 * trained if trained <= LATE_BUCKET else 0) + element * trained
+        return replace(memory, bucket=late if replicas > 1 else 0)
     if zero == 3:
         weights = element * (share + min(count, LIVE)) if replicas > 1 else element * count
         return replace(memory, weights=weights)
@@ -116,11 +121,11 @@ def optimizer_memory(config: Config, layout: ResolvedLayout, stage: Stage) -> Op
 
 
 def phases(
-    config: Config, layout: ResolvedLayout, stage: Stage, have: OptimizerMemory, act: Activations
+    config: Config, layout: ResolvedLayout, stage: Stage, have: OptimizerMemory, act: Activations, kind: str
 ) -> dict[str, int]:
     """Compute the memory of each phase that can have the peak, bytes, without copies for checkpoints.
 
-    - start: the model, its unrounded copy, and the flat tensors of DeepSpeed.
+    - start: the model, its unrounded copy on a CPU, and the flat tensors of DeepSpeed.
     - loss: logits and their gradient.
     - backward: backward pass of the blocks.
     - reduce: gradients and buckets after the last backward pass.
@@ -128,49 +133,62 @@ def phases(
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
     resident = have.weights + have.masters + have.state + stage.tied * (element + FP32)
-    repeated, sharded = layout.batch.gradient_accumulation > 1, zero >= 2
+    repeated, sharded, sums = layout.batch.gradient_accumulation > 1, zero >= 2, holds_gradient_sums(config)
     messages = 2 * act.boundary if layout.pp > 1 else 0
-    bucket = have.bucket if zero > 0 else 0
+    bucket = have.bucket if reduces_early(config) else 0
 
-    accumulated = have.gradients if repeated or sharded else 0
+    accumulated = have.gradients if repeated or sharded or sums else 0
     buckets = bucket + have.second if repeated else 0
     loss = resident + accumulated + buckets + act.resident + act.logits + messages + have.fresh
 
     # Without accumulation the gradient of the head is the first, and the others replace activations.
     gradients = accumulated or element * stage.largest
-    temporary = act.resident + act.recomputed + act.working + messages + (have.fresh if repeated else 0)
+    temporary = act.resident + act.recomputed + act.working + messages + (have.fresh if repeated or sums else 0)
     backward = resident + gradients + bucket + have.second + temporary
 
-    last = act.working + max(act.recomputed, act.saved // stage.blocks)  # backward pass of the first block
-    update = resident + (have.gradients if zero == 0 else have.share) + have.flat
-    if zero == 1 and layout.replicas > 1:
+    update = resident + (have.gradients if zero == 0 or sums else have.share) + have.flat
+    if zero == 1 and not sums and layout.replicas > 1:
         update += have.bucket  # small gradients of other owners stay in it until they are freed
     return {
-        "start": start_memory(config, stage, have),
+        "start": start_memory(config, stage, have, kind),
         "loss": loss,
         "backward": backward,
-        "reduce": resident + reduction_memory(config, layout, stage, have) + have.second + last,
+        "reduce": resident + reduction_memory(config, layout, stage, have, act),
         "update": update,
     }
 
 
-def start_memory(config: Config, stage: Stage, have: OptimizerMemory) -> int:
+def start_memory(config: Config, stage: Stage, have: OptimizerMemory, kind: str) -> int:
     """Compute the memory while DeepSpeed is initialised.
 
-    The model is created in fp32. With 16-bit weights an exact copy of the trained weights exists until the master
-    weights are written. Stages 1 and 2 flatten the trained weights group by group.
+    The model is created in fp32. With 16-bit weights an exact copy of the trained weights exists in host memory until
+    the master weights are written. Stages 1 and 2 flatten the trained weights group by group.
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
-    weights, exact = element * stage.parameters, 0 if element == FP32 else FP32 * stage.trained
+    weights, exact = element * stage.parameters, unrounded_copy(config, stage) if kind == "cpu" else 0
     created = FP32 * stage.parameters + exact
     if zero in (1, 2):
-        return max(created, exact + weights + element * stage.trained, exact + weights + have.masters)
+        sums = have.gradients if holds_gradient_sums(config) else 0
+        return max(created, exact + weights + element * stage.trained, exact + weights + have.masters + sums)
     return max(created, exact + have.weights + have.masters) if zero == 3 else created
 
 
-def reduction_memory(config: Config, layout: ResolvedLayout, stage: Stage, have: OptimizerMemory) -> int:
-    """Compute the memory of gradients and buckets while gradients are reduced after the last backward pass."""
+def unrounded_copy(config: Config, stage: Stage) -> int:
+    """Bytes of the fp32 copy of the initial trained weights, in host memory, that 16-bit weights need."""
+    return FP32 * stage.trained if config.precision.dtype != "fp32" else 0
+
+
+def reduction_memory(
+    config: Config, layout: ResolvedLayout, stage: Stage, have: OptimizerMemory, act: Activations
+) -> int:
+    """Compute the memory of gradients and buckets while gradients are reduced at the end of the last backward pass.
+
+    That is the backward pass of the first block, or later.
+    """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
+    last = act.working + max(act.recomputed, act.saved // stage.blocks)
+    if not reduces_early(config):
+        return have.gradients + max(have.bucket, last)
     moved = have.gradients + have.bucket
     if zero == 1:
         # Gradients move into the bucket. If it is smaller than the gradients, the reduced share grows in addition.
@@ -181,7 +199,20 @@ def reduction_memory(config: Config, layout: ResolvedLayout, stage: Stage, have:
         moved += filled
         if zero == 1 and element < FP32:
             moved += filled // 2  # the parts of each owner are reduced in a copy with the dtype of the weights
-    return moved
+    return moved + have.second + last
+
+
+def holds_gradient_sums(config: Config) -> bool:
+    """Whether every process holds fp32 sums of all its gradients from the start to the end of the run.
+
+    DeepSpeed's BF16_Optimizer does, which runs stage 1 in bf16 unless the optimizer state is offloaded.
+    """
+    return config.precision.dtype == "bf16" and effective_stage(config) == 1 and not offloaded(config)
+
+
+def reduces_early(config: Config) -> bool:
+    """Whether gradients are reduced in buckets during the backward pass, and not after it."""
+    return effective_stage(config) > 0 and not holds_gradient_sums(config)
 
 
 def zero_section(config: Config) -> dict:
@@ -211,7 +242,7 @@ def stage_memory(config: Config, layout: ResolvedLayout, stage: Stage, kind: str
     frozen = ELEMENT[config.precision.dtype] * (stage.parameters - stage.trained)
     checkpoint = -(-(FP32 * (stage.trained + optimizer_elements(config, stage)) + frozen) // layout.replicas)
     copies = checkpoint if config.checkpoint.in_background else 0
-    moments = phases(config, layout, stage, have, act)
+    moments = phases(config, layout, stage, have, act, kind)
     offloaded_bytes = have.masters + have.state if offloaded(config) else 0
     moments = {name: total - (offloaded_bytes if name != "start" else 0) for name, total in moments.items()}
     if kind == "cpu":
@@ -223,7 +254,7 @@ def stage_memory(config: Config, layout: ResolvedLayout, stage: Stage, kind: str
         moments = {
             name: total + (copies if saved_before_end and name != "start" else 0) for name, total in moments.items()
         }
-        moments["checkpoint"] = resident + (have.gradients if effective_stage(config) == 0 else 0) + copies
+        moments["checkpoint"] = resident + (have.gradients if holds_gradient_sums(config) else 0) + copies
     return StageMemory(
         parameters=have.weights,
         optimizer=have.masters + have.state - offloaded_bytes,
@@ -231,6 +262,6 @@ def stage_memory(config: Config, layout: ResolvedLayout, stage: Stage, kind: str
         buffers=have.bucket + have.second + have.flat + stage.tied * (ELEMENT[config.precision.dtype] + FP32),
         activations=act,
         phases=moments,
-        host=offloaded_bytes + (copies if kind == "cuda" else 0),
+        host=offloaded_bytes + (max(copies, unrounded_copy(config, stage)) if kind == "cuda" else 0),
         checkpoint=checkpoint,
     )

@@ -52,18 +52,52 @@ def test_stage_0_in_bf16_is_planned_as_the_effective_stage():
 
 
 def test_buckets_are_no_larger_than_the_parameters():
-    config, layout, _ = plan()
+    fp32 = "precision.dtype=fp32"
+    config, layout, _ = plan(fp32)
     assert optimizer_memory(config, layout, layout.stages[0]).bucket == 4 * layout.stages[0].parameters
-    config, layout, _ = plan(name="pythia/1B.yml")
+    config, layout, _ = plan(fp32, name="pythia/1B.yml")
     assert optimizer_memory(config, layout, layout.stages[0]).bucket == 4 * BUCKET
-    config, layout, _ = plan("deepspeed.zero_optimization.reduce_bucket_size=1000")
+    config, layout, _ = plan(fp32, "deepspeed.zero_optimization.reduce_bucket_size=1000")
     assert optimizer_memory(config, layout, layout.stages[0]).bucket == 4000
 
 
-@pytest.mark.parametrize("zero", [1, 2])
-def test_overlap_needs_a_second_bucket(zero):
-    config, layout, (alone,) = plan(f"zero.stage={zero}", world=2)
-    _, _, (both,) = plan(f"zero.stage={zero}", "deepspeed.zero_optimization.overlap_comm=true", world=2)
+@pytest.mark.parametrize(
+    ("dtype", "zero", "world", "name", "bucket"),  # bytes per parameter
+    [
+        ("fp32", 0, 1, "pythia/160M.yml", 0),
+        ("bf16", 1, 1, "pythia/160M.yml", 0),
+        ("fp32", 0, 2, "pythia/160M.yml", 4),
+        ("bf16", 1, 2, "pythia/160M.yml", 4 + 2),  # joined, and rounded
+        ("bf16", 1, 2, "pythia/1B.yml", 2),  # the matrices alone exceed the bucket
+    ],
+)
+def test_a_reduction_after_the_backward_pass_copies_the_gradients(dtype, zero, world, name, bucket):
+    config, layout, _ = plan(f"precision.dtype={dtype}", f"zero.stage={zero}", world=world, name=name)
+    (stage,) = layout.stages
+    assert optimizer_memory(config, layout, stage).bucket == bucket * stage.parameters
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_sums_of_bf16_gradients_are_live_in_every_phase(zero, repeats):
+    options = (f"zero.stage={zero}", f"train.gradient_accumulation={repeats}")
+    _, layout, (memory,) = plan(*options, world=2, kind="cpu")
+    count, act = layout.stages[0].parameters, memory.activations
+    copies = memory.checkpoint  # of a save before the end
+    state = (2 + 12 / 2 + 4) * count
+    fresh = 2 * layout.stages[0].largest
+    assert memory.phases["start"] == (4 + 2 + 4 / 2 + 4) * count
+    assert memory.phases["loss"] == state + act.resident + act.logits + fresh + copies
+    assert memory.phases["backward"] == state + act.resident + act.recomputed + act.working + fresh + copies
+    assert memory.phases["reduce"] == state + 6 * count + copies
+    assert memory.phases["update"] == memory.phases["checkpoint"] == state + copies
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("fp32", 1), ("bf16", 2)])
+def test_overlap_needs_a_second_bucket(dtype, zero):
+    options = (f"precision.dtype={dtype}", f"zero.stage={zero}")
+    config, layout, (alone,) = plan(*options, world=2)
+    _, _, (both,) = plan(*options, "deepspeed.zero_optimization.overlap_comm=true", world=2)
     bucket = optimizer_memory(config, layout, layout.stages[0]).bucket
     assert {name: both.phases[name] - alone.phases[name] for name in alone.phases} == {
         "start": 0,
@@ -76,9 +110,10 @@ def test_overlap_needs_a_second_bucket(zero):
 
 
 def test_a_bucket_larger_than_the_model_is_copied_up_to_the_model():
-    _, layout, (fitting,) = plan(world=2)
+    _, layout, (fitting,) = plan("precision.dtype=fp32", world=2)
     count = layout.stages[0].parameters
-    _, _, (large,) = plan(f"deepspeed.zero_optimization.reduce_bucket_size={2 * count}", world=2)
+    options = ("precision.dtype=fp32", f"deepspeed.zero_optimization.reduce_bucket_size={2 * count}")
+    _, _, (large,) = plan(*options, world=2)
     assert large.phases["reduce"] - fitting.phases["reduce"] == 4 * count
 
 
@@ -91,7 +126,8 @@ def test_a_bucket_larger_than_the_model_is_copied_up_to_the_model():
     ),  # bytes per parameter over 8 replicas; resident: weights, masters and two moments
     [
         ("fp32", 0, 4 + 8, 4),
-        ("bf16", 1, 2 + 12 / 8, 4 / 8),
+        ("fp32", 1, 4 + 12 / 8, 8 / 8),  # and a flat copy
+        ("bf16", 1, 2 + 12 / 8, 4),  # all of them stay
         ("bf16", 2, 2 + 12 / 8, 4 / 8),
         ("bf16", 3, 2 / 8 + 2 + 12 / 8, 4 / 8),
     ],
@@ -100,7 +136,7 @@ def test_the_update_reads_the_local_share_of_the_gradients(dtype, zero, resident
     config, layout, (memory,) = plan(f"zero.stage={zero}", f"precision.dtype={dtype}", world=8)
     (stage,) = layout.stages
     # of stage 1, which holds others' gradients until the end of the update
-    bucket = optimizer_memory(config, layout, stage).bucket if zero == 1 else 0
+    bucket = optimizer_memory(config, layout, stage).bucket if (dtype, zero) == ("fp32", 1) else 0
     assert memory.phases["update"] == pytest.approx((resident + gradients) * stage.parameters + bucket, rel=1e-6)
 
 
@@ -125,6 +161,14 @@ def test_offloaded_state_is_host_memory():
     assert here.optimizer == 12 * layout.stages[0].parameters and away.optimizer == 0
     assert away.host - here.host == here.optimizer
     assert away.peak < here.peak
+
+
+def test_the_unrounded_initial_weights_are_in_host_memory():
+    options = ("checkpoint.async=false", "zero.stage=1")
+    _, layout, (gpu,) = plan(*options, world=64)
+    count = layout.stages[0].parameters
+    assert gpu.host == 4 * count and plan(*options, "precision.dtype=fp32", world=64)[2][0].host == 0
+    assert plan(*options, world=64, kind="cpu")[2][0].phases["start"] - gpu.phases["start"] == 4 * count
 
 
 def test_copies_for_checkpoints_are_in_host_memory():
