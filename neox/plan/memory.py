@@ -16,7 +16,7 @@ from neox.engine.footprint import LIVE, bucket_elements, effective_stage
 from neox.plan.activations import Activations, activations
 from neox.plan.sizes import ELEMENT, ResolvedLayout, Stage, optimizer_elements
 
-FP32 = 4  # bytes
+FP32, FP64 = 4, 8  # bytes
 LATE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time where it reduces after the backward pass
 
 
@@ -132,23 +132,23 @@ def phases(
     - update: gradients, and the copy that the optimizer reads.
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
-    resident = have.weights + have.masters + have.state + stage.tied * (element + FP32)
-    repeated, sharded, sums = layout.batch.gradient_accumulation > 1, zero >= 2, holds_gradient_sums(config)
+    permanent = have.gradients if holds_gradient_sums(config) else 0
+    resident = have.weights + have.masters + have.state + permanent + stage.tied * (element + FP32)
+    repeated, buckets = layout.batch.gradient_accumulation > 1, 0 if permanent or zero == 0 else have.bucket
     messages = 2 * act.boundary if layout.pp > 1 else 0
-    bucket = have.bucket if reduces_early(config) else 0
 
-    accumulated = have.gradients if repeated or sharded or sums else 0
-    buckets = bucket + have.second if repeated else 0
-    loss = resident + accumulated + buckets + act.resident + act.logits + messages + have.fresh
+    accumulated = have.gradients if not permanent and (repeated or zero >= 2) else 0
+    loss = resident + accumulated + act.resident + act.logits + messages + have.fresh
+    loss += buckets + have.second if repeated else 0
 
     # Without accumulation the gradient of the head is the first, and the others replace activations.
-    gradients = accumulated or element * stage.largest
-    temporary = act.resident + act.recomputed + act.working + messages + (have.fresh if repeated or sums else 0)
-    backward = resident + gradients + bucket + have.second + temporary
+    gradients = accumulated or (0 if permanent else element * stage.largest)
+    temporary = act.resident + act.recomputed + act.working + messages + (have.fresh if repeated or permanent else 0)
+    backward = resident + gradients + buckets + have.second + temporary
 
-    update = resident + (have.gradients if zero == 0 or sums else have.share) + have.flat
-    if zero == 1 and not sums and layout.replicas > 1:
-        update += have.bucket  # small gradients of other owners stay in it until they are freed
+    update = resident + have.flat + (0 if permanent else have.gradients if zero == 0 else have.share)
+    if zero == 2 and element < FP32:
+        update += FP64 * stage.largest  # for the norm
     return {
         "start": start_memory(config, stage, have, kind),
         "loss": loss,
@@ -181,25 +181,29 @@ def unrounded_copy(config: Config, stage: Stage) -> int:
 def reduction_memory(
     config: Config, layout: ResolvedLayout, stage: Stage, have: OptimizerMemory, act: Activations
 ) -> int:
-    """Compute the memory of gradients and buckets while gradients are reduced at the end of the last backward pass.
+    """Compute the memory of gradients and buckets, but for permanent ones, in the reduction of the last backward pass.
 
-    That is the backward pass of the first block, or later.
+    That is in the backward pass of the first block, or later.
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
     last = act.working + max(act.recomputed, act.saved // stage.blocks)
-    if not reduces_early(config):
+    if holds_gradient_sums(config):
+        return max(have.bucket, last)
+    if zero == 0:
         return have.gradients + max(have.bucket, last)
-    moved = have.gradients + have.bucket
+    # The config may set a bucket that the gradients never fill.
+    filled = min(have.bucket, (FP32 if zero == 1 else element) * stage.trained)
+    joined = filled if layout.replicas > 1 else 0  # gloo may hold it while the share is copied
+    moved = have.gradients
     if zero == 1:
         # Gradients move into the bucket. If it is smaller than the gradients, the reduced share grows in addition.
-        moved = max(moved, max(have.gradients - have.bucket, 0) + have.bucket + have.share)
-    if zero in (1, 2) and layout.replicas > 1:
-        # The config may set a bucket that the gradients never fill.
-        filled = min(have.bucket, (FP32 if zero == 1 else element) * stage.trained)
-        moved += filled
-        if zero == 1 and element < FP32:
-            moved += filled // 2  # the parts of each owner are reduced in a copy with the dtype of the weights
-    return moved + have.second + last
+        remaining = max(have.gradients - have.bucket, 0)
+        rounded = joined // 2 if element < FP32 else 0  # the parts of each owner, in the dtype of the weights
+        moved = max(moved, remaining + have.share + joined + rounded)
+    elif zero == 2:
+        # in 16 bits one process joins gradients, too, and each is widened before it is added to the share
+        moved += joined if element == FP32 else filled + FP32 * stage.largest
+    return have.bucket + moved + have.second + last
 
 
 def holds_gradient_sums(config: Config) -> bool:
@@ -208,11 +212,6 @@ def holds_gradient_sums(config: Config) -> bool:
     DeepSpeed's BF16_Optimizer does, which runs stage 1 in bf16 unless the optimizer state is offloaded.
     """
     return config.precision.dtype == "bf16" and effective_stage(config) == 1 and not offloaded(config)
-
-
-def reduces_early(config: Config) -> bool:
-    """Whether gradients are reduced in buckets during the backward pass, and not after it."""
-    return effective_stage(config) > 0 and not holds_gradient_sums(config)
 
 
 def zero_section(config: Config) -> dict:

@@ -13,6 +13,9 @@ from tests.distributed import run_ranks
 
 BF16 = [("bf16", zero, accumulation) for zero in (0, 1) for accumulation in (1, 2)]
 FP32 = [("fp32", 0, accumulation) for accumulation in (1, 2)]
+SHARDED = [
+    (dtype, zero, accumulation) for dtype, zero in (("fp32", 1), ("fp32", 2), ("bf16", 2)) for accumulation in (1, 2)
+]
 TOLERANCE = 0.02  # rotary tables, alignment, working tensors: one byte per parameter is 6 % of the smallest peak
 Peaks = dict[str, int]
 
@@ -20,7 +23,7 @@ Peaks = dict[str, int]
 @functools.cache
 def measured(world_size: int) -> dict[tuple[str, int, int], tuple[Peaks, Peaks]]:
     """(planned, live) bytes of each part, by case, from the same processes for all cases."""
-    cases = [*BF16, *FP32]
+    cases = [*BF16, *FP32, *SHARDED]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peaks.json"
         target = "tests.plan.live_memory:measure_ranks"
@@ -48,3 +51,14 @@ def test_the_plan_of_fp32_is_what_is_live(case, world_size):
         for peaks in measured(world_size)[case]
     )
     assert planned == pytest.approx(live, rel=TOLERANCE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", SHARDED, ids=str)
+def test_the_planned_peak_of_sharded_gradients_is_what_is_live(case, world_size):
+    """In fp32 the plan has the joined gradients and the share at the same time, which on a CPU depends on when a thread
+    of gloo frees the first.
+    """
+    planned, live = (max(peaks.values()) for peaks in measured(world_size)[case])
+    assert (1 - TOLERANCE) * live <= planned <= (1.15 if case[0] == "fp32" else 1 + TOLERANCE) * live
