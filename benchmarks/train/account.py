@@ -5,14 +5,16 @@
     print(account.total("launches"))
 
 The rules, the same for every model:
-- An operator of torch is one kernel, which reads each input once and writes each output once. That is a lower bound:
-  a matrix product with split k, or the gradient of an embedding, takes several. Views and allocations are none.
-- Operators over lists of tensors (`_foreach_*`, `_fused_adamw_`) are as many kernels as torch's multi_tensor_apply
+- An operator of torch counts as one kernel that reads each input once and writes each output once. That is a lower
+  bound: a matrix product with split k, or the gradient of an embedding, takes several. Views and allocations launch
+  nothing.
+- Operators over lists of tensors (`_foreach_*`, `_fused_adamw_`) count as many kernels as torch's multi_tensor_apply
   launches.
-- Our operators are the kernels that their CUDA launchers start, and the bytes that the headers in csrc/ops state,
-  which the emulator's tests hold.
-- Attention is counted over the visible pairs of queries and keys.
-- Collectives are none: their time is that of a link, not of the device's memory.
+- Operators of neox count the kernels that their CUDA launchers start, and the bytes that their headers in csrc/ops
+  state. The emulator's tests compare these bytes with what the kernels move.
+- Attention counts the pairs of queries and keys that the causal mask and the window leave. Documents depend on values
+  and count as one.
+- Collectives count nothing: they are bound by a link, not by the memory of the device.
 """
 
 from __future__ import annotations
@@ -28,21 +30,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# launch nothing although they are neither views nor in-place
+# They launch nothing, although they are not views.
 FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
     "_local_scalar_dense", "device", "_fused_sdp_choice", "record_stream", "is_pinned", "resize_", "set_",
 }  # fmt: skip
-# do not read what they overwrite
+# They do not read what they overwrite.
 WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "_foreach_zero_"}
-# arguments that are not read in full: by name, those that are read as far as the output has elements, or not at all
-LOOKUPS = {"embedding": 0, "gather": 0, "index": 0, "index_select": 0}
-UNREAD = {"nll_loss_forward": (0,), "nll_loss_backward": (1,)} | dict.fromkeys(
-    ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"), (0,)
+# Operator -> the argument of which it reads only as many elements as its output has.
+LOOKUPS = {"embedding": "weight", "gather": "self", "index": "self", "index_select": "self"}
+# Operator -> an argument of which it reads no element, or next to none.
+UNREAD = dict.fromkeys(
+    (
+        *("nll_loss_forward", "nll_loss_backward"),
+        *("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"),
+    ),
+    "self",
 )
-UNWRITTEN = {"_fused_adamw_": (1,)}  # arguments that the schema marks as changed, and this call leaves as they are
-CHUNK, BLOCKS = 65536, 320  # of ATen/native/cuda/MultiTensorApply.cuh
-MOST_TENSORS = (110, 64, 48, 36, 30)  # per launch, by the number of lists
+UNWRITTEN = {"_fused_adamw_": "grads"}  # the schema marks it as written, for a loss scale, which no call has
+# Limits of a launch, from ATen/native/cuda/MultiTensorApply.cuh.
+CHUNK, MAX_BLOCKS = 65536, 320  # elements of a block
+MAX_TENSORS = (110, 64, 48, 36, 30)  # by the number of lists
 
 
 @dataclass
@@ -139,7 +147,7 @@ class Account(TorchDispatchMode):
         return dict(sums)
 
     def roofline(self, flops: float, bandwidth: float) -> float:
-        """Seconds if every operator is bound by the products or by memory, whichever takes longer."""
+        """Seconds if every operator takes the time of its FLOPs or of its bytes, whichever is longer."""
         return sum(max(row.cost.flops / flops, row.cost.moved / bandwidth) for row in self.rows)
 
 
@@ -183,13 +191,13 @@ def on_device(tree: object) -> list[torch.Tensor]:
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    """Bytes of the distinct elements of a tensor, which may be expanded."""
+    """Bytes of a tensor's elements; those of an expanded dimension count once."""
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in pairs if stride or not size) * tensor.element_size()
 
 
 def distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Without repetitions of the same memory."""
+    """The tensors without repetitions of the same memory."""
     return list({(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in tensors}.values())
 
 
@@ -204,47 +212,54 @@ def is_view(function: torch._ops.OpOverload) -> bool:
     return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
 
 
+def arguments_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call by their names in the schema; the defaults of those that it leaves out."""
+    parameters = function._schema.arguments
+    given = dict(zip((parameter.name for parameter in parameters), args, strict=False)) | kwargs
+    return {parameter.name: given.get(parameter.name, parameter.default_value) for parameter in parameters}
+
+
 def cost_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: object) -> Cost:
     """The cost of one call."""
-    name = name_of(function)
+    name, arguments = name_of(function), arguments_of(function, args, kwargs)
     if function.namespace == "neox":
-        return OURS[name](args, out) if name in OURS else generic(function, args, kwargs, out)
+        return NEOX[name](arguments, out) if name in NEOX else generic(function, arguments, out)
     if name in FREE or function.namespace == "c10d" or is_view(function):
         return Cost()
-    cost = ATTENTION[name](args, out) if name in ATTENTION else generic(function, args, kwargs, out)
+    if name in SDPA:
+        return SDPA[name](arguments, out)
+    cost = generic(function, arguments, out)
     if name.startswith(("_foreach", "_fused")):
-        cost.launches = multi_tensor_launches([arg for arg in args if isinstance(arg, (list, tuple))])
+        cost.launches = multi_tensor_launches([value for value in args if isinstance(value, (list, tuple))])
     packet = function.overloadpacket
-    if name not in ATTENTION and packet in flop_registry:
+    if packet in flop_registry:
         cost.flops = flop_registry[packet](*args, **kwargs, out_val=out)
     return cost
 
 
-def generic(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: object) -> Cost:
+def generic(function: torch._ops.OpOverload, arguments: dict, out: object) -> Cost:
     """One kernel that reads every input and writes every output once."""
-    name, schema = name_of(function), function._schema
+    name = name_of(function)
     read, written = [], []
-    for i, parameter in enumerate(schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(parameter.name)
+    for parameter in function._schema.arguments:
+        value = arguments[parameter.name]
         writes = parameter.alias_info is not None and parameter.alias_info.is_write
-        writes = writes and i not in UNWRITTEN.get(name, ())
+        writes = writes and UNWRITTEN.get(name) != parameter.name
         if writes:
             written.append(value)
-        unread = i in UNREAD.get(name, ()) or LOOKUPS.get(name) == i or parameter.is_out
+        unread = parameter.is_out or parameter.name in (UNREAD.get(name), LOOKUPS.get(name))
         if not unread and not (writes and name in WRITE_ONLY):
             read.append(value)
-    if not written:
-        written = [out]
-    extra = sum_of(out) if name in LOOKUPS else 0
-    return Cost(1, sum_of(read) + extra, sum_of(written))
+    looked_up = sum_of(out) if name in LOOKUPS else 0
+    return Cost(1, sum_of(read) + looked_up, sum_of(written or out))
 
 
 def multi_tensor_launches(lists: Sequence[Sequence[torch.Tensor]]) -> int:
-    """Kernels that multi_tensor_apply launches: a launch is full at BLOCKS chunks, or at its number of tensors."""
+    """Kernels that multi_tensor_apply launches: a launch is full at MAX_BLOCKS chunks, or at its number of tensors."""
     if not lists or not lists[0]:
         return 0
     launches = tensors = blocks = 0
-    most = MOST_TENSORS[min(len([one for one in lists if one]), len(MOST_TENSORS)) - 1]
+    max_tensors = MAX_TENSORS[min(sum(map(bool, lists)), len(MAX_TENSORS)) - 1]
     for tensor in lists[0]:
         if tensor.numel() == 0:
             continue
@@ -252,37 +267,37 @@ def multi_tensor_launches(lists: Sequence[Sequence[torch.Tensor]]) -> int:
         chunks = -(-tensor.numel() // CHUNK)
         for chunk in range(chunks):
             blocks += 1
-            if blocks == BLOCKS or (tensors == most and chunk == chunks - 1):
+            if blocks == MAX_BLOCKS or (tensors == max_tensors and chunk == chunks - 1):
                 launches, blocks = launches + 1, 0
                 tensors = 0 if chunk == chunks - 1 else 1
     return launches + (blocks > 0)
 
 
-def attention_pairs(s: int, t: int, causal: bool) -> float:
-    """Visible pairs of a query and a key per head."""
-    return s * t - s * (s - 1) / 2 if causal else s * t
+def attention_pairs(s: int, t: int, causal: bool, window: int = 0) -> int:
+    """Visible pairs of a query and a key per head. The last query is at the last key; a window of 0 is none."""
+    if not causal:
+        return s * t
+    return sum(min(position + 1, window or t) for position in range(max(t - s, 0), t))
 
 
-def torch_attention(args: tuple, out: object, *, causal: bool) -> Cost:
-    """Forward of torch's fused attention: q, k, v [b, n, s, d]."""
-    q, k = args[0], args[1]
-    b, n, s, d = q.shape
+def sdpa(arguments: dict, out: object) -> Cost:
+    """Forward of torch's fused attention: query [b, n, s, d], key and value."""
+    b, n, s, d = arguments["query"].shape
+    pairs = attention_pairs(s, arguments["key"].shape[2], arguments["is_causal"])
     written = [leaf for leaf in on_device(out) if leaf.dtype.is_floating_point]
-    return Cost(1, sum_of(args[:4]), sum_of(written), 4 * b * n * attention_pairs(s, k.shape[2], causal) * d)
+    return Cost(1, sum_of(arguments), sum_of(written), 4 * b * n * pairs * d)
 
 
-def torch_attention_backward(args: tuple, out: object, *, causal: bool) -> Cost:
-    """Backward of torch's fused attention: dout, q, k, v, out, lse; three kernels, with dq summed in fp32."""
-    q, k = args[1], args[2]
-    b, n, s, d = q.shape
-    floating = [a for a in on_device(args) if a.dtype.is_floating_point]
-    return with_fp32_dq(
-        Cost(3, sum_of(floating), sum_of(out), 10 * b * n * attention_pairs(s, k.shape[2], causal) * d), q.numel(), s
-    )
+def sdpa_backward(arguments: dict, out: object) -> Cost:
+    """Backward of torch's fused attention, which reads its output and lse too: three kernels, dq summed in fp32."""
+    b, n, s, d = arguments["query"].shape
+    pairs = attention_pairs(s, arguments["key"].shape[2], arguments["is_causal"])
+    read = [leaf for leaf in on_device(arguments) if leaf.dtype.is_floating_point]
+    return with_fp32_dq(Cost(3, sum_of(read), sum_of(out), 10 * b * n * pairs * d), arguments["query"].numel())
 
 
-def with_fp32_dq(cost: Cost, elements: int, rows_per_head: int) -> Cost:
-    """Add the fp32 sums of dq: cleared, added to, and read; and delta and lse per row."""
+def with_fp32_dq(cost: Cost, elements: int) -> Cost:
+    """Adds the fp32 sums of dq: cleared, added to, and read."""
     sums = 4 * elements
     cost.read += 2 * sums
     cost.written += 2 * sums
@@ -290,97 +305,90 @@ def with_fp32_dq(cost: Cost, elements: int, rows_per_head: int) -> Cost:
     return cost
 
 
-ATTENTION: dict[str, Callable[[tuple, object], Cost]] = {
-    "_scaled_dot_product_flash_attention": lambda args, out: torch_attention(args, out, causal=args[4]),
-    "_scaled_dot_product_efficient_attention": lambda args, out: torch_attention(
-        args, out, causal=args[6] if len(args) > 6 else False
-    ),
-    "_scaled_dot_product_flash_attention_backward": lambda args, out: torch_attention_backward(
-        args, out, causal=args[11]
-    ),
-    "_scaled_dot_product_efficient_attention_backward": lambda args, out: torch_attention_backward(
-        args, out, causal=args[11] if len(args) > 11 else False
-    ),
+Rule = Callable[[dict, object], Cost]  # (arguments by name, result) -> cost of a call
+
+SDPA: dict[str, Rule] = {
+    "_scaled_dot_product_flash_attention": sdpa,
+    "_scaled_dot_product_flash_attention_backward": sdpa_backward,
+    "_scaled_dot_product_efficient_attention": sdpa,
+    "_scaled_dot_product_efficient_attention_backward": sdpa_backward,
 }
 
 
-# What our CUDA launchers start and move, by operator of torch.ops.neox: csrc/ops/<op>/<op>.h and <op>_cuda.cu.
+# What the CUDA launchers of neox start and move: csrc/ops/<op>/<op>.h and <op>_cuda.cu.
 
 
-def simple(launches: int) -> Callable[[tuple, object], Cost]:
-    """Reads its tensors and writes its results once."""
-    return lambda args, out: Cost(launches, sum_of(args), sum_of(out))
+def kernels(launches: int) -> Rule:
+    """Reads each tensor and writes each result once."""
+    return lambda arguments, out: Cost(launches, sum_of(arguments), sum_of(out))
 
 
-def bias_gelu_backward(args: tuple, out: object) -> Cost:
-    """The sums of the bias's gradient take a second kernel."""
-    return Cost(1 if args[2] is None else 2, sum_of(args), sum_of(out))
+def bias_gelu_backward(arguments: dict, out: object) -> Cost:
+    """A second kernel adds up the parts of the bias's gradient."""
+    return Cost(1 if arguments["bias"] is None else 2, sum_of(arguments), sum_of(out))
 
 
-def bias_dropout_add_backward(args: tuple, out: object) -> Cost:
-    """One pass over dy, and a second kernel for the bias."""
-    return Cost(2 if args[3] else 1, sum_of(args), sum_of(out))
+def bias_dropout_add_backward(arguments: dict, out: object) -> Cost:
+    """A second kernel adds up the parts of the bias's gradient."""
+    return Cost(2 if arguments["has_bias"] else 1, sum_of(arguments), sum_of(out))
 
 
-def rotary_in_place(args: tuple, _: object) -> Cost:
-    """The rotated channels of queries and keys, in place."""
-    qkv, cos, sin = args[:3]
+def rotary_in_place(arguments: dict, _: object) -> Cost:
+    """Reads and writes the rotated channels of queries and keys: qkv [b, s, g, m + 2, d]."""
+    qkv, tables = arguments["qkv"], (arguments["cos"], arguments["sin"])
     b, s, g, parts, _ = qkv.shape
-    touched = b * s * g * (parts - 1) * cos.shape[-1] * qkv.element_size()
-    return Cost(1, touched + sum_of((cos, sin)), touched)
+    touched = b * s * g * (parts - 1) * tables[0].shape[-1] * qkv.element_size()
+    return Cost(1, touched + sum_of(tables), touched)
 
 
-def logits_pass(reads: int, writes: int) -> Callable[[tuple, object], Cost]:
-    """Passes over the logits, the first argument, besides a few bytes per row."""
-    return lambda args, out: Cost(
-        1, reads * size_of(args[0]) + sum_of(args[1:]), writes * size_of(args[0]) + sum_of(out)
-    )
+def cross_entropy(arguments: dict, out: object) -> Cost:
+    """Statistics to losses, without the logits."""
+    return Cost(1, sum_of((arguments["targets"], arguments["statistics"])), sum_of(out))
 
 
-def loss_of_rows(args: tuple, out: object) -> Cost:
-    """Statistics to losses."""
-    return Cost(1, sum_of(args[1:]), sum_of(out))
+def cross_entropy_fused(arguments: dict, out: object) -> Cost:
+    """The gradient overwrites the logits."""
+    return Cost(1, sum_of(arguments), sum_of((arguments["logits"], out)))
 
 
-def rescale(args: tuple, _: object) -> Cost:
-    """Rows whose gradient is as expected are not accessed."""
-    return Cost(1, sum_of(args[1:]), 0)
+def cross_entropy_rescale(arguments: dict, _: object) -> Cost:
+    """Rows whose gradient is as expected, here all of them, are not accessed."""
+    return Cost(1, sum_of(arguments["dloss"]), 0)
 
 
-def packed_attention(args: tuple, out: object) -> Cost:
-    """qkv [b, s, g, m + 2, d]; documents take a table of their own."""
-    qkv, segments, causal = args[0], args[1], args[4]
-    b, s, g, parts, d = qkv.shape
-    flops = 4 * b * g * (parts - 2) * attention_pairs(s, s, causal) * d
-    return Cost(1 if segments is None else 2, sum_of(args), sum_of(out), flops)
+def attention_qkv(arguments: dict, out: object) -> Cost:
+    """qkv [b, s, g, m + 2, d]. One more kernel makes a table of the documents."""
+    b, s, g, parts, d = arguments["qkv"].shape
+    flops = 4 * b * g * (parts - 2) * attention_pairs(s, s, arguments["causal"], arguments["window"]) * d
+    launches = 1 if arguments["segment_ids"] is None else 2
+    return Cost(launches, sum_of(arguments), sum_of(out), flops)
 
 
-def packed_attention_backward(args: tuple, out: object) -> Cost:
-    """dout, qkv, out, lse: rows prepared, dq cleared, dk and dv with sums of dq, dq finished."""
-    dout, qkv = args[:2]
-    b, s, g, parts, d = qkv.shape
-    flops = 10 * b * g * (parts - 2) * attention_pairs(s, s, args[7]) * d
-    launches = 4 if args[4] is None else 5
-    return with_fp32_dq(Cost(launches, sum_of(args), sum_of(out), flops), dout.numel(), s)
+def attention_qkv_backward(arguments: dict, out: object) -> Cost:
+    """The backward that sums dq with atomics: prepare rows, clear dq, dk and dv with dq, finish dq."""
+    b, s, g, parts, d = arguments["qkv"].shape
+    flops = 10 * b * g * (parts - 2) * attention_pairs(s, s, arguments["causal"], arguments["window"]) * d
+    launches = 4 if arguments["segment_ids"] is None else 5
+    return with_fp32_dq(Cost(launches, sum_of(arguments), sum_of(out), flops), arguments["dout"].numel())
 
 
-OURS: dict[str, Callable[[tuple, object], Cost]] = {
-    "attention_qkv": packed_attention,
-    "attention_qkv_backward": packed_attention_backward,
-    "bias_dropout_add": simple(1),
+NEOX: dict[str, Rule] = {
+    "attention_qkv": attention_qkv,
+    "attention_qkv_backward": attention_qkv_backward,
+    "bias_dropout_add": kernels(1),
     "bias_dropout_add_backward": bias_dropout_add_backward,
-    "bias_gelu": simple(1),
+    "bias_gelu": kernels(1),
     "bias_gelu_backward": bias_gelu_backward,
-    "cross_entropy": loss_of_rows,
-    "cross_entropy_backward": logits_pass(1, 0),
-    "cross_entropy_fused_": logits_pass(1, 1),
-    "cross_entropy_rescale_": rescale,
-    "cross_entropy_statistics": logits_pass(1, 0),
-    "gated": simple(1),
-    "gated_backward": simple(1),
-    "norm": simple(1),
-    "norm_backward": simple(2),
-    "rotary": simple(2),
+    "cross_entropy": cross_entropy,
+    "cross_entropy_backward": kernels(1),
+    "cross_entropy_fused_": cross_entropy_fused,
+    "cross_entropy_rescale_": cross_entropy_rescale,
+    "cross_entropy_statistics": kernels(1),
+    "gated": kernels(1),
+    "gated_backward": kernels(1),
+    "norm": kernels(1),
+    "norm_backward": kernels(2),
+    "rotary": kernels(2),
     "rotary_qkv_": rotary_in_place,
 }
 

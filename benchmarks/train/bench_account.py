@@ -1,16 +1,15 @@
-"""What one training step asks of a GPU, ours against transformers: kernels, bytes, FLOPs and memory at the peak.
+"""What one training step asks of a GPU, neox against transformers: kernels, bytes, FLOPs and memory at the peak.
 
-Nothing is measured: both models run on fake CUDA tensors (tests/cuda/fake_cuda.py), and every operator is counted by
-the rules of account.py, next to this file. It needs neither a GPU nor an idle machine.
+Nothing is measured: the models run on fake CUDA tensors (tests/cuda/fake_cuda.py), and every operator is counted by the
+rules of account.py, next to this file. It needs neither a GPU nor an idle machine.
 
-All have bf16 weights and activations, fused AdamW on the bf16 weights, and the same tokens. Ours runs once with the
-native attention and once with torch's flash attention (sdpa), which `auto` chooses on a GPU.
+The models have bf16 weights and activations, fused AdamW on the bf16 weights, and the same tokens. neox runs once with
+its native attention and once with torch's flash attention (sdpa), which `auto` chooses on a GPU.
 
 "neox engine" is a step as `neox train` runs it: the native model under the engine, with DeepSpeed's ZeRO 1, fp32 master
 weights and moments, and the gradient clipped. Its phase "engine" is everything but the model: casts, accumulation,
-norms, AdamW, and copies of weights. The roofline is the time of every operator of that step at the data sheet's peak or
-bandwidth, whichever is longer; `neox plan` estimates the same step.
---json prints one list; --quick takes Pythia-160M alone.
+norms, AdamW, and copies of weights. The roofline is the sum over the operators of that step of their times at the data
+sheet's peak or bandwidth, whichever is longer; `neox plan` estimates the same step.
 """
 
 from __future__ import annotations
@@ -52,8 +51,9 @@ OURS = ("neox native", "neox sdpa")
 ENGINE = "neox engine"
 PEERS = ("transformers sdpa", "transformers eager")  # by attn_implementation; no compiler in either
 PHASES = ("forward", "backward", "optimizer", "engine")
-ADAM = 14  # bytes per parameter: weight, gradient and two moments in bf16 read, three of them written
-ADAM_FP32 = 28  # bf16 gradient, fp32 weight and moments read, these three written, and the bf16 weight
+# Bytes per parameter of AdamW.
+ADAM = 14  # in bf16, reads weight, gradient and two moments, and writes weight and moments
+ADAM_FP32 = 28  # reads a bf16 gradient, the fp32 weight and moments; writes these three, and the bf16 weight
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,9 @@ def account_of(name: str, case: Case) -> Account:
     """The account of the second step of a contestant: the first one allocates the state of the optimizer."""
     if name == ENGINE:
         return account_of_engine(config_of(case))
-    traced = mock.patch("transformers.masking_utils.is_tracing", lambda *_: False)  # else masks are built in full
-    # transformers reads whether all positions of a sample belong to one document: they do
+    # transformers builds masks in full if it finds that it is traced, as on fake tensors
+    traced = mock.patch("transformers.masking_utils.is_tracing", lambda *_: False)
+    # read: transformers asks whether all positions of a sample belong to one document
     with FakeCuda(read=lambda _: 1), Account() as account, traced:
         model, mean_loss = contestant(name, load_config(case.preset).model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -151,9 +152,10 @@ def account_of(name: str, case: Case) -> Account:
 
 
 def floor_bytes(case: Case, adam: int) -> float:
-    """Bytes of a step of which each operand is read once and each result written once, with every element-wise
-    operation fused as far as the list goes: embedding; per layer a norm per branch (two at once in a parallel block),
-    rotation in place, attention, activation; logits read and written once; AdamW, `adam` bytes per parameter.
+    """Bytes of a step that reads each operand and writes each result once, with element-wise operations fused.
+
+    What is left of these: embedding; per layer a norm per branch (both at once in a parallel block), rotation in place,
+    attention, activation; logits read and written once; AdamW, `adam` bytes per parameter.
     """
     model, tokens = load_config(case.preset).model, case.batch * case.seq
     h, f, v = model.hidden_size, model.intermediate_size, model.vocab_size
@@ -214,7 +216,7 @@ def row_of(case: Case, name: str) -> dict:
 
 
 def show(row: dict) -> None:
-    """Print one contestant; of the engine also its local part, and the time of the step on each device."""
+    """Print one contestant; for neox engine also what runs around the model, and the step's time on each device."""
     print(
         f"{row['preset']:12} {row['batch']:>2}x{row['seq']:<5} {row['contestant']:20} {row['launches']:6.0f} launches "
         f"{row['gigabytes']:8.1f} GB ({row['over_floor']:.2f} of the floor) {row['teraflop']:7.1f} TFLOP "

@@ -28,10 +28,10 @@ MODEL = tuple(str(NEOX / part) for part in ("model", "ops", "parallel", "engine/
 
 
 class EngineAccount(Account, Observer):
-    """An account whose phases are those of the engine; the phase of all operators but the model's is "engine"."""
+    """An account with the phases "forward" and "backward" of the model, and "engine" for all other operators."""
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Follow the engine."""
+        """Observe the phases that the engine enters."""
         if phase in ("forward", "backward"):
             self.phase = phase
 
@@ -60,11 +60,11 @@ def account_of_engine(config: Config) -> EngineAccount:
 
 
 def train(account: EngineAccount, config: Config) -> None:
-    """Two steps of one micro-batch, of which the second counts: the first one allocates the state of the optimizer."""
+    """Two steps of one micro-batch. The second one counts: the first allocates the state of the optimizer."""
     tokens = torch.zeros(config.train.micro_batch_size or 1, config.data.seq_length, dtype=torch.int64)
     batch = Batch(tokens, tokens.clone(), None, None, torch.arange(len(tokens)))
     set_accelerator(CUDA_Accelerator())
-    if not dist.is_initialized():  # DeepSpeed does not let go of the first group
+    if not dist.is_initialized():  # DeepSpeed keeps using the first group of the process
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     mesh = Mesh.single(torch.device("cuda", 0))
     with mock.patch.object(GPT, "initialize", lambda self: None):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 X, ROW, WIDE = ((4, 8), torch.bfloat16), ((1, 8), torch.bfloat16), ((4, 8), torch.float32)
-# shapes and dtypes, the call, and [launches, bytes read, bytes written] of every operator
+# name -> shapes and dtypes of the inputs, the call, and [launches, bytes read, bytes written] of every operator
 COPIES: dict[str, tuple[list[tuple[tuple[int, ...], torch.dtype]], Callable[..., object], list[list[int]]]] = {
     "copy": ([X, X], lambda x, y: x.copy_(y), [[1, 64, 64]]),
     "cast": ([X, WIDE], lambda x, y: x.copy_(y), [[1, 128, 64]]),

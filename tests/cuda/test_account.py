@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from neox import ops
+from tests.cuda.account_cases import ROW, WIDE, X
 from tests.cuda.fake_cuda import FakeCuda
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "account.py"
@@ -26,8 +27,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-X, ROW, IDS = ((4, 8), torch.bfloat16), ((1, 8), torch.bfloat16), ((5,), torch.int64)
-WIDE = ((4, 8), torch.float32)
+IDS = ((5,), torch.int64)
 CALLS = {  # shapes and dtypes, the call, and (launches, bytes read, bytes written) of every operator
     "add": ([X, X], lambda x, y: x + y, [(1, 128, 64)]),
     "same operand twice": ([X], lambda x: x * x, [(1, 64, 64)]),
@@ -78,7 +78,20 @@ def test_flops_of_a_product_and_of_visible_pairs():
     with FakeCuda(), account.Account() as counted, torch.no_grad():
         tensor(4, 8) @ tensor(8, 2)
         ops.attention_qkv(tensor(B, S, 1, 3, H), backend="native")
-    assert [row.cost.flops for row in counted.rows] == [2 * 4 * 8 * 2, 4 * B * (1 + 2 + 3) * H]
+        ops.attention_qkv(tensor(B, S, 1, 3, H), backend="native", window=2)
+        ops.attention_qkv(tensor(B, S, 1, 3, H), backend="native", causal=False)
+    pairs = (1 + 2 + 3, 1 + 2 + 2, 3 * 3)
+    assert [row.cost.flops for row in counted.rows] == [2 * 4 * 8 * 2, *(4 * B * count * H for count in pairs)]
+
+
+def test_arguments_that_a_call_leaves_out_have_their_defaults():
+    """torch drops the last arguments of a call that equal their defaults, such as is_causal=False."""
+    q, k = (torch.empty(B, 1, length, H, dtype=torch.bfloat16, device="meta") for length in (S, 5))
+    for name in ("flash", "efficient"):
+        packet = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention")
+        given = (q, k, k) if name == "flash" else (q, k, k, None, True)
+        assert account.cost_of(packet.default, given, {}, ()).flops == 4 * B * S * 5 * H
+        assert account.cost_of(packet.default, given, {"is_causal": True}, ()).flops == 4 * B * (3 + 4 + 5) * H
 
 
 def test_lists_take_as_many_kernels_as_torch_launches():
