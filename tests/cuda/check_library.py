@@ -2,7 +2,7 @@
 exponentials (in the PTX) and the speed of the hot kernels by count (in the SASS), and loads the CUDA library into the
 installed torch.
 
-usage: python tests/cuda/check_library.py LIBRARY FOLDER_OF_LOGS OPERATOR...
+usage: python -m tests.cuda.check_library LIBRARY FOLDER_OF_LOGS OPERATOR...
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cuda import hopper_account, speed
+from tests.cuda import hopper_speed, speed
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
-# such as wgmma that ptxas serialises, and setmaxnreg that it ignores; for nvcc no warning
+# Such as wgmma that ptxas serialises or setmaxnreg that it ignores. nvcc does not count these lines as warnings.
 LOSS = re.compile(r"Potential Performance Loss: (.*)")
 
 PTX_ENTRY = re.compile(r"^\s*(?:\.visible |\.weak )*\.entry (\w+)")
 PTX_BRANCH = re.compile(r"@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
 PTX_MEMORY = re.compile(r"\b(?:ld|st|red|atom|bar|barrier|cp|mma|ldmatrix|shfl|call)\.")
 HOST_ONLY = {"attention_shared", "attention_hopper"}  # instantiate no kernel
-SKIPPED_LINES = 60  # a branch over more lines was written by a person
-# Files whose kernels may have that many branches: those of the softcap, which all threads of a launch take uniformly.
+SKIPPED_LINES = 60  # a branch over more lines is one of the source, not of a conditional expression
+# File -> branches that its kernels may have: those of the softcap, which all threads of a launch take uniformly.
 SOFTCAP = {
     "attention_backward_keys_bf16": 16,
     "attention_backward_keys_fp16": 16,
@@ -57,11 +57,11 @@ def kernels_of(log: str) -> Iterator[Kernel]:
     Raises:
         ValueError: a kernel's numbers are missing, so that the format is not the expected one.
     """
-    pieces = re.split(r"(?=Compiling entry function)", log)[1:]
-    for piece in pieces:
-        entry, spill, used, shared = (pattern.search(piece) for pattern in (ENTRY, SPILL, USED, SHARED))
+    parts = re.split(r"(?=Compiling entry function)", log)[1:]
+    for part in parts:
+        entry, spill, used, shared = (pattern.search(part) for pattern in (ENTRY, SPILL, USED, SHARED))
         if not (entry and spill and used):
-            raise ValueError(f"ptxas's output has another form: {piece[:200]!r}")
+            raise ValueError(f"ptxas's output has another form: {part[:200]!r}")
         stack, stores, loads = map(int, spill.groups())
         yield Kernel(entry[1], entry[2], int(used[1]), int(shared[1]) if shared else 0, stack, stores + loads)
 
@@ -189,7 +189,7 @@ def main() -> int:
         report(logs)
         + report_branches(ptx_of(Path(folder)))
         + speed.report(Path(folder), architectures_of(logs))
-        + hopper_account.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda*.cubin")))
+        + hopper_speed.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda*.cubin")))
         + load(Path(library), operators)
     )
     for problem in problems:

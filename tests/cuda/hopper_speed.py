@@ -1,11 +1,11 @@
-"""Clocks per tile of the Hopper attention kernels, from their SASS, and the speed that they bound.
+"""Clocks per tile of the Hopper attention kernels, from their SASS, and the bound on their speed that follows.
 
 A tile takes a multiprocessor at least as long as the busiest of four units: tensor cores, shared memory, issue slots
-and the unit of exponentials. The rates are those of an H100 SXM: a wgmma of 64 x N x 16 takes N / 2 clocks, shared
-memory moves 128 bytes per clock, each of four schedulers issues one instruction per clock, and each computes an
-exponential of 4 lanes per clock. The bound has no latencies, and no beginning and end of a block.
+and the exponential unit. The rates are those of an H100 SXM: a wgmma of 64 x N x 16 takes N / 2 clocks, shared memory
+moves 128 bytes per clock, each of four schedulers issues one instruction per clock, and each computes an exponential of
+4 lanes per clock. Latencies and the prologue and epilogue of a block are ignored, so a measured speed is lower.
 
-usage: python tests/cuda/hopper_account.py CUBIN...
+usage: python -m tests.cuda.hopper_speed CUBIN...
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from tests.cuda import sass
 KERNEL = re.compile(r"hopper_(forward|backward)_kernel.*?ShapeILi(\d+)E")
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\S*(\s+R\d+, (R|gdesc))")
 NAMED = re.compile(r"HGMMA(\d+)(R|gdesc)")
-SCHEDULERS, WARPS, MULTIPROCESSORS, HERTZ = 4, 8, 132, 1.83e9  # warps: those of a block that compute
+SCHEDULERS, MULTIPROCESSORS, HERTZ = 4, 132, 1.83e9
+WARPS = 8  # of a block that compute, in two warpgroups
 KEYS = 128  # of a tile
 
 
@@ -35,7 +36,7 @@ class Work:
         copied: bytes per tile, key or row and channel that copies write to shared memory, without what a block loads
             once.
         exchanged: bytes per pair that are written to shared memory in addition (ds).
-        turns: of the loop within the loop over tiles.
+        turns: iterations of the inner loop per tile.
         goal: TFLOP/s, causal at 2,048 tokens; None if there is none.
     """
 
@@ -79,8 +80,10 @@ def multiplies(block: sass.Block) -> bool:
 
 
 def tile_path(blocks: list[sass.Block], loop: sass.Loop, turns: int) -> Counter[str]:
-    """Counts of the path once around a loop that has the most products, then the most multiplications (the rescaling of
-    the sums), then the fewest instructions. Inner loops with products turn `turns` times; others are rare paths.
+    """Counts of the ordinary path once around a loop.
+
+    It is the path with the most products, of these the one with the most multiplications (the rescaling of the sums),
+    and of these the shortest. An inner loop with products counts `turns` times; the others are rare paths.
     """
     loops = [one for one in sass.loops_of(blocks) if one.body < loop.body]
     inner = {one.head: one for one in loops if any(multiplies(blocks[at]) for at in one.body)}
@@ -92,7 +95,7 @@ def tile_path(blocks: list[sass.Block], loop: sass.Loop, turns: int) -> Counter[
     def best(at: int) -> Counter[str] | None:
         if at in known:
             return known[at]
-        known[at] = None  # on the way: a path does not return
+        known[at] = None  # while its successors are searched, so that no path visits it twice
         mine, following = blocks[at].counts, blocks[at].following
         if at in inner:
             once = tile_path(blocks, inner[at], 1)
@@ -116,15 +119,15 @@ def tile_counts(blocks: list[sass.Block], turns: int) -> Counter[str]:
 
 
 def share(rows: int) -> float:
-    """Visible pairs in the computed ones, causal at 2,048 tokens."""
+    """Share of visible pairs among those computed, causal at 2,048 tokens."""
     s = 2048
     tiles = sum(1 for row in range(0, s, rows) for key in range(0, s, KEYS) if key <= row + rows - 1)
     return s * (s + 1) / 2 / (tiles * rows * KEYS)
 
 
 @dataclass(frozen=True)
-class Account:
-    """Clocks per tile of each unit."""
+class TileClocks:
+    """Clocks that each unit of a multiprocessor takes for a tile."""
 
     tensor: float
     shared: float
@@ -146,12 +149,12 @@ class Account:
         return operations / clocks * MULTIPROCESSORS * HERTZ / 1e12
 
 
-def account(counts: Counter[str], work: Work, head_dim: int) -> Account:
-    """From the counts of a warp's tile."""
+def tile_clocks(counts: Counter[str], work: Work, head_dim: int) -> TileClocks:
+    """The clocks that follow from a warp's instructions per tile."""
     groups = WARPS // 4
     _, clocks, read = products(counts)
     moved = groups * read + work.copied * head_dim + work.rows * KEYS * work.exchanged
-    return Account(
+    return TileClocks(
         tensor=groups * clocks,
         shared=moved / 128,
         issue=WARPS / SCHEDULERS * sum(counts.values()),
@@ -160,9 +163,9 @@ def account(counts: Counter[str], work: Work, head_dim: int) -> Account:
 
 
 def report(cubins: list[Path]) -> list[str]:
-    """Prints the account of each kernel. Returns a problem per kernel whose bound is below its goal."""
+    """Prints the clocks and bounds of each kernel. Returns a problem per kernel whose bound is below its goal."""
     if sass.nvdisasm() is None:
-        return []  # the report of speed.py prints why
+        return []  # speed.report() prints that nvdisasm is missing
     problems = []
     print("   instructions tensor shared  issue  exponentials  bound, serial in TFLOP/s  kernel on sm_90a")
     for cubin in cubins:
@@ -173,15 +176,15 @@ def report(cubins: list[Path]) -> list[str]:
             head_dim = int(kernel[2])
             work = WORK[kernel[1], head_dim]
             counts = tile_counts(blocks, work.turns)
-            of = account(counts, work, head_dim)
+            clocks = tile_clocks(counts, work, head_dim)
             title = f"hopper {kernel[1]} {head_dim} {cubin.name.split('_hopper', 1)[0].rsplit('_', 1)[1]}"
-            if not of.tensor:
+            if not clocks.tensor:
                 problems.append(f"{title}: no loop with products found")
                 continue
-            bound, serial = of.bound(work, head_dim), of.serial(work, head_dim)
+            bound, serial = clocks.bound(work, head_dim), clocks.serial(work, head_dim)
             print(
-                f"{sum(counts.values()):16} {of.tensor:6.0f} {of.shared:6.0f} {of.issue:6.0f} {of.exponentials:13.0f} "
-                f"{bound:9.0f} {serial:7.0f}{'':9}  {title}"
+                f"{sum(counts.values()):16} {clocks.tensor:6.0f} {clocks.shared:6.0f} {clocks.issue:6.0f} "
+                f"{clocks.exponentials:13.0f} {bound:9.0f} {serial:7.0f}{'':9}  {title}"
             )
             if work.goal and bound < work.goal:
                 problems.append(f"{title}: bound {bound:.0f} TFLOP/s, the goal is {work.goal:.0f}")
