@@ -38,7 +38,7 @@ BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>
     const std::initializer_list<const std::vector<uint32_t>*> lists = {&left, &right, &merged_, &byte_ids_};
     for (const std::vector<uint32_t>* ids : lists)
         for (const uint32_t id : *ids)
-            if (id >= kMostIds && !(id == kNone && ids == &byte_ids_))
+            if (id >= kMaxIds && !(id == kNone && ids == &byte_ids_))
                 throw Fault("id is too large").found(std::to_string(id)).expected("below 2^20 - 1");
     const int slot_bits = bits_for(2 * merged_.size());
     const int filter_bits = bits_for(kBitsPerPair * merged_.size());

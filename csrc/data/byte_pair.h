@@ -13,12 +13,12 @@ namespace neox::data {
 class BytePairs {
   public:
     static constexpr uint32_t kNone = UINT32_MAX;
-    static constexpr uint32_t kMostIds = (1u << 20) - 1;
+    static constexpr uint32_t kMaxIds = (1u << 20) - 1;
     static constexpr uint64_t kTiny = 16;
     static constexpr uint64_t kShort = 256;  // bytes of a word up to which the lowest pair is found by scanning
 
     // byte_ids: id of each of the 256 bytes, kNone if the vocabulary lacks it. Merge r turns (left[r], right[r]) into
-    // merged[r]. Throws Fault for ids >= kMostIds and for 2^24 merges or more.
+    // merged[r]. Throws Fault for ids >= kMaxIds and for 2^24 merges or more.
     BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>& left, const std::vector<uint32_t>& right,
               std::vector<uint32_t> merged);
 

@@ -182,7 +182,7 @@ Merges read_merges(const std::u32string& letters, const py::dict& vocab, const p
         *text.room(1) = static_cast<char>(byte);
         const int64_t id = tokens.find(text.at(0), 1);
         if (id < 0 && occurs(byte)) throw py::value_error("byte " + std::to_string(byte) + " is not in the vocabulary");
-        if (id >= BytePairs::kMostIds) throw py::value_error("id " + std::to_string(id) + " of a byte");
+        if (id >= BytePairs::kMaxIds) throw py::value_error("id " + std::to_string(id) + " of a byte");
         if (id >= 0) found.byte_ids[static_cast<size_t>(byte)] = static_cast<uint32_t>(id);
     }
     for (const auto& merge : merges) {
@@ -197,7 +197,7 @@ Merges read_merges(const std::u32string& letters, const py::dict& vocab, const p
             throw py::value_error("merge " + std::string(py::str(merge)) +
                                   " is of tokens that are not in the vocabulary");
         const int64_t largest = *std::max_element(ids, ids + 3);
-        if (largest >= BytePairs::kMostIds) throw py::value_error("id " + std::to_string(largest) + " of a merge");
+        if (largest >= BytePairs::kMaxIds) throw py::value_error("id " + std::to_string(largest) + " of a merge");
         found.left.push_back(static_cast<uint32_t>(ids[0]));
         found.right.push_back(static_cast<uint32_t>(ids[1]));
         found.merged.push_back(static_cast<uint32_t>(ids[2]));

@@ -252,7 +252,7 @@ class TextEncoder::Queue {
     void add_id(uint32_t id) {
         words_[count_].at = nullptr;
         words_[count_].length = id;
-        if (++count_ == kMost) look_up();
+        if (++count_ == kMaxWords) look_up();
     }
 
     void flush() {
@@ -261,7 +261,7 @@ class TextEncoder::Queue {
     }
 
   private:
-    static constexpr int kMost = 32;
+    static constexpr int kMaxWords = 32;
     static constexpr uint64_t kWhole = 12;  // bytes of a word up to which splitting is not worth the search
     struct Word {
         const uint8_t* at;  // nullptr for an id, which is in `length`
@@ -274,7 +274,7 @@ class TextEncoder::Queue {
         word.at = at;
         word.length = length;
         if (length <= WordCache::kLongest) state_.cache.make_key(at, length, word.key);
-        if (++count_ == kMost) look_up();
+        if (++count_ == kMaxWords) look_up();
     }
 
     void look_up() {
@@ -304,7 +304,7 @@ class TextEncoder::Queue {
     const uint8_t* const end_;  // end of the text
     uint32_t* out_ = nullptr;
     int count_ = 0;
-    Word words_[kMost];
+    Word words_[kMaxWords];
 };
 
 void TextEncoder::encode(const uint8_t* text, uint64_t count, State& state) const {

@@ -15,7 +15,7 @@ from neox.plan.activations import Activations
 from neox.plan.communication import traffic
 from neox.plan.devices import Device
 from neox.plan.fit import Change, Estimate, changes, conflicts, estimate
-from neox.runtime.launch import MOST_PROCESSES
+from neox.runtime.launch import MAX_PROCESSES
 
 GB = 1e9
 
@@ -54,8 +54,8 @@ def make_plan(config: Config, world_size: int, device: Device) -> Plan:
     Raises:
         ConfigError: the config breaks rules, and no change of layout or batch size fixes that.
     """
-    if not 1 <= world_size <= MOST_PROCESSES:
-        want = f"1 to {MOST_PROCESSES}"
+    if not 1 <= world_size <= MAX_PROCESSES:
+        want = f"1 to {MAX_PROCESSES}"
         raise ConfigError("wrong number of devices", where="--world-size", got=world_size, want=want)
     broken = conflicts(config, world_size, device.kind)
     values = dict(flatten(config)) if broken else {}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from neox.errors import EnvironmentProblem
 from neox.runtime.nodelist import expand_hosts
 
-MOST_PROCESSES = 1 << 20
-MOST_THREADS = 1 << 16
+MAX_PROCESSES = 1 << 20
+MAX_THREADS = 1 << 16
 DEFAULT_PORT = "29500"
 
 # Launcher -> the names of its variables for RANK, LOCAL_RANK and WORLD_SIZE. The first launcher whose WORLD_SIZE is set
@@ -87,7 +87,7 @@ def read_launch_info(environment: Mapping[str, str]) -> LaunchInfo:
         if found is None:
             return LaunchInfo()
         names, launcher = LAUNCHERS[found], found
-    world_size = read_number(environment, names[2], 1, MOST_PROCESSES)
+    world_size = read_number(environment, names[2], 1, MAX_PROCESSES)
     if launcher not in LAUNCHERS:  # a pod of Kubeflow's PyTorchJob has one process and no LOCAL_RANK
         environment = {"LOCAL_RANK": "0", **({"RANK": "0"} if world_size == 1 else {}), **environment}
     rank = read_number(environment, names[0], 0, world_size - 1)
@@ -123,12 +123,12 @@ def check_threads(environment: Mapping[str, str]) -> None:
     if text is None:
         return
     for number in map(str.strip, text.split(",")):
-        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= MOST_THREADS:
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= MAX_THREADS:
             raise EnvironmentProblem(
                 "number of threads is wrong",
                 where="OMP_NUM_THREADS",
                 got=text,
-                want=f"a number from 1 to {MOST_THREADS}, or such numbers separated by commas",
+                want=f"a number from 1 to {MAX_THREADS}, or such numbers separated by commas",
                 do="unset it, or export OMP_NUM_THREADS=1",
             )
 

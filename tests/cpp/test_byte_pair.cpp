@@ -119,8 +119,8 @@ void whole_words() {
             Model large = model;
             large.left = {'a'}, large.right = {'b'}, large.merged = {300};
             (part == 0 ? large.left : part == 1 ? large.right : part == 2 ? large.merged : large.byte_ids)[0] = id;
-            if (id == BytePairs::kMostIds) EXPECT_FAULT(large.pairs(), "id is too large");
-            if (id < BytePairs::kMostIds) large.pairs();
+            if (id == BytePairs::kMaxIds) EXPECT_FAULT(large.pairs(), "id is too large");
+            if (id < BytePairs::kMaxIds) large.pairs();
         }
     }
 }

@@ -10,9 +10,8 @@
 namespace simt {
 namespace {
 
-constexpr int kMostBarriers = check::kMostMbarriers;
 constexpr int kRegisterFile = 64 << 10;  // 32-bit registers of a multiprocessor
-constexpr uint32_t kMostTransactionBytes = (1u << 20) - 1;
+constexpr uint32_t kMaxTransactionBytes = (1u << 20) - 1;
 
 struct Mbarrier {
     const uint64_t* address;
@@ -28,7 +27,7 @@ struct Mbarrier {
 struct Part {
     TensorMap map;
     char* shared;
-    int coordinates[TensorMap::kMostDimensions];
+    int coordinates[TensorMap::kMaxDimensions];
     uint32_t first, end;
     int barrier;
 };
@@ -185,7 +184,7 @@ void mbarrier_init(uint64_t* address, int arrivals) {
     window_address(address, sizeof(*address), "mbarrier.init");
     if (reinterpret_cast<uintptr_t>(address) % 8) fail("mbarrier.init: misaligned address");
     if (arrivals < 1) fail("mbarrier.init: the number of arrivals must be positive");
-    if (state.barriers.size() == kMostBarriers) fail("mbarrier.init: too many mbarriers for the emulator");
+    if (state.barriers.size() == check::kMaxMbarriers) fail("mbarrier.init: too many mbarriers for the emulator");
     for (const Mbarrier& barrier : state.barriers) {
         if (barrier.address == address) fail("mbarrier.init: this mbarrier is initialised already");
     }
@@ -209,7 +208,7 @@ void mbarrier_arrive(uint64_t* address, uint32_t expected_bytes) {
     if (barrier.pending == 0) fail("mbarrier.arrive: more arrivals than expected at the " + describe(barrier));
     check::mbarrier_arrive(running_thread(), index);
     barrier.bytes += expected_bytes;
-    if (barrier.bytes > kMostTransactionBytes) fail("mbarrier.arrive: too many bytes in the " + describe(barrier));
+    if (barrier.bytes > kMaxTransactionBytes) fail("mbarrier.arrive: too many bytes in the " + describe(barrier));
     --barrier.pending;
     complete_if_done(index);
 }

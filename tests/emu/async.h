@@ -25,12 +25,12 @@ namespace simt {
 // The information of a CUtensorMap for 16-bit elements, with its size and its alignment in CUDA 13. Dimension 0 is
 // contiguous.
 struct alignas(128) TensorMap {
-    static constexpr int kMostDimensions = 5;
+    static constexpr int kMaxDimensions = 5;
     const char* data;
     int dimensions;
-    uint64_t sizes[kMostDimensions];    // in elements
-    uint64_t strides[kMostDimensions];  // in bytes; strides[0] is 2
-    uint32_t box[kMostDimensions];      // in elements
+    uint64_t sizes[kMaxDimensions];    // in elements
+    uint64_t strides[kMaxDimensions];  // in bytes; strides[0] is 2
+    uint32_t box[kMaxDimensions];      // in elements
     bool swizzled;                      // 128-byte swizzle
 };
 static_assert(sizeof(TensorMap) == 128);

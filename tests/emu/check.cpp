@@ -61,7 +61,7 @@ struct Released {
 std::vector<Region> shared_regions, global_regions;
 std::vector<Clock> clocks;
 std::vector<int> arrived[16];
-Released released[kMostMbarriers];
+Released released[kMaxMbarriers];
 uint32_t block_number = 0;
 bool active = false;
 
@@ -184,7 +184,7 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
 
 // Merges the clocks of `threads`.
 void join(const std::vector<int>& threads) {
-    auto merged = std::make_shared<std::vector<uint32_t>>(clocks.size() + kMostMbarriers, 0);
+    auto merged = std::make_shared<std::vector<uint32_t>>(clocks.size() + kMaxMbarriers, 0);
     const std::vector<uint32_t>* last = nullptr;
     for (const int thread : threads) {
         const Clock& clock = clocks[static_cast<size_t>(thread)];
@@ -222,7 +222,7 @@ void begin_launch() {
 void begin_block(int num_threads) {
     shared_regions.clear();
     ++block_number;
-    const auto nothing = std::make_shared<std::vector<uint32_t>>(static_cast<size_t>(num_threads + kMostMbarriers), 0);
+    const auto nothing = std::make_shared<std::vector<uint32_t>>(static_cast<size_t>(num_threads + kMaxMbarriers), 0);
     clocks.assign(static_cast<size_t>(num_threads), Clock{nothing, 1, {}});
     for (Released& barrier : released) barrier = Released{*nothing, nothing};
     for (auto& threads : arrived) threads.clear();

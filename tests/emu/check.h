@@ -25,7 +25,7 @@ struct Traffic {
     uint64_t read = 0, written = 0, touched = 0;
 };
 
-constexpr int kMostMbarriers = 64;  // of a block
+constexpr int kMaxMbarriers = 64;  // of a block
 
 #ifdef SIMT_CHECK
 constexpr bool kEnabled = true;

@@ -23,8 +23,8 @@ extern "C" void neox_record_launches() {
     };
 }
 
-// Copies the addresses of at most `most` kernels that were launched, and returns how many were.
-extern "C" size_t neox_launched_kernels(const void** kernels, size_t most) {
-    std::copy_n(launched().begin(), std::min(most, launched().size()), kernels);
+// Copies the addresses of the launched kernels, up to `max`. Returns how many there are.
+extern "C" size_t neox_launched_kernels(const void** kernels, size_t max) {
+    std::copy_n(launched().begin(), std::min(max, launched().size()), kernels);
     return launched().size();
 }

@@ -12,7 +12,7 @@
 namespace simt {
 namespace {
 
-constexpr int kLanes = 32, kRows = 16, kDepth = 16, kMostColumns = 256;
+constexpr int kLanes = 32, kRows = 16, kDepth = 16, kMaxColumns = 256;
 constexpr uint32_t kPoison = 0xffbfffff;  // a signalling NaN, which any arithmetic changes
 
 // The sums of a warp for one array of accumulators, while a wgmma writes it.
@@ -131,7 +131,7 @@ void compute(Operation& operation, int warp_in_group) {
     if (operation.computed) return;
     operation.computed = true;
     const Wgmma& of = operation.operands;
-    static float b[kDepth][kMostColumns];
+    static float b[kDepth][kMaxColumns];
     float a[kRows][kDepth];
     load_a(operation, warp_in_group, a);
     for_each_chunk(Descriptor(of.b_descriptor, of.b_transposed), 0, of.n, [&](int row, int column, const char* data) {
@@ -179,7 +179,7 @@ std::shared_ptr<Sums> sums_of(WarpUnit& warp, void** operands, int n) {
 
 void check_operands(void** operands) {
     const Wgmma& first = *static_cast<Wgmma*>(operands[0]);
-    if (first.n % 8 || first.n < 8 || first.n > kMostColumns) fail("wgmma: n must be a multiple of 8 up to 256");
+    if (first.n % 8 || first.n < 8 || first.n > kMaxColumns) fail("wgmma: n must be a multiple of 8 up to 256");
     for (int lane = 1; lane < kLanes; ++lane) {
         const Wgmma& of = *static_cast<Wgmma*>(operands[lane]);
         if (of.a_descriptor != first.a_descriptor || of.b_descriptor != first.b_descriptor || of.n != first.n ||

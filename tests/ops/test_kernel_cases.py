@@ -21,7 +21,7 @@ OPERATORS = sorted({path.relative_to(reference.OPERATORS).parts[0] for path in r
 KERNEL = re.compile(r"__global__ void(?:\s+__launch_bounds__\((?:[^()]|\([^()]*\))*\))?\s+(\w+)\(")
 # of `readelf --symbols`: value, type, binding, name
 SYMBOL = re.compile(r" *\d+: ([0-9a-f]+) +\d+ (FUNC|FILE) +(LOCAL|GLOBAL|WEAK) +\w+ +\w+ (\S+)$")
-MOST = 1024
+MAX_KERNELS = 1024
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def launched(library: Path) -> set[int]:
     """Addresses in the file of the kernels that were launched since neox_record_launches()."""
     maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     base = next(int(line[0].split("-")[0], 16) for line in maps if line[-1] == str(library) and int(line[2], 16) == 0)
-    addresses = (ctypes.c_void_p * MOST)()
-    count = ctypes.CDLL(str(library)).neox_launched_kernels(addresses, MOST)
-    assert count <= MOST
+    addresses = (ctypes.c_void_p * MAX_KERNELS)()
+    count = ctypes.CDLL(str(library)).neox_launched_kernels(addresses, MAX_KERNELS)
+    assert count <= MAX_KERNELS
     return {int(address or 0) - base for address in addresses[:count]}
 
 

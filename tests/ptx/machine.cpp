@@ -85,9 +85,9 @@ void require_converged(Thread& thread, const Instruction& instruction) {
 
 void run(const Kernel& kernel, const simt::Launch& launch) {
     const size_t threads = static_cast<size_t>(launch.block.x) * launch.block.y * launch.block.z;
-    if (threads > kernel.most_threads) {
+    if (threads > kernel.max_threads) {
         simt::fail(kernel.name + ": threads of a block; got=" + std::to_string(threads) + "; want=at most " +
-                   std::to_string(kernel.most_threads) + ", the kernel's __launch_bounds__");
+                   std::to_string(kernel.max_threads) + ", the kernel's __launch_bounds__");
     }
     const size_t shared_bytes = kernel.shared_bytes + launch.shared_bytes;
     Machine machine{kernel,

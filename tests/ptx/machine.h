@@ -42,7 +42,7 @@ struct Kernel {
     std::vector<Variable> parameters;
     size_t parameter_bytes = 0;
     size_t shared_bytes = 0;        // of static arrays, and padding before the dynamic one
-    size_t most_threads = 1024;     // .maxntid
+    size_t max_threads = 1024;     // .maxntid
     std::vector<Instruction> code;  // ends with ret
     std::vector<int32_t> operands;
     std::vector<std::string> text;  // of each instruction, for messages

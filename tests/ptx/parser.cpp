@@ -106,9 +106,9 @@ void parse_parameters(Kernel& kernel, const std::string& text, const Scanner& sc
 void parse_limits(Kernel& kernel, const std::string& text) {
     const size_t at = text.find(".maxntid ");
     if (at == std::string::npos) return;
-    kernel.most_threads = 1;
+    kernel.max_threads = 1;
     for (const std::string& part : split(text.substr(at + 9), ','))
-        kernel.most_threads *= std::strtoul(part.c_str(), nullptr, 10);
+        kernel.max_threads *= std::strtoul(part.c_str(), nullptr, 10);
 }
 
 }  // namespace

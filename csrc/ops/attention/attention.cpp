@@ -102,8 +102,8 @@ void check_kernel(const Attention& in, [[maybe_unused]] const Tensor& like) {
     check(kOp, !problem, "backend", concat("cannot be \"hopper\": ", problem ? problem : ""), "hopper");
     check(kOp, in.dtype != DType::kFloat32, "q",
           "must be bfloat16 or float16 on a GPU; backend \"sdpa\" supports float32", "Float");
-    check(kOp, in.head_dim <= kMostChannelsCuda, "q",
-          concat("must have at most ", kMostChannelsCuda, " channels per head on a GPU"), in.head_dim);
+    check(kOp, in.head_dim <= kMaxChannelsCuda, "q",
+          concat("must have at most ", kMaxChannelsCuda, " channels per head on a GPU"), in.head_dim);
     check(kOp, in.queries * in.heads <= INT32_MAX, "q", "must have fewer than 2^31 (query, head of a group) pairs",
           in.queries * in.heads);
 #else

@@ -73,9 +73,9 @@ void attention_forward_cpu(const Attention& in, void* out, float* lse, const Par
 void attention_backward_cpu(const Attention& in, const AttentionGradients& grad, int64_t threads,
                             const Parallel& parallel);
 
-// bfloat16 and float16, head_dim up to kMostChannelsCuda, queries * heads below 2^31. `workspace` has the size that the
+// bfloat16 and float16, head_dim up to kMaxChannelsCuda, queries * heads below 2^31. `workspace` has the size that the
 // corresponding function returns, in bytes, and is aligned to 16. The launchers return null or CUDA's error message.
-constexpr int64_t kMostChannelsCuda = 256;
+constexpr int64_t kMaxChannelsCuda = 256;
 int64_t attention_forward_workspace_cuda(const Attention& in);
 const char* attention_forward_cuda(const Attention& in, void* out, float* lse, void* workspace, Stream stream);
 

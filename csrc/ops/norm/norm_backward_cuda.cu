@@ -19,7 +19,7 @@
 namespace neox {
 namespace {
 
-constexpr int kMaxThreads = 1024, kMostPacks = 8;
+constexpr int kMaxThreads = 1024, kMaxPacks = 8;
 
 // Threads of a block, by packs of s and dy per thread: as many as the 65,536 registers of a multiprocessor allow
 // without spills on any target. Registers are allocated to 4 warps at a time, one per quarter of a multiprocessor, so
@@ -303,7 +303,7 @@ struct Plan {
 Plan plan(const NormBackward& op, int pack_size) {
     const int64_t packs = (op.cols + pack_size - 1) / pack_size;
     for (const int each : {1, 2, 4, 8}) {
-        if (each * op.outputs > kMostPacks) break;
+        if (each * op.outputs > kMaxPacks) break;
         const int64_t threads = row_threads(packs, each), most = threads_at_most(each, op.outputs);
         if (threads > most) continue;
         int64_t rows = most / threads;
@@ -332,7 +332,7 @@ cudaError_t launch_rows(const NormBackward& op, const Plan& plan, Stream stream)
     auto kernel = backward<T, kVector, 1, kOutputs>;
     if (plan.packs == 4) kernel = backward<T, kVector, 4, kOutputs>;
     if constexpr (kOutputs == 1) {  // with one output, one pack allows more threads than two packs
-        if (plan.packs == kMostPacks) kernel = backward<T, kVector, kMostPacks, 1>;
+        if (plan.packs == kMaxPacks) kernel = backward<T, kVector, kMaxPacks, 1>;
     } else {
         if (plan.packs == 2) kernel = backward<T, kVector, 2, 2>;
     }

@@ -16,7 +16,7 @@ from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
 
 MASK64 = 2**64 - 1
-MOST_THREADS = 8  # of the sample index, which a few cores make memory-bound
+MAX_THREADS = 8  # of the sample index, which a few cores make memory-bound
 
 
 def split_ranges(split: str, count: int) -> list[tuple[int, int]]:
@@ -78,7 +78,7 @@ def gpt_neox_order(
     doc_idx = np.tile(documents.astype(document_type), epochs)
     random.shuffle(doc_idx)
     sample_idx = core.sample_index(
-        sizes, doc_idx, seq_length, samples + 1, row_type == np.int64, min(len(os.sched_getaffinity(0)), MOST_THREADS)
+        sizes, doc_idx, seq_length, samples + 1, row_type == np.int64, min(len(os.sched_getaffinity(0)), MAX_THREADS)
     )
     shuffle_idx = np.arange(samples, dtype=sample_type)
     random.shuffle(shuffle_idx)

@@ -10,7 +10,7 @@ LLAMA_PATTERN = (
     r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PATTERNS = {GPT2_PATTERN: "gpt2", LLAMA_PATTERN: "llama", LLAMA_PATTERN.replace("{1,3}", ""): "qwen"}
-MOST_ADDED_BYTES = 1 << 16  # of all added tokens together; each byte is a node of a search tree of 1 KiB
+MAX_ADDED_BYTES = 1 << 16  # of all added tokens together; each byte is a node of a search tree of 1 KiB
 
 
 class Unsupported(Exception):
@@ -101,7 +101,7 @@ def added_tokens(tokens: list[dict], normalise: bool, specials_as_text: bool) ->
         added.append(
             (text.encode(), token["id"], bool(token["normalized"]), specials_as_text and bool(token["special"]))
         )
-    if sum(len(text) for text, *_ in added) > MOST_ADDED_BYTES:
+    if sum(len(text) for text, *_ in added) > MAX_ADDED_BYTES:
         raise Unsupported(f"{len(added)} added tokens")
     return added
 

@@ -22,7 +22,7 @@ START = (
     "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from neox.data.text.chat_template import serve; "
     "serve()"
 )
-MOST_ENDED = 3  # consecutive conversations that may end the process
+MAX_ENDED = 3  # consecutive conversations that may end the process
 
 Messages = list[JsonObject]
 Span = tuple[int, int]
@@ -124,11 +124,11 @@ class TemplateProcess:
         reason = how_it_ended(self._process)
         end(self._process)
         self._ended += 1
-        if self._ended == MOST_ENDED:
+        if self._ended == MAX_ENDED:
             raise ConfigError(
                 "chat template cannot be used",
                 where="--chat-template",
-                got=f"{reason}, for {MOST_ENDED} consecutive conversations",
+                got=f"{reason}, for {MAX_ENDED} consecutive conversations",
             )
         self._process = self._started()
         raise RefusedConversation(f"chat template {reason}")

@@ -134,7 +134,7 @@ def test_limits_count_from_now_on():
 
 
 def test_only_consecutive_conversations_that_end_the_process_refuse_the_template(monkeypatch):
-    monkeypatch.setattr("neox.data.text.template_process.MOST_ENDED", 2)
+    monkeypatch.setattr("neox.data.text.template_process.MAX_ENDED", 2)
     with TemplateProcess(BODY, {}) as process:
         for _ in range(3):
             os.kill(process._process.pid, signal.SIGSEGV)

@@ -56,7 +56,7 @@ inline AttentionStrides output_strides(const Attention& in) {
 }
 
 inline Params make_params(const Attention& in, Workspace& workspace) {
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    constexpr int64_t kMaxPosition = std::numeric_limits<int32_t>::max();
     Params params{};
     params.batch = static_cast<int>(in.batch), params.groups = static_cast<int>(in.groups),
     params.heads = static_cast<int>(in.heads);
@@ -66,8 +66,8 @@ inline Params make_params(const Attention& in, Workspace& workspace) {
     params.by_heads = Divisor::by(params.heads);
     params.offset = static_cast<int>(in.keys - in.queries);
     params.causal = in.causal;
-    params.window = static_cast<int>(std::min(in.window, kMost));
-    params.reach = !in.causal ? 0xffffffffu : static_cast<unsigned>(in.window ? params.window - 1 : kMost);
+    params.window = static_cast<int>(std::min(in.window, kMaxPosition));
+    params.reach = !in.causal ? 0xffffffffu : static_cast<unsigned>(in.window ? params.window - 1 : kMaxPosition);
     params.segments = in.segments;
     params.segment_entries = static_cast<int>(ceil_divide(in.keys, kSegmentTile));
     params.segment_table = in.segments ? workspace.allocate<int2>(in.batch * params.segment_entries) : nullptr;
@@ -104,7 +104,7 @@ inline int instance_dim(const Attention& in) { return instance_dim(in.head_dim, 
 // Calls body with a zero of the element type.
 template <class Body>
 cudaError_t dispatch_type(const Attention& in, const Body& body) {
-    if (in.head_dim > kMostChannelsCuda) return cudaErrorInvalidValue;
+    if (in.head_dim > kMaxChannelsCuda) return cudaErrorInvalidValue;
     if (in.dtype == DType::kBFloat16) return body(__nv_bfloat16{});
     if (in.dtype == DType::kFloat16) return body(__half{});
     return cudaErrorInvalidValue;
