@@ -1,6 +1,8 @@
 // A problem of attention for the emulated CUDA kernels: tensors in a packed layout, the launchers, and results in fp64.
 #pragma once
 
+#include <map>
+
 #include "op_test.h"
 #include "ops/attention/attention.h"
 
@@ -138,6 +140,23 @@ Expected expected_of(const Run<T>& run) {
     for (size_t i = 0; i < run.dout.size(); ++i) inputs.dout[i] = static_cast<float>(run.dout[i]);
     return attention_reference(run, inputs);
 }
+
+template <class T>
+std::vector<float> values_of(const Buffer<T>& buffer) {
+    std::vector<float> values(buffer.size());
+    for (size_t i = 0; i < buffer.size(); ++i) values[i] = static_cast<float>(buffer[i]);
+    return values;
+}
+
+// Fails if `what` had other bits in an earlier schedule.
+template <class T>
+void expect_same_bits(const Buffer<T>& got, const std::string& what, const char* file, int line) {
+    static std::map<std::string, std::vector<float>> first_results;
+    const auto [first, inserted] = first_results.emplace(what, values_of(got));
+    const bool same = inserted || first->second == values_of(got);
+    tally.check(same, (what + ": the same bits in every schedule").c_str(), file, line);
+}
+#define EXPECT_SAME_BITS(got, what) emu_test::expect_same_bits(got, what, __FILE__, __LINE__)
 
 inline Case with(Case c, void (*change)(Case&)) {
     change(c);

@@ -12,10 +12,10 @@ namespace {
 struct Query {
     int64_t batch, group, head, position;
     size_t q, out;
-    std::vector<double> p, bend, keep, dp;  // bend: derivative of the softcap
+    std::vector<double> p, softcap_slope, keep, dp;
 };
 
-// Fills p, bend and keep. Returns the sum of the exponentials.
+// Fills p, softcap_slope and keep. Returns the sum of the exponentials.
 double probabilities(const Indices& at, const Inputs& in, Query& query, int64_t row) {
     const Case& c = at.shape;
     const uint64_t threshold = neox::dropout_threshold(c.dropout), quads = (static_cast<uint64_t>(c.keys) + 3) / 4;
@@ -28,7 +28,7 @@ double probabilities(const Indices& at, const Inputs& in, Query& query, int64_t 
         for (int64_t d = 0; d < c.dim; ++d) score += c.scale * q[d] * k[d];
         if (c.softcap > 0) {
             const double t = std::tanh(score / c.softcap);
-            score = c.softcap * t, query.bend[to] = 1 - t * t;
+            score = c.softcap * t, query.softcap_slope[to] = 1 - t * t;
         }
         if (c.alibi)
             score -= static_cast<double>(in.slopes[query.group * c.heads + query.head]) *
@@ -75,7 +75,7 @@ void accumulate(const Indices& at, const Inputs& in, Query& query, Expected& res
         const size_t first = at.key(query.batch, static_cast<int64_t>(j), query.group);
         const double* const k = in.qkv.data() + first;
         double* const dk = result.dqkv.data() + first;
-        const double ds = query.p[j] * (query.dp[j] - delta) * query.bend[j] * c.scale;
+        const double ds = query.p[j] * (query.dp[j] - delta) * query.softcap_slope[j] * c.scale;
         for (size_t d = 0; d < dim; ++d) {
             dq[d] += ds * k[d];
             dk[d] += ds * q[d];

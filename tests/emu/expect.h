@@ -15,7 +15,7 @@ namespace emu_test {
 
 struct Tally {
     int passed = 0, failed = 0;
-    bool throws = false;  // the first failure, instead of counting it; for planted faults
+    bool throws = false;  // whether check() throws instead of counting a failure, for planted faults
     void check(bool holds, const char* text, const char* file, int line, const std::string& detail = "") {
         if (!holds && throws) simt::fail(std::string(text) + ": " + detail);
         ++(holds ? passed : failed);

@@ -47,7 +47,7 @@ template <class Body>
 void for_each_type(const Body& body) {
     body(float{});
     body(__nv_bfloat16{});
-#if !defined(__SANITIZE_ADDRESS__)  // which sees addresses, and those are bf16's
+#if !defined(__SANITIZE_ADDRESS__)  // AddressSanitizer checks addresses, which are those of bf16
     body(__half{});
 #endif
 }
@@ -160,7 +160,7 @@ struct Operator {
     void (*values)();     // runs once per schedule
     void (*bytes)();      // runs once, with the race checker only
     void (*instances)();  // with --all: the kernels that values() does not launch
-    void (*sample)();     // instead of values() on a machine that is much slower (tests/ptx), unless --all
+    void (*sample)();     // in tests/ptx, which is much slower, replaces values() without --all
 
     Operator(const char* name_, void (*values_)(), void (*bytes_)(), void (*instances_)() = nullptr,
              void (*sample_)() = nullptr)

@@ -11,7 +11,7 @@ using emu_test::Role;
 
 const int64_t kSeed[2] = {0x123456789abcdef, 0x7edcba987654321};
 
-bool kept(int64_t row, int64_t col, int64_t cols, double p) {
+bool is_retained(int64_t row, int64_t col, int64_t cols, double p) {
     const auto word = static_cast<uint64_t>(row * ((cols + 3) / 4 * 4) + col);
     return neox::philox(static_cast<uint64_t>(kSeed[0]), word / 4, static_cast<uint64_t>(kSeed[1])).word[word % 4] >=
            p * 4294967296.0;
@@ -41,7 +41,7 @@ void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bia
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t col = 0; col < cols; ++col) {
             const auto at = static_cast<size_t>(row * cols + col), c = static_cast<size_t>(col);
-            const double factor = p == 0 ? 1 : p < 1 && kept(row, col, cols, p) ? 1 / (1 - p) : 0;
+            const double factor = p == 0 ? 1 : p < 1 && is_retained(row, col, cols, p) ? 1 / (1 - p) : 0;
             const double u = x.at(row, col) + (with_bias ? static_cast<double>(static_cast<float>(bias[c])) : 0.0);
             expected_y[at] = residual.at(row, col) + factor * u;
             expected_dx[at] = factor * dy.at(row, col);

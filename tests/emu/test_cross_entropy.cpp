@@ -70,11 +70,16 @@ void combine(std::vector<std::unique_ptr<Shard<T>>>& shards, int64_t rows) {
     }
 }
 
+// The second row is ignored, and the last one has the last id.
+void fill_targets(Buffer<int64_t>& targets, const Case& in) {
+    for (int64_t row = 0; row < in.rows; ++row)
+        targets[index(row)] = row == 1 ? kIgnored : row == in.rows - 1 ? in.vocab_size - 1 : row * 5 % in.vocab_size;
+}
+
 template <class T>
 void check(const Case& in) {
     Buffer<int64_t> targets("targets", index(in.rows));
-    for (int64_t row = 0; row < in.rows; ++row)
-        targets[index(row)] = row == 1 ? kIgnored : row == in.rows - 1 ? in.vocab_size - 1 : row * 5 % in.vocab_size;
+    fill_targets(targets, in);
     if (in.cols < in.vocab_size) targets[2] = in.cols;  // the first column of the second shard
     Buffer<float> dloss("dloss", index(in.rows)), loss("loss", index(in.rows));
     dloss.random(2);
@@ -136,17 +141,16 @@ template <class T>
 void check_fused(const Case& in) {
     constexpr float kPredicted = 0.5f;
     Buffer<int64_t> targets("targets", index(in.rows));
-    for (int64_t row = 0; row < in.rows; ++row)
-        targets[index(row)] = row == 1 ? kIgnored : row == in.rows - 1 ? in.vocab_size - 1 : row * 5 % in.vocab_size;
+    fill_targets(targets, in);
     Buffer<float> dloss("dloss", index(in.rows));
     dloss.random(2);
     for (int64_t row = 0; row < in.rows; row += 2) dloss[index(row)] = kPredicted;
     const neox::LossTerms terms{in.vocab_size, in.z_loss, in.label_smoothing};
-    Shard<T> apart(in, 0), fused(in, 0);
-    EXPECT(!neox::cross_entropy_statistics_cuda(apart.describe(targets), apart.rows_of(), in.label_smoothing > 0,
+    Shard<T> separate(in, 0), fused(in, 0);
+    EXPECT(!neox::cross_entropy_statistics_cuda(separate.describe(targets), separate.rows_of(), in.label_smoothing > 0,
                                                 nullptr));
-    EXPECT(!neox::cross_entropy_backward_cuda(apart.describe(targets), terms, apart.rows_of(), dloss.data(),
-                                              apart.dlogits(), apart.dstride(), nullptr));
+    EXPECT(!neox::cross_entropy_backward_cuda(separate.describe(targets), terms, separate.rows_of(), dloss.data(),
+                                              separate.dlogits(), separate.dstride(), nullptr));
     EXPECT(!neox::cross_entropy_fused_cuda(fused.describe(targets), terms, fused.rows_of(), kPredicted, fused.dlogits(),
                                            fused.dstride(), nullptr));
     const neox::FusedGradient gradient{emu_test::dtype_of<T>(), in.rows,         in.cols,
@@ -159,13 +163,13 @@ void check_fused(const Case& in) {
         std::string(emu_test::name_of<T>()) + " " + std::to_string(in.rows) + "x" + std::to_string(in.cols);
     std::vector<double> expected(4 * index(in.rows));
     for (size_t i = 0; i < expected.size(); ++i)
-        expected[i] = i / index(in.rows) == 3 && in.label_smoothing == 0 ? 0.0 : apart.statistics[i];
+        expected[i] = i / index(in.rows) == 3 && in.label_smoothing == 0 ? 0.0 : separate.statistics[i];
     // both are fp32 sums, in different orders
     emu_test::expect_near(fused.statistics, expected, setting + " fused statistics", __FILE__, __LINE__, 1e-5);
     double scale = 0, error = 0;
     for (int64_t row = 0; row < in.rows; ++row) {
         for (int64_t col = 0; col < in.cols; ++col) {
-            const double want = apart.dlogit(row, col), difference = std::abs(fused.dlogit(row, col) - want);
+            const double want = separate.dlogit(row, col), difference = std::abs(fused.dlogit(row, col) - want);
             scale = std::max(scale, std::abs(want));
             error = difference <= error ? error : difference;
         }

@@ -31,7 +31,7 @@ enum class Bug {
     kWrongMask,
     kDivergentBarrier,
     kPlainStoreFromTwoBlocks,
-    kPlainStoreBesideAtomics,
+    kPlainStoreAmongAtomics,
     kMissingNamedBarrier,
     kWrongBarrierCount,
     kExitedLane,
@@ -80,7 +80,7 @@ __global__ void staged_sum(const float* x, float* y, int bug_code) {
         if (t == 0) rounds[0] = 0;
         __syncthreads();
         atomicAdd(&rounds[0], 1);
-        if (bug == Bug::kPlainStoreBesideAtomics && t == 50) rounds[0] = 0;
+        if (bug == Bug::kPlainStoreAmongAtomics && t == 50) rounds[0] = 0;
         const int overrun = bug == Bug::kSharedOverrun ? 1 : 0;
         for (int i = 0; i < kThreads / 32 + overrun; ++i) total += parts[i];
         if (bug != Bug::kMissingBarrierBeforeReuse) __syncthreads();
@@ -126,7 +126,7 @@ const emu_test::Planted<Bug> kPlanted[] = {
     {Bug::kWrongMask, "wrong_mask", "divergent"},
     {Bug::kDivergentBarrier, "divergent_barrier", "never written"},
     {Bug::kPlainStoreFromTwoBlocks, "plain_store_from_two_blocks", "another block", true},
-    {Bug::kPlainStoreBesideAtomics, "plain_store_beside_atomics", "race", true},
+    {Bug::kPlainStoreAmongAtomics, "plain_store_among_atomics", "race", true},
     {Bug::kMissingNamedBarrier, "missing_named_barrier", "halves"},
     {Bug::kWrongBarrierCount, "wrong_barrier_count", "deadlock"},
     {Bug::kExitedLane, "exited_lane", "exit"},

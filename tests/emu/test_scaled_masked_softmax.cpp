@@ -21,7 +21,7 @@ struct Case {
     Hide hide;
 };
 
-// Number of columns before the causal limit of a row.
+// Whether a row sees each of its columns.
 std::vector<bool> visible(const Case& c, int64_t row, const Buffer<uint8_t>& mask) {
     std::vector<bool> seen(static_cast<size_t>(c.cols), true);
     const int64_t i = row % c.seq, batch = c.hide == Hide::kMaskPerBatch ? row / (kHeads * c.seq) : 0;
@@ -125,7 +125,7 @@ void instances() {
     }
 }
 
-// The scores of shapes A and B, reduced: unmasked, masked, and causal.
+// Few scores: masked, and causal.
 void bytes() {
     using T = __nv_bfloat16;
     const int64_t seq = 64, cols = 512;
