@@ -15,8 +15,8 @@ constexpr uint32_t kMaxTransactionBytes = (1u << 20) - 1;
 
 struct Mbarrier {
     const uint64_t* address;
-    int arrivals, pending;  // per phase; left in the current one
-    int64_t bytes = 0;      // expected and not yet arrived
+    int arrivals, pending;  // per phase; still missing in the current one
+    int64_t bytes = 0;      // expected and not yet copied
     uint32_t phase = 0;     // number of completed phases
     bool visible = false;   // to the asynchronous proxy and other threads: fenced after its initialisation
     int initialised_by;
@@ -37,7 +37,7 @@ struct State {
     std::vector<Part> parts;
     std::vector<int> registers;  // per thread
     std::vector<int> starved;    // threads that wait for registers
-    int free_registers = 0;      // that threads of the block have released
+    int free_registers = 0;      // released by setmaxnreg.dec and not acquired since
     std::mt19937_64 random_bits;
 };
 
@@ -147,7 +147,7 @@ void begin_block(int num_threads) {
     state.starved.clear();
     const int registers = std::min(kRegisterFile / num_threads / 8 * 8, 255);
     state.registers.assign(static_cast<size_t>(num_threads), registers);
-    state.free_registers = 0;  // the pool is that of the block: what the launch leaves of the file is not in it
+    state.free_registers = 0;  // registers of the file that the launch did not allocate are not available
     state.random_bits.seed(config().seed);
     wgmma::begin_block(num_threads);
 }

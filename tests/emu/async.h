@@ -10,9 +10,7 @@
 //   - setmaxnreg.inc waits until the block has released enough registers.
 // The launch ends with an error if a register operand or an accumulator changes under a wgmma, if the first wgmma of a
 // group has no wgmma.fence before it, if the warps of a warpgroup issue different wgmma or setmaxnreg, or if a copy
-// brings more bytes than its barrier expects. The race checker adds (check.h): arrive and wait of an mbarrier are
-// release and acquire, and before an asynchronous access the writer of a byte must execute a fence.proxy.async and then
-// synchronise with the accessing thread.
+// brings more bytes than its barrier expects. check.h lists what the race checker adds.
 //
 // Not modelled: clusters, caches of tensor maps, registers written between wgmma.fence and wgmma.
 #pragma once
@@ -22,8 +20,7 @@
 
 namespace simt {
 
-// The information of a CUtensorMap for 16-bit elements, with its size and its alignment in CUDA 13. Dimension 0 is
-// contiguous.
+// A CUtensorMap for 16-bit elements, of the size and alignment that it has in CUDA 13. Dimension 0 is contiguous.
 struct alignas(128) TensorMap {
     static constexpr int kMaxDimensions = 5;
     const char* data;
@@ -31,7 +28,7 @@ struct alignas(128) TensorMap {
     uint64_t sizes[kMaxDimensions];    // in elements
     uint64_t strides[kMaxDimensions];  // in bytes; strides[0] is 2
     uint32_t box[kMaxDimensions];      // in elements
-    bool swizzled;                      // 128-byte swizzle
+    bool swizzled;                     // 128-byte swizzle
 };
 static_assert(sizeof(TensorMap) == 128);
 
@@ -46,8 +43,9 @@ void fence_proxy_async();
 // the tensor, whose missing elements are zeros.
 void bulk_load(void* shared, const TensorMap* map, uint64_t* barrier, const int* coordinates, int dimensions);
 
+// The 32-bit address in the block's window of shared memory, as in .shared instructions. The bytes must exist.
 uint32_t window_address(const void* address, size_t bytes, const char* what);
-void set_registers(int count, bool increase);
+void set_registers(int count, bool increase);  // setmaxnreg
 
 // d [64, n] (+)= a [64, 16] b [16, n] of a warpgroup; this thread's part. The operands in registers are read until the
 // wait, so that their arrays must live until then.

@@ -44,15 +44,15 @@ struct Region {
     std::vector<bool> touched;
 };
 
-// What a thread has synchronised with: the clocks of all threads, shared by those that met at the last barrier, and the
-// thread's local clock.
+// Vector clock of a thread: its local clock, and what it has synchronised with. `others` has an entry per thread and per
+// mbarrier, and is shared by the threads that met at a barrier.
 struct Clock {
     std::shared_ptr<const std::vector<uint32_t>> others;
     uint32_t own = 1;
     std::vector<uint32_t> proxy_fences;  // the local clock at each fence.proxy.async
 };
 
-// What the arrivals at an mbarrier have released: of the current phase, and with the last complete phase.
+// Clocks that the arrivals at an mbarrier have released: in the current phase, and up to the last complete one.
 struct Released {
     std::vector<uint32_t> current;
     std::shared_ptr<const std::vector<uint32_t>> complete;
@@ -328,7 +328,7 @@ void touch_asynchronously(int thread, const void* pointer, size_t bytes, const B
     }
 }
 
-// Raises `to` to the maximum with what a thread knows and has done.
+// Raises the clocks in `to` to those of a thread.
 void merge(std::vector<uint32_t>& to, int thread) {
     const Clock& clock = clocks[static_cast<size_t>(thread)];
     for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], (*clock.others)[i]);
@@ -365,13 +365,13 @@ void proxy_fence(int thread) {
 }
 
 void bulk_write(int thread, int barrier, uint32_t phase, const void* address, size_t bytes) {
-    const auto agent = static_cast<int16_t>(static_cast<int>(clocks.size()) + barrier);
+    const auto writer = static_cast<int16_t>(static_cast<int>(clocks.size()) + barrier);  // index in Clock::others
     touch_asynchronously(thread, address, bytes, [&](Cell& cell, const auto& complain) {
         for (const Access& reader : cell.readers) {
             if (!happened_before(reader, thread)) complain("race (bulk copy after read)", reader);
         }
         if (cell.asynchronous_readers) complain("bulk copy over data that a wgmma in flight reads", {});
-        cell.writer = Access{agent, false, phase, block_number};
+        cell.writer = Access{writer, false, phase, block_number};
         cell.written = true;
         cell.written_by_thread = false;
         cell.in_flight = Copy::kBulk;

@@ -6,11 +6,13 @@
 // used before its wait. As in CUDA, barriers and __syncwarp order memory; shuffles and votes do not. In a build without
 // SIMT_CHECK all of this is empty.
 //
-// The asynchronous units (async.h): the copies of an mbarrier's phase count as an agent, which those threads have
-// synchronised with that waited for the phase. A byte that wgmma reads must not be written between issue and wait. A
-// byte that a thread has written may be read or overwritten asynchronously only after that thread's fence.proxy.async
-// and a synchronisation that follows the fence. PTX also accepts a fence of the accessing thread after the
-// synchronisation; our kernels do not need it.
+// Of the asynchronous units (async.h) it checks:
+//   - An arrival at an mbarrier is a release, and a wait for its phase an acquire.
+//   - Bulk copies are writes by their mbarrier. A thread has synchronised with them once it has waited for the phase.
+//   - A byte that a wgmma reads must not be written between its issue and its wait.
+//   - A byte that a thread has written may be accessed asynchronously only after that thread has executed a
+//     fence.proxy.async and then synchronised with the accessing thread. PTX also accepts a fence by the accessing
+//     thread after the synchronisation; our kernels do not need it.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +21,7 @@
 
 namespace simt::check {
 
-// Bytes that threads accessed in one tracked buffer since it was tracked or reset. `touched` counts each byte once.
+// Bytes that threads accessed in a tracked buffer since track() or reset_traffic(). `touched` counts each byte once.
 struct Traffic {
     std::string name;
     uint64_t read = 0, written = 0, touched = 0;
@@ -44,7 +46,7 @@ void barrier_complete(int id);
 void warp_sync(int warp, uint32_t mask);
 void atomic(const void* address, size_t bytes);
 void mbarrier_arrive(int thread, int barrier);
-void mbarrier_complete(int barrier, uint32_t phases);  // now complete
+void mbarrier_complete(int barrier, uint32_t phases);  // `phases`: number of complete ones
 void mbarrier_acquire(int thread, int barrier);
 void proxy_fence(int thread);
 void bulk_write(int thread, int barrier, uint32_t phase, const void* address, size_t bytes);

@@ -5,23 +5,22 @@
 #include <cstdint>
 #include <string>
 
+#include "async.h"
+
 namespace simt {
 
 void suspend(const char* what);  // the running thread waits until resume(its index)
 void resume(int thread);
 
-// Addresses in the block's window of shared memory, 32 bits as on the GPU. They name existing bytes, or the launch ends
-// with an error.
-uint32_t window_address(const void* address, size_t bytes, const char* what);
+// From a 32-bit address in shared memory to the host's; window_address() in async.h is the way back. The bytes must exist.
 char* window_data(uint32_t address, size_t bytes, const char* what);
 
 namespace async {
 
 void begin_block(int num_threads);
-bool land_one();  // one part of a bulk copy, chosen at random; false if none is in flight
-std::string open_barriers();
-// What a thread must not leave in flight when it exits, for a message; empty if nothing. `last`: it is the last thread
-// of the block.
+bool land_one();              // one part of a bulk copy, chosen at random; false if none is in flight
+std::string open_barriers();  // the mbarriers at which threads wait, for a message
+// What a thread leaves in flight at its exit, for a message; empty if nothing. `last`: it is the last one of the block.
 std::string in_flight_at_exit(int thread, bool last);
 
 }  // namespace async

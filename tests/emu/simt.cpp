@@ -51,7 +51,7 @@ struct SharedArray {
     const void* key;  // null: the dynamic allocation
     char* data;
     size_t bytes;
-    uint32_t window_address;  // what the GPU would have as its 32-bit address
+    uint32_t window_address;  // 32 bits, as in .shared instructions (scheduler.h)
 };
 
 constexpr int kNumBarriers = 16;
@@ -124,16 +124,6 @@ void run_thread(Fiber& from, Thread& next, bool last) {
     Fiber::switch_to(from, next.fiber, last);
 }
 
-// Ends the launch from inside a thread. The other threads of the block never run again.
-[[noreturn]] void abandon(const std::string& message) {
-    if (block.error.empty()) block.error = message;
-    Thread& self = *block.running;
-    self.state = State::kDone;
-    block.running = nullptr;
-    Fiber::switch_to(self.fiber, block.scheduler, true);
-    std::abort();
-}
-
 // The running thread waits or has finished: switches to another one. Bulk copies land when no thread can run, and in
 // random order also before.
 void yield_processor(Thread& self) {
@@ -147,24 +137,24 @@ void yield_processor(Thread& self) {
         return;
     }
     if (block.live > 0)
-        abandon("deadlock: no thread of the block can run" + waiting_threads() + async::open_barriers());
+        abandon_launch("deadlock: no thread of the block can run" + waiting_threads() + async::open_barriers());
     block.running = nullptr;
     Fiber::switch_to(self.fiber, block.scheduler, last);
 }
 
 void check_exit(const Thread& self) {
-    if (!self.open_group.empty() || !self.groups.empty()) abandon(name_of(self) + " exits with cp.async in flight");
+    if (!self.open_group.empty() || !self.groups.empty()) abandon_launch(name_of(self) + " exits with cp.async in flight");
     for (const Barrier& barrier : block.barriers) {
         const bool doomed = !barrier.arrived.empty() && barrier.expected > block.live - 1;
-        if (doomed) abandon(name_of(self) + " exits while others wait in a block barrier" + waiting_threads());
+        if (doomed) abandon_launch(name_of(self) + " exits while others wait in a block barrier" + waiting_threads());
     }
     const std::string pending = async::in_flight_at_exit(self.index, block.live == 1);
-    if (!pending.empty()) abandon(name_of(self) + pending);
+    if (!pending.empty()) abandon_launch(name_of(self) + pending);
     const Warp& warp = block.warps[static_cast<size_t>(self.warp)];
     for (uint32_t left = warp.waiting; left; left &= left - 1) {
         const Thread& other = block.threads[static_cast<size_t>(self.warp * 32 + __builtin_ctz(left))];
         if (other.mask >> self.lane & 1)
-            abandon(name_of(self) + " has exited, but " + name_of(other) + " expects it in " + other.waits_in);
+            abandon_launch(name_of(self) + " has exited, but " + name_of(other) + " expects it in " + other.waits_in);
     }
 }
 
@@ -177,7 +167,7 @@ void thread_entry() {
     } catch (const std::exception& thrown) {
         error = thrown.what();
     }
-    if (!error.empty()) abandon(error);
+    if (!error.empty()) abandon_launch(error);
     check_exit(self);
     self.state = State::kDone;
     block.warps[static_cast<size_t>(self.warp)].exited |= 1u << self.lane;
@@ -269,10 +259,19 @@ std::vector<size_t> block_order(size_t count) {
 Config& config() { return the_config; }
 Stats& stats() { return the_stats; }
 void fail(const std::string& message) { throw Error(message); }
-int lane_id() { return block.running->lane; }
 
-// The checker must not throw through instrumented code, which the compiler assumes not to throw.
-void abandon_launch(const std::string& message) { abandon(message); }
+// Ends the launch from inside a thread. The threads of the block never run again. The race checker, which instrumented
+// code calls, needs it: the compiler assumes that its callbacks do not throw.
+void abandon_launch(const std::string& message) {
+    if (block.error.empty()) block.error = message;
+    Thread& self = *block.running;
+    self.state = State::kDone;
+    block.running = nullptr;
+    Fiber::switch_to(self.fiber, block.scheduler, true);
+    std::abort();
+}
+
+int lane_id() { return block.running->lane; }
 int running_thread() { return block.running ? block.running->index : -1; }
 
 void suspend(const char* what) {

@@ -44,16 +44,16 @@ Config& config();
 struct Stats {
     uint64_t launches = 0, blocks = 0, switches = 0, collectives = 0, barriers = 0;
     uint64_t mma = 0;                 // per warp
-    uint64_t wgmma = 0;               // per warp, each a quarter of an instruction's work
+    uint64_t wgmma = 0;               // per warp, four for an instruction of a warpgroup
     uint64_t ldmatrix_conflicts = 0;  // rows of an 8x8 matrix that share a bank group with another of its rows
 };
 Stats& stats();
 
-[[noreturn]] void fail(const std::string& message);
-[[noreturn]] void abandon_launch(const std::string& message);  // as fail(), also outside of a thread's C++ frames
+[[noreturn]] void fail(const std::string& message);            // throws Error
+[[noreturn]] void abandon_launch(const std::string& message);  // does not throw: leaves the thread's stack as it is
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread_main);
 
-// A launch, for a launcher that runs something else than the kernel's C++ (tests/ptx).
+// What a launcher receives that runs something else than the kernel's C++ (tests/ptx), or observes launches.
 struct Argument {
     const void* data;
     size_t bytes;
