@@ -4,8 +4,8 @@
 namespace ptx {
 namespace {
 
-// Data of other lanes: c holds the last lane of a segment in bits 0-4 and the mask of its first lane in bits 8-12. A
-// lane whose source is outside its segment keeps its value, and the predicate is false.
+// shfl.sync: c holds the clamp, the last lane of a segment, in bits 0-4, and the mask of a lane's segment in bits 8-12. A
+// lane whose source is outside its segment gets its own value, and the predicate is false.
 template <bool kXor>
 const Instruction* shuffle(Thread& t, const Instruction& i) {
     const auto value = t.at<uint32_t>(i.operands[2]), by = t.at<uint32_t>(i.operands[3]) & 31,
@@ -37,7 +37,7 @@ const Instruction* warp_barrier(Thread& t, const Instruction& i) {
     return &i + 1;
 }
 
-// bar.sync a{, b}: bar is barrier.aligned. Threads are counted by warps, all of whose lanes arrive together.
+// bar.sync a{, b}, which is barrier.sync.aligned: the lanes of a warp arrive together.
 template <bool kCounted>
 const Instruction* barrier(Thread& t, const Instruction& i) {
     require_converged(t, i);

@@ -6,7 +6,7 @@
 namespace ptx {
 namespace {
 
-// NaN loses against a number, two of them give the canonical NaN, and -0 < +0.
+// min and max return the number if one operand is NaN, and the canonical NaN if both are; -0 < +0.
 const float kNan = simt::float_of(0x7fffffff);
 
 float smaller(float a, float b) {

@@ -3,7 +3,7 @@
 //
 // A form is a string with a character per operand, and the punctuation of the PTX text:
 //   p h w x   register or immediate: predicate, 16, 32 and 64 bits
-//   H W       source of at least 16 or 32 bits, of which the low ones are read
+//   H W       source of at least 16 or 32 bits; its low bits are read
 //   s         special register, such as %tid.x
 //   L         label
 //   P S G     address in parameters, shared memory, global memory (also generic): two operands, register and immediate
@@ -52,7 +52,7 @@ const Instruction* run_pure(Thread& t, const Instruction& i, std::index_sequence
     return &i + 1;
 }
 
-// An instruction without effect but its result: d = function(sources...).
+// Adds an instruction that has no effect other than its result: d = function(sources...).
 template <class D, class... S, class F>
 void pure(Forms& forms, const std::string& opcode, F) {
     forms.add(opcode, {kind<D>(), kind<S>()...}, [](Thread& t, const Instruction& i) {
@@ -67,7 +67,8 @@ void add_memory(Forms& forms);
 void add_collectives(Forms& forms);
 void add_hopper(Forms& forms);
 
-// Pseudo-instructions before an instruction with a guard: they skip it unless the predicate holds, or does not.
-extern const Handler kSkipUnless, kSkipIf;
+// Pseudo-instructions that the parser puts before an instruction with a guard.
+extern const Handler kSkipUnless;  // @p: skips the instruction if p is false
+extern const Handler kSkipIf;      // @!p: skips it if p is true
 
 }  // namespace ptx

@@ -30,7 +30,7 @@ const Instruction* arrive(Thread& t, const Instruction& i) {
     return &i + 1;
 }
 
-// The time limit of a try_wait is the machine's choice: the first one returns at once, the next one waits.
+// PTX leaves the time limit of a try_wait to the machine. Here the first one returns at once, and the next one waits.
 const Instruction* try_wait(Thread& t, const Instruction& i) {
     uint64_t* const barrier = mbarrier(t, i, 1);
     const auto parity = t.at<uint32_t>(i.operands[3]);
@@ -89,7 +89,8 @@ const Instruction* wait(Thread& t, const Instruction& i) {
     return &i + 1;
 }
 
-// d, a, b, predicate, scales of a and b, whether A (in shared memory) and B are transposed.
+// wgmma.mma_async. Its operands: d, a, b, the predicate of accumulation, scales of a and b, and whether A, if it is in
+// shared memory, and B are transposed.
 template <int kColumns, bool kBfloat16, bool kOperandInRegisters>
 const Instruction* multiply(Thread& t, const Instruction& i) {
     require_converged(t, i);

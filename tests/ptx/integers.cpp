@@ -23,8 +23,8 @@ template <class T, bool kRemainder>
 const Instruction* divide(Thread& t, const Instruction& i) {
     const T a = t.at<T>(i.operands[1]), b = t.at<T>(i.operands[2]);
     if (b == 0) t.fail(i, "division by zero");
-    T quotient = a, rest = 0;  // a / -1 overflows for the least a, and wraps to a
-    if (std::is_signed_v<T> && b == static_cast<T>(-1)) {
+    T quotient = a, rest = 0;
+    if (std::is_signed_v<T> && b == static_cast<T>(-1)) {  // wraps where C++ overflows, for the least a
         quotient = static_cast<T>(Unsigned<T>{0} - static_cast<Unsigned<T>>(a));
     } else {
         quotient = a / b, rest = a % b;
@@ -60,7 +60,7 @@ void add_products(Forms& forms) {
     pure<uint64_t, uint64_t, uint64_t>(forms, "mul.hi.u64", [](Wide a, Wide b) { return a * b >> 64; });
 }
 
-// Amounts are unsigned 32-bit numbers. Those beyond the width count as the width, unlike in C++ and on x86.
+// Shift amounts are unsigned 32-bit numbers. An amount beyond the width counts as the width, unlike in C++ and on x86.
 template <class U>
 void add_bits(Forms& forms, const std::string& width) {
     using S = std::make_signed_t<U>;

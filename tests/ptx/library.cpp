@@ -30,7 +30,7 @@ const Kernel* Library::find(const void* function) {
     const auto known = found_.find(function);
     if (known != found_.end()) return known->second;
     const Symbol symbol = symbol_of(function);
-    const bool in_source = symbol.file.empty() || symbol.file.find("_cuda.cu") != std::string::npos;
+    const bool in_csrc = symbol.file.empty() || symbol.file.find("_cuda.cu") != std::string::npos;
     const Kernel* kernel = nullptr;
     if (symbol.file.empty()) {  // a template of a header, the same in every file that has it
         const auto found = by_name_.find(symbol.name);
@@ -39,7 +39,7 @@ const Kernel* Library::find(const void* function) {
         const auto found = by_source_.find({symbol.file, symbol.name});
         if (found != by_source_.end()) kernel = found->second;
     }
-    if (!kernel && in_source && complete_) simt::fail("a kernel without PTX; got=" + symbol.name + " " + symbol.file);
+    if (!kernel && in_csrc && complete_) simt::fail("a kernel without PTX; got=" + symbol.name + " " + symbol.file);
     return found_[function] = kernel;
 }
 

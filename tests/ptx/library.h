@@ -12,12 +12,13 @@ namespace ptx {
 
 class Library {
   public:
-    // An incomplete library has some kernels only; find() returns null for the others.
+    // In an incomplete library find() returns null for the kernels that are missing.
     explicit Library(bool complete = true) : complete_(complete) {}
     // Reads a file whose name starts with that of the source: bias_gelu_cuda.compute_90.ptx.
     void load(const std::string& path);
     void add(const std::string& path, const std::string& text);
-    // Null for a kernel of a test. A kernel of a source file (*_cuda.cu) without PTX is an error.
+    // The PTX of a kernel, by the address of its C++ function. Null for a kernel that a test defines. In a complete
+    // library a kernel of csrc without PTX is an error.
     const Kernel* find(const void* function);
     size_t size() const { return kernels_.size(); }
     const std::vector<std::unique_ptr<Kernel>>& kernels() const { return kernels_; }

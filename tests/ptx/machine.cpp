@@ -19,7 +19,7 @@ std::vector<Machine::ParameterLine> parameters_of(const Kernel& kernel, const si
     }
     std::vector<Machine::ParameterLine> lines((kernel.parameter_bytes + 127) / 128);
     for (size_t i = 0; i < launch.arguments.size(); ++i) {
-        const Variable& parameter = kernel.parameters[i];
+        const Parameter& parameter = kernel.parameters[i];
         if (launch.arguments[i].bytes != parameter.bytes) {
             simt::fail(kernel.name + ": size of argument " + std::to_string(i) + "; got=" +
                        std::to_string(launch.arguments[i].bytes) + " bytes; want=" + std::to_string(parameter.bytes) +
@@ -74,13 +74,13 @@ int Machine::warp_lanes(int warp) const {
 }
 
 void require_converged(Thread& thread, const Instruction& instruction) {
-    Machine::Meeting& meeting = thread.machine.meetings[static_cast<size_t>(thread.warp)];
-    if (meeting.arrived && meeting.at != &instruction) {
+    Machine::Convergence& convergence = thread.machine.convergence[static_cast<size_t>(thread.warp)];
+    if (convergence.arrived && convergence.at != &instruction) {
         thread.fail(instruction, "an aligned instruction in divergent code; got=other lanes of the warp are at line " +
-                                     std::to_string(meeting.at->line));
+                                     std::to_string(convergence.at->line));
     }
-    meeting.at = &instruction;
-    if (++meeting.arrived == thread.machine.warp_lanes(thread.warp)) meeting.arrived = 0;
+    convergence.at = &instruction;
+    if (++convergence.arrived == thread.machine.warp_lanes(thread.warp)) convergence.arrived = 0;
 }
 
 void run(const Kernel& kernel, const simt::Launch& launch) {
@@ -94,7 +94,7 @@ void run(const Kernel& kernel, const simt::Launch& launch) {
                     parameters_of(kernel, launch),
                     std::vector<char>(threads * kernel.register_bytes),
                     {},
-                    std::vector<Machine::Meeting>((threads + 31) / 32)};
+                    std::vector<Machine::Convergence>((threads + 31) / 32)};
     for (const simt::Memory& memory : simt::memory()) machine.touched.emplace_back(memory.bytes);
     try {
         simt::run_grid(launch.grid, launch.block, shared_bytes, [&] { run_thread(machine, shared_bytes); });

@@ -26,27 +26,28 @@ using Handler = const Instruction* (*)(Thread&, const Instruction&);
 
 struct Instruction {
     Handler run;
-    const int32_t* operands;  // bytes from Thread::registers; immediates of addresses and branches as they are
-    int line;                 // of the PTX file
-    mutable int region = 0;   // where the last access to global memory was found
+    const int32_t* operands;      // offsets from Thread::registers; offsets of addresses and branches are values
+    int line;                     // of the PTX file
+    mutable int last_buffer = 0;  // index in simt::memory(), found by its last access to global memory
 };
 
-// A kernel parameter, or an array in shared memory: where it is in the kernel's parameters or shared memory.
-struct Variable {
+// A kernel parameter.
+struct Parameter {
     std::string name;
     size_t offset, bytes;
 };
 
 struct Kernel {
-    std::string name, file;  // mangled; path of the PTX
-    std::vector<Variable> parameters;
+    std::string name;  // mangled
+    std::string file;  // path of the PTX
+    std::vector<Parameter> parameters;
     size_t parameter_bytes = 0;
     size_t shared_bytes = 0;        // of static arrays, and padding before the dynamic one
-    size_t max_threads = 1024;     // .maxntid
+    size_t max_threads = 1024;      // .maxntid
     std::vector<Instruction> code;  // ends with ret
     std::vector<int32_t> operands;
     std::vector<std::string> text;  // of each instruction, for messages
-    std::vector<char> constants;    // first registers
+    std::vector<char> constants;    // first bytes of the registers of every thread
     size_t register_bytes = 0;
 };
 
@@ -55,20 +56,19 @@ using simt::kSharedBase;
 // What the threads of a launch share.
 struct Machine {
     const Kernel& kernel;
-    // Aligned as a tensor map must be.
-    struct alignas(128) ParameterLine {
+    struct alignas(128) ParameterLine {  // aligned as a tensor map must be
         char bytes[128];
     };
     std::vector<ParameterLine> parameters;
     std::vector<char> registers;
-    // For each byte of each buffer (simt::memory()): whether the launch wrote it or read it with .nc.
+    // For each byte of each buffer of simt::memory(): whether the launch wrote it, or read it with .nc (bits of Access).
     std::vector<std::vector<uint8_t>> touched;
-    // The aligned instruction that some lanes of a warp have reached and others have not, and how many.
-    struct Meeting {
+    // An aligned instruction that lanes of a warp have reached, and their number: 0 once all have.
+    struct Convergence {
         const Instruction* at = nullptr;
         int arrived = 0;
     };
-    std::vector<Meeting> meetings;  // of warps
+    std::vector<Convergence> convergence;  // of each warp
     // The last instruction of any thread, for the reports of the race checker.
     const Instruction* last = nullptr;
     int warp_lanes(int warp) const;
@@ -82,7 +82,7 @@ struct Thread {
     int warp;
     Machine& machine;
     Products products;
-    bool timed_out = false;  // the last mbarrier.try_wait
+    bool timed_out = false;  // the last mbarrier.try_wait returned false
 
     template <class T>
     T& at(int32_t offset) const {
@@ -97,7 +97,7 @@ struct Thread {
 // Runs one launch of the emulator with the kernel's PTX instead of its C++.
 void run(const Kernel& kernel, const simt::Launch& launch);
 
-// All lanes of the warp must execute the same .aligned instruction before one of them executes another.
+// Fails unless all lanes of the warp execute this .aligned instruction before one of them executes another.
 void require_converged(Thread& thread, const Instruction& instruction);
 
 }  // namespace ptx

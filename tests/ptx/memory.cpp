@@ -25,18 +25,18 @@ void require_aligned(Thread& t, const Instruction& i, uint64_t address, size_t b
     if (address % bytes) t.fail(i, "a misaligned access; got=" + std::to_string(bytes) + " bytes at " + hex(address));
 }
 
-// The buffer of an access. Most instructions access the same one every time.
+// Index of the buffer of an access. Most instructions access the same one every time.
 size_t find_buffer(Thread& t, const Instruction& i, uint64_t address, size_t bytes) {
     const auto& buffers = simt::memory();
     const auto holds = [&](size_t at) {
         const auto begin = reinterpret_cast<uint64_t>(buffers[at].begin);
         return address >= begin && address + bytes <= begin + buffers[at].bytes;
     };
-    if (static_cast<size_t>(i.region) < buffers.size() && holds(static_cast<size_t>(i.region)))
-        return static_cast<size_t>(i.region);
+    const auto last = static_cast<size_t>(i.last_buffer);
+    if (last < buffers.size() && holds(last)) return last;
     for (size_t at = 0; at < buffers.size(); ++at) {
         if (!holds(at)) continue;
-        i.region = static_cast<int>(at);
+        i.last_buffer = static_cast<int>(at);
         return at;
     }
     fail_outside(t, i, address, bytes, "every buffer");
@@ -111,12 +111,11 @@ constexpr char letter(Space space) { return space == Space::kParameter ? 'P' : s
 template <Space kSpace, Access kAccess, class T, class D>
 void add_loads(Forms& forms, const std::string& space, const std::string& type) {
     if constexpr (sizeof(D) >= sizeof(T)) {
-        const char letter_of_space = letter(kSpace), d = kind<D>();
-        forms.add("ld" + space + "." + type, {d, letter_of_space}, load<kSpace, kAccess, T, D, 1>);
-        forms.add("ld" + space + ".v2." + type, {'{', d, d, '}', letter_of_space}, load<kSpace, kAccess, T, D, 2>);
+        const char address = letter(kSpace), d = kind<D>();
+        forms.add("ld" + space + "." + type, {d, address}, load<kSpace, kAccess, T, D, 1>);
+        forms.add("ld" + space + ".v2." + type, {'{', d, d, '}', address}, load<kSpace, kAccess, T, D, 2>);
         if constexpr (sizeof(T) <= 4)
-            forms.add("ld" + space + ".v4." + type, {'{', d, d, d, d, '}', letter_of_space},
-                      load<kSpace, kAccess, T, D, 4>);
+            forms.add("ld" + space + ".v4." + type, {'{', d, d, d, d, '}', address}, load<kSpace, kAccess, T, D, 4>);
     }
 }
 
@@ -144,11 +143,11 @@ void add_loads(Forms& forms, const std::string& space) {
 
 template <Space kSpace, class T>
 void add_stores(Forms& forms, const std::string& space, const std::string& type, char source) {
-    const char letter_of_space = letter(kSpace), s = source;
-    forms.add("st" + space + "." + type, {letter_of_space, s}, store<kSpace, T, 1>);
-    forms.add("st" + space + ".v2." + type, {letter_of_space, '{', s, s, '}'}, store<kSpace, T, 2>);
+    const char address = letter(kSpace), s = source;
+    forms.add("st" + space + "." + type, {address, s}, store<kSpace, T, 1>);
+    forms.add("st" + space + ".v2." + type, {address, '{', s, s, '}'}, store<kSpace, T, 2>);
     if constexpr (sizeof(T) <= 4)
-        forms.add("st" + space + ".v4." + type, {letter_of_space, '{', s, s, s, s, '}'}, store<kSpace, T, 4>);
+        forms.add("st" + space + ".v4." + type, {address, '{', s, s, s, s, '}'}, store<kSpace, T, 4>);
 }
 
 template <Space kSpace>
@@ -171,7 +170,7 @@ const Instruction* copy_async(Thread& t, const Instruction& i) {
     return &i + 1;
 }
 
-// One OS thread runs all fibers, so that each of the two additions is atomic.
+// red.global.add.v2.f32. One OS thread runs all fibers, so that each of the two additions is atomic.
 const Instruction* add_pair(Thread& t, const Instruction& i) {
     char* const at = address_of<Space::kGlobal, Access::kWrite>(t, i, 0, 8);
     simt::check::atomic(at, 8);

@@ -27,7 +27,7 @@ const Instruction* split(Thread& t, const Instruction& i) {
     return &i + 1;
 }
 
-// In the order of kSpecialRegisters (operands.cpp).
+// mov.u32 from a special register. The values are in the order of kSpecialRegisters (operands.cpp).
 const Instruction* special(Thread& t, const Instruction& i) {
     const unsigned values[] = {threadIdx.x, threadIdx.y, threadIdx.z, blockDim.x, blockDim.y, blockDim.z,
                                blockIdx.x,  blockIdx.y,  blockIdx.z,  gridDim.x,  gridDim.y,  gridDim.z};

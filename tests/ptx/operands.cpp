@@ -101,10 +101,10 @@ void Operands::place_shared(const Declaration& array) {
 
 bool Operands::match(const std::string& form, const std::vector<Token>& tokens) {
     if (form.size() != tokens.size()) return false;
-    const size_t operands = kernel_.operands.size(), to_place = to_place_.size(), branches = branches_.size();
+    const size_t operands = kernel_.operands.size(), unresolved = unresolved_.size(), branches = branches_.size();
     for (size_t i = 0; i < form.size(); ++i) {
         if (fits(form[i], tokens[i])) continue;
-        kernel_.operands.resize(operands), to_place_.resize(to_place), branches_.resize(branches);
+        kernel_.operands.resize(operands), unresolved_.resize(unresolved), branches_.resize(branches);
         return false;
     }
     return true;
@@ -129,7 +129,7 @@ bool Operands::fits(char kind, const Token& token) {
 }
 
 bool Operands::append(int32_t operand, bool is_register) {
-    if (is_register) to_place_.push_back(kernel_.operands.size());
+    if (is_register) unresolved_.push_back(kernel_.operands.size());
     kernel_.operands.push_back(operand);
     return true;
 }
@@ -175,7 +175,7 @@ bool Operands::constant(uint64_t bits) {
 
 bool Operands::variable(const std::string& name, char space, int64_t& address) {
     if (space == 'P') {
-        for (const Variable& parameter : kernel_.parameters) {
+        for (const Parameter& parameter : kernel_.parameters) {
             if (parameter.name != name) continue;
             address = static_cast<int64_t>(parameter.offset);
             return true;
@@ -211,7 +211,7 @@ std::string Operands::finish() {
     for (const auto& [bits, index] : constants_)
         std::memcpy(kernel_.constants.data() + 8 * static_cast<size_t>(index), &bits, sizeof(bits));
     const auto registers = static_cast<int32_t>(kernel_.constants.size());
-    for (const size_t at : to_place_) {
+    for (const size_t at : unresolved_) {
         int32_t& operand = kernel_.operands[at];
         operand = operand < 0 ? 8 * (-1 - operand) : operand + registers;
     }

@@ -29,8 +29,8 @@ struct Token {
 };
 std::vector<Token> tokenize(const std::string& operands);
 
-// Appends operands to Kernel::operands. Until finish(), that of a register is its position among the registers, and
-// that of a constant is negative.
+// Appends operands to Kernel::operands. Until finish(), a register is its offset among the registers, and constant i is
+// -1 - i.
 class Operands {
   public:
     Operands(Kernel& kernel, const std::map<std::string, Declaration>& shared, const std::string& body);
@@ -49,7 +49,7 @@ class Operands {
 
   private:
     struct Register {
-        int32_t slot = -1;  // until it is used
+        int32_t slot = -1;  // offset; -1 before the first use
         char kind = 0;      // 0: not declared
     };
     struct Branch {
@@ -76,7 +76,7 @@ class Operands {
     std::map<std::string, int32_t> labels_;
     std::map<uint64_t, int32_t> constants_;
     std::vector<Branch> branches_;
-    std::vector<size_t> to_place_;  // operands that are registers or constants
+    std::vector<size_t> unresolved_;  // indices of the operands that are registers or constants
     size_t register_bytes_ = 0;
 };
 

@@ -8,7 +8,7 @@
 namespace ptx {
 namespace {
 
-// Bits, because the arrays may hold signalling NaN.
+// Copies bits: converting a signalling NaN would change it.
 template <class Word>
 void load_words(const Thread& thread, const int32_t* registers, Word* words, size_t count) {
     for (size_t i = 0; i < count; ++i) std::memcpy(words + i, &thread.at<uint32_t>(registers[i]), sizeof(Word));

@@ -1,8 +1,8 @@
 // The registers of a thread that wgmma reads and writes while it is in flight.
 //
-// The emulator's wgmma (tests/emu/wgmma.cpp) works on arrays: sums that are NaN until the wait, operands that must not
-// change before it. In PTX both are registers, in any order. Each product in flight has arrays here, which are copied
-// from and to its registers at every wgmma instruction.
+// The emulator's wgmma (tests/emu/wgmma.cpp) works on arrays: accumulators that are NaN until the wait, operands that
+// must not change before it. In PTX both are registers, in any order. Each product in flight has arrays here, which are
+// copied from and to its registers at every wgmma instruction.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ class Products {
   public:
     // Accumulators of products in flight.
     struct Sums {
-        const int32_t* registers;  // their positions among the thread's registers, `values.size()` of them
+        const int32_t* registers;  // offsets from Thread::registers, `values.size()` of them
         std::vector<float> values;
         int uses = 0;  // of products in flight
     };
@@ -28,15 +28,13 @@ class Products {
         uint32_t operand[4];
     };
 
-    // Adds a product to the open group and loads its arrays. Null if its accumulators are in part those of another
-    // product in flight.
+    // Adds a product to the open group and loads its arrays. Null if it shares some, but not all, of its accumulators
+    // with another product in flight.
     Product* issue(const Thread& thread, const int32_t* sums, size_t count, const int32_t* operand);
     void commit();
-    // Copies registers to the arrays, before the emulator reads them, and back.
-    void load(const Thread& thread);
-    void store(const Thread& thread) const;
-    // Forgets the groups that a wait for at most `pending` groups has completed.
-    void retire(int pending);
+    void load(const Thread& thread);         // from registers to arrays, before the emulator reads them
+    void store(const Thread& thread) const;  // from arrays to registers
+    void retire(int pending);                // forgets the groups that a wait for `pending` groups has completed
 
   private:
     using Group = std::vector<std::unique_ptr<Product>>;

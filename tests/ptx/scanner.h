@@ -51,7 +51,7 @@ class Scanner {
         return found;
     }
 
-    // The name of a label here, which is skipped; empty if there is none.
+    // Skips a label and returns its name, or an empty string if there is none here.
     std::string label() {
         size_t end = at_;
         while (end < text_.size() && is_name(text_[end])) ++end;

@@ -32,7 +32,7 @@ std::map<uint64_t, Symbol> read_symbols() {
         if (sections[i].sh_type != SHT_SYMTAB) continue;
         const char* const names = image.data() + sections[sections[i].sh_link].sh_offset;
         const auto* const table = reinterpret_cast<const Elf64_Sym*>(image.data() + sections[i].sh_offset);
-        std::string source;  // precedes its local symbols
+        std::string source;  // its entry precedes those of its local symbols
         for (size_t at = 0; at < sections[i].sh_size / sizeof(Elf64_Sym); ++at) {
             const auto type = ELF64_ST_TYPE(table[at].st_info);
             if (type == STT_FILE) source = names + table[at].st_name;

@@ -1,5 +1,5 @@
-// Faults in nvcc's PTX, one at a time: a wrong operand, modifier, predicate, lane, shift, address, barrier, descriptor,
-// fence. The operator's test, with the race checker, must fail with each of them.
+// Plants faults in nvcc's PTX, one at a time: a wrong operand, modifier, predicate, lane, shift, address, barrier,
+// descriptor or fence. The operator's test, with the race checker, must fail with each of them.
 //
 //   test_ptx_faults [--op OP] FILE...
 #include <cstring>
@@ -17,7 +17,7 @@ struct Fault {
     const char* name;
     const char *op, *file, *kernel;  // the operator whose test runs; its PTX; a part of the kernel's readable name
     const char* pattern;             // of a line
-    int count;                       // the fault is in the first line that matches (1), the second (2); 0: in all
+    int count;                       // which of the lines that match gets the fault; 0: all
     const char* replacement;
     const char* found_by;  // a part of the error, or null for wrong results
 };

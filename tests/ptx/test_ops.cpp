@@ -3,8 +3,8 @@
 //   test_ptx_ops [--op OP] FILE...            results against fp64, in one schedule
 //   test_ptx_ops --all FILE...                the same for every kernel; one that no test launches is an error
 //   test_ptx_ops --exact [--all] FILE...      each launch also runs the C++ from the same memory, and must leave the
-//                                             same bits; for PTX of nvcc -fmad=false, because the emulator's C++ does
-//                                             not fuse a product and a sum
+//                                             same bits; for PTX of nvcc -fmad=false, because the emulated C++ has no
+//                                             fused multiply-adds
 //
 // test_ptx_ops_check also finds races, reads of unwritten shared memory and missing proxy fences (tests/emu/check.h).
 #include <algorithm>
@@ -42,7 +42,8 @@ void restore(const Image& image) {
     for (size_t i = 0; i < image.size(); ++i) std::copy(image[i].begin(), image[i].end(), simt::memory()[i].begin);
 }
 
-// Logarithms come from CUDA's library, and the host's, which may differ in the last bit.
+// lse is compared as numbers: its logarithm comes from CUDA's library in the PTX and from the host's in C++, which may
+// differ in the last bit.
 bool same_logarithms(const std::vector<char>& image, const simt::Memory& memory) {
     for (size_t at = 0; at + sizeof(float) <= image.size(); at += sizeof(float)) {
         float want, got;
