@@ -1,7 +1,7 @@
 """The JSON file of one step of benchmarks/gpu.sh.
 
-The file is replaced after every row, so that a step which is killed loses nothing that it measured. The processes of a
-step find it by the variable NEOX_RECORD; without the variable, rows are not recorded.
+The file is replaced after every row, so that a step that is killed loses nothing that it measured. The environment
+variable NEOX_RECORD names it for the processes of a step; without the variable, rows are not recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(path: Path) -> dict:
 
 
 def update(path: Path, change: Callable[[dict], object]) -> dict:
-    """Replaces the file by one with a change, which is never seen half written. Returns what it holds now."""
+    """Applies a change to the file, atomically. Returns its new contents."""
     with locked(path.parent):
         document = read(path)
         change(document)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"a": 240, "b": 300}  # seconds of each call
-FILES = 8  # that come back from the machine: one per step, report.txt and log.txt
-BUILD_LIMIT = 200  # of building what does not load, at the expense of the later steps
+MAX_FILES = 8  # that a call may leave: one per step, report.txt and log.txt
+BUILD_LIMIT = 200  # seconds to build libraries that do not load, at the expense of the later steps
 
-# What the steps import, by the names of modules.
-TESTS = ("numpy", "pytest")
+# Modules that steps import.
+KERNELS = ("numpy",)
+TESTS = (*KERNELS, "pytest")
 MODEL = ("numpy", "orjson", "pydantic", "safetensors", "tokenizers", "yaml")
 TRAINING = (*MODEL, "deepspeed", "hjson", "jinja2", "psutil", "rich", "zstandard")
 
@@ -26,10 +27,10 @@ class Step:
 
     Attributes:
         name: of its JSON file.
-        limit: seconds for all of its commands, besides what the steps before it leave of theirs.
-        commands: made for a device, "cuda" or "cpu".
-        needs: modules without which it is left out.
-        parallel: how many of its commands run at a time; a step that measures time runs one.
+        limit: seconds for all of its commands. It may also use what the steps before it leave of theirs.
+        commands: device, "cuda" or "cpu" -> its commands.
+        needs: modules that it imports; if one is missing, the step is left out.
+        parallel: commands that run at a time; 1 where time is measured.
         environment: variables of its processes.
     """
 
@@ -90,7 +91,8 @@ def sweep(device: str) -> list[Command]:
 
 def attention(device: str) -> list[Command]:
     """Against sdpa's flash and cuDNN backends."""
-    return [script("ops/bench_attention.py", "--device", device, *quick_on_a_cpu(device))]
+    quick = () if device == "cuda" else ("--quick",)
+    return [script("ops/bench_attention.py", "--device", device, *quick)]
 
 
 def memory(device: str) -> list[Command]:
@@ -114,16 +116,11 @@ def profile(device: str) -> list[Command]:
     return [script("gpu/profile_step.py", "--device", device)]
 
 
-def quick_on_a_cpu(device: str) -> tuple[str, ...]:
-    """The quick setting where only the script is tried."""
-    return () if device == "cuda" else ("--quick",)
-
-
 CALLS = {
     "a": (
         Step("load", 45, load),
-        Step("kernels", 60, kernels, TESTS[:1], parallel=4, environment={"CUDA_LAUNCH_BLOCKING": "1"}),
-        Step("sanitizer", 40, sanitizer, TESTS[:1], parallel=2),
+        Step("kernels", 60, kernels, KERNELS, parallel=4, environment={"CUDA_LAUNCH_BLOCKING": "1"}),
+        Step("sanitizer", 40, sanitizer, KERNELS, parallel=2),
         Step("tests", 70, tests, TESTS),
         Step("sweep", 25, sweep, TESTS),
     ),

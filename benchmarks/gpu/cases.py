@@ -1,5 +1,5 @@
-"""Tiny cases for every CUDA kernel of an operator: all element types, vector and scalar accesses, and every length of
-row for which a kernel of its own exists. gpu/kernels.py reports the kernels that they do not launch.
+"""Tiny cases that launch every CUDA kernel of every operator: all element types, vector and scalar accesses, and a row
+of each length that has a separate kernel. gpu/kernels.py reports the kernels that they do not launch.
 
 Import it after the default device is set, which tests/reference.py reads.
 """
@@ -50,7 +50,7 @@ def algorithms(deterministic: bool) -> Iterator[None]:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Without the module."""
+    """The dtype's name without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -71,7 +71,7 @@ def gated() -> Iterator[Case]:
 
 
 def bias_dropout_add() -> Iterator[Case]:
-    """With dropout: the mask is recomputed by the reference."""
+    """With dropout, whose mask the reference recomputes."""
     seed, p = torch.tensor([11, 22], device="cpu"), 0.25
     for dtype, cols in product(reference.dtypes("bias_dropout_add"), (64, 17)):
         inputs = {name: reference.random(5, cols, dtype=dtype, seed=i) for i, name in enumerate(("x", "residual"))}
@@ -88,7 +88,7 @@ def bias_dropout_add() -> Iterator[Case]:
 
 
 def rotary() -> Iterator[Case]:
-    """Halves of 8, 4, 2 and 1 channels at a time."""
+    """Accesses of 8, 4, 2 and 1 channels."""
     for dtype, channels in product(reference.dtypes("rotary"), (32, 16, 8, 4, 2)):
         cos, sin = reference.random(3, channels), reference.random(3, channels, seed=1)
         inputs = {name: reference.random(2, 3, 2, 2 * channels, dtype=dtype, seed=i) for i, name in enumerate("qk")}
@@ -151,7 +151,7 @@ def dual_norm_reference(x, w0, b0, w1, b1):
 
 
 def cross_entropy() -> Iterator[Case]:
-    """In two passes; in one, with the gradient of the loss predicted right and wrong; rows beyond shared memory."""
+    """In two passes; in one, with a right and a wrong prediction of the loss's gradient; rows beyond shared memory."""
     for dtype, columns in product(reference.dtypes("cross_entropy"), (64, 17, 131072)):
         targets = reference.integers(columns, 3)
         logits = reference.random(3, columns, dtype=dtype, scale=2.0)
@@ -165,47 +165,49 @@ def cross_entropy() -> Iterator[Case]:
 
 
 def cross_entropy_of_a_copy(logits: torch.Tensor, targets: torch.Tensor, predicted: float | None) -> torch.Tensor:
-    """In place with a predicted gradient, hence of a copy; else in two passes."""
+    """In one pass, which overwrites its input, if the gradient of the loss is predicted; else in two."""
     if predicted is None:
         return ops.cross_entropy(logits, targets)
     return ops.cross_entropy(logits * 1, targets, inplace=True, expected_dloss=predicted)
 
 
 def attention() -> Iterator[Case]:
-    """Every instance of head_dim, masks alone and with softcap, both backwards; decoding, whose keys are split."""
+    """Every instance of head_dim: causal, with softcap, and with documents; both backwards; and decoding, which splits
+    the keys.
+    """
     forms = {"causal": {}, "softcap": {"softcap": 2.0}, "documents": {"segment_ids": documents(1, 40, 13, 20)}}
-    for dtype, d, form, fixed in product(reference.dtypes("attention"), (64, 96, 128, 256), forms, (False, True)):
-        yield attention_case(dtype, (40, 40, 2, d), forms[form], fixed, f"{form} {'repeatable ' * fixed}")
-    for dtype in reference.dtypes("attention"):
-        yield attention_case(dtype, (1, 1100, 2, 64), {}, True, "decoding ")
+    dtypes, both = reference.dtypes("attention"), (False, True)
+    for dtype, d, form, deterministic in product(dtypes, (64, 96, 128, 256), forms, both):
+        yield attention_case(form, dtype, (40, 40, 2, d), forms[form], deterministic)
+    for dtype in dtypes:
+        yield attention_case("decoding", dtype, (1, 1100, 2, 64), {}, True)
     if runs_hopper():
-        for dtype, d, fixed in product(reference.dtypes("attention"), (64, 128), (False, True)):
-            text = f"hopper, causal {'repeatable ' * fixed}"
-            yield attention_case(dtype, (40, 40, 2, d), {}, fixed, text, backend="hopper")
+        for dtype, d, deterministic in product(dtypes, (64, 128), both):
+            yield attention_case("hopper causal", dtype, (40, 40, 2, d), {}, deterministic, backend="hopper")
 
 
 def runs_hopper() -> bool:
-    """Whether the kernels for sm_90a run here: on such a GPU, and on the emulator, which stands for one."""
+    """Whether the kernels for sm_90a run here: on a Hopper GPU, and on the emulator."""
     return torch.cuda.get_device_capability()[0] == 9 if reference.DEVICE.type == "cuda" else reference.CUDA_KERNELS
 
 
 def attention_case(
+    form: str,
     dtype: torch.dtype,
     sizes: tuple[int, int, int, int],
     options: dict,
-    fixed: bool,
-    text: str,
+    deterministic: bool,
     backend: str = "native",
 ) -> Case:
-    """Queries, keys, heads per key/value head and head_dim."""
+    """A case with one key/value head; sizes are (s, t, n, d)."""
     s, t, n, d = sizes
     shapes = {"q": (1, s, n, d), "k": (1, t, 1, d), "v": (1, t, 1, d)}
     inputs = {
         name: reference.random(*shape, dtype=dtype, seed=10_000 * i) for i, (name, shape) in enumerate(shapes.items())
     }
     run = partial(ops.attention, backend=backend, **options)
-    text = f"{text}s {s} t {t} d {d} {name_of(dtype)}"
-    return Case(text, run, partial(reference.attention, **options), inputs, FLOOR, fixed)
+    text = f"{form}{' deterministic' * deterministic} s {s} t {t} d {d} {name_of(dtype)}"
+    return Case(text, run, partial(reference.attention, **options), inputs, FLOOR, deterministic)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {

@@ -20,8 +20,8 @@ import torch
 from gpu.bundle import BUNDLE
 
 
-def plain(name: str) -> str:
-    """A kernel's name without parameters and types of template arguments, in which demanglers differ."""
+def canonical(name: str) -> str:
+    """A kernel's name without its parameters and the types of its template arguments, in which demanglers differ."""
     for word in ("void ", "(int)", "(bool)", "neox::", "(anonymous namespace)::", " "):
         name = name.replace(word, "")
     depth, end = 0, len(name)
@@ -34,11 +34,11 @@ def plain(name: str) -> str:
 
 
 def not_launched(operator: str, launched: Iterable[str]) -> list[str] | None:
-    """Kernels of an operator that did not run; None if they are not known, for want of a bundle."""
+    """Kernels of an operator that did not run; None without a bundle, which lists all of them."""
     path = BUNDLE / "kernels.json"
     if not path.exists():
         return None
-    return sorted(set(map(plain, json.loads(path.read_text())[operator])) - set(map(plain, launched)))
+    return sorted(set(map(canonical, json.loads(path.read_text())[operator])) - set(map(canonical, launched)))
 
 
 def check(operator: str, device: str, fewer: bool) -> int:

@@ -44,7 +44,7 @@ def commit() -> str:
 
 
 def machine(device: str) -> dict[str, object]:
-    """What it is and what it has."""
+    """Platform, versions and GPU of this machine."""
     row: dict[str, object] = {"platform": platform.platform(), "python": platform.python_version(), "commit": commit()}
     row |= {"cpus": len(os.sched_getaffinity(0)), "CUDA of torch": torch.version.cuda}
     row |= {package: version(package) for package in PACKAGES}
@@ -63,7 +63,7 @@ def machine(device: str) -> dict[str, object]:
 
 
 def operators(device: str) -> str:
-    """Loads the libraries and records which kernels each operator runs. Returns what failed, or an empty text."""
+    """Loads the libraries and records which kernels each operator runs. Returns what failed; empty if nothing did."""
     try:
         ops = importlib.import_module("neox.ops")
         importlib.import_module("neox._native")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,18 +62,14 @@ def profiled(device: torch.device) -> tuple[torch.profiler.profile, float]:
     return profile, seconds
 
 
-def rows(profile: torch.profiler.profile, device: torch.device) -> list[dict[str, object]]:
-    """The events that take longest, per step."""
-    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+def kernels_of(profile: torch.profiler.profile, device: torch.device) -> list[tuple[str, float, float]]:
+    """(name, microseconds, launches) of each kernel per step, by time."""
+    on_gpu = device.type == "cuda"
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    time_of = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
     events = [event for event in profile.key_averages() if event.device_type == kind]
-    time_of = (
-        (lambda event: event.self_device_time_total) if device.type == "cuda" else (lambda e: e.self_cpu_time_total)
-    )
     events.sort(key=time_of, reverse=True)
-    return [
-        {"kernel": event.key[:200], "us a step": time_of(event) / STEPS, "launches a step": event.count / STEPS}
-        for event in events
-    ]
+    return [(event.key[:200], time_of(event) / STEPS, event.count / STEPS) for event in events]
 
 
 def main() -> int:
@@ -81,13 +78,14 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     device = torch.device(parser.parse_args().device)
     profile, seconds = profiled(device)
-    found = rows(profile, device)
-    for row in found[:ROWS]:
+    kernels = kernels_of(profile, device)
+    for name, microseconds, launches in kernels[:ROWS]:
+        row = {"kernel": name, "us a step": microseconds, "launches a step": launches}
         record.add(row)
         print(row)
-    busy = sum(float(str(row["us a step"])) for row in found) * STEPS / 1e6
-    record.add({"step_s": seconds / STEPS, "busy": busy / seconds, "kernels": len(found)})
-    return 0 if found and busy > 0 else 1
+    busy = sum(microseconds for _, microseconds, _ in kernels) * STEPS / 1e6
+    record.add({"step_s": seconds / STEPS, "busy": busy / seconds, "kernels": len(kernels)})
+    return 0 if busy > 0 else 1
 
 
 if __name__ == "__main__":

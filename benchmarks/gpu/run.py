@@ -27,7 +27,7 @@ import record
 from gpu.calls import BUILD_LIMIT, CALLS, LIMITS, ROOT, Command, Step, build
 
 GRACE = 3  # seconds between SIGINT, which ends Python with what it has, and SIGKILL
-STUCK = 2  # seconds after SIGKILL: a process that a driver holds is abandoned
+STUCK = 2  # seconds after SIGKILL until a process, which a driver may hold, is abandoned
 POLL = 0.05
 LOG_BYTES = 200_000  # of the output of one command
 LATE = "out of time"
@@ -68,11 +68,11 @@ class Call:
         device: "cuda" or "cpu".
         out: folder of the results.
         limit: seconds of the call.
-        stretch: factor of the limits of its steps, for a trial on a busy machine.
+        stretch: factor on the limits of its steps, for a busy machine.
         start: when it began.
         outcomes: one JSON document per step.
-        shares: seconds of the steps so far, by their limits.
-        stopped: why the remaining steps do not run.
+        allotted: sum of the limits of the steps so far, in seconds.
+        stopped: why the remaining steps do not run; empty if they do.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Call:
     stretch: float = 1.0
     start: float = field(default_factory=time.monotonic)
     outcomes: list[dict] = field(default_factory=list)
-    shares: float = 0.0
+    allotted: float = 0.0
     stopped: str = ""
 
     @property
@@ -91,9 +91,9 @@ class Call:
         return all(outcome["status"] == "ok" for outcome in self.outcomes)
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Runs the steps in turn, and the build if the first step asks for it; a row of it can end the call, too."""
+        """Runs the steps in turn. A row of the first step can ask for a build, or for the end of the call."""
         for step in steps:
-            self.shares += step.limit * self.stretch
+            self.allotted += step.limit * self.stretch
             outcome = self.step(step)
             if reason := asked(outcome, record.BUILD):
                 outcome = self.step(Step(step.name, BUILD_LIMIT, lambda _: build()), reason=reason)
@@ -104,7 +104,7 @@ class Call:
     def limit_of(self, step: Step) -> float:
         """Seconds for a step: its limit, and what the steps before it left of theirs."""
         passed = time.monotonic() - self.start
-        return min(max(step.limit * self.stretch, self.shares - passed), self.limit - passed)
+        return min(max(step.limit * self.stretch, self.allotted - passed), self.limit - passed)
 
     def step(self, step: Step, reason: str = "") -> dict:
         """Runs one step and returns its document."""
@@ -135,8 +135,10 @@ class Call:
         return outcome
 
     def commands(self, step: Step, deadline: float, path: Path, log: TextIO, folder: Path) -> Iterator[str]:
-        """Runs a step's commands, the others after a failed one too, and yields what failed. Output goes to a folder
-        first: were it in $OUT, a call that is killed would leave too many files there.
+        """Runs all commands of a step and yields what failed.
+
+        Their output goes to files in `folder`, and from there to the log: a call that is killed must not leave more
+        files in $OUT than the machine returns.
         """
         environment = {**os.environ, **step.environment, record.VARIABLE: str(path)}
         waiting = deque(step.commands(self.device))
@@ -158,7 +160,7 @@ class Call:
                     if failure:
                         yield failure
                 time.sleep(POLL)
-        finally:  # this program is interrupted
+        finally:  # this program may be interrupted
             for one in running:
                 one.signal(signal.SIGKILL)
 
@@ -181,27 +183,27 @@ def asked(outcome: dict, what: str) -> str:
     return next((row["because"] for row in outcome["rows"] if row.get("then") == what), "")
 
 
-def ended(running: Sequence[Running], late: float) -> list[Running]:
-    """The commands that have ended or are abandoned, after a signal to those that are late.
+def ended(running: Sequence[Running], overtime: float) -> list[Running]:
+    """Interrupts or kills commands that are late. Returns those that have ended or are abandoned.
 
     Args:
         running: the commands.
-        late: seconds since their deadline; negative before it.
+        overtime: seconds since their deadline; negative before it.
     """
     for one in running:
-        if late >= 0:
+        if overtime >= 0:
             one.signal(signal.SIGKILL)
-        elif late >= -GRACE and not one.interrupted:
+        elif overtime >= -GRACE and not one.interrupted:
             one.interrupted = True
             one.signal(signal.SIGINT)
-    found = [one for one in running if late >= STUCK or one.process.poll() is not None]
+    found = [one for one in running if overtime >= STUCK or one.process.poll() is not None]
     for one in found:
         one.signal(signal.SIGKILL)  # what it left running
     return found
 
 
 def start_command(command: Command, environment: dict[str, str], folder: Path) -> Running:
-    """Starts a command in a session of its own, its output to a file."""
+    """Starts a command in its own session, with its output in a file."""
     output = folder / f"{time.monotonic_ns()}"
     with output.open("wb") as stream:
         process = subprocess.Popen(
@@ -233,7 +235,7 @@ def line_of(outcome: dict) -> str:
 
 
 def lacking(modules: Sequence[str]) -> list[str]:
-    """The modules that Python cannot find, those that the first step installed included."""
+    """The modules that Python cannot find. The first step may have installed some since this program started."""
     importlib.invalidate_caches()
     return [name for name in modules if importlib.util.find_spec(name) is None]
 

@@ -1,7 +1,7 @@
 """Runs pytest and records what fails as soon as it fails: `run_tests.py --device cuda tests/ops -m "not sweep"`.
 
-Other arguments are pytest's. Files with failures run once more, each in a process of its own: a kernel that fails can
-take its process along, and the tests of other kernels that ran there.
+Other arguments are pytest's. Files with failures run once more, each in its own process: a kernel that fails can end
+its process, and with it the tests of other kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED"
 ALONE = re.compile(rf"(?P<file>tests/\S+\.py)(?P<test>::.*?)? (?P<outcome>{OUTCOMES})\b")
 PARALLEL = re.compile(rf"\[gw\d+\] \[ *\d+%\] (?P<outcome>{OUTCOMES}) (?P<file>tests/\S+\.py)(?P<test>::.*)?")
 REASON = re.compile(r"^(?:FAILED|ERROR) (tests/[^ ]+\.py)(::.*?)? - (.*)$")
-EVERY = 2.0  # seconds between updates of the counts
+UPDATE_INTERVAL = 2.0  # seconds between updates of the counts
 
 
 def result_of(line: str) -> tuple[str, str, str] | None:
@@ -45,7 +45,7 @@ class Counts:
         self.outcomes[outcome.lower()] += 1
         if outcome in ("FAILED", "ERROR"):
             self.files.add(file)
-        if time.monotonic() - self.written > EVERY:
+        if time.monotonic() - self.written > UPDATE_INTERVAL:
             self.write()
 
     def write(self, **more: object) -> None:

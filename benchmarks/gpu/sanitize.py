@@ -1,6 +1,7 @@
 """Attention under a tool of compute-sanitizer: `sanitize.py memcheck --device cuda`.
 
-Without the tool, on a machine without a GPU, the same program runs without it.
+With `--device cpu`, or where compute-sanitizer is missing, the same program runs without it. On a GPU that is a
+failure.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import record
 from gpu.calls import script
 
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
-FOUND = 9  # exit code that the tool is given for what it finds
+FOUND = 9  # exit code of the tool if it finds something
 
 
 def sanitizer() -> str | None:

@@ -1,7 +1,7 @@
-"""A training of 20 steps through the command line, again with a kill and a resume, and generation from its checkpoint.
+"""Runs `neox` from text to generation: 20 training steps, the same with a kill and a resume, and a prompt.
 
-Its tokenizer and its text come from this repository's documentation. `train_and_resume.py --device cuda` trains in
-bf16 at ZeRO 1 and, for 10 steps, in fp16; `--device cpu` trains a smaller model in fp32.
+The tokenizer and the text come from this repository's documentation. `train_and_resume.py --device cuda` trains in bf16
+at ZeRO 1 and, for 10 steps, in fp16; `--device cpu` trains a smaller model in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import record
 from gpu.calls import ROOT
 
-STEPS, KILL_AT, SHORT = 20, 10, 10
+STEPS, KILL_AT, FP16_STEPS = 20, 10, 10
 DIFFERS = 4  # exit code of verify-resume
 
 
@@ -32,7 +32,7 @@ def neox(*words: object, wanted: tuple[int, ...] = (0,)) -> tuple[str, float]:
     """Runs `neox ...` and returns its output and its seconds.
 
     Raises:
-        Failed: it ended with another exit code than those that are wanted.
+        Failed: its exit code is not one of `wanted`.
     """
     command = [sys.executable, "-m", "neox.cli.main", *map(str, words)]
     start = time.monotonic()
@@ -76,32 +76,12 @@ def config(folder: Path, device: str) -> Path:
 
 def prepare(folder: Path) -> None:
     """The tokenizer and the data."""
-    neox(
-        "tokenizer",
-        "train",
-        "--input",
-        ROOT / "docs",
-        "--suffix",
-        ".md",
-        "--vocab-size",
-        1024,
-        "--out",
-        folder / "tokenizer.json",
-    )
-    neox(
-        "preprocess",
-        "--input",
-        ROOT / "docs",
-        "--suffix",
-        ".md",
-        "--tokenizer",
-        folder / "tokenizer.json",
-        "--out",
-        folder / "text",
-    )
+    text, tokenizer = ("--input", ROOT / "docs", "--suffix", ".md"), folder / "tokenizer.json"
+    neox("tokenizer", "train", *text, "--vocab-size", 1024, "--out", tokenizer)
+    neox("preprocess", *text, "--tokenizer", tokenizer, "--out", folder / "text")
 
 
-def learned(name: str, run: Path) -> None:
+def record_losses(name: str, run: Path) -> None:
     """Records first and last loss of a run, and the median rate of its second half.
 
     Raises:
@@ -118,8 +98,12 @@ def learned(name: str, run: Path) -> None:
         raise Failed(f"{name}: the loss did not fall: {first} to {last}")
 
 
-def resume(folder: Path, path: Path) -> None:
-    """Three runs: one without interruption, one that is killed, and its continuation, which must be bitwise."""
+def kill_and_resume(folder: Path, path: Path) -> None:
+    """Three runs: one without interruption, one that is killed, and its continuation, which must match bit for bit.
+
+    Raises:
+        Failed: it does not match, or a loss did not fall.
+    """
     options = ("--steps", STEPS, "--kill-at", KILL_AT, "--json", "--dir", folder / "runs")
     straight = folder / "runs" / "straight"
     try:
@@ -128,13 +112,13 @@ def resume(folder: Path, path: Path) -> None:
         record.add({"compared": len(rows), "differ": [row["name"] for row in rows if not row["equal"]], "s": seconds})
     finally:  # also if a later run fails or is late
         if (straight / "metrics.jsonl").exists():
-            learned(f"{STEPS} steps", straight)
+            record_losses(f"{STEPS} steps", straight)
     if not all(row["equal"] for row in rows):
         raise Failed("the resumed run differs")
 
 
 def generate(folder: Path, device: str) -> None:
-    """From the newest checkpoint of these runs."""
+    """Generates text from the newest checkpoint of these runs."""
     run = next((folder / "runs" / name for name in ("resumed", "straight") if (folder / "runs" / name).exists()), None)
     if run is None:
         raise Failed("there is no run to generate from")
@@ -144,10 +128,10 @@ def generate(folder: Path, device: str) -> None:
 
 
 def train_fp16(folder: Path, path: Path) -> None:
-    """With a loss scale; not on a CPU."""
-    options = ("precision.dtype=fp16", f"train.train_iters={SHORT}", f"run.dir={folder / 'fp16'}")
+    """Trains in fp16 with a loss scale, which runs on GPUs only."""
+    options = ("precision.dtype=fp16", f"train.train_iters={FP16_STEPS}", f"run.dir={folder / 'fp16'}")
     neox("train", "--conf", path, "--set", *options)
-    learned(f"{SHORT} steps in fp16", folder / "fp16")
+    record_losses(f"{FP16_STEPS} steps in fp16", folder / "fp16")
 
 
 def main() -> int:
@@ -160,7 +144,7 @@ def main() -> int:
         folder = Path(name)
         path = config(folder, device)
         prepare(folder)
-        parts = [partial(resume, folder, path), partial(generate, folder, device)]
+        parts = [partial(kill_and_resume, folder, path), partial(generate, folder, device)]
         for part in [*parts, *([partial(train_fp16, folder, path)] if device == "cuda" else [])]:
             try:
                 part()

@@ -44,8 +44,8 @@ struct Region {
     std::vector<bool> touched;
 };
 
-// Vector clock of a thread: its local clock, and what it has synchronised with. `others` has an entry per thread and per
-// mbarrier, and is shared by the threads that met at a barrier.
+// Vector clock of a thread: its local clock, and those that it has synchronised with. `others` has an entry per thread
+// and per mbarrier, and is shared by the threads that met at a barrier.
 struct Clock {
     std::shared_ptr<const std::vector<uint32_t>> others;
     uint32_t own = 1;

@@ -12,7 +12,7 @@ namespace simt {
 void suspend(const char* what);  // the running thread waits until resume(its index)
 void resume(int thread);
 
-// From a 32-bit address in shared memory to the host's; window_address() in async.h is the way back. The bytes must exist.
+// The host's address of a 32-bit address in shared memory, the inverse of window_address(). The bytes must exist.
 char* window_data(uint32_t address, size_t bytes, const char* what);
 
 namespace async {

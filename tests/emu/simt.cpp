@@ -143,7 +143,8 @@ void yield_processor(Thread& self) {
 }
 
 void check_exit(const Thread& self) {
-    if (!self.open_group.empty() || !self.groups.empty()) abandon_launch(name_of(self) + " exits with cp.async in flight");
+    if (!self.open_group.empty() || !self.groups.empty())
+        abandon_launch(name_of(self) + " exits with cp.async in flight");
     for (const Barrier& barrier : block.barriers) {
         const bool doomed = !barrier.arrived.empty() && barrier.expected > block.live - 1;
         if (doomed) abandon_launch(name_of(self) + " exits while others wait in a block barrier" + waiting_threads());

@@ -209,8 +209,8 @@ void values() {
     for (const auto& group : {masks(), generals(), sizes()}) {
         for (const Case& c : group) {
             check<__nv_bfloat16>(c, index);
-            // One key too many of 64 is within the tolerance of bf16, so the cases at a tile's first and last key (6, 7)
-            // also run in fp16.
+            // One key too many of 64 is within the tolerance of bf16, so the cases at a tile's first and last key run
+            // in fp16, too.
             if (index % 6 == 2 || index == 6 || index == 7) check<__half>(c, index);
             ++index;
         }

@@ -61,7 +61,7 @@ struct Machine {
     };
     std::vector<ParameterLine> parameters;
     std::vector<char> registers;
-    // For each byte of each buffer of simt::memory(): whether the launch wrote it, or read it with .nc (bits of Access).
+    // For each byte of each buffer of simt::memory(): whether the launch wrote it, or read it with .nc.
     std::vector<std::vector<uint8_t>> touched;
     // An aligned instruction that lanes of a warp have reached, and their number: 0 once all have.
     struct Convergence {
