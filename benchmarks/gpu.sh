@@ -3,8 +3,8 @@
 # python3 with torch 2.11 or later.
 #
 #   make gpu-bundle                      elsewhere: libraries and packages that the machine lacks, in build/gpu-bundle
-#   OUT=results/a benchmarks/gpu.sh a    240 s: versions, every kernel against fp64, compute-sanitizer, tests/ops, a part
-#                                        of the sweep
+#   OUT=results/a benchmarks/gpu.sh a    240 s: versions, every kernel against fp64, compute-sanitizer, tests/ops, and
+#                                        a part of the sweep
 #   OUT=results/b benchmarks/gpu.sh b    300 s: attention, memory-bound operators, a model's step, a run that is killed
 #                                        and resumed, a profile
 #   DEVICE=cpu benchmarks/gpu.sh a       rehearsal: the same steps on the CPU with fewer and smaller cases; STRETCH=5

@@ -7,9 +7,9 @@
         engine.train_step(batches)
     print(gpu.events)
 
-Everything that makes the host wait for the device is counted with the source line that asks for it: values that are
-read, synchronisations, and copies between pageable host memory and the device. A read gets a plausible value. An
-operator whose inputs are on different devices raises. Nothing is computed.
+Everything that makes the host wait for the device is counted with the source line that causes it: values that are
+read, synchronisations, and copies between pageable host memory and the device. Nothing is computed: a read returns a
+plausible value. An operator whose inputs are on different devices raises.
 
 A torch without CUDA needs tests.cuda.fake_device, imported before torch, for gradients.
 """
@@ -48,7 +48,7 @@ PACKAGES = {name: folder_of(name) for name in ("neox", "deepspeed")}
 
 
 class Event(NamedTuple):
-    """Something that the host does, and the innermost line of neox or DeepSpeed that asks for it.
+    """Something that the host does, and the innermost line of neox or DeepSpeed that causes it.
 
     Attributes:
         kind: "read", "synchronize", "pageable copy" or "pinned copy".
@@ -75,7 +75,7 @@ class FakeCuda(TorchDispatchMode):
             numbers 1.
 
     Attributes:
-        events: how often each thing happened so far; clear it to begin a count.
+        events: number of times that each event has happened; clear it to begin a count.
     """
 
     def __init__(self, read: Callable[[torch.Tensor], float] | None = None):
@@ -86,7 +86,7 @@ class FakeCuda(TorchDispatchMode):
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> FakeCuda:
-        tensors = CudaTensors(allow_non_fake_inputs=True)  # before torch is patched: it imports the compiler
+        tensors = CudaTensors(allow_non_fake_inputs=True)  # imports torch's compiler, so before torch is patched
         self.stack.enter_context(patched_torch(self))
         self.stack.enter_context(flash_attention())
         self.stack.enter_context(tensors)
@@ -168,7 +168,7 @@ def calling_line() -> tuple[str, int]:
 
 @contextlib.contextmanager
 def flash_attention() -> Iterator[None]:
-    """Let scaled_dot_product_attention choose flash where a GPU does: a CPU build would choose the plain formula."""
+    """Let scaled_dot_product_attention choose flash where a GPU does: a CPU build chooses the unfused formula."""
     choose = functional.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -231,7 +231,7 @@ class FakeEvent(FakeStream):
 
 @contextlib.contextmanager
 def patched_torch(gpu: FakeCuda) -> Iterator[None]:
-    """Replace what torch asks a driver for, and the methods that need a value or an address."""
+    """Replace the functions that call the driver, and the tensor methods that need a value or an address."""
     FakeStream.gpu = gpu
     stream = FakeStream()
     properties = SimpleNamespace(
@@ -286,14 +286,14 @@ def patched_torch(gpu: FakeCuda) -> Iterator[None]:
 def converted(
     module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> torch.nn.Module:
-    """`Module._apply`, which sets the data of real parameters, but exchanges fake ones, even if they have hooks."""
+    """`Module._apply` for fake parameters: sets their data, where torch would swap them, even those with hooks."""
     for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
         tensor.data = function(tensor.data)
     return module
 
 
 def read_list(gpu: FakeCuda, tensor: torch.Tensor) -> object:
-    """`tolist`: one read, however many elements."""
+    """`tolist`: one read for all elements."""
     if tensor.device.type == "cuda":
         gpu.note("read")
     element = as_python(gpu.read(tensor), tensor.dtype)

@@ -26,7 +26,7 @@ def torch_folder() -> Path:
 
 
 def build(torch: Path) -> Path:
-    """Compile the library for a torch, unless a previous process has.
+    """Compile the library for a torch, unless an earlier process did.
 
     Raises:
         RuntimeError: the compiler failed.

@@ -2,8 +2,8 @@
 
     python -m tests.cuda.fake_runs OUT
 
-writes, for every run, what the host waited for (tests.cuda.fake_cuda), or the error that ended it, as JSON; for the
-run "account", what a step asks of the device (benchmarks/train/engine_account.py).
+writes, for every run, what the host waited for (tests.cuda.fake_cuda), or the error that ended it, as JSON. The runs
+"account" and "copies" write what a step and a copy ask of the device (benchmarks/train/engine_account.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Answer = dict[str, list]  # kind of event -> [site:line, count] of each
 
 @dataclass(frozen=True)
 class Layout:
-    """An engine's precision and layout; the processes that are left over are data-parallel."""
+    """Precision and layout of an engine, and its rank."""
 
     dtype: str
     zero: int
@@ -138,7 +138,7 @@ def make_engine(layout: Layout, accumulation: int) -> Engine:
 
 
 def agreeing_ranks(gpu: FakeCuda) -> contextlib.AbstractContextManager[None]:
-    """Stage 3 compares lists of the ranks by reading them; a fake group has only this rank's. Each read is counted."""
+    """Let stage 3 find equal lists on all ranks, which a fake group does not exchange. Each comparison is a read."""
 
     def same(values: list[int]) -> list[int]:
         gpu.note("read")
@@ -175,7 +175,7 @@ def in_the_model(row: account.Row) -> bool:
 
 
 def account_for_step() -> Answer:
-    """A step in bf16 with ZeRO 1 on one GPU: the model's copies, and what is around the model."""
+    """Copies of the model, and launches and bytes around the model, in a bf16 step with ZeRO 1 on one GPU."""
     config = Config.model_validate(
         {
             "model": SIZES | FORMS["neox"] | {"attention_backend": "native"},
@@ -232,7 +232,7 @@ def planted() -> dict[str, Callable[[], object]]:
 
 
 def runs(gpu: FakeCuda) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, run) of everything."""
+    """(name, function) of every run."""
     for form in FORMS:
         for checkpointing in ("none", "selective", "full"):
             documents = checkpointing != "none" and form != "alibi"

@@ -1,8 +1,8 @@
 """Instruction counts of hot loops, from the SASS that nvdisasm prints.
 
-A loop has rare paths: masks at the diagonal, rows that 16-byte accesses cannot read, the last pack of a row. What
-decides the speed is the ordinary path. It is found in the control-flow graph: of all paths once around the loop with
-the memory accesses of one pass, the one that ranks first (Pass).
+A loop has rare paths: masks at the diagonal, rows that 16-byte accesses cannot read, the last pack of a row. The
+ordinary path decides the speed. It is found in the control-flow graph: of all paths once around the loop with the
+memory accesses of one pass, it is the one that ranks first (Pass).
 """
 
 from __future__ import annotations
@@ -100,8 +100,11 @@ def symbols_of(elf: bytes) -> dict[str, int]:
 
 
 def disassemble(cubin: Path, kernels: list[re.Pattern[str]] | None = None) -> str:
-    """The SASS of the kernels of a cubin whose mangled names match, with labels. None: of all kernels, which may take
-    nvdisasm three times as long.
+    """The SASS of kernels of a cubin, with labels.
+
+    Args:
+        cubin: the file.
+        kernels: patterns of their mangled names; None for all kernels, which takes up to three times as long.
 
     Raises:
         FileNotFoundError: nvdisasm is missing.
@@ -212,7 +215,7 @@ Chain = tuple[Counter[str], "Chain | None"]  # the counts of a block, and the re
 
 
 @dataclass(frozen=True)
-class Way:
+class BestPath:
     """The best path known with some number of accesses."""
 
     rank: tuple[int, ...]
@@ -228,15 +231,15 @@ class Way:
         return total
 
 
-Ways = dict[int, Way]  # number of accesses -> the best path with that many
+BestPaths = dict[int, BestPath]  # number of accesses -> the best path with that many
 
 
-class Around:
+class PathSearch:
     """The best paths once around a loop, or from a block to the end of the kernel, per number of accesses."""
 
     def __init__(self, blocks: list[Block], loop: Loop, loops: list[Loop], wanted: Pass):
         self.blocks, self.loop, self.wanted = blocks, loop, wanted
-        self.end = {0: Way((0,) * (len(wanted.work) + 1), None)}
+        self.end = {0: BestPath((0,) * (len(wanted.work) + 1), None)}
         inner = [
             one
             for one in loops
@@ -245,20 +248,20 @@ class Around:
             and any(matching(blocks[at].counts, wanted.work[0]) for at in one.body)
         ]
         self.inner = {one.head: one for one in inner if not any(one.body < other.body for other in inner)}
-        self.hidden = {at for one in self.inner.values() for at in one.body} - set(self.inner)
-        self.turned: dict[int, Counter[str]] = {}
+        self.hidden = {at for one in self.inner.values() for at in one.body} - set(self.inner)  # all but their heads
+        self.unrolled: dict[int, Counter[str]] = {}  # head -> counts of all iterations of an inner loop
         for head, one in self.inner.items():
-            best = max(Around(blocks, one, loops, wanted).ways().values(), key=lambda way: way.rank)
-            self.turned[head] = Counter({opcode: count * wanted.turns for opcode, count in best.counts().items()})
-        self.known: dict[int, Ways] = {}
+            best = max(PathSearch(blocks, one, loops, wanted).paths().values(), key=lambda path: path.rank)
+            self.unrolled[head] = Counter({opcode: count * wanted.turns for opcode, count in best.counts().items()})
+        self.known: dict[int, BestPaths] = {}
         self.pending: set[int] = set()
 
-    def ways(self) -> Ways:
+    def paths(self) -> BestPaths:
         """Paths from the loop's head back to it."""
         return self.from_block(self.loop.head)
 
-    def from_block(self, at: int) -> Ways:
-        """Paths from a block to the loop's head, or to the kernel's end, that avoid the blocks on the way to it."""
+    def from_block(self, at: int) -> BestPaths:
+        """Paths from a block to the loop's head, or to the kernel's end, that avoid the blocks on the path to it."""
         if at in self.known or at in self.pending:
             return self.known.get(at, {})
         self.pending.add(at)
@@ -268,9 +271,9 @@ class Around:
             if inner
             else set(self.blocks[at].following)
         )
-        mine = self.turned[at] if inner else self.blocks[at].counts
+        mine = self.unrolled[at] if inner else self.blocks[at].counts
         rank, accesses = self.wanted.rank(mine), matching(mine, self.wanted.accesses)
-        ways: Ways = {}
+        paths: BestPaths = {}
         if self.wanted.straight and not exits and mine["EXIT"]:
             exits = {self.loop.head}
         for target in exits:
@@ -280,19 +283,20 @@ class Around:
                 rest = self.from_block(target)
             else:
                 continue
-            for count, way in rest.items():
-                total = tuple(map(sum, zip(way.rank, rank, strict=True)))
-                known = ways.get(count + accesses)
+            for count, path in rest.items():
+                total = tuple(map(sum, zip(path.rank, rank, strict=True)))
+                known = paths.get(count + accesses)
                 if count + accesses <= self.wanted.count * 2 and (known is None or total > known.rank):
-                    ways[count + accesses] = Way(total, (mine, way.chain))
+                    paths[count + accesses] = BestPath(total, (mine, path.chain))
         self.pending.discard(at)
-        self.known[at] = ways
-        return ways
+        self.known[at] = paths
+        return paths
 
 
 def pass_counts(blocks: list[Block], wanted: Pass) -> Counter[str]:
-    """Opcode counts of one ordinary pass; empty if there is none. Of the loops that have such a path, the outermost
-    with opcodes of the first pattern of `work` count, and of these the one that ranks first.
+    """Opcode counts of one ordinary pass; empty if there is none.
+
+    Candidates are the outermost loops with opcodes of the first pattern of `work`; the path that ranks first is taken.
     """
     loops = loops_of(blocks)
     if wanted.straight:
@@ -300,6 +304,6 @@ def pass_counts(blocks: list[Block], wanted: Pass) -> Counter[str]:
     else:
         hot = [one for one in loops if any(matching(blocks[at].counts, wanted.work[0]) for at in one.body)]
         candidates = [one for one in hot if not any(one.body < other.body for other in hot)]
-    found = [Around(blocks, loop, loops, wanted).ways().get(wanted.count) for loop in candidates]
-    best = max((way for way in found if way), key=lambda way: way.rank, default=None)
+    found = [PathSearch(blocks, loop, loops, wanted).paths().get(wanted.count) for loop in candidates]
+    best = max((path for path in found if path), key=lambda path: path.rank, default=None)
     return best.counts() if best else Counter()

@@ -2,8 +2,8 @@
 
 A pass of a hot loop keeps several units of a multiprocessor busy: the schedulers issue one instruction per clock, and
 the tensor cores, the shared memory, the integer unit and the exponential unit have rates of their own. The busiest one
-bounds the kernel, if all the others overlap with it. Latency, occupancy, bank conflicts, the L2 cache and
-the ends of loops are not in it: the bound can be missed, but not exceeded.
+bounds the kernel, if all the others overlap with it. Latency, occupancy, bank conflicts, the L2 cache and the ends of
+loops are ignored: a kernel may be slower than its bound, but not faster.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ WIDTH = re.compile(r"\.(128|64)\b")
 
 
 def by_class(counts: Counter[str]) -> Counter[str]:
-    """Sums opcodes by class. What is in no other class is 'integer': arithmetic, moves, special registers."""
+    """Sums opcodes by class. All others are 'integer': arithmetic, moves, special registers."""
     classes: Counter[str] = Counter()
     for opcode, count in counts.items():
         name = next((name for name, pattern in CLASS_PATTERN.items() if pattern.match(opcode)), "integer")
@@ -104,7 +104,7 @@ def clocks_of(counts: Counter[str], device: Device) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Hot:
-    """A hot kernel, how to count a pass of it, and what a change may not fall below.
+    """A hot kernel, how to count a pass of it, and its limits.
 
     Attributes:
         title: in the report.
@@ -114,7 +114,7 @@ class Hot:
         limits: instructions per pass, on the architectures on which it is counted.
         moved: bytes to and from global memory that a thread needs to move in a pass; 0 for attention.
         floor: lowest bound, in percent of a copy; 0 for attention.
-        ldsm: most clocks of ldmatrix per clock of the tensor cores; 0: not limited.
+        ldsm: largest number of clocks of ldmatrix per clock of the tensor cores; 0 if it is not limited.
     """
 
     title: str
@@ -163,7 +163,7 @@ class Row:
         return units["shared"] / tensor if tensor else 0
 
     def problems(self, architecture: str) -> list[str]:
-        """What is beyond its limit."""
+        """A line per limit that is exceeded."""
         total, limit = sum(self.counts.values()), self.hot.limits[architecture]
         name = f"{self.hot.title} on {architecture}"
         found = []
@@ -177,7 +177,7 @@ class Row:
 
 
 def pattern(text: str) -> re.Pattern[str]:
-    """Compiled, at the beginning of an opcode or anywhere in a name."""
+    """A compiled pattern: matched at the beginning of an opcode, or searched in a kernel's name."""
     return re.compile(text)
 
 
@@ -233,8 +233,7 @@ def limits(sm_90a: int, sm_80: int) -> dict[str, int]:
     return {"sm_90a": sm_90a, "sm_80": sm_80}
 
 
-# ldmatrix was the limit of the backward. The general kernels of the backward are counted on sm_90a only: on sm_80 their
-# copies are in a loop of another form.
+# The general kernels of the backward are counted on sm_90a only: on sm_80 their copies are in a loop of another form.
 ATTENTION = [
     attention("forward", 64, False, limits(752, 751), copies=8),
     attention("forward", 96, False, limits(926, 926), copies=12),

@@ -98,22 +98,11 @@ def wheel_url(version: str) -> str:
     Raises:
         Unavailable: pip's index has no such wheel for this interpreter and machine, or is not reachable.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--dry-run",
-        "--quiet",
-        "--no-deps",
-        "--ignore-installed",
-        "--only-binary=:all:",
-    ]
-    # A machine's configuration may constrain torch. That concerns installations, and nothing is installed here.
+    options = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:", "--report", "-")
+    command = [sys.executable, "-m", "pip", "install", *options, f"torch=={version}"]
+    # The configuration of a machine may constrain the torch that is installed; nothing is installed here.
     environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
-    done = subprocess.run(
-        [*command, "--report", "-", f"torch=={version}"], capture_output=True, text=True, env=environment, timeout=300
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     if done.returncode:
         raise Unavailable(f"pip finds no torch {version}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout)["install"][0]["download_info"]["url"]

@@ -4,8 +4,8 @@
 namespace ptx {
 namespace {
 
-// shfl.sync: c holds the last lane of a segment in bits 0-4, and the mask that gives its first lane in bits 8-12. A lane
-// whose source is outside its segment gets its own value, and the predicate is false.
+// shfl.sync: c holds the last lane of a segment in bits 0-4, and the mask that gives its first lane in bits 8-12. A
+// lane whose source is outside its segment gets its own value, and the predicate is false.
 template <bool kXor>
 const Instruction* shuffle(Thread& t, const Instruction& i) {
     const auto value = t.at<uint32_t>(i.operands[2]), by = t.at<uint32_t>(i.operands[3]) & 31,
