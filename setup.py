@@ -2,8 +2,9 @@
 
 One operator library is built per CPU instruction set and one is loaded at run time, so that a build travels between
 machines of a cluster. NEOX_BUILD_ISA="avx2" (a comma-separated list) builds fewer, for development. Where there are
-nvcc and a torch with CUDA, neox._ops.cuda holds the CUDA kernels, for the architectures of TORCH_CUDA_ARCH_LIST, else
-sm_80, sm_90a, sm_100 and PTX as far as the nvcc knows them. NEOX_BUILD_CUDA=0 leaves it out.
+nvcc and a torch with CUDA, neox._ops.cuda holds the CUDA kernels, for the architectures of TORCH_CUDA_ARCH_LIST, or
+else those of sm_80, sm_90a and sm_100 that nvcc supports, and PTX. *_hopper_cuda.cu are always compiled for sm_90a.
+NEOX_BUILD_CUDA=0 leaves the library out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 INSTALL = "pip install torch==2.13.0 && pip install -e ."
-# -g0: python's own flags ask for -g, which takes the compiler as long as optimizing does; names of functions stay.
+# -g0 overrides the -g of Python's flags, which doubles the time of the compiler. Symbols of functions remain.
 HOST_FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
-STABLE_ABI = "0x020b000000000000"  # libtorch stable ABI of torch 2.11: one binary for that and every later torch
+STABLE_ABI = "0x020b000000000000"  # libtorch stable ABI of torch 2.11: a binary runs with it and every later torch
 
 CPU_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -43,9 +44,9 @@ CPU_ISA_FLAGS = {
     "portable": [],
 }
 
-# A plain `pip install -e .` builds in an isolated environment without torch. The extensions must be compiled against
-# the torch they will run with, so the packages of the environment that pip installs into are appended: what pip put
-# into the isolated environment still comes first.
+# `pip install -e .` builds in an isolated environment without torch. The extensions must be compiled against the torch
+# that they will run with, so the packages of the environment that pip installs into are appended. Those of the isolated
+# environment come first.
 sys.path += [path for path in dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))) if path not in sys.path]
 
 try:
@@ -61,7 +62,7 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(Path(found).relative_to(ROOT)) for found in glob(str(ROOT / pattern), recursive=True))
 
 
-HOPPER = "_hopper_cuda.cu"  # the end of the names of sources for sm_90a only
+HOPPER = "_hopper_cuda.cu"  # suffix of sources for sm_90a only
 
 SHARED_FILES = [*sources("configs/**/*.yml"), "train.py", "launch/slurm.sh"]
 
@@ -97,18 +98,18 @@ def cuda_architectures(nvcc: Path) -> list[str]:
         return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     flags, newest = [], ""
-    # sm_100 is assembled from the code for compute_90: that needs no instruction of later ones, takes fewer registers,
-    # and nvcc optimizes once for both
+    # sm_100 is assembled from the code for compute_90: the kernels need no later instructions, it takes fewer registers
+    # than code for compute_100, and nvcc optimizes once for both
     for source, chips in {"compute_80": ("sm_80",), "compute_90": ("sm_90a", "sm_100")}.items():
         for chip in chips:
-            if chip.rstrip("a") in known:  # the list leaves out the variants "a"
+            if chip.rstrip("a") in known:  # nvcc does not list variants such as sm_90a
                 flags.append(f"-gencode=arch={source},code={chip}")
                 newest = source
     return [*flags, f"-gencode=arch={newest},code={newest}"]
 
 
 def cuda_ops() -> list[CppExtension]:
-    """The library of CUDA kernels, where it can be built: the operators that have one, with their bindings."""
+    """The library of CUDA kernels and the bindings of their operators; empty if it cannot be built."""
     nvcc = Path(CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
     if torch.version.cuda is None or not nvcc.exists() or os.environ.get("NEOX_BUILD_CUDA") == "0":
         return []
@@ -143,10 +144,8 @@ def cuda_ops() -> list[CppExtension]:
                     *cuda_architectures(nvcc),
                 ],
             },
-            extra_link_args=[
-                "-Wl,--no-as-needed",
-                "-ltorch",
-            ],  # keeps libtorch, which brings torch's own CUDA library into the symbols' scope
+            # nothing refers to libtorch itself, but through it the loader finds the symbols of libtorch_cuda
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         )
     ]
 
@@ -154,7 +153,7 @@ def cuda_ops() -> list[CppExtension]:
 def hopper_objects(folder: Path) -> list[str]:
     """Compiles the kernels for sm_90a into a folder, and returns the objects.
 
-    No other target has their instructions, and setuptools knows one list of flags per library.
+    No other architecture has their instructions, and setuptools passes the same flags to all sources of a library.
     """
     folder.mkdir(parents=True, exist_ok=True)
     read = ["setup.py", *sources("csrc/common/*.*"), *sources("csrc/ops/**/*.h"), *sources("csrc/ops/**/*.cu*")]
@@ -170,8 +169,7 @@ def hopper_objects(folder: Path) -> list[str]:
 
     stale = [source for source, target in targets.items() if not target.exists() or target.stat().st_mtime < newest]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
-        for _ in pool.map(compile_source, stale):  # raises what a compiler reported
-            pass
+        list(pool.map(compile_source, stale))  # raises the error of a compiler
     return [str(target) for target in targets.values()]
 
 

@@ -1,9 +1,9 @@
-"""How gradients reach the optimizer, with fewer passes over them than DeepSpeed makes.
+"""Passes gradients to the optimizer with fewer reads and writes than DeepSpeed.
 
-DeepSpeed (0.19.8) moves 66 bytes per parameter and step around AdamW's 28 in bf16 at stage 1, and starts more kernels
-than the model (benchmarks/train/bench_account.py): it casts each gradient to fp32 before it adds it to sums that it
-clears twice, and even a single process flattens, rounds and copies all sums to reduce them over nobody. Here it is 18.
-The price is that three methods of DeepSpeed's are replaced; tests/cuda/test_fake_cuda.py counts what is left.
+In bf16 at stage 1, AdamW moves 28 bytes per parameter and step. DeepSpeed (0.19.8) moves 66 more, and launches more
+kernels than the model (benchmarks/train/bench_account.py): it casts each gradient to fp32, adds it to sums that it has
+cleared twice, and flattens, rounds and copies all sums to reduce them, even in a single process. Here it is 18 more.
+The price is that three methods of DeepSpeed are replaced. tests/cuda/test_fake_cuda.py counts the bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ BUFFER = 500_000_000  # elements that DeepSpeed reduces at a time
 
 
 def shorten_gradient_path(engine: DeepSpeedEngine, replicas: int) -> None:
-    """Replace the methods of an engine, and of its optimizer in bf16 at stage 1.
+    """Replace methods of an engine, and of its optimizer in bf16 at stage 1.
 
     Args:
-        engine: DeepSpeed's.
+        engine: the engine of DeepSpeed.
         replicas: processes that hold the same parameters.
     """
     if isinstance(engine.optimizer, BF16_Optimizer):
@@ -67,7 +67,7 @@ def accumulate_in_one_pass(wrapper: BF16_Optimizer) -> None:
 
 @torch.no_grad()
 def clear_unused(wrapper: BF16_Optimizer) -> None:
-    """Clear the sums of parameters that had no gradient in this step, which still are those of an earlier one."""
+    """Clear the sums of parameters without a gradient in this step: they are still those of an earlier step."""
     for totals, used in zip(wrapper.fp32_groups_gradients, wrapper.fp32_groups_has_gradients, strict=True):
         for total, has_gradient in zip(totals, used, strict=True):
             if not has_gradient:

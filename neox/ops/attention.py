@@ -117,9 +117,9 @@ def attention_qkv(
     """
     check_options(window, softcap, alibi_slopes)
     chosen = choose_backend(backend, qkv.device.type, qkv.dtype, softcap)
-    rotated = owner(qkv)
+    base = owner(qkv)
     # autograd refuses a view that is changed by a function with several results
-    if rotary is not None and (torch.compiler.is_compiling() or chosen == "sdpa" or rotated._is_view()):
+    if rotary is not None and (torch.compiler.is_compiling() or chosen == "sdpa" or base._is_view()):
         qkv, rotary = rotary_qkv(qkv, *rotary), None
     if chosen == "sdpa":
         # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
@@ -135,7 +135,7 @@ def attention_qkv(
     options = (causal, scale, window or 0, softcap or 0.0, dropout_p, *hopper(chosen))
     if rotary is None:
         return native.attention_qkv(qkv, *tensors, *options)[0]
-    return _RotatedAttention.apply(rotated, rotary, qkv.shape, tensors, options)[0]
+    return _RotatedAttention.apply(base, rotary, qkv.shape, tensors, options)[0]
 
 
 def hopper(chosen: str) -> tuple[bool, ...]:

@@ -43,7 +43,7 @@ from neox.runtime.stacks import dump_stacks, in_collective
 from neox.runtime.store_protocol import PREFIX
 
 POLL = 0.5  # seconds between two polls of the store
-GRACE = 3.0  # seconds for which a process that waits in a collective leaves it to the others to find the stuck one
+GRACE = 3.0  # seconds that a process waiting in a collective gives the others to report the stuck one
 
 
 class Watchdog:
@@ -157,7 +157,7 @@ class PeerWatchdog(Watchdog):
         self.polls = 0
         self.main = StallCounter()
         self.neighbour = StallCounter()
-        super().__init__(rank, heartbeat)  # last, for it starts the threads
+        super().__init__(rank, heartbeat)  # last: it starts the threads
 
     def start(self) -> None:
         """Write the first heartbeat, and start to watch."""
@@ -167,7 +167,7 @@ class PeerWatchdog(Watchdog):
             self.start_thread(self.watch_store, "neox-watchdog-store")
 
     def handshake(self) -> None:
-        """Wait until all processes watch, and know the first one. Nothing happens to it before.
+        """Wait until all processes watch. From then on the process of the store is known by host and pid.
 
         Raises:
             PeerLost: it has exited already.
@@ -227,7 +227,7 @@ class PeerWatchdog(Watchdog):
 
     def watch_store(self) -> None:
         """Thread: exit if the store is silent for longer than a process may be, because rank 0 is stopped."""
-        # rank 1 reports; if it can resume rank 0, the others read it there
+        # rank 1 reports first; if it can resume rank 0, the others read the error from the store
         answer, patience = StallCounter(), self.limit + (0.0 if self.rank == 1 else GRACE)
         while not self.closed.wait(POLL):
             if answer.note(self.polls) * POLL > patience:
@@ -238,9 +238,8 @@ class PeerWatchdog(Watchdog):
                 )
                 dump_stacks(self.rank)
                 resume_stopped(first, self.me["space"])
-                threading.Thread(
-                    target=self.post_late, args=(first,), daemon=True
-                ).start()  # it never returns if rank 0 does not continue
+                # in a thread, because it never returns if rank 0 does not continue
+                threading.Thread(target=self.post_late, args=(first,), daemon=True).start()
                 kill_stuck(first, self.me["space"])
                 self.leave(HangError.exit_code)
 

@@ -109,10 +109,10 @@ def test_a_good_end_is_no_error(tmp_path):
 
 def test_a_single_process_has_no_channel():
     watchdog = connect(LaunchInfo())
-    told = []
-    assert watchdog.fail(DataError("x"), lambda: told.append(3)) == 3
-    assert watchdog.fail(KeyError("x"), lambda: told.append(1)) == 1
-    assert told == [3, 1]
+    reports = []
+    assert watchdog.fail(DataError("x"), lambda: reports.append(3)) == 3
+    assert watchdog.fail(KeyError("x"), lambda: reports.append(1)) == 1
+    assert reports == [3, 1]
     watchdog.finish()
 
 
@@ -336,7 +336,7 @@ def test_a_store_that_has_exited(quiet, monkeypatch, capfd):
     assert "error[13] the first process exited; where=rank 0 on first: last step 5; got=Conn" in capfd.readouterr().err
 
 
-class GoneStore:
+class ExitingStore:
     """A store whose process exits after a number of answers."""
 
     def __init__(self, answers: int):
@@ -356,7 +356,7 @@ def test_a_first_process_that_exits_between_the_poll_and_the_report(quiet, capfd
     process.wait()
     watchdog = quiet(2)
     watchdog.store.set("beat/0", beat)
-    watchdog.channel.store = GoneStore(1)  # answers that no error is posted
+    watchdog.channel.store = ExitingStore(1)  # answers that no error is posted
     watchdog.poll()
     assert watchdog.done == ["leave 13"]
     line = capfd.readouterr().err
@@ -366,14 +366,14 @@ def test_a_first_process_that_exits_between_the_poll_and_the_report(quiet, capfd
 def test_a_broken_connection_to_a_first_process_that_has_exited_names_it(quiet, capfd):
     """The main thread may notice before the thread that polls: its report names the same process."""
     watchdog = quiet(1)
-    watchdog.channel.store = GoneStore(0)
+    watchdog.channel.store = ExitingStore(0)
     assert watchdog.fail(RuntimeError("Connection reset by peer"), lambda: pytest.fail("does not name rank 0")) == 13
     assert "error[13] the first process exited; where=rank 0 on first: last step 5; got=Conn" in capfd.readouterr().err
 
 
 def test_an_error_of_this_process_is_reported_without_a_store(quiet, capfd):
     watchdog, reports = quiet(1), []
-    watchdog.channel.store = GoneStore(0)
+    watchdog.channel.store = ExitingStore(0)
     assert watchdog.fail(DataError("no file"), lambda: reports.append("no file")) == DataError.exit_code
     assert reports == ["no file"] and capfd.readouterr().err == ""
 
