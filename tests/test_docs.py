@@ -24,6 +24,7 @@ from tests.source_rules import FLOORS
 ROOT = Path(__file__).resolve().parent.parent
 ROOT_PAGES = ("examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
 PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").glob("*.md"))]
+CURRENT = [page for page in PAGES if page.name != "log.md"]  # the log is history
 KEY = re.compile(r"`((?:[a-z]+)\.[a-z_]+(?:\.[a-z_]+)?)(?::[^`]*)?`")
 SECTIONS = {key.split(".")[0] for key in known_keys()}
 # of this repository, and no pattern
@@ -62,6 +63,11 @@ def paths(text: str) -> list[str]:
     return [match.group() for match in named if not match.group().startswith(("neox/_ops", "neox/_data"))]
 
 
+def targets(text: str) -> list[str]:
+    """The targets of `make` in backquotes and at the beginning of lines of code."""
+    return re.findall(r"(?:`|^ *)make ([a-z-]+)", text, re.MULTILINE)
+
+
 def unparsed(words: list[str]) -> str | None:
     """Why a command line is refused; None if its command takes it."""
     try:
@@ -77,11 +83,15 @@ def test_links_lead_somewhere(page):
     assert [target for target in links(page.read_text(encoding="utf-8")) if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name
-)  # the log is history
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
 def test_files_are_there(page):
     assert [path for path in paths(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+def test_make_targets_exist(page):
+    known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [target for target in targets(page.read_text(encoding="utf-8")) if target not in known] == []
 
 
 def test_files_named_in_the_sources_are_there():
@@ -113,6 +123,7 @@ def test_what_is_wrong_is_seen():
         "configs/a.yml",
         "csrc/e",
     ]
+    assert targets("`make nothing` and `make`, make it\n    make no-thing X=1\n") == ["nothing", "no-thing"]
     assert commands("```\nneox data inspect A  # what\n```\n    neox frob\nneox text\n") == [
         ["data", "inspect", "A"],
         ["frob"],
