@@ -1,5 +1,4 @@
-// Counts checks of a test executable and prints "N passed, N failed" at the end; each test has a separate temporary
-// folder.
+// Checks of the dataset core's tests, and a temporary folder for each test.
 #pragma once
 
 #include <stdlib.h>
@@ -15,22 +14,11 @@
 #include <vector>
 
 #include "data/fault.h"
+#include "tally.h"
 
 namespace data_test {
 
-struct Tally {
-    int passed = 0, failed = 0;
-    void check(bool holds, const char* text, const char* file, int line, const std::string& detail = "") {
-        ++(holds ? passed : failed);
-        if (!holds) std::printf("FAIL %s:%d %s%s%s\n", file, line, text, detail.empty() ? "" : " -- ", detail.c_str());
-    }
-    int finish() const {
-        std::printf("%d passed, %d failed\n", passed, failed);
-        return failed != 0;
-    }
-};
-
-inline Tally tally;
+using native_test::tally;
 
 template <class T>
 std::string show(const T& value) {
@@ -87,7 +75,6 @@ inline void put(const std::string& path, const std::vector<uint8_t>& content) {
 
 }  // namespace data_test
 
-#define EXPECT(condition) data_test::tally.check((condition), #condition, __FILE__, __LINE__)
 #define EXPECT_EQ(got, want)                                                                  \
     do {                                                                                      \
         const auto got_ = (got);                                                              \

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "common/device.cuh"
-#include "expect.h"
+#include "tally.h"
 
 namespace {
 
@@ -39,5 +39,5 @@ void test_errors() {
 int main() {
     test_shared_memory();
     test_errors();
-    return data_test::tally.finish();
+    return native_test::tally.finish();
 }

@@ -168,12 +168,12 @@ std::string failure(const char* op_name, ptx::Library& library) {
         if (kernel) return ptx::run(*kernel, launch);
         simt::run_grid(launch.grid, launch.block, launch.shared_bytes, body);
     };
-    emu_test::tally.throws = true;
+    emu_test::tally.on_failure = [](const std::string& message) { simt::fail(message); };
     std::string message;
     for (const emu_test::Operator* op : emu_test::Operator::all()) {
         if (!std::strcmp(op->name, op_name)) message = emu_test::error_of(op->sample ? op->sample : op->values);
     }
-    emu_test::tally.throws = false;
+    emu_test::tally.on_failure = nullptr;
     simt::launcher() = nullptr;
     return message;
 }
