@@ -135,6 +135,21 @@ void count(Region& region, uintptr_t address, size_t bytes, Kind kind) {
     }
 }
 
+// Two readers are stored. If a later writer is unordered with more than one reader, it is unordered with one of them.
+void add_reader(Cell& cell, const Access& now) {
+    const bool replace_first = cell.readers[0].thread == kNobody || happened_before(cell.readers[0], now.thread);
+    cell.readers[replace_first ? 0 : 1] = now;
+}
+
+// Calls body(cell, address, region) for the cells of an access to known memory.
+template <class Body>
+void for_each_cell(const void* pointer, size_t bytes, const Body& body) {
+    const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    Region* const region = find(begin);
+    for (size_t i = 0; region && i < bytes; i += kCellBytes)
+        body(region->cells[(begin + i - region->begin) / kCellBytes], begin + i, *region);
+}
+
 void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code) {
     if (!active || thread < 0) return;
     const auto address = reinterpret_cast<uintptr_t>(pointer);
@@ -164,10 +179,7 @@ void touch(int thread, const void* pointer, size_t bytes, Kind kind, void* code)
                           thread, cell.writer, code);
         }
         if (kind == Kind::kRead) {
-            // Two readers are stored. If a later writer is unordered with more than one reader, it is unordered with
-            // one of them.
-            const bool replace_first = cell.readers[0].thread == kNobody || happened_before(cell.readers[0], thread);
-            cell.readers[replace_first ? 0 : 1] = now;
+            add_reader(cell, now);
             continue;
         }
         for (const Access& reader : cell.readers) {
@@ -281,15 +293,11 @@ void async_write(int thread, const void* address, size_t bytes) {
 }
 
 void in_flight(const void* address, size_t bytes, bool on) {
-    const auto begin = reinterpret_cast<uintptr_t>(address);
-    Region* const region = find(begin);
-    if (!region) return;
-    for (size_t i = 0; i < bytes; i += kCellBytes) {
-        Cell& cell = region->cells[(begin + i - region->begin) / kCellBytes];
+    for_each_cell(address, bytes, [on](Cell& cell, uintptr_t, const Region&) {
         cell.in_flight = on ? Copy::kCpAsync : Copy::kNone;
         // cp.async belongs to the generic proxy; a fence before its wait does not order it
         if (running_thread() >= 0) cell.fences = fences_of(running_thread());
-    }
+    });
 }
 
 void barrier_arrive(int thread, int id) { arrived[id].push_back(thread); }
@@ -312,20 +320,16 @@ namespace {
 template <class Body>
 void touch_asynchronously(int thread, const void* pointer, size_t bytes, const Body& body) {
     if (!active) return;
-    const auto begin = reinterpret_cast<uintptr_t>(pointer);
-    Region* const region = find(begin);
-    for (size_t i = 0; region && i < bytes; i += kCellBytes) {
-        const uintptr_t at = begin + i;
-        Cell& cell = region->cells[(at - region->begin) / kCellBytes];
+    for_each_cell(pointer, bytes, [&](Cell& cell, uintptr_t at, const Region& region) {
         const auto complain = [&](const char* kind, const Access& other) {
-            report(kind, *region, at, thread, other, nullptr);
+            report(kind, region, at, thread, other, nullptr);
         };
         if (cell.in_flight != Copy::kNone) complain("data of a copy used before its wait", {});
         if (!happened_before(cell.writer, thread)) complain("race (asynchronous access after write)", cell.writer);
         if (cell.written_by_thread && !fenced(cell, thread))
             complain("asynchronous access to a byte that was written without a fence.proxy.async", cell.writer);
         body(cell, complain);
-    }
+    });
 }
 
 // Raises the clocks in `to` to those of a thread.
@@ -380,10 +384,7 @@ void bulk_write(int thread, int barrier, uint32_t phase, const void* address, si
 }
 
 void bulk_landed(const void* address, size_t bytes) {
-    const auto begin = reinterpret_cast<uintptr_t>(address);
-    Region* const region = find(begin);
-    for (size_t i = 0; region && i < bytes; i += kCellBytes)
-        region->cells[(begin + i - region->begin) / kCellBytes].in_flight = Copy::kNone;
+    for_each_cell(address, bytes, [](Cell& cell, uintptr_t, const Region&) { cell.in_flight = Copy::kNone; });
 }
 
 void async_read_begin(int thread, const void* address, size_t bytes) {
@@ -395,22 +396,18 @@ void async_read_begin(int thread, const void* address, size_t bytes) {
 
 void async_read_end(int thread, const void* address, size_t bytes) {
     const Access now{static_cast<int16_t>(thread), false, clocks[static_cast<size_t>(thread)].own, block_number};
-    const auto begin = reinterpret_cast<uintptr_t>(address);
-    Region* const region = find(begin);
-    for (size_t i = 0; region && i < bytes; i += kCellBytes) {
-        Cell& cell = region->cells[(begin + i - region->begin) / kCellBytes];
+    for_each_cell(address, bytes, [&now](Cell& cell, uintptr_t, const Region&) {
         --cell.asynchronous_readers;
-        const bool replace_first = cell.readers[0].thread == kNobody || happened_before(cell.readers[0], thread);
-        cell.readers[replace_first ? 0 : 1] = now;
-    }
+        add_reader(cell, now);
+    });
 }
 
 void instrumented(void* address, size_t bytes, bool write, void* code) {
     touch(running_thread(), address, bytes, write ? Kind::kWrite : Kind::kRead, code);
 }
 
-// An access through a type of this size, which the GPU refuses at an address that is no multiple of it. gcc calls this
-// for 16 bytes at an alignment of 8 too.
+// An access through a type of this size. A GPU rejects an address that is not a multiple of it; gcc also calls this for
+// types of 16 bytes that are aligned to 8.
 void instrumented_aligned(void* address, size_t bytes, bool write, void* code) {
     const auto at = reinterpret_cast<uintptr_t>(address);
     const int thread = running_thread();
