@@ -122,9 +122,9 @@ mutation-test: setup  ## change N random spots of MODULE=neox/... or csrc/..., o
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)"
 EMULATED := build/native/tests/emu/neox_emulated
 
-sweep: setup build/native/CMakeCache.txt  ## every attention mask x head_dim x length, on the CPU kernels and the emulated CUDA kernels
+sweep: setup build/native/CMakeCache.txt  ## every attention mask x head_dim x length on CPU and emulated CUDA kernels; every set-up of an engine on a fake GPU
 	cmake --build build/native --parallel $(JOBS) --target neox_emulated
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m sweep tests/ops
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m sweep tests/ops tests/cuda
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m sweep tests/ops --ops-library $(EMULATED).so
 
 # FUZZ= is the number of cases, or the seconds, of each fuzzer of the dataset core.

@@ -18,21 +18,30 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as functional
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
 COPIES = {"_to_copy", "copy_"}
+VIEWS = {
+    getattr(getattr(torch.ops.aten, name), overload)
+    for overload, names in {
+        "default": ("detach", "view", "_unsafe_view", "as_strided", "alias", "t", "permute", "expand", "unsqueeze"),
+        "int": ("transpose", "select"),
+        "Tensor": ("slice",),
+    }.items()
+    for name in names
+}
 GB = 1 << 30
 
 
@@ -45,6 +54,7 @@ def folder_of(package: str) -> Path:
 
 
 PACKAGES = {name: folder_of(name) for name in ("neox", "deepspeed")}
+FOLDERS = {name: f"{folder}/" for name, folder in PACKAGES.items()}
 
 
 class Event(NamedTuple):
@@ -65,6 +75,14 @@ class CudaTensors(FakeTensorMode):
     """Fake tensors that never start a GPU, whether or not torch reports one."""
 
     avoid_device_init = True
+
+    def _cached_dispatch_impl(self, func, types, args, kwargs):
+        """Views, which are most calls, come from device "meta": torch caches each shape and offset for itself."""
+        if func in VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            with in_kernel_invocation_manager(self):
+                view = func(*args, **kwargs)
+            return FakeTensor(self, view, args[0].fake_device)
+        return super()._cached_dispatch_impl(func, types, args, kwargs)
 
 
 class FakeCuda(TorchDispatchMode):
@@ -96,6 +114,11 @@ class FakeCuda(TorchDispatchMode):
         super().__exit__(*error)
         self.stack.close()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch's wrapper that would keep the compiler away is slow."""
+        return False
+
     def note(self, kind: str) -> None:
         """Count an event at the line that is running."""
         self.events[Event(kind, *calling_line())] += 1
@@ -105,6 +128,8 @@ class FakeCuda(TorchDispatchMode):
         return sum(number for event, number in self.events.items() if event.kind == kind)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:  # half of all calls
+            return args[0].fake_device
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
         if name in READS:
@@ -158,11 +183,13 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 def calling_line() -> tuple[str, int]:
     """(site, line) of the innermost frame of neox or DeepSpeed."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        for package, folder in PACKAGES.items():
-            if path.is_relative_to(folder) and path.name != "cuda_accelerator.py":
-                return f"{package}/{path.relative_to(folder)}:{frame.name}", frame.lineno or 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        for package, folder in FOLDERS.items():
+            if path.startswith(folder) and not path.endswith("/cuda_accelerator.py"):
+                return f"{package}/{path.removeprefix(folder)}:{frame.f_code.co_name}", frame.f_lineno
+        frame = frame.f_back
     return "elsewhere", 0
 
 

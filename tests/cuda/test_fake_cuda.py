@@ -1,7 +1,8 @@
 """What a training step asks of the host on a GPU: nothing on the wrong device, no synchronisation, and few reads.
 
 On a fake GPU (tests.cuda.fake_cuda) the engine runs DeepSpeed's CUDA branches, with streams and as with NCCL, and every
-value that the host reads is counted with its source line.
+value that the host reads is counted with its source line. `make test` runs set-ups in which every two properties meet,
+`make sweep` all of them (tests.cuda.fake_setups).
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from pathlib import Path
 import pytest
 
 from tests.cuda.account_cases import COPIES
+from tests.cuda.fake_setups import AXES, Setup, every_setup, is_allowed, pairs_of, pairwise_setups
+from tests.model.models import FORMS
 
 READS = 3  # per step: the number of targets, the loss, the norm
-PIPELINE_READS = 1  # in addition, per flush of a pipeline
+# In the first step alone: tables of positions, and the order of the parameters, on which ranks of ZeRO 3 agree.
+TABLES = {"neox/model/positional.py:_extend": 2, "neox/model/attention.py:_attend": 2}
+AGREEMENT = "deepspeed/runtime/zero/utils.py:assert_ints_same_as_other_ranks"
 # Moved around the model per parameter and step of one process in bf16: AdamW 28, the fp32 sum of the gradient 6, the
 # copy of the weight 6, the norm of the gradient 4, the largest magnitude of the weight 2.
 BYTES = 46
@@ -28,21 +33,58 @@ OTHER_LAUNCHES = 70  # besides one for the gradient of each tensor
 
 
 @functools.cache
-def answers() -> dict[str, dict[str, list] | str]:
-    """What every run of tests.cuda.fake_runs waited for, from one process for all of them."""
+def answers(*form: str) -> dict[str, dict[str, list] | str]:
+    """What the runs of tests.cuda.fake_runs waited for, from one process for all of them."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.json"
-        command = [sys.executable, "-m", "tests.cuda.fake_runs", str(out)]
+        command = [sys.executable, "-m", "tests.cuda.fake_runs", str(out), *form]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
         assert done.returncode == 0, done.stderr
         return json.loads(out.read_text())
 
 
-def of_kind(kind: str, *parts: str) -> dict[str, list]:
-    """[site, count] of an event, by run; of the runs whose names begin with one of `parts`."""
-    chosen = {name: answer for name, answer in answers().items() if name.startswith(parts)}
-    return {name: answer.get(kind, []) for name, answer in chosen.items() if isinstance(answer, dict)}
+def counts(found: dict[str, list], kind: str) -> Counter[str]:
+    """How often each function did something."""
+    out: Counter[str] = Counter()
+    for site, count in found.get(kind, []):
+        out[site.rpartition(":")[0]] += count
+    return out
+
+
+def check_step(found: dict[str, list], setup: Setup, first: bool = False) -> None:
+    """Reads, synchronisations and copies of a step."""
+    reads, waits, copies = (counts(found, kind) for kind in ("read", "synchronize", "pageable copy"))
+    if first:
+        reads.pop(AGREEMENT, None)
+        assert all(copies.pop(site, 0) <= count for site, count in TABLES.items()), found
+    assert reads.total() == READS, reads
+    assert all("zero3" in setup.precision and site.startswith("deepspeed/") for site in waits), waits
+    copies = Counter({site: count for site, count in copies.items() if site.startswith("neox/")})
+    tensors = copies.pop("neox/engine/batch.py:<dictcomp>", 0) + copies.pop("neox/engine/batch.py:to_device", 0)
+    assert tensors == setup.accumulation * (4 if setup.documents else 2), copies
+    assert copies in ({}, {"neox/engine/update.py:sum_over": 1}), copies
+
+
+def check_evaluation(found: dict[str, list]) -> None:
+    """One read, whatever the number of micro-batches."""
+    assert counts(found, "read") == {"neox/engine/evaluation.py:evaluate_part": 1}
+
+
+def check_engines(found: dict[str, dict[str, list] | str], setups: list[Setup]) -> None:
+    """Every set-up ran on one device, and the host waited no more than it may."""
+    assert {setup.name: found[setup.name] for setup in setups if setup.name in found} == {}  # errors
+    for setup in setups:
+        checks = {"step 1": functools.partial(check_step, setup=setup, first=True)}
+        if setup.is_long:
+            checks |= {"step 2": functools.partial(check_step, setup=setup), "evaluation": check_evaluation}
+        for part, check in checks.items():
+            events = found[f"{part} {setup.name}"]
+            assert isinstance(events, dict)
+            try:
+                check(events)
+            except AssertionError as error:
+                raise AssertionError(f"{part} {setup.name}: {events}") from error
 
 
 @pytest.mark.parametrize(
@@ -69,40 +111,32 @@ def test_a_planted_fault_ends_the_run(fault, match):
     assert isinstance(found, str) and match in found
 
 
-def test_everything_runs_on_one_device():
-    failed = {name: answer for name, answer in answers().items() if isinstance(answer, str)}
-    assert {name: text for name, text in failed.items() if not name.startswith("planted ")} == {}
-    assert len(answers()) > 50
+def test_every_two_properties_meet():
+    """Of those that a run accepts together."""
+    met = set().union(*map(pairs_of, pairwise_setups()))
+    assert met == set().union(*map(pairs_of, every_setup()))
+    assert {value for axis in AXES for value in axis} == {value for pair in met for _, value in pair}
+    assert any(setup.is_long for setup in pairwise_setups())
 
 
-def test_nothing_synchronises_but_stage_3_of_deepspeed():
-    for name, sites in of_kind("synchronize", "model ", "generate ", "engine ").items():
-        packages = {site.partition("/")[0] for site, _ in sites}
-        assert packages <= ({"deepspeed"} if "zero3" in name else set()), (name, sites)
-        assert sum(count for _, count in sites) <= 3, (name, sites)  # one step of two micro-batches
+def test_engines_wait_for_three_reads_a_step():
+    check_engines(answers(), pairwise_setups())
 
 
-def test_a_model_reads_nothing():
-    assert {name: sites for name, sites in of_kind("read", "model ").items() if sites} == {}
-
-
-def test_a_step_reads_its_loss_and_its_norm():
-    for name, sites in of_kind("read", "engine ").items():
-        allowed = READS + PIPELINE_READS * ("pp2" in name)
-        assert 0 < sum(count for _, count in sites) <= allowed, (name, sites)
-
-
-def test_a_step_copies_its_tokens_and_its_number_of_targets():
-    for name, sites in of_kind("pageable copy", "engine ").items():
-        copied = Counter({site.rpartition(":")[0]: count for site, count in sites if site.startswith("neox")})
-        tokens = copied.pop("neox/engine/batch.py:<dictcomp>", 0) + copied.pop("neox/engine/batch.py:to_device", 0)
-        assert tokens == 4, (name, sites)  # tokens and targets of two micro-batches
-        assert copied in ({}, {"neox/engine/update.py:sum_over": 1}), (name, sites)
+@pytest.mark.sweep
+@pytest.mark.parametrize("form", FORMS)
+def test_engines_in_every_setup_wait_for_three_reads_a_step(form):
+    setups = [setup for setup in every_setup() if setup.form == form]
+    assert all(map(is_allowed, setups))
+    check_engines(answers(form), setups)
 
 
 def test_generation_reads_each_token_once():
-    for name, sites in of_kind("read", "generate ").items():
-        assert sum(count for _, count in sites) <= 3, (name, sites)
+    found = {name: events for name, events in answers().items() if name.startswith("generate ")}
+    assert len(found) == len(FORMS) + 3
+    for name, events in found.items():
+        assert isinstance(events, dict), (name, events)
+        assert counts(events, "read").total() <= 3 and not counts(events, "synchronize"), (name, events)
 
 
 def test_a_gradient_takes_few_bytes_to_the_optimizer_and_none_in_the_model():
