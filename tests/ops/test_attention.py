@@ -72,7 +72,7 @@ def test_large_scores_and_nan():
 
 
 @pytest.mark.parametrize("name", ["causal long", "documents long", "multi-query", "window long"])
-def test_same_bits_for_any_number_of_threads(name, threads):
+def test_same_bits_for_any_number_of_threads(name, threads, repeatable):
     *sizes, options = CASES[name]
     inputs = [tensor[:1] for tensor in qkv_of(*sizes).values()]
     options = {key: value[:1] if key == "segment_ids" else value for key, value in options.items()}

@@ -97,7 +97,7 @@ def test_autograd_refuses_values_that_the_rotation_changed():
         square.sum().backward()
 
 
-def test_compile():
+def test_compile(repeatable):
     x, weight, tables = inputs()
     attend = partial(attention_qkv, rotary=tables, backend="native")
     compiled = torch.compile(lambda x: attend(project(x, weight)), backend="aot_eager", fullgraph=True)

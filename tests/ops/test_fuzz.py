@@ -29,7 +29,7 @@ def test_random_cases(op, chunk, request):
             pytest.skip("--fuzz-case names another")
         return fuzz_cases.run(op, int(seed))
     library = request.config.getoption("--ops-library")
-    if library and not any((reference.OPERATORS / op).glob("*_cuda.cu")):
+    if library and not any((reference.OPERATORS / op).rglob("*_cuda.cu")):
         pytest.skip(f"{op} has no CUDA kernels: its CPU kernels are tested without --ops-library")
     start = time.process_time()
     for seed in range(base + chunk * CASES // CHUNKS, base + (chunk + 1) * CASES // CHUNKS):

@@ -17,7 +17,7 @@ struct Columns {
 // Checks ids on the CPU only. On a GPU this would need a synchronisation; an invalid id gives a NaN loss there, which
 // stops training.
 void check_targets([[maybe_unused]] const Tensor& targets, [[maybe_unused]] const Columns& columns) {
-#if !defined(NEOX_CUDA_KERNELS) || defined(SIMT_EMU)
+#if !defined(NEOX_CUDA_KERNELS)
     const int64_t* const ids = static_cast<const int64_t*>(targets.const_data_ptr());
     for (int64_t row = 0; row < targets.size(0); ++row) {
         const bool ok = ids[row] == columns.ignore_index || (ids[row] >= 0 && ids[row] < columns.vocab_size);
