@@ -27,6 +27,7 @@ LOSS = re.compile(r"Potential Performance Loss: (.*)")
 
 PTX_ENTRY = re.compile(r"^\s*(?:\.visible |\.weak )*\.entry (\w+)")
 PTX_BRANCH = re.compile(r"@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
+PTX_DIVISION = re.compile(r"\s*(?:@!?%p\d+ )?(?:div|rem)\.[su](?:32|64)\b")
 PTX_MEMORY = re.compile(r"\b(?:ld|st|red|atom|bar|barrier|cp|mma|ldmatrix|shfl|call)\.")
 HOST_ONLY = {"attention_shared", "attention_hopper"}  # instantiate no kernel
 SKIPPED_LINES = 60  # a branch over more lines is one of the source, not of a conditional expression
@@ -37,6 +38,9 @@ SOFTCAP = {
     "attention_backward_queries_bf16": 16,
     "attention_backward_queries_fp16": 16,
 }
+# Integer divisions in the PTX of an attention kernel: by the number of groups and of tiles, before its loop. The GPU
+# takes some 20 instructions for each. Rows are divided by the number of heads with a product (csrc/common/divisor.cuh).
+DIVISIONS = 13
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,8 @@ def kernels_of(log: str) -> Iterator[Kernel]:
         yield Kernel(entry[1], entry[2], int(used[1]), int(shared[1]) if shared else 0, stack, stores + loads)
 
 
-def guarded_exponentials(ptx: str) -> dict[str, int]:
-    """Counts, per kernel in the output of `nvcc -ptx`, forward branches over a short run of arithmetic with an
-    exponential or a reciprocal.
-
-    nvcc does not speculate inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element, unless it is computed
-    first and then selected.
-    """
+def ptx_bodies(ptx: str) -> dict[str, list[str]]:
+    """The lines of each kernel in the output of `nvcc -ptx`."""
     lines: dict[str, list[str]] = {}
     for line in ptx.splitlines():
         entry = PTX_ENTRY.match(line)
@@ -80,7 +79,17 @@ def guarded_exponentials(ptx: str) -> dict[str, int]:
             kernel = lines.setdefault(entry[1], [])
         elif lines:
             kernel.append(line.strip())
-    return {name: sum(guards_exponential(body)) for name, body in lines.items()}
+    return lines
+
+
+def guarded_exponentials(ptx: str) -> dict[str, int]:
+    """Counts, per kernel in the output of `nvcc -ptx`, forward branches over a short run of arithmetic with an
+    exponential or a reciprocal.
+
+    nvcc does not speculate inline PTX: `hidden ? 0 : fast_exp2(x)` becomes a branch per element, unless it is computed
+    first and then selected.
+    """
+    return {name: sum(guards_exponential(body)) for name, body in ptx_bodies(ptx).items()}
 
 
 def guards_exponential(body: list[str]) -> Iterator[bool]:
@@ -106,6 +115,20 @@ def report_branches(files: list[Path]) -> list[str]:
             if count > SOFTCAP.get(operator, 0):
                 problems.append(f"{operator} {name} branches around {count} exponentials: compute first, then select")
     print(f"branches around exponentials in {len(files)} files of PTX: {total}")
+    return problems
+
+
+def report_divisions(files: list[Path]) -> list[str]:
+    """Returns a problem per attention kernel with more integer divisions than allowed."""
+    problems = []
+    for file in files:
+        operator = file.name.split("_cuda.", 1)[0]
+        if not operator.startswith("attention"):
+            continue
+        for name, body in ptx_bodies(file.read_text()).items():
+            count = sum(map(bool, map(PTX_DIVISION.match, body)))
+            if count > DIVISIONS:
+                problems.append(f"{operator} {name}: {count} integer divisions, the limit is {DIVISIONS}")
     return problems
 
 
@@ -188,6 +211,7 @@ def main() -> int:
     problems = (
         report(logs)
         + report_branches(ptx_of(Path(folder)))
+        + report_divisions(ptx_of(Path(folder)))
         + speed.report(Path(folder), architectures_of(logs))
         + hopper_speed.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda*.cubin")))
         + load(Path(library), operators)

@@ -229,33 +229,33 @@ def wide(count: int, work: str = "FFMA|FMUL|FADD", **options: bool) -> Pass:
 
 
 def limits(sm_90a: int, sm_80: int) -> dict[str, int]:
-    """Instructions per pass: the count with nvcc 13.0 plus 2 %."""
+    """Instructions per pass: the count with nvcc 13.0 plus 2 %, of attention plus 1 %."""
     return {"sm_90a": sm_90a, "sm_80": sm_80}
 
 
 # The general kernels of the backward are counted on sm_90a only: on sm_80 their copies are in a loop of another form.
 ATTENTION = [
-    attention("forward", 64, False, limits(752, 751), copies=8),
-    attention("forward", 96, False, limits(926, 926), copies=12),
-    attention("forward", 128, False, limits(1104, 1092), copies=16, ldsm=1.1),
-    attention("forward", 256, False, limits(822, 819), copies=16),
-    attention("forward", 64, True, limits(911, 897), copies=4),
-    attention("forward", 128, True, limits(1124, 1110), copies=8),
-    attention("forward", 256, True, limits(821, 805), copies=8),
-    attention("backward_keys", 64, False, limits(746, 731), copies=5),
-    attention("backward_keys", 96, False, limits(860, 860), copies=7),
-    attention("backward_keys", 128, False, limits(1042, 1054), copies=9, ldsm=1.1),
-    attention("backward_keys", 256, False, limits(615, 615), copies=17),
-    attention("backward_keys", 64, True, {"sm_90a": 1937}, copies=5, turns=2),
-    attention("backward_keys", 128, True, {"sm_90a": 2380}, copies=9, turns=4),
-    attention("backward_keys", 256, True, {"sm_90a": 797}, copies=17),
-    attention("backward_queries", 64, False, limits(456, 456), copies=4),
-    attention("backward_queries", 96, False, limits(529, 529), copies=6),
-    attention("backward_queries", 128, False, limits(668, 668), copies=8),
-    attention("backward_queries", 256, False, limits(516, 516), copies=16),
-    attention("backward_queries", 64, True, limits(745, 745), copies=2),
-    attention("backward_queries", 128, True, limits(835, 835), copies=4),
-    attention("backward_queries", 256, True, limits(966, 966), copies=16),
+    attention("forward", 64, False, limits(744, 743), copies=8),
+    attention("forward", 96, False, limits(917, 916), copies=12),
+    attention("forward", 128, False, limits(1092, 1080), copies=16, ldsm=1.1),
+    attention("forward", 256, False, limits(814, 811), copies=16),
+    attention("forward", 64, True, limits(901, 887), copies=4),
+    attention("forward", 128, True, limits(1113, 1098), copies=8),
+    attention("forward", 256, True, limits(813, 796), copies=8),
+    attention("backward_keys", 64, False, limits(738, 723), copies=5),
+    attention("backward_keys", 96, False, limits(851, 825), copies=7),
+    attention("backward_keys", 128, False, limits(1032, 1043), copies=9, ldsm=1.1),
+    attention("backward_keys", 256, False, limits(609, 573), copies=17),
+    attention("backward_keys", 64, True, {"sm_90a": 1913}, copies=5, turns=2),
+    attention("backward_keys", 128, True, {"sm_90a": 2345}, copies=9, turns=4),
+    attention("backward_keys", 256, True, {"sm_90a": 786}, copies=17),
+    attention("backward_queries", 64, False, limits(451, 434), copies=4),
+    attention("backward_queries", 96, False, limits(523, 501), copies=6),
+    attention("backward_queries", 128, False, limits(660, 643), copies=8),
+    attention("backward_queries", 256, False, limits(510, 492), copies=16),
+    attention("backward_queries", 64, True, limits(737, 714), copies=2),
+    attention("backward_queries", 128, True, limits(826, 797), copies=4),
+    attention("backward_queries", 256, True, limits(954, 937), copies=16),
 ]
 VECTOR = "13__nv_bfloat16Lb1E"  # template arguments: bf16, rows that can be read in packs
 STAGED = pattern(r"(?:LDS|STG)\S*\.128")  # of a row in shared memory

@@ -106,3 +106,13 @@ def test_branches_around_exponentials_are_problems(tmp_path, capsys):
     (problem,) = check_library.report_branches(sorted(tmp_path.iterdir()))
     assert problem.startswith("sum _Z7guardedPf branches around 1 exponentials")
     assert "in 2 files of PTX: 2" in capsys.readouterr().out
+
+
+def test_divisions_in_attention_kernels_are_problems(tmp_path):
+    division = "\t@%p1 div.s32 %r3, %r4, %r5;\n\trem.u32 %r6, %r4, %r5;\n\tdiv.rn.f32 %f1, %f2, %f3;\n"
+    few, many = (PTX.replace("\tret;\n", division * count + "\tret;\n") for count in (6, 7))
+    for name, ptx in (("norm", many), ("attention_few", few), ("attention_many", many)):
+        (tmp_path / f"{name}_cuda.compute_90.ptx").write_text(ptx)
+    problems = check_library.report_divisions(sorted(tmp_path.iterdir()))
+    assert problems[0] == "attention_many _Z7guardedPf: 14 integer divisions, the limit is 13"
+    assert all(problem.startswith("attention_many ") for problem in problems)

@@ -86,7 +86,7 @@ class WithoutKernel(Replaced):
 
 
 class SummedByAtomics(Replaced):
-    """A backward of attention whose dq, unless it is deterministic, changes by one unit in the last place from call to
+    """A backward of attention whose dq, unless it is deterministic, changes by one rounding error from call to
     call, in the first channel of each head. A GPU sums it in another order every time.
     """
 

@@ -172,7 +172,7 @@ template <class T, class Shape, int kRows>
 NEOX_DEVICE void share(T* tile, int row, const uint32_t (&a)[Shape::kM][kRows / 16][4]) {
     const int lane = threadIdx.x % kWarpSize, key = KeysOfWarp<Shape>().key + lane / 4;
     const FragmentAddress<Shape::kRows> to{
-        opaque(shared_address(tile + Swizzle<Shape::kRows>::at(key, row / 8) + lane % 4 * 2))};
+        shared_address(tile + Swizzle<Shape::kRows>::at(key, row / 8) + lane % 4 * 2)};
 #pragma unroll
     for (int m = 0; m < Shape::kM; ++m) {
 #pragma unroll

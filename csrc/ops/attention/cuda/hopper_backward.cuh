@@ -162,8 +162,7 @@ NEOX_DEVICE void add_hopper_rows(const Params& in, int pair, int first_row, int 
     }
     accumulators_as_a<T, kStep>(dp, ds);
     T* const panel = reinterpret_cast<T*>(gradients + step / 64 * Shape::kKeyPanelBytes);
-    const FragmentAddress<64> to{
-        opaque(shared_address(panel + Swizzle<64>::at(warp_key + lane / 4, 0) + lane % 4 * 2))};
+    const FragmentAddress<64> to{shared_address(panel + Swizzle<64>::at(warp_key + lane / 4, 0) + lane % 4 * 2)};
 #pragma unroll
     for (int k = 0; k < kStep / 16; ++k) {
 #pragma unroll

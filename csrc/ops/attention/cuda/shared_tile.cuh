@@ -87,7 +87,7 @@ NEOX_DEVICE void load_rows(T* tile, const T* matrix, int64_t stride, int first, 
         return;
     }
     const int row = static_cast<int>(threadIdx.x) / kSlots, chunk = static_cast<int>(threadIdx.x) % kSlots;
-    const SharedAddress to = opaque(shared_address(tile + Swizzle<kDim>::at(row, chunk)));
+    const SharedAddress to = shared_address(tile + Swizzle<kDim>::at(row, chunk));
     const T* const from = matrix + (first + row) * stride + chunk * 8;
 #pragma unroll
     for (int j = 0; j < kDim / 8; j += kSlots) {
@@ -117,8 +117,8 @@ struct FragmentAddress {
     template <class T>
     NEOX_DEVICE FragmentAddress chunks_first(const T* tile, int row, int chunk = 0) {
         const int lane = threadIdx.x % kWarpSize;
-        return {opaque(shared_address(tile + row * kDim +
-                                      Swizzle<kDim>::at((lane & 7) + (lane >> 4) * 8, chunk + (lane >> 3 & 1))))};
+        return {shared_address(tile + row * kDim +
+                               Swizzle<kDim>::at((lane & 7) + (lane >> 4) * 8, chunk + (lane >> 3 & 1)))};
     }
     // The fragment `row` rows (a multiple of 8) and `chunk` chunks further; `chunk` shares no bits with that of the
     // base. Constants after unrolling.
