@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -118,3 +119,28 @@ def test_memory_at_the_peak_counts_what_was_alive_together():
         third = tensor(600)
         assert (counted.memory.now, counted.memory.peak) == (2200, 3000)
         del second, third
+
+
+def test_the_documented_table_is_that_of_the_results(repository):
+    """Every number of both tables in docs/kernels.md, from the only JSON of bench_account.py."""
+    (path,) = (repository / "benchmarks" / "results").glob("*-account.json")
+    page = (repository / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert f"`benchmarks/results/{path.name}`" in page
+    expected = {"steps": [], "engines": []}
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        model, parts = row["preset"], row["by_phase"]
+        assert sum(launches for launches, _ in parts.values()) == row["launches"]
+        assert sum(gigabytes for _, gigabytes in parts.values()) == pytest.approx(row["gigabytes"])
+        expected["steps"].append(
+            f"| {model} | {row['batch']} x {row['seq']:,} | {row['contestant']} | {row['launches']:,} "
+            f"| {row['gigabytes']:,.1f} | {row['over_floor']:.2f} | {row['teraflop']:.1f} "
+            f"| {row['peak_gigabytes']:.1f} |"
+        )
+        launches, gigabytes = parts["engine"]
+        if launches:
+            each = 1e9 * gigabytes / row["parameters"]
+            expected["engines"].append(f"| {model} | {launches:,} | {gigabytes:,.1f} | {each:.1f} |")
+    assert len(expected["steps"]) == 15 and len(expected["engines"]) == 3
+    tables = page[page.index("## The account of a step") :].split("\n## ")[0].splitlines()
+    rows = [line for line in tables if line.startswith(("| pythia", "| llama"))]
+    assert rows == expected["steps"] + expected["engines"]
