@@ -15,6 +15,12 @@ def printable(path: str | os.PathLike[str]) -> str:
         return "".join(map(_printable_character, text))
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 token", "2,048 tokens", "2 processes"."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
 def json_line(value: object) -> str:
     """A value as JSON on one line, for output. Names that are not UTF-8 are written as `printable` writes them."""
     import orjson  # here, because every command imports this module, and orjson is a fifth of the time of `neox --help`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from neox.printing import json_line, printable
+from neox.printing import counted, json_line, printable
 
 
 def test_names_that_are_not_utf8_become_text():
@@ -18,3 +18,9 @@ def test_names_that_are_not_utf8_become_text():
 def test_a_json_line_holds_names_that_are_not_utf8():
     assert json_line({"a": [1, "b"]}) == '{"a":[1,"b"]}'
     assert json_line({os.fsdecode(b"caf\xe9"): ("\ud800",)}) == '{"caf\\\\xe9":["\\\\ud800"]}'
+
+
+def test_a_count_agrees_with_its_noun():
+    counts = [counted(0, "token"), counted(1, "token"), counted(2048, "token"), counted(1, "process")]
+    assert counts == ["0 tokens", "1 token", "2,048 tokens", "1 process"]
+    assert counted(2, "process") == "2 processes"

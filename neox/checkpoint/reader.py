@@ -35,6 +35,7 @@ from neox.checkpoint.shard_reader import ShardReader
 from neox.checkpoint.storage import LOCAL, Storage, unreadable
 from neox.errors import CheckpointError
 from neox.files import TEMPORARY, JsonObject
+from neox.printing import counted
 
 READ_THREADS = 2  # a block each
 READS_AHEAD = 8  # blocks that wait for a thread while further tensors are requested
@@ -124,8 +125,8 @@ class Checkpoint:
         if wrong:
             more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
             do = "use the model section of the checkpoint, or another run.dir for a new run"
-            got = ", ".join(wrong[:LISTED] + more)
-            raise CheckpointError(f"{len(wrong)} tensors do not fit the model", where=self.path, got=got, do=do)
+            got = f"{counted(len(wrong), 'tensor')}: {', '.join(wrong[:LISTED] + more)}"
+            raise CheckpointError("tensors do not fit the model", where=self.path, got=got, do=do)
 
     def stored_shapes(self, kinds: set[str]) -> Shapes:
         """(kind, name) -> logical shape of every tensor of these kinds."""

@@ -15,6 +15,7 @@ from neox.checkpoint.reader import READ_THREADS, Checkpoint, check_folder
 from neox.checkpoint.shard_reader import ShardReader
 from neox.checkpoint.storage import LOCAL, Storage
 from neox.errors import CheckpointError
+from neox.printing import counted
 
 DIGEST_BYTES = 64 << 20  # bytes of a logical tensor that digest() holds at a time
 
@@ -39,7 +40,7 @@ def verify(path: str | Path, *, storage: Storage = LOCAL) -> Report:
     found = problems(folder, storage=storage)
     if found:
         first = found[0]
-        what = first.what if len(found) == 1 else f"{first.what} (and {len(found) - 1} more problems)"
+        what = first.what if len(found) == 1 else f"{first.what} (and {counted(len(found) - 1, 'more problem')})"
         raise CheckpointError(what, where=first.where, got=first.got, want=first.want, do=first.do)
     manifest = read_manifest(folder, storage=storage)
     return Report(

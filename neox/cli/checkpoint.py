@@ -34,6 +34,7 @@ from neox.checkpoint.verify import digest, problems
 from neox.errors import CheckpointError, ConfigError
 from neox.files import JsonObject
 from neox.model.dtypes import DTYPES
+from neox.printing import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +146,10 @@ def verify_all(path: Path, as_json: bool) -> int:
     else:
         manifest = read_manifest(chosen)
         size = sum(file.size for file in manifest.files)
-        print(f"good: {chosen}: {len(manifest.files)} shards, {size} bytes, {len(manifest.tensors)} tensors")
+        print(
+            f"good: {chosen}: {counted(len(manifest.files), 'shard')}, {size} bytes, "
+            f"{counted(len(manifest.tensors), 'tensor')}"
+        )
     return CheckpointError.exit_code if found else 0
 
 
@@ -201,7 +205,7 @@ def convert(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"path": str(written), "files": len(manifest.files), "bytes": size}))
     else:
-        print(f"wrote {written}: {len(manifest.files)} files, {size} bytes")
+        print(f"wrote {written}: {counted(len(manifest.files), 'file')}, {size} bytes")
     return 0
 
 

@@ -28,7 +28,7 @@ from neox.data.store.statistics import DocumentStatistics, document_statistics, 
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.files import JsonObject
-from neox.printing import json_line
+from neox.printing import counted, json_line
 
 SCANNED_BYTES = 1 << 30  # of .bin; a larger one is read only with --scan
 SHOWN_CHARACTERS = 200
@@ -247,7 +247,7 @@ def samples(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | None) ->
         length = dataset.first_token_of_document(document + 1) - first
         ids = dataset.read(first, min(length, SHOWN_CHARACTERS))[0].tolist()
         shown = repr(tokenizer.decode(ids)[:SHOWN_CHARACTERS]) if tokenizer else " ".join(map(str, ids[:20]))
-        yield f"document {document} ({length:,} tokens): {shown}"
+        yield f"document {document} ({counted(length, 'token')}): {shown}"
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -283,8 +283,8 @@ def verify(prefix: str, vocab_size: int | None) -> tuple[Result, DataError | Non
         return {"prefix": prefix, "ok": False, "state": error.line().partition("] ")[2], "damaged": []}, error
     if damaged:
         state = (
-            f"{len(damaged)} blocks of {dataset.bin_path} differ from their checksums, first bytes {damaged[0][0]} to "
-            f"{damaged[0][1]}"
+            f"{counted(len(damaged), 'block')} with wrong checksums in {dataset.bin_path}, first bytes "
+            f"{damaged[0][0]} to {damaged[0][1]}"
         )
     elif bad is not None:
         document, offset = dataset.locate(bad)
@@ -337,8 +337,8 @@ def run_overlap(args: argparse.Namespace) -> int:
     ]
     for result in [] if args.json else results:
         print(
-            f"{result['documents']:,} of {result['of']:,} documents of {result['from']} ({result['tokens']:,} tokens) "
-            f"are in {result['in']}"
+            f"{result['documents']:,} of {result['of']:,} documents of {result['from']} "
+            f"({counted(result['tokens'], 'token')}) are in {result['in']}"
         )
         print(*(f"  {example}" for example in result["examples"]), sep="\n", end="\n" if result["examples"] else "")
     if args.json:

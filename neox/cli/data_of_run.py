@@ -12,7 +12,7 @@ from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.run_provenance import CheckpointRecord, RunProvenance
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError
-from neox.printing import json_line
+from neox.printing import counted, json_line
 
 
 def provenance_of(args: argparse.Namespace) -> RunProvenance:
@@ -97,7 +97,7 @@ def show_document(args: argparse.Namespace, data: RunProvenance) -> None:
         print(json_line({"source": source, "document": args.document, "steps": found}))
         return
     print(
-        f"{source} document {args.document:,}: {'no step' if not steps else f'{len(steps):,} steps'} of "
+        f"{source} document {args.document:,}: {counted(len(steps), 'step') if steps else 'no step'} of "
         f"{data.last_step:,} read it"
     )
     for step, samples in steps:
@@ -120,11 +120,11 @@ def run_seen(args: argparse.Namespace) -> int:
         print(json_line(rows))
         return 0
     for row in rows:
-        print(f"step {row['step']}: {row['samples']:,} samples")
+        print(f"step {row['step']}: {counted(row['samples'], 'sample')}")
         for seen in row["sources"]:
             print(
-                f"  {seen['source']}: {seen['samples']:,} samples, {seen['tokens']:,} tokens, {seen['epochs']:.3f} "
-                f"epochs"
+                f"  {seen['source']}: {counted(seen['samples'], 'sample')}, {counted(seen['tokens'], 'token')}, "
+                f"{seen['epochs']:.3f} epochs"
             )
     return 0
 

@@ -23,6 +23,7 @@ from neox.evaluate.harness import run_tasks
 from neox.evaluate.perplexity import evaluate
 from neox.generate.generate import load_model
 from neox.model.dtypes import DTYPES
+from neox.printing import counted
 
 EXAMPLE = """example:
   neox evaluate --checkpoint runs/mine --data data/heldout
@@ -107,7 +108,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
         return 0
-    print(f"{checkpoint} on {args.data}: {result.documents} documents, {result.tokens} tokens, {result.bytes} bytes")
+    print(
+        f"{checkpoint} on {args.data}: {counted(result.documents, 'document')}, {counted(result.tokens, 'token')}, "
+        f"{counted(result.bytes, 'byte')}"
+    )
     bits = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
     print(f"loss {result.loss:.4f}  perplexity {result.perplexity:.3f}{bits}")
     return 0

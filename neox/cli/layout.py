@@ -10,6 +10,7 @@ import torch
 from neox.config.schema import ModelConfig, ParallelConfig
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
+from neox.printing import counted
 from neox.runtime.distributed import init_distributed
 from neox.runtime.launch import read_launch_info
 
@@ -34,7 +35,7 @@ def join_layout(args: argparse.Namespace, model: ModelConfig) -> Mesh:
         raise ConfigError(
             "layout does not match the number of processes",
             where="--tensor, --pipeline",
-            got=f"{tensor} x {pipeline} with {launch.world_size} processes",
+            got=f"{tensor} x {pipeline} with {counted(launch.world_size, 'process')}",
             want="tensor x pipeline = number of processes",
             do=f"torchrun --nproc-per-node {max(tensor * pipeline, 1)} -m neox.cli.main ...",
         )

@@ -29,7 +29,7 @@ from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
 from neox.data.text.preprocess import BAD_LINES, Options, Summary, preprocess
 from neox.data.text.tokenizer import EOD_NAMES
 from neox.errors import ConfigError
-from neox.printing import json_line
+from neox.printing import counted, json_line
 
 # Arguments of glibc's allocator for worker processes. Without them a sixth of the time of a worker is page faults.
 LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=33554432:glibc.malloc.mmap_threshold=268435456"
@@ -191,8 +191,8 @@ def progress_line(summary: Summary) -> str:
     rate = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
     bad = f", {summary.bad_lines:,} bad" if summary.bad_lines else ""
     return (
-        f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.text_bytes / 1e6:,.0f} MB ({rate:.1f} "
-        f"MB/s){bad}"
+        f"{counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}, "
+        f"{summary.text_bytes / 1e6:,.0f} MB ({rate:.1f} MB/s){bad}"
     )
 
 
@@ -200,13 +200,13 @@ def report(summary: Summary) -> str:
     """The summary as text."""
     rate = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
     lines = [
-        f"{summary.out}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype}) from "
-        f"{summary.files:,} files",
+        f"{summary.out}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')} "
+        f"({summary.dtype}) from {counted(summary.files, 'file')}",
         f"{summary.text_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s: {rate:.1f} MB/s, encoder: {summary.encoder}",
         f"left out: {summary.bad_lines:,} bad, {summary.blank_lines:,} blank, {summary.empty_documents:,} empty",
     ]
     if isinstance(summary, ChatSummary):
-        lines.append(f"learned: {summary.learned:,} of {summary.tokens:,} tokens")
+        lines.append(f"learned: {summary.learned:,} of {counted(summary.tokens, 'token')}")
     lines += [f"  {count:,} x {reason}" for reason, count in sorted(summary.bad_reasons.items())]
     lines += [f"  {example['where']}: {example['reason']}" for example in summary.bad_examples]
     if summary.quarantine:

@@ -16,7 +16,7 @@ from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
 from neox.data.text.reading import BadLine, parse, read_blocks
 from neox.data.text.tokenizer import EOD_NAMES, train_tokenizer
 from neox.errors import DataError
-from neox.printing import json_line
+from neox.printing import counted, json_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         print(json_line(result))
     else:
         print(
-            f"{args.out}: {tokenizer.vocab_size:,} tokens from {len(files):,} files, {tokenizer.eod_token} is "
+            f"{args.out}: {tokenizer.vocab_size:,} tokens from {counted(len(files), 'file')}, {tokenizer.eod_token} is "
             f"{tokenizer.eod_id}"
         )
         if tokenizer.vocab_size < args.vocab_size:

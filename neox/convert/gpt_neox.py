@@ -28,6 +28,7 @@ from neox.errors import CheckpointError
 from neox.files import read_bytes
 from neox.model.positional import alibi_slopes
 from neox.model.shapes import logical_shapes
+from neox.printing import counted
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
@@ -280,7 +281,7 @@ class ParameterConversion:
             raise CheckpointError(
                 "weights do not belong to the model",
                 where=", ".join(left[:4]),
-                got=f"{len(left)} tensors",
+                got=counted(len(left), "tensor"),
                 do="check the model section",
             )
 

@@ -34,6 +34,7 @@ from neox.files import JsonObject
 from neox.model.attention import queries_per_kv_head
 from neox.model.gpt import GPT
 from neox.model.shapes import logical_shapes
+from neox.printing import counted
 
 MAX_SHARD_BYTES = 4 << 30
 LOGIT_TOLERANCE = 1e-4
@@ -308,7 +309,7 @@ def _sources(config: ModelConfig, family: Family, theirs: Tensors) -> dict[str, 
         raise CheckpointError(
             "weights are missing",
             where="config.json: num_layers",
-            got=f"{config.num_layers} layers, {len(stored)} tensors",
+            got=f"{counted(config.num_layers, 'layer')}, {counted(len(stored), 'tensor')}",
         )
     shapes = logical_shapes(config)
     sources: dict[str, WeightSource] = {}
@@ -327,7 +328,7 @@ def _sources(config: ModelConfig, family: Family, theirs: Tensors) -> dict[str, 
         raise CheckpointError(
             "weights are unknown",
             where=", ".join(left[:4]),
-            got=f"{len(left)} tensors",
+            got=counted(len(left), "tensor"),
             want=f"the weights of {family.architecture}",
         )
     return sources

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from neox.errors import ConfigError
+from neox.printing import counted
 
 CPU = torch.device("cpu")
 
@@ -166,7 +167,7 @@ def create_mesh(
         raise ConfigError(
             "world size does not match the parallel layout",
             where="parallel",
-            got=f"{world} processes, tensor={tensor}, pipeline={pipeline}" + suffix,
+            got=f"{counted(world, 'process')}, tensor={tensor}, pipeline={pipeline}" + suffix,
             want="a world size that is a multiple of parallel.tensor x parallel.pipeline x parallel.context",
             do="change the number of processes or the sizes under parallel",
         )

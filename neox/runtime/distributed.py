@@ -14,6 +14,7 @@ import torch.distributed as dist
 from neox.config.schema import ParallelConfig
 from neox.errors import EnvironmentProblem
 from neox.parallel.mesh import Mesh, create_mesh
+from neox.printing import counted
 from neox.runtime.launch import LaunchInfo
 from neox.runtime.rendezvous import Attempt, claim_rank
 
@@ -61,9 +62,9 @@ def local_device(launch: LaunchInfo, device: str) -> torch.device:
         raise EnvironmentProblem(
             "more processes than GPUs on this machine",
             where=launch.source or "LOCAL_RANK",
-            got=f"local rank {launch.local_rank}, {count} GPUs visible",
+            got=f"local rank {launch.local_rank}, {counted(count, 'GPU')} visible",
             want="one GPU per process",
-            do=f"start {count} processes here, or check CUDA_VISIBLE_DEVICES",
+            do=f"start {counted(count, 'process')} here, or check CUDA_VISIBLE_DEVICES",
         )
     return torch.device(device, launch.local_rank if count > 1 else 0)
 

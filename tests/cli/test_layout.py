@@ -59,7 +59,7 @@ def test_alone(processes):
 @pytest.mark.parametrize(
     ("count", "arguments", "message"),
     [
-        (1, ("--tensor", "2"), r"--tensor, --pipeline; got=2 x 1 with 1 processes.*torchrun --nproc-per-node 2"),
+        (1, ("--tensor", "2"), r"--tensor, --pipeline; got=2 x 1 with 1 process.*torchrun --nproc-per-node 2"),
         (4, ("--tensor", "2"), r"2 x 1 with 4 processes"),
         (2, ("--tensor", "0", "--pipeline", "2"), r"0 x 2"),
         (1, ("--tensor", "-1", "--pipeline", "-1"), r"-1 x -1"),

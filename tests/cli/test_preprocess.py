@@ -148,7 +148,7 @@ def test_input_that_is_read_once_or_left_out_is_reported(corpus, capfd):
     )
     assert done.returncode == 0 and "2 documents" in done.stdout
     assert (
-        "left out of folders: 1 files with other suffixes (.py 1)" in done.stderr
+        "left out of folders: 1 file of other suffixes (.py 1)" in done.stderr
         and "reached twice, read once: " in done.stderr
     )
 
@@ -216,7 +216,7 @@ def test_conversations_and_pairs(corpus, capsys):
         "0",
     ]
     assert main([*options, "--chat", "--chat-template", "plain"]) == 0
-    assert "1 documents" in capsys.readouterr().out
+    assert "1 document, " in capsys.readouterr().out
     tokens, labels = IndexedDataset(corpus / "out")[0].tolist(), IndexedDataset(corpus / "out_labels")[0].tolist()
     assert (
         len(tokens) == len(labels)

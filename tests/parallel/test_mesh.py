@@ -34,7 +34,7 @@ def test_ranks_of_every_process_and_its_peers_on_other_stages(sizes):
 
 
 def test_world_size_that_does_not_divide():
-    with pytest.raises(ConfigError, match="1 processes, tensor=2, pipeline=1"):
+    with pytest.raises(ConfigError, match="1 process, tensor=2, pipeline=1"):
         create_mesh(tensor=2)
 
 

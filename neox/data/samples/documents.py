@@ -10,6 +10,7 @@ from neox.data.samples.provenance import Coverage, DocumentSlice, permuted_find,
 from neox.data.samples.sample import Collatable, Pair, Sample
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import DataError
+from neox.printing import counted
 from neox.targets import IGNORED
 
 PADDING = 0  # an id of every vocabulary; it is never a target, and no earlier token attends to it
@@ -154,7 +155,7 @@ class PairDataset(Collatable):
             raise DataError(
                 "chosen and rejected answers are not pairs",
                 where=f"{chosen[0].prefix}, {rejected[0].prefix}",
-                got=f"{len(self.chosen)} and {len(self.rejected)} documents",
+                got=f"{len(self.chosen)} and {counted(len(self.rejected), 'document')}",
                 want="equal numbers",
             )
         check_answers(chosen[0])
@@ -250,7 +251,7 @@ def check_learnable(dataset: IndexedDataset, documents: tuple[int, int]) -> None
         raise DataError(
             "no document has a token to learn",
             where=f"{dataset.bin_path} documents {documents[0]} to {documents[1]}",
-            got=f"{lengths.sum()} tokens in {lengths.size} documents",
+            got=f"{counted(int(lengths.sum()), 'token')} in {counted(lengths.size, 'document')}",
             want="a document of at least two tokens",
             do="use more text, or another data.split",
         )
@@ -263,7 +264,7 @@ def check_answers(dataset: IndexedDataset) -> None:
         raise DataError(
             "an answer of a preference pair is empty",
             where=f"{dataset.bin_path} document {empty[0]}",
-            got=f"{empty.size} documents without tokens",
+            got=f"{counted(empty.size, 'document')} without tokens",
             want="at least one token in every document",
             do="remove these pairs and preprocess again",
         )
@@ -312,7 +313,7 @@ def check_same_documents(dataset: IndexedDataset, other: IndexedDataset, what: s
         raise DataError(
             f"{what} do not belong to the documents",
             where=f"{dataset.prefix}, {other.prefix}",
-            got=f"{dataset.num_documents} documents of {dataset.num_tokens} tokens, {other.num_documents} of "
-            f"{other.num_tokens}",
+            got=f"{counted(dataset.num_documents, 'document')} of {counted(dataset.num_tokens, 'token')}, "
+            f"{other.num_documents:,} of {other.num_tokens:,}",
             want="documents of the same lengths",
         )

@@ -14,6 +14,7 @@ from neox.data.samples.provenance import Coverage, DocumentSlice, matching, merg
 from neox.data.samples.sample import BatchArrays, Collatable, Sample
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
+from neox.printing import counted
 
 MASK64 = 2**64 - 1
 MAX_THREADS = 8  # of the sample index, which a few cores make memory-bound
@@ -315,7 +316,7 @@ def check_tokens(dataset: IndexedDataset, documents: tuple[int, int], tokens: in
     raise DataError(
         "corpus is shorter than one sample",
         where=f"{dataset.bin_path} documents {first} to {last}",
-        got=f"{tokens} tokens in {last - first} documents",
+        got=f"{counted(tokens, 'token')} in {counted(last - first, 'document')}",
         want=f"at least {seq_length + 1} (data.seq_length + 1)",
         do="use more text, a smaller data.seq_length, or another data.split",
     )

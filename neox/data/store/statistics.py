@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from neox.data.store.indexed import IndexedDataset
+from neox.printing import counted
 
 EXAMPLES = 10  # documents that a result names
 
@@ -80,7 +81,8 @@ def duplicates(statistics: DocumentStatistics) -> dict[str, object]:
         "documents": int((counts - 1).sum()),
         "tokens": int(((counts - 1) * statistics.tokens[firsts]).sum()),
         "most_frequent": [
-            f"{counts[i]:,} x document {statistics.first + int(firsts[i])} ({statistics.tokens[firsts[i]]:,} tokens)"
+            f"{counts[i]:,} x document {statistics.first + int(firsts[i])} "
+            f"({counted(int(statistics.tokens[firsts[i]]), 'token')})"
             for i in order.tolist()
         ],
     }

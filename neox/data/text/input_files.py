@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import orjson
 
 from neox.errors import DataError
-from neox.printing import printable
+from neox.printing import counted, printable
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jl", ".jsonlines", ".json")  # one JSON object per line
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -193,8 +193,8 @@ class _InputFinder:
         """Log what was left out."""
         if self._others:
             log.warning(
-                "left out of folders: %d files with other suffixes%s; --suffix selects others",
-                sum(self._others.values()),
+                "left out of folders: %s of other suffixes%s; --suffix selects others",
+                counted(sum(self._others.values()), "file"),
                 _counts(self._others),
             )
         for paths, what in (

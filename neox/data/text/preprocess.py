@@ -26,6 +26,7 @@ from neox.data.text.reading import BLOCK_BYTES, BadLine, read_blocks
 from neox.data.text.tokenizer import TokenizerFile
 from neox.data.text.worker_processes import worker_processes
 from neox.errors import ConfigError, DataError
+from neox.printing import counted
 
 BAD_LINES = ("fail", "skip", "quarantine")
 WAITING = 4  # blocks in flight per thread or process
@@ -254,8 +255,8 @@ def require_documents(summary: Summary, files: Sequence[str]) -> None:
     """Raise DataError if no document was written."""
     if summary.documents == 0:
         got = (
-            f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in {len(files)} "
-            f"files"
+            f"{summary.bad_lines} bad, {summary.blank_lines} blank, {summary.empty_documents} empty in "
+            f"{counted(len(files), 'file')}"
         )
         raise DataError("input has no documents", where=", ".join(files[:3]), got=got)
 

@@ -144,7 +144,7 @@ def test_labels_without_any_token_are_not_read(make_dataset, monkeypatch):
 def test_a_document_of_one_token_teaches_nothing(make_dataset):
     dataset = make_dataset([[1], [2, 3], [4], []])
     check_learnable(dataset, (0, 2))
-    for documents, got in (((0, 1), "1 tokens in 1 documents"), ((2, 4), "1 tokens in 2 documents")):
+    for documents, got in (((0, 1), "1 token in 1 document"), ((2, 4), "1 token in 2 documents")):
         with pytest.raises(DataError, match=rf"documents {documents[0]} to {documents[1]}; got={got}"):
             check_learnable(dataset, documents)
     with pytest.raises(DataError, match="has no documents"):

@@ -92,7 +92,7 @@ def test_ten_examples_are_named(make_dataset):
     documents = [[i] for i in range(12) for _ in range(2 if i else 3)]
     found = duplicates(document_statistics(make_dataset(documents, "many"), None))
     assert (found["documents"], found["tokens"]) == (13, 13) and len(found["most_frequent"]) == 10
-    assert found["most_frequent"][0] == "3 x document 0 (1 tokens)"
+    assert found["most_frequent"][0] == "3 x document 0 (1 token)"
     a, b = (make_dataset([[i, i] for i in range(6 * n)], f"d{n}") for n in (1, 2))
     parts = [document_statistics(b, None, (0, 5)), document_statistics(b, None, (5, 12))]
     shared = overlap([document_statistics(a, None), document_statistics(b, None)], parts)
@@ -103,4 +103,4 @@ def test_names_count_from_the_first_document(make_dataset):
     dataset = make_dataset([[1], [2], [3], [3]], "range")
     found = document_statistics(dataset, None, (2, 4))
     assert found.name(1) == f"{dataset.prefix} document 3" and found.tokens.tolist() == [1, 1]
-    assert duplicates(found)["most_frequent"] == ["2 x document 2 (1 tokens)"]
+    assert duplicates(found)["most_frequent"] == ["2 x document 2 (1 token)"]

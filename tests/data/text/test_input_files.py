@@ -100,7 +100,7 @@ def test_a_folder_gives_json_lines_under_all_their_names(tmp_path, caplog):
     assert texts(tmp_path) == sorted(names)
     with caplog.at_level(logging.WARNING):
         find_files([str(tmp_path)])
-    assert "1 files with other suffixes (.json 1)" in caplog.text
+    assert "1 file of other suffixes (.json 1)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.txt", "a.txt", "a.py", "a.txt.gz"])
@@ -218,7 +218,7 @@ def test_a_file_is_read_once_and_what_is_left_out_is_reported(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert texts(tmp_path, "in", "in/a.txt", "in/../in/a.txt") == ["a"]
     for part in (
-        "3 files with other suffixes (.md 2, no suffix 1)",
+        "3 files of other suffixes (.md 2, no suffix 1)",
         f"hidden, left out: {folder}/.hidden.txt, {folder}/.ipynb_checkpoints",
         f"neither files nor folders, left out: {folder}/fifo.txt",
         f"reached twice, read once: {folder}/z.txt, {folder}/a.txt, {folder}/../in/a.txt",

@@ -140,7 +140,7 @@ def test_nothing_to_write_is_an_error(tokenizer, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('\n{"text": ""}\n')
     with pytest.raises(
-        DataError, match=r"input has no documents; where=.*in\.jsonl; got=0 bad, 1 blank, 1 empty in 1 files"
+        DataError, match=r"input has no documents; where=.*in\.jsonl; got=0 bad, 1 blank, 1 empty in 1 file"
     ):
         preprocess([str(path)], tmp_path / "out", Encoding(tokenizer.file))
     assert not list(tmp_path.glob("out*"))
