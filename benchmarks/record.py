@@ -1,7 +1,7 @@
-"""The JSON file of one step of benchmarks/gpu.sh.
+"""Records the rows of one step of benchmarks/gpu.sh in its JSON file.
 
 The file is replaced after every row, so that a step that is killed loses nothing that it measured. The environment
-variable NEOX_RECORD names it for the processes of a step; without the variable, rows are not recorded.
+variable NEOX_RECORD is its path in the processes of a step. Without the variable, rows are not recorded.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "NEOX_RECORD"
-# What a row of the first step can ask for: {"then": BUILD or STOP, "because": why}.
+# Requests that a row of the first step can make of the call: {"then": BUILD or STOP, "because": reason}.
 BUILD = "build the libraries"
 STOP = "end the call"
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder: processes of one step write the same file."""
+    """Lock a folder, because the processes of one step write the same file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -31,12 +31,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> dict:
-    """What a step has recorded; empty if there is nothing."""
+    """The JSON document of a step; empty if the file is missing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def update(path: Path, change: Callable[[dict], object]) -> dict:
-    """Applies a change to the file, atomically. Returns its new contents."""
+    """Apply a change to the document, replace the file atomically, and return the document."""
     with locked(path.parent):
         document = read(path)
         change(document)
@@ -47,7 +47,7 @@ def update(path: Path, change: Callable[[dict], object]) -> dict:
 
 
 def add(row: Mapping[str, object]) -> None:
-    """Records a row of the current step."""
+    """Append a row to the document of the current step."""
     path = os.environ.get(VARIABLE)
     if path:
         update(Path(path), lambda document: document.setdefault("rows", []).append(dict(row)))

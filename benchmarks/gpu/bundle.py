@@ -1,13 +1,13 @@
-"""What benchmarks/gpu.sh needs on a GPU machine without a network: made by `make gpu-bundle`, installed by gpu.sh.
+"""Builds and installs what benchmarks/gpu.sh needs on a GPU machine without a network. `make gpu-bundle` builds it.
 
 build/gpu-bundle holds the operator libraries, which depend neither on the version of Python nor on that of torch from
 2.11 on, the dataset core for one version of Python, and wheels of the packages that an image with torch and
 transformers lacks.
 
-usage: bundle.py tools --python PYTHON3.12    whether this machine has what `make` needs
-       bundle.py make --python PYTHON3.12
-       bundle.py install --device cuda        on the GPU machine
-       bundle.py build                        there, if the libraries do not load
+usage: bundle.py tools --python PYTHON3.12    check that this machine has what `make` needs
+       bundle.py make --python PYTHON3.12     build the bundle
+       bundle.py install --device cuda        install it on the GPU machine
+       bundle.py build                        build the libraries there, if they do not load
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ ARCHITECTURE = "sm_90"
 WHEELS = ("annotated-types", "einops", "hjson", "msgpack", "orjson", "py-cpuinfo", "pydantic", "pydantic-core")
 WHEELS += ("typing-inspection", "zstandard")
 SOURCES = ("deepspeed",)  # published as sources only
-# pip matches platforms exactly, so the common ones are listed.
+# pip matches platform tags exactly, so all common ones are listed.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-# What these packages need and an image with torch, transformers and pytest has.
+# Requirements of these packages that an image with torch, transformers and pytest has.
 PRESENT = {"ninja", "numpy", "packaging", "psutil", "torch", "tqdm", "typing-extensions"}
 
 
 def sources_hash() -> str:
-    """Identifies the sources of the libraries."""
+    """A hash of the sources of the libraries."""
     digest = hashlib.sha256()
     for path in sorted([*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"]):
         if path.is_file() and path.suffix != ".pyc":
@@ -56,7 +56,7 @@ def sources_hash() -> str:
 
 
 def run(*command: object) -> str:
-    """Runs a command and returns its output; its errors are shown. Ends this program if it fails."""
+    """Run a command and return its stdout; stderr is passed through. Ends the program if it fails."""
     words = [str(word) for word in command]
     if shutil.which(words[0]) is None:
         sys.exit(f"error[14] no such program; where={' '.join(words)[:200]}; got={words[0]}")
@@ -67,12 +67,12 @@ def run(*command: object) -> str:
 
 
 def normal(name: str) -> str:
-    """A distribution's name as indexes compare it."""
+    """A distribution's normalised name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def headers(python: str) -> tuple[str, str]:
-    """The folder of an interpreter's headers, and its version. Ends this program with an error without them."""
+    """An interpreter's folder of headers, and its version. Ends the program with an error if they are missing."""
     program = "import sysconfig, sys; print(sysconfig.get_paths()['include']); print('%d.%d' % sys.version_info[:2])"
     found, reason = [], "no such program"
     if shutil.which(python):
@@ -88,7 +88,7 @@ def headers(python: str) -> tuple[str, str]:
 
 
 def tools(python: str) -> None:
-    """Ends this program with an error if this machine lacks a tool, before anything is compiled."""
+    """End the program with an error if this machine lacks a tool, before anything is compiled."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
     for name in ("nvcc", compiler, "c++filt", "strip", "nm"):
         if shutil.which(name) is None:
@@ -100,7 +100,7 @@ def tools(python: str) -> None:
 
 
 def make(python: str) -> None:
-    """Builds the bundle. Ends this program with an error if it is incomplete or too large."""
+    """Build the bundle. Ends the program with an error if it is incomplete or too large."""
     include, version = headers(python)
     shutil.rmtree(BUNDLE, ignore_errors=True)
     (BUNDLE / "neox" / "_ops").mkdir(parents=True)
@@ -120,7 +120,7 @@ def make(python: str) -> None:
 
 
 def compile_data_core(include: str) -> None:
-    """neox._data for another Python, with the flags of setup.py: it needs that Python's headers only."""
+    """Compile neox._data for another Python, of which only the headers are needed, with the flags of setup.py."""
     pybind11 = run(sys.executable, "-c", "import pybind11; print(pybind11.get_include())")
     flags = ["-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-O3", "-ffp-contract=off", "-DNDEBUG"]
     sources = sorted((ROOT / "csrc" / "data").glob("*.cpp"))
@@ -130,7 +130,7 @@ def compile_data_core(include: str) -> None:
 
 
 def kernels() -> dict[str, list[str]]:
-    """Operator -> its kernels in the CUDA library, by their names in the source, from ptxas's output."""
+    """Operator -> the demangled names of its kernels in the CUDA library, from ptxas's output."""
     found: dict[str, set[str]] = {}
     for log in sorted(CUDA_BUILD.glob("*_cuda.cu.o.log")):
         (source,) = (ROOT / "csrc" / "ops").rglob(log.name.removesuffix(".o.log"))
@@ -141,7 +141,7 @@ def kernels() -> dict[str, list[str]]:
 
 
 def fetch_wheels(version: str) -> None:
-    """Downloads the wheels for a version of Python, and builds those that are published as sources."""
+    """Download the wheels for a version of Python, and build those of packages that are published as sources only."""
     pip = (sys.executable, "-m", "pip")
     folder, pinned = BUNDLE / "wheels", ("--no-deps", "-c", ROOT / "constraints.txt")
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
@@ -165,7 +165,7 @@ def requirements(wheel: Path) -> tuple[str, set[str]]:
 
 
 def check() -> None:
-    """Ends this program with an error unless every requirement is in the bundle or the image, and the size fits."""
+    """End the program with an error if the bundle is too large, or lacks a requirement that the image lacks too."""
     wheels = dict(map(requirements, sorted((BUNDLE / "wheels").glob("*.whl"))))
     missing = {f"{need} of {name}" for name, needs in wheels.items() for need in needs - wheels.keys() - PRESENT}
     if missing:
@@ -180,7 +180,7 @@ def check() -> None:
 
 
 def install(device: str) -> int:
-    """Installs what this machine lacks. Returns the exit code: 0, also if there is no bundle."""
+    """Install what this machine lacks. Returns the exit code, which is 0 also without a bundle."""
     if not (BUNDLE / "bundle.json").exists():  # written last
         record.add({"bundle": "missing", "do": "make gpu-bundle elsewhere, and carry build/gpu-bundle"})
         return 0
@@ -194,17 +194,18 @@ def install(device: str) -> int:
 
 
 def install_libraries(bundled: str, device: str) -> str:
-    """Copies the libraries, unless the checkout has some of its sources that load. Returns what was done.
+    """Copy the libraries of the bundle, unless the checkout has libraries of its sources that load. Returns what was
+    done.
 
-    Libraries without a stamp were built in the checkout. A GPU's call asks for a build if the bundle's are of other
-    sources: what it measured would not be what the checkout describes.
+    Libraries without a stamp were built in the checkout. If the bundle was built from other sources, a call on a GPU
+    requests a build, because its measurements would not be of the checkout.
     """
     sources, installed = sources_hash(), STAMP.read_text() if STAMP.exists() else ""
     if installed in ("", sources) and loads(device):
         return "not needed"
     if bundled != sources:
         if device == "cuda":
-            record.add({"then": record.BUILD, "because": "the bundle is of other sources; do=make gpu-bundle"})
+            record.add({"then": record.BUILD, "because": "the bundle was built from other sources; do=make gpu-bundle"})
         return "of other sources"
     for library in (BUNDLE / "neox").rglob("*.so"):
         target = ROOT / library.relative_to(BUNDLE)
@@ -216,7 +217,7 @@ def install_libraries(bundled: str, device: str) -> str:
 
 
 def build() -> int:
-    """Builds the libraries of this checkout. Returns the exit code of the build."""
+    """Build the libraries of this checkout. Returns the exit code of the build."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code == 0:
@@ -225,7 +226,7 @@ def build() -> int:
 
 
 def install_packages() -> str:
-    """Installs the wheels of packages that this Python lacks, into a folder that gpu.sh adds to PYTHONPATH."""
+    """Install the wheels of packages that this Python lacks into a folder that gpu.sh adds to PYTHONPATH."""
     present = {normal(found.metadata["Name"]) for found in importlib.metadata.distributions()}
     wheels = {requirements(wheel)[0]: wheel for wheel in sorted((BUNDLE / "wheels").glob("*.whl"))}
     lacking = {name: wheel for name, wheel in wheels.items() if name not in present}
@@ -236,15 +237,15 @@ def install_packages() -> str:
 
 
 def loads(device: str) -> bool:
-    """Whether the libraries that are in the checkout load into a process of this Python."""
-    if not any((ROOT / "neox" / "_ops").glob("*.so")):  # a new checkout: the import of torch costs seconds there
+    """Whether the libraries in the checkout load into this Python."""
+    if not any((ROOT / "neox" / "_ops").glob("*.so")):  # as in a new checkout; importing torch takes seconds
         return False
     program = "import sys, neox._native, neox.ops; sys.exit(sys.argv[1] == 'cuda' and neox.ops.CUDA != 'loaded')"
     return subprocess.run([sys.executable, "-c", program, device], cwd=ROOT, check=False).returncode == 0
 
 
 def main() -> int:
-    """Reads the command line."""
+    """Parse the command line and run one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tools", "make", "install", "build"))
     parser.add_argument("--python", default="python3.12", help="make: interpreter of the version that the machine has")

@@ -1,4 +1,4 @@
-"""The steps of the two calls of benchmarks/gpu.sh, with their limits in seconds."""
+"""The steps of the two calls of benchmarks/gpu.sh, and their limits in seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"a": 240, "b": 300}  # seconds of each call
-MAX_FILES = 8  # that a call may leave: one per step, report.txt and log.txt
+MAX_FILES = 8  # files that a call may leave: one per step, report.txt and log.txt
 BUILD_LIMIT = 200  # seconds to build libraries that do not load, at the expense of the later steps
 
 # Modules that steps import.
@@ -27,10 +27,10 @@ class Step:
 
     Attributes:
         name: of its JSON file.
-        limit: seconds for all of its commands. It may also use what the steps before it leave of theirs.
+        limit: seconds for all of its commands. Time that earlier steps leave of their limits is added.
         commands: device, "cuda" or "cpu" -> its commands.
-        needs: modules that it imports; if one is missing, the step is left out.
-        parallel: commands that run at a time; 1 where time is measured.
+        needs: modules that it imports; if one is missing, the step is skipped.
+        parallel: number of commands that run at the same time; 1 where time is measured.
         environment: variables of its processes.
     """
 
@@ -48,41 +48,41 @@ def script(name: str, *arguments: str) -> Command:
 
 
 def operators() -> list[str]:
-    """Operators that have CUDA kernels. Those that take longest come first, so that none runs alone at the end."""
+    """Operators that have CUDA kernels. The slowest come first, so that none of them runs alone at the end."""
     folders = (ROOT / "csrc" / "ops").iterdir()
     names = sorted(folder.name for folder in folders if any(folder.rglob("*_cuda.cu")))
     return sorted(names, key=lambda name: name not in ("attention", "norm"))
 
 
 def load(device: str) -> list[Command]:
-    """Packages and libraries of the bundle where the machine lacks them, then versions."""
+    """Install packages and libraries that the machine lacks from the bundle, then record versions."""
     return [script("gpu/bundle.py", "install", "--device", device), script("gpu/load.py", "--device", device)]
 
 
 def build() -> list[Command]:
-    """The libraries from source, then versions."""
+    """Build the libraries from source, then record versions."""
     return [script("gpu/bundle.py", "build"), script("gpu/load.py", "--device", "cuda")]
 
 
 def kernels(device: str) -> list[Command]:
-    """Every kernel once, each operator in a process of its own: a kernel that fails takes its process along."""
+    """Launch every kernel once. Each operator has a separate process, which a kernel that fails can end."""
     return [script("gpu/kernels.py", name, "--device", device) for name in operators()]
 
 
 def sanitizer(device: str) -> list[Command]:
-    """Attention under both tools."""
+    """Run attention under two tools of compute-sanitizer."""
     return [script("gpu/sanitize.py", tool, "--device", device) for tool in ("memcheck", "racecheck")]
 
 
 def tests(device: str) -> list[Command]:
-    """The operators' tests; on the CPU, where `make test` runs them, those of one operator."""
-    cases = "--ignore=tests/ops/test_kernel_cases.py"  # those of the step `kernels`
+    """Run the operators' tests; on the CPU, where `make test` runs all of them, those of one operator."""
+    cases = "--ignore=tests/ops/test_kernel_cases.py"  # the step `kernels` runs these
     chosen = ("tests/ops", cases) if device == "cuda" else ("tests/ops/test_bias_gelu.py",)
     return [script("gpu/run_tests.py", "--device", device, *chosen, "-m", "not fuzz and not sweep")]
 
 
 def sweep(device: str) -> list[Command]:
-    """Attention at two lengths, with every mask and head_dim; on the CPU at one length with one head_dim."""
+    """Test attention at two lengths with every mask and head_dim; on the CPU at one length and head_dim."""
     chosen = "test_every_mask and ([17- or [129-)" if device == "cuda" else "test_every_mask and [17- and -32-"
     return [
         script("gpu/run_tests.py", "--device", device, "tests/ops/test_attention_sweep.py", "-m", "sweep", "-k", chosen)
@@ -90,29 +90,29 @@ def sweep(device: str) -> list[Command]:
 
 
 def attention(device: str) -> list[Command]:
-    """Against sdpa's flash and cuDNN backends."""
+    """Compare attention with sdpa's flash and cuDNN backends."""
     quick = () if device == "cuda" else ("--quick",)
     return [script("ops/bench_attention.py", "--device", device, *quick)]
 
 
 def memory(device: str) -> list[Command]:
-    """The other operators, against the bandwidth of a copy. --quick leaves out torch.compile."""
+    """Compare the other operators with the bandwidth of a copy. --quick omits torch.compile."""
     names = [name for name in operators() if name != "attention"]
     return [script(f"ops/bench_{name}.py", "--device", device, "--quick") for name in names]
 
 
 def model(device: str) -> list[Command]:
-    """A step of Pythia-160M against transformers'."""
+    """Compare a training step of Pythia-160M with transformers."""
     return [script("train/bench_gpu.py", "--device", device, "--quick")]
 
 
 def training(device: str) -> list[Command]:
-    """20 steps, again with a kill and a resume, and generation."""
+    """Train 20 steps, repeat them with a kill and a resume, and generate."""
     return [script("gpu/train_and_resume.py", "--device", device)]
 
 
 def profile(device: str) -> list[Command]:
-    """The kernels of a step, by time."""
+    """Profile the kernels of a training step."""
     return [script("gpu/profile_step.py", "--device", device)]
 
 

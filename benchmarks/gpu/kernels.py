@@ -1,6 +1,6 @@
 """Launches every CUDA kernel of an operator at a tiny shape and compares it with fp64: `kernels.py norm --device cuda`.
 
-It records a row for each case that fails and one row for the operator, with the kernels that were not launched.
+Records a row for each case that fails, and a row for the operator with the kernels that were not launched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpu.bundle import BUNDLE
 
 
 def canonical(name: str) -> str:
-    """A kernel's name without its parameters and the types of its template arguments, in which demanglers differ."""
+    """A kernel's name without what demanglers print differently: parameters, and types of template arguments."""
     for word in ("void ", "(int)", "(bool)", "neox::", "(anonymous namespace)::", " "):
         name = name.replace(word, "")
     depth, end = 0, len(name)
@@ -34,7 +34,7 @@ def canonical(name: str) -> str:
 
 
 def not_launched(operator: str, launched: Iterable[str]) -> list[str] | None:
-    """Kernels of an operator that did not run; None without a bundle, which lists all of them."""
+    """Kernels of an operator that did not run. None without a bundle, which has the list of kernels."""
     path = BUNDLE / "kernels.json"
     if not path.exists():
         return None
@@ -42,7 +42,7 @@ def not_launched(operator: str, launched: Iterable[str]) -> list[str] | None:
 
 
 def check(operator: str, device: str, fewer: bool) -> int:
-    """Runs the cases. Returns the number of those that fail."""
+    """Run the cases. Returns the number of those that fail, plus that of kernels that were not launched."""
     cases = importlib.import_module("gpu.cases")
     count = failed = 0
     profiler = (
@@ -81,7 +81,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("operator")
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--fewer", action="store_true", help="for compute-sanitizer, which slows kernels down")
+    parser.add_argument(
+        "--fewer", action="store_true", help="a part of the cases, for compute-sanitizer, which slows kernels down"
+    )
     args = parser.parse_args()
     torch.set_default_device(args.device)
     return 1 if check(args.operator, args.device, args.fewer) else 0

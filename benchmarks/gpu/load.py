@@ -1,7 +1,7 @@
-"""Versions of what the machine has, and which kernels each operator runs: `load.py --device cuda`.
+"""Records the machine's versions, and which kernels each operator runs: `load.py --device cuda`.
 
 It fails if the operators, the dataset core or, for a GPU, the CUDA kernels do not load; the call then builds them.
-Without a GPU it ends the call.
+If torch detects no GPU, the call ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, or in a copy without its history that of the bundle."""
+    """The commit of the checkout, or, in a copy without git history, that of the bundle."""
     git = shutil.which("git")
     command = [git or "git", "rev-parse", "--short", "HEAD"]
     text = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() if git else ""
@@ -63,11 +63,11 @@ def machine(device: str) -> dict[str, object]:
 
 
 def operators(device: str) -> str:
-    """Loads the libraries and records which kernels each operator runs. Returns what failed; empty if nothing did."""
+    """Load the libraries and record which kernels each operator runs. Returns the error; empty if there is none."""
     try:
         ops = importlib.import_module("neox.ops")
         importlib.import_module("neox._native")
-    except Exception as problem:  # whatever a library of another machine or torch raises
+    except Exception as problem:  # a library that was built for another machine or torch can raise anything
         return str(problem) or type(problem).__name__
     for name in ops.__all__:
         if name not in ops.HELPERS:
@@ -82,8 +82,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     device = parser.parse_args().device
     if device == "cuda" and not torch.cuda.is_available():
-        record.add({"then": record.STOP, "because": "torch sees no GPU", **machine("cpu")})
-        print("torch sees no GPU", file=sys.stderr)
+        record.add({"then": record.STOP, "because": "torch detects no GPU", **machine("cpu")})
+        print("torch detects no GPU", file=sys.stderr)
         return 1
     record.add(machine(device))
     problem = operators(device)

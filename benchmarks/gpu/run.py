@@ -1,7 +1,7 @@
 """Runs the steps of one call of benchmarks/gpu.sh: `run.py a` or `run.py b`.
 
-Each step has a time limit and a JSON file of its own in $OUT. It uses the standard library only, because the packages
-that the machine lacks are installed by the first step.
+Each step has a time limit, and a JSON file in $OUT. This program uses the standard library only, because the first step
+installs the packages that the machine lacks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import record
 from gpu.calls import BUILD_LIMIT, CALLS, LIMITS, ROOT, Command, Step, build
 
-GRACE = 3  # seconds between SIGINT, which ends Python with what it has, and SIGKILL
-STUCK = 2  # seconds after SIGKILL until a process, which a driver may hold, is abandoned
-POLL = 0.05
-LOG_BYTES = 200_000  # of the output of one command
+GRACE = 3  # seconds between SIGINT, after which Python can still write results, and SIGKILL
+STUCK = 2  # seconds from SIGKILL until a process is abandoned; it may be blocked in a driver
+POLL = 0.05  # seconds
+LOG_BYTES = 200_000  # maximum of the output of one command
 LATE = "out of time"
 
 
@@ -43,12 +43,12 @@ class Running:
     interrupted: bool = False
 
     def signal(self, number: int) -> None:
-        """Send a signal to the command and all that it started."""
+        """Send a signal to the command and to all processes that it started."""
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.killpg(self.process.pid, number)
 
     def failure(self) -> str | None:
-        """Why it failed; None if it did not."""
+        """The reason why it failed; None if it did not."""
         name = name_of(self.command)
         if self.interrupted:
             return f"{name}: {LATE}"
@@ -69,10 +69,10 @@ class Call:
         out: folder of the results.
         limit: seconds of the call.
         stretch: factor on the limits of its steps, for a busy machine.
-        start: when it began.
+        start: monotonic time of its start.
         outcomes: one JSON document per step.
         allotted: sum of the limits of the steps so far, in seconds.
-        stopped: why the remaining steps do not run; empty if they do.
+        stopped: the reason why the remaining steps do not run; empty if they do.
     """
 
     name: str
@@ -91,23 +91,23 @@ class Call:
         return all(outcome["status"] == "ok" for outcome in self.outcomes)
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Runs the steps in turn. A row of the first step can ask for a build, or for the end of the call."""
+        """Run the steps in turn. A row of the first step can request a build, or the end of the call."""
         for step in steps:
             self.allotted += step.limit * self.stretch
             outcome = self.step(step)
-            if reason := asked(outcome, record.BUILD):
+            if reason := requested(outcome, record.BUILD):
                 outcome = self.step(Step(step.name, BUILD_LIMIT, lambda _: build()), reason=reason)
-            self.stopped = asked(outcome, record.STOP) or self.stopped
+            self.stopped = requested(outcome, record.STOP) or self.stopped
             self.outcomes.append(outcome)
             self.report()
 
     def limit_of(self, step: Step) -> float:
-        """Seconds for a step: its limit, and what the steps before it left of theirs."""
+        """Seconds for a step: its limit, plus the time that earlier steps left of theirs."""
         passed = time.monotonic() - self.start
         return min(max(step.limit * self.stretch, self.allotted - passed), self.limit - passed)
 
     def step(self, step: Step, reason: str = "") -> dict:
-        """Runs one step and returns its document."""
+        """Run one step and return its JSON document."""
         path = self.out / f"{step.name}.json"
         limit = self.limit_of(step)
         about = {"call": self.name, "step": step.name, "device": self.device, "limit_s": round(limit)}
@@ -135,10 +135,10 @@ class Call:
         return outcome
 
     def commands(self, step: Step, deadline: float, path: Path, log: TextIO, folder: Path) -> Iterator[str]:
-        """Runs all commands of a step and yields what failed.
+        """Run all commands of a step and yield a line for each that fails.
 
-        Their output goes to files in `folder`, and from there to the log: a call that is killed must not leave more
-        files in $OUT than the machine returns.
+        Their output is written to files in `folder` and then appended to the log, so that a call that is killed leaves
+        no more than MAX_FILES files in $OUT.
         """
         environment = {**os.environ, **step.environment, record.VARIABLE: str(path)}
         waiting = deque(step.commands(self.device))
@@ -160,12 +160,12 @@ class Call:
                     if failure:
                         yield failure
                 time.sleep(POLL)
-        finally:  # this program may be interrupted
+        finally:  # also when this program is interrupted
             for one in running:
                 one.signal(signal.SIGKILL)
 
     def report(self) -> None:
-        """Writes report.txt: a line per step, then what failed and what was measured."""
+        """Write report.txt: a line per step, then the failures and rows of each step."""
         lines = [line_of(outcome) for outcome in self.outcomes]
         for outcome in self.outcomes:
             lines += ["", outcome["step"], *(f"  {problem}" for problem in outcome["problems"])]
@@ -174,17 +174,17 @@ class Call:
 
 
 def name_of(command: Command) -> str:
-    """The program and its first argument."""
+    """The names of a command's program and first argument."""
     return " ".join(Path(word).name for word in command[1:3])
 
 
-def asked(outcome: dict, what: str) -> str:
-    """The reason, if a row of a step asks for something; else empty."""
+def requested(outcome: dict, what: str) -> str:
+    """The reason of a row that makes this request; empty if there is none."""
     return next((row["because"] for row in outcome["rows"] if row.get("then") == what), "")
 
 
 def ended(running: Sequence[Running], overtime: float) -> list[Running]:
-    """Interrupts or kills commands that are late. Returns those that have ended or are abandoned.
+    """Interrupt or kill commands that are late. Returns those that have ended or are abandoned.
 
     Args:
         running: the commands.
@@ -198,12 +198,12 @@ def ended(running: Sequence[Running], overtime: float) -> list[Running]:
             one.signal(signal.SIGINT)
     found = [one for one in running if overtime >= STUCK or one.process.poll() is not None]
     for one in found:
-        one.signal(signal.SIGKILL)  # what it left running
+        one.signal(signal.SIGKILL)  # processes that it left running
     return found
 
 
 def start_command(command: Command, environment: dict[str, str], folder: Path) -> Running:
-    """Starts a command in its own session, with its output in a file."""
+    """Start a command in its own session, with its output in a file."""
     output = folder / f"{time.monotonic_ns()}"
     with output.open("wb") as stream:
         process = subprocess.Popen(
@@ -220,12 +220,12 @@ def tail_of(path: Path) -> str:
 
 
 def short(value: object) -> str:
-    """A value of a row, for the report."""
+    """A value of a row as the report shows it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def line_of(outcome: dict) -> str:
-    """A step in one line."""
+    """The line of a step in the report."""
     problems = outcome["problems"]
     detail = f": {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
     return (
@@ -235,14 +235,14 @@ def line_of(outcome: dict) -> str:
 
 
 def lacking(modules: Sequence[str]) -> list[str]:
-    """The modules that Python cannot find. The first step may have installed some since this program started."""
+    """The modules that Python cannot find. The caches are stale if the first step has installed some."""
     importlib.invalidate_caches()
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
 def main() -> int:
     """Returns the exit code: 0 if every step passed."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what it started
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `commands` kills what it started
     name = sys.argv[1]
     out = Path(os.environ["OUT"]).resolve()
     out.mkdir(parents=True, exist_ok=True)

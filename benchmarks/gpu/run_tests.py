@@ -1,7 +1,7 @@
-"""Runs pytest and records what fails as soon as it fails: `run_tests.py --device cuda tests/ops -m "not sweep"`.
+"""Runs pytest and records each failure at once: `run_tests.py --device cuda tests/ops -m "not sweep"`.
 
-Other arguments are pytest's. Files with failures run once more, each in its own process: a kernel that fails can end
-its process, and with it the tests of other kernels.
+Other arguments are passed to pytest. Files with failures run once more, each in its own process, because a kernel that
+fails can end its process and with it the tests of other kernels.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def result_of(line: str) -> tuple[str, str, str] | None:
 
 
 class Counts:
-    """The outcomes of one run of pytest, in one row that is replaced as they come."""
+    """Counts the outcomes of one run of pytest, in one row that is replaced as tests finish."""
 
     def __init__(self, what: str) -> None:
         self.what, self.outcomes, self.files, self.written = what, Counter(), set(), 0.0
 
     def add(self, outcome: str, file: str) -> None:
-        """Counts an outcome."""
+        """Count an outcome."""
         self.outcomes[outcome.lower()] += 1
         if outcome in ("FAILED", "ERROR"):
             self.files.add(file)
@@ -49,7 +49,7 @@ class Counts:
             self.write()
 
     def write(self, **more: object) -> None:
-        """Replaces the row."""
+        """Replace the row."""
         self.written = time.monotonic()
         row = {"run": self.what, **self.outcomes, **more}
         path = os.environ.get(record.VARIABLE)
@@ -58,12 +58,12 @@ class Counts:
 
 
 def replace(rows: list[dict], row: dict) -> None:
-    """Replaces the row of the same run, or adds it."""
+    """Replace the row of the same run, or append it."""
     rows[:] = [other for other in rows if other.get("run") != row["run"]] + [row]
 
 
 def run(what: str, arguments: list[str], processes: int) -> Counts:
-    """One run of pytest."""
+    """Run pytest once."""
     parallel = ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *parallel, *arguments]
     counts = Counts(what)

@@ -1,7 +1,6 @@
-"""Attention under a tool of compute-sanitizer: `sanitize.py memcheck --device cuda`.
+"""Runs attention under a tool of compute-sanitizer: `sanitize.py memcheck --device cuda`.
 
-With `--device cpu`, or where compute-sanitizer is missing, the same program runs without it. On a GPU that is a
-failure.
+With `--device cpu`, or if compute-sanitizer is missing, the same program runs without it; on a GPU that is a failure.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ import record
 from gpu.calls import script
 
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
-FOUND = 9  # exit code of the tool if it finds something
+FOUND = 9  # exit code of the tool if it reports an error
 
 
 def sanitizer() -> str | None:
-    """The program, on the PATH or in the CUDA toolkit."""
+    """The path of compute-sanitizer, on the PATH or in the CUDA toolkit."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
 
 
 def result(tool: str, code: int, output: str) -> dict[str, object]:
-    """The row of a run: what the tool counted, and its first report."""
+    """The row of a run: the number of errors, and the first report."""
     found = SUMMARY.search(output)
     row: dict[str, object] = {"tool": tool, "exit code": code, "passed": code == 0 and found is not None}
     row["found"] = int(found[1] or found[2]) if found else "no summary"

@@ -1,7 +1,7 @@
-"""Runs `neox` from text to generation: 20 training steps, the same with a kill and a resume, and a prompt.
+"""Runs `neox` from text to generation: 20 training steps, the same steps with a kill and a resume, and a prompt.
 
-The tokenizer and the text come from this repository's documentation. `train_and_resume.py --device cuda` trains in bf16
-at ZeRO 1 and, for 10 steps, in fp16; `--device cpu` trains a smaller model in fp32.
+The text, and so the tokenizer, is this repository's documentation. `train_and_resume.py --device cuda` trains in bf16
+with ZeRO 1 and, for 10 steps, in fp16; `--device cpu` trains a smaller model in fp32.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ DIFFERS = 4  # exit code of verify-resume
 
 
 class Failed(Exception):
-    """A part did not do what it should."""
+    """A part of this program failed."""
 
 
 def neox(*words: object, wanted: tuple[int, ...] = (0,)) -> tuple[str, float]:
-    """Runs `neox ...` and returns its output and its seconds.
+    """Run `neox ...` and return its output and its seconds.
 
     Raises:
         Failed: its exit code is not one of `wanted`.
@@ -48,7 +48,7 @@ def neox(*words: object, wanted: tuple[int, ...] = (0,)) -> tuple[str, float]:
 
 
 def config(folder: Path, device: str) -> Path:
-    """Writes the config of the run."""
+    """Write the config of the run and return its path."""
     wide = device == "cuda"
     text = {
         "model": {
@@ -75,17 +75,17 @@ def config(folder: Path, device: str) -> Path:
 
 
 def prepare(folder: Path) -> None:
-    """The tokenizer and the data."""
+    """Train the tokenizer and preprocess the text."""
     text, tokenizer = ("--input", ROOT / "docs", "--suffix", ".md"), folder / "tokenizer.json"
     neox("tokenizer", "train", *text, "--vocab-size", 1024, "--out", tokenizer)
     neox("preprocess", *text, "--tokenizer", tokenizer, "--out", folder / "text")
 
 
 def record_losses(name: str, run: Path) -> None:
-    """Records first and last loss of a run, and the median rate of its second half.
+    """Record first and last loss of a run, and the median tokens/s of its second half.
 
     Raises:
-        Failed: its loss did not fall.
+        Failed: its loss did not decrease.
     """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = sorted(row["tokens_per_s"] for row in rows[len(rows) // 2 :] if row.get("tokens_per_s"))
@@ -95,14 +95,14 @@ def record_losses(name: str, run: Path) -> None:
     record.add(row)
     print(row)
     if not last < first:
-        raise Failed(f"{name}: the loss did not fall: {first} to {last}")
+        raise Failed(f"{name}: the loss did not decrease: {first} to {last}")
 
 
 def kill_and_resume(folder: Path, path: Path) -> None:
-    """Three runs: one without interruption, one that is killed, and its continuation, which must match bit for bit.
+    """Train without interruption, train with a kill, and resume; the resumed run must match bit for bit.
 
     Raises:
-        Failed: it does not match, or a loss did not fall.
+        Failed: they differ, or the loss did not decrease.
     """
     options = ("--steps", STEPS, "--kill-at", KILL_AT, "--json", "--dir", folder / "runs")
     straight = folder / "runs" / "straight"
@@ -110,7 +110,7 @@ def kill_and_resume(folder: Path, path: Path) -> None:
         output, seconds = neox("verify-resume", path, *options, wanted=(0, DIFFERS))
         rows = json.loads(output.strip().splitlines()[-1])
         record.add({"compared": len(rows), "differ": [row["name"] for row in rows if not row["equal"]], "s": seconds})
-    finally:  # also if a later run fails or is late
+    finally:  # also if a later run fails or runs out of time
         if (straight / "metrics.jsonl").exists():
             record_losses(f"{STEPS} steps", straight)
     if not all(row["equal"] for row in rows):
@@ -118,7 +118,7 @@ def kill_and_resume(folder: Path, path: Path) -> None:
 
 
 def generate(folder: Path, device: str) -> None:
-    """Generates text from the newest checkpoint of these runs."""
+    """Generate text from the newest checkpoint of these runs."""
     run = next((folder / "runs" / name for name in ("resumed", "straight") if (folder / "runs" / name).exists()), None)
     if run is None:
         raise Failed("there is no run to generate from")
@@ -128,7 +128,7 @@ def generate(folder: Path, device: str) -> None:
 
 
 def train_fp16(folder: Path, path: Path) -> None:
-    """Trains in fp16 with a loss scale, which runs on GPUs only."""
+    """Train in fp16 with a loss scale, which only a GPU runs."""
     options = ("precision.dtype=fp16", f"train.train_iters={FP16_STEPS}", f"run.dir={folder / 'fp16'}")
     neox("train", "--conf", path, "--set", *options)
     record_losses(f"{FP16_STEPS} steps in fp16", folder / "fp16")
@@ -148,7 +148,7 @@ def main() -> int:
         for part in [*parts, *([partial(train_fp16, folder, path)] if device == "cuda" else [])]:
             try:
                 part()
-            except Failed as problem:  # the others are tried
+            except Failed as problem:  # the other parts still run
                 problems.append(str(problem))
     for problem in problems:
         print(problem, file=sys.stderr)
