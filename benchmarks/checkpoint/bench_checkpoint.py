@@ -1,11 +1,10 @@
-"""Saving and loading a training state, ours against the raw file, torch.save and safetensors.
-
-How long a step waits for an asynchronous save.
+"""Saves and loads a training state, neox against a raw file, torch.save and safetensors, and measures how long a step
+waits for an asynchronous save.
 
 The state is that of AdamW: a weight and two moments per parameter, fp32. "Raw file" writes the same bytes with plain
-write calls and one fsync, or reads them with plain read calls. Every contestant writes durably (fsync), reads from the
-page cache, and fills the tensors of an existing model, as a resumed training does; they take turns in the same rounds.
-Figures are GB/s. The stall is the longest wait of a step in which a save begins, in steps.
+write calls and one fsync, or reads them with plain read calls. All implementations write durably (fsync), read from the
+page cache, and fill the tensors of an existing model, as a resumed run does. Their order rotates in each round. Figures
+are GB/s. The stall is the longest wait of a step that starts a save, in units of a step's time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, parse, show
+from measure import Options, Row, rate_row, run, seconds_per_call
 
 from neox.checkpoint.background import Saver
 from neox.checkpoint.reader import Checkpoint
@@ -36,7 +35,7 @@ BLOCK = 16 << 20
 
 
 def make_state(megabytes: int) -> dict[tuple[str, str], torch.Tensor]:
-    """(name, kind) -> tensor: matrices of 8 MB, with their moments."""
+    """(name, kind) -> tensor, of matrices of 8 MB and their moments."""
     count = max(megabytes // 24, 1)
     return {
         (f"layers.{i}.weight", kind): torch.randn(1024, 2048)
@@ -46,15 +45,15 @@ def make_state(megabytes: int) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def fragments(state: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
-    """The state as one process holds it."""
+    """The state as the fragments of a single process."""
     return [
         Fragment(name, kind, tuple(t.shape), full_slices(tuple(t.shape)), 0, t.numel(), t.view(-1))
         for (name, kind), t in state.items()
     ]
 
 
-class Contest:
-    """Ours and the peers on one folder."""
+class Formats:
+    """Saves and loads one state in one folder, by neox and by each peer."""
 
     def __init__(self, folder: Path, state: dict[tuple[str, str], torch.Tensor]):
         self.folder, self.state = folder, state
@@ -64,16 +63,12 @@ class Contest:
         self.target = {f"{kind}/{name}": torch.zeros_like(tensor) for (name, kind), tensor in state.items()}
 
     def save_ours(self) -> None:
-        """A complete checkpoint: checksums, fsync of files and folders, renames, manifest."""
+        """Save a complete checkpoint: checksums, fsync of files and folders, renames, manifest."""
         shutil.rmtree(self.root, ignore_errors=True)
-        save(
-            self.root,
-            Content(1, {"step": 1}, start_lineage(self.root)),
-            fragments(self.state),
-        )
+        save(self.root, Content(1, {"step": 1}, start_lineage(self.root)), fragments(self.state))
 
     def save_raw(self) -> None:
-        """The bytes in one file, durable."""
+        """Write the bytes to one file."""
         with open(self.folder / "raw", "wb", buffering=0) as file:
             for tensor in self.state.values():
                 view = memoryview(tensor.view(-1).numpy()).cast("B")
@@ -82,71 +77,62 @@ class Contest:
             os.fsync(file.fileno())
 
     def save_torch(self) -> None:
-        """torch.save and an fsync."""
+        """Save by torch.save."""
         with open(self.folder / "torch", "wb") as file:
             torch.save(self.flat, file)
             file.flush()
             os.fsync(file.fileno())
 
     def save_safetensors(self) -> None:
-        """safetensors' save_file and an fsync."""
+        """Save by safetensors' save_file."""
         save_file(self.flat, self.folder / "safetensors")
         with open(self.folder / "safetensors", "rb") as file:
             os.fsync(file.fileno())
 
     def load_ours(self) -> None:
-        """Every tensor, checksums compared."""
+        """Load every tensor and compare its checksum."""
         with Checkpoint(self.root / "step_00000001") as checkpoint, checkpoint.async_reads():
             for name, kind in self.state:
                 target = self.target[f"{kind}/{name}"]
                 checkpoint.read_into(target.view(-1), name, kind, full_slices(tuple(target.shape)), 0, target.numel())
 
     def load_raw(self) -> None:
-        """The bytes, nothing compared."""
+        """Read the bytes, without checksums."""
         with open(self.folder / "raw", "rb", buffering=0) as file:
             for tensor in self.target.values():
                 file.readinto(memoryview(tensor.view(-1).numpy()).cast("B"))
 
     def load_torch(self) -> None:
-        """torch.load, tensors only, mapped, so that it copies once."""
+        """Load by torch.load, memory-mapped, so that it copies once."""
         for key, tensor in torch.load(self.folder / "torch", weights_only=True, mmap=True).items():
             self.target[key].copy_(tensor)
 
     def load_safetensors(self) -> None:
-        """safetensors' load_file, which maps the file."""
+        """Load by safetensors' load_file, which maps the file."""
         for key, tensor in load_file(self.folder / "safetensors").items():
             self.target[key].copy_(tensor)
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Time of one call."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
 def bandwidth(options: Options, folder: Path) -> Iterator[Row]:
-    """Save and load against the peers, in interleaved rounds."""
-    contest = Contest(folder, make_state(96 if options.quick else 768))
-    setting = f"{contest.bytes / 1e6:.0f} MB, {options.place}"
+    """Compare the bandwidth of saving and of loading."""
+    formats = Formats(folder, make_state(96 if options.quick else 768))
+    setting = f"{formats.bytes / 1e6:.0f} MB, {options.processor}"
     for what in ("save", "load"):
-        runs = {name: getattr(contest, f"{what}_{name}") for name in ("ours", "raw", "torch", "safetensors")}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(3 if options.quick else 5):
-            order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
+        calls = {name: getattr(formats, f"{what}_{name}") for name in ("ours", "raw", "torch", "safetensors")}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(3 if options.quick else 5):
+            order = list(calls)[number % len(calls) :] + list(calls)[: number % len(calls)]
             for name in order:
-                times[name].append(seconds(runs[name]))
-        speed = {name: contest.bytes / statistics.median(values) / 1e9 for name, values in times.items()}
+                times[name].append(seconds_per_call(calls[name]))
+        speed = {name: formats.bytes / statistics.median(values) / 1e9 for name, values in times.items()}
         for peer, title in (("raw", "raw file"), ("torch", f"torch.{what}"), ("safetensors", "safetensors")):
-            yield Row(
-                f"checkpoint {what}", setting, speed["ours"], speed[peer], title, speed["ours"] / speed[peer], "GB/s"
-            )
+            yield rate_row(f"checkpoint {what}", setting, speed["ours"], speed[peer], title, "GB/s")
 
 
 def stall(options: Options, folder: Path) -> Row:
-    """How long a step waits for a save that begins in it, against the step itself.
+    """Compare the longest wait of a step that starts a save with the time of a step.
 
-    The steps are the time of a fixed computation.
+    A step is half a second of matrix products.
     """
     state = make_state(96 if options.quick else 384)
     saver = Saver(folder / "stall", keep=1, lineage=start_lineage(folder / "stall"), background=True)
@@ -167,20 +153,18 @@ def stall(options: Options, folder: Path) -> Row:
         for _ in range(8):
             step()
     saver.join()
-    one = statistics.median(seconds(step) for _ in range(3))
-    worst = max(waits[1:]) / one
-    setting = f"{sum(t.numel() for t in state.values()) * 4 / 1e6:.0f} MB of state, steps of {one:.2f} s"
+    step_seconds = statistics.median(seconds_per_call(step) for _ in range(3))
+    worst = max(waits[1:]) / step_seconds
+    setting = f"{sum(t.numel() for t in state.values()) * 4 / 1e6:.0f} MB of state, steps of {step_seconds:.2f} s"
     return Row("asynchronous save, stall", setting, worst, 1.0, "one step", 1.0 / max(worst, 1e-9), "steps")
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """All of it, in a temporary folder on the file system of the working directory."""
-    torch.set_num_threads(options.threads)
+    """All rows, in a temporary folder on the file system of the working directory."""
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-checkpoint-") as name:
         yield from bandwidth(options, Path(name))
         yield stall(options, Path(name))
 
 
 if __name__ == "__main__":
-    options = parse(__doc__.splitlines()[0])
-    show(rows(options), options)
+    run(__doc__, rows)

@@ -1,9 +1,9 @@
-"""What all safety features cost a step of the demo's model with two processes.
+"""Measures what all safety features cost a step of the demo's model on two processes.
 
-On: the heartbeat and its store, the watchdog, the guard against loss spikes, the comparison of replicas every 10 steps.
-Off: none of them. Both trainings live in the same two processes and take turns of a few steps, so that other load of
-the machine slows both; the figure is the median over the turns. Checks for values that are not finite cannot be turned
-off and are in both.
+The features are the heartbeat and its store, the watchdog, the guard against loss spikes, and the comparison of
+replicas every 10 steps. A run with all of them and a run without take turns of 10 steps in the same two processes, so
+that other load on the machine slows both. The figure is the median over the turns. Both runs check for values that are
+not finite, which cannot be disabled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, parse, show
+from measure import Options, Row, run
 
 from neox.config.load import load
 from neox.config.schema import Config
@@ -42,8 +42,8 @@ SETTINGS = {
     "on": ("guard.drift_interval=10",),
     "off": ("guard.drift_interval=0", "guard.loss_spike=off", "guard.hang_timeout=0"),
 }
-STEPS = 10  # of one training before it is the other's turn: one comparison of replicas
-RANKS = """import sys
+STEPS = 10  # of a turn, which has one comparison of replicas
+RANK_PROGRAM = """import sys
 sys.path[:0] = [sys.argv[1]]
 import bench_safety
 bench_safety.take_turns(sys.argv[2], int(sys.argv[3]))"""
@@ -58,14 +58,12 @@ def make_corpus(folder: Path) -> None:
 
 
 def config_of(folder: Path, name: str) -> Config:
-    """The demo's config on that dataset, with safety on or off."""
+    """The demo's config on that dataset, with the safety features on or off."""
     common = [
         f"data.train=[{json.dumps(str(folder / 'train'))}]",
         "data.validation=[]",
         "evaluate.interval=0",
         "tokenizer.file=null",
-    ]
-    common += [
         "model.vocab_size=4096",
         "schedule.warmup_iters=1",
         "train.train_iters=100000",
@@ -76,7 +74,7 @@ def config_of(folder: Path, name: str) -> Config:
 
 
 def take_turns(folder: str, turns: int) -> None:
-    """Entry of each process. The first leaves times.json: seconds of every step, by setting and turn."""
+    """Run all turns in one of the processes. Rank 0 writes times.json: seconds of every step, by setting and turn."""
     launch = read_launch_info(os.environ)
     configs = {name: config_of(Path(folder), name) for name in SETTINGS}
     mesh = init_distributed(configs["on"].parallel, launch, "cpu")
@@ -87,7 +85,7 @@ def take_turns(folder: str, turns: int) -> None:
         for name, config in configs.items()
     }
     times: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
-    for turn in range(-1, turns):  # the first is for warming up
+    for turn in range(-1, turns):  # the first is a warm-up
         for name in sorted(SETTINGS, reverse=turn % 2 == 0):
             seconds = steps_of(runs[name], heartbeats[name], launch, configs[name].guard.hang_timeout)
             if turn >= 0:
@@ -95,11 +93,11 @@ def take_turns(folder: str, turns: int) -> None:
     if launch.rank == 0:
         (Path(folder) / "times.json").write_text(json.dumps(times))
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(0)  # skips the teardown of two runs that share a process group
 
 
 def steps_of(training: Training, heartbeat: Heartbeat, launch: LaunchInfo, limit: float) -> list[float]:
-    """Seconds of each step of one turn; the watchdog runs during the turn if it has a limit."""
+    """Seconds of each step of one turn. The watchdog runs during the turn if there is a limit."""
     watchdog = connect(launch, limit=limit, heartbeat=heartbeat) if limit else None
     seconds = []
     dist.barrier()
@@ -118,28 +116,18 @@ def steps_of(training: Training, heartbeat: Heartbeat, launch: LaunchInfo, limit
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """One row: milliseconds of a step with everything on, against everything off."""
+    """Compare the milliseconds of a step with all features on and off."""
     turns = 2 if options.quick else 10
     with tempfile.TemporaryDirectory(prefix="bench-safety-") as name:
         folder = Path(name)
         make_corpus(folder)
-        program = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            "29641",
-            "--no-python",
-            sys.executable,
-            "-c",
-            RANKS,
-        ]
-        command = [sys.executable, *program, str(Path(__file__).parent), name, str(turns)]
-        # this process is bound to as many CPUs as it has threads
-        everywhere = partial(os.sched_setaffinity, 0, range(os.cpu_count()))
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641", "--no-python")
+        program = (sys.executable, "-c", RANK_PROGRAM, str(Path(__file__).parent), name, str(turns))
+        # `run` has pinned this process to as many CPUs as it has threads, and children inherit that
+        unpin = partial(os.sched_setaffinity, 0, range(os.cpu_count()))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, preexec_fn=everywhere)
+        command = [sys.executable, *launcher, *program]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, preexec_fn=unpin)
         times = json.loads((folder / "times.json").read_text())
     on, off = ([statistics.mean(seconds) for seconds in times[name]] for name in ("on", "off"))
     ratios = sorted(without / with_all for with_all, without in zip(on, off, strict=True))
@@ -156,5 +144,4 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    options = parse(__doc__.splitlines()[0])
-    show(rows(options), options)
+    run(__doc__, rows)

@@ -1,7 +1,7 @@
 """Tiny cases that launch every CUDA kernel of every operator: all element types, vector and scalar accesses, and a row
-of each length that has a separate kernel. gpu/kernels.py reports the kernels that they do not launch.
+of each length that has a separate kernel. gpu/kernels.py reports kernels that no case launches.
 
-Import it after the default device is set, which tests/reference.py reads.
+Set the default device before the import, because tests/reference.py reads it when it is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from itertools import product
 
 import torch
+from measure import dtype_name
 
 from neox import ops
 from tests import reference
@@ -23,7 +24,7 @@ EPS = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """An operator and its reference in fp64, on the same inputs; both forward and backward are compared."""
+    """An operator and its reference in fp64 on the same inputs. Forward and backward are compared."""
 
     text: str
     op: Callable
@@ -33,14 +34,18 @@ class Case:
     deterministic: bool = False
 
     def check(self) -> None:
-        """Raises AssertionError if they differ."""
+        """Compare them.
+
+        Raises:
+            AssertionError: they differ.
+        """
         with algorithms(self.deterministic):
             reference.check_against(self.op, self.reference, self.inputs, floor=self.floor)
 
 
 @contextmanager
 def algorithms(deterministic: bool) -> Iterator[None]:
-    """Algorithms that repeat bit for bit, or the fastest."""
+    """Set torch to deterministic algorithms, or to the fastest."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -49,17 +54,12 @@ def algorithms(deterministic: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """The dtype's name without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def bias_gelu() -> Iterator[Case]:
-    """Both forms, with a bias and without."""
+    """Exact and tanh gelu."""
     for dtype, cols, approximate in product(reference.dtypes("bias_gelu"), (64, 17), ("none", "tanh")):
         x, bias = reference.random(5, cols, dtype=dtype), reference.random(cols, dtype=dtype, seed=1)
         run, expected = (partial(f, approximate=approximate) for f in (ops.bias_gelu, reference.bias_gelu))
-        yield Case(f"{approximate} {cols} {name_of(dtype)}", run, expected, {"x": x, "bias": bias})
+        yield Case(f"{approximate} {cols} {dtype_name(dtype)}", run, expected, {"x": x, "bias": bias})
 
 
 def gated() -> Iterator[Case]:
@@ -67,11 +67,11 @@ def gated() -> Iterator[Case]:
     for dtype, cols, activation in product(reference.dtypes("gated"), (64, 17), ("silu", "gelu", "relu")):
         inputs = {name: reference.random(5, cols, dtype=dtype, seed=i) for i, name in enumerate(("x", "gate"))}
         run, expected = (partial(f, activation=activation) for f in (ops.gated, reference.gated))
-        yield Case(f"{activation} {cols} {name_of(dtype)}", run, expected, inputs)
+        yield Case(f"{activation} {cols} {dtype_name(dtype)}", run, expected, inputs)
 
 
 def bias_dropout_add() -> Iterator[Case]:
-    """With dropout, whose mask the reference recomputes."""
+    """Dropout, whose mask the reference recomputes."""
     seed, p = torch.tensor([11, 22], device="cpu"), 0.25
     for dtype, cols in product(reference.dtypes("bias_dropout_add"), (64, 17)):
         inputs = {name: reference.random(5, cols, dtype=dtype, seed=i) for i, name in enumerate(("x", "residual"))}
@@ -84,11 +84,11 @@ def bias_dropout_add() -> Iterator[Case]:
         def expected(x, residual, bias, retained=retained):
             return residual + (x + bias) * retained
 
-        yield Case(f"{cols} {name_of(dtype)}", run, expected, inputs)
+        yield Case(f"{cols} {dtype_name(dtype)}", run, expected, inputs)
 
 
 def rotary() -> Iterator[Case]:
-    """Accesses of 8, 4, 2 and 1 channels."""
+    """Numbers of channels that take accesses of 8, 4, 2 and 1 elements."""
     for dtype, channels in product(reference.dtypes("rotary"), (32, 16, 8, 4, 2)):
         cos, sin = reference.random(3, channels), reference.random(3, channels, seed=1)
         inputs = {name: reference.random(2, 3, 2, 2 * channels, dtype=dtype, seed=i) for i, name in enumerate("qk")}
@@ -101,11 +101,11 @@ def rotary() -> Iterator[Case]:
         def expected(q, k, rotated=rotated):
             return rotated(q), rotated(k)
 
-        yield Case(f"{channels} {name_of(dtype)}", partial(ops.rotary, cos=cos, sin=sin), expected, inputs)
+        yield Case(f"{channels} {dtype_name(dtype)}", partial(ops.rotary, cos=cos, sin=sin), expected, inputs)
 
 
 def scaled_masked_softmax() -> Iterator[Case]:
-    """Rows of a warp, of a block, and of a loop over a block."""
+    """Rows that a warp holds, rows that a block holds, and longer ones."""
     lengths = (64, 512, 1024, 2048, 4096, 16384, 24576)
     for dtype, t in product(reference.dtypes("scaled_masked_softmax"), (*lengths, *(length + 1 for length in lengths))):
         x = reference.random(1, 1, 2, t, dtype=dtype)
@@ -114,20 +114,20 @@ def scaled_masked_softmax() -> Iterator[Case]:
         def expected(x, mask=mask):
             return torch.softmax((x * 0.5).masked_fill(mask, -torch.inf), -1)
 
-        yield Case(f"{t} {name_of(dtype)}", partial(ops.scaled_causal_softmax, scale=0.5), expected, {"x": x}, 0.01)
+        yield Case(f"{t} {dtype_name(dtype)}", partial(ops.scaled_causal_softmax, scale=0.5), expected, {"x": x}, 0.01)
 
 
 def norm() -> Iterator[Case]:
-    """One norm and two of the same input, at every number of packs per thread and at lengths that loop."""
+    """One norm, and two of the same input, at every number of vectors per thread and at lengths that need a loop."""
     for dtype in reference.dtypes("norm"):
-        pack = 16 // dtype.itemsize
-        lengths = [pack * packs for packs in (4, 40, 100, 200, 1000, 1500, 2000, 3100)]
+        width = 16 // dtype.itemsize  # elements of a vector
+        lengths = [width * vectors for vectors in (4, 40, 100, 200, 1000, 1500, 2000, 3100)]
         for cols, dual in product((*lengths, *(length + 1 for length in lengths)), (False, True)):
             inputs = {"x": reference.random(3, cols, dtype=dtype)}
             names = ("w0", "b0", "w1", "b1") if dual else ("w0", "b0")
             inputs |= {name: reference.random(cols, dtype=dtype, seed=i + 1) for i, name in enumerate(names)}
             run, expected = (dual_norm, dual_norm_reference) if dual else (one_norm, one_norm_reference)
-            yield Case(f"{'two' if dual else 'one'} {cols} {name_of(dtype)}", run, expected, inputs)
+            yield Case(f"{'two' if dual else 'one'} {cols} {dtype_name(dtype)}", run, expected, inputs)
 
 
 def one_norm(x, w0, b0):
@@ -136,7 +136,7 @@ def one_norm(x, w0, b0):
 
 
 def one_norm_reference(x, w0, b0):
-    """The same in fp64."""
+    """Its reference."""
     return reference.layer_norm(x, w0, b0, EPS)
 
 
@@ -146,12 +146,12 @@ def dual_norm(x, w0, b0, w1, b1):
 
 
 def dual_norm_reference(x, w0, b0, w1, b1):
-    """The same in fp64."""
+    """Its reference."""
     return reference.layer_norm(x, w0, b0, EPS), reference.layer_norm(x, w1, b1, EPS)
 
 
 def cross_entropy() -> Iterator[Case]:
-    """In two passes; in one, with a right and a wrong prediction of the loss's gradient; rows beyond shared memory."""
+    """Two passes; one pass with a right and a wrong prediction of the loss's gradient; rows beyond shared memory."""
     for dtype, columns in product(reference.dtypes("cross_entropy"), (64, 17, 131072)):
         targets = reference.integers(columns, 3)
         logits = reference.random(3, columns, dtype=dtype, scale=2.0)
@@ -161,18 +161,18 @@ def cross_entropy() -> Iterator[Case]:
 
         for predicted in (None, 1.0, 0.5):
             run = partial(cross_entropy_of_a_copy, targets=targets, predicted=predicted)
-            yield Case(f"{columns} predicted {predicted} {name_of(dtype)}", run, expected, {"logits": logits})
+            yield Case(f"{columns} predicted {predicted} {dtype_name(dtype)}", run, expected, {"logits": logits})
 
 
 def cross_entropy_of_a_copy(logits: torch.Tensor, targets: torch.Tensor, predicted: float | None) -> torch.Tensor:
-    """In one pass, which overwrites its input, if the gradient of the loss is predicted; else in two."""
+    """cross_entropy in one pass, which overwrites a copy of the logits, if there is a prediction; otherwise in two."""
     if predicted is None:
         return ops.cross_entropy(logits, targets)
     return ops.cross_entropy(logits * 1, targets, inplace=True, expected_dloss=predicted)
 
 
 def attention() -> Iterator[Case]:
-    """Every instance of head_dim: causal, with softcap, and with documents; both backwards; and decoding, which splits
+    """Every kernel of head_dim, causal, with softcap and with documents, by both backwards; and decoding, which splits
     the keys.
     """
     forms = {"causal": {}, "softcap": {"softcap": 2.0}, "documents": {"segment_ids": documents(1, 40, 13, 20)}}
@@ -187,7 +187,7 @@ def attention() -> Iterator[Case]:
 
 
 def runs_hopper() -> bool:
-    """Whether the kernels for sm_90a run here: on a Hopper GPU, and on the emulator."""
+    """Whether the kernels for sm_90a run here, which a Hopper GPU and the emulator do."""
     return torch.cuda.get_device_capability()[0] == 9 if reference.DEVICE.type == "cuda" else reference.CUDA_KERNELS
 
 
@@ -199,14 +199,14 @@ def attention_case(
     deterministic: bool,
     backend: str = "native",
 ) -> Case:
-    """A case with one key/value head; sizes are (s, t, n, d)."""
+    """A case with one key/value head. `sizes` are (s, t, n, d)."""
     s, t, n, d = sizes
     shapes = {"q": (1, s, n, d), "k": (1, t, 1, d), "v": (1, t, 1, d)}
     inputs = {
         name: reference.random(*shape, dtype=dtype, seed=10_000 * i) for i, (name, shape) in enumerate(shapes.items())
     }
     run = partial(ops.attention, backend=backend, **options)
-    text = f"{form}{' deterministic' * deterministic} s {s} t {t} d {d} {name_of(dtype)}"
+    text = f"{form}{' deterministic' * deterministic} s {s} t {t} d {d} {dtype_name(dtype)}"
     return Case(text, run, partial(reference.attention, **options), inputs, FLOOR, deterministic)
 
 

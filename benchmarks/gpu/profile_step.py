@@ -1,6 +1,7 @@
-"""Kernels of a training step by their time: Pythia-160M in bf16 on a GPU, Pythia-14M in fp32 with `--device cpu`.
+"""Profiles the kernels of a training step: Pythia-160M in bf16 on a GPU, Pythia-14M in fp32 with `--device cpu`.
 
-A row per kernel, or per operator on a CPU, then one of the step: how much of its time the GPU is busy.
+Records a row per kernel, on a CPU per operator, and a row of the step with the fraction of its time that the device is
+busy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import record
 import torch
+from training_step import training_step
 
 from neox.config.load import load_config
 from neox.model.gpt import GPT
@@ -32,17 +34,10 @@ def build(device: torch.device) -> tuple[GPT, torch.Tensor]:
     return model, torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def profiled(device: torch.device) -> tuple[torch.profiler.profile, float]:
-    """The profile of STEPS steps, and their seconds."""
+def profile_steps(device: torch.device) -> tuple[torch.profiler.profile, float]:
+    """Profile STEPS steps. Returns the profile and their wall seconds."""
     model, (tokens, targets) = build(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step() -> torch.Tensor:
-        loss = model(tokens, targets, expected_dloss=1 / targets.numel()).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    step = training_step(model, lambda: model(tokens, targets, expected_dloss=1 / targets.numel()).mean())
 
     def wait() -> None:
         if device.type == "cuda":
@@ -63,7 +58,7 @@ def profiled(device: torch.device) -> tuple[torch.profiler.profile, float]:
 
 
 def kernels_of(profile: torch.profiler.profile, device: torch.device) -> list[tuple[str, float, float]]:
-    """(name, microseconds, launches) of each kernel per step, by time."""
+    """(name, microseconds per step, launches per step) of each kernel, the slowest first."""
     on_gpu = device.type == "cuda"
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     time_of = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
@@ -77,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     device = torch.device(parser.parse_args().device)
-    profile, seconds = profiled(device)
+    profile, seconds = profile_steps(device)
     kernels = kernels_of(profile, device)
     for name, microseconds, launches in kernels[:ROWS]:
         row = {"kernel": name, "us a step": microseconds, "launches a step": launches}

@@ -1,10 +1,11 @@
 """attention against torch's scaled_dot_product_attention: forward, and backward alone, over masks and for decoding.
 
-On a GPU the peers are sdpa's flash and cuDNN backends where is_causal suffices, and what sdpa chooses for a full mask
-where it does not; and our kernels for Hopper, where they take the case.
+sdpa gets is_causal where that expresses the mask, and otherwise the full mask, built outside of the timing. On a GPU
+the peers are sdpa's flash and cuDNN backends with is_causal, and the backend that sdpa selects with a full mask. There
+neox's kernels for Hopper are one more peer, in the cases that they support.
 
-GFLOP/s count the pairs that the mask leaves visible: 4 operations per pair and channel forward, 10 backward. sdpa is
-given is_causal where that suffices, and the full mask, made outside of the timing, where it does not.
+GFLOP/s count the pairs that the mask leaves visible: 4 operations per pair and channel in the forward, 10 in the
+backward.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import record
-from measure import Options, Row, compare, parse, show
+from measure import Options, Row, compare, dtype_name, run
 
 from neox.ops import attention
 from neox.ops.attention import visible_keys
@@ -47,12 +48,12 @@ class Case:
         return self.t or self.s
 
     @property
-    def plain(self) -> bool:
-        """Whether sdpa needs no mask: is_causal suffices."""
+    def needs_no_mask(self) -> bool:
+        """Whether sdpa's is_causal expresses the mask."""
         return self.s == self.keys and not {"window", "segment_ids", "alibi_slopes"} & set(self.options)
 
     def visible(self) -> torch.Tensor:
-        """[s, t] or [b, 1, s, t] bool."""
+        """The mask of visible pairs, bool [s, t] or [b, 1, s, t]."""
         mask = visible_keys(
             self.s,
             self.keys,
@@ -81,7 +82,7 @@ GPU_CASES = (
 
 
 def gpu_cases(quick: bool) -> list[Case]:
-    """The shapes of the goals first; masks that sdpa must be given in full after them."""
+    """Cases on a GPU: shapes of models, then masks that sdpa needs in full."""
     ids = documents(4096, 8)
     masks = [
         Case("documents of 1/8", 4096, 128, n=16, g=16, options={"segment_ids": ids}),
@@ -93,8 +94,8 @@ def gpu_cases(quick: bool) -> list[Case]:
     return [*GPU_CASES[:2]] if quick else [*GPU_CASES, *masks]
 
 
-def cases(quick: bool) -> list[Case]:
-    """Training shapes first, then masks, then decoding."""
+def cpu_cases(quick: bool) -> list[Case]:
+    """Cases on a CPU: shapes of training, then masks, then decoding."""
     lengths, long = ((512,), 512) if quick else ((512, 2048), 2048)
     training = [Case("causal", s, d) for s in lengths for d in (64, 128)]
     masks = [
@@ -114,68 +115,67 @@ def cases(quick: bool) -> list[Case]:
 
 
 def sdpa(case: Case, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """sdpa on [b, s, n, d] tensors with the mask ready."""
-    plain = case.plain
+    """sdpa on [b, s, n, d] tensors, with the mask already built."""
     causal, mask = case.options.get("causal", True), None
-    if not plain and case.s > 1:
+    if not case.needs_no_mask and case.s > 1:
         mask = case.visible()
     if "alibi_slopes" in case.options:
         distance = (torch.arange(case.s)[:, None] - torch.arange(case.s)).abs()
         mask = torch.where(mask, -case.options["alibi_slopes"][:, None, None] * distance, -torch.inf).to(dtype)
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=plain and causal,
+            is_causal=case.needs_no_mask and causal,
             enable_gqa=case.n != case.g,
         )
         return out.transpose(1, 2)
 
-    return run
+    return attend
 
 
-def through(backend: SDPBackend, run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same with one of sdpa's backends and no other."""
+def with_backend(backend: SDPBackend, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """sdpa restricted to one of its backends."""
 
-    def held(*inputs: torch.Tensor) -> torch.Tensor:
+    def restricted(*inputs: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return run(*inputs)
+            return attend(*inputs)
 
-    return held
+    return restricted
 
 
 def peers_of(
     case: Case, dtype: torch.dtype, options: Options, inputs: list[torch.Tensor]
 ) -> dict[str, Callable[..., torch.Tensor]]:
-    """What ours is compared with. A backend that refuses the case is left out, and named on the error stream."""
-    run = sdpa(case, dtype)
+    """The peers of a case. A backend that rejects the case is omitted, with a line on stderr."""
+    attend = sdpa(case, dtype)
     if options.device == "cpu":
-        return {"sdpa": run}
-    tried: dict[str, Callable[..., torch.Tensor]] = {"sdpa": run}
-    if case.plain:
+        return {"sdpa": attend}
+    tried: dict[str, Callable[..., torch.Tensor]] = {"sdpa": attend}
+    if case.needs_no_mask:
         backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-        tried = {name: through(backend, run) for name, backend in backends.items()}
+        tried = {name: with_backend(backend, attend) for name, backend in backends.items()}
     peers = {}
     for name, peer in {**tried, "neox hopper": partial(attention, backend="hopper", **case.options)}.items():
         try:
             peer(*inputs)
         except (RuntimeError, ValueError) as problem:
-            print(f"{case.label}: {name} is left out: {str(problem).splitlines()[0]}", file=sys.stderr)
+            print(f"{case.label}: {name} is omitted: {str(problem).splitlines()[0]}", file=sys.stderr)
         else:
             peers[name] = peer
-    return peers if peers.keys() & tried.keys() else {"sdpa": run, **peers}
+    return peers if peers.keys() & tried.keys() else {"sdpa": attend, **peers}
 
 
 def measure(case: Case, dtype: torch.dtype, options: Options) -> Iterator[Row]:
-    """Forward without autograd; for training shapes the backward alone."""
+    """Compare the forward without autograd and, unless the case is decoding, the backward alone."""
     shapes = (case.s, case.n), (case.keys, case.g), (case.keys, case.g)
     inputs = [torch.randn(case.b, length, heads, case.d).to(dtype) for length, heads in shapes]
     tracked = [tensor.clone().requires_grad_() for tensor in inputs]
     pairs = case.visible().expand(case.b, 1, case.s, case.keys).sum().item() * case.n
-    setting = f"{case.label} s {case.s} t {case.keys} d {case.d} {str(dtype).removeprefix('torch.')}"
+    setting = f"{case.label} s {case.s} t {case.keys} d {case.d} {dtype_name(dtype)}"
 
     def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(q, k, v, backend="native", **case.options)
@@ -194,26 +194,32 @@ def measure(case: Case, dtype: torch.dtype, options: Options) -> Iterator[Row]:
             lambda: ours(*inputs),
             forwards,
             options,
-            work=4 * pairs * case.d,
+            work=4 * pairs * case.d / 1e9,
             unit="GFLOP/s",
         )
     yield from rows
     if case.s > 1:
         backwards = {name: backward(peer) for name, peer in peers.items()}
         yield from compare(
-            "attention backward", setting, backward(ours), backwards, options, work=10 * pairs * case.d, unit="GFLOP/s"
+            "attention backward",
+            setting,
+            backward(ours),
+            backwards,
+            options,
+            work=10 * pairs * case.d / 1e9,
+            unit="GFLOP/s",
         )
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """All cases of the device in the dtypes that it is measured in.
+    """All cases of the device, in all of its dtypes.
 
     Raises:
-        RuntimeError: cases failed, after the others were measured.
+        RuntimeError: some cases failed. It is raised after the others were measured.
     """
     failed = []
     for dtype in options.dtypes:
-        for case in gpu_cases(options.quick) if options.device == "cuda" else cases(options.quick):
+        for case in gpu_cases(options.quick) if options.device == "cuda" else cpu_cases(options.quick):
             try:
                 yield from measure(case, dtype, options)
             except (RuntimeError, ValueError) as problem:
@@ -224,5 +230,4 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    chosen = parse(__doc__)
-    show(rows(chosen), chosen)
+    run(__doc__, rows)

@@ -12,13 +12,13 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare_op, parse, show, with_compiled
+from measure import Options, Row, compare_op, dtype_name, run, with_compiled
 
 from neox.ops import bias_dropout_add
 
 
-def theirs(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
-    """What a model writes without us."""
+def torch_bias_dropout_add(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
+    """torch's operators, one after another."""
     return residual + functional.dropout(x + bias, p)
 
 
@@ -26,11 +26,11 @@ def rows(options: Options) -> Iterator[Row]:
     """The residual stream of Pythia-160M at 4 x 512 tokens, with dropout and without."""
     tokens, hidden = options.shapes((256, 768), (2048, 768), (32768, 768))
     for p in (0.0, 0.1):
-        peers = with_compiled(partial(theirs, p=p), options)
+        peers = with_compiled(partial(torch_bias_dropout_add, p=p), options)
         for dtype in options.dtypes:
             x, residual = torch.randn(2, tokens, hidden).to(dtype)
             bias = torch.randn(hidden).to(dtype)
-            setting = f"{tokens}x{hidden} p={p} {str(dtype).removeprefix('torch.')}"
+            setting = f"{tokens}x{hidden} p={p} {dtype_name(dtype)}"
             size = x.numel() * x.element_size()
 
             def ours(x, bias, residual, p=p):
@@ -50,5 +50,4 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    chosen = parse(__doc__)
-    show(rows(chosen), chosen)
+    run(__doc__, rows)

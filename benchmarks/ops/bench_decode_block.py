@@ -1,5 +1,5 @@
-"""decode_block against the same block operator by operator: one block of the demo's model and of Pythia-160M, 1 and
-8 sequences, 256 tokens read before.
+"""decode_block against the same block run operator by operator: one block of the demo's model and of Pythia-160M, for 1
+and 8 sequences with 256 tokens in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare, parse, show
+from measure import Options, Row, compare, dtype_name, run
 
 from neox.config.schema import ModelConfig
 from neox.model.attention import Context
@@ -24,8 +24,8 @@ TOKENS = 256
 SHAPES = {"demo": (256, 4), "Pythia-160M": (768, 12)}
 
 
-def contestant(model: GPT, batch: int, fused: bool):
-    """One block's step for `batch` new tokens; without `fused` by the ordinary path."""
+def block_step(model: GPT, batch: int, fused: bool):
+    """One block's step on a new token of each sequence: by decode_block if `fused`, else operator by operator."""
     block, dtype = model.layers["0"], next(model.parameters()).dtype
     cache = KVCache(TOKENS + 1)
     cos, sin = model.rotary.rows(TOKENS, 1, None, TOKENS + 1, torch.device("cpu"))
@@ -48,7 +48,7 @@ def contestant(model: GPT, batch: int, fused: bool):
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Microseconds of a block."""
+    """Microseconds of one step of the block."""
     for name, (size, heads) in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
             config = ModelConfig(
@@ -61,16 +61,15 @@ def rows(options: Options) -> Iterator[Row]:
             )
             model = GPT(config, Mesh.single(), dtype=dtype).eval()
             for batch in (1, 8):
-                setting = f"{name} batch {batch} {str(dtype).removeprefix('torch.')}"
+                setting = f"{name} batch {batch} {dtype_name(dtype)}"
                 yield from compare(
                     "decode_block",
                     setting,
-                    contestant(model, batch, True),
-                    {"one by one": contestant(model, batch, False)},
+                    block_step(model, batch, True),
+                    {"one by one": block_step(model, batch, False)},
                     options,
                 )
 
 
 if __name__ == "__main__":
-    chosen = parse(__doc__)
-    show(rows(chosen), chosen)
+    run(__doc__, rows)

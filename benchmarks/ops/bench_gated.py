@@ -12,26 +12,26 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare_op, liger, parse, show, with_compiled
+from measure import Options, Row, compare_op, dtype_name, liger, run, with_compiled
 
 from neox.ops import gated
 
 
-def theirs(x: torch.Tensor, gate: torch.Tensor, act) -> torch.Tensor:
-    """What a model writes without us."""
+def torch_gated(x: torch.Tensor, gate: torch.Tensor, act) -> torch.Tensor:
+    """torch's operators, one after another."""
     return act(x) * gate
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """A feed-forward width of 2,048."""
+    """SwiGLU and GeGLU at one size."""
     tokens, ffn = options.shapes((256, 2048), (2048, 2048), (16384, 8192))
     for activation, act in (("silu", functional.silu), ("gelu", functional.gelu)):
-        peers = with_compiled(partial(theirs, act=act), options) | (
+        peers = with_compiled(partial(torch_gated, act=act), options) | (
             liger("swiglu", options) if activation == "silu" else {}
         )
         for dtype in options.dtypes:
             x, gate = torch.randn(2, tokens, ffn).to(dtype)
-            setting = f"{tokens}x{ffn} {str(dtype).removeprefix('torch.')}"
+            setting = f"{tokens}x{ffn} {dtype_name(dtype)}"
             size = x.numel() * x.element_size()
             ours = partial(gated, activation=activation)
             yield from compare_op(
@@ -47,5 +47,4 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    chosen = parse(__doc__)
-    show(rows(chosen), chosen)
+    run(__doc__, rows)

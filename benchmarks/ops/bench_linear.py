@@ -11,13 +11,13 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare, parse, show
+from measure import Options, Row, compare, dtype_name, run
 
 from neox.ops import linear
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Projections of the attention, of the MLP, and of the output; 1 and 8 tokens, as in decoding."""
+    """Projections of attention, MLP and output head at training size, and one at 1 and 8 tokens, as in decoding."""
     tokens = 256 if options.quick else 2048
     shapes = (
         ((tokens, 768, 3072), (8, 768, 3072))
@@ -37,14 +37,16 @@ def rows(options: Options) -> Iterator[Row]:
                 torch.randn(*shape).to(dtype).requires_grad_() for shape in ((count, size), (out, size), (out,))
             )
             dy = torch.randn(count, out).to(dtype)
-            setting = f"{count}x{size}x{out} {str(dtype).removeprefix('torch.')}"
-            yield from both_ways(setting, leaves, dy, options)
+            setting = f"{count}x{size}x{out} {dtype_name(dtype)}"
+            yield from forward_and_backward(setting, leaves, dy, options)
 
 
-def both_ways(setting: str, leaves: tuple[torch.Tensor, ...], dy: torch.Tensor, options: Options) -> Iterator[Row]:
-    """Forward without autograd, and the backward with all three gradients, in GFLOP/s."""
+def forward_and_backward(
+    setting: str, leaves: tuple[torch.Tensor, ...], dy: torch.Tensor, options: Options
+) -> Iterator[Row]:
+    """The forward without autograd, and the backward alone with all three gradients, in GFLOP/s."""
     inputs = tuple(leaf.detach() for leaf in leaves)
-    work = 2.0 * dy.numel() * leaves[0].shape[1]
+    gflop = 2.0 * dy.numel() * leaves[0].shape[1] / 1e9
 
     def forward(op):
         return torch.no_grad()(lambda: op(*inputs))
@@ -53,11 +55,12 @@ def both_ways(setting: str, leaves: tuple[torch.Tensor, ...], dy: torch.Tensor, 
         y = op(*leaves)
         return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
-    for part, run, factor in (("forward", forward, 1), ("backward", backward, 2)):
-        peers = {"F.linear": run(functional.linear)}
-        yield from compare(f"linear {part}", setting, run(linear), peers, options, work=factor * work, unit="GFLOP/s")
+    for part, call_of, factor in (("forward", forward, 1), ("backward", backward, 2)):
+        peers = {"F.linear": call_of(functional.linear)}
+        yield from compare(
+            f"linear {part}", setting, call_of(linear), peers, options, work=factor * gflop, unit="GFLOP/s"
+        )
 
 
 if __name__ == "__main__":
-    chosen = parse(__doc__)
-    show(rows(chosen), chosen)
+    run(__doc__, rows)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare_op, liger, parse, show, with_compiled
+from measure import Options, Row, compare_op, dtype_name, liger, run, with_compiled
 
 from neox.ops import dual_layer_norm, layer_norm, rms_norm
 
@@ -20,23 +20,23 @@ EPS = 1e-5
 
 
 def torch_layer_norm(x, weight, bias):
-    """torch's fused layer norm."""
+    """torch's layer norm, one fused operator."""
     return functional.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
 def torch_residual(x, residual, weight, bias):
-    """An addition and a layer norm."""
+    """Two operators: the residual add, and a layer norm."""
     s = x + residual
     return functional.layer_norm(s, weight.shape, weight, bias, EPS), s
 
 
 def torch_dual(x, w1, b1, w2, b2):
-    """Two layer norms of one x."""
+    """Two layer norms of the same input."""
     return functional.layer_norm(x, w1.shape, w1, b1, EPS), functional.layer_norm(x, w2.shape, w2, b2, EPS)
 
 
 def torch_rms_norm(x, weight):
-    """torch's RMS norm."""
+    """torch's RMS norm, one operator."""
     return functional.rms_norm(x, weight.shape, weight, EPS)
 
 
@@ -46,9 +46,9 @@ def rows(options: Options) -> Iterator[Row]:
         for dtype in options.dtypes:
             x, residual = torch.randn(2, tokens, hidden).to(dtype)
             w1, b1, w2, b2 = torch.randn(4, hidden).to(dtype)
-            setting = f"{tokens}x{hidden} {str(dtype).removeprefix('torch.')}"
+            setting = f"{tokens}x{hidden} {dtype_name(dtype)}"
             size = x.numel() * x.element_size()
-            cases = (  # name, ours, theirs, leaves, forward and backward traffic in tensors
+            cases = (  # name, neox, torch, leaves, tensors that the forward and the backward read and write
                 ("layer_norm", lambda x, w, b: layer_norm(x, w, b, EPS), torch_layer_norm, (x, w1, b1), 2, 3),
                 (
                     "layer_norm+residual",
@@ -68,8 +68,8 @@ def rows(options: Options) -> Iterator[Row]:
                 ),
                 ("rms_norm", lambda x, w: rms_norm(x, w, EPS), torch_rms_norm, (x, w1), 2, 3),
             )
-            for name, ours, theirs, leaves, forward, backward in cases:
-                peers = with_compiled(theirs, options)
+            for name, ours, eager, leaves, forward, backward in cases:
+                peers = with_compiled(eager, options)
                 yield from compare_op(
                     name,
                     setting,
@@ -82,23 +82,22 @@ def rows(options: Options) -> Iterator[Row]:
                 )
             traffic = {"forward_bytes": 2 * size, "backward_bytes": 3 * size}
             for peer, op in liger("layer_norm", options).items():
-                theirs = {peer: partial(op, eps=EPS)}
+                liger_norm = {peer: partial(op, eps=EPS)}
                 yield from compare_op(
                     "layer_norm",
                     setting,
                     lambda X, W, B: layer_norm(X, W, B, EPS),
-                    theirs,
+                    liger_norm,
                     (x, w1, b1),
                     options,
                     **traffic,
                 )
             for peer, op in liger("rms_norm", options).items():
-                theirs = {peer: partial(op, eps=EPS, in_place=False)}
+                liger_norm = {peer: partial(op, eps=EPS, in_place=False)}
                 yield from compare_op(
-                    "rms_norm", setting, lambda X, W: rms_norm(X, W, EPS), theirs, (x, w1), options, **traffic
+                    "rms_norm", setting, lambda X, W: rms_norm(X, W, EPS), liger_norm, (x, w1), options, **traffic
                 )
 
 
 if __name__ == "__main__":
-    chosen = parse(__doc__)
-    show(rows(chosen), chosen)
+    run(__doc__, rows)

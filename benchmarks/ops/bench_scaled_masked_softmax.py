@@ -11,13 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, compare_op, parse, show, with_compiled
+from measure import Options, Row, compare_op, dtype_name, run, with_compiled
 
 from neox.ops import scaled_causal_softmax, scaled_masked_softmax
 
 
-def theirs(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """What a model writes without us."""
+def torch_masked_softmax(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """torch's operators, one after another."""
     return torch.softmax((x * scale).masked_fill(mask, -torch.inf).float(), dim=-1).to(x.dtype)
 
 
@@ -25,10 +25,13 @@ def rows(options: Options) -> Iterator[Row]:
     """Scores of 12 heads over 512 and 2,048 keys."""
     for batch, heads, keys in options.shapes([(1, 12, 512)], [(1, 12, 512), (1, 2, 2048)], [(8, 16, 2048)]):
         mask = torch.ones(1, 1, keys, keys, dtype=torch.bool).triu(1)
-        peers = {name: partial(op, mask=mask, scale=0.125) for name, op in with_compiled(theirs, options).items()}
+        peers = {
+            name: partial(op, mask=mask, scale=0.125)
+            for name, op in with_compiled(torch_masked_softmax, options).items()
+        }
         for dtype in options.dtypes:
             x = torch.randn(batch, heads, keys, keys, dtype=dtype)
-            setting = f"{batch}x{heads}x{keys}x{keys} {str(dtype).removeprefix('torch.')}"
+            setting = f"{batch}x{heads}x{keys}x{keys} {dtype_name(dtype)}"
             size = x.numel() * x.element_size()
             ours = {
                 "scaled_masked_softmax": partial(scaled_masked_softmax, mask=mask, scale=0.125),
@@ -41,5 +44,4 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    chosen = parse(__doc__)
-    show(rows(chosen), chosen)
+    run(__doc__, rows)

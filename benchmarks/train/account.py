@@ -1,4 +1,4 @@
-"""What a GPU does in a part of a program, counted on fake tensors: kernels, bytes, FLOPs, memory at the peak.
+"""Counts what a GPU does in a part of a program that runs on fake tensors: kernels, bytes, FLOPs, peak memory.
 
     with FakeCuda(), Account() as account:
         ...
@@ -12,9 +12,9 @@ The rules, the same for every model:
   launches.
 - Operators of neox count the kernels that their CUDA launchers start, and the bytes that their headers in csrc/ops
   state. The emulator's tests compare these bytes with what the kernels move.
-- Attention counts the pairs of queries and keys that the causal mask and the window leave. Documents depend on values
-  and count as one.
-- Collectives count nothing: they are bound by a link, not by the memory of the device.
+- Attention counts the pairs of queries and keys that the causal mask and the window leave visible. Document boundaries
+  depend on values, which fake tensors lack, so each sequence counts as one document.
+- Collectives count nothing, because a link bounds them and not the memory of the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +30,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# They launch nothing, although they are not views.
+# Operators that launch nothing, although they are not views.
 FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
     "_local_scalar_dense", "device", "_fused_sdp_choice", "record_stream", "is_pinned", "resize_", "set_",
 }  # fmt: skip
-# They do not read what they overwrite.
+# Operators that do not read what they overwrite.
 WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "_foreach_zero_"}
-# Operator -> the argument of which it reads only as many elements as its output has.
+# Operator -> an argument of which it reads only as many elements as its output has.
 LOOKUPS = {"embedding": "weight", "gather": "self", "index": "self", "index_select": "self"}
-# Operator -> an argument of which it reads no element, or next to none.
+# Operator -> an argument of which it reads no element, or a negligible number.
 UNREAD = dict.fromkeys(
     (
         *("nll_loss_forward", "nll_loss_backward"),
@@ -47,21 +47,22 @@ UNREAD = dict.fromkeys(
     ),
     "self",
 )
-UNWRITTEN = {"_fused_adamw_": "grads"}  # the schema marks it as written, for a loss scale, which no call has
-# Limits of a launch, from ATen/native/cuda/MultiTensorApply.cuh.
-CHUNK, MAX_BLOCKS = 65536, 320  # elements of a block
-MAX_TENSORS = (110, 64, 48, 36, 30)  # by the number of lists
+UNWRITTEN = {"_fused_adamw_": "grads"}  # written only with a loss scale, which no call here has
+# Limits of ATen/native/cuda/MultiTensorApply.cuh.
+CHUNK, MAX_BLOCKS = 65536, 320  # elements of a block, blocks of a launch
+MAX_TENSORS = (110, 64, 48, 36, 30)  # tensors of a launch, by the number of lists
 
 
 @dataclass
 class Cost:
-    """What an operator asks of the device.
+    """Cost of one call of an operator.
 
     Attributes:
-        launches: kernels, and fills of memory.
-        read, written: bytes.
+        launches: kernels and memory fills.
+        read: bytes.
+        written: bytes.
         flops: floating-point operations of matrix products and attention.
-        scratch: bytes that the operator allocates for itself.
+        scratch: bytes that the operator allocates and frees.
     """
 
     launches: int = 0
@@ -81,10 +82,10 @@ class Row:
     """One call of an operator.
 
     Attributes:
-        phase: of the program: the account's at the call.
-        name: of the operator, such as aten.mm.
+        phase: the account's phase at the call.
+        name: the operator, such as aten.mm.
         shape: of its first tensor.
-        cost: what it asks of the device.
+        cost: of the call.
     """
 
     phase: str
@@ -94,12 +95,12 @@ class Row:
 
 
 class Account(TorchDispatchMode):
-    """Records every operator on CUDA tensors. Enter it inside of a FakeCuda.
+    """Records every operator on CUDA tensors. Enter it inside a FakeCuda.
 
     Attributes:
         rows: the calls so far.
         phase: name of the part of the program that runs; set it as the program proceeds.
-        memory: what is allocated.
+        memory: bytes allocated, now and at the peak.
     """
 
     def __init__(self) -> None:
@@ -123,11 +124,11 @@ class Account(TorchDispatchMode):
         return out
 
     def phase_of_call(self) -> str:
-        """The phase to which the operator that just ran belongs."""
+        """The phase of the operator that just ran; subclasses may derive it from the stack."""
         return self.phase
 
     def start(self) -> None:
-        """Forget the rows and the peak; what is allocated stays."""
+        """Forget the rows and the peak. Allocated memory still counts."""
         self.rows.clear()
         self.memory.peak = self.memory.now
 
@@ -146,6 +147,11 @@ class Account(TorchDispatchMode):
             into.flops += row.cost.flops
         return dict(sums)
 
+    def largest(self, count: int) -> list[tuple[str, str, Cost]]:
+        """(phase, operator, cost) of those that move the most bytes."""
+        ranked = sorted(self.by_name().items(), key=lambda item: -item[1].moved)
+        return [(phase, name, cost) for (phase, name), cost in ranked[:count]]
+
     def roofline(self, flops: float, bandwidth: float) -> float:
         """Seconds if every operator takes the time of its FLOPs or of its bytes, whichever is longer."""
         return sum(max(row.cost.flops / flops, row.cost.moved / bandwidth) for row in self.rows)
@@ -156,27 +162,27 @@ class Memory:
 
     def __init__(self) -> None:
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.live: set[int] = set()
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count the memory of tensors that is not counted yet, until it is freed."""
+        """Count storages that are not counted yet, until they are freed."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata in self.known:
+            if storage._cdata in self.live:
                 continue
-            self.known.add(storage._cdata)
+            self.live.add(storage._cdata)
             size = storage.nbytes()
             self.now += size
             weakref.finalize(storage, self.free, storage._cdata, size)
         self.peak = max(self.peak, self.now)
 
     def free(self, key: int, size: int) -> None:
-        """The memory was freed."""
-        self.known.discard(key)
+        """Stop counting a storage that was freed."""
+        self.live.discard(key)
         self.now -= size
 
     def borrow(self, size: int) -> None:
-        """Memory that an operator allocates and frees."""
+        """Include memory that an operator allocates and frees in the peak."""
         self.peak = max(self.peak, self.now + size)
 
 
@@ -201,7 +207,7 @@ def distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return list({(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in tensors}.values())
 
 
-def sum_of(tree: object) -> int:
+def bytes_of(tree: object) -> int:
     """Bytes of the distinct CUDA tensors among arguments or results."""
     return sum(size_of(tensor) for tensor in distinct(on_device(tree)))
 
@@ -223,12 +229,12 @@ def cost_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: obj
     """The cost of one call."""
     name, arguments = name_of(function), arguments_of(function, args, kwargs)
     if function.namespace == "neox":
-        return NEOX[name](arguments, out) if name in NEOX else generic(function, arguments, out)
+        return NEOX[name](arguments, out) if name in NEOX else default_cost(function, arguments, out)
     if name in FREE or function.namespace == "c10d" or is_view(function):
         return Cost()
     if name in SDPA:
         return SDPA[name](arguments, out)
-    cost = generic(function, arguments, out)
+    cost = default_cost(function, arguments, out)
     if name.startswith(("_foreach", "_fused")):
         cost.launches = multi_tensor_launches([value for value in args if isinstance(value, (list, tuple))])
     packet = function.overloadpacket
@@ -237,8 +243,8 @@ def cost_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: obj
     return cost
 
 
-def generic(function: torch._ops.OpOverload, arguments: dict, out: object) -> Cost:
-    """One kernel that reads every input and writes every output once."""
+def default_cost(function: torch._ops.OpOverload, arguments: dict, out: object) -> Cost:
+    """The cost of one kernel that reads every input and writes every output once."""
     name = name_of(function)
     read, written = [], []
     for parameter in function._schema.arguments:
@@ -250,8 +256,8 @@ def generic(function: torch._ops.OpOverload, arguments: dict, out: object) -> Co
         unread = parameter.is_out or parameter.name in (UNREAD.get(name), LOOKUPS.get(name))
         if not unread and not (writes and name in WRITE_ONLY):
             read.append(value)
-    looked_up = sum_of(out) if name in LOOKUPS else 0
-    return Cost(1, sum_of(read) + looked_up, sum_of(written or out))
+    looked_up = bytes_of(out) if name in LOOKUPS else 0
+    return Cost(1, bytes_of(read) + looked_up, bytes_of(written or out))
 
 
 def multi_tensor_launches(lists: Sequence[Sequence[torch.Tensor]]) -> int:
@@ -285,7 +291,7 @@ def sdpa(arguments: dict, out: object) -> Cost:
     b, n, s, d = arguments["query"].shape
     pairs = attention_pairs(s, arguments["key"].shape[2], arguments["is_causal"])
     written = [leaf for leaf in on_device(out) if leaf.dtype.is_floating_point]
-    return Cost(1, sum_of(arguments), sum_of(written), 4 * b * n * pairs * d)
+    return Cost(1, bytes_of(arguments), bytes_of(written), 4 * b * n * pairs * d)
 
 
 def sdpa_backward(arguments: dict, out: object) -> Cost:
@@ -293,15 +299,15 @@ def sdpa_backward(arguments: dict, out: object) -> Cost:
     b, n, s, d = arguments["query"].shape
     pairs = attention_pairs(s, arguments["key"].shape[2], arguments["is_causal"])
     read = [leaf for leaf in on_device(arguments) if leaf.dtype.is_floating_point]
-    return with_fp32_dq(Cost(3, sum_of(read), sum_of(out), 10 * b * n * pairs * d), arguments["query"].numel())
+    return with_fp32_dq(Cost(3, bytes_of(read), bytes_of(out), 10 * b * n * pairs * d), arguments["query"].numel())
 
 
 def with_fp32_dq(cost: Cost, elements: int) -> Cost:
-    """Adds the fp32 sums of dq: cleared, added to, and read."""
-    sums = 4 * elements
-    cost.read += 2 * sums
-    cost.written += 2 * sums
-    cost.scratch = sums
+    """Add the fp32 accumulator of dq, which is cleared, added to, and read."""
+    accumulator = 4 * elements
+    cost.read += 2 * accumulator
+    cost.written += 2 * accumulator
+    cost.scratch = accumulator
     return cost
 
 
@@ -315,61 +321,61 @@ SDPA: dict[str, Rule] = {
 }
 
 
-# What the CUDA launchers of neox start and move: csrc/ops/<op>/<op>.h and <op>_cuda.cu.
+# Rules of neox's operators, from csrc/ops/<op>/<op>.h (bytes) and <op>_cuda.cu (launches).
 
 
 def kernels(launches: int) -> Rule:
-    """Reads each tensor and writes each result once."""
-    return lambda arguments, out: Cost(launches, sum_of(arguments), sum_of(out))
+    """The rule of an operator that reads each tensor and writes each result once."""
+    return lambda arguments, out: Cost(launches, bytes_of(arguments), bytes_of(out))
 
 
 def bias_gelu_backward(arguments: dict, out: object) -> Cost:
-    """A second kernel adds up the parts of the bias's gradient."""
-    return Cost(1 if arguments["bias"] is None else 2, sum_of(arguments), sum_of(out))
+    """A second kernel sums the partial gradients of the bias."""
+    return Cost(1 if arguments["bias"] is None else 2, bytes_of(arguments), bytes_of(out))
 
 
 def bias_dropout_add_backward(arguments: dict, out: object) -> Cost:
-    """A second kernel adds up the parts of the bias's gradient."""
-    return Cost(2 if arguments["has_bias"] else 1, sum_of(arguments), sum_of(out))
+    """A second kernel sums the partial gradients of the bias."""
+    return Cost(2 if arguments["has_bias"] else 1, bytes_of(arguments), bytes_of(out))
 
 
 def rotary_in_place(arguments: dict, _: object) -> Cost:
-    """Reads and writes the rotated channels of queries and keys: qkv [b, s, g, m + 2, d]."""
+    """The rotated channels of queries and keys are read and written; qkv is [b, s, g, m + 2, d]."""
     qkv, tables = arguments["qkv"], (arguments["cos"], arguments["sin"])
     b, s, g, parts, _ = qkv.shape
     touched = b * s * g * (parts - 1) * tables[0].shape[-1] * qkv.element_size()
-    return Cost(1, touched + sum_of(tables), touched)
+    return Cost(1, touched + bytes_of(tables), touched)
 
 
 def cross_entropy(arguments: dict, out: object) -> Cost:
-    """Statistics to losses, without the logits."""
-    return Cost(1, sum_of((arguments["targets"], arguments["statistics"])), sum_of(out))
+    """The losses are computed from the statistics, without the logits."""
+    return Cost(1, bytes_of((arguments["targets"], arguments["statistics"])), bytes_of(out))
 
 
 def cross_entropy_fused(arguments: dict, out: object) -> Cost:
     """The gradient overwrites the logits."""
-    return Cost(1, sum_of(arguments), sum_of((arguments["logits"], out)))
+    return Cost(1, bytes_of(arguments), bytes_of((arguments["logits"], out)))
 
 
 def cross_entropy_rescale(arguments: dict, _: object) -> Cost:
-    """Rows whose gradient is as expected, here all of them, are not accessed."""
-    return Cost(1, sum_of(arguments["dloss"]), 0)
+    """Only rows whose gradient is not the expected one are accessed; here there are none."""
+    return Cost(1, bytes_of(arguments["dloss"]), 0)
 
 
 def attention_qkv(arguments: dict, out: object) -> Cost:
-    """qkv [b, s, g, m + 2, d]. One more kernel makes a table of the documents."""
+    """qkv is [b, s, g, m + 2, d]. With documents one more kernel builds their table."""
     b, s, g, parts, d = arguments["qkv"].shape
     flops = 4 * b * g * (parts - 2) * attention_pairs(s, s, arguments["causal"], arguments["window"]) * d
     launches = 1 if arguments["segment_ids"] is None else 2
-    return Cost(launches, sum_of(arguments), sum_of(out), flops)
+    return Cost(launches, bytes_of(arguments), bytes_of(out), flops)
 
 
 def attention_qkv_backward(arguments: dict, out: object) -> Cost:
-    """The backward that sums dq with atomics: prepare rows, clear dq, dk and dv with dq, finish dq."""
+    """The backward with atomics. Its kernels prepare rows, clear dq, compute dk, dv and dq, and convert dq."""
     b, s, g, parts, d = arguments["qkv"].shape
     flops = 10 * b * g * (parts - 2) * attention_pairs(s, s, arguments["causal"], arguments["window"]) * d
     launches = 4 if arguments["segment_ids"] is None else 5
-    return with_fp32_dq(Cost(launches, sum_of(arguments), sum_of(out), flops), arguments["dout"].numel())
+    return with_fp32_dq(Cost(launches, bytes_of(arguments), bytes_of(out), flops), arguments["dout"].numel())
 
 
 NEOX: dict[str, Rule] = {
@@ -391,10 +397,3 @@ NEOX: dict[str, Rule] = {
     "rotary": kernels(2),
     "rotary_qkv_": rotary_in_place,
 }
-
-
-def largest(account: Account, count: int) -> Iterator[tuple[str, str, Cost]]:
-    """(phase, operator, cost) with the most bytes moved."""
-    ranked = sorted(account.by_name().items(), key=lambda item: -item[1].moved)
-    for (phase, name), cost in ranked[:count]:
-        yield phase, name, cost

@@ -1,15 +1,15 @@
-"""What one training step asks of a GPU, neox against transformers: kernels, bytes, FLOPs and memory at the peak.
+"""Counts kernels, bytes, FLOPs and peak memory of one training step on a GPU, neox against transformers.
 
-Nothing is measured: the models run on fake CUDA tensors (tests/cuda/fake_cuda.py), and every operator is counted by the
-rules of account.py, next to this file. It needs neither a GPU nor an idle machine.
+Nothing is measured: the models run on fake CUDA tensors (tests/cuda/fake_cuda.py), and account.py counts their
+operators. Neither a GPU nor an idle machine is needed.
 
-The models have bf16 weights and activations, fused AdamW on the bf16 weights, and the same tokens. neox runs once with
-its native attention and once with torch's flash attention (sdpa), which `auto` chooses on a GPU.
+The models have bf16 weights and activations, fused AdamW on the bf16 weights, and the same tokens. neox is counted with
+its native attention, and with torch's flash attention (sdpa), which `auto` selects on a GPU.
 
 "neox engine" is a step as `neox train` runs it: the native model under the engine, with DeepSpeed's ZeRO 1, fp32 master
-weights and moments, and the gradient clipped. Its phase "engine" is everything but the model: casts, accumulation,
-norms, AdamW, and copies of weights. The roofline is the sum over the operators of that step of their times at the data
-sheet's peak or bandwidth, whichever is longer; `neox plan` estimates the same step.
+weights and moments, and gradient clipping. Its phase "engine" is everything but the model: casts, accumulation, norms,
+AdamW, and copies of weights. Its roofline is the sum of its operators' times at the data sheet's peak or bandwidth,
+whichever is longer; the plan's time is what `neox plan` estimates for the same step.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tests.cuda import fake_device  # noqa: F401  # isort: skip  # before torch
 
-import argparse
 import contextlib
 import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import torch
-from account import Account, largest
-from torch.nn import functional
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from account import Account
+from measure import new_parser
+from transformers_peer import build_peer, peer_loss
 
-with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed reports the accelerator that it finds
+with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the accelerator that it detects
     from engine_account import account_of_engine
 
 from neox.config.load import load_config
@@ -47,13 +48,13 @@ from neox.plan.fit import estimate
 from tests.cuda.fake_cuda import FakeCuda
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-OURS = ("neox native", "neox sdpa")
+NEOX = ("neox native", "neox sdpa")
 ENGINE = "neox engine"
-PEERS = ("transformers sdpa", "transformers eager")  # by attn_implementation; no compiler in either
+PEERS = ("transformers sdpa", "transformers eager")  # by attn_implementation; both eager, without torch.compile
 PHASES = ("forward", "backward", "optimizer", "engine")
-# Bytes per parameter of AdamW.
-ADAM = 14  # in bf16, reads weight, gradient and two moments, and writes weight and moments
-ADAM_FP32 = 28  # reads a bf16 gradient, the fp32 weight and moments; writes these three, and the bf16 weight
+# Bytes that AdamW reads and writes per parameter.
+ADAM = 14  # in bf16: reads weight, gradient and two moments; writes weight and moments
+ADAM_FP32 = 28  # reads a bf16 gradient, the fp32 weight and moments; writes these three and the bf16 weight
 
 
 @dataclass(frozen=True)
@@ -68,32 +69,10 @@ class Case:
 CASES = (Case("pythia/160M.yml", 16, 2048), Case("pythia/1-4B.yml", 8, 2048), Case("llama/3-8B.yml", 1, 8192))
 
 
-def their_model(model: ModelConfig, attention: str) -> PreTrainedModel:
-    """transformers' model of the same shape, on the default device."""
-    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-    common = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "tie_word_embeddings": model.tie_embeddings,
-        "use_cache": False,
-        "attn_implementation": attention,
-    }
-    if model.norm == "rmsnorm":
-        config = LlamaConfig(num_key_value_heads=model.num_kv_heads, rope_parameters=rope, **common)
-        return LlamaForCausalLM(config)
-    rope["partial_rotary_factor"] = model.rotary_pct
-    config = GPTNeoXConfig(use_parallel_residual=model.parallel_residual, rope_parameters=rope, **common)
-    return GPTNeoXForCausalLM(config)
-
-
-def contestant(name: str, model: ModelConfig) -> tuple[torch.nn.Module, Loss]:
-    """A model on the fake GPU, and its mean loss of (tokens, targets)."""
+def build(name: str, model: ModelConfig) -> tuple[torch.nn.Module, Loss]:
+    """The model of one implementation on the fake GPU, and its mean loss of (tokens, targets)."""
     attention = name.split()[1]
-    if name in OURS:
+    if name in NEOX:
         config = model.model_copy(update={"attention_backend": attention})
         with mock.patch.object(GPT, "initialize", lambda self: None):
             ours = GPT(config, Mesh.single("cuda"), dtype=torch.bfloat16).train()
@@ -101,18 +80,14 @@ def contestant(name: str, model: ModelConfig) -> tuple[torch.nn.Module, Loss]:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            theirs = their_model(model, attention).train()
+            peer = build_peer(model, attention).train()
     finally:
         torch.set_default_dtype(torch.float32)
-
-    def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(theirs(input_ids=tokens).logits.float().flatten(0, 1), targets.flatten())
-
-    return theirs, loss
+    return peer, partial(peer_loss, peer)
 
 
 def config_of(case: Case) -> Config:
-    """The run of `neox train`."""
+    """The config that `neox train` would run."""
     return load_config(
         case.preset,
         overrides=[
@@ -127,14 +102,14 @@ def config_of(case: Case) -> Config:
 
 
 def account_of(name: str, case: Case) -> Account:
-    """The account of the second step of a contestant: the first one allocates the state of the optimizer."""
+    """The account of the second step of one implementation. The first one also allocates the optimizer state."""
     if name == ENGINE:
         return account_of_engine(config_of(case))
-    # transformers builds masks in full if it finds that it is traced, as on fake tensors
+    # On fake tensors transformers assumes that it is traced, and builds full masks.
     traced = mock.patch("transformers.masking_utils.is_tracing", lambda *_: False)
-    # read: transformers asks whether all positions of a sample belong to one document
+    # transformers reads whether all positions of a sample belong to one document; `read` answers that they do.
     with FakeCuda(read=lambda _: 1), Account() as account, traced:
-        model, mean_loss = contestant(name, load_config(case.preset).model)
+        model, mean_loss = build(name, load_config(case.preset).model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         tokens = torch.zeros(case.batch, case.seq, dtype=torch.int64, device="cuda")
         for _ in range(2):
@@ -154,8 +129,9 @@ def account_of(name: str, case: Case) -> Account:
 def floor_bytes(case: Case, adam: int) -> float:
     """Bytes of a step that reads each operand and writes each result once, with element-wise operations fused.
 
-    What is left of these: embedding; per layer a norm per branch (both at once in a parallel block), rotation in place,
-    attention, activation; logits read and written once; AdamW, `adam` bytes per parameter.
+    The operations that remain are matrix products; the embedding; per layer a norm per branch (one for both in a
+    parallel block), the rotation in place, attention and the activation; the loss, which reads and writes the logits
+    once; and AdamW, with `adam` bytes per parameter.
     """
     model, tokens = load_config(case.preset).model, case.batch * case.seq
     h, f, v = model.hidden_size, model.intermediate_size, model.vocab_size
@@ -178,7 +154,7 @@ def floor_bytes(case: Case, adam: int) -> float:
 
 
 def devices_of(case: Case, account: Account) -> list[dict[str, float | str]]:
-    """Roofline of the account, and the time that `neox plan` estimates, of each device, in milliseconds."""
+    """Milliseconds of a step on each device: the roofline of the account, and the estimate of `neox plan`."""
     config = config_of(case)
     return [
         {
@@ -191,7 +167,7 @@ def devices_of(case: Case, account: Account) -> list[dict[str, float | str]]:
 
 
 def row_of(case: Case, name: str) -> dict:
-    """The account of a contestant as one object."""
+    """The account of one implementation as a JSON object."""
     account, floor = account_of(name, case), floor_bytes(case, ADAM_FP32 if name == ENGINE else ADAM)
     return {
         "preset": case.preset.removesuffix(".yml"),
@@ -209,14 +185,14 @@ def row_of(case: Case, name: str) -> dict:
         },
         "largest": [
             {"phase": phase, "operator": operator, "launches": cost.launches, "gigabytes": cost.moved / 1e9}
-            for phase, operator, cost in largest(account, 25)
+            for phase, operator, cost in account.largest(25)
         ],
         "devices": devices_of(case, account) if name == ENGINE else [],
     }
 
 
-def show(row: dict) -> None:
-    """Print one contestant; for neox engine also what runs around the model, and the step's time on each device."""
+def print_row(row: dict) -> None:
+    """Print one implementation; for the engine also its part around the model, and the step's time on each device."""
     print(
         f"{row['preset']:12} {row['batch']:>2}x{row['seq']:<5} {row['contestant']:20} {row['launches']:6.0f} launches "
         f"{row['gigabytes']:8.1f} GB ({row['over_floor']:.2f} of the floor) {row['teraflop']:7.1f} TFLOP "
@@ -226,7 +202,7 @@ def show(row: dict) -> None:
     )
     launches, gigabytes = row["by_phase"]["engine"]
     if launches:
-        print(f"{'':12} of these around the model: {launches} launches, {gigabytes:.1f} GB", file=sys.stderr)
+        print(f"{'':12} around the model: {launches} launches, {gigabytes:.1f} GB", file=sys.stderr)
     for device in row["devices"]:
         print(
             f"{'':12} {device['device']:15} roofline {device['roofline_ms']:8.1f} ms, plan {device['plan_ms']:8.1f} ms",
@@ -236,16 +212,13 @@ def show(row: dict) -> None:
 
 
 def main() -> int:
-    """Read the command line, print the accounts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
-    parser.add_argument("--quick", action="store_true", help="Pythia-160M alone")
-    args = parser.parse_args()
+    """Parse the command line and print the accounts."""
+    args = new_parser(__doc__, "Pythia-160M only").parse_args()
     done = []
     for case in CASES[: 1 if args.quick else None]:
-        for name in (*OURS, ENGINE, *PEERS):
+        for name in (*NEOX, ENGINE, *PEERS):
             done.append(row_of(case, name))
-            show(done[-1])
+            print_row(done[-1])
     if args.json:
         print(json.dumps(done, indent=1))
     return 0

@@ -1,39 +1,38 @@
-"""One training step of Pythia-160M and Pythia-1.4B in bf16 on one GPU, ours against transformers' GPTNeoXForCausalLM
+"""One training step of Pythia-160M and Pythia-1.4B in bf16 on one GPU, neox against transformers' GPTNeoXForCausalLM
 with sdpa, eager and compiled.
 
-All have bf16 weights and activations, fused AdamW and the same random tokens; first losses are compared before anything
-is timed. Each model is on the GPU alone: one after another, a warm-up that includes compilation, then timed steps
-between two events, without a transfer to the host inside. The rows give tokens/s; MFU counts attention in full
-(GPT.flops_per_token) against the data sheet's dense peak (neox/train/metrics.py). --quick takes Pythia-160M alone,
-without its compiled peer. --device cpu tries the script with Pythia-14M in fp32. It has not run on a GPU yet.
+All have bf16 weights and activations, fused AdamW, and the same random tokens; their first losses are compared. Each
+implementation has the GPU to itself: it makes warm-up steps, which include compilation, and then steps between two
+events, without a transfer to the host. The rows give tokens/s, and MFU: FLOPs with attention in full
+(GPT.flops_per_token) over the dense peak of the data sheet (neox/train/metrics.py). --quick runs Pythia-160M without
+the compiled peer. --device cpu tries the script with Pythia-14M in fp32.
+It has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import Options, Row, show
+from measure import Options, Row, dtype_name, new_parser, rate_row, report, seconds_per_call
+from training_step import check_first_losses, training_step
+from transformers_peer import build_peer, neox_copy, peer_loss
 
 from neox.config.load import load_config
-from neox.convert.huggingface import from_huggingface
+from neox.config.schema import ModelConfig
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from neox.train.metrics import peak_flops
 
-OURS = "neox"
+NEOX, EAGER, COMPILED = "neox", "transformers eager", "transformers compiled"
 LOSS_TOLERANCE = 2e-2  # relative, bf16
 WARM_UP, ROUNDS, STEPS = 3, 5, 5
 
@@ -46,47 +45,24 @@ class Case:
     batch: int
     seq: int = 2048
 
+    def model(self) -> ModelConfig:
+        """The preset's model."""
+        return load_config(self.preset).model
+
 
 CASES = (Case("pythia/160M.yml", 16), Case("pythia/1-4B.yml", 8))
-TRIAL = Case("pythia/14M.yml", 1, 64)  # on a CPU
-
-
-def their_model(case: Case, device: torch.device) -> GPTNeoXForCausalLM:
-    """transformers' model of the preset's shape with random weights, the same at every call."""
-    model = load_config(case.preset).model
-    config = GPTNeoXConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        intermediate_size=model.intermediate_size,
-        max_position_embeddings=model.max_position_embeddings,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": model.rope_theta,
-            "partial_rotary_factor": model.rotary_pct,
-        },
-        use_parallel_residual=model.parallel_residual,
-        tie_word_embeddings=model.tie_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    with device:
-        return GPTNeoXForCausalLM(config).to(dtype_on(device)).train()
+CPU_CASE = Case("pythia/14M.yml", 1, 64)
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
-    """Of weights and activations: kernels for bf16 on a CPU would take the time of a measurement."""
+    """The dtype of weights and activations. fp32 on a CPU, where a trial in bf16 would take too long."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Time of a call, on a GPU by its own clock."""
+    """Time of a call; on a GPU between two events."""
     if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        return seconds_per_call(call)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
@@ -95,38 +71,25 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def loss_of(
-    name: str, case: Case, device: torch.device
-) -> tuple[torch.nn.Module, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """A contestant's model, and its mean loss of (tokens, targets)."""
-    theirs = their_model(case, device)
-    if name == OURS:
-        config, weights = from_huggingface(theirs)
-        ours = GPT(config, Mesh.single(device), dtype=dtype_on(device))
-        ours.load_weights(weights)
-        return ours.train(), lambda tokens, targets: ours(tokens, targets, expected_dloss=1 / targets.numel()).mean()
-
-    def their_loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(theirs(input_ids=tokens).logits.float().flatten(0, 1), targets.flatten())
-
-    return theirs, torch.compile(their_loss) if name == "transformers compiled" else their_loss
-
-
-def run(name: str, case: Case, device: torch.device) -> tuple[float, float]:
-    """(first loss, seconds per step) of one contestant: median over rounds of STEPS steps."""
-    model, mean_loss = loss_of(name, case, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+def build_step(name: str, case: Case, device: torch.device) -> Callable[[], torch.Tensor]:
+    """The training step of one implementation. All start from the same random weights."""
+    dtype, shape = dtype_on(device), case.model()
+    torch.manual_seed(0)
+    with device:
+        peer = build_peer(shape).to(dtype).train()
     tokens, targets = torch.randint(
-        model.config.vocab_size, (2, case.batch, case.seq), generator=torch.Generator().manual_seed(0)
+        shape.vocab_size, (2, case.batch, case.seq), generator=torch.Generator().manual_seed(0)
     ).to(device)
+    if name == NEOX:
+        model = neox_copy(peer, Mesh.single(device), dtype).train()
+        return training_step(model, lambda: model(tokens, targets, expected_dloss=1 / targets.numel()).mean())
+    loss = torch.compile(peer_loss) if name == COMPILED else peer_loss
+    return training_step(peer, lambda: loss(peer, tokens, targets))
 
-    def step() -> torch.Tensor:
-        loss = mean_loss(tokens, targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
+def measure(name: str, case: Case, device: torch.device) -> tuple[float, float]:
+    """First loss of an implementation, and its median seconds per step."""
+    step = build_step(name, case, device)
     first = step().item()
     for _ in range(WARM_UP):
         step()
@@ -139,57 +102,42 @@ def run(name: str, case: Case, device: torch.device) -> tuple[float, float]:
 
 
 def compare(case: Case, peers: tuple[str, ...], device: torch.device) -> Iterator[Row]:
-    """tokens/s against each peer, then MFU against the best of them.
+    """Compare tokens/s with each peer, and MFU with the fastest of them.
 
     Raises:
-        RuntimeError: first losses differ: the comparison would be of two different things.
+        RuntimeError: the first losses differ.
     """
-    seconds = {}
-    ours_first = 0.0
-    for name in (OURS, *peers):
-        first, seconds[name] = run(name, case, device)
-        ours_first = first if name == OURS else ours_first
-        if not abs(first - ours_first) <= LOSS_TOLERANCE * ours_first:
-            raise RuntimeError(f"the models are not the same: first losses {ours_first} and, of {name}, {first}")
+    seconds, losses = {}, {}
+    for name in (NEOX, *peers):
+        losses[name], seconds[name] = measure(name, case, device)
+        check_first_losses(losses, LOSS_TOLERANCE)
         gc.collect()
         torch.cuda.empty_cache()
-    tokens = case.batch * case.seq
-    dtype = dtype_on(device)
+    tokens, dtype = case.batch * case.seq, dtype_on(device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    shape = f"{case.preset.removesuffix('.yml')} {case.batch}x{case.seq}"
-    setting = f"{shape} {str(dtype).removeprefix('torch.')}, {where}"
+    setting = f"{case.preset.removesuffix('.yml')} {case.batch}x{case.seq} {dtype_name(dtype)}, {where}"
     for peer in peers:
-        yield Row(
-            "training step",
-            setting,
-            tokens / seconds[OURS],
-            tokens / seconds[peer],
-            peer,
-            seconds[peer] / seconds[OURS],
-            "tokens/s",
-        )
-    flops = GPT(load_config(case.preset).model, Mesh.single("meta")).flops_per_token(case.seq) * tokens
-    best = min(peers, key=lambda peer: seconds[peer])
-    mfu = {name: flops / seconds[name] / peak_flops(device, dtype) * 100 for name in (OURS, best)}
-    yield Row("training step, MFU", setting, mfu[OURS], mfu[best], best, mfu[OURS] / mfu[best], "%")
+        yield rate_row("training step", setting, tokens / seconds[NEOX], tokens / seconds[peer], peer, "tokens/s")
+    flops = GPT(case.model(), Mesh.single("meta")).flops_per_token(case.seq) * tokens
+    fastest = min(peers, key=lambda peer: seconds[peer])
+    mfu = {name: flops / seconds[name] / peak_flops(device, dtype) * 100 for name in (NEOX, fastest)}
+    yield rate_row("training step, MFU", setting, mfu[NEOX], mfu[fastest], fastest, "%")
 
 
 def main() -> int:
-    """Reads the command line, prints the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
-    parser.add_argument("--quick", action="store_true", help="Pythia-160M against the eager peer: under a minute")
+    """Parse the command line and print the rows."""
+    parser = new_parser(__doc__, "Pythia-160M against the eager peer: under a minute")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial with a small model")
     args = parser.parse_args()
-    options = Options(json=args.json, quick=args.quick, threads=1, device=args.device)
+    options = Options(json=args.json, quick=args.quick, device=args.device)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"{parser.prog}: torch sees no GPU here: nothing measured", file=sys.stderr)
-        show([], options)
+        print(f"{parser.prog}: torch detects no GPU; nothing is measured", file=sys.stderr)
+        report([], options)
         return 0
-    peers = ("transformers eager",) if args.quick else ("transformers eager", "transformers compiled")
+    peers = (EAGER,) if args.quick else (EAGER, COMPILED)
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
-    cases = (TRIAL,) if args.device == "cpu" else CASES[: 1 if args.quick else None]
-    show((row for case in cases for row in compare(case, peers, device)), options)
+    cases = (CPU_CASE,) if args.device == "cpu" else CASES[: 1 if args.quick else None]
+    report((row for case in cases for row in compare(case, peers, device)), options)
     return 0
 
 

@@ -1,24 +1,21 @@
-"""Bytes that a process sends in one training step under each layout, counted, against the least that the layout's
-algorithm allows.
+"""Counts the bytes that a process sends in one training step under each layout, and compares them with the layout's
+lower bound.
 
-Counted: every collective and message that torch.distributed is asked for in one step of a real engine (fp32, gloo, up
-to four processes), each weighed by what a ring sends for it: all-reduce 2 (n - 1)/n S, all-gather, reduce-scatter and
-all-to-all (n - 1)/n S of a full tensor of S bytes, a message S, a broadcast or reduce S (n - 1)/n. The least:
-neox.plan.communication, whose formula stands in the row's setting. Rows with "stage" are of one pipeline stage. A ratio
-of 1 means that nothing beyond the least is sent; small sums (loss, norm, stop flag, clipping) are counted too. Nothing
-is timed.
+The step is one of a real engine (fp32, gloo, up to four processes). Every collective and message is counted at torch's
+dispatcher, with the bytes that a ring sends for it: 2 (n - 1)/n S for an all-reduce, (n - 1)/n S for an all-gather,
+reduce-scatter, all-to-all, broadcast or reduce of a full tensor of S bytes, and S for a message. The lower bound comes
+from neox.plan.communication; its terms are in the row's setting. At a ratio of 1 the step sends no more than the bound.
+Small sums (loss, norm, stop flag, clipping) are counted too. Rows with "stage" are of one pipeline stage. Nothing is
+timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from measure import Options, Row, show
+from measure import Options, Row, new_parser, report
+from ranks import run_ranks
 
 from neox.config.schema import Config
 from neox.data import Batch
@@ -46,12 +44,12 @@ MODEL = {
     "max_position_embeddings": 64,
     "parallel_residual": True,
 }
-LENGTH, MICRO, ACCUMULATION = 64, 2, 4
+SEQ_LENGTH, MICRO_BATCH, ACCUMULATION = 64, 2, 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout: sizes of the axes, ZeRO stage, sequence parallelism; what is left of the processes is data-parallel."""
+    """A parallel layout. The processes that tensor, pipeline and context do not use are data-parallel."""
 
     name: str
     processes: int
@@ -62,20 +60,21 @@ class Case:
     zero: int = 0
 
     def config(self) -> Config:
-        """The run."""
+        """The config of a run in this layout."""
+        parallel = {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "context": self.context,
+            "sequence": self.sequence,
+        }
         return Config.model_validate(
             {
                 "model": MODEL,
-                "data": {"seq_length": LENGTH},
+                "data": {"seq_length": SEQ_LENGTH},
                 "precision": {"dtype": "fp32"},
-                "parallel": {
-                    "tensor": self.tensor,
-                    "pipeline": self.pipeline,
-                    "context": self.context,
-                    "sequence": self.sequence,
-                },
+                "parallel": parallel,
                 "zero": {"stage": self.zero},
-                "train": {"micro_batch_size": MICRO, "gradient_accumulation": ACCUMULATION, "train_iters": 2},
+                "train": {"micro_batch_size": MICRO_BATCH, "gradient_accumulation": ACCUMULATION, "train_iters": 2},
                 "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
             }
         )
@@ -96,28 +95,43 @@ CASES = (
 )
 
 
-# c10d operator -> (weight times (n - 1)/n, position of the argument that holds the tensors, whether they are one
-# member's share of it)
+@dataclass(frozen=True)
+class Collective:
+    """How many bytes a ring of n members sends for a c10d operator.
+
+    Attributes:
+        weight: factor of (n - 1)/n and the bytes of the full tensor.
+        position: of the argument that holds the tensors.
+        is_shard: whether that argument holds one member's shard instead of the full tensor.
+    """
+
+    weight: float
+    position: int
+    is_shard: bool = False
+
+
 COLLECTIVES = {
-    "allreduce_": (2.0, 0, False),
-    "allreduce_coalesced_": (2.0, 0, False),
-    "broadcast_": (1.0, 0, False),
-    "reduce_": (1.0, 0, False),
-    "_allgather_base_": (1.0, 0, False),
-    "allgather_": (1.0, 1, True),
-    "allgather_into_tensor_coalesced_": (1.0, 0, False),
-    "_reduce_scatter_base_": (1.0, 1, False),
-    "reduce_scatter_": (1.0, 1, False),
-    "reduce_scatter_tensor_coalesced_": (1.0, 1, False),
-    "alltoall_base_": (1.0, 1, False),
-    "alltoall_": (1.0, 1, False),
-    "gather_": (1.0, 1, True),
+    "allreduce_": Collective(2.0, 0),
+    "allreduce_coalesced_": Collective(2.0, 0),
+    "broadcast_": Collective(1.0, 0),
+    "reduce_": Collective(1.0, 0),
+    "_allgather_base_": Collective(1.0, 0),
+    "allgather_": Collective(1.0, 1, is_shard=True),
+    "allgather_into_tensor_coalesced_": Collective(1.0, 0),
+    "_reduce_scatter_base_": Collective(1.0, 1),
+    "reduce_scatter_": Collective(1.0, 1),
+    "reduce_scatter_tensor_coalesced_": Collective(1.0, 1),
+    "alltoall_base_": Collective(1.0, 1),
+    "alltoall_": Collective(1.0, 1),
+    "gather_": Collective(1.0, 1, is_shard=True),
 }
-SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
+SEND_NOTHING = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
 
 
-class Counter(TorchDispatchMode):
-    """Counts what this process asks of its process groups, whoever asks: they all go through torch's dispatcher."""
+class TrafficCounter(TorchDispatchMode):
+    """Sums the bytes that this process sends, by c10d operator. Collectives of neox and of DeepSpeed both go through
+    torch's dispatcher.
+    """
 
     def __init__(self):
         super().__init__()
@@ -125,31 +139,31 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace == "c10d":
-            self.note(operator.overloadpacket.__name__, args)
+            name = operator.overloadpacket.__name__
+            if name not in SEND_NOTHING:
+                self.sent[name] = self.sent.get(name, 0.0) + bytes_sent(name, args)
         return operator(*args, **(kwargs or {}))
 
-    def note(self, name: str, args: tuple) -> None:
-        """Take note of one operator.
 
-        Raises:
-            RuntimeError: one that this table does not know: nothing is left uncounted.
-        """
-        if name in SILENT:
-            return
-        if name == "send":
-            count = size_of(args[0])
-        elif name in COLLECTIVES:
-            weight, position, share = COLLECTIVES[name]
-            group = next(
-                argument
-                for argument in args
-                if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
-            )
-            members = dist.ProcessGroup.unbox(group).size()
-            count = weight * (members - 1) / members * size_of(args[position]) * (members if share else 1)
-        else:
-            raise RuntimeError(f"an operator that is not counted: c10d.{name}")
-        self.sent[name] = self.sent.get(name, 0.0) + count
+def bytes_sent(name: str, args: tuple) -> float:
+    """Bytes that this process sends for one call of a c10d operator.
+
+    Raises:
+        RuntimeError: COLLECTIVES lacks the operator.
+    """
+    if name == "send":
+        return size_of(args[0])
+    if name not in COLLECTIVES:
+        raise RuntimeError(f"COLLECTIVES lacks an operator; got=c10d.{name}")
+    collective = COLLECTIVES[name]
+    group = next(
+        argument
+        for argument in args
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+    )
+    members = dist.ProcessGroup.unbox(group).size()
+    full = size_of(args[collective.position]) * (members if collective.is_shard else 1)
+    return collective.weight * (members - 1) / members * full
 
 
 def size_of(tensors: object) -> int:
@@ -160,8 +174,8 @@ def size_of(tensors: object) -> int:
 
 
 def run_case(case: Case) -> dict:
-    """One process: two steps of a layout, of which the second is counted."""
-    # only here: it brings in DeepSpeed, which writes to the output at its import, ahead of the JSON
+    """Run two steps of a layout as one of its processes, and count the second."""
+    # imported here, because DeepSpeed prints at its import, ahead of the JSON
     from neox.engine.engine import Engine
 
     config = case.config()
@@ -170,110 +184,85 @@ def run_case(case: Case) -> dict:
     generator = torch.Generator().manual_seed(mesh.dp_rank)
 
     def micro_batch() -> Batch:
-        tokens, targets = torch.randint(0, MODEL["vocab_size"], (2, MICRO, LENGTH), generator=generator)
+        tokens, targets = torch.randint(0, MODEL["vocab_size"], (2, MICRO_BATCH, SEQ_LENGTH), generator=generator)
         return Batch(
-            tokens=tokens, targets=targets, segment_ids=None, position_ids=None, sample_ids=torch.arange(MICRO)
+            tokens=tokens, targets=targets, segment_ids=None, position_ids=None, sample_ids=torch.arange(MICRO_BATCH)
         )
 
     engine.train_step([micro_batch() for _ in range(ACCUMULATION)])
-    with Counter() as counter:
+    with TrafficCounter() as counter:
         engine.train_step([micro_batch() for _ in range(ACCUMULATION)])
     return {"stage": mesh.pp_rank, "sent": counter.sent}
 
 
-def child(processes: int, out: str) -> None:
-    """One process of a group: runs all its cases; the launcher's variables identify it."""
+def cases_of(processes: int) -> list[Case]:
+    """The layouts of that many processes."""
+    return [case for case in CASES if case.processes == processes]
+
+
+def run_rank(processes: int, out: str) -> None:
+    """Run all layouts as one of the processes. Rank 0 writes what each of them sent, as JSON."""
     dist.init_process_group("gloo")
-    answers = []
-    for case in CASES:
-        if case.processes == processes:
-            gathered: list = [None] * processes
-            dist.all_gather_object(gathered, run_case(case))
-            answers.append(gathered)
+    counts = []
+    for case in cases_of(processes):
+        gathered: list = [None] * processes
+        dist.all_gather_object(gathered, run_case(case))
+        counts.append(gathered)
     if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps(answers))
+        Path(out).write_text(json.dumps(counts))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def count(processes: int) -> list[list[dict]]:
-    """What every process sent, for each case of that many processes, from new processes.
-
-    Raises:
-        RuntimeError: a process failed; its output is in the message.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    """What each process sent, for each layout of that many processes. Starts the processes."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "answers.json"
-        command = [sys.executable, __file__, "--child", str(processes), str(out)]
-        shared = {
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
-        logs = [(Path(folder) / f"{rank}.txt").open("w+") for rank in range(processes)]
-        children = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=log,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            codes = [process.wait(900) for process in children]
-        finally:
-            for process in children:
-                process.kill()
-        if any(codes):
-            texts = [log.seek(0) or log.read() for log in logs]
-            raise RuntimeError(f"{processes} processes: exit codes {codes}\n" + "\n".join(texts))
+        out = Path(folder) / "counts.json"
+        command = [sys.executable, __file__, "--rank", str(processes), str(out)]
+        run_ranks(command, processes, Path(folder) / "rank", {"DS_ACCELERATOR": "cpu"})
         return json.loads(out.read_text())
 
 
-def formula(rows: list[Traffic]) -> str:
-    """What the least consists of, as count x kind(size in bytes)."""
+def terms(rows: Sequence[Traffic]) -> str:
+    """The terms of the lower bound, as count x kind(size in bytes)."""
     return " + ".join(f"{row.count} x {row.kind}({row.size:.0f})" for row in rows) or "nothing"
 
 
-def compare(processes: tuple[int, ...]) -> Iterator[Row]:
-    """A row per layout and pipeline stage: the process that sent most."""
+def compare(processes: Sequence[int]) -> Iterator[Row]:
+    """A row per layout and pipeline stage, of the process of the stage that sends most."""
     for number in processes:
-        cases = [case for case in CASES if case.processes == number]
-        for case, answers in zip(cases, count(number), strict=True):
+        for case, counts in zip(cases_of(number), count(number), strict=True):
             layout = resolve(case.config(), number)
             for stage in layout.stages:
-                most = max(
-                    (each["sent"] for each in answers if each["stage"] == stage.number),
-                    key=lambda sent: sum(sent.values()),
+                sent = max(
+                    (each["sent"] for each in counts if each["stage"] == stage.number),
+                    key=lambda by_operator: sum(by_operator.values()),
                 )
-                parts = traffic(case.config(), layout, stage, least=True)
-                least, sent = sum(row.sent for row in parts), sum(most.values())
+                bound = traffic(case.config(), layout, stage, lower_bound=True)
+                total, minimum = sum(sent.values()), sum(row.sent for row in bound)
                 where = f", stage {stage.number}" if case.pipeline > 1 else ""
-                kinds = ", ".join(f"{kind} {size / 1e3:.1f}" for kind, size in sorted(most.items()))
-                setting = f"{number} processes{where}: {formula(parts)}; counted, kB: {kinds}"
+                by_operator = ", ".join(f"{name} {size / 1e3:.1f}" for name, size in sorted(sent.items()))
+                setting = f"{number} processes{where}: {terms(bound)}; counted, kB: {by_operator}"
                 yield Row(
-                    case.name, setting, sent / 1e3, least / 1e3, "least", least / sent if sent else 1.0, "kB/step"
+                    case.name,
+                    setting,
+                    total / 1e3,
+                    minimum / 1e3,
+                    "lower bound",
+                    minimum / total if total else 1.0,
+                    "kB/step",
                 )
 
 
 def main() -> None:
-    """Reads the command line, prints the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
-    parser.add_argument("--quick", action="store_true", help="two processes alone: under a minute on an idle machine")
-    # the processes that this one starts
-    parser.add_argument("--child", nargs=2, metavar=("PROCESSES", "OUT"), help=argparse.SUPPRESS)
+    """Parse the command line and print the rows."""
+    parser = new_parser(__doc__, "two processes only: under a minute on an idle machine")
+    parser.add_argument("--rank", nargs=2, metavar=("PROCESSES", "OUT"), help=argparse.SUPPRESS)  # started by `count`
     args = parser.parse_args()
-    if args.child:
-        child(int(args.child[0]), args.child[1])
+    if args.rank:
+        run_rank(int(args.rank[0]), args.rank[1])
         return
-    show(compare((2,) if args.quick else (2, 4)), Options(json=args.json, quick=args.quick, threads=1))
+    report(compare((2,) if args.quick else (2, 4)), Options(json=args.json, quick=args.quick))
 
 
 if __name__ == "__main__":

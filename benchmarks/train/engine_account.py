@@ -1,4 +1,4 @@
-"""The account of a step of the engine: the model, and what neox.engine and DeepSpeed run around it."""
+"""The account (account.py) of a step of the engine: the model, and what neox.engine and DeepSpeed run around it."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ class EngineAccount(Account, Observer):
     """An account with the phases "forward" and "backward" of the model, and "engine" for all other operators."""
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Observe the phases that the engine enters."""
+        """Record the phase that the engine enters, if it is one of the model."""
         if phase in ("forward", "backward"):
             self.phase = phase
 
     def phase_of_call(self) -> str:
-        """By the innermost function that belongs to the model or to the engine.
+        """The phase by the innermost function on the stack that belongs to the model or to the engine.
 
-        Autograd runs backward formulas in a thread of its own, where only hooks have such a function.
+        Autograd runs backward formulas in a separate thread. There only hooks have such a function on the stack, and
+        everything else belongs to the model.
         """
-        paths = (path for path in running() if path.startswith(MODEL + ENGINE))
+        paths = (path for path in stack_files() if path.startswith(MODEL + ENGINE))
         return self.phase if next(paths, MODEL[0]).startswith(MODEL) else "engine"
 
 
-def running() -> Iterator[str]:
-    """The files of the functions that run, innermost first."""
+def stack_files() -> Iterator[str]:
+    """The source file of each function on the stack, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame.f_code.co_filename
@@ -53,14 +54,14 @@ def running() -> Iterator[str]:
 
 
 def account_of_engine(config: Config) -> EngineAccount:
-    """The account of a step of a run on one GPU."""
+    """The account of one step of `neox train` on one GPU."""
     with FakeCuda(), EngineAccount() as account:
         train(account, config)
     return account
 
 
 def train(account: EngineAccount, config: Config) -> None:
-    """Two steps of one micro-batch. The second one counts: the first allocates the state of the optimizer."""
+    """Make two steps of one micro-batch. Only the second is counted: the first also allocates the optimizer state."""
     tokens = torch.zeros(config.train.micro_batch_size or 1, config.data.seq_length, dtype=torch.int64)
     batch = Batch(tokens, tokens.clone(), None, None, torch.arange(len(tokens)))
     set_accelerator(CUDA_Accelerator())

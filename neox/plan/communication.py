@@ -121,7 +121,7 @@ def pipeline_traffic(config: Config, layout: ResolvedLayout, stage: Stage) -> li
     return rows
 
 
-def data_traffic(config: Config, layout: ResolvedLayout, stage: Stage, least: bool) -> list[Traffic]:
+def data_traffic(config: Config, layout: ResolvedLayout, stage: Stage, lower_bound: bool) -> list[Traffic]:
     """List the collectives of gradients and weights over the replicas.
 
     Gradients have the dtype of the weights; deepspeed.communication_data_type is not considered.
@@ -132,13 +132,13 @@ def data_traffic(config: Config, layout: ResolvedLayout, stage: Stage, least: bo
     - Stage 3: also all-gathers of the weights per micro-batch, before the forward and the backward pass, or once if all
       weights may stay gathered in between; none after the update.
 
-    DeepSpeed's stages 1 and 2 use an all-reduce where a reduce-scatter is sufficient; `least` assumes the latter.
+    DeepSpeed's stages 1 and 2 use an all-reduce where a reduce-scatter is sufficient; `lower_bound` assumes the latter.
     """
     zero, element = effective_stage(config), ELEMENT[config.precision.dtype]
     count, members, repeats = stage.parameters, layout.replicas, layout.batch.gradient_accumulation
     if zero == 0:
         return [Traffic("data", "gradients", "all_reduce", 4 * count, 1, members)]
-    reduction = "reduce_scatter" if least or zero == 3 else "all_reduce"
+    reduction = "reduce_scatter" if lower_bound or zero == 3 else "all_reduce"
     if zero == 1:
         return [
             Traffic("data", "gradients", reduction, element * count, 1, members),
@@ -149,9 +149,16 @@ def data_traffic(config: Config, layout: ResolvedLayout, stage: Stage, least: bo
     return [gradients, Traffic("data", "weights", "all_gather", element * count, gathers, members)]
 
 
-def traffic(config: Config, layout: ResolvedLayout, stage: Stage, *, least: bool = False) -> list[Traffic]:
-    """List everything that one process of a stage sends per step; with `least`, the lower bound."""
+def traffic(config: Config, layout: ResolvedLayout, stage: Stage, *, lower_bound: bool = False) -> list[Traffic]:
+    """List the collectives of one process of a stage per step.
+
+    Args:
+        config: the run.
+        layout: its resolved layout.
+        stage: pipeline stage of the process.
+        lower_bound: list what the layout must send instead of what DeepSpeed sends.
+    """
     rows = tensor_traffic(config, layout, stage) if layout.tp > 1 else []
     rows += context_traffic(config, layout, stage) if layout.cp > 1 else []
     rows += pipeline_traffic(config, layout, stage) if layout.pp > 1 else []
-    return rows + (data_traffic(config, layout, stage, least) if layout.replicas > 1 else [])
+    return rows + (data_traffic(config, layout, stage, lower_bound) if layout.replicas > 1 else [])

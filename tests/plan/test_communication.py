@@ -17,13 +17,13 @@ from tests.distributed import run_ranks
 STREAM = 2048 * 768 * 2  # bytes of [1, s, h] in bf16
 
 
-def sent(*overrides: str, world: int, stage: int = 0, least: bool = False) -> dict[str, float]:
+def sent(*overrides: str, world: int, stage: int = 0, lower_bound: bool = False) -> dict[str, float]:
     config = load_config(
         "pythia/160M.yml", overrides=["train.micro_batch_size=1", "train.global_batch_size=null", *overrides]
     )
     layout = resolve(config, world)
     out: dict[str, float] = {}
-    for row in traffic(config, layout, layout.stages[stage], least=least):
+    for row in traffic(config, layout, layout.stages[stage], lower_bound=lower_bound):
         out[row.axis] = out.get(row.axis, 0.0) + row.sent
     return out
 
@@ -67,8 +67,8 @@ def test_replicas_send_gradients_and_weights(zero, per_parameter):
 
 
 @pytest.mark.parametrize(("zero", "per_parameter"), [(1, 2 + 2), (2, 3 * 2 + 2), (3, 3 * (2 + 2))])
-def test_the_least_scatters_what_it_reduces(zero, per_parameter):
-    total = sent(f"zero.stage={zero}", "train.gradient_accumulation=3", world=4, least=True)["data"]
+def test_the_lower_bound_reduce_scatters_gradients(zero, per_parameter):
+    total = sent(f"zero.stage={zero}", "train.gradient_accumulation=3", world=4, lower_bound=True)["data"]
     assert total == pytest.approx(0.75 * per_parameter * 162_322_944)
 
 
@@ -142,18 +142,18 @@ def test_a_tied_embedding_is_sent_once_and_its_gradient_in_fp32():
 
 
 def benchmark() -> ModuleType:
-    """benchmarks/train/bench_scaling.py, which finds its neighbours by sys.path."""
+    """benchmarks/train/bench_scaling.py; it adds its folder to sys.path."""
     return importlib.import_module("benchmarks.train.bench_scaling")
 
 
 def count_sent(out: str) -> None:
     """Entry of a process: runs every layout of two processes."""
-    benchmark().child(2, out)
+    benchmark().run_rank(2, out)
 
 
 @pytest.mark.distributed
 def test_what_two_processes_send_is_what_is_planned(tmp_path, monkeypatch):
-    """Counted at torch's dispatcher; ZeRO 1 and 2 of DeepSpeed all-reduce, so that they send more than the least."""
+    """Counted at torch's dispatcher. DeepSpeed's ZeRO 1 and 2 all-reduce, and send more than the lower bound."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     run_ranks("tests.plan.test_communication:count_sent", 2, tmp_path, [tmp_path / "out.json"])
     monkeypatch.setattr(benchmark(), "count", lambda processes: json.loads((tmp_path / "out.json").read_text()))
