@@ -1,5 +1,4 @@
-// The sample index and the blend as plain loops, the way that GPT-NeoX and Megatron-LM compute them: what
-// bench_index.py measures against.
+// The peer of bench_index.py: the sample index and the blend as plain loops, as GPT-NeoX and Megatron-LM compute them.
 #include <algorithm>
 #include <cstdint>
 
