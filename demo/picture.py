@@ -1,4 +1,4 @@
-"""The picture of the README, from the run that `make demo` leaves:
+"""Draws the README's picture from the run that `make demo` leaves:
 `python demo/picture.py runs/demo/run docs/images/demo-run.svg`.
 """
 
@@ -19,12 +19,12 @@ TITLE = "make demo: loss of a 5 M parameter model, killed with SIGKILL after ste
 
 
 def read_steps(path: Path) -> list[dict]:
-    """The objects of a metrics file, in order of steps."""
+    """Read a metrics file; returns its objects in the order of steps."""
     return sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda entry: entry["step"])
 
 
 def picture(run_dir: Path) -> str:
-    """The loss of both parts of the run, and the validation loss, as one SVG file."""
+    """Plot the loss before the kill and after the resume, and the validation loss. Returns SVG text."""
     steps, dropped = read_steps(run_dir / "metrics.jsonl"), read_steps(run_dir / "metrics.dropped.jsonl")
     saved, kill = dropped[0]["step"] - 1, dropped[-1]["step"]
     before = [entry for entry in steps if entry["step"] <= saved] + dropped

@@ -13,7 +13,7 @@ from neox import ops
 
 
 class Block(nn.Module):
-    """A pre-norm block: grouped-query attention and a SwiGLU MLP. Subclasses choose what computes it."""
+    """The parameters of a pre-norm block with grouped-query attention and a SwiGLU MLP. Subclasses compute it."""
 
     def __init__(self, hidden: int = 128, heads: int = 8, kv_heads: int = 2, ffn: int = 352):
         super().__init__()
@@ -35,7 +35,7 @@ class TorchBlock(Block):
     """The block on torch's operators."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, s, h] -> [b, s, h]."""
+        """Map x [b, s, h] to the block's output [b, s, h]."""
         q, k, v = (part.transpose(1, 2) for part in self.heads_of(self.norm1(x)))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
@@ -47,7 +47,7 @@ class NeoxBlock(Block):
     """The block on neox.ops: one kernel for residual add and second norm, one for the gate and its product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, s, h] -> [b, s, h]."""
+        """Map x [b, s, h] to the block's output [b, s, h]."""
         q, k, v = self.heads_of(ops.rms_norm(x, self.norm1.weight, 1e-5))
         attended = self.out(ops.attention(q, k, v, causal=True).flatten(2))
         inner, x = ops.rms_norm(attended, self.norm2.weight, 1e-5, residual=x)
@@ -55,16 +55,17 @@ class NeoxBlock(Block):
 
 
 def main() -> None:
-    """Compare outputs and gradients of both, eagerly and compiled."""
+    """Compare the outputs and gradients of both blocks."""
     torch.manual_seed(0)
-    theirs, ours = TorchBlock(), NeoxBlock()
-    ours.load_state_dict(theirs.state_dict())
+    torch_block, neox_block = TorchBlock(), NeoxBlock()
+    neox_block.load_state_dict(torch_block.state_dict())
     x = torch.randn(2, 64, 128)
-    theirs(x).square().mean().backward()
-    ours(x).square().mean().backward()
-    print(f"largest difference of an output    {(theirs(x) - ours(x)).abs().max().item():.1e}")
+    torch_block(x).square().mean().backward()
+    neox_block(x).square().mean().backward()
+    print(f"largest difference of an output    {(torch_block(x) - neox_block(x)).abs().max().item():.1e}")
     differences = [
-        (a.grad - b.grad).abs().max().item() for a, b in zip(theirs.parameters(), ours.parameters(), strict=True)
+        (a.grad - b.grad).abs().max().item()
+        for a, b in zip(torch_block.parameters(), neox_block.parameters(), strict=True)
     ]
     print(f"largest difference of a gradient   {max(differences):.1e}")
     print(f"attention: {ops.backend('attention')}")
