@@ -108,10 +108,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
         return 0
-    print(
-        f"{checkpoint} on {args.data}: {counted(result.documents, 'document')}, {counted(result.tokens, 'token')}, "
-        f"{counted(result.bytes, 'byte')}"
-    )
+    size = "" if result.bytes is None else f", {counted(result.bytes, 'byte')}"
+    amount = f"{counted(result.documents, 'document')}, {counted(result.tokens, 'token')}{size}"
+    print(f"{checkpoint} on {args.data}: {amount}")
     bits = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
     print(f"loss {result.loss:.4f}  perplexity {result.perplexity:.3f}{bits}")
     return 0
