@@ -1,8 +1,8 @@
 """Write the checkpoints of tests/convert/gpt_neox with the original GPT-NeoX: `python fixtures.py CHECKOUT OUT`.
 
-Each is a form of forms.py at an even smaller size, trained on this CPU as compare.py does it. What is stored: the
-step's folder as GPT-NeoX wrote it without the optimizer's files, the logits and losses that GPT-NeoX computed, the
-dataset that its builder wrote, and the tokenizer.
+Each is a form of forms.py at an even smaller size, trained on this CPU as in compare.py. OUT receives the folders of
+steps as GPT-NeoX wrote them, without the optimizer's files; the logits and losses that GPT-NeoX computed; the dataset
+that its builder wrote; and the tokenizer.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from compare import prepare, train_theirs
+from compare import prepare, train_upstream
 from forms import STEPS
 
-KEPT = {
+STORED_STEPS = {
     "pythia-mp2-pp0": (0, STEPS),  # a file per rank
     "pythia-mp2-pp1": (STEPS,),  # a file per layer and rank
     "llama-mp2": (STEPS,),
@@ -24,7 +24,10 @@ KEPT = {
     "alibi-mp2": (STEPS,),
     "gpt2": (STEPS,),
 }
-SMALL = {"hidden_size": 16, "zero_optimization": {"stage": 1}}  # stage 1: the optimizer's state has files of its own
+SMALL = {
+    "hidden_size": 16,
+    "zero_optimization": {"stage": 1},
+}  # at stage 1 the optimizer state is in separate files, which are not stored
 CHANGES = {
     "pythia-mp2-pp0": {"rotary_pct": 0.5},
     "pythia-mp2-pp1": {"rotary_pct": 0.5},
@@ -33,7 +36,7 @@ CHANGES = {
 
 
 def main() -> int:
-    """Train and copy."""
+    """Train the forms and copy what the tests read."""
     checkout, out = Path(sys.argv[1]), Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpt-neox-") as folder:
@@ -41,8 +44,8 @@ def main() -> int:
         prepare(checkout, work)
         for name in ("data.bin", "data.idx", "tokenizer.json"):
             shutil.copyfile(work / name, out / name)
-        for name, steps in KEPT.items():
-            losses = train_theirs(name, checkout, work, SMALL | CHANGES.get(name, {}))
+        for name, steps in STORED_STEPS.items():
+            losses = train_upstream(name, checkout, work, SMALL | CHANGES.get(name, {}))
             target = out / name
             shutil.rmtree(target, ignore_errors=True)
             for step in steps:

@@ -1,8 +1,7 @@
-"""The models that compare.py trains in both programs: YAML files of GPT-NeoX, at toy size, and their data and
-tokenizer.
+"""The toy models that compare.py trains with GPT-NeoX and with neox: GPT-NeoX's YAML files, the data and the tokenizer.
 
-With two pipeline stages they use ZeRO stage 1, as GPT-NeoX's own files do: at stage 0 DeepSpeed's pipeline engine
-leaves norms and row-parallel biases of all stages but the first out of the norm that gradients are clipped by.
+With two pipeline stages they use ZeRO stage 1, as the files that GPT-NeoX ships do. At stage 0 DeepSpeed's pipeline
+engine omits norms and row-parallel biases of all stages but the first from the gradient norm for clipping.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-IDS = 120
+VOCAB_SIZE = 120
 SEQ_LENGTH = 32
 STEPS = 20
 
@@ -94,18 +93,18 @@ FORMS: dict[str, dict[str, Any]] = {
         "model_parallel_size": 2,
         "intermediate_size": 192,
     },
-    # at pipe_parallel_size 0 GPT-NeoX makes its mask again without the window (get_batch_sequential)
+    # At pipe_parallel_size 0 GPT-NeoX rebuilds its mask without the window (get_batch_sequential).
     "window": {"sliding_window_width": 7, "lr_decay_style": "linear", "pipe_parallel_size": 1},
 }
 
 
 def processes(form: dict[str, Any]) -> int:
-    """Processes that a form takes."""
+    """Number of processes of a form."""
     return max(form.get("model_parallel_size", 1), 1) * max(form.get("pipe_parallel_size", 0), 1)
 
 
 def write_form(name: str, folder: Path, data: Path, tokenizer: Path, changes: dict[str, Any]) -> Path:
-    """Write a form's YAML file; GPT-NeoX saves below `folder`."""
+    """Write a form's YAML file, with which GPT-NeoX saves into `folder`, and return its path."""
     values = (
         BASE
         | FORMS[name]
@@ -118,8 +117,8 @@ def write_form(name: str, folder: Path, data: Path, tokenizer: Path, changes: di
 
 
 def write_tokenizer(path: Path) -> None:
-    """A tokenizer of IDS words."""
-    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, IDS)}
+    """Write a tokenizer of VOCAB_SIZE words."""
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, VOCAB_SIZE)}
     special = {
         "id": 0,
         "content": "<|endoftext|>",
@@ -144,17 +143,19 @@ def write_tokenizer(path: Path) -> None:
 
 
 def documents() -> list[list[int]]:
-    """Documents with something to learn: in most positions the next id follows from the one before."""
-    drawn = random.Random(0)
-    made = []
+    """Documents that a model can learn: at 70 % of the positions the next id is a function of the previous one."""
+    rng = random.Random(0)
+    generated = []
     for _ in range(60):
-        document = [drawn.randrange(1, IDS)]
-        for _ in range(drawn.randrange(20, 120)):
-            document.append(drawn.randrange(1, IDS) if drawn.random() < 0.3 else document[-1] * 7 % (IDS - 1) + 1)
-        made.append([*document, 0])
-    return made
+        document = [rng.randrange(1, VOCAB_SIZE)]
+        for _ in range(rng.randrange(20, 120)):
+            document.append(
+                rng.randrange(1, VOCAB_SIZE) if rng.random() < 0.3 else document[-1] * 7 % (VOCAB_SIZE - 1) + 1
+            )
+        generated.append([*document, 0])
+    return generated
 
 
 def probe_tokens() -> list[list[int]]:
-    """Two sequences on which logits are compared."""
-    return [[(i * 7 + row * 13) % (IDS - 1) + 1 for i in range(SEQ_LENGTH)] for row in range(2)]
+    """The two sequences on which logits are compared."""
+    return [[(i * 7 + row * 13) % (VOCAB_SIZE - 1) + 1 for i in range(SEQ_LENGTH)] for row in range(2)]

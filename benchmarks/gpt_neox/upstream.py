@@ -1,11 +1,10 @@
-"""One process of the original GPT-NeoX, trained on a CPU: `python upstream.py CHECKOUT JOB.json`, started once per rank
-by compare.py.
+"""One rank of the original GPT-NeoX, training on a CPU: `python upstream.py CHECKOUT JOB.json`, started by compare.py
+for each rank.
 
-Its code runs as it is in the checkout. What it needs and a CPU does not have is substituted at run time, in this
-process only: the few calls of torch.cuda that it makes, Apex's fused Adam (torch's AdamW computes the same), and
-modules that it imports without using them here. JOB names the YAML files, the folder for the results, and the tokens of
-the probe; the first process writes `losses.json`, and the one that holds the logits of the probe after the last step
-writes `logits.npy`.
+The code of the checkout runs unchanged. What a CPU lacks is substituted at run time, in this process only: the few
+calls of torch.cuda that GPT-NeoX makes, Apex's fused Adam (torch's AdamW computes the same), and modules that it
+imports but does not use here. JOB names the YAML files, the folder for the results, and the probe tokens. Rank 0 writes
+`losses.json`, and the rank that gathers the logits of the probe after the last step writes `logits.npy`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy
 import packaging.version
 import torch
-import transformers  # noqa: F401 before the empty modules: it inspects what is installed
+import transformers  # noqa: F401 imported before the empty modules, because it inspects what is installed
 
 UNUSED = (
     "boto3",
@@ -36,8 +35,8 @@ UNUSED = (
 )
 
 
-def stand_in_for_cuda(world_size: int) -> None:
-    """Let the calls of torch.cuda that GPT-NeoX makes on any device answer for the CPU."""
+def patch_cuda(world_size: int) -> None:
+    """Replace the functions of torch.cuda that GPT-NeoX calls on any device."""
     cuda = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: world_size
@@ -58,14 +57,14 @@ def stand_in_for_cuda(world_size: int) -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
 
 
-def stand_in_for_modules() -> None:
-    """Apex's fused Adam, and empty modules for packages that are imported and not used."""
+def add_missing_modules() -> None:
+    """Substitute Apex's fused Adam, and add empty modules for packages that are imported but not used."""
     from torch.optim import AdamW
 
     apex, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
     optimizers.FusedAdam = type("FusedAdam", (AdamW,), {})
     apex.optimizers = optimizers
-    resources = types.ModuleType("pkg_resources")  # setuptools has dropped it
+    resources = types.ModuleType("pkg_resources")  # recent setuptools lack it
     resources.packaging = packaging
     sys.modules |= {"apex": apex, "apex.optimizers": optimizers, "pkg_resources": resources}
     for name in UNUSED:
@@ -74,7 +73,7 @@ def stand_in_for_modules() -> None:
 
 
 def write_data(prefix: Path, documents: list[list[int]]) -> None:
-    """A dataset, by GPT-NeoX's own builder."""
+    """Write a dataset with GPT-NeoX's builder."""
     from megatron.data.indexed_dataset import MMapIndexedDatasetBuilder
 
     builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
@@ -85,26 +84,26 @@ def write_data(prefix: Path, documents: list[list[int]]) -> None:
 
 
 def pipeline_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits of this rank's part of the vocabulary, on the last stage; its loss works in place, so they are copied
-    before it.
+    """Logits of this rank's shard of the vocabulary, on the last stage. They are copied, because the loss
+    overwrites them.
     """
-    held, micro_batches = [], model.micro_batches
+    copies, micro_batches = [], model.micro_batches
     model.micro_batches, model.first_output_send, model.pipe_recv_buf = 1, True, None
     if model.is_last_stage():
         compute = model.module.loss_fn
 
-        def copied(logits, labels):
-            held.append(logits.clone())
+        def copy_and_compute(logits, labels):
+            copies.append(logits.clone())
             return compute(logits, labels)
 
-        model.module.loss_fn = copied
+        model.module.loss_fn = copy_and_compute
     model.eval_batch(iter([{"text": torch.nn.functional.pad(tokens, (0, 1))}]))
     model.micro_batches = micro_batches
-    return held[0] if held else None
+    return copies[0] if copies else None
 
 
 def probe(args, model, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits of the probe over the full vocabulary; None on a process that holds none."""
+    """Logits of the probe tokens over the full vocabulary; None on ranks that do not gather them."""
     from megatron import mpu
     from megatron.utils import get_ltor_masks_and_position_ids
 
@@ -126,7 +125,7 @@ def probe(args, model, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def train(job: dict, rank: int, world_size: int) -> None:
-    """Train as the YAML files specify, and record the results."""
+    """Train as the YAML files specify, and write the results."""
     import deepspeed
     from megatron import training
     from megatron.neox_arguments import NeoXArgs
@@ -135,14 +134,14 @@ def train(job: dict, rank: int, world_size: int) -> None:
     save, initialize = training.save_checkpoint, deepspeed.initialize
     args = NeoXArgs.from_ymls(job["conf"], overwrite_values={"global_num_gpus": world_size})
 
-    def saved(neox_args, iteration: int, model, optimizer, lr_scheduler) -> None:
+    def save_and_probe(neox_args, iteration: int, model, optimizer, lr_scheduler) -> None:
         save(neox_args, iteration, model, optimizer, lr_scheduler)
         if iteration == neox_args.train_iters:
             logits = probe(neox_args, model, torch.tensor(job["tokens"]))
             if logits is not None:
                 numpy.save(out / "logits.npy", logits.float().numpy())
 
-    def initialized(model, optimizer, args, lr_scheduler, dist_init_required, model_parameters, mpu):
+    def initialize_with_config(model, optimizer, args, lr_scheduler, dist_init_required, model_parameters, mpu):
         given = {
             "model": model,
             "optimizer": optimizer,
@@ -150,12 +149,12 @@ def train(job: dict, rank: int, world_size: int) -> None:
             "lr_scheduler": lr_scheduler,
             "mpu": mpu,
         }
-        # args would have it as a property
+        # without args: there deepspeed_config is a property of GPT-NeoX, not an option of the command line
         return initialize(**given, dist_init_required=dist_init_required, config=args.deepspeed_config)
 
-    training.save_checkpoint = saved
+    training.save_checkpoint = save_and_probe
     training.collect_loss_for_unit_test = lambda loss: losses.append(float(loss))
-    deepspeed.initialize = initialized
+    deepspeed.initialize = initialize_with_config
     args.configure_distributed_args()
     args.build_tokenizer()
     args.initialize_tensorboard_writer()
@@ -165,22 +164,22 @@ def train(job: dict, rank: int, world_size: int) -> None:
 
 
 def main() -> None:
-    """Read the job and do it."""
+    """Read the job and run it."""
     checkout, job = Path(sys.argv[1]).resolve(), json.loads(Path(sys.argv[2]).read_text())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its Makefile calls python3
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the checkout's Makefile calls python3
     sys.path.insert(0, str(checkout))
     os.chdir(checkout)
     torch.set_num_threads(1)
-    stand_in_for_modules()
+    add_missing_modules()
     if "documents" in job:
         write_data(Path(job["data"]), job["documents"])
         return
-    import deepspeed  # before torch.cuda seems to be there: it then compiles nothing for it
+    import deepspeed  # before torch.cuda is patched; otherwise DeepSpeed would compile CUDA operators
 
     deepspeed.get_accelerator()
-    stand_in_for_cuda(world_size)
+    patch_cuda(world_size)
     train(job, rank, world_size)
     with contextlib.suppress(Exception):
         torch.distributed.destroy_process_group()
