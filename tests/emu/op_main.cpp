@@ -12,7 +12,7 @@ std::vector<simt::Order> schedules() {
 #if defined(__SANITIZE_ADDRESS__)
     return {simt::Order::kRoundRobin};
 #else
-    if (simt::check::kEnabled) return {simt::Order::kRoundRobin};
+    if (simt::check::kEnabled) return {simt::Order::kRandom};
     return {simt::Order::kRoundRobin, simt::Order::kReverse, simt::Order::kRandom};
 #endif
 }
