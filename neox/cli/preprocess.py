@@ -104,11 +104,10 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Preprocess and print the summary."""
-    os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     require_at_least(args, 0, "workers")
     files = find_files(args.input, tuple(args.suffix or FOLDER_SUFFIXES))
-    with progress_bar() as progress:
+    with large_pages(), progress_bar() as progress:
         options = Options(workers, args.bad_lines, args.overwrite, args.resume)
         if args.chat:
             summary = preprocess_chat(files, args.out, chat_encoding(args), options, progress)
@@ -116,6 +115,19 @@ def run(args: argparse.Namespace) -> int:
             summary = preprocess(files, args.out, text_encoding(args), options, progress)
     print(json_line(asdict(summary)) if args.json else report(summary))
     return 0
+
+
+@contextlib.contextmanager
+def large_pages() -> Iterator[None]:
+    """Set LARGE_PAGES for the processes that are started inside, unless the user has set arguments."""
+    if "GLIBC_TUNABLES" in os.environ:
+        yield
+        return
+    os.environ["GLIBC_TUNABLES"] = LARGE_PAGES
+    try:
+        yield
+    finally:
+        del os.environ["GLIBC_TUNABLES"]
 
 
 def text_encoding(args: argparse.Namespace) -> Encoding:

@@ -55,6 +55,18 @@ def test_summary_in_words_and_json(corpus, capsys):
     assert len(IndexedDataset(corpus / "out")) == 3
 
 
+@pytest.mark.parametrize("set_by_the_user", [None, "glibc.malloc.check=0"])
+def test_the_environment_stays_as_it_was(corpus, monkeypatch, set_by_the_user):
+    """Processes that are started later do not inherit the allocator's arguments of the workers."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if set_by_the_user:
+        monkeypatch.setenv("GLIBC_TUNABLES", set_by_the_user)
+    before = dict(os.environ)
+    assert call(corpus, "--bad-lines", "skip") == 0
+    assert call(corpus, "--overwrite") == 3
+    assert dict(os.environ) == before
+
+
 def test_a_bad_line_stops_with_code_3(corpus, capsys):
     assert call(corpus) == 3
     error = capsys.readouterr().err
