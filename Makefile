@@ -31,7 +31,7 @@ REQUIREMENTS = import sys; from setuptools.config.pyprojecttoml import read_conf
 NATIVE := $(shell find csrc -type f)
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check ptx-check ptx-test sweep fuzz gpu-bundle gpu-rehearsal docs wheel bench lint style types format clean
+.PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check ptx-check ptx-test sweep fuzz gpu-bundle gpu-rehearsal docs wheel bench lint static-checks style types format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -62,11 +62,11 @@ demo: setup  ## train, stop, resume, evaluate, generate and export a small model
 	$(PY) demo/demo.py
 
 # No core idles: pyright, which uses one, runs next to the compiler; one call of ninja compiles the CUDA library too; cuda-check and ptx-check run next to
-# the C++ tests; and one process more than there are cores runs the tests, of which many wait for other processes.
+# the C++ tests; and two processes more than there are cores run the tests, of which many wait for other processes. The tests that `lint` runs are among them.
 test: setup  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
-	$(MAKE) --no-print-directory -j 2 lint native-test CUDA_LIBRARY=cuda_library ALL_ARCHITECTURES=OFF SANITIZED_KERNELS=OFF
+	$(MAKE) --no-print-directory -j 2 static-checks native-test CUDA_LIBRARY=cuda_library ALL_ARCHITECTURES=OFF ALL_VARIANTS=OFF
 	$(MAKE) --no-print-directory oldest-torch emulated-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($(JOBS) + 1)) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($(JOBS) + 2)) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
 build/native/CMakeCache.txt: | $(INSTALLED)
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE=$(PY)
@@ -74,7 +74,7 @@ build/native/CMakeCache.txt: | $(INSTALLED)
 # The headers for oldest-torch are downloaded while the compiler runs.
 native-test: setup build/native/CMakeCache.txt  ## C++ tests, also under sanitizers; emulated CUDA kernels with race and byte checks
 	$(if $(CUDA_LIBRARY),$(NVDISASM))
-	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) -D NEOX_SANITIZED_KERNELS=$(SANITIZED_KERNELS) build/native > /dev/null
+	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) -D NEOX_ALL_VARIANTS=$(ALL_VARIANTS) build/native > /dev/null
 	$(PY) tests/cuda/torch_headers.py build/oldest-torch > /dev/null 2>&1 & cmake --build build/native --parallel $(JOBS) --target $(CUDA_LIBRARY) all; wait
 	ctest --test-dir build/native --output-on-failure --parallel $(JOBS) $(if $(CUDA_LIBRARY),,--exclude-regex 'nvcc|emu.bytes')
 	$(if $(CUDA_LIBRARY),,build/native/tests/emu/test_ops_check --bytes)
@@ -89,7 +89,7 @@ oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding agains
 	        $(PY) tests/cuda/stable_symbols.py build/oldest-torch/include neox/_ops/*.so; elif [ $$code != 3 ]; then exit $$code; fi
 
 ALL_ARCHITECTURES := ON
-SANITIZED_KERNELS := ON
+ALL_VARIANTS := ON
 # nvdisasm counts the instructions of the hot loops.
 NVDISASM = if command -v nvcc > /dev/null && ! command -v nvdisasm > /dev/null; then $(PIP) nvidia-cuda-nvdisasm || true; fi
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
@@ -162,12 +162,14 @@ wheel: setup  ## build a wheel into dist/, against the torch of the environment
 bench: setup  ## every benchmark in its quick setting
 	for script in $$(find benchmarks -name 'bench_*.py' | sort); do $(PY) "$$script" --quick; done
 
-lint: types style  ## ruff, pyright, clang-format, the glossary, and the rule against pickle, eval, shells and the like
+lint: static-checks  ## ruff, pyright, clang-format, the glossary, and the rule against pickle, eval, shells and the like
+	$(PY) -m pytest -q tests/test_layout.py tests/test_language.py -k "forbidden or pickles or glossary"
+
+static-checks: types style
 
 style: setup
 	ruff check .
 	ruff format --check .
-	$(PY) -m pytest -q tests/test_layout.py tests/test_language.py -k "forbidden or pickles or glossary"
 	clang-format --dry-run -Werror $(C_SOURCES)
 
 types: setup  ## pyright in basic mode, which lint runs too

@@ -54,10 +54,6 @@ def interrupted_run(server, corpus, folder, straight, kills: int, seed: int) -> 
     return done
 
 
-def test_a_few_random_kills(server, corpus, tmp_path, long_straight):
-    assert interrupted_run(server, corpus, tmp_path, long_straight, kills=6, seed=0) >= 1
-
-
 @pytest.mark.faults
 def test_twenty_interruptions_in_a_row(server, corpus, tmp_path, long_straight):
     """A kill in every second step or so, each start making a little progress."""
