@@ -161,7 +161,7 @@ def test_ranks_divide_the_files_and_every_problem_is_counted(tmp_path):
     found = [[problem.where for problem in problems(path, part=part, parts=2)] for part in (0, 1)]
     assert [len(each) for each in found] == [1, 1]
     assert files[0].name in str(found[0]) and files[1].name in str(found[1])
-    with pytest.raises(CheckpointError, match=rf"shard is damaged \(and 1 more problems\); where=.*{files[0].name}"):
+    with pytest.raises(CheckpointError, match=rf"shard is damaged \(and 1 more problem\); where=.*{files[0].name}"):
         verify(path)
 
 

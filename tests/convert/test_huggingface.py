@@ -338,7 +338,7 @@ def test_many_layers_are_refused_before_anything_is_made_for_them(folder):
     with pytest.raises(ConfigError, match=r"model.num_layers; got=2000000000; want=.*10000"):
         from_huggingface(folder)
     edit(folder, num_hidden_layers=10_000)
-    with pytest.raises(CheckpointError, match="10000 layers"):
+    with pytest.raises(CheckpointError, match="10,000 layers"):
         from_huggingface(folder)
 
 

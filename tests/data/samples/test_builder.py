@@ -15,6 +15,7 @@ from neox.data.samples.builder import build_datasets, documents_of_parts
 from neox.data.samples.order import gpt_neox_order
 from neox.data.store.indexed import IndexedDataset
 from neox.errors import ConfigError, DataError
+from neox.printing import counted
 
 ALL = {"train": 40, "validation": 10, "test": 10}
 
@@ -124,7 +125,7 @@ def test_empty_split_and_short_corpus(make_dataset, tmp_path, order):
 def test_corpora_without_a_sample_are_refused_and_not_waited_for(make_dataset, tmp_path, documents, packing):
     prefix = make_dataset(documents).prefix
     made = config({"train": [prefix], "packing": packing}, tmp_path=tmp_path)
-    got = f"{sum(map(len, documents))} tokens in {len(documents)} documents"
+    got = f"{counted(sum(map(len, documents)), 'token')} in {counted(len(documents), 'document')}"
     with pytest.raises(
         DataError, match=rf"(shorter than one sample|no document has a token to learn); where=.*corpus\.bin.*got={got}"
     ):
