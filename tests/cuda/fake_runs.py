@@ -3,8 +3,8 @@
     python -m tests.cuda.fake_runs OUT [FORM]
 
 runs a pairwise choice of engines and everything else, or every engine of a form. It writes, for every run, what the
-host waited for (tests.cuda.fake_cuda), or the error that ended it, as JSON. The runs "account" and "copies" write what
-a step and a copy ask of the device (benchmarks/train/engine_account.py).
+host waited for (tests.cuda.fake_cuda), or the error that ended it, as JSON. The runs "start", "account" and "copies"
+write what the start of an engine, a step and a copy ask of the device (benchmarks/train/engine_account.py).
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def in_the_model(row: account.Row) -> bool:
     return row.name in COPIES and row.phase != "engine" and len(row.shape) > 1
 
 
-def account_for_step() -> dict[str, Answer]:
-    """Copies of the model, and launches and bytes around the model, in a bf16 step with ZeRO 1 on one GPU."""
-    config = Config.model_validate(
+def bf16_config() -> Config:
+    """A small model in bf16 with ZeRO 1."""
+    return Config.model_validate(
         {
             "model": SIZES | FORMS["neox"] | {"attention_backend": "native"},
             "optimizer": {"lr": 0.003, "gradient_clipping": 0.5},
@@ -130,6 +130,25 @@ def account_for_step() -> dict[str, Answer]:
             "train": {"micro_batch_size": ROWS, "train_iters": 10},
         }
     )
+
+
+def peak_of_start() -> dict[str, Answer]:
+    """Bytes on the GPU at the peak while an engine is made, next to the number of its parameters."""
+    config = bf16_config()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        with account.Account() as counted:
+            model = make_model(config.model, Mesh.single(GPU))
+            elements = sum(parameter.numel() for parameter in model.parameters())
+            Engine(config, Mesh.single(GPU), model)
+            return {"start": {"parameters": [["elements", elements]], "memory": [["peak", counted.memory.peak]]}}
+    finally:
+        close_process_group()
+
+
+def account_for_step() -> dict[str, Answer]:
+    """Copies of the model, and launches and bytes around the model, in a bf16 step with ZeRO 1 on one GPU."""
+    config = bf16_config()
     try:
         with engine_account.EngineAccount() as counted:
             engine_account.train(counted, config)
@@ -190,6 +209,7 @@ def runs(gpu: FakeCuda, setups: list[Setup]) -> Iterator[tuple[str, Callable[[],
         yield f"generate {form} ragged", partial(generate_text, form, [[1, 2, 3], [4]])
     for name, fault in planted().items():
         yield f"planted {name}", fault
+    yield "start", peak_of_start
     yield "account", account_for_step
     yield "copies", account_for_copies
 

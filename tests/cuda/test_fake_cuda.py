@@ -29,6 +29,7 @@ AGREEMENT = "deepspeed/runtime/zero/utils.py:assert_ints_same_as_other_ranks"
 # Moved around the model per parameter and step of one process in bf16: AdamW 28, the fp32 sum of the gradient 6, the
 # copy of the weight 6, the norm of the gradient 4, the largest magnitude of the weight 2.
 BYTES = 46
+MEMORY = 10  # bytes per parameter at the start: the weight 2, DeepSpeed's fp32 weight 4, the fp32 sum of the gradient 4
 OTHER_LAUNCHES = 70  # besides one for the gradient of each tensor
 
 
@@ -148,6 +149,13 @@ def test_a_gradient_takes_few_bytes_to_the_optimizer_and_none_in_the_model():
     assert BYTES <= moved / elements < BYTES + 0.5
     assert tensors < launches < tensors + OTHER_LAUNCHES
     assert answer["copies"] == []
+
+
+def test_the_start_holds_no_copy_of_the_fp32_weights():
+    answer = answers()["start"]
+    assert isinstance(answer, dict), answer
+    ((_, elements),), ((_, peak),) = answer["parameters"], answer["memory"]
+    assert peak == MEMORY * elements
 
 
 @pytest.mark.parametrize("name", COPIES)
